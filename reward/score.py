@@ -1,0 +1,43 @@
+"""What a grader returns, and how one is declared. Importable without torch and without rltrain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One completion's score. ``ungraded`` names why there is none: such a completion is masked out and counted, never scored 0."""
+
+    value: float
+    parts: Mapping[str, float] = field(default_factory=dict)  # logged by name, not summed into value
+    ungraded: str | None = None  # "timeout", "memory", "error", "died", "nan", ...
+
+
+@dataclass(frozen=True, slots=True)
+class RewardInputs:
+    """Completions of one prompt, as every reward function receives them. Plain data: it crosses a process boundary."""
+
+    prompt: str
+    completions: tuple[str, ...]
+    token_counts: tuple[int, ...]  # completion tokens, EOS included
+    finish: tuple[str, ...]  # "stop" | "length" | "aborted"
+    columns: Mapping[str, Any]  # the row's other columns: answer, ...
+
+
+def reward(name: str, *, scope: Literal["completion", "group"] = "completion") -> Callable[[F], F]:
+    """Declare ``function(inputs: RewardInputs, *, hp) -> list[Score]`` under ``name``.
+
+    ``scope="group"`` says that a score depends on the other completions of the prompt, so that a failure costs the group;
+    otherwise a failure costs its own completion only.
+    """
+
+    def declare(function: F) -> F:
+        function.reward_name, function.reward_scope = name, scope  # type: ignore[attr-defined]
+        return function
+
+    return declare

@@ -1,0 +1,185 @@
+"""The recipe: every key a user can write, with its unit and default. Imports neither torch nor vllm.
+
+Section names are stage names. Hyperparameters of methods are not here: they stand in the method's signature, and a recipe
+writes them beside its name (``policy: {name: clip, eps_high: 0.28}``).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class MethodRef(BaseModel):
+    """A method by name, its hyperparameters beside it. A bare string is a name without hyperparameters."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+
+    @property
+    def hp(self) -> dict[str, Any]:
+        return {key: value for key, value in (self.model_extra or {}).items() if key not in _NOT_HYPERPARAMETERS}
+
+
+_NOT_HYPERPARAMETERS = frozenset({"weight", "coefficient"})
+
+
+class RewardRef(MethodRef):
+    """A reward: a registered name, or ``path/to/file.py:function``."""
+
+    weight: float = 1.0
+
+
+class TermRef(MethodRef):
+    """An additive loss term."""
+
+    coefficient: float = Field(ge=0)
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+Method = Annotated[MethodRef, BeforeValidator(_named)]
+Reward = Annotated[RewardRef, BeforeValidator(_named)]
+
+
+class About(Section):
+    """What a recipe reproduces. Not read by the trainer."""
+
+    arxiv: str | None = None
+    title: str = ""
+    expected: str = ""  # the result the paper or our own run reports, with its conditions
+
+
+class Model(Section):
+    path: str  # Hub name or folder
+    revision: str | None = None
+    reference: str | None = None  # model of ref_logp; None: the starting point
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+
+
+class Data(Section):
+    train: str  # Hub name, file (json, jsonl, parquet), folder, or "arithmetic"
+    eval: str | None = None  # the same; None: no held-out prompts
+    train_split: str = "train"
+    eval_split: str = "test"
+    subset: str | None = None
+    adapter: Literal["none", "gsm8k_calculator"] = "none"
+    columns: dict[str, str] = {}  # our name -> the file's, e.g. {prompt: question}
+    system: str | None = None  # system message put before the prompt
+    prompt_template: str = "{prompt}"  # wraps text prompts
+    chat_template: Literal["auto", "none"] = "auto"  # auto: the tokenizer's, where it has one
+    max_prompt_tokens: int = Field(1024, ge=1)  # longer prompts are dropped and counted
+    max_prompts: int | None = Field(None, ge=1)  # the first so many after shuffling
+    options: dict[str, Any] = {}  # of a built-in task, e.g. {digits: 2}
+
+
+class DynamicSampling(Section):
+    """DAPO: groups whose raw correctness is all equal are replaced, with bounded effort."""
+
+    max_rounds: int = Field(3, ge=1)  # generation rounds per step, the first included
+
+
+class Vllm(Section):
+    gpu_memory_utilization: float = Field(0.45, gt=0, le=1)
+    tensor_parallel: int = Field(1, ge=1)
+    kv_cache_gib: float = Field(1.0, gt=0)  # on CPU
+    max_num_seqs: int = Field(256, ge=1)
+    enforce_eager: bool = False
+
+
+class Rollout(Section):
+    engine: Literal["transformers", "vllm"] = "transformers"
+    prompts: int = Field(ge=1)  # per step, all ranks
+    n: int = Field(ge=1)  # completions per prompt
+    temperature: float = Field(1.0, gt=0)
+    max_tokens: int = Field(ge=1)  # per completion
+    max_rows: int = Field(256, ge=1)  # rows the transformers engine decodes at once
+    trust_logp: bool = False  # take the engine's log-probs as old_logp
+    dynamic_sampling: DynamicSampling | None = None
+    vllm: Vllm = Vllm()
+
+
+class RewardStage(Section):
+    functions: tuple[Reward, ...] = Field(min_length=1)  # the score is the weighted sum
+    workers: int = Field(2, ge=1)  # processes
+    seconds: float = Field(10.0, gt=0)  # wall-clock limit of one completion's grading
+    memory_gib: float = Field(4.0, gt=0)  # address-space limit of one worker
+
+
+class Loss(Section):
+    policy: Method
+    terms: tuple[TermRef, ...] = ()
+    aggregate: Method = MethodRef(name="token_mean")
+
+
+class Optimizer(Section):
+    lr: float = Field(ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)  # optimizer updates
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class Learner(Section):
+    optimizer: Optimizer
+    updates: int = Field(1, ge=1)  # optimizer updates per pass over a step's completions
+    epochs: int = Field(1, ge=1)  # passes over a step's completions
+    tokens_per_micro_batch: int = Field(16384, ge=1)  # prompt + completion tokens, padding included
+    layout: Literal["auto", "padded", "packed"] = "auto"  # auto: packed where the attention kernel knows variable lengths
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on CPU, bfloat16 autocast on GPU
+    gradient_checkpointing: bool = False
+    head_chunk: int = Field(256, ge=1)  # tokens whose logits exist at once
+    skip_idle_rows: bool = True  # rows that cannot contribute skip the gradient pass (same gradient)
+    max_nonfinite: int = Field(3, ge=1)  # non-finite updates in a row that stop the run
+
+
+class Train(Section):
+    steps: int = Field(ge=1)
+    deadline_seconds: float = Field(1800.0, gt=0)  # of every wait
+
+
+class Eval(Section):
+    every: int = Field(0, ge=0)  # steps; 0: at the end only
+    prompts: int = Field(256, ge=1)
+    n: int = Field(8, ge=1)  # completions per prompt
+    k: tuple[int, ...] = (1, 8)  # pass@k
+    temperature: float = Field(1.0, ge=0)
+    at_start: bool = True
+
+
+class Report(Section):
+    sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # beside metrics.jsonl, which is always written
+    project: str = "rltrain"
+    transcripts: int = Field(2, ge=0)  # prompts per step whose completions are kept
+
+
+class Checkpoint(Section):
+    every: int = Field(0, ge=0)  # steps; 0: only the model at the end
+    keep: int = Field(2, ge=1)
+
+
+class Recipe(Section):
+    about: About = About()
+    seed: int = 0
+    model: Model
+    data: Data
+    rollout: Rollout
+    reward: RewardStage
+    advantage: Method
+    control: tuple[Method, ...] = ()
+    loss: Loss
+    learner: Learner
+    train: Train
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    report: Report = Report()

@@ -1,0 +1,194 @@
+"""Names to functions, with hyperparameters checked before any model is loaded.
+
+A method is a function (or a controller class) below a ``@method("name", ...)`` decorator. A registry lists its modules and
+reads their declarations from source, so that recipes are validated without importing torch; ``bind`` imports the one module
+it needs. Keyword-only parameters with a default are hyperparameters, and the signature is the only place a default lives.
+Keyword-only parameters without a default are tensors that the caller supplies; they are named in ``needs``.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+F = TypeVar("F")
+
+
+def method(
+    name: str,
+    *,
+    arxiv: str | None = None,
+    needs: frozenset[str] | set[str] = frozenset(),
+    needs_if: Mapping[str, set[str]] | None = None,
+    traits: set[str] = frozenset(),  # type: ignore[assignment]
+) -> Callable[[F], F]:
+    """Declare a method. All arguments must be literals: they are read from source.
+
+    needs: what the learner must compute for it ("old_logp", "ref_logp", "old_entropy", "logp_now", "entropy_grad", ...).
+    needs_if: the same, only where the named hyperparameter is neither 0 nor None.
+    traits: facts that ``config/check.py`` reasons about ("owns_clipping", "off_policy_only", "sequence_level", ...).
+    """
+    del name, arxiv, needs, needs_if, traits
+    return lambda function: function
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    annotation: str
+    default: Any
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A declaration as read from source."""
+
+    name: str
+    module: str
+    attribute: str
+    arxiv: str | None
+    needs: frozenset[str]
+    needs_if: Mapping[str, frozenset[str]]
+    traits: frozenset[str]
+    hyperparameters: Mapping[str, Hyperparameter]
+    inputs: tuple[str, ...]  # keyword-only tensors without a default
+    doc: str
+
+    def needs_with(self, hp: Mapping[str, Any]) -> frozenset[str]:
+        """Everything the method needs under these hyperparameters."""
+        values = {key: parameter.default for key, parameter in self.hyperparameters.items()} | dict(hp)
+        extra = (names for key, names in self.needs_if.items() if values[key] not in (0, None))
+        return self.needs.union(*extra)
+
+
+@dataclass(frozen=True)
+class BoundMethod:
+    """A method with its hyperparameters in place; call it with the tensors its stage supplies."""
+
+    spec: MethodSpec
+    hp: Mapping[str, Any]
+    function: Callable[..., Any]
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.spec.needs_with(self.hp)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+class Registry:
+    """The methods of one kind. ``modules`` is the list, in reading order; nothing registers by being imported."""
+
+    def __init__(self, kind: str, modules: tuple[str, ...], decorator: str = "method") -> None:
+        self.kind, self.modules, self.decorator = kind, modules, decorator
+
+    @functools.cached_property
+    def specs(self) -> dict[str, MethodSpec]:
+        found: dict[str, MethodSpec] = {}
+        for module in self.modules:
+            for spec in _read_declarations(module, self.decorator):
+                if spec.name in found:
+                    raise ValueError(f"{self.kind} {spec.name!r} is declared in {found[spec.name].module} and {module}")
+                found[spec.name] = spec
+        return found
+
+    def names(self) -> list[str]:
+        return list(self.specs)
+
+    def spec(self, name: str) -> MethodSpec:
+        if name not in self.specs:
+            raise ValueError(f"no {self.kind} is called {name!r}{suggestion(name, self.specs)}")
+        return self.specs[name]
+
+    def check(self, name: str, hp: Mapping[str, Any]) -> MethodSpec:
+        """Names and types of ``hp`` against the signature, without importing the method. Raises ValueError."""
+        spec = self.spec(name)
+        for key, value in hp.items():
+            if key not in spec.hyperparameters:
+                raise ValueError(f"{self.kind} {name!r} has no hyperparameter {key!r}{suggestion(key, spec.hyperparameters)}")
+            annotation = spec.hyperparameters[key].annotation
+            try:
+                _adapter(annotation).validate_python(value)
+            except ValidationError as error:
+                raise ValueError(
+                    f"{self.kind} {name!r}: {key} must be {annotation}, got {value!r} ({type(value).__name__}): {error.errors()[0]['msg']}"
+                ) from error
+        return spec
+
+    def bind(self, name: str, hp: Mapping[str, Any] | None = None) -> BoundMethod:
+        """The method with ``hp`` in place. Raises ValueError on an unknown name, key or type."""
+        hp = dict(hp or {})
+        spec = self.check(name, hp)
+        function = getattr(importlib.import_module(spec.module), spec.attribute)
+        return BoundMethod(spec, hp, functools.partial(function, **hp))
+
+
+def suggestion(word: str, choices: Any) -> str:
+    """'; did you mean ...' for the nearest of ``choices``, or the list of them when nothing is near."""
+    names = sorted(map(str, choices))
+    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; choose from {', '.join(names)}" if names else ""
+
+
+@functools.cache
+def _adapter(annotation: str) -> TypeAdapter[Any]:
+    names = {"Literal": Literal, "float": float, "int": int, "bool": bool, "str": str, "list": list, "tuple": tuple, "dict": dict}
+    kind = eval(annotation, {"__builtins__": {}}, {**names, "None": None})  # our own source, literal types only
+    return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+def _read_declarations(module: str, decorator: str) -> list[MethodSpec]:
+    found = importlib.util.find_spec(module)
+    if found is None or found.origin is None:
+        raise ValueError(f"module {module} does not exist")
+    specs: list[MethodSpec] = []
+    for node in ast.parse(Path(found.origin).read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+            continue
+        for call in node.decorator_list:
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == decorator:
+                specs.append(_spec_of(node, call, module))
+    return specs
+
+
+def _spec_of(node: ast.FunctionDef | ast.ClassDef, call: ast.Call, module: str) -> MethodSpec:
+    facts = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    function = node
+    if isinstance(node, ast.ClassDef):
+        function = next(item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__")
+    assert isinstance(function, ast.FunctionDef)
+    hyperparameters: dict[str, Hyperparameter] = {}
+    inputs: list[str] = []
+    for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
+        if default is None:
+            inputs.append(argument.arg)
+        else:
+            assert argument.annotation is not None, f"{module}: {argument.arg} has no annotation"
+            hyperparameters[argument.arg] = Hyperparameter(ast.unparse(argument.annotation), ast.literal_eval(default))
+    return MethodSpec(
+        name=ast.literal_eval(call.args[0]),
+        module=module,
+        attribute=node.name,
+        arxiv=facts.get("arxiv"),
+        needs=frozenset(facts.get("needs", ())),
+        needs_if={key: frozenset(names) for key, names in (facts.get("needs_if") or {}).items()},
+        traits=frozenset(facts.get("traits", ())),
+        hyperparameters=hyperparameters,
+        inputs=tuple(inputs),
+        doc=ast.get_docstring(node) or "",
+    )
