@@ -17,6 +17,12 @@ class Score:
     parts: Mapping[str, float] = field(default_factory=dict)  # logged by name, not summed into value
     ungraded: str | None = None  # "timeout", "memory", "error", "died", "nan", ...
 
+    @property
+    def correct(self) -> bool | None:
+        """Raw correctness: what the parts named ``correct`` (or ``<function>/correct``) say together; None if there is none."""
+        verdicts = [value for name, value in self.parts.items() if name == "correct" or name.endswith("/correct")]
+        return all(value > 0 for value in verdicts) if verdicts else None
+
 
 @dataclass(frozen=True, slots=True)
 class RewardInputs:

@@ -31,6 +31,7 @@ __all__ = [
     "ScoredGroup",
     "StepTotals",
     "TokenLoss",
+    "TokenRows",
     "TrainBatch",
 ]
 
@@ -98,6 +99,21 @@ class ScoredGroup:
     def __post_init__(self) -> None:
         if len(self.completions) != len(self.scores):
             raise ValueError(f"group {self.group}: {len(self.completions)} completions but {len(self.scores)} scores")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Token ids of the B rows of a step, ragged; row i belongs to row i of the step's TrainBatch."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    completions: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.prompts) != len(self.completions):
+            raise ValueError(f"{len(self.prompts)} prompts but {len(self.completions)} completions")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
 
 
 _PER_TOKEN = ("advantages", "weights", "old_logp", "rollout_logp", "logp_now", "old_entropy", "ref_logp", "teacher_logp", "step_id")

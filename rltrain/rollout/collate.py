@@ -1,0 +1,52 @@
+"""Scored groups to the tensors of one step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rltrain.types import Completion, ScoredGroup, TokenRows, TrainBatch
+
+
+def collate(groups: Sequence[ScoredGroup]) -> tuple[TokenRows, TrainBatch]:
+    """One row per completion, in group order, padded on the right to the longest completion.
+
+    A completion that nobody could grade, or that the engine gave up on, is masked out whole: its reward is NaN, which
+    group statistics leave out. Advantages start at 0 and weights at 1. Raises ValueError on an empty step.
+    """
+    pairs = [(group, completion, score) for group in groups for completion, score in zip(group.completions, group.scores, strict=True)]
+    if not pairs:
+        raise ValueError("a step arrived without a single completion; the engine returned no groups")
+    width = max(len(completion.token_ids) for _, completion, _ in pairs)
+    trained = [score.ungraded is None and completion.finish != "aborted" for _, completion, score in pairs]
+    mask = torch.stack([_turn_mask(completion, width) for _, completion, _ in pairs]) & torch.tensor(trained)[:, None]
+    rollout_logp = torch.zeros(len(pairs), width)
+    for row, (_, completion, _) in enumerate(pairs):
+        rollout_logp[row, : len(completion.logprobs)] = torch.tensor(completion.logprobs)
+    rewards = [score.value if kept else math.nan for (_, _, score), kept in zip(pairs, trained, strict=True)]
+    batch = TrainBatch(
+        mask=mask,
+        advantages=torch.zeros(len(pairs), width),
+        weights=torch.ones(len(pairs), width),
+        rewards=torch.tensor(rewards, dtype=torch.float32),
+        group=torch.tensor([group.group for group, _, _ in pairs]),
+        arm=torch.tensor([completion.arm for _, completion, _ in pairs]),
+        version=torch.tensor([completion.version for _, completion, _ in pairs]),
+        rollout_logp=rollout_logp,
+    )
+    rows = TokenRows(
+        prompts=tuple(group.prompt.token_ids for group, _, _ in pairs),
+        completions=tuple(completion.token_ids for _, completion, _ in pairs),
+    )
+    return rows, batch
+
+
+def _turn_mask(completion: Completion, width: int) -> Tensor:
+    """(width,) bool, true on the tokens the policy wrote; lengths and turn spans decide, never token ids."""
+    mask = torch.zeros(width, dtype=torch.bool)
+    for start, stop in completion.turns or ((0, len(completion.token_ids)),):
+        mask[start:stop] = True
+    return mask

@@ -1,0 +1,69 @@
+"""Unbiased pass@k and avg@k on held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rltrain.protocols import RolloutEngine
+from rltrain.report.statistics import PassAtK, pass_at_k
+from rltrain.rollout.producer import Grader, correctness, score_groups
+from rltrain.seeds import stable_hash
+from rltrain.types import Prompt, Sampling, ScoredGroup
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation, with every completion that was graded for it."""
+
+    results: tuple[PassAtK, ...]
+    reward: float  # mean value over graded completions
+    tokens: float  # mean completion tokens
+    ungraded: int
+    groups: tuple[ScoredGroup, ...]
+
+    def metrics(self) -> dict[str, float]:
+        found = {"eval/reward": self.reward, "eval/tokens": self.tokens, "eval/ungraded": float(self.ungraded)}
+        for result in self.results:
+            found[f"eval/pass@{result.k}"] = result.value
+            found[f"eval/pass@{result.k}_low"] = result.low
+            found[f"eval/pass@{result.k}_high"] = result.high
+        return found
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Samples and grades the same held-out prompts with the same seed each time, so that evaluations are comparable."""
+
+    prompts: Sequence[Prompt]
+    grader: Grader
+    sampling: Sampling
+    k: tuple[int, ...]
+    rank: int = 0
+    ranks: int = 1
+    gather: Callable[[list[Any]], list[Any]] = list
+
+    def evaluate(self, engine: RolloutEngine, version: int) -> Evaluation:
+        """Every rank samples its share; all ranks return the same result."""
+        mine = list(self.prompts)[self.rank :: self.ranks]
+        groups = self.gather(score_groups(engine.generate(mine, self.sampling, version), self.grader))
+        return summarise(sorted(groups, key=lambda group: group.prompt.id), self.sampling.n, self.k)
+
+
+def summarise(groups: Sequence[ScoredGroup], n: int, k: tuple[int, ...]) -> Evaluation:
+    """pass@k where the rewards say what is correct; an ungraded completion counts as wrong, it showed no right answer."""
+    verdicts = [correctness(group) for group in groups]
+    known = all(right is not None for right in verdicts)
+    counts = [sum(right) for right in verdicts if right is not None]
+    scores = [score for group in groups for score in group.scores]
+    graded = [score.value for score in scores if score.ungraded is None]
+    lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
+    seed = stable_hash("bootstrap", len(groups), n)
+    return Evaluation(
+        results=tuple(pass_at_k(counts, n, one, seed=seed) for one in k) if known else (),
+        reward=sum(graded) / max(len(graded), 1),
+        tokens=sum(lengths) / len(lengths),
+        ungraded=len(scores) - len(graded),
+        groups=tuple(groups),
+    )

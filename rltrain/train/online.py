@@ -1,0 +1,165 @@
+"""The online loop: sample, grade, annotate, weigh, update, sync, report. One page, blind to which method runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from rltrain.advantage.stage import assign
+from rltrain.config.schema import Recipe
+from rltrain.learner.accelerate_learner import AccelerateLearner, NonFiniteError, UpdateStats
+from rltrain.loss.objective import Objective
+from rltrain.protocols import RolloutEngine
+from rltrain.registry import BoundMethod
+from rltrain.report.metrics import step_metrics, why_zero
+from rltrain.report.reporter import Reporter
+from rltrain.rollout.collate import collate
+from rltrain.rollout.producer import Produced, Producer
+from rltrain.train.evaluate import Evaluation, Evaluator
+from rltrain.types import TokenRows, TrainBatch
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything one online run is made of; ``build.py`` puts it together."""
+
+    recipe: Recipe
+    learner: AccelerateLearner
+    engine: RolloutEngine
+    producer: Producer
+    evaluator: Evaluator | None
+    advantage: BoundMethod
+    step_controls: tuple[BoundMethod, ...]  # statistics over the whole step
+    update_controls: tuple[BoundMethod, ...]  # statistics over one optimizer batch, with the policy as it is then
+    objective: Objective
+    annotate: frozenset[str]  # no-grad passes the recipe needs: "logp", "entropy", "ref_logp"
+    reporter: Reporter
+    export: Callable[[dict[str, float]], Path]  # writes model/ and returns where
+
+
+def train(run: Run) -> Path:
+    """Run every step of the recipe; returns the folder of the finished model. Raises NonFiniteError when the numbers are lost."""
+    learner, settings = run.learner, run.recipe
+    run.engine.load(learner.weights(), learner.version)
+    best = Scores()
+    if settings.eval.at_start:
+        best.add(evaluate(run, 0))
+    for step in range(1, settings.train.steps + 1):
+        clock = Clock()
+        produced = run.producer.next(step, learner.version)
+        with clock("annotate"):
+            rows, batch = collate(produced.groups)
+            batch = weigh(run, rows, annotated(run, rows, batch))
+        lr = learner.lr
+        with clock("update"):
+            update = learner.update(rows, batch, run.objective, adjust(run))
+        with clock("sync"):
+            run.engine.load(learner.weights(), learner.version)
+        report(run, step, produced, batch, update, lr, produced.seconds | clock.seconds)
+        if settings.eval.every and step % settings.eval.every == 0 and step < settings.train.steps:
+            best.add(evaluate(run, step))
+    best.add(evaluate(run, settings.train.steps))
+    return run.export(best.metrics())
+
+
+def annotated(run: Run, rows: TokenRows, batch: TrainBatch) -> TrainBatch:
+    """The batch with what the recipe's functions need of the learner, and nothing more."""
+    if run.recipe.rollout.trust_logp:
+        batch = batch.replace(old_logp=batch.rollout_logp)
+    notes = run.learner.annotate(rows, run.annotate) if run.annotate else {}
+    names = {"logp": "old_logp", "entropy": "old_entropy", "ref_logp": "ref_logp"}
+    return batch.replace(**{names[name]: value for name, value in notes.items()})
+
+
+def weigh(run: Run, rows: TokenRows, batch: TrainBatch) -> TrainBatch:
+    """Advantages, then the controls in the recipe's order, over the whole step."""
+    batch = assign(batch, run.advantage)
+    for control in run.step_controls:
+        batch = control(batch)
+    return batch
+
+
+def adjust(run: Run) -> Callable[[TrainBatch], TrainBatch] | None:
+    """The controls that look at the current policy, as one function of an optimizer batch; None if the recipe has none."""
+    if not run.update_controls:
+        return None
+
+    def apply(batch: TrainBatch) -> TrainBatch:
+        for control in run.update_controls:
+            batch = control(batch)
+        return batch
+
+    return apply
+
+
+def report(
+    run: Run, step: int, produced: Produced, batch: TrainBatch, update: UpdateStats, lr: float, seconds: dict[str, float]
+) -> None:
+    """One step's numbers to every sink, one line to the terminal."""
+    logp = update.logp if batch.old_logp is None or run.recipe.rollout.trust_logp else batch.old_logp
+    entropy = update.entropy if batch.old_entropy is None else batch.old_entropy
+    total = sum(seconds.values())
+    tokens = int(batch.mask.sum())
+    metrics = {
+        **step_metrics(batch, logp, entropy),
+        **update.metrics,
+        "learner/lr": lr,
+        "learner/version": run.learner.version,
+        "learner/idle_rows": update.idle_rows,
+        "learner/skipped_updates": update.skipped_updates,
+        "rollout/generated_groups": produced.generated_groups,
+        "rollout/rounds": produced.rounds,
+        **{f"time/{name}": value for name, value in seconds.items()},
+        "time/step": total,
+        "time/tokens_per_second": tokens / total,
+    }
+    note = why_zero(batch, lr) if update.metrics["learner/grad_norm"] == 0 else None
+    run.reporter.step(step, metrics, produced.groups, note)
+
+
+def evaluate(run: Run, step: int) -> Evaluation | None:
+    """Held-out pass@k with the weights as they are; None if the recipe has no held-out prompts."""
+    if run.evaluator is None:
+        return None
+    started = perf_counter()
+    result = run.evaluator.evaluate(run.engine, run.learner.version)
+    run.reporter.evaluation(step, {**result.metrics(), "time/eval": perf_counter() - started})
+    return result
+
+
+@dataclass
+class Scores:
+    """The evaluations of a run, first to last."""
+
+    all: list[Evaluation] = field(default_factory=list)
+
+    def add(self, result: Evaluation | None) -> None:
+        if result is not None:
+            self.all.append(result)
+
+    def metrics(self) -> dict[str, float]:
+        """First and last, for the model card."""
+        if not self.all:
+            return {}
+        first = {f"{name} (before)": value for name, value in self.all[0].metrics().items()}
+        return first | self.all[-1].metrics()
+
+
+class Clock:
+    """Wall-clock seconds per phase of one step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        started = perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - started
+
+
+__all__ = ["NonFiniteError", "Run", "train"]
