@@ -8,14 +8,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from reward.score import RewardInputs
+from rltrain.advantage.group import informative_groups
 from rltrain.protocols import RolloutEngine
 from rltrain.seeds import stable_hash
 from rltrain.types import Prompt, RolloutGroup, Sampling, Score, ScoredGroup
 
 
 class Grader(Protocol):
-    def score(self, inputs: Sequence[RewardInputs]) -> list[list[Score]]: ...
+    def score(self, groups: Sequence[RewardInputs]) -> list[list[Score]]: ...
 
 
 class Order(Protocol):
@@ -62,7 +65,7 @@ class Producer:
             drawn += fresh
             kept += [group for group in fresh if self.max_rounds == 1 or informative(group)]
             rounds += 1
-        groups = kept[: self.wanted] or drawn[: self.wanted]  # nothing informative: train on it anyway, the step line says why nothing moved
+        groups = kept[: self.wanted] or drawn[: self.wanted]  # nothing informative: the step line will say why nothing moved
         counts = tuple(sum(right) for group in drawn if (right := correctness(group)) is not None)
         return Produced(tuple(groups), len(drawn), rounds, counts, seconds)
 
@@ -95,6 +98,11 @@ def reward_inputs(group: RolloutGroup) -> RewardInputs:
     )
 
 
+def sample_inputs(prompt: Prompt) -> RewardInputs:
+    """What a reward function would get for an empty-handed answer: enough to find out whether it runs at all."""
+    return RewardInputs(prompt=prompt.text, completions=("0",), token_counts=(1,), finish=("stop",), columns=dict(prompt.columns))
+
+
 def correctness(group: ScoredGroup) -> list[bool] | None:
     """Raw correctness per graded completion, whatever penalties the reward adds; None if no reward function reports it."""
     graded = [score for score in group.scores if score.ungraded is None]
@@ -105,7 +113,5 @@ def correctness(group: ScoredGroup) -> list[bool] | None:
 
 def informative(group: ScoredGroup) -> bool:
     """DAPO (arXiv:2503.14476): 0 < number correct < number graded. Where nothing reports correctness, rewards that differ."""
-    right = correctness(group)
-    if right is None:
-        return len({score.value for score in group.scores if score.ungraded is None}) > 1
-    return 0 < sum(right) < len(right)
+    values = correctness(group) or [score.value for score in group.scores if score.ungraded is None]
+    return bool(informative_groups(torch.tensor(values, dtype=torch.float64), torch.zeros(len(values), dtype=torch.int64)).any())

@@ -7,15 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 from rltrain.advantage.stage import assign
 from rltrain.config.schema import Recipe
-from rltrain.learner.accelerate_learner import AccelerateLearner, NonFiniteError, UpdateStats
+from rltrain.learner.accelerate_learner import AccelerateLearner, UpdateStats
 from rltrain.loss.objective import Objective
 from rltrain.protocols import RolloutEngine
 from rltrain.registry import BoundMethod
-from rltrain.report.metrics import step_metrics, why_zero
+from rltrain.report.metrics import completion_metrics, step_metrics, why_zero
 from rltrain.report.reporter import Reporter
 from rltrain.rollout.collate import collate
 from rltrain.rollout.producer import Produced, Producer
@@ -52,14 +51,14 @@ def train(run: Run) -> Path:
         clock = Clock()
         produced = run.producer.next(step, learner.version)
         with clock("annotate"):
-            rows, batch = collate(produced.groups)
-            batch = weigh(run, rows, annotated(run, rows, batch))
+            rows, sampled = collate(produced.groups)
+            batch = weigh(run, annotated(run, rows, sampled))
         lr = learner.lr
         with clock("update"):
             update = learner.update(rows, batch, run.objective, adjust(run))
         with clock("sync"):
             run.engine.load(learner.weights(), learner.version)
-        report(run, step, produced, batch, update, lr, produced.seconds | clock.seconds)
+        report(run, step, produced, sampled, batch, update, lr, produced.seconds | clock.seconds)
         if settings.eval.every and step % settings.eval.every == 0 and step < settings.train.steps:
             best.add(evaluate(run, step))
     best.add(evaluate(run, settings.train.steps))
@@ -75,7 +74,7 @@ def annotated(run: Run, rows: TokenRows, batch: TrainBatch) -> TrainBatch:
     return batch.replace(**{names[name]: value for name, value in notes.items()})
 
 
-def weigh(run: Run, rows: TokenRows, batch: TrainBatch) -> TrainBatch:
+def weigh(run: Run, batch: TrainBatch) -> TrainBatch:
     """Advantages, then the controls in the recipe's order, over the whole step."""
     batch = assign(batch, run.advantage)
     for control in run.step_controls:
@@ -97,27 +96,37 @@ def adjust(run: Run) -> Callable[[TrainBatch], TrainBatch] | None:
 
 
 def report(
-    run: Run, step: int, produced: Produced, batch: TrainBatch, update: UpdateStats, lr: float, seconds: dict[str, float]
+    run: Run,
+    step: int,
+    produced: Produced,
+    sampled: TrainBatch,
+    batch: TrainBatch,
+    update: UpdateStats,
+    lr: float,
+    seconds: dict[str, float],
 ) -> None:
-    """One step's numbers to every sink, one line to the terminal."""
+    """One step's numbers to every sink, one line to the terminal. sampled: the batch before any control touched it."""
     logp = update.logp if batch.old_logp is None or run.recipe.rollout.trust_logp else batch.old_logp
     entropy = update.entropy if batch.old_entropy is None else batch.old_entropy
     total = sum(seconds.values())
-    tokens = int(batch.mask.sum())
+    completions = completion_metrics(produced.groups)
     metrics = {
-        **step_metrics(batch, logp, entropy),
+        **completions,
+        **step_metrics(batch, logp, entropy, sampled.mask),
         **update.metrics,
         "learner/lr": lr,
         "learner/version": run.learner.version,
         "learner/idle_rows": update.idle_rows,
+        "learner/trained_rows": update.trained_rows,
+        "learner/trained_tokens": update.trained_tokens,
         "learner/skipped_updates": update.skipped_updates,
         "rollout/generated_groups": produced.generated_groups,
         "rollout/rounds": produced.rounds,
         **{f"time/{name}": value for name, value in seconds.items()},
         "time/step": total,
-        "time/tokens_per_second": tokens / total,
+        "time/tokens_per_second": completions["rollout/tokens"] / total,
     }
-    note = why_zero(batch, lr) if update.metrics["learner/grad_norm"] == 0 else None
+    note = why_zero(batch, lr) if update.metrics["learner/grad_norm"] == 0 or lr == 0 else None
     run.reporter.step(step, metrics, produced.groups, note)
 
 
@@ -160,6 +169,3 @@ class Clock:
         started = perf_counter()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - started
-
-
-__all__ = ["NonFiniteError", "Run", "train"]
