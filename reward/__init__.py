@@ -2,6 +2,6 @@
 
 from reward.score import RewardInputs, Score, reward
 
-MODULES = ("reward.math_answer", "reward.text", "reward.length")
+MODULES = ("reward.text", "reward.length", "reward.math_answer")
 
 __all__ = ["MODULES", "RewardInputs", "Score", "reward"]

@@ -47,3 +47,14 @@ def reward(name: str, *, scope: Literal["completion", "group"] = "completion") -
         return function
 
     return declare
+
+
+def column_text(inputs: RewardInputs, column: str, reward_name: str) -> str:
+    """The row's reference answer as text. Raises ValueError where the column is missing, empty, or neither text nor a number."""
+    if column not in inputs.columns:
+        there = ", ".join(sorted(inputs.columns)) or "none"
+        raise ValueError(f"{reward_name}: the row has no column {column!r}; its columns are: {there}. Set answer_column or data.columns")
+    value = inputs.columns[column]
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+        raise ValueError(f"{reward_name}: column {column!r} must hold the reference answer as text or a number, got {value!r}")
+    return str(value)

@@ -1,0 +1,229 @@
+"""Rewards in killable processes, with limits of time and memory: a grader costs its own completion, never the run.
+
+A task is one function on one prompt's completions. When a task fails (limit, exception, death), each of its completions is graded
+alone, so that only the guilty one stays ungraded; where scores depend on one another (scope "group"), the group does.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import selectors
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+
+from reward.combine import combine, distinct
+from reward.process import Task, WorkerProcess
+from reward.resolve import RewardCall
+from reward.score import RewardInputs, Score
+from reward.worker import Reply, Setup
+
+__all__ = ["RewardCall", "RewardPool"]
+
+_POLL_SECONDS = 0.05  # a death that the socket does not show (a forked child holds it open) is seen this late
+_FAILED_STARTS = 3  # in a row
+_ERRORS_KEPT = 32
+
+Results = list[list[list[Score]]]  # [call][group][row]
+
+
+class RewardPool:
+    """Grades prompts' completions with ``calls`` in ``workers`` processes. Workers start at once and import in the background.
+
+    The first ``check`` or ``score`` waits until a worker is ready. Call ``check`` once before training.
+    seconds: wall clock of one completion's grading (a group graded together has as much, then its completions have it one by one).
+    memory_gib: address space of one worker. deadline_seconds: of one whole ``score``; beyond it TimeoutError says what was waited for.
+    What graders print is discarded. May be shared by threads; one grades at a time.
+    """
+
+    def __init__(self, calls: Sequence[RewardCall], *, workers: int, seconds: float, memory_gib: float, deadline_seconds: float) -> None:
+        if not calls:
+            raise ValueError("a reward pool needs at least one function; name one in reward.functions")
+        self._setup = Setup(tuple(dataclasses.replace(call, hp=dict(call.hp)) for call in calls), seconds, int(memory_gib * 2**30))
+        self._labels = distinct([call.label for call in calls])
+        self._weights = [call.weight for call in calls]
+        self._seconds, self._deadline_seconds = seconds, deadline_seconds
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._errors: collections.deque[tuple[str, str]] = collections.deque(maxlen=_ERRORS_KEPT)
+        self._lock = threading.Lock()
+        self._one_by_one: set[int] = set()  # calls whose groups take longer than one completion may
+        self._scopes: tuple[str, ...] = ()  # known once a worker is ready
+        self._failed_starts = 0
+        self._closed = False
+        self._selector = selectors.DefaultSelector()
+        self._workers = [self._start() for _ in range(workers)]
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Since the start: ungraded completions by reason ("timeout", "memory", "error", "died", "nan", "none"), "workers_replaced"."""
+        return dict(self._counts)
+
+    @property
+    def errors(self) -> list[tuple[str, str]]:
+        """The latest (reason, message) of completions left ungraded."""
+        return list(self._errors)
+
+    def score(self, groups: Sequence[RewardInputs]) -> list[list[Score]]:
+        """One Score per completion, groups and completions in the order given.
+
+        Raises ValueError where a grader cannot be loaded, TimeoutError after ``deadline_seconds``.
+        """
+        with self._lock:
+            results = self._grade(groups, split=True)
+        combined = [
+            [combine(self._labels, self._weights, list(scores)) for scores in zip(*by_call, strict=True)]
+            for by_call in zip(*results, strict=True)
+        ]
+        for scores in combined:
+            self._counts.update(score.ungraded.rpartition("/")[2] for score in scores if score.ungraded is not None)
+        return combined
+
+    def check(self, sample: RewardInputs) -> None:
+        """Grades one sample before training. Raises ValueError with the grader's own message where it fails or gives NaN."""
+        with self._lock:
+            self._errors.clear()
+            self._grade([sample], split=False)
+            failures = list(self._errors)
+        if failures:
+            raise ValueError(f"a reward fails on the first sample ({failures[0][0]}): {failures[0][1]}")
+
+    def close(self) -> None:
+        """Ends every worker and what it started."""
+        if not self._closed:
+            self._closed = True
+            for worker in self._workers:
+                worker.kill()
+            self._selector.close()
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _grade(self, groups: Sequence[RewardInputs], *, split: bool) -> Results:
+        if self._closed:
+            raise RuntimeError("this reward pool is closed")
+        results: Results = [[[Score(0.0)] * len(inputs.completions) for inputs in groups] for _ in self._labels]
+        waiting = collections.deque(self._tasks(groups, split))
+        slow: set[tuple[int, int]] = set()  # (call, group) that ran out of time together
+        deadline = time.monotonic() + self._deadline_seconds
+        try:
+            while waiting or any(worker.task for worker in self._workers):
+                self._hand_out(waiting)
+                for task, reply in self._finished():
+                    if reply.scores is not None:
+                        self._keep(task, reply.scores, results)
+                    elif split and self._may_be_innocent(task, reply):
+                        waiting.extend(task.split())
+                        slow |= {(task.call, task.group)} if reply.reason == "timeout" else set()
+                    else:
+                        self._fail(task, reply, results)
+                if time.monotonic() > deadline:
+                    raise TimeoutError(self._waited_for(waiting))
+        finally:
+            for worker in self._workers:
+                if worker.task is not None:
+                    self._replace(worker)
+        self._one_by_one |= {call for call, group in slow if all(score.ungraded is None for score in results[call][group])}
+        return results
+
+    def _may_be_innocent(self, task: Task, reply: Reply) -> bool:
+        """Whether completions of a failed task deserve an attempt each: the fault is another's, or whoever killed the process."""
+        return not task.alone and self._scopes[task.call] == "completion" and (len(task.rows) > 1 or reply.reason == "died")
+
+    def _tasks(self, groups: Sequence[RewardInputs], split: bool) -> Iterator[Task]:
+        for group, inputs in enumerate(groups):
+            plain = dataclasses.replace(inputs, columns=dict(inputs.columns))
+            for call in range(len(self._labels)):
+                task = Task(call, group, tuple(range(len(inputs.completions))), plain)
+                yield from task.split() if split and call in self._one_by_one else [task]
+
+    def _hand_out(self, waiting: collections.deque[Task]) -> None:
+        for worker in list(self._workers):
+            if waiting and worker.ready and worker.task is None:
+                if worker.take(waiting[0]):
+                    waiting.popleft()
+                else:
+                    self._replace(worker)
+
+    def _finished(self) -> Iterator[tuple[Task, Reply]]:
+        """What is done by now, waiting a moment for it; replaces workers that are over their limits or dead."""
+        for key, _ in self._selector.select(_POLL_SECONDS):
+            yield from self._replied(key.data)
+        for worker in list(self._workers):
+            late = worker.seconds_busy() > self._seconds
+            if not late and not worker.has_died():
+                continue
+            yield from self._replied(worker)  # it may have finished before we looked
+            if worker not in self._workers or (late and worker.task is None):
+                continue
+            task, end = worker.task, self._replace(worker)
+            if late and task is not None:
+                yield task, Reply(reason="timeout", message=f"took more than reward.seconds = {self._seconds:g} s")
+            elif task is not None:
+                yield task, Reply(reason="died", message=f"the process that ran it is gone ({end})")
+            else:
+                self._count_failed_start(worker, end)
+
+    def _replied(self, worker: WorkerProcess) -> Iterator[tuple[Task, Reply]]:
+        reply = worker.receive()
+        if reply is None:
+            return
+        if not worker.ready:
+            if reply.reason:
+                raise ValueError(reply.message)
+            worker.ready, self._scopes, self._failed_starts = True, reply.scopes, 0
+            return
+        task, worker.task = worker.task, None
+        assert task is not None
+        if reply.reason == "memory":
+            self._replace(worker)  # its heap is full of what the grader left
+        yield task, reply
+
+    def _keep(self, task: Task, scores: list[Score], results: Results) -> None:
+        for row, score, completion in zip(task.rows, scores, task.inputs.completions, strict=True):
+            results[task.call][task.group][row] = score
+            if score.ungraded == "nan":
+                self._errors.append(("nan", f"{self._labels[task.call]} gave NaN or infinity on {completion[:80]!r}"))
+
+    def _fail(self, task: Task, reply: Reply, results: Results) -> None:
+        self._errors.append((reply.reason, f"{self._labels[task.call]} on {task.inputs.completions[0][:80]!r}: {reply.message}"))
+        for row in task.rows:
+            results[task.call][task.group][row] = Score(0.0, ungraded=reply.reason)
+
+    def _start(self) -> WorkerProcess:
+        worker = WorkerProcess(self._setup)
+        self._selector.register(worker.socket, selectors.EVENT_READ, worker)
+        return worker
+
+    def _replace(self, worker: WorkerProcess) -> str:
+        """A new worker in its place; how the old one ended."""
+        self._selector.unregister(worker.socket)
+        end = worker.kill()
+        self._workers[self._workers.index(worker)] = self._start()
+        self._counts["workers_replaced"] += 1
+        return end
+
+    def _count_failed_start(self, worker: WorkerProcess, end: str) -> None:
+        self._failed_starts += not worker.ready
+        if self._failed_starts >= _FAILED_STARTS:
+            raise RuntimeError(
+                f"reward workers die while they import {', '.join(self._labels)} ({end}); raise reward.memory_gib or run one by hand"
+            )
+
+    def _waited_for(self, waiting: Sequence[Task]) -> str:
+        busy = [
+            f"{self._labels[worker.task.call]} on prompt {worker.task.inputs.prompt[:60]!r} "
+            f"for {worker.seconds_busy():.1f} s in process {worker.process.pid}"
+            for worker in self._workers
+            if worker.task is not None
+        ]
+        starting = sum(not worker.ready for worker in self._workers)
+        return (
+            f"rewards were not ready after {self._deadline_seconds:g} s: {len(waiting)} tasks not begun, "
+            f"{starting} workers still starting, running: {'; '.join(busy) or 'none'}. "
+            "Raise train.deadline_seconds or reward.workers, or make the grader faster"
+        )

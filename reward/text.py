@@ -1,0 +1,126 @@
+r"""Rewards that compare strings: exact match, a multiple-choice letter, a required format."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Literal
+
+from reward.answer_text import answer_part, last_box
+from reward.score import RewardInputs, Score, column_text, reward
+
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?")
+_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
+
+
+@reward("exact")
+def exact(
+    inputs: RewardInputs,
+    *,
+    answer_column: str = "answer",
+    ignore_case: bool = False,
+    numbers: bool = False,
+    correct: float = 1.0,
+    wrong: float = 0.0,
+) -> list[Score]:
+    """``correct`` where the stripped completion is the stripped reference answer.
+
+    numbers: compare as numbers where both are plain ones, so that "1,000.0" is "1000".
+    Raises ValueError where the answer column is missing.
+    """
+    gold = _comparable(column_text(inputs, answer_column, "exact"), ignore_case, numbers)
+    rights = [_comparable(completion, ignore_case, numbers) == gold for completion in inputs.completions]
+    return [Score(correct if right else wrong, {"correct": float(right)}) for right in rights]
+
+
+@reward("choice")
+def choice(
+    inputs: RewardInputs, *, answer_column: str = "answer", letters: str = "ABCD", correct: float = 1.0, wrong: float = 0.0
+) -> list[Score]:
+    r"""``correct`` where the chosen letter is the reference's ("B", "(B)" or "B."); ``parts["answered"]`` says whether one was chosen.
+
+    Looked for in this order: the last box, the last "answer is (B)" or "Answer: B", a completion or last line that is a letter
+    ("B", "(B)", "B. Paris"), the last letter in parentheses. Letters count as written: "the answer is a cat" chooses nothing.
+    Raises ValueError where the column is missing or holds no letter of ``letters``.
+    """
+    raw = column_text(inputs, answer_column, "choice")
+    gold = re.fullmatch(rf"\(?([{re.escape(letters)}])[).:]*", raw.strip())
+    if gold is None:
+        raise ValueError(
+            f"choice: column {answer_column!r} must hold one of the letters {letters}, got {raw!r}; set letters or answer_column"
+        )
+    chosen = [chosen_letter(completion, letters) for completion in inputs.completions]
+    return [
+        Score(correct if letter == gold[1] else wrong, {"correct": float(letter == gold[1]), "answered": float(letter is not None)})
+        for letter in chosen
+    ]
+
+
+@reward("format")
+def answer_format(
+    inputs: RewardInputs,
+    *,
+    regex: str | None = None,
+    match: Literal["full", "search"] = "full",
+    tags: list[str] | None = None,
+    correct: float = 1.0,
+    wrong: float = 0.0,
+) -> list[Score]:
+    """``correct`` where the completion has the required form.
+
+    regex: Python's syntax, the dot matches newlines; ``match`` "full" covers the stripped completion, "search" any part of it.
+    tags: e.g. [think, answer]: <think>...</think> then <answer>...</answer>, in this order, each exactly once.
+    Raises ValueError where neither is given or the expression is none.
+    """
+    if regex is None and not tags:
+        raise ValueError("format: nothing is required; set regex, tags (for example [think, answer]) or both")
+    pattern = _compiled(regex) if regex is not None else None
+    rights = [
+        (pattern is None or _matches(pattern, completion, match)) and (not tags or has_tags(completion, tags))
+        for completion in inputs.completions
+    ]
+    return [Score(correct if right else wrong, {"well_formed": float(right)}) for right in rights]
+
+
+def chosen_letter(completion: str, letters: str) -> str | None:
+    """The letter a completion settles on; None without one. The order of places is in ``choice``."""
+    one = rf"\(?\s*([{re.escape(letters)}])\s*\)?"
+    text = _TEXT_COMMAND.sub(r"\1", answer_part(completion)).replace("**", "").replace("$", "")
+    box = last_box(text)
+    if box is not None:
+        boxed = re.match(rf"\s*{one}(?![\w'])", box)
+        return boxed[1] if boxed else None
+    said = re.findall(rf"(?i:answer)\s*(?i:is|:|is:)\s*(?i:option\s+|choice\s+)?{one}(?![\w'])(?!\s+[a-z])", text)
+    if said:
+        return said[-1]
+    for line in (text.strip(), text.strip().rpartition("\n")[2]):
+        alone = re.match(rf"{one}(?:$|\s*[.):](?:\s|$))", line)
+        if alone:
+            return alone[1]
+    bracketed = re.findall(rf"\(([{re.escape(letters)}])\)", text)
+    return bracketed[-1] if bracketed else None
+
+
+def has_tags(text: str, tags: list[str]) -> bool:
+    """Whether each tag opens once and closes once, one pair after the other in the order given."""
+    marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
+    places = [text.find(mark) for mark in marks]
+    return all(text.count(mark) == 1 for mark in marks) and places == sorted(places)
+
+
+def _comparable(text: str, ignore_case: bool, numbers: bool) -> str | Decimal:
+    stripped = text.strip()
+    if numbers and _NUMBER.fullmatch(stripped) and any(character.isdigit() for character in stripped):
+        return Decimal(stripped.replace(",", ""))
+    return stripped.casefold() if ignore_case else stripped
+
+
+def _compiled(regex: str) -> re.Pattern[str]:
+    try:
+        return re.compile(regex, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"format: {regex!r} is not a regular expression: {error}") from error
+
+
+def _matches(pattern: re.Pattern[str], completion: str, match: Literal["full", "search"]) -> bool:
+    return (pattern.fullmatch(completion.strip()) if match == "full" else pattern.search(completion)) is not None

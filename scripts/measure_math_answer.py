@@ -1,0 +1,40 @@
+"""Agreement of math_answer with labelled answers: python scripts/measure_math_answer.py labels.jsonl [--show]"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+from reward.math_answer import math_answer, warm_up
+from reward.score import RewardInputs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("labels", type=Path, help="one JSON object per line: gold, prediction, correct (bool)")
+    parser.add_argument("--show", action="store_true", help="print every disagreement")
+    options = parser.parse_args()
+    rows = [json.loads(line) for line in options.labels.read_text(encoding="utf-8").splitlines() if line.strip()]
+    warm_up()
+    outcomes, seconds = {"agree": 0, "false positive": 0, "false negative": 0, "ungraded": 0}, []
+    for row in rows:
+        started = time.perf_counter()
+        inputs = RewardInputs("", (row["prediction"],), (1,), ("stop",), {"answer": row["gold"]})
+        (score,) = math_answer(inputs)
+        seconds.append(time.perf_counter() - started)
+        right = score.parts.get("correct") == 1.0
+        kind = "agree" if right == row["correct"] else "false positive" if right else "false negative"
+        outcomes[kind] += 1
+        outcomes["ungraded"] += score.ungraded is not None
+        if options.show and kind != "agree":
+            print(f"{kind}: {row.get('id', '')} gold {row['gold'][-90:]!r} prediction {row['prediction'][-130:]!r}")
+    share = outcomes["agree"] / len(rows)
+    print(f"{outcomes['agree']} of {len(rows)} agree ({share:.1%}); " + ", ".join(f"{k} {v}" for k, v in outcomes.items() if k != "agree"))
+    print(f"median {statistics.median(seconds) * 1e3:.2f} ms, mean {statistics.fmean(seconds) * 1e3:.2f} ms, longest {max(seconds):.2f} s")
+
+
+if __name__ == "__main__":
+    main()

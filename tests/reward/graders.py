@@ -1,0 +1,92 @@
+"""Graders that misbehave on the completion that names the misbehaviour, and score every other with its length."""
+
+import os
+import signal
+import sys
+import time
+
+from reward.score import RewardInputs, Score, reward
+
+
+def misbehave(completion: str) -> float | str | None:  # noqa: C901  a table
+    match completion:
+        case "loop":
+            while True:
+                pass
+        case "deaf":  # ignores SIGTERM and sleeps
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(1000)
+        case "grow":
+            heap = []
+            while True:
+                heap.append(bytearray(256 << 20))
+        case "raise":
+            raise KeyError("no such thing")
+        case "sys.exit":
+            sys.exit(3)
+        case "os._exit":
+            os._exit(3)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "nan":
+            return float("nan")
+        case "infinity":
+            return float("-inf")
+        case "none":
+            return None
+        case "string":
+            return "1.0"
+        case "shout":
+            sys.stdout.write("x" * (8 << 20))
+            os.write(2, b"y" * (1 << 20))
+    return float(len(completion))
+
+
+def alone(inputs: RewardInputs):
+    return [misbehave(completion) for completion in inputs.completions]
+
+
+@reward("together", scope="group")
+def together(inputs: RewardInputs):
+    return [misbehave(completion) for completion in inputs.completions]
+
+
+def too_few(inputs: RewardInputs):
+    return [1.0 for completion in inputs.completions if completion != "swallow"]
+
+
+def forks(inputs: RewardInputs, *, log: str = ""):
+    """The child lingers, the parent goes on; with "return" the child runs into the worker's own loop."""
+    if os.fork() == 0 and "return" not in inputs.completions:
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(1000)
+    if "then loop" in inputs.completions:
+        time.sleep(1000)
+    return [1.0] * len(inputs.completions)
+
+
+def slow(inputs: RewardInputs):
+    """0.3 s for each completion."""
+    time.sleep(0.3 * len(inputs.completions))
+    return [Score(1.0, {"correct": 1.0})] * len(inputs.completions)
+
+
+def modules(inputs: RewardInputs):
+    return [float("torch" in sys.modules or "rltrain" in sys.modules)] * len(inputs.completions)
+
+
+def trl_form(completions, prompts, answer, **columns):
+    assert prompts == ["p"] * len(completions) and columns["level"] == [2] * len(completions)
+    return [1.0 if completion == gold else None for completion, gold in zip(completions, answer, strict=True)]
+
+
+def scaled(inputs: RewardInputs, *, scale: float):
+    return [scale] * len(inputs.completions)
+
+
+def no_form(one, two):
+    return []
+
+
+NOT_A_FUNCTION = 3

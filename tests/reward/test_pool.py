@@ -1,0 +1,183 @@
+"""A grader that misbehaves costs its own completion, never the run."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from reward.pool import RewardCall, RewardPool
+from reward.score import RewardInputs, Score
+
+GRADERS = Path(__file__).with_name("graders.py")
+
+
+def inputs(*completions: str, prompt: str = "p", **columns: object) -> RewardInputs:
+    count = len(completions)
+    return RewardInputs(prompt, completions, (1,) * count, ("stop",) * count, columns)
+
+
+def pool_of(*names: str, seconds: float = 0.7, deadline: float = 30.0, workers: int = 2, memory: float = 0.4, hp: dict | None = None):
+    calls = [
+        RewardCall(name if ".py" in name or name in ("math_answer", "length") else f"{GRADERS}:{name}", 1.0, hp or {}) for name in names
+    ]
+    return RewardPool(calls, workers=workers, seconds=seconds, memory_gib=memory, deadline_seconds=deadline)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with pool_of("alone") as shared:
+        yield shared
+
+
+@pytest.mark.parametrize(
+    ("planted", "reason"),
+    [
+        ("loop", "timeout"),
+        ("deaf", "timeout"),
+        ("grow", "memory"),
+        ("raise", "error"),
+        ("sys.exit", "error"),
+        ("string", "error"),
+        ("os._exit", "died"),
+        ("kill", "died"),
+        ("nan", "nan"),
+        ("infinity", "nan"),
+        ("none", "none"),
+    ],
+)
+def test_a_misbehaving_grader_costs_exactly_its_own_completion(pool, planted, reason):
+    before = pool.counts.get(reason, 0)
+    ((first, guilty, last), (other,)) = pool.score([inputs("ab", planted, "abcd"), inputs("abc")])
+    assert (first, last, other) == (Score(2.0, {"alone": 2.0}), Score(4.0, {"alone": 4.0}), Score(3.0, {"alone": 3.0}))
+    assert guilty == Score(0.0, ungraded=reason)
+    assert pool.counts[reason] == before + 1
+    assert pool.score([inputs("abcde")])[0][0].value == 5.0  # and it still works
+
+
+def test_every_misbehaviour_at_once_leaves_the_others_graded_in_order():
+    planted = ["raise", "kill", "grow", "nan", "os._exit"]
+    groups = [inputs("x" * (n + 1), planted[n % 5], "y" * n, prompt=str(n)) for n in range(10)]
+    with pool_of("alone", seconds=10) as pool:
+        scores, errors = pool.score(groups), pool.errors
+    assert [[score.value for score in group] for group in scores] == [[n + 1.0, 0.0, float(n)] for n in range(10)]
+    assert [group[1].ungraded for group in scores] == ["error", "died", "memory", "nan", "died"] * 2
+    assert any(reason == "error" and "KeyError: 'no such thing'" in message for reason, message in errors)
+
+
+def test_what_a_grader_prints_neither_blocks_nor_harms(pool):
+    assert [score.value for score in pool.score([inputs("shout", "a")])[0]] == [5.0, 1.0]
+
+
+def test_a_worker_killed_from_outside_while_idle_is_replaced_without_loss(pool):
+    pool.score([inputs("a")])
+    for worker in pool._workers:
+        os.kill(worker.process.pid, 9)
+    assert [group[0].value for group in pool.score([inputs("a"), inputs("ab"), inputs("abc")])] == [1.0, 2.0, 3.0]
+
+
+def test_a_group_scoped_reward_loses_its_group_and_no_other():
+    with pool_of("together", workers=1) as pool:
+        bad, good = pool.score([inputs("ab", "raise"), inputs("ab")])
+    assert [score.ungraded for score in bad] == ["error", "error"] and good == [Score(2.0, {"together": 2.0})]
+    assert pool.counts == {"error": 2}
+
+
+def test_a_wrong_number_of_scores_is_an_error_with_both_numbers():
+    with pool_of("too_few", workers=1) as pool:
+        (scores,) = pool.score([inputs("a", "swallow")])
+    assert [score.ungraded for score in scores] == [None, "error"]
+    assert "returned 0 scores for 1 completions" in pool.errors[0][1]
+
+
+def test_a_group_may_take_longer_than_one_completion_may():
+    # 0.3 s each: four together take 1.2 s, over the limit of 0.7 s, one alone does not; the second step does not try together again
+    with pool_of("slow", workers=1) as pool:
+        pool.score([inputs("a")])
+        assert [score.value for score in pool.score([inputs(*"abcd")])[0]] == [1.0] * 4
+        replaced = pool.counts["workers_replaced"]
+        assert [score.value for score in pool.score([inputs(*"abcd")])[0]] == [1.0] * 4
+        assert pool.counts["workers_replaced"] == replaced == 1 and "timeout" not in pool.counts
+
+
+def test_a_lingering_child_dies_with_its_worker(tmp_path):
+    log = tmp_path / "children"
+    with pool_of("forks", workers=1, hp={"log": str(log)}) as pool:
+        assert [score.ungraded for score in pool.score([inputs("a"), inputs("then loop")])[0:2][1]] == ["timeout"]
+        assert pool.score([inputs("return")])[0][0].value == 1.0
+        assert pool.score([inputs("return")])[0][0].value == 1.0  # a child that returned into the loop has not answered twice
+    children = [int(line) for line in log.read_text().split()]
+    assert len(children) == 2
+    gone = time.monotonic() + 5
+    while any(alive(child) for child in children) and time.monotonic() < gone:
+        time.sleep(0.02)
+    assert not any(alive(child) for child in children)
+
+
+def alive(process: int) -> bool:
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_the_deadline_names_what_was_waited_for_and_leaves_a_working_pool():
+    with pool_of("alone", seconds=20, deadline=1.5, workers=1) as pool:
+        pool.score([inputs("a")])
+        with pytest.raises(TimeoutError, match=r"1 tasks not begun.*alone on prompt 'why\?' for 1\.\d s in process \d+"):
+            pool.score([inputs("loop", prompt="why?"), inputs("a")])
+        assert pool.score([inputs("ab")])[0][0].value == 2.0
+
+
+def test_workers_import_neither_torch_nor_rltrain():
+    import torch  # noqa: F401  the trainer has it
+
+    with pool_of("modules", workers=1) as pool:
+        assert pool.score([inputs("a")])[0][0].value == 0.0
+
+
+def test_several_functions_are_summed_by_weight_and_fail_together():
+    calls = [
+        RewardCall("math_answer", 2.0, {}),
+        RewardCall("length", 0.5, {"max_tokens": 4, "buffer_tokens": 4}),
+        RewardCall("length", 1.0, {"max_tokens": 4, "buffer_tokens": 2}),
+    ]
+    with RewardPool(calls, workers=1, seconds=5, memory_gib=2, deadline_seconds=60) as pool:
+        (score,) = pool.score([RewardInputs("p", ("7",), (3,), ("stop",), {"answer": "7"})])[0]
+    # 3 tokens of 4: buffer 4 gives -3/4, buffer 2 gives -1/2; 2 * 1 - 0.5 * 0.75 - 1 * 0.5
+    assert score.value == pytest.approx(2 * 1 - 0.5 * 0.75 - 0.5)
+    assert score.parts["correct"] == 1.0 and score.parts["length"] == -0.75 and score.parts["length#2"] == -0.5
+
+
+def test_arithmetic_that_no_signal_interrupts_costs_only_its_completion():
+    # 9^(9^9) has 370 million digits and is one C call: a signal handler would wait for it, killing the process does not
+    with pool_of("math_answer", workers=1, seconds=1.0, memory=2) as pool:
+        pool.check(inputs("7", answer="7"))
+        (scores,) = pool.score([inputs("7", "8", "$9^{9^{9^{9}}} - 9^{9^{9}}$", "\\boxed{7}", answer="7")])
+    assert [score.value for score in scores] == [1.0, 0.0, 0.0, 1.0]
+    assert scores[2].ungraded in ("timeout", "memory") and [score.ungraded for score in scores].count(None) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "sample", "said"),
+    [
+        ("alone", inputs("raise"), "KeyError: 'no such thing'"),
+        ("alone", inputs("nan"), "NaN or infinity"),
+        ("math_answer", inputs("1", solution="1"), "no column 'answer'; its columns are: solution"),
+        ("nowhere/file.py:f", inputs("1"), "there is no file"),
+    ],
+)
+def test_check_raises_before_training_with_the_graders_own_words(name, sample, said):
+    with pool_of(name, workers=1) as pool, pytest.raises(ValueError, match=said):
+        pool.check(sample)
+
+
+def test_a_limit_too_small_to_import_anything_says_so():
+    with pool_of("alone", workers=1, memory=0.01) as pool, pytest.raises((ValueError, RuntimeError), match="memory_gib"):
+        pool.score([inputs("a")])
+
+
+def test_a_closed_pool_refuses():
+    pool = pool_of("alone", workers=1)
+    pool.close()
+    pool.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.score([inputs("a")])
