@@ -3,7 +3,8 @@
 A method is a function (or a controller class) below a ``@method("name", ...)`` decorator. A registry lists its modules and
 reads their declarations from source, so that recipes are validated without importing torch; ``bind`` imports the one module
 it needs. Keyword-only parameters with a default are hyperparameters, and the signature is the only place a default lives.
-Keyword-only parameters without a default are tensors that the caller supplies; they are named in ``needs``.
+Keyword-only parameters without a default, and those of type ``Tensor | None``, are inputs that the caller supplies; they are
+named in ``needs`` or ``needs_if``.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ def method(
     needs: frozenset[str] | set[str] = frozenset(),
     needs_if: Mapping[str, set[str]] | None = None,
     traits: set[str] = frozenset(),  # type: ignore[assignment]
+    refuses: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Callable[[F], F]:
     """Declare a method. All arguments must be literals: they are read from source.
 
     needs: what the learner must compute for it ("old_logp", "ref_logp", "old_entropy", "logp_now", "entropy_grad", ...).
     needs_if: the same, only where the named hyperparameter is neither 0 nor None.
     traits: facts that ``config/check.py`` reasons about ("owns_clipping", "off_policy_only", "sequence_level", ...).
+    refuses: by hyperparameter, values that people try and that must not be used, with the reason the error then gives.
     """
-    del name, arxiv, needs, needs_if, traits
+    del name, arxiv, needs, needs_if, traits, refuses
     return lambda function: function
 
 
@@ -59,7 +62,8 @@ class MethodSpec:
     needs_if: Mapping[str, frozenset[str]]
     traits: frozenset[str]
     hyperparameters: Mapping[str, Hyperparameter]
-    inputs: tuple[str, ...]  # keyword-only tensors without a default
+    inputs: tuple[str, ...]  # keyword-only tensors
+    refuses: Mapping[str, Mapping[str, str]]
     doc: str
 
     def needs_with(self, hp: Mapping[str, Any]) -> frozenset[str]:
@@ -123,8 +127,9 @@ class Registry:
             try:
                 _adapter(annotation).validate_python(value)
             except ValidationError as error:
+                reason = spec.refuses.get(key, {}).get(str(value), error.errors()[0]["msg"])
                 raise ValueError(
-                    f"{self.kind} {name!r}: {key} must be {annotation}, got {value!r} ({type(value).__name__}): {error.errors()[0]['msg']}"
+                    f"{self.kind} {name!r}: {key} must be {annotation}, got {value!r} ({type(value).__name__}): {reason}"
                 ) from error
         return spec
 
@@ -167,7 +172,8 @@ def _read_declarations(module: str, decorator: str) -> list[MethodSpec]:
 
 
 def _spec_of(node: ast.FunctionDef | ast.ClassDef, call: ast.Call, module: str) -> MethodSpec:
-    facts = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    facts: dict[str | None, Any] = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    needs_if: dict[str, set[str]] = facts.get("needs_if") or {}
     function = node
     if isinstance(node, ast.ClassDef):
         function = next(item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__")
@@ -175,10 +181,10 @@ def _spec_of(node: ast.FunctionDef | ast.ClassDef, call: ast.Call, module: str) 
     hyperparameters: dict[str, Hyperparameter] = {}
     inputs: list[str] = []
     for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
-        if default is None:
+        assert argument.annotation is not None, f"{module}: {argument.arg} has no annotation"
+        if default is None or ast.unparse(argument.annotation) == "Tensor | None":
             inputs.append(argument.arg)
         else:
-            assert argument.annotation is not None, f"{module}: {argument.arg} has no annotation"
             hyperparameters[argument.arg] = Hyperparameter(ast.unparse(argument.annotation), ast.literal_eval(default))
     return MethodSpec(
         name=ast.literal_eval(call.args[0]),
@@ -186,9 +192,10 @@ def _spec_of(node: ast.FunctionDef | ast.ClassDef, call: ast.Call, module: str) 
         attribute=node.name,
         arxiv=facts.get("arxiv"),
         needs=frozenset(facts.get("needs", ())),
-        needs_if={key: frozenset(names) for key, names in (facts.get("needs_if") or {}).items()},
+        needs_if={key: frozenset(names) for key, names in needs_if.items()},
         traits=frozenset(facts.get("traits", ())),
         hyperparameters=hyperparameters,
         inputs=tuple(inputs),
+        refuses=facts.get("refuses") or {},
         doc=ast.get_docstring(node) or "",
     )

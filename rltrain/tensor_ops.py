@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from torch import Tensor
+
+from rltrain.seeds import stable_hash
+
+
+def masked(values: Tensor, mask: Tensor) -> Tensor:
+    """``values`` where ``mask``, 0 elsewhere. What stands elsewhere (NaN included) reaches neither the value nor the gradient."""
+    return torch.where(mask.bool(), values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Sum of ``values`` where ``mask``; what stands elsewhere (NaN included) contributes nothing."""
-    kept = torch.where(mask.bool(), values, torch.zeros((), dtype=values.dtype, device=values.device))
+    kept = masked(values, mask)
     return kept.sum() if dim is None else kept.sum(dim)
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Mean over ``mask``; 0 where nothing is masked in."""
-    count = mask.sum() if dim is None else mask.sum(dim)
+    count = mask.bool().sum() if dim is None else mask.bool().sum(dim)
     return masked_sum(values, mask, dim) / count.clamp(min=1).to(values.dtype)
 
 
@@ -30,25 +40,66 @@ def masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
 
 
 def segment_mean(values: Tensor, segment: Tensor) -> Tensor:
-    """(B,) mean of ``values (B,)`` over the rows that share ``segment (B,)``, at every row."""
-    total, count, inverse = _segment_sums(values, segment)
-    return (total / count)[inverse]
+    """(B,) mean of ``values (B,)`` over the rows that share ``segment (B,)``, at every row.
+
+    Taken from the segment's minimum upwards, so that rows which are all equal have exactly their own value as mean: three
+    rewards of 0.1 summed and divided by 3 would leave 1e-17, and a standard deviation of the same size to divide it by.
+    """
+    inverse, count = _segments(segment)
+    start = torch.full(count.shape, torch.inf, dtype=values.dtype, device=values.device)
+    low = start.scatter_reduce(0, inverse, values, "amin")[inverse]
+    total = _segment_sum(values - low, inverse, count)
+    return low + (total / count)[inverse]
 
 
 def segment_count(segment: Tensor) -> Tensor:
     """(B,) int64 number of rows that share each row's ``segment (B,)``."""
-    _, inverse, count = torch.unique(segment, return_inverse=True, return_counts=True)
+    inverse, count = _segments(segment)
     return count[inverse]
 
 
 def segment_std(values: Tensor, segment: Tensor, ddof: int = 1) -> Tensor:
     """(B,) standard deviation of ``values (B,)`` within each ``segment (B,)``, at every row; 0 for one row with ddof 1."""
-    centred = values - segment_mean(values, segment)
-    total, count, inverse = _segment_sums(centred.square(), segment)
+    inverse, count = _segments(segment)
+    total = _segment_sum((values - segment_mean(values, segment)).square(), inverse, count)
     return (total / (count - ddof).clamp(min=1)).sqrt()[inverse]
 
 
-def _segment_sums(values: Tensor, segment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    _, inverse, count = torch.unique(segment, return_inverse=True, return_counts=True)
-    total = torch.zeros(count.shape[0], dtype=values.dtype, device=values.device).index_add(0, inverse, values)
-    return total, count.to(values.dtype), inverse
+def _segments(segment: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) position of each row's segment among the distinct ones, and (S,) rows in each."""
+    unique = cast(Callable[..., tuple[Tensor, Tensor, Tensor]], torch.unique)  # pyright: ignore[reportUnknownMemberType]
+    _, inverse, count = unique(segment, return_inverse=True, return_counts=True)
+    return inverse, count
+
+
+def _segment_sum(values: Tensor, inverse: Tensor, count: Tensor) -> Tensor:
+    return torch.zeros(count.shape[0], dtype=values.dtype, device=values.device).index_add(0, inverse, values)
+
+
+def weight_fingerprint(name: str, weight: Tensor) -> float:
+    """One float64 number for a weight that differs when the weight does: u.y + 8|y| with y = W v, u and v fixed random signs.
+
+    ``weight`` is (out, in), or (out,) for a bias or scale, where y is the weight itself; further dimensions count as columns.
+    The projection u.y moves with any small change, the norm keeps the number away from 0, so that relative comparison works.
+    """
+    if weight.ndim < 2:
+        return product_fingerprint(name, weight)
+    matrix, signs = weight.flatten(1), fingerprint_input(name, weight.flatten(1).shape[1], weight.device)
+    rows = max(1, (1 << 24) // matrix.shape[1])  # float64 copies of at most 128 MiB
+    return product_fingerprint(name, torch.cat([part.double() @ signs for part in matrix.split(rows)]))
+
+
+def fingerprint_input(name: str, columns: int, device: torch.device) -> Tensor:
+    """(columns,) float64 random signs v of the weight called ``name``; exact in every floating-point type."""
+    return _signs(stable_hash(name, "in", columns), columns).to(device)
+
+
+def product_fingerprint(name: str, product: Tensor) -> float:
+    """The fingerprint from ``product (out,)`` = W v, for engines that can run a layer but not read its packed weight."""
+    product = product.double()
+    signs = _signs(stable_hash(name, "out", product.shape[0]), product.shape[0]).to(product.device)
+    return float(signs @ product + 8 * product.norm())
+
+
+def _signs(seed: int, size: int) -> Tensor:
+    return torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1

@@ -18,16 +18,13 @@ class Section(BaseModel):
 class MethodRef(BaseModel):
     """A method by name, its hyperparameters beside it. A bare string is a name without hyperparameters."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     name: str
 
     @property
     def hp(self) -> dict[str, Any]:
-        return {key: value for key, value in (self.model_extra or {}).items() if key not in _NOT_HYPERPARAMETERS}
-
-
-_NOT_HYPERPARAMETERS = frozenset({"weight", "coefficient"})
+        return dict(self.model_extra or {})
 
 
 class RewardRef(MethodRef):
@@ -76,22 +73,22 @@ class Data(Section):
     system: str | None = None  # system message put before the prompt
     prompt_template: str = "{prompt}"  # wraps text prompts
     chat_template: Literal["auto", "none"] = "auto"  # auto: the tokenizer's, where it has one
-    max_prompt_tokens: int = Field(1024, ge=1)  # longer prompts are dropped and counted
-    max_prompts: int | None = Field(None, ge=1)  # the first so many after shuffling
+    max_prompt_tokens: int = Field(default=1024, ge=1)  # longer prompts are dropped and counted
+    max_prompts: int | None = Field(default=None, ge=1)  # the first so many after shuffling
     options: dict[str, Any] = {}  # of a built-in task, e.g. {digits: 2}
 
 
 class DynamicSampling(Section):
     """DAPO: groups whose raw correctness is all equal are replaced, with bounded effort."""
 
-    max_rounds: int = Field(3, ge=1)  # generation rounds per step, the first included
+    max_rounds: int = Field(default=3, ge=1)  # generation rounds per step, the first included
 
 
 class Vllm(Section):
-    gpu_memory_utilization: float = Field(0.45, gt=0, le=1)
-    tensor_parallel: int = Field(1, ge=1)
-    kv_cache_gib: float = Field(1.0, gt=0)  # on CPU
-    max_num_seqs: int = Field(256, ge=1)
+    gpu_memory_utilization: float = Field(default=0.45, gt=0, le=1)
+    tensor_parallel: int = Field(default=1, ge=1)
+    kv_cache_gib: float = Field(default=1.0, gt=0)  # on CPU
+    max_num_seqs: int = Field(default=256, ge=1)
     enforce_eager: bool = False
 
 
@@ -99,9 +96,9 @@ class Rollout(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
     prompts: int = Field(ge=1)  # per step, all ranks
     n: int = Field(ge=1)  # completions per prompt
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     max_tokens: int = Field(ge=1)  # per completion
-    max_rows: int = Field(256, ge=1)  # rows the transformers engine decodes at once
+    max_rows: int = Field(default=256, ge=1)  # rows the transformers engine decodes at once
     trust_logp: bool = False  # take the engine's log-probs as old_logp
     dynamic_sampling: DynamicSampling | None = None
     vllm: Vllm = Vllm()
@@ -109,9 +106,9 @@ class Rollout(Section):
 
 class RewardStage(Section):
     functions: tuple[Reward, ...] = Field(min_length=1)  # the score is the weighted sum
-    workers: int = Field(2, ge=1)  # processes
-    seconds: float = Field(10.0, gt=0)  # wall-clock limit of one completion's grading
-    memory_gib: float = Field(4.0, gt=0)  # address-space limit of one worker
+    workers: int = Field(default=2, ge=1)  # processes
+    seconds: float = Field(default=10.0, gt=0)  # wall-clock limit of one completion's grading
+    memory_gib: float = Field(default=4.0, gt=0)  # address-space limit of one worker
 
 
 class Loss(Section):
@@ -123,49 +120,49 @@ class Loss(Section):
 class Optimizer(Section):
     lr: float = Field(ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)  # optimizer updates
-    max_grad_norm: float = Field(1.0, gt=0)
+    warmup_steps: int = Field(default=0, ge=0)  # optimizer updates
+    max_grad_norm: float = Field(default=1.0, gt=0)
 
 
 class Learner(Section):
     optimizer: Optimizer
-    updates: int = Field(1, ge=1)  # optimizer updates per pass over a step's completions
-    epochs: int = Field(1, ge=1)  # passes over a step's completions
-    tokens_per_micro_batch: int = Field(16384, ge=1)  # prompt + completion tokens, padding included
+    updates: int = Field(default=1, ge=1)  # optimizer updates per pass over a step's completions
+    epochs: int = Field(default=1, ge=1)  # passes over a step's completions
+    tokens_per_micro_batch: int = Field(default=16384, ge=1)  # prompt + completion tokens, padding included
     layout: Literal["auto", "padded", "packed"] = "auto"  # auto: packed where the attention kernel knows variable lengths
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on CPU, bfloat16 autocast on GPU
     gradient_checkpointing: bool = False
-    head_chunk: int = Field(256, ge=1)  # tokens whose logits exist at once
+    head_chunk: int = Field(default=256, ge=1)  # tokens whose logits exist at once
     skip_idle_rows: bool = True  # rows that cannot contribute skip the gradient pass (same gradient)
-    max_nonfinite: int = Field(3, ge=1)  # non-finite updates in a row that stop the run
+    max_nonfinite: int = Field(default=3, ge=1)  # non-finite updates in a row that stop the run
 
 
 class Train(Section):
     steps: int = Field(ge=1)
-    deadline_seconds: float = Field(1800.0, gt=0)  # of every wait
+    deadline_seconds: float = Field(default=1800.0, gt=0)  # of every wait
 
 
 class Eval(Section):
-    every: int = Field(0, ge=0)  # steps; 0: at the end only
-    prompts: int = Field(256, ge=1)
-    n: int = Field(8, ge=1)  # completions per prompt
+    every: int = Field(default=0, ge=0)  # steps; 0: at the end only
+    prompts: int = Field(default=256, ge=1)
+    n: int = Field(default=8, ge=1)  # completions per prompt
     k: tuple[int, ...] = (1, 8)  # pass@k
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0)
     at_start: bool = True
 
 
 class Report(Section):
     sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # beside metrics.jsonl, which is always written
     project: str = "rltrain"
-    transcripts: int = Field(2, ge=0)  # prompts per step whose completions are kept
+    transcripts: int = Field(default=2, ge=0)  # prompts per step whose completions are kept
 
 
 class Checkpoint(Section):
-    every: int = Field(0, ge=0)  # steps; 0: only the model at the end
-    keep: int = Field(2, ge=1)
+    every: int = Field(default=0, ge=0)  # steps; 0: only the model at the end
+    keep: int = Field(default=2, ge=1)
 
 
 class Recipe(Section):

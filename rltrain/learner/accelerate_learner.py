@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rltrain.config.schema import Learner, Model
-from rltrain.errors import UserError
 from rltrain.learner.forward import PolicyForward, resolve_layout
 from rltrain.learner.head import STATISTICS
 from rltrain.learner.optim import build_optimizer, build_schedule
@@ -213,18 +212,17 @@ class AccelerateLearner:
         return mine or [[]]  # an empty micro-batch gives zero gradients, so that momentum and weight decay act as they should
 
     def _split(self, group: Tensor, epoch: int) -> list[Tensor]:
-        """The step's rows in ``settings.updates`` parts of whole groups, in an order seeded by version and epoch."""
+        """The step's rows in ``settings.updates`` parts of whole groups, in an order seeded by version and epoch.
+
+        A step that dynamic sampling left with fewer groups than updates makes one update per group.
+        """
         ids = torch.unique(group)
-        if len(ids) < self.settings.updates:
-            raise UserError(
-                f"learner.updates is {self.settings.updates} but the step has only {len(ids)} groups; "
-                f"lower learner.updates or raise rollout.prompts"
-            )
-        generator = torch.Generator().manual_seed(stable_hash(self.seed, "split", self.version, epoch))
-        if self.settings.updates == 1:
+        parts = min(self.settings.updates, len(ids))
+        if parts == 1:
             return [torch.arange(len(group))]
+        generator = torch.Generator().manual_seed(stable_hash(self.seed, "split", self.version, epoch))
         shuffled = ids[torch.randperm(len(ids), generator=generator)]
-        return [torch.nonzero(torch.isin(group, part)).flatten() for part in shuffled.tensor_split(self.settings.updates)]
+        return [torch.nonzero(torch.isin(group, part)).flatten() for part in shuffled.tensor_split(parts)]
 
     def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients are averaged over ranks once per update, in its last micro-batch."""

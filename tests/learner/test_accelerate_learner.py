@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rltrain.config.schema import Learner, Model, Optimizer
-from rltrain.errors import UserError
 from rltrain.learner.accelerate_learner import AccelerateLearner, NonFiniteError
 from rltrain.loss import AGGREGATES, LOSS_TERMS
 from rltrain.loss.objective import Objective, Term
@@ -144,10 +143,11 @@ def test_updates_and_epochs_count_versions_and_see_whole_groups(random_model: st
     assert sorted(seen[:3]) == sorted(seen[3:]) == [[0], [1], [2]]
 
 
-def test_more_updates_than_groups_is_refused(random_model: str) -> None:
+def test_a_step_with_fewer_groups_than_updates_makes_one_update_per_group(random_model: str) -> None:
     rows, batch = step()
-    with pytest.raises(UserError, match=r"learner.updates is 4 but the step has only 3 groups"):
-        learner_of(random_model, updates=4).update(rows, batch, objective_of())
+    learner = learner_of(random_model, updates=16)
+    learner.update(rows, batch.replace(old_logp=torch.full(batch.mask.shape, -4.0)), objective_of())
+    assert learner.version == 3
 
 
 def test_a_non_finite_update_is_skipped_counted_and_stops_the_run_in_the_end(random_model: str) -> None:

@@ -1,0 +1,155 @@
+"""Advantages from one reward per completion and the completions of the same prompt.
+
+``rewards (B,)`` may hold NaN where a completion could not be graded: such a row takes no part in any statistic and has
+advantage 0. Identical rewards within a group give exactly 0 (before whitening, for the REINFORCE++ forms). Nothing here
+carries a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rltrain.registry import method
+from rltrain.tensor_ops import masked, masked_mean, masked_sum, segment_count, segment_mean, segment_std
+
+__all__ = ["group_mean", "group_norm", "informative_groups", "reinforce_pp", "reinforce_pp_baseline", "rloo"]
+
+
+@method("group_norm", arxiv="2402.03300")
+def group_norm(
+    rewards: Tensor, group: Tensor, *, ddof: int = 1, eps: float = 1e-6, scale: Literal["group", "batch", "none"] = "group"
+) -> Tensor:
+    """GRPO: ``(R - mean) / (std + eps)`` over the prompt's graded completions, arXiv:2402.03300. Returns (B,).
+
+    scale: over what the standard deviation is taken: the prompt's completions, all graded completions of the step, or no
+    division. The paper states neither ddof nor eps: these are verl's; TRL takes eps 1e-4. A group with one graded
+    completion gets 0 (verl would leave it R / (1 + eps), which is a raw reward, not an advantage).
+    """
+
+    def normalise(values: Tensor, ids: Tensor) -> Tensor:
+        centred = values - segment_mean(values, ids)
+        if scale == "none":
+            return centred
+        return centred / (segment_std(values, ids if scale == "group" else torch.zeros_like(ids), ddof) + eps)
+
+    return _over_graded(normalise, rewards, group)
+
+
+@method("group_mean", arxiv="2503.20783")
+def group_mean(rewards: Tensor, group: Tensor) -> Tensor:
+    """Dr.GRPO: ``R - mean`` over the prompt's graded completions, arXiv:2503.20783. Returns (B,).
+
+    No division by the standard deviation, which would weigh very easy and very hard prompts up. Its other half is the
+    aggregate ``dr_grpo``. A group with one graded completion gets 0.
+    """
+    return _over_graded(lambda values, ids: values - segment_mean(values, ids), rewards, group)
+
+
+@method("rloo", arxiv="2402.14740")
+def rloo(rewards: Tensor, group: Tensor) -> Tensor:
+    """``R`` minus the mean of the prompt's *other* graded completions: G / (G - 1) (R - mean), arXiv:2402.14740. Returns (B,).
+
+    Raises ValueError for a group of one completion, which leaves nothing out (verl returns R there). A group in which
+    graders failed until one completion was left gets 0: a grader's failure is no reason to stop the run.
+    """
+    alone = segment_count(group) < 2
+    if bool(alone.any()):
+        raise ValueError(f"rloo: group {int(group[alone][0])} has 1 completion, the baseline needs at least 2; raise rollout.n")
+
+    def leave_one_out(values: Tensor, ids: Tensor) -> Tensor:
+        count = segment_count(ids).to(values.dtype)
+        return (values - segment_mean(values, ids)) * count / (count - 1).clamp(min=1)
+
+    return _over_graded(leave_one_out, rewards, group)
+
+
+@method("reinforce_pp", arxiv="2501.03262", needs={"mask"}, needs_if={"kl_coef": {"old_logp", "ref_logp"}})
+def reinforce_pp(
+    rewards: Tensor,
+    group: Tensor,
+    *,
+    mask: Tensor,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    gamma: float = 1.0,
+    kl_coef: float = 0.0,
+    eps: float = 1e-8,
+) -> Tensor:
+    """REINFORCE++: token returns discounted by gamma, whitened over all valid tokens of the step, arXiv:2501.03262.
+
+    Returns (B, T): ``(ret - mean) / sqrt(variance + eps)`` with ddof 1; a step of equal returns gets 0. The token reward is
+    the outcome on the last valid token minus ``kl_coef (old_logp - ref_logp)`` on each (k1, which is unbiased in the reward).
+    Masked-out tokens inside a completion neither earn nor discount; verl's release cuts the return at the first of them.
+    """
+    del group
+    graded = ~rewards.isnan()
+    valid = mask.bool() & graded[:, None]
+    last = valid & (valid.flip(1).cumsum(1).flip(1) == 1)
+    token_rewards = masked(_floating(rewards)[:, None].expand(mask.shape), last)
+    if kl_coef:
+        if old_logp is None or ref_logp is None:
+            missing = "old_logp" if old_logp is None else "ref_logp"
+            raise ValueError(f"reinforce_pp: kl_coef is {kl_coef} but {missing} was not computed; set kl_coef to 0 or supply it")
+        token_rewards = token_rewards - kl_coef * masked(old_logp - ref_logp, valid)
+    return _whiten(_returns(token_rewards, valid, gamma), valid, eps)
+
+
+@method("reinforce_pp_baseline", arxiv="2501.03262", needs={"mask"})
+def reinforce_pp_baseline(rewards: Tensor, group: Tensor, *, mask: Tensor, eps: float = 1e-8) -> Tensor:
+    """REINFORCE++ with the group mean as baseline: ``R - mean`` on every token, then whitened over the step, arXiv:2501.03262.
+
+    Returns (B, T). eps as in ``reinforce_pp``. A group with one graded completion enters the whitening as 0.
+    """
+    valid = mask.bool() & ~rewards.isnan()[:, None]
+    return _whiten(group_mean(rewards, group)[:, None].expand(mask.shape), valid, eps)
+
+
+def informative_groups(values: Tensor, group: Tensor) -> Tensor:
+    """(B,) bool at every row: its group's graded values differ. DAPO's dynamic sampling keeps these prompts, arXiv:2503.14476.
+
+    ``values (B,)`` is the raw correctness, where this reads ``0 < correct < G``. Not the reward after a length penalty: that
+    differs within groups that are all wrong, and would keep them.
+    """
+    spread = _over_graded(lambda kept, ids: (kept - segment_mean(kept, ids)).abs(), values, group)
+    return segment_mean(spread, group) > 0
+
+
+def _over_graded(estimate: Callable[[Tensor, Tensor], Tensor], rewards: Tensor, group: Tensor) -> Tensor:
+    """``estimate(rewards, group)`` over the rows whose reward is a number, 0 at the others."""
+    rewards = _floating(rewards).detach()
+    graded = ~rewards.isnan()
+    advantages = torch.zeros_like(rewards)
+    advantages[graded] = estimate(rewards[graded], group[graded])
+    return advantages
+
+
+def _floating(rewards: Tensor) -> Tensor:
+    return rewards if rewards.is_floating_point() else rewards.to(torch.get_default_dtype())
+
+
+def _returns(rewards: Tensor, valid: Tensor, gamma: float) -> Tensor:
+    """(B, T) ``ret_t = rew_t + gamma * ret_next``, next being the next valid token. Doubling: log2(T) passes, no loop over T."""
+    total = rewards
+    discount = torch.where(valid, gamma, 1.0).to(rewards.dtype)
+    shift, width = 1, rewards.shape[1]
+    while shift < width:
+        ahead = total[:, shift:]
+        total = torch.cat([total[:, :-shift] + discount[:, :-shift] * ahead, total[:, -shift:]], dim=1)
+        discount = torch.cat([discount[:, :-shift] * discount[:, shift:], discount[:, -shift:]], dim=1)
+        shift *= 2
+    return total
+
+
+def _whiten(values: Tensor, mask: Tensor, eps: float) -> Tensor:
+    """Mean 0 and variance 1 (ddof 1) over all masked-in tokens of the step, 0 elsewhere. Equal values give exactly 0."""
+    values = masked(values, mask).detach()
+    if not bool(mask.any()):
+        return values
+    centred = values - values[mask].min()
+    centred = centred - masked_mean(centred, mask)
+    variance = masked_sum(centred.square(), mask) / (mask.sum() - 1).clamp(min=1)
+    return masked(centred / (variance + eps).sqrt(), mask)

@@ -1,0 +1,172 @@
+"""The command line. One thin function each; whatever is heavy is imported inside the one that needs it."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rltrain.errors import RecipeError, UserError
+
+if TYPE_CHECKING:
+    from rltrain.config.check import Checked
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # rich's help costs 0.15 s
+    pretty_exceptions_enable=False,
+    help="Post-trains language models with reinforcement learning. Start with: rltrain plan RECIPE",
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="Recipe, a YAML file.", metavar="RECIPE")]
+Profile = Annotated[
+    str | None, typer.Option(help="Replaces model, data and sizes: a name from recipes/profiles, or a file.", metavar="NAME")
+]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Set one key; VALUE is YAML. May be repeated.", metavar="KEY=VALUE")]
+Engine = Annotated[str | None, typer.Option(help="Shorthand for --set rollout.engine=NAME.", metavar="NAME")]
+Seed = Annotated[int | None, typer.Option(help="Shorthand for --set seed=N.", metavar="N")]
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    profile: Profile = None,
+    run: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/ and the recipe's name.", metavar="DIR")] = None,
+    overrides: Overrides = None,
+    engine: Engine = None,
+    seed: Seed = None,
+) -> None:
+    """Train a recipe."""
+    checked = _checked(recipe, profile, _with_shorthands(overrides, engine, seed))
+    from rltrain.commands import train_command
+
+    raise typer.Exit(train_command(checked.recipe, run or Path("runs") / recipe.stem, checked.warnings))
+
+
+@app.command()
+def validate(
+    recipes: Annotated[list[Path], typer.Argument(help="Recipes, folders of them, or patterns.", metavar="RECIPES...")],
+    profile: Profile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check recipes without loading anything."""
+    verdicts = [_verdict(path, profile, overrides or []) for path in _expanded(recipes)]
+    for lines, _ in verdicts:
+        typer.echo("\n".join(lines))
+    failed = sum(not fine for _, fine in verdicts)
+    if failed:
+        typer.echo(f"{failed} of {len(verdicts)} failed", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(recipe: RecipePath, profile: Profile = None, overrides: Overrides = None, engine: Engine = None) -> None:
+    """Print every number that a recipe implies."""
+    from rltrain.config.plan import plan as planned
+
+    checked = _checked(recipe, profile, _with_shorthands(overrides, engine, None))
+    lines = planned(checked.recipe)
+    names, values = (max(len(line[column]) for line in lines) for column in (0, 1))
+    for line in lines:
+        typer.echo(f"{line.name:<{names}}  {line.value:>{values}}  {line.note}")
+    for warning in checked.warnings:
+        typer.echo(f"warning: {warning}")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name of the model.", metavar="MODEL")],
+    recipe: Annotated[Path, typer.Option(help="Recipe that says what to evaluate on; its own model is not read.", metavar="RECIPE")],
+    profile: Profile = None,
+    overrides: Overrides = None,
+    engine: Engine = None,
+    seed: Seed = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the numbers to this file, as JSON.", metavar="FILE")] = None,
+) -> None:
+    """Measure pass@k and avg@k of a model on a recipe's held-out prompts."""
+    checked = _checked(recipe, profile, _with_shorthands(overrides, engine, seed))
+    from rltrain.commands import eval_command
+
+    raise typer.Exit(eval_command(model, checked.recipe, out))
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name of the model.", metavar="MODEL")],
+    prompts: Annotated[list[str], typer.Argument(help="What to complete.", metavar="PROMPT...")],
+    n: Annotated[int, typer.Option("-n", help="Completions per prompt.", min=1)] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 1.0,
+    max_prompt_tokens: Annotated[int, typer.Option(help="Longest prompt to make room for.", min=1)] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Tokens per completion.", min=1)] = 256,
+    engine: Annotated[str, typer.Option(help="transformers or vllm.", metavar="NAME")] = "transformers",
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal completions.")] = 0,
+) -> None:
+    """Sample from a model."""
+    from rltrain.config.load import recipe_of_model
+
+    recipe = recipe_of_model(model, engine=engine, max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, seed=seed)
+    from rltrain.commands import generate_command
+
+    raise typer.Exit(generate_command(recipe, prompts, n, temperature))
+
+
+def main() -> None:
+    """Entry point. What the user must mend is one line on stderr and exit code 2; RLTRAIN_TRACEBACK=1 shows where it was raised."""
+    try:
+        app()
+    except UserError as error:
+        if os.environ.get("RLTRAIN_TRACEBACK") == "1":
+            raise
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)  # noqa: T201 (the terminal is where it goes)
+        raise SystemExit(2) from None
+
+
+def _checked(recipe: Path, profile: str | None, overrides: Sequence[str]) -> Checked:
+    from rltrain.config.check import check
+    from rltrain.config.load import load_recipe
+
+    return check(load_recipe(recipe, profile=profile, overrides=overrides))
+
+
+def _with_shorthands(overrides: Sequence[str] | None, engine: str | None, seed: int | None) -> list[str]:
+    extra = {"rollout.engine": engine, "seed": seed}
+    return [*(overrides or []), *(f"{key}={value}" for key, value in extra.items() if value is not None)]
+
+
+def _verdict(path: Path, profile: str | None, overrides: Sequence[str]) -> tuple[list[str], bool]:
+    """What ``validate`` says of one file, and whether it is fine."""
+    from rltrain.config.fragments import check_fragment, kind_of
+
+    try:
+        match kind_of(path):
+            case "accelerate":
+                return [f"{path}: skipped, an accelerate config"], True
+            case "base" | "profile" as kind:
+                check_fragment(path)
+                return [f"{path}: ok, a {kind}"], True
+            case _:
+                warnings = _checked(path, profile, overrides).warnings
+                return [f"{path}: ok", *(f"  warning: {warning}" for warning in warnings)], True
+    except RecipeError as error:
+        return [f"{path}: failed", *(f"  error: {problem}" for problem in error.problems)], False
+
+
+def _expanded(paths: Sequence[Path]) -> Iterator[Path]:
+    """Files as they are, the YAML files of folders, and patterns that the shell left alone. Raises RecipeError for none at all."""
+    for path in paths:
+        if path.is_dir():
+            found = sorted(path.rglob("*.yaml"))
+        elif glob.has_magic(str(path)) and not path.exists():
+            found = sorted(map(Path, glob.glob(str(path), recursive=True)))
+        else:
+            found = [path]
+        if not found:
+            raise RecipeError(f"{path}: no YAML file {'in this folder' if path.is_dir() else 'matches'}")
+        yield from found

@@ -1,0 +1,313 @@
+"""Rules across sections: what a recipe can say that no schema forbids and no run should find out. Imports no torch.
+
+A problem refuses the recipe, a warning is printed; both name the key, what it holds and the remedy.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reward import MODULES as REWARD_MODULES
+from rltrain.advantage import ADVANTAGES
+from rltrain.config.schema import MethodRef, Recipe
+from rltrain.control import TOKEN_CONTROLS
+from rltrain.errors import RecipeError
+from rltrain.loss import AGGREGATES, LOSS_TERMS
+from rltrain.loss.policy import POLICY_LOSSES
+from rltrain.registry import MethodSpec, Registry, suggestion
+
+REWARDS = Registry("reward", modules=REWARD_MODULES, decorator="reward")
+REGISTRIES = (ADVANTAGES, TOKEN_CONTROLS, POLICY_LOSSES, LOSS_TERMS, AGGREGATES, REWARDS)
+
+_GROUPLESS_ADVANTAGES = frozenset({"reinforce_pp"})  # every other estimator compares completions of one prompt
+_REWARDS_WITH_CORRECT = frozenset({"math_answer", "exact", "choice"})
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A recipe that may run, and what its author should know before it does."""
+
+    recipe: Recipe
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A method as a recipe uses it. ``values``: its hyperparameters, defaults included."""
+
+    key: str  # where it stands: loss.policy, control.0, ...
+    spec: MethodSpec
+    values: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+
+@dataclass(frozen=True)
+class Methods:
+    advantage: Chosen
+    controls: tuple[Chosen, ...]
+    policy: Chosen
+    terms: tuple[Chosen, ...]
+    aggregate: Chosen
+    rewards: tuple[Chosen, ...]  # the user's own are not among them
+
+
+def check(recipe: Recipe) -> Checked:
+    """Every rule. Raises RecipeError with all problems found."""
+    methods, problems = _methods(recipe)
+    problems += _plain_problems(recipe)
+    if methods is not None:
+        problems += _method_problems(recipe, methods)
+    if problems:
+        raise RecipeError(problems)
+    assert methods is not None
+    return Checked(recipe, (*_plain_warnings(recipe), *_method_warnings(recipe, methods)))
+
+
+def updates_per_step(recipe: Recipe) -> int:
+    return recipe.learner.updates * recipe.learner.epochs
+
+
+# methods and their hyperparameters -----------------------------------------------------------------------------------
+
+
+def _methods(recipe: Recipe) -> tuple[Methods | None, list[str]]:
+    """The recipe's methods, None if one of them is not what its registry knows."""
+    problems: list[str] = []
+
+    def choose(registry: Registry, key: str, ref: MethodRef) -> Chosen | None:
+        try:
+            spec = registry.check(ref.name, ref.hp)
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+            return None
+        return Chosen(key, spec, {name: item.default for name, item in spec.hyperparameters.items()} | ref.hp)
+
+    loss = recipe.loss
+    single = [
+        choose(ADVANTAGES, "advantage", recipe.advantage),
+        choose(POLICY_LOSSES, "loss.policy", loss.policy),
+        choose(AGGREGATES, "loss.aggregate", loss.aggregate),
+    ]
+    controls = [choose(TOKEN_CONTROLS, f"control.{i}", ref) for i, ref in enumerate(recipe.control)]
+    terms = [choose(LOSS_TERMS, f"loss.terms.{i}", ref) for i, ref in enumerate(loss.terms)]
+    rewards: list[Chosen | None] = []
+    for i, ref in enumerate(recipe.reward.functions):
+        key = f"reward.functions.{i}"
+        if is_user_function(ref.name):
+            problems += [f"{key}: {problem}" for problem in _user_function_problems(ref.name, ref.hp)]
+        else:
+            rewards.append(choose(REWARDS, key, ref))
+    if problems:
+        return None, problems
+    advantage, policy, aggregate = _known(single)
+    return Methods(advantage, _known(controls), policy, _known(terms), aggregate, _known(rewards)), problems
+
+
+def _known(chosen: Sequence[Chosen | None]) -> tuple[Chosen, ...]:
+    return tuple(one for one in chosen if one is not None)
+
+
+def is_user_function(name: str) -> bool:
+    """Whether a reward is named as ``path/to/file.py:function``."""
+    return ":" in name or name.endswith(".py")
+
+
+def _user_function_problems(name: str, hp: Mapping[str, Any]) -> Iterator[str]:
+    """Problems of ``path/to/file.py:function``, found by reading the file, not by importing it."""
+    file, colon, function = name.rpartition(":")
+    if not colon or not file or not function:
+        yield f"{name!r} must name a file and a function in it, as in path/to/file.py:function"
+        return
+    path = Path(file)
+    if not path.is_file():
+        yield f"{file} does not exist; it was looked for from the current directory, {Path.cwd()}"
+        return
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        yield f"{file} is not valid Python: {error}"
+        return
+    found = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    if function not in found:
+        yield f"{file} defines no function {function!r}{suggestion(function, found) or '; it defines none'}"
+        return
+    arguments = found[function].args
+    if arguments.kwarg is None:
+        keywords = [item.arg for item in arguments.kwonlyargs]
+        for key in hp:
+            if key not in keywords:
+                yield f"{name} has no keyword-only argument {key!r}{suggestion(key, keywords) or '; it has none'}"
+
+
+# rules that need no method -------------------------------------------------------------------------------------------
+
+
+def _plain_problems(recipe: Recipe) -> Iterator[str]:
+    rollout, learner = recipe.rollout, recipe.learner
+    if learner.updates > rollout.prompts:
+        yield (
+            f"learner.updates is {learner.updates} but rollout.prompts is {rollout.prompts}: an update takes whole groups, at least one; "
+            f"set learner.updates to at most {rollout.prompts} or raise rollout.prompts"
+        )
+    longest = recipe.data.max_prompt_tokens + rollout.max_tokens
+    if learner.tokens_per_micro_batch < longest:
+        yield (
+            f"learner.tokens_per_micro_batch is {learner.tokens_per_micro_batch}, but one row can have data.max_prompt_tokens + "
+            f"rollout.max_tokens = {recipe.data.max_prompt_tokens} + {rollout.max_tokens} = {longest} tokens; "
+            f"set learner.tokens_per_micro_batch to at least {longest}"
+        )
+    if rollout.dynamic_sampling is not None and rollout.dynamic_sampling.max_rounds == 1:
+        yield (
+            "rollout.dynamic_sampling.max_rounds is 1: the first round is all there is and no group is ever replaced; "
+            "set it to 2 or more, or rollout.dynamic_sampling to null"
+        )
+    if recipe.data.eval is not None and max(recipe.eval.k, default=0) > recipe.eval.n:
+        yield (
+            f"eval.k asks for pass@{max(recipe.eval.k)} but eval.n is {recipe.eval.n}: pass@k needs at least k completions per prompt; "
+            f"set eval.n to {max(recipe.eval.k)} or drop {max(recipe.eval.k)} from eval.k"
+        )
+    if any(k < 1 for k in recipe.eval.k):
+        yield f"eval.k is {list(recipe.eval.k)}: every k of pass@k is at least 1"
+    if all(function.weight == 0 for function in recipe.reward.functions):
+        yield "reward.functions: every weight is 0, so every completion scores 0; give one of them a weight"
+
+
+def _plain_warnings(recipe: Recipe) -> Iterator[str]:
+    learner, total = recipe.learner, recipe.train.steps * updates_per_step(recipe)
+    if learner.optimizer.lr == 0:
+        yield "learner.optimizer.lr is 0: the weights never change; set a learning rate unless that is what you test"
+    if learner.optimizer.warmup_steps > total:
+        yield (
+            f"learner.optimizer.warmup_steps is {learner.optimizer.warmup_steps} but the run takes {total} optimizer updates "
+            f"(train.steps x learner.updates x learner.epochs): the learning rate never reaches {learner.optimizer.lr:g}"
+        )
+    if recipe.rollout.prompts % learner.updates:
+        small, more = divmod(recipe.rollout.prompts, learner.updates)
+        yield (
+            f"learner.updates {learner.updates} does not divide rollout.prompts {recipe.rollout.prompts}: "
+            f"{more} updates of a step hold {small + 1} groups and {learner.updates - more} hold {small}"
+        )
+    if recipe.data.eval is not None and recipe.eval.temperature == 0 and recipe.eval.n > 1:
+        yield f"eval.temperature is 0 and eval.n is {recipe.eval.n}: greedy completions are all equal; set eval.n and eval.k to 1"
+
+
+# rules about methods -------------------------------------------------------------------------------------------------
+
+
+def _method_problems(recipe: Recipe, methods: Methods) -> Iterator[str]:
+    yield from _group_problems(recipe, methods)
+    yield from _loss_problems(methods)
+    yield from _off_policy_problems(recipe, methods)
+    for reward in methods.rewards:
+        if reward.name == "length":
+            yield from _length_problems(recipe, reward)
+        if reward.name == "format":
+            yield from _format_problems(reward)
+
+
+def _group_problems(recipe: Recipe, methods: Methods) -> Iterator[str]:
+    if recipe.rollout.n == 1 and methods.advantage.name not in _GROUPLESS_ADVANTAGES:
+        yield (
+            f"rollout.n is 1, but advantage {methods.advantage.name} compares completions of one prompt; "
+            f"set rollout.n to at least 2, or advantage to {' or '.join(sorted(_GROUPLESS_ADVANTAGES))}"
+        )
+    if recipe.rollout.dynamic_sampling is None:
+        return
+    if recipe.rollout.n == 1:
+        yield (
+            "rollout.dynamic_sampling keeps prompts that are neither all right nor all wrong, which one completion cannot be; "
+            "set rollout.n to at least 2, or rollout.dynamic_sampling to null"
+        )
+    users = len(methods.rewards) < len(recipe.reward.functions)
+    if not users and not _REWARDS_WITH_CORRECT & {reward.name for reward in methods.rewards}:
+        yield (
+            f"rollout.dynamic_sampling looks at raw correctness, which none of reward.functions reports "
+            f"({', '.join(reward.name for reward in methods.rewards)}); add one of {', '.join(sorted(_REWARDS_WITH_CORRECT))} "
+            f"(weight 0 if it must not count), or set rollout.dynamic_sampling to null"
+        )
+
+
+def _loss_problems(methods: Methods) -> Iterator[str]:
+    if "sequence_level" in methods.policy.spec.traits and methods.aggregate.name != "seq_mean_token_mean":
+        yield (
+            f"loss.policy {methods.policy.name} has one ratio per sequence and weighs sequences equally, but loss.aggregate is "
+            f"{methods.aggregate.name}, which would weigh them by length; set loss.aggregate to seq_mean_token_mean"
+        )
+    term = next((term for term in methods.terms if term.name == "kl"), None)
+    if term is not None and methods.advantage.values.get("kl_coef"):
+        yield (
+            f"the KL penalty counts twice: in the reward (advantage.kl_coef {methods.advantage.values['kl_coef']:g}) and as a loss term "
+            f"({term.key}); keep one of them"
+        )
+
+
+def _off_policy_problems(recipe: Recipe, methods: Methods) -> Iterator[str]:
+    everything = (methods.advantage, *methods.controls, methods.policy, *methods.terms)
+    if updates_per_step(recipe) == 1:
+        for chosen in everything:
+            if "off_policy_only" in chosen.spec.traits:
+                yield (
+                    f"{chosen.key} {chosen.name} acts on the ratio to the old policy, which is exactly 1 with one update per rollout "
+                    f"(learner.updates 1 x learner.epochs 1): it would change nothing; set learner.updates to 2 or more"
+                )
+    if recipe.rollout.trust_logp:
+        for control in methods.controls:
+            if {"old_logp", "rollout_logp"} <= control.spec.needs:
+                yield (
+                    f"{control.key} {control.name} weighs by old_logp over rollout_logp, which rollout.trust_logp makes equal: "
+                    f"it would change nothing; set rollout.trust_logp to false or drop the control"
+                )
+
+
+def _length_problems(recipe: Recipe, reward: Chosen) -> Iterator[str]:
+    limit, buffer, longest = reward.values["max_tokens"], reward.values["buffer_tokens"], recipe.rollout.max_tokens
+    if limit is None or buffer is None or not 0 < buffer <= limit:
+        yield (
+            f"{reward.key} length: max_tokens is {limit} and buffer_tokens {buffer}; both are needed, 0 < buffer_tokens <= max_tokens; "
+            f"with rollout.max_tokens {longest} write max_tokens: {longest}, buffer_tokens: {max(1, longest // 5)}"
+        )
+    elif limit > longest:
+        yield (
+            f"{reward.key} length: max_tokens is {limit}, but completions end at rollout.max_tokens {longest} and never reach it; "
+            f"set {reward.key}.max_tokens to at most {longest}, and buffer_tokens below it"
+        )
+
+
+def _format_problems(reward: Chosen) -> Iterator[str]:
+    regex, tags = reward.values["regex"], reward.values["tags"]
+    if regex is None and not tags:
+        yield f"{reward.key} format: nothing is required; set regex, tags (for example [think, answer]) or both"
+    if regex is not None:
+        try:
+            re.compile(regex)
+        except re.error as error:
+            yield f"{reward.key} format: regex {regex!r} is not a regular expression: {error}; in YAML put it in single quotes"
+
+
+def _method_warnings(recipe: Recipe, methods: Methods) -> Iterator[str]:
+    policy = methods.policy
+    low, high = policy.values.get("eps_low"), policy.values.get("eps_high")
+    if updates_per_step(recipe) == 1 and low != high:
+        yield (
+            f"loss.policy {policy.name} clips at eps_low {low:g} and eps_high {high:g}, but with one update per rollout "
+            f"(learner.updates 1 x learner.epochs 1) the ratio is exactly 1 and nothing clips; set learner.updates to 2 or more"
+        )
+    if policy.name == "reinforce" and updates_per_step(recipe) > 1:
+        yield (
+            f"loss.policy reinforce has no ratio, but the step takes {updates_per_step(recipe)} updates: all but the first are off-policy; "
+            f"set learner.updates and learner.epochs to 1, or loss.policy to clip"
+        )
+    users = len(methods.rewards) < len(recipe.reward.functions)
+    if recipe.rollout.dynamic_sampling is not None and users and not _REWARDS_WITH_CORRECT & {r.name for r in methods.rewards}:
+        yield (
+            "rollout.dynamic_sampling looks at raw correctness: your reward function must put a part named 'correct' into its scores, "
+            "else prompts are kept where rewards differ"
+        )

@@ -1,0 +1,124 @@
+"""What pydantic found wrong, in the words of a recipe: file and line, dotted key, what arrived, what was expected."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from rltrain.config.schema import Recipe
+from rltrain.config.yaml12 import Document, KeyPath
+from rltrain.registry import suggestion
+
+# pydantic's words and those of YAML
+_WORDS = {"a valid array": "a list", "an object": "a mapping of keys", "a valid dictionary": "a mapping", "a valid string": "text"}
+
+
+def explain(error: ValidationError, layers: Sequence[Document], source: str, passing: Sequence[str] = ()) -> list[str]:
+    """One line per problem whose pydantic type is not in ``passing``. ``layers``, lowest first, say where a key came from."""
+    found = [item for item in error.errors(include_url=False) if item["type"] not in passing]
+    return [f"{where(item['loc'], layers, source)}: {_sentence(item)}" for item in found]
+
+
+def where(key: KeyPath, layers: Sequence[Document], source: str) -> str:
+    """Where a key was written; for one that is missing, where its section was, or ``source``, the recipe file."""
+    for length in range(len(key), 0, -1):
+        for layer in reversed(layers):
+            if key[:length] in layer.lines:
+                return layer.at(key[:length])
+    return source
+
+
+def _sentence(item: Any) -> str:
+    key: KeyPath = item["loc"]
+    dotted = ".".join(map(str, key))
+    got = f"got {item['input']!r}"
+    match item["type"]:
+        case "extra_forbidden":
+            return f"unknown key {dotted}{_nearest_key(key)}"
+        case "missing":
+            return f"{dotted} is missing; {_wanted(key)}"
+        case "literal_error":
+            expected = item["ctx"]["expected"]
+            return f"{dotted}: {got}, expected {expected}{_nearest_choice(item['input'], expected)}"
+        case _:
+            message = item["msg"].replace("Input should", "it should", 1)
+            for theirs, ours in _WORDS.items():
+                message = message.replace(theirs, ours)
+            return f"{dotted}: {got} ({type(item['input']).__name__}); {message}{_hint(item)}"
+
+
+def _hint(item: Any) -> str:
+    """The remedy for the two slips that YAML makes easy."""
+    value = item["input"]
+    if item["type"] == "bool_type" and isinstance(value, str):
+        return "; write true or false"
+    if item["type"] == "string_type" and isinstance(value, int | float):
+        return "; put it in quotes"
+    return ""
+
+
+def _wanted(key: KeyPath) -> str:
+    """What a missing key should hold: the keys of a section, else the type."""
+    annotation = _annotation(key)
+    section = _model(annotation)
+    if section is not None:
+        return f"expected a section with {', '.join(name for name, field in section.model_fields.items() if field.is_required())}"
+    return f"expected {getattr(annotation, '__name__', str(annotation))}"
+
+
+def _nearest_key(key: KeyPath) -> str:
+    """A sibling of nearly that name, the same name in another section, or the list of siblings."""
+    name, parent = str(key[-1]), _model(_annotation(key[:-1]))
+    siblings = list(parent.model_fields) if parent else []
+    if not difflib.get_close_matches(name, siblings, n=1, cutoff=0.6):
+        elsewhere = [".".join(path) for path in schema_keys() if path[-1] == name]
+        if elsewhere:
+            return f"; did you mean {' or '.join(elsewhere)}?"
+    prefix = "".join(f"{part}." for part in key[:-1])
+    return suggestion(f"{prefix}{name}", [f"{prefix}{sibling}" for sibling in siblings]) if prefix else suggestion(name, siblings)
+
+
+def _nearest_choice(value: Any, expected: str) -> str:
+    choices = [choice.strip("' ") for choice in expected.replace(" or ", ", ").split(",")]
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+# the schema as a tree ------------------------------------------------------------------------------------------------
+
+
+def schema_keys(model: type[BaseModel] = Recipe, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every key of the schema that holds a value."""
+    for name, field in model.model_fields.items():
+        section = _model(field.annotation)
+        if section is None:
+            yield (*prefix, name)
+        else:
+            yield from schema_keys(section, (*prefix, name))
+
+
+def _annotation(key: KeyPath) -> Any:
+    """The annotation that stands at a key, None where the schema does not say."""
+    annotation: Any = Recipe
+    for part in key:
+        section = _model(annotation)
+        if isinstance(part, int):
+            annotation = next((item for item in typing.get_args(annotation) if item is not Ellipsis), None)
+        elif section is not None and part in section.model_fields:
+            annotation = section.model_fields[part].annotation
+        else:
+            return None
+    return annotation
+
+
+def _model(annotation: Any) -> type[BaseModel] | None:
+    """The section behind ``Section``, ``Section | None`` and ``Annotated[Section, ...]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) is tuple:
+        return None
+    return next((found for item in typing.get_args(annotation) if (found := _model(item))), None)

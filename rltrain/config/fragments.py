@@ -1,0 +1,61 @@
+"""The YAML files beside the recipes: bases and profiles, which are incomplete alone, and accelerate's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from rltrain.config.check import REGISTRIES
+from rltrain.config.explain import explain
+from rltrain.config.load import read_profile
+from rltrain.config.schema import Recipe
+from rltrain.config.yaml12 import Document, read
+from rltrain.errors import RecipeError
+from rltrain.registry import suggestion
+
+Kind = Literal["recipe", "base", "profile", "accelerate"]
+_FOLDERS: dict[str, Kind] = {"base": "base", "profiles": "profile", "accelerate": "accelerate"}
+
+
+def kind_of(path: Path) -> Kind:
+    """What a YAML file is, by the folder it lies in."""
+    return _FOLDERS.get(path.absolute().parent.name, "recipe")
+
+
+def check_fragment(path: Path) -> None:
+    """Keys and values of a base or profile, nothing of what it leaves out. Raises RecipeError with every problem."""
+    if kind_of(path) == "profile":
+        document = read_profile(path)
+        problems = [*_schema_problems(document, {"sizes"}), *_unknown_sizes(document)]
+    else:
+        document = read(path)
+        problems = list(_schema_problems(document, set()))
+    if problems:
+        raise RecipeError(problems)
+
+
+def _schema_problems(document: Document, besides: set[str]) -> list[str]:
+    data = {key: value for key, value in document.data.items() if key not in besides}
+    try:
+        Recipe.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        return explain(error, [document], document.source, passing=("missing",))
+    return []
+
+
+def _unknown_sizes(document: Document) -> Iterator[str]:
+    known: dict[str, Any] = {}
+    for registry in REGISTRIES:
+        known |= registry.specs
+    for name, sizes in document.data.get("sizes", {}).items():
+        if name not in known:
+            yield f"{document.at(('sizes', name))}: no method is called {name!r}{suggestion(name, known)}"
+            continue
+        for key in sizes:
+            if key not in known[name].hyperparameters:
+                where = document.at(("sizes", name, key))
+                yield f"{where}: {name} has no hyperparameter {key!r}{suggestion(key, known[name].hyperparameters)}"

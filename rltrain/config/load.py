@@ -1,0 +1,271 @@
+"""Recipes from files: base, recipe, profile and ``--set``, merged in that order and checked against the schema.
+
+Mappings are merged key by key; lists and single values are replaced. A mapping that names another thing (``name`` of a
+method, ``path`` of a model, ``train`` of a data set) replaces the one below it whole, so that hyperparameters of one method
+or columns of one data set never reach another.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rltrain.config.explain import explain
+from rltrain.config.schema import Recipe
+from rltrain.config.yaml12 import Document, KeyPath, dump, parse_value, read
+from rltrain.errors import RecipeError
+from rltrain.registry import suggestion
+
+# A profile replaces model, data and sizes and nothing else.
+PROFILE_KEYS = (
+    "model",
+    "data",
+    "rollout.engine",
+    "rollout.prompts",
+    "rollout.n",
+    "rollout.max_tokens",
+    "rollout.max_rows",
+    "rollout.vllm",
+    "reward.workers",
+    "reward.seconds",
+    "reward.memory_gib",
+    "learner.optimizer.lr",  # goes with the size of the model
+    "learner.optimizer.warmup_steps",
+    "learner.tokens_per_micro_batch",
+    "learner.layout",
+    "learner.precision",
+    "learner.gradient_checkpointing",
+    "learner.head_chunk",
+    "train",
+    "eval.every",
+    "eval.prompts",
+    "eval.n",
+    "eval.k",
+    "checkpoint",
+    "report",
+)
+_IDENTITY = ("name", "path", "train")
+
+
+def load_recipe(path: str | Path, *, profile: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe at ``path`` under a profile (a name or a file) and ``--set`` overrides. Raises RecipeError with every problem."""
+    path = Path(path)
+    layers = recipe_layers(read(path))
+    data: dict[str, Any] = {}
+    for layer in layers:
+        data = merged(data, layer.data)
+    if profile is not None:
+        document = read_profile(find_profile(profile, path))
+        layers.append(document)
+        data = merged(data, {key: value for key, value in document.data.items() if key != "sizes"})
+        data = with_sizes(data, document.data.get("sizes", {}))
+    for override in overrides:
+        data, document = with_override(data, override)
+        layers.append(document)
+    return validated(data, layers, str(path))
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """Every key of the recipe, as text that ``load_recipe`` reads back as an equal recipe."""
+    return dump(recipe.model_dump(mode="json"))
+
+
+def validated(data: Mapping[str, Any], layers: Sequence[Document], source: str) -> Recipe:
+    """``data`` as a Recipe; types are strict (``"200"`` is no number, ``off`` no boolean)."""
+    try:
+        return Recipe.model_validate_json(json.dumps(data), strict=True)  # JSON mode takes lists for tuples, Python mode does not
+    except ValidationError as error:
+        raise RecipeError(explain(error, layers, source)) from error
+
+
+def recipe_of_model(model: str, *, engine: str, max_prompt_tokens: int, max_tokens: int, seed: int) -> Recipe:
+    """A recipe for sampling from a model: what training would need stands there with the plainest choice. Raises RecipeError."""
+    data = {
+        "seed": seed,
+        "model": {"path": model},
+        "data": {"train": "arithmetic", "max_prompt_tokens": max_prompt_tokens},
+        "rollout": {"engine": engine, "prompts": 1, "n": 1, "max_tokens": max_tokens},
+        "reward": {"functions": ["exact"]},
+        "advantage": "group_norm",
+        "loss": {"policy": "reinforce"},
+        "learner": {"optimizer": {"lr": 0.0}},
+        "train": {"steps": 1},
+    }
+    return validated(data, [], "rltrain generate")
+
+
+# layers --------------------------------------------------------------------------------------------------------------
+
+
+def recipe_layers(recipe: Document) -> list[Document]:
+    """The base that the recipe extends, if any, and the recipe, both without ``extends``."""
+    extends = recipe.data.get("extends")
+    own = Document(recipe.source, {key: value for key, value in recipe.data.items() if key != "extends"}, recipe.lines)
+    if "sizes" in recipe.data:
+        raise RecipeError(f"{recipe.at(('sizes',))}: sizes belongs in a profile (--profile NAME), this file is read as a recipe")
+    if "extends" not in recipe.data:
+        return [own]
+    if not isinstance(extends, str):
+        raise RecipeError(f"{recipe.at(('extends',))}: extends must be the path of one base, relative to this file, got {extends!r}")
+    try:
+        base = read(Path(recipe.source).parent / extends)
+    except RecipeError as error:
+        raise RecipeError(f"{recipe.at(('extends',))}: extends {extends!r}: {error}") from error
+    if "extends" in base.data:
+        raise RecipeError(
+            f"{base.at(('extends',))}: a base cannot extend another file ({recipe.source} already extends this one); "
+            f"one level only: copy what is needed into one of them"
+        )
+    return [base, own]
+
+
+def find_profile(profile: str, recipe: Path) -> Path:
+    """A profile given as a file, or by name from the ``profiles`` folder next to or above the recipe, then below ./recipes."""
+    if profile.endswith((".yaml", ".yml")) or "/" in profile:
+        return Path(profile)
+    folders = [parent / "profiles" for parent in recipe.absolute().parents] + [Path("recipes/profiles")]
+    for folder in folders:
+        if (folder / f"{profile}.yaml").is_file():
+            return folder / f"{profile}.yaml"
+    known = {item.stem for folder in folders for item in folder.glob("*.yaml")}
+    raise RecipeError(f"no profile is called {profile!r}{suggestion(profile, known) or f'; no profiles folder lies above {recipe}'}")
+
+
+def read_profile(path: Path) -> Document:
+    """A profile, refused where it sets more than model, data and sizes."""
+    document = read(path)
+    problems = [
+        f"{document.at(key)}: {'.'.join(map(str, key))}: a profile replaces model, data and sizes and nothing else; "
+        f"write it in the recipe or pass it with --set"
+        for key in _leaves(document.data)
+        if key[0] != "sizes" and not any(_starts_with(key, allowed) for allowed in PROFILE_KEYS)
+    ]
+    problems += _size_problems(document)
+    if problems:
+        raise RecipeError(problems)
+    return document
+
+
+def _size_problems(profile: Document) -> Iterator[str]:
+    """``sizes: {METHOD: {x_tokens: COUNT}}`` gives the hyperparameters that are lengths in tokens."""
+    sizes = profile.data.get("sizes", {})
+    if not isinstance(sizes, dict) or not all(isinstance(item, dict) for item in sizes.values()):
+        yield f"{profile.at(('sizes',))}: sizes must map a method to its sizes, e.g. {{length: {{max_tokens: 8}}}}, got {sizes!r}"
+        return
+    for name, item in sizes.items():
+        for key in item:
+            if not key.endswith("_tokens"):
+                yield (
+                    f"{profile.at(('sizes', name, key))}: sizes.{name}.{key}: a profile may set hyperparameters that count tokens "
+                    f"(their names end in _tokens) and no others; write it in the recipe or pass it with --set"
+                )
+
+
+# merging -------------------------------------------------------------------------------------------------------------
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` over ``below``; neither is changed."""
+    if any(isinstance(above.get(key), str) and above[key] != below.get(key, above[key]) for key in _IDENTITY):
+        return copy.deepcopy(dict(above))
+    result = copy.deepcopy(dict(below))
+    for key, value in above.items():
+        under = result.get(key)
+        result[key] = merged(under, value) if isinstance(under, dict) and isinstance(value, dict) else copy.deepcopy(value)
+    return result
+
+
+def with_sizes(data: Mapping[str, Any], sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """``data`` with the sizes put into the methods it uses; methods it does not use are passed over."""
+    result = copy.deepcopy(dict(data))
+    for *path, last in _method_keys(result):
+        holder: Any = result
+        for part in path:
+            holder = holder[part]
+        method = {"name": holder[last]} if isinstance(holder[last], str) else holder[last]
+        if isinstance(method, dict) and method.get("name") in sizes:
+            holder[last] = {**method, **sizes[method["name"]]}
+    return result
+
+
+def with_override(data: Mapping[str, Any], override: str) -> tuple[dict[str, Any], Document]:
+    """``data`` after one ``a.b.0.c=VALUE``, and the override as a layer. VALUE is YAML: 1e-6, null, [1, 8], {name: rloo}."""
+    source = f"--set {override}"
+    dotted, equals, text = override.partition("=")
+    parts = dotted.split(".")
+    if not equals or not all(parts):
+        raise RecipeError(f"{source}: expected KEY=VALUE with a dotted key, such as --set learner.optimizer.lr=1e-6")
+    if parts[0] in ("extends", "sizes"):
+        raise RecipeError(f"{source}: {parts[0]} is read from files only; set the keys it stands for")
+    value, lines = parse_value(text, source)
+    result = copy.deepcopy(dict(data))
+    key: KeyPath = ()
+    holder: Any = result
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        step = _step(holder, part, key, source)
+        key = (*key, step)
+        if following is None:
+            holder[step] = value
+            break
+        if holder[step] is None:
+            holder[step] = [] if following.isdecimal() else {}
+        elif isinstance(holder[step], str) and _is_method(key):
+            holder[step] = {"name": holder[step]}  # a bare name gains hyperparameters
+        holder = holder[step]
+    held = {key[:length]: 0 for length in range(1, len(key) + 1)} | {(*key, *inner): 0 for inner in lines}
+    return result, Document(source, result, held)
+
+
+def _step(holder: Any, part: str, key: KeyPath, source: str) -> Any:
+    """``part`` as a key of ``holder``, which then has it: an index where it is a list, the one past its end included."""
+    here = ".".join(map(str, key))
+    if isinstance(holder, dict):
+        holder.setdefault(part, None)
+        return part
+    if not isinstance(holder, list):
+        raise RecipeError(f"{source}: {here} is {holder!r}, it has no key {part!r} below it; set {here} itself")
+    if not part.isdecimal() or int(part) > len(holder):
+        wanted = f"expected a position from 0 to {len(holder)}, got {part!r}; or set {here} as a whole"
+        raise RecipeError(f"{source}: {here} holds {len(holder)} in the recipe, {wanted}")
+    if int(part) == len(holder):
+        holder.append(None)
+    return int(part)
+
+
+def _method_keys(data: Mapping[str, Any]) -> Iterator[KeyPath]:
+    """Where the methods of a recipe stand that ``data`` holds."""
+    for section, key in (("loss", "policy"), ("loss", "aggregate")):
+        if isinstance(data.get(section), dict) and key in data[section]:
+            yield section, key
+    if "advantage" in data:
+        yield ("advantage",)
+    for path in (("control",), ("loss", "terms"), ("reward", "functions")):
+        items: Any = data
+        for part in path:
+            items = items.get(part, []) if isinstance(items, dict) else []
+        if isinstance(items, list):
+            yield from ((*path, index) for index in range(len(items)))
+
+
+def _is_method(key: KeyPath) -> bool:
+    plain = tuple(part for part in key if isinstance(part, str))
+    return plain in {("advantage",), ("control",), ("loss", "policy"), ("loss", "aggregate"), ("loss", "terms"), ("reward", "functions")}
+
+
+def _leaves(value: Any, key: KeyPath = ()) -> Iterator[KeyPath]:
+    """Keys of everything that is not itself a mapping with keys."""
+    if isinstance(value, dict) and value:
+        for name, item in value.items():
+            yield from _leaves(item, (*key, name))
+    elif key:
+        yield key
+
+
+def _starts_with(key: KeyPath, dotted: str) -> bool:
+    parts = tuple(dotted.split("."))
+    return key[: len(parts)] == parts

@@ -1,0 +1,133 @@
+"""Every number that a recipe implies, before anything is loaded. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rltrain.config.check import updates_per_step
+from rltrain.config.schema import Recipe
+
+GIB = 2**30
+MASTER_BYTES = 16  # per parameter: float32 weight, gradient and AdamW's two moments
+
+
+class PlanLine(NamedTuple):
+    name: str
+    value: str
+    note: str  # unit, and what it follows from
+
+
+class ModelSize(NamedTuple):
+    """What a local config.json says of a decoder of the Llama and Qwen2 kind."""
+
+    parameters: int
+    vocabulary: int
+    kv_numbers_per_token: int  # keys and values of all layers
+
+
+def plan(recipe: Recipe) -> list[PlanLine]:
+    """The derived numbers, in the order of a step; those about memory only where the model's config.json lies on this machine."""
+    return [*_rollout(recipe), *_learner(recipe), *_evaluation(recipe), *_memory(recipe)]
+
+
+def _rollout(recipe: Recipe) -> list[PlanLine]:
+    rollout, reward = recipe.rollout, recipe.reward
+    rows = rollout.prompts * rollout.n
+    rounds = rollout.dynamic_sampling.max_rounds if rollout.dynamic_sampling else 1
+    grading = len(reward.functions) * rows * reward.seconds / reward.workers
+    lines = [
+        PlanLine("rollout: completions per step", f"{rows:,}", f"rollout.prompts {rollout.prompts} x rollout.n {rollout.n}, all ranks"),
+        PlanLine("rollout: longest row", f"{_longest(recipe):,}", "tokens, data.max_prompt_tokens + rollout.max_tokens"),
+        PlanLine("rollout: tokens per step, at most", f"{rows * rollout.max_tokens:,}", "completion tokens"),
+        PlanLine("rollout: prompts drawn in all", f"{recipe.train.steps * rollout.prompts:,}", "train.steps x rollout.prompts"),
+    ]
+    if rounds > 1:
+        most = rounds * rollout.prompts
+        lines.append(PlanLine("rollout: prompts drawn per step, at most", f"{most:,}", f"dynamic sampling, {rounds} rounds"))
+    lines.append(PlanLine("reward: grading per step, at most", f"{grading:,.0f}", "seconds, if every completion ran into its limit"))
+    return lines
+
+
+def _learner(recipe: Recipe) -> list[PlanLine]:
+    rollout, learner = recipe.rollout, recipe.learner
+    groups = rollout.prompts / learner.updates
+    rows = learner.tokens_per_micro_batch // _longest(recipe)
+    most_rows = -(-rollout.prompts // learner.updates) * rollout.n
+    micro = -(-most_rows // rows) if rows else 0
+    lag = updates_per_step(recipe) - 1
+    return [
+        PlanLine(
+            "learner: updates per step", f"{updates_per_step(recipe)}", f"learner.updates {learner.updates} x epochs {learner.epochs}"
+        ),
+        PlanLine("learner: updates in all", f"{updates_per_step(recipe) * recipe.train.steps:,}", f"x train.steps {recipe.train.steps:,}"),
+        PlanLine("learner: groups per update", f"{groups:g}", "rollout.prompts / learner.updates"),
+        PlanLine("learner: completions per update", f"{groups * rollout.n:g}", "all ranks"),
+        PlanLine("learner: longest rows per micro-batch", f"{rows}", "of learner.tokens_per_micro_batch; shorter rows, more of them"),
+        PlanLine("learner: micro-batches per update, at most", f"{micro:,}", "shared among the ranks"),
+        PlanLine("learner: staleness, at most", f"{lag}", "updates between the policy that sampled and the one that learns"),
+    ]
+
+
+def _evaluation(recipe: Recipe) -> list[PlanLine]:
+    if recipe.data.eval is None:
+        return [PlanLine("eval", "none", "data.eval is null")]
+    settings, steps = recipe.eval, recipe.train.steps
+    times = 1 + settings.at_start + ((steps - 1) // settings.every if settings.every else 0)
+    each = settings.prompts * settings.n
+    return [
+        PlanLine(
+            "eval: completions", f"{each:,} x {times}", f"eval.prompts {settings.prompts} x eval.n {settings.n}, {times} times, at most"
+        )
+    ]
+
+
+def _memory(recipe: Recipe) -> list[PlanLine]:
+    size = model_size(Path(recipe.model.path) / "config.json")
+    if size is None:
+        return [PlanLine("memory", "unknown", f"no readable config.json in {recipe.model.path} on this machine")]
+    kv_bytes = (4 if recipe.learner.precision == "float32" else 2) * size.kv_numbers_per_token
+    rows = recipe.rollout.prompts * recipe.rollout.n
+    if recipe.rollout.engine == "transformers":
+        rows = min(rows, recipe.rollout.max_rows)
+    logits = 4 * recipe.learner.head_chunk * size.vocabulary
+    return [
+        PlanLine("model: parameters", f"{size.parameters:,}", "from its config.json"),
+        PlanLine(
+            "memory: learner", _gib(MASTER_BYTES * size.parameters), "weights, gradients, AdamW in float32; divided by ranks if sharded"
+        ),
+        PlanLine(
+            "memory: logits of a chunk", _gib(logits), f"learner.head_chunk {recipe.learner.head_chunk} x vocabulary {size.vocabulary:,}"
+        ),
+        PlanLine("memory: KV per token", f"{kv_bytes:,}", "bytes"),
+        PlanLine("memory: KV of a step, at most", _gib(kv_bytes * rows * _longest(recipe)), f"{rows:,} longest rows at once, all ranks"),
+    ]
+
+
+def model_size(config: Path) -> ModelSize | None:
+    """Counts from a config.json; None where there is none or where it is of another kind of model."""
+    try:
+        facts: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    if not all(isinstance(facts.get(key), int) for key in needed):
+        return None
+    hidden, layers, heads, inner, vocabulary = (facts[key] for key in needed)
+    head = facts.get("head_dim") or hidden // heads
+    kv_width = head * (facts.get("num_key_value_heads") or heads)
+    attention = 2 * hidden * heads * head + 2 * hidden * kv_width
+    if facts.get("model_type") == "qwen2":  # the only one of the kind with biases on queries, keys and values
+        attention += heads * head + 2 * kv_width
+    per_layer = attention + 3 * hidden * inner + 2 * hidden
+    embeddings = vocabulary * hidden * (1 if facts.get("tie_word_embeddings") else 2)
+    return ModelSize(embeddings + layers * per_layer + hidden, vocabulary, 2 * layers * kv_width)
+
+
+def _longest(recipe: Recipe) -> int:
+    return recipe.data.max_prompt_tokens + recipe.rollout.max_tokens
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:,.2f} GiB"

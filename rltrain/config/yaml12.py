@@ -1,0 +1,144 @@
+"""YAML as the recipes mean it: the scalars of YAML 1.2, a repeated key is an error, and every key knows its line.
+
+PyYAML as it comes reads ``1e-6`` as a string, ``off`` as false, ``1:30`` as 90 and lets the last of two equal keys win.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rltrain.errors import RecipeError
+from rltrain.registry import suggestion
+
+KeyPath = tuple[str | int, ...]
+
+_SCALARS = (  # tag, pattern, first characters: the core schema of YAML 1.2
+    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("tag:yaml.org,2002:int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "tag:yaml.org,2002:float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A parsed layer of a recipe and where each of its keys stands."""
+
+    source: str  # file name, or "--set a.b=1"
+    data: dict[str, Any]
+    lines: Mapping[KeyPath, int] = field(default_factory=dict)  # 1-based; 0 where a line says nothing
+
+    def at(self, key: KeyPath) -> str:
+        """'file:line' of a key it holds."""
+        return f"{self.source}:{self.lines[key]}" if self.lines.get(key) else self.source
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own class attribute)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node)
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))  # a leading zero is decimal in YAML 1.2
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a string that either YAML 1.1 or 1.2 would read as something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _tag, _pattern, _first in _SCALARS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def parse(text: str, source: str) -> Document:
+    """A mapping with the line of every key. Raises RecipeError for anything else, naming file and line."""
+    data, lines = parse_value(text, source)
+    if data is None:
+        raise RecipeError(f"{source}: the file is empty; a recipe is a mapping of sections such as model, data and rollout")
+    if not isinstance(data, dict):
+        raise RecipeError(f"{source}: expected a mapping of sections at the top level, got a {_kind(data)}")
+    return Document(source, data, lines)
+
+
+def parse_value(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
+    """Any YAML value, None for an empty text, and the line of every key in it."""
+    lines: dict[KeyPath, int] = {}
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None, lines
+        _walk(node, (), lines, source)
+        return loader.construct_document(node), lines
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(_invalid(error, source)) from error
+
+
+def read(path: Path) -> Document:
+    """``parse`` of a file. Raises RecipeError when there is none to read."""
+    if path.is_dir():
+        raise RecipeError(f"{path}: expected a YAML file, got a directory; name one of the files in it")
+    if not path.exists():
+        raise RecipeError(f"{path}: no such file{_nearby(path)}")
+    try:
+        return parse(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not a text file in UTF-8 (byte {error.start}); expected YAML") from error
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def dump(data: Mapping[str, Any]) -> str:
+    """Text that ``parse`` reads back as equal data."""
+    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, width=140)
+
+
+def _walk(node: yaml.Node, key: KeyPath, lines: dict[KeyPath, int], source: str) -> None:
+    """Fill ``lines`` and refuse repeated and non-string keys."""
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            lines[(*key, index)] = item.start_mark.line + 1
+            _walk(item, (*key, index), lines, source)
+    elif isinstance(node, yaml.MappingNode):
+        for name, item in node.value:
+            line = name.start_mark.line + 1
+            if not isinstance(name, yaml.ScalarNode) or name.tag != "tag:yaml.org,2002:str":
+                shown = name.value if isinstance(name, yaml.ScalarNode) else "a list or mapping"
+                raise RecipeError(f"{source}:{line}: keys must be text, got {shown!r}; put it in quotes")
+            here = (*key, name.value)
+            if here in lines:
+                dotted = ".".join(map(str, here))
+                raise RecipeError(f"{source}:{line}: {dotted} is given twice, first on line {lines[here]}; keep one of them")
+            lines[here] = line
+            _walk(item, here, lines, source)
+
+
+def _kind(value: Any) -> str:
+    return {list: "list", dict: "mapping"}.get(type(value), f"single value ({value!r})")
+
+
+def _invalid(error: Exception, source: str) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        what = " ".join(part for part in (error.context, error.problem) if part)
+        return f"{source}:{error.problem_mark.line + 1}: not valid YAML: {what}"
+    return f"{source}: not valid YAML: {str(error).splitlines()[0]}"
+
+
+def _nearby(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; the folder {path.parent} does not exist either"
+    return suggestion(path.name, [item.name for item in path.parent.glob("*.yaml")])

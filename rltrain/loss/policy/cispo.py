@@ -1,0 +1,35 @@
+"""CISPO: the importance weight is clipped and detached, so that no token ever loses its gradient."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rltrain.loss.policy.ratio import LOG_RATIO_LIMIT, drift, log_ratio
+from rltrain.registry import method
+from rltrain.tensor_ops import masked
+from rltrain.types import PolicyTokens, TokenLoss, TrainBatch
+
+__all__ = ["cispo"]
+
+
+@method("cispo", arxiv="2506.13585", needs={"old_logp"}, traits={"owns_clipping"})
+def cispo(
+    policy: PolicyTokens,
+    batch: TrainBatch,
+    *,
+    convention: Literal["absolute", "relative"] = "absolute",
+    cap: float = 5.0,
+    eps_low: float = 0.2,
+    eps_high: float = 0.2,
+) -> TokenLoss:
+    """``-sg[w] A log pi`` with a bounded ratio w, arXiv:2506.13585. Values (B, T).
+
+    convention: "absolute" is w = min(r, cap) with no lower bound, as the paper runs it and TRL releases it (ScaleRL's cap 5);
+    "relative" is w = clip(r, 1 - eps_low, 1 + eps_high), as verl releases it. Only the parameters of the form chosen are read.
+    """
+    log_r = log_ratio(policy, batch).detach()
+    r = log_r.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    low, high = (0.0, cap) if convention == "absolute" else (1 - eps_low, 1 + eps_high)
+    values = -r.clamp(low, high) * batch.advantages * masked(policy.logp, batch.mask)
+    metrics = {"approx_kl": drift(log_r), "clip_high": (r > high).to(r.dtype), "clip_low": (r < low).to(r.dtype)}
+    return TokenLoss(masked(values, batch.mask), metrics)

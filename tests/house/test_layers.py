@@ -1,0 +1,133 @@
+"""Imports point down, never sideways, never up; heavy packages stay in their adapters."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Lowest first. Folders on one line are blind to one another; files on one line are not.
+LAYERS = (
+    ("rltrain.types", "rltrain.protocols", "rltrain.registry", "rltrain.tensor_ops", "rltrain.seeds", "rltrain.errors"),
+    ("rltrain.advantage", "rltrain.control"),
+    ("rltrain.loss",),
+    ("rltrain.config",),
+    ("rltrain.data", "rltrain.rollout", "rltrain.learner", "rltrain.sync", "rltrain.checkpoint", "rltrain.report"),
+    ("rltrain.train",),
+    ("rltrain.build", "rltrain.commands", "rltrain.cli", "rltrain.__main__"),
+)
+
+# package -> where it may be imported (a prefix of the path below the repository root)
+HOMES = {
+    "vllm": ("rltrain/rollout/vllm_", "rltrain/sync/"),
+    "accelerate": ("rltrain/learner/",),
+    "deepspeed": ("rltrain/learner/",),
+    "peft": ("rltrain/learner/",),
+    "huggingface_hub": ("rltrain/checkpoint/hub.py", "rltrain/data/"),
+    "tensorboard": ("rltrain/report/sinks.py",),
+    "wandb": ("rltrain/report/sinks.py",),
+    "trackio": ("rltrain/report/sinks.py",),
+}
+
+
+def sources() -> list[Path]:
+    return sorted([*(ROOT / "rltrain").rglob("*.py"), *(ROOT / "reward").rglob("*.py")])
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(text: str, module: str, is_package: bool) -> set[str]:
+    """Every module an import statement names, at any depth of the file; ``from a import b`` counts as a.b."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")[: None if is_package and node.level == 1 else -(node.level - is_package)]
+                base = ".".join([*parents, base] if base else parents)
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def layer_of(module: str) -> tuple[int, str] | None:
+    """(level, its entry in LAYERS); None for the package itself, which everything may name and which imports nothing."""
+    for level, names in enumerate(LAYERS):
+        for name in names:
+            if module == name or module.startswith(f"{name}."):
+                return level, name
+    return None
+
+
+def complaint(module: str, imported: str) -> str | None:
+    """Why ``module`` may not import ``imported``, or None."""
+    if module.split(".")[0] == "reward":
+        return "reward stands alone" if imported.split(".")[0] == "rltrain" else None
+    if imported.split(".")[0] != "rltrain" or (there := layer_of(imported)) is None:
+        return None
+    here = layer_of(module)
+    if here is None:
+        return "the package itself imports nothing"
+    files_of_one_layer = here[0] == there[0] and here[0] in (0, len(LAYERS) - 1)
+    if there[0] < here[0] or there[1] == here[1] or files_of_one_layer:
+        return None
+    return "sideways" if there[0] == here[0] else "upwards"
+
+
+@pytest.mark.parametrize(
+    ("module", "imported", "why"),
+    [
+        ("rltrain.loss.terms", "rltrain.types.TrainBatch", None),
+        ("rltrain.loss.policy.clip", "rltrain.loss.aggregate", None),
+        ("rltrain.protocols", "rltrain.types.Prompt", None),
+        ("rltrain.cli", "rltrain.build.build", None),
+        ("rltrain.rollout.collate", "reward.score.Score", None),
+        ("rltrain.loss.terms", "rltrain.config.schema", "upwards"),
+        ("rltrain.types", "rltrain.loss", "upwards"),
+        ("rltrain.advantage.group", "rltrain.control", "sideways"),
+        ("rltrain.learner.forward", "rltrain.rollout.collate", "sideways"),
+        ("reward.pool", "rltrain.errors", "reward stands alone"),
+    ],
+)
+def test_the_rule_itself(module: str, imported: str, why: str | None):
+    assert complaint(module, imported) == why
+
+
+def test_relative_imports_are_seen():
+    in_a_file = imports_of("from . import a\nfrom .b import c\nfrom ..d import e", "rltrain.x.y", False)
+    assert in_a_file == {"rltrain.x.a", "rltrain.x.b.c", "rltrain.d.e"}
+    in_a_package = imports_of("from .b import c\nfrom ..d import e", "rltrain.x", True)
+    assert in_a_package == {"rltrain.x.b.c", "rltrain.d.e"}
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path):
+    module = module_of(path)
+    assert module in ("rltrain", "reward") or module.startswith("reward.") or layer_of(module), f"{module} has no place in LAYERS"
+    found = imports_of(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
+    wrong = {name: why for name in sorted(found) if (why := complaint(module, name))}
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_heavy_packages_are_imported_in_their_adapter_only(path: Path):
+    below = path.relative_to(ROOT).as_posix()
+    packages = {name.split(".")[0] for name in imports_of(path.read_text(encoding="utf-8"), module_of(path), path.name == "__init__.py")}
+    assert not {name for name in packages & HOMES.keys() if not below.startswith(HOMES[name])}
+    if below.startswith("reward/") and path.name != "implicit_prm.py":
+        assert not packages & {"torch", "transformers", "vllm"}, "graders run in small processes"
+    if below.startswith("rltrain/config/"):
+        assert not packages & {"torch", "transformers"}, "recipes are validated without torch"
+
+
+def test_every_heavy_package_has_a_file_that_exists_or_is_not_used_yet():
+    # a typo in HOMES would allow nothing and forbid everything; this catches a folder that was renamed
+    for homes in HOMES.values():
+        assert all((ROOT / home).parent.is_dir() for home in homes)

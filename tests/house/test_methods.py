@@ -1,0 +1,86 @@
+"""What a registered method owes: a source, a known answer, and (a policy loss) a recipe that uses it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rltrain.advantage import ADVANTAGES
+from rltrain.control import TOKEN_CONTROLS
+from rltrain.loss import AGGREGATES, LOSS_TERMS
+from rltrain.loss.policy import POLICY_LOSSES
+
+ROOT = Path(__file__).parents[2]
+# by the key under which known_answers.json names a method of this kind
+REGISTRIES = {"advantage": ADVANTAGES, "control": TOKEN_CONTROLS, "policy": POLICY_LOSSES, "term": LOSS_TERMS, "aggregate": AGGREGATES}
+METHODS = [(kind, name) for kind, registry in REGISTRIES.items() for name in registry.names()]
+
+# Methods without an arXiv paper, with where they come from; the docstring says it too.
+TEXTBOOK = {
+    ("policy", "reinforce"): "Williams 1992",
+    ("term", "entropy"): "Williams and Peng 1991",
+    ("aggregate", "seq_mean_token_sum"): "textbook",
+    ("control", "tis"): "Ionides 2008",
+    ("control", "mis"): "IcePop",
+    ("control", "geometric_rejection"): "verl",
+}
+
+
+def recipes() -> dict[str, dict[str, Any]]:
+    return {path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "recipes" / "policy").glob("*.yaml"))}
+
+
+def named(reference: Any) -> str:
+    """A method reference in a recipe is a name, or a mapping that has one."""
+    return reference if isinstance(reference, str) else reference["name"]
+
+
+@pytest.mark.parametrize(("kind", "name"), METHODS)
+def test_every_method_has_a_source(kind: str, name: str):
+    spec = REGISTRIES[kind].spec(name)
+    if (kind, name) in TEXTBOOK:
+        assert spec.arxiv is None, "listed as without a paper, but has an arXiv id"
+        assert TEXTBOOK[kind, name] in spec.doc
+    else:
+        assert spec.arxiv is not None and re.fullmatch(r"\d{4}\.\d{5}", spec.arxiv), f"{spec.module}: {name} cites no arXiv id"
+        assert f"arXiv:{spec.arxiv}" in spec.doc, "the docstring cites the paper"
+
+
+def test_the_list_of_methods_without_a_paper_has_no_dead_entry():
+    assert set(METHODS) >= set(TEXTBOOK)
+
+
+@pytest.mark.parametrize(("kind", "name"), METHODS)
+def test_every_method_has_a_known_answer(kind: str, name: str):
+    cases = json.loads((ROOT / "tests" / "known_answers.json").read_text(encoding="utf-8"))["cases"]
+    assert any(kind in case and named(case[kind]) == name for case in cases), f"add a case for {name} to tests/known_answers.json"
+
+
+def test_every_policy_loss_has_a_recipe():
+    used = {named(recipe["loss"]["policy"]) for recipe in recipes().values() if "loss" in recipe}
+    assert set(POLICY_LOSSES.names()) <= used
+
+
+def test_recipes_name_registered_methods_with_their_hyperparameters():
+    ours = {"name", "coefficient"}
+    for file, recipe in recipes().items():
+        loss = recipe.get("loss", {})
+        references = [("advantage", recipe.get("advantage")), ("policy", loss.get("policy")), ("aggregate", loss.get("aggregate"))]
+        references += [("control", control) for control in recipe.get("control", ())] + [("term", term) for term in loss.get("terms", ())]
+        for kind, reference in references:
+            if reference is not None:
+                keys = set() if isinstance(reference, str) else set(reference) - ours
+                assert keys <= REGISTRIES[kind].spec(named(reference)).hyperparameters.keys(), file
+
+
+@pytest.mark.parametrize(("kind", "name"), METHODS)
+def test_every_method_says_what_it_does(kind: str, name: str):
+    spec = REGISTRIES[kind].spec(name)
+    assert len(spec.doc) > 60
+    undocumented = [key for key in spec.hyperparameters if not re.search(rf"\b{key}\b", spec.doc)]
+    assert not undocumented, f"{spec.module}: the docstring of {name} does not mention {', '.join(undocumented)}"
