@@ -39,7 +39,7 @@ from rltrain.report.transcripts import Transcripts
 from rltrain.rollout.producer import Producer, sample_inputs
 from rltrain.seeds import stable_hash
 from rltrain.train.evaluate import Evaluator
-from rltrain.train.online import Run
+from rltrain.train.online import ModelWriter, Run
 from rltrain.types import Sampling
 
 
@@ -160,7 +160,7 @@ def build_run(recipe: Recipe, materials: Materials, folder: RunFolder, main: boo
         objective=objective,
         annotate=needed_passes(recipe, before, objective.needs),
         reporter=build_reporter(recipe, folder) if main else Reporter(None, None, None),
-        export=lambda metrics: export(recipe, materials.language, learner, folder, metrics, main),
+        writer=build_writer(recipe, materials.language, learner, folder, main),
     )
 
 
@@ -282,12 +282,14 @@ def load_from_disk(engine: RolloutEngine, model: Model) -> None:
     engine.load(iter(weights.items()), 0)
 
 
-def export(
-    recipe: Recipe, language: Language, learner: AccelerateLearner, folder: RunFolder, metrics: Mapping[str, float], main: bool
-) -> Path:
-    """Write ``model/``. Every rank takes part in gathering the weights; rank 0 writes."""
-    weights = learner.state_dict()
-    if main:
-        card = model_card(recipe.model_dump(mode="json"), metrics, recipe.train.steps)
-        export_model(folder.model, learner.model, language.tokenizer, card, weights)
-    return folder.model
+def build_writer(recipe: Recipe, language: Language, learner: AccelerateLearner, folder: RunFolder, main: bool) -> ModelWriter:
+    """Writes the learner's model with its card. Every rank takes part in gathering the weights; rank 0 writes."""
+
+    def write(out: Path, step: int, results: Mapping[str, float]) -> Path:
+        weights = learner.state_dict()
+        if main:
+            card = model_card(recipe.model_dump(mode="json"), results, step)
+            export_model(out, learner.model, language.tokenizer, card, weights)
+        return out
+
+    return ModelWriter(folder, write, recipe.checkpoint.keep, main)

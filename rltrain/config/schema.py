@@ -86,7 +86,6 @@ class DynamicSampling(Section):
 
 class Vllm(Section):
     gpu_memory_utilization: float = Field(default=0.45, gt=0, le=1)
-    tensor_parallel: int = Field(default=1, ge=1)
     kv_cache_gib: float = Field(default=1.0, gt=0)  # on CPU
     max_num_seqs: int = Field(default=256, ge=1)
     enforce_eager: bool = False
@@ -161,8 +160,8 @@ class Report(Section):
 
 
 class Checkpoint(Section):
-    every: int = Field(default=0, ge=0)  # steps; 0: only the model at the end
-    keep: int = Field(default=2, ge=1)
+    every: int = Field(default=0, ge=0)  # steps between models written to checkpoints/; 0: only the model at the end
+    keep: int = Field(default=2, ge=1)  # of them, the latest
 
 
 class Recipe(Section):

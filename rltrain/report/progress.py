@@ -1,0 +1,190 @@
+"""The step line: what a person watches. Columns on a terminal, ``name value`` pairs anywhere else. The loss is not on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.text import Text
+
+_HEADER_EVERY = 20  # step lines
+_GAP = "  "
+
+
+def _number(value: float) -> str:
+    """Three or four significant digits in at most six characters; a small number never looks like zero."""
+    size = abs(value)
+    if value != 0 and (size < 0.001 or size >= 999.5):
+        return _power(value)
+    return f"{value:.3f}" if size < 10 else f"{value:.2f}" if size < 100 else f"{value:.1f}"
+
+
+def _power(value: float) -> str:
+    """Two digits and a bare exponent: 2.1e-6, 1.2e4."""
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits}e{int(exponent)}" if value else "0"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.0f}%"
+
+
+def _count(value: float) -> str:
+    for limit, scale, unit in ((9999.5, 1, ""), (999_500, 1e3, "k"), (math.inf, 1e6, "M")):
+        if value < limit:
+            return f"{value / scale:.0f}{unit}" if scale == 1 or value / scale >= 99.95 else f"{value / scale:.1f}{unit}"
+    return str(value)
+
+
+def _seconds(value: float) -> str:
+    if value < 9.995:
+        return f"{value:.2f}s"
+    return f"{value:.0f}s" if value < 599.5 else f"{value / 60:.0f}min" if value < 5970 else f"{value / 3600:.1f}h"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One number of the step line. The columns that fit are chosen by ``rank`` and shown in table order."""
+
+    header: str
+    metric: str
+    width: int
+    rank: int  # 0 is kept longest
+    show: Callable[[float], str]
+    style: str = ""
+
+
+_NUMBERS: tuple[Column, ...] = (
+    Column("reward", "reward/mean", 6, 0, _number, "bold"),
+    Column("useful", "reward/useful_groups", 6, 1, _share),
+    Column("entropy", "learner/entropy_mean", 7, 2, _number),
+    Column("|dlogp|", "rollout/mismatch_abs", 7, 3, _power),
+    Column("grad", "learner/grad_norm", 6, 4, _number),
+    Column("length", "rollout/length_mean", 6, 10, _count),
+    Column("cut", "rollout/finished_by_length", 4, 11, _share),
+    Column("tok/s", "time/tokens_per_second", 5, 5, _count),
+)
+_TIMES: tuple[Column, ...] = (
+    Column("time", "time/step", 5, 6, _seconds),
+    Column("rollout", "time/rollout", 7, 7, _seconds, "dim"),
+    Column("grade", "time/reward", 5, 13, _seconds, "dim"),
+    Column("annot", "time/annotate", 5, 14, _seconds, "dim"),
+    Column("update", "time/update", 6, 8, _seconds, "dim"),
+    Column("sync", "time/sync", 5, 12, _seconds, "dim"),
+    Column("left", "left", 5, 9, _seconds, "cyan"),
+)
+
+
+def fitting(columns: Sequence[Column], width: int) -> tuple[Column, ...]:
+    """The columns that fit ``width`` characters with their gaps, the least important dropped first."""
+    kept: set[Column] = set()
+    for column in sorted(columns, key=lambda column: column.rank):
+        if width < len(_GAP) + column.width:
+            break
+        width -= len(_GAP) + column.width
+        kept.add(column)
+    return tuple(column for column in columns if column in kept)
+
+
+class Progress:
+    """One line per step. ``start`` is the step a resumed run goes on from. ``console`` None: standard output."""
+
+    def __init__(self, total_steps: int, console: Console | None = None, start: int = 0) -> None:
+        self.console = console or Console()
+        self._total, self._start, self._step = total_steps, start, start
+        self._spent = 0.0  # seconds
+        self._shown: tuple[Column, ...] = ()
+        self._lines = 0  # since the header
+
+    def step(self, metrics: Mapping[str, float], note: str | None = None) -> None:
+        """Count one step and show it; ``note`` says why nothing was learned, when nothing was."""
+        self._step += 1
+        metrics = {**metrics, **self._time_left(metrics)}
+        note = None if note is None else f"nothing learned: {note}"
+        self._print(self._columns(metrics, note) if self.console.is_terminal else self._plain(metrics, note))
+
+    def evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Held-out results, at the step reached so far."""
+        words = _eval_words(metrics)
+        start = "" if self.console.is_terminal else "step "
+        line = Text.assemble((f"{start}{self._position()}{_GAP}eval", "bold cyan"))
+        for word in words:
+            if self.console.is_terminal and line.cell_len + len(_GAP) + len(word) > self.console.width:
+                break  # the file has the rest
+            line.append(_GAP + word, "cyan")
+        self._print(line)
+
+    def message(self, text: str) -> None:
+        """Anything else the user should know."""
+        self._print(Text(text))
+
+    def warn(self, text: str) -> None:
+        self._print(Text(f"warning: {text}", style="yellow"))
+
+    def close(self) -> None:
+        """Nothing is held open: every line is already there."""
+
+    def _position(self) -> str:
+        return f"{self._step:>{len(str(self._total))}}/{self._total}"
+
+    def _time_left(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Seconds to the last step at the mean pace so far, evaluations not counted."""
+        if "time/step" not in metrics:
+            return {}
+        self._spent += metrics["time/step"]
+        return {"left": self._spent / (self._step - self._start) * max(self._total - self._step, 0)}
+
+    def _columns(self, metrics: Mapping[str, float], note: str | None) -> Text:
+        position = self._position()
+        available = [column for column in _NUMBERS + _TIMES if column.metric in metrics or column in self._shown]
+        shown = fitting(available, self.console.width - len(position))
+        if shown != self._shown or self._lines == _HEADER_EVERY:
+            self._shown, self._lines = shown, 0
+            header = "step".rjust(len(position)) + "".join(_GAP + column.header.rjust(column.width) for column in shown)
+            self._print(Text(header, style="bold"))
+        line = Text.assemble((position, "dim"))
+        for column in shown:
+            line.append_text(Text(_GAP)).append_text(_cell(column, metrics))
+        self._lines += 1
+        if note is None:
+            return line
+        fits = line.cell_len + len(_GAP) + len(note) <= self.console.width
+        return line.append(f"{_GAP}{note}" if fits else f"\n{' ' * len(position)}{_GAP}{note}", "yellow")
+
+    def _plain(self, metrics: Mapping[str, float], note: str | None) -> Text:
+        words = [f"{column.header} {_show(column, metrics)}" for column in _NUMBERS if column.metric in metrics]
+        words += [f"{column.header} {_show(column, metrics)}" for column in _TIMES if column.metric in metrics]
+        return Text(_GAP.join([f"step {self._position()}", *words, *([f"[{note}]"] if note else [])]))
+
+    def _print(self, text: Text) -> None:
+        self.console.print(text, soft_wrap=True, highlight=False)
+
+
+def _show(column: Column, metrics: Mapping[str, float]) -> str:
+    """The number as shown; "-" where this step has none."""
+    if column.metric not in metrics:
+        return "-"
+    value = metrics[column.metric]
+    return column.show(value) if math.isfinite(value) else str(value)
+
+
+def _cell(column: Column, metrics: Mapping[str, float]) -> Text:
+    broken = not math.isfinite(metrics.get(column.metric, 0.0))
+    return Text(_show(column, metrics).rjust(column.width), style="bold red" if broken else column.style)
+
+
+def _eval_words(metrics: Mapping[str, float]) -> list[str]:
+    """``pass@1 0.412 [0.371, 0.453]`` and the like, what matters most first."""
+    names = [name for name in metrics if name.startswith("eval/") and not name.endswith(("_low", "_high"))]
+    words = []
+    for name in sorted(names, key=lambda name: "@" not in name):
+        short, value = name.removeprefix("eval/"), metrics[name]
+        if short == "ungraded" and value == 0:
+            continue
+        bounds = [metrics[key] for key in (f"{name}_low", f"{name}_high") if key in metrics]
+        interval = f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if len(bounds) == 2 and all(map(math.isfinite, bounds)) else ""
+        shown = f"{value:.3f}{interval}" if "@" in short else f"{value:.0f}" if short == "ungraded" else _number(value)
+        words.append(f"{short} {shown}")
+    return words

@@ -1,0 +1,176 @@
+"""Where a run's numbers go: metrics.jsonl always, trackers by name. The only module that imports a tracker, and only a named one."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from rltrain.errors import UserError
+from rltrain.registry import suggestion
+from rltrain.report.names import check_names
+
+
+class Tracker(Protocol):
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """A file of one JSON object per line, flushed line by line; what a killed process left half-written is cut off on reopening."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "ab")  # noqa: SIM115  (held until close)
+        self._file.truncate(_whole_lines(path))
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write ``record``. Raises ValueError on a number JSON has no word for, OSError when the disk refuses."""
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        # A lone surrogate cannot be UTF-8; as the escape \\udXXX it is valid JSON and survives the round trip.
+        self._file.write(line.encode("utf-8", errors="backslashreplace") + b"\n")
+        self._file.flush()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of numbers. NaN and infinities are null, and named under "nonfinite"."""
+        values = {name: float(value) for name, value in metrics.items()}
+        broken = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
+        finite = {name: None if name in broken else value for name, value in values.items()}
+        self.append({"step": step, **finite, **({"nonfinite": broken} if broken else {})})
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files below ``folder/tensorboard``."""
+
+    def __init__(self, folder: Path) -> None:
+        module = _tracker_module("tensorboard", "torch.utils.tensorboard")
+        self._writer = module.SummaryWriter(log_dir=str(folder / "tensorboard"))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, global_step=step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A W&B run. The mode is the environment's (WANDB_MODE=offline is respected); offline files lie below the run folder."""
+
+    def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
+        module = _tracker_module("wandb", "wandb")
+        self._run = module.init(project=project, name=folder.name, dir=str(folder), config=dict(config))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio:
+    """A trackio run: local unless TRACKIO_SPACE_ID says otherwise."""
+
+    def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
+        module = _tracker_module("trackio", "trackio")
+        self._run = module.init(project=project, name=folder.name, config=dict(config))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Sinks:
+    """metrics.jsonl and the trackers, as one sink.
+
+    The file comes first and its errors stop the run. A tracker that raises is switched off with a warning, once, and
+    counted in ``failed``: a dashboard that is down costs its own curve, never the run.
+    """
+
+    def __init__(self, lines: JsonLines, trackers: Mapping[str, Tracker], warn: Callable[[str], None]) -> None:
+        self._lines, self._trackers, self._warn = lines, dict(trackers), warn
+        self.failed: dict[str, str] = {}  # tracker name -> why it was switched off
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Raises ValueError on a name the table of metrics does not have, before anything is written."""
+        check_names(metrics)
+        self._lines.log(step, metrics)
+        for name, tracker in list(self._trackers.items()):
+            self._guard(name, lambda tracker=tracker: tracker.log(step, metrics))
+
+    def close(self) -> None:
+        """Close all of them; a second call does nothing."""
+        self._lines.close()
+        for name, tracker in list(self._trackers.items()):
+            self._guard(name, tracker.close)
+        self._trackers.clear()
+
+    def _guard(self, name: str, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # third-party code with exceptions of its own: the one broad except, and it is loud
+            del self._trackers[name]
+            self.failed[name] = f"{type(error).__name__}: {error}"
+            self._warn(f"{name} failed and is switched off; {self._lines.path} has every number. {self.failed[name]}")
+
+
+def open_sinks(folder: Path, names: Sequence[str], project: str, config: Mapping[str, Any], warn: Callable[[str], None]) -> Sinks:
+    """The sinks of the run in ``folder``. Raises UserError when a named tracker is not installed or does not start."""
+    openers: dict[str, Callable[[], Tracker]] = {
+        "tensorboard": lambda: TensorBoard(folder),
+        "wandb": lambda: WeightsAndBiases(folder, project, config),
+        "trackio": lambda: Trackio(folder, project, config),
+    }
+    for name in names:
+        if name not in openers:
+            raise UserError(f"report.sinks: no tracker is called {name!r}{suggestion(name, openers)}")
+    trackers = {name: _started(name, openers[name]) for name in names}
+    return Sinks(JsonLines(folder / "metrics.jsonl"), trackers, warn)
+
+
+def _started(name: str, opener: Callable[[], Tracker]) -> Tracker:
+    try:
+        return opener()
+    except UserError:
+        raise
+    except Exception as error:  # as above; before the first step there is still time to say so
+        offline = "set WANDB_MODE=offline, or " if name == "wandb" else ""
+        raise UserError(
+            f"report.sinks: {name} did not start ({type(error).__name__}: {error}); {offline}remove it from report.sinks"
+        ) from error
+
+
+def _tracker_module(name: str, module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"report.sinks names {name}, which cannot be imported ({error}); "
+            f"pip install '{name}' (or 'rltrain[trackers]' for all), or remove it from report.sinks"
+        ) from error
+
+
+def _whole_lines(path: Path) -> int:
+    """Bytes up to and including the last newline of ``path``, read from the end."""
+    position = os.path.getsize(path)
+    with open(path, "rb") as file:
+        while position > 0:
+            start = max(0, position - 65536)
+            file.seek(start)
+            newline = file.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            position = start
+    return 0

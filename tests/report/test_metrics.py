@@ -1,0 +1,222 @@
+"""Step metrics against hand-worked numbers and numpy; the table of names against what is logged."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from rltrain.report.metrics import METRICS, check_names, completion_metrics, step_metrics, why_zero
+from rltrain.types import Completion, Prompt, Score, ScoredGroup, TrainBatch
+
+NAN = math.nan
+MASK = torch.tensor([[1, 1], [1, 0], [1, 1], [0, 0]], dtype=torch.bool)
+ADVANTAGES = torch.tensor([[1.0, 3.0], [-1.0, NAN], [2.0, 0.0], [NAN, NAN]])
+LOGP = torch.tensor([[-1.0, -2.0], [-0.5, NAN], [-3.0, -0.1], [NAN, NAN]])
+RATIO = torch.tensor([[2.0, 1.0], [0.5, NAN], [1.0, 1.0], [NAN, NAN]])  # learner / engine probability
+ENTROPY = torch.tensor([[0.0, 1.0], [2.0, NAN], [3.0, 4.0], [NAN, NAN]])
+
+
+def batch(**changes) -> TrainBatch:
+    whole = TrainBatch(
+        mask=MASK,
+        advantages=ADVANTAGES,
+        weights=torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.0]]),
+        rewards=torch.tensor([1.0, 0.0, 0.5, NAN]),
+        group=torch.tensor([7, 7, 3, 3]),
+        arm=torch.zeros(4, dtype=torch.int64),
+        version=torch.zeros(4, dtype=torch.int64),
+        rollout_logp=LOGP - RATIO.log(),
+    )
+    return whole.replace(**changes)
+
+
+def close(found: float, expected: float) -> None:
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_rewards_are_taken_over_graded_completions_only():
+    found = step_metrics(batch(), LOGP, ENTROPY)
+    close(found["reward/mean"], 0.5)
+    close(found["reward/std"], math.sqrt((0.25 + 0.25 + 0) / 3))
+    assert (found["reward/min"], found["reward/max"]) == (0.0, 1.0)
+    assert found["reward/graded"] == 0.75
+    assert found["reward/useful_groups"] == 0.5  # group 7: 1 and 0; group 3: only one graded, nothing to compare
+
+
+def test_a_step_without_any_reward_says_nan_and_not_zero():
+    found = step_metrics(batch(rewards=torch.full((4,), NAN)), LOGP, ENTROPY)
+    assert all(math.isnan(found[f"reward/{name}"]) for name in ("mean", "std", "min", "max"))
+    assert found["reward/graded"] == found["reward/useful_groups"] == 0
+
+
+def test_mismatch_of_ratios_two_one_half_one_one():
+    found = step_metrics(batch(), LOGP, ENTROPY)
+    close(found["rollout/mismatch_abs"], 2 * math.log(2) / 5)
+    close(found["rollout/mismatch_k3"], ((2 - 1 - math.log(2)) + (0.5 - 1 + math.log(2))) / 5)  # 0.1
+    assert found["rollout/ratio_p50"] == pytest.approx(1)
+    close(found["rollout/ratio_p99"], 1 + 0.96 * (2 - 1))  # sorted .5 1 1 1 2, position .99 * 4
+    close(found["rollout/ratio_max"], 2)
+    close(found["rollout/ess"], 5.5**2 / (5 * (4 + 1 + 0.25 + 1 + 1)))
+
+
+def test_equal_log_probs_are_a_mismatch_of_zero_and_a_full_sample():
+    found = step_metrics(batch(rollout_logp=LOGP), LOGP, ENTROPY)
+    assert found["rollout/mismatch_abs"] == found["rollout/mismatch_k3"] == 0
+    assert found["rollout/ess"] == found["rollout/ratio_max"] == 1
+
+
+def test_a_token_the_engine_thought_impossible_keeps_the_numbers_finite():
+    found = step_metrics(batch(rollout_logp=torch.where(MASK, LOGP - 5000, LOGP)), LOGP, ENTROPY)
+    assert all(math.isfinite(found[f"rollout/{name}"]) for name in ("mismatch_k3", "ratio_max", "ess"))
+    close(found["rollout/mismatch_abs"], 5000)
+
+
+def test_without_engine_log_probs_there_is_no_mismatch_to_report():
+    assert not [name for name in step_metrics(batch(rollout_logp=None), LOGP, ENTROPY) if name.startswith("rollout/")]
+
+
+def test_a_step_without_a_token_has_no_ratio_and_does_not_fail():
+    found = step_metrics(batch(mask=torch.zeros(4, 2)), LOGP, ENTROPY)
+    assert math.isnan(found["rollout/ratio_max"]) and math.isnan(found["learner/entropy_p10"])
+    assert found["learner/tokens"] == 0 and found["control/masked"] == 0
+
+
+def test_entropy_and_covariance_are_numpys_over_the_masked_tokens():
+    found = step_metrics(batch(), LOGP, ENTROPY)
+    close(found["learner/entropy_mean"], 2)
+    close(found["learner/entropy_p10"], 0.4)  # 0 1 2 3 4, position .1 * 4
+    close(found["learner/entropy_p90"], 3.6)
+    logp, advantages = LOGP[MASK].numpy(), ADVANTAGES[MASK].numpy()
+    close(found["advantage/logp_covariance"], np.cov(logp, advantages, ddof=0)[0, 1])
+    close(found["advantage/mean"], 1)
+    close(found["advantage/abs"], 7 / 5)
+
+
+def test_masked_share_counts_weight_zero_and_what_left_the_mask():
+    assert step_metrics(batch(), LOGP, ENTROPY)["control/masked"] == pytest.approx(1 / 5)  # one weight of 0
+    sampled = MASK | torch.tensor([[0], [0], [0], [1]], dtype=torch.bool)  # 7 tokens, of which 4 count
+    values = torch.nan_to_num(ENTROPY, nan=9.0)
+    found = step_metrics(batch(rollout_logp=None), LOGP, values, sampled=sampled)
+    assert found["control/masked"] == pytest.approx(3 / 7)
+    assert found["learner/entropy_mean"] == pytest.approx((0 + 1 + 2 + 3 + 4 + 9 + 9) / 7)  # a control cannot hide tokens
+
+
+def test_row_order_and_padding_change_nothing():
+    order = torch.tensor([2, 0, 3, 1])
+    wide = lambda values, fill: torch.nn.functional.pad(values[order], (0, 3), value=fill)  # noqa: E731
+    whole = batch()
+    moved = TrainBatch(
+        mask=wide(whole.mask, False),
+        advantages=wide(whole.advantages, NAN),
+        weights=wide(whole.weights, 0.0),
+        rewards=whole.rewards[order],
+        group=whole.group[order],
+        arm=whole.arm,
+        version=whole.version,
+        rollout_logp=wide(whole.rollout_logp, NAN),
+    )
+    assert step_metrics(moved, wide(LOGP, NAN), wide(ENTROPY, NAN)) == pytest.approx(step_metrics(whole, LOGP, ENTROPY))
+
+
+def test_numbers_are_read_once():
+    class Reads(TorchFunctionMode):
+        """Every way a tensor's value reaches Python, each a wait for the device."""
+
+        WAYS = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__")
+
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.seen += [func.__name__] if func.__name__ in self.WAYS else []
+            return func(*args, **(kwargs or {}))
+
+    with Reads() as reads:
+        step_metrics(batch(), LOGP, ENTROPY)
+    assert reads.seen == ["tolist"]
+    with Reads() as reads:
+        why_zero(batch(), 1e-3)
+    assert reads.seen == ["tolist"]
+    with Reads() as reads:
+        assert float(LOGP[0].sum()) and LOGP[0, 0].item()
+    assert len(reads.seen) == 2  # it does see them
+
+
+def test_why_zero_names_the_cause():
+    zero = torch.zeros(4, 2)
+    assert why_zero(batch(), lr=1e-3) is None
+    assert why_zero(batch(), lr=0.0) == "lr 0"
+    assert why_zero(batch(mask=zero.bool()), 1e-3).startswith("all masked (no completion")
+    assert why_zero(batch(weights=zero), 1e-3).startswith("all masked (a control")
+    equal = torch.tensor([1.0, 1.0, 0.5, NAN])  # equal within groups, not between them
+    assert why_zero(batch(rewards=equal, advantages=zero), 1e-3).startswith("all groups equal")
+    assert why_zero(batch(advantages=zero), 1e-3).startswith("all advantages 0")
+
+
+def test_equal_groups_with_advantages_can_still_learn():
+    # REINFORCE++ compares with the whole step: equal rewards within groups are not the reason there
+    assert why_zero(batch(rewards=torch.tensor([1.0, 1.0, 0.0, 0.0])), 1e-3) is None
+
+
+def test_why_zero_looks_only_at_rows_that_count():
+    # group 7 differs only through row 1, which is masked out
+    mask = MASK & torch.tensor([[1], [0], [1], [1]], dtype=torch.bool)
+    assert why_zero(batch(mask=mask, advantages=torch.zeros(4, 2)), 1e-3).startswith("all groups equal")
+
+
+def completion(tokens: int, finish: str = "stop") -> Completion:
+    return Completion(tuple(range(tokens)), (0.0,) * tokens, finish, "text", version=0)
+
+
+GROUPS = [
+    ScoredGroup(
+        0,
+        Prompt("p0", (1,), "1+1="),
+        (completion(2), completion(8, "length"), completion(5), completion(1, "aborted")),
+        (
+            Score(1.5, {"correct": 1.0, "format": 0.5}),
+            Score(0.0, {"correct": 0.0}),
+            Score(0.0, ungraded="timeout"),
+            Score(0.0, ungraded="error: x"),
+        ),
+    )
+]
+
+
+def test_completions_are_counted_with_their_reasons():
+    assert completion_metrics(GROUPS) == {
+        "rollout/completions": 4.0,
+        "rollout/tokens": 16.0,
+        "rollout/length_mean": 4.0,
+        "rollout/length_max": 8.0,
+        "rollout/finished_by_length": 0.25,
+        "rollout/aborted": 0.25,
+        "reward/correct": 0.5,
+        "reward/part/correct": 0.5,
+        "reward/part/format": 0.5,  # over the one completion that reports it
+        "reward/ungraded/timeout": 1.0,
+        "reward/ungraded/error": 1.0,  # what follows a colon is detail, not a metric name
+    }
+
+
+def test_every_name_logged_here_is_in_the_table():
+    check_names(step_metrics(batch(), LOGP, ENTROPY))
+    check_names(completion_metrics(GROUPS))
+
+
+def test_a_name_outside_the_table_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"'reward/maen'.*did you mean 'reward/mean'"):
+        check_names(["reward/mean", "reward/maen"])
+    with pytest.raises(ValueError, match="loss/"):
+        check_names(["loss/"])
+    check_names(["loss/clip_share", "control/kl_cov_tokens", "reward/part/math/correct", "eval/pass@8_low", "time/annotate"])
+
+
+def test_the_table_has_every_name_once_under_a_stage():
+    names = [metric.name for metric in METRICS]
+    assert len(names) == len(set(names))
+    stages = {"rollout", "reward", "advantage", "control", "loss", "learner", "sync", "eval", "time"}
+    assert {name.split("/")[0] for name in names} == stages

@@ -1,0 +1,113 @@
+"""pass@k against every subset, intervals against exact resampling distributions."""
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+
+from rltrain.report.statistics import average, average_at_k, bootstrap_interval, paired_difference, pass_at_k, unbiased_pass_at_k
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 7])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(n):
+    for correct, k in itertools.product(range(n + 1), range(1, n + 1)):
+        subsets = list(itertools.combinations([True] * correct + [False] * (n - correct), k))
+        assert unbiased_pass_at_k(n, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+
+
+def test_pass_at_k_by_hand():
+    assert unbiased_pass_at_k(4, 1, 2) == 0.5  # 3 of the 6 pairs hold the right one
+    assert unbiased_pass_at_k(8, 2, 8) == 1.0
+    assert unbiased_pass_at_k(8, 0, 8) == 0.0
+    assert unbiased_pass_at_k(10, 3, 1) == pytest.approx(0.3)
+    # 1 - (190 * ... * 183) / (200 * ... * 193)
+    assert unbiased_pass_at_k(200, 10, 8) == pytest.approx(1 - math.prod((190 - i) / (200 - i) for i in range(8)))
+
+
+def test_the_naive_formula_is_not_what_is_computed():
+    assert unbiased_pass_at_k(4, 1, 2) != pytest.approx(1 - (1 - 1 / 4) ** 2)  # 0.4375, biased
+
+
+def test_large_counts_do_not_overflow():
+    assert unbiased_pass_at_k(10_000, 1, 5_000) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("n", "correct", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0)])
+def test_impossible_counts_are_refused(n, correct, k):
+    with pytest.raises(ValueError):
+        unbiased_pass_at_k(n, correct, k)
+
+
+def test_pass_at_k_over_prompts_is_the_mean_of_the_prompts():
+    found = pass_at_k([0, 1, 4], n=4, k=2, seed=0)
+    assert found.value == pytest.approx((0 + 0.5 + 1) / 3)
+    assert (found.k, found.n, found.prompts) == (2, 4, 3)
+    assert found.low <= found.value <= found.high
+    assert pass_at_k([0, 1, 4], n=4, k=2, seed=0) == found  # seeded
+
+
+def test_pass_at_one_is_the_average():
+    counts = [random.Random(0).randint(0, 8) for _ in range(50)]
+    scores = [[1.0] * count + [0.0] * (8 - count) for count in counts]
+    one, mean = pass_at_k(counts, 8, 1, seed=3), average_at_k(scores, seed=3)
+    assert (one.value, one.low, one.high) == pytest.approx((mean.value, mean.low, mean.high))
+
+
+def test_prompts_weigh_the_same_whatever_their_number_of_completions():
+    assert average_at_k([[1.0], [0.0, 0.0, 0.0]], seed=0).value == 0.5
+
+
+def test_interval_of_one_success_in_six_is_the_binomials():
+    # resampled mean = Binomial(6, 1/6) / 6; cumulative .335 .737 .938 .991: the 97.5 % quantile is 3 / 6
+    assert bootstrap_interval([1, 0, 0, 0, 0, 0], seed=0) == (0.0, 0.5)
+
+
+def test_interval_of_many_prompts_is_the_normal_one():
+    values = np.random.default_rng(1).normal(2.0, 3.0, size=4000)
+    half = 1.959964 * values.std() / math.sqrt(len(values))
+    low, high = bootstrap_interval(values, seed=5)
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.05 * half)
+
+
+def test_one_prompt_has_no_interval():
+    found = average([0.5], seed=0)
+    assert found.value == 0.5 and math.isnan(found.low) and math.isnan(found.high)
+
+
+def test_no_prompts_is_an_error_and_not_a_zero():
+    with pytest.raises(ValueError, match="no prompts"):
+        pass_at_k([], 4, 1, seed=0)
+    with pytest.raises(ValueError, match="1 of 2 prompts"):
+        average_at_k([[1.0], []], seed=0)
+
+
+def test_pairing_removes_the_spread_between_prompts():
+    generator = random.Random(0)
+    before = {f"p{i}": generator.random() for i in range(100)}  # spread of 0.29
+    after = {prompt: before[prompt] + 0.1 for prompt in reversed(before)}  # the order of prompts does not matter
+    found = paired_difference(before, after, seed=0)
+    assert (found.value, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
+    unpaired = average(list(before.values()), seed=0)
+    assert unpaired.high - unpaired.low > 0.1
+
+
+def test_difference_changes_sign_with_the_order_of_the_runs():
+    one, two = {"a": 0.0, "b": 1.0, "c": 0.5}, {"a": 1.0, "b": 1.0, "c": 0.0}
+    assert paired_difference(one, two, seed=0).value == -paired_difference(two, one, seed=0).value == pytest.approx(0.5 / 3)
+
+
+def test_runs_over_different_prompts_are_not_compared():
+    with pytest.raises(ValueError, match="1 only the first, 2 only the second"):
+        paired_difference({"a": 1.0, "b": 0.0}, {"a": 1.0, "c": 0.0, "d": 1.0}, seed=0)
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    # 200 evaluations of 60 prompts with true pass@1 0.3: a 95 % interval should cover in 180 or more, and not always
+    generator = np.random.default_rng(0)
+    covered = 0
+    for seed in range(200):
+        low, high = bootstrap_interval(generator.binomial(8, generator.beta(0.6, 1.4, size=60)) / 8, seed=seed, resamples=1000)
+        covered += low <= 0.3 <= high
+    assert 180 <= covered <= 199
