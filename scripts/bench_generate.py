@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
+from rltrain.protocols import RolloutEngine
 from rltrain.types import Prompt, Sampling
 
 EOS, PAD = 1, 0
-Generator = Callable[[int], int]  # seed -> completion tokens written
+Generator = Callable[[int, int], int]  # (seed, at most so many tokens per completion) -> completion tokens written
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,11 @@ def vllm(case: Case, model: Qwen2ForCausalLM, folder: Path) -> Generator:
     return through_engine(engine, case, model)
 
 
-def through_engine(engine, case: Case, model: Qwen2ForCausalLM) -> Generator:
+def through_engine(engine: RolloutEngine, case: Case, model: Qwen2ForCausalLM) -> Generator:
     engine.load(model.named_parameters(), 0)
 
-    def generate(seed: int) -> int:
-        groups = engine.generate(prompts_of(case), Sampling(case.n, 1.0, case.max_tokens, seed), 0)
+    def generate(seed: int, max_tokens: int) -> int:
+        groups = engine.generate(prompts_of(case), Sampling(case.n, 1.0, max_tokens, seed), 0)
         return sum(len(completion.token_ids) for group in groups for completion in group.completions)
 
     return generate
@@ -112,9 +113,9 @@ def stops(case: Case) -> set[int]:
     return set() if case.eos_log_odds is None else {EOS}
 
 
-def sampling_config(case: Case) -> GenerationConfig:
+def sampling_config(case: Case, max_tokens: int) -> GenerationConfig:
     return GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=case.max_tokens,
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_tokens,
         eos_token_id=EOS if stops(case) else None, pad_token_id=PAD,
     )  # fmt: skip
 
@@ -122,11 +123,11 @@ def sampling_config(case: Case) -> GenerationConfig:
 def plain_generate(case: Case, model: Qwen2ForCausalLM, folder: Path) -> Generator:
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     rows = torch.tensor([prompt.token_ids for prompt in prompts_of(case)]).repeat_interleave(case.n, dim=0)
-    config = sampling_config(case)
 
-    def generate(seed: int) -> int:
+    def generate(seed: int, max_tokens: int) -> int:
         torch.manual_seed(seed)
-        out = theirs.generate(rows, attention_mask=torch.ones_like(rows), generation_config=config)[:, rows.shape[1] :]
+        out = theirs.generate(rows, attention_mask=torch.ones_like(rows), generation_config=sampling_config(case, max_tokens))
+        out = out[:, rows.shape[1] :]
         ended = (out == EOS).long().cumsum(1)
         before = (ended - (out == EOS).long()) == 0  # tokens up to and including the first EOS
         return int(before.sum()) if stops(case) else out.numel()
@@ -137,14 +138,13 @@ def plain_generate(case: Case, model: Qwen2ForCausalLM, folder: Path) -> Generat
 def batch_generate(case: Case, model: Qwen2ForCausalLM, folder: Path) -> Generator:
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     rows = [list(prompt.token_ids) for prompt in prompts_of(case) for _ in range(case.n)]
-    config = sampling_config(case)
     # Enough cache for every row at once; left to itself it takes 0.9 of the machine's memory.
     pages = -(-(case.prompt_tokens + case.max_tokens) // 32)
     batching = ContinuousBatchingConfig(page_size=32, num_blocks=len(rows) * pages, max_batch_tokens=max(256, 2 * len(rows)))
 
-    def generate(seed: int) -> int:
+    def generate(seed: int, max_tokens: int) -> int:
         torch.manual_seed(seed)
-        out = theirs.generate_batch(rows, generation_config=config, continuous_batching_config=batching)
+        out = theirs.generate_batch(rows, generation_config=sampling_config(case, max_tokens), continuous_batching_config=batching)
         return sum(len(one.generated_tokens) for one in out.values())
 
     return generate
@@ -154,17 +154,17 @@ ENGINES = {"ours": ours, "generate": plain_generate, "generate_batch": batch_gen
 
 
 def measure(case: Case, names: list[str], repeats: int) -> dict[str, float]:
-    """Median tokens per second by engine, after one warm-up each, runs interleaved."""
+    """Median tokens per second by engine, after a warm-up of 4 tokens each, runs interleaved."""
     with tempfile.TemporaryDirectory() as folder:
         model = random_model(case, Path(folder))
         generators = {name: ENGINES[name](case, model, Path(folder)) for name in names}
         for generator in generators.values():
-            generator(0)
+            generator(0, 4)
         rates: dict[str, list[float]] = {name: [] for name in names}
         for repeat in range(repeats):
             for name, generator in generators.items():
                 start = time.perf_counter()
-                tokens = generator(repeat + 1)
+                tokens = generator(repeat + 1, case.max_tokens)
                 rates[name].append(tokens / (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in rates.items()}
 

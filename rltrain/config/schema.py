@@ -69,6 +69,8 @@ class Data(Section):
     eval_split: str = "test"
     subset: str | None = None
     adapter: Literal["none", "gsm8k_calculator"] = "none"
+    eval_subset: str | None = None  # None: as subset
+    eval_columns: dict[str, str] | None = None  # None: as columns
     columns: dict[str, str] = {}  # our name -> the file's, e.g. {prompt: question}
     system: str | None = None  # system message put before the prompt
     prompt_template: str = "{prompt}"  # wraps text prompts

@@ -39,11 +39,11 @@ def load_prompts(
     Without a limit the order is the data set's own. Every row is checked before any is tokenised. Raises ValueError, naming file and
     line, when a row is malformed; and when no prompt is left.
     """
-    source, split = (data.train, data.train_split) if side == "train" else (data.eval, data.eval_split)
+    source, split, subset, columns = _side(data, side)
     if source is None:
         raise ValueError("data.eval is not set, so there are no held-out prompts; set it to a data set, a file or a built-in task")
     options = data.options if source in TASKS or data.train not in TASKS else {}  # a task's options are not its held-out file's
-    rows = [_renamed(row, data.columns) for row in read_rows(source, split=split, subset=data.subset, options=options)]
+    rows = [_renamed(row, columns) for row in read_rows(source, split=split, subset=subset, options=options)]
     rows, dropped = _adapted(rows, data.adapter)
     contents = [_content(row, data) for row in rows]
     order = range(len(rows))
@@ -64,6 +64,14 @@ def load_prompts(
             f"data.max_prompt_tokens is {data.max_prompt_tokens}, raise it if they are too long"
         )
     return PromptSet(tuple(prompts), dict(dropped))
+
+
+def _side(data: Data, side: Literal["train", "eval"]) -> tuple[str | None, str, str | None, Mapping[str, str]]:
+    """(source, split, subset, columns); what the held-out side does not say is as for training."""
+    if side == "train":
+        return data.train, data.train_split, data.subset, data.columns
+    columns = data.columns if data.eval_columns is None else data.eval_columns
+    return data.eval, data.eval_split, data.eval_subset or data.subset, columns
 
 
 def without(prompts: PromptSet, others: PromptSet) -> PromptSet:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -58,7 +58,7 @@ class AccelerateLearner:
         self.layout: Layout = resolve_layout(settings.layout, pretrained)
         if settings.gradient_checkpointing:
             pretrained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        policy = PolicyForward(pretrained)
+        self.bare = policy = PolicyForward(pretrained)  # without accelerate's wrapper
         optimizer = build_optimizer(policy.named_parameters(), settings.optimizer)
         self.schedule = build_schedule(optimizer, settings.optimizer, total_updates)
         self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
@@ -98,12 +98,13 @@ class AccelerateLearner:
     @property
     def model(self) -> PreTrainedModel:
         """The bare transformers model behind every wrapper."""
-        return self.accelerator.unwrap_model(self.policy).model
+        return self.bare.model
 
     def state_dict(self) -> dict[str, Tensor]:
         """Full, unsharded weights under their Hugging Face names. A collective: every rank calls it."""
-        prefix = "model."
-        return {name.removeprefix(prefix): value for name, value in self.accelerator.get_state_dict(self.policy).items()}
+        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        weights = self.accelerator.get_state_dict(self.policy) if sharded else self.bare.state_dict()
+        return {name.removeprefix("model."): value for name, value in weights.items()}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.state_dict().items()
@@ -295,7 +296,8 @@ def _mixed_precision(precision: str) -> str:
 
 def _wants(needs: frozenset[str]) -> frozenset[str]:
     """What the gradient pass must return, of everything a recipe's functions need; the rest stands in the batch."""
-    return frozenset({"logp"}) | (needs & (frozenset({"entropy", "entropy_grad"}) | frozenset(STATISTICS)))
+    own = {name for name in needs if name in ("entropy", "entropy_grad") or name.partition(":")[0] in STATISTICS}
+    return frozenset({"logp"} | own)
 
 
 def _policy_tokens(statistics: dict[str, Tensor]) -> PolicyTokens:

@@ -26,6 +26,7 @@ from rltrain.rollout.vllm_layers import layer_fingerprints, repack_heads
 from rltrain.seeds import stable_hash
 from rltrain.types import Completion, Prompt, RolloutGroup, Sampling
 
+_CPU_BATCH_TOKENS = 4096  # of one forward on CPU; vLLM's own choice there
 _MIN_TEMPERATURE = 0.01  # vLLM raises smaller ones to this, and its log-probs would be of another distribution than asked for
 
 
@@ -61,9 +62,11 @@ class VllmColocated:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             self._shapes = WeightShapes(AutoModelForCausalLM.from_config(config))
         self._owns_process_group = not torch.distributed.is_initialized()
-        memory: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_utilization}
+        sizes: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_utilization}
         if not self._gpu:
-            memory = {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30)}
+            # vLLM 0.32 rewinds a seeded request's generator after part of a prompt, which CPU generators cannot do: whole prompts only.
+            whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(_CPU_BATCH_TOKENS, self._limit)}
+            sizes = {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30), **whole}
         with tempfile.TemporaryDirectory() as folder, _unchanged_process():
             config.save_pretrained(folder)
             vllm = _import_vllm()
@@ -79,7 +82,7 @@ class VllmColocated:
                 enable_sleep_mode=self._sleep_mode,
                 logprobs_mode="processed_logprobs",
                 seed=0,
-                **memory,
+                **sizes,
             )
         self._params_class = vllm.SamplingParams
         mode = self._llm.llm_engine.model_config.logprobs_mode

@@ -212,3 +212,11 @@ def test_a_name_the_hub_does_not_give_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"cannot read someone/absent, split train: .*a data set is a built-in task"):
         load(tokenizer, "someone/absent")
+
+
+def test_held_out_files_may_name_their_columns_differently(tmp_path, tokenizer):
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    train.write_text('{"question": "1+1=", "answer": "2"}\n')
+    held_out.write_text('{"problem": "2+2=", "answer": "4"}\n')
+    data = Data(train=str(train), eval=str(held_out), columns={"prompt": "question"}, eval_columns={"prompt": "problem"})
+    assert [load_prompts(data, side, tokenizer, seed=0).prompts[0].columns for side in ("train", "eval")] == [{"answer": "2"}, {"answer": "4"}]

@@ -1,9 +1,7 @@
 import functools
-import importlib.util
 import json
 import string
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -14,27 +12,12 @@ from rltrain.config.schema import Data
 from rltrain.data.prompts import PromptSet, load_prompts
 from rltrain.types import Prompt
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "make_tiny_model.py"
+
+def weights(folder: Path | str) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
 
 
-@pytest.fixture(scope="module")
-def tiny() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_tiny_model", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def random_model(tiny, tmp_path_factory) -> Path:
-    return tiny.make_random_model(tmp_path_factory.mktemp("random") / "model")
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def same(first: Path, second: Path) -> bool:
+def same(first: Path | str, second: Path | str) -> bool:
     return all(torch.equal(tensor, weights(second)[name]) for name, tensor in weights(first).items())
 
 
@@ -56,27 +39,27 @@ def test_the_chat_template_survives_saving(random_model):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_heads_are_tied_as_asked_and_float32_with_heads_of_32(tiny, tmp_path, tied):
-    model = AutoModelForCausalLM.from_pretrained(tiny.make_random_model(tmp_path / "model", tied=tied))
+def test_heads_are_tied_as_asked_and_float32_with_heads_of_32(tiny_models, tmp_path, tied):
+    model = AutoModelForCausalLM.from_pretrained(tiny_models.make_random_model(tmp_path / "model", tied=tied))
     assert (model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()) is tied
     assert model.dtype == torch.float32
     assert model.config.hidden_size // model.config.num_attention_heads == 32
 
 
-def test_the_full_size_is_about_a_million_parameters(tiny):
-    model = tiny.tiny_model(tiny.character_tokenizer(), tied=False, seed=0)
+def test_the_full_size_is_about_a_million_parameters(tiny_models):
+    model = tiny_models.tiny_model(tiny_models.character_tokenizer(), tied=False, seed=0)
     assert 0.7e6 < sum(parameter.numel() for parameter in model.parameters()) < 1.3e6
 
 
-def test_equal_seeds_give_equal_weights_and_the_callers_generator_is_left_alone(tiny, tmp_path, random_model):
+def test_equal_seeds_give_equal_weights_and_the_callers_generator_is_left_alone(tiny_models, tmp_path, random_model):
     before = torch.get_rng_state()
-    again, other = (tiny.make_random_model(tmp_path / str(seed), seed=seed) for seed in (0, 1))
+    again, other = (tiny_models.make_random_model(tmp_path / str(seed), seed=seed) for seed in (0, 1))
     assert same(again, random_model)
     assert not same(other, random_model)
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_random_model_is_far_from_uniform(tiny, random_model):
+def test_a_random_model_is_far_from_uniform(tiny_models, random_model):
     # Uniform log-probs would let a wrong head pass for a right one: their spread here is of order 1 nat, not 0.
     model = AutoModelForCausalLM.from_pretrained(random_model)
     with torch.no_grad():
@@ -84,7 +67,7 @@ def test_a_random_model_is_far_from_uniform(tiny, random_model):
     assert logp.std(dim=-1).min() > 0.5
 
 
-def test_the_measure_is_the_product_of_the_tokens_probabilities(tiny, random_model):
+def test_the_measure_is_the_product_of_the_tokens_probabilities(tiny_models, random_model):
     tokenizer, model = AutoTokenizer.from_pretrained(random_model), AutoModelForCausalLM.from_pretrained(random_model)
     prompts, rights = [], []
     for question, answer in (("1+2=", "3"), ("10+20=", "30")):  # of different length: one row of the batch is padded
@@ -95,15 +78,15 @@ def test_the_measure_is_the_product_of_the_tokens_probabilities(tiny, random_mod
             right *= model(input_ids=torch.tensor([asked])).logits[0, -1].softmax(-1)[token].item()
             asked.append(token)
         rights.append(right)
-    measured = tiny.measure(model, PromptSet(tuple(prompts)), tokenizer)
+    measured = tiny_models.measure(model, PromptSet(tuple(prompts)), tokenizer)
     assert measured["pass@1"] == pytest.approx(sum(rights) / 2, rel=1e-4)
     assert measured["pass@8"] == pytest.approx(sum(1 - (1 - right) ** 8 for right in rights) / 2, rel=1e-4)
 
 
-def test_equal_arguments_give_equal_weights_and_a_made_folder_is_kept(tiny, tmp_path):
+def test_equal_arguments_give_equal_weights_and_a_made_folder_is_kept(tiny_models, tmp_path):
     steps = tmp_path / "steps.jsonl"
     steps.write_text(json.dumps({"answer": "<<48/2=24>> <<48+24=72>> <<0.2*50=10>>"}))
-    make = functools.partial(tiny.make_tiny_model, task="gsm8k_calculator", data=steps, steps=2)
+    make = functools.partial(tiny_models.make_tiny_model, task="gsm8k_calculator", data=steps, steps=2)
     first, second = (make(tmp_path / name) for name in ("a", "b"))
     assert same(first, second)
     untouched = (first / "model.safetensors").stat().st_mtime_ns
@@ -115,26 +98,26 @@ def test_equal_arguments_give_equal_weights_and_a_made_folder_is_kept(tiny, tmp_
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "steps.jsonl"}  # nothing half-made is left behind
 
 
-def test_a_foreign_folder_is_refused_and_kept(tiny, tmp_path):
+def test_a_foreign_folder_is_refused_and_kept(tiny_models, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"exists and was not made by this script"):
-        tiny.make_tiny_model(tmp_path, steps=1)
+        tiny_models.make_tiny_model(tmp_path, steps=1)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_task_and_data_that_do_not_fit_are_refused(tiny, tmp_path, capsys):
+def test_a_task_and_data_that_do_not_fit_are_refused(tiny_models, tmp_path, capsys):
     with pytest.raises(ValueError, match="needs the GSM8K train file"):
-        tiny.make_tiny_model(tmp_path / "model", task="gsm8k_calculator")
+        tiny_models.make_tiny_model(tmp_path / "model", task="gsm8k_calculator")
     with pytest.raises(SystemExit):
-        tiny.main(["--out", str(tmp_path / "model"), "--task", "gsm8k_calculator", "--data", "x", "--measure"])
+        tiny_models.main(["--out", str(tmp_path / "model"), "--task", "gsm8k_calculator", "--data", "x", "--measure"])
     assert "--eval-data" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_the_warm_start_leaves_something_to_learn(tiny, tmp_path):
-    out = tiny.make_tiny_model(tmp_path / "model")
+def test_the_warm_start_leaves_something_to_learn(tiny_models, tmp_path):
+    out = tiny_models.make_tiny_model(tmp_path / "model")
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
     held_out = load_prompts(Data(train="arithmetic", eval="arithmetic"), "eval", tokenizer, seed=0)
-    measured = tiny.measure(model, held_out, tokenizer)
+    measured = tiny_models.measure(model, held_out, tokenizer)
     assert 0.35 <= measured["pass@1"] <= 0.5
     assert measured["pass@8"] > 0.8

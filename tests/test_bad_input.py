@@ -1,0 +1,131 @@
+"""Every mistake a user can make is one line, exit code 2, before any weight is loaded, and touches no folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from rltrain import cli
+from rltrain.learner import accelerate_learner
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def train(random_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """``train("a.b=1", ...)`` runs ``rltrain train`` in this process and returns what it printed to stderr."""
+
+    def loaded(*_: object) -> None:
+        raise AssertionError("weights were loaded before the mistake was found")
+
+    monkeypatch.setattr(accelerate_learner, "load_causal_lm", loaded)
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+
+    def call(*overrides: str, run: Path = run, recipe: str = "grpo") -> str:
+        settings = [f"model.path={random_model}", "reward.seconds=5", *overrides]
+        arguments = ["train", str(ROOT / f"recipes/policy/{recipe}.yaml"), "--profile", "tiny_cpu", "--run", str(run)]
+        monkeypatch.setattr(sys, "argv", ["rltrain", *arguments, *(word for one in settings for word in ("--set", one))])
+        before = sorted(path for path in tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 2
+        assert sorted(path for path in tmp_path.rglob("*")) == before, "something was written"
+        return capsys.readouterr().err
+
+    return call
+
+
+def jsonl(path: Path, *rows: object) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("loss.policy.name=clop", r"no policy loss is called 'clop'; did you mean 'clip'?"),
+        ("rollout.promts=3", "did you mean 'rollout.prompts'"),
+        ("rollout.n=1", "rollout.n is 1"),
+        ("learner.updates=100", "learner.updates is 100"),
+        ("learner.tokens_per_micro_batch=4", "tokens_per_micro_batch is 4"),
+        ("rollout.max_tokens=600", "reads at most 512"),
+        ("model.path=nowhere/at-all", "model.path 'nowhere/at-all' is no model folder"),
+        ("reward.functions=[missing.py:score]", "missing.py"),
+        ("rollout.prompts=100000", "a step needs 100000 different prompts"),
+        ("data.train=nowhere.jsonl", "nowhere.jsonl"),
+    ],
+)
+def test_a_wrong_key_names_the_key_and_the_remedy(train, override: str, said: str) -> None:
+    if override.startswith("rollout.max_tokens"):
+        message = train(override, "learner.tokens_per_micro_batch=8192")
+    elif override.startswith("data.train"):
+        message = train(override, "data.options={}", "data.eval=null")
+    else:
+        message = train(override)
+    assert said in message
+    assert message.startswith("error: ")
+
+
+def test_data_is_refused_with_file_line_and_columns(train, tmp_path: Path) -> None:
+    options = ("data.options={}", "data.eval=null", "rollout.prompts=1")
+    wrong_column = jsonl(tmp_path / "a.jsonl", {"question": "1+1="})
+    assert "there are ['question']" in train(f"data.train={wrong_column}", *options)
+    broken = tmp_path / "b.jsonl"
+    broken.write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": \n')
+    assert "line 2" in train(f"data.train={broken}", *options)
+    empty = tmp_path / "c.jsonl"
+    empty.write_text("")
+    assert "empty" in train(f"data.train={empty}", *options)
+    long = jsonl(tmp_path / "d.jsonl", {"prompt": "1+" * 40, "answer": "2"})
+    assert "data.max_prompt_tokens is 16" in train(f"data.train={long}", *options)
+
+
+def test_a_missing_answer_column_is_found_on_the_first_sample(train, tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "a.jsonl", {"prompt": "1+1=", "solution": "2"})
+    message = train(f"data.train={data}", "data.options={}", "data.eval=null", "rollout.prompts=1")
+    assert "answer" in message
+    assert "solution" in message
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("def score(inputs):\n    return [float('nan')] * len(inputs.completions)\n", "nan"),
+        ("def score(inputs):\n    raise KeyError('gold')\n", "gold"),
+        ("import does_not_exist\ndef score(inputs):\n    return [0.0]\n", "does_not_exist"),
+    ],
+)
+def test_a_reward_that_cannot_work_is_found_before_the_run(train, tmp_path: Path, body: str, said: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(body)
+    assert said in train(f"reward.functions=['{path}:score']")
+
+
+def test_a_tokenizer_without_eos_is_refused(train, random_model: str, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(random_model, bare)
+    (bare / "generation_config.json").unlink()
+    for name in ("tokenizer_config.json", "config.json"):
+        settings = json.loads((bare / name).read_text())
+        settings.update({key: None for key in ("eos_token", "eos_token_id") if key in settings})
+        (bare / name).write_text(json.dumps(settings))
+    assert "has no EOS token" in train(f"model.path={bare}")
+
+
+def test_a_run_folder_with_anything_in_it_is_left_alone(train, tmp_path: Path) -> None:
+    run = tmp_path / "mine"
+    run.mkdir()
+    (run / "thesis.tex").write_text("precious")
+    assert "thesis.tex" in train(run=run)
+    assert (run / "thesis.tex").read_text() == "precious"
+    (run / "thesis.tex").unlink()
+    (run / "recipe.resolved.yaml").write_text("seed: 0\n")
+    assert "already holds a run" in train(run=run)
+    file = tmp_path / "file"
+    file.write_text("x")
+    assert "file" in train(run=file)
