@@ -63,7 +63,6 @@ def test_grpo_raises_the_reward_and_leaves_a_model_with_the_learners_logits(rand
     assert steps(lines, "eval/pass@1")[1] > steps(lines, "eval/pass@1")[0]
 
     assert {"recipe.resolved.yaml", "environment.json", "metrics.jsonl", "transcripts.jsonl", "model"} <= {p.name for p in folder.iterdir()}
-    # The exported weights are those of the last step: what they say of the last transcript's lengths of text, they would sample again.
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
     assert "7" in tokenizer.decode(model.generate(tokenizer("<user>12+34=<assistant>", return_tensors="pt").input_ids, max_new_tokens=8)[0])
 
@@ -81,7 +80,8 @@ def test_every_recipe_runs_under_tiny_cpu(recipe: Path, random_model: str, seven
     penalised = "length" in recipe.read_text()
     functions = sevens.replace("]", ", {name: length, max_tokens: 8, buffer_tokens: 2}]") if penalised else sevens
     lines = run(recipe, random_model, tmp_path / "run", functions, "train.steps=2", "checkpoint.every=1", "checkpoint.keep=1")
-    assert all(torch.isfinite(torch.tensor(steps(lines, name))).all() for name in ("loss/total", "learner/grad_norm", "learner/entropy_mean"))
+    for name in ("loss/total", "learner/grad_norm", "learner/entropy_mean"):
+        assert torch.isfinite(torch.tensor(steps(lines, name))).all(), name
     assert max(steps(lines, "rollout/mismatch_abs")) < 1e-4
     assert sum(steps(lines, "learner/grad_norm")) > 0
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
@@ -102,15 +102,17 @@ def test_real_vllm_follows_the_learner_through_a_run(
 
 @pytest.mark.slow
 def test_two_ranks_take_the_steps_that_one_takes(random_model: str, sevens: str, tmp_path: Path) -> None:
-    settings = (sevens, "train.steps=4", "learner.updates=2", "learner.tokens_per_micro_batch=512", f"model.path={random_model}", "eval.prompts=8")
-    arguments = [str(ROOT / "recipes/policy/grpo.yaml"), "--profile", "tiny_cpu", *(word for one in settings for word in ("--set", one))]
+    settings = (sevens, "train.steps=4", "learner.updates=2", "learner.tokens_per_micro_batch=512", "eval.prompts=8")
+    overrides = [word for one in (*settings, f"model.path={random_model}") for word in ("--set", one)]
+    port = str(29600 + os.getpid() % 300)
     found = []
     for ranks in (1, 2):
         folder = tmp_path / f"ranks{ranks}"
-        several = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", str(29600 + os.getpid() % 300)]
-        launcher = ["-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no", *(several if ranks == 2 else [])]
+        launcher = ["-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        several = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", port] if ranks == 2 else []
+        arguments = ["-m", "rltrain", "train", str(ROOT / "recipes/policy/grpo.yaml"), "--profile", "tiny_cpu", "--run", str(folder)]
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *launcher, "-m", "rltrain", "train", *arguments, "--run", str(folder)]
+        command = [sys.executable, *launcher, *several, *arguments, *overrides]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
         found.append(metrics(folder))

@@ -132,13 +132,9 @@ class VllmColocated:
         if self._llm is None:
             return
         self.version, self.state = None, EngineState.ASLEEP
-        self._llm.llm_engine.engine_core.shutdown()
+        with contextlib.nullcontext() if self._owns_process_group else _kept_process_group():
+            self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
-        if self._owns_process_group:
-            from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
-
-            destroy_model_parallel()
-            destroy_distributed_environment()
         gc.collect()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[RolloutGroup]:
@@ -221,3 +217,16 @@ def _unchanged_process() -> Iterator[None]:
         os.environ.clear()
         os.environ.update(environment)
         logger.setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"))
+
+
+@contextlib.contextmanager
+def _kept_process_group() -> Iterator[None]:
+    """vLLM's shutdown destroys the default process group, whoever made it; the learner's ranks still need theirs."""
+    from vllm.distributed import parallel_state
+
+    destroy = parallel_state.destroy_distributed_environment
+    parallel_state.destroy_distributed_environment = lambda: None
+    try:
+        yield
+    finally:
+        parallel_state.destroy_distributed_environment = destroy

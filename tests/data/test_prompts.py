@@ -219,4 +219,5 @@ def test_held_out_files_may_name_their_columns_differently(tmp_path, tokenizer):
     train.write_text('{"question": "1+1=", "answer": "2"}\n')
     held_out.write_text('{"problem": "2+2=", "answer": "4"}\n')
     data = Data(train=str(train), eval=str(held_out), columns={"prompt": "question"}, eval_columns={"prompt": "problem"})
-    assert [load_prompts(data, side, tokenizer, seed=0).prompts[0].columns for side in ("train", "eval")] == [{"answer": "2"}, {"answer": "4"}]
+    found = [load_prompts(data, side, tokenizer, seed=0).prompts[0].columns for side in ("train", "eval")]
+    assert found == [{"answer": "2"}, {"answer": "4"}]

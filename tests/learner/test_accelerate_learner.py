@@ -165,7 +165,7 @@ def test_a_non_finite_update_is_skipped_counted_and_stops_the_run_in_the_end(ran
 
 
 def test_annotation_is_the_log_prob_at_the_sampling_temperature(random_model: str) -> None:
-    rows, batch = step()
+    rows, _ = step()
     notes = learner_of(random_model).annotate(rows, frozenset({"logp", "entropy"}))
     model = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32)
     for i, (prompt, completion) in enumerate(zip(rows.prompts, rows.completions, strict=True)):
