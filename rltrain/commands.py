@@ -86,8 +86,9 @@ def generate_command(recipe: Recipe, prompts: Sequence[str], n: int, temperature
 
 def show(result: Evaluation, console: Console) -> None:
     """Results with their intervals, one per line."""
-    for estimate in result.results:
-        console.print(f"pass@{estimate.k:<3} {estimate.value:.3f}  [{estimate.low:.3f}, {estimate.high:.3f}]", markup=False)
+    named = [(f"pass@{one.k}", one) for one in result.results] + [(f"avg@{result.n}", result.average)]
+    for name, one in named:
+        console.print(f"{name:<8} {one.value:.3f}  [{one.low:.3f}, {one.high:.3f}]", markup=False)
     ungraded = f", {result.ungraded} ungraded" if result.ungraded else ""
     console.print(f"reward   {result.reward:.3f}  over {len(result.groups)} prompts{ungraded}", markup=False)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rltrain.protocols import RolloutEngine
-from rltrain.report.statistics import PassAtK, pass_at_k
+from rltrain.report.statistics import Estimate, PassAtK, average, average_at_k, pass_at_k
 from rltrain.rollout.producer import Grader, correctness, score_groups
 from rltrain.seeds import stable_hash
 from rltrain.types import Prompt, Sampling, ScoredGroup
@@ -17,7 +17,9 @@ from rltrain.types import Prompt, Sampling, ScoredGroup
 class Evaluation:
     """One evaluation, with every completion that was graded for it."""
 
-    results: tuple[PassAtK, ...]
+    results: tuple[PassAtK, ...]  # empty where no reward says what is correct
+    average: Estimate  # avg@n: mean correctness of a prompt's n completions, or mean reward where correctness is unknown
+    n: int  # completions per prompt
     reward: float  # mean value over graded completions
     tokens: float  # mean completion tokens
     ungraded: int
@@ -25,10 +27,9 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         found = {"eval/reward": self.reward, "eval/tokens": self.tokens, "eval/ungraded": float(self.ungraded)}
-        for result in self.results:
-            found[f"eval/pass@{result.k}"] = result.value
-            found[f"eval/pass@{result.k}_low"] = result.low
-            found[f"eval/pass@{result.k}_high"] = result.high
+        named = [(f"eval/pass@{result.k}", result) for result in self.results]
+        for name, estimate in (*named, (f"eval/avg@{self.n}", self.average)):
+            found |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
         return found
 
 
@@ -56,12 +57,16 @@ def summarise(groups: Sequence[ScoredGroup], n: int, k: tuple[int, ...]) -> Eval
     verdicts = [correctness(group) for group in groups]
     known = all(right is not None for right in verdicts)
     counts = [sum(right) for right in verdicts if right is not None]
+    values = [[score.value for score in group.scores if score.ungraded is None] for group in groups]
     scores = [score for group in groups for score in group.scores]
     graded = [score.value for score in scores if score.ungraded is None]
     lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
     seed = stable_hash("bootstrap", len(groups), n)
+    share = average([count / n for count in counts], seed=seed) if known else average_at_k([one for one in values if one], seed=seed)
     return Evaluation(
         results=tuple(pass_at_k(counts, n, one, seed=seed) for one in k) if known else (),
+        average=share,
+        n=n,
         reward=sum(graded) / max(len(graded), 1),
         tokens=sum(lengths) / len(lengths),
         ungraded=len(scores) - len(graded),

@@ -20,9 +20,11 @@ def test_an_ungraded_completion_counts_as_wrong_and_is_reported() -> None:
     assert [r.value for r in result.results] == [0.5, 1.0]
     assert result.reward == pytest.approx(2 / 3)
     assert (result.ungraded, result.tokens) == (1, 2.0)
+    assert result.metrics()["eval/avg@2"] == 0.5
 
 
 def test_rewards_that_do_not_say_what_is_correct_give_a_mean_and_no_pass_at_k() -> None:
     result = summarise([group("a", [Score(0.25), Score(0.75)])], n=2, k=(1,))
     assert result.results == ()
     assert result.metrics()["eval/reward"] == 0.5
+    assert result.metrics()["eval/avg@2"] == 0.5
