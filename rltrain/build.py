@@ -51,7 +51,7 @@ class Language:
     endings: Endings
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def load_language(recipe: Recipe) -> Language:
 def _generation_config(model: Model) -> GenerationConfig | None:
     """Many models have none; their tokenizer then says alone what ends a completion."""
     try:
-        return GenerationConfig.from_pretrained(model.path, revision=model.revision)
+        return GenerationConfig.from_pretrained(model.path, revision=model.revision or "main")
     except OSError:
         return None
 

@@ -30,15 +30,16 @@ def endings(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationCon
             f"the tokenizer {tokenizer.name_or_path!r} has no EOS token and the model's generation config names none, so no answer could "
             "ever stop; set eos_token in tokenizer_config.json (or eos_token_id in generation_config.json) to the token that ends an answer"
         )
-    pad = tokenizer.pad_token_id
+    pad: Any = tokenizer.pad_token_id
     return Endings(stop=stop, pad=stop[0] if pad is None else pad, pad_is_eos=pad is None)
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> tuple[int, ...]:
     """Ascending union of the tokenizer's EOS and the generation config's (chat models often name a second one there)."""
-    named = None if generation_config is None else generation_config.eos_token_id
+    named: Any = None if generation_config is None else generation_config.eos_token_id
+    own: Any = tokenizer.eos_token_id
     configured = named if isinstance(named, Iterable) else (named,)
-    return tuple(sorted({int(token) for token in (tokenizer.eos_token_id, *configured) if token is not None}))
+    return tuple(sorted({int(token) for token in (own, *configured) if token is not None}))
 
 
 def render(
@@ -53,7 +54,7 @@ def render(
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if system is not None:
             messages = [{"role": "system", "content": system}, *messages]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, add_generation_prompt=True)
         assert isinstance(text, str)
         return text, tokenizer(text, add_special_tokens=False)["input_ids"]  # the template spells BOS where the model wants one
     if not isinstance(prompt, str) or system is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rltrain.config.schema import Learner, Model
-from rltrain.learner.forward import PolicyForward, resolve_layout
+from rltrain.learner.forward import PolicyForward, causal_lm, resolve_layout
 from rltrain.learner.head import STATISTICS
 from rltrain.learner.optim import build_optimizer, build_schedule
 from rltrain.learner.packing import Layout, build, plan
@@ -52,7 +52,7 @@ class AccelerateLearner:
 
     def __init__(self, model: Model, settings: Learner, *, temperature: float, max_tokens: int, total_updates: int, seed: int) -> None:
         self.settings, self.temperature, self.max_tokens, self.seed = settings, temperature, max_tokens, seed
-        self.accelerator = Accelerator(mixed_precision=_mixed_precision(settings.precision))
+        self.accelerator: Any = Accelerator(mixed_precision=_mixed_precision(settings.precision))
         torch.manual_seed(seed)
         pretrained = load_causal_lm(model.path, model.revision, model.attention)
         self.layout: Layout = resolve_layout(settings.layout, pretrained)
@@ -98,7 +98,7 @@ class AccelerateLearner:
     @property
     def model(self) -> PreTrainedModel:
         """The bare transformers model behind every wrapper."""
-        return self.bare.model
+        return causal_lm(self.bare.model)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Full, unsharded weights under their Hugging Face names. A collective: every rank calls it."""

@@ -36,7 +36,8 @@ class DecodeCache(Cache):
     def admit(self, prompts: DynamicCache, source: Tensor, start: int) -> None:
         """Copy rows ``source (n,)`` of a prefill into slots start..start+n-1. A prompt's row may be named many times."""
         rows = slice(start, start + source.shape[0])
-        for index, layer in enumerate(prompts.layers):
+        layers: list[Any] = prompts.layers
+        for index, layer in enumerate(layers):
             assert layer.keys is not None and layer.values is not None
             if index == len(self.keys):
                 self.keys.append(self._empty(layer.keys))

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 from rltrain.protocols import EngineState
@@ -275,7 +275,7 @@ def _context_limit(config: PreTrainedConfig, name: str) -> tuple[int, str]:
 def _random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, attention: str) -> Any:
     """The architecture with weights that ``load`` will replace, leaving the caller's random state as it was."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     if attention == "sdpa":
         model.set_attn_implementation(GROUPED_SDPA)
     return model.eval().requires_grad_(False)

@@ -15,7 +15,8 @@ _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 
 def repack_heads(model: nn.Module) -> None:
     """Pack every output head again. On CPU a head tied to the embedding is not repacked by ``reload_weights`` and stays stale."""
-    for module in model.modules():
+    heads: list[Any] = list(model.modules())
+    for module in heads:
         if type(module).__name__ == "ParallelLMHead" and hasattr(module, "cpu_linear"):
             module.quant_method.process_weights_after_loading(module)
 
