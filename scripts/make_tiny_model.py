@@ -1,7 +1,7 @@
 """Makes a model of about one million parameters that can learn on a CPU: Qwen2 architecture, character tokenizer.
 
     python scripts/make_tiny_model.py --out tiny                                        # warm-started on two-digit additions
-    python scripts/make_tiny_model.py --out tiny --task gsm8k_calculator --data train.jsonl --eval-data test.jsonl --measure
+    python scripts/make_tiny_model.py --out tiny --task gsm8k_calculator --data train.jsonl --held-out test.jsonl
 
 The warm start is supervised and short: it stops when a sampled answer is right two times in five, so that reinforcement learning
 has something to find (a model trained further samples too little). Equal arguments give equal weights; a folder that was made with
@@ -102,14 +102,20 @@ def make_random_model(out: str | os.PathLike[str], *, tied: bool = False, seed: 
 Task = Literal["arithmetic", "gsm8k_calculator"]
 TASKS: tuple[Task, ...] = ("arithmetic", "gsm8k_calculator")
 RECORD = "made_with.json"
-BATCH, LEARNING_RATE, WARMUP_STEPS = 128, 2e-3, 20
-WINDOW = 5  # batches over which the share of right answers is averaged
+MOST_STEPS: dict[Task, int] = {"arithmetic": 1000, "gsm8k_calculator": 1500}
+BATCH, POOL, LEARNING_RATE, WARMUP_STEPS = 128, 4, 2e-3, 20
+DECAY = 0.6  # from this share of the steps on, the learning rate falls to 0
+DRILLS = (  # generated problems that carry the digits' meaning into GSM8K's short and varied expressions
+    {"digits": 1, "operations": "+-*"},
+    {"digits": 2, "operations": "+-"},
+    {"digits": 3, "operations": "+-", "count": 8000},
+)
 IGNORED = -100  # cross_entropy's label of positions that do not count
 
 
 class WarmStart(NamedTuple):
     steps: int
-    right: float  # mean probability of the right answer over the last WINDOW batches, each before its update
+    right: float  # mean probability of the right answer over the last POOL batches, each before its update
     seconds: float
 
 
@@ -118,24 +124,26 @@ def make_tiny_model(
     *,
     task: Task = "arithmetic",
     data: str | os.PathLike[str] | None = None,
+    held_out: str | os.PathLike[str] | None = None,
     seed: int = 0,
-    steps: int = 1000,
+    steps: int | None = None,
     right: float = 0.4,
     tied: bool = False,
 ) -> Path:
     """A warm-started model in ``out``; nothing is done where ``out`` was already made with the same arguments.
 
-    data: the GSM8K train file, for the task gsm8k_calculator. steps: at most. right: stop when a sampled answer is right so often.
-    Raises ValueError when ``out`` holds something that this script did not make, or ``data`` does not fit the task.
+    data, held_out: GSM8K's train and test file, for the task gsm8k_calculator; no expression of the second is trained on.
+    steps: at most; None is what the task needs. right: stop when a sampled answer is right so often.
+    Raises ValueError when ``out`` holds something that this script did not make, or the files do not fit the task.
     """
-    out = Path(out)
-    made_with = _arguments(task, data, seed=seed, steps=steps, right=right, tied=tied)
+    out, steps = Path(out), MOST_STEPS[task] if steps is None else steps
+    made_with = _arguments(task, data, held_out, seed=seed, steps=steps, right=right, tied=tied)
     if _record(out) == made_with:
         print(f"{out}: already made with these arguments")
         return out
     tokenizer = character_tokenizer()
     model = tiny_model(tokenizer, tied=tied, seed=seed)
-    examples = _examples(load_prompts(_data(task, data), "train", tokenizer, seed=seed), tokenizer)
+    examples = [example for prompts in warm_up_sets(task, data, held_out, tokenizer) for example in _examples(prompts, tokenizer)]
     done = warm_start(model, examples, steps=steps, right=right, seed=seed)
     print(f"{out}: {done.steps} steps in {done.seconds:.0f} s; a sampled answer is right with probability {done.right:.2f}")
     scratch = out.with_name(f"{out.name}.{os.getpid()}.tmp")
@@ -152,14 +160,16 @@ def warm_start(
 ) -> WarmStart:
     """Trains on (prompt ids, answer ids) until the mean probability of the answer reaches ``right``. Loss on answer tokens only."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS, (1 - step / steps) / (1 - DECAY))
+    )
     batches, history, started = _batches(examples, seed), [], time.perf_counter()
     with _reproducible():
         model.train()
         while len(history) < steps:
             nll, keep = _answer_nll(model, next(batches))
             history.append(_right(nll, keep).mean().item())
-            if len(history) >= WINDOW and sum(history[-WINDOW:]) / WINDOW >= right:
+            if len(history) >= POOL and sum(history[-POOL:]) / POOL >= right:
                 break
             optimizer.zero_grad()
             (nll.sum() / keep.sum()).backward()
@@ -167,7 +177,7 @@ def warm_start(
             optimizer.step()
             schedule.step()
         model.eval()
-    recent = history[-WINDOW:]
+    recent = history[-POOL:]
     return WarmStart(len(history), sum(recent) / len(recent), time.perf_counter() - started)
 
 
@@ -200,12 +210,28 @@ def _right(nll: Tensor, keep: Tensor) -> Tensor:
 
 
 def _batches(examples: Sequence[tuple[list[int], list[int]]], seed: int) -> Iterator[list[tuple[list[int], list[int]]]]:
+    """Every example once per pass; POOL batches at a time are sorted by prompt length, so that little of a batch is padding.
+
+    Not by answer length: batches of sums below 100 and above would take twice the steps to learn from.
+    """
     generator, queue = random.Random(seed), []
     while True:
-        while len(queue) < BATCH:
+        while len(queue) < POOL * BATCH:
             queue += generator.sample(examples, len(examples))
-        yield queue[:BATCH]
-        queue = queue[BATCH:]
+        pool, queue = sorted(queue[: POOL * BATCH], key=lambda example: len(example[0])), queue[POOL * BATCH :]
+        yield from generator.sample([pool[start : start + BATCH] for start in range(0, len(pool), BATCH)], POOL)
+
+
+def warm_up_sets(
+    task: Task, data: str | os.PathLike[str] | None, held_out: str | os.PathLike[str] | None, tokenizer: Qwen2Tokenizer
+) -> list[PromptSet]:
+    """What the warm start trains on: the task's training prompts and, for GSM8K, drills; nothing that is held out."""
+    train = load_prompts(_data(task, data, held_out), "train", tokenizer, seed=0)
+    if task == "arithmetic":
+        return [train]
+    reserved = load_prompts(_data(task, data, held_out), "eval", tokenizer, seed=0)
+    drills = [load_prompts(Data(train="arithmetic", options=options), "train", tokenizer, seed=0) for options in DRILLS]
+    return [train, *(without(drill, without(reserved, train)) for drill in drills)]
 
 
 def _examples(prompts: PromptSet, tokenizer: Qwen2Tokenizer) -> list[tuple[list[int], list[int]]]:
@@ -228,21 +254,26 @@ def _reproducible() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _data(task: Task, train: str | os.PathLike[str] | None, held_out: str | os.PathLike[str] | None = None) -> Data:
+def _data(task: Task, train: str | os.PathLike[str] | None, held_out: str | os.PathLike[str] | None) -> Data:
     if task == "arithmetic":
         return Data(train="arithmetic", eval="arithmetic")
     return Data(train=str(train), eval=str(held_out), adapter="gsm8k_calculator", max_prompt_tokens=24)
 
 
-def _arguments(task: Task, data: str | os.PathLike[str] | None, **others: Any) -> dict[str, Any]:
+def _arguments(task: Task, data: str | os.PathLike[str] | None, held_out: str | os.PathLike[str] | None, **others: Any) -> dict[str, Any]:
     """Everything that decides the weights."""
-    if (task == "gsm8k_calculator") != (data is not None):
+    files = [Path(path) for path in (data, held_out) if path is not None]
+    if len(files) != (2 if task == "gsm8k_calculator" else 0):
         raise ValueError(
-            f"task {task!r} with data {data!r}: gsm8k_calculator needs the GSM8K train file (--data), arithmetic generates its own"
+            f"task {task!r} with data {data!r} and held_out {held_out!r}: gsm8k_calculator needs GSM8K's train file (--data) and test file "
+            "(--held-out), arithmetic makes its own problems"
         )
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"no such file: {path}")
     return {
         "task": task,
-        "data": None if data is None else hashlib.sha256(Path(data).read_bytes()).hexdigest(),
+        "files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files],
         **others,
         "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "torch": torch.__version__,
@@ -263,24 +294,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder of the model")
     parser.add_argument("--task", choices=TASKS, default=TASKS[0])
-    parser.add_argument("--data", help="GSM8K train.jsonl, for gsm8k_calculator")
-    parser.add_argument("--eval-data", help="GSM8K test.jsonl, for --measure with gsm8k_calculator")
+    parser.add_argument("--data", help="GSM8K's train.jsonl, for gsm8k_calculator")
+    parser.add_argument("--held-out", help="GSM8K's test.jsonl, for gsm8k_calculator")
     parser.add_argument("--measure", action="store_true", help="print pass@1 and pass@8 on held-out problems")
     parser.add_argument("--tied", action="store_true", help="output head tied to the embeddings")
     parser.add_argument("--seed", type=int, default=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="at most")
     parser.add_argument("--right", type=float, default=argparse.SUPPRESS, help="stop when a sampled answer is right so often")
     options = vars(parser.parse_args(arguments))
-    eval_data, measured = options.pop("eval_data"), options.pop("measure")
-    if measured and options["task"] == "gsm8k_calculator" and eval_data is None:
-        parser.error("--measure with gsm8k_calculator needs --eval-data, the GSM8K test file")
+    measured = options.pop("measure")
     try:
         out = make_tiny_model(**options)
     except ValueError as error:
         parser.error(str(error))
     if measured:
         tokenizer, model = Qwen2Tokenizer.from_pretrained(out), Qwen2ForCausalLM.from_pretrained(out)
-        data = _data(options["task"], options["data"], eval_data)
+        data = _data(options["task"], options["data"], options["held_out"])
         train, held_out = (load_prompts(data, side, tokenizer, seed=0) for side in ("train", "eval"))
         print(json.dumps(measure(model, without(held_out, train), tokenizer)))
 

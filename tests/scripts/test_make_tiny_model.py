@@ -12,6 +12,8 @@ from rltrain.config.schema import Data
 from rltrain.data.prompts import PromptSet, load_prompts
 from rltrain.types import Prompt
 
+ONE_DIGIT = ({"digits": 1, "operations": "+*"},)
+
 
 def weights(folder: Path | str) -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / "model.safetensors")
@@ -83,10 +85,12 @@ def test_the_measure_is_the_product_of_the_tokens_probabilities(tiny_models, ran
     assert measured["pass@8"] == pytest.approx(sum(1 - (1 - right) ** 8 for right in rights) / 2, rel=1e-4)
 
 
-def test_equal_arguments_give_equal_weights_and_a_made_folder_is_kept(tiny_models, tmp_path):
-    steps = tmp_path / "steps.jsonl"
+def test_equal_arguments_give_equal_weights_and_a_made_folder_is_kept(tiny_models, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_models, "DRILLS", ONE_DIGIT)
+    steps, test = tmp_path / "steps.jsonl", tmp_path / "test.jsonl"
+    test.write_text(json.dumps({"answer": "<<10+11=21>>"}))
     steps.write_text(json.dumps({"answer": "<<48/2=24>> <<48+24=72>> <<0.2*50=10>>"}))
-    make = functools.partial(tiny_models.make_tiny_model, task="gsm8k_calculator", data=steps, steps=2)
+    make = functools.partial(tiny_models.make_tiny_model, task="gsm8k_calculator", data=steps, held_out=test, steps=2)
     first, second = (make(tmp_path / name) for name in ("a", "b"))
     assert same(first, second)
     untouched = (first / "model.safetensors").stat().st_mtime_ns
@@ -95,7 +99,7 @@ def test_equal_arguments_give_equal_weights_and_a_made_folder_is_kept(tiny_model
     make(first, seed=1)  # other arguments: made anew
     assert not same(first, second)
     assert json.loads((first / "made_with.json").read_text())["seed"] == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "steps.jsonl"}  # nothing half-made is left behind
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "steps.jsonl", "test.jsonl"}  # nothing half-made is left behind
 
 
 def test_a_foreign_folder_is_refused_and_kept(tiny_models, tmp_path):
@@ -105,12 +109,26 @@ def test_a_foreign_folder_is_refused_and_kept(tiny_models, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_task_and_data_that_do_not_fit_are_refused(tiny_models, tmp_path, capsys):
-    with pytest.raises(ValueError, match="needs the GSM8K train file"):
-        tiny_models.make_tiny_model(tmp_path / "model", task="gsm8k_calculator")
+def test_a_task_and_files_that_do_not_fit_are_refused(tiny_models, tmp_path, capsys):
+    with pytest.raises(ValueError, match="needs GSM8K's train file"):
+        tiny_models.make_tiny_model(tmp_path / "model", task="gsm8k_calculator", data="train.jsonl")
     with pytest.raises(SystemExit):
-        tiny_models.main(["--out", str(tmp_path / "model"), "--task", "gsm8k_calculator", "--data", "x", "--measure"])
-    assert "--eval-data" in capsys.readouterr().err
+        tiny_models.main(["--out", str(tmp_path / "model"), "--data", "a", "--held-out", "b"])
+    assert "arithmetic makes its own problems" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no such file: absent"):
+        tiny_models.make_tiny_model(tmp_path / "model", task="gsm8k_calculator", data="absent", held_out="absent")
+
+
+def test_the_gsm8k_warm_start_trains_on_nothing_that_is_held_out(tiny_models, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_models, "DRILLS", ONE_DIGIT)
+    # 4+5 and 6*7 are drills, 48/2 is in both files: the first two are held out, the third stays in training and is not.
+    (tmp_path / "train.jsonl").write_text(json.dumps({"answer": "<<48/2=24>> <<0.2*50=10>>"}))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"answer": "<<48/2=24>> <<4+5=9>> <<6*7=42>>"}))
+    files = (tmp_path / "train.jsonl", tmp_path / "test.jsonl")
+    sets = tiny_models.warm_up_sets("gsm8k_calculator", *files, tiny_models.character_tokenizer())
+    trained = {prompt.text for prompts in sets for prompt in prompts.prompts}
+    assert {"<user>48/2=<assistant>", "<user>0.2*50=<assistant>", "<user>5+4=<assistant>", "<user>7*6=<assistant>"} <= trained
+    assert not {"<user>4+5=<assistant>", "<user>6*7=<assistant>"} & trained
 
 
 @pytest.mark.slow
