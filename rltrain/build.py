@@ -6,9 +6,12 @@ rewards, folder. Only then are weights loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -20,7 +23,9 @@ from reward.resolve import RewardCall
 from rltrain.advantage import ADVANTAGES
 from rltrain.checkpoint.export import export_model
 from rltrain.checkpoint.model_card import model_card
-from rltrain.checkpoint.run_folder import RunFolder
+from rltrain.checkpoint.random_state import random_state, seed_everything
+from rltrain.checkpoint.run_folder import RunFolder, describe_environment
+from rltrain.checkpoint.run_state import RunState, read_state, write_state
 from rltrain.config.schema import Model, Recipe, RewardStage
 from rltrain.control import TOKEN_CONTROLS
 from rltrain.data.chat import Endings, endings
@@ -38,9 +43,12 @@ from rltrain.report.sinks import open_sinks
 from rltrain.report.transcripts import Transcripts
 from rltrain.rollout.producer import Producer, sample_inputs
 from rltrain.seeds import stable_hash
+from rltrain.sync.in_process import Sync
 from rltrain.train.evaluate import Evaluator
-from rltrain.train.online import ModelWriter, Run
-from rltrain.types import Sampling
+from rltrain.train.mismatch import MismatchGuard
+from rltrain.train.online import Run
+from rltrain.train.saving import ModelWriter
+from rltrain.types import Prompt, Sampling
 
 
 @dataclass(frozen=True)
@@ -138,9 +146,14 @@ def describe(materials: Materials) -> Iterator[str]:
 # parts ---------------------------------------------------------------------------------------------------------------
 
 
-def build_run(recipe: Recipe, materials: Materials, folder: RunFolder, main: bool) -> Run:
-    """Weights are loaded here. main: this is rank 0, the one that writes."""
-    learner = build_learner(recipe)
+def build_run(
+    recipe: Recipe, materials: Materials, folder: RunFolder, main: bool, checkpoint: Path | None, stop: Callable[[], bool]
+) -> Run:
+    """Weights are loaded here. main: this is rank 0, the one that writes. checkpoint: where the run goes on; None: at its start."""
+    seed_everything(recipe.seed)
+    learner = build_learner(recipe, checkpoint)
+    if recipe.checkpoint.every and not learner.saves_state:
+        raise UserError("checkpoint.every is set, but the state of a DeepSpeed run cannot be saved; set checkpoint.every=0, or use FSDP2")
     engine = build_engine(recipe, materials.language, learner.device)
     advantage = ADVANTAGES.bind(recipe.advantage.name, recipe.advantage.hp)
     controls = [TOKEN_CONTROLS.bind(ref.name, ref.hp) for ref in recipe.control]
@@ -148,19 +161,27 @@ def build_run(recipe: Recipe, materials: Materials, folder: RunFolder, main: boo
     before = advantage.needs.union(*(control.needs for control in controls))  # needed before the first update
     if "ref_logp" in before | objective.needs:
         learner.use_reference(recipe.model)
+    producer, sync = build_producer(recipe, materials, engine, learner), build_sync(recipe, engine, learner)
+    resumed = None if checkpoint is None else read_state(checkpoint)
+    if resumed is not None:
+        restore(resumed, learner, producer, sync)
     return Run(
         recipe=recipe,
         learner=learner,
         engine=engine,
-        producer=build_producer(recipe, materials, engine, learner),
+        sync=sync,
+        producer=producer,
         evaluator=build_evaluator(recipe, materials, learner) if materials.held_out is not None else None,
         advantage=advantage,
         step_controls=tuple(control for control in controls if "logp_now" not in control.needs),
         update_controls=tuple(control for control in controls if "logp_now" in control.needs),
         objective=objective,
         annotate=needed_passes(recipe, before, objective.needs),
-        reporter=build_reporter(recipe, folder) if main else Reporter(None, None, None),
-        writer=build_writer(recipe, materials.language, learner, folder, main),
+        mismatch=build_guard(recipe, engine),
+        reporter=build_reporter(recipe, folder, 0 if resumed is None else resumed.step) if main else Reporter(None, None, None),
+        writer=build_writer(recipe, materials.language, learner, producer, sync, folder, main),
+        resumed=resumed,
+        stop=stop if learner.saves_state else lambda: False,
     )
 
 
@@ -181,10 +202,11 @@ def needed_passes(recipe: Recipe, before: frozenset[str], losses: frozenset[str]
     return frozenset(wants)
 
 
-def build_learner(recipe: Recipe) -> AccelerateLearner:
-    settings = recipe.learner
+def build_learner(recipe: Recipe, checkpoint: Path | None = None) -> AccelerateLearner:
+    """With the recipe's weights, or those of ``checkpoint``, which are the float32 that the optimizer works on."""
+    settings, model = recipe.learner, recipe.model
     return AccelerateLearner(
-        recipe.model,
+        model if checkpoint is None else model.model_copy(update={"path": str(checkpoint), "revision": None}),
         settings,
         temperature=recipe.rollout.temperature,
         max_tokens=recipe.rollout.max_tokens,
@@ -229,6 +251,21 @@ def build_engine(recipe: Recipe, language: Language, device: torch.device) -> Ro
             )
 
 
+def build_sync(recipe: Recipe, engine: RolloutEngine, learner: AccelerateLearner) -> Sync:
+    ties = dict(learner.model.all_tied_weights_keys)
+    return Sync(engine, ties, recipe.sync.sample, recipe.sync.full_every, stable_hash(recipe.seed, "sync"))
+
+
+def build_guard(recipe: Recipe, engine: RolloutEngine) -> MismatchGuard:
+    """With ``rollout.trust_logp`` and several updates nothing computes the sampling policy's log-probs: then nothing is judged."""
+    rollout = recipe.rollout
+    if rollout.trust_logp and recipe.learner.updates * recipe.learner.epochs > 1:
+        return MismatchGuard(math.inf, math.inf, rollout.mismatch_patience)
+    # In float32 engines agree to about 1e-6 and never above 1e-5; bfloat16 kernels of two libraries to about 0.01.
+    warn, stop = (1e-4, 1e-3) if engine.dtype == torch.float32 else (0.05, 0.2)
+    return MismatchGuard(rollout.mismatch_warn or warn, rollout.mismatch_stop or stop, rollout.mismatch_patience)
+
+
 def build_objective(recipe: Recipe) -> Objective:
     loss = recipe.loss
     return Objective(
@@ -270,8 +307,9 @@ def build_evaluator(recipe: Recipe, materials: Materials, learner: AccelerateLea
     return Evaluator(materials.held_out.prompts, materials.grader, sampling, settings.k, **ranks)
 
 
-def build_reporter(recipe: Recipe, folder: RunFolder) -> Reporter:
-    progress = Progress(recipe.train.steps)
+def build_reporter(recipe: Recipe, folder: RunFolder, start: int) -> Reporter:
+    """start: steps taken already."""
+    progress = Progress(recipe.train.steps, start=start)
     sinks = open_sinks(folder.path, recipe.report.sinks, recipe.report.project, recipe.model_dump(mode="json"), progress.warn)
     return Reporter(sinks, Transcripts(folder.transcripts, recipe.report.transcripts), progress)
 
@@ -282,14 +320,55 @@ def load_from_disk(engine: RolloutEngine, model: Model) -> None:
     engine.load(iter(weights.items()), 0)
 
 
-def build_writer(recipe: Recipe, language: Language, learner: AccelerateLearner, folder: RunFolder, main: bool) -> ModelWriter:
-    """Writes the learner's model with its card. Every rank takes part in gathering the weights; rank 0 writes."""
+def build_writer(
+    recipe: Recipe, language: Language, learner: AccelerateLearner, producer: Producer, sync: Sync, folder: RunFolder, main: bool
+) -> ModelWriter:
+    """Writes the learner's model with its card. Every rank takes part in gathering weights and states; rank 0 writes."""
+    prompts = prompts_hash(producer.prompts)
 
-    def write(out: Path, step: int, results: Mapping[str, float]) -> Path:
+    def write(out: Path, step: int, results: Mapping[str, float], state: RunState | None) -> Path:
         weights = learner.state_dict()
         if main:
             card = model_card(recipe.model_dump(mode="json"), results, step)
-            export_model(out, learner.model, language.tokenizer, card, weights)
+            export_model(
+                out, learner.model, language.tokenizer, card, weights, None if state is None else partial(write_state, state=state)
+            )
         return out
 
-    return ModelWriter(folder, write, recipe.checkpoint.keep, main)
+    def snapshot(step: int, evaluations: Sequence[Mapping[str, float]]) -> RunState:
+        tensors, values = learner.state()
+        return RunState(
+            step=step,
+            learner=values,
+            tensors=tensors,
+            order=producer.order.state_dict(),
+            prompts=prompts,
+            pushes=sync.pushes,
+            evaluations=evaluations,
+            random=learner.gather_objects([random_state()]),
+            reported=folder.written() if main else {},
+            recipe=recipe.model_dump(mode="json"),
+            environment=describe_environment(),
+        )
+
+    return ModelWriter(folder, write, snapshot, recipe.checkpoint.keep, main)
+
+
+def restore(state: RunState, learner: AccelerateLearner, producer: Producer, sync: Sync) -> None:
+    """Everything but the weights and the random generators goes on where ``state`` was taken. Raises UserError for other data."""
+    if state.prompts != prompts_hash(producer.prompts):
+        raise UserError(
+            "the training prompts are not those of the checkpoint (other texts, another order or another tokenizer); "
+            "resume with the data of the saved run, or start a new run"
+        )
+    learner.restore(state.tensors, state.learner)
+    producer.order.load_state_dict(state.order)
+    sync.pushes = state.pushes - 1  # the last one is the first that a resumed run makes again
+
+
+def prompts_hash(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of ids and tokens, in order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(repr((prompt.id, prompt.token_ids)).encode())
+    return digest.hexdigest()

@@ -41,12 +41,35 @@ def train(
     overrides: Overrides = None,
     engine: Engine = None,
     seed: Seed = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            help="auto: continue the run in DIR where there is one. never: refuse it. Or the folder of a checkpoint.",
+            metavar="auto|never|PATH",
+        ),
+    ] = "auto",
 ) -> None:
-    """Train a recipe."""
+    """Train a recipe. Exit code 143: stopped by SIGTERM, with a checkpoint; the same command continues."""
     checked = _checked(recipe, profile, _with_shorthands(overrides, engine, seed))
     from rltrain.commands import train_command
 
-    raise typer.Exit(train_command(checked.recipe, run or Path("runs") / recipe.stem, checked.warnings))
+    raise typer.Exit(train_command(checked.recipe, run or Path("runs") / recipe.stem, checked.warnings, resume))
+
+
+@app.command()
+def doctor(
+    recipe: RecipePath,
+    profile: Profile = None,
+    overrides: Overrides = None,
+    engine: Engine = None,
+    seed: Seed = None,
+    steps: Annotated[int, typer.Option(help="Steps to run.", min=2)] = 20,
+) -> None:
+    """Run a few steps at learning rate 0: are engine, rewards and memory fit for the recipe? Exit code 1 if not."""
+    checked = _checked(recipe, profile, _with_shorthands(overrides, engine, seed))
+    from rltrain.commands import doctor_command
+
+    raise typer.Exit(doctor_command(checked.recipe, steps))
 
 
 @app.command()

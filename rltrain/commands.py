@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import resource
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 from rich.console import Console
 
@@ -22,34 +28,95 @@ from rltrain.build import (
     prepare,
     user_mistakes,
 )
+from rltrain.checkpoint.resume import AUTO, is_finished, opened
 from rltrain.checkpoint.run_folder import RunFolder, describe_environment, write_atomic
 from rltrain.config.load import resolved_yaml
 from rltrain.config.schema import Model, Recipe
 from rltrain.data.chat import render
 from rltrain.errors import UserError
+from rltrain.learner.accelerate_learner import agree
 from rltrain.protocols import RolloutEngine
+from rltrain.sync.fingerprint import WeightMismatchError
+from rltrain.train.doctor import Finding, Memory, at_rest, diagnose
 from rltrain.train.evaluate import Evaluation
 from rltrain.train.online import train
+from rltrain.train.saving import STOPPED, Stopped, disk_errors, sigterm_noted
 from rltrain.types import Prompt, Sampling
 
 
-def train_command(recipe: Recipe, folder: Path, warnings: Sequence[str]) -> int:
-    """``rltrain train``: everything from the checks to the finished model."""
-    main = int(os.environ.get("RANK", "0")) == 0
+def train_command(recipe: Recipe, folder: Path, warnings: Sequence[str], resume: str = AUTO) -> int:
+    """``rltrain train``: everything from the checks to the finished model. The exit code: 0, or STOPPED after a SIGTERM.
+
+    resume: "auto" continues the run in ``folder`` where there is one, "never" refuses it, anything else is a checkpoint's folder.
+    """
+    main, run_folder = int(os.environ.get("RANK", "0")) == 0, RunFolder.at(folder)
+    console = Console(highlight=False)
+    if resume == AUTO and is_finished(run_folder, recipe):
+        if main:
+            console.print(f"already finished: {run_folder.model}", markup=False, soft_wrap=True)
+        return 0
+    notes = [f"warning: {warning}" for warning in warnings]
     with user_mistakes():
         materials = prepare(recipe)
-    with materials.grader:
-        run_folder = RunFolder.create(folder, resolved_yaml(recipe), describe_environment()) if main else RunFolder(folder)
-        run = build_run(recipe, materials, run_folder, main)
-        for line in (*(f"warning: {warning}" for warning in warnings), *describe(materials)):
+    with materials.grader, ExitStack() as stack:
+        environment, checkpoint = describe_environment(), None
+        if main:
+            with user_mistakes():
+                warn = partial(_append_warning, notes)
+                checkpoint = stack.enter_context(opened(run_folder, recipe, resume, environment, warn)).checkpoint
+        checkpoint = agree(checkpoint)
+        noted = stack.enter_context(sigterm_noted())
+        run = build_run(recipe, materials, run_folder, main, checkpoint, noted)
+        for line in (*notes, *describe(materials), *([f"continuing from {checkpoint}"] if checkpoint else [])):
             run.reporter.message(line)
         try:
-            model = train(run)
+            with disk_errors(run_folder):
+                model = train(run)
             run.reporter.message(f"model        {model}\nmetrics      {run_folder.metrics}\ntranscripts  {run_folder.transcripts}")
+        except Stopped as stopped:
+            run.reporter.message(str(stopped))
+            return STOPPED
         finally:
-            run.reporter.close()
             run.engine.close()
+            run.reporter.close()
     return 0
+
+
+def _append_warning(notes: list[str], text: str) -> None:
+    notes.append(f"warning: {text}")
+
+
+def doctor_command(recipe: Recipe, steps: int) -> int:
+    """``rltrain doctor``: ``steps`` steps at learning rate 0 in a folder that is removed again; 1 if a verdict is bad."""
+    recipe, main = at_rest(recipe, steps), int(os.environ.get("RANK", "0")) == 0
+    with user_mistakes():
+        materials = prepare(recipe)
+    with materials.grader, tempfile.TemporaryDirectory(prefix="rltrain-doctor-") as temporary:
+        folder = RunFolder.create(Path(temporary) / "run", resolved_yaml(recipe), describe_environment())
+        run = build_run(recipe, materials, folder, main, None, lambda: False)
+        try:
+            train(dataclasses.replace(run, writer=dataclasses.replace(run.writer, write=lambda out, *_: out)))  # the model is the old one
+            found = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()] if main else []
+            findings = diagnose(recipe, found, run.mismatch, peak_memory()) if main else []
+        except (WeightMismatchError, torch.OutOfMemoryError) as error:
+            question = "the engine holds the learner's weights" if isinstance(error, WeightMismatchError) else "GPU memory suffices"
+            findings = [Finding(question, False, str(error))]
+        finally:
+            run.engine.close()
+            run.reporter.close()
+    console = Console(highlight=False)
+    for one in findings:
+        console.print(f"{'ok  ' if one.fine else 'FAIL'}  {one.question:<39}  {one.measured}", markup=False, soft_wrap=True)
+    return 0 if all(one.fine for one in findings) else 1
+
+
+def peak_memory() -> list[Memory]:
+    """Of this process so far, and of the GPU if there is one."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    found = [Memory("memory", own, psutil.virtual_memory().total)]
+    if torch.cuda.is_available():
+        found.append(Memory("GPU memory", torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]))
+    return found
 
 
 def eval_command(model: str, recipe: Recipe, out: Path | None) -> int:

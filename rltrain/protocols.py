@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from rltrain.types import Prompt, RolloutGroup, Sampling
@@ -29,6 +30,8 @@ class RolloutEngine(Protocol):
 
     state: EngineState
     version: int | None  # of the weights it holds; None before the first load
+    dtype: torch.dtype  # of the weights it holds; loading rounds to it
+    fingerprint_rtol: float  # relative rounding error of its fingerprints; 0 would be the same sums in the same order
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[RolloutGroup]:
         """``sampling.n`` completions for each prompt, in order; group ids are positions in ``prompts``.
@@ -43,8 +46,11 @@ class RolloutEngine(Protocol):
         """Take the learner's weights (Hugging Face names, full tensors) as ``version``; forget every cache of older ones."""
         ...
 
-    def fingerprint(self) -> Mapping[str, float]:
-        """One number per weight, by Hugging Face name, of what the engine multiplies with (``sync/fingerprint.py``)."""
+    def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, float]:
+        """One number per weight, by Hugging Face name, of what the engine multiplies with (``sync/fingerprint.py``).
+
+        names: of these only, as far as the engine has them; None: of all.
+        """
         ...
 
     def sleep(self) -> None:

@@ -85,7 +85,8 @@ def weight_fingerprint(name: str, weight: Tensor) -> float:
     if weight.ndim < 2:
         return product_fingerprint(name, weight)
     matrix, signs = weight.flatten(1), fingerprint_input(name, weight.flatten(1).shape[1], weight.device)
-    rows = max(1, (1 << 24) // matrix.shape[1])  # float64 copies of at most 128 MiB
+    block = 1 << 16 if weight.device.type == "cpu" else 1 << 24  # float64 copies that fit a cache, or 128 MiB where launches cost
+    rows = max(1, block // matrix.shape[1])
     return product_fingerprint(name, torch.cat([part.double() @ signs for part in matrix.split(rows)]))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rltrain import cli
+from rltrain.config.load import load_recipe, resolved_yaml
 from rltrain.learner import accelerate_learner
 
 ROOT = Path(__file__).parents[1]
@@ -26,9 +27,9 @@ def train(random_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
 
-    def call(*overrides: str, run: Path = run, recipe: str = "grpo") -> str:
+    def call(*overrides: str, run: Path = run, recipe: str = "grpo", resume: str = "auto") -> str:
         settings = [f"model.path={random_model}", "reward.seconds=5", *overrides]
-        arguments = ["train", str(ROOT / f"recipes/policy/{recipe}.yaml"), "--profile", "tiny_cpu", "--run", str(run)]
+        arguments = ["train", str(ROOT / f"recipes/policy/{recipe}.yaml"), "--profile", "tiny_cpu", "--run", str(run), "--resume", resume]
         monkeypatch.setattr(sys, "argv", ["rltrain", *arguments, *(word for one in settings for word in ("--set", one))])
         before = sorted(path for path in tmp_path.rglob("*"))
         with pytest.raises(SystemExit) as stop:
@@ -125,7 +126,13 @@ def test_a_run_folder_with_anything_in_it_is_left_alone(train, tmp_path: Path) -
     assert (run / "thesis.tex").read_text() == "precious"
     (run / "thesis.tex").unlink()
     (run / "recipe.resolved.yaml").write_text("seed: 0\n")
-    assert "already holds a run" in train(run=run)
+    assert "already holds a run, whose recipe cannot be read" in train(run=run)
+    assert "already holds a run; choose another --run, or continue it" in train(run=run, resume="never")
+    (run / "recipe.resolved.yaml").write_text(resolved_yaml(load_recipe(ROOT / "recipes/policy/dapo.yaml", profile="tiny_cpu")))
+    message = train(run=run)
+    assert "was written by another recipe" in message
+    assert 'error: advantage.name: "group_norm" -> "' in message or "error: rollout.dynamic_sampling: " in message
+    assert "no whole checkpoint" in train(run=tmp_path / "new", resume=str(run))
     file = tmp_path / "file"
     file.write_text("x")
     assert "file" in train(run=file)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,17 @@ class ExportError(RuntimeError):
 
 
 def export_model(
-    out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str, state_dict: Mapping[str, Tensor] | None = None
+    out: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    card: str,
+    state_dict: Mapping[str, Tensor] | None = None,
+    extra: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write ``model`` to the new folder ``out``: safetensors, config, generation config, tokenizer, card, file hashes.
 
     state_dict: full weights under Hugging Face names, when ``model`` itself is sharded or wrapped; None: the model's own.
+    extra: puts more into the folder before it is hashed, which makes it a checkpoint.
     The folder appears whole or not at all. Raises UserError when ``out`` exists, ExportError when the weights are not
     exactly those the architecture loads.
     """
@@ -42,6 +48,8 @@ def export_model(
         tokenizer.save_pretrained(making)
         (making / "README.md").write_text(card, encoding="utf-8")
         verify(making)
+        if extra is not None:
+            extra(making)
         (making / MANIFEST).write_text(json.dumps(file_hashes(making), indent=2) + "\n", encoding="utf-8")
     return out
 

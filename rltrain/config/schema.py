@@ -101,8 +101,18 @@ class Rollout(Section):
     max_tokens: int = Field(ge=1)  # per completion
     max_rows: int = Field(default=256, ge=1)  # rows the transformers engine decodes at once
     trust_logp: bool = False  # take the engine's log-probs as old_logp
+    mismatch_warn: float | None = Field(default=None, gt=0)  # nats, mean |learner - engine log-prob| of a step; None: by precision
+    mismatch_stop: float | None = Field(default=None, gt=0)  # the same
+    mismatch_patience: int = Field(default=3, ge=1)  # steps in a row above mismatch_stop that end the run
     dynamic_sampling: DynamicSampling | None = None
     vllm: Vllm = Vllm()
+
+
+class Sync(Section):
+    """Proof, after every push of weights, that the engine holds them. Weights outside the repeated layers are always compared."""
+
+    sample: int = Field(default=4, ge=0)  # weights of the repeated layers compared per push, in rotation
+    full_every: int = Field(default=10, ge=0)  # pushes between comparisons of all weights; 0: only the first
 
 
 class RewardStage(Section):
@@ -177,6 +187,7 @@ class Recipe(Section):
     control: tuple[Method, ...] = ()
     loss: Loss
     learner: Learner
+    sync: Sync = Sync()
     train: Train
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()

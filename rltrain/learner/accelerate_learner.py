@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rltrain.config.schema import Learner, Model
 from rltrain.learner.forward import PolicyForward, causal_lm, resolve_layout
 from rltrain.learner.head import STATISTICS
-from rltrain.learner.optim import build_optimizer, build_schedule
+from rltrain.learner.optim import build_optimizer, build_schedule, optimizer_tensors, restore_optimizer, restore_schedule
 from rltrain.learner.packing import Layout, build, plan
 from rltrain.loss.objective import Objective
 from rltrain.seeds import stable_hash
@@ -87,6 +87,41 @@ class AccelerateLearner:
     def broadcast(self, value: Any) -> Any:
         """Rank 0's ``value`` on every rank."""
         return broadcast_object_list([value])[0] if self.ranks > 1 else value
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether ``flag`` is set on any rank."""
+        return any(self.gather_objects([flag]))
+
+    # state -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def saves_state(self) -> bool:
+        """Whether ``state`` can be had: DeepSpeed keeps the optimizer's in partitions of its own."""
+        return self.accelerator.distributed_type is not DistributedType.DEEPSPEED
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything an update depends on but the weights: tensors by parameter name (empty but on rank 0), numbers as JSON.
+
+        A collective. Raises RuntimeError under DeepSpeed.
+        """
+        if not self.saves_state:
+            raise RuntimeError("the optimizer state of DeepSpeed cannot be saved; use DDP or FSDP2, or checkpoint.every 0")
+        tensors = optimizer_tensors(self.optimizer.optimizer, self._named(), keep=self.rank == 0)
+        scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+        counts = {"version": self.version, "schedule": self.schedule.last_epoch, "nonfinite_in_a_row": self._nonfinite_in_a_row}
+        return tensors, {**counts, "scaler": scaler}
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken; the weights are those this learner was made from. Raises ValueError for another model's."""
+        restore_optimizer(self.optimizer.optimizer, self._named(), tensors)
+        restore_schedule(self.schedule, values["schedule"])
+        self.version, self._nonfinite_in_a_row = values["version"], values["nonfinite_in_a_row"]
+        if self.accelerator.scaler is not None and values["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(values["scaler"])
+
+    def _named(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Parameters by the names of the bare model, which no wrapper changes."""
+        return [(name.removeprefix("model."), parameter) for name, parameter in self.bare.named_parameters()]
 
     # weights ---------------------------------------------------------------------------------------------------------
 
@@ -258,6 +293,11 @@ class AccelerateLearner:
         names = sorted(shares)
         stacked = torch.stack([shares[name].detach().float().to(self.device) for name in names])
         return dict(zip(names, self.accelerator.reduce(stacked, "sum").tolist(), strict=True))
+
+
+def agree(value: Any) -> Any:
+    """Rank 0's ``value`` on every rank, before there is a learner."""
+    return broadcast_object_list([value])[0] if PartialState().num_processes > 1 else value
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from rltrain.config.schema import Optimizer
@@ -39,3 +41,50 @@ def build_schedule(optimizer: torch.optim.Optimizer, settings: Optimizer, total_
                 return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
     return LambdaLR(optimizer, factor)
+
+
+# state ---------------------------------------------------------------------------------------------------------------
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, torch.nn.Parameter]], keep: bool) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name and slot (``lm_head.weight/exp_avg``), whole and on the CPU.
+
+    Sharded state is gathered one tensor at a time, so every rank calls this; only with ``keep`` is it kept.
+    """
+    found = {}
+    for name, parameter in named:
+        for slot, value in optimizer.state.get(parameter, {}).items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if keep:
+                found[f"{name}/{slot}"] = whole.detach().to("cpu", copy=True).contiguous()
+    return found
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, torch.nn.Parameter]], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what ``optimizer_tensors`` took. Raises ValueError when it is of other parameters or shapes."""
+    trained = {name: parameter for name, parameter in named if parameter.requires_grad}
+    strange = sorted({key.rpartition("/")[0] for key in tensors} - trained.keys())
+    if strange:
+        raise ValueError(f"the saved optimizer state is of {strange[0]!r} and {len(strange) - 1} more that this model does not train")
+    optimizer.state.clear()
+    for key, value in tensors.items():
+        name, _, slot = key.rpartition("/")
+        parameter = trained[name]
+        if slot == "step":  # AdamW counts on the CPU
+            optimizer.state[parameter][slot] = value.clone()
+            continue
+        if value.shape != parameter.shape:
+            raise ValueError(f"the saved {key} has shape {tuple(value.shape)} and the parameter {tuple(parameter.shape)}")
+        placed = value.to(parameter.device, copy=True)
+        sharded = isinstance(parameter, DTensor)
+        optimizer.state[parameter][slot] = distribute_tensor(placed, parameter.device_mesh, parameter.placements) if sharded else placed
+
+
+def restore_schedule(schedule: LambdaLR, updates: int) -> None:
+    """Set the learning rates to those after ``updates`` updates."""
+    rates = [base * factor(updates) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": updates, "_step_count": updates + 1, "_last_lr": rates})
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

@@ -134,6 +134,7 @@ def _mismatch(log_ratio: Tensor, sampled: Tensor) -> dict[str, Tensor]:
     median, p99, largest = _quantiles(ratio, 0.5, 0.99, 1.0)
     return {
         "rollout/mismatch_abs": values.abs().sum() / count,
+        "rollout/mismatch_max": values.abs().max() if len(values) else values.sum(),
         "rollout/mismatch_k3": (ratio - 1 - values).sum() / count,
         "rollout/ratio_p50": median,
         "rollout/ratio_p99": p99,

@@ -35,6 +35,10 @@ class Reporter:
         if self.progress is not None:
             self.progress.message(text)
 
+    def warn(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.warn(text)
+
     def close(self) -> None:
         for part in (self.sinks, self.transcripts):
             if part is not None:

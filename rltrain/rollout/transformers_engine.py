@@ -79,7 +79,7 @@ class TransformersEngine:
             raise ValueError(
                 f"model.attention: the transformers engine decodes with sdpa or eager, not {attention!r}; choose one, or engine vllm"
             )
-        self.device = torch.device(device)
+        self.device, self.dtype, self.fingerprint_rtol = torch.device(device), dtype, 1e-9
         self.max_rows, self._pad, self._decode = max_rows, pad_token_id, decode
         self._stop = frozenset(stop_token_ids)
         config = AutoConfig.from_pretrained(model, revision=revision)
@@ -103,9 +103,10 @@ class TransformersEngine:
         self.version, self.state = version, EngineState.LOADED
 
     @torch.no_grad()
-    def fingerprint(self) -> Mapping[str, float]:
+    def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, float]:
         """See ``RolloutEngine.fingerprint``; a tied head is reported under both its names."""
-        return {name: weight_fingerprint(name, weight) for name, weight in self._model.state_dict().items()}
+        own = self._model.state_dict().items()
+        return {name: weight_fingerprint(name, weight) for name, weight in own if names is None or name in names}
 
     def sleep(self) -> None:
         for parameter in self._model.parameters():

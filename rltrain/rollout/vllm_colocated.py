@@ -13,6 +13,7 @@ import os
 import random
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,7 @@ class VllmColocated:
     ) -> None:
         self._decode, self._stop = decode, sorted(stop_token_ids)
         self._gpu = torch.cuda.is_available()
+        self.dtype, self.fingerprint_rtol = dtype, 1e-9 if self._gpu else 2e-6  # packed layers are run, not read
         self._sleep_mode = sleep_mode and self._gpu
         config = AutoConfig.from_pretrained(model, revision=revision)
         positions = config.get_text_config().max_position_embeddings
@@ -107,9 +109,9 @@ class VllmColocated:
             raise RuntimeError("vLLM kept its prefix cache, which holds keys and values of older weights; are requests still running?")
         self.version, self.state = version, EngineState.LOADED
 
-    def fingerprint(self) -> Mapping[str, float]:
+    def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, float]:
         """See ``RolloutEngine.fingerprint``; a tied head is reported under both its names."""
-        return self._llm.apply_model(layer_fingerprints)[0]
+        return self._llm.apply_model(partial(layer_fingerprints, names=names))[0]
 
     def sleep(self) -> None:
         """On GPU weights and cache leave the card (level 2: nothing is kept); on CPU only the version is forgotten."""
@@ -143,7 +145,8 @@ class VllmColocated:
         if 0 < sampling.temperature < _MIN_TEMPERATURE:
             raise ValueError(f"temperature {sampling.temperature}: vLLM raises it to {_MIN_TEMPERATURE}; use 0 (greedy) or at least that")
         self.state = EngineState.SERVING
-        requests = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
+        salt = str(version)  # keys the prefix cache: keys and values of other weights are never found
+        requests = [{"prompt_token_ids": list(prompt.token_ids), "cache_salt": salt} for prompt in prompts]
         with torch.random.fork_rng(devices=[torch.cuda.current_device()] if self._gpu else []):
             outputs = self._llm.generate(requests, [self._params(prompt, sampling) for prompt in prompts], use_tqdm=False)
         groups = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -22,21 +22,25 @@ def repack_heads(model: nn.Module) -> None:
 
 
 @torch.inference_mode()
-def layer_fingerprints(model: nn.Module) -> dict[str, float]:
-    """One number per Hugging Face weight name, of what each layer multiplies with."""
+def layer_fingerprints(model: nn.Module, names: Collection[str] | None = None) -> dict[str, float]:
+    """One number per Hugging Face weight name, of what each layer multiplies with; ``names``: of these only."""
     prints: dict[str, float] = {}
     for path, module in model.named_modules():
-        for name, number in _of_module(path, module):
-            prints[name] = number
+        layers = _hugging_face_layers(path)
+        if names is None or any(f"{layer}.{kind}" in names for layer in layers for kind in ("weight", "bias")):
+            prints.update((name, number) for name, number in _of_module(layers, module) if names is None or name in names)
     return prints
 
 
-def _of_module(path: str, module: Any) -> Iterator[tuple[str, float]]:
+def _hugging_face_layers(path: str) -> list[str]:
+    parent, _, leaf = path.rpartition(".")
+    return [f"{parent}.{part}" for part in _FUSED[leaf]] if leaf in _FUSED else [path]
+
+
+def _of_module(names: list[str], module: Any) -> Iterator[tuple[str, float]]:
     own = dict(module.named_parameters(recurse=False))
     if not own:
         return
-    parent, _, leaf = path.rpartition(".")
-    names = [f"{parent}.{part}" for part in _FUSED[leaf]] if leaf in _FUSED else [path]
     if hasattr(module, "cpu_linear") and (own["weight"].numel() == 0 or type(module).__name__ == "ParallelLMHead"):
         yield from _packed_weight(names, module)
     elif "weight" in own:

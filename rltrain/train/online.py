@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
 from rltrain.advantage.stage import assign
-from rltrain.checkpoint.run_folder import RunFolder
+from rltrain.checkpoint.random_state import restore_random_state
+from rltrain.checkpoint.run_state import RunState
 from rltrain.config.schema import Recipe
 from rltrain.learner.accelerate_learner import AccelerateLearner, UpdateStats
 from rltrain.loss.objective import Objective
@@ -19,27 +20,11 @@ from rltrain.report.metrics import completion_metrics, step_metrics, why_zero
 from rltrain.report.reporter import Reporter
 from rltrain.rollout.collate import collate
 from rltrain.rollout.producer import Produced, Producer
+from rltrain.sync.in_process import Sync
 from rltrain.train.evaluate import Evaluation, Evaluator
+from rltrain.train.mismatch import MismatchGuard
+from rltrain.train.saving import ModelWriter, Scores, Stopped
 from rltrain.types import TokenRows, TrainBatch
-
-
-@dataclass(frozen=True)
-class ModelWriter:
-    """Puts models where a run keeps them; ``write(out, step, results)`` makes one."""
-
-    folder: RunFolder
-    write: Callable[[Path, int, Mapping[str, float]], Path]
-    keep: int  # checkpoints, the latest
-    main: bool  # rank 0, the one that writes and removes
-
-    def checkpoint(self, step: int, results: Mapping[str, float]) -> None:
-        """``checkpoints/step-N``, a model folder like the last one; what is older than the latest ``keep`` goes once it is there."""
-        self.write(self.folder.checkpoint(step), step, results)
-        if self.main:
-            self.folder.prune_checkpoints(self.keep)
-
-    def final(self, step: int, results: Mapping[str, float]) -> Path:
-        return self.write(self.folder.model, step, results)
 
 
 @dataclass(frozen=True)
@@ -49,6 +34,7 @@ class Run:
     recipe: Recipe
     learner: AccelerateLearner
     engine: RolloutEngine
+    sync: Sync
     producer: Producer
     evaluator: Evaluator | None
     advantage: BoundMethod
@@ -56,20 +42,28 @@ class Run:
     update_controls: tuple[BoundMethod, ...]  # statistics over one optimizer batch, with the policy as it is then
     objective: Objective
     annotate: frozenset[str]  # no-grad passes the recipe needs: "logp", "entropy", "ref_logp"
+    mismatch: MismatchGuard
     reporter: Reporter
     writer: ModelWriter
+    resumed: RunState | None  # where it goes on; None: from the start
+    stop: Callable[[], bool]  # whether this process was asked to end after the step in hand
 
 
 def train(run: Run) -> Path:
-    """Run every step of the recipe; returns the folder of the finished model. Raises NonFiniteError when the numbers are lost."""
+    """Run every step of the recipe; returns the folder of the finished model.
+
+    Raises NonFiniteError when the numbers are lost, Stopped after the checkpoint that an early end leaves.
+    """
     learner, settings = run.learner, run.recipe
-    run.engine.load(learner.weights(), learner.version)
-    scores = Scores()
-    if settings.eval.at_start:
+    run.sync.push(learner.weights(), learner.version, expect_change=False)
+    done, scores = pick_up(run)
+    if settings.eval.at_start and done == 0:
         scores.add(evaluate(run, 0))
-    for step in range(1, settings.train.steps + 1):
+    for step in range(done + 1, settings.train.steps + 1):
         clock = Clock()
         produced = run.producer.next(step, learner.version)
+        with clock("sync"):
+            run.sync.verify()
         run.engine.sleep()  # on GPU the learner takes the memory
         with clock("annotate"):
             rows, sampled = collate(produced.groups)
@@ -79,19 +73,37 @@ def train(run: Run) -> Path:
             update = learner.update(rows, batch, run.objective, adjust(run))
         with clock("sync"):
             run.engine.wake()
-            run.engine.load(learner.weights(), learner.version)
-        report(run, step, produced, sampled, batch, update, lr, produced.seconds | clock.seconds)
-        if due(step, settings.eval.every) and step < settings.train.steps:
+            synced = run.sync.push(learner.weights(), learner.version, expect_change=moves(update, lr))
+        report(run, step, produced, sampled, batch, update, lr, produced.seconds | clock.seconds, synced)
+        if due(step, settings.eval.every):
             scores.add(evaluate(run, step))
-        if due(step, settings.checkpoint.every):
-            run.writer.checkpoint(step, scores.metrics())
-    scores.add(evaluate(run, settings.train.steps))
-    return run.writer.final(settings.train.steps, scores.metrics())
+        stopping = learner.any_rank(run.stop())
+        if stopping or due(step, settings.checkpoint.every):
+            checkpoint = run.writer.checkpoint(step, scores)
+            if stopping:
+                raise Stopped(step, checkpoint)
+    if not due(settings.train.steps, settings.eval.every):
+        scores.add(evaluate(run, settings.train.steps))
+    return run.writer.final(settings.train.steps, scores)
+
+
+def pick_up(run: Run) -> tuple[int, Scores]:
+    """Steps taken so far and their evaluations; the random generators draw on from there."""
+    if run.resumed is None:
+        return 0, Scores()
+    if run.learner.rank < len(run.resumed.random):
+        restore_random_state(run.resumed.random[run.learner.rank])
+    return run.resumed.step, Scores(list(run.resumed.evaluations))
 
 
 def due(step: int, every: int) -> bool:
     """``every`` 0: never."""
     return every > 0 and step % every == 0
+
+
+def moves(update: UpdateStats, lr: float) -> bool:
+    """Whether an update must have changed the weights. A gradient of rounding errors alone may change none."""
+    return lr > 0 and update.metrics["learner/grad_norm"] > 1e-6
 
 
 def annotated(run: Run, rows: TokenRows, batch: TrainBatch) -> TrainBatch:
@@ -133,6 +145,7 @@ def report(
     update: UpdateStats,
     lr: float,
     seconds: dict[str, float],
+    synced: dict[str, float],
 ) -> None:
     """One step's numbers to every sink, one line to the terminal. sampled: the batch before any control touched it."""
     logp = update.logp if batch.old_logp is None or run.recipe.rollout.trust_logp else batch.old_logp
@@ -143,6 +156,7 @@ def report(
         **completions,
         **step_metrics(batch, logp, entropy, sampled.mask),
         **update.metrics,
+        **synced,
         "learner/lr": lr,
         "learner/version": run.learner.version,
         "learner/idle_rows": update.idle_rows,
@@ -157,34 +171,23 @@ def report(
     }
     note = why_zero(batch, lr) if update.metrics["learner/grad_norm"] == 0 or lr == 0 else None
     run.reporter.step(step, metrics, produced.groups, note)
+    if (warning := run.mismatch.check(step, metrics)) is not None:
+        run.reporter.warn(warning)
 
 
 def evaluate(run: Run, step: int) -> Evaluation | None:
-    """Held-out pass@k with the weights as they are; None if the recipe has no held-out prompts."""
+    """Held-out pass@k with the weights as they are; None if the recipe has no held-out prompts.
+
+    The engine is loaded anew: from the cache of these prompts the next step would get log-probs that differ in rounding from
+    those of a run resumed here.
+    """
     if run.evaluator is None:
         return None
     started = perf_counter()
     result = run.evaluator.evaluate(run.engine, run.learner.version)
+    run.engine.load(run.learner.weights(), run.learner.version)
     run.reporter.evaluation(step, {**result.metrics(), "time/eval": perf_counter() - started})
     return result
-
-
-@dataclass
-class Scores:
-    """The evaluations of a run, first to last."""
-
-    all: list[Evaluation] = field(default_factory=list)
-
-    def add(self, result: Evaluation | None) -> None:
-        if result is not None:
-            self.all.append(result)
-
-    def metrics(self) -> dict[str, float]:
-        """First and last, for the model card."""
-        if not self.all:
-            return {}
-        first = {f"{name} (before)": value for name, value in self.all[0].metrics().items()}
-        return first | self.all[-1].metrics()
 
 
 class Clock:

@@ -1,0 +1,163 @@
+"""Where a run starts: in a new folder, at its latest good checkpoint, or not at all.
+
+A second start in a folder continues the first. It must be the same run: the same recipe, but for a longer ``train.steps``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rltrain.checkpoint.run_folder import RunFolder, write_atomic
+from rltrain.checkpoint.run_state import RunState, latest, read_verified
+from rltrain.config.load import load_recipe, resolved_yaml
+from rltrain.config.schema import Recipe
+from rltrain.errors import RecipeError, UserError
+
+AUTO, NEVER = "auto", "never"
+_STEPS = "train.steps"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What ``opened`` found. checkpoint None: begin with the first step."""
+
+    folder: RunFolder
+    checkpoint: Path | None
+
+
+def is_finished(folder: RunFolder, recipe: Recipe) -> bool:
+    """Whether this very recipe ran to its end in ``folder``. Reads only, so that every rank may ask."""
+    return folder.recipe.is_file() and folder.model.is_dir() and _saved_recipe(folder) == recipe
+
+
+@contextlib.contextmanager
+def opened(folder: RunFolder, recipe: Recipe, resume: str, environment: Mapping[str, Any], warn: Callable[[str], None]) -> Iterator[Start]:
+    """The run folder, nobody else's until the block ends, and the checkpoint to go on from; the run's files are cut back to it.
+
+    resume: "auto", "never" or a checkpoint's folder. Raises UserError, nothing touched, when the folder holds something
+    else, another recipe or (for "never") any run, and when a checkpoint named is damaged.
+    """
+    named = None if resume in (AUTO, NEVER) else Path(resume).expanduser().absolute()
+    if resume == NEVER or not folder.recipe.is_file():
+        state = None if named is None else _state_of(named, recipe, environment, warn)
+        RunFolder.create(folder.path, resolved_yaml(recipe), environment)
+        with folder.locked():
+            if state is not None:
+                warn(f"{folder.path} begins with step {state.step + 1}; the lines of the steps before are in the run that {named} is of")
+            yield Start(folder, named)
+        return
+    with folder.locked():
+        yield Start(folder, _reopened(folder, recipe, named, environment, warn))
+
+
+def _reopened(
+    folder: RunFolder, recipe: Recipe, named: Path | None, environment: Mapping[str, Any], warn: Callable[[str], None]
+) -> Path | None:
+    """The checkpoint that the run in ``folder`` goes on from, with everything later out of the way; None: from the start."""
+    saved = _saved_recipe(folder)
+    refuse_other_recipe(saved.model_dump(mode="json"), recipe.model_dump(mode="json"), str(folder.recipe))
+    if named is None:
+        found = latest(folder, warn)
+    elif named.parent.resolve() == folder.checkpoints.resolve():
+        found = named, read_verified(named)
+    else:
+        raise UserError(f"{folder.path} holds a run of its own; to go on from {named} elsewhere, choose a new --run")
+    if found is None and folder.model.exists():
+        raise UserError(
+            f"{folder.path} is finished and kept no checkpoint to go on from; "
+            f"start a new run from its model: --set model.path={folder.model}"
+        )
+    step, checkpoint = (0, None) if found is None else (found[1].step, found[0])
+    if found is None:
+        warn(f"the run in {folder.path} ended before its first checkpoint; it starts again from the first step")
+    else:
+        _warn_of_versions(found[1], environment, warn)
+    folder.rewind({} if found is None else found[1].reported)
+    for later, path in reversed(folder.present_checkpoints()):
+        if later > step:
+            aside = path.rename(_free_name(path.with_name(f"unused-{path.name}")))
+            warn(f"{path} is not used and now called {aside.name}")
+    if folder.model.exists():  # a finished run that is made longer, or goes back to an earlier step
+        folder.model.rename(_free_name(folder.path / f"model-step-{saved.train.steps}"))
+    if saved != recipe:
+        write_atomic(folder.recipe, resolved_yaml(recipe))
+    return checkpoint
+
+
+def _state_of(checkpoint: Path, recipe: Recipe, environment: Mapping[str, Any], warn: Callable[[str], None]) -> RunState:
+    """The state in ``checkpoint``, which some other run of the same recipe wrote."""
+    state = read_verified(checkpoint)
+    refuse_other_recipe(state.recipe, recipe.model_dump(mode="json"), str(checkpoint))
+    _warn_of_versions(state, environment, warn)
+    return state
+
+
+def _saved_recipe(folder: RunFolder) -> Recipe:
+    try:
+        return load_recipe(folder.recipe)
+    except RecipeError as error:
+        taken = f"run folder {folder.path} already holds a run, whose recipe cannot be read; choose another --run"
+        raise UserError("\n".join([taken, *error.problems])) from error
+
+
+def _free_name(path: Path) -> Path:
+    """``path``, or the first of ``path-2``, ``path-3``, ... that nothing has."""
+    names = (path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 1000)))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+# recipes -------------------------------------------------------------------------------------------------------------
+
+
+def refuse_other_recipe(saved: Mapping[str, Any], given: Mapping[str, Any], where: str) -> None:
+    """Raises UserError with every key that differs, unless the run is only made longer and its schedule does not mind."""
+    found = list(differences(saved, given))
+    if not found:
+        return
+    longer = [key for key, *_ in found] == [_STEPS] and given["train"]["steps"] > saved["train"]["steps"]
+    schedule = given["learner"]["optimizer"]["schedule"]
+    if longer and schedule == "constant":
+        return
+    lines = [f"{key}: {_text(before)} -> {_text(now)}" for key, before, now in found]
+    if longer:
+        lines.append(
+            f"the steps taken had a {schedule} schedule that ends at {saved['train']['steps']}; only a constant one can go on longer"
+        )
+    elif [key for key, *_ in found] == [_STEPS]:
+        lines.append("a run can be made longer, not shorter")
+    remedy = "continue it with its own recipe, or choose another --run"
+    raise UserError("\n".join([f"{where} was written by another recipe; {remedy} (saved -> given):", *lines]))
+
+
+_ABSENT = object()
+
+
+def differences(saved: Any, given: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, saved value, given value) wherever two recipes as plain data differ; lists of unequal length as a whole."""
+    if isinstance(saved, Mapping) and isinstance(given, Mapping):
+        for name in {**saved, **given}:
+            yield from differences(saved.get(name, _ABSENT), given.get(name, _ABSENT), f"{key}.{name}" if key else name)
+    elif isinstance(saved, list) and isinstance(given, list) and len(saved) == len(given):
+        for index, (before, now) in enumerate(zip(saved, given, strict=True)):
+            yield from differences(before, now, f"{key}.{index}")
+    elif saved != given:
+        yield key, saved, given
+
+
+def _text(value: Any) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value)
+
+
+def _warn_of_versions(state: RunState, environment: Mapping[str, Any], warn: Callable[[str], None]) -> None:
+    """Equal results are promised for equal software only."""
+    names = ("rltrain", "commit", "python", "packages")
+    changed = differences({name: state.environment.get(name) for name in names}, {name: environment.get(name) for name in names})
+    lines = [f"{key.removeprefix('packages.')} {_text(before)} -> {_text(now)}" for key, before, now in changed]
+    if lines:
+        warn(f"the checkpoint was written with other software, so results may differ in rounding: {', '.join(lines)}")

@@ -1,0 +1,119 @@
+"""What a run needs, beside the model, to go on as if it had never stopped. JSON and safetensors; nothing is pickled.
+
+A checkpoint is an ordinary model folder with one more folder in it::
+
+    checkpoints/step-12/            config, safetensors, tokenizer, card
+        files.sha256.json           SHA-256 of every other file, the training state included
+        training/state.json         everything of ``RunState`` but the tensors
+        training/optimizer.safetensors
+
+It is written under another name and renamed when all of it is on the disk. ``read_verified`` trusts nothing that its hashes
+do not prove.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rltrain.checkpoint.export import MANIFEST, file_hashes
+from rltrain.checkpoint.run_folder import RunFolder
+from rltrain.errors import UserError
+
+_STATE = Path("training", "state.json")
+_TENSORS = Path("training", "optimizer.safetensors")
+_FORMAT = 1  # of state.json; raised when an older rltrain could not read it
+
+
+class DamagedCheckpointError(UserError):
+    """A file of a checkpoint is missing, is not what was written, or cannot be understood."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run after ``step`` steps."""
+
+    step: int
+    learner: Mapping[str, Any]  # version, schedule and counters, by the learner's own names
+    tensors: Mapping[str, Tensor]  # the optimizer's, by parameter name
+    order: Mapping[str, Any]  # where the prompt order stands
+    prompts: str  # hash of the training prompts it is an order of
+    pushes: int  # of weights to the engine
+    evaluations: Sequence[Mapping[str, float]]  # results so far, first to last
+    random: Sequence[Mapping[str, Any]]  # generators, one per rank
+    reported: Mapping[str, int]  # bytes of each file the run appends to
+    recipe: Mapping[str, Any]
+    environment: Mapping[str, Any]
+
+
+def write_state(folder: Path, state: RunState) -> None:
+    """Put ``state`` into ``folder``, a checkpoint in the making. Raises OSError or SafetensorError when the disk refuses."""
+    plain = {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "tensors"}
+    (folder / _STATE).parent.mkdir()
+    (folder / _STATE).write_text(json.dumps({"format": _FORMAT, **plain}) + "\n", encoding="utf-8")
+    save_file(dict(state.tensors), folder / _TENSORS)
+
+
+def read_verified(checkpoint: Path) -> RunState:
+    """The state in ``checkpoint``, every file compared with its hash first. Raises DamagedCheckpointError naming the file."""
+    remedy = "resume from another checkpoint"
+    try:
+        listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DamagedCheckpointError(f"{checkpoint}: {MANIFEST} is missing, so this is no whole checkpoint; {remedy}") from error
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{checkpoint / MANIFEST} is damaged ({error}); {remedy}") from error
+    if not isinstance(listed, dict) or str(_STATE) not in listed or str(_TENSORS) not in listed:
+        raise DamagedCheckpointError(f"{checkpoint} holds a model but no training state ({_STATE}); {remedy}, or train its model anew")
+    found = file_hashes(checkpoint)
+    for name, digest in listed.items():
+        if found.get(name) != digest:
+            what = "is not what was written (its SHA-256 differs)" if name in found else "is missing"
+            raise DamagedCheckpointError(f"{checkpoint / name} {what}; {remedy}")
+    return read_state(checkpoint)
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """The state in ``checkpoint``, which ``read_verified`` has seen. Raises DamagedCheckpointError where it cannot be understood."""
+    try:
+        plain = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        written = plain.pop("format")
+        if written != _FORMAT:
+            raise UserError(
+                f"{checkpoint / _STATE} has format {written} and this rltrain reads {_FORMAT}; "
+                f"resume with rltrain {plain.get('environment', {}).get('rltrain', 'of that time')}"
+            )
+        return RunState(tensors=load_file(checkpoint / _TENSORS), **plain)
+    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise DamagedCheckpointError(f"{checkpoint}: the training state cannot be read ({error}); resume from another one") from error
+
+
+def latest(folder: RunFolder, warn: Callable[[str], None]) -> tuple[Path, RunState] | None:
+    """The newest checkpoint that is whole; each damaged one on the way to it is named in a warning. None: there are none at all.
+
+    Raises UserError when there are some and none is whole: to start over is then for the user to decide.
+    """
+    damaged: list[str] = []
+    for _, path in reversed(folder.present_checkpoints()):
+        try:
+            state = read_verified(path)
+        except DamagedCheckpointError as error:
+            damaged.append(str(error))
+            continue
+        for line in damaged:
+            warn(line)
+        return path, state
+    if damaged:
+        remedy = "choose another --run, or remove that folder to start again from the first step"
+        raise UserError("\n".join([f"{folder.checkpoints} holds no whole checkpoint; {remedy}", *damaged]))
+    return None

@@ -1,0 +1,339 @@
+"""A run that is stopped and continued is the run that was never stopped: weights, optimizer, generators and metrics, bit for bit."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rltrain.checkpoint.run_folder import RunFolder
+from rltrain.checkpoint.run_state import read_verified
+from rltrain.commands import train_command
+from rltrain.config.check import check
+from rltrain.config.load import load_recipe
+from rltrain.errors import UserError
+from rltrain.train import online
+
+ROOT = Path(__file__).parents[2]
+REWARD = """
+from reward.score import Score
+
+def sevens(inputs):
+    shares = [text.count("7") / max(len(text), 1) for text in inputs.completions]
+    return [Score(share, {"correct": float(share > 0.4)}) for share in shares]
+"""
+# Everything a resumed run could forget: momentum, a schedule in its middle, a prompt order that has begun its second epoch after
+# step 3 (26 prompts, 8 per step), several updates per step, replaced groups, a reference model, evaluations.
+SETTINGS = (
+    "train.steps=6",
+    "checkpoint.every=3",
+    "checkpoint.keep=9",
+    "data.max_prompts=26",
+    "rollout.prompts=8",
+    "rollout.n=4",
+    "rollout.dynamic_sampling={max_rounds: 2}",
+    "eval.every=3",
+    "eval.prompts=4",
+    "eval.n=2",
+    "eval.k=[1]",
+    "learner.updates=2",
+    "learner.optimizer.lr=2e-3",
+    "learner.optimizer.schedule=cosine",
+    "learner.optimizer.warmup_steps=2",
+    "reward.workers=1",
+)
+
+
+class Killed(BaseException):
+    """As abrupt as it gets within one process."""
+
+
+@pytest.fixture
+def start(random_model: str, tmp_path: Path) -> Callable[..., int]:
+    """``start(folder, "a.b=1", resume=...)`` runs ``rltrain train`` in this process."""
+    reward = tmp_path / "sevens.py"
+    reward.write_text(REWARD)
+
+    def call(folder: Path, *overrides: str, resume: str = "auto") -> int:
+        settings = [f"model.path={random_model}", f"reward.functions=['{reward}:sevens']", *SETTINGS, *overrides]
+        recipe = check(load_recipe(ROOT / "recipes/policy/grpo.yaml", profile="tiny_cpu", overrides=settings)).recipe
+        return train_command(recipe, folder, [], resume)
+
+    return call
+
+
+def killed_in(step: int, monkeypatch: pytest.MonkeyPatch, call: Callable[[], int]) -> None:
+    """Run ``call`` until the weights of ``step`` are being updated."""
+    weigh, seen = online.weigh, []
+
+    def count(*arguments: Any) -> Any:
+        seen.append(1)
+        if len(seen) == step:
+            raise Killed
+        return weigh(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(online, "weigh", count)
+        call()
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Without what the clock says."""
+    read = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in read]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def assert_same_run(one: Path, two: Path, step: int = 6) -> None:
+    assert lines(one / "metrics.jsonl") == lines(two / "metrics.jsonl")
+    assert (one / "transcripts.jsonl").read_bytes() == (two / "transcripts.jsonl").read_bytes()
+    for name in (
+        "model/model.safetensors",
+        f"checkpoints/step-{step}/model.safetensors",
+        f"checkpoints/step-{step}/training/optimizer.safetensors",
+    ):
+        first, second = load_file(one / name), load_file(two / name)
+        assert first.keys() == second.keys() and first
+        assert all(torch.equal(first[key], second[key]) for key in first), name
+    states = [json.loads((run / f"checkpoints/step-{step}/training/state.json").read_text()) for run in (one, two)]
+    for state in states:
+        del state["reported"]["metrics.jsonl"]  # the clock's digits have lengths of their own
+        del state["environment"]  # somebody may commit meanwhile
+    assert states[0] == states[1]
+    assert (one / "model/README.md").read_bytes() == (two / "model/README.md").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "killed", [pytest.param(5, id="after a checkpoint"), pytest.param(2, id="before the first checkpoint", marks=pytest.mark.slow)]
+)
+def test_a_resumed_run_is_the_uninterrupted_run(killed: int, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert start(tmp_path / "whole") == 0
+    killed_in(killed, monkeypatch, lambda: start(tmp_path / "resumed"))
+    assert lines(tmp_path / "resumed" / "metrics.jsonl")[-1]["step"] == killed - 1  # more than the checkpoint knows of
+    assert start(tmp_path / "resumed") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_resumed_run_is_the_uninterrupted_run_with_real_vllm(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert start(tmp_path / "whole", "rollout.engine=vllm") == 0
+    killed_in(5, monkeypatch, lambda: start(tmp_path / "resumed", "rollout.engine=vllm"))
+    assert start(tmp_path / "resumed", "rollout.engine=vllm") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_sigterm_saves_and_exits_with_143(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weigh, seen = online.weigh, []
+
+    def told_to_stop(*arguments: Any) -> Any:
+        seen.append(1)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return weigh(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(online, "weigh", told_to_stop)
+        assert start(tmp_path / "stopped") == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # what it was
+    assert lines(tmp_path / "stopped/metrics.jsonl")[-1]["step"] == 2  # the step in hand was finished
+    assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["step-2"]
+    assert start(tmp_path / "stopped") == 0
+    assert start(tmp_path / "whole") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_a_longer_run_is_the_run_that_was_long_from_the_start(start: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    constant = "learner.optimizer.schedule=constant"
+    assert start(tmp_path / "run", constant, "train.steps=3") == 0
+    before = contents(tmp_path / "run")
+    assert start(tmp_path / "run", constant, "train.steps=3") == 0
+    assert "already finished" in capsys.readouterr().out.splitlines()[-1]
+    assert contents(tmp_path / "run") == before
+    assert start(tmp_path / "run", constant) == 0
+    assert start(tmp_path / "whole", constant) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert (tmp_path / "run/model-step-3/model.safetensors").read_bytes() == before["model/model.safetensors"]
+
+    for overrides, said in (
+        ((constant, "train.steps=3"), "a run can be made longer, not shorter"),
+        (("train.steps=9",), 'learner.optimizer.schedule: "constant" -> "cosine"'),
+        ((constant, "learner.optimizer.lr=1e-3", "seed=7"), "learner.optimizer.lr: 0.002 -> 0.001"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            start(tmp_path / "run", *overrides)
+
+
+def test_a_cosine_run_is_not_made_longer(start: Any, tmp_path: Path) -> None:
+    assert start(tmp_path / "run", "train.steps=1", "eval.at_start=false", "checkpoint.every=1") == 0
+    with pytest.raises(UserError, match="the steps taken had a cosine schedule that ends at 1"):
+        start(tmp_path / "run", "train.steps=2", "eval.at_start=false", "checkpoint.every=1")
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = "checkpoint.every=2"
+    assert start(tmp_path / "whole", every) == 0
+    killed_in(6, monkeypatch, lambda: start(tmp_path / "run", every))
+    with open(tmp_path / "run/checkpoints/step-4/training/optimizer.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x7f")
+    assert start(tmp_path / "run", every) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "optimizer.safetensors is not what was written (its SHA-256 differs)" in printed
+    assert "step-4 is not used and now called unused-step-4" in printed
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+    with pytest.raises(UserError, match="model but no training state"):
+        start(tmp_path / "new", every, resume=str(tmp_path / "run/model"))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_a_named_checkpoint_is_gone_back_to_or_continued_elsewhere(start: Any, tmp_path: Path) -> None:
+    every = "checkpoint.every=2"
+    assert start(tmp_path / "whole", every) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/model")
+    assert start(tmp_path / "run", every, resume=str(tmp_path / "run/checkpoints/step-2")) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert start(tmp_path / "fork", every, resume=str(tmp_path / "whole/checkpoints/step-4")) == 0
+    assert lines(tmp_path / "fork/metrics.jsonl") == [line for line in lines(tmp_path / "whole/metrics.jsonl") if line["step"] > 4]
+    with pytest.raises(UserError, match="holds a run of its own"):
+        start(tmp_path / "run", every, resume=str(tmp_path / "whole/checkpoints/step-4"))
+    with pytest.raises(UserError, match="already holds a run"):
+        start(tmp_path / "run", every, resume="never")
+
+
+def test_two_processes_never_train_in_one_folder(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_in(2, monkeypatch, lambda: start(tmp_path / "run"))
+    before = contents(tmp_path / "run")
+    with RunFolder(tmp_path / "run").locked(), pytest.raises(UserError, match="another process is training in it"):
+        start(tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.slow
+def test_other_prompts_are_refused(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"<user>{number}+1=<assistant>", "answer": str(number + 1)} for number in range(20)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = (f"data.train={data}", "data.options={}", "data.eval=null", "data.max_prompts=null", "checkpoint.every=1")
+    killed_in(3, monkeypatch, lambda: start(tmp_path / "run", *settings))
+    data.write_text(data.read_text().replace("19+1=", "18+2="))
+    with pytest.raises(UserError, match="not those of the checkpoint"):
+        start(tmp_path / "run", *settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size_kib", [4096, 6144])
+def test_a_full_disk_is_one_clear_error_and_costs_no_checkpoint(size_kib: int, start: Any, tmp_path: Path) -> None:
+    # The tiny model takes some 0.8 MB and its optimizer twice that: the disk is full in the first checkpoint or in a later one.
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_kib}k", "tmpfs", str(disk)], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        with pytest.raises(UserError, match=r"No space left.*(is whole and stays|no checkpoint yet)"):
+            start(disk / "run", "checkpoint.every=1")
+        folder = RunFolder(disk / "run")
+        assert not folder.model.exists() and not list(folder.checkpoints.glob(".*"))
+        for _, path in folder.present_checkpoints():
+            read_verified(path)
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        assert start(disk / "run", "checkpoint.every=1") == 0
+        shutil.copytree(disk / "run", tmp_path / "run")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+    assert start(tmp_path / "whole", "checkpoint.every=1") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC, errno.EIO], ids=["read-only", "full", "broken"])
+def test_a_disk_that_refuses_to_sync_leaves_the_last_checkpoint(
+    code: int, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def refuses(descriptor: int) -> None:
+        if ".step-2." in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    settings = ("checkpoint.every=1", "train.steps=2")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=rf"{re.escape(os.strerror(code))}.*step-1 is whole and stays"):
+        patch.setattr(os, "fsync", refuses)
+        start(tmp_path / "run", *settings)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-1"]
+    assert start(tmp_path / "run", *settings) == 0
+
+
+@pytest.mark.slow
+def test_twenty_kills_end_in_the_same_weights(random_model: str, tmp_path: Path) -> None:
+    reward = tmp_path / "sevens.py"
+    reward.write_text(REWARD)
+    quick = ("checkpoint.every=1", "checkpoint.keep=2", "loss.terms=[]", "data.eval=null", "eval.every=0")
+    overrides = [f"model.path={random_model}", f"reward.functions=['{reward}:sevens']", *SETTINGS, *quick]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    script = Path(__file__).with_name("kill_and_resume.py")
+    command = [sys.executable, str(script), str(tmp_path), "20", *overrides]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["kills"] == 20 and report["in_a_save"] >= 5 and report["finished"], report
+    for folder in map(Path, report["finished"]):
+        assert_same_run(tmp_path / "whole", folder)
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_as_if_never_stopped(random_model: str, tmp_path: Path) -> None:
+    reward = tmp_path / "sevens.py"
+    reward.write_text(REWARD)
+    settings = [f"model.path={random_model}", f"reward.functions=['{reward}:sevens']", *SETTINGS]
+
+    def launch(folder: Path) -> subprocess.Popen[str]:
+        several = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", str(29100 + os.getpid() % 400)]
+        launcher = ["-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no", *several]
+        recipe = ["-m", "rltrain", "train", str(ROOT / "recipes/policy/grpo.yaml"), "--profile", "tiny_cpu", "--run", str(folder)]
+        overrides = [word for one in settings for word in ("--set", one)]
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *launcher, *recipe, *overrides]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def finish(process: subprocess.Popen[str]) -> str:
+        printed, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, printed[-3000:]
+        return printed
+
+    finish(launch(tmp_path / "whole"))
+    process = launch(tmp_path / "stopped")
+    metrics = tmp_path / "stopped/metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(metrics.read_bytes().splitlines()) >= 2):
+        time.sleep(0.01)  # until step 1 is reported
+    process.send_signal(signal.SIGTERM)  # the launcher passes it on to both ranks
+    process.communicate(timeout=300)
+    assert process.returncode != 0 and not (tmp_path / "stopped/model").exists()
+    assert RunFolder(tmp_path / "stopped").present_checkpoints()
+    assert "continuing from" in finish(launch(tmp_path / "stopped"))
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert "already finished" in finish(launch(tmp_path / "stopped"))

@@ -1,0 +1,155 @@
+"""Every push proved: which weights are compared when, and what stops a run."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rltrain.rollout.transformers_engine import TransformersEngine
+from rltrain.sync.fingerprint import WeightMismatchError
+from rltrain.sync.in_process import Sync
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+LAYERED = 24  # 2 layers of 12 weights each: q, k, v with biases, o, gate, up, down, two norms
+
+
+def engine_of(folder: str, dtype: torch.dtype = torch.float32) -> TransformersEngine:
+    return TransformersEngine(folder, stop_token_ids=[1], pad_token_id=0, decode=lambda ids: "", max_rows=4, dtype=dtype)
+
+
+def sync_of(engine: Any, ties: Mapping[str, str], sample: int = 4, full_every: int = 0) -> Sync:
+    return Sync(engine, ties, sample, full_every, seed=3)
+
+
+def stepped(model: Any, lr: float, seed: int = 0) -> None:
+    """Every weight moves by about ``lr``, as after one step of Adam."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += lr * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.fixture(params=["untied", "tied"])
+def model(request: pytest.FixtureRequest, random_model: str, random_tied_model: str) -> tuple[str, Any]:
+    folder = random_tied_model if request.param == "tied" else random_model
+    return folder, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def test_the_first_push_compares_every_weight_and_samples_take_turns(model: tuple[str, Any]) -> None:
+    folder, learner = model
+    sync = sync_of(engine_of(folder), learner.all_tied_weights_keys)
+    asked: list[set[str]] = []
+    report = sync.engine.fingerprint
+    sync.engine.fingerprint = lambda names=None: (asked.append(set(names or ())), report(names))[1]
+    everything = set(learner.state_dict())
+    outside = {HEAD, EMBEDDING, "model.norm.weight"}
+    assert len(everything - outside) == LAYERED
+    shown = sync.push(learner.state_dict().items(), 0, expect_change=False)
+    assert shown == {"sync/checked": len(everything), "sync/difference": 0.0}
+    for version in range(1, LAYERED // 4 + 1):
+        stepped(learner, 1e-4, version)
+        assert sync.push(learner.state_dict().items(), version, expect_change=True)["sync/checked"] == 4 + 3
+    assert all(outside <= names for names in asked[1:])  # a stale head is caught at once, in whichever turn
+    assert set().union(*asked[1:]) == everything  # 24 / 4 = 6 pushes reach every weight
+
+
+def test_all_weights_are_compared_every_so_many_pushes(model: tuple[str, Any]) -> None:
+    folder, learner = model
+    sync = sync_of(engine_of(folder), learner.all_tied_weights_keys, sample=1, full_every=3)
+    counts = [sync.push(learner.state_dict().items(), version, expect_change=False)["sync/checked"] for version in range(7)]
+    assert counts == [27, 4, 4, 27, 4, 4, 27]  # 24 + head, embedding, norm; 1 + the same three
+
+
+def test_a_tied_head_is_compared_where_the_learner_sends_it_once(random_tied_model: str) -> None:
+    learner = AutoModelForCausalLM.from_pretrained(random_tied_model, dtype=torch.float32)
+    engine = engine_of(random_tied_model)
+    assert HEAD not in dict(learner.named_parameters())
+    assert sync_of(engine, learner.all_tied_weights_keys).push(learner.named_parameters(), 0, expect_change=False)["sync/checked"] == 27
+    with pytest.raises(WeightMismatchError, match=f"'{HEAD}', which the learner does not report"):
+        sync_of(engine, {}).push(learner.named_parameters(), 0, expect_change=False)
+
+
+def test_a_bfloat16_engine_is_compared_with_rounded_weights_to_the_last_digit(model: tuple[str, Any]) -> None:
+    # float32 against bfloat16 differs by about 2^-9 / 8: only rounding first lets one entry's last bit be seen
+    folder, learner = model
+    engine = engine_of(folder, torch.bfloat16)
+    sync = sync_of(engine, learner.all_tied_weights_keys, full_every=1)
+    assert sync.push(learner.state_dict().items(), 0, expect_change=False)["sync/difference"] < 1e-12
+    name = "model.layers.0.mlp.up_proj.weight"
+    held = engine._model.get_parameter(name).data
+    held[3, 5] *= 1 + 2**-7
+    with pytest.raises(WeightMismatchError, match=name):
+        sync._compare(sync._sent, True, "now")
+
+
+def test_an_update_too_small_for_bfloat16_is_still_a_change_of_the_learner(model: tuple[str, Any]) -> None:
+    folder, learner = model
+    sync = sync_of(engine_of(folder, torch.bfloat16), learner.all_tied_weights_keys)
+    sync.push(learner.state_dict().items(), 0, expect_change=False)
+    for version in (1, 2):
+        with torch.no_grad():
+            learner.get_parameter("model.norm.weight")[0] += 1e-6  # 1 + 1e-6 is 1 in bfloat16
+        sync.push(learner.state_dict().items(), version, expect_change=True)
+
+
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_weights_that_stand_still_although_updates_were_taken_stop_the_run_at_that_step(model: tuple[str, Any], at: int) -> None:
+    # FSDP and LoRA wrappers have trained copies while the engine was sent the original; every sample must see it, not only full ones
+    folder, learner = model
+    sync = sync_of(engine_of(folder), learner.all_tied_weights_keys, full_every=2)
+    sync.push(learner.state_dict().items(), 0, expect_change=False)
+    for version in range(1, at):
+        stepped(learner, 1e-4, version)
+        sync.push(learner.state_dict().items(), version, expect_change=True)
+    with pytest.raises(WeightMismatchError, match=rf"version {at}: .* those of version {at - 1}: '.*' still has fingerprint [-\d.]+"):
+        sync.push(learner.state_dict().items(), at, expect_change=True)
+
+
+def test_weights_may_stand_still_at_learning_rate_0_and_when_no_update_was_taken(model: tuple[str, Any]) -> None:
+    folder, learner = model
+    sync = sync_of(engine_of(folder), learner.all_tied_weights_keys)
+    for version in range(3):
+        sync.push(learner.state_dict().items(), version, expect_change=False)
+    sync.push(learner.state_dict().items(), 2, expect_change=True)  # every update was dropped: the version is the old one
+
+
+def test_weights_are_taken_from_the_learner_once(model: tuple[str, Any]) -> None:
+    folder, learner = model
+    sync, passed = sync_of(engine_of(folder), learner.all_tied_weights_keys), []
+
+    def once() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in learner.state_dict().items():
+            passed.append(name)
+            yield name, weight
+
+    for version in range(3):
+        sync.push(once(), version, expect_change=False)
+    assert passed == list(learner.state_dict()) * 3
+
+
+def test_the_message_names_weight_numbers_version_and_remedy(model: tuple[str, Any]) -> None:
+    folder, learner = model
+    engine = engine_of(folder)
+    sync = sync_of(engine, learner.all_tied_weights_keys, full_every=1)
+    sync.push(learner.state_dict().items(), 0, expect_change=False)
+    load, name = engine.load, "model.layers.1.mlp.down_proj.weight"
+    old = copy.deepcopy(learner.get_parameter(name))
+
+    def all_but_one(weights: Any, version: int) -> None:
+        load(((key, old.detach() if key == name else weight) for key, weight in weights), version)
+
+    engine.load = all_but_one
+    stepped(learner, 1e-4)
+    with pytest.raises(WeightMismatchError) as stop:
+        sync.push(learner.state_dict().items(), 1, expect_change=True)
+    message = str(stop.value)
+    assert message.startswith(f"after the push of version 1: weight {name!r}: the engine multiplies with ")
+    numbers = [float(word.strip(",();")) for word in message.split() if word.strip(",();").replace(".", "").replace("-", "").isdigit()]
+    assert any(math.isclose(number, engine.fingerprint()[name], rel_tol=1e-6) for number in numbers)
+    assert "a reload from disk" in message

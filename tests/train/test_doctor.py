@@ -1,0 +1,128 @@
+"""``rltrain doctor``: weights at rest, and a verdict per line."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rltrain.commands import doctor_command
+from rltrain.config.load import load_recipe
+from rltrain.config.schema import Recipe
+from rltrain.rollout import transformers_engine
+from rltrain.train.doctor import Memory, at_rest, diagnose, slope
+from rltrain.train.mismatch import MismatchGuard
+
+GRPO = Path(__file__).parents[2] / "recipes" / "policy" / "grpo.yaml"
+GUARD = MismatchGuard(warn=1e-4, stop=1e-3, patience=3)
+ROOMY = Memory("memory", 1.0, 2.0)
+
+
+def recipe_of(model: str, *overrides: str) -> Recipe:
+    small = ("rollout.prompts=4", "rollout.n=2", "loss.terms=[]")
+    return load_recipe(GRPO, profile="tiny_cpu", overrides=[f"model.path={model}", *small, *overrides])
+
+
+def steps_of(mismatch: list[float], **other: float) -> list[dict[str, float]]:
+    same = {
+        "rollout/mismatch_max": 1e-5, "sync/difference": 0.0, "sync/checked": 11.0, "time/reward": 0.1, "rollout/completions": 8.0,
+        "rollout/length_max": 8.0,
+    }  # fmt: skip
+    return [
+        same | {"rollout/mismatch_abs": value} | {name.replace("__", "/"): number for name, number in other.items()} for value in mismatch
+    ]
+
+
+def verdicts(steps: list[dict[str, float]], memory: Memory = ROOMY) -> dict[str, bool]:
+    found = diagnose(recipe_of("model"), steps, GUARD, [memory])
+    assert len(found) == 5
+    return {one.question: one.fine for one in found}
+
+
+def test_slope_is_that_of_a_straight_line() -> None:
+    assert slope([3.0, 5.0, 7.0]) == pytest.approx(2.0)
+    assert slope([4.0]) == 0.0
+
+
+def test_each_fault_spoils_its_own_line_only() -> None:
+    flat = [1e-6] * 5
+    assert all(verdicts(steps_of(flat)).values())
+    for steps, memory, line in (
+        (steps_of([2e-4] * 5), ROOMY, "engine and learner agree on log-probs"),
+        (steps_of([0.0, 2e-5, 4e-5, 6e-5, 8e-5]), ROOMY, "their difference stays flat"),  # rises by 8e-5; half the threshold is 5e-5
+        (steps_of(flat, reward__ungraded__math_answer=1.0), ROOMY, "rewards answer in time"),
+        (steps_of(flat, time__reward=901.0), ROOMY, "rewards answer in time"),  # more than half of the deadline, 1800 s
+        (steps_of(flat), Memory("memory", 1.9, 2.0), "memory suffices"),
+    ):
+        found = verdicts(steps, memory)
+        assert [name for name, fine in found.items() if not fine] == [line]
+
+
+def test_a_grader_that_declines_to_judge_is_no_failure() -> None:
+    assert all(verdicts(steps_of([0.0] * 3, **{"reward/ungraded/none": 3.0})).values())
+
+
+def test_a_run_at_rest_keeps_the_recipe_but_for_what_moves_or_writes() -> None:
+    recipe = recipe_of(
+        "model", "rollout.trust_logp=true", "checkpoint.every=5", "learner.optimizer.schedule=cosine", "report.sinks=[wandb]"
+    )
+    still = at_rest(recipe, 7)
+    assert (still.learner.optimizer.lr, still.train.steps, still.checkpoint.every, still.report.sinks) == (0.0, 7, 0, ())
+    assert still.rollout.prompts == recipe.rollout.prompts and still.loss == recipe.loss and still.learner.updates == recipe.learner.updates
+    assert not still.rollout.trust_logp  # with several updates nothing would measure the mismatch
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_a_healthy_recipe_passes_and_leaves_nothing(random_model: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor_command(recipe_of(random_model, "learner.updates=2"), 3) == 0
+    verdict = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("ok", "FAIL"))]
+    assert [line[:4] for line in verdict] == ["ok  "] * (5 + torch.cuda.is_available())
+    assert "ungraded of 24: none" in verdict[3]  # 3 steps of 4 prompts with 2 completions
+    assert not list(folder.glob("rltrain-doctor-*"))
+
+
+def test_log_probs_of_another_temperature_fail_with_exit_code_1(
+    random_model: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = transformers_engine.sample_tokens_
+
+    def raw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        untouched = torch.log_softmax(logits.float(), dim=-1)
+        tokens, _ = ours(logits, uniform, temperature)
+        return tokens, untouched.gather(1, tokens[:, None])[:, 0]
+
+    monkeypatch.setattr(transformers_engine, "sample_tokens_", raw)
+    assert doctor_command(recipe_of(random_model, "rollout.temperature=1.3"), 5) == 1  # more than the patience: it never stops early
+    assert "FAIL  engine and learner agree on log-probs" in capsys.readouterr().out
+
+
+def test_weights_that_do_not_arrive_fail_with_the_weights_name(
+    random_model: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = transformers_engine.TransformersEngine.load
+
+    def halves_the_head(self: Any, weights: Any, version: int) -> None:
+        load(self, ((name, weight / 2 if name == "lm_head.weight" else weight) for name, weight in weights), version)
+
+    monkeypatch.setattr(transformers_engine.TransformersEngine, "load", halves_the_head)
+    assert doctor_command(recipe_of(random_model), 2) == 1
+    assert "FAIL  the engine holds the learner's weights" in (out := capsys.readouterr().out) and "lm_head.weight" in out
+
+
+def test_graders_that_are_too_slow_fail_with_the_count(random_model: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grader = folder / "slow.py"
+    grader.write_text(
+        "import time\n\ndef slow(inputs):\n    time.sleep(2 * any('7' in text for text in inputs.completions))\n"
+        "    return [0.5] * len(inputs.completions)\n"
+    )
+    assert doctor_command(recipe_of(random_model, f"reward.functions=['{grader}:slow']", "reward.seconds=0.3"), 2) == 1
+    line = next(line for line in capsys.readouterr().out.splitlines() if "rewards answer" in line)
+    assert line.startswith("FAIL") and "timeout" in line
