@@ -105,6 +105,9 @@ def _parse(text: str) -> list[Any]:
     return parse(text, parsing_timeout=0)
 
 
+_AGAIN_SECONDS = 0.1
+
+
 class _TimeUp(BaseException):
     """Not an Exception: math-verify and sympy swallow those."""
 
@@ -116,14 +119,21 @@ def _time_limit(seconds: float) -> Generator[None]:
         yield
         return
 
+    armed = True
+
     def time_is_up(signum: int, frame: FrameType | None) -> None:
-        raise _TimeUp
+        if armed:
+            raise _TimeUp
 
     before = signal.signal(signal.SIGALRM, time_is_up)
     started = time.monotonic()
-    outer, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again and again: one exception can be lost where Python ignores them (a destructor, a bare except), and nothing would come after it.
+    outer, interval = signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_SECONDS)
     try:
-        yield
+        try:
+            yield
+        finally:
+            armed = False
     finally:
         left = max(outer - (time.monotonic() - started), 1e-3) if outer else 0.0
         signal.setitimer(signal.ITIMER_REAL, left, interval)  # somebody else's alarm goes on

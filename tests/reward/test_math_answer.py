@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from reward.math_answer import _judge, _judge_numbers, judge, math_answer
+from reward.math_answer import _judge, _judge_numbers, _time_limit, _TimeUp, judge, math_answer
 from reward.score import RewardInputs, Score
 
 
@@ -123,3 +123,17 @@ def test_a_missing_answer_column_names_those_there():
 
 def test_the_gold_follows_the_last_hashes_and_only_there():
     assert judge("#### -7", "\\boxed{-7}") and not judge("7 #### 8", "7")
+
+
+def test_a_time_limit_that_is_swallowed_once_comes_again():
+    # Python ignores what a destructor raises, and a bare except takes everything: the first alarm may be lost in either.
+    started = time.monotonic()
+    with pytest.raises(_TimeUp), _time_limit(0.05):
+        try:
+            while True:
+                pass
+        except:  # noqa: E722
+            pass
+        while time.monotonic() - started < 5:
+            pass
+    assert time.monotonic() - started < 2
