@@ -198,7 +198,7 @@ def build_offline_run(
         examples=examples[TRAIN],
         order=order,
         objective=objective,
-        evaluator=None if materials.held_out is None else evaluator_of(recipe, materials, learner, examples[HELD_OUT], objective),
+        evaluator=None if materials.held_out is None else evaluator_of(recipe, materials, learner, examples[HELD_OUT], objective, waiting),
         reporter=reporter,
         writer=model_writer(recipe, materials.language, learner, lambda: {**place, "order": order.state_dict()}, folder, main),
         resumed=resumed,
@@ -220,16 +220,21 @@ def build_preference_learner(recipe: OfflineRecipe, steps: int, checkpoint: Path
 
 
 def evaluator_of(
-    recipe: OfflineRecipe, materials: OfflineMaterials, learner: PreferenceLearner, held_out: Examples, objective: PreferenceObjective
+    recipe: OfflineRecipe,
+    materials: OfflineMaterials,
+    learner: PreferenceLearner,
+    held_out: Examples,
+    objective: PreferenceObjective,
+    waiting: Waiting = unwatched,
 ) -> PreferenceEvaluator:
     found = materials.held_out
     assert found is not None
-    samples = build_own_samples(recipe, materials.language.endings, learner, _items(found))
+    samples = build_own_samples(recipe, materials.language.endings, learner, _items(found), waiting)
     sides_apart = isinstance(found, LabelSet) and paired(found)
     return PreferenceEvaluator(learner, held_out, objective, sides_apart, recipe.eval.gamma, samples)
 
 
-def evaluate_offline(model: str, recipe: OfflineRecipe) -> PreferenceEvaluation:
+def evaluate_offline(model: str, recipe: OfflineRecipe, waiting: Waiting = unwatched) -> PreferenceEvaluation:
     """``model`` on the recipe's held-out examples; its reference is the recipe's, which by default is the recipe's own model."""
     start = recipe.model
     judged = start.model_copy(update={"path": model, "revision": None, "reference": start.reference or start.path})
@@ -237,9 +242,9 @@ def evaluate_offline(model: str, recipe: OfflineRecipe) -> PreferenceEvaluation:
     materials = prepare_offline(recipe)
     if materials.held_out is None:
         raise UserError("the recipe names no held-out examples; set data.eval")
-    learner, objective = build_preference_learner(recipe, 1, None), PreferenceObjective(materials.loss)
+    learner, objective = build_preference_learner(recipe, 1, None, waiting), PreferenceObjective(materials.loss)
     examples = annotated(recipe, {HELD_OUT: materials.held_out}, learner, objective, 1, fresh=False, reporter=QUIET)
-    return evaluator_of(recipe, materials, learner, examples[HELD_OUT], objective).evaluate()
+    return evaluator_of(recipe, materials, learner, examples[HELD_OUT], objective, waiting).evaluate()
 
 
 def _order(recipe: OfflineRecipe, train: PairSet | LabelSet, loss: BoundMethod) -> ExampleOrder:

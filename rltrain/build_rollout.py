@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -132,10 +131,8 @@ def build_sync(recipe: Recipe, engine: RolloutEngine, learner: AccelerateLearner
 
 
 def build_guard(recipe: Recipe, engine: RolloutEngine) -> MismatchGuard:
-    """With ``rollout.trust_logp`` and several updates nothing computes the sampling policy's log-probs: then nothing is judged."""
+    """The recipe's thresholds, or those of the engine's precision."""
     rollout = recipe.rollout
-    if rollout.trust_logp and recipe.learner.updates * recipe.learner.epochs > 1:
-        return MismatchGuard(math.inf, math.inf, rollout.mismatch_patience)
     warn, stop = MISMATCH_FLOAT32 if engine.dtype == torch.float32 else MISMATCH_BFLOAT16
     return MismatchGuard(rollout.mismatch_warn or warn, rollout.mismatch_stop or stop, rollout.mismatch_patience)
 

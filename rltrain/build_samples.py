@@ -12,15 +12,21 @@ from rltrain.data.chat import Endings
 from rltrain.data.labels import Labelled
 from rltrain.data.preferences import Pair
 from rltrain.learner.preference_learner import PreferenceLearner
+from rltrain.rollout.watched import WatchedEngine
 from rltrain.seeds import stable_hash
 from rltrain.train.own_samples import OwnSamples
 from rltrain.types import Prompt, Sampling
+from rltrain.watchdog import Waiting, unwatched
 
 __all__ = ["build_own_samples"]
 
 
 def build_own_samples(
-    recipe: OfflineRecipe, endings: Endings, learner: PreferenceLearner, held_out: Sequence[Pair | Labelled]
+    recipe: OfflineRecipe,
+    endings: Endings,
+    learner: PreferenceLearner,
+    held_out: Sequence[Pair | Labelled],
+    waiting: Waiting = unwatched,
 ) -> OwnSamples | None:
     """One completion at temperature 1 of ``eval.samples`` held-out prompts, or of all where they are fewer; None where none is wanted."""
     if recipe.eval.samples == 0:
@@ -45,4 +51,5 @@ def build_own_samples(
     )
     engine.sleep()
     prompts = tuple(Prompt(f"{number:06d}", token_ids, "") for number, token_ids in enumerate(chosen))
-    return OwnSamples(engine, prompts, Sampling(n=1, temperature=1.0, max_tokens=recipe.data.max_completion_tokens, seed=seed))
+    watched = WatchedEngine(engine, "transformers", waiting)
+    return OwnSamples(watched, prompts, Sampling(n=1, temperature=1.0, max_tokens=recipe.data.max_completion_tokens, seed=seed))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rltrain.config.schema import JudgedData, Model, OfflineLearner, Optimizer
+from rltrain.config.schema import JudgedData, LearnerCore, Model, Optimizer
 from rltrain.data.judged import Reader, checked_prompt, is_empty
 from rltrain.data.language import Language, language_of
 from rltrain.data.prompts import renamed
@@ -42,7 +42,7 @@ class ProcessModel:
 @contextmanager
 def opened_scorer(model: ProcessModel, max_tokens: int, say: Callable[[str], None]) -> Iterator[Scorer]:
     """Both models loaded. max_tokens: of the longest completion."""
-    settings = OfflineLearner(optimizer=Optimizer(lr=0.0), tokens_per_micro_batch=model.tokens_per_micro_batch, precision=model.precision)
+    settings = LearnerCore(optimizer=Optimizer(lr=0.0), tokens_per_micro_batch=model.tokens_per_micro_batch, precision=model.precision)
     start = Model(path=model.path)
     learner = PreferenceLearner(start, settings, max_tokens=max_tokens, total_updates=1, seed=0)
     if model.reference == NONE:

@@ -78,7 +78,7 @@ def train(
         ),
     ] = "auto",
 ) -> None:
-    """Train a recipe. Exit code 143: stopped by SIGTERM, with a checkpoint; the same command continues."""
+    """Train a recipe. Exit code 3: stopped by SIGTERM, with a checkpoint; the same command continues."""
     checked = _checked(recipe, profile, _with_shorthands(overrides, engine, seed))
     from rltrain.commands import train_command
 
@@ -96,7 +96,7 @@ def doctor(
 ) -> None:
     """Run a few steps at learning rate 0: are engine, rewards and memory fit for the recipe? Exit code 1 if not."""
     checked = _checked(recipe, profile, _with_shorthands(overrides, engine, seed))
-    from rltrain.commands import doctor_command
+    from rltrain.commands_doctor import doctor_command
 
     raise typer.Exit(doctor_command(checked.recipe, steps))
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import resource
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 
@@ -29,7 +25,6 @@ from rltrain.checkpoint.resume import AUTO, is_finished, opened
 from rltrain.checkpoint.run_folder import RunFolder, describe_environment, write_atomic
 from rltrain.checkpoint.soup import soup
 from rltrain.config.check_pairs import sampling_recipe
-from rltrain.config.load import resolved_yaml
 from rltrain.config.schema import AnyRecipe, Model, OfflineRecipe, PairRecipe, Recipe
 from rltrain.data.chat import render
 from rltrain.data.language import Language, language_of, load_language
@@ -38,15 +33,15 @@ from rltrain.learner.accelerate_learner import load_causal_lm
 from rltrain.learner.frozen import require_same_tokens
 from rltrain.learner.ranks import agree, board, connect
 from rltrain.protocols import RolloutEngine
-from rltrain.sync.fingerprint import WeightMismatchError
-from rltrain.train.doctor import Finding, Memory, at_rest, diagnose
+from rltrain.report.reporter import Reporter
+from rltrain.rollout.watched import WatchedEngine
 from rltrain.train.evaluate import Evaluation
 from rltrain.train.offline import train_offline
 from rltrain.train.online import Run, train
 from rltrain.train.online_pairs import PairRun, train_pairs
 from rltrain.train.saving import STOPPED, Stopped, disk_errors, sigterm_noted
 from rltrain.types import Prompt, Sampling
-from rltrain.watchdog import Watchdog
+from rltrain.watchdog import Waiting, Watchdog
 
 
 @dataclass(frozen=True)
@@ -96,7 +91,7 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
             console.print(f"already finished: {run_folder.model}", markup=False, soft_wrap=True)
         return 0
     notes = [f"warning: {warning}" for warning in warnings]
-    with user_mistakes():
+    with preparing(recipe):
         work = work_of(recipe)
     with work.held, ExitStack() as stack:
         watchdog = stack.enter_context(watched(recipe))
@@ -120,7 +115,7 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
             run.reporter.message("\n".join([f"model        {model}", *named]))
         except Stopped as stopped:
             if main:
-                write_report(run_folder)
+                report_if_possible(run_folder, run.reporter)
             run.reporter.message(str(stopped))
             return STOPPED
         finally:
@@ -136,49 +131,33 @@ def write_report(folder: RunFolder) -> None:
     write_atomic(folder.report, run_page(folder.path.name, Curves.read(folder.path)))
 
 
+def report_if_possible(folder: RunFolder, reporter: Reporter) -> None:
+    """The report of a run that was stopped. Its checkpoint is whole and its exit code says so, whatever becomes of a page."""
+    try:
+        write_report(folder)
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+        reporter.warn(f"{folder.report} is not written: {error}")
+
+
 def _append_warning(notes: list[str], text: str) -> None:
     notes.append(f"warning: {text}")
+
+
+@contextmanager
+def preparing(recipe: AnyRecipe) -> Iterator[None]:
+    """Before this process joins others: what the user must mend is one line, and rewards that never come end it like any other wait."""
+    with Watchdog(recipe.train.deadline_seconds, _who()), user_mistakes():
+        yield
 
 
 def watched(recipe: AnyRecipe) -> Watchdog:
     """Joins the other ranks, if there are any. Inside the watchdog's block every wait has the recipe's deadline."""
     connect(recipe.train.deadline_seconds)
-    return Watchdog(recipe.train.deadline_seconds, f"rank {os.environ.get('RANK', '0')}", board())
+    return Watchdog(recipe.train.deadline_seconds, _who(), board())
 
 
-def doctor_command(recipe: AnyRecipe, steps: int) -> int:
-    """``rltrain doctor``: ``steps`` steps at learning rate 0 in a folder that is removed again; 1 if a verdict is bad."""
-    if isinstance(recipe, OfflineRecipe):
-        raise UserError("rltrain doctor tries out an engine and rewards, and this recipe has neither: it learns from judged completions")
-    recipe, main = at_rest(sampling_of(recipe), steps), int(os.environ.get("RANK", "0")) == 0
-    with user_mistakes():
-        materials = prepare(recipe)
-    with materials.grader, watched(recipe) as watchdog, tempfile.TemporaryDirectory(prefix="rltrain-doctor-") as temporary:
-        folder = RunFolder.create(Path(temporary) / "run", resolved_yaml(recipe), describe_environment())
-        run = build_run(recipe, materials, folder, main, None, lambda: False, watchdog.waiting)
-        try:
-            train(dataclasses.replace(run, writer=dataclasses.replace(run.writer, write=lambda out, *_: out)))  # the model is the old one
-            found = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()] if main else []
-            findings = diagnose(recipe, found, run.mismatch, peak_memory()) if main else []
-        except (WeightMismatchError, torch.OutOfMemoryError) as error:
-            question = "the engine holds the learner's weights" if isinstance(error, WeightMismatchError) else "GPU memory suffices"
-            findings = [Finding(question, False, str(error))]
-        finally:
-            run.engine.close()
-            run.reporter.close()
-    console = Console(highlight=False)
-    for one in findings:
-        console.print(f"{'ok  ' if one.fine else 'FAIL'}  {one.question:<39}  {one.measured}", markup=False, soft_wrap=True)
-    return 0 if all(one.fine for one in findings) else 1
-
-
-def peak_memory() -> list[Memory]:
-    """Of this process so far, and of the GPU if there is one."""
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    found = [Memory("memory", own, psutil.virtual_memory().total)]
-    if torch.cuda.is_available():
-        found.append(Memory("GPU memory", torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]))
-    return found
+def _who() -> str:
+    return f"rank {os.environ.get('RANK', '0')}"
 
 
 def eval_command(model: str, recipe: AnyRecipe, out: Path | None, em_inf: float | None = None) -> int:
@@ -188,8 +167,8 @@ def eval_command(model: str, recipe: AnyRecipe, out: Path | None, em_inf: float 
     Of a recipe that learns from judged completions: accuracy and margin on the held-out ones, against the recipe's own model.
     """
     if isinstance(recipe, OfflineRecipe):
-        with user_mistakes():
-            judged = evaluate_offline(model, recipe)
+        with watched(recipe) as watchdog, user_mistakes():
+            judged = evaluate_offline(model, recipe, watchdog.waiting)
         show_numbers(judged.metrics(), Console())
         if out is not None:
             write_atomic(out, json.dumps({"model": model, **judged.metrics()}, indent=2) + "\n")
@@ -204,15 +183,15 @@ def eval_command(model: str, recipe: AnyRecipe, out: Path | None, em_inf: float 
 def measured(model: str, recipe: Recipe, em_inf: float | None = None) -> tuple[Language, Evaluation]:
     """``model`` sampled and graded on the recipe's held-out prompts, and its tokenizer. Raises UserError where there are none."""
     recipe = recipe.model_copy(update={"model": Model(path=model)})
-    with user_mistakes():
+    with preparing(recipe):
         materials = prepare(recipe)
-    with materials.grader:
+    with watched(recipe) as watchdog, materials.grader:
         if materials.held_out is None:
             raise UserError("the recipe names no held-out prompts; set data.eval")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         evaluator = build_evaluator(recipe, materials, graded_by_models(recipe, materials.grader, device))
         evaluator = dataclasses.replace(evaluator, sampling=_sharpened(evaluator.sampling, recipe, em_inf))
-        with _engine_with(recipe, materials.language) as engine:
+        with _engine_with(recipe, materials.language, watchdog.waiting) as engine:
             result = evaluator.evaluate(engine, version=0)
     return materials.language, result
 
@@ -239,7 +218,7 @@ def generate_command(recipe: AnyRecipe, prompts: Sequence[str], n: int, temperat
         rendered = [_rendered(str(number), text, recipe, language) for number, text in enumerate(prompts)]
     sampling = Sampling(n=n, temperature=temperature, max_tokens=recipe.rollout.max_tokens, seed=recipe.seed)
     sampling = _sharpened(sampling, recipe, em_inf)
-    with _engine_with(recipe, language) as engine:
+    with watched(recipe) as watchdog, _engine_with(recipe, language, watchdog.waiting) as engine:
         groups = engine.generate(rendered, sampling, version=0)
     console = Console(highlight=False)
     for text, group in zip(prompts, groups, strict=True):
@@ -276,9 +255,11 @@ def _rendered(name: str, text: str, recipe: Recipe, language: Language) -> Promp
 
 
 @contextmanager
-def _engine_with(recipe: Recipe, language: Language) -> Iterator[RolloutEngine]:
-    """The recipe's engine holding the recipe's model."""
-    engine = build_engine(recipe, language, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+def _engine_with(recipe: Recipe, language: Language, waiting: Waiting) -> Iterator[RolloutEngine]:
+    """The recipe's engine holding the recipe's model; it cannot keep anybody waiting for ever."""
+    with waiting(f"the {recipe.rollout.engine} engine", "to start"):
+        started = build_engine(recipe, language, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    engine = WatchedEngine(started, recipe.rollout.engine, waiting)
     try:
         load_from_disk(engine, recipe.model)
         yield engine

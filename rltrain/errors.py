@@ -20,10 +20,13 @@ class RecipeError(UserError):
 
 @contextmanager
 def user_mistakes() -> Iterator[None]:
-    """Before weights are loaded, what a file or a folder refuses is the user's to mend, and is said in one line."""
+    """Before weights are loaded, what a file or a folder refuses is the user's to mend, and is said in one line.
+
+    What took too long is not: a TimeoutError, an OSError to Python, goes on to the watchdog.
+    """
     try:
         yield
-    except UserError:
+    except (UserError, TimeoutError):
         raise
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error

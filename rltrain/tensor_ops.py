@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -137,15 +138,18 @@ def weight_fingerprint(name: str, weight: Tensor) -> float:
 
 def fingerprint_input(name: str, columns: int, device: torch.device) -> Tensor:
     """(columns,) float64 random signs v of the weight called ``name``; exact in every floating-point type."""
-    return _signs(stable_hash(name, "in", columns), columns).to(device)
+    return _signs(name, "in", columns, device).double()
 
 
 def product_fingerprint(name: str, product: Tensor) -> float:
     """The fingerprint from ``product (out,)`` = W v, for engines that can run a layer but not read its packed weight."""
     product = product.double()
-    signs = _signs(stable_hash(name, "out", product.shape[0]), product.shape[0]).to(product.device)
+    signs = _signs(name, "out", product.shape[0], product.device).double()
     return float(signs @ product + 8 * product.norm())
 
 
-def _signs(seed: int, size: int) -> Tensor:
-    return torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
+@lru_cache(maxsize=4096)  # a byte per row and column of the weights of a large model: drawing them costs more than using them
+def _signs(name: str, end: str, size: int, device: torch.device) -> Tensor:
+    """(size,) int8, -1 or 1."""
+    drawn = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(stable_hash(name, end, size)))
+    return (drawn * 2 - 1).to(device, torch.int8)

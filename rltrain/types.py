@@ -99,6 +99,7 @@ class Sampling:
     arm: int = ARM_POLICY
     adaptive: AdaptiveTemperature | None = None  # None: every token at ``temperature``
     sharpen_below: float | None = None  # nats: EM-INF (arXiv:2505.15134), at test time and with the transformers engine only
+    cache: str = ""  # what an engine remembers of a prompt serves later calls of the same version and the same ``cache`` only
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,7 @@ class Watchdog:
         self._waits: list[_Wait] = []
         self._peers = {rank: _Peer("0 alive starting", time.monotonic()) for rank in (board.peers if board else ())}
         self._count = 0
+        self._last_acts: list[Callable[[], object]] = []
         self._lock = threading.RLock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="rltrain-watchdog", daemon=True)
@@ -103,6 +104,10 @@ class Watchdog:
                 self._waits.remove(wait)
             if outermost:
                 faulthandler.cancel_dump_traceback_later()
+
+    def before_the_end(self, act: Callable[[], object]) -> None:
+        """``act`` is done when a deadline ends the process, where no ``finally`` of any block is. It must not wait for anything."""
+        self._last_acts.append(act)
 
     def __enter__(self) -> Watchdog:
         self._thread.start()
@@ -135,7 +140,8 @@ class Watchdog:
         if late:
             wait = late[-1]  # the innermost says most exactly what does not happen
             silent = [f"; {line}" for line in self._silent(3 * self._beat)]
-            self._expire(f"waited {now - wait.since:.0f} s for {wait.whom}: {wait.what}{''.join(silent)}")
+            remedy = "; raise train.deadline_seconds if it may take that long"
+            self._expire(f"waited {now - wait.since:.0f} s for {wait.whom}: {wait.what}{''.join(silent) or remedy}")
 
     def _look_at_peers(self, silence: float) -> None:
         lost = self._silent(silence)
@@ -204,4 +210,7 @@ class Watchdog:
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 child.kill()
+        for act in self._last_acts:
+            with contextlib.suppress(OSError):
+                act()
         os._exit(EXPIRED)

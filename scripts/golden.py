@@ -1,4 +1,4 @@
-"""Golden runs: the loss, gradient norm, entropy and reward of a few steps of every tiny recipe, kept in tests/golden.
+"""Golden runs: loss, gradient norm, entropy and rewards of a few steps of tiny recipes of every kind, kept in tests/golden.
 
     python scripts/golden.py check [NAME ...]        # do today's numbers agree with the kept ones?
     python scripts/golden.py make [NAME ...]         # keep today's, as the decision that they are right
@@ -26,8 +26,17 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
-RECIPES = ROOT / "recipes" / "policy"
-METRICS = ("loss/total", "learner/grad_norm", "learner/entropy_mean", "reward/mean")
+NAMES = {  # of the recipes, by their folder
+    "policy": (
+        *("cispo", "dapo", "dr_grpo", "gmpo", "grpo", "gspo", "gsm8k_calculator", "reinforce_pp", "rloo"),
+        *("aepo", "clip_cov", "hapo", "kl_cov", "steer"),  # entropy control
+        "adaptive_entropy",  # a term and its controller
+    ),
+    "preference": ("dpo", "kto", "online_dpo"),
+    "process_reward": ("implicit_prm_ce",),
+}
+# Those that a run has: with a policy that samples the first four, with given preferences the first two and some of the last.
+METRICS = ("loss/total", "learner/grad_norm", "learner/entropy_mean", "reward/mean", "loss/margin", "loss/reward", "loss/z0")
 RTOL, ATOL = 1e-3, 1e-6  # in another environment; ATOL for what is 0 but for rounding
 # Few and short steps of an untrained model, several micro-batches each. AdamW's eps is above the rounding noise of a gradient, of which
 # it would else make whole steps of the learning rate, other ones on every processor.
@@ -41,6 +50,16 @@ SETTINGS = (
     "data.eval=null",
     "reward.workers=1",
 )
+GIVEN = (  # the same of recipes that sample nothing
+    "train.steps=3",
+    "train.examples=16",
+    *(one for one in SETTINGS if one.startswith("learner.")),
+    "learner.optimizer.schedule=constant",
+    "data.eval=null",
+    "reference.cache=null",
+)
+# The model's entropy is near 4 nats: the coefficient rises from the second step on.
+MORE = {"adaptive_entropy": ("loss.terms=[{name: entropy, coefficient: {name: target_entropy, target: 4.5, step: 0.02}}]",)}
 
 Series = dict[str, list[float]]
 
@@ -48,6 +67,33 @@ Series = dict[str, list[float]]
 def kept_names() -> list[str]:
     """Names of the recipes that have kept numbers."""
     return sorted(path.stem for path in GOLDEN.glob("*.json"))
+
+
+def every_name() -> list[str]:
+    """Names of the recipes that are to have kept numbers."""
+    return sorted(name for names in NAMES.values() for name in names)
+
+
+def recipe_of(name: str) -> str:
+    """Its folder and name, as in "policy/grpo"; a recipe that no list names is looked for in the folders."""
+    listed = [f"{folder}/{name}" for folder, names in NAMES.items() if name in names]
+    found = listed or [f"{folder}/{name}" for folder in NAMES if (ROOT / "recipes" / folder / f"{name}.yaml").is_file()]
+    if not found:
+        raise SystemExit(f"golden: no recipe is called {name!r} in recipes/{', recipes/'.join(NAMES)}")
+    return found[0]
+
+
+def settings_of(name: str) -> list[str]:
+    """What a golden run sets, but for the model and the reward."""
+    return [*(SETTINGS if samples(name) else GIVEN), *MORE.get(name, ())]
+
+
+def samples(name: str) -> bool:
+    """Whether the recipe learns from what its policy samples, and so has rewards."""
+    from rltrain.config.load import load_recipe
+
+    recipe = load_recipe(ROOT / "recipes" / f"{recipe_of(name)}.yaml", profile="tiny_cpu", overrides=[])
+    return getattr(recipe, "kind", None) != "preference"
 
 
 def environment() -> dict[str, Any]:
@@ -61,15 +107,16 @@ def environment() -> dict[str, Any]:
 
 
 def run(name: str, model: Path, out: Path) -> Series:
-    """Train ``recipes/policy/<name>.yaml`` for a few steps in ``out``, which must not exist; its numbers step by step."""
+    """Train the recipe ``name`` for a few steps in ``out``, which must not exist; its numbers step by step."""
     import torch
 
     from rltrain.commands import train_command
     from rltrain.config.check import check
     from rltrain.config.load import load_recipe
 
-    settings = [f"model.path={model}", f"reward.functions=['{GOLDEN / 'sevens.py'}:sevens']", *SETTINGS]
-    recipe = check(load_recipe(RECIPES / f"{name}.yaml", profile="tiny_cpu", overrides=settings)).recipe
+    reward = [f"reward.functions=['{GOLDEN / 'sevens.py'}:sevens']"] if samples(name) else []
+    settings = [f"model.path={model}", *reward, *settings_of(name)]
+    recipe = check(load_recipe(ROOT / "recipes" / f"{recipe_of(name)}.yaml", profile="tiny_cpu", overrides=settings)).recipe
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -98,7 +145,7 @@ def tiny_model(folder: Path) -> Path:
 
 
 def write(path: Path, name: str, found: Series) -> None:
-    kept = {"recipe": f"policy/{name}", "settings": list(SETTINGS), "environment": environment(), "steps": found}
+    kept = {"recipe": recipe_of(name), "settings": settings_of(name), "environment": environment(), "steps": found}
     path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
@@ -129,7 +176,7 @@ def verdict(name: str, kept: Mapping[str, Any], found: Series) -> str | None:
         return None
     held = "made in this very environment, so held to the last bit" if exact else f"made elsewhere, so held to {RTOL:g}"
     remedy = f"If that is intended: python scripts/golden.py make {name}, and say in the commit why the numbers change."
-    return "\n".join([f"the numbers of recipes/policy/{name}.yaml changed ({held}):", *lines, remedy])
+    return "\n".join([f"the numbers of recipes/{kept.get('recipe', name)}.yaml changed ({held}):", *lines, remedy])
 
 
 # commands ------------------------------------------------------------------------------------------------------------
@@ -144,7 +191,7 @@ def runs(names: Sequence[str]) -> Iterator[tuple[str, Series]]:
 
 def make(names: Sequence[str], out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
-    for name, found in runs(names or kept_names()):
+    for name, found in runs(names or every_name()):
         write(out / f"{name}.json", name, found)
         print(f"{out / name}.json")
     return 0
@@ -191,7 +238,7 @@ def numbers_of(where: str, names: Sequence[str]) -> dict[str, Series]:
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(ours.read_bytes())
         out, asked = Path(temporary) / "numbers", names or kept_names()
-        there = [name for name in asked if (tree / RECIPES.relative_to(ROOT) / f"{name}.yaml").is_file()]
+        there = [name for name in asked if any((tree / "recipes" / folder / f"{name}.yaml").is_file() for folder in NAMES)]
         if not there:
             return {}
         command = [sys.executable, str(tree / "scripts" / "golden.py"), "make", *there, "--out", str(out)]

@@ -131,8 +131,10 @@ class Bench:
         parser = argparse.ArgumentParser(description=doc.splitlines()[0])
         parser.add_argument("--json", type=Path)
         parser.add_argument("--trl", type=Path, help="folder that TRL was installed into, if it is not in this environment")
-        parser.add_argument("--repeats", type=int, default=5)
-        parser.add_argument("--warmup", type=int, default=2, help="steps of each that are not counted")
+        parser.add_argument("--repeats", type=at_least(5), default=5, help="counted steps of each, at least 5: the medians are over them")
+        parser.add_argument(
+            "--warmup", type=at_least(1), default=2, help="steps of each before them, not counted; the first are taken at once"
+        )
         parser.add_argument("--cases", default=",".join(self.cases))
         parser.add_argument("--threads", type=int, default=os.cpu_count())
         parser.add_argument("--verbose", action="store_true", help="show what the trainers print")
@@ -196,6 +198,17 @@ class Measured:
             statistics.fmean(step["amount"] for step in steps),
             max(step["peak"] for step in steps) / 2**30,
         )
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an argument."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"got {text}, it must be a whole number of at least {least}")
+        return int(text)
+
+    return number
 
 
 def answer(worker: Any, name: str) -> dict[str, float]:

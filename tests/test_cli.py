@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from rltrain.train.saving import STOPPED
+from rltrain.watchdog import EXPIRED
+
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "vllm", "transformers", "datasets", "accelerate", "numpy", "math_verify")
 
@@ -108,3 +111,9 @@ def test_plan_prints_numbers_and_warnings() -> None:
     assert result.returncode == 0
     assert "rollout: completions per step" in result.stdout
     assert "warning: learner.updates 16 does not divide rollout.prompts 24" in result.stdout
+
+
+def test_the_help_of_train_names_the_exit_code_of_a_run_that_was_stopped() -> None:
+    result = rltrain("train", "--help")
+    assert f"Exit code {STOPPED}: stopped by SIGTERM" in " ".join(result.stdout.split())
+    assert STOPPED not in {0, 1, 2, EXPIRED} and STOPPED < 126  # from 126 on a shell means a failed start or a signal

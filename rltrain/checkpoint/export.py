@@ -6,6 +6,8 @@ import contextlib
 import copy
 import hashlib
 import json
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,8 @@ def export_model(
     with directory_atomic(out) as making, _without_progress_bars():
         with _storable_generation_config(model):
             model.save_pretrained(making, state_dict=weights)
-        tokenizer.save_pretrained(making)
+        with _system_errors():
+            tokenizer.save_pretrained(making)
         (making / "README.md").write_text(card, encoding="utf-8")
         verify(making, classifier=_is_classifier(model))
         if extra is not None:
@@ -91,6 +94,19 @@ def file_hashes(folder: Path) -> dict[str, str]:
             with open(path, "rb") as file:
                 hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
+
+
+@contextlib.contextmanager
+def _system_errors() -> Iterator[None]:
+    """Inside, what Rust code says in words is raised as Python says it: the tokenizers library has a bare Exception for a full disk,
+    "No space left on device (os error 28)"."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is not None:
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        raise
 
 
 @contextlib.contextmanager

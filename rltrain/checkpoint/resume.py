@@ -1,6 +1,7 @@
 """Where a run starts: in a new folder, at its latest good checkpoint, or not at all.
 
-A second start in a folder continues the first. It must be the same run: the same recipe, but for a longer ``train.steps``.
+A second start in a folder continues the first. It must be the same run: the same recipe, but for a longer ``train.steps`` and for keys
+that no number of the run depends on.
 """
 
 from __future__ import annotations
@@ -21,6 +22,18 @@ from rltrain.errors import RecipeError, UserError
 
 AUTO, NEVER = "auto", "never"
 _LENGTHS = ("train.steps", "train.epochs")
+# How long one waits and in how many processes, what is written, and what is said: no prompt is drawn, sampled, graded or learned from in
+# another way, so the run goes on in the same numbers. reward.seconds and reward.memory_gib are not among them (what is over a limit stays
+# ungraded), nor is what stops a run by its numbers (rollout.mismatch_stop) or is logged as one (sync, eval).
+_FREE = (
+    "about",
+    "train.deadline_seconds",
+    "reward.workers",
+    "rollout.environment.workers",
+    "rollout.mismatch_warn",
+    "checkpoint",
+    "report",
+)
 
 
 @dataclass(frozen=True)
@@ -32,8 +45,10 @@ class Start:
 
 
 def is_finished(folder: RunFolder, recipe: AnyRecipe) -> bool:
-    """Whether this very recipe ran to its end in ``folder``. Reads only, so that every rank may ask."""
-    return folder.recipe.is_file() and folder.model.is_dir() and _saved_recipe(folder) == recipe
+    """Whether this very recipe ran to its end in ``folder``, whatever its free keys. Reads only, so that every rank may ask."""
+    if not (folder.recipe.is_file() and folder.model.is_dir()):
+        return False
+    return all(is_free(key) for key, _, _ in differences(_saved_recipe(folder).model_dump(mode="json"), recipe.model_dump(mode="json")))
 
 
 @contextlib.contextmanager
@@ -63,7 +78,7 @@ def _reopened(
 ) -> Path | None:
     """The checkpoint that the run in ``folder`` goes on from, with everything later out of the way; None: from the start."""
     saved = _saved_recipe(folder)
-    refuse_other_recipe(saved.model_dump(mode="json"), recipe.model_dump(mode="json"), str(folder.recipe))
+    refuse_other_recipe(saved.model_dump(mode="json"), recipe.model_dump(mode="json"), str(folder.recipe), warn)
     if named is None:
         found = latest(folder, warn)
     elif named.parent.resolve() == folder.checkpoints.resolve():
@@ -95,7 +110,7 @@ def _reopened(
 def _state_of(checkpoint: Path, recipe: AnyRecipe, environment: Mapping[str, Any], warn: Callable[[str], None]) -> RunState:
     """The state in ``checkpoint``, which some other run of the same recipe wrote."""
     state = read_verified(checkpoint)
-    refuse_other_recipe(state.recipe, recipe.model_dump(mode="json"), str(checkpoint))
+    refuse_other_recipe(state.recipe, recipe.model_dump(mode="json"), str(checkpoint), warn)
     _warn_of_versions(state, environment, warn)
     return state
 
@@ -124,15 +139,25 @@ def _free_name(path: Path) -> Path:
 # recipes -------------------------------------------------------------------------------------------------------------
 
 
-def refuse_other_recipe(saved: Mapping[str, Any], given: Mapping[str, Any], where: str) -> None:
-    """Raises UserError with every key that differs, unless the run is only made longer and its schedule does not mind."""
-    found = list(differences(saved, given))
-    if not found:
-        return
+def is_free(key: str) -> bool:
+    """Whether a run may go on with another value of this key."""
+    return any(key == one or key.startswith(f"{one}.") for one in _FREE)
+
+
+def refuse_other_recipe(saved: Mapping[str, Any], given: Mapping[str, Any], where: str, warn: Callable[[str], None]) -> None:
+    """Raises UserError with every key that differs, unless the run is only made longer and its schedule does not mind.
+
+    Free keys that differ are named in a warning.
+    """
+    every = list(differences(saved, given))
+    found = [one for one in every if not is_free(one[0])]
+    free = ", ".join(f"{key}: {_text(before)} -> {_text(now)}" for key, before, now in every if is_free(key))
     only_length = len(found) == 1 and found[0][0] in _LENGTHS and None not in found[0]
     longer = only_length and found[0][2] > found[0][1]
     schedule = given["learner"]["optimizer"]["schedule"]
-    if longer and schedule == "constant":
+    if not found or (longer and schedule == "constant"):
+        if free:
+            warn(f"the run goes on with other settings, on which none of its numbers depends: {free}")
         return
     lines = [f"{key}: {_text(before)} -> {_text(now)}" for key, before, now in found]
     if longer:

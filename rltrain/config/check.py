@@ -198,11 +198,6 @@ def _plain_warnings(recipe: Recipe) -> Iterator[str]:
             f"learner.updates {learner.updates} does not divide rollout.prompts {recipe.rollout.prompts}: "
             f"{more} updates of a step hold {small + 1} groups and {learner.updates - more} hold {small}"
         )
-    if recipe.rollout.trust_logp and updates_per_step(recipe) > 1:
-        yield (
-            f"rollout.trust_logp is true and a step takes {updates_per_step(recipe)} updates: nothing computes the sampling policy's "
-            f"log-probs beside the engine, so rollout.mismatch_warn and mismatch_stop judge nothing; set trust_logp to false to have them"
-        )
     low, high = recipe.rollout.mismatch_warn, recipe.rollout.mismatch_stop
     if low is not None and high is not None and low > high:
         yield f"rollout.mismatch_warn {low:g} is above rollout.mismatch_stop {high:g}: the run stops before it warns; lower mismatch_warn"

@@ -188,6 +188,7 @@ class LearnerCore(Section):
     optimizer: Optimizer
     tokens_per_micro_batch: int = Field(default=16384, ge=1)  # prompt + completion tokens, padding included
     layout: Literal["auto", "padded", "packed"] = "auto"  # auto: packed where the attention kernel knows variable lengths
+    share_prompt: Literal["auto", "never"] = "auto"  # auto: read a prompt once for its completions where the model allows it and it pays
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on CPU, bfloat16 autocast on GPU
     gradient_checkpointing: bool = False
     head_chunk: int = Field(default=256, ge=1)  # tokens whose logits exist at once
@@ -284,10 +285,6 @@ class Reference(Section):
     given: Literal["use", "ignore"] = "use"  # log-probs that the data bring (TRL's columns ref_chosen_logps, reference_logps, ...)
 
 
-class OfflineLearner(LearnerCore):
-    share_prompt: Literal["auto", "never"] = "auto"  # auto: read a pair's prompt once where the model allows it and tokens are saved
-
-
 class OfflineTrain(Section):
     examples: int = Field(ge=2)  # pairs or completions per step (one optimizer update), all ranks
     epochs: float = Field(default=1.0, gt=0)  # passes over the data; the last step is filled up from the next one
@@ -318,7 +315,7 @@ class OfflineRecipe(Section):
     data: JudgedData
     loss: PreferenceLoss
     reference: Reference = Reference()
-    learner: OfflineLearner
+    learner: LearnerCore
     train: OfflineTrain
     eval: OfflineEval = OfflineEval()
     checkpoint: Checkpoint = Checkpoint()
@@ -337,7 +334,7 @@ class Pairs(Section):
     tolerance: float = Field(default=0.0, ge=0, lt=0.5)  # pairs whose probability is nearer to 1/2 are left out
 
 
-class PairLearnerSettings(OfflineLearner):
+class PairLearnerSettings(LearnerCore):
     updates: int = Field(default=1, ge=1)  # optimizer updates per pass over a step's pairs
     epochs: int = Field(default=1, ge=1)  # passes over a step's pairs
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -23,8 +23,9 @@ from rltrain.learner.backend import Backend, DeepSpeedBackend, prepare
 from rltrain.learner.forward import PolicyForward, resolve_layout
 from rltrain.learner.head import STATISTICS
 from rltrain.learner.optim import build_optimizer, build_schedule, restore_schedule
-from rltrain.learner.packing import Layout, build, plan
+from rltrain.learner.packing import Layout, MicroBatch, build, plan
 from rltrain.learner.ranks import agree, make_accelerator, sharded_loading
+from rltrain.learner.shared_prompt import build_shared, line_length, lines_of
 from rltrain.loss.objective import Objective
 from rltrain.seeds import stable_hash
 from rltrain.types import PolicyTokens, StepTotals, TokenRows, TrainBatch
@@ -86,10 +87,6 @@ class AccelerateLearner:
         if isinstance(self.backend, DeepSpeedBackend) and self.accelerator.mixed_precision != "no":
             self._set_masters(model)
         self.frozen: dict[str, PolicyForward] = {}  # models whose log-probs a recipe needs: ref_logp, teacher_logp
-        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        # One more pass over the layers in some micro-batches: not where every rank must gather the same layers at the same time, nor
-        # where layers are recomputed, which keep no keys and values.
-        self._shares = policy.shares_prompts and not sharded and not settings.gradient_checkpointing
         self.version = 0
         self._nonfinite_in_a_row = 0
 
@@ -252,11 +249,11 @@ class AccelerateLearner:
         wants = _wants(objective.needs) | ({"entropy"} if seen is not None else frozenset())
         sums: dict[str, Tensor] = {}
         loss = torch.zeros((), device=self.device)
-        mine = self._micro_batches(rows, positions[active])
+        mine = self._micro_batches(rows, positions[active], self._shares(self.policy))
         self.policy.train()
-        for number, chosen in enumerate(mine):
+        for number, lines in enumerate(mine):
             with self.backend.micro_batch(last=number == len(mine) - 1):
-                micro = build(rows, positions[active][chosen].tolist(), layout=self.layout, device=self.device, share=self._shares)
+                chosen, micro = self._micro_batch(rows, positions[active], lines)
                 statistics = self.policy(micro, temperature=self.temperature, wants=wants, chunk=self.settings.head_chunk)
                 part = batch.rows(active[chosen], width=micro.width).to(self.device)
                 share = objective(_policy_tokens(statistics), part, totals)
@@ -301,10 +298,29 @@ class AccelerateLearner:
             )
         return grad_norm, taken
 
-    def _micro_batches(self, rows: TokenRows, positions: Tensor) -> list[list[int]]:
-        """This rank's micro-batches, as indices into ``positions``; every rank has the same number, at least one."""
-        mine = plan(_lengths(rows, positions), self.settings.tokens_per_micro_batch, layout=self.layout, ranks=self.ranks)[self.rank]
-        return mine or [[]]  # an empty micro-batch gives zero gradients, so that momentum and weight decay act as they should
+    def _shares(self, policy: Any) -> bool:
+        """Whether rows of one prompt may share it."""
+        forward = self.bare if policy is self.policy else policy  # behind the wrapper of a backend
+        return self.settings.share_prompt == "auto" and self.layout == "padded" and forward.shares_prompts
+
+    def _micro_batches(self, rows: TokenRows, positions: Tensor, share: bool) -> list[list[list[int]]]:
+        """This rank's micro-batches, each of lines of indices into ``positions``; every rank has the same number, at least one.
+
+        A line is one row, or several that share a prompt.
+        """
+        at, budget = positions.tolist(), self.settings.tokens_per_micro_batch
+        lines = lines_of(rows, at, hidden=self.model.config.hidden_size, budget=budget) if share else [[index] for index in range(len(at))]
+        sizes = [line_length(rows, [at[index] for index in line]) for line in lines]
+        mine = plan(sizes, budget, layout=self.layout, ranks=self.ranks)[self.rank]
+        # An empty micro-batch gives zero gradients, so that momentum and weight decay act as they should.
+        return [[lines[number] for number in chosen] for chosen in mine] or [[]]
+
+    def _micro_batch(self, rows: TokenRows, positions: Tensor, lines: list[list[int]]) -> tuple[list[int], MicroBatch]:
+        """The indices into ``positions`` of one micro-batch's rows, in its order, and the micro-batch."""
+        chosen = [index for line in lines for index in line]
+        if len(chosen) == len(lines):
+            return chosen, build(rows, positions[chosen].tolist(), layout=self.layout, device=self.device)
+        return chosen, build_shared(rows, [positions[line].tolist() for line in lines], device=self.device)
 
     def _split(self, group: Tensor, epoch: int) -> list[Tensor]:
         """The step's rows in ``settings.updates`` parts of whole groups, in an order seeded by version and epoch.
@@ -356,10 +372,9 @@ class AccelerateLearner:
         """This rank's share of a no-grad pass, written into ``found`` (``(B, T)`` each) in place."""
         policy = policy or self.policy
         aligned = any(map(is_alignment, found))  # looks at whole rows
-        share = not aligned and (self._shares if policy is self.policy else policy.shares_prompts)
         policy.eval()
-        for chosen in self._micro_batches(rows, positions):
-            micro = build(rows, positions[chosen].tolist(), layout=self.layout, device=self.device, share=share)
+        for lines in self._micro_batches(rows, positions, self._shares(policy) and not aligned):
+            _, micro = self._micro_batch(rows, positions, lines)
             numbers = {name: values[micro.rows.cpu()] for name, values in (given or {}).items()}
             statistics = policy(micro, temperature=self.temperature, wants=frozenset(found), chunk=self.settings.head_chunk, given=numbers)
             for name, values in found.items():

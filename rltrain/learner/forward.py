@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rltrain.learner.alignment import alignment, is_alignment, last_mlp_inputs
 from rltrain.learner.head import token_statistics
-from rltrain.learner.packing import Layout, MicroBatch, SharedPrompts
+from rltrain.learner.packing import Layout, MicroBatch
 
 __all__ = ["PolicyForward", "called_as", "resolve_layout", "scalar_head", "takes_positions", "unpackable"]
 
@@ -54,11 +54,7 @@ class PolicyForward(nn.Module):
         self._no_split_modules = inner._no_split_modules
         self._takes_positions = takes_positions(inner)
         self._unpackable = unpackable(inner)
-
-    @property
-    def shares_prompts(self) -> bool:
-        """Whether completions can read on from a prompt that was read once."""
-        return takes_any_mask(causal_lm(self.model))
+        self.shares_prompts = takes_any_mask(inner)  # whether a line may hold a prompt and several completions
 
     @property
     def inner(self) -> PreTrainedModel:
@@ -107,47 +103,13 @@ class PolicyForward(nn.Module):
         """(n, H) the hidden state that predicts each completion token."""
         if micro.packed and self._unpackable is not None:
             raise ValueError(self._unpackable)
-        if micro.prompts is not None:
-            return self._after_prompts(inner, micro, micro.prompts)
+        if micro.attention_mask is not None and micro.attention_mask.dim() == 4 and not self.shares_prompts:
+            raise ValueError(f"{type(inner).__name__} cannot share prompts; build its micro-batches without")
         positions = {"position_ids": micro.position_ids} if self._takes_positions else {}
-        # No cache and no mask: transformers then reads from restarting positions where a packed sequence ends, and runs the plain
-        # causal kernel on right-padded rows, whose padding comes after everything that is looked at.
+        # No cache, and no mask where rows have lines of their own: transformers then reads from restarting positions where a packed
+        # sequence ends, and runs the plain causal kernel on right-padded rows, whose padding comes after everything that is looked at.
         output = inner.base_model(input_ids=micro.input_ids, attention_mask=micro.attention_mask, use_cache=False, **positions)
         return output.last_hidden_state.flatten(0, 1).index_select(0, micro.index)
-
-    def _after_prompts(self, inner: PreTrainedModel, micro: MicroBatch, prompts: SharedPrompts) -> Tensor:
-        """(n, H), each prompt read once. Gradients of a prompt's keys and values sum over the completions that looked at them."""
-        if not self.shares_prompts:
-            raise ValueError(f"{type(inner).__name__} cannot share prompts; build its micro-batches without share")
-        cache = PromptCache()
-        ramp = torch.arange(prompts.input_ids.shape[1], device=prompts.input_ids.device).expand(prompts.input_ids.shape)
-        before = inner.base_model(input_ids=prompts.input_ids, position_ids=ramp, use_cache=True, past_key_values=cache).last_hidden_state
-        cache.source = prompts.source
-        after = inner.base_model(
-            input_ids=micro.input_ids,
-            position_ids=micro.position_ids,
-            attention_mask=prompts.mask,
-            use_cache=True,
-            past_key_values=cache,
-        ).last_hidden_state
-        return torch.cat([before.flatten(0, 1), after.flatten(0, 1)]).index_select(0, micro.index)
-
-
-class PromptCache(Cache):
-    """Keys and values of distinct prompts, with their gradient; once ``source (r,)`` is set, what row i reads before its own."""
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.source: Tensor | None = None
-        self._prompts: list[tuple[Tensor, Tensor]] = []  # per layer, (U, heads, P, size) each
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Called by the model's attention with (U or r, heads, tokens, size)."""
-        if self.source is None:
-            self._prompts.append((key_states, value_states))
-            return key_states, value_states
-        keys, values = (one.index_select(0, self.source) for one in self._prompts[layer_idx])
-        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
 
 def resolve_layout(layout: Literal["auto", "padded", "packed"], model: nn.Module) -> Layout:

@@ -22,7 +22,7 @@ def build_optimizer(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], 
         {"params": [p for p in trained if len(whole_shape(p)) >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if len(whole_shape(p)) < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, settings: Optimizer, total_updates: int) -> LambdaLR:
@@ -70,12 +70,10 @@ def restore_optimizer(
     for key, value in tensors.items():
         name, _, slot = key.rpartition("/")
         parameter = trained[name]
-        if slot == "step":  # AdamW counts on the CPU
-            optimizer.state[parameter][slot] = value.clone()
-            continue
         placed = value.to(parameter.device, copy=True)
-        sharded = isinstance(parameter, DTensor)
-        optimizer.state[parameter][slot] = distribute_tensor(placed, parameter.device_mesh, parameter.placements) if sharded else placed
+        if isinstance(parameter, DTensor) and slot != "step":
+            placed = distribute_tensor(placed, parameter.device_mesh, parameter.placements)
+        optimizer.state[parameter][slot] = placed
 
 
 def check_state(trained: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, Tensor]) -> None:

@@ -2,9 +2,8 @@
 
 A row is a prompt and its completion. Two layouts: ``padded`` (r, S), rows of about equal length side by side, and ``packed``
 (1, S), rows one after the other with positions that restart, for attention kernels that know variable lengths. In the padded
-layout the rows of one prompt can share it: each prompt is read once and its completions read on from its keys and values. Every
-form gives every completion token the same log-prob; masks of the loss play no part here, so text the policy did not write is
-scored as well.
+layout the rows of one prompt can share a line (``shared_prompt.py``). Every form gives every completion token the same log-prob;
+masks of the loss play no part here, so text the policy did not write is scored as well.
 """
 
 from __future__ import annotations
@@ -22,24 +21,9 @@ from torch import Tensor
 
 from rltrain.types import TokenRows
 
-__all__ = ["Layout", "MicroBatch", "SharedPrompts", "build", "plan"]
+__all__ = ["Layout", "MicroBatch", "build", "plan", "ramp"]
 
 Layout = Literal["padded", "packed"]
-
-_WORTH_SHARING = 0.8  # of the positions that plain rows would read: a second pass over the layers has a price
-_MASK_ELEMENTS = 1 << 26  # of the mask that lets completions read shared prompts, at most
-
-
-@dataclass(frozen=True)
-class SharedPrompts:
-    """The distinct prompts of a micro-batch, read once, before the completions."""
-
-    input_ids: Tensor  # (U, P) int64, right-padded
-    source: Tensor  # (r,) int64, which of them a row goes on from
-    mask: Tensor  # (r, 1, C, P + C) bool, what a completion's position may look at: its prompt, and itself up to there
-
-    def to(self, device: torch.device | str) -> SharedPrompts:
-        return SharedPrompts(self.input_ids.to(device), self.source.to(device), self.mask.to(device))
 
 
 @dataclass(frozen=True)
@@ -47,20 +31,20 @@ class MicroBatch:
     """Some rows of a step, as the model reads them, and where each completion token's statistics come from and go to."""
 
     rows: Tensor  # (r,) int64, positions in the step's batch
-    input_ids: Tensor  # (r, S) padded, (1, S) packed; int64
+    input_ids: Tensor  # (r, S) padded, (1, S) packed, (lines, S) where rows share prompts; int64
     position_ids: Tensor  # as input_ids; packed: from 0 again at every row
-    attention_mask: Tensor | None  # as input_ids, int64; only for padding on the left: causal attention needs none otherwise
+    # As input_ids, int64, for padding on the left; (lines, 1, S, S) bool where rows share prompts; causal attention needs none otherwise.
+    attention_mask: Tensor | None
     index: Tensor  # (n,) int64, into the flattened hidden states, of the one that predicts each completion token
     targets: Tensor  # (n,) int64 completion tokens
     row: Tensor  # (n,) int64, where a token's statistics go in (r, width)
     column: Tensor  # (n,) int64
     width: int  # completion tokens of the longest row, at least 1
     packed: bool
-    prompts: SharedPrompts | None = None  # then input_ids hold completions only, and index counts the prompts' hidden states first
 
     def to(self, device: torch.device | str) -> MicroBatch:
         moved = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        movable: dict[str, Any] = {name: value.to(device) for name, value in moved.items() if isinstance(value, Tensor | SharedPrompts)}
+        movable: dict[str, Any] = {name: value.to(device) for name, value in moved.items() if isinstance(value, Tensor)}
         return dataclasses.replace(self, **movable)
 
 
@@ -71,21 +55,17 @@ def build(
     layout: Layout,
     device: torch.device | str = "cpu",
     padding_side: Literal["left", "right"] = "right",
-    share: bool = False,
 ) -> MicroBatch:
     """The micro-batch of the rows at ``positions``. The last token of a completion predicts nothing and is not read.
 
-    share: rows of one prompt may share it (padded layout only); done where it saves a fifth of the positions read.
     No positions: one dummy token, so that a rank with nothing to do still takes part in its peers' collectives; its statistics
     have shape (0, 1) and carry a zero gradient to every parameter. Raises ValueError on an empty prompt.
     """
     if len(positions) == 0:
         return _nothing(packed=layout == "packed").to(device)
-    if share and layout == "padded" and (shared := _shared(rows, positions)) is not None:
-        return shared.to(device)
     tokens, before, after = _flattened(rows, positions)
     starts, lengths = _starts(before + after), before + np.maximum(after - 1, 0)
-    place = _ramp(lengths)  # of each token that is read, within its row
+    place = ramp(lengths)  # of each token that is read, within its row
     read = tokens[np.repeat(starts, lengths) + place]
     mask = None
     if layout == "packed":
@@ -100,7 +80,7 @@ def build(
         input_ids = input_ids.reshape(count, longest)
         position_ids = np.maximum(np.arange(longest) - shift[:, None], 0)
         mask = (np.arange(longest) >= shift[:, None]).astype(np.int64) if padding_side == "left" else None
-    column = _ramp(after)
+    column = ramp(after)
     arrays = {
         "rows": np.asarray(positions, np.int64),
         "input_ids": input_ids,
@@ -113,43 +93,6 @@ def build(
     tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
     attention_mask = None if mask is None else torch.from_numpy(mask)
     return MicroBatch(**tensors, attention_mask=attention_mask, width=max(int(after.max()), 1), packed=layout == "packed").to(device)
-
-
-def _shared(rows: TokenRows, positions: Sequence[int]) -> MicroBatch | None:
-    """The rows at ``positions`` going on from their distinct prompts; None where plain rows cost about as much."""
-    place = {prompt: at for at, prompt in enumerate(dict.fromkeys(rows.prompts[at] for at in positions))}
-    tokens, before, after = _flattened(rows, positions)
-    count, deepest, width = len(positions), max(map(len, place)), int(after.max())
-    steps = width - 1  # completion positions that are read
-    plain = count * int((before + np.maximum(after - 1, 0)).max())
-    if steps < 1 or len(place) * deepest + count * steps > _WORTH_SHARING * plain or count * steps * (deepest + steps) > _MASK_ELEMENTS:
-        return None
-    prompts = np.zeros((len(place), deepest), np.int64)
-    for prompt, at in place.items():
-        prompts[at, : len(prompt)] = prompt
-    source = np.array([place[rows.prompts[at]] for at in positions], np.int64)
-    starts, column, row = _starts(before + after), _ramp(after), np.repeat(np.arange(count), after)
-    targets = tokens[np.repeat(starts + before, after) + column]
-    input_ids = np.zeros((count, steps), np.int64)
-    read = column < np.repeat(after, after) - 1
-    input_ids[row[read], column[read]] = targets[read]
-    # A completion's first token is predicted by its prompt's last hidden state, token t > 0 by the completion's position t - 1.
-    from_prompt = np.repeat(source * deepest + before - 1, after)
-    index = np.where(column == 0, from_prompt, len(place) * deepest + row * steps + column - 1)
-    mask = np.concatenate(
-        [
-            np.broadcast_to((np.arange(deepest) < before[:, None])[:, None], (count, steps, deepest)),
-            np.broadcast_to(np.tri(steps, dtype=bool), (count, steps, steps)),
-        ],
-        axis=2,
-    )
-    arrays = {
-        "rows": np.asarray(positions, np.int64), "input_ids": input_ids, "position_ids": before[:, None] + np.arange(steps),
-        "index": index, "targets": targets, "row": row, "column": column,
-    }  # fmt: skip
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    shared = SharedPrompts(torch.from_numpy(prompts), torch.from_numpy(source), torch.from_numpy(mask)[:, None])
-    return MicroBatch(**tensors, attention_mask=None, width=width, packed=False, prompts=shared)
 
 
 def _flattened(rows: TokenRows, positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -168,7 +111,7 @@ def _starts(counts: np.ndarray) -> np.ndarray:
     return np.cumsum(counts) - counts
 
 
-def _ramp(counts: np.ndarray) -> np.ndarray:
+def ramp(counts: np.ndarray) -> np.ndarray:
     """0, 1, .. count - 1 for each of ``counts``, one after the other."""
     return np.arange(int(counts.sum())) - np.repeat(_starts(counts), counts)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rltrain.config.schema import Learner, Model, OfflineLearner
+from rltrain.config.schema import Learner, LearnerCore, Model
 from rltrain.learner.accelerate_learner import AccelerateLearner, load_causal_lm
 from rltrain.learner.forward import PolicyForward
 from rltrain.learner.packing import MicroBatch, build, plan
@@ -55,11 +55,11 @@ class PreferenceLearner(AccelerateLearner):
     """An ``AccelerateLearner`` whose update takes judged examples."""
 
     def __init__(
-        self, model: Model, settings: OfflineLearner, *, max_tokens: int, total_updates: int, seed: int, waiting: Waiting = unwatched
+        self, model: Model, settings: LearnerCore, *, max_tokens: int, total_updates: int, seed: int, waiting: Waiting = unwatched
     ) -> None:
-        plain = Learner(**{name: getattr(settings, name) for name in type(settings).model_fields if name != "share_prompt"})
+        plain = Learner(**{name: getattr(settings, name) for name in type(settings).model_fields})
         super().__init__(model, plain, temperature=1.0, max_tokens=max_tokens, total_updates=total_updates, seed=seed, waiting=waiting)
-        self.shares = settings.share_prompt == "auto" and self.layout == "padded" and self._shares
+        self.shares = self._shares(self.policy)
 
     # log-probs -------------------------------------------------------------------------------------------------------
 
@@ -195,7 +195,8 @@ class PreferenceLearner(AccelerateLearner):
 
     def _built(self, rows: TokenRows, examples: list[int], count: int, sides: int, shared: bool) -> MicroBatch:
         if shared and examples:
-            return build_shared(rows, examples, [count + at for at in examples], device=self.device)
+            pairs = [(at, count + at) for at in examples]
+            return build_shared(rows, pairs, order=[*examples, *(second for _, second in pairs)], device=self.device)
         positions = [side * count + at for side in range(sides) for at in examples]
         return build(rows, positions, layout=self.layout, device=self.device)
 

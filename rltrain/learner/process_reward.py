@@ -15,7 +15,6 @@ from torch import Tensor
 from rltrain.advantage.process import contrast_accuracy
 from rltrain.config.schema import Learner, LearnerCore, Model, ProcessReward
 from rltrain.learner.accelerate_learner import AccelerateLearner, NonFiniteError
-from rltrain.learner.packing import build
 from rltrain.loss.preference.objective import PreferenceObjective
 from rltrain.loss.preference.statistics import prepared
 from rltrain.registry import BoundMethod
@@ -105,12 +104,12 @@ class ProcessRewardLearner(AccelerateLearner):
         """One optimizer update over the rows ``positions``, whose facts come in that order; their log-probs before it go into ``seen``."""
         whole = prepared(facts, self.objective.loss)
         totals, sums = ExampleTotals(len(positions)), dict[str, Tensor]()
-        mine, lr = self._micro_batches(rows, positions), self.lr
+        mine, lr = self._micro_batches(rows, positions, self._shares(self.policy)), self.lr
         self.policy.train()
-        for number, chosen in enumerate(mine):
+        for number, lines in enumerate(mine):
             with self.backend.micro_batch(last=number == len(mine) - 1):
+                chosen, micro = self._micro_batch(rows, positions, lines)
                 at = positions[chosen]
-                micro = build(rows, at.tolist(), layout=self.layout, device=self.device, share=self._shares)
                 wants = frozenset({"logp"})
                 logp = self.policy(micro, temperature=self.temperature, wants=wants, chunk=self.settings.head_chunk)["logp"]
                 counted = mask[at][:, : micro.width].to(self.device)

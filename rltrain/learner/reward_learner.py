@@ -34,14 +34,11 @@ class RewardForward(PolicyForward):
         self.config = model.config  # DeepSpeed and FSDP2 read both from the module they are given
         self._no_split_modules = model._no_split_modules
         self._takes_positions, self._unpackable = takes_positions(model), unpackable(model)
+        self.shares_prompts = False
 
     @property
     def inner(self) -> Any:
         return self.model
-
-    @property
-    def shares_prompts(self) -> bool:
-        return False
 
     def forward(
         self, micro: MicroBatch, *, temperature: float, wants: frozenset[str], chunk: int, given: Mapping[str, Tensor] | None = None

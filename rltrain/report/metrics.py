@@ -20,6 +20,7 @@ __all__ = [
     "check_names",
     "completion_metrics",
     "metric",
+    "mismatch_metrics",
     "own_step_metrics",
     "step_metrics",
     "why_zero",
@@ -56,6 +57,11 @@ def step_metrics(batch: TrainBatch, logp: Tensor, entropy: Tensor, sampled: Tens
         found |= _mismatch(logp - batch.rollout_logp, sampled)
     numbers = torch.stack([value.double() for value in found.values()]).tolist()
     return dict(zip(found, numbers, strict=True))
+
+
+def mismatch_metrics(logp: Tensor, rollout_logp: Tensor, sampled: Tensor) -> dict[str, float]:
+    """Engine/learner mismatch alone, of some rows: (B, T) nats of the learner and of the engine, and bool, the tokens that count."""
+    return {name: float(value) for name, value in _mismatch(logp - rollout_logp, sampled).items()}
 
 
 def completion_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:

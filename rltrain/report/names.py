@@ -37,7 +37,11 @@ METRICS: tuple[Metric, ...] = (
         "rollout/environment/*", "", "what an environment reports of its episodes (tool calls, moves), mean over those that did not fail"
     ),
     Metric("rollout/staleness", "versions", "learner's version less the oldest that sampled a completion of the step"),
-    Metric("rollout/mismatch_abs", "nats", "mean |learner - engine log-prob| over sampled tokens"),
+    Metric(
+        "rollout/mismatch_abs",
+        "nats",
+        "mean |learner - engine log-prob| over sampled tokens; of the rows of one update where no pass reads all before the first",
+    ),
     Metric("rollout/mismatch_max", "nats", "largest |learner - engine log-prob| over the same"),
     Metric("rollout/mismatch_k3", "nats", "k3 estimate of KL(engine || learner), mean over sampled tokens"),
     Metric("rollout/ratio_p50", "1", "median of learner / engine probability over sampled tokens"),

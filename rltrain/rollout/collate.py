@@ -26,10 +26,11 @@ def collate(groups: Sequence[ScoredGroup], lines: Lines | None = None) -> tuple[
     width = max(len(completion.token_ids) for _, completion, _ in pairs)
     trained = [score.ungraded is None and completion.finish != "aborted" for _, completion, score in pairs]
     counting = [kept and completion.arm != ARM_REFERENCE for (_, completion, _), kept in zip(pairs, trained, strict=True)]
-    mask = torch.stack([_turn_mask(completion, width) for _, completion, _ in pairs]) & torch.tensor(counting)[:, None]
+    completions = [completion for _, completion, _ in pairs]
+    mask = _written(completions, width) & torch.tensor(counting)[:, None]
     rollout_logp = torch.zeros(len(pairs), width)
-    for row, (_, completion, _) in enumerate(pairs):
-        rollout_logp[row, : len(completion.logprobs)] = torch.tensor(completion.logprobs)
+    has_logp = _ahead_of([len(completion.logprobs) for completion in completions], width)
+    rollout_logp[has_logp] = torch.tensor([logp for completion in completions for logp in completion.logprobs])
     verdicts = [None if score.ungraded is not None else score.correct for _, _, score in pairs]
     rewards = [score.value if kept else math.nan for (_, _, score), kept in zip(pairs, trained, strict=True)]
     answers = [number for group in groups for number in answer_ids(group)]
@@ -45,11 +46,11 @@ def collate(groups: Sequence[ScoredGroup], lines: Lines | None = None) -> tuple[
         rollout_logp=rollout_logp,
         correct=torch.tensor([math.nan if verdict is None else float(verdict) for verdict in verdicts]),
         answer=torch.tensor(answers),
-        step_id=step_ids([completion for _, completion, _ in pairs], mask, lines),
+        step_id=step_ids(completions, mask, lines),
     )
     rows = TokenRows(
         prompts=tuple(group.prompt.token_ids for group, _, _ in pairs),
-        completions=tuple(completion.token_ids for _, completion, _ in pairs),
+        completions=tuple(completion.token_ids for completion in completions),
     )
     return rows, batch
 
@@ -60,9 +61,15 @@ def answer_ids(group: ScoredGroup) -> list[int]:
     return [-1 if score.answer is None else known.setdefault(score.answer, len(known)) for score in group.scores]
 
 
-def _turn_mask(completion: Completion, width: int) -> Tensor:
-    """(width,) bool, true on the tokens the policy wrote; lengths and turn spans decide, never token ids."""
-    mask = torch.zeros(width, dtype=torch.bool)
-    for start, stop in completion.turns or ((0, len(completion.token_ids)),):
-        mask[start:stop] = True
+def _written(completions: Sequence[Completion], width: int) -> Tensor:
+    """(B, width) bool, true on the tokens the policy wrote; lengths and turn spans decide, never token ids."""
+    mask = _ahead_of([0 if completion.turns else len(completion.token_ids) for completion in completions], width)
+    for row, completion in enumerate(completions):
+        for start, stop in completion.turns or ():
+            mask[row, start:stop] = True
     return mask
+
+
+def _ahead_of(lengths: Sequence[int], width: int) -> Tensor:
+    """(B, width) bool, true on the first ``lengths`` columns of each row."""
+    return torch.arange(width) < torch.tensor(lengths)[:, None]

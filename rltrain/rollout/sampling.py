@@ -9,6 +9,7 @@ from rltrain.rollout.temperature import entropy_of, token_temperatures
 from rltrain.types import AdaptiveTemperature
 
 _BLOCK = 256  # vocabulary entries summed before the search: a running sum over the whole vocabulary costs ten times more
+_ONE_SEARCH = 4 * _BLOCK  # entries up to which it costs less
 
 
 def sample_tokens_(
@@ -35,6 +36,17 @@ def sample_tokens_(
 def _drawn_(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """A token of softmax(logits) per row, and its log-prob."""
     mass = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()  # (R, V) unnormalised probabilities
+    if mass.shape[1] <= _ONE_SEARCH:
+        upto = mass.cumsum(dim=-1)
+        total = upto[:, -1:]
+        token = torch.searchsorted(upto, _below(uniform[:, None] * total, total), right=True).clamp_(max=mass.shape[1] - 1)
+    else:
+        total, token = _searched_in_blocks(mass, uniform)
+    return token[:, 0], (mass.gather(1, token) / total).log()[:, 0]
+
+
+def _searched_in_blocks(mass: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, 1) the sum of each row, and the token at the share ``uniform`` of it: first its block, then its place there."""
     blocks = _block_sums(mass).cumsum(dim=-1)
     total = blocks[:, -1:]
     target = _below(uniform[:, None] * total, total)
@@ -44,8 +56,7 @@ def _drawn_(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     inside = torch.where(columns < mass.shape[1], mass.gather(1, columns.clamp(max=mass.shape[1] - 1)), 0.0)
     within = inside.cumsum(dim=-1)
     offset = torch.searchsorted(within, _below(target - before, within[:, -1:]), right=True).clamp_(max=_BLOCK - 1)
-    token = (block * _BLOCK + offset).clamp_(max=mass.shape[1] - 1)
-    return token[:, 0], (mass.gather(1, token) / total).log()[:, 0]
+    return total, (block * _BLOCK + offset).clamp_(max=mass.shape[1] - 1)
 
 
 def _block_sums(mass: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from rltrain.rollout.checks import WeightShapes, require_fit, require_version
 from rltrain.rollout.em_inf import minimise_entropy
 from rltrain.rollout.kv_cache import GROUPED_SDPA, DecodeCache
 from rltrain.rollout.sampling import sample_tokens_
+from rltrain.rollout.token_decoder import TokenDecoder, place_together
 from rltrain.seeds import stable_hash
 from rltrain.tensor_ops import weight_fingerprint
 from rltrain.types import Completion, Finish, Prompt, RolloutGroup, Sampling
@@ -81,7 +82,7 @@ class TransformersEngine:
             raise ValueError(
                 f"model.attention: the transformers engine decodes with sdpa or eager, not {attention!r}; choose one, or engine vllm"
             )
-        self.device, self.dtype, self.fingerprint_rtol = torch.device(device), dtype, 1e-9
+        self.device, self.dtype, self.fingerprint_rtol = torch.device(device), dtype, 1e-12
         self.max_rows, self._pad, self._decode = max_rows, pad_token_id, decode
         self._stop = frozenset(stop_token_ids)
         config = AutoConfig.from_pretrained(model, revision=revision)
@@ -89,6 +90,7 @@ class TransformersEngine:
         self._model = _random_model(config, self.device, dtype, "eager" if attention == "eager" else "sdpa")
         self._eager = attention == "eager"
         self._head = self._model.get_output_embeddings()
+        self._decoder = TokenDecoder(self._model) if TokenDecoder.fits(self._model) and not self._eager else None
         self._shapes = WeightShapes(self._model)
         self.version: int | None = None
         self.state = EngineState.MAPPED
@@ -99,16 +101,20 @@ class TransformersEngine:
         if self.state is EngineState.ASLEEP:
             raise RuntimeError("load() while asleep: call wake() first")
         self.version, self.state = None, EngineState.MAPPED  # until the last weight is in, these are nobody's weights
-        own = self._model.state_dict()
+        held = self._held()
         for name, tensor in self._shapes.check(weights):
-            own[name].copy_(tensor)
+            held[name].detach().copy_(tensor)
         self.version, self.state = version, EngineState.LOADED
 
     @torch.no_grad()
     def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, float]:
         """See ``RolloutEngine.fingerprint``; a tied head is reported under both its names."""
-        own = self._model.state_dict().items()
-        return {name: weight_fingerprint(name, weight) for name, weight in own if names is None or name in names}
+        held = self._held().items()
+        return {name: weight_fingerprint(name, weight) for name, weight in held if names is None or name in names}
+
+    def _held(self) -> dict[str, Tensor]:
+        """Every weight under every name it has, as the model has them now."""
+        return self._model.state_dict(keep_vars=True)  # copies nothing
 
     def sleep(self) -> None:
         for parameter in self._model.parameters():
@@ -118,8 +124,8 @@ class TransformersEngine:
     def wake(self) -> None:
         if self.state is not EngineState.ASLEEP:
             return
-        for name, parameter in self._model.named_parameters():
-            parameter.data = parameter.data.new_empty(self._shapes.allowed[name])
+        named = dict(self._model.named_parameters())
+        place_together(named.values(), [self._shapes.allowed[name] for name in named], keep=False)
         self.state = EngineState.MAPPED
 
     def close(self) -> None:
@@ -212,6 +218,8 @@ class TransformersEngine:
         if self._eager or min(positions) + 1 < columns:
             beyond = torch.arange(columns, device=self.device) > fed[1][:, None]
             mask = torch.zeros_like(beyond, dtype=self._model.dtype).masked_fill_(beyond, float("-inf"))[:, None, None]
+        if self._decoder is not None:
+            return self._head(self._decoder(fed[0], fed[1], mask, cache))
         hidden = self._model.base_model(
             input_ids=fed[0][:, None], position_ids=fed[1][:, None], attention_mask=mask, past_key_values=cache, use_cache=True
         ).last_hidden_state
@@ -283,7 +291,10 @@ def _random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.d
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     if attention == "sdpa":
         model.set_attn_implementation(GROUPED_SDPA)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    parameters = list(model.parameters())
+    place_together(parameters, [parameter.shape for parameter in parameters], keep=True)
+    return model
 
 
 def _batches(indexes: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:

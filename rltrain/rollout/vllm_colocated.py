@@ -59,7 +59,7 @@ class VllmColocated:
     ) -> None:
         self._decode, self._stop = decode, sorted(stop_token_ids)
         self._gpu = torch.cuda.is_available()
-        self.dtype, self.fingerprint_rtol = dtype, 1e-9 if self._gpu else 2e-6  # packed layers are run, not read
+        self.dtype, self.fingerprint_rtol = dtype, 1e-12  # weights are compared as stored: only the float64 sums' order may differ
         self._sleep_mode, self._adaptive = sleep_mode and self._gpu, adaptive_temperature
         config = AutoConfig.from_pretrained(model, revision=revision)
         positions = config.get_text_config().max_position_embeddings
@@ -116,7 +116,7 @@ class VllmColocated:
 
     def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, float]:
         """See ``RolloutEngine.fingerprint``; a tied head is reported under both its names."""
-        return self._llm.apply_model(partial(layer_fingerprints, names=names))[0]
+        return self._llm.apply_model(partial(layer_fingerprints, known=self._shapes.allowed, names=names))[0]
 
     def sleep(self) -> None:
         """On GPU weights and cache leave the card (level 2: nothing is kept); on CPU only the version is forgotten."""
@@ -153,7 +153,8 @@ class VllmColocated:
         if tempered and not self._adaptive:
             raise ValueError("this vLLM engine was started without adaptive_temperature and cannot adapt the temperature of a token")
         self.state = EngineState.SERVING
-        salt = str(version)  # keys the prefix cache: keys and values of other weights are never found
+        # Keys the prefix cache: keys and values of other weights are never found, nor, for they differ in rounding, those of another use.
+        salt = f"{version} {sampling.cache}"
         requests = [{"prompt_token_ids": list(prompt.token_ids), "cache_salt": salt} for prompt in prompts]
         with torch.random.fork_rng(devices=[torch.cuda.current_device()] if self._gpu else []):
             params = [self._params(index, prompt, sampling) for index, prompt in enumerate(prompts)]

@@ -66,6 +66,17 @@ class Sync:
         """What the engine has just sampled with is what was pushed last. Raises WeightMismatchError. Call before it sleeps."""
         self._compare(self._of_sample(self.pushes - 1), False, f"after sampling with version {self._version}")
 
+    def verify_all(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """What the engine has just sampled with is ``weights``, the learner's, every one of them. Raises WeightMismatchError.
+
+        For samples that are reported as this version's, held-out ones: a comparison that takes turns would let one pass.
+        """
+        expected, seconds = dict[str, float](), self._seconds()
+        for name, weight in weights:
+            held = weight.detach().to(self.engine.dtype)
+            expected.update({called: weight_fingerprint(called, held) for called in (*seconds.get(name, ()), name)})
+        self._compare(expected, True, f"after sampling with version {self._version}")
+
     @contextlib.contextmanager
     def lend(self, weights: Mapping[str, Tensor], version: int, own: Callable[[], Iterable[tuple[str, Tensor]]]) -> Iterator[None]:
         """Inside, the engine holds other ``weights`` as ``version``; afterwards the learner's, ``own()``, as the version they were.
@@ -83,10 +94,7 @@ class Sync:
 
     def _tapped(self, weights: Iterable[tuple[str, Tensor]], names: set[str] | None) -> Iterator[tuple[str, Tensor]]:
         """Passes ``weights`` on; takes the fingerprints of ``names`` (None: of all), in the learner's precision and in the engine's."""
-        seconds: dict[str, list[str]] = {}
-        for second, first in self.ties.items():
-            if second not in self._streamed:  # empty before the first push
-                seconds.setdefault(first, []).append(second)
+        seconds = self._seconds()
         for name, weight in weights:
             self._streamed.add(name)
             for called in (*seconds.get(name, ()), name):
@@ -96,6 +104,14 @@ class Sync:
                     if held.dtype != self.engine.dtype:
                         self._sent[called] = weight_fingerprint(called, held.to(self.engine.dtype))
             yield name, weight
+
+    def _seconds(self) -> dict[str, list[str]]:
+        """The second names, by the first, of weights that the learner sends once."""
+        found: dict[str, list[str]] = {}
+        for second, first in self.ties.items():
+            if second not in self._streamed:  # empty before the first push
+                found.setdefault(first, []).append(second)
+        return found
 
     def _sort_names(self) -> None:
         """After the first push: which weights are in every sample, and in which order the others take turns."""

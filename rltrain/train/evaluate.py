@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rltrain.learner.accelerate_learner import AccelerateLearner
@@ -11,6 +11,7 @@ from rltrain.protocols import RolloutEngine
 from rltrain.report.statistics import Estimate, PassAtK, average, average_at_k, pass_at_k
 from rltrain.rollout.producer import Grader, correctness, score_groups
 from rltrain.seeds import stable_hash
+from rltrain.sync.in_process import Sync
 from rltrain.types import Prompt, Sampling, ScoredGroup
 
 
@@ -47,22 +48,25 @@ class Evaluator:
     gather: Callable[[list[Any]], list[Any]] = list
 
     def evaluate(self, engine: RolloutEngine, version: int) -> Evaluation:
-        """Every rank samples its share; all ranks return the same result."""
-        mine = list(self.prompts)[self.rank :: self.ranks]
-        groups = self.gather(score_groups(engine.generate(mine, self.sampling, version), self.grader))
+        """Every rank samples its share; all ranks return the same result.
+
+        What the engine caches of these prompts is theirs alone: from it the next step would get log-probs that differ in rounding
+        from those of a run resumed here.
+        """
+        mine, sampling = list(self.prompts)[self.rank :: self.ranks], replace(self.sampling, cache="held out")
+        groups = self.gather(score_groups(engine.generate(mine, sampling, version), self.grader))
         return summarise(sorted(groups, key=lambda group: group.prompt.id), self.sampling.n, self.k)
 
 
-def evaluate_policy(evaluator: Evaluator | None, engine: RolloutEngine, learner: AccelerateLearner) -> Evaluation | None:
-    """Held-out pass@k with the learner's weights as they are; None if the recipe has no held-out prompts.
+def evaluate_policy(evaluator: Evaluator | None, engine: RolloutEngine, sync: Sync, learner: AccelerateLearner) -> Evaluation | None:
+    """Held-out pass@k with the learner's weights as they are, every one of them compared; None if the recipe has no held-out prompts.
 
-    The engine is loaded anew: from the cache of these prompts the next step would get log-probs that differ in rounding from
-    those of a run resumed here.
+    Raises WeightMismatchError when the engine does not hold the learner's weights once it has sampled.
     """
     if evaluator is None:
         return None
     result = evaluator.evaluate(engine, learner.version)
-    engine.load(learner.weights(), learner.version)
+    sync.verify_all(learner.weights())
     return result
 
 

@@ -21,7 +21,7 @@ from rltrain.loss.terms_distill import reference_powers
 from rltrain.protocols import RolloutEngine
 from rltrain.registry import BoundMethod
 from rltrain.report.law import Law
-from rltrain.report.metrics import arm_metrics, completion_metrics, own_step_metrics, why_zero
+from rltrain.report.metrics import arm_metrics, completion_metrics, mismatch_metrics, own_step_metrics, why_zero
 from rltrain.rollout.collate import collate
 from rltrain.rollout.producer import Produced, Producer
 from rltrain.rollout.steps import Lines
@@ -76,6 +76,7 @@ def take(run: Run, step: int) -> None:
         rows, sampled = collate(produced.groups, run.lines)
         sampled = sampled.noted(**produced.notes)
         noted, judged = process_rewards(run, rows, annotated(run, rows, sampled))
+        judged = judged | mismatch_before_updates(run, rows, sampled)
         rows, sampled, batch = trained(rows, sampled, weigh(run, noted))
     lr = learner.lr
     with clock("update"):
@@ -104,6 +105,20 @@ def annotated(run: Run, rows: TokenRows, batch: TrainBatch) -> TrainBatch:
     fields = {"logp": "old_logp", "entropy": "old_entropy", "ref_logp": "ref_logp", "teacher_logp": "teacher_logp"}
     batch = batch.replace(**{field: notes[name] for name, field in fields.items() if name in notes})
     return uncorrected(batch.with_extra(**{name: value for name, value in notes.items() if name not in fields}))
+
+
+def mismatch_before_updates(run: Run, rows: TokenRows, batch: TrainBatch) -> dict[str, float]:
+    """Engine/learner mismatch of a step of several updates for which no pass takes the log-probs of all rows: only the first update's
+    gradient pass has those of the policy that sampled. One more pass, over as many rows as that update takes."""
+    updates = run.recipe.learner.updates
+    if updates == 1 or "logp" in run.annotate or batch.rollout_logp is None:
+        return {}
+    own = torch.nonzero(batch.arm == ARM_POLICY).flatten()
+    few = own[: max(1, len(own) // updates)]
+    logp = run.learner.annotate(rows.rows(few), frozenset({"logp"}))["logp"]
+    part = batch.rows(few, logp.shape[1])
+    assert part.rollout_logp is not None
+    return mismatch_metrics(logp, part.rollout_logp, part.mask)
 
 
 def process_rewards(run: Run, rows: TokenRows, batch: TrainBatch) -> tuple[TrainBatch, dict[str, float]]:
@@ -153,7 +168,7 @@ def report(
     others: dict[str, float],
 ) -> dict[str, float]:
     """One step's numbers to every sink, one line to the terminal. sampled: the batch before any control touched it. others: what
-    the sync and the process reward model say of themselves."""
+    the sync, the process reward model and a pass ahead of the updates say."""
     logp = update.logp if batch.old_logp is None or run.recipe.rollout.trust_logp else batch.old_logp
     entropy = entropy_of(batch, update)
     completions, arms = completion_metrics(produced.groups), arm_metrics(produced.groups)
@@ -208,7 +223,7 @@ def observe(run: Run, metrics: Mapping[str, float]) -> None:
 
 def evaluate(run: Run) -> Evaluation | None:
     """Held-out pass@k with the weights as they are, one more point of the law; None if the recipe has no held-out prompts."""
-    result = evaluate_policy(run.evaluator, run.engine, run.learner)
+    result = evaluate_policy(run.evaluator, run.engine, run.sync, run.learner)
     if result is not None:
         run.law.evaluation(result.metrics())
     return result

@@ -52,7 +52,7 @@ def train_pairs(run: PairRun) -> Path:
     Raises NonFiniteError when the numbers are lost, Stopped as ``walk`` does.
     """
     run.sync.push(run.learner.weights(), run.learner.version, expect_change=False)
-    evaluate = partial(evaluate_policy, run.evaluator, run.engine, run.learner)
+    evaluate = partial(evaluate_policy, run.evaluator, run.engine, run.sync, run.learner)
     return walk(run, run.recipe.train.steps, evaluate, partial(take, run))
 
 
@@ -113,10 +113,11 @@ def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def numbers(sampled: TrainBatch, own: dict[str, Tensor], judged: JudgedPairs, everything: TokenRows) -> dict[str, float]:
-    """What the step's samples and pairs say of themselves. There are no advantages and no controls."""
+    """What the step's samples and pairs say of themselves. There are no advantages and no controls: the masked share, which stands
+    beside the mismatch in every run, is 0."""
     found = step_metrics(sampled, own["logp"], own["entropy"])
     lengths = torch.tensor([len(one) for one in everything.completions])
-    return {name: value for name, value in found.items() if not name.startswith(("advantage/", "control/"))} | judged.metrics(lengths)
+    return {name: value for name, value in found.items() if not name.startswith("advantage/")} | judged.metrics(lengths)
 
 
 def report(run: PairRun, step: int, produced: Produced, metrics: dict[str, float], update: PairUpdates, seconds: dict[str, float]) -> None:

@@ -17,8 +17,8 @@ from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.checkpoint.run_state import RunState
 from rltrain.errors import UserError
 
-STOPPED = 128 + signal.SIGTERM  # exit code of a run that SIGTERM ended, as a shell reports it: 143
-_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO})
+STOPPED = 3  # exit code of a run that SIGTERM ended with a checkpoint; a shell's 143 is of a process that just died of the signal
+_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO})
 
 
 class Stopped(Exception):

@@ -1,8 +1,10 @@
 """The exported folder loads with the learner's logits, or is not there."""
 
+import errno
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -13,7 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
 
 from rltrain.checkpoint.export import ExportError, export_model, verify
+from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.errors import UserError
+from rltrain.train.saving import disk_errors
 
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
 
@@ -60,6 +64,41 @@ def test_the_exported_model_has_the_learners_logits_bit_for_bit(tmp_path, tokeni
     assert AutoTokenizer.from_pretrained(out)("1+2=").input_ids == tokenizer("1+2=").input_ids
     assert (out / "README.md").read_text() == "# card\n" and (out / "generation_config.json").is_file()
     assert [path.name for path in out.parent.iterdir()] == ["model"]
+
+
+def test_a_disk_that_is_full_at_the_tokenizer_is_one_line_and_leaves_nothing(tmp_path, tokenizer, monkeypatch):
+    # tokenizers, in Rust, has a bare Exception for it. A limit on file sizes stands for the full disk: "File too large (os error 27)".
+    write = tokenizer.save_pretrained
+    write(tmp_path / "whole")
+    largest, second = sorted((path.stat().st_size for path in (tmp_path / "whole").iterdir()), reverse=True)[:2]
+    assert largest == (tmp_path / "whole/tokenizer.json").stat().st_size  # the one that Rust writes
+
+    def limited(folder):
+        _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (second, hard))
+        try:
+            write(folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", limited)
+    with pytest.raises(OSError) as refused:
+        export_model(tmp_path / "checkpoints/step-1", tiny(tied=True), tokenizer, "card")
+    assert refused.value.errno == errno.EFBIG
+    with pytest.raises(UserError, match=r"cannot be written: .*File too large.*no checkpoint yet"), disk_errors(RunFolder(tmp_path)):
+        export_model(tmp_path / "checkpoints/step-1", tiny(tied=True), tokenizer, "card")
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(("said", "number"), [("No space left on device (os error 28)", errno.ENOSPC), ("a bug of ours", None)])
+def test_only_what_names_an_error_of_the_system_becomes_one(said, number, tmp_path, tokenizer, monkeypatch):
+    def refuses(folder):
+        raise Exception(said)
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", refuses)
+    with pytest.raises(Exception, match=r"No space left|a bug of ours") as refused:
+        export_model(tmp_path / "model", tiny(tied=True), tokenizer, "card")
+    assert getattr(refused.value, "errno", None) == number
 
 
 def test_the_weights_given_are_the_weights_written(tmp_path, tokenizer):

@@ -20,7 +20,7 @@ LAYERS = (
     (
         *("rltrain.build", "rltrain.build_environment", "rltrain.build_materials", "rltrain.build_rollout", "rltrain.build_state"),
         *("rltrain.build_offline", "rltrain.build_samples", "rltrain.build_pairs", "rltrain.build_score"),
-        *("rltrain.commands", "rltrain.commands_score", "rltrain.cli", "rltrain.__main__"),
+        *("rltrain.commands", "rltrain.commands_doctor", "rltrain.commands_score", "rltrain.cli", "rltrain.__main__"),
     ),
 )
 

@@ -6,10 +6,8 @@ batch has every field filled, and ``extra`` holds what else the control says it 
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.testing import assert_close
 
+from every_name import named, variants
 from rltrain.control import TOKEN_CONTROLS
 from rltrain.control.entropy import ABOVE_TARGET
 from rltrain.control.stage import apply
@@ -38,25 +37,7 @@ ENOUGH = {
 }
 
 
-def literals(annotation: str) -> list[Any]:
-    """The choices of "Literal[...]", none for any other annotation."""
-    return list(ast.literal_eval(f"[{annotation[8:-1]}]")) if annotation.startswith("Literal[") else []
-
-
-def variants() -> list[BoundMethod]:
-    found: list[BoundMethod] = []
-    for name, spec in TOKEN_CONTROLS.specs.items():
-        choices = {key: [one for one in literals(item.annotation) if one != item.default] for key, item in spec.hyperparameters.items()}
-        changes = [{}, *({key: value} for key, values in choices.items() for value in values)]
-        found += [TOKEN_CONTROLS.bind(name, ENOUGH.get(name, {}) | change) for change in changes]
-    return found
-
-
-def named(control: BoundMethod) -> str:
-    return "-".join([control.name, *(f"{key}={value}" for key, value in control.hp.items())])
-
-
-EVERY = pytest.mark.parametrize("control", variants(), ids=named)
+EVERY = pytest.mark.parametrize("control", variants(TOKEN_CONTROLS, ENOUGH), ids=named)
 
 
 def batch_for(control: BoundMethod) -> TrainBatch:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from resuming import SEVENS, at_call, differing, killed_in, lines
+from rltrain import commands
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.checkpoint.run_state import read_verified
 from rltrain.commands import train_command
@@ -25,6 +26,7 @@ from rltrain.config.check import check
 from rltrain.config.load import load_recipe
 from rltrain.errors import UserError
 from rltrain.train import online
+from rltrain.train.saving import STOPPED
 
 ROOT = Path(__file__).parents[2]
 # Everything a resumed run could forget: momentum, a schedule in its middle, a prompt order that has begun its second epoch after
@@ -113,15 +115,48 @@ def test_a_resumed_run_is_the_uninterrupted_run_with_real_vllm(start: Any, tmp_p
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
 
 
-def test_sigterm_saves_and_exits_with_143(start: Any, tmp_path: Path) -> None:
+def test_sigterm_saves_and_exits_with_3(start: Any, tmp_path: Path) -> None:
     with at_call(2, online, "weigh", lambda: os.kill(os.getpid(), signal.SIGTERM)):
-        assert start(tmp_path / "stopped") == 143
+        assert start(tmp_path / "stopped") == STOPPED == 3  # neither 143, which is a process that just died, nor 75 of a deadline
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # what it was
     assert lines(tmp_path / "stopped")[-1]["step"] == 2  # the step in hand was finished
     assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["step-2"]
     assert start(tmp_path / "stopped") == 0
     assert start(tmp_path / "whole") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("metrics.jsonl: line 3 is no JSON")])
+def test_a_report_that_cannot_be_written_changes_no_exit_code(
+    error: Exception, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(commands, "write_report", refuses)
+    with at_call(1, online, "weigh", lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert start(tmp_path / "stopped", "data.eval=null", "loss.terms=[]") == STOPPED
+    assert read_verified(tmp_path / "stopped/checkpoints/step-1").step == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "report.html is not written" in printed and "stopped by SIGTERM after step 1" in printed
+
+
+def test_a_run_goes_on_with_another_deadline_and_other_workers_in_the_same_numbers(
+    start: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(tmp_path / "whole") == 0
+    killed_in(5, online, "weigh", lambda: start(tmp_path / "resumed"))
+    other = ("train.deadline_seconds=3600", "reward.workers=2", "checkpoint.every=2", "rollout.mismatch_warn=0.5", "report.project=other")
+    assert start(tmp_path / "resumed", *other) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "none of its numbers depends" in printed and "train.deadline_seconds: 1800.0 -> 3600.0, " in printed
+    assert "reward.workers: 1 -> 2" in printed
+    assert lines(tmp_path / "whole") == lines(tmp_path / "resumed")
+    saved = "checkpoints/step-6"
+    assert not differing(*(tmp_path / run for run in ("whole", "resumed")), "model/model.safetensors", f"{saved}/model.safetensors")
+    assert not differing(*(tmp_path / run for run in ("whole", "resumed")), f"{saved}/training/optimizer.safetensors")
+    assert start(tmp_path / "resumed", "train.deadline_seconds=60") == 0  # nothing is done again for it
+    assert "already finished" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -290,8 +325,9 @@ def test_two_ranks_go_on_as_if_never_stopped(random_model: str, tmp_path: Path) 
     while process.poll() is None and not (metrics.exists() and len(metrics.read_bytes().splitlines()) >= 2):
         time.sleep(0.01)  # until step 1 is reported
     process.send_signal(signal.SIGTERM)  # the launcher passes it on to both ranks
-    process.communicate(timeout=300)
-    assert process.returncode != 0 and not (tmp_path / "stopped/model").exists()
+    printed, _ = process.communicate(timeout=300)
+    assert "stopped by SIGTERM after step" in " ".join(printed.split())
+    assert process.returncode == 1 and not (tmp_path / "stopped/model").exists()  # the launcher's own code, whatever its ranks say
     assert RunFolder(tmp_path / "stopped").present_checkpoints()
     assert "continuing from" in finish(launch(tmp_path / "stopped"))
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rltrain.learner.forward import PACKABLE_MODELS, PolicyForward, head_scales, resolve_layout
-from rltrain.learner.packing import build
+from rltrain.learner.packing import MicroBatch, build
+from rltrain.learner.shared_prompt import build_shared
 from rltrain.types import TokenRows
 
 TINY = {
@@ -73,14 +74,26 @@ def rows_of_shared_prompts() -> TokenRows:
     return TokenRows(tuple(prompts[row % 3] for row in range(9)), completions)
 
 
+def shared(rows: TokenRows) -> MicroBatch:
+    """``rows_of_shared_prompts`` in four lines, rows in their own order."""
+    return build_shared(rows, [[0, 3], [1, 4, 7], [8, 2, 5], [6]], order=range(9))
+
+
 def disagreeing(
-    model: PreTrainedModel, *, rows: TokenRows | None = None, temperature: float = 0.7, atol: float = 1e-7, **layout: str | bool
+    model: PreTrainedModel,
+    *,
+    rows: TokenRows | None = None,
+    micro: MicroBatch | None = None,
+    temperature: float = 0.7,
+    atol: float = 1e-7,
+    **layout: str,
 ) -> list[str]:
     """Names of the statistics and gradients that are not those of the model's own logits."""
     rows = rows or some_rows()
     expected = oracle(model, rows, temperature)
     wanted = gradients(model, weighted(expected))
-    found = PolicyForward(model)(build(rows, range(len(rows)), **layout), temperature=temperature, wants=WANTS, chunk=4)  # type: ignore[arg-type]
+    micro = micro or build(rows, range(len(rows)), **layout)  # type: ignore[arg-type]
+    found = PolicyForward(model)(micro, temperature=temperature, wants=WANTS, chunk=4)
     ours = gradients(model, weighted(found))  # Cohere normalises in float32
     assert found.keys() == expected.keys() and ours.keys() == wanted.keys()
     wrong = [name for name in wanted if not torch.allclose(ours[name], wanted[name], rtol=1e-6, atol=atol)]
@@ -131,8 +144,7 @@ def test_shared_prompts_give_each_row_what_it_has_alone(kind: str) -> None:
     experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     model = tiny(kind, torch.float32, **(experts if kind in ("mixtral", "qwen3_moe") else {})).eval()
     policy, rows = PolicyForward(model), rows_of_shared_prompts()
-    micro = build(rows, range(9), layout="padded", share=True)
-    assert micro.prompts is not None
+    micro = shared(rows)
     if policy.shares_prompts:
         with torch.no_grad():
             found = policy(micro, temperature=0.7, wants=frozenset({"logp"}), chunk=64)
@@ -146,7 +158,8 @@ def test_shared_prompts_give_each_row_what_it_has_alone(kind: str) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_shared_prompts_give_every_gradient(tied: bool) -> None:
     # RMSNorm works in float32: a last digit of float64 that attention sums otherwise can flip one of float32.
-    assert not disagreeing(tiny(tie_word_embeddings=tied), rows=rows_of_shared_prompts(), atol=2e-6, layout="padded", share=True)
+    rows = rows_of_shared_prompts()
+    assert not disagreeing(tiny(tie_word_embeddings=tied), rows=rows, micro=shared(rows), atol=2e-6)
 
 
 def test_packing_is_refused_where_it_would_mix_sequences() -> None:

@@ -45,27 +45,6 @@ def test_left_padded_rows_by_hand() -> None:
     assert micro.index.tolist() == [1, 2, 3, 7]
 
 
-def test_rows_of_one_prompt_share_it_by_hand() -> None:
-    prompts = ((10, 11, 12, 13), (20, 21), (10, 11, 12, 13), (10, 11, 12, 13))
-    micro = build(TokenRows(prompts, ((1, 2, 3), (4,), (5, 6), ())), [0, 1, 2, 3], layout="padded", share=True)
-    assert micro.prompts is not None
-    assert micro.prompts.input_ids.tolist() == [[10, 11, 12, 13], [20, 21, 0, 0]] and micro.prompts.source.tolist() == [0, 1, 0, 0]
-    # Completions without their last token, from the position after their prompt: 2 prompts x 4 + 4 rows x 2 = 16 of 4 x 6 = 24 reads.
-    assert micro.input_ids.tolist() == [[1, 2], [0, 0], [5, 0], [0, 0]] and micro.position_ids.tolist() == [[4, 5], [2, 3], [4, 5], [4, 5]]
-    # First tokens are predicted by the prompts' last states (3; 4 + 1), the others by the completions', numbered from 2 x 4 = 8 on.
-    assert micro.targets.tolist() == [1, 2, 3, 4, 5, 6] and micro.index.tolist() == [3, 8, 9, 5, 3, 12]
-    assert micro.prompts.mask[1, 0].int().tolist() == [[1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 1]]
-
-
-def test_prompts_are_not_shared_where_that_saves_little() -> None:
-    assert build(ROWS, [0, 1, 2], layout="padded", share=True).prompts is None  # three prompts, three rows
-    long = TokenRows(((1, 2),) * 4, ((3,) * 30,) * 4)  # 2 + 4 x 29 = 118 of 4 x 31 = 124 reads
-    assert build(long, [0, 1, 2, 3], layout="padded", share=True).prompts is None
-    alike = TokenRows(((1, 2, 3, 4),) * 4, ((5, 6),) * 4)
-    assert build(alike, [0, 1, 2, 3], layout="padded", share=True).prompts is not None
-    assert build(alike, [0, 1, 2, 3], layout="packed", share=True).prompts is None
-
-
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_no_rows_still_read_one_token(layout: Layout) -> None:
     micro = build(ROWS, [], layout=layout)

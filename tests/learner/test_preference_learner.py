@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rltrain.config.schema import Model, OfflineLearner, Optimizer
+from rltrain.config.schema import LearnerCore, Model, Optimizer
 from rltrain.learner.preference_learner import PreferenceLearner, lengths_of, pair_rows
 from rltrain.learner.shared_prompt import build_shared
 from rltrain.loss.preference import PREFERENCE_LOSSES
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Seems like")  # gradients_of ste
 
 def learner_of(path: str, *, lr: float = 1e-2, **settings: Any) -> PreferenceLearner:
     optimizer = Optimizer(lr=lr, max_grad_norm=1e9)
-    return PreferenceLearner(Model(path=path), OfflineLearner(optimizer=optimizer, **settings), max_tokens=8, total_updates=10, seed=0)
+    return PreferenceLearner(Model(path=path), LearnerCore(optimizer=optimizer, **settings), max_tokens=8, total_updates=10, seed=0)
 
 
 def draw(lengths: Tensor, g: torch.Generator) -> tuple[tuple[int, ...], ...]:
@@ -174,7 +174,7 @@ def test_a_shared_prompt_is_read_once_and_the_sides_do_not_see_each_other(random
     stats = learner.update_examples(rows, batch, objective("dpo"))
     apart = sum(map(len, rows.prompts)) + sum(map(len, rows.completions))
     assert stats.shared and stats.tokens == apart - sum(map(len, rows.prompts[:N]))
-    micro = build_shared(rows, [3], [N + 3])
+    micro = build_shared(rows, [[3, N + 3]])
     p, c, r = len(rows.prompts[3]), len(rows.completions[3]), len(rows.completions[N + 3])
     assert micro.input_ids.shape == (1, p + c - 1 + r - 1)  # the last token of each completion predicts nothing
     assert micro.position_ids[0].tolist() == [*range(p + c - 1), *range(p, p + r - 1)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rltrain.config.schema import Model, OfflineLearner, Optimizer
+from rltrain.config.schema import LearnerCore, Model, Optimizer
 from rltrain.learner.preference_learner import PreferenceLearner
 from rltrain.learner.reference import FrozenLogProbs, fingerprint, weights_digest
 from rltrain.types import TokenRows
@@ -29,7 +29,7 @@ class Counting(PreferenceLearner):
 
 @pytest.fixture
 def learner(random_model: str) -> Counting:
-    settings = OfflineLearner(optimizer=Optimizer(lr=0.1))
+    settings = LearnerCore(optimizer=Optimizer(lr=0.1))
     made = Counting(Model(path=random_model), settings, max_tokens=8, total_updates=1, seed=0)
     made.asked = []
     return made

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-from rltrain.config.schema import Model, OfflineLearner, Optimizer
+from rltrain.config.schema import LearnerCore, Model, Optimizer
 from rltrain.errors import UserError
 from rltrain.learner.preference_learner import lengths_of, pair_rows
 from rltrain.learner.reward_learner import RewardLearner, load_reward_model
@@ -24,7 +24,7 @@ ROWS = pair_rows(PROMPTS, CHOSEN, REJECTED)
 
 
 def learner_of(path: str, **settings: Any) -> RewardLearner:
-    core = OfflineLearner(optimizer=Optimizer(lr=1e-2, max_grad_norm=1e9), **settings)
+    core = LearnerCore(optimizer=Optimizer(lr=1e-2, max_grad_norm=1e9), **settings)
     return RewardLearner(Model(path=path), core, max_tokens=8, total_updates=10, seed=0)
 
 

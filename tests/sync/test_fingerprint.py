@@ -39,6 +39,18 @@ def test_any_change_moves_the_number(change: str) -> None:
     assert not math.isclose(weight_fingerprint("w", other), weight_fingerprint("w", WEIGHT), rel_tol=1e-7)
 
 
+@pytest.mark.parametrize("rows, columns", [(128, 128), (40, 30), (1000, 2000)])
+def test_the_last_bit_of_one_entry_is_seen_and_the_order_of_the_sums_is_not(rows: int, columns: int) -> None:
+    # 2^-24 / (8 sqrt(entries)), at least 5e-12, against rounding errors of float64 sums
+    weight = 0.02 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
+    number = weight_fingerprint("w", weight)
+    other = weight.clone()
+    other[rows // 2, columns // 3] = torch.nextafter(other[rows // 2, columns // 3], torch.tensor(1.0))
+    assert not math.isclose(weight_fingerprint("w", other), number, rel_tol=1e-12)
+    backwards = weight.double().flip(1) @ fingerprint_input("w", columns, torch.device("cpu")).flip(0)
+    assert math.isclose(product_fingerprint("w", backwards), number, rel_tol=1e-14)
+
+
 def test_the_same_tensor_under_two_names_has_two_numbers() -> None:
     assert weight_fingerprint("w", WEIGHT) != weight_fingerprint("v", WEIGHT)
 

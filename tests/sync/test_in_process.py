@@ -120,6 +120,34 @@ def test_weights_may_stand_still_at_learning_rate_0_and_when_no_update_was_taken
     assert sync.push(learner.state_dict().items(), 2, expect_change=True)["sync/checked"] > 0
 
 
+def test_every_weight_can_be_compared_after_sampling_and_it_counts_as_no_push(model: tuple[str, Any]) -> None:
+    folder, learner = model
+    engine, weights = engine_of(folder), learner.named_parameters
+    sync = sync_of(engine, learner.all_tied_weights_keys, sample=1)
+    for version in range(2):
+        sync.push(weights(), version, expect_change=False)
+    turn, pushes = sync._of_sample(1), sync.pushes
+    sync.verify_all(weights())
+    assert (sync._of_sample(1), sync.pushes) == (turn, pushes)
+    name = next(name for name, _ in weights() if name not in turn)
+    engine._model.get_parameter(name).data[0] += 1e-6
+    sync.verify()  # it is not this one's turn
+    with pytest.raises(WeightMismatchError, match=f"after sampling with version 1: weight '{name}'"):
+        sync.verify_all(weights())
+
+
+def test_a_tied_head_is_among_every_weight(random_tied_model: str) -> None:
+    learner = AutoModelForCausalLM.from_pretrained(random_tied_model, dtype=torch.float32)
+    engine = engine_of(random_tied_model)
+    sync = sync_of(engine, learner.all_tied_weights_keys)
+    sync.push(learner.named_parameters(), 0, expect_change=False)
+    sync.verify_all(learner.named_parameters())
+    report = engine.fingerprint
+    engine.fingerprint = lambda names=None: {**report(names), HEAD: 1.0}
+    with pytest.raises(WeightMismatchError, match=HEAD):
+        sync.verify_all(learner.named_parameters())
+
+
 def test_weights_are_taken_from_the_learner_once(model: tuple[str, Any]) -> None:
     folder, learner = model
     sync, passed = sync_of(engine_of(folder), learner.all_tied_weights_keys), []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import time
 from reward.score import Score
 
 def slow(inputs):
-    time.sleep(600 if len(inputs.completions) > 1 else 0)  # the sample before training has one completion
+    time.sleep(600 if len(inputs.completions) > {most} else 0)  # the sample before training has one completion
     return [Score(0.0)] * len(inputs.completions)
 """
 REWARD = """
@@ -32,17 +33,28 @@ def odd(inputs):
 pytestmark = pytest.mark.slow
 
 
-def started(fault: str, model: str, folder: Path, *overrides: str, reward: str = "odd", rank: int = 0, ranks: int = 1, port: int = 0):
-    (folder / f"{reward}.py").write_text(SLOW_REWARD if reward == "slow" else REWARD)
+def started(
+    fault: str,
+    model: str,
+    folder: Path,
+    *overrides: str,
+    command: str = "train",
+    reward: str = "odd",
+    most: int = 1,
+    rank: int = 0,
+    ranks: int = 1,
+    port: int = 0,
+) -> subprocess.Popen[str]:
+    (folder / f"{reward}.py").write_text(SLOW_REWARD.format(most=most) if reward == "slow" else REWARD)
     settings = [f"model.path={model}", f"reward.functions=['{folder / reward}.py:{reward}']", *SETTINGS, *overrides]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
     if ranks > 1:
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     script = Path(__file__).with_name("one_rank.py")
-    command = [sys.executable, str(script), fault, str(folder / "run"), *settings]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    words = [sys.executable, str(script), command, fault, str(folder / "run"), *settings]
+    return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def free_port() -> int:
@@ -67,6 +79,43 @@ def test_a_reward_pool_that_is_exhausted(random_model: str, tmp_path: Path) -> N
     line = next(line for line in errors.splitlines() if line.startswith("deadline: rank 0:"))
     assert "slow" in line and "4" in line  # the reward's name and how many tasks are open
     assert "in _grade" in errors
+
+
+def test_a_reward_that_never_answers_the_first_sample_ends_the_same_way_and_not_as_the_users_mistake(
+    random_model: str, tmp_path: Path
+) -> None:
+    process = started("none", random_model, tmp_path, "train.deadline_seconds=3", "reward.seconds=500", reward="slow", most=0)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == EXPIRED, errors[-3000:]
+    assert "rewards were not ready after 3 s" in errors and "slow on prompt" in errors and "in _grade" in errors
+
+
+def test_an_evaluation_waits_no_longer_than_training(random_model: str, tmp_path: Path) -> None:
+    held_out = ("train.deadline_seconds=3", "data.eval=arithmetic", "eval.prompts=4", "eval.n=2", "eval.k=[1]")
+    process = started("mute", random_model, tmp_path, *held_out, command="eval")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == EXPIRED, errors[-3000:]
+    assert "for the transformers engine: to generate 4 x 2 completions of at most 8 tokens" in errors
+    assert "stops_answering" in errors
+
+
+def test_a_doctor_that_waits_too_long_leaves_nothing_behind(random_model: str, tmp_path: Path) -> None:
+    process = started("mute", random_model, tmp_path, "train.deadline_seconds=3", command="doctor")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == EXPIRED and "to generate 4 x 2 completions" in errors, errors[-3000:]
+    assert not list(tmp_path.glob("rltrain-doctor-*"))
+
+
+def test_a_doctor_that_is_sent_away_leaves_nothing_behind(random_model: str, tmp_path: Path) -> None:
+    process = started("mute", random_model, tmp_path, command="doctor")
+    begun = time.monotonic()
+    while not list(tmp_path.glob("rltrain-doctor-*/run/recipe.resolved.yaml")) and time.monotonic() - begun < 120:
+        time.sleep(0.05)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM, errors[-3000:]
+    assert not list(tmp_path.glob("rltrain-doctor-*"))
 
 
 @pytest.mark.parametrize("fault", ["killed", "frozen"])

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from resuming import SEVENS, lines
 from rltrain.build_rollout import build_guard
+from rltrain.commands import train_command
 from rltrain.config.check import check
 from rltrain.config.load import load_recipe
+from rltrain.rollout import transformers_engine
 from rltrain.train.mismatch import MismatchError, MismatchGuard
 
 GRPO = Path(__file__).parents[2] / "recipes" / "policy" / "grpo.yaml"
@@ -43,8 +47,7 @@ def test_a_mismatch_that_is_not_a_number_is_above_every_threshold() -> None:
         (torch.float32, [], (1e-4, 1e-3, 3)),
         (torch.bfloat16, [], (0.05, 0.2, 3)),
         (torch.bfloat16, ["rollout.mismatch_stop=0.5", "rollout.mismatch_patience=1"], (0.05, 0.5, 1)),
-        (torch.float32, ["rollout.trust_logp=true"], (1e-4, 1e-3, 3)),  # one update: its own pass is of the policy that sampled
-        (torch.float32, ["rollout.trust_logp=true", "learner.updates=2"], (math.inf, math.inf, 3)),
+        (torch.float32, ["rollout.trust_logp=true", "learner.updates=2"], (1e-4, 1e-3, 3)),
     ],
 )
 def test_thresholds_follow_the_recipe_and_the_engines_precision(
@@ -53,4 +56,31 @@ def test_thresholds_follow_the_recipe_and_the_engines_precision(
     recipe = load_recipe(GRPO, profile="tiny_cpu", overrides=overrides)
     guard = build_guard(recipe, SimpleNamespace(dtype=dtype))  # type: ignore[arg-type]
     assert (guard.warn, guard.stop, guard.patience) == expected
-    assert any("judge nothing" in warning for warning in check(recipe).warnings) == math.isinf(guard.stop)
+
+
+def run_of(model: str, folder: Path, *overrides: str) -> list[float]:
+    """The mismatch of each step of a run whose updates move the policy far: 4 of them a step, and log-probs of the engine alone."""
+    settings = ("train.steps=2", "rollout.prompts=8", "rollout.n=4", "learner.updates=4", "learner.optimizer.lr=0.02", "data.eval=null")
+    given = [f"model.path={model}", f"reward.functions=['{SEVENS}']", "loss.terms=[]", "reward.workers=1", *settings, *overrides]
+    assert train_command(check(load_recipe(GRPO, profile="tiny_cpu", overrides=given)).recipe, folder, []) == 0
+    return [line["rollout/mismatch_abs"] for line in lines(folder)]
+
+
+@pytest.mark.parametrize("override", ["rollout.trust_logp=true", "loss.policy=reinforce"])
+def test_what_a_steps_own_updates_change_is_no_mismatch(override: str, random_model: str, tmp_path: Path) -> None:
+    assert max(run_of(random_model, tmp_path / "run", override)) < 1e-5  # rows of later updates are 2 nats away
+
+
+def test_an_engine_that_differs_is_stopped_although_its_log_probs_are_trusted(
+    random_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = transformers_engine.sample_tokens_
+
+    def raw(logits: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        untouched = torch.log_softmax(logits.float(), dim=-1)  # before the temperature
+        tokens, _ = ours(logits, *others)
+        return tokens, untouched.gather(1, tokens[:, None])[:, 0]
+
+    monkeypatch.setattr(transformers_engine, "sample_tokens_", raw)
+    with pytest.raises(MismatchError, match="step 1: "):
+        run_of(random_model, tmp_path / "run", "rollout.trust_logp=true", "rollout.temperature=1.5", "rollout.mismatch_patience=1")

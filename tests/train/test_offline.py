@@ -17,12 +17,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from resuming import at_call, differing, killed_in, lines
-from rltrain.commands import doctor_command, eval_command, train_command
+from rltrain.commands import eval_command, train_command
+from rltrain.commands_doctor import doctor_command
 from rltrain.config.check import check
 from rltrain.config.load import load_recipe
 from rltrain.config.schema import OfflineRecipe
 from rltrain.errors import RecipeError, UserError
 from rltrain.train import offline
+from rltrain.train.saving import STOPPED
 
 ROOT = Path(__file__).parents[2]
 # What a resumed run could forget: momentum, a schedule in its middle, an order that begins its second epoch after step 3 (26 examples,
@@ -77,9 +79,9 @@ def test_a_resumed_run_is_the_uninterrupted_run(name: str, start: Any, tmp_path:
     assert lines(tmp_path / "whole")[0]["eval/loss"] == pytest.approx({"dpo": math.log(2), "kto": 0.5}[name], abs=1e-6)
 
 
-def test_sigterm_saves_and_exits_with_143(start: Any, tmp_path: Path) -> None:
+def test_sigterm_saves_and_exits_with_3(start: Any, tmp_path: Path) -> None:
     with at_call(2, offline, "report", lambda: os.kill(os.getpid(), signal.SIGTERM)):
-        assert start(tmp_path / "run", "dpo") == 143
+        assert start(tmp_path / "run", "dpo") == STOPPED == 3
     assert (tmp_path / "run/checkpoints/step-2").is_dir() and not (tmp_path / "run/model").exists()
     assert start(tmp_path / "run", "dpo") == 0
     assert start(tmp_path / "whole", "dpo") == 0

@@ -89,6 +89,7 @@ def test_online_dpo_raises_the_reward_it_judges_by(start: Any, tmp_path: Path) -
     steps = [line for line in lines(tmp_path / "run") if "pairs/count" in line]
     assert steps[-1]["reward/mean"] > steps[0]["reward/mean"] + 0.1
     assert all(line["rollout/mismatch_abs"] < 1e-4 for line in steps)  # the engine held the learner's weights
+    assert {line["control/masked"] for line in steps} == {0.0}  # beside the mismatch, as in every run; pairs have no controls
     assert steps[0]["loss/preference"] == pytest.approx(math.log(2), rel=0.2)  # near its own reference on the first two updates
     assert steps[0]["pairs/compared"] == 16 * 6 and steps[0]["pairs/count"] <= 16  # 4 x 3 / 2 comparisons of a prompt, one pair
     assert [line["learner/version"] for line in steps[:3]] == [2, 4, 6]

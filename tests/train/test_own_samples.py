@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rltrain.build_samples import build_own_samples
-from rltrain.config.schema import JudgedData, OfflineEval, OfflineLearner, OfflineModel, OfflineRecipe, Optimizer
+from rltrain.config.schema import JudgedData, LearnerCore, OfflineEval, OfflineModel, OfflineRecipe, Optimizer
 from rltrain.data.chat import Endings
 from rltrain.data.preferences import Pair
 from rltrain.learner.preference_learner import PreferenceLearner
@@ -20,7 +20,7 @@ PAIRS = [Pair(str(at), (20 + at, 30), (40,), (41,)) for at in range(5)]
 
 @pytest.fixture(scope="module")
 def learner(random_model: str) -> PreferenceLearner:
-    settings = OfflineLearner(optimizer=Optimizer(lr=1e-2))
+    settings = LearnerCore(optimizer=Optimizer(lr=1e-2))
     return PreferenceLearner(OfflineModel(path=random_model), settings, max_tokens=TOKENS, total_updates=1, seed=0)
 
 

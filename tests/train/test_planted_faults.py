@@ -79,8 +79,9 @@ class Bench:
 def write_inputs(folder: Path) -> None:
     (folder / "odd.py").write_text(REWARD)
     # Longer than two blocks of vLLM's prefix cache on CPU (128 tokens), so that a kept cache is used.
-    rows = [{"prompt": f"{number}+" * 140 + "1=", "answer": "7"} for number in range(4)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, first in (("prompts", 0), ("held_out", 4)):
+        rows = [{"prompt": f"{number}+" * 140 + "1=", "answer": "7"} for number in range(first, first + 4)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module", params=["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
@@ -126,6 +127,20 @@ def test_a_weight_that_is_not_pushed(bench: Bench) -> None:
     bench.at_load(lambda key, weight: old[key] if key == name else weight)
     with pytest.raises(WeightMismatchError, match=f"after the push of version 2: weight '{name}'"):
         bench.train("sync.full_every=1")
+    assert reported_steps(bench) == [1]
+
+
+def test_a_weight_that_misses_one_step_of_a_learning_rate_of_1e_6(bench: Bench) -> None:
+    name, load, kept = "model.layers.1.mlp.gate_proj.weight", bench.engine.load, {}
+
+    def one_behind(weights: Any, version: int) -> None:
+        now = {key: weight.detach().clone() for key, weight in weights}
+        load((now | kept if version >= FAULTY else now).items(), version)
+        kept[name] = now[name]  # of the version before
+
+    bench.patch.setattr(bench.engine, "load", one_behind)
+    with pytest.raises(WeightMismatchError, match=f"after the push of version 2: weight '{name}'"):
+        bench.train("sync.full_every=1", "learner.optimizer.lr=1e-6", "learner.optimizer.schedule=constant")
     assert reported_steps(bench) == [1]
 
 
@@ -196,6 +211,47 @@ def test_an_engine_reloaded_from_disk_before_it_samples_is_seen_before_the_learn
         bench.train("sync.full_every=0")
     assert reported_steps(bench) == [1, 2]
     assert updates == [0, 1, 2]  # nothing was sampled after it, and no third update taken
+
+
+def evaluated(bench: Bench, loses: str | None = None) -> tuple[list[int], list[int]]:
+    """Held-out prompts are sampled after every step; ``loses``: a weight that is as on disk again once those of FAULTY are.
+
+    Returns the versions loaded and those evaluated.
+    """
+    generate, load, old = bench.engine.generate, bench.engine.load, bench.from_disk()
+    held, loaded, sampled = dict[str, torch.Tensor](), list[int](), list[int]()
+
+    def noted(weights: Any, version: int) -> None:
+        held.update({name: weight.detach().clone() for name, weight in weights})
+        loaded.append(version)
+        load(held.items(), version)
+
+    def losing(prompts: Any, sampling: Any, version: int) -> Any:
+        groups = generate(prompts, sampling, version)
+        if sampling.cache:
+            sampled.append(version)
+            if loses is not None and version == FAULTY:
+                load((held | {loses: old[loses]}).items(), version)
+        return groups
+
+    bench.patch.setattr(bench.engine, "load", noted)
+    bench.patch.setattr(bench.engine, "generate", losing)
+    held_out = (f"data.eval={bench.folder / 'held_out.jsonl'}", "eval.every=1", "eval.n=2", "eval.k=[1]", "eval.at_start=false")
+    bench.train("sync.full_every=0", "sync.sample=1", *held_out)
+    return loaded, sampled
+
+
+def test_an_evaluation_loads_nothing(bench: Bench) -> None:
+    assert evaluated(bench) == ([0, 1, 2, 3, 4], [1, 2, 3, 4])
+
+
+def test_an_engine_that_loses_a_weight_during_an_evaluation(bench: Bench) -> None:
+    # one weight is compared per step and it is not this one's turn: the next push would have brought it back unseen
+    name = "model.layers.0.mlp.gate_proj.weight"
+    with pytest.raises(WeightMismatchError, match=f"after sampling with version 2: weight '{name}'"):
+        evaluated(bench, loses=name)
+    assert reported_steps(bench) == [1, 2]
+    assert [line["step"] for line in bench.lines() if "eval/reward" in line] == [1]
 
 
 def test_log_probs_taken_before_the_temperature(bench: Bench) -> None:

@@ -1,0 +1,100 @@
+"""What every advantage owes, whatever it computes: numbers follow the tokens, not the width of the batch, its padding or where rows stand.
+
+Runs over everything registered, with every choice of every ``Literal`` hyperparameter; a new advantage is picked up by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.testing import assert_close
+
+from every_name import ARMS, named, promised, variants
+from rltrain.advantage import ADVANTAGES
+from rltrain.advantage.stage import assign
+from rltrain.registry import BoundMethod
+from rltrain.types import ARM_POLICY, TrainBatch
+
+ROWS, WIDTH = 12, 9
+ENOUGH: dict[str, dict[str, Any]] = {"reinforce_pp": {"kl_coef": 0.1}, "ares": {"targets": [1.0, 2.0, 3.0], "window": 2}}
+VARIANTS = variants(ADVANTAGES, ENOUGH)
+EVERY = pytest.mark.parametrize("advantage", VARIANTS, ids=named)
+# By its definition aapo's default pairs the rows of two arms in the order in which they stand.
+IN_ORDER = [one for one in VARIANTS if one.name == "aapo" and "reference" not in one.hp]
+
+
+def batch_for(advantage: BoundMethod) -> TrainBatch:
+    """Three groups of four, half of each of the arm that the advantage asks for; a token masked out inside a row, one row whole."""
+    generator = torch.Generator().manual_seed(11)
+    row = torch.arange(ROWS)
+    mask = torch.arange(WIDTH) < torch.randint(2, WIDTH + 1, (ROWS, 1), generator=generator)
+    mask[0, 1] = False
+    mask[7] = False
+
+    def draw(scale: float, start: float = 0.0) -> Tensor:
+        values = start + scale * torch.rand(ROWS, WIDTH, generator=generator, dtype=torch.float64)
+        return values.masked_fill(~mask, math.nan)
+
+    old = draw(-3.0)
+    arms = [ARMS[name] for name in promised(advantage.spec, "arm")]
+    rewards = torch.rand(ROWS, generator=generator, dtype=torch.float64)
+    return TrainBatch(
+        mask=mask,
+        advantages=draw(0.0),
+        weights=draw(0.2, 0.9),
+        rewards=rewards,
+        group=row // 4,
+        arm=torch.where(row % 4 > 1, arms[0] if arms else ARM_POLICY, ARM_POLICY),
+        version=row * 0,
+        sample=row % 4,
+        correct=(rewards > 0.5).double(),
+        answer=(row * 7) % 3 - 1,
+        step_id=(torch.arange(WIDTH) // 3).expand(ROWS, WIDTH).masked_fill(~mask, -1),
+        old_logp=old,
+        rollout_logp=old + draw(0.4, -0.2),
+        ref_logp=old + draw(0.6, -0.3),
+        old_entropy=draw(2.0),
+        process_reward=draw(0.4, -0.2),
+    )
+
+
+def assigned(batch: TrainBatch, advantage: BoundMethod) -> Tensor:
+    """(B, WIDTH), 0 outside of the mask."""
+    return torch.where(batch.mask, assign(batch, advantage).advantages, 0.0)[:, :WIDTH]
+
+
+@EVERY
+def test_it_says_something_and_is_finite_where_a_token_counts(advantage: BoundMethod) -> None:
+    found = assigned(batch_for(advantage), advantage)
+    assert found.isfinite().all() and (found.any() or "no_signal" in advantage.spec.traits)
+
+
+@EVERY
+def test_further_columns_of_padding_change_nothing(advantage: BoundMethod) -> None:
+    given = batch_for(advantage)
+    fill: dict[str, float] = {"mask": 0, "step_id": -1}
+    tokens = {name: value for name, value in vars(given).items() if isinstance(value, Tensor) and value.dim() == 2}
+    wider = given.replace(**{name: pad(value, (0, 4), value=fill.get(name, math.nan)) for name, value in tokens.items()})
+    assert wider.mask.shape == (ROWS, WIDTH + 4)
+    assert_close(assigned(wider, advantage), assigned(given, advantage), rtol=1e-9, atol=1e-12)
+
+
+@EVERY
+def test_what_stands_outside_of_the_mask_is_not_read(advantage: BoundMethod) -> None:
+    given = batch_for(advantage)
+    tokens = {name: value for name, value in vars(given).items() if isinstance(value, Tensor) and value.is_floating_point()}
+    filled = given.replace(**{name: value.nan_to_num(7.0) for name, value in tokens.items()})
+    assert_close(assigned(filled, advantage), assigned(given, advantage), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("advantage", [one for one in VARIANTS if one not in IN_ORDER], ids=named)
+def test_the_rows_may_stand_in_any_order(advantage: BoundMethod) -> None:
+    given = batch_for(advantage)
+    for seed in range(3):
+        order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(seed))
+        assert_close(assigned(given.rows(order), advantage), assigned(given, advantage)[order], rtol=1e-9, atol=1e-12)

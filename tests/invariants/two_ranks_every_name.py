@@ -1,0 +1,64 @@
+"""One rank of an update with every registered method, on the backend that ``accelerate launch`` was told of.
+
+    PYTHONPATH=.:tests accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 two_ranks_every_name.py FOLDER
+
+FOLDER/models.json names the policy and the other model. Written are FOLDER/gradients.safetensors (rank 0) and FOLDER/rank-RANK.json: what
+the learners were, how many rows this rank read, and for each case the metrics and a digest of the gradient.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from every_name import EXAMPLES, ROWS, PolicySpread, PreferenceSpread, every_policy_case, preference_cases
+from rltrain.learner.ranks import connect
+
+SETTINGS = {"tokens_per_micro_batch": 32}  # two or three micro-batches for each of two ranks
+
+
+def main() -> None:
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    connect(deadline_seconds=120.0)
+    models = json.loads((folder / "models.json").read_text())
+    policies = PolicySpread(*models, torch.arange(ROWS), **SETTINGS)
+    preferences = PreferenceSpread(*models, torch.arange(EXAMPLES), **SETTINGS)
+    kinds = [seen(learner) for learner in (policies.learner, *preferences.learners)]
+    gradients, found = dict[str, Tensor](), dict[str, dict[str, Any]]()
+    for name, case in every_policy_case().items():
+        gradients[name], metrics = policies.outcome(case)
+        found[name] = {"metrics": metrics, "digest": digest(gradients[name])}
+    for name in preference_cases():
+        key = f"preference {name}"
+        gradients[key], metrics = preferences.outcome(name)
+        found[key] = {"metrics": metrics, "digest": digest(gradients[key])}
+    if rank == 0:
+        save_file(gradients, folder / "gradients.safetensors")
+    (folder / f"rank-{rank}.json").write_text(json.dumps({"learners": kinds, "cases": found}))
+
+
+def seen(learner: Any) -> dict[str, Any]:
+    """What the learner is; ``rows`` grows with those that this rank reads."""
+    found = {"ranks": learner.ranks, "policy": [kind.__name__ for kind in type(learner.policy).__mro__], "rows": 0}
+
+    def count(_: Any, arguments: Any) -> None:
+        found["rows"] += len(arguments[0].rows)
+
+    learner.bare.register_forward_pre_hook(count)
+    return found
+
+
+def digest(gradient: Tensor) -> str:
+    return hashlib.sha256(gradient.numpy().tobytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    main()
