@@ -27,7 +27,7 @@ KEPT = ROOT / "recipes" / "measured.json"
 FOLDERS = ("policy", "preference", "process_reward")
 # measured in recipes/README.md, or in an environment of several turns, for which the tiny model must be made to know its commands
 ELSEWHERE = {f"policy/{name}" for name in ("gsm8k_calculator", "empg_calculator", "epo_calculator", "empg_textworld", "epo_textworld")}
-MEASURES = ("eval/pass@1", "eval/accuracy")
+MEASURES = ("eval/pass@1", "eval/accuracy", "eval/avg@8", "eval/loss")
 ENTROPY = "learner/entropy_mean"
 
 
