@@ -102,8 +102,8 @@ def _system_errors() -> Iterator[None]:
     "No space left on device (os error 28)"."""
     try:
         yield
-    except Exception as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
+    except Exception as error:  # the class itself is what tokenizers raises; any other goes on as it is
+        number = re.search(r"\(os error (\d+)\)", str(error)) if type(error) is Exception else None
         if number is not None:
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
         raise
