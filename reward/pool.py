@@ -24,6 +24,7 @@ __all__ = ["RewardCall", "RewardPool"]
 
 _POLL_SECONDS = 0.05  # a death that the socket does not show (a forked child holds it open) is seen this late
 _FAILED_STARTS = 3  # in a row
+_HANDFUL_SECONDS = 0.01  # of quick grading that a worker is given at once: a round trip costs more than comparing two numbers
 _ERRORS_KEPT = 32
 
 Results = list[list[list[Score]]]  # [call][group][row]
@@ -49,6 +50,8 @@ class RewardPool:
         self._errors: collections.deque[tuple[str, str]] = collections.deque(maxlen=_ERRORS_KEPT)
         self._lock = threading.Lock()
         self._one_by_one: set[int] = set()  # calls whose groups take longer than one completion may
+        self._pace: dict[int, float] = {}  # seconds that the latest task of each call took
+        self._waiting: collections.deque[Task] = collections.deque()  # tasks of this ``score`` that no worker has
         self._scopes: tuple[str, ...] = ()  # known once a worker is ready
         self._failed_starts = 0
         self._closed = False
@@ -108,25 +111,25 @@ class RewardPool:
         if self._closed:
             raise RuntimeError("this reward pool is closed")
         results: Results = [[[Score(0.0)] * len(inputs.completions) for inputs in groups] for _ in self._labels]
-        waiting = collections.deque(self._tasks(groups, split))
+        self._waiting = collections.deque(self._tasks(groups, split))
         slow: set[tuple[int, int]] = set()  # (call, group) that ran out of time together
         deadline = time.monotonic() + self._deadline_seconds
         try:
-            while waiting or any(worker.task for worker in self._workers):
-                self._hand_out(waiting)
+            while self._waiting or any(worker.tasks for worker in self._workers):
+                self._hand_out()
                 for task, reply in self._finished():
                     if reply.scores is not None:
                         self._keep(task, reply.scores, results)
                     elif split and self._may_be_innocent(task, reply):
-                        waiting.extend(task.split())
+                        self._waiting.extend(task.split())
                         slow |= {(task.call, task.group)} if reply.reason == "timeout" else set()
                     else:
                         self._fail(task, reply, results)
                 if time.monotonic() > deadline:
-                    raise TimeoutError(self._waited_for(waiting))
+                    raise TimeoutError(self._waited_for())
         finally:
-            for worker in self._workers:
-                if worker.task is not None:
+            for worker in list(self._workers):
+                if worker.tasks:
                     self._replace(worker)
         self._one_by_one |= {call for call, group in slow if all(score.ungraded is None for score in results[call][group])}
         return results
@@ -142,13 +145,25 @@ class RewardPool:
                 task = Task(call, group, tuple(range(len(inputs.completions))), plain)
                 yield from task.split() if split and call in self._one_by_one else [task]
 
-    def _hand_out(self, waiting: collections.deque[Task]) -> None:
+    def _hand_out(self) -> None:
         for worker in list(self._workers):
-            if waiting and worker.ready and worker.task is None:
-                if worker.take(waiting[0]):
-                    waiting.popleft()
-                else:
-                    self._replace(worker)
+            if not self._waiting or not worker.ready or worker.tasks:
+                continue
+            handful = self._handful()
+            if not worker.take(handful):
+                self._waiting.extendleft(reversed(handful))
+                self._replace(worker)
+
+    def _handful(self) -> list[Task]:
+        """The next task, and as many after it as one worker grades in a moment, if there are more than one for every worker."""
+        share, seconds = -(-len(self._waiting) // len(self._workers)), 0.0
+        handful = [self._waiting.popleft()]
+        while len(handful) < share:
+            seconds += self._pace.get(handful[-1].call, _HANDFUL_SECONDS)
+            if seconds >= _HANDFUL_SECONDS:
+                break
+            handful.append(self._waiting.popleft())
+        return handful
 
     def _finished(self) -> Iterator[tuple[Task, Reply]]:
         """What is done by now, waiting a moment for it; replaces workers that are over their limits or dead."""
@@ -158,10 +173,12 @@ class RewardPool:
             late = worker.seconds_busy() > self._seconds
             if not late and not worker.has_died():
                 continue
+            before = len(worker.tasks)
             yield from self._replied(worker)  # it may have finished before we looked
-            if worker not in self._workers or (late and worker.task is None):
+            if worker not in self._workers or (late and len(worker.tasks) < before):
                 continue
-            task, end = worker.task, self._replace(worker)
+            task = worker.done()[0] if worker.tasks else None
+            end = self._replace(worker)
             if late and task is not None:
                 yield task, Reply(reason="timeout", message=f"took more than reward.seconds = {self._seconds:g} s")
             elif task is not None:
@@ -170,19 +187,19 @@ class RewardPool:
                 self._count_failed_start(worker, end)
 
     def _replied(self, worker: WorkerProcess) -> Iterator[tuple[Task, Reply]]:
-        reply = worker.receive()
-        if reply is None:
-            return
-        if not worker.ready:
-            if reply.reason:
-                raise ValueError(reply.message)
-            worker.ready, self._scopes, self._failed_starts = True, reply.scopes, 0
-            return
-        task, worker.task = worker.task, None
-        assert task is not None
-        if reply.reason == "memory":
-            self._replace(worker)  # its heap is full of what the grader left
-        yield task, reply
+        """Everything that ``worker`` has said by now."""
+        while (reply := worker.receive()) is not None:
+            if not worker.ready:
+                if reply.reason:
+                    raise ValueError(reply.message)
+                worker.ready, self._scopes, self._failed_starts = True, reply.scopes, 0
+                continue
+            task, self._pace[task.call] = worker.done()
+            if reply.reason == "memory":
+                self._replace(worker)  # its heap is full of what the grader left
+            yield task, reply
+            if worker not in self._workers:
+                return
 
     def _keep(self, task: Task, scores: list[Score], results: Results) -> None:
         for row, score, completion in zip(task.rows, scores, task.inputs.completions, strict=True):
@@ -203,7 +220,9 @@ class RewardPool:
         return worker
 
     def _replace(self, worker: WorkerProcess) -> str:
-        """A new worker in its place; how the old one ended."""
+        """A new worker in its place; how the old one ended. What it had not done waits again."""
+        self._waiting.extendleft(reversed(worker.tasks))
+        worker.tasks.clear()
         self._selector.unregister(worker.socket)
         end = worker.kill()
         self._workers[self._workers.index(worker)] = self._start()
@@ -217,16 +236,17 @@ class RewardPool:
                 f"reward workers die while they import {', '.join(self._labels)} ({end}); raise reward.memory_gib or run one by hand"
             )
 
-    def _waited_for(self, waiting: Sequence[Task]) -> str:
+    def _waited_for(self) -> str:
         busy = [
-            f"{self._labels[worker.task.call]} on prompt {worker.task.inputs.prompt[:60]!r} "
+            f"{self._labels[worker.tasks[0].call]} on prompt {worker.tasks[0].inputs.prompt[:60]!r} "
             f"for {worker.seconds_busy():.1f} s in process {worker.process.pid}"
             for worker in self._workers
-            if worker.task is not None
+            if worker.tasks
         ]
         starting = sum(not worker.ready for worker in self._workers)
+        behind = len(self._waiting) + sum(len(worker.tasks) - 1 for worker in self._workers if worker.tasks)
         return (
-            f"rewards were not ready after {self._deadline_seconds:g} s: {len(waiting)} tasks not begun, "
+            f"rewards were not ready after {self._deadline_seconds:g} s: {behind} tasks not begun, "
             f"{starting} workers still starting, running: {'; '.join(busy) or 'none'}. "
             "Raise train.deadline_seconds or reward.workers, or make the grader faster"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import os
 import pickle
@@ -10,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +58,7 @@ class Child:
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", code, str(theirs.fileno())],
+                [sys.executable, "-P", "-c", code, str(theirs.fileno())],  # -P: a package called reward in the current folder is not ours
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -75,12 +78,10 @@ class Child:
         return True
 
     def receive(self) -> Any:
-        """A whole message, or None until there is one. Does not block."""
+        """The next whole message, or None until there is one. Does not block; asked until it says None, it leaves nothing behind."""
         self.socket.setblocking(False)
-        try:
+        with contextlib.suppress(OSError):  # nothing there, or dead: has_died sees that
             self.buffer += self.socket.recv(1 << 20)
-        except OSError:
-            return None  # nothing there, or dead: has_died sees that
         if len(self.buffer) < LENGTH.size or len(self.buffer) < LENGTH.size + (size := LENGTH.unpack_from(self.buffer)[0]):
             return None
         message = pickle.loads(self.buffer[LENGTH.size : LENGTH.size + size])
@@ -103,21 +104,29 @@ class Child:
 
 
 class WorkerProcess(Child):
-    """One grading process and what it is doing: starting (not ready), idle, or grading ``task``."""
+    """One grading process and what it is doing: starting (not ready), idle, or grading the first of ``tasks``."""
 
     def __init__(self, setup: Setup) -> None:
         self.ready = False
-        self.task: Task | None = None
+        self.tasks: collections.deque[Task] = collections.deque()
         self.since = time.monotonic()  # when it began what it is doing
         super().__init__("reward.worker", setup)
 
-    def take(self, task: Task) -> bool:
-        """False where the worker is dead or does not read; the task is then not begun."""
-        if not self.send((task.call, task.inputs)):
+    def take(self, tasks: Sequence[Task]) -> bool:
+        """False where the worker is dead or does not read; none of ``tasks`` is then begun. Only for an idle worker: while it
+        grades nobody writes to it, so that neither end waits for the other to read."""
+        if not self.send([(task.call, task.inputs) for task in tasks]):
             return False
-        self.task, self.since = task, time.monotonic()
+        self.tasks.extend(tasks)
+        self.since = time.monotonic()
         return True
 
+    def done(self) -> tuple[Task, float]:
+        """The task that a reply belongs to, and the seconds it took; the next one begins."""
+        now = time.monotonic()
+        seconds, self.since = now - self.since, now
+        return self.tasks.popleft(), seconds
+
     def seconds_busy(self) -> float:
-        """0 while idle or starting."""
-        return time.monotonic() - self.since if self.task is not None else 0.0
+        """With the first of ``tasks``; 0 while idle or starting."""
+        return time.monotonic() - self.since if self.tasks else 0.0

@@ -49,6 +49,7 @@ def frame(message: Any) -> bytes:
 
 
 def main(descriptor: int) -> None:
+    outlive_sigterm()
     channel = socket.socket(fileno=descriptor)
     stream = channel.makefile("rb")
     threading.Thread(target=die_with_the_trainer, args=(descriptor,), daemon=True).start()
@@ -63,12 +64,12 @@ def main(descriptor: int) -> None:
     channel.sendall(frame(Reply(scopes=tuple(grader.scope for grader in graders))))
     me = os.getpid()
     while True:
-        index, inputs = read(stream)
-        bound_cpu_time(setup.seconds)
-        reply = grade(graders[index], inputs)
-        if os.getpid() != me:
-            os._exit(0)  # a child that the grader forked and forgot
-        channel.sendall(frame(reply))
+        for index, inputs in read(stream):
+            bound_cpu_time(setup.seconds)
+            reply = grade(graders[index], inputs)
+            if os.getpid() != me:
+                os._exit(0)  # a child that the grader forked and forgot
+            channel.sendall(frame(reply))  # one by one, so that the pool knows which task a death or a delay belongs to
 
 
 def grade(grader: Grader, inputs: RewardInputs) -> Reply:
@@ -115,6 +116,12 @@ def limit(kind: int, value: int) -> None:
     """This process's soft limit, within the hard one it was started with."""
     hard = resource.getrlimit(kind)[1]
     resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+
+def outlive_sigterm() -> None:
+    """Who stops a job signals all its processes, but the trainer finishes the step in hand, and that needs this one. What is executed
+    from here does not inherit it, as it would if the signal were ignored."""
+    signal.signal(signal.SIGTERM, lambda *_: None)
 
 
 def die_with_the_trainer(descriptor: int) -> None:

@@ -39,7 +39,7 @@ from rltrain.train.evaluate import Evaluation
 from rltrain.train.offline import train_offline
 from rltrain.train.online import Run, train
 from rltrain.train.online_pairs import PairRun, train_pairs
-from rltrain.train.saving import STOPPED, Stopped, disk_errors, sigterm_noted
+from rltrain.train.saving import STOPPED, Stopped, disk_errors, sigterm_noted, stop_with_the_launcher
 from rltrain.types import Prompt, Sampling
 from rltrain.watchdog import Waiting, Watchdog
 
@@ -103,6 +103,7 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
         with watchdog.waiting("rank 0", "to open the run folder"):
             checkpoint = agree(checkpoint)
         noted = stack.enter_context(sigterm_noted())
+        stop_with_the_launcher()
         run = work.build(run_folder, main, checkpoint, noted, watchdog.waiting)
         for line in (*notes, *work.describe(), *([f"continuing from {checkpoint}"] if checkpoint else [])):
             run.reporter.message(line)

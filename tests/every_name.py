@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rltrain.advantage import ADVANTAGES
 from rltrain.advantage.stage import assign
@@ -298,14 +299,27 @@ class PolicySpread:
 
 
 def caught(learner: Any) -> list[Tensor]:
-    """Filled with the gradient of each update from now on."""
+    """Filled with the gradient of each update from now on, before it is clipped: the whole one, on every rank."""
     found: list[Tensor] = []
+    step = learner.backend.step
 
-    def keep(*_: Any, **__: Any) -> None:
-        found.append(torch.cat([weight.grad.flatten().clone() for weight in learner.bare.parameters()]))
+    def keep() -> tuple[float, bool]:
+        found.append(torch.cat([whole_gradient(weight).flatten() for weight in learner.bare.parameters()]))
+        return step()
 
-    learner.optimizer.register_step_pre_hook(keep)
+    learner.backend.step = keep
     return found
+
+
+def whole_gradient(weight: Any) -> Tensor:
+    """A copy of what all ranks together hold, however their backend spreads it. A collective."""
+    if hasattr(weight, "ds_id") or hasattr(weight, "_hp_mapping"):  # ZeRO-3, ZeRO-2
+        from deepspeed.utils import safe_get_full_grad
+
+        whole = safe_get_full_grad(weight)
+        assert whole is not None, "ZeRO has no gradient of a weight that it trains"
+        return whole.clone()
+    return weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad.clone()
 
 
 # preference cases ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,39 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rltrain.commands import train_command
+from rltrain.config.check import check
+from rltrain.config.load import load_recipe
+
+ROOT = Path(__file__).parents[1]
 SEVENS = f"{Path(__file__).parent / 'golden/sevens.py'}:sevens"  # a reward that an untrained model gets some of
+# Everything a resumed run could forget: momentum, a schedule in its middle, a prompt order that has begun its second epoch after
+# step 3 (26 prompts, 8 per step), several updates per step, replaced groups, a reference model, evaluations.
+SETTINGS = (
+    "train.steps=6",
+    "checkpoint.every=3",
+    "checkpoint.keep=9",
+    "data.max_prompts=26",
+    "rollout.prompts=8",
+    "rollout.n=4",
+    "rollout.dynamic_sampling={max_rounds: 2}",
+    "eval.every=3",
+    "eval.prompts=4",
+    "eval.n=2",
+    "eval.k=[1]",
+    "learner.updates=2",
+    "learner.optimizer.lr=2e-3",
+    "learner.optimizer.schedule=cosine",
+    "learner.optimizer.warmup_steps=2",
+    "reward.workers=1",
+)
+
+
+def train_here(model: str, folder: Path, *overrides: str, resume: str = "auto") -> int:
+    """``rltrain train`` in this process; its exit code."""
+    settings = [f"model.path={model}", f"reward.functions=['{SEVENS}']", *SETTINGS, *overrides]
+    recipe = check(load_recipe(ROOT / "recipes/policy/grpo.yaml", profile="tiny_cpu", overrides=settings)).recipe
+    return train_command(recipe, folder, [], resume)
 
 
 class Killed(BaseException):
@@ -61,3 +93,16 @@ def differing(one: Path, two: Path, *names: str) -> list[str]:
         assert keys, f"{name} holds no tensor"
         found += [f"{name}: {key}" for key in keys if key not in first or key not in second or not torch.equal(first[key], second[key])]
     return found
+
+
+def assert_same_run(one: Path, two: Path, step: int = 6) -> None:
+    assert lines(one) == lines(two)
+    assert (one / "transcripts.jsonl").read_bytes() == (two / "transcripts.jsonl").read_bytes()
+    saved = f"checkpoints/step-{step}"
+    assert not differing(one, two, "model/model.safetensors", f"{saved}/model.safetensors", f"{saved}/training/optimizer.safetensors")
+    states = [json.loads((run / saved / "training/state.json").read_text()) for run in (one, two)]
+    for state in states:
+        del state["reported"]["metrics.jsonl"]  # the clock's digits have lengths of their own
+        del state["environment"]  # somebody may commit meanwhile
+    assert states[0] == states[1]
+    assert (one / "model/README.md").read_bytes() == (two / "model/README.md").read_bytes()

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rltrain.config.schema import Learner, Model
 from rltrain.control.stage import Adjustment
 from rltrain.learner.alignment import is_alignment
-from rltrain.learner.backend import Backend, DeepSpeedBackend, prepare
+from rltrain.learner.backend import Backend, DeepSpeedBackend, prepare, set_mode
 from rltrain.learner.forward import PolicyForward, resolve_layout
 from rltrain.learner.head import STATISTICS
 from rltrain.learner.optim import build_optimizer, build_schedule, restore_schedule
@@ -84,6 +84,7 @@ class AccelerateLearner:
         self.schedule = build_schedule(optimizer, settings.optimizer, total_updates)
         self.backend: Backend = prepare(self.accelerator, policy, optimizer, settings.optimizer.max_grad_norm)
         self.policy, self.optimizer = self.backend.policy, self.backend.optimizer
+        self.policy.train()  # every module: transformers loads its own in eval mode
         if isinstance(self.backend, DeepSpeedBackend) and self.accelerator.mixed_precision != "no":
             self._set_masters(model)
         self.frozen: dict[str, PolicyForward] = {}  # models whose log-probs a recipe needs: ref_logp, teacher_logp
@@ -250,7 +251,7 @@ class AccelerateLearner:
         sums: dict[str, Tensor] = {}
         loss = torch.zeros((), device=self.device)
         mine = self._micro_batches(rows, positions[active], self._shares(self.policy))
-        self.policy.train()
+        set_mode(self.policy, training=True)
         for number, lines in enumerate(mine):
             with self.backend.micro_batch(last=number == len(mine) - 1):
                 chosen, micro = self._micro_batch(rows, positions[active], lines)
@@ -372,7 +373,7 @@ class AccelerateLearner:
         """This rank's share of a no-grad pass, written into ``found`` (``(B, T)`` each) in place."""
         policy = policy or self.policy
         aligned = any(map(is_alignment, found))  # looks at whole rows
-        policy.eval()
+        set_mode(policy, training=False)
         for lines in self._micro_batches(rows, positions, self._shares(policy) and not aligned):
             _, micro = self._micro_batch(rows, positions, lines)
             numbers = {name: values[micro.rows.cpu()] for name, values in (given or {}).items()}

@@ -238,6 +238,12 @@ class DeepSpeedBackend:
             safe_set_full_optimizer_state(parameter, value, slot)
 
 
+def set_mode(policy: nn.Module, *, training: bool) -> None:
+    """``policy.train(training)``, which visits every module, only where the mode is another one."""
+    if policy.training is not training:
+        policy.train(training)
+
+
 def _keep_statistics_in_float32(accelerator: Any) -> None:
     """FSDP2 under mixed precision: bfloat16 weights are gathered and multiplied with, gradients are summed in float32, and what the
     model returns stays as it is. accelerate's own policy would round the log-probs to bfloat16, and the sums over ranks too."""

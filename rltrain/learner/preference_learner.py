@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rltrain.config.schema import Learner, LearnerCore, Model
 from rltrain.learner.accelerate_learner import AccelerateLearner, load_causal_lm
+from rltrain.learner.backend import set_mode
 from rltrain.learner.forward import PolicyForward
 from rltrain.learner.packing import MicroBatch, build, plan
 from rltrain.learner.shared_prompt import build_shared
@@ -104,7 +105,7 @@ class PreferenceLearner(AccelerateLearner):
     ) -> dict[str, Tensor]:
         """(R,) each: ``numbers(policy, micro-batch)`` of all rows, float32 on the CPU, equal on every rank."""
         found = {name: torch.zeros(len(rows)) for name in names}
-        policy.eval()
+        set_mode(policy, training=False)
         for micro in self._examples_micro_batches(rows, sides)[0]:
             with self.accelerator.autocast():
                 values = numbers(policy, micro)
@@ -144,7 +145,7 @@ class PreferenceLearner(AccelerateLearner):
         totals, sums = ExampleTotals(examples=len(batch)), dict[str, Tensor]()
         loss = torch.zeros((), device=self.device)
         micro_batches, shared = self._examples_micro_batches(rows, sides)
-        self.policy.train()
+        set_mode(self.policy, training=True)
         for number, micro in enumerate(micro_batches):
             with self.backend.micro_batch(last=number == len(micro_batches) - 1):
                 logp = self._row_numbers(self.policy, micro)

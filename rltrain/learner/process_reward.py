@@ -15,6 +15,7 @@ from torch import Tensor
 from rltrain.advantage.process import contrast_accuracy
 from rltrain.config.schema import Learner, LearnerCore, Model, ProcessReward
 from rltrain.learner.accelerate_learner import AccelerateLearner, NonFiniteError
+from rltrain.learner.backend import set_mode
 from rltrain.loss.preference.objective import PreferenceObjective
 from rltrain.loss.preference.statistics import prepared
 from rltrain.registry import BoundMethod
@@ -105,7 +106,7 @@ class ProcessRewardLearner(AccelerateLearner):
         whole = prepared(facts, self.objective.loss)
         totals, sums = ExampleTotals(len(positions)), dict[str, Tensor]()
         mine, lr = self._micro_batches(rows, positions, self._shares(self.policy)), self.lr
-        self.policy.train()
+        set_mode(self.policy, training=True)
         for number, lines in enumerate(mine):
             with self.backend.micro_batch(last=number == len(mine) - 1):
                 chosen, micro = self._micro_batch(rows, positions, lines)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from reward.resolve import Caught
-from reward.worker import bound_cpu_time, die_with_the_trainer, frame, limit, read
+from reward.worker import bound_cpu_time, die_with_the_trainer, frame, limit, outlive_sigterm, read
 from rltrain.rollout.environments import Environment, Step, Task
 
 __all__ = ["Answer", "EndAll", "EnvironmentSetup", "Reset", "Say", "main", "maker"]
@@ -69,6 +69,7 @@ class Answer:
 
 
 def main(descriptor: int) -> None:
+    outlive_sigterm()
     channel = socket.socket(fileno=descriptor)
     stream = channel.makefile("rb")
     threading.Thread(target=die_with_the_trainer, args=(descriptor,), daemon=True).start()

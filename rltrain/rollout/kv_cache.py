@@ -18,6 +18,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 GROUPED_SDPA = "rltrain_grouped_sdpa"
 
 
+def layers_of(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """What a model's own forward cached, as ``DecodeCache.admit`` takes it."""
+    layers: list[Any] = cache.layers
+    return [(layer.keys.transpose(1, 2), layer.values.transpose(1, 2)) for layer in layers]
+
+
 class DecodeCache(Cache):
     """``slots`` rows of up to ``width`` columns; ``width`` grows on demand, so memory follows the longest live row.
 
@@ -33,18 +39,18 @@ class DecodeCache(Cache):
         self._columns = 0
         self._targets = torch.empty(0, dtype=torch.int64)  # (R,) flat index of the column each live row writes
 
-    def admit(self, prompts: DynamicCache, source: Tensor, start: int) -> None:
-        """Copy rows ``source (n,)`` of a prefill into slots start..start+n-1. A prompt's row may be named many times."""
+    def admit(self, prompts: Sequence[tuple[Tensor, Tensor]], source: Tensor, start: int) -> None:
+        """Copy rows ``source (n,)`` of a prefill into slots start..start+n-1. A prompt's row may be named many times.
+
+        prompts: each layer's keys and values, (U, columns, key-value heads, head size).
+        """
         rows = slice(start, start + source.shape[0])
-        layers: list[Any] = prompts.layers
-        for index, layer in enumerate(layers):
-            assert layer.keys is not None and layer.values is not None
+        for index, (keys, values) in enumerate(prompts):
             if index == len(self.keys):
-                self.keys.append(self._empty(layer.keys))
-                self.values.append(self._empty(layer.values))
-            columns = layer.keys.shape[2]
-            self.keys[index][rows, :columns] = layer.keys[source].transpose(1, 2)
-            self.values[index][rows, :columns] = layer.values[source].transpose(1, 2)
+                self.keys.append(self._empty(keys))
+                self.values.append(self._empty(values))
+            self.keys[index][rows, : keys.shape[1]] = keys[source]
+            self.values[index][rows, : values.shape[1]] = values[source]
 
     def move(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy slots ``source`` over slots ``target``, to close holes that finished rows left."""
@@ -78,7 +84,7 @@ class DecodeCache(Cache):
 
     def _empty(self, like: Tensor) -> Tensor:
         # Zeros, not empty: a masked column still takes part in 0 * value, and NaN * 0 is NaN.
-        return torch.zeros(self.slots, self.width, like.shape[1], like.shape[3], dtype=like.dtype, device=like.device)
+        return torch.zeros(self.slots, self.width, *like.shape[2:], dtype=like.dtype, device=like.device)
 
 
 def grouped_sdpa(

@@ -1,12 +1,13 @@
-"""One decoded token per row of a Llama-like model: what its own modules compute, from their own weights, in fewer calls.
+"""Prompts and decoded tokens of a Llama-like model: what its own modules compute, from their own weights, in fewer calls.
 
-A decode step of a small batch is bound by the number of calls, not by arithmetic. Models built otherwise are decoded by their own
-forward; the engine's check at construction holds either against the plain one.
+Decoding a small batch is bound by the number of calls, not by arithmetic. Models built otherwise are decoded by their own forward;
+the engine's check at construction holds either against the plain one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +22,13 @@ __all__ = ["LLAMA_LIKE", "TokenDecoder", "place_together"]
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")  # RMS norm, rotary attention, gated MLP with SiLU, a residual around each
 _ALIGNED = 64  # entries: matrix kernels want weights to begin at round addresses
 
+# (layer, its scale of scores, queries (N, heads, size), keys and values (N, key-value heads, size)) to (N, heads size)
+Attend = Callable[[int, float, Tensor, Tensor, Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class _Norm:
-    weight: nn.Parameter
+    weight: Tensor
     eps: float
 
     @classmethod
@@ -32,35 +36,68 @@ class _Norm:
         return cls(module.weight, module.variance_epsilon)
 
     def __call__(self, values: Tensor) -> Tensor:
-        return F.rms_norm(values, (values.shape[-1],), self.weight, self.eps)
+        size = values.shape[-1]
+        if values.device.type != "cpu" or values.dtype != torch.float32:
+            return F.rms_norm(values, (size,), self.weight, self.eps)
+        # On CPUs PyTorch computes it in nine calls; these are seven.
+        scale = torch.linalg.vector_norm(values, dim=-1, keepdim=True).square_().add_(size * self.eps).rsqrt_()
+        return (values * scale.mul_(math.sqrt(size))).mul_(self.weight)
+
+
+@dataclass(frozen=True)
+class _Products:
+    """Linear layers that read the same values, as one product where their weights stand one after the other in memory."""
+
+    factors: Sequence[tuple[Tensor, Tensor | None]]
+    sizes: list[int] | None  # of what each layer makes, where they are one product
+
+    @classmethod
+    def of(cls, *modules: nn.Linear) -> _Products:
+        first = modules[0].weight
+        sizes, end = [module.weight.shape[0] for module in modules], first.data_ptr()
+        for module in modules:
+            if module.bias is not None or module.weight.data_ptr() != end or not _one_storage(module.weight, first):
+                return cls([(module.weight, module.bias) for module in modules], None)
+            end += module.weight.nbytes
+        return cls([(first.detach().as_strided((sum(sizes), first.shape[1]), (first.shape[1], 1)), None)], sizes)
+
+    def __call__(self, values: Tensor) -> Sequence[Tensor]:
+        if self.sizes is None:
+            return [F.linear(values, weight, bias) for weight, bias in self.factors]
+        return torch.split_with_sizes(F.linear(values, self.factors[0][0]), self.sizes, -1)
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """The modules of one decoder layer."""
+    """The weights of one decoder layer."""
 
     before_attention: _Norm
-    projections: tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]  # query, key, value, output
+    heads: _Products  # query, key, value
     head_norms: tuple[_Norm, _Norm] | None  # of queries and keys, where the model has them (Qwen3)
     scale: float
+    output: _Products
     before_mlp: _Norm
-    mlp: tuple[nn.Linear, nn.Linear, nn.Linear]  # gate, up, down
+    opening: _Products  # gate, up
+    down: _Products
 
     @classmethod
     def of(cls, module: Any) -> _Layer:
         attention, mlp = module.self_attn, module.mlp
         return cls(
             _Norm.of(module.input_layernorm),
-            (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+            _Products.of(attention.q_proj, attention.k_proj, attention.v_proj),
             (_Norm.of(attention.q_norm), _Norm.of(attention.k_norm)) if hasattr(attention, "q_norm") else None,
             attention.scaling,
+            _Products.of(attention.o_proj),
             _Norm.of(module.post_attention_layernorm),
-            (mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+            _Products.of(mlp.gate_proj, mlp.up_proj),
+            _Products.of(mlp.down_proj),
         )
 
 
 class TokenDecoder:
-    """model: a transformers causal LM for which ``fits`` holds; its parameters may get other data at any time."""
+    """model: a transformers causal LM for which ``fits`` holds. Holds its weights as they are now: make a new one for every
+    ``generate`` call."""
 
     def __init__(self, model: Any) -> None:
         base = model.base_model
@@ -74,50 +111,55 @@ class TokenDecoder:
         return config.model_type in LLAMA_LIKE and config.hidden_act == "silu"
 
     def __call__(self, tokens: Tensor, positions: Tensor, mask: Tensor | None, cache: DecodeCache) -> Tensor:
-        """(R, H) final hidden states of one token per row. tokens, positions (R,) int64; mask (R, 1, 1, columns) additive, or None."""
+        """(R, H) final hidden states of one token per row, whose keys and values are written. tokens, positions (R,) int64; mask
+        (R, 1, 1, columns) additive, or None."""
+        rows = tokens.shape[0]
+
+        def attend(layer: int, scale: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            """Query heads of one key-value head attend as its rows."""
+            keys, values = cache.update(key[:, :, None], value[:, :, None], layer)
+            folded = query.reshape(rows, keys.shape[1], -1, self._head_size)
+            return F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale).reshape(rows, -1)
+
+        return self._through(tokens, positions, attend)
+
+    def read(self, ids: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Final hidden states (U, T, H) of whole prompts, and each layer's keys and values (U, T, key-value heads, size).
+
+        ids (U, T), padded on the right: causal attention never looks there.
+        """
+        count, width = ids.shape
+        kept: list[tuple[Tensor, Tensor]] = []
+
+        def attend(layer: int, scale: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            del layer
+            key, value = key.contiguous(), value.contiguous()  # else they would keep the queries they were computed with
+            query, key, value = (heads.view(count, width, -1, self._head_size) for heads in (query.contiguous(), key, value))
+            kept.append((key, value))
+            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+            return attended.transpose(1, 2).reshape(count * width, -1)
+
+        positions = torch.arange(width, device=ids.device).repeat(count)
+        return self._through(ids.flatten(), positions, attend).view(count, width, -1), kept
+
+    def _through(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """(N, H) final hidden states of ``tokens`` (N,)."""
+        size = self._head_size
         hidden = self._embedding(tokens)
-        cos, sin = self._rotary(hidden, positions[:, None])  # (R, 1, head size), the second half repeating the first
-        half = self._head_size // 2
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+        cos, sin = self._rotary(hidden, positions[:, None])  # (N, 1, size), the second half repeating the first
+        sin = torch.cat([-sin[..., : size // 2], sin[..., size // 2 :]], dim=-1)
         for index, layer in enumerate(self._layers):
-            hidden = hidden + self._attended(index, layer, layer.before_attention(hidden), cos, sin, mask, cache)
-            normed = layer.before_mlp(hidden)
-            gate, up, down = layer.mlp
-            opened, passed = _linears((gate, up), normed)
-            hidden = hidden + _linear(down, F.silu(opened).mul_(passed))
+            query, key, value = (heads.view(len(tokens), -1, size) for heads in layer.heads(layer.before_attention(hidden)))
+            if layer.head_norms is not None:
+                query, key = layer.head_norms[0](query), layer.head_norms[1](key)
+            heads = torch.cat([query, key], dim=1)
+            heads = torch.addcmul(heads * cos, heads.roll(size // 2, -1), sin)
+            query, key = torch.split_with_sizes(heads, [query.shape[1], key.shape[1]], 1)
+            hidden = layer.output(attend(index, layer.scale, query, key, value))[0].add_(hidden)
+            opened, passed = layer.opening(layer.before_mlp(hidden))
+            hidden = layer.down(F.silu(opened).mul_(passed))[0].add_(hidden)
         return self._norm(hidden)
-
-    def _attended(
-        self, index: int, layer: _Layer, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: DecodeCache
-    ) -> Tensor:
-        """(R, H) what attention adds; writes the token's keys and values. Query heads of one key-value head attend as its rows."""
-        rows, size = hidden.shape[0], self._head_size
-        query, key, value = (values.view(rows, -1, size) for values in _linears(layer.projections[:3], hidden))
-        if layer.head_norms is not None:
-            query, key = layer.head_norms[0](query), layer.head_norms[1](key)
-        heads = torch.cat([query, key], dim=1)
-        heads = torch.addcmul(heads * cos, heads.roll(size // 2, -1), sin)
-        query, key = heads.split([query.shape[1], key.shape[1]], dim=1)
-        keys, values = cache.update(key[:, :, None], value[:, :, None], index)
-        folded = query.reshape(rows, keys.shape[1], -1, size)
-        attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=layer.scale)
-        return _linear(layer.projections[3], attended.reshape(rows, -1))
-
-
-def _linear(module: nn.Linear, values: Tensor) -> Tensor:
-    return F.linear(values, module.weight, module.bias)
-
-
-def _linears(modules: Sequence[nn.Linear], values: Tensor) -> Sequence[Tensor]:
-    """What each of ``modules`` makes of the same values; in one product where their weights stand one after the other in memory."""
-    first = modules[0].weight
-    end = first.data_ptr()
-    for module in modules:
-        if module.bias is not None or module.weight.data_ptr() != end or not _one_storage(module.weight, first):
-            return [_linear(module, values) for module in modules]
-        end += module.weight.nbytes
-    sizes = [module.weight.shape[0] for module in modules]
-    return F.linear(values, first.as_strided((sum(sizes), first.shape[1]), (first.shape[1], 1))).split(sizes, dim=-1)
 
 
 def _one_storage(one: Tensor, other: Tensor) -> bool:

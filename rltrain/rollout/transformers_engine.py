@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from rltrain.protocols import EngineState
 from rltrain.rollout.checks import WeightShapes, require_fit, require_version
 from rltrain.rollout.em_inf import minimise_entropy
-from rltrain.rollout.kv_cache import GROUPED_SDPA, DecodeCache
+from rltrain.rollout.kv_cache import GROUPED_SDPA, DecodeCache, layers_of
 from rltrain.rollout.sampling import sample_tokens_
 from rltrain.rollout.token_decoder import TokenDecoder, place_together
 from rltrain.seeds import stable_hash
@@ -51,7 +52,7 @@ class _Row:
 class _Prefill:
     """Keys and values of some unique prompts, and the logits of their first completion token."""
 
-    cache: DynamicCache
+    layers: list[tuple[Tensor, Tensor]]  # each (U, T, key-value heads, head size)
     logits: Tensor  # (U, V)
 
 
@@ -90,7 +91,7 @@ class TransformersEngine:
         self._model = _random_model(config, self.device, dtype, "eager" if attention == "eager" else "sdpa")
         self._eager = attention == "eager"
         self._head = self._model.get_output_embeddings()
-        self._decoder = TokenDecoder(self._model) if TokenDecoder.fits(self._model) and not self._eager else None
+        self._decoder: TokenDecoder | None = None  # while tokens are written, for models that it fits
         self._shapes = WeightShapes(self._model)
         self.version: int | None = None
         self.state = EngineState.MAPPED
@@ -113,20 +114,28 @@ class TransformersEngine:
         return {name: weight_fingerprint(name, weight) for name, weight in held if names is None or name in names}
 
     def _held(self) -> dict[str, Tensor]:
-        """Every weight under every name it has, as the model has them now."""
-        return self._model.state_dict(keep_vars=True)  # copies nothing
+        """Every weight under every name it has, as the modules have them now: ``state_dict`` without its detours."""
+        return dict(_weights_below(self._model, ""))
 
     def sleep(self) -> None:
-        for parameter in self._model.parameters():
+        for parameter in self._parameters().values():
             parameter.data = parameter.data.new_empty(0)
         self.version, self.state = None, EngineState.ASLEEP
 
     def wake(self) -> None:
         if self.state is not EngineState.ASLEEP:
             return
-        named = dict(self._model.named_parameters())
+        named = self._parameters()
         place_together(named.values(), [self._shapes.allowed[name] for name in named], keep=False)
         self.state = EngineState.MAPPED
+
+    def _parameters(self) -> dict[str, torch.nn.Parameter]:
+        """What the learner's weights are copied into, each once, under its first name."""
+        once: dict[int, tuple[str, torch.nn.Parameter]] = {}
+        for name, weight in _weights_below(self._model, ""):
+            if isinstance(weight, torch.nn.Parameter):
+                once.setdefault(id(weight), (name, weight))
+        return dict(once.values())
 
     def close(self) -> None:
         self.sleep()
@@ -140,13 +149,23 @@ class TransformersEngine:
             for index, prompt in enumerate(prompts)
             for sample in range(sampling.n)
         ]
-        with torch.inference_mode():
+        with self._writing():
             self._write(rows, prompts, sampling)
         groups = []
         for index, prompt in enumerate(prompts):
             mine = rows[index * sampling.n : (index + 1) * sampling.n]
             groups.append(RolloutGroup(index, prompt, tuple(self._completion(row, sampling, version) for row in mine)))
         return groups
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Inside, the weights stay as they are."""
+        with torch.inference_mode():
+            self._decoder = TokenDecoder(self._model) if TokenDecoder.fits(self._model) and not self._eager else None
+            try:
+                yield
+            finally:
+                self._decoder = None  # else it would keep the weights' memory while the engine sleeps
 
     def _completion(self, row: _Row, sampling: Sampling, version: int) -> Completion:
         assert row.finish is not None
@@ -195,7 +214,7 @@ class TransformersEngine:
             source = torch.tensor([held[row.prompt][1] for row in mine], device=self.device)
             self._sample_into(mine, prefill.logits[source], sampling)
             going_on = [place for place, row in enumerate(mine) if row.finish is None]
-            cache.admit(prefill.cache, source[going_on], start=len(active))
+            cache.admit(prefill.layers, source[going_on], start=len(active))
             active.extend(mine[place] for place in going_on)
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> _Prefill:
@@ -203,10 +222,14 @@ class TransformersEngine:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         width = max(len(prompt) for prompt in prompts)
         ids = torch.tensor([[*prompt, *[self._pad] * (width - len(prompt))] for prompt in prompts], device=self.device)
-        cache = DynamicCache()
-        hidden = self._model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+        if self._decoder is not None:
+            hidden, layers = self._decoder.read(ids)
+        else:
+            cache = DynamicCache()
+            hidden = self._model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+            layers = layers_of(cache)
         last = hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
-        return _Prefill(cache, self._head(last))
+        return _Prefill(layers, self._head(last))
 
     def _step(self, active: Sequence[_Row], cache: DecodeCache) -> Tensor:
         """(R, V) logits of each row's next token."""
@@ -245,15 +268,18 @@ class TransformersEngine:
             elif len(row.tokens) == sampling.max_tokens:
                 row.finish = "length"
 
-    @torch.inference_mode()
     def _check_against_plain_forward(self, name: str) -> None:
         """Decode two tokens beside prompts of unequal length and compare with the model's own forward, weights still random."""
+        with self._writing():
+            self._compare_with_plain_forward(name)
+
+    def _compare_with_plain_forward(self, name: str) -> None:
         size, vocabulary = min(4, self._limit - 2), self._model.config.get_text_config().vocab_size
         script = [[(7 * row + 3 * place + 1) % vocabulary for place in range(size + row)] for row in range(3)]
         rows = [_Row(index, 0, Random(0), len(ids) - 2) for index, ids in enumerate(script)]
         cache = DecodeCache(3, size + 2)
         prefill = self._prefill([ids[:-2] for ids in script])
-        cache.admit(prefill.cache, torch.arange(3, device=self.device), start=0)
+        cache.admit(prefill.layers, torch.arange(3, device=self.device), start=0)
         for step in (-2, -1):
             for row, ids in zip(rows, script, strict=True):
                 row.tokens.append(ids[step])
@@ -267,6 +293,16 @@ class TransformersEngine:
                         f"{name}: decoding with the transformers engine's cache differs from the model's plain forward by "
                         f"{(ours - plain).abs().max():.3g}; this architecture needs rollout.engine vllm"
                     )
+
+
+def _weights_below(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers by name, in the order of ``state_dict``."""
+    for name, held in (*module._parameters.items(), *module._buffers.items()):
+        if held is not None and name not in module._non_persistent_buffers_set:
+            yield prefix + name, held
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _weights_below(child, f"{prefix}{name}.")
 
 
 def _context_limit(config: PreTrainedConfig, name: str) -> tuple[int, str]:

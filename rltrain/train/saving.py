@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +16,13 @@ from typing import Protocol
 
 from safetensors import SafetensorError
 
+from reward.inside.kernel import die_with_parent
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.checkpoint.run_state import RunState
 from rltrain.errors import UserError
 
 STOPPED = 3  # exit code of a run that SIGTERM ended with a checkpoint; a shell's 143 is of a process that just died of the signal
+_ONE_STOP = 5.0  # seconds in which every further SIGTERM is the first one again
 _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO})
 
 
@@ -92,23 +97,32 @@ def disk_errors(folder: RunFolder) -> Iterator[None]:
         ) from error
 
 
+def stop_with_the_launcher() -> None:
+    """The end of a launcher that passes no SIGTERM on, as ``accelerate launch`` of one process, is one too. On Linux only."""
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # the launcher sets it, whatever it starts
+        die_with_parent(signal.SIGTERM)
+
+
 @contextlib.contextmanager
 def sigterm_noted() -> Iterator[Callable[[], bool]]:
-    """Inside, the first SIGTERM is only noted, and the function given says so; a second one ends the process at once.
+    """Inside, a SIGTERM is only noted, and the function given says so; one that comes ``_ONE_STOP`` seconds later ends the process at once.
 
+    Who stops a job signals every process of it, and the launcher among them passes that on to its ranks: one stop arrives twice.
     Outside the main thread Python allows no handler: there nothing is ever noted.
     """
-    came = threading.Event()
+    came: list[float] = []
 
     def note(*_: object) -> None:
-        came.set()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        came.append(time.monotonic())
+        if came[-1] - came[0] > _ONE_STOP:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     if threading.current_thread() is not threading.main_thread():
-        yield came.is_set
+        yield lambda: bool(came)
         return
     before = signal.signal(signal.SIGTERM, note)
     try:
-        yield came.is_set
+        yield lambda: bool(came)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import re
@@ -17,67 +18,25 @@ from typing import Any
 
 import pytest
 
-from resuming import SEVENS, at_call, differing, killed_in, lines
+from resuming import SETTINGS, SEVENS, assert_same_run, at_call, differing, killed_in, lines, train_here
 from rltrain import commands
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.checkpoint.run_state import read_verified
-from rltrain.commands import train_command
-from rltrain.config.check import check
-from rltrain.config.load import load_recipe
 from rltrain.errors import UserError
-from rltrain.train import online
+from rltrain.train import online, saving
 from rltrain.train.saving import STOPPED
 
 ROOT = Path(__file__).parents[2]
-# Everything a resumed run could forget: momentum, a schedule in its middle, a prompt order that has begun its second epoch after
-# step 3 (26 prompts, 8 per step), several updates per step, replaced groups, a reference model, evaluations.
-SETTINGS = (
-    "train.steps=6",
-    "checkpoint.every=3",
-    "checkpoint.keep=9",
-    "data.max_prompts=26",
-    "rollout.prompts=8",
-    "rollout.n=4",
-    "rollout.dynamic_sampling={max_rounds: 2}",
-    "eval.every=3",
-    "eval.prompts=4",
-    "eval.n=2",
-    "eval.k=[1]",
-    "learner.updates=2",
-    "learner.optimizer.lr=2e-3",
-    "learner.optimizer.schedule=cosine",
-    "learner.optimizer.warmup_steps=2",
-    "reward.workers=1",
-)
 
 
 @pytest.fixture
 def start(random_model: str) -> Callable[..., int]:
     """``start(folder, "a.b=1", resume=...)`` runs ``rltrain train`` in this process."""
-
-    def call(folder: Path, *overrides: str, resume: str = "auto") -> int:
-        settings = [f"model.path={random_model}", f"reward.functions=['{SEVENS}']", *SETTINGS, *overrides]
-        recipe = check(load_recipe(ROOT / "recipes/policy/grpo.yaml", profile="tiny_cpu", overrides=settings)).recipe
-        return train_command(recipe, folder, [], resume)
-
-    return call
+    return functools.partial(train_here, random_model)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def assert_same_run(one: Path, two: Path, step: int = 6) -> None:
-    assert lines(one) == lines(two)
-    assert (one / "transcripts.jsonl").read_bytes() == (two / "transcripts.jsonl").read_bytes()
-    saved = f"checkpoints/step-{step}"
-    assert not differing(one, two, "model/model.safetensors", f"{saved}/model.safetensors", f"{saved}/training/optimizer.safetensors")
-    states = [json.loads((run / saved / "training/state.json").read_text()) for run in (one, two)]
-    for state in states:
-        del state["reported"]["metrics.jsonl"]  # the clock's digits have lengths of their own
-        del state["environment"]  # somebody may commit meanwhile
-    assert states[0] == states[1]
-    assert (one / "model/README.md").read_bytes() == (two / "model/README.md").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -115,8 +74,14 @@ def test_a_resumed_run_is_the_uninterrupted_run_with_real_vllm(start: Any, tmp_p
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
 
 
-def test_sigterm_saves_and_exits_with_3(start: Any, tmp_path: Path) -> None:
-    with at_call(2, online, "weigh", lambda: os.kill(os.getpid(), signal.SIGTERM)):
+@pytest.mark.parametrize("times", [1, pytest.param(2, id="and once more by way of the launcher")])
+def test_sigterm_saves_and_exits_with_3(times: int, start: Any, tmp_path: Path) -> None:
+    def terminate() -> None:
+        for _ in range(times):
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # else the next line ends the tests
+            signal.raise_signal(signal.SIGTERM)
+
+    with at_call(2, online, "weigh", terminate):
         assert start(tmp_path / "stopped") == STOPPED == 3  # neither 143, which is a process that just died, nor 75 of a deadline
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # what it was
     assert lines(tmp_path / "stopped")[-1]["step"] == 2  # the step in hand was finished
@@ -124,6 +89,18 @@ def test_sigterm_saves_and_exits_with_3(start: Any, tmp_path: Path) -> None:
     assert start(tmp_path / "stopped") == 0
     assert start(tmp_path / "whole") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_sigterm_that_is_certainly_another_one_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(saving, "_ONE_STOP", 0.02)
+    with saving.sigterm_noted() as noted, monkeypatch.context() as patch:
+        patch.setattr(saving.os, "kill", lambda *to: sent.append(to))
+        signal.raise_signal(signal.SIGTERM)
+        assert noted() and not sent
+        time.sleep(0.03)
+        signal.raise_signal(signal.SIGTERM)
+        assert sent == [(os.getpid(), signal.SIGTERM)] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("metrics.jsonl: line 3 is no JSON")])
@@ -286,49 +263,32 @@ def test_a_disk_that_refuses_to_sync_leaves_the_last_checkpoint(
     assert start(tmp_path / "run", *settings) == 0
 
 
+def killed_again_and_again(kills: int, folder: Path, *settings: str) -> dict[str, Any]:
+    """What ``kill_and_resume.py`` says; the runs in ``folder`` are compared with the one that nobody killed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    script = Path(__file__).with_name("kill_and_resume.py")
+    command = [sys.executable, str(script), str(folder), str(kills), *settings]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    sys.stdout.write(done.stdout.splitlines()[-1] + "\n")  # the moments, for whoever looks
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert len(report["kills"]) >= kills and report["finished"], report
+    assert max(kill["processes"] for kill in report["kills"]) > 1, report  # a reward worker at least: something could have been left
+    for finished in map(Path, report["finished"]):
+        assert_same_run(folder / "whole", finished)
+    return report
+
+
 @pytest.mark.slow
 def test_twenty_kills_end_in_the_same_weights(random_model: str, tmp_path: Path) -> None:
     quick = ("checkpoint.every=1", "checkpoint.keep=2", "loss.terms=[]", "data.eval=null", "eval.every=0")
-    overrides = [f"model.path={random_model}", f"reward.functions=['{SEVENS}']", *SETTINGS, *quick]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    script = Path(__file__).with_name("kill_and_resume.py")
-    command = [sys.executable, str(script), str(tmp_path), "20", *overrides]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert report["kills"] == 20 and report["in_a_save"] >= 5 and report["finished"], report
-    for folder in map(Path, report["finished"]):
-        assert_same_run(tmp_path / "whole", folder)
+    report = killed_again_and_again(20, tmp_path, f"model.path={random_model}", f"reward.functions=['{SEVENS}']", *SETTINGS, *quick)
+    assert report["in_a_save"] >= 5, report
 
 
+@pytest.mark.vllm
 @pytest.mark.slow
-def test_two_ranks_go_on_as_if_never_stopped(random_model: str, tmp_path: Path) -> None:
-    settings = [f"model.path={random_model}", f"reward.functions=['{SEVENS}']", *SETTINGS]
-
-    def launch(folder: Path) -> subprocess.Popen[str]:
-        several = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", str(29100 + os.getpid() % 400)]
-        launcher = ["-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no", *several]
-        recipe = ["-m", "rltrain", "train", str(ROOT / "recipes/policy/grpo.yaml"), "--profile", "tiny_cpu", "--run", str(folder)]
-        overrides = [word for one in settings for word in ("--set", one)]
-        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *launcher, *recipe, *overrides]
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    def finish(process: subprocess.Popen[str]) -> str:
-        printed, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, printed[-3000:]
-        return printed
-
-    finish(launch(tmp_path / "whole"))
-    process = launch(tmp_path / "stopped")
-    metrics = tmp_path / "stopped/metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and len(metrics.read_bytes().splitlines()) >= 2):
-        time.sleep(0.01)  # until step 1 is reported
-    process.send_signal(signal.SIGTERM)  # the launcher passes it on to both ranks
-    printed, _ = process.communicate(timeout=300)
-    assert "stopped by SIGTERM after step" in " ".join(printed.split())
-    assert process.returncode == 1 and not (tmp_path / "stopped/model").exists()  # the launcher's own code, whatever its ranks say
-    assert RunFolder(tmp_path / "stopped").present_checkpoints()
-    assert "continuing from" in finish(launch(tmp_path / "stopped"))
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
-    assert "already finished" in finish(launch(tmp_path / "stopped"))
+def test_kills_with_real_vllm_end_in_the_same_weights(random_model: str, tmp_path: Path) -> None:
+    quick = ("checkpoint.every=1", "checkpoint.keep=2", "loss.terms=[]", "data.eval=null", "eval.every=0", "rollout.engine=vllm")
+    report = killed_again_and_again(2, tmp_path, f"model.path={random_model}", f"reward.functions=['{SEVENS}']", *SETTINGS, *quick)
+    assert report["in_a_save"] >= 1, report

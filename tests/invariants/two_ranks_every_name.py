@@ -47,7 +47,11 @@ def main() -> None:
 
 def seen(learner: Any) -> dict[str, Any]:
     """What the learner is; ``rows`` grows with those that this rank reads."""
-    found = {"ranks": learner.ranks, "policy": [kind.__name__ for kind in type(learner.policy).__mro__], "rows": 0}
+    weights, policy = list(learner.bare.parameters()), learner.policy
+    found = {"ranks": learner.ranks, "policy": [kind.__name__ for kind in type(policy).__mro__], "rows": 0}
+    stage = policy.zero_optimization_stage() if hasattr(policy, "zero_optimization_stage") else None
+    cut = [weight.ds_tensor.numel() < weight.ds_numel for weight in weights if hasattr(weight, "ds_tensor")]
+    found |= {"weights": sorted({type(weight).__name__ for weight in weights}), "cut": bool(cut) and all(cut), "stage": stage}
 
     def count(_: Any, arguments: Any) -> None:
         found["rows"] += len(arguments[0].rows)

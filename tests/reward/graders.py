@@ -46,9 +46,20 @@ def alone(inputs: RewardInputs):
     return [misbehave(completion) for completion in inputs.completions]
 
 
+def pensive(inputs: RewardInputs):
+    time.sleep(0.02)
+    return alone(inputs)
+
+
 @reward("together", scope="group")
 def together(inputs: RewardInputs):
     return [misbehave(completion) for completion in inputs.completions]
+
+
+@reward("pensive_together", scope="group")
+def pensive_together(inputs: RewardInputs):
+    time.sleep(0.4)
+    return alone(inputs)
 
 
 def too_few(inputs: RewardInputs):

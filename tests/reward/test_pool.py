@@ -1,6 +1,9 @@
 """A grader that misbehaves costs its own completion, never the run."""
 
 import os
+import signal
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -65,6 +68,52 @@ def test_every_misbehaviour_at_once_leaves_the_others_graded_in_order():
     assert any(reason == "error" and "KeyError: 'no such thing'" in message for reason, message in errors)
 
 
+def taken(pool, monkeypatch):
+    """How many tasks each message to a worker holds, from now on."""
+    sizes: list[int] = []
+    for worker in pool._workers:
+        monkeypatch.setattr(worker, "take", lambda tasks, take=worker.take: sizes.append(len(tasks)) or take(tasks))
+    return sizes
+
+
+def test_quick_groups_travel_together_and_slow_ones_alone(monkeypatch):
+    groups = [inputs("a" * (n + 1)) for n in range(12)]
+    with pool_of("alone", workers=1) as pool:
+        pool.score(groups[:1])  # how quick it is shows on the first task
+        sizes = taken(pool, monkeypatch)
+        assert [group[0].value for group in pool.score(groups)] == [n + 1.0 for n in range(12)]
+        assert len(sizes) < 12 and sum(sizes) == 12
+    with pool_of("pensive", workers=1) as pool:  # 20 ms each: whoever is idle takes the next one
+        pool.score(groups[:1])
+        sizes = taken(pool, monkeypatch)
+        pool.score(groups[:4])
+        assert sizes == [1, 1, 1, 1]
+
+
+def test_workers_share_quick_groups_evenly(monkeypatch):
+    with pool_of("alone", workers=2) as pool:
+        pool.score([inputs("a") for _ in range(4)])
+        while not all(worker.ready for worker in pool._workers):
+            pool.score([inputs("a"), inputs("b")])
+        sizes = taken(pool, monkeypatch)
+        pool.score([inputs("a") for _ in range(10)])
+    assert sizes[0] <= 5
+
+
+@pytest.mark.parametrize("planted", ["raise", "kill", "deaf", "grow", "os._exit"])
+def test_groups_that_travel_with_a_guilty_one_are_graded(planted, monkeypatch):
+    reason = {"raise": "error", "kill": "died", "deaf": "timeout", "grow": "memory", "os._exit": "died"}[planted]
+    words = ["a", "bb", planted, "dddd", "eeeee", planted, "ggggggg"]
+    with pool_of("alone", workers=1, seconds=1.0) as pool:
+        pool.score([inputs("a")])
+        pool._pace[0] = 1e-4
+        sizes = taken(pool, monkeypatch)
+        scores = [group[0] for group in pool.score([inputs(word) for word in words])]
+    assert sizes[0] == 7
+    assert [score.ungraded for score in scores] == [reason if word == planted else None for word in words]
+    assert [score.value for score in scores] == [0.0 if word == planted else float(len(word)) for word in words]
+
+
 def test_what_a_grader_prints_neither_blocks_nor_harms(pool):
     assert [score.value for score in pool.score([inputs("shout", "a")])[0]] == [5.0, 1.0]
 
@@ -74,6 +123,17 @@ def test_a_worker_killed_from_outside_while_idle_is_replaced_without_loss(pool):
     for worker in pool._workers:
         os.kill(worker.process.pid, 9)
     assert [group[0].value for group in pool.score([inputs("a"), inputs("ab"), inputs("abc")])] == [1.0, 2.0, 3.0]
+
+
+def test_a_signal_that_stops_the_trainer_costs_no_grade():
+    """Groups graded together are graded once: a worker that died of it would cost the whole group."""
+    with pool_of("pensive_together", workers=1, seconds=10) as pool:
+        pool.score([inputs("a")])
+        kill = threading.Timer(0.1, lambda: pool._workers[0].process.send_signal(signal.SIGTERM))
+        kill.start()
+        assert [score.value for score in pool.score([inputs("a", "bb")])[0]] == [1.0, 2.0]
+        kill.join()
+        assert "workers_replaced" not in pool.counts
 
 
 def test_a_group_scoped_reward_loses_its_group_and_no_other():
@@ -125,6 +185,15 @@ def test_the_deadline_names_what_was_waited_for_and_leaves_a_working_pool():
         with pytest.raises(TimeoutError, match=r"1 tasks not begun.*alone on prompt 'why\?' for 1\.\d s in process \d+"):
             pool.score([inputs("loop", prompt="why?"), inputs("a")])
         assert pool.score([inputs("ab")])[0][0].value == 2.0
+
+
+def test_a_folder_called_reward_where_the_run_is_started_does_no_harm(tmp_path, monkeypatch):
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "__init__.py").write_text("raise SystemExit(7)")
+    monkeypatch.setattr(sys, "path", [str(Path(entry or ".").resolve()) for entry in sys.path])
+    monkeypatch.chdir(tmp_path)
+    with pool_of("alone", workers=1) as pool:
+        assert pool.score([inputs("abc")])[0][0].value == 3.0
 
 
 def test_workers_import_neither_torch_nor_rltrain():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from rltrain.rollout.kv_cache import DecodeCache
+from rltrain.rollout.kv_cache import DecodeCache, layers_of
 from rltrain.rollout.token_decoder import LLAMA_LIKE, TokenDecoder, place_together
 
 SIZES = {
@@ -42,7 +42,7 @@ def decoded(model: Any, steps: int) -> list[Tensor]:
     prefill, cache = DynamicCache(), DecodeCache(3, 16)
     padded = torch.tensor([row + [0] * (max(LENGTHS) - len(row)) for row in rows])
     model.base_model(input_ids=padded, past_key_values=prefill, use_cache=True)
-    cache.admit(prefill, torch.arange(3), start=0)
+    cache.admit(layers_of(prefill), torch.arange(3), start=0)
     found, decoder = [], TokenDecoder(model)
     for step in range(steps):
         positions = torch.tensor(LENGTHS) + step
@@ -102,16 +102,15 @@ def test_weights_whose_neighbour_moved_away_are_read_where_they_are() -> None:
             torch.testing.assert_close(ours, own, rtol=2e-5, atol=2e-5)
 
 
-def test_weights_that_get_other_data_are_used() -> None:
+def test_weights_that_got_other_data_are_used() -> None:
     # The engine frees its weights while it sleeps and fills new ones.
     model = model_of("qwen3", head_dim=12)
-    decoder = TokenDecoder(model)
 
     def run() -> Tensor:
         cache = DecodeCache(1, 4)
         cache.keys, cache.values = ([torch.zeros(1, 4, 2, 12) for _ in range(2)] for _ in range(2))
         cache.begin_step(torch.tensor([0]), 1)
-        return decoder(torch.tensor([5]), torch.tensor([0]), None, cache)
+        return TokenDecoder(model)(torch.tensor([5]), torch.tensor([0]), None, cache)
 
     with torch.inference_mode():
         before = run()
@@ -126,3 +125,19 @@ def test_weights_that_get_other_data_are_used() -> None:
 @pytest.mark.parametrize(("kind", "changes"), [("llama", {"hidden_act": "gelu"}), ("granite", {}), ("cohere", {}), ("olmo2", {})])
 def test_other_models_keep_their_own_forward(kind: str, changes: dict[str, Any]) -> None:
     assert not TokenDecoder.fits(model_of(kind, **changes))
+
+
+@pytest.mark.parametrize(("kind", "changes"), VARIANTS, ids=str)
+def test_prompts_are_read_as_the_models_own_forward_reads_them(kind: str, changes: dict[str, Any]) -> None:
+    model, lengths = model_of(kind, **changes), torch.tensor(LENGTHS)
+    place(model, keep=True)
+    ids = torch.randint(1, 64, (3, max(LENGTHS)), generator=torch.Generator().manual_seed(1))
+    written = torch.arange(max(LENGTHS)) < lengths[:, None]
+    with torch.inference_mode():
+        hidden, layers = TokenDecoder(model).read(ids * written)
+        for row, length in enumerate(LENGTHS):
+            cache = DynamicCache()
+            own = model.base_model(input_ids=ids[row : row + 1, :length], past_key_values=cache, use_cache=True).last_hidden_state
+            torch.testing.assert_close(hidden[row, :length], own[0], rtol=2e-5, atol=2e-5)
+            for ours, theirs in zip(layers, layers_of(cache), strict=True):
+                torch.testing.assert_close([part[row, :length] for part in ours], [part[0] for part in theirs], rtol=2e-5, atol=2e-5)

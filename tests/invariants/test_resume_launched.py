@@ -1,0 +1,118 @@
+"""Runs that ``accelerate launch`` started: what SIGTERM makes of them, and that they go on as if never stopped, bit for bit.
+
+What the launcher itself returns is its own affair: with one process it dies of the signal, with several it exits with 1 whatever its
+ranks say. What these said is in a file of each.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from resuming import SETTINGS, SEVENS, assert_same_run, lines, train_here
+from rltrain.checkpoint.run_folder import RunFolder
+from rltrain.train.saving import STOPPED
+
+ROOT = Path(__file__).parents[2]
+LAUNCHERS = {
+    1: ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"],
+    2: ["--config_file", "recipes/accelerate/ddp.yaml", "--num_processes", "2", "--main_process_port", "0"],
+}
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A launcher at work, in a session of its own."""
+
+    run: Path
+    codes: Path
+    process: subprocess.Popen[str]
+
+    def wait_for_a_step(self) -> None:
+        metrics = self.run / "metrics.jsonl"
+        while self.process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") > 0):
+            time.sleep(0.01)
+
+    def printed(self) -> str:
+        """By the launcher and all it started, once they have ended."""
+        text, _ = self.process.communicate(timeout=300)
+        return " ".join(text.split())
+
+    def exit_codes(self) -> dict[str, int]:
+        """Of each rank."""
+        return {path.name: int(path.read_text()) for path in self.codes.iterdir()}
+
+
+@pytest.fixture
+def launch(random_model: str, tmp_path: Path) -> Callable[..., Launched]:
+    """``launch(processes, run, "a.b=1")``"""
+
+    def call(processes: int, run: Path, *overrides: str) -> Launched:
+        codes = tmp_path / f"codes-{len(list(tmp_path.glob('codes-*')))}"
+        codes.mkdir()
+        script = [str(Path(__file__).with_name("noted_exit.py")), str(codes)]
+        recipe = ["train", "recipes/policy/grpo.yaml", "--profile", "tiny_cpu", "--run", str(run)]
+        settings = [f"model.path={random_model}", f"reward.functions=['{SEVENS}']", *SETTINGS, *overrides]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCHERS[processes], *script, *recipe]
+        command += [word for one in settings for word in ("--set", one)]
+        cleared = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
+        environment = cleared | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return Launched(run, codes, subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes))
+
+    return call
+
+
+def finished(launched: Launched, ranks: int) -> str:
+    printed = launched.printed()
+    assert launched.process.returncode == 0, printed[-3000:]
+    assert launched.exit_codes() == {str(rank): 0 for rank in range(ranks)}
+    return printed
+
+
+def test_one_process_is_stopped_with_its_launcher_and_goes_on(launch: Callable[..., Launched], random_model: str, tmp_path: Path) -> None:
+    stopped = launch(1, tmp_path / "stopped")
+    stopped.wait_for_a_step()
+    stopped.process.send_signal(signal.SIGTERM)  # the launcher dies of it and passes nothing on
+    assert "stopped by SIGTERM after step" in stopped.printed()
+    assert stopped.process.returncode == -signal.SIGTERM and stopped.exit_codes() == {"0": STOPPED}
+    [(step, _)] = RunFolder(tmp_path / "stopped").present_checkpoints()
+    assert step == lines(tmp_path / "stopped")[-1]["step"] and not (tmp_path / "stopped/model").exists()
+    assert train_here(random_model, tmp_path / "whole") == train_here(random_model, tmp_path / "stopped") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_two_ranks_are_stopped_by_their_launcher_and_go_on(launch: Callable[..., Launched], tmp_path: Path) -> None:
+    stopped = launch(2, tmp_path / "stopped")
+    stopped.wait_for_a_step()
+    stopped.process.send_signal(signal.SIGTERM)  # the launcher passes it on to both
+    assert "stopped by SIGTERM after step" in stopped.printed()
+    assert stopped.process.returncode == 1 and stopped.exit_codes() == {"0": STOPPED, "1": STOPPED}
+    [(step, _)] = RunFolder(tmp_path / "stopped").present_checkpoints()
+    assert step == lines(tmp_path / "stopped")[-1]["step"] and not (tmp_path / "stopped/model").exists()
+    finished(launch(2, tmp_path / "whole"), 2)
+    assert "continuing from" in finished(launch(2, tmp_path / "stopped"), 2)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert "already finished" in finished(launch(2, tmp_path / "stopped"), 2)
+
+
+@pytest.mark.vllm
+def test_two_ranks_with_real_vllm_go_on_as_if_never_stopped(launch: Callable[..., Launched], tmp_path: Path) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    finished(launch(2, whole, "rollout.engine=vllm"), 2)
+    shutil.copytree(whole, resumed)  # what a machine that went down before the second checkpoint leaves: its reports know more
+    for made_later in (resumed / "checkpoints/step-6", resumed / "model"):
+        shutil.rmtree(made_later)
+    assert [step for step, _ in RunFolder(resumed).present_checkpoints()] == [3] and lines(resumed)[-1]["step"] == 6
+    assert "continuing from" in finished(launch(2, resumed, "rollout.engine=vllm"), 2)
+    assert_same_run(whole, resumed)
