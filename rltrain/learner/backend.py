@@ -76,6 +76,7 @@ class TorchBackend:
             _keep_statistics_in_float32(accelerator)
         self.policy, self._wrapped = accelerator.prepare(policy, optimizer)
         self.optimizer = optimizer
+        self._parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
         """DDP averages once per update. FSDP2 scatters every micro-batch's gradient, so that no rank ever holds a whole one."""
@@ -87,13 +88,19 @@ class TorchBackend:
         self._accelerator.backward(loss)  # divides by accelerate's own accumulation count, which therefore stays 1
 
     def step(self) -> tuple[float, bool]:
-        norm = self._accelerator.clip_grad_norm_(self.policy.parameters(), self._max_grad_norm)
+        norm = self._clipped()
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         taken = math.isfinite(norm)
         if taken or self._accelerator.scaler is not None:  # the scaler finds the overflow itself, takes no step and lowers its scale
             self._wrapped.step()
         self._wrapped.zero_grad(set_to_none=True)
         return norm, taken
+
+    def _clipped(self) -> Tensor:
+        """The gradient's norm, before it is clipped."""
+        if self._sharded or self._accelerator.scaler is not None:  # accelerate knows about meshes and loss scales
+            return self._accelerator.clip_grad_norm_(self.policy.parameters(), self._max_grad_norm)
+        return nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
 
     @property
     def seeks_scale(self) -> bool:

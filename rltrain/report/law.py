@@ -113,6 +113,7 @@ class Law:
         self.points: dict[str, list[tuple[float, float]]] = {"train": [], "eval": []}  # (entropy in nats, reward)
         self.evaluated: float | None = None  # pass@1 of weights whose entropy the next step will tell
         self.said = False  # that entropy is exhausted
+        self._fits: dict[str, tuple[int, LawFit | None]] = {}  # by series, with the points it went through
 
     def evaluation(self, metrics: Mapping[str, float]) -> None:
         """Held-out results; pass@1 waits for the next step's entropy."""
@@ -145,7 +146,11 @@ class Law:
     def fit(self, series: str) -> LawFit | None:
         """Of "train" or "eval"; None with fewer than MIN_POINTS points."""
         points = self.points[series]
-        return fit_law(*zip(*points, strict=True)) if len(points) >= MIN_POINTS else None
+        fitted = self._fits.get(series)
+        if fitted is None or fitted[0] != len(points):  # a step asks four times, and a long run has many points
+            fitted = (len(points), fit_law(*zip(*points, strict=True)) if len(points) >= MIN_POINTS else None)
+            self._fits[series] = fitted
+        return fitted[1]
 
     def entropy_left(self) -> float:
         """Share of exp(H) - 1 at the start that is still there: of the reward that entropy can be traded for, by the law."""
@@ -179,4 +184,4 @@ class Law:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.points = {name: [(entropy, reward) for entropy, reward in points] for name, points in state["points"].items()}
-        self.evaluated, self.said = state["evaluated"], state["said"]
+        self.evaluated, self.said, self._fits = state["evaluated"], state["said"], {}

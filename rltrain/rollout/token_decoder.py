@@ -28,20 +28,24 @@ Attend = Callable[[int, float, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _Norm:
+    """x w sqrt(H) / sqrt(|x|^2 + H eps), in fewer calls than PyTorch's own on CPUs."""
+
     weight: Tensor
     eps: float
+    scaled: tuple[Tensor, Tensor] | None  # w sqrt(H), sqrt(H eps), where the short form is used
 
     @classmethod
     def of(cls, module: Any) -> _Norm:
-        return cls(module.weight, module.variance_epsilon)
+        weight, eps = module.weight.detach(), module.variance_epsilon
+        short = weight.device.type == "cpu" and weight.dtype == torch.float32
+        size = weight.shape[0]
+        return cls(weight, eps, (weight * math.sqrt(size), torch.tensor(math.sqrt(size * eps))) if short else None)
 
     def __call__(self, values: Tensor) -> Tensor:
-        size = values.shape[-1]
-        if values.device.type != "cpu" or values.dtype != torch.float32:
-            return F.rms_norm(values, (size,), self.weight, self.eps)
-        # On CPUs PyTorch computes it in nine calls; these are seven.
-        scale = torch.linalg.vector_norm(values, dim=-1, keepdim=True).square_().add_(size * self.eps).rsqrt_()
-        return (values * scale.mul_(math.sqrt(size))).mul_(self.weight)
+        if self.scaled is None:
+            return F.rms_norm(values, values.shape[-1:], self.weight, self.eps)
+        weight, least = self.scaled
+        return (values / torch.linalg.vector_norm(values, dim=-1, keepdim=True).hypot_(least)).mul_(weight)
 
 
 @dataclass(frozen=True)
