@@ -133,8 +133,6 @@ def weight_fingerprint(name: str, weight: Tensor) -> float:
     matrix, signs = weight.flatten(1), fingerprint_input(name, weight.flatten(1).shape[1], weight.device)
     block = 1 << 16 if weight.device.type == "cpu" else 1 << 24  # float64 copies that fit a cache, or 128 MiB where launches cost
     rows = max(1, block // matrix.shape[1])
-    if matrix.shape[0] <= rows:
-        return product_fingerprint(name, matrix.double() @ signs)
     return product_fingerprint(name, torch.cat([part.double() @ signs for part in matrix.split(rows)]))
 
 

@@ -19,16 +19,13 @@ from rltrain.config.load import load_recipe
 
 ROOT = Path(__file__).parents[1]
 SEVENS = f"{Path(__file__).parent / 'golden/sevens.py'}:sevens"  # a reward that an untrained model gets some of
-# Everything a resumed run could forget: momentum, a schedule in its middle, a prompt order that has begun its second epoch after
-# step 3 (26 prompts, 8 per step), several updates per step, replaced groups, a reference model, evaluations.
-SETTINGS = (
+# What any resumed run could forget: momentum, a schedule in its middle, several updates per step, evaluations.
+TWO_HALVES = (
     "train.steps=6",
     "checkpoint.every=3",
     "checkpoint.keep=9",
-    "data.max_prompts=26",
     "rollout.prompts=8",
     "rollout.n=4",
-    "rollout.dynamic_sampling={max_rounds: 2}",
     "eval.every=3",
     "eval.prompts=4",
     "eval.n=2",
@@ -39,6 +36,8 @@ SETTINGS = (
     "learner.optimizer.warmup_steps=2",
     "reward.workers=1",
 )
+# Besides, a prompt order that has begun its second epoch after step 3 (26 prompts, 8 per step), and replaced groups.
+SETTINGS = (*TWO_HALVES, "data.max_prompts=26", "rollout.dynamic_sampling={max_rounds: 2}")
 
 
 def train_here(model: str, folder: Path, *overrides: str, resume: str = "auto") -> int:

@@ -114,28 +114,20 @@ class TransformersEngine:
         return {name: weight_fingerprint(name, weight) for name, weight in held if names is None or name in names}
 
     def _held(self) -> dict[str, Tensor]:
-        """Every weight under every name it has, as the modules have them now: ``state_dict`` without its detours."""
-        return dict(_weights_below(self._model, ""))
+        """Every weight under every name it has, as the model has them now."""
+        return self._model.state_dict(keep_vars=True)  # copies nothing
 
     def sleep(self) -> None:
-        for parameter in self._parameters().values():
+        for parameter in self._model.parameters():
             parameter.data = parameter.data.new_empty(0)
         self.version, self.state = None, EngineState.ASLEEP
 
     def wake(self) -> None:
         if self.state is not EngineState.ASLEEP:
             return
-        named = self._parameters()
+        named = dict(self._model.named_parameters())
         place_together(named.values(), [self._shapes.allowed[name] for name in named], keep=False)
         self.state = EngineState.MAPPED
-
-    def _parameters(self) -> dict[str, torch.nn.Parameter]:
-        """What the learner's weights are copied into, each once, under its first name."""
-        once: dict[int, tuple[str, torch.nn.Parameter]] = {}
-        for name, weight in _weights_below(self._model, ""):
-            if isinstance(weight, torch.nn.Parameter):
-                once.setdefault(id(weight), (name, weight))
-        return dict(once.values())
 
     def close(self) -> None:
         self.sleep()
@@ -293,16 +285,6 @@ class TransformersEngine:
                         f"{name}: decoding with the transformers engine's cache differs from the model's plain forward by "
                         f"{(ours - plain).abs().max():.3g}; this architecture needs rollout.engine vllm"
                     )
-
-
-def _weights_below(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers by name, in the order of ``state_dict``."""
-    for name, held in (*module._parameters.items(), *module._buffers.items()):
-        if held is not None and name not in module._non_persistent_buffers_set:
-            yield prefix + name, held
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _weights_below(child, f"{prefix}{name}.")
 
 
 def _context_limit(config: PreTrainedConfig, name: str) -> tuple[int, str]:

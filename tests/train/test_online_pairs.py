@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from resuming import SEVENS, differing, killed_in, lines
+from resuming import SEVENS, TWO_HALVES, differing, killed_in, lines
 from rltrain.commands import eval_command, soup_command, train_command
 from rltrain.config.check import check
 from rltrain.config.load import load_recipe
@@ -21,25 +21,8 @@ from rltrain.errors import RecipeError, UserError
 from rltrain.train import online_pairs
 
 ROOT = Path(__file__).parents[2]
-# What a resumed run could forget: momentum, a schedule in its middle, a prompt order in its second epoch (20 prompts, 8 per step),
-# evaluations, and with previous_every 2 an iterate older than the checkpoint.
-SETTINGS = (
-    "train.steps=6",
-    "checkpoint.every=3",
-    "checkpoint.keep=9",
-    "data.max_prompts=20",
-    "rollout.prompts=8",
-    "rollout.n=4",
-    "eval.every=3",
-    "eval.prompts=4",
-    "eval.n=2",
-    "eval.k=[1]",
-    "learner.updates=2",
-    "learner.optimizer.lr=2e-3",
-    "learner.optimizer.schedule=cosine",
-    "learner.optimizer.warmup_steps=2",
-    "reward.workers=1",
-)
+# Besides, a prompt order in its second epoch (20 prompts, 8 per step), and with previous_every 2 an iterate older than the checkpoint.
+SETTINGS = (*TWO_HALVES, "data.max_prompts=20")
 
 
 def recipe_of(name: str, *overrides: str) -> PairRecipe:
