@@ -43,7 +43,7 @@ def score_command(
 
     with user_mistakes():
         language = language_of_scorer(model)
-        found = read_file(file, columns, steps, language, data, context_of(AutoConfig.from_pretrained(model.path)))
+        found = read_file(file, columns, steps, language, data, context_of(AutoConfig.from_pretrained(model.path, trust_remote_code=False)))
     texts = [one.text for one in found if one.text is not None]
     with opened_scorer(model, max((len(text.completion) for text in texts), default=1), say) as scorer:
         scored = iter(scorer.score(texts, lambda count: say(f"scored {count} of {len(texts)}")))
@@ -138,7 +138,7 @@ def _scores(choosers: Choosers, result: Evaluation, language: Language, console:
 def _same_tokens(model: str, key: str, path: str) -> None:
     """Raises UserError where the model at ``path`` reads other tokens than ``model`` writes."""
     with user_mistakes():
-        require_same_tokens(AutoTokenizer.from_pretrained(model), model, key, path)
+        require_same_tokens(AutoTokenizer.from_pretrained(model, trust_remote_code=False), model, key, path)
 
 
 def _process_model(choosers: Choosers) -> ProcessModel:

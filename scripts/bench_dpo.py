@@ -112,7 +112,7 @@ def trl_trainer(case: Case, folder: Path) -> Any:
         disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     data: Any = load_dataset("json", data_files=str(folder / "pairs.jsonl"), split="train")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)
     return DPOTrainer(str(folder / "model"), args=arguments, train_dataset=data, processing_class=tokenizer)
 
 

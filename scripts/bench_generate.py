@@ -121,7 +121,7 @@ def sampling_config(case: Case, max_tokens: int) -> GenerationConfig:
 
 
 def plain_generate(case: Case, model: Qwen2ForCausalLM, folder: Path) -> Generator:
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     rows = torch.tensor([prompt.token_ids for prompt in prompts_of(case)]).repeat_interleave(case.n, dim=0)
 
     def generate(seed: int, max_tokens: int) -> int:
@@ -136,7 +136,7 @@ def plain_generate(case: Case, model: Qwen2ForCausalLM, folder: Path) -> Generat
 
 
 def batch_generate(case: Case, model: Qwen2ForCausalLM, folder: Path) -> Generator:
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     rows = [list(prompt.token_ids) for prompt in prompts_of(case) for _ in range(case.n)]
     # Enough cache for every row at once; left to itself it takes 0.9 of the machine's memory.
     pages = -(-(case.prompt_tokens + case.max_tokens) // 32)

@@ -132,7 +132,7 @@ def trl_trainer(case: Case, folder: Path, counted: list[int]) -> Any:
         save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     data: Any = load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model", padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model", padding_side="left", trust_remote_code=False)
     return GRPOTrainer(str(folder / "model"), reward, arguments, data, processing_class=tokenizer)
 
 

@@ -62,10 +62,10 @@ def verify(folder: Path, *, classifier: bool = False) -> None:
 
     classifier: it holds a reward model with a scalar head, which transformers calls one for sequence classification.
     """
-    AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     opened: Any = kind.from_pretrained(
-        folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
+        folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, trust_remote_code=False
     )
     loaded, report = opened
     found = {kind: sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}

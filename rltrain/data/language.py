@@ -39,8 +39,8 @@ def language_of(model: Model, sizes: Mapping[str, int]) -> Language:
     """The same for rows whose parts have at most these sizes, by recipe key."""
     needed = sum(sizes.values())
     try:
-        config = AutoConfig.from_pretrained(model.path, revision=model.revision)
-        tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
+        config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         hint = "; make it with: python scripts/make_tiny_model.py --out .cache/tiny-model" if model.path.startswith(".cache/tiny") else ""

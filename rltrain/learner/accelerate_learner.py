@@ -405,7 +405,7 @@ class _OneUpdate:
 def load_causal_lm(path: str, revision: str | None, attention: str) -> PreTrainedModel:
     """A causal LM in float32 (the optimizer's precision; autocast lowers the compute), without dropout in train mode."""
     options = {} if attention == "auto" else {"attn_implementation": attention}
-    model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=torch.float32, **options)
+    model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=torch.float32, trust_remote_code=False, **options)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # dropout would make the log-probs of the update differ from those that were sampled

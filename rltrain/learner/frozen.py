@@ -22,7 +22,7 @@ def require_same_tokens(tokenizer: PreTrainedTokenizerBase, model: str, key: str
     key: where the recipe names it, such as "model.reference".
     """
     try:
-        theirs = AutoTokenizer.from_pretrained(path).get_vocab()
+        theirs = AutoTokenizer.from_pretrained(path, trust_remote_code=False).get_vocab()
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{key} {path!r} is no model folder and cannot be had from the Hub ({reason})") from error

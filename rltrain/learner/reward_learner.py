@@ -101,7 +101,7 @@ def load_reward_model(path: str, revision: str | None, attention: str, *, traine
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     options |= {"dtype": torch.float32, "output_loading_info": True} | ({} if trained else {"num_labels": 1})
     try:
-        loaded: Any = AutoModelForSequenceClassification.from_pretrained(path, revision=revision, **options)
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(path, revision=revision, trust_remote_code=False, **options)
     except ValueError as error:
         raise UserError(f"{path}: transformers knows no scalar head for it ({str(error).splitlines()[0]}); choose another model") from error
     model, report = loaded

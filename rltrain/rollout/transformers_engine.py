@@ -86,7 +86,7 @@ class TransformersEngine:
         self.device, self.dtype, self.fingerprint_rtol = torch.device(device), dtype, 1e-12
         self.max_rows, self._pad, self._decode = max_rows, pad_token_id, decode
         self._stop = frozenset(stop_token_ids)
-        config = AutoConfig.from_pretrained(model, revision=revision)
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
         self._limit, self._limit_name = _context_limit(config, model)
         self._model = _random_model(config, self.device, dtype, "eager" if attention == "eager" else "sdpa")
         self._eager = attention == "eager"
@@ -306,7 +306,7 @@ def _context_limit(config: PreTrainedConfig, name: str) -> tuple[int, str]:
 def _random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, attention: str) -> Any:
     """The architecture with weights that ``load`` will replace, leaving the caller's random state as it was."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
     if attention == "sdpa":
         model.set_attn_implementation(GROUPED_SDPA)
     model.eval().requires_grad_(False)
