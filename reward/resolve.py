@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from reward import MODULES
 from reward.score import RewardInputs, Score
+from reward.source import is_user_spec
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Caught:
 
 def resolve(call: RewardCall) -> Grader:
     """The grader of ``call``. Raises ValueError on an unknown name, a file that does not load, or hyperparameters it does not take."""
-    from reward.user import is_user_spec, load_user_function  # user.py needs Caught
+    from reward.user import load_user_function  # user.py needs Caught
 
     if is_user_spec(call.name):
         function = load_user_function(call.name, call.hp)

@@ -27,10 +27,6 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 _FORMS = "write f(inputs, **hp) -> list of Score, float or None; or TRL's f(completions, prompts, **columns) -> list of float or None"
 
 
-def is_user_spec(name: str) -> bool:
-    return ".py:" in name
-
-
 def load_user_function(spec: str, hp: Mapping[str, Any]) -> Callable[[RewardInputs], Any]:
     """The function behind ``spec`` as f(inputs), with ``hp`` in place. Raises ValueError; the file's own error is in the message."""
     path, _, name = spec.rpartition(":")
