@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import decimal
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,17 +16,37 @@ from reward.code_text import program
 from reward.sandbox import Limits, SandboxError, Tests, TestsError
 from reward.score import RewardInputs, Score, reward
 
-_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+_NUMBER = re.compile(r"[+-]?(?:\d++(?:\.\d*+)?|\.\d++)(?:[eE][+-]?\d++)?", re.ASCII)
+_NOT_FINITE = re.compile(r"([+-]?)(inf(?:inity)?|nan)", re.IGNORECASE)  # as C, Python, Java and JavaScript print them
+_EXACT = decimal.Context(prec=60, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN)  # no number that is written out is too large
+_BEFORE = "before"  # the default of before_column, which a row need not have
 _STDIN = frozenset({"stdin", "stdin_stdout", "stdio"})  # how data sets call tests of this kind
 
 
 # What published sets of function calls mean by equal: JSON has no tuples, and some put every answer into a list of one.
+# inf and nan are what they are written as in an assertion.
 _SAME = """
-def _same(got, expected):
-    def plain(value):
-        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-    got = plain(got)
-    return got == expected or (isinstance(expected, list) and len(expected) == 1 and got == expected[0])
+import math as _math
+from math import inf, nan
+
+def _same(got, expected, tolerance=None):
+    return _equal(got, expected, tolerance) or (
+        isinstance(expected, list) and len(expected) == 1 and _equal(got, expected[0], tolerance)
+    )
+
+def _equal(got, expected, tolerance):
+    if isinstance(got, (list, tuple)) and isinstance(expected, (list, tuple)):
+        return len(got) == len(expected) and all(map(_equal, got, expected, [tolerance] * len(got)))
+    if isinstance(got, dict) and isinstance(expected, dict):
+        return got.keys() == expected.keys() and all(_equal(got[key], expected[key], tolerance) for key in expected)
+    if got == expected or not (_is_number(got) and _is_number(expected)):
+        return got == expected
+    if not (_math.isfinite(got) and _math.isfinite(expected)):
+        return _math.isnan(got) and _math.isnan(expected)
+    return tolerance is not None and abs(got - expected) <= tolerance * max(1.0, abs(expected))
+
+def _is_number(value):
+    return isinstance(value, float) or type(value) is int and abs(value) < 1 << 1000
 """
 _METHOD = """
 if {name!r} not in globals() and "Solution" in globals():
@@ -84,7 +106,8 @@ def code_io(
     tests_column: a list of {"input", "output"}, or {"inputs": [...], "outputs": [...]}, or either as JSON; with an "fn_name" a test
     calls that function with the input, a list of arguments, and compares what it returns (as ``code_tests``). before_column: Python in
     front of the program, where the row has such a column. max_tests: the first so many; null: all. tolerance: of numbers, absolute or
-    relative, whichever is larger; their lines must then have equal tokens; null: text is compared. score "share": between wrong and
+    relative, whichever is larger; their lines must then have equal tokens, and infinite ones and NaN equal only themselves;
+    null: text is compared. score "share": between wrong and
     correct by the share of tests passed; "all" stops at the first that fails. seconds: wall clock of one test; total_seconds: of all,
     beyond which the rest have failed; keep it below reward.seconds, as starting takes time (about 25 ms per test). memory_mib,
     processes, file_mib, packages, unsandboxed: as for ``code_tests``. output_mib: what a program may print.
@@ -92,14 +115,16 @@ def code_io(
     parts: correct (all tests), passed (share), no_code, timeout. Ungraded: "sandbox" (it did not start), "tests" (the row's expect
     nothing, or are of another kind). Raises ValueError where there are none, or no sandbox.
     """
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise ValueError(f"code_io: tolerance must be a finite number of at least 0, got {tolerance}")
     kind = sandbox.choose_kind(unsandboxed)
     try:
-        cases = _cases(inputs, tests_column, max_tests)
+        cases = _cases(inputs, tests_column, max_tests, tolerance)
     except BadTests as error:
         return [Score(0.0, ungraded="tests", why=str(error))] * len(inputs.completions)
     limits = Limits(seconds, memory_mib, processes, file_mib, output_mib)
     exam = Exam(cases, limits, total_seconds, tolerance, score == "share", kind, packages)
-    before = str(inputs.columns.get(before_column, "")) or None
+    before = _before(inputs, before_column)
     return [_score(program(completion, before, None, "auto"), exam, correct, wrong) for completion in inputs.completions]
 
 
@@ -174,15 +199,32 @@ def _lines(text: str) -> list[str]:
 def _same_token(printed: str, expected: str, tolerance: float) -> bool:
     if printed == expected:
         return True
-    if not (_NUMBER.fullmatch(printed) and _NUMBER.fullmatch(expected)):
-        return False
-    return abs(float(printed) - float(expected)) <= tolerance * max(1.0, abs(float(expected)))
+    if _NUMBER.fullmatch(printed) and _NUMBER.fullmatch(expected):
+        return _near(printed, expected, tolerance)
+    ours, theirs = _NOT_FINITE.fullmatch(printed), _NOT_FINITE.fullmatch(expected)
+    return ours is not None and theirs is not None and _spelled_alike(ours) == _spelled_alike(theirs)
+
+
+def _near(printed: str, expected: str, tolerance: float) -> bool:
+    """In decimals, as a float of more than 308 digits is infinite, and infinity is near to everything."""
+    with decimal.localcontext(_EXACT):
+        try:
+            wanted = decimal.Decimal(expected)
+            return abs(decimal.Decimal(printed) - wanted) <= decimal.Decimal(tolerance) * max(decimal.Decimal(1), abs(wanted))
+        except decimal.DecimalException:  # an exponent beyond any number's
+            return False
+
+
+def _spelled_alike(number: re.Match[str]) -> tuple[str, bool]:
+    """Infinity with its sign, or NaN, which has none."""
+    kind = number[2][:3].lower()
+    return kind, kind == "inf" and number[1] == "-"
 
 
 # the row's tests -----------------------------------------------------------------------------------------------------
 
 
-def _cases(inputs: RewardInputs, column: str, most: int | None) -> list[Case] | Calls:
+def _cases(inputs: RewardInputs, column: str, most: int | None, tolerance: float | None) -> list[Case] | Calls:
     """Raises ValueError where the column holds none, BadTests where it holds some of another kind, or that any program passes."""
     value = inputs.columns.get(column)
     if isinstance(value, str):
@@ -202,17 +244,29 @@ def _cases(inputs: RewardInputs, column: str, most: int | None) -> list[Case] | 
         if "input" not in item or "output" not in item:
             raise ValueError(f"code_io: a test must have input and output, got {sorted(item)}")
     if name := value[0].get("fn_name"):
-        return _calls(str(name), value[:most])
+        return _calls(str(name), value[:most], tolerance)
     cases = [_case(item) for item in value[:most]]
     if not any(case.expected.strip() for case in cases):
         raise BadTests("no test of the row expects any output, so that every program would pass that prints nothing")
     return cases
 
 
-def _calls(name: str, tests: Sequence[Mapping[str, Any]]) -> Calls:
+def _calls(name: str, tests: Sequence[Mapping[str, Any]], tolerance: float | None) -> Calls:
     if not name.isidentifier() or not all(isinstance(item["input"], list | tuple) and item.get("fn_name") == name for item in tests):
         raise BadTests(f"the row's tests of {name!r:.40} are not of one function with lists of arguments")
-    return Calls(name, tuple(f"assert _same({name}(*{list(item['input'])!r}), {item['output']!r})" for item in tests))
+    assertions = (f"assert _same({name}(*{list(item['input'])!r}), {item['output']!r}, {tolerance!r})" for item in tests)
+    return Calls(name, tuple(assertions))
+
+
+def _before(inputs: RewardInputs, column: str) -> str | None:
+    """Raises ValueError where a column that the recipe names is not there; the default one need not be."""
+    value = inputs.columns.get(column)
+    if column not in inputs.columns and column != _BEFORE:
+        there = ", ".join(sorted(inputs.columns)) or "none"
+        raise ValueError(f"code_io: the row has no column {column!r}; its columns are: {there}. Set before_column or data.columns")
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"code_io: column {column!r} must hold the Python in front of the program as text, got {value!r:.80}")
+    return value or None
 
 
 def _rows_of(columns: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -14,8 +14,7 @@ from reward import remote
 from reward.remote import RemoteError
 from reward.score import RewardInputs, Score, reward
 
-_THOUGHT = re.compile(r".*</think>", re.DOTALL)
-_RATING = re.compile(r"\[\[(-?\d+(?:\.\d+)?)\]\]")
+_RATING = re.compile(r"\[\[(-?\d++(?:\.\d++)?)\]\]")
 _CHOICE = re.compile(r"\[\[(A|B|C)\]\]")
 _WINS = {"A": 1.0, "B": 0.0, "C": 0.5}
 
@@ -126,7 +125,7 @@ def said(answer: Any) -> str:
 
 def rating(text: str, low: float, high: float) -> float | None:
     """The one rating of an answer; None where there is none, several, or one out of range. What was thought aloud does not count."""
-    found = _RATING.findall(_THOUGHT.sub("", text, count=1))
+    found = _RATING.findall(_after_thought(text))
     if len(found) != 1 or not low <= float(found[0]) <= high:
         return None
     return (float(found[0]) - low) / (high - low)
@@ -134,8 +133,12 @@ def rating(text: str, low: float, high: float) -> float | None:
 
 def choice(text: str) -> str | None:
     """A, B or C (tie), where exactly one is named in the required form."""
-    found = _CHOICE.findall(_THOUGHT.sub("", text, count=1))
+    found = _CHOICE.findall(_after_thought(text))
     return found[0] if len(found) == 1 else None
+
+
+def _after_thought(text: str) -> str:
+    return text.rpartition("</think>")[2]
 
 
 def _rated(answer: str | RemoteError, low: float, high: float) -> Score:

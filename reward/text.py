@@ -1,4 +1,8 @@
-r"""Rewards that compare strings: exact match, a multiple-choice letter, a required format."""
+r"""Rewards that compare strings: exact match, a multiple-choice letter, a required format.
+
+Every expression here takes time linear in the completion: what repeats gives nothing back (``*+``) where the rest could take it as
+well. A recipe's own expression (``format``) may not; it is then the limit reward.seconds that ends it.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,9 @@ from typing import Literal
 from reward.answer_text import answer_part, last_box
 from reward.score import RewardInputs, Score, column_text, reward
 
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?")
-_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})++|\d++)?(?:\.\d++)?")
+_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*+\{([^{}]*+)\}")
+_SAID = r"(?i:answer)\s*+(?i:is:?+|:)\s*+(?i:(?:option|choice)\s++)?+"
 
 
 @reward("exact")
@@ -88,17 +93,17 @@ def answer_format(
 
 def chosen_letter(completion: str, letters: str) -> str | None:
     """The letter a completion settles on; None without one. The order of places is in ``choice``."""
-    one = rf"\(?\s*([{re.escape(letters)}])\s*\)?"
+    letter = rf"\(?+\s*+([{re.escape(letters)}])"
     text = _TEXT_COMMAND.sub(r"\1", answer_part(completion)).replace("**", "").replace("$", "")
     box = last_box(text)
     if box is not None:
-        boxed = re.match(rf"\s*{one}(?![\w'])", box)
+        boxed = re.match(rf"\s*+{letter}(?![\w'])", box)
         return boxed[1] if boxed else None
-    said = re.findall(rf"(?i:answer)\s*(?i:is|:|is:)\s*(?i:option\s+|choice\s+)?{one}(?![\w'])(?!\s+[a-z])", text)
+    said = re.findall(rf"{_SAID}{letter}(?![\w'])(?!\s+[a-z])", text)
     if said:
         return said[-1]
     for line in (text.strip(), text.strip().rpartition("\n")[2]):
-        alone = re.match(rf"{one}(?:$|\s*[.):](?:\s|$))", line)
+        alone = re.match(rf"{letter}\s*+(?:$|(?:\)\s*+)?[.):](?:\s|$))", line)
         if alone:
             return alone[1]
     bracketed = re.findall(rf"\(([{re.escape(letters)}])\)", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 
 import pytest
@@ -54,6 +55,19 @@ def passed(program: str, tests: object = SUM, **hp: object) -> float:
         ("inf", "1", 1e9, False),
         ("1_0", "10", 1e9, False),
         ("1\n2", "1 2", 1.0, False),  # a line is a line
+        ("5", "1" + "0" * 400, 1e-6, False),  # infinite as a float, to which every number would be near
+        ("5", "1e309", 1e-9, False),
+        ("1" + "0" * 400, "1.0e400", 1e-9, True),
+        ("1.001e400", "1e400", 1e-2, True),
+        ("1e400", "-1e400", 1e9, True),  # the difference is twice the expected number
+        ("5", "1e99999999999999999999", 1e9, False),
+        ("5", "inf", 1e9, False),
+        ("inf", "1e309", 1e9, False),
+        ("Infinity", "inf", 1e-6, True),
+        ("-inf", "inf", 1e9, False),
+        ("NaN", "nan", 1e-6, True),
+        ("5", "nan", 1e9, False),
+        ("nan", "inf", 1e9, False),
     ],
 )
 def test_text_is_compared_as_judges_do(printed, expected, tolerance, same):
@@ -121,6 +135,41 @@ def test_tests_may_call_a_function_or_a_solutions_method(tests):
     assert passed("class All:\n    def __eq__(self, other):\n        return True\ndef add(a, b):\n    return All()\n", tests) == 0.0
     (late,) = code_io(inputs("def add(a, b):\n    while True:\n        pass\n", tests=tests), total_seconds=0.4)
     assert late == Score(0.0, WRONG | {"timeout": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected", "tolerance", "same"),
+    [
+        ("1 / 3", 0.3333, 1e-3, True),
+        ("1 / 3", 0.3333, None, False),
+        ("{'a': (1, 2.0001)}", {"a": [1, 2.0]}, 1e-3, True),
+        ("[1, 2]", [1, 2, 3], 1.0, False),
+        ("float('inf')", math.inf, None, True),  # JSON has Infinity and NaN where Python wrote it
+        ("float('-inf')", math.inf, 1e9, False),
+        ("5", math.inf, 1e9, False),
+        ("float('nan')", math.nan, None, True),
+        ("5", math.nan, 1e9, False),
+        ("5", 10**400, 1e9, False),
+        ("10**400", 10**400, 1e-9, True),
+        ("'5'", 5, 1e9, False),
+    ],
+)
+def test_what_a_function_returns_is_compared_with_the_same_tolerance(returned, expected, tolerance, same):
+    program = f"inf = nan = 5\ndef f(x):\n    assert x != x\n    return {returned}\n"
+    tests = [{"fn_name": "f", "input": [math.nan], "output": expected}]
+    assert passed(program, tests, tolerance=tolerance) == float(same)
+
+
+@pytest.mark.parametrize("tolerance", [math.inf, math.nan, -1.0])
+def test_a_tolerance_to_which_everything_or_nothing_is_near_is_refused(tolerance):
+    with pytest.raises(ValueError, match="tolerance must be a finite number"):
+        code_io(inputs(ADD), tolerance=tolerance)
+
+
+def test_a_column_in_front_of_the_program_that_the_row_lacks_is_refused_where_the_recipe_names_it():
+    with pytest.raises(ValueError, match=r"no column 'befor'; its columns are: before, tests"):
+        code_io(inputs("3", before="print("), before_column="befor")
+    assert code_io(inputs(ADD, before=None))[0].value == 1.0
 
 
 @pytest.mark.parametrize(
