@@ -20,6 +20,7 @@ from rltrain.data.language import Language
 from rltrain.errors import UserError, user_mistakes
 from rltrain.learner.accelerate_learner import AccelerateLearner
 from rltrain.learner.process_reward import ProcessRewardLearner
+from rltrain.remote_code import trust_copy
 from rltrain.report.law import Law
 from rltrain.report.progress import Progress
 from rltrain.report.reporter import Reporter
@@ -157,4 +158,7 @@ def digest(items: Iterable[object]) -> str:
 
 def start_of(model: _Model, checkpoint: Path | None) -> _Model:
     """Where a learner's weights come from: the recipe's model, or ``checkpoint``, with the float32 that the optimizer works on."""
-    return model if checkpoint is None else model.model_copy(update={"path": str(checkpoint), "revision": None})
+    if checkpoint is None:
+        return model
+    trust_copy(checkpoint, model.path, model.revision)
+    return model.model_copy(update={"path": str(checkpoint), "revision": None})

@@ -6,6 +6,7 @@ import glob
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,6 +35,11 @@ Engine = Annotated[str | None, typer.Option(help="Shorthand for --set rollout.en
 Seed = Annotated[int | None, typer.Option(help="Shorthand for --set seed=N.", metavar="N")]
 EmInf = Annotated[
     float | None, typer.Option("--em-inf", help="Sharpen each token's logits until their entropy is below so many nats.", metavar="NATS")
+]
+
+Trust = Annotated[
+    list[str] | None,
+    typer.Option(help="Whose own Python code may run: a folder, or NAME@COMMIT on the Hub. May be repeated.", metavar="MODEL"),
 ]
 
 
@@ -82,7 +88,8 @@ def train(
     checked = _checked(recipe, profile, _with_shorthands(overrides, engine, seed))
     from rltrain.commands import train_command
 
-    raise typer.Exit(train_command(checked.recipe, run or Path("runs") / recipe.stem, checked.warnings, resume))
+    with _trusting(checked.recipe.model.trust_remote_code):
+        raise typer.Exit(train_command(checked.recipe, run or Path("runs") / recipe.stem, checked.warnings, resume))
 
 
 @app.command()
@@ -98,7 +105,8 @@ def doctor(
     checked = _checked(recipe, profile, _with_shorthands(overrides, engine, seed))
     from rltrain.commands_doctor import doctor_command
 
-    raise typer.Exit(doctor_command(checked.recipe, steps))
+    with _trusting(checked.recipe.model.trust_remote_code):
+        raise typer.Exit(doctor_command(checked.recipe, steps))
 
 
 @app.command()
@@ -169,11 +177,13 @@ def soup(
     weights: Annotated[
         list[float] | None, typer.Option("--weight", help="One per model, in their order, summing to 1; by default equal.", metavar="W")
     ] = None,
+    trust_remote_code: Trust = None,
 ) -> None:
     """Average the weights of models: SALSA's reference (model.reference of a recipe)."""
     from rltrain.commands import soup_command
 
-    raise typer.Exit(soup_command(models, weights or [], out))
+    with _trusting(trust_remote_code or ()):
+        raise typer.Exit(soup_command(models, weights or [], out))
 
 
 @app.command(name="eval")
@@ -199,18 +209,22 @@ def evaluate(
     reduction: Annotated[Reduction | None, typer.Option(help="As for rltrain score.")] = None,
     rm: Annotated[str | None, typer.Option(help="Reward model with a scalar head that chooses.", metavar="MODEL")] = None,
     kl_to: Annotated[str | None, typer.Option(help="Also the KL divergence of MODEL from this one.", metavar="MODEL")] = None,
+    trust_remote_code: Trust = None,
 ) -> None:
     """Measure pass@k and avg@k of a model on a recipe's held-out prompts; with --select, choosing one of N answers too."""
     checked = _checked(recipe, profile, _with_shorthands(overrides, engine, seed))
+    trusted = (*checked.recipe.model.trust_remote_code, *(trust_remote_code or ()))
     if select or kl_to is not None:
         from rltrain.commands_score import Choosers, select_command
 
         choosers = Choosers(prm, prm_reference, beta, _aggregate(series, reduction), rm, steps, kl_to)
         names = [one.value for one in select or ()]
-        raise typer.Exit(select_command(model, checked.recipe, names, choosers, out, em_inf))
+        with _trusting(trusted):
+            raise typer.Exit(select_command(model, checked.recipe, names, choosers, out, em_inf))
     from rltrain.commands import eval_command
 
-    raise typer.Exit(eval_command(model, checked.recipe, out, em_inf))
+    with _trusting(trusted):
+        raise typer.Exit(eval_command(model, checked.recipe, out, em_inf))
 
 
 @app.command()
@@ -232,6 +246,7 @@ def score(
     tokens: Annotated[bool, typer.Option(help="Write the reward of each token too.")] = True,
     cache: Annotated[Path | None, typer.Option(help="Folder of the reference's log-probs.", metavar="DIR")] = Path(".cache/reference"),
     tokens_per_micro_batch: Annotated[int, typer.Option(help="Tokens that go through the models at once.", min=1)] = 16384,
+    trust_remote_code: Trust = None,
 ) -> None:
     """Process rewards of completions that are there already: of each token, of each step, and of the whole."""
     from rltrain.build_score import ProcessModel
@@ -240,7 +255,8 @@ def score(
 
     judge = ProcessModel(model, reference, beta, _aggregate(series, reduction), cache, tokens_per_micro_batch)
     data = JudgedData(train=str(file), system=system, chat_template=chat_template.value)
-    raise typer.Exit(score_command(judge, file, out, steps, _pairs(column), data, tokens))
+    with _trusting(trust_remote_code or ()):
+        raise typer.Exit(score_command(judge, file, out, steps, _pairs(column), data, tokens))
 
 
 @app.command()
@@ -259,6 +275,7 @@ def generate(
     ] = None,
     profile: Profile = None,
     em_inf: EmInf = None,
+    trust_remote_code: Trust = None,
 ) -> None:
     """Sample from a model; in a recipe's environment, whole episodes."""
     from rltrain.config.load import recipe_of_model
@@ -269,7 +286,8 @@ def generate(
         recipe = _checked(source, profile, [f"model.path={model}", f"seed={seed}"]).recipe
     from rltrain.commands import generate_command
 
-    raise typer.Exit(generate_command(recipe, prompts, n, temperature, em_inf))
+    with _trusting((*recipe.model.trust_remote_code, *(trust_remote_code or ()))):
+        raise typer.Exit(generate_command(recipe, prompts, n, temperature, em_inf))
 
 
 def main() -> None:
@@ -289,6 +307,17 @@ def _checked(recipe: Path, profile: str | None, overrides: Sequence[str]) -> Che
     from rltrain.config.load import load_recipe
 
     return check(load_recipe(recipe, profile=profile, overrides=overrides))
+
+
+@contextmanager
+def _trusting(entries: Sequence[str]) -> Iterator[None]:
+    """Inside, code of these models may run, and rank 0 says which."""
+    from rltrain.remote_code import trusting
+
+    with trusting(entries) as lines:
+        for line in lines if os.environ.get("RANK", "0") == "0" else ():
+            typer.echo(line, err=True)
+        yield
 
 
 def _with_shorthands(overrides: Sequence[str] | None, engine: str | None, seed: int | None) -> list[str]:

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from rltrain.build_score import NONE, ProcessModel, cutter, language_of_scorer, opened_scorer, read_file, text_row
 from rltrain.checkpoint.run_folder import write_atomic
 from rltrain.commands import measured, sampling_of, show, show_numbers
-from rltrain.config.schema import AnyRecipe, JudgedData, OfflineRecipe, Recipe
-from rltrain.data.language import Language, context_of
+from rltrain.config.schema import AnyRecipe, JudgedData, Model, OfflineRecipe, Recipe
+from rltrain.data.language import Language, context_of, language_of
 from rltrain.errors import UserError, user_mistakes
 from rltrain.learner.frozen import require_same_tokens
 from rltrain.learner.reward_model import rewards_of
+from rltrain.remote_code import trusts
 from rltrain.report.best_of_n import n_for_kl
 from rltrain.report.selection import Samples, selections
 from rltrain.report.statistics import average_at_k
@@ -43,7 +44,8 @@ def score_command(
 
     with user_mistakes():
         language = language_of_scorer(model)
-        found = read_file(file, columns, steps, language, data, context_of(AutoConfig.from_pretrained(model.path, trust_remote_code=False)))
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=trusts(model.path))
+        found = read_file(file, columns, steps, language, data, context_of(config))
     texts = [one.text for one in found if one.text is not None]
     with opened_scorer(model, max((len(text.completion) for text in texts), default=1), say) as scorer:
         scored = iter(scorer.score(texts, lambda count: say(f"scored {count} of {len(texts)}")))
@@ -138,7 +140,7 @@ def _scores(choosers: Choosers, result: Evaluation, language: Language, console:
 def _same_tokens(model: str, key: str, path: str) -> None:
     """Raises UserError where the model at ``path`` reads other tokens than ``model`` writes."""
     with user_mistakes():
-        require_same_tokens(AutoTokenizer.from_pretrained(model, trust_remote_code=False), model, key, path)
+        require_same_tokens(language_of(Model(path=model), {}).tokenizer, model, key, path)
 
 
 def _process_model(choosers: Choosers) -> ProcessModel:

@@ -50,22 +50,23 @@ def export_model(
         with _system_errors():
             tokenizer.save_pretrained(making)
         (making / "README.md").write_text(card, encoding="utf-8")
-        verify(making, classifier=_is_classifier(model))
+        verify(making, classifier=_is_classifier(model), own_code=_own_code(model) or _own_code(tokenizer))
         if extra is not None:
             extra(making)
         (making / MANIFEST).write_text(json.dumps(file_hashes(making), indent=2) + "\n", encoding="utf-8")
     return out
 
 
-def verify(folder: Path, *, classifier: bool = False) -> None:
+def verify(folder: Path, *, classifier: bool = False, own_code: bool = False) -> None:
     """Load ``folder`` as a user would, without memory for its weights. Raises ExportError on a missing, extra or misshapen tensor.
 
     classifier: it holds a reward model with a scalar head, which transformers calls one for sequence classification.
+    own_code: the folder brings the code of its classes, which this process runs already.
     """
-    AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=own_code)
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     opened: Any = kind.from_pretrained(
-        folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, trust_remote_code=False
+        folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, trust_remote_code=own_code
     )
     loaded, report = opened
     found = {kind: sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
@@ -84,6 +85,11 @@ def verify(folder: Path, *, classifier: bool = False) -> None:
 
 def _is_classifier(model: PreTrainedModel) -> bool:
     return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def _own_code(loaded: object) -> bool:
+    """Whether its class came with a model folder: transformers imports such code below a package of this name."""
+    return type(loaded).__module__.split(".")[0] == "transformers_modules"
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

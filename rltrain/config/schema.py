@@ -69,6 +69,7 @@ class About(Section):
 class Model(Section):
     path: str  # Hub name or folder
     revision: str | None = None
+    trust_remote_code: tuple[str, ...] = ()  # whose own Python code may run: folders, or NAME@COMMIT on the Hub
     reference: str | None = None  # model of ref_logp and of the reference arm; None: the starting point
     teacher: str | None = None  # model of teacher_logp, with the same tokenizer; None: the starting point
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 from rltrain.config.schema import Model, Recipe
 from rltrain.data.chat import Endings, endings
 from rltrain.errors import UserError
+from rltrain.remote_code import refusing_untrusted, trusts
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,12 @@ def language_of(model: Model, sizes: Mapping[str, int]) -> Language:
     """The same for rows whose parts have at most these sizes, by recipe key."""
     needed = sum(sizes.values())
     try:
-        config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
+        trusted = trusts(model.path, model.revision)
+        with refusing_untrusted(model.path, model.revision):
+            config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=trusted)
+            tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=trusted)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         hint = "; make it with: python scripts/make_tiny_model.py --out .cache/tiny-model" if model.path.startswith(".cache/tiny") else ""

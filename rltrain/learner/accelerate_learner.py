@@ -27,6 +27,7 @@ from rltrain.learner.packing import Layout, MicroBatch, build, plan
 from rltrain.learner.ranks import agree, make_accelerator, sharded_loading
 from rltrain.learner.shared_prompt import build_shared, line_length, lines_of
 from rltrain.loss.objective import Objective
+from rltrain.remote_code import refusing_untrusted, trusts
 from rltrain.seeds import stable_hash
 from rltrain.types import PolicyTokens, StepTotals, TokenRows, TrainBatch
 from rltrain.watchdog import Waiting, unwatched
@@ -405,7 +406,9 @@ class _OneUpdate:
 def load_causal_lm(path: str, revision: str | None, attention: str) -> PreTrainedModel:
     """A causal LM in float32 (the optimizer's precision; autocast lowers the compute), without dropout in train mode."""
     options = {} if attention == "auto" else {"attn_implementation": attention}
-    model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=torch.float32, trust_remote_code=False, **options)
+    trusted = trusts(path, revision)
+    with refusing_untrusted(path, revision):
+        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=torch.float32, trust_remote_code=trusted, **options)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # dropout would make the log-probs of the update differ from those that were sampled

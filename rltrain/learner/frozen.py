@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from rltrain.config.schema import Model
 from rltrain.errors import UserError
 from rltrain.learner.accelerate_learner import load_causal_lm
+from rltrain.remote_code import refusing_untrusted, trusts
 
 __all__ = ["reference_weights", "require_same_tokens"]
 
@@ -22,7 +23,10 @@ def require_same_tokens(tokenizer: PreTrainedTokenizerBase, model: str, key: str
     key: where the recipe names it, such as "model.reference".
     """
     try:
-        theirs = AutoTokenizer.from_pretrained(path, trust_remote_code=False).get_vocab()
+        with refusing_untrusted(path):
+            theirs = AutoTokenizer.from_pretrained(path, trust_remote_code=trusts(path)).get_vocab()
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{key} {path!r} is no model folder and cannot be had from the Hub ({reason})") from error

@@ -20,6 +20,7 @@ from rltrain.errors import UserError
 from rltrain.learner.forward import PolicyForward, called_as, scalar_head, takes_positions, unpackable
 from rltrain.learner.packing import MicroBatch, build
 from rltrain.learner.preference_learner import PreferenceLearner
+from rltrain.remote_code import refusing_untrusted, trusts
 from rltrain.types import RewardPairs, TokenRows
 
 __all__ = ["RewardForward", "RewardLearner", "load_reward_model"]
@@ -100,8 +101,12 @@ def load_reward_model(path: str, revision: str | None, attention: str, *, traine
     """
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     options |= {"dtype": torch.float32, "output_loading_info": True} | ({} if trained else {"num_labels": 1})
+    trusted = trusts(path, revision)
     try:
-        loaded: Any = AutoModelForSequenceClassification.from_pretrained(path, revision=revision, trust_remote_code=False, **options)
+        with refusing_untrusted(path, revision):
+            loaded: Any = AutoModelForSequenceClassification.from_pretrained(path, revision=revision, trust_remote_code=trusted, **options)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{path}: transformers knows no scalar head for it ({str(error).splitlines()[0]}); choose another model") from error
     model, report = loaded

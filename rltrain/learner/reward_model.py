@@ -14,6 +14,7 @@ from reward.score import RewardInputs
 from rltrain.errors import UserError
 from rltrain.learner.forward import scalar_head
 from rltrain.learner.reward_learner import load_reward_model
+from rltrain.remote_code import trusts
 from rltrain.types import TokenRows
 
 __all__ = ["RewardModel", "rewards_of"]
@@ -47,7 +48,7 @@ class RewardModel:
         if precision == "bfloat16" or (precision == "auto" and device.type == "cuda"):
             (model if self._head is None else model.base_model).to(torch.bfloat16)
         self._model = model.to(device).eval()
-        self._tokenizer: Any = None if prompt_column is None else AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        self._tokenizer: Any = None if prompt_column is None else AutoTokenizer.from_pretrained(path, trust_remote_code=trusts(path))
         if self._tokenizer is not None and self._tokenizer.chat_template is None:
             raise UserError(f"{path} has no chat template for prompt_column {prompt_column}; leave prompt_column out, or give it one")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 from rltrain.protocols import EngineState
+from rltrain.remote_code import trusts
 from rltrain.rollout.checks import WeightShapes, require_fit, require_version
 from rltrain.rollout.em_inf import minimise_entropy
 from rltrain.rollout.kv_cache import GROUPED_SDPA, DecodeCache, layers_of
@@ -86,9 +87,11 @@ class TransformersEngine:
         self.device, self.dtype, self.fingerprint_rtol = torch.device(device), dtype, 1e-12
         self.max_rows, self._pad, self._decode = max_rows, pad_token_id, decode
         self._stop = frozenset(stop_token_ids)
-        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+        trusted = trusts(model, revision)
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusted)
         self._limit, self._limit_name = _context_limit(config, model)
-        self._model = _random_model(config, self.device, dtype, "eager" if attention == "eager" else "sdpa")
+        used = "eager" if attention == "eager" else "sdpa"
+        self._model = _random_model(config, self.device, dtype, used, trusted=trusted)
         self._eager = attention == "eager"
         self._head = self._model.get_output_embeddings()
         self._decoder: TokenDecoder | None = None  # while tokens are written, for models that it fits
@@ -303,10 +306,10 @@ def _context_limit(config: PreTrainedConfig, name: str) -> tuple[int, str]:
     return limit, "the model's max_position_embeddings"
 
 
-def _random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, attention: str) -> Any:
+def _random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, attention: str, *, trusted: bool) -> Any:
     """The architecture with weights that ``load`` will replace, leaving the caller's random state as it was."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention, trust_remote_code=trusted)
     if attention == "sdpa":
         model.set_attn_implementation(GROUPED_SDPA)
     model.eval().requires_grad_(False)

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rltrain.protocols import EngineState
+from rltrain.remote_code import trusts
 from rltrain.rollout.checks import WeightShapes, require_fit, require_version
 from rltrain.rollout.vllm_layers import layer_fingerprints, repack_heads
 from rltrain.seeds import stable_hash
@@ -61,11 +62,12 @@ class VllmColocated:
         self._gpu = torch.cuda.is_available()
         self.dtype, self.fingerprint_rtol = dtype, 1e-12  # weights are compared as stored: only the float64 sums' order may differ
         self._sleep_mode, self._adaptive = sleep_mode and self._gpu, adaptive_temperature
-        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+        trusted = trusts(model, revision)
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusted)
         positions = config.get_text_config().max_position_embeddings
         self._limit = min(max_model_len, positions)
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            self._shapes = WeightShapes(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+            self._shapes = WeightShapes(AutoModelForCausalLM.from_config(config, trust_remote_code=trusted))
         self._owns_process_group = not torch.distributed.is_initialized()
         sizes: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_utilization}
         if not self._gpu:
@@ -79,7 +81,7 @@ class VllmColocated:
             self._llm: Any = vllm.LLM(
                 folder,
                 load_format="dummy",
-                trust_remote_code=False,
+                trust_remote_code=trusted,
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # no sampling defaults from the model's generation_config.json
                 dtype=str(dtype).removeprefix("torch."),

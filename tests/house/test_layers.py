@@ -11,7 +11,16 @@ ROOT = Path(__file__).parents[2]
 
 # Lowest first. Folders on one line are blind to one another; files on one line are not.
 LAYERS = (
-    ("rltrain.types", "rltrain.protocols", "rltrain.registry", "rltrain.tensor_ops", "rltrain.seeds", "rltrain.errors", "rltrain.watchdog"),
+    (
+        "rltrain.types",
+        "rltrain.protocols",
+        "rltrain.registry",
+        "rltrain.tensor_ops",
+        "rltrain.seeds",
+        "rltrain.errors",
+        "rltrain.remote_code",
+        "rltrain.watchdog",
+    ),
     ("rltrain.advantage", "rltrain.control"),
     ("rltrain.loss",),
     ("rltrain.config",),

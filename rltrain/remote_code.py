@@ -1,0 +1,145 @@
+"""Which Python code that comes with a model may run: nobody's, unless it was named.
+
+A model folder may hold code that transformers imports (``auto_map`` in its config). ``model.trust_remote_code`` lists what may run: a
+folder, or a model on the Hub at one commit, ``NAME@COMMIT``. Every loader asks ``trusts``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rltrain.errors import UserError
+
+KEY = "model.trust_remote_code"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_CONFIGS = ("config.json", "tokenizer_config.json")  # whose auto_map names code
+_trusted: tuple[str, ...] = ()  # of this process, as long as a ``trusting`` block lasts
+
+
+@contextmanager
+def trusting(entries: Sequence[str]) -> Iterator[list[str]]:
+    """Inside, code of the models named may run. Gives lines that say which. Raises UserError for an entry that pins nothing."""
+    global _trusted
+    before = _trusted
+    lines = [_describe(entry) for entry in entries]
+    _trusted = (*before, *entries)
+    try:
+        yield lines
+    finally:
+        _trusted = before
+
+
+def trusts(path: str, revision: str | None = None) -> bool:
+    """Whether code of the model at ``path`` may run. Raises UserError where it is trusted and calls code of yet another place."""
+    if not _is_named(path, revision):
+        return False
+    _refuse_code_from_elsewhere(path, revision)
+    return True
+
+
+def trust_copy(copy: Path, path: str, revision: str | None) -> None:
+    """Let the code in ``copy``, a folder written from the trusted model at ``path``, run too.
+
+    Raises UserError where a file there is not byte for byte the trusted one.
+    """
+    global _trusted
+    if not trusts(path, revision) or not (copies := code_files(copy)):
+        return
+    originals = code_files(_local_folder(path, revision))
+    if changed := sorted(name for name, digest in copies.items() if originals.get(name) != digest):
+        raise UserError(
+            f"{copy / changed[0]} is not the file of that name in {path}, which {KEY} names: the checkpoint holds other code than the "
+            f"model it was made from; put that code back, or name {copy} under {KEY} if you have read it"
+        )
+    _trusted = (*_trusted, str(copy))
+
+
+def code_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of the Python files of a model folder, by name."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.py"))}
+
+
+def trusted_code() -> dict[str, str]:
+    """What the code that may run is, by entry: a digest of a folder's files, or a commit."""
+    return {entry: _digest(entry) for entry in _trusted}
+
+
+@contextmanager
+def refusing_untrusted(path: str, revision: str | None = None) -> Iterator[None]:
+    """Inside, the error with which transformers asks for permission to run code becomes one that says how it is given."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        entry = path if Path(path).is_dir() else f"{path}@{revision or 'COMMIT'}"
+        pinned = "" if Path(path).is_dir() else " (40 hex digits, and the same as model.revision)"
+        raise UserError(
+            f"{path} needs Python code of its own to be loaded, and nothing says that this code may run; read it, then name it: "
+            f"{KEY}: [{entry}]{pinned} in the recipe, or --trust-remote-code {entry} where there is none"
+        ) from error
+
+
+def _is_named(path: str, revision: str | None) -> bool:
+    if Path(path).is_dir():
+        return Path(path).resolve() in {Path(entry).resolve() for entry in _trusted}
+    return f"{path}@{revision}" in _trusted
+
+
+def _describe(entry: str) -> str:
+    """What an entry allows. Raises UserError where it is neither a folder nor a commit."""
+    if Path(entry).is_dir():
+        files = ", ".join(f"{name} {digest[:12]}" for name, digest in code_files(Path(entry)).items())
+        return f"code of {entry} may run (sha256): {files or 'it has none'}"
+    name, at, commit = entry.rpartition("@")
+    if at and name and _COMMIT.fullmatch(commit):
+        return f"code of {name} at commit {commit} may run"
+    raise UserError(
+        f"{KEY}: {entry!r} is no folder; for a model on the Hub write NAME@COMMIT with the 40 hex digits of the commit "
+        "whose code you have read: a branch or a tag may hold other code tomorrow"
+    )
+
+
+def _digest(entry: str) -> str:
+    if not Path(entry).is_dir():
+        return entry.rpartition("@")[2]
+    return hashlib.sha256(json.dumps(code_files(Path(entry))).encode()).hexdigest()
+
+
+def _local_file(path: str, revision: str | None, name: str) -> Path | None:
+    """Where a file of a model lies on this machine, fetched from the Hub if need be; None: the model has none of that name."""
+    from transformers.utils.hub import cached_file  # a second that validate does not need
+
+    found = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(str(found))
+
+
+def _local_folder(path: str, revision: str | None) -> Path:
+    config = _local_file(path, revision, _CONFIGS[0])
+    return Path(path) if config is None else config.parent
+
+
+def _refuse_code_from_elsewhere(path: str, revision: str | None) -> None:
+    """``auto_map`` may name a class of another repository, which comes from its main branch whatever was read here."""
+    for name in _CONFIGS:
+        file = _local_file(path, revision, name)
+        mapped = {} if file is None else json.loads(file.read_text(encoding="utf-8")).get("auto_map", {})
+        for reference in _references(mapped):
+            repository, separator, module = reference.rpartition("--")
+            if separator and (Path(path).is_dir() or repository != path):
+                raise UserError(
+                    f"{path}: auto_map of its {name} takes {reference!r} from another repository, which {KEY} cannot pin; copy the "
+                    f"model to a folder, put that file there and name the class as {module!r}"
+                )
+
+
+def _references(mapped: Any) -> Iterator[str]:
+    """Every class that an ``auto_map`` names; a tokenizer has a slow and a fast one, or none."""
+    for value in mapped.values() if isinstance(mapped, dict) else ():
+        yield from (item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str))
