@@ -19,6 +19,7 @@ from typing import Any
 from reward.score import RewardInputs
 from reward.worker import LENGTH, Setup, frame
 
+_END_SECONDS = 10.0  # for the supervisor to end all that its child has started
 _SEND_SECONDS = 10.0  # an idle worker reads at once
 
 
@@ -50,19 +51,24 @@ def only(inputs: RewardInputs, row: int) -> RewardInputs:
 
 
 class Child:
-    """A process that runs ``program.main`` on one end of a socket, and the other end. ``setup`` is the first message."""
+    """A process that runs ``program.main`` on one end of a socket, under its supervisor, and the other end.
+
+    ``setup`` is the first message. ``process`` is the supervisor, which ends as the program does.
+    """
 
     def __init__(self, program: str, setup: object) -> None:
         ours, theirs = socket.socketpair()
-        code = f"import sys; from {program} import main; main(int(sys.argv[1]))"
+        lifeline, self._lifeline = socket.socketpair()
+        code = "import sys; from reward.supervisor import supervise; supervise(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        with theirs:
+        with theirs, lifeline:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", code, str(theirs.fileno())],  # -P: a package called reward in the current folder is not ours
+                # -P: a package called reward in the current folder is not ours
+                [sys.executable, "-P", "-c", code, program, str(theirs.fileno()), str(lifeline.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(theirs.fileno(), lifeline.fileno()),
                 start_new_session=True,
                 env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             )
@@ -93,13 +99,15 @@ class Child:
         return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def kill(self) -> str:
-        """Ends its whole process group, closes the socket; how it ended, in words."""
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # the group is gone; macOS says "not permitted" of a zombie
-            self.process.kill()
+        """Ends it with all that it has started, whatever session that is in; closes the socket; how it ended, in words."""
+        with self._lifeline, contextlib.suppress(OSError):  # nobody reads where it has ended
+            self._lifeline.send(b".")  # a hangup alone goes unseen where the trainer has forked
         self.socket.close()
-        code = self.process.wait()
+        try:
+            code = self.process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:  # stopped by somebody, or held by a process that cannot die
+            self.process.kill()
+            code = self.process.wait()
         return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 

@@ -15,7 +15,8 @@ MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 _MOUNT_SETATTR, _AT_RECURSIVE, _AT_FDCWD = 442, 0x8000, -100
 _RDONLY, _NOSUID, _NODEV = 1, 2, 4
 _MNT_DETACH = 2
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP = 1, 4, 22, 24
+_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 _CAPABILITY_VERSION = 0x20080522
 _ANY_NAMESPACE = ALL_BUT_USER | CLONE_NEWUSER | CLONE_NEWTIME
 
@@ -77,6 +78,11 @@ def become_root_folder(folder: str) -> None:
 
 def die_with_parent(signal: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal)
+
+
+def adopt_orphans() -> None:
+    """Descendants whose parent has ended become children of this process, whatever session they are in."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def allow_own_proc_files() -> None:

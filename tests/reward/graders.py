@@ -77,6 +77,22 @@ def forks(inputs: RewardInputs, *, log: str = ""):
     return [1.0] * len(inputs.completions)
 
 
+def daemonises(inputs: RewardInputs, *, log: str = ""):
+    """Leaves a process behind that is in no session of the worker's and whose parent has gone; then does as the completion says."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.setsid()
+            with open(log, "a") as file:
+                file.write(f"{os.getpid()}\n")
+            time.sleep(1000)
+        os._exit(0)
+    os.wait()
+    while not os.path.exists(log) or os.path.getsize(log) == 0:
+        time.sleep(0.001)
+    return alone(inputs)
+
+
 def slow(inputs: RewardInputs):
     """0.3 s for each completion."""
     time.sleep(0.3 * len(inputs.completions))

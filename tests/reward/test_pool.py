@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -166,12 +167,62 @@ def test_a_lingering_child_dies_with_its_worker(tmp_path):
         assert [score.ungraded for score in pool.score([inputs("a"), inputs("then loop")])[0:2][1]] == ["timeout"]
         assert pool.score([inputs("return")])[0][0].value == 1.0
         assert pool.score([inputs("return")])[0][0].value == 1.0  # a child that returned into the loop has not answered twice
+    assert len(log.read_text().split()) == 2
+    assert_gone(log)
+
+
+def assert_gone(log: Path) -> None:
+    """Within 5 s no process whose number is in ``log`` is alive."""
     children = [int(line) for line in log.read_text().split()]
-    assert len(children) == 2
     gone = time.monotonic() + 5
     while any(alive(child) for child in children) and time.monotonic() < gone:
         time.sleep(0.02)
-    assert not any(alive(child) for child in children)
+    assert children and not any(alive(child) for child in children)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="orphans find their way to the worker's parent on Linux only")
+@pytest.mark.parametrize("end", ["a", "os._exit", "kill", "deaf", "grow"])
+def test_a_daemon_of_a_reward_dies_with_its_worker(end, tmp_path):
+    log = tmp_path / "daemon"
+    with pool_of("daemonises", workers=1, hp={"log": str(log)}) as pool:
+        (score,) = pool.score([inputs(end)])[0]
+        reason = {"a": None, "os._exit": "died", "kill": "died", "deaf": "timeout", "grow": "memory"}[end]
+        assert score.ungraded == reason
+        if reason is not None:
+            assert_gone(log)  # while the pool is open
+    assert_gone(log)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="orphans find their way to the worker's parent on Linux only")
+@pytest.mark.parametrize("end", ["killed", "killed, with a child that holds its descriptors", "closed, with such a child"])
+def test_a_daemon_of_a_reward_dies_with_the_trainer_or_its_pool(end, tmp_path):
+    log = tmp_path / "daemon"
+    code = (
+        "import os, sys, time\n"
+        "from reward.pool import RewardCall, RewardPool\n"
+        "from reward.score import RewardInputs\n"
+        "call = RewardCall(sys.argv[1], 1.0, {'log': sys.argv[2]})\n"
+        "pool = RewardPool([call], workers=1, seconds=5.0, memory_gib=1.0, deadline_seconds=60.0)\n"
+        "print(pool.score([RewardInputs('p', ('a',), (1,), ('stop',), {})])[0][0].value, flush=True)\n"
+        f"if {'child' in end} and os.fork() == 0:\n    time.sleep(1000)\n"
+        "if sys.stdin.read(1):\n    pool.close()\n    print('closed', flush=True)\n    time.sleep(1000)\n"
+    )
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", code, f"{GRADERS}:daemonises", str(log)]
+    trainer = subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    assert trainer.stdin is not None and trainer.stdout is not None
+    try:
+        assert trainer.stdout.readline() == b"1.0\n"
+        if end.startswith("closed"):
+            trainer.stdin.write(b"x")
+            trainer.stdin.flush()
+            assert trainer.stdout.readline() == b"closed\n"
+        else:
+            trainer.kill()
+        assert_gone(log)
+    finally:
+        os.killpg(trainer.pid, signal.SIGKILL)
+        trainer.communicate()
 
 
 def alive(process: int) -> bool:

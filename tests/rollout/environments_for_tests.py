@@ -22,6 +22,8 @@ class Counting:
         match text:
             case "sleep":
                 time.sleep(60)
+            case "daemon":  # in no session of this process, and its parent has gone; the observation is its number
+                return Step(daemon())
             case "raise":
                 raise RuntimeError("the environment does not want to")
             case "exit":
@@ -41,6 +43,20 @@ class Counting:
             time.sleep(0.3)
         if "stubborn" in self.said:
             raise RuntimeError("never")
+
+
+def daemon() -> str:
+    """Starts one by forking twice; its process number."""
+    told, tell = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.setsid()
+            os.write(tell, str(os.getpid()).encode())
+            time.sleep(1000)
+        os._exit(0)
+    os.wait()
+    return os.read(told, 20).decode()
 
 
 class Unmakeable:

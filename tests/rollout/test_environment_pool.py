@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,6 +88,20 @@ def test_a_failing_step_says_why_and_leaves_the_others_alone(make: Make, text: s
     assert isinstance(failure, Failure) and failure.reason == reason and message in failure.message
     assert step_of(answers[1]).observation == "fine"
     assert step_of(pool.step({1: "still"})[1]).observation == "fine still"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="orphans find their way to the worker's parent on Linux only")
+@pytest.mark.parametrize("end", ["exit", "sleep", "closed"])
+def test_a_daemon_of_an_environment_dies_with_its_process(make: Make, end: str) -> None:
+    pool = make(seconds=1.0)
+    pool.reset(tasks(1))
+    daemon = Path("/proc") / step_of(pool.step({0: "daemon"})[0]).observation
+    assert daemon.exists()
+    if end == "closed":
+        pool.close()
+    else:
+        assert isinstance(pool.step({0: end})[0], Failure)
+    assert not daemon.exists()
 
 
 def test_a_pool_plays_on_after_failures_and_unfinished_episodes(make: Make) -> None:
