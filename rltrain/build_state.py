@@ -86,7 +86,7 @@ def model_writer(
             random=learner.gather_objects([random_state()]),
             reported=folder.written() if main else {},
             recipe=recipe.model_dump(mode="json"),
-            environment=describe_environment(),
+            environment={**describe_environment(), "run": folder.run_id},
         )
 
     return ModelWriter(folder, write, snapshot, recipe.checkpoint.keep, main)

@@ -22,7 +22,7 @@ from rltrain.build_pairs import build_pair_run
 from rltrain.build_rollout import build_engine, build_evaluator, graded_by_models, load_from_disk
 from rltrain.checkpoint.export import export_model
 from rltrain.checkpoint.resume import AUTO, is_finished, opened
-from rltrain.checkpoint.run_folder import RunFolder, describe_environment, write_atomic
+from rltrain.checkpoint.run_folder import RunFolder, describe_environment, new_run_id, write_atomic
 from rltrain.checkpoint.soup import soup
 from rltrain.config.check_pairs import sampling_recipe
 from rltrain.config.schema import AnyRecipe, Model, OfflineRecipe, PairRecipe, Recipe
@@ -95,7 +95,7 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
         work = work_of(recipe)
     with work.held, ExitStack() as stack:
         watchdog = stack.enter_context(watched(recipe))
-        environment, checkpoint = describe_environment(), None
+        environment, checkpoint = {**describe_environment(), "run": new_run_id()}, None
         if main:
             with user_mistakes():
                 warn = partial(_append_warning, notes)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rltrain.checkpoint.run_folder import RunFolder, write_atomic
-from rltrain.checkpoint.run_state import RunState, latest, read_verified
+from rltrain.checkpoint.run_state import RunState, latest, read_own, read_verified
 from rltrain.config.load import load_recipe, resolved_yaml
 from rltrain.config.schema import AnyRecipe, OfflineRecipe
 from rltrain.errors import RecipeError, UserError
@@ -82,7 +82,7 @@ def _reopened(
     if named is None:
         found = latest(folder, warn)
     elif named.parent.resolve() == folder.checkpoints.resolve():
-        found = named, read_verified(named)
+        found = named, read_own(folder, named)
     else:
         raise UserError(f"{folder.path} holds a run of its own; to go on from {named} elsewhere, choose a new --run")
     if found is None and folder.model.exists():

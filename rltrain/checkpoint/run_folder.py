@@ -58,6 +58,14 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def run_id(self) -> str | None:
+        """What tells this run from every other; None in a folder that an older rltrain made."""
+        try:
+            return json.loads(self.environment.read_text(encoding="utf-8")).get("run")
+        except (OSError, ValueError, AttributeError):
+            return None
+
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
 
@@ -180,6 +188,11 @@ def describe_environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
     }
+
+
+def new_run_id() -> str:
+    """What tells a run from every other, also from one of the same recipe: its checkpoints belong to its own metrics."""
+    return secrets.token_hex(8)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -37,6 +37,10 @@ class DamagedCheckpointError(UserError):
     """A file of a checkpoint is missing, is not what was written, or cannot be understood."""
 
 
+class MisplacedCheckpointError(DamagedCheckpointError):
+    """A checkpoint is whole, but its name is another step's or its run is another one."""
+
+
 @dataclass(frozen=True)
 class RunState:
     """A run after ``step`` steps."""
@@ -83,7 +87,28 @@ def read_verified(checkpoint: Path) -> RunState:
         if found.get(name) != digest:
             what = "is not what was written (its SHA-256 differs)" if name in found else "is missing"
             raise DamagedCheckpointError(f"{checkpoint / name} {what}; {remedy}")
+    if added := sorted(name for name in found.keys() - listed.keys() if not Path(name).name.startswith(".")):
+        raise DamagedCheckpointError(
+            f"{checkpoint / added[0]} was put there later ({MANIFEST} does not list it), and may be loaded in place of what was "
+            f"written; remove it, or {remedy}"
+        )
     return read_state(checkpoint)
+
+
+def read_own(folder: RunFolder, checkpoint: Path) -> RunState:
+    """``read_verified`` of a checkpoint inside ``folder``. Raises MisplacedCheckpointError where it is not what its place says."""
+    state = read_verified(checkpoint)
+    name, run = folder.checkpoint(state.step).name, state.environment.get("run")
+    if checkpoint.name != name:
+        raise MisplacedCheckpointError(
+            f"{checkpoint} holds the state after step {state.step}: it was copied or renamed; call it {name}, or remove it"
+        )
+    if run is not None and folder.run_id is not None and run != folder.run_id:
+        raise MisplacedCheckpointError(
+            f"{checkpoint} was written by another run, whose metrics are not those in {folder.path}; "
+            f"to go on from it choose a new run folder: --run NEW --resume {checkpoint}"
+        )
+    return state
 
 
 def read_state(checkpoint: Path) -> RunState:
@@ -104,14 +129,16 @@ def read_state(checkpoint: Path) -> RunState:
 
 
 def latest(folder: RunFolder, warn: Callable[[str], None]) -> tuple[Path, RunState] | None:
-    """The newest checkpoint that is whole; each damaged one on the way to it is named in a warning. None: there are none at all.
+    """The newest checkpoint that is whole and this run's; each other one on the way to it is named in a warning.
+
+    None: there are none at all.
 
     Raises UserError when there are some and none is whole: to start over is then for the user to decide.
     """
     damaged: list[str] = []
     for _, path in reversed(folder.present_checkpoints()):
         try:
-            state = read_verified(path)
+            state = read_own(folder, path)
         except DamagedCheckpointError as error:
             damaged.append(str(error))
             continue
@@ -120,5 +147,5 @@ def latest(folder: RunFolder, warn: Callable[[str], None]) -> tuple[Path, RunSta
         return path, state
     if damaged:
         remedy = "choose another --run, or remove that folder to start again from the first step"
-        raise UserError("\n".join([f"{folder.checkpoints} holds no whole checkpoint; {remedy}", *damaged]))
+        raise UserError("\n".join([f"{folder.checkpoints} holds no whole checkpoint of this run; {remedy}", *damaged]))
     return None
