@@ -12,13 +12,17 @@ import selectors
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 
 from reward.combine import combine, distinct
+from reward.output import OutputLog
 from reward.process import Task, WorkerProcess
-from reward.resolve import RewardCall
+from reward.received import MalformedAnswerError
+from reward.reply import GraderFacts, Reply
+from reward.resolve import ContractError, RewardCall
 from reward.score import RewardInputs, Score
-from reward.worker import Reply, Setup
+from reward.worker import Setup
 
 __all__ = ["RewardCall", "RewardPool"]
 
@@ -36,13 +40,15 @@ class RewardPool:
     The first ``check`` or ``score`` waits until a worker is ready. Call ``check`` once before training.
     seconds: wall clock of one completion's grading (a group graded together has as much, then its completions have it one by one).
     memory_gib: address space of one worker. deadline_seconds: of one whole ``score``; beyond it TimeoutError says what was waited for.
-    What graders print is discarded. May be shared by threads; one grades at a time.
+    What graders print goes to the file that ``log_to`` names. May be shared by threads; one grades at a time.
     """
 
     def __init__(self, calls: Sequence[RewardCall], *, workers: int, seconds: float, memory_gib: float, deadline_seconds: float) -> None:
         if not calls:
             raise ValueError("a reward pool needs at least one function; name one in reward.functions")
-        self._setup = Setup(tuple(dataclasses.replace(call, hp=dict(call.hp)) for call in calls), seconds, int(memory_gib * 2**30))
+        self._output = OutputLog()
+        plain_calls = tuple(dataclasses.replace(call, hp=dict(call.hp)) for call in calls)
+        self._setup = Setup(plain_calls, seconds, int(memory_gib * 2**30), self._output.nonce)
         self._labels = distinct([call.label for call in calls])
         self._weights = [call.weight for call in calls]
         self._seconds, self._deadline_seconds = seconds, deadline_seconds
@@ -52,7 +58,7 @@ class RewardPool:
         self._one_by_one: set[int] = set()  # calls whose groups take longer than one completion may
         self._pace: dict[int, float] = {}  # seconds that the latest task of each call took
         self._waiting: collections.deque[Task] = collections.deque()  # tasks of this ``score`` that no worker has
-        self._scopes: tuple[str, ...] = ()  # known once a worker is ready
+        self._graders: tuple[GraderFacts, ...] = ()  # known once a worker is ready
         self._failed_starts = 0
         self._closed = False
         self._selector = selectors.DefaultSelector()
@@ -60,7 +66,8 @@ class RewardPool:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Since the start: ungraded completions by reason ("timeout", "memory", "error", "died", "nan", "none"), "workers_replaced"."""
+        """Since the start: ungraded completions by reason ("timeout", "memory", "error", "died", "malformed", "nan", "none", or a
+        grader's own), and "workers_replaced"."""
         return dict(self._counts)
 
     @property
@@ -71,10 +78,11 @@ class RewardPool:
     def score(self, groups: Sequence[RewardInputs]) -> list[list[Score]]:
         """One Score per completion, groups and completions in the order given.
 
-        Raises ValueError where a grader cannot be loaded, TimeoutError after ``deadline_seconds``.
+        Raises ValueError where a grader cannot be loaded, ContractError where one does not return a score per completion, TimeoutError
+        after ``deadline_seconds``.
         """
         with self._lock:
-            results = self._grade(groups, split=True)
+            results = self._grade(groups, preflight=False)
         combined = [
             [combine(self._labels, self._weights, list(scores)) for scores in zip(*by_call, strict=True)]
             for by_call in zip(*results, strict=True)
@@ -85,13 +93,17 @@ class RewardPool:
 
     def check(self, sample: RewardInputs) -> None:
         """Grades one sample before training. Raises ValueError with the grader's own message where it fails, gives NaN, or leaves it
-        ungraded for a reason outside the completion."""
+        ungraded for a reason outside the completion. Two completions or more show a wrong number of scores."""
         with self._lock:
             self._errors.clear()
-            self._grade([sample], split=False)
+            self._grade([sample], preflight=True)
             failures = list(self._errors)
         if failures:
             raise ValueError(f"a reward fails on the first sample ({failures[0][0]}): {failures[0][1]}")
+
+    def log_to(self, path: Path) -> None:
+        """Where what graders print is kept, under the occasion and the grader, in two files of 8 MiB at most."""
+        self._output.open(path)
 
     def close(self) -> None:
         """Ends every worker and what it started."""
@@ -100,6 +112,7 @@ class RewardPool:
             for worker in self._workers:
                 worker.kill()
             self._selector.close()
+            self._output.close()
 
     def __enter__(self) -> RewardPool:
         return self
@@ -107,11 +120,11 @@ class RewardPool:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _grade(self, groups: Sequence[RewardInputs], *, split: bool) -> Results:
+    def _grade(self, groups: Sequence[RewardInputs], *, preflight: bool) -> Results:
         if self._closed:
             raise RuntimeError("this reward pool is closed")
         results: Results = [[[Score(0.0)] * len(inputs.completions) for inputs in groups] for _ in self._labels]
-        self._waiting = collections.deque(self._tasks(groups, split))
+        self._waiting = collections.deque(self._tasks(groups))
         slow: set[tuple[int, int]] = set()  # (call, group) that ran out of time together
         deadline = time.monotonic() + self._deadline_seconds
         try:
@@ -120,7 +133,9 @@ class RewardPool:
                 for task, reply in self._finished():
                     if reply.scores is not None:
                         self._keep(task, reply.scores, results)
-                    elif split and self._may_be_innocent(task, reply):
+                    elif reply.reason == "contract":
+                        raise ContractError(reply.message)
+                    elif (not preflight or reply.reason == "timeout") and self._may_be_innocent(task, reply):
                         self._waiting.extend(task.split())
                         slow |= {(task.call, task.group)} if reply.reason == "timeout" else set()
                     else:
@@ -136,23 +151,31 @@ class RewardPool:
 
     def _may_be_innocent(self, task: Task, reply: Reply) -> bool:
         """Whether completions of a failed task deserve an attempt each: the fault is another's, or whoever killed the process."""
-        return not task.alone and self._scopes[task.call] == "completion" and (len(task.rows) > 1 or reply.reason == "died")
+        if task.alone or self._graders[task.call].scope == "group":
+            return False
+        return len(task.rows) > 1 or reply.reason in ("died", "malformed")
 
-    def _tasks(self, groups: Sequence[RewardInputs], split: bool) -> Iterator[Task]:
+    def _tasks(self, groups: Sequence[RewardInputs]) -> Iterator[Task]:
         for group, inputs in enumerate(groups):
-            plain = dataclasses.replace(inputs, columns=dict(inputs.columns), prompt_ids=(), completion_ids=())
+            plain = dataclasses.replace(inputs, columns=dict(inputs.columns), prompt_ids=())
             for call in range(len(self._labels)):
                 task = Task(call, group, tuple(range(len(inputs.completions))), plain)
-                yield from task.split() if split and call in self._one_by_one else [task]
+                yield from task.split() if call in self._one_by_one else [task]
 
     def _hand_out(self) -> None:
         for worker in list(self._workers):
             if not self._waiting or not worker.ready or worker.tasks:
                 continue
             handful = self._handful()
-            if not worker.take(handful):
+            if not worker.take([self._lightened(task) for task in handful]):
                 self._waiting.extendleft(reversed(handful))
                 self._replace(worker)
+
+    def _lightened(self, task: Task) -> Task:
+        """Without token ids where its grader does not read them."""
+        if self._graders[task.call].reads_ids:
+            return task
+        return dataclasses.replace(task, inputs=dataclasses.replace(task.inputs, completion_ids=()))
 
     def _handful(self) -> list[Task]:
         """The next task, and as many after it as one worker grades in a moment, if there are more than one for every worker."""
@@ -188,24 +211,43 @@ class RewardPool:
 
     def _replied(self, worker: WorkerProcess) -> Iterator[tuple[Task, Reply]]:
         """Everything that ``worker`` has said by now."""
-        while (reply := worker.receive()) is not None:
-            if not worker.ready:
-                if reply.reason:
-                    raise ValueError(reply.message)
-                worker.ready, self._scopes, self._failed_starts = True, reply.scopes, 0
-                continue
-            task, self._pace[task.call] = worker.done()
-            if reply.reason == "memory":
-                self._replace(worker)  # its heap is full of what the grader left
-            yield task, reply
-            if worker not in self._workers:
-                return
+        try:
+            while (reply := worker.reply()) is not None:
+                if not worker.ready:
+                    self._take_in(worker, reply)
+                    continue
+                task, self._pace[task.call] = worker.done()
+                if reply.reason == "memory":
+                    self._replace(worker)  # its heap is full of what the grader left
+                yield task, reply
+                if worker not in self._workers:
+                    return
+        except MalformedAnswerError as error:
+            yield from self._distrusted(worker, error)
+
+    def _take_in(self, worker: WorkerProcess, reply: Reply) -> None:
+        """The first reply of a worker: it is ready, or says why it never will be."""
+        if reply.reason:
+            raise ValueError(reply.message)
+        if len(reply.graders) != len(self._labels):
+            raise MalformedAnswerError(f"facts of {len(reply.graders)} graders; there are {len(self._labels)}")
+        worker.ready, self._graders, self._failed_starts = True, reply.graders, 0
+
+    def _distrusted(self, worker: WorkerProcess, error: MalformedAnswerError) -> Iterator[tuple[Task, Reply]]:
+        """Ends a worker to whose socket somebody else has written."""
+        task = worker.done()[0] if worker.tasks else None
+        self._replace(worker)
+        if task is not None:
+            yield task, Reply(reason="malformed", message=f"its process sent what is no answer to it: {error}")
+        elif not worker.ready:
+            self._count_failed_start(worker, f"what it sent first is no answer: {error}")
 
     def _keep(self, task: Task, scores: list[Score], results: Results) -> None:
         for row, score, completion in zip(task.rows, scores, task.inputs.completions, strict=True):
             results[task.call][task.group][row] = score
             if score.ungraded == "nan":
-                self._errors.append(("nan", f"{self._labels[task.call]} gave NaN or infinity on {completion[:80]!r}"))
+                what = f": {score.why}" if score.why else ""
+                self._errors.append(("nan", f"{self._labels[task.call]} gave NaN or infinity on {completion[:80]!r}{what}"))
             elif score.ungraded is not None and score.why is not None:
                 self._errors.append((score.ungraded, f"{self._labels[task.call]} on {completion[:80]!r}: {score.why}"))
 
@@ -215,7 +257,7 @@ class RewardPool:
             results[task.call][task.group][row] = Score(0.0, ungraded=reply.reason)
 
     def _start(self) -> WorkerProcess:
-        worker = WorkerProcess(self._setup)
+        worker = WorkerProcess(self._setup, self._output)
         self._selector.register(worker.socket, selectors.EVENT_READ, worker)
         return worker
 

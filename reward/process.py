@@ -6,7 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import os
-import pickle
+import secrets
 import signal
 import socket
 import subprocess
@@ -14,10 +14,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from reward.output import OutputLog
+from reward.received import MalformedAnswerError, received
+from reward.reply import LARGEST, LENGTH, Reply
 from reward.score import RewardInputs
-from reward.worker import LENGTH, Setup, frame
+from reward.worker import Order, Setup, frame
 
 _END_SECONDS = 10.0  # for the supervisor to end all that its child has started
 _SEND_SECONDS = 10.0  # an idle worker reads at once
@@ -47,18 +49,22 @@ def only(inputs: RewardInputs, row: int) -> RewardInputs:
         token_counts=inputs.token_counts[kept],
         finish=inputs.finish[kept],
         episodes=inputs.episodes[kept],
+        completion_ids=inputs.completion_ids[kept],
     )
 
 
 class Child:
     """A process that runs ``program.main`` on one end of a socket, under its supervisor, and the other end.
 
-    ``setup`` is the first message. ``process`` is the supervisor, which ends as the program does.
+    ``setup`` is the first message. ``process`` is the supervisor, which ends as the program does. output: follows what
+    the process prints; None: nobody does.
     """
 
-    def __init__(self, program: str, setup: object) -> None:
+    def __init__(self, program: str, setup: object, output: OutputLog | None = None) -> None:
         ours, theirs = socket.socketpair()
         lifeline, self._lifeline = socket.socketpair()
+        printed = None if output is None else os.pipe()
+        sink = subprocess.DEVNULL if printed is None else printed[1]
         code = "import sys; from reward.supervisor import supervise; supervise(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         with theirs, lifeline:
@@ -66,12 +72,15 @@ class Child:
                 # -P: a package called reward in the current folder is not ours
                 [sys.executable, "-P", "-c", code, program, str(theirs.fileno()), str(lifeline.fileno())],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
                 pass_fds=(theirs.fileno(), lifeline.fileno()),
                 start_new_session=True,
                 env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             )
+        if output is not None and printed is not None:
+            os.close(printed[1])
+            output.follow(printed[0])
         self.socket, self.buffer = ours, bytearray()
         self.send(setup)
 
@@ -83,14 +92,22 @@ class Child:
             return False
         return True
 
-    def receive(self) -> Any:
-        """The next whole message, or None until there is one. Does not block; asked until it says None, it leaves nothing behind."""
+    def receive(self) -> bytes | None:
+        """The next whole message, or None until there is one. Does not block; asked until it says None, it leaves nothing behind.
+
+        Raises MalformedAnswerError where what arrives cannot be the length of a message.
+        """
         self.socket.setblocking(False)
         with contextlib.suppress(OSError):  # nothing there, or dead: has_died sees that
             self.buffer += self.socket.recv(1 << 20)
-        if len(self.buffer) < LENGTH.size or len(self.buffer) < LENGTH.size + (size := LENGTH.unpack_from(self.buffer)[0]):
+        if len(self.buffer) < LENGTH.size:
             return None
-        message = pickle.loads(self.buffer[LENGTH.size : LENGTH.size + size])
+        (size,) = LENGTH.unpack_from(self.buffer)
+        if size > LARGEST:
+            raise MalformedAnswerError(f"it begins with {bytes(self.buffer[:60])!r}")
+        if len(self.buffer) < LENGTH.size + size:
+            return None
+        message = bytes(self.buffer[LENGTH.size : LENGTH.size + size])
         del self.buffer[: LENGTH.size + size]
         return message
 
@@ -114,24 +131,40 @@ class Child:
 class WorkerProcess(Child):
     """One grading process and what it is doing: starting (not ready), idle, or grading the first of ``tasks``."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, output: OutputLog) -> None:
         self.ready = False
         self.tasks: collections.deque[Task] = collections.deque()
         self.since = time.monotonic()  # when it began what it is doing
-        super().__init__("reward.worker", setup)
+        self._number = secrets.randbelow(1 << 32)  # of the first of ``tasks``
+        super().__init__("reward.worker", setup, output)
 
     def take(self, tasks: Sequence[Task]) -> bool:
         """False where the worker is dead or does not read; none of ``tasks`` is then begun. Only for an idle worker: while it
         grades nobody writes to it, so that neither end waits for the other to read."""
-        if not self.send([(task.call, task.inputs) for task in tasks]):
+        if not self.send([Order.of(number, task.call, task.inputs) for number, task in enumerate(tasks, start=self._number)]):
             return False
         self.tasks.extend(tasks)
         self.since = time.monotonic()
         return True
 
+    def reply(self) -> Reply | None:
+        """The next answer, or None until there is one. Raises MalformedAnswerError where it is not one to the task in hand."""
+        body = self.receive()
+        if body is None:
+            return None
+        reply = received(Reply, body)
+        if not self.ready:
+            return reply
+        rows = len(self.tasks[0].rows) if self.tasks else None
+        answers = rows is not None and reply.task == self._number
+        whole = bool(reply.reason) if reply.scores is None else len(reply.scores) == rows
+        if not (answers and whole):
+            raise MalformedAnswerError("it is not to the task in hand, or not of its length")
+        return reply
+
     def done(self) -> tuple[Task, float]:
         """The task that a reply belongs to, and the seconds it took; the next one begins."""
-        now = time.monotonic()
+        now, self._number = time.monotonic(), self._number + 1
         seconds, self.since = now - self.since, now
         return self.tasks.popleft(), seconds
 

@@ -12,7 +12,7 @@ from types import ModuleType, TracebackType
 from typing import Any, Literal
 
 from reward import MODULES
-from reward.score import RewardInputs, Score
+from reward.score import RewardInputs, Score, is_float32
 from reward.source import is_user_spec
 
 
@@ -38,9 +38,14 @@ class Grader:
     scope: Literal["completion", "group"]
     function: Callable[[RewardInputs], Any]
     warm_up: Callable[[], None]
+    reads_ids: bool = False  # whether it reads the token ids of completions
 
     def __call__(self, inputs: RewardInputs) -> list[Score]:
         return checked(self.function(inputs), len(inputs.completions), self.label)
+
+
+class ContractError(ValueError):
+    """A reward function does not return what every one must: one score per completion. No other completion would help."""
 
 
 class Caught:
@@ -68,7 +73,7 @@ def resolve(call: RewardCall) -> Grader:
 
     if is_user_spec(call.name):
         function = load_user_function(call.name, call.hp)
-        return Grader(call.label, getattr(function, "reward_scope", "completion"), function, _nothing)
+        return Grader(call.label, function.scope, function, _nothing, function.reads_ids)
     known: list[str] = []
     for name in MODULES:
         module = importlib.import_module(name)
@@ -82,28 +87,51 @@ def resolve(call: RewardCall) -> Grader:
 
 
 def checked(answer: Any, expected: int, label: str) -> list[Score]:
-    """What a grader returned, as Scores. Raises ValueError on a wrong number of scores or on something that is no score."""
+    """What a grader returned, as Scores.
+
+    Raises ContractError where it is no list or of another length, ValueError on an item that is no score.
+    """
+    remedy = "return one score for each completion, in their order, and None for one that cannot be judged"
     if isinstance(answer, str | bytes | Mapping) or not isinstance(answer, Iterable):
-        raise ValueError(f"{label} must return a list of {expected} scores, got {type(answer).__name__}: {answer!r:.200}")
+        raise ContractError(f"{label} must return a list of {expected} scores, got {type(answer).__name__}: {answer!r:.200}; {remedy}")
     scores = [as_score(item, label) for item in answer]
     if len(scores) != expected:
-        raise ValueError(f"{label} returned {len(scores)} scores for {expected} completions; return one for each, in their order")
+        raise ContractError(f"{label} returned {len(scores)} scores for {expected} completions; {remedy}")
     return scores
 
 
 def as_score(item: Any, label: str) -> Score:
-    """A Score, number or None as a Score of plain floats. None is ungraded "none"; NaN and infinity are ungraded "nan"."""
+    """A Score, number or None as a Score of plain floats. None is ungraded "none"; what float32 cannot hold is ungraded "nan"."""
     if item is None:
         return Score(0.0, ungraded="none")
-    given = item if isinstance(item, Score) else Score(item)
-    if given.ungraded is not None:
-        return Score(0.0, ungraded=str(given.ungraded), why=None if given.why is None else str(given.why)[:1000])
-    if not isinstance(given.value, Real):
-        raise ValueError(f"{label} must return floats, Scores or None, got {type(given.value).__name__}: {given.value!r:.200}")
-    if not math.isfinite(given.value):
-        return Score(0.0, ungraded="nan")
-    parts = {str(name): float(part) for name, part in given.parts.items()}
-    return Score(float(given.value), parts, answer=None if given.answer is None else str(given.answer))
+    score = item if isinstance(item, Score) else Score(item)
+    if score.ungraded is not None:
+        return Score(0.0, ungraded=str(score.ungraded), why=None if score.why is None else str(score.why)[:1000])
+    value = _number(score.value)
+    if value is None:
+        raise ValueError(f"{label} must return floats, Scores or None, got {type(score.value).__name__}: {score.value!r:.200}")
+    parts = {str(name): _number(part) for name, part in score.parts.items()}
+    for name, part in {"the score": value, **parts}.items():
+        if part is None:
+            raise ValueError(f"{label}: the part {name!r} must be a number, got {score.parts[name]!r:.200}")
+        if not is_float32(part):
+            return Score(0.0, ungraded="nan", why=f"{name} is {part}, which is no finite float32 number")
+    numbers = {name: part for name, part in parts.items() if part is not None}
+    extra = {str(name): str(text) for name, text in score.extra.items()}
+    return Score(value, numbers, answer=None if score.answer is None else str(score.answer), extra=extra)
+
+
+def _number(value: Any) -> float | None:
+    """As a float; infinity where it is an integer beyond all floats, None where it is no number."""
+    if not isinstance(value, Real) and hasattr(value, "item"):
+        with Caught():
+            value = value.item()  # of numpy or torch
+    if not isinstance(value, Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _warm_up_of(module: ModuleType) -> Callable[[], None]:

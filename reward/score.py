@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
+_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,9 +19,9 @@ class Score:
     parts: Mapping[str, float] = field(default_factory=dict)  # logged by name, not summed into value
     ungraded: str | None = None  # "timeout", "memory", "error", "died", "nan", ...
     answer: str | None = field(default=None, compare=False)  # what the completion answers, where a grader found it; equal texts are one
-    why: str | None = field(
-        default=None, compare=False
-    )  # of an ungraded one whose fault lies outside the completion: what failed, in words
+    # of an ungraded one whose fault lies outside the completion: what failed, in words
+    why: str | None = field(default=None, compare=False)
+    extra: Mapping[str, str] = field(default_factory=dict, compare=False)  # texts that a transcript shows beside the completion
 
     @property
     def correct(self) -> bool | None:
@@ -50,6 +52,14 @@ class RewardInputs:
     episodes: tuple[Episode, ...] = ()  # one per completion where they are episodes, else empty
     prompt_ids: tuple[int, ...] = ()  # token ids, for a reward model in the trainer's process; workers of a pool get none
     completion_ids: tuple[tuple[int, ...], ...] = ()
+    messages: tuple[Mapping[str, Any], ...] | None = None  # the prompt as the data have it, where they have messages
+    updates: int = 0  # optimizer updates that the policy had taken when it wrote these
+    occasion: str = ""  # what they are graded for, in words: "step 12"
+
+
+def is_float32(value: float) -> bool:
+    """Whether a learner, which keeps rewards in float32, sees a finite number."""
+    return math.isfinite(value) and abs(value) <= _LARGEST_FLOAT32
 
 
 def reward(name: str, *, scope: Literal["completion", "group"] = "completion") -> Callable[[F], F]:

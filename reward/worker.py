@@ -1,27 +1,30 @@
 """A grading process: started by pool.py with one end of a socket, grades until the other end closes.
 
 It is executed, not forked, so nothing of the trainer (torch, CUDA, threads) is in it. It leads its own process group, which dies
-with it. Messages are pickles behind an eight-byte length, between two processes of one user.
+with it. What the trainer sends is pickled, since columns may hold anything; what a worker answers is JSON (``reply.py``), since a
+grader, or whoever takes it over, can write to the socket too. Each task is unpickled by itself: nothing of it is another grader's.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import io
 import os
 import pickle
 import resource
 import select
 import signal
 import socket
-import struct
 import sys
 import threading
 from dataclasses import dataclass
 from typing import Any
 
-from reward.resolve import Caught, Grader, RewardCall, resolve
+from reward.output import mark
+from reward.reply import LENGTH, GraderFacts, Reply, encoded, framed
+from reward.resolve import Caught, ContractError, Grader, RewardCall, resolve
 from reward.score import RewardInputs, Score
-
-LENGTH = struct.Struct(">Q")
 
 
 @dataclass(frozen=True)
@@ -31,21 +34,25 @@ class Setup:
     calls: tuple[RewardCall, ...]
     seconds: float
     memory_bytes: int  # of address space
+    nonce: str = ""  # of the marks in what the worker prints
 
 
 @dataclass(frozen=True)
-class Reply:
-    """``scores`` or, where there are none, ``reason`` ("error", "memory") and ``message``. The first reply has the graders' scopes."""
+class Order:
+    """One task as it travels. ``task`` is a number that no grader is told; the reply repeats it."""
 
-    scores: list[Score] | None = None
-    reason: str = ""
-    message: str = ""
-    scopes: tuple[str, ...] = ()
+    task: int
+    call: int
+    packed: bytes  # pickled RewardInputs
+
+    @classmethod
+    def of(cls, task: int, call: int, inputs: RewardInputs) -> Order:
+        return cls(task, call, pickle.dumps(inputs, protocol=pickle.HIGHEST_PROTOCOL))
 
 
 def frame(message: Any) -> bytes:
-    body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-    return LENGTH.pack(len(body)) + body
+    """A message of the trainer's to a process that it has started."""
+    return framed(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
 
 
 def main(descriptor: int) -> None:
@@ -54,22 +61,32 @@ def main(descriptor: int) -> None:
     stream = channel.makefile("rb")
     threading.Thread(target=die_with_the_trainer, args=(descriptor,), daemon=True).start()
     setup: Setup = read(stream)
+    print_by_lines()
     graders: list[Grader] = []
     with Caught() as caught:
         limit(resource.RLIMIT_AS, setup.memory_bytes)
         graders = _graders(setup.calls)
     if caught.error is not None:
-        channel.sendall(frame(Reply(reason="error", message=_why_no_start(caught))))
+        channel.sendall(encoded(Reply(reason="error", message=_why_no_start(caught))))
         return
-    channel.sendall(frame(Reply(scopes=tuple(grader.scope for grader in graders))))
-    me = os.getpid()
+    channel.sendall(encoded(Reply(graders=tuple(GraderFacts(grader.scope, grader.reads_ids) for grader in graders))))
+    own_process = os.getpid()
     while True:
-        for index, inputs in read(stream):
+        for order in read(stream):
             bound_cpu_time(setup.seconds)
-            reply = grade(graders[index], inputs)
-            if os.getpid() != me:
+            reply = dataclasses.replace(_carried_out(order, graders, setup.nonce), task=order.task)
+            if os.getpid() != own_process:
                 os._exit(0)  # a child that the grader forked and forgot
-            channel.sendall(frame(reply))  # one by one, so that the pool knows which task a death or a delay belongs to
+            flush()
+            mark(1, setup.nonce)
+            channel.sendall(encoded(reply))  # each at once, so that the pool knows which task a death or a delay belongs to
+
+
+def _carried_out(order: Order, graders: list[Grader], nonce: str) -> Reply:
+    inputs: RewardInputs = pickle.loads(order.packed)
+    grader = graders[order.call]
+    mark(1, nonce, ", ".join(filter(None, (inputs.occasion, grader.label))))
+    return grade(grader, inputs)
 
 
 def grade(grader: Grader, inputs: RewardInputs) -> Reply:
@@ -78,10 +95,25 @@ def grade(grader: Grader, inputs: RewardInputs) -> Reply:
     with Caught() as caught:
         scores = grader(inputs)
     if caught.error is None:
-        return Reply(scores)
+        return Reply(scores=scores)
     if isinstance(caught.error, MemoryError):
         return Reply(reason="memory", message="MemoryError: over the limit reward.memory_gib")
+    if isinstance(caught.error, ContractError):
+        return Reply(reason="contract", message=str(caught.error)[:2000])
     return Reply(reason="error", message=str(caught)[:2000])
+
+
+def print_by_lines() -> None:
+    """What is printed is in the pipe even where the process is killed a moment later."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+
+
+def flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed or replaced by a grader
+            stream.flush()
 
 
 def _graders(calls: tuple[RewardCall, ...]) -> list[Grader]:

@@ -52,6 +52,7 @@ def build_run(
     """
     seed_everything(recipe.seed)
     learner = build_learner(recipe, checkpoint, waiting)
+    materials.grader.log_to(folder.rewards_log(learner.rank))
     rollout = build_rollout(recipe, materials, learner, waiting, fresh=checkpoint is None)
     advantage = ADVANTAGES.bind(recipe.advantage.name, recipe.advantage.hp)
     controls = [TOKEN_CONTROLS.bind(ref.name, ref.hp) for ref in recipe.control]

@@ -48,6 +48,7 @@ def build_pair_run(
     sampling, ref = sampling_recipe(recipe), recipe.loss.preference
     objective = PreferenceObjective(PREFERENCE_LOSSES.bind(ref.name, ref.hp))
     learner = build_pair_learner(recipe, objective, checkpoint, waiting)
+    materials.grader.log_to(folder.rewards_log(learner.rank))
     rollout = build_rollout(sampling, materials, learner, waiting, fresh=checkpoint is None)
     pairing = build_pairing(recipe, materials.language, learner)
     resumed = None if checkpoint is None else read_state(checkpoint)

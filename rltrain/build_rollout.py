@@ -26,6 +26,7 @@ from rltrain.rollout.environment import EpisodeEngine
 from rltrain.rollout.model_rewards import ModelGrader
 from rltrain.rollout.producer import Grader, Producer, within
 from rltrain.rollout.temperature import TemperatureController
+from rltrain.rollout.verdicts import label_of_only_function
 from rltrain.rollout.watched import WatchedEngine
 from rltrain.seeds import stable_hash
 from rltrain.sync.in_process import Sync
@@ -189,6 +190,7 @@ def build_producer(
         gather=learner.gather_objects,
         arms=build_arms(recipe, materials, engine, learner, sync, sampling),
         temperature=build_temperature(rollout.adaptive_temperature),
+        verdict_of=label_of_only_function(recipe.reward.functions),
     )
 
 
@@ -218,4 +220,5 @@ def build_evaluator(recipe: Recipe, materials: Materials, grader: Grader, learne
     sampling = Sampling(
         n=settings.n, temperature=settings.temperature, max_tokens=recipe.rollout.max_tokens, seed=stable_hash(recipe.seed, "eval")
     )
-    return Evaluator(materials.held_out.prompts, grader, sampling, settings.k, **ranks)
+    verdict_of = label_of_only_function(recipe.reward.functions)
+    return Evaluator(materials.held_out.prompts, grader, sampling, settings.k, verdict_of=verdict_of, **ranks)

@@ -234,6 +234,8 @@ def show(result: Evaluation, console: Console) -> None:
     named = [(f"pass@{one.k}", one) for one in result.results] + [(f"avg@{result.n}", result.average)]
     for name, one in named:
         console.print(f"{name:<8} {one.value:.3f}  [{one.low:.3f}, {one.high:.3f}]", markup=False)
+    if result.note:
+        console.print(result.note, markup=False, soft_wrap=True)
     ungraded = f", {result.ungraded} ungraded" if result.ungraded else ""
     console.print(f"reward   {result.reward:.3f}  over {len(result.groups)} prompts{ungraded}", markup=False)
 

@@ -65,6 +65,7 @@ class Prompt:
     token_ids: tuple[int, ...]  # (P,) with the chat template and generation prompt applied
     text: str  # what token_ids spell, for transcripts and graders
     columns: Mapping[str, Any] = field(default_factory=dict)  # every other column of the row (answer, ...), for the rewards
+    messages: tuple[Mapping[str, Any], ...] | None = None  # as the data set has them, the system message first; None: it has text
 
 
 @dataclass(frozen=True, slots=True)

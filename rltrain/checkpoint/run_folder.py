@@ -50,6 +50,10 @@ class RunFolder:
     def report(self) -> Path:
         return self.path / "report.html"
 
+    def rewards_log(self, rank: int) -> Path:
+        """What reward functions print on this rank."""
+        return self.path / ("rewards.log" if rank == 0 else f"rewards.rank{rank}.log")
+
     @property
     def model(self) -> Path:
         return self.path / "model"

@@ -138,11 +138,12 @@ def _user_function_problems(name: str, hp: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name!r} must name a file and a function in it, as in path/to/file.py:function"
         return
     try:
-        found = definition(file, function, ast.FunctionDef)
+        node = definition(file, function, ast.FunctionDef, ast.AsyncFunctionDef)
     except ValueError as error:
         yield str(error)
         return
-    yield from unknown_keywords(found, hp, name)
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        yield from unknown_keywords(node, hp, name)
 
 
 # rules that need no method -------------------------------------------------------------------------------------------
@@ -368,5 +369,5 @@ def _method_warnings(recipe: Recipe, methods: Methods) -> Iterator[str]:
     if recipe.rollout.dynamic_sampling is not None and users and not _REWARDS_WITH_CORRECT & {r.name for r in methods.rewards}:
         yield (
             "rollout.dynamic_sampling looks at raw correctness: your reward function must put a part named 'correct' into its scores, "
-            "else prompts are kept where rewards differ"
+            "or be the only one and give 0 and 1, else prompts are kept where rewards differ"
         )

@@ -55,13 +55,15 @@ def _naming_problems(ref: EnvironmentRef) -> Iterator[str]:
 def _class_problems(ref: EnvironmentRef, file: str, attribute: str) -> Iterator[str]:
     """Problems of ``path/to/file.py:Class``."""
     try:
-        found = definition(file, attribute, ast.ClassDef)
+        statement = definition(file, attribute, ast.ClassDef)
     except ValueError as error:
         yield str(error)
         return
-    methods = {node.name: node for node in found.body if isinstance(node, ast.FunctionDef)}
+    if not isinstance(statement, ast.ClassDef):  # imported or assigned: making it will tell
+        return
+    methods = {node.name: node for node in statement.body if isinstance(node, ast.FunctionDef)}
     missing = [name for name in ("reset", "step", "close") if name not in methods]
-    if missing and not found.bases:
+    if missing and not statement.bases:
         yield f"{attribute} lacks {', '.join(missing)}; an environment has reset(task, seed), step(text) and close()"
     if "__init__" in methods:
         yield from unknown_keywords(methods["__init__"], ref.hp, attribute)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 from rltrain.registry import suggestion
 
-_KINDS = {ast.FunctionDef: "function", ast.ClassDef: "class"}
-_Definition = TypeVar("_Definition", ast.FunctionDef, ast.ClassDef)
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+_NOUNS = {ast.FunctionDef: "function", ast.ClassDef: "class"}
 
 
-def definition(file: str, name: str, kind: type[_Definition]) -> _Definition:
-    """The function or class ``name`` of ``file``. Raises ValueError where there is none, naming a similar one."""
+def definition(file: str, name: str, *kinds: type[ast.stmt]) -> ast.stmt:
+    """The statement at the top of ``file`` that binds ``name``: a definition of one of ``kinds``, or an import or assignment.
+
+    Raises ValueError where there is none, naming a similar one. kinds: the first is the one that messages speak of.
+    """
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"{file} does not exist; it was looked for from the current directory, {Path.cwd()}")
@@ -22,13 +24,25 @@ def definition(file: str, name: str, kind: type[_Definition]) -> _Definition:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{file} is not valid Python: {error}") from error
-    found = {node.name: node for node in tree.body if isinstance(node, kind)}
-    if name not in found:
-        raise ValueError(f"{file} defines no {_KINDS[kind]} {name!r}{suggestion(name, found) or '; it defines none'}")
-    return found[name]
+    defined = {node.name: node for node in tree.body if isinstance(node, kinds) and isinstance(node, Function | ast.ClassDef)}
+    bound = {name: node for node in tree.body for name in _bound_names(node)}
+    if name in bound and name not in defined:
+        return bound[name]
+    if name not in defined:
+        noun = _NOUNS[kinds[0]]
+        raise ValueError(f"{file} defines no {noun} {name!r}{suggestion(name, defined) or '; it defines none'}")
+    return defined[name]
 
 
-def unknown_keywords(function: ast.FunctionDef, keys: Iterable[str], owner: str) -> Iterator[str]:
+def _bound_names(node: ast.stmt) -> Iterator[str]:
+    """Names that an import or an assignment makes."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        yield from (alias.asname or alias.name for alias in node.names)
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+def unknown_keywords(function: Function, keys: Iterable[str], owner: str) -> Iterator[str]:
     """A problem for each of ``keys`` that ``function`` does not take. owner: what the user knows it by."""
     if function.args.kwarg is not None:
         return

@@ -146,4 +146,10 @@ def _prompt(row: Row, content: str | list[Message], data: Data, tokenizer: PreTr
     if len(token_ids) > data.max_prompt_tokens:
         return None
     others: dict[str, Any] = {name: value for name, value in row.columns.items() if name != "prompt"}
-    return Prompt(row.id, tuple(token_ids), text, others)
+    return Prompt(row.id, tuple(token_ids), text, others, None if isinstance(content, str) else _messages(content, data))
+
+
+def _messages(content: Sequence[Message], data: Data) -> tuple[Message, ...]:
+    """The conversation that the policy answers."""
+    system = [] if data.system is None else [{"role": "system", "content": data.system}]
+    return (*system, *content)

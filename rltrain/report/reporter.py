@@ -15,6 +15,7 @@ class Reporter:
 
     def __init__(self, sinks: Sinks | None, transcripts: Transcripts | None, progress: Progress | None) -> None:
         self.sinks, self.transcripts, self.progress = sinks, transcripts, progress
+        self._said: set[str] = {""}
 
     def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[ScoredGroup], note: str | None) -> None:
         """note: why the gradient was zero, when it was."""
@@ -34,6 +35,12 @@ class Reporter:
     def message(self, text: str) -> None:
         if self.progress is not None:
             self.progress.message(text)
+
+    def once(self, text: str) -> None:
+        """A message the first time, then nothing."""
+        if text not in self._said:
+            self._said.add(text)
+            self.message(text)
 
     def warn(self, text: str) -> None:
         if self.progress is not None:

@@ -46,6 +46,7 @@ def _scored(completion: Completion, score: Score) -> dict[str, Any]:
         **({"turns": list(completion.episode.turns)} if completion.episode is not None else {}),
         "score": _finite(score.value) if graded else None,
         "parts": _finite_parts(score.parts),
+        **({"extra": dict(score.extra)} if score.extra else {}),
         "ungraded": score.ungraded,
         "finish": completion.finish,
         "tokens": len(completion.token_ids),

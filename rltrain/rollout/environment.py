@@ -175,7 +175,7 @@ class EpisodeEngine:
         if opening is None:
             return prompt
         text, token_ids = self._dialogue.opening(opening)
-        return dataclasses.replace(prompt, text=text, token_ids=token_ids)
+        return dataclasses.replace(prompt, text=text, token_ids=token_ids, messages=None)
 
     def _first_turn(self, playing: Sequence[_Row], asked: Sequence[Prompt], sampling: Sampling, version: int) -> list[Completion]:
         """All samples of a prompt from one request, as without an environment: they share its prefill."""

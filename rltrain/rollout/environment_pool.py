@@ -6,13 +6,15 @@ again in a new process, from the texts they have been given so far, which by the
 
 from __future__ import annotations
 
+import secrets
 import selectors
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from reward.process import Child
-from rltrain.rollout.environment_worker import Answer, EndAll, EnvironmentSetup, Reset, Say
+from reward.received import MalformedAnswerError, received
+from rltrain.rollout.environment_worker import Answer, EndAll, EnvironmentSetup, Request, Reset, Say
 from rltrain.rollout.environments import Step, Task
 
 __all__ = ["EnvironmentPool", "Failure"]
@@ -23,7 +25,8 @@ _POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an episode has no outcome. ``reason`` is counted ("timeout", "error", "died", "memory"), ``message`` is for people."""
+    """Why an episode has no outcome. ``reason`` is counted ("timeout", "error", "died", "memory", "malformed"), ``message`` is for
+    people."""
 
     reason: str
     message: str
@@ -54,6 +57,28 @@ class _Worker:
         self.busy: _Episode | EndAll | None = None  # what it has been sent and not answered
         self.ending = False  # it must close its episodes, or is at it
         self.since = time.monotonic()
+        self._number = 0  # of the latest request
+
+    def ask(self, body: Reset | Say | EndAll) -> bool:
+        """False where the process is gone."""
+        self._number = secrets.randbits(32)
+        return self.child.send(Request(self._number, body))
+
+    def answer(self) -> Answer | None:
+        """What it has answered by now. Raises MalformedAnswerError where that is no answer to what it was asked."""
+        body = self.child.receive()
+        if body is None:
+            return None
+        answer = received(Answer, body)
+        if answer.number != self._number or (self.ready and not self._fits(answer)):
+            raise MalformedAnswerError("it is not to the latest request")
+        return answer
+
+    def _fits(self, answer: Answer) -> bool:
+        if self.busy is None:
+            return False
+        step = isinstance(self.busy, _Episode) and self.busy.seen > 0
+        return bool(answer.failure) or (answer.step is not None) == step
 
 
 class EnvironmentPool:
@@ -144,19 +169,27 @@ class EnvironmentPool:
         if work is None:
             return
         worker.busy, worker.since = work, time.monotonic()
-        if not worker.child.send(work if isinstance(work, EndAll) else work.next):
+        if not worker.ask(work if isinstance(work, EndAll) else work.next):
             self._lost(worker, Failure("died", "the process that played it is gone"))
 
     def _look_at(self, worker: _Worker, spoke: bool, found: dict[int, Answer | Failure]) -> None:
-        """Take an answer, or give up on a process that is late or dead."""
-        answer: Answer | None = worker.child.receive() if spoke else None
-        if answer is not None:
+        """Take an answer, or give up on a process that is late, dead, or not the only one to write to its socket."""
+        try:
+            self._wait_for(worker, spoke, found)
+        except MalformedAnswerError as error:
+            message = f"its process sent what is no answer: {error}"
+            if not worker.ready:
+                raise ValueError(f"rollout.environment {self._name}: {message} ({worker.child.kill()})") from error
+            self._lost(worker, Failure("malformed", message))
+
+    def _wait_for(self, worker: _Worker, spoke: bool, found: dict[int, Answer | Failure]) -> None:
+        if spoke and (answer := worker.answer()) is not None:
             self._take(worker, answer, found)
             return
         late = time.monotonic() - worker.since > self._allowed(worker)
         if not late and not worker.child.has_died():
             return
-        if (answer := worker.child.receive()) is not None:  # it spoke before we looked
+        if (answer := worker.answer()) is not None:  # it spoke before we looked
             self._take(worker, answer, found)
         elif not worker.ready:
             what = f"not ready after {_START_SECONDS:g} s" if late else "gone before it was ready"

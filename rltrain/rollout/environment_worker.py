@@ -1,13 +1,16 @@
 """An environment process: started by environment_pool.py with one end of a socket, plays episodes until the other end closes.
 
 Executed, not forked, and without torch, as reward/worker.py is. One request at a time, so that a late answer names its episode.
+Answers are JSON, as those of reward workers are, since an environment can write to the socket too.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
+import math
 import os
 import resource
 import socket
@@ -18,11 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reward.reply import STRICT, framed, json_of
 from reward.resolve import Caught
-from reward.worker import bound_cpu_time, die_with_the_trainer, frame, limit, outlive_sigterm, read
+from reward.score import is_float32
+from reward.worker import bound_cpu_time, die_with_the_trainer, limit, outlive_sigterm, read
 from rltrain.rollout.environments import Environment, Step, Task
 
-__all__ = ["Answer", "EndAll", "EnvironmentSetup", "Reset", "Say", "main", "maker"]
+__all__ = ["Answer", "EndAll", "EnvironmentSetup", "Request", "Reset", "Say", "main", "maker"]
+
+_LONGEST_TEXT = 10_000_000  # characters of one observation, far beyond what any policy reads
 
 
 @dataclass(frozen=True)
@@ -59,13 +66,27 @@ class EndAll:
 
 
 @dataclass(frozen=True)
+class Request:
+    """What an environment is asked, under a number that it is not told."""
+
+    number: int
+    body: Reset | Say | EndAll
+
+
+@dataclass(frozen=True)
 class Answer:
-    """``opening`` of a reset, ``step`` of a turn; or ``failure`` ("error", "memory") and ``message``. The first answer is empty."""
+    """``opening`` of a reset, ``step`` of a turn; or ``failure`` ("error", "memory") and ``message``. The first answer is empty.
+
+    ``number`` is the request's.
+    """
 
     opening: str | None = None
     step: Step | None = None
     failure: str = ""
     message: str = ""
+    number: int = 0
+
+    __pydantic_config__ = STRICT
 
 
 def main(descriptor: int) -> None:
@@ -80,18 +101,18 @@ def main(descriptor: int) -> None:
         make = maker(setup)
         make()  # its options are tried before anything depends on them
     if make is None or caught.error is not None:
-        channel.sendall(frame(Answer(failure="error", message=str(caught))))
+        channel.sendall(framed(json_of(Answer(failure="error", message=str(caught)[:2000]))))
         return
-    channel.sendall(frame(Answer()))
+    channel.sendall(framed(json_of(Answer())))
     playing: dict[int, Environment] = {}
-    me = os.getpid()
+    own_process = os.getpid()
     while True:
-        request = read(stream)
+        request: Request = read(stream)
         bound_cpu_time(setup.seconds)
-        answer = answered(request, playing, make)
-        if os.getpid() != me:
+        answer = dataclasses.replace(answered(request.body, playing, make), number=request.number)
+        if os.getpid() != own_process:
             os._exit(0)  # a child that the environment forked and forgot
-        channel.sendall(frame(answer))
+        channel.sendall(framed(json_of(answer)))
 
 
 def answered(request: Reset | Say | EndAll, playing: dict[int, Environment], make: Callable[[], Environment]) -> Answer:
@@ -132,14 +153,29 @@ def maker(setup: EnvironmentSetup) -> Callable[[], Environment]:
 def _text(opening: Any) -> str | None:
     if opening is not None and not isinstance(opening, str):
         raise ValueError(f"reset must return text or None, got {type(opening).__name__}: {opening!r:.200}")
-    return opening
+    return None if opening is None else _bounded(opening)
 
 
 def _step(given: Any) -> Step:
-    """A step of plain values. Raises ValueError on anything else, a reward that is not finite included."""
+    """A step of plain values. Raises ValueError on anything else, a number that float32 cannot hold included."""
     if not isinstance(given, Step) or not isinstance(given.observation, str):
         raise ValueError(f"step must return a rltrain.rollout.environments.Step with a text as observation, got {given!r:.200}")
-    numbers = [float(value) for value in (given.reward, *given.parts.values())]
-    if any(value != value or abs(value) == float("inf") for value in numbers):
-        raise ValueError(f"rewards and parts must be finite, got reward {given.reward!r} and parts {dict(given.parts)!r:.200}")
-    return Step(given.observation, bool(given.done), numbers[0], dict(zip(map(str, given.parts), numbers[1:], strict=True)))
+    numbers = [_number(value) for value in (given.reward, *given.parts.values())]
+    if not all(map(is_float32, numbers)):
+        raise ValueError(f"rewards and parts must be finite, got reward {given.reward!r:.50} and parts {dict(given.parts)!r:.200}")
+    parts = dict(zip(map(str, given.parts), numbers[1:], strict=True))
+    return Step(_bounded(given.observation), bool(given.done), numbers[0], parts)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _bounded(text: str) -> str:
+    """Raises ValueError on what no policy could read."""
+    if len(text) > _LONGEST_TEXT:
+        raise ValueError(f"a text of {len(text)} characters; at most {_LONGEST_TEXT} are accepted")
+    return str(text)

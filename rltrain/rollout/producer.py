@@ -11,12 +11,15 @@ from typing import Any, Protocol
 
 import torch
 
+from reward.resolve import ContractError
 from reward.score import Episode, RewardInputs
 from rltrain.advantage.group import informative_groups
 from rltrain.advantage.process import within_accuracy
+from rltrain.errors import UserError
 from rltrain.protocols import RolloutEngine
 from rltrain.rollout.arms import Arm
 from rltrain.rollout.temperature import TemperatureController
+from rltrain.rollout.verdicts import with_verdicts
 from rltrain.seeds import stable_hash
 from rltrain.types import Completion, Prompt, RolloutGroup, Sampling, Score, ScoredGroup
 
@@ -68,6 +71,7 @@ class Producer:
     arms: Sequence[Arm] = ()  # beside the policy's own; they add rows to the groups the step trains on
     keep: Callable[[ScoredGroup], bool] | None = None  # which groups dynamic sampling does not replace; None: ``informative`` ones
     temperature: TemperatureController | None = None  # adapts the policy's own arm token by token; None: all at ``sampling.temperature``
+    verdict_of: str | None = None  # the only reward, a user's function: rewards of 0 and 1 then say what is correct
 
     def next(self, step: int, version: int) -> Produced:
         kept: list[ScoredGroup] = []
@@ -106,21 +110,22 @@ class Producer:
             sampling = self.temperature.sampling(sampling)
         with _timed(seconds, "rollout"):
             sampled = self.engine.generate([self.prompts[index] for _, index in chosen], sampling, version)
-        return self._graded([dataclasses.replace(group, group=number) for group, (number, _) in zip(sampled, chosen, strict=True)], seconds)
+        numbered = [dataclasses.replace(group, group=number) for group, (number, _) in zip(sampled, chosen, strict=True)]
+        return self._graded(numbered, step, seconds)
 
     def _with_arm(self, arm: Arm, groups: Sequence[ScoredGroup], step: int, version: int, seconds: dict[str, float]) -> list[ScoredGroup]:
         """``groups`` with the completions that ``arm`` adds, graded, after those that are there."""
         mine = list(arm.choose(groups))[self.rank :: self.ranks]
         with _timed(seconds, "rollout"):
             sampled = arm.sample(mine, stable_hash(self.sampling.seed, "arm", arm.code, step), version)
-        added = {group.group: group for group in self._graded(sampled, seconds)}
+        added = {group.group: group for group in self._graded(sampled, step, seconds)}
         return [_joined(group, added[group.group]) if group.group in added else group for group in groups]
 
-    def _graded(self, groups: Sequence[RolloutGroup], seconds: dict[str, float]) -> list[ScoredGroup]:
+    def _graded(self, groups: Sequence[RolloutGroup], step: int, seconds: dict[str, float]) -> list[ScoredGroup]:
         """This rank's ``groups`` graded, with those of the other ranks, in the order of their ids."""
         with _timed(seconds, "reward"):
-            scored = score_groups(groups, self.grader)
-        return sorted(self.gather(scored), key=lambda group: group.group)
+            scored = score_groups(groups, self.grader, f"step {step}")
+        return with_verdicts(sorted(self.gather(scored), key=lambda group: group.group), self.verdict_of)
 
 
 @contextlib.contextmanager
@@ -134,9 +139,15 @@ def _joined(group: ScoredGroup, more: ScoredGroup) -> ScoredGroup:
     return dataclasses.replace(group, completions=group.completions + more.completions, scores=group.scores + more.scores)
 
 
-def score_groups(groups: Sequence[RolloutGroup], grader: Grader) -> list[ScoredGroup]:
-    """Grade every completion of every group; a completion that cannot be graded says so in its score, as does one whose episode failed."""
-    graded = grader.score([reward_inputs(group) for group in groups])
+def score_groups(groups: Sequence[RolloutGroup], grader: Grader, occasion: str = "") -> list[ScoredGroup]:
+    """Grade every completion of every group; a completion that cannot be graded says so in its score, as does one whose episode failed.
+
+    occasion: what they are graded for, in words. Raises UserError where a function does not return a score per completion.
+    """
+    try:
+        graded = grader.score([reward_inputs(group, occasion) for group in groups])
+    except ContractError as error:
+        raise UserError(f"reward.functions: {error}") from error
     scored: list[ScoredGroup] = []
     for group, scores in zip(groups, graded, strict=True):
         judged = tuple(_unless_failed(completion, score) for completion, score in zip(group.completions, scores, strict=True))
@@ -149,7 +160,7 @@ def _unless_failed(completion: Completion, score: Score) -> Score:
     return score if failure is None else Score(0.0, ungraded=failure)
 
 
-def reward_inputs(group: RolloutGroup | ScoredGroup) -> RewardInputs:
+def reward_inputs(group: RolloutGroup | ScoredGroup, occasion: str = "") -> RewardInputs:
     """What graders get to read: the text of each completion, or of an episode its last turn."""
     episodes = tuple(completion.episode for completion in group.completions if completion.episode is not None)
     return RewardInputs(
@@ -161,6 +172,9 @@ def reward_inputs(group: RolloutGroup | ScoredGroup) -> RewardInputs:
         episodes=episodes if len(episodes) == len(group.completions) else (),
         prompt_ids=tuple(group.prompt.token_ids),
         completion_ids=tuple(tuple(completion.token_ids) for completion in group.completions),
+        messages=group.prompt.messages,
+        updates=max([0, *(completion.version for completion in group.completions)]),  # the reference model has taken none
+        occasion=occasion,
     )
 
 
@@ -171,9 +185,19 @@ def _answer(completion: Completion) -> str:
 
 
 def sample_inputs(prompt: Prompt, *, in_environment: bool = False) -> RewardInputs:
-    """What a reward function would get for an empty-handed answer: enough to find out whether it runs at all."""
-    episodes = (Episode(0.0, {}, ("0",)),) if in_environment else ()
-    return RewardInputs(prompt.text, ("0",), token_counts=(1,), finish=("stop",), columns=dict(prompt.columns), episodes=episodes)
+    """What a reward function would get for two empty-handed answers: enough to find out whether it runs, and how many scores it gives."""
+    completions = ("0", "1")
+    return RewardInputs(
+        prompt.text,
+        completions,
+        token_counts=(1, 1),
+        finish=("stop", "stop"),
+        columns=dict(prompt.columns),
+        episodes=tuple(Episode(0.0, {}, (text,)) for text in completions) if in_environment else (),
+        completion_ids=((prompt.token_ids[-1],),) * 2,  # any tokens that the policy knows
+        messages=prompt.messages,
+        occasion="the check before training",
+    )
 
 
 def correctness(group: ScoredGroup) -> list[bool] | None:

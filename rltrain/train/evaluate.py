@@ -10,6 +10,7 @@ from rltrain.learner.accelerate_learner import AccelerateLearner
 from rltrain.protocols import RolloutEngine
 from rltrain.report.statistics import Estimate, PassAtK, average, average_at_k, pass_at_k
 from rltrain.rollout.producer import Grader, correctness, score_groups
+from rltrain.rollout.verdicts import why_unknown, with_verdicts
 from rltrain.seeds import stable_hash
 from rltrain.sync.in_process import Sync
 from rltrain.types import Prompt, Sampling, ScoredGroup
@@ -26,6 +27,7 @@ class Evaluation:
     tokens: float  # mean completion tokens
     ungraded: int
     groups: tuple[ScoredGroup, ...]
+    note: str = ""  # why there is no pass@k, where there is none
 
     def metrics(self) -> dict[str, float]:
         found = {"eval/reward": self.reward, "eval/tokens": self.tokens, "eval/ungraded": float(self.ungraded)}
@@ -46,6 +48,7 @@ class Evaluator:
     rank: int = 0
     ranks: int = 1
     gather: Callable[[list[Any]], list[Any]] = list
+    verdict_of: str | None = None  # as of ``Producer``
 
     def evaluate(self, engine: RolloutEngine, version: int) -> Evaluation:
         """Every rank samples its share; all ranks return the same result.
@@ -54,8 +57,11 @@ class Evaluator:
         from those of a run resumed here.
         """
         mine, sampling = list(self.prompts)[self.rank :: self.ranks], replace(self.sampling, cache="held out")
-        groups = self.gather(score_groups(engine.generate(mine, sampling, version), self.grader))
-        return summarise(sorted(groups, key=lambda group: group.prompt.id), self.sampling.n, self.k)
+        occasion = f"held-out prompts after {version} updates"
+        groups = self.gather(score_groups(engine.generate(mine, sampling, version), self.grader, occasion))
+        ordered = sorted(groups, key=lambda group: group.prompt.id)
+        result = summarise(with_verdicts(ordered, self.verdict_of), self.sampling.n, self.k)
+        return result if result.results or not self.k else replace(result, note=why_unknown(ordered, self.verdict_of))
 
 
 def evaluate_policy(evaluator: Evaluator | None, engine: RolloutEngine, sync: Sync, learner: AccelerateLearner) -> Evaluation | None:

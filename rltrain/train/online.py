@@ -226,4 +226,5 @@ def evaluate(run: Run) -> Evaluation | None:
     result = evaluate_policy(run.evaluator, run.engine, run.sync, run.learner)
     if result is not None:
         run.law.evaluation(result.metrics())
+        run.reporter.once(result.note)
     return result

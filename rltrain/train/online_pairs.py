@@ -23,7 +23,7 @@ from rltrain.rollout.pairing import JudgedPairs, Pairing, pair_batch
 from rltrain.rollout.producer import Produced, Producer
 from rltrain.sync.in_process import Sync
 from rltrain.train.course import Clock, Course, timing, walk
-from rltrain.train.evaluate import Evaluator, evaluate_policy
+from rltrain.train.evaluate import Evaluation, Evaluator, evaluate_policy
 from rltrain.train.mismatch import MismatchGuard
 from rltrain.train.online import moves
 from rltrain.types import PairBatch, TokenRows, TrainBatch
@@ -52,8 +52,15 @@ def train_pairs(run: PairRun) -> Path:
     Raises NonFiniteError when the numbers are lost, Stopped as ``walk`` does.
     """
     run.sync.push(run.learner.weights(), run.learner.version, expect_change=False)
-    evaluate = partial(evaluate_policy, run.evaluator, run.engine, run.sync, run.learner)
-    return walk(run, run.recipe.train.steps, evaluate, partial(take, run))
+    return walk(run, run.recipe.train.steps, partial(evaluate, run), partial(take, run))
+
+
+def evaluate(run: PairRun) -> Evaluation | None:
+    """Held-out pass@k with the weights as they are; None if the recipe has no held-out prompts."""
+    result = evaluate_policy(run.evaluator, run.engine, run.sync, run.learner)
+    if result is not None:
+        run.reporter.once(result.note)
+    return result
 
 
 def take(run: PairRun, step: int) -> None:

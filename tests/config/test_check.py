@@ -167,3 +167,15 @@ def test_a_reward_file_that_fits_passes_and_dynamic_sampling_asks_it_for_correct
     assert warnings(recipe, "reward.functions=[{name: 'mine.py:score', scale: 2.0}, {name: 'mine.py:any', x: 1}]") == ()
     (warning,) = warnings(recipe, "reward.functions=['mine.py:score']", "rollout.dynamic_sampling={}")
     assert "must put a part named 'correct' into its scores" in warning
+
+
+@pytest.mark.parametrize("name", ["waits", "made", "loads", "judge"])
+def test_functions_that_are_async_made_or_imported_are_taken_for_rewards(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from json import loads\nimport functools\nasync def waits(completions, **columns): ...\n"
+        "made = functools.partial(waits)\njudge: object = print\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert warnings(recipe, f"reward.functions.0=mine.py:{name}") == ()

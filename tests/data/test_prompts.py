@@ -26,6 +26,7 @@ def test_text_becomes_a_user_message_and_other_columns_reach_the_rewards(tmp_pat
     assert tokenizer.convert_ids_to_tokens(list(first.token_ids)) == ["<user>", "1", "+", "2", "=", "<assistant>"]
     assert first.columns == {"answer": "3", "level": [1]}
     assert (first.id, second.id) == ("sums.jsonl:0", "sums.jsonl:1")
+    assert first.messages is None
 
 
 def test_messages_are_rendered_by_the_chat_template(tmp_path, tokenizer):
@@ -37,6 +38,7 @@ def test_messages_are_rendered_by_the_chat_template(tmp_path, tokenizer):
     assert list(prompt.token_ids) == tokenizer.apply_chat_template(
         [{"role": "system", "content": "s"}, *turns], add_generation_prompt=True, return_dict=False
     )
+    assert prompt.messages == ({"role": "system", "content": "s"}, *turns)
 
 
 def test_template_and_columns_rename_and_wrap(tmp_path, tokenizer):

@@ -1,10 +1,14 @@
 """Graders that misbehave on the completion that names the misbehaviour, and score every other with its length."""
 
+import contextlib
 import os
+import pickle
 import signal
+import socket
 import sys
 import time
 
+from reward.reply import Reply, encoded, framed
 from reward.score import RewardInputs, Score, reward
 
 
@@ -62,8 +66,64 @@ def pensive_together(inputs: RewardInputs):
     return alone(inputs)
 
 
-def too_few(inputs: RewardInputs):
-    return [1.0 for completion in inputs.completions if completion != "swallow"]
+def one_for_all(inputs: RewardInputs):
+    match inputs.completions[0]:
+        case "bare":
+            return 1.0
+        case "nothing":
+            return None
+    return [1.0]
+
+
+def vandal(inputs: RewardInputs):
+    inputs.columns["answer"] = "999"
+    inputs.columns["nested"]["list"].append(2)
+    return [0.0] * len(inputs.completions)
+
+
+def reads(inputs: RewardInputs):
+    whole = inputs.columns == {"answer": "1", "nested": {"list": [1]}}
+    return [float(whole)] * len(inputs.completions)
+
+
+def trl_vandal(completions, answer, nested, **columns):
+    answer[:] = ["999"] * len(answer)
+    nested[0]["list"].append(2)
+    return [0.0] * len(completions)
+
+
+def trl_reads(completions, answer, nested):
+    rewards = [float(gold == "1" and one == {"list": [1]}) for gold, one in zip(answer, nested, strict=True)]
+    nested[0]["list"].append(2)  # of the first completion alone
+    return rewards if nested[-1] == {"list": [1]} or len(nested) == 1 else [0.0] * len(completions)
+
+
+class Executed:
+    """A pickle that leaves a file behind where somebody loads it."""
+
+    def __init__(self, sentinel: str) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self):
+        return open, (self.sentinel, "w")
+
+
+def intruder(inputs: RewardInputs, *, sentinel: str):
+    """Writes to the socket of its own process what is no reply to its task."""
+    frames = {
+        "junk": b"\0\0\0\0\0\0\0\4junk",
+        "huge": b"\xff" * 64,
+        "json": framed(b'{"scores": [{"value": NaN}]}'),
+        "pickle": framed(pickle.dumps(Executed(sentinel))),
+        "forged": encoded(Reply(task=0, scores=[Score(1e6)] * len(inputs.completions))),
+        "short": encoded(Reply(task=0, scores=[])),
+        "empty": framed(b"{}"),
+    }
+    for completion in inputs.completions:
+        for descriptor in range(3, 64) if completion in frames else ():
+            with contextlib.suppress(OSError):
+                socket.socket(fileno=os.dup(descriptor)).sendall(frames[completion])
+    return [1.0] * len(inputs.completions)
 
 
 def forks(inputs: RewardInputs, *, log: str = ""):

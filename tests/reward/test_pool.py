@@ -8,9 +8,12 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from reward.pool import RewardCall, RewardPool
+from reward.resolve import ContractError, as_score
 from reward.score import RewardInputs, Score
 
 GRADERS = Path(__file__).with_name("graders.py")
@@ -144,11 +147,64 @@ def test_a_group_scoped_reward_loses_its_group_and_no_other():
     assert pool.counts == {"error": 2}
 
 
-def test_a_wrong_number_of_scores_is_an_error_with_both_numbers():
-    with pool_of("too_few", workers=1) as pool:
-        (scores,) = pool.score([inputs("a", "swallow")])
-    assert [score.ungraded for score in scores] == [None, "error"]
-    assert "returned 0 scores for 1 completions" in pool.errors[0][1]
+def test_a_wrong_number_of_scores_stops_the_run_and_is_not_graded_again():
+    with pool_of("one_for_all", workers=1) as pool:
+        assert pool.score([inputs("a")])[0][0].value == 1.0  # nothing to be seen with one completion
+        with pytest.raises(ContractError, match="one_for_all returned 1 scores for 2 completions; return one score for each"):
+            pool.score([inputs("a", "b"), inputs("c")])
+        with pytest.raises(ContractError, match="must return a list of 2 scores, got float"):
+            pool.score([inputs("bare", "b")])
+        with pytest.raises(ContractError, match="must return a list of 1 scores, got NoneType"):
+            pool.score([inputs("nothing")])
+        assert pool.score([inputs("a")])[0][0].value == 1.0
+
+
+def test_the_check_before_training_sees_a_wrong_number_of_scores():
+    with pool_of("one_for_all", workers=1) as pool, pytest.raises(ValueError, match="returned 1 scores for 2 completions"):
+        pool.check(inputs("0", "1"))
+
+
+def test_the_check_allows_each_of_its_completions_the_time_of_one():
+    with pool_of("slow", workers=1, seconds=0.5) as pool:  # 0.3 s each, 0.6 s together
+        pool.check(inputs("0", "1"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_grader_that_changes_its_inputs_changes_them_for_nobody_else(workers):
+    row = {"answer": "1", "nested": {"list": [1]}}
+    calls = [RewardCall(f"{GRADERS}:{name}", 1.0, {}) for name in ("vandal", "reads", "trl_vandal", "trl_reads")]
+    with RewardPool(calls, workers=workers, seconds=5, memory_gib=1, deadline_seconds=60) as pool:
+        for _ in range(4):  # the first round shows how quick they are; later ones travel together
+            groups = pool.score([inputs("a", "b", **row) for _ in range(6)])
+            assert {score.parts[name] for group in groups for score in group for name in ("reads", "trl_reads")} == {1.0}
+    assert row == {"answer": "1", "nested": {"list": [1]}}
+
+
+@pytest.mark.parametrize("planted", ["junk", "huge", "json", "pickle", "forged", "short", "empty"])
+def test_what_a_grader_writes_to_the_socket_of_its_process_costs_its_own_completion(pool, planted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pool_of("intruder", workers=1, seconds=5, hp={"sentinel": str(tmp_path / "executed")}) as pool:
+        ((first, guilty, last), (other,)) = pool.score([inputs("ab", planted, "abcd"), inputs("abc")])
+        assert (first.value, last.value, other.value) == (1.0, 1.0, 1.0)
+        assert guilty == Score(0.0, ungraded="malformed")
+        assert pool.score([inputs("again")])[0][0].value == 1.0
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("value", [1e39, -1e300, 10**400, float("inf"), Score(1.0, {"part": float("nan")}), Score(1.0, {"part": 10**400})])
+def test_numbers_that_float32_cannot_hold_are_no_scores(value):
+    assert as_score(value, "f").ungraded == "nan"
+
+
+@pytest.mark.parametrize("value", [3.4e38, -3.4e38, 5e-324, True, 7, np.float32(0.5), np.bool_(True), np.int64(3), torch.tensor(0.5)])
+def test_numbers_of_every_kind_are_scores(value):
+    assert as_score(value, "f") == Score(float(value))
+
+
+@pytest.mark.parametrize("value", ["1.0", [1.0], 1j, object(), Score("a"), Score(1.0, {"part": "x"}), torch.ones(2)])
+def test_what_is_no_number_is_an_error(value):
+    with pytest.raises(ValueError, match=r"^f"):
+        as_score(value, "f")
 
 
 def test_a_group_may_take_longer_than_one_completion_may():
@@ -248,8 +304,7 @@ def test_a_folder_called_reward_where_the_run_is_started_does_no_harm(tmp_path, 
 
 
 def test_workers_import_neither_torch_nor_rltrain():
-    import torch  # noqa: F401  the trainer has it
-
+    assert "torch" in sys.modules  # of the trainer
     with pool_of("modules", workers=1) as pool:
         assert pool.score([inputs("a")])[0][0].value == 0.0
 

@@ -35,7 +35,7 @@ def test_our_form_gets_its_hyperparameters():
     [
         ("nowhere.py:f", {}, r"there is no file .*nowhere\.py"),
         (f"{GRADERS}:nothing", {}, r"has no function 'nothing'; its functions are: .*trl_form"),
-        (f"{GRADERS}:NOT_A_FUNCTION", {}, "must be an ordinary function, got 3"),
+        (f"{GRADERS}:NOT_A_FUNCTION", {}, "must be a function, got 3"),
         (f"{GRADERS}:no_form", {}, r"no_form\(one, two\) cannot be called as f\(inputs\): missing a required argument: 'two'"),
         (f"{GRADERS}:scaled", {}, "missing a required argument: 'scale'"),
         (f"{GRADERS}:alone", {"scale": 1.0}, "unexpected keyword argument 'scale'"),

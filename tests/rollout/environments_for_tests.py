@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
+import socket
 import time
 
+from reward.reply import framed, json_of
+from rltrain.rollout.environment_worker import Answer
 from rltrain.rollout.environments import Step, Task
 
 
@@ -18,7 +23,7 @@ class Counting:
         self.said, self.seed = [], seed
         return task.columns.get("opening")
 
-    def step(self, text: str) -> Step:
+    def step(self, text: str) -> Step:  # noqa: C901  a table
         match text:
             case "sleep":
                 time.sleep(60)
@@ -32,6 +37,14 @@ class Counting:
                 raise MemoryError
             case "nan":
                 return Step(reward=float("nan"))
+            case "beyond float32":
+                return Step(reward=1e39)
+            case "beyond floats":
+                return Step(parts={"moves": 10**400})
+            case "endless text":
+                return Step("x" * 20_000_000)
+            case "junk" | "forged" | "pickled" | "huge":
+                intrude(text)
             case "nonsense":
                 return "not a step"  # type: ignore[return-value]
         self.said.append(text)
@@ -57,6 +70,19 @@ def daemon() -> str:
         os._exit(0)
     os.wait()
     return os.read(told, 20).decode()
+
+
+def intrude(kind: str) -> None:
+    """Writes to the socket of the process what is no answer to its request."""
+    sent = {
+        "junk": framed(b"junk"),
+        "forged": framed(json_of(Answer(step=Step(reward=1e6)))),
+        "pickled": framed(pickle.dumps(Answer())),
+        "huge": b"\xff" * 64,
+    }
+    for descriptor in range(3, 64):
+        with contextlib.suppress(OSError):
+            socket.socket(fileno=os.dup(descriptor)).sendall(sent[kind])
 
 
 class Unmakeable:

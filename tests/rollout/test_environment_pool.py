@@ -78,6 +78,13 @@ def test_a_late_step_costs_its_episode_only(make: Make) -> None:
         ("memory", "memory", "MemoryError"),
         ("nan", "error", "finite"),
         ("nonsense", "error", "not a step"),
+        ("beyond float32", "error", "finite"),
+        ("beyond floats", "error", "finite"),
+        ("endless text", "error", "a text of 20000000 characters; at most 10000000"),
+        ("junk", "malformed", "no answer: it begins with b'junk'"),
+        ("pickled", "malformed", "no answer: it begins with"),
+        ("forged", "malformed", "not to the latest request"),
+        ("huge", "malformed", "no answer: it begins with"),
     ],
 )
 def test_a_failing_step_says_why_and_leaves_the_others_alone(make: Make, text: str, reason: str, message: str) -> None:
