@@ -2,7 +2,8 @@
 
 A program and its tests are two processes, each shut in by itself: no network, no files but Python and the system's libraries
 (read-only) and an empty folder in memory, limits on everything, user, process, mount, network, IPC and host-name namespaces of its
-own. They exchange calls and plain data over a socket pair; the verdict is the tests' alone and comes over a channel that the
+own. Nothing can be done to a file that another sandbox would notice: locks, leases and watches are refused (to SQLite in a file too).
+They exchange calls and plain data over a socket pair; the verdict is the tests' alone and comes over a channel that the
 program does not hold. What a program prints goes nowhere, unless it is run for that (``run``): then it gets its input and nothing else,
 and what is expected stays with the grader.
 """

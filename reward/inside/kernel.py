@@ -23,7 +23,7 @@ _ANY_NAMESPACE = ALL_BUT_USER | CLONE_NEWUSER | CLONE_NEWTIME
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _X32 = 0x40000000
 # name: (x86_64, aarch64). What a program under test has no use for: other processes, mounts, namespaces, memory outside its limits,
-# and the corners of the kernel where privilege errors are found.
+# the corners of the kernel where privilege errors are found, and what marks or watches a file that another sandbox sees as well.
 _NUMBERS = {
     **{"ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "pidfd_getfd": (438, 438)},
     **{"kcmp": (312, 272), "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41)},
@@ -32,13 +32,17 @@ _NUMBERS = {
     **{"request_key": (249, 218), "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282)},
     **{"io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "memfd_create": (319, 279)},
     **{"memfd_secret": (447, 447), "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "name_to_handle_at": (303, 264)},
-    **{"open_by_handle_at": (304, 265)},
+    **{"open_by_handle_at": (304, 265), "flock": (73, 32), "inotify_add_watch": (254, 27), "fanotify_init": (300, 262)},
+    **{"mincore": (27, 232), "cachestat": (451, 451), "syslog": (103, 116)},
 }
-_CLONE, _CLONE3, _SOCKET, _PRLIMIT = (56, 220), (435, 435), (41, 198), (302, 261)
-_EPERM, _ENOSYS, _EAFNOSUPPORT, _AF_UNIX = 1, 38, 97, 1
+_CLONE, _CLONE3, _SOCKET, _PRLIMIT, _FCNTL = (56, 220), (435, 435), (41, 198), (302, 261), (72, 25)
+# What fcntl does to a descriptor alone: duplicates, close-on-exec and status flags, a pipe's size. The rest are locks, leases,
+# notifications and hints, which belong to the file: a program that holds a library's may be seen by all others.
+_OWN_FCNTL = (*range(5), 1030, 1032)
+_EPERM, _ENOSYS, _ENOLCK, _EAFNOSUPPORT, _AF_UNIX = 1, 38, 37, 97, 1
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_AT_NUMBER, _AT_ARCH, _AT_FIRST = 0, 4, 16  # offsets in seccomp_data; both machines are little-endian
+_AT_NUMBER, _AT_ARCH, _AT_FIRST, _AT_SECOND = 0, 4, 16, 24  # offsets in seccomp_data; both machines are little-endian
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -136,7 +140,9 @@ def _filters(machine: str) -> list[bytes]:
         _step(_RETURN, _ERRNO | _EAFNOSUPPORT),
         allow,
     ]
-    return [*filters, allow]
+    filters += [_step(_JUMP_EQUAL, _FCNTL[column], 0, len(_OWN_FCNTL) + 2), _step(_LOAD, _AT_SECOND)]
+    filters += [_step(_JUMP_EQUAL, command, len(_OWN_FCNTL) - place) for place, command in enumerate(_OWN_FCNTL)]
+    return [*filters, _step(_RETURN, _ERRNO | _ENOLCK), allow]
 
 
 def _step(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:

@@ -127,7 +127,7 @@ def test_a_right_program_passes_and_a_wrong_one_does_not():
 
 
 def test_there_are_enough_hostile_programs():
-    assert len(HOSTILE) >= 80
+    assert len(HOSTILE) >= 94
     assert len({(kind, name) for kind, name, _ in HOSTILE}) == len(HOSTILE)
 
 
@@ -162,6 +162,14 @@ def test_the_hostile_programs_would_succeed_outside(outside: Outside, tmp_path: 
         "the environment",
         "other processes",
         "memory by memfd",
+        "a lock on a file that all see",
+        "a shared lock on a device",
+        "a read lock on part of a file",
+        "a lock of the open file",
+        "a look at others' locks",
+        "notice of what others read",
+        "a hint kept with a file",
+        "a watch on a folder",
     ):
         source = next(source for kind, found, source in HOSTILE if found == name and kind != "touching")
         code = outside.written_into(source) + "\nassert twice(21) == 42\n"
@@ -232,6 +240,20 @@ def test_a_program_under_its_limits_may_use_what_they_allow():
         "    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), os.path.getsize('/tmp/x'), len(bytearray(1 << 27))\n"
     )
     assert passes(program, "assert f() == (3, 3_000_000, 1 << 27)") == (True,)
+
+
+def test_a_program_may_do_to_its_own_descriptors_what_harms_nobody():
+    program = (
+        "import fcntl, os, sqlite3\n"
+        "def f():\n"
+        "    read, write = os.pipe()\n"
+        "    fcntl.fcntl(read, fcntl.F_SETFL, fcntl.fcntl(read, fcntl.F_GETFL) | os.O_NONBLOCK)\n"
+        "    fcntl.fcntl(write, fcntl.F_SETFD, fcntl.fcntl(write, fcntl.F_GETFD) | fcntl.FD_CLOEXEC)\n"
+        "    os.write(fcntl.fcntl(write, fcntl.F_DUPFD_CLOEXEC, 10), b'a')\n"
+        "    with sqlite3.connect(':memory:') as database:\n"
+        "        return os.read(read, 9), database.execute('select 1 + 1').fetchone()[0]\n"
+    )
+    assert passes(program, "assert f() == (b'a', 2)") == (True,)
 
 
 def test_runs_do_not_see_one_another():
