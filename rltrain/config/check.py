@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from reward import MODULES as REWARD_MODULES
 from rltrain.advantage import ADVANTAGES
@@ -20,8 +19,9 @@ from rltrain.config.check_pairs import JUDGES, look_at_pairs, sampling_recipe
 from rltrain.config.check_process_reward import process_reward_problems
 from rltrain.config.check_terms import coefficient_problems, reward_problems, verdict_problems
 from rltrain.config.composition import Chosen, Methods, composition_problems
-from rltrain.config.schema import AnyRecipe, MethodRef, OfflineRecipe, PairRecipe, Recipe
+from rltrain.config.schema import AnyRecipe, MethodRef, OfflineRecipe, PairRecipe, Recipe, RewardRef
 from rltrain.config.user_code import definition, unknown_keywords
+from rltrain.config.user_files import changed_code
 from rltrain.control import COEFFICIENTS, TOKEN_CONTROLS
 from rltrain.errors import RecipeError
 from rltrain.loss import AGGREGATES, LOSS_TERMS
@@ -113,7 +113,7 @@ def _methods(recipe: Recipe) -> tuple[Methods | None, list[str]]:
     for i, ref in enumerate(recipe.reward.functions):
         key = f"reward.functions.{i}"
         if is_user_function(ref.name):
-            problems += [f"{key}: {problem}" for problem in _user_function_problems(ref.name, ref.hp)]
+            problems += [f"{key}: {problem}" for problem in _user_function_problems(ref)]
         else:
             rewards.append(choose(REWARDS, key, ref))
     if problems:
@@ -131,8 +131,9 @@ def is_user_function(name: str) -> bool:
     return ":" in name or name.endswith(".py")
 
 
-def _user_function_problems(name: str, hp: Mapping[str, Any]) -> Iterator[str]:
+def _user_function_problems(ref: RewardRef) -> Iterator[str]:
     """Problems of ``path/to/file.py:function``."""
+    name = ref.name
     file, colon, function = name.rpartition(":")
     if not colon or not file or not function:
         yield f"{name!r} must name a file and a function in it, as in path/to/file.py:function"
@@ -143,7 +144,9 @@ def _user_function_problems(name: str, hp: Mapping[str, Any]) -> Iterator[str]:
         yield str(error)
         return
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        yield from unknown_keywords(node, hp, name)
+        yield from unknown_keywords(node, ref.hp, name)
+    if (problem := changed_code(name, ref.sha256)) is not None:
+        yield problem
 
 
 # rules that need no method -------------------------------------------------------------------------------------------

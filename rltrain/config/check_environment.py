@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from rltrain.config.schema import EnvironmentRef, Recipe
 from rltrain.config.user_code import definition, unknown_keywords
+from rltrain.config.user_files import changed_code
 from rltrain.registry import Registry
 
 ENVIRONMENTS = Registry("environment", modules=("rltrain.rollout.environments.calculator", "rltrain.rollout.environments.text_game"))
@@ -59,6 +60,8 @@ def _class_problems(ref: EnvironmentRef, file: str, attribute: str) -> Iterator[
     except ValueError as error:
         yield str(error)
         return
+    if (problem := changed_code(ref.name, ref.sha256)) is not None:
+        yield problem
     if not isinstance(statement, ast.ClassDef):  # imported or assigned: making it will tell
         return
     methods = {node.name: node for node in statement.body if isinstance(node, ast.FunctionDef)}

@@ -3,6 +3,9 @@
 Mappings are merged key by key; lists and single values are replaced. A mapping that names another thing (``name`` of a
 method, ``path`` of a model, ``train`` of a data set) replaces the one below it whole, so that hyperparameters of one method
 or columns of one data set never reach another.
+
+A user's own ``file.py:name`` is looked for from the folder of the recipe or base that names it; in a profile, which is shared, and in
+``--set`` from the current folder. From then on it is absolute.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from pydantic import ValidationError
 
 from rltrain.config.explain import explain
 from rltrain.config.schema import AnyRecipe, OfflineRecipe, OfflineReport, PairRecipe, Recipe
+from rltrain.config.user_files import absolute, drop_digest, with_absolute_names, with_digests
 from rltrain.config.yaml12 import Document, KeyPath, dump, parse_value, read
 from rltrain.errors import RecipeError
 from rltrain.registry import suggestion
@@ -62,12 +66,12 @@ _ORDER = "order"  # of a data set's prompts: the method's, not the data's, so an
 def load_recipe(path: str | Path, *, profile: str | None = None, overrides: Sequence[str] = ()) -> AnyRecipe:
     """The recipe at ``path`` under a profile (a name or a file) and ``--set`` overrides. Raises RecipeError with every problem."""
     path = Path(path)
-    layers = recipe_layers(read(path))
+    layers = [with_absolute_files(layer, Path(layer.source).parent) for layer in recipe_layers(read(path))]
     data: dict[str, Any] = {}
     for layer in layers:
         data = merged(data, layer.data)
     if profile is not None:
-        document = read_profile(find_profile(profile, path))
+        document = with_absolute_files(read_profile(find_profile(profile, path)), Path.cwd())
         layers.append(profile_layer(document, schema_of(data)))
         data = merged(data, layers[-1].data)
         if (played := environment_of(data)) is not None:
@@ -78,7 +82,7 @@ def load_recipe(path: str | Path, *, profile: str | None = None, overrides: Sequ
     for override in overrides:
         data, document = with_override(data, override)
         layers.append(document)
-    return validated(data, layers, str(path))
+    return validated(with_digests(data), layers, str(path))
 
 
 def resolved_yaml(recipe: AnyRecipe) -> str:
@@ -129,8 +133,9 @@ def environment_of(data: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def environment_layer(profile: Document, name: str) -> Document:
     """What a profile sets for recipes that play the environment ``name``, over what it sets for all."""
-    section = (ENVIRONMENTS, name)
-    kept = profile.data.get(ENVIRONMENTS, {}).get(name, {})
+    spelt = next((key for key in profile.data.get(ENVIRONMENTS, {}) if absolute(key, Path.cwd()) == name), name)
+    section = (ENVIRONMENTS, spelt)
+    kept = profile.data.get(ENVIRONMENTS, {}).get(spelt, {})
     return Document(profile.source, kept, {key[2:]: line for key, line in profile.lines.items() if key[:2] == section and len(key) > 2})
 
 
@@ -150,6 +155,11 @@ def recipe_of_model(model: str, *, engine: str, max_prompt_tokens: int, max_toke
     recipe = validated(data, [], "rltrain generate")
     assert isinstance(recipe, Recipe)
     return recipe
+
+
+def with_absolute_files(layer: Document, folder: Path) -> Document:
+    """``layer`` whose users' files are named by absolute paths, read from ``folder``."""
+    return Document(layer.source, with_absolute_names(layer.data, folder.absolute()), layer.lines)
 
 
 # layers --------------------------------------------------------------------------------------------------------------
@@ -272,6 +282,7 @@ def with_override(data: Mapping[str, Any], override: str) -> tuple[dict[str, Any
         key = (*key, step)
         if following is None:
             holder[step] = value
+            drop_digest(holder, step)
             break
         if holder[step] is None:
             holder[step] = [] if following.isdecimal() else {}
@@ -279,6 +290,7 @@ def with_override(data: Mapping[str, Any], override: str) -> tuple[dict[str, Any
             holder[step] = {"name": holder[step]}  # a bare name gains hyperparameters
         holder = holder[step]
     held = {key[:length]: 0 for length in range(1, len(key) + 1)} | {(*key, *inner): 0 for inner in lines}
+    result = with_absolute_names(result, Path.cwd())
     return result, Document(source, result, held)
 
 

@@ -31,6 +31,7 @@ class RewardRef(MethodRef):
     """A reward: a registered name, or ``path/to/file.py:function``."""
 
     weight: float = 1.0
+    sha256: str | None = None  # of the user's file and the modules beside it that it imports; filled in when the recipe is loaded
 
 
 def _named(value: Any) -> Any:
@@ -126,6 +127,7 @@ class EnvironmentRef(MethodRef):
     seconds: float = Field(default=10.0, gt=0)  # wall-clock limit of one step
     reset_seconds: float = Field(default=60.0, gt=0)  # of the start of an episode
     memory_gib: float = Field(default=4.0, gt=0)  # address-space limit of one process
+    sha256: str | None = None  # as of a reward function
 
 
 class Vllm(Section):

@@ -19,7 +19,7 @@ def definition(file: str, name: str, *kinds: type[ast.stmt]) -> ast.stmt:
     """
     path = Path(file)
     if not path.is_file():
-        raise ValueError(f"{file} does not exist; it was looked for from the current directory, {Path.cwd()}")
+        raise ValueError(f"there is no file {file}{_elsewhere(path)}")
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError) as error:
@@ -32,6 +32,14 @@ def definition(file: str, name: str, *kinds: type[ast.stmt]) -> ast.stmt:
         noun = _NOUNS[kinds[0]]
         raise ValueError(f"{file} defines no {noun} {name!r}{suggestion(name, defined) or '; it defines none'}")
     return defined[name]
+
+
+def _elsewhere(path: Path) -> str:
+    """A file of that name in the current folder, where a path in a recipe does not begin."""
+    here = Path.cwd() / path.name
+    if not here.is_file() or here == path:
+        return ""
+    return f"; there is {here}, but a path in a recipe begins in the recipe's own folder: write it from there, absolute, or with --set"
 
 
 def _bound_names(node: ast.stmt) -> Iterator[str]:

@@ -37,7 +37,7 @@ def loaded(recipe: Path, *overrides: str, profile: str | None = None) -> Any:
         (CALCULATOR, [f"rollout.environment.name={MINE}:Countnig"], "defines no class 'Countnig'; did you mean 'Counting'?"),
         (CALCULATOR, [f"rollout.environment.name={MINE}:Unmakeable"], "Unmakeable lacks reset, step, close"),
         (CALCULATOR, [f"rollout.environment.name={MINE}:Counting", "rollout.environment.turms=3"], "no keyword-only argument 'turms'"),
-        (CALCULATOR, ["rollout.environment.name=nowhere.py:Counting"], "nowhere.py does not exist"),
+        (CALCULATOR, ["rollout.environment.name=nowhere.py:Counting"], "there is no file "),
         (CALCULATOR, ["rollout.adaptive_temperature.tau=1"], "rollout.adaptive_temperature.tau: got 1"),
     ],
 )
