@@ -1,174 +1,265 @@
-r"""Where in a completion the answer stands, and how its notation is made plain. Strings in, strings out; no algebra.
+r"""Where in a completion the answer stands. Strings in, strings out, in time linear in the completion; no
+algebra.
 
-Each rule here answers a notation that math-verify 0.9 misreads: escaped currency (``\$36`` vanishes), a sentence's full stop
-inside a formula (``$-2+7i.$`` becomes 7), answer tags, doubled backslashes, degrees inside a sine, ``1000(26)`` (read as 1026).
+Whatever is found here is logged as the completion's answer, and the verdict is computed from that text alone.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterator
 
+from reward.answer_notation import is_formula
+
+LONGEST = 1000  # characters that are read of an answer; no reference answer is as long
 _SHORT = 64  # characters that a completion of nothing but an answer has at most
-_SPECIAL_TOKEN = re.compile(r"<\|[^|<>\n]{1,40}\|>")
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_LAST_LINE_ANSWER = re.compile(r"(?:^|\n)[ \t]*(?:####|A:)[ \t]*(\S[^\n]*)\Z")
-_STATED = re.compile(r"(?i:answer\s+is|answer\s*:|answer\s)[\s:*]*")
-_END_OF_SENTENCE = re.compile(r"\.(?=\s+[A-Z])|\n")
-_MATH_DELIMITER = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[")
+_BOXES = 8  # that one answer may be spread over
+_STATEMENTS = 8  # of an answer that are looked at, from the last
 
-_DOUBLED_COMMAND = re.compile(r"\\\\[A-Za-z]")
-_SINGLE_COMMAND = re.compile(r"(?<!\\)\\[A-Za-z]")
-_ESCAPED_DOLLAR = re.compile(r"(?<!\\)\\\$\s*")
-_UPRIGHT_CONSTANT = re.compile(r"\\(?:mathrm|text|textrm|rm|operatorname)\s*\{\s*([ei])\s*\}")
-_STOP_BEFORE_DELIMITER = re.compile(r"((?<!\\)\$[^$\n]*[^$\n\\\s.])[.,;]\$(?![\w\\$])|(?<=[^\s.\\])\s*[.,;](?=\s*\\[)\]])")
-_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
-_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*(?:\^\s*\{\s*\\circ\s*\}|\^\s*\\circ|\\degree)")
-_NUMBER_TIMES_NUMBER = re.compile(r"(?<![\w.^{}\\])(\d+)\((-?\d+(?:\.\d+)?)\)")
-_PYTHON_POWER = re.compile(r"(?<=[\w)])(?<![A-Za-z]{2})\s?\*\*\s?(\d+|[A-Za-z]\b)")
-_PYTHON_EQUATION = re.compile(r"\bEq\(([^=\n]{1,200}),\s*([^,=\n]{1,200})\)")
-_BRACKETED_NUMBER = re.compile(r"(?<![\\\w])\[\s*(-?\d[\d,]*(?:\.\d+)?)\s*(?<!\\)\](?=\s*[.!]?\s*$)")
-_MIXED_NUMBER = re.compile(r"(-?)\s*(\d+)\s+(\d+)\s*/\s*(\d+)")
-_DECIMAL_COMMA = re.compile(r"(-?\d+),(\d{1,2})")
-_SCIENTIFIC = re.compile(r"(-?\d+(?:\.\d+)?)[eE]([-+]?\d+)")
-_CALCULATOR_WORD = re.compile(r"\b(?:sqrt|sin|cos|tan|log|exp|and|inf)\b")
-_CALCULATOR_ROOT = re.compile(r"(?<![\\A-Za-z])sqrt\(([^()]*)\)")
-_CALCULATOR_PI = re.compile(r"(?<![\\A-Za-z])pi\b")
-_BARE_CONJUNCTION = re.compile(r",?(?<!\{)\s+(?:and|or)\s+(?!\})")
-_COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-z]+\*?\}|\\[A-Za-z]+")
-_LETTERS = re.compile(r"[^\W\d_]+(?:[\s.,!?'-]+[^\W\d_]*)*")
-_VARIABLE = re.compile(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
-_CHOICE = re.compile(r"\(?([A-Z])\)?\.?")
-_TEXT_GROUP = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
-_CLOCK = re.compile(r"(?<![\d:])(\d{1,2}):(\d{2})(?::(\d{2}))?(?![\d:])\s*(?:([ap])\.?\s*m\b\.?)?", re.IGNORECASE)
+_SPECIAL_TOKEN = re.compile(r"<\|[^|<>\n]{1,40}\|>(?:(?:user|assistant|system)\b)?")
+_LAST_LINE_ANSWER = re.compile(r"[ \t]*(?:####|A:)[ \t]*(\S.*)")
+_BOX = re.compile(r"\\(?:boxed|fbox)[ \t]{0,8}\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_STATED = re.compile(r"(?i)answers?(?:\s*:|\s+(?:is|are)\b|\b[^.:=\d$\\\n]{0,60}?\s(?:is|are)\b|\s)[\s:*=]*")
+_ANSWER = re.compile(r"(?i)answer")
+_FINAL = re.compile(r"(?i)final\s\Z")
+_VERB = re.compile(r"\s(?:is|are|equals)\s(?=[\d$\\+.-])")
+_END_OF_SENTENCE = re.compile(r"\.(?=\s+[A-Z])|\n")
+_BETWEEN = re.compile(r"\\(?:quad|qquad|text|mathrm|mbox)(?![A-Za-z])|\\[,;: !()\[\]]|[${}\s]+")
+_NO_WORDS_BETWEEN = re.compile(r"[,;]?(?:and|or)?,?")
+_CONJUNCTION = re.compile(r"(?<![A-Za-z])(?:and|or)\Z")
+_CLOSES = {"$$": "$$", "$": "$", "\\(": "\\)", "\\[": "\\]"}
+_OPENS = re.compile(r"(?<!\\)(?:\$\$?|\\[(\[])")
+_NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))"
+_PLAIN_NUMBERS = re.compile(rf"(?<![\w.,])-?\$?{_NUMBER}(?:\s?[-+*/^]\s?-?{_NUMBER})*(?:\s?%)?")
+_LONE_EMPHASIS = re.compile(r"(?<=\w)\*\*(?=[\s.,;:]{1,4}[A-Za-z]{2})")
+_SPACES = re.compile(r"[ \t\r\n\f\v]+")  # a thin space may mean something in a number
+_MARKUP = "*_` \t\n"
 
 
 def answer_part(completion: str) -> str:
-    """The part that may hold the answer: after the reasoning block, inside answer tags, after a last ``####`` or ``A:``."""
+    """The part that may hold the answer: after the reasoning block, inside answer tags, after a last ``####``
+    or ``A:``."""
     text = _SPECIAL_TOKEN.sub(" ", completion)
     after_reasoning = text.rpartition("</think>")[2]
     text = after_reasoning if after_reasoning.strip() else text
-    tagged = _ANSWER_TAG.findall(text)
-    text = tagged[-1] if tagged else text
+
+    before, closing, _ = text.rpartition("</answer>")
+    if closing and "<answer>" in before:
+        text = before.rpartition("<answer>")[2]
+
     text = text.strip()
-    last_line = _LAST_LINE_ANSWER.search(text)
+    last_line = _LAST_LINE_ANSWER.fullmatch(text.rpartition("\n")[2])
     return last_line[1] if last_line else text
 
 
 def gold_part(gold: str) -> str:
-    """A reference answer, which in GSM8K follows ``####`` after the worked solution."""
-    return gold.rpartition("####")[2].strip()
-
-
-def plain_notation(text: str) -> str:
-    """The same mathematics in notation that math-verify reads rightly."""
-    if _DOUBLED_COMMAND.search(text) and not _SINGLE_COMMAND.search(text):
-        text = text.replace("\\\\", "\\")  # every command arrived with its backslash escaped once too often
-    text = _ESCAPED_DOLLAR.sub("", text).replace("\N{DEGREE SIGN}", "^\\circ ")
-    text = _UPRIGHT_CONSTANT.sub(r"\1", text)
-    text = _PYTHON_EQUATION.sub(r"\1 = \2", text)
-    text = _PYTHON_POWER.sub(r"^{\1}", text)
-    text = _NUMBER_TIMES_NUMBER.sub(r"\1 \\cdot \2", text)
-    if _TRIGONOMETRIC.search(text):
-        text = _DEGREES.sub(r"\\frac{\1 \\pi}{180}", text)
-    return _STOP_BEFORE_DELIMITER.sub(lambda found: f"{found[1]}$" if found[1] else "", text)
-
-
-def has_delimiters(text: str) -> bool:
-    return _MATH_DELIMITER.search(text) is not None
-
-
-def is_formula(text: str) -> bool:
-    """True for bare mathematics: what is left without LaTeX commands, \\text{...} and calculator names has no word in it."""
-    rest = _COMMAND.sub(" ", _TEXT_GROUP.sub(" ", text))
-    return re.search(r"[A-Za-z]{3,}", _CALCULATOR_WORD.sub(" ", rest)) is None
-
-
-def delimited(text: str) -> str:
-    """Bare mathematics between dollars, without a sentence's punctuation; anything else as it is."""
-    if text.startswith("$") and text.count("$") == 1:
-        text = text[1:]  # currency
-    if not text or has_delimiters(text) or not is_formula(text):
-        return text
-    bare = _CALCULATOR_ROOT.sub(r"\\sqrt{\1}", text.rstrip(" .,;\n"))
-    bare = _BARE_CONJUNCTION.sub(", ", _CALCULATOR_PI.sub(r"\\pi ", bare))
-    for pattern, latex in ((_MIXED_NUMBER, r"\1\2\\frac{\3}{\4}"), (_SCIENTIFIC, r"\1 \\cdot 10^{\2}")):
-        bare = pattern.sub(latex, bare) if pattern.fullmatch(bare) else bare
-    return f"${bare}$"
-
-
-def as_number_is_written(prediction: str) -> str:
-    """For a gold that is one number: a final ``[90]`` is 90 and ``1000,99`` is 1000.99; neither can be a list or an interval."""
-    comma = _DECIMAL_COMMA.fullmatch(prediction)
-    return f"{comma[1]}.{comma[2]}" if comma else _BRACKETED_NUMBER.sub(r"\1", prediction)
-
-
-def stated(text: str) -> str:
-    """The words of the answer: the last box, else what follows a last "answer is", else the last line."""
-    box = last_box(text)
-    if box is not None:
-        return box
-    tail = _STATED.split(text)[-1] if _STATED.search(text) else text.strip().rpartition("\n")[2]
-    return _END_OF_SENTENCE.split(tail.strip(), maxsplit=1)[0]
+    """A reference answer: in GSM8K it follows ``####`` after the worked solution, elsewhere it may stand in a
+    box."""
+    text = gold.rpartition("####")[2].strip()
+    boxed = boxed_answer(text)
+    if boxed is not None:
+        return boxed[0]
+    start = text.rfind("\\boxed{")
+    return text if start < 0 else text[start + len("\\boxed{") :]
 
 
 def extracted(completion: str) -> str | None:
-    """The answer a completion gives, spaces made single: its last box, what follows "answer is", what stands behind a tag or
-    ``####``, or all of a completion that is one short line. None where it gives none."""
+    """The answer a completion gives, spaces made single: its last box (or boxes), what follows "answer is",
+    what stands behind a tag or ``####``, or all of a completion that is one short line. None where it gives
+    none."""
     text = answer_part(completion)
-    box = last_box(text)
-    if box is None and not _STATED.search(text) and text == completion.strip() and ("\n" in text or len(text) > _SHORT):
-        return None
-    return " ".join((stated(text) if box is None else box).lstrip("$* ").rstrip("$* .").split()) or None
+    answer = _marked_answer(text)
+    if answer is None and (text != completion.strip() or _is_short(text)):
+        answer = _without_frame(text[: LONGEST + 1])
+    return answer or None
+
+
+def final_answer(completion: str, *, in_words: bool = False) -> str | None:
+    """What ``extracted`` gives, without the words around a formula; where it gives nothing, the last line of
+    a completion (``in_words``: the reference is words) or its last formula or number."""
+    text = answer_part(completion)
+    answer = _marked_answer(text)
+    if answer is not None:
+        return answer or None
+    line = text.rpartition("\n")[2]
+    if in_words:
+        return _last_formula(line) or _without_frame(_sentence(line))
+    if len(line) <= LONGEST and (_is_short(text) or is_formula(line)):
+        return _last_formula(line) or _without_frame(line)
+    return _last_formula(text) or _last_number(text)
 
 
 def last_box(text: str) -> str | None:
-    r"""What stands in the last ``\boxed{...}``, braces balanced; None without one, or where it is never closed."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
+    r"""What stands in the last closed ``\boxed{...}`` or ``\fbox{...}``, braces balanced; None without
+    one."""
+    return next((content for content, _, _ in _boxes_from_the_last(text)), None)
+
+
+def boxed_answer(text: str) -> tuple[str, int] | None:
+    """The last box, with those before it that a conjunction joins to it ("[1] and [2]" is a list), and where
+    it ends."""
+    boxes = list(_boxes_from_the_last(text))
+    if not boxes:
         return None
-    depth = 0
-    for position in range(start + len("\\boxed"), len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[start + len("\\boxed{") : position]
+    contents = [boxes[0][0]]
+    for (content, _, end), (_, start, _) in zip(boxes[1:], boxes, strict=False):
+        if not _joins(text[end:start]):
+            break
+        if content != contents[-1]:
+            contents.append(content)
+    return ", ".join(_unboxed(content) for content in reversed(contents)), boxes[0][2]
+
+
+def _marked_answer(text: str) -> str | None:
+    """What a box or a statement of the answer holds; empty for an empty box; None without either."""
+    boxed = boxed_answer(text)
+    if boxed is not None:
+        later = _stated_answer(text, after=boxed[1])
+        return later or _without_frame(boxed[0]) or ""
+    return _stated_answer(text)
+
+
+def _stated_answer(text: str, after: int = -1) -> str | None:
+    """What the last "answer is" or "answer:" introduces. ``after`` a box only a final answer counts, and only
+    a formula or number."""
+    starts = [word.start() for word in _ANSWER.finditer(text, max(after, 0))]
+    for start in reversed(starts[-_STATEMENTS:]):
+        statement = _STATED.match(text, start, start + LONGEST)
+        if statement is None or (after >= 0 and not _FINAL.search(text, max(start - 6, 0), start)):
+            continue
+        answer = _tail_answer(text[statement.end() : statement.end() + LONGEST + 1])
+        if answer is not None and (after < 0 or any(character.isdigit() or character in "$\\" for character in answer)):
+            return answer
     return None
 
 
-def words(text: str) -> str:
-    """For comparing answers in words: no LaTeX, case, punctuation, article or doubled space."""
-    text = _TEXT_GROUP.sub(r" \1 ", text)
-    text = re.sub(r"[^\w\s]|_", " ", text).casefold()
-    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
+def _tail_answer(tail: str) -> str | None:
+    """The first formulas behind "answer is", where they begin in the same sentence; else the sentence."""
+    sentence = _sentence(tail)
+    verb = list(_VERB.finditer(sentence))
+    if verb:
+        tail = tail.lstrip()[verb[-1].end() :]
+        sentence = _sentence(tail)
+    spans = list(_math_spans(tail))
+    if spans and spans[0][1] <= len(sentence):
+        return _joined(tail, spans, first=True)
+    return _without_frame(sentence)
 
 
-def is_words(gold: str) -> bool:
-    r"""True where a reference answer can only be words and not a formula: letters alone, of which a \text group or four in a row.
-
-    A single letter outside a group is a variable ("x\text{ inches}").
-    """
-    gold = gold.strip("$ ")
-    bare, outside = _TEXT_GROUP.sub(r" \1 ", gold).strip(), _TEXT_GROUP.sub(" ", gold)
-    a_word = r"[A-Za-z]{4}" if outside == gold else r"[A-Za-z]{2}"
-    return _LETTERS.fullmatch(bare) is not None and re.search(a_word, bare) is not None and _VARIABLE.search(outside) is None
-
-
-def same_words(gold: str, prediction: str) -> bool:
-    """Equal words of two letters or more, or the same capital letter of a choice, in what is stated or in all that is said."""
-    letter, answer = _CHOICE.fullmatch(_TEXT_GROUP.sub(r"\1", gold.strip("$ "))), stated(prediction)
-    if letter:
-        chosen = _CHOICE.fullmatch(_TEXT_GROUP.sub(r"\1", answer.strip("$* ")))
-        return chosen is not None and chosen[1] == letter[1]
-    expected = words(gold)
-    return len(expected) > 1 and _LETTERS.fullmatch(expected) is not None and expected in (words(answer), words(prediction))
-
-
-def clock_seconds(text: str) -> tuple[int, bool] | None:
-    """Seconds since midnight of the one time in ``text``, and whether it can only be a time of day (and not a ratio)."""
-    found = list(_CLOCK.finditer(_TEXT_GROUP.sub(r" \1 ", text)))
-    if len(found) != 1:
+def _last_formula(text: str) -> str | None:
+    """The last formula between delimiters, unless a number stands behind it."""
+    window = _window(text)
+    spans = list(_math_spans(window))
+    if not spans:
         return None
-    hours, minutes, seconds, half = int(found[0][1]), int(found[0][2]), int(found[0][3] or 0), (found[0][4] or "").lower()
-    if hours > (12 if half else 24) or minutes > 59 or seconds > 59:
-        return None
-    hours = hours % 12 + (12 if half == "p" else 0) if half else hours
-    return hours * 3600 + minutes * 60 + seconds, bool(half) or found[0][3] is not None
+    behind = _last_number(window[spans[-1][2] :])
+    return behind or _joined(window, spans, first=False)
+
+
+def _last_number(text: str) -> str | None:
+    numbers = _PLAIN_NUMBERS.findall(_window(text))
+    return numbers[-1].strip() if numbers else None
+
+
+def _window(text: str) -> str:
+    """The end of a text, from the beginning of a line where that is near."""
+    if len(text) <= 2 * LONGEST:
+        return text
+    window = text[-2 * LONGEST :]
+    return window.partition("\n")[2] if "\n" in window[:LONGEST] else window
+
+
+def _math_spans(text: str) -> Iterator[tuple[str, int, int]]:
+    """Each formula between delimiters, with where it begins and ends, the delimiters included."""
+    position = 0
+    while (opening := _OPENS.search(text, position)) is not None:
+        closing = _CLOSES[opening[0]]
+        end = text.find(closing, opening.end())
+        while end > 0 and closing.startswith("$") and text[end - 1] == "\\":
+            end = text.find(closing, end + 1)
+        if end < 0:
+            position = opening.end()
+            continue
+        position = end + len(closing)
+        if text[opening.end() : end].strip():
+            yield text[opening.end() : end], opening.start(), position
+
+
+def _joined(text: str, spans: list[tuple[str, int, int]], *, first: bool) -> str | None:
+    """One formula with its neighbours that a comma or conjunction joins to it."""
+    if not first:
+        spans = spans[::-1]
+    chosen = [spans[0][0]]
+    for previous, span in itertools.pairwise(spans):
+        between = text[previous[2] : span[1]] if first else text[span[2] : previous[1]]
+        if not _NO_WORDS_BETWEEN.fullmatch(_BETWEEN.sub("", between)) or not _BETWEEN.sub("", between):
+            break
+        chosen.append(span[0])
+    return _without_frame(", ".join(part.strip() for part in (chosen if first else chosen[::-1])))
+
+
+def _boxes_from_the_last(text: str) -> Iterator[tuple[str, int, int]]:
+    """Content, start and end of closed boxes that are in no other, from the last; at most a few."""
+    inner, end = len(text), len(text)
+    for _ in range(4 * _BOXES):
+        start = max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
+        if start < 0:
+            return
+        end = start
+        opening = _BOX.match(text, start)
+        closing = None if opening is None else _closing_brace(text, opening.end())
+        if opening is not None and closing is not None and closing < inner:
+            inner = start
+            yield text[opening.end() : closing], start, closing + 1
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    """Where the brace closes that was opened before ``start``. Too long an answer is cut."""
+    depth = 1
+    for brace in _BRACE.finditer(text, start, start + 4 * LONGEST):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return brace.start()
+    return start + 4 * LONGEST if len(text) > start + 4 * LONGEST else None
+
+
+def _unboxed(content: str) -> str:
+    inner = boxed_answer(content)
+    return content.strip() if inner is None else inner[0]
+
+
+def _joins(between: str) -> bool:
+    """Whether what stands between two boxes makes a list of them: nothing, a comma, or words that end in
+    "and" or "or"."""
+    if len(between) > _SHORT + 8 or "\n\n" in between:
+        return False
+    words = _BETWEEN.sub(" ", between).strip()
+    if _NO_WORDS_BETWEEN.fullmatch(words.replace(" ", "")):
+        return True
+    return _CONJUNCTION.search(words) is not None and not re.search(r"[.!?]", words)
+
+
+def _sentence(text: str) -> str:
+    return _END_OF_SENTENCE.split(text[: LONGEST + 1].strip(), maxsplit=1)[0]
+
+
+def _is_short(text: str) -> bool:
+    return "\n" not in text and len(text) <= _SHORT
+
+
+def _without_frame(text: str) -> str | None:
+    r"""Without emphasis, delimiters around the whole, a sentence's punctuation and doubled spaces; None where
+    nothing is left."""
+    text = _LONE_EMPHASIS.sub("", text)
+    before = None
+    while text != before:
+        before = text
+        text = text.strip(_MARKUP).lstrip("= ")
+        text = text[:-1] if text.endswith((".", ",", ";", ":")) and not text.endswith("\\", 0, -1) else text
+        for opening, closing in _CLOSES.items():
+            inside = text[len(opening) : len(text) - len(closing)]
+            if len(text) > 2 * len(opening) and text.startswith(opening) and text.endswith(closing) and opening not in inside:
+                text = inside
+    return _SPACES.sub(" ", text) or None

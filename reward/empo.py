@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from reward import answer_text, math_answer
+from reward import answer_text, answer_words, math_answer
 from reward.score import RewardInputs, Score, reward
 
 
@@ -84,4 +84,4 @@ def cluster(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> 
 
 
 def same_words(one: str, other: str) -> bool:
-    return answer_text.words(one) == answer_text.words(other) != ""
+    return answer_words.words(one) == answer_words.words(other) != ""

@@ -21,19 +21,20 @@ def main() -> None:
     warm_up()
     outcomes, seconds = {"agree": 0, "false positive": 0, "false negative": 0, "ungraded": 0}, []
     for row in rows:
-        started = time.perf_counter()
+        started = time.process_time()
         inputs = RewardInputs("", (row["prediction"],), (1,), ("stop",), {"answer": row["gold"]})
         (score,) = math_answer(inputs)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
         right = score.parts.get("correct") == 1.0
         kind = "agree" if right == row["correct"] else "false positive" if right else "false negative"
         outcomes[kind] += 1
         outcomes["ungraded"] += score.ungraded is not None
         if options.show and kind != "agree":
-            print(f"{kind}: {row.get('id', '')} gold {row['gold'][-90:]!r} prediction {row['prediction'][-130:]!r}")
+            print(f"{kind}: {row.get('id', '')} gold {row['gold'][-90:]!r} answer {score.answer!r} of {row['prediction'][-130:]!r}")
     share = outcomes["agree"] / len(rows)
     print(f"{outcomes['agree']} of {len(rows)} agree ({share:.1%}); " + ", ".join(f"{k} {v}" for k, v in outcomes.items() if k != "agree"))
-    print(f"median {statistics.median(seconds) * 1e3:.2f} ms, mean {statistics.fmean(seconds) * 1e3:.2f} ms, longest {max(seconds):.2f} s")
+    median, mean, longest = (f"{figure(seconds) * 1e3:.2f}" for figure in (statistics.median, statistics.fmean, max))
+    print(f"CPU time of a verdict: median {median} ms, mean {mean} ms, longest {longest} ms")
 
 
 if __name__ == "__main__":

@@ -107,7 +107,8 @@ def test_equal_texts_are_asked_about_once():
     ("completion", "answer"),
     [
         ("42", "42"),
-        ("so \\boxed{ 1 + 2 } or \\boxed{x\n y}", "x y"),
+        ("so \\boxed{ 1 + 2 } or \\boxed{x\n y}", "1 + 2, x y"),
+        ("so \\boxed{ 1 + 2 }. No, \\boxed{x\n y}", "x y"),
         ("The answer is $7$.", "7"),
         ("so .5.", "so .5"),
         ("\\boxed{.5}", ".5"),
