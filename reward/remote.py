@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -18,8 +19,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from reward.redact import repeats
+
 _LARGEST_ANSWER = 1 << 24  # bytes
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 4.0  # seconds between attempts; doubles
+_WITHHELD = "(not quoted: it repeats the token, or is too long to tell)"
+_HEADER_TOKEN = re.compile(r"[!-~]+")
 _ANSWER = TypeVar("_ANSWER")
 
 
@@ -60,6 +65,11 @@ def endpoint(url: str, token_env: str | None, seconds: float, name: str) -> Endp
         token = os.environ.get(token_env, "").strip()
         if not token:
             raise ValueError(f"{name}: the environment variable {token_env} (token_env) is not set; export it, or leave token_env out")
+        if not _HEADER_TOKEN.fullmatch(token):
+            raise ValueError(
+                f"{name}: the environment variable {token_env} (token_env) holds characters that no HTTP header can, such as spaces, "
+                "line breaks or letters outside ASCII; export the bare token"
+            )
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return Endpoint(parts.scheme, parts.hostname, parts.port, path, seconds, token)
 
@@ -73,7 +83,7 @@ def ask(place: Endpoint, question: Any, read: Callable[[Any], _ANSWER]) -> _ANSW
     body = json.dumps(question).encode("utf-8")
     while True:
         try:
-            return _read(_attempt(place, body, deadline), read)
+            return _read(place, _attempt(place, body, deadline), read)
         except RemoteError as error:
             if not error.passing or time.monotonic() + pause >= deadline:
                 raise
@@ -111,7 +121,8 @@ def _attempt(place: Endpoint, body: bytes, deadline: float) -> bytes:
     except (OSError, http.client.HTTPException) as error:
         if time.monotonic() >= deadline or isinstance(error, TimeoutError):
             raise RemoteError("timeout", f"{place.host}: no whole answer within {place.seconds:g} s") from error
-        raise RemoteError("unreachable", f"{place.host}:{place.port}: {type(error).__name__}: {error}") from error
+        said = _shown(place, str(error))
+        raise RemoteError("unreachable", f"{place.host}:{place.port}: {type(error).__name__}: {said}") from None
     finally:
         if cut is not None:
             cut.cancel()
@@ -129,18 +140,27 @@ def _exchange(connection: http.client.HTTPConnection, place: Endpoint, body: byt
         if len(answer) > _LARGEST_ANSWER:
             raise RemoteError("malformed", f"{place.host}: an answer of more than {_LARGEST_ANSWER} bytes")
         return answer
-    said = answer[:300].decode("utf-8", errors="replace")
-    if place.token is not None:
-        said = said.replace(place.token, "***")
+    said = _shown(place, answer.decode("utf-8", errors="replace"))
     reason = "server_error" if response.status >= 500 or response.status == 429 else "refused"
     raise RemoteError(reason, f"{place.host}{place.path} answered {response.status}: {said}")
 
 
-def _read(answer: bytes, read: Callable[[Any], _ANSWER]) -> _ANSWER:
+def _read(place: Endpoint, answer: bytes, read: Callable[[Any], _ANSWER]) -> _ANSWER:
     try:
         return read(json.loads(answer))
     except (ValueError, RecursionError) as error:
-        raise RemoteError("malformed", f"not the answer expected: {error}; it begins with {answer[:120]!r}") from error
+        said = f"{error}; it begins with {answer[:120]!r}"
+        if place.token is not None and repeats(answer.decode("utf-8", errors="replace"), place.token):
+            said = _WITHHELD  # the error may show a part of the token that is too short to be found
+        raise RemoteError("malformed", f"not the answer expected: {said}") from None
+
+
+def _shown(place: Endpoint, text: str) -> str:
+    """The beginning of what a server said. The token is replaced where it stands as it is, and nothing is quoted where it is encoded."""
+    if place.token is None:
+        return text[:300]
+    text = text.replace(place.token, "***")
+    return _WITHHELD if repeats(text, place.token) else text[:300]
 
 
 def _cut(connection: socket.socket) -> None:
