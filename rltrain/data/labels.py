@@ -25,7 +25,7 @@ from rltrain.data.judged import (
     one_form,
     shuffled,
 )
-from rltrain.data.preferences import PAIR_REFERENCE, Sides, refuse_swapped_columns, sides_of, tokens_of
+from rltrain.data.preferences import CONTRADICTED, PAIR_REFERENCE, Sides, preference_of, refuse_swapped_columns, sides_of, tokens_of
 from rltrain.data.rows import Row
 
 __all__ = ["LabelSet", "Labelled", "load_labels", "paired"]
@@ -116,7 +116,7 @@ def _one(row: Row, reader: Reader, needs: frozenset[str], dropped: Counts, chang
 
 def _both(row: Row, form: str, reader: Reader, needs: frozenset[str], dropped: Counts, changed: Counts) -> Sequence[Labelled]:
     """Both completions of a pair, or none; for a loss that asks for no label, and so raises whatever it is given, the chosen one."""
-    sides = sides_of(row, form, reader)
+    sides = CONTRADICTED if preference_of(row) < 0 else sides_of(row, form, reader)
     pair = tokens_of(row, sides, reader, changed) if isinstance(sides, Sides) else sides
     if isinstance(pair, str):
         dropped[pair] += 1

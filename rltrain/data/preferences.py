@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -42,6 +42,7 @@ __all__ = ["Pair", "PairSet", "load_pairs", "transcript"]
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 PAIR_REFERENCE = (("ref_chosen_logps", "ref_rejected_logps"), ("reference_chosen_logps", "reference_rejected_logps"))  # TRL's names
+CONTRADICTED = "contradicted by their scores"  # why a row is left out
 _SCORES = (("score_chosen", "score_rejected"), ("chosen_rating", "rejected_rating"))
 
 
@@ -120,7 +121,7 @@ def _pair(row: Row, form: str, reader: Reader, needs: frozenset[str], dropped: C
         return None
     strength = {"margin": margin_of(row), "p_chosen": number(row, "p_chosen")}
     pair = dataclasses.replace(tokens, **strength, columns=numeric_columns(row, needs), ref_logps=given_logps(row, *PAIR_REFERENCE))
-    if _prefers_rejected(pair.margin, pair.p_chosen):
+    if preference_of(row) < 0:
         changed["swapped, as their strength says"] += 1
         return _swapped(pair)
     return pair
@@ -216,19 +217,44 @@ def margin_of(row: Row) -> float | None:
     """The column ``margin``, else the difference of the scores; None where there is none or it is not finite."""
     if "margin" in row.columns:
         return number(row, "margin")
+    return next((difference for _, difference in _score_differences(row)), None)
+
+
+def _score_differences(row: Row) -> Iterator[tuple[str, float | None]]:
+    """(in words, score of chosen minus that of rejected) of each pair of score columns that the row has."""
     for better, worse in _SCORES:
         if better in row.columns or worse in row.columns:
             if better not in row.columns or worse not in row.columns:
                 raise ValueError(f"{row.where}: a score needs both {better} and {worse}; there are {sorted(row.columns)}")
-            one, two = number(row, better), number(row, worse)
-            return None if one is None or two is None else one - two
-    return None
+            first, second = number(row, better), number(row, worse)
+            difference = None if first is None or second is None else first - second
+            yield f"{better} {first} and {worse} {second}", difference
+
+
+def preference_of(row: Row) -> int:
+    """1 where the row's strengths prefer chosen, -1 where they prefer rejected, 0 where they say nothing or that both are equal.
+
+    Raises ValueError where p_chosen is no probability, or where one column prefers chosen and another rejected.
+    """
+    margin, p_chosen = number(row, "margin"), number(row, "p_chosen")
+    if p_chosen is not None and not 0 <= p_chosen <= 1:
+        raise ValueError(f"{row.where}: p_chosen is {p_chosen}; a probability is expected")
+    strengths = [(f"margin {margin}", margin), *_score_differences(row)]
+    strengths.append((f"p_chosen {p_chosen}", None if p_chosen is None else p_chosen - 0.5))
+    for_chosen = [said for said, strength in strengths if strength is not None and strength > 0]
+    for_rejected = [said for said, strength in strengths if strength is not None and strength < 0]
+    if for_chosen and for_rejected:
+        raise ValueError(
+            f"{row.where}: {for_chosen[0]} prefer chosen, {for_rejected[0]} prefer rejected; mend the row, or leave out the column "
+            "that means something else"
+        )
+    return bool(for_chosen) - bool(for_rejected)
 
 
 def _strength_reason(row: Row, needs: frozenset[str]) -> str | None:
     """Why the row's strength keeps it out. A loss that wants a strength never goes on without: that would be another loss."""
     names = {name for pair in _SCORES for name in pair} | {"margin"}
-    margin, p_chosen = margin_of(row), number(row, "p_chosen")
+    preference, margin, p_chosen = preference_of(row), margin_of(row), number(row, "p_chosen")
     if "margin" in needs and margin is None:
         if not names & row.columns.keys():
             raise ValueError(
@@ -242,10 +268,8 @@ def _strength_reason(row: Row, needs: frozenset[str]) -> str | None:
                 f"{row.where}: the loss needs p_chosen, the probability that chosen is better; there are {sorted(row.columns)}"
             )
         return "without a finite p_chosen"
-    if p_chosen is not None and not 0 <= p_chosen <= 1:
-        raise ValueError(f"{row.where}: p_chosen is {p_chosen}; a probability is expected")
-    if not needs & {"margin", "p_chosen"} and _prefers_rejected(margin, p_chosen):
-        return "contradicted by their scores"
+    if not needs & {"margin", "p_chosen"} and preference < 0:
+        return CONTRADICTED
     return None
 
 
@@ -258,10 +282,6 @@ def refuse_swapped_columns(source: str, rows: Sequence[Row]) -> None:
             f"{source}: in {against} of {len(found)} pairs the score of chosen is below that of rejected; "
             "are the columns swapped? data.columns: {chosen: rejected, rejected: chosen} turns them round"
         )
-
-
-def _prefers_rejected(margin: float | None, p_chosen: float | None) -> bool:
-    return (margin is not None and margin < 0) or (p_chosen is not None and p_chosen < 0.5)
 
 
 def divided(sets: Sequence[PairSet], by: Literal["nothing", "std", "max_abs"]) -> list[PairSet]:

@@ -95,3 +95,14 @@ def test_columns_that_a_loss_asks_for_come_along(tmp_path: Path, tokenizer: Any)
     source = jsonl(tmp_path / "l.jsonl", row(True) | {"pass_rate": 0.5}, row(False) | {"pass_rate": 1})
     found = load(tokenizer, source, needs=("column:pass_rate",))
     assert [one.columns for one in found.completions] == [{"pass_rate": 0.5}, {"pass_rate": 1.0}]
+
+
+def test_a_pair_whose_strength_prefers_the_rejected_side_gives_no_labels_and_a_contradiction_is_refused(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    pair = {"prompt": "q", "chosen": "yes", "rejected": "no"}
+    found = load(tokenizer, jsonl(tmp_path / "p.jsonl", pair | {"p_chosen": 0.9}, pair | {"p_chosen": 0.2}))
+    assert [one.id for one in found.completions] == ["p.jsonl:0:chosen", "p.jsonl:0:rejected"]
+    assert found.dropped == {"contradicted by their scores": 1}
+    with pytest.raises(ValueError, match=r"c\.jsonl, line 2: margin 1\.0 prefer chosen, p_chosen 0\.2 prefer rejected"):
+        load(tokenizer, jsonl(tmp_path / "c.jsonl", pair, pair | {"p_chosen": 0.2, "margin": 1}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,50 @@ def test_scores_in_the_wrong_order_turn_a_soft_target_round_and_contradict_a_har
 def test_a_probability_below_one_half_turns_the_pair_round(tmp_path: Path, tokenizer: Any, p_chosen: float) -> None:
     (pair,) = load(tokenizer, jsonl(tmp_path / "p.jsonl", SCORED | {"p_chosen": p_chosen}), needs=("p_chosen",)).pairs
     assert (spelt(tokenizer, pair)[1], pair.p_chosen) == ("b<eos>", 1 - p_chosen)
+
+
+AGAINST = (
+    ({"margin": -0.8}, "margin -0.8"),
+    ({"p_chosen": 0}, "p_chosen 0.0"),
+    ({"p_chosen": 0.49}, "p_chosen 0.49"),
+    ({"score_chosen": 1, "score_rejected": 3}, "score_chosen 1.0 and score_rejected 3.0"),
+    ({"chosen_rating": 1, "rejected_rating": 1.5}, "chosen_rating 1.0 and rejected_rating 1.5"),
+)
+IN_FAVOUR = (
+    {"margin": 0.8},
+    {"p_chosen": 1.0},
+    {"score_chosen": 3, "score_rejected": 1},
+    {"chosen_rating": 2, "rejected_rating": 1},
+)
+CONTRADICTIONS = [(against | favour, said) for against, said in AGAINST for favour in IN_FAVOUR if not against.keys() & favour.keys()]
+
+
+@pytest.mark.parametrize("needs", [(), ("margin",), ("p_chosen",)])
+@pytest.mark.parametrize(("columns", "said"), CONTRADICTIONS)
+def test_strengths_that_contradict_one_another_are_refused_with_file_and_line(
+    tmp_path: Path, tokenizer: Any, columns: dict[str, float], said: str, needs: tuple[str, ...]
+) -> None:
+    source = jsonl(tmp_path / "p.jsonl", *(SCORED | IN_FAVOUR[0] | IN_FAVOUR[1] for _ in range(2)), SCORED | columns)
+    with pytest.raises(ValueError, match=rf"p\.jsonl, line 3: .* prefer chosen, {re.escape(said)} prefer rejected; mend the row"):
+        load(tokenizer, source, needs=needs)
+
+
+@pytest.mark.parametrize(
+    ("columns", "chosen", "margin", "p_chosen"),
+    [
+        ({"margin": 0.8, "p_chosen": 0.5}, "a<eos>", 0.8, 0.5),
+        ({"margin": 0.0, "p_chosen": 0.25}, "b<eos>", 0.0, 0.75),
+        ({"margin": -0.8, "p_chosen": 0.25}, "b<eos>", 0.8, 0.75),
+        ({"margin": 0.8, "p_chosen": 0.75, "score_chosen": 9, "score_rejected": 1}, "a<eos>", 0.8, 0.75),
+        ({"margin": 0.8, "p_chosen": math.nan}, "a<eos>", 0.8, None),
+    ],
+)
+def test_strengths_that_agree_or_say_nothing_are_taken(
+    tmp_path: Path, tokenizer: Any, columns: dict[str, float], chosen: str, margin: float, p_chosen: float | None
+) -> None:
+    source = jsonl(tmp_path / "p.jsonl", SCORED | columns, SCORED | {"margin": 1})
+    pair, _ = load(tokenizer, source, needs=("margin",)).pairs
+    assert (spelt(tokenizer, pair)[1], pair.margin, pair.p_chosen) == (chosen, margin, p_chosen)
 
 
 def test_a_missing_margin_is_an_error_and_one_that_is_no_number_a_counted_drop(tmp_path: Path, tokenizer: Any) -> None:
