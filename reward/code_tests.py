@@ -10,6 +10,8 @@ from reward.code_text import program
 from reward.sandbox import Limits, SandboxError, Tests, TestsError
 from reward.score import RewardInputs, Score, reward
 
+_ENTRY = "entry_point"  # the default of entry_column, which a row need not have
+
 
 @reward("code_tests")
 def code_tests(
@@ -18,6 +20,7 @@ def code_tests(
     tests_column: str = "test",
     entry_column: str | None = "entry_point",
     before_column: str | None = None,
+    module: str = "solution",
     extract: Literal["auto", "fenced", "continuation"] = "auto",
     score: Literal["all", "share"] = "all",
     correct: float = 1.0,
@@ -32,10 +35,14 @@ def code_tests(
 ) -> list[Score]:
     """``correct`` where the completion's program passes the row's tests, as with HumanEval (arXiv:2107.03374), else ``wrong``.
 
-    tests_column: Python, or a list of it, one test each: assertions about the program's functions, or a definition of
-    ``check(candidate)``, which gets the function named in entry_column. Tests run in a process of their own that the program cannot
-    reach and exchange plain data with it (numbers, text, bytes, lists, tuples, sets, dicts, None, iterators of them): what a
-    function returns beside that fails, and so do tests that use the program's classes.
+    tests_column: Python, or a list of it: scripts, main guards and ``unittest.main`` included, pytest's ``test*`` functions and classes
+    (fixtures, parametrize, raises and approx are understood), unittest's TestCases, or a definition of ``check(candidate)``, which gets
+    the function named in entry_column (where the row has that column; one that the recipe names must be there). Tests run in a process
+    of their own that the program cannot reach and exchange plain data with it (numbers, text, bytes, lists, tuples, sets, dicts, None,
+    iterators of them): what a function returns beside that fails, and so do tests that use the program's classes or what it prints.
+    Names that the tests do not define are the program's, as is what they import from ``module``.
+    A test that passes counts if it has called a function of the program or read a global of it that is none; naming a function is no
+    call. Where no test counts, whatever the completions are, the row is ungraded.
     before_column: Python in front of the program, which the tests may use too; "prompt" is the prompt itself, as HumanEval's are.
     extract: where the program stands, see ``reward.code_text.program``. score "share": between wrong and correct by the share of
     tests passed. seconds: wall clock from loading to the last test; keep it below reward.seconds, as starting takes time. memory_mib:
@@ -43,12 +50,13 @@ def code_tests(
     importable is what is installed here, not just the standard library. unsandboxed: go on where the machine has no sandbox.
 
     parts: correct (all tests), passed (share), no_code, timeout. Ungraded: "sandbox" (it did not start), "tests" (the row's own
-    fault). Raises ValueError where a column is missing or there is no sandbox.
+    fault: no Python, a module that is not there, no call of the program). Raises ValueError where a column is missing or there is no
+    sandbox.
     """
     kind = sandbox.choose_kind(unsandboxed)
-    entry = None if entry_column is None or entry_column not in inputs.columns else _text(inputs, entry_column)
+    entry = _entry(inputs, entry_column)
     before = None if before_column is None else _text(inputs, before_column)
-    tests = Tests(_sources(inputs, tests_column), _executable(before or ""), entry)
+    tests = Tests(_sources(inputs, tests_column), _executable(before or ""), entry, module)
     limits = Limits(seconds, memory_mib, processes, file_mib, message_mib)
     scores: list[Score] = []
     for completion in inputs.completions:
@@ -71,6 +79,18 @@ def _parts(correct: float, passed: float, no_code: float, timeout: float) -> dic
     return {"correct": correct, "passed": passed, "no_code": no_code, "timeout": timeout}
 
 
+def _entry(inputs: RewardInputs, column: str | None) -> str | None:
+    """The function that ``check`` gets; None where the row has none. Raises ValueError where the recipe's column is not there."""
+    if column is None or (column == _ENTRY and column not in inputs.columns):
+        return None
+    if column in inputs.columns and inputs.columns[column] is None:
+        return None
+    name = _text(inputs, column)
+    if not name.isidentifier():
+        raise ValueError(f"code_tests: column {column!r} must hold the name of a function, got {name!r:.80}; set entry_column")
+    return name
+
+
 def _sources(inputs: RewardInputs, column: str) -> tuple[str, ...]:
     value: Any = inputs.columns.get(column)
     sources = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else ()
@@ -88,7 +108,7 @@ def _executable(before: str) -> str:
     Python, as with a prompt that a chat template has been around."""
     for candidate in (before, f"{before}\n    pass\n"):
         with contextlib.suppress(SyntaxError, ValueError):
-            compile(candidate, "before", "exec")
+            compile(candidate, "before", "exec", dont_inherit=True)
             return candidate
     raise ValueError(
         f"code_tests: what stands before the program is no Python: {before[:80]!r}. Where a chat template stands around the prompt, keep "
@@ -100,7 +120,9 @@ def _text(inputs: RewardInputs, column: str) -> str:
     """A column of text; "prompt" is the prompt where the row has no column of that name."""
     value = inputs.columns.get(column, inputs.prompt if column == "prompt" else None)
     if not isinstance(value, str):
+        there = ", ".join(sorted(inputs.columns)) or "none"
         raise ValueError(
-            f"code_tests: column {column!r} must hold text, got {value!r:.80}; set before_column, entry_column or data.columns"
+            f"code_tests: column {column!r} must hold text, got {value!r:.80}; the row's columns are: {there}. Set before_column, "
+            "entry_column or data.columns"
         )
     return value

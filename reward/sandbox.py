@@ -58,18 +58,23 @@ class Limits:
 
 @dataclass(frozen=True)
 class Tests:
-    """Sources that run outside the program. ``before``: Python they may use. ``entry``: the function that ``check(candidate)`` gets."""
+    """Sources that run outside the program. ``before``: Python they may use. ``entry``: the function that ``check(candidate)`` gets.
+
+    ``module``: the name under which they may import the program.
+    """
 
     __test__ = False  # for pytest: this is no test class
 
     sources: tuple[str, ...]
     before: str
     entry: str | None
+    module: str = "solution"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """passed: one per test. ended: "done", "timeout" (beyond Limits.seconds) or "gone" (the tests' process ended without a verdict)."""
+    """passed: one per test that calls the program. ended: "done", "timeout" (beyond Limits.seconds) or "gone" (the tests' process ended
+    without a verdict)."""
 
     passed: tuple[bool, ...]
     ended: Literal["done", "timeout", "gone"]
@@ -97,11 +102,14 @@ class TestsError(Exception):
 def judge(source: str, tests: Tests, limits: Limits, kind: Kind, packages: bool = False) -> Verdict:
     """Whether the program ``source`` passes. Raises TestsError and SandboxError, neither of which is the program's fault.
 
+    A test is what a source does when it is executed, and each ``check``, pytest function and unittest method that it defines; one that
+    passes without one call of the program does not count, and where none counts the tests are at fault (``reward.inside.tester``).
+
     packages: the program may import what is installed beside this Python, not just its standard library.
     """
     calls, answers = socket.socketpair()
     common = _common(limits, packages)
-    told = {"tests": list(tests.sources), "before": tests.before, "entry": tests.entry}
+    told = {"tests": list(tests.sources), "before": tests.before, "entry": tests.entry, "module": tests.module}
     with (
         calls,
         answers,

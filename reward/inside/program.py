@@ -14,26 +14,41 @@ from reward.inside.wire import Hangup, NotPlain, packed, receive, send, unpacked
 
 
 def serve(channel: socket.socket, source: str, limit: int) -> None:
-    """``limit``: bytes of one message. A call is [name, positional, named]; the reply [result, arguments where they changed, error]."""
+    """``limit``: bytes of one message. What is asked is ["call", name, positional, named], ["value", name] or ["kinds", names]; the
+    reply [result, arguments of a call where they changed, error]."""
     module = type(sys)("program")
     sys.modules["program"] = module
     problem = _loaded(source, vars(module))
     while True:
         try:
-            name, positional, named = receive(channel, limit)
+            question = receive(channel, limit)
         except Hangup:
             return
-        reply = [None, None, problem] if problem else _called(vars(module), name, positional, named)
+        reply = [None, None, problem] if problem else _answer(vars(module), *question)
         try:
             send(channel, reply, limit)
         except (NotPlain, ValueError, RecursionError, MemoryError) as error:
             send(channel, [None, None, ["NotPlain", str(error)[:200]]], limit)
 
 
+def _answer(namespace: dict[str, Any], what: str, name: Any, *arguments: Any) -> list[Any]:
+    if what == "kinds":
+        return [[_kind(namespace, one) for one in name], None, None]
+    if what == "value":
+        return _called({"value": lambda: namespace[name]}, "value", [], {"d": []})
+    return _called(namespace, name, *arguments)
+
+
+def _kind(namespace: dict[str, Any], name: str) -> str:
+    if name not in namespace:
+        return "missing"
+    return "function" if callable(namespace[name]) else "value"
+
+
 def _loaded(source: str, namespace: dict[str, Any]) -> list[str] | None:
     """What stops the program from loading, as [type, message]."""
     try:
-        exec(compile(source, "program", "exec"), namespace)
+        exec(compile(source, "program", "exec", dont_inherit=True), namespace)
     except BaseException as error:  # the program's own code: what it raises, SystemExit too, is its answer
         return [type(error).__name__, _text(error)]
     return None

@@ -40,7 +40,7 @@ def run(channel: socket.socket, source: str) -> NoReturn:
 
 def _status_of(source: str, namespace: dict[str, Any]) -> int:
     try:
-        exec(compile(source, "program", "exec"), namespace)
+        exec(compile(source, "program", "exec", dont_inherit=True), namespace)
     except SystemExit as end:
         return end.code % 256 if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:  # the program's own code: whatever it raises but SystemExit ends it with 1, as Python does
