@@ -45,6 +45,7 @@ def build_run(
     checkpoint: Path | None,
     stop: Callable[[], bool],
     waiting: Waiting = unwatched,
+    inputs: Mapping[str, str] | None = None,
 ) -> Run:
     """Weights are loaded here. main: this is rank 0, the one that writes. checkpoint: where the run goes on; None: at its start.
 
@@ -88,7 +89,7 @@ def build_run(
         mismatch=rollout.mismatch,
         law=law,
         reporter=build_reporter(recipe, folder, recipe.train.steps, resumed, main),
-        writer=model_writer(recipe, materials.language, learner, carried.place, folder, main, process),
+        writer=model_writer(recipe, materials.language, learner, carried.place, folder, main, process, inputs=inputs),
         resumed=resumed,
         stop=stop,
     )

@@ -174,6 +174,7 @@ def build_offline_run(
     checkpoint: Path | None,
     stop: Callable[[], bool],
     waiting: Waiting = unwatched,
+    inputs: Mapping[str, str] | None = None,
 ) -> OfflineRun:
     """Weights are loaded here, and frozen log-probs computed or found. Arguments as of ``build.build_run``."""
     seed_everything(recipe.seed)
@@ -187,6 +188,10 @@ def build_offline_run(
     sets = {TRAIN: materials.train} | ({} if materials.held_out is None else {HELD_OUT: materials.held_out})
     examples = annotated(recipe, sets, learner, objective, steps, fresh=checkpoint is None, reporter=reporter)
     place = {"prompts": digest(_items(materials.train)), "pushes": 0}
+
+    def state_of_data() -> dict[str, Any]:
+        return {**place, "order": order.state_dict()}
+
     if resumed is not None:
         require_same_data(resumed, place["prompts"], "examples")
         learner.restore(resumed.tensors, resumed.learner)
@@ -200,7 +205,7 @@ def build_offline_run(
         objective=objective,
         evaluator=None if materials.held_out is None else evaluator_of(recipe, materials, learner, examples[HELD_OUT], objective, waiting),
         reporter=reporter,
-        writer=model_writer(recipe, materials.language, learner, lambda: {**place, "order": order.state_dict()}, folder, main),
+        writer=model_writer(recipe, materials.language, learner, state_of_data, folder, main, inputs=inputs),
         resumed=resumed,
         stop=stop,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -42,6 +42,7 @@ def build_pair_run(
     checkpoint: Path | None,
     stop: Callable[[], bool],
     waiting: Waiting = unwatched,
+    inputs: Mapping[str, str] | None = None,
 ) -> PairRun:
     """Weights are loaded here. Arguments as of ``build.build_run``."""
     seed_everything(recipe.seed)
@@ -66,7 +67,7 @@ def build_pair_run(
         objective=objective,
         mismatch=rollout.mismatch,
         reporter=build_reporter(recipe, folder, recipe.train.steps, resumed, main),
-        writer=model_writer(recipe, materials.language, learner, carried.place, folder, main),
+        writer=model_writer(recipe, materials.language, learner, carried.place, folder, main, inputs=inputs),
         resumed=resumed,
         stop=stop,
     )
@@ -102,14 +103,15 @@ def build_pairing(recipe: PairRecipe, language: Language, learner: PairLearner) 
         return learner.log_probs(rows, sides=2, policy=learner.frozen["ref_logp"] if by == "reference" else None)
 
     def rendered(text: str) -> list[int]:
-        return render(text, language.tokenizer, system=None, chat_template=recipe.data.chat_template)[1]
+        data = recipe.data
+        return render(text, language.tokenizer, system=None, chat_template=data.chat_template, date=data.date)[1]
 
     means = JudgeMeans(
         log_probs=log_probs,
         render=rendered,
         decode=language.decode,
         word=partial(first_token, language),
-        reward_model=partial(RewardModel, device=learner.device, tokens_per_micro_batch=most),
+        reward_model=partial(RewardModel, device=learner.device, tokens_per_micro_batch=most, date=recipe.data.date),
         rank=learner.rank,
         ranks=learner.ranks,
         gather=learner.gather_objects,

@@ -159,7 +159,8 @@ def graded_by_models(recipe: Recipe, pool: Grader, device: torch.device) -> Grad
     refs = [ref for ref in recipe.reward.functions if ref.name == REWARD_MODEL]
     if not refs:
         return pool
-    load = partial(RewardModel, device=device, tokens_per_micro_batch=recipe.learner.tokens_per_micro_batch)
+    tokens = recipe.learner.tokens_per_micro_batch
+    load = partial(RewardModel, device=device, tokens_per_micro_batch=tokens, date=recipe.data.date)
     models = [(ref.name, ref.weight, REWARDS.bind(ref.name, ref.hp)(load)) for ref in refs]
     return ModelGrader(None if len(refs) == len(recipe.reward.functions) else pool, models)
 

@@ -53,10 +53,12 @@ def model_writer(
     folder: RunFolder,
     main: bool,
     process: ProcessRewardLearner | None = None,
+    inputs: Mapping[str, str] | None = None,
 ) -> ModelWriter:
     """Every rank takes part in gathering weights and states; rank 0 writes. place: the fields of RunState that say where the data stand.
 
     process: a model folder of its own below the policy's, and the rest of its state with the policy's.
+    inputs: digests of what the run reads beside its recipe.
     """
 
     def write(out: Path, step: int, results: Mapping[str, float], state: RunState | None) -> Path:
@@ -85,6 +87,7 @@ def model_writer(
             evaluations=evaluations,
             random=learner.gather_objects([random_state()]),
             reported=folder.written() if main else {},
+            inputs=inputs or {},
             recipe=recipe.model_dump(mode="json"),
             environment={**describe_environment(), "run": folder.run_id},
         )

@@ -16,15 +16,18 @@ import torch
 from rich.console import Console
 
 from rltrain.build import build_run
+from rltrain.build_inputs import common_date, dated, inputs_of
 from rltrain.build_materials import describe, prepare
 from rltrain.build_offline import build_offline_run, describe_offline, evaluate_offline, prepare_offline
 from rltrain.build_pairs import build_pair_run
 from rltrain.build_rollout import build_engine, build_evaluator, graded_by_models, load_from_disk
 from rltrain.checkpoint.export import export_model
-from rltrain.checkpoint.resume import AUTO, is_finished, opened
+from rltrain.checkpoint.inputs import changes
+from rltrain.checkpoint.resume import AUTO, is_finished, opened, saved_date
 from rltrain.checkpoint.run_folder import RunFolder, describe_environment, new_run_id, write_atomic
 from rltrain.checkpoint.soup import soup
 from rltrain.config.check_pairs import sampling_recipe
+from rltrain.config.load import load_recipe
 from rltrain.config.schema import AnyRecipe, Model, OfflineRecipe, PairRecipe, Recipe
 from rltrain.data.chat import render
 from rltrain.data.language import Language, language_of, load_language
@@ -49,7 +52,8 @@ class Work:
     """A recipe's materials, and what is done with them, whatever its kind."""
 
     held: AbstractContextManager[object]  # what must be given back at the end
-    build: Callable[..., Any]  # (folder, main, checkpoint, stop, waiting) -> a run with a reporter
+    build: Callable[..., Any]  # (folder, main, checkpoint, stop, waiting, inputs) -> a run with a reporter
+    inputs: Callable[[], dict[str, str]]  # digests of code, data and models that the recipe names
     describe: Callable[[], Iterator[str]]
     train: Callable[[Any], Path]
     close: Callable[[Any], None]
@@ -61,7 +65,8 @@ def work_of(recipe: AnyRecipe) -> Work:
     if isinstance(recipe, OfflineRecipe):
         judged = prepare_offline(recipe)
         build_judged, lines = partial(build_offline_run, recipe, judged), partial(describe_offline, judged)
-        return Work(nullcontext(), build_judged, lines, train_offline, lambda run: run.reporter.close(), ("metrics", "report"))
+        inputs, files = partial(inputs_of, recipe, judged), ("metrics", "report")
+        return Work(nullcontext(), build_judged, inputs, lines, train_offline, lambda run: run.reporter.close(), files)
     materials = prepare(sampling_of(recipe))
 
     def close(run: Run | PairRun) -> None:
@@ -69,9 +74,11 @@ def work_of(recipe: AnyRecipe) -> Work:
         run.reporter.close()
 
     lines, files = partial(describe, materials), ("metrics", "transcripts", "report")
+    inputs = partial(inputs_of, recipe, materials)
     if isinstance(recipe, PairRecipe):
-        return Work(materials.grader, partial(build_pair_run, recipe, materials), lines, train_pairs, close, files)
-    return Work(materials.grader, partial(build_run, recipe, materials), lines, train, close, files)
+        build_pairs = partial(build_pair_run, recipe, materials)
+        return Work(materials.grader, build_pairs, inputs, lines, train_pairs, close, files)
+    return Work(materials.grader, partial(build_run, recipe, materials), inputs, lines, train, close, files)
 
 
 def sampling_of(recipe: Recipe | PairRecipe) -> Recipe:
@@ -85,26 +92,31 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
     resume: "auto" continues the run in ``folder`` where there is one, "never" refuses it, anything else is a checkpoint's folder.
     """
     main, run_folder = int(os.environ.get("RANK", "0")) == 0, RunFolder.at(folder)
+    recipe = dated(recipe, saved_date(run_folder, resume))
     console = Console(highlight=False)
     if resume == AUTO and is_finished(run_folder, recipe):
         if main:
             console.print(f"already finished: {run_folder.model}", markup=False, soft_wrap=True)
         return 0
     notes = [f"warning: {warning}" for warning in warnings]
+    if recipe.data.date is not None:
+        notes.append(f"the date in prompts is {recipe.data.date} for the whole run (data.date)")
     with preparing(recipe):
         work = work_of(recipe)
+        inputs = work.inputs()
     with work.held, ExitStack() as stack:
         watchdog = stack.enter_context(watched(recipe))
         environment, checkpoint = {**describe_environment(), "run": new_run_id()}, None
         if main:
             with user_mistakes():
                 warn = partial(_append_warning, notes)
-                checkpoint = stack.enter_context(opened(run_folder, recipe, resume, environment, warn)).checkpoint
+                checkpoint = stack.enter_context(opened(run_folder, recipe, resume, environment, warn, inputs)).checkpoint
         with watchdog.waiting("rank 0", "to open the run folder"):
-            checkpoint = agree(checkpoint)
+            checkpoint, of_rank_0 = agree((checkpoint, inputs))
+        require_same_inputs(of_rank_0, inputs)
         noted = stack.enter_context(sigterm_noted())
         stop_with_the_launcher()
-        run = work.build(run_folder, main, checkpoint, noted, watchdog.waiting)
+        run = work.build(run_folder, main, checkpoint, noted, watchdog.waiting, inputs)
         for line in (*notes, *work.describe(), *([f"continuing from {checkpoint}"] if checkpoint else [])):
             run.reporter.message(line)
         try:
@@ -122,6 +134,12 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
         finally:
             work.close(run)
     return 0
+
+
+def require_same_inputs(of_rank_0: Mapping[str, str], own: Mapping[str, str]) -> None:
+    """Raises UserError where this rank reads other code, data or models than rank 0, as on a node with older files."""
+    if lines := changes(of_rank_0, own):
+        raise UserError("\n".join([f"{_who()} reads something else than rank 0 (rank 0 -> here):", *lines]))
 
 
 def write_report(folder: RunFolder) -> None:
@@ -168,6 +186,7 @@ def eval_command(model: str, recipe: AnyRecipe, out: Path | None, em_inf: float 
     Of a recipe that learns from judged completions: accuracy and margin on the held-out ones, against the recipe's own model.
     """
     if isinstance(recipe, OfflineRecipe):
+        recipe = dated(recipe)
         with watched(recipe) as watchdog, user_mistakes():
             judged = evaluate_offline(model, recipe, watchdog.waiting)
         show_numbers(judged.metrics(), Console())
@@ -184,6 +203,7 @@ def eval_command(model: str, recipe: AnyRecipe, out: Path | None, em_inf: float 
 def measured(model: str, recipe: Recipe, em_inf: float | None = None) -> tuple[Language, Evaluation]:
     """``model`` sampled and graded on the recipe's held-out prompts, and its tokenizer. Raises UserError where there are none."""
     recipe = recipe.model_copy(update={"model": Model(path=model)})
+    recipe = dated(recipe)
     with preparing(recipe):
         materials = prepare(recipe)
     with watched(recipe) as watchdog, materials.grader:
@@ -213,7 +233,7 @@ def generate_command(recipe: AnyRecipe, prompts: Sequence[str], n: int, temperat
         raise UserError(
             "rltrain generate takes engine and lengths from a recipe, and this one learns from judged completions: drop --recipe"
         )
-    recipe = sampling_of(recipe)
+    recipe = dated(sampling_of(recipe))
     with user_mistakes():
         language = load_language(recipe)
         rendered = [_rendered(str(number), text, recipe, language) for number, text in enumerate(prompts)]
@@ -253,7 +273,7 @@ def show_numbers(metrics: Mapping[str, float], console: Console) -> None:
 def _rendered(name: str, text: str, recipe: Recipe, language: Language) -> Prompt:
     data = recipe.data
     content = data.prompt_template.format_map({"prompt": text})
-    spelt, token_ids = render(content, language.tokenizer, system=data.system, chat_template=data.chat_template)
+    spelt, token_ids = render(content, language.tokenizer, system=data.system, chat_template=data.chat_template, date=data.date)
     return Prompt(name, tuple(token_ids), spelt)
 
 
@@ -277,6 +297,8 @@ def compare_command(recipes: Sequence[Path], seeds: int, out: Path, profile: str
 
     console = Console(highlight=False)
     notes = conditions(recipes, profile, overrides)
+    date = common_date([load_recipe(path, profile=profile, overrides=overrides) for path in recipes], out)
+    overrides = [*overrides, *([] if date is None else [f"data.date={date}"])]
     plan = planned(recipes, seeds, out, profile, overrides)
     for note in notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)

@@ -20,7 +20,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from rltrain.checkpoint.run_folder import RunFolder, describe_environment
-from rltrain.commands import Work, preparing, watched, work_of
+from rltrain.commands import Work, dated, preparing, watched, work_of
 from rltrain.config.load import resolved_yaml
 from rltrain.config.schema import AnyRecipe, OfflineRecipe, PairRecipe, Recipe
 from rltrain.errors import UserError
@@ -40,7 +40,7 @@ def doctor_command(recipe: AnyRecipe, steps: int) -> int:
     """``rltrain doctor``: ``steps`` steps at learning rate 0; the exit code is 1 where a verdict is bad or was not reached."""
     if isinstance(recipe, OfflineRecipe):
         raise UserError("rltrain doctor tries out an engine and rewards, and this recipe has neither: it learns from judged completions")
-    recipe, main = at_rest(recipe, steps), int(os.environ.get("RANK", "0")) == 0
+    recipe, main = dated(at_rest(recipe, steps)), int(os.environ.get("RANK", "0")) == 0
     with ended_by_sigterm():
         with preparing(recipe):
             work = work_of(recipe)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rltrain.errors import UserError
+from rltrain.model_files import local_file
 
 KEY = "model.trust_remote_code"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -112,23 +113,15 @@ def _digest(entry: str) -> str:
     return hashlib.sha256(json.dumps(code_files(Path(entry))).encode()).hexdigest()
 
 
-def _local_file(path: str, revision: str | None, name: str) -> Path | None:
-    """Where a file of a model lies on this machine, fetched from the Hub if need be; None: the model has none of that name."""
-    from transformers.utils.hub import cached_file  # a second that validate does not need
-
-    found = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else Path(str(found))
-
-
 def _local_folder(path: str, revision: str | None) -> Path:
-    config = _local_file(path, revision, _CONFIGS[0])
+    config = local_file(path, revision, _CONFIGS[0])
     return Path(path) if config is None else config.parent
 
 
 def _refuse_code_from_elsewhere(path: str, revision: str | None) -> None:
     """``auto_map`` may name a class of another repository, which comes from its main branch whatever was read here."""
     for name in _CONFIGS:
-        file = _local_file(path, revision, name)
+        file = local_file(path, revision, name)
         mapped = {} if file is None else json.loads(file.read_text(encoding="utf-8")).get("auto_map", {})
         for reference in _references(mapped):
             repository, separator, module = reference.rpartition("--")

@@ -113,7 +113,7 @@ def test_an_entry_that_pins_no_code_is_refused(entry: str) -> None:
 
 
 def test_a_commit_is_trusted_at_that_commit_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rltrain.remote_code._local_file", lambda *_: None)  # no config names code of another place
+    monkeypatch.setattr("rltrain.remote_code.local_file", lambda *_: None)  # no config names code of another place
     with trusting([f"somebody/model@{COMMIT}"]):
         assert trusts("somebody/model", COMMIT)
         assert not trusts("somebody/model", None)

@@ -7,6 +7,7 @@ that no number of the run depends on.
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rltrain.checkpoint.inputs import changes
 from rltrain.checkpoint.run_folder import RunFolder, write_atomic
 from rltrain.checkpoint.run_state import RunState, latest, read_own, read_verified
 from rltrain.config.load import load_recipe, resolved_yaml
@@ -51,18 +53,37 @@ def is_finished(folder: RunFolder, recipe: AnyRecipe) -> bool:
     return all(is_free(key) for key, _, _ in differences(_saved_recipe(folder).model_dump(mode="json"), recipe.model_dump(mode="json")))
 
 
+def saved_date(folder: RunFolder, resume: str) -> dt.date | None:
+    """The date in the prompts of the run that is to go on; None: there is none, or its prompts have no date."""
+    if folder.recipe.is_file():
+        return _saved_recipe(folder).data.date
+    if resume in (AUTO, NEVER):
+        return None
+    saved = read_verified(Path(resume).expanduser().absolute()).recipe["data"].get("date")
+    return None if saved is None else dt.date.fromisoformat(saved)
+
+
 @contextlib.contextmanager
 def opened(
-    folder: RunFolder, recipe: AnyRecipe, resume: str, environment: Mapping[str, Any], warn: Callable[[str], None]
+    folder: RunFolder,
+    recipe: AnyRecipe,
+    resume: str,
+    environment: Mapping[str, Any],
+    warn: Callable[[str], None],
+    inputs: Mapping[str, str] | None = None,
 ) -> Iterator[Start]:
     """The run folder, nobody else's until the block ends, and the checkpoint to go on from; the run's files are cut back to it.
 
-    resume: "auto", "never" or a checkpoint's folder. Raises UserError, nothing touched, when the folder holds something
-    else, another recipe or (for "never") any run, and when a checkpoint named is damaged.
+    resume: "auto", "never" or a checkpoint's folder. inputs: digests of what this run reads beside the recipe; None: not compared.
+    Raises UserError, nothing touched, when the folder holds something else, another recipe or (for "never") any run, when a checkpoint
+    named is damaged, and when code, data or models are not those of the checkpoint.
     """
     named = None if resume in (AUTO, NEVER) else Path(resume).expanduser().absolute()
     if resume == NEVER or not folder.recipe.is_file():
-        state = None if named is None else _state_of(named, recipe, environment, warn)
+        state = None
+        if named is not None:
+            state = _state_of(named, recipe, environment, warn)
+            refuse_other_inputs(state, inputs, named, warn)
         RunFolder.create(folder.path, resolved_yaml(recipe), environment)
         with folder.locked():
             if state is not None:
@@ -70,11 +91,16 @@ def opened(
             yield Start(folder, named)
         return
     with folder.locked():
-        yield Start(folder, _reopened(folder, recipe, named, environment, warn))
+        yield Start(folder, _reopened(folder, recipe, named, environment, warn, inputs))
 
 
 def _reopened(
-    folder: RunFolder, recipe: AnyRecipe, named: Path | None, environment: Mapping[str, Any], warn: Callable[[str], None]
+    folder: RunFolder,
+    recipe: AnyRecipe,
+    named: Path | None,
+    environment: Mapping[str, Any],
+    warn: Callable[[str], None],
+    inputs: Mapping[str, str] | None,
 ) -> Path | None:
     """The checkpoint that the run in ``folder`` goes on from, with everything later out of the way; None: from the start."""
     saved = _saved_recipe(folder)
@@ -94,6 +120,7 @@ def _reopened(
     if found is None:
         warn(f"the run in {folder.path} ended before its first checkpoint; it starts again from the first step")
     else:
+        refuse_other_inputs(found[1], inputs, found[0], warn)
         _warn_of_versions(found[1], environment, warn)
     folder.rewind({} if found is None else found[1].reported)
     for later, path in reversed(folder.present_checkpoints()):
@@ -166,6 +193,18 @@ def refuse_other_recipe(saved: Mapping[str, Any], given: Mapping[str, Any], wher
         lines.append("a run can be made longer, not shorter")
     remedy = "continue it with its own recipe, or choose another --run"
     raise UserError("\n".join([f"{where} was written by another recipe; {remedy} (saved -> given):", *lines]))
+
+
+def refuse_other_inputs(state: RunState, now: Mapping[str, str] | None, checkpoint: Path, warn: Callable[[str], None]) -> None:
+    """Raises UserError naming each file, column and model that is not what the run that wrote ``checkpoint`` read."""
+    if now is None:
+        return
+    if not state.inputs:
+        warn(f"{checkpoint} does not say which reward code, answers and models it is of (an older rltrain wrote it): not compared")
+        return
+    if lines := changes(state.inputs, now):
+        remedy = "put it back as it was, or choose another --run"
+        raise UserError("\n".join([f"{checkpoint} was written by a run that read something else; {remedy} (saved -> now):", *lines]))
 
 
 _ABSENT = object()

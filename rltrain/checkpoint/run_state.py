@@ -60,6 +60,7 @@ class RunState:
     law: Mapping[str, Any] = field(default_factory=dict)  # points of entropy and reward so far
     arms: Sequence[Mapping[str, Any]] = ()  # what each of the recipe's rollout arms remembers
     process_reward: Mapping[str, Any] = field(default_factory=dict)  # version, schedule and counters of the process reward model's learner
+    inputs: Mapping[str, str] = field(default_factory=dict)  # digests by name of what was read beside the recipe
     temperature: Mapping[str, float] = field(default_factory=dict)  # the signal that the next step's adaptive temperature goes by
 
 

@@ -45,6 +45,8 @@ PROFILE_KEYS = (
     "learner.precision",
     "learner.gradient_checkpointing",
     "learner.head_chunk",
+    "process_reward.optimizer.lr",  # the same, of recipes that train such a model
+    "process_reward.optimizer.warmup_steps",
     "train",
     "eval.every",
     "eval.prompts",
@@ -72,7 +74,7 @@ def load_recipe(path: str | Path, *, profile: str | None = None, overrides: Sequ
         data = merged(data, layer.data)
     if profile is not None:
         document = with_absolute_files(read_profile(find_profile(profile, path)), Path.cwd())
-        layers.append(profile_layer(document, schema_of(data)))
+        layers.append(for_recipe(profile_layer(document, schema_of(data)), data))
         data = merged(data, layers[-1].data)
         if (played := environment_of(data)) is not None:
             data["rollout"]["environment"] = played
@@ -121,6 +123,14 @@ def profile_layer(profile: Document, schema: type[AnyRecipe]) -> Document:
     return Document(
         profile.source, merged(shared, own), lines | {key[1:]: line for key, line in profile.lines.items() if key[0] == OFFLINE}
     )
+
+
+def for_recipe(layer: Document, recipe: Mapping[str, Any]) -> Document:
+    """A profile's layer without settings of a process reward model where the recipe trains none: they would make one."""
+    if recipe.get("process_reward") is not None:
+        return layer
+    kept = {key: value for key, value in layer.data.items() if key != "process_reward"}
+    return Document(layer.source, kept, {key: line for key, line in layer.lines.items() if key[:1] != ("process_reward",)})
 
 
 def environment_of(data: Mapping[str, Any]) -> dict[str, Any] | None:

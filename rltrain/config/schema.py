@@ -6,6 +6,7 @@ writes them beside its name (``policy: {name: clip, eps_high: 0.28}``).
 
 from __future__ import annotations
 
+import datetime as dt
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
@@ -90,6 +91,7 @@ class Source(Section):
     system: str | None = None  # system message put before the prompt
     prompt_template: str = "{prompt}"  # wraps text prompts
     chat_template: Literal["auto", "none"] = "auto"  # auto: the tokenizer's, where it has one
+    date: dt.date | None = None  # that a chat template prints; None: the day on which the run starts
     options: dict[str, Any] = {}  # of a built-in task, e.g. {digits: 2}
 
 

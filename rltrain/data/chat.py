@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
+
+from rltrain.template_date import frozen_clock
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -47,25 +50,38 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Genera
 
 
 def render(
-    prompt: str | Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, system: str | None, chat_template: Literal["auto", "none"]
+    prompt: str | Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    system: str | None,
+    chat_template: Literal["auto", "none"],
+    date: dt.date | None = None,
 ) -> tuple[str, list[int]]:
     """The prompt as the model sees it: its text and the token ids that spell it, generation prompt included.
 
-    With a chat template, text becomes one user message. Without one, text is tokenised as it stands after the tokenizer's BOS, if it adds
-    one. No end token is ever appended. Raises ValueError when messages or a system message meet a tokenizer without a template.
+    With a chat template, text becomes one user message. Without one, text is tokenised as it stands after the tokenizer's BOS, if it
+    adds one. No end token is ever appended. date: that the template prints; None: today. Raises ValueError when messages or a system
+    message meet a tokenizer without a template.
     """
     if chat_template == "auto" and tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if system is not None:
             messages = [{"role": "system", "content": system}, *messages]
-        text = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, add_generation_prompt=True)
-        assert isinstance(text, str)
+        text = spell(messages, tokenizer, date, add_generation_prompt=True)
         return text, tokenizer(text, add_special_tokens=False)["input_ids"]  # the template spells BOS where the model wants one
     if not isinstance(prompt, str) or system is not None:
         what = "the prompt is a list of messages" if not isinstance(prompt, str) else "data.system is set"
         why = "data.chat_template is none" if chat_template == "none" else f"the tokenizer {tokenizer.name_or_path!r} has no chat template"
         raise ValueError(f"{what}, but {why}; use text prompts and data.prompt_template, or a tokenizer with a chat template")
     return prompt, _plain(prompt, tokenizer)
+
+
+def spell(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, date: dt.date | None, *, add_generation_prompt: bool = False
+) -> str:
+    """The messages in the tokenizer's chat template, as of ``date``."""
+    plain = [dict(message) for message in messages]
+    return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt, **frozen_clock(date)))
 
 
 def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -119,14 +135,15 @@ class Dialogue:
         self._tokenizer, self._stop, self._data, self._longest = tokenizer, frozenset(stop), data, observation_tokens
         self._before, self._after = (), ()
         if data.chat_template == "auto" and tokenizer.chat_template is not None:
-            self._before, self._after = (self._ids(text, special=True) for text in _frame(tokenizer, data.system, role))
+            self._before, self._after = (self._ids(text, special=True) for text in _frame(tokenizer, data.system, role, data.date))
 
     def opening(self, text: str) -> tuple[str, tuple[int, ...]]:
         """The prompt that asks ``text`` inside ``data.prompt_template``, cut at its end to ``data.max_prompt_tokens``."""
         ids = self._ids(text)
         while True:
             content = self._data.prompt_template.format_map({"prompt": text})
-            shown, token_ids = render(content, self._tokenizer, system=self._data.system, chat_template=self._data.chat_template)
+            system, template, date = self._data.system, self._data.chat_template, self._data.date
+            shown, token_ids = render(content, self._tokenizer, system=system, chat_template=template, date=date)
             over = len(token_ids) - self._data.max_prompt_tokens
             if over <= 0 or not ids:
                 return shown, tuple(token_ids)
@@ -142,12 +159,12 @@ class Dialogue:
         return tuple(self._tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"])
 
 
-def _frame(tokenizer: PreTrainedTokenizerBase, system: str | None, role: str) -> tuple[str, str]:
+def _frame(tokenizer: PreTrainedTokenizerBase, system: str | None, role: str, date: dt.date | None) -> tuple[str, str]:
     """What a template writes between an assistant's words and a message, and from there to the assistant's next words."""
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages += [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _TURN}, {"role": role, "content": _REPLY}]
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        text = spell(messages, tokenizer, date, add_generation_prompt=True)
     except (TemplateError, ValueError, TypeError) as error:
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} refuses a {role!r} message after the assistant's ({error}); "

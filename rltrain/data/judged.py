@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rltrain.config.schema import JudgedData
-from rltrain.data.chat import Message, check_messages, render
+from rltrain.data.chat import Message, check_messages, render, spell
 from rltrain.data.prompts import renamed, side_of
 from rltrain.data.rows import Row, read_rows
 from rltrain.data.tasks import TASKS
@@ -42,7 +42,8 @@ class Reader:
 
     def prompt(self, prompt: Text) -> tuple[str, tuple[int, ...]]:
         """(what the model reads, its token ids), uncut."""
-        text, token_ids = render(prompt, self.tokenizer, system=self.data.system, chat_template=self.data.chat_template)
+        system, template, date = self.data.system, self.data.chat_template, self.data.date
+        text, token_ids = render(prompt, self.tokenizer, system=system, chat_template=template, date=date)
         return text, tuple(token_ids)
 
     def completion(self, prompt: Text, spelt: str, completion: Text) -> tuple[int, ...]:
@@ -60,7 +61,7 @@ class Reader:
         asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
         answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else [dict(one) for one in completion]
         system = [] if self.data.system is None else [{"role": "system", "content": self.data.system}]
-        whole = str(self.tokenizer.apply_chat_template([*system, *asked, *answer], tokenize=False))
+        whole = spell([*system, *asked, *answer], self.tokenizer, self.data.date)
         if not whole.startswith(spelt):
             raise ValueError(
                 "the chat template writes a conversation with its answer otherwise than the prompt alone, so what the policy would "

@@ -140,7 +140,7 @@ def _content(row: Row, data: Data) -> str | list[Message]:
 def _prompt(row: Row, content: str | list[Message], data: Data, tokenizer: PreTrainedTokenizerBase) -> Prompt | None:
     """None when it is longer than ``data.max_prompt_tokens``."""
     try:
-        text, token_ids = render(content, tokenizer, system=data.system, chat_template=data.chat_template)
+        text, token_ids = render(content, tokenizer, system=data.system, chat_template=data.chat_template, date=data.date)
     except ValueError as error:
         raise ValueError(f"{row.where}: {error}") from error
     if len(token_ids) > data.max_prompt_tokens:

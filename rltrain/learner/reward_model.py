@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from rltrain.errors import UserError
 from rltrain.learner.forward import scalar_head
 from rltrain.learner.reward_learner import load_reward_model
 from rltrain.remote_code import trusts
+from rltrain.template_date import frozen_clock
 from rltrain.types import TokenRows
 
 __all__ = ["RewardModel", "rewards_of"]
@@ -40,9 +42,11 @@ class RewardModel:
         device: torch.device,
         tokens_per_micro_batch: int,
         precision: Precision = "auto",
+        date: dt.date | None = None,
     ) -> None:
         self.path, self.prompt_column, self.max_tokens = path, prompt_column, max_tokens
         self.device, self.tokens_per_micro_batch = device, tokens_per_micro_batch
+        self._date = date  # that its chat template prints; None: today
         model: Any = load_reward_model(path, None, "auto", trained=True, decoder=False).requires_grad_(False)
         self._head = scalar_head(model)
         if precision == "bfloat16" or (precision == "auto" and device.type == "cuda"):
@@ -90,7 +94,7 @@ class RewardModel:
             )
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
         answered = [*messages, {"role": "assistant", "content": inputs.completions[at]}]
-        text = self._tokenizer.apply_chat_template(answered, tokenize=False)
+        text = self._tokenizer.apply_chat_template(answered, tokenize=False, **frozen_clock(self._date))
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])[-self.max_tokens :]
 
 
@@ -99,8 +103,15 @@ def rewards_of(path: str, rows: TokenRows, *, tokens_per_micro_batch: int) -> li
     texts = [(*prompt, *completion) for prompt, completion in zip(rows.prompts, rows.completions, strict=True)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     most = max(map(len, texts), default=1)
-    sizes = {"max_tokens": most, "tokens_per_micro_batch": tokens_per_micro_batch}
-    return RewardModel(path, prompt_column=None, device=device, precision="float32", **sizes).scores(texts)
+    model = RewardModel(
+        path,
+        prompt_column=None,
+        max_tokens=most,
+        device=device,
+        tokens_per_micro_batch=tokens_per_micro_batch,
+        precision="float32",
+    )
+    return model.scores(texts)
 
 
 def _batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:

@@ -1,0 +1,104 @@
+"""What a run reads beside its recipe, as digests by name: a resumed run must read the same.
+
+Names are what an error says: ``code of reward.functions.0 (my.py:score)``, ``column answer of data.train``, ``files of model.path (m)``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from reward.source import is_user_spec, source_digest
+from rltrain.model_files import local_file
+from rltrain.remote_code import trusted_code
+
+_MODEL_KEYS = ("path", "reference", "teacher", "previous")  # the last part of keys that name models
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16  # of a file of weights; training changes every tensor
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
+_PROSE = (".md",)
+_ABSENT = "absent"
+
+
+def code_digests(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Of every ``path/to/file.py:name`` in a recipe as plain data, whatever section it stands in, and of trusted code of models."""
+    named = {key: value for key, value in _texts(recipe) if is_user_spec(value)}
+    own = {f"code of {key.removesuffix('.name')} ({value})": source_digest(value) for key, value in named.items()}
+    return own | {f"code of the model {entry}": digest for entry, digest in trusted_code().items()}
+
+
+def model_digests(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Of the models that a recipe names: a folder's files, large ones by samples; a Hub model's commit, where it is known here."""
+    found: dict[str, str] = {}
+    for key, path in _texts({name: part for name, part in recipe.items() if name not in ("data", "about")}):
+        if key.rpartition(".")[2] not in _MODEL_KEYS:
+            continue
+        revision = recipe["model"].get("revision") if path == recipe["model"]["path"] else None
+        digest = _folder_digest(Path(path)) if Path(path).is_dir() else _commit_of(path, revision)
+        if digest is not None:
+            found[f"files of {key} ({path})"] = digest
+    return found
+
+
+def column_digests(source: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Of each column of ``rows``, in their order. source: the key that names the data, such as "data.train"."""
+    columns: dict[str, Any] = {}
+    number = 0
+    for number, row in enumerate(rows, start=1):
+        for name, value in row.items():
+            if name not in columns:
+                columns[name] = hashlib.sha256()
+            columns[name].update(f"{number} {json.dumps(value, sort_keys=True, default=repr)}\n".encode())
+    return {f"column {name} of {source}": f"sha256:{found.hexdigest()}" for name, found in columns.items()}
+
+
+def changes(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """A line for everything that is not what it was: ``name: saved -> now``."""
+    names = dict.fromkeys((*saved, *now))
+    pairs = {name: (saved.get(name, _ABSENT), now.get(name, _ABSENT)) for name in names}
+    return [f"{name}: {before[:19]} -> {after[:19]}" for name, (before, after) in pairs.items() if before != after]
+
+
+def _texts(data: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text in plain data."""
+    if isinstance(data, str):
+        yield key, data
+    elif isinstance(data, Mapping | list):
+        items = data.items() if isinstance(data, Mapping) else enumerate(data)
+        for name, value in items:
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
+
+
+def _commit_of(path: str, revision: str | None) -> str | None:
+    """The Hub keeps snapshots in folders named after their commits."""
+    try:
+        config = local_file(path, revision, "config.json")
+    except (OSError, ValueError):
+        return None
+    return config.parent.name if config is not None and _COMMIT.fullmatch(config.parent.name) else None
+
+
+def _folder_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not path.name.startswith(".") and path.suffix not in _PROSE:
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode("utf-8", "surrogateescape"))
+            for block in _blocks(path):
+                digest.update(block)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """A file's content, or evenly spread samples of large weights."""
+    size = path.stat().st_size
+    if path.suffix not in _WEIGHTS or size <= _SAMPLES * _SAMPLE_BYTES:
+        yield path.read_bytes()
+        return
+    with open(path, "rb") as file:
+        for number in range(_SAMPLES):
+            file.seek(number * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+            yield file.read(_SAMPLE_BYTES)
