@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from reviewed_verdicts import DECIDED, RULES
@@ -169,27 +169,15 @@ def test_formulas_without_digits_are_not_words(first: str, second: str, form: st
     assert verdict.by in ("algebra", "same text")
 
 
-PIECES = st.sampled_from(
-    [
-        "\\boxed{4}",
-        "\\boxed{5}",
-        "$x=4$",
-        "4",
-        "5",
-        "the answer is 5",
-        "Answer: $4$.",
-        "final answer is **5**",
-        "\n",
-        ". ",
-        " and ",
-        "Wait, ",
-        "####",
-    ]
-)
+UNMARKED = ["$x=4$", "4", "5", "\n", ". ", " and ", "Wait, ", "so it is", "$5$"]
+MARKED = ["\\boxed{4}", "\\boxed{5}", "the answer is 5", "Answer: $4$.", "final answer is **5**", "####"]
+COMPLETIONS = st.one_of(*(st.lists(st.sampled_from(pieces), max_size=7) for pieces in (UNMARKED, UNMARKED + MARKED)))
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.lists(PIECES, max_size=7).map(" ".join), st.sampled_from(["4", "5", "4, 5"]))
+@example("First 5.\nThen\nit is 4", "4")
+@example("\\boxed{4} Wait, \\boxed{5}", "5")
+@given(COMPLETIONS.map(" ".join), st.sampled_from(["4", "5", "4, 5"]))
 def test_the_logged_answer_is_what_the_verdict_was_computed_from(completion: str, gold: str):
     (score,) = math_answer(inputs(completion, answer=gold))
     if score.answer is None:
