@@ -303,7 +303,7 @@ def _frozen(
     folder = None if recipe.reference.cache is None else Path(recipe.reference.cache).expanduser()
     make = partial(FrozenLogProbs, learner, folder=folder, verify=recipe.reference.verify, say=reporter.message)
     if path is None and fresh:
-        yield make(policy=None, weights=weights_digest(learner.weights()))
+        yield make(policy=None, weights=weights_digest(learner.model_weights()))
         return
     with learner.frozen_model(path, recipe.model) as policy:
         yield make(policy=policy, weights=weights_digest(learner.weights_of(policy)))

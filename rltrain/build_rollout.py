@@ -12,7 +12,7 @@ import torch
 from rltrain.build_environment import build_dialogue, build_pool
 from rltrain.build_materials import REWARD_MODEL, Materials
 from rltrain.config.check import ARMS, ORDERS, REWARDS
-from rltrain.config.schema import AdaptiveTemperature, Model, Recipe
+from rltrain.config.schema import AdaptiveTemperature, Recipe
 from rltrain.data.gain_rl import template_lengths
 from rltrain.data.language import Language
 from rltrain.data.order import Order
@@ -34,6 +34,7 @@ from rltrain.train.evaluate import Evaluator
 from rltrain.train.mismatch import MismatchGuard
 from rltrain.types import REFERENCE_VERSION, Prompt, Sampling, TokenRows
 from rltrain.watchdog import Waiting
+from rltrain.weight_names import CheckpointNames
 
 # Mean absolute difference in nats between engine and learner at which a run warns and stops. In float32 engines agree to about 1e-6
 # and never above 1e-5; bfloat16 kernels of two libraries to about 0.01.
@@ -120,15 +121,24 @@ def single_turn_engine(recipe: Recipe, language: Language, device: torch.device)
             )
 
 
-def load_from_disk(engine: RolloutEngine, model: Model) -> None:
-    """The weights of ``model.path`` as version 0, through the same door as a learner's."""
-    weights = load_causal_lm(model.path, model.revision, "auto").state_dict()
-    engine.load(iter(weights.items()), 0)
+def load_from_disk(engine: RolloutEngine, recipe: Recipe) -> Sync:
+    """The weights of ``model.path`` as version 0, through the same door as a learner's: every one of them compared.
+
+    Raises WeightMismatchError where one did not arrive. The answer's ``verify`` says whether they are still there.
+    """
+    loaded = load_causal_lm(recipe.model.path, recipe.model.revision, "auto")
+    names = CheckpointNames(loaded)
+    sync = _sync(recipe, engine, names)
+    sync.push(names.to_checkpoint(loaded.state_dict().items()), 0, expect_change=False)
+    return sync
 
 
 def build_sync(recipe: Recipe, engine: RolloutEngine, learner: AccelerateLearner) -> Sync:
-    ties = dict(learner.model.all_tied_weights_keys)
-    return Sync(engine, ties, recipe.sync.sample, recipe.sync.full_every, stable_hash(recipe.seed, "sync"))
+    return _sync(recipe, engine, learner.names)
+
+
+def _sync(recipe: Recipe, engine: RolloutEngine, names: CheckpointNames) -> Sync:
+    return Sync(engine, names.ties, recipe.sync.sample, recipe.sync.full_every, stable_hash(recipe.seed, "sync"))
 
 
 def build_guard(recipe: Recipe, engine: RolloutEngine) -> MismatchGuard:

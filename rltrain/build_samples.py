@@ -14,6 +14,7 @@ from rltrain.data.preferences import Pair
 from rltrain.learner.preference_learner import PreferenceLearner
 from rltrain.rollout.watched import WatchedEngine
 from rltrain.seeds import stable_hash
+from rltrain.sync.in_process import Sync
 from rltrain.train.own_samples import OwnSamples
 from rltrain.types import Prompt, Sampling
 from rltrain.watchdog import Waiting, unwatched
@@ -52,4 +53,5 @@ def build_own_samples(
     engine.sleep()
     prompts = tuple(Prompt(f"{number:06d}", token_ids, "") for number, token_ids in enumerate(chosen))
     watched = WatchedEngine(engine, "transformers", waiting)
-    return OwnSamples(watched, prompts, Sampling(n=1, temperature=1.0, max_tokens=recipe.data.max_completion_tokens, seed=seed))
+    sync = Sync(watched, learner.names.ties, sample=1, full_every=1, seed=seed)
+    return OwnSamples(watched, sync, prompts, Sampling(n=1, temperature=1.0, max_tokens=recipe.data.max_completion_tokens, seed=seed))

@@ -279,13 +279,15 @@ def _rendered(name: str, text: str, recipe: Recipe, language: Language) -> Promp
 
 @contextmanager
 def _engine_with(recipe: Recipe, language: Language, waiting: Waiting) -> Iterator[RolloutEngine]:
-    """The recipe's engine holding the recipe's model; it cannot keep anybody waiting for ever."""
+    """The recipe's engine holding the recipe's model, proved once it has loaded it and once it has sampled; it cannot keep anybody
+    waiting for ever. Raises WeightMismatchError."""
     with waiting(f"the {recipe.rollout.engine} engine", "to start"):
         started = build_engine(recipe, language, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     engine = WatchedEngine(started, recipe.rollout.engine, waiting)
     try:
-        load_from_disk(engine, recipe.model)
+        sync = load_from_disk(engine, recipe)
         yield engine
+        sync.verify(every=True)
     finally:
         engine.close()
 

@@ -43,11 +43,11 @@ class RolloutEngine(Protocol):
         ...
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take the learner's weights (Hugging Face names, full tensors) as ``version``; forget every cache of older ones."""
+        """Take the learner's weights (names of a checkpoint, full tensors) as ``version``; forget every cache of older ones."""
         ...
 
     def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, float]:
-        """One number per weight, by Hugging Face name, of what the engine multiplies with (``sync/fingerprint.py``).
+        """One number per weight, by checkpoint name, of what the engine multiplies with (``sync/fingerprint.py``).
 
         names: of these only, as far as the engine has them; None: of all.
         """

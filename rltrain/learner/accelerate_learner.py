@@ -31,6 +31,7 @@ from rltrain.remote_code import refusing_untrusted, trusts
 from rltrain.seeds import stable_hash
 from rltrain.types import PolicyTokens, StepTotals, TokenRows, TrainBatch
 from rltrain.watchdog import Waiting, unwatched
+from rltrain.weight_names import CheckpointNames
 
 __all__ = ["FROZEN", "AccelerateLearner", "NonFiniteError", "UpdateStats", "agree", "load_causal_lm"]
 
@@ -77,6 +78,7 @@ class AccelerateLearner:
         torch.manual_seed(seed)
         with sharded_loading(self.accelerator):
             pretrained = self._pretrained(model)
+        self.names = CheckpointNames(pretrained)
         self.layout: Layout = resolve_layout(settings.layout, pretrained)
         if settings.gradient_checkpointing:
             pretrained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -169,11 +171,17 @@ class AccelerateLearner:
         return self.bare.inner
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Full, unsharded weights under their Hugging Face names. A collective: every rank calls it; all but rank 0 may throw it away."""
-        return dict(self.weights())
+        """Full, unsharded weights under the names inside the model, as ``save_pretrained`` takes them. A collective: every rank
+        calls it; all but rank 0 may throw it away."""
+        return dict(self.model_weights())
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """One by one, on every rank, in float32 as the optimizer has them. A collective: every rank takes all of them."""
+        """One by one, by checkpoint name, on every rank, in float32 as the optimizer has them; of what transformers fuses, the
+        parts. A collective: every rank takes all of them."""
+        return self.names.to_checkpoint(self.model_weights())
+
+    def model_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """``weights`` by their names inside the model."""
         for name, tensor in self.bare.state_dict(keep_vars=True).items():
             with self._waiting("the other ranks", f"to hand over their shards of {name}"):
                 whole = self.backend.whole(tensor)

@@ -10,6 +10,7 @@ from rltrain.config.schema import Model
 from rltrain.errors import UserError
 from rltrain.learner.accelerate_learner import load_causal_lm
 from rltrain.remote_code import refusing_untrusted, trusts
+from rltrain.weight_names import CheckpointNames
 
 __all__ = ["reference_weights", "require_same_tokens"]
 
@@ -40,7 +41,10 @@ def require_same_tokens(tokenizer: PreTrainedTokenizerBase, model: str, key: str
 
 
 def reference_weights(model: Model, policy: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The frozen reference's weights in an engine's ``dtype``, in host memory. Raises UserError if they are not the policy's in shape."""
+    """The frozen reference's weights by checkpoint name, in an engine's ``dtype``, in host memory.
+
+    Raises UserError if they are not the policy's in shape.
+    """
     frozen = load_causal_lm(model.reference or model.path, None if model.reference else model.revision, model.attention)
     ours, theirs = (config.get_text_config().to_dict() for config in (policy.config, frozen.config))
     if differing := [key for key in _SHAPE if ours.get(key) != theirs.get(key)]:
@@ -48,4 +52,5 @@ def reference_weights(model: Model, policy: PreTrainedModel, dtype: torch.dtype)
             f"rollout.arms reference: one engine samples from {model.path} and {model.reference}, but their {differing[0]} differ: "
             f"{ours.get(differing[0])} and {theirs.get(differing[0])}; set model.reference to a model of the same shape"
         )
-    return {name: weight.to(dtype) for name, weight in frozen.state_dict().items()}
+    weights = CheckpointNames(frozen).to_checkpoint(frozen.state_dict().items())
+    return {name: weight.to(dtype) for name, weight in weights}

@@ -71,7 +71,7 @@ class PairLearner(PreferenceLearner):
             self.use_frozen(PREVIOUS, None, model)
         held = self.frozen[PREVIOUS].state_dict()
         with torch.no_grad():
-            for name, weight in self.weights():
+            for name, weight in self.model_weights():
                 held[f"model.{name}"].copy_(weight)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

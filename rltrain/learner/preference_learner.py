@@ -72,7 +72,7 @@ class PreferenceLearner(AccelerateLearner):
 
     @staticmethod
     def weights_of(policy: PolicyForward) -> Iterator[tuple[str, Tensor]]:
-        """A frozen model's weights under the names that ``weights`` gives the learner's own."""
+        """A frozen model's weights under the names that ``model_weights`` gives the learner's own."""
         yield from ((name.removeprefix("model."), weight) for name, weight in policy.state_dict().items())
 
     def log_probs(self, rows: TokenRows, *, sides: int, policy: Any = None) -> Tensor:

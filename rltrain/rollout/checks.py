@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rltrain.protocols import EngineState, RolloutEngine, WrongVersionError
 from rltrain.types import Prompt, Sampling
@@ -36,11 +36,10 @@ def require_fit(prompts: Sequence[Prompt], sampling: Sampling, limit: int, what:
 
 
 class WeightShapes:
-    """Names and shapes a model expects. A tied head may come or not: it is the embedding under a second name."""
+    """What a model expects, by checkpoint name. A tied head may come or not: it is the embedding under a second name."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.allowed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        self.required = frozenset(name for name, _ in model.named_parameters())
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], parameters: Collection[str]) -> None:
+        self.allowed, self.required = shapes, frozenset(parameters)
 
     def check(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Pass ``weights`` on one by one. Raises ValueError at an unknown name or shape, and at the end for what never came."""
@@ -49,7 +48,7 @@ class WeightShapes:
             if name not in self.allowed:
                 raise ValueError(
                     f"weight {name!r} is not one of the engine's model (for example {min(self.required)!r}); "
-                    "load takes Hugging Face names, without wrapper or adapter prefixes"
+                    "load takes the names of a checkpoint, without wrapper or adapter prefixes"
                 )
             if tuple(tensor.shape) != self.allowed[name]:
                 raise ValueError(

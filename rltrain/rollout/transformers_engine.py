@@ -23,6 +23,7 @@ from rltrain.rollout.token_decoder import TokenDecoder, place_together
 from rltrain.seeds import stable_hash
 from rltrain.tensor_ops import weight_fingerprint
 from rltrain.types import Completion, Finish, Prompt, RolloutGroup, Sampling
+from rltrain.weight_names import CheckpointNames
 
 PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill forward, which bounds its activations
 _ROUNDING, _ROUNDING_BFLOAT16 = 1e-3, 5e-2  # of the largest logit: how far decoding may be from the plain forward
@@ -95,7 +96,8 @@ class TransformersEngine:
         self._eager = attention == "eager"
         self._head = self._model.get_output_embeddings()
         self._decoder: TokenDecoder | None = None  # while tokens are written, for models that it fits
-        self._shapes = WeightShapes(self._model)
+        self._names = CheckpointNames(self._model)
+        self._shapes = WeightShapes(self._names.shapes, self._names.parameters)
         self.version: int | None = None
         self.state = EngineState.MAPPED
         self._check_against_plain_forward(model)
@@ -106,18 +108,18 @@ class TransformersEngine:
             raise RuntimeError("load() while asleep: call wake() first")
         self.version, self.state = None, EngineState.MAPPED  # until the last weight is in, these are nobody's weights
         held = self._held()
-        for name, tensor in self._shapes.check(weights):
+        for name, tensor in self._names.from_checkpoint(self._shapes.check(weights)):
             held[name].detach().copy_(tensor)
         self.version, self.state = version, EngineState.LOADED
 
     @torch.no_grad()
     def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, float]:
         """See ``RolloutEngine.fingerprint``; a tied head is reported under both its names."""
-        held = self._held().items()
+        held = self._names.to_checkpoint(self._held().items(), names)
         return {name: weight_fingerprint(name, weight) for name, weight in held if names is None or name in names}
 
     def _held(self) -> dict[str, Tensor]:
-        """Every weight under every name it has, as the model has them now."""
+        """Every weight under every name it has inside the model, as the model has them now."""
         return self._model.state_dict(keep_vars=True)  # copies nothing
 
     def sleep(self) -> None:
@@ -129,7 +131,7 @@ class TransformersEngine:
         if self.state is not EngineState.ASLEEP:
             return
         named = dict(self._model.named_parameters())
-        place_together(named.values(), [self._shapes.allowed[name] for name in named], keep=False)
+        place_together(named.values(), [self._names.inside[name] for name in named], keep=False)
         self.state = EngineState.MAPPED
 
     def close(self) -> None:

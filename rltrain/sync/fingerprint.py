@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from rltrain.errors import UserError
+
 
 class WeightMismatchError(RuntimeError):
     """An engine does not hold the weights it was sent."""
+
+
+class NeverHeldError(WeightMismatchError, UserError):
+    """It did not hold them after the very first load: this engine cannot be given this model, and another must be chosen."""
 
 
 def compare(learner: Mapping[str, float], engine: Mapping[str, float], rtol: float) -> None:

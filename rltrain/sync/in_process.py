@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from rltrain.protocols import RolloutEngine
-from rltrain.sync.fingerprint import WeightMismatchError, compare
+from rltrain.sync.fingerprint import NeverHeldError, WeightMismatchError, compare
 from rltrain.tensor_ops import weight_fingerprint
 
 
@@ -62,9 +62,13 @@ class Sync:
         self.pushes, self._version = self.pushes + 1, version
         return {"sync/checked": float(len(sent)), "sync/difference": worst}
 
-    def verify(self) -> None:
-        """What the engine has just sampled with is what was pushed last. Raises WeightMismatchError. Call before it sleeps."""
-        self._compare(self._of_sample(self.pushes - 1), False, f"after sampling with version {self._version}")
+    def verify(self, *, every: bool = False) -> None:
+        """What the engine has just sampled with is what was pushed last. Raises WeightMismatchError. Call before it sleeps.
+
+        every: all weights, after a push that compared all, as the first does.
+        """
+        sent = self._sent if every else self._of_sample(self.pushes - 1)
+        self._compare(sent, every, f"after sampling with version {self._version}")
 
     def verify_all(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """What the engine has just sampled with is ``weights``, the learner's, every one of them. Raises WeightMismatchError.
@@ -144,6 +148,11 @@ class Sync:
         try:
             compare(sent, held, self.engine.fingerprint_rtol)
         except WeightMismatchError as error:
+            if self.pushes == 0:
+                raise NeverHeldError(
+                    f"{when}: {error}. No load has reached it yet: this engine cannot be given this architecture; "
+                    "choose the other rollout.engine"
+                ) from None
             raise WeightMismatchError(
                 f"{when}: {error}. Look for what writes the engine's weights besides this push (a reload from disk, a wake after sleep), "
                 "or keeps it from reaching a layer that is fused, packed or tied; what was sampled since the last comparison is suspect"

@@ -8,6 +8,7 @@ from rltrain.learner.preference_learner import PreferenceLearner
 from rltrain.protocols import RolloutEngine
 from rltrain.report.statistics import Estimate, clustered_average
 from rltrain.seeds import stable_hash
+from rltrain.sync.in_process import Sync
 from rltrain.types import Prompt, Sampling, TokenRows
 
 __all__ = ["OwnSamples"]
@@ -18,6 +19,7 @@ class OwnSamples:
     """Completions of the same prompts with the same seed each time. The engine holds weights during ``measure`` only."""
 
     engine: RolloutEngine
+    sync: Sync
     prompts: tuple[Prompt, ...]
     sampling: Sampling
 
@@ -26,9 +28,10 @@ class OwnSamples:
         "sampled_tokens", mean over completions. Every rank writes its share and all return the same result.
         """
         self.engine.wake()
-        self.engine.load(learner.weights(), learner.version)
+        self.sync.push(learner.weights(), learner.version, expect_change=False)
         mine = self.prompts[learner.rank :: learner.ranks]
         groups = learner.gather_objects(self.engine.generate(mine, self.sampling, learner.version))
+        self.sync.verify(every=True)
         self.engine.sleep()
         written = [(group.prompt, one) for group in sorted(groups, key=lambda group: group.prompt.id) for one in group.completions]
         rows = TokenRows(tuple(prompt.token_ids for prompt, _ in written), tuple(one.token_ids for _, one in written))

@@ -23,6 +23,7 @@ LAYERS = (
         "rltrain.template_date",
         "rltrain.watchdog",
     ),
+    ("rltrain.weight_names",),
     ("rltrain.advantage", "rltrain.control"),
     ("rltrain.loss",),
     ("rltrain.config",),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from rltrain.rollout.vllm_layers import layer_fingerprints
+from rltrain.rollout.vllm_layers import Architecture, find_places, layer_fingerprints
 from rltrain.sync.fingerprint import WeightMismatchError, compare
 from rltrain.tensor_ops import weight_fingerprint
 from rltrain.types import Prompt, Sampling
@@ -34,19 +36,76 @@ def model() -> torch.nn.Module:
     return torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"gate_up_proj": Fused(), "down_proj": torch.nn.Linear(6, 4, bias=False)})})
 
 
+def architecture_of(shapes: Mapping[str, tuple[int, ...]], transposed: Sequence[str] = ()) -> Architecture:
+    return Architecture("Some", shapes, frozenset(shapes), {}, frozenset(transposed))
+
+
+def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+
+
+APART = {
+    "mlp.gate_proj.weight": (6, 4), "mlp.gate_proj.bias": (6,), "mlp.up_proj.weight": (6, 4), "mlp.up_proj.bias": (6,),
+    "mlp.down_proj.weight": (4, 6),
+}  # fmt: skip
+
+
 def test_a_layer_that_vllm_alone_fuses_is_reported_in_its_parts(model: torch.nn.Module) -> None:
-    kinds = ("gate_proj.weight", "gate_proj.bias", "up_proj.weight", "up_proj.bias", "down_proj.weight")
-    known = [f"mlp.{kind}" for kind in kinds]
-    found, state = layer_fingerprints(model, known), model.state_dict()
-    assert found.keys() == set(known)
+    architecture = architecture_of(APART)
+    places = find_places(model, architecture)
+    assert (places.nowhere, places.unaccounted) == ((), ())
+    found, state = layer_fingerprints(model, places.of, architecture), model.state_dict()
+    assert found.keys() == APART.keys()
     assert found["mlp.up_proj.weight"] == weight_fingerprint("mlp.up_proj.weight", state["mlp.gate_up_proj.weight"][6:])
     assert found["mlp.gate_proj.bias"] == weight_fingerprint("mlp.gate_proj.bias", state["mlp.gate_up_proj.bias"][:6])
-    assert layer_fingerprints(model, known, {"mlp.up_proj.bias"}) == {"mlp.up_proj.bias": found["mlp.up_proj.bias"]}
+    some = layer_fingerprints(model, places.of, architecture, {"mlp.up_proj.bias"})
+    assert some == {"mlp.up_proj.bias": found["mlp.up_proj.bias"]}
 
 
 def test_a_layer_that_hugging_face_fuses_too_is_reported_whole(model: torch.nn.Module) -> None:
-    state = model.state_dict()
-    assert layer_fingerprints(model, state) == {name: weight_fingerprint(name, weight) for name, weight in state.items()}
+    architecture, state = architecture_of(shapes_of(model)), model.state_dict()
+    places = find_places(model, architecture)
+    found = layer_fingerprints(model, places.of, architecture)
+    assert found == {name: weight_fingerprint(name, weight) for name, weight in state.items()}
+
+
+def test_a_weight_without_a_layer_and_a_layer_without_a_weight_are_named(model: torch.nn.Module) -> None:
+    known = {name: shape for name, shape in APART.items() if name != "mlp.up_proj.bias"} | {"head.bias": (3,)}
+    places = find_places(model, architecture_of(known))
+    assert places.nowhere == ("head.bias",)
+    assert places.unaccounted == ("mlp.gate_up_proj.bias",)  # the half that nothing of the checkpoint fills
+
+
+def test_a_weight_that_is_stored_the_other_way_round_is_read_as_stored(model: torch.nn.Module) -> None:
+    shapes = shapes_of(model) | {"mlp.down_proj.weight": (6, 4)}
+    architecture = architecture_of(shapes, ["mlp.down_proj.weight"])
+    found = layer_fingerprints(model, find_places(model, architecture).of, architecture)
+    down = model.state_dict()["mlp.down_proj.weight"]
+    assert found["mlp.down_proj.weight"] == weight_fingerprint("mlp.down_proj.weight", down.t())
+
+
+class Latent(torch.nn.Module):
+    """As vLLM's latent attention keeps the halves of ``kv_b_proj`` for decoding: 2 heads of 3 keys and 5 values, rank 4."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        halves = layer.weight.detach().view(2, 8, 4)
+        self.W_UK_T = torch.nn.Parameter(halves[:, :3].clone())
+        self.W_UV = torch.nn.Parameter(halves[:, 3:].transpose(1, 2).clone())
+
+
+@pytest.mark.parametrize("stale", [None, "W_UK_T", "W_UV"])
+def test_a_stale_copy_in_latent_attention_equals_nothing(stale: str | None) -> None:
+    layer = torch.nn.Linear(4, 16, bias=False)
+    model = torch.nn.ModuleDict({"attn": torch.nn.ModuleDict({"kv_b_proj": layer, "mla": Latent(layer)})})
+    if stale is not None:
+        getattr(model["attn"]["mla"], stale).data[1, 2, 3] += 1e-6
+    architecture = architecture_of({"attn.kv_b_proj.weight": (16, 4)})
+    places = find_places(model, architecture)
+    assert (places.nowhere, places.unaccounted) == ((), ())
+    (found,) = layer_fingerprints(model, places.of, architecture).values()
+    expected = weight_fingerprint("attn.kv_b_proj.weight", layer.weight.detach())
+    assert found == expected if stale is None else math.isnan(found)
 
 
 @pytest.mark.vllm

@@ -1,0 +1,116 @@
+"""What a model's weights are called in a checkpoint: transformers renames and fuses some of them as it loads.
+
+The experts of one layer, a file's ``experts.0.gate_proj.weight`` and so on, are one tensor ``experts.gate_up_proj`` inside the
+model. Files, vLLM and the fingerprints of a sync know the names of the checkpoint; parameters and the optimizer's state have
+those inside the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+__all__ = ["CheckpointNames"]
+
+Weights = Iterable[tuple[str, Tensor]]
+
+
+class CheckpointNames:
+    """Translates weights between the names inside ``model`` and those of its checkpoints, one group of tensors at a time.
+
+    A group is what transformers converts together, the experts of one layer at most: no second model is ever held. Built from
+    the bare model, before a wrapper changes its classes. Checkpoints written under other, older names load as these do: the
+    names are those that ``save_pretrained`` gives a model that was not loaded from any.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        steps = get_model_conversion_mapping(model, add_legacy=False)
+        loading = [step for step in steps if not isinstance(step, PrefixChange)]
+        saving = [step.reverse_transform() for step in reversed(loading)]
+        held = {name: _without_values(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+        self._outward = _Conversion(saving, held, model.config, reverse=True)
+        outside = dict(self._outward.apply(held.items()))
+        self._inward = _Conversion(loading, outside, model.config, reverse=False)
+        self.inside = {name: tuple(tensor.shape) for name, tensor in held.items()}  # shapes by the names inside the model
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in outside.items()}  # and by checkpoint name
+        trained = [(name, held[name]) for name, _ in model.named_parameters()]
+        self.parameters = frozenset(name for name, _ in self._outward.apply(trained))  # a tied weight under its first name
+        self.ties = {self._renamed(second): self._renamed(first) for second, first in model.all_tied_weights_keys.items()}
+
+    def to_checkpoint(self, weights: Weights, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """``weights`` of the model under their checkpoint names; fused ones in their parts, views where that is possible.
+
+        only: the checkpoint names that are wanted, and perhaps others of the same groups.
+        """
+        return self._outward.apply(weights if only is None else self._among(weights, only))
+
+    def from_checkpoint(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+        """``weights`` of a checkpoint under the names inside the model. Raises KeyError for a name that the model has not."""
+        return self._inward.apply(weights)
+
+    def _among(self, weights: Weights, only: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        wanted = {self._inward.keys[name][0] for name in only if name in self._inward.keys}
+        return ((name, tensor) for name, tensor in weights if not wanted.isdisjoint(self._made_of(name)))
+
+    def _made_of(self, name: str) -> set[str]:
+        """The names inside the model of everything that is converted together with ``name``."""
+        return self._outward.members[self._outward.keys[name][0]]
+
+    def _renamed(self, name: str) -> str:
+        """The checkpoint name of a weight that is not fused with others; tied ones never are."""
+        return self._outward.keys[name][0]
+
+
+def _without_values(tensor: Any) -> Tensor:
+    """A weight's shape and type, whole where ZeRO-3 has split it."""
+    return torch.empty(getattr(tensor, "ds_shape", tensor.shape), dtype=tensor.dtype, device="meta")
+
+
+class _Conversion:
+    """One direction of a model's conversion: which tensors are converted together, and how."""
+
+    def __init__(self, steps: Collection[Any], weights: Mapping[str, Tensor], config: Any, *, reverse: bool) -> None:
+        renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+        converters = [step for step in steps if isinstance(step, WeightConverter)]
+        self._by_pattern = {pattern: step for step in converters for pattern in step.source_patterns}
+        self._config = config
+        self.keys: dict[str, tuple[str, str | None]] = {}  # name -> (its group, the pattern of its converter)
+        self.members: dict[str, set[str]] = {}
+        for name in sorted(weights, key=dot_natural_key):
+            key, pattern = rename_source_key(name, renamings, converters, reverse=reverse)
+            self.keys[name] = key, pattern
+            self.members.setdefault(key, set()).add(name)
+
+    def apply(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+        """Each group as soon as its last tensor is there; groups that stay incomplete are dropped."""
+        waiting: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in weights:
+            key, pattern = self.keys[name]
+            if pattern is None:
+                yield key, tensor
+                continue
+            group = waiting.setdefault(key, {})
+            group[name] = tensor
+            if len(group) == len(self.members[key]):
+                yield from self._converted(key, waiting.pop(key))
+
+    def _converted(self, key: str, group: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        names = sorted(group, key=dot_natural_key)
+        converter: Any = deepcopy(self._by_pattern[self.keys[names[0]][1] or ""])
+        for name in names:
+            converter.add_tensor(key, name, self.keys[name][1], group[name].detach())
+        for made, tensor in converter.convert(key, model=None, config=self._config).items():
+            yield made, tensor[0] if isinstance(tensor, list) else tensor
