@@ -14,6 +14,8 @@ sys.stdout.write("imported\n")
 def chatty(inputs: RewardInputs):
     for completion in inputs.completions:
         sys.stdout.write(f"chatty: {completion}\n")
+        if completion == "unfinished":
+            sys.stdout.write("no line break")
         if completion == "then hang":
             time.sleep(1000)
         if completion == "echo":

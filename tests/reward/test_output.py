@@ -43,10 +43,13 @@ def test_each_stretch_stands_under_its_step_and_grader_also_where_tasks_travel_t
     assert set(stretches[1:]) == wanted and len(stretches) == 25
 
 
-def test_what_was_printed_before_a_timeout_and_what_a_child_process_prints_is_there(tmp_path):
-    stretches = printed_by(tmp_path / "rewards.log", inputs("first"), inputs("then hang"), inputs("echo"), seconds=1.0)
+def test_what_was_printed_before_a_timeout_without_a_line_break_or_by_a_child_process_is_there(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    groups = [inputs(completion) for completion in ("first", "then hang", "echo", "unfinished")]
+    stretches = printed_by(tmp_path / "rewards.log", *groups, seconds=1.0)
     assert ("step 3, chatty", "chatty: then hang") in stretches
     assert ("step 3, chatty", "chatty: echo\nfrom a child") in stretches
+    assert ("step 3, chatty", "chatty: unfinished\nno line break") in stretches
 
 
 def test_the_log_is_bounded_and_says_how_much_is_left_out(tmp_path, monkeypatch):
