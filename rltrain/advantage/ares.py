@@ -1,7 +1,8 @@
 """ARES: how many stretches of high entropy a completion has, against what its prompt's difficulty calls for, arXiv:2510.08457.
 
 (The paper calls its scheme AEPO; so do others theirs.) Easy prompts shall be answered with little exploration, hard ones with
-much. A window is a run of consecutive tokens of the completion; it is high if its mean entropy exceeds a threshold.
+much. A window is a run of consecutive tokens of the completion; it is high if its mean entropy exceeds a threshold. In the release
+it belongs to the token before it, so that no window holds the first token, and reaching the threshold is enough.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from rltrain.advantage.group import floating, group_norm
 from rltrain.registry import method
-from rltrain.tensor_ops import masked_quantile, row_quantile, segment_count, segment_mean, window_mean
+from rltrain.tensor_ops import masked, masked_quantile, row_quantile, segment_count, segment_mean, window_mean
 
-__all__ = ["ares", "difficulty", "high_windows", "paper_cost", "released_term"]
+Form = Literal["released", "paper"]
+
+__all__ = ["ares", "difficulty", "high_windows", "paper_cost", "released_term", "released_thresholds"]
 
 EASY, MEDIUM, HARD = 0, 1, 2
 
@@ -43,9 +46,11 @@ def ares(
     """ARES: GRPO's advantages (ddof 1, eps) of rewards shaped by the number N of high windows, arXiv:2510.08457. Returns (B,).
 
     A prompt is easy where at least 2/3 of its completions are right, medium from 1/3, else hard. N counts runs of ``window``
-    tokens above ``threshold`` (nats), by default the step's: the median over completions of the ``quantile`` of their window
-    means (released), or the mean over completions of the quantile of their token entropies (paper). targets are N for easy, medium
-    and hard prompts, by default the step's own mean of each kind, rounded in the released form.
+    tokens whose mean is above ``threshold`` (nats; paper), or runs behind a token whose mean is at least that (released). By default
+    it is the step's: the mean over completions of the ``quantile`` of their token entropies (paper), or the median of the quantile of
+    their window means (released), in which the last ``window`` tokens, behind which no whole window is left, count with the mean of
+    those before them, and a completion without any window with its first token's entropy. targets are N for easy, medium and hard
+    prompts, by default the step's own mean of each kind, rounded in the released form.
 
     form "released" adds a term to right and wrong answers, at most 1.2 ``alpha`` (``released_term``). Left out of it: the moving
     average of the threshold, the drift of alpha (which follows a rounding error), and the list of words after which alone windows
@@ -61,7 +66,7 @@ def ares(
     right = rewards > 0 if correct is None else torch.where(correct.isnan(), rewards > 0, correct > 0)
     if threshold is None:
         threshold = _threshold(old_entropy.detach(), mask.bool(), counted, window, quantile, form)
-    windows = high_windows(old_entropy.detach(), mask.bool(), window, threshold).sum(1).to(rewards.dtype)
+    windows = high_windows(old_entropy.detach(), mask.bool(), window, threshold, form).sum(1).to(rewards.dtype)
     kind, found = difficulty(right[counted], group[counted]), windows[counted]
     target = _own_targets(found, group[counted], kind) if targets is None else rewards.new_tensor(targets)[kind]
     if form == "released":
@@ -74,10 +79,36 @@ def ares(
     return group_norm(shaped, group, eps=eps)
 
 
-def high_windows(entropy: Tensor, mask: Tensor, window: int, threshold: float) -> Tensor:
-    """(B, W) bool: the run of ``window`` masked-in tokens that starts at the w-th one is complete and its mean above ``threshold``."""
+def high_windows(entropy: Tensor, mask: Tensor, window: int, threshold: float, form: Form = "paper") -> Tensor:
+    """(B, W) bool: the run of ``window`` masked-in tokens is complete and its mean above ``threshold``.
+
+    Run w starts at the w-th masked-in token; in the released form at the one behind it, and a mean equal to the threshold counts.
+    """
+    if form == "released":
+        mean, whole = window_mean(entropy, _behind_the_first(mask), window)
+        return whole & (mean >= threshold)
     mean, whole = window_mean(entropy, mask, window)
     return whole & (mean > threshold)
+
+
+def released_thresholds(entropy: Tensor, mask: Tensor, window: int, quantile: float) -> Tensor:
+    """(B,) nats, of each completion: the ``quantile`` over its tokens of the mean of the window behind each.
+
+    A token behind which no whole window is left has the mean of the windows there are, and the first token's entropy where there is
+    none. 0 for a row without tokens.
+    """
+    mean, whole = window_mean(entropy, _behind_the_first(mask), window)
+    first = masked(entropy, mask & (mask.cumsum(1) == 1)).sum(1)
+    count = whole.sum(1)
+    filler = torch.where(count > 0, masked(mean, whole).sum(1) / count.clamp(min=1), first)
+    missing = torch.arange(window, device=mask.device) < mask.sum(1, keepdim=True)
+    values = torch.cat([mean, filler[:, None].expand(-1, window)], dim=1)
+    return row_quantile(values, torch.cat([whole, missing], dim=1), quantile)
+
+
+def _behind_the_first(mask: Tensor) -> Tensor:
+    """``mask`` without the first masked-in token of each row."""
+    return mask & (mask.cumsum(1) > 1)
 
 
 def difficulty(right: Tensor, group: Tensor) -> Tensor:
@@ -111,13 +142,13 @@ def paper_cost(kind: Tensor, distance: Tensor) -> Tensor:
     return torch.where(kind == EASY, distance.clamp(min=0.0), torch.where(kind == HARD, (-distance).clamp(min=0.0), distance.abs()))
 
 
-def _threshold(entropy: Tensor, mask: Tensor, counted: Tensor, window: int, quantile: float, form: Literal["released", "paper"]) -> float:
-    """Nats, above which a window is high; infinity where the step has no complete window."""
+def _threshold(entropy: Tensor, mask: Tensor, counted: Tensor, window: int, quantile: float, form: Form) -> float:
+    """Nats, from which a window is high; infinity where the step has no completion to take it from."""
+    if not bool(counted.any()):
+        return torch.inf
     if form == "paper":
-        return float(row_quantile(entropy, mask, quantile)[counted].mean()) if bool(counted.any()) else torch.inf
-    mean, whole = window_mean(entropy, mask, window)
-    rows = counted & whole.any(1)
-    return float(masked_quantile(row_quantile(mean, whole, quantile), rows, 0.5)) if bool(rows.any()) else torch.inf
+        return float(row_quantile(entropy, mask, quantile)[counted].mean())
+    return float(masked_quantile(released_thresholds(entropy, mask, window, quantile), counted, 0.5))
 
 
 def _own_targets(windows: Tensor, group: Tensor, kind: Tensor) -> Tensor:

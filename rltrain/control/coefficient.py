@@ -256,8 +256,9 @@ class KlTarget(_Remembering):
 
     ``metric`` (nats, mean over the step) is smoothed with ``decay``; its relative error e = KL / target - 1 counts where |e| is at
     least ``dead_zone``, and then, once every ``every`` steps, is smoothed with the same decay and moves ln c by
-    ``rate * clip(error, -cap, cap)``; c begins at ``start`` and stays inside [low, high]. ARES keeps one for each difficulty of a
-    prompt and counts micro-batches; here it is one for the term, and steps. Give the term's own metric when it is not ``kl``.
+    ``rate * clip(error, -cap, cap)``; c begins at ``start`` and stays inside [low, high] times ``start``. In the release start is
+    a fixed coefficient and what moves a factor beside it, inside these bounds. ARES keeps one for each difficulty of a prompt and
+    counts micro-batches; here it is one for the term, and steps. Give the term's own metric when it is not ``kl``.
     """
 
     _STATE = ("coefficient", "kl", "error", "seen")
@@ -276,13 +277,15 @@ class KlTarget(_Remembering):
         high: float = 100.0,
         metric: str = "loss/kl",
     ) -> None:
-        _require_order("kl_target", low=low, start=start, high=high)
-        if not (target > 0 and low > 0 and 0 <= decay < 1 and every >= 1):
+        _require_order("kl_target", low=low, one=1.0, high=high)
+        if not (target > 0 and start > 0 and low > 0 and 0 <= decay < 1 and every >= 1):
             raise ValueError(
-                f"kl_target: target {target} and low {low} must be positive, decay {decay} in [0, 1), every {every} at least 1"
+                f"kl_target: target {target}, start {start} and low {low} must be positive, decay {decay} in [0, 1), "
+                f"every {every} at least 1"
             )
         self.target, self.rate, self.decay, self.cap, self.dead_zone = target, rate, decay, cap, dead_zone
-        self.every, self.low, self.high, self.metric = every, low, high, metric
+        self.every, self.metric = every, metric
+        self.low, self.high = low * start, high * start
         self.coefficient, self.seen, self.error = start, 0, 0.0
         self.kl: float | None = None  # nats, smoothed
 

@@ -73,7 +73,7 @@ def entropy_signal(entropy: Tensor, mask: Tensor, rho: float = 0.8) -> EntropySi
 def adaptive_temperature(
     entropy: Tensor, signal: EntropySignal | None, base: float, tau: float, variant: Literal["scaled", "released", "unscaled"] = "scaled"
 ) -> Tensor:
-    """Temperature for the next token, from the entropy (nats) of its raw distribution and the last step's signal, arXiv:2509.16591.
+    """Temperature for the next token, from the entropy (nats) of its distribution at ``base`` and the last step's signal, arXiv:2509.16591.
 
     ``base (1 + tau h_hat)`` with h_hat clamped to [-1, 1] (new tokens can lie beyond the last step's), hotter where the policy is
     unsure. "released": with the release's sign, hotter at both ends. "unscaled": with h itself, unbounded, as the paper's second

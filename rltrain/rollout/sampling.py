@@ -28,7 +28,8 @@ def sample_tokens_(
         return tokens, logp
     if adaptive is not None:
         reported = torch.log_softmax(logits / temperature, dim=-1)
-        token, _ = _drawn_(logits.div_(token_temperatures(entropy_of(logits), temperature, adaptive)[:, None]), uniform)
+        entropy = entropy_of(logits / temperature)  # as the learner measures it, from which the signal is
+        token, _ = _drawn_(logits.div_(token_temperatures(entropy, temperature, adaptive)[:, None]), uniform)
         return token, reported.gather(1, token[:, None])[:, 0]
     return _drawn_(logits if temperature == 1 else logits.div_(temperature), uniform)
 

@@ -58,7 +58,7 @@ class TemperatureController:
 
 
 def token_temperatures(entropy: Tensor, base: float, adaptive: AdaptiveTemperature) -> Tensor:
-    """Temperature of each token; entropy: nats, of softmax(logits), any shape. At least ``LEAST_SHARE`` of ``base``."""
+    """Temperature of each token; entropy: nats, of softmax(logits / base), any shape. At least ``LEAST_SHARE`` of ``base``."""
     signal = EntropySignal(adaptive.pivot, adaptive.sigma, adaptive.top, adaptive.bottom)
     return adaptive_temperature(entropy, signal, base, adaptive.tau, adaptive.variant).clamp(min=LEAST_SHARE * base)
 

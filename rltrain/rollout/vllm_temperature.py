@@ -80,7 +80,7 @@ class AdaptiveTemperatureProcessor(LogitsProcessor):
         for (temperature, adaptive), indexes in places.items():
             at = torch.tensor(indexes, device=logits.device)
             base = torch.log_softmax(logits[at], dim=-1)  # l less its logsumexp, which is then 0
-            factor = token_temperatures(entropy_of(logits[at] * temperature), temperature, adaptive) / temperature
+            factor = token_temperatures(entropy_of(base), temperature, adaptive) / temperature
             tempered = base / factor[:, None]
             logits[at] = tempered
             rows = [self._rows[place] for place in indexes]

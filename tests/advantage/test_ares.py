@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from rltrain.advantage.ares import EASY, HARD, MEDIUM, ares, difficulty, high_windows, paper_cost, released_term
+from rltrain.advantage.ares import EASY, HARD, MEDIUM, ares, difficulty, high_windows, paper_cost, released_term, released_thresholds
 from rltrain.advantage.group import group_norm
 from rltrain.tensor_ops import row_quantile, window_mean
 
@@ -64,6 +65,42 @@ def test_windows_are_those_of_the_example():
     assert whole.all()
     assert high_windows(entropy, mask, 4, 1.0).sum() == 3
     assert_close(row_quantile(entropy, mask, 0.95), f64([1.93]))
+
+
+def test_a_released_window_lies_behind_its_token_and_may_equal_the_threshold():
+    entropy = f64([[9.0, 1.0, 3.0, 2.0, 2.0, 0.0]])
+    mask = torch.ones(1, 6, dtype=torch.bool)
+    # means of two behind tokens 0 to 3: 2, 2.5, 2, 1; the 9 at the beginning is in none
+    assert high_windows(entropy, mask, 2, 2.0, "released").tolist() == [[True, True, True, False, False]]
+    assert high_windows(entropy, mask, 2, 2.0).tolist() == [[True, False, True, False, False]]
+
+
+@pytest.mark.parametrize("window", [1, 2, 4, 7])
+@pytest.mark.parametrize("quantile", [0.5, 0.95])
+def test_released_thresholds_are_percentiles_over_all_tokens(window: int, quantile: float):
+    given = step()
+    got = released_thresholds(given["old_entropy"], given["mask"], window, quantile)
+    for row, entropy in enumerate(given["old_entropy"]):
+        assert got[row].item() == pytest.approx(percentile_of_row(entropy[given["mask"][row]].tolist(), window, quantile))
+
+
+def percentile_of_row(entropy: list[float], window: int, quantile: float) -> float:
+    """Token by token: the mean of what follows; at the end, where too little does, the mean of what was collected before."""
+    collected: list[float] = []
+    for at, own in enumerate(entropy):
+        following = entropy[at + 1 : at + 1 + window]
+        if len(following) == window:
+            collected.append(float(np.mean(following)))
+        else:
+            collected.append(float(np.mean(collected)) if collected else own)
+    return float(np.percentile(collected, 100 * quantile))
+
+
+def test_another_speakers_tokens_are_in_no_released_window():
+    entropy, mask = f64([[5, 90, 1, 90, 3], [4, 90, 90, 90, 90]]), torch.tensor([[1, 0, 1, 0, 1], [1, 0, 0, 0, 0]]).bool()
+    assert high_windows(entropy, mask, 2, 2.0, "released").sum(1).tolist() == [1, 0]
+    # (1 + 3) / 2 and twice its own mean; one token alone is its own
+    assert released_thresholds(entropy, mask, 2, 0.95).tolist() == [2, 4]
 
 
 def test_windows_run_over_the_tokens_the_policy_wrote():

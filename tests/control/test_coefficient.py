@@ -137,6 +137,16 @@ def test_a_small_error_of_the_kl_leaves_its_weight_alone() -> None:
     assert controller() == 0.01
 
 
+@pytest.mark.parametrize(("kl", "factor"), [(0.0, 1e-4), (10.0, 100.0)])
+@pytest.mark.parametrize("start", [0.01, 0.5])
+def test_the_kl_weight_stays_inside_its_bounds_times_its_start(kl: float, factor: float, start: float) -> None:
+    # released: a fixed coefficient times a factor in [1e-4, 100] that begins at 1
+    controller = make({"name": "kl_target", "start": start, "every": 1, "decay": 0.0, "rate": 1.0, "cap": 9.0})
+    for _ in range(20):
+        controller.observe({"loss/kl": kl})
+    assert controller() == pytest.approx(start * factor)
+
+
 @pytest.mark.parametrize(
     ("named", "said"),
     [
@@ -145,6 +155,8 @@ def test_a_small_error_of_the_kl_leaves_its_weight_alone() -> None:
         ({"name": "entropy_band", "entropy_low": 0.3, "entropy_high": 0.1, "rate": 1.0}, "entropy_low 0.3, entropy_high 0.1"),
         ({"name": "annealed", "floor": 1.0}, "floor 1, start 0.005"),
         ({"name": "kl_target", "target": 0.0}, "must be positive"),
+        ({"name": "kl_target", "start": 0.0}, "must be positive"),
+        ({"name": "kl_target", "low": 2.0}, "low 2, one 1, high 100"),
     ],
 )
 def test_hyperparameters_that_contradict_each_other_are_refused(named: dict[str, Any], said: str) -> None:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from rltrain.rollout import sampling
 from rltrain.rollout.sampling import sample_tokens_
 from rltrain.rollout.temperature import TemperatureController, entropy_of, token_temperatures
 from rltrain.types import AdaptiveTemperature, Sampling
@@ -86,7 +87,7 @@ def test_tokens_are_drawn_at_their_own_temperature_and_reported_at_the_base(base
     # Two rows, a certain and an uncertain one, at opposite ends of the range: T = base (1 -+ 0.5). 40,000 stratified draws of each
     # have the distribution itself as frequencies, up to one draw per token.
     logits = torch.tensor([[2.0, 0.0, -1.0, -2.0], [0.3, 0.2, 0.1, 0.0]])
-    entropy = entropy_of(logits)
+    entropy = entropy_of(logits / base)
     adaptive = AdaptiveTemperature(0.5, "scaled", pivot=entropy.log().mean().item(), sigma=1.0, top=0.01, bottom=-0.01)
     draws = 40_000
     uniform = ((torch.arange(draws) + 0.5) / draws).repeat(2)
@@ -97,6 +98,23 @@ def test_tokens_are_drawn_at_their_own_temperature_and_reported_at_the_base(base
         torch.testing.assert_close(share, torch.softmax(logits[row] / (base * factor), -1), atol=1e-3, rtol=0)
         reported = torch.log_softmax(logits[row] / base, -1)[drawn]
         torch.testing.assert_close(logp[row * draws : (row + 1) * draws], reported)
+
+
+@pytest.mark.parametrize("base", [0.3, 0.7, 1.0, 1.4])
+def test_a_fifth_of_the_tokens_is_hot_whatever_the_base(base: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    # rho 0.8: a fifth of the tokens lies above the pivot of the signal, which the learner measures at the base temperature
+    logits = torch.randn(2000, 50, generator=torch.Generator().manual_seed(3)) * torch.linspace(0.5, 6, 2000)[:, None]
+    one = controller("scaled", 0.5)
+    one.observe(entropy_of(logits / base)[None], torch.ones(1, 2000, dtype=torch.bool))
+    drawn_at: list[torch.Tensor] = []
+
+    def noted(*arguments: object) -> torch.Tensor:
+        drawn_at.append(token_temperatures(*arguments))  # type: ignore[arg-type]
+        return drawn_at[-1]
+
+    monkeypatch.setattr(sampling, "token_temperatures", noted)
+    sample_tokens_(logits.clone(), torch.rand(2000), base, one.sampling(BASE).adaptive)
+    assert (drawn_at[0] > base).float().mean().item() == pytest.approx(0.2, abs=1e-3)
 
 
 def test_tau_zero_draws_what_a_fixed_temperature_draws() -> None:

