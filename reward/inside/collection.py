@@ -1,4 +1,6 @@
-"""Which tests a source has defined beside those that run when it is executed, by the rules of pytest, unittest and HumanEval."""
+"""Which tests a source has defined beside those that run when it is executed, by the rules of pytest,
+unittest and HumanEval.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,13 @@ from reward.inside.faults import BadTests, Skipped
 CHECK, CANDIDATE = "check", "candidate"
 
 Run = Callable[[], None]
+Fixtures = Mapping[str, pytest_names.Fixture]
 
 
 def prepare(sources: Sequence[str]) -> None:
-    """``unittest.main`` and ``pytest.main`` do nothing for the tests, as all of these are run afterwards anyway."""
+    """``unittest.main`` and ``pytest.main`` do nothing for the tests, as all of these are run afterwards
+    anyway.
+    """
     if any("pytest" in source for source in sources):
         sys.modules["pytest"] = pytest_names
     if any("unittest" in source for source in sources):
@@ -36,7 +41,8 @@ def collect(defined: Mapping[str, Any], entry: Callable[[], Any] | None, script_
     that calls it ``candidate``. script_calls: whether the source has called the program when it was executed; its
     functions with arguments are then helpers, and not tests. Raises BadTests where a test wants what is not there.
     """
-    fixtures = {value.name or name: value for name, value in defined.items() if isinstance(value, pytest_names.Fixture)}
+    own = {name: value for name, value in defined.items() if isinstance(value, pytest_names.Fixture)}
+    fixtures = {fixture.name or name: fixture for name, fixture in own.items()}
     if entry is not None:
         fixtures |= {CANDIDATE: pytest_names.Fixture(lambda: entry(), CANDIDATE, False)}
     for name, value in defined.items():
@@ -59,10 +65,10 @@ def _check(check: types.FunctionType, entry: Callable[[], Any] | None) -> Iterat
         yield lambda: check(entry())
 
 
-# pytest --------------------------------------------------------------------------------------------------------------
+# pytest -----------------------------------------------------------------------------------------------------
 
 
-def _calls(function: Callable[..., Any], fixtures: Mapping[str, pytest_names.Fixture], optional: bool = False) -> Iterator[Run]:
+def _calls(function: Callable[..., Any], fixtures: Fixtures, optional: bool = False) -> Iterator[Run]:
     """The function once for each combination of its parameters. optional: it is no test where one is missing."""
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
         raise BadTests(f"{function.__name__} is asynchronous or a generator, which cannot be run as a test")
@@ -76,16 +82,18 @@ def _calls(function: Callable[..., Any], fixtures: Mapping[str, pytest_names.Fix
         if missing and optional:
             return
         if missing:
-            raise BadTests(f"{function.__name__} wants {', '.join(missing)}, and there is no such fixture or parameter")
+            what = ", ".join(missing)
+            raise BadTests(f"{function.__name__} wants {what}, and there is no such fixture or parameter")
         yield lambda values=values: _with_fixtures(function, values, fixtures)
 
 
 def _wanted(function: Callable[..., Any]) -> list[str]:
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [name for name, one in inspect.signature(function).parameters.items() if one.kind in named and one.default is one.empty]
+    parameters = inspect.signature(function).parameters
+    return [name for name, one in parameters.items() if one.kind in named and one.default is one.empty]
 
 
-def _with_fixtures(function: Callable[..., Any], values: Mapping[str, Any], fixtures: Mapping[str, pytest_names.Fixture]) -> None:
+def _with_fixtures(function: Callable[..., Any], values: Mapping[str, Any], fixtures: Fixtures) -> None:
     """Each fixture is made once for the test, those of fixtures first, and taken down after it."""
     made: dict[str, Any] = dict(values)
     with contextlib.ExitStack() as stack:
@@ -95,7 +103,8 @@ def _with_fixtures(function: Callable[..., Any], values: Mapping[str, Any], fixt
                 if name not in fixtures:
                     raise BadTests(f"a fixture wants {name}, and there is no such fixture")
                 fixture = fixtures[name]
-                made[name] = stack.enter_context(fixture.made({one: value_of(one) for one in _wanted(fixture.function)}))
+                wanted = {one: value_of(one) for one in _wanted(fixture.function)}
+                made[name] = stack.enter_context(fixture.made(wanted))
             return made[name]
 
         for name in (name for name, fixture in fixtures.items() if fixture.autouse):
@@ -103,7 +112,7 @@ def _with_fixtures(function: Callable[..., Any], values: Mapping[str, Any], fixt
         function(**{name: value_of(name) for name in _wanted(function)})
 
 
-def _methods(kind: type, fixtures: Mapping[str, pytest_names.Fixture]) -> Iterator[Run]:
+def _methods(kind: type, fixtures: Fixtures) -> Iterator[Run]:
     """Test methods of a class that is no TestCase, each on an instance of its own."""
     unknown = [name for name in ("setup_class", "teardown_class", "pytestmark") if hasattr(kind, name)]
     if unknown:
@@ -112,7 +121,7 @@ def _methods(kind: type, fixtures: Mapping[str, pytest_names.Fixture]) -> Iterat
         yield lambda name=name: _run_method(kind(), name, fixtures)
 
 
-def _run_method(instance: Any, name: str, fixtures: Mapping[str, pytest_names.Fixture]) -> None:
+def _run_method(instance: Any, name: str, fixtures: Fixtures) -> None:
     """Between setup_method and teardown_method, with all of its parameters."""
     members = inspect.getmembers(type(instance), lambda member: isinstance(member, pytest_names.Fixture))
     own = {fixture.name or key: fixture.of(instance) for key, fixture in members}
@@ -131,7 +140,7 @@ def _around(name: str, instance: Any, method: Any) -> None:
         around(*[method for _ in inspect.signature(around).parameters])
 
 
-# unittest ------------------------------------------------------------------------------------------------------------
+# unittest ---------------------------------------------------------------------------------------------------
 
 
 def _is_test_case(kind: type) -> bool:

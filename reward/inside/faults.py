@@ -1,4 +1,6 @@
-"""Why a test has no verdict, or fails whatever it makes of it. None is an Exception, so that no ``except`` hides it."""
+"""Why a test has no verdict, or fails whatever it makes of it. None is an Exception, so that no ``except``
+hides it.
+"""
 
 
 class ProgramFailed(BaseException):

@@ -1,7 +1,8 @@
 """Tests of a program that runs elsewhere: to them its functions are proxies that exchange data with it.
 
-The tests and what they expect stay in this process, which the program cannot reach: it answers calls, and the comparison is here.
-So is the count of calls: a program cannot feign one, and tests that pass without any say nothing of it.
+The tests and what they expect stay in this process, which the program cannot reach: it answers calls, and the
+comparison is here. So is the count of calls: a program cannot feign one, and tests that pass without any say nothing
+of it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from reward.inside.wire import Hangup, NotPlain, packed, receive, send, unpacked
 class Calls:
     """The program's functions and values, by name.
 
-    calls: how often the tests called a function of the program, or read a global of it that is none, one that is not there included.
-    To name a function, to pass it on or to ask whether it can be called is no call.
+    calls: how often the tests called a function of the program, or read a global of it that is none, one that is
+    not there included. To name a function, to pass it on or to ask whether it can be called is no call.
     """
 
     def __init__(self, channel: socket.socket, limit: int) -> None:
@@ -44,7 +45,9 @@ class Calls:
         return self.proxies.setdefault(name, call)
 
     def call(self, name: str, positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """The result; containers among the arguments are changed as the program changed its copies. Raises what the program raised."""
+        """The result; containers among the arguments are changed as the program changed its copies. Raises
+        what the program raised.
+        """
         self.calls += 1
         arguments = list(positional)
         try:
@@ -56,7 +59,9 @@ class Calls:
         return self.ask(message, arguments)
 
     def read(self, name: str) -> Any:
-        """A global of the program: a proxy of what can be called, else its value. Raises NameError where there is none."""
+        """A global of the program: a proxy of what can be called, else its value. Raises NameError where
+        there is none.
+        """
         kind = self.kinds([name])[name]
         if kind == "function":
             return self.proxy(name)
@@ -66,7 +71,7 @@ class Calls:
         return self.ask(["value", name], [])
 
     def kinds(self, names: Sequence[str]) -> dict[str, str]:
-        """ "function", "value" or "missing" of each; "unknown" where the program does not load or does not say."""
+        """What each is: "function", "value" or "missing"; "unknown" where the program does not load or answer."""
         with contextlib.suppress(Hangup, NotPlain, ValueError, TypeError, RecursionError, MemoryError):
             send(self.channel, ["kinds", list(names), None], self.limit)
             kinds, _, problem = receive(self.channel, self.limit)
@@ -99,10 +104,12 @@ class Calls:
         return answer
 
     def error(self, kind: Any, message: Any) -> BaseException:
-        """A built-in exception by its name. StopIteration would end a test's loop as if it had passed; what exits is no test's
-        business."""
+        """A built-in exception by its name. StopIteration would end a test's loop as if it had passed; what exits is
+        no test's business.
+        """
         found = getattr(builtins, str(kind), None)
-        if isinstance(found, type) and issubclass(found, Exception) and not issubclass(found, StopIteration | StopAsyncIteration):
+        ends_loops = (StopIteration, StopAsyncIteration)
+        if isinstance(found, type) and issubclass(found, Exception) and not issubclass(found, ends_loops):
             with contextlib.suppress(TypeError):  # UnicodeDecodeError and its like take more
                 error = found(str(message))
                 error.raised_by_program = True  # type: ignore[attr-defined]
@@ -119,7 +126,9 @@ class Calls:
 
 
 class Namespace(dict[str, Any]):
-    """Globals of the tests in which values of the program, and what it lacks, are looked up when they are read."""
+    """Globals of the tests in which values of the program, and what it lacks, are looked up when they are
+    read.
+    """
 
     def __init__(self, calls: Calls) -> None:
         super().__init__()
@@ -133,8 +142,9 @@ class Namespace(dict[str, Any]):
 
 
 class ProgramModule(ModuleType):
-    """The program, as tests may import it. ``import *`` takes nothing from it: names that the tests do not define are its own anyway,
-    and one that shadows a built-in function would make the tests its accomplices."""
+    """The program, as tests may import it. ``import *`` takes nothing from it: names that the tests do not define are
+    its own anyway, and one that shadows a built-in function would decide what an assertion means.
+    """
 
     __all__ = ()
 
@@ -171,17 +181,19 @@ class TestsModule(ModuleType):
 
 
 def run(channel: socket.socket, job: dict[str, Any]) -> dict[str, Any]:
-    """``passed``: one verdict per test that calls the program, or ``fault``: why the row's tests could not be run or said nothing.
+    """``passed``: one verdict per test that calls the program, or ``fault``: why the row's tests said nothing.
 
-    job: ``before`` (Python that the tests may use), ``tests`` (sources), ``entry`` (the function under test or None), ``module`` (the
-    name under which they may import the program), ``limit``.
+    job: ``before`` (Python that the tests may use), ``tests`` (sources), ``entry`` (the function under test or None),
+    ``module`` (the name under which they may import the program), ``limit``.
     """
     calls = Calls(channel, job["limit"])
     random.seed(0)
     try:
         namespace = _namespace(calls, job)
         collection.prepare(job["tests"])
-        outcomes = [outcome for source in job["tests"] for outcome in _outcomes(source, namespace, job["entry"], calls)]
+        outcomes: list[bool | None] = []
+        for source in job["tests"]:
+            outcomes += _outcomes(source, namespace, job["entry"], calls)
         passed = [outcome for outcome in outcomes if outcome is not None]
         if not passed:
             raise BadTests(_why_no_call(namespace, job))
@@ -191,7 +203,9 @@ def run(channel: socket.socket, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _namespace(calls: Calls, job: dict[str, Any]) -> dict[str, Any]:
-    """Globals for the tests: what stands before them, and the program's functions. Its values, and what it lacks, are looked up."""
+    """Globals for the tests: what stands before them, and the program's functions. Its values, and what it
+    lacks, are looked up.
+    """
     entry = {job["entry"]} if job["entry"] else set()
     names = _unbound([job["before"], *job["tests"]]) | entry
     kinds = calls.kinds(sorted(names))
@@ -210,21 +224,26 @@ def _namespace(calls: Calls, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _outcomes(source: str, namespace: dict[str, Any], entry: str | None, calls: Calls) -> Iterator[bool | None]:
-    """Of the source as a script, then of each test that it has defined; None of one that did not call the program."""
+    """Of the source as a script, then of each test that it has defined; None of one that did not call the
+    program.
+    """
     before, code = dict(namespace), _compiled(source, "a test")
     script = _outcome(lambda: exec(code, namespace), calls, is_script=True)
     yield script
     if script is False:
         return
     proxies = set(map(id, calls.proxies.values()))
-    defined = {name: value for name, value in namespace.items() if before.get(name) is not value and id(value) not in proxies}
+    fresh = {name: value for name, value in namespace.items() if before.get(name) is not value}
+    defined = {name: value for name, value in fresh.items() if id(value) not in proxies}
     candidate = None if entry is None else lambda: namespace[entry]
     for test in collection.collect(defined, candidate, script is not None):
         yield _outcome(test, calls)
 
 
 def _outcome(test: Callable[[], Any], calls: Calls, *, is_script: bool = False) -> bool | None:
-    """Whether the test passes; None where it does without one call of the program, or does not count. Raises BadTests."""
+    """Whether the test passes; None where it does without one call of the program, or does not count. Raises
+    BadTests.
+    """
     before, calls.failure = calls.calls, None
     passed = False
     try:
@@ -234,9 +253,10 @@ def _outcome(test: Callable[[], Any], calls: Calls, *, is_script: bool = False) 
         raise
     except Skipped:
         return None
-    except BaseException as error:  # a test fails by whatever it raises: pytest's Failed and SystemExit are no Exception
+    except SystemExit as end:  # never the program's, which cannot raise it here
+        passed = is_script and not end.code
+    except BaseException as error:  # a test fails by whatever it raises, such as a GeneratorExit, which is no Exception
         _blame_for_imports(error)
-        passed = is_script and isinstance(error, SystemExit) and not error.code  # never the program's, which cannot raise it here
     if calls.fault is not None:
         raise calls.fault
     return (True if calls.calls > before else None) if passed and calls.failure is None else False
@@ -254,7 +274,7 @@ def _why_no_call(namespace: dict[str, Any], job: dict[str, Any]) -> str:
     check = namespace.get(collection.CHECK)
     if check is not None and not job["entry"]:
         return "no test calls the program: check(candidate) needs the name of its function, and the row gives none; set entry_column"
-    return "no test calls the program, so that every program would pass: it must call a function of it, or read a value"
+    return "no test calls the program (a function of it, or reads a value), so that every program would pass"
 
 
 def _compiled(source: str, what: str) -> Any:

@@ -12,7 +12,7 @@ import pytest
 from reward import code_text, judge
 from reward.code_io import same_output
 from reward.score import RewardInputs
-from reward.text import answer_format, exact
+from reward.text import answer_format, choice, exact
 
 LENGTH = 100_000  # characters; a rule that is quadratic takes minutes
 SECONDS = 0.25  # of CPU time; the slowest of these rules takes a tenth of it
@@ -34,6 +34,7 @@ def completion_of(text: str) -> RewardInputs:
 RULES: dict[str, Callable[[str], object]] = {
     "program": lambda text: code_text.program(text, None, "f", "auto"),
     "continuation": lambda text: code_text.program(text, "def f(x):\n", "f", "auto"),
+    "choice": lambda text: choice(completion_of(text)),
     "exact": lambda text: exact(completion_of(text), numbers=True, ignore_case=True),
     "tags": lambda text: answer_format(completion_of(text), tags=["think", "answer"]),
     "printed": lambda text: same_output(text, "1 2\n3", 1e-6),
