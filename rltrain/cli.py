@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rltrain.errors import RecipeError, UserError
+from rltrain.interrupt import ends_at_ctrl_c
 
 if TYPE_CHECKING:
     from rltrain.config.check import Checked
@@ -84,7 +85,7 @@ def train(
         ),
     ] = "auto",
 ) -> None:
-    """Train a recipe. Exit code 3: stopped by SIGTERM, with a checkpoint; the same command continues."""
+    """Train a recipe. Exit code 3: stopped by SIGTERM or Ctrl-C, with a checkpoint; the same command continues."""
     checked = _checked(recipe, profile, _with_shorthands(overrides, engine, seed))
     from rltrain.commands import train_command
 
@@ -292,14 +293,15 @@ def generate(
 
 def main() -> None:
     """Entry point. What the user must mend is one line on stderr and exit code 2; RLTRAIN_TRACEBACK=1 shows where it was raised."""
-    try:
-        app()
-    except UserError as error:
-        if os.environ.get("RLTRAIN_TRACEBACK") == "1":
-            raise
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)  # noqa: T201 (the terminal is where it goes)
-        raise SystemExit(2) from None
+    with ends_at_ctrl_c():
+        try:
+            app()
+        except UserError as error:
+            if os.environ.get("RLTRAIN_TRACEBACK") == "1":
+                raise
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr)  # noqa: T201 (the terminal is where it goes)
+            raise SystemExit(2) from None
 
 
 def _checked(recipe: Path, profile: str | None, overrides: Sequence[str]) -> Checked:

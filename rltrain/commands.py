@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from rltrain.config.schema import AnyRecipe, Model, OfflineRecipe, PairRecipe, R
 from rltrain.data.chat import render
 from rltrain.data.language import Language, language_of, load_language
 from rltrain.errors import UserError, user_mistakes
+from rltrain.interrupt import resuming_command
 from rltrain.learner.accelerate_learner import load_causal_lm
 from rltrain.learner.frozen import require_same_tokens
 from rltrain.learner.ranks import agree, board, connect
@@ -42,7 +44,7 @@ from rltrain.train.evaluate import Evaluation
 from rltrain.train.offline import train_offline
 from rltrain.train.online import Run, train
 from rltrain.train.online_pairs import PairRun, train_pairs
-from rltrain.train.saving import STOPPED, Stopped, disk_errors, sigterm_noted, stop_with_the_launcher
+from rltrain.train.saving import STOPPED, Stopped, disk_errors, stop_with_the_launcher, stops_noted
 from rltrain.types import Prompt, Sampling
 from rltrain.watchdog import Waiting, Watchdog
 
@@ -87,7 +89,7 @@ def sampling_of(recipe: Recipe | PairRecipe) -> Recipe:
 
 
 def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resume: str = AUTO) -> int:
-    """``rltrain train``: everything from the checks to the finished model. The exit code: 0, or STOPPED after a SIGTERM.
+    """``rltrain train``: everything from the checks to the finished model. The exit code: 0, or STOPPED after a SIGTERM or a Ctrl-C.
 
     resume: "auto" continues the run in ``folder`` where there is one, "never" refuses it, anything else is a checkpoint's folder.
     """
@@ -114,13 +116,14 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
         with watchdog.waiting("rank 0", "to open the run folder"):
             checkpoint, of_rank_0 = agree((checkpoint, inputs))
         require_same_inputs(of_rank_0, inputs)
-        noted = stack.enter_context(sigterm_noted())
+        noted = stack.enter_context(stops_noted())
         stop_with_the_launcher()
         run = work.build(run_folder, main, checkpoint, noted, watchdog.waiting, inputs)
         for line in (*notes, *work.describe(), *([f"continuing from {checkpoint}"] if checkpoint else [])):
             run.reporter.message(line)
         try:
             with disk_errors(run_folder):
+                noted.in_loop = True
                 model = work.train(run)
                 if main:
                     write_report(run_folder)
@@ -129,7 +132,8 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
         except Stopped as stopped:
             if main:
                 report_if_possible(run_folder, run.reporter)
-            run.reporter.message(str(stopped))
+            run.reporter.message(f"stopped by {noted.by} after step {stopped.step}: {stopped.checkpoint}")
+            run.reporter.message(f"continue with: {resuming_command(sys.argv)}")
             return STOPPED
         finally:
             work.close(run)

@@ -31,6 +31,7 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2T
 
 from rltrain.config.schema import Data
 from rltrain.data.prompts import PromptSet, load_prompts, without
+from rltrain.interrupt import ends_at_ctrl_c
 
 PAD, EOS, SYSTEM, USER, ASSISTANT = "<pad>", "<eos>", "<system>", "<user>", "<assistant>"
 BYTE_LEVEL_SPACE, BYTE_LEVEL_NEWLINE = "\u0120", "\u010a"  # how Qwen2's byte-level tokenizer spells " " and "\n"
@@ -349,4 +350,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_at_ctrl_c():
+        main()

@@ -6,8 +6,10 @@ comparison goes on where it stopped: finished runs are left alone and the one in
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from rltrain.config.check_offline import takes_pairs
 from rltrain.config.load import load_recipe
 from rltrain.config.schema import AnyRecipe, OfflineRecipe
 from rltrain.errors import RecipeError, UserError
+from rltrain.interrupt import interrupt
 from rltrain.loss.preference import PREFERENCE_LOSSES
 from rltrain.report.comparison import Comparison
 from rltrain.report.curves import Curves
@@ -98,9 +101,24 @@ def run_all(plan: Sequence[Planned], say: Callable[[str], None]) -> None:
     """Every run to its end. Raises UserError, naming the command, when one fails; the same comparison then goes on from there."""
     for number, one in enumerate(plan, start=1):
         say(f"[{number}/{len(plan)}] {one.method}, seed {one.seed}: {one.folder}")
-        code = subprocess.run(one.command, check=False).returncode
+        code = run_to_its_end(one.command)
         if code != 0:
             raise UserError(f"{one.method}, seed {one.seed} ended with exit code {code}; the command was: {' '.join(one.command)}")
+
+
+def run_to_its_end(command: Sequence[str]) -> int:
+    """The exit code of ``command``. A Ctrl-C reaches it too, and it may write its checkpoint; then this process is interrupted."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        return subprocess.run(command, check=False).returncode
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))  # a handler is not inherited, as SIG_IGN would be
+    try:
+        code = subprocess.run(command, check=False).returncode
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        interrupt()
+    return code
 
 
 def gathered(title: str, notes: Sequence[str], plan: Sequence[Planned]) -> Comparison:

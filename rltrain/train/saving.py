@@ -20,17 +20,19 @@ from reward.inside.kernel import die_with_parent
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.checkpoint.run_state import RunState
 from rltrain.errors import UserError
+from rltrain.interrupt import die_of, interrupt, is_launched, say
 
-STOPPED = 3  # exit code of a run that SIGTERM ended with a checkpoint; a shell's 143 is of a process that just died of the signal
-_ONE_STOP = 5.0  # seconds in which every further SIGTERM is the first one again
+STOPPED = 3  # exit code of a run that SIGTERM or Ctrl-C ended with a checkpoint; a shell's 143 is of a process that just died of the signal
+_ONE_STOP = 5.0  # seconds in which every further signal is the first one again
 _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO})
 
 
 class Stopped(Exception):
-    """SIGTERM came: the run ended after a step, with a checkpoint of it."""
+    """The run was asked to stop and ended after a step, with a checkpoint of it."""
 
     def __init__(self, step: int, checkpoint: Path) -> None:
-        super().__init__(f"stopped by SIGTERM after step {step}; the same command continues from {checkpoint}")
+        super().__init__(f"stopped after step {step}")
+        self.step, self.checkpoint = step, checkpoint
 
 
 class Measured(Protocol):
@@ -99,30 +101,63 @@ def disk_errors(folder: RunFolder) -> Iterator[None]:
 
 def stop_with_the_launcher() -> None:
     """The end of a launcher that passes no SIGTERM on, as ``accelerate launch`` of one process, is one too. On Linux only."""
-    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # the launcher sets it, whatever it starts
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate sets it, whatever it starts
         die_with_parent(signal.SIGTERM)
 
 
+@dataclass
+class StopRequest:
+    """Whether this process was asked to stop, and how. Called, it says so."""
+
+    came: list[tuple[float, signal.Signals]] = field(default_factory=list)  # (time.monotonic(), what)
+    in_loop: bool = False  # steps are taken, after which a checkpoint can be written
+
+    def __call__(self) -> bool:
+        return bool(self.came)
+
+    @property
+    def by(self) -> str:
+        """What asked first; on a rank that heard nothing, what launchers send."""
+        return "Ctrl-C" if self.came and self.came[0][1] is signal.SIGINT else "SIGTERM"
+
+    def handle(self, number: int, *_: object) -> None:
+        """A signal handler for both. Raises Interrupted where Ctrl-C comes before the first step."""
+        came = signal.Signals(number)
+        if came is signal.SIGINT and not self.in_loop:
+            interrupt()
+        self.came.append((time.monotonic(), came))
+        if self._is_another():
+            die_of(came)
+        elif came is signal.SIGINT and len(self.came) == 1:
+            say("Ctrl-C: the run stops after the step in hand and writes a checkpoint; a second one ends it at once")
+
+    def _is_another(self) -> bool:
+        """Whether the last signal is a second request, and not the first on another way."""
+        if len(self.came) == 1:
+            return False
+        pressed = sum(number is signal.SIGINT for _, number in self.came)
+        if pressed > 1 and self.came[-1][1] is signal.SIGINT and not is_launched():
+            return True  # nobody but the terminal sends it
+        return self.came[-1][0] - self.came[0][0] > _ONE_STOP
+
+
 @contextlib.contextmanager
-def sigterm_noted() -> Iterator[Callable[[], bool]]:
-    """Inside, a SIGTERM is only noted, and the function given says so; one that comes ``_ONE_STOP`` seconds later ends the process at once.
+def stops_noted() -> Iterator[StopRequest]:
+    """Inside, a SIGTERM or a Ctrl-C is noted, for the loop to stop after the step in hand; a second one ends the process at once.
 
     Who stops a job signals every process of it, and the launcher among them passes that on to its ranks: one stop arrives twice.
-    Outside the main thread Python allows no handler: there nothing is ever noted.
+    So what comes within ``_ONE_STOP`` seconds is one, but for a second Ctrl-C where no launcher is. Before the first step Ctrl-C
+    raises Interrupted. Outside the main thread Python allows no handler: there nothing is ever noted.
     """
-    came: list[float] = []
-
-    def note(*_: object) -> None:
-        came.append(time.monotonic())
-        if came[-1] - came[0] > _ONE_STOP:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
-
+    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: bool(came)
+        yield request
         return
-    before = signal.signal(signal.SIGTERM, note)
+    deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a background job of a shell stays one
+    numbers = (signal.SIGTERM,) if deaf else (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, request.handle) for number in numbers}
     try:
-        yield lambda: bool(came)
+        yield request
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -18,6 +18,7 @@ LAYERS = (
         "rltrain.tensor_ops",
         "rltrain.seeds",
         "rltrain.errors",
+        "rltrain.interrupt",
         "rltrain.model_files",
         "rltrain.remote_code",
         "rltrain.template_date",

@@ -94,13 +94,29 @@ def test_sigterm_saves_and_exits_with_3(times: int, start: Any, tmp_path: Path) 
 def test_a_sigterm_that_is_certainly_another_one_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[int, int]] = []
     monkeypatch.setattr(saving, "_ONE_STOP", 0.02)
-    with saving.sigterm_noted() as noted, monkeypatch.context() as patch:
+    with saving.stops_noted() as noted, monkeypatch.context() as patch:
         patch.setattr(saving.os, "kill", lambda *to: sent.append(to))
         signal.raise_signal(signal.SIGTERM)
         assert noted() and not sent
         time.sleep(0.03)
         signal.raise_signal(signal.SIGTERM)
         assert sent == [(os.getpid(), signal.SIGTERM)] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    start: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "argv", ["rltrain", "train", "my recipe.yaml", "--resume", "old/step-1", "--run", "new"])
+    with at_call(2, online, "weigh", lambda: signal.raise_signal(signal.SIGINT)):
+        assert start(tmp_path / "stopped") == STOPPED
+    assert signal.getsignal(signal.SIGINT) is handler
+    printed = capfd.readouterr()
+    assert "Ctrl-C: the run stops after the step in hand and writes a checkpoint; a second one ends it at once" in printed.err
+    said = " ".join(printed.out.split())
+    assert "stopped by Ctrl-C after step 2" in said
+    assert "continue with: rltrain train 'my recipe.yaml' --run new" in said  # from its own checkpoint, not from the old one
+    assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["step-2"]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("metrics.jsonl: line 3 is no JSON")])

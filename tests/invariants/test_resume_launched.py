@@ -107,6 +107,19 @@ def test_two_ranks_are_stopped_by_their_launcher_and_go_on(launch: Callable[...,
     assert "already finished" in finished(launch(2, tmp_path / "stopped"), 2)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_at_the_terminal_of_a_launcher_is_one_stop(ranks: int, launch: Callable[..., Launched], tmp_path: Path) -> None:
+    # the terminal signals every process of the group; the launcher's way of passing it on is a second signal within moments
+    stopped = launch(ranks, tmp_path / "stopped")
+    stopped.wait_for_a_step()
+    os.killpg(stopped.process.pid, signal.SIGINT)
+    printed = stopped.printed()
+    assert stopped.exit_codes() == {str(rank): STOPPED for rank in range(ranks)}, printed[-3000:]
+    assert "after step" in printed and "continue with: accelerate launch ... -m rltrain train" in printed
+    [(step, _)] = RunFolder(tmp_path / "stopped").present_checkpoints()
+    assert step == lines(tmp_path / "stopped")[-1]["step"]
+
+
 @pytest.mark.vllm
 def test_two_ranks_with_real_vllm_go_on_as_if_never_stopped(launch: Callable[..., Launched], tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"

@@ -1,0 +1,147 @@
+"""Ctrl-C: the end of whatever is not a training loop, at once and without a traceback; in a loop a request, then the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rltrain import cli
+from rltrain.interrupt import Interrupted, ends_at_ctrl_c, resuming_command
+from rltrain.learner import accelerate_learner
+from rltrain.train import saving
+from rltrain.train.compare import run_to_its_end
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Signals that this process would have sent itself."""
+    found: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *to: found.append(to))
+    return found
+
+
+@pytest.fixture
+def not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+RECIPE = [str(ROOT / "recipes/policy/grpo.yaml"), "--profile", "tiny_cpu"]
+SMALL = ["--set", "rollout.prompts=2", "--set", "rollout.n=2", "--set", "eval.n=2", "--set", "eval.k=[1]", "--set", "model.path=MODEL"]
+COMMANDS = {
+    "train": ["train", *RECIPE, "--run", "run", *SMALL],
+    "eval": ["eval", "MODEL", "--recipe", *RECIPE, *SMALL],
+    "generate": ["generate", "MODEL", "1+1="],
+    "doctor": ["doctor", *RECIPE, *SMALL],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_while_weights_are_loaded_it_ends_with_a_line(
+    name: str, sent: Any, random_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def pressed(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("it went on")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(accelerate_learner.AutoModelForCausalLM, "from_pretrained", pressed)
+    monkeypatch.setattr(sys, "argv", ["rltrain", *(word.replace("MODEL", random_model) for word in COMMANDS[name])])
+    handler = signal.getsignal(signal.SIGINT)
+    cli.main()
+    assert sent[-1] == (os.getpid(), signal.SIGINT)  # what a shell must see
+    assert signal.getsignal(signal.SIGINT) is handler
+    printed = capfd.readouterr().err
+    assert "interrupted" in printed and "Traceback" not in printed
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_a_process_that_starts_dies_of_the_signal_without_a_traceback(tmp_path: Path) -> None:
+    # it reads its recipe from a pipe: opened for writing here as soon as it is opened for reading there
+    os.mkfifo(tmp_path / "recipe.yaml")
+    command = [sys.executable, "-m", "rltrain", "train", str(tmp_path / "recipe.yaml")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    with open(tmp_path / "recipe.yaml", "w"):
+        process.send_signal(signal.SIGINT)
+        _, printed = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert printed.split() == ["interrupted"]
+
+
+def test_a_background_job_stays_deaf(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "recipe.yaml")
+    command = f"trap '' INT; exec {sys.executable} -m rltrain train {tmp_path / 'recipe.yaml'}"
+    process = subprocess.Popen(["sh", "-c", command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    with open(tmp_path / "recipe.yaml", "w") as recipe:
+        process.send_signal(signal.SIGINT)
+        recipe.write("nothing: here\n")
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 2 and "nothing" in printed
+
+
+@pytest.mark.usefixtures("not_launched")
+def test_a_second_one_in_the_loop_ends_the_process_at_once(sent: Any) -> None:
+    with saving.stops_noted() as noted:
+        noted.in_loop = True
+        signal.raise_signal(signal.SIGINT)
+        assert noted() and noted.by == "Ctrl-C" and not sent
+        signal.raise_signal(signal.SIGINT)
+        assert sent == [(os.getpid(), signal.SIGINT)]
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+
+
+@pytest.mark.usefixtures("not_launched")
+@pytest.mark.parametrize("launcher", ["ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"])
+def test_under_a_launcher_what_comes_within_moments_is_one(sent: Any, launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launcher, "no")
+    with saving.stops_noted() as noted:
+        noted.in_loop = True
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert noted() and not sent
+        monkeypatch.setattr(saving, "_ONE_STOP", 0.0)
+        signal.raise_signal(signal.SIGINT)
+        assert sent == [(os.getpid(), signal.SIGINT)]
+
+
+def test_before_the_first_step_it_is_the_end() -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted), saving.stops_noted():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_comparison_waits_for_the_checkpoint_of_its_run(tmp_path: Path) -> None:
+    # the run ignores the signal, as one that saves does, and leaves its file a moment later
+    child = f"import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(0.6); open({str(tmp_path / 'saved')!r}, 'w')"
+    with pytest.raises(Interrupted):
+        run_to_its_end([sys.executable, "-c", child])
+    assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.usefixtures("not_launched")
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["/x/bin/rltrain", "train", "a.yaml", "--resume=old"], "rltrain train a.yaml"),
+        (["/x/rltrain/__main__.py", "train", "a.yaml", "--set", "k=[1, 2]"], "python -m rltrain train a.yaml --set 'k=[1, 2]'"),
+        (["rltrain", "train", "a.yaml", "--resume", "auto", "--run", "r"], "rltrain train a.yaml --run r"),
+    ],
+)
+def test_the_command_that_goes_on_begins_at_the_runs_own_checkpoint(arguments: list[str], command: str) -> None:
+    assert resuming_command(arguments) == command
+
+
+def test_nothing_is_changed_for_whoever_is_not_interrupted() -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    with ends_at_ctrl_c():
+        assert signal.getsignal(signal.SIGINT) is not handler
+    assert signal.getsignal(signal.SIGINT) is handler
