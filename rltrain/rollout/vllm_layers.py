@@ -183,18 +183,15 @@ class _Reader:
             yield name, weight_fingerprint(name, self._as_stored(name, self._part(held, name, place)))
 
     def _packed(self) -> bool:
-        """Whether the layer multiplies with a copy that cannot be read."""
-        weight, module = getattr(self.module, self.parameter), self.module
-        if self.parameter != "weight" or not hasattr(module, "cpu_linear"):
-            return False
-        return weight.numel() == 0 or type(module).__name__ == "ParallelLMHead"
+        """Whether the layer multiplies with a copy that cannot be read, the weight being there or not. Embeddings look up theirs."""
+        looked_up = type(self.module).__name__ == "VocabParallelEmbedding"
+        return self.parameter == "weight" and hasattr(self.module, "cpu_linear") and not looked_up
 
     def _of_packed(self) -> Iterator[tuple[str, float]]:
         """Column by column: a product with all of them at once would be rounded."""
         if any(name in self.architecture.transposed for name in self.places):
             (name,) = self.places
-            whole = torch.cat([read for _, read in packed_columns(self.module, _READ_ENTRIES)], dim=1)
-            yield name, weight_fingerprint(name, self._as_stored(name, whole))
+            yield name, weight_fingerprint(name, self._as_stored(name, _whole(self.module)))
             return
         columns = self.module.input_size
         signs = {name: fingerprint_input(name, columns, torch.device("cpu")) for name in self.places}
@@ -228,6 +225,10 @@ class _Reader:
         return part.t() if name in self.architecture.transposed else part
 
 
+def _whole(packed: Any) -> Tensor:
+    return torch.cat([read for _, read in packed_columns(packed, _READ_ENTRIES)], dim=1)
+
+
 def _by_group(stacked: Tensor, module: Any) -> Tensor:
     """Rows of all queries, keys and values, in the order of BLOOM's and Falcon's checkpoints: per group of heads that share keys
     its queries, its key and its value."""
@@ -243,7 +244,7 @@ def _same_in_attention(model: nn.Module, path: str, layer: Any) -> bool:
         attention: Any = module
         if place and hasattr(attention, "W_UK_T"):
             heads, keys, rank = attention.W_UK_T.shape
-            stored = layer.weight.view(heads, -1, rank)
+            stored = (_whole(layer) if hasattr(layer, "cpu_linear") else layer.weight).reshape(heads, -1, rank)
             equal = torch.equal(stored[:, :keys], attention.W_UK_T)
             return equal and torch.equal(stored[:, keys:], attention.W_UV.transpose(1, 2))
     return True
