@@ -55,9 +55,11 @@ def is_finished(folder: RunFolder, recipe: AnyRecipe) -> bool:
 
 def saved_date(folder: RunFolder, resume: str) -> dt.date | None:
     """The date in the prompts of the run that is to go on; None: there is none, or its prompts have no date."""
+    if resume == NEVER:
+        return None
     if folder.recipe.is_file():
         return _saved_recipe(folder).data.date
-    if resume in (AUTO, NEVER):
+    if resume == AUTO:
         return None
     saved = read_verified(Path(resume).expanduser().absolute()).recipe["data"].get("date")
     return None if saved is None else dt.date.fromisoformat(saved)
