@@ -25,9 +25,10 @@ from rltrain.config.schema import OfflineRecipe
 from rltrain.data.judged import Reader, Side
 from rltrain.data.labels import LabelSet, load_labels, paired
 from rltrain.data.language import Language, language_of
-from rltrain.data.preferences import PairSet, divided, load_pairs
+from rltrain.data.preferences import Pair, PairSet, divided, load_pairs
 from rltrain.errors import UserError
-from rltrain.learner.frozen import require_same_tokens
+from rltrain.learner.frozen import require_companion
+from rltrain.learner.loading import require_weights
 from rltrain.learner.preference_learner import PreferenceLearner
 from rltrain.learner.reference import FrozenLogProbs, weights_digest
 from rltrain.learner.reward_learner import RewardLearner
@@ -80,10 +81,11 @@ def prepare_offline(recipe: OfflineRecipe) -> OfflineMaterials:
     data, model = recipe.data, recipe.model
     sizes = {"data.max_prompt_tokens": data.max_prompt_tokens, "data.max_completion_tokens": data.max_completion_tokens}
     language = language_of(model, sizes)
+    loss = PREFERENCE_LOSSES.bind(recipe.loss.preference.name, recipe.loss.preference.hp)
+    require_weights(model.path, model.revision, "new scalar" if "scalar_head" in loss.spec.traits else "logits")
     for key, path in (("model.reference", model.reference), ("model.previous", model.previous)):
         if path is not None:
-            require_same_tokens(language.tokenizer, model.path, key, path)
-    loss = PREFERENCE_LOSSES.bind(recipe.loss.preference.name, recipe.loss.preference.hp)
+            require_companion(language.tokenizer, model.path, key, path, head="logits", sizes=sizes)
     reader = Reader(language.tokenizer, language.endings.stop, data)
     load = partial(_loaded, recipe=recipe, reader=reader, loss=loss)
     held_out = None if data.eval is None else load("eval", limit=None)
@@ -94,6 +96,7 @@ def prepare_offline(recipe: OfflineRecipe) -> OfflineMaterials:
         assert held_out is None or isinstance(held_out, PairSet)
         train, *others = divided([train] if held_out is None else [train, held_out], data.divide_margins_by)
         held_out = others[0] if others else None
+    language.require_embedded(_texts([train] if held_out is None else [train, held_out]))
     _order(recipe, train, loss)  # refuses a data set smaller than a step
     return OfflineMaterials(language, train, held_out, loss)
 
@@ -122,6 +125,13 @@ def _sample(held_out: PairSet | LabelSet, most: int, seed: int) -> PairSet | Lab
     units = range(len(items) // size)
     chosen = sorted(Random(stable_hash(seed, "held out")).sample(units, min(most // size, len(units))))
     return _with_items(held_out, [items[size * unit + at] for unit in chosen for at in range(size)], held_out.dropped)
+
+
+def _texts(sets: Sequence[PairSet | LabelSet]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, token ids) of every prompt and completion."""
+    for one in (item for examples in sets for item in _items(examples)):
+        sides = (one.chosen, one.rejected) if isinstance(one, Pair) else (one.completion,)
+        yield from ((f"example {one.id}", token_ids) for token_ids in (one.prompt, *sides))
 
 
 def _items(examples: PairSet | LabelSet) -> Sequence[Any]:

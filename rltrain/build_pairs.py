@@ -18,13 +18,14 @@ from rltrain.checkpoint.run_state import read_state
 from rltrain.config.check_pairs import JUDGES, sampling_recipe
 from rltrain.config.schema import PairRecipe
 from rltrain.data.chat import render
-from rltrain.data.language import Language, context_of
+from rltrain.data.language import Language, sizes_of
 from rltrain.errors import UserError, user_mistakes
-from rltrain.learner.frozen import require_same_tokens
+from rltrain.learner.frozen import require_companion
 from rltrain.learner.pair_learner import PairLearner
 from rltrain.learner.reward_model import RewardModel
 from rltrain.loss.preference import PREFERENCE_LOSSES
 from rltrain.loss.preference.objective import PreferenceObjective
+from rltrain.model_limits import context_of
 from rltrain.rollout.judges import JudgeMeans
 from rltrain.rollout.pairing import Pairing
 from rltrain.train.online_pairs import PairRun
@@ -98,6 +99,7 @@ def build_pair_learner(
 def build_pairing(recipe: PairRecipe, language: Language, learner: PairLearner) -> Pairing:
     """The judge, and how pairs are made of what it says. Raises UserError where the judge cannot be had."""
     settings, most = recipe.pairs, recipe.learner.tokens_per_micro_batch
+    context = context_of(learner.model.config)
 
     def log_probs(rows: TokenRows, by: Literal["policy", "reference"]) -> Tensor:
         return learner.log_probs(rows, sides=2, policy=learner.frozen["ref_logp"] if by == "reference" else None)
@@ -115,12 +117,13 @@ def build_pairing(recipe: PairRecipe, language: Language, learner: PairLearner) 
         rank=learner.rank,
         ranks=learner.ranks,
         gather=learner.gather_objects,
-        most_tokens=min(context_of(learner.model.config) or most, most // 2),
+        most_tokens=most // 2 if context is None else min(context.tokens, most // 2),
     )
     with user_mistakes():
         path, column = settings.judge.hp.get("path"), settings.judge.hp.get("prompt_column")
         if settings.judge.name == "reward_model" and path and column is None:
-            require_same_tokens(language.tokenizer, recipe.model.path, "pairs.judge.path", path)
+            sizes = sizes_of(sampling_recipe(recipe))
+            require_companion(language.tokenizer, recipe.model.path, "pairs.judge.path", path, head="scalar", sizes=sizes)
         judge = JUDGES.bind(settings.judge.name, settings.judge.hp)(means)
     return Pairing(judge, settings.choose, settings.verdict, settings.tolerance, recipe.seed)
 

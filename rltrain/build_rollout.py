@@ -64,7 +64,7 @@ def build_rollout(recipe: Recipe, materials: Materials, learner: AccelerateLearn
         sync=sync,
         producer=build_producer(recipe, materials, engine, learner, sync, order, grader),
         evaluator=None if materials.held_out is None else build_evaluator(recipe, materials, grader, learner),
-        mismatch=build_guard(recipe, engine),
+        mismatch=build_guard(recipe, engine, learner),
     )
 
 
@@ -141,10 +141,11 @@ def _sync(recipe: Recipe, engine: RolloutEngine, names: CheckpointNames) -> Sync
     return Sync(engine, names.ties, recipe.sync.sample, recipe.sync.full_every, stable_hash(recipe.seed, "sync"))
 
 
-def build_guard(recipe: Recipe, engine: RolloutEngine) -> MismatchGuard:
-    """The recipe's thresholds, or those of the engine's precision."""
+def build_guard(recipe: Recipe, engine: RolloutEngine, learner: AccelerateLearner) -> MismatchGuard:
+    """The recipe's thresholds, or those of the lower of both precisions: a bfloat16 learner rounds beside a float32 engine too."""
     rollout = recipe.rollout
-    warn, stop = MISMATCH_FLOAT32 if engine.dtype == torch.float32 else MISMATCH_BFLOAT16
+    exact = engine.dtype == torch.float32 and learner.accelerator.mixed_precision == "no"
+    warn, stop = MISMATCH_FLOAT32 if exact else MISMATCH_BFLOAT16
     return MismatchGuard(rollout.mismatch_warn or warn, rollout.mismatch_stop or stop, rollout.mismatch_patience)
 
 

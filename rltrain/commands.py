@@ -36,10 +36,11 @@ from rltrain.errors import UserError, user_mistakes
 from rltrain.interrupt import resuming_command
 from rltrain.learner.accelerate_learner import load_causal_lm
 from rltrain.learner.frozen import require_same_tokens
-from rltrain.learner.ranks import agree, board, connect
+from rltrain.learner.ranks import agree, board, connect, mixed_precision
 from rltrain.protocols import RolloutEngine
 from rltrain.report.reporter import Reporter
 from rltrain.rollout.watched import WatchedEngine
+from rltrain.round_trip import require_round_trip
 from rltrain.train.evaluate import Evaluation
 from rltrain.train.offline import train_offline
 from rltrain.train.online import Run, train
@@ -64,6 +65,7 @@ class Work:
 
 def work_of(recipe: AnyRecipe) -> Work:
     """Loads and checks the recipe's materials. Raises ValueError or OSError on what a user can mend."""
+    mixed_precision(recipe.learner.precision)
     if isinstance(recipe, OfflineRecipe):
         judged = prepare_offline(recipe)
         build_judged, lines = partial(build_offline_run, recipe, judged), partial(describe_offline, judged)
@@ -278,6 +280,8 @@ def _rendered(name: str, text: str, recipe: Recipe, language: Language) -> Promp
     data = recipe.data
     content = data.prompt_template.format_map({"prompt": text})
     spelt, token_ids = render(content, language.tokenizer, system=data.system, chat_template=data.chat_template, date=data.date)
+    require_round_trip(spelt, token_ids, language.tokenizer)
+    language.require_embedded([(f"prompt {name}", token_ids)])
     return Prompt(name, tuple(token_ids), spelt)
 
 

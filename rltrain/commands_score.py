@@ -16,10 +16,11 @@ from rltrain.build_score import NONE, ProcessModel, cutter, language_of_scorer, 
 from rltrain.checkpoint.run_folder import write_atomic
 from rltrain.commands import measured, sampling_of, show, show_numbers
 from rltrain.config.schema import AnyRecipe, JudgedData, Model, OfflineRecipe, Recipe
-from rltrain.data.language import Language, context_of, language_of
+from rltrain.data.language import Language, language_of
 from rltrain.errors import UserError, user_mistakes
 from rltrain.learner.frozen import require_same_tokens
 from rltrain.learner.reward_model import rewards_of
+from rltrain.model_limits import context_of
 from rltrain.remote_code import trusts
 from rltrain.report.best_of_n import n_for_kl
 from rltrain.report.selection import Samples, selections
@@ -44,8 +45,8 @@ def score_command(
 
     with user_mistakes():
         language = language_of_scorer(model)
-        config = AutoConfig.from_pretrained(model.path, trust_remote_code=trusts(model.path))
-        found = read_file(file, columns, steps, language, data, context_of(config))
+        context = context_of(AutoConfig.from_pretrained(model.path, trust_remote_code=trusts(model.path)))
+        found = read_file(file, columns, steps, language, data, None if context is None else context.tokens)
     texts = [one.text for one in found if one.text is not None]
     with opened_scorer(model, max((len(text.completion) for text in texts), default=1), say) as scorer:
         scored = iter(scorer.score(texts, lambda count: say(f"scored {count} of {len(texts)}")))

@@ -10,7 +10,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from rltrain.config.schema import JudgedData
@@ -18,6 +18,7 @@ from rltrain.data.chat import Message, check_messages, render, spell
 from rltrain.data.prompts import renamed, side_of
 from rltrain.data.rows import Row, read_rows
 from rltrain.data.tasks import TASKS
+from rltrain.round_trip import LOSSY, require_round_trip
 from rltrain.seeds import stable_hash
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Reader:
     tokenizer: PreTrainedTokenizerBase
     stop: tuple[int, ...]  # token ids that end a completion
     data: JudgedData
+    lossy: Counts = field(default_factory=Counter)  # of the texts read so far, those with characters that no token spells
 
     @property
     def templated(self) -> bool:
@@ -44,6 +46,7 @@ class Reader:
         """(what the model reads, its token ids), uncut."""
         system, template, date = self.data.system, self.data.chat_template, self.data.date
         text, token_ids = render(prompt, self.tokenizer, system=system, chat_template=template, date=date)
+        self.lossy.update({f"prompts {LOSSY}": int(require_round_trip(text, token_ids, self.tokenizer))})
         return text, tuple(token_ids)
 
     def completion(self, prompt: Text, spelt: str, completion: Text) -> tuple[int, ...]:
@@ -54,7 +57,10 @@ class Reader:
                 f"the completion is a list of messages, but the tokenizer {self.tokenizer.name_or_path!r} has no chat template"
             )
         token_ids = tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        return self._ended(token_ids) if set(token_ids) - set(self.stop) else ()
+        if not set(token_ids) - set(self.stop):
+            return ()
+        self.lossy.update({f"completions {LOSSY}": int(require_round_trip(text, token_ids, self.tokenizer))})
+        return self._ended(token_ids)
 
     def _tail(self, prompt: Text, spelt: str, completion: Text) -> str:
         """What the template puts after the prompt. The generation prompt belongs to the prompt."""

@@ -72,7 +72,7 @@ def load_labels(data: JudgedData, side: Side, reader: Reader, *, seed: int, limi
     """
     source, rows = judged_rows(data, side)
     form, pairs = one_form(rows), "chosen" in rows[0].columns
-    dropped, changed = Counter[str](), Counter[str]()
+    dropped, changed, lossy = Counter[str](), Counter[str](), Counter(reader.lossy)
     if pairs:
         refuse_swapped_columns(source, rows)
     found: list[Labelled] = []
@@ -83,7 +83,7 @@ def load_labels(data: JudgedData, side: Side, reader: Reader, *, seed: int, limi
     if not found:
         raise nothing_left(source, len(rows), dropped)
     all_or_none(source, [one.ref_logp for one in found])
-    kept = LabelSet(tuple(found[:limit]), dict(dropped), dict(changed))
+    kept = LabelSet(tuple(found[:limit]), dict(dropped), dict(changed + (reader.lossy - lossy)))
     if "label" in needs and side == "train" and 0 in kept.classes:
         desirable, undesirable = kept.classes
         raise ValueError(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from rltrain.config.schema import Model, Recipe
 from rltrain.data.chat import Endings, endings
 from rltrain.errors import UserError
+from rltrain.model_limits import require_context, require_room_for_tokens
 from rltrain.remote_code import refusing_untrusted, trusts
 
 
@@ -20,11 +21,22 @@ class Language:
 
     tokenizer: PreTrainedTokenizerBase
     endings: Endings
+    vocabulary: int  # rows of the model's embedding
 
     def encode_answer(self, text: str) -> tuple[int, ...]:
         """What the policy would have written to give ``text`` as its whole completion."""
         eos: Any = self.tokenizer.eos_token_id
         return (*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.endings.stop[0] if eos is None else eos)
+
+    def require_embedded(self, texts: Iterable[tuple[str, Sequence[int]]]) -> None:
+        """Raises UserError for a text (name, token ids) with a token that the model has no embedding for."""
+        for name, token_ids in texts:
+            if max(token_ids, default=0) >= self.vocabulary:
+                token = max(token_ids)
+                raise UserError(
+                    f"{name} holds token {token} ({self.tokenizer.convert_ids_to_tokens(token)!r}), but the embedding of the model has "
+                    f"{self.vocabulary} rows: resize it, or leave this token out of texts and template"
+                )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -32,13 +44,16 @@ class Language:
 
 def load_language(recipe: Recipe) -> Language:
     """Tokenizer and endings of ``model.path``. Raises UserError when there is no such model or its context is too short."""
-    sizes = {"data.max_prompt_tokens": recipe.data.max_prompt_tokens, "rollout.max_tokens": recipe.rollout.max_tokens}
-    return language_of(recipe.model, sizes)
+    return language_of(recipe.model, sizes_of(recipe))
+
+
+def sizes_of(recipe: Recipe) -> dict[str, int]:
+    """The most tokens of a row's parts, by recipe key."""
+    return {"data.max_prompt_tokens": recipe.data.max_prompt_tokens, "rollout.max_tokens": recipe.rollout.max_tokens}
 
 
 def language_of(model: Model, sizes: Mapping[str, int]) -> Language:
     """The same for rows whose parts have at most these sizes, by recipe key."""
-    needed = sum(sizes.values())
     try:
         trusted = trusts(model.path, model.revision)
         with refusing_untrusted(model.path, model.revision):
@@ -50,19 +65,10 @@ def language_of(model: Model, sizes: Mapping[str, int]) -> Language:
         reason = str(error).strip().splitlines()[0]
         hint = "; make it with: python scripts/make_tiny_model.py --out .cache/tiny-model" if model.path.startswith(".cache/tiny") else ""
         raise UserError(f"model.path {model.path!r} is no model folder and cannot be had from the Hub ({reason}){hint}") from error
-    positions = context_of(config)
-    if positions is not None and needed > positions:
-        parts = " + ".join(f"{key} {size}" for key, size in sizes.items())
-        raise UserError(
-            f"{parts} = {needed} tokens, but {model.path} reads at most {positions}; lower one of them or choose a model with a longer "
-            "context"
-        )
-    return Language(tokenizer, endings(tokenizer, _generation_config(model)))
-
-
-def context_of(config: PretrainedConfig) -> int | None:
-    """Tokens that a model of this config reads at most; None where it does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    require_context(config, model.path, sizes)
+    vocabulary = config.get_text_config().vocab_size
+    require_room_for_tokens(tokenizer, vocabulary, model.path)
+    return Language(tokenizer, endings(tokenizer, _generation_config(model)), vocabulary)
 
 
 def _generation_config(model: Model) -> GenerationConfig | None:

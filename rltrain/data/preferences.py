@@ -92,7 +92,7 @@ def load_pairs(data: JudgedData, side: Side, reader: Reader, *, seed: int, limit
         raise ValueError(
             f"{source} holds {form}, but the loss compares two completions of a prompt: columns chosen and rejected are needed"
         )
-    dropped, changed = Counter[str](), Counter[str]()
+    dropped, changed, lossy = Counter[str](), Counter[str](), Counter(reader.lossy)
     refuse_swapped_columns(source, rows)
     pairs: list[Pair] = []
     for row in shuffled(rows, seed, source, limit):
@@ -104,7 +104,7 @@ def load_pairs(data: JudgedData, side: Side, reader: Reader, *, seed: int, limit
     if not pairs:
         raise nothing_left(source, len(rows), dropped)
     all_or_none(source, [pair.ref_logps for pair in pairs])
-    return PairSet(tuple(pairs), dict(dropped), dict(changed))
+    return PairSet(tuple(pairs), dict(dropped), dict(changed + (reader.lossy - lossy)))
 
 
 def _pair(row: Row, form: str, reader: Reader, needs: frozenset[str], dropped: Counts, changed: Counts) -> Pair | None:

@@ -13,6 +13,7 @@ from rltrain.data.chat import Message, check_messages, render
 from rltrain.data.gsm8k import calculator_steps
 from rltrain.data.rows import Row, read_rows
 from rltrain.data.tasks import TASKS
+from rltrain.round_trip import require_round_trip
 from rltrain.seeds import stable_hash
 from rltrain.types import Prompt
 
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts, and how many were left out for which reason (``too_long``, ``repeated``, ``malformed``, ``shared``)."""
+    """Prompts; how many were left out for which reason (``too_long``, ``repeated``, ``malformed``, ``shared``); how many the tokenizer
+    does not spell in full."""
 
     prompts: tuple[Prompt, ...]
     dropped: Mapping[str, int] = field(default_factory=dict)
+    lossy: int = 0
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -50,20 +53,25 @@ def load_prompts(
     if limit is not None:
         order = random.Random(stable_hash("prompts", seed, source)).sample(order, len(rows))
     prompts: list[Prompt] = []
+    lossy = 0
     for index in order:
         if limit is not None and len(prompts) == limit:
             break
         prompt = _prompt(rows[index], contents[index], data, tokenizer)
         if prompt is None:
             dropped["too_long"] += 1
-        else:
-            prompts.append(prompt)
+            continue
+        prompts.append(prompt)
+        try:
+            lossy += require_round_trip(prompt.text, prompt.token_ids, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{rows[index].where}: {error}") from error
     if not prompts:
         raise ValueError(
             f"{source}: no prompt is left of {len(rows)} ({dict(dropped)} dropped); "
             f"data.max_prompt_tokens is {data.max_prompt_tokens}, raise it if they are too long"
         )
-    return PromptSet(tuple(prompts), dict(dropped))
+    return PromptSet(tuple(prompts), dict(dropped), lossy)
 
 
 def side_of(data: Source, side: Literal["train", "eval"]) -> tuple[str | None, str, str | None, Mapping[str, str]]:
@@ -83,7 +91,7 @@ def without(prompts: PromptSet, others: PromptSet) -> PromptSet:
             f"each of the {len(prompts)} prompts (first {prompts.prompts[0].id}) is also among the {len(others)} others, none is left; "
             "training and held-out data are the same: set data.eval to other data or another split"
         )
-    return PromptSet(kept, {**prompts.dropped, "shared": len(prompts) - len(kept)})
+    return PromptSet(kept, {**prompts.dropped, "shared": len(prompts) - len(kept)}, prompts.lossy)
 
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:

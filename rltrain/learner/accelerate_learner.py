@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rltrain.config.schema import Learner, Model
 from rltrain.control.stage import Adjustment
@@ -22,20 +22,23 @@ from rltrain.learner.alignment import is_alignment
 from rltrain.learner.backend import Backend, DeepSpeedBackend, prepare, set_mode
 from rltrain.learner.forward import PolicyForward, resolve_layout
 from rltrain.learner.head import STATISTICS
+from rltrain.learner.loading import load_causal_lm, require_repeatable
 from rltrain.learner.optim import build_optimizer, build_schedule, restore_schedule
 from rltrain.learner.packing import Layout, MicroBatch, build, plan
-from rltrain.learner.ranks import agree, make_accelerator, sharded_loading
+from rltrain.learner.ranks import agree, make_accelerator, mixed_precision, sharded_loading
 from rltrain.learner.shared_prompt import build_shared, line_length, lines_of
 from rltrain.loss.objective import Objective
-from rltrain.remote_code import refusing_untrusted, trusts
+from rltrain.model_limits import context_of
 from rltrain.seeds import stable_hash
 from rltrain.types import PolicyTokens, StepTotals, TokenRows, TrainBatch
 from rltrain.watchdog import Waiting, unwatched
 from rltrain.weight_names import CheckpointNames
 
-__all__ = ["FROZEN", "AccelerateLearner", "NonFiniteError", "UpdateStats", "agree", "load_causal_lm"]
+__all__ = ["FROZEN", "ROUNDING", "AccelerateLearner", "NonFiniteError", "UpdateStats", "agree", "load_causal_lm"]
 
 FROZEN = frozenset({"ref_logp", "teacher_logp"})  # statistics of models that are not trained
+ROUNDING = {"no": 1e-4, "bf16": 0.05, "fp16": 0.02}  # nats per token, by precision: what two passes over one row may differ by
+_PROBE_TOKENS = 128
 
 
 class NonFiniteError(RuntimeError):
@@ -74,7 +77,7 @@ class AccelerateLearner:
     ) -> None:
         self.settings, self.temperature, self.max_tokens, self.seed = settings, temperature, max_tokens, seed
         self._waiting = waiting
-        self.accelerator: Any = make_accelerator(_mixed_precision(settings.precision))
+        self.accelerator: Any = make_accelerator(mixed_precision(settings.precision))
         torch.manual_seed(seed)
         with sharded_loading(self.accelerator):
             pretrained = self._pretrained(model)
@@ -88,6 +91,8 @@ class AccelerateLearner:
         self.backend: Backend = prepare(self.accelerator, policy, optimizer, settings.optimizer.max_grad_norm)
         self.policy, self.optimizer = self.backend.policy, self.backend.optimizer
         self.policy.train()  # every module: transformers loads its own in eval mode
+        micro = build(_probe(self.model.config), [0], layout=self.layout, device=self.device)
+        require_repeatable(self.policy, micro, path=model.path, tolerance=ROUNDING[str(self.accelerator.mixed_precision)])
         if isinstance(self.backend, DeepSpeedBackend) and self.accelerator.mixed_precision != "no":
             self._set_masters(model)
         self.frozen: dict[str, PolicyForward] = {}  # models whose log-probs a recipe needs: ref_logp, teacher_logp
@@ -411,16 +416,12 @@ class _OneUpdate:
     trained_tokens: int
 
 
-def load_causal_lm(path: str, revision: str | None, attention: str) -> PreTrainedModel:
-    """A causal LM in float32 (the optimizer's precision; autocast lowers the compute), without dropout in train mode."""
-    options = {} if attention == "auto" else {"attn_implementation": attention}
-    trusted = trusts(path, revision)
-    with refusing_untrusted(path, revision):
-        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=torch.float32, trust_remote_code=trusted, **options)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # dropout would make the log-probs of the update differ from those that were sampled
-    return model
+def _probe(config: Any) -> TokenRows:
+    """A row for a first look at the model: one token, then as many as ``_PROBE_TOKENS`` and its context allow."""
+    context, vocabulary = context_of(config), config.get_text_config().vocab_size
+    count = _PROBE_TOKENS if context is None else max(min(_PROBE_TOKENS, context.tokens), 2)
+    first, *others = ((7 * place + 3) % vocabulary for place in range(count))
+    return TokenRows(((first,),), (tuple(others),))
 
 
 def _lengths(rows: TokenRows, positions: Tensor) -> list[int]:
@@ -431,11 +432,6 @@ def _lengths(rows: TokenRows, positions: Tensor) -> list[int]:
 def _shape(rows: TokenRows) -> tuple[int, int]:
     """(B, T)"""
     return len(rows), max(map(len, rows.completions))
-
-
-def _mixed_precision(precision: str) -> str:
-    on_gpu = torch.cuda.is_available()
-    return {"auto": "bf16" if on_gpu else "no", "float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision]
 
 
 def _wants(needs: frozenset[str]) -> frozenset[str]:

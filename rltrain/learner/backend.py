@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from rltrain.learner.optim import check_state, optimizer_tensors, restore_optimizer
@@ -249,6 +250,17 @@ def set_mode(policy: nn.Module, *, training: bool) -> None:
     """``policy.train(training)``, which visits every module, only where the mode is another one."""
     if policy.training is not training:
         policy.train(training)
+
+
+def reshard(policy: nn.Module) -> None:
+    """Cut up what FSDP2 and ZeRO-3 leave whole after a forward that no backward follows: until then an FSDP2 model's parameters are not
+    the optimizer's."""
+    release = getattr(policy, "empty_partition_cache", None)  # of DeepSpeed's engine
+    if release is not None:
+        release()
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _keep_statistics_in_float32(accelerator: Any) -> None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from rltrain.learner.alignment import alignment, is_alignment, last_mlp_inputs
 from rltrain.learner.head import token_statistics
 from rltrain.learner.packing import Layout, MicroBatch
+from rltrain.model_limits import rotary_limit
 
 __all__ = ["PolicyForward", "called_as", "resolve_layout", "scalar_head", "takes_positions", "unpackable"]
 
@@ -55,6 +56,7 @@ class PolicyForward(nn.Module):
         self._takes_positions = takes_positions(inner)
         self._unpackable = unpackable(inner)
         self.shares_prompts = takes_any_mask(inner)  # whether a line may hold a prompt and several completions
+        self._rotary = rotary_limit(inner.config)
 
     @property
     def inner(self) -> PreTrainedModel:
@@ -105,6 +107,10 @@ class PolicyForward(nn.Module):
             raise ValueError(self._unpackable)
         if micro.attention_mask is not None and micro.attention_mask.dim() == 4 and not self.shares_prompts:
             raise ValueError(f"{type(inner).__name__} cannot share prompts; build its micro-batches without")
+        if self._rotary is not None and (longest := int(micro.position_ids.max()) + 1) > self._rotary.tokens:
+            raise ValueError(
+                f"a row of {longest} tokens reached {type(inner).__name__}, which reads at most {self._rotary.tokens} ({self._rotary.why})"
+            )
         positions = {"position_ids": micro.position_ids} if self._takes_positions else {}
         # No cache, and no mask where rows have lines of their own: transformers then reads from restarting positions where a packed
         # sequence ends, and runs the plain causal kernel on right-padded rows, whose padding comes after everything that is looked at.

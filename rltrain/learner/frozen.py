@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rltrain.config.schema import Model
 from rltrain.errors import UserError
-from rltrain.learner.accelerate_learner import load_causal_lm
+from rltrain.learner.loading import Head, load_causal_lm, require_weights
+from rltrain.model_limits import require_context, require_room_for_tokens
 from rltrain.remote_code import refusing_untrusted, trusts
 from rltrain.weight_names import CheckpointNames
 
-__all__ = ["reference_weights", "require_same_tokens"]
+__all__ = ["reference_weights", "require_companion", "require_same_tokens"]
 
 # what of a model's config decides the shapes of its weights
 _SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -38,6 +41,19 @@ def require_same_tokens(tokenizer: PreTrainedTokenizerBase, model: str, key: str
             f"{key} {path} has another tokenizer than {model}: token {token!r} is {theirs.get(token)} there and {ours.get(token)} "
             f"here ({len(theirs)} and {len(ours)} tokens); choose a model of the same family, its log-probs are taken token by token"
         )
+
+
+def require_companion(tokenizer: PreTrainedTokenizerBase, model: str, key: str, path: str, *, head: Head, sizes: Mapping[str, int]) -> None:
+    """Raises UserError unless the model at ``path`` reads the rows of ``model``: their tokens, their lengths, with weights of its own.
+
+    sizes: the most tokens of a row's parts, by recipe key.
+    """
+    require_same_tokens(tokenizer, model, key, path)
+    with refusing_untrusted(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trusts(path))
+    require_context(config, f"{key} {path}", sizes)
+    require_room_for_tokens(tokenizer, config.get_text_config().vocab_size, path)
+    require_weights(path, None, head)
 
 
 def reference_weights(model: Model, policy: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:

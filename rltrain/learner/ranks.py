@@ -25,6 +25,8 @@ from accelerate.utils import (
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from rltrain.errors import UserError
+
 Kind = Literal["ddp", "fsdp2", "deepspeed"]
 
 _RANK_0_ONLY = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # transformers reads it
@@ -56,6 +58,14 @@ def connect(deadline_seconds: float) -> None:
         _without_compiled_collectives()
     timeout = InitProcessGroupKwargs(backend="gloo" if on_cpu else None, timeout=timedelta(seconds=deadline_seconds)).to_kwargs()
     PartialState(cpu=on_cpu and asked_for() != "deepspeed", **timeout)
+
+
+def mixed_precision(precision: str) -> str:
+    """accelerate's name for a recipe's ``learner.precision`` on this machine. Raises UserError where it would compute in another."""
+    on_gpu = torch.cuda.is_available()
+    if precision == "float16" and not on_gpu:
+        raise UserError("learner.precision is float16 and there is no GPU: on a CPU it would run in float32; set it to float32 or bfloat16")
+    return {"auto": "bf16" if on_gpu else "no", "float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision]
 
 
 def make_accelerator(mixed_precision: str) -> Any:

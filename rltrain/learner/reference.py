@@ -23,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rltrain.errors import UserError
+from rltrain.learner.accelerate_learner import ROUNDING
 from rltrain.learner.preference_learner import PreferenceLearner
 from rltrain.seeds import stable_hash
 from rltrain.tensor_ops import weight_fingerprint
@@ -30,7 +31,6 @@ from rltrain.types import TokenRows
 
 __all__ = ["FrozenLogProbs", "fingerprint", "weights_digest"]
 
-_TOLERANCE = {"no": 1e-4, "bf16": 0.05, "fp16": 0.02}  # nats per token, by precision: other layouts round otherwise
 _NAME = "logp"
 _SUMS, _TOKENS = "sums", "tokens"
 
@@ -101,7 +101,7 @@ class FrozenLogProbs:
 
     @property
     def _tolerance(self) -> float:
-        return _TOLERANCE[str(self.learner.accelerator.mixed_precision)]
+        return ROUNDING[str(self.learner.accelerator.mixed_precision)]
 
     def _difference(self, rows: TokenRows, found: Tensor, key: str) -> float:
         """Largest difference per token over a sample of rows, the same on every rank."""

@@ -18,9 +18,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from rltrain.config.schema import Model
 from rltrain.errors import UserError
 from rltrain.learner.forward import PolicyForward, called_as, scalar_head, takes_positions, unpackable
+from rltrain.learner.loading import open_folder, require_complete, without_dropout
 from rltrain.learner.packing import MicroBatch, build
 from rltrain.learner.preference_learner import PreferenceLearner
-from rltrain.remote_code import refusing_untrusted, trusts
+from rltrain.model_limits import rotary_limit
 from rltrain.types import RewardPairs, TokenRows
 
 __all__ = ["RewardForward", "RewardLearner", "load_reward_model"]
@@ -36,6 +37,7 @@ class RewardForward(PolicyForward):
         self._no_split_modules = model._no_split_modules
         self._takes_positions, self._unpackable = takes_positions(model), unpackable(model)
         self.shares_prompts = False
+        self._rotary = rotary_limit(model.config)
 
     @property
     def inner(self) -> Any:
@@ -97,26 +99,14 @@ def load_reward_model(path: str, revision: str | None, attention: str, *, traine
     """In float32, without dropout. The head of a folder that has none starts at random, or with ``trained`` is an error.
 
     decoder: it must have a linear head named score over a decoder, which is what can be trained here. Raises UserError where no such
-    model can be made.
+    model can be made, or where other tensors than the head are missing.
     """
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
-    options |= {"dtype": torch.float32, "output_loading_info": True} | ({} if trained else {"num_labels": 1})
-    trusted = trusts(path, revision)
-    try:
-        with refusing_untrusted(path, revision):
-            loaded: Any = AutoModelForSequenceClassification.from_pretrained(path, revision=revision, trust_remote_code=trusted, **options)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{path}: transformers knows no scalar head for it ({str(error).splitlines()[0]}); choose another model") from error
-    model, report = loaded
-    if trained and report["missing_keys"]:
-        raise UserError(f"{path} has no {sorted(report['missing_keys'])[0]}: it is a language model, not a reward model that was trained")
+    options |= {} if trained else {"num_labels": 1}
+    model, report = open_folder(AutoModelForSequenceClassification, path, revision, dtype=torch.float32, **options)
+    require_complete(path, model, report, "scalar" if trained else "new scalar")
     if model.config.num_labels != 1:
         raise UserError(f"{path} has {model.config.num_labels} outputs; a reward model has 1")
     if decoder and scalar_head(model) is None:
         raise UserError(f"{path}: {type(model).__name__} has no linear output named score over a decoder; choose a causal language model")
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
+    return without_dropout(model)

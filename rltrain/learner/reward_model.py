@@ -15,7 +15,9 @@ from reward.score import RewardInputs
 from rltrain.errors import UserError
 from rltrain.learner.forward import scalar_head
 from rltrain.learner.reward_learner import load_reward_model
+from rltrain.model_limits import context_of, require_room_for_tokens
 from rltrain.remote_code import trusts
+from rltrain.round_trip import require_round_trip
 from rltrain.template_date import frozen_clock
 from rltrain.types import TokenRows
 
@@ -29,8 +31,9 @@ class RewardModel:
 
     prompt_column: None: it reads the token ids that the policy read and wrote, the end of the text included, which is how this project
     trains reward models; its tokenizer must be the policy's. A column: it reads that column (text, or messages) and the completion's
-    text as a conversation in its own chat template. max_tokens: of a longer text the beginning is left out. precision "auto": bfloat16
-    on a GPU, float32 elsewhere; the head is float32. Raises UserError where it cannot be had or has not one output.
+    text as a conversation in its own chat template. max_tokens: of a longer text, or one beyond the model's context, the beginning is
+    left out. precision "auto": bfloat16 on a GPU, float32 elsewhere; the head is float32. Raises UserError where it cannot be had or has
+    not one output.
     """
 
     def __init__(
@@ -44,7 +47,7 @@ class RewardModel:
         precision: Precision = "auto",
         date: dt.date | None = None,
     ) -> None:
-        self.path, self.prompt_column, self.max_tokens = path, prompt_column, max_tokens
+        self.path, self.prompt_column = path, prompt_column
         self.device, self.tokens_per_micro_batch = device, tokens_per_micro_batch
         self._date = date  # that its chat template prints; None: today
         model: Any = load_reward_model(path, None, "auto", trained=True, decoder=False).requires_grad_(False)
@@ -52,9 +55,9 @@ class RewardModel:
         if precision == "bfloat16" or (precision == "auto" and device.type == "cuda"):
             (model if self._head is None else model.base_model).to(torch.bfloat16)
         self._model = model.to(device).eval()
-        self._tokenizer: Any = None if prompt_column is None else AutoTokenizer.from_pretrained(path, trust_remote_code=trusts(path))
-        if self._tokenizer is not None and self._tokenizer.chat_template is None:
-            raise UserError(f"{path} has no chat template for prompt_column {prompt_column}; leave prompt_column out, or give it one")
+        self._tokenizer: Any = None if prompt_column is None else _own_tokenizer(path, prompt_column, model.config)
+        context = context_of(model.config)
+        self.max_tokens = max_tokens if context is None else min(max_tokens, context.tokens)
 
     def __call__(self, rows: Sequence[tuple[RewardInputs, int]]) -> list[float]:
         """The reward of each row: a prompt with its completions, and which of them. Raises UserError where a row lacks its column."""
@@ -95,7 +98,18 @@ class RewardModel:
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
         answered = [*messages, {"role": "assistant", "content": inputs.completions[at]}]
         text = self._tokenizer.apply_chat_template(answered, tokenize=False, **frozen_clock(self._date))
-        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])[-self.max_tokens :]
+        token_ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        require_round_trip(text, token_ids, self._tokenizer)
+        return tuple(token_ids)[-self.max_tokens :]
+
+
+def _own_tokenizer(path: str, prompt_column: str, config: Any) -> Any:
+    """Of a model that reads texts by itself. Raises UserError where it cannot."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trusts(path))
+    if tokenizer.chat_template is None:
+        raise UserError(f"{path} has no chat template for prompt_column {prompt_column}; leave prompt_column out, or give it one")
+    require_room_for_tokens(tokenizer, config.get_text_config().vocab_size, path)
+    return tokenizer
 
 
 def rewards_of(path: str, rows: TokenRows, *, tokens_per_micro_batch: int) -> list[float]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
+from rltrain.model_limits import context_of
 from rltrain.protocols import EngineState
 from rltrain.remote_code import trusts
 from rltrain.rollout.checks import WeightShapes, require_fit, require_version
@@ -62,8 +63,9 @@ class TransformersEngine:
     """Implements ``RolloutEngine`` over its own copy of the model; weights arrive by ``load`` only.
 
     model, revision: folder or Hub name; only its config is read. stop_token_ids: the union of every EOS id. decode: token ids
-    to text without special tokens. max_rows: rows decoded at once. attention: "auto" is "sdpa". Raises ValueError for models
-    whose decoding this cache cannot reproduce: recurrent layers, or a forward that the check at construction finds different.
+    to text without special tokens. max_rows: rows decoded at once. attention: "auto" is "sdpa" where the model has it, else "eager".
+    Raises ValueError for models whose decoding this cache cannot reproduce: recurrent layers, or a forward that the check at
+    construction finds different.
     """
 
     def __init__(
@@ -91,9 +93,8 @@ class TransformersEngine:
         trusted = trusts(model, revision)
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusted)
         self._limit, self._limit_name = _context_limit(config, model)
-        used = "eager" if attention == "eager" else "sdpa"
-        self._model = _random_model(config, self.device, dtype, used, trusted=trusted)
-        self._eager = attention == "eager"
+        self._model = _random_model(config, self.device, dtype, attention, trusted=trusted)
+        self._eager = self._model.config._attn_implementation == "eager"
         self._head = self._model.get_output_embeddings()
         self._decoder: TokenDecoder | None = None  # while tokens are written, for models that it fits
         self._names = CheckpointNames(self._model)
@@ -300,19 +301,23 @@ def _context_limit(config: PreTrainedConfig, name: str) -> tuple[int, str]:
         raise ValueError(
             f"{name} has {', '.join(sorted(strange))} layers, which the transformers engine cannot cache; use rollout.engine vllm"
         )
-    limit = text.max_position_embeddings
+    context = context_of(config)
+    if context is None:
+        raise ValueError(f"{name} has no max_position_embeddings, which bounds the transformers engine's cache; use rollout.engine vllm")
+    limit = context.tokens
     window = getattr(text, "sliding_window", None)
     slides = "sliding_attention" in kinds or (getattr(text, "layer_types", None) is None and getattr(text, "use_sliding_window", True))
     if window is not None and slides and window < limit:
         return window, "the sliding window, up to which the transformers engine decodes (rollout.engine vllm goes further)"
-    return limit, "the model's max_position_embeddings"
+    return limit, f"the model ({context.why})"
 
 
 def _random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, attention: str, *, trusted: bool) -> Any:
     """The architecture with weights that ``load`` will replace, leaving the caller's random state as it was."""
+    options = {} if attention == "auto" else {"attn_implementation": attention}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention, trust_remote_code=trusted)
-    if attention == "sdpa":
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted, **options)
+    if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(GROUPED_SDPA)
     model.eval().requires_grad_(False)
     parameters = list(model.parameters())

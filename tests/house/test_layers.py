@@ -23,6 +23,8 @@ LAYERS = (
         "rltrain.remote_code",
         "rltrain.template_date",
         "rltrain.watchdog",
+        "rltrain.model_limits",
+        "rltrain.round_trip",
     ),
     ("rltrain.weight_names",),
     ("rltrain.advantage", "rltrain.control"),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from resuming import SEVENS, lines
-from rltrain.build_rollout import build_guard
+from rltrain.build_rollout import MISMATCH_BFLOAT16, build_guard
 from rltrain.commands import train_command
 from rltrain.config.check import check
 from rltrain.config.load import load_recipe
@@ -42,19 +44,22 @@ def test_a_mismatch_that_is_not_a_number_is_above_every_threshold() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "overrides", "expected"),
+    ("engine", "learner", "overrides", "expected"),
     [
-        (torch.float32, [], (1e-4, 1e-3, 3)),
-        (torch.bfloat16, [], (0.05, 0.2, 3)),
-        (torch.bfloat16, ["rollout.mismatch_stop=0.5", "rollout.mismatch_patience=1"], (0.05, 0.5, 1)),
-        (torch.float32, ["rollout.trust_logp=true", "learner.updates=2"], (1e-4, 1e-3, 3)),
+        (torch.float32, "no", [], (1e-4, 1e-3, 3)),
+        (torch.bfloat16, "no", [], (0.05, 0.2, 3)),
+        (torch.float32, "bf16", [], (0.05, 0.2, 3)),
+        (torch.float32, "fp16", [], (0.05, 0.2, 3)),
+        (torch.bfloat16, "bf16", ["rollout.mismatch_stop=0.5", "rollout.mismatch_patience=1"], (0.05, 0.5, 1)),
+        (torch.float32, "no", ["rollout.trust_logp=true", "learner.updates=2"], (1e-4, 1e-3, 3)),
     ],
 )
-def test_thresholds_follow_the_recipe_and_the_engines_precision(
-    dtype: torch.dtype, overrides: list[str], expected: tuple[float, float, int]
+def test_thresholds_follow_the_recipe_and_the_lower_precision_of_engine_and_learner(
+    engine: torch.dtype, learner: str, overrides: list[str], expected: tuple[float, float, int]
 ) -> None:
     recipe = load_recipe(GRPO, profile="tiny_cpu", overrides=overrides)
-    guard = build_guard(recipe, SimpleNamespace(dtype=dtype))  # type: ignore[arg-type]
+    trained: Any = SimpleNamespace(accelerator=SimpleNamespace(mixed_precision=learner))
+    guard = build_guard(recipe, SimpleNamespace(dtype=engine), trained)  # type: ignore[arg-type]
     assert (guard.warn, guard.stop, guard.patience) == expected
 
 
@@ -84,3 +89,19 @@ def test_an_engine_that_differs_is_stopped_although_its_log_probs_are_trusted(
     monkeypatch.setattr(transformers_engine, "sample_tokens_", raw)
     with pytest.raises(MismatchError, match="step 1: "):
         run_of(random_model, tmp_path / "run", "rollout.trust_logp=true", "rollout.temperature=1.5", "rollout.mismatch_patience=1")
+
+
+@pytest.fixture
+def precision_can_change() -> Iterator[None]:
+    """accelerate keeps one precision for a process; this one has another for a test."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("precision_can_change")
+def test_a_bfloat16_learner_on_a_cpu_trains_beside_its_float32_engine(random_model: str, tmp_path: Path) -> None:
+    settings = ("learner.precision=bfloat16", "train.steps=5", "learner.updates=1", "learner.optimizer.lr=0.001")
+    apart = run_of(random_model, tmp_path / "run", *settings)
+    assert len(apart) == 5 and min(apart) > 1e-3, "a learner in float32 would agree"  # above what stops a run in float32
+    assert max(apart) < MISMATCH_BFLOAT16[0]

@@ -1,0 +1,80 @@
+"""Texts and their token ids: what a tokenizer changes on purpose is no loss, what it does not know is."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from rltrain.round_trip import lost_share, require_round_trip
+from script_modules import script
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789+=?'ABCÉé"
+
+
+def tokenizer_of(
+    normalizer: normalizers.Normalizer | None, letters: str = LETTERS, *, sentencepiece: bool = False
+) -> PreTrainedTokenizerFast:
+    """One token per character; others are ``<unk>``."""
+    words = {token: number for number, token in enumerate(("<unk>", "<user>", " ", "\u2581", *letters))}
+    made = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
+    if normalizer is not None:
+        made.normalizer = normalizer
+    if sentencepiece:
+        made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    else:
+        made.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", additional_special_tokens=["<user>"])
+
+
+def lost(tokenizer: PreTrainedTokenizerFast, text: str) -> float:
+    return lost_share(text, tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text"),
+    [
+        (tokenizer_of(None), "what is 1 + 1 ?"),
+        (tokenizer_of(None), "<user>what"),
+        (tokenizer_of(normalizers.Lowercase()), "What IS 1+1?"),
+        (tokenizer_of(normalizers.NFC()), "Cafe\u0301 e\u0301"),  # an accent of its own
+        (tokenizer_of(normalizers.NFKC()), "\uff11\uff0b\uff11\u00b2 \ufb01ne"),  # full width, superscript, ligature
+        (tokenizer_of(normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()])), "Caf\u00e9"),
+        (tokenizer_of(normalizers.Replace(" ", "")), "a b  c"),
+        (tokenizer_of(None, sentencepiece=True), "a b"),
+        (tokenizer_of(None, sentencepiece=True), "<user> a b "),
+        (tokenizer_of(normalizers.Replace("\u200b", "")), "a\u200bb"),  # a space of no width
+        (script("make_tiny_model").character_tokenizer(), "<user>37 + 58\n= ~{}<assistant>"),
+    ],
+)
+def test_what_a_tokenizer_changes_on_purpose_is_no_loss(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    assert lost(tokenizer, text) == 0
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "share"),
+    [
+        (tokenizer_of(None), "a\u4e2db", 1 / 3),  # unknown, one token
+        (tokenizer_of(None, letters=""), "<user>12", 1.0),  # nothing but special tokens is known
+        (tokenizer_of(None), "it\u2019s 1+1=2", 1 / 9),
+        (script("make_tiny_model").character_tokenizer(), "<user>\u4e2d\u6587<assistant>", 1.0),  # unknown, no token
+    ],
+)
+def test_the_share_of_characters_that_are_lost(tokenizer: PreTrainedTokenizerFast, text: str, share: float) -> None:
+    assert lost(tokenizer, text) == pytest.approx(share)
+
+
+def test_a_few_unknown_characters_are_counted_and_many_refused() -> None:
+    tokenizer = tokenizer_of(None)
+    mostly = "it\u2019s a question with one typographic quote"
+    assert require_round_trip(mostly, tokenizer(mostly)["input_ids"], tokenizer)
+    assert not require_round_trip("plain", tokenizer("plain")["input_ids"], tokenizer)
+    with pytest.raises(ValueError, match=r"100% of .* is lost between text and token ids.* has 49 tokens; is its tokenizer.json"):
+        require_round_trip("\u4e2d\u6587", tokenizer("\u4e2d\u6587")["input_ids"], tokenizer)
+
+
+def test_a_missing_token_in_the_middle_counts_although_the_text_ends_alike() -> None:
+    tokenizer = tokenizer_of(None)
+    text = "1+1=?"
+    ids = tokenizer(text)["input_ids"]
+    assert lost_share(text, ids[:2] + ids[3:], tokenizer) == pytest.approx(1 / 5)
