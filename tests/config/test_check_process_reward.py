@@ -8,9 +8,11 @@ import pytest
 
 from rltrain.config.check import check
 from rltrain.config.load import load_recipe
+from rltrain.config.schema import Recipe
 from rltrain.errors import RecipeError
 
-PRIME = Path(__file__).parents[2] / "recipes" / "policy" / "prime.yaml"
+ROOT = Path(__file__).parents[2]
+PRIME = ROOT / "recipes" / "policy" / "prime.yaml"
 
 
 @pytest.mark.parametrize(
@@ -38,3 +40,15 @@ def test_what_cannot_work_is_refused_with_the_remedy(overrides: list[str], said:
 def test_a_bare_loss_gains_hyperparameters() -> None:
     recipe = check(load_recipe(PRIME, overrides=["process_reward.loss=implicit_prm_ce", "process_reward.loss.beta=0.1"])).recipe
     assert recipe.process_reward.loss.hp == {"beta": 0.1}
+
+
+def test_a_profile_gives_the_second_model_a_learning_rate_and_makes_none_where_there_is_none() -> None:
+    # at the paper's 1e-6 a model of a million parameters does not move, and what it measures is GRPO
+    prime, grpo = (load_recipe(ROOT / f"recipes/policy/{name}.yaml", profile="tiny_cpu") for name in ("prime", "grpo"))
+    assert isinstance(prime, Recipe) and isinstance(grpo, Recipe)
+    assert prime.process_reward is not None and prime.process_reward.optimizer.lr >= prime.learner.optimizer.lr
+    assert prime.process_reward.loss.hp == {"beta": 0.05} and prime.process_reward.optimizer.max_grad_norm == 10.0  # the recipe's own
+    assert grpo.process_reward is None
+    for path in (ROOT / "recipes").rglob("*.yaml"):
+        if path.parent.name in ("policy", "preference"):
+            load_recipe(path, profile="tiny_cpu")
