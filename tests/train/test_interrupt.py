@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from rltrain import cli
 from rltrain.interrupt import Interrupted, ends_at_ctrl_c, resuming_command
-from rltrain.learner import accelerate_learner
 from rltrain.train import saving
 from rltrain.train.compare import run_to_its_end
 
@@ -53,7 +53,7 @@ def test_while_weights_are_loaded_it_ends_with_a_line(
         raise AssertionError("it went on")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(accelerate_learner.AutoModelForCausalLM, "from_pretrained", pressed)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", pressed)
     monkeypatch.setattr(sys, "argv", ["rltrain", *(word.replace("MODEL", random_model) for word in COMMANDS[name])])
     handler = signal.getsignal(signal.SIGINT)
     cli.main()
