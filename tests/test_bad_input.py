@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
+from architectures import ORIGINAL_CONTEXT, tiny
 from rltrain import cli
 from rltrain.config.load import load_recipe, resolved_yaml
 from rltrain.learner import accelerate_learner
@@ -136,3 +141,65 @@ def test_a_run_folder_with_anything_in_it_is_left_alone(train, tmp_path: Path) -
     file = tmp_path / "file"
     file.write_text("x")
     assert "file" in train(run=file)
+
+
+# model folders -------------------------------------------------------------------------------------------------------
+
+
+def with_weights(model: str, out: Path, keep: Callable[[str], bool]) -> Path:
+    """A copy of the folder with the tensors that ``keep`` names."""
+    shutil.copytree(model, out)
+    tensors = {name: tensor for name, tensor in load_file(out / "model.safetensors").items() if keep(name)}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+def test_a_folder_without_some_of_its_tensors(train, random_model: str, tmp_path: Path) -> None:
+    folder = with_weights(random_model, tmp_path / "model", lambda name: ".layers.1." not in name)
+    assert "12 missing (model.layers.1.input_layernorm.weight" in train(f"model.path={folder}")
+
+
+@pytest.mark.parametrize("key", ["model.reference", "model.teacher"])
+def test_a_second_model_without_some_of_its_tensors(train, key: str, random_model: str, tmp_path: Path) -> None:
+    folder = with_weights(random_model, tmp_path / "model", lambda name: name != "model.norm.weight")
+    assert "1 missing (model.norm.weight)" in train(f"{key}={folder}")
+
+
+def test_a_reward_model_that_is_a_language_model(train, random_model: str) -> None:
+    said = train(f"reward.functions=[{{name: reward_model, path: {random_model}}}]")
+    assert "has no score.weight: it is a language model" in said
+
+
+def test_a_folder_without_its_tokenizer(train, random_model: str, tmp_path: Path) -> None:
+    shutil.copytree(random_model, tmp_path / "model")
+    (tmp_path / "model/tokenizer.json").unlink()
+    said = train(f"model.path={tmp_path / 'model'}")
+    assert "100% of '<user>" in said and "has 6 tokens; is its tokenizer.json" in said
+
+
+def test_a_tokenizer_larger_than_the_embedding(train, random_model: str, tmp_path: Path) -> None:
+    shutil.copytree(random_model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    said = train(f"model.path={tmp_path / 'model'}")
+    assert "its tokenizer has 102 tokens and its embedding 101 rows" in said
+
+
+def test_a_prompt_in_a_script_that_the_tokenizer_does_not_know(train, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{number}+1=", "answer": "1"} for number in range(9)] + [{"prompt": "\u4e2d\u6587", "answer": "1"}]
+    data = jsonl(tmp_path / "data.jsonl", *rows)
+    said = train(f"data.train={data}", "data.options={}", "data.eval=null", "data.max_prompts=null")
+    assert "data.jsonl, line 10: 100% of" in said
+
+
+@pytest.mark.parametrize("sizes", [("data.max_prompt_tokens=12", "rollout.max_tokens=5"), ("rollout.max_tokens=16",)])
+def test_rows_beyond_the_length_where_rotary_frequencies_change(train, sizes: tuple[str, ...], tmp_path: Path) -> None:
+    folder = tiny("phi3_longrope", tmp_path / "longrope")
+    said = train(f"model.path={folder}", *sizes)
+    assert f"reads at most {ORIGINAL_CONTEXT} (its original context: rope_type longrope" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes in float16")
+def test_float16_without_a_gpu(train) -> None:
+    assert "learner.precision is float16 and there is no GPU" in train("learner.precision=float16")
