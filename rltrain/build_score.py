@@ -86,7 +86,9 @@ def read_file(file: Path, columns: Mapping[str, str], steps: str, language: Lang
     cut = cutter(steps)
     reader = Reader(language.tokenizer, language.endings.stop, data)
     rows = [renamed(row, dict(columns)) for row in read_rows(str(file), split="train")]
-    return [_read(row, cut, reader, language, most) for row in rows]
+    found = [_read(row, cut, reader, language, most) for row in rows]
+    reader.lossy(str(file))
+    return found
 
 
 def cutter(steps: str) -> Callable[[str, Row | None], list[int]]:

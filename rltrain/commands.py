@@ -40,7 +40,7 @@ from rltrain.learner.ranks import agree, board, connect, mixed_precision
 from rltrain.protocols import RolloutEngine
 from rltrain.report.reporter import Reporter
 from rltrain.rollout.watched import WatchedEngine
-from rltrain.round_trip import require_round_trip
+from rltrain.round_trip import Losses
 from rltrain.train.evaluate import Evaluation
 from rltrain.train.offline import train_offline
 from rltrain.train.online import Run, train
@@ -280,7 +280,9 @@ def _rendered(name: str, text: str, recipe: Recipe, language: Language) -> Promp
     data = recipe.data
     content = data.prompt_template.format_map({"prompt": text})
     spelt, token_ids = render(content, language.tokenizer, system=data.system, chat_template=data.chat_template, date=data.date)
-    require_round_trip(spelt, token_ids, language.tokenizer)
+    losses = Losses()
+    losses.add(spelt, token_ids, language.tokenizer)
+    losses.check(f"prompt {name}", language.tokenizer)
     language.require_embedded([(f"prompt {name}", token_ids)])
     return Prompt(name, tuple(token_ids), spelt)
 

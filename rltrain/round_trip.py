@@ -10,17 +10,48 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["LOSSY", "lost_share", "require_round_trip"]
+__all__ = ["LOSSY", "Losses", "lost_share"]
 
 LOSSY = "with characters that the tokenizer does not know"  # how texts that lose a few are counted
-_MOST_LOST = 0.1  # of a text's characters; a typographic quote in a question is less, a question in another script more
+_MOST_LOST = 0.1  # of all characters; typographic quotes and rows in another script here and there are less
 _SENTENCEPIECE_SPACE = "\u2581"
 _UNSEEN = {"Mn", "Cc", "Cf", "Zs", "Zl", "Zp"}  # Unicode categories: combining marks, controls, spaces
+
+
+@dataclass
+class Losses:
+    """What the texts of one kind lose on the way to their token ids, all together: a row in another script is one among many."""
+
+    lossy: int = 0  # texts that lose some of their characters
+    _lost: float = 0.0  # characters
+    _seen: int = 0
+    _worst: tuple[float, str, str] = (0.0, "", "")  # (share, text, what its token ids read)
+
+    def add(self, text: str, token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
+        share = lost_share(text, token_ids, tokenizer)
+        self._seen += len(text)
+        if share > 0:
+            self.lossy += 1
+            self._lost += share * len(text)
+            if share > self._worst[0]:
+                self._worst = (share, text, str(tokenizer.decode(list(token_ids))))
+
+    def check(self, source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises ValueError where too much is lost: the model would read other texts. source: where they are from."""
+        if self._lost <= _MOST_LOST * self._seen:
+            return
+        share, text, back = self._worst
+        raise ValueError(
+            f"{source}: {self._lost / self._seen:.0%} of the texts is lost between text and token ids, for example {share:.0%} of "
+            f"{text!r:.80}, whose ids read {back!r:.80}: the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens; is its "
+            "tokenizer.json (or tokenizer.model) in the folder, and does it know this script?"
+        )
 
 
 def lost_share(text: str, token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> float:
@@ -36,19 +67,6 @@ def lost_share(text: str, token_ids: Sequence[int], tokenizer: PreTrainedTokeniz
         text, back = text.replace(token, ""), back.replace(token, "")
     wanted, found = Counter(_folded(text)), Counter(_folded(back))
     return (wanted - found).total() / max(wanted.total(), 1)
-
-
-def require_round_trip(text: str, token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether some characters are lost. Raises ValueError where too many are, for the model would read another text."""
-    share = lost_share(text, token_ids, tokenizer)
-    if share <= _MOST_LOST:
-        return share > 0
-    back = str(tokenizer.decode(list(token_ids)))
-    raise ValueError(
-        f"{share:.0%} of {text!r:.80} is lost between text and token ids, which read {back!r:.80}: the tokenizer "
-        f"{tokenizer.name_or_path!r} has {len(tokenizer)} tokens; is its tokenizer.json (or tokenizer.model) in the folder, "
-        "and does it know this script?"
-    )
 
 
 def _folded(text: str) -> str:

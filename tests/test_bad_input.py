@@ -174,7 +174,7 @@ def test_a_folder_without_its_tokenizer(train, random_model: str, tmp_path: Path
     shutil.copytree(random_model, tmp_path / "model")
     (tmp_path / "model/tokenizer.json").unlink()
     said = train(f"model.path={tmp_path / 'model'}")
-    assert "100% of '<user>" in said and "has 6 tokens; is its tokenizer.json" in said
+    assert "example 100% of '<user>" in said and "has 6 tokens; is its tokenizer.json" in said
 
 
 def test_a_tokenizer_larger_than_the_embedding(train, random_model: str, tmp_path: Path) -> None:
@@ -186,11 +186,11 @@ def test_a_tokenizer_larger_than_the_embedding(train, random_model: str, tmp_pat
     assert "its tokenizer has 102 tokens and its embedding 101 rows" in said
 
 
-def test_a_prompt_in_a_script_that_the_tokenizer_does_not_know(train, tmp_path: Path) -> None:
-    rows = [{"prompt": f"{number}+1=", "answer": "1"} for number in range(9)] + [{"prompt": "\u4e2d\u6587", "answer": "1"}]
+def test_prompts_in_a_script_that_the_tokenizer_does_not_know(train, tmp_path: Path) -> None:
+    rows = [{"prompt": "1+1=", "answer": "2"}, *({"prompt": f"\u4e2d\u6587{number}", "answer": "1"} for number in range(9))]
     data = jsonl(tmp_path / "data.jsonl", *rows)
     said = train(f"data.train={data}", "data.options={}", "data.eval=null", "data.max_prompts=null")
-    assert "data.jsonl, line 10: 100% of" in said
+    assert "data.jsonl: " in said and "of the texts is lost between text and token ids" in said
 
 
 @pytest.mark.parametrize("sizes", [("data.max_prompt_tokens=12", "rollout.max_tokens=5"), ("rollout.max_tokens=16",)])

@@ -18,7 +18,7 @@ from rltrain.data.chat import Message, check_messages, render, spell
 from rltrain.data.prompts import renamed, side_of
 from rltrain.data.rows import Row, read_rows
 from rltrain.data.tasks import TASKS
-from rltrain.round_trip import LOSSY, require_round_trip
+from rltrain.round_trip import LOSSY, Losses
 from rltrain.seeds import stable_hash
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Reader:
     tokenizer: PreTrainedTokenizerBase
     stop: tuple[int, ...]  # token ids that end a completion
     data: JudgedData
-    lossy: Counts = field(default_factory=Counter)  # of the texts read so far, those with characters that no token spells
+    losses: Mapping[str, Losses] = field(default_factory=lambda: {"prompts": Losses(), "completions": Losses()})
 
     @property
     def templated(self) -> bool:
@@ -46,7 +46,7 @@ class Reader:
         """(what the model reads, its token ids), uncut."""
         system, template, date = self.data.system, self.data.chat_template, self.data.date
         text, token_ids = render(prompt, self.tokenizer, system=system, chat_template=template, date=date)
-        self.lossy.update({f"prompts {LOSSY}": int(require_round_trip(text, token_ids, self.tokenizer))})
+        self.losses["prompts"].add(text, token_ids, self.tokenizer)
         return text, tuple(token_ids)
 
     def completion(self, prompt: Text, spelt: str, completion: Text) -> tuple[int, ...]:
@@ -59,7 +59,7 @@ class Reader:
         token_ids = tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if not set(token_ids) - set(self.stop):
             return ()
-        self.lossy.update({f"completions {LOSSY}": int(require_round_trip(text, token_ids, self.tokenizer))})
+        self.losses["completions"].add(text, token_ids, self.tokenizer)
         return self._ended(token_ids)
 
     def _tail(self, prompt: Text, spelt: str, completion: Text) -> str:
@@ -87,6 +87,16 @@ class Reader:
     def _end(self) -> int:
         own: Any = self.tokenizer.eos_token_id
         return int(own) if own is not None else self.stop[0]
+
+    def afresh(self) -> Reader:
+        """For another side of the data: nothing read yet."""
+        return Reader(self.tokenizer, self.stop, self.data)
+
+    def lossy(self, source: str) -> Counts:
+        """How many texts lost some of their characters. Raises ValueError where too much is lost."""
+        for losses in self.losses.values():
+            losses.check(source, self.tokenizer)
+        return Counter({f"{kind} {LOSSY}": losses.lossy for kind, losses in self.losses.items()})
 
     def cut_prompt(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
         """The end of it, behind its BOS if it has one."""

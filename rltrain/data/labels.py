@@ -72,7 +72,7 @@ def load_labels(data: JudgedData, side: Side, reader: Reader, *, seed: int, limi
     """
     source, rows = judged_rows(data, side)
     form, pairs = one_form(rows), "chosen" in rows[0].columns
-    dropped, changed, lossy = Counter[str](), Counter[str](), Counter(reader.lossy)
+    dropped, changed, reader = Counter[str](), Counter[str](), reader.afresh()
     if pairs:
         refuse_swapped_columns(source, rows)
     found: list[Labelled] = []
@@ -80,10 +80,11 @@ def load_labels(data: JudgedData, side: Side, reader: Reader, *, seed: int, limi
         if limit is not None and len(found) >= limit:
             break
         found += _both(row, form, reader, needs, dropped, changed) if pairs else _one(row, reader, needs, dropped, changed)
+    changed.update(reader.lossy(source))
     if not found:
         raise nothing_left(source, len(rows), dropped)
     all_or_none(source, [one.ref_logp for one in found])
-    kept = LabelSet(tuple(found[:limit]), dict(dropped), dict(changed + (reader.lossy - lossy)))
+    kept = LabelSet(tuple(found[:limit]), dict(dropped), dict(changed))
     if "label" in needs and side == "train" and 0 in kept.classes:
         desirable, undesirable = kept.classes
         raise ValueError(

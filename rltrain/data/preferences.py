@@ -92,7 +92,7 @@ def load_pairs(data: JudgedData, side: Side, reader: Reader, *, seed: int, limit
         raise ValueError(
             f"{source} holds {form}, but the loss compares two completions of a prompt: columns chosen and rejected are needed"
         )
-    dropped, changed, lossy = Counter[str](), Counter[str](), Counter(reader.lossy)
+    dropped, changed, reader = Counter[str](), Counter[str](), reader.afresh()
     refuse_swapped_columns(source, rows)
     pairs: list[Pair] = []
     for row in shuffled(rows, seed, source, limit):
@@ -101,10 +101,11 @@ def load_pairs(data: JudgedData, side: Side, reader: Reader, *, seed: int, limit
         pair = _pair(row, form, reader, needs, dropped, changed)
         if pair is not None:
             pairs.append(pair)
+    changed.update(reader.lossy(source))
     if not pairs:
         raise nothing_left(source, len(rows), dropped)
     all_or_none(source, [pair.ref_logps for pair in pairs])
-    return PairSet(tuple(pairs), dict(dropped), dict(changed + (reader.lossy - lossy)))
+    return PairSet(tuple(pairs), dict(dropped), dict(changed))
 
 
 def _pair(row: Row, form: str, reader: Reader, needs: frozenset[str], dropped: Counts, changed: Counts) -> Pair | None:

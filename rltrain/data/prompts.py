@@ -13,7 +13,7 @@ from rltrain.data.chat import Message, check_messages, render
 from rltrain.data.gsm8k import calculator_steps
 from rltrain.data.rows import Row, read_rows
 from rltrain.data.tasks import TASKS
-from rltrain.round_trip import require_round_trip
+from rltrain.round_trip import Losses
 from rltrain.seeds import stable_hash
 from rltrain.types import Prompt
 
@@ -53,7 +53,7 @@ def load_prompts(
     if limit is not None:
         order = random.Random(stable_hash("prompts", seed, source)).sample(order, len(rows))
     prompts: list[Prompt] = []
-    lossy = 0
+    losses = Losses()
     for index in order:
         if limit is not None and len(prompts) == limit:
             break
@@ -62,16 +62,14 @@ def load_prompts(
             dropped["too_long"] += 1
             continue
         prompts.append(prompt)
-        try:
-            lossy += require_round_trip(prompt.text, prompt.token_ids, tokenizer)
-        except ValueError as error:
-            raise ValueError(f"{rows[index].where}: {error}") from error
+        losses.add(prompt.text, prompt.token_ids, tokenizer)
     if not prompts:
         raise ValueError(
             f"{source}: no prompt is left of {len(rows)} ({dict(dropped)} dropped); "
             f"data.max_prompt_tokens is {data.max_prompt_tokens}, raise it if they are too long"
         )
-    return PromptSet(tuple(prompts), dict(dropped), lossy)
+    losses.check(source, tokenizer)
+    return PromptSet(tuple(prompts), dict(dropped), losses.lossy)
 
 
 def side_of(data: Source, side: Literal["train", "eval"]) -> tuple[str | None, str, str | None, Mapping[str, str]]:

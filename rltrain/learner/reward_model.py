@@ -12,12 +12,12 @@ from torch.nn.functional import linear
 from transformers import AutoTokenizer
 
 from reward.score import RewardInputs
-from rltrain.errors import UserError
+from rltrain.errors import UserError, user_mistakes
 from rltrain.learner.forward import scalar_head
 from rltrain.learner.reward_learner import load_reward_model
 from rltrain.model_limits import context_of, require_room_for_tokens
 from rltrain.remote_code import trusts
-from rltrain.round_trip import require_round_trip
+from rltrain.round_trip import Losses
 from rltrain.template_date import frozen_clock
 from rltrain.types import TokenRows
 
@@ -56,12 +56,18 @@ class RewardModel:
             (model if self._head is None else model.base_model).to(torch.bfloat16)
         self._model = model.to(device).eval()
         self._tokenizer: Any = None if prompt_column is None else _own_tokenizer(path, prompt_column, model.config)
+        self._losses, self._called = Losses(), False  # of the first texts, which say whether the tokenizer is whole
         context = context_of(model.config)
         self.max_tokens = max_tokens if context is None else min(max_tokens, context.tokens)
 
     def __call__(self, rows: Sequence[tuple[RewardInputs, int]]) -> list[float]:
         """The reward of each row: a prompt with its completions, and which of them. Raises UserError where a row lacks its column."""
-        return self.scores([self._read(inputs, at) for inputs, at in rows])
+        first, texts = not self._called, [self._read(inputs, at) for inputs, at in rows]
+        if first and self._tokenizer is not None and texts:
+            self._called = True
+            with user_mistakes():
+                self._losses.check(f"reward model {self.path}", self._tokenizer)
+        return self.scores(texts)
 
     @torch.no_grad()
     def scores(self, texts: Sequence[tuple[int, ...]]) -> list[float]:
@@ -99,7 +105,7 @@ class RewardModel:
         answered = [*messages, {"role": "assistant", "content": inputs.completions[at]}]
         text = self._tokenizer.apply_chat_template(answered, tokenize=False, **frozen_clock(self._date))
         token_ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        require_round_trip(text, token_ids, self._tokenizer)
+        self._losses.add(text, token_ids, self._tokenizer)
         return tuple(token_ids)[-self.max_tokens :]
 
 
