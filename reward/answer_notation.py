@@ -11,7 +11,9 @@ import unicodedata
 from collections.abc import Callable
 from typing import NamedTuple
 
-TEXT_GROUP = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
+TEXT_GROUP = re.compile(
+    r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}"
+)
 
 _MATH_DELIMITER = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[")
 _DOUBLED_COMMAND = re.compile(r"\\\\[A-Za-z]")
@@ -20,7 +22,9 @@ _DOUBLED_BACKSLASH = re.compile(r"(\\\\)(?:\\\\|(?=[^\s\d&+-]))")
 _ESCAPED_DOLLAR = re.compile(r"(?<!\\)\\\$\s*")
 _UPRIGHT_CONSTANT = re.compile(r"\\(?:mathrm|text|textrm|rm|operatorname)\s*\{\s*([ei])\s*\}")
 _STOP_IN_FORMULA = re.compile(r"(?<=[^\s.\\])\s?[.,;](?=\s?(?:(?<!\\)\$(?![\w\\$])|\\[)\]]))")
-_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])\s*(?:\^\s*(?:\{[^{}]*\}|\w))?\s*(?:\\left\s*)?")
+_TRIGONOMETRIC = re.compile(
+    r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])\s*(?:\^\s*(?:\{[^{}]*\}|\w))?\s*(?:\\left\s*)?"
+)
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s?(?:\^\s?\{\s?\\circ\s?\}|\^\s?\\circ|\\degree)(?![A-Za-z])")
 _ARGUMENT = re.compile(r"[\w\s.^{}\\*/]*")
 _NUMBER_TIMES_NUMBER = re.compile(r"(?<![\w.^{}\\])(\d+)\((-?\d+(?:\.\d+)?)\)")
@@ -34,7 +38,9 @@ _PRIME = re.compile(r"(?<=[A-Za-z])('{1,3})(?!\w)")
 _DEFINITION = re.compile(r"\$?\s?([A-Za-z])\s?\(([a-z])\)\s?=")
 _LETTER = r"(?<![A-Za-z\\]){}(?![A-Za-z])"
 _DECIMAL_COMMA = re.compile(r"(-?\d+),(\d{1,2})")
-_BRACKETED_NUMBER = re.compile(r"(?<![\\\w])\[\s?(-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+|/\d+)?)\s?\](?=[.! ]{0,3}$)")
+_BRACKETED_NUMBER = re.compile(
+    r"(?<![\\\w])\[\s?(-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+|/\d+)?)\s?\](?=[.! ]{0,3}$)"
+)
 _MIXED_NUMBER = re.compile(r"(-?)\s?(\d+)\s+(\d+)\s?/\s?(\d+)")
 
 _CALCULATOR_WORD = re.compile(r"\b(?:sqrt|sin|cos|tan|log|exp|and|or|inf|infinity)\b")
@@ -104,7 +110,9 @@ _UNICODE = str.maketrans(
     }
 )
 _GREEK = re.compile(r"[\N{GREEK CAPITAL LETTER ALPHA}-\N{GREEK SMALL LETTER OMEGA}]")
-_VULGAR_FRACTION = re.compile("[\N{VULGAR FRACTION ONE QUARTER}-\N{VULGAR FRACTION THREE QUARTERS}\u2150-\u215e]")
+_VULGAR_FRACTION = re.compile(
+    "[\N{VULGAR FRACTION ONE QUARTER}-\N{VULGAR FRACTION THREE QUARTERS}\u2150-\u215e]"
+)
 _SUPERSCRIPT = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207a\u207b\u207f]+")
 _SUBSCRIPT = re.compile("[\u2080-\u2089]+")
 _ROOT = re.compile("\N{SQUARE ROOT}" + r"\s?(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[A-Za-z]|\\[a-z]+))")
@@ -215,7 +223,9 @@ def _unicode(text: str) -> str:
     text = _ROOT.sub(lambda root: f"\\sqrt{{{root[1] or root[2] or root[3]}}}", text)
     text = _SUPERSCRIPT.sub(lambda run: f"^{{{_compatible(run[0])}}}", text)
     text = _SUBSCRIPT.sub(lambda run: f"_{{{_compatible(run[0])}}}", text)
-    text = _VULGAR_FRACTION.sub(lambda sign: "\\frac{{{}}}{{{}}}".format(*_compatible(sign[0]).split("\u2044")), text)
+    text = _VULGAR_FRACTION.sub(
+        lambda sign: "\\frac{{{}}}{{{}}}".format(*_compatible(sign[0]).split("\u2044")), text
+    )
     text = _GREEK.sub(lambda letter: _greek_command(letter[0]), text)
     return text.translate(_UNICODE)
 

@@ -130,7 +130,9 @@ def _stated_answer(text: str, after: int = -1) -> str | None:
         if statement is None or (after >= 0 and not _FINAL.search(text, max(start - 6, 0), start)):
             continue
         answer = _tail_answer(text[statement.end() : statement.end() + LONGEST + 1])
-        if answer is not None and (after < 0 or any(character.isdigit() or character in "$\\" for character in answer)):
+        if answer is not None and (
+            after < 0 or any(character.isdigit() or character in "$\\" for character in answer)
+        ):
             return answer
     return None
 
@@ -260,6 +262,11 @@ def _without_frame(text: str) -> str | None:
         text = text[:-1] if text.endswith((".", ",", ";", ":")) and not text.endswith("\\", 0, -1) else text
         for opening, closing in _CLOSES.items():
             inside = text[len(opening) : len(text) - len(closing)]
-            if len(text) > 2 * len(opening) and text.startswith(opening) and text.endswith(closing) and opening not in inside:
+            if (
+                len(text) > 2 * len(opening)
+                and text.startswith(opening)
+                and text.endswith(closing)
+                and opening not in inside
+            ):
                 text = inside
     return _SPACES.sub(" ", text) or None

@@ -150,7 +150,9 @@ def _base_named(word: str) -> int:
 
 def _canonical(unit: str) -> tuple[str, ...]:
     """The unit's names and powers in order, spellings made one."""
-    bare = re.sub(r"\\cdot|\*|\^|[{}\s]|\\[,;: !]|~|\\circ", " ", _TEXT_COMMAND.sub("", unit)).replace(" per ", " / ")
+    bare = re.sub(r"\\cdot|\*|\^|[{}\s]|\\[,;: !]|~|\\circ", " ", _TEXT_COMMAND.sub("", unit)).replace(
+        " per ", " / "
+    )
     parts: list[str] = []
     power = 1
     names: list[str] = re.findall(r"[A-Za-z]+|-?\d+|/", bare)

@@ -13,11 +13,17 @@ from reward.answer_notation import TEXT_GROUP
 _LETTERS = re.compile(r"[^\W\d_]+(?:[\s.,!?'-]+[^\W\d_]+)*[.!?]*")
 _HYPHEN_OR_PRIME = re.compile(r"[-'](?![^\W\d_]{2})")
 _VARIABLE = re.compile(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
-_SHORT_WORDS = frozenset(("yes", "no", "odd", "even", "one", "two", "six", "ten", "red", "all", "any", "both", "none"))
+_SHORT_WORDS = frozenset(
+    ("yes", "no", "odd", "even", "one", "two", "six", "ten", "red", "all", "any", "both", "none")
+)
 _CHOICES = re.compile(r"\(?[A-Z]\)?\.?(?:(?:\s?[,;]\s?(?:and\s)?|\s(?:and\s)?)\(?[A-Z]\)?\.?){0,25}")
-_LABELLED = re.compile(r"(?:(?:option|choice)\s(?=\(?[A-Z]\)?\.?$))?\(?([A-Z])(?:[).:]+(?:(?:\\?\s).*)?)?", re.IGNORECASE)
+_LABELLED = re.compile(
+    r"(?:(?:option|choice)\s(?=\(?[A-Z]\)?\.?$))?\(?([A-Z])(?:[).:]+(?:(?:\\?\s).*)?)?", re.IGNORECASE
+)
 _CAPITAL = re.compile(r"(?<![A-Za-z])[A-Z](?![A-Za-z])")
-_CLOCK = re.compile(r"(?<![\d:])(\d{1,2}):(\d{2})(?::(\d{2}))?(?![\d:])\s*(?:([ap])\.?\s*m\b\.?)?", re.IGNORECASE)
+_CLOCK = re.compile(
+    r"(?<![\d:])(\d{1,2}):(\d{2})(?::(\d{2}))?(?![\d:])\s*(?:([ap])\.?\s*m\b\.?)?", re.IGNORECASE
+)
 
 
 def words(text: str) -> str:

@@ -1,4 +1,6 @@
-"""A reward for programs: run them against the row's tests, where they can do no harm and cannot see what is expected."""
+"""A reward for programs: run them against the row's tests, where they can do no harm and cannot see
+what is expected.
+"""
 
 from __future__ import annotations
 
@@ -33,25 +35,29 @@ def code_tests(
     packages: bool = False,
     unsandboxed: bool = False,
 ) -> list[Score]:
-    """``correct`` where the completion's program passes the row's tests, as with HumanEval (arXiv:2107.03374), else ``wrong``.
+    """``correct`` where the completion's program passes the row's tests, as with HumanEval
+    (arXiv:2107.03374), else ``wrong``.
 
-    tests_column: Python, or a list of it: scripts, main guards and ``unittest.main`` included, pytest's ``test*`` functions and classes
-    (fixtures, parametrize, raises and approx are understood), unittest's TestCases, or a definition of ``check(candidate)``, which gets
-    the function named in entry_column (where the row has that column; one that the recipe names must be there). Tests run in a process
-    of their own that the program cannot reach and exchange plain data with it (numbers, text, bytes, lists, tuples, sets, dicts, None,
-    iterators of them): what a function returns beside that fails, and so do tests that use the program's classes or what it prints.
-    Names that the tests do not define are the program's, as is what they import from ``module``.
-    A test that passes counts if it has called a function of the program or read a global of it that is none; naming a function is no
-    call. Where no test counts, whatever the completions are, the row is ungraded.
-    before_column: Python in front of the program, which the tests may use too; "prompt" is the prompt itself, as HumanEval's are.
-    extract: where the program stands, see ``reward.code_text.program``. score "share": between wrong and correct by the share of
-    tests passed. seconds: wall clock from loading to the last test; keep it below reward.seconds, as starting takes time. memory_mib:
-    address space of each process; processes: with threads; file_mib: all it may write; message_mib: one call or answer. packages:
-    importable is what is installed here, not just the standard library. unsandboxed: go on where the machine has no sandbox.
+    tests_column: Python, or a list of it: scripts, main guards and ``unittest.main`` included, pytest's
+    ``test*`` functions and classes (fixtures, parametrize, raises and approx are understood), unittest's
+    TestCases, or a definition of ``check(candidate)``, which gets the function named in entry_column (where
+    the row has that column; one that the recipe names must be there). Tests run in a process of their own
+    that the program cannot reach and exchange plain data with it (numbers, text, bytes, lists, tuples, sets,
+    dicts, None, iterators of them): what a function returns beside that fails, and so do tests that use the
+    program's classes or what it prints. Names that the tests do not define are the program's, as is what they
+    import from ``module``. A test that passes counts if it has called a function of the program or read a
+    global of it that is none; naming a function is no call. Where no test counts, whatever the completions
+    are, the row is ungraded. before_column: Python in front of the program, which the tests may use too;
+    "prompt" is the prompt itself, as HumanEval's are. extract: where the program stands, see
+    ``reward.code_text.program``. score "share": between wrong and correct by the share of tests passed.
+    seconds: wall clock from loading to the last test; keep it below reward.seconds, as starting takes time.
+    memory_mib: address space of each process; processes: with threads; file_mib: all it may write;
+    message_mib: one call or answer. packages: importable is what is installed here, not just the standard
+    library. unsandboxed: go on where the machine has no sandbox.
 
-    parts: correct (all tests), passed (share), no_code, timeout. Ungraded: "sandbox" (it did not start), "tests" (the row's own
-    fault: no Python, a module that is not there, no call of the program). Raises ValueError where a column is missing or there is no
-    sandbox.
+    parts: correct (all tests), passed (share), no_code, timeout. Ungraded: "sandbox" (it did not start),
+    "tests" (the row's own fault: no Python, a module that is not there, no call of the program). Raises
+    ValueError where a column is missing or there is no sandbox.
     """
     kind = sandbox.choose_kind(unsandboxed)
     entry = _entry(inputs, entry_column)
@@ -67,7 +73,9 @@ def code_tests(
         try:
             verdict = sandbox.judge(source, tests, limits, kind, packages)
         except (SandboxError, TestsError, OSError) as error:
-            scores.append(Score(0.0, ungraded="tests" if isinstance(error, TestsError) else "sandbox", why=str(error)))
+            scores.append(
+                Score(0.0, ungraded="tests" if isinstance(error, TestsError) else "sandbox", why=str(error))
+            )
             continue
         share, right = sum(verdict.passed) / len(verdict.passed), all(verdict.passed)
         parts = _parts(float(right), share, 0.0, float(verdict.ended == "timeout"))
@@ -80,14 +88,20 @@ def _parts(correct: float, passed: float, no_code: float, timeout: float) -> dic
 
 
 def _entry(inputs: RewardInputs, column: str | None) -> str | None:
-    """The function that ``check`` gets; None where the row has none. Raises ValueError where the recipe's column is not there."""
+    """The function that ``check`` gets; None where the row has none.
+
+    Raises ValueError where the recipe's column is not there.
+    """
     if column is None or (column == _ENTRY and column not in inputs.columns):
         return None
     if column in inputs.columns and inputs.columns[column] is None:
         return None
     name = _text(inputs, column)
     if not name.isidentifier():
-        raise ValueError(f"code_tests: column {column!r} must hold the name of a function, got {name!r:.80}; set entry_column")
+        raise ValueError(
+            f"code_tests: column {column!r} must hold the name of a function, got {name!r:.80}; set "
+            "entry_column"
+        )
     return name
 
 
@@ -97,22 +111,25 @@ def _sources(inputs: RewardInputs, column: str) -> tuple[str, ...]:
     if not sources or not all(isinstance(source, str) and source.strip() for source in sources):
         there = ", ".join(sorted(inputs.columns)) or "none"
         raise ValueError(
-            f"code_tests: column {column!r} must hold Python tests as text or a list of texts, got {value!r:.80}; the row's columns "
+            f"code_tests: column {column!r} must hold Python tests as text or a list of texts, got "
+            f"{value!r:.80}; the row's columns "
             f"are: {there}. Set tests_column or data.columns"
         )
     return sources
 
 
 def _executable(before: str) -> str:
-    """What stands in front of the program as the tests may run it: a signature alone gets a body. Raises ValueError where it is no
-    Python, as with a prompt that a chat template has been around."""
+    """What stands in front of the program as the tests may run it: a signature alone gets a body. Raises
+    ValueError where it is no Python, as with a prompt that a chat template has been around."""
     for candidate in (before, f"{before}\n    pass\n"):
         with contextlib.suppress(SyntaxError, ValueError):
             compile(candidate, "before", "exec", dont_inherit=True)
             return candidate
     raise ValueError(
-        f"code_tests: what stands before the program is no Python: {before[:80]!r}. Where a chat template stands around the prompt, keep "
-        "its code in a column of its own, as in data.columns {prompt: prompt, code: prompt}, and set before_column: code"
+        f"code_tests: what stands before the program is no Python: {before[:80]!r}. Where a chat template "
+        "stands around the prompt, keep "
+        "its code in a column of its own, as in data.columns {prompt: prompt, code: prompt}, and set "
+        "before_column: code"
     )
 
 
@@ -122,7 +139,8 @@ def _text(inputs: RewardInputs, column: str) -> str:
     if not isinstance(value, str):
         there = ", ".join(sorted(inputs.columns)) or "none"
         raise ValueError(
-            f"code_tests: column {column!r} must hold text, got {value!r:.80}; the row's columns are: {there}. Set before_column, "
+            f"code_tests: column {column!r} must hold text, got {value!r:.80}; the row's columns are: "
+            f"{there}. Set before_column, "
             "entry_column or data.columns"
         )
     return value

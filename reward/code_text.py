@@ -1,6 +1,7 @@
 """Where in a completion the program stands. Strings in, strings out.
 
-Every expression takes time linear in the text: what repeats gives nothing back (``*+``) where the rest could take it as well.
+Every expression takes time linear in the text: what repeats gives nothing back (``*+``) where the rest could
+take it as well.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ _PYTHON = frozenset({"", "python", "python3", "py", "py3"})
 _GOES_ON = re.compile(r"[ \t]|$|[)\]}#@]|(?:async[ \t]+)?def\b|class\b|import\b|from\b")
 
 
-def program(completion: str, before: str | None, entry: str | None, extract: Literal["auto", "fenced", "continuation"]) -> str | None:
-    """The Python of a completion behind the Python ``before`` it (None: there is none); None where the completion holds no program.
+def program(
+    completion: str, before: str | None, entry: str | None, extract: Literal["auto", "fenced", "continuation"]
+) -> str | None:
+    """The Python of a completion behind the Python ``before`` it (None: there is none); None where the
+    completion holds no program.
 
-    fenced: the last fenced block that defines ``entry``, else the last one; a completion without fences is all program.
-    continuation: the completion goes on where ``before`` ends, up to the first line at the margin that is no definition.
-    auto: fenced where there is a fence or ``entry`` is defined at the margin, else continuation. Text before a closing think tag and
-    special tokens are left out. A fence that is never closed ends with the text.
+    fenced: the last fenced block that defines ``entry``, else the last one; a completion without fences is
+    all program. continuation: the completion goes on where ``before`` ends, up to the first line at the
+    margin that is no definition. auto: fenced where there is a fence or ``entry`` is defined at the margin,
+    else continuation. Text before a closing think tag and special tokens are left out. A fence that is never
+    closed ends with the text.
     """
     text = _SPECIAL_TOKEN.sub("", completion.rpartition("</think>")[2])
     if not text.strip():
@@ -32,7 +37,9 @@ def program(completion: str, before: str | None, entry: str | None, extract: Lit
         return (before or "") + continued(text)
     if not blocks and _FENCE.search(text):
         return None  # fences of other languages only
-    chosen = next((block for block in reversed(blocks) if defines(block, entry)), blocks[-1] if blocks else text)
+    chosen = next(
+        (block for block in reversed(blocks) if defines(block, entry)), blocks[-1] if blocks else text
+    )
     return chosen if before is None else f"{before}\n\n{chosen}"
 
 
@@ -52,9 +59,13 @@ def fenced_blocks(text: str) -> list[str]:
 
 
 def continued(text: str) -> str:
-    """The lines that continue a function: indented or empty ones, then definitions, until anything else stands at the margin."""
+    """The lines that continue a function: indented or empty ones, then definitions, until anything
+    else stands at the margin.
+    """
     lines = text.split("\n")
-    kept = next((number for number, line in enumerate(lines) if number > 0 and not _GOES_ON.match(line)), len(lines))
+    kept = next(
+        (number for number, line in enumerate(lines) if number > 0 and not _GOES_ON.match(line)), len(lines)
+    )
     return "\n".join(lines[:kept])
 
 
@@ -63,4 +74,7 @@ def defines(text: str, name: str | None) -> bool:
     if name is None:
         return False
     word = re.escape(name)
-    return re.search(rf"^(?:(?:async[ \t]+)?def|class)[ \t]+{word}\b|^{word}[ \t]*[:=]", text, re.MULTILINE) is not None
+    return (
+        re.search(rf"^(?:(?:async[ \t]+)?def|class)[ \t]+{word}\b|^{word}[ \t]*[:=]", text, re.MULTILINE)
+        is not None
+    )

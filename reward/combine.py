@@ -10,9 +10,10 @@ from reward.score import Score, is_float32
 def combine(labels: Sequence[str], weights: Sequence[float], scores: Sequence[Score]) -> Score:
     """The weighted sum, value = sum of w_i v_i, of one completion's scores by several functions.
 
-    parts: each function's value by its label, its own parts as label/part, and ``correct`` (raw correctness, which dynamic sampling
-    reads) from the first function that gives one, as is the answer. Ungraded where any function left it ungraded; among several
-    functions the reason names the function, as in "math_answer/timeout". A sum that float32 cannot hold is ungraded "nan".
+    parts: each function's value by its label, its own parts as label/part, and ``correct`` (raw correctness,
+    which dynamic sampling reads) from the first function that gives one, as is the answer. Ungraded where any
+    function left it ungraded; among several functions the reason names the function, as in
+    "math_answer/timeout". A sum that float32 cannot hold is ungraded "nan".
     """
     for label, score in zip(labels, scores, strict=True):
         if score.ungraded is not None:
@@ -34,9 +35,16 @@ def _merged(texts: Sequence[Mapping[str, str]], labels: Sequence[str]) -> dict[s
     """Texts by column, under the function's label where there are several functions."""
     if len(texts) == 1:
         return dict(texts[0])
-    return {f"{label}/{name}": text for label, extra in zip(labels, texts, strict=True) for name, text in extra.items()}
+    return {
+        f"{label}/{name}": text
+        for label, extra in zip(labels, texts, strict=True)
+        for name, text in extra.items()
+    }
 
 
-def distinct(labels: Sequence[str]) -> list[str]:
+def distinct_labels(labels: Sequence[str]) -> list[str]:
     """Labels told apart: a second ``format`` is ``format#2``."""
-    return [label if labels[:i].count(label) == 0 else f"{label}#{labels[:i].count(label) + 1}" for i, label in enumerate(labels)]
+    return [
+        label if labels[:i].count(label) == 0 else f"{label}#{labels[:i].count(label) + 1}"
+        for i, label in enumerate(labels)
+    ]

@@ -24,22 +24,31 @@ def empo(
     entropy_high: float | None = None,
     seconds: float = 1.0,
 ) -> list[Score]:
-    """EMPO: the share of the prompt's completions whose answer means the same as this one's, arXiv:2504.05812.
+    """EMPO: the share of the prompt's completions whose answer means the same as this one's,
+    arXiv:2504.05812.
 
-    Answers are clustered greedily: each joins the first cluster whose first member it is equivalent to. equivalence "math": equal
-    texts, or mathematically equal (``seconds`` limits one comparison; then they differ); "words": equal but for case, articles and
-    punctuation (the paper's free-text runs ask a 1.5B model). A completion without an answer is a cluster of its own, which earns
-    ``empty``, or, with null, its share 1/G. Where the answers decide nothing all get 0: if none agree (all_distinct "zero"), if
-    the largest cluster's share is below ``min_share`` (and there are several), or if the entropy of the clusters in nats is not
-    strictly between entropy_low and entropy_high (the paper filters such prompts; it prints no numbers). copies "zero": so does
-    an answer that stands in the prompt. The released forms: maths as the defaults; free text empty -0.5, min_share 0.2,
-    all_distinct keep, copies zero; verl empty null, all_distinct keep.
+    Answers are clustered greedily: each joins the first cluster whose first member it is equivalent to.
+    equivalence "math": equal texts, or mathematically equal (``seconds`` limits one comparison; then they
+    differ); "words": equal but for case, articles and punctuation (the paper's free-text runs ask a 1.5B
+    model). A completion without an answer is a cluster of its own, which earns ``empty``, or, with null, its
+    share 1/G. Where the answers decide nothing all get 0: if none agree (all_distinct "zero"), if the largest
+    cluster's share is below ``min_share`` (and there are several), or if the entropy of the clusters in nats
+    is not strictly between entropy_low and entropy_high (the paper filters such prompts; it prints no
+    numbers). copies "zero": so does an answer that stands in the prompt. The released forms: maths as the
+    defaults; free text empty -0.5, min_share 0.2, all_distinct keep, copies zero; verl empty null,
+    all_distinct keep.
 
-    parts: share, clusters, semantic_entropy (nats). ``answer`` is the cluster's first member. The reward confirms itself: have a
-    function with labels beside it (weight 0) and watch whether the shares it raises are right.
+    parts: share, clusters, semantic_entropy (nats). ``answer`` is the cluster's first member. The reward
+    confirms itself: have a function with labels beside it (weight 0) and watch whether the shares it raises
+    are right.
     """
     answers = [answer_text.extracted(completion) for completion in inputs.completions]
-    clusters = cluster(answers, same_words if equivalence == "words" else lambda one, other: math_answer.equivalent(one, other, seconds))
+    clusters = cluster(
+        answers,
+        same_words
+        if equivalence == "words"
+        else lambda one, other: math_answer.equivalent(one, other, seconds),
+    )
     sizes = collections.Counter(clusters)
     shares = [sizes[number] / len(answers) for number in clusters]
     entropy = sum(-size / len(answers) * math.log(size / len(answers)) for size in sizes.values()) + 0.0
@@ -54,7 +63,9 @@ def empo(
     for answer, number, share in zip(answers, clusters, shares, strict=True):
         if answer is None and empty is not None:
             value = 0.0 if undecided and empty > 0 else empty
-        elif undecided or (answer is not None and copies == "zero" and answer.casefold() in inputs.prompt.casefold()):
+        elif undecided or (
+            answer is not None and copies == "zero" and answer.casefold() in inputs.prompt.casefold()
+        ):
             value = 0.0
         else:
             value = share
@@ -67,7 +78,10 @@ def warm_up() -> None:
 
 
 def cluster(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> list[int]:
-    """Each answer's cluster, named by the position of its first member. Equal texts are the same without asking; None is alone."""
+    """Each answer's cluster, named by the position of its first member.
+
+    Equal texts are the same without asking; None is alone.
+    """
     representatives: dict[str, int] = {}  # text of each cluster's first member -> its position
     known: dict[str, int] = {}
     found: list[int] = []
@@ -76,7 +90,9 @@ def cluster(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> 
             found.append(position)
             continue
         if answer not in known:
-            known[answer] = next((number for first, number in representatives.items() if same(first, answer)), position)
+            known[answer] = next(
+                (number for first, number in representatives.items() if same(first, answer)), position
+            )
             if known[answer] == position:
                 representatives[answer] = position
         found.append(known[answer])

@@ -24,11 +24,15 @@ from reward import answer_notation, answer_text, answer_units, answer_words
 from reward.score import RewardInputs, Score, column_text, reward
 from reward.time_limit import TimeUp, cpu_time_limit
 
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off: the limits are here and in the pool
+logging.getLogger("math_verify").setLevel(
+    logging.ERROR
+)  # it warns that its own timeouts are off: the limits are here and in the pool
 
 # math-verify takes a last letter of a formula for a unit, so that 4t would be 4; units are told from
 # variables here.
-_LATEX = LatexExtractionConfig(normalization_config=dataclasses.replace(LatexExtractionConfig().normalization_config, units=False))
+_LATEX = LatexExtractionConfig(
+    normalization_config=dataclasses.replace(LatexExtractionConfig().normalization_config, units=False)
+)
 _NUMBER = re.compile(r"-?(?:\d{1,15}|\d{1,9}\.\d{1,6})")  # at most 15 digits: math-verify compares no more
 _DECIMALS = re.compile(r"\d*\.(\d+)")
 _DEEPEST = 8  # brackets in one another that math-verify still reads in a second or two
@@ -179,7 +183,9 @@ def _is_repetitive(text: str) -> bool:
     itself."""
     if _REPEATED_PIECE.search(text):
         return True
-    return len(text) > _COMPRESSIBLE_LENGTH and len(zlib.compress(text.encode(errors="replace"))) * _COMPRESSION < len(text)
+    return len(text) > _COMPRESSIBLE_LENGTH and len(
+        zlib.compress(text.encode(errors="replace"))
+    ) * _COMPRESSION < len(text)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -219,7 +225,9 @@ def _equal(gold: str, answer: str) -> bool:
     parsed = _parse_gold(gold)
     stated = _parse(answer_notation.delimited(answer))
     decimals = _decimals_compared(gold, parsed)
-    return bool(verify(parsed, stated, float_rounding=decimals, allow_set_relation_comp=True, timeout_seconds=0))
+    return bool(
+        verify(parsed, stated, float_rounding=decimals, allow_set_relation_comp=True, timeout_seconds=0)
+    )
 
 
 def _decimals_compared(gold: str, parsed: list[Any]) -> int:

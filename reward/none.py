@@ -7,5 +7,8 @@ from reward.score import RewardInputs, Score, reward
 
 @reward("none")
 def none(inputs: RewardInputs) -> list[Score]:
-    """0 for every completion and no verdict on it. For a loss that reads no reward, on prompts without answers."""
+    """0 for every completion and no verdict on it.
+
+    For a loss that reads no reward, on prompts without answers.
+    """
     return [Score(0.0) for _ in inputs.completions]

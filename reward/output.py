@@ -1,7 +1,8 @@
-"""What graders print, in one file of bounded size, each stretch under the step and the grader that printed it.
+"""What graders print, in one file of bounded size, each stretch under the step and the grader that printed
+it.
 
-A worker's stdout and stderr are one pipe. The worker marks in it where a grader begins and ends; a thread of the trainer
-reads it, so that no grader ever waits for somebody to listen.
+A worker's stdout and stderr are one pipe. The worker marks in it where a grader begins and ends; a thread of
+the trainer reads it, so that no grader ever waits for somebody to listen.
 """
 
 from __future__ import annotations
@@ -121,7 +122,9 @@ class _Splitter:
         """(text, heading of what follows), the last without a heading."""
         data, pieces = self.rest + chunk, []
         while (start := data.find(self._mark)) >= 0 and (end := data.find(b"\n", start)) >= 0:
-            pieces.append((data[:start], data[start + len(self._mark) : end].decode("utf-8", errors="replace")))
+            pieces.append(
+                (data[:start], data[start + len(self._mark) : end].decode("utf-8", errors="replace"))
+            )
             data = data[end + 1 :]
         kept = data.rfind(_MARK)
         kept = kept if kept >= 0 and len(data) - kept <= 2 * _HEADING_BYTES else len(data)

@@ -1,7 +1,9 @@
-"""Rewards in killable processes, with limits of time and memory: a grader costs its own completion, never the run.
+"""Rewards in killable processes, with limits of time and memory: a grader costs its own completion, never the
+run.
 
-A task is one function on one prompt's completions. When a task fails (limit, exception, death), each of its completions is graded
-alone, so that only the guilty one stays ungraded; where scores depend on one another (scope "group"), the group does.
+A task is one function on one prompt's completions. When a task fails (limit, exception, death), each of its
+completions is graded alone, so that only the guilty one stays ungraded; where scores depend on one another
+(scope "group"), the group does.
 """
 
 from __future__ import annotations
@@ -15,41 +17,53 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from reward.combine import combine, distinct
+from reward.combine import combine, distinct_labels
 from reward.output import OutputLog
 from reward.process import Task, WorkerProcess
 from reward.received import MalformedAnswerError
 from reward.reply import GraderFacts, Reply
-from reward.resolve import ContractError, RewardCall
+from reward.resolve import RewardCall
 from reward.score import RewardInputs, Score
+from reward.score_checks import ContractError
 from reward.worker import Setup
 
 __all__ = ["RewardCall", "RewardPool"]
 
 _POLL_SECONDS = 0.05  # a death that the socket does not show (a forked child holds it open) is seen this late
 _FAILED_STARTS = 3  # in a row
-_HANDFUL_SECONDS = 0.01  # of quick grading that a worker is given at once: a round trip costs more than comparing two numbers
+# of quick grading that a worker is given at once: a round trip costs more than comparing two numbers
+_HANDFUL_SECONDS = 0.01
 _ERRORS_KEPT = 32
 
 Results = list[list[list[Score]]]  # [call][group][row]
 
 
 class RewardPool:
-    """Grades prompts' completions with ``calls`` in ``workers`` processes. Workers start at once and import in the background.
+    """Grades prompts' completions with ``calls`` in ``workers`` processes. Workers start at once and import
+    in the background.
 
     The first ``check`` or ``score`` waits until a worker is ready. Call ``check`` once before training.
-    seconds: wall clock of one completion's grading (a group graded together has as much, then its completions have it one by one).
-    memory_gib: address space of one worker. deadline_seconds: of one whole ``score``; beyond it TimeoutError says what was waited for.
-    What graders print goes to the file that ``log_to`` names. May be shared by threads; one grades at a time.
+    seconds: wall clock of one completion's grading (a group graded together has as much, then its completions
+    have it one by one). memory_gib: address space of one worker. deadline_seconds: of one whole ``score``;
+    beyond it TimeoutError says what was waited for. What graders print goes to the file that ``log_to``
+    names. May be shared by threads; one grades at a time.
     """
 
-    def __init__(self, calls: Sequence[RewardCall], *, workers: int, seconds: float, memory_gib: float, deadline_seconds: float) -> None:
+    def __init__(
+        self,
+        calls: Sequence[RewardCall],
+        *,
+        workers: int,
+        seconds: float,
+        memory_gib: float,
+        deadline_seconds: float,
+    ) -> None:
         if not calls:
             raise ValueError("a reward pool needs at least one function; name one in reward.functions")
         self._output = OutputLog()
         plain_calls = tuple(dataclasses.replace(call, hp=dict(call.hp)) for call in calls)
         self._setup = Setup(plain_calls, seconds, int(memory_gib * 2**30), self._output.nonce)
-        self._labels = distinct([call.label for call in calls])
+        self._labels = distinct_labels([call.label for call in calls])
         self._weights = [call.weight for call in calls]
         self._seconds, self._deadline_seconds = seconds, deadline_seconds
         self._counts: collections.Counter[str] = collections.Counter()
@@ -57,7 +71,9 @@ class RewardPool:
         self._lock = threading.Lock()
         self._one_by_one: set[int] = set()  # calls whose groups take longer than one completion may
         self._pace: dict[int, float] = {}  # seconds that the latest task of each call took
-        self._waiting: collections.deque[Task] = collections.deque()  # tasks of this ``score`` that no worker has
+        self._waiting: collections.deque[Task] = (
+            collections.deque()
+        )  # tasks of this ``score`` that no worker has
         self._graders: tuple[GraderFacts, ...] = ()  # known once a worker is ready
         self._failed_starts = 0
         self._closed = False
@@ -66,8 +82,8 @@ class RewardPool:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Since the start: ungraded completions by reason ("timeout", "memory", "error", "died", "malformed", "nan", "none", or a
-        grader's own), and "workers_replaced"."""
+        """Since the start: ungraded completions by reason ("timeout", "memory", "error", "died", "malformed",
+        "nan", "none", or a grader's own), and "workers_replaced"."""
         return dict(self._counts)
 
     @property
@@ -78,8 +94,8 @@ class RewardPool:
     def score(self, groups: Sequence[RewardInputs]) -> list[list[Score]]:
         """One Score per completion, groups and completions in the order given.
 
-        Raises ValueError where a grader cannot be loaded, ContractError where one does not return a score per completion, TimeoutError
-        after ``deadline_seconds``.
+        Raises ValueError where a grader cannot be loaded, ContractError where one does not return a score per
+        completion, TimeoutError after ``deadline_seconds``.
         """
         with self._lock:
             results = self._grade(groups, preflight=False)
@@ -88,12 +104,15 @@ class RewardPool:
             for by_call in zip(*results, strict=True)
         ]
         for scores in combined:
-            self._counts.update(score.ungraded.rpartition("/")[2] for score in scores if score.ungraded is not None)
+            self._counts.update(
+                score.ungraded.rpartition("/")[2] for score in scores if score.ungraded is not None
+            )
         return combined
 
     def check(self, sample: RewardInputs) -> None:
-        """Grades one sample before training. Raises ValueError with the grader's own message where it fails, gives NaN, or leaves it
-        ungraded for a reason outside the completion. Two completions or more show a wrong number of scores."""
+        """Grades one sample before training. Raises ValueError with the grader's own message where it fails,
+        gives NaN, or leaves it ungraded for a reason outside the completion. Two completions or more show a
+        wrong number of scores."""
         with self._lock:
             self._errors.clear()
             self._grade([sample], preflight=True)
@@ -102,7 +121,9 @@ class RewardPool:
             raise ValueError(f"a reward fails on the first sample ({failures[0][0]}): {failures[0][1]}")
 
     def log_to(self, path: Path) -> None:
-        """Where what graders print is kept, under the occasion and the grader, in two files of 8 MiB at most."""
+        """Where what graders print is kept, under the occasion and the grader, in two files of 8 MiB
+        at most.
+        """
         self._output.open(path)
 
     def close(self) -> None:
@@ -117,13 +138,17 @@ class RewardPool:
     def __enter__(self) -> RewardPool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _grade(self, groups: Sequence[RewardInputs], *, preflight: bool) -> Results:
         if self._closed:
             raise RuntimeError("this reward pool is closed")
-        results: Results = [[[Score(0.0)] * len(inputs.completions) for inputs in groups] for _ in self._labels]
+        results: Results = [
+            [[Score(0.0)] * len(inputs.completions) for inputs in groups] for _ in self._labels
+        ]
         self._waiting = collections.deque(self._tasks(groups))
         slow: set[tuple[int, int]] = set()  # (call, group) that ran out of time together
         deadline = time.monotonic() + self._deadline_seconds
@@ -146,11 +171,15 @@ class RewardPool:
             for worker in list(self._workers):
                 if worker.tasks:
                     self._replace(worker)
-        self._one_by_one |= {call for call, group in slow if all(score.ungraded is None for score in results[call][group])}
+        self._one_by_one |= {
+            call for call, group in slow if all(score.ungraded is None for score in results[call][group])
+        }
         return results
 
     def _may_be_innocent(self, task: Task, reply: Reply) -> bool:
-        """Whether completions of a failed task deserve an attempt each: the fault is another's, or whoever killed the process."""
+        """Whether completions of a failed task deserve an attempt each: the fault is another's, or
+        whoever killed the process.
+        """
         if task.alone or self._graders[task.call].scope == "group":
             return False
         return len(task.rows) > 1 or reply.reason in ("died", "malformed")
@@ -178,7 +207,9 @@ class RewardPool:
         return dataclasses.replace(task, inputs=dataclasses.replace(task.inputs, completion_ids=()))
 
     def _handful(self) -> list[Task]:
-        """The next task, and as many after it as one worker grades in a moment, if there are more than one for every worker."""
+        """The next task, and as many after it as one worker grades in a moment, if there are more
+        than one for every worker.
+        """
         share, seconds = -(-len(self._waiting) // len(self._workers)), 0.0
         handful = [self._waiting.popleft()]
         while len(handful) < share:
@@ -189,7 +220,9 @@ class RewardPool:
         return handful
 
     def _finished(self) -> Iterator[tuple[Task, Reply]]:
-        """What is done by now, waiting a moment for it; replaces workers that are over their limits or dead."""
+        """What is done by now, waiting a moment for it; replaces workers that are over their limits
+        or dead.
+        """
         for key, _ in self._selector.select(_POLL_SECONDS):
             yield from self._replied(key.data)
         for worker in list(self._workers):
@@ -203,7 +236,10 @@ class RewardPool:
             task = worker.done()[0] if worker.tasks else None
             end = self._replace(worker)
             if late and task is not None:
-                yield task, Reply(reason="timeout", message=f"took more than reward.seconds = {self._seconds:g} s")
+                yield (
+                    task,
+                    Reply(reason="timeout", message=f"took more than reward.seconds = {self._seconds:g} s"),
+                )
             elif task is not None:
                 yield task, Reply(reason="died", message=f"the process that ran it is gone ({end})")
             else:
@@ -230,7 +266,9 @@ class RewardPool:
         if reply.reason:
             raise ValueError(reply.message)
         if len(reply.graders) != len(self._labels):
-            raise MalformedAnswerError(f"facts of {len(reply.graders)} graders; there are {len(self._labels)}")
+            raise MalformedAnswerError(
+                f"facts of {len(reply.graders)} graders; there are {len(self._labels)}"
+            )
         worker.ready, self._graders, self._failed_starts = True, reply.graders, 0
 
     def _distrusted(self, worker: WorkerProcess, error: MalformedAnswerError) -> Iterator[tuple[Task, Reply]]:
@@ -238,7 +276,10 @@ class RewardPool:
         task = worker.done()[0] if worker.tasks else None
         self._replace(worker)
         if task is not None:
-            yield task, Reply(reason="malformed", message=f"its process sent what is no answer to it: {error}")
+            yield (
+                task,
+                Reply(reason="malformed", message=f"its process sent what is no answer to it: {error}"),
+            )
         elif not worker.ready:
             self._count_failed_start(worker, f"what it sent first is no answer: {error}")
 
@@ -247,12 +288,21 @@ class RewardPool:
             results[task.call][task.group][row] = score
             if score.ungraded == "nan":
                 what = f": {score.why}" if score.why else ""
-                self._errors.append(("nan", f"{self._labels[task.call]} gave NaN or infinity on {completion[:80]!r}{what}"))
+                self._errors.append(
+                    ("nan", f"{self._labels[task.call]} gave NaN or infinity on {completion[:80]!r}{what}")
+                )
             elif score.ungraded is not None and score.why is not None:
-                self._errors.append((score.ungraded, f"{self._labels[task.call]} on {completion[:80]!r}: {score.why}"))
+                self._errors.append(
+                    (score.ungraded, f"{self._labels[task.call]} on {completion[:80]!r}: {score.why}")
+                )
 
     def _fail(self, task: Task, reply: Reply, results: Results) -> None:
-        self._errors.append((reply.reason, f"{self._labels[task.call]} on {task.inputs.completions[0][:80]!r}: {reply.message}"))
+        self._errors.append(
+            (
+                reply.reason,
+                f"{self._labels[task.call]} on {task.inputs.completions[0][:80]!r}: {reply.message}",
+            )
+        )
         for row in task.rows:
             results[task.call][task.group][row] = Score(0.0, ungraded=reply.reason)
 
@@ -275,7 +325,8 @@ class RewardPool:
         self._failed_starts += not worker.ready
         if self._failed_starts >= _FAILED_STARTS:
             raise RuntimeError(
-                f"reward workers die while they import {', '.join(self._labels)} ({end}); raise reward.memory_gib or run one by hand"
+                f"reward workers die while they import {', '.join(self._labels)} ({end}); raise "
+                "reward.memory_gib or run one by hand"
             )
 
     def _waited_for(self) -> str:

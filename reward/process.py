@@ -1,4 +1,6 @@
-"""The trainer's end of a grading process: start it, give it a task, read its reply, kill it with all that it started."""
+"""The trainer's end of a grading process: start it, give it a task, read its reply, kill it with all
+that it started.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ class Task:
 
     def split(self) -> list[Task]:
         """The same, one completion each."""
-        return [Task(self.call, self.group, (row,), only(self.inputs, position), alone=True) for position, row in enumerate(self.rows)]
+        return [
+            Task(self.call, self.group, (row,), only(self.inputs, position), alone=True)
+            for position, row in enumerate(self.rows)
+        ]
 
 
 def only(inputs: RewardInputs, row: int) -> RewardInputs:
@@ -56,8 +61,8 @@ def only(inputs: RewardInputs, row: int) -> RewardInputs:
 class Child:
     """A process that runs ``program.main`` on one end of a socket, under its supervisor, and the other end.
 
-    ``setup`` is the first message. ``process`` is the supervisor, which ends as the program does. output: follows what
-    the process prints; None: nobody does.
+    ``setup`` is the first message. ``process`` is the supervisor, which ends as the program does. output:
+    follows what the process prints; None: nobody does.
     """
 
     def __init__(self, program: str, setup: object, output: OutputLog | None = None) -> None:
@@ -65,7 +70,10 @@ class Child:
         lifeline, self._lifeline = socket.socketpair()
         printed = None if output is None else os.pipe()
         sink = subprocess.DEVNULL if printed is None else printed[1]
-        code = "import sys; from reward.supervisor import supervise; supervise(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
+        code = (
+            "import sys; from reward.supervisor import supervise; supervise(sys.argv[1], int(sys.argv[2]), "
+            "int(sys.argv[3]))"
+        )
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         with theirs, lifeline:
             self.process = subprocess.Popen(
@@ -93,7 +101,8 @@ class Child:
         return True
 
     def receive(self) -> bytes | None:
-        """The next whole message, or None until there is one. Does not block; asked until it says None, it leaves nothing behind.
+        """The next whole message, or None until there is one. Does not block; asked until it says None, it
+        leaves nothing behind.
 
         Raises MalformedAnswerError where what arrives cannot be the length of a message.
         """
@@ -116,7 +125,9 @@ class Child:
         return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def kill(self) -> str:
-        """Ends it with all that it has started, whatever session that is in; closes the socket; how it ended, in words."""
+        """Ends it with all that it has started, whatever session that is in; closes the socket; how
+        it ended, in words.
+        """
         with self._lifeline, contextlib.suppress(OSError):  # nobody reads where it has ended
             self._lifeline.send(b".")  # a hangup alone goes unseen where the trainer has forked
         self.socket.close()
@@ -129,7 +140,9 @@ class Child:
 
 
 class WorkerProcess(Child):
-    """One grading process and what it is doing: starting (not ready), idle, or grading the first of ``tasks``."""
+    """One grading process and what it is doing: starting (not ready), idle, or grading the first of
+    ``tasks``.
+    """
 
     def __init__(self, setup: Setup, output: OutputLog) -> None:
         self.ready = False
@@ -139,16 +152,24 @@ class WorkerProcess(Child):
         super().__init__("reward.worker", setup, output)
 
     def take(self, tasks: Sequence[Task]) -> bool:
-        """False where the worker is dead or does not read; none of ``tasks`` is then begun. Only for an idle worker: while it
-        grades nobody writes to it, so that neither end waits for the other to read."""
-        if not self.send([Order.of(number, task.call, task.inputs) for number, task in enumerate(tasks, start=self._number)]):
+        """False where the worker is dead or does not read; none of ``tasks`` is then begun. Only for an idle
+        worker: while it grades nobody writes to it, so that neither end waits for the other to read."""
+        if not self.send(
+            [
+                Order.of(number, task.call, task.inputs)
+                for number, task in enumerate(tasks, start=self._number)
+            ]
+        ):
             return False
         self.tasks.extend(tasks)
         self.since = time.monotonic()
         return True
 
     def reply(self) -> Reply | None:
-        """The next answer, or None until there is one. Raises MalformedAnswerError where it is not one to the task in hand."""
+        """The next answer, or None until there is one.
+
+        Raises MalformedAnswerError where it is not one to the task in hand.
+        """
         body = self.receive()
         if body is None:
             return None

@@ -21,8 +21,8 @@ _HEX = re.compile(r"[0-9a-fA-F]{8,}")
 def repeats(text: str, secret: str) -> bool:
     """Whether ``secret``, or 12 characters of it in a row, stands in ``text``.
 
-    Seen through up to three of these on top of one another: percent-encoding, the escapes of JSON and Python, HTML
-    entities, base64 at any offset, hexadecimal digits, line breaks; in upper or lower case.
+    Seen through up to three of these on top of one another: percent-encoding, the escapes of JSON and Python,
+    HTML entities, base64 at any offset, hexadecimal digits, line breaks; in upper or lower case.
     """
     if len(text) > LARGEST:
         return True

@@ -1,6 +1,8 @@
-"""A JSON question to a server, with a deadline: an answer or the reason why there is none. Standard library only.
+"""A JSON question to a server, with a deadline: an answer or the reason why there is none. Standard library
+only.
 
-Redirects are not followed and proxies not used, so that a token goes to the host that the recipe names and to no other.
+Redirects are not followed and proxies not used, so that a token goes to the host that the recipe names and to
+no other.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ _ANSWER = TypeVar("_ANSWER")
 
 
 class RemoteError(Exception):
-    """``reason`` is a word for Score.ungraded: "unreachable", "timeout", "refused" (4xx), "server_error" (5xx) or "malformed"."""
+    """``reason`` is a word for Score.ungraded: "unreachable", "timeout", "refused" (4xx),
+    "server_error" (5xx) or "malformed".
+    """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -43,7 +47,10 @@ class RemoteError(Exception):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where and how to ask. The token is read from the environment, kept out of messages and of this object's text."""
+    """Where and how to ask.
+
+    The token is read from the environment, kept out of messages and of this object's text.
+    """
 
     scheme: str
     host: str
@@ -54,20 +61,29 @@ class Endpoint:
 
 
 def endpoint(url: str, token_env: str | None, seconds: float, name: str) -> Endpoint:
-    """Raises ValueError on what is no http(s) URL, and where the variable ``token_env`` is not set. name: of the reward, for messages."""
+    """Raises ValueError on what is no http(s) URL, and where the variable ``token_env`` is not set.
+    name: of the reward, for messages.
+    """
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{name}: url must be like http://host:8000/path, got {_without_password(parts)!r}")
     if parts.username or parts.password:
-        raise ValueError(f"{name}: the url holds a password; put the token into an environment variable and name that in token_env")
+        raise ValueError(
+            f"{name}: the url holds a password; put the token into an environment variable and name that in "
+            "token_env"
+        )
     token = None
     if token_env is not None:
         token = os.environ.get(token_env, "").strip()
         if not token:
-            raise ValueError(f"{name}: the environment variable {token_env} (token_env) is not set; export it, or leave token_env out")
+            raise ValueError(
+                f"{name}: the environment variable {token_env} (token_env) is not set; export it, or leave "
+                "token_env out"
+            )
         if not _HEADER_TOKEN.fullmatch(token):
             raise ValueError(
-                f"{name}: the environment variable {token_env} (token_env) holds characters that no HTTP header can, such as spaces, "
+                f"{name}: the environment variable {token_env} (token_env) holds characters that no HTTP "
+                "header can, such as spaces, "
                 "line breaks or letters outside ASCII; export the bare token"
             )
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -75,7 +91,8 @@ def endpoint(url: str, token_env: str | None, seconds: float, name: str) -> Endp
 
 
 def ask(place: Endpoint, question: Any, read: Callable[[Any], _ANSWER]) -> _ANSWER:
-    """``read`` of the JSON that comes back. Raises RemoteError; ``read`` raises ValueError on an answer it cannot use.
+    """``read`` of the JSON that comes back. Raises RemoteError; ``read`` raises ValueError on an answer it
+    cannot use.
 
     What may pass (no connection, 429, 5xx) is tried again until ``place.seconds`` are over.
     """
@@ -91,7 +108,9 @@ def ask(place: Endpoint, question: Any, read: Callable[[Any], _ANSWER]) -> _ANSW
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def ask_all(place: Endpoint, questions: Sequence[Any], read: Callable[[Any], _ANSWER], concurrency: int) -> list[_ANSWER | RemoteError]:
+def ask_all(
+    place: Endpoint, questions: Sequence[Any], read: Callable[[Any], _ANSWER], concurrency: int
+) -> list[_ANSWER | RemoteError]:
     """An answer or the reason for none, in the order of the questions, ``concurrency`` of them at a time."""
 
     def one(question: Any) -> _ANSWER | RemoteError:
@@ -105,7 +124,9 @@ def ask_all(place: Endpoint, questions: Sequence[Any], read: Callable[[Any], _AN
 
 
 def _attempt(place: Endpoint, body: bytes, deadline: float) -> bytes:
-    """A socket's own limit starts anew with every byte: at the deadline the connection is cut, however slowly an answer drips in."""
+    """A socket's own limit starts anew with every byte: at the deadline the connection is cut,
+    however slowly an answer drips in.
+    """
     connect = http.client.HTTPSConnection if place.scheme == "https" else http.client.HTTPConnection
     connection = connect(place.host, place.port, timeout=max(deadline - time.monotonic(), 0.001))
     cut: threading.Timer | None = None
@@ -120,9 +141,13 @@ def _attempt(place: Endpoint, body: bytes, deadline: float) -> bytes:
         return answer
     except (OSError, http.client.HTTPException) as error:
         if time.monotonic() >= deadline or isinstance(error, TimeoutError):
-            raise RemoteError("timeout", f"{place.host}: no whole answer within {place.seconds:g} s") from error
+            raise RemoteError(
+                "timeout", f"{place.host}: no whole answer within {place.seconds:g} s"
+            ) from error
         said = _shown(place, str(error))
-        raise RemoteError("unreachable", f"{place.host}:{place.port}: {type(error).__name__}: {said}") from None
+        raise RemoteError(
+            "unreachable", f"{place.host}:{place.port}: {type(error).__name__}: {said}"
+        ) from None
     finally:
         if cut is not None:
             cut.cancel()
@@ -156,7 +181,10 @@ def _read(place: Endpoint, answer: bytes, read: Callable[[Any], _ANSWER]) -> _AN
 
 
 def _shown(place: Endpoint, text: str) -> str:
-    """The beginning of what a server said. The token is replaced where it stands as it is, and nothing is quoted where it is encoded."""
+    """The beginning of what a server said.
+
+    The token is replaced where it stands as it is, and nothing is quoted where it is encoded.
+    """
     if place.token is None:
         return text[:300]
     text = text.replace(place.token, "***")

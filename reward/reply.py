@@ -1,4 +1,6 @@
-"""What a worker answers, as JSON behind an eight-byte length: numbers and text, which may be wrong but cannot execute."""
+"""What a worker answers, as JSON behind an eight-byte length: numbers and text, which may be wrong
+but cannot execute.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ class GraderFacts:
 class Reply:
     """``scores`` or, where there are none, ``reason`` ("error", "memory", "contract") and ``message``.
 
-    ``task`` repeats the number that the task came with. The first reply has the graders' facts in place of scores.
+    ``task`` repeats the number that the task came with. The first reply has the graders' facts in place of
+    scores.
     """
 
     task: int = 0
@@ -50,12 +53,21 @@ def encoded(answer: Reply) -> bytes:
     """A frame; an answer too large to be accepted becomes an error that says so."""
     body = json_of(answer)
     if len(body) > LARGEST:
-        body = json_of(Reply(answer.task, reason="error", message=f"scores of {len(body)} bytes; at most {LARGEST} are accepted"))
+        body = json_of(
+            Reply(
+                answer.task,
+                reason="error",
+                message=f"scores of {len(body)} bytes; at most {LARGEST} are accepted",
+            )
+        )
     return framed(body)
 
 
 def json_of(answer: object) -> bytes:
-    """A dataclass as UTF-8, in which a lone surrogate is a question mark. Raises ValueError on NaN and infinity."""
+    """A dataclass as UTF-8, in which a lone surrogate is a question mark.
+
+    Raises ValueError on NaN and infinity.
+    """
     assert dataclasses.is_dataclass(answer) and not isinstance(answer, type)
     text = json.dumps(dataclasses.asdict(answer), allow_nan=False, ensure_ascii=False)
     return text.encode("utf-8", errors="replace")

@@ -24,34 +24,46 @@ def reward_model_http(
 ) -> list[Score]:
     """What a served reward model says of each completion, as it says it: any finite number.
 
-    url: of the whole endpoint. protocol "scores": POST {"model", "prompt", "completions": [...]} is answered by {"scores": [...]}.
-    "vllm_pooling": vLLM's /pooling of a sequence classifier with one label (``vllm serve MODEL --runner pooling``), where the prompt
-    is the message of ``user_tag`` and the completion the assistant's, in the model's own chat template. model: its served name.
-    token_env: the environment variable that holds the bearer token. seconds: until the whole answer, further attempts included; keep
-    it below reward.seconds.
+    url: of the whole endpoint. protocol "scores": POST {"model", "prompt", "completions": [...]} is answered
+    by {"scores": [...]}. "vllm_pooling": vLLM's /pooling of a sequence classifier with one label (``vllm
+    serve MODEL --runner pooling``), where the prompt is the message of ``user_tag`` and the completion the
+    assistant's, in the model's own chat template. model: its served name. token_env: the environment variable
+    that holds the bearer token. seconds: until the whole answer, further attempts included; keep it below
+    reward.seconds.
 
-    Ungraded: "unreachable", "timeout", "refused" (4xx), "server_error" (5xx), "malformed". One answer covers the prompt's completions
-    (with vllm_pooling each has its own). Raises ValueError without a url or token.
+    Ungraded: "unreachable", "timeout", "refused" (4xx), "server_error" (5xx), "malformed". One answer covers
+    the prompt's completions (with vllm_pooling each has its own). Raises ValueError without a url or token.
     """
     place = remote.endpoint(url, token_env, seconds, "reward_model_http")
     name = {} if model is None else {"model": model}
     if protocol == "scores":
         question = {**name, "prompt": inputs.prompt, "completions": list(inputs.completions)}
         try:
-            return [Score(value) for value in remote.ask(place, question, lambda answer: _scores(answer, len(inputs.completions)))]
+            return [
+                Score(value)
+                for value in remote.ask(
+                    place, question, lambda answer: _scores(answer, len(inputs.completions))
+                )
+            ]
         except remote.RemoteError as error:
             return [Score(0.0, ungraded=error.reason, why=str(error))] * len(inputs.completions)
     questions = [
         {
             **name,
-            "messages": [{"role": user_tag, "content": inputs.prompt}, {"role": "assistant", "content": completion}],
+            "messages": [
+                {"role": user_tag, "content": inputs.prompt},
+                {"role": "assistant", "content": completion},
+            ],
             "task": "classify",
             "use_activation": False,
         }
         for completion in inputs.completions
     ]
     answers = remote.ask_all(place, questions, _pooled, concurrency=_CONCURRENCY)
-    return [Score(0.0, ungraded=one.reason, why=str(one)) if isinstance(one, remote.RemoteError) else Score(one) for one in answers]
+    return [
+        Score(0.0, ungraded=one.reason, why=str(one)) if isinstance(one, remote.RemoteError) else Score(one)
+        for one in answers
+    ]
 
 
 def _scores(answer: Any, count: int) -> list[float]:

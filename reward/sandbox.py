@@ -1,11 +1,12 @@
 """Runs somebody else's Python where it can do no harm, beside its tests, which it cannot see.
 
-A program and its tests are two processes, each shut in by itself: no network, no files but Python and the system's libraries
-(read-only) and an empty folder in memory, limits on everything, user, process, mount, network, IPC and host-name namespaces of its
-own. Nothing can be done to a file that another sandbox would notice: locks, leases and watches are refused (to SQLite in a file too).
-They exchange calls and plain data over a socket pair; the verdict is the tests' alone and comes over a channel that the
-program does not hold. What a program prints goes nowhere, unless it is run for that (``run``): then it gets its input and nothing else,
-and what is expected stays with the grader.
+A program and its tests are two processes, each shut in by itself: no network, no files but Python and the
+system's libraries (read-only) and an empty folder in memory, limits on everything, user, process, mount,
+network, IPC and host-name namespaces of its own. Nothing can be done to a file that another sandbox would
+notice: locks, leases and watches are refused (to SQLite in a file too). They exchange calls and plain data
+over a socket pair; the verdict is the tests' alone and comes over a channel that the program does not hold.
+What a program prints goes nowhere, unless it is run for that (``run``): then it gets its input and nothing
+else, and what is expected stays with the grader.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ Kind = Literal["root", "user", "bubblewrap", "none"]
 
 _HERE = Path(__file__).parent
 _START = (
-    "import sys; package = type(sys)('reward'); package.__path__ = [sys.argv[1]]; sys.modules['reward'] = package; "
+    "import sys; package = type(sys)('reward'); package.__path__ = [sys.argv[1]]; sys.modules['reward'] = "
+    "package; "
     "from reward.inside.start import nursery, wrapped; "
 )
 _START_SECONDS = 20.0  # a machine under load; this is no time that a program could use
@@ -58,7 +60,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Tests:
-    """Sources that run outside the program. ``before``: Python they may use. ``entry``: the function that ``check(candidate)`` gets.
+    """Sources that run outside the program. ``before``: Python they may use. ``entry``: the function that
+    ``check(candidate)`` gets.
 
     ``module``: the name under which they may import the program.
     """
@@ -73,8 +76,8 @@ class Tests:
 
 @dataclass(frozen=True)
 class Verdict:
-    """passed: one per test that calls the program. ended: "done", "timeout" (beyond Limits.seconds) or "gone" (the tests' process ended
-    without a verdict)."""
+    """passed: one per test that calls the program. ended: "done", "timeout" (beyond Limits.seconds) or "gone"
+    (the tests' process ended without a verdict)."""
 
     passed: tuple[bool, ...]
     ended: Literal["done", "timeout", "gone"]
@@ -82,7 +85,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Ran:
-    """What a program printed. ended: "done" (status 0), "failed" (another status, or killed), "timeout", "flood" (it printed too much)."""
+    """What a program printed. ended: "done" (status 0), "failed" (another status, or killed),
+    "timeout", "flood" (it printed too much).
+    """
 
     printed: bytes
     ended: Literal["done", "failed", "timeout", "flood"]
@@ -100,16 +105,23 @@ class TestsError(Exception):
 
 
 def judge(source: str, tests: Tests, limits: Limits, kind: Kind, packages: bool = False) -> Verdict:
-    """Whether the program ``source`` passes. Raises TestsError and SandboxError, neither of which is the program's fault.
+    """Whether the program ``source`` passes. Raises TestsError and SandboxError, neither of which is the
+    program's fault.
 
-    A test is what a source does when it is executed, and each ``check``, pytest function and unittest method that it defines; one that
-    passes without one call of the program does not count, and where none counts the tests are at fault (``reward.inside.tester``).
+    A test is what a source does when it is executed, and each ``check``, pytest function and unittest method
+    that it defines; one that passes without one call of the program does not count, and where none counts the
+    tests are at fault (``reward.inside.tester``).
 
     packages: the program may import what is installed beside this Python, not just its standard library.
     """
     calls, answers = socket.socketpair()
     common = _common(limits, packages)
-    told = {"tests": list(tests.sources), "before": tests.before, "entry": tests.entry, "module": tests.module}
+    told = {
+        "tests": list(tests.sources),
+        "before": tests.before,
+        "entry": tests.entry,
+        "module": tests.module,
+    }
     with (
         calls,
         answers,
@@ -127,7 +139,10 @@ def judge(source: str, tests: Tests, limits: Limits, kind: Kind, packages: bool 
 
 
 def run(source: str, stdin: str, limits: Limits, kind: Kind, packages: bool = False) -> Ran:
-    """The program ``source`` by itself, with ``stdin`` to read. limits.message_mib is what it may print. Raises SandboxError."""
+    """The program ``source`` by itself, with ``stdin`` to read. limits.message_mib is what it may print.
+
+    Raises SandboxError.
+    """
     ours, theirs = socket.socketpair()
     job = {**_common(limits, packages), "role": "script", "source": source, "stdin": stdin}
     with ours, theirs, Inmate(kind, theirs, job) as program:
@@ -167,22 +182,30 @@ def _more(channel: socket.socket, deadline: float) -> bytes:
 
 
 def choose_kind(unsandboxed: bool) -> Kind:
-    """How this machine can shut a program in. Raises ValueError where it cannot, unless ``unsandboxed`` says to go on without."""
+    """How this machine can shut a program in.
+
+    Raises ValueError where it cannot, unless ``unsandboxed`` says to go on without.
+    """
     try:
         return _best_kind()
     except SandboxError as error:
         if unsandboxed:
             return "none"
         raise ValueError(
-            f"code cannot be run safely on this machine ({error}). Install bubblewrap (bwrap), or allow unprivileged user namespaces (in "
-            "a container: --security-opt seccomp=unconfined, or --cap-add SYS_ADMIN), or, where the machine itself is disposable, write "
+            f"code cannot be run safely on this machine ({error}). Install bubblewrap (bwrap), or allow "
+            "unprivileged user namespaces (in "
+            "a container: --security-opt seccomp=unconfined, or --cap-add SYS_ADMIN), or, where the machine "
+            "itself is disposable, write "
             "unsandboxed: true under the reward"
         ) from error
 
 
 @functools.cache
 def _best_kind() -> Kind:
-    """The first kind that works when tried. Raises SandboxError, which is not remembered: the next completion tries again."""
+    """The first kind that works when tried.
+
+    Raises SandboxError, which is not remembered: the next completion tries again.
+    """
     reasons: list[str] = []
     for kind in candidates():
         problem = try_kind(kind)
@@ -193,8 +216,8 @@ def _best_kind() -> Kind:
 
 
 def candidates() -> list[Kind]:
-    """What may work here, best first. Bubblewrap starts a further interpreter (0.2 s) and cannot limit the number of files; it is for
-    machines whose kernel grants namespaces to it and not to everybody."""
+    """What may work here, best first. Bubblewrap starts a further interpreter (0.2 s) and cannot limit the
+    number of files; it is for machines whose kernel grants namespaces to it and not to everybody."""
     if sys.platform != "linux":
         return []
     bubblewrap: list[Kind] = ["bubblewrap"] if shutil.which("bwrap") else []
@@ -202,14 +225,20 @@ def candidates() -> list[Kind]:
 
 
 def try_kind(kind: Kind) -> str | None:
-    """None where a program shut in this way answers, has the process numbers to itself, and can write in its folder only."""
+    """None where a program shut in this way answers, has the process numbers to itself, and can write
+    in its folder only.
+    """
     limits = Limits(seconds=10.0, memory_mib=256, processes=1, file_mib=1, message_mib=1)
     tests = Tests(("assert look() == (True, 2, False)",), "", None)
     try:
         verdict = judge(_LOOK, tests, limits, kind)
     except (SandboxError, TestsError, OSError) as error:
         return str(error)
-    return None if verdict.passed == (True,) else "started, but a program in it sees other processes or can write outside its folder"
+    return (
+        None
+        if verdict.passed == (True,)
+        else "started, but a program in it sees other processes or can write outside its folder"
+    )
 
 
 _LOOK = """
@@ -224,27 +253,48 @@ def look():
 
 def _common(limits: Limits, packages: bool) -> dict[str, Any]:
     """What program and tests are told alike."""
-    bases = [path for path in sys.path if path and Path(path).is_relative_to(sys.base_prefix) and "-packages" not in path]
+    bases = [
+        path
+        for path in sys.path
+        if path and Path(path).is_relative_to(sys.base_prefix) and "-packages" not in path
+    ]
     installed = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}) if packages else []
     readable, links = _visible([*_SYSTEM, sys.base_prefix, *installed])
     return {
-        **{"readable": readable, "links": links, "path": [*bases, *installed], "limit": limits.message_mib << 20},
-        **{"memory_bytes": limits.memory_mib << 20, "cpu_seconds": int(limits.seconds) + 2, "file_bytes": limits.file_mib << 20},
+        **{
+            "readable": readable,
+            "links": links,
+            "path": [*bases, *installed],
+            "limit": limits.message_mib << 20,
+        },
+        **{
+            "memory_bytes": limits.memory_mib << 20,
+            "cpu_seconds": int(limits.seconds) + 2,
+            "file_bytes": limits.file_mib << 20,
+        },
         "processes": limits.processes,
     }
 
 
 def _visible(paths: Sequence[str]) -> tuple[list[str], Mapping[str, str]]:
-    """Files and folders to show, none inside another, and symbolic links to make (``/lib`` is ``usr/lib`` on most systems)."""
+    """Files and folders to show, none inside another, and symbolic links to make (``/lib`` is
+    ``usr/lib`` on most systems).
+    """
     there = [path for path in dict.fromkeys(paths) if os.path.exists(path)]
     links = {path: os.readlink(path) for path in there if os.path.islink(path) and path.count("/") == 1}
     plain = [path for path in there if path not in links]
-    shown = [path for path in plain if not any(path != other and Path(path).is_relative_to(other) for other in plain)]
+    shown = [
+        path
+        for path in plain
+        if not any(path != other and Path(path).is_relative_to(other) for other in plain)
+    ]
     return shown, links
 
 
 def _verdict(tester: Inmate, count: int, seconds: float) -> Verdict:
-    """Nobody but the tests can say that they passed: no word, or a strange one, is a failure of the program that they called."""
+    """Nobody but the tests can say that they passed: no word, or a strange one, is a failure of the
+    program that they called.
+    """
     none = (False,) * count
     try:
         said = tester.hear(time.monotonic() + seconds)
@@ -258,7 +308,10 @@ def _verdict(tester: Inmate, count: int, seconds: float) -> Verdict:
 
 
 class Inmate:
-    """A process in a sandbox, with one end of ``channel``. It waits for ``go`` before it runs what is not ours; leaving ends it."""
+    """A process in a sandbox, with one end of ``channel``.
+
+    It waits for ``go`` before it runs what is not ours; leaving ends it.
+    """
 
     def __init__(self, kind: Kind, channel: socket.socket, job: Mapping[str, Any]) -> None:
         self.control, theirs = socket.socketpair()
@@ -298,8 +351,12 @@ class Inmate:
     def __enter__(self) -> Inmate:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Init sees that nothing more will come and ends all others; the launcher, which waits for that, hangs up last."""
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Init sees that nothing more will come and ends all others; the launcher, which waits for
+        that, hangs up last.
+        """
         with self.control:
             try:
                 self.control.shutdown(socket.SHUT_WR)
@@ -313,7 +370,9 @@ class Inmate:
 
 
 class Nursery:
-    """The process that starts all others, made when first needed: it has imported what they need, and forks in a millisecond."""
+    """The process that starts all others, made when first needed: it has imported what they need, and
+    forks in a millisecond.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -362,13 +421,35 @@ def _python(call: str) -> list[str]:
 
 
 def _bubblewrap(job: Mapping[str, Any]) -> list[str]:
-    """The command that does as start.py does by itself otherwise. Process 1 is ours: it ends all when the grader hangs up."""
+    """The command that does as start.py does by itself otherwise.
+
+    Process 1 is ours: it ends all when the grader hangs up.
+    """
     inner = _python("wrapped(int(sys.argv[2]), int(sys.argv[3]))")
-    command = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--die-with-parent", "--as-pid-1", "--cap-drop", "ALL"]
+    command = [
+        shutil.which("bwrap") or "bwrap",
+        "--unshare-all",
+        "--die-with-parent",
+        "--as-pid-1",
+        "--cap-drop",
+        "ALL",
+    ]
     for path in (f"/dev/{name}" for name in DEVICES):
         command += ["--dev-bind", path, path]
     for path in [*job["readable"], str(_HERE / "inside")]:
         command += ["--ro-bind", path, path]
     for path, target in job["links"].items():
         command += ["--symlink", target, path]
-    return [*command, "--size", str(job["file_bytes"]), "--perms", "1777", "--tmpfs", "/tmp", "--remount-ro", "/", "--", *inner]
+    return [
+        *command,
+        "--size",
+        str(job["file_bytes"]),
+        "--perms",
+        "1777",
+        "--tmpfs",
+        "/tmp",
+        "--remount-ro",
+        "/",
+        "--",
+        *inner,
+    ]

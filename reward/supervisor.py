@@ -1,8 +1,9 @@
-"""The parent of a grading process: when that ends, or the trainer hangs up, all that it has started ends as well.
+"""The parent of a grading process: when that ends, or the trainer hangs up, all that it has started ends as
+well.
 
-A process group is not enough: a child that calls ``setsid`` leaves it, and once its own parent has gone nobody knows
-whose it was. On Linux orphans come to the nearest ancestor that asks for them (a subreaper), which is this process, so
-that none is lost; it needs no privilege. Elsewhere it ends the process group.
+A process group is not enough: a child that calls ``setsid`` leaves it, and once its own parent has gone
+nobody knows whose it was. On Linux orphans come to the nearest ancestor that asks for them (a subreaper),
+which is this process, so that none is lost; it needs no privilege. Elsewhere it ends the process group.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ _LOOK_AT_TRAINER_MS = 1000  # whose end does not show where a process that it fo
 
 
 def supervise(program: str, channel: int, lifeline: int) -> None:
-    """Run ``program.main(channel)`` in a child, which alone returns, and end as it ends, after all that it started.
+    """Run ``program.main(channel)`` in a child, which alone returns, and end as it ends, after all that it
+    started.
 
     channel: descriptor of the child's end of its socket. lifeline: of another, to whose other end the
     trainer sends something, or closes it, or dies, when all has to end.
@@ -55,7 +57,9 @@ def _follow(child: int, lifeline: int, trainer: int) -> NoReturn:
         end.setblocking(False)
     signal.set_wakeup_fd(wake.fileno())
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: None)  # who stops a job signals all its processes: it is for the child to say
+        signal.signal(
+            number, lambda *_: None
+        )  # who stops a job signals all its processes: it is for the child to say
     poll = select.poll()
     poll.register(awake, select.POLLIN)
     poll.register(lifeline, select.POLLIN)

@@ -1,7 +1,8 @@
 r"""Rewards that compare strings: exact match, a multiple-choice letter, a required format.
 
-Every expression here takes time linear in the completion: what repeats gives nothing back (``*+``) where the rest could take it as
-well. A recipe's own expression (``format``) may not; it is then the limit reward.seconds that ends it.
+Every expression here takes time linear in the completion: what repeats gives nothing back (``*+``) where the
+rest could take it as well. A recipe's own expression (``format``) may not; it is then the limit
+reward.seconds that ends it.
 """
 
 from __future__ import annotations
@@ -35,24 +36,35 @@ def exact(
     """
     gold = _comparable(column_text(inputs, answer_column, "exact"), ignore_case, numbers)
     said = [_comparable(completion, ignore_case, numbers) for completion in inputs.completions]
-    return [Score(correct if one == gold else wrong, {"correct": float(one == gold)}, answer=str(one) or None) for one in said]
+    return [
+        Score(correct if one == gold else wrong, {"correct": float(one == gold)}, answer=str(one) or None)
+        for one in said
+    ]
 
 
 @reward("choice")
 def choice(
-    inputs: RewardInputs, *, answer_column: str = "answer", letters: str = "ABCD", correct: float = 1.0, wrong: float = 0.0
+    inputs: RewardInputs,
+    *,
+    answer_column: str = "answer",
+    letters: str = "ABCD",
+    correct: float = 1.0,
+    wrong: float = 0.0,
 ) -> list[Score]:
-    r"""``correct`` where the chosen letter is the reference's ("B", "(B)" or "B."); ``parts["answered"]`` says whether one was chosen.
+    r"""``correct`` where the chosen letter is the reference's ("B", "(B)" or "B."); ``parts["answered"]``
+    says whether one was chosen.
 
-    Looked for in this order: the last box, the last "answer is (B)" or "Answer: B", a completion or last line that is a letter
-    ("B", "(B)", "B. Paris"), the last letter in parentheses. Letters count as written: "the answer is a cat" chooses nothing.
-    Raises ValueError where the column is missing or holds no letter of ``letters``.
+    Looked for in this order: the last box, the last "answer is (B)" or "Answer: B", a completion or last line
+    that is a letter ("B", "(B)", "B. Paris"), the last letter in parentheses. Letters count as written: "the
+    answer is a cat" chooses nothing. Raises ValueError where the column is missing or holds no letter of
+    ``letters``.
     """
     raw = column_text(inputs, answer_column, "choice")
     gold = re.fullmatch(rf"\(?([{re.escape(letters)}])[).:]*", raw.strip())
     if gold is None:
         raise ValueError(
-            f"choice: column {answer_column!r} must hold one of the letters {letters}, got {raw!r}; set letters or answer_column"
+            f"choice: column {answer_column!r} must hold one of the letters {letters}, got {raw!r}; set "
+            "letters or answer_column"
         )
     chosen = [chosen_letter(completion, letters) for completion in inputs.completions]
     return [
@@ -77,9 +89,9 @@ def answer_format(
 ) -> list[Score]:
     """``correct`` where the completion has the required form.
 
-    regex: Python's syntax, the dot matches newlines; ``match`` "full" covers the stripped completion, "search" any part of it.
-    tags: e.g. [think, answer]: <think>...</think> then <answer>...</answer>, in this order, each exactly once.
-    Raises ValueError where neither is given or the expression is none.
+    regex: Python's syntax, the dot matches newlines; ``match`` "full" covers the stripped completion,
+    "search" any part of it. tags: e.g. [think, answer]: <think>...</think> then <answer>...</answer>, in this
+    order, each exactly once. Raises ValueError where neither is given or the expression is none.
     """
     if regex is None and not tags:
         raise ValueError("format: nothing is required; set regex, tags (for example [think, answer]) or both")
@@ -132,4 +144,6 @@ def _compiled(regex: str) -> re.Pattern[str]:
 
 
 def _matches(pattern: re.Pattern[str], completion: str, match: Literal["full", "search"]) -> bool:
-    return (pattern.fullmatch(completion.strip()) if match == "full" else pattern.search(completion)) is not None
+    return (
+        pattern.fullmatch(completion.strip()) if match == "full" else pattern.search(completion)
+    ) is not None

@@ -1,11 +1,12 @@
-"""A reward function as TRL's GRPOTrainer calls it: keywords, a list of rewards, and two functions to log with.
+"""A reward function as TRL's GRPOTrainer calls it: keywords, a list of rewards, and two functions to log
+with.
 
-``prompts`` and ``completions`` are texts; where the data's prompt is a list of messages they are lists of messages, a completion
-being one assistant's. ``completion_ids`` are lists of token ids. Every other column of the row is a list with one entry per
-completion. Of ``trainer_state`` there is ``global_step``.
+``prompts`` and ``completions`` are texts; where the data's prompt is a list of messages they are lists of
+messages, a completion being one assistant's. ``completion_ids`` are lists of token ids. Every other column of
+the row is a list with one entry per completion. Of ``trainer_state`` there is ``global_step``.
 
-``log_metric(name, value)`` becomes a part of the scores, which is logged as a mean; ``log_extra(column, values)`` stands beside
-each completion in the transcripts.
+``log_metric(name, value)`` becomes a part of the scores, which is logged as a mean; ``log_extra(column,
+values)`` stands beside each completion in the transcripts.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reward.resolve import checked
 from reward.score import RewardInputs
+from reward.score_checks import check_scores
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _LONGEST_EXTRA = 10_000  # characters
@@ -46,19 +47,27 @@ class TrlFunction:
     def reads_ids(self) -> bool:
         """Whether it names ``completion_ids`` or takes every keyword."""
         parameters = inspect.signature(self.function).parameters
-        return "completion_ids" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        return "completion_ids" in parameters or any(
+            each.kind is each.VAR_KEYWORD for each in parameters.values()
+        )
 
     def __call__(self, inputs: RewardInputs) -> Any:
         """Raises ValueError where the function names a column that the row does not have."""
         log = _Log(len(inputs.completions))
-        values: dict[str, Any] = {**_keywords(inputs), "log_metric": log.metric, "log_extra": log.extra, **self.hp}
+        values: dict[str, Any] = {
+            **_keywords(inputs),
+            "log_metric": log.metric,
+            "log_extra": log.extra,
+            **self.hp,
+        }
         parameters = inspect.signature(self.function).parameters
         named = {key: each for key, each in parameters.items() if each.kind in _NAMED}
         missing = [key for key, each in named.items() if each.default is each.empty and key not in values]
         if missing:
             there = ", ".join(sorted(inputs.columns)) or "none"
             raise ValueError(
-                f"{self.function.__name__} needs {', '.join(missing)}, but the row has no such column; its columns are: {there}"
+                f"{self.function.__name__} needs {', '.join(missing)}, but the row has no such column; its "
+                f"columns are: {there}"
             )
         if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
             values = {key: value for key, value in values.items() if key in named}
@@ -70,8 +79,12 @@ def _keywords(inputs: RewardInputs) -> dict[str, Any]:
     count = len(inputs.completions)
     columns = {name: [copy.deepcopy(value) for _ in range(count)] for name, value in inputs.columns.items()}
     conversational = inputs.messages is not None
-    prompts: list[Any] = [_messages(inputs.messages) if inputs.messages is not None else inputs.prompt for _ in range(count)]
-    completions = [[{"role": "assistant", "content": text}] if conversational else text for text in inputs.completions]
+    prompts: list[Any] = [
+        _messages(inputs.messages) if inputs.messages is not None else inputs.prompt for _ in range(count)
+    ]
+    completions = [
+        [{"role": "assistant", "content": text}] if conversational else text for text in inputs.completions
+    ]
     return {
         **columns,
         "prompts": prompts,
@@ -96,13 +109,19 @@ class _Log:
     def metric(self, name: str, value: float) -> None:
         """Several values of one name are averaged; those that are not finite are left out."""
         if name == "correct" or name.endswith("/correct"):
-            raise ValueError(f"log_metric: {name!r} names verdicts on completions; return Score(value, {{'correct': 1.0}}) for each")
+            raise ValueError(
+                f"log_metric: {name!r} names verdicts on completions; return Score(value, {{'correct': "
+                "1.0}) for each"
+            )
         if math.isfinite(value):
             self._metrics.setdefault(str(name), []).append(float(value))
 
     def extra(self, column: str, values: Sequence[Any]) -> None:
         if len(values) != self._count:
-            raise ValueError(f"log_extra: {column!r} has {len(values)} values for {self._count} completions; give one for each")
+            raise ValueError(
+                f"log_extra: {column!r} has {len(values)} values for {self._count} completions; give one for "
+                "each"
+            )
         self._extra[str(column)] = [str(value)[:_LONGEST_EXTRA] for value in values]
 
     def attached_to(self, answer: Any, label: str) -> Any:
@@ -110,8 +129,10 @@ class _Log:
         if not self._metrics and not self._extra:
             return answer
         means = {name: math.fsum(values) / len(values) for name, values in self._metrics.items()}
-        extras = [{column: values[row] for column, values in self._extra.items()} for row in range(self._count)]
+        extras = [
+            {column: values[row] for column, values in self._extra.items()} for row in range(self._count)
+        ]
         return [
             dataclasses.replace(score, parts={**score.parts, **means}, extra={**score.extra, **extra})
-            for score, extra in zip(checked(answer, self._count, label), extras, strict=True)
+            for score, extra in zip(check_scores(answer, self._count, label), extras, strict=True)
         ]

@@ -1,4 +1,5 @@
-"""The user's own reward: ``path/to/file.py:function``, loaded by path. Two forms are accepted, told apart by the signature:
+"""The user's own reward: ``path/to/file.py:function``, loaded by path. Two forms are accepted, told apart by
+the signature:
 
     def f(inputs: RewardInputs, **hp) -> list[Score | float | None]
     def f(completions, prompts, answer, **columns) -> list[float | None]
@@ -20,11 +21,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from reward.resolve import Caught
+from reward.caught import Caught
 from reward.score import RewardInputs
 from reward.trl_form import TrlFunction
 
-_FORMS = "write f(inputs, **hp) -> list of Score, float or None; or TRL's f(completions, prompts, **columns) -> list of float or None"
+_FORMS = (
+    "write f(inputs, **hp) -> list of Score, float or None; or TRL's f(completions, prompts, **columns) -> "
+    "list of float or None"
+)
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,12 @@ def load_user_function(spec: str, hp: Mapping[str, Any]) -> UserFunction:
         raise ValueError(f"reward {spec!r}: there is no file {file}; write path/to/file.py:function")
     module = _import_file(spec, file)
     if name not in vars(module):
-        functions = ", ".join(key for key, value in vars(module).items() if inspect.isfunction(value)) or "none"
-        raise ValueError(f"reward {spec!r}: {file.name} has no function {name!r}; its functions are: {functions}")
+        functions = (
+            ", ".join(key for key, value in vars(module).items() if inspect.isfunction(value)) or "none"
+        )
+        raise ValueError(
+            f"reward {spec!r}: {file.name} has no function {name!r}; its functions are: {functions}"
+        )
     function = vars(module)[name]
     if not callable(function):
         raise ValueError(f"reward {spec!r}: {name} must be a function, got {function!r}; {_FORMS}")
@@ -58,7 +66,9 @@ def load_user_function(spec: str, hp: Mapping[str, Any]) -> UserFunction:
 
 
 def awaited(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, whose answer is waited for where it is a coroutine: of an ``async def``, or of whatever wraps one."""
+    """``function``, whose answer is waited for where it is a coroutine: of an ``async def``, or of
+    whatever wraps one.
+    """
 
     @functools.wraps(function, updated=())
     def call(*args: Any, **keywords: Any) -> Any:
@@ -96,7 +106,10 @@ def _import_file(spec: str, file: Path) -> ModuleType:
 
 
 def _bind(spec: str, function: Callable[..., Any], hp: Mapping[str, Any]) -> Callable[[RewardInputs], Any]:
-    """``function`` as f(inputs), by the form its signature shows. Raises ValueError on a signature of neither form."""
+    """``function`` as f(inputs), by the form its signature shows.
+
+    Raises ValueError on a signature of neither form.
+    """
     signature = inspect.signature(function)
     parameters = list(signature.parameters.values())
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -106,13 +119,16 @@ def _bind(spec: str, function: Callable[..., Any], hp: Mapping[str, Any]) -> Cal
         unknown = [] if takes_any else [key for key in hp if key not in signature.parameters]
         if unknown or any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in parameters):
             refused = ", ".join(unknown) or "keywords"
-            raise ValueError(f"reward {spec!r}: {function.__name__}{signature} does not take {refused}; {_FORMS}")
+            raise ValueError(
+                f"reward {spec!r}: {function.__name__}{signature} does not take {refused}; {_FORMS}"
+            )
         return TrlFunction(function, dict(hp))
     try:
         signature.bind(None, **hp)
     except TypeError as error:
         keywords = f" with {', '.join(hp)}" if hp else ""
         raise ValueError(
-            f"reward {spec!r}: {function.__name__}{signature} cannot be called as f(inputs){keywords}: {error}; {_FORMS}"
+            f"reward {spec!r}: {function.__name__}{signature} cannot be called as f(inputs){keywords}: "
+            f"{error}; {_FORMS}"
         ) from error
     return functools.partial(function, **hp)

@@ -1,8 +1,9 @@
 """A grading process: started by pool.py with one end of a socket, grades until the other end closes.
 
-It is executed, not forked, so nothing of the trainer (torch, CUDA, threads) is in it. It leads its own process group, which dies
-with it. What the trainer sends is pickled, since columns may hold anything; what a worker answers is JSON (``reply.py``), since a
-grader, or whoever takes it over, can write to the socket too. Each task is unpickled by itself: nothing of it is another grader's.
+It is executed, not forked, so nothing of the trainer (torch, CUDA, threads) is in it. It leads its own
+process group, which dies with it. What the trainer sends is pickled, since columns may hold anything; what a
+worker answers is JSON (``reply.py``), since a grader, or whoever takes it over, can write to the socket too.
+Each task is unpickled by itself: nothing of it is another grader's.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+from reward.caught import Caught
 from reward.output import mark
 from reward.reply import LENGTH, GraderFacts, Reply, encoded, framed
-from reward.resolve import Caught, ContractError, Grader, RewardCall, resolve
+from reward.resolve import Grader, RewardCall, resolve
 from reward.score import RewardInputs, Score
+from reward.score_checks import ContractError
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,9 @@ def main(descriptor: int) -> None:
     if caught.error is not None:
         channel.sendall(encoded(Reply(reason="error", message=_why_no_start(caught))))
         return
-    channel.sendall(encoded(Reply(graders=tuple(GraderFacts(grader.scope, grader.reads_ids) for grader in graders))))
+    channel.sendall(
+        encoded(Reply(graders=tuple(GraderFacts(grader.scope, grader.reads_ids) for grader in graders)))
+    )
     own_process = os.getpid()
     while True:
         for order in read(stream):
@@ -79,7 +84,9 @@ def main(descriptor: int) -> None:
                 os._exit(0)  # a child that the grader forked and forgot
             flush()
             mark(1, setup.nonce)
-            channel.sendall(encoded(reply))  # each at once, so that the pool knows which task a death or a delay belongs to
+            channel.sendall(
+                encoded(reply)
+            )  # each at once, so that the pool knows which task a death or a delay belongs to
 
 
 def _carried_out(order: Order, graders: list[Grader], nonce: str) -> Reply:
@@ -138,7 +145,9 @@ def read(stream: Any) -> Any:
 
 
 def bound_cpu_time(seconds: float) -> None:
-    """A last resort for a loop inside one C call whose trainer is gone: far beyond what the pool itself allows."""
+    """A last resort for a loop inside one C call whose trainer is gone: far beyond what the pool
+    itself allows.
+    """
     used = resource.getrusage(resource.RUSAGE_SELF)
     allowed = used.ru_utime + used.ru_stime + 60 + 2 * seconds * (os.cpu_count() or 1)
     limit(resource.RLIMIT_CPU, int(allowed))
@@ -151,13 +160,15 @@ def limit(kind: int, value: int) -> None:
 
 
 def outlive_sigterm() -> None:
-    """Who stops a job signals all its processes, but the trainer finishes the step in hand, and that needs this one. What is executed
-    from here does not inherit it, as it would if the signal were ignored."""
+    """Who stops a job signals all its processes, but the trainer finishes the step in hand, and that needs
+    this one. What is executed from here does not inherit it, as it would if the signal were ignored."""
     signal.signal(signal.SIGTERM, lambda *_: None)
 
 
 def die_with_the_trainer(descriptor: int) -> None:
-    """Waits for the other end of the socket to hang up (the trainer closed it or was killed) and ends the whole process group."""
+    """Waits for the other end of the socket to hang up (the trainer closed it or was killed) and ends
+    the whole process group.
+    """
     hangup = select.poll()
     hangup.register(descriptor, 0)
     hangup.poll()

@@ -1,4 +1,7 @@
-"""Errors that are the user's to mend. The command line prints them as one line; every other exception is ours and keeps its traceback."""
+"""Errors that are the user's to mend.
+
+The command line prints them as one line; every other exception is ours and keeps its traceback.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ class RecipeError(UserError):
 
 @contextmanager
 def user_mistakes() -> Iterator[None]:
-    """Before weights are loaded, what a file or a folder refuses is the user's to mend, and is said in one line.
+    """Before weights are loaded, what a file or a folder refuses is the user's to mend, and is said in one
+    line.
 
     What took too long is not: a TimeoutError, an OSError to Python, goes on to the watchdog.
     """

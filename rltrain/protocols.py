@@ -1,55 +1,89 @@
-"""What adapters promise. One contract suite per protocol (``tests/contracts/``) runs against every implementation."""
+"""What adapters promise. One contract suite each (``tests/contracts/``) runs against every implementation.
+
+This module imports no torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
+from rltrain.types.samples import Answer, PolicyVersion, Request
 
-from rltrain.types import Prompt, RolloutGroup, Sampling
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from rltrain.tensor_ops import Fingerprint
 
 
 class EngineState(Enum):
-    """ASLEEP -> MAPPED -> LOADED -> SERVING. Only an engine that has loaded version v generates for version v."""
+    """ASLEEP -> MAPPED -> LOADED -> SERVING.
+
+    Only an engine that has loaded version v samples for version v.
+    """
 
     ASLEEP = "asleep"  # no weights on the device
     MAPPED = "mapped"  # memory is there, contents are nobody's version
     LOADED = "loaded"  # holds the weights of `version`
-    SERVING = "serving"  # has generated with them
+    SERVING = "serving"  # has sampled with them
 
 
 class WrongVersionError(RuntimeError):
-    """An engine was asked to generate for a policy version whose weights it does not hold."""
+    """An engine was asked to sample for a policy version whose weights it does not hold."""
 
 
-class RolloutEngine(Protocol):
-    """Samples completions from weights it can name the version of."""
+class Sampler(Protocol):
+    """Writes completions. Whole groups: ``rollout.groups.sample_groups``."""
 
-    state: EngineState
-    version: int | None  # of the weights it holds; None before the first load
-    dtype: torch.dtype  # of the weights it holds; loading rounds to it
-    fingerprint_rtol: float  # relative rounding error of its fingerprints; 0 would be the same sums in the same order
+    @property
+    def name(self) -> str:
+        """What messages call its engine: ``rollout.engine`` of the recipe."""
+        ...
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[RolloutGroup]:
-        """``sampling.n`` completions for each prompt, in order; group ids are positions in ``prompts``.
+    def sample(self, requests: Sequence[Request], policy: PolicyVersion) -> Iterator[Answer]:
+        """One answer per request, in any order; whoever cannot answer earlier yields all at the end.
 
-        Log-probs are of the distribution sampled from (temperature included, float32). Equal (weights, prompt id, sampling)
-        give equal tokens on one machine, whatever else is in the batch up to floating-point ties. Raises WrongVersionError
-        unless ``version`` is held, and ValueError when a prompt plus ``max_tokens`` does not fit the model.
+        policy: the weights that must have sampled every token. Log-probs are of the distribution sampled from
+        (temperature included, float32). Equal (weights, prompt id, sampling, sample index) give equal tokens
+        on one machine, up to floating-point ties: whatever else is asked for, and however a group is cut into
+        requests. Raises, at the call, WrongVersionError where ``policy`` is not held, and ValueError where a
+        prompt plus ``max_tokens`` does not fit the model.
         """
         ...
 
-    def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take the learner's weights (names of a checkpoint, full tensors) as ``version``; forget every cache of older ones."""
+    def close(self) -> None:
+        """Release everything of its own; it is not used again. Closing twice does nothing."""
         ...
 
-    def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, float]:
-        """One number per weight, by checkpoint name, of what the engine multiplies with (``sync/fingerprint.py``).
 
-        names: of these only, as far as the engine has them; None: of all.
+class WeightTarget(Protocol):
+    """Takes the learner's weights and can prove that it multiplies with them, as ``sync/`` asks it to."""
+
+    state: EngineState
+    version: PolicyVersion | None  # of the weights it holds; None before the first load
+    dtype: torch.dtype  # of the weights it holds; loading rounds to it
+    fingerprint_rtol: (
+        float  # relative rounding error of its fingerprints; 0 would be the same sums in the same order
+    )
+
+    @property
+    def name(self) -> str:
+        """What messages call its engine: ``rollout.engine`` of the recipe."""
+        ...
+
+    def load(self, stream: Iterable[tuple[str, Tensor]], version: PolicyVersion) -> None:
+        """Take the learner's weights as ``version``, and forget every cache of older ones.
+
+        stream: Hugging Face names, full tensors.
+        """
+        ...
+
+    def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, Fingerprint]:
+        """Two sums per weight, by Hugging Face name, over what it multiplies with; shards add theirs up.
+
+        names: of these only, as far as it has them; None: of all.
         """
         ...
 
@@ -58,9 +92,9 @@ class RolloutEngine(Protocol):
         ...
 
     def wake(self) -> None:
-        """Map memory again. Still generates for no version until ``load``."""
+        """Map memory again; it samples for no version until ``load``. Nothing happens where it is awake."""
         ...
 
-    def close(self) -> None:
-        """Release everything; the engine is not used again."""
-        ...
+
+class RolloutEngine(Sampler, WeightTarget, Protocol):
+    """A sampler whose weights are in its own hands: it samples from what was pushed to it."""

@@ -1,10 +1,10 @@
 """Names to functions, with hyperparameters checked before any model is loaded.
 
-A method is a function (or a controller class) below a ``@method("name", ...)`` decorator. A registry lists its modules and
-reads their declarations from source, so that recipes are validated without importing torch; ``bind`` imports the one module
-it needs. Keyword-only parameters with a default are hyperparameters, and the signature is the only place a default lives.
-Keyword-only parameters without a default, and those of type ``Tensor | None``, are inputs that the caller supplies; they are
-named in ``needs`` or ``needs_if``.
+A method is a function (or a controller class) below a ``@method("name", ...)`` decorator. A registry lists
+its modules and reads their declarations from source, so that recipes are validated without importing torch;
+``bind`` imports the one module it needs. Keyword-only parameters with a default are hyperparameters, and the
+signature is the only place a default lives. Keyword-only parameters without a default, and those of type
+``Tensor | None``, are inputs that the caller supplies; they are named in ``needs`` or ``needs_if``.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ def method(
 ) -> Callable[[F], F]:
     """Declare a method. All arguments must be literals: they are read from source.
 
-    needs: what the learner must compute for it ("old_logp", "ref_logp", "old_entropy", "logp_now", "entropy_grad", ...); a
-    hyperparameter in braces stands for its value ("clamped_entropy:{share}").
-    needs_if: the same, only where the named hyperparameter is neither 0 nor None, or has the value in "name=value".
-    traits: facts that ``config/check.py`` reasons about ("owns_clipping", "off_policy_only", "sequence_level", ...).
-    refuses: by hyperparameter, values that people try and that must not be used, with the reason the error then gives.
+    needs: what the learner must compute for it ("old_logp", "ref_logp", "old_entropy", "logp_now",
+    "entropy_grad", ...); a hyperparameter in braces stands for its value ("clamped_entropy:{share}").
+    needs_if: the same, only where the named hyperparameter is neither 0 nor None, or has the value in
+    "name=value". traits: facts that ``config/check.py`` reasons about ("owns_clipping", "off_policy_only",
+    "sequence_level", ...). refuses: by hyperparameter, values that people try and that must not be used, with
+    the reason the error then gives.
     """
     del name, arxiv, needs, needs_if, traits, refuses
     return lambda function: function
@@ -95,7 +96,10 @@ class BoundMethod:
 
 
 class Registry:
-    """The methods of one kind. ``modules`` is the list, in reading order; nothing registers by being imported."""
+    """The methods of one kind.
+
+    ``modules`` is the list, in reading order; nothing registers by being imported.
+    """
 
     def __init__(self, kind: str, modules: tuple[str, ...], decorator: str = "method") -> None:
         self.kind, self.modules, self.decorator = kind, modules, decorator
@@ -106,7 +110,9 @@ class Registry:
         for module in self.modules:
             for spec in _read_declarations(module, self.decorator):
                 if spec.name in found:
-                    raise ValueError(f"{self.kind} {spec.name!r} is declared in {found[spec.name].module} and {module}")
+                    raise ValueError(
+                        f"{self.kind} {spec.name!r} is declared in {found[spec.name].module} and {module}"
+                    )
                 found[spec.name] = spec
         return found
 
@@ -119,18 +125,25 @@ class Registry:
         return self.specs[name]
 
     def check(self, name: str, hp: Mapping[str, Any]) -> MethodSpec:
-        """Names and types of ``hp`` against the signature, without importing the method. Raises ValueError."""
+        """Names and types of ``hp`` against the signature, without importing the method.
+
+        Raises ValueError.
+        """
         spec = self.spec(name)
         for key, value in hp.items():
             if key not in spec.hyperparameters:
-                raise ValueError(f"{self.kind} {name!r} has no hyperparameter {key!r}{suggestion(key, spec.hyperparameters)}")
+                raise ValueError(
+                    f"{self.kind} {name!r} has no hyperparameter "
+                    f"{key!r}{suggestion(key, spec.hyperparameters)}"
+                )
             annotation = spec.hyperparameters[key].annotation
             try:
                 _adapter(annotation).validate_python(value)
             except ValidationError as error:
                 reason = spec.refuses.get(key, {}).get(str(value), error.errors()[0]["msg"])
                 raise ValueError(
-                    f"{self.kind} {name!r}: {key} must be {annotation}, got {value!r} ({type(value).__name__}): {reason}"
+                    f"{self.kind} {name!r}: {key} must be {annotation}, got {value!r} "
+                    f"({type(value).__name__}): {reason}"
                 ) from error
         return spec
 
@@ -159,8 +172,19 @@ def _holds(condition: str, values: Mapping[str, Any]) -> bool:
 
 @functools.cache
 def _adapter(annotation: str) -> TypeAdapter[Any]:
-    names = {"Literal": Literal, "float": float, "int": int, "bool": bool, "str": str, "list": list, "tuple": tuple, "dict": dict}
-    kind = eval(annotation, {"__builtins__": {}}, {**names, "None": None})  # our own source, literal types only
+    names = {
+        "Literal": Literal,
+        "float": float,
+        "int": int,
+        "bool": bool,
+        "str": str,
+        "list": list,
+        "tuple": tuple,
+        "dict": dict,
+    }
+    kind = eval(
+        annotation, {"__builtins__": {}}, {**names, "None": None}
+    )  # our own source, literal types only
     return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
@@ -183,7 +207,9 @@ def _spec_of(node: ast.FunctionDef | ast.ClassDef, call: ast.Call, module: str) 
     needs_if: dict[str, set[str]] = facts.get("needs_if") or {}
     function = node
     if isinstance(node, ast.ClassDef):
-        function = next(item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__")
+        function = next(
+            item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"
+        )
     assert isinstance(function, ast.FunctionDef)
     hyperparameters: dict[str, Hyperparameter] = {}
     inputs: list[str] = []
@@ -192,7 +218,9 @@ def _spec_of(node: ast.FunctionDef | ast.ClassDef, call: ast.Call, module: str) 
         if default is None or ast.unparse(argument.annotation) == "Tensor | None":
             inputs.append(argument.arg)
         else:
-            hyperparameters[argument.arg] = Hyperparameter(ast.unparse(argument.annotation), ast.literal_eval(default))
+            hyperparameters[argument.arg] = Hyperparameter(
+                ast.unparse(argument.annotation), ast.literal_eval(default)
+            )
     return MethodSpec(
         name=ast.literal_eval(call.args[0]),
         module=module,

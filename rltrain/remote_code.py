@@ -1,7 +1,8 @@
 """Which Python code that comes with a model may run: nobody's, unless it was named.
 
-A model folder may hold code that transformers imports (``auto_map`` in its config). ``model.trust_remote_code`` lists what may run: a
-folder, or a model on the Hub at one commit, ``NAME@COMMIT``. Every loader asks ``trusts``.
+A model folder may hold code that transformers imports (``auto_map`` in its config).
+``model.trust_remote_code`` lists what may run: a folder, or a model on the Hub at one commit,
+``NAME@COMMIT``. Every loader asks ``trusts``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ _trusted: tuple[str, ...] = ()  # of this process, as long as a ``trusting`` blo
 
 @contextmanager
 def trusting(entries: Sequence[str]) -> Iterator[list[str]]:
-    """Inside, code of the models named may run. Gives lines that say which. Raises UserError for an entry that pins nothing."""
+    """Inside, code of the models named may run.
+
+    Gives lines that say which. Raises UserError for an entry that pins nothing.
+    """
     global _trusted
     before = _trusted
     lines = [_describe(entry) for entry in entries]
@@ -37,7 +41,10 @@ def trusting(entries: Sequence[str]) -> Iterator[list[str]]:
 
 
 def trusts(path: str, revision: str | None = None) -> bool:
-    """Whether code of the model at ``path`` may run. Raises UserError where it is trusted and calls code of yet another place."""
+    """Whether code of the model at ``path`` may run.
+
+    Raises UserError where it is trusted and calls code of yet another place.
+    """
     if not _is_named(path, revision):
         return False
     _refuse_code_from_elsewhere(path, revision)
@@ -55,7 +62,8 @@ def trust_copy(copy: Path, path: str, revision: str | None) -> None:
     originals = code_files(_local_folder(path, revision))
     if changed := sorted(name for name, digest in copies.items() if originals.get(name) != digest):
         raise UserError(
-            f"{copy / changed[0]} is not the file of that name in {path}, which {KEY} names: the checkpoint holds other code than the "
+            f"{copy / changed[0]} is not the file of that name in {path}, which {KEY} names: the checkpoint "
+            "holds other code than the "
             f"model it was made from; put that code back, or name {copy} under {KEY} if you have read it"
         )
     _trusted = (*_trusted, str(copy))
@@ -73,7 +81,9 @@ def trusted_code() -> dict[str, str]:
 
 @contextmanager
 def refusing_untrusted(path: str, revision: str | None = None) -> Iterator[None]:
-    """Inside, the error with which transformers asks for permission to run code becomes one that says how it is given."""
+    """Inside, the error with which transformers asks for permission to run code becomes one that says
+    how it is given.
+    """
     try:
         yield
     except ValueError as error:
@@ -82,7 +92,8 @@ def refusing_untrusted(path: str, revision: str | None = None) -> Iterator[None]
         entry = path if Path(path).is_dir() else f"{path}@{revision or 'COMMIT'}"
         pinned = "" if Path(path).is_dir() else " (40 hex digits, and the same as model.revision)"
         raise UserError(
-            f"{path} needs Python code of its own to be loaded, and nothing says that this code may run; read it, then name it: "
+            f"{path} needs Python code of its own to be loaded, and nothing says that this code may run; "
+            "read it, then name it: "
             f"{KEY}: [{entry}]{pinned} in the recipe, or --trust-remote-code {entry} where there is none"
         ) from error
 
@@ -102,7 +113,8 @@ def _describe(entry: str) -> str:
     if at and name and _COMMIT.fullmatch(commit):
         return f"code of {name} at commit {commit} may run"
     raise UserError(
-        f"{KEY}: {entry!r} is no folder; for a model on the Hub write NAME@COMMIT with the 40 hex digits of the commit "
+        f"{KEY}: {entry!r} is no folder; for a model on the Hub write NAME@COMMIT with the 40 hex digits of "
+        "the commit "
         "whose code you have read: a branch or a tag may hold other code tomorrow"
     )
 
@@ -119,7 +131,9 @@ def _local_folder(path: str, revision: str | None) -> Path:
 
 
 def _refuse_code_from_elsewhere(path: str, revision: str | None) -> None:
-    """``auto_map`` may name a class of another repository, which comes from its main branch whatever was read here."""
+    """``auto_map`` may name a class of another repository, which comes from its main branch whatever
+    was read here.
+    """
     for name in _CONFIGS:
         file = local_file(path, revision, name)
         mapped = {} if file is None else json.loads(file.read_text(encoding="utf-8")).get("auto_map", {})
@@ -127,7 +141,8 @@ def _refuse_code_from_elsewhere(path: str, revision: str | None) -> None:
             repository, separator, module = reference.rpartition("--")
             if separator and (Path(path).is_dir() or repository != path):
                 raise UserError(
-                    f"{path}: auto_map of its {name} takes {reference!r} from another repository, which {KEY} cannot pin; copy the "
+                    f"{path}: auto_map of its {name} takes {reference!r} from another repository, which "
+                    f"{KEY} cannot pin; copy the "
                     f"model to a folder, put that file there and name the class as {module!r}"
                 )
 

@@ -1,8 +1,8 @@
 """Whether a text comes back from its token ids.
 
-A tokenizer whose file is missing knows no token and turns every text into nothing; one of another language loses most of it. Compared
-is what a reader would see, since many tokenizers change the rest on purpose: SentencePiece moves spaces, normalisers compose accents
-or take the case and the accents away.
+A tokenizer whose file is missing knows no token and turns every text into nothing; one of another language
+loses most of it. Compared is what a reader would see, since many tokenizers change the rest on purpose:
+SentencePiece moves spaces, normalisers compose accents or take the case and the accents away.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ _UNSEEN = {"Mn", "Cc", "Cf", "Zs", "Zl", "Zp"}  # Unicode categories: combining 
 
 @dataclass
 class Losses:
-    """What the texts of one kind lose on the way to their token ids, all together: a row in another script is one among many."""
+    """What the texts of one kind lose on the way to their token ids, all together: a row in another
+    script is one among many.
+    """
 
     lossy: int = 0  # texts that lose some of their characters
     _lost: float = 0.0  # characters
@@ -43,13 +45,17 @@ class Losses:
                 self._worst = (share, text, str(tokenizer.decode(list(token_ids))))
 
     def check(self, source: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises ValueError where too much is lost: the model would read other texts. source: where they are from."""
+        """Raises ValueError where too much is lost: the model would read other texts. source: where
+        they are from.
+        """
         if self._lost <= _MOST_LOST * self._seen:
             return
         share, text, back = self._worst
         raise ValueError(
-            f"{source}: {self._lost / self._seen:.0%} of the texts is lost between text and token ids, for example {share:.0%} of "
-            f"{text!r:.80}, whose ids read {back!r:.80}: the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens; is its "
+            f"{source}: {self._lost / self._seen:.0%} of the texts is lost between text and token ids, for "
+            f"example {share:.0%} of "
+            f"{text!r:.80}, whose ids read {back!r:.80}: the tokenizer {tokenizer.name_or_path!r} has "
+            f"{len(tokenizer)} tokens; is its "
             "tokenizer.json (or tokenizer.model) in the folder, and does it know this script?"
         )
 
@@ -57,10 +63,12 @@ class Losses:
 def lost_share(text: str, token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> float:
     """The share of the characters of ``text`` that ``token_ids`` do not spell, 0 where nothing is lost.
 
-    Case, accents, compatibility forms and white space do not count, nor does their order, nor special tokens: they are known even where
-    nothing else is.
+    Case, accents, compatibility forms and white space do not count, nor does their order, nor special tokens:
+    they are known even where nothing else is.
     """
-    back = str(tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    back = str(
+        tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )
     if back == text:
         return 0.0
     for token in tokenizer.all_special_tokens:  # the unknown one among them

@@ -1,6 +1,7 @@
 """The date that a chat template prints: one for the whole run, whatever day it is when a row is rendered.
 
-A template reads the clock through ``strftime_now``. Rendered anew on the next day, every prompt would be another text.
+A template reads the clock through ``strftime_now``. Rendered anew on the next day, every prompt would be
+another text.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ _FILES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json") 
 
 
 def prints_date(path: str, revision: str | None = None) -> bool:
-    """Whether the chat template of the model at ``path`` reads the clock. False where there is no such model."""
+    """Whether the chat template of the model at ``path`` reads the clock.
+
+    False where there is no such model.
+    """
     try:
         files = [local_file(path, revision, name) for name in _FILES]
         return any(_CLOCK in file.read_text(encoding="utf-8") for file in files if file is not None)
@@ -25,7 +29,9 @@ def prints_date(path: str, revision: str | None = None) -> bool:
 
 
 def frozen_clock(date: dt.date | None) -> dict[str, Any]:
-    """Keywords for ``apply_chat_template`` under which it is midnight of ``date``; None: whatever the time is."""
+    """Keywords for ``apply_chat_template`` under which it is midnight of ``date``; None: whatever the
+    time is.
+    """
     if date is None:
         return {}
     clock: Callable[[str], str] = dt.datetime.combine(date, dt.time.min).strftime

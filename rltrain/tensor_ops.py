@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +14,10 @@ from rltrain.seeds import stable_hash
 
 
 def masked(values: Tensor, mask: Tensor) -> Tensor:
-    """``values`` where ``mask``, 0 elsewhere. What stands elsewhere (NaN included) reaches neither the value nor the gradient."""
+    """``values`` where ``mask``, 0 elsewhere.
+
+    What stands elsewhere (NaN included) reaches neither the value nor the gradient.
+    """
     return torch.where(mask.bool(), values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
@@ -30,7 +34,10 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 
 def masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
-    """Linear-interpolated quantile over ``mask``; 0 where nothing is masked in. Any size (torch.quantile stops at 16M)."""
+    """Linear-interpolated quantile over ``mask``; 0 where nothing is masked in.
+
+    Any size (torch.quantile stops at 16M).
+    """
     flat = values[mask.bool()].sort().values
     if flat.numel() == 0:
         return torch.zeros((), dtype=values.dtype, device=values.device)
@@ -43,8 +50,9 @@ def masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
 def segment_mean(values: Tensor, segment: Tensor) -> Tensor:
     """(B,) mean of ``values (B,)`` over the rows that share ``segment (B,)``, at every row.
 
-    Taken from the segment's minimum upwards, so that rows which are all equal have exactly their own value as mean: three
-    rewards of 0.1 summed and divided by 3 would leave 1e-17, and a standard deviation of the same size to divide it by.
+    Taken from the segment's minimum upwards, so that rows which are all equal have exactly their own value as
+    mean: three rewards of 0.1 summed and divided by 3 would leave 1e-17, and a standard deviation of the same
+    size to divide it by.
     """
     inverse, count = _segments(segment)
     start = torch.full(count.shape, torch.inf, dtype=values.dtype, device=values.device)
@@ -60,34 +68,43 @@ def segment_count(segment: Tensor) -> Tensor:
 
 
 def segment_std(values: Tensor, segment: Tensor, ddof: int = 1) -> Tensor:
-    """(B,) standard deviation of ``values (B,)`` within each ``segment (B,)``, at every row; 0 for one row with ddof 1."""
+    """(B,) standard deviation of ``values (B,)`` within each ``segment (B,)``, at every row; 0 for
+    one row with ddof 1.
+    """
     inverse, count = _segments(segment)
     total = _segment_sum((values - segment_mean(values, segment)).square(), inverse, count)
     return (total / (count - ddof).clamp(min=1)).sqrt()[inverse]
 
 
 def token_moments(values: Tensor, mask: Tensor, segment: Tensor) -> tuple[Tensor, Tensor]:
-    """Over all masked-in tokens of the rows that share ``segment (B,)``: (B, T) values less their mean, (B,) population variance.
+    """Over all masked-in tokens of the rows that share ``segment (B,)``: (B, T) values less their mean, (B,)
+    population variance.
 
-    Tokens weigh the same, so long rows weigh more. From the minimum upwards, as ``segment_mean``: equal values centre to exactly
+    Tokens weigh the same, so long rows weigh more. From the minimum upwards, as ``segment_mean``: equal
+    values centre to exactly
     0. Centred values are 0 where the mask is off; a segment without tokens has variance 0.
     """
     inverse, rows = _segments(segment)
     tokens = _segment_sum(mask.sum(1).to(values.dtype), inverse, rows).clamp(min=1)
     lowest = torch.where(mask, values, torch.inf).amin(1)
-    low = torch.full(rows.shape, torch.inf, dtype=values.dtype, device=values.device).scatter_reduce(0, inverse, lowest, "amin")
+    low = torch.full(rows.shape, torch.inf, dtype=values.dtype, device=values.device).scatter_reduce(
+        0, inverse, lowest, "amin"
+    )
     above = masked(values - low[inverse][:, None], mask)
     centred = masked(above - (_segment_sum(above.sum(1), inverse, rows) / tokens)[inverse][:, None], mask)
     return centred, (_segment_sum(centred.square().sum(1), inverse, rows) / tokens)[inverse]
 
 
 def packed_left(mask: Tensor) -> Tensor:
-    """(B, T) int64 column order that brings the masked-in tokens of each row to the front, in their order (for ``gather``)."""
+    """(B, T) int64 column order that brings the masked-in tokens of each row to the front, in their
+    order (for ``gather``).
+    """
     return (~mask.bool()).to(torch.int8).sort(dim=1, stable=True).indices
 
 
 def window_mean(values: Tensor, mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """(B, W) mean of each run of ``width`` consecutive masked-in tokens, and (B, W) bool: the run is complete.
+    """(B, W) mean of each run of ``width`` consecutive masked-in tokens, and (B, W) bool: the run is
+    complete.
 
     Window w of a row starts at its w-th masked-in token; W is T - width + 1, or 0 where T is smaller.
     """
@@ -106,7 +123,11 @@ def row_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
     position = q * (mask.sum(1) - 1).clamp(min=0).to(torch.float64)
     low = position.floor().to(torch.int64)
     high = torch.minimum(low + 1, (mask.sum(1) - 1).clamp(min=0))
-    ends = ordered.gather(1, torch.stack([low, high], 1)) if values.shape[1] else ordered.new_zeros(len(ordered), 2)
+    ends = (
+        ordered.gather(1, torch.stack([low, high], 1))
+        if values.shape[1]
+        else ordered.new_zeros(len(ordered), 2)
+    )
     found = ends[:, 0] + (ends[:, 1] - ends[:, 0]) * (position - low).to(values.dtype)
     return torch.where(mask.any(1), found, torch.zeros_like(found))
 
@@ -122,16 +143,36 @@ def _segment_sum(values: Tensor, inverse: Tensor, count: Tensor) -> Tensor:
     return torch.zeros(count.shape[0], dtype=values.dtype, device=values.device).index_add(0, inverse, values)
 
 
-def weight_fingerprint(name: str, weight: Tensor) -> float:
-    """One float64 number for a weight that differs when the weight does: u.y + 8|y| with y = W v, u and v fixed random signs.
+class Fingerprint(NamedTuple):
+    """Two float64 sums over the rows of y = W v, with u and v fixed random signs: shards of rows add
+    theirs up.
+    """
 
-    ``weight`` is (out, in), or (out,) for a bias or scale, where y is the weight itself; further dimensions count as columns.
-    The projection u.y moves with any small change, the norm keeps the number away from 0, so that relative comparison works.
+    projection: float  # u.y
+    square: float  # |y|^2
+
+    @property
+    def number(self) -> float:
+        """u.y + 8|y|, the one number that is compared.
+
+        The projection moves with any small change; the norm keeps the number away from 0, so that relative
+        comparison works.
+        """
+        return self.projection + 8 * math.sqrt(self.square)
+
+
+def weight_fingerprint(name: str, weight: Tensor) -> Fingerprint:
+    """Of a whole weight; it differs when the weight does.
+
+    ``weight`` is (out, in), or (out,) for a bias or scale, where y is the weight itself; further dimensions
+    count as columns.
     """
     if weight.ndim < 2:
         return product_fingerprint(name, weight)
     matrix, signs = weight.flatten(1), fingerprint_input(name, weight.flatten(1).shape[1], weight.device)
-    block = 1 << 16 if weight.device.type == "cpu" else 1 << 24  # float64 copies that fit a cache, or 128 MiB where launches cost
+    block = (
+        1 << 16 if weight.device.type == "cpu" else 1 << 24
+    )  # float64 copies that fit a cache, or 128 MiB where launches cost
     rows = max(1, block // matrix.shape[1])
     return product_fingerprint(name, torch.cat([part.double() @ signs for part in matrix.split(rows)]))
 
@@ -141,15 +182,22 @@ def fingerprint_input(name: str, columns: int, device: torch.device) -> Tensor:
     return _signs(name, "in", columns, device).double()
 
 
-def product_fingerprint(name: str, product: Tensor) -> float:
-    """The fingerprint from ``product (out,)`` = W v, for engines that can run a layer but not read its packed weight."""
+def product_fingerprint(name: str, product: Tensor) -> Fingerprint:
+    """The fingerprint from ``product (out,)`` = W v, for engines that can run a layer but not read
+    its packed weight.
+    """
     product = product.double()
     signs = _signs(name, "out", product.shape[0], product.device).double()
-    return float(signs @ product + 8 * product.norm())
+    projection, norm = torch.stack([signs @ product, product.norm()]).tolist()
+    return Fingerprint(projection, norm * norm)  # the root of a norm's rounded square is that norm again
 
 
-@lru_cache(maxsize=4096)  # a byte per row and column of the weights of a large model: drawing them costs more than using them
+@lru_cache(
+    maxsize=4096
+)  # a byte per row and column of the weights of a large model: drawing them costs more than using them
 def _signs(name: str, end: str, size: int, device: torch.device) -> Tensor:
     """(size,) int8, -1 or 1."""
-    drawn = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(stable_hash(name, end, size)))
+    drawn = torch.randint(
+        0, 2, (size,), generator=torch.Generator().manual_seed(stable_hash(name, end, size))
+    )
     return (drawn * 2 - 1).to(device, torch.int8)

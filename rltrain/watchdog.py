@@ -1,8 +1,9 @@
-"""No wait without an end: what takes longer than its deadline ends the process, saying what and whom it waited for.
+"""No wait without an end: what takes longer than its deadline ends the process, saying what and whom it
+waited for.
 
-One thread watches two things. Waits of this process (``waiting``): an engine that stops answering, a gather that a peer never
-joins. And the other ranks: each puts a sign of life on a board they share, so that a rank that died while the others are inside
-a collective, where none of their Python code runs, is missed and named.
+One thread watches two things. Waits of this process (``waiting``): an engine that stops answering, a gather
+that a peer never joins. And the other ranks: each puts a sign of life on a board they share, so that a rank
+that died while the others are inside a collective, where none of their Python code runs, is missed and named.
 """
 
 from __future__ import annotations
@@ -24,14 +25,21 @@ import psutil
 
 EXPIRED = 75  # exit code after a deadline or a lost rank; sysexits calls it EX_TEMPFAIL: try again
 
-Waiting = Callable[[str, str], AbstractContextManager[object]]  # (whom, what) -> a block that must end within the deadline
+Deadline = Callable[
+    [str, str], AbstractContextManager[object]
+]  # (whom, what) -> a block that must end within the deadline
 
 _DONE, _GONE = "done", "gone"  # a rank's last words: it finished; it failed
-_LOCKED_UP_SECONDS = 60.0  # how much later a process is ended whose interpreter is locked, so that no thread of ours runs
+_LOCKED_UP_SECONDS = (
+    60.0  # how much later a process is ended whose interpreter is locked, so that no thread of ours runs
+)
 
 
-class Board(Protocol):
-    """Where every rank says that it is alive. Raises OSError or RuntimeError when the board itself is out of reach."""
+class Heartbeat(Protocol):
+    """Where every rank says that it is alive.
+
+    Raises OSError or RuntimeError when the board itself is out of reach.
+    """
 
     peers: Collection[int]  # the other ranks
 
@@ -42,7 +50,7 @@ class Board(Protocol):
         ...
 
 
-def unwatched(whom: str, what: str) -> AbstractContextManager[object]:
+def no_deadline(whom: str, what: str) -> AbstractContextManager[object]:
     """A ``Waiting`` without a deadline, for what nobody started as a run."""
     del whom, what
     return contextlib.nullcontext()
@@ -72,16 +80,18 @@ class _Peer:
 class Watchdog:
     """Watches while its ``with`` block runs.
 
-    seconds: the deadline of a wait; a rank that is silent for a third of that, or that failed, ends this process too. who: what
-    messages call this process. board: None where there are no other ranks.
+    seconds: the deadline of a wait; a rank that is silent for a third of that, or that failed, ends this
+    process too. who: what messages call this process. board: None where there are no other ranks.
     """
 
-    def __init__(self, seconds: float, who: str = "this process", board: Board | None = None) -> None:
+    def __init__(self, seconds: float, who: str = "this process", board: Heartbeat | None = None) -> None:
         self._seconds, self._who, self._board = seconds, who, board
         self._beat = max(min(2.0, seconds / 30), 0.05)  # seconds between signs of life, and between looks
         self._silence = max(seconds / 3, 5 * self._beat)
         self._waits: list[_Wait] = []
-        self._peers = {rank: _Peer("0 alive starting", time.monotonic()) for rank in (board.peers if board else ())}
+        self._peers = {
+            rank: _Peer("0 alive starting", time.monotonic()) for rank in (board.peers if board else ())
+        }
         self._count = 0
         self._last_acts: list[Callable[[], object]] = []
         self._lock = threading.RLock()
@@ -90,7 +100,10 @@ class Watchdog:
 
     @contextlib.contextmanager
     def waiting(self, whom: str, what: str) -> Iterator[None]:
-        """Inside, this process waits for ``whom`` to do ``what``. May be nested; every level has the whole deadline."""
+        """Inside, this process waits for ``whom`` to do ``what``.
+
+        May be nested; every level has the whole deadline.
+        """
         wait = _Wait(whom, what, time.monotonic())
         with self._lock:
             self._waits.append(wait)
@@ -106,26 +119,36 @@ class Watchdog:
                 faulthandler.cancel_dump_traceback_later()
 
     def before_the_end(self, act: Callable[[], object]) -> None:
-        """``act`` is done when a deadline ends the process, where no ``finally`` of any block is. It must not wait for anything."""
+        """``act`` is done when a deadline ends the process, where no ``finally`` of any block is.
+
+        It must not wait for anything.
+        """
         self._last_acts.append(act)
 
     def __enter__(self) -> Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """What broke because a peer is gone, and what a deadline of its own ended, end like any other wait that was too long."""
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """What broke because a peer is gone, and what a deadline of its own ended, end like any other
+        wait that was too long.
+        """
         if isinstance(error, TimeoutError):
             traceback.print_exception(error)
             self._expire(str(error))
-        if isinstance(error, RuntimeError) and type(error).__module__.partition(".")[0] in ("builtins", "torch"):
+        if isinstance(error, RuntimeError) and type(error).__module__.partition(".")[0] in (
+            "builtins",
+            "torch",
+        ):
             self._blame(error)
         self._ended.set()
         self._thread.join()
         words = f"{_DONE} -" if error is None else f"{_GONE} {type(error).__name__}: {error}"
         self._exchange(words)
 
-    # the thread ------------------------------------------------------------------------------------------------------
+    # the thread ---------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         while not self._ended.wait(self._beat):
@@ -141,7 +164,9 @@ class Watchdog:
             wait = late[-1]  # the innermost says most exactly what does not happen
             silent = [f"; {line}" for line in self._silent(3 * self._beat)]
             remedy = "; raise train.deadline_seconds if it may take that long"
-            self._expire(f"waited {now - wait.since:.0f} s for {wait.whom}: {wait.what}{''.join(silent) or remedy}")
+            self._expire(
+                f"waited {now - wait.since:.0f} s for {wait.whom}: {wait.what}{''.join(silent) or remedy}"
+            )
 
     def _look_at_peers(self, silence: float) -> None:
         lost = self._silent(silence)
@@ -154,14 +179,21 @@ class Watchdog:
         with self._lock:
             for rank, peer in sorted(self._peers.items()):
                 age = now - peer.since
-                if peer.state == _GONE and age > 2 * self._beat:  # until then this rank may find out the same by itself
+                if (
+                    peer.state == _GONE and age > 2 * self._beat
+                ):  # until then this rank may find out the same by itself
                     found.append(f"rank {rank} failed: {peer.doing}")
                 elif peer.state == "alive" and age > seconds:
-                    found.append(f"rank {rank} gave no sign of life for {age:.1f} s; its last was: {peer.doing}")
+                    found.append(
+                        f"rank {rank} gave no sign of life for {age:.1f} s; its last was: {peer.doing}"
+                    )
         return found
 
     def _exchange(self, words: str) -> None:
-        """Say something and hear the others. Where the board is out of reach, waits still have their deadlines."""
+        """Say something and hear the others.
+
+        Where the board is out of reach, waits still have their deadlines.
+        """
         with self._lock:
             if self._board is None:
                 return
@@ -171,19 +203,26 @@ class Watchdog:
                 heard = self._board.read()
             except (OSError, RuntimeError) as error:
                 self._board = None
-                sys.stderr.write(f"watchdog: {self._who} cannot reach the other ranks' board: {str(error).splitlines()[0]}\n")
+                sys.stderr.write(
+                    f"watchdog: {self._who} cannot reach the other ranks' board: "
+                    f"{str(error).splitlines()[0]}\n"
+                )
                 return
             now = time.monotonic()
-            self._peers |= {rank: _Peer(text, now) for rank, text in heard.items() if self._peers[rank].words != text}
+            self._peers |= {
+                rank: _Peer(text, now) for rank, text in heard.items() if self._peers[rank].words != text
+            }
 
     def _doing(self) -> str:
         with self._lock:
             return f"waiting for {self._waits[-1].whom}: {self._waits[-1].what}" if self._waits else "at work"
 
-    # ends ------------------------------------------------------------------------------------------------------------
+    # ends ---------------------------------------------------------------------------------------------------
 
     def _blame(self, error: RuntimeError) -> None:
-        """Ends the process if ``error`` is a collective's that nobody joined in time, or of a peer that died; that takes time to see."""
+        """Ends the process if ``error`` is a collective's that nobody joined in time, or of a peer
+        that died; that takes time to see.
+        """
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         if "timed out" in reason.lower():
             with self._lock:

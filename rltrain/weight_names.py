@@ -1,8 +1,8 @@
 """What a model's weights are called in a checkpoint: transformers renames and fuses some of them as it loads.
 
-The experts of one layer, a file's ``experts.0.gate_proj.weight`` and so on, are one tensor ``experts.gate_up_proj`` inside the
-model. Files, vLLM and the fingerprints of a sync know the names of the checkpoint; parameters and the optimizer's state have
-those inside the model.
+The experts of one layer, a file's ``experts.0.gate_proj.weight`` and so on, are one tensor
+``experts.gate_up_proj`` inside the model. Files, vLLM and the fingerprints of a sync know the names of the
+checkpoint; parameters and the optimizer's state have those inside the model.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ Weights = Iterable[tuple[str, Tensor]]
 
 
 class CheckpointNames:
-    """Translates weights between the names inside ``model`` and those of its checkpoints, one group of tensors at a time.
+    """Translates weights between the names inside ``model`` and those of its checkpoints, one group of
+    tensors at a time.
 
-    A group is what transformers converts together, the experts of one layer at most: no second model is ever held. Built from
-    the bare model, before a wrapper changes its classes. Checkpoints written under other, older names load as these do: the
-    names are those that ``save_pretrained`` gives a model that was not loaded from any.
+    A group is what transformers converts together, the experts of one layer at most: no second model is ever
+    held. Built from the bare model, before a wrapper changes its classes. Checkpoints written under other,
+    older names load as these do: the names are those that ``save_pretrained`` gives a model that was not
+    loaded from any.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -44,21 +46,36 @@ class CheckpointNames:
         self._outward = _Conversion(saving, held, model.config, reverse=True)
         outside = dict(self._outward.apply(held.items()))
         self._inward = _Conversion(loading, outside, model.config, reverse=False)
-        self.inside = {name: tuple(tensor.shape) for name, tensor in held.items()}  # shapes by the names inside the model
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in outside.items()}  # and by checkpoint name
+        self.inside = {
+            name: tuple(tensor.shape) for name, tensor in held.items()
+        }  # shapes by the names inside the model
+        self.shapes = {
+            name: tuple(tensor.shape) for name, tensor in outside.items()
+        }  # and by checkpoint name
         trained = [(name, held[name]) for name, _ in model.named_parameters()]
-        self.parameters = frozenset(name for name, _ in self._outward.apply(trained))  # a tied weight under its first name
-        self.ties = {self._renamed(second): self._renamed(first) for second, first in model.all_tied_weights_keys.items()}
+        self.parameters = frozenset(
+            name for name, _ in self._outward.apply(trained)
+        )  # a tied weight under its first name
+        self.ties = {
+            self._renamed(second): self._renamed(first)
+            for second, first in model.all_tied_weights_keys.items()
+        }
 
-    def to_checkpoint(self, weights: Weights, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """``weights`` of the model under their checkpoint names; fused ones in their parts, views where that is possible.
+    def to_checkpoint(
+        self, weights: Weights, only: Collection[str] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """``weights`` of the model under their checkpoint names; fused ones in their parts, views where that
+        is possible.
 
         only: the checkpoint names that are wanted, and perhaps others of the same groups.
         """
         return self._outward.apply(weights if only is None else self._among(weights, only))
 
     def from_checkpoint(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
-        """``weights`` of a checkpoint under the names inside the model. Raises KeyError for a name that the model has not."""
+        """``weights`` of a checkpoint under the names inside the model.
+
+        Raises KeyError for a name that the model has not.
+        """
         return self._inward.apply(weights)
 
     def _among(self, weights: Weights, only: Collection[str]) -> Iterator[tuple[str, Tensor]]:
@@ -82,7 +99,9 @@ def _without_values(tensor: Any) -> Tensor:
 class _Conversion:
     """One direction of a model's conversion: which tensors are converted together, and how."""
 
-    def __init__(self, steps: Collection[Any], weights: Mapping[str, Tensor], config: Any, *, reverse: bool) -> None:
+    def __init__(
+        self, steps: Collection[Any], weights: Mapping[str, Tensor], config: Any, *, reverse: bool
+    ) -> None:
         renamings = [step for step in steps if isinstance(step, WeightRenaming)]
         converters = [step for step in steps if isinstance(step, WeightConverter)]
         self._by_pattern = {pattern: step for step in converters for pattern in step.source_patterns}

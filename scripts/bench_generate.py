@@ -1,9 +1,12 @@
-"""Tokens per second of rltrain's engines beside transformers' own two ways to generate, on the same random models.
+"""Tokens per second of rltrain's engines beside transformers' own two ways to generate, on the same random
+models.
 
-    python scripts/bench_generate.py [--json FILE] [--repeats 3] [--cases short,skewed_32,skewed_128] [--engines ours,generate,...]
+    python scripts/bench_generate.py [--json FILE] [--repeats 3] [--cases short,skewed_32,skewed_128]
+    [--engines ours,generate,...]
 
-Every engine samples at temperature 1 from the whole vocabulary with the same lengths in distribution; runs of all engines
-alternate, so that a busy machine hurts all of them, and the median is reported. Ratios are the better of transformers' two.
+Every engine samples at temperature 1 from the whole vocabulary with the same lengths in distribution; runs of
+all engines alternate, so that a busy machine hurts all of them, and the median is reported. Ratios are the
+better of transformers' two.
 """
 
 from __future__ import annotations
@@ -21,13 +24,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from rltrain.protocols import RolloutEngine
-from rltrain.types import Prompt, Sampling
+from rltrain.rollout.groups import sample_groups
+from rltrain.types.samples import Prompt, Sampling
 
 EOS, PAD = 1, 0
-Generator = Callable[[int, int], int]  # (seed, at most so many tokens per completion) -> completion tokens written
+Generator = Callable[
+    [int, int], int
+]  # (seed, at most so many tokens per completion) -> completion tokens written
 
 
 @dataclass(frozen=True)
@@ -47,20 +59,32 @@ CASES = {
     case.name: case
     for case in (
         Case("short", 128, 4, 64, 10, 8, 8, 8, None),  # 0.8M parameters, 64 completions of 8 tokens
-        Case("skewed_32", 256, 6, 32768, 100, 4, 8, 256, -4.1),  # 12M parameters; lengths geometric with mean about 60, cut at 256
+        Case(
+            "skewed_32", 256, 6, 32768, 100, 4, 8, 256, -4.1
+        ),  # 12M parameters; lengths geometric with mean about 60, cut at 256
         Case("skewed_128", 256, 6, 32768, 100, 16, 8, 256, -4.1),
     )
 }
 
 
 def random_model(case: Case, folder: Path) -> Qwen2ForCausalLM:
-    """A random Qwen2 whose probability of EOS is near a constant: hidden dimension 0 is large and steady, and only EOS reads it."""
+    """A random Qwen2 whose probability of EOS is near a constant: hidden dimension 0 is large and
+    steady, and only EOS reads it.
+    """
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=case.vocabulary, hidden_size=case.hidden, intermediate_size=3 * case.hidden, num_hidden_layers=case.layers,
-        num_attention_heads=case.hidden // 32, num_key_value_heads=case.hidden // 64, max_position_embeddings=1024,
-        tie_word_embeddings=case.vocabulary > 1000, eos_token_id=EOS if stops(case) else None, pad_token_id=PAD, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=case.vocabulary,
+        hidden_size=case.hidden,
+        intermediate_size=3 * case.hidden,
+        num_hidden_layers=case.layers,
+        num_attention_heads=case.hidden // 32,
+        num_key_value_heads=case.hidden // 64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=case.vocabulary > 1000,
+        eos_token_id=EOS if stops(case) else None,
+        pad_token_id=PAD,
+        bos_token_id=None,
+    )
     model = Qwen2ForCausalLM(config).float().eval()
     with torch.no_grad():
         steady = 1.0
@@ -81,7 +105,7 @@ def prompts_of(case: Case) -> list[Prompt]:
 
 
 def ours(case: Case, model: Qwen2ForCausalLM, folder: Path) -> Generator:
-    from rltrain.rollout.transformers_engine import TransformersEngine
+    from rltrain.rollout.engines.transformers.engine import TransformersEngine
 
     engine = TransformersEngine(
         str(folder), stop_token_ids=stops(case), pad_token_id=PAD, decode=lambda ids: "", max_rows=256
@@ -90,7 +114,7 @@ def ours(case: Case, model: Qwen2ForCausalLM, folder: Path) -> Generator:
 
 
 def vllm(case: Case, model: Qwen2ForCausalLM, folder: Path) -> Generator:
-    from rltrain.rollout.vllm_colocated import VllmColocated
+    from rltrain.rollout.engines.vllm.colocated import VllmColocated
 
     engine = VllmColocated(
         str(folder), stop_token_ids=stops(case), decode=lambda ids: "", max_num_seqs=256, max_model_len=512,
@@ -103,7 +127,7 @@ def through_engine(engine: RolloutEngine, case: Case, model: Qwen2ForCausalLM) -
     engine.load(model.named_parameters(), 0)
 
     def generate(seed: int, max_tokens: int) -> int:
-        groups = engine.generate(prompts_of(case), Sampling(case.n, 1.0, max_tokens, seed), 0)
+        groups = sample_groups(engine, prompts_of(case), Sampling(case.n, 1.0, max_tokens, seed), 0)
         return sum(len(completion.token_ids) for group in groups for completion in group.completions)
 
     return generate
@@ -126,7 +150,9 @@ def plain_generate(case: Case, model: Qwen2ForCausalLM, folder: Path) -> Generat
 
     def generate(seed: int, max_tokens: int) -> int:
         torch.manual_seed(seed)
-        out = theirs.generate(rows, attention_mask=torch.ones_like(rows), generation_config=sampling_config(case, max_tokens))
+        out = theirs.generate(
+            rows, attention_mask=torch.ones_like(rows), generation_config=sampling_config(case, max_tokens)
+        )
         out = out[:, rows.shape[1] :]
         ended = (out == EOS).long().cumsum(1)
         before = (ended - (out == EOS).long()) == 0  # tokens up to and including the first EOS
@@ -140,11 +166,15 @@ def batch_generate(case: Case, model: Qwen2ForCausalLM, folder: Path) -> Generat
     rows = [list(prompt.token_ids) for prompt in prompts_of(case) for _ in range(case.n)]
     # Enough cache for every row at once; left to itself it takes 0.9 of the machine's memory.
     pages = -(-(case.prompt_tokens + case.max_tokens) // 32)
-    batching = ContinuousBatchingConfig(page_size=32, num_blocks=len(rows) * pages, max_batch_tokens=max(256, 2 * len(rows)))
+    batching = ContinuousBatchingConfig(
+        page_size=32, num_blocks=len(rows) * pages, max_batch_tokens=max(256, 2 * len(rows))
+    )
 
     def generate(seed: int, max_tokens: int) -> int:
         torch.manual_seed(seed)
-        out = theirs.generate_batch(rows, generation_config=sampling_config(case, max_tokens), continuous_batching_config=batching)
+        out = theirs.generate_batch(
+            rows, generation_config=sampling_config(case, max_tokens), continuous_batching_config=batching
+        )
         return sum(len(one.generated_tokens) for one in out.values())
 
     return generate
@@ -187,7 +217,12 @@ def main() -> None:
         peers = [rates[name] for name in ("generate", "generate_batch") if name in rates]
         if peers and "ours" in rates:
             ratios[case] = rates["ours"] / max(peers)
-        print(f"{case:>12} " + " ".join(f"{rates[name]:15,.0f}" for name in names) + f" {ratios.get(case, float('nan')):8.2f}", flush=True)
+        print(
+            f"{case:>12} "
+            + " ".join(f"{rates[name]:15,.0f}" for name in names)
+            + f" {ratios.get(case, float('nan')):8.2f}",
+            flush=True,
+        )
     if arguments.json:
         packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         machine = {
@@ -196,7 +231,12 @@ def main() -> None:
             "threads": arguments.threads,
             "python": platform.python_version(),
         }
-        record = {"ratio_to_better_of_transformers": ratios, "tokens_per_second": results, "versions": packages, "machine": machine}
+        record = {
+            "ratio_to_better_of_transformers": ratios,
+            "tokens_per_second": results,
+            "versions": packages,
+            "machine": machine,
+        }
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

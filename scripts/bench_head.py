@@ -1,11 +1,14 @@
-"""The memory path against the naive form: log-prob and entropy of every token, forward and backward, gradients of both inputs.
+"""The memory path against the naive form: log-prob and entropy of every token, forward and backward,
+gradients of both inputs.
 
-naive: all logits at once, log_softmax, gather and entropy, autograd. ours: ``rltrain.learner.head.token_statistics`` at several
-chunk sizes. Every measurement runs in a process of its own. Time is the wall clock of one forward and backward after a small
-warm-up; memory is the growth of the process' peak resident set (``ru_maxrss``; on a GPU of ``max_memory_allocated``) over what it
-held before the call, inputs not counted, both gradients counted. Repeats are interleaved; the table shows medians.
+naive: all logits at once, log_softmax, gather and entropy, autograd. ours:
+``rltrain.learner.head.token_statistics`` at several chunk sizes. Every measurement runs in a process of its
+own. Time is the wall clock of one forward and backward after a small warm-up; memory is the growth of the
+process' peak resident set (``ru_maxrss``; on a GPU of ``max_memory_allocated``) over what it held before the
+call, inputs not counted, both gradients counted. Repeats are interleaved; the table shows medians.
 
-Both ratios are ours / naive, so smaller is better: memory_ratio (target: at most 1/12 = 0.083), time_ratio (target: at most 1).
+Both ratios are ours / naive, so smaller is better: memory_ratio (target: at most 1/12 = 0.083), time_ratio
+(target: at most 1).
 """
 
 from __future__ import annotations
@@ -38,7 +41,9 @@ def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
 
 
 def ours(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    found = token_statistics(hidden, weight, targets, temperature=1.0, wants=frozenset({"logp", "entropy_grad"}), chunk=chunk)
+    found = token_statistics(
+        hidden, weight, targets, temperature=1.0, wants=frozenset({"logp", "entropy_grad"}), chunk=chunk
+    )
     return found["logp"], found["entropy"]
 
 
@@ -48,7 +53,9 @@ def step(inputs: tuple[Tensor, Tensor, Tensor], chunk: int) -> None:
     (logp.sum() + 0.01 * entropy.sum()).backward()
 
 
-def make_inputs(tokens: int, hidden: int, vocab: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def make_inputs(
+    tokens: int, hidden: int, vocab: int, device: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     states = torch.randn(tokens, hidden, device=device, dtype=dtype).requires_grad_()
     weight = (torch.randn(vocab, hidden, device=device, dtype=dtype) * hidden**-0.5).requires_grad_()
@@ -59,7 +66,9 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     """Seconds and bytes of one step, in this process."""
     torch.set_num_threads(options.threads)
     dtype, on_gpu = getattr(torch, options.dtype), options.device == "cuda"
-    step(make_inputs(8, options.hidden, 64, options.device, dtype), options.measure)  # warm-up: threads, libraries, kernels
+    step(
+        make_inputs(8, options.hidden, 64, options.device, dtype), options.measure
+    )  # warm-up: threads, libraries, kernels
     inputs = make_inputs(options.tokens, options.hidden, options.vocab, options.device, dtype)
     if on_gpu:
         torch.cuda.synchronize()
@@ -72,7 +81,11 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     if on_gpu:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if on_gpu
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     return {"seconds": seconds, "bytes": peak - before}
 
 
@@ -84,12 +97,27 @@ def resident_bytes() -> int:
 
 def in_a_process(options: argparse.Namespace, device: str, dtype: str, chunk: int) -> dict[str, float]:
     sizes = [f"--{name}={getattr(options, name)}" for name in ("tokens", "hidden", "vocab", "threads")]
-    command = [sys.executable, __file__, "--measure", str(chunk), "--device", device, "--dtype", dtype, *sizes]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    command = [
+        sys.executable,
+        __file__,
+        "--measure",
+        str(chunk),
+        "--device",
+        device,
+        "--dtype",
+        dtype,
+        *sizes,
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(options.threads),
+        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         raise SystemExit(
-            f"the measurement of chunk {chunk} on {device} {dtype} ended with {done.returncode} (memory?):\n{done.stderr[-2000:]}"
+            f"the measurement of chunk {chunk} on {device} {dtype} ended with {done.returncode} "
+            f"(memory?):\n{done.stderr[-2000:]}"
         )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -101,26 +129,38 @@ def compare(options: argparse.Namespace, device: str, dtype: str) -> dict[str, d
         for chunk, found in taken.items():
             found.append(in_a_process(options, device, dtype, chunk))
     names = {chunk: str(chunk) if chunk else "naive" for chunk in taken}
-    medians = {key: {names[c]: statistics.median(m[key] for m in found) for c, found in taken.items()} for key in ("seconds", "bytes")}
+    medians = {
+        key: {names[c]: statistics.median(m[key] for m in found) for c, found in taken.items()}
+        for key in ("seconds", "bytes")
+    }
     ratios = {
-        f"{label}_ratio": {str(chunk): medians[key][str(chunk)] / medians[key]["naive"] for chunk in options.chunks}
+        f"{label}_ratio": {
+            str(chunk): medians[key][str(chunk)] / medians[key]["naive"] for chunk in options.chunks
+        }
         for label, key in (("memory", "bytes"), ("time", "seconds"))
     }
     return {**ratios, **medians}
 
 
 def show(name: str, options: argparse.Namespace, found: dict[str, dict[str, float]]) -> None:
-    table = Table(title=f"{name}: {options.tokens} tokens, hidden {options.hidden}, V = {options.vocab}, median of {options.repeats}")
+    table = Table(
+        title=f"{name}: {options.tokens} tokens, hidden {options.hidden}, V = {options.vocab}, median of {options.repeats}"
+    )
     for column in ("chunk", "seconds", "GB", "time / naive", "memory / naive"):
         table.add_column(column, justify="right")
     for chunk, seconds in found["seconds"].items():
-        ratios = [f"{found[key][chunk]:.3f}" if chunk in found[key] else "1" for key in ("time_ratio", "memory_ratio")]
+        ratios = [
+            f"{found[key][chunk]:.3f}" if chunk in found[key] else "1"
+            for key in ("time_ratio", "memory_ratio")
+        ]
         table.add_row(chunk, f"{seconds:.2f}", f"{found['bytes'][chunk] / 1e9:.3f}", *ratios)
     Console().print(table)
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=151_936)
@@ -128,7 +168,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="write ratios, medians, versions and machine here")
-    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)  # one measurement in this process, by chunk size
+    parser.add_argument(
+        "--measure", type=int, help=argparse.SUPPRESS
+    )  # one measurement in this process, by chunk size
     parser.add_argument("--device", default="cpu", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -139,12 +181,18 @@ def main() -> None:
     if options.measure is not None:
         print(json.dumps(measure(options)))
         return
-    kinds = [("cpu", "float32")] + ([("cuda", "float32"), ("cuda", "bfloat16")] if torch.cuda.is_available() else [])
+    kinds = [("cpu", "float32")] + (
+        [("cuda", "float32"), ("cuda", "bfloat16")] if torch.cuda.is_available() else []
+    )
     found = {f"{device} {dtype}": compare(options, device, dtype) for device, dtype in kinds}
     for name, numbers in found.items():
         show(name, options, numbers)
     if options.json is not None:
-        machine = {"cpu": platform.processor() or platform.machine(), "threads": options.threads, "system": platform.platform()}
+        machine = {
+            "cpu": platform.processor() or platform.machine(),
+            "threads": options.threads,
+            "system": platform.platform(),
+        }
         if torch.cuda.is_available():
             machine["gpu"] = torch.cuda.get_device_name()
         sizes = {name: getattr(options, name) for name in ("tokens", "hidden", "vocab", "repeats")}

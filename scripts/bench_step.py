@@ -1,11 +1,12 @@
-"""Whole GRPO steps of rltrain beside TRL's GRPOTrainer: trained completion tokens per second and peak memory, in one run.
+"""Whole GRPO steps of rltrain beside TRL's GRPOTrainer: trained completion tokens per second and peak memory,
+in one run.
 
-    pip install --no-deps --target .cache/trl trl==1.16.0
-    python scripts/bench_step.py --trl .cache/trl [--json FILE] [--repeats 5] [--cases short,skewed] [--threads 2]
+    pip install --no-deps --target .cache/trl trl==1.16.0 python scripts/bench_step.py --trl .cache/trl
+    [--json FILE] [--repeats 5] [--cases short,skewed] [--threads 2]
 
-Both train the same model on the same prompts with the same number of completions, float32, one update per step, AdamW, gradient
-checkpointing off; each samples its own completions from the same distribution. Before that, both compute the loss and its gradient
-on one and the same batch, and must agree.
+Both train the same model on the same prompts with the same number of completions, float32, one update per
+step, AdamW, gradient checkpointing off; each samples its own completions from the same distribution. Before
+that, both compute the loss and its gradient on one and the same batch, and must agree.
 """
 
 from __future__ import annotations
@@ -45,28 +46,38 @@ class Case:
 
 CASES = {
     "short": Case(Size(128, 4, 64), 8, 8, 8, 8),  # 0.8M parameters
-    "skewed": Case(Size(256, 6, 32768, -4.1), 100, 4, 8, 256),  # 12M parameters; lengths geometric, mean about 60, cut at 256
+    "skewed": Case(
+        Size(256, 6, 32768, -4.1), 100, 4, 8, 256
+    ),  # 12M parameters; lengths geometric, mean about 60, cut at 256
 }
 
 
 def make(case: Case, folder: Path) -> None:
-    """Model, prompts of random words, and a reward of 0 or 1 that no policy can learn, so that every step has signal."""
+    """Model, prompts of random words, and a reward of 0 or 1 that no policy can learn, so that every
+    step has signal.
+    """
     import torch
 
     make_model(case.model, folder / "model")
     shape = (64 * case.prompts, case.prompt_tokens)
     drawn = torch.randint(3, case.model.vocabulary, shape, generator=torch.Generator().manual_seed(1))
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text_of(row)}) + "\n" for row in drawn.tolist()))
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": text_of(row)}) + "\n" for row in drawn.tolist())
+    )
     (folder / "reward.py").write_text(REWARD)
 
 
 def recipe_of(case: Case, folder: Path) -> Any:
-    from rltrain.config.schema import Recipe
+    from rltrain.config.schema import OnlineRecipe
 
-    return Recipe.model_validate(
+    return OnlineRecipe.model_validate(
         {
             "model": {"path": str(folder / "model")},
-            "data": {"train": str(folder / "prompts.jsonl"), "max_prompt_tokens": case.prompt_tokens, "chat_template": "none"},
+            "data": {
+                "train": str(folder / "prompts.jsonl"),
+                "max_prompt_tokens": case.prompt_tokens,
+                "chat_template": "none",
+            },
             "rollout": {"prompts": case.prompts, "n": case.n, "max_tokens": case.max_tokens},
             "reward": {"functions": [f"{folder / 'reward.py'}:reward"], "workers": 1},
             "advantage": "group_norm",
@@ -80,21 +91,24 @@ def recipe_of(case: Case, folder: Path) -> Any:
 
 def run_rltrain(case: Case, folder: Path, turns: Turns) -> None:
     """The loop of ``rltrain train``; its reporter takes the turns."""
-    from rltrain.build import build_run
-    from rltrain.build_materials import prepare
+    from rltrain.build.context import RunContext
+    from rltrain.build.inputs import load_inputs
+    from rltrain.build.online import build_online_run
     from rltrain.checkpoint.run_folder import RunFolder
+    from rltrain.process import Process
     from rltrain.report.reporter import Reporter
-    from rltrain.train.online import train
+    from rltrain.train.online import train_online
 
     class Gate(Reporter):
         def step(self, step: int, metrics: Any, groups: Any, note: Any) -> None:
             turns.step(int(metrics["rollout/tokens"]))
 
     recipe = recipe_of(case, folder)
-    materials = prepare(recipe)
-    with materials.grader:
-        run = build_run(recipe, materials, RunFolder.at(folder / "run"), False, None, lambda: False)
-        train(dataclasses.replace(run, reporter=Gate(None, None, None)))
+    inputs = load_inputs(recipe)
+    with inputs.grader:
+        context = RunContext(RunFolder.at(folder / "run"), process=Process(is_main=False))
+        run = build_online_run(recipe, inputs, context)
+        train_online(dataclasses.replace(run, reporter=Gate(None, None, None)))
 
 
 def run_trl(case: Case, folder: Path, turns: Turns) -> None:
@@ -113,7 +127,9 @@ def run_trl(case: Case, folder: Path, turns: Turns) -> None:
 
 
 def trl_trainer(case: Case, folder: Path, counted: list[int]) -> Any:
-    """TRL's trainer with what rltrain does by default. counted: gains the lengths of the completions graded."""
+    """TRL's trainer with what rltrain does by default. counted: gains the lengths of the completions
+    graded.
+    """
     from datasets import load_dataset
     from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
@@ -126,11 +142,29 @@ def trl_trainer(case: Case, folder: Path, counted: list[int]) -> Any:
 
     rows = case.prompts * case.n
     arguments = GRPOConfig(
-        output_dir=str(folder / "trl"), use_cpu=True, bf16=False, gradient_checkpointing=False, per_device_train_batch_size=rows,
-        num_generations=case.n, max_completion_length=case.max_tokens, temperature=1.0, top_p=1.0, top_k=0, beta=0.0, epsilon=0.2,
-        loss_type="dapo", learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=1.0, max_steps=1_000_000, logging_steps=1,
-        save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
-    )  # fmt: skip
+        output_dir=str(folder / "trl"),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=rows,
+        num_generations=case.n,
+        max_completion_length=case.max_tokens,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        beta=0.0,
+        epsilon=0.2,
+        loss_type="dapo",
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        max_steps=1_000_000,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
     data: Any = load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model", padding_side="left", trust_remote_code=False)
     return GRPOTrainer(str(folder / "model"), reward, arguments, data, processing_class=tokenizer)
@@ -140,8 +174,8 @@ def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
     """Loss and gradient of both on one batch of random completions; reports their relative differences."""
     import torch
 
-    from rltrain.build import build_learner, build_objective
-    from rltrain.types import TokenRows, TrainBatch
+    from rltrain.build.online import build_learner, build_objective
+    from rltrain.types.policy import TokenRows, TrainBatch
 
     generator = torch.Generator().manual_seed(2)
     rows, width = case.prompts * case.n, case.max_tokens
@@ -154,33 +188,44 @@ def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
     trainer = trl_trainer(case, folder, [])
     trainer.model.train()
     inputs = {
-        "prompt_ids": prompts, "prompt_mask": torch.ones_like(prompts), "completion_ids": completions.masked_fill(~mask, PAD),
-        "completion_mask": mask.long(), "advantages": advantages, "num_items_in_batch": mask.sum(),
-    }  # fmt: skip
+        "prompt_ids": prompts,
+        "prompt_mask": torch.ones_like(prompts),
+        "completion_ids": completions.masked_fill(~mask, PAD),
+        "completion_mask": mask.long(),
+        "advantages": advantages,
+        "num_items_in_batch": mask.sum(),
+    }
     trainer.current_gradient_accumulation_steps = 1
     loss = trainer._compute_loss(trainer.model, inputs)
     loss.backward()
     theirs = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
 
     recipe = recipe_of(case, folder)
+    unclipped = recipe.learner.optimizer.model_copy(update={"max_grad_norm": 1e9})
+    recipe = recipe.model_copy(update={"learner": recipe.learner.model_copy(update={"optimizer": unclipped})})
     learner = build_learner(recipe)
     zeros = torch.zeros(rows, dtype=torch.int64)
-    batch = TrainBatch(mask, advantages[:, None].expand(mask.shape), torch.ones(mask.shape), advantages, zeros, zeros, zeros)
-    written = tuple(tuple(row[:length]) for row, length in zip(completions.tolist(), lengths.tolist(), strict=True))
+    batch = TrainBatch(
+        mask, advantages[:, None].expand(mask.shape), torch.ones(mask.shape), advantages, zeros, zeros, zeros
+    )
+    written = tuple(
+        tuple(row[:length]) for row, length in zip(completions.tolist(), lengths.tolist(), strict=True)
+    )
     token_rows = TokenRows(tuple(map(tuple, prompts.tolist())), written)
     ours: dict[str, Any] = {}
 
     def keep(*_: Any, **__: Any) -> None:
         ours.update({name: parameter.grad.clone() for name, parameter in learner.model.named_parameters()})
 
-    learner.optimizer.register_step_pre_hook(keep)
-    learner.settings = learner.settings.model_copy(
-        update={"optimizer": learner.settings.optimizer.model_copy(update={"max_grad_norm": 1e9})}
-    )
-    stats = learner.update(token_rows, batch, build_objective(recipe))
+    learner.trained.optimizer.register_step_pre_hook(keep)
+    stats = learner.update(token_rows, batch, build_objective(recipe.loss, {}))
     size = torch.stack([gradient.norm() for gradient in theirs.values()]).norm()
     apart = torch.stack([(ours[name] - theirs[name]).norm() for name in theirs]).norm()
-    found = {"loss": abs(stats.metrics["loss/total"] - float(loss)), "gradient": float(apart / size), "theirs": float(loss)}
+    found = {
+        "loss": abs(stats.metrics["loss/total"] - float(loss)),
+        "gradient": float(apart / size),
+        "theirs": float(loss),
+    }
     turns.say(found)
 
 

@@ -1,12 +1,15 @@
-"""Golden runs: loss, gradient norm, entropy and rewards of a few steps of tiny recipes of every kind, kept in tests/golden.
+"""Golden runs: loss, gradient norm, entropy and rewards of a few steps of tiny recipes of every kind, kept in
+tests/golden.
 
     python scripts/golden.py check [NAME ...]        # do today's numbers agree with the kept ones?
     python scripts/golden.py make [NAME ...]         # keep today's, as the decision that they are right
-    python scripts/golden.py compare OLD NEW [NAME ...]   # each a commit, a folder of golden files, or the folder of a run
+    python scripts/golden.py compare OLD NEW [NAME ...]   # each a commit, a folder of golden files, or the
+    folder of a run
 
-A change of numerics is a decision: whoever makes one runs ``make``, looks at the difference in the JSON and says why in the commit.
-In the environment a file was made in (same machine, same versions, one thread) numbers are equal to the last bit; elsewhere
-within ``RTOL``, for sums of float32 come out differently on another processor.
+A change of numerics is a decision: whoever makes one runs ``make``, looks at the difference in the JSON and
+says why in the commit. In the environment a file was made in (same machine, same versions, one thread)
+numbers are equal to the last bit; elsewhere within ``RTOL``, for sums of float32 come out differently on
+another processor.
 """
 
 from __future__ import annotations
@@ -35,11 +38,21 @@ NAMES = {  # of the recipes, by their folder
     "preference": ("dpo", "kto", "online_dpo"),
     "process_reward": ("implicit_prm_ce",),
 }
-# Those that a run has: with a policy that samples the first four, with given preferences the first two and some of the last.
-METRICS = ("loss/total", "learner/grad_norm", "learner/entropy_mean", "reward/mean", "loss/margin", "loss/reward", "loss/z0")
+# Those that a run has: with a policy that samples the first four, with given preferences the first two and
+# some of the last.
+METRICS = (
+    "loss/total",
+    "learner/grad_norm",
+    "learner/entropy_mean",
+    "reward/mean",
+    "loss/margin",
+    "loss/reward",
+    "loss/z0",
+)
 RTOL, ATOL = 1e-3, 1e-6  # in another environment; ATOL for what is 0 but for rounding
-# Few and short steps of an untrained model, several micro-batches each. AdamW's eps is above the rounding noise of a gradient, of which
-# it would else make whole steps of the learning rate, other ones on every processor.
+# Few and short steps of an untrained model, several micro-batches each. AdamW's eps is above the rounding
+# noise of a gradient, of which it would else make whole steps of the learning rate, other ones on every
+# processor.
 SETTINGS = (
     "train.steps=3",
     "rollout.prompts=16",
@@ -59,7 +72,11 @@ GIVEN = (  # the same of recipes that sample nothing
     "reference.cache=null",
 )
 # The model's entropy is near 4 nats: the coefficient rises from the second step on.
-MORE = {"adaptive_entropy": ("loss.terms=[{name: entropy, coefficient: {name: target_entropy, target: 4.5, step: 0.02}}]",)}
+MORE = {
+    "adaptive_entropy": (
+        "loss.terms=[{name: entropy, coefficient: {name: target_entropy, target: 4.5, step: 0.02}}]",
+    )
+}
 
 Series = dict[str, list[float]]
 
@@ -77,7 +94,9 @@ def every_name() -> list[str]:
 def recipe_of(name: str) -> str:
     """Its folder and name, as in "policy/grpo"; a recipe that no list names is looked for in the folders."""
     listed = [f"{folder}/{name}" for folder, names in NAMES.items() if name in names]
-    found = listed or [f"{folder}/{name}" for folder in NAMES if (ROOT / "recipes" / folder / f"{name}.yaml").is_file()]
+    found = listed or [
+        f"{folder}/{name}" for folder in NAMES if (ROOT / "recipes" / folder / f"{name}.yaml").is_file()
+    ]
     if not found:
         raise SystemExit(f"golden: no recipe is called {name!r} in recipes/{', recipes/'.join(NAMES)}")
     return found[0]
@@ -93,7 +112,7 @@ def samples(name: str) -> bool:
     from rltrain.config.load import load_recipe
 
     recipe = load_recipe(ROOT / "recipes" / f"{recipe_of(name)}.yaml", profile="tiny_cpu", overrides=[])
-    return getattr(recipe, "kind", None) != "preference"
+    return getattr(recipe, "kind", None) != "offline"
 
 
 def environment() -> dict[str, Any]:
@@ -102,21 +121,35 @@ def environment() -> dict[str, Any]:
     import torch
     import transformers
 
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": numpy.__version__}
-    return {"python": platform.python_version(), **versions, "machine": platform.machine(), "processor": _processor(), "threads": 1}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": numpy.__version__,
+    }
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "threads": 1,
+    }
 
 
 def run(name: str, model: Path, out: Path) -> Series:
-    """Train the recipe ``name`` for a few steps in ``out``, which must not exist; its numbers step by step."""
+    """Train the recipe ``name`` for a few steps in ``out``, which must not exist; its numbers step by
+    step.
+    """
     import torch
 
-    from rltrain.commands import train_command
-    from rltrain.config.check import check
+    from rltrain.cli.train import train_command
     from rltrain.config.load import load_recipe
+    from rltrain.config.rules import check
 
     reward = [f"reward.functions=['{GOLDEN / 'sevens.py'}:sevens']"] if samples(name) else []
     settings = [f"model.path={model}", *reward, *settings_of(name)]
-    recipe = check(load_recipe(ROOT / "recipes" / f"{recipe_of(name)}.yaml", profile="tiny_cpu", overrides=settings)).recipe
+    recipe = check(
+        load_recipe(ROOT / "recipes" / f"{recipe_of(name)}.yaml", profile="tiny_cpu", overrides=settings)
+    ).recipe
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -130,9 +163,15 @@ def run(name: str, model: Path, out: Path) -> Series:
 
 def series(run_folder: Path) -> Series:
     """The metrics of a run folder that golden files keep."""
-    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     steps = [line for line in lines if "learner/lr" in line]
-    return {metric: [line[metric] for line in steps] for metric in METRICS if all(metric in line for line in steps)}
+    return {
+        metric: [line[metric] for line in steps]
+        for metric in METRICS
+        if all(metric in line for line in steps)
+    }
 
 
 def tiny_model(folder: Path) -> Path:
@@ -145,7 +184,12 @@ def tiny_model(folder: Path) -> Path:
 
 
 def write(path: Path, name: str, found: Series) -> None:
-    kept = {"recipe": recipe_of(name), "settings": settings_of(name), "environment": environment(), "steps": found}
+    kept = {
+        "recipe": recipe_of(name),
+        "settings": settings_of(name),
+        "environment": environment(),
+        "steps": found,
+    }
     path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
@@ -153,7 +197,9 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def differences(old: Mapping[str, Sequence[float]], new: Mapping[str, Sequence[float]], *, exact: bool) -> list[str]:
+def differences(
+    old: Mapping[str, Sequence[float]], new: Mapping[str, Sequence[float]], *, exact: bool
+) -> list[str]:
     """One line for each metric that differs, at the first step where it does."""
     found = []
     for metric in sorted(old.keys() | new.keys()):
@@ -163,7 +209,10 @@ def differences(old: Mapping[str, Sequence[float]], new: Mapping[str, Sequence[f
             continue
         for step, (one, two) in enumerate(zip(before, after, strict=True), start=1):
             if not (one == two if exact else math.isclose(one, two, rel_tol=RTOL, abs_tol=ATOL)):
-                found.append(f"{metric}, step {step}: {one!r} before, {two!r} now (relative {abs(two - one) / max(abs(one), 1e-30):.1e})")
+                found.append(
+                    f"{metric}, step {step}: {one!r} before, {two!r} now (relative "
+                    f"{abs(two - one) / max(abs(one), 1e-30):.1e})"
+                )
                 break
     return found
 
@@ -174,12 +223,21 @@ def verdict(name: str, kept: Mapping[str, Any], found: Series) -> str | None:
     lines = differences(kept["steps"], found, exact=exact)
     if not lines:
         return None
-    held = "made in this very environment, so held to the last bit" if exact else f"made elsewhere, so held to {RTOL:g}"
-    remedy = f"If that is intended: python scripts/golden.py make {name}, and say in the commit why the numbers change."
-    return "\n".join([f"the numbers of recipes/{kept.get('recipe', name)}.yaml changed ({held}):", *lines, remedy])
+    held = (
+        "made in this very environment, so held to the last bit"
+        if exact
+        else f"made elsewhere, so held to {RTOL:g}"
+    )
+    remedy = (
+        f"If that is intended: python scripts/golden.py make {name}, and say in the commit why the numbers "
+        "change."
+    )
+    return "\n".join(
+        [f"the numbers of recipes/{kept.get('recipe', name)}.yaml changed ({held}):", *lines, remedy]
+    )
 
 
-# commands ------------------------------------------------------------------------------------------------------------
+# commands ---------------------------------------------------------------------------------------------------
 
 
 def runs(names: Sequence[str]) -> Iterator[tuple[str, Series]]:
@@ -199,7 +257,11 @@ def make(names: Sequence[str], out: Path) -> int:
 
 def check(names: Sequence[str]) -> int:
     kept = {path.stem: read(path) for path in sorted(GOLDEN.glob("*.json"))}
-    wrong = [text for name, found in runs(names or list(kept)) if (text := verdict(name, kept[name], found)) is not None]
+    wrong = [
+        text
+        for name, found in runs(names or list(kept))
+        if (text := verdict(name, kept[name], found)) is not None
+    ]
     print("\n\n".join(wrong) or "all golden runs agree")
     return 1 if wrong else 0
 
@@ -210,7 +272,14 @@ def compare(old: str, new: str, names: Sequence[str]) -> int:
     for name in sorted(before.keys() & after.keys()):
         lines = differences(before[name], after[name], exact=True)
         wrong += bool(lines)
-        print("\n".join([f"{name}: {'differs' if lines else 'equal to the last bit'}", *(f"  {line}" for line in lines)]))
+        print(
+            "\n".join(
+                [
+                    f"{name}: {'differs' if lines else 'equal to the last bit'}",
+                    *(f"  {line}" for line in lines),
+                ]
+            )
+        )
     for name in sorted(before.keys() ^ after.keys()):
         print(f"{name}: only in {old if name in before else new}")
     return 1 if wrong else 0
@@ -219,7 +288,8 @@ def compare(old: str, new: str, names: Sequence[str]) -> int:
 def numbers_of(where: str, names: Sequence[str]) -> dict[str, Series]:
     """Of a run folder, a folder of golden files, or a commit, whose own code is run for it here and now.
 
-    names: recipes that a commit is asked for; none: those with kept numbers. Those it does not have are left out.
+    names: recipes that a commit is asked for; none: those with kept numbers. Those it does not have are left
+    out.
     """
     path = Path(where)
     if (path / "metrics.jsonl").is_file():
@@ -231,14 +301,20 @@ def numbers_of(where: str, names: Sequence[str]) -> dict[str, Series]:
         tree.mkdir()
         archive = subprocess.run(["git", "-C", str(ROOT), "archive", where], capture_output=True)
         if archive.returncode != 0:
-            raise SystemExit(f"golden: {where!r} is neither a folder nor a commit: {archive.stderr.decode().strip()}")
+            raise SystemExit(
+                f"golden: {where!r} is neither a folder nor a commit: {archive.stderr.decode().strip()}"
+            )
         subprocess.run(["tar", "-x", "-C", str(tree)], input=archive.stdout, check=True)
         for ours in (Path(__file__), GOLDEN / "sevens.py"):  # the same questions to both
             copy = tree / ours.resolve().relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(ours.read_bytes())
         out, asked = Path(temporary) / "numbers", names or kept_names()
-        there = [name for name in asked if any((tree / "recipes" / folder / f"{name}.yaml").is_file() for folder in NAMES)]
+        there = [
+            name
+            for name in asked
+            if any((tree / "recipes" / folder / f"{name}.yaml").is_file() for folder in NAMES)
+        ]
         if not there:
             return {}
         command = [sys.executable, str(tree / "scripts" / "golden.py"), "make", *there, "--out", str(out)]
@@ -259,7 +335,9 @@ def _processor() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for command in ("check", "make"):
         one = commands.add_parser(command)

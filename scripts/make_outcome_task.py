@@ -1,12 +1,14 @@
-"""Real solutions with their outcomes, split by problem, and a small language model of such text to start from.
+"""Real solutions with their outcomes, split by problem, and a small language model of such text to start
+from.
 
     python scripts/make_outcome_task.py --out .cache/outcomes \
         --gsm8k ../shared/data/gsm8k --steps ../shared/data/process/step_labelled.jsonl
 
-``--gsm8k`` holds GSM8K's ``train.jsonl`` and ``test.jsonl`` and OpenAI's ``model_solutions.jsonl``: four solutions by GPT-3 of every TEST
-problem, called right or wrong. What is trained here must therefore not be measured on GSM8K's test set by anybody. Problems, not
-solutions, are divided; those that the step labels of ``--steps`` are about, or that share a passage with one, are all held out. The model
-learns from GSM8K's training set with its worked solutions, and from the training side's solutions whether right or wrong.
+``--gsm8k`` holds GSM8K's ``train.jsonl`` and ``test.jsonl`` and OpenAI's ``model_solutions.jsonl``: four
+solutions by GPT-3 of every TEST problem, called right or wrong. What is trained here must therefore not be
+measured on GSM8K's test set by anybody. Problems, not solutions, are divided; those that the step labels of
+``--steps`` are about, or that share a passage with one, are all held out. The model learns from GSM8K's
+training set with its worked solutions, and from the training side's solutions whether right or wrong.
 """
 
 from __future__ import annotations
@@ -45,7 +47,10 @@ def divided(rows: Sequence[Row], held_out: set[int]) -> dict[str, list[Row]]:
     """By problem: the held-out ones for testing, one in ten of the others for choosing hyperparameters."""
     train = sorted({row["problem"] for row in rows} - held_out)
     dev = set(random.Random(stable_hash("dev")).sample(train, len(train) // 10))
-    side = {problem: "test" if problem in held_out else "dev" if problem in dev else "train" for problem in {*train, *held_out}}
+    side = {
+        problem: "test" if problem in held_out else "dev" if problem in dev else "train"
+        for problem in {*train, *held_out}
+    }
     return {name: [row for row in rows if side[row["problem"]] == name] for name in ("train", "dev", "test")}
 
 
@@ -55,7 +60,9 @@ def passages(text: str) -> set[tuple[str, ...]]:
 
 
 def held_out_problems(questions: Sequence[str], labelled: Sequence[str], share: float) -> set[int]:
-    """Numbers of the questions that a labelled problem shares a passage with, and as many others as make up ``share``."""
+    """Numbers of the questions that a labelled problem shares a passage with, and as many others as
+    make up ``share``.
+    """
     seen = set[tuple[str, ...]]().union(*map(passages, labelled))
     about = {number for number, question in enumerate(questions) if passages(question) & seen}
     others = random.Random(stable_hash("held out")).sample(
@@ -80,8 +87,15 @@ def outcome_rows(solutions: Sequence[Row], questions: Sequence[str]) -> list[Row
 
 
 def step_rows(labelled: Sequence[Row], source: str) -> list[Row]:
-    """Solutions whose first wrong step a person marked. Steps from there on that nobody judged have no label."""
-    rows = [row for row in labelled if row["source"] == source and row["first_error_step"] >= 0 and all(map(str.strip, row["steps"]))]
+    """Solutions whose first wrong step a person marked.
+
+    Steps from there on that nobody judged have no label.
+    """
+    rows = [
+        row
+        for row in labelled
+        if row["source"] == source and row["first_error_step"] >= 0 and all(map(str.strip, row["steps"]))
+    ]
     return [
         {
             "prompt": row["problem"],
@@ -104,20 +118,34 @@ def make(gsm8k: Path, steps: Path, out: Path, *, updates: int, seed: int) -> Non
         write(out / f"{name}.jsonl", some)
     for source in ("MR-GSM8K", "Mr-Ben"):
         write(out / f"steps.{source.lower()}.jsonl", step_rows(labelled, source))
-    worked = [{"prompt": one["question"], "completion": one["answer"].replace("#### ", "A: ")} for one in read(gsm8k / "train.jsonl")]
+    worked = [
+        {"prompt": one["question"], "completion": one["answer"].replace("#### ", "A: ")}
+        for one in read(gsm8k / "train.jsonl")
+    ]
     known = random.Random(seed).sample(worked, WORKED) + sides["train"]
-    tokenizer = trained_tokenizer([text for row in known for text in (row["prompt"], row["completion"])], VOCABULARY)
+    tokenizer = trained_tokenizer(
+        [text for row in known for text in (row["prompt"], row["completion"])], VOCABULARY
+    )
     model = tiny_model(tokenizer, tied=True, seed=seed, layers=LAYERS, width=WIDTH)
     texts = random.Random(seed).sample(known, len(known))
-    stream = [token for row in texts for token in encoded((("user", row["prompt"]), ("assistant", row["completion"])), tokenizer)]
-    size, passes = sum(one.numel() for one in model.parameters()) / 1e6, updates * BLOCK * BLOCKS / len(stream)
+    stream = [
+        token
+        for row in texts
+        for token in encoded((("user", row["prompt"]), ("assistant", row["completion"])), tokenizer)
+    ]
+    size, passes = (
+        sum(one.numel() for one in model.parameters()) / 1e6,
+        updates * BLOCK * BLOCKS / len(stream),
+    )
     print(f"{size:.1f}M parameters, {len(texts)} texts of {len(stream)} tokens, {passes:.1f} passes")
     pretrain(model, stream, steps=updates, seed=seed)
     save_model(model, tokenizer, out / "model")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gsm8k", type=Path, required=True, help="folder of GSM8K's files")
     parser.add_argument("--steps", type=Path, required=True, help="solutions with labels of steps")
     parser.add_argument("--out", type=Path, required=True, help="folder of everything")

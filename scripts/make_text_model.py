@@ -1,11 +1,14 @@
-"""Makes a language model of a few million parameters from dialogues: Qwen2 architecture, a byte-level BPE trained on the same text.
+"""Makes a language model of a few million parameters from dialogues: Qwen2 architecture, a byte-level BPE
+trained on the same text.
 
-    python scripts/make_text_model.py --out .cache/text-model --data hh_helpful_train.jsonl --held-out hh_helpful_test.jsonl
+    python scripts/make_text_model.py --out .cache/text-model --data hh_helpful_train.jsonl --held-out
+    hh_helpful_test.jsonl
 
-Both files hold preference pairs of Human/Assistant transcripts (HH-RLHF, arXiv:2204.05862). The model reads whole dialogues in its
-chat template, the preferred and the other answers alike, so that it starts without a preference of its own; no dialogue of the held-out
-file is read, nor one that begins as one of those. One thread; equal arguments give equal weights, and a folder that was made with them is
-kept. Prints the loss as it falls and the held-out perplexity at the end.
+Both files hold preference pairs of Human/Assistant transcripts (HH-RLHF, arXiv:2204.05862). The model reads
+whole dialogues in its chat template, the preferred and the other answers alike, so that it starts without a
+preference of its own; no dialogue of the held-out file is read, nor one that begins as one of those. One
+thread; equal arguments give equal weights, and a folder that was made with them is kept. Prints the loss as
+it falls and the held-out perplexity at the end.
 """
 
 from __future__ import annotations
@@ -22,20 +25,33 @@ from typing import Any, NamedTuple
 
 import make_tiny_model
 import torch
-from make_tiny_model import IGNORED, MAX_POSITIONS, arguments_of, character_tokenizer, put, record, reproducible, tiny_model
+from make_tiny_model import (
+    IGNORED,
+    MAX_POSITIONS,
+    arguments_of,
+    character_tokenizer,
+    put,
+    record,
+    reproducible,
+    tiny_model,
+)
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 from rltrain.config.schema import JudgedData
-from rltrain.data.judged import judged_rows, one_form
+from rltrain.data.judged import judged_rows, require_one_form
 from rltrain.data.preferences import transcript
 
 Dialogue = tuple[tuple[str, str], ...]  # (role, content) of each turn; the last one answers
 
 VOCABULARY, LAYERS, WIDTH = 4096, 4, 192
 STEPS, BLOCK, BLOCKS = 400, 256, 8  # of each update: so many blocks of so many tokens
-LEARNING_RATE, WARMUP_STEPS, DECAY = 3e-3, 40, 0.2  # from that share of the steps on, the learning rate falls to 0
+LEARNING_RATE, WARMUP_STEPS, DECAY = (
+    3e-3,
+    40,
+    0.2,
+)  # from that share of the steps on, the learning rate falls to 0
 WEIGHT_DECAY = 0.1
 SHOWN = 50  # steps between two lines of loss
 
@@ -59,10 +75,13 @@ def make_text_model(
 ) -> Path:
     """A model in ``out``; nothing is done where ``out`` was already made with the same arguments.
 
-    data, held_out: files of transcript pairs. Raises ValueError when they are not, or ``out`` holds something else.
+    data, held_out: files of transcript pairs. Raises ValueError when they are not, or ``out`` holds something
+    else.
     """
     out, files = Path(out), (Path(data), Path(held_out))
-    made_with = arguments_of(files, __file__, make_tiny_model.__file__, seed=seed, steps=steps, vocabulary=vocabulary)
+    made_with = arguments_of(
+        files, __file__, make_tiny_model.__file__, seed=seed, steps=steps, vocabulary=vocabulary
+    )
     if record(out) == made_with:
         print(f"{out}: already made with these arguments")
         return out
@@ -71,8 +90,14 @@ def make_text_model(
     tokenizer = trained_tokenizer([content for dialogue in read for _, content in dialogue], vocabulary)
     model = tiny_model(tokenizer, tied=True, seed=seed, layers=LAYERS, width=WIDTH)
     stream = [token for dialogue in once(read) for token in encoded(dialogue, tokenizer)]
-    sizes = f"{sum(one.numel() for one in model.parameters()) / 1e6:.1f}M parameters, {len(tokenizer)} tokens in the vocabulary"
-    print(f"{len(read)} dialogues, {len(stream)} tokens; {sizes}; {steps * BLOCK * BLOCKS / len(stream):.1f} passes")
+    sizes = (
+        f"{sum(one.numel() for one in model.parameters()) / 1e6:.1f}M parameters, {len(tokenizer)} tokens in "
+        "the vocabulary"
+    )
+    print(
+        f"{len(read)} dialogues, {len(stream)} tokens; {sizes}; {steps * BLOCK * BLOCKS / len(stream):.1f} "
+        "passes"
+    )
     seconds = pretrain(model, stream, steps=steps, seed=seed)
     fit = held_out_fit(model, list(once(reserved)), tokenizer)
     fits = f"perplexity {fit.perplexity:.1f} per token, {fit.bits_per_byte:.3f} bits per byte"
@@ -80,13 +105,15 @@ def make_text_model(
     return put(out, model, tokenizer, made_with)
 
 
-# text ----------------------------------------------------------------------------------------------------------------
+# text -------------------------------------------------------------------------------------------------------
 
 
 def dialogues(path: Path) -> list[Dialogue]:
-    """Both dialogues of each pair of transcripts, each once, in the file's order; those without an answer at their end are left out."""
+    """Both dialogues of each pair of transcripts, each once, in the file's order; those without an
+    answer at their end are left out.
+    """
     source, rows = judged_rows(JudgedData(train=str(path)), "train")
-    form = one_form(rows)
+    form = require_one_form(rows)
     if form != "pairs of Human/Assistant transcripts":
         raise ValueError(f"{source} holds {form}; pairs of Human/Assistant transcripts are expected")
     found: dict[Dialogue, None] = {}
@@ -99,7 +126,10 @@ def dialogues(path: Path) -> list[Dialogue]:
 
 
 def without_beginnings(read: Sequence[Dialogue], reserved: Sequence[Dialogue]) -> list[Dialogue]:
-    """``read`` less the dialogues whose first turn begins one of ``reserved``. Raises ValueError where none is left."""
+    """``read`` less the dialogues whose first turn begins one of ``reserved``.
+
+    Raises ValueError where none is left.
+    """
     beginnings = {dialogue[0] for dialogue in reserved}
     kept = [dialogue for dialogue in read if dialogue[0] not in beginnings]
     if not kept:
@@ -108,7 +138,9 @@ def without_beginnings(read: Sequence[Dialogue], reserved: Sequence[Dialogue]) -
 
 
 def once(read: Sequence[Dialogue]) -> Iterator[Dialogue]:
-    """The dialogues, of which one that differs from the one before in its last answer only is cut to its last question and that answer."""
+    """The dialogues, of which one that differs from the one before in its last answer only is cut to
+    its last question and that answer.
+    """
     before: Dialogue = ()
     for dialogue in read:
         yield dialogue[-2:] if dialogue[:-1] == before[:-1] else dialogue
@@ -116,7 +148,9 @@ def once(read: Sequence[Dialogue]) -> Iterator[Dialogue]:
 
 
 def trained_tokenizer(texts: Sequence[str], vocabulary: int) -> Qwen2Tokenizer:
-    """Qwen2's byte-level BPE with ``vocabulary`` tokens learnt from ``texts``, and the tiny model's special tokens and chat template."""
+    """Qwen2's byte-level BPE with ``vocabulary`` tokens learnt from ``texts``, and the tiny model's
+    special tokens and chat template.
+    """
     plain = character_tokenizer()
     found: Any = plain.train_new_from_iterator(texts, vocab_size=vocabulary, show_progress=False)
     found.chat_template = plain.chat_template
@@ -130,12 +164,17 @@ def encoded(dialogue: Dialogue, tokenizer: Qwen2Tokenizer) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-# training ------------------------------------------------------------------------------------------------------------
+# training ---------------------------------------------------------------------------------------------------
 
 
 def pretrain(model: Qwen2ForCausalLM, stream: Sequence[int], *, steps: int, seed: int) -> float:
-    """Next-token prediction on blocks of the stream, in a new order and from a new offset in each pass. Seconds it took."""
-    decayed, plain = ([one for one in model.parameters() if (one.dim() > 1) is matrix] for matrix in (True, False))
+    """Next-token prediction on blocks of the stream, in a new order and from a new offset in each pass.
+
+    Seconds it took.
+    """
+    decayed, plain = (
+        [one for one in model.parameters() if (one.dim() > 1) is matrix] for matrix in (True, False)
+    )
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -154,7 +193,10 @@ def pretrain(model: Qwen2ForCausalLM, stream: Sequence[int], *, steps: int, seed
             schedule.step()
             shown.append(loss.item())
             if step % SHOWN == 0 or step == steps:
-                print(f"step {step}: loss {sum(shown) / len(shown):.3f}, {time.perf_counter() - started:.0f} s", flush=True)
+                print(
+                    f"step {step}: loss {sum(shown) / len(shown):.3f}, {time.perf_counter() - started:.0f} s",
+                    flush=True,
+                )
                 shown.clear()
         model.eval()
     return time.perf_counter() - started
@@ -164,7 +206,10 @@ def blocks(stream: Sequence[int], seed: int) -> Iterator[Tensor]:
     """(BLOCKS, BLOCK) int64, for ever. Raises ValueError where the stream is too short for a batch."""
     tokens, generator = torch.tensor(stream), random.Random(seed)
     if len(tokens) < BLOCK * (BLOCKS + 1):
-        raise ValueError(f"{len(tokens)} tokens of text are fewer than the {BLOCK * (BLOCKS + 1)} of one update; give more dialogues")
+        raise ValueError(
+            f"{len(tokens)} tokens of text are fewer than the {BLOCK * (BLOCKS + 1)} of one update; give "
+            "more dialogues"
+        )
     while True:
         whole = tokens[generator.randrange(BLOCK) :]
         rows = whole[: len(whole) // BLOCK * BLOCK].view(-1, BLOCK)
@@ -173,14 +218,18 @@ def blocks(stream: Sequence[int], seed: int) -> Iterator[Tensor]:
 
 
 def token_nll(model: Qwen2ForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
-    """(rows, length - 1) nats: negative log-probs of ``labels`` after the tokens before them, 0 where the label is IGNORED."""
+    """(rows, length - 1) nats: negative log-probs of ``labels`` after the tokens before them, 0 where
+    the label is IGNORED.
+    """
     logits = model(input_ids=ids).logits[:, :-1]  # right-padded and causal: no attention mask is needed
     nll = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none")
     return nll.view(len(ids), -1)
 
 
 @torch.no_grad()
-def held_out_fit(model: Qwen2ForCausalLM, held_out: Sequence[Dialogue], tokenizer: Qwen2Tokenizer, rows: int = 16) -> Fit:
+def held_out_fit(
+    model: Qwen2ForCausalLM, held_out: Sequence[Dialogue], tokenizer: Qwen2Tokenizer, rows: int = 16
+) -> Fit:
     """Each dialogue by itself, cut where the model's positions end."""
     found = sorted((encoded(dialogue, tokenizer)[:MAX_POSITIONS] for dialogue in held_out), key=len)
     total, tokens, size = 0.0, 0, 0
@@ -197,7 +246,9 @@ def held_out_fit(model: Qwen2ForCausalLM, held_out: Sequence[Dialogue], tokenize
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", required=True, help="folder of the model")
     parser.add_argument("--data", required=True, help="transcript pairs to read")
     parser.add_argument("--held-out", required=True, help="transcript pairs that measure, and are not read")
@@ -212,7 +263,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     if measured:
         tokenizer, model = Qwen2Tokenizer.from_pretrained(out), Qwen2ForCausalLM.from_pretrained(out)
-        print(json.dumps(held_out_fit(model, list(once(dialogues(Path(options["held_out"])))), tokenizer)._asdict()))
+        print(
+            json.dumps(
+                held_out_fit(model, list(once(dialogues(Path(options["held_out"])))), tokenizer)._asdict()
+            )
+        )
 
 
 if __name__ == "__main__":

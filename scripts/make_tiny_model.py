@@ -1,12 +1,16 @@
-"""Makes a model of about one million parameters that can learn on a CPU: Qwen2 architecture, character tokenizer.
+"""Makes a model of about one million parameters that can learn on a CPU: Qwen2 architecture, character
+tokenizer.
 
-    python scripts/make_tiny_model.py --out tiny                                        # warm-started on two-digit additions
-    python scripts/make_tiny_model.py --out tiny --task gsm8k_calculator --data train.jsonl --held-out test.jsonl
-    python scripts/make_tiny_model.py --out tiny --task calculator                      # calls a calculator one time in five
+    python scripts/make_tiny_model.py --out tiny                                        # warm-started on
+    two-digit additions
+    python scripts/make_tiny_model.py --out tiny --task gsm8k_calculator --data train.jsonl --held-out
+    test.jsonl
+    python scripts/make_tiny_model.py --out tiny --task calculator                      # calls a calculator
+    one time in five
 
-The warm start is supervised and short: it stops when a sampled answer is right two times in five, so that reinforcement learning
-has something to find (a model trained further samples too little). Equal arguments give equal weights; a folder that was made with
-them is kept.
+The warm start is supervised and short: it stops when a sampled answer is right two times in five, so that
+reinforcement learning has something to find (a model trained further samples too little). Equal arguments
+give equal weights; a folder that was made with them is kept.
 """
 
 from __future__ import annotations
@@ -30,16 +34,26 @@ from torch import Tensor
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from rltrain.config.schema import Data
-from rltrain.data.prompts import PromptSet, load_prompts, without
+from rltrain.data.prompts import PromptSet, load_prompts, without_prompts
 from rltrain.interrupt import ends_at_ctrl_c
 
 PAD, EOS, SYSTEM, USER, ASSISTANT = "<pad>", "<eos>", "<system>", "<user>", "<assistant>"
-BYTE_LEVEL_SPACE, BYTE_LEVEL_NEWLINE = "\u0120", "\u010a"  # how Qwen2's byte-level tokenizer spells " " and "\n"
-CHARACTERS = (*string.digits, *string.punctuation, *string.ascii_letters, BYTE_LEVEL_SPACE, BYTE_LEVEL_NEWLINE)
+BYTE_LEVEL_SPACE, BYTE_LEVEL_NEWLINE = (
+    "\u0120",
+    "\u010a",
+)  # how Qwen2's byte-level tokenizer spells " " and "\n"
+CHARACTERS = (
+    *string.digits,
+    *string.punctuation,
+    *string.ascii_letters,
+    BYTE_LEVEL_SPACE,
+    BYTE_LEVEL_NEWLINE,
+)
 MAX_POSITIONS = 512
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
-    "{{ '<' + message['role'] + '>' + message['content'] + (eos_token if message['role'] == 'assistant' else '') }}"
+    "{{ '<' + message['role'] + '>' + message['content'] + (eos_token if message['role'] == 'assistant' else "
+    "'') }}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<assistant>' }}{%- endif -%}"
 )
@@ -48,8 +62,8 @@ CHAT_TEMPLATE = (
 def character_tokenizer() -> Qwen2Tokenizer:
     """One token per printable ASCII character; a chat is ``<user>37+58=<assistant>95<eos>``.
 
-    A Qwen2Tokenizer without merges, because AutoTokenizer makes that class of any Qwen2 folder, whatever was saved there.
-    Characters outside ASCII are not in the vocabulary and leave no token.
+    A Qwen2Tokenizer without merges, because AutoTokenizer makes that class of any Qwen2 folder, whatever was
+    saved there. Characters outside ASCII are not in the vocabulary and leave no token.
     """
     tokens = (PAD, EOS, SYSTEM, USER, ASSISTANT, *CHARACTERS)
     tokenizer = Qwen2Tokenizer(
@@ -68,7 +82,8 @@ def character_tokenizer() -> Qwen2Tokenizer:
 def tiny_model(
     tokenizer: Qwen2Tokenizer, *, tied: bool, seed: int, layers: int = 4, width: int = 128, std: float = 0.02
 ) -> Qwen2ForCausalLM:
-    """Untrained weights in float32, the same for the same arguments. Heads of 32, which vLLM's CPU attention needs.
+    """Untrained weights in float32, the same for the same arguments. Heads of 32, which vLLM's CPU attention
+    needs.
 
     width: of the hidden states, a multiple of 64.
     """
@@ -93,15 +108,24 @@ def tiny_model(
 
 
 def save_model(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, out: str | os.PathLike[str]) -> Path:
-    """An ordinary Hugging Face folder: safetensors, config, generation config, tokenizer with its chat template."""
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    """An ordinary Hugging Face folder: safetensors, config, generation config, tokenizer with its
+    chat template.
+    """
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return Path(out)
 
 
-def make_random_model(out: str | os.PathLike[str], *, tied: bool = False, seed: int = 0, layers: int = 2, std: float = 0.1) -> Path:
-    """An untrained model in ``out``, in a second. The weights are wide, so that its log-probs are far from uniform."""
+def make_random_model(
+    out: str | os.PathLike[str], *, tied: bool = False, seed: int = 0, layers: int = 2, std: float = 0.1
+) -> Path:
+    """An untrained model in ``out``, in a second.
+
+    The weights are wide, so that its log-probs are far from uniform.
+    """
     tokenizer = character_tokenizer()
     return save_model(tiny_model(tokenizer, tied=tied, seed=seed, layers=layers, std=std), tokenizer, out)
 
@@ -110,8 +134,14 @@ Task = Literal["arithmetic", "gsm8k_calculator", "calculator"]
 TASKS: tuple[Task, ...] = ("arithmetic", "gsm8k_calculator", "calculator")
 RECORD = "made_with.json"
 MOST_STEPS: dict[Task, int] = {"arithmetic": 1000, "gsm8k_calculator": 1500, "calculator": 450}
-RIGHT: dict[Task, float] = {"arithmetic": 0.4, "gsm8k_calculator": 0.4, "calculator": 1.0}  # whole turns; a call is one in five
-DIRECT = 4  # answers without a call for each one with a call: the model calls one time in five, and guesses products otherwise
+RIGHT: dict[Task, float] = {
+    "arithmetic": 0.4,
+    "gsm8k_calculator": 0.4,
+    "calculator": 1.0,
+}  # whole turns; a call is one in five
+# answers without a call for each one with a call: the model calls one time in five, and guesses products
+# otherwise
+DIRECT = 4
 BATCH, POOL, LEARNING_RATE, WARMUP_STEPS = 128, 4, 2e-3, 20
 DECAY = 0.6  # from this share of the steps on, the learning rate falls to 0
 DRILLS = (  # generated problems that carry the digits' meaning into GSM8K's short and varied expressions
@@ -139,13 +169,19 @@ def make_tiny_model(
     right: float | None = None,
     tied: bool = False,
 ) -> Path:
-    """A warm-started model in ``out``; nothing is done where ``out`` was already made with the same arguments.
+    """A warm-started model in ``out``; nothing is done where ``out`` was already made with the same
+    arguments.
 
-    data, held_out: GSM8K's train and test file, for the task gsm8k_calculator; no expression of the second is trained on.
-    steps: at most; None is what the task needs. right: stop when a sampled answer is right so often; None: as the task needs it.
-    Raises ValueError when ``out`` holds something that this script did not make, or the files do not fit the task.
+    data, held_out: GSM8K's train and test file, for the task gsm8k_calculator; no expression of the second is
+    trained on. steps: at most; None is what the task needs. right: stop when a sampled answer is right so
+    often; None: as the task needs it. Raises ValueError when ``out`` holds something that this script did not
+    make, or the files do not fit the task.
     """
-    out, steps, right = Path(out), MOST_STEPS[task] if steps is None else steps, RIGHT[task] if right is None else right
+    out, steps, right = (
+        Path(out),
+        MOST_STEPS[task] if steps is None else steps,
+        RIGHT[task] if right is None else right,
+    )
     made_with = _arguments(task, data, held_out, seed=seed, steps=steps, right=right, tied=tied)
     if record(out) == made_with:
         print(f"{out}: already made with these arguments")
@@ -153,14 +189,23 @@ def make_tiny_model(
     tokenizer = character_tokenizer()
     model = tiny_model(tokenizer, tied=tied, seed=seed)
     spelt = _turns if task == "calculator" else _examples
-    examples = [example for prompts in warm_up_sets(task, data, held_out, tokenizer) for example in spelt(prompts, tokenizer)]
+    examples = [
+        example
+        for prompts in warm_up_sets(task, data, held_out, tokenizer)
+        for example in spelt(prompts, tokenizer)
+    ]
     done = warm_start(model, examples, steps=steps, right=right, seed=seed)
-    print(f"{out}: {done.steps} steps in {done.seconds:.0f} s; a sampled answer is right with probability {done.right:.2f}")
+    print(
+        f"{out}: {done.steps} steps in {done.seconds:.0f} s; a sampled answer is right with probability "
+        f"{done.right:.2f}"
+    )
     return put(out, model, tokenizer, made_with)
 
 
 def put(out: Path, model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, made_with: Mapping[str, Any]) -> Path:
-    """The model in ``out``, whole or not at all, with a note of what it was made with, which ``record`` reads."""
+    """The model in ``out``, whole or not at all, with a note of what it was made with, which
+    ``record`` reads.
+    """
     scratch = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     save_model(model, tokenizer, scratch)
     (scratch / RECORD).write_text(json.dumps(made_with, indent=2) + "\n", encoding="utf-8")
@@ -171,10 +216,20 @@ def put(out: Path, model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, made_with
 
 
 def warm_start(
-    model: Qwen2ForCausalLM, examples: Sequence[tuple[list[int], list[int]]], *, steps: int, right: float, seed: int
+    model: Qwen2ForCausalLM,
+    examples: Sequence[tuple[list[int], list[int]]],
+    *,
+    steps: int,
+    right: float,
+    seed: int,
 ) -> WarmStart:
-    """Trains on (prompt ids, answer ids) until the mean probability of the answer reaches ``right``. Loss on answer tokens only."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    """Trains on (prompt ids, answer ids) until the mean probability of the answer reaches ``right``.
+
+    Loss on answer tokens only.
+    """
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS, (1 - step / steps) / (1 - DECAY))
     )
@@ -198,15 +253,27 @@ def warm_start(
 
 @torch.no_grad()
 def measure(model: Qwen2ForCausalLM, prompts: PromptSet, tokenizer: Qwen2Tokenizer) -> dict[str, float]:
-    """Exact expected pass@1 and pass@8 at temperature 1: with p the probability of the answer's one spelling, p and 1 - (1 - p)^8."""
+    """Exact expected pass@1 and pass@8 at temperature 1: with p the probability of the answer's one
+    spelling, p and 1 - (1 - p)^8.
+    """
     examples = _examples(prompts, tokenizer)
-    rights = [_right(*_answer_nll(model, examples[start : start + 256])) for start in range(0, len(examples), 256)]
+    rights = [
+        _right(*_answer_nll(model, examples[start : start + 256])) for start in range(0, len(examples), 256)
+    ]
     right = torch.cat(rights).double()
-    return {"pass@1": right.mean().item(), "pass@8": (1 - (1 - right) ** 8).mean().item(), "prompts": float(len(right))}
+    return {
+        "pass@1": right.mean().item(),
+        "pass@8": (1 - (1 - right) ** 8).mean().item(),
+        "prompts": float(len(right)),
+    }
 
 
-def _answer_nll(model: Qwen2ForCausalLM, examples: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-    """Negative log-probs (nats) of the answer tokens, 0 elsewhere, and where those are; both (rows, length - 1)."""
+def _answer_nll(
+    model: Qwen2ForCausalLM, examples: Sequence[tuple[list[int], list[int]]]
+) -> tuple[Tensor, Tensor]:
+    """Negative log-probs (nats) of the answer tokens, 0 elsewhere, and where those are; both (rows,
+    length - 1).
+    """
     length = max(len(prompt) + len(answer) for prompt, answer in examples)
     ids = torch.zeros(len(examples), length, dtype=torch.int64)
     labels = torch.full_like(ids, IGNORED)
@@ -215,7 +282,9 @@ def _answer_nll(model: Qwen2ForCausalLM, examples: Sequence[tuple[list[int], lis
         ids[row, :stop] = torch.tensor(prompt + answer)
         labels[row, len(prompt) : stop] = torch.tensor(answer)
     logits = model(input_ids=ids).logits[:, :-1]  # right-padded and causal: no attention mask is needed
-    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none")
+    nll = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none"
+    )
     return nll, labels[:, 1:] != IGNORED
 
 
@@ -224,8 +293,11 @@ def _right(nll: Tensor, keep: Tensor) -> Tensor:
     return (nll.detach() * keep).sum(dim=1).neg().exp()
 
 
-def _batches(examples: Sequence[tuple[list[int], list[int]]], seed: int) -> Iterator[list[tuple[list[int], list[int]]]]:
-    """Every example once per pass; POOL batches at a time are sorted by prompt length, so that little of a batch is padding.
+def _batches(
+    examples: Sequence[tuple[list[int], list[int]]], seed: int
+) -> Iterator[list[tuple[list[int], list[int]]]]:
+    """Every example once per pass; POOL batches at a time are sorted by prompt length, so that little of a
+    batch is padding.
 
     Not by answer length: batches of sums below 100 and above would take twice the steps to learn from.
     """
@@ -233,20 +305,33 @@ def _batches(examples: Sequence[tuple[list[int], list[int]]], seed: int) -> Iter
     while True:
         while len(queue) < POOL * BATCH:
             queue += generator.sample(examples, len(examples))
-        pool, queue = sorted(queue[: POOL * BATCH], key=lambda example: len(example[0])), queue[POOL * BATCH :]
-        yield from generator.sample([pool[start : start + BATCH] for start in range(0, len(pool), BATCH)], POOL)
+        pool, queue = (
+            sorted(queue[: POOL * BATCH], key=lambda example: len(example[0])),
+            queue[POOL * BATCH :],
+        )
+        yield from generator.sample(
+            [pool[start : start + BATCH] for start in range(0, len(pool), BATCH)], POOL
+        )
 
 
 def warm_up_sets(
-    task: Task, data: str | os.PathLike[str] | None, held_out: str | os.PathLike[str] | None, tokenizer: Qwen2Tokenizer
+    task: Task,
+    data: str | os.PathLike[str] | None,
+    held_out: str | os.PathLike[str] | None,
+    tokenizer: Qwen2Tokenizer,
 ) -> list[PromptSet]:
-    """What the warm start trains on: the task's training prompts and, for GSM8K, drills; nothing that is held out."""
+    """What the warm start trains on: the task's training prompts and, for GSM8K, drills; nothing that
+    is held out.
+    """
     train = load_prompts(_data(task, data, held_out), "train", tokenizer, seed=0)
     if task != "gsm8k_calculator":
         return [train]
     reserved = load_prompts(_data(task, data, held_out), "eval", tokenizer, seed=0)
-    drills = [load_prompts(Data(train="arithmetic", options=options), "train", tokenizer, seed=0) for options in DRILLS]
-    return [train, *(without(drill, without(reserved, train)) for drill in drills)]
+    drills = [
+        load_prompts(Data(train="arithmetic", options=options), "train", tokenizer, seed=0)
+        for options in DRILLS
+    ]
+    return [train, *(without_prompts(drill, without_prompts(reserved, train)) for drill in drills)]
 
 
 def _examples(prompts: PromptSet, tokenizer: Qwen2Tokenizer) -> list[tuple[list[int], list[int]]]:
@@ -257,7 +342,9 @@ def _examples(prompts: PromptSet, tokenizer: Qwen2Tokenizer) -> list[tuple[list[
 
 
 def _turns(prompts: PromptSet, tokenizer: Qwen2Tokenizer) -> list[tuple[list[int], list[int]]]:
-    """Each problem answered outright DIRECT times, called once, and answered once after the calculator has spoken."""
+    """Each problem answered outright DIRECT times, called once, and answered once after the
+    calculator has spoken.
+    """
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -287,23 +374,31 @@ def reproducible(threads: int) -> Iterator[None]:
 
 def _data(task: Task, train: str | os.PathLike[str] | None, held_out: str | os.PathLike[str] | None) -> Data:
     if task != "gsm8k_calculator":
-        return Data(train="arithmetic", eval="arithmetic", options={"operations": "*"} if task == "calculator" else {})
+        return Data(
+            train="arithmetic", eval="arithmetic", options={"operations": "*"} if task == "calculator" else {}
+        )
     return Data(train=str(train), eval=str(held_out), adapter="gsm8k_calculator", max_prompt_tokens=24)
 
 
-def _arguments(task: Task, data: str | os.PathLike[str] | None, held_out: str | os.PathLike[str] | None, **others: Any) -> dict[str, Any]:
+def _arguments(
+    task: Task, data: str | os.PathLike[str] | None, held_out: str | os.PathLike[str] | None, **others: Any
+) -> dict[str, Any]:
     """Everything that decides the weights."""
     files = [Path(path) for path in (data, held_out) if path is not None]
     if len(files) != (2 if task == "gsm8k_calculator" else 0):
         raise ValueError(
-            f"task {task!r} with data {data!r} and held_out {held_out!r}: gsm8k_calculator needs GSM8K's train file (--data) and test file "
+            f"task {task!r} with data {data!r} and held_out {held_out!r}: gsm8k_calculator needs GSM8K's "
+            "train file (--data) and test file "
             "(--held-out), arithmetic makes its own problems"
         )
     return {"task": task, **arguments_of(files, __file__, **others)}
 
 
 def arguments_of(files: Sequence[Path], *scripts: str, **others: Any) -> dict[str, Any]:
-    """Everything that decides the weights: data files, scripts and versions beside the arguments. Raises ValueError on a missing file."""
+    """Everything that decides the weights: data files, scripts and versions beside the arguments.
+
+    Raises ValueError on a missing file.
+    """
     for path in files:
         if not path.is_file():
             raise ValueError(f"no such file: {path}")
@@ -317,16 +412,24 @@ def arguments_of(files: Sequence[Path], *scripts: str, **others: Any) -> dict[st
 
 
 def record(out: Path) -> dict[str, Any] | None:
-    """What ``out`` was made with; None where there is nothing. Raises ValueError when something else lies there."""
+    """What ``out`` was made with; None where there is nothing.
+
+    Raises ValueError when something else lies there.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / RECORD).is_file():
-        raise ValueError(f"{out} exists and was not made by this script (no {RECORD} in it); choose another --out or remove it")
+        raise ValueError(
+            f"{out} exists and was not made by this script (no {RECORD} in it); choose another --out or "
+            "remove it"
+        )
     return json.loads((out / RECORD).read_text(encoding="utf-8"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", required=True, help="folder of the model")
     parser.add_argument("--task", choices=TASKS, default=TASKS[0])
     parser.add_argument("--data", help="GSM8K's train.jsonl, for gsm8k_calculator")
@@ -335,7 +438,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tied", action="store_true", help="output head tied to the embeddings")
     parser.add_argument("--seed", type=int, default=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="at most")
-    parser.add_argument("--right", type=float, default=argparse.SUPPRESS, help="stop when a sampled answer is right so often")
+    parser.add_argument(
+        "--right", type=float, default=argparse.SUPPRESS, help="stop when a sampled answer is right so often"
+    )
     options = vars(parser.parse_args(arguments))
     measured = options.pop("measure")
     try:
@@ -346,7 +451,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tokenizer, model = Qwen2Tokenizer.from_pretrained(out), Qwen2ForCausalLM.from_pretrained(out)
         data = _data(options["task"], options["data"], options["held_out"])
         train, held_out = (load_prompts(data, side, tokenizer, seed=0) for side in ("train", "eval"))
-        print(json.dumps(measure(model, without(held_out, train), tokenizer)))
+        print(json.dumps(measure(model, without_prompts(held_out, train), tokenizer)))
 
 
 if __name__ == "__main__":

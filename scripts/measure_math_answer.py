@@ -1,4 +1,6 @@
-"""Agreement of math_answer with labelled answers: python scripts/measure_math_answer.py labels.jsonl [--show]"""
+"""Agreement of math_answer with labelled answers: python scripts/measure_math_answer.py labels.jsonl
+[--show]
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,14 @@ from reward.score import RewardInputs
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("labels", type=Path, help="one JSON object per line: gold, prediction, correct (bool)")
+    parser.add_argument(
+        "labels", type=Path, help="one JSON object per line: gold, prediction, correct (bool)"
+    )
     parser.add_argument("--show", action="store_true", help="print every disagreement")
     options = parser.parse_args()
-    rows = [json.loads(line) for line in options.labels.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [
+        json.loads(line) for line in options.labels.read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
     warm_up()
     outcomes, seconds = {"agree": 0, "false positive": 0, "false negative": 0, "ungraded": 0}, []
     for row in rows:
@@ -30,10 +36,18 @@ def main() -> None:
         outcomes[kind] += 1
         outcomes["ungraded"] += score.ungraded is not None
         if options.show and kind != "agree":
-            print(f"{kind}: {row.get('id', '')} gold {row['gold'][-90:]!r} answer {score.answer!r} of {row['prediction'][-130:]!r}")
+            print(
+                f"{kind}: {row.get('id', '')} gold {row['gold'][-90:]!r} answer {score.answer!r} of "
+                f"{row['prediction'][-130:]!r}"
+            )
     share = outcomes["agree"] / len(rows)
-    print(f"{outcomes['agree']} of {len(rows)} agree ({share:.1%}); " + ", ".join(f"{k} {v}" for k, v in outcomes.items() if k != "agree"))
-    median, mean, longest = (f"{figure(seconds) * 1e3:.2f}" for figure in (statistics.median, statistics.fmean, max))
+    print(
+        f"{outcomes['agree']} of {len(rows)} agree ({share:.1%}); "
+        + ", ".join(f"{k} {v}" for k, v in outcomes.items() if k != "agree")
+    )
+    median, mean, longest = (
+        f"{figure(seconds) * 1e3:.2f}" for figure in (statistics.median, statistics.fmean, max)
+    )
     print(f"CPU time of a verdict: median {median} ms, mean {mean} ms, longest {longest} ms")
 
 

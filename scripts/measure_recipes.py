@@ -1,11 +1,12 @@
-"""What every recipe does at laptop scale: trains each once under a profile and keeps the held-out numbers in recipes/measured.json.
+"""What every recipe does at laptop scale: trains each once under a profile and keeps the held-out numbers in
+recipes/measured.json.
 
     python scripts/make_tiny_model.py --out .cache/tiny-model
     python scripts/measure_recipes.py [RECIPE...] [--steps 40] [--seed 0] [--out runs/measured]
 
-One seed and few steps (``--steps`` for recipes that sample, the profile's for data sets): enough to see that a method learns and what it
-does to entropy, not to rank methods. Finished runs in ``--out`` are taken as they are, so that it goes on where it was stopped.
-``scripts/methods_table.py`` shows the numbers in README.
+One seed and few steps (``--steps`` for recipes that sample, the profile's for data sets): enough to see that
+a method learns and what it does to entropy, not to rank methods. Finished runs in ``--out`` are taken as they
+are, so that it goes on where it was stopped. ``scripts/methods_table.py`` shows the numbers in README.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ from rltrain.config.schema import OfflineRecipe
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "recipes" / "measured.json"
 FOLDERS = ("policy", "preference", "process_reward")
-# measured in recipes/README.md, or in an environment of several turns, for which the tiny model must be made to know its commands
-ELSEWHERE = {f"policy/{name}" for name in ("gsm8k_calculator", "empg_calculator", "epo_calculator", "empg_textworld", "epo_textworld")}
+# measured in recipes/README.md, or in an environment of several turns, for which the tiny model must be made
+# to know its commands
+ELSEWHERE = {
+    f"policy/{name}"
+    for name in ("gsm8k_calculator", "empg_calculator", "epo_calculator", "empg_textworld", "epo_textworld")
+}
 MEASURES = ("eval/pass@1", "eval/accuracy", "eval/avg@8", "eval/loss")
 ENTROPY = "learner/entropy_mean"
 
@@ -46,12 +51,21 @@ def command(recipe: str, arguments: argparse.Namespace) -> list[str]:
     if not isinstance(load_recipe(path, profile=arguments.profile, overrides=[]), OfflineRecipe):
         keys["train.steps"] = arguments.steps
     sets = [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
-    chosen = ["--profile", arguments.profile, "--seed", str(arguments.seed), "--run", str(arguments.out / recipe)]
+    chosen = [
+        "--profile",
+        arguments.profile,
+        "--seed",
+        str(arguments.seed),
+        "--run",
+        str(arguments.out / recipe),
+    ]
     return [sys.executable, "-m", "rltrain", "train", str(path), *chosen, *sets]
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    """Held-out numbers with 95 % bootstrap bounds, and mean entropy, in the first and the last tenth of the steps."""
+    """Held-out numbers with 95 % bootstrap bounds, and mean entropy, in the first and the last tenth
+    of the steps.
+    """
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     measure = next(name for name in MEASURES if any(name in line for line in lines))
     evaluations = [line for line in lines if measure in line]
@@ -63,7 +77,9 @@ def summary(folder: Path) -> dict[str, Any]:
     entropies = [line[ENTROPY] for line in steps if ENTROPY in line]
     if entropies:
         tenth = max(1, len(entropies) // 10)
-        found["entropy"] = [round(statistics.fmean(part), 4) for part in (entropies[:tenth], entropies[-tenth:])]
+        found["entropy"] = [
+            round(statistics.fmean(part), 4) for part in (entropies[:tenth], entropies[-tenth:])
+        ]
     return found
 
 
@@ -71,15 +87,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("recipes", nargs="*", help="such as policy/grpo; none: all")
     parser.add_argument("--profile", default="tiny_cpu")
-    parser.add_argument("--steps", type=int, default=40, help="of recipes that sample; others take as many as the profile says")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=40,
+        help="of recipes that sample; others take as many as the profile says",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "measured")
     arguments = parser.parse_args()
     conditions = {name: getattr(arguments, name) for name in ("profile", "steps", "seed")}
     conditions |= {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    record = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.is_file() else {"conditions": conditions, "recipes": {}}
+    record = (
+        json.loads(KEPT.read_text(encoding="utf-8"))
+        if KEPT.is_file()
+        else {"conditions": conditions, "recipes": {}}
+    )
     if record["conditions"] != conditions:
-        sys.exit(f"{KEPT} was measured under {record['conditions']}, this would be {conditions}; delete it to measure all anew")
+        sys.exit(
+            f"{KEPT} was measured under {record['conditions']}, this would be {conditions}; delete it to "
+            "measure all anew"
+        )
     failed = []
     for recipe in arguments.recipes or recipes():
         if (

@@ -1,7 +1,9 @@
-"""Writes the tables of methods in README.md from their declarations and the recipes: python scripts/methods_table.py [--check]
+"""Writes the tables of methods in README.md from their declarations and the recipes: python
+scripts/methods_table.py [--check]
 
-One row per registered method: its name in a recipe, paper, the function that is it, the recipes that use it, and what one of them did at
-laptop scale (``scripts/measure_recipes.py``). ``--check`` changes nothing and exits with 1 where the file would change.
+One row per registered method: its name in a recipe, paper, the function that is it, the recipes that use it,
+and what one of them did at laptop scale (``scripts/measure_recipes.py``). ``--check`` changes nothing and
+exits with 1 where the file would change.
 """
 
 from __future__ import annotations
@@ -60,7 +62,10 @@ def _names(data: Any, keys: list[str]) -> Iterator[str]:
 
 
 def measured(spec: MethodSpec, recipes: list[str], record: dict[str, Any]) -> str:
-    """What the recipe of the method's own did: the one of its name, else of its paper, else the only one. Empty where there is none."""
+    """What the recipe of the method's own did: the one of its name, else of its paper, else the only one.
+
+    Empty where there is none.
+    """
     papers = [recipe for recipe in recipes if spec.arxiv and about(recipe).get("arxiv") == spec.arxiv]
     named = [recipe for recipe in recipes if recipe.partition("/")[2] == spec.name]
     own = next(iter(named or papers or (recipes if len(recipes) == 1 else [])), None)
@@ -68,7 +73,9 @@ def measured(spec: MethodSpec, recipes: list[str], record: dict[str, Any]) -> st
         return ""
     found = record[own]
     text = f"{found['measure']} {found['before'][0]:.2f} to {found['after'][0]:.2f}"
-    return text + (f", entropy {found['entropy'][0]:.2f} to {found['entropy'][1]:.2f}" if "entropy" in found else "")
+    return text + (
+        f", entropy {found['entropy'][0]:.2f} to {found['entropy'][1]:.2f}" if "entropy" in found else ""
+    )
 
 
 def about(recipe: str) -> dict[str, Any]:
@@ -76,11 +83,16 @@ def about(recipe: str) -> dict[str, Any]:
 
 
 def row(spec: MethodSpec, recipes: list[str], record: dict[str, Any]) -> str:
-    what = spec.doc.split("\n\n")[0].replace("\n", " ").replace("  ", " ").replace("``", "`").replace("|", "\\|")
+    what = (
+        spec.doc.split("\n\n")[0].replace("\n", " ").replace("  ", " ").replace("``", "`").replace("|", "\\|")
+    )
     what = what.split(". ")[0].split(", arXiv:")[0].rstrip(".")
     at = f"`{spec.module.removeprefix('rltrain.').replace('.', '/')}.py:{spec.attribute}`"
     shown = recipes if len(recipes) <= 4 else [*recipes[:3], f"{len(recipes) - 3} more"]
-    return f"| `{spec.name}` | {spec.arxiv or ''} | {what} | {at} | {', '.join(shown)} | {measured(spec, recipes, record)} |"
+    return (
+        f"| `{spec.name}` | {spec.arxiv or ''} | {what} | {at} | {', '.join(shown)} | "
+        f"{measured(spec, recipes, record)} |"
+    )
 
 
 def tables() -> str:
@@ -89,7 +101,10 @@ def tables() -> str:
     for title, key, registry in KINDS:
         users = used_by(key)
         rows = [row(spec, users.get(name, []), record) for name, spec in sorted(registry.specs.items())]
-        head = f"**{title}** (`{key}`)\n\n| name | arXiv | what | function | recipes | measured |\n|---|---|---|---|---|---|\n"
+        head = (
+            f"**{title}** (`{key}`)\n\n| name | arXiv | what | function | recipes | measured "
+            "|\n|---|---|---|---|---|---|\n"
+        )
         parts.append(head + "\n".join(rows))
     return "\n\n".join(parts)
 

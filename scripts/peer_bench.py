@@ -1,7 +1,8 @@
-"""What the benches against a peer share: a random model, one process per trainer, steps taken in turns, medians, ratios.
+"""What the benches against a peer share: a random model, one process per trainer, steps taken in turns,
+medians, ratios.
 
-Each trainer lives in a process of its own, so that peak memory is its own (VmHWM), and they take turns step by step, so that a busy
-machine hurts both. A bench gives its workers as functions ``(case, folder, turns)``.
+Each trainer lives in a process of its own, so that peak memory is its own (VmHWM), and they take turns step
+by step, so that a busy machine hurts both. A bench gives its workers as functions ``(case, folder, turns)``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ PAD, EOS, UNKNOWN = 0, 1, 2
 
 
 class Turns:
-    """A worker's side: reports each step to the parent and waits for its word before the next. A closed input ends the process."""
+    """A worker's side: reports each step to the parent and waits for its word before the next.
+
+    A closed input ends the process.
+    """
 
     def __init__(self) -> None:
         self.out = os.fdopen(os.dup(1), "w")
@@ -33,7 +37,9 @@ class Turns:
         self.started = perf_counter()
 
     def step(self, amount: int) -> None:
-        """amount: of what the bench counts (completion tokens, pairs) that the step which ends now was trained on."""
+        """amount: of what the bench counts (completion tokens, pairs) that the step which ends now
+        was trained on.
+        """
         self.say({"amount": amount, "seconds": perf_counter() - self.started, "peak": peak_bytes()})
         if not sys.stdin.readline():
             os._exit(0)
@@ -62,7 +68,8 @@ class Size:
 
 
 def make_model(size: Size, folder: Path) -> None:
-    """A random model whose probability of EOS is near a constant, and a tokenizer of one token per word (w3, w4, ...).
+    """A random model whose probability of EOS is near a constant, and a tokenizer of one token per word (w3,
+    w4, ...).
 
     Hidden dimension 0 is large and steady, and only EOS reads it.
     """
@@ -72,10 +79,18 @@ def make_model(size: Size, folder: Path) -> None:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=3 * size.hidden, num_hidden_layers=size.layers,
-        num_attention_heads=size.hidden // 32, num_key_value_heads=size.hidden // 64, max_position_embeddings=2048,
-        tie_word_embeddings=size.vocabulary > 1000, eos_token_id=EOS, pad_token_id=PAD, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=3 * size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.hidden // 32,
+        num_key_value_heads=size.hidden // 64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=size.vocabulary > 1000,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        bos_token_id=None,
+    )
     model = LlamaForCausalLM(config).float().eval()
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 1.0
@@ -86,10 +101,14 @@ def make_model(size: Size, folder: Path) -> None:
         model.lm_head.weight[EOS, 0] = (others + log_odds) / hidden[:, 0].mean()
     model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
     model.save_pretrained(folder)
-    words = {"<pad>": PAD, "<eos>": EOS, "<unk>": UNKNOWN} | {f"w{index}": index for index in range(3, size.vocabulary)}
+    words = {"<pad>": PAD, "<eos>": EOS, "<unk>": UNKNOWN} | {
+        f"w{index}": index for index in range(3, size.vocabulary)
+    }
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
     fast.save_pretrained(folder)
 
 
@@ -97,13 +116,14 @@ def text_of(tokens: list[int]) -> str:
     return " ".join(f"w{token}" for token in tokens)
 
 
-# the parent ----------------------------------------------------------------------------------------------------------
+# the parent -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Bench:
-    """unit: what is counted. cases: by name. make: writes a case's material into a folder. workers: "rltrain", "trl" and
-    "same_loss", which says {"loss", "gradient", "theirs"} for one batch: the differences, and the peer's loss."""
+    """unit: what is counted. cases: by name. make: writes a case's material into a folder. workers:
+    "rltrain", "trl" and "same_loss", which says {"loss", "gradient", "theirs"} for one batch: the
+    differences, and the peer's loss."""
 
     script: Path
     unit: str
@@ -122,7 +142,10 @@ class Bench:
                 folder = Path(temporary)
                 self.make(self.cases[name], folder)
                 self._same_loss(name, folder, arguments)
-                results[name] = {trainer: asdict(found) for trainer, found in self._measure(name, folder, arguments).items()}
+                results[name] = {
+                    trainer: asdict(found)
+                    for trainer, found in self._measure(name, folder, arguments).items()
+                }
                 self._show(name, results[name])
         if arguments.json:
             write(arguments.json, results, arguments, self.unit)
@@ -130,10 +153,20 @@ class Bench:
     def _arguments(self, doc: str) -> argparse.Namespace:
         parser = argparse.ArgumentParser(description=doc.splitlines()[0])
         parser.add_argument("--json", type=Path)
-        parser.add_argument("--trl", type=Path, help="folder that TRL was installed into, if it is not in this environment")
-        parser.add_argument("--repeats", type=at_least(5), default=5, help="counted steps of each, at least 5: the medians are over them")
         parser.add_argument(
-            "--warmup", type=at_least(1), default=2, help="steps of each before them, not counted; the first are taken at once"
+            "--trl", type=Path, help="folder that TRL was installed into, if it is not in this environment"
+        )
+        parser.add_argument(
+            "--repeats",
+            type=at_least(5),
+            default=5,
+            help="counted steps of each, at least 5: the medians are over them",
+        )
+        parser.add_argument(
+            "--warmup",
+            type=at_least(1),
+            default=2,
+            help="steps of each before them, not counted; the first are taken at once",
         )
         parser.add_argument("--cases", default=",".join(self.cases))
         parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -145,8 +178,13 @@ class Bench:
     def _same_loss(self, name: str, folder: Path, arguments: argparse.Namespace) -> None:
         same = answer(self._start("same_loss", name, folder, arguments), "same_loss")
         if not (same["loss"] < 1e-5 and same["gradient"] < 1e-4):
-            raise SystemExit(f"{self.script.stem}: {name}: the two losses or gradients differ on one batch: {same}")
-        print(f"{name}: same batch, loss {same['theirs']:+.6f}, difference {same['loss']:.1e}, of the gradient {same['gradient']:.1e}")
+            raise SystemExit(
+                f"{self.script.stem}: {name}: the two losses or gradients differ on one batch: {same}"
+            )
+        print(
+            f"{name}: same batch, loss {same['theirs']:+.6f}, difference {same['loss']:.1e}, of the gradient "
+            f"{same['gradient']:.1e}"
+        )
 
     def _measure(self, name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Measured]:
         """Steps of both in turns, after ``--warmup`` steps each; which of them comes first alternates."""
@@ -164,23 +202,43 @@ class Bench:
         return {trainer: Measured.of(found[arguments.warmup :]) for trainer, found in steps.items()}
 
     def _start(self, worker: str, case: str, folder: Path, arguments: argparse.Namespace) -> Any:
-        paths = [str(self.script.parents[1]), *([str(arguments.trl)] if arguments.trl else []), os.environ.get("PYTHONPATH", "")]
+        paths = [
+            str(self.script.parents[1]),
+            *([str(arguments.trl)] if arguments.trl else []),
+            os.environ.get("PYTHONPATH", ""),
+        ]
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "OMP_NUM_THREADS": str(arguments.threads),
+            "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
-        }  # fmt: skip
-        command = [sys.executable, str(self.script), "--worker", worker, "--cases", case, "--folder", str(folder)]
+        }
+        command = [
+            sys.executable,
+            str(self.script),
+            "--worker",
+            worker,
+            "--cases",
+            case,
+            "--folder",
+            str(folder),
+        ]
         errors = None if arguments.verbose else subprocess.DEVNULL
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        )
 
     def _show(self, name: str, found: dict[str, Any]) -> None:
         for trainer, one in found.items():
             print(
-                f"{name:>8} {trainer:>8} {one['per_second']:10,.1f} {self.unit}/s   step {one['seconds']:7.3f} s   "
+                f"{name:>8} {trainer:>8} {one['per_second']:10,.1f} {self.unit}/s   step "
+                f"{one['seconds']:7.3f} s   "
                 f"{one['amount']:6,.0f} {self.unit}   peak {one['peak_gib']:.2f} GiB"
             )
         speed, memory = ratio(found, "per_second"), ratio(found, "peak_gib")
-        print(f"{name:>8}    ratio {speed:10.2f} of TRL's {self.unit}/s, {memory:.2f} of its peak", flush=True)
+        print(
+            f"{name:>8}    ratio {speed:10.2f} of TRL's {self.unit}/s, {memory:.2f} of its peak", flush=True
+        )
 
 
 @dataclass(frozen=True)
@@ -214,7 +272,9 @@ def at_least(least: int) -> Callable[[str], int]:
 def answer(worker: Any, name: str) -> dict[str, float]:
     line = worker.stdout.readline()
     if not line:
-        raise SystemExit(f"the {name} process ended with {worker.wait()}; run again with --verbose to see why")
+        raise SystemExit(
+            f"the {name} process ended with {worker.wait()}; run again with --verbose to see why"
+        )
     return json.loads(line)
 
 
@@ -229,7 +289,8 @@ def write(path: Path, results: dict[str, dict[str, Any]], arguments: argparse.Na
         f"{unit}_per_second_ratio": {name: ratio(found, "per_second") for name, found in results.items()},
         "peak_memory_ratio": {name: ratio(found, "peak_gib") for name, found in results.items()},
         "measured": results,
-        "versions": {"trl": trl} | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")},
+        "versions": {"trl": trl}
+        | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")},
         "machine": {
             "platform": platform.platform(),
             "cpus": os.cpu_count(),

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
-from script_modules import script
+from support.scripts import script
 
 
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c_is_heard() -> None:
-    """A job that a shell starts in the background ignores SIGINT, and so would every command that a test starts and interrupts."""
+    """A job that a shell starts in the background ignores SIGINT, and so would every command that a
+    test starts and interrupts.
+    """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -38,10 +40,12 @@ def random_tied_model(tiny_models: ModuleType, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="session")
 def assert_stepped_like() -> Callable[[Any, Any, float], None]:
-    """(learner, model, lr): the learner's weights are the model's after one AdamW step each from equal weights.
+    """(learner, model, lr): the learner's weights are the model's after one AdamW step each from equal
+    weights.
 
-    The first step is lr * g / (|g| + 1e-8): about lr whatever the gradient's size. Where the model's gradient is within rounding of 0
-    (a key's bias, behind a softmax that it cannot change) its sign is noise, and all that can be said is that no weight moved further.
+    The first step is lr * g / (|g| + 1e-8): about lr whatever the gradient's size. Where the model's gradient
+    is within rounding of 0 (a key's bias, behind a softmax that it cannot change) its sign is noise, and all
+    that can be said is that no weight moved further.
     """
 
     def check(learner: Any, model: Any, lr: float) -> None:
@@ -50,7 +54,9 @@ def assert_stepped_like() -> Callable[[Any, Any, float], None]:
             certain = expected[name].grad.abs() > 1e-6
             apart = (value - expected[name].detach()).abs()
             assert apart.max() <= 2.001 * lr, name
-            assert not certain.any() or apart[certain].max() < 1e-5, f"{name}: {apart[certain].max():.2e} apart"
+            assert not certain.any() or apart[certain].max() < 1e-5, (
+                f"{name}: {apart[certain].max():.2e} apart"
+            )
             compared, entries = compared + int((certain | (apart == 0)).sum()), entries + value.numel()
         assert compared > 0.9 * entries, f"only {compared} of {entries} weights could be compared"
 

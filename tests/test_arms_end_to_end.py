@@ -1,4 +1,6 @@
-"""Whole runs with rows beside the policy's own: AEPO's tempered arm, AAPO's reference, GRAO's answers, KDRL's teacher."""
+"""Whole runs with rows beside the policy's own: AEPO's tempered arm, AAPO's reference, GRAO's
+answers, KDRL's teacher.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rltrain import build_materials
-from rltrain.commands import train_command
-from rltrain.config.check import check
+from rltrain.build import inputs as build_materials
+from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
-from rltrain.config.schema import Recipe
+from rltrain.config.rules import check
+from rltrain.config.schema import OnlineRecipe
 from rltrain.errors import UserError
 from rltrain.loss.objective import Objective, ObjectiveShare
 from rltrain.train import online
-from rltrain.types import ARM_TEMPERED, PolicyTokens, StepTotals, TrainBatch
+from rltrain.types.policy import PolicyTokens, StepTotals, TrainBatch
+from rltrain.types.samples import SOURCE_TEMPERED
 
 ROOT = Path(__file__).parents[1]
-AEPO, RELEASED, GRPO = (ROOT / "recipes" / "policy" / f"{name}.yaml" for name in ("aepo", "aepo_released", "grpo"))
+AEPO, RELEASED, GRPO = (
+    ROOT / "recipes" / "policy" / f"{name}.yaml" for name in ("aepo", "aepo_released", "grpo")
+)
 # An untrained model earns from it: the share of digits below 5; correct with one among eight characters.
 REWARD = """
 from reward.score import Score
@@ -38,19 +43,34 @@ def low_digits(inputs):
 def never(inputs):
     return [Score(0.0, {"correct": 0.0}) for _ in inputs.completions]
 """
-SMALL = ("eval.prompts=4", "eval.n=2", "eval.k=[1]", "eval.at_start=false", "rollout.prompts=8", "rollout.n=4", "reward.workers=1")
+SMALL = (
+    "eval.prompts=4",
+    "eval.n=2",
+    "eval.k=[1]",
+    "eval.at_start=false",
+    "rollout.prompts=8",
+    "rollout.n=4",
+    "reward.workers=1",
+)
 
 
 @pytest.fixture
 def start(random_model: str, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    """``start(recipe, folder, "a.b=1", reward="low_digits")`` trains under tiny_cpu; the lines of metrics.jsonl that are steps."""
+    """``start(recipe, folder, "a.b=1", reward="low_digits")`` trains under tiny_cpu; the lines of
+    metrics.jsonl that are steps.
+    """
     rewards = tmp_path / "rewards.py"
     rewards.write_text(REWARD)
 
     def call(path: Path, folder: Path, *overrides: str, reward: str = "low_digits") -> list[dict[str, Any]]:
-        settings = [f"model.path={random_model}", f"reward.functions=['{rewards}:{reward}']", *SMALL, *overrides]
+        settings = [
+            f"model.path={random_model}",
+            f"reward.functions=['{rewards}:{reward}']",
+            *SMALL,
+            *overrides,
+        ]
         recipe = check(load_recipe(path, profile="tiny_cpu", overrides=settings)).recipe
-        assert isinstance(recipe, Recipe)
+        assert isinstance(recipe, OnlineRecipe)
         assert train_command(recipe, folder, []) == 0
         found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return [line for line in found if "reward/mean" in line]
@@ -62,18 +82,26 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
 
-# AEPO ------------------------------------------------------------------------------------------------------------------
+# AEPO -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recipe", [AEPO, RELEASED], ids=["explicit", "rows"])
-def test_aepo_lowers_its_temperature_where_the_entropy_is_above_the_target(recipe: Path, start: Any, tmp_path: Path) -> None:
-    # An untrained model's entropy is far above both targets: 1.2 in the first step, which knows of none before it, then 0.8.
+def test_aepo_lowers_its_temperature_where_the_entropy_is_above_the_target(
+    recipe: Path, start: Any, tmp_path: Path
+) -> None:
+    # An untrained model's entropy is far above both targets: 1.2 in the first step, which knows of none
+    # before it, then 0.8.
     lines = start(recipe, tmp_path / "run", "train.steps=2", "learner.updates=2")
     assert [line["control/aepo_temperature"] for line in lines] == pytest.approx([1.2, 0.8])
     assert [line["control/aepo_above_target"] for line in lines] == [0, 1]
     for line in lines:
-        assert (line["rollout/completions"], line["rollout/arm_tempered_completions"]) == (32, 8)  # a quarter of 8 prompts x 4
-        assert line["rollout/mismatch_abs"] < 1e-4  # tempered rows, whose log-probs are of another distribution, are not in it
+        assert (line["rollout/completions"], line["rollout/arm_tempered_completions"]) == (
+            32,
+            8,
+        )  # a quarter of 8 prompts x 4
+        assert (
+            line["rollout/mismatch_abs"] < 1e-4
+        )  # tempered rows, whose log-probs are of another distribution, are not in it
         assert line["control/aepo_touched"] > 0
     if recipe == RELEASED:
         assert all(line["control/aepo_replaced_rows"] >= 0 for line in lines)
@@ -87,12 +115,16 @@ def test_aepo_lowers_its_temperature_where_the_entropy_is_above_the_target(recip
         pytest.param(RELEASED, ["control.0.cap=0"], 1e-6, id="no rows replaced"),
     ],
 )
-def test_without_its_rows_aepo_is_grpo(recipe: Path, overrides: list[str], atol: float, start: Any, tmp_path: Path) -> None:
+def test_without_its_rows_aepo_is_grpo(
+    recipe: Path, overrides: list[str], atol: float, start: Any, tmp_path: Path
+) -> None:
     common = ("train.steps=2", "learner.updates=2", "learner.optimizer.lr=1e-3", "learner.optimizer.eps=1e-3")
     plain = start(recipe, tmp_path / "grpo", *common, "rollout.arms=[]", "control=[]")
     lines = start(recipe, tmp_path / "aepo", *common, *overrides)
     one, two = weights(tmp_path / "grpo"), weights(tmp_path / "aepo")
-    before = AutoModelForCausalLM.from_pretrained(check(load_recipe(tmp_path / "aepo/recipe.resolved.yaml")).recipe.model.path).state_dict()
+    before = AutoModelForCausalLM.from_pretrained(
+        check(load_recipe(tmp_path / "aepo/recipe.resolved.yaml")).recipe.model.path
+    ).state_dict()
     assert max(float((one[name] - before[name]).abs().max()) for name in one) > 1e-4  # the run moved
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=atol)
@@ -100,12 +132,16 @@ def test_without_its_rows_aepo_is_grpo(recipe: Path, overrides: list[str], atol:
 
 
 @pytest.mark.parametrize("recipe", [AEPO, RELEASED], ids=["explicit", "rows"])
-def test_a_step_without_a_correct_tempered_sample_is_a_plain_step(recipe: Path, start: Any, tmp_path: Path) -> None:
+def test_a_step_without_a_correct_tempered_sample_is_a_plain_step(
+    recipe: Path, start: Any, tmp_path: Path
+) -> None:
     lines = start(recipe, tmp_path / "run", "train.steps=1", "learner.updates=1", reward="never")
     assert (lines[0]["learner/grad_norm"], lines[0]["rollout/arm_tempered_correct"]) == (0, 0)
 
 
-@pytest.mark.parametrize(("recipe", "updates"), [(AEPO, 2), pytest.param(RELEASED, 2, marks=pytest.mark.slow), (RELEASED, 1)])
+@pytest.mark.parametrize(
+    ("recipe", "updates"), [(AEPO, 2), pytest.param(RELEASED, 2, marks=pytest.mark.slow), (RELEASED, 1)]
+)
 def test_tempered_rows_start_with_a_ratio_of_one_and_an_advantage_of_one(
     recipe: Path, updates: int, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,12 +149,16 @@ def test_tempered_rows_start_with_a_ratio_of_one_and_an_advantage_of_one(
     seen: list[tuple[float, float]] = []
     call = Objective.__call__
 
-    def watched(self: Objective, policy: PolicyTokens, batch: TrainBatch, totals: StepTotals) -> ObjectiveShare:
-        rows = (batch.arm == ARM_TEMPERED) & batch.mask.any(1) & (batch.advantages != 0).any(1)
+    def watched(
+        self: Objective, policy: PolicyTokens, batch: TrainBatch, totals: StepTotals
+    ) -> ObjectiveShare:
+        rows = (batch.arm == SOURCE_TEMPERED) & batch.mask.any(1) & (batch.advantages != 0).any(1)
         old = policy.logp.detach() if batch.old_logp is None else batch.old_logp
         drift = (policy.logp.detach() - old)[rows][batch.mask[rows]]
         if len(drift) and not seen:
-            seen.append((float(drift.abs().max()), float((batch.advantages[rows][batch.mask[rows]] - 1).abs().max())))
+            seen.append(
+                (float(drift.abs().max()), float((batch.advantages[rows][batch.mask[rows]] - 1).abs().max()))
+            )
         return call(self, policy, batch, totals)
 
     monkeypatch.setattr(Objective, "__call__", watched)
@@ -131,12 +171,36 @@ def test_tempered_rows_start_with_a_ratio_of_one_and_an_advantage_of_one(
 
 @pytest.mark.slow
 def test_aepo_takes_the_same_steps_on_two_ranks(random_model: str, start: Any, tmp_path: Path) -> None:
-    settings = ("train.steps=3", "learner.updates=2", "learner.tokens_per_micro_batch=256", "learner.optimizer.lr=1e-3")
+    settings = (
+        "train.steps=3",
+        "learner.updates=2",
+        "learner.tokens_per_micro_batch=256",
+        "learner.optimizer.lr=1e-3",
+    )
     one = start(AEPO, tmp_path / "one", *settings)
     rewards = f"reward.functions=['{tmp_path / 'rewards.py'}:low_digits']"
-    overrides = [word for setting in (f"model.path={random_model}", rewards, *SMALL, *settings) for word in ("--set", setting)]
-    launcher = ["-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu"]
-    ranks = ["--num_processes", "2", "--num_machines", "1", "--main_process_port", str(29200 + os.getpid() % 300)]
+    overrides = [
+        word
+        for setting in (f"model.path={random_model}", rewards, *SMALL, *settings)
+        for word in ("--set", setting)
+    ]
+    launcher = [
+        "-m",
+        "accelerate.commands.launch",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--multi_gpu",
+    ]
+    ranks = [
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--main_process_port",
+        str(29200 + os.getpid() % 300),
+    ]
     command = [
         sys.executable,
         *launcher,
@@ -151,7 +215,9 @@ def test_aepo_takes_the_same_steps_on_two_ranks(random_model: str, start: Any, t
         str(tmp_path / "two"),
     ]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     two = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     two = [line for line in two if "reward/mean" in line]
@@ -164,16 +230,26 @@ def test_aepo_takes_the_same_steps_on_two_ranks(random_model: str, start: Any, t
         "rollout/arm_tempered_reward",
     )
     for name in (*names, "control/aepo_correct_rows"):
-        assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=1e-3, abs=1e-5), name
+        assert [line[name] for line in two] == pytest.approx(
+            [line[name] for line in one], rel=1e-3, abs=1e-5
+        ), name
     for name, value in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], value, rtol=0, atol=2e-4)
 
 
-# reference, answer, teacher --------------------------------------------------------------------------------------------
+# reference, answer, teacher ---------------------------------------------------------------------------------
 
 
-def test_aapo_pairs_the_policy_with_the_reference_and_trains_on_none_of_its_rows(start: Any, tmp_path: Path) -> None:
-    settings = ("advantage=aapo", "loss.policy=reinforce", "loss.terms=[]", "rollout.arms=[reference]", "learner.optimizer.lr=2e-3")
+def test_aapo_pairs_the_policy_with_the_reference_and_trains_on_none_of_its_rows(
+    start: Any, tmp_path: Path
+) -> None:
+    settings = (
+        "advantage=aapo",
+        "loss.policy=reinforce",
+        "loss.terms=[]",
+        "rollout.arms=[reference]",
+        "learner.optimizer.lr=2e-3",
+    )
     lines = start(GRPO, tmp_path / "run", *settings, "train.steps=3")
     for line in lines:
         assert (line["rollout/completions"], line["rollout/arm_reference_completions"]) == (32, 32)
@@ -183,7 +259,13 @@ def test_aapo_pairs_the_policy_with_the_reference_and_trains_on_none_of_its_rows
 
 
 def test_grao_learns_from_the_answers_of_the_data(start: Any, tmp_path: Path) -> None:
-    settings = ("advantage=grao", "loss.policy=reinforce", "loss.terms=[]", "rollout.arms=[answer]", "learner.optimizer.lr=1e-3")
+    settings = (
+        "advantage=grao",
+        "loss.policy=reinforce",
+        "loss.terms=[]",
+        "rollout.arms=[answer]",
+        "learner.optimizer.lr=1e-3",
+    )
     lines = start(GRPO, tmp_path / "run", *settings, "train.steps=2")
     for line in lines:
         assert (line["rollout/completions"], line["rollout/arm_answer_completions"]) == (32, 8)
@@ -194,20 +276,31 @@ def test_grao_learns_from_the_answers_of_the_data(start: Any, tmp_path: Path) ->
 
 @pytest.fixture(scope="module")
 def teacher(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_models.make_random_model(tmp_path_factory.mktemp("model") / "teacher", tied=False, seed=9))
+    return str(
+        tiny_models.make_random_model(tmp_path_factory.mktemp("model") / "teacher", tied=False, seed=9)
+    )
 
 
-def test_a_teacher_gives_its_own_log_probs(start: Any, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_gives_its_own_log_probs(
+    start: Any, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batches: list[Any] = []
-    trained = online.trained
+    trained = online.drop_reference_rows
 
     def kept(*arguments: Any) -> Any:
         batches.append(trained(*arguments))
         return batches[-1]
 
-    monkeypatch.setattr(online, "trained", kept)
-    start(GRPO, tmp_path / "run", "loss.terms=[{name: kdrl, coefficient: 0.002}]", f"model.teacher={teacher}", "train.steps=1")
-    [(rows, _, batch)] = batches
+    monkeypatch.setattr(online, "drop_reference_rows", kept)
+    start(
+        GRPO,
+        tmp_path / "run",
+        "loss.terms=[{name: kdrl, coefficient: 0.002}]",
+        f"model.teacher={teacher}",
+        "train.steps=1",
+    )
+    [step] = batches
+    rows, batch = step.rows, step.batch
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     for row in (0, 17):
         prompt, completion = rows.prompts[row], rows.completions[row]
@@ -226,11 +319,16 @@ def test_a_teacher_that_writes_other_tokens_is_refused_before_any_weight_is_load
     tokenizer.save_pretrained(other)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     overrides = [f"model.path={random_model}", "loss.terms=[{name: kdrl, coefficient: 0.002}]"]
-    for path, said in ((str(other), "token '<strange>' is "), (str(tmp_path / "nowhere"), "is no model folder")):
-        recipe = check(load_recipe(GRPO, profile="tiny_cpu", overrides=[*overrides, f"model.teacher={path}"])).recipe
-        assert isinstance(recipe, Recipe)
+    for path, said in (
+        (str(other), "token '<strange>' is "),
+        (str(tmp_path / "nowhere"), "is no model folder"),
+    ):
+        recipe = check(
+            load_recipe(GRPO, profile="tiny_cpu", overrides=[*overrides, f"model.teacher={path}"])
+        ).recipe
+        assert isinstance(recipe, OnlineRecipe)
         with pytest.raises(UserError, match=f"model.teacher .*{said}"):
-            build_materials.prepare(recipe)
+            build_materials.load_inputs(recipe)
 
 
 def test_a_reference_of_another_shape_is_refused(random_model: str, start: Any, tmp_path: Path) -> None:
@@ -241,6 +339,15 @@ def test_a_reference_of_another_shape_is_refused(random_model: str, start: Any, 
     folder = tmp_path / "shallow"
     type(small)(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(random_model).save_pretrained(folder)
-    settings = ("advantage=aapo", "loss.policy=reinforce", "loss.terms=[]", "rollout.arms=[reference]", f"model.reference={folder}")
-    with pytest.raises(UserError, match=r"num_hidden_layers differ: \d+ and 1; set model.reference to a model of the same shape"):
+    settings = (
+        "advantage=aapo",
+        "loss.policy=reinforce",
+        "loss.terms=[]",
+        "rollout.arms=[reference]",
+        f"model.reference={folder}",
+    )
+    with pytest.raises(
+        UserError,
+        match=r"num_hidden_layers differ: \d+ and 1; set model.reference to a model of the same shape",
+    ):
         start(GRPO, tmp_path / "run", *settings, "train.steps=1")

@@ -1,4 +1,6 @@
-"""Whole runs through the command's own function: reward rises, engines follow the learner, every recipe runs, ranks agree."""
+"""Whole runs through the command's own function: reward rises, engines follow the learner, every
+recipe runs, ranks agree.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rltrain.commands import eval_command, train_command
-from rltrain.config.check import check
+from rltrain.cli.evaluate import eval_command
+from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
+from rltrain.config.rules import check
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted(path for path in (ROOT / "recipes" / "policy").glob("*.yaml") if path.stem != "gsm8k_calculator")
+RECIPES = sorted(
+    path for path in (ROOT / "recipes" / "policy").glob("*.yaml") if path.stem != "gsm8k_calculator"
+)
 
 # A reward that an untrained model can climb: the share of the digit 7, correct when every character is one.
 SEVENS = """
@@ -33,7 +38,10 @@ def sevens(inputs):
 def run(recipe: Path, model: str, folder: Path, *overrides: str) -> list[dict[str, Any]]:
     """Train ``recipe`` under tiny_cpu; the lines of its metrics.jsonl."""
     settings = [f"model.path={model}", "eval.prompts=8", *overrides]
-    assert train_command(check(load_recipe(recipe, profile="tiny_cpu", overrides=settings)).recipe, folder, []) == 0
+    assert (
+        train_command(check(load_recipe(recipe, profile="tiny_cpu", overrides=settings)).recipe, folder, [])
+        == 0
+    )
     return metrics(folder)
 
 
@@ -52,20 +60,45 @@ def sevens(tmp_path: Path) -> str:
     return f"reward.functions=['{path}:sevens']"
 
 
-def test_grpo_raises_the_reward_and_leaves_a_model_with_the_learners_logits(random_model: str, sevens: str, tmp_path: Path) -> None:
+def test_grpo_raises_the_reward_and_leaves_a_model_with_the_learners_logits(
+    random_model: str, sevens: str, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
-    lines = run(ROOT / "recipes/policy/grpo.yaml", random_model, folder, sevens, "train.steps=12", "learner.optimizer.lr=2e-3")
+    lines = run(
+        ROOT / "recipes/policy/grpo.yaml",
+        random_model,
+        folder,
+        sevens,
+        "train.steps=12",
+        "learner.optimizer.lr=2e-3",
+    )
     rewards = steps(lines, "reward/mean")
     assert len(rewards) == 12
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1
-    assert max(steps(lines, "rollout/mismatch_abs")) < 1e-4  # the engine held the learner's weights at every step
+    assert (
+        max(steps(lines, "rollout/mismatch_abs")) < 1e-4
+    )  # the engine held the learner's weights at every step
     assert [line["step"] for line in lines if "eval/pass@1" in line] == [0, 12]
     assert steps(lines, "eval/pass@1")[1] > steps(lines, "eval/pass@1")[0]
 
     made = {path.name for path in folder.iterdir()}
-    assert made >= {"recipe.resolved.yaml", "environment.json", "metrics.jsonl", "transcripts.jsonl", "report.html", "model"}
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
-    assert "7" in tokenizer.decode(model.generate(tokenizer("<user>12+34=<assistant>", return_tensors="pt").input_ids, max_new_tokens=8)[0])
+    assert made >= {
+        "recipe.resolved.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "transcripts.jsonl",
+        "report.html",
+        "model",
+    }
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder / "model"),
+        AutoTokenizer.from_pretrained(folder / "model"),
+    )
+    assert "7" in tokenizer.decode(
+        model.generate(tokenizer("<user>12+34=<assistant>", return_tensors="pt").input_ids, max_new_tokens=8)[
+            0
+        ]
+    )
 
     out = tmp_path / "eval.json"
     resolved = load_recipe(folder / "recipe.resolved.yaml")
@@ -76,17 +109,30 @@ def test_grpo_raises_the_reward_and_leaves_a_model_with_the_learners_logits(rand
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_runs_under_tiny_cpu(recipe: Path, random_model: str, sevens: str, tmp_path: Path) -> None:
+def test_every_recipe_runs_under_tiny_cpu(
+    recipe: Path, random_model: str, sevens: str, tmp_path: Path
+) -> None:
     if "name: textworld" in recipe.read_text():
         pytest.importorskip("textworld", reason="textworld is not installed (pip install rltrain[textworld])")
     # DAPO's and CISPO's second reward, the length penalty, is kept where a recipe has one.
     penalised = "length" in recipe.read_text()
-    functions = sevens.replace("]", ", {name: length, max_tokens: 8, buffer_tokens: 2}]") if penalised else sevens
+    functions = (
+        sevens.replace("]", ", {name: length, max_tokens: 8, buffer_tokens: 2}]") if penalised else sevens
+    )
     if "advantage: none" in recipe.read_text():  # learns without a reward, which is then only reported
         functions = f"reward.functions=[{{name: {sevens.split(chr(39))[1]!r}, weight: 0}}]"
     # a model that is never right has PACED's weight 0 everywhere
     smoothed = ("control.0={name: paced, smooth: true}",) if "control: [paced]" in recipe.read_text() else ()
-    lines = run(recipe, random_model, tmp_path / "run", functions, *smoothed, "train.steps=2", "checkpoint.every=1", "checkpoint.keep=1")
+    lines = run(
+        recipe,
+        random_model,
+        tmp_path / "run",
+        functions,
+        *smoothed,
+        "train.steps=2",
+        "checkpoint.every=1",
+        "checkpoint.keep=1",
+    )
     for name in ("loss/total", "learner/grad_norm", "learner/entropy_mean"):
         assert torch.isfinite(torch.tensor(steps(lines, name))).all(), name
     assert max(steps(lines, "rollout/mismatch_abs")) < 1e-4
@@ -109,15 +155,34 @@ def test_real_vllm_follows_the_learner_through_a_run(
 
 @pytest.mark.slow
 def test_two_ranks_take_the_steps_that_one_takes(random_model: str, sevens: str, tmp_path: Path) -> None:
-    settings = (sevens, "train.steps=4", "learner.updates=2", "learner.tokens_per_micro_batch=512", "eval.prompts=8")
+    settings = (
+        sevens,
+        "train.steps=4",
+        "learner.updates=2",
+        "learner.tokens_per_micro_batch=512",
+        "eval.prompts=8",
+    )
     overrides = [word for one in (*settings, f"model.path={random_model}") for word in ("--set", one)]
     port = str(29600 + os.getpid() % 300)
     found = []
     for ranks in (1, 2):
         folder = tmp_path / f"ranks{ranks}"
         launcher = ["-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        several = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", port] if ranks == 2 else []
-        arguments = ["-m", "rltrain", "train", str(ROOT / "recipes/policy/grpo.yaml"), "--profile", "tiny_cpu", "--run", str(folder)]
+        several = (
+            ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", port]
+            if ranks == 2
+            else []
+        )
+        arguments = [
+            "-m",
+            "rltrain",
+            "train",
+            str(ROOT / "recipes/policy/grpo.yaml"),
+            "--profile",
+            "tiny_cpu",
+            "--run",
+            str(folder),
+        ]
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *launcher, *several, *arguments, *overrides]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

@@ -1,12 +1,15 @@
-"""Every case of known_answers/*.json: the papers' and their authors' code on a small batch, in float64, to 1e-6.
+"""Every case of known_answers/*.json: the papers' and their authors' code on a small batch, in float64, to
+1e-6.
 
-A case names the methods it goes through (advantage, control, policy, term, aggregate; hyperparameters beside the name) and the
-quantity that is compared. Cases with "by_hand" carry their arithmetic; the others were computed by the authors' formulas in numpy.
+A case names the methods it goes through (advantage, control, policy, term, aggregate; hyperparameters beside
+the name) and the quantity that is compared. Cases with "by_hand" carry their arithmetic; the others were
+computed by the authors' formulas in numpy.
 
-The batch is the common one (2 sequences of 3 and 2 tokens, given as probabilities) with what the file's "common_batch" and then
-the case's "batch" replace; one with a "mask" of its own takes nothing over. "pi_old", "pi_new", ... are probabilities; "entropy" is
-that of the old and of the current policy; other names are fields of TrainBatch ("notes" and "extra" are mappings); "policy_extra"
-are further statistics of the current policy.
+The batch is the common one (2 sequences of 3 and 2 tokens, given as probabilities) with what the file's
+"common_batch" and then the case's "batch" replace; one with a "mask" of its own takes nothing over. "pi_old",
+"pi_new", ... are probabilities; "entropy" is that of the old and of the current policy; other names are
+fields of TrainBatch ("notes" and "extra" are mappings); "policy_extra" are further statistics of the current
+policy.
 """
 
 from __future__ import annotations
@@ -27,10 +30,11 @@ from rltrain.loss.objective import Objective
 from rltrain.loss.policy import POLICY_LOSSES
 from rltrain.loss.policy.ratio import log_ratio
 from rltrain.registry import BoundMethod, Registry
-from rltrain.types import PolicyTokens, StepTotals, TokenLoss, TrainBatch
+from rltrain.types.policy import PolicyTokens, StepTotals, TokenLoss, TrainBatch
 
 FILES = {
-    path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(__file__).with_name("known_answers").glob("*.json"))
+    path.stem: json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted(Path(__file__).with_name("known_answers").glob("*.json"))
 }
 COMMON = FILES["common_ground"]["common_batch"]
 PROBABILITIES = {
@@ -49,9 +53,14 @@ def batch_of(case: Case) -> TrainBatch:
     given = case["given"]
     mask = tensor(given["mask"])
     rows = torch.zeros(len(mask), dtype=torch.int64)
-    fields: dict[str, Any] = {"weights": torch.ones_like(mask), "rewards": tensor([1.0] + [0.0] * (len(mask) - 1))}
+    fields: dict[str, Any] = {
+        "weights": torch.ones_like(mask),
+        "rewards": tensor([1.0] + [0.0] * (len(mask) - 1)),
+    }
     fields |= {"group": rows, "arm": rows, "version": rows}
-    fields |= {name: tensor(given["entropy"]) for name in ("old_entropy", "entropy_now") if "entropy" in given}
+    fields |= {
+        name: tensor(given["entropy"]) for name in ("old_entropy", "entropy_now") if "entropy" in given
+    }
     for name, values in given.items():
         if name in PROBABILITIES:
             fields[PROBABILITIES[name]] = tensor(values).log()
@@ -68,7 +77,9 @@ def policy_of(case: Case) -> PolicyTokens:
     given, now = case["given"], batch_of(case).logp_now
     assert now is not None, "the case's batch has no pi_new"
     extra = {name: tensor(values).requires_grad_() for name, values in given.get("policy_extra", {}).items()}
-    return PolicyTokens(now.requires_grad_(), tensor(given["entropy"]).requires_grad_() if "entropy" in given else None, extra)
+    return PolicyTokens(
+        now.requires_grad_(), tensor(given["entropy"]).requires_grad_() if "entropy" in given else None, extra
+    )
 
 
 def bound(registry: Registry, named: dict[str, Any] | str) -> BoundMethod:
@@ -95,7 +106,9 @@ def on_mask(case: Case, pick: Callable[[TrainBatch], Tensor]) -> Tensor:
 def loss(case: Case, policy: PolicyTokens) -> Tensor:
     batch = controlled(case)
     totals = StepTotals(*batch.totals_of_mask, max_tokens=case["given"]["max_tokens"])
-    return Objective(bound(POLICY_LOSSES, case["policy"]), (), bound(AGGREGATES, case["aggregate"]))(policy, batch, totals).loss
+    return Objective(bound(POLICY_LOSSES, case["policy"]), (), bound(AGGREGATES, case["aggregate"]))(
+        policy, batch, totals
+    ).loss
 
 
 def policy_loss(case: Case, policy: PolicyTokens) -> TokenLoss:
@@ -103,7 +116,9 @@ def policy_loss(case: Case, policy: PolicyTokens) -> TokenLoss:
 
 
 def term(case: Case, policy: PolicyTokens) -> TokenLoss:
-    told = {name: tensor(value) for name, value in case.get("inputs", {}).items()}  # by the coefficient's controller
+    told = {
+        name: tensor(value) for name, value in case.get("inputs", {}).items()
+    }  # by the coefficient's controller
     return bound(LOSS_TERMS, case["term"])(policy, controlled(case), **told)
 
 
@@ -114,7 +129,9 @@ def term_loss(case: Case) -> Tensor:
 
 
 def slope(quantity: Callable[[Case, PolicyTokens], Tensor], case: Case) -> Tensor:
-    """d(sum of the quantity) / d(logp, or what "with_respect_to" names: "entropy" or a name in policy_extra)."""
+    """d(sum of the quantity) / d(logp, or what "with_respect_to" names: "entropy" or a name in
+    policy_extra).
+    """
     policy, name = policy_of(case), case.get("with_respect_to", "logp")
     leaf = {"logp": policy.logp, "entropy": policy.entropy, **policy.extra}[name]
     assert leaf is not None

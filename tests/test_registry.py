@@ -46,8 +46,19 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
 def test_declarations_are_read_from_source_without_importing(registry: Registry):
     assert registry.names() == ["scaled", "keeper"]
     spec = registry.spec("scaled")
-    assert (spec.attribute, spec.arxiv, spec.traits, spec.doc) == ("scaled_", "1234.56789", {"quick"}, "Says what it does.")
-    assert {name: hp.default for name, hp in spec.hyperparameters.items()} == {"by": 2.0, "ref": None, "on": False, "mode": "a", "count": 3}
+    assert (spec.attribute, spec.arxiv, spec.traits, spec.doc) == (
+        "scaled_",
+        "1234.56789",
+        {"quick"},
+        "Says what it does.",
+    )
+    assert {name: hp.default for name, hp in spec.hyperparameters.items()} == {
+        "by": 2.0,
+        "ref": None,
+        "on": False,
+        "mode": "a",
+        "count": 3,
+    }
     assert "declared_for_test" not in sys.modules
 
 
@@ -84,7 +95,9 @@ def test_needs_follow_the_hyperparameters(registry: Registry):
         ("scaled", {"mode": "worst"}, "got 'worst' (str): it never works"),
     ],
 )
-def test_mistakes_are_refused_with_what_arrived_and_what_was_expected(registry: Registry, name: str, hp: dict[str, object], message: str):
+def test_mistakes_are_refused_with_what_arrived_and_what_was_expected(
+    registry: Registry, name: str, hp: dict[str, object], message: str
+):
     with pytest.raises(ValueError) as caught:
         registry.bind(name, hp)
     assert message in str(caught.value)
@@ -111,5 +124,11 @@ def test_every_registered_signature_is_checked_without_torch():
         "        registry.check(spec.name, {key: hp.default for key, hp in spec.hyperparameters.items()})\n"
         "assert 'torch' not in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        check=False,
+    )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,6 @@
-"""Code in a model folder runs where the recipe names the folder, and nowhere else; it is never asked about."""
+"""Code in a model folder runs where the recipe names the folder, and nowhere else; it is never asked
+about.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rltrain import cli
+from rltrain.cli import app as cli
 from rltrain.errors import UserError
 from rltrain.remote_code import trust_copy, trusting, trusts
 
@@ -29,7 +31,9 @@ class OwnModel(Qwen2ForCausalLM):
 
 @pytest.fixture
 def folder(tiny_models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model of a type that transformers does not know, whose code leaves the file ``ran`` beside the folder."""
+    """A model of a type that transformers does not know, whose code leaves the file ``ran`` beside
+    the folder.
+    """
     path = tiny_models.make_random_model(tmp_path / "model")
     config = json.loads((path / "config.json").read_text())
     mapped = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
@@ -53,7 +57,13 @@ def call(monkeypatch: pytest.MonkeyPatch):
 
 
 def training(*overrides: str, run: str = "run", steps: int = 1) -> list[str]:
-    small = ["rollout.prompts=2", "rollout.n=2", "data.eval=null", "checkpoint.every=1", f"train.steps={steps}"]
+    small = [
+        "rollout.prompts=2",
+        "rollout.n=2",
+        "data.eval=null",
+        "checkpoint.every=1",
+        f"train.steps={steps}",
+    ]
     words = [word for one in (*small, *overrides) for word in ("--set", one)]
     return ["train", str(ROOT / "recipes/policy/grpo.yaml"), "--profile", "tiny_cpu", "--run", run, *words]
 
@@ -69,7 +79,9 @@ def training(*overrides: str, run: str = "run", steps: int = 1) -> list[str]:
     ],
     ids=["generate", "score", "soup", "train", "reference"],
 )
-def test_code_that_nobody_named_does_not_run_and_the_remedy_is_said(call, folder: Path, command, capsys, tiny_models) -> None:
+def test_code_that_nobody_named_does_not_run_and_the_remedy_is_said(
+    call, folder: Path, command, capsys, tiny_models
+) -> None:
     # stdin says "y" to everything: transformers used to ask there
     tiny_models.make_random_model(folder.with_name("plain"))
     folder.with_name("rows.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n')
@@ -86,7 +98,9 @@ def test_a_named_folder_trains_and_goes_on_and_its_code_is_said(call, folder: Pa
     said = capsys.readouterr().err
     assert "code of model may run (sha256): own.py" in said
     assert folder.with_name("ran").exists()
-    assert call(*training(*trusted, steps=2)) == 0  # the checkpoint's copy of the code is the one that was named
+    assert (
+        call(*training(*trusted, steps=2)) == 0
+    )  # the checkpoint's copy of the code is the one that was named
     assert call("generate", "run/model", "1+1=", "--max-tokens", "4") == 2
     assert call("generate", "run/model", "1+1=", "--max-tokens", "4", "--trust-remote-code", "run/model") == 0
 
@@ -106,14 +120,21 @@ def test_other_code_in_a_checkpoint_does_not_run(folder: Path, tmp_path: Path) -
         assert not trusts(str(copy))
 
 
-@pytest.mark.parametrize("entry", ["nobody/model", "nobody/model@main", "nobody/model@0123abc", "@" + COMMIT, "absent/folder"])
+@pytest.mark.parametrize(
+    "entry", ["nobody/model", "nobody/model@main", "nobody/model@0123abc", "@" + COMMIT, "absent/folder"]
+)
 def test_an_entry_that_pins_no_code_is_refused(entry: str) -> None:
-    with pytest.raises(UserError, match="is no folder; for a model on the Hub write NAME@COMMIT"), trusting([entry]):
+    with (
+        pytest.raises(UserError, match="is no folder; for a model on the Hub write NAME@COMMIT"),
+        trusting([entry]),
+    ):
         pass
 
 
 def test_a_commit_is_trusted_at_that_commit_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rltrain.remote_code.local_file", lambda *_: None)  # no config names code of another place
+    monkeypatch.setattr(
+        "rltrain.remote_code.local_file", lambda *_: None
+    )  # no config names code of another place
     with trusting([f"somebody/model@{COMMIT}"]):
         assert trusts("somebody/model", COMMIT)
         assert not trusts("somebody/model", None)
@@ -122,14 +143,20 @@ def test_a_commit_is_trusted_at_that_commit_only(monkeypatch: pytest.MonkeyPatch
     assert not trusts("somebody/model", COMMIT)
 
 
-def test_a_folder_is_trusted_under_every_spelling_and_not_its_neighbours(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_is_trusted_under_every_spelling_and_not_its_neighbours(
+    folder: Path, tmp_path: Path
+) -> None:
     with trusting([str(folder)]):
         assert trusts("model") and trusts("./model/") and trusts(str(tmp_path / "model/../model"))
         assert not trusts(str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    "mapped", [{"AutoConfig": "somebody/code--own.OwnConfig"}, {"AutoTokenizer": ["own.Slow", "somebody/code--own.Fast"]}]
+    "mapped",
+    [
+        {"AutoConfig": "somebody/code--own.OwnConfig"},
+        {"AutoTokenizer": ["own.Slow", "somebody/code--own.Fast"]},
+    ],
 )
 def test_code_of_yet_another_repository_is_refused(folder: Path, mapped: dict[str, object]) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": mapped}))

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rltrain.round_trip import Losses, lost_share
-from script_modules import script
+from support.scripts import script
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789+=?'ABCÉé"
 
@@ -24,7 +24,9 @@ def tokenizer_of(
         made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     else:
         made.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", additional_special_tokens=["<user>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", additional_special_tokens=["<user>"]
+    )
 
 
 def lost(tokenizer: PreTrainedTokenizerFast, text: str) -> float:
@@ -38,8 +40,16 @@ def lost(tokenizer: PreTrainedTokenizerFast, text: str) -> float:
         (tokenizer_of(None), "<user>what"),
         (tokenizer_of(normalizers.Lowercase()), "What IS 1+1?"),
         (tokenizer_of(normalizers.NFC()), "Cafe\u0301 e\u0301"),  # an accent of its own
-        (tokenizer_of(normalizers.NFKC()), "\uff11\uff0b\uff11\u00b2 \ufb01ne"),  # full width, superscript, ligature
-        (tokenizer_of(normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()])), "Caf\u00e9"),
+        (
+            tokenizer_of(normalizers.NFKC()),
+            "\uff11\uff0b\uff11\u00b2 \ufb01ne",
+        ),  # full width, superscript, ligature
+        (
+            tokenizer_of(
+                normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()])
+            ),
+            "Caf\u00e9",
+        ),
         (tokenizer_of(normalizers.Replace(" ", "")), "a b  c"),
         (tokenizer_of(None, sentencepiece=True), "a b"),
         (tokenizer_of(None, sentencepiece=True), "<user> a b "),
@@ -47,7 +57,9 @@ def lost(tokenizer: PreTrainedTokenizerFast, text: str) -> float:
         (script("make_tiny_model").character_tokenizer(), "<user>37 + 58\n= ~{}<assistant>"),
     ],
 )
-def test_what_a_tokenizer_changes_on_purpose_is_no_loss(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+def test_what_a_tokenizer_changes_on_purpose_is_no_loss(
+    tokenizer: PreTrainedTokenizerFast, text: str
+) -> None:
     assert lost(tokenizer, text) == 0
 
 
@@ -57,10 +69,16 @@ def test_what_a_tokenizer_changes_on_purpose_is_no_loss(tokenizer: PreTrainedTok
         (tokenizer_of(None), "a\u4e2db", 1 / 3),  # unknown, one token
         (tokenizer_of(None, letters=""), "<user>12", 1.0),  # nothing but special tokens is known
         (tokenizer_of(None), "it\u2019s 1+1=2", 1 / 9),
-        (script("make_tiny_model").character_tokenizer(), "<user>\u4e2d\u6587<assistant>", 1.0),  # unknown, no token
+        (
+            script("make_tiny_model").character_tokenizer(),
+            "<user>\u4e2d\u6587<assistant>",
+            1.0,
+        ),  # unknown, no token
     ],
 )
-def test_the_share_of_characters_that_are_lost(tokenizer: PreTrainedTokenizerFast, text: str, share: float) -> None:
+def test_the_share_of_characters_that_are_lost(
+    tokenizer: PreTrainedTokenizerFast, text: str, share: float
+) -> None:
     assert lost(tokenizer, text) == pytest.approx(share)
 
 
@@ -81,7 +99,10 @@ def test_some_unknown_characters_are_counted() -> None:
 def test_many_unknown_characters_are_refused_with_the_text_that_loses_most() -> None:
     tokenizer = tokenizer_of(None)
     losses = losses_of(tokenizer, "it\u2019s", "a \u4e2d\u6587", "\u4e2d\u6587\u4e2d\u6587", "plain")
-    with pytest.raises(ValueError, match=r"data.jsonl: 4\d% of the texts is lost .* example 100% of '\u4e2d.* has 49 tokens; is its tok"):
+    with pytest.raises(
+        ValueError,
+        match=r"data.jsonl: 4\d% of the texts is lost .* example 100% of '\u4e2d.* has 49 tokens; is its tok",
+    ):
         losses.check("data.jsonl", tokenizer)
 
 

@@ -80,7 +80,10 @@ def test_segments_of_an_empty_tensor_are_empty():
 
 def test_token_moments_are_numpys_over_the_tokens_of_a_segment():
     generator = torch.Generator().manual_seed(0)
-    values, mask = torch.randn(5, 4, generator=generator, dtype=torch.float64), torch.rand(5, 4, generator=generator) > 0.4
+    values, mask = (
+        torch.randn(5, 4, generator=generator, dtype=torch.float64),
+        torch.rand(5, 4, generator=generator) > 0.4,
+    )
     segment = torch.tensor([2, 9, 2, 9, 50])
     mask[4] = False
     centred, variance = token_moments(values.masked_fill(~mask, math.nan), mask, segment)
@@ -93,7 +96,9 @@ def test_token_moments_are_numpys_over_the_tokens_of_a_segment():
 
 
 def test_token_moments_of_equal_values_are_exactly_zero():
-    centred, variance = token_moments(torch.full((3, 3), 0.1), torch.ones(3, 3, dtype=torch.bool), torch.tensor([1, 1, 1]))
+    centred, variance = token_moments(
+        torch.full((3, 3), 0.1), torch.ones(3, 3, dtype=torch.bool), torch.tensor([1, 1, 1])
+    )
     assert not centred.any() and not variance.any()
 
 
@@ -102,5 +107,8 @@ def test_row_quantiles_are_numpys(q: float):
     values = torch.randn(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     mask = torch.arange(6) < torch.tensor([6, 1, 3, 0])[:, None]
     got = row_quantile(values, mask, q)
-    assert_close(got[:3], torch.tensor([np.quantile(values[row, : int(mask[row].sum())].numpy(), q) for row in range(3)]))
+    assert_close(
+        got[:3],
+        torch.tensor([np.quantile(values[row, : int(mask[row].sum())].numpy(), q) for row in range(3)]),
+    )
     assert got[3] == 0

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from rltrain.types import Completion, Prompt, Score, ScoredGroup, TrainBatch
+from reward.score import Score
+from rltrain.types.policy import TrainBatch
+from rltrain.types.samples import REFERENCE_VERSION, Completion, Prompt, Request, Sampling, ScoredGroup, Span
 
 
 def batch(**changes: Any) -> TrainBatch:
@@ -58,16 +60,53 @@ def test_replace_leaves_the_original_alone():
 
 def test_moving_a_batch_moves_what_is_there():
     moved = batch(old_logp=torch.zeros(3, 4)).to("meta")
-    assert moved.mask.is_meta and moved.old_logp is not None and moved.old_logp.is_meta and moved.ref_logp is None
+    assert (
+        moved.mask.is_meta
+        and moved.old_logp is not None
+        and moved.old_logp.is_meta
+        and moved.ref_logp is None
+    )
 
 
 def completion() -> Completion:
-    return Completion(token_ids=(5, 6), logprobs=(-0.1, -0.2), finish="stop", text="ab", version=0)
+    return Completion(
+        token_ids=(5, 6), logprobs=(-0.1, -0.2), finish="stop", text="ab", versions=(Span(0, 2, 0),)
+    )
 
 
 def test_a_completion_has_one_logprob_per_token():
     with pytest.raises(ValueError, match="2 tokens but 1 log-probs"):
         dataclasses.replace(completion(), logprobs=(-0.1,))
+
+
+@pytest.mark.parametrize(
+    "versions",
+    [
+        (),
+        (Span(0, 1, 3),),
+        (Span(1, 2, 3),),
+        (Span(0, 1, 3), Span(0, 2, 4)),
+        (Span(0, 3, 3),),
+        (Span(0, 2, 3), Span(2, 3, 4)),
+    ],
+)
+def test_the_versions_of_a_completion_cover_its_tokens(versions: tuple[Span, ...]):
+    with pytest.raises(ValueError, match="2 tokens whose versions cover"):
+        dataclasses.replace(completion(), versions=versions)
+
+
+def test_a_completion_is_as_old_as_its_oldest_token():
+    assert dataclasses.replace(completion(), versions=(Span(0, 1, 4), Span(1, 2, 3))).oldest_version == 3
+    assert (
+        dataclasses.replace(completion(), versions=(Span(0, 2, REFERENCE_VERSION),)).oldest_version
+        == REFERENCE_VERSION
+    )
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 0), (-1, 2), (3, 2), (0, 5), (4, 1)])
+def test_a_request_is_for_samples_of_its_group(first: int, count: int):
+    with pytest.raises(ValueError, match=rf"'p': {count} samples from number {first} on .* n = 4"):
+        Request(Prompt("p", (1,), "x"), Sampling(4, 1.0, 8, seed=0), first, count)
 
 
 def test_a_scored_group_has_one_score_per_completion():

@@ -1,4 +1,7 @@
-"""What waits too long, or has lost a peer, ends with exit code 75 and says why. Every case is a process of its own: it dies."""
+"""What waits too long, or has lost a peer, ends with exit code 75 and says why.
+
+Every case is a process of its own: it dies.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,10 @@ def test_a_wait_beyond_its_deadline_names_what_and_whom_shows_the_stacks_and_tak
     assert "deadline: rank 3: waited 0 s for the vllm engine: to generate 8 completions" in done.stderr
     assert "stuck_in_here" in done.stderr
     for _ in range(100):  # an orphan is reaped by whoever adopts it
-        if not Path(f"/proc/{done.stdout.strip()}").exists() or "State:\tZ" in Path(f"/proc/{done.stdout.strip()}/status").read_text():
+        if (
+            not Path(f"/proc/{done.stdout.strip()}").exists()
+            or "State:\tZ" in Path(f"/proc/{done.stdout.strip()}/status").read_text()
+        ):
             break
         time.sleep(0.02)
     else:
@@ -116,8 +122,12 @@ def test_a_rank_that_finished_is_not_missed_and_this_one_leaves_its_last_words()
         ("RuntimeError('[gloo] Connection closed by peer')", "rank 1 gave no sign of life for"),
     ],
 )
-def test_an_error_that_is_a_deadline_of_its_own_or_a_lost_peer_ends_the_same_way(error: str, named: str) -> None:
-    done = run(BOARD + f"\n    with Watchdog(6, 'rank 0', Wall()):\n        time.sleep(0.5)\n        raise {error}")
+def test_an_error_that_is_a_deadline_of_its_own_or_a_lost_peer_ends_the_same_way(
+    error: str, named: str
+) -> None:
+    done = run(
+        BOARD + f"\n    with Watchdog(6, 'rank 0', Wall()):\n        time.sleep(0.5)\n        raise {error}"
+    )
     assert done.returncode == EXPIRED and named in done.stderr, done.stderr
 
 

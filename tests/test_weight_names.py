@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rltrain.weight_names import CheckpointNames
-from script_modules import script
+from support.scripts import script
 
 SCRIPT = script("architectures_vllm")
 FUSED = ("qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "glm4_moe", "deepseek_v3", "granitemoe")
@@ -25,7 +25,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("name", SCRIPT.ARCHITECTURES)
-def test_the_names_are_those_of_the_folder_and_lead_back_to_the_model(name: str, folders: dict[str, Path]) -> None:
+def test_the_names_are_those_of_the_folder_and_lead_back_to_the_model(
+    name: str, folders: dict[str, Path]
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32)
     names, state = CheckpointNames(model), model.state_dict()
     stored = load_file(folders[name] / "model.safetensors")
@@ -35,7 +37,9 @@ def test_the_names_are_those_of_the_folder_and_lead_back_to_the_model(name: str,
     assert all(torch.equal(sent[second], sent[first]) for second, first in names.ties.items())
     assert {key: tuple(weight.shape) for key, weight in sent.items()} == names.shapes
     back = dict(names.from_checkpoint(sent.items()))
-    assert back.keys() == state.keys() and all(torch.equal(back[key], weight) for key, weight in state.items())
+    assert back.keys() == state.keys() and all(
+        torch.equal(back[key], weight) for key, weight in state.items()
+    )
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -72,7 +76,9 @@ def test_only_the_groups_that_hold_a_wanted_name_are_converted(folders: dict[str
     wanted = {"model.layers.1.block_sparse_moe.experts.2.w3.weight", "model.norm.weight"}
     some = dict(names.to_checkpoint(model.state_dict().items(), wanted))
     assert wanted <= some.keys()
-    assert {key.rpartition(".experts.")[0] for key in some if "experts" in key} == {"model.layers.1.block_sparse_moe"}
+    assert {key.rpartition(".experts.")[0] for key in some if "experts" in key} == {
+        "model.layers.1.block_sparse_moe"
+    }
     assert not any(".w2." in key or ".self_attn." in key for key in some)
 
 

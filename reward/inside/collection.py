@@ -37,9 +37,10 @@ def collect(defined: Mapping[str, Any], entry: Callable[[], Any] | None, script_
     """One function per test among the names that a source has ``defined``: ``check``, ``test*`` functions and
     classes, TestCases.
 
-    entry: gives the function under test, where the row names one; it is ``check``'s argument, and that of any test
-    that calls it ``candidate``. script_calls: whether the source has called the program when it was executed; its
-    functions with arguments are then helpers, and not tests. Raises BadTests where a test wants what is not there.
+    entry: gives the function under test, where the row names one; it is ``check``'s argument, and that of any
+    test that calls it ``candidate``. script_calls: whether the source has called the program when it was
+    executed; its functions with arguments are then helpers, and not tests. Raises BadTests where a test wants
+    what is not there.
     """
     own = {name: value for name, value in defined.items() if isinstance(value, pytest_names.Fixture)}
     fixtures = {fixture.name or name: fixture for name, fixture in own.items()}
@@ -69,7 +70,9 @@ def _check(check: types.FunctionType, entry: Callable[[], Any] | None) -> Iterat
 
 
 def _calls(function: Callable[..., Any], fixtures: Fixtures, optional: bool = False) -> Iterator[Run]:
-    """The function once for each combination of its parameters. optional: it is no test where one is missing."""
+    """The function once for each combination of its parameters. optional: it is no test where one is
+    missing.
+    """
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
         raise BadTests(f"{function.__name__} is asynchronous or a generator, which cannot be run as a test")
     marks = getattr(function, "pytestmark", [])

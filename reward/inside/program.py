@@ -1,7 +1,7 @@
 """A program under test: load it, then answer calls to its functions until its tests hang up.
 
-Nothing here is trusted or secret: the program shares this process and may read, replace or end all of it. It learns the arguments
-of the calls, as any tested function does, and never what is expected of them.
+Nothing here is trusted or secret: the program shares this process and may read, replace or end all of it. It
+learns the arguments of the calls, as any tested function does, and never what is expected of them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from reward.inside.wire import Hangup, NotPlain, packed, receive, send, unpacked
 
 
 def serve(channel: socket.socket, source: str, limit: int) -> None:
-    """``limit``: bytes of one message. What is asked is ["call", name, positional, named], ["value", name] or ["kinds", names]; the
-    reply [result, arguments of a call where they changed, error]."""
+    """``limit``: bytes of one message. What is asked is ["call", name, positional, named], ["value", name] or
+    ["kinds", names]; the reply [result, arguments of a call where they changed, error]."""
     module = type(sys)("program")
     sys.modules["program"] = module
     problem = _loaded(source, vars(module))

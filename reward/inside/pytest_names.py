@@ -1,4 +1,5 @@
-"""What tests import from pytest, as far as it can be had without pytest: it stands in its place in the sandbox.
+"""What tests import from pytest, as far as it can be had without pytest: it stands in its place in the
+sandbox.
 
 All other names, and options that are not understood, are the row's fault and said by name.
 """

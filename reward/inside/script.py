@@ -1,4 +1,7 @@
-"""A whole program under test: it reads standard input, prints, and ends. What it should print is nowhere in here."""
+"""A whole program under test: it reads standard input, prints, and ends.
+
+What it should print is nowhere in here.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,27 @@ from typing import Any, NoReturn
 
 
 def take_input(text: str) -> None:
-    """Standard input becomes a file of ``text`` that nobody can write. Before the limits, which would count it as the program's own."""
+    """Standard input becomes a file of ``text`` that nobody can write.
+
+    Before the limits, which would count it as the program's own.
+    """
     descriptor = os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with open(descriptor, "wb", closefd=False) as file:
         file.write(text.encode("utf-8", errors="replace"))
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    fcntl.fcntl(
+        descriptor,
+        fcntl.F_ADD_SEALS,
+        fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL,
+    )
     os.lseek(descriptor, 0, os.SEEK_SET)
     os.dup2(descriptor, 0)
     os.close(descriptor)
 
 
 def run(channel: socket.socket, source: str) -> NoReturn:
-    """Ends as Python itself would, with what is registered for the end, threads waited for and output written."""
+    """Ends as Python itself would, with what is registered for the end, threads waited for and output
+    written.
+    """
     os.dup2(channel.fileno(), 1)
     channel.close()
     sys.stdin = sys.__stdin__ = os.fdopen(0, "r", encoding="utf-8", errors="replace", closefd=False)
@@ -43,13 +55,17 @@ def _status_of(source: str, namespace: dict[str, Any]) -> int:
         exec(compile(source, "program", "exec", dont_inherit=True), namespace)
     except SystemExit as end:
         return end.code % 256 if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:  # the program's own code: whatever it raises but SystemExit ends it with 1, as Python does
+    except (
+        BaseException
+    ):  # the program's own code: whatever it raises but SystemExit ends it with 1, as Python does
         return 1
     return 0
 
 
 def _finished(namespace: dict[str, Any]) -> int:
-    """What Python does at a program's end, without taking all of itself apart, which takes longer than most programs run."""
+    """What Python does at a program's end, without taking all of itself apart, which takes longer
+    than most programs run.
+    """
     try:
         me = threading.current_thread()
         while others := [one for one in threading.enumerate() if one is not me and not one.daemon]:
@@ -59,6 +75,8 @@ def _finished(namespace: dict[str, Any]) -> int:
             if stream is not None and not getattr(stream, "closed", False):
                 stream.flush()
         namespace.clear()  # files that are still open write what they hold
-    except BaseException:  # what the program registered for its end, and the files it left open, are its own as well
+    except (
+        BaseException
+    ):  # what the program registered for its end, and the files it left open, are its own as well
         return 1
     return 0

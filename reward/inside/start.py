@@ -1,8 +1,9 @@
 """Shuts processes in, before they run anything that was not written here.
 
-nursery (imports once, then forks) -> launcher (new namespaces, a root folder of its own) -> init (process 1: when it ends, all end)
--> inmate (limits, no privileges). A control socket carries the job in, "ready" and "go" across, a tester's verdict out. When the
-grader closes it, init ends; when everything has ended, the launcher closes its own end.
+nursery (imports once, then forks) -> launcher (new namespaces, a root folder of its own) -> init (process 1:
+when it ends, all end) -> inmate (limits, no privileges). A control socket carries the job in, "ready" and
+"go" across, a tester's verdict out. When the grader closes it, init ends; when everything has ended, the
+launcher closes its own end.
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ _BUILD_AT = "/tmp"  # any folder that exists: only this process sees what is mou
 
 
 def nursery(descriptor: int) -> NoReturn:
-    """Forks a launcher for every pair (control, channel) of descriptors that arrives, until the grader hangs up."""
+    """Forks a launcher for every pair (control, channel) of descriptors that arrives, until the
+    grader hangs up.
+    """
     orders = socket.socket(fileno=descriptor)
     most = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    resource.setrlimit(resource.RLIMIT_CPU, (most, most))  # the grader's own is for one completion, this process serves them all
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (most, most)
+    )  # the grader's own is for one completion, this process serves them all
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # launchers are not waited for
     while True:
         word, descriptors, _, _ = socket.recv_fds(orders, 1, 2)
@@ -109,18 +114,21 @@ def _wrap(control: socket.socket, channel: socket.socket, job: dict[str, Any]) -
     os.close(said)
     status = os.waitpid(child, 0)[1]
     if status != 0:
-        raise OSError(os.read(complaint, 2000).decode(errors="replace").strip() or f"bubblewrap ended with status {status}")
+        raise OSError(
+            os.read(complaint, 2000).decode(errors="replace").strip()
+            or f"bubblewrap ended with status {status}"
+        )
     os._exit(0)
 
 
-# namespaces ----------------------------------------------------------------------------------------------------------
+# namespaces -------------------------------------------------------------------------------------------------
 
 
 def shut_in(job: dict[str, Any]) -> None:
     """Namespaces and a root folder, by the job's kind.
 
-    root: mounts as root, then gives it up, so that a program is nobody even to the kernel's accounts. user: all inside a new user
-    namespace. bubblewrap and none: nothing is left, or nothing is wanted, to do here.
+    root: mounts as root, then gives it up, so that a program is nobody even to the kernel's accounts. user:
+    all inside a new user namespace. bubblewrap and none: nothing is left, or nothing is wanted, to do here.
     """
     if job["kind"] == "root":
         kernel.unshare(kernel.ALL_BUT_USER)
@@ -132,7 +140,11 @@ def shut_in(job: dict[str, Any]) -> None:
             _become_nobody()
         user, group = os.geteuid(), os.getegid()
         kernel.unshare(kernel.ALL_BUT_USER | kernel.CLONE_NEWUSER)
-        for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+        for name, text in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{user} {user} 1"),
+            ("gid_map", f"{group} {group} 1"),
+        ):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
         _make_root(job)
@@ -146,10 +158,15 @@ def _become_nobody() -> None:
 
 
 def _make_root(job: dict[str, Any]) -> None:
-    """A root folder of read-only system folders, five devices and an empty /tmp. No /proc: it would show more than it is worth."""
+    """A root folder of read-only system folders, five devices and an empty /tmp.
+
+    No /proc: it would show more than it is worth.
+    """
     os.umask(0o022)
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
-    sources = {path: os.open(path, os.O_PATH) for path in [*job["readable"], *(f"/dev/{name}" for name in DEVICES)]}
+    sources = {
+        path: os.open(path, os.O_PATH) for path in [*job["readable"], *(f"/dev/{name}" for name in DEVICES)]
+    }
     kernel.mount("root", _BUILD_AT, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=1m,mode=755")
     for path, source in sources.items():
         target = _BUILD_AT + path
@@ -170,11 +187,13 @@ def _make_root(job: dict[str, Any]) -> None:
     kernel.make_read_only("/", below=False)
 
 
-# processes -----------------------------------------------------------------------------------------------------------
+# processes --------------------------------------------------------------------------------------------------
 
 
 def _become_inmate(control: socket.socket, channel: socket.socket, job: dict[str, Any]) -> None:
-    """Init watches the grader and its child, and ends, with everything in its process namespace, when either has gone."""
+    """Init watches the grader and its child, and ends, with everything in its process namespace, when
+    either has gone.
+    """
     os.setsid()
     null = os.open("/dev/null", os.O_RDWR)
     for descriptor in (0, 1, 2):

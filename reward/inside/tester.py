@@ -1,8 +1,8 @@
 """Tests of a program that runs elsewhere: to them its functions are proxies that exchange data with it.
 
 The tests and what they expect stay in this process, which the program cannot reach: it answers calls, and the
-comparison is here. So is the count of calls: a program cannot feign one, and tests that pass without any say nothing
-of it.
+comparison is here. So is the count of calls: a program cannot feign one, and tests that pass without any say
+nothing of it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from reward.inside.wire import Hangup, NotPlain, packed, receive, send, unpacked
 class Calls:
     """The program's functions and values, by name.
 
-    calls: how often the tests called a function of the program, or read a global of it that is none, one that is
-    not there included. To name a function, to pass it on or to ask whether it can be called is no call.
+    calls: how often the tests called a function of the program, or read a global of it that is none, one that
+    is not there included. To name a function, to pass it on or to ask whether it can be called is no call.
     """
 
     def __init__(self, channel: socket.socket, limit: int) -> None:
@@ -71,7 +71,9 @@ class Calls:
         return self.ask(["value", name], [])
 
     def kinds(self, names: Sequence[str]) -> dict[str, str]:
-        """What each is: "function", "value" or "missing"; "unknown" where the program does not load or answer."""
+        """What each is: "function", "value" or "missing"; "unknown" where the program does not load
+        or answer.
+        """
         with contextlib.suppress(Hangup, NotPlain, ValueError, TypeError, RecursionError, MemoryError):
             send(self.channel, ["kinds", list(names), None], self.limit)
             kinds, _, problem = receive(self.channel, self.limit)
@@ -104,8 +106,8 @@ class Calls:
         return answer
 
     def error(self, kind: Any, message: Any) -> BaseException:
-        """A built-in exception by its name. StopIteration would end a test's loop as if it had passed; what exits is
-        no test's business.
+        """A built-in exception by its name. StopIteration would end a test's loop as if it had passed; what
+        exits is no test's business.
         """
         found = getattr(builtins, str(kind), None)
         ends_loops = (StopIteration, StopAsyncIteration)
@@ -142,8 +144,8 @@ class Namespace(dict[str, Any]):
 
 
 class ProgramModule(ModuleType):
-    """The program, as tests may import it. ``import *`` takes nothing from it: names that the tests do not define are
-    its own anyway, and one that shadows a built-in function would decide what an assertion means.
+    """The program, as tests may import it. ``import *`` takes nothing from it: names that the tests do not
+    define are its own anyway, and one that shadows a built-in function would decide what an assertion means.
     """
 
     __all__ = ()
@@ -181,10 +183,11 @@ class TestsModule(ModuleType):
 
 
 def run(channel: socket.socket, job: dict[str, Any]) -> dict[str, Any]:
-    """``passed``: one verdict per test that calls the program, or ``fault``: why the row's tests said nothing.
+    """``passed``: one verdict per test that calls the program, or ``fault``: why the row's tests said
+    nothing.
 
-    job: ``before`` (Python that the tests may use), ``tests`` (sources), ``entry`` (the function under test or None),
-    ``module`` (the name under which they may import the program), ``limit``.
+    job: ``before`` (Python that the tests may use), ``tests`` (sources), ``entry`` (the function under test
+    or None), ``module`` (the name under which they may import the program), ``limit``.
     """
     calls = Calls(channel, job["limit"])
     random.seed(0)
@@ -223,7 +226,9 @@ def _namespace(calls: Calls, job: dict[str, Any]) -> dict[str, Any]:
     return namespace
 
 
-def _outcomes(source: str, namespace: dict[str, Any], entry: str | None, calls: Calls) -> Iterator[bool | None]:
+def _outcomes(
+    source: str, namespace: dict[str, Any], entry: str | None, calls: Calls
+) -> Iterator[bool | None]:
     """Of the source as a script, then of each test that it has defined; None of one that did not call the
     program.
     """
@@ -255,7 +260,9 @@ def _outcome(test: Callable[[], Any], calls: Calls, *, is_script: bool = False) 
         return None
     except SystemExit as end:  # never the program's, which cannot raise it here
         passed = is_script and not end.code
-    except BaseException as error:  # a test fails by whatever it raises, such as a GeneratorExit, which is no Exception
+    except (
+        BaseException
+    ) as error:  # a test fails by whatever it raises, such as a GeneratorExit, which is no Exception
         _blame_for_imports(error)
     if calls.fault is not None:
         raise calls.fault
@@ -266,14 +273,18 @@ def _blame_for_imports(error: BaseException) -> None:
     """A module that the tests import and that is not there is not the program's fault."""
     if isinstance(error, ModuleNotFoundError) and not getattr(error, "raised_by_program", False):
         raise BadTests(
-            f"the tests import {error.name}, which is not there: set packages where it is installed, module where it is the program"
+            f"the tests import {error.name}, which is not there: set packages where it is installed, module "
+            "where it is the program"
         ) from error
 
 
 def _why_no_call(namespace: dict[str, Any], job: dict[str, Any]) -> str:
     check = namespace.get(collection.CHECK)
     if check is not None and not job["entry"]:
-        return "no test calls the program: check(candidate) needs the name of its function, and the row gives none; set entry_column"
+        return (
+            "no test calls the program: check(candidate) needs the name of its function, and the row gives "
+            "none; set entry_column"
+        )
     return "no test calls the program (a function of it, or reads a value), so that every program would pass"
 
 

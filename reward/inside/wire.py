@@ -1,7 +1,7 @@
 """Plain values and messages between a program under test, its tests and the grader.
 
-Objects never cross, only the data in them: what arrives is made of Python's own types, so that no program can hand its tests an
-object that compares equal to everything. JSON with one-key objects for what JSON lacks.
+Objects never cross, only the data in them: what arrives is made of Python's own types, so that no program can
+hand its tests an object that compares equal to everything. JSON with one-key objects for what JSON lacks.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ class Hangup(Exception):
 
 
 def packed(value: Any, depth: int = DEPTH) -> Any:
-    """``value`` as JSON data. Subclasses become what they extend (a Counter a dict), an iterator what it gives. Raises NotPlain."""
+    """``value`` as JSON data.
+
+    Subclasses become what they extend (a Counter a dict), an iterator what it gives. Raises NotPlain.
+    """
     if depth == 0:
         raise NotPlain(f"nested deeper than {DEPTH}")
     if isinstance(value, _SCALARS):
@@ -80,7 +83,10 @@ def _packed_scalar(value: Any) -> Any:
 
 
 def unpacked(data: Any) -> Any:
-    """The value again, of built-in types exactly. Raises NotPlain on anything that ``packed`` does not make."""
+    """The value again, of built-in types exactly.
+
+    Raises NotPlain on anything that ``packed`` does not make.
+    """
     if isinstance(data, list):
         return [unpacked(item) for item in data]
     if not isinstance(data, dict):
@@ -97,7 +103,9 @@ def unpacked(data: Any) -> Any:
 
 
 def send(channel: socket.socket, message: Any, limit: int) -> None:
-    """Raises NotPlain where the message has more than ``limit`` bytes, Hangup where nobody is there to read it."""
+    """Raises NotPlain where the message has more than ``limit`` bytes, Hangup where nobody is there
+    to read it.
+    """
     body = json.dumps(message).encode("ascii")
     if len(body) > limit:
         raise NotPlain(f"{len(body)} bytes of data, more than {limit}")
@@ -108,7 +116,10 @@ def send(channel: socket.socket, message: Any, limit: int) -> None:
 
 
 def receive(channel: socket.socket, limit: int) -> Any:
-    """The next message, as JSON has it. Raises Hangup, TimeoutError, and NotPlain on what is none or is too large."""
+    """The next message, as JSON has it.
+
+    Raises Hangup, TimeoutError, and NotPlain on what is none or is too large.
+    """
     size = LENGTH.unpack(_exactly(channel, LENGTH.size))[0]
     if size > limit:
         raise NotPlain(f"{size} bytes of data, more than {limit}")

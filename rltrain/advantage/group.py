@@ -1,8 +1,8 @@
 """Advantages from one reward per completion and the completions of the same prompt.
 
-``rewards (B,)`` may hold NaN where a completion could not be graded: such a row takes no part in any statistic and has
-advantage 0. Identical rewards within a group give exactly 0 (before whitening, for the REINFORCE++ forms). Nothing here
-carries a gradient.
+``rewards (B,)`` may hold NaN where a completion could not be graded: such a row takes no part in any
+statistic and has advantage 0. Identical rewards within a group give exactly 0 (before whitening, for the
+REINFORCE++ forms). Nothing here carries a gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rltrain.registry import method
 from rltrain.tensor_ops import masked, masked_mean, masked_sum, segment_count, segment_mean, segment_std
 
 __all__ = [
-    "floating",
+    "as_float",
     "group_mean",
     "group_norm",
     "informative_groups",
@@ -31,13 +31,20 @@ __all__ = [
 
 @method("group_norm", arxiv="2402.03300")
 def group_norm(
-    rewards: Tensor, group: Tensor, *, ddof: int = 1, eps: float = 1e-6, scale: Literal["group", "batch", "none"] = "group"
+    rewards: Tensor,
+    group: Tensor,
+    *,
+    ddof: int = 1,
+    eps: float = 1e-6,
+    scale: Literal["group", "batch", "none"] = "group",
 ) -> Tensor:
-    """GRPO: ``(R - mean) / (std + eps)`` over the prompt's graded completions, arXiv:2402.03300. Returns (B,).
+    """GRPO: ``(R - mean) / (std + eps)`` over the prompt's graded completions, arXiv:2402.03300. Returns
+    (B,).
 
-    scale: over what the standard deviation is taken: the prompt's completions, all graded completions of the step, or no
-    division. The paper states neither ddof nor eps: these are verl's; TRL takes eps 1e-4. A group with one graded
-    completion gets 0 (verl would leave it R / (1 + eps), which is a raw reward, not an advantage).
+    scale: over what the standard deviation is taken: the prompt's completions, all graded completions of the
+    step, or no division. The paper states neither ddof nor eps: these are verl's; TRL takes eps 1e-4. A group
+    with one graded completion gets 0 (verl would leave it R / (1 + eps), which is a raw reward, not an
+    advantage).
     """
 
     def normalise(values: Tensor, ids: Tensor) -> Tensor:
@@ -53,22 +60,27 @@ def group_norm(
 def group_mean(rewards: Tensor, group: Tensor) -> Tensor:
     """Dr.GRPO: ``R - mean`` over the prompt's graded completions, arXiv:2503.20783. Returns (B,).
 
-    No division by the standard deviation, which would weigh very easy and very hard prompts up. Its other half is the
-    aggregate ``dr_grpo``. A group with one graded completion gets 0.
+    No division by the standard deviation, which would weigh very easy and very hard prompts up. Its other
+    half is the aggregate ``dr_grpo``. A group with one graded completion gets 0.
     """
     return _over_graded(lambda values, ids: values - segment_mean(values, ids), rewards, group)
 
 
 @method("rloo", arxiv="2402.14740")
 def rloo(rewards: Tensor, group: Tensor) -> Tensor:
-    """``R`` minus the mean of the prompt's *other* graded completions: G / (G - 1) (R - mean), arXiv:2402.14740. Returns (B,).
+    """``R`` minus the mean of the prompt's *other* graded completions: G / (G - 1) (R - mean),
+    arXiv:2402.14740. Returns (B,).
 
-    Raises ValueError for a group of one completion, which leaves nothing out (verl returns R there). A group in which
-    graders failed until one completion was left gets 0: a grader's failure is no reason to stop the run.
+    Raises ValueError for a group of one completion, which leaves nothing out (verl returns R there). A group
+    in which graders failed until one completion was left gets 0: a grader's failure is no reason to stop the
+    run.
     """
     alone = segment_count(group) < 2
     if bool(alone.any()):
-        raise ValueError(f"rloo: group {int(group[alone][0])} has 1 completion, the baseline needs at least 2; raise rollout.n")
+        raise ValueError(
+            f"rloo: group {int(group[alone][0])} has 1 completion, the baseline needs at least 2; raise "
+            "rollout.n"
+        )
 
     def leave_one_out(values: Tensor, ids: Tensor) -> Tensor:
         count = segment_count(ids).to(values.dtype)
@@ -77,7 +89,13 @@ def rloo(rewards: Tensor, group: Tensor) -> Tensor:
     return _over_graded(leave_one_out, rewards, group)
 
 
-@method("reinforce_pp", arxiv="2501.03262", needs={"mask"}, needs_if={"kl_coef": {"old_logp", "ref_logp"}}, traits={"groupless"})
+@method(
+    "reinforce_pp",
+    arxiv="2501.03262",
+    needs={"mask"},
+    needs_if={"kl_coef": {"old_logp", "ref_logp"}},
+    traits={"groupless"},
+)
 def reinforce_pp(
     rewards: Tensor,
     group: Tensor,
@@ -89,28 +107,34 @@ def reinforce_pp(
     kl_coef: float = 0.0,
     eps: float = 1e-8,
 ) -> Tensor:
-    """REINFORCE++: token returns discounted by gamma, whitened over all valid tokens of the step, arXiv:2501.03262.
+    """REINFORCE++: token returns discounted by gamma, whitened over all valid tokens of the step,
+    arXiv:2501.03262.
 
-    Returns (B, T): ``(ret - mean) / sqrt(variance + eps)`` with ddof 1; a step of equal returns gets 0. The token reward is
-    the outcome on the last valid token minus ``kl_coef (old_logp - ref_logp)`` on each (k1, which is unbiased in the reward).
-    Masked-out tokens inside a completion neither earn nor discount; verl's release cuts the return at the first of them.
+    Returns (B, T): ``(ret - mean) / sqrt(variance + eps)`` with ddof 1; a step of equal returns gets 0. The
+    token reward is the outcome on the last valid token minus ``kl_coef (old_logp - ref_logp)`` on each (k1,
+    which is unbiased in the reward). Masked-out tokens inside a completion neither earn nor discount; verl's
+    release cuts the return at the first of them.
     """
     del group
     graded = ~rewards.isnan()
     valid = mask.bool() & graded[:, None]
     last = valid & (valid.flip(1).cumsum(1).flip(1) == 1)
-    token_rewards = masked(floating(rewards)[:, None].expand(mask.shape), last)
+    token_rewards = masked(as_float(rewards)[:, None].expand(mask.shape), last)
     if kl_coef:
         if old_logp is None or ref_logp is None:
             missing = "old_logp" if old_logp is None else "ref_logp"
-            raise ValueError(f"reinforce_pp: kl_coef is {kl_coef} but {missing} was not computed; set kl_coef to 0 or supply it")
+            raise ValueError(
+                f"reinforce_pp: kl_coef is {kl_coef} but {missing} was not computed; set kl_coef to 0 or "
+                "supply it"
+            )
         token_rewards = token_rewards - kl_coef * masked(old_logp - ref_logp, valid)
     return whiten(returns(token_rewards, valid, gamma), valid, eps)
 
 
 @method("reinforce_pp_baseline", arxiv="2501.03262", needs={"mask"})
 def reinforce_pp_baseline(rewards: Tensor, group: Tensor, *, mask: Tensor, eps: float = 1e-8) -> Tensor:
-    """REINFORCE++ with the group mean as baseline: ``R - mean`` on every token, then whitened over the step, arXiv:2501.03262.
+    """REINFORCE++ with the group mean as baseline: ``R - mean`` on every token, then whitened over the step,
+    arXiv:2501.03262.
 
     Returns (B, T). eps as in ``reinforce_pp``. A group with one graded completion enters the whitening as 0.
     """
@@ -119,10 +143,11 @@ def reinforce_pp_baseline(rewards: Tensor, group: Tensor, *, mask: Tensor, eps: 
 
 
 def informative_groups(values: Tensor, group: Tensor) -> Tensor:
-    """(B,) bool at every row: its group's graded values differ. DAPO's dynamic sampling keeps these prompts, arXiv:2503.14476.
+    """(B,) bool at every row: its group's graded values differ. DAPO's dynamic sampling keeps these prompts,
+    arXiv:2503.14476.
 
-    ``values (B,)`` is the raw correctness, where this reads ``0 < correct < G``. Not the reward after a length penalty: that
-    differs within groups that are all wrong, and would keep them.
+    ``values (B,)`` is the raw correctness, where this reads ``0 < correct < G``. Not the reward after a
+    length penalty: that differs within groups that are all wrong, and would keep them.
     """
     spread = _over_graded(lambda kept, ids: (kept - segment_mean(kept, ids)).abs(), values, group)
     return segment_mean(spread, group) > 0
@@ -130,20 +155,23 @@ def informative_groups(values: Tensor, group: Tensor) -> Tensor:
 
 def _over_graded(estimate: Callable[[Tensor, Tensor], Tensor], rewards: Tensor, group: Tensor) -> Tensor:
     """``estimate(rewards, group)`` over the rows whose reward is a number, 0 at the others."""
-    rewards = floating(rewards)
+    rewards = as_float(rewards)
     graded = ~rewards.isnan()
     advantages = torch.zeros_like(rewards)
     advantages[graded] = estimate(rewards[graded], group[graded])
     return advantages
 
 
-def floating(rewards: Tensor) -> Tensor:
+def as_float(rewards: Tensor) -> Tensor:
     """Rewards as numbers that have a mean, without a gradient."""
     return rewards.detach() if rewards.is_floating_point() else rewards.to(torch.get_default_dtype())
 
 
 def returns(rewards: Tensor, valid: Tensor, gamma: float) -> Tensor:
-    """(B, T) ``ret_t = rew_t + gamma * ret_next``, next being the next valid token. Doubling: log2(T) passes, no loop over T."""
+    """(B, T) ``ret_t = rew_t + gamma * ret_next``, next being the next valid token.
+
+    Doubling: log2(T) passes, no loop over T.
+    """
     total = rewards
     discount = torch.ones_like(rewards).masked_fill(valid, gamma)
     shift, width = 1, rewards.shape[1]
@@ -156,7 +184,10 @@ def returns(rewards: Tensor, valid: Tensor, gamma: float) -> Tensor:
 
 
 def whiten(values: Tensor, mask: Tensor, eps: float) -> Tensor:
-    """Mean 0 and variance 1 (ddof 1) over all masked-in tokens of the step, 0 elsewhere. Equal values give exactly 0."""
+    """Mean 0 and variance 1 (ddof 1) over all masked-in tokens of the step, 0 elsewhere.
+
+    Equal values give exactly 0.
+    """
     values = masked(values, mask).detach()
     if not bool(mask.any()):
         return values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rltrain.advantage.group import floating
+from rltrain.advantage.group import as_float
 from rltrain.registry import method
 
 __all__ = ["none"]
@@ -15,7 +15,8 @@ __all__ = ["none"]
 def none(rewards: Tensor, group: Tensor) -> Tensor:
     """Zeros (B,): by definition nothing is learned from the rewards, which are still graded and reported.
 
-    For a policy loss that learns from the samples alone (``em_ft``, ``one_shot_em``); any other would stand still.
+    For a policy loss that learns from the samples alone (``em_ft``, ``one_shot_em``); any other would stand
+    still.
     """
     del group
-    return torch.zeros_like(floating(rewards))
+    return torch.zeros_like(as_float(rewards))

@@ -1,8 +1,9 @@
 """Process rewards from log-ratios, and PRIME's returns.
 
 An implicit process reward model is any causal model trained on outcomes (``loss/preference/prm.py``): with
-``rho_t = log pi(y_t|..) - log pi_ref(y_t|..)`` a token earns ``beta rho_t``, and the running sum ``q_t`` is the soft value of
-the text so far, ``beta log E_ref[exp(r / beta)]``, arXiv:2412.01981. Nothing here carries a gradient.
+``rho_t = log pi(y_t|..) - log pi_ref(y_t|..)`` a token earns ``beta rho_t``, and the running sum ``q_t`` is
+the soft value of the text so far, ``beta log E_ref[exp(r / beta)]``, arXiv:2412.01981. Nothing here carries a
+gradient.
 """
 
 from __future__ import annotations
@@ -16,29 +17,46 @@ from rltrain.advantage.group import returns, whiten
 from rltrain.registry import method
 from rltrain.tensor_ops import masked, masked_mean, segment_count, segment_mean
 
-__all__ = ["aggregate_steps", "contrast_accuracy", "prime", "running_value", "step_rewards", "token_rewards", "within_accuracy"]
+__all__ = [
+    "aggregate_steps",
+    "contrast_accuracy",
+    "prime",
+    "running_value",
+    "step_rewards",
+    "token_rewards",
+    "within_accuracy",
+]
 
 
 def token_rewards(logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """(B, T) ``beta (logp - ref_logp)`` of a process reward model and its reference, 0 where the mask is off."""
+    """(B, T) ``beta (logp - ref_logp)`` of a process reward model and its reference, 0 where the mask
+    is off.
+    """
     return masked(beta * (logp - ref_logp), mask).detach()
 
 
 def running_value(rewards: Tensor, mask: Tensor) -> Tensor:
-    """(B, T) ``q_t``: the sum of token rewards up to and including t; where the mask is off, the value so far."""
+    """(B, T) ``q_t``: the sum of token rewards up to and including t; where the mask is off, the
+    value so far.
+    """
     return masked(rewards, mask).cumsum(dim=1)
 
 
 def step_rewards(rewards: Tensor, step_id: Tensor) -> tuple[Tensor, Tensor]:
     """(B, K) summed token reward of each step, and (B, K) bool: the row has that step.
 
-    step_id (B, T) int64: from 0 in each row, -1 outside the completion; a step's separator belongs to the step it ends. The
-    cumulative value after a step is the running sum of these; over all steps it is the response's reward whatever the cut.
+    step_id (B, T) int64: from 0 in each row, -1 outside the completion; a step's separator belongs to the
+    step it ends. The cumulative value after a step is the running sum of these; over all steps it is the
+    response's reward whatever the cut.
     """
     inside = step_id >= 0
     steps = int(step_id.max()) + 1 if step_id.numel() else 0
     column = step_id.clamp(min=0)
-    sums = rewards.new_zeros(len(rewards), steps).scatter_add(1, column, masked(rewards, inside)) if steps else rewards[:, :0]
+    sums = (
+        rewards.new_zeros(len(rewards), steps).scatter_add(1, column, masked(rewards, inside))
+        if steps
+        else rewards[:, :0]
+    )
     tokens = torch.zeros(len(rewards), steps, dtype=torch.int64, device=rewards.device)
     return sums, tokens.scatter_add(1, column, inside.long()) > 0 if steps else inside[:, :0]
 
@@ -50,10 +68,12 @@ def aggregate_steps(
     series: Literal["step", "cumulative"] = "step",
     reduction: Literal["min", "last", "sum", "mean"] = "min",
 ) -> Tensor:
-    """(B,) one score per response from its step rewards (B, K); 0 for a response without steps, arXiv:2412.01981.
+    """(B,) one score per response from its step rewards (B, K); 0 for a response without steps,
+    arXiv:2412.01981.
 
-    series: the rewards themselves, or the cumulative values Q_k. ("step", "sum") and ("cumulative", "last") are the outcome
-    score ``beta u(y)``. The authors' script reports min and sum of both series; which one its table shows was not verified.
+    series: the rewards themselves, or the cumulative values Q_k. ("step", "sum") and ("cumulative", "last")
+    are the outcome score ``beta u(y)``. The authors' script reports min and sum of both series; which one its
+    table shows was not verified.
     """
     values = step if series == "step" else masked(step, present).cumsum(dim=1)
     found = present.any(dim=1)
@@ -88,19 +108,23 @@ def prime(
     outcome_gamma: float = 1.0,
     eps: float = 1e-8,
 ) -> Tensor:
-    """PRIME: leave-one-out returns of token rewards and of outcomes, summed and whitened over the step, arXiv:2502.01456.
+    """PRIME: leave-one-out returns of token rewards and of outcomes, summed and whitened over the step,
+    arXiv:2502.01456.
 
-    Returns (B, T). process_reward (B, T) are the reward model's log-ratios; rewards (B,) the outcomes, NaN where ungraded.
-    baseline: "others", a token's reward less the mean over the prompt's other answers of their mean token reward (the paper);
-    "released" multiplies the token's reward by n / (n - 1) and subtracts the sum of all answers' means over n - 1 (the
-    authors' code). For outcomes the two agree.
-    scale: divide token rewards by the largest |return| of the step (all ranks) plus 1e-6, or not. granularity: "whole" puts a
-    response's token rewards, summed, on its last token. process_weight and outcome_weight multiply the two parts: 1 to 1 is
-    what the released weights come to. process_gamma and outcome_gamma discount; eps as in ``reinforce_pp``. An answer that is
-    the only graded one of its prompt gets 0 before whitening.
+    Returns (B, T). process_reward (B, T) are the reward model's log-ratios; rewards (B,) the outcomes, NaN
+    where ungraded. baseline: "others", a token's reward less the mean over the prompt's other answers of
+    their mean token reward (the paper); "released" multiplies the token's reward by n / (n - 1) and subtracts
+    the sum of all answers' means over n - 1 (the authors' code). For outcomes the two agree. scale: divide
+    token rewards by the largest |return| of the step (all ranks) plus 1e-6, or not. granularity: "whole" puts
+    a response's token rewards, summed, on its last token. process_weight and outcome_weight multiply the two
+    parts: 1 to 1 is what the released weights come to. process_gamma and outcome_gamma discount; eps as in
+    ``reinforce_pp``. An answer that is the only graded one of its prompt gets 0 before whitening.
     """
     if process_reward is None:
-        raise ValueError("prime: process_reward was not computed; it takes a process reward model that learns along with the policy")
+        raise ValueError(
+            "prime: process_reward was not computed; it takes a process reward model that learns along with "
+            "the policy"
+        )
     valid = mask.bool() & ~rewards.isnan()[:, None]
     last = valid & (valid.flip(1).cumsum(1).flip(1) == 1)
     token = masked(process_reward, valid).detach()
@@ -119,12 +143,15 @@ def prime(
     outcome = rewards.to(token.dtype).detach()
     outcome = torch.where(siblings > 0, outcome - _mean_of_others(outcome, group, rewards)[0], 0.0)
     total = process_weight * returns(centred, valid, process_gamma)
-    total = total + outcome_weight * returns(masked(outcome[:, None].expand(mask.shape), last), valid, outcome_gamma)
+    total = total + outcome_weight * returns(
+        masked(outcome[:, None].expand(mask.shape), last), valid, outcome_gamma
+    )
     return whiten(total, valid, eps)
 
 
 def within_accuracy(correct: Tensor, group: Tensor, *, low: float = 0.2, high: float = 0.8) -> Tensor:
-    """(B,) bool at every row: its prompt's share of right answers lies in [low, high], both included, arXiv:2502.01456.
+    """(B,) bool at every row: its prompt's share of right answers lies in [low, high], both included,
+    arXiv:2502.01456.
 
     correct (B,), NaN where ungraded: such rows do not count. A prompt without a graded answer is out.
     """
@@ -135,10 +162,11 @@ def within_accuracy(correct: Tensor, group: Tensor, *, low: float = 0.2, high: f
 
 
 def contrast_accuracy(score: Tensor, outcome: Tensor, group: Tensor) -> Tensor:
-    """() how often a reward model orders two answers of a prompt as their outcomes do, mean over prompts, arXiv:2502.01456.
+    """() how often a reward model orders two answers of a prompt as their outcomes do, mean over prompts,
+    arXiv:2502.01456.
 
-    A pair weighs by the difference of its outcomes; a prompt without any difference counts 0.5. Between equal scores the later
-    row passes for the better one, as in the authors' code.
+    A pair weighs by the difference of its outcomes; a prompt without any difference counts 0.5. Between equal
+    scores the later row passes for the better one, as in the authors' code.
     """
     first, second = torch.triu_indices(len(score), len(score), offset=1, device=score.device)
     same = group[first] == group[second]
@@ -152,7 +180,9 @@ def contrast_accuracy(score: Tensor, outcome: Tensor, group: Tensor) -> Tensor:
 
 
 def _mean_of_others(values: Tensor, group: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) mean of ``values`` over the other graded rows of the group, and (B,) how many those are. 0 and 0 where there are none."""
+    """(B,) mean of ``values`` over the other graded rows of the group, and (B,) how many those are. 0
+    and 0 where there are none.
+    """
     graded = ~rewards.isnan()
     mean, others = torch.zeros_like(values), torch.zeros_like(values)
     kept, ids = values[graded], group[graded]

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from rltrain.registry import BoundMethod
-from rltrain.types import TrainBatch
+from rltrain.types.policy import TrainBatch
 
 
-def assign(batch: TrainBatch, estimator: BoundMethod) -> TrainBatch:
+def compute_advantages(batch: TrainBatch, estimator: BoundMethod) -> TrainBatch:
     """``batch`` with advantages of the whole step; a scalar per completion is spread over its tokens.
 
-    Rows of one prompt share ``batch.group`` whatever their arm. An estimator that lists ``arm`` among its inputs is given all rows
-    and tells the arms apart itself; any other sees one arm at a time, so that no statistic of it, be it over the group or over the
-    step, mixes samples of different distributions.
+    Rows of one prompt share ``batch.group`` whatever their arm. An estimator that lists ``arm`` among its
+    inputs is given all rows and tells the arms apart itself; any other sees one arm at a time, so that no
+    statistic of it, be it over the group or over the step, mixes samples of different distributions.
     """
     if "arm" in estimator.spec.inputs or bool((batch.arm == batch.arm[0]).all()):
         return batch.replace(advantages=_estimated(batch, estimator))

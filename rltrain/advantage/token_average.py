@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rltrain.advantage.group import floating, group_norm
+from rltrain.advantage.group import as_float, group_norm
 from rltrain.registry import method
 from rltrain.tensor_ops import segment_mean, token_moments
 
@@ -13,16 +13,20 @@ __all__ = ["hapo"]
 
 
 @method("hapo", arxiv="2509.16591", needs={"mask"})
-def hapo(rewards: Tensor, group: Tensor, *, mask: Tensor, eps: float = 1e-6, limit: float | None = 5.0) -> Tensor:
-    """HAPO's token-level group average: ``(R - mean) / (std + eps)``, both over the prompt's tokens, arXiv:2509.16591. Returns (B,).
+def hapo(
+    rewards: Tensor, group: Tensor, *, mask: Tensor, eps: float = 1e-6, limit: float | None = 5.0
+) -> Tensor:
+    """HAPO's token-level group average: ``(R - mean) / (std + eps)``, both over the prompt's tokens,
+    arXiv:2509.16591. Returns (B,).
 
-    Every token carries its completion's reward, so long completions weigh more and a prompt's advantages add up to 0 over its
-    tokens. The standard deviation is the population's. A prompt with an advantage of ``limit`` or more in absolute value (a short
-    completion unlike all others) gets GRPO's advantages instead, as released; None: never. Only masked-in tokens decide that
-    (the release also looks at padding, where the reward reads 0). Ungraded rows and rows without a token get 0.
+    Every token carries its completion's reward, so long completions weigh more and a prompt's advantages add
+    up to 0 over its tokens. The standard deviation is the population's. A prompt with an advantage of
+    ``limit`` or more in absolute value (a short completion unlike all others) gets GRPO's advantages instead,
+    as released; None: never. Only masked-in tokens decide that (the release also looks at padding, where the
+    reward reads 0). Ungraded rows and rows without a token get 0.
     """
     counted = mask.bool().any(1) & ~rewards.isnan()
-    values = floating(rewards)
+    values = as_float(rewards)
     valid = mask.bool() & counted[:, None]
     spread = values[:, None].expand(mask.shape)
     centred, variance = token_moments(spread, valid, group)

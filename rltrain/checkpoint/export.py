@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from rltrain.checkpoint.run_folder import directory_atomic
@@ -35,11 +41,12 @@ def export_model(
     state_dict: Mapping[str, Tensor] | None = None,
     extra: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write ``model`` to the new folder ``out``: safetensors, config, generation config, tokenizer, card, file hashes.
+    """Write ``model`` to the new folder ``out``: safetensors, config, generation config, tokenizer, card,
+    file hashes.
 
-    state_dict: full weights under Hugging Face names, when ``model`` itself is sharded or wrapped; None: the model's own.
-    extra: puts more into the folder before it is hashed, which makes it a checkpoint.
-    The folder appears whole or not at all. Raises UserError when ``out`` exists, ExportError when the weights are not
+    state_dict: full weights under Hugging Face names, when ``model`` itself is sharded or wrapped; None: the
+    model's own. extra: puts more into the folder before it is hashed, which makes it a checkpoint. The folder
+    appears whole or not at all. Raises UserError when ``out`` exists, ExportError when the weights are not
     exactly those the architecture loads.
     """
     weights = _without_tied_copies(dict(model.state_dict() if state_dict is None else state_dict), model)
@@ -58,28 +65,38 @@ def export_model(
 
 
 def verify(folder: Path, *, classifier: bool = False, own_code: bool = False) -> None:
-    """Load ``folder`` as a user would, without memory for its weights. Raises ExportError on a missing, extra or misshapen tensor.
+    """Load ``folder`` as a user would, without memory for its weights. Raises ExportError on a missing, extra
+    or misshapen tensor.
 
-    classifier: it holds a reward model with a scalar head, which transformers calls one for sequence classification.
-    own_code: the folder brings the code of its classes, which this process runs already.
+    classifier: it holds a reward model with a scalar head, which transformers calls one for sequence
+    classification. own_code: the folder brings the code of its classes, which this process runs already.
     """
     AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=own_code)
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     opened: Any = kind.from_pretrained(
-        folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, trust_remote_code=own_code
+        folder,
+        device_map="meta",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        local_files_only=True,
+        trust_remote_code=own_code,
     )
     loaded, report = opened
-    found = {kind: sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
+    found = {
+        kind: sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")
+    }
     wrong = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in found.items() if names]
     if wrong or report["error_msgs"]:
         raise ExportError(
-            f"the weights written are not those of {type(loaded).__name__}: {'; '.join([*wrong, *report['error_msgs']])}; "
+            f"the weights written are not those of {type(loaded).__name__}: "
+            f"{'; '.join([*wrong, *report['error_msgs']])}; "
             "pass the state dict of the bare model, under its Hugging Face names"
         )
     broken = _nonfinite(folder)
     if broken:
         raise ExportError(
-            f"{len(broken)} tensors hold NaN or infinity ({', '.join(broken[:3])}); the run lost its numbers, look at loss/total"
+            f"{len(broken)} tensors hold NaN or infinity ({', '.join(broken[:3])}); the run lost its "
+            "numbers, look at loss/total"
         )
 
 
@@ -88,7 +105,9 @@ def _is_classifier(model: PreTrainedModel) -> bool:
 
 
 def _own_code(loaded: object) -> bool:
-    """Whether its class came with a model folder: transformers imports such code below a package of this name."""
+    """Whether its class came with a model folder: transformers imports such code below a package of
+    this name.
+    """
     return type(loaded).__module__.split(".")[0] == "transformers_modules"
 
 
@@ -104,8 +123,8 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _system_errors() -> Iterator[None]:
-    """Inside, what Rust code says in words is raised as Python says it: the tokenizers library has a bare Exception for a full disk,
-    "No space left on device (os error 28)"."""
+    """Inside, what Rust code says in words is raised as Python says it: the tokenizers library has a bare
+    Exception for a full disk, "No space left on device (os error 28)"."""
     try:
         yield
     except Exception as error:  # the class itself is what tokenizers raises; any other goes on as it is
@@ -136,12 +155,18 @@ def _nonfinite(folder: Path) -> list[str]:
 
 
 def _without_tied_copies(weights: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    """``weights`` with one tensor per tied pair. Gathering a sharded model breaks the tie into equal copies."""
+    """``weights`` with one tensor per tied pair.
+
+    Gathering a sharded model breaks the tie into equal copies.
+    """
     for copied, source in model.all_tied_weights_keys.items():
         if copied not in weights or source not in weights:
             continue
         if not torch.equal(weights[copied], weights[source]):
-            raise ExportError(f"{copied} and {source} are tied but differ; one of them is stale, so the model cannot be written as tied")
+            raise ExportError(
+                f"{copied} and {source} are tied but differ; one of them is stale, so the model cannot be "
+                "written as tied"
+            )
         del weights[copied]
     return weights
 
@@ -150,8 +175,8 @@ def _without_tied_copies(weights: dict[str, Tensor], model: PreTrainedModel) -> 
 def _storable_generation_config(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model's generation config is one that transformers agrees to write.
 
-    It reads sampling parameters without ``do_sample`` (many published models have them) but refuses to store them: they
-    were meant for sampling, so the stored file says so.
+    It reads sampling parameters without ``do_sample`` (many published models have them) but refuses to store
+    them: they were meant for sampling, so the stored file says so.
     """
     if _is_classifier(model):  # generates nothing
         yield

@@ -1,6 +1,7 @@
 """What a run reads beside its recipe, as digests by name: a resumed run must read the same.
 
-Names are what an error says: ``code of reward.functions.0 (my.py:score)``, ``column answer of data.train``, ``files of model.path (m)``.
+Names are what an error says: ``code of reward.functions.0 (my.py:score)``, ``column answer of data.train``,
+``files of model.path (m)``.
 """
 
 from __future__ import annotations
@@ -25,14 +26,20 @@ _ABSENT = "absent"
 
 
 def code_digests(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """Of every ``path/to/file.py:name`` in a recipe as plain data, whatever section it stands in, and of trusted code of models."""
+    """Of every ``path/to/file.py:name`` in a recipe as plain data, whatever section it stands in, and
+    of trusted code of models.
+    """
     named = {key: value for key, value in _texts(recipe) if is_user_spec(value)}
-    own = {f"code of {key.removesuffix('.name')} ({value})": source_digest(value) for key, value in named.items()}
+    own = {
+        f"code of {key.removesuffix('.name')} ({value})": source_digest(value) for key, value in named.items()
+    }
     return own | {f"code of the model {entry}": digest for entry, digest in trusted_code().items()}
 
 
 def model_digests(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """Of the models that a recipe names: a folder's files, large ones by samples; a Hub model's commit, where it is known here."""
+    """Of the models that a recipe names: a folder's files, large ones by samples; a Hub model's
+    commit, where it is known here.
+    """
     found: dict[str, str] = {}
     for key, path in _texts({name: part for name, part in recipe.items() if name not in ("data", "about")}):
         if key.rpartition(".")[2] not in _MODEL_KEYS:
@@ -45,7 +52,9 @@ def model_digests(recipe: Mapping[str, Any]) -> dict[str, str]:
 
 
 def column_digests(source: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Of each column of ``rows``, in their order. source: the key that names the data, such as "data.train"."""
+    """Of each column of ``rows``, in their order. source: the key that names the data, such as
+    "data.train".
+    """
     columns: dict[str, Any] = {}
     number = 0
     for number, row in enumerate(rows, start=1):
@@ -60,7 +69,9 @@ def changes(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """A line for everything that is not what it was: ``name: saved -> now``."""
     names = dict.fromkeys((*saved, *now))
     pairs = {name: (saved.get(name, _ABSENT), now.get(name, _ABSENT)) for name in names}
-    return [f"{name}: {before[:19]} -> {after[:19]}" for name, (before, after) in pairs.items() if before != after]
+    return [
+        f"{name}: {before[:19]} -> {after[:19]}" for name, (before, after) in pairs.items() if before != after
+    ]
 
 
 def _texts(data: Any, key: str = "") -> Iterator[tuple[str, str]]:

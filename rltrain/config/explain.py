@@ -1,4 +1,6 @@
-"""What pydantic found wrong, in the words of a recipe: file and line, dotted key, what arrived, what was expected."""
+"""What pydantic found wrong, in the words of a recipe: file and line, dotted key, what arrived, what
+was expected.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,17 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from rltrain.config.schema import COEFFICIENT_TAGS, Recipe
+from rltrain.config.schema import COEFFICIENT_TAGS, OnlineRecipe
 from rltrain.config.yaml12 import Document, KeyPath
 from rltrain.registry import suggestion
 
 # pydantic's words and those of YAML
-_WORDS = {"a valid array": "a list", "an object": "a mapping of keys", "a valid dictionary": "a mapping", "a valid string": "text"}
+_WORDS = {
+    "a valid array": "a list",
+    "an object": "a mapping of keys",
+    "a valid dictionary": "a mapping",
+    "a valid string": "text",
+}
 
 
 def explain(
@@ -22,23 +29,36 @@ def explain(
     layers: Sequence[Document],
     source: str,
     passing: Sequence[str] = (),
-    root: type[BaseModel] = Recipe,
+    root: type[BaseModel] = OnlineRecipe,
 ) -> list[str]:
-    """One line per problem whose pydantic type is not in ``passing``. ``layers``, lowest first, say where a key came from.
+    """One line per problem whose pydantic type is not in ``passing``. ``layers``, lowest first, say where a
+    key came from.
 
     root: the schema that was asked for.
     """
-    found: list[Any] = [{**item, "loc": _untagged(item["loc"])} for item in error.errors(include_url=False) if item["type"] not in passing]
+    found: list[Any] = [
+        {**item, "loc": _untagged(item["loc"])}
+        for item in error.errors(include_url=False)
+        if item["type"] not in passing
+    ]
     return [f"{where(item['loc'], layers, source)}: {_sentence(item, root)}" for item in found]
 
 
 def _untagged(key: KeyPath) -> KeyPath:
-    """``key`` as a recipe has it: a coefficient that is a number or a controller carries in pydantic's path which of the two it is."""
-    return tuple(part for before, part in zip((None, *key), key, strict=False) if before != "coefficient" or part not in COEFFICIENT_TAGS)
+    """``key`` as a recipe has it: a coefficient that is a number or a controller carries in
+    pydantic's path which of the two it is.
+    """
+    return tuple(
+        part
+        for before, part in zip((None, *key), key, strict=False)
+        if before != "coefficient" or part not in COEFFICIENT_TAGS
+    )
 
 
 def where(key: KeyPath, layers: Sequence[Document], source: str) -> str:
-    """Where a key was written; for one that is missing, where its section was, or ``source``, the recipe file."""
+    """Where a key was written; for one that is missing, where its section was, or ``source``, the
+    recipe file.
+    """
     for length in range(len(key), 0, -1):
         for layer in reversed(layers):
             if key[:length] in layer.lines:
@@ -80,7 +100,9 @@ def _wanted(key: KeyPath, root: type[BaseModel]) -> str:
     annotation = _annotation(key, root)
     section = _model(annotation)
     if section is not None:
-        number = "float or " if any(float in typing.get_args(item) for item in typing.get_args(annotation)) else ""
+        number = (
+            "float or " if any(float in typing.get_args(item) for item in typing.get_args(annotation)) else ""
+        )
         required = ", ".join(name for name, field in section.model_fields.items() if field.is_required())
         return f"expected {number}a section with {required}"
     return f"expected {getattr(annotation, '__name__', str(annotation))}"
@@ -95,7 +117,11 @@ def _nearest_key(key: KeyPath, root: type[BaseModel]) -> str:
         if elsewhere:
             return f"; did you mean {' or '.join(elsewhere)}?"
     prefix = "".join(f"{part}." for part in key[:-1])
-    return suggestion(f"{prefix}{name}", [f"{prefix}{sibling}" for sibling in siblings]) if prefix else suggestion(name, siblings)
+    return (
+        suggestion(f"{prefix}{name}", [f"{prefix}{sibling}" for sibling in siblings])
+        if prefix
+        else suggestion(name, siblings)
+    )
 
 
 def _nearest_choice(value: Any, expected: str) -> str:
@@ -104,10 +130,12 @@ def _nearest_choice(value: Any, expected: str) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-# the schema as a tree ------------------------------------------------------------------------------------------------
+# the schema as a tree ---------------------------------------------------------------------------------------
 
 
-def schema_keys(model: type[BaseModel] = Recipe, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def schema_keys(
+    model: type[BaseModel] = OnlineRecipe, prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[str, ...]]:
     """Every key of the schema that holds a value."""
     for name, field in model.model_fields.items():
         section = _model(field.annotation)

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from rltrain.config.check import REGISTRIES
-from rltrain.config.check_environment import ENVIRONMENTS as PLAYED
 from rltrain.config.explain import explain
 from rltrain.config.load import ENVIRONMENTS, environment_layer, profile_layer, read_profile, schema_of
-from rltrain.config.schema import AnyRecipe, OfflineRecipe, Recipe
+from rltrain.config.rules.registries import ENVIRONMENTS as PLAYED
+from rltrain.config.rules.registries import REGISTRIES
+from rltrain.config.schema import AnyRecipe, OfflineRecipe, OnlineRecipe
 from rltrain.config.yaml12 import Document, read
 from rltrain.errors import RecipeError
 from rltrain.registry import suggestion
@@ -28,11 +28,22 @@ def kind_of(path: Path) -> Kind:
 
 
 def check_fragment(path: Path) -> None:
-    """Keys and values of a base or profile, nothing of what it leaves out. Raises RecipeError with every problem."""
+    """Keys and values of a base or profile, nothing of what it leaves out.
+
+    Raises RecipeError with every problem.
+    """
     if kind_of(path) == "profile":
         document = read_profile(path)
-        problems = [*_schema_problems(profile_layer(document, Recipe), Recipe), *_unknown_sizes(document), *_environment_problems(document)]
-        problems += (line for line in _schema_problems(profile_layer(document, OfflineRecipe), OfflineRecipe) if line not in problems)
+        problems = [
+            *_schema_problems(profile_layer(document, OnlineRecipe), OnlineRecipe),
+            *_unknown_sizes(document),
+            *_environment_problems(document),
+        ]
+        problems += (
+            line
+            for line in _schema_problems(profile_layer(document, OfflineRecipe), OfflineRecipe)
+            if line not in problems
+        )
     else:
         document = read(path)
         problems = list(_schema_problems(document, schema_of(document.data)))
@@ -51,8 +62,11 @@ def _schema_problems(document: Document, schema: type[AnyRecipe]) -> list[str]:
 def _environment_problems(document: Document) -> Iterator[str]:
     for name in document.data.get(ENVIRONMENTS, {}):
         if name not in PLAYED.specs:
-            yield f"{document.at((ENVIRONMENTS, name))}: no environment is called {name!r}{suggestion(name, PLAYED.specs)}"
-        yield from _schema_problems(environment_layer(document, name), Recipe)
+            yield (
+                f"{document.at((ENVIRONMENTS, name))}: no environment is called "
+                f"{name!r}{suggestion(name, PLAYED.specs)}"
+            )
+        yield from _schema_problems(environment_layer(document, name), OnlineRecipe)
 
 
 def _unknown_sizes(document: Document) -> Iterator[str]:
@@ -66,4 +80,7 @@ def _unknown_sizes(document: Document) -> Iterator[str]:
         for key in sizes:
             if key not in known[name].hyperparameters:
                 where = document.at(("sizes", name, key))
-                yield f"{where}: {name} has no hyperparameter {key!r}{suggestion(key, known[name].hyperparameters)}"
+                yield (
+                    f"{where}: {name} has no hyperparameter "
+                    f"{key!r}{suggestion(key, known[name].hyperparameters)}"
+                )

@@ -1,11 +1,12 @@
-"""Recipes from files: base, recipe, profile and ``--set``, merged in that order and checked against the schema.
+"""Recipes from files: base, recipe, profile and ``--set``, merged in that order and checked against the
+schema.
 
-Mappings are merged key by key; lists and single values are replaced. A mapping that names another thing (``name`` of a
-method, ``path`` of a model, ``train`` of a data set) replaces the one below it whole, so that hyperparameters of one method
-or columns of one data set never reach another.
+Mappings are merged key by key; lists and single values are replaced. A mapping that names another thing
+(``name`` of a method, ``path`` of a model, ``train`` of a data set) replaces the one below it whole, so that
+hyperparameters of one method or columns of one data set never reach another.
 
-A user's own ``file.py:name`` is looked for from the folder of the recipe or base that names it; in a profile, which is shared, and in
-``--set`` from the current folder. From then on it is absolute.
+A user's own ``file.py:name`` is looked for from the folder of the recipe or base that names it; in a profile,
+which is shared, and in ``--set`` from the current folder. From then on it is absolute.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rltrain.config.explain import explain
-from rltrain.config.schema import AnyRecipe, OfflineRecipe, OfflineReport, PairRecipe, Recipe
+from rltrain.config.schema import RECIPES, AnyRecipe, OfflineRecipe, OfflineReport, OnlineRecipe, Section
 from rltrain.config.user_files import absolute, drop_digest, with_absolute_names, with_digests
 from rltrain.config.yaml12 import Document, KeyPath, dump, parse_value, read
 from rltrain.errors import RecipeError
@@ -55,18 +56,27 @@ PROFILE_KEYS = (
     "checkpoint",
     "report",
 )
-# What a profile's section ``preference`` may set, for recipes that learn from a data set of judged completions.
-OFFLINE = "preference"
-ONLINE_PAIRS = "online_preference"  # the ``kind`` of recipes that learn from pairs of the policy's own completions
+# What a profile's section ``offline`` may set, for recipes that learn from a data set of judged completions.
+OFFLINE = "offline"
+PREFERENCE = "preference"  # the key of a loss that compares completions, below ``loss``
 OFFLINE_PROFILE_KEYS = ("data", "learner", "train", "eval", "reference.cache")
-ENVIRONMENTS = "environments"  # of a profile: by name, what it sets over the rest of it for recipes whose completions are episodes
-_SHARED = ("model", "learner", "checkpoint", "report")  # sections of a profile that recipes of both kinds read
+# of a profile: by name, what it sets over the rest of it for recipes whose completions are episodes
+ENVIRONMENTS = "environments"
+_SHARED = (
+    "model",
+    "learner",
+    "checkpoint",
+    "report",
+)  # sections of a profile that recipes of both kinds read
 _IDENTITY = ("name", "path", "train")
 _ORDER = "order"  # of a data set's prompts: the method's, not the data's, so another data set keeps it
 
 
 def load_recipe(path: str | Path, *, profile: str | None = None, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """The recipe at ``path`` under a profile (a name or a file) and ``--set`` overrides. Raises RecipeError with every problem."""
+    """The recipe at ``path`` under a profile (a name or a file) and ``--set`` overrides.
+
+    Raises RecipeError with every problem.
+    """
     path = Path(path)
     layers = [with_absolute_files(layer, Path(layer.source).parent) for layer in recipe_layers(read(path))]
     data: dict[str, Any] = {}
@@ -87,54 +97,72 @@ def load_recipe(path: str | Path, *, profile: str | None = None, overrides: Sequ
     return validated(with_digests(data), layers, str(path))
 
 
-def resolved_yaml(recipe: AnyRecipe) -> str:
+def resolved_yaml(recipe: Section) -> str:
     """Every key of the recipe, as text that ``load_recipe`` reads back as an equal recipe."""
     return dump(recipe.model_dump(mode="json"))
 
 
 def schema_of(data: Mapping[str, Any]) -> type[AnyRecipe]:
-    """Which kind of recipe ``data`` is: one that learns from judged completions says ``kind: preference`` or ``loss.preference``."""
-    if data.get("kind") == ONLINE_PAIRS:
-        return PairRecipe
+    """The schema that ``kind`` names; without it, ``offline`` for a recipe with ``loss.preference``,
+    else ``online``.
+    """
     loss = data.get("loss")
-    offline = data.get("kind") == OFFLINE or (isinstance(loss, dict) and OFFLINE in loss)
-    return OfflineRecipe if offline else Recipe
+    inferred = OFFLINE if isinstance(loss, dict) and PREFERENCE in loss else "online"
+    return RECIPES.get(str(data.get("kind", inferred)), OnlineRecipe)
 
 
 def validated(data: Mapping[str, Any], layers: Sequence[Document], source: str) -> AnyRecipe:
     """``data`` as a recipe of its kind; types are strict (``"200"`` is no number, ``off`` no boolean)."""
-    schema = schema_of(data)
+    schema, kind = schema_of(data), data.get("kind")
+    if kind is not None and kind not in RECIPES:
+        raise RecipeError(f"{source}: no kind of recipe is called {kind!r}{suggestion(kind, RECIPES)}")
     try:
-        return schema.model_validate_json(json.dumps(data), strict=True)  # JSON mode takes lists for tuples, Python mode does not
+        return schema.model_validate_json(
+            json.dumps(data), strict=True
+        )  # JSON mode takes lists for tuples, Python mode does not
     except ValidationError as error:
         raise RecipeError(explain(error, layers, source, root=schema)) from error
 
 
 def profile_layer(profile: Document, schema: type[AnyRecipe]) -> Document:
-    """What of a profile recipes of a kind take: for judged completions its own section, over the parts that both kinds share."""
+    """What of a profile recipes of a kind take: for judged completions its own section, over the
+    parts that both kinds share.
+    """
     if schema is not OfflineRecipe:
-        kept = {key: value for key, value in profile.data.items() if key not in ("sizes", OFFLINE, ENVIRONMENTS)}
+        kept = {
+            key: value for key, value in profile.data.items() if key not in ("sizes", OFFLINE, ENVIRONMENTS)
+        }
         return Document(profile.source, kept, profile.lines)
     shared = {key: value for key, value in profile.data.items() if key in _SHARED}
     if "report" in shared:
-        shared["report"] = {key: value for key, value in shared["report"].items() if key in OfflineReport.model_fields}
+        shared["report"] = {
+            key: value for key, value in shared["report"].items() if key in OfflineReport.model_fields
+        }
     own = profile.data.get(OFFLINE, {})
     lines = {key: line for key, line in profile.lines.items() if key[0] in _SHARED}
     return Document(
-        profile.source, merged(shared, own), lines | {key[1:]: line for key, line in profile.lines.items() if key[0] == OFFLINE}
+        profile.source,
+        merged(shared, own),
+        lines | {key[1:]: line for key, line in profile.lines.items() if key[0] == OFFLINE},
     )
 
 
 def for_recipe(layer: Document, recipe: Mapping[str, Any]) -> Document:
-    """A profile's layer without settings of a process reward model where the recipe trains none: they would make one."""
+    """A profile's layer without settings of a process reward model where the recipe trains none: they
+    would make one.
+    """
     if recipe.get("process_reward") is not None:
         return layer
     kept = {key: value for key, value in layer.data.items() if key != "process_reward"}
-    return Document(layer.source, kept, {key: line for key, line in layer.lines.items() if key[:1] != ("process_reward",)})
+    return Document(
+        layer.source, kept, {key: line for key, line in layer.lines.items() if key[:1] != ("process_reward",)}
+    )
 
 
 def environment_of(data: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The recipe's environment as a mapping with a name; None where it has none, or none that a schema would take."""
+    """The recipe's environment as a mapping with a name; None where it has none, or none that a
+    schema would take.
+    """
     rollout = data.get("rollout")
     given = rollout.get("environment") if isinstance(rollout, dict) else None
     found = {"name": given} if isinstance(given, str) else given
@@ -143,14 +171,25 @@ def environment_of(data: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def environment_layer(profile: Document, name: str) -> Document:
     """What a profile sets for recipes that play the environment ``name``, over what it sets for all."""
-    spelt = next((key for key in profile.data.get(ENVIRONMENTS, {}) if absolute(key, Path.cwd()) == name), name)
+    spelt = next(
+        (key for key in profile.data.get(ENVIRONMENTS, {}) if absolute(key, Path.cwd()) == name), name
+    )
     section = (ENVIRONMENTS, spelt)
     kept = profile.data.get(ENVIRONMENTS, {}).get(spelt, {})
-    return Document(profile.source, kept, {key[2:]: line for key, line in profile.lines.items() if key[:2] == section and len(key) > 2})
+    return Document(
+        profile.source,
+        kept,
+        {key[2:]: line for key, line in profile.lines.items() if key[:2] == section and len(key) > 2},
+    )
 
 
-def recipe_of_model(model: str, *, engine: str, max_prompt_tokens: int, max_tokens: int, seed: int) -> Recipe:
-    """A recipe for sampling from a model: what training would need stands there with the plainest choice. Raises RecipeError."""
+def recipe_of_model(
+    model: str, *, engine: str, max_prompt_tokens: int, max_tokens: int, seed: int
+) -> OnlineRecipe:
+    """A recipe for sampling from a model: what training would need stands there with the plainest choice.
+
+    Raises RecipeError.
+    """
     data = {
         "seed": seed,
         "model": {"path": model},
@@ -162,9 +201,7 @@ def recipe_of_model(model: str, *, engine: str, max_prompt_tokens: int, max_toke
         "learner": {"optimizer": {"lr": 0.0}},
         "train": {"steps": 1},
     }
-    recipe = validated(data, [], "rltrain generate")
-    assert isinstance(recipe, Recipe)
-    return recipe
+    return OnlineRecipe.model_validate(data)
 
 
 def with_absolute_files(layer: Document, folder: Path) -> Document:
@@ -172,33 +209,44 @@ def with_absolute_files(layer: Document, folder: Path) -> Document:
     return Document(layer.source, with_absolute_names(layer.data, folder.absolute()), layer.lines)
 
 
-# layers --------------------------------------------------------------------------------------------------------------
+# layers -----------------------------------------------------------------------------------------------------
 
 
 def recipe_layers(recipe: Document) -> list[Document]:
     """The base that the recipe extends, if any, and the recipe, both without ``extends``."""
     extends = recipe.data.get("extends")
-    own = Document(recipe.source, {key: value for key, value in recipe.data.items() if key != "extends"}, recipe.lines)
+    own = Document(
+        recipe.source, {key: value for key, value in recipe.data.items() if key != "extends"}, recipe.lines
+    )
     if "sizes" in recipe.data:
-        raise RecipeError(f"{recipe.at(('sizes',))}: sizes belongs in a profile (--profile NAME), this file is read as a recipe")
+        raise RecipeError(
+            f"{recipe.at(('sizes',))}: sizes belongs in a profile (--profile NAME), this file is read as a "
+            "recipe"
+        )
     if "extends" not in recipe.data:
         return [own]
     if not isinstance(extends, str):
-        raise RecipeError(f"{recipe.at(('extends',))}: extends must be the path of one base, relative to this file, got {extends!r}")
+        raise RecipeError(
+            f"{recipe.at(('extends',))}: extends must be the path of one base, relative to this file, got "
+            f"{extends!r}"
+        )
     try:
         base = read(Path(recipe.source).parent / extends)
     except RecipeError as error:
         raise RecipeError(f"{recipe.at(('extends',))}: extends {extends!r}: {error}") from error
     if "extends" in base.data:
         raise RecipeError(
-            f"{base.at(('extends',))}: a base cannot extend another file ({recipe.source} already extends this one); "
+            f"{base.at(('extends',))}: a base cannot extend another file ({recipe.source} already extends "
+            "this one); "
             f"one level only: copy what is needed into one of them"
         )
     return [base, own]
 
 
 def find_profile(profile: str, recipe: Path) -> Path:
-    """A profile given as a file, or by name from the ``profiles`` folder next to or above the recipe, then below ./recipes."""
+    """A profile given as a file, or by name from the ``profiles`` folder next to or above the recipe,
+    then below ./recipes.
+    """
     if profile.endswith((".yaml", ".yml")) or "/" in profile:
         return Path(profile)
     folders = [parent / "profiles" for parent in recipe.absolute().parents] + [Path("recipes/profiles")]
@@ -206,24 +254,39 @@ def find_profile(profile: str, recipe: Path) -> Path:
         if (folder / f"{profile}.yaml").is_file():
             return folder / f"{profile}.yaml"
     known = {item.stem for folder in folders for item in folder.glob("*.yaml")}
-    raise RecipeError(f"no profile is called {profile!r}{suggestion(profile, known) or f'; no profiles folder lies above {recipe}'}")
+    raise RecipeError(
+        "no profile is called "
+        f"{profile!r}{suggestion(profile, known) or f'; no profiles folder lies above {recipe}'}"
+    )
 
 
 def read_profile(path: Path) -> Document:
-    """A profile, refused where it sets more than model, data and sizes. For an environment it names, its options are sizes."""
+    """A profile, refused where it sets more than model, data and sizes.
+
+    For an environment it names, its options are sizes.
+    """
     document = read(path)
     problems = [
-        f"{document.at(key)}: {'.'.join(map(str, key))}: a profile replaces model, data and sizes and nothing else; "
+        f"{document.at(key)}: {'.'.join(map(str, key))}: a profile replaces model, data and sizes and "
+        "nothing else; "
         f"write it in the recipe or pass it with --set"
         for key in _leaves(document.data)
-        if (key[0] not in ("sizes", OFFLINE, ENVIRONMENTS) and not any(_starts_with(key, allowed) for allowed in PROFILE_KEYS))
-        or (key[0] == ENVIRONMENTS and not any(_starts_with(key[2:], allowed) for allowed in (*PROFILE_KEYS, "rollout.environment")))
+        if (
+            key[0] not in ("sizes", OFFLINE, ENVIRONMENTS)
+            and not any(_starts_with(key, allowed) for allowed in PROFILE_KEYS)
+        )
+        or (
+            key[0] == ENVIRONMENTS
+            and not any(_starts_with(key[2:], allowed) for allowed in (*PROFILE_KEYS, "rollout.environment"))
+        )
     ]
     problems += [
-        f"{document.at(key)}: {'.'.join(map(str, key))}: below {OFFLINE} a profile replaces {', '.join(OFFLINE_PROFILE_KEYS)} "
+        f"{document.at(key)}: {'.'.join(map(str, key))}: below {OFFLINE} a profile replaces "
+        f"{', '.join(OFFLINE_PROFILE_KEYS)} "
         f"and nothing else; write it in the recipe or pass it with --set"
         for key in _leaves(document.data)
-        if key[0] == OFFLINE and not any(_starts_with(key, f"{OFFLINE}.{allowed}") for allowed in OFFLINE_PROFILE_KEYS)
+        if key[0] == OFFLINE
+        and not any(_starts_with(key, f"{OFFLINE}.{allowed}") for allowed in OFFLINE_PROFILE_KEYS)
     ]
     problems += _size_problems(document)
     if problems:
@@ -235,18 +298,23 @@ def _size_problems(profile: Document) -> Iterator[str]:
     """``sizes: {METHOD: {x_tokens: COUNT}}`` gives the hyperparameters that are lengths in tokens."""
     sizes = profile.data.get("sizes", {})
     if not isinstance(sizes, dict) or not all(isinstance(item, dict) for item in sizes.values()):
-        yield f"{profile.at(('sizes',))}: sizes must map a method to its sizes, e.g. {{length: {{max_tokens: 8}}}}, got {sizes!r}"
+        yield (
+            f"{profile.at(('sizes',))}: sizes must map a method to its sizes, e.g. {{length: {{max_tokens: "
+            f"8}}}}, got {sizes!r}"
+        )
         return
     for name, item in sizes.items():
         for key in item:
             if not key.endswith("_tokens"):
                 yield (
-                    f"{profile.at(('sizes', name, key))}: sizes.{name}.{key}: a profile may set hyperparameters that count tokens "
-                    f"(their names end in _tokens) and no others; write it in the recipe or pass it with --set"
+                    f"{profile.at(('sizes', name, key))}: sizes.{name}.{key}: a profile may set "
+                    "hyperparameters that count tokens "
+                    "(their names end in _tokens) and no others; write it in the recipe or pass it with "
+                    "--set"
                 )
 
 
-# merging -------------------------------------------------------------------------------------------------------------
+# merging ----------------------------------------------------------------------------------------------------
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,7 +325,11 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     result = copy.deepcopy(dict(below))
     for key, value in above.items():
         under = result.get(key)
-        result[key] = merged(under, value) if isinstance(under, dict) and isinstance(value, dict) else copy.deepcopy(value)
+        result[key] = (
+            merged(under, value)
+            if isinstance(under, dict) and isinstance(value, dict)
+            else copy.deepcopy(value)
+        )
     return result
 
 
@@ -275,12 +347,17 @@ def with_sizes(data: Mapping[str, Any], sizes: Mapping[str, Mapping[str, Any]]) 
 
 
 def with_override(data: Mapping[str, Any], override: str) -> tuple[dict[str, Any], Document]:
-    """``data`` after one ``a.b.0.c=VALUE``, and the override as a layer. VALUE is YAML: 1e-6, null, [1, 8], {name: rloo}."""
+    """``data`` after one ``a.b.0.c=VALUE``, and the override as a layer.
+
+    VALUE is YAML: 1e-6, null, [1, 8], {name: rloo}.
+    """
     source = f"--set {override}"
     dotted, equals, text = override.partition("=")
     parts = dotted.split(".")
     if not equals or not all(parts):
-        raise RecipeError(f"{source}: expected KEY=VALUE with a dotted key, such as --set learner.optimizer.lr=1e-6")
+        raise RecipeError(
+            f"{source}: expected KEY=VALUE with a dotted key, such as --set learner.optimizer.lr=1e-6"
+        )
     if parts[0] in ("extends", "sizes"):
         raise RecipeError(f"{source}: {parts[0]} is read from files only; set the keys it stands for")
     value, lines = parse_value(text, source)
@@ -305,13 +382,17 @@ def with_override(data: Mapping[str, Any], override: str) -> tuple[dict[str, Any
 
 
 def _step(holder: Any, part: str, key: KeyPath, source: str) -> Any:
-    """``part`` as a key of ``holder``, which then has it: an index where it is a list, the one past its end included."""
+    """``part`` as a key of ``holder``, which then has it: an index where it is a list, the one past
+    its end included.
+    """
     here = ".".join(map(str, key))
     if isinstance(holder, dict):
         holder.setdefault(part, None)
         return part
     if not isinstance(holder, list):
-        raise RecipeError(f"{source}: {here} is {holder!r}, it has no key {part!r} below it; set {here} itself")
+        raise RecipeError(
+            f"{source}: {here} is {holder!r}, it has no key {part!r} below it; set {here} itself"
+        )
     if not part.isdecimal() or int(part) > len(holder):
         wanted = f"expected a position from 0 to {len(holder)}, got {part!r}; or set {here} as a whole"
         raise RecipeError(f"{source}: {here} holds {len(holder)} in the recipe, {wanted}")
@@ -322,7 +403,12 @@ def _step(holder: Any, part: str, key: KeyPath, source: str) -> Any:
 
 def _method_keys(data: Mapping[str, Any]) -> Iterator[KeyPath]:
     """Where the methods of a recipe stand that ``data`` holds."""
-    for section, key in (("loss", "policy"), ("loss", "aggregate"), ("loss", OFFLINE), ("process_reward", "loss")):
+    for section, key in (
+        ("loss", "policy"),
+        ("loss", "aggregate"),
+        ("loss", PREFERENCE),
+        ("process_reward", "loss"),
+    ):
         if isinstance(data.get(section), dict) and key in data[section]:
             yield section, key
     if "advantage" in data:
@@ -337,8 +423,21 @@ def _method_keys(data: Mapping[str, Any]) -> Iterator[KeyPath]:
 
 def _is_method(key: KeyPath) -> bool:
     plain = tuple(part for part in key if isinstance(part, str))
-    methods = {("advantage",), ("control",), ("loss", "policy"), ("loss", "aggregate"), ("loss", "terms"), ("reward", "functions")}
-    more = {("loss", OFFLINE), ("rollout", "arms"), ("data", "order"), ("loss", "terms", "coefficient"), ("process_reward", "loss")}
+    methods = {
+        ("advantage",),
+        ("control",),
+        ("loss", "policy"),
+        ("loss", "aggregate"),
+        ("loss", "terms"),
+        ("reward", "functions"),
+    }
+    more = {
+        ("loss", PREFERENCE),
+        ("rollout", "arms"),
+        ("data", "order"),
+        ("loss", "terms", "coefficient"),
+        ("process_reward", "loss"),
+    }
     more |= {("pairs", "judge")}
     return plain in methods | more
 

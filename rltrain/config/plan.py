@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rltrain.config.check import ARMS, updates_per_step
-from rltrain.config.check_pairs import pair_plan, sampling_recipe
-from rltrain.config.plan_offline import judged
-from rltrain.config.schema import AnyRecipe, MethodRef, OfflineRecipe, PairRecipe, Recipe
+from rltrain.config.plan_offline import plan_offline
+from rltrain.config.rules.online_pairs import pair_plan
+from rltrain.config.rules.registries import ARMS
+from rltrain.config.schema import (
+    AnyRecipe,
+    MethodRef,
+    OfflineRecipe,
+    OnlinePairsRecipe,
+    OnlineRecipe,
+    SampledRecipe,
+)
 
 GIB = 2**30
 MASTER_BYTES = 16  # per parameter: float32 weight, gradient and AdamW's two moments
@@ -32,20 +39,38 @@ class ModelSize(NamedTuple):
 
 
 def plan(recipe: AnyRecipe) -> list[PlanLine]:
-    """The derived numbers, in the order of a step; those about memory only where the model's config.json lies on this machine."""
-    if isinstance(recipe, OfflineRecipe):
-        return [*(PlanLine(*line) for line in judged(recipe)), *_learner_memory(recipe)[0]]
-    if isinstance(recipe, PairRecipe):
-        sampling = sampling_recipe(recipe)
-        every = [*_rollout(sampling), *_learner(sampling)]
-        kept = [line for line in every if line.name.startswith(("rollout", "reward", "learner: updates", "learner: groups"))]
-        judges = _reward_models([*recipe.reward.functions, recipe.pairs.judge])
-        return [*kept, *(PlanLine(*line) for line in pair_plan(recipe)), *_evaluation(sampling), *_memory(sampling), *judges]
-    beside = [*_process_reward_memory(recipe), *_reward_models(recipe.reward.functions)]
-    return [*_rollout(recipe), *_learner(recipe), *_evaluation(recipe), *_memory(recipe), *beside]
+    """The derived numbers, in the order of a step; those about memory only where the model's
+    config.json is on this machine.
+    """
+    return _PLANS[recipe.kind](recipe)
 
 
-def _rollout(recipe: Recipe) -> list[PlanLine]:
+def _plan_online(recipe: OnlineRecipe) -> list[PlanLine]:
+    other_models = [*_process_reward_memory(recipe), *_reward_models(recipe.reward.functions)]
+    return [*_rollout(recipe), *_learner(recipe), *_evaluation(recipe), *_memory(recipe), *other_models]
+
+
+def _plan_pairs(recipe: OnlinePairsRecipe) -> list[PlanLine]:
+    sampling = [*_rollout(recipe), *_learner(recipe)]
+    shown = ("rollout", "reward", "learner: updates", "learner: groups")
+    kept = [line for line in sampling if line.name.startswith(shown)]
+    pairs = [PlanLine(*line) for line in pair_plan(recipe)]
+    judges = _reward_models([*recipe.reward.functions, recipe.pairs.judge])
+    return [*kept, *pairs, *_evaluation(recipe), *_memory(recipe), *judges]
+
+
+def _plan_offline(recipe: OfflineRecipe) -> list[PlanLine]:
+    return [*(PlanLine(*line) for line in plan_offline(recipe)), *_learner_memory(recipe)[0]]
+
+
+_PLANS: Mapping[str, Callable[[Any], list[PlanLine]]] = {
+    "online": _plan_online,
+    "online_pairs": _plan_pairs,
+    "offline": _plan_offline,
+}
+
+
+def _rollout(recipe: SampledRecipe) -> list[PlanLine]:
     rollout, reward = recipe.rollout, recipe.reward
     rows = rollout.prompts * rollout.n
     rounds = rollout.dynamic_sampling.max_rounds if rollout.dynamic_sampling else 1
@@ -53,20 +78,45 @@ def _rollout(recipe: Recipe) -> list[PlanLine]:
     graded = rows + sum(count for _, count in arms)
     grading = len(reward.functions) * graded * reward.seconds / reward.workers
     lines = [
-        PlanLine("rollout: completions per step", f"{rows:,}", f"rollout.prompts {rollout.prompts} x rollout.n {rollout.n}, all ranks"),
-        *(PlanLine(f"rollout: {name} rows per step", f"{count:,}", "beside them, of rollout.arms") for name, count in arms),
-        PlanLine("rollout: longest row", f"{_longest(recipe):,}", "tokens, data.max_prompt_tokens + rollout.max_tokens"),
+        PlanLine(
+            "rollout: completions per step",
+            f"{rows:,}",
+            f"rollout.prompts {rollout.prompts} x rollout.n {rollout.n}, all ranks",
+        ),
+        *(
+            PlanLine(f"rollout: {name} rows per step", f"{count:,}", "beside them, of rollout.arms")
+            for name, count in arms
+        ),
+        PlanLine(
+            "rollout: longest row",
+            f"{_longest(recipe):,}",
+            "tokens, data.max_prompt_tokens + rollout.max_tokens",
+        ),
         PlanLine("rollout: tokens per step, at most", f"{rows * rollout.max_tokens:,}", "completion tokens"),
-        PlanLine("rollout: prompts drawn in all", f"{recipe.train.steps * rollout.prompts:,}", "train.steps x rollout.prompts"),
+        PlanLine(
+            "rollout: prompts drawn in all",
+            f"{recipe.train.steps * rollout.prompts:,}",
+            "train.steps x rollout.prompts",
+        ),
     ]
     if rounds > 1:
         most = rounds * rollout.prompts
-        lines.append(PlanLine("rollout: prompts drawn per step, at most", f"{most:,}", f"dynamic sampling, {rounds} rounds"))
-    lines.append(PlanLine("reward: grading per step, at most", f"{grading:,.0f}", "seconds, if every completion ran into its limit"))
+        lines.append(
+            PlanLine(
+                "rollout: prompts drawn per step, at most", f"{most:,}", f"dynamic sampling, {rounds} rounds"
+            )
+        )
+    lines.append(
+        PlanLine(
+            "reward: grading per step, at most",
+            f"{grading:,.0f}",
+            "seconds, if every completion ran into its limit",
+        )
+    )
     return lines
 
 
-def _arm_rows(recipe: Recipe, ref: MethodRef) -> int:
+def _arm_rows(recipe: SampledRecipe, ref: MethodRef) -> int:
     """Completions that an arm adds to a step."""
     rollout = recipe.rollout
     hp = {name: item.default for name, item in ARMS.spec(ref.name).hyperparameters.items()} | ref.hp
@@ -75,27 +125,41 @@ def _arm_rows(recipe: Recipe, ref: MethodRef) -> int:
     return rollout.prompts * ((hp["n"] or rollout.n) if "n" in hp else 1)
 
 
-def _learner(recipe: Recipe) -> list[PlanLine]:
+def _learner(recipe: SampledRecipe) -> list[PlanLine]:
     rollout, learner = recipe.rollout, recipe.learner
     groups = rollout.prompts / learner.updates
     rows = learner.tokens_per_micro_batch // _longest(recipe)
     most_rows = -(-rollout.prompts // learner.updates) * rollout.n
     micro = -(-most_rows // rows) if rows else 0
-    lag = updates_per_step(recipe) - 1
+    lag = learner.updates_per_step - 1
     return [
         PlanLine(
-            "learner: updates per step", f"{updates_per_step(recipe)}", f"learner.updates {learner.updates} x epochs {learner.epochs}"
+            "learner: updates per step",
+            f"{learner.updates_per_step}",
+            f"learner.updates {learner.updates} x epochs {learner.epochs}",
         ),
-        PlanLine("learner: updates in all", f"{updates_per_step(recipe) * recipe.train.steps:,}", f"x train.steps {recipe.train.steps:,}"),
+        PlanLine(
+            "learner: updates in all",
+            f"{learner.updates_per_step * recipe.train.steps:,}",
+            f"x train.steps {recipe.train.steps:,}",
+        ),
         PlanLine("learner: groups per update", f"{groups:g}", "rollout.prompts / learner.updates"),
         PlanLine("learner: completions per update", f"{groups * rollout.n:g}", "all ranks"),
-        PlanLine("learner: longest rows per micro-batch", f"{rows}", "of learner.tokens_per_micro_batch; shorter rows, more of them"),
+        PlanLine(
+            "learner: longest rows per micro-batch",
+            f"{rows}",
+            "of learner.tokens_per_micro_batch; shorter rows, more of them",
+        ),
         PlanLine("learner: micro-batches per update, at most", f"{micro:,}", "shared among the ranks"),
-        PlanLine("learner: staleness, at most", f"{lag}", "updates between the policy that sampled and the one that learns"),
+        PlanLine(
+            "learner: staleness, at most",
+            f"{lag}",
+            "updates between the policy that sampled and the one that learns",
+        ),
     ]
 
 
-def _evaluation(recipe: Recipe) -> list[PlanLine]:
+def _evaluation(recipe: SampledRecipe) -> list[PlanLine]:
     if recipe.data.eval is None:
         return [PlanLine("eval", "none", "data.eval is null")]
     settings, steps = recipe.eval, recipe.train.steps
@@ -103,12 +167,14 @@ def _evaluation(recipe: Recipe) -> list[PlanLine]:
     each = settings.prompts * settings.n
     return [
         PlanLine(
-            "eval: completions", f"{each:,} x {times}", f"eval.prompts {settings.prompts} x eval.n {settings.n}, {times} times, at most"
+            "eval: completions",
+            f"{each:,} x {times}",
+            f"eval.prompts {settings.prompts} x eval.n {settings.n}, {times} times, at most",
         )
     ]
 
 
-def _memory(recipe: Recipe) -> list[PlanLine]:
+def _memory(recipe: SampledRecipe) -> list[PlanLine]:
     learner, size = _learner_memory(recipe)
     if size is None:
         return learner
@@ -119,26 +185,50 @@ def _memory(recipe: Recipe) -> list[PlanLine]:
     return [
         *learner,
         PlanLine("memory: KV per token", f"{kv_bytes:,}", "bytes"),
-        PlanLine("memory: KV of a step, at most", _gib(kv_bytes * rows * _longest(recipe)), f"{rows:,} longest rows at once, all ranks"),
+        PlanLine(
+            "memory: KV of a step, at most",
+            _gib(kv_bytes * rows * _longest(recipe)),
+            f"{rows:,} longest rows at once, all ranks",
+        ),
     ]
 
 
-def _process_reward_memory(recipe: Recipe) -> list[PlanLine]:
+def _process_reward_memory(recipe: OnlineRecipe) -> list[PlanLine]:
     """Of the model that learns process rewards beside the policy, and of what it is compared with."""
     settings = recipe.process_reward
     if settings is None:
         return []
     path, compared = settings.path or recipe.model.path, settings.reference
-    lines = [_weights("process reward model", path, MASTER_BYTES, "weights, gradients, AdamW in float32; divided by ranks if sharded")]
+    lines = [
+        _weights(
+            "process reward model",
+            path,
+            MASTER_BYTES,
+            "weights, gradients, AdamW in float32; divided by ranks if sharded",
+        )
+    ]
     if compared == "policy":
-        return [*lines, PlanLine("memory: its reference", "none", "process_reward.reference is policy, whose log-probs are there already")]
-    return [*lines, _weights("its reference", compared or path, FROZEN_BYTES, "weights in float32, on every rank")]
+        return [
+            *lines,
+            PlanLine(
+                "memory: its reference",
+                "none",
+                "process_reward.reference is policy, whose log-probs are there already",
+            ),
+        ]
+    return [
+        *lines,
+        _weights("its reference", compared or path, FROZEN_BYTES, "weights in float32, on every rank"),
+    ]
 
 
 def _reward_models(refs: Sequence[MethodRef]) -> list[PlanLine]:
     """Those that score in the learner's processes; each is loaded where it is named."""
     paths = [str(ref.hp["path"]) for ref in refs if ref.name == "reward_model" and "path" in ref.hp]
-    return [_weights("reward model", path, FROZEN_BYTES, "weights in float32, on every rank; half of it on a GPU") for path in paths]
+    return [
+        _weights("reward model", path, FROZEN_BYTES, "weights in float32, on every rank; half of it on a GPU")
+        for path in paths
+    ]
 
 
 def _weights(what: str, path: str, each: int, note: str) -> PlanLine:
@@ -146,21 +236,29 @@ def _weights(what: str, path: str, each: int, note: str) -> PlanLine:
     size = model_size(Path(path) / "config.json")
     if size is None:
         return PlanLine(f"memory: {what}", "unknown", f"no readable config.json in {path} on this machine")
-    return PlanLine(f"memory: {what}", _gib(each * size.parameters), f"{size.parameters:,} parameters; {note}")
+    return PlanLine(
+        f"memory: {what}", _gib(each * size.parameters), f"{size.parameters:,} parameters; {note}"
+    )
 
 
-def _learner_memory(recipe: AnyRecipe) -> tuple[list[PlanLine], ModelSize | None]:
+def _learner_memory(recipe: SampledRecipe | OfflineRecipe) -> tuple[list[PlanLine], ModelSize | None]:
     size = model_size(Path(recipe.model.path) / "config.json")
     if size is None:
-        return [PlanLine("memory", "unknown", f"no readable config.json in {recipe.model.path} on this machine")], None
+        return [
+            PlanLine("memory", "unknown", f"no readable config.json in {recipe.model.path} on this machine")
+        ], None
     logits = 4 * recipe.learner.head_chunk * size.vocabulary
     lines = [
         PlanLine("model: parameters", f"{size.parameters:,}", "from its config.json"),
         PlanLine(
-            "memory: learner", _gib(MASTER_BYTES * size.parameters), "weights, gradients, AdamW in float32; divided by ranks if sharded"
+            "memory: learner",
+            _gib(MASTER_BYTES * size.parameters),
+            "weights, gradients, AdamW in float32; divided by ranks if sharded",
         ),
         PlanLine(
-            "memory: logits of a chunk", _gib(logits), f"learner.head_chunk {recipe.learner.head_chunk} x vocabulary {size.vocabulary:,}"
+            "memory: logits of a chunk",
+            _gib(logits),
+            f"learner.head_chunk {recipe.learner.head_chunk} x vocabulary {size.vocabulary:,}",
         ),
     ]
     return lines, size
@@ -186,7 +284,7 @@ def model_size(config: Path) -> ModelSize | None:
     return ModelSize(embeddings + layers * per_layer + hidden, vocabulary, 2 * layers * kv_width)
 
 
-def _longest(recipe: Recipe) -> int:
+def _longest(recipe: SampledRecipe) -> int:
     return recipe.data.max_prompt_tokens + recipe.rollout.max_tokens
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rltrain.config.check_offline import all_needs, takes_pairs
+from rltrain.config.rules.offline import all_needs, takes_pairs
 from rltrain.config.schema import OfflineRecipe
 from rltrain.loss.preference import PREFERENCE_LOSSES
 
-__all__ = ["judged"]
+__all__ = ["plan_offline"]
 
 
-def judged(recipe: OfflineRecipe) -> list[tuple[str, str, str]]:
-    """(name, value, note) of each derived number. How many examples there are is known once they are loaded."""
+def plan_offline(recipe: OfflineRecipe) -> list[tuple[str, str, str]]:
+    """(name, value, note) of each derived number.
+
+    How many examples there are is known once they are loaded.
+    """
     data, train, ref = recipe.data, recipe.train, recipe.loss.preference
     spec = PREFERENCE_LOSSES.check(ref.name, ref.hp)
     pairs = takes_pairs(spec)
@@ -21,24 +24,44 @@ def judged(recipe: OfflineRecipe) -> list[tuple[str, str, str]]:
     known = f"{train.steps:,}" if train.steps else f"{train.epochs:g} x examples / {train.examples}"
     fits = recipe.learner.tokens_per_micro_batch // longest
     return [
-        ("data: longest example", f"{longest:,}", f"tokens, of {'both completions with their prompt' if pairs else 'one completion'}"),
+        (
+            "data: longest example",
+            f"{longest:,}",
+            f"tokens, of {'both completions with their prompt' if pairs else 'one completion'}",
+        ),
         ("frozen models: log-probs", *_frozen(recipe, all_needs(spec, ref.hp))),
         ("learner: updates in all", known, "one per step"),
         (f"learner: {what} per update", f"{train.examples:,}", "all ranks"),
-        (f"learner: longest {what} per micro-batch", f"{fits}", "of learner.tokens_per_micro_batch; shorter ones, more of them"),
+        (
+            f"learner: longest {what} per micro-batch",
+            f"{fits}",
+            "of learner.tokens_per_micro_batch; shorter ones, more of them",
+        ),
         *_samples(recipe),
-        ("eval: examples", f"{recipe.eval.examples:,}" if data.eval else "none", "at most" if data.eval else "data.eval is null"),
+        (
+            "eval: examples",
+            f"{recipe.eval.examples:,}" if data.eval else "none",
+            "at most" if data.eval else "data.eval is null",
+        ),
     ]
 
 
 def _samples(recipe: OfflineRecipe) -> Iterator[tuple[str, str, str]]:
     if recipe.eval.samples:
-        yield "eval: completions written", f"{recipe.eval.samples:,}", f"each time, of at most {recipe.data.max_completion_tokens:,} tokens"
+        yield (
+            "eval: completions written",
+            f"{recipe.eval.samples:,}",
+            f"each time, of at most {recipe.data.max_completion_tokens:,} tokens",
+        )
 
 
 def _frozen(recipe: OfflineRecipe, needs: frozenset[str]) -> tuple[str, str]:
     names = [name for name in ("ref_logp", "previous_logp") if name in needs]
     if "mismatched" in needs:
         names = [*dict.fromkeys([*names, "ref_logp"]), "mismatched"]
-    where = "computed anew in every run" if recipe.reference.cache is None else f"computed once, kept in {recipe.reference.cache}"
+    where = (
+        "computed anew in every run"
+        if recipe.reference.cache is None
+        else f"computed once, kept in {recipe.reference.cache}"
+    )
     return (" ".join(names), where) if names else ("none", "the loss needs none")

@@ -1,4 +1,6 @@
-"""``path/to/file.py:name`` in a recipe: a user's own function or class, looked at by reading its file, not by importing it."""
+"""``path/to/file.py:name`` in a recipe: a user's own function or class, looked at by reading its
+file, not by importing it.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ _NOUNS = {ast.FunctionDef: "function", ast.ClassDef: "class"}
 
 
 def definition(file: str, name: str, *kinds: type[ast.stmt]) -> ast.stmt:
-    """The statement at the top of ``file`` that binds ``name``: a definition of one of ``kinds``, or an import or assignment.
+    """The statement at the top of ``file`` that binds ``name``: a definition of one of ``kinds``, or an
+    import or assignment.
 
-    Raises ValueError where there is none, naming a similar one. kinds: the first is the one that messages speak of.
+    Raises ValueError where there is none, naming a similar one. kinds: the first is the one that messages
+    speak of.
     """
     path = Path(file)
     if not path.is_file():
@@ -24,13 +28,19 @@ def definition(file: str, name: str, *kinds: type[ast.stmt]) -> ast.stmt:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{file} is not valid Python: {error}") from error
-    defined = {node.name: node for node in tree.body if isinstance(node, kinds) and isinstance(node, Function | ast.ClassDef)}
+    defined = {
+        node.name: node
+        for node in tree.body
+        if isinstance(node, kinds) and isinstance(node, Function | ast.ClassDef)
+    }
     bound = {name: node for node in tree.body for name in _bound_names(node)}
     if name in bound and name not in defined:
         return bound[name]
     if name not in defined:
         noun = _NOUNS[kinds[0]]
-        raise ValueError(f"{file} defines no {noun} {name!r}{suggestion(name, defined) or '; it defines none'}")
+        raise ValueError(
+            f"{file} defines no {noun} {name!r}{suggestion(name, defined) or '; it defines none'}"
+        )
     return defined[name]
 
 
@@ -39,14 +49,23 @@ def _elsewhere(path: Path) -> str:
     here = Path.cwd() / path.name
     if not here.is_file() or here == path:
         return ""
-    return f"; there is {here}, but a path in a recipe begins in the recipe's own folder: write it from there, absolute, or with --set"
+    return (
+        f"; there is {here}, but a path in a recipe begins in the recipe's own folder: write it from there, "
+        "absolute, or with --set"
+    )
 
 
 def _bound_names(node: ast.stmt) -> Iterator[str]:
     """Names that an import or an assignment makes."""
     if isinstance(node, ast.Import | ast.ImportFrom):
         yield from (alias.asname or alias.name for alias in node.names)
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    targets = (
+        node.targets
+        if isinstance(node, ast.Assign)
+        else [node.target]
+        if isinstance(node, ast.AnnAssign)
+        else []
+    )
     yield from (target.id for target in targets if isinstance(target, ast.Name))
 
 
@@ -57,4 +76,6 @@ def unknown_keywords(function: Function, keys: Iterable[str], owner: str) -> Ite
     keywords = [item.arg for item in function.args.kwonlyargs]
     for key in keys:
         if key not in keywords:
-            yield f"{owner} has no keyword-only argument {key!r}{suggestion(key, keywords) or '; it has none'}"
+            yield (
+                f"{owner} has no keyword-only argument {key!r}{suggestion(key, keywords) or '; it has none'}"
+            )

@@ -1,4 +1,5 @@
-"""Users' files in a recipe: names are read relative to the file that holds them, and kept absolute with a digest of the code.
+"""Users' files in a recipe: names are read relative to the file that holds them, and kept absolute with a
+digest of the code.
 
 So a resolved recipe means the same function wherever it is run from, and says so where the code has changed.
 """
@@ -19,7 +20,9 @@ _ALGORITHM = "sha256:"
 
 
 def with_absolute_names(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """``data`` of a layer with every ``file.py:name`` absolute, read from ``folder``; what is no such name is left to the schema."""
+    """``data`` of a layer with every ``file.py:name`` absolute, read from ``folder``; what is no such
+    name is left to the schema.
+    """
     result = copy.deepcopy(data)
     for holder, key in _places(result):
         entry = holder[key]
@@ -42,7 +45,11 @@ def with_digests(data: dict[str, Any]) -> dict[str, Any]:
     result = copy.deepcopy(data)
     for holder, key in _places(result):
         entry = {"name": holder[key]} if isinstance(holder[key], str) else holder[key]
-        if is_user_spec(entry["name"]) and entry.get(DIGEST) is None and (digest := _digest(entry["name"])) is not None:
+        if (
+            is_user_spec(entry["name"])
+            and entry.get(DIGEST) is None
+            and (digest := _digest(entry["name"])) is not None
+        ):
             holder[key] = {**entry, DIGEST: digest}
     return result
 
@@ -54,13 +61,16 @@ def drop_digest(holder: Any, key: str | int) -> None:
 
 
 def changed_code(name: str, digest: str | None) -> str | None:
-    """Why the code behind ``name`` is not what the recipe was resolved with; None where it is, or where nothing is known."""
+    """Why the code behind ``name`` is not what the recipe was resolved with; None where it is, or
+    where nothing is known.
+    """
     now = _digest(name) if is_user_spec(name) else None
     if digest is None or now is None or now == digest:
         return None
     return (
         f"{name.rpartition(':')[0]} or a module beside it has changed since this recipe was resolved "
-        f"({DIGEST} {digest[:12]} -> {now[:12]}); put it back, or take the key {DIGEST} out to run it as it is now"
+        f"({DIGEST} {digest[:12]} -> {now[:12]}); put it back, or take the key {DIGEST} out to run it as it "
+        "is now"
     )
 
 

@@ -1,6 +1,8 @@
-"""YAML as the recipes mean it: the scalars of YAML 1.2, a repeated key is an error, and every key knows its line.
+"""YAML as the recipes mean it: the scalars of YAML 1.2, a repeated key is an error, and every key knows its
+line.
 
-PyYAML as it comes reads ``1e-6`` as a string, ``off`` as false, ``1:30`` as 90 and lets the last of two equal keys win.
+PyYAML as it comes reads ``1e-6`` as a string, ``off`` as false, ``1:30`` as 90 and lets the last of two equal
+keys win.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ def parse(text: str, source: str) -> Document:
     """A mapping with the line of every key. Raises RecipeError for anything else, naming file and line."""
     data, lines = parse_value(text, source)
     if data is None:
-        raise RecipeError(f"{source}: the file is empty; a recipe is a mapping of sections such as model, data and rollout")
+        raise RecipeError(
+            f"{source}: the file is empty; a recipe is a mapping of sections such as model, data and rollout"
+        )
     if not isinstance(data, dict):
         raise RecipeError(f"{source}: expected a mapping of sections at the top level, got a {_kind(data)}")
     return Document(source, data, lines)
@@ -122,7 +126,9 @@ def _walk(node: yaml.Node, key: KeyPath, lines: dict[KeyPath, int], source: str)
             here = (*key, name.value)
             if here in lines:
                 dotted = ".".join(map(str, here))
-                raise RecipeError(f"{source}:{line}: {dotted} is given twice, first on line {lines[here]}; keep one of them")
+                raise RecipeError(
+                    f"{source}:{line}: {dotted} is given twice, first on line {lines[here]}; keep one of them"
+                )
             lines[here] = line
             _walk(item, here, lines, source)
 

@@ -1,8 +1,10 @@
-"""Coefficients of loss terms that change in the course of a run: small state machines told each step's metrics once.
+"""Coefficients of loss terms that change in the course of a run: small state machines told each step's
+metrics once.
 
-A recipe writes one in place of a number (``coefficient: {name: target_entropy, target: 0.3}``). ``observe`` sees the metrics of a
-whole step (all ranks, all micro-batches) after its updates, so what a controller learns in a step acts from the next one on, and
-every rank holds the same state. State is plain JSON: a resumed run continues it. Importable without torch.
+A recipe writes one in place of a number (``coefficient: {name: target_entropy, target: 0.3}``). ``observe``
+sees the metrics of a whole step (all ranks, all micro-batches) after its updates, so what a controller learns
+in a step acts from the next one on, and every rank holds the same state. State is plain JSON: a resumed run
+continues it. Importable without torch.
 """
 
 from __future__ import annotations
@@ -14,7 +16,15 @@ from typing import Any, Literal, Protocol
 
 from rltrain.registry import method
 
-__all__ = ["AnnealedCoefficient", "Controller", "EntropyBand", "EpoSchedule", "KlTarget", "StageCoefficient", "TargetEntropy"]
+__all__ = [
+    "AnnealedCoefficient",
+    "Controller",
+    "EntropyBand",
+    "EpoSchedule",
+    "KlTarget",
+    "StageCoefficient",
+    "TargetEntropy",
+]
 
 
 class Controller(Protocol):
@@ -55,11 +65,13 @@ class _Remembering:
 
 @method("target_entropy", arxiv="2505.22312")
 class TargetEntropy(_Remembering):
-    """A bonus only while entropy is at or below its target, with a coefficient found step by step, arXiv:2505.22312.
+    """A bonus only while entropy is at or below its target, with a coefficient found step by step,
+    arXiv:2505.22312.
 
-    After each step the coefficient moves by ``step``: up where ``metric`` (nats, mean over the step) is at or below ``target``, down
-    where it is above, inside [low, high]; the term gets it while the last entropy was at or below the target, and 0 otherwise.
-    It begins at ``start``. The paper measures the entropy of the step in hand; here it is the step before (as in TRL 1.16).
+    After each step the coefficient moves by ``step``: up where ``metric`` (nats, mean over the step) is at or
+    below ``target``, down where it is above, inside [low, high]; the term gets it while the last entropy was
+    at or below the target, and 0 otherwise. It begins at ``start``. The paper measures the entropy of the
+    step in hand; here it is the step before (as in TRL 1.16).
     """
 
     _STATE = ("coefficient", "last")
@@ -93,10 +105,11 @@ class TargetEntropy(_Remembering):
 class EntropyBand(_Remembering):
     """AEnt's coefficient, driven until the entropy lies in a band, arXiv:2509.03493.
 
-    ``c <- clip(c - rate (min(0, H - entropy_low) + max(0, H - entropy_high) + pull (c - start)), low, high)`` after each step but the
-    first ``warmup_steps``, H being ``metric``: the clamped entropy, in nats, mean over the step's tokens. The band and the rate have
-    no default in the paper; with one of them None the coefficient stays at ``start``. Released for Qwen2.5-1.5B on GSM8K: band
-    [0.05, 0.23], rate 1e-3, range [1e-5, 3e-3], 29 warm-up steps.
+    ``c <- clip(c - rate (min(0, H - entropy_low) + max(0, H - entropy_high) + pull (c - start)), low, high)``
+    after each step but the first ``warmup_steps``, H being ``metric``: the clamped entropy, in nats, mean
+    over the step's tokens. The band and the rate have no default in the paper; with one of them None the
+    coefficient stays at ``start``. Released for Qwen2.5-1.5B on GSM8K: band [0.05, 0.23], rate 1e-3, range
+    [1e-5, 3e-3], 29 warm-up steps.
     """
 
     _STATE = ("coefficient", "seen")
@@ -123,7 +136,13 @@ class EntropyBand(_Remembering):
             )
         if entropy_low is not None and entropy_high is not None:
             _require_order("entropy_band", entropy_low=entropy_low, entropy_high=entropy_high)
-        self.start, self.rate, self.pull, self.warmup_steps, self.metric = start, rate, pull, warmup_steps, metric
+        self.start, self.rate, self.pull, self.warmup_steps, self.metric = (
+            start,
+            rate,
+            pull,
+            warmup_steps,
+            metric,
+        )
         self.band = (entropy_low or 0.0, entropy_high or 0.0)
         self.low, self.high = low, high
         self.coefficient, self.seen = start, 0
@@ -143,7 +162,9 @@ class EntropyBand(_Remembering):
 
 @method("annealed", arxiv="2506.02208")
 class AnnealedCoefficient(_Remembering):
-    """KDRL's weight of the teacher: ``max(start - slope * step, floor)``, counted from step 0, arXiv:2506.02208."""
+    """KDRL's weight of the teacher: ``max(start - slope * step, floor)``, counted from step 0,
+    arXiv:2506.02208.
+    """
 
     _STATE = ("steps",)
 
@@ -162,9 +183,11 @@ class AnnealedCoefficient(_Remembering):
 
 @method("stage", arxiv="2603.11178")
 class StageCoefficient(_Remembering):
-    """A term that acts in one stage of the run: ``value`` from the share ``begin`` of its steps up to the share ``end``, else 0.
+    """A term that acts in one stage of the run: ``value`` from the share ``begin`` of its steps up to the
+    share ``end``, else 0.
 
-    PACED distils under the forward KL first and the reverse KL then, arXiv:2603.11178; where one gives way to the other was not read.
+    PACED distils under the forward KL first and the reverse KL then, arXiv:2603.11178; where one gives way to
+    the other was not read.
     """
 
     _STATE = ("total_steps", "steps")
@@ -175,7 +198,9 @@ class StageCoefficient(_Remembering):
         self.total_steps, self.steps = total_steps, 0
 
     def __call__(self) -> float:
-        return self.value if self.begin * self.total_steps <= self.steps < self.end * self.total_steps else 0.0
+        return (
+            self.value if self.begin * self.total_steps <= self.steps < self.end * self.total_steps else 0.0
+        )
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         del metrics
@@ -185,7 +210,8 @@ class StageCoefficient(_Remembering):
         """Raises ValueError where the saved run was to end at another step: its stages were others."""
         if state["total_steps"] != self.total_steps:
             raise ValueError(
-                f"the steps taken had a stage of a run of {state['total_steps']} steps, and train.steps is {self.total_steps}; "
+                f"the steps taken had a stage of a run of {state['total_steps']} steps, and train.steps is "
+                f"{self.total_steps}; "
                 f"keep train.steps, or start a new run"
             )
         super().load_state_dict(state)
@@ -193,12 +219,14 @@ class StageCoefficient(_Remembering):
 
 @method("epo_schedule", arxiv="2509.22576", traits={"gives_history", "gives_smoothing"})
 class EpoSchedule(_Remembering):
-    """EPO's bonus with its constant ``value``, and what its smoothing needs: the entropy's history, the penalty's weight, arXiv:2509.22576.
+    """EPO's bonus with its constant ``value``, and what its smoothing needs: the entropy's history, the
+    penalty's weight, arXiv:2509.22576.
 
-    history: mean of ``metric`` (nats) over all steps before; nothing in the first step, which therefore has no penalty. smoothing, in
-    step k of the ``total_steps`` K of the run, by schedule: "paper" is ``1 + exp(-gamma k / floor(K / 2))``; "released" is ``strength``
-    times a weight that falls from 1 to 0.83 by the middle of the run and from there to 0.04; "constant" is ``strength`` itself.
-    One mean over all tokens, as the paper writes it: the release keeps one for each turn of an episode.
+    history: mean of ``metric`` (nats) over all steps before; nothing in the first step, which therefore has
+    no penalty. smoothing, in step k of the ``total_steps`` K of the run, by schedule: "paper" is ``1 +
+    exp(-gamma k / floor(K / 2))``; "released" is ``strength`` times a weight that falls from 1 to 0.83 by the
+    middle of the run and from there to 0.04; "constant" is ``strength`` itself. One mean over all tokens, as
+    the paper writes it: the release keeps one for each turn of an episode.
     """
 
     _STATE = ("total_steps", "steps", "entropy_sum", "counted")
@@ -213,7 +241,13 @@ class EpoSchedule(_Remembering):
         schedule: Literal["paper", "released", "constant"] = "paper",
         metric: str = "learner/entropy_mean",
     ) -> None:
-        self.value, self.gamma, self.strength, self.schedule, self.metric = value, gamma, strength, schedule, metric
+        self.value, self.gamma, self.strength, self.schedule, self.metric = (
+            value,
+            gamma,
+            strength,
+            schedule,
+            metric,
+        )
         self.total_steps, self.steps, self.entropy_sum, self.counted = total_steps, 0, 0.0, 0
 
     def __call__(self) -> float:
@@ -244,7 +278,8 @@ class EpoSchedule(_Remembering):
         """Raises ValueError where the saved run was to end at another step: its schedule was another one."""
         if self.schedule != "constant" and state["total_steps"] != self.total_steps:
             raise ValueError(
-                f"the steps taken had an epo_schedule that ends at {state['total_steps']}, and train.steps is {self.total_steps}; "
+                f"the steps taken had an epo_schedule that ends at {state['total_steps']}, and train.steps "
+                f"is {self.total_steps}; "
                 f"keep train.steps, or start a new run"
             )
         super().load_state_dict({**state, "total_steps": self.total_steps})
@@ -254,11 +289,12 @@ class EpoSchedule(_Remembering):
 class KlTarget(_Remembering):
     """A KL weight that keeps the KL near a target, moved in log space, as ARES releases it, arXiv:2510.08457.
 
-    ``metric`` (nats, mean over the step) is smoothed with ``decay``; its relative error e = KL / target - 1 counts where |e| is at
-    least ``dead_zone``, and then, once every ``every`` steps, is smoothed with the same decay and moves ln c by
-    ``rate * clip(error, -cap, cap)``; c begins at ``start`` and stays inside [low, high] times ``start``. In the release start is
-    a fixed coefficient and what moves a factor beside it, inside these bounds. ARES keeps one for each difficulty of a prompt and
-    counts micro-batches; here it is one for the term, and steps. Give the term's own metric when it is not ``kl``.
+    ``metric`` (nats, mean over the step) is smoothed with ``decay``; its relative error e = KL / target - 1
+    counts where |e| is at least ``dead_zone``, and then, once every ``every`` steps, is smoothed with the
+    same decay and moves ln c by ``rate * clip(error, -cap, cap)``; c begins at ``start`` and stays inside
+    [low, high] times ``start``. In the release start is a fixed coefficient and what moves a factor beside
+    it, inside these bounds. ARES keeps one for each difficulty of a prompt and counts micro-batches; here it
+    is one for the term, and steps. Give the term's own metric when it is not ``kl``.
     """
 
     _STATE = ("coefficient", "kl", "error", "seen")
@@ -280,7 +316,8 @@ class KlTarget(_Remembering):
         _require_order("kl_target", low=low, one=1.0, high=high)
         if not (target > 0 and start > 0 and low > 0 and 0 <= decay < 1 and every >= 1):
             raise ValueError(
-                f"kl_target: target {target}, start {start} and low {low} must be positive, decay {decay} in [0, 1), "
+                f"kl_target: target {target}, start {start} and low {low} must be positive, decay {decay} in "
+                "[0, 1), "
                 f"every {every} at least 1"
             )
         self.target, self.rate, self.decay, self.cap, self.dead_zone = target, rate, decay, cap, dead_zone
@@ -307,11 +344,15 @@ class KlTarget(_Remembering):
 
 
 def _finite(name: str, metrics: Mapping[str, float], key: str) -> float | None:
-    """The metric ``key``, None where it is no finite number: such a step moves nothing. Raises ValueError where it is absent."""
+    """The metric ``key``, None where it is no finite number: such a step moves nothing.
+
+    Raises ValueError where it is absent.
+    """
     if key not in metrics:
         near = difflib.get_close_matches(key, metrics, n=1, cutoff=0.5)
         raise ValueError(
-            f"coefficient {name} lives on the metric {key!r}, which the step does not have{f'; did you mean {near[0]!r}?' if near else ''}"
+            f"coefficient {name} lives on the metric {key!r}, which the step does not "
+            f"have{f'; did you mean {near[0]!r}?' if near else ''}"
         )
     return metrics[key] if math.isfinite(metrics[key]) else None
 

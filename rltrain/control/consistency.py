@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rltrain.registry import method
 from rltrain.tensor_ops import masked, segment_count, segment_mean
-from rltrain.types import TrainBatch
+from rltrain.types.policy import TrainBatch
 
 __all__ = ["consistency_entropy", "copo", "global_advantages"]
 
@@ -27,39 +27,51 @@ def copo(
     coefficient: float = 1.0,
     eps: float = 1e-6,
 ) -> TrainBatch:
-    """COPO: ``w l_local + (1 - w) l_global`` for the loss ``copo``, w = sigmoid(k (H - b)), arXiv:2508.04138 (others use the name too).
+    """COPO: ``w l_local + (1 - w) l_global`` for the loss ``copo``, w = sigmoid(k (H - b)), arXiv:2508.04138
+    (others use the name too).
 
-    H is the entropy in bits of the prompt's extracted answers (no answer counts as one more): a prompt whose completions agree
-    leans on its global advantage, its mean reward normalised over all prompts of the step (std with ddof 1, plus eps). discount:
-    mean rewards are first multiplied by 1 - lambda H, lambda = (1 - 1/G) / log2 G. The loss is positively homogeneous in the
-    advantage, so w goes into ``advantages`` and 1 - w into ``extra["advantage_global"]``; ``coefficient`` multiplies the latter.
+    H is the entropy in bits of the prompt's extracted answers (no answer counts as one more): a prompt whose
+    completions agree leans on its global advantage, its mean reward normalised over all prompts of the step
+    (std with ddof 1, plus eps). discount: mean rewards are first multiplied by 1 - lambda H, lambda = (1 -
+    1/G) / log2 G. The loss is positively homogeneous in the advantage, so w goes into ``advantages`` and 1 -
+    w into ``extra["advantage_global"]``; ``coefficient`` multiplies the latter.
 
-    mode "soft": as above. "forced": w is 1 where the local advantage is not 0, else 0; "soft_forced": both, which leaves no group
-    of equal rewards without a signal. "zero" and "soft_zero": the same, asking for a reward that is not 0 (in the release
-    "only-zero", "soft-with-zero"). "global": w is 0; "local": w is 1 and nothing changes. The release's scripts take k 20 and b
-    0.5, or 5 and 1; the paper reports its best at 20 and 1.5, of which the base of the logarithm is not known. Raises ValueError
-    where no reward function extracts answers.
+    mode "soft": as above. "forced": w is 1 where the local advantage is not 0, else 0; "soft_forced": both,
+    which leaves no group of equal rewards without a signal. "zero" and "soft_zero": the same, asking for a
+    reward that is not 0 (in the release "only-zero", "soft-with-zero"). "global": w is 0; "local": w is 1 and
+    nothing changes. The release's scripts take k 20 and b 0.5, or 5 and 1; the paper reports its best at 20
+    and 1.5, of which the base of the logarithm is not known. Raises ValueError where no reward function
+    extracts answers.
     """
     if batch.answer is None:
         raise ValueError(
-            "control copo needs the completions' answers: name a reward function that extracts them (math_answer, choice, exact)"
+            "control copo needs the completions' answers: name a reward function that extracts them "
+            "(math_answer, choice, exact)"
         )
     counted = ~batch.rewards.isnan() & batch.mask.any(1)
     entropy = consistency_entropy(batch.answer, batch.group, counted).to(batch.advantages.dtype)
     share = _local_share(batch, entropy, mode, k, b)
-    prompt_advantage = global_advantages(batch.rewards, batch.group, counted, entropy if discount else None, eps)
+    prompt_advantage = global_advantages(
+        batch.rewards, batch.group, counted, entropy if discount else None, eps
+    )
     everywhere = (coefficient * (1 - share) * prompt_advantage).to(batch.advantages.dtype)[:, None]
     local = masked(batch.advantages, batch.mask) * share.to(batch.advantages.dtype)[:, None]
     shown = (
-        {"copo_entropy": float(entropy[counted].mean()), "copo_local_share": float(share[counted].mean())} if bool(counted.any()) else {}
+        {"copo_entropy": float(entropy[counted].mean()), "copo_local_share": float(share[counted].mean())}
+        if bool(counted.any())
+        else {}
     )
     return (
-        batch.replace(advantages=local).with_extra(advantage_global=masked(everywhere.expand(batch.mask.shape), batch.mask)).noted(**shown)
+        batch.replace(advantages=local)
+        .with_extra(advantage_global=masked(everywhere.expand(batch.mask.shape), batch.mask))
+        .with_metrics(**shown)
     )
 
 
 def consistency_entropy(answer: Tensor, group: Tensor, counted: Tensor) -> Tensor:
-    """(B,) entropy in bits of the distinct answers among a group's counted rows, at each of them; 0 at the others. Unanimous: 0."""
+    """(B,) entropy in bits of the distinct answers among a group's counted rows, at each of them; 0
+    at the others. Unanimous: 0.
+    """
     ids, prompts = answer[counted], group[counted]
     width = int(ids.max()) + 2 if len(ids) else 1
     prompt = torch.unique(prompts, return_inverse=True)[1]
@@ -69,10 +81,14 @@ def consistency_entropy(answer: Tensor, group: Tensor, counted: Tensor) -> Tenso
     return entropy
 
 
-def global_advantages(rewards: Tensor, group: Tensor, counted: Tensor, entropy: Tensor | None, eps: float) -> Tensor:
-    """(B,) the prompt's mean reward over its counted rows, normalised over prompts (ddof 1); 0 at the rows that do not count.
+def global_advantages(
+    rewards: Tensor, group: Tensor, counted: Tensor, entropy: Tensor | None, eps: float
+) -> Tensor:
+    """(B,) the prompt's mean reward over its counted rows, normalised over prompts (ddof 1); 0 at the rows
+    that do not count.
 
-    entropy: bits; the mean reward is discounted by it. One prompt alone, and prompts that all do as well, get 0.
+    entropy: bits; the mean reward is discounted by it. One prompt alone, and prompts that all do as well, get
+    0.
     """
     prompt = torch.unique(group[counted], return_inverse=True)[1]
     mean = segment_mean(rewards[counted], prompt)

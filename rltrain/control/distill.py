@@ -7,24 +7,29 @@ from typing import Literal
 import torch
 
 from rltrain.registry import method
-from rltrain.types import TrainBatch
+from rltrain.types.policy import TrainBatch
 
 __all__ = ["kdrl_mask"]
 
 
 @method("kdrl_mask", arxiv="2506.02208", traits={"per_update", "needs_correct", "loss_term:kdrl"})
 def kdrl_mask(
-    batch: TrainBatch, *, level: Literal["response", "group"] = "response", denominator: Literal["kept", "all"] = "kept"
+    batch: TrainBatch,
+    *,
+    level: Literal["response", "group"] = "response",
+    denominator: Literal["kept", "all"] = "kept",
 ) -> TrainBatch:
     """Marks the completions on which the term ``kdrl`` acts, in ``extra["kdrl"]``, arXiv:2506.02208.
 
-    level "response": the incorrect ones; "group": those of prompts with no correct completion. denominator "kept", the paper's
-    masked mean: marks are the optimizer batch's tokens over the marked ones (all ranks), so that the aggregate ``token_mean`` divides
-    the term by the latter, and a token weighs more where few answers are wrong; "all": marks are 1. Raises ValueError where no
-    reward function says what is correct.
+    level "response": the incorrect ones; "group": those of prompts with no correct completion. denominator
+    "kept", the paper's masked mean: marks are the optimizer batch's tokens over the marked ones (all ranks),
+    so that the aggregate ``token_mean`` divides the term by the latter, and a token weighs more where few
+    answers are wrong; "all": marks are 1. Raises ValueError where no reward function says what is correct.
     """
     if batch.correct is None or bool(batch.correct.isnan().all() & batch.mask.any()):
-        raise ValueError("kdrl_mask needs to know which completions are correct, and no reward function reports it")
+        raise ValueError(
+            "kdrl_mask needs to know which completions are correct, and no reward function reports it"
+        )
     wrong = ~(batch.correct > 0)
     if level == "group":
         wrong &= ~torch.isin(batch.group, batch.group[~wrong])

@@ -1,8 +1,10 @@
-"""Corrections for completions that another distribution than the learner's old policy sampled: the inference engine's.
+"""Corrections for completions that another distribution than the learner's old policy sampled: the inference
+engine's.
 
-rho_t = exp(old_logp - rollout_logp) is the learner's probability over the engine's. These controls multiply ``weights``, which
-multiply the per-token policy loss outside of any clipping; the loss's own ratio keeps ``old_logp`` below the line. Nothing
-here carries a gradient, and statistics run over the whole step. Weights of masked-out tokens are 0.
+rho_t = exp(old_logp - rollout_logp) is the learner's probability over the engine's. These controls multiply
+``weights``, which multiply the per-token policy loss outside of any clipping; the loss's own ratio keeps
+``old_logp`` below the line. Nothing here carries a gradient, and statistics run over the whole step. Weights
+of masked-out tokens are 0.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from rltrain.registry import method
 from rltrain.tensor_ops import masked, masked_mean, masked_sum
-from rltrain.types import TrainBatch
+from rltrain.types.policy import TrainBatch
 
 __all__ = ["geometric_rejection", "mis", "off_policy_mask", "tis"]
 
@@ -23,12 +25,18 @@ LOG_RHO_LIMIT = 20.0  # verl's clamp before exp
 
 @method("tis", needs={"old_logp", "rollout_logp"})
 def tis(
-    batch: TrainBatch, *, level: Literal["token", "sequence"] = "token", cap: float = 2.0, normalize: Literal["none", "batch"] = "none"
+    batch: TrainBatch,
+    *,
+    level: Literal["token", "sequence"] = "token",
+    cap: float = 2.0,
+    normalize: Literal["none", "batch"] = "none",
 ) -> TrainBatch:
-    """Truncated importance sampling (Ionides 2008; for inference engines: Yao et al. 2025): weight ``min(rho, cap)``.
+    """Truncated importance sampling (Ionides 2008; for inference engines: Yao et al. 2025): weight ``min(rho,
+    cap)``.
 
-    level: a token's own rho, or the product over its sequence. normalize "batch" divides by the weights' mean over the step
-    after truncation: over tokens, or over sequences at sequence level (each once, however long), as verl does.
+    level: a token's own rho, or the product over its sequence. normalize "batch" divides by the weights' mean
+    over the step after truncation: over tokens, or over sequences at sequence level (each once, however
+    long), as verl does.
     """
     weights = _rho(batch, "tis", level).clamp(max=cap)
     if normalize == "batch":
@@ -46,10 +54,12 @@ def mis(
     high: float = 3.0,
     denominator: Literal["all", "kept"] = "all",
 ) -> TrainBatch:
-    """Masked importance sampling (IcePop, Ling team 2025): weight rho where ``low <= rho <= high``, else 0. Defaults are TRL's.
+    """Masked importance sampling (IcePop, Ling team 2025): weight rho where ``low <= rho <= high``, else 0.
+    Defaults are TRL's.
 
-    level as in ``tis``. denominator: whether the loss is still divided by all tokens and sequences ("all": weights of 0, as
-    in TRL), or by what was kept ("kept": the mask shrinks, as in verl's rejection; the tokens then leave terms and metrics).
+    level as in ``tis``. denominator: whether the loss is still divided by all tokens and sequences ("all":
+    weights of 0, as in TRL), or by what was kept ("kept": the mask shrinks, as in verl's rejection; the
+    tokens then leave terms and metrics).
     """
     rho = _rho(batch, "mis", level)
     return _kept(_weighted(batch, rho), (rho >= low) & (rho <= high), denominator)
@@ -57,26 +67,36 @@ def mis(
 
 @method("geometric_rejection", needs={"old_logp", "rollout_logp"})
 def geometric_rejection(
-    batch: TrainBatch, *, low: float = 0.999, high: float = 1.001, denominator: Literal["all", "kept"] = "kept"
+    batch: TrainBatch,
+    *,
+    low: float = 0.999,
+    high: float = 1.001,
+    denominator: Literal["all", "kept"] = "kept",
 ) -> TrainBatch:
-    """Drops a sequence whose geometric mean of rho lies outside ``[low, high]``; weights are otherwise left alone.
+    """Drops a sequence whose geometric mean of rho lies outside ``[low, high]``; weights are otherwise left
+    alone.
 
-    The bounds are on rho. verl's release (``seq_mean_k1``) compares them with 1 / rho, which differs where they are not
-    reciprocal. denominator as in ``mis``; verl shrinks the mask.
+    The bounds are on rho. verl's release (``seq_mean_k1``) compares them with 1 / rho, which differs where
+    they are not reciprocal. denominator as in ``mis``; verl shrinks the mask.
     """
     geometric = masked_mean(_log_rho(batch, "geometric_rejection"), batch.mask, dim=1)[:, None].exp()
     return _kept(batch, (geometric >= low) & (geometric <= high), denominator)
 
 
 @method("off_policy_mask", arxiv="2512.02556", needs={"rollout_logp", "logp_now"})
-def off_policy_mask(batch: TrainBatch, *, delta: float = 0.5, denominator: Literal["all", "kept"] = "all") -> TrainBatch:
+def off_policy_mask(
+    batch: TrainBatch, *, delta: float = 0.5, denominator: Literal["all", "kept"] = "all"
+) -> TrainBatch:
     """Drops the negative examples that the policy has moved away from, arXiv:2512.02556: keep where A >= 0 or
     ``mean_t(rollout_logp - logp_now) <= delta`` nats per token over the sequence.
 
-    The paper gives no delta; TRL has the mask off and suggests 0.5. Advantages are read per token, which is the paper's rule
-    where a completion has one. denominator as in ``mis``; TRL keeps all.
+    The paper gives no delta; TRL has the mask off and suggests 0.5. Advantages are read per token, which is
+    the paper's rule where a completion has one. denominator as in ``mis``; TRL keeps all.
     """
-    rollout, now = _field(batch, "off_policy_mask", "rollout_logp"), _field(batch, "off_policy_mask", "logp_now")
+    rollout, now = (
+        _field(batch, "off_policy_mask", "rollout_logp"),
+        _field(batch, "off_policy_mask", "logp_now"),
+    )
     distance = masked_mean(rollout - now, batch.mask, dim=1)[:, None]
     return _kept(batch, (batch.advantages >= 0) | (distance <= delta), denominator)
 
@@ -105,7 +125,9 @@ def _weighted(batch: TrainBatch, factor: Tensor) -> TrainBatch:
 
 
 def _kept(batch: TrainBatch, keep: Tensor, denominator: Literal["all", "kept"]) -> TrainBatch:
-    """``batch`` with weight 0 where not ``keep``, and with the mask shrunk to it if the denominators shall follow."""
+    """``batch`` with weight 0 where not ``keep``, and with the mask shrunk to it if the denominators
+    shall follow.
+    """
     keep = batch.mask & keep
     kept = batch.replace(weights=torch.where(keep, batch.weights, torch.zeros_like(batch.weights)))
     return kept.replace(mask=keep) if denominator == "kept" else kept

@@ -21,28 +21,42 @@ Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Endings:
-    """Token ids that end or fill a row. Masks come from lengths, never from these: the pad only has to be a valid id."""
+class StopTokens:
+    """Token ids that end or fill a row.
+
+    Masks come from lengths, never from these: the pad only has to be a valid id.
+    """
 
     stop: tuple[int, ...]  # ascending; sampling any of them finishes a completion
     pad: int
     pad_is_eos: bool  # the tokenizer names no pad, so an EOS fills
 
 
-def endings(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> Endings:
-    """Stop and pad ids. Raises ValueError when neither the tokenizer nor the generation config names an EOS."""
+def stop_tokens_of(
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
+) -> StopTokens:
+    """Stop and pad ids.
+
+    Raises ValueError when neither the tokenizer nor the generation config names an EOS.
+    """
     stop = stop_token_ids(tokenizer, generation_config)
     if not stop:
         raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no EOS token and the model's generation config names none, so no answer could "
-            "ever stop; set eos_token in tokenizer_config.json (or eos_token_id in generation_config.json) to the token that ends an answer"
+            f"the tokenizer {tokenizer.name_or_path!r} has no EOS token and the model's generation config "
+            "names none, so no answer could "
+            "ever stop; set eos_token in tokenizer_config.json (or eos_token_id in generation_config.json) "
+            "to the token that ends an answer"
         )
     pad: Any = tokenizer.pad_token_id
-    return Endings(stop=stop, pad=stop[0] if pad is None else pad, pad_is_eos=pad is None)
+    return StopTokens(stop=stop, pad=stop[0] if pad is None else pad, pad_is_eos=pad is None)
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> tuple[int, ...]:
-    """Ascending union of the tokenizer's EOS and the generation config's (chat models often name a second one there)."""
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
+) -> tuple[int, ...]:
+    """Ascending union of the tokenizer's EOS and the generation config's (chat models often name a
+    second one there).
+    """
     named: Any = None if generation_config is None else generation_config.eos_token_id
     own: Any = tokenizer.eos_token_id
     configured = named if isinstance(named, Iterable) else (named,)
@@ -59,29 +73,46 @@ def render(
 ) -> tuple[str, list[int]]:
     """The prompt as the model sees it: its text and the token ids that spell it, generation prompt included.
 
-    With a chat template, text becomes one user message. Without one, text is tokenised as it stands after the tokenizer's BOS, if it
-    adds one. No end token is ever appended. date: that the template prints; None: today. Raises ValueError when messages or a system
-    message meet a tokenizer without a template.
+    With a chat template, text becomes one user message. Without one, text is tokenised as it stands after the
+    tokenizer's BOS, if it adds one. No end token is ever appended. date: that the template prints; None:
+    today. Raises ValueError when messages or a system message meet a tokenizer without a template.
     """
     if chat_template == "auto" and tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if system is not None:
             messages = [{"role": "system", "content": system}, *messages]
         text = spell(messages, tokenizer, date, add_generation_prompt=True)
-        return text, tokenizer(text, add_special_tokens=False)["input_ids"]  # the template spells BOS where the model wants one
+        return text, tokenizer(text, add_special_tokens=False)[
+            "input_ids"
+        ]  # the template spells BOS where the model wants one
     if not isinstance(prompt, str) or system is not None:
         what = "the prompt is a list of messages" if not isinstance(prompt, str) else "data.system is set"
-        why = "data.chat_template is none" if chat_template == "none" else f"the tokenizer {tokenizer.name_or_path!r} has no chat template"
-        raise ValueError(f"{what}, but {why}; use text prompts and data.prompt_template, or a tokenizer with a chat template")
+        why = (
+            "data.chat_template is none"
+            if chat_template == "none"
+            else f"the tokenizer {tokenizer.name_or_path!r} has no chat template"
+        )
+        raise ValueError(
+            f"{what}, but {why}; use text prompts and data.prompt_template, or a tokenizer with a chat "
+            "template"
+        )
     return prompt, _plain(prompt, tokenizer)
 
 
 def spell(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, date: dt.date | None, *, add_generation_prompt: bool = False
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    date: dt.date | None,
+    *,
+    add_generation_prompt: bool = False,
 ) -> str:
     """The messages in the tokenizer's chat template, as of ``date``."""
     plain = [dict(message) for message in messages]
-    return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt, **frozen_clock(date)))
+    return str(
+        tokenizer.apply_chat_template(
+            plain, tokenize=False, add_generation_prompt=add_generation_prompt, **frozen_clock(date)
+        )
+    )
 
 
 def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -93,34 +124,50 @@ def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def check_messages(messages: Sequence[Any]) -> None:
-    """Raises ValueError unless ``messages`` are {"role", "content"} mappings, known roles and text, with a user or tool at the end."""
+    """Raises ValueError unless ``messages`` are {"role", "content"} mappings, known roles and text,
+    with a user or tool at the end.
+    """
     if not messages:
         raise ValueError("the list of messages is empty; at least one user message is needed")
     for position, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"message {position} is {message!r:.200}; each message is a mapping with 'role' and 'content'")
+            raise ValueError(
+                f"message {position} is {message!r:.200}; each message is a mapping with 'role' and 'content'"
+            )
         if message["role"] not in ROLES:
-            raise ValueError(f"message {position} has the unknown role {message['role']!r}; roles are {', '.join(ROLES)}")
+            raise ValueError(
+                f"message {position} has the unknown role {message['role']!r}; roles are {', '.join(ROLES)}"
+            )
         if not isinstance(message["content"], str):
-            raise ValueError(f"message {position} has content of type {type(message['content']).__name__}; text is expected")
+            raise ValueError(
+                f"message {position} has content of type {type(message['content']).__name__}; text is "
+                "expected"
+            )
     if messages[-1]["role"] not in ("user", "tool"):
         raise ValueError(
-            f"the last message is from {messages[-1]['role']!r}; a prompt ends with the user's message, which the policy answers"
+            f"the last message is from {messages[-1]['role']!r}; a prompt ends with the user's message, "
+            "which the policy answers"
         )
     if not messages[-1]["content"].strip():
         raise ValueError("the last message is empty")
 
 
-_QUESTION, _TURN, _REPLY = "rltrain-question", "rltrain-turn", "rltrain-reply"  # stand-ins that no template would write by itself
+_QUESTION, _TURN, _REPLY = (
+    "rltrain-question",
+    "rltrain-turn",
+    "rltrain-reply",
+)  # stand-ins that no template would write by itself
 
 
 class Dialogue:
-    """How an environment speaks to the policy: its messages between the policy's turns, as the tokenizer's chat template frames them.
+    """How an environment speaks to the policy: its messages between the policy's turns, as the tokenizer's
+    chat template frames them.
 
-    The frame is read off the template once; a message is tokenised by itself and put between its tokens, so that no text of an
-    environment can spell a special token and the policy's own turns are never touched. Without a template the message alone stands
-    there. role: whose message it is. observation_tokens: a longer message is cut at its end. Raises ValueError where the template
-    refuses the role or does not show an assistant's turn followed by such a message.
+    The frame is read off the template once; a message is tokenised by itself and put between its tokens, so
+    that no text of an environment can spell a special token and the policy's own turns are never touched.
+    Without a template the message alone stands there. role: whose message it is. observation_tokens: a longer
+    message is cut at its end. Raises ValueError where the template refuses the role or does not show an
+    assistant's turn followed by such a message.
     """
 
     def __init__(
@@ -132,18 +179,29 @@ class Dialogue:
         role: Literal["user", "tool"],
         observation_tokens: int,
     ) -> None:
-        self._tokenizer, self._stop, self._data, self._longest = tokenizer, frozenset(stop), data, observation_tokens
+        self._tokenizer, self._stop, self._data, self._longest = (
+            tokenizer,
+            frozenset(stop),
+            data,
+            observation_tokens,
+        )
         self._before, self._after = (), ()
         if data.chat_template == "auto" and tokenizer.chat_template is not None:
-            self._before, self._after = (self._ids(text, special=True) for text in _frame(tokenizer, data.system, role, data.date))
+            self._before, self._after = (
+                self._ids(text, special=True) for text in _frame(tokenizer, data.system, role, data.date)
+            )
 
     def opening(self, text: str) -> tuple[str, tuple[int, ...]]:
-        """The prompt that asks ``text`` inside ``data.prompt_template``, cut at its end to ``data.max_prompt_tokens``."""
+        """The prompt that asks ``text`` inside ``data.prompt_template``, cut at its end to
+        ``data.max_prompt_tokens``.
+        """
         ids = self._ids(text)
         while True:
             content = self._data.prompt_template.format_map({"prompt": text})
             system, template, date = self._data.system, self._data.chat_template, self._data.date
-            shown, token_ids = render(content, self._tokenizer, system=system, chat_template=template, date=date)
+            shown, token_ids = render(
+                content, self._tokenizer, system=system, chat_template=template, date=date
+            )
             over = len(token_ids) - self._data.max_prompt_tokens
             if over <= 0 or not ids:
                 return shown, tuple(token_ids)
@@ -151,30 +209,49 @@ class Dialogue:
             text = str(self._tokenizer.decode(list(ids)))
 
     def observation(self, text: str, last: int) -> tuple[int, ...]:
-        """The tokens between a turn that ended with token ``last`` and the next turn. The policy's own end token is not said twice."""
-        before = self._before[1:] if last in self._stop and self._before and self._before[0] in self._stop else self._before
+        """The tokens between a turn that ended with token ``last`` and the next turn.
+
+        The policy's own end token is not said twice.
+        """
+        before = (
+            self._before[1:]
+            if last in self._stop and self._before and self._before[0] in self._stop
+            else self._before
+        )
         return (*before, *self._ids(text.strip())[: self._longest], *self._after)
 
     def _ids(self, text: str, *, special: bool = False) -> tuple[int, ...]:
-        return tuple(self._tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"])
+        return tuple(
+            self._tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
+        )
 
 
-def _frame(tokenizer: PreTrainedTokenizerBase, system: str | None, role: str, date: dt.date | None) -> tuple[str, str]:
-    """What a template writes between an assistant's words and a message, and from there to the assistant's next words."""
+def _frame(
+    tokenizer: PreTrainedTokenizerBase, system: str | None, role: str, date: dt.date | None
+) -> tuple[str, str]:
+    """What a template writes between an assistant's words and a message, and from there to the
+    assistant's next words.
+    """
     messages = [{"role": "system", "content": system}] if system is not None else []
-    messages += [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _TURN}, {"role": role, "content": _REPLY}]
+    messages += [
+        {"role": "user", "content": _QUESTION},
+        {"role": "assistant", "content": _TURN},
+        {"role": role, "content": _REPLY},
+    ]
     try:
         text = spell(messages, tokenizer, date, add_generation_prompt=True)
     except (TemplateError, ValueError, TypeError) as error:
         raise ValueError(
-            f"the chat template of {tokenizer.name_or_path!r} refuses a {role!r} message after the assistant's ({error}); "
+            f"the chat template of {tokenizer.name_or_path!r} refuses a {role!r} message after the "
+            f"assistant's ({error}); "
             "set rollout.environment.role to another one"
         ) from error
     turn, _, rest = text.rpartition(_TURN)
     before, found, after = rest.partition(_REPLY)
     if not turn or not found:
         raise ValueError(
-            f"the chat template of {tokenizer.name_or_path!r} does not show an assistant's turn followed by a {role!r} message; "
+            f"the chat template of {tokenizer.name_or_path!r} does not show an assistant's turn followed by "
+            f"a {role!r} message; "
             "set rollout.environment.role to another one, or data.chat_template to none"
         )
     return before, after

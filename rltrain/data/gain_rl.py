@@ -1,4 +1,6 @@
-"""GAIN-RL's curriculum: prompts sorted by how aligned their hidden states are, drawn from a window that moves down the list."""
+"""GAIN-RL's curriculum: prompts sorted by how aligned their hidden states are, drawn from a window
+that moves down the list.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,15 @@ ALIGNMENT = "control/alignment"  # the step metric that moves the window, beside
 
 @method("gain_rl", arxiv="2506.02281", needs={"alignment"})
 class GainRlOrder:
-    """Prompts by rank of ``C_intra + inter_weight C_inter``, drawn with weight ``exp(-((rank - centre) / sigma)^2 / 2)``, arXiv:2506.02281.
+    """Prompts by rank of ``C_intra + inter_weight C_inter``, drawn with weight ``exp(-((rank - centre) /
+    sigma)^2 / 2)``, arXiv:2506.02281.
 
     A step's prompts are all different; the next step may draw them again. After each step the centre moves by
-    ``clip(stride tanh(slope (accuracy - goal)) + stride tanh(slope alignment), 0, max_stride)`` and stays on the list. accuracy: share
-    of the step's completions that are correct (their mean reward where no reward function says) times accuracy_scale, which is 0.5 in
-    the released verl version, whose 0/1 rewards are halved so that the term never speaks for moving on; alignment: mean cosine of the
-    hidden states of the step's rows, prompt and completion. inter_weight is 1 in the README and 8 in the released script.
+    ``clip(stride tanh(slope (accuracy - goal)) + stride tanh(slope alignment), 0, max_stride)`` and stays on
+    the list. accuracy: share of the step's completions that are correct (their mean reward where no reward
+    function says) times accuracy_scale, which is 0.5 in the released verl version, whose 0/1 rewards are
+    halved so that the term never speaks for moving on; alignment: mean cosine of the hidden states of the
+    step's rows, prompt and completion. inter_weight is 1 in the README and 8 in the released script.
     """
 
     def __init__(
@@ -45,11 +49,20 @@ class GainRlOrder:
         """scores: one per prompt, of the model as it starts; empty where a saved state will say the ranks."""
         del inter_weight  # is in the scores
         if not 1 <= per_step <= count:
-            raise ValueError(f"a step needs {per_step} different prompts and the training set has {count}; lower rollout.prompts")
+            raise ValueError(
+                f"a step needs {per_step} different prompts and the training set has {count}; lower "
+                "rollout.prompts"
+            )
         if not sigma > 0:
             raise ValueError(f"data.order gain_rl: sigma is {sigma}, it must be positive")
         self.count, self.per_step, self.seed, self.sigma = count, per_step, seed, sigma
-        self.stride, self.slope, self.goal, self.max_stride, self.accuracy_scale = stride, slope, goal, max_stride, accuracy_scale
+        self.stride, self.slope, self.goal, self.max_stride, self.accuracy_scale = (
+            stride,
+            slope,
+            goal,
+            max_stride,
+            accuracy_scale,
+        )
         self.ranking = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
         self.centre, self.drawn = 0.0, 0
 
@@ -57,7 +70,8 @@ class GainRlOrder:
         """``per_step`` different indices, most aligned first."""
         generator = np.random.default_rng(stable_hash("gain_rl", self.seed, self.drawn))
         self.drawn += 1
-        # The largest of log-weights with Gumbel noise are a draw without replacement, also where weights would underflow.
+        # The largest of log-weights with Gumbel noise are a draw without replacement, also where weights
+        # would underflow.
         keys = log_weights(self.count, self.centre, self.sigma) + generator.gumbel(size=self.count)
         ranks = np.sort(np.argsort(-keys, kind="stable")[: self.per_step])
         return [self.ranking[rank] for rank in ranks]
@@ -75,13 +89,20 @@ class GainRlOrder:
         return {**same, "centre": self.centre, "drawn": self.drawn, "ranking": self.ranking}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken. Raises ValueError when it belongs to other data, another step size, seed or order."""
+        """Go on where ``state`` was taken.
+
+        Raises ValueError when it belongs to other data, another step size, seed or order.
+        """
         if "ranking" not in state:
-            raise ValueError("the saved prompt order is not gain_rl's; resume with the data.order of the saved run, or start a new run")
+            raise ValueError(
+                "the saved prompt order is not gain_rl's; resume with the data.order of the saved run, or "
+                "start a new run"
+            )
         for name in ("count", "per_step", "seed"):
             if state[name] != getattr(self, name):
                 raise ValueError(
-                    f"the saved order has {name} {state[name]} and this run {getattr(self, name)}: the same prompts cannot be continued; "
+                    f"the saved order has {name} {state[name]} and this run {getattr(self, name)}: the same "
+                    "prompts cannot be continued; "
                     "resume with the data, rollout.prompts and seed of the saved run, or start a new run"
                 )
         self.centre, self.drawn, self.ranking = state["centre"], state["drawn"], list(state["ranking"])
@@ -99,10 +120,17 @@ def stride(accuracy: float, alignment: float, size: float, slope: float, goal: f
 
 
 def template_lengths(prompts: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """(tokens of the prefix, of the suffix) that all ``prompts`` share: system message and chat template. A text in between is left."""
+    """(tokens of the prefix, of the suffix) that all ``prompts`` share: system message and chat template.
+
+    A text in between is left.
+    """
     first, shortest = prompts[0], min(map(len, prompts))
-    prefix = next((at for at in range(shortest) if any(prompt[at] != first[at] for prompt in prompts)), shortest)
+    prefix = next(
+        (at for at in range(shortest) if any(prompt[at] != first[at] for prompt in prompts)), shortest
+    )
     prefix = min(prefix, shortest - 1)
     room = shortest - prefix - 1
-    suffix = next((at for at in range(room) if any(prompt[-1 - at] != first[-1 - at] for prompt in prompts)), room)
+    suffix = next(
+        (at for at in range(room) if any(prompt[-1 - at] != first[-1 - at] for prompt in prompts)), room
+    )
     return prefix, suffix

@@ -1,4 +1,6 @@
-"""GSM8K's calculator annotations (arXiv:2110.14168) as prompts: ``<<48/2=24>>`` asks ``48/2=`` and expects ``24``."""
+"""GSM8K's calculator annotations (arXiv:2110.14168) as prompts: ``<<48/2=24>>`` asks ``48/2=`` and
+expects ``24``.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,13 @@ def annotations_of(solution: str) -> list[str]:
 
 
 def calculator_steps(rows: Iterable[Row]) -> tuple[list[Row], Counter[str]]:
-    """Each expression once, where it is first met, as a row with "prompt" and "answer"; and what was left out.
+    """Each expression once, where it is first met, as a row with "prompt" and "answer"; and what was left
+    out.
 
-    The files spell some answers in two ways (``50`` and ``50.00``): the shortest is kept, otherwise answers stay as they stand. Left out
-    and counted: ``repeated`` expressions, and ``malformed`` annotations (no or several ``=``, a letter in the expression, an answer that
-    is not a decimal number). Raises ValueError when a row has no text column "answer".
+    The files spell some answers in two ways (``50`` and ``50.00``): the shortest is kept, otherwise answers
+    stay as they stand. Left out and counted: ``repeated`` expressions, and ``malformed`` annotations (no or
+    several ``=``, a letter in the expression, an answer that is not a decimal number). Raises ValueError when
+    a row has no text column "answer".
     """
     found: dict[str, tuple[str, str]] = {}  # expression -> id, where
     answers: dict[str, str] = {}
@@ -31,7 +35,10 @@ def calculator_steps(rows: Iterable[Row]) -> tuple[list[Row], Counter[str]]:
     for row in rows:
         solution = row.columns.get("answer")
         if not isinstance(solution, str):
-            raise ValueError(f"{row.where}: the adapter gsm8k_calculator needs a text column 'answer'; there are {sorted(row.columns)}")
+            raise ValueError(
+                f"{row.where}: the adapter gsm8k_calculator needs a text column 'answer'; there are "
+                f"{sorted(row.columns)}"
+            )
         for position, annotation in enumerate(annotations_of(solution)):
             expression, _, answer = annotation.partition("=")
             if not (EXPRESSION.fullmatch(expression) and NUMBER.fullmatch(answer)):
@@ -40,5 +47,8 @@ def calculator_steps(rows: Iterable[Row]) -> tuple[list[Row], Counter[str]]:
             left_out["repeated"] += expression in found
             found.setdefault(expression, (f"{row.id}.{position}", row.where))
             answers[expression] = min(answers.get(expression, answer), answer, key=len)
-    steps = [Row(*place, {"prompt": f"{expression}=", "answer": answers[expression]}) for expression, place in found.items()]
+    steps = [
+        Row(*place, {"prompt": f"{expression}=", "answer": answers[expression]})
+        for expression, place in found.items()
+    ]
     return steps, left_out

@@ -1,7 +1,9 @@
-"""What data sets of judged completions have in common: rows, text and messages to token ids, and what to do with the overlong.
+"""What data sets of judged completions have in common: rows, text and messages to token ids, and what to do
+with the overlong.
 
-A completion ends with the token that ends a turn, as a sampled one does. Prompt and completion are tokenised apart, since a
-policy never sees them joined. A prompt that is too long loses its beginning (its BOS stays); a completion loses its end.
+A completion ends with the token that ends a turn, as a sampled one does. Prompt and completion are tokenised
+apart, since a policy never sees them joined. A prompt that is too long loses its beginning (its BOS stays); a
+completion loses its end.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rltrain.config.schema import JudgedData
 from rltrain.data.chat import Message, check_messages, render, spell
-from rltrain.data.prompts import renamed, side_of
+from rltrain.data.prompts import rename_columns, side_of
 from rltrain.data.rows import Row, read_rows
 from rltrain.data.tasks import TASKS
 from rltrain.round_trip import LOSSY, Losses
@@ -36,7 +38,9 @@ class Reader:
     tokenizer: PreTrainedTokenizerBase
     stop: tuple[int, ...]  # token ids that end a completion
     data: JudgedData
-    losses: Mapping[str, Losses] = field(default_factory=lambda: {"prompts": Losses(), "completions": Losses()})
+    losses: Mapping[str, Losses] = field(
+        default_factory=lambda: {"prompts": Losses(), "completions": Losses()}
+    )
 
     @property
     def templated(self) -> bool:
@@ -50,11 +54,14 @@ class Reader:
         return text, tuple(token_ids)
 
     def completion(self, prompt: Text, spelt: str, completion: Text) -> tuple[int, ...]:
-        """Token ids of ``completion`` after ``prompt``, which is ``spelt`` by the template; () where nothing but an end is left of it."""
+        """Token ids of ``completion`` after ``prompt``, which is ``spelt`` by the template; () where
+        nothing but an end is left of it.
+        """
         text = self._tail(prompt, spelt, completion) if self.templated else completion
         if not isinstance(text, str):
             raise ValueError(
-                f"the completion is a list of messages, but the tokenizer {self.tokenizer.name_or_path!r} has no chat template"
+                f"the completion is a list of messages, but the tokenizer {self.tokenizer.name_or_path!r} "
+                "has no chat template"
             )
         token_ids = tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if not set(token_ids) - set(self.stop):
@@ -64,19 +71,30 @@ class Reader:
 
     def _tail(self, prompt: Text, spelt: str, completion: Text) -> str:
         """What the template puts after the prompt. The generation prompt belongs to the prompt."""
-        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
-        answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else [dict(one) for one in completion]
+        asked = (
+            [{"role": "user", "content": prompt}]
+            if isinstance(prompt, str)
+            else [dict(message) for message in prompt]
+        )
+        answer = (
+            [{"role": "assistant", "content": completion}]
+            if isinstance(completion, str)
+            else [dict(one) for one in completion]
+        )
         system = [] if self.data.system is None else [{"role": "system", "content": self.data.system}]
         whole = spell([*system, *asked, *answer], self.tokenizer, self.data.date)
         if not whole.startswith(spelt):
             raise ValueError(
-                "the chat template writes a conversation with its answer otherwise than the prompt alone, so what the policy would "
+                "the chat template writes a conversation with its answer otherwise than the prompt alone, so "
+                "what the policy would "
                 "answer cannot be told; set data.chat_template to none and write prompts as text"
             )
         return whole[len(spelt) :]
 
     def _ended(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """With one end token at the end; the line break that some templates put behind it is none of the policy's."""
+        """With one end token at the end; the line break that some templates put behind it is none of
+        the policy's.
+        """
         last = max((at for at, token in enumerate(token_ids) if token in self.stop), default=None)
         if last is None:
             return (*token_ids, self._end)
@@ -107,46 +125,73 @@ class Reader:
         return bos + token_ids[len(token_ids) - most + len(bos) :] if most > len(bos) else token_ids[-most:]
 
 
-# rows ----------------------------------------------------------------------------------------------------------------
+# rows -------------------------------------------------------------------------------------------------------
 
 
 def judged_rows(data: JudgedData, side: Side) -> tuple[str, list[Row]]:
     """(source, rows under our names that ``where`` lets through), in the data set's own order."""
     source, split, subset, columns = side_of(data, side)
     if source is None:
-        raise ValueError("data.eval is not set, so there are no held-out examples; set it to a data set, a file or a built-in task")
-    options = data.options if source in TASKS or data.train not in TASKS else {}  # a task's options are not its held-out file's
-    rows = [renamed(row, columns) for row in read_rows(source, split=split, subset=subset, options=options)]
+        raise ValueError(
+            "data.eval is not set, so there are no held-out examples; set it to a data set, a file or a "
+            "built-in task"
+        )
+    options = (
+        data.options if source in TASKS or data.train not in TASKS else {}
+    )  # a task's options are not its held-out file's
+    rows = [
+        rename_columns(row, columns) for row in read_rows(source, split=split, subset=subset, options=options)
+    ]
     where = data.where if side == "train" or data.eval_where is None else data.eval_where
     for column, wanted in where.items():
         seen = {str(row.columns.get(column)) for row in rows}
         rows = [row for row in rows if row.columns.get(column) == wanted]
         if not rows:
             key = "data.where" if side == "train" or data.eval_where is None else "data.eval_where"
-            raise ValueError(f"{source}: no row has {column} = {wanted!r} ({key}); there are {', '.join(sorted(seen)[:8])}")
+            raise ValueError(
+                f"{source}: no row has {column} = {wanted!r} ({key}); there are {', '.join(sorted(seen)[:8])}"
+            )
     return source, rows
 
 
-def shuffled(rows: Sequence[Row], seed: int, source: str, limit: int | None) -> Sequence[Row]:
+def shuffle_rows(rows: Sequence[Row], seed: int, source: str, limit: int | None) -> Sequence[Row]:
     """In a seeded order where only the first so many are taken."""
-    return rows if limit is None else random.Random(stable_hash("judged", seed, source)).sample(rows, len(rows))
+    return (
+        rows if limit is None else random.Random(stable_hash("judged", seed, source)).sample(rows, len(rows))
+    )
 
 
 def form_of(row: Row) -> str:
-    """How the row writes its examples, in words that an error can use. Raises ValueError when it writes none."""
+    """How the row writes its examples, in words that an error can use.
+
+    Raises ValueError when it writes none.
+    """
     have = row.columns
     if "chosen" in have and "rejected" in have:
         kinds = {_kind(row, name) for name in ("chosen", "rejected")}
         if len(kinds) > 1:
-            raise ValueError(f"{row.where}: one of chosen and rejected is text and the other a list of messages; write both alike")
+            raise ValueError(
+                f"{row.where}: one of chosen and rejected is text and the other a list of messages; write "
+                "both alike"
+            )
         kind, prompt = kinds.pop(), _kind(row, "prompt") if have.get("prompt") is not None else None
-        if prompt is None or (prompt, kind) == ("text", "messages"):  # as in UltraFeedback, whose messages repeat the prompt
+        if prompt is None or (prompt, kind) == (
+            "text",
+            "messages",
+        ):  # as in UltraFeedback, whose messages repeat the prompt
             transcript = kind == "text" and all(_is_transcript(have[name]) for name in ("chosen", "rejected"))
-            return "pairs of Human/Assistant transcripts" if transcript else f"pairs of {kind} that begin with their prompt"
+            return (
+                "pairs of Human/Assistant transcripts"
+                if transcript
+                else f"pairs of {kind} that begin with their prompt"
+            )
         return f"pairs of {kind} with a prompt of {prompt}"
     if "completion" in have:
         if have.get("prompt") is None:
-            raise ValueError(f"{row.where}: no prompt beside the completion; there are {sorted(have)}; name its column in data.columns")
+            raise ValueError(
+                f"{row.where}: no prompt beside the completion; there are {sorted(have)}; name its column in "
+                "data.columns"
+            )
         return f"completions of {_kind(row, 'completion')} with a prompt of {_kind(row, 'prompt')}"
     raise ValueError(
         f"{row.where}: neither chosen and rejected nor completion; there are {sorted(have)}; "
@@ -154,12 +199,15 @@ def form_of(row: Row) -> str:
     )
 
 
-def one_form(rows: Sequence[Row]) -> str:
+def require_one_form(rows: Sequence[Row]) -> str:
     """The form that all rows have. Raises ValueError, naming two rows, when there are several."""
     first = form_of(rows[0])
     for row in rows:
         if (form := form_of(row)) != first:
-            raise ValueError(f"mixed formats: {rows[0].where} holds {first}, {row.where} {form}; use one format, or data.where")
+            raise ValueError(
+                f"mixed formats: {rows[0].where} holds {first}, {row.where} {form}; use one format, or "
+                "data.where"
+            )
     return first
 
 
@@ -169,14 +217,17 @@ def _kind(row: Row, name: str) -> Literal["text", "messages"]:
         return "text"
     if isinstance(value, list):
         return "messages"
-    raise ValueError(f"{row.where}: {name} is {type(value).__name__} ({value!r:.80}); text or a list of messages is expected")
+    raise ValueError(
+        f"{row.where}: {name} is {type(value).__name__} ({value!r:.80}); text or a list of messages is "
+        "expected"
+    )
 
 
 def _is_transcript(text: str) -> bool:
     return text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
 
 
-# contents ------------------------------------------------------------------------------------------------------------
+# contents ---------------------------------------------------------------------------------------------------
 
 
 def checked_prompt(row: Row, data: JudgedData) -> Text:
@@ -184,7 +235,9 @@ def checked_prompt(row: Row, data: JudgedData) -> Text:
     prompt = row.columns["prompt"]
     if isinstance(prompt, str):
         if not prompt.strip():
-            raise ValueError(f"{row.where}: the prompt is empty; remove the row or name another column in data.columns")
+            raise ValueError(
+                f"{row.where}: the prompt is empty; remove the row or name another column in data.columns"
+            )
         try:
             return data.prompt_template.format_map(row.columns)
         except (KeyError, ValueError, IndexError) as error:
@@ -201,13 +254,17 @@ def checked_messages(row: Row, name: str, messages: Sequence[Any], data: JudgedD
     except ValueError as error:
         raise ValueError(f"{row.where}: {name}: {error}") from error
     if data.system is not None and messages[0]["role"] == "system":
-        raise ValueError(f"{row.where}: the prompt brings its own system message and data.system is set; unset data.system")
+        raise ValueError(
+            f"{row.where}: the prompt brings its own system message and data.system is set; unset data.system"
+        )
 
 
 def is_empty(completion: Text) -> bool:
     if isinstance(completion, str):
         return not completion.strip()
-    return not any(str(message.get("content") or "").strip() or message.get("tool_calls") for message in completion)
+    return not any(
+        str(message.get("content") or "").strip() or message.get("tool_calls") for message in completion
+    )
 
 
 def number(row: Row, name: str) -> float | None:
@@ -216,13 +273,16 @@ def number(row: Row, name: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, str | list | dict):
-        raise ValueError(f"{row.where}: {name} is {type(value).__name__} ({value!r:.40}); a number is expected")
+        raise ValueError(
+            f"{row.where}: {name} is {type(value).__name__} ({value!r:.40}); a number is expected"
+        )
     found = float(value)
     return found if math.isfinite(found) else None
 
 
 def given_logps(row: Row, *names: tuple[str, ...]) -> tuple[float, ...] | None:
-    """Log-probs of a reference model that the data bring, as TRL writes them: the first of the column sets ``names`` that is there.
+    """Log-probs of a reference model that the data bring, as TRL writes them: the first of the column sets
+    ``names`` that is there.
 
     Raises ValueError where a set is there in part, or holds what is no finite number.
     """
@@ -233,7 +293,8 @@ def given_logps(row: Row, *names: tuple[str, ...]) -> tuple[float, ...] | None:
         if any(value is None for value in found):
             raise ValueError(
                 f"{row.where}: reference log-probs want a finite number in {' and '.join(columns)}, got "
-                f"{[row.columns.get(name) for name in columns]}; mend the row, or drop these columns to have them computed"
+                f"{[row.columns.get(name) for name in columns]}; mend the row, or drop these columns to have "
+                "them computed"
             )
         return tuple(value for value in found if value is not None)
     return None
@@ -243,7 +304,10 @@ def all_or_none(source: str, given: Sequence[object | None]) -> None:
     """Raises ValueError where some rows bring log-probs of the reference and some do not."""
     without = sum(one is None for one in given)
     if 0 < without < len(given):
-        raise ValueError(f"{source}: {without} of {len(given)} examples bring no reference log-probs and the others do; drop the columns")
+        raise ValueError(
+            f"{source}: {without} of {len(given)} examples bring no reference log-probs and the others do; "
+            "drop the columns"
+        )
 
 
 def numeric_columns(row: Row, needs: frozenset[str]) -> Mapping[str, float]:
@@ -254,11 +318,17 @@ def numeric_columns(row: Row, needs: frozenset[str]) -> Mapping[str, float]:
         if kind == "column":
             value = number(row, name)
             if value is None:
-                raise ValueError(f"{row.where}: the loss needs a number in column {name!r}; there are {sorted(row.columns)} (data.columns)")
+                raise ValueError(
+                    f"{row.where}: the loss needs a number in column {name!r}; there are "
+                    f"{sorted(row.columns)} (data.columns)"
+                )
             found[name] = value
     return found
 
 
 def nothing_left(source: str, rows: int, dropped: Counts) -> ValueError:
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
-    return ValueError(f"{source}: no example is left of {rows} ({reasons}); look at the rows, data.columns and the limits on tokens")
+    return ValueError(
+        f"{source}: no example is left of {rows} ({reasons}); look at the rows, data.columns and the limits "
+        "on tokens"
+    )

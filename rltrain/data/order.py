@@ -30,15 +30,16 @@ class Order(Protocol):
 class PromptOrder:
     """Random permutations, one per epoch, cut into steps of ``per_step``.
 
-    A step may straddle two epochs. It never holds one prompt twice (two groups of one prompt would be sampled with the same seeds):
-    prompts that the old epoch gave to such a step move behind it in the new one.
+    A step may straddle two epochs. It never holds one prompt twice (two groups of one prompt would be sampled
+    with the same seeds): prompts that the old epoch gave to such a step move behind it in the new one.
     """
 
     def __init__(self, count: int, per_step: int, seed: int) -> None:
         if per_step < 1 or count < per_step:
             raise ValueError(
                 f"a step needs {per_step} different prompts and the training set has {count}; "
-                "lower rollout.prompts or give more data (data.max_prompts and data.max_prompt_tokens may have dropped some)"
+                "lower rollout.prompts or give more data (data.max_prompts and data.max_prompt_tokens may "
+                "have dropped some)"
             )
         self.count, self.per_step, self.seed = count, per_step, seed
         self._rewind()
@@ -59,18 +60,31 @@ class PromptOrder:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the order stands, and what it is an order of."""
-        return {"count": self.count, "per_step": self.per_step, "seed": self.seed, "epoch": self.epoch, "cursor": self.cursor}
+        return {
+            "count": self.count,
+            "per_step": self.per_step,
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "cursor": self.cursor,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken. Raises ValueError when it belongs to other data, another step size or seed."""
+        """Go on where ``state`` was taken.
+
+        Raises ValueError when it belongs to other data, another step size or seed.
+        """
         for name in ("count", "per_step", "seed"):
             if state[name] != getattr(self, name):
                 raise ValueError(
-                    f"the saved order has {name} {state[name]} and this run {getattr(self, name)}: the same prompts cannot be continued; "
+                    f"the saved order has {name} {state[name]} and this run {getattr(self, name)}: the same "
+                    "prompts cannot be continued; "
                     "resume with the data, rollout.prompts and seed of the saved run, or start a new run"
                 )
         if state["cursor"] > self.count or state["epoch"] < 0 or state["cursor"] < 0:
-            raise ValueError(f"the saved order stands at epoch {state['epoch']}, cursor {state['cursor']} of {self.count}: it is damaged")
+            raise ValueError(
+                f"the saved order stands at epoch {state['epoch']}, cursor {state['cursor']} of "
+                f"{self.count}: it is damaged"
+            )
         self._rewind()
         while self.epoch < state["epoch"]:  # an epoch's arrangement depends on the end of the one before
             left_over = (self.count - self.cursor) % self.per_step
@@ -84,7 +98,9 @@ class PromptOrder:
         self._begin_epoch(0, straddling=[])
 
     def _begin_epoch(self, epoch: int, straddling: list[int]) -> None:
-        drawn = random.Random(stable_hash("prompt order", self.seed, epoch)).sample(range(self.count), self.count)
+        drawn = random.Random(stable_hash("prompt order", self.seed, epoch)).sample(
+            range(self.count), self.count
+        )
         taken = set(straddling)
         fresh = [index for index in drawn if index not in taken]
         head = self.per_step - len(straddling)

@@ -1,8 +1,9 @@
 """Preference pairs: a prompt and two completions, one of which somebody preferred.
 
-Read are TRL's columns ``prompt``, ``chosen``, ``rejected`` as text or messages; the two completions alone, whose common beginning is
-then the prompt; and Anthropic's Human/Assistant transcripts. Strengths come from ``margin``, from ``score_chosen`` and
-``score_rejected`` (or ``chosen_rating`` and ``rejected_rating``), or from ``p_chosen``. Nothing is dropped uncounted.
+Read are TRL's columns ``prompt``, ``chosen``, ``rejected`` as text or messages; the two completions alone,
+whose common beginning is then the prompt; and Anthropic's Human/Assistant transcripts. Strengths come from
+``margin``, from ``score_chosen`` and ``score_rejected`` (or ``chosen_rating`` and ``rejected_rating``), or
+from ``p_chosen``. Nothing is dropped uncounted.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from rltrain.data.judged import (
     nothing_left,
     number,
     numeric_columns,
-    one_form,
-    shuffled,
+    require_one_form,
+    shuffle_rows,
 )
 from rltrain.data.rows import Row
 from rltrain.loss.preference.margins import margins
@@ -41,7 +42,10 @@ __all__ = ["Pair", "PairSet", "load_pairs", "transcript"]
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
-PAIR_REFERENCE = (("ref_chosen_logps", "ref_rejected_logps"), ("reference_chosen_logps", "reference_rejected_logps"))  # TRL's names
+PAIR_REFERENCE = (
+    ("ref_chosen_logps", "ref_rejected_logps"),
+    ("reference_chosen_logps", "reference_rejected_logps"),
+)  # TRL's names
 CONTRADICTED = "contradicted by their scores"  # why a row is left out
 _SCORES = (("score_chosen", "score_rejected"), ("chosen_rating", "rejected_rating"))
 
@@ -57,7 +61,9 @@ class Pair:
     margin: float | None = None  # score of chosen minus score of rejected, at least 0
     p_chosen: float | None = None  # probability that chosen is the better one, at least 0.5
     columns: Mapping[str, float] = field(default_factory=dict)  # further numbers that a loss asks for
-    ref_logps: tuple[float, ...] | None = None  # nats, of chosen and rejected under a reference model, as the data have them
+    ref_logps: tuple[float, ...] | None = (
+        None  # nats, of chosen and rejected under a reference model, as the data have them
+    )
 
 
 @dataclass(frozen=True)
@@ -80,22 +86,33 @@ class Sides(NamedTuple):
     rejected: Text
 
 
-def load_pairs(data: JudgedData, side: Side, reader: Reader, *, seed: int, limit: int | None = None, needs: frozenset[str]) -> PairSet:
-    """The training or the held-out pairs of ``data``; with ``limit``, the first so many that stay after a seeded shuffle.
+def load_pairs(
+    data: JudgedData,
+    side: Side,
+    reader: Reader,
+    *,
+    seed: int,
+    limit: int | None = None,
+    needs: frozenset[str],
+) -> PairSet:
+    """The training or the held-out pairs of ``data``; with ``limit``, the first so many that stay after a
+    seeded shuffle.
 
-    needs: what the loss takes from the data: "margin", "p_chosen", "column:<name>". Raises ValueError, naming file and line, when
-    a row cannot be read or lacks what is needed, when formats are mixed, and when no pair is left.
+    needs: what the loss takes from the data: "margin", "p_chosen", "column:<name>". Raises ValueError, naming
+    file and line, when a row cannot be read or lacks what is needed, when formats are mixed, and when no pair
+    is left.
     """
     source, rows = judged_rows(data, side)
-    form = one_form(rows)
+    form = require_one_form(rows)
     if "chosen" not in rows[0].columns:
         raise ValueError(
-            f"{source} holds {form}, but the loss compares two completions of a prompt: columns chosen and rejected are needed"
+            f"{source} holds {form}, but the loss compares two completions of a prompt: columns chosen and "
+            "rejected are needed"
         )
     dropped, changed, reader = Counter[str](), Counter[str](), reader.afresh()
     refuse_swapped_columns(source, rows)
     pairs: list[Pair] = []
-    for row in shuffled(rows, seed, source, limit):
+    for row in shuffle_rows(rows, seed, source, limit):
         if limit is not None and len(pairs) == limit:
             break
         pair = _pair(row, form, reader, needs, dropped, changed)
@@ -108,7 +125,9 @@ def load_pairs(data: JudgedData, side: Side, reader: Reader, *, seed: int, limit
     return PairSet(tuple(pairs), dict(dropped), dict(changed))
 
 
-def _pair(row: Row, form: str, reader: Reader, needs: frozenset[str], dropped: Counts, changed: Counts) -> Pair | None:
+def _pair(
+    row: Row, form: str, reader: Reader, needs: frozenset[str], dropped: Counts, changed: Counts
+) -> Pair | None:
     """None when the row is left out, which ``dropped`` then counts."""
     sides = sides_of(row, form, reader)
     reason = sides if isinstance(sides, str) else _strength_reason(row, needs)
@@ -121,7 +140,9 @@ def _pair(row: Row, form: str, reader: Reader, needs: frozenset[str], dropped: C
         dropped[tokens] += 1
         return None
     strength = {"margin": margin_of(row), "p_chosen": number(row, "p_chosen")}
-    pair = dataclasses.replace(tokens, **strength, columns=numeric_columns(row, needs), ref_logps=given_logps(row, *PAIR_REFERENCE))
+    pair = dataclasses.replace(
+        tokens, **strength, columns=numeric_columns(row, needs), ref_logps=given_logps(row, *PAIR_REFERENCE)
+    )
     if preference_of(row) < 0:
         changed["swapped, as their strength says"] += 1
         return _swapped(pair)
@@ -129,14 +150,23 @@ def _pair(row: Row, form: str, reader: Reader, needs: frozenset[str], dropped: C
 
 
 def _swapped(pair: Pair) -> Pair:
-    """The other way round, which leaves a loss with soft targets as it is (the MMPO authors do so below a probability of 0.5)."""
+    """The other way round, which leaves a loss with soft targets as it is (the MMPO authors do so
+    below a probability of 0.5).
+    """
     margin = None if pair.margin is None else -pair.margin
     p_chosen = None if pair.p_chosen is None else 1 - pair.p_chosen
     ref_logps = None if pair.ref_logps is None else pair.ref_logps[::-1]
-    return dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen, margin=margin, p_chosen=p_chosen, ref_logps=ref_logps)
+    return dataclasses.replace(
+        pair,
+        chosen=pair.rejected,
+        rejected=pair.chosen,
+        margin=margin,
+        p_chosen=p_chosen,
+        ref_logps=ref_logps,
+    )
 
 
-# contents ------------------------------------------------------------------------------------------------------------
+# contents ---------------------------------------------------------------------------------------------------
 
 
 def sides_of(row: Row, form: str, reader: Reader) -> Sides | str:
@@ -155,14 +185,20 @@ def sides_of(row: Row, form: str, reader: Reader) -> Sides | str:
 
 def _common_beginning(row: Row, chosen: Text, rejected: Text, reader: Reader) -> Sides | str:
     """The longest common beginning is the prompt (a space at its end belongs to the completions)."""
-    same = next((at for at, (one, two) in enumerate(zip(chosen, rejected, strict=False)) if one != two), min(len(chosen), len(rejected)))
+    same = next(
+        (at for at, (one, two) in enumerate(zip(chosen, rejected, strict=False)) if one != two),
+        min(len(chosen), len(rejected)),
+    )
     if chosen == rejected:
         return "identical"
     if isinstance(chosen, str):
         same -= chosen[:same].endswith(" ")
     prompt = chosen[:same]
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-        raise ValueError(f"{row.where}: no prompt: there is no such column, and chosen and rejected have no common beginning")
+        raise ValueError(
+            f"{row.where}: no prompt: there is no such column, and chosen and rejected have no common "
+            "beginning"
+        )
     if not isinstance(prompt, str):
         checked_messages(row, "the common beginning of chosen and rejected", prompt, reader.data)
     return Sides(prompt, chosen[same:], rejected[same:])
@@ -171,11 +207,17 @@ def _common_beginning(row: Row, chosen: Text, rejected: Text, reader: Reader) ->
 def transcript(text: str) -> list[dict[str, str]]:
     """``\\n\\nHuman: ...\\n\\nAssistant: ...`` as messages. What stands before the first turn is not read."""
     pieces = _TURN.split("\n\n" + text.lstrip())
-    return [{"role": _ROLES[role], "content": content.strip()} for role, content in zip(pieces[1::2], pieces[2::2], strict=True)]
+    return [
+        {"role": _ROLES[role], "content": content.strip()}
+        for role, content in zip(pieces[1::2], pieces[2::2], strict=True)
+    ]
 
 
 def _from_transcripts(chosen: str, rejected: str, reader: Reader) -> Sides | str:
-    """All but the last turn is the prompt; the last is the assistant's. As text, the prompt ends with ``\\n\\nAssistant:``."""
+    """All but the last turn is the prompt; the last is the assistant's.
+
+    As text, the prompt ends with ``\\n\\nAssistant:``.
+    """
     one, two = transcript(chosen), transcript(rejected)
     if one[-1]["role"] != "assistant" or two[-1]["role"] != "assistant" or len(one) < 2:
         return "without an answer"
@@ -190,10 +232,15 @@ def _from_transcripts(chosen: str, rejected: str, reader: Reader) -> Sides | str
 
 
 def tokens_of(row: Row, sides: Sides, reader: Reader, changed: Counts) -> Pair | str:
-    """The pair as token ids within the limits, or the reason why it is left out. Both sides have the same prompt, cut the same."""
+    """The pair as token ids within the limits, or the reason why it is left out.
+
+    Both sides have the same prompt, cut the same.
+    """
     try:
         spelt, prompt = reader.prompt(sides.prompt)
-        chosen, rejected = (reader.completion(sides.prompt, spelt, one) for one in (sides.chosen, sides.rejected))
+        chosen, rejected = (
+            reader.completion(sides.prompt, spelt, one) for one in (sides.chosen, sides.rejected)
+        )
     except ValueError as error:
         raise ValueError(f"{row.where}: {error}") from error
     most = reader.data.max_completion_tokens
@@ -211,11 +258,13 @@ def tokens_of(row: Row, sides: Sides, reader: Reader, changed: Counts) -> Pair |
     return Pair(row.id, kept, chosen[:most], rejected[:most])
 
 
-# strengths -----------------------------------------------------------------------------------------------------------
+# strengths --------------------------------------------------------------------------------------------------
 
 
 def margin_of(row: Row) -> float | None:
-    """The column ``margin``, else the difference of the scores; None where there is none or it is not finite."""
+    """The column ``margin``, else the difference of the scores; None where there is none or it is not
+    finite.
+    """
     if "margin" in row.columns:
         return number(row, "margin")
     return next((difference for _, difference in _score_differences(row)), None)
@@ -226,16 +275,20 @@ def _score_differences(row: Row) -> Iterator[tuple[str, float | None]]:
     for better, worse in _SCORES:
         if better in row.columns or worse in row.columns:
             if better not in row.columns or worse not in row.columns:
-                raise ValueError(f"{row.where}: a score needs both {better} and {worse}; there are {sorted(row.columns)}")
+                raise ValueError(
+                    f"{row.where}: a score needs both {better} and {worse}; there are {sorted(row.columns)}"
+                )
             first, second = number(row, better), number(row, worse)
             difference = None if first is None or second is None else first - second
             yield f"{better} {first} and {worse} {second}", difference
 
 
 def preference_of(row: Row) -> int:
-    """1 where the row's strengths prefer chosen, -1 where they prefer rejected, 0 where they say nothing or that both are equal.
+    """1 where the row's strengths prefer chosen, -1 where they prefer rejected, 0 where they say nothing or
+    that both are equal.
 
-    Raises ValueError where p_chosen is no probability, or where one column prefers chosen and another rejected.
+    Raises ValueError where p_chosen is no probability, or where one column prefers chosen and another
+    rejected.
     """
     margin, p_chosen = number(row, "margin"), number(row, "p_chosen")
     if p_chosen is not None and not 0 <= p_chosen <= 1:
@@ -246,14 +299,18 @@ def preference_of(row: Row) -> int:
     for_rejected = [said for said, strength in strengths if strength is not None and strength < 0]
     if for_chosen and for_rejected:
         raise ValueError(
-            f"{row.where}: {for_chosen[0]} prefer chosen, {for_rejected[0]} prefer rejected; mend the row, or leave out the column "
+            f"{row.where}: {for_chosen[0]} prefer chosen, {for_rejected[0]} prefer rejected; mend the row, "
+            "or leave out the column "
             "that means something else"
         )
     return bool(for_chosen) - bool(for_rejected)
 
 
 def _strength_reason(row: Row, needs: frozenset[str]) -> str | None:
-    """Why the row's strength keeps it out. A loss that wants a strength never goes on without: that would be another loss."""
+    """Why the row's strength keeps it out.
+
+    A loss that wants a strength never goes on without: that would be another loss.
+    """
     names = {name for pair in _SCORES for name in pair} | {"margin"}
     preference, margin, p_chosen = preference_of(row), margin_of(row), number(row, "p_chosen")
     if "margin" in needs and margin is None:
@@ -266,7 +323,8 @@ def _strength_reason(row: Row, needs: frozenset[str]) -> str | None:
     if "p_chosen" in needs and p_chosen is None:
         if "p_chosen" not in row.columns:
             raise ValueError(
-                f"{row.where}: the loss needs p_chosen, the probability that chosen is better; there are {sorted(row.columns)}"
+                f"{row.where}: the loss needs p_chosen, the probability that chosen is better; there are "
+                f"{sorted(row.columns)}"
             )
         return "without a finite p_chosen"
     if not needs & {"margin", "p_chosen"} and preference < 0:
@@ -275,7 +333,9 @@ def _strength_reason(row: Row, needs: frozenset[str]) -> str | None:
 
 
 def refuse_swapped_columns(source: str, rows: Sequence[Row]) -> None:
-    """Raises ValueError when the scores prefer the rejected side more often than not: then the columns are mixed up."""
+    """Raises ValueError when the scores prefer the rejected side more often than not: then the
+    columns are mixed up.
+    """
     found = [margin for row in rows if (margin := margin_of(row)) is not None]
     against = sum(margin < 0 for margin in found)
     if against > len(found) / 2:
@@ -285,13 +345,18 @@ def refuse_swapped_columns(source: str, rows: Sequence[Row]) -> None:
         )
 
 
-def divided(sets: Sequence[PairSet], by: Literal["nothing", "std", "max_abs"]) -> list[PairSet]:
-    """The sets with their margins divided by the standard deviation or largest size of the first one's. All have margins."""
+def scale_margins(sets: Sequence[PairSet], by: Literal["nothing", "std", "max_abs"]) -> list[PairSet]:
+    """The sets with their margins divided by the standard deviation or largest size of the first one's.
+
+    All have margins.
+    """
     if by == "nothing":
         return list(sets)
     first = torch.tensor([pair.margin for pair in sets[0].pairs], dtype=torch.float64)
     factor = float(margins(first, torch.zeros_like(first), divide_by=by).abs().max() / first.abs().max())
-    return [dataclasses.replace(one, pairs=tuple(_scaled(pair, factor) for pair in one.pairs)) for one in sets]
+    return [
+        dataclasses.replace(one, pairs=tuple(_scaled(pair, factor) for pair in one.pairs)) for one in sets
+    ]
 
 
 def _scaled(pair: Pair, factor: float) -> Pair:

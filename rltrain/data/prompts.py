@@ -15,7 +15,7 @@ from rltrain.data.rows import Row, read_rows
 from rltrain.data.tasks import TASKS
 from rltrain.round_trip import Losses
 from rltrain.seeds import stable_hash
-from rltrain.types import Prompt
+from rltrain.types.samples import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts; how many were left out for which reason (``too_long``, ``repeated``, ``malformed``, ``shared``); how many the tokenizer
-    does not spell in full."""
+    """Prompts; how many were left out for which reason (``too_long``, ``repeated``, ``malformed``,
+    ``shared``); how many the tokenizer does not spell in full."""
 
     prompts: tuple[Prompt, ...]
     dropped: Mapping[str, int] = field(default_factory=dict)
@@ -35,18 +35,31 @@ class PromptSet:
 
 
 def load_prompts(
-    data: Data, side: Literal["train", "eval"], tokenizer: PreTrainedTokenizerBase, *, seed: int, limit: int | None = None
+    data: Data,
+    side: Literal["train", "eval"],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    limit: int | None = None,
 ) -> PromptSet:
-    """The training or the held-out prompts of ``data``; with ``limit``, the first so many that fit after a seeded shuffle.
+    """The training or the held-out prompts of ``data``; with ``limit``, the first so many that fit after a
+    seeded shuffle.
 
-    Without a limit the order is the data set's own. Every row is checked before any is tokenised. Raises ValueError, naming file and
-    line, when a row is malformed; and when no prompt is left.
+    Without a limit the order is the data set's own. Every row is checked before any is tokenised. Raises
+    ValueError, naming file and line, when a row is malformed; and when no prompt is left.
     """
     source, split, subset, columns = side_of(data, side)
     if source is None:
-        raise ValueError("data.eval is not set, so there are no held-out prompts; set it to a data set, a file or a built-in task")
-    options = data.options if source in TASKS or data.train not in TASKS else {}  # a task's options are not its held-out file's
-    rows = [renamed(row, columns) for row in read_rows(source, split=split, subset=subset, options=options)]
+        raise ValueError(
+            "data.eval is not set, so there are no held-out prompts; set it to a data set, a file or a "
+            "built-in task"
+        )
+    options = (
+        data.options if source in TASKS or data.train not in TASKS else {}
+    )  # a task's options are not its held-out file's
+    rows = [
+        rename_columns(row, columns) for row in read_rows(source, split=split, subset=subset, options=options)
+    ]
     rows, dropped = _adapted(rows, data.adapter)
     contents = [_content(row, data) for row in rows]
     order = range(len(rows))
@@ -72,7 +85,9 @@ def load_prompts(
     return PromptSet(tuple(prompts), dict(dropped), losses.lossy)
 
 
-def side_of(data: Source, side: Literal["train", "eval"]) -> tuple[str | None, str, str | None, Mapping[str, str]]:
+def side_of(
+    data: Source, side: Literal["train", "eval"]
+) -> tuple[str | None, str, str | None, Mapping[str, str]]:
     """(source, split, subset, columns); what the held-out side does not say is as for training."""
     if side == "train":
         return data.train, data.train_split, data.subset, data.columns
@@ -80,35 +95,47 @@ def side_of(data: Source, side: Literal["train", "eval"]) -> tuple[str | None, s
     return data.eval, data.eval_split, data.eval_subset or data.subset, columns
 
 
-def without(prompts: PromptSet, others: PromptSet) -> PromptSet:
-    """``prompts`` less those that the model would see spelt exactly as one of ``others``, counted as ``shared``."""
+def without_prompts(prompts: PromptSet, others: PromptSet) -> PromptSet:
+    """``prompts`` less those that the model would see spelt exactly as one of ``others``, counted as
+    ``shared``.
+    """
     reserved = {prompt.token_ids for prompt in others.prompts}
     kept = tuple(prompt for prompt in prompts.prompts if prompt.token_ids not in reserved)
     if not kept:
         raise ValueError(
-            f"each of the {len(prompts)} prompts (first {prompts.prompts[0].id}) is also among the {len(others)} others, none is left; "
+            f"each of the {len(prompts)} prompts (first {prompts.prompts[0].id}) is also among the "
+            f"{len(others)} others, none is left; "
             "training and held-out data are the same: set data.eval to other data or another split"
         )
     return PromptSet(kept, {**prompts.dropped, "shared": len(prompts) - len(kept)}, prompts.lossy)
 
 
-def renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row under our names: ``columns`` maps each to the file's. Columns it does not mention keep theirs."""
+def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
+    """The row under our names: ``columns`` maps each to the file's.
+
+    Columns it does not mention keep theirs.
+    """
     for ours, theirs in columns.items():
         if theirs not in row.columns:
-            raise ValueError(f"{row.where}: no column {theirs!r} for {ours!r} (data.columns); there are {sorted(row.columns)}")
+            raise ValueError(
+                f"{row.where}: no column {theirs!r} for {ours!r} (data.columns); there are "
+                f"{sorted(row.columns)}"
+            )
     taken = set(columns.values())
     named = {name: value for name, value in row.columns.items() if name not in taken}
     return Row(row.id, row.where, named | {ours: row.columns[theirs] for ours, theirs in columns.items()})
 
 
-def _adapted(rows: Sequence[Row], adapter: Literal["none", "gsm8k_calculator"]) -> tuple[list[Row], Counter[str]]:
+def _adapted(
+    rows: Sequence[Row], adapter: Literal["none", "gsm8k_calculator"]
+) -> tuple[list[Row], Counter[str]]:
     if adapter == "none":
         return list(rows), Counter(too_long=0)
     steps, left_out = calculator_steps(rows)
     if not steps:
         raise ValueError(
-            f"{rows[0].where}: no calculator annotation such as <<48/2=24>> in any 'answer'; is data.adapter meant for this data?"
+            f"{rows[0].where}: no calculator annotation such as <<48/2=24>> in any 'answer'; is data.adapter "
+            "meant for this data?"
         )
     left_out.update(too_long=0)
     return steps, left_out
@@ -118,7 +145,8 @@ def _content(row: Row, data: Data) -> str | list[Message]:
     """What the user asks, checked: text inside the template, or messages as they stand."""
     if "prompt" not in row.columns:
         raise ValueError(
-            f"{row.where}: no column 'prompt'; there are {sorted(row.columns)}; name the right one in data.columns, e.g. prompt: question"
+            f"{row.where}: no column 'prompt'; there are {sorted(row.columns)}; name the right one in "
+            "data.columns, e.g. prompt: question"
         )
     prompt = row.columns["prompt"]
     if isinstance(prompt, list):
@@ -127,32 +155,49 @@ def _content(row: Row, data: Data) -> str | list[Message]:
         except ValueError as error:
             raise ValueError(f"{row.where}: prompt: {error}") from error
         if data.system is not None and prompt[0]["role"] == "system":
-            raise ValueError(f"{row.where}: the prompt brings its own system message and data.system is set; unset data.system")
+            raise ValueError(
+                f"{row.where}: the prompt brings its own system message and data.system is set; unset "
+                "data.system"
+            )
         return prompt
     if not isinstance(prompt, str):
-        raise ValueError(f"{row.where}: prompt is {type(prompt).__name__} ({prompt!r:.80}); text or a list of messages is expected")
+        raise ValueError(
+            f"{row.where}: prompt is {type(prompt).__name__} ({prompt!r:.80}); text or a list of messages is "
+            "expected"
+        )
     if not prompt.strip():
-        raise ValueError(f"{row.where}: prompt is empty; remove the row or name another column in data.columns")
+        raise ValueError(
+            f"{row.where}: prompt is empty; remove the row or name another column in data.columns"
+        )
     try:
         return data.prompt_template.format_map(row.columns)
     except KeyError as error:
-        raise ValueError(f"data.prompt_template asks for {error}; {row.where} has the columns {sorted(row.columns)}") from error
+        raise ValueError(
+            f"data.prompt_template asks for {error}; {row.where} has the columns {sorted(row.columns)}"
+        ) from error
     except (ValueError, IndexError) as error:
         raise ValueError(
-            f"data.prompt_template {data.prompt_template!r}: {error}; write {{prompt}} for the prompt, {{{{ }}}} for braces"
+            f"data.prompt_template {data.prompt_template!r}: {error}; write {{prompt}} for the prompt, {{{{ "
+            "}} for braces"
         ) from error
 
 
-def _prompt(row: Row, content: str | list[Message], data: Data, tokenizer: PreTrainedTokenizerBase) -> Prompt | None:
+def _prompt(
+    row: Row, content: str | list[Message], data: Data, tokenizer: PreTrainedTokenizerBase
+) -> Prompt | None:
     """None when it is longer than ``data.max_prompt_tokens``."""
     try:
-        text, token_ids = render(content, tokenizer, system=data.system, chat_template=data.chat_template, date=data.date)
+        text, token_ids = render(
+            content, tokenizer, system=data.system, chat_template=data.chat_template, date=data.date
+        )
     except ValueError as error:
         raise ValueError(f"{row.where}: {error}") from error
     if len(token_ids) > data.max_prompt_tokens:
         return None
     others: dict[str, Any] = {name: value for name, value in row.columns.items() if name != "prompt"}
-    return Prompt(row.id, tuple(token_ids), text, others, None if isinstance(content, str) else _messages(content, data))
+    return Prompt(
+        row.id, tuple(token_ids), text, others, None if isinstance(content, str) else _messages(content, data)
+    )
 
 
 def _messages(content: Sequence[Message], data: Data) -> tuple[Message, ...]:

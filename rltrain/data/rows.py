@@ -20,16 +20,22 @@ class Row:
     columns: Mapping[str, Any]
 
 
-def read_rows(source: str, *, split: str, subset: str | None = None, options: Mapping[str, Any] | None = None) -> list[Row]:
+def read_rows(
+    source: str, *, split: str, subset: str | None = None, options: Mapping[str, Any] | None = None
+) -> list[Row]:
     """All rows of ``source``: a built-in task, a local file or folder, or a data set on the Hub.
 
-    A file is read whole, whatever ``split`` says; in a folder, files named after the split (``train.jsonl``, ``train-*.parquet``) are.
-    Raises ValueError, naming file and line, when something cannot be read; and when there are no rows.
+    A file is read whole, whatever ``split`` says; in a folder, files named after the split (``train.jsonl``,
+    ``train-*.parquet``) are. Raises ValueError, naming file and line, when something cannot be read; and when
+    there are no rows.
     """
     if source in TASKS:
         rows = _task_rows(source, split, options or {})
     elif options:
-        raise ValueError(f"data.options {sorted(options)} belong to a built-in task ({', '.join(TASKS)}), and the data set is {source!r}")
+        raise ValueError(
+            f"data.options {sorted(options)} belong to a built-in task ({', '.join(TASKS)}), and the data "
+            f"set is {source!r}"
+        )
     elif Path(source).is_file():
         rows = _file_rows(Path(source), split)
     elif Path(source).is_dir():
@@ -47,13 +53,21 @@ def _task_rows(source: str, split: str, options: Mapping[str, Any]) -> list[Row]
     if split not in ("train", "test"):
         raise ValueError(f"the built-in task {source!r} has the splits 'train' and 'test', not {split!r}")
     problems = task_rows(source, "train" if split == "train" else "test", options)
-    return [Row(f"{source}:{problem['prompt']}", f"{source}, row {number}", problem) for number, problem in enumerate(problems)]
+    return [
+        Row(f"{source}:{problem['prompt']}", f"{source}, row {number}", problem)
+        for number, problem in enumerate(problems)
+    ]
 
 
 def _file_rows(path: Path, split: str) -> list[Row]:
-    """json and jsonl are read here and not by ``datasets``, which hides the line of an error and unifies the types of a column."""
+    """json and jsonl are read here and not by ``datasets``, which hides the line of an error and
+    unifies the types of a column.
+    """
     if "[" in split:
-        raise ValueError(f"{path} is one file and has no splits to slice: {split!r}; name a file per split, or use data.max_prompts")
+        raise ValueError(
+            f"{path} is one file and has no splits to slice: {split!r}; name a file per split, or use "
+            "data.max_prompts"
+        )
     if path.suffix == ".parquet":
         return _loaded_rows("parquet", path.name, "train", None, data_files=str(path))
     if path.suffix not in SUFFIXES:
@@ -61,7 +75,9 @@ def _file_rows(path: Path, split: str) -> list[Row]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+        raise ValueError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
     if path.suffix == ".json" and text.lstrip().startswith("["):
         return _array_rows(path, text)
     return _line_rows(path, text)
@@ -69,13 +85,17 @@ def _file_rows(path: Path, split: str) -> list[Row]:
 
 def _line_rows(path: Path, text: str) -> list[Row]:
     rows: list[Row] = []
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(): U+2028 may stand inside a JSON string
+    for number, line in enumerate(
+        text.split("\n"), start=1
+    ):  # not splitlines(): U+2028 may stand inside a JSON string
         if not line.strip():
             continue
         try:
             columns = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}): {line.strip():.80}") from error
+            raise ValueError(
+                f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}): {line.strip():.80}"
+            ) from error
         rows.append(_object_row(path, columns, f"line {number}", len(rows)))
     return rows
 
@@ -84,13 +104,17 @@ def _array_rows(path: Path, text: str) -> list[Row]:
     try:
         items = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
+        raise ValueError(
+            f"{path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno})"
+        ) from error
     return [_object_row(path, columns, f"row {number}", number) for number, columns in enumerate(items)]
 
 
 def _object_row(path: Path, columns: Any, place: str, number: int) -> Row:
     if not isinstance(columns, dict):
-        raise ValueError(f'{path}, {place}: a row is a JSON object such as {{"prompt": ...}}, got {type(columns).__name__}')
+        raise ValueError(
+            f'{path}, {place}: a row is a JSON object such as {{"prompt": ...}}, got {type(columns).__name__}'
+        )
     return Row(f"{path.name}:{number}", f"{path}, {place}", columns)
 
 
@@ -98,7 +122,9 @@ def _folder_rows(folder: Path, split: str, subset: str | None) -> list[Row]:
     """Files named after the split, in order of name; else a folder that ``datasets`` knows how to read."""
     inside = folder / subset if subset is not None and (folder / subset).is_dir() else folder
     files = [
-        path for path in sorted(inside.iterdir()) if path.suffix in SUFFIXES and (path.stem == split or path.stem.startswith(f"{split}-"))
+        path
+        for path in sorted(inside.iterdir())
+        if path.suffix in SUFFIXES and (path.stem == split or path.stem.startswith(f"{split}-"))
     ]
     if files:
         return [row for path in files for row in _file_rows(path, split)]
@@ -114,12 +140,17 @@ def _saved_rows(folder: Path, split: str) -> list[Row]:
     saved = load_from_disk(str(folder))
     if isinstance(saved, DatasetDict):
         if split not in saved:
-            raise ValueError(f"{folder} has the splits {sorted(map(str, saved))}, not {split!r}; set data.train_split or data.eval_split")
+            raise ValueError(
+                f"{folder} has the splits {sorted(map(str, saved))}, not {split!r}; set data.train_split or "
+                "data.eval_split"
+            )
         saved = saved[split]
     return _numbered(folder.name, str(folder), saved)
 
 
-def _loaded_rows(loader: str, name: str, split: str, subset: str | None, data_files: str | None = None) -> list[Row]:
+def _loaded_rows(
+    loader: str, name: str, split: str, subset: str | None, data_files: str | None = None
+) -> list[Row]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -127,7 +158,10 @@ def _loaded_rows(loader: str, name: str, split: str, subset: str | None, data_fi
     try:
         data = load_dataset(loader, subset, split=split, data_files=data_files)
     except (OSError, ValueError, DatasetGenerationError) as error:
-        remedy = f"a data set is a built-in task ({', '.join(TASKS)}), a file ({', '.join(SUFFIXES)}), a folder, or a name on the Hub"
+        remedy = (
+            f"a data set is a built-in task ({', '.join(TASKS)}), a file ({', '.join(SUFFIXES)}), a folder, "
+            "or a name on the Hub"
+        )
         raise ValueError(f"cannot read {where}: {type(error).__name__}: {error}; {remedy}") from error
     return _numbered(name, where, data)
 

@@ -1,7 +1,8 @@
 """Where the steps of a completion end: at its lines, where a pattern begins one, or as somebody lists them.
 
-Positions are characters of the completion's text as its token ids spell it. A separator belongs to the step that it ends, and a token
-that reaches over an end to the step that ends in it, as ``rollout/steps.py`` has it.
+Positions are characters of the completion's text as its token ids spell it. A separator belongs to the step
+that it ends, and a token that reaches over an end to the step that ends in it, as ``rollout/steps.py`` has
+it.
 """
 
 from __future__ import annotations
@@ -18,18 +19,27 @@ def ends_of_lines(text: str) -> list[int]:
 
 
 def ends_of_pattern(text: str, begins: re.Pattern[str]) -> list[int]:
-    """A step begins wherever the pattern matches; what is before the first match is a step if it is not blank."""
+    """A step begins wherever the pattern matches; what is before the first match is a step if it is
+    not blank.
+    """
     starts = [found.start() for found in begins.finditer(text) if text[: found.start()].strip()]
     return [*starts, len(text)]
 
 
 def ends_of_given(text: str, steps: Sequence[str]) -> list[int]:
-    """Each step ends where the next one begins. Raises ValueError where ``text`` does not have them in this order."""
+    """Each step ends where the next one begins.
+
+    Raises ValueError where ``text`` does not have them in this order.
+    """
     starts, at = [], 0
     for number, step in enumerate(steps):
         found = text.find(step.strip(), at)
         if found < 0 or not step.strip():
-            shown = "is empty" if not step.strip() else f"{step.strip()[:60]!r} is not in the completion after the one before"
+            shown = (
+                "is empty"
+                if not step.strip()
+                else f"{step.strip()[:60]!r} is not in the completion after the one before"
+            )
             raise ValueError(f"step {number} {shown}; list the steps as they stand in it, in their order")
         starts.append(found)
         at = found + len(step.strip())
@@ -38,11 +48,14 @@ def ends_of_given(text: str, steps: Sequence[str]) -> list[int]:
     return [*starts[1:], len(text)]
 
 
-def step_of_tokens(token_ids: Sequence[int], ends: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[int]:
-    """For each token the number of its step, from 0. decode: token ids to text; it may leave special tokens out.
+def step_of_tokens(
+    token_ids: Sequence[int], ends: Sequence[int], decode: Callable[[Sequence[int]], str]
+) -> list[int]:
+    """For each token the number of its step, from 0. decode: token ids to text; it may leave special tokens
+    out.
 
-    A step whose text lies within the last token of the step before has no token. What comes after the text (an EOS) belongs to the
-    last step.
+    A step whose text lies within the last token of the step before has no token. What comes after the text
+    (an EOS) belongs to the last step.
     """
     numbers, begin = [len(ends) - 1] * len(token_ids), 0
     for step, end in enumerate(ends[:-1]):

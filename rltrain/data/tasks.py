@@ -19,7 +19,9 @@ _Options = TypeVar("_Options", bound=Section)
 
 
 class Arithmetic(Section):
-    """``data.options`` of the tasks "arithmetic" and "arithmetic_pairs": prompts such as ``37+58=`` with the answer ``95``."""
+    """``data.options`` of the tasks "arithmetic" and "arithmetic_pairs": prompts such as ``37+58=``
+    with the answer ``95``.
+    """
 
     digits: int = Field(2, ge=1, le=9)  # of each operand, exactly
     operations: str = Field("+", pattern=r"^[-+*]+$")
@@ -31,7 +33,8 @@ class Arithmetic(Section):
 def arithmetic(split: Split, options: Mapping[str, Any] | None = None) -> list[dict[str, str]]:
     """Rows of one split in a fixed shuffled order, each problem once.
 
-    A hash of the two operands, whatever their order, decides the split: nothing in one is a permutation of anything in the other.
+    A hash of the two operands, whatever their order, decides the split: nothing in one is a permutation of
+    anything in the other.
     """
     task = _options(options or {}, Arithmetic)
     if len(set(task.operations)) < len(task.operations):
@@ -40,7 +43,9 @@ def arithmetic(split: Split, options: Mapping[str, Any] | None = None) -> list[d
     span = 10**task.digits - low
     total = len(task.operations) * span * span
     share = task.held_out if split == "test" else 1 - task.held_out
-    drawn = min(total, int(2 * task.count / share) + 1000)  # about twice what is needed, so that the hash leaves `count`
+    drawn = min(
+        total, int(2 * task.count / share) + 1000
+    )  # about twice what is needed, so that the hash leaves `count`
     rows: list[dict[str, str]] = []
     for index in random.Random(stable_hash("arithmetic", task.split_seed)).sample(range(total), drawn):
         operation, pair = divmod(index, span * span)
@@ -55,8 +60,9 @@ def arithmetic(split: Split, options: Mapping[str, Any] | None = None) -> list[d
 def arithmetic_pairs(split: Split, options: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """The same problems as preference pairs: the answer against one with some of its digits wrong.
 
-    A score is the share of digits that are right: 1 for chosen, below that for rejected. What else a loss may ask for is made up by
-    rule: p_chosen from the scores, pass_rate by how few digits carry, is_target_language for sums that start with an even number.
+    A score is the share of digits that are right: 1 for chosen, below that for rejected. What else a loss may
+    ask for is made up by rule: p_chosen from the scores, pass_rate by how few digits carry,
+    is_target_language for sums that start with an even number.
     """
     return [_with_wrong_answer(row) for row in arithmetic(split, options)]
 
@@ -75,7 +81,9 @@ def task_rows(task: str, split: Split, options: Mapping[str, Any] | None = None)
 
 
 class TextGames(Section):
-    """``data.options`` of the task "textworld": the numbers of the games that ``rollout.environment`` textworld plays."""
+    """``data.options`` of the task "textworld": the numbers of the games that ``rollout.environment``
+    textworld plays.
+    """
 
     games: int = Field(100, ge=1, le=1_000_000)  # of the training split
     held_out_games: int = Field(20, ge=1, le=1_000_000)
@@ -89,29 +97,49 @@ def text_games(split: Split, options: Mapping[str, Any] | None = None) -> list[d
 
 
 def _with_wrong_answer(row: Mapping[str, str]) -> dict[str, Any]:
-    """How many digits are wrong, which and how, is drawn from the problem itself. A first digit never becomes 0."""
+    """How many digits are wrong, which and how, is drawn from the problem itself.
+
+    A first digit never becomes 0.
+    """
     answer, draw = row["answer"], random.Random(stable_hash("wrong answer", row["prompt"]))
     places = [at for at, letter in enumerate(answer) if letter.isdigit()]
     wrong = draw.sample(places, draw.randint(1, len(places)))
     letters = list(answer)
     for at in wrong:
-        letters[at] = draw.choice([digit for digit in "0123456789" if digit != answer[at] and (digit != "0" or at != places[0])])
+        letters[at] = draw.choice(
+            [digit for digit in "0123456789" if digit != answer[at] and (digit != "0" or at != places[0])]
+        )
     margin = len(wrong) / len(places)
     made_up = {
         "p_chosen": 0.5 + 0.5 * margin,
-        "pass_rate": sum(digit in "01234" for digit in row["prompt"] if digit.isdigit()) / sum(map(str.isdigit, row["prompt"])),
+        "pass_rate": sum(digit in "01234" for digit in row["prompt"] if digit.isdigit())
+        / sum(map(str.isdigit, row["prompt"])),
         "is_target_language": re.split(r"\D", row["prompt"])[0][-1] in "02468",
     }
-    return {**row, "chosen": answer, "rejected": "".join(letters), "score_chosen": 1.0, "score_rejected": 1 - margin, **made_up}
+    return {
+        **row,
+        "chosen": answer,
+        "rejected": "".join(letters),
+        "score_chosen": 1.0,
+        "score_rejected": 1 - margin,
+        **made_up,
+    }
 
 
 def _as_program(row: Mapping[str, str]) -> dict[str, Any]:
-    """Columns for the reward ``code_io``: the completion is the end of a program that should print the answer."""
-    return {"before": "import atexit\natexit.register(lambda: print(answer))\nanswer = ", "tests": [{"input": "", "output": row["answer"]}]}
+    """Columns for the reward ``code_io``: the completion is the end of a program that should print
+    the answer.
+    """
+    return {
+        "before": "import atexit\natexit.register(lambda: print(answer))\nanswer = ",
+        "tests": [{"input": "", "output": row["answer"]}],
+    }
 
 
 def _is_held_out(left: int, right: int, task: Arithmetic) -> bool:
-    return stable_hash("held out", task.split_seed, min(left, right), max(left, right)) < task.held_out * 2**31
+    return (
+        stable_hash("held out", task.split_seed, min(left, right), max(left, right)) < task.held_out * 2**31
+    )
 
 
 def _row(left: int, operation: str, right: int) -> dict[str, str]:
@@ -122,7 +150,10 @@ def _row(left: int, operation: str, right: int) -> dict[str, str]:
 def _options(options: Mapping[str, Any], kind: type[_Options]) -> _Options:
     for name in options:
         if name not in kind.model_fields:
-            raise ValueError(f"data.options: this built-in task has no option {name!r}{suggestion(name, kind.model_fields)}")
+            raise ValueError(
+                "data.options: this built-in task has no option "
+                f"{name!r}{suggestion(name, kind.model_fields)}"
+            )
     try:
         return kind.model_validate(dict(options))
     except ValidationError as error:

@@ -1,7 +1,8 @@
-"""What differs between plain PyTorch, DDP and FSDP2 on one side and DeepSpeed's ZeRO on the other, behind the same few verbs.
+"""What differs between plain PyTorch, DDP and FSDP2 on one side and DeepSpeed's ZeRO on the other, behind the
+same few verbs.
 
-Optimizer state and weights come out whole, by the bare model's parameter names, and go in the same way: a checkpoint that one
-backend and number of ranks wrote is continued by any other.
+Optimizer state and weights come out whole, by the bare model's parameter names, and go in the same way: a
+checkpoint that one backend and number of ranks wrote is continued by any other.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ Named = list[tuple[str, nn.Parameter]]
 
 
 class Backend(Protocol):
-    """One optimizer update is: for each micro-batch ``micro_batch`` with a forward pass and ``backward`` in it; then ``step``."""
+    """One optimizer update is: for each micro-batch ``micro_batch`` with a forward pass and
+    ``backward`` in it; then ``step``.
+    """
 
     policy: Any  # what to call: the wrapped model
     optimizer: torch.optim.AdamW  # the one whose learning rates count
@@ -36,7 +39,8 @@ class Backend(Protocol):
         ...
 
     def step(self) -> tuple[float, bool]:
-        """(norm of the whole gradient before clipping, whether the optimizer took it). Gradients are gone afterwards.
+        """(norm of the whole gradient before clipping, whether the optimizer took it). Gradients are gone
+        afterwards.
 
         A norm that is not finite is not taken. Every rank gets the same answer.
         """
@@ -52,7 +56,9 @@ class Backend(Protocol):
         ...
 
     def state(self, named: Named, keep: bool) -> dict[str, Tensor]:
-        """The optimizer's state by ``name/slot``, whole and on the CPU; collected by every rank, kept where ``keep``."""
+        """The optimizer's state by ``name/slot``, whole and on the CPU; collected by every rank, kept
+        where ``keep``.
+        """
         ...
 
     def restore(self, named: Named, tensors: Mapping[str, Tensor]) -> None:
@@ -60,7 +66,9 @@ class Backend(Protocol):
         ...
 
 
-def prepare(accelerator: Any, policy: nn.Module, optimizer: torch.optim.AdamW, max_grad_norm: float) -> Backend:
+def prepare(
+    accelerator: Any, policy: nn.Module, optimizer: torch.optim.AdamW, max_grad_norm: float
+) -> Backend:
     """Wraps the model for the backend accelerate was started with."""
     if accelerator.distributed_type is DistributedType.DEEPSPEED:
         return DeepSpeedBackend(accelerator, policy, optimizer, max_grad_norm)
@@ -70,7 +78,9 @@ def prepare(accelerator: Any, policy: nn.Module, optimizer: torch.optim.AdamW, m
 class TorchBackend:
     """One process, DDP and FSDP2. Implements ``Backend``."""
 
-    def __init__(self, accelerator: Any, policy: nn.Module, optimizer: torch.optim.AdamW, max_grad_norm: float) -> None:
+    def __init__(
+        self, accelerator: Any, policy: nn.Module, optimizer: torch.optim.AdamW, max_grad_norm: float
+    ) -> None:
         self._accelerator, self._max_grad_norm = accelerator, max_grad_norm
         self._sharded = accelerator.distributed_type is DistributedType.FSDP
         if self._sharded:
@@ -80,26 +90,35 @@ class TorchBackend:
         self._parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
-        """DDP averages once per update. FSDP2 scatters every micro-batch's gradient, so that no rank ever holds a whole one."""
+        """DDP averages once per update.
+
+        FSDP2 scatters every micro-batch's gradient, so that no rank ever holds a whole one.
+        """
         if last or self._sharded or self._accelerator.num_processes == 1:
             return contextlib.nullcontext()
         return self._accelerator.no_sync(self.policy)
 
     def backward(self, loss: Tensor) -> None:
-        self._accelerator.backward(loss)  # divides by accelerate's own accumulation count, which therefore stays 1
+        self._accelerator.backward(
+            loss
+        )  # divides by accelerate's own accumulation count, which therefore stays 1
 
     def step(self) -> tuple[float, bool]:
         norm = self._clipped()
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         taken = math.isfinite(norm)
-        if taken or self._accelerator.scaler is not None:  # the scaler finds the overflow itself, takes no step and lowers its scale
+        if (
+            taken or self._accelerator.scaler is not None
+        ):  # the scaler finds the overflow itself, takes no step and lowers its scale
             self._wrapped.step()
         self._wrapped.zero_grad(set_to_none=True)
         return norm, taken
 
     def _clipped(self) -> Tensor:
         """The gradient's norm, before it is clipped."""
-        if self._sharded or self._accelerator.scaler is not None:  # accelerate knows about meshes and loss scales
+        if (
+            self._sharded or self._accelerator.scaler is not None
+        ):  # accelerate knows about meshes and loss scales
             return self._accelerator.clip_grad_norm_(self.policy.parameters(), self._max_grad_norm)
         return nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
 
@@ -121,13 +140,17 @@ class TorchBackend:
 class DeepSpeedBackend:
     """ZeRO-1, 2 and 3. Implements ``Backend``.
 
-    The engine is driven by hand: accelerate's ``backward`` would take an optimizer step after every micro-batch. It clips by
-    itself, by the same formula, and drops a step whose gradient is not finite.
+    The engine is driven by hand: accelerate's ``backward`` would take an optimizer step after every
+    micro-batch. It clips by itself, by the same formula, and drops a step whose gradient is not finite.
     """
 
-    def __init__(self, accelerator: Any, policy: nn.Module, optimizer: torch.optim.AdamW, max_grad_norm: float) -> None:
+    def __init__(
+        self, accelerator: Any, policy: nn.Module, optimizer: torch.optim.AdamW, max_grad_norm: float
+    ) -> None:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["gradient_accumulation_steps"] = config["train_micro_batch_size_per_gpu"] = 1  # the learner counts by itself
+        config["gradient_accumulation_steps"] = config["train_micro_batch_size_per_gpu"] = (
+            1  # the learner counts by itself
+        )
         config["train_batch_size"] = accelerator.num_processes
         config["gradient_clipping"] = max_grad_norm
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
@@ -142,7 +165,9 @@ class DeepSpeedBackend:
         return self.policy.optimizer
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
-        """ZeRO-2 and 3 reduce every micro-batch's gradient into shards; the last one is where ``step`` is allowed."""
+        """ZeRO-2 and 3 reduce every micro-batch's gradient into shards; the last one is where
+        ``step`` is allowed.
+        """
         self.policy.set_gradient_accumulation_boundary(last)
         return contextlib.nullcontext()
 
@@ -210,7 +235,9 @@ class DeepSpeedBackend:
     def _make_states(self, step: Tensor) -> None:
         """AdamW's slots for every flat shard of this rank, as its first step would."""
         stage3 = self.policy.zero_optimization_stage() == 3
-        for flat in self._zero.fp32_partitioned_groups_flat if stage3 else self._zero.single_partition_of_fp32_groups:
+        for flat in (
+            self._zero.fp32_partitioned_groups_flat if stage3 else self._zero.single_partition_of_fp32_groups
+        ):
             empty = {slot: torch.zeros_like(flat) for slot in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[flat] = {"step": step.clone(), **empty}
         self._link_states()
@@ -218,14 +245,17 @@ class DeepSpeedBackend:
     def _link_states(self) -> None:
         """Tell ZeRO-1 and 2 where each parameter's optimizer state is.
 
-        DeepSpeed 0.19 does so after the first parameter group's first step, and so finds nothing for the others.
+        DeepSpeed 0.19 does so after the first parameter group's first step, and so finds nothing for the
+        others.
         """
         if self.policy.zero_optimization_stage() < 3:
             self._zero._hp_optimizer_states_linked = False
             self._zero._lazy_init_hp_params_optimizer_state()
 
     def _put(self, parameter: Any, value: Tensor, slot: str | None) -> None:
-        """This rank's part of ``value`` as the float32 master (slot None) or optimizer state of ``parameter``."""
+        """This rank's part of ``value`` as the float32 master (slot None) or optimizer state of
+        ``parameter``.
+        """
         from deepspeed.utils import (
             safe_set_full_fp32_param,
             safe_set_full_optimizer_state,
@@ -239,7 +269,9 @@ class DeepSpeedBackend:
             part = torch.zeros(size, dtype=value.dtype, device=value.device)
             mine = value.flatten()[self._rank * size : (self._rank + 1) * size]
             part[: mine.numel()] = mine
-            safe_set_local_fp32_param(parameter, part) if slot is None else safe_set_local_optimizer_state(parameter, part, slot)
+            safe_set_local_fp32_param(parameter, part) if slot is None else safe_set_local_optimizer_state(
+                parameter, part, slot
+            )
         elif slot is None:
             safe_set_full_fp32_param(parameter, value)
         else:
@@ -253,8 +285,8 @@ def set_mode(policy: nn.Module, *, training: bool) -> None:
 
 
 def reshard(policy: nn.Module) -> None:
-    """Cut up what FSDP2 and ZeRO-3 leave whole after a forward that no backward follows: until then an FSDP2 model's parameters are not
-    the optimizer's."""
+    """Cut up what FSDP2 and ZeRO-3 leave whole after a forward that no backward follows: until then an FSDP2
+    model's parameters are not the optimizer's."""
     release = getattr(policy, "empty_partition_cache", None)  # of DeepSpeed's engine
     if release is not None:
         release()
@@ -264,8 +296,9 @@ def reshard(policy: nn.Module) -> None:
 
 
 def _keep_statistics_in_float32(accelerator: Any) -> None:
-    """FSDP2 under mixed precision: bfloat16 weights are gathered and multiplied with, gradients are summed in float32, and what the
-    model returns stays as it is. accelerate's own policy would round the log-probs to bfloat16, and the sums over ranks too."""
+    """FSDP2 under mixed precision: bfloat16 weights are gathered and multiplied with, gradients are summed in
+    float32, and what the model returns stays as it is. accelerate's own policy would round the log-probs to
+    bfloat16, and the sums over ranks too."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)

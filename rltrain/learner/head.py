@@ -1,13 +1,15 @@
-"""The one memory path: hidden states to per-token statistics, without a ``(tokens, V)`` tensor that outlives a chunk.
+"""The one memory path: hidden states to per-token statistics, without a ``(tokens, V)`` tensor that outlives
+a chunk.
 
-Logits exist for ``chunk`` tokens at a time, in the forward pass and again, recomputed, in the backward pass, where the gradient
-with respect to the logits is formed in place of the logits. Softmax arithmetic is float32 whatever the inputs are (float64 for
-float64 inputs) and works on tiles of a few rows that stay in cache. With z the logits divided by the temperature, p = softmax(z),
-H the entropy, g and g_H the gradients that arrive:
+Logits exist for ``chunk`` tokens at a time, in the forward pass and again, recomputed, in the backward pass,
+where the gradient with respect to the logits is formed in place of the logits. Softmax arithmetic is float32
+whatever the inputs are (float64 for float64 inputs) and works on tiles of a few rows that stay in cache. With
+z the logits divided by the temperature, p = softmax(z), H the entropy, g and g_H the gradients that arrive:
 
     dz = g (1[target] - p) - g_H p (log p + H)        d(logits) = dz / temperature
 
-Every other statistic is a function of a token's log-probs (``STATISTICS``), differentiated by recomputing it on those tiles.
+Every other statistic is a function of a token's log-probs (``STATISTICS``), differentiated by recomputing it
+on those tiles.
 """
 
 from __future__ import annotations
@@ -26,14 +28,16 @@ __all__ = ["BUILT_IN", "STATISTICS", "token_statistics"]
 
 BUILT_IN = ("logp", "entropy", "entropy_grad")  # entropy_grad: the entropy, with a gradient
 
-# Elements of one float32 tile: on a CPU it stays in the last-level cache; elsewhere launches cost more than memory.
+# Elements of one float32 tile: on a CPU it stays in the last-level cache; elsewhere launches cost more than
+# memory.
 _TILE_ELEMENTS = {"cpu": 1 << 21}
 _TILE_ELEMENTS_ELSEWHERE = 1 << 26
 _PRODUCT_ROWS = 8192  # of the weight's gradient at a time, where it is summed up in another dtype
 
 
 def clamped_entropy(logp: Tensor, targets: Tensor, share: float) -> Tensor:
-    """Entropy over the vocabulary without its ``floor(share V)`` least likely tokens, renormalised, arXiv:2509.03493.
+    """Entropy over the vocabulary without its ``floor(share V)`` least likely tokens, renormalised,
+    arXiv:2509.03493.
 
     The choice of tokens carries no gradient, and neither do the dropped logits.
     """
@@ -44,15 +48,19 @@ def clamped_entropy(logp: Tensor, targets: Tensor, share: float) -> Tensor:
 
 
 def collision(logp: Tensor, targets: Tensor) -> Tensor:
-    """Probability that two draws agree, ``sum p^2 = exp(-H_2)``; 1 - it is the expected squared gradient norm of a softmax."""
+    """Probability that two draws agree, ``sum p^2 = exp(-H_2)``; 1 - it is the expected squared
+    gradient norm of a softmax.
+    """
     del targets
     return (2 * logp).exp().sum(-1)
 
 
 def expected_entropy_slope(logp: Tensor, targets: Tensor) -> Tensor:
-    """``sum_v p_v^2 (ln p_v + H)``: minus the entropy's slope along a logit, expected over the token. 0 for a uniform row.
+    """``sum_v p_v^2 (ln p_v + H)``: minus the entropy's slope along a logit, expected over the token. 0 for a
+    uniform row.
 
-    What an update of the sampled token does to the entropy through all other tokens (STEER's exact form, arXiv:2510.10150).
+    What an update of the sampled token does to the entropy through all other tokens (STEER's exact form,
+    arXiv:2510.10150).
     """
     del targets
     p = logp.exp()
@@ -67,21 +75,26 @@ def tempered_logp(logp: Tensor, targets: Tensor, temperature: float) -> Tensor:
 
 
 def sharpened_entropy(logp: Tensor, targets: Tensor, sharpness: float) -> Tensor:
-    """Entropy of ``p ** sharpness``, renormalised: of the same logits at the temperature divided by ``sharpness``."""
+    """Entropy of ``p ** sharpness``, renormalised: of the same logits at the temperature divided by
+    ``sharpness``.
+    """
     del targets
     sharp = (logp * sharpness).log_softmax(-1)
     return -(sharp.exp() * sharp).sum(-1)
 
 
 def log_mass(logp: Tensor, targets: Tensor, power: Tensor | float) -> Tensor:
-    """``ln sum_v p(v) ** power``, by which ``p ** power`` is normalised; power is a number or one per token, (r,)."""
+    """``ln sum_v p(v) ** power``, by which ``p ** power`` is normalised; power is a number or one per
+    token, (r,).
+    """
     del targets
     return (logp * (power[:, None] if isinstance(power, Tensor) else power)).logsumexp(-1)
 
 
-# name -> f(log-probs (r, V), targets (r,), *arguments) -> (r,). Arguments stand behind the name: "clamped_entropy:0.3"; one that is
-# no number names a tensor of ``given``, a number per token: "log_mass:power". "entropy:0.5", the entropy at temperature 0.5
-# whatever the sampling temperature is, becomes ``sharpened_entropy``.
+# name -> f(log-probs (r, V), targets (r,), *arguments) -> (r,). Arguments stand behind the name:
+# "clamped_entropy:0.3"; one that is no number names a tensor of ``given``, a number per token:
+# "log_mass:power". "entropy:0.5", the entropy at temperature 0.5 whatever the sampling temperature is,
+# becomes ``sharpened_entropy``.
 STATISTICS: dict[str, Callable[..., Tensor]] = {
     "clamped_entropy": clamped_entropy,
     "collision": collision,
@@ -105,13 +118,15 @@ def token_statistics(
     logit_scale: float = 1.0,
     given: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The statistics ``wants`` of ``softmax(logit_scale (hidden weight^T + bias) / temperature)``, each ``(n,)``, float32 nats.
+    """The statistics ``wants`` of ``softmax(logit_scale (hidden weight^T + bias) / temperature)``, each
+    ``(n,)``, float32 nats.
 
-    hidden (n, H), weight (V, H), targets (n,) int64, bias (V,). Under autocast the matrix products run in the autocast dtype, else
-    in the dtype of the inputs; ``fp32_head`` computes them in float32 from whatever is stored (costs a float32 copy of a bf16
-    weight). ``"entropy"`` is detached; ``"entropy_grad"`` asks for it with a gradient, and both come back as ``"entropy"``.
-    ``given`` holds (n,) tensors that further statistics name as arguments.
-    Raises ValueError on an unknown statistic, a temperature that is not positive, or shapes that do not fit.
+    hidden (n, H), weight (V, H), targets (n,) int64, bias (V,). Under autocast the matrix products run in the
+    autocast dtype, else in the dtype of the inputs; ``fp32_head`` computes them in float32 from whatever is
+    stored (costs a float32 copy of a bf16 weight). ``"entropy"`` is detached; ``"entropy_grad"`` asks for it
+    with a gradient, and both come back as ``"entropy"``. ``given`` holds (n,) tensors that further statistics
+    name as arguments. Raises ValueError on an unknown statistic, a temperature that is not positive, or
+    shapes that do not fit.
     """
     _check(hidden, weight, targets, temperature, chunk)
     plan = _Plan(
@@ -121,7 +136,9 @@ def token_statistics(
         math=torch.promote_types(hidden.dtype, torch.float32),
         entropy=bool({"entropy", "entropy_grad"} & wants),
         entropy_grad="entropy_grad" in wants,
-        extras=tuple(_resolved(name, temperature, given or {}) for name in sorted(wants.difference(BUILT_IN))),
+        extras=tuple(
+            _resolved(name, temperature, given or {}) for name in sorted(wants.difference(BUILT_IN))
+        ),
     )
     logp, entropy, *extras = _TokenStatistics.apply(hidden, weight, bias, targets, plan)
     found = {extra.name: values for extra, values in zip(plan.extras, extras, strict=True)}
@@ -133,7 +150,12 @@ def token_statistics(
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int) -> None:
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
+    if (
+        hidden.dim() != 2
+        or weight.dim() != 2
+        or hidden.shape[1] != weight.shape[1]
+        or targets.shape != hidden.shape[:1]
+    ):
         shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
         raise ValueError(f"{shapes}: expected (n, H), (V, H) and (n,)")
     if not temperature > 0 or chunk < 1:
@@ -141,7 +163,10 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, 
 
 
 def _resolved(name: str, temperature: float, given: Mapping[str, Tensor]) -> _Extra:
-    """The statistic behind ``name`` with its arguments. temperature: of the log-probs it will see. Raises ValueError."""
+    """The statistic behind ``name`` with its arguments. temperature: of the log-probs it will see.
+
+    Raises ValueError.
+    """
     word, *texts = name.split(":")
     arguments = [float(text) if _is_number(text) else text for text in texts]
     if word == "entropy" and len(arguments) == 1 and isinstance(arguments[0], float) and arguments[0] > 0:
@@ -150,8 +175,12 @@ def _resolved(name: str, temperature: float, given: Mapping[str, Tensor]) -> _Ex
         raise ValueError(f"no token statistic is called {name!r}{suggestion(word, (*BUILT_IN, *STATISTICS))}")
     for argument in arguments:
         if isinstance(argument, str) and argument not in given:
-            raise ValueError(f"token statistic {name!r} reads {argument!r}, a number per token that nobody gave")
-    return _Extra(name, STATISTICS[word], tuple(given[one] if isinstance(one, str) else one for one in arguments))
+            raise ValueError(
+                f"token statistic {name!r} reads {argument!r}, a number per token that nobody gave"
+            )
+    return _Extra(
+        name, STATISTICS[word], tuple(given[one] if isinstance(one, str) else one for one in arguments)
+    )
 
 
 def _is_number(text: str) -> bool:
@@ -179,7 +208,9 @@ class _Extra:
     arguments: tuple[float | Tensor, ...]
 
     def __call__(self, logp: Tensor, targets: Tensor, rows: slice) -> Tensor:
-        return self.function(logp, targets, *(one[rows] if isinstance(one, Tensor) else one for one in self.arguments))
+        return self.function(
+            logp, targets, *(one[rows] if isinstance(one, Tensor) else one for one in self.arguments)
+        )
 
 
 @dataclass(frozen=True)
@@ -194,7 +225,9 @@ class _Plan:
 
 
 class _Workspace:
-    """Buffers of one pass, used again for every chunk: the logits ``(chunk, V)`` and two tiles ``(rows, V)``."""
+    """Buffers of one pass, used again for every chunk: the logits ``(chunk, V)`` and two tiles
+    ``(rows, V)``.
+    """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> None:
         vocab, device = weight.shape[0], hidden.device
@@ -221,7 +254,12 @@ class _Workspace:
         """(positions, their logits, scratch, scratch) of each tile of the chunk at ``at``."""
         for rows in _slices(at.start, at.stop, self.rows):
             count = rows.stop - rows.start
-            yield rows, logits[rows.start - at.start : rows.stop - at.start], self._tiles[0, :count], self._tiles[1, :count]
+            yield (
+                rows,
+                logits[rows.start - at.start : rows.stop - at.start],
+                self._tiles[0, :count],
+                self._tiles[1, :count],
+            )
 
 
 def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
@@ -229,18 +267,25 @@ def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
 
 
 class _TokenStatistics(torch.autograd.Function):
-    """(hidden, weight, bias, targets, plan) -> (log-prob, entropy, *extras), each (n,). Saves inputs and two numbers per token."""
+    """(hidden, weight, bias, targets, plan) -> (log-prob, entropy, *extras), each (n,).
+
+    Saves inputs and two numbers per token.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, plan: _Plan
     ) -> tuple[Tensor, ...]:
-        log_z, logp, entropy, *extras = torch.empty(3 + len(plan.extras), hidden.shape[0], dtype=plan.math, device=hidden.device)
+        log_z, logp, entropy, *extras = torch.empty(
+            3 + len(plan.extras), hidden.shape[0], dtype=plan.math, device=hidden.device
+        )
         with torch.autocast(hidden.device.type, enabled=False):
             work = _Workspace(hidden, weight, bias, plan)
             for at, _, logits in work.chunks():
                 for rows, z, shifted, scratch in work.tiles(at, logits):
-                    log_z[rows], logp[rows], entropy[rows] = _softmax_numbers(z, targets[rows], shifted, scratch, plan)
+                    log_z[rows], logp[rows], entropy[rows] = _softmax_numbers(
+                        z, targets[rows], shifted, scratch, plan
+                    )
                     for extra, values in zip(plan.extras, extras, strict=True):
                         values[rows] = extra(shifted, targets[rows], rows)
         ctx.save_for_backward(hidden, weight, bias, targets, log_z, entropy)
@@ -263,20 +308,30 @@ class _TokenStatistics(torch.autograd.Function):
             for at, chunk, logits in work.chunks():
                 for rows, z, logp, scratch in work.tiles(at, logits):
                     arrived = [None if grad is None else grad[rows] for grad in grads]
-                    _logits_gradient(z, targets[rows], log_z[rows], entropy[rows], arrived, logp, scratch, plan, rows)
+                    _logits_gradient(
+                        z, targets[rows], log_z[rows], entropy[rows], arrived, logp, scratch, plan, rows
+                    )
                 to.add(at, chunk, logits, work.weight)
         return *to.finished(), None, None
 
 
-def _softmax_numbers(z: Tensor, targets: Tensor, shifted: Tensor, scratch: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """(log Z, log-prob of the target, entropy), each (r,), of logits (r, V); leaves all log-probs in ``shifted`` for the extras."""
+def _softmax_numbers(
+    z: Tensor, targets: Tensor, shifted: Tensor, scratch: Tensor, plan: _Plan
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log Z, log-prob of the target, entropy), each (r,), of logits (r, V); leaves all log-probs in
+    ``shifted`` for the extras.
+    """
     top = z.amax(-1, keepdim=True).to(plan.math) * plan.inverse_temperature
     torch.add(-top, z, alpha=plan.inverse_temperature, out=shifted)
     weights = torch.exp(shifted, out=scratch)
     total = weights.sum(-1, keepdim=True)
     log_total = total.log()
     logp = shifted.gather(1, targets[:, None]) - log_total
-    entropy = log_total - weights.mul_(shifted).sum(-1, keepdim=True) / total if plan.entropy else torch.zeros_like(logp)
+    entropy = (
+        log_total - weights.mul_(shifted).sum(-1, keepdim=True) / total
+        if plan.entropy
+        else torch.zeros_like(logp)
+    )
     if plan.extras:
         shifted.sub_(log_total)
     return (top + log_total).squeeze(1), logp.squeeze(1), entropy.squeeze(1)
@@ -293,7 +348,8 @@ def _logits_gradient(
     plan: _Plan,
     rows: slice,
 ) -> None:
-    """Overwrite the logits ``z (r, V)`` by their gradient: ``p (a + b log p) + 1[target] g + dense``, all over the temperature.
+    """Overwrite the logits ``z (r, V)`` by their gradient: ``p (a + b log p) + 1[target] g + dense``, all
+    over the temperature.
 
     rows: where the tile stands among all tokens.
     """
@@ -319,8 +375,12 @@ def _logits_gradient(
         z.copy_(result)
 
 
-def _extras_gradient(logp: Tensor, targets: Tensor, grads: list[Tensor | None], plan: _Plan, rows: slice) -> Tensor | None:
-    """Gradient (r, V) of the extra statistics with respect to the log-probs, by running them again; None if none arrived."""
+def _extras_gradient(
+    logp: Tensor, targets: Tensor, grads: list[Tensor | None], plan: _Plan, rows: slice
+) -> Tensor | None:
+    """Gradient (r, V) of the extra statistics with respect to the log-probs, by running them again;
+    None if none arrived.
+    """
     live = [(extra, grad) for extra, grad in zip(plan.extras, grads, strict=True) if grad is not None]
     if not live:
         return None
@@ -331,9 +391,14 @@ def _extras_gradient(logp: Tensor, targets: Tensor, grads: list[Tensor | None], 
 
 
 class _Gradients:
-    """What the gradient of each chunk's logits is added into. An input that needs no gradient costs no matrix product."""
+    """What the gradient of each chunk's logits is added into.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...], plan: _Plan) -> None:
+    An input that needs no gradient costs no matrix product.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...], plan: _Plan
+    ) -> None:
         self.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         self.hidden = torch.empty_like(hidden, dtype=plan.matmul) if needs[0] else None
         # Sums over chunks are kept in float32: in bf16 the later chunks would vanish.
@@ -355,7 +420,9 @@ class _Gradients:
 
 
 def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """``total (V, H) += gradient^T hidden`` without a second ``(V, H)`` tensor, also where the dtypes differ."""
+    """``total (V, H) += gradient^T hidden`` without a second ``(V, H)`` tensor, also where the dtypes
+    differ.
+    """
     if total.dtype == gradient.dtype:
         total.addmm_(gradient.t(), hidden)
         return

@@ -1,6 +1,7 @@
 """Models from folders: every tensor accounted for, and nothing in them that is random in train mode.
 
-transformers fills what a folder lacks with random weights and drops what it cannot place, with a warning. Here either is an error.
+transformers fills what a folder lacks with random weights and drops what it cannot place, with a warning.
+Here either is an error.
 """
 
 from __future__ import annotations
@@ -15,20 +16,37 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from rltrain.errors import UserError
 from rltrain.learner.backend import reshard, set_mode
 from rltrain.remote_code import refusing_untrusted, trusts
 
-__all__ = ["Head", "load_causal_lm", "open_folder", "require_complete", "require_repeatable", "require_weights", "without_dropout"]
+__all__ = [
+    "Head",
+    "load_causal_lm",
+    "open_folder",
+    "require_complete",
+    "require_repeatable",
+    "require_weights",
+    "without_dropout",
+]
 
-# "logits": a language model. "scalar": a reward model that was trained. "new scalar": one to be trained, from either.
+# "logits": a language model. "scalar": a reward model that was trained. "new scalar": one to be trained, from
+# either.
 Head = Literal["logits", "scalar", "new scalar"]
 _SCALAR_HEAD = ("score.", "classifier.")
 _LANGUAGE_HEADS = ("lm_head.", "embed_out.", "output_projection.")
-_KINDS = {AutoModelForCausalLM: "a causal language model", AutoModelForSequenceClassification: "a model with a scalar head"}
+_KINDS = {
+    AutoModelForCausalLM: "a causal language model",
+    AutoModelForSequenceClassification: "a model with a scalar head",
+}
 _NAMED = 3  # tensors that an error names
 _ASKED_OFTENER = 8
 
@@ -37,7 +55,8 @@ _RANDOM = re.compile(r"drop|^(input_)?jitter_noise$|^moe_jitter_eps$")
 
 
 def load_causal_lm(path: str, revision: str | None, attention: str) -> PreTrainedModel:
-    """A causal LM in float32 (the optimizer's precision; autocast lowers the compute), without dropout in train mode.
+    """A causal LM in float32 (the optimizer's precision; autocast lowers the compute), without dropout in
+    train mode.
 
     Raises UserError where the folder's tensors are not exactly the architecture's.
     """
@@ -47,8 +66,13 @@ def load_causal_lm(path: str, revision: str | None, attention: str) -> PreTraine
     return without_dropout(model)
 
 
-def open_folder(kind: Any, path: str, revision: str | None, **options: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """``kind.from_pretrained`` and its loading info, for ``require_complete``. Raises UserError where no such model can be made of it."""
+def open_folder(
+    kind: Any, path: str, revision: str | None, **options: Any
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """``kind.from_pretrained`` and its loading info, for ``require_complete``.
+
+    Raises UserError where no such model can be made of it.
+    """
     options |= {"revision": revision, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with refusing_untrusted(path, revision):
@@ -57,15 +81,17 @@ def open_folder(kind: Any, path: str, revision: str | None, **options: Any) -> t
         if isinstance(error, UserError):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} does not load as {_KINDS[kind]}: {reason:.200}; choose another model, or fetch it again") from error
+        raise UserError(
+            f"{path} does not load as {_KINDS[kind]}: {reason:.200}; choose another model, or fetch it again"
+        ) from error
 
 
-# what a folder holds -------------------------------------------------------------------------------------------------
+# what a folder holds ----------------------------------------------------------------------------------------
 
 
 def require_weights(path: str, revision: str | None, head: Head) -> None:
-    """Compare names and shapes of the folder's tensors with the architecture's before memory is spent on them: nothing is read but the
-    files' headers. Raises UserError as ``require_complete`` does."""
+    """Compare names and shapes of the folder's tensors with the architecture's before memory is spent on
+    them: nothing is read but the files' headers. Raises UserError as ``require_complete`` does."""
     kind = AutoModelForCausalLM if head == "logits" else AutoModelForSequenceClassification
     options: dict[str, Any] = {"num_labels": 1} if head == "new scalar" else {}
     with _quiet():
@@ -76,7 +102,8 @@ def require_weights(path: str, revision: str | None, head: Head) -> None:
 def require_complete(path: str, model: PreTrainedModel, report: Mapping[str, Any], head: Head) -> None:
     """Raises UserError unless the folder held every tensor of ``model`` in its shape, and no other.
 
-    report: transformers' loading info. A reward model may keep the language head it does not use; one to be trained has a new head.
+    report: transformers' loading info. A reward model may keep the language head it does not use; one to be
+    trained has a new head.
     """
     missing, unexpected = set(report["missing_keys"]), set(report["unexpected_keys"])
     if head != "logits":
@@ -85,14 +112,24 @@ def require_complete(path: str, model: PreTrainedModel, report: Mapping[str, Any
     if head == "new scalar":
         missing -= heads
     elif head == "scalar" and heads:
-        raise UserError(f"{path} has no {min(heads)}: it is a language model, not a reward model that was trained")
-    misshapen = [f"{name} {tuple(there)} instead of {tuple(here)}" for name, there, here in report["mismatched_keys"]]
-    found = {"missing": sorted(missing), "unexpected": sorted(unexpected), "of another shape": sorted(misshapen)}
+        raise UserError(
+            f"{path} has no {min(heads)}: it is a language model, not a reward model that was trained"
+        )
+    misshapen = [
+        f"{name} {tuple(there)} instead of {tuple(here)}" for name, there, here in report["mismatched_keys"]
+    ]
+    found = {
+        "missing": sorted(missing),
+        "unexpected": sorted(unexpected),
+        "of another shape": sorted(misshapen),
+    }
     wrong = [_listed(kind, names) for kind, names in found.items() if names]
     if wrong:
         raise UserError(
-            f"{path}: its tensors are not those of {type(model).__name__}, which its config names: {'; '.join(wrong)}. What is missing "
-            "would start at random and what is unexpected be dropped: fetch the folder again, or mend its config or its names"
+            f"{path}: its tensors are not those of {type(model).__name__}, which its config names: "
+            f"{'; '.join(wrong)}. What is missing "
+            "would start at random and what is unexpected be dropped: fetch the folder again, or mend its "
+            "config or its names"
         )
 
 
@@ -115,12 +152,13 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-# what is random in train mode ----------------------------------------------------------------------------------------
+# what is random in train mode -------------------------------------------------------------------------------
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """``model`` with every dropout, layer drop and router noise off, in place: as modules, as numbers that a forward reads from its
-    module, and as numbers that it reads from the config. ``model.config``, which is written with the weights, keeps what it says."""
+    """``model`` with every dropout, layer drop and router noise off, in place: as modules, as numbers that a
+    forward reads from its module, and as numbers that it reads from the config. ``model.config``, which is
+    written with the weights, keeps what it says."""
     written = copy.deepcopy(model.config)
     for module in model.modules():
         if isinstance(module, _DropoutNd):
@@ -141,11 +179,13 @@ def _silence(values: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def require_repeatable(policy: Any, micro: Any, *, path: str, tolerance: float) -> None:
-    """Raises UserError unless ``policy`` gives the same numbers for ``micro`` twice in train mode, and once in eval mode.
+    """Raises UserError unless ``policy`` gives the same numbers for ``micro`` twice in train mode, and once
+    in eval mode.
 
-    Where a forward draws random numbers it is asked oftener, for what they change may be rare. tolerance: nats, for kernels that round
-    differently from run to run. A collective where ``policy`` is sharded. Otherwise the log-probs of an update would differ at random
-    from those that the ratio or the reference compares them with.
+    Where a forward draws random numbers it is asked oftener, for what they change may be rare. tolerance:
+    nats, for kernels that round differently from run to run. A collective where ``policy`` is sharded.
+    Otherwise the log-probs of an update would differ at random from those that the ratio or the reference
+    compares them with.
     """
 
     def numbers(*, training: bool) -> Tensor:
@@ -157,14 +197,19 @@ def require_repeatable(policy: Any, micro: Any, *, path: str, tolerance: float) 
     with torch.random.fork_rng(_devices()):
         before = _random_state()
         trained = [numbers(training=True)]
-        trained += [numbers(training=True) for _ in range(1 if torch.equal(before, _random_state()) else _ASKED_OFTENER)]
+        trained += [
+            numbers(training=True)
+            for _ in range(1 if torch.equal(before, _random_state()) else _ASKED_OFTENER)
+        ]
     reshard(policy)
     apart = max(float((again - trained[0]).abs().max()) for again in trained[1:])
     moved = max(float((one - evaluated).abs().max()) for one in trained)
     if not max(apart, moved) <= tolerance:
         raise UserError(
-            f"{path}: in train mode {_class_of(policy)} gives one row log-probs that differ by {apart:.2g} nats from call to call and by "
-            f"{moved:.2g} from eval mode (at most {tolerance:g} is rounding). Something in it is random that cannot be switched off from "
+            f"{path}: in train mode {_class_of(policy)} gives one row log-probs that differ by {apart:.2g} "
+            "nats from call to call and by "
+            f"{moved:.2g} from eval mode (at most {tolerance:g} is rounding). Something in it is random that "
+            "cannot be switched off from "
             "outside; set its dropout, noise or sampling to 0 in config.json, or choose another model"
         )
 

@@ -13,7 +13,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from rltrain.config.schema import Optimizer
 
 
-def build_optimizer(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], settings: Optimizer) -> torch.optim.AdamW:
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], settings: Optimizer
+) -> torch.optim.AdamW:
     """AdamW over what requires a gradient; weight decay only on matrices, not on norms and biases."""
     trained = [parameter for _, parameter in named_parameters if parameter.requires_grad]
     if not trained:
@@ -22,11 +24,15 @@ def build_optimizer(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], 
         {"params": [p for p in trained if len(whole_shape(p)) >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if len(whole_shape(p)) < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
+    )
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, settings: Optimizer, total_updates: int) -> LambdaLR:
-    """Linear warm-up over ``warmup_steps`` updates, then constant, linear to 0 or cosine to 0 at ``total_updates``."""
+    """Linear warm-up over ``warmup_steps`` updates, then constant, linear to 0 or cosine to 0 at
+    ``total_updates``.
+    """
 
     def factor(update: int) -> float:
         if update < settings.warmup_steps:
@@ -43,10 +49,12 @@ def build_schedule(optimizer: torch.optim.Optimizer, settings: Optimizer, total_
     return LambdaLR(optimizer, factor)
 
 
-# state ---------------------------------------------------------------------------------------------------------------
+# state ------------------------------------------------------------------------------------------------------
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, torch.nn.Parameter]], keep: bool) -> dict[str, Tensor]:
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, torch.nn.Parameter]], keep: bool
+) -> dict[str, Tensor]:
     """The optimizer's state by parameter name and slot (``lm_head.weight/exp_avg``), whole and on the CPU.
 
     Sharded state is gathered one tensor at a time, so every rank calls this; only with ``keep`` is it kept.
@@ -61,9 +69,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Iterable[tuple[st
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, torch.nn.Parameter]], tensors: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    named: Iterable[tuple[str, torch.nn.Parameter]],
+    tensors: Mapping[str, Tensor],
 ) -> None:
-    """Put back what ``optimizer_tensors`` took. Raises ValueError when it is of other parameters or shapes."""
+    """Put back what ``optimizer_tensors`` took.
+
+    Raises ValueError when it is of other parameters or shapes.
+    """
     trained = {name: parameter for name, parameter in named if parameter.requires_grad}
     check_state(trained, tensors)
     optimizer.state.clear()
@@ -80,12 +93,17 @@ def check_state(trained: Mapping[str, torch.nn.Parameter], tensors: Mapping[str,
     """Raises ValueError when optimizer state is of parameters or shapes that are not ``trained``."""
     strange = sorted({key.rpartition("/")[0] for key in tensors} - trained.keys())
     if strange:
-        raise ValueError(f"the saved optimizer state is of {strange[0]!r} and {len(strange) - 1} more that this model does not train")
+        raise ValueError(
+            f"the saved optimizer state is of {strange[0]!r} and {len(strange) - 1} more that this model "
+            "does not train"
+        )
     for key, value in tensors.items():
         name, _, slot = key.rpartition("/")
         shape = whole_shape(trained[name])
         if slot != "step" and value.shape != shape:
-            raise ValueError(f"the saved {key} has shape {tuple(value.shape)} and the parameter {tuple(shape)}")
+            raise ValueError(
+                f"the saved {key} has shape {tuple(value.shape)} and the parameter {tuple(shape)}"
+            )
 
 
 def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
@@ -95,7 +113,11 @@ def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
 
 def restore_schedule(schedule: LambdaLR, updates: int) -> None:
     """Set the learning rates to those after ``updates`` updates."""
-    rates = [base * factor(updates) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": updates, "_step_count": updates + 1, "_last_lr": rates})
+    rates = [
+        base * factor(updates) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    schedule.load_state_dict(
+        {**schedule.state_dict(), "last_epoch": updates, "_step_count": updates + 1, "_last_lr": rates}
+    )
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

@@ -1,9 +1,11 @@
-"""Rows of tokens to micro-batches: which rows go together, and the tensors the model and the loss need of them.
+"""Rows of tokens to micro-batches: which rows go together, and the tensors the model and the loss need of
+them.
 
-A row is a prompt and its completion. Two layouts: ``padded`` (r, S), rows of about equal length side by side, and ``packed``
-(1, S), rows one after the other with positions that restart, for attention kernels that know variable lengths. In the padded
-layout the rows of one prompt can share a line (``shared_prompt.py``). Every form gives every completion token the same log-prob;
-masks of the loss play no part here, so text the policy did not write is scored as well.
+A row is a prompt and its completion. Two layouts: ``padded`` (r, S), rows of about equal length side by side,
+and ``packed`` (1, S), rows one after the other with positions that restart, for attention kernels that know
+variable lengths. In the padded layout the rows of one prompt can share a line (``shared_prompt.py``). Every
+form gives every completion token the same log-prob; masks of the loss play no part here, so text the policy
+did not write is scored as well.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rltrain.types import TokenRows
+from rltrain.types.policy import TokenRows
 
 __all__ = ["Layout", "MicroBatch", "build", "plan", "ramp"]
 
@@ -28,14 +30,19 @@ Layout = Literal["padded", "packed"]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some rows of a step, as the model reads them, and where each completion token's statistics come from and go to."""
+    """Some rows of a step, as the model reads them, and where each completion token's statistics come
+    from and go to.
+    """
 
-    rows: Tensor  # (r,) int64, positions in the step's batch
+    rows: Tensor  # (r,) int64, positions in the step's batch; always on the CPU, where that batch is
     input_ids: Tensor  # (r, S) padded, (1, S) packed, (lines, S) where rows share prompts; int64
     position_ids: Tensor  # as input_ids; packed: from 0 again at every row
-    # As input_ids, int64, for padding on the left; (lines, 1, S, S) bool where rows share prompts; causal attention needs none otherwise.
+    # As input_ids, int64, for padding on the left; (lines, 1, S, S) bool where rows share prompts; causal
+    # attention needs none otherwise.
     attention_mask: Tensor | None
-    index: Tensor  # (n,) int64, into the flattened hidden states, of the one that predicts each completion token
+    index: (
+        Tensor  # (n,) int64, into the flattened hidden states, of the one that predicts each completion token
+    )
     targets: Tensor  # (n,) int64 completion tokens
     row: Tensor  # (n,) int64, where a token's statistics go in (r, width)
     column: Tensor  # (n,) int64
@@ -43,9 +50,16 @@ class MicroBatch:
     packed: bool
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        moved = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        movable: dict[str, Any] = {name: value.to(device) for name, value in moved.items() if isinstance(value, Tensor)}
-        return dataclasses.replace(self, **movable)
+        """What the model reads, on ``device``."""
+        values = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "rows"
+        }
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)
+        }
+        return dataclasses.replace(self, **moved)
 
 
 def build(
@@ -56,10 +70,12 @@ def build(
     device: torch.device | str = "cpu",
     padding_side: Literal["left", "right"] = "right",
 ) -> MicroBatch:
-    """The micro-batch of the rows at ``positions``. The last token of a completion predicts nothing and is not read.
+    """The micro-batch of the rows at ``positions``. The last token of a completion predicts nothing and is
+    not read.
 
-    No positions: one dummy token, so that a rank with nothing to do still takes part in its peers' collectives; its statistics
-    have shape (0, 1) and carry a zero gradient to every parameter. Raises ValueError on an empty prompt.
+    No positions: one dummy token, so that a rank with nothing to do still takes part in its peers'
+    collectives; its statistics have shape (0, 1) and carry a zero gradient to every parameter. Raises
+    ValueError on an empty prompt.
     """
     if len(positions) == 0:
         return _nothing(packed=layout == "packed").to(device)
@@ -92,7 +108,9 @@ def build(
     }
     tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
     attention_mask = None if mask is None else torch.from_numpy(mask)
-    return MicroBatch(**tensors, attention_mask=attention_mask, width=max(int(after.max()), 1), packed=layout == "packed").to(device)
+    return MicroBatch(
+        **tensors, attention_mask=attention_mask, width=max(int(after.max()), 1), packed=layout == "packed"
+    ).to(device)
 
 
 def _flattened(rows: TokenRows, positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -102,7 +120,10 @@ def _flattened(rows: TokenRows, positions: Sequence[int]) -> tuple[np.ndarray, n
     after = np.fromiter(map(len, completions), np.int64, len(completions))
     if (before == 0).any():
         at = positions[int(np.argmin(before))]
-        raise ValueError(f"row {at} has an empty prompt: nothing predicts its first token; start the prompt with a BOS token")
+        raise ValueError(
+            f"row {at} has an empty prompt: nothing predicts its first token; start the prompt with a BOS "
+            "token"
+        )
     pieces = chain.from_iterable(chain.from_iterable(zip(prompts, completions, strict=True)))
     return np.fromiter(pieces, np.int64, int((before + after).sum())), before, after
 
@@ -121,31 +142,42 @@ def _nothing(packed: bool) -> MicroBatch:
     return MicroBatch(none, token, token, None, none, none, none, none, width=1, packed=packed)
 
 
-def plan(lengths: Sequence[int] | np.ndarray, budget: int, *, layout: Layout, ranks: int = 1) -> list[list[list[int]]]:
-    """For each rank its micro-batches, each a list of positions in ``lengths``; every rank has equally many, some maybe empty.
+def plan(
+    lengths: Sequence[int] | np.ndarray, budget: int, *, layout: Layout, ranks: int = 1
+) -> list[list[list[int]]]:
+    """For each rank its micro-batches, each a list of positions in ``lengths``; every rank has equally many,
+    some maybe empty.
 
-    A micro-batch reads at most ``budget`` tokens, padding included; only a row longer than the budget exceeds it, alone.
-    Micro-batches are as few as the budget allows (packed: as first-fit decreasing finds), rounded up to equally many per rank,
-    and about equally large; those that run at the same time on different ranks are neighbours in size. Deterministic.
+    A micro-batch reads at most ``budget`` tokens, padding included; only a row longer than the budget exceeds
+    it, alone. Micro-batches are as few as the budget allows (packed: as first-fit decreasing finds), rounded
+    up to equally many per rank, and about equally large; those that run at the same time on different ranks
+    are neighbours in size. Deterministic.
     """
     if budget < 1 or ranks < 1:
         raise ValueError(f"token budget is {budget}, ranks are {ranks}: both must be at least 1")
     sizes = [int(length) for length in lengths]
     order = sorted(range(len(sizes)), key=lambda row: (-sizes[row], row))
     bins = (_pack if layout == "packed" else _bucket)(order, sizes, budget, ranks)
-    cost = [sum(sizes[row] for row in rows) if layout == "packed" else len(rows) * sizes[rows[0]] for rows in bins]
+    cost = [
+        sum(sizes[row] for row in rows) if layout == "packed" else len(rows) * sizes[rows[0]] for rows in bins
+    ]
     bins = [bins[at] for at in sorted(range(len(bins)), key=lambda at: (-cost[at], at))]
     bins += [[] for _ in range(-len(bins) % ranks)]
     rounds = [bins[at : at + ranks] for at in range(0, len(bins), ranks)]
-    # The largest of a round goes to the first rank and to the last in turn, so that the ranks' sums stay close.
+    # The largest of a round goes to the first rank and to the last in turn, so that the ranks' sums stay
+    # close.
     dealt = [together if number % 2 == 0 else together[::-1] for number, together in enumerate(rounds)]
     planned = [[together[rank] for together in dealt] for rank in range(ranks)]
-    assert sorted(row for rank in planned for rows in rank for row in rows) == list(range(len(sizes))), "a row was lost or doubled"
+    assert sorted(row for rank in planned for rows in rank for row in rows) == list(range(len(sizes))), (
+        "a row was lost or doubled"
+    )
     return planned
 
 
 def _bucket(order: list[int], sizes: list[int], budget: int, ranks: int) -> list[list[int]]:
-    """Runs of rows of falling length with rows x longest <= cap, for the smallest cap that needs no more runs than ``budget``."""
+    """Runs of rows of falling length with rows x longest <= cap, for the smallest cap that needs no
+    more runs than ``budget``.
+    """
     if not order:
         return []
     wanted = _rounded_up(len(_runs(order, sizes, budget)), ranks, len(order))
@@ -166,7 +198,9 @@ def _runs(order: list[int], sizes: list[int], cap: int) -> list[list[int]]:
 
 
 def _pack(order: list[int], sizes: list[int], budget: int, ranks: int) -> list[list[int]]:
-    """Equal sums where that fits the budget (each row, longest first, to the emptiest bin), else first-fit decreasing."""
+    """Equal sums where that fits the budget (each row, longest first, to the emptiest bin), else
+    first-fit decreasing.
+    """
     fitted = _first_fit(order, sizes, budget)
     wanted = _rounded_up(len(fitted), ranks, len(order))
     even: list[list[int]] = [[] for _ in range(wanted)]

@@ -1,4 +1,4 @@
-"""Updates from pairs that were sampled in the step, and the learner's older self beside which they are judged."""
+"""Updates from pairs that were sampled in the step, and the previous iterate that losses compare with."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rltrain.config.schema import Model, PairLearnerSettings
+from rltrain.config.schema import Model, RolloutLearner
 from rltrain.learner.forward import PolicyForward
+from rltrain.learner.frozen_models import load_frozen
+from rltrain.learner.passes import compute_statistics
 from rltrain.learner.preference_learner import PreferenceLearner
+from rltrain.learner.trained_model import ModelOwner
+from rltrain.learner.update_step import optimizer_batches
 from rltrain.loss.preference.objective import PreferenceObjective
-from rltrain.types import PairBatch, TokenRows
-from rltrain.watchdog import Waiting, unwatched
+from rltrain.types.policy import TokenRows
+from rltrain.types.preference import PairBatch
+from rltrain.watchdog import Deadline, no_deadline
 
 __all__ = ["PREVIOUS", "PairLearner", "PairUpdates"]
 
 PREVIOUS = "previous_logp"
-_KEPT = "previous/"  # begins the names of the iterate's weights in a checkpoint
+_PREVIOUS_WEIGHTS = "previous/"  # begins the names of the iterate's weights in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -31,39 +36,73 @@ class PairUpdates:
     tokens: int  # read by the gradient passes
 
 
-class PairLearner(PreferenceLearner):
-    """A ``PreferenceLearner`` that takes several updates from a step's pairs and can keep an iterate of itself.
+class PairLearner(ModelOwner):
+    """Takes several updates from a step's pairs and can keep a previous iterate of its weights.
 
-    temperature: of sampling, for ``annotate``; the log-probs of losses are at 1.
+    temperature: of sampling, for ``annotate``; the log-probs of losses are at 1. deadline: as of
+    ``TrainedModel``.
     """
 
     def __init__(
         self,
         model: Model,
-        settings: PairLearnerSettings,
+        settings: RolloutLearner,
         *,
         temperature: float,
-        max_tokens: int,
         total_updates: int,
         seed: int,
-        waiting: Waiting = unwatched,
+        deadline: Deadline = no_deadline,
     ) -> None:
-        super().__init__(model, settings, max_tokens=max_tokens, total_updates=total_updates, seed=seed, waiting=waiting)
+        self.settings = settings
         self.temperature = temperature
+        self.preferences = PreferenceLearner(
+            model,
+            settings,
+            total_updates=total_updates,
+            seed=seed,
+            deadline=deadline,
+        )
+        self.trained = self.preferences.trained
+        self.frozen: dict[str, PolicyForward] = {}  # by statistic, "ref_logp" or "previous_logp"
+
+    def use_frozen(self, statistic: str, path: str | None, model: Model) -> None:
+        """Load the model of ``statistic``. path: None is ``model`` as it started."""
+        self.frozen[statistic] = load_frozen(path, model, self.device)
+
+    def annotate(self, rows: TokenRows, wants: frozenset[str]) -> dict[str, Tensor]:
+        """Statistics of all rows at the sampling temperature, (B, T) each, equal on every rank."""
+        everything = torch.arange(len(rows))
+        return compute_statistics(self.trained, rows, everything, wants, temperature=self.temperature)
+
+    def log_probs(self, rows: TokenRows, *, sides: int, frozen: PolicyForward | None = None) -> Tensor:
+        """``PreferenceLearner.log_probs``."""
+        return self.preferences.log_probs(rows, sides=sides, frozen=frozen)
 
     def update_pairs(self, rows: TokenRows, batch: PairBatch, objective: PreferenceObjective) -> PairUpdates:
-        """``settings.epochs`` passes of ``settings.updates`` optimizer updates over the pairs, whole prompts at a time.
+        """``settings.epochs`` passes of ``settings.updates`` optimizer updates, each of whole prompts.
 
-        rows: the 2N of the pairs, chosen first. batch: the whole step, equal on every rank. Without a pair nothing happens.
+        rows: the 2N of the pairs, chosen first. batch: the whole step, equal on every rank. Without a pair
+        nothing happens.
         """
         if len(batch) == 0:
             return PairUpdates({"loss/total": 0.0, "learner/grad_norm": 0.0}, 0, 0)
-        parts = [part for epoch in range(self.settings.epochs) for part in self._split(batch.prompt, epoch)]
-        done = [self.update_examples(rows.rows(torch.cat([part, part + len(batch)])), batch.rows(part), objective) for part in parts]
-        metrics = {name: sum(one.metrics[name] for one in done) / len(done) for name in done[0].metrics}
-        return PairUpdates(metrics, sum(not one.stepped for one in done), sum(one.tokens for one in done))
 
-    # the previous iterate --------------------------------------------------------------------------------------------
+        parts = [
+            positions
+            for epoch in range(self.settings.epochs)
+            for positions in optimizer_batches(self.trained, batch.prompt, self.settings.updates, epoch)
+        ]
+        updates = []
+        for positions in parts:
+            part_rows = rows.rows(torch.cat([positions, positions + len(batch)]))
+            updates.append(self.preferences.update_examples(part_rows, batch.rows(positions), objective))
+
+        names = updates[0].metrics
+        metrics = {name: sum(update.metrics[name] for update in updates) / len(updates) for name in names}
+        skipped = sum(not update.stepped for update in updates)
+        return PairUpdates(metrics, skipped, sum(update.tokens for update in updates))
+
+    # the previous iterate -----------------------------------------------------------------------------------
 
     def keep_iterate(self, model: Model) -> None:
         """The policy as it is becomes the model of ``previous_logp``. A collective."""
@@ -75,19 +114,23 @@ class PairLearner(PreferenceLearner):
                 held[f"model.{name}"].copy_(weight)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, values = super().state()
+        """That of the trained model, and the previous iterate's weights."""
+        tensors, values = self.trained.state()
         if self.rank == 0 and PREVIOUS in self.frozen:
-            tensors |= {_KEPT + name: weight.detach().cpu().clone() for name, weight in self._iterate(self.frozen[PREVIOUS])}
+            iterate = _named_parameters(self.frozen[PREVIOUS])
+            tensors |= {_PREVIOUS_WEIGHTS + name: weight.detach().cpu().clone() for name, weight in iterate}
         return tensors, values
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        super().restore({name: one for name, one in tensors.items() if not name.startswith(_KEPT)}, values)
+        """Continue where ``state`` was taken."""
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PREVIOUS_WEIGHTS)}
+        self.trained.restore(own, values)
         if PREVIOUS in self.frozen:
             with torch.no_grad():
-                for name, weight in self._iterate(self.frozen[PREVIOUS]):
-                    weight.copy_(tensors[_KEPT + name])
+                for name, weight in _named_parameters(self.frozen[PREVIOUS]):
+                    weight.copy_(tensors[_PREVIOUS_WEIGHTS + name])
 
-    @staticmethod
-    def _iterate(policy: PolicyForward) -> list[tuple[str, torch.nn.Parameter]]:
-        """Tied weights once."""
-        return [(name.removeprefix("model."), weight) for name, weight in policy.named_parameters()]
+
+def _named_parameters(policy: PolicyForward) -> list[tuple[str, torch.nn.Parameter]]:
+    """Tied weights once."""
+    return [(name.removeprefix("model."), weight) for name, weight in policy.named_parameters()]

@@ -1,35 +1,38 @@
-"""Updates from judged examples: pairs of completions, or single ones. Weights, optimizer, ranks and memory path are the learner's.
+"""Updates from judged examples: pairs of completions, or single ones.
 
-Rows of N pairs are 2N: the chosen completions, then the rejected ones, in the same order. Both rows of a pair go through the model
-in one micro-batch. As for rollouts, every rank holds the whole optimizer batch and plans the same micro-batches; statistics are taken
-over all of it before it is cut, and losses are divided by its number of examples, so that no layout changes a result.
+Rows of N pairs are 2N: the chosen completions, then the rejected ones, in the same order. Both rows of a pair
+go through the model in one micro-batch. As for rollouts, every rank holds the whole optimizer batch and plans
+the same micro-batches; statistics are taken over all of it before it is cut, and losses are divided by its
+number of examples, so that no layout changes a result.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rltrain.config.schema import Learner, LearnerCore, Model
-from rltrain.learner.accelerate_learner import AccelerateLearner, load_causal_lm
-from rltrain.learner.backend import set_mode
+from rltrain.config.schema import LearnerCore, Model
 from rltrain.learner.forward import PolicyForward
-from rltrain.learner.packing import MicroBatch, build, plan
-from rltrain.learner.shared_prompt import build_shared
+from rltrain.learner.micro_batches import MicroBatches, example_micro_batches, shares_prompts, tokens_read
+from rltrain.learner.packing import MicroBatch
+from rltrain.learner.passes import run_pass, token_log_probs
+from rltrain.learner.row_scoring import LOG_PROBS, LossInputs, RowScoring
+from rltrain.learner.trained_model import ModelOwner, TrainedModel
+from rltrain.learner.update_step import optimizer_update
+from rltrain.loss.objective import ObjectiveShare
 from rltrain.loss.preference.objective import PreferenceObjective
-from rltrain.loss.preference.statistics import prepared
-from rltrain.types import ExampleTotals, LabelBatch, PairBatch, PolicyPairs, PolicySequences, TokenRows
-from rltrain.watchdog import Waiting, unwatched
+from rltrain.loss.preference.statistics import with_batch_statistics
+from rltrain.types.policy import TokenRows
+from rltrain.types.preference import ExampleTotals, LabelBatch, PairBatch
+from rltrain.watchdog import Deadline, no_deadline
 
-__all__ = ["ExampleUpdate", "PreferenceLearner", "lengths_of", "pair_rows", "policy_of"]
+__all__ = ["ExampleUpdate", "PreferenceLearner", "lengths_of", "pair_rows"]
 
-_SHARE_BELOW = 0.95  # of the tokens that reading every row by itself would take
+_TEMPERATURE = 1.0  # of the log-probs that preference losses compare
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,11 @@ class ExampleUpdate:
     shared: bool  # pairs' prompts were read once
 
 
-def pair_rows(prompts: Sequence[tuple[int, ...]], chosen: Sequence[tuple[int, ...]], rejected: Sequence[tuple[int, ...]]) -> TokenRows:
+def pair_rows(
+    prompts: Sequence[tuple[int, ...]],
+    chosen: Sequence[tuple[int, ...]],
+    rejected: Sequence[tuple[int, ...]],
+) -> TokenRows:
     """The 2N rows of N pairs."""
     return TokenRows((*prompts, *prompts), (*chosen, *rejected))
 
@@ -52,176 +59,149 @@ def lengths_of(rows: TokenRows) -> Tensor:
     return torch.tensor([len(completion) for completion in rows.completions])
 
 
-class PreferenceLearner(AccelerateLearner):
-    """An ``AccelerateLearner`` whose update takes judged examples."""
+class PreferenceLearner(ModelOwner):
+    """Trains a model on judged examples.
+
+    scoring: the number of a row that losses compare, by default the log-prob of its completion. deadline: as
+    of ``TrainedModel``.
+    """
 
     def __init__(
-        self, model: Model, settings: LearnerCore, *, max_tokens: int, total_updates: int, seed: int, waiting: Waiting = unwatched
+        self,
+        model: Model,
+        settings: LearnerCore,
+        *,
+        total_updates: int,
+        seed: int,
+        scoring: RowScoring = LOG_PROBS,
+        deadline: Deadline = no_deadline,
     ) -> None:
-        plain = Learner(**{name: getattr(settings, name) for name in type(settings).model_fields})
-        super().__init__(model, plain, temperature=1.0, max_tokens=max_tokens, total_updates=total_updates, seed=seed, waiting=waiting)
-        self.shares = self._shares(self.policy)
+        self.scoring = scoring
+        self.trained = TrainedModel(
+            model,
+            settings,
+            total_updates=total_updates,
+            seed=seed,
+            load=scoring.load,
+            wrap=scoring.wrap,
+            deadline=deadline,
+        )
+        self._shares_prompts = shares_prompts(self.trained)
 
-    # log-probs -------------------------------------------------------------------------------------------------------
+    # log-probs ----------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def frozen_model(self, path: str | None, model: Model) -> Iterator[PolicyForward]:
-        """A model that is not trained, loaded for as long as the block lasts. path None: ``model`` as it started."""
-        loaded = load_causal_lm(path or model.path, None if path else model.revision, model.attention)
-        yield PolicyForward(loaded.requires_grad_(False)).to(self.device).eval()
+    def log_probs(self, rows: TokenRows, *, sides: int, frozen: PolicyForward | None = None) -> Tensor:
+        """(R,) nats, the log-prob of each row's completion, or a scalar head's reward; equal on every rank.
 
-    @staticmethod
-    def weights_of(policy: PolicyForward) -> Iterator[tuple[str, Tensor]]:
-        """A frozen model's weights under the names that ``model_weights`` gives the learner's own."""
-        yield from ((name.removeprefix("model."), weight) for name, weight in policy.state_dict().items())
-
-    def log_probs(self, rows: TokenRows, *, sides: int, policy: Any = None) -> Tensor:
-        """(R,) nats, sums over each row's completion, float32 on the CPU, equal on every rank.
-
-        sides: rows per example, 2 for the rows of pairs. policy: a frozen model; None: the learner's own.
+        Float32 on the CPU. sides: rows per example, 2 for the rows of pairs. frozen: the model that is asked;
+        None: the trained one.
         """
-
-        def numbers(policy: Any, micro: MicroBatch) -> dict[str, Tensor]:
-            return {"logp": self._row_numbers(policy, micro)}
-
-        return self._over_rows(rows, sides, policy or self.policy, ("logp",), numbers)["logp"]
+        statistic = self.scoring.statistic
+        return self._row_numbers(rows, sides, frozenset({statistic}), frozen)[statistic]
 
     def log_probs_and_entropy(self, rows: TokenRows, *, sides: int) -> tuple[Tensor, Tensor | None]:
-        """``log_probs`` of the learner's own weights and (R,) nats, the entropies of each completion's tokens summed, in one pass.
+        """``log_probs`` of the trained model, and (R,) nats, each completion's summed entropies, in one pass.
 
-        None where the model's output is no distribution over tokens.
+        The second is None where the model's output is no distribution over tokens.
         """
-        wants = frozenset({"logp", "entropy"})
+        if not self.scoring.predicts_tokens:
+            return self.log_probs(rows, sides=sides), None
+        numbers = self._row_numbers(rows, sides, frozenset({"logp", "entropy"}), None)
+        return numbers["logp"], numbers["entropy"]
 
-        def numbers(policy: Any, micro: MicroBatch) -> dict[str, Tensor]:
-            return self._row_sums(policy, micro, wants)
+    def token_log_probs(self, rows: TokenRows, frozen: PolicyForward | None = None) -> Tensor:
+        """(R, T) nats of each completion token, 0 after the last, float32 on the CPU, equal on every rank.
 
-        found = self._over_rows(rows, sides, self.policy, sorted(wants), numbers)
-        return found["logp"], found["entropy"]
+        frozen: as for ``log_probs``.
+        """
+        return token_log_probs(self.trained, rows, temperature=_TEMPERATURE, frozen=frozen)
 
-    @torch.no_grad()
-    def _over_rows(
-        self, rows: TokenRows, sides: int, policy: Any, names: Iterable[str], numbers: Callable[[Any, MicroBatch], Mapping[str, Tensor]]
-    ) -> dict[str, Tensor]:
-        """(R,) each: ``numbers(policy, micro-batch)`` of all rows, float32 on the CPU, equal on every rank."""
-        found = {name: torch.zeros(len(rows)) for name in names}
-        set_mode(policy, training=False)
-        for micro in self._examples_micro_batches(rows, sides)[0]:
-            with self.accelerator.autocast():
-                values = numbers(policy, micro)
-            for name, kept in found.items():
-                kept[micro.rows.cpu()] = values[name].float().cpu()
-        return {name: self._sum(kept).cpu() for name, kept in found.items()}
-
-    def token_log_probs(self, rows: TokenRows, policy: Any = None) -> Tensor:
-        """(R, T) nats of each completion token, 0 behind the last, float32 on the CPU, equal on every rank. policy: as above."""
-        return self._collect(policy or self.policy, rows, torch.arange(len(rows)), frozenset({"logp"}))["logp"]
-
-    def inputs_of(self, numbers: Tensor, sides: int) -> Any:
+    def loss_inputs(self, numbers: Tensor, sides: int) -> LossInputs:
         """What a loss takes, of one number (R,) for each row."""
-        return policy_of(numbers, sides)
+        return self.scoring.loss_inputs(numbers, sides)
 
-    def _row_numbers(self, policy: Any, micro: MicroBatch) -> Tensor:
-        """(r,) nats, float32: the log-prob of each row's completion."""
-        return self._row_sums(policy, micro, frozenset({"logp"}))["logp"]
+    def _row_numbers(
+        self,
+        rows: TokenRows,
+        sides: int,
+        wants: frozenset[str],
+        frozen: PolicyForward | None,
+    ) -> dict[str, Tensor]:
+        """(R,) each of ``wants``, float32 on the CPU, equal on every rank."""
+        module = self.trained.wrapped_model if frozen is None else frozen
+        chunk = self.trained.settings.head_chunk
+        results = {name: torch.zeros(len(rows)) for name in sorted(wants)}
 
-    def _row_sums(self, policy: Any, micro: MicroBatch, wants: frozenset[str]) -> dict[str, Tensor]:
-        """(r,) each, float32: token statistics summed over each row's completion."""
-        values = policy(micro, temperature=1.0, wants=wants, chunk=self.settings.head_chunk)
-        return {name: value.sum(1) for name, value in values.items()}
+        def forward(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
+            with self.trained.accelerator.autocast():
+                statistics = module(micro_batch, temperature=_TEMPERATURE, wants=wants, chunk=chunk)
+                return self.scoring.row_numbers(statistics)
 
-    # updates ---------------------------------------------------------------------------------------------------------
+        run_pass(module, self._micro_batches(rows, sides)[0], forward, results)
+        return self.trained.sum_each(results)
+
+    def _micro_batches(self, rows: TokenRows, sides: int) -> tuple[MicroBatches, bool]:
+        build = self.scoring.build_rows
+        return example_micro_batches(self.trained, rows, sides, share=self._shares_prompts, build_rows=build)
+
+    # updates ------------------------------------------------------------------------------------------------
 
     def update_examples(
-        self, rows: TokenRows, batch: PairBatch | LabelBatch, objective: PreferenceObjective, mismatched: TokenRows | None = None
+        self,
+        rows: TokenRows,
+        batch: PairBatch | LabelBatch,
+        objective: PreferenceObjective,
+        mismatched: TokenRows | None = None,
     ) -> ExampleUpdate:
         """One optimizer update over all rows.
 
-        batch: the whole optimizer batch, equal on every rank, with the frozen models' log-probs in it. mismatched: for KTO, row i
-        is prompt i with another prompt's completion. Raises NonFiniteError after ``max_nonfinite`` bad updates in a row.
+        batch: the whole optimizer batch, equal on every rank, with the frozen models' log-probs in it.
+        mismatched: for KTO, row i is prompt i with another prompt's completion. Raises NonFiniteError after
+        ``max_nonfinite`` bad updates in a row.
         """
         sides = 2 if isinstance(batch, PairBatch) else 1
-        batch = prepared(self._with_logp_now(rows, batch, objective.needs, sides, mismatched), objective.loss)
-        totals, sums = ExampleTotals(examples=len(batch)), dict[str, Tensor]()
-        loss = torch.zeros((), device=self.device)
-        micro_batches, shared = self._examples_micro_batches(rows, sides)
-        set_mode(self.policy, training=True)
-        for number, micro in enumerate(micro_batches):
-            with self.backend.micro_batch(last=number == len(micro_batches) - 1):
-                logp = self._row_numbers(self.policy, micro)
-                part = batch.rows(micro.rows[: len(micro.rows) // sides].cpu()).to(self.device)
-                share = objective(self.inputs_of(logp, sides), part, totals)
-                self._backward(share.loss + 0.0 * logp.sum())  # without examples too, every rank joins in its peers' collectives
-            loss += share.loss.detach()
-            for name, value in share.metrics.items():
-                sums[name] = sums.get(name, 0.0) + value
-        metrics = self._reduced({"loss/total": loss, **sums})
-        metrics["learner/grad_norm"], stepped = self._step(metrics["loss/total"])
-        return ExampleUpdate(metrics, stepped, self._tokens(rows, sides, shared), shared)
+        current = self._with_logp_now(rows, batch, objective.needs, sides, mismatched)
+        whole = with_batch_statistics(current, objective.loss)
+        totals = ExampleTotals(examples=len(whole))
+        micro_batches, shared = self._micro_batches(rows, sides)
+        statistic = self.scoring.statistic
+
+        def loss_of(micro_batch: MicroBatch, statistics: Mapping[str, Tensor]) -> ObjectiveShare:
+            numbers = self.scoring.row_numbers(statistics)[statistic]
+            examples = micro_batch.rows[: len(micro_batch.rows) // sides]  # each example's first row
+            part = whole.rows(examples).to(self.device)
+            return objective(self.loss_inputs(numbers, sides), part, totals)
+
+        wants = frozenset({statistic})
+        result = optimizer_update(self.trained, micro_batches, loss_of, wants=wants)
+        return ExampleUpdate(result.metrics, result.stepped, tokens_read(rows, shared=shared), shared)
 
     def _with_logp_now(
-        self, rows: TokenRows, batch: PairBatch | LabelBatch, needs: frozenset[str], sides: int, mismatched: TokenRows | None
+        self,
+        rows: TokenRows,
+        batch: PairBatch | LabelBatch,
+        needs: frozenset[str],
+        sides: int,
+        mismatched: TokenRows | None,
     ) -> PairBatch | LabelBatch:
-        """``batch`` with the policy's own log-probs as they are before this update, where the loss's statistics need them."""
+        """``batch`` with the model's log-probs before this update, where the loss's statistics need them."""
         if isinstance(batch, LabelBatch) and "mismatched" in needs:
             if mismatched is None or batch.mismatched is None:
-                raise ValueError("the loss compares prompts with other prompts' completions, but no mismatched rows were given")
-            now = dataclasses.replace(batch.mismatched, logp_now=self.log_probs(mismatched, sides=1))
-            batch = dataclasses.replace(batch, mismatched=now)
+                needed = "the loss compares prompts with other prompts' completions"
+                raise ValueError(f"{needed}, but no mismatched rows were given")
+            logp = self.log_probs(mismatched, sides=1)
+            facts = dataclasses.replace(batch.mismatched, logp_now=logp)
+            batch = dataclasses.replace(batch, mismatched=facts)
         if "logp_now" not in needs:
             return batch
+
         logp = self.log_probs(rows, sides=sides)
         if isinstance(batch, LabelBatch):
-            return dataclasses.replace(batch, completion=dataclasses.replace(batch.completion, logp_now=logp))
+            facts = dataclasses.replace(batch.completion, logp_now=logp)
+            return dataclasses.replace(batch, completion=facts)
         chosen, rejected = logp.chunk(2)
         return dataclasses.replace(
             batch,
             chosen=dataclasses.replace(batch.chosen, logp_now=chosen),
             rejected=dataclasses.replace(batch.rejected, logp_now=rejected),
         )
-
-    # micro-batches ---------------------------------------------------------------------------------------------------
-
-    def _examples_micro_batches(self, rows: TokenRows, sides: int) -> tuple[list[MicroBatch], bool]:
-        """This rank's micro-batches, equally many on every rank and at least one; and whether they share prompts."""
-        count = len(rows) // sides
-        if count * sides != len(rows):
-            raise ValueError(f"{len(rows)} rows are not those of examples with {sides} each")
-        apart, together = _sizes(rows, sides, self.layout), _shared_sizes(rows) if sides == 2 else []
-        shared = self.shares and sides == 2 and sum(together) < _SHARE_BELOW * sum(apart)
-        sizes = together if shared else apart
-        planned = plan(sizes, self.settings.tokens_per_micro_batch, layout=self.layout, ranks=self.ranks)[self.rank]
-        made = [self._built(rows, examples, count, sides, shared) for examples in planned or [[]]]
-        return made, shared
-
-    def _built(self, rows: TokenRows, examples: list[int], count: int, sides: int, shared: bool) -> MicroBatch:
-        if shared and examples:
-            pairs = [(at, count + at) for at in examples]
-            return build_shared(rows, pairs, order=[*examples, *(second for _, second in pairs)], device=self.device)
-        positions = [side * count + at for side in range(sides) for at in examples]
-        return build(rows, positions, layout=self.layout, device=self.device)
-
-    def _tokens(self, rows: TokenRows, sides: int, shared: bool) -> int:
-        return sum(_shared_sizes(rows)) if shared else sum(map(len, rows.prompts)) + sum(map(len, rows.completions))
-
-
-def _sizes(rows: TokenRows, sides: int, layout: str) -> list[int]:
-    """Tokens that each example takes in a micro-batch; padded, its rows are as long as the longer one."""
-    count = len(rows) // sides
-    lengths = [len(prompt) + len(completion) for prompt, completion in zip(rows.prompts, rows.completions, strict=True)]
-    of = [[lengths[side * count + at] for side in range(sides)] for at in range(count)]
-    return [sum(both) if layout == "packed" else sides * max(both) for both in of]
-
-
-def _shared_sizes(rows: TokenRows) -> list[int]:
-    """Tokens of each pair with its prompt read once."""
-    count = len(rows) // 2
-    return [len(rows.prompts[at]) + len(rows.completions[at]) + len(rows.completions[count + at]) for at in range(count)]
-
-
-def policy_of(logp: Tensor, sides: int) -> PolicyPairs | PolicySequences:
-    """The log-probs (R,) of rows as a loss takes them."""
-    if sides == 1:
-        return PolicySequences(logp)
-    chosen, rejected = logp.chunk(2) if len(logp) else (logp, logp)
-    return PolicyPairs(PolicySequences(chosen), PolicySequences(rejected))

@@ -1,46 +1,57 @@
-"""The process reward model of an online run: a second model with an optimizer of its own, which learns from the step's outcomes.
+"""The process reward model of an online run: a second model with its own optimizer, trained on outcomes.
 
-It is a causal language model and goes through the policy's memory path and micro-batch planner. A token's reward is its log-ratio to
-a reference, ``log pi_phi(y_t|..) - log pi_ref(y_t|..)``, arXiv:2502.01456; nobody labels tokens or steps.
+It is a causal language model and goes through the policy's memory path and micro-batch planner. A token's
+reward is its log-ratio to a reference, ``log pi_phi(y_t|..) - log pi_ref(y_t|..)``, arXiv:2502.01456; nobody
+labels tokens or steps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rltrain.advantage.process import contrast_accuracy
-from rltrain.config.schema import Learner, LearnerCore, Model, ProcessReward
-from rltrain.learner.accelerate_learner import AccelerateLearner, NonFiniteError
-from rltrain.learner.backend import set_mode
+from rltrain.config.schema import LearnerCore, Model, ProcessReward
+from rltrain.learner.forward import PolicyForward
+from rltrain.learner.frozen_models import load_frozen
+from rltrain.learner.micro_batches import inverse_index, row_micro_batches, shares_prompts
+from rltrain.learner.packing import MicroBatch
+from rltrain.learner.passes import token_log_probs, write_statistics
+from rltrain.learner.trained_model import ModelOwner, NonFiniteError, TrainedModel
+from rltrain.learner.update_step import optimizer_batches, optimizer_update
+from rltrain.loss.objective import ObjectiveShare
 from rltrain.loss.preference.objective import PreferenceObjective
-from rltrain.loss.preference.statistics import prepared
+from rltrain.loss.preference.statistics import with_batch_statistics
 from rltrain.registry import BoundMethod
 from rltrain.tensor_ops import masked, masked_mean
-from rltrain.types import CompletionFacts, ExampleTotals, LabelBatch, PolicySequences, TokenRows, TrainBatch
-from rltrain.watchdog import Waiting, unwatched
+from rltrain.types.policy import TokenRows, TrainBatch
+from rltrain.types.preference import CompletionFacts, ExampleTotals, LabelBatch, PolicySequences
+from rltrain.watchdog import Deadline, no_deadline
 
-__all__ = ["POLICY", "Judged", "ProcessRewardLearner"]
+__all__ = ["POLICY", "ProcessRewardLearner", "ProcessRewards"]
 
 POLICY = "policy"  # as ``reference``: the log-probs of the policy that sampled
+_LOGP = frozenset({"logp"})
+_TEMPERATURE = 1.0
 
 
 @dataclass(frozen=True)
-class Judged:
+class ProcessRewards:
     """What one step gave."""
 
     reward: Tensor  # (B, T) nats, log-ratios of the model and its reference, 0 where the mask is off
     metrics: dict[str, float]
 
 
-class ProcessRewardLearner(AccelerateLearner):
-    """Owns the reward model's weights. ``version`` counts its updates.
+class ProcessRewardLearner(ModelOwner):
+    """Trains the process reward model. ``version`` counts its updates.
 
-    start: the weights to begin with, the model's own or a checkpoint's. origin: the model as it started, which is its reference where
-    the settings name none.
+    start: the weights to begin with, the model's own or a checkpoint's. origin: the model as it started,
+    which is its reference where the settings name none. base_settings: the policy's, for everything but the
+    optimizer. deadline: as of ``TrainedModel``.
     """
 
     def __init__(
@@ -48,84 +59,100 @@ class ProcessRewardLearner(AccelerateLearner):
         start: Model,
         origin: Model,
         settings: ProcessReward,
-        like: LearnerCore,
+        base_settings: LearnerCore,
         loss: BoundMethod,
         *,
-        max_tokens: int,
         total_updates: int,
         seed: int,
-        waiting: Waiting = unwatched,
+        deadline: Deadline = no_deadline,
     ) -> None:
-        core: dict[str, Any] = {name: getattr(like, name) for name in LearnerCore.model_fields} | {"optimizer": settings.optimizer}
-        learner = Learner(**core, updates=settings.updates)
-        super().__init__(start, learner, temperature=1.0, max_tokens=max_tokens, total_updates=total_updates, seed=seed, waiting=waiting)
+        core = base_settings.model_copy(update={"optimizer": settings.optimizer})
+        self.settings = settings
         self.objective = PreferenceObjective(loss)
-        self.before, self.by_policy = settings.update == "before", settings.reference == POLICY
-        if not self.by_policy:
-            self.use_frozen("ref_logp", settings.reference, origin)
+        self.trained = TrainedModel(start, core, total_updates=total_updates, seed=seed, deadline=deadline)
+        self.reference: PolicyForward | None = None  # None: the policy that sampled
+        if settings.reference != POLICY:
+            self.reference = load_frozen(settings.reference, origin, self.device)
 
-    def judge(self, rows: TokenRows, batch: TrainBatch) -> Judged:
-        """The step's token rewards, and one pass of updates over the completions that somebody called right or wrong.
+    def judge(self, rows: TokenRows, batch: TrainBatch) -> ProcessRewards:
+        """The step's token rewards, and one pass of updates over the completions with a verdict.
 
-        batch: the whole step, equal on every rank, as is what comes back. With ``update: after`` each row's reward comes from the
-        forward pass that made its gradient, so from the weights before that update; with "before" from one more pass after all of
-        them. Raises ValueError where rewards came without a verdict, NonFiniteError as ``AccelerateLearner.update`` does.
+        batch: the whole step, equal on every rank, as is what comes back. With ``update: after`` each row's
+        reward comes from the forward pass that made its gradient, so from the weights before that update;
+        with "before" from one more pass after all of them. Raises ValueError where rewards came without a
+        verdict, NonFiniteError as ``PolicyLearner.update`` does.
         """
         label = _verdicts(batch)
-        reference, logp = self._reference(rows, batch), torch.zeros(batch.mask.shape)
-        sums = CompletionFacts(batch.mask.sum(1).clamp(min=1), ref_logp=masked(reference, batch.mask).sum(1))
-        facts = LabelBatch(sums, batch.group, label)
+        ref_logp = self._reference_log_probs(rows, batch)
         counts = batch.mask.any(1)
         learns = counts & ~label.isnan()
-        parts: list[dict[str, float]] = []
-        skipped = 0
-        for positions in self._split(batch.group, epoch=0):
-            chosen, others = positions[learns[positions]], positions[(counts & ~learns)[positions]]
-            if len(others):
-                self._collect_into({"logp": logp}, rows, others)
-            if len(chosen):
-                metrics, stepped = self._learn(rows, facts.rows(chosen), batch.mask, chosen, logp)
-                parts, skipped = [*parts, metrics], skipped + (not stepped)
-        before = masked(self._sum(logp).cpu() - reference, batch.mask)
-        metrics = {name: sum(part[name] for part in parts) / len(parts) for name in (parts[0] if parts else {})}
-        metrics |= {"skipped_updates": float(skipped), "contrast": _contrast(before, label, batch.group, learns)}
-        reward = masked(self.annotate(rows, frozenset({"logp"}))["logp"] - reference, batch.mask) if self.before else before
-        metrics["abs"] = float(masked_mean(reward.abs(), batch.mask))
-        return Judged(reward, {f"process_reward/{name}": value for name, value in metrics.items()})
 
-    def _reference(self, rows: TokenRows, batch: TrainBatch) -> Tensor:
+        logp = torch.zeros(batch.mask.shape)
+        updates: list[dict[str, float]] = []
+        facts = _completion_facts(batch, ref_logp, label)
+        for positions in optimizer_batches(self.trained, batch.group, self.settings.updates, epoch=0):
+            unlabelled = positions[(counts & ~learns)[positions]]
+            labelled = positions[learns[positions]]
+            if len(unlabelled):
+                write_statistics(self.trained, {"logp": logp}, rows, unlabelled, temperature=_TEMPERATURE)
+            if len(labelled):
+                updates.append(self._update(rows, facts.rows(labelled), batch.mask, labelled, logp))
+
+        ratio = masked(self.trained.sum_each({"logp": logp})["logp"] - ref_logp, batch.mask)
+        reward = ratio
+        if self.settings.update == "before":
+            reward = masked(self.token_log_probs(rows) - ref_logp, batch.mask)
+        metrics = _averaged(updates)
+        metrics["contrast"] = _contrast(ratio, label, batch.group, learns)
+        metrics["abs"] = float(masked_mean(reward.abs(), batch.mask))
+        return ProcessRewards(reward, {f"process_reward/{name}": value for name, value in metrics.items()})
+
+    def _reference_log_probs(self, rows: TokenRows, batch: TrainBatch) -> Tensor:
         """(B, T) nats."""
-        if not self.by_policy:
-            return self.annotate(rows, frozenset({"ref_logp"}))["ref_logp"]
+        if self.reference is not None:
+            return self.token_log_probs(rows, self.reference)
         if batch.old_logp is None:
-            raise RuntimeError("the process reward model is compared with the policy that sampled, but old_logp was not computed")
+            raise RuntimeError("the process reward's reference is the policy, but old_logp was not computed")
         return batch.old_logp
 
-    def _learn(self, rows: TokenRows, facts: LabelBatch, mask: Tensor, positions: Tensor, seen: Tensor) -> tuple[dict[str, float], bool]:
-        """One optimizer update over the rows ``positions``, whose facts come in that order; their log-probs before it go into ``seen``."""
-        whole = prepared(facts, self.objective.loss)
-        totals, sums = ExampleTotals(len(positions)), dict[str, Tensor]()
-        mine, lr = self._micro_batches(rows, positions, self._shares(self.policy)), self.lr
-        set_mode(self.policy, training=True)
-        for number, lines in enumerate(mine):
-            with self.backend.micro_batch(last=number == len(mine) - 1):
-                chosen, micro = self._micro_batch(rows, positions, lines)
-                at = positions[chosen]
-                wants = frozenset({"logp"})
-                logp = self.policy(micro, temperature=self.temperature, wants=wants, chunk=self.settings.head_chunk)["logp"]
-                counted = mask[at][:, : micro.width].to(self.device)
-                share = self.objective(PolicySequences(masked(logp, counted).sum(1)), whole.rows(chosen).to(self.device), totals)
-                self._backward(share.loss + 0.0 * logp.sum())  # without rows too, every rank joins in its peers' collectives
-            for name, value in share.metrics.items():
-                sums[name] = sums.get(name, 0.0) + value
-            seen[at, : micro.width] = logp.detach().float().cpu()
-        found = {name.removeprefix("loss/"): value for name, value in self._reduced(sums).items()}
-        found["loss"] = found.pop("preference")
+    def token_log_probs(self, rows: TokenRows, frozen: PolicyForward | None = None) -> Tensor:
+        """(B, T) nats of each completion token, 0 after the last, float32 on the CPU, equal on every rank.
+
+        frozen: the model that is asked; None: the trained one.
+        """
+        return token_log_probs(self.trained, rows, temperature=_TEMPERATURE, frozen=frozen)
+
+    def _update(
+        self,
+        rows: TokenRows,
+        facts: LabelBatch,
+        mask: Tensor,
+        positions: Tensor,
+        logp: Tensor,
+    ) -> dict[str, float]:
+        """Metrics of one optimizer update over the rows at ``positions``, whose ``facts`` are in that order.
+
+        logp: (B, T), receives this rank's log-probs as they are before the update.
+        """
+        whole = with_batch_statistics(facts, self.objective.loss)
+        totals = ExampleTotals(len(positions))
+        micro_batches = row_micro_batches(self.trained, rows, positions, share=shares_prompts(self.trained))
+        indices = inverse_index(positions, len(rows))
+
+        def loss_of(micro_batch: MicroBatch, statistics: Mapping[str, Tensor]) -> ObjectiveShare:
+            counted = mask[micro_batch.rows][:, : micro_batch.width].to(self.device)
+            policy = PolicySequences(masked(statistics["logp"], counted).sum(1))
+            part = whole.rows(indices[micro_batch.rows]).to(self.device)
+            return self.objective(policy, part, totals)
+
+        lr = self.lr
         try:
-            norm, stepped = self._step(found["loss"])
+            record = {"logp": logp}
+            result = optimizer_update(self.trained, micro_batches, loss_of, wants=_LOGP, record=record)
         except NonFiniteError as error:
-            raise NonFiniteError(f"the process reward model's {error} (its settings stand in process_reward)") from error
-        return found | {"grad_norm": norm, "lr": lr}, stepped
+            where = "its settings are in process_reward"
+            raise NonFiniteError(f"the process reward model's {error} ({where})") from error
+        return {**_renamed(result.metrics), "lr": lr, "skipped_updates": float(not result.stepped)}
 
 
 def _verdicts(batch: TrainBatch) -> Tensor:
@@ -133,14 +160,41 @@ def _verdicts(batch: TrainBatch) -> Tensor:
     counts = batch.mask.any(1) & ~batch.rewards.isnan()
     if batch.correct is None or bool(counts.any() & batch.correct[counts].isnan().all()):
         raise ValueError(
-            "the process reward model learns which completions are right, but no reward function says so: add one that does to "
-            "reward.functions (math_answer, with weight 0 if it must not count), or put a part named 'correct' into your own scores"
+            "the process reward model learns which completions are right, but no reward function says so: "
+            "add one that does to reward.functions (math_answer, with weight 0 if it must not count), or put "
+            "a part named 'correct' into your own scores"
         )
     return batch.correct
 
 
+def _completion_facts(batch: TrainBatch, ref_logp: Tensor, label: Tensor) -> LabelBatch:
+    """The step's completions as a loss of labelled ones takes them."""
+    lengths = batch.mask.sum(1).clamp(min=1)
+    facts = CompletionFacts(lengths, ref_logp=masked(ref_logp, batch.mask).sum(1))
+    return LabelBatch(facts, batch.group, label)
+
+
+def _renamed(metrics: Mapping[str, float]) -> dict[str, float]:
+    """An update's metrics without "loss/"; "loss" is the objective's, which is also the total."""
+    own = {name.removeprefix("loss/"): value for name, value in metrics.items() if name.startswith("loss/")}
+    own["loss"] = own.pop("preference")
+    del own["total"]
+    return own | {"grad_norm": metrics["learner/grad_norm"]}
+
+
+def _averaged(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the updates; the skipped ones are counted."""
+    skipped = sum(update["skipped_updates"] for update in updates)
+    names = updates[0].keys() if updates else ()
+    means = {name: sum(update[name] for update in updates) / len(updates) for name in names}
+    return means | {"skipped_updates": float(skipped)}
+
+
 def _contrast(ratio: Tensor, label: Tensor, group: Tensor, learns: Tensor) -> float:
-    """How often right completions of a prompt have the larger summed log-ratio than wrong ones. 0.5 where there is nothing to compare."""
+    """How often right completions of a prompt have the larger summed log-ratio than wrong ones.
+
+    0.5 where there is nothing to compare.
+    """
     if not bool(learns.any()):
         return 0.5
     return float(contrast_accuracy(ratio.sum(1)[learns].double(), label[learns].double(), group[learns]))

@@ -1,8 +1,9 @@
 """This process as one of several: joining the others, and the board where each says that it is alive.
 
-``accelerate launch`` says by environment variables which backend it was asked for. On a machine without a GPU accelerate would
-pass over FSDP and DeepSpeed without a word and give plain DDP, or ranks that believe they are alone; here they are what they
-were asked to be, over gloo, so that everything can be tried and tested without a GPU.
+``accelerate launch`` says by environment variables which backend it was asked for. On a machine without a GPU
+accelerate would pass over FSDP and DeepSpeed without a word and give plain DDP, or ranks that believe they
+are alone; here they are what they were asked to be, over gloo, so that everything can be tried and tested
+without a GPU.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    gather_object,
     patch_environment,
 )
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from rltrain.errors import UserError
+from rltrain.process import Process
+from rltrain.watchdog import Deadline, no_deadline
 
 Kind = Literal["ddp", "fsdp2", "deepspeed"]
 
@@ -37,7 +41,7 @@ def started_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def asked_for() -> Kind:
+def requested_backend() -> Kind:
     """What the launcher's environment asks for."""
     if _set("ACCELERATE_USE_DEEPSPEED"):
         return "deepspeed"
@@ -52,39 +56,62 @@ def connect(deadline_seconds: float) -> None:
     if PartialState._shared_state or started_ranks() == 1:
         return
     on_cpu = not torch.cuda.is_available()
-    if on_cpu and asked_for() == "deepspeed":
+    if on_cpu and requested_backend() == "deepspeed":
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # accelerate 1.15 ignores DeepSpeed when told cpu=True
         os.environ.pop("ACCELERATE_USE_CPU", None)
         _without_compiled_collectives()
-    timeout = InitProcessGroupKwargs(backend="gloo" if on_cpu else None, timeout=timedelta(seconds=deadline_seconds)).to_kwargs()
-    PartialState(cpu=on_cpu and asked_for() != "deepspeed", **timeout)
+    timeout = InitProcessGroupKwargs(
+        backend="gloo" if on_cpu else None, timeout=timedelta(seconds=deadline_seconds)
+    ).to_kwargs()
+    PartialState(cpu=on_cpu and requested_backend() != "deepspeed", **timeout)
 
 
 def mixed_precision(precision: str) -> str:
-    """accelerate's name for a recipe's ``learner.precision`` on this machine. Raises UserError where it would compute in another."""
+    """accelerate's name for a recipe's ``learner.precision`` on this machine.
+
+    Raises UserError where it would compute in another.
+    """
     on_gpu = torch.cuda.is_available()
     if precision == "float16" and not on_gpu:
-        raise UserError("learner.precision is float16 and there is no GPU: on a CPU it would run in float32; set it to float32 or bfloat16")
-    return {"auto": "bf16" if on_gpu else "no", "float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision]
+        raise UserError(
+            "learner.precision is float16 and there is no GPU: on a CPU it would run in float32; set it to "
+            "float32 or bfloat16"
+        )
+    return {"auto": "bf16" if on_gpu else "no", "float32": "no", "bfloat16": "bf16", "float16": "fp16"}[
+        precision
+    ]
 
 
 def make_accelerator(mixed_precision: str) -> Any:
-    """accelerate's ``Accelerator``, certain to be of the kind that was asked for; ``connect`` first. Raises RuntimeError if it is not.
+    """accelerate's ``Accelerator``, certain to be of the kind that was asked for; ``connect`` first. Raises
+    RuntimeError if it is not.
 
-    Afterwards transformers loads models whole on every rank, as references and engines need them; ``sharded_loading`` is for the
-    one model that is trained.
+    Afterwards transformers loads models whole on every rank, as references and engines need them;
+    ``sharded_loading`` is for the one model that is trained.
     """
     accelerator = Accelerator(mixed_precision=mixed_precision)
-    kind, ranks = asked_for(), started_ranks()
+    kind, ranks = requested_backend(), started_ranks()
     if ranks > 1 and kind == "fsdp2" and accelerator.distributed_type is DistributedType.MULTI_CPU:
-        # accelerate 1.15 knows FSDP on GPUs only, and copies the type from its PartialState whenever anything asks for its state.
-        accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        # accelerate 1.15 knows FSDP on GPUs only, and copies the type from its PartialState whenever anything
+        # asks for its state.
+        accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = (
+            DistributedType.FSDP
+        )
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     found = accelerator.distributed_type
-    if ranks > 1 and kind != "ddp" and found is not {"fsdp2": DistributedType.FSDP, "deepspeed": DistributedType.DEEPSPEED}[kind]:
-        raise RuntimeError(f"{kind} was asked for, but accelerate runs {found}: compare the versions installed with requirements/")
+    if (
+        ranks > 1
+        and kind != "ddp"
+        and found is not {"fsdp2": DistributedType.FSDP, "deepspeed": DistributedType.DEEPSPEED}[kind]
+    ):
+        raise RuntimeError(
+            f"{kind} was asked for, but accelerate runs {found}: compare the versions installed with "
+            "requirements/"
+        )
     if accelerator.num_processes != ranks:
-        raise RuntimeError(f"the launcher started {ranks} ranks, but this one knows of {accelerator.num_processes}")
+        raise RuntimeError(
+            f"the launcher started {ranks} ranks, but this one knows of {accelerator.num_processes}"
+        )
     unset_hf_deepspeed_config()
     os.environ.pop(_RANK_0_ONLY, None)
     return accelerator
@@ -92,14 +119,22 @@ def make_accelerator(mixed_precision: str) -> Any:
 
 @contextlib.contextmanager
 def sharded_loading(accelerator: Any) -> Iterator[None]:
-    """Inside, transformers loads a model as its backend will hold it: ZeRO-3 cuts it up at once, FSDP2 fills it on rank 0 alone."""
-    if accelerator.distributed_type is DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero3_init_flag:
+    """Inside, transformers loads a model as its backend will hold it: ZeRO-3 cuts it up at once,
+    FSDP2 fills it on rank 0 alone.
+    """
+    if (
+        accelerator.distributed_type is DistributedType.DEEPSPEED
+        and accelerator.state.deepspeed_plugin.zero3_init_flag
+    ):
         set_hf_deepspeed_config(accelerator.state.deepspeed_plugin.dschf)
         try:
             yield
         finally:
             unset_hf_deepspeed_config()
-    elif accelerator.distributed_type is DistributedType.FSDP and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+    elif (
+        accelerator.distributed_type is DistributedType.FSDP
+        and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
+    ):
         with patch_environment(**{_RANK_0_ONLY: "true"}):
             yield
     else:
@@ -111,15 +146,41 @@ def agree(value: Any) -> Any:
     return broadcast_object_list([value])[0] if PartialState().num_processes > 1 else value
 
 
+def this_process(deadline: Deadline = no_deadline) -> Process:
+    """This process among those that ``connect`` has joined. deadline: wraps every wait for the other
+    ranks.
+    """
+    state: Any = PartialState()
+
+    def gather(objects: list[Any]) -> list[Any]:
+        if state.num_processes == 1:
+            return list(objects)
+        with deadline("the other ranks", "to hand over theirs"):
+            return gather_object(list(objects))
+
+    return Process(
+        rank=state.process_index,
+        world_size=state.num_processes,
+        device=state.device,
+        gather=gather,
+        deadline=deadline,
+        is_main=state.process_index == 0,
+    )
+
+
 class StoreBoard:
-    """Implements ``rltrain.watchdog.Board`` on the store through which the ranks met, over a connection of its own."""
+    """Implements ``rltrain.watchdog.Board`` on the store through which the ranks met, over a
+    connection of its own.
+    """
 
     def __init__(self) -> None:
         state = PartialState()
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._rank = state.process_index
         self.peers: Collection[int] = [rank for rank in range(state.num_processes) if rank != self._rank]
-        self._store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
+        self._store = TCPStore(
+            address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10)
+        )
 
     def say(self, text: str) -> None:
         self._store.set(f"rltrain/{self._rank}", text)
@@ -129,13 +190,15 @@ class StoreBoard:
         return {rank: self._store.get(f"rltrain/{rank}").decode("utf-8") for rank in spoken}
 
 
-def board() -> StoreBoard | None:
+def open_heartbeat_board() -> StoreBoard | None:
     """The board of the ranks; None for a process that runs alone."""
     return StoreBoard() if started_ranks() > 1 else None
 
 
 def _without_compiled_collectives() -> None:
-    """Keep DeepSpeed from compiling an all-reduce for CPUs: it takes 80 s, and killed at it leaves a lock that hangs the next start."""
+    """Keep DeepSpeed from compiling an all-reduce for CPUs: it takes 80 s, and killed at it leaves a
+    lock that hangs the next start.
+    """
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

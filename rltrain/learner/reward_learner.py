@@ -1,13 +1,15 @@
-"""Training a reward model with a scalar head: a causal language model whose output is one number at each row's last token.
+"""Reward models with a scalar head: a causal language model whose output is one number at each row's last
+token.
 
-It is what transformers loads and saves as ``AutoModelForSequenceClassification`` with one label, so that a finished run is a reward model
-for other programs as well. Started from a language model's folder, the head is new; everything else is the offline loop's.
+``PreferenceLearner`` trains one with ``scoring=REWARDS``. It is what transformers loads and saves as
+``AutoModelForSequenceClassification`` with one label, so that a finished run is a reward model for other
+programs as well. Started from a language model's folder, the head is new.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,25 +19,31 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rltrain.config.schema import Model
 from rltrain.errors import UserError
-from rltrain.learner.forward import PolicyForward, called_as, scalar_head, takes_positions, unpackable
+from rltrain.learner.forward import PolicyForward, call_as_module, cannot_pack, scalar_head, takes_positions
 from rltrain.learner.loading import open_folder, require_complete, without_dropout
-from rltrain.learner.packing import MicroBatch, build
-from rltrain.learner.preference_learner import PreferenceLearner
+from rltrain.learner.micro_batches import build_rows
+from rltrain.learner.packing import MicroBatch
+from rltrain.learner.row_scoring import RowScoring
+from rltrain.learner.trained_model import TrainedModel
 from rltrain.model_limits import rotary_limit
-from rltrain.types import RewardPairs, TokenRows
+from rltrain.types.policy import TokenRows
+from rltrain.types.preference import RewardPairs
 
-__all__ = ["RewardForward", "RewardLearner", "load_reward_model"]
+__all__ = ["REWARDS", "RewardForward", "load_reward_model", "name_pad_token"]
 
 
 class RewardForward(PolicyForward):
-    """Wraps a model with a scalar head. Rows come with one token more than they have: see ``RewardLearner``."""
+    """Wraps a model with a scalar head.
+
+    Rows come with one token more than they have: see ``build_reward_rows``.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         nn.Module.__init__(self)
         self.model = model
         self.config = model.config  # DeepSpeed and FSDP2 read both from the module they are given
         self._no_split_modules = model._no_split_modules
-        self._takes_positions, self._unpackable = takes_positions(model), unpackable(model)
+        self._takes_positions, self._unpackable = takes_positions(model), cannot_pack(model)
         self.shares_prompts = False
         self._rotary = rotary_limit(model.config)
 
@@ -44,7 +52,13 @@ class RewardForward(PolicyForward):
         return self.model
 
     def forward(
-        self, micro: MicroBatch, *, temperature: float, wants: frozenset[str], chunk: int, given: Mapping[str, Tensor] | None = None
+        self,
+        micro: MicroBatch,
+        *,
+        temperature: float,
+        wants: frozenset[str],
+        chunk: int,
+        given: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """``{"reward": (r,) float32}``, of the hidden state that would predict each row's last token."""
         del temperature, wants, chunk, given
@@ -55,58 +69,76 @@ class RewardForward(PolicyForward):
 
         def reward(state: Tensor) -> Tensor:
             with torch.autocast(state.device.type, enabled=False):
-                return linear(state.float(), head.weight.float(), None if head.bias is None else head.bias.float())
+                return linear(
+                    state.float(), head.weight.float(), None if head.bias is None else head.bias.float()
+                )
 
-        return {"reward": called_as(head, reward, hidden)[:, 0]}
-
-
-class RewardLearner(PreferenceLearner):
-    """A ``PreferenceLearner`` whose rows give the scalar head's reward in place of a log-prob."""
-
-    def _pretrained(self, model: Model) -> PreTrainedModel:
-        return load_reward_model(model.path, model.revision, model.attention)
-
-    def _wrapped(self, pretrained: PreTrainedModel) -> PolicyForward:
-        return RewardForward(pretrained)
-
-    def name_pad(self, pad: int | None, stop: Collection[int]) -> None:
-        """For programs that batch with padding: transformers takes the last token that is no pad. One that also ends texts would be passed
-        over at their end, so it is not named, and such a folder scores one text at a time."""
-        self.model.config.pad_token_id = None if pad in stop else pad
-
-    def inputs_of(self, numbers: Tensor, sides: int) -> RewardPairs | Tensor:
-        if sides == 1:
-            return numbers
-        return RewardPairs(*numbers.chunk(2)) if len(numbers) else RewardPairs(numbers, numbers)
-
-    def log_probs_and_entropy(self, rows: TokenRows, *, sides: int) -> tuple[Tensor, Tensor | None]:
-        return self.log_probs(rows, sides=sides), None
-
-    def _row_numbers(self, policy: Any, micro: MicroBatch) -> Tensor:
-        """(r,) rewards, float32."""
-        return policy(micro, temperature=1.0, wants=frozenset({"reward"}), chunk=self.settings.head_chunk)["reward"]
-
-    def _built(self, rows: TokenRows, examples: list[int], count: int, sides: int, shared: bool) -> MicroBatch:
-        """With one token more behind each completion: it is not read, and the state that would predict it is the true last one's."""
-        del shared
-        positions = [side * count + at for side in range(sides) for at in examples]
-        longer = TokenRows(tuple(rows.prompts[at] for at in positions), tuple((*rows.completions[at], 0) for at in positions))
-        micro = build(longer, range(len(positions)), layout=self.layout, device=self.device)
-        return dataclasses.replace(micro, rows=torch.tensor(positions, dtype=torch.int64, device=self.device))
+        return {"reward": call_as_module(head, reward, hidden)[:, 0]}
 
 
-def load_reward_model(path: str, revision: str | None, attention: str, *, trained: bool = False, decoder: bool = True) -> PreTrainedModel:
-    """In float32, without dropout. The head of a folder that has none starts at random, or with ``trained`` is an error.
+def load_scalar_head(model: Model) -> PreTrainedModel:
+    """The recipe's model with a scalar head."""
+    return load_reward_model(model.path, model.revision, model.attention)
 
-    decoder: it must have a linear head named score over a decoder, which is what can be trained here. Raises UserError where no such
-    model can be made, or where other tensors than the head are missing.
+
+def reward_inputs(rewards: Tensor, sides: int) -> RewardPairs | Tensor:
+    """The rewards (R,) of rows as a loss takes them. sides: rows per example."""
+    if sides == 1:
+        return rewards
+    return RewardPairs(*rewards.chunk(2)) if len(rewards) else RewardPairs(rewards, rewards)
+
+
+def build_reward_rows(trained: TrainedModel, rows: TokenRows, positions: Sequence[int]) -> MicroBatch:
+    """The rows at ``positions`` with one token more after each completion.
+
+    That token is not read, and the state that would predict it is the one of the row's last token.
+    """
+    prompts = tuple(rows.prompts[position] for position in positions)
+    completions = tuple((*rows.completions[position], 0) for position in positions)
+    micro_batch = build_rows(trained, TokenRows(prompts, completions), range(len(positions)))
+    return dataclasses.replace(micro_batch, rows=torch.tensor(positions, dtype=torch.int64))
+
+
+REWARDS = RowScoring(
+    load=load_scalar_head,
+    wrap=RewardForward,
+    statistic="reward",
+    row_numbers=dict,
+    loss_inputs=reward_inputs,
+    build_rows=build_reward_rows,
+    predicts_tokens=False,
+)
+
+
+def name_pad_token(model: PreTrainedModel, pad: int | None, stop: Collection[int]) -> None:
+    """For programs that batch with padding: transformers takes the last token that is no pad.
+
+    One that also ends texts would be passed over at their end, so it is not named, and such a folder scores
+    one text at a time.
+    """
+    model.config.pad_token_id = None if pad in stop else pad
+
+
+def load_reward_model(
+    path: str, revision: str | None, attention: str, *, trained: bool = False, decoder: bool = True
+) -> PreTrainedModel:
+    """In float32, without dropout. The head of a folder that has none starts at random, or with ``trained``
+    is an error.
+
+    decoder: it must have a linear head named score over a decoder, which is what can be trained here. Raises
+    UserError where no such model can be made, or where other tensors than the head are missing.
     """
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     options |= {} if trained else {"num_labels": 1}
-    model, report = open_folder(AutoModelForSequenceClassification, path, revision, dtype=torch.float32, **options)
+    model, report = open_folder(
+        AutoModelForSequenceClassification, path, revision, dtype=torch.float32, **options
+    )
     require_complete(path, model, report, "scalar" if trained else "new scalar")
     if model.config.num_labels != 1:
         raise UserError(f"{path} has {model.config.num_labels} outputs; a reward model has 1")
     if decoder and scalar_head(model) is None:
-        raise UserError(f"{path}: {type(model).__name__} has no linear output named score over a decoder; choose a causal language model")
+        raise UserError(
+            f"{path}: {type(model).__name__} has no linear output named score over a decoder; choose a "
+            "causal language model"
+        )
     return without_dropout(model)

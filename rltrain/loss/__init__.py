@@ -1,6 +1,10 @@
-"""Losses return numbers per token or per example; ``aggregate`` divides, ``objective`` puts a recipe's loss together."""
+"""Losses return numbers per token or per example; ``aggregate`` divides, ``objective`` puts a
+recipe's loss together.
+"""
 
 from rltrain.registry import Registry
 
-LOSS_TERMS = Registry("loss term", modules=("rltrain.loss.terms", "rltrain.loss.terms_entropy", "rltrain.loss.terms_distill"))
+LOSS_TERMS = Registry(
+    "loss term", modules=("rltrain.loss.terms.kl", "rltrain.loss.terms.entropy", "rltrain.loss.terms.distill")
+)
 AGGREGATES = Registry("aggregate", modules=("rltrain.loss.aggregate",))

@@ -1,8 +1,8 @@
 """Per-token losses to a micro-batch's share of the update's loss.
 
-``(per_token (B, T) or (B, 1), mask (B, T), totals) -> scalar``. Sums run over this micro-batch, denominators come from
-``totals`` over the whole update: the shares of any split add up to the loss of the whole. Rows without a masked-in token are
-in no sum and in no count.
+``(per_token (B, T) or (B, 1), mask (B, T), totals) -> scalar``. Sums run over this micro-batch, denominators
+come from ``totals`` over the whole update: the shares of any split add up to the loss of the whole. Rows
+without a masked-in token are in no sum and in no count.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rltrain.registry import method
 from rltrain.tensor_ops import masked_mean, masked_sum
-from rltrain.types import StepTotals
+from rltrain.types.policy import StepTotals
 
 __all__ = ["dr_grpo", "seq_mean_token_mean", "seq_mean_token_sum", "token_mean"]
 
@@ -24,21 +24,26 @@ def token_mean(per_token: Tensor, mask: Tensor, totals: StepTotals) -> Tensor:
 
 @method("seq_mean_token_mean", arxiv="2402.03300")
 def seq_mean_token_mean(per_token: Tensor, mask: Tensor, totals: StepTotals) -> Tensor:
-    """Mean over each completion, then over completions: every completion weighs the same (GRPO, arXiv:2402.03300)."""
+    """Mean over each completion, then over completions: every completion weighs the same (GRPO,
+    arXiv:2402.03300).
+    """
     return masked_mean(per_token.expand(mask.shape), mask, dim=1).sum() / max(totals.sequences, 1)
 
 
 @method("seq_mean_token_sum")
 def seq_mean_token_sum(per_token: Tensor, mask: Tensor, totals: StepTotals) -> Tensor:
-    """Sum over each completion, mean over completions: the textbook REINFORCE of a whole sequence's log-probability."""
+    """Sum over each completion, mean over completions: the textbook REINFORCE of a whole sequence's
+    log-probability.
+    """
     return masked_sum(per_token.expand(mask.shape), mask) / max(totals.sequences, 1)
 
 
 @method("dr_grpo", arxiv="2503.20783")
 def dr_grpo(per_token: Tensor, mask: Tensor, totals: StepTotals) -> Tensor:
-    """Sum over each completion divided by the constant ``totals.max_tokens``, mean over completions, arXiv:2503.20783.
+    """Sum over each completion divided by the constant ``totals.max_tokens``, mean over completions,
+    arXiv:2503.20783.
 
-    The constant is rollout.max_tokens and never the padded width, which differs from one batch to the next (verl's default),
-    and completions are counted, which verl's ``seq-mean-token-sum-norm`` does not do.
+    The constant is rollout.max_tokens and never the padded width, which differs from one batch to the next
+    (verl's default), and completions are counted, which verl's ``seq-mean-token-sum-norm`` does not do.
     """
     return masked_sum(per_token.expand(mask.shape), mask) / max(totals.sequences * totals.max_tokens, 1)

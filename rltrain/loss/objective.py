@@ -1,4 +1,6 @@
-"""A recipe's loss put together: policy loss times weights, plus terms, aggregated into a micro-batch's share."""
+"""A recipe's loss put together: policy loss times weights, plus terms, aggregated into a
+micro-batch's share.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from rltrain.registry import BoundMethod
 from rltrain.tensor_ops import masked, masked_sum
-from rltrain.types import PolicyTokens, StepTotals, TrainBatch
+from rltrain.types.policy import PolicyTokens, StepTotals, TrainBatch
 
 __all__ = ["Objective", "ObjectiveShare", "Term"]
 
@@ -24,13 +26,20 @@ def _nothing() -> Mapping[str, float]:
 class Term(NamedTuple):
     name: str  # of its metric, ``loss/<name>``
     method: BoundMethod
-    coefficient: float | Callable[[], float]  # a controller is asked at every call; a constant 0 switches the term off
-    inputs: Callable[[], Mapping[str, float]] = _nothing  # what a controller tells its term beside, by the term's keyword
+    coefficient: (
+        float | Callable[[], float]
+    )  # a controller is asked at every call; a constant 0 switches the term off
+    inputs: Callable[[], Mapping[str, float]] = (
+        _nothing  # what a controller tells its term beside, by the term's keyword
+    )
 
 
 @dataclass(frozen=True)
 class ObjectiveShare:
-    """What one micro-batch contributes to an update. Shares of all micro-batches and ranks add up to the update's numbers."""
+    """What one micro-batch contributes to an update.
+
+    Shares of all micro-batches and ranks add up to the update's numbers.
+    """
 
     loss: Tensor  # () with gradient
     metrics: dict[str, Tensor]  # () each, detached: sum over this micro-batch's tokens / totals.tokens
@@ -44,14 +53,20 @@ class Objective:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the learner must compute: the union over the policy loss and every term that is not switched off."""
-        return self.policy_loss.needs.union(*(method.needs for _, method, coefficient, _ in self.terms if coefficient != 0))
+        """What the learner must compute: the union over the policy loss and every term that is not
+        switched off.
+        """
+        return self.policy_loss.needs.union(
+            *(method.needs for _, method, coefficient, _ in self.terms if coefficient != 0)
+        )
 
     def __call__(self, policy: PolicyTokens, batch: TrainBatch, totals: StepTotals) -> ObjectiveShare:
-        """This micro-batch's share of the loss and of the metrics. ``policy`` and ``batch`` are row for row the same tokens.
+        """This micro-batch's share of the loss and of the metrics. ``policy`` and ``batch`` are row for row
+        the same tokens.
 
-        Padding may hold anything, NaN included. An absent ``old_logp`` means that the step makes a single on-policy update:
-        the ratio is then taken against the detached current log-probs and is exactly 1 (this is the one place of that rule).
+        Padding may hold anything, NaN included. An absent ``old_logp`` means that the step makes a single
+        on-policy update: the ratio is then taken against the detached current log-probs and is exactly 1
+        (this is the one place of that rule).
         """
         policy, batch = _without_padding(policy, batch)
         if batch.old_logp is None:
@@ -62,8 +77,13 @@ class Objective:
         for name, method, coefficient, inputs in self.terms:
             factor = _now(coefficient)
             if factor != 0:
-                term = method(policy, batch, **{key: policy.logp.new_tensor(value) for key, value in inputs().items()})
-                shown |= {name: term.values, **{f"{name}_{key}": value for key, value in term.metrics.items()}}
+                term = method(
+                    policy, batch, **{key: policy.logp.new_tensor(value) for key, value in inputs().items()}
+                )
+                shown |= {
+                    name: term.values,
+                    **{f"{name}_{key}": value for key, value in term.metrics.items()},
+                }
                 per_token = per_token + factor * term.values
         metrics = {f"loss/{name}": _token_share(values, batch.mask, totals) for name, values in shown.items()}
         return ObjectiveShare(self.aggregate(per_token, batch.mask, totals), metrics)
@@ -71,9 +91,10 @@ class Objective:
     def idle_rows(self, batch: TrainBatch) -> Tensor:
         """(B,) bool: rows whose gradient is exactly 0, so that the learner need not run them.
 
-        Either nothing of them is masked in, or no term is on and every token has advantage 0 or weight 0. A sequence-level
-        loss mixes the tokens of a row before weighing them: there one of the two must be 0 throughout. A loss that pulls tokens
-        of advantage 0 says so: "acts_on_marks" where ``extra`` is not 0, "reward_free" everywhere.
+        Either nothing of them is masked in, or no term is on and every token has advantage 0 or weight 0. A
+        sequence-level loss mixes the tokens of a row before weighing them: there one of the two must be 0
+        throughout. A loss that pulls tokens of advantage 0 says so: "acts_on_marks" where ``extra`` is not 0,
+        "reward_free" everywhere.
         """
         empty, traits = ~batch.mask.any(dim=1), self.policy_loss.spec.traits
         if any(_now(coefficient) != 0 for _, _, coefficient, _ in self.terms):
@@ -96,8 +117,9 @@ def _now(coefficient: float | Callable[[], float]) -> float:
 def _without_padding(policy: PolicyTokens, batch: TrainBatch) -> tuple[PolicyTokens, TrainBatch]:
     """Zeros where the mask is off, in whatever a method may read.
 
-    The backward of ``masked`` writes zeros there too, so that no gradient of a method's own making leaves the padding. The
-    batch matters as much: a sequence's one value times a NaN weight of a padded column would spoil the whole row's gradient.
+    The backward of ``masked`` writes zeros there too, so that no gradient of a method's own making leaves the
+    padding. The batch matters as much: a sequence's one value times a NaN weight of a padded column would
+    spoil the whole row's gradient.
     """
     mask = batch.mask
     cleaned_policy = dataclasses.replace(
@@ -108,10 +130,14 @@ def _without_padding(policy: PolicyTokens, batch: TrainBatch) -> tuple[PolicyTok
     )
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     per_token = {
-        name: value for name, value in fields.items() if isinstance(value, Tensor) and value.dim() == 2 and value.is_floating_point()
+        name: value
+        for name, value in fields.items()
+        if isinstance(value, Tensor) and value.dim() == 2 and value.is_floating_point()
     }
     extra = {name: masked(value, mask) for name, value in batch.extra.items()}
-    return cleaned_policy, batch.replace(**{name: masked(value, mask) for name, value in per_token.items()}, extra=extra)
+    return cleaned_policy, batch.replace(
+        **{name: masked(value, mask) for name, value in per_token.items()}, extra=extra
+    )
 
 
 def _token_share(values: Tensor, mask: Tensor, totals: StepTotals) -> Tensor:

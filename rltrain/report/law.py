@@ -1,14 +1,15 @@
 """The law that ties reward to entropy, R = -a exp(H) + b, fitted while a run goes on, arXiv:2505.22617.
 
-H is the mean token entropy of a step (nats), R the reward of the same policy. Two series are fitted: "train", a step's entropy and
-its share of correct completions (their mean reward where no reward function says), which is dense and on ever new prompts; and
-"eval", held-out pass@1 and the entropy of the next step's samples, which are of the very weights that were evaluated. With entropy
-spent, H = 0, the law's ceiling is b - a.
+H is the mean token entropy of a step (nats), R the reward of the same policy. Two series are fitted: "train",
+a step's entropy and its share of correct completions (their mean reward where no reward function says), which
+is dense and on ever new prompts; and "eval", held-out pass@1 and the entropy of the next step's samples,
+which are of the very weights that were evaluated. With entropy spent, H = 0, the law's ceiling is b - a.
 
-Ordinary least squares in x = exp(H). Intervals are 95 % Student intervals of a, b and b - a, with the number of points reduced to
-``n (1 - r) / (1 + r)`` where the residuals of neighbouring points are correlated (r > 0): steps of one run are not independent. They
-say how well a line through these points is known, not that the law goes on to hold: the ceiling is an extrapolation. Under dynamic
-sampling the train series is of the groups that were kept, whose rewards are pulled towards one half.
+Ordinary least squares in x = exp(H). Intervals are 95 % Student intervals of a, b and b - a, with the number
+of points reduced to ``n (1 - r) / (1 + r)`` where the residuals of neighbouring points are correlated (r >
+0): steps of one run are not independent. They say how well a line through these points is known, not that the
+law goes on to hold: the ceiling is an extrapolation. Under dynamic sampling the train series is of the groups
+that were kept, whose rewards are pulled towards one half.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class LawFit:
 
 
 def fit_law(entropy: Sequence[float], reward: Sequence[float]) -> LawFit | None:
-    """Least squares over points in the order of time; None for fewer than three, or where the entropies are all equal."""
+    """Least squares over points in the order of time; None for fewer than three, or where the
+    entropies are all equal.
+    """
     if len(entropy) != len(reward):
         raise ValueError(f"{len(entropy)} entropies but {len(reward)} rewards")
     x, y = np.exp(np.asarray(entropy, dtype=np.float64)), np.asarray(reward, dtype=np.float64)
@@ -92,12 +95,23 @@ def _independent(residual: np.ndarray) -> float:
 
 
 def student_quantile(freedom: float) -> float:
-    """t such that Student's distribution has 95 % inside +-t; freedom may be broken. By Newton on the integrated density."""
+    """t such that Student's distribution has 95 % inside +-t; freedom may be broken.
+
+    By Newton on the integrated density.
+    """
     log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
-    angle = 1.2  # t = sqrt(freedom) tan(angle); the density in the angle is scale sqrt(freedom) cos(angle) ** (freedom - 1)
+    # t = sqrt(freedom) tan(angle); the density in the angle is scale sqrt(freedom) cos(angle) ** (freedom -
+    # 1)
+    angle = 1.2
     for _ in range(60):
         points = angle / 2 * (_NODES + 1)
-        inside = math.exp(log_scale) * math.sqrt(freedom) * angle / 2 * float((_WEIGHTS * np.cos(points) ** (freedom - 1)).sum())
+        inside = (
+            math.exp(log_scale)
+            * math.sqrt(freedom)
+            * angle
+            / 2
+            * float((_WEIGHTS * np.cos(points) ** (freedom - 1)).sum())
+        )
         density = math.exp(log_scale) * math.sqrt(freedom) * math.cos(angle) ** (freedom - 1)
         step = (inside - 0.475) / max(density, 1e-12)
         angle = min(max(angle - step, angle / 2), (angle + math.pi / 2) / 2)
@@ -107,10 +121,16 @@ def student_quantile(freedom: float) -> float:
 
 
 class Law:
-    """Watches a run: takes in every step and evaluation, and says what the law has to say. State is plain JSON."""
+    """Watches a run: takes in every step and evaluation, and says what the law has to say.
+
+    State is plain JSON.
+    """
 
     def __init__(self) -> None:
-        self.points: dict[str, list[tuple[float, float]]] = {"train": [], "eval": []}  # (entropy in nats, reward)
+        self.points: dict[str, list[tuple[float, float]]] = {
+            "train": [],
+            "eval": [],
+        }  # (entropy in nats, reward)
         self.evaluated: float | None = None  # pass@1 of weights whose entropy the next step will tell
         self.said = False  # that entropy is exhausted
         self._fits: dict[str, tuple[int, LawFit | None]] = {}  # by series, with the points it went through
@@ -137,7 +157,11 @@ class Law:
             if fit is None:
                 continue
             for name, one in (("a", fit.a), ("b", fit.b), ("ceiling", fit.ceiling)):
-                found |= {f"{prefix}{name}": one.value, f"{prefix}{name}_low": one.low, f"{prefix}{name}_high": one.high}
+                found |= {
+                    f"{prefix}{name}": one.value,
+                    f"{prefix}{name}_low": one.low,
+                    f"{prefix}{name}_high": one.high,
+                }
             found[f"{prefix}gain_left"] = fit.ceiling.value - fit.at(self._recent())
         if found:
             found |= {"law/entropy_left": self.entropy_left(), "law/exhausted": float(self.exhausted())}
@@ -147,19 +171,26 @@ class Law:
         """Of "train" or "eval"; None with fewer than MIN_POINTS points."""
         points = self.points[series]
         fitted = self._fits.get(series)
-        if fitted is None or fitted[0] != len(points):  # a step asks four times, and a long run has many points
+        if fitted is None or fitted[0] != len(
+            points
+        ):  # a step asks four times, and a long run has many points
             fitted = (len(points), fit_law(*zip(*points, strict=True)) if len(points) >= MIN_POINTS else None)
             self._fits[series] = fitted
         return fitted[1]
 
     def entropy_left(self) -> float:
-        """Share of exp(H) - 1 at the start that is still there: of the reward that entropy can be traded for, by the law."""
+        """Share of exp(H) - 1 at the start that is still there: of the reward that entropy can be
+        traded for, by the law.
+        """
         start = [entropy for entropy, _ in self.points["train"][:_SMOOTH]]
         at_start = math.exp(sum(start) / len(start)) - 1
         return (math.exp(self._recent()) - 1) / at_start if at_start > 0 else 0.0
 
     def exhausted(self) -> bool:
-        """Whether hardly any entropy is left to trade. False where reward does not fall with entropy: then the law says nothing."""
+        """Whether hardly any entropy is left to trade.
+
+        False where reward does not fall with entropy: then the law says nothing.
+        """
         fit = self.fit("train")
         return fit is not None and fit.a.low > 0 and self.entropy_left() <= SPENT
 
@@ -172,7 +203,8 @@ class Law:
         end, gain = fit.ceiling, fit.ceiling.value - fit.at(self._recent())
         return (
             f"entropy is exhausted: {self.entropy_left():.0%} of what the run began with is left; "
-            f"by R = -a exp(H) + b the reward ends near {end.value:.3f} [{end.low:.3f}, {end.high:.3f}], {gain:.3f} above now"
+            f"by R = -a exp(H) + b the reward ends near {end.value:.3f} [{end.low:.3f}, {end.high:.3f}], "
+            f"{gain:.3f} above now"
         )
 
     def _recent(self) -> float:
@@ -183,5 +215,8 @@ class Law:
         return {"points": self.points, "evaluated": self.evaluated, "said": self.said}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.points = {name: [(entropy, reward) for entropy, reward in points] for name, points in state["points"].items()}
+        self.points = {
+            name: [(entropy, reward) for entropy, reward in points]
+            for name, points in state["points"].items()
+        }
         self.evaluated, self.said, self._fits = state["evaluated"], state["said"], {}

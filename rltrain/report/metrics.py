@@ -1,4 +1,7 @@
-"""One step's numbers, from the step's tensors and its completions. Names and units are in ``report/names.py``."""
+"""One step's numbers, from the step's tensors and its completions.
+
+Names and units are in ``report/names.py``.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from reward.score import Score
 from rltrain.report.names import METRICS, Metric, check_names, metric
 from rltrain.tensor_ops import masked_mean
-from rltrain.types import ARM_NAMES, ARM_POLICY, Completion, Score, ScoredGroup, TrainBatch
+from rltrain.types.policy import TrainBatch
+from rltrain.types.samples import SOURCE_NAMES, SOURCE_POLICY, Completion, ScoredGroup
 
 __all__ = [
     "METRICS",
@@ -23,27 +28,33 @@ __all__ = [
     "mismatch_metrics",
     "own_step_metrics",
     "step_metrics",
-    "why_zero",
+    "why_no_update",
 ]
 
 _MAX_LOG_RATIO = 20.0  # e^20: beyond it a ratio says only that the two sides disagree
 
 
 def own_step_metrics(batch: TrainBatch, logp: Tensor, entropy: Tensor, sampled: Tensor) -> dict[str, float]:
-    """``step_metrics`` over the policy's own rows: those of other arms are no samples of it. ``learner/tokens`` counts all of them."""
-    if not bool((batch.arm != ARM_POLICY).any()):
+    """``step_metrics`` over the policy's own rows: those of other arms are no samples of it.
+
+    ``learner/tokens`` counts all of them.
+    """
+    if not bool((batch.arm != SOURCE_POLICY).any()):
         return step_metrics(batch, logp, entropy, sampled)
-    own = torch.nonzero(batch.arm == ARM_POLICY).flatten()
+    own = torch.nonzero(batch.arm == SOURCE_POLICY).flatten()
     found = step_metrics(batch.rows(own), logp[own], entropy[own], sampled[own])
     return found | {"learner/tokens": float(batch.mask.sum())}
 
 
-def step_metrics(batch: TrainBatch, logp: Tensor, entropy: Tensor, sampled: Tensor | None = None) -> dict[str, float]:
+def step_metrics(
+    batch: TrainBatch, logp: Tensor, entropy: Tensor, sampled: Tensor | None = None
+) -> dict[str, float]:
     """Rewards, advantages, entropy, covariance and engine/learner mismatch of a whole step (all ranks).
 
-    logp, entropy: (B, T) nats, the learner's, of the policy that sampled. sampled: (B, T) bool, the tokens the policy wrote
-    before any control masked some, so that a control cannot hide what it dropped; None: ``batch.mask``. Mismatch is absent
-    when the batch has no ``rollout_logp``. Everything leaves the device at once.
+    logp, entropy: (B, T) nats, the learner's, of the policy that sampled. sampled: (B, T) bool, the tokens
+    the policy wrote before any control masked some, so that a control cannot hide what it dropped; None:
+    ``batch.mask``. Mismatch is absent when the batch has no ``rollout_logp``. Everything leaves the device at
+    once.
     """
     sampled = batch.mask if sampled is None else sampled
     found = {
@@ -60,13 +71,17 @@ def step_metrics(batch: TrainBatch, logp: Tensor, entropy: Tensor, sampled: Tens
 
 
 def mismatch_metrics(logp: Tensor, rollout_logp: Tensor, sampled: Tensor) -> dict[str, float]:
-    """Engine/learner mismatch alone, of some rows: (B, T) nats of the learner and of the engine, and bool, the tokens that count."""
+    """Engine/learner mismatch alone, of some rows: (B, T) nats of the learner and of the engine, and
+    bool, the tokens that count.
+    """
     return {name: float(value) for name, value in _mismatch(logp - rollout_logp, sampled).items()}
 
 
 def completion_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Lengths, how completions finished, why some have no score, and the means of the reward's parts, of the policy's own arm."""
-    pairs = _pairs(groups, ARM_POLICY)
+    """Lengths, how completions finished, why some have no score, and the means of the reward's parts,
+    of the policy's own arm.
+    """
+    pairs = _pairs(groups, SOURCE_POLICY)
     lengths = [len(completion.token_ids) for completion, _ in pairs]
     finish = Counter(completion.finish for completion, _ in pairs)
     graded = [score for _, score in pairs if score.ungraded is None]
@@ -96,12 +111,16 @@ def _episode_metrics(played: Sequence[Completion]) -> dict[str, float]:
         return {}
     episodes = [completion.episode for completion in played if completion.episode is not None]
     parts: dict[str, list[float]] = {}
-    for name, value in (item for episode in episodes if episode.failure is None for item in episode.parts.items()):
+    for name, value in (
+        item for episode in episodes if episode.failure is None for item in episode.parts.items()
+    ):
         parts.setdefault(name, []).append(value)
     return {
         "rollout/turns_mean": _mean([len(episode.turns) for episode in episodes]),
         "rollout/turns_max": float(max(len(episode.turns) for episode in episodes)),
-        "rollout/observed_mean": _mean([len(completion.token_ids) - completion.sampled_tokens for completion in played]),
+        "rollout/observed_mean": _mean(
+            [len(completion.token_ids) - completion.sampled_tokens for completion in played]
+        ),
         "rollout/environment_failures": float(sum(episode.failure is not None for episode in episodes)),
         **{f"rollout/environment/{name}": _mean(values) for name, values in parts.items()},
     }
@@ -110,9 +129,9 @@ def _episode_metrics(played: Sequence[Completion]) -> dict[str, float]:
 def arm_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     """How many rows the other arms added, and how they scored."""
     found: dict[str, float] = {}
-    present = {completion.arm for group in groups for completion in group.completions} - {ARM_POLICY}
+    present = {completion.arm for group in groups for completion in group.completions} - {SOURCE_POLICY}
     for arm in sorted(present):
-        pairs, name = _pairs(groups, arm), f"rollout/arm_{ARM_NAMES[arm]}"
+        pairs, name = _pairs(groups, arm), f"rollout/arm_{SOURCE_NAMES[arm]}"
         graded = [score for _, score in pairs if score.ungraded is None]
         found |= {
             f"{name}_completions": float(len(pairs)),
@@ -130,15 +149,22 @@ def _pairs(groups: Sequence[ScoredGroup], arm: int) -> list[tuple[Completion, Sc
     return [(completion, score) for completion, score in pairs if completion.arm == arm]
 
 
-def why_zero(batch: TrainBatch, lr: float) -> str | None:
+def why_no_update(batch: TrainBatch, lr: float) -> str | None:
     """Why the policy loss of this step cannot move the weights; None when it can.
 
-    The gradient is zero when no token counts or every advantage is 0; the update is zero when the learning rate is. Additive
-    terms (KL, entropy) may still pull: ask only when the measured gradient is zero.
+    The gradient is zero when no token counts or every advantage is 0; the update is zero when the learning
+    rate is. Additive terms (KL, entropy) may still pull: ask only when the measured gradient is zero.
     """
     counts = batch.mask & (batch.weights != 0)
     low, high = _group_range(batch.rewards, batch.group, counts.any(dim=1))
-    facts = torch.stack([batch.mask.any(), counts.any(), (batch.advantages != 0).logical_and(counts).any(), (high > low).any()])
+    facts = torch.stack(
+        [
+            batch.mask.any(),
+            counts.any(),
+            (batch.advantages != 0).logical_and(counts).any(),
+            (high > low).any(),
+        ]
+    )
     any_masked_in, any_weighted, any_advantage, any_useful = facts.tolist()
     if not any_masked_in:
         return "all masked (no completion counts)"
@@ -169,7 +195,9 @@ def _reward_statistics(rewards: Tensor, group: Tensor) -> dict[str, Tensor]:
 
 
 def _group_range(rewards: Tensor, group: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest reward of each group over ``rows`` (B,) bool; (inf, -inf) for a group with none of them."""
+    """Smallest and largest reward of each group over ``rows`` (B,) bool; (inf, -inf) for a group with
+    none of them.
+    """
     ids, inverse = torch.unique(group, return_inverse=True)
     low = torch.full((len(ids),), math.inf, dtype=rewards.dtype, device=rewards.device)
     kept = rows & ~rewards.isnan()
@@ -182,18 +210,27 @@ def _advantage_statistics(batch: TrainBatch, logp: Tensor) -> dict[str, Tensor]:
     return {
         "advantage/mean": mean,
         "advantage/abs": masked_mean(batch.advantages.abs(), batch.mask),
-        "advantage/logp_covariance": masked_mean((logp - masked_mean(logp, batch.mask)) * (batch.advantages - mean), batch.mask),
+        "advantage/logp_covariance": masked_mean(
+            (logp - masked_mean(logp, batch.mask)) * (batch.advantages - mean), batch.mask
+        ),
     }
 
 
 def _entropy_statistics(entropy: Tensor, sampled: Tensor) -> dict[str, Tensor]:
     values = entropy[sampled]
     low, high = _quantiles(values, 0.1, 0.9)
-    return {"learner/entropy_mean": values.sum() / max(len(values), 1), "learner/entropy_p10": low, "learner/entropy_p90": high}
+    return {
+        "learner/entropy_mean": values.sum() / max(len(values), 1),
+        "learner/entropy_p10": low,
+        "learner/entropy_p90": high,
+    }
 
 
 def _mismatch(log_ratio: Tensor, sampled: Tensor) -> dict[str, Tensor]:
-    """log_ratio: (B, T) nats, learner less engine. The ratio weighs the engine's tokens as the learner would."""
+    """log_ratio: (B, T) nats, learner less engine.
+
+    The ratio weighs the engine's tokens as the learner would.
+    """
     values = log_ratio[sampled].double()
     ratio = values.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
     count = max(len(values), 1)

@@ -1,7 +1,8 @@
-"""Every metric a run may log: its name, unit and what it is taken over. One table; a name that is not in it is refused.
+"""Every metric a run may log: its name, unit and what it is taken over. One table; a name that is not in it
+is refused.
 
-A name is ``stage/quantity``. A trailing ``*`` admits the names that methods and phases choose themselves (the parts of a
-loss, the share a control touched, the parts of a reward). Importable without torch.
+A name is ``stage/quantity``. A trailing ``*`` admits the names that methods and phases choose themselves (the
+parts of a loss, the share a control touched, the parts of a reward). Importable without torch.
 """
 
 from __future__ import annotations
@@ -21,26 +22,51 @@ class Metric:
 
 METRICS: tuple[Metric, ...] = (
     Metric("rollout/completions", "completions", "sampled and trained on in this step, all ranks"),
-    Metric("rollout/tokens", "tokens", "sampled in those completions; an environment's observations are not among them"),
+    Metric(
+        "rollout/tokens",
+        "tokens",
+        "sampled in those completions; an environment's observations are not among them",
+    ),
     Metric("rollout/length_mean", "tokens", "mean completion length over the step"),
     Metric("rollout/length_max", "tokens", "longest completion of the step"),
     Metric("rollout/finished_by_length", "1", "share of completions cut at rollout.max_tokens"),
-    Metric("rollout/aborted", "1", "share of completions given up on, by the engine or for a failed environment"),
+    Metric(
+        "rollout/aborted", "1", "share of completions given up on, by the engine or for a failed environment"
+    ),
     Metric("rollout/generated_groups", "groups", "sampled before dynamic sampling dropped any"),
     Metric("rollout/rounds", "rounds", "of dynamic sampling"),
-    Metric("rollout/arm_*", "", "of rows beside the policy's own, by arm: completions, tokens, mean reward, share correct"),
+    Metric(
+        "rollout/arm_*",
+        "",
+        "of rows beside the policy's own, by arm: completions, tokens, mean reward, share correct",
+    ),
     Metric("rollout/turns_mean", "turns", "of the policy in an episode, mean over the step"),
     Metric("rollout/turns_max", "turns", "most turns of an episode of the step"),
-    Metric("rollout/observed_mean", "tokens", "that an environment put between the turns of an episode, mean over the step"),
-    Metric("rollout/environment_failures", "completions", "left ungraded because their environment failed or took too long"),
     Metric(
-        "rollout/environment/*", "", "what an environment reports of its episodes (tool calls, moves), mean over those that did not fail"
+        "rollout/observed_mean",
+        "tokens",
+        "that an environment put between the turns of an episode, mean over the step",
     ),
-    Metric("rollout/staleness", "versions", "learner's version less the oldest that sampled a completion of the step"),
+    Metric(
+        "rollout/environment_failures",
+        "completions",
+        "left ungraded because their environment failed or took too long",
+    ),
+    Metric(
+        "rollout/environment/*",
+        "",
+        "what an environment reports of its episodes (tool calls, moves), mean over those that did not fail",
+    ),
+    Metric(
+        "rollout/staleness",
+        "versions",
+        "learner's version less the oldest that sampled a completion of the step",
+    ),
     Metric(
         "rollout/mismatch_abs",
         "nats",
-        "mean |learner - engine log-prob| over sampled tokens; of the rows of one update where no pass reads all before the first",
+        "mean |learner - engine log-prob| over sampled tokens; of the rows of one update where no pass reads "
+        "all before the first",
     ),
     Metric("rollout/mismatch_max", "nats", "largest |learner - engine log-prob| over the same"),
     Metric("rollout/mismatch_k3", "nats", "k3 estimate of KL(engine || learner), mean over sampled tokens"),
@@ -68,16 +94,38 @@ METRICS: tuple[Metric, ...] = (
     Metric("pairs/chosen_longer", "1", "share of pairs whose chosen completion has more tokens"),
     Metric("advantage/mean", "1", "mean over the tokens that count"),
     Metric("advantage/abs", "1", "mean magnitude over the same"),
-    Metric("advantage/logp_covariance", "nats", "covariance of log-prob and advantage over the same (arXiv:2505.22617)"),
+    Metric(
+        "advantage/logp_covariance",
+        "nats",
+        "covariance of log-prob and advantage over the same (arXiv:2505.22617)",
+    ),
     Metric("control/masked", "1", "share of sampled tokens that a control masked out or gave weight 0"),
-    Metric("control/alignment", "1", "mean cosine of a row's hidden states, mean over rows (arXiv:2506.02281)"),
+    Metric(
+        "control/alignment", "1", "mean cosine of a row's hidden states, mean over rows (arXiv:2506.02281)"
+    ),
     Metric("control/*", "", "what a control reports of itself"),
     Metric("loss/total", "loss", "the optimizer step's loss; not comparable between methods"),
-    Metric("loss/*", "", "what a loss or term reports of itself, averaged over the tokens (offline: the examples) that count"),
-    Metric("process_reward/loss", "loss", "of the process reward model, mean over judged completions and the step's updates"),
-    Metric("process_reward/accuracy", "1", "share of judged completions whose implicit reward has their outcome's sign"),
+    Metric(
+        "loss/*",
+        "",
+        "what a loss or term reports of itself, averaged over the tokens (offline: the examples) that count",
+    ),
+    Metric(
+        "process_reward/loss",
+        "loss",
+        "of the process reward model, mean over judged completions and the step's updates",
+    ),
+    Metric(
+        "process_reward/accuracy",
+        "1",
+        "share of judged completions whose implicit reward has their outcome's sign",
+    ),
     Metric("process_reward/reward", "reward", "implicit reward beta u of a judged completion, mean"),
-    Metric("process_reward/contrast", "1", "share of a prompt's right-wrong pairs that it orders right, before the update"),
+    Metric(
+        "process_reward/contrast",
+        "1",
+        "share of a prompt's right-wrong pairs that it orders right, before the update",
+    ),
     Metric("process_reward/abs", "nats", "mean |log-ratio| of a token, as the advantage gets it"),
     Metric("process_reward/*", "", "what its loss and its optimizer report of themselves"),
     Metric("learner/epoch", "1", "passes over the examples so far"),
@@ -94,34 +142,72 @@ METRICS: tuple[Metric, ...] = (
     Metric("learner/skipped_updates", "updates", "dropped for a non-finite loss or gradient"),
     Metric("learner/shared_prompts", "1", "1 where the prompts of pairs were read once for both completions"),
     Metric("sync/checked", "weights", "whose fingerprints learner and engine compared after the push"),
-    Metric("sync/difference", "1", "largest relative difference of those fingerprints; rounding, where it is not 0"),
+    Metric(
+        "sync/difference",
+        "1",
+        "largest relative difference of those fingerprints; rounding, where it is not 0",
+    ),
     Metric("eval/reward", "reward", "mean over graded held-out completions"),
     Metric("eval/tokens", "tokens", "mean held-out completion length"),
     Metric("eval/ungraded", "completions", "held-out, left ungraded"),
-    Metric("eval/pass@*", "1", "unbiased pass@k over held-out prompts; _low and _high bound the 95 % bootstrap interval"),
-    Metric("eval/avg@*", "1", "mean score over k completions of each held-out prompt; _low and _high as above"),
+    Metric(
+        "eval/pass@*",
+        "1",
+        "unbiased pass@k over held-out prompts; _low and _high bound the 95 % bootstrap interval",
+    ),
+    Metric(
+        "eval/avg@*", "1", "mean score over k completions of each held-out prompt; _low and _high as above"
+    ),
     Metric("eval/examples", "examples", "held-out pairs or completions"),
-    Metric("eval/accuracy", "1", "share of held-out comparisons that the better completion wins by its implicit reward, a tie one half"),
+    Metric(
+        "eval/accuracy",
+        "1",
+        "share of held-out comparisons that the better completion wins by its implicit reward, a tie one "
+        "half",
+    ),
     Metric("eval/accuracy_*", "1", "low and high: its 95 % bootstrap interval over prompts"),
-    Metric("eval/margin", "reward", "mean difference of those rewards; for single completions nats of the log-ratio"),
+    Metric(
+        "eval/margin",
+        "reward",
+        "mean difference of those rewards; for single completions nats of the log-ratio",
+    ),
     Metric("eval/margin_*", "reward", "low and high: its interval"),
     Metric("eval/loss", "loss", "mean over held-out examples; not comparable between methods"),
     Metric("eval/loss_*", "loss", "low and high: its interval"),
     Metric(
-        "eval/brier", "1", "mean squared difference of sigmoid(margin) and the data's degree of preference (eval.gamma, p_chosen, or 1)"
+        "eval/brier",
+        "1",
+        "mean squared difference of sigmoid(margin) and the data's degree of preference (eval.gamma, "
+        "p_chosen, or 1)",
     ),
     Metric("eval/brier_*", "1", "low and high: its interval"),
-    Metric("eval/ece", "1", "expected calibration error of sigmoid(margin) against that degree, ten bins of confidence"),
-    Metric("eval/entropy", "nats", "policy entropy, mean over the tokens of held-out chosen or desirable completions"),
+    Metric(
+        "eval/ece",
+        "1",
+        "expected calibration error of sigmoid(margin) against that degree, ten bins of confidence",
+    ),
+    Metric(
+        "eval/entropy",
+        "nats",
+        "policy entropy, mean over the tokens of held-out chosen or desirable completions",
+    ),
     Metric("eval/entropy_*", "nats", "low and high: its interval"),
-    Metric("eval/sampled_entropy", "nats", "the same over completions that the policy writes to held-out prompts at temperature 1"),
+    Metric(
+        "eval/sampled_entropy",
+        "nats",
+        "the same over completions that the policy writes to held-out prompts at temperature 1",
+    ),
     Metric("eval/sampled_entropy_*", "nats", "low and high: its interval"),
     Metric("eval/sampled_tokens", "tokens", "mean length of those, cut at data.max_completion_tokens"),
     Metric("eval/sampled_tokens_*", "tokens", "low and high: its interval"),
     Metric("eval/logp_*", "nats", "mean log-prob of held-out completions, summed over their tokens"),
     Metric("eval/*", "", "what a preference loss reports of itself, mean over held-out examples"),
     Metric("time/examples_per_second", "examples/s", "judged examples over the step's wall-clock"),
-    Metric("law/a", "reward", "of the law R = -a exp(H) + b through this run's steps (arXiv:2505.22617); _low and _high bound 95 %"),
+    Metric(
+        "law/a",
+        "reward",
+        "of the law R = -a exp(H) + b through this run's steps (arXiv:2505.22617); _low and _high bound 95 %",
+    ),
     Metric("law/ceiling", "reward", "b - a: the reward that the law expects once entropy is spent"),
     Metric("law/gain_left", "reward", "ceiling less what the law expects at the entropy of the last steps"),
     Metric("law/entropy_left", "1", "share of exp(H) - 1 at the start that is left"),
@@ -145,7 +231,10 @@ def metric(name: str) -> Metric:
     for prefix, row in _PREFIXES.items():
         if name.startswith(prefix) and name != prefix:
             return row
-    raise ValueError(f"no metric is called {name!r}{suggestion(name, _EXACT)} New metrics get a row in rltrain/report/names.py")
+    raise ValueError(
+        f"no metric is called {name!r}{suggestion(name, _EXACT)} New metrics get a row in "
+        "rltrain/report/names.py"
+    )
 
 
 def check_names(names: Iterable[str]) -> None:

@@ -1,4 +1,7 @@
-"""The step line: what a person watches. Columns on a terminal, ``name value`` pairs anywhere else. The loss is not on it."""
+"""The step line: what a person watches.
+
+Columns on a terminal, ``name value`` pairs anywhere else. The loss is not on it.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +37,24 @@ def _share(value: float) -> str:
 def _count(value: float) -> str:
     for limit, scale, unit in ((9999.5, 1, ""), (999_500, 1e3, "k"), (math.inf, 1e6, "M")):
         if value < limit:
-            return f"{value / scale:.0f}{unit}" if scale == 1 or value / scale >= 99.95 else f"{value / scale:.1f}{unit}"
+            return (
+                f"{value / scale:.0f}{unit}"
+                if scale == 1 or value / scale >= 99.95
+                else f"{value / scale:.1f}{unit}"
+            )
     return str(value)
 
 
 def _seconds(value: float) -> str:
     if value < 9.995:
         return f"{value:.2f}s"
-    return f"{value:.0f}s" if value < 599.5 else f"{value / 60:.0f}min" if value < 5970 else f"{value / 3600:.1f}h"
+    return (
+        f"{value:.0f}s"
+        if value < 599.5
+        else f"{value / 60:.0f}min"
+        if value < 5970
+        else f"{value / 3600:.1f}h"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +98,7 @@ _TIMES: tuple[Column, ...] = (
 )
 
 
-def fitting(columns: Sequence[Column], width: int) -> tuple[Column, ...]:
+def fit_columns(columns: Sequence[Column], width: int) -> tuple[Column, ...]:
     """The columns that fit ``width`` characters with their gaps, the least important dropped first."""
     kept: set[Column] = set()
     for column in sorted(columns, key=lambda column: column.rank):
@@ -97,7 +110,10 @@ def fitting(columns: Sequence[Column], width: int) -> tuple[Column, ...]:
 
 
 class Progress:
-    """One line per step. ``start`` is the step a resumed run goes on from. ``console`` None: standard output."""
+    """One line per step.
+
+    ``start`` is the step a resumed run goes on from. ``console`` None: standard output.
+    """
 
     def __init__(self, total_steps: int, console: Console | None = None, start: int = 0) -> None:
         self.console = console or Console()
@@ -146,11 +162,15 @@ class Progress:
 
     def _columns(self, metrics: Mapping[str, float], note: str | None) -> Text:
         position = self._position()
-        available = [column for column in _NUMBERS + _TIMES if column.metric in metrics or column in self._shown]
-        shown = fitting(available, self.console.width - len(position))
+        available = [
+            column for column in _NUMBERS + _TIMES if column.metric in metrics or column in self._shown
+        ]
+        shown = fit_columns(available, self.console.width - len(position))
         if shown != self._shown or self._lines == _HEADER_EVERY:
             self._shown, self._lines = shown, 0
-            header = "step".rjust(len(position)) + "".join(_GAP + column.header.rjust(column.width) for column in shown)
+            header = "step".rjust(len(position)) + "".join(
+                _GAP + column.header.rjust(column.width) for column in shown
+            )
             self._print(Text(header, style="bold"))
         line = Text.assemble((position, "dim"))
         for column in shown:
@@ -162,8 +182,12 @@ class Progress:
         return line.append(f"{_GAP}{note}" if fits else f"\n{' ' * len(position)}{_GAP}{note}", "yellow")
 
     def _plain(self, metrics: Mapping[str, float], note: str | None) -> Text:
-        words = [f"{column.header} {_show(column, metrics)}" for column in _NUMBERS if column.metric in metrics]
-        words += [f"{column.header} {_show(column, metrics)}" for column in _TIMES if column.metric in metrics]
+        words = [
+            f"{column.header} {_show(column, metrics)}" for column in _NUMBERS if column.metric in metrics
+        ]
+        words += [
+            f"{column.header} {_show(column, metrics)}" for column in _TIMES if column.metric in metrics
+        ]
         return Text(_GAP.join([f"step {self._position()}", *words, *([f"[{note}]"] if note else [])]))
 
     def _print(self, text: Text) -> None:
@@ -193,8 +217,18 @@ def _eval_words(metrics: Mapping[str, float]) -> list[str]:
         if short == "ungraded" and value == 0:
             continue
         bounds = [metrics[key] for key in (f"{name}_low", f"{name}_high") if key in metrics]
-        interval = f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if len(bounds) == 2 and all(map(math.isfinite, bounds)) else ""
+        interval = (
+            f" [{bounds[0]:.3f}, {bounds[1]:.3f}]"
+            if len(bounds) == 2 and all(map(math.isfinite, bounds))
+            else ""
+        )
         whole = short in ("ungraded", "examples")
-        shown = f"{value:.3f}{interval}" if interval or "@" in short else f"{value:.0f}" if whole else _number(value)
+        shown = (
+            f"{value:.3f}{interval}"
+            if interval or "@" in short
+            else f"{value:.0f}"
+            if whole
+            else _number(value)
+        )
         words.append(f"{short} {shown}")
     return words

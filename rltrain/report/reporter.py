@@ -7,17 +7,24 @@ from collections.abc import Mapping, Sequence
 from rltrain.report.progress import Progress
 from rltrain.report.sinks import Sinks
 from rltrain.report.transcripts import Transcripts
-from rltrain.types import ScoredGroup
+from rltrain.types.samples import ScoredGroup
 
 
 class Reporter:
-    """Owns the run's sinks, transcripts and step lines. On ranks other than 0, ``Reporter(None, None, None)`` stays quiet."""
+    """Owns the run's sinks, transcripts and step lines.
 
-    def __init__(self, sinks: Sinks | None, transcripts: Transcripts | None, progress: Progress | None) -> None:
+    On ranks other than 0, ``Reporter(None, None, None)`` stays quiet.
+    """
+
+    def __init__(
+        self, sinks: Sinks | None, transcripts: Transcripts | None, progress: Progress | None
+    ) -> None:
         self.sinks, self.transcripts, self.progress = sinks, transcripts, progress
         self._said: set[str] = {""}
 
-    def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[ScoredGroup], note: str | None) -> None:
+    def step(
+        self, step: int, metrics: Mapping[str, float], groups: Sequence[ScoredGroup], note: str | None
+    ) -> None:
         """note: why the gradient was zero, when it was."""
         if self.sinks is not None:
             self.sinks.log(step, metrics)

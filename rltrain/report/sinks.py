@@ -1,4 +1,7 @@
-"""Where a run's numbers go: metrics.jsonl always, trackers by name. The only module that imports a tracker, and only a named one."""
+"""Where a run's numbers go: metrics.jsonl always, trackers by name.
+
+The only module that imports a tracker, and only a named one.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,9 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """A file of one JSON object per line, flushed line by line; what a killed process left half-written is cut off on reopening."""
+    """A file of one JSON object per line, flushed line by line; what a killed process left
+    half-written is cut off on reopening.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,9 +36,13 @@ class JsonLines:
         self._file.truncate(_whole_lines(path))
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write ``record``. Raises ValueError on a number JSON has no word for, OSError when the disk refuses."""
+        """Write ``record``.
+
+        Raises ValueError on a number JSON has no word for, OSError when the disk refuses.
+        """
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)
-        # A lone surrogate cannot be UTF-8; as the escape \\udXXX it is valid JSON and survives the round trip.
+        # A lone surrogate cannot be UTF-8; as the escape \\udXXX it is valid JSON and survives the round
+        # trip.
         self._file.write(line.encode("utf-8", errors="backslashreplace") + b"\n")
         self._file.flush()
 
@@ -65,7 +74,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A W&B run. The mode is the environment's (WANDB_MODE=offline is respected); offline files lie below the run folder."""
+    """A W&B run.
+
+    The mode is the environment's (WANDB_MODE=offline is respected); offline files lie below the run folder.
+    """
 
     def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
         module = _tracker_module("wandb", "wandb")
@@ -95,11 +107,13 @@ class Trackio:
 class Sinks:
     """metrics.jsonl and the trackers, as one sink.
 
-    The file comes first and its errors stop the run. A tracker that raises is switched off with a warning, once, and
-    counted in ``failed``: a dashboard that is down costs its own curve, never the run.
+    The file comes first and its errors stop the run. A tracker that raises is switched off with a warning,
+    once, and counted in ``failed``: a dashboard that is down costs its own curve, never the run.
     """
 
-    def __init__(self, lines: JsonLines, trackers: Mapping[str, Tracker], warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, lines: JsonLines, trackers: Mapping[str, Tracker], warn: Callable[[str], None]
+    ) -> None:
         self._lines, self._trackers, self._warn = lines, dict(trackers), warn
         self.failed: dict[str, str] = {}  # tracker name -> why it was switched off
 
@@ -120,14 +134,23 @@ class Sinks:
     def _guard(self, name: str, call: Callable[[], None]) -> None:
         try:
             call()
-        except Exception as error:  # third-party code with exceptions of its own: the one broad except, and it is loud
+        except (
+            Exception
+        ) as error:  # third-party code with exceptions of its own: the one broad except, and it is loud
             del self._trackers[name]
             self.failed[name] = f"{type(error).__name__}: {error}"
-            self._warn(f"{name} failed and is switched off; {self._lines.path} has every number. {self.failed[name]}")
+            self._warn(
+                f"{name} failed and is switched off; {self._lines.path} has every number. {self.failed[name]}"
+            )
 
 
-def open_sinks(folder: Path, names: Sequence[str], project: str, config: Mapping[str, Any], warn: Callable[[str], None]) -> Sinks:
-    """The sinks of the run in ``folder``. Raises UserError when a named tracker is not installed or does not start."""
+def open_sinks(
+    folder: Path, names: Sequence[str], project: str, config: Mapping[str, Any], warn: Callable[[str], None]
+) -> Sinks:
+    """The sinks of the run in ``folder``.
+
+    Raises UserError when a named tracker is not installed or does not start.
+    """
     openers: dict[str, Callable[[], Tracker]] = {
         "tensorboard": lambda: TensorBoard(folder),
         "wandb": lambda: WeightsAndBiases(folder, project, config),
@@ -148,7 +171,8 @@ def _started(name: str, opener: Callable[[], Tracker]) -> Tracker:
     except Exception as error:  # as above; before the first step there is still time to say so
         offline = "set WANDB_MODE=offline, or " if name == "wandb" else ""
         raise UserError(
-            f"report.sinks: {name} did not start ({type(error).__name__}: {error}); {offline}remove it from report.sinks"
+            f"report.sinks: {name} did not start ({type(error).__name__}: {error}); {offline}remove it from "
+            "report.sinks"
         ) from error
 
 

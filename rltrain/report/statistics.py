@@ -1,8 +1,9 @@
 """Statistics of an evaluation: unbiased pass@k, averages, and intervals over prompts. numpy only.
 
-The prompt is the unit that is resampled: completions of one prompt are not independent of each other, prompts are. Intervals
-are seeded 95 % percentile bootstraps; with fewer than two prompts there is no spread to resample and they are NaN. When every
-prompt scores the same the interval has no width: that is the sample's doing, not certainty.
+The prompt is the unit that is resampled: completions of one prompt are not independent of each other, prompts
+are. Intervals are seeded 95 % percentile bootstraps; with fewer than two prompts there is no spread to
+resample and they are NaN. When every prompt scores the same the interval has no width: that is the sample's
+doing, not certainty.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class PassAtK:
-    """The chance that at least one of ``k`` completions is right, mean over prompts, estimated from ``n`` of each."""
+    """The chance that at least one of ``k`` completions is right, mean over prompts, estimated from
+    ``n`` of each.
+    """
 
     k: int
     n: int
@@ -39,7 +42,8 @@ class PassAtK:
 
 
 def unbiased_pass_at_k(n: int, correct: int, k: int) -> float:
-    """1 - C(n - correct, k) / C(n, k), the unbiased estimator of one prompt's pass@k (Chen et al. 2021, arXiv:2107.03374).
+    """1 - C(n - correct, k) / C(n, k), the unbiased estimator of one prompt's pass@k (Chen et al. 2021,
+    arXiv:2107.03374).
 
     In words: of all sets of k among the n completions, the share with a right one. Raises ValueError unless
     0 <= correct <= n and 1 <= k <= n.
@@ -48,23 +52,32 @@ def unbiased_pass_at_k(n: int, correct: int, k: int) -> float:
         raise ValueError(f"{correct} of {n} completions cannot be correct")
     if not 1 <= k <= n:
         raise ValueError(
-            f"pass@{k} needs at least {k} completions per prompt and k >= 1, got n = {n}; raise eval.n or drop {k} from eval.k"
+            f"pass@{k} needs at least {k} completions per prompt and k >= 1, got n = {n}; raise eval.n or "
+            f"drop {k} from eval.k"
         )
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def pass_at_k(correct: Sequence[int], n: int, k: int, *, seed: int) -> PassAtK:
-    """pass@k over prompts; ``correct`` holds how many of each prompt's ``n`` completions are right. Raises ValueError on no prompts."""
+    """pass@k over prompts; ``correct`` holds how many of each prompt's ``n`` completions are right.
+
+    Raises ValueError on no prompts.
+    """
     per_prompt = [unbiased_pass_at_k(n, count, k) for count in correct]
     mean = average(per_prompt, seed=seed)
     return PassAtK(k=k, n=n, value=mean.value, low=mean.low, high=mean.high, prompts=mean.prompts)
 
 
 def average_at_k(scores: Sequence[Sequence[float]], *, seed: int) -> Estimate:
-    """avg@k: each prompt's mean score over its k completions, then the mean over prompts. Raises ValueError on a prompt without scores."""
+    """avg@k: each prompt's mean score over its k completions, then the mean over prompts.
+
+    Raises ValueError on a prompt without scores.
+    """
     empty = sum(1 for values in scores if len(values) == 0)
     if empty:
-        raise ValueError(f"{empty} of {len(scores)} prompts have no scored completion; leave them out and say how many")
+        raise ValueError(
+            f"{empty} of {len(scores)} prompts have no scored completion; leave them out and say how many"
+        )
     return average([sum(values) / len(values) for values in scores], seed=seed)
 
 
@@ -79,20 +92,25 @@ def average(per_prompt: Sequence[float], *, seed: int) -> Estimate:
 def paired_difference(before: Mapping[str, float], after: Mapping[str, float], *, seed: int) -> Estimate:
     """Mean of ``after - before`` over prompts, by prompt id, with the interval of the differences.
 
-    Pairing removes the spread between easy and hard prompts, which is most of it. Raises ValueError unless both runs
-    evaluated the same prompts.
+    Pairing removes the spread between easy and hard prompts, which is most of it. Raises ValueError unless
+    both runs evaluated the same prompts.
     """
     if before.keys() != after.keys():
         only_before, only_after = len(before.keys() - after.keys()), len(after.keys() - before.keys())
         raise ValueError(
-            f"the runs evaluated different prompts: {only_before} only the first, {only_after} only the second; "
+            f"the runs evaluated different prompts: {only_before} only the first, {only_after} only the "
+            "second; "
             "evaluate both on the same held-out set"
         )
     return average([after[prompt] - before[prompt] for prompt in before], seed=seed)
 
 
-def bootstrap_interval(per_prompt: Sequence[float], *, seed: int, resamples: int = 10_000, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of the mean over prompts drawn with replacement; (NaN, NaN) for fewer than two prompts."""
+def bootstrap_interval(
+    per_prompt: Sequence[float], *, seed: int, resamples: int = 10_000, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of the mean over prompts drawn with replacement; (NaN, NaN) for fewer than
+    two prompts.
+    """
     values = np.asarray(per_prompt, dtype=np.float64)
     if len(values) < 2:
         return math.nan, math.nan
@@ -115,15 +133,19 @@ def clustered_average(
     resamples: int = 10_000,
     level: float = 0.95,
 ) -> Estimate:
-    """Mean over values of which some belong together (examples of one prompt), with an interval over the clusters drawn with replacement.
+    """Mean over values of which some belong together (examples of one prompt), with an interval over the
+    clusters drawn with replacement.
 
-    counts: how many values each of ``values`` is the sum of (a completion's tokens), so that the mean is over those; None: one each.
-    A draw's mean is its sum over its count, so that large clusters count as much as in the mean itself. Raises ValueError on no values.
+    counts: how many values each of ``values`` is the sum of (a completion's tokens), so that the mean is over
+    those; None: one each. A draw's mean is its sum over its count, so that large clusters count as much as in
+    the mean itself. Raises ValueError on no values.
     """
     if len(values) == 0:
         raise ValueError("no examples were evaluated; expected at least one")
     _, index = np.unique(np.asarray(cluster), return_inverse=True)
-    count = np.bincount(index, weights=np.ones(len(index)) if counts is None else np.asarray(counts, dtype=np.float64))
+    count = np.bincount(
+        index, weights=np.ones(len(index)) if counts is None else np.asarray(counts, dtype=np.float64)
+    )
     total = np.bincount(index, weights=np.asarray(values, dtype=np.float64))
     mean = float(total.sum() / count.sum())
     if len(count) < 2:
@@ -139,12 +161,14 @@ def clustered_average(
 
 
 def calibration_error(probability: Sequence[float], degree: Sequence[float], *, bins: int = 10) -> float:
-    """Expected calibration error of predicted preferences: 0 where a pair that is preferred with probability p is so to the degree p.
+    """Expected calibration error of predicted preferences: 0 where a pair that is preferred with probability
+    p is so to the degree p.
 
-    probability, degree: that the first completion of each pair is the better one, as predicted and as it is. A pair says the same read
-    from its other side (1 - p, 1 - d), so all are turned to where p is above one half; at one half the degree is one half. Of equally
-    wide bins of [0.5, 1] the absolute differences between mean p and mean d are averaged, weighted by their pairs (arXiv:1706.04599).
-    Raises ValueError on no pairs.
+    probability, degree: that the first completion of each pair is the better one, as predicted and as it is.
+    A pair says the same read from its other side (1 - p, 1 - d), so all are turned to where p is above one
+    half; at one half the degree is one half. Of equally wide bins of [0.5, 1] the absolute differences
+    between mean p and mean d are averaged, weighted by their pairs (arXiv:1706.04599). Raises ValueError on
+    no pairs.
     """
     if len(probability) == 0:
         raise ValueError("no pairs were evaluated; expected at least one")

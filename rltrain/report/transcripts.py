@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from reward.score import Score
 from rltrain.report.sinks import JsonLines
-from rltrain.types import Completion, Score, ScoredGroup
+from rltrain.types.samples import Completion, ScoredGroup
 
 
 class Transcripts:
@@ -34,7 +35,10 @@ def transcript(step: int, group: ScoredGroup, stage: str = "rollout") -> dict[st
         "group": group.group,
         "prompt_id": group.prompt.id,
         "prompt": group.prompt.text,
-        "completions": [_scored(completion, score) for completion, score in zip(group.completions, group.scores, strict=True)],
+        "completions": [
+            _scored(completion, score)
+            for completion, score in zip(group.completions, group.scores, strict=True)
+        ],
     }
 
 
@@ -50,7 +54,7 @@ def _scored(completion: Completion, score: Score) -> dict[str, Any]:
         "ungraded": score.ungraded,
         "finish": completion.finish,
         "tokens": len(completion.token_ids),
-        "version": completion.version,
+        "version": completion.oldest_version,
         "arm": completion.arm,
     }
 

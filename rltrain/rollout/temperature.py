@@ -1,4 +1,6 @@
-"""HAPO's adaptive temperature, arXiv:2509.16591: every token drawn at its own, hotter where the policy is unsure."""
+"""HAPO's adaptive temperature, arXiv:2509.16591: every token drawn at its own, hotter where the
+policy is unsure.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rltrain.control.hapo import EntropySignal, adaptive_temperature, entropy_signal
-from rltrain.types import AdaptiveTemperature, Sampling
+from rltrain.types.samples import AdaptiveTemperature, Sampling
 
 __all__ = ["TemperatureController", "entropy_of", "token_temperatures"]
 
@@ -18,10 +20,12 @@ LEAST_SHARE = 0.1  # of the base: the unscaled form is unbounded, and a temperat
 
 
 class TemperatureController:
-    """Measures the entropy signal of each training step and hands it to the sampler of the next; the first step samples at the base.
+    """Measures the entropy signal of each training step and hands it to the sampler of the next; the first
+    step samples at the base.
 
-    tau: how far temperatures spread around the base. variant: "scaled" is h_hat in [-1, 1]; "released" has the release's sign;
-    "unscaled" is h itself, as the paper's second version prints it. rho: quantile of ln H that keeps the base temperature.
+    tau: how far temperatures spread around the base. variant: "scaled" is h_hat in [-1, 1]; "released" has
+    the release's sign; "unscaled" is h itself, as the paper's second version prints it. rho: quantile of ln H
+    that keeps the base temperature.
     """
 
     def __init__(self, *, tau: float, variant: Literal["scaled", "released", "unscaled"], rho: float) -> None:
@@ -34,10 +38,14 @@ class TemperatureController:
         if self._signal is None:
             return base
         one = self._signal
-        return dataclasses.replace(base, adaptive=AdaptiveTemperature(self._tau, self._variant, one.pivot, one.sigma, one.top, one.bottom))
+        return dataclasses.replace(
+            base,
+            adaptive=AdaptiveTemperature(self._tau, self._variant, one.pivot, one.sigma, one.top, one.bottom),
+        )
 
     def observe(self, entropy: Tensor, sampled: Tensor) -> None:
-        """entropy: (B, T) nats, of the policy that sampled, the whole step; sampled: (B, T) bool, the tokens it wrote itself.
+        """entropy: (B, T) nats, of the policy that sampled, the whole step; sampled: (B, T) bool, the tokens
+        it wrote itself.
 
         A step without tokens, or one whose entropies are not finite, leaves the signal as it is.
         """
@@ -58,9 +66,14 @@ class TemperatureController:
 
 
 def token_temperatures(entropy: Tensor, base: float, adaptive: AdaptiveTemperature) -> Tensor:
-    """Temperature of each token; entropy: nats, of softmax(logits / base), any shape. At least ``LEAST_SHARE`` of ``base``."""
+    """Temperature of each token; entropy: nats, of softmax(logits / base), any shape.
+
+    At least ``LEAST_SHARE`` of ``base``.
+    """
     signal = EntropySignal(adaptive.pivot, adaptive.sigma, adaptive.top, adaptive.bottom)
-    return adaptive_temperature(entropy, signal, base, adaptive.tau, adaptive.variant).clamp(min=LEAST_SHARE * base)
+    return adaptive_temperature(entropy, signal, base, adaptive.tau, adaptive.variant).clamp(
+        min=LEAST_SHARE * base
+    )
 
 
 def entropy_of(logits: Tensor) -> Tensor:

@@ -5,29 +5,36 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from rltrain.config.check import is_user_function
+from reward.score import Score
+from rltrain.config.rules.rewards import is_user_function
 from rltrain.config.schema import RewardRef
-from rltrain.types import Score, ScoredGroup
+from rltrain.types.samples import ScoredGroup
 
 __all__ = ["label_of_only_function", "why_unknown", "with_verdicts"]
 
 
 def label_of_only_function(functions: Sequence[RewardRef]) -> str | None:
-    """The label of the user's function that is the only reward; None where there are others, or it is none of the user's."""
+    """The label of the user's function that is the only reward; None where there are others, or it is
+    none of the user's.
+    """
     if len(functions) != 1 or not is_user_function(functions[0].name):
         return None
     return functions[0].name.rpartition(":")[2]
 
 
 def with_verdicts(groups: Sequence[ScoredGroup], label: str | None) -> list[ScoredGroup]:
-    """``groups`` with a part ``correct`` in every score, where all that the function ``label`` gave in them is 0 or 1.
+    """``groups`` with a part ``correct`` in every score, where all that the function ``label`` gave in them
+    is 0 or 1.
 
     One other value, or a verdict of the function's own, leaves them as they are.
     """
     values = _values(groups, label)
     if label is None or not values or not set(values) <= {0.0, 1.0} or _says_itself(groups):
         return list(groups)
-    return [dataclasses.replace(group, scores=tuple(_judged(score, label) for score in group.scores)) for group in groups]
+    return [
+        dataclasses.replace(group, scores=tuple(_judged(score, label) for score in group.scores))
+        for group in groups
+    ]
 
 
 def why_unknown(groups: Sequence[ScoredGroup], label: str | None) -> str:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from rltrain.learner.accelerate_learner import AccelerateLearner
-from rltrain.protocols import RolloutEngine
 from rltrain.report.statistics import Estimate, PassAtK, average, average_at_k, pass_at_k
-from rltrain.rollout.producer import Grader, correctness, score_groups
+from rltrain.rollout.grading import correctness
+from rltrain.rollout.source import Evaluates
 from rltrain.rollout.verdicts import why_unknown, with_verdicts
 from rltrain.seeds import stable_hash
-from rltrain.sync.in_process import Sync
-from rltrain.types import Prompt, Sampling, ScoredGroup
+from rltrain.types.samples import Prompt, Sampling, ScoredGroup
 
 
 @dataclass(frozen=True)
@@ -21,7 +18,8 @@ class Evaluation:
     """One evaluation, with every completion that was graded for it."""
 
     results: tuple[PassAtK, ...]  # empty where no reward says what is correct
-    average: Estimate  # avg@n: mean correctness of a prompt's n completions, or mean reward where correctness is unknown
+    # avg@n: mean correctness of a prompt's n completions, or mean reward where correctness is unknown
+    average: Estimate
     n: int  # completions per prompt
     reward: float  # mean value over graded completions
     tokens: float  # mean completion tokens
@@ -30,7 +28,11 @@ class Evaluation:
     note: str = ""  # why there is no pass@k, where there is none
 
     def metrics(self) -> dict[str, float]:
-        found = {"eval/reward": self.reward, "eval/tokens": self.tokens, "eval/ungraded": float(self.ungraded)}
+        found = {
+            "eval/reward": self.reward,
+            "eval/tokens": self.tokens,
+            "eval/ungraded": float(self.ungraded),
+        }
         named = [(f"eval/pass@{result.k}", result) for result in self.results]
         for name, estimate in (*named, (f"eval/avg@{self.n}", self.average)):
             found |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
@@ -39,45 +41,33 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Samples and grades the same held-out prompts with the same seed each time, so that evaluations are comparable."""
+    """Samples and grades the same held-out prompts with the same seed each time, so that evaluations
+    are comparable.
+    """
 
     prompts: Sequence[Prompt]
-    grader: Grader
     sampling: Sampling
     k: tuple[int, ...]
-    rank: int = 0
-    ranks: int = 1
-    gather: Callable[[list[Any]], list[Any]] = list
-    verdict_of: str | None = None  # as of ``Producer``
+    verdict_of: str | None = (
+        None  # the only reward, a user's function: its scores of 0 and 1 say what is correct
+    )
 
-    def evaluate(self, engine: RolloutEngine, version: int) -> Evaluation:
-        """Every rank samples its share; all ranks return the same result.
-
-        What the engine caches of these prompts is theirs alone: from it the next step would get log-probs that differ in rounding
-        from those of a run resumed here.
-        """
-        mine, sampling = list(self.prompts)[self.rank :: self.ranks], replace(self.sampling, cache="held out")
+    def evaluate(self, source: Evaluates, version: int) -> Evaluation:
+        """All ranks return the same result."""
         occasion = f"held-out prompts after {version} updates"
-        groups = self.gather(score_groups(engine.generate(mine, sampling, version), self.grader, occasion))
-        ordered = sorted(groups, key=lambda group: group.prompt.id)
-        result = summarise(with_verdicts(ordered, self.verdict_of), self.sampling.n, self.k)
-        return result if result.results or not self.k else replace(result, note=why_unknown(ordered, self.verdict_of))
-
-
-def evaluate_policy(evaluator: Evaluator | None, engine: RolloutEngine, sync: Sync, learner: AccelerateLearner) -> Evaluation | None:
-    """Held-out pass@k with the learner's weights as they are, every one of them compared; None if the recipe has no held-out prompts.
-
-    Raises WeightMismatchError when the engine does not hold the learner's weights once it has sampled.
-    """
-    if evaluator is None:
-        return None
-    result = evaluator.evaluate(engine, learner.version)
-    sync.verify_all(learner.weights())
-    return result
+        groups = source.evaluate(self.prompts, self.sampling, version, occasion)
+        result = summarise(with_verdicts(groups, self.verdict_of), self.sampling.n, self.k)
+        return (
+            result
+            if result.results or not self.k
+            else replace(result, note=why_unknown(groups, self.verdict_of))
+        )
 
 
 def summarise(groups: Sequence[ScoredGroup], n: int, k: tuple[int, ...]) -> Evaluation:
-    """pass@k where the rewards say what is correct; an ungraded completion counts as wrong, it showed no right answer."""
+    """pass@k where the rewards say what is correct; an ungraded completion counts as wrong, it showed
+    no right answer.
+    """
     verdicts = [correctness(group) for group in groups]
     known = all(right is not None for right in verdicts)
     counts = [sum(right) for right in verdicts if right is not None]
@@ -86,7 +76,11 @@ def summarise(groups: Sequence[ScoredGroup], n: int, k: tuple[int, ...]) -> Eval
     graded = [score.value for score in scores if score.ungraded is None]
     lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
     seed = stable_hash("bootstrap", len(groups), n)
-    share = average([count / n for count in counts], seed=seed) if known else average_at_k([one for one in values if one], seed=seed)
+    share = (
+        average([count / n for count in counts], seed=seed)
+        if known
+        else average_at_k([one for one in values if one], seed=seed)
+    )
     return Evaluation(
         results=tuple(pass_at_k(counts, n, one, seed=seed) for one in k) if known else (),
         average=share,

@@ -17,7 +17,8 @@ from rltrain.errors import UserError
 from rltrain.learner.preference_learner import lengths_of, pair_rows
 from rltrain.loss.preference.kto import mismatched_partner
 from rltrain.seeds import stable_hash
-from rltrain.types import CompletionFacts, LabelBatch, PairBatch, TokenRows
+from rltrain.types.policy import TokenRows
+from rltrain.types.preference import CompletionFacts, LabelBatch, PairBatch
 
 __all__ = ["ExampleOrder", "Examples", "Mismatches", "examples_of_labels", "examples_of_pairs", "rows_of"]
 
@@ -34,7 +35,9 @@ class Mismatches:
 
     def facts(self, mismatched: TokenRows, step: int) -> CompletionFacts:
         count = len(mismatched)
-        return CompletionFacts(lengths_of(mismatched), ref_logp=self.ref_logp[(step - 1) * count : step * count])
+        return CompletionFacts(
+            lengths_of(mismatched), ref_logp=self.ref_logp[(step - 1) * count : step * count]
+        )
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ class Examples:
         """Rows per example."""
         return 2 if isinstance(self.whole, PairBatch) else 1
 
-    def batch(self, chosen: Sequence[int], step: int) -> tuple[TokenRows, PairBatch | LabelBatch, TokenRows | None]:
+    def batch(
+        self, chosen: Sequence[int], step: int
+    ) -> tuple[TokenRows, PairBatch | LabelBatch, TokenRows | None]:
         """(rows, batch, mismatched rows) of the examples ``chosen``, which are those of ``step``."""
         rows, batch = rows_of(self.rows, chosen, self.sides), self.whole.rows(chosen)
         if self.mismatches is None or isinstance(batch, PairBatch):
@@ -70,12 +75,15 @@ class ExampleOrder:
         if any(len(unit) != size for unit in units) or per_step % size:
             sizes = sorted({len(unit) for unit in units})
             raise UserError(
-                f"the loss needs all completions of a prompt in one step, but prompts have {', '.join(map(str, sizes))} of them and "
-                f"train.examples is {per_step}; give every prompt equally many and make train.examples a multiple of that"
+                "the loss needs all completions of a prompt in one step, but prompts have "
+                f"{', '.join(map(str, sizes))} of them and "
+                f"train.examples is {per_step}; give every prompt equally many and make train.examples a "
+                "multiple of that"
             )
         if len(units) * size < per_step:
             raise UserError(
-                f"a step takes {per_step} different examples and the training set has {len(units) * size}; lower train.examples, or give "
+                f"a step takes {per_step} different examples and the training set has {len(units) * size}; "
+                "lower train.examples, or give "
                 "more data (rows may have been left out: see above)"
             )
         self.units, self.per_step = units, per_step
@@ -97,7 +105,7 @@ class ExampleOrder:
         self._order.load_state_dict(state)
 
 
-# from data to rows ---------------------------------------------------------------------------------------------------
+# from data to rows ------------------------------------------------------------------------------------------
 
 
 def examples_of_pairs(pairs: Sequence[Pair], logps: Mapping[str, Tensor]) -> Examples:
@@ -117,7 +125,9 @@ def examples_of_pairs(pairs: Sequence[Pair], logps: Mapping[str, Tensor]) -> Exa
     return Examples(rows, whole)
 
 
-def examples_of_labels(completions: Sequence[Labelled], logps: Mapping[str, Tensor], mismatches: Mismatches | None = None) -> Examples:
+def examples_of_labels(
+    completions: Sequence[Labelled], logps: Mapping[str, Tensor], mismatches: Mismatches | None = None
+) -> Examples:
     """logps: (N,) by field of CompletionFacts."""
     rows = rows_of_labels(completions)
     whole = LabelBatch(
@@ -130,13 +140,19 @@ def examples_of_labels(completions: Sequence[Labelled], logps: Mapping[str, Tens
 
 
 def given_logps(examples: Sequence[Pair] | Sequence[Labelled]) -> Tensor | None:
-    """(R,) nats, the reference's log-probs that the data bring, of the rows in their arrangement; None where they bring none."""
-    ones = [(one.ref_logp,) if isinstance(one, Labelled) else one.ref_logps or (None, None) for one in examples]
+    """(R,) nats, the reference's log-probs that the data bring, of the rows in their arrangement;
+    None where they bring none.
+    """
+    ones = [
+        (one.ref_logp,) if isinstance(one, Labelled) else one.ref_logps or (None, None) for one in examples
+    ]
     return _numbers([value for side in zip(*ones, strict=True) for value in side])
 
 
 def rows_of_pairs(pairs: Sequence[Pair]) -> TokenRows:
-    return pair_rows([pair.prompt for pair in pairs], [pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
+    return pair_rows(
+        [pair.prompt for pair in pairs], [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
+    )
 
 
 def rows_of_labels(completions: Sequence[Labelled]) -> TokenRows:
@@ -151,7 +167,10 @@ def rows_of(rows: TokenRows, chosen: Sequence[int], sides: int) -> TokenRows:
 
 
 def mismatched_rows(rows: TokenRows, prompt: Tensor, seed: int, step: int) -> TokenRows:
-    """Row i is prompt i with another prompt's completion. prompt: (N,) ids. Raises UserError where no such pairing exists."""
+    """Row i is prompt i with another prompt's completion. prompt: (N,) ids.
+
+    Raises UserError where no such pairing exists.
+    """
     try:
         partner = mismatched_partner(prompt, stable_hash(seed, "mismatched", step)).tolist()
     except ValueError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
-__all__ = ["GPU", "HOST", "Memory", "container_limit", "fullest", "peak_memory"]
+__all__ = ["GPU", "HOST", "Memory", "container_limit", "largest_share", "peak_memory"]
 
 HOST, GPU = "memory", "GPU memory"
 _UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
@@ -29,10 +29,11 @@ class Memory:
 
 
 def peak_memory() -> list[Memory]:
-    """Of this process with those it started, so far, and of the GPU if there is one. Call it while the reward workers live.
+    """Of this process with those it started, so far, and of the GPU if there is one. Call it while the reward
+    workers live.
 
-    Peaks of several processes need not come at one time, and pages that they share count more than once: the sum is an upper bound.
-    Of processes that are gone the system knows only the largest one's peak.
+    Peaks of several processes need not come at one time, and pages that they share count more than once: the
+    sum is an upper bound. Of processes that are gone the system knows only the largest one's peak.
     """
     children = list(_children_peaks())
     gone = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * _UNIT
@@ -43,7 +44,7 @@ def peak_memory() -> list[Memory]:
     return found
 
 
-def fullest(ranks: Sequence[tuple[str, Sequence[Memory]]]) -> list[Memory]:
+def largest_share(ranks: Sequence[tuple[str, Sequence[Memory]]]) -> list[Memory]:
     """Of each memory the fullest one. ranks: (machine, what ``peak_memory`` says there) of every rank.
 
     Ranks of one machine share its memory, so their peaks are added; a GPU is one rank's own.
@@ -53,9 +54,14 @@ def fullest(ranks: Sequence[tuple[str, Sequence[Memory]]]) -> list[Memory]:
         for one in memories:
             key = (one.name, machine) if one.name == HOST else (one.name, str(rank))
             before = found.get(key, Memory(one.name, 0.0, one.size, 0))
-            found[key] = Memory(one.name, before.peak + one.peak, min(before.size, one.size), before.processes + one.processes)
+            found[key] = Memory(
+                one.name, before.peak + one.peak, min(before.size, one.size), before.processes + one.processes
+            )
     named = dict.fromkeys(one.name for one in found.values())
-    return [max((one for one in found.values() if one.name == name), key=lambda one: one.peak / one.size) for name in named]
+    return [
+        max((one for one in found.values() if one.name == name), key=lambda one: one.peak / one.size)
+        for name in named
+    ]
 
 
 def _children_peaks() -> Iterator[float]:
@@ -76,10 +82,12 @@ def _high_water(status: Path) -> float:
 
 
 def container_limit(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes that the control groups of this process (version 2 or 1) leave it, the tightest one's; infinity where none sets a limit.
+    """Bytes that the control groups of this process (version 2 or 1) leave it, the tightest one's; infinity
+    where none sets a limit.
 
-    own: in which group it is, a line "number:controllers:/path" for each hierarchy. root: where the hierarchies are mounted; inside a
-    container that may be the group's own folder, and the path one of the host's.
+    own: in which group it is, a line "number:controllers:/path" for each hierarchy. root: where the
+    hierarchies are mounted; inside a container that may be the group's own folder, and the path one of the
+    host's.
     """
     try:
         lines = own.read_text(encoding="utf-8").splitlines()

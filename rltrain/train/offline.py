@@ -1,52 +1,55 @@
-"""The offline loop: examples that somebody judged beforehand, one optimizer update per step. One page, blind to which loss runs."""
+"""The offline loop: the next judged examples, one optimizer update, report.
+
+It is blind to which loss runs.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 
 from rltrain.config.schema import OfflineRecipe
 from rltrain.learner.preference_learner import ExampleUpdate, PreferenceLearner
 from rltrain.loss.preference.objective import PreferenceObjective
-from rltrain.train.course import Course, walk
+from rltrain.train.evaluate_preferences import PreferenceEvaluation, PreferenceEvaluator
 from rltrain.train.examples import ExampleOrder, Examples
-from rltrain.train.preference_evaluation import PreferenceEvaluator
+from rltrain.train.loop import TrainingRun
 
 
-@dataclass(frozen=True)
-class OfflineRun(Course):
-    """Everything one offline run is made of; ``build_offline.py`` puts it together."""
+@dataclass(frozen=True, kw_only=True)
+class OfflineRun(TrainingRun):
+    """Everything that one offline run is made of; ``build/offline.py`` puts it together."""
 
     recipe: OfflineRecipe
-    steps: int
     learner: PreferenceLearner
     examples: Examples
     order: ExampleOrder
     objective: PreferenceObjective
     evaluator: PreferenceEvaluator | None
 
+    def evaluate(self) -> PreferenceEvaluation | None:
+        return None if self.evaluator is None else self.evaluator.evaluate()
+
+    def close(self) -> None:
+        self.reporter.close()
+
 
 def train_offline(run: OfflineRun) -> Path:
-    """Run every step of the recipe; returns the folder of the finished model.
+    """Takes every step of the recipe; returns the folder of the finished model.
 
-    Raises NonFiniteError when the numbers are lost, Stopped as ``walk`` does.
+    Raises NonFiniteError when the numbers are lost, and Stopped as ``TrainingRun.steps`` does.
     """
-    return walk(run, run.steps, lambda: None if run.evaluator is None else run.evaluator.evaluate(), partial(take, run))
+    for number in run.steps():
+        started, lr = perf_counter(), run.learner.lr
+        rows, batch, mismatched = run.examples.batch(run.order.next(), number)
+        update = run.learner.update_examples(rows, batch, run.objective, mismatched)
+        report_step(run, number, update, lr, perf_counter() - started)
+    return run.finish()
 
 
-def take(run: OfflineRun, step: int) -> None:
-    """One step: the next examples, an update, a report."""
-    started, lr = perf_counter(), run.learner.lr
-    chosen = run.order.next()
-    rows, batch, mismatched = run.examples.batch(chosen, step)
-    update = run.learner.update_examples(rows, batch, run.objective, mismatched)
-    report(run, step, update, lr, perf_counter() - started)
-
-
-def report(run: OfflineRun, step: int, update: ExampleUpdate, lr: float, seconds: float) -> None:
-    """One step's numbers to every sink, one line to the terminal."""
+def report_step(run: OfflineRun, number: int, update: ExampleUpdate, lr: float, seconds: float) -> None:
+    """The step's numbers, sent to every sink, and one line on the terminal."""
     metrics = {
         **update.metrics,
         "learner/lr": lr,
@@ -63,4 +66,4 @@ def report(run: OfflineRun, step: int, update: ExampleUpdate, lr: float, seconds
         note = "the learning rate is 0"
     elif update.metrics["learner/grad_norm"] == 0:
         note = "every example's gradient is 0: the loss has saturated"
-    run.reporter.step(step, metrics, (), note)
+    run.reporter.step(number, metrics, (), note)

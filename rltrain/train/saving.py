@@ -22,7 +22,9 @@ from rltrain.checkpoint.run_state import RunState
 from rltrain.errors import UserError
 from rltrain.interrupt import die_of, interrupt, is_launched, say
 
-STOPPED = 3  # exit code of a run that SIGTERM or Ctrl-C ended with a checkpoint; a shell's 143 is of a process that just died of the signal
+# exit code of a run that SIGTERM or Ctrl-C ended with a checkpoint; a shell's 143 is of a process that just
+# died of the signal
+STOPPED = 3
 _ONE_STOP = 5.0  # seconds in which every further signal is the first one again
 _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO})
 
@@ -35,19 +37,19 @@ class Stopped(Exception):
         self.step, self.checkpoint = step, checkpoint
 
 
-class Measured(Protocol):
+class EvaluationResult(Protocol):
     """An evaluation, of whatever kind."""
 
     def metrics(self) -> dict[str, float]: ...
 
 
 @dataclass
-class Scores:
+class EvaluationHistory:
     """The evaluations of a run, first to last, as numbers by name."""
 
     all: list[Mapping[str, float]] = field(default_factory=list)
 
-    def add(self, result: Measured | None) -> None:
+    def add(self, result: EvaluationResult | None) -> None:
         if result is not None:
             self.all.append(result.metrics())
 
@@ -63,8 +65,8 @@ class Scores:
 class ModelWriter:
     """Puts models where a run keeps them.
 
-    write(out, step, results, state) makes one; with a state, it is a checkpoint. snapshot(step, evaluations) is that state.
-    Every rank calls the methods: gathering weights and states is a collective.
+    write(out, step, results, state) makes one; with a state, it is a checkpoint. snapshot(step, evaluations)
+    is that state. Every rank calls the methods: gathering weights and states is a collective.
     """
 
     folder: RunFolder
@@ -73,14 +75,18 @@ class ModelWriter:
     keep: int  # checkpoints, the latest
     main: bool  # rank 0, the one that writes and removes
 
-    def checkpoint(self, step: int, scores: Scores) -> Path:
-        """``checkpoints/step-N``, a model folder with the state of the run; what is older than the latest ``keep`` goes after it."""
-        out = self.write(self.folder.checkpoint(step), step, scores.metrics(), self.snapshot(step, scores.all))
+    def checkpoint(self, step: int, scores: EvaluationHistory) -> Path:
+        """``checkpoints/step-N``, a model folder with the state of the run; what is older than the
+        latest ``keep`` goes after it.
+        """
+        out = self.write(
+            self.folder.checkpoint(step), step, scores.metrics(), self.snapshot(step, scores.all)
+        )
         if self.main:
             self.folder.prune_checkpoints(self.keep)
         return out
 
-    def final(self, step: int, scores: Scores) -> Path:
+    def final(self, step: int, scores: EvaluationHistory) -> Path:
         return self.write(self.folder.model, step, scores.metrics(), None)
 
 
@@ -95,13 +101,19 @@ def disk_errors(folder: RunFolder) -> Iterator[None]:
         present = folder.present_checkpoints()
         safe = f"{present[-1][1]} is whole and stays" if present else "there is no checkpoint yet"
         raise UserError(
-            f"run folder {folder.path} cannot be written: {error}. {safe}; make room, or the disk writable, and give the same command again"
+            f"run folder {folder.path} cannot be written: {error}. {safe}; make room, or the disk writable, "
+            "and give the same command again"
         ) from error
 
 
 def stop_with_the_launcher() -> None:
-    """The end of a launcher that passes no SIGTERM on, as ``accelerate launch`` of one process, is one too. On Linux only."""
-    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate sets it, whatever it starts
+    """The end of a launcher that passes no SIGTERM on, as ``accelerate launch`` of one process, is one too.
+
+    On Linux only.
+    """
+    if (
+        sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ
+    ):  # accelerate sets it, whatever it starts
         die_with_parent(signal.SIGTERM)
 
 
@@ -129,7 +141,10 @@ class StopRequest:
         if self._is_another():
             die_of(came)
         elif came is signal.SIGINT and len(self.came) == 1:
-            say("Ctrl-C: the run stops after the step in hand and writes a checkpoint; a second one ends it at once")
+            say(
+                "Ctrl-C: the run stops after the step in hand and writes a checkpoint; a second one ends it "
+                "at once"
+            )
 
     def _is_another(self) -> bool:
         """Whether the last signal is a second request, and not the first on another way."""
@@ -143,11 +158,13 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stops_noted() -> Iterator[StopRequest]:
-    """Inside, a SIGTERM or a Ctrl-C is noted, for the loop to stop after the step in hand; a second one ends the process at once.
+    """Inside, a SIGTERM or a Ctrl-C is noted, for the loop to stop after the step in hand; a second one ends
+    the process at once.
 
-    Who stops a job signals every process of it, and the launcher among them passes that on to its ranks: one stop arrives twice.
-    So what comes within ``_ONE_STOP`` seconds is one, but for a second Ctrl-C where no launcher is. Before the first step Ctrl-C
-    raises Interrupted. Outside the main thread Python allows no handler: there nothing is ever noted.
+    Who stops a job signals every process of it, and the launcher among them passes that on to its ranks: one
+    stop arrives twice. So what comes within ``_ONE_STOP`` seconds is one, but for a second Ctrl-C where no
+    launcher is. Before the first step Ctrl-C raises Interrupted. Outside the main thread Python allows no
+    handler: there nothing is ever noted.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,6 @@
-"""Process rewards of completions that are there already: what each token and each step earned, arXiv:2412.01981."""
+"""Process rewards of completions that are there already: what each token and each step earned,
+arXiv:2412.01981.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ import torch
 from torch import Tensor
 
 from rltrain.advantage.process import aggregate_steps, step_rewards, token_rewards
+from rltrain.learner.frozen_logprobs import FrozenLogProbs
 from rltrain.learner.preference_learner import PreferenceLearner
-from rltrain.learner.reference import FrozenLogProbs
-from rltrain.types import TokenRows
+from rltrain.types.policy import TokenRows
 
 __all__ = ["ScoredRow", "Scorer", "TextRow"]
 
@@ -45,8 +47,8 @@ class ScoredRow:
 class Scorer:
     """A process reward model beside its reference. beta: the coefficient of every reward.
 
-    aggregate: hyperparameters of ``aggregate_steps`` that differ from its own. rows: so many go through the models before any is
-    handed out.
+    aggregate: hyperparameters of ``aggregate_steps`` that differ from its own. rows: so many go through the
+    models before any is handed out.
     """
 
     learner: PreferenceLearner
@@ -55,7 +57,9 @@ class Scorer:
     aggregate: Mapping[str, Any] = field(default_factory=dict)
     rows: int = 512
 
-    def score(self, texts: Sequence[TextRow], done: Callable[[int], None] = lambda count: None) -> list[ScoredRow]:
+    def score(
+        self, texts: Sequence[TextRow], done: Callable[[int], None] = lambda count: None
+    ) -> list[ScoredRow]:
         """In the order of ``texts``. done: told how many are finished, now and then."""
         found: list[ScoredRow] = []
         for start in range(0, len(texts), self.rows):
@@ -77,5 +81,9 @@ class Scorer:
 
 
 def _row(text: TextRow, score: Tensor, rewards: Tensor, steps: Tensor) -> ScoredRow:
-    padded = torch.cat([steps, steps.new_zeros(max(text.steps - len(steps), 0))])[: text.steps]  # last steps without a token
-    return ScoredRow(score.item(), rewards[: len(text.completion)].tolist(), padded.tolist(), padded.cumsum(0).tolist())
+    padded = torch.cat([steps, steps.new_zeros(max(text.steps - len(steps), 0))])[
+        : text.steps
+    ]  # last steps without a token
+    return ScoredRow(
+        score.item(), rewards[: len(text.completion)].tolist(), padded.tolist(), padded.cumsum(0).tolist()
+    )

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from rltrain.advantage.ares import EASY, HARD, MEDIUM, ares, difficulty, high_windows, paper_cost, released_term, released_thresholds
+from rltrain.advantage.ares import (
+    EASY,
+    HARD,
+    MEDIUM,
+    ares,
+    difficulty,
+    high_windows,
+    paper_cost,
+    released_term,
+    released_thresholds,
+)
 from rltrain.advantage.group import group_norm
 from rltrain.tensor_ops import row_quantile, window_mean
 
@@ -48,13 +58,17 @@ def test_a_term_is_at_most_its_cap(alpha: float):
     n = torch.arange(200, dtype=torch.float64)
     for kind, scale in ((EASY, 1.0), (MEDIUM, 1.0), (HARD, 1.2)):
         for right in (True, False):
-            term = released_term(torch.full((200,), right), torch.full((200,), kind), n, torch.full_like(n, 50), alpha)
+            term = released_term(
+                torch.full((200,), right), torch.full((200,), kind), n, torch.full_like(n, 50), alpha
+            )
             assert term.abs().max() <= alpha * scale
 
 
 def test_easy_and_right_within_the_margin_is_not_punished():
     n = torch.arange(24, dtype=torch.float64)  # target 20, margin 3
-    assert not released_term(torch.ones(24, dtype=torch.bool), torch.zeros(24, dtype=torch.int64), n, torch.full_like(n, 20), 0.5).any()
+    assert not released_term(
+        torch.ones(24, dtype=torch.bool), torch.zeros(24, dtype=torch.int64), n, torch.full_like(n, 20), 0.5
+    ).any()
 
 
 def test_windows_are_those_of_the_example():
@@ -81,11 +95,15 @@ def test_released_thresholds_are_percentiles_over_all_tokens(window: int, quanti
     given = step()
     got = released_thresholds(given["old_entropy"], given["mask"], window, quantile)
     for row, entropy in enumerate(given["old_entropy"]):
-        assert got[row].item() == pytest.approx(percentile_of_row(entropy[given["mask"][row]].tolist(), window, quantile))
+        assert got[row].item() == pytest.approx(
+            percentile_of_row(entropy[given["mask"][row]].tolist(), window, quantile)
+        )
 
 
 def percentile_of_row(entropy: list[float], window: int, quantile: float) -> float:
-    """Token by token: the mean of what follows; at the end, where too little does, the mean of what was collected before."""
+    """Token by token: the mean of what follows; at the end, where too little does, the mean of what
+    was collected before.
+    """
     collected: list[float] = []
     for at, own in enumerate(entropy):
         following = entropy[at + 1 : at + 1 + window]
@@ -97,7 +115,10 @@ def percentile_of_row(entropy: list[float], window: int, quantile: float) -> flo
 
 
 def test_another_speakers_tokens_are_in_no_released_window():
-    entropy, mask = f64([[5, 90, 1, 90, 3], [4, 90, 90, 90, 90]]), torch.tensor([[1, 0, 1, 0, 1], [1, 0, 0, 0, 0]]).bool()
+    entropy, mask = (
+        f64([[5, 90, 1, 90, 3], [4, 90, 90, 90, 90]]),
+        torch.tensor([[1, 0, 1, 0, 1], [1, 0, 0, 0, 0]]).bool(),
+    )
     assert high_windows(entropy, mask, 2, 2.0, "released").sum(1).tolist() == [1, 0]
     # (1 + 3) / 2 and twice its own mean; one token alone is its own
     assert released_thresholds(entropy, mask, 2, 0.95).tolist() == [2, 4]
@@ -105,7 +126,10 @@ def test_another_speakers_tokens_are_in_no_released_window():
 
 def test_windows_run_over_the_tokens_the_policy_wrote():
     # the masked-out 9s are another speaker's: windows of 2 are (1, 3) and (3, 5), and one token has none
-    entropy, mask = f64([[1, 9, 3, 9, 5], [4, 9, 9, 9, 9]]), torch.tensor([[1, 0, 1, 0, 1], [1, 0, 0, 0, 0]]).bool()
+    entropy, mask = (
+        f64([[1, 9, 3, 9, 5], [4, 9, 9, 9, 9]]),
+        torch.tensor([[1, 0, 1, 0, 1], [1, 0, 0, 0, 0]]).bool(),
+    )
     mean, whole = window_mean(entropy, mask, 2)
     assert whole.tolist() == [[True, True, False, False], [False] * 4]
     assert mean[0, :2].tolist() == [2, 4]
@@ -113,14 +137,22 @@ def test_windows_run_over_the_tokens_the_policy_wrote():
 
 
 def test_difficulty_is_the_share_of_right_answers():
-    right = torch.tensor([1, 1, 0, 1, 0, 0, 0, 0, 0]).bool()  # 2/3, 1/3, 0: thirds are not exact in floating point
-    assert difficulty(right, torch.tensor([7] * 3 + [8] * 3 + [9] * 3)).tolist() == [EASY] * 3 + [MEDIUM] * 3 + [HARD] * 3
+    right = torch.tensor(
+        [1, 1, 0, 1, 0, 0, 0, 0, 0]
+    ).bool()  # 2/3, 1/3, 0: thirds are not exact in floating point
+    assert (
+        difficulty(right, torch.tensor([7] * 3 + [8] * 3 + [9] * 3)).tolist()
+        == [EASY] * 3 + [MEDIUM] * 3 + [HARD] * 3
+    )
 
 
 def step() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     lengths = torch.randint(3, 13, (18, 1), generator=generator)
-    return {"mask": torch.arange(12) < lengths, "old_entropy": torch.rand(18, 12, generator=generator, dtype=torch.float64)}
+    return {
+        "mask": torch.arange(12) < lengths,
+        "old_entropy": torch.rand(18, 12, generator=generator, dtype=torch.float64),
+    }
 
 
 GROUP = torch.tensor([2, 5, 11] * 6)
@@ -162,9 +194,17 @@ def test_ungraded_and_empty_rows_change_nothing_for_the_others(form: str):
 def test_the_order_of_rows_does_not_matter():
     given, order = step(), torch.randperm(18, generator=torch.Generator().manual_seed(1))
     got = ares(REWARDS, GROUP, **given)
-    assert_close(ares(REWARDS[order], GROUP[order], **{name: value[order] for name, value in given.items()}), got[order])
+    assert_close(
+        ares(REWARDS[order], GROUP[order], **{name: value[order] for name, value in given.items()}),
+        got[order],
+    )
 
 
 def test_a_step_without_a_complete_window_still_has_advantages():
-    got = ares(f64([1, 0]), torch.zeros(2, dtype=torch.int64), mask=torch.ones(2, 2), old_entropy=torch.ones(2, 2).double())
+    got = ares(
+        f64([1, 0]),
+        torch.zeros(2, dtype=torch.int64),
+        mask=torch.ones(2, 2),
+        old_entropy=torch.ones(2, 2).double(),
+    )
     assert got[0] > 0 > got[1]

@@ -33,7 +33,9 @@ def by_loops(rewards: Tensor, group: Tensor, mask: Tensor, entropy: Tensor, join
     """GTPO as its equations stand, a loop per sum."""
     shaped = np.zeros(mask.shape)
     for i, t in np.argwhere(mask.numpy()):
-        alive = [k for k in range(len(rewards)) if group[k] == group[i] and rewards[k] == rewards[i] and mask[k, t]]
+        alive = [
+            k for k in range(len(rewards)) if group[k] == group[i] and rewards[k] == rewards[i] and mask[k, t]
+        ]
         share = {k: entropy[k, t].item() ** (1 if rewards[i] > 0 else -1) for k in alive}
         size = 1.0 + 0.1 * len(alive) * share[i] / sum(share.values())
         shaped[i, t] = size if rewards[i] > 0 else -size
@@ -51,17 +53,29 @@ def by_loops(rewards: Tensor, group: Tensor, mask: Tensor, entropy: Tensor, join
 def test_gtpo_is_its_equations(normalise: str, seed: int):
     rewards, group, mask, entropy = random_step(seed)
     got = gtpo(rewards, group, mask=mask, old_entropy=entropy, normalise=normalise)  # type: ignore[arg-type]
-    np.testing.assert_allclose(got.numpy(), by_loops(rewards, group, mask, entropy, normalise == "joint"), atol=1e-9)
+    np.testing.assert_allclose(
+        got.numpy(), by_loops(rewards, group, mask, entropy, normalise == "joint"), atol=1e-9
+    )
 
 
 def test_gtpo_without_entropy_weight_is_the_outcome_normalised_over_tokens():
-    # alpha2 = 0: r = +-1. One group, 3 right and 2 wrong tokens: mean 0.2, variance 0.96, (1 - 0.2) / sqrt(0.96), (-1 - 0.2) / sqrt(0.96)
+    # alpha2 = 0: r = +-1. One group, 3 right and 2 wrong tokens: mean 0.2, variance 0.96, (1 - 0.2) /
+    # sqrt(0.96), (-1 - 0.2) / sqrt(0.96)
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
     entropy = f64([[0.3, 0.9, 0.1], [0.4, 2.0, NAN]])
-    got = gtpo(f64([1, 0]), torch.zeros(2, dtype=torch.int64), mask=mask, old_entropy=entropy, alpha2=0.0, eps=0.0)
+    got = gtpo(
+        f64([1, 0]), torch.zeros(2, dtype=torch.int64), mask=mask, old_entropy=entropy, alpha2=0.0, eps=0.0
+    )
     right, wrong = 0.8 / math.sqrt(0.96), -1.2 / math.sqrt(0.96)
     assert_close(got, f64([[right] * 3, [wrong, wrong, 0.0]]))
-    apart = gtpo(f64([1, 0]), torch.zeros(2, dtype=torch.int64), mask=mask, old_entropy=entropy, alpha2=0.0, normalise="separate")
+    apart = gtpo(
+        f64([1, 0]),
+        torch.zeros(2, dtype=torch.int64),
+        mask=mask,
+        old_entropy=entropy,
+        alpha2=0.0,
+        normalise="separate",
+    )
     assert torch.equal(apart, torch.zeros(2, 3, dtype=torch.float64))  # the sign is lost
 
 
@@ -75,8 +89,15 @@ def test_gtpo_rewards_doubt_in_right_answers_and_punishes_confidence_in_wrong_on
 
 
 def test_zero_entropies_share_alike():
-    # all clamped to entropy_min: every share is the mean, so r = 1.1 and -1.1 exactly; one position has no entropy at all
-    got = gtpo(f64([1, 1, 0, 0]), torch.zeros(4, dtype=torch.int64), mask=torch.ones(4, 2), old_entropy=torch.zeros(4, 2).double(), eps=0.0)
+    # all clamped to entropy_min: every share is the mean, so r = 1.1 and -1.1 exactly; one position has no
+    # entropy at all
+    got = gtpo(
+        f64([1, 1, 0, 0]),
+        torch.zeros(4, dtype=torch.int64),
+        mask=torch.ones(4, 2),
+        old_entropy=torch.zeros(4, 2).double(),
+        eps=0.0,
+    )
     assert_close(got, f64([[1.0] * 2] * 2 + [[-1.0] * 2] * 2))
 
 
@@ -108,7 +129,9 @@ def test_ungraded_and_empty_rows_change_nothing_for_the_others(method):
 @pytest.mark.parametrize("method", [gtpo, grpo_s])
 def test_entropies_carry_no_gradient(method):
     entropy = (torch.rand(4, 3, dtype=torch.float64) + 0.1).requires_grad_()
-    got = method(f64([1, 0, 1, 0]), torch.zeros(4, dtype=torch.int64), mask=torch.ones(4, 3), old_entropy=entropy)
+    got = method(
+        f64([1, 0, 1, 0]), torch.zeros(4, dtype=torch.int64), mask=torch.ones(4, 3), old_entropy=entropy
+    )
     assert method is grpo_s or not got.requires_grad
     assert not got.detach().requires_grad
 
@@ -116,7 +139,9 @@ def test_entropies_carry_no_gradient(method):
 def test_one_right_answer_among_its_kind_has_a_constant_reward():
     # a single sequence alive at t: the share is 1 whatever its entropy, and GRPO-S's likewise
     entropy = f64([[0.1, 1.9], [0.5, 0.5]])
-    got = gtpo(f64([1, 0]), torch.zeros(2, dtype=torch.int64), mask=torch.ones(2, 2), old_entropy=entropy, eps=0.0)
+    got = gtpo(
+        f64([1, 0]), torch.zeros(2, dtype=torch.int64), mask=torch.ones(2, 2), old_entropy=entropy, eps=0.0
+    )
     assert_close(got, f64([[1.0, 1.0], [-1.0, -1.0]]))
 
 
@@ -129,11 +154,15 @@ def test_em_rl_prefers_the_likelier_and_ignores_rewards():
     assert_close(one.sum(), f64(0.0))
     assert one.argmax() == 0
     # "token" is minus the entropies' sum: with H = -lp the same numbers
-    assert_close(one, em_rl(f64([0, 0, 0, 0]), group, mask=mask, old_logp=logp * 7, old_entropy=-logp, reward="token"))
+    assert_close(
+        one, em_rl(f64([0, 0, 0, 0]), group, mask=mask, old_logp=logp * 7, old_entropy=-logp, reward="token")
+    )
 
 
 def test_em_rl_leaves_empty_and_ungraded_rows_out():
     logp = f64([[-1.0, NAN], [-3.0, NAN], [NAN, NAN], [-2.0, NAN]])
     mask = torch.tensor([[1, 0], [1, 0], [0, 0], [1, 0]]).bool()
-    got = em_rl(f64([0, 0, 0, NAN]), torch.zeros(4, dtype=torch.int64), mask=mask, old_logp=logp, old_entropy=logp)
+    got = em_rl(
+        f64([0, 0, 0, NAN]), torch.zeros(4, dtype=torch.int64), mask=mask, old_logp=logp, old_entropy=logp
+    )
     assert_close(got, f64([2.0, -2.0, 0.0, 0.0]))  # rewards -1 and -3: each less the other

@@ -8,7 +8,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rltrain.advantage import ADVANTAGES
-from rltrain.advantage.group import group_mean, group_norm, informative_groups, reinforce_pp, reinforce_pp_baseline, rloo
+from rltrain.advantage.group import (
+    group_mean,
+    group_norm,
+    informative_groups,
+    reinforce_pp,
+    reinforce_pp_baseline,
+    rloo,
+)
 
 NAN = math.nan
 
@@ -32,9 +39,17 @@ def random_step(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def call(name: str, rewards: Tensor, group: Tensor, mask: Tensor) -> Tensor:
-    """The estimator with whatever else it takes, made from the row itself: rows may be left out or come in any order."""
-    bound = ADVANTAGES.bind(name, {"reference": "mean"} if name == "aapo" else {})  # every row is the policy's: nothing to pair it with
-    per_token = 0.1 * torch.arange(1, mask.shape[1] + 1, dtype=torch.float64) * (1 + mask.double().sum(1, keepdim=True))
+    """The estimator with whatever else it takes, made from the row itself: rows may be left out or
+    come in any order.
+    """
+    bound = ADVANTAGES.bind(
+        name, {"reference": "mean"} if name == "aapo" else {}
+    )  # every row is the policy's: nothing to pair it with
+    per_token = (
+        0.1
+        * torch.arange(1, mask.shape[1] + 1, dtype=torch.float64)
+        * (1 + mask.double().sum(1, keepdim=True))
+    )
     given = {
         "mask": mask,
         "old_logp": -per_token,
@@ -42,14 +57,18 @@ def call(name: str, rewards: Tensor, group: Tensor, mask: Tensor) -> Tensor:
         "old_entropy": per_token,
         "process_reward": per_token.cos(),
     }
-    given |= {"arm": torch.zeros_like(group), "correct": torch.where(rewards.isnan(), rewards.double(), (rewards > 0).double())}
+    given |= {
+        "arm": torch.zeros_like(group),
+        "correct": torch.where(rewards.isnan(), rewards.double(), (rewards > 0).double()),
+    }
     return bound(rewards, group, **{key: given[key] for key in bound.spec.inputs})
 
 
 @pytest.mark.parametrize("name", ["group_norm", "group_mean", "rloo"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_identical_rewards_give_exactly_zero(name: str, dtype: torch.dtype):
-    # 0.1 + 0.1 + 0.1 is not 3 * 0.1 in floating point: a naive mean leaves 1e-17 (or 7e-9), which eps does not hide
+    # 0.1 + 0.1 + 0.1 is not 3 * 0.1 in floating point: a naive mean leaves 1e-17 (or 7e-9), which eps does
+    # not hide
     rewards = torch.tensor([0.1, 0.1, 0.1, 0.7, 0.7, 0.7, 0.7], dtype=dtype)
     advantages = ADVANTAGES.bind(name)(rewards, ids(1, 1, 1, 2, 2, 2, 2))
     assert torch.equal(advantages, torch.zeros(7, dtype=dtype))
@@ -57,8 +76,12 @@ def test_identical_rewards_give_exactly_zero(name: str, dtype: torch.dtype):
 
 def test_a_step_of_identical_rewards_whitens_to_exactly_zero():
     mask = torch.ones(3, 2)
-    assert torch.equal(reinforce_pp(f64([0.1] * 3), ids(0, 0, 0), mask=mask), torch.zeros(3, 2, dtype=torch.float64))
-    assert torch.equal(reinforce_pp_baseline(f64([0.1] * 3), ids(0, 0, 0), mask=mask), torch.zeros(3, 2, dtype=torch.float64))
+    assert torch.equal(
+        reinforce_pp(f64([0.1] * 3), ids(0, 0, 0), mask=mask), torch.zeros(3, 2, dtype=torch.float64)
+    )
+    assert torch.equal(
+        reinforce_pp_baseline(f64([0.1] * 3), ids(0, 0, 0), mask=mask), torch.zeros(3, 2, dtype=torch.float64)
+    )
 
 
 def test_rloo_is_g_over_g_minus_1_times_dr_grpo():
@@ -80,7 +103,10 @@ def test_a_constant_added_to_one_group_changes_nothing(name: str):
 
 def test_reinforce_pp_has_no_group_baseline():
     rewards, group, mask = random_step(2)
-    assert not torch.allclose(call("reinforce_pp", rewards + 5.0 * (group == 7), group, mask), call("reinforce_pp", rewards, group, mask))
+    assert not torch.allclose(
+        call("reinforce_pp", rewards + 5.0 * (group == 7), group, mask),
+        call("reinforce_pp", rewards, group, mask),
+    )
 
 
 def test_grpo_does_not_see_the_scale_of_a_groups_rewards():
@@ -91,7 +117,10 @@ def test_grpo_does_not_see_the_scale_of_a_groups_rewards():
 
 def test_batch_scale_divides_every_group_by_one_deviation():
     rewards, group, _ = random_step(4)
-    assert_close(group_norm(rewards, group, scale="batch", eps=1e-4), group_mean(rewards, group) / (rewards.std() + 1e-4))
+    assert_close(
+        group_norm(rewards, group, scale="batch", eps=1e-4),
+        group_mean(rewards, group) / (rewards.std() + 1e-4),
+    )
 
 
 def test_scale_none_is_dr_grpo():
@@ -103,7 +132,10 @@ def test_scale_none_is_dr_grpo():
 def test_groups_are_ids_and_rows_have_no_order(name: str):
     rewards, group, mask = random_step(5)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    assert_close(call(name, rewards[order], group[order] * 3 - 100, mask[order]), call(name, rewards, group, mask)[order])
+    assert_close(
+        call(name, rewards[order], group[order] * 3 - 100, mask[order]),
+        call(name, rewards, group, mask)[order],
+    )
 
 
 @pytest.mark.parametrize("name", ADVANTAGES.names())
@@ -178,7 +210,15 @@ def test_reinforce_pp_is_the_whitened_discounted_return(gamma: float, kl_coef: f
         token_rewards[row, last] += reward
     want = returns_by_loop(token_rewards, mask, gamma)
     want = torch.where(mask, (want - want[mask].mean()) / (want[mask].var() + 1e-8).sqrt(), 0.0)
-    got = reinforce_pp(f64([1.0, -0.5, 2.0]), ids(0, 0, 1), mask=mask, old_logp=old, ref_logp=ref, gamma=gamma, kl_coef=kl_coef)
+    got = reinforce_pp(
+        f64([1.0, -0.5, 2.0]),
+        ids(0, 0, 1),
+        mask=mask,
+        old_logp=old,
+        ref_logp=ref,
+        gamma=gamma,
+        kl_coef=kl_coef,
+    )
     assert_close(got, want)
 
 

@@ -1,4 +1,6 @@
-"""Process rewards from log-ratios, PRIME's returns, its filter and its accuracy; numbers of arXiv:2412.01981 and 2502.01456."""
+"""Process rewards from log-ratios, PRIME's returns, its filter and its accuracy; numbers of
+arXiv:2412.01981 and 2502.01456.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from rltrain.advantage.process import (
     token_rewards,
     within_accuracy,
 )
-from worked_steps import BETA, RHO, SCORES
+from support.worked_steps import BETA, RHO, SCORES
 
 LOG_RATIO = torch.tensor([RHO], dtype=torch.float64)
 STEPS = torch.tensor([[0, 0, 1, 1, 2, 2]])  # steps end at tokens 1, 3 and 5
@@ -51,7 +53,9 @@ def test_one_score_per_response(series: Any, reduction: Any, score: float):
     assert close(aggregate_steps(step, present, series=series, reduction=reduction), [score])
     # beside a longer response and one without any token: rows are scored by themselves
     rewards = torch.cat([BETA * LOG_RATIO, torch.full((2, 6), 9.0).double()])
-    step, present = step_rewards(rewards, torch.cat([STEPS, torch.tensor([[0, 1, 2, 3, 4, 4]]), torch.full((1, 6), -1)]))
+    step, present = step_rewards(
+        rewards, torch.cat([STEPS, torch.tensor([[0, 1, 2, 3, 4, 4]]), torch.full((1, 6), -1)])
+    )
     assert present.sum(1).tolist() == [3, 5, 0]
     scores = aggregate_steps(step, present, series=series, reduction=reduction)
     assert close(scores[[0, 2]], [score, 0.0])
@@ -61,9 +65,14 @@ def test_a_response_is_worth_the_same_however_it_is_cut():
     rewards = torch.randn(1, 6, generator=torch.Generator().manual_seed(0)).double()
     cuts = [STEPS, torch.zeros_like(STEPS), torch.arange(6)[None], torch.tensor([[0, 1, 1, 1, 1, 2]])]
     sums = [float(aggregate_steps(*step_rewards(rewards, cut), reduction="sum")) for cut in cuts]
-    last = [float(aggregate_steps(*step_rewards(rewards, cut), series="cumulative", reduction="last")) for cut in cuts]
+    last = [
+        float(aggregate_steps(*step_rewards(rewards, cut), series="cumulative", reduction="last"))
+        for cut in cuts
+    ]
     assert sums == pytest.approx([float(rewards.sum())] * 4) and last == pytest.approx(sums)
-    assert len({round(float(aggregate_steps(*step_rewards(rewards, cut))), 9) for cut in cuts}) > 1  # the smallest step is not
+    assert (
+        len({round(float(aggregate_steps(*step_rewards(rewards, cut))), 9) for cut in cuts}) > 1
+    )  # the smallest step is not
 
 
 def test_what_stands_outside_the_mask_does_not_count():
@@ -91,19 +100,32 @@ def test_the_running_value_is_the_soft_value_over_the_references_continuations()
     assert close(soft, [0.279808, -0.346574])
 
 
-# PRIME ----------------------------------------------------------------------------------------------------------------
+# PRIME ------------------------------------------------------------------------------------------------------
 
 PROCESS = doubles([[0.2, -0.1, 0.3], [0.05, 0.1, 0.0], [-0.3, 0.1, -0.2], [0.4, 0.0, 0.0]])
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0]]).bool()
 OUTCOME, GROUP = doubles([1.0, 0.0, 0.0, 1.0]), torch.tensor([3, 3, 3, 3])
 
 
-def run(rewards: Tensor = OUTCOME, group: Tensor = GROUP, mask: Tensor = MASK, process: Tensor = PROCESS, **hp: Any) -> Tensor:
+def run(
+    rewards: Tensor = OUTCOME,
+    group: Tensor = GROUP,
+    mask: Tensor = MASK,
+    process: Tensor = PROCESS,
+    **hp: Any,
+) -> Tensor:
     return prime(rewards, group, mask=mask, process_reward=process, **hp)
 
 
 def by_loops(
-    rewards: np.ndarray, group: list[int], mask: np.ndarray, rho: np.ndarray, *, released: bool, g_p: float, g_o: float
+    rewards: np.ndarray,
+    group: list[int],
+    mask: np.ndarray,
+    rho: np.ndarray,
+    *,
+    released: bool,
+    g_p: float,
+    g_o: float,
 ) -> np.ndarray:
     """PRIME's steps 6 to 8 written out, response by response and token by token."""
     lengths = [int(row.sum()) for row in mask]
@@ -141,14 +163,21 @@ def test_prime_is_the_page_written_out(baseline: Any, g_p: float, g_o: float):
     mask = np.arange(6)[None] < np.array(lengths)[:, None]
     rho, outcome = rng.normal(size=(9, 6)) * mask, rng.integers(0, 2, 9).astype(float)
     got = run(
-        doubles(outcome), torch.tensor(group), torch.tensor(mask), doubles(rho), baseline=baseline, process_gamma=g_p, outcome_gamma=g_o
+        doubles(outcome),
+        torch.tensor(group),
+        torch.tensor(mask),
+        doubles(rho),
+        baseline=baseline,
+        process_gamma=g_p,
+        outcome_gamma=g_o,
     )
     expected = by_loops(outcome, group, mask, rho, released=baseline == "released", g_p=g_p, g_o=g_o)
     np.testing.assert_allclose(got.numpy(), expected, atol=1e-9)
 
 
 def test_the_two_baselines_agree_on_first_tokens_and_one_token_responses():
-    # "released" is "others" plus (r - the response's mean r) / (n - 1), whose sum over a response is 0; whitening is an affine map
+    # "released" is "others" plus (r - the response's mean r) / (n - 1), whose sum over a response is 0;
+    # whitening is an affine map
     paper, released = run(scale="none"), run(scale="none", baseline="released")
     slope = (paper[0, 0] - paper[2, 0]) / (released[0, 0] - released[2, 0])
     aligned = paper[0, 0] + slope * (released - released[0, 0])
@@ -162,13 +191,19 @@ def test_primes_advantages_are_white_and_blind_to_scale_and_padding(baseline: An
     assert float(base[MASK].mean()) == pytest.approx(0.0, abs=1e-12)
     assert float(base[MASK].var()) == pytest.approx(1.0, abs=1e-6)
     assert (base[~MASK] == 0).all()
-    torch.testing.assert_close(run(baseline=baseline, process_weight=5.0, outcome_weight=5.0), base, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        run(baseline=baseline, process_weight=5.0, outcome_weight=5.0), base, rtol=0, atol=1e-6
+    )
     wide = run(
-        mask=torch.nn.functional.pad(MASK, (0, 4)), process=torch.nn.functional.pad(PROCESS, (0, 4), value=torch.nan), baseline=baseline
+        mask=torch.nn.functional.pad(MASK, (0, 4)),
+        process=torch.nn.functional.pad(PROCESS, (0, 4), value=torch.nan),
+        baseline=baseline,
     )
     torch.testing.assert_close(wide[:, :3], base)
     order = torch.tensor([2, 0, 3, 1])
-    torch.testing.assert_close(run(OUTCOME[order], GROUP[order], MASK[order], PROCESS[order], baseline=baseline), base[order])
+    torch.testing.assert_close(
+        run(OUTCOME[order], GROUP[order], MASK[order], PROCESS[order], baseline=baseline), base[order]
+    )
 
 
 def test_without_process_rewards_prime_is_whitened_rloo():
@@ -235,7 +270,10 @@ def test_contrast_accuracy_by_brute_force():
     for g in sorted(set(group)):
         pairs = [(i, j) for i, j in itertools.combinations(np.flatnonzero(group == g), 2)]
         weight = sum(abs(outcome[i] - outcome[j]) for i, j in pairs)
-        right = sum(abs(outcome[i] - outcome[j]) * ((score[i] > score[j]) == (outcome[i] > outcome[j])) for i, j in pairs)
+        right = sum(
+            abs(outcome[i] - outcome[j]) * ((score[i] > score[j]) == (outcome[i] > outcome[j]))
+            for i, j in pairs
+        )
         accuracies.append(right / weight if weight else 0.5)
     got = contrast_accuracy(doubles(score), doubles(outcome), torch.tensor(group))
     assert float(got) == pytest.approx(np.mean(accuracies))

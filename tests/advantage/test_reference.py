@@ -11,9 +11,9 @@ from torch.testing import assert_close
 
 from rltrain.advantage.group import group_mean, group_norm
 from rltrain.advantage.reference import aapo, grao
-from rltrain.types import ARM_ANSWER, ARM_POLICY, ARM_REFERENCE, ARM_TEMPERED
+from rltrain.types.samples import SOURCE_DATASET, SOURCE_POLICY, SOURCE_REFERENCE, SOURCE_TEMPERED
 
-P, R, Y = ARM_POLICY, ARM_REFERENCE, ARM_ANSWER
+P, R, Y = SOURCE_POLICY, SOURCE_REFERENCE, SOURCE_DATASET
 NAN = math.nan
 
 
@@ -25,7 +25,7 @@ def ids(*values: int) -> Tensor:
     return torch.tensor(values)
 
 
-# AAPO ------------------------------------------------------------------------------------------------------------------
+# AAPO -------------------------------------------------------------------------------------------------------
 
 
 def test_a_group_that_is_all_right_learns_from_a_failing_reference():
@@ -55,9 +55,19 @@ def test_rows_are_paired_by_order_within_their_prompt_wherever_they_stand():
 
 
 def test_the_mean_of_the_references_needs_no_partner():
-    got = aapo(f64([1, 0, 0, 1, 1, 1]), ids(*[0] * 6), arm=ids(P, P, R, R, R, R), reference="mean", low=-1.0, high=1.0)
+    got = aapo(
+        f64([1, 0, 0, 1, 1, 1]),
+        ids(*[0] * 6),
+        arm=ids(P, P, R, R, R, R),
+        reference="mean",
+        low=-1.0,
+        high=1.0,
+    )
     assert_close(got, f64([0.5 + 0.25, -0.5 - 0.75, 0, 0, 0, 0]))
-    with pytest.raises(ValueError, match=r"2 rows of the policy came with 4 of the reference; .* set advantage.reference to mean"):
+    with pytest.raises(
+        ValueError,
+        match=r"2 rows of the policy came with 4 of the reference; .* set advantage.reference to mean",
+    ):
         aapo(f64([1, 0, 0, 1, 1, 1]), ids(*[0] * 6), arm=ids(P, P, R, R, R, R))
 
 
@@ -69,11 +79,11 @@ def test_an_ungraded_reference_gives_no_margin_and_an_ungraded_row_no_advantage(
 
 
 def test_rows_of_other_arms_get_nothing():
-    got = aapo(f64([1, 0, 9, 0, 0]), ids(*[0] * 5), arm=ids(P, P, ARM_TEMPERED, R, R))
+    got = aapo(f64([1, 0, 9, 0, 0]), ids(*[0] * 5), arm=ids(P, P, SOURCE_TEMPERED, R, R))
     assert_close(got, f64([0.5 + 0.28, -0.5, 0, 0, 0]))
 
 
-# GRAO ------------------------------------------------------------------------------------------------------------------
+# GRAO -------------------------------------------------------------------------------------------------------
 
 
 def objective(rewards: Tensor, arm: Tensor, j: Tensor, beta: float, lam: float) -> Tensor:
@@ -97,7 +107,9 @@ def test_reinforce_with_these_weights_is_the_objectives_gradient(seed: int):
 
 def test_without_imitation_and_alignment_it_is_reinforce_with_group_advantages():
     rewards, arm = f64([0.2, 0.6, 0.4, 0.8]), ids(P, P, P, Y)
-    got = grao(rewards, ids(1, 1, 1, 1), arm=arm, mask=torch.ones(4, 1), beta=0.0, lam=0.0, statistics="samples")
+    got = grao(
+        rewards, ids(1, 1, 1, 1), arm=arm, mask=torch.ones(4, 1), beta=0.0, lam=0.0, statistics="samples"
+    )
     want = group_norm(rewards[:3], ids(1, 1, 1), ddof=0)
     assert_close(got, torch.cat([want * 4 / 3, f64([0.0])]))  # divided by 4 rows, meant to be divided by 3
 
@@ -105,7 +117,10 @@ def test_without_imitation_and_alignment_it_is_reinforce_with_group_advantages()
 def test_the_printed_statistics_leave_nothing_of_the_alignment_to_the_answer():
     rewards, arm = f64([0.2, 0.6, 0.4, 0.8]), ids(P, P, P, Y)
     one, other = (
-        grao(rewards, ids(1, 1, 1, 1), arm=arm, mask=torch.ones(4, 1), beta=0.5, lam=lam, statistics="samples") for lam in (0.0, 0.6)
+        grao(
+            rewards, ids(1, 1, 1, 1), arm=arm, mask=torch.ones(4, 1), beta=0.5, lam=lam, statistics="samples"
+        )
+        for lam in (0.0, 0.6)
     )
     assert_close(one[3], other[3])
 

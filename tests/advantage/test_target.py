@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from rltrain.advantage.target import binary_moment, dpg, effective_sample_size, fit_moments, kl_to_target, log_partition, pull, tilted
+from rltrain.advantage.target import (
+    binary_moment,
+    dpg,
+    effective_sample_size,
+    fit_moments,
+    kl_to_target,
+    log_partition,
+    pull,
+    tilted,
+)
 
 P0 = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 REWARD = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
@@ -34,7 +43,9 @@ def test_the_optimum_of_kl_regularised_rl_is_the_tilted_reference():
     assert float(log_z) == pytest.approx(1.547956, abs=1e-6)
     # E_pi[r] - beta KL(pi, pi_0) = beta log Z - beta KL(pi, p) for any pi and beta
     for seed, beta in ((0, 1.0), (1, 0.3), (2, 5.0)):
-        policy = torch.softmax(torch.randn(4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), 0)
+        policy = torch.softmax(
+            torch.randn(4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), 0
+        )
         target = torch.softmax(tilted(P0.log(), REWARD, beta), 0)
         log_z = torch.logsumexp(tilted(P0.log(), REWARD, beta), 0)
         monitor = kl_to_target(log_z, (policy * REWARD).sum(), kl(policy, P0), beta)
@@ -82,7 +93,8 @@ def test_the_pull_is_the_divergences_gradient(divergence: Any):
     policy = torch.softmax(logits, 0)
     target = torch.softmax(tilted(P0.log(), REWARD, 2.0), 0)
     (target * DIVERGENCES[divergence](policy / target)).sum().backward()
-    # score function: -sum_y pi(y) A(y) d log pi(y) / d logits, with A = -f'(pi / p); any constant baseline changes nothing
+    # score function: -sum_y pi(y) A(y) d log pi(y) / d logits, with A = -f'(pi / p); any constant baseline
+    # changes nothing
     for baseline in (0.0, 1.0):
         advantage = pull((policy / target).log(), divergence).detach() - baseline
         score = torch.eye(4, dtype=torch.float64) - policy.detach()
@@ -94,12 +106,21 @@ def test_the_pull_of_the_forward_kl_is_constant_at_the_target():
     logits_gradient = torch.tensor([-0.066667, 0.075, -0.033333, 0.025])
     weight = torch.tensor([1.166667, 0.75, 1.166667, 0.75])
     score = torch.eye(4) - P0.float()
-    torch.testing.assert_close(-((P0.float() * (weight - 1))[:, None] * score).sum(0), logits_gradient, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        -((P0.float() * (weight - 1))[:, None] * score).sum(0), logits_gradient, rtol=0, atol=1e-5
+    )
 
 
 def run(rewards: Tensor, policy: Tensor = P0, **hp: Any) -> Tensor:
     logp = policy.log()[SAMPLES][:, None]
-    return dpg(rewards, ONE_PROMPT, mask=torch.ones(10, 1).bool(), old_logp=logp, ref_logp=P0.log()[SAMPLES][:, None], **hp)
+    return dpg(
+        rewards,
+        ONE_PROMPT,
+        mask=torch.ones(10, 1).bool(),
+        old_logp=logp,
+        ref_logp=P0.log()[SAMPLES][:, None],
+        **hp,
+    )
 
 
 def test_dpg_weighs_by_the_posterior_ratio():
@@ -130,7 +151,9 @@ def test_dpg_sums_over_tokens_and_leaves_ungraded_and_empty_rows_out():
     ref = torch.where(mask, -0.7, torch.nan).double()
     rewards = torch.tensor([1.0, 0.0, math.nan, 1.0]).double()
     got = dpg(rewards, torch.zeros(4).long(), mask=mask, old_logp=old, ref_logp=ref, baseline="none")
-    weights = torch.tensor([math.exp(-0.4 + 1), math.exp(-0.6)])  # sums of -0.2 over two and three tokens, plus reward
+    weights = torch.tensor(
+        [math.exp(-0.4 + 1), math.exp(-0.6)]
+    )  # sums of -0.2 over two and three tokens, plus reward
     torch.testing.assert_close(got[:2].float(), weights / weights.mean())
     assert got[2:].tolist() == [0, 0]
 

@@ -25,9 +25,16 @@ IDS = torch.tensor([[1, 2, 3, 4, 5]])
 def tiny(tied: bool):
     torch.manual_seed(0)
     config = Qwen2Config(  # head size 32: vLLM has no CPU attention below it
-        vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        tie_word_embeddings=tied, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -55,7 +62,9 @@ def logits(model) -> torch.Tensor:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_exported_model_has_the_learners_logits_bit_for_bit(tmp_path, tokenizer, tied, gathered):
     model = tiny(tied)
-    weights = {name: value.clone() for name, value in model.state_dict().items()} if gathered else None  # as sharded learners give them
+    weights = (
+        {name: value.clone() for name, value in model.state_dict().items()} if gathered else None
+    )  # as sharded learners give them
     out = export_model(tmp_path / "run" / "model", model, tokenizer, "# card\n", weights)
     again = AutoModelForCausalLM.from_pretrained(out).eval()
     assert torch.equal(logits(again), logits(model))
@@ -66,11 +75,16 @@ def test_the_exported_model_has_the_learners_logits_bit_for_bit(tmp_path, tokeni
     assert [path.name for path in out.parent.iterdir()] == ["model"]
 
 
-def test_a_disk_that_is_full_at_the_tokenizer_is_one_line_and_leaves_nothing(tmp_path, tokenizer, monkeypatch):
-    # tokenizers, in Rust, has a bare Exception for it. A limit on file sizes stands for the full disk: "File too large (os error 27)".
+def test_a_disk_that_is_full_at_the_tokenizer_is_one_line_and_leaves_nothing(
+    tmp_path, tokenizer, monkeypatch
+):
+    # tokenizers, in Rust, has a bare Exception for it. A limit on file sizes stands for the full disk: "File
+    # too large (os error 27)".
     write = tokenizer.save_pretrained
     write(tmp_path / "whole")
-    largest, second = sorted((path.stat().st_size for path in (tmp_path / "whole").iterdir()), reverse=True)[:2]
+    largest, second = sorted((path.stat().st_size for path in (tmp_path / "whole").iterdir()), reverse=True)[
+        :2
+    ]
     assert largest == (tmp_path / "whole/tokenizer.json").stat().st_size  # the one that Rust writes
 
     def limited(folder):
@@ -85,12 +99,17 @@ def test_a_disk_that_is_full_at_the_tokenizer_is_one_line_and_leaves_nothing(tmp
     with pytest.raises(OSError) as refused:
         export_model(tmp_path / "checkpoints/step-1", tiny(tied=True), tokenizer, "card")
     assert refused.value.errno == errno.EFBIG
-    with pytest.raises(UserError, match=r"cannot be written: .*File too large.*no checkpoint yet"), disk_errors(RunFolder(tmp_path)):
+    with (
+        pytest.raises(UserError, match=r"cannot be written: .*File too large.*no checkpoint yet"),
+        disk_errors(RunFolder(tmp_path)),
+    ):
         export_model(tmp_path / "checkpoints/step-1", tiny(tied=True), tokenizer, "card")
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize(("said", "number"), [("No space left on device (os error 28)", errno.ENOSPC), ("a bug of ours", None)])
+@pytest.mark.parametrize(
+    ("said", "number"), [("No space left on device (os error 28)", errno.ENOSPC), ("a bug of ours", None)]
+)
 def test_only_what_names_an_error_of_the_system_becomes_one(said, number, tmp_path, tokenizer, monkeypatch):
     def refuses(folder):
         raise Exception(said)
@@ -114,7 +133,9 @@ def test_a_stale_tied_head_is_refused(tmp_path, tokenizer):
     model = tiny(tied=True)
     stale = {name: value.clone() for name, value in model.state_dict().items()}
     stale["lm_head.weight"] += 1
-    with pytest.raises(ExportError, match=r"lm_head\.weight and model\.embed_tokens\.weight are tied but differ"):
+    with pytest.raises(
+        ExportError, match=r"lm_head\.weight and model\.embed_tokens\.weight are tied but differ"
+    ):
         export_model(tmp_path / "model", model, tokenizer, "card", stale)
     assert list(tmp_path.iterdir()) == []
 
@@ -158,7 +179,9 @@ def test_every_file_is_listed_with_its_hash(tmp_path, tokenizer):
     out = export_model(tmp_path / "model", tiny(tied=False), tokenizer, "card")
     listed = json.loads((out / "files.sha256.json").read_text())
     assert set(listed) == {path.name for path in out.iterdir()} - {"files.sha256.json"}
-    assert all(hashlib.sha256((out / name).read_bytes()).hexdigest() == digest for name, digest in listed.items())
+    assert all(
+        hashlib.sha256((out / name).read_bytes()).hexdigest() == digest for name, digest in listed.items()
+    )
 
 
 def test_sampling_settings_of_the_base_model_do_not_cost_the_finished_one(tmp_path, tokenizer):
@@ -176,13 +199,16 @@ def test_sampling_settings_of_the_base_model_do_not_cost_the_finished_one(tmp_pa
 def test_sharded_files_are_checked_too(tmp_path, tokenizer, monkeypatch):
     model = tiny(tied=True)
     save = model.save_pretrained
-    monkeypatch.setattr(model, "save_pretrained", lambda folder, **options: save(folder, max_shard_size="20KB", **options))
+    monkeypatch.setattr(
+        model, "save_pretrained", lambda folder, **options: save(folder, max_shard_size="20KB", **options)
+    )
     out = export_model(tmp_path / "model", model, tokenizer, "card")
     assert len(list(out.glob("*.safetensors"))) > 1
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out).eval()), logits(model))
 
 
-# vLLM keeps processes and global state, so each engine gets a child. Prints token id -> log-prob of the next token.
+# vLLM keeps processes and global state, so each engine gets a child. Prints token id -> log-prob of the next
+# token.
 ASK_VLLM = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -200,8 +226,15 @@ def test_vllm_serves_the_exported_folder_with_the_learners_log_probs(tmp_path, t
     out = export_model(tmp_path / "model", model, tokenizer, "card")
     expected = torch.log_softmax(logits(model)[0, -1], dim=-1)
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    done = subprocess.run([sys.executable, "-c", ASK_VLLM, str(out), str(IDS[0].tolist())], env=environment, capture_output=True, text=True)
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("LOGPS")] or [pytest.fail(done.stderr[-3000:])]
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_VLLM, str(out), str(IDS[0].tolist())],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("LOGPS")] or [
+        pytest.fail(done.stderr[-3000:])
+    ]
     found = json.loads(line.removeprefix("LOGPS"))
     assert len(found) == 32
     assert max(abs(expected[int(token)].item() - value) for token, value in found.items()) < 1e-4

@@ -9,11 +9,17 @@ import pytest
 
 from rltrain.checkpoint.inputs import changes, code_digests, column_digests, model_digests
 
-ROWS: list[dict[str, Any]] = [{"prompt": "1+1=", "answer": "2", "tests": ["a"]}, {"prompt": "2+2=", "answer": "4", "tests": ["b"]}]
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "1+1=", "answer": "2", "tests": ["a"]},
+    {"prompt": "2+2=", "answer": "4", "tests": ["b"]},
+]
 
 
 def changed_columns(rows: list[dict[str, Any]]) -> list[str]:
-    return [line.split()[1] for line in changes(column_digests("data.train", ROWS), column_digests("data.train", rows))]
+    return [
+        line.split()[1]
+        for line in changes(column_digests("data.train", ROWS), column_digests("data.train", rows))
+    ]
 
 
 def test_a_changed_column_is_named_and_no_other() -> None:
@@ -42,9 +48,15 @@ def test_values_of_other_types_are_other_values(value: object) -> None:
 @pytest.mark.parametrize(
     ("recipe", "named"),
     [
-        ({"reward": {"functions": [{"name": "exact"}, {"name": "FILE:f"}]}}, "code of reward.functions.1 (FILE:f)"),
+        (
+            {"reward": {"functions": [{"name": "exact"}, {"name": "FILE:f"}]}},
+            "code of reward.functions.1 (FILE:f)",
+        ),
         ({"rollout": {"environment": {"name": "FILE:World"}}}, "code of rollout.environment (FILE:World)"),
-        ({"advantage": {"name": "FILE:mine"}}, "code of advantage (FILE:mine)"),  # kinds that no recipe has yet
+        (
+            {"advantage": {"name": "FILE:mine"}},
+            "code of advantage (FILE:mine)",
+        ),  # kinds that no recipe has yet
     ],
 )
 def test_a_users_file_of_any_kind_is_code(tmp_path: Path, recipe: dict[str, Any], named: str) -> None:

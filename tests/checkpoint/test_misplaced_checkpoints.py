@@ -1,4 +1,6 @@
-"""A checkpoint counts where it was written, under its own name, with the files that were written: nothing else is gone on from."""
+"""A checkpoint counts where it was written, under its own name, with the files that were written:
+nothing else is gone on from.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from rltrain.checkpoint.export import MANIFEST, file_hashes
-from rltrain.checkpoint.resume import opened
+from rltrain.checkpoint.resume import open_run
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.checkpoint.run_state import RunState, write_state
 from rltrain.config.load import load_recipe, resolved_yaml
@@ -27,9 +29,18 @@ def run_folder(path: Path, run: str, steps: tuple[int, ...]) -> RunFolder:
         checkpoint.mkdir(parents=True)
         (checkpoint / "model.safetensors").write_text(f"weights after {step}")
         state = RunState(
-            step=step, learner={}, tensors={"m": torch.zeros(1)}, order={}, prompts="", pushes=0, evaluations=(), random=(), reported={},
-            recipe=RECIPE.model_dump(mode="json"), environment={"run": run},
-        )  # fmt: skip
+            step=step,
+            learner={},
+            tensors={"m": torch.zeros(1)},
+            order={},
+            prompts="",
+            pushes=0,
+            evaluations=(),
+            random=(),
+            reported={},
+            recipe=RECIPE.model_dump(mode="json"),
+            environment={"run": run},
+        )
         write_state(checkpoint, state)
         (checkpoint / MANIFEST).write_text(json.dumps(file_hashes(checkpoint)))
     return folder
@@ -38,7 +49,7 @@ def run_folder(path: Path, run: str, steps: tuple[int, ...]) -> RunFolder:
 def resumed(folder: RunFolder, resume: str = "auto") -> tuple[str | None, list[str]]:
     """(name of the checkpoint that is gone on from, what was said)."""
     said: list[str] = []
-    with opened(folder, RECIPE, resume, {"run": "new"}, said.append) as start:
+    with open_run(folder, RECIPE, resume, {"run": "new"}, said.append) as start:
         assert start.checkpoint is None or start.checkpoint.is_dir()  # the place that will be loaded
         return None if start.checkpoint is None else start.checkpoint.name, said
 
@@ -100,7 +111,10 @@ def test_a_checkpoint_of_another_run_is_passed_over_and_the_way_to_use_it_said(t
     shutil.copytree(other.checkpoint(4), folder.checkpoint(4))
     name, said = resumed(folder)
     assert name == "step-2"
-    assert "step-4 was written by another run" in said[0] and f"--run NEW --resume {folder.checkpoint(4)}" in said[0]
+    assert (
+        "step-4 was written by another run" in said[0]
+        and f"--run NEW --resume {folder.checkpoint(4)}" in said[0]
+    )
     assert resumed(RunFolder.at(tmp_path / "new"), str(other.checkpoint(4)))[0] == "step-4"
 
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from rltrain.checkpoint.model_card import model_card
-from rltrain.config.schema import Recipe
+from rltrain.config.schema import OnlineRecipe
 
 RECIPE = {
     "about": {"arxiv": "2402.03300", "title": "DeepSeekMath"},
@@ -25,7 +25,7 @@ METRICS = {
 
 
 def recipe(**changes) -> dict:
-    return Recipe.model_validate(RECIPE | changes).model_dump()
+    return OnlineRecipe.model_validate(RECIPE | changes).model_dump()
 
 
 def header(card: str) -> dict:

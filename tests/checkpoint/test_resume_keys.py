@@ -16,7 +16,9 @@ CONSTANT = "learner.optimizer.schedule=constant"
 
 
 def plain(*overrides: str) -> dict[str, Any]:
-    return load_recipe(GRPO, profile="tiny_cpu", overrides=[CONSTANT, "train.steps=5", *overrides]).model_dump(mode="json")
+    return load_recipe(
+        GRPO, profile="tiny_cpu", overrides=[CONSTANT, "train.steps=5", *overrides]
+    ).model_dump(mode="json")
 
 
 def notes_of(*overrides: str) -> list[str]:
@@ -60,11 +62,18 @@ def test_a_longer_run_may_have_another_deadline_too() -> None:
 
 
 def test_a_section_that_appears_is_not_its_free_key() -> None:
-    assert is_free("rollout.environment.workers") and not is_free("rollout.environment") and not is_free("checkpointing")
+    assert (
+        is_free("rollout.environment.workers")
+        and not is_free("rollout.environment")
+        and not is_free("checkpointing")
+    )
 
 
 def test_digests_of_users_code_are_not_compared_as_keys_of_the_recipe() -> None:
-    saved, given = ({"reward": {"functions": [{"name": "/mine.py:f", "sha256": digest}]}} for digest in ("a" * 64, "b" * 64))
+    saved, given = (
+        {"reward": {"functions": [{"name": "/mine.py:f", "sha256": digest}]}}
+        for digest in ("a" * 64, "b" * 64)
+    )
     assert list(differences(saved, given)) == []
     given["reward"]["functions"][0]["name"] = "/yours.py:f"
     assert [key for key, _, _ in differences(saved, given)] == ["reward.functions.0.name"]

@@ -18,12 +18,19 @@ ROOT = Path(__file__).parents[2]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_a_new_run_holds_its_recipe_and_environment(tmp_path):
     folder = RunFolder.create(tmp_path / "runs" / "grpo", "seed: 1\n", {"python": "3.11"})
-    assert contents(folder.path) == {"recipe.resolved.yaml": b"seed: 1\n", "environment.json": b'{\n  "python": "3.11"\n}\n'}
+    assert contents(folder.path) == {
+        "recipe.resolved.yaml": b"seed: 1\n",
+        "environment.json": b'{\n  "python": "3.11"\n}\n',
+    }
     assert sorted(path.name for path in folder.path.parent.iterdir()) == ["grpo"]  # no temporary left
 
 
@@ -64,15 +71,23 @@ def test_a_dangling_link_is_refused(tmp_path):
 
 
 def test_a_read_only_parent_is_one_clear_error():
-    # As root permissions do not bind: the attempt is made by a child that has given up root, in a folder of its own.
-    code = "from rltrain.checkpoint.run_folder import RunFolder\nfrom rltrain.errors import UserError\nimport os, sys\n"
+    # As root permissions do not bind: the attempt is made by a child that has given up root, in a folder of
+    # its own.
+    code = (
+        "from rltrain.checkpoint.run_folder import RunFolder\nfrom rltrain.errors import UserError\nimport "
+        "os, sys\n"
+    )
     code += "os.geteuid() or os.seteuid(65534)\n"
     code += "try: RunFolder.create(sys.argv[1], 'seed: 1', {})\nexcept UserError as error: print(error)"
     with tempfile.TemporaryDirectory() as parent:
         os.chmod(parent, 0o555)
-        done = subprocess.run([sys.executable, "-c", code, f"{parent}/run"], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, f"{parent}/run"], cwd=ROOT, capture_output=True, text=True
+        )
         os.chmod(parent, 0o755)
-        assert re.search("cannot be written .Permission denied.*choose a --run that can be", done.stdout), done.stderr
+        assert re.search("cannot be written .Permission denied.*choose a --run that can be", done.stdout), (
+            done.stderr
+        )
         assert os.listdir(parent) == []
 
 
@@ -100,7 +115,9 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(ZeroDivisionError), directory_atomic(tmp_path / "other") as making:
         (making / "a").write_text("1")
         raise ZeroDivisionError
-    assert contents(tmp_path) == {"model/sub/a": b"1"} and [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert contents(tmp_path) == {"model/sub/a": b"1"} and [path.name for path in tmp_path.iterdir()] == [
+        "model"
+    ]
 
 
 def test_a_folder_is_never_replaced(tmp_path):
@@ -115,7 +132,10 @@ def test_a_folder_is_never_replaced(tmp_path):
 
 
 def test_a_kill_in_the_middle_leaves_nothing_under_the_name(tmp_path):
-    code = "import os, sys, signal\nfrom pathlib import Path\nfrom rltrain.checkpoint.run_folder import directory_atomic\n"
+    code = (
+        "import os, sys, signal\nfrom pathlib import Path\nfrom rltrain.checkpoint.run_folder import "
+        "directory_atomic\n"
+    )
     code += "with directory_atomic(Path(sys.argv[1])) as making:\n    (making / 'half').write_text('1')\n"
     code += "    os.kill(os.getpid(), signal.SIGKILL)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], cwd=ROOT)

@@ -23,8 +23,8 @@ def test_a_weight_of_zero_does_not_read_the_model():
 
 
 def test_it_is_accumulated_in_float32_and_given_back_in_the_models_dtype():
-    # bfloat16 has 8 bits: 256 + 1 = 256 there. Twelve models of 256 and 4 of 260 average to 257, which rounds to 258 or 256;
-    # accumulating in bfloat16 would drift from the mean rounded once
+    # bfloat16 has 8 bits: 256 + 1 = 256 there. Twelve models of 256 and 4 of 260 average to 257, which rounds
+    # to 258 or 256; accumulating in bfloat16 would drift from the mean rounded once
     models = [{"w": torch.tensor([value], dtype=torch.bfloat16)} for value in (1.0, 1.0078125, 1.015625)]
     mixed = soup(models, [1 / 3, 1 / 3, 1 / 3])["w"]
     assert mixed.dtype == torch.bfloat16 and float(mixed) == 1.0078125

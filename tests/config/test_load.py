@@ -26,7 +26,7 @@ def without(path: Path, line: str) -> str:
     return "\n".join(kept for kept in path.read_text().splitlines() if not kept.startswith(line)) + "\n"
 
 
-# merging -------------------------------------------------------------------------------------------------------------
+# merging ----------------------------------------------------------------------------------------------------
 
 
 def test_mappings_merge_by_key_and_lists_are_replaced() -> None:
@@ -38,9 +38,14 @@ def test_mappings_merge_by_key_and_lists_are_replaced() -> None:
 def test_hyperparameters_of_one_method_never_reach_another() -> None:
     below = {"policy": {"name": "clip", "eps_high": 0.28}}
     assert merged(below, {"policy": {"name": "gspo"}}) == {"policy": {"name": "gspo"}}
-    assert merged(below, {"policy": {"name": "clip", "eps_low": 0.1}}) == {"policy": {"name": "clip", "eps_high": 0.28, "eps_low": 0.1}}
+    assert merged(below, {"policy": {"name": "clip", "eps_low": 0.1}}) == {
+        "policy": {"name": "clip", "eps_high": 0.28, "eps_low": 0.1}
+    }
     # A section called train is no identity: it is a mapping, not the name of a data set.
-    assert merged({"train": {"steps": 1}, "seed": 3}, {"train": {"steps": 2}}) == {"train": {"steps": 2}, "seed": 3}
+    assert merged({"train": {"steps": 1}, "seed": 3}, {"train": {"steps": 2}}) == {
+        "train": {"steps": 2},
+        "seed": 3,
+    }
 
 
 def test_a_recipe_extends_one_base_and_overrides_it(write: Write) -> None:
@@ -58,14 +63,17 @@ def test_a_base_cannot_extend(write: Write) -> None:
     assert "one level only" in problem
 
 
-@pytest.mark.parametrize(("extends", "expected"), [("base/none.yaml", "no such file"), ("[a]", "extends must be the path of one base")])
+@pytest.mark.parametrize(
+    ("extends", "expected"),
+    [("base/none.yaml", "no such file"), ("[a]", "extends must be the path of one base")],
+)
 def test_extends_must_name_a_file(write: Write, extends: str, expected: str) -> None:
     (problem,) = problems(write("r.yaml", f"seed: 1\nextends: {extends}\n"))
     assert "r.yaml:2: " in problem
     assert expected in problem
 
 
-# profiles ------------------------------------------------------------------------------------------------------------
+# profiles ---------------------------------------------------------------------------------------------------
 
 
 def test_a_profile_is_found_by_name_above_the_recipe_or_as_a_file(write: Write) -> None:
@@ -87,7 +95,14 @@ def test_a_profile_that_names_a_data_set_replaces_the_whole_section(write: Write
 
 @pytest.mark.parametrize(
     "key",
-    ["loss: {policy: gspo}", "advantage: rloo", "control: [tis]", "reward: {functions: [exact]}", "learner: {updates: 4}", "seed: 1"],
+    [
+        "loss: {policy: gspo}",
+        "advantage: rloo",
+        "control: [tis]",
+        "reward: {functions: [exact]}",
+        "learner: {updates: 4}",
+        "seed: 1",
+    ],
 )
 def test_a_profile_sets_model_data_and_sizes_and_nothing_else(write: Write, key: str) -> None:
     write("profiles/p.yaml", f"model: {{path: x}}\n{key}\n")
@@ -98,8 +113,15 @@ def test_a_profile_sets_model_data_and_sizes_and_nothing_else(write: Write, key:
 
 
 def test_sizes_reach_the_methods_that_the_recipe_uses_and_no_others(write: Write) -> None:
-    write("profiles/p.yaml", "sizes: {length: {max_tokens: 8, buffer_tokens: 2}, format: {window_tokens: 1}}\n")
-    path = write("r.yaml", write().read_text().replace("[math_answer]", "[math_answer, {name: length, max_tokens: 100, factor: 2.0}]"))
+    write(
+        "profiles/p.yaml", "sizes: {length: {max_tokens: 8, buffer_tokens: 2}, format: {window_tokens: 1}}\n"
+    )
+    path = write(
+        "r.yaml",
+        write()
+        .read_text()
+        .replace("[math_answer]", "[math_answer, {name: length, max_tokens: 100, factor: 2.0}]"),
+    )
     first, second = load_recipe(path, profile="p").reward.functions
     assert first.hp == {}
     assert second.hp == {"max_tokens": 8, "factor": 2.0, "buffer_tokens": 2}
@@ -115,7 +137,7 @@ def test_sizes_are_token_counts_in_a_profile(write: Write, recipe: Path) -> None
     assert "sizes must map a method to its sizes" in problems(recipe, profile="p")[0]
 
 
-# --set ---------------------------------------------------------------------------------------------------------------
+# --set ------------------------------------------------------------------------------------------------------
 
 
 def test_set_comes_last_and_its_values_are_yaml(write: Write) -> None:
@@ -136,7 +158,12 @@ def test_set_comes_last_and_its_values_are_yaml(write: Write) -> None:
             "rollout.dynamic_sampling.max_rounds=5",
         ),
     )
-    assert (found.rollout.n, found.learner.optimizer.lr, found.eval.k, found.data.eval) == (3, 1e-6, (1, 2), None)
+    assert (found.rollout.n, found.learner.optimizer.lr, found.eval.k, found.data.eval) == (
+        3,
+        1e-6,
+        (1, 2),
+        None,
+    )
     assert (found.loss.policy.name, found.loss.policy.hp) == ("clip", {"eps_high": 0.28})
     assert found.loss.terms[0].coefficient == 0.01
     assert [control.name for control in found.control] == ["tis", "mis"]
@@ -148,15 +175,24 @@ def test_set_comes_last_and_its_values_are_yaml(write: Write) -> None:
     ("override", "expected"),
     [
         ("train.stepz=1", "--set train.stepz=1: unknown key train.stepz; did you mean 'train.steps'?"),
-        ("lr=1", "--set lr=1: unknown key lr; did you mean process_reward.optimizer.lr or learner.optimizer.lr?"),
+        (
+            "lr=1",
+            "--set lr=1: unknown key lr; did you mean learner.optimizer.lr or process_reward.optimizer.lr?",
+        ),
         ("train.steps", "--set train.steps: expected KEY=VALUE with a dotted key, such as"),
         ("=3", "--set =3: expected KEY=VALUE"),
         ("train..steps=3", "--set train..steps=3: expected KEY=VALUE"),
-        ("train.steps.x=1", "--set train.steps.x=1: train.steps is 200, it has no key 'x' below it; set train.steps itself"),
+        (
+            "train.steps.x=1",
+            "--set train.steps.x=1: train.steps is 200, it has no key 'x' below it; set train.steps itself",
+        ),
         ("reward.functions.4=exact", "expected a position from 0 to 1, got '4'"),
         ("reward.functions.first=exact", "expected a position from 0 to 1, got 'first'"),
         ("train.steps=[1", "not valid YAML"),
-        ("train.steps=many", "--set train.steps=many: train.steps: got 'many' (str); it should be a valid integer"),
+        (
+            "train.steps=many",
+            "--set train.steps=many: train.steps: got 'many' (str); it should be a valid integer",
+        ),
         ("extends=x.yaml", "--set extends=x.yaml: extends is read from files only"),
     ],
 )
@@ -165,28 +201,54 @@ def test_an_override_that_fits_nowhere_says_so(recipe: Path, override: str, expe
     assert expected in problem
 
 
-# the schema's refusals -----------------------------------------------------------------------------------------------
+# the schema's refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("train: {steps: 200}", "train: {stepps: 200}", ":8: unknown key train.stepps; did you mean 'train.steps'?"),
-        ("n: 8,", "n: 8, lr: 1,", ":3: unknown key rollout.lr; did you mean process_reward.optimizer.lr or learner.optimizer.lr?"),
+        (
+            "train: {steps: 200}",
+            "train: {stepps: 200}",
+            ":8: unknown key train.stepps; did you mean 'train.steps'?",
+        ),
+        (
+            "n: 8,",
+            "n: 8, lr: 1,",
+            ":3: unknown key rollout.lr; did you mean learner.optimizer.lr or process_reward.optimizer.lr?",
+        ),
         ("advantage:", "advantages:", ":5: unknown key advantages; did you mean 'advantage'?"),
         ("n: 8", "n: 0", ":3: rollout.n: got 0 (int); it should be greater than or equal to 1"),
         ("n: 8", 'n: "8"', ":3: rollout.n: got '8' (str); it should be a valid integer"),
         ("n: 8", "n: true", ":3: rollout.n: got True (bool); it should be a valid integer"),
-        ("n: 8", "n: 8, trust_logp: off", ":3: rollout.trust_logp: got 'off' (str); it should be a valid boolean; write true or false"),
-        ("n: 8", "n: 8, engine: vlm", ":3: rollout.engine: got 'vlm', expected 'transformers' or 'vllm'; did you mean 'vllm'?"),
+        (
+            "n: 8",
+            "n: 8, trust_logp: off",
+            ":3: rollout.trust_logp: got 'off' (str); it should be a valid boolean; write true or false",
+        ),
+        (
+            "n: 8",
+            "n: 8, engine: vlm",
+            ":3: rollout.engine: got 'vlm', expected 'transformers' or 'vllm'; did you mean 'vllm'?",
+        ),
         ("lr: 1e-4", "lr: .nan", ":7: learner.optimizer.lr: got nan (float); it should be a finite number"),
-        ("[math_answer]", "math_answer", ":4: reward.functions: got 'math_answer' (str); it should be a list"),
+        (
+            "[math_answer]",
+            "math_answer",
+            ":4: reward.functions: got 'math_answer' (str); it should be a list",
+        ),
         ("[math_answer]", "[{name: math_answer, weight: .inf}]", ":4: reward.functions.0.weight: got inf"),
         ("path: tiny", "path: 2024", ":1: model.path: got 2024 (int); it should be text; put it in quotes"),
-        ("policy: clip", "policy: clip, terms: [{name: kl}]", ":6: loss.terms.0.coefficient is missing; expected float"),
+        (
+            "policy: clip",
+            "policy: clip, terms: [{name: kl}]",
+            ":6: loss.terms.0.coefficient is missing; expected float",
+        ),
     ],
 )
-def test_a_refusal_names_line_key_what_arrived_and_the_remedy(write: Write, old: str, new: str, expected: str) -> None:
+def test_a_refusal_names_line_key_what_arrived_and_the_remedy(
+    write: Write, old: str, new: str, expected: str
+) -> None:
     path = write()
     path.write_text(path.read_text().replace(old, new, 1))
     assert any(problem.startswith(f"{path}{expected}") for problem in problems(path)), problems(path)
@@ -194,7 +256,9 @@ def test_a_refusal_names_line_key_what_arrived_and_the_remedy(write: Write, old:
 
 def test_a_missing_section_says_what_belongs_in_it(write: Write, recipe: Path) -> None:
     recipe.write_text(without(recipe, "rollout"))
-    assert problems(recipe) == (f"{recipe}: rollout is missing; expected a section with prompts, n, max_tokens",)
+    assert problems(recipe) == (
+        f"{recipe}: rollout is missing; expected a section with prompts, n, max_tokens",
+    )
 
 
 def test_every_problem_is_reported_at_once_each_with_its_own_file(write: Write) -> None:
@@ -204,10 +268,12 @@ def test_every_problem_is_reported_at_once_each_with_its_own_file(write: Write) 
     assert [problem.split(": ")[0] for problem in found] == ["--set rollout.n=x", f"{path}:9", f"{base}:1"]
 
 
-# the resolved recipe -------------------------------------------------------------------------------------------------
+# the resolved recipe ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=15, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=15, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     title=st.text(max_size=20) | st.sampled_from(["off", "1e-6", "null", "0x1F", "yes"]),
     lr=st.floats(min_value=0, max_value=1),
@@ -221,8 +287,12 @@ def test_a_resolved_recipe_loads_back_equal(
     changed = plain.model_copy(
         update={
             "about": plain.about.model_copy(update={"title": title}),
-            "learner": plain.learner.model_copy(update={"optimizer": plain.learner.optimizer.model_copy(update={"lr": lr})}),
-            "loss": plain.loss.model_copy(update={"policy": type(plain.loss.policy)(name="clip", eps_high=eps)}),
+            "learner": plain.learner.model_copy(
+                update={"optimizer": plain.learner.optimizer.model_copy(update={"lr": lr})}
+            ),
+            "loss": plain.loss.model_copy(
+                update={"policy": type(plain.loss.policy)(name="clip", eps_high=eps)}
+            ),
             "data": plain.data.model_copy(update={"columns": columns}),
         }
     )
@@ -232,7 +302,11 @@ def test_a_resolved_recipe_loads_back_equal(
 
 
 def test_a_resolved_recipe_holds_every_key(write: Write, recipe: Path) -> None:
-    optional = ("dynamic_sampling={}", "adaptive_temperature={}", "environment={name: calculator, max_turns: 1, turn_tokens: 1}")
+    optional = (
+        "dynamic_sampling={}",
+        "adaptive_temperature={}",
+        "environment={name: calculator, max_turns: 1, turn_tokens: 1}",
+    )
     overrides = (*(f"rollout.{one}" for one in optional), "process_reward={optimizer: {lr: 1.0}}")
     text = resolved_yaml(load_recipe(recipe, overrides=overrides))
     assert [key for key in schema_keys() if f"{key[-1]}:" not in text] == []

@@ -1,4 +1,6 @@
-"""Recipes that learn from judged completions: told apart by themselves, checked by their own schema, planned by their own numbers."""
+"""Recipes that learn from judged completions: told apart by themselves, checked by their own schema,
+planned by their own numbers.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from rltrain.config.check import check
 from rltrain.config.fragments import check_fragment
 from rltrain.config.load import load_recipe, resolved_yaml
 from rltrain.config.plan import plan
-from rltrain.config.schema import OfflineRecipe, Recipe
+from rltrain.config.rules import check
+from rltrain.config.schema import OfflineRecipe, OnlineRecipe
 from rltrain.errors import RecipeError
 
 MINIMAL = """\
@@ -28,7 +30,7 @@ rollout: {n: 2}
 learner: {layout: padded}
 train: {steps: 7}
 report: {transcripts: 0}
-preference:
+offline:
   data: {max_prompt_tokens: 9}
   train: {steps: 3}
 """
@@ -39,10 +41,12 @@ def offline(write: Callable[..., Path]) -> Path:
     return write("offline.yaml", MINIMAL)
 
 
-def test_the_kind_follows_from_the_loss_or_is_said(offline: Path, recipe: Path, write: Callable[..., Path]) -> None:
-    assert isinstance(load_recipe(offline), OfflineRecipe) and isinstance(load_recipe(recipe), Recipe)
+def test_the_kind_follows_from_the_loss_or_is_said(
+    offline: Path, recipe: Path, write: Callable[..., Path]
+) -> None:
+    assert isinstance(load_recipe(offline), OfflineRecipe) and isinstance(load_recipe(recipe), OnlineRecipe)
     with pytest.raises(RecipeError, match="loss is missing; expected a section with preference"):
-        load_recipe(write("said.yaml", "kind: preference\n" + MINIMAL.replace("loss: {preference: dpo}\n", "")))
+        load_recipe(write("said.yaml", "kind: offline\n" + MINIMAL.replace("loss: {preference: dpo}\n", "")))
 
 
 def test_the_resolved_form_loads_back_as_it_is(offline: Path, write: Callable[..., Path]) -> None:
@@ -61,19 +65,27 @@ def test_the_resolved_form_loads_back_as_it_is(offline: Path, write: Callable[..
         ("train.examples=1", "train.examples: got 1"),
     ],
 )
-def test_unknown_keys_and_values_are_refused_with_a_suggestion(offline: Path, override: str, expected: str) -> None:
+def test_unknown_keys_and_values_are_refused_with_a_suggestion(
+    offline: Path, override: str, expected: str
+) -> None:
     with pytest.raises(RecipeError) as error:
         load_recipe(offline, overrides=[override])
     assert expected in str(error.value)
 
 
-def test_a_profile_has_a_section_of_its_own_for_them(offline: Path, recipe: Path, write: Callable[..., Path]) -> None:
+def test_a_profile_has_a_section_of_its_own_for_them(
+    offline: Path, recipe: Path, write: Callable[..., Path]
+) -> None:
     profile = write("profiles/p.yaml", PROFILE)
     check_fragment(profile)
     judged, sampled = load_recipe(offline, profile=str(profile)), load_recipe(recipe, profile=str(profile))
-    assert isinstance(judged, OfflineRecipe) and isinstance(sampled, Recipe)
+    assert isinstance(judged, OfflineRecipe) and isinstance(sampled, OnlineRecipe)
     assert (judged.model.path, judged.learner.layout) == ("small", "padded")  # shared
-    assert (judged.data.train, judged.data.max_prompt_tokens, judged.train.steps) == ("arithmetic_pairs", 9, 3)
+    assert (judged.data.train, judged.data.max_prompt_tokens, judged.train.steps) == (
+        "arithmetic_pairs",
+        9,
+        3,
+    )
     assert (sampled.rollout.n, sampled.train.steps) == (2, 7)
 
 
@@ -81,45 +93,73 @@ def test_a_profile_has_a_section_of_its_own_for_them(offline: Path, recipe: Path
     ("text", "expected"),
     [
         (
-            "preference:\n  loss: {preference: kto}\n",
-            "p.yaml:2: preference.loss.preference: below preference a profile replaces data, learner",
+            "offline:\n  loss: {preference: kto}\n",
+            "p.yaml:2: offline.loss.preference: below offline a profile replaces data, learner",
         ),
-        ("preference:\n  train:\n    exampels: 3\n", "p.yaml:3: unknown key train.exampels; did you mean 'train.examples'?"),
+        (
+            "offline:\n  train:\n    exampels: 3\n",
+            "p.yaml:3: unknown key train.exampels; did you mean 'train.examples'?",
+        ),
     ],
 )
-def test_that_section_is_held_to_the_schema_with_its_lines(write: Callable[..., Path], text: str, expected: str) -> None:
+def test_that_section_is_held_to_the_schema_with_its_lines(
+    write: Callable[..., Path], text: str, expected: str
+) -> None:
     with pytest.raises(RecipeError) as error:
         check_fragment(write("profiles/p.yaml", text))
     assert expected in str(error.value)
 
 
 def test_the_plan_of_a_pairwise_and_of_a_single_loss(offline: Path) -> None:
-    found = {line.name: line for line in plan(load_recipe(offline, overrides=["train.epochs=2", "learner.tokens_per_micro_batch=5000"]))}
+    found = {
+        line.name: line
+        for line in plan(
+            load_recipe(offline, overrides=["train.epochs=2", "learner.tokens_per_micro_batch=5000"])
+        )
+    }
     assert found["data: longest example"].value == "2,048"  # 2 x (512 + 512)
     assert found["learner: longest pairs per micro-batch"].value == "2"  # 5000 // 2048
     assert found["learner: updates in all"].value == "2 x examples / 32"
     assert found["frozen models: log-probs"].value == "ref_logp"
     found = {
-        line.name: line for line in plan(load_recipe(offline, overrides=["loss.preference=kto", "train.steps=9", "reference.cache=null"]))
+        line.name: line
+        for line in plan(
+            load_recipe(offline, overrides=["loss.preference=kto", "train.steps=9", "reference.cache=null"])
+        )
     }
     assert found["frozen models: log-probs"][1:] == ("ref_logp mismatched", "computed anew in every run")
     assert (found["data: longest example"].value, found["learner: updates in all"].value) == ("1,024", "9")
-    found = {line.name: line for line in plan(load_recipe(offline, overrides=["loss.preference=dpo_reference_free"]))}
+    found = {
+        line.name: line
+        for line in plan(load_recipe(offline, overrides=["loss.preference=dpo_reference_free"]))
+    }
     assert found["frozen models: log-probs"].value == "none"
 
 
 def test_what_changes_nothing_is_warned_of(offline: Path) -> None:
-    few = check(load_recipe(offline, overrides=["loss.preference=kto", "train.examples=4", "train.steps=5", "train.epochs=2"])).warnings
-    assert any("train.epochs 2 is not read" in line for line in few) and any("set at least 8" in line for line in few)
+    few = check(
+        load_recipe(
+            offline, overrides=["loss.preference=kto", "train.examples=4", "train.steps=5", "train.epochs=2"]
+        )
+    ).warnings
+    assert any("train.epochs 2 is not read" in line for line in few) and any(
+        "set at least 8" in line for line in few
+    )
     assert check(load_recipe(offline)).warnings == ()
 
 
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["loss.preference=kto", "eval.gamma=0.7"], "eval.gamma is 0.7, but loss.preference kto learns from single completions"),
+        (
+            ["loss.preference=kto", "eval.gamma=0.7"],
+            "eval.gamma is 0.7, but loss.preference kto learns from single completions",
+        ),
         (["eval.samples=8"], "eval.samples is 8, but data.eval is null"),
-        (["loss.preference=bradley_terry", "data.eval=arithmetic_pairs", "eval.samples=8"], "trains a scalar head, which writes no text"),
+        (
+            ["loss.preference=bradley_terry", "data.eval=arithmetic_pairs", "eval.samples=8"],
+            "trains a scalar head, which writes no text",
+        ),
     ],
 )
 def test_evaluations_that_cannot_be_made_are_refused(offline: Path, overrides: list[str], says: str) -> None:
@@ -128,5 +168,7 @@ def test_evaluations_that_cannot_be_made_are_refused(offline: Path, overrides: l
 
 
 def test_the_plan_says_what_the_policy_will_write(offline: Path) -> None:
-    lines = plan(check(load_recipe(offline, overrides=["data.eval=arithmetic_pairs", "eval.samples=8"])).recipe)
+    lines = plan(
+        check(load_recipe(offline, overrides=["data.eval=arithmetic_pairs", "eval.samples=8"])).recipe
+    )
     assert [line.value for line in lines if line.name == "eval: completions written"] == ["8"]

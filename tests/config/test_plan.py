@@ -16,7 +16,9 @@ def values(path: Path, *overrides: str) -> dict[str, str]:
 
 
 def test_the_numbers_of_a_step(recipe: Path) -> None:
-    found = values(recipe, "learner.updates=5", "learner.epochs=2", "learner.tokens_per_micro_batch=100", "eval.every=50")
+    found = values(
+        recipe, "learner.updates=5", "learner.epochs=2", "learner.tokens_per_micro_batch=100", "eval.every=50"
+    )
     assert found["rollout: completions per step"] == "192"  # 24 x 8
     assert found["rollout: longest row"] == "24"  # 16 + 8
     assert found["rollout: tokens per step, at most"] == "1,536"  # 192 x 8
@@ -34,7 +36,10 @@ def test_the_numbers_of_a_step(recipe: Path) -> None:
 
 
 def test_dynamic_sampling_draws_at_most_its_rounds(recipe: Path) -> None:
-    assert values(recipe, "rollout.dynamic_sampling.max_rounds=3")["rollout: prompts drawn per step, at most"] == "72"
+    assert (
+        values(recipe, "rollout.dynamic_sampling.max_rounds=3")["rollout: prompts drawn per step, at most"]
+        == "72"
+    )
 
 
 def test_no_held_out_data_is_no_evaluation(recipe: Path) -> None:
@@ -42,7 +47,13 @@ def test_no_held_out_data_is_no_evaluation(recipe: Path) -> None:
 
 
 def tiny_config(folder: Path, **changes: object) -> Path:
-    facts = {"model_type": "qwen2", "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    facts = {
+        "model_type": "qwen2",
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     facts |= {"intermediate_size": 16, "vocab_size": 100, "tie_word_embeddings": True}
     path = folder / "config.json"
     path.write_text(json.dumps(facts | changes))
@@ -50,8 +61,9 @@ def tiny_config(folder: Path, **changes: object) -> Path:
 
 
 def test_parameters_and_cache_follow_from_the_config(tmp_path: Path) -> None:
-    # Head width 8 / 4 = 2, keys and values 2 x 2 = 4 wide. Per layer: q and o 2 x 8 x 8 = 128, k and v 2 x 8 x 4 = 64, their
-    # biases 8 + 2 x 4 = 16, mlp 3 x 8 x 16 = 384, norms 16: 608. Two layers, 100 x 8 embeddings, last norm 8: 2024.
+    # Head width 8 / 4 = 2, keys and values 2 x 2 = 4 wide. Per layer: q and o 2 x 8 x 8 = 128, k and v 2 x 8
+    # x 4 = 64, their biases 8 + 2 x 4 = 16, mlp 3 x 8 x 16 = 384, norms 16: 608. Two layers, 100 x 8
+    # embeddings, last norm 8: 2024.
     size = model_size(tiny_config(tmp_path))
     assert size == (2024, 100, 2 * 2 * 4)
     untied = model_size(tiny_config(tmp_path, tie_word_embeddings=False))
@@ -87,7 +99,8 @@ def test_memory_is_planned_for_a_local_model(recipe: Path, tmp_path: Path) -> No
 
 
 def test_a_process_reward_model_is_a_second_learner_and_a_frozen_model(tmp_path: Path) -> None:
-    # 608 per layer as above, two layers, 20,000,000 x 8 embeddings, last norm 8: 160,001,224 parameters; x 16 and x 4 bytes
+    # 608 per layer as above, two layers, 20,000,000 x 8 embeddings, last norm 8: 160,001,224 parameters; x 16
+    # and x 4 bytes
     (tmp_path / "small").mkdir()
     tiny_config(tmp_path, vocab_size=20_000_000)
     tiny_config(tmp_path / "small")
@@ -97,14 +110,27 @@ def test_a_process_reward_model_is_a_second_learner_and_a_frozen_model(tmp_path:
     small = f"process_reward.path={tmp_path / 'small'}"
     found = values(prime, f"model.path={tmp_path}", small, f"process_reward.reference={tmp_path}")
     assert (found["memory: process reward model"], found["memory: its reference"]) == ("0.00 GiB", "0.60 GiB")
-    assert values(prime, f"model.path={tmp_path}", "process_reward.reference=policy")["memory: its reference"] == "none"
+    assert (
+        values(prime, f"model.path={tmp_path}", "process_reward.reference=policy")["memory: its reference"]
+        == "none"
+    )
     assert values(prime)["memory: process reward model"] == "unknown"
-    assert not any("process" in name for name in values(prime.with_name("grpo.yaml"), f"model.path={tmp_path}"))
+    assert not any(
+        "process" in name for name in values(prime.with_name("grpo.yaml"), f"model.path={tmp_path}")
+    )
 
 
 def test_a_reward_model_stands_beside_the_learner_as_reward_or_as_judge(tmp_path: Path) -> None:
     tiny_config(tmp_path, vocab_size=20_000_000)  # 160,001,224 parameters x 4 bytes
     recipes, ours = Path(__file__).parents[2] / "recipes", f"{{name: reward_model, path: {tmp_path}}}"
-    assert values(recipes / "policy/grpo_reward_model.yaml", f"reward.functions=[{ours}]")["memory: reward model"] == "0.60 GiB"
-    assert values(recipes / "preference/online_dpo.yaml", f"pairs.judge={ours}")["memory: reward model"] == "0.60 GiB"
+    assert (
+        values(recipes / "policy/grpo_reward_model.yaml", f"reward.functions=[{ours}]")[
+            "memory: reward model"
+        ]
+        == "0.60 GiB"
+    )
+    assert (
+        values(recipes / "preference/online_dpo.yaml", f"pairs.judge={ours}")["memory: reward model"]
+        == "0.60 GiB"
+    )
     assert values(recipes / "policy/grpo_reward_model.yaml")["memory: reward model"] == "unknown"

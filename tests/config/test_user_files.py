@@ -1,4 +1,6 @@
-"""A user's file in a recipe is the same file wherever the recipe is read from, and the recipe says which code it was."""
+"""A user's file in a recipe is the same file wherever the recipe is read from, and the recipe says
+which code it was.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from rltrain.config.check import check
 from rltrain.config.load import load_recipe, resolved_yaml
-from rltrain.config.schema import Recipe
+from rltrain.config.rules import check
+from rltrain.config.schema import OnlineRecipe
 from rltrain.errors import RecipeError
 from tests.config.conftest import MINIMAL
 
 CODE = "def score(inputs, *, scale=1.0): return [scale] * len(inputs.completions)\n"
-ENVIRONMENT = "class Play:\n    def reset(self, task, seed): ...\n    def step(self, text): ...\n    def close(self): ...\n"
+ENVIRONMENT = (
+    "class Play:\n    def reset(self, task, seed): ...\n    def step(self, text): ...\n    def close(self): "
+    "...\n"
+)
 PLAYED = "{name: 'env.py:Play', max_turns: 2, turn_tokens: 2}"
 
 
@@ -23,15 +28,17 @@ def recipe_text(function: str, environment: str = "null") -> str:
     return text.replace("max_tokens: 8}", f"max_tokens: 8, environment: {environment}}}")
 
 
-def load(path: Path, *overrides: str, profile: str | None = None) -> Recipe:
+def load(path: Path, *overrides: str, profile: str | None = None) -> OnlineRecipe:
     recipe = load_recipe(path, profile=profile, overrides=overrides)
-    assert isinstance(recipe, Recipe)
+    assert isinstance(recipe, OnlineRecipe)
     return recipe
 
 
 @pytest.fixture
 def project(write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a recipe and code beside it; the current folder is another one, with a file of the same name."""
+    """A folder with a recipe and code beside it; the current folder is another one, with a file of
+    the same name.
+    """
     write("project/mine.py", CODE)
     write("project/env.py", ENVIRONMENT)
     write("project/recipe.yaml", recipe_text("'mine.py:score', math_answer", PLAYED))
@@ -46,13 +53,17 @@ def test_files_are_those_beside_the_recipe_and_not_those_of_the_current_folder(p
     own, registered = recipe.reward.functions
     assert own.name == f"{project}/mine.py:score" and own.sha256 is not None and len(own.sha256) == 64
     assert (registered.name, registered.sha256) == ("math_answer", None)
-    assert recipe.rollout.environment is not None and recipe.rollout.environment.name == f"{project}/env.py:Play"
+    assert (
+        recipe.rollout.environment is not None and recipe.rollout.environment.name == f"{project}/env.py:Play"
+    )
     assert recipe.rollout.environment.sha256 is not None and recipe.rollout.environment.hp == {} == own.hp
     check(recipe)
 
 
 @pytest.mark.parametrize("spelling", ["project/recipe.yaml", "./project/../project/recipe.yaml"])
-def test_a_relative_recipe_finds_its_files_too(project: Path, monkeypatch: pytest.MonkeyPatch, spelling: str) -> None:
+def test_a_relative_recipe_finds_its_files_too(
+    project: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
+) -> None:
     monkeypatch.chdir(project.parent)
     assert load(Path(spelling)).reward.functions[0].name == f"{project}/mine.py:score"
 
@@ -71,7 +82,10 @@ def test_a_resolved_recipe_gives_the_same_functions_from_anywhere(
 def test_a_base_names_files_beside_itself(project: Path, write: Callable[..., Path]) -> None:
     child = write("deeper/down/recipe.yaml", "extends: ../../project/recipe.yaml\nseed: 1\n")
     assert load(child).reward.functions[0].name == f"{project}/mine.py:score"
-    own = write("deeper/down/other.yaml", "extends: ../../project/recipe.yaml\nreward: {functions: ['mine.py:score']}\n")
+    own = write(
+        "deeper/down/other.yaml",
+        "extends: ../../project/recipe.yaml\nreward: {functions: ['mine.py:score']}\n",
+    )
     assert load(own).reward.functions[0].name == f"{own.parent}/mine.py:score"
 
 
@@ -99,17 +113,29 @@ def test_the_command_line_names_files_of_the_current_folder(project: Path, overr
 
 
 def test_a_profile_names_files_of_the_current_folder(project: Path, write: Callable[..., Path]) -> None:
-    profile = write("profiles/mine.yaml", "environments: {'../project/env.py:Play': {rollout: {environment: {turn_tokens: 7}}}}\n")
+    profile = write(
+        "profiles/mine.yaml",
+        "environments: {'../project/env.py:Play': {rollout: {environment: {turn_tokens: 7}}}}\n",
+    )
     environment = load(project / "recipe.yaml", profile=str(profile)).rollout.environment
     assert environment is not None and environment.turn_tokens == 7
 
 
-def test_home_links_and_absolute_paths_are_followed(project: Path, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_links_and_absolute_paths_are_followed(
+    project: Path, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(project))
     for name in ("~/mine.py:score", f"{project}/mine.py:score"):
-        assert load(write("recipe.yaml", recipe_text(f"'{name}'"))).reward.functions[0].name == f"{project}/mine.py:score"
+        assert (
+            load(write("recipe.yaml", recipe_text(f"'{name}'"))).reward.functions[0].name
+            == f"{project}/mine.py:score"
+        )
     (project / "link.py").symlink_to("mine.py")
-    assert load(project / "recipe.yaml", f"reward.functions.0={project}/link.py:score").reward.functions[0].name.endswith("/mine.py:score")
+    assert (
+        load(project / "recipe.yaml", f"reward.functions.0={project}/link.py:score")
+        .reward.functions[0]
+        .name.endswith("/mine.py:score")
+    )
 
 
 @pytest.mark.parametrize("changed", ["mine.py", "env.py"])
@@ -119,7 +145,10 @@ def test_a_resolved_recipe_whose_code_has_changed_is_refused_until_its_digest_is
     resolved = write("run/recipe.resolved.yaml", resolved_yaml(load(project / "recipe.yaml")))
     check(load(resolved))
     (project / changed).write_text((project / changed).read_text() + "# changed\n")
-    with pytest.raises(RecipeError, match=rf"{changed} or a module beside it has changed since this recipe was resolved \(sha256 "):
+    with pytest.raises(
+        RecipeError,
+        match=rf"{changed} or a module beside it has changed since this recipe was resolved \(sha256 ",
+    ):
         check(load(resolved))
     check(load(project / "recipe.yaml"))
     check(load(resolved, "reward.functions.0.sha256=null", "rollout.environment.sha256=null"))
@@ -129,12 +158,15 @@ def test_a_file_that_lies_in_the_current_folder_only_is_named_in_the_error(proje
     (project / "mine.py").unlink()
     with pytest.raises(RecipeError) as caught:
         check(load(project / "recipe.yaml"))
-    assert f"there is no file {project}/mine.py; there is {project.parent}/elsewhere/mine.py, but a path in a recipe begins" in str(
-        caught.value
+    assert (
+        f"there is no file {project}/mine.py; there is {project.parent}/elsewhere/mine.py, but a path in a "
+        "recipe begins" in str(caught.value)
     )
 
 
 @pytest.mark.parametrize("function", ["null", "7", "[x]", "{}", "{name: 7}", "{weight: 1.0}"])
-def test_what_is_no_name_is_left_to_the_schema(project: Path, write: Callable[..., Path], function: str) -> None:
+def test_what_is_no_name_is_left_to_the_schema(
+    project: Path, write: Callable[..., Path], function: str
+) -> None:
     with pytest.raises(RecipeError, match="reward"):
         load(write("recipe.yaml", recipe_text(function)))

@@ -50,7 +50,10 @@ def test_a_plain_scalar_is_what_yaml_1_2_says(text: str, value: Any) -> None:
         ("# only words\n", "r.yaml: the file is empty"),
         ("- 1", "r.yaml: expected a mapping of sections at the top level, got a list"),
         ("grpo", "r.yaml: expected a mapping of sections at the top level, got a single value ('grpo')"),
-        ("a: 1\nb:\n  c: 2\n  d: 3\n  c: 4", "r.yaml:5: b.c is given twice, first on line 3; keep one of them"),
+        (
+            "a: 1\nb:\n  c: 2\n  d: 3\n  c: 4",
+            "r.yaml:5: b.c is given twice, first on line 3; keep one of them",
+        ),
         ("a:\n- {x: 1, x: 2}", "r.yaml:2: a.0.x is given twice"),
         ("a: 1\nb: [1, 2", "r.yaml:2: not valid YAML"),
         ("a:\n\t- 3", "r.yaml:2: not valid YAML"),
@@ -79,11 +82,35 @@ def test_a_missing_file_suggests_its_neighbour_and_a_folder_is_no_file(tmp_path:
 
 
 TRICKY = st.sampled_from(
-    ["off", "1e6", "1e-6", "0o7", "0x1F", "010", "1:30", "2024-01-01", "null", "~", "", "=", "<<", "yes", ".nan", "- a", "a: b"]
+    [
+        "off",
+        "1e6",
+        "1e-6",
+        "0o7",
+        "0x1F",
+        "010",
+        "1:30",
+        "2024-01-01",
+        "null",
+        "~",
+        "",
+        "=",
+        "<<",
+        "yes",
+        ".nan",
+        "- a",
+        "a: b",
+    ]
 )
-SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), TRICKY, st.text(max_size=12))
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), TRICKY, st.text(max_size=12)
+)
 KEYS = st.one_of(TRICKY, st.text(max_size=8))
-TREES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=8)
+TREES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=8,
+)
 
 
 @settings(max_examples=100, deadline=None, database=None)

@@ -1,7 +1,8 @@
-"""What everybody promises who says which of two answers is better: one suite, run against the judges of pairs and those behind servers.
+"""What everybody promises who says which of two answers is better: one suite, run against the judges of pairs
+and those behind servers.
 
-All of them here prefer the longer answer, cannot make anything of one with a "?", and those that read two answers at once are drawn
-to the first: only a judge that asks in both orders gets through.
+All of them here prefer the longer answer, cannot make anything of one with a "?", and those that read two
+answers at once are drawn to the first: only a judge that asks in both orders gets through.
 """
 
 from __future__ import annotations
@@ -21,20 +22,21 @@ import torch
 
 from reward.judge import llm_judge, llm_judge_pairs
 from reward.reward_model_http import reward_model_http
-from reward.score import RewardInputs
-from rltrain.rollout.judges import JudgeMeans, ModelJudge, RewardJudge, SelfJudge
-from rltrain.rollout.pairing import Judge, Pairing
-from rltrain.types import Completion, Prompt, Score, ScoredGroup, TokenRows
+from reward.score import RewardInputs, Score
+from rltrain.rollout.pairs.judges import JudgeContext, ModelJudge, RewardJudge, SelfJudge
+from rltrain.rollout.pairs.pairing import Judge, Pairing
+from rltrain.types.policy import TokenRows
+from rltrain.types.samples import Completion, Prompt, ScoredGroup, Span
 
 Verdict = float | None  # P(first is better); None: there is none, and the pair counts for nothing
 ASKED = "Add 1 and 2."
 BIAS = 0.3  # nats that the first of two answers gains by its place
 
 
-# judges of pairs -----------------------------------------------------------------------------------------------------
+# judges of pairs --------------------------------------------------------------------------------------------
 
 
-def means(**changes: Any) -> JudgeMeans:
+def means(**changes: Any) -> JudgeContext:
     def log_probs(rows: TokenRows, by: str) -> torch.Tensor:
         """Of the words "A" (first half) and "B": the longer answer's, with a pull to A."""
         del by
@@ -45,20 +47,36 @@ def means(**changes: Any) -> JudgeMeans:
 
     def reward_model(path: str, *, prompt_column: str | None, max_tokens: int) -> Any:
         del path, prompt_column, max_tokens
-        return lambda rows: [math.nan if "?" in one.completions[at] else float(len(one.completions[at])) for one, at in rows]
+        return lambda rows: [
+            math.nan if "?" in one.completions[at] else float(len(one.completions[at])) for one, at in rows
+        ]
 
-    given: dict[str, Any] = {"log_probs": log_probs, "reward_model": reward_model, "decode": lambda ids: ASKED, "word": ord, "gather": list}
+    given: dict[str, Any] = {
+        "log_probs": log_probs,
+        "reward_model": reward_model,
+        "decode": lambda ids: ASKED,
+        "word": ord,
+        "gather": list,
+    }
     given["render"] = lambda text: [*map(ord, text), *[0] * 1000 * text.count("??")]  # too long to be read
-    return JudgeMeans(**{**given, "rank": 0, "ranks": 1, "most_tokens": 500, **changes})
+    return JudgeContext(**{**given, "rank": 0, "ranks": 1, "most_tokens": 500, **changes})
 
 
 def by_pairing(judge: Judge, first: str, second: str) -> Verdict:
     """The verdict as a run would take it."""
-    completions = tuple(Completion(tuple(map(ord, text)), (0.0,) * len(text), "stop", text, version=0) for text in (first, second))
-    scores = tuple(Score(0.0, ungraded="unparsable") if "?" in text else Score(float(len(text))) for text in (first, second))
+    completions = tuple(
+        Completion(tuple(map(ord, text)), (0.0,) * len(text), "stop", text, (Span(0, len(text), 0),))
+        for text in (first, second)
+    )
+    scores = tuple(
+        Score(0.0, ungraded="unparsable") if "?" in text else Score(float(len(text)))
+        for text in (first, second)
+    )
     if not isinstance(judge, RewardJudge):
         scores = (Score(0.0),) * 2  # nobody but that judge knows of rewards
-    judged = Pairing(judge, "disjoint", "likelier", 0.0, 0)([ScoredGroup(0, Prompt("p", (7,), ASKED), completions, scores)], 1)
+    judged = Pairing(judge, "disjoint", "likelier", 0.0, 0)(
+        [ScoredGroup(0, Prompt("p", (7,), ASKED), completions, scores)], 1
+    )
     if not judged.pairs:
         assert dict(judged.dropped) in ({}, {"tied": 1}, {"unjudged": 1})
         return 0.5 if judged.dropped.get("tied") else None
@@ -74,7 +92,7 @@ PAIRS: dict[str, Callable[[], Judge]] = {
 }
 
 
-# judges behind servers -----------------------------------------------------------------------------------------------
+# judges behind servers --------------------------------------------------------------------------------------
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -125,8 +143,13 @@ class Served:
         return self.reward(inputs, url=f"http://127.0.0.1:{server.server_port}", seconds=seconds, **self.hp)
 
     def verdict(self, server: Server, first: str, second: str) -> Verdict:
-        # one by one where a score is of one answer: a server that gives no number for one answers for none of them
-        scores = self.scores(server, (first, second)) if self.pairwise else [self.scores(server, (one,))[0] for one in (first, second)]
+        # one by one where a score is of one answer: a server that gives no number for one answers for none of
+        # them
+        scores = (
+            self.scores(server, (first, second))
+            if self.pairwise
+            else [self.scores(server, (one,))[0] for one in (first, second)]
+        )
         if any(score.ungraded is not None for score in scores):
             return None
         one, two = (score.value for score in scores)
@@ -158,7 +181,7 @@ def verdict(request: pytest.FixtureRequest, server: Server) -> Callable[[str, st
     return lambda first, second: SERVED[request.param].verdict(server, first, second)
 
 
-# the contract --------------------------------------------------------------------------------------------------------
+# the contract -----------------------------------------------------------------------------------------------
 
 
 def test_the_better_answer_is_preferred_in_either_place(verdict: Any):
@@ -178,7 +201,9 @@ def test_what_it_makes_nothing_of_gets_no_verdict_and_no_zero(verdict: Any):
 
 @pytest.mark.parametrize("name", SERVED)
 @pytest.mark.parametrize(("mood", "reason"), [("hangs", "timeout"), ("fails", "server_error")])
-def test_a_server_that_does_not_answer_in_time_leaves_all_ungraded(name: str, mood: Any, reason: str, server: Server):
+def test_a_server_that_does_not_answer_in_time_leaves_all_ungraded(
+    name: str, mood: Any, reason: str, server: Server
+):
     server.mood = mood
     started = time.monotonic()
     assert SERVED[name].scores(server, ("aa", "b"), seconds=0.4) == [Score(0.0, ungraded=reason)] * 2
@@ -186,6 +211,6 @@ def test_a_server_that_does_not_answer_in_time_leaves_all_ungraded(name: str, mo
 
 
 def test_every_judge_of_pairs_is_held_to_this():
-    from rltrain.config.check_pairs import JUDGES
+    from rltrain.config.rules.registries import JUDGES
 
     assert set(JUDGES.names()) <= set(PAIRS)

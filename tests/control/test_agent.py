@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rltrain.control.agent import empg
-from rltrain.types import TrainBatch
+from rltrain.types.policy import TrainBatch
 
 NAN = math.nan
 
@@ -33,7 +33,9 @@ def batch_of(step_id: Tensor, entropy: Tensor, advantages: Tensor) -> TrainBatch
 
 
 def random_batch(seed: int = 0) -> TrainBatch:
-    """6 rows of 10 tokens with up to 4 turns of 1 to 3 tokens, other speakers' tokens between them; row 2 is empty."""
+    """6 rows of 10 tokens with up to 4 turns of 1 to 3 tokens, other speakers' tokens between them;
+    row 2 is empty.
+    """
     generator = np.random.default_rng(seed)
     step_id = -torch.ones(6, 10, dtype=torch.int64)
     for row in (0, 1, 3, 4, 5):
@@ -72,7 +74,11 @@ def test_it_is_its_equations(seed: int):
 
 def test_without_scale_and_bonus_the_advantages_lose_only_their_mean_over_steps():
     # 2 steps with A = 1 (3 tokens), 1 with A = -2: mean over steps 0, over tokens it would be 0.25
-    batch = batch_of(torch.tensor([[0, 0, 1], [0, -1, -1]]), torch.rand(2, 3).double(), torch.tensor([[1.0], [-2.0]]).double().expand(2, 3))
+    batch = batch_of(
+        torch.tensor([[0, 0, 1], [0, -1, -1]]),
+        torch.rand(2, 3).double(),
+        torch.tensor([[1.0], [-2.0]]).double().expand(2, 3),
+    )
     assert_close(empg(batch, k=0.0, zeta=0.0).advantages, torch.where(batch.mask, batch.advantages, 0.0))
 
 
@@ -81,7 +87,11 @@ def test_scales_average_1_over_steps():
     one = batch.replace(advantages=torch.ones_like(batch.advantages))
     scaled = empg(one, zeta=0.0, center="none").advantages
     assert batch.step_id is not None
-    firsts = [scaled[row][batch.step_id[row] == step][0] for row in range(6) for step in range(int(batch.step_id[row].max()) + 1)]
+    firsts = [
+        scaled[row][batch.step_id[row] == step][0]
+        for row in range(6)
+        for step in range(int(batch.step_id[row].max()) + 1)
+    ]
     assert_close(torch.stack(firsts).mean(), torch.tensor(1.0).double(), atol=1e-7, rtol=0)
 
 
@@ -94,7 +104,11 @@ def test_among_good_steps_the_surer_learn_more():
 
 def test_the_bonus_looks_at_the_next_step_and_the_last_has_none():
     # A = 0: only the bonus is left, exp(-h) of the next step; entropies 0, 1, 0.5 are their own h
-    batch = batch_of(torch.tensor([[0, 1, 1, 2]]), torch.tensor([[0.0, 1.0, 1.0, 0.5]]).double(), torch.zeros(1, 4).double())
+    batch = batch_of(
+        torch.tensor([[0, 1, 1, 2]]),
+        torch.tensor([[0.0, 1.0, 1.0, 0.5]]).double(),
+        torch.zeros(1, 4).double(),
+    )
     got = empg(batch, zeta=1.0, center="none").advantages[0]
     want = torch.tensor([math.exp(-1), math.exp(-0.5), math.exp(-0.5), 0.0]).double()
     assert_close(got, want, atol=1e-7, rtol=0)
@@ -112,12 +126,16 @@ def test_steps_of_equal_entropy_are_left_alone_but_for_the_bonus_and_the_mean():
 
 
 def test_a_step_without_a_token_passes_through():
-    batch = batch_of(-torch.ones(2, 3, dtype=torch.int64), torch.rand(2, 3).double(), torch.ones(2, 3).double())
+    batch = batch_of(
+        -torch.ones(2, 3, dtype=torch.int64), torch.rand(2, 3).double(), torch.ones(2, 3).double()
+    )
     assert empg(batch) is batch
 
 
 def test_missing_steps_are_named_with_what_would_bring_them():
-    with pytest.raises(ValueError, match=r"empg needs step_id, which the batch lacks: no completion has turns"):
+    with pytest.raises(
+        ValueError, match=r"empg needs step_id, which the batch lacks: no completion has turns"
+    ):
         empg(random_batch().replace(step_id=None))
 
 

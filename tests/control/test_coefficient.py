@@ -1,4 +1,6 @@
-"""Coefficients that change: the papers' numbers, their ranges, and that a saved one goes on as if it had never stopped."""
+"""Coefficients that change: the papers' numbers, their ranges, and that a saved one goes on as if it
+had never stopped.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ import pytest
 from rltrain.control import COEFFICIENTS
 from rltrain.control.coefficient import Controller
 
-FACTS = json.loads(Path(__file__).parents[1].joinpath("known_answers", "terms.json").read_text(encoding="utf-8"))
+FACTS = json.loads(
+    Path(__file__).parents[1].joinpath("known_answers", "terms.json").read_text(encoding="utf-8")
+)
 CASES = {case["id"]: case for case in FACTS["cases"] if case["quantity"] == "coefficient"}
 
 
@@ -96,7 +100,9 @@ def test_a_step_without_a_finite_number_moves_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["target_entropy", "entropy_band", "kl_target", "epo_schedule"])
 def test_a_metric_that_is_not_there_is_named(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"coefficient {name} lives on the metric '.*', which the step does not have"):
+    with pytest.raises(
+        ValueError, match=rf"coefficient {name} lives on the metric '.*', which the step does not have"
+    ):
         make({"name": name, **WALKS[name]}).observe({"learner/entropy": 1.0})
 
 
@@ -139,9 +145,13 @@ def test_a_small_error_of_the_kl_leaves_its_weight_alone() -> None:
 
 @pytest.mark.parametrize(("kl", "factor"), [(0.0, 1e-4), (10.0, 100.0)])
 @pytest.mark.parametrize("start", [0.01, 0.5])
-def test_the_kl_weight_stays_inside_its_bounds_times_its_start(kl: float, factor: float, start: float) -> None:
+def test_the_kl_weight_stays_inside_its_bounds_times_its_start(
+    kl: float, factor: float, start: float
+) -> None:
     # released: a fixed coefficient times a factor in [1e-4, 100] that begins at 1
-    controller = make({"name": "kl_target", "start": start, "every": 1, "decay": 0.0, "rate": 1.0, "cap": 9.0})
+    controller = make(
+        {"name": "kl_target", "start": start, "every": 1, "decay": 0.0, "rate": 1.0, "cap": 9.0}
+    )
     for _ in range(20):
         controller.observe({"loss/kl": kl})
     assert controller() == pytest.approx(start * factor)
@@ -152,7 +162,10 @@ def test_the_kl_weight_stays_inside_its_bounds_times_its_start(kl: float, factor
     [
         ({"name": "target_entropy", "low": 0.5, "high": 0.1}, "low 0.5, start 0, high 0.1"),
         ({"name": "entropy_band", "entropy_low": 0.1}, "give all three"),
-        ({"name": "entropy_band", "entropy_low": 0.3, "entropy_high": 0.1, "rate": 1.0}, "entropy_low 0.3, entropy_high 0.1"),
+        (
+            {"name": "entropy_band", "entropy_low": 0.3, "entropy_high": 0.1, "rate": 1.0},
+            "entropy_low 0.3, entropy_high 0.1",
+        ),
         ({"name": "annealed", "floor": 1.0}, "floor 1, start 0.005"),
         ({"name": "kl_target", "target": 0.0}, "must be positive"),
         ({"name": "kl_target", "start": 0.0}, "must be positive"),

@@ -14,7 +14,7 @@ from rltrain.advantage.group import group_norm
 from rltrain.control.consistency import consistency_entropy, copo
 from rltrain.loss.policy.clip import clip
 from rltrain.loss.policy.copo import copo as copo_loss
-from rltrain.types import PolicyTokens, TrainBatch
+from rltrain.types.policy import PolicyTokens, TrainBatch
 
 
 def f64(values: object) -> Tensor:
@@ -34,7 +34,9 @@ def batch_of(answers: list[str], rewards: list[list[float]]) -> TrainBatch:
         group=group,
         arm=torch.zeros_like(group),
         version=torch.zeros_like(group),
-        answer=torch.tensor([-1 if one == "-" else "abcdefgh".index(one) for said in answers for one in said]),
+        answer=torch.tensor(
+            [-1 if one == "-" else "abcdefgh".index(one) for said in answers for one in said]
+        ),
     )
 
 
@@ -96,7 +98,8 @@ def test_the_coefficient_multiplies_the_global_part_alone():
 
 
 def test_the_discount_is_the_papers_rate():
-    # G = 4: lambda = (1 - 1/4) / 2; all distinct: H = 2, so the mean reward keeps 1 - 0.75 = 1/4; unanimous keeps all
+    # G = 4: lambda = (1 - 1/4) / 2; all distinct: H = 2, so the mean reward keeps 1 - 0.75 = 1/4; unanimous
+    # keeps all
     batch = batch_of(["abcd", "aaaa"], [[1, 1, 1, 1], [1, 1, 1, 1]])
     got = copo(batch, mode="global", discount=True, eps=0.0).extra["advantage_global"][::4, 0]
     assert_close(got, f64([-1, 1]) / math.sqrt(2))  # 0.25 and 1, std 0.75 / sqrt(2)
@@ -107,7 +110,9 @@ def test_ungraded_and_empty_rows_take_no_part():
     rewards[0] = math.nan
     mask = MIXED.mask.clone()
     mask[5] = False
-    batch = MIXED.replace(rewards=rewards, mask=mask, advantages=MIXED.advantages.masked_fill(~mask, math.nan))
+    batch = MIXED.replace(
+        rewards=rewards, mask=mask, advantages=MIXED.advantages.masked_fill(~mask, math.nan)
+    )
     kept = torch.tensor([row for row in range(16) if row not in (0, 5)])
     after, rest = copo(batch), copo(batch.rows(kept))
     assert_close(after.extra["advantage_global"][kept], rest.extra["advantage_global"])
@@ -117,7 +122,11 @@ def test_ungraded_and_empty_rows_take_no_part():
 
 def test_one_prompt_alone_and_equal_prompts_have_no_global_advantage():
     assert not copo(batch_of(["ab"], [[1, 0]]), mode="global").extra["advantage_global"].any()
-    assert not copo(batch_of(["ab", "aa"], [[0.1, 0.1], [0.1, 0.1]]), mode="global").extra["advantage_global"].any()
+    assert (
+        not copo(batch_of(["ab", "aa"], [[0.1, 0.1], [0.1, 0.1]]), mode="global")
+        .extra["advantage_global"]
+        .any()
+    )
 
 
 def test_without_answers_it_says_who_extracts_them():
@@ -136,10 +145,19 @@ def test_the_loss_is_the_weighted_sum_of_two_clipped_losses_value_and_gradient(m
     entropy = np.repeat([0.8112781244591328, 0.0, 2.0, 1.0], 4)
     soft = 1 / (1 + np.exp(-2 * (entropy - 1)))
     moves, right = (batch.advantages[:, 0] != 0).numpy(), (batch.rewards != 0).numpy()
-    w = f64({"soft": soft, "forced": moves * 1.0, "soft_zero": soft * right, "global": soft * 0}[mode].tolist())[:, None]
+    w = f64(
+        {"soft": soft, "forced": moves * 1.0, "soft_zero": soft * right, "global": soft * 0}[mode].tolist()
+    )[:, None]
     mean = np.array([0.75, 0.0, 0.25, 0.5])
-    prompt = f64(np.repeat((mean - mean.mean()) / (mean.std(ddof=1) + 1e-6), 4).tolist())[:, None].expand(16, 2)
-    parts = [clip(PolicyTokens(logp), batch.replace(advantages=a), dual_clip=3.0).values for a in (batch.advantages, prompt)]
+    prompt = f64(np.repeat((mean - mean.mean()) / (mean.std(ddof=1) + 1e-6), 4).tolist())[:, None].expand(
+        16, 2
+    )
+    parts = [
+        clip(PolicyTokens(logp), batch.replace(advantages=a), dual_clip=3.0).values
+        for a in (batch.advantages, prompt)
+    ]
     want = w * parts[0] + (1 - w) * parts[1]
     assert_close(got, want)
-    assert_close(torch.autograd.grad(got.sum(), logp, retain_graph=True)[0], torch.autograd.grad(want.sum(), logp)[0])
+    assert_close(
+        torch.autograd.grad(got.sum(), logp, retain_graph=True)[0], torch.autograd.grad(want.sum(), logp)[0]
+    )

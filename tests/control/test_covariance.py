@@ -1,4 +1,6 @@
-"""Clip-Cov and KL-Cov: the covariance against numpy, the choice against its rules, and that nothing but the tokens decides it."""
+"""Clip-Cov and KL-Cov: the covariance against numpy, the choice against its rules, and that nothing
+but the tokens decides it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from rltrain.control import TOKEN_CONTROLS
 from rltrain.control.covariance import token_covariance
-from rltrain.types import TrainBatch
+from rltrain.types.policy import TrainBatch
 
 ROWS, WIDTH = 12, 30
 
@@ -79,7 +81,9 @@ def test_kl_cov_marks_the_tokens_that_sorting_puts_first(ratio: float):
 def test_counts_are_those_of_the_paper_at_its_scale():
     # N = 1e5: 2e-4 is 20 tokens (Clip-Cov, KL-Cov 32B), 2e-3 is 200 (KL-Cov 7B)
     given = batch(rows=100, width=1000).replace(mask=torch.ones(100, 1000))
-    given = given.replace(logp_now=torch.randn(100, 1000), old_logp=torch.zeros(100, 1000), advantages=torch.randn(100, 1000))
+    given = given.replace(
+        logp_now=torch.randn(100, 1000), old_logp=torch.zeros(100, 1000), advantages=torch.randn(100, 1000)
+    )
     assert int(marked(given).sum()) == 200 and int(marked(given, ratio=2e-4).sum()) == 20
     assert int(dropped(given, low=-100.0, high=100.0, eps_low=100.0, eps_high=1e9).sum()) == 20
 
@@ -103,7 +107,10 @@ def test_the_bounds_of_the_covariance_are_open():
     lp, a = torch.tensor([[-1.0], [-3.0]]), torch.tensor([[1.0], [-1.0]])
     one = one.replace(logp_now=lp, old_logp=lp, advantages=a)
     assert int(dropped(one, ratio=1.0, low=0.99, high=1.01).sum()) == 2
-    assert not dropped(one, ratio=1.0, low=1.0, high=5.0).any() and not dropped(one, ratio=1.0, low=-5.0, high=1.0).any()
+    assert (
+        not dropped(one, ratio=1.0, low=1.0, high=5.0).any()
+        and not dropped(one, ratio=1.0, low=-5.0, high=1.0).any()
+    )
 
 
 def test_dropped_tokens_keep_the_mask_and_other_weights():
@@ -111,7 +118,9 @@ def test_dropped_tokens_keep_the_mask_and_other_weights():
     after = clipped(given, low=-9.0, high=9.0, ratio=0.3)
     gone = dropped(given, low=-9.0, high=9.0, ratio=0.3)
     assert torch.equal(after.mask, given.mask) and gone.any()
-    assert (after.weights[~gone] == 3).all() and torch.equal(after.advantages.nan_to_num(), given.advantages.nan_to_num())
+    assert (after.weights[~gone] == 3).all() and torch.equal(
+        after.advantages.nan_to_num(), given.advantages.nan_to_num()
+    )
 
 
 def test_no_eligible_token_changes_nothing():
@@ -127,7 +136,9 @@ def test_the_choice_ignores_a_constant_added_to_log_probs_or_advantages(shift: f
     hp = {"low": 0.1, "high": 5.0, "ratio": 0.05}
     assert torch.equal(dropped(lifted, **hp), dropped(given, **hp))
     assert torch.equal(marked(lifted, ratio=0.1), marked(given, ratio=0.1))
-    assert torch.equal(marked(given.replace(advantages=given.advantages + shift), ratio=0.1), marked(given, ratio=0.1))
+    assert torch.equal(
+        marked(given.replace(advantages=given.advantages + shift), ratio=0.1), marked(given, ratio=0.1)
+    )
 
 
 def test_the_choice_follows_the_rows_wherever_they_stand_and_however_wide_the_batch_is():
@@ -153,7 +164,9 @@ def test_covariances_are_the_same_bits_in_every_order_of_the_rows():
 
 def test_equal_covariances_are_drawn_by_lot_and_the_lot_follows_the_row():
     # all log-probs equal: every c is 0, so all 8 x 4 tokens tie and 8 are drawn
-    given = batch(rows=8, width=4).replace(mask=torch.ones(8, 4), weights=torch.ones(8, 4), advantages=torch.ones(8, 4))
+    given = batch(rows=8, width=4).replace(
+        mask=torch.ones(8, 4), weights=torch.ones(8, 4), advantages=torch.ones(8, 4)
+    )
     given = given.replace(logp_now=torch.zeros(8, 4), old_logp=torch.zeros(8, 4))
     order = torch.tensor([7, 2, 5, 0, 3, 6, 1, 4])
     once = marked(given, ratio=0.25)
@@ -163,8 +176,11 @@ def test_equal_covariances_are_drawn_by_lot_and_the_lot_follows_the_row():
 
 
 def test_the_draw_is_uniform_and_moves_with_seed_version_group_and_sample():
-    # 40 of 320 equally eligible tokens, 300 seeds: each is drawn 37.5 times on average, standard deviation 5.7
-    given = batch(rows=16, width=20).replace(mask=torch.ones(16, 20), weights=torch.ones(16, 20), advantages=torch.ones(16, 20))
+    # 40 of 320 equally eligible tokens, 300 seeds: each is drawn 37.5 times on average, standard deviation
+    # 5.7
+    given = batch(rows=16, width=20).replace(
+        mask=torch.ones(16, 20), weights=torch.ones(16, 20), advantages=torch.ones(16, 20)
+    )
     given = given.replace(logp_now=torch.zeros(16, 20), old_logp=torch.zeros(16, 20))
     hp = {"low": -1.0, "high": 1.0, "ratio": 0.125}
     counts = sum(dropped(given, seed=seed, **hp).long() for seed in range(300))
@@ -177,7 +193,10 @@ def test_the_draw_is_uniform_and_moves_with_seed_version_group_and_sample():
 
 def test_rows_without_a_sample_id_are_counted_within_their_group():
     given = batch(5)
-    assert torch.equal(dropped(given.replace(sample=None), low=0.0, high=9.0, ratio=0.1), dropped(given, low=0.0, high=9.0, ratio=0.1))
+    assert torch.equal(
+        dropped(given.replace(sample=None), low=0.0, high=9.0, ratio=0.1),
+        dropped(given, low=0.0, high=9.0, ratio=0.1),
+    )
 
 
 def test_the_statistics_are_of_all_rows_and_not_of_their_parts():
@@ -186,7 +205,9 @@ def test_the_statistics_are_of_all_rows_and_not_of_their_parts():
     big = given.replace(advantages=torch.where(torch.arange(8)[:, None] < 4, 10.0, 0.1) * given.advantages)
     n = int(big.mask.sum())
     whole = marked(big, ratio=2.5 / n)
-    parts = torch.cat([marked(big.rows(range(4)), ratio=2.5 / n), marked(big.rows(range(4, 8)), ratio=2.5 / n)])
+    parts = torch.cat(
+        [marked(big.rows(range(4)), ratio=2.5 / n), marked(big.rows(range(4, 8)), ratio=2.5 / n)]
+    )
     assert int(whole.sum()) == 2 and int(whole[:4].sum()) == 2 and int(parts[4:].sum()) == 1
 
 
@@ -197,12 +218,16 @@ def test_a_batch_without_tokens_passes_through():
 
 def test_float32_batches_choose_as_float64_ones():
     given = batch(4)
-    single = given.replace(**{name: getattr(given, name).float() for name in ("advantages", "weights", "old_logp", "logp_now")})
+    single = given.replace(
+        **{name: getattr(given, name).float() for name in ("advantages", "weights", "old_logp", "logp_now")}
+    )
     assert torch.equal(marked(single, ratio=0.1), marked(given, ratio=0.1))
     assert clipped(single, low=0.1).weights.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("name", "missing"), [("clip_cov", "old_logp"), ("clip_cov", "logp_now"), ("kl_cov", "logp_now")])
+@pytest.mark.parametrize(
+    ("name", "missing"), [("clip_cov", "old_logp"), ("clip_cov", "logp_now"), ("kl_cov", "logp_now")]
+)
 def test_a_missing_input_is_named(name: str, missing: str):
     with pytest.raises(ValueError, match=f"control {name} needs {missing}"):
         TOKEN_CONTROLS.bind(name)(batch().replace(**{missing: None}))

@@ -12,24 +12,30 @@ from torch.testing import assert_close
 
 from rltrain.control import TOKEN_CONTROLS
 from rltrain.control.entropy import ABOVE_TARGET, aepo_rows, aepo_temperature, steer_exact, steer_released
-from rltrain.control.stage import current, split
+from rltrain.control.stage import current_policy_needs, split_by_timing
 from rltrain.learner.head import STATISTICS, token_statistics
 from rltrain.loss import AGGREGATES
 from rltrain.loss.objective import Objective
 from rltrain.loss.policy import POLICY_LOSSES
-from rltrain.types import ARM_POLICY, ARM_TEMPERED, PolicyTokens, StepTotals, TrainBatch
+from rltrain.types.policy import PolicyTokens, StepTotals, TrainBatch
+from rltrain.types.samples import SOURCE_POLICY, SOURCE_TEMPERED
 
 ROWS, WIDTH = 10, 8
 
 
 def batch(seed: int = 0, tempered: int = 4) -> TrainBatch:
-    """Ragged, 5 completions a group, the last rows of each sampled at another temperature; NaN outside the mask."""
+    """Ragged, 5 completions a group, the last rows of each sampled at another temperature; NaN
+    outside the mask.
+    """
     generator = torch.Generator().manual_seed(seed)
     mask = torch.arange(WIDTH) < torch.randint(1, WIDTH + 1, (ROWS, 1), generator=generator)
     draws = torch.rand(5, ROWS, WIDTH, generator=generator, dtype=torch.float64)
-    filled = [torch.where(mask, values, math.nan) for values in (-2 * draws[0], -2 * draws[1], 2 * draws[2], 2 * draws[3])]
+    filled = [
+        torch.where(mask, values, math.nan)
+        for values in (-2 * draws[0], -2 * draws[1], 2 * draws[2], 2 * draws[3])
+    ]
     number = torch.arange(ROWS)
-    arm = torch.where(number % 5 >= 5 - tempered // 2, ARM_TEMPERED, ARM_POLICY)
+    arm = torch.where(number % 5 >= 5 - tempered // 2, SOURCE_TEMPERED, SOURCE_POLICY)
     advantages = torch.randn(ROWS, 1, generator=generator, dtype=torch.float64).expand(ROWS, WIDTH)
     return TrainBatch(
         mask=mask,
@@ -58,11 +64,13 @@ def entropy_of(logits: Tensor) -> Tensor:
     return -(logp.exp() * logp).sum(-1)
 
 
-# STEER -----------------------------------------------------------------------------------------------------------------
+# STEER ------------------------------------------------------------------------------------------------------
 
 
 def one_row_of_softmax(logits: Tensor, token: int, advantage: float, old: float) -> TrainBatch:
-    """What the batch holds for one token drawn from softmax(logits), whose probability was ``old`` in the old policy."""
+    """What the batch holds for one token drawn from softmax(logits), whose probability was ``old`` in
+    the old policy.
+    """
     logp = logits.log_softmax(-1)
     ids = torch.zeros(1, dtype=torch.int64)
     slope = STATISTICS["expected_entropy_slope"](logp[None], ids)
@@ -88,7 +96,9 @@ def one_row_of_softmax(logits: Tensor, token: int, advantage: float, old: float)
 
 @pytest.mark.parametrize("token", range(4))
 @pytest.mark.parametrize(("advantage", "old"), [(1.0, 0.3), (-0.7, 0.05)])
-def test_the_exact_omega_is_minus_the_entropy_change_of_one_ascent_step(token: int, advantage: float, old: float):
+def test_the_exact_omega_is_minus_the_entropy_change_of_one_ascent_step(
+    token: int, advantage: float, old: float
+):
     # autograd: z <- z + eta A d(pi / pi_old)/dz; dH / d eta at eta = 0
     logits = torch.tensor([1.0, 0.5, -0.2, 0.0], dtype=torch.float64, requires_grad=True)
     (step,) = torch.autograd.grad(advantage * (logits.log_softmax(-1)[token] - math.log(old)).exp(), logits)
@@ -98,7 +108,8 @@ def test_the_exact_omega_is_minus_the_entropy_change_of_one_ascent_step(token: i
 
 
 def test_the_released_omega_is_the_table_s_and_has_the_exact_one_s_sign():
-    # z = [1, .5, -.2, 0], token 0, A = 1, r = 1: exact dH/eta -0.142410, released 0.254358 (arXiv:2510.10150's estimate)
+    # z = [1, .5, -.2, 0], token 0, A = 1, r = 1: exact dH/eta -0.142410, released 0.254358
+    # (arXiv:2510.10150's estimate)
     logits = torch.tensor([1.0, 0.5, -0.2, 0.0], dtype=torch.float64)
     given = one_row_of_softmax(logits, 0, 1.0, float(logits.softmax(-1)[0]))
     assert float(steer_exact(given)) == pytest.approx(0.142410, abs=1e-6)
@@ -112,7 +123,10 @@ def test_released_probabilities_are_bounded_and_what_is_not_finite_is_zero():
 
     given = batch().rows([0], 4).replace(mask=torch.ones(1, 4), weights=cells(1, 1, 1, 1))
     given = given.replace(
-        advantages=cells(2, 2, 2, math.inf), old_logp=cells(-1, -1, -30, -1), logp_now=cells(-30, 0, -1, -1), old_entropy=cells(1, 1, 2, 1)
+        advantages=cells(2, 2, 2, math.inf),
+        old_logp=cells(-1, -1, -30, -1),
+        logp_now=cells(-30, 0, -1, -1),
+        old_entropy=cells(1, 1, 2, 1),
     )
     small, p = 1e-8, math.exp(-1)
     want = [
@@ -125,7 +139,9 @@ def test_released_probabilities_are_bounded_and_what_is_not_finite_is_zero():
     assert_close(got, cells(*want), rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("hp", [{"form": "linear"}, {}, {"omega": "exact"}, {"form": "linear", "omega": "exact"}])
+@pytest.mark.parametrize(
+    "hp", [{"form": "linear"}, {}, {"omega": "exact"}, {"form": "linear", "omega": "exact"}]
+)
 def test_the_largest_omega_has_the_least_weight_and_advantage_zero_the_largest(hp: dict[str, Any]):
     given = batch(1)
     given = given.replace(advantages=torch.where(torch.arange(ROWS)[:, None] == 2, 0.0, given.advantages))
@@ -152,7 +168,9 @@ def test_a_small_omega_is_not_blown_up_by_the_floor_unless_the_paper_s_form_is_a
     given = batch().replace(mask=torch.ones(ROWS, WIDTH))
     one = torch.ones(ROWS, WIDTH, dtype=torch.float64)
     p = math.exp(-1)
-    given = given.replace(advantages=one * 0.01 / (1 - p), weights=one, old_logp=-one, logp_now=-one, old_entropy=2 * one)
+    given = given.replace(
+        advantages=one * 0.01 / (1 - p), weights=one, old_logp=-one, logp_now=-one, old_entropy=2 * one
+    )
     assert_close(controlled("steer", given).weights, math.sqrt(0.8) * one)
     assert_close(controlled("steer", given, omega_floor=0.0).weights, 0.8 * one)
     still = given.replace(advantages=0 * one)
@@ -168,12 +186,18 @@ def test_steer_asks_for_what_its_form_reads_and_runs_once_per_optimizer_batch():
     released, exact = TOKEN_CONTROLS.bind("steer"), TOKEN_CONTROLS.bind("steer", {"omega": "exact"})
     assert released.needs == {"old_logp", "logp_now", "old_entropy"}
     assert exact.needs == {"old_logp", "logp_now", "entropy_now", "expected_entropy_slope_now"}
-    early, later = split([released, exact])
-    assert early == () and later is not None and later.needs == {"logp_now", "entropy_now", "expected_entropy_slope_now"}
-    assert current(frozenset({"old_logp", "tempered_logp:1.2"})) == frozenset()
+    early, later = split_by_timing([released, exact])
+    assert (
+        early == ()
+        and later is not None
+        and later.needs == {"logp_now", "entropy_now", "expected_entropy_slope_now"}
+    )
+    assert current_policy_needs(frozenset({"old_logp", "tempered_logp:1.2"})) == frozenset()
 
 
-@pytest.mark.parametrize(("hp", "missing"), [({}, "old_entropy"), ({"omega": "exact"}, "entropy_now"), ({}, "logp_now")])
+@pytest.mark.parametrize(
+    ("hp", "missing"), [({}, "old_entropy"), ({"omega": "exact"}, "entropy_now"), ({}, "logp_now")]
+)
 def test_what_steer_lacks_is_named(hp: dict[str, Any], missing: str):
     with pytest.raises(ValueError, match=f"control steer needs {missing}"):
         controlled("steer", batch().replace(**{missing: None}), **hp)
@@ -181,13 +205,15 @@ def test_what_steer_lacks_is_named(hp: dict[str, Any], missing: str):
         controlled("steer", batch().replace(extra={}), omega="exact")
 
 
-# statistics of the head ------------------------------------------------------------------------------------------------
+# statistics of the head -------------------------------------------------------------------------------------
 
 
 def test_the_head_s_statistics_are_their_definitions():
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(9, 5).double(), torch.randn(13, 5).double(), torch.randint(13, (9,))
-    wants = frozenset({"expected_entropy_slope", "tempered_logp:1.2", "tempered_logp:0.8", "tempered_logp:1.0", "logp"})
+    wants = frozenset(
+        {"expected_entropy_slope", "tempered_logp:1.2", "tempered_logp:0.8", "tempered_logp:1.0", "logp"}
+    )
     with torch.no_grad():
         found = token_statistics(hidden, weight, targets, temperature=0.7, wants=wants, chunk=4)
     logits = hidden @ weight.t() / 0.7
@@ -201,7 +227,7 @@ def test_the_head_s_statistics_are_their_definitions():
     assert_close(STATISTICS["expected_entropy_slope"](uniform, targets[:2]), torch.zeros(2).double())
 
 
-# the 80/20 mask --------------------------------------------------------------------------------------------------------
+# the 80/20 mask ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 1.0])
@@ -220,7 +246,7 @@ def test_equal_entropies_keep_every_token():
     assert (controlled("high_entropy_tokens", given).weights[given.mask] == 1).all()
 
 
-# AEPO ------------------------------------------------------------------------------------------------------------------
+# AEPO -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("entropy", "temperature"), [(0.3, 1.2), (0.5, 1.2), (0.8, 0.8)])
@@ -247,7 +273,9 @@ def test_the_released_form_replaces_as_many_rows_as_the_table_says(above: bool, 
     after = aepo_rows(given, above_target=above, cap=60)
     kept, left = after.mask.flatten() & tempered, after.mask.flatten() & ~tempered
     assert (int(kept.sum()), int(left.sum())) == (replaced, 100 - replaced)
-    assert not left[:replaced].any() and left[replaced:100].all(), "the first rows of the policy's own are the ones thrown away"
+    assert not left[:replaced].any() and left[replaced:100].all(), (
+        "the first rows of the policy's own are the ones thrown away"
+    )
     good = (tempered & (rows % 5 < 2)).nonzero().flatten()
     assert kept.nonzero().flatten().tolist() == good[:replaced].tolist(), "the first of the good ones stay"
     assert (after.advantages[kept] == 1).all()
@@ -256,14 +284,18 @@ def test_the_released_form_replaces_as_many_rows_as_the_table_says(above: bool, 
 
 def test_without_a_correct_tempered_row_the_step_is_plain_grpo_in_both_forms():
     given = batch(4)
-    own = given.arm == ARM_POLICY
-    wrong = given.replace(correct=torch.zeros(ROWS), advantages=torch.where(own[:, None], given.advantages, -1.0))
-    rows = controlled("aepo", wrong.noted(**{ABOVE_TARGET: 0.0}), form="rows")
+    own = given.arm == SOURCE_POLICY
+    wrong = given.replace(
+        correct=torch.zeros(ROWS), advantages=torch.where(own[:, None], given.advantages, -1.0)
+    )
+    rows = controlled("aepo", wrong.with_metrics(**{ABOVE_TARGET: 0.0}), form="rows")
     assert torch.equal(rows.mask, given.mask & own[:, None]) and torch.equal(
         rows.advantages[own].nan_to_num(), given.advantages[own].nan_to_num()
     )
     loss, gradient = evaluate(controlled("aepo", wrong, alpha=3.0), given)
-    plain_loss, plain_gradient = evaluate(given.rows(own.nonzero().flatten()), given.rows(own.nonzero().flatten()))
+    plain_loss, plain_gradient = evaluate(
+        given.rows(own.nonzero().flatten()), given.rows(own.nonzero().flatten())
+    )
     assert_close((loss, gradient[own]), (plain_loss, plain_gradient))
     assert not gradient[~own].any()
 
@@ -278,9 +310,10 @@ def evaluate(after: TrainBatch, before: TrainBatch, policy_loss: str = "clip") -
 
 @pytest.mark.parametrize("policy_loss", ["clip", "cispo", "ce_gppo", "reinforce"])
 def test_the_explicit_form_adds_alpha_times_reinforce_over_the_tempered_tokens(policy_loss: str):
-    # gradient of L(own rows, over their tokens) + alpha / M sum -R log pi, whatever the policy loss, also off-policy
+    # gradient of L(own rows, over their tokens) + alpha / M sum -R log pi, whatever the policy loss, also
+    # off-policy
     given, alpha = batch(5), 0.3
-    own, tempered = given.arm == ARM_POLICY, given.arm == ARM_TEMPERED
+    own, tempered = given.arm == SOURCE_POLICY, given.arm == SOURCE_TEMPERED
     _, gradient = evaluate(controlled("aepo", given, alpha=alpha), given, policy_loss)
     part = given.rows(own.nonzero().flatten())
     assert_close(gradient[own], evaluate(part, part, policy_loss)[1])
@@ -292,7 +325,7 @@ def test_the_explicit_form_adds_alpha_times_reinforce_over_the_tempered_tokens(p
 
 def test_alpha_zero_and_no_second_arm_both_give_the_loss_of_the_policy_s_own_rows():
     given = batch(6)
-    own = (given.arm == ARM_POLICY).nonzero().flatten()
+    own = (given.arm == SOURCE_POLICY).nonzero().flatten()
     alone = given.rows(own)
     want = evaluate(alone, alone)
     loss, gradient = evaluate(controlled("aepo", given, alpha=0.0), given)
@@ -301,7 +334,8 @@ def test_alpha_zero_and_no_second_arm_both_give_the_loss_of_the_policy_s_own_row
 
 
 def test_expected_reinforce_on_tempered_samples_moves_the_entropy_towards_the_temperature():
-    # E_{a ~ pi_T}[grad ln pi(a)] = pi_T - pi: dH/d eta is 0.025559 at T = 1.2, -0.033307 at 0.8 and 0 at 1 for p = [.7, .2, .1]
+    # E_{a ~ pi_T}[grad ln pi(a)] = pi_T - pi: dH/d eta is 0.025559 at T = 1.2, -0.033307 at 0.8 and 0 at 1
+    # for p = [.7, .2, .1]
     logits = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64).log().requires_grad_()
     for temperature, want in ((1.2, 0.025559), (0.8, -0.033307), (1.0, 0.0)):
         tempered = (logits.detach() / temperature).softmax(-1)
@@ -314,11 +348,15 @@ def test_expected_reinforce_on_tempered_samples_moves_the_entropy_towards_the_te
 def test_the_rows_form_needs_to_be_told_where_the_entropy_was():
     with pytest.raises(ValueError, match="needs the note aepo_above_target"):
         controlled("aepo", batch(), form="rows")
-    assert TOKEN_CONTROLS.bind("aepo", {"form": "rows"}).needs == frozenset(), "k is counted over the whole step"
-    assert TOKEN_CONTROLS.bind("aepo").needs == {"logp_now"}, "parts have the token counts of their optimizer batch"
+    assert TOKEN_CONTROLS.bind("aepo", {"form": "rows"}).needs == frozenset(), (
+        "k is counted over the whole step"
+    )
+    assert TOKEN_CONTROLS.bind("aepo").needs == {"logp_now"}, (
+        "parts have the token counts of their optimizer batch"
+    )
 
 
-# DCPO ------------------------------------------------------------------------------------------------------------------
+# DCPO -------------------------------------------------------------------------------------------------------
 
 
 def tempered(given: TrainBatch) -> TrainBatch:
@@ -342,11 +380,13 @@ def test_dcpo_without_a_correct_sample_or_at_its_target_changes_nothing():
     given = tempered(batch(8, tempered=0))
     level = float(given.old_entropy[given.mask].mean())
     for case, target in ((given.replace(correct=torch.zeros(ROWS)), 0.5), (given, level)):
-        assert_close(controlled("dcpo", case, target=target).advantages[given.mask], given.advantages[given.mask])
+        assert_close(
+            controlled("dcpo", case, target=target).advantages[given.mask], given.advantages[given.mask]
+        )
 
 
 def test_dcpo_asks_for_its_own_temperatures():
     needs = TOKEN_CONTROLS.bind("dcpo", {"high": 1.5}).needs
-    assert {"tempered_logp:1.5", "tempered_logp:0.8"} <= needs and not current(needs)
+    assert {"tempered_logp:1.5", "tempered_logp:0.8"} <= needs and not current_policy_needs(needs)
     with pytest.raises(ValueError, match=r"control dcpo needs tempered_logp:1.2"):
         controlled("dcpo", batch(), target=9.0)

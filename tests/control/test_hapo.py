@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rltrain.control.hapo import EntropySignal, adaptive_temperature, entropy_signal, hapo
-from rltrain.types import TrainBatch
+from rltrain.types.policy import TrainBatch
 
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
 ENTROPY = torch.tensor([[0.9, 0.7, 1.2], [1.1, 0.55, math.nan]]).double()  # the common batch
@@ -20,7 +20,14 @@ ENTROPY = torch.tensor([[0.9, 0.7, 1.2], [1.1, 0.55, math.nan]]).double()  # the
 def batch_of(entropy: Tensor, mask: Tensor) -> TrainBatch:
     rows, zeros = torch.zeros(len(mask), dtype=torch.int64), torch.zeros(mask.shape, dtype=torch.float64)
     return TrainBatch(
-        mask=mask, advantages=zeros, weights=zeros + 1, rewards=rows.double(), group=rows, arm=rows, version=rows, entropy_now=entropy
+        mask=mask,
+        advantages=zeros,
+        weights=zeros + 1,
+        rewards=rows.double(),
+        group=rows,
+        arm=rows,
+        version=rows,
+        entropy_now=entropy,
     )
 
 
@@ -36,7 +43,9 @@ def test_the_pivot_is_numpys_nearest_quantile(tokens: int, rho: float):
     entropy = torch.rand(1, tokens, generator=torch.Generator().manual_seed(tokens), dtype=torch.float64)
     signal = entropy_signal(entropy, torch.ones(1, tokens), rho)
     assert signal is not None
-    assert signal.pivot == pytest.approx(np.quantile(np.log(entropy.numpy()), rho, method="nearest"), abs=1e-15)
+    assert signal.pivot == pytest.approx(
+        np.quantile(np.log(entropy.numpy()), rho, method="nearest"), abs=1e-15
+    )
 
 
 def test_the_signal_fills_minus_1_to_1_and_does_not_see_the_unit_of_entropy():
@@ -61,7 +70,8 @@ def test_equal_entropies_have_no_signal():
 
 
 def test_zero_entropy_is_finite():
-    # the pivot is the last token (0.8 x 2 = 1.6, nearest 2): h is 0 there, ln(1/2) at the second, ln(1e-8 / 2) at the first
+    # the pivot is the last token (0.8 x 2 = 1.6, nearest 2): h is 0 there, ln(1/2) at the second, ln(1e-8 /
+    # 2) at the first
     h_hat = hapo(batch_of(torch.tensor([[0.0, 1.0, 2.0]]).double(), torch.ones(1, 3))).extra["h_hat"]
     assert_close(h_hat, torch.tensor([[-1.0, math.log(0.5) / -math.log(1e-8 / 2), 0.0]]).double())
 
@@ -71,7 +81,10 @@ def test_temperatures_are_those_of_the_paper_and_the_release():
     expected = {
         ("scaled", 0.05): [[0.9855246691402507, 0.9673961651710153, 1.05], [1.0, 0.95, 0.0]],
         ("released", 0.05): [[1.0144753308597492, 1.0326038348289848, 1.05], [1.0, 1.05, 0.0]],
-        ("unscaled", 0.1): [[0.9475747562202045, 0.8819188310355957, 1.0227317329009675], [1.0, 0.8189152141400392, 0.0]],
+        ("unscaled", 0.1): [
+            [0.9475747562202045, 0.8819188310355957, 1.0227317329009675],
+            [1.0, 0.8189152141400392, 0.0],
+        ],
     }
     for (variant, tau), want in expected.items():
         got = adaptive_temperature(entropy, signal, 1.0, tau, variant)  # type: ignore[arg-type]

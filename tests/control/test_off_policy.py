@@ -8,10 +8,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rltrain.control import TOKEN_CONTROLS
-from rltrain.types import TrainBatch
+from rltrain.types.policy import TrainBatch
 
 
-def batch_of(old: Tensor, rollout: Tensor, mask: Tensor, advantages: Tensor | None = None, now: Tensor | None = None) -> TrainBatch:
+def batch_of(
+    old: Tensor, rollout: Tensor, mask: Tensor, advantages: Tensor | None = None, now: Tensor | None = None
+) -> TrainBatch:
     rows = torch.zeros(mask.shape[0], dtype=torch.int64)
     return TrainBatch(
         mask=mask,
@@ -32,7 +34,9 @@ def random_batch(seed: int = 0) -> TrainBatch:
     old, rollout = (-torch.rand(6, 5, generator=generator, dtype=torch.float64) * 3 for _ in range(2))
     mask = torch.arange(5) < torch.tensor([5, 3, 1, 0, 4, 2])[:, None]
     sign = torch.tensor([1.0, -1.0, -1.0, 1.0, -1.0, 1.0], dtype=torch.float64)[:, None].expand(6, 5)
-    return batch_of(old.masked_fill(~mask, math.nan), rollout, mask, sign.contiguous(), old.masked_fill(~mask, math.nan))
+    return batch_of(
+        old.masked_fill(~mask, math.nan), rollout, mask, sign.contiguous(), old.masked_fill(~mask, math.nan)
+    )
 
 
 def settings(name: str) -> list[dict[str, object]]:
@@ -95,7 +99,9 @@ def test_dropped_tokens_stay_in_the_denominator_unless_asked():
     rollout = torch.tensor([[0.5, 0.4, 0.1], [0.2, 0.25, 1.0]]).log()
     batch = batch_of(old, rollout, torch.tensor([[1, 1, 1], [1, 1, 0]]))
     hp = {"level": "token", "low": 0.5, "high": 2.0}
-    stays, leaves = (TOKEN_CONTROLS.bind("mis", {**hp, "denominator": form})(batch) for form in ("all", "kept"))
+    stays, leaves = (
+        TOKEN_CONTROLS.bind("mis", {**hp, "denominator": form})(batch) for form in ("all", "kept")
+    )
     assert stays.totals_of_mask == (5, 2) and leaves.totals_of_mask == (4, 2)
     assert torch.equal(stays.weights, leaves.weights) and stays.weights[1, 0] == 0
 
@@ -104,8 +110,14 @@ def test_geometric_rejection_bounds_rho_and_not_its_inverse():
     # rho = 1.2 on every token: inside [0.9, 1.3]; its inverse 0.83 is not
     old = torch.full((1, 4), math.log(0.6))
     batch = batch_of(old, old - math.log(1.2), torch.ones(1, 4))
-    assert TOKEN_CONTROLS.bind("geometric_rejection", {"low": 0.9, "high": 1.3})(batch).totals_of_mask == (4, 1)
-    assert TOKEN_CONTROLS.bind("geometric_rejection", {"low": 0.77, "high": 1.1})(batch).totals_of_mask == (0, 0)
+    assert TOKEN_CONTROLS.bind("geometric_rejection", {"low": 0.9, "high": 1.3})(batch).totals_of_mask == (
+        4,
+        1,
+    )
+    assert TOKEN_CONTROLS.bind("geometric_rejection", {"low": 0.77, "high": 1.1})(batch).totals_of_mask == (
+        0,
+        0,
+    )
 
 
 def test_geometric_rejection_does_not_punish_length():

@@ -1,4 +1,6 @@
-"""PACED put together: each stage is the mean, over its own rows, of the pass-rate weight times the row's token mean."""
+"""PACED put together: each stage is the mean, over its own rows, of the pass-rate weight times the
+row's token mean.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +10,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from rltrain.config.check import check
 from rltrain.config.load import load_recipe
+from rltrain.config.rules import check
 from rltrain.control import COEFFICIENTS, TOKEN_CONTROLS
 from rltrain.errors import RecipeError
 from rltrain.loss import AGGREGATES, LOSS_TERMS
 from rltrain.loss.objective import Objective, Term
 from rltrain.loss.policy import POLICY_LOSSES
-from rltrain.types import ARM_ANSWER, ARM_POLICY, PolicyTokens, StepTotals, TrainBatch
+from rltrain.types.policy import PolicyTokens, StepTotals, TrainBatch
+from rltrain.types.samples import SOURCE_DATASET, SOURCE_POLICY
 
 ROOT = Path(__file__).parents[2]
-# Two prompts, three samples and the teacher's text each; prompt 0 is right once in two graded samples, prompt 1 twice in three.
-ARMS = [ARM_POLICY, ARM_POLICY, ARM_POLICY, ARM_ANSWER] * 2
+# Two prompts, three samples and the teacher's text each; prompt 0 is right once in two graded samples, prompt
+# 1 twice in three.
+ARMS = [SOURCE_POLICY, SOURCE_POLICY, SOURCE_POLICY, SOURCE_DATASET] * 2
 CORRECT = [1, 0, math.nan, 1, 1, 1, 0, 1]
 
 
 def batch_of(correct: list[float] | None = None) -> TrainBatch:
     generator = torch.Generator().manual_seed(0)
-    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 0]], dtype=torch.bool)
+    mask = torch.tensor(
+        [[1, 1, 1], [1, 1, 0], [0, 0, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 0]],
+        dtype=torch.bool,
+    )
     zeros = torch.zeros(8, 3, dtype=torch.float64)
     return TrainBatch(
         mask=mask,
@@ -43,7 +50,9 @@ def batch_of(correct: list[float] | None = None) -> TrainBatch:
 def loss(batch: TrainBatch, policy: PolicyTokens, forward: float, reverse: float) -> torch.Tensor:
     bound = [("teacher_text", forward), ("kdrl", reverse)]
     terms = tuple(Term(name, LOSS_TERMS.bind(name, {}), coefficient) for name, coefficient in bound)
-    objective = Objective(POLICY_LOSSES.bind("reinforce", {}), terms, AGGREGATES.bind("seq_mean_token_mean", {}))
+    objective = Objective(
+        POLICY_LOSSES.bind("reinforce", {}), terms, AGGREGATES.bind("seq_mean_token_mean", {})
+    )
     return objective(policy, batch, StepTotals(*batch.totals_of_mask, max_tokens=3)).loss
 
 
@@ -67,7 +76,9 @@ def test_each_stage_is_the_weighted_mean_over_its_own_rows() -> None:
 
 def test_prompts_that_are_always_or_never_right_weigh_nothing() -> None:
     always = TOKEN_CONTROLS.bind("paced", {})(batch_of([1, 1, 1, 1, 0, 0, 0, 1]))
-    assert not any(bool(mark.any()) for mark in always.extra.values()) and always.notes["paced_weightless"] == 1
+    assert (
+        not any(bool(mark.any()) for mark in always.extra.values()) and always.notes["paced_weightless"] == 1
+    )
     unknown = TOKEN_CONTROLS.bind("paced", {})(batch_of([math.nan, math.nan, math.nan, 1, 1, 0, 0, 1]))
     assert not unknown.extra["kdrl"][:4].any() and bool(unknown.extra["kdrl"][4:7].any())
     # c + 1/2 over K + 1, 3.5/4 and .5/4: equal weights, of mean 1, on the six of eight rows of the policy
@@ -78,13 +89,22 @@ def test_prompts_that_are_always_or_never_right_weigh_nothing() -> None:
 
 
 def test_the_stages_of_a_run_follow_one_another() -> None:
-    first, second = (COEFFICIENTS.bind("stage", {"begin": begin, "end": end})(total_steps=5) for begin, end in ((0.0, 0.5), (0.5, 1.0)))
+    first, second = (
+        COEFFICIENTS.bind("stage", {"begin": begin, "end": end})(total_steps=5)
+        for begin, end in ((0.0, 0.5), (0.5, 1.0))
+    )
     seen = []
     for _ in range(5):
         seen.append((first(), second()))
         for one in (first, second):
             one.observe({})
-    assert seen == [(1, 0), (1, 0), (1, 0), (0, 1), (0, 1)]  # of 5 steps the third begins before half of them is over
+    assert seen == [
+        (1, 0),
+        (1, 0),
+        (1, 0),
+        (0, 1),
+        (0, 1),
+    ]  # of 5 steps the third begins before half of them is over
     with pytest.raises(ValueError, match=r"train\.steps is 6"):
         COEFFICIENTS.bind("stage", {})(total_steps=6).load_state_dict(first.state_dict())
 

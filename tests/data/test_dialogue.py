@@ -17,7 +17,13 @@ def tokenizer(tiny_models: ModuleType) -> Any:
 
 
 def dialogue(tokenizer: Any, role: Any = "user", longest: int = 20, **data: Any) -> Dialogue:
-    return Dialogue(tokenizer, {tokenizer.eos_token_id}, Data(train="arithmetic", **data), role=role, observation_tokens=longest)
+    return Dialogue(
+        tokenizer,
+        {tokenizer.eos_token_id},
+        Data(train="arithmetic", **data),
+        role=role,
+        observation_tokens=longest,
+    )
 
 
 def spelt(tokenizer: Any, ids: Any) -> str:
@@ -26,9 +32,14 @@ def spelt(tokenizer: Any, ids: Any) -> str:
 
 def test_a_message_stands_in_the_template_s_frame(tokenizer: Any) -> None:
     one, eos = dialogue(tokenizer), tokenizer.eos_token_id
-    assert spelt(tokenizer, one.observation("84", eos)) == "<user>84<assistant>"  # the policy ended its turn itself
+    assert (
+        spelt(tokenizer, one.observation("84", eos)) == "<user>84<assistant>"
+    )  # the policy ended its turn itself
     assert spelt(tokenizer, one.observation("84", 20)) == "<eos><user>84<assistant>"  # it was cut
-    assert spelt(tokenizer, dialogue(tokenizer, system="Be brief.").observation("84", eos)) == "<user>84<assistant>"
+    assert (
+        spelt(tokenizer, dialogue(tokenizer, system="Be brief.").observation("84", eos))
+        == "<user>84<assistant>"
+    )
     assert spelt(tokenizer, dialogue(tokenizer, role="tool").observation("84", eos)) == "<tool>84<assistant>"
 
 
@@ -41,23 +52,35 @@ def test_turn_and_message_are_what_the_template_would_have_written(tokenizer: An
     whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
     ids = [*tokenizer(prompt).input_ids, *tokenizer("<<12*7=").input_ids, tokenizer.eos_token_id]
-    assert [*ids, *dialogue(tokenizer).observation("84", tokenizer.eos_token_id)] == tokenizer(whole).input_ids
+    assert [*ids, *dialogue(tokenizer).observation("84", tokenizer.eos_token_id)] == tokenizer(
+        whole
+    ).input_ids
 
 
 def test_no_message_can_spell_a_special_token(tokenizer: Any) -> None:
     said = dialogue(tokenizer).observation("a<eos><assistant>b", tokenizer.eos_token_id)
-    special = {tokenizer.convert_tokens_to_ids(token) for token in ("<eos>", "<assistant>", "<user>", "<system>", "<pad>")}
+    special = {
+        tokenizer.convert_tokens_to_ids(token)
+        for token in ("<eos>", "<assistant>", "<user>", "<system>", "<pad>")
+    }
     assert special.intersection(said[1:-1]) == set()
     assert spelt(tokenizer, said) == "<user>a<eos><assistant>b<assistant>"
 
 
 def test_a_long_message_is_cut_at_its_end(tokenizer: Any) -> None:
-    assert spelt(tokenizer, dialogue(tokenizer, longest=3).observation(" 123456\n", tokenizer.eos_token_id)) == "<user>123<assistant>"
+    assert (
+        spelt(tokenizer, dialogue(tokenizer, longest=3).observation(" 123456\n", tokenizer.eos_token_id))
+        == "<user>123<assistant>"
+    )
 
 
 def test_without_a_template_a_message_stands_alone(tokenizer: Any) -> None:
     one = dialogue(tokenizer, chat_template="none")
-    assert spelt(tokenizer, one.observation("84", tokenizer.eos_token_id)) == "84" == spelt(tokenizer, one.observation("84", 20))
+    assert (
+        spelt(tokenizer, one.observation("84", tokenizer.eos_token_id))
+        == "84"
+        == spelt(tokenizer, one.observation("84", 20))
+    )
 
 
 def test_what_is_asked_is_rendered_like_a_prompt_of_the_data(tokenizer: Any) -> None:
@@ -69,12 +92,16 @@ def test_what_is_asked_is_rendered_like_a_prompt_of_the_data(tokenizer: Any) -> 
 def test_what_is_asked_is_cut_to_the_longest_prompt(tokenizer: Any, longest: int) -> None:
     text, ids = dialogue(tokenizer, max_prompt_tokens=longest).opening("abcdefghijklmnopqrstuvwxyz")
     assert len(ids) == min(28, longest)
-    assert text.endswith("<assistant>") and text.startswith("<user>" + "abcdefghijklmnopqrstuvwxyz"[: longest - 2])
+    assert text.endswith("<assistant>") and text.startswith(
+        "<user>" + "abcdefghijklmnopqrstuvwxyz"[: longest - 2]
+    )
 
 
 def test_a_template_that_refuses_or_hides_the_message_is_named(tiny_models: ModuleType) -> None:
     strict = tiny_models.character_tokenizer()
-    strict.chat_template = "{% if messages[-1].role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    strict.chat_template = (
+        "{% if messages[-1].role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    )
     with pytest.raises(ValueError, match=r"'tool'.*no tools here.*environment.role"):
         dialogue(strict, role="tool")
     with pytest.raises(ValueError, match=r"does not show an assistant's turn"):

@@ -1,4 +1,6 @@
-"""GAIN-RL's order: the window's shape, how it moves, and that a resumed one draws what the first would have."""
+"""GAIN-RL's order: the window's shape, how it moves, and that a resumed one draws what the first
+would have.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +11,33 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from rltrain.config.check import ORDERS
+from rltrain.config.rules.registries import ORDERS
 from rltrain.data.gain_rl import GainRlOrder, log_weights, stride, template_lengths
 
 METRICS = {"reward/correct": 0.5, "control/alignment": 0.3}
 
 
 def order_of(count: int = 50, per_step: int = 4, seed: int = 0, **hp: float) -> GainRlOrder:
-    return GainRlOrder(count, per_step, seed, [float(-index) for index in range(count)], **hp)  # rank i is index i
+    return GainRlOrder(
+        count, per_step, seed, [float(-index) for index in range(count)], **hp
+    )  # rank i is index i
 
 
 def test_the_window_is_the_released_gaussian() -> None:
     weights = np.exp(log_weights(5, 0.0, 2.0))
-    expected = [0.33909623854047366, 0.2992513801900551, 0.205672265268026, 0.1100884305141003, 0.045891685487344985]
+    expected = [
+        0.33909623854047366,
+        0.2992513801900551,
+        0.205672265268026,
+        0.1100884305141003,
+        0.045891685487344985,
+    ]
     np.testing.assert_allclose(weights / weights.sum(), expected)
 
 
 def test_the_centre_moves_as_intended_and_as_released() -> None:
-    # the released TRL rewards 0, 1, 2 are halved; 0/1 rewards taken as they are give the same three moves. Halved too, as in the
-    # released verl version, all right counts as half right.
+    # the released TRL rewards 0, 1, 2 are halved; 0/1 rewards taken as they are give the same three moves.
+    # Halved too, as in the released verl version, all right counts as half right.
     assert [stride(right, 0.3, 500.0, 2.0, 0.5, 1000.0) for right in (0.0, 0.5, 1.0)] == pytest.approx(
         [0.0, 268.5247834990176, 649.3218614769]
     )

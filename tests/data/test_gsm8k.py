@@ -6,20 +6,31 @@ from rltrain.data.rows import Row
 
 def rows(*answers: object) -> list[Row]:
     return [
-        Row(f"train.jsonl:{number}", f"train.jsonl, line {number + 1}", {"question": "?", "answer": a}) for number, a in enumerate(answers)
+        Row(f"train.jsonl:{number}", f"train.jsonl, line {number + 1}", {"question": "?", "answer": a})
+        for number, a in enumerate(answers)
     ]
 
 
 def test_an_annotation_becomes_a_prompt_and_its_answer():
-    steps, left_out = calculator_steps(rows("Natalia sold 48/2 = <<48/2=24>>24 clips in May, <<48+24=72>>72 in all.\n#### 72"))
-    assert [step.columns for step in steps] == [{"prompt": "48/2=", "answer": "24"}, {"prompt": "48+24=", "answer": "72"}]
+    steps, left_out = calculator_steps(
+        rows("Natalia sold 48/2 = <<48/2=24>>24 clips in May, <<48+24=72>>72 in all.\n#### 72")
+    )
+    assert [step.columns for step in steps] == [
+        {"prompt": "48/2=", "answer": "24"},
+        {"prompt": "48+24=", "answer": "72"},
+    ]
     assert [step.id for step in steps] == ["train.jsonl:0.0", "train.jsonl:0.1"]
     assert left_out == {"repeated": 0, "malformed": 0}
 
 
 def test_an_expression_is_asked_once_with_its_shortest_answer():
-    steps, left_out = calculator_steps(rows("<<100/2=50.00>>50", "<<3*4=12>>12 <<100/2=50>>50", "<<100/2=50.00>>50"))
-    assert [(step.columns["prompt"], step.columns["answer"]) for step in steps] == [("100/2=", "50"), ("3*4=", "12")]
+    steps, left_out = calculator_steps(
+        rows("<<100/2=50.00>>50", "<<3*4=12>>12 <<100/2=50>>50", "<<100/2=50.00>>50")
+    )
+    assert [(step.columns["prompt"], step.columns["answer"]) for step in steps] == [
+        ("100/2=", "50"),
+        ("3*4=", "12"),
+    ]
     assert left_out["repeated"] == 2
 
 

@@ -18,7 +18,9 @@ def jsonl(path: Path, *rows: Any) -> str:
     return str(path)
 
 
-def load(tokenizer: Any, source: str, needs: tuple[str, ...] = ("label",), limit: int | None = None, **keys: Any) -> LabelSet:
+def load(
+    tokenizer: Any, source: str, needs: tuple[str, ...] = ("label",), limit: int | None = None, **keys: Any
+) -> LabelSet:
     data = JudgedData(train=source, **keys)
     reader = Reader(tokenizer, (tokenizer.eos_token_id,), data)
     return load_labels(data, "train", reader, seed=0, limit=limit, needs=frozenset(needs))
@@ -37,13 +39,17 @@ def test_labels_are_numbers_and_classes_are_counted(tmp_path: Path, tokenizer: A
 
 def test_messages_are_read_by_the_template(tmp_path: Path, tokenizer: Any) -> None:
     prompt, answer = [{"role": "user", "content": "q"}], [{"role": "assistant", "content": "yes"}]
-    found = load(tokenizer, jsonl(tmp_path / "l.jsonl", row(True, answer, prompt), row(False, answer, prompt)))
+    found = load(
+        tokenizer, jsonl(tmp_path / "l.jsonl", row(True, answer, prompt), row(False, answer, prompt))
+    )
     one = found.completions[0]
     assert tokenizer.decode([*one.prompt, *one.completion]) == "<user>q<assistant>yes<eos>"
 
 
 def test_pairs_are_read_as_two_completions_each(tmp_path: Path, tokenizer: Any) -> None:
-    source = jsonl(tmp_path / "p.jsonl", *({"prompt": str(n), "chosen": "yes", "rejected": "no"} for n in range(3)))
+    source = jsonl(
+        tmp_path / "p.jsonl", *({"prompt": str(n), "chosen": "yes", "rejected": "no"} for n in range(3))
+    )
     found = load(tokenizer, source)
     assert [one.id for one in found.completions[:2]] == ["p.jsonl:0:chosen", "p.jsonl:0:rejected"]
     assert [one.label for one in found.completions] == [1, 0] * 3 and paired(found)
@@ -53,7 +59,10 @@ def test_pairs_are_read_as_two_completions_each(tmp_path: Path, tokenizer: Any) 
 
 def test_a_loss_without_labels_learns_from_chosen_completions_alone(tmp_path: Path, tokenizer: Any) -> None:
     # DCO raises the likelihood of whatever it is given: the rejected side of a pair must not be among it
-    source = jsonl(tmp_path / "p.jsonl", *({"prompt": "q", "chosen": "a", "rejected": "b", "pass_rate": 0.5} for _ in range(3)))
+    source = jsonl(
+        tmp_path / "p.jsonl",
+        *({"prompt": "q", "chosen": "a", "rejected": "b", "pass_rate": 0.5} for _ in range(3)),
+    )
     found = load(tokenizer, source, needs=("column:pass_rate",))
     assert [one.id.rpartition(":")[2] for one in found.completions] == ["chosen"] * 3
     assert not paired(found)
@@ -62,7 +71,9 @@ def test_a_loss_without_labels_learns_from_chosen_completions_alone(tmp_path: Pa
 
 def test_one_class_is_an_error_where_labels_are_needed(tmp_path: Path, tokenizer: Any) -> None:
     source = jsonl(tmp_path / "l.jsonl", row(True), row(True, "b"))
-    with pytest.raises(ValueError, match="2 desirable and 0 undesirable completions: the loss learns from the contrast"):
+    with pytest.raises(
+        ValueError, match="2 desirable and 0 undesirable completions: the loss learns from the contrast"
+    ):
         load(tokenizer, source)
     assert len(load(tokenizer, source, needs=())) == 2
 
@@ -77,7 +88,9 @@ def test_one_class_is_an_error_where_labels_are_needed(tmp_path: Path, tokenizer
         ([row(True), row(False, [{"role": "assistant", "content": "b"}])], "mixed formats"),
     ],
 )
-def test_what_cannot_be_read_is_named_with_its_row(tmp_path: Path, tokenizer: Any, rows: Any, message: str) -> None:
+def test_what_cannot_be_read_is_named_with_its_row(
+    tmp_path: Path, tokenizer: Any, rows: Any, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         load(tokenizer, jsonl(tmp_path / "l.jsonl", *rows))
 
@@ -104,5 +117,7 @@ def test_a_pair_whose_strength_prefers_the_rejected_side_gives_no_labels_and_a_c
     found = load(tokenizer, jsonl(tmp_path / "p.jsonl", pair | {"p_chosen": 0.9}, pair | {"p_chosen": 0.2}))
     assert [one.id for one in found.completions] == ["p.jsonl:0:chosen", "p.jsonl:0:rejected"]
     assert found.dropped == {"contradicted by their scores": 1}
-    with pytest.raises(ValueError, match=r"c\.jsonl, line 2: margin 1\.0 prefer chosen, p_chosen 0\.2 prefer rejected"):
+    with pytest.raises(
+        ValueError, match=r"c\.jsonl, line 2: margin 1\.0 prefer chosen, p_chosen 0\.2 prefer rejected"
+    ):
         load(tokenizer, jsonl(tmp_path / "c.jsonl", pair, pair | {"p_chosen": 0.2, "margin": 1}))

@@ -28,7 +28,9 @@ def test_seeds_differ_and_repeat():
     assert first != list(range(10))
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5, 17])  # 10 / 4: step 3 straddles, after step 5 two epochs are exactly used up
+@pytest.mark.parametrize(
+    "steps", [0, 1, 2, 3, 5, 17]
+)  # 10 / 4: step 3 straddles, after step 5 two epochs are exactly used up
 def test_a_resumed_order_goes_on_as_the_uninterrupted_one(steps: int):
     whole = PromptOrder(10, 4, seed=7)
     for _ in range(steps):
@@ -39,7 +41,9 @@ def test_a_resumed_order_goes_on_as_the_uninterrupted_one(steps: int):
     assert resumed.state_dict() == whole.state_dict()
 
 
-@pytest.mark.parametrize(("change", "named"), [({"count": 11}, "count"), ({"per_step": 5}, "per_step"), ({"seed": 8}, "seed")])
+@pytest.mark.parametrize(
+    ("change", "named"), [({"count": 11}, "count"), ({"per_step": 5}, "per_step"), ({"seed": 8}, "seed")]
+)
 def test_a_state_of_other_data_is_refused(change: dict[str, int], named: str):
     state = PromptOrder(10, 4, seed=7).state_dict()
     with pytest.raises(ValueError, match=named):
@@ -47,5 +51,7 @@ def test_a_state_of_other_data_is_refused(change: dict[str, int], named: str):
 
 
 def test_fewer_prompts_than_a_step_needs_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match=r"needs 8 different prompts and the training set has 7; lower rollout.prompts"):
+    with pytest.raises(
+        ValueError, match=r"needs 8 different prompts and the training set has 7; lower rollout.prompts"
+    ):
         PromptOrder(7, per_step=8, seed=0)

@@ -1,4 +1,6 @@
-"""Preference pairs: every format that is read, every reason to leave a row out, every error that names its row."""
+"""Preference pairs: every format that is read, every reason to leave a row out, every error that
+names its row.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rltrain.config.schema import JudgedData
 from rltrain.data.judged import Reader
-from rltrain.data.preferences import Pair, PairSet, divided, load_pairs, transcript
+from rltrain.data.preferences import Pair, PairSet, load_pairs, scale_margins, transcript
 
 
 def jsonl(path: Path, *rows: Any) -> str:
@@ -21,7 +23,13 @@ def jsonl(path: Path, *rows: Any) -> str:
     return str(path)
 
 
-def load(tokenizer: PreTrainedTokenizerBase, source: str, needs: tuple[str, ...] = (), limit: int | None = None, **keys: Any) -> PairSet:
+def load(
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    needs: tuple[str, ...] = (),
+    limit: int | None = None,
+    **keys: Any,
+) -> PairSet:
     data = JudgedData(train=source, **keys)
     reader = Reader(tokenizer, (tokenizer.eos_token_id,), data)
     return load_pairs(data, "train", reader, seed=0, limit=limit, needs=frozenset(needs))
@@ -41,7 +49,11 @@ SAY = {name: [{"role": "assistant", "content": name}] for name in ("yes", "no")}
         {"prompt": "q", "chosen": "yes", "rejected": "no"},
         {"prompt": [USER], "chosen": SAY["yes"], "rejected": SAY["no"]},
         {"chosen": [USER, *SAY["yes"]], "rejected": [USER, *SAY["no"]]},
-        {"prompt": "q", "chosen": [USER, *SAY["yes"]], "rejected": [USER, *SAY["no"]]},  # as UltraFeedback repeats its prompt
+        {
+            "prompt": "q",
+            "chosen": [USER, *SAY["yes"]],
+            "rejected": [USER, *SAY["no"]],
+        },  # as UltraFeedback repeats its prompt
         {"chosen": "\n\nHuman: q\n\nAssistant: yes", "rejected": "\n\nHuman: q\n\nAssistant: no"},
     ],
     ids=["text", "messages", "messages without prompt", "messages beside their prompt", "transcript"],
@@ -56,8 +68,13 @@ def test_without_a_template_text_stays_text_and_gains_its_end(tmp_path: Path, to
     hh = {"chosen": "\n\nHuman: q\n\nAssistant: yes", "rejected": "\n\nHuman: q\n\nAssistant: no"}
     (pair,) = load(tokenizer, jsonl(tmp_path / "hh.jsonl", hh), chat_template="none").pairs
     assert spelt(tokenizer, pair) == ("\n\nHuman: q\n\nAssistant:", " yes<eos>", " no<eos>")
-    # The longest common beginning is "q a"; the space before what differs goes with the completions, as in TRL.
-    (pair,) = load(tokenizer, jsonl(tmp_path / "i.jsonl", {"chosen": "q a yes", "rejected": "q a no"}), chat_template="none").pairs
+    # The longest common beginning is "q a"; the space before what differs goes with the completions, as in
+    # TRL.
+    (pair,) = load(
+        tokenizer,
+        jsonl(tmp_path / "i.jsonl", {"chosen": "q a yes", "rejected": "q a no"}),
+        chat_template="none",
+    ).pairs
     assert spelt(tokenizer, pair) == ("q a", " yes<eos>", " no<eos>")
     (pair,) = load(
         tokenizer,
@@ -68,9 +85,13 @@ def test_without_a_template_text_stays_text_and_gains_its_end(tmp_path: Path, to
     assert spelt(tokenizer, pair) == ("q?", "yes<eos>", "no<eos>")
 
 
-def test_a_line_break_that_the_template_puts_behind_its_end_is_not_scored(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_line_break_that_the_template_puts_behind_its_end_is_not_scored(
+    tmp_path: Path, tokenizer: Any
+) -> None:
     tokenizer.chat_template = tokenizer.chat_template.replace("eos_token if", "eos_token + '\n' if")
-    (pair,) = load(tokenizer, jsonl(tmp_path / "p.jsonl", {"prompt": "q", "chosen": "yes", "rejected": "no"})).pairs
+    (pair,) = load(
+        tokenizer, jsonl(tmp_path / "p.jsonl", {"prompt": "q", "chosen": "yes", "rejected": "no"})
+    ).pairs
     assert spelt(tokenizer, pair) == ("<user>q<assistant>", "yes<eos>", "no<eos>")
 
 
@@ -80,12 +101,17 @@ def test_a_transcript_is_read_turn_by_turn() -> None:
     assert roles == [("user", "a\nb"), ("assistant", "c"), ("user", "d"), ("assistant", "e")]
 
 
-def test_transcripts_with_other_prompts_or_no_answer_are_left_out_and_counted(tmp_path: Path, tokenizer: Any) -> None:
+def test_transcripts_with_other_prompts_or_no_answer_are_left_out_and_counted(
+    tmp_path: Path, tokenizer: Any
+) -> None:
     source = jsonl(
         tmp_path / "hh.jsonl",
         {"chosen": "\n\nHuman: q\n\nAssistant: yes", "rejected": "\n\nHuman: q\n\nAssistant: no"},
         {"chosen": "\n\nHuman: q\n\nAssistant: yes", "rejected": "\n\nHuman: r\n\nAssistant: no"},
-        {"chosen": "\n\nHuman: q\n\nAssistant: yes\n\nHuman: well", "rejected": "\n\nHuman: q\n\nAssistant: no"},
+        {
+            "chosen": "\n\nHuman: q\n\nAssistant: yes\n\nHuman: well",
+            "rejected": "\n\nHuman: q\n\nAssistant: no",
+        },
         {"chosen": "\n\nHuman: q\n\nAssistant:", "rejected": "\n\nHuman: q\n\nAssistant: no"},
     )
     found = load(tokenizer, source)
@@ -129,7 +155,11 @@ def test_empty_and_identical_completions_are_left_out_and_counted(tmp_path: Path
         {"prompt": "q", "chosen": "a", "rejected": "b"},
         {"prompt": "q", "chosen": "a", "rejected": "a"},
         {"prompt": "q", "chosen": "a", "rejected": " "},
-        {"prompt": "q", "chosen": "a", "rejected": "\u4e2d"},  # no token of this vocabulary: nothing but its end is left
+        {
+            "prompt": "q",
+            "chosen": "a",
+            "rejected": "\u4e2d",
+        },  # no token of this vocabulary: nothing but its end is left
     )
     found = load(tokenizer, source)
     assert (len(found), found.dropped) == (1, {"identical": 1, "empty": 2})
@@ -148,27 +178,45 @@ SCORED = {"prompt": "q", "chosen": "a", "rejected": "b"}
         ({"margin": 0.25, "score_chosen": 9, "score_rejected": 5}, 0.25),
     ],
 )
-def test_margins_come_from_scores_ratings_or_their_own_column(tmp_path: Path, tokenizer: Any, columns: Any, margin: float) -> None:
+def test_margins_come_from_scores_ratings_or_their_own_column(
+    tmp_path: Path, tokenizer: Any, columns: Any, margin: float
+) -> None:
     (pair,) = load(tokenizer, jsonl(tmp_path / "p.jsonl", SCORED | columns), needs=("margin",)).pairs
     assert pair.margin == margin
 
 
-def test_scores_in_the_wrong_order_turn_a_soft_target_round_and_contradict_a_hard_one(tmp_path: Path, tokenizer: Any) -> None:
+def test_scores_in_the_wrong_order_turn_a_soft_target_round_and_contradict_a_hard_one(
+    tmp_path: Path, tokenizer: Any
+) -> None:
     right, wrong = {"score_chosen": 3, "score_rejected": 1}, {"score_chosen": 1, "score_rejected": 3}
     source = jsonl(tmp_path / "p.jsonl", *(SCORED | right for _ in range(2)), SCORED | wrong)
     soft = load(tokenizer, source, needs=("margin",))
     # Swapping the pair and negating its margin leaves -p ln s(z) - (1 - p) ln s(-z) as it is.
-    assert [(spelt(tokenizer, pair)[1], pair.margin) for pair in soft.pairs] == [("a<eos>", 2), ("a<eos>", 2), ("b<eos>", 2)]
+    assert [(spelt(tokenizer, pair)[1], pair.margin) for pair in soft.pairs] == [
+        ("a<eos>", 2),
+        ("a<eos>", 2),
+        ("b<eos>", 2),
+    ]
     assert soft.changed["swapped, as their strength says"] == 1
     hard = load(tokenizer, source)
     assert (len(hard), hard.dropped) == (2, {"contradicted by their scores": 1})
-    with pytest.raises(ValueError, match=r"in 2 of 3 pairs the score of chosen is below.*are the columns swapped"):
-        load(tokenizer, jsonl(tmp_path / "s.jsonl", SCORED | right, SCORED | wrong, SCORED | wrong), needs=("margin",))
+    with pytest.raises(
+        ValueError, match=r"in 2 of 3 pairs the score of chosen is below.*are the columns swapped"
+    ):
+        load(
+            tokenizer,
+            jsonl(tmp_path / "s.jsonl", SCORED | right, SCORED | wrong, SCORED | wrong),
+            needs=("margin",),
+        )
 
 
 @pytest.mark.parametrize("p_chosen", [0.0, 0.2])
-def test_a_probability_below_one_half_turns_the_pair_round(tmp_path: Path, tokenizer: Any, p_chosen: float) -> None:
-    (pair,) = load(tokenizer, jsonl(tmp_path / "p.jsonl", SCORED | {"p_chosen": p_chosen}), needs=("p_chosen",)).pairs
+def test_a_probability_below_one_half_turns_the_pair_round(
+    tmp_path: Path, tokenizer: Any, p_chosen: float
+) -> None:
+    (pair,) = load(
+        tokenizer, jsonl(tmp_path / "p.jsonl", SCORED | {"p_chosen": p_chosen}), needs=("p_chosen",)
+    ).pairs
     assert (spelt(tokenizer, pair)[1], pair.p_chosen) == ("b<eos>", 1 - p_chosen)
 
 
@@ -185,7 +233,12 @@ IN_FAVOUR = (
     {"score_chosen": 3, "score_rejected": 1},
     {"chosen_rating": 2, "rejected_rating": 1},
 )
-CONTRADICTIONS = [(against | favour, said) for against, said in AGAINST for favour in IN_FAVOUR if not against.keys() & favour.keys()]
+CONTRADICTIONS = [
+    (against | favour, said)
+    for against, said in AGAINST
+    for favour in IN_FAVOUR
+    if not against.keys() & favour.keys()
+]
 
 
 @pytest.mark.parametrize("needs", [(), ("margin",), ("p_chosen",)])
@@ -193,8 +246,13 @@ CONTRADICTIONS = [(against | favour, said) for against, said in AGAINST for favo
 def test_strengths_that_contradict_one_another_are_refused_with_file_and_line(
     tmp_path: Path, tokenizer: Any, columns: dict[str, float], said: str, needs: tuple[str, ...]
 ) -> None:
-    source = jsonl(tmp_path / "p.jsonl", *(SCORED | IN_FAVOUR[0] | IN_FAVOUR[1] for _ in range(2)), SCORED | columns)
-    with pytest.raises(ValueError, match=rf"p\.jsonl, line 3: .* prefer chosen, {re.escape(said)} prefer rejected; mend the row"):
+    source = jsonl(
+        tmp_path / "p.jsonl", *(SCORED | IN_FAVOUR[0] | IN_FAVOUR[1] for _ in range(2)), SCORED | columns
+    )
+    with pytest.raises(
+        ValueError,
+        match=rf"p\.jsonl, line 3: .* prefer chosen, {re.escape(said)} prefer rejected; mend the row",
+    ):
         load(tokenizer, source, needs=needs)
 
 
@@ -209,19 +267,30 @@ def test_strengths_that_contradict_one_another_are_refused_with_file_and_line(
     ],
 )
 def test_strengths_that_agree_or_say_nothing_are_taken(
-    tmp_path: Path, tokenizer: Any, columns: dict[str, float], chosen: str, margin: float, p_chosen: float | None
+    tmp_path: Path,
+    tokenizer: Any,
+    columns: dict[str, float],
+    chosen: str,
+    margin: float,
+    p_chosen: float | None,
 ) -> None:
     source = jsonl(tmp_path / "p.jsonl", SCORED | columns, SCORED | {"margin": 1})
     pair, _ = load(tokenizer, source, needs=("margin",)).pairs
     assert (spelt(tokenizer, pair)[1], pair.margin, pair.p_chosen) == (chosen, margin, p_chosen)
 
 
-def test_a_missing_margin_is_an_error_and_one_that_is_no_number_a_counted_drop(tmp_path: Path, tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match=r"p.jsonl, line 1: the loss needs a margin.*score_chosen and score_rejected"):
+def test_a_missing_margin_is_an_error_and_one_that_is_no_number_a_counted_drop(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"p.jsonl, line 1: the loss needs a margin.*score_chosen and score_rejected"
+    ):
         load(tokenizer, jsonl(tmp_path / "p.jsonl", SCORED), needs=("margin",))
     with pytest.raises(ValueError, match="needs p_chosen"):
         load(tokenizer, jsonl(tmp_path / "p.jsonl", SCORED), needs=("p_chosen",))
-    source = jsonl(tmp_path / "n.jsonl", SCORED | {"margin": math.nan}, SCORED | {"margin": None}, SCORED | {"margin": 1})
+    source = jsonl(
+        tmp_path / "n.jsonl", SCORED | {"margin": math.nan}, SCORED | {"margin": None}, SCORED | {"margin": 1}
+    )
     found = load(tokenizer, source, needs=("margin",))
     assert (len(found), found.dropped) == (1, {"without a finite margin": 2})
     assert len(load(tokenizer, source)) == 3  # a loss that reads no margins takes them all
@@ -243,7 +312,11 @@ def test_a_missing_margin_is_an_error_and_one_that_is_no_number_a_counted_drop(t
         ([{"prompt": " ", "chosen": "a", "rejected": "b"}], (), "line 1: the prompt is empty"),
         ([{"prompt": "q", "chosen": "a", "rejected": SAY["no"]}], (), "one of chosen and rejected is text"),
         ([{"prompt": "q", "completion": "a", "label": True}], (), "the loss compares two completions"),
-        ([{"question": "q", "better": "a", "worse": "b"}], (), r"neither chosen and rejected nor completion; there are \['better'"),
+        (
+            [{"question": "q", "better": "a", "worse": "b"}],
+            (),
+            r"neither chosen and rejected nor completion; there are \['better'",
+        ),
         ([{"prompt": 3, "chosen": "a", "rejected": "b"}], (), "prompt is int"),
     ],
 )
@@ -255,7 +328,9 @@ def test_what_cannot_be_read_is_named_with_its_row_and_a_remedy(
 
 
 def test_rows_are_chosen_by_a_column_and_columns_renamed(tmp_path: Path, tokenizer: Any) -> None:
-    rows = [{"question": str(n), "good": "a", "bad": "b", "split": "train" if n else "test"} for n in range(3)]
+    rows = [
+        {"question": str(n), "good": "a", "bad": "b", "split": "train" if n else "test"} for n in range(3)
+    ]
     columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
     found = load(tokenizer, jsonl(tmp_path / "p.jsonl", *rows), columns=columns, where={"split": "train"})
     assert [pair.id for pair in found.pairs] == ["p.jsonl:1", "p.jsonl:2"]
@@ -264,7 +339,9 @@ def test_rows_are_chosen_by_a_column_and_columns_renamed(tmp_path: Path, tokeniz
 
 
 def test_a_limit_takes_the_first_so_many_of_a_seeded_shuffle(tmp_path: Path, tokenizer: Any) -> None:
-    source = jsonl(tmp_path / "p.jsonl", *({"prompt": str(n), "chosen": "a", "rejected": "b"} for n in range(30)))
+    source = jsonl(
+        tmp_path / "p.jsonl", *({"prompt": str(n), "chosen": "a", "rejected": "b"} for n in range(30))
+    )
     few, more = (load(tokenizer, source, limit=limit).pairs for limit in (5, 10))
     assert more[:5] == few and [pair.id for pair in few] != [f"p.jsonl:{n}" for n in range(5)]
 
@@ -273,10 +350,10 @@ def test_margins_are_divided_by_the_training_sets_scale() -> None:
     def of(*margins: float) -> PairSet:
         return PairSet(tuple(Pair("i", (1,), (2,), (3,), margin=one) for one in margins), {}, {})
 
-    train, held_out = divided([of(1.0, 4.0), of(2.0)], "max_abs")
+    train, held_out = scale_margins([of(1.0, 4.0), of(2.0)], "max_abs")
     assert [pair.margin for pair in (*train.pairs, *held_out.pairs)] == [0.25, 1.0, 0.5]
     # The standard deviation of 1 and 4 with ddof 1 is 3 / sqrt 2.
-    (train,) = divided([of(1.0, 4.0)], "std")
+    (train,) = scale_margins([of(1.0, 4.0)], "std")
     assert train.pairs[0].margin == pytest.approx(math.sqrt(2) / 3)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from rltrain.config.schema import Data
-from rltrain.data.prompts import load_prompts, without
+from rltrain.data.prompts import load_prompts, without_prompts
 
 
 def jsonl(path: Path, *rows: Any) -> str:
@@ -14,25 +14,43 @@ def jsonl(path: Path, *rows: Any) -> str:
 
 
 def load(tokenizer, source: str, side="train", limit=None, seed=0, **keys):
-    return load_prompts(Data(train=source, **{"eval": source, **keys}), side, tokenizer, seed=seed, limit=limit)
+    return load_prompts(
+        Data(train=source, **{"eval": source, **keys}), side, tokenizer, seed=seed, limit=limit
+    )
 
 
 def test_text_becomes_a_user_message_and_other_columns_reach_the_rewards(tmp_path, tokenizer):
     source = jsonl(
-        tmp_path / "sums.jsonl", {"prompt": "1+2=", "answer": "3", "level": [1]}, {"prompt": "3+4=", "answer": "7", "level": [2]}
+        tmp_path / "sums.jsonl",
+        {"prompt": "1+2=", "answer": "3", "level": [1]},
+        {"prompt": "3+4=", "answer": "7", "level": [2]},
     )
     first, second = load(tokenizer, source).prompts
     assert first.text == "<user>1+2=<assistant>"
-    assert tokenizer.convert_ids_to_tokens(list(first.token_ids)) == ["<user>", "1", "+", "2", "=", "<assistant>"]
+    assert tokenizer.convert_ids_to_tokens(list(first.token_ids)) == [
+        "<user>",
+        "1",
+        "+",
+        "2",
+        "=",
+        "<assistant>",
+    ]
     assert first.columns == {"answer": "3", "level": [1]}
     assert (first.id, second.id) == ("sums.jsonl:0", "sums.jsonl:1")
     assert first.messages is None
 
 
 def test_messages_are_rendered_by_the_chat_template(tmp_path, tokenizer):
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
     prompt = load(
-        tokenizer, jsonl(tmp_path / "chat.jsonl", {"prompt": turns}), system="s", prompt_template="never used on messages"
+        tokenizer,
+        jsonl(tmp_path / "chat.jsonl", {"prompt": turns}),
+        system="s",
+        prompt_template="never used on messages",
     ).prompts[0]
     assert prompt.text == "<system>s<user>a<assistant>b<eos><user>c<assistant>"
     assert list(prompt.token_ids) == tokenizer.apply_chat_template(
@@ -43,7 +61,13 @@ def test_messages_are_rendered_by_the_chat_template(tmp_path, tokenizer):
 
 def test_template_and_columns_rename_and_wrap(tmp_path, tokenizer):
     source = jsonl(tmp_path / "q.jsonl", {"question": "1+2", "unit": "cm", "prompt": "not this"})
-    prompt = load(tokenizer, source, columns={"prompt": "question"}, prompt_template="{prompt} in {unit}:", chat_template="none").prompts[0]
+    prompt = load(
+        tokenizer,
+        source,
+        columns={"prompt": "question"},
+        prompt_template="{prompt} in {unit}:",
+        chat_template="none",
+    ).prompts[0]
     assert prompt.text == "1+2 in cm:"
     assert prompt.columns == {"unit": "cm"}
 
@@ -61,7 +85,9 @@ def test_every_file_kind_and_a_folder_give_the_same_prompts(tmp_path, tokenizer,
     else:
         jsonl(path, *rows)
     found = load(tokenizer, str(tmp_path if name.startswith("train") else path)).prompts
-    assert [(p.text, p.columns["answer"]) for p in found] == [(f"<user>{n}+1=<assistant>", str(n + 1)) for n in range(5)]
+    assert [(p.text, p.columns["answer"]) for p in found] == [
+        (f"<user>{n}+1=<assistant>", str(n + 1)) for n in range(5)
+    ]
     assert len({p.id for p in found}) == 5
 
 
@@ -71,9 +97,14 @@ def test_a_folder_of_sharded_splits_or_of_save_to_disk_is_read_by_split(tmp_path
     for number in range(2):
         jsonl(tmp_path / f"test-{number}.jsonl", {"prompt": f"t{number}"})
     jsonl(tmp_path / "train.jsonl", {"prompt": "a"})
-    assert [p.text for p in load(tokenizer, str(tmp_path), "eval", chat_template="none").prompts] == ["t0", "t1"]
+    assert [p.text for p in load(tokenizer, str(tmp_path), "eval", chat_template="none").prompts] == [
+        "t0",
+        "t1",
+    ]
     saved = tmp_path / "saved"
-    DatasetDict(train=Dataset.from_list([{"prompt": "x"}]), test=Dataset.from_list([{"prompt": "y"}])).save_to_disk(str(saved))
+    DatasetDict(
+        train=Dataset.from_list([{"prompt": "x"}]), test=Dataset.from_list([{"prompt": "y"}])
+    ).save_to_disk(str(saved))
     assert [p.text for p in load(tokenizer, str(saved), "eval", chat_template="none").prompts] == ["y"]
     with pytest.raises(ValueError, match=r"has the splits \['test', 'train'\], not 'dev'"):
         load(tokenizer, str(saved), train_split="dev")
@@ -100,28 +131,36 @@ def test_a_limit_takes_the_first_so_many_of_a_seeded_shuffle(tmp_path, tokenizer
 
 
 def test_prompts_that_are_also_held_out_are_removed_and_counted(tmp_path, tokenizer):
-    train = load(tokenizer, jsonl(tmp_path / "a.jsonl", {"prompt": "1"}, {"prompt": "2"}, {"prompt": "2"}, {"prompt": "3"}))
+    train = load(
+        tokenizer,
+        jsonl(tmp_path / "a.jsonl", {"prompt": "1"}, {"prompt": "2"}, {"prompt": "2"}, {"prompt": "3"}),
+    )
     held_out = load(tokenizer, jsonl(tmp_path / "b.jsonl", {"prompt": "2"}, {"prompt": "9"}))
-    apart = without(train, held_out)
+    apart = without_prompts(train, held_out)
     assert [p.id for p in apart.prompts] == ["a.jsonl:0", "a.jsonl:3"]
     assert apart.dropped == {"too_long": 0, "shared": 2}
     with pytest.raises(ValueError, match=r"each of the 4 prompts .* none is left"):
-        without(train, train)
+        without_prompts(train, train)
 
 
 def test_the_arithmetic_task_has_disjoint_sides(tokenizer):
     data = Data(train="arithmetic", eval="arithmetic", options={"digits": 1})
     train, held_out = (load_prompts(data, side, tokenizer, seed=0) for side in ("train", "eval"))
     assert len(train) + len(held_out) == 100
-    assert len(without(train, held_out)) == len(train)
+    assert len(without_prompts(train, held_out)) == len(train)
     assert train.prompts[0].text.startswith("<user>")
 
 
 def test_gsm8k_annotations_become_prompts_with_counts(tmp_path, tokenizer):
-    rows = [{"question": "?", "solution": "<<48/2=24>> <<1+1=x>>"}, {"question": "?", "solution": "<<48/2=24.00>>"}]
+    rows = [
+        {"question": "?", "solution": "<<48/2=24>> <<1+1=x>>"},
+        {"question": "?", "solution": "<<48/2=24.00>>"},
+    ]
     source = jsonl(tmp_path / "g.jsonl", *rows)
     loaded = load(tokenizer, source, adapter="gsm8k_calculator", columns={"answer": "solution"})
-    assert [(p.text, p.columns, p.id) for p in loaded.prompts] == [("<user>48/2=<assistant>", {"answer": "24"}, "g.jsonl:0.0")]
+    assert [(p.text, p.columns, p.id) for p in loaded.prompts] == [
+        ("<user>48/2=<assistant>", {"answer": "24"}, "g.jsonl:0.0")
+    ]
     assert loaded.dropped == {"repeated": 1, "malformed": 1, "too_long": 0}
     with pytest.raises(ValueError, match="no calculator annotation"):
         load(tokenizer, jsonl(tmp_path / "plain.jsonl", {"answer": "24"}), adapter="gsm8k_calculator")
@@ -134,14 +173,20 @@ USER = {"role": "user", "content": "hi"}
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "1", "answer": "2"}, r"no column 'prompt'; there are \['answer', 'question'\]; name the right one in data.columns"),
+        (
+            {"question": "1", "answer": "2"},
+            r"no column 'prompt'; there are \['answer', 'question'\]; name the right one in data.columns",
+        ),
         ({"prompt": 7}, r"prompt is int \(7\); text or a list of messages is expected"),
         ({"prompt": None}, r"prompt is NoneType"),
         ({"prompt": " \n"}, r"prompt is empty"),
         ({"prompt": []}, r"list of messages is empty"),
         ({"prompt": [USER, {"role": "assistant", "content": "x"}]}, r"last message is from 'assistant'"),
         ({"prompt": [{"role": "human", "content": "x"}]}, r"unknown role 'human'; roles are system, user"),
-        ({"prompt": [{"role": "user"}]}, r"message 0 is .*each message is a mapping with 'role' and 'content'"),
+        (
+            {"prompt": [{"role": "user"}]},
+            r"message 0 is .*each message is a mapping with 'role' and 'content'",
+        ),
         ({"prompt": [{"role": "user", "content": ["x"]}]}, r"content of type list"),
         ({"prompt": [{"role": "user", "content": ""}]}, r"last message is empty"),
         (["prompt"], r"a row is a JSON object"),
@@ -156,7 +201,9 @@ def test_a_malformed_row_is_refused_with_file_and_line(tmp_path, tokenizer, row,
 def test_malformed_json_is_refused_with_file_line_and_column(tmp_path, tokenizer):
     path = tmp_path / "broken.jsonl"
     path.write_text('{"prompt": "1"}\n\n{"prompt": "2",}\n')
-    with pytest.raises(ValueError, match=r"broken.jsonl, line 3: not JSON \(.* at column 1\d\): \{\"prompt\": \"2\",\}"):
+    with pytest.raises(
+        ValueError, match=r"broken.jsonl, line 3: not JSON \(.* at column 1\d\): \{\"prompt\": \"2\",\}"
+    ):
         load(tokenizer, str(path))
     (tmp_path / "broken.json").write_text('[{"prompt": "1"},\n{"prompt": 2')
     with pytest.raises(ValueError, match=r"broken.json, line 2: not JSON"):
@@ -173,18 +220,38 @@ def test_a_line_separator_inside_a_string_is_not_a_new_line(tmp_path, tokenizer)
     ("content", "keys", "message"),
     [
         ("", {}, "is empty; at least one row"),
-        ('{"prompt": "1"}', {"prompt_template": "{prompt} {level}"}, "asks for 'level'; .*line 1 has the columns"),
+        (
+            '{"prompt": "1"}',
+            {"prompt_template": "{prompt} {level}"},
+            "asks for 'level'; .*line 1 has the columns",
+        ),
         ('{"prompt": "1"}', {"prompt_template": "{prompt} {}"}, "write {prompt} for the prompt"),
         (
             '{"prompt": "1"}',
             {"columns": {"answer": "gold"}},
             r"line 1: no column 'gold' for 'answer' \(data.columns\); there are \['prompt'\]",
         ),
-        ('{"prompt": "1"}', {"options": {"digits": 2}}, r"data.options \['digits'\] belong to a built-in task"),
+        (
+            '{"prompt": "1"}',
+            {"options": {"digits": 2}},
+            r"data.options \['digits'\] belong to a built-in task",
+        ),
         ('{"prompt": "1"}', {"train_split": "train[:10]"}, "one file and has no splits to slice"),
-        ('{"prompt": "1"}', {"system": "s", "chat_template": "none"}, "data.system is set, but data.chat_template is none"),
-        ('{"prompt": [{"role": "user", "content": "x"}]}', {"chat_template": "none"}, "list of messages, but data.chat_template is none"),
-        ('{"prompt": [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}]}', {"system": "s"}, "its own system message"),
+        (
+            '{"prompt": "1"}',
+            {"system": "s", "chat_template": "none"},
+            "data.system is set, but data.chat_template is none",
+        ),
+        (
+            '{"prompt": [{"role": "user", "content": "x"}]}',
+            {"chat_template": "none"},
+            "list of messages, but data.chat_template is none",
+        ),
+        (
+            '{"prompt": [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}]}',
+            {"system": "s"},
+            "its own system message",
+        ),
     ],
 )
 def test_data_that_does_not_fit_the_recipe_is_refused(tmp_path, tokenizer, content, keys, message):
@@ -212,7 +279,9 @@ def test_a_missing_or_foreign_file_is_refused(tmp_path, tokenizer, monkeypatch):
 def test_a_name_the_hub_does_not_give_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"cannot read someone/absent, split train: .*a data set is a built-in task"):
+    with pytest.raises(
+        ValueError, match=r"cannot read someone/absent, split train: .*a data set is a built-in task"
+    ):
         load(tokenizer, "someone/absent")
 
 
@@ -220,6 +289,11 @@ def test_held_out_files_may_name_their_columns_differently(tmp_path, tokenizer):
     train, held_out = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
     train.write_text('{"question": "1+1=", "answer": "2"}\n')
     held_out.write_text('{"problem": "2+2=", "answer": "4"}\n')
-    data = Data(train=str(train), eval=str(held_out), columns={"prompt": "question"}, eval_columns={"prompt": "problem"})
+    data = Data(
+        train=str(train),
+        eval=str(held_out),
+        columns={"prompt": "question"},
+        eval_columns={"prompt": "problem"},
+    )
     found = [load_prompts(data, side, tokenizer, seed=0).prompts[0].columns for side in ("train", "eval")]
     assert found == [{"answer": "2"}, {"answer": "4"}]

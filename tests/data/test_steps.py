@@ -43,7 +43,11 @@ def test_patterns(pattern: str, text: str, expected: list[str]) -> None:
 
 
 def test_given_steps_are_found_in_their_order() -> None:
-    assert pieces("a b.\n\n a c. a", ends_of_given("a b.\n\n a c. a", ["a b.", "a c.", "a"])) == ["a b.\n\n ", "a c. ", "a"]
+    assert pieces("a b.\n\n a c. a", ends_of_given("a b.\n\n a c. a", ["a b.", "a c.", "a"])) == [
+        "a b.\n\n ",
+        "a c. ",
+        "a",
+    ]
     with pytest.raises(ValueError, match=r"step 1 'a b.' is not in the completion after the one before"):
         ends_of_given("a b. a c.", ["a c.", "a b."])
     with pytest.raises(ValueError, match="step 0 is empty"):
@@ -59,7 +63,8 @@ def test_a_token_over_an_end_belongs_to_the_step_that_ends_in_it() -> None:
     ids = list(range(7))
     text = decode(ids)
     assert text == "a.\nb.\nc\nd"
-    # lines a. | b. | c | d: the token ".\nc" ends line 1 and takes c with it; the line break after c is all that step 2 has
+    # lines a. | b. | c | d: the token ".\nc" ends line 1 and takes c with it; the line break after c is all
+    # that step 2 has
     assert step_of_tokens(ids, ends_of_lines(text), decode) == [0, 0, 1, 1, 2, 3, 3]
     # cut after "b" and after ".": both ends lie within tokens; the second of them has no token of its own
     assert step_of_tokens(ids, [4, 5, 6, len(text)], decode) == [0, 0, 0, 1, 3, 3, 3]

@@ -27,9 +27,14 @@ def test_an_answer_ends_a_program_that_prints_it(capfd):
 
 
 def test_no_pair_of_operands_is_in_both_splits_in_either_order():
-    train, test = ({tuple(sorted(operands(row))) for row in arithmetic(split, {"operations": "+-*"})} for split in ("train", "test"))
+    train, test = (
+        {tuple(sorted(operands(row))) for row in arithmetic(split, {"operations": "+-*"})}
+        for split in ("train", "test")
+    )
     assert not train & test
-    assert 0.08 < len(test) / (len(train) + len(test)) < 0.12  # held_out 0.1 of 4,095 pairs: standard deviation 0.005
+    assert (
+        0.08 < len(test) / (len(train) + len(test)) < 0.12
+    )  # held_out 0.1 of 4,095 pairs: standard deviation 0.005
 
 
 def test_other_operations_and_digits():

@@ -1,4 +1,6 @@
-"""The reward of the golden runs: one that an untrained model gets some of, so that there is a gradient from the first step on."""
+"""The reward of the golden runs: one that an untrained model gets some of, so that there is a
+gradient from the first step on.
+"""
 
 from reward.score import Score
 

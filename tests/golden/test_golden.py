@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from script_modules import script
+from support.scripts import script
 
 ROOT = Path(__file__).parents[2]
 KEPT = sorted(path.stem for path in Path(__file__).parent.glob("*.json"))
@@ -27,7 +27,9 @@ def model(golden: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return golden.tiny_model(tmp_path_factory.mktemp("golden"))
 
 
-@pytest.mark.parametrize("name", [name if name == "grpo" else pytest.param(name, marks=pytest.mark.slow) for name in KEPT])
+@pytest.mark.parametrize(
+    "name", [name if name == "grpo" else pytest.param(name, marks=pytest.mark.slow) for name in KEPT]
+)
 def test_the_numbers_are_the_kept_ones(name: str, golden: ModuleType, model: Path, tmp_path: Path) -> None:
     kept = golden.read(golden.GOLDEN / f"{name}.json")
     assert (kept["recipe"], kept["settings"]) == (golden.recipe_of(name), golden.settings_of(name))
@@ -39,7 +41,11 @@ def test_there_is_something_to_compare(golden: ModuleType) -> None:
     for name in KEPT:
         steps = json.loads((Path(__file__).parent / f"{name}.json").read_text())["steps"]
         sampled = {"learner/entropy_mean", "reward/mean"} if golden.samples(name) else set()
-        judged = set() if golden.recipe_of(name).startswith("policy/") else set(steps) & {"loss/margin", "loss/reward", "loss/z0"}
+        judged = (
+            set()
+            if golden.recipe_of(name).startswith("policy/")
+            else set(steps) & {"loss/margin", "loss/reward", "loss/z0"}
+        )
         assert set(steps) == {"loss/total", "learner/grad_norm"} | sampled | judged and (sampled or judged)
         assert all(len(values) == 3 for values in steps.values())
         assert all(norm > 1e-3 for norm in steps["learner/grad_norm"]), name
@@ -58,20 +64,33 @@ def test_every_kind_of_recipe_is_named(golden: ModuleType) -> None:
 
 def test_the_message_says_how_to_renew(golden: ModuleType) -> None:
     kept = {"environment": golden.environment(), "steps": {"loss/total": [1.0, 2.0]}}
-    same, rounded, other = {"loss/total": [1.0, 2.0]}, {"loss/total": [1.0, 2.0000002]}, {"loss/total": [1.0, 2.1]}
+    same, rounded, other = (
+        {"loss/total": [1.0, 2.0]},
+        {"loss/total": [1.0, 2.0000002]},
+        {"loss/total": [1.0, 2.1]},
+    )
     assert golden.verdict("grpo", kept, same) is None
-    assert "loss/total, step 2: 2.0 before, 2.0000002 now (relative 1.0e-07)" in golden.verdict("grpo", kept, rounded)
+    assert "loss/total, step 2: 2.0 before, 2.0000002 now (relative 1.0e-07)" in golden.verdict(
+        "grpo", kept, rounded
+    )
     elsewhere = kept | {"environment": kept["environment"] | {"processor": "another"}}
     assert golden.verdict("grpo", elsewhere, rounded) is None  # 1e-7 is rounding, 5e-2 is not
     assert "held to 0.001" in golden.verdict("grpo", elsewhere, other)
     assert "python scripts/golden.py make grpo" in golden.verdict("grpo", elsewhere, other)
-    assert golden.differences({"loss/total": [1.0]}, {"loss/total": [1.0, 2.0]}, exact=False) == ["loss/total: 1 steps before, 2 now"]
+    assert golden.differences({"loss/total": [1.0]}, {"loss/total": [1.0, 2.0]}, exact=False) == [
+        "loss/total: 1 steps before, 2 now"
+    ]
 
 
-def test_two_run_folders_can_be_compared(golden: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_run_folders_can_be_compared(
+    golden: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, loss in (("one", 1.0), ("two", 1.5)):
         (tmp_path / name).mkdir()
-        lines = [{"step": 0, "eval/reward": 0.0}, {"step": 1, "learner/lr": 0.1, **dict.fromkeys(golden.METRICS, loss)}]
+        lines = [
+            {"step": 0, "eval/reward": 0.0},
+            {"step": 1, "learner/lr": 0.1, **dict.fromkeys(golden.METRICS, loss)},
+        ]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert golden.compare(str(tmp_path / "one"), str(tmp_path / "one"), []) == 0
     assert golden.compare(str(tmp_path / "one"), str(tmp_path / "two"), []) == 1
@@ -80,7 +99,10 @@ def test_two_run_folders_can_be_compared(golden: ModuleType, tmp_path: Path, cap
 
 @pytest.mark.slow
 def test_a_commit_is_asked_with_its_own_code(golden: ModuleType) -> None:
-    if shutil.which("git") is None or subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True).returncode != 0:
+    if (
+        shutil.which("git") is None
+        or subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True).returncode != 0
+    ):
         pytest.skip(reason="compares commits, and git gives none of this copy of the project")
     found = golden.numbers_of("HEAD", ["grpo", "a recipe that it does not have"])
     assert set(found) == {"grpo"}

@@ -19,7 +19,13 @@ from rltrain.loss.preference import PREFERENCE_LOSSES
 ROOT = Path(__file__).parents[2]
 # by the key under which a file of known_answers/ names a method of this kind
 REGISTRIES = {
-    **{"advantage": ADVANTAGES, "control": TOKEN_CONTROLS, "policy": POLICY_LOSSES, "term": LOSS_TERMS, "aggregate": AGGREGATES},
+    **{
+        "advantage": ADVANTAGES,
+        "control": TOKEN_CONTROLS,
+        "policy": POLICY_LOSSES,
+        "term": LOSS_TERMS,
+        "aggregate": AGGREGATES,
+    },
     "preference": PREFERENCE_LOSSES,
     "coefficient": COEFFICIENTS,
 }
@@ -39,7 +45,10 @@ TEXTBOOK = {
 
 
 def recipes() -> dict[str, dict[str, Any]]:
-    return {path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "recipes" / "policy").glob("*.yaml"))}
+    return {
+        path.name: yaml.safe_load(path.read_text(encoding="utf-8"))
+        for path in sorted((ROOT / "recipes" / "policy").glob("*.yaml"))
+    }
 
 
 def named(reference: Any) -> str:
@@ -54,7 +63,9 @@ def test_every_method_has_a_source(kind: str, name: str):
         assert spec.arxiv is None, "listed as without a paper, but has an arXiv id"
         assert TEXTBOOK[kind, name] in spec.doc
     else:
-        assert spec.arxiv is not None and re.fullmatch(r"\d{4}\.\d{5}", spec.arxiv), f"{spec.module}: {name} cites no arXiv id"
+        assert spec.arxiv is not None and re.fullmatch(r"\d{4}\.\d{5}", spec.arxiv), (
+            f"{spec.module}: {name} cites no arXiv id"
+        )
         assert f"arXiv:{spec.arxiv}" in spec.doc, "the docstring cites the paper"
 
 
@@ -66,7 +77,9 @@ def test_the_list_of_methods_without_a_paper_has_no_dead_entry():
 def test_every_method_has_a_known_answer(kind: str, name: str):
     files = sorted((ROOT / "tests" / "known_answers").glob("*.json"))
     cases = [case for file in files for case in json.loads(file.read_text(encoding="utf-8"))["cases"]]
-    assert any(kind in case and named(case[kind]) == name for case in cases), f"add a case for {name} to a file of tests/known_answers/"
+    assert any(kind in case and named(case[kind]) == name for case in cases), (
+        f"add a case for {name} to a file of tests/known_answers/"
+    )
 
 
 def test_every_policy_loss_has_a_recipe():
@@ -76,9 +89,17 @@ def test_every_policy_loss_has_a_recipe():
 
 def preference_recipes() -> dict[str, Any]:
     """By file, the loss that a recipe for judged completions names."""
-    files = [path for folder in ("preference", "process_reward") for path in sorted((ROOT / "recipes" / folder).glob("*.yaml"))]
+    files = [
+        path
+        for folder in ("preference", "process_reward")
+        for path in sorted((ROOT / "recipes" / folder).glob("*.yaml"))
+    ]
     loaded = {path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in files}
-    return {name: recipe["loss"]["preference"] for name, recipe in loaded.items() if "preference" in recipe.get("loss", {})}
+    return {
+        name: recipe["loss"]["preference"]
+        for name, recipe in loaded.items()
+        if "preference" in recipe.get("loss", {})
+    }
 
 
 def test_every_preference_loss_has_a_recipe():
@@ -95,9 +116,19 @@ def test_recipes_name_registered_methods_with_their_hyperparameters():
     ours = {"name", "coefficient"}
     for file, recipe in recipes().items():
         loss = recipe.get("loss", {})
-        references = [("advantage", recipe.get("advantage")), ("policy", loss.get("policy")), ("aggregate", loss.get("aggregate"))]
-        references += [("control", control) for control in recipe.get("control", ())] + [("term", term) for term in loss.get("terms", ())]
-        changing = [term["coefficient"] for term in loss.get("terms", ()) if not isinstance(term["coefficient"], int | float)]
+        references = [
+            ("advantage", recipe.get("advantage")),
+            ("policy", loss.get("policy")),
+            ("aggregate", loss.get("aggregate")),
+        ]
+        references += [("control", control) for control in recipe.get("control", ())] + [
+            ("term", term) for term in loss.get("terms", ())
+        ]
+        changing = [
+            term["coefficient"]
+            for term in loss.get("terms", ())
+            if not isinstance(term["coefficient"], int | float)
+        ]
         references += [("coefficient", one) for one in changing]
         for kind, reference in references:
             if reference is not None:
@@ -110,4 +141,6 @@ def test_every_method_says_what_it_does(kind: str, name: str):
     spec = REGISTRIES[kind].spec(name)
     assert len(spec.doc) > 60
     undocumented = [key for key in spec.hyperparameters if not re.search(rf"\b{key}\b", spec.doc)]
-    assert not undocumented, f"{spec.module}: the docstring of {name} does not mention {', '.join(undocumented)}"
+    assert not undocumented, (
+        f"{spec.module}: the docstring of {name} does not mention {', '.join(undocumented)}"
+    )

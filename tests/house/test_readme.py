@@ -10,5 +10,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_tables_of_methods_are_up_to_date() -> None:
-    done = subprocess.run([sys.executable, "scripts/methods_table.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "scripts/methods_table.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr

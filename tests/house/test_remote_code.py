@@ -14,16 +14,23 @@ ARGUMENT = "trust_remote_code"
 
 
 def sources() -> list[Path]:
-    return sorted(path for folder in ("rltrain", "reward", "scripts") for path in (ROOT / folder).rglob("*.py"))
+    return sorted(
+        path for folder in ("rltrain", "reward", "scripts") for path in (ROOT / folder).rglob("*.py")
+    )
 
 
 def silent_loads(text: str) -> list[int]:
     """Lines of calls that may run code from a model folder and do not pass ``trust_remote_code``.
 
-    A concrete class of a library, such as ``Qwen2Tokenizer``, is its own code; ``Auto*`` and variables may be anything.
+    A concrete class of a library, such as ``Qwen2Tokenizer``, is its own code; ``Auto*`` and variables may be
+    anything.
     """
     calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
-    return [call.lineno for call in calls if may_run_code(call) and ARGUMENT not in {word.arg for word in call.keywords}]
+    return [
+        call.lineno
+        for call in calls
+        if may_run_code(call) and ARGUMENT not in {word.arg for word in call.keywords}
+    ]
 
 
 def may_run_code(call: ast.Call) -> bool:
@@ -37,7 +44,9 @@ def called_name(func: ast.expr) -> str:
 
 
 def owner_name(func: ast.expr) -> str:
-    """``AutoConfig`` of both ``AutoConfig.from_pretrained`` and ``transformers.AutoConfig.from_pretrained``."""
+    """``AutoConfig`` of both ``AutoConfig.from_pretrained`` and
+    ``transformers.AutoConfig.from_pretrained``.
+    """
     return called_name(func.value) if isinstance(func, ast.Attribute) else ""
 
 
@@ -61,7 +70,9 @@ def test_the_rule_sees_a_call_that_does_not_say_whom_it_trusts(text: str, silent
 
 def test_every_call_that_may_run_code_of_a_model_says_whether_it_is_trusted():
     # left out, transformers asks on the terminal, and a "y" on stdin runs whatever the folder holds
-    found = {str(path.relative_to(ROOT)): silent_loads(path.read_text(encoding="utf-8")) for path in sources()}
+    found = {
+        str(path.relative_to(ROOT)): silent_loads(path.read_text(encoding="utf-8")) for path in sources()
+    }
     assert not {path: lines for path, lines in found.items() if lines}
 
 

@@ -1,11 +1,13 @@
-"""Kills training runs without warning and starts them again, until enough were killed and the last one finished.
+"""Kills training runs without warning and starts them again, until enough were killed and the last one
+finished.
 
     python kill_and_resume.py FOLDER KILLS OVERRIDE...
 
-FOLDER/whole becomes a run nobody killed. Every start is a fork of this process, which has imported everything already and starts no
-threads. A run is killed at a seeded random moment, or within a save: once the folder that a checkpoint is made in is seen. With the
-engine vllm, whose start takes longer than all steps, the moment is one of the time after the first of them.
-Nothing that a run had started may outlive it. The last line written is JSON.
+FOLDER/whole becomes a run nobody killed. Every start is a fork of this process, which has imported everything
+already and starts no threads. A run is killed at a seeded random moment, or within a save: once the folder
+that a checkpoint is made in is seen. With the engine vllm, whose start takes longer than all steps, the
+moment is one of the time after the first of them. Nothing that a run had started may outlive it. The last
+line written is JSON.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ from transformers import Qwen2ForCausalLM, Qwen2TokenizerFast  # noqa: F401  (th
 
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.checkpoint.run_state import read_verified
-from rltrain.commands import train_command
-from rltrain.config.check import check
+from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
+from rltrain.config.rules import check
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +45,9 @@ def started(folder: Path, overrides: list[str]) -> int:
     code = 1
     try:
         os.setsid()
-        recipe = check(load_recipe(ROOT / "recipes/policy/grpo.yaml", profile="tiny_cpu", overrides=overrides)).recipe
+        recipe = check(
+            load_recipe(ROOT / "recipes/policy/grpo.yaml", profile="tiny_cpu", overrides=overrides)
+        ).recipe
         code = train_command(recipe, folder, [])
     finally:
         sys.stdout.flush()
@@ -76,7 +80,9 @@ def alive() -> set[Process]:
 
 
 def family(child: int) -> set[Process]:
-    """The run, what it started, what that started (reward workers lead sessions of their own), and the rest of its session."""
+    """The run, what it started, what that started (reward workers lead sessions of their own), and
+    the rest of its session.
+    """
     everyone = alive()
     found = {one for one in everyone if one.session == child}
     while more := {one for one in everyone - found if one.parent in {known.number for known in found}}:
@@ -85,9 +91,13 @@ def family(child: int) -> set[Process]:
 
 
 def assert_nothing_left(child: int, running: set[Process], seconds: float = 10.0) -> None:
-    """A moment for workers to see that nobody needs them any more; who lost its parent has another one now."""
+    """A moment for workers to see that nobody needs them any more; who lost its parent has another
+    one now.
+    """
     starts, end = {(one.number, one.start) for one in running}, time.monotonic() + seconds
-    while (left := [one.number for one in alive() if one.session == child or (one.number, one.start) in starts]) and time.monotonic() < end:
+    while (
+        left := [one.number for one in alive() if one.session == child or (one.number, one.start) in starts]
+    ) and time.monotonic() < end:
         time.sleep(0.05)
     commands = [Path(f"/proc/{one}/cmdline").read_bytes().replace(b"\0", b" ")[:200] for one in left]
     assert not left, f"{seconds} s after its end a run still has the processes {commands}"
@@ -117,7 +127,9 @@ class Clock:
 
 @dataclass(frozen=True)
 class Kill:
-    """moment: seconds of ``clock``; within_save: instead of it, ``delay`` seconds after a checkpoint's folder is seen."""
+    """moment: seconds of ``clock``; within_save: instead of it, ``delay`` seconds after a
+    checkpoint's folder is seen.
+    """
 
     moment: float
     within_save: bool
@@ -125,7 +137,9 @@ class Kill:
 
 
 def killed(child: int, folder: Path, clock: Clock, kill: Kill) -> tuple[int, bool]:
-    """(how many processes a kill ended, 0 where the run ended before it; whether it left a half-written checkpoint)."""
+    """(how many processes a kill ended, 0 where the run ended before it; whether it left a
+    half-written checkpoint).
+    """
     left = set((folder / "checkpoints").glob(".*.tmp"))
     while (code := exit_code(child, os.WNOHANG)) is None:
         saving = set((folder / "checkpoints").glob(".step-*.tmp")) - left
@@ -143,7 +157,12 @@ def killed(child: int, folder: Path, clock: Clock, kill: Kill) -> tuple[int, boo
 
 def length_of(folder: Path, overrides: list[str], from_first_step: bool) -> float:
     """Seconds that a run takes which nobody kills, or only those from its first step to its last."""
-    child, clock, length, lines = started(folder, overrides), Clock(folder / "metrics.jsonl", from_first_step), 0.0, 0
+    child, clock, length, lines = (
+        started(folder, overrides),
+        Clock(folder / "metrics.jsonl", from_first_step),
+        0.0,
+        0,
+    )
     running = set[Process]()
     while (code := exit_code(child, os.WNOHANG)) is None:
         now = clock.read()
@@ -167,7 +186,9 @@ def main() -> None:
     kills, half_written, runs = list[dict[str, Any]](), 0, [out / "run-0"]
     while len(kills) < wanted or not half_written:
         folder = runs[-1]
-        longest = length / wanted if slow_start else length  # few kills, each of which is to find the run going on
+        longest = (
+            length / wanted if slow_start else length
+        )  # few kills, each of which is to find the run going on
         kill = Kill(draw.uniform(0, longest), len(kills) % 2 == 1, draw.uniform(0, 0.03))
         clock = Clock(folder / "metrics.jsonl", slow_start)
         processes, half = killed(started(folder, overrides), folder, clock, kill)
@@ -179,7 +200,12 @@ def main() -> None:
             runs.append(out / f"run-{len(runs)}")
     length_of(runs[-1], overrides, slow_start)
     seconds = round(time.monotonic() - began, 1)
-    report = {"kills": kills, "in_a_save": half_written, "finished": [str(folder) for folder in runs], "seconds": seconds}
+    report = {
+        "kills": kills,
+        "in_a_save": half_written,
+        "finished": [str(folder) for folder in runs],
+        "seconds": seconds,
+    }
     sys.stdout.write(json.dumps(report) + "\n")
 
 

@@ -1,6 +1,8 @@
-"""What every advantage owes, whatever it computes: numbers follow the tokens, not the width of the batch, its padding or where rows stand.
+"""What every advantage owes, whatever it computes: numbers follow the tokens, not the width of the batch, its
+padding or where rows stand.
 
-Runs over everything registered, with every choice of every ``Literal`` hyperparameter; a new advantage is picked up by itself.
+Runs over everything registered, with every choice of every ``Literal`` hyperparameter; a new advantage is
+picked up by itself.
 """
 
 from __future__ import annotations
@@ -14,14 +16,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.testing import assert_close
 
-from every_name import ARMS, named, promised, variants
 from rltrain.advantage import ADVANTAGES
-from rltrain.advantage.stage import assign
+from rltrain.advantage.stage import compute_advantages
 from rltrain.registry import BoundMethod
-from rltrain.types import ARM_POLICY, TrainBatch
+from rltrain.types.policy import TrainBatch
+from rltrain.types.samples import SOURCE_POLICY
+from support.method_cases import ARMS, named, promised, variants
 
 ROWS, WIDTH = 12, 9
-ENOUGH: dict[str, dict[str, Any]] = {"reinforce_pp": {"kl_coef": 0.1}, "ares": {"targets": [1.0, 2.0, 3.0], "window": 2}}
+ENOUGH: dict[str, dict[str, Any]] = {
+    "reinforce_pp": {"kl_coef": 0.1},
+    "ares": {"targets": [1.0, 2.0, 3.0], "window": 2},
+}
 VARIANTS = variants(ADVANTAGES, ENOUGH)
 EVERY = pytest.mark.parametrize("advantage", VARIANTS, ids=named)
 # By its definition aapo's default pairs the rows of two arms in the order in which they stand.
@@ -29,7 +35,9 @@ IN_ORDER = [one for one in VARIANTS if one.name == "aapo" and "reference" not in
 
 
 def batch_for(advantage: BoundMethod) -> TrainBatch:
-    """Three groups of four, half of each of the arm that the advantage asks for; a token masked out inside a row, one row whole."""
+    """Three groups of four, half of each of the arm that the advantage asks for; a token masked out
+    inside a row, one row whole.
+    """
     generator = torch.Generator().manual_seed(11)
     row = torch.arange(ROWS)
     mask = torch.arange(WIDTH) < torch.randint(2, WIDTH + 1, (ROWS, 1), generator=generator)
@@ -49,7 +57,7 @@ def batch_for(advantage: BoundMethod) -> TrainBatch:
         weights=draw(0.2, 0.9),
         rewards=rewards,
         group=row // 4,
-        arm=torch.where(row % 4 > 1, arms[0] if arms else ARM_POLICY, ARM_POLICY),
+        arm=torch.where(row % 4 > 1, arms[0] if arms else SOURCE_POLICY, SOURCE_POLICY),
         version=row * 0,
         sample=row % 4,
         correct=(rewards > 0.5).double(),
@@ -65,7 +73,7 @@ def batch_for(advantage: BoundMethod) -> TrainBatch:
 
 def assigned(batch: TrainBatch, advantage: BoundMethod) -> Tensor:
     """(B, WIDTH), 0 outside of the mask."""
-    return torch.where(batch.mask, assign(batch, advantage).advantages, 0.0)[:, :WIDTH]
+    return torch.where(batch.mask, compute_advantages(batch, advantage).advantages, 0.0)[:, :WIDTH]
 
 
 @EVERY
@@ -78,8 +86,12 @@ def test_it_says_something_and_is_finite_where_a_token_counts(advantage: BoundMe
 def test_further_columns_of_padding_change_nothing(advantage: BoundMethod) -> None:
     given = batch_for(advantage)
     fill: dict[str, float] = {"mask": 0, "step_id": -1}
-    tokens = {name: value for name, value in vars(given).items() if isinstance(value, Tensor) and value.dim() == 2}
-    wider = given.replace(**{name: pad(value, (0, 4), value=fill.get(name, math.nan)) for name, value in tokens.items()})
+    tokens = {
+        name: value for name, value in vars(given).items() if isinstance(value, Tensor) and value.dim() == 2
+    }
+    wider = given.replace(
+        **{name: pad(value, (0, 4), value=fill.get(name, math.nan)) for name, value in tokens.items()}
+    )
     assert wider.mask.shape == (ROWS, WIDTH + 4)
     assert_close(assigned(wider, advantage), assigned(given, advantage), rtol=1e-9, atol=1e-12)
 
@@ -87,7 +99,11 @@ def test_further_columns_of_padding_change_nothing(advantage: BoundMethod) -> No
 @EVERY
 def test_what_stands_outside_of_the_mask_is_not_read(advantage: BoundMethod) -> None:
     given = batch_for(advantage)
-    tokens = {name: value for name, value in vars(given).items() if isinstance(value, Tensor) and value.is_floating_point()}
+    tokens = {
+        name: value
+        for name, value in vars(given).items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
     filled = given.replace(**{name: value.nan_to_num(7.0) for name, value in tokens.items()})
     assert_close(assigned(filled, advantage), assigned(given, advantage), rtol=1e-9, atol=1e-12)
 
@@ -97,4 +113,6 @@ def test_the_rows_may_stand_in_any_order(advantage: BoundMethod) -> None:
     given = batch_for(advantage)
     for seed in range(3):
         order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(seed))
-        assert_close(assigned(given.rows(order), advantage), assigned(given, advantage)[order], rtol=1e-9, atol=1e-12)
+        assert_close(
+            assigned(given.rows(order), advantage), assigned(given, advantage)[order], rtol=1e-9, atol=1e-12
+        )

@@ -1,7 +1,9 @@
-"""One run, five ways to spread it: the trajectory of one process, and the checkpoints of any backend continued by any other.
+"""One run, five ways to spread it: the trajectory of one process, and the checkpoints of any backend
+continued by any other.
 
-The launches use the files that users do. On a machine without a GPU they run over gloo; ``learner/ranks.py`` sees to it that FSDP2 and
-DeepSpeed are still what they are called, and these tests look at the prepared model before they believe it.
+The launches use the files that users do. On a machine without a GPU they run over gloo; ``learner/ranks.py``
+sees to it that FSDP2 and DeepSpeed are still what they are called, and these tests look at the prepared model
+before they believe it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import pytest
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
-# Every step has a gradient: of one that is rounding noise alone, AdamW would make steps that no two machines share.
+# Every step has a gradient: of one that is rounding noise alone, AdamW would make steps that no two machines
+# share.
 REWARD = """
 from reward.score import Score
 
@@ -25,9 +28,10 @@ def odd(inputs):
     shares = [sum(ord(letter) % 2 for letter in text) / max(len(text), 1) for text in inputs.completions]
     return [Score(share, {"correct": float(share > 0.5)}) for share in shares]
 """
-# What a backend could do otherwise: several micro-batches on each rank (32 rows of 12 tokens), clipping that bites (the norm is about 3),
-# weight decay on matrices only, two updates per step, a frozen reference, momentum and schedule across a checkpoint. AdamW's eps is
-# above the rounding noise of a gradient (about 1e-9), of which it would else make whole steps of the learning rate.
+# What a backend could do otherwise: several micro-batches on each rank (32 rows of 12 tokens), clipping that
+# bites (the norm is about 3), weight decay on matrices only, two updates per step, a frozen reference,
+# momentum and schedule across a checkpoint. AdamW's eps is above the rounding noise of a gradient (about
+# 1e-9), of which it would else make whole steps of the learning rate.
 SETTINGS = (
     "train.steps=4",
     "train.deadline_seconds=120",
@@ -51,7 +55,9 @@ pytestmark = pytest.mark.slow
 
 
 def environment() -> dict[str, str]:
-    cleared = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
+    cleared = {
+        name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))
+    }
     return cleared | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
@@ -61,23 +67,54 @@ def overrides(model: str, folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module", params=["untied", "tied"])
-def alone(request: pytest.FixtureRequest, random_model: str, random_tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(
+    request: pytest.FixtureRequest,
+    random_model: str,
+    random_tied_model: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """The run of one process."""
     folder = tmp_path_factory.mktemp(f"alone-{request.param}")
     settings = overrides(random_tied_model if request.param == "tied" else random_model, folder)
     words = [word for one in settings for word in ("--set", one)]
-    command = ["-m", "rltrain", "train", "recipes/policy/grpo.yaml", "--profile", "tiny_cpu", "--run", str(folder / "whole"), *words]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    command = [
+        "-m",
+        "rltrain",
+        "train",
+        "recipes/policy/grpo.yaml",
+        "--profile",
+        "tiny_cpu",
+        "--run",
+        str(folder / "whole"),
+        *words,
+    ]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (folder / "overrides.json").write_text(json.dumps(settings))
     return folder
 
 
 def launch(backend: str, folder: Path, alone: Path) -> list[dict[str, Any]]:
-    """Runs ``two_ranks.py`` under ``recipes/accelerate/<backend>.yaml``; what each rank's model was, once per run."""
-    several = ["--config_file", f"recipes/accelerate/{backend}.yaml", "--num_processes", "2", "--main_process_port", "0"]
+    """Runs ``two_ranks.py`` under ``recipes/accelerate/<backend>.yaml``; what each rank's model was,
+    once per run.
+    """
+    several = [
+        "--config_file",
+        f"recipes/accelerate/{backend}.yaml",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
     settings = json.loads((alone / "overrides.json").read_text())
-    arguments = [str(Path(__file__).with_name("two_ranks.py")), str(folder), str(alone / "whole/checkpoints/step-2"), *settings]
+    arguments = [
+        str(Path(__file__).with_name("two_ranks.py")),
+        str(folder),
+        str(alone / "whole/checkpoints/step-2"),
+        *settings,
+    ]
     command = [sys.executable, "-m", "accelerate.commands.launch", *several, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -115,7 +152,9 @@ def assert_equal(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "alone"), [("ddp", "untied"), ("fsdp2", "tied"), ("zero2", "untied"), ("zero3", "tied")], indirect=["alone"]
+    ("backend", "alone"),
+    [("ddp", "untied"), ("fsdp2", "tied"), ("zero2", "untied"), ("zero3", "tied")],
+    indirect=["alone"],
 )
 def test_the_trajectory_of_one_process(backend: str, alone: Path, tmp_path: Path) -> None:
     if backend.startswith("zero"):

@@ -1,4 +1,6 @@
-"""Entropy controls inside the learner: three updates of a real model, whatever the micro-batches, and twice the same to the bit."""
+"""Entropy controls inside the learner: three updates of a real model, whatever the micro-batches, and
+twice the same to the bit.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,21 @@ from torch.testing import assert_close
 
 from rltrain.config.schema import Learner, Model, Optimizer
 from rltrain.control import TOKEN_CONTROLS
-from rltrain.control.stage import apply, split
-from rltrain.learner.accelerate_learner import AccelerateLearner, UpdateStats
+from rltrain.control.stage import apply_control, split_by_timing
+from rltrain.learner.policy_learner import PolicyLearner, UpdateStats
 from rltrain.loss import AGGREGATES
 from rltrain.loss.objective import Objective
 from rltrain.loss.policy import POLICY_LOSSES
-from rltrain.types import ARM_POLICY, ARM_TEMPERED, TokenRows, TrainBatch
+from rltrain.types.policy import TokenRows, TrainBatch
+from rltrain.types.samples import SOURCE_POLICY, SOURCE_TEMPERED
 
 ROWS, LONGEST = 18, 6
 WIDE = {"low": -100.0, "high": 100.0, "ratio": 0.1, "eps_low": 0.2, "eps_high": 0.2}
 CASES: dict[str, tuple[list[tuple[str, dict[str, Any]]], str]] = {
-    "clip_cov, steer, 80/20": ([("clip_cov", WIDE), ("steer", {"form": "linear"}), ("high_entropy_tokens", {"share": 0.7})], "clip"),
+    "clip_cov, steer, 80/20": (
+        [("clip_cov", WIDE), ("steer", {"form": "linear"}), ("high_entropy_tokens", {"share": 0.7})],
+        "clip",
+    ),
     "kl_cov": ([("kl_cov", {"ratio": 0.1})], "kl_cov"),
     "aepo": ([("aepo", {"alpha": 0.5})], "clip"),
     "dcpo, exact steer, ce_gppo": ([("dcpo", {}), ("steer", {"omega": "exact"})], "ce_gppo"),
@@ -32,7 +38,9 @@ def step() -> tuple[TokenRows, TrainBatch]:
     """Six groups of three random rows of 1 to 6 tokens, the last of each sampled at another temperature."""
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(1, LONGEST + 1, (ROWS,), generator=generator)
-    prompts = tuple(tuple(torch.randint(5, 60, (3 + i % 3,), generator=generator).tolist()) for i in range(ROWS))
+    prompts = tuple(
+        tuple(torch.randint(5, 60, (3 + i % 3,), generator=generator).tolist()) for i in range(ROWS)
+    )
     completions = tuple(tuple(torch.randint(5, 60, (int(n),), generator=generator).tolist()) for n in lengths)
     mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
     advantages = torch.randn(ROWS, 1, generator=generator).expand(mask.shape).contiguous()
@@ -43,7 +51,7 @@ def step() -> tuple[TokenRows, TrainBatch]:
         weights=torch.ones(mask.shape),
         rewards=advantages[:, 0],
         group=row // 3,
-        arm=torch.where(row % 3 == 2, ARM_TEMPERED, ARM_POLICY),
+        arm=torch.where(row % 3 == 2, SOURCE_TEMPERED, SOURCE_POLICY),
         version=row * 0,
         sample=row % 3,
         correct=(advantages[:, 0] > 0).float(),
@@ -54,16 +62,24 @@ def step() -> tuple[TokenRows, TrainBatch]:
 def trained(model: str, case: str, tokens_per_micro_batch: int) -> tuple[UpdateStats, Tensor]:
     """What three updates did, and the log-probs of the step afterwards."""
     named, loss = CASES[case]
-    settings = Learner(optimizer=Optimizer(lr=1e-3, max_grad_norm=1e9), updates=3, tokens_per_micro_batch=tokens_per_micro_batch)
-    learner = AccelerateLearner(Model(path=model), settings, temperature=1.0, max_tokens=8, total_updates=10, seed=0)
+    settings = Learner(
+        optimizer=Optimizer(lr=1e-3, max_grad_norm=1e9),
+        updates=3,
+        tokens_per_micro_batch=tokens_per_micro_batch,
+    )
+    learner = PolicyLearner(
+        Model(path=model), settings, temperature=1.0, max_tokens=8, total_updates=10, seed=0
+    )
     rows, batch = step()
     controls = [TOKEN_CONTROLS.bind(name, hp) for name, hp in named]
-    early, later = split(controls)
-    noted = learner.annotate(rows, frozenset({"logp", "entropy", *(name for one in early for name in one.needs if ":" in name)}))
-    batch = batch.replace(old_logp=noted["logp"], old_entropy=noted["entropy"])
-    batch = batch.with_extra(**{name: value for name, value in noted.items() if ":" in name})
+    early, later = split_by_timing(controls)
+    statistics = learner.annotate(
+        rows, frozenset({"logp", "entropy", *(name for one in early for name in one.needs if ":" in name)})
+    )
+    batch = batch.replace(old_logp=statistics["logp"], old_entropy=statistics["entropy"])
+    batch = batch.with_extra(**{name: value for name, value in statistics.items() if ":" in name})
     for control in early:
-        batch = apply(batch, control)
+        batch = apply_control(batch, control)
     objective = Objective(POLICY_LOSSES.bind(loss), (), AGGREGATES.bind("token_mean"))
     stats = learner.update(rows, batch, objective, later)
     return stats, learner.annotate(rows, frozenset({"logp"}))["logp"]
@@ -95,11 +111,15 @@ def test_kl_cov_does_nothing_in_a_step_s_first_update_and_pulls_in_the_others(ra
 
 
 def with_beta(model: str, beta: float, updates: int) -> tuple[UpdateStats, Tensor]:
-    settings = Learner(optimizer=Optimizer(lr=1e-3, max_grad_norm=1e9), updates=updates, tokens_per_micro_batch=24)
-    learner = AccelerateLearner(Model(path=model), settings, temperature=1.0, max_tokens=8, total_updates=10, seed=0)
+    settings = Learner(
+        optimizer=Optimizer(lr=1e-3, max_grad_norm=1e9), updates=updates, tokens_per_micro_batch=24
+    )
+    learner = PolicyLearner(
+        Model(path=model), settings, temperature=1.0, max_tokens=8, total_updates=10, seed=0
+    )
     rows, batch = step()
-    noted = learner.annotate(rows, frozenset({"logp", "entropy"}))
-    _, later = split([TOKEN_CONTROLS.bind("kl_cov", {"ratio": 0.3})])
+    statistics = learner.annotate(rows, frozenset({"logp", "entropy"}))
+    _, later = split_by_timing([TOKEN_CONTROLS.bind("kl_cov", {"ratio": 0.3})])
     objective = Objective(POLICY_LOSSES.bind("kl_cov", {"beta": beta}), (), AGGREGATES.bind("token_mean"))
-    batch = batch.replace(old_logp=noted["logp"], old_entropy=noted["entropy"])
+    batch = batch.replace(old_logp=statistics["logp"], old_entropy=statistics["entropy"])
     return learner.update(rows, batch, objective, later), learner.annotate(rows, frozenset({"logp"}))["logp"]

@@ -1,7 +1,9 @@
-"""What every control owes, whatever it computes: its result follows the tokens, not where their rows stand or how wide the batch is.
+"""What every control owes, whatever it computes: its result follows the tokens, not where their rows stand or
+how wide the batch is.
 
-Runs over everything registered, with every choice of every ``Literal`` hyperparameter. A new control is picked up by itself: the
-batch has every field filled, and ``extra`` holds what else the control says it needs.
+Runs over everything registered, with every choice of every ``Literal`` hyperparameter. A new control is
+picked up by itself: the batch has every field filled, and ``extra`` holds what else the control says it
+needs.
 """
 
 from __future__ import annotations
@@ -15,15 +17,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.testing import assert_close
 
-from every_name import named, variants
 from rltrain.control import TOKEN_CONTROLS
 from rltrain.control.entropy import ABOVE_TARGET
-from rltrain.control.stage import apply
+from rltrain.control.stage import apply_control
 from rltrain.loss import AGGREGATES
 from rltrain.loss.objective import Objective
 from rltrain.loss.policy import POLICY_LOSSES
 from rltrain.registry import BoundMethod
-from rltrain.types import ARM_POLICY, ARM_TEMPERED, PolicyTokens, StepTotals, TrainBatch
+from rltrain.types.policy import PolicyTokens, StepTotals, TrainBatch
+from rltrain.types.samples import SOURCE_POLICY, SOURCE_TEMPERED
+from support.method_cases import named, variants
 
 ROWS, WIDTH = 12, 9
 FIELDS = {field.name for field in dataclasses.fields(TrainBatch)}
@@ -41,7 +44,9 @@ EVERY = pytest.mark.parametrize("control", variants(TOKEN_CONTROLS, ENOUGH), ids
 
 
 def batch_for(control: BoundMethod) -> TrainBatch:
-    """Three groups of four, the last two of each sampled at another temperature; two tokens masked out inside rows, one row whole."""
+    """Three groups of four, the last two of each sampled at another temperature; two tokens masked
+    out inside rows, one row whole.
+    """
     generator = torch.Generator().manual_seed(11)
     row = torch.arange(ROWS)
     mask = torch.arange(WIDTH) < torch.randint(2, WIDTH + 1, (ROWS, 1), generator=generator)
@@ -53,7 +58,11 @@ def batch_for(control: BoundMethod) -> TrainBatch:
         return values.masked_fill(~mask, math.nan)
 
     old = draw(-3.0)
-    advantages = torch.randn(ROWS, 1, generator=generator, dtype=torch.float64).expand(ROWS, WIDTH).masked_fill(~mask, math.nan)
+    advantages = (
+        torch.randn(ROWS, 1, generator=generator, dtype=torch.float64)
+        .expand(ROWS, WIDTH)
+        .masked_fill(~mask, math.nan)
+    )
     tokens = {"old_logp": old, "logp_now": old + draw(0.6, -0.3), "rollout_logp": old + draw(0.4, -0.2)}
     tokens |= {name: draw(-3.0) for name in ("ref_logp", "teacher_logp")}
     tokens |= {name: draw(2.0) for name in ("old_entropy", "entropy_now")}
@@ -63,7 +72,7 @@ def batch_for(control: BoundMethod) -> TrainBatch:
         weights=draw(0.2, 0.9),
         rewards=(row % 3 == 0).double(),
         group=row // 4,
-        arm=torch.where(row % 4 > 1, ARM_TEMPERED, ARM_POLICY),
+        arm=torch.where(row % 4 > 1, SOURCE_TEMPERED, SOURCE_POLICY),
         version=row * 0 + 3,
         sample=row % 4,
         correct=(row % 3 == 0).double(),
@@ -76,13 +85,22 @@ def batch_for(control: BoundMethod) -> TrainBatch:
 
 
 def differing(got: TrainBatch, want: TrainBatch) -> list[str]:
-    """Names of what is not equal where the mask is on, or not finite there; of masks and notes that differ."""
+    """Names of what is not equal where the mask is on, or not finite there; of masks and notes that
+    differ.
+    """
     if not torch.equal(got.mask, want.mask) or got.extra.keys() != want.extra.keys():
         return ["mask, or the names of extra"]
-    pairs = {name: (getattr(got, name), getattr(want, name)) for name in ("weights", "advantages", "old_logp")}
+    pairs = {
+        name: (getattr(got, name), getattr(want, name)) for name in ("weights", "advantages", "old_logp")
+    }
     pairs |= {name: (got.extra[name], want.extra[name]) for name in want.extra}
-    on = {name: (mine[want.mask].double(), theirs[want.mask].double()) for name, (mine, theirs) in pairs.items()}
-    equal = {name: torch.allclose(*both, rtol=1e-7, atol=1e-7) and bool(both[1].isfinite().all()) for name, both in on.items()}
+    on = {
+        name: (mine[want.mask].double(), theirs[want.mask].double()) for name, (mine, theirs) in pairs.items()
+    }
+    equal = {
+        name: torch.allclose(*both, rtol=1e-7, atol=1e-7) and bool(both[1].isfinite().all())
+        for name, both in on.items()
+    }
     found = [name for name in equal if not equal[name]]
     return found if dict(got.notes) == pytest.approx(dict(want.notes)) else [*found, "notes"]
 
@@ -90,10 +108,10 @@ def differing(got: TrainBatch, want: TrainBatch) -> list[str]:
 @EVERY
 def test_the_rows_may_stand_in_any_order(control: BoundMethod):
     given = batch_for(control)
-    want = apply(given, control)
+    want = apply_control(given, control)
     for seed in range(3):
         order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(seed))
-        assert not differing(apply(given.rows(order), control), want.rows(order))
+        assert not differing(apply_control(given.rows(order), control), want.rows(order))
 
 
 @EVERY
@@ -102,31 +120,46 @@ def test_what_stands_outside_of_the_mask_is_not_read(control: BoundMethod):
     floating = {
         name: value
         for name in FIELDS
-        if isinstance(value := getattr(given, name), Tensor) and value.dim() == 2 and value.is_floating_point()
+        if isinstance(value := getattr(given, name), Tensor)
+        and value.dim() == 2
+        and value.is_floating_point()
     }
     filled = {name: value.nan_to_num(7.0) for name, value in floating.items()}
     extra = {name: value.nan_to_num(7.0) for name, value in given.extra.items()}
-    assert not differing(apply(given.replace(**filled, extra=extra), control), apply(given, control))
+    assert not differing(
+        apply_control(given.replace(**filled, extra=extra), control), apply_control(given, control)
+    )
 
 
 @EVERY
 def test_further_columns_of_padding_change_nothing(control: BoundMethod):
     given = batch_for(control)
     fill: dict[str, float] = {"mask": 0, "step_id": -1}
-    tokens = {name: value for name in FIELDS if isinstance(value := getattr(given, name), Tensor) and value.dim() == 2}
+    tokens = {
+        name: value
+        for name in FIELDS
+        if isinstance(value := getattr(given, name), Tensor) and value.dim() == 2
+    }
     wider = {name: pad(value, (0, 4), value=fill.get(name, math.nan)) for name, value in tokens.items()}
     extra = {name: pad(value, (0, 4), value=math.nan) for name, value in given.extra.items()}
-    after = apply(given.replace(**wider, extra=extra), control)
+    after = apply_control(given.replace(**wider, extra=extra), control)
     assert not after.mask[:, WIDTH:].any()
-    assert not differing(after.rows(range(ROWS), WIDTH), apply(given, control))
+    assert not differing(after.rows(range(ROWS), WIDTH), apply_control(given, control))
 
 
 @EVERY
 def test_nothing_a_control_returns_carries_a_gradient(control: BoundMethod):
     given = batch_for(control)
-    leaves = {name: getattr(given, name).clone().requires_grad_() for name in ("old_logp", "logp_now", "old_entropy", "entropy_now")}
+    leaves = {
+        name: getattr(given, name).clone().requires_grad_()
+        for name in ("old_logp", "logp_now", "old_entropy", "entropy_now")
+    }
     after = control(given.replace(**leaves))
-    changed = [getattr(after, name) for name in ("weights", "advantages", "old_logp") if getattr(after, name) is not leaves.get(name)]
+    changed = [
+        getattr(after, name)
+        for name in ("weights", "advantages", "old_logp")
+        if getattr(after, name) is not leaves.get(name)
+    ]
     assert not any(value.requires_grad for value in (*changed, *after.extra.values()))
     assert all(isinstance(value, float | int) for value in after.notes.values())
 
@@ -134,7 +167,7 @@ def test_nothing_a_control_returns_carries_a_gradient(control: BoundMethod):
 @EVERY
 def test_the_same_batch_gives_the_same_bits(control: BoundMethod):
     given = batch_for(control)
-    first, second = apply(given, control), apply(given, control)
+    first, second = apply_control(given, control), apply_control(given, control)
     for name in ("mask", "weights", "advantages", "old_logp"):
         assert torch.equal(getattr(first, name).nan_to_num(9.0), getattr(second, name).nan_to_num(9.0))
     assert first.notes == second.notes
@@ -143,7 +176,7 @@ def test_the_same_batch_gives_the_same_bits(control: BoundMethod):
 @EVERY
 def test_a_step_without_a_token_passes_through(control: BoundMethod):
     given = batch_for(control)
-    after = apply(given.replace(mask=torch.zeros(ROWS, WIDTH)), control)
+    after = apply_control(given.replace(mask=torch.zeros(ROWS, WIDTH)), control)
     assert not after.mask.any() and all(math.isfinite(value) for value in after.notes.values())
 
 
@@ -151,12 +184,15 @@ def test_a_step_without_a_token_passes_through(control: BoundMethod):
 def test_the_loss_behind_a_control_may_be_split_into_micro_batches(control: BoundMethod):
     made_for = [trait.partition(":")[2] for trait in control.spec.traits if trait.startswith("policy_loss:")]
     objective = Objective(POLICY_LOSSES.bind((made_for or ["clip"])[0]), (), AGGREGATES.bind("token_mean"))
-    given = apply(batch_for(control), control)
+    given = apply_control(batch_for(control), control)
     totals = StepTotals(*given.totals_of_mask, max_tokens=WIDTH)
 
     def outcome(parts: list[list[int]]) -> tuple[Tensor, Tensor]:
         logp = batch_for(control).logp_now.clone().requires_grad_()
-        loss = sum((objective(PolicyTokens(logp[rows]), given.rows(rows), totals).loss for rows in parts), torch.zeros(()).double())
+        loss = sum(
+            (objective(PolicyTokens(logp[rows]), given.rows(rows), totals).loss for rows in parts),
+            torch.zeros(()).double(),
+        )
         return loss.detach(), torch.autograd.grad(loss, logp)[0]
 
     whole = outcome([list(range(ROWS))])

@@ -1,7 +1,9 @@
-"""Every registered method through a real learner: micro-batches, layout, padding and the order of rows change nothing.
+"""Every registered method through a real learner: micro-batches, layout, padding and the order of rows change
+nothing.
 
-Held are the gradient that reaches the optimizer and every metric, of float32 arithmetic; ``test_layout.py`` holds the losses alone to
-the last digits of float64, and ``test_every_name_on_ranks.py`` the same cases on two processes.
+Held are the gradient that reaches the optimizer and every metric, of float32 arithmetic; ``test_layout.py``
+holds the losses alone to the last digits of float64, and ``test_every_name_on_ranks.py`` the same cases on
+two processes.
 """
 
 from __future__ import annotations
@@ -13,8 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from every_name import EXAMPLES, ROWS, Outcome, PolicySpread, PreferenceSpread, apart, every_policy_case, preference_cases
 from rltrain.learner import packing
+from support.method_cases import (
+    EXAMPLES,
+    ROWS,
+    Outcome,
+    PolicySpread,
+    PreferenceSpread,
+    apart,
+    every_policy_case,
+    preference_cases,
+)
 
 POLICY_CASES = every_policy_case()
 FOUR_ROWS = 64  # tokens: a row has at most 17
@@ -34,13 +45,20 @@ LAYOUTS: dict[str, tuple[bool, dict[str, Any]]] = {
 def models(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """The policy, and other weights for its reference and teacher. One layer: there are many names."""
     folder = tmp_path_factory.mktemp("models")
-    policy, other = (str(tiny_models.make_random_model(folder / str(seed), seed=seed, layers=1)) for seed in (0, 1))
+    policy, other = (
+        str(tiny_models.make_random_model(folder / str(seed), seed=seed, layers=1)) for seed in (0, 1)
+    )
     return policy, other
 
 
 def spreads(make: Callable[..., Any], size: int, *models: str) -> dict[str, Any]:
-    orders = {SHUFFLED: torch.randperm(size, generator=torch.Generator().manual_seed(0)), not SHUFFLED: torch.arange(size)}
-    return {name: make(*models, orders[shuffled], **settings) for name, (shuffled, settings) in LAYOUTS.items()}
+    orders = {
+        SHUFFLED: torch.randperm(size, generator=torch.Generator().manual_seed(0)),
+        not SHUFFLED: torch.arange(size),
+    }
+    return {
+        name: make(*models, orders[shuffled], **settings) for name, (shuffled, settings) in LAYOUTS.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +79,11 @@ def outcomes(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any], Any],
         found = {}
         for name, one in spread.items():
             with monkeypatch.context() as patch:
-                patch.setitem(packing.build.__kwdefaults__, "padding_side", "left" if name == "padded on the left" else "right")
+                patch.setitem(
+                    packing.build.__kwdefaults__,
+                    "padding_side",
+                    "left" if name == "padded on the left" else "right",
+                )
                 found[name] = one.outcome(case)
         return found
 

@@ -1,8 +1,8 @@
 """Every registered method on two ranks, under each backend: the gradient and the metrics of one process.
 
-A launch takes an update for each name: policy losses, aggregates, terms, controls (which choose tokens of the whole step), advantages,
-controllers, and preference losses of policies and reward models. The launches use the files that users do, over gloo; the tests look at
-the prepared model before they believe it.
+A launch takes an update for each name: policy losses, aggregates, terms, controls (which choose tokens of the
+whole step), advantages, controllers, and preference losses of policies and reward models. The launches use
+the files that users do, over gloo; the tests look at the prepared model before they believe it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from every_name import EXAMPLES, ROWS, Outcome, PolicySpread, PreferenceSpread, apart, every_policy_case, preference_cases
+from support.method_cases import (
+    EXAMPLES,
+    ROWS,
+    Outcome,
+    PolicySpread,
+    PreferenceSpread,
+    apart,
+    every_policy_case,
+    preference_cases,
+)
 
 ROOT = Path(__file__).parents[2]
 CASES = every_policy_case()
@@ -33,7 +42,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def models(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("models")
-    policy, other = (str(tiny_models.make_random_model(folder / str(seed), seed=seed, layers=1)) for seed in (0, 1))
+    policy, other = (
+        str(tiny_models.make_random_model(folder / str(seed), seed=seed, layers=1)) for seed in (0, 1)
+    )
     return policy, other
 
 
@@ -45,15 +56,30 @@ class Launched:
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp2", "zero2", "zero3"])
-def launched(request: pytest.FixtureRequest, models: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Launched:
+def launched(
+    request: pytest.FixtureRequest, models: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Launched:
     backend = str(request.param)
     if backend.startswith("zero"):
         pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install rltrain[deepspeed])")
     folder = tmp_path_factory.mktemp(backend)
     (folder / "models.json").write_text(json.dumps(models))
-    cleared = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
-    environment = cleared | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"}
-    several = ["--config_file", f"recipes/accelerate/{backend}.yaml", "--num_processes", "2", "--main_process_port", "0"]
+    cleared = {
+        name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))
+    }
+    environment = cleared | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "HF_HUB_OFFLINE": "1",
+    }
+    several = [
+        "--config_file",
+        f"recipes/accelerate/{backend}.yaml",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
     script = str(Path(__file__).with_name("two_ranks_every_name.py"))
     command = [sys.executable, "-m", "accelerate.commands.launch", *several, script, str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -65,11 +91,18 @@ def launched(request: pytest.FixtureRequest, models: tuple[str, str], tmp_path_f
 @pytest.fixture(scope="module")
 def alone(models: tuple[str, str]) -> Callable[[str], Outcome]:
     """One process, the whole step at once; each case is computed once for all backends."""
-    policy, preference = PolicySpread(*models, torch.arange(ROWS)), PreferenceSpread(*models, torch.arange(EXAMPLES))
+    policy, preference = (
+        PolicySpread(*models, torch.arange(ROWS)),
+        PreferenceSpread(*models, torch.arange(EXAMPLES)),
+    )
 
     @functools.cache
     def outcome(name: str) -> Outcome:
-        return policy.outcome(CASES[name]) if name in CASES else preference.outcome(name.removeprefix("preference "))
+        return (
+            policy.outcome(CASES[name])
+            if name in CASES
+            else preference.outcome(name.removeprefix("preference "))
+        )
 
     return outcome
 
@@ -79,20 +112,27 @@ def test_both_ranks_took_part_as_what_they_are_called(launched: Launched) -> Non
         assert len(one["learners"]) == 3
         for learner in one["learners"]:
             assert learner["ranks"] == 2 and learner["rows"] > 0
-            # FSDP2's weights are DTensors, but for what a forward pass left gathered; ZeRO-3 keeps a rank's part beside each weight
+            # FSDP2's weights are DTensors, but for what a forward pass left gathered; ZeRO-3 keeps a rank's
+            # part beside each weight
             match launched.backend:
                 case "ddp":
                     assert "DistributedDataParallel" in learner["policy"]
                 case "fsdp2":
                     assert "FSDPModule" in learner["policy"] and "DTensor" in learner["weights"]
                 case "zero2":
-                    assert "DeepSpeedEngine" in learner["policy"] and learner["stage"] == 2 and not learner["cut"]
+                    assert (
+                        "DeepSpeedEngine" in learner["policy"]
+                        and learner["stage"] == 2
+                        and not learner["cut"]
+                    )
                 case "zero3":
                     assert "DeepSpeedEngine" in learner["policy"] and learner["stage"] == 3 and learner["cut"]
 
 
 @pytest.mark.parametrize("name", [*CASES, *(f"preference {name}" for name in preference_cases())])
-def test_two_ranks_make_the_update_of_one_process(name: str, launched: Launched, alone: Callable[[str], Outcome]) -> None:
+def test_two_ranks_make_the_update_of_one_process(
+    name: str, launched: Launched, alone: Callable[[str], Outcome]
+) -> None:
     first, second = (one["cases"] for one in launched.ranks)
     want = alone(name)
     assert want.gradient.norm() > 1e-3 and apart(want.gradient, launched.gradients[name]) < 1e-5

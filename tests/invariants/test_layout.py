@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from rltrain.loss import AGGREGATES, LOSS_TERMS
 from rltrain.loss.objective import Objective, Term
 from rltrain.loss.policy import POLICY_LOSSES
-from rltrain.types import PolicyTokens, StepTotals, TrainBatch
+from rltrain.types.policy import PolicyTokens, StepTotals, TrainBatch
 
 ROWS, WIDTH = 8, 7
 LENGTHS = torch.tensor([7, 3, 5, 0, 1, 7, 4, 6])  # row 3 is fully masked out
@@ -38,10 +38,18 @@ def whole_step() -> tuple[Tensor, TrainBatch]:
     old = draw(0.5, -2.0)
     leaves = torch.stack([old + draw(0.3), draw(0.2, 1.0)]).requires_grad_()
     rows = torch.arange(ROWS)
-    advantages = torch.tensor([1.0, -1.0, 0.0, 2.0, -0.5, 0.3, -2.0, 1.5], dtype=torch.float64)[:, None].expand(ROWS, WIDTH)
+    advantages = torch.tensor([1.0, -1.0, 0.0, 2.0, -0.5, 0.3, -2.0, 1.5], dtype=torch.float64)[
+        :, None
+    ].expand(ROWS, WIDTH)
     more = {name: draw(0.5, -2.0) for name in ("rollout_logp", "logp_now", "ref_logp", "teacher_logp")}
-    from_controls = {"kl_cov": (draw(1.0) > 0).double(), "h_hat": draw(0.5).clamp(-1, 1), "advantage_global": draw(1.0)}
-    from_controls |= {name: (draw(1.0) > 0).double() for name in ("kdrl", "teacher_text")} | {"ref_log_mass:0.5": draw(0.1, 1.0)}
+    from_controls = {
+        "kl_cov": (draw(1.0) > 0).double(),
+        "h_hat": draw(0.5).clamp(-1, 1),
+        "advantage_global": draw(1.0),
+    }
+    from_controls |= {name: (draw(1.0) > 0).double() for name in ("kdrl", "teacher_text")} | {
+        "ref_log_mass:0.5": draw(0.1, 1.0)
+    }
     from_controls["advantage_global"][2] = 0.0  # so that row 2 is idle
     batch = TrainBatch(
         mask=mask,
@@ -59,7 +67,13 @@ def whole_step() -> tuple[Tensor, TrainBatch]:
     return leaves, batch
 
 
-def run(objective: Objective, leaves: Tensor, batch: TrainBatch, micro_batches: list[list[int]], width: int | None = None) -> Outcome:
+def run(
+    objective: Objective,
+    leaves: Tensor,
+    batch: TrainBatch,
+    micro_batches: list[list[int]],
+    width: int | None = None,
+) -> Outcome:
     """Accumulate shares over micro-batches, each cut to ``width`` columns (None: to its own longest row)."""
     tokens, sequences = batch.totals_of_mask
     totals = StepTotals(tokens, sequences, max_tokens=20)
@@ -102,7 +116,11 @@ def test_layout_changes_nothing(policy_loss: str, aggregate: str, terms: tuple[s
         same(run(objective, leaves, batch, layout), want)
     same(run(objective, leaves, batch, halves, width=WIDTH), want)
 
-    tokenwise = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor) and value.dim() == 2 and name != "mask"}
+    tokenwise = {
+        name: value
+        for name, value in vars(batch).items()
+        if isinstance(value, Tensor) and value.dim() == 2 and name != "mask"
+    }
     padded = {name: pad(value, (0, 5), value=math.nan) for name, value in tokenwise.items()}
     padded_extra = {name: pad(value, (0, 5), value=math.nan) for name, value in batch.extra.items()}
     wider = batch.replace(**padded, extra=padded_extra, mask=pad(batch.mask, (0, 5), value=False))
@@ -121,5 +139,9 @@ def test_leaving_idle_rows_out_changes_no_gradient(policy_loss: str, aggregate: 
     tokens, sequences = batch.totals_of_mask
     kept = [row for row in range(ROWS) if not idle[row]]
     logp, entropy = leaves[:, kept]
-    share = objective(policy_of(objective, logp, entropy), batch.rows(kept), StepTotals(tokens, sequences, max_tokens=20))
-    assert_close(torch.autograd.grad(share.loss, leaves)[0], run(objective, leaves, batch, [list(range(ROWS))])[1])
+    share = objective(
+        policy_of(objective, logp, entropy), batch.rows(kept), StepTotals(tokens, sequences, max_tokens=20)
+    )
+    assert_close(
+        torch.autograd.grad(share.loss, leaves)[0], run(objective, leaves, batch, [list(range(ROWS))])[1]
+    )

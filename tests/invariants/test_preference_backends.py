@@ -1,6 +1,8 @@
-"""Preferences on two ranks: the offline loop under DeepSpeed's ZeRO-2 and the loop of sampled pairs under DDP do what one process does.
+"""Preferences on two ranks: the offline loop under DeepSpeed's ZeRO-2 and the loop of sampled pairs under DDP
+do what one process does.
 
-Both launches use the files that users do, over gloo; the tests look at the prepared model before they believe it.
+Both launches use the files that users do, over gloo; the tests look at the prepared model before they believe
+it.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from rltrain.commands import train_command
-from rltrain.config.check import check
+from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
+from rltrain.config.rules import check
 
 ROOT = Path(__file__).parents[2]
 REWARD = """
@@ -26,8 +28,8 @@ from reward.score import Score
 def odd(inputs):
     return [Score(sum(ord(letter) % 2 for letter in text) / max(len(text), 1)) for text in inputs.completions]
 """
-# Several micro-batches on each rank, clipping that bites, weight decay on matrices only, and an eps above the rounding noise of a
-# gradient, of which AdamW would else make whole steps of the learning rate.
+# Several micro-batches on each rank, clipping that bites, weight decay on matrices only, and an eps above the
+# rounding noise of a gradient, of which AdamW would else make whole steps of the learning rate.
 OPTIMIZER = (
     "learner.optimizer.lr=5e-4",
     "learner.optimizer.eps=1e-5",
@@ -36,7 +38,13 @@ OPTIMIZER = (
     "learner.optimizer.schedule=cosine",
     "train.deadline_seconds=120",
 )
-OFFLINE = ("train.examples=12", "train.steps=4", "eval.examples=16", "eval.every=2", "learner.tokens_per_micro_batch=128")
+OFFLINE = (
+    "train.examples=12",
+    "train.steps=4",
+    "eval.examples=16",
+    "eval.every=2",
+    "learner.tokens_per_micro_batch=128",
+)
 ONLINE = (
     "train.steps=3",
     "rollout.prompts=8",
@@ -48,20 +56,26 @@ ONLINE = (
     "data.eval=null",
     "reward.workers=1",
 )
-# At the first step the policy is its reference, and the sign of rounding errors decides what an accuracy counts; sharded ranks read a
-# pair's prompt with each of its completions.
+# At the first step the policy is its reference, and the sign of rounding errors decides what an accuracy
+# counts; sharded ranks read a pair's prompt with each of its completions.
 LEFT_OUT = ("time/", "loss/accuracy", "eval/accuracy", "learner/trained_tokens", "learner/shared_prompts")
 pytestmark = pytest.mark.slow
 
 
 def run_of(recipe: str, *overrides: str) -> dict[str, Any]:
-    return {"recipe": f"recipes/preference/{recipe}.yaml", "name": recipe, "overrides": [*OPTIMIZER, *overrides]}
+    return {
+        "recipe": f"recipes/preference/{recipe}.yaml",
+        "name": recipe,
+        "overrides": [*OPTIMIZER, *overrides],
+    }
 
 
 def alone(runs: list[dict[str, Any]], folder: Path) -> None:
     """By one process, this one."""
     for one in runs:
-        recipe = check(load_recipe(ROOT / one["recipe"], profile="tiny_cpu", overrides=one["overrides"])).recipe
+        recipe = check(
+            load_recipe(ROOT / one["recipe"], profile="tiny_cpu", overrides=one["overrides"])
+        ).recipe
         assert train_command(recipe, folder / one["name"], [], "never") == 0
 
 
@@ -69,9 +83,18 @@ def launched(backend: str, runs: list[dict[str, Any]], folder: Path) -> list[dic
     """By two, under ``recipes/accelerate/<backend>.yaml``; what each rank's models were."""
     folder.mkdir()
     (folder / "runs.json").write_text(json.dumps(runs))
-    cleared = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
+    cleared = {
+        name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))
+    }
     environment = cleared | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    several = ["--config_file", f"recipes/accelerate/{backend}.yaml", "--num_processes", "2", "--main_process_port", "0"]
+    several = [
+        "--config_file",
+        f"recipes/accelerate/{backend}.yaml",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
     script = str(Path(__file__).with_name("two_ranks_preferences.py"))
     command = [sys.executable, "-m", "accelerate.commands.launch", *several, script, str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -82,7 +105,12 @@ def launched(backend: str, runs: list[dict[str, Any]], folder: Path) -> list[dic
 def numbers(folder: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in line.items() if isinstance(value, int | float) and not key.startswith(LEFT_OUT)} for line in lines
+        {
+            key: value
+            for key, value in line.items()
+            if isinstance(value, int | float) and not key.startswith(LEFT_OUT)
+        }
+        for line in lines
     ]
 
 
@@ -100,23 +128,33 @@ def assert_same(found: Path, expected: Path) -> None:
 def test_the_offline_loop_under_zero_2_is_that_of_one_process(random_model: str, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install rltrain[deepspeed])")
     common = (f"model.path={random_model}", *OFFLINE)
-    # KTO's z0 is over the step, across ranks; reference log-probs are computed by both ranks, or read from rank 0's file
-    runs = [run_of("dpo", *common, "reference.cache=null"), run_of("kto", *common, f"reference.cache={tmp_path / 'cache'}")]
+    # KTO's z0 is over the step, across ranks; reference log-probs are computed by both ranks, or read from
+    # rank 0's file
+    runs = [
+        run_of("dpo", *common, "reference.cache=null"),
+        run_of("kto", *common, f"reference.cache={tmp_path / 'cache'}"),
+    ]
     alone(runs, tmp_path / "one")
     engaged = launched("zero2", runs, tmp_path / "two")
     assert len(engaged) == 4
-    assert all(run["ranks"] == 2 and run["stage"] == 2 and "DeepSpeedEngine" in run["policy"] for run in engaged)
+    assert all(
+        run["ranks"] == 2 and run["stage"] == 2 and "DeepSpeedEngine" in run["policy"] for run in engaged
+    )
     for run in runs:
         assert_same(tmp_path / "two" / run["name"], tmp_path / "one" / run["name"])
 
 
-def test_the_loop_of_sampled_pairs_on_two_ranks_is_that_of_one_process(random_model: str, tmp_path: Path) -> None:
+def test_the_loop_of_sampled_pairs_on_two_ranks_is_that_of_one_process(
+    random_model: str, tmp_path: Path
+) -> None:
     (tmp_path / "odd.py").write_text(REWARD)
     common = (f"model.path={random_model}", f"reward.functions=['{tmp_path / 'odd.py'}:odd']", *ONLINE)
     runs = [run_of("online_dpo", *common)]
     alone(runs, tmp_path / "one")
     engaged = launched("ddp", runs, tmp_path / "two")
-    assert len(engaged) == 2 and all(run["ranks"] == 2 and "DistributedDataParallel" in run["policy"] for run in engaged)
+    assert len(engaged) == 2 and all(
+        run["ranks"] == 2 and "DistributedDataParallel" in run["policy"] for run in engaged
+    )
     steps = [line for line in numbers(tmp_path / "one" / "online_dpo") if "pairs/count" in line]
     assert steps and all(line["pairs/count"] > 0 and line["learner/grad_norm"] > 0 for line in steps)
     assert_same(tmp_path / "two" / "online_dpo", tmp_path / "one" / "online_dpo")

@@ -1,4 +1,6 @@
-"""A run that is stopped and continued is the run that was never stopped: weights, optimizer, generators and metrics, bit for bit."""
+"""A run that is stopped and continued is the run that was never stopped: weights, optimizer,
+generators and metrics, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,22 @@ from typing import Any
 
 import pytest
 
-from resuming import SETTINGS, SEVENS, assert_same_run, at_call, differing, killed_in, lines, train_here
-from rltrain import commands
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.checkpoint.run_state import read_verified
+from rltrain.cli import train as commands
 from rltrain.errors import UserError
 from rltrain.train import online, saving
 from rltrain.train.saving import STOPPED
+from support.resumed_runs import (
+    SETTINGS,
+    SEVENS,
+    assert_same_run,
+    at_call,
+    differing,
+    killed_in,
+    lines,
+    train_here,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,15 +47,23 @@ def start(random_model: str) -> Callable[..., int]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize(
-    "killed", [pytest.param(5, id="after a checkpoint"), pytest.param(2, id="before the first checkpoint", marks=pytest.mark.slow)]
+    "killed",
+    [
+        pytest.param(5, id="after a checkpoint"),
+        pytest.param(2, id="before the first checkpoint", marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_is_the_uninterrupted_run(killed: int, start: Any, tmp_path: Path) -> None:
     assert start(tmp_path / "whole") == 0
-    killed_in(killed, online, "weigh", lambda: start(tmp_path / "resumed"))
+    killed_in(killed, online, "apply_methods", lambda: start(tmp_path / "resumed"))
     assert lines(tmp_path / "resumed")[-1]["step"] == killed - 1  # more than the checkpoint knows of
     assert start(tmp_path / "resumed") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
@@ -52,24 +71,30 @@ def test_a_resumed_run_is_the_uninterrupted_run(killed: int, start: Any, tmp_pat
 
 @pytest.mark.slow
 def test_a_resumed_run_of_episodes_goes_on_at_the_adapted_temperature(start: Any, tmp_path: Path) -> None:
-    mine = ROOT / "tests/rollout/environments_for_tests.py"
-    environment = f"rollout.environment={{name: '{mine}:Counting', turns: 2, max_turns: 3, turn_tokens: 4, workers: 1}}"
+    mine = ROOT / "tests/support/environments.py"
+    environment = (
+        f"rollout.environment={{name: '{mine}:Counting', turns: 2, max_turns: 3, turn_tokens: 4, workers: 1}}"
+    )
     settings = ("rollout.adaptive_temperature={tau: 0.5}", environment, "rollout.max_tokens=32")
     assert start(tmp_path / "whole", *settings) == 0
-    killed_in(5, online, "weigh", lambda: start(tmp_path / "resumed", *settings))
+    killed_in(5, online, "apply_methods", lambda: start(tmp_path / "resumed", *settings))
     assert start(tmp_path / "resumed", *settings) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
     found = [line for line in lines(tmp_path / "whole") if "rollout/turns_mean" in line]
     assert {line["rollout/turns_mean"] for line in found} == {2.0}
-    assert ["control/temperature_sigma" in line for line in found] == [False] + [True] * 5  # the first step samples at the base
-    assert max(line["rollout/mismatch_abs"] for line in found) < 1e-4  # engine and learner agree at the base temperature
+    assert ["control/temperature_sigma" in line for line in found] == [False] + [
+        True
+    ] * 5  # the first step samples at the base
+    assert (
+        max(line["rollout/mismatch_abs"] for line in found) < 1e-4
+    )  # engine and learner agree at the base temperature
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_run_with_real_vllm(start: Any, tmp_path: Path) -> None:
     assert start(tmp_path / "whole", "rollout.engine=vllm") == 0
-    killed_in(5, online, "weigh", lambda: start(tmp_path / "resumed", "rollout.engine=vllm"))
+    killed_in(5, online, "apply_methods", lambda: start(tmp_path / "resumed", "rollout.engine=vllm"))
     assert start(tmp_path / "resumed", "rollout.engine=vllm") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
 
@@ -81,8 +106,10 @@ def test_sigterm_saves_and_exits_with_3(times: int, start: Any, tmp_path: Path) 
             assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # else the next line ends the tests
             signal.raise_signal(signal.SIGTERM)
 
-    with at_call(2, online, "weigh", terminate):
-        assert start(tmp_path / "stopped") == STOPPED == 3  # neither 143, which is a process that just died, nor 75 of a deadline
+    with at_call(2, online, "apply_methods", terminate):
+        assert (
+            start(tmp_path / "stopped") == STOPPED == 3
+        )  # neither 143, which is a process that just died, nor 75 of a deadline
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # what it was
     assert lines(tmp_path / "stopped")[-1]["step"] == 2  # the step in hand was finished
     assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["step-2"]
@@ -107,27 +134,41 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     start: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(sys, "argv", ["rltrain", "train", "my recipe.yaml", "--resume", "old/step-1", "--run", "new"])
+    monkeypatch.setattr(
+        sys, "argv", ["rltrain", "train", "my recipe.yaml", "--resume", "old/step-1", "--run", "new"]
+    )
     with at_call(2, online, "weigh", lambda: signal.raise_signal(signal.SIGINT)):
         assert start(tmp_path / "stopped") == STOPPED
     assert signal.getsignal(signal.SIGINT) is handler
     printed = capfd.readouterr()
-    assert "Ctrl-C: the run stops after the step in hand and writes a checkpoint; a second one ends it at once" in printed.err
+    assert (
+        "Ctrl-C: the run stops after the step in hand and writes a checkpoint; a second one ends it at once"
+        in printed.err
+    )
     said = " ".join(printed.out.split())
     assert "stopped by Ctrl-C after step 2" in said
-    assert "continue with: rltrain train 'my recipe.yaml' --run new" in said  # from its own checkpoint, not from the old one
+    assert (
+        "continue with: rltrain train 'my recipe.yaml' --run new" in said
+    )  # from its own checkpoint, not from the old one
     assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["step-2"]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("metrics.jsonl: line 3 is no JSON")])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), ValueError("metrics.jsonl: line 3 is no JSON")],
+)
 def test_a_report_that_cannot_be_written_changes_no_exit_code(
-    error: Exception, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception,
+    start: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def refuses(*_: Any) -> None:
         raise error
 
     monkeypatch.setattr(commands, "write_report", refuses)
-    with at_call(1, online, "weigh", lambda: os.kill(os.getpid(), signal.SIGTERM)):
+    with at_call(1, online, "apply_methods", lambda: os.kill(os.getpid(), signal.SIGTERM)):
         assert start(tmp_path / "stopped", "data.eval=null", "loss.terms=[]") == STOPPED
     assert read_verified(tmp_path / "stopped/checkpoints/step-1").step == 1
     printed = " ".join(capsys.readouterr().out.split())
@@ -138,22 +179,38 @@ def test_a_run_goes_on_with_another_deadline_and_other_workers_in_the_same_numbe
     start: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert start(tmp_path / "whole") == 0
-    killed_in(5, online, "weigh", lambda: start(tmp_path / "resumed"))
-    other = ("train.deadline_seconds=3600", "reward.workers=2", "checkpoint.every=2", "rollout.mismatch_warn=0.5", "report.project=other")
+    killed_in(5, online, "apply_methods", lambda: start(tmp_path / "resumed"))
+    other = (
+        "train.deadline_seconds=3600",
+        "reward.workers=2",
+        "checkpoint.every=2",
+        "rollout.mismatch_warn=0.5",
+        "report.project=other",
+    )
     assert start(tmp_path / "resumed", *other) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "none of its numbers depends" in printed and "train.deadline_seconds: 1800.0 -> 3600.0, " in printed
+    assert (
+        "none of its numbers depends" in printed and "train.deadline_seconds: 1800.0 -> 3600.0, " in printed
+    )
     assert "reward.workers: 1 -> 2" in printed
     assert lines(tmp_path / "whole") == lines(tmp_path / "resumed")
     saved = "checkpoints/step-6"
-    assert not differing(*(tmp_path / run for run in ("whole", "resumed")), "model/model.safetensors", f"{saved}/model.safetensors")
-    assert not differing(*(tmp_path / run for run in ("whole", "resumed")), f"{saved}/training/optimizer.safetensors")
+    assert not differing(
+        *(tmp_path / run for run in ("whole", "resumed")),
+        "model/model.safetensors",
+        f"{saved}/model.safetensors",
+    )
+    assert not differing(
+        *(tmp_path / run for run in ("whole", "resumed")), f"{saved}/training/optimizer.safetensors"
+    )
     assert start(tmp_path / "resumed", "train.deadline_seconds=60") == 0  # nothing is done again for it
     assert "already finished" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_longer_run_is_the_run_that_was_long_from_the_start(start: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_longer_run_is_the_run_that_was_long_from_the_start(
+    start: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     constant = "learner.optimizer.schedule=constant"
     assert start(tmp_path / "run", constant, "train.steps=3") == 0
     before = contents(tmp_path / "run")
@@ -181,10 +238,12 @@ def test_a_cosine_run_is_not_made_longer(start: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_passed_over(start: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_passed_over(
+    start: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     every = "checkpoint.every=2"
     assert start(tmp_path / "whole", every) == 0
-    killed_in(6, online, "weigh", lambda: start(tmp_path / "run", every))
+    killed_in(6, online, "apply_methods", lambda: start(tmp_path / "run", every))
     with open(tmp_path / "run/checkpoints/step-4/training/optimizer.safetensors", "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x7f")
@@ -216,9 +275,12 @@ def test_a_named_checkpoint_is_gone_back_to_or_continued_elsewhere(start: Any, t
 
 
 def test_two_processes_never_train_in_one_folder(start: Any, tmp_path: Path) -> None:
-    killed_in(2, online, "weigh", lambda: start(tmp_path / "run"))
+    killed_in(2, online, "apply_methods", lambda: start(tmp_path / "run"))
     before = contents(tmp_path / "run")
-    with RunFolder(tmp_path / "run").locked(), pytest.raises(UserError, match="another process is training in it"):
+    with (
+        RunFolder(tmp_path / "run").locked(),
+        pytest.raises(UserError, match="another process is training in it"),
+    ):
         start(tmp_path / "run")
     assert contents(tmp_path / "run") == before
 
@@ -228,8 +290,14 @@ def test_other_prompts_are_refused(start: Any, tmp_path: Path) -> None:
     data = tmp_path / "prompts.jsonl"
     rows = [{"prompt": f"<user>{number}+1=<assistant>", "answer": str(number + 1)} for number in range(20)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = (f"data.train={data}", "data.options={}", "data.eval=null", "data.max_prompts=null", "checkpoint.every=1")
-    killed_in(3, online, "weigh", lambda: start(tmp_path / "run", *settings))
+    settings = (
+        f"data.train={data}",
+        "data.options={}",
+        "data.eval=null",
+        "data.max_prompts=null",
+        "checkpoint.every=1",
+    )
+    killed_in(3, online, "apply_methods", lambda: start(tmp_path / "run", *settings))
     data.write_text(data.read_text().replace("19+1=", "18+2="))
     with pytest.raises(UserError, match=r"column prompt of data\.train"):
         start(tmp_path / "run", *settings)
@@ -237,11 +305,18 @@ def test_other_prompts_are_refused(start: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size_kib", [4096, 6144])
-def test_a_full_disk_is_one_clear_error_and_costs_no_checkpoint(size_kib: int, start: Any, tmp_path: Path) -> None:
-    # The tiny model takes some 0.8 MB and its optimizer twice that: the disk is full in the first checkpoint or in a later one.
+def test_a_full_disk_is_one_clear_error_and_costs_no_checkpoint(
+    size_kib: int, start: Any, tmp_path: Path
+) -> None:
+    # The tiny model takes some 0.8 MB and its optimizer twice that: the disk is full in the first checkpoint
+    # or in a later one.
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_kib}k", "tmpfs", str(disk)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size_kib}k", "tmpfs", str(disk)],
+        capture_output=True,
+        text=True,
+    )
     if mounted.returncode != 0:
         pytest.skip(reason=f"no file system can be mounted here: {mounted.stderr.strip()}")
     try:
@@ -272,7 +347,10 @@ def test_a_disk_that_refuses_to_sync_leaves_the_last_checkpoint(
         fsync(descriptor)
 
     settings = ("checkpoint.every=1", "train.steps=2")
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=rf"{re.escape(os.strerror(code))}.*step-1 is whole and stays"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=rf"{re.escape(os.strerror(code))}.*step-1 is whole and stays"),
+    ):
         patch.setattr(os, "fsync", refuses)
         start(tmp_path / "run", *settings)
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-1"]
@@ -280,7 +358,9 @@ def test_a_disk_that_refuses_to_sync_leaves_the_last_checkpoint(
 
 
 def killed_again_and_again(kills: int, folder: Path, *settings: str) -> dict[str, Any]:
-    """What ``kill_and_resume.py`` says; the runs in ``folder`` are compared with the one that nobody killed."""
+    """What ``kill_and_resume.py`` says; the runs in ``folder`` are compared with the one that nobody
+    killed.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     script = Path(__file__).with_name("kill_and_resume.py")
     command = [sys.executable, str(script), str(folder), str(kills), *settings]
@@ -289,7 +369,9 @@ def killed_again_and_again(kills: int, folder: Path, *settings: str) -> dict[str
     sys.stdout.write(done.stdout.splitlines()[-1] + "\n")  # the moments, for whoever looks
     report = json.loads(done.stdout.splitlines()[-1])
     assert len(report["kills"]) >= kills and report["finished"], report
-    assert max(kill["processes"] for kill in report["kills"]) > 1, report  # a reward worker at least: something could have been left
+    assert max(kill["processes"] for kill in report["kills"]) > 1, (
+        report
+    )  # a reward worker at least: something could have been left
     for finished in map(Path, report["finished"]):
         assert_same_run(folder / "whole", finished)
     return report
@@ -298,13 +380,24 @@ def killed_again_and_again(kills: int, folder: Path, *settings: str) -> dict[str
 @pytest.mark.slow
 def test_twenty_kills_end_in_the_same_weights(random_model: str, tmp_path: Path) -> None:
     quick = ("checkpoint.every=1", "checkpoint.keep=2", "loss.terms=[]", "data.eval=null", "eval.every=0")
-    report = killed_again_and_again(20, tmp_path, f"model.path={random_model}", f"reward.functions=['{SEVENS}']", *SETTINGS, *quick)
+    report = killed_again_and_again(
+        20, tmp_path, f"model.path={random_model}", f"reward.functions=['{SEVENS}']", *SETTINGS, *quick
+    )
     assert report["in_a_save"] >= 5, report
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_kills_with_real_vllm_end_in_the_same_weights(random_model: str, tmp_path: Path) -> None:
-    quick = ("checkpoint.every=1", "checkpoint.keep=2", "loss.terms=[]", "data.eval=null", "eval.every=0", "rollout.engine=vllm")
-    report = killed_again_and_again(2, tmp_path, f"model.path={random_model}", f"reward.functions=['{SEVENS}']", *SETTINGS, *quick)
+    quick = (
+        "checkpoint.every=1",
+        "checkpoint.keep=2",
+        "loss.terms=[]",
+        "data.eval=null",
+        "eval.every=0",
+        "rollout.engine=vllm",
+    )
+    report = killed_again_and_again(
+        2, tmp_path, f"model.path={random_model}", f"reward.functions=['{SEVENS}']", *SETTINGS, *quick
+    )
     assert report["in_a_save"] >= 1, report

@@ -1,4 +1,6 @@
-"""A run with rows beside the policy's own goes on exactly where it stopped: AEPO remembers its entropy, AAPO its reference."""
+"""A run with rows beside the policy's own goes on exactly where it stopped: AEPO remembers its
+entropy, AAPO its reference.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from resuming import differing, killed_in, lines
 from rltrain.checkpoint.run_state import read_verified
-from rltrain.commands import train_command
-from rltrain.config.check import check
+from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
-from rltrain.config.schema import Recipe
+from rltrain.config.rules import check
+from rltrain.config.schema import OnlineRecipe
 from rltrain.train import online
+from support.resumed_runs import differing, killed_in, lines
 
 POLICY = Path(__file__).parents[2] / "recipes" / "policy"
 REWARD = """
@@ -23,7 +25,14 @@ def low_digits(inputs):
     return [Score(share, {"correct": float(share > 0.1)}) for share in shares]
 """
 SETTINGS = (
-    *("train.steps=5", "checkpoint.every=2", "learner.optimizer.lr=1e-3", "rollout.prompts=8", "rollout.n=4", "reward.workers=1"),
+    *(
+        "train.steps=5",
+        "checkpoint.every=2",
+        "learner.optimizer.lr=1e-3",
+        "rollout.prompts=8",
+        "rollout.n=4",
+        "reward.workers=1",
+    ),
     *("eval.prompts=4", "eval.n=2", "eval.k=[1]", "eval.at_start=false", "data.max_prompts=26"),
 )
 AAPO = ("advantage=aapo", "loss.policy=reinforce", "loss.terms=[]", "rollout.arms=[reference]")
@@ -37,15 +46,22 @@ AAPO = ("advantage=aapo", "loss.policy=reinforce", "loss.terms=[]", "rollout.arm
         pytest.param("grpo", AAPO, id="aapo", marks=pytest.mark.slow),
     ],
 )
-def test_a_resumed_run_is_the_uninterrupted_run(recipe: str, overrides: tuple[str, ...], random_model: str, tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_uninterrupted_run(
+    recipe: str, overrides: tuple[str, ...], random_model: str, tmp_path: Path
+) -> None:
     reward = tmp_path / "low_digits.py"
     reward.write_text(REWARD)
-    settings = [f"model.path={random_model}", f"reward.functions=['{reward}:low_digits']", *SETTINGS, *overrides]
+    settings = [
+        f"model.path={random_model}",
+        f"reward.functions=['{reward}:low_digits']",
+        *SETTINGS,
+        *overrides,
+    ]
     loaded = check(load_recipe(POLICY / f"{recipe}.yaml", profile="tiny_cpu", overrides=settings)).recipe
-    assert isinstance(loaded, Recipe)
+    assert isinstance(loaded, OnlineRecipe)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert train_command(loaded, whole, []) == 0
-    killed_in(3, online, "weigh", lambda: train_command(loaded, resumed, []))
+    killed_in(3, online, "apply_methods", lambda: train_command(loaded, resumed, []))
     assert train_command(loaded, resumed, []) == 0
     assert lines(whole) == lines(resumed)
     assert not differing(whole, resumed, "model/model.safetensors")
@@ -54,4 +70,6 @@ def test_a_resumed_run_is_the_uninterrupted_run(recipe: str, overrides: tuple[st
         entropy = next(line["learner/entropy_mean"] for line in lines(whole) if line["step"] == 4)
         assert state.arms == [{"entropy": entropy}]
         # lost at the stop, it would have been 1.2 again in the third step
-        assert [line["control/aepo_temperature"] for line in lines(resumed) if "reward/mean" in line] == pytest.approx([1.2] + [0.8] * 4)
+        assert [
+            line["control/aepo_temperature"] for line in lines(resumed) if "reward/mean" in line
+        ] == pytest.approx([1.2] + [0.8] * 4)

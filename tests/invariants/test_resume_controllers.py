@@ -1,4 +1,6 @@
-"""What a run learns of its own numbers survives a stop: coefficients, EPO's history, GAIN-RL's window, the law."""
+"""What a run learns of its own numbers survives a stop: coefficients, EPO's history, GAIN-RL's
+window, the law.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +10,40 @@ from typing import Any
 
 import pytest
 
-from resuming import SEVENS, differing, killed_in, lines
-from rltrain.commands import train_command
-from rltrain.config.check import check
+from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
+from rltrain.config.rules import check
 from rltrain.errors import UserError
 from rltrain.report import law
 from rltrain.train import online
+from support.resumed_runs import SEVENS, differing, killed_in, lines
 
 ROOT = Path(__file__).parents[2]
 TERMS = (
     "{name: entropy, coefficient: {name: target_entropy, target: 9.0, step: 0.01}}",
     "{name: kl, coefficient: {name: kl_target, every: 1, decay: 0.5, target: 1.0e-3}}",
     "{name: epo, kappa_low: 0.9, kappa_high: 1.1, coefficient: {name: epo_schedule, value: 0.01}}",
-    "{name: clamped_entropy, coefficient: {name: entropy_band, entropy_low: 8.0, entropy_high: 9.0, rate: 0.01}}",
+    "{name: clamped_entropy, coefficient: {name: entropy_band, entropy_low: 8.0, entropy_high: 9.0, rate: "
+    "0.01}}",
     "{name: rapo, coefficient: {name: annealed, start: 0.05, slope: 0.01}}",
 )
 SETTINGS = (
-    "train.steps=6", "checkpoint.every=3", "checkpoint.keep=9", "data.max_prompts=40", "rollout.prompts=4", "rollout.n=4",
-    "data.order={name: gain_rl, sigma: 6.0, stride: 5.0}", f"loss.terms=[{', '.join(TERMS)}]", "eval.every=3", "eval.prompts=4",
-    "eval.n=2", "eval.k=[1]", "learner.updates=2", "learner.optimizer.lr=2e-3", "reward.workers=1",
-)  # fmt: skip
+    "train.steps=6",
+    "checkpoint.every=3",
+    "checkpoint.keep=9",
+    "data.max_prompts=40",
+    "rollout.prompts=4",
+    "rollout.n=4",
+    "data.order={name: gain_rl, sigma: 6.0, stride: 5.0}",
+    f"loss.terms=[{', '.join(TERMS)}]",
+    "eval.every=3",
+    "eval.prompts=4",
+    "eval.n=2",
+    "eval.k=[1]",
+    "learner.updates=2",
+    "learner.optimizer.lr=2e-3",
+    "reward.workers=1",
+)
 
 
 @pytest.fixture
@@ -37,7 +52,9 @@ def start(random_model: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def call(folder: Path, *overrides: str) -> int:
         settings = [f"model.path={random_model}", f"reward.functions=['{SEVENS}']", *SETTINGS, *overrides]
-        recipe = check(load_recipe(ROOT / "recipes/policy/grpo.yaml", profile="tiny_cpu", overrides=settings)).recipe
+        recipe = check(
+            load_recipe(ROOT / "recipes/policy/grpo.yaml", profile="tiny_cpu", overrides=settings)
+        ).recipe
         return train_command(recipe, folder, [])  # type: ignore[arg-type]
 
     return call
@@ -51,11 +68,13 @@ def state(folder: Path, step: int) -> dict[str, Any]:
 def test_controllers_order_and_law_go_on_as_if_never_stopped(start: Any, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert start(whole) == 0
-    killed_in(5, online, "weigh", lambda: start(stopped))
+    killed_in(5, online, "apply_methods", lambda: start(stopped))
     assert start(stopped) == 0
 
     assert lines(stopped) == lines(whole)
-    assert not differing(whole, stopped, "model/model.safetensors", "checkpoints/step-6/training/optimizer.safetensors")
+    assert not differing(
+        whole, stopped, "model/model.safetensors", "checkpoints/step-6/training/optimizer.safetensors"
+    )
     for key in ("controllers", "order", "law"):
         assert state(stopped, 6)[key] == state(whole, 6)[key]
 

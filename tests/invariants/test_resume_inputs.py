@@ -12,16 +12,28 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from resuming import ROOT, lines, train_here
-from rltrain import build_inputs
+from rltrain.build import digests as build_inputs
 from rltrain.checkpoint.export import MANIFEST, file_hashes
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.config.load import load_recipe, resolved_yaml
 from rltrain.errors import UserError
 from rltrain.template_date import frozen_clock, prints_date
+from support.resumed_runs import ROOT, lines, train_here
 
-QUICK = ("checkpoint.every=1", "rollout.prompts=2", "rollout.n=2", "rollout.dynamic_sampling=null", "learner.updates=1", "eval.every=0")
-LENGTH = ("learner.optimizer.schedule=constant", "learner.optimizer.warmup_steps=0", "data.max_prompts=null", "data.options={}")
+QUICK = (
+    "checkpoint.every=1",
+    "rollout.prompts=2",
+    "rollout.n=2",
+    "rollout.dynamic_sampling=null",
+    "learner.updates=1",
+    "eval.every=0",
+)
+LENGTH = (
+    "learner.optimizer.schedule=constant",
+    "learner.optimizer.warmup_steps=0",
+    "data.max_prompts=null",
+    "data.options={}",
+)
 GRPO = ROOT / "recipes/policy/grpo.yaml"
 REWARD = "def f(completions, **columns):\n    return [float('1' in text) for text in completions]\n"
 
@@ -74,10 +86,16 @@ def test_other_code_or_answers_are_refused_by_name_and_nothing_is_touched(
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     (tmp_path / file).write_text(original)
     assert start("train.steps=2") == 0
-    assert [line["step"] for line in lines(tmp_path / "run") if "learner/lr" in line or "learner/grad_norm" in line] == [1, 2]
+    assert [
+        line["step"]
+        for line in lines(tmp_path / "run")
+        if "learner/lr" in line or "learner/grad_norm" in line
+    ] == [1, 2]
 
 
-def test_a_checkpoint_without_digests_goes_on_and_says_so(start: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_without_digests_goes_on_and_says_so(
+    start: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert start("train.steps=1") == 0
     checkpoint = tmp_path / "run/checkpoints/step-1"
     state = json.loads((checkpoint / "training/state.json").read_text())
@@ -88,9 +106,12 @@ def test_a_checkpoint_without_digests_goes_on_and_says_so(start: Any, tmp_path: 
     assert "an older rltrain wrote it" in " ".join(capsys.readouterr().out.split())
 
 
-# the date ------------------------------------------------------------------------------------------------------------
+# the date ---------------------------------------------------------------------------------------------------
 
-TEMPLATE = "{{ '<user>' + strftime_now('%d.%m.%Y %H:%M:%S') }}{% for m in messages %}{{ m['content'] }}{% endfor %}<assistant>"
+TEMPLATE = (
+    "{{ '<user>' + strftime_now('%d.%m.%Y %H:%M:%S') }}{% for m in messages %}{{ m['content'] }}{% endfor "
+    "%}<assistant>"
+)
 
 
 @pytest.fixture
@@ -109,11 +130,17 @@ def prompts_of(run: Path) -> set[str]:
 
 
 def test_a_run_keeps_its_date_on_another_day_and_says_it(
-    start: Any, dated_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    start: Any,
+    dated_model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     call = functools.partial(start, f"model.path={dated_model}", "data.max_prompt_tokens=64")
     assert call("train.steps=1") == 0
-    assert "the date in prompts is 2031-05-01 for the whole run (data.date)" in " ".join(capsys.readouterr().out.split())
+    assert "the date in prompts is 2031-05-01 for the whole run (data.date)" in " ".join(
+        capsys.readouterr().out.split()
+    )
     monkeypatch.setattr(build_inputs, "_today", lambda: dt.date(2031, 5, 2))
     assert call("train.steps=2") == 0
     assert all("01.05.2031 00:00:00" in prompt for prompt in prompts_of(tmp_path / "run"))
@@ -123,7 +150,9 @@ def test_a_run_keeps_its_date_on_another_day_and_says_it(
         call("train.steps=3", "data.date=2031-05-02")
 
 
-def test_a_template_without_a_date_leaves_the_recipe_alone(start: Any, random_model: str, tmp_path: Path) -> None:
+def test_a_template_without_a_date_leaves_the_recipe_alone(
+    start: Any, random_model: str, tmp_path: Path
+) -> None:
     assert not prints_date(random_model)
     assert start("train.steps=1") == 0
     assert "date: null" in (tmp_path / "run/recipe.resolved.yaml").read_text()
@@ -134,8 +163,13 @@ def test_the_clock_of_templates_stands_at_midnight() -> None:
     assert frozen_clock(None) == {}
 
 
-def test_a_comparison_has_one_date(dated_model: str, random_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, dated = (load_recipe(GRPO, profile="tiny_cpu", overrides=[f"model.path={path}"]) for path in (random_model, dated_model))
+def test_a_comparison_has_one_date(
+    dated_model: str, random_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, dated = (
+        load_recipe(GRPO, profile="tiny_cpu", overrides=[f"model.path={path}"])
+        for path in (random_model, dated_model)
+    )
     assert build_inputs.common_date([plain, plain], tmp_path / "out") is None
     first = build_inputs.common_date([plain, dated], tmp_path / "out")
     assert first == dt.date(2031, 5, 1)

@@ -1,7 +1,8 @@
-"""Runs that ``accelerate launch`` started: what SIGTERM makes of them, and that they go on as if never stopped, bit for bit.
+"""Runs that ``accelerate launch`` started: what SIGTERM makes of them, and that they go on as if never
+stopped, bit for bit.
 
-What the launcher itself returns is its own affair: with one process it dies of the signal, with several it exits with 1 whatever its
-ranks say. What these said is in a file of each.
+What the launcher itself returns is its own affair: with one process it dies of the signal, with several it
+exits with 1 whatever its ranks say. What these said is in a file of each.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from resuming import SETTINGS, SEVENS, assert_same_run, lines
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.train.saving import STOPPED
+from support.resumed_runs import SETTINGS, SEVENS, assert_same_run, lines
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = {
@@ -40,7 +41,9 @@ class Launched:
 
     def wait_for_a_step(self) -> None:
         metrics = self.run / "metrics.jsonl"
-        while self.process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") > 0):
+        while self.process.poll() is None and not (
+            metrics.exists() and metrics.read_bytes().count(b"\n") > 0
+        ):
             time.sleep(0.01)
 
     def printed(self) -> str:
@@ -63,12 +66,23 @@ def launch(random_model: str, tmp_path: Path) -> Callable[..., Launched]:
         script = [str(Path(__file__).with_name("noted_exit.py")), str(codes)]
         recipe = ["train", "recipes/policy/grpo.yaml", "--profile", "tiny_cpu", "--run", str(run)]
         settings = [f"model.path={random_model}", f"reward.functions=['{SEVENS}']", *SETTINGS, *overrides]
-        command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCHERS[processes], *script, *recipe]
+        command = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            *LAUNCHERS[processes],
+            *script,
+            *recipe,
+        ]
         command += [word for one in settings for word in ("--set", one)]
-        cleared = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
+        cleared = {
+            name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))
+        }
         environment = cleared | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return Launched(run, codes, subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes))
+        return Launched(
+            run, codes, subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+        )
 
     return call
 
@@ -80,7 +94,9 @@ def finished(launched: Launched, ranks: int) -> str:
     return printed
 
 
-def test_one_process_is_stopped_with_its_launcher_and_goes_on(launch: Callable[..., Launched], tmp_path: Path) -> None:
+def test_one_process_is_stopped_with_its_launcher_and_goes_on(
+    launch: Callable[..., Launched], tmp_path: Path
+) -> None:
     stopped = launch(1, tmp_path / "stopped")
     stopped.wait_for_a_step()
     stopped.process.send_signal(signal.SIGTERM)  # the launcher dies of it and passes nothing on
@@ -88,12 +104,16 @@ def test_one_process_is_stopped_with_its_launcher_and_goes_on(launch: Callable[.
     assert stopped.process.returncode == -signal.SIGTERM and stopped.exit_codes() == {"0": STOPPED}
     [(step, _)] = RunFolder(tmp_path / "stopped").present_checkpoints()
     assert step == lines(tmp_path / "stopped")[-1]["step"] and not (tmp_path / "stopped/model").exists()
-    finished(launch(1, tmp_path / "whole"), 1)  # launched too: another number of threads sums in another order
+    finished(
+        launch(1, tmp_path / "whole"), 1
+    )  # launched too: another number of threads sums in another order
     assert "continuing from" in finished(launch(1, tmp_path / "stopped"), 1)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_two_ranks_are_stopped_by_their_launcher_and_go_on(launch: Callable[..., Launched], tmp_path: Path) -> None:
+def test_two_ranks_are_stopped_by_their_launcher_and_go_on(
+    launch: Callable[..., Launched], tmp_path: Path
+) -> None:
     stopped = launch(2, tmp_path / "stopped")
     stopped.wait_for_a_step()
     stopped.process.send_signal(signal.SIGTERM)  # the launcher passes it on to both
@@ -108,8 +128,11 @@ def test_two_ranks_are_stopped_by_their_launcher_and_go_on(launch: Callable[...,
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_ctrl_c_at_the_terminal_of_a_launcher_is_one_stop(ranks: int, launch: Callable[..., Launched], tmp_path: Path) -> None:
-    # the terminal signals every process of the group; the launcher's way of passing it on is a second signal within moments
+def test_ctrl_c_at_the_terminal_of_a_launcher_is_one_stop(
+    ranks: int, launch: Callable[..., Launched], tmp_path: Path
+) -> None:
+    # the terminal signals every process of the group; the launcher's way of passing it on is a second signal
+    # within moments
     stopped = launch(ranks, tmp_path / "stopped")
     stopped.wait_for_a_step()
     os.killpg(stopped.process.pid, signal.SIGINT)
@@ -121,12 +144,18 @@ def test_ctrl_c_at_the_terminal_of_a_launcher_is_one_stop(ranks: int, launch: Ca
 
 
 @pytest.mark.vllm
-def test_two_ranks_with_real_vllm_go_on_as_if_never_stopped(launch: Callable[..., Launched], tmp_path: Path) -> None:
+def test_two_ranks_with_real_vllm_go_on_as_if_never_stopped(
+    launch: Callable[..., Launched], tmp_path: Path
+) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     finished(launch(2, whole, "rollout.engine=vllm"), 2)
-    shutil.copytree(whole, resumed)  # what a machine that went down before the second checkpoint leaves: its reports know more
+    shutil.copytree(
+        whole, resumed
+    )  # what a machine that went down before the second checkpoint leaves: its reports know more
     for made_later in (resumed / "checkpoints/step-6", resumed / "model"):
         shutil.rmtree(made_later)
-    assert [step for step, _ in RunFolder(resumed).present_checkpoints()] == [3] and lines(resumed)[-1]["step"] == 6
+    assert [step for step, _ in RunFolder(resumed).present_checkpoints()] == [3] and lines(resumed)[-1][
+        "step"
+    ] == 6
     assert "continuing from" in finished(launch(2, resumed, "rollout.engine=vllm"), 2)
     assert_same_run(whole, resumed)

@@ -1,4 +1,6 @@
-"""A run with a process reward model goes on exactly where it stopped, both models and both optimizers; and ranks agree on it."""
+"""A run with a process reward model goes on exactly where it stopped, both models and both
+optimizers; and ranks agree on it.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from resuming import differing, killed_in, lines
-from rltrain.commands import train_command
-from rltrain.config.check import check
+from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
+from rltrain.config.rules import check
 from rltrain.train import online
+from support.resumed_runs import differing, killed_in, lines
 
 ROOT = Path(__file__).parents[2]
 PRIME = ROOT / "recipes/policy/prime.yaml"
@@ -28,9 +30,27 @@ def digits(inputs):
     return [Score(float(share > 0.1), {"correct": float(share > 0.1)}) for share in shares]
 """
 SETTINGS = (
-    *("train.steps=4", "checkpoint.every=2", "learner.optimizer.lr=1e-3", "rollout.prompts=8", "rollout.n=4", "reward.workers=1"),
-    *("eval.prompts=4", "eval.n=2", "eval.k=[1]", "eval.at_start=false", "data.max_prompts=26", "learner.updates=2"),
-    *("process_reward.updates=2", "process_reward.optimizer.lr=2e-3", "process_reward.optimizer.schedule=cosine"),
+    *(
+        "train.steps=4",
+        "checkpoint.every=2",
+        "learner.optimizer.lr=1e-3",
+        "rollout.prompts=8",
+        "rollout.n=4",
+        "reward.workers=1",
+    ),
+    *(
+        "eval.prompts=4",
+        "eval.n=2",
+        "eval.k=[1]",
+        "eval.at_start=false",
+        "data.max_prompts=26",
+        "learner.updates=2",
+    ),
+    *(
+        "process_reward.updates=2",
+        "process_reward.optimizer.lr=2e-3",
+        "process_reward.optimizer.schedule=cosine",
+    ),
 )
 
 
@@ -46,14 +66,23 @@ def test_a_resumed_run_is_the_uninterrupted_run(update: str, random_model: str, 
     recipe = check(load_recipe(PRIME, profile="tiny_cpu", overrides=overrides)).recipe
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert train_command(recipe, whole, []) == 0
-    killed_in(3, online, "weigh", lambda: train_command(recipe, resumed, []))  # the reward model has taken its third step, the policy not
+    killed_in(
+        3, online, "apply_methods", lambda: train_command(recipe, resumed, [])
+    )  # the reward model has taken its third step, the policy not
     assert train_command(recipe, resumed, []) == 0
     assert lines(whole) == lines(resumed)
-    names = ("model/model.safetensors", "model/process_reward/model.safetensors", "checkpoints/step-4/training/optimizer.safetensors")
+    names = (
+        "model/model.safetensors",
+        "model/process_reward/model.safetensors",
+        "checkpoints/step-4/training/optimizer.safetensors",
+    )
     assert not differing(whole, resumed, *names)
     taught = [line["process_reward/abs"] for line in lines(whole) if "process_reward/abs" in line]
     assert len(taught) == 4 and min(taught) > 0.01  # nats: it says something from the first step on
-    start, end = load_file(Path(random_model) / "model.safetensors"), load_file(whole / "model/process_reward/model.safetensors")
+    start, end = (
+        load_file(Path(random_model) / "model.safetensors"),
+        load_file(whole / "model/process_reward/model.safetensors"),
+    )
     assert any(not torch.equal(start[key], end[key]) for key in start)
     AutoModelForCausalLM.from_pretrained(whole / "model" / "process_reward")  # an ordinary folder
 
@@ -61,20 +90,53 @@ def test_a_resumed_run_is_the_uninterrupted_run(update: str, random_model: str, 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero3"])
 def test_two_ranks_take_the_steps_that_one_takes(backend: str, random_model: str, tmp_path: Path) -> None:
-    overrides = [word for one in [*settings(random_model, tmp_path), "learner.precision=float32"] for word in ("--set", one)]
+    overrides = [
+        word
+        for one in [*settings(random_model, tmp_path), "learner.precision=float32"]
+        for word in ("--set", one)
+    ]
     found = []
     for ranks in (1, 2):
         folder = tmp_path / f"ranks{ranks}"
-        config = ["--config_file", f"recipes/accelerate/{backend}.yaml", "--num_processes", "2", "--main_process_port", "0"]
-        launch = [sys.executable, "-m", "accelerate.commands.launch", *config, "-m"] if ranks == 2 else [sys.executable, "-m"]
-        command = [*launch, "rltrain", "train", str(PRIME), "--profile", "tiny_cpu", "--run", str(folder), *overrides]
-        cleared = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
+        config = [
+            "--config_file",
+            f"recipes/accelerate/{backend}.yaml",
+            "--num_processes",
+            "2",
+            "--main_process_port",
+            "0",
+        ]
+        launch = (
+            [sys.executable, "-m", "accelerate.commands.launch", *config, "-m"]
+            if ranks == 2
+            else [sys.executable, "-m"]
+        )
+        command = [
+            *launch,
+            "rltrain",
+            "train",
+            str(PRIME),
+            "--profile",
+            "tiny_cpu",
+            "--run",
+            str(folder),
+            *overrides,
+        ]
+        cleared = {
+            name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))
+        }
         environment = cleared | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(lines(folder))
     one, two = found
-    for name in ("process_reward/loss", "process_reward/abs", "process_reward/grad_norm", "reward/mean", "learner/grad_norm"):
+    for name in (
+        "process_reward/loss",
+        "process_reward/abs",
+        "process_reward/grad_norm",
+        "reward/mean",
+        "learner/grad_norm",
+    ):
         first, second = ([line[name] for line in lines if name in line] for lines in (one, two))
         assert len(first) == 4
         assert second == pytest.approx(first, rel=2e-3, abs=1e-5), name

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from resuming import differing, killed_in, lines
-from rltrain.commands import train_command
-from rltrain.config.check import check
+from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
+from rltrain.config.rules import check
 from rltrain.learner.reward_model import rewards_of
 from rltrain.train import offline
-from rltrain.types import TokenRows
+from rltrain.types.policy import TokenRows
+from support.resumed_runs import differing, killed_in, lines
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "process_reward"
 HEADS = ("bradley_terry", "bradley_terry_margin", "bradley_terry_mmpo", "bradley_terry_soft", "orm")
@@ -30,13 +30,15 @@ SETTINGS = (
 )
 
 
-@pytest.mark.parametrize("name", ["bradley_terry", *(pytest.param(name, marks=pytest.mark.slow) for name in HEADS[1:])])
+@pytest.mark.parametrize(
+    "name", ["bradley_terry", *(pytest.param(name, marks=pytest.mark.slow) for name in HEADS[1:])]
+)
 def test_a_resumed_run_is_the_uninterrupted_run(name: str, random_model: str, tmp_path: Path) -> None:
     overrides = [f"model.path={random_model}", *SETTINGS]
     recipe = check(load_recipe(RECIPES / f"{name}.yaml", profile="tiny_cpu", overrides=overrides)).recipe
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert train_command(recipe, whole, []) == 0
-    killed_in(3, offline, "report", lambda: train_command(recipe, resumed, []))
+    killed_in(3, offline, "report_step", lambda: train_command(recipe, resumed, []))
     assert train_command(recipe, resumed, []) == 0
     assert lines(whole) == lines(resumed)
     assert not differing(whole, resumed, "model/model.safetensors")
@@ -44,5 +46,10 @@ def test_a_resumed_run_is_the_uninterrupted_run(name: str, random_model: str, tm
 
     rows = TokenRows(((5, 6), (5, 7, 8)), ((9, 2), (10, 11, 2)))
     model: Any = AutoModelForSequenceClassification.from_pretrained(whole / "model")
-    expected = [model(torch.tensor([p + c])).logits.item() for p, c in zip(rows.prompts, rows.completions, strict=True)]
-    assert rewards_of(str(whole / "model"), rows, tokens_per_micro_batch=64) == pytest.approx(expected, abs=1e-5)
+    expected = [
+        model(torch.tensor([p + c])).logits.item()
+        for p, c in zip(rows.prompts, rows.completions, strict=True)
+    ]
+    assert rewards_of(str(whole / "model"), rows, tokens_per_micro_batch=64) == pytest.approx(
+        expected, abs=1e-5
+    )

@@ -1,9 +1,11 @@
 """One rank of an update with every registered method, on the backend that ``accelerate launch`` was told of.
 
-    PYTHONPATH=.:tests accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 two_ranks_every_name.py FOLDER
+    PYTHONPATH=.:tests accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2
+    two_ranks_every_name.py FOLDER
 
-FOLDER/models.json names the policy and the other model. Written are FOLDER/gradients.safetensors (rank 0) and FOLDER/rank-RANK.json: what
-the learners were, how many rows this rank read, and for each case the metrics and a digest of the gradient.
+FOLDER/models.json names the policy and the other model. Written are FOLDER/gradients.safetensors (rank 0) and
+FOLDER/rank-RANK.json: what the learners were, how many rows this rank read, and for each case the metrics and
+a digest of the gradient.
 """
 
 from __future__ import annotations
@@ -19,8 +21,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from every_name import EXAMPLES, ROWS, PolicySpread, PreferenceSpread, every_policy_case, preference_cases
 from rltrain.learner.ranks import connect
+from support.method_cases import (
+    EXAMPLES,
+    ROWS,
+    PolicySpread,
+    PreferenceSpread,
+    every_policy_case,
+    preference_cases,
+)
 
 SETTINGS = {"tokens_per_micro_batch": 32}  # two or three micro-batches for each of two ranks
 
@@ -47,16 +56,25 @@ def main() -> None:
 
 def seen(learner: Any) -> dict[str, Any]:
     """What the learner is; ``rows`` grows with those that this rank reads."""
-    weights, policy = list(learner.bare.parameters()), learner.policy
-    found = {"ranks": learner.ranks, "policy": [kind.__name__ for kind in type(policy).__mro__], "rows": 0}
+    model, policy = learner.trained.unwrapped_model, learner.trained.wrapped_model
+    weights = list(model.parameters())
+    found = {
+        "ranks": learner.world_size,
+        "policy": [kind.__name__ for kind in type(policy).__mro__],
+        "rows": 0,
+    }
     stage = policy.zero_optimization_stage() if hasattr(policy, "zero_optimization_stage") else None
     cut = [weight.ds_tensor.numel() < weight.ds_numel for weight in weights if hasattr(weight, "ds_tensor")]
-    found |= {"weights": sorted({type(weight).__name__ for weight in weights}), "cut": bool(cut) and all(cut), "stage": stage}
+    found |= {
+        "weights": sorted({type(weight).__name__ for weight in weights}),
+        "cut": bool(cut) and all(cut),
+        "stage": stage,
+    }
 
     def count(_: Any, arguments: Any) -> None:
         found["rows"] += len(arguments[0].rows)
 
-    learner.bare.register_forward_pre_hook(count)
+    model.register_forward_pre_hook(count)
     return found
 
 

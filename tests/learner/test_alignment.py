@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from rltrain.learner.alignment import last_mlp_inputs, pair_cosines
 from rltrain.learner.forward import PolicyForward
 from rltrain.learner.packing import build
-from rltrain.types import TokenRows
+from rltrain.types.policy import TokenRows
 
 # the worked example: two tokens of prefix, two of question
 STATES = torch.tensor([[1.0, 0, 0], [0.8, 0.6, 0], [0, 1.0, 0], [0.6, 0.8, 0]])
@@ -26,7 +26,9 @@ def test_the_worked_example() -> None:
 
 
 def test_sums_of_unit_vectors_are_the_means_over_all_pairs() -> None:
-    unit = torch.nn.functional.normalize(torch.randn(11, 5, generator=torch.Generator().manual_seed(0)), dim=-1)
+    unit = torch.nn.functional.normalize(
+        torch.randn(11, 5, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
     cosines, question = unit @ unit.t(), slice(3, 9)  # prefix 3, suffix 2
     intra, inter = pair_cosines(unit, 3, 2)
     block = cosines[question, question]
@@ -70,7 +72,9 @@ def test_a_prompts_score_is_its_own_in_any_micro_batch(model: PolicyForward, lay
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_a_rows_alignment_is_the_released_mean_over_prompt_and_completion(model: PolicyForward, layout: str) -> None:
+def test_a_rows_alignment_is_the_released_mean_over_prompt_and_completion(
+    model: PolicyForward, layout: str
+) -> None:
     # cosines on and below the diagonal and on the line above it; the completion's last token is not read
     rows = TokenRows(PROMPTS, ((20, 21, 22), (23,), (24, 25)))
     micro = build(rows, [2, 0, 1], layout=layout)  # type: ignore[arg-type]

@@ -1,4 +1,6 @@
-"""What holds for every architecture: a row's log-probs are its own, the engine's are the learner's, nothing in training is random."""
+"""What holds for every architecture: a row's log-probs are its own, the engine's are the learner's,
+nothing in training is random.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from architectures import ARCHITECTURES, ORIGINAL_CONTEXT, tiny
 from rltrain.config.schema import LearnerCore, Model, Optimizer
 from rltrain.errors import UserError
 from rltrain.learner.forward import PolicyForward
@@ -20,16 +21,21 @@ from rltrain.learner.packing import build
 from rltrain.learner.preference_learner import PreferenceLearner, lengths_of, pair_rows
 from rltrain.loss.preference import PREFERENCE_LOSSES
 from rltrain.loss.preference.objective import PreferenceObjective
-from rltrain.rollout.transformers_engine import TransformersEngine
-from rltrain.types import CompletionFacts, PairBatch, Prompt, Sampling, TokenRows
+from rltrain.rollout.engines.transformers.engine import TransformersEngine
+from rltrain.types.policy import TokenRows
+from rltrain.types.preference import CompletionFacts, PairBatch
+from rltrain.types.samples import Prompt, Sampling
 from rltrain.weight_names import CheckpointNames
+from support.architectures import ARCHITECTURES, ORIGINAL_CONTEXT, tiny
 
 CLOSE = 1e-5  # nats, float32
 LEARNER_REFUSES = {
     "gemma2": "does not give the output of its head as logits .final_logit_softcapping is 30.0.",
     "qwen2_vl": "does not load as a causal language model: Unrecognized configuration class",
 }
-TRAINING_REFUSES = {"phimoe": "in train mode PhimoeForCausalLM gives one row log-probs that differ by .* from call to call"}
+TRAINING_REFUSES = {
+    "phimoe": "in train mode PhimoeForCausalLM gives one row log-probs that differ by .* from call to call"
+}
 _ANOTHER_FORWARD = "decoding with the transformers engine's cache differs from the model's plain forward"
 ENGINE_REFUSES = {
     "bloom": "has no max_position_embeddings, which bounds the transformers engine's cache",
@@ -66,7 +72,10 @@ def some_rows(longest: int) -> TokenRows:
     """Six rows of 2 to ``longest`` tokens, which one micro-batch takes together."""
     rng, lengths = random.Random(1), [longest, 2, longest // 2, longest - 1, 4, 3]
     prompts = tuple(tokens(rng, max(length // 2, 1)) for length in lengths)
-    return TokenRows(prompts, tuple(tokens(rng, length - len(prompt)) for length, prompt in zip(lengths, prompts, strict=True)))
+    return TokenRows(
+        prompts,
+        tuple(tokens(rng, length - len(prompt)) for length, prompt in zip(lengths, prompts, strict=True)),
+    )
 
 
 def longest_row(name: str) -> int:
@@ -96,7 +105,9 @@ def test_a_rows_log_probs_do_not_depend_on_its_company(name: str, folder: Any) -
 @pytest.mark.parametrize("name", [name for name in LEARNS if name not in ENGINE_REFUSES])
 def test_the_embedded_engine_samples_with_the_learners_log_probs(name: str, folder: Any) -> None:
     model, rng = load_causal_lm(folder(name), None, "auto"), random.Random(2)
-    engine = TransformersEngine(folder(name), stop_token_ids=[1], pad_token_id=0, decode=lambda _: "", max_rows=4)
+    engine = TransformersEngine(
+        folder(name), stop_token_ids=[1], pad_token_id=0, decode=lambda _: "", max_rows=4
+    )
     engine.load(CheckpointNames(model).to_checkpoint(model.state_dict().items()), 0)
     new = min(longest_row(name), 24) // 2  # it decodes up to the sliding window
     prompts = [Prompt(str(length), tokens(rng, length), "") for length in (new, 1, new // 2)]
@@ -104,7 +115,9 @@ def test_the_embedded_engine_samples_with_the_learners_log_probs(name: str, fold
     groups = engine.generate(prompts, Sampling(n=2, temperature=1.0, max_tokens=new, seed=0), 0)
 
     sampled = [(group.prompt.token_ids, completion) for group in groups for completion in group.completions]
-    rows = TokenRows(tuple(prompt for prompt, _ in sampled), tuple(completion.token_ids for _, completion in sampled))
+    rows = TokenRows(
+        tuple(prompt for prompt, _ in sampled), tuple(completion.token_ids for _, completion in sampled)
+    )
     policy = PolicyForward(model).eval()
     for at, (_, completion) in enumerate(sampled):
         ours = log_probs(policy, rows, at)[0]
@@ -112,10 +125,14 @@ def test_the_embedded_engine_samples_with_the_learners_log_probs(name: str, fold
 
 
 @pytest.mark.parametrize(("name", "reason"), ENGINE_REFUSES.items())
-def test_the_embedded_engine_refuses_what_it_would_decode_otherwise(name: str, reason: str, folder: Any) -> None:
+def test_the_embedded_engine_refuses_what_it_would_decode_otherwise(
+    name: str, reason: str, folder: Any
+) -> None:
     with pytest.raises(ValueError, match=reason) as refused:
         TransformersEngine(folder(name), stop_token_ids=[1], pad_token_id=0, decode=lambda _: "", max_rows=4)
-    assert "use rollout.engine vllm" in str(refused.value) or "needs rollout.engine vllm" in str(refused.value)
+    assert "use rollout.engine vllm" in str(refused.value) or "needs rollout.engine vllm" in str(
+        refused.value
+    )
     assert "\n" not in str(refused.value)
 
 
@@ -126,7 +143,7 @@ def test_the_learner_refuses_what_it_would_compute_otherwise(name: str, reason: 
     assert "\n" not in str(refused.value)
 
 
-# training ------------------------------------------------------------------------------------------------------------
+# training ---------------------------------------------------------------------------------------------------
 
 
 def learner_of(path: str) -> PreferenceLearner:
@@ -136,11 +153,14 @@ def learner_of(path: str) -> PreferenceLearner:
 
 @pytest.mark.parametrize("name", [name for name in LEARNS if name not in TRAINING_REFUSES])
 def test_dpo_begins_at_ln_2(name: str, folder: Any) -> None:
-    # The policy is its own reference, so every log-ratio is 0 unless something in train mode is random or another.
+    # The policy is its own reference, so every log-ratio is 0 unless something in train mode is random or
+    # another.
     learner, rows = learner_of(folder(name)), some_rows(longest_row(name))
     pairs = pair_rows(rows.prompts[:5], rows.completions[:5], rows.completions[1:])
     reference, lengths = learner.log_probs(pairs, sides=2), lengths_of(pairs)
-    chosen, rejected = (CompletionFacts(lengths[half], ref_logp=reference[half]) for half in (slice(0, 5), slice(5, None)))
+    chosen, rejected = (
+        CompletionFacts(lengths[half], ref_logp=reference[half]) for half in (slice(0, 5), slice(5, None))
+    )
 
     objective = PreferenceObjective(PREFERENCE_LOSSES.bind("dpo", {"beta": 1.0}))
     found = learner.update_examples(pairs, PairBatch(chosen, rejected, torch.arange(5)), objective)
@@ -155,8 +175,12 @@ def test_what_stays_random_in_train_mode_is_refused(name: str, reason: str, fold
     assert "set its dropout, noise or sampling to 0 in config.json" in str(refused.value)
 
 
-@pytest.mark.parametrize(("name", "attribute"), [("opt", "dropout"), ("starcoder2", "residual_dropout"), ("gpt2", "attn_pdrop")])
-def test_what_is_switched_off_for_training_stands_in_the_config_that_is_written(name: str, attribute: str, folder: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "attribute"), [("opt", "dropout"), ("starcoder2", "residual_dropout"), ("gpt2", "attn_pdrop")]
+)
+def test_what_is_switched_off_for_training_stands_in_the_config_that_is_written(
+    name: str, attribute: str, folder: Any
+) -> None:
     model: Any = load_causal_lm(folder(name), None, "auto")
     assert getattr(model.config, attribute) == 0.1
     assert getattr(model.base_model.config, attribute) == 0

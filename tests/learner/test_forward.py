@@ -12,12 +12,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from rltrain.learner.forward import PACKABLE_MODELS, PolicyForward, head_scales, resolve_layout
 from rltrain.learner.packing import MicroBatch, build
 from rltrain.learner.shared_prompt import build_shared
-from rltrain.types import TokenRows
+from rltrain.types.policy import TokenRows
 
 TINY = {
-    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 64,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 WANTS = frozenset({"logp", "entropy_grad"})
 LAYOUTS = [("padded", "right"), ("padded", "left"), ("packed", "right")]
 
@@ -25,7 +34,9 @@ LAYOUTS = [("padded", "right"), ("padded", "left"), ("packed", "right")]
 def tiny(kind: str = "qwen2", dtype: torch.dtype = torch.float64, **changes: object) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**TINY, **changes})).to(dtype)
-    for parameter in model.parameters():  # a fresh head gives near-uniform probabilities, on which much would go unseen
+    for (
+        parameter
+    ) in model.parameters():  # a fresh head gives near-uniform probabilities, on which much would go unseen
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model
 
@@ -48,7 +59,9 @@ def oracle(model: nn.Module, rows: TokenRows, temperature: float) -> dict[str, T
         logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         logp = (logits / temperature).log_softmax(-1)
         pad = (0, width - len(completion))
-        logps.append(nn.functional.pad(logp.gather(1, torch.tensor(completion, dtype=torch.int64)[:, None])[:, 0], pad))
+        logps.append(
+            nn.functional.pad(logp.gather(1, torch.tensor(completion, dtype=torch.int64)[:, None])[:, 0], pad)
+        )
         entropies.append(nn.functional.pad(-(logp.exp() * logp).sum(-1), pad))
     return {"logp": torch.stack(logps), "entropy": torch.stack(entropies)}
 
@@ -63,14 +76,20 @@ def weighted(found: dict[str, Tensor]) -> Tensor:
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 def rows_of_shared_prompts() -> TokenRows:
     """Nine rows of three prompts of 12, 7 and 12 tokens, completions of 0 to 5, in mixed order."""
     rng = random.Random(2)
     prompts = [tuple(rng.randrange(50) for _ in range(length)) for length in (12, 7, 12)]
-    completions = tuple(tuple(rng.randrange(50) for _ in range(length)) for length in (5, 0, 1, 4, 2, 3, 5, 1, 2))
+    completions = tuple(
+        tuple(rng.randrange(50) for _ in range(length)) for length in (5, 0, 1, 4, 2, 3, 5, 1, 2)
+    )
     return TokenRows(tuple(prompts[row % 3] for row in range(9)), completions)
 
 
@@ -97,12 +116,16 @@ def disagreeing(
     ours = gradients(model, weighted(found))  # Cohere normalises in float32
     assert found.keys() == expected.keys() and ours.keys() == wanted.keys()
     wrong = [name for name in wanted if not torch.allclose(ours[name], wanted[name], rtol=1e-6, atol=atol)]
-    return wrong + [name for name in expected if not torch.allclose(found[name], expected[name], rtol=1e-7, atol=atol)]
+    return wrong + [
+        name for name in expected if not torch.allclose(found[name], expected[name], rtol=1e-7, atol=atol)
+    ]
 
 
 @pytest.mark.parametrize(("layout", "side"), LAYOUTS)
 @pytest.mark.parametrize("tied", [False, True])
-def test_statistics_and_every_gradient_are_those_of_the_models_logits(layout: str, side: str, tied: bool) -> None:
+def test_statistics_and_every_gradient_are_those_of_the_models_logits(
+    layout: str, side: str, tied: bool
+) -> None:
     assert not disagreeing(tiny(tie_word_embeddings=tied), layout=layout, padding_side=side)
 
 
@@ -114,11 +137,25 @@ def test_many_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0}),
+        (
+            "gpt2",
+            {
+                "n_embd": 32,
+                "n_layer": 2,
+                "n_head": 4,
+                "n_positions": 64,
+                "attn_pdrop": 0,
+                "embd_pdrop": 0,
+                "resid_pdrop": 0,
+            },
+        ),
         ("opt", {"word_embed_proj_dim": 32, "ffn_dim": 48, "dropout": 0}),
         ("bloom", {"n_head": 4, "n_layer": 2}),
         ("phi", {}),  # a head with a bias
-        ("minicpm3", {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "num_key_value_heads": 4, "dim_model_base": 4}),
+        (
+            "minicpm3",
+            {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "num_key_value_heads": 4, "dim_model_base": 4},
+        ),
         ("cohere", {"logit_scale": 0.25}),
         ("granite", {"logits_scaling": 8.0}),
     ],
@@ -129,19 +166,34 @@ def test_other_architectures_match_their_own_logits(kind: str, changes: dict[str
 
 @pytest.mark.parametrize("kind", PACKABLE_MODELS)
 def test_packed_sequences_do_not_see_each_other(kind: str) -> None:
-    # Against each row alone, in float32 (expert layers have no float64 kernel). A sliding window of 4 is shorter than most rows.
+    # Against each row alone, in float32 (expert layers have no float64 kernel). A sliding window of 4 is
+    # shorter than most rows.
     changes = {"sliding_window": 4} if kind in ("mistral", "gemma3_text", "starcoder2") else {}
-    experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    model = tiny(kind, torch.float32, **changes, **(experts if kind in ("mixtral", "qwen3_moe") else {})).eval()
+    experts = {
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    }
+    model = tiny(
+        kind, torch.float32, **changes, **(experts if kind in ("mixtral", "qwen3_moe") else {})
+    ).eval()
     rows = some_rows()
     with torch.no_grad():
-        found = PolicyForward(model)(build(rows, range(7), layout="packed"), temperature=0.7, wants=frozenset({"logp"}), chunk=64)
+        found = PolicyForward(model)(
+            build(rows, range(7), layout="packed"), temperature=0.7, wants=frozenset({"logp"}), chunk=64
+        )
         torch.testing.assert_close(found["logp"], oracle(model, rows, 0.7)["logp"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", PACKABLE_MODELS)
 def test_shared_prompts_give_each_row_what_it_has_alone(kind: str) -> None:
-    experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    experts = {
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    }
     model = tiny(kind, torch.float32, **(experts if kind in ("mixtral", "qwen3_moe") else {})).eval()
     policy, rows = PolicyForward(model), rows_of_shared_prompts()
     micro = shared(rows)
@@ -163,7 +215,8 @@ def test_shared_prompts_give_every_gradient(tied: bool) -> None:
 
 
 def test_packing_is_refused_where_it_would_mix_sequences() -> None:
-    # OPT takes restarting positions and attends across them; Lfm2's convolutions run on into the next sequence.
+    # OPT takes restarting positions and attends across them; Lfm2's convolutions run on into the next
+    # sequence.
     opt = PolicyForward(tiny("opt", word_embed_proj_dim=32, ffn_dim=48))
     with pytest.raises(ValueError, match=r"OPTForCausalLM.*set learner.layout: padded"):
         opt(build(some_rows(), [0, 1], layout="packed"), temperature=1.0, wants=frozenset({"logp"}), chunk=8)
@@ -197,10 +250,13 @@ def test_a_bare_decoder_is_refused() -> None:
 
 
 def test_nothing_to_score_still_reaches_every_parameter() -> None:
-    # An empty micro-batch: statistics of shape (0, 1), zero gradients for all, so that DDP's and FSDP's reductions run.
+    # An empty micro-batch: statistics of shape (0, 1), zero gradients for all, so that DDP's and FSDP's
+    # reductions run.
     model = tiny()
     for layout in ("padded", "packed"):
-        found = PolicyForward(model)(build(some_rows(), [], layout=layout), temperature=1.0, wants=WANTS, chunk=8)  # type: ignore[arg-type]
+        found = PolicyForward(model)(
+            build(some_rows(), [], layout=layout), temperature=1.0, wants=WANTS, chunk=8
+        )  # type: ignore[arg-type]
         assert found["logp"].shape == (0, 1)
         grads = gradients(model, found["logp"].sum() + found["entropy"].sum())
         assert set(grads) == {name for name, _ in model.named_parameters()}
@@ -213,24 +269,30 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     micro = build(some_rows(), range(7), layout="padded")
     plain = gradients(model, weighted(policy(micro, temperature=0.7, wants=WANTS, chunk=8)))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    torch.testing.assert_close(gradients(model, weighted(policy(micro, temperature=0.7, wants=WANTS, chunk=8))), plain)
+    torch.testing.assert_close(
+        gradients(model, weighted(policy(micro, temperature=0.7, wants=WANTS, chunk=8))), plain
+    )
 
 
 def test_hooks_of_the_head_run() -> None:
-    # ZeRO-3 gathers a layer's weight in a hook before its forward: the head's must fire although its forward is ours. Afterwards
-    # the head is a linear layer again.
+    # ZeRO-3 gathers a layer's weight in a hook before its forward: the head's must fire although its forward
+    # is ours. Afterwards the head is a linear layer again.
     model, fired = tiny(), []
     model.lm_head.register_forward_pre_hook(lambda module, inputs: fired.append(tuple(inputs[0].shape)))
     micro = build(some_rows(), [0], layout="padded")
     PolicyForward(model)(micro, temperature=1.0, wants=WANTS, chunk=8)
     assert fired == [(micro.targets.numel(), 32)]
-    assert "forward" not in model.lm_head.__dict__ and model.lm_head(torch.zeros(1, 32, dtype=torch.float64)).shape == (1, 50)
+    assert "forward" not in model.lm_head.__dict__ and model.lm_head(
+        torch.zeros(1, 32, dtype=torch.float64)
+    ).shape == (1, 50)
 
 
 def lora(model: PreTrainedModel, **changes: object) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    adapted = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **{"target_modules": ["q_proj", "v_proj"], **changes}))
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, init_lora_weights=False, **{"target_modules": ["q_proj", "v_proj"], **changes})
+    )
     return adapted.double()
 
 
@@ -247,7 +309,9 @@ def test_a_disabled_adapter_gives_the_reference() -> None:
     adapted.base_model.model.lm_head.modules_to_save["default"].weight.data += 1.0
     policy = PolicyForward(adapted)
     with torch.no_grad(), adapted.disable_adapter():  # type: ignore[operator]
-        found = policy(build(rows, range(7), layout="padded"), temperature=0.7, wants=frozenset({"logp"}), chunk=8)
+        found = policy(
+            build(rows, range(7), layout="padded"), temperature=0.7, wants=frozenset({"logp"}), chunk=8
+        )
     torch.testing.assert_close(found["logp"], expected)
 
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from largest_tensor import LargestTensor
 from rltrain.learner import head
 from rltrain.learner.head import STATISTICS, token_statistics
+from support.tensor_sizes import LargestTensor
 
 
-def make(tokens: int = 23, width: int = 6, vocab: int = 17, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def make(
+    tokens: int = 23, width: int = 6, vocab: int = 17, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     hidden, weight, bias = torch.randn(tokens, width), torch.randn(vocab, width), torch.randn(vocab)
     targets = torch.randint(vocab, (tokens,))
@@ -21,7 +23,9 @@ def make(tokens: int = 23, width: int = 6, vocab: int = 17, dtype: torch.dtype =
     return hidden, weight, bias, targets
 
 
-def naive(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float) -> dict[str, Tensor]:
+def naive(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+) -> dict[str, Tensor]:
     """The definitions, on all logits at once."""
     logits = hidden @ weight.t() + (0 if bias is None else bias)
     logp = (logits / temperature).log_softmax(-1)
@@ -30,14 +34,24 @@ def naive(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, 
 
 
 @pytest.mark.parametrize(
-    "wants", ["logp", "entropy_grad", "clamped_entropy:0.3", "collision", "logp entropy_grad clamped_entropy:0.3 collision"]
+    "wants",
+    [
+        "logp",
+        "entropy_grad",
+        "clamped_entropy:0.3",
+        "collision",
+        "logp entropy_grad clamped_entropy:0.3 collision",
+    ],
 )
 def test_every_gradient_is_the_finite_difference(wants: str) -> None:
-    # gradcheck, float64, 23 tokens in chunks of 5 (the last of 3), temperature 0.7, with respect to hidden, weight and bias.
+    # gradcheck, float64, 23 tokens in chunks of 5 (the last of 3), temperature 0.7, with respect to hidden,
+    # weight and bias.
     hidden, weight, bias, targets = make()
 
     def statistics(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        found = token_statistics(hidden, weight, targets, temperature=0.7, wants=frozenset(wants.split()), chunk=5, bias=bias)
+        found = token_statistics(
+            hidden, weight, targets, temperature=0.7, wants=frozenset(wants.split()), chunk=5, bias=bias
+        )
         return tuple(found.values())
 
     assert torch.autograd.gradcheck(statistics, (hidden, weight, bias))
@@ -46,16 +60,27 @@ def test_every_gradient_is_the_finite_difference(wants: str) -> None:
 @pytest.mark.parametrize("chunk", [1, 7, 23, 1000])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_values_and_gradients_are_those_of_all_logits_at_once(chunk: int, temperature: float, with_bias: bool) -> None:
+def test_values_and_gradients_are_those_of_all_logits_at_once(
+    chunk: int, temperature: float, with_bias: bool
+) -> None:
     hidden, weight, bias, targets = make()
     given = bias if with_bias else None
     inputs = (hidden, weight, bias) if with_bias else (hidden, weight)
     # Different weights on every token and statistic, so that no two errors can cancel.
-    g, g_entropy = torch.linspace(-1, 1, 23, dtype=torch.float64), torch.linspace(2, -1, 23, dtype=torch.float64)
+    g, g_entropy = (
+        torch.linspace(-1, 1, 23, dtype=torch.float64),
+        torch.linspace(2, -1, 23, dtype=torch.float64),
+    )
     results = []
     for found in (
         token_statistics(
-            hidden, weight, targets, temperature=temperature, wants=frozenset({"logp", "entropy_grad"}), chunk=chunk, bias=given
+            hidden,
+            weight,
+            targets,
+            temperature=temperature,
+            wants=frozenset({"logp", "entropy_grad"}),
+            chunk=chunk,
+            bias=given,
         ),
         naive(hidden, weight, given, targets, temperature),
     ):
@@ -69,7 +94,14 @@ def test_tiles_of_one_row_give_the_same_as_whole_chunks(monkeypatch: pytest.Monk
     hidden, weight, _, targets = make()
 
     def gradients() -> tuple[Tensor, ...]:
-        found = token_statistics(hidden, weight, targets, temperature=0.7, wants=frozenset({"logp", "entropy_grad", "collision"}), chunk=8)
+        found = token_statistics(
+            hidden,
+            weight,
+            targets,
+            temperature=0.7,
+            wants=frozenset({"logp", "entropy_grad", "collision"}),
+            chunk=8,
+        )
         return torch.autograd.grad(sum(value.square().sum() for value in found.values()), (hidden, weight))
 
     whole = gradients()
@@ -78,25 +110,42 @@ def test_tiles_of_one_row_give_the_same_as_whole_chunks(monkeypatch: pytest.Monk
 
 
 def test_uniform_logits_give_log_v() -> None:
-    # Equal logits over 8 tokens: every log-prob is -ln 8, the entropy ln 8, two draws agree with 1/8, and half of the tokens
-    # (clamped at 0.5) have entropy ln 4.
+    # Equal logits over 8 tokens: every log-prob is -ln 8, the entropy ln 8, two draws agree with 1/8, and
+    # half of the tokens (clamped at 0.5) have entropy ln 4.
     wants = frozenset({"logp", "entropy", "collision", "clamped_entropy:0.5"})
-    found = token_statistics(torch.zeros(3, 2), torch.randn(8, 2), torch.tensor([0, 5, 7]), temperature=1.0, wants=wants, chunk=2)
-    expected = {"logp": -math.log(8), "entropy": math.log(8), "collision": 1 / 8, "clamped_entropy:0.5": math.log(4)}
+    found = token_statistics(
+        torch.zeros(3, 2), torch.randn(8, 2), torch.tensor([0, 5, 7]), temperature=1.0, wants=wants, chunk=2
+    )
+    expected = {
+        "logp": -math.log(8),
+        "entropy": math.log(8),
+        "collision": 1 / 8,
+        "clamped_entropy:0.5": math.log(4),
+    }
     for name, value in expected.items():
         torch.testing.assert_close(found[name], torch.full((3,), value))
 
 
 def test_clamping_nothing_is_the_entropy() -> None:
     hidden, weight, _, targets = make()
-    found = token_statistics(hidden, weight, targets, temperature=0.7, wants=frozenset({"entropy", "clamped_entropy:0"}), chunk=4)
+    found = token_statistics(
+        hidden, weight, targets, temperature=0.7, wants=frozenset({"entropy", "clamped_entropy:0"}), chunk=4
+    )
     torch.testing.assert_close(found["clamped_entropy:0"], found["entropy"])
 
 
 def test_huge_logits_stay_finite() -> None:
-    # Logits 0 and 1e4 at temperature 0.1: p is one-hot, so log-probs are 0 and -1e5 and the entropy is 0; exp(1e5) overflows.
+    # Logits 0 and 1e4 at temperature 0.1: p is one-hot, so log-probs are 0 and -1e5 and the entropy is 0;
+    # exp(1e5) overflows.
     weight = torch.tensor([[0.0], [1e4]])
-    found = token_statistics(torch.ones(2, 1), weight, torch.tensor([1, 0]), temperature=0.1, wants=frozenset({"logp", "entropy"}), chunk=2)
+    found = token_statistics(
+        torch.ones(2, 1),
+        weight,
+        torch.tensor([1, 0]),
+        temperature=0.1,
+        wants=frozenset({"logp", "entropy"}),
+        chunk=2,
+    )
     torch.testing.assert_close(found["logp"], torch.tensor([0.0, -1e5]))
     torch.testing.assert_close(found["entropy"], torch.zeros(2))
 
@@ -106,7 +155,9 @@ def test_entropy_carries_a_gradient_only_when_asked() -> None:
     ask = {"temperature": 1.0, "chunk": 8}
     detached = token_statistics(hidden, weight, targets, wants=frozenset({"logp", "entropy"}), **ask)  # type: ignore[arg-type]
     assert detached["logp"].requires_grad and not detached["entropy"].requires_grad
-    both = token_statistics(hidden, weight, targets, wants=frozenset({"logp", "entropy", "entropy_grad"}), **ask)  # type: ignore[arg-type]
+    both = token_statistics(
+        hidden, weight, targets, wants=frozenset({"logp", "entropy", "entropy_grad"}), **ask
+    )  # type: ignore[arg-type]
     assert both["entropy"].requires_grad and set(both) == {"logp", "entropy"}
 
 
@@ -128,27 +179,45 @@ def test_without_gradients_nothing_is_kept() -> None:
 
 
 def test_only_chunks_of_logits_ever_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The largest tensor made in forward and backward is the weight's gradient or one chunk of logits: 8 tokens x V = 17, never 23 x 17.
+    # The largest tensor made in forward and backward is the weight's gradient or one chunk of logits: 8
+    # tokens x V = 17, never 23 x 17.
     hidden, weight, _, targets = make(width=3)
     monkeypatch.setitem(head._TILE_ELEMENTS, "cpu", 17)
     with LargestTensor() as largest:
-        found = token_statistics(hidden, weight, targets, temperature=1.0, wants=frozenset({"logp", "entropy_grad", "collision"}), chunk=8)
+        found = token_statistics(
+            hidden,
+            weight,
+            targets,
+            temperature=1.0,
+            wants=frozenset({"logp", "entropy_grad", "collision"}),
+            chunk=8,
+        )
         sum(value.sum() for value in found.values()).backward()
     assert largest.entries == 8 * 17
 
 
 def test_no_tokens_give_zero_gradients() -> None:
-    # A rank with an empty micro-batch: nothing to score, but both inputs get a gradient, so that collectives run.
+    # A rank with an empty micro-batch: nothing to score, but both inputs get a gradient, so that collectives
+    # run.
     hidden, weight, bias, _ = make()
     none = torch.zeros(0, dtype=torch.int64)
-    found = token_statistics(hidden[:0], weight, none, temperature=1.0, wants=frozenset({"logp", "entropy_grad"}), chunk=8, bias=bias)
+    found = token_statistics(
+        hidden[:0],
+        weight,
+        none,
+        temperature=1.0,
+        wants=frozenset({"logp", "entropy_grad"}),
+        chunk=8,
+        bias=bias,
+    )
     (found["logp"].sum() + found["entropy"].sum()).backward()
     for tensor in (hidden, weight, bias):
         torch.testing.assert_close(tensor.grad, torch.zeros_like(tensor))
 
 
 def test_bfloat16_statistics_are_float32_and_close() -> None:
-    # bf16 keeps 8 bits: logits of size about 2 are rounded by at most 2^-8 x 2 = 0.8 %, twice (products and storage).
+    # bf16 keeps 8 bits: logits of size about 2 are rounded by at most 2^-8 x 2 = 0.8 %, twice (products and
+    # storage).
     hidden, weight, _, targets = make(dtype=torch.bfloat16)
     wants = frozenset({"logp", "entropy_grad"})
     found = token_statistics(hidden, weight, targets, temperature=1.0, wants=wants, chunk=5)
@@ -166,15 +235,21 @@ def test_bfloat16_statistics_are_float32_and_close() -> None:
 def test_fp32_head_has_no_rounding_of_its_own() -> None:
     # bf16 inputs, products in float32: as exact as float32 arithmetic on the same numbers.
     hidden, weight, _, targets = make(dtype=torch.bfloat16)
-    found = token_statistics(hidden, weight, targets, temperature=0.7, wants=frozenset({"logp"}), chunk=5, fp32_head=True)
+    found = token_statistics(
+        hidden, weight, targets, temperature=0.7, wants=frozenset({"logp"}), chunk=5, fp32_head=True
+    )
     torch.testing.assert_close(
-        found["logp"].double(), naive(hidden.double(), weight.double(), None, targets, 0.7)["logp"], rtol=1e-5, atol=1e-5
+        found["logp"].double(),
+        naive(hidden.double(), weight.double(), None, targets, 0.7)["logp"],
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
 def test_autocast_multiplies_in_its_dtype_and_sums_weight_gradients_in_float32() -> None:
-    # Under bf16 autocast with float32 weights: log-probs differ from float32 by bf16 rounding (not 0, below 3 %). All 4,096 tokens
-    # are equal, so the weight's gradient is 4,096 times one token's. Summed in bf16 it would stop growing after about 256 terms.
+    # Under bf16 autocast with float32 weights: log-probs differ from float32 by bf16 rounding (not 0, below 3
+    # %). All 4,096 tokens are equal, so the weight's gradient is 4,096 times one token's. Summed in bf16 it
+    # would stop growing after about 256 terms.
     torch.manual_seed(0)
     hidden, weight = torch.randn(1, 6).expand(4096, 6), torch.randn(17, 6, requires_grad=True)
     targets = torch.zeros(4096, dtype=torch.int64)
@@ -203,7 +278,16 @@ def test_a_new_statistic_is_a_function_of_log_probs(monkeypatch: pytest.MonkeyPa
     # Registered by name, differentiated by itself: the log-prob of token 3 is what its own target gives.
     monkeypatch.setitem(STATISTICS, "third", lambda logp, targets: logp[:, 3])
     hidden, weight, _, targets = make()
-    found = token_statistics(hidden, weight, torch.full_like(targets, 3), temperature=0.7, wants=frozenset({"third", "logp"}), chunk=8)
+    found = token_statistics(
+        hidden,
+        weight,
+        torch.full_like(targets, 3),
+        temperature=0.7,
+        wants=frozenset({"third", "logp"}),
+        chunk=8,
+    )
     torch.testing.assert_close(found["third"], found["logp"])
-    theirs, mine = (torch.autograd.grad(found[name].sum(), weight, retain_graph=True)[0] for name in ("logp", "third"))
+    theirs, mine = (
+        torch.autograd.grad(found[name].sum(), weight, retain_graph=True)[0] for name in ("logp", "third")
+    )
     torch.testing.assert_close(mine, theirs)

@@ -1,4 +1,6 @@
-"""Statistics with arguments: the entropy at a temperature of its own, and sums of powers with a power for each token."""
+"""Statistics with arguments: the entropy at a temperature of its own, and sums of powers with a power
+for each token.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from largest_tensor import LargestTensor
 from rltrain.learner import head
 from rltrain.learner.head import token_statistics
+from support.tensor_sizes import LargestTensor
 
 TOKENS, WIDTH, VOCAB = 11, 4, 9
 POWER = torch.linspace(0.0, 1.0, TOKENS, dtype=torch.float64)
@@ -17,12 +19,22 @@ POWER = torch.linspace(0.0, 1.0, TOKENS, dtype=torch.float64)
 
 def make() -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    hidden, weight = torch.randn(TOKENS, WIDTH).double().requires_grad_(), torch.randn(VOCAB, WIDTH).double().requires_grad_()
+    hidden, weight = (
+        torch.randn(TOKENS, WIDTH).double().requires_grad_(),
+        torch.randn(VOCAB, WIDTH).double().requires_grad_(),
+    )
     return hidden, weight, torch.randint(VOCAB, (TOKENS,))
 
 
-def found(hidden: Tensor, weight: Tensor, targets: Tensor, *wants: str, temperature: float = 0.7, **more: object) -> dict[str, Tensor]:
-    ask = {"temperature": temperature, "wants": frozenset(wants), "chunk": 3, "given": {"power": POWER}} | more
+def found(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *wants: str, temperature: float = 0.7, **more: object
+) -> dict[str, Tensor]:
+    ask = {
+        "temperature": temperature,
+        "wants": frozenset(wants),
+        "chunk": 3,
+        "given": {"power": POWER},
+    } | more
     return token_statistics(hidden, weight, targets, **ask)  # type: ignore[arg-type]
 
 
@@ -34,9 +46,13 @@ def test_every_gradient_is_the_finite_difference(name: str) -> None:
 
 @pytest.mark.parametrize("temperature", [0.5, 0.7, 2.0])
 @pytest.mark.parametrize("logit_scale", [1.0, 0.25])
-def test_the_entropy_at_a_temperature_is_of_the_models_logits_whatever_they_are_sampled_at(temperature: float, logit_scale: float) -> None:
+def test_the_entropy_at_a_temperature_is_of_the_models_logits_whatever_they_are_sampled_at(
+    temperature: float, logit_scale: float
+) -> None:
     hidden, weight, targets = make()
-    got = found(hidden, weight, targets, "entropy:0.5", temperature=temperature, logit_scale=logit_scale)["entropy:0.5"]
+    got = found(hidden, weight, targets, "entropy:0.5", temperature=temperature, logit_scale=logit_scale)[
+        "entropy:0.5"
+    ]
     logp = (logit_scale * hidden @ weight.t() / 0.5).log_softmax(-1)
     assert_close(got, -(logp.exp() * logp).sum(-1))
 
@@ -45,12 +61,16 @@ def test_the_entropy_at_the_sampling_temperature_is_the_entropy() -> None:
     hidden, weight, targets = make()
     both = found(hidden, weight, targets, "entropy:0.7", "entropy_grad")
     assert_close(both["entropy:0.7"], both["entropy"])
-    slopes = [torch.autograd.grad(both[name].sum(), weight, retain_graph=True)[0] for name in ("entropy:0.7", "entropy")]
+    slopes = [
+        torch.autograd.grad(both[name].sum(), weight, retain_graph=True)[0]
+        for name in ("entropy:0.7", "entropy")
+    ]
     assert_close(*slopes)
 
 
 def test_each_token_has_its_own_power_in_every_chunk_and_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    # power 0: ln V; power 1: ln 1; in between ln sum p ** power, 11 tokens in chunks of 3 and tiles of one row
+    # power 0: ln V; power 1: ln 1; in between ln sum p ** power, 11 tokens in chunks of 3 and tiles of one
+    # row
     monkeypatch.setitem(head._TILE_ELEMENTS, "cpu", 1)
     hidden, weight, targets = make()
     got = found(hidden, weight, targets, "log_mass:power")["log_mass:power"]
@@ -67,11 +87,14 @@ def test_a_scale_of_the_logits_is_a_temperature() -> None:
 
 
 def test_only_chunks_of_logits_ever_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Forward and backward never make a tensor of 11 x 9: a chunk of logits is 3 x 9, the weight's gradient 9 x 4.
+    # Forward and backward never make a tensor of 11 x 9: a chunk of logits is 3 x 9, the weight's gradient 9
+    # x 4.
     hidden, weight, targets = make()
     monkeypatch.setitem(head._TILE_ELEMENTS, "cpu", VOCAB)
     with LargestTensor() as largest:
-        sum(value.sum() for value in found(hidden, weight, targets, "entropy:0.5", "log_mass:power").values()).backward()
+        sum(
+            value.sum() for value in found(hidden, weight, targets, "entropy:0.5", "log_mass:power").values()
+        ).backward()
     assert largest.entries == 5 * TOKENS  # three numbers a token of its own, and the two asked for
 
 

@@ -13,16 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from architectures import tiny
 from rltrain.config.schema import LearnerCore, Model, Optimizer
-from rltrain.data.language import language_of
+from rltrain.data.tokenization import tokenization_of
 from rltrain.errors import UserError
-from rltrain.learner.accelerate_learner import load_causal_lm
-from rltrain.learner.frozen import reference_weights, require_companion
-from rltrain.learner.loading import Head, require_weights
+from rltrain.learner.frozen_models import reference_weights, require_companion
+from rltrain.learner.loading import Head, load_causal_lm, require_weights
 from rltrain.learner.preference_learner import PreferenceLearner
 from rltrain.learner.reward_learner import load_reward_model
 from rltrain.learner.reward_model import RewardModel
+from support.architectures import tiny
 
 Tensors = dict[str, Tensor]
 
@@ -32,7 +31,11 @@ def changed(source: str, out: Path, change: Callable[[Tensors], Any]) -> str:
     shutil.copytree(source, out)
     tensors = load_file(out / "model.safetensors")
     change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        out / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     return str(out)
 
 
@@ -86,11 +89,20 @@ def as_a_frozen_model(path: str, sound: str) -> None:
 
 
 def as_an_engines_reference(path: str, sound: str) -> object:
-    return reference_weights(Model(path=sound, reference=path), load_causal_lm(sound, None, "auto"), torch.float32)
+    return reference_weights(
+        Model(path=sound, reference=path), load_causal_lm(sound, None, "auto"), torch.float32
+    )
 
 
 def as_a_companion(path: str, sound: str) -> None:
-    require_companion(language_of(Model(path=sound), {}).tokenizer, sound, "model.teacher", path, head="logits", sizes={})
+    require_companion(
+        tokenization_of(Model(path=sound), {}).tokenizer,
+        sound,
+        "model.teacher",
+        path,
+        head="logits",
+        sizes={},
+    )
 
 
 def before_memory_is_spent(path: str, sound: str) -> None:
@@ -102,9 +114,14 @@ def as_the_start_of_a_reward_model(path: str, sound: str) -> object:
 
 
 LOADERS = (
-    as_the_policy, as_a_reference, as_a_frozen_model, as_an_engines_reference, as_a_companion, before_memory_is_spent,
+    as_the_policy,
+    as_a_reference,
+    as_a_frozen_model,
+    as_an_engines_reference,
+    as_a_companion,
+    before_memory_is_spent,
     as_the_start_of_a_reward_model,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("load", LOADERS)
@@ -131,15 +148,19 @@ def test_folders_whose_tensors_are_renamed_or_fused_on_load_are_taken(name: str,
 
 def test_an_expert_that_is_missing_is_refused(tmp_path: Path) -> None:
     whole = str(tiny("mixtral", tmp_path / "whole"))
-    expert = next(name for name in load_file(tmp_path / "whole" / "model.safetensors") if "experts.2." in name)
+    expert = next(
+        name for name in load_file(tmp_path / "whole" / "model.safetensors") if "experts.2." in name
+    )
     broken = changed(whole, tmp_path / "broken", lambda tensors: tensors.pop(expert))
-    with pytest.raises(UserError, match=r"its tensors are not those of Mixtral|does not load as a causal language model"):
+    with pytest.raises(
+        UserError, match=r"its tensors are not those of Mixtral|does not load as a causal language model"
+    ):
         require_weights(broken, None, "logits")
     with pytest.raises(UserError):
         load_causal_lm(broken, None, "auto")
 
 
-# reward models -------------------------------------------------------------------------------------------------------
+# reward models ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -157,14 +178,22 @@ def scored(path: str) -> list[float]:
     return RewardModel(path, prompt_column=None, device=torch.device("cpu"), **sizes).scores([(5, 6, 7)])
 
 
-def test_a_reward_model_is_taken_with_or_without_the_language_head_it_does_not_use(reward_model: str, tmp_path: Path) -> None:
-    with_both = changed(reward_model, tmp_path / "both", lambda tensors: tensors.update({"lm_head.weight": torch.zeros(101, 64)}))
+def test_a_reward_model_is_taken_with_or_without_the_language_head_it_does_not_use(
+    reward_model: str, tmp_path: Path
+) -> None:
+    with_both = changed(
+        reward_model,
+        tmp_path / "both",
+        lambda tensors: tensors.update({"lm_head.weight": torch.zeros(101, 64)}),
+    )
     for folder in (reward_model, with_both):
         require_weights(folder, None, "scalar")
     assert scored(reward_model) == scored(with_both)
 
 
-def test_a_reward_model_without_its_head_is_called_a_language_model(random_model: str, reward_model: str, tmp_path: Path) -> None:
+def test_a_reward_model_without_its_head_is_called_a_language_model(
+    random_model: str, reward_model: str, tmp_path: Path
+) -> None:
     headless = changed(reward_model, tmp_path / "headless", lambda tensors: tensors.pop("score.weight"))
     for folder in (headless, random_model):
         for load in (scored, lambda folder: require_weights(folder, None, "scalar")):
@@ -173,7 +202,9 @@ def test_a_reward_model_without_its_head_is_called_a_language_model(random_model
 
 
 @pytest.mark.parametrize("change", [without_a_layer, renamed, with_a_value_head, cut])
-def test_a_reward_model_that_is_not_whole_is_refused(change: Callable[[Tensors], None], reward_model: str, tmp_path: Path) -> None:
+def test_a_reward_model_that_is_not_whole_is_refused(
+    change: Callable[[Tensors], None], reward_model: str, tmp_path: Path
+) -> None:
     broken = changed(reward_model, tmp_path / "broken", change)
     with pytest.raises(UserError, match=BROKEN[change]):
         scored(broken)
@@ -185,7 +216,9 @@ def test_another_libraries_head_is_not_dropped_for_a_new_one(random_model: str, 
         load_reward_model(other, None, "auto")
 
 
-def test_an_architecture_that_transformers_does_not_know_is_one_line(random_model: str, tmp_path: Path) -> None:
+def test_an_architecture_that_transformers_does_not_know_is_one_line(
+    random_model: str, tmp_path: Path
+) -> None:
     shutil.copytree(random_model, tmp_path / "other")
     config = json.loads((tmp_path / "other/config.json").read_text())
     (tmp_path / "other/config.json").write_text(json.dumps({**config, "model_type": "vit"}))

@@ -1,4 +1,6 @@
-"""Micro-batches: nothing lost, nothing over budget, and every token's statistics read from the right place."""
+"""Micro-batches: nothing lost, nothing over budget, and every token's statistics read from the right
+place.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rltrain.learner.packing import Layout, build, plan
-from rltrain.types import TokenRows
+from rltrain.types.policy import TokenRows
 
-# Row 0: prompt 10 11, completion 12 13 14. Row 1: prompt 20, completion 21. Row 2: prompt 30 31 32, no completion.
+# Row 0: prompt 10 11, completion 12 13 14. Row 1: prompt 20, completion 21. Row 2: prompt 30 31 32, no
+# completion.
 ROWS = TokenRows(prompts=((10, 11), (20,), (30, 31, 32)), completions=((12, 13, 14), (21,), ()))
 
 
 def test_padded_rows_by_hand() -> None:
     micro = build(ROWS, [2, 0, 1], layout="padded")
-    # The last completion token is not read. Row 0 reads 10 11 12 13, the longest; hidden states are numbered 4 row + place.
+    # The last completion token is not read. Row 0 reads 10 11 12 13, the longest; hidden states are numbered
+    # 4 row + place.
     assert micro.input_ids.tolist() == [[30, 31, 32, 0], [10, 11, 12, 13], [20, 0, 0, 0]]
     assert micro.position_ids.tolist() == [[0, 1, 2, 3]] * 3
     assert micro.attention_mask is None
-    # Token 12 is predicted at place 1 (token 11) of the second row: 4 + 1; 13 and 14 follow; 21 at place 0 of the third: 8.
+    # Token 12 is predicted at place 1 (token 11) of the second row: 4 + 1; 13 and 14 follow; 21 at place 0 of
+    # the third: 8.
     assert micro.index.tolist() == [5, 6, 7, 8]
     assert micro.targets.tolist() == [12, 13, 14, 21]
     assert micro.row.tolist() == [1, 1, 1, 2] and micro.column.tolist() == [0, 1, 2, 0]
@@ -48,7 +53,11 @@ def test_left_padded_rows_by_hand() -> None:
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_no_rows_still_read_one_token(layout: Layout) -> None:
     micro = build(ROWS, [], layout=layout)
-    assert micro.input_ids.shape == (1, 1) and micro.rows.numel() == micro.index.numel() == micro.targets.numel() == 0 and micro.width == 1
+    assert (
+        micro.input_ids.shape == (1, 1)
+        and micro.rows.numel() == micro.index.numel() == micro.targets.numel() == 0
+        and micro.width == 1
+    )
 
 
 def test_an_empty_prompt_is_refused_by_its_position() -> None:
@@ -77,14 +86,18 @@ def test_every_row_once_within_the_budget_and_equally_many_micro_batches(
 
 
 def test_equal_rows_are_spread_evenly_instead_of_filling_the_first_micro_batches() -> None:
-    # 10 rows of 10 tokens, budget 40: at least 3 micro-batches. 4, 4, 2 rows would fit too; 4, 3, 3 is the even split of packed.
+    # 10 rows of 10 tokens, budget 40: at least 3 micro-batches. 4, 4, 2 rows would fit too; 4, 3, 3 is the
+    # even split of packed.
     assert [len(rows) for rows in plan([10] * 10, 40, layout="packed")[0]] == [4, 3, 3]
 
 
 def test_ranks_share_what_would_fit_one_micro_batch() -> None:
     # 8 rows of 10 tokens fit one budget of 100; with two ranks each takes 4 rows rather than one taking all.
     for layout in ("padded", "packed"):
-        assert [[len(rows) for rows in rank] for rank in plan([10] * 8, 100, layout=layout, ranks=2)] == [[4], [4]]  # type: ignore[arg-type]
+        assert [[len(rows) for rows in rank] for rank in plan([10] * 8, 100, layout=layout, ranks=2)] == [
+            [4],
+            [4],
+        ]  # type: ignore[arg-type]
 
 
 def test_a_rank_without_rows_gets_an_empty_micro_batch() -> None:
@@ -92,7 +105,8 @@ def test_a_rank_without_rows_gets_an_empty_micro_batch() -> None:
 
 
 def test_padded_micro_batches_hold_rows_of_like_length() -> None:
-    # Half the rows have 10 tokens, half 100; budget 1,000. Mixed, a micro-batch would be nine parts padding for the short ones.
+    # Half the rows have 10 tokens, half 100; budget 1,000. Mixed, a micro-batch would be nine parts padding
+    # for the short ones.
     lengths = [10, 100] * 20
     planned = plan(lengths, 1000, layout="padded")[0]
     read = sum(len(rows) * max(lengths[row] for row in rows) for rows in planned)
@@ -102,7 +116,10 @@ def test_padded_micro_batches_hold_rows_of_like_length() -> None:
 def test_packed_ranks_differ_by_less_than_one_row() -> None:
     rng = random.Random(0)
     lengths = [rng.randint(20, 300) for _ in range(200)]
-    sums = [sum(lengths[row] for rows in rank for row in rows) for rank in plan(lengths, 2048, layout="packed", ranks=4)]
+    sums = [
+        sum(lengths[row] for rows in rank for row in rows)
+        for rank in plan(lengths, 2048, layout="packed", ranks=4)
+    ]
     assert max(sums) - min(sums) < 300
 
 
@@ -114,4 +131,8 @@ def test_a_budget_of_zero_is_refused() -> None:
 def test_moving_keeps_every_number() -> None:
     micro = build(ROWS, [0, 1], layout="padded", padding_side="left")
     moved = micro.to("cpu")
-    assert torch.equal(moved.index, micro.index) and moved.width == micro.width and moved.attention_mask is not None
+    assert (
+        torch.equal(moved.index, micro.index)
+        and moved.width == micro.width
+        and moved.attention_mask is not None
+    )

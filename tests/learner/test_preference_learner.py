@@ -15,7 +15,8 @@ from rltrain.learner.preference_learner import PreferenceLearner, lengths_of, pa
 from rltrain.learner.shared_prompt import build_shared
 from rltrain.loss.preference import PREFERENCE_LOSSES
 from rltrain.loss.preference.objective import PreferenceObjective
-from rltrain.types import CompletionFacts, LabelBatch, PairBatch, TokenRows
+from rltrain.types.policy import TokenRows
+from rltrain.types.preference import CompletionFacts, LabelBatch, PairBatch
 
 N = 9
 pytestmark = pytest.mark.filterwarnings("ignore:Seems like")  # gradients_of steps by itself
@@ -23,7 +24,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Seems like")  # gradients_of ste
 
 def learner_of(path: str, *, lr: float = 1e-2, **settings: Any) -> PreferenceLearner:
     optimizer = Optimizer(lr=lr, max_grad_norm=1e9)
-    return PreferenceLearner(Model(path=path), LearnerCore(optimizer=optimizer, **settings), max_tokens=8, total_updates=10, seed=0)
+    return PreferenceLearner(
+        Model(path=path), LearnerCore(optimizer=optimizer, **settings), total_updates=10, seed=0
+    )
 
 
 def draw(lengths: Tensor, g: torch.Generator) -> tuple[tuple[int, ...], ...]:
@@ -38,8 +41,13 @@ def pairs(seed: int = 0) -> tuple[TokenRows, PairBatch]:
     chosen, rejected = (draw(torch.randint(1, 8, (N,), generator=g), g) for _ in range(2))
     rows = pair_rows(prompts, chosen, rejected)
     lengths, ref = lengths_of(rows), -3.0 * torch.rand(2 * N, generator=g)
-    facts = [CompletionFacts(lengths[half], ref_logp=lengths[half] * ref[half]) for half in (slice(0, N), slice(N, None))]
-    return rows, PairBatch(facts[0], facts[1], torch.tensor([*range(N - 1), 0]), margin=torch.rand(N, generator=g))
+    facts = [
+        CompletionFacts(lengths[half], ref_logp=lengths[half] * ref[half])
+        for half in (slice(0, N), slice(N, None))
+    ]
+    return rows, PairBatch(
+        facts[0], facts[1], torch.tensor([*range(N - 1), 0]), margin=torch.rand(N, generator=g)
+    )
 
 
 def labels() -> tuple[TokenRows, LabelBatch, TokenRows]:
@@ -47,8 +55,14 @@ def labels() -> tuple[TokenRows, LabelBatch, TokenRows]:
     g = torch.Generator().manual_seed(5)
     mine = TokenRows(rows.prompts[:N], rows.completions[:N])
     others = TokenRows(rows.prompts[:N], (*rows.completions[1:N], rows.completions[0]))
-    facts = CompletionFacts(lengths_of(others), ref_logp=-9.0 * lengths_of(others) - torch.rand(N, generator=g))
-    return mine, LabelBatch(batch.chosen, batch.prompt, label=(torch.arange(N) % 3 == 0).float(), mismatched=facts), others
+    facts = CompletionFacts(
+        lengths_of(others), ref_logp=-9.0 * lengths_of(others) - torch.rand(N, generator=g)
+    )
+    return (
+        mine,
+        LabelBatch(batch.chosen, batch.prompt, label=(torch.arange(N) % 3 == 0).float(), mismatched=facts),
+        others,
+    )
 
 
 def objective(name: str, **hp: Any) -> PreferenceObjective:
@@ -72,14 +86,14 @@ def gradients_of(path: str, *arguments: Any, **settings: Any) -> tuple[dict[str,
     """By plain SGD: what a step of size 1 takes off a weight is its gradient."""
     learner = learner_of(path, **settings)
     before = weights_of(learner)
-    learner.backend.optimizer.step = lambda *_, **__: _descend(learner)  # type: ignore[method-assign]
+    learner.trained.backend.optimizer.step = lambda *_, **__: _descend(learner)  # type: ignore[method-assign]
     stats = learner.update_examples(*arguments)
     return {name: before[name] - value for name, value in learner.weights()}, stats.metrics
 
 
 @torch.no_grad()
 def _descend(learner: PreferenceLearner) -> None:
-    for parameter in learner.bare.parameters():
+    for parameter in learner.trained.unwrapped_model.parameters():
         if parameter.grad is not None:
             parameter -= parameter.grad
 
@@ -107,7 +121,9 @@ def test_log_probs_are_the_models_own_in_every_layout(random_model: str, layout:
     learner = learner_of(random_model, layout=layout, share_prompt=share, tokens_per_micro_batch=40)
     model = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32)
     with torch.no_grad():
-        torch.testing.assert_close(learner.log_probs(rows, sides=2), plain_log_probs(model, rows), atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            learner.log_probs(rows, sides=2), plain_log_probs(model, rows), atol=2e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("share", ["auto", "never"])
@@ -147,7 +163,9 @@ def test_no_layout_changes_an_update_of_pairs(random_model: str, loss: str, sett
 
 
 @pytest.mark.parametrize("settings", [LAYOUTS[0], LAYOUTS[2], LAYOUTS[3]], ids=str)
-def test_no_layout_changes_an_update_of_labelled_completions(random_model: str, settings: dict[str, Any]) -> None:
+def test_no_layout_changes_an_update_of_labelled_completions(
+    random_model: str, settings: dict[str, Any]
+) -> None:
     # z0 is a mean over the whole batch: taken per micro-batch it would differ between layouts.
     rows, batch, others = labels()
     want, metrics = gradients_of(random_model, rows, batch, objective("kto"), others)
@@ -163,7 +181,9 @@ def test_the_order_of_pairs_changes_nothing(random_model: str) -> None:
     turned = [*order, *(N + at for at in order)]
     moved = TokenRows(tuple(rows.prompts[at] for at in turned), tuple(rows.completions[at] for at in turned))
     want, _ = gradients_of(random_model, rows, batch, objective("dpo"), tokens_per_micro_batch=40)
-    found, _ = gradients_of(random_model, moved, batch.rows(order), objective("dpo"), tokens_per_micro_batch=40)
+    found, _ = gradients_of(
+        random_model, moved, batch.rows(order), objective("dpo"), tokens_per_micro_batch=40
+    )
     for name, value in want.items():
         torch.testing.assert_close(found[name], value, atol=2e-5, rtol=2e-3)
 
@@ -176,7 +196,10 @@ def test_a_shared_prompt_is_read_once_and_the_sides_do_not_see_each_other(random
     assert stats.shared and stats.tokens == apart - sum(map(len, rows.prompts[:N]))
     micro = build_shared(rows, [[3, N + 3]])
     p, c, r = len(rows.prompts[3]), len(rows.completions[3]), len(rows.completions[N + 3])
-    assert micro.input_ids.shape == (1, p + c - 1 + r - 1)  # the last token of each completion predicts nothing
+    assert micro.input_ids.shape == (
+        1,
+        p + c - 1 + r - 1,
+    )  # the last token of each completion predicts nothing
     assert micro.position_ids[0].tolist() == [*range(p + c - 1), *range(p, p + r - 1)]
     seen = micro.attention_mask[0, 0]  # type: ignore[index]
     assert not seen[p + c - 1 :, p : p + c - 1].any() and seen[p + c - 1 :, :p].all()
@@ -187,7 +210,9 @@ def test_the_reference_itself_gives_log_two_and_ties(random_model: str) -> None:
     learner = learner_of(random_model, lr=0.0)
     chosen, rejected = learner.log_probs(rows, sides=2).chunk(2)
     at_start = dataclasses.replace(
-        batch, chosen=dataclasses.replace(batch.chosen, ref_logp=chosen), rejected=dataclasses.replace(batch.rejected, ref_logp=rejected)
+        batch,
+        chosen=dataclasses.replace(batch.chosen, ref_logp=chosen),
+        rejected=dataclasses.replace(batch.rejected, ref_logp=rejected),
     )
     stats = learner.update_examples(rows, at_start, objective("dpo"))
     assert stats.metrics["loss/total"] == pytest.approx(0.6931471805599453, abs=1e-7)
@@ -203,7 +228,9 @@ def test_a_lost_number_costs_the_update_and_not_the_weights(random_model: str) -
     rows, batch = pairs()
     learner = learner_of(random_model)
     before = weights_of(learner)
-    broken = dataclasses.replace(batch, chosen=dataclasses.replace(batch.chosen, ref_logp=torch.full((N,), torch.nan)))
+    broken = dataclasses.replace(
+        batch, chosen=dataclasses.replace(batch.chosen, ref_logp=torch.full((N,), torch.nan))
+    )
     stats = learner.update_examples(rows, broken, objective("dpo"))
     assert not stats.stepped and learner.version == 0
     assert all(torch.equal(value, before[name]) for name, value in learner.weights())

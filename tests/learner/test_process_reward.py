@@ -1,4 +1,6 @@
-"""The process reward model that learns beside the policy (PRIME), against transformers, autograd and AdamW by themselves."""
+"""The process reward model that learns beside the policy (PRIME), against transformers, autograd and
+AdamW by themselves.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +17,24 @@ from transformers import AutoModelForCausalLM
 from rltrain.config.schema import Learner, Model, Optimizer, ProcessReward
 from rltrain.learner.process_reward import ProcessRewardLearner
 from rltrain.loss.preference import PREFERENCE_LOSSES
-from rltrain.types import TokenRows, TrainBatch
+from rltrain.types.policy import TokenRows, TrainBatch
 
 BETA = 0.05
 
 
-def learner_of(path: str, *, like: dict[str, Any] | None = None, loss: str = "implicit_prm_ce", **settings: Any) -> ProcessRewardLearner:
+def learner_of(
+    path: str, *, layout: dict[str, Any] | None = None, loss: str = "implicit_prm_ce", **settings: Any
+) -> ProcessRewardLearner:
     chosen = ProcessReward(optimizer=Optimizer(lr=1e-3, max_grad_norm=1e9), **settings)
     model = Model(path=path)
-    core = Learner(optimizer=Optimizer(lr=0.0), **(like or {}))
+    core = Learner(optimizer=Optimizer(lr=0.0), **(layout or {}))
     bound = PREFERENCE_LOSSES.bind(loss, {"beta": BETA})
-    return ProcessRewardLearner(model, model, chosen, core, bound, max_tokens=8, total_updates=10, seed=0)
+    return ProcessRewardLearner(model, model, chosen, core, bound, total_updates=10, seed=0)
 
 
 def step(rows: int = 8, group_of: int = 4) -> tuple[TokenRows, TrainBatch]:
-    """Random rows of 1 to 6 tokens. The last is graded by nobody, the one before has a reward but no verdict, and the first has an
-    observation of an environment in it, which does not count."""
+    """Random rows of 1 to 6 tokens. The last is graded by nobody, the one before has a reward but no verdict,
+    and the first has an observation of an environment in it, which does not count."""
     g = torch.Generator().manual_seed(3)
     lengths = [5, *torch.randint(1, 7, (rows - 1,), generator=g).tolist()]
     prompts = tuple(tuple(torch.randint(5, 60, (3 + i % 3,), generator=g).tolist()) for i in range(rows))
@@ -42,7 +46,9 @@ def step(rows: int = 8, group_of: int = 4) -> tuple[TokenRows, TrainBatch]:
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.5, torch.nan])
     zeros = torch.zeros(rows, dtype=torch.int64)
     empty = torch.zeros(mask.shape)
-    batch = TrainBatch(mask, empty, empty + 1, rewards, torch.arange(rows) // group_of, zeros, zeros, correct=correct)
+    batch = TrainBatch(
+        mask, empty, empty + 1, rewards, torch.arange(rows) // group_of, zeros, zeros, correct=correct
+    )
     return TokenRows(prompts, completions), batch
 
 
@@ -58,19 +64,26 @@ def token_logp(model: Any, rows: TokenRows, shape: torch.Size) -> Tensor:
 
 @pytest.mark.parametrize("update", ["before", "after"])
 def test_rewards_loss_and_update_are_those_of_plain_pytorch(
-    update: str, random_model: str, random_tied_model: str, assert_stepped_like: Callable[[Any, Any, float], None]
+    update: str,
+    random_model: str,
+    random_tied_model: str,
+    assert_stepped_like: Callable[[Any, Any, float], None],
 ) -> None:
     rows, batch = step()
     learner = learner_of(random_model, reference=random_tied_model, update=update)
     judged = learner.judge(rows, batch)
 
-    model, frozen = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (random_model, random_tied_model))
+    model, frozen = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for path in (random_model, random_tied_model)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     with torch.no_grad():
         reference = token_logp(frozen, rows, batch.mask.shape)
     ratio = (token_logp(model, rows, batch.mask.shape) - reference) * batch.mask
     graded = ~batch.correct.isnan() & batch.mask.any(1)
-    # six of eight rows have a verdict: 0.05 times the summed log-ratio of counted tokens is the logit of being right
+    # six of eight rows have a verdict: 0.05 times the summed log-ratio of counted tokens is the logit of
+    # being right
     loss = binary_cross_entropy_with_logits(BETA * ratio.sum(1)[graded], batch.correct[graded])
     loss.backward()
     optimizer.step()
@@ -82,7 +95,9 @@ def test_rewards_loss_and_update_are_those_of_plain_pytorch(
     torch.testing.assert_close(judged.reward, expected, atol=2e-4, rtol=0)
     assert (later - ratio).abs().max() > 0.05  # the two are told apart
     assert judged.reward[0, 2] == 0 and not judged.reward[-1].any()  # masked out
-    assert judged.reward[6].abs().max() > 0.01  # no verdict: it teaches the model nothing, and is judged all the same
+    assert (
+        judged.reward[6].abs().max() > 0.01
+    )  # no verdict: it teaches the model nothing, and is judged all the same
     assert_stepped_like(learner, model, 1e-3)
 
 
@@ -108,17 +123,26 @@ def test_the_policy_can_be_the_reference(random_model: str) -> None:
     rows, batch = step()
     old = torch.full(batch.mask.shape, -3.0)
     learner = learner_of(random_model, reference="policy")
-    assert not learner.frozen
-    own = learner.annotate(rows, frozenset({"logp"}))["logp"]
-    torch.testing.assert_close(learner.judge(rows, batch.replace(old_logp=old)).reward, (own + 3.0) * batch.mask, atol=1e-5, rtol=0)
+    assert learner.reference is None
+    own = learner.token_log_probs(rows)
+    torch.testing.assert_close(
+        learner.judge(rows, batch.replace(old_logp=old)).reward, (own + 3.0) * batch.mask, atol=1e-5, rtol=0
+    )
 
 
-@pytest.mark.parametrize("like", [{"tokens_per_micro_batch": 10}, {"tokens_per_micro_batch": 25}, {"layout": "packed"}])
+@pytest.mark.parametrize(
+    "layout", [{"tokens_per_micro_batch": 10}, {"tokens_per_micro_batch": 25}, {"layout": "packed"}]
+)
 @pytest.mark.parametrize("loss", ["implicit_prm_ce", "nca_group"])
-def test_layouts_change_nothing(like: dict[str, Any], loss: str, random_model: str, random_tied_model: str) -> None:
+def test_layouts_change_nothing(
+    layout: dict[str, Any], loss: str, random_model: str, random_tied_model: str
+) -> None:
     rows, batch = step()
-    one, other = (learner_of(random_model, reference=random_tied_model, loss=loss, like=layout) for layout in ({}, like))
-    first, second = one.judge(rows, batch), other.judge(rows, batch)
+    plain, other = (
+        learner_of(random_model, reference=random_tied_model, loss=loss, layout=settings)
+        for settings in ({}, layout)
+    )
+    first, second = plain.judge(rows, batch), other.judge(rows, batch)
     torch.testing.assert_close(second.reward, first.reward, atol=5e-5, rtol=0)
     for name, value in first.metrics.items():
         assert second.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
@@ -133,13 +157,17 @@ def test_contrast_counts_right_wrong_pairs_of_a_prompt(random_model: str, random
     assert judged.metrics["process_reward/contrast"] == pytest.approx((first + (total[5] > total[4])) / 2)
 
 
-def test_rewards_without_a_verdict_are_refused_and_a_step_that_nobody_graded_is_not(random_model: str) -> None:
+def test_rewards_without_a_verdict_are_refused_and_a_step_that_nobody_graded_is_not(
+    random_model: str,
+) -> None:
     rows, batch = step()
     learner = learner_of(random_model)
     with pytest.raises(ValueError, match="no reward function says so"):
         learner.judge(rows, batch.replace(correct=torch.full_like(batch.correct, torch.nan)))
     before = {name: value.clone() for name, value in learner.weights()}
-    nobody = dataclasses.replace(batch, mask=torch.zeros_like(batch.mask), rewards=torch.full_like(batch.rewards, torch.nan))
+    nobody = dataclasses.replace(
+        batch, mask=torch.zeros_like(batch.mask), rewards=torch.full_like(batch.rewards, torch.nan)
+    )
     judged = learner.judge(rows, nobody)
     assert not judged.reward.any()
     assert learner.version == 0

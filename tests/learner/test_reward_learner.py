@@ -11,11 +11,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from rltrain.config.schema import LearnerCore, Model, Optimizer
 from rltrain.errors import UserError
-from rltrain.learner.preference_learner import lengths_of, pair_rows
-from rltrain.learner.reward_learner import RewardLearner, load_reward_model
+from rltrain.learner.preference_learner import PreferenceLearner, lengths_of, pair_rows
+from rltrain.learner.reward_learner import REWARDS, load_reward_model, name_pad_token
 from rltrain.loss.preference import PREFERENCE_LOSSES
 from rltrain.loss.preference.objective import PreferenceObjective
-from rltrain.types import CompletionFacts, LabelBatch, PairBatch, RewardPairs, TokenRows
+from rltrain.types.policy import TokenRows
+from rltrain.types.preference import CompletionFacts, LabelBatch, PairBatch, RewardPairs
 
 PROMPTS = ((5, 6, 7), (8, 9), (5, 9, 10, 11))
 CHOSEN = ((12, 13, 2), (14, 2), (15, 16, 17, 18, 2))
@@ -23,9 +24,9 @@ REJECTED = ((12, 2), (19, 20, 21, 2), (22, 2))
 ROWS = pair_rows(PROMPTS, CHOSEN, REJECTED)
 
 
-def learner_of(path: str, **settings: Any) -> RewardLearner:
+def learner_of(path: str, **settings: Any) -> PreferenceLearner:
     core = LearnerCore(optimizer=Optimizer(lr=1e-2, max_grad_norm=1e9), **settings)
-    return RewardLearner(Model(path=path), core, max_tokens=8, total_updates=10, seed=0)
+    return PreferenceLearner(Model(path=path), core, total_updates=10, seed=0, scoring=REWARDS)
 
 
 def theirs(model: Any, rows: TokenRows) -> torch.Tensor:
@@ -34,7 +35,7 @@ def theirs(model: Any, rows: TokenRows) -> torch.Tensor:
     return torch.cat([model(torch.tensor([text])).logits[:, 0] for text in texts])
 
 
-def copy_of(learner: RewardLearner, path: str) -> Any:
+def copy_of(learner: PreferenceLearner, path: str) -> Any:
     model = load_reward_model(path, None, "auto")
     model.load_state_dict(learner.state_dict())
     return model
@@ -43,7 +44,10 @@ def copy_of(learner: RewardLearner, path: str) -> Any:
 @pytest.mark.parametrize("loss", ["bradley_terry", "orm"])
 @pytest.mark.parametrize("settings", [{}, {"tokens_per_micro_batch": 16}, {"layout": "packed"}])
 def test_an_update_is_what_plain_pytorch_computes(
-    loss: str, settings: dict[str, Any], random_model: str, assert_stepped_like: Callable[[Any, Any, float], None]
+    loss: str,
+    settings: dict[str, Any],
+    random_model: str,
+    assert_stepped_like: Callable[[Any, Any, float], None],
 ) -> None:
     learner = learner_of(random_model, **settings)
     model = copy_of(learner, random_model)
@@ -57,7 +61,9 @@ def test_an_update_is_what_plain_pytorch_computes(
     else:
         batch = PairBatch(facts.rows(torch.arange(3)), facts.rows(torch.arange(3, 6)), prompt)
         expected = -logsigmoid(rewards[:3] - rewards[3:]).mean()
-    assert learner.log_probs(ROWS, sides=1 if loss == "orm" else 2).tolist() == pytest.approx(rewards.tolist(), abs=1e-5)
+    assert learner.log_probs(ROWS, sides=1 if loss == "orm" else 2).tolist() == pytest.approx(
+        rewards.tolist(), abs=1e-5
+    )
     expected.backward()
     optimizer.step()
     update = learner.update_examples(ROWS, batch, PreferenceObjective(PREFERENCE_LOSSES.bind(loss)))
@@ -75,10 +81,10 @@ def test_a_head_that_is_new_is_the_seeds_and_one_that_must_be_trained_is_asked_f
 def test_a_pad_that_ends_texts_is_not_named(random_model: str) -> None:
     learner = learner_of(random_model)
     for pad, named in ((0, 0), (2, None), (None, None)):
-        learner.name_pad(pad, (2, 3))
+        name_pad_token(learner.model, pad, (2, 3))
         assert learner.model.config.pad_token_id == named
 
 
 def test_a_rank_without_rows_gives_nothing(random_model: str) -> None:
-    pairs = learner_of(random_model).inputs_of(torch.zeros(0), 2)
+    pairs = learner_of(random_model).loss_inputs(torch.zeros(0), 2)
     assert isinstance(pairs, RewardPairs) and pairs.chosen.shape == pairs.rejected.shape == (0,)

@@ -1,4 +1,6 @@
-"""A reward model in this process: transformers' own numbers, whatever the batch; what it reads; and what is refused."""
+"""A reward model in this process: transformers' own numbers, whatever the batch; what it reads; and
+what is refused.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 from reward.score import RewardInputs
 from rltrain.errors import UserError
@@ -27,7 +34,9 @@ def made(folder: Path, model: Any, start: str) -> str:
 
 @pytest.fixture(scope="session")
 def reward_model(random_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A decoder with a random head; its pad token is the one that ends texts, as in many published folders."""
+    """A decoder with a random head; its pad token is the one that ends texts, as in many published
+    folders.
+    """
     torch.manual_seed(0)
     model = load_reward_model(random_model, None, "auto")
     model.config.pad_token_id = 1
@@ -35,7 +44,12 @@ def reward_model(random_model: str, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def loaded(path: str, **changes: Any) -> RewardModel:
-    given: dict[str, Any] = {"prompt_column": None, "max_tokens": 64, "device": CPU, "tokens_per_micro_batch": 64}
+    given: dict[str, Any] = {
+        "prompt_column": None,
+        "max_tokens": 64,
+        "device": CPU,
+        "tokens_per_micro_batch": 64,
+    }
     return RewardModel(path, **(given | changes))
 
 
@@ -49,7 +63,15 @@ def by_transformers(path: str, texts: Sequence[tuple[int, ...]]) -> list[float]:
 
 def inputs(*completions: str, ids: Sequence[tuple[int, ...]] = (), **columns: Any) -> RewardInputs:
     count = len(completions)
-    return RewardInputs("37+58=", completions, (1,) * count, ("stop",) * count, columns, prompt_ids=(5, 6), completion_ids=tuple(ids))
+    return RewardInputs(
+        "37+58=",
+        completions,
+        (1,) * count,
+        ("stop",) * count,
+        columns,
+        prompt_ids=(5, 6),
+        completion_ids=tuple(ids),
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 9, 1000])
@@ -63,9 +85,17 @@ def test_a_decoders_number_is_transformers_whatever_the_batch(tokens: int, rewar
 @pytest.mark.parametrize("tokens", [1, 1000])
 def test_an_encoder_is_a_reward_model_too(tokens: int, random_model: str, tmp_path: Path):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 200}
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 200,
+    }
     path = made(tmp_path, BertForSequenceClassification(BertConfig(num_labels=1, **sizes)), random_model)
-    assert loaded(path, tokens_per_micro_batch=tokens).scores(TEXTS) == pytest.approx(by_transformers(path, TEXTS), abs=1e-5)
+    assert loaded(path, tokens_per_micro_batch=tokens).scores(TEXTS) == pytest.approx(
+        by_transformers(path, TEXTS), abs=1e-5
+    )
 
 
 def test_it_reads_the_policys_own_tokens_to_the_end_of_the_text(reward_model: str):
@@ -84,12 +114,16 @@ def test_it_reads_a_conversation_in_its_own_template(reward_model: str):
     messages = [{"role": "user", "content": "37+58="}]
     rows = [(inputs("95", question="37+58="), 0), (inputs("95", question=messages), 0)]
     assert model(rows) == pytest.approx(model.scores([expected, expected]), abs=1e-5)
-    with pytest.raises(UserError, match=r"column 'question' must hold text or messages, got None; there are: answer"):
+    with pytest.raises(
+        UserError, match=r"column 'question' must hold text or messages, got None; there are: answer"
+    ):
         model([(inputs("95", answer="95"), 0)])
 
 
 def test_on_half_precision_weights_the_head_stays_whole(reward_model: str):
-    exact, rounded = (loaded(reward_model, precision=precision).scores(TEXTS) for precision in ("float32", "bfloat16"))
+    exact, rounded = (
+        loaded(reward_model, precision=precision).scores(TEXTS) for precision in ("float32", "bfloat16")
+    )
     assert rounded == pytest.approx(exact, abs=0.05) and rounded != pytest.approx(exact, abs=1e-7)
 
 

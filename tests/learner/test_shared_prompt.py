@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rltrain.learner.shared_prompt import build_shared, line_length, lines_of
-from rltrain.types import TokenRows
+from rltrain.types.policy import TokenRows
 
 PROMPTS = ((10, 11), (20,), (10, 11), (10, 11))
 ROWS = TokenRows(PROMPTS, ((1, 2, 3), (4,), (5, 6), ()))
@@ -20,7 +20,8 @@ def test_a_line_by_hand() -> None:
     # Completions without their last token: 10 11 | 1 2 | 5 | nothing; each goes on from position 2.
     assert micro.input_ids.tolist() == [[10, 11, 1, 2, 5], [20, 0, 0, 0, 0]]
     assert micro.position_ids.tolist() == [[0, 1, 2, 3, 2], [0, 0, 0, 0, 0]]
-    # Rows in the lines' order. First tokens are predicted by their prompts' last token, at place 1 and at 5 + 0.
+    # Rows in the lines' order. First tokens are predicted by their prompts' last token, at place 1 and at 5 +
+    # 0.
     assert micro.rows.tolist() == [0, 2, 3, 1] and micro.width == 3
     assert micro.targets.tolist() == [1, 2, 3, 5, 6, 4] and micro.index.tolist() == [1, 2, 3, 1, 4, 5]
     assert micro.row.tolist() == [0, 0, 0, 1, 1, 3] and micro.column.tolist() == [0, 1, 2, 0, 1, 0]
@@ -57,7 +58,8 @@ def test_a_prompt_is_shared_where_that_saves_a_fifth() -> None:
 
 
 def test_lines_are_as_long_as_attention_over_all_of_them_pays() -> None:
-    # P = 100, C - 1 = 50, H = 8: sqrt(100 (48 + 100)) / 50 = 2.4 rows a line, 8 / 2.4 = 3.3: three lines of 3, 3 and 2.
+    # P = 100, C - 1 = 50, H = 8: sqrt(100 (48 + 100)) / 50 = 2.4 rows a line, 8 / 2.4 = 3.3: three lines of
+    # 3, 3 and 2.
     rows = TokenRows(((1,) * 100,) * 8, ((2,) * 51,) * 8)
     assert sorted(map(len, lines_of(rows, range(8), hidden=8, budget=10_000))) == [2, 3, 3]
     # H = 512: sqrt(100 (3,072 + 100)) / 50 = 11.3, so all eight.
@@ -72,8 +74,12 @@ def test_lines_are_as_long_as_attention_over_all_of_them_pays() -> None:
     hidden=st.sampled_from([1, 64, 4096]),
     budget=st.integers(1, 300),
 )
-def test_every_row_stands_once_in_a_line_of_its_prompt_within_the_budget(drawn: list[tuple[int, int]], hidden: int, budget: int) -> None:
-    rows = TokenRows(tuple((7,) * (5 * kind + 1) for kind, _ in drawn), tuple((1,) * length for _, length in drawn))
+def test_every_row_stands_once_in_a_line_of_its_prompt_within_the_budget(
+    drawn: list[tuple[int, int]], hidden: int, budget: int
+) -> None:
+    rows = TokenRows(
+        tuple((7,) * (5 * kind + 1) for kind, _ in drawn), tuple((1,) * length for _, length in drawn)
+    )
     positions = list(reversed(range(len(rows))))
     lines = lines_of(rows, positions, hidden=hidden, budget=budget)
     assert sorted(chain.from_iterable(lines)) == list(range(len(rows)))

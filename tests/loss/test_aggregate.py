@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from rltrain.loss import AGGREGATES
-from rltrain.types import StepTotals
+from rltrain.types.policy import StepTotals
 
 LOSS = torch.tensor([[1.0, 2.0, 3.0], [4.0, math.nan, math.nan], [math.nan] * 3], dtype=torch.float64)
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
@@ -25,7 +25,10 @@ def test_empty_rows_are_in_no_mean_and_padding_may_be_nan(name: str, mask: torch
 @pytest.mark.parametrize("name", AGGREGATES.names())
 def test_shares_of_any_split_add_up(name: str):
     aggregate = AGGREGATES.bind(name)
-    shares = [aggregate(LOSS[rows, :width], MASK[rows, :width], TOTALS).item() for rows, width in (([0], 3), ([2, 1], 1))]
+    shares = [
+        aggregate(LOSS[rows, :width], MASK[rows, :width], TOTALS).item()
+        for rows, width in (([0], 3), ([2, 1], 1))
+    ]
     assert_close(sum(shares), WANT[name])
 
 
@@ -37,11 +40,15 @@ def test_one_value_per_sequence_stands_for_each_of_its_tokens(name: str):
 
 def test_a_sequence_value_survives_the_sequence_mean():
     # (2 - 1) / 2, whatever the lengths
-    assert AGGREGATES.bind("seq_mean_token_mean")(torch.tensor([[2.0], [-1.0], [9.0]]), MASK, TOTALS).item() == 0.5
+    assert (
+        AGGREGATES.bind("seq_mean_token_mean")(torch.tensor([[2.0], [-1.0], [9.0]]), MASK, TOTALS).item()
+        == 0.5
+    )
 
 
 def test_dr_grpo_divides_by_a_constant_and_counts_completions():
-    # the same tokens padded to 300 columns: no change; verl's norm form (10 / L_max) is `sequences` times as much
+    # the same tokens padded to 300 columns: no change; verl's norm form (10 / L_max) is `sequences` times as
+    # much
     padded = torch.nn.functional.pad(LOSS, (0, 297), value=math.nan)
     wide = AGGREGATES.bind("dr_grpo")(padded, torch.nn.functional.pad(MASK, (0, 297)), TOTALS)
     assert_close(wide.item() * TOTALS.sequences, 10 / 10)

@@ -1,4 +1,6 @@
-"""KL-Cov and CE-GPPO: gradients by hand and against PPO, what the first update of a step does, and overflow."""
+"""KL-Cov and CE-GPPO: gradients by hand and against PPO, what the first update of a step does, and
+overflow.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,19 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rltrain.control import TOKEN_CONTROLS
-from rltrain.control.stage import apply
+from rltrain.control.stage import apply_control
 from rltrain.loss import AGGREGATES
 from rltrain.loss.objective import Objective
 from rltrain.loss.policy import POLICY_LOSSES
-from rltrain.types import PolicyTokens, StepTotals, TokenLoss, TrainBatch
+from rltrain.types.policy import PolicyTokens, StepTotals, TokenLoss, TrainBatch
 
 ROWS, WIDTH = 9, 7
 
 
 def batch(seed: int = 0, drift: float = 0.5) -> tuple[Tensor, TrainBatch]:
-    """Current log-probs with gradient; 3 completions a group; every ninth token still as the old policy has it."""
+    """Current log-probs with gradient; 3 completions a group; every ninth token still as the old
+    policy has it.
+    """
     generator = torch.Generator().manual_seed(seed)
     mask = torch.arange(WIDTH) < torch.randint(1, WIDTH + 1, (ROWS, 1), generator=generator)
     old = -3 * torch.rand(ROWS, WIDTH, generator=generator, dtype=torch.float64)
@@ -57,7 +61,7 @@ def marked(given: TrainBatch, ratio: float = 0.2) -> TrainBatch:
     return TOKEN_CONTROLS.bind("kl_cov", {"ratio": ratio})(given)
 
 
-# KL-Cov ----------------------------------------------------------------------------------------------------------------
+# KL-Cov -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 2.0])
@@ -76,12 +80,15 @@ def test_nothing_is_clipped_by_kl_cov():
     # r = e^3, A = +1 and -1: PPO stops at 1.2 and, dual, at 3; here the gradient is -A e^3
     _, given = batch()
     far = (given.old_logp + 3.0).requires_grad_()
-    given = given.replace(mask=torch.ones(ROWS, WIDTH), logp_now=far.detach()).with_extra(kl_cov=torch.zeros(ROWS, WIDTH).double())
+    given = given.replace(mask=torch.ones(ROWS, WIDTH), logp_now=far.detach()).with_extra(
+        kl_cov=torch.zeros(ROWS, WIDTH).double()
+    )
     assert_close(gradient("kl_cov", far, given), -given.advantages * math.exp(3.0))
 
 
 def test_where_the_policy_has_not_moved_a_rounding_error_gets_no_sign():
-    # the first update of a step: logp_now is old_logp; the gradient pass's own log-probs differ by an ulp either way
+    # the first update of a step: logp_now is old_logp; the gradient pass's own log-probs differ by an ulp
+    # either way
     _, given = batch()
     given = marked(given.replace(logp_now=given.old_logp), 0.5)
     noise = 1e-7 * torch.where(torch.arange(WIDTH) % 2 == 0, 1.0, -1.0)
@@ -113,17 +120,20 @@ def test_the_penalty_is_reported():
     logp, given = batch()
     given = marked(given)
     metric = evaluate("kl_cov", logp, given).metrics["kl_cov_penalty"]
-    assert_close(metric, given.extra["kl_cov"] * torch.where(given.mask, (logp.detach() - given.old_logp).abs(), 0.0))
+    assert_close(
+        metric, given.extra["kl_cov"] * torch.where(given.mask, (logp.detach() - given.old_logp).abs(), 0.0)
+    )
 
 
-# CE-GPPO ---------------------------------------------------------------------------------------------------------------
+# CE-GPPO ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dual_clip", [None, 3.0])
 def test_betas_of_zero_give_ppo_s_gradient_and_betas_of_one_ppo_s_values(dual_clip: float | None):
     logp, given = batch(1)
     assert_close(
-        gradient("ce_gppo", logp, given, beta1=0.0, beta2=0.0, dual_clip=dual_clip), gradient("clip", logp, given, dual_clip=dual_clip)
+        gradient("ce_gppo", logp, given, beta1=0.0, beta2=0.0, dual_clip=dual_clip),
+        gradient("clip", logp, given, dual_clip=dual_clip),
     )
     assert_close(
         evaluate("ce_gppo", logp, given, beta1=1.0, beta2=1.0, dual_clip=dual_clip).values,
@@ -140,7 +150,13 @@ def test_the_gradient_of_a_clipped_token_does_not_depend_on_how_far_out_it_is():
 
 
 def test_inside_the_range_the_gradient_is_the_ratio_and_beyond_the_dual_bound_nothing():
-    for ratio, advantage, want in ((0.81, -1.0, 0.81), (1.19, 1.0, -1.19), (0.5, 1.0, -0.5), (2.0, -1.0, 2.0), (3.1, -1.0, 0.0)):
+    for ratio, advantage, want in (
+        (0.81, -1.0, 0.81),
+        (1.19, 1.0, -1.19),
+        (0.5, 1.0, -0.5),
+        (2.0, -1.0, 2.0),
+        (3.1, -1.0, 0.0),
+    ):
         assert_close(slope_at(ratio, advantage), want)
     assert_close(slope_at(3.1, -1.0, dual_clip=None), 3.1)
     assert_close(slope_at(9.0, -1.0, dual_clip=10.0), 9.0)
@@ -159,36 +175,48 @@ def slope_at(ratio: float, advantage: float, **hp: float | None) -> float:
 def test_a_larger_beta1_pushes_improbable_tokens_harder_and_beta2_only_the_others():
     logp, given = batch(2)
     seen = (logp.detach() - given.old_logp).exp()
-    low, high = given.mask & (given.advantages < 0) & (seen < 0.8), given.mask & (given.advantages > 0) & (seen > 1.2)
+    low, high = (
+        given.mask & (given.advantages < 0) & (seen < 0.8),
+        given.mask & (given.advantages > 0) & (seen > 1.2),
+    )
     assert low.any() and high.any()
     base = gradient("ce_gppo", logp, given)
-    harder, stronger = gradient("ce_gppo", logp, given, beta1=0.5), gradient("ce_gppo", logp, given, beta2=1.5)
+    harder, stronger = (
+        gradient("ce_gppo", logp, given, beta1=0.5),
+        gradient("ce_gppo", logp, given, beta2=1.5),
+    )
     assert_close(harder, torch.where(low, 2 * base, base))
     assert_close(stronger, torch.where(high, 1.5 * base, base))
 
 
-# every method of this file ----------------------------------------------------------------------------------------------
+# every method of this file ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["kl_cov", "ce_gppo", "clip"])
-@pytest.mark.parametrize("controls", [[], ["clip_cov"], ["steer"], ["high_entropy_tokens"], ["clip_cov", "steer", "high_entropy_tokens"]])
+@pytest.mark.parametrize(
+    "controls",
+    [[], ["clip_cov"], ["steer"], ["high_entropy_tokens"], ["clip_cov", "steer", "high_entropy_tokens"]],
+)
 def test_at_the_first_update_the_gradient_is_weighted_reinforce(name: str, controls: list[str]):
-    # with lp_old = lp: -A w / N on every token, w the controls' own weights (Clip-Cov's dropped tokens have none)
+    # with lp_old = lp: -A w / N on every token, w the controls' own weights (Clip-Cov's dropped tokens have
+    # none)
     logp, given = batch(3)
     given = given.replace(old_logp=logp.detach(), logp_now=logp.detach())
     for control in controls:
         hp = {"low": -0.1, "high": 0.5, "ratio": 0.2} if control == "clip_cov" else {}
-        given = apply(given, TOKEN_CONTROLS.bind(control, hp))
+        given = apply_control(given, TOKEN_CONTROLS.bind(control, hp))
     assert all((given.weights != 1)[given.mask].any() for _ in controls), "the controls do something"
     totals = StepTotals(*given.totals_of_mask, max_tokens=WIDTH)
-    share = Objective(POLICY_LOSSES.bind(name), (), AGGREGATES.bind("token_mean"))(PolicyTokens(logp), marked(given), totals)
+    share = Objective(POLICY_LOSSES.bind(name), (), AGGREGATES.bind("token_mean"))(
+        PolicyTokens(logp), marked(given), totals
+    )
     want = torch.where(given.mask, -given.advantages * given.weights, 0.0) / given.mask.sum()
     assert_close(torch.autograd.grad(share.loss, logp)[0], want)
 
 
 def test_clip_cov_without_an_eligible_token_is_ppo():
     logp, given = batch(4)
-    after = apply(given, TOKEN_CONTROLS.bind("clip_cov", {"low": 50.0, "high": 60.0}))
+    after = apply_control(given, TOKEN_CONTROLS.bind("clip_cov", {"low": 50.0, "high": 60.0}))
     assert_close(gradient("clip", logp, after), gradient("clip", logp, given))
     assert after.notes["clip_cov_touched"] == after.notes["clip_cov_strength"] == 0
 
@@ -197,6 +225,11 @@ def test_what_a_control_touched_is_counted():
     # KL-Cov marks floor(0.2 N) tokens and changes no weight; Clip-Cov takes whole tokens away
     _, given = batch(5)
     n = int(given.mask.sum())
-    assert apply(given, TOKEN_CONTROLS.bind("kl_cov", {"ratio": 0.2})).notes["kl_cov_touched"] == pytest.approx(int(0.2 * n) / n)
-    after = apply(given, TOKEN_CONTROLS.bind("clip_cov", {"low": 0.0, "high": 9.0, "ratio": 0.1}))
-    assert after.notes["clip_cov_touched"] == pytest.approx(int(0.1 * n) / n) and after.notes["clip_cov_strength"] > 0
+    assert apply_control(given, TOKEN_CONTROLS.bind("kl_cov", {"ratio": 0.2})).notes[
+        "kl_cov_touched"
+    ] == pytest.approx(int(0.2 * n) / n)
+    after = apply_control(given, TOKEN_CONTROLS.bind("clip_cov", {"low": 0.0, "high": 9.0, "ratio": 0.1}))
+    assert (
+        after.notes["clip_cov_touched"] == pytest.approx(int(0.1 * n) / n)
+        and after.notes["clip_cov_strength"] > 0
+    )

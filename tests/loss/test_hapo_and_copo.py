@@ -12,7 +12,7 @@ from rltrain.loss.objective import Objective
 from rltrain.loss.policy import POLICY_LOSSES
 from rltrain.loss.policy.clip import clip
 from rltrain.loss.policy.hapo import hapo, hapo_bounds, hapo_redistributed
-from rltrain.types import PolicyTokens, StepTotals, TrainBatch
+from rltrain.types.policy import PolicyTokens, StepTotals, TrainBatch
 
 
 def f64(values: object) -> Tensor:
@@ -50,7 +50,10 @@ def test_hapo_without_a_signal_is_dapos_clip_with_dual_clip_10(silent: str):
     ours = hapo(PolicyTokens(logp), batch, alpha=strength, beta=strength).values
     theirs = clip(PolicyTokens(logp), batch, eps_high=0.28, dual_clip=10.0).values
     assert_close(ours, theirs)
-    assert_close(torch.autograd.grad(ours.sum(), logp, retain_graph=True)[0], torch.autograd.grad(theirs.sum(), logp)[0])
+    assert_close(
+        torch.autograd.grad(ours.sum(), logp, retain_graph=True)[0],
+        torch.autograd.grad(theirs.sum(), logp)[0],
+    )
 
 
 def test_at_ratio_1_certain_tokens_are_damped_and_uncertain_ones_left_alone():
@@ -74,7 +77,10 @@ def test_the_neutral_zone_of_the_base_bounds_is_narrower():
     assert hapo_redistributed(one, h_hat, ratio, low, high, 1.0) == 1.0
     assert hapo_redistributed(one, h_hat, ratio, f64([0.2]), f64([0.28]), 1.0) == 2.0
     old = torch.zeros(1, 1).double()
-    batch, policy = batch_of(old, torch.ones(1, 1).double(), h_hat=h_hat[None]), PolicyTokens(ratio.log()[None])
+    batch, policy = (
+        batch_of(old, torch.ones(1, 1).double(), h_hat=h_hat[None]),
+        PolicyTokens(ratio.log()[None]),
+    )
     assert_close(hapo(policy, batch, zone="base").values, f64([[-2.34]]))
     assert_close(hapo(policy, batch).values, f64([[-1.17]]))
 

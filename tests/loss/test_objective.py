@@ -12,7 +12,7 @@ from rltrain.loss import AGGREGATES, LOSS_TERMS
 from rltrain.loss.objective import Objective, Term
 from rltrain.loss.policy import POLICY_LOSSES
 from rltrain.registry import BoundMethod
-from rltrain.types import PolicyTokens, StepTotals, TokenLoss, TrainBatch
+from rltrain.types.policy import PolicyTokens, StepTotals, TokenLoss, TrainBatch
 
 # losses of the advantage alone; those that read a control's marks, or no reward, have tests of their own
 PLAIN = [
@@ -22,7 +22,9 @@ PLAIN = [
 ]
 
 
-def objective(policy: str = "clip", aggregate: str = "token_mean", **terms: float | Callable[[], float]) -> Objective:
+def objective(
+    policy: str = "clip", aggregate: str = "token_mean", **terms: float | Callable[[], float]
+) -> Objective:
     return Objective(
         POLICY_LOSSES.bind(policy),
         tuple(Term(name, LOSS_TERMS.bind(name), coefficient) for name, coefficient in terms.items()),
@@ -47,7 +49,11 @@ def step() -> tuple[PolicyTokens, TrainBatch, StepTotals]:
         ref_logp=ref,
     )
     logp = (old + 0.05 * noise).requires_grad_()
-    return PolicyTokens(logp, torch.rand(4, 3, generator=generator, dtype=torch.float64).requires_grad_()), batch, StepTotals(6, 3, 3)
+    return (
+        PolicyTokens(logp, torch.rand(4, 3, generator=generator, dtype=torch.float64).requires_grad_()),
+        batch,
+        StepTotals(6, 3, 3),
+    )
 
 
 def gradient(share: Tensor, at: Tensor) -> Tensor:
@@ -83,7 +89,14 @@ def test_without_old_logp_the_ratio_is_exactly_one():
 def test_metrics_are_detached_token_means():
     policy, batch, totals = step()
     metrics = objective(kl=0.1, entropy=0.01)(policy, batch, totals).metrics
-    assert set(metrics) == {"loss/policy", "loss/approx_kl", "loss/clip_high", "loss/clip_low", "loss/kl", "loss/entropy"}
+    assert set(metrics) == {
+        "loss/policy",
+        "loss/approx_kl",
+        "loss/clip_high",
+        "loss/clip_low",
+        "loss/kl",
+        "loss/entropy",
+    }
     assert not any(value.requires_grad or value.dim() for value in metrics.values())
     assert_close(metrics["loss/entropy"], -policy.entropy.detach()[batch.mask].mean())
 
@@ -107,14 +120,20 @@ def test_nan_in_padding_leaks_into_neither_loss_nor_gradient(policy_loss: str, a
     assert all(torch.equal(bad.metrics[name], clean.metrics[name]) for name in clean.metrics)
 
 
-@pytest.mark.parametrize("careless", [lambda p, b: -b.advantages * p.logp, lambda p, b: (p.logp - b.old_logp).exp() * b.advantages])
+@pytest.mark.parametrize(
+    "careless", [lambda p, b: -b.advantages * p.logp, lambda p, b: (p.logp - b.old_logp).exp() * b.advantages]
+)
 def test_a_loss_that_forgets_the_mask_is_still_safe(careless: Callable[[PolicyTokens, TrainBatch], Tensor]):
     # the objective guards its borders: a new method needs no NaN handling of its own for per-token formulas
     policy, batch, totals = step()
     logp = torch.where(batch.mask, policy.logp.detach(), math.nan).requires_grad_()
     spec = POLICY_LOSSES.spec("reinforce")
-    loss = Objective(BoundMethod(spec, {}, lambda p, b: TokenLoss(careless(p, b))), (), AGGREGATES.bind("token_mean"))
-    share = loss(PolicyTokens(logp), batch.replace(old_logp=torch.where(batch.mask, batch.old_logp, math.nan)), totals)
+    loss = Objective(
+        BoundMethod(spec, {}, lambda p, b: TokenLoss(careless(p, b))), (), AGGREGATES.bind("token_mean")
+    )
+    share = loss(
+        PolicyTokens(logp), batch.replace(old_logp=torch.where(batch.mask, batch.old_logp, math.nan)), totals
+    )
     assert share.loss.isfinite() and gradient(share.loss, logp).isfinite().all()
 
 
@@ -151,17 +170,25 @@ def test_idle_rows_are_those_without_gradient(policy_loss: str):
 def test_with_a_term_on_only_empty_rows_are_idle():
     _, batch, _ = step()
     assert objective(kl=0.1).idle_rows(batch).tolist() == [False, False, False, True]
-    assert objective(kl=0.0).idle_rows(batch).tolist() == objective(kl=lambda: 0.0).idle_rows(batch).tolist() == [False, True, True, True]
+    assert (
+        objective(kl=0.0).idle_rows(batch).tolist()
+        == objective(kl=lambda: 0.0).idle_rows(batch).tolist()
+        == [False, True, True, True]
+    )
 
 
 def test_a_row_whose_zeros_never_meet_is_idle_for_token_losses_only():
     # A = [1, 0], w = [0, 1]: every product is 0, but GSPO spreads the mean advantage 0.5 over both tokens
     policy, batch, _ = step()
-    batch = batch.rows([1], 2).replace(advantages=torch.tensor([[1.0, 0.0]]).double(), weights=torch.tensor([[0.0, 1.0]]).double())
+    batch = batch.rows([1], 2).replace(
+        advantages=torch.tensor([[1.0, 0.0]]).double(), weights=torch.tensor([[0.0, 1.0]]).double()
+    )
     one = PolicyTokens(policy.logp[[1], :2])
     for name, idle in (("clip", True), ("gspo", False)):
         assert objective(name).idle_rows(batch).tolist() == [idle]
-        slope = gradient(objective(name)(one, batch.replace(old_logp=None), StepTotals(2, 1, 2)).loss, one.logp)
+        slope = gradient(
+            objective(name)(one, batch.replace(old_logp=None), StepTotals(2, 1, 2)).loss, one.logp
+        )
         assert bool(slope.any()) is not idle
 
 

@@ -10,11 +10,15 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rltrain.loss.policy import POLICY_LOSSES
-from rltrain.types import PolicyTokens, TokenLoss, TrainBatch
+from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
 
 PLAIN = [name for name, spec in POLICY_LOSSES.specs.items() if "reward_free" not in spec.traits]
 RATIO_LOSSES = [name for name in PLAIN if "old_logp" in POLICY_LOSSES.spec(name).needs]
-FROM_CONTROLS = ("kl_cov", "h_hat", "advantage_global")  # what controls hand to losses; 0: they found nothing to do
+FROM_CONTROLS = (
+    "kl_cov",
+    "h_hat",
+    "advantage_global",
+)  # what controls hand to losses; 0: they found nothing to do
 SEQUENCE_LOSSES = [name for name in PLAIN if "sequence_level" in POLICY_LOSSES.spec(name).traits]
 
 
@@ -34,11 +38,17 @@ def batch_of(old: Tensor, advantages: Tensor, mask: Tensor | None = None) -> Tra
 
 
 def random_batch(seed: int = 0) -> tuple[Tensor, TrainBatch]:
-    """Current log-probs (with gradient) 0.3 nats around the old ones; one advantage per row, lengths 1 to 6."""
+    """Current log-probs (with gradient) 0.3 nats around the old ones; one advantage per row, lengths
+    1 to 6.
+    """
     generator = torch.Generator().manual_seed(seed)
     old = -torch.rand(6, 6, generator=generator, dtype=torch.float64) * 3 - 0.5
     logp = old + 0.3 * torch.randn(6, 6, generator=generator, dtype=torch.float64)
-    advantages = torch.tensor([1.5, -0.7, 0.0, 0.4, -2.0, -0.3], dtype=torch.float64)[:, None].expand(6, 6).contiguous()
+    advantages = (
+        torch.tensor([1.5, -0.7, 0.0, 0.4, -2.0, -0.3], dtype=torch.float64)[:, None]
+        .expand(6, 6)
+        .contiguous()
+    )
     mask = torch.arange(6) < torch.tensor([6, 4, 5, 1, 3, 6])[:, None]
     return logp.requires_grad_(), batch_of(old, advantages, mask)
 
@@ -56,7 +66,9 @@ def gradient(name: str, logp: Tensor, batch: TrainBatch, hp: Mapping[str, Any] |
 
 def one_token(ratio: float, advantage: float) -> tuple[Tensor, TrainBatch]:
     logp = torch.tensor([[-1.0 + math.log(ratio)]], dtype=torch.float64, requires_grad=True)
-    return logp, batch_of(torch.tensor([[-1.0]], dtype=torch.float64), torch.tensor([[advantage]], dtype=torch.float64))
+    return logp, batch_of(
+        torch.tensor([[-1.0]], dtype=torch.float64), torch.tensor([[advantage]], dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -84,13 +96,17 @@ def test_at_ratio_one_the_value_is_minus_the_advantage(name: str):
     assert_close(values[batch.mask], -batch.advantages[batch.mask])
 
 
-@pytest.mark.parametrize("name", [name for name in PLAIN if name != "ce_gppo"])  # whose value is made for its gradient, not the other way
+@pytest.mark.parametrize(
+    "name", [name for name in PLAIN if name != "ce_gppo"]
+)  # whose value is made for its gradient, not the other way
 def test_the_gradient_agrees_with_finite_differences(name: str):
     # CISPO's weight is detached: freeze it by differencing -w A logp instead of the value
     logp, batch = random_batch(3)
     if name == "cispo":
         r = (logp.detach() - batch.old_logp).exp()
-        want = torch.where(batch.mask, -r.clamp(max=5.0) * batch.advantages / batch.mask.sum(1, keepdim=True), 0.0)
+        want = torch.where(
+            batch.mask, -r.clamp(max=5.0) * batch.advantages / batch.mask.sum(1, keepdim=True), 0.0
+        )
         assert_close(gradient(name, logp, batch), want)
         return
 
@@ -105,7 +121,9 @@ def test_the_gradient_agrees_with_finite_differences(name: str):
 def test_padding_reaches_neither_value_nor_gradient(name: str):
     logp, batch = random_batch(1)
     poison = torch.full_like(batch.weights, math.nan)
-    spoiled = {key: torch.where(batch.mask, getattr(batch, key), poison) for key in ("old_logp", "advantages")}
+    spoiled = {
+        key: torch.where(batch.mask, getattr(batch, key), poison) for key in ("old_logp", "advantages")
+    }
     bad_logp = torch.where(batch.mask, logp.detach(), poison).requires_grad_()
     assert_close(gradient(name, bad_logp, batch.replace(**spoiled)), gradient(name, logp, batch))
     for metric in evaluate(name, bad_logp, batch.replace(**spoiled)).metrics.values():
@@ -116,7 +134,9 @@ def test_padding_reaches_neither_value_nor_gradient(name: str):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_values_keep_the_dtype_and_metrics_are_detached(name: str, dtype: torch.dtype):
     logp, batch = random_batch()
-    batch = batch.replace(**{key: getattr(batch, key).to(dtype) for key in ("old_logp", "advantages", "weights")})
+    batch = batch.replace(
+        **{key: getattr(batch, key).to(dtype) for key in ("old_logp", "advantages", "weights")}
+    )
     batch = batch.with_extra(**{key: value.to(dtype) for key, value in batch.extra.items()})
     loss = evaluate(name, logp.detach().to(dtype).requires_grad_(), batch)
     assert loss.values.dtype == dtype and loss.values.requires_grad
@@ -143,8 +163,12 @@ def test_approx_kl_is_k3_of_old_against_new(name: str):
     assert_close(evaluate(name, logp, batch).metrics["approx_kl"][batch.mask], (r - 1 - r.log())[batch.mask])
 
 
-@pytest.mark.parametrize(("further", "advantage", "value"), [((1.5, 30.0), 1.0, -1.28), ((0.7, 0.01), -1.0, 0.8)])
-def test_moving_a_clipped_ratio_further_out_changes_nothing(further: tuple[float, float], advantage: float, value: float):
+@pytest.mark.parametrize(
+    ("further", "advantage", "value"), [((1.5, 30.0), 1.0, -1.28), ((0.7, 0.01), -1.0, 0.8)]
+)
+def test_moving_a_clipped_ratio_further_out_changes_nothing(
+    further: tuple[float, float], advantage: float, value: float
+):
     for ratio in further:
         logp, batch = one_token(ratio, advantage)
         assert_close(evaluate("clip", logp, batch, {"eps_high": 0.28}).values.item(), value)
@@ -153,7 +177,8 @@ def test_moving_a_clipped_ratio_further_out_changes_nothing(further: tuple[float
 
 @pytest.mark.parametrize("hp", [{"dual_clip": 3.0}, {"delta": 3.0}])
 def test_dual_clip_bounds_the_loss_of_a_negative_token(hp: dict[str, float]):
-    # A = -2, c = 3: value 6 and no gradient beyond r = 3; r = 2.9 is untouched: value 5.8, gradient -A r = 5.8
+    # A = -2, c = 3: value 6 and no gradient beyond r = 3; r = 2.9 is untouched: value 5.8, gradient -A r =
+    # 5.8
     for ratio, value, slope in [(3.1, 6.0, 0.0), (50.0, 6.0, 0.0), (2.9, 5.8, 5.8)]:
         logp, batch = one_token(ratio, -2.0)
         loss = evaluate("clip", logp, batch, hp)
@@ -194,14 +219,20 @@ def test_gspo_equals_its_token_form():
     # verl's token variant: ln s_t = sg[ln s] + lp - sg[lp], clipped per token, mean per sequence
     logp, batch = random_batch(6)
     hp = {"eps_low": 0.05, "eps_high": 0.1}
-    mean = torch.where(batch.mask, logp - batch.old_logp, 0.0).sum(1, keepdim=True) / batch.mask.sum(1, keepdim=True)
+    mean = torch.where(batch.mask, logp - batch.old_logp, 0.0).sum(1, keepdim=True) / batch.mask.sum(
+        1, keepdim=True
+    )
     s = (mean.detach() + logp - logp.detach()).exp()
     token = torch.maximum(-batch.advantages * s, -batch.advantages * s.clamp(0.95, 1.1))
-    want = torch.autograd.grad((torch.where(batch.mask, token, 0.0).sum(1) / batch.mask.sum(1)).sum(), logp)[0]
+    want = torch.autograd.grad((torch.where(batch.mask, token, 0.0).sum(1) / batch.mask.sum(1)).sum(), logp)[
+        0
+    ]
     assert_close(gradient("gspo", logp, batch, hp), want)
 
 
-@pytest.mark.parametrize(("hp", "bounds"), [({}, (0.0, 5.0)), ({"convention": "relative", "eps_high": 0.3}, (0.8, 1.3))])
+@pytest.mark.parametrize(
+    ("hp", "bounds"), [({}, (0.0, 5.0)), ({"convention": "relative", "eps_high": 0.3}, (0.8, 1.3))]
+)
 def test_cispo_keeps_a_gradient_on_every_token(hp: dict[str, Any], bounds: tuple[float, float]):
     # gradient = -clip(r) A, far outside of the bounds too
     for ratio in (0.01, 1.0, 200.0):

@@ -11,7 +11,7 @@ from rltrain.learner.head import token_statistics
 from rltrain.loss import AGGREGATES
 from rltrain.loss.objective import Objective
 from rltrain.loss.policy import POLICY_LOSSES
-from rltrain.types import PolicyTokens, StepTotals, TrainBatch
+from rltrain.types.policy import PolicyTokens, StepTotals, TrainBatch
 
 ROWS = torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.35, 0.25]], dtype=torch.float64)
 
@@ -19,17 +19,28 @@ ROWS = torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.35, 0.25]], dtype=torch.float64)
 def loss_of(name: str, logits: Tensor, advantages: float = 0.0, temperature: float = 1.0) -> Tensor:
     """The recipe's loss of one completion with a token per row of ``logits``, sampled at ``temperature``."""
     bound = POLICY_LOSSES.bind(name)
-    objective = Objective(bound, (), AGGREGATES.bind("seq_mean_token_sum" if name == "em_ft" else "token_mean"))
+    objective = Objective(
+        bound, (), AGGREGATES.bind("seq_mean_token_sum" if name == "em_ft" else "token_mean")
+    )
     count = len(logits)
     found = token_statistics(
-        logits, torch.eye(logits.shape[1]).double(), torch.zeros(count, dtype=torch.int64), temperature=temperature,
-        wants=frozenset({"logp"} | objective.needs), chunk=1,
-    )  # fmt: skip
+        logits,
+        torch.eye(logits.shape[1]).double(),
+        torch.zeros(count, dtype=torch.int64),
+        temperature=temperature,
+        wants=frozenset({"logp"} | objective.needs),
+        chunk=1,
+    )
     row = torch.zeros(1, dtype=torch.int64)
     batch = TrainBatch(
-        mask=torch.ones(1, count), advantages=torch.full((1, count), advantages), weights=torch.ones(1, count), rewards=torch.zeros(1),
-        group=row, arm=row, version=row,
-    )  # fmt: skip
+        mask=torch.ones(1, count),
+        advantages=torch.full((1, count), advantages),
+        weights=torch.ones(1, count),
+        rewards=torch.zeros(1),
+        group=row,
+        arm=row,
+        version=row,
+    )
     entropy = found.get("entropy")
     extra = {key: value[None] for key, value in found.items() if ":" in key}
     policy = PolicyTokens(found["logp"][None], None if entropy is None else entropy[None], extra)
@@ -73,16 +84,26 @@ def test_rows_without_advantage_are_trained_and_rows_without_weight_are_not() ->
     objective = Objective(POLICY_LOSSES.bind("em_ft"), (), AGGREGATES.bind("token_mean"))
     ids, ones = torch.zeros(3, dtype=torch.int64), torch.ones(3, 2)
     batch = TrainBatch(
-        mask=torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]]), advantages=ones * 0, weights=ones * torch.tensor([[1.0], [0.0], [1.0]]),
-        rewards=ids.float(), group=ids, arm=ids, version=ids,
-    )  # fmt: skip
+        mask=torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]]),
+        advantages=ones * 0,
+        weights=ones * torch.tensor([[1.0], [0.0], [1.0]]),
+        rewards=ids.float(),
+        group=ids,
+        arm=ids,
+        version=ids,
+    )
     assert objective.idle_rows(batch).tolist() == [False, True, True]
 
 
-@pytest.mark.parametrize(("name", "said"), [("em_ft", "needs policy.entropy"), ("one_shot_em", "needs the statistic 'entropy:0.5'")])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("em_ft", "needs policy.entropy"), ("one_shot_em", "needs the statistic 'entropy:0.5'")],
+)
 def test_a_missing_statistic_is_named(name: str, said: str) -> None:
     row = torch.zeros(1, dtype=torch.int64)
     ones = torch.ones(1, 1)
-    batch = TrainBatch(mask=ones, advantages=ones, weights=ones, rewards=ones[0], group=row, arm=row, version=row)
+    batch = TrainBatch(
+        mask=ones, advantages=ones, weights=ones, rewards=ones[0], group=row, arm=row, version=row
+    )
     with pytest.raises(ValueError, match=said):
         POLICY_LOSSES.bind(name)(PolicyTokens(ones), batch)

@@ -15,8 +15,11 @@ def expressions(split: str) -> dict[str, str]:
     return {step.columns["prompt"]: step.columns["answer"] for step in steps}
 
 
-# (rows, annotations, distinct annotations, distinct expressions, malformed): 11,021 and 2,894 count "100/2=50" and "100/2=50.00" apart.
-@pytest.mark.parametrize(("split", "counts"), [("train", (7473, 23716, 11021, 10772, 0)), ("test", (1319, 4282, 2894, 2845, 1))])
+# (rows, annotations, distinct annotations, distinct expressions, malformed): 11,021 and 2,894 count
+# "100/2=50" and "100/2=50.00" apart.
+@pytest.mark.parametrize(
+    ("split", "counts"), [("train", (7473, 23716, 11021, 10772, 0)), ("test", (1319, 4282, 2894, 2845, 1))]
+)
 def test_the_files_hold_the_known_numbers_of_expressions(split: str, counts: tuple[int, ...]):
     rows = read_rows(str(GSM8K / f"{split}.jsonl"), split=split)
     found = [annotation for row in rows for annotation in annotations_of(row.columns["answer"])]

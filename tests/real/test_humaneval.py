@@ -1,4 +1,6 @@
-"""``code_tests`` on HumanEval (../shared/data/code): every canonical solution passes, and no body that solves nothing."""
+"""``code_tests`` on HumanEval (../shared/data/code): every canonical solution passes, and no body
+that solves nothing.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ except ValueError as error:
 def graded(problem: dict[str, Any], *completions: str) -> list[Score]:
     columns = {name: problem[name] for name in ("test", "entry_point")}
     return code_tests(
-        RewardInputs(problem["prompt"], completions, (1,) * len(completions), ("stop",) * len(completions), columns),
+        RewardInputs(
+            problem["prompt"], completions, (1,) * len(completions), ("stop",) * len(completions), columns
+        ),
         before_column="prompt",
         seconds=9.0,
     )
@@ -37,9 +41,19 @@ def test_all_canonical_solutions_pass_and_no_useless_body_does():
     problems = [json.loads(line) for line in PROBLEMS.read_text(encoding="utf-8").splitlines()]
     assert len(problems) == 164
     with ThreadPoolExecutor(max_workers=2) as threads:
-        scores = list(threads.map(lambda problem: graded(problem, problem["canonical_solution"], *USELESS), problems))
-    assert [problem["task_id"] for problem, (right, *_) in zip(problems, scores, strict=True) if right.value != 1.0] == []
-    passed = [problem["task_id"] for problem, (_, *useless) in zip(problems, scores, strict=True) if useless != [wrong()] * len(USELESS)]
+        scores = list(
+            threads.map(lambda problem: graded(problem, problem["canonical_solution"], *USELESS), problems)
+        )
+    assert [
+        problem["task_id"]
+        for problem, (right, *_) in zip(problems, scores, strict=True)
+        if right.value != 1.0
+    ] == []
+    passed = [
+        problem["task_id"]
+        for problem, (_, *useless) in zip(problems, scores, strict=True)
+        if useless != [wrong()] * len(USELESS)
+    ]
     assert passed == []
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from math_verify import parse, verify
 
-from reviewed_verdicts import DECIDED, RULES
 from reward import answer_text
 from reward.math_answer import Verdict, compare, math_answer
 from reward.score import RewardInputs, Score
 from reward.time_limit import TimeUp, cpu_time_limit
+from support.reviewed_verdicts import DECIDED, RULES
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 VERIFY = DATA / "verify"
@@ -34,7 +34,11 @@ def graded(gold: str, completion: str) -> Score:
 
 def false_verdicts(rows: list[dict[str, str]]) -> list[tuple[str, bool]]:
     """Id and label of rows whose verdict is not the label; an ungraded answer is no right one."""
-    return [(row["id"], row["correct"]) for row in rows if (graded(row["gold"], row["prediction"]).value == 1.0) != row["correct"]]
+    return [
+        (row["id"], row["correct"])
+        for row in rows
+        if (graded(row["gold"], row["prediction"]).value == 1.0) != row["correct"]
+    ]
 
 
 @pytest.mark.slow
@@ -87,16 +91,24 @@ def pairs_of_different_rows(count: int) -> list[tuple[str, str]]:
     draw = random.Random(0)
     golds, completions = sorted(golds), sorted(completions, key=lambda text: text.removeprefix("\\boxed{"))
     start = draw.randrange(50)
-    near = [(golds[place * len(golds) // len(completions)], completions[place]) for place in range(start, len(completions))]
+    near = [
+        (golds[place * len(golds) // len(completions)], completions[place])
+        for place in range(start, len(completions))
+    ]
     return near[: count // 2] + [(draw.choice(golds), draw.choice(completions)) for _ in range(count // 2)]
 
 
 def math_verify_alone(gold: str, completion: str) -> bool:
     """Bare mathematics between dollars, as math-verify asks for it, and nothing else."""
-    texts = [text if any(mark in text for mark in ("$", "\\boxed", "\\(", "\\[")) else f"${text}$" for text in (gold, completion)]
+    texts = [
+        text if any(mark in text for mark in ("$", "\\boxed", "\\(", "\\[")) else f"${text}$"
+        for text in (gold, completion)
+    ]
     try:
         with cpu_time_limit(2.0):
-            return verify(parse(texts[0], parsing_timeout=0), parse(texts[1], parsing_timeout=0), timeout_seconds=0)
+            return verify(
+                parse(texts[0], parsing_timeout=0), parse(texts[1], parsing_timeout=0), timeout_seconds=0
+            )
     except TimeUp:
         return False
 
@@ -109,16 +121,26 @@ def math_verify_reads_it(gold: str, completion: str, answer: str) -> bool:
 
 @pytest.mark.slow
 def test_where_math_verify_alone_says_wrong_a_right_answer_is_of_a_reviewed_kind():
-    labelled = [(row["gold"], row["prediction"]) for name in ("dev", "notations") for row in read(VERIFY / f"{name}.jsonl")]
+    labelled = [
+        (row["gold"], row["prediction"])
+        for name in ("dev", "notations")
+        for row in read(VERIFY / f"{name}.jsonl")
+    ]
     mended: list[Verdict] = []
     for gold, completion in labelled + pairs_of_different_rows(1000):
         score = graded(gold, completion)
         expected = answer_text.gold_part(gold)
-        if score.value == 1.0 and score.answer and not math_verify_reads_it(expected, completion, score.answer):
+        if (
+            score.value == 1.0
+            and score.answer
+            and not math_verify_reads_it(expected, completion, score.answer)
+        ):
             mended.append(compare(expected, score.answer))
             assert is_reviewed(mended[-1]), (gold, completion, score.answer, mended[-1])
     assert len(mended) >= 20  # the rules have something to do
 
 
 def is_reviewed(verdict: Verdict) -> bool:
-    return verdict.rules <= set(RULES) and (verdict.by in DECIDED if verdict.by != "algebra" else bool(verdict.rules))
+    return verdict.rules <= set(RULES) and (
+        verdict.by in DECIDED if verdict.by != "algebra" else bool(verdict.rules)
+    )

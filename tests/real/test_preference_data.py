@@ -22,22 +22,33 @@ def tokenizer(tiny_models: Any) -> Any:
 
 
 def reader_of(tokenizer: Any, name: str, **keys: Any) -> tuple[JudgedData, Reader]:
-    data = JudgedData(train=str(DATA / f"{name}.jsonl"), max_prompt_tokens=8192, max_completion_tokens=8192, **keys)
+    data = JudgedData(
+        train=str(DATA / f"{name}.jsonl"), max_prompt_tokens=8192, max_completion_tokens=8192, **keys
+    )
     return data, Reader(tokenizer, (tokenizer.eos_token_id,), data)
 
 
 @pytest.mark.parametrize(
     ("name", "rows", "dropped", "template"),
-    [("hh_helpful_train", 3000, 6, "auto"), ("hh_helpful_test", 500, 4, "auto"), ("hh_helpful_test", 500, 4, "none")],
+    [
+        ("hh_helpful_train", 3000, 6, "auto"),
+        ("hh_helpful_test", 500, 4, "auto"),
+        ("hh_helpful_test", 500, 4, "none"),
+    ],
 )
-def test_hh_transcripts_split_at_the_last_answer(tokenizer: Any, name: str, rows: int, dropped: int, template: str) -> None:
+def test_hh_transcripts_split_at_the_last_answer(
+    tokenizer: Any, name: str, rows: int, dropped: int, template: str
+) -> None:
     data, reader = reader_of(tokenizer, name, chat_template=template)
     found = load_pairs(data, "train", reader, seed=0, needs=frozenset())
-    # A few transcripts part before their last turn: DPO's own code would cut the rejected side at the chosen one's length.
+    # A few transcripts part before their last turn: DPO's own code would cut the rejected side at the chosen
+    # one's length.
     assert found.dropped == {"different prompts": dropped} and len(found) == rows - dropped
     assert not found.changed.get("prompts cut") and not found.changed.get("completions cut")
     for pair in found.pairs[:200]:
-        prompt, chosen, rejected = (tokenizer.decode(list(ids)) for ids in (pair.prompt, pair.chosen, pair.rejected))
+        prompt, chosen, rejected = (
+            tokenizer.decode(list(ids)) for ids in (pair.prompt, pair.chosen, pair.rejected)
+        )
         assert chosen != rejected and chosen.endswith("<eos>") and rejected.endswith("<eos>")
         assert prompt.endswith("<assistant>" if template == "auto" else "\n\nAssistant:")
         assert "Human:" not in chosen or "\n\nHuman:" not in chosen
@@ -61,7 +72,9 @@ def test_the_splits_of_the_graded_sets_share_no_prompt() -> None:
     for name in ("graded_gpt4_scores", "graded_human_votes"):
         prompts = []
         for split in ("train", "test"):
-            _, rows = judged_rows(JudgedData(train=str(DATA / f"{name}.jsonl"), where={"split": split}), "train")
+            _, rows = judged_rows(
+                JudgedData(train=str(DATA / f"{name}.jsonl"), where={"split": split}), "train"
+            )
             prompts.append({row.columns["prompt"] for row in rows})
         assert all(prompts) and not prompts[0] & prompts[1]
 
@@ -75,15 +88,21 @@ def test_truncation_never_cuts_one_side_only(tokenizer: Any) -> None:
     assert found.dropped["too long on one side"] > 50
     for pair in found.pairs:
         before = whole[pair.id]
-        cut = [len(now) < len(then) for now, then in ((pair.chosen, before.chosen), (pair.rejected, before.rejected))]
+        cut = [
+            len(now) < len(then)
+            for now, then in ((pair.chosen, before.chosen), (pair.rejected, before.rejected))
+        ]
         assert cut in ([True, True], [False, False])
         assert pair.prompt == before.prompt[-300:]
 
 
 @pytest.mark.parametrize(
-    ("name", "classes", "dropped"), [("binary_gsm8k", (1000, 1000), {}), ("binary_kto_general", (150, 149), {"empty": 1})]
+    ("name", "classes", "dropped"),
+    [("binary_gsm8k", (1000, 1000), {}), ("binary_kto_general", (150, 149), {"empty": 1})],
 )
-def test_labelled_completions_are_counted_by_class(tokenizer: Any, name: str, classes: tuple[int, int], dropped: dict[str, int]) -> None:
+def test_labelled_completions_are_counted_by_class(
+    tokenizer: Any, name: str, classes: tuple[int, int], dropped: dict[str, int]
+) -> None:
     data, reader = reader_of(tokenizer, name)
     found = load_labels(data, "train", reader, seed=0, needs=frozenset({"label"}))
     assert (found.classes, found.dropped) == (classes, dropped)

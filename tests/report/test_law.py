@@ -36,7 +36,8 @@ def test_the_fit_is_numpys_least_squares() -> None:
 
 
 @pytest.mark.parametrize(
-    ("freedom", "expected"), [(1, 12.7062047), (2, 4.3026527), (3, 3.1824463), (10, 2.2281389), (30, 2.0422725), (1e6, 1.9599664)]
+    ("freedom", "expected"),
+    [(1, 12.7062047), (2, 4.3026527), (3, 3.1824463), (10, 2.2281389), (30, 2.0422725), (1e6, 1.9599664)],
 )
 def test_students_quantile_is_the_tables(freedom: float, expected: float) -> None:
     assert student_quantile(freedom) == pytest.approx(expected, rel=1e-6)
@@ -44,7 +45,8 @@ def test_students_quantile_is_the_tables(freedom: float, expected: float) -> Non
 
 @pytest.mark.parametrize(("memory", "least"), [(0.0, 0.92), (0.5, 0.85)])
 def test_intervals_hold_the_truth_about_as_often_as_they_say(memory: float, least: float) -> None:
-    # 400 runs of 60 steps on one curve with noise, white or remembering half of itself; plain intervals would cover 0.74 of the latter
+    # 400 runs of 60 steps on one curve with noise, white or remembering half of itself; plain intervals would
+    # cover 0.74 of the latter
     generator, inside = np.random.default_rng(1), 0
     entropy = 1.2 * np.exp(-np.arange(60) / 25)
     for _ in range(400):
@@ -68,13 +70,19 @@ def test_too_few_points_or_one_entropy_fit_nothing(entropy: list[float]) -> None
     assert fit_law(entropy, [0.1] * len(entropy)) is None
 
 
-def run(law: Law, steps: int, *, start: float = 1.0, rate: float = 0.1, first: int = 0) -> list[dict[str, float]]:
-    """Entropy falls exponentially and the reward follows the law with a = 0.2, b = 0.8, and a small wobble."""
+def run(
+    law: Law, steps: int, *, start: float = 1.0, rate: float = 0.1, first: int = 0
+) -> list[dict[str, float]]:
+    """Entropy falls exponentially and the reward follows the law with a = 0.2, b = 0.8, and a small
+    wobble.
+    """
     found = []
     for step in range(first, first + steps):
         entropy = start * math.exp(-rate * step)
         reward = 0.8 - 0.2 * math.exp(entropy) + 1e-3 * math.sin(7 * step)
-        found.append(law.step({"learner/entropy_mean": entropy, "reward/correct": reward, "reward/mean": -5.0}))
+        found.append(
+            law.step({"learner/entropy_mean": entropy, "reward/correct": reward, "reward/mean": -5.0})
+        )
     return found
 
 
@@ -102,7 +110,9 @@ def test_exhausted_is_said_once_and_stays_in_the_metrics() -> None:
 def test_entropy_that_rewards_do_not_fall_with_is_not_exhausted() -> None:
     law = Law()
     for step in range(60):
-        law.step({"learner/entropy_mean": math.exp(-0.1 * step), "reward/mean": 0.5 + 0.1 * math.sin(5 * step)})
+        law.step(
+            {"learner/entropy_mean": math.exp(-0.1 * step), "reward/mean": 0.5 + 0.1 * math.sin(5 * step)}
+        )
     assert not law.exhausted() and law.message() is None
 
 
@@ -127,7 +137,13 @@ def test_a_step_without_rewards_is_no_point() -> None:
 
 def test_the_step_line_shows_the_ceiling_on_eighty_columns() -> None:
     file = io.StringIO()
-    names = ("reward/mean", "reward/useful_groups", "learner/entropy_mean", "rollout/mismatch_abs", "learner/grad_norm")
+    names = (
+        "reward/mean",
+        "reward/useful_groups",
+        "learner/entropy_mean",
+        "rollout/mismatch_abs",
+        "learner/grad_norm",
+    )
     metrics = dict.fromkeys((*names, "time/tokens_per_second", "time/step"), 0.5) | {"law/ceiling": 0.913}
     Progress(9, Console(file=file, force_terminal=True, width=80, color_system=None)).step(metrics)
     header, line = file.getvalue().splitlines()

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from rltrain.report.metrics import METRICS, check_names, completion_metrics, step_metrics, why_zero
-from rltrain.types import Completion, Episode, Prompt, Score, ScoredGroup, TrainBatch
+from reward.score import Episode, Score
+from rltrain.report.metrics import METRICS, check_names, completion_metrics, step_metrics, why_no_update
+from rltrain.types.policy import TrainBatch
+from rltrain.types.samples import Completion, Prompt, ScoredGroup, Span
 
 NAN = math.nan
 MASK = torch.tensor([[1, 1], [1, 0], [1, 1], [0, 0]], dtype=torch.bool)
@@ -42,7 +44,9 @@ def test_rewards_are_taken_over_graded_completions_only():
     assert close(found["reward/std"], math.sqrt((0.25 + 0.25 + 0) / 3))
     assert (found["reward/min"], found["reward/max"]) == (0.0, 1.0)
     assert found["reward/graded"] == 0.75
-    assert found["reward/useful_groups"] == 0.5  # group 7: 1 and 0; group 3: only one graded, nothing to compare
+    assert (
+        found["reward/useful_groups"] == 0.5
+    )  # group 7: 1 and 0; group 3: only one graded, nothing to compare
 
 
 def test_a_step_without_any_reward_says_nan_and_not_zero():
@@ -74,7 +78,9 @@ def test_a_token_the_engine_thought_impossible_keeps_the_numbers_finite():
 
 
 def test_without_engine_log_probs_there_is_no_mismatch_to_report():
-    assert not [name for name in step_metrics(batch(rollout_logp=None), LOGP, ENTROPY) if name.startswith("rollout/")]
+    assert not [
+        name for name in step_metrics(batch(rollout_logp=None), LOGP, ENTROPY) if name.startswith("rollout/")
+    ]
 
 
 def test_a_step_without_a_token_has_no_ratio_and_does_not_fail():
@@ -100,7 +106,9 @@ def test_masked_share_counts_weight_zero_and_what_left_the_mask():
     values = torch.nan_to_num(ENTROPY, nan=9.0)
     found = step_metrics(batch(rollout_logp=None), LOGP, values, sampled=sampled)
     assert found["control/masked"] == pytest.approx(3 / 7)
-    assert found["learner/entropy_mean"] == pytest.approx((0 + 1 + 2 + 3 + 4 + 9 + 9) / 7)  # a control cannot hide tokens
+    assert found["learner/entropy_mean"] == pytest.approx(
+        (0 + 1 + 2 + 3 + 4 + 9 + 9) / 7
+    )  # a control cannot hide tokens
 
 
 def test_row_order_and_padding_change_nothing():
@@ -117,7 +125,9 @@ def test_row_order_and_padding_change_nothing():
         version=whole.version,
         rollout_logp=wide(whole.rollout_logp, NAN),
     )
-    assert step_metrics(moved, wide(LOGP, NAN), wide(ENTROPY, NAN)) == pytest.approx(step_metrics(whole, LOGP, ENTROPY))
+    assert step_metrics(moved, wide(LOGP, NAN), wide(ENTROPY, NAN)) == pytest.approx(
+        step_metrics(whole, LOGP, ENTROPY)
+    )
 
 
 def test_numbers_are_read_once():
@@ -138,7 +148,7 @@ def test_numbers_are_read_once():
         step_metrics(batch(), LOGP, ENTROPY)
     assert reads.seen == ["tolist"]
     with Reads() as reads:
-        why_zero(batch(), 1e-3)
+        why_no_update(batch(), 1e-3)
     assert reads.seen == ["tolist"]
     with Reads() as reads:
         assert float(LOGP[0].sum()) and LOGP[0, 0].item()
@@ -147,28 +157,28 @@ def test_numbers_are_read_once():
 
 def test_why_zero_names_the_cause():
     zero = torch.zeros(4, 2)
-    assert why_zero(batch(), lr=1e-3) is None
-    assert why_zero(batch(), lr=0.0) == "lr 0"
-    assert why_zero(batch(mask=zero.bool()), 1e-3).startswith("all masked (no completion")
-    assert why_zero(batch(weights=zero), 1e-3).startswith("all masked (a control")
+    assert why_no_update(batch(), lr=1e-3) is None
+    assert why_no_update(batch(), lr=0.0) == "lr 0"
+    assert why_no_update(batch(mask=zero.bool()), 1e-3).startswith("all masked (no completion")
+    assert why_no_update(batch(weights=zero), 1e-3).startswith("all masked (a control")
     equal = torch.tensor([1.0, 1.0, 0.5, NAN])  # equal within groups, not between them
-    assert why_zero(batch(rewards=equal, advantages=zero), 1e-3).startswith("all groups equal")
-    assert why_zero(batch(advantages=zero), 1e-3).startswith("all advantages 0")
+    assert why_no_update(batch(rewards=equal, advantages=zero), 1e-3).startswith("all groups equal")
+    assert why_no_update(batch(advantages=zero), 1e-3).startswith("all advantages 0")
 
 
 def test_equal_groups_with_advantages_can_still_learn():
     # REINFORCE++ compares with the whole step: equal rewards within groups are not the reason there
-    assert why_zero(batch(rewards=torch.tensor([1.0, 1.0, 0.0, 0.0])), 1e-3) is None
+    assert why_no_update(batch(rewards=torch.tensor([1.0, 1.0, 0.0, 0.0])), 1e-3) is None
 
 
 def test_why_zero_looks_only_at_rows_that_count():
     # group 7 differs only through row 1, which is masked out
     mask = MASK & torch.tensor([[1], [0], [1], [1]], dtype=torch.bool)
-    assert why_zero(batch(mask=mask, advantages=torch.zeros(4, 2)), 1e-3).startswith("all groups equal")
+    assert why_no_update(batch(mask=mask, advantages=torch.zeros(4, 2)), 1e-3).startswith("all groups equal")
 
 
 def completion(tokens: int, finish: str = "stop") -> Completion:
-    return Completion(tuple(range(tokens)), (0.0,) * tokens, finish, "text", version=0)
+    return Completion(tuple(range(tokens)), (0.0,) * tokens, finish, "text", (Span(0, tokens, 0),))
 
 
 GROUPS = [
@@ -212,13 +222,34 @@ def test_a_name_outside_the_table_is_refused_with_the_nearest():
         check_names(["reward/mean", "reward/maen"])
     with pytest.raises(ValueError, match="loss/"):
         check_names(["loss/"])
-    check_names(["loss/clip_share", "control/kl_cov_tokens", "reward/part/math/correct", "eval/pass@8_low", "time/annotate"])
+    check_names(
+        [
+            "loss/clip_share",
+            "control/kl_cov_tokens",
+            "reward/part/math/correct",
+            "eval/pass@8_low",
+            "time/annotate",
+        ]
+    )
 
 
 def test_the_table_has_every_name_once_under_a_stage():
     names = [metric.name for metric in METRICS]
     assert len(names) == len(set(names))
-    stages = {"rollout", "reward", "process_reward", "advantage", "control", "loss", "learner", "pairs", "sync", "eval", "law", "time"}
+    stages = {
+        "rollout",
+        "reward",
+        "process_reward",
+        "advantage",
+        "control",
+        "loss",
+        "learner",
+        "pairs",
+        "sync",
+        "eval",
+        "law",
+        "time",
+    }
     assert {name.split("/")[0] for name in names} == stages
 
 
@@ -226,9 +257,15 @@ def test_episodes_count_what_the_policy_wrote_and_what_it_read():
     def played(turns, tokens, failure=None, **parts):
         spans = tuple((4 * turn, 4 * turn + 3) for turn in range(turns))
         episode = Episode(0.0, parts, ("x",) * turns, failure)
-        return Completion((0,) * tokens, (0.0,) * tokens, "stop", "", 0, turns=spans, episode=episode)
+        return Completion(
+            (0,) * tokens, (0.0,) * tokens, "stop", "", (Span(0, tokens, 0),), turns=spans, episode=episode
+        )
 
-    completions = (played(2, 7, calls=3.0), played(1, 3, calls=0.0), played(1, 3, "environment_timeout: late", calls=9.0))
+    completions = (
+        played(2, 7, calls=3.0),
+        played(1, 3, calls=0.0),
+        played(1, 3, "environment_timeout: late", calls=9.0),
+    )
     scores = (Score(1.0), Score(0.0), Score(0.0, ungraded="environment_timeout: late"))
     found = completion_metrics([ScoredGroup(0, Prompt("p", (1,), ""), completions, scores)])
     assert found["rollout/tokens"] == 6 + 3 + 3  # one token of seven is an observation

@@ -25,7 +25,14 @@ METRICS = {
     "time/update": 0.23,
     "time/sync": 0.03,
 }
-EVAL = {"eval/reward": 0.39, "eval/pass@8": 0.86, "eval/pass@8_low": 0.81, "eval/pass@8_high": 0.9, "eval/ungraded": 0.0, "time/eval": 1.0}
+EVAL = {
+    "eval/reward": 0.39,
+    "eval/pass@8": 0.86,
+    "eval/pass@8_low": 0.81,
+    "eval/pass@8_high": 0.9,
+    "eval/ungraded": 0.0,
+    "time/eval": 1.0,
+}
 
 
 def shown(act, *, width: int = 80, terminal: bool = True, total: int = 200) -> list[str]:
@@ -38,14 +45,40 @@ def shown(act, *, width: int = 80, terminal: bool = True, total: int = 200) -> l
 def test_every_line_fits_the_terminal_and_columns_end_where_their_header_ends(width):
     header, line = shown(lambda progress: progress.step(METRICS), width=width)
     assert len(line) == len(header) <= width
-    ends = [i for i, (here, after) in enumerate(zip(header, header[1:] + " ", strict=True)) if here != " " and after == " "]
+    ends = [
+        i
+        for i, (here, after) in enumerate(zip(header, header[1:] + " ", strict=True))
+        if here != " " and after == " "
+    ]
     assert all(line[end] != " " and line[end + 1 : end + 2] in (" ", "") for end in ends)
 
 
 def test_eighty_columns_hold_what_the_issue_asks_for():
     header, line = shown(lambda progress: progress.step(METRICS))
-    assert header.split() == ["step", "reward", "useful", "entropy", "|dlogp|", "grad", "tok/s", "time", "rollout", "update"]
-    assert line.split() == ["1/200", "0.412", "62%", "0.391", "2.1e-6", "0.520", "17.8k", "0.50s", "0.21s", "0.23s"]
+    assert header.split() == [
+        "step",
+        "reward",
+        "useful",
+        "entropy",
+        "|dlogp|",
+        "grad",
+        "tok/s",
+        "time",
+        "rollout",
+        "update",
+    ]
+    assert line.split() == [
+        "1/200",
+        "0.412",
+        "62%",
+        "0.391",
+        "2.1e-6",
+        "0.520",
+        "17.8k",
+        "0.50s",
+        "0.21s",
+        "0.23s",
+    ]
 
 
 def test_wide_terminals_add_the_other_phases_and_the_time_left():
@@ -55,7 +88,9 @@ def test_wide_terminals_add_the_other_phases_and_the_time_left():
 
 
 def test_the_loss_is_not_on_the_line():
-    assert not any("0.98" in line or "loss" in line for line in shown(lambda progress: progress.step(METRICS), width=300))
+    assert not any(
+        "0.98" in line or "loss" in line for line in shown(lambda progress: progress.step(METRICS), width=300)
+    )
 
 
 def test_the_header_comes_back_every_twenty_steps_and_when_the_columns_change():
@@ -84,7 +119,10 @@ def test_a_missing_number_is_a_dash_and_keeps_the_columns():
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_line_says_why_nothing_was_learned(terminal):
-    lines = shown(lambda progress: progress.step({**METRICS, "learner/grad_norm": 0.0}, "all groups equal"), terminal=terminal)
+    lines = shown(
+        lambda progress: progress.step({**METRICS, "learner/grad_norm": 0.0}, "all groups equal"),
+        terminal=terminal,
+    )
     assert "nothing learned: all groups equal" in lines[-1]
     wide = shown(lambda progress: progress.step(METRICS, "lr 0"), width=200)
     assert len(wide) == 2 and wide[1].endswith("nothing learned: lr 0")
@@ -92,8 +130,12 @@ def test_the_line_says_why_nothing_was_learned(terminal):
 
 def test_a_log_file_gets_names_with_every_number_and_no_header():
     (line,) = shown(lambda progress: progress.step(METRICS), terminal=False, width=80)
-    assert line.startswith("step   1/200  reward 0.412  useful 62%  entropy 0.391  |dlogp| 2.1e-6  grad 0.520")
-    assert line.endswith("time 0.50s  rollout 0.21s  grade 0.02s  annot 0.01s  update 0.23s  sync 0.03s  left 100s")
+    assert line.startswith(
+        "step   1/200  reward 0.412  useful 62%  entropy 0.391  |dlogp| 2.1e-6  grad 0.520"
+    )
+    assert line.endswith(
+        "time 0.50s  rollout 0.21s  grade 0.02s  annot 0.01s  update 0.23s  sync 0.03s  left 100s"
+    )
 
 
 def test_evaluations_stand_apart_with_their_interval_first():
@@ -111,7 +153,9 @@ def test_an_interval_of_nan_is_left_out():
 
 
 def test_brackets_in_messages_are_text_and_not_markup():
-    assert shown(lambda progress: progress.message("see [bold]runs/x[/bold] [0.1, 0.2]")) == ["see [bold]runs/x[/bold] [0.1, 0.2]"]
+    assert shown(lambda progress: progress.message("see [bold]runs/x[/bold] [0.1, 0.2]")) == [
+        "see [bold]runs/x[/bold] [0.1, 0.2]"
+    ]
 
 
 def test_a_resumed_run_counts_on():
@@ -122,7 +166,9 @@ def test_a_resumed_run_counts_on():
 
 
 def test_nan_is_shown_as_nan():
-    assert "nan" in shown(lambda progress: progress.step({**METRICS, "learner/grad_norm": math.nan}))[1].split()
+    assert (
+        "nan" in shown(lambda progress: progress.step({**METRICS, "learner/grad_norm": math.nan}))[1].split()
+    )
 
 
 @pytest.mark.parametrize(

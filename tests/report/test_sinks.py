@@ -30,10 +30,14 @@ def test_a_line_is_readable_before_the_file_is_closed(tmp_path):
 def test_nan_and_infinity_stay_valid_json_and_are_named(tmp_path):
     lines = JsonLines(tmp_path / "m.jsonl")
     lines.log(1, {"a": float("nan"), "b": float("-inf"), "c": 1.0})
-    assert read(lines.path) == [{"step": 1, "a": None, "b": None, "c": 1.0, "nonfinite": {"a": "nan", "b": "-inf"}}]
+    assert read(lines.path) == [
+        {"step": 1, "a": None, "b": None, "c": 1.0, "nonfinite": {"a": "nan", "b": "-inf"}}
+    ]
 
 
-@pytest.mark.parametrize("torn", [b'{"step": 2, "a": 0.', b"x" * 200_000], ids=["short", "longer than the read buffer"])
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 2, "a": 0.', b"x" * 200_000], ids=["short", "longer than the read buffer"]
+)
 def test_a_half_written_last_line_is_cut_off_on_reopening(tmp_path, torn):
     path = tmp_path / "m.jsonl"
     path.write_bytes(b'{"step": 1}\n' + torn)
@@ -150,12 +154,19 @@ def test_named_trackers_get_every_step(name, tmp_path, monkeypatch):
     sinks.log(4, {"reward/mean": 0.5})
     sinks.close()
     (run,) = runs
-    assert run.options["project"] == "project-x" and run.options["name"] == tmp_path.name and run.options["config"] == {"seed": 1}
+    assert (
+        run.options["project"] == "project-x"
+        and run.options["name"] == tmp_path.name
+        and run.options["config"] == {"seed": 1}
+    )
     assert "mode" not in run.options  # so WANDB_MODE=offline decides
     assert run.logged == [(4, {"reward/mean": 0.5})] and run.finished
 
 
-@pytest.mark.parametrize(("name", "module"), [("wandb", "wandb"), ("trackio", "trackio"), ("tensorboard", "torch.utils.tensorboard")])
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("wandb", "wandb"), ("trackio", "trackio"), ("tensorboard", "torch.utils.tensorboard")],
+)
 def test_a_missing_tracker_is_one_clear_error_before_the_run(name, module, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)  # import now raises ImportError
     with pytest.raises(UserError, match=rf"report.sinks names {name}.*pip install '{name}'.*or remove it"):
@@ -178,7 +189,8 @@ def test_an_unknown_tracker_gets_a_suggestion(tmp_path):
 
 def test_tensorboard_reads_back_what_was_logged(tmp_path):
     accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed (pip install rltrain[trackers])"
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="tensorboard is not installed (pip install rltrain[trackers])",
     )
     sinks = open_sinks(tmp_path, ["tensorboard"], "p", {}, print)
     for step in (1, 2):
@@ -190,6 +202,17 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path):
 
 
 def test_reporting_needs_neither_torch_nor_a_tracker():
-    code = "import sys, rltrain.report.progress, rltrain.report.sinks, rltrain.report.statistics, rltrain.report.names\n"
-    code += "print(sorted({'torch', 'wandb', 'trackio', 'tensorboard', 'transformers', 'vllm'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import sys, rltrain.report.progress, rltrain.report.sinks, rltrain.report.statistics, "
+        "rltrain.report.names\n"
+    )
+    code += (
+        "print(sorted({'torch', 'wandb', 'trackio', 'tensorboard', 'transformers', 'vllm'} & "
+        "set(sys.modules)))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

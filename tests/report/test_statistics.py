@@ -23,7 +23,9 @@ from rltrain.report.statistics import (
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(n):
     for correct, k in itertools.product(range(n + 1), range(1, n + 1)):
         subsets = list(itertools.combinations([True] * correct + [False] * (n - correct), k))
-        assert unbiased_pass_at_k(n, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+        assert unbiased_pass_at_k(n, correct, k) == pytest.approx(
+            sum(map(any, subsets)) / len(subsets), abs=1e-12
+        )
 
 
 def test_pass_at_k_by_hand():
@@ -32,7 +34,9 @@ def test_pass_at_k_by_hand():
     assert unbiased_pass_at_k(8, 0, 8) == 0.0
     assert unbiased_pass_at_k(10, 3, 1) == pytest.approx(0.3)
     # 1 - (190 * ... * 183) / (200 * ... * 193)
-    assert unbiased_pass_at_k(200, 10, 8) == pytest.approx(1 - math.prod((190 - i) / (200 - i) for i in range(8)))
+    assert unbiased_pass_at_k(200, 10, 8) == pytest.approx(
+        1 - math.prod((190 - i) / (200 - i) for i in range(8))
+    )
 
 
 def test_the_naive_formula_is_not_what_is_computed():
@@ -95,7 +99,9 @@ def test_no_prompts_is_an_error_and_not_a_zero():
 def test_pairing_removes_the_spread_between_prompts():
     generator = random.Random(0)
     before = {f"p{i}": generator.random() for i in range(100)}  # spread of 0.29
-    after = {prompt: before[prompt] + 0.1 for prompt in reversed(before)}  # the order of prompts does not matter
+    after = {
+        prompt: before[prompt] + 0.1 for prompt in reversed(before)
+    }  # the order of prompts does not matter
     found = paired_difference(before, after, seed=0)
     assert (found.value, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
     unpaired = average(list(before.values()), seed=0)
@@ -104,7 +110,11 @@ def test_pairing_removes_the_spread_between_prompts():
 
 def test_difference_changes_sign_with_the_order_of_the_runs():
     one, two = {"a": 0.0, "b": 1.0, "c": 0.5}, {"a": 1.0, "b": 1.0, "c": 0.0}
-    assert paired_difference(one, two, seed=0).value == -paired_difference(two, one, seed=0).value == pytest.approx(0.5 / 3)
+    assert (
+        paired_difference(one, two, seed=0).value
+        == -paired_difference(two, one, seed=0).value
+        == pytest.approx(0.5 / 3)
+    )
 
 
 def test_runs_over_different_prompts_are_not_compared():
@@ -113,20 +123,26 @@ def test_runs_over_different_prompts_are_not_compared():
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
-    # 200 evaluations of 60 prompts with true pass@1 0.3: a 95 % interval should cover in 180 or more, and not always
+    # 200 evaluations of 60 prompts with true pass@1 0.3: a 95 % interval should cover in 180 or more, and not
+    # always
     generator = np.random.default_rng(0)
     covered = 0
     for seed in range(200):
-        low, high = bootstrap_interval(generator.binomial(8, generator.beta(0.6, 1.4, size=60)) / 8, seed=seed, resamples=1000)
+        low, high = bootstrap_interval(
+            generator.binomial(8, generator.beta(0.6, 1.4, size=60)) / 8, seed=seed, resamples=1000
+        )
         covered += low <= 0.3 <= high
     assert 180 <= covered <= 199
 
 
 def test_a_mean_over_tokens_weighs_completions_by_their_length():
-    # 6 over two tokens and 1 over one token: 7 / 3; drawn with replacement one prompt's mean is 3 and the other's 1
+    # 6 over two tokens and 1 over one token: 7 / 3; drawn with replacement one prompt's mean is 3 and the
+    # other's 1
     found = clustered_average([6.0, 1.0], [0, 1], counts=[2.0, 1.0], seed=0)
     assert (found.value, found.low, found.high) == (pytest.approx(7 / 3), 1.0, 3.0)
-    assert clustered_average([6.0, 1.0], [0, 1], counts=[1.0, 1.0], seed=0) == clustered_average([6.0, 1.0], [0, 1], seed=0)
+    assert clustered_average([6.0, 1.0], [0, 1], counts=[1.0, 1.0], seed=0) == clustered_average(
+        [6.0, 1.0], [0, 1], seed=0
+    )
 
 
 def test_calibration_error_by_hand():
@@ -148,7 +164,8 @@ def test_predictions_equal_to_the_degree_are_calibrated_and_no_opinion_is_no_err
     p = np.random.default_rng(1).random(500)
     assert calibration_error(p.tolist(), p.tolist()) == pytest.approx(0.0, abs=1e-12)
     assert calibration_error([0.5, 0.5], [1.0, 1.0]) == 0.0
-    # outcomes drawn with the predicted probabilities: what is left is the sampling error of ten bins of 50,000 pairs each
+    # outcomes drawn with the predicted probabilities: what is left is the sampling error of ten bins of
+    # 50,000 pairs each
     many = np.random.default_rng(2).random(500_000)
     assert calibration_error(many.tolist(), (np.random.default_rng(3).random(500_000) < many).tolist()) < 0.01
     with pytest.raises(ValueError, match="no pairs"):

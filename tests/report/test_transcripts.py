@@ -3,14 +3,15 @@
 import json
 import math
 
+from reward.score import Score
 from rltrain.report.transcripts import Transcripts
-from rltrain.types import Completion, Prompt, Score, ScoredGroup
+from rltrain.types.samples import Completion, Prompt, ScoredGroup, Span
 
 
 def group(number: int) -> ScoredGroup:
     completions = (
-        Completion((5, 6), (-0.1, -0.2), "stop", "4\u2028!", version=3),
-        Completion((5,), (-0.1,), "length", "", version=4, arm=1),
+        Completion((5, 6), (-0.1, -0.2), "stop", "4\u2028!", (Span(0, 2, 3),)),
+        Completion((5,), (-0.1,), "length", "", (Span(0, 1, 4),), arm=1),
     )
     scores = (Score(1.0, {"correct": 1.0, "odd": math.nan}), Score(0.0, ungraded="timeout"))
     return ScoredGroup(number, Prompt(f"row-{number}", (1, 2), "2 + 2 ="), completions, scores)
@@ -25,7 +26,12 @@ def test_the_first_groups_of_a_step_are_kept_whole(tmp_path):
     kept = Transcripts(tmp_path / "t.jsonl", groups_per_step=2)
     kept.log(7, [group(0), group(1), group(2)])
     first, second = read(tmp_path / "t.jsonl")
-    assert (first["step"], first["prompt_id"], second["prompt_id"], first["prompt"]) == (7, "row-0", "row-1", "2 + 2 =")
+    assert (first["step"], first["prompt_id"], second["prompt_id"], first["prompt"]) == (
+        7,
+        "row-0",
+        "row-1",
+        "2 + 2 =",
+    )
     assert first["completions"][0] == {
         "text": "4\u2028!",
         "score": 1.0,

@@ -1,4 +1,6 @@
-"""Graders that misbehave on the completion that names the misbehaviour, and score every other with its length."""
+"""Graders that misbehave on the completion that names the misbehaviour, and score every other with
+its length.
+"""
 
 import contextlib
 import os
@@ -138,7 +140,9 @@ def forks(inputs: RewardInputs, *, log: str = ""):
 
 
 def daemonises(inputs: RewardInputs, *, log: str = ""):
-    """Leaves a process behind that is in no session of the worker's and whose parent has gone; then does as the completion says."""
+    """Leaves a process behind that is in no session of the worker's and whose parent has gone; then
+    does as the completion says.
+    """
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0:

@@ -30,7 +30,9 @@ def inputs(*completions: str, tests: object = SUM, **columns: object) -> RewardI
 
 
 def passed(program: str, tests: object = SUM, **hp: object) -> float:
-    (score,) = code_io(inputs(program, tests=tests), score="share", **{"seconds": 1.0, "total_seconds": 2.0, **hp})
+    (score,) = code_io(
+        inputs(program, tests=tests), score="share", **{"seconds": 1.0, "total_seconds": 2.0, **hp}
+    )
     assert score.ungraded is None
     return score.parts["passed"]
 
@@ -86,23 +88,57 @@ def test_a_program_that_prints_the_answers_is_right_and_one_that_prints_some_has
 
 
 def test_programs_end_as_python_ends_them():
-    assert passed(f"def main():\n    {ADD.replace(chr(10), chr(10) + '    ')}\nif __name__ == '__main__':\n    main()\n") == 1.0
     assert (
-        passed(f"import threading\ndef main():\n    {ADD.replace(chr(10), chr(10) + '    ')}\nthreading.Thread(target=main).start()\n")
+        passed(
+            f"def main():\n    {ADD.replace(chr(10), chr(10) + '    ')}\nif __name__ == '__main__':\n    "
+            "main()\n"
+        )
         == 1.0
     )
-    assert passed("import atexit, sys\natexit.register(lambda: print(sum(map(int, sys.stdin.read().split()))))\n") == 1.0
+    assert (
+        passed(
+            "import threading\ndef main():\n    "
+            f"{ADD.replace(chr(10), chr(10) + '    ')}\nthreading.Thread(target=main).start()\n"
+        )
+        == 1.0
+    )
+    assert (
+        passed(
+            "import atexit, sys\natexit.register(lambda: print(sum(map(int, sys.stdin.read().split()))))\n"
+        )
+        == 1.0
+    )
     assert passed(ADD + "import sys\nsys.stdout.close()\n") == 1.0
-    assert passed(ADD + "exit()\n") == passed(ADD + "quit(0)\n") == passed(ADD + "import sys\nsys.exit()\n") == 1.0
-    assert passed("import sys, io\nsys.stdout = io.StringIO()\n" + ADD + "sys.__stdout__.write(sys.stdout.getvalue())\n") == 1.0
-    assert passed("import os\nout = os.fdopen(1, 'w')\nout.write(str(sum(map(int, input().split()))))\n") == 1.0
+    assert (
+        passed(ADD + "exit()\n")
+        == passed(ADD + "quit(0)\n")
+        == passed(ADD + "import sys\nsys.exit()\n")
+        == 1.0
+    )
+    assert (
+        passed(
+            "import sys, io\nsys.stdout = io.StringIO()\n"
+            + ADD
+            + "sys.__stdout__.write(sys.stdout.getvalue())\n"
+        )
+        == 1.0
+    )
+    assert (
+        passed("import os\nout = os.fdopen(1, 'w')\nout.write(str(sum(map(int, input().split()))))\n") == 1.0
+    )
     assert passed("import os\nprint(sum(map(int, os.read(0, os.fstat(0).st_size).split())))\n") == 1.0
     assert passed("print(sum(map(int, open(0))))", tests=[{"input": "1\n2\n", "output": "3"}]) == 1.0
 
 
 @pytest.mark.parametrize(
     "ending",
-    ["raise SystemExit(1)", "1 / 0", "import os\nos._exit(7)", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "input()"],
+    [
+        "raise SystemExit(1)",
+        "1 / 0",
+        "import os\nos._exit(7)",
+        "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
+        "input()",
+    ],
 )
 def test_the_right_text_and_a_failure_after_it_is_a_failure(ending):
     assert passed(f"{ADD}import sys\nsys.stdout.flush()\n{ending}\n") == 0.0
@@ -112,7 +148,9 @@ def test_tests_come_in_the_forms_of_published_data_sets():
     by_column = {"inputs": ["1 2\n", "40 2\n"], "outputs": ["3\n", "42\n"]}  # APPS, TACO
     of_lines = {"input": [["1 2"], ["40 2"]], "output": [["3"], ["42"]]}  # CodeContests, by lines
     typed = [{"type": "stdin_stdout", **test} for test in SUM]
-    assert [passed(ADD, tests) for tests in (by_column, of_lines, typed, json.dumps(typed), json.dumps(by_column))] == [1.0] * 5
+    assert [
+        passed(ADD, tests) for tests in (by_column, of_lines, typed, json.dumps(typed), json.dumps(by_column))
+    ] == [1.0] * 5
     assert passed("print(3)", SUM, max_tests=1) == 1.0
 
 
@@ -123,17 +161,32 @@ def test_tests_come_in_the_forms_of_published_data_sets():
             {"type": "function_call", "fn_name": "add", "input": [1, 2], "output": 3},
             {"fn_name": "add", "input": [[1], [2]], "output": [[1, 2]]},
         ],
-        {"fn_name": "add", "inputs": [[1, 2], [[1], [2]]], "outputs": [[3], [1, 2]]},  # APPS puts answers into a list of one
+        {
+            "fn_name": "add",
+            "inputs": [[1, 2], [[1], [2]]],
+            "outputs": [[3], [1, 2]],
+        },  # APPS puts answers into a list of one
     ],
 )
 def test_tests_may_call_a_function_or_a_solutions_method(tests):
     method = "class Solution:\n    def add(self, a, b):\n        return a + b\n"
-    function = "def add(a, b):\n    return tuple(a + b) if isinstance(a, list) else a + b\n"  # JSON has no tuples
+    function = (
+        "def add(a, b):\n    return tuple(a + b) if isinstance(a, list) else a + b\n"  # JSON has no tuples
+    )
     assert passed(method, tests) == passed(function, tests) == 1.0
     assert passed("def add(a, b):\n    return 3\n", tests) == 0.5
     assert passed(ADD, tests) == passed("def add(a, b):\n    raise SystemExit(0)\n", tests) == 0.0
-    assert passed("class All:\n    def __eq__(self, other):\n        return True\ndef add(a, b):\n    return All()\n", tests) == 0.0
-    (late,) = code_io(inputs("def add(a, b):\n    while True:\n        pass\n", tests=tests), total_seconds=0.4)
+    assert (
+        passed(
+            "class All:\n    def __eq__(self, other):\n        return True\ndef add(a, b):\n    return "
+            "All()\n",
+            tests,
+        )
+        == 0.0
+    )
+    (late,) = code_io(
+        inputs("def add(a, b):\n    while True:\n        pass\n", tests=tests), total_seconds=0.4
+    )
     assert late == Score(0.0, WRONG | {"timeout": 1.0})
 
 
@@ -186,9 +239,14 @@ def test_tests_that_say_nothing_of_what_is_printed_leave_the_row_ungraded(tests)
     assert code_io(inputs(ADD, "0", tests=tests)) == [Score(0.0, ungraded="tests")] * 2
 
 
-@pytest.mark.parametrize("tests", [None, [], "[", [1], {"inputs": ["1"], "outputs": []}, [{"input": "1"}], [{"input": 1, "output": "1"}]])
+@pytest.mark.parametrize(
+    "tests",
+    [None, [], "[", [1], {"inputs": ["1"], "outputs": []}, [{"input": "1"}], [{"input": 1, "output": "1"}]],
+)
 def test_a_column_without_tests_is_refused(tests):
-    with pytest.raises(ValueError, match=r"code_io: .*(tests|inputs and outputs|a test must have|must be text)"):
+    with pytest.raises(
+        ValueError, match=r"code_io: .*(tests|inputs and outputs|a test must have|must be text)"
+    ):
         code_io(inputs(ADD, tests=tests))
 
 
@@ -200,19 +258,23 @@ def test_what_is_the_sandboxs_fault_leaves_the_completion_ungraded(monkeypatch):
     assert code_io(inputs(ADD)) == [Score(0.0, ungraded="sandbox")]
 
 
-# hostile programs: nothing scores that does not compute the answer -----------------------------------------------------
+# hostile programs: nothing scores that does not compute the answer ------------------------------------------
 
 SECRET = [{"input": "1 2\n", "output": "expected-31337\n"}]
 HOSTILE = {
     "looks for the answer in files": (
-        "import os\nfor folder, _, files in os.walk('/'):\n    if folder.startswith(('/usr', '/lib', '/root', '/opt')):\n        continue\n"
-        "    for name in files:\n        try:\n            text = open(os.path.join(folder, name), errors='ignore').read(1 << 20)\n"
+        "import os\nfor folder, _, files in os.walk('/'):\n    if folder.startswith(('/usr', '/lib', "
+        "'/root', '/opt')):\n        continue\n"
+        "    for name in files:\n        try:\n            text = open(os.path.join(folder, name), "
+        "errors='ignore').read(1 << 20)\n"
         "        except OSError:\n            continue\n"
         "        if 'expected-' + '31337' in text:\n            print('expected-' + '31337')\n"
     ),
     "looks for the answer in its own memory": (
-        "import gc, sys\nframe, seen = sys._getframe(), []\nwhile frame:\n    seen.append(str(frame.f_locals))\n    frame = frame.f_back\n"
-        "seen += [str(one) for one in gc.get_objects() if isinstance(one, (str, dict, list))][:20000]\nwanted = 'expected-3133' + '7'\n"
+        "import gc, sys\nframe, seen = sys._getframe(), []\nwhile frame:\n    "
+        "seen.append(str(frame.f_locals))\n    frame = frame.f_back\n"
+        "seen += [str(one) for one in gc.get_objects() if isinstance(one, (str, dict, "
+        "list))][:20000]\nwanted = 'expected-3133' + '7'\n"
         "print(wanted if any('output' in one and wanted in one for one in seen) else 0)\n"
     ),
     "exits early with status 0": "import os\nos._exit(0)\n",
@@ -253,8 +315,15 @@ def test_an_endless_program_ends_at_its_limit_and_is_said_to(program):
 def test_all_tests_together_have_a_limit_of_their_own():
     started = time.monotonic()
     tests = [{"input": "", "output": "3"}] * 50
-    (score,) = code_io(inputs("import time\ntime.sleep(0.3)\nprint(3)\n", tests=tests), score="share", seconds=1.0, total_seconds=0.8)
-    assert 0 < score.parts["passed"] <= 3 / 50 and score.parts["timeout"] == 1.0  # 2 whole ones fit, and a third that is cut
+    (score,) = code_io(
+        inputs("import time\ntime.sleep(0.3)\nprint(3)\n", tests=tests),
+        score="share",
+        seconds=1.0,
+        total_seconds=0.8,
+    )
+    assert (
+        0 < score.parts["passed"] <= 3 / 50 and score.parts["timeout"] == 1.0
+    )  # 2 whole ones fit, and a third that is cut
     assert time.monotonic() - started < 4.0
 
 
@@ -291,5 +360,7 @@ def test_the_pool_runs_them_and_refuses_tests_that_anything_passes_at_the_start(
         groups = pool.score([inputs(ADD, "print(3)"), inputs("while True:\n    pass", ADD)])
         assert [[score.value for score in group] for group in groups] == [[1.0, 0.0], [0.0, 1.0]]
         assert pool.counts == {}
-        with pytest.raises(ValueError, match=r"first sample \(tests\): code_io on '0': no test of the row expects any output"):
+        with pytest.raises(
+            ValueError, match=r"first sample \(tests\): code_io on '0': no test of the row expects any output"
+        ):
             pool.check(inputs("0", tests=[{"input": "1", "output": ""}]))

@@ -22,10 +22,18 @@ except ValueError as error:
 
 
 def inputs(*completions: str, prompt: str = SIGNATURE, **columns: object) -> RewardInputs:
-    given = {"test": "def check(candidate):\n    assert candidate(2) == 4\n", "entry_point": "twice", **columns}
+    given = {
+        "test": "def check(candidate):\n    assert candidate(2) == 4\n",
+        "entry_point": "twice",
+        **columns,
+    }
     count = len(completions)
     return RewardInputs(
-        prompt, completions, (1,) * count, ("stop",) * count, {name: value for name, value in given.items() if value is not None}
+        prompt,
+        completions,
+        (1,) * count,
+        ("stop",) * count,
+        {name: value for name, value in given.items() if value is not None},
     )
 
 
@@ -39,7 +47,10 @@ def inputs(*completions: str, prompt: str = SIGNATURE, **columns: object) -> Rew
         ),  # the one that defines it
         ("```bash\npip install x\n```\n```py\na = 1\n```", "a = 1\n"),  # not of another language
         ("```bash\npip install x\n```", None),
-        ("~~~~python\ns = '''\n```\n'''\n~~~~", "s = '''\n```\n'''\n"),  # a fence inside a longer one, or one of another kind
+        (
+            "~~~~python\ns = '''\n```\n'''\n~~~~",
+            "s = '''\n```\n'''\n",
+        ),  # a fence inside a longer one, or one of another kind
         ("```python\ndef f(x):\n    ret", "def f(x):\n    ret"),  # cut off by the token limit
         ("<think>```python\nwrong\n```</think>\n```python\nf = 1\n```<|im_end|>", "f = 1\n"),
         ("f = 1", "f = 1"),
@@ -56,7 +67,8 @@ def test_the_program_is_found_in_what_surrounds_it(completion, expected):
         ("    return 2 * x\n", "    return 2 * x\n"),
         ("    return 2 * x\n\nprint(twice(1))\n", "    return 2 * x\n"),
         (
-            "    return half(x) * 4\n\ndef half(x):\n    return x / 2\n\nif __name__ == '__main__':\n    twice(1)",
+            "    return half(x) * 4\n\ndef half(x):\n    return x / 2\n\nif __name__ == '__main__':\n    "
+            "twice(1)",
             "    return half(x) * 4\n\ndef half(x):\n    return x / 2\n",
         ),
         ("    return (2\n* x\n)\n", "    return (2"),  # a line at the margin that is no definition ends it
@@ -73,11 +85,20 @@ def test_auto_takes_a_body_as_a_continuation_and_a_definition_as_a_program():
         code_text.program("def twice(x):\n    return 2 * x", SIGNATURE, "twice", "auto")
         == SIGNATURE + "\n\ndef twice(x):\n    return 2 * x"
     )
-    assert code_text.program("```\ntwice = lambda x: 2 * x\n```", SIGNATURE, "twice", "auto") == SIGNATURE + "\n\ntwice = lambda x: 2 * x\n"
+    assert (
+        code_text.program("```\ntwice = lambda x: 2 * x\n```", SIGNATURE, "twice", "auto")
+        == SIGNATURE + "\n\ntwice = lambda x: 2 * x\n"
+    )
 
 
 def test_completions_are_scored_one_by_one():
-    completions = ("    return 2 * x", "    return x", "```python\ndef twice(x): return x + x\n```", "   ", "    while True: pass")
+    completions = (
+        "    return 2 * x",
+        "    return x",
+        "```python\ndef twice(x): return x + x\n```",
+        "   ",
+        "    while True: pass",
+    )
     assert code_tests(inputs(*completions), before_column="prompt", seconds=0.5) == [
         Score(1.0, RIGHT),
         Score(0.0, WRONG),
@@ -88,7 +109,10 @@ def test_completions_are_scored_one_by_one():
 
 
 def test_a_prompt_that_is_a_signature_alone_will_do():
-    assert code_tests(inputs("    return 2 * x", prompt="def twice(x):\n"), before_column="prompt")[0].value == 1.0
+    assert (
+        code_tests(inputs("    return 2 * x", prompt="def twice(x):\n"), before_column="prompt")[0].value
+        == 1.0
+    )
 
 
 def test_a_list_of_assertions_gives_a_share_where_the_recipe_wants_one():
@@ -104,8 +128,12 @@ def test_a_list_of_assertions_gives_a_share_where_the_recipe_wants_one():
 
 
 def test_what_is_the_rows_fault_leaves_the_completion_ungraded():
-    assert code_tests(inputs("def twice(x):\n    return 1", test="assert (")) == [Score(0.0, ungraded="tests")]
-    assert code_tests(inputs("def twice(x):\n    return 1", test="assert twice(object()) == 1")) == [Score(0.0, ungraded="tests")]
+    assert code_tests(inputs("def twice(x):\n    return 1", test="assert (")) == [
+        Score(0.0, ungraded="tests")
+    ]
+    assert code_tests(inputs("def twice(x):\n    return 1", test="assert twice(object()) == 1")) == [
+        Score(0.0, ungraded="tests")
+    ]
 
 
 def test_what_is_the_sandboxs_fault_leaves_the_completion_ungraded(monkeypatch):
@@ -136,9 +164,16 @@ def test_the_pool_runs_programs_and_refuses_at_the_start_where_nothing_can_be_ru
     with RewardPool([call], workers=2, seconds=10.0, memory_gib=2.0, deadline_seconds=120.0) as pool:
         pool.check(inputs("0"))
         assert pool.errors == []
-        groups = pool.score([inputs("    return 2 * x", "    return 3 * x"), inputs("import os\nos._exit(0)", "    return x + x")])
+        groups = pool.score(
+            [
+                inputs("    return 2 * x", "    return 3 * x"),
+                inputs("import os\nos._exit(0)", "    return x + x"),
+            ]
+        )
         assert [[score.value for score in group] for group in groups] == [[1.0, 0.0], [0.0, 1.0]]
-        with pytest.raises(ValueError, match=r"first sample \(tests\): code_tests on '0': a test is no Python"):
+        with pytest.raises(
+            ValueError, match=r"first sample \(tests\): code_tests on '0': a test is no Python"
+        ):
             pool.check(inputs("0", test="assert ("))
         with pytest.raises(ValueError, match="column 'test' must hold Python tests"):
             pool.check(inputs("0", test=None))
@@ -146,7 +181,9 @@ def test_the_pool_runs_programs_and_refuses_at_the_start_where_nothing_can_be_ru
 
 def test_installed_packages_are_there_only_where_the_recipe_says_so():
     if sysconfig.get_path("purelib").startswith("/tmp/"):
-        pytest.skip(reason="the packages are installed below /tmp, in whose place the sandbox has an empty folder of its own")
+        pytest.skip(
+            reason="the packages are installed below /tmp, in whose place the sandbox has an empty folder of its own"
+        )
     row = inputs("import yaml\ndef twice(x):\n    return yaml.safe_load(str(2 * x))\n")
     assert code_tests(row)[0].value == 0.0
     assert code_tests(row, packages=True)[0].value == 1.0

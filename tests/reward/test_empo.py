@@ -8,15 +8,19 @@ import pytest
 from reward.answer_text import extracted
 from reward.combine import combine
 from reward.empo import cluster, empo
-from reward.resolve import RewardCall, as_score, resolve
+from reward.resolve import RewardCall, resolve
 from reward.score import RewardInputs, Score
+from reward.score_checks import as_score
 
 
 def inputs(*completions: str, prompt: str = "What is it?") -> RewardInputs:
     return RewardInputs(prompt, completions, (1,) * len(completions), ("stop",) * len(completions), {})
 
 
-SEVEN = inputs(*(f"So it is \\boxed{{{a}}}." for a in ("5", "5", "5", "7", "7", "9")), "I will think about it\nand never say.")
+SEVEN = inputs(
+    *(f"So it is \\boxed{{{a}}}." for a in ("5", "5", "5", "7", "7", "9")),
+    "I will think about it\nand never say.",
+)
 
 
 def values(scores: list[Score]) -> list[float]:
@@ -29,7 +33,9 @@ def test_the_papers_example_comes_out():
     assert values(scores) == pytest.approx([3 / 7] * 3 + [2 / 7] * 2 + [1 / 7, 0])
     assert scores[0].parts["semantic_entropy"] == pytest.approx(1.277034259466139, abs=1e-12)
     assert scores[0].parts["clusters"] == 4
-    assert values(empo(SEVEN, empty=None)) == pytest.approx([3 / 7] * 3 + [2 / 7] * 2 + [1 / 7] * 2)  # verl's form
+    assert values(empo(SEVEN, empty=None)) == pytest.approx(
+        [3 / 7] * 3 + [2 / 7] * 2 + [1 / 7] * 2
+    )  # verl's form
     assert empo(SEVEN, empty=-0.5)[6].value == -0.5  # the free-text form
 
 
@@ -87,14 +93,20 @@ def test_copying_the_question_earns_nothing():
 
 
 def test_words_are_compared_as_words():
-    assert values(empo(inputs("The cat.", "a cat", "dog"), equivalence="words")) == pytest.approx([2 / 3, 2 / 3, 1 / 3])
+    assert values(empo(inputs("The cat.", "a cat", "dog"), equivalence="words")) == pytest.approx(
+        [2 / 3, 2 / 3, 1 / 3]
+    )
 
 
 def test_the_first_representative_wins_where_equivalence_is_not_transitive():
     # a ~ b, b ~ c, not a ~ c: c is compared with a alone, not with b
     near = {("a", "b"), ("b", "c")}
     assert cluster(["a", "b", "c"], lambda one, other: (one, other) in near) == [0, 0, 2]
-    assert cluster(["b", "c", "a"], lambda one, other: (one, other) in near or (other, one) in near) == [0, 0, 0]
+    assert cluster(["b", "c", "a"], lambda one, other: (one, other) in near or (other, one) in near) == [
+        0,
+        0,
+        0,
+    ]
 
 
 def test_equal_texts_are_asked_about_once():
@@ -128,6 +140,11 @@ def test_answers_travel_with_scores():
     call = RewardCall("math_answer", 1.0, {})
     [score] = resolve(call)(RewardInputs("p", ("\\boxed{3}",), (1,), ("stop",), {"answer": "4"}))
     assert score.answer == "3" and score.value == 0.0
-    assert combine(["a", "b", "c"], [1.0, 1.0, 1.0], [Score(0.0), Score(1.0, answer="x"), Score(2.0, answer="y")]).answer == "x"
+    assert (
+        combine(
+            ["a", "b", "c"], [1.0, 1.0, 1.0], [Score(0.0), Score(1.0, answer="x"), Score(2.0, answer="y")]
+        ).answer
+        == "x"
+    )
     assert as_score(Score(1.0, answer="z"), "mine").answer == "z"
     assert resolve(RewardCall("empo", 1.0, {})).scope == "group"

@@ -14,7 +14,10 @@ PLAYED = RewardInputs(
     token_counts=(1, 2),
     finish=("stop", "length"),
     columns={},
-    episodes=(Episode(0.5, {"correct": 1.0, "moves": 3.0}, ("a",)), Episode(-1.0, {"correct": 0.0}, ("x", "b"))),
+    episodes=(
+        Episode(0.5, {"correct": 1.0, "moves": 3.0}, ("a",)),
+        Episode(-1.0, {"correct": 0.0}, ("x", "b")),
+    ),
 )
 
 

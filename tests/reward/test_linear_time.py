@@ -1,4 +1,6 @@
-"""Every rule that reads a completion takes time linear in it: a model that repeats itself forever is graded in milliseconds."""
+"""Every rule that reads a completion takes time linear in it: a model that repeats itself forever is
+graded in milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,62 @@ SHORTER = 20_000  # where a quadratic rule takes seconds
 
 # What the rules look for, and what stands around it.
 FRAGMENTS = (
-    *("", " ", "\t", "\n", " \n", "x", "1", "9,999", ".", "1.", "(", ")", "{", "}", "[[", "]]", "-", "<", "|", "`", "```", "~", "~~~"),
-    *("```python\n", "```a", "**", "$", "A", "(A", "A)", "is", "answer", "answer is ", "answer: option ", "\\boxed{", "\\text{", "\\text "),
-    *("<answer>", "</answer>", "<think>", "</think>", "<|", "<|end|>", "####", "\n#### ", "A:", "def ", "async ", "async def f", "class "),
+    *(
+        "",
+        " ",
+        "\t",
+        "\n",
+        " \n",
+        "x",
+        "1",
+        "9,999",
+        ".",
+        "1.",
+        "(",
+        ")",
+        "{",
+        "}",
+        "[[",
+        "]]",
+        "-",
+        "<",
+        "|",
+        "`",
+        "```",
+        "~",
+        "~~~",
+    ),
+    *(
+        "```python\n",
+        "```a",
+        "**",
+        "$",
+        "A",
+        "(A",
+        "A)",
+        "is",
+        "answer",
+        "answer is ",
+        "answer: option ",
+        "\\boxed{",
+        "\\text{",
+        "\\text ",
+    ),
+    *(
+        "<answer>",
+        "</answer>",
+        "<think>",
+        "</think>",
+        "<|",
+        "<|end|>",
+        "####",
+        "\n#### ",
+        "A:",
+        "def ",
+        "async ",
+        "async def f",
+        "class ",
+    ),
     *("f =", "[[1", "[[A", "import x\n", "1e", "e9", "inf"),
 )
 
@@ -38,7 +93,9 @@ RULES: dict[str, Callable[[str], object]] = {
     "exact": lambda text: exact(completion_of(text), numbers=True, ignore_case=True),
     "tags": lambda text: answer_format(completion_of(text), tags=["think", "answer"]),
     "printed": lambda text: same_output(text, "1 2\n3", 1e-6),
-    "printed, long": lambda text: same_output(text, f"{text}\n0", 1e-6) or same_output(text, text.replace("1", "2"), 1e-6),
+    "printed, long": lambda text: (
+        same_output(text, f"{text}\n0", 1e-6) or same_output(text, text.replace("1", "2"), 1e-6)
+    ),
     "rating": lambda text: judge.rating(text, 1.0, 10.0),
     "letter of a judge": judge.choice,
 }

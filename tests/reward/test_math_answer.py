@@ -8,11 +8,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from reviewed_verdicts import DECIDED, RULES
 from reward import answer_notation
 from reward import math_answer as grader
 from reward.math_answer import compare, is_degenerate, judge, math_answer
 from reward.score import RewardInputs, Score
+from support.reviewed_verdicts import DECIDED, RULES
 
 
 def inputs(*completions: str, **columns: object) -> RewardInputs:
@@ -82,15 +82,27 @@ def test_equal_answers_are_equal_in_any_notation(gold, prediction):
     ],
 )
 def test_different_answers_stay_different(gold, prediction):
-    assert math_answer(inputs(prediction, answer=gold), correct=1.0, wrong=-1.0) == [Score(-1.0, {"correct": 0.0})]
+    assert math_answer(inputs(prediction, answer=gold), correct=1.0, wrong=-1.0) == [
+        Score(-1.0, {"correct": 0.0})
+    ]
 
 
 def test_the_way_without_a_parser_gives_math_verifys_verdict():
     draw = random.Random(0)
     compared = 0
     for _ in range(150):
-        gold = str(draw.randint(-(10 ** draw.choice([1, 2, 9])), 10 ** draw.choice([1, 2, 9]))) + draw.choice(["", ".0", ".5", ".123456"])
-        near = draw.choice([gold, gold + ("0" if "." in gold else ".0"), gold[:-1] + str(draw.randint(0, 9)), gold.lstrip("-"), "0" + gold])
+        gold = str(draw.randint(-(10 ** draw.choice([1, 2, 9])), 10 ** draw.choice([1, 2, 9]))) + draw.choice(
+            ["", ".0", ".5", ".123456"]
+        )
+        near = draw.choice(
+            [
+                gold,
+                gold + ("0" if "." in gold else ".0"),
+                gold[:-1] + str(draw.randint(0, 9)),
+                gold.lstrip("-"),
+                "0" + gold,
+            ]
+        )
         prediction = draw.choice([near, f"\\boxed{{{near}}}", f"$\\boxed{{{near}}}$."])
         answer = grader.answer_text.final_answer(prediction)
         assert answer is not None
@@ -104,12 +116,16 @@ def test_a_plain_number_takes_far_less_than_a_millisecond():
     completions = [str(number) for number in range(1000)]
     started = time.process_time()
     scores = math_answer(inputs(*completions, answer="7"))
-    assert sum(score.value for score in scores) == 1.0 and time.process_time() - started < 0.25  # a quarter of the 1 ms each
+    assert (
+        sum(score.value for score in scores) == 1.0 and time.process_time() - started < 0.25
+    )  # a quarter of the 1 ms each
 
 
 def test_it_works_in_a_thread_where_no_signal_does():
     scores: list[Score] = []
-    thread = threading.Thread(target=lambda: scores.extend(math_answer(inputs("$\\frac{21}{3}$", "8", answer="7"))))
+    thread = threading.Thread(
+        target=lambda: scores.extend(math_answer(inputs("$\\frac{21}{3}$", "8", answer="7")))
+    )
     thread.start()
     thread.join()
     assert [score.value for score in scores] == [1.0, 0.0]
@@ -118,7 +134,9 @@ def test_it_works_in_a_thread_where_no_signal_does():
 def test_running_out_of_time_is_ungraded_and_not_wrong():
     # sympy expands (1 + x)^n for seconds before it can compare; a hundredth of one must do
     hard = "$\\prod_{k=1}^{400} (1 + \\sqrt{k} x^k)$"
-    assert math_answer(inputs(hard, "7", answer="(x+1)^{300} - \\sin x"), seconds=0.01)[0] == Score(0.0, ungraded="timeout")
+    assert math_answer(inputs(hard, "7", answer="(x+1)^{300} - \\sin x"), seconds=0.01)[0] == Score(
+        0.0, ungraded="timeout"
+    )
 
 
 def test_a_missing_answer_column_names_those_there():
@@ -160,18 +178,27 @@ CHANGED_FORMS = ["{0}*{1}", "{1}-{0}", "\\frac{{{1}}}{{{0}}}", "[{0},{1}]", "({0
 
 
 @settings(deadline=None, max_examples=60)
-@given(SYMBOLS, SYMBOLS, st.sampled_from(["{0}+{1}", "{0}-{1}", "\\frac{{{0}}}{{{1}}}", "({0},{1}]", "({0},{1})", "{0}>{1}"]), st.data())
+@given(
+    SYMBOLS,
+    SYMBOLS,
+    st.sampled_from(["{0}+{1}", "{0}-{1}", "\\frac{{{0}}}{{{1}}}", "({0},{1}]", "({0},{1})", "{0}>{1}"]),
+    st.data(),
+)
 def test_formulas_without_digits_are_not_words(first: str, second: str, form: str, data: st.DataObject):
     # the same letters with another operator, order, bracket or sign: math-verify alone decides, and words do
     # not
-    changed = data.draw(st.sampled_from(["{0}*{1}", "{1}-{0}", "\\frac{{{1}}}{{{0}}}", "[{0},{1}]", "({0},-{1})", "{0}<{1}"]))
+    changed = data.draw(
+        st.sampled_from(["{0}*{1}", "{1}-{0}", "\\frac{{{1}}}{{{0}}}", "[{0},{1}]", "({0},-{1})", "{0}<{1}"])
+    )
     verdict = compare(form.format(first, second), changed.format(first, second))
     assert verdict.by in ("algebra", "same text")
 
 
 UNMARKED = ["$x=4$", "4", "5", "\n", ". ", " and ", "Wait, ", "so it is", "$5$"]
 MARKED = ["\\boxed{4}", "\\boxed{5}", "the answer is 5", "Answer: $4$.", "final answer is **5**", "####"]
-COMPLETIONS = st.one_of(*(st.lists(st.sampled_from(pieces), max_size=7) for pieces in (UNMARKED, UNMARKED + MARKED)))
+COMPLETIONS = st.one_of(
+    *(st.lists(st.sampled_from(pieces), max_size=7) for pieces in (UNMARKED, UNMARKED + MARKED))
+)
 
 
 @settings(deadline=None, max_examples=150)
@@ -217,6 +244,12 @@ def test_only_a_degenerate_answer_that_runs_out_of_time_may_be_called_wrong():
     assert is_degenerate("7", "1" * 40) and not is_degenerate("1" * 40, "2" * 40)
     kept = math_answer(inputs(f"${hard}$", answer=gold), seconds=0.01, timeout="wrong", wrong=-1.0)
     assert kept == [Score(0.0, ungraded="timeout")]
-    slow = "\\prod_{k=1}^{4000} (1 + \\sqrt{k} x^k)"  # a power of thousands, as the reference has none, is degenerate
-    for timeout, expected in (("ungraded", Score(0.0, ungraded="timeout")), ("wrong", Score(-1.0, {"correct": 0.0}))):
-        assert math_answer(inputs(f"${slow}$", answer=gold), seconds=0.01, timeout=timeout, wrong=-1.0) == [expected]
+    # a power of thousands, as the reference has none, is degenerate
+    slow = "\\prod_{k=1}^{4000} (1 + \\sqrt{k} x^k)"
+    for timeout, expected in (
+        ("ungraded", Score(0.0, ungraded="timeout")),
+        ("wrong", Score(-1.0, {"correct": 0.0})),
+    ):
+        assert math_answer(inputs(f"${slow}$", answer=gold), seconds=0.01, timeout=timeout, wrong=-1.0) == [
+            expected
+        ]

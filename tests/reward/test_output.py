@@ -22,7 +22,9 @@ def inputs(*completions: str, occasion: str = "step 3") -> RewardInputs:
     return RewardInputs("p", completions, (1,) * count, ("stop",) * count, {}, occasion=occasion)
 
 
-def printed_by(log: Path, *groups: RewardInputs, names: tuple[str, ...] = ("chatty",), seconds: float = 5.0) -> list[tuple[str, str]]:
+def printed_by(
+    log: Path, *groups: RewardInputs, names: tuple[str, ...] = ("chatty",), seconds: float = 5.0
+) -> list[tuple[str, str]]:
     """(heading, text) of every stretch."""
     calls = [RewardCall(f"{PRINTERS}:{name}", 1.0, {}) for name in names]
     with RewardPool(calls, workers=1, seconds=seconds, memory_gib=1, deadline_seconds=60) as pool:
@@ -30,7 +32,10 @@ def printed_by(log: Path, *groups: RewardInputs, names: tuple[str, ...] = ("chat
         pool.log_to(log)
         pool.score(groups[1:])
     stretches = log.read_text(encoding="utf-8").split("--- ")[1:]
-    return [(heading, text.rstrip("\n")) for heading, _, text in (stretch.partition("\n") for stretch in stretches)]
+    return [
+        (heading, text.rstrip("\n"))
+        for heading, _, text in (stretch.partition("\n") for stretch in stretches)
+    ]
 
 
 def test_each_stretch_stands_under_its_step_and_grader_also_where_tasks_travel_together(tmp_path):
@@ -43,7 +48,9 @@ def test_each_stretch_stands_under_its_step_and_grader_also_where_tasks_travel_t
     assert set(stretches[1:]) == wanted and len(stretches) == 25
 
 
-def test_what_was_printed_before_a_timeout_without_a_line_break_or_by_a_child_process_is_there(tmp_path, monkeypatch):
+def test_what_was_printed_before_a_timeout_without_a_line_break_or_by_a_child_process_is_there(
+    tmp_path, monkeypatch
+):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     groups = [inputs(completion) for completion in ("first", "then hang", "echo", "unfinished")]
     stretches = printed_by(tmp_path / "rewards.log", *groups, seconds=1.0)
@@ -72,7 +79,9 @@ def test_a_grader_that_closes_or_replaces_its_stdout_is_graded(tmp_path):
 
 
 def test_a_log_that_cannot_be_written_costs_no_grade(tmp_path):
-    with RewardPool([RewardCall(f"{PRINTERS}:chatty", 1.0, {})], workers=1, seconds=5, memory_gib=1, deadline_seconds=60) as pool:
+    with RewardPool(
+        [RewardCall(f"{PRINTERS}:chatty", 1.0, {})], workers=1, seconds=5, memory_gib=1, deadline_seconds=60
+    ) as pool:
         pool.log_to(tmp_path / "no such folder" / "rewards.log")
         assert pool.score([inputs("a")])[0][0].value == 1.0
 

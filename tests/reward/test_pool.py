@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from reward.pool import RewardCall, RewardPool
-from reward.resolve import ContractError, as_score
 from reward.score import RewardInputs, Score
+from reward.score_checks import ContractError, as_score
 
 GRADERS = Path(__file__).with_name("graders.py")
 
@@ -24,9 +24,19 @@ def inputs(*completions: str, prompt: str = "p", **columns: object) -> RewardInp
     return RewardInputs(prompt, completions, (1,) * count, ("stop",) * count, columns)
 
 
-def pool_of(*names: str, seconds: float = 0.7, deadline: float = 30.0, workers: int = 2, memory: float = 0.4, hp: dict | None = None):
+def pool_of(
+    *names: str,
+    seconds: float = 0.7,
+    deadline: float = 30.0,
+    workers: int = 2,
+    memory: float = 0.4,
+    hp: dict | None = None,
+):
     calls = [
-        RewardCall(name if ".py" in name or name in ("math_answer", "length") else f"{GRADERS}:{name}", 1.0, hp or {}) for name in names
+        RewardCall(
+            name if ".py" in name or name in ("math_answer", "length") else f"{GRADERS}:{name}", 1.0, hp or {}
+        )
+        for name in names
     ]
     return RewardPool(calls, workers=workers, seconds=seconds, memory_gib=memory, deadline_seconds=deadline)
 
@@ -56,7 +66,11 @@ def pool():
 def test_a_misbehaving_grader_costs_exactly_its_own_completion(pool, planted, reason):
     before = pool.counts.get(reason, 0)
     ((first, guilty, last), (other,)) = pool.score([inputs("ab", planted, "abcd"), inputs("abc")])
-    assert (first, last, other) == (Score(2.0, {"alone": 2.0}), Score(4.0, {"alone": 4.0}), Score(3.0, {"alone": 3.0}))
+    assert (first, last, other) == (
+        Score(2.0, {"alone": 2.0}),
+        Score(4.0, {"alone": 4.0}),
+        Score(3.0, {"alone": 3.0}),
+    )
     assert guilty == Score(0.0, ungraded=reason)
     assert pool.counts[reason] == before + 1
     assert pool.score([inputs("abcde")])[0][0].value == 5.0  # and it still works
@@ -67,7 +81,9 @@ def test_every_misbehaviour_at_once_leaves_the_others_graded_in_order():
     groups = [inputs("x" * (n + 1), planted[n % 5], "y" * n, prompt=str(n)) for n in range(10)]
     with pool_of("alone", seconds=10) as pool:
         scores, errors = pool.score(groups), pool.errors
-    assert [[score.value for score in group] for group in scores] == [[n + 1.0, 0.0, float(n)] for n in range(10)]
+    assert [[score.value for score in group] for group in scores] == [
+        [n + 1.0, 0.0, float(n)] for n in range(10)
+    ]
     assert [group[1].ungraded for group in scores] == ["error", "died", "memory", "nan", "died"] * 2
     assert any(reason == "error" and "KeyError: 'no such thing'" in message for reason, message in errors)
 
@@ -76,7 +92,9 @@ def taken(pool, monkeypatch):
     """How many tasks each message to a worker holds, from now on."""
     sizes: list[int] = []
     for worker in pool._workers:
-        monkeypatch.setattr(worker, "take", lambda tasks, take=worker.take: sizes.append(len(tasks)) or take(tasks))
+        monkeypatch.setattr(
+            worker, "take", lambda tasks, take=worker.take: sizes.append(len(tasks)) or take(tasks)
+        )
     return sizes
 
 
@@ -106,7 +124,9 @@ def test_workers_share_quick_groups_evenly(monkeypatch):
 
 @pytest.mark.parametrize("planted", ["raise", "kill", "deaf", "grow", "os._exit"])
 def test_groups_that_travel_with_a_guilty_one_are_graded(planted, monkeypatch):
-    reason = {"raise": "error", "kill": "died", "deaf": "timeout", "grow": "memory", "os._exit": "died"}[planted]
+    reason = {"raise": "error", "kill": "died", "deaf": "timeout", "grow": "memory", "os._exit": "died"}[
+        planted
+    ]
     words = ["a", "bb", planted, "dddd", "eeeee", planted, "ggggggg"]
     with pool_of("alone", workers=1, seconds=1.0) as pool:
         pool.score([inputs("a")])
@@ -115,7 +135,9 @@ def test_groups_that_travel_with_a_guilty_one_are_graded(planted, monkeypatch):
         scores = [group[0] for group in pool.score([inputs(word) for word in words])]
     assert sizes[0] == 7
     assert [score.ungraded for score in scores] == [reason if word == planted else None for word in words]
-    assert [score.value for score in scores] == [0.0 if word == planted else float(len(word)) for word in words]
+    assert [score.value for score in scores] == [
+        0.0 if word == planted else float(len(word)) for word in words
+    ]
 
 
 def test_what_a_grader_prints_neither_blocks_nor_harms(pool):
@@ -126,7 +148,11 @@ def test_a_worker_killed_from_outside_while_idle_is_replaced_without_loss(pool):
     pool.score([inputs("a")])
     for worker in pool._workers:
         os.kill(worker.process.pid, 9)
-    assert [group[0].value for group in pool.score([inputs("a"), inputs("ab"), inputs("abc")])] == [1.0, 2.0, 3.0]
+    assert [group[0].value for group in pool.score([inputs("a"), inputs("ab"), inputs("abc")])] == [
+        1.0,
+        2.0,
+        3.0,
+    ]
 
 
 def test_a_signal_that_stops_the_trainer_costs_no_grade():
@@ -150,7 +176,9 @@ def test_a_group_scoped_reward_loses_its_group_and_no_other():
 def test_a_wrong_number_of_scores_stops_the_run_and_is_not_graded_again():
     with pool_of("one_for_all", workers=1) as pool:
         assert pool.score([inputs("a")])[0][0].value == 1.0  # nothing to be seen with one completion
-        with pytest.raises(ContractError, match="one_for_all returned 1 scores for 2 completions; return one score for each"):
+        with pytest.raises(
+            ContractError, match="one_for_all returned 1 scores for 2 completions; return one score for each"
+        ):
             pool.score([inputs("a", "b"), inputs("c")])
         with pytest.raises(ContractError, match="must return a list of 2 scores, got float"):
             pool.score([inputs("bare", "b")])
@@ -160,7 +188,10 @@ def test_a_wrong_number_of_scores_stops_the_run_and_is_not_graded_again():
 
 
 def test_the_check_before_training_sees_a_wrong_number_of_scores():
-    with pool_of("one_for_all", workers=1) as pool, pytest.raises(ValueError, match="returned 1 scores for 2 completions"):
+    with (
+        pool_of("one_for_all", workers=1) as pool,
+        pytest.raises(ValueError, match="returned 1 scores for 2 completions"),
+    ):
         pool.check(inputs("0", "1"))
 
 
@@ -172,16 +203,22 @@ def test_the_check_allows_each_of_its_completions_the_time_of_one():
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_grader_that_changes_its_inputs_changes_them_for_nobody_else(workers):
     row = {"answer": "1", "nested": {"list": [1]}}
-    calls = [RewardCall(f"{GRADERS}:{name}", 1.0, {}) for name in ("vandal", "reads", "trl_vandal", "trl_reads")]
+    calls = [
+        RewardCall(f"{GRADERS}:{name}", 1.0, {}) for name in ("vandal", "reads", "trl_vandal", "trl_reads")
+    ]
     with RewardPool(calls, workers=workers, seconds=5, memory_gib=1, deadline_seconds=60) as pool:
         for _ in range(4):  # the first round shows how quick they are; later ones travel together
             groups = pool.score([inputs("a", "b", **row) for _ in range(6)])
-            assert {score.parts[name] for group in groups for score in group for name in ("reads", "trl_reads")} == {1.0}
+            assert {
+                score.parts[name] for group in groups for score in group for name in ("reads", "trl_reads")
+            } == {1.0}
     assert row == {"answer": "1", "nested": {"list": [1]}}
 
 
 @pytest.mark.parametrize("planted", ["junk", "huge", "json", "pickle", "forged", "short", "empty"])
-def test_what_a_grader_writes_to_the_socket_of_its_process_costs_its_own_completion(pool, planted, tmp_path, monkeypatch):
+def test_what_a_grader_writes_to_the_socket_of_its_process_costs_its_own_completion(
+    pool, planted, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     with pool_of("intruder", workers=1, seconds=5, hp={"sentinel": str(tmp_path / "executed")}) as pool:
         ((first, guilty, last), (other,)) = pool.score([inputs("ab", planted, "abcd"), inputs("abc")])
@@ -191,24 +228,33 @@ def test_what_a_grader_writes_to_the_socket_of_its_process_costs_its_own_complet
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("value", [1e39, -1e300, 10**400, float("inf"), Score(1.0, {"part": float("nan")}), Score(1.0, {"part": 10**400})])
+@pytest.mark.parametrize(
+    "value",
+    [1e39, -1e300, 10**400, float("inf"), Score(1.0, {"part": float("nan")}), Score(1.0, {"part": 10**400})],
+)
 def test_numbers_that_float32_cannot_hold_are_no_scores(value):
     assert as_score(value, "f").ungraded == "nan"
 
 
-@pytest.mark.parametrize("value", [3.4e38, -3.4e38, 5e-324, True, 7, np.float32(0.5), np.bool_(True), np.int64(3), torch.tensor(0.5)])
+@pytest.mark.parametrize(
+    "value",
+    [3.4e38, -3.4e38, 5e-324, True, 7, np.float32(0.5), np.bool_(True), np.int64(3), torch.tensor(0.5)],
+)
 def test_numbers_of_every_kind_are_scores(value):
     assert as_score(value, "f") == Score(float(value))
 
 
-@pytest.mark.parametrize("value", ["1.0", [1.0], 1j, object(), Score("a"), Score(1.0, {"part": "x"}), torch.ones(2)])
+@pytest.mark.parametrize(
+    "value", ["1.0", [1.0], 1j, object(), Score("a"), Score(1.0, {"part": "x"}), torch.ones(2)]
+)
 def test_what_is_no_number_is_an_error(value):
     with pytest.raises(ValueError, match=r"^f"):
         as_score(value, "f")
 
 
 def test_a_group_may_take_longer_than_one_completion_may():
-    # 0.3 s each: four together take 1.2 s, over the limit of 0.7 s, one alone does not; the second step does not try together again
+    # 0.3 s each: four together take 1.2 s, over the limit of 0.7 s, one alone does not; the second step does
+    # not try together again
     with pool_of("slow", workers=1) as pool:
         pool.score([inputs("a")])
         assert [score.value for score in pool.score([inputs(*"abcd")])[0]] == [1.0] * 4
@@ -220,9 +266,13 @@ def test_a_group_may_take_longer_than_one_completion_may():
 def test_a_lingering_child_dies_with_its_worker(tmp_path):
     log = tmp_path / "children"
     with pool_of("forks", workers=1, hp={"log": str(log)}) as pool:
-        assert [score.ungraded for score in pool.score([inputs("a"), inputs("then loop")])[0:2][1]] == ["timeout"]
+        assert [score.ungraded for score in pool.score([inputs("a"), inputs("then loop")])[0:2][1]] == [
+            "timeout"
+        ]
         assert pool.score([inputs("return")])[0][0].value == 1.0
-        assert pool.score([inputs("return")])[0][0].value == 1.0  # a child that returned into the loop has not answered twice
+        assert (
+            pool.score([inputs("return")])[0][0].value == 1.0
+        )  # a child that returned into the loop has not answered twice
     assert len(log.read_text().split()) == 2
     assert_gone(log)
 
@@ -236,7 +286,9 @@ def assert_gone(log: Path) -> None:
     assert children and not any(alive(child) for child in children)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="orphans find their way to the worker's parent on Linux only")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="orphans find their way to the worker's parent on Linux only"
+)
 @pytest.mark.parametrize("end", ["a", "os._exit", "kill", "deaf", "grow"])
 def test_a_daemon_of_a_reward_dies_with_its_worker(end, tmp_path):
     log = tmp_path / "daemon"
@@ -249,8 +301,12 @@ def test_a_daemon_of_a_reward_dies_with_its_worker(end, tmp_path):
     assert_gone(log)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="orphans find their way to the worker's parent on Linux only")
-@pytest.mark.parametrize("end", ["killed", "killed, with a child that holds its descriptors", "closed, with such a child"])
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="orphans find their way to the worker's parent on Linux only"
+)
+@pytest.mark.parametrize(
+    "end", ["killed", "killed, with a child that holds its descriptors", "closed, with such a child"]
+)
 def test_a_daemon_of_a_reward_dies_with_the_trainer_or_its_pool(end, tmp_path):
     log = tmp_path / "daemon"
     code = (
@@ -265,7 +321,9 @@ def test_a_daemon_of_a_reward_dies_with_the_trainer_or_its_pool(end, tmp_path):
     )
     root = str(Path(__file__).parents[2])
     command = [sys.executable, "-c", code, f"{GRADERS}:daemonises", str(log)]
-    trainer = subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    trainer = subprocess.Popen(
+        command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
     assert trainer.stdin is not None and trainer.stdout is not None
     try:
         assert trainer.stdout.readline() == b"1.0\n"
@@ -289,7 +347,9 @@ def alive(process: int) -> bool:
 def test_the_deadline_names_what_was_waited_for_and_leaves_a_working_pool():
     with pool_of("alone", seconds=20, deadline=1.5, workers=1) as pool:
         pool.score([inputs("a")])
-        with pytest.raises(TimeoutError, match=r"1 tasks not begun.*alone on prompt 'why\?' for 1\.\d s in process \d+"):
+        with pytest.raises(
+            TimeoutError, match=r"1 tasks not begun.*alone on prompt 'why\?' for 1\.\d s in process \d+"
+        ):
             pool.score([inputs("loop", prompt="why?"), inputs("a")])
         assert pool.score([inputs("ab")])[0][0].value == 2.0
 
@@ -319,16 +379,21 @@ def test_several_functions_are_summed_by_weight_and_fail_together():
         (score,) = pool.score([RewardInputs("p", ("7",), (3,), ("stop",), {"answer": "7"})])[0]
     # 3 tokens of 4: buffer 4 gives -3/4, buffer 2 gives -1/2; 2 * 1 - 0.5 * 0.75 - 1 * 0.5
     assert score.value == pytest.approx(2 * 1 - 0.5 * 0.75 - 0.5)
-    assert score.parts["correct"] == 1.0 and score.parts["length"] == -0.75 and score.parts["length#2"] == -0.5
+    assert (
+        score.parts["correct"] == 1.0 and score.parts["length"] == -0.75 and score.parts["length#2"] == -0.5
+    )
 
 
 def test_arithmetic_that_no_signal_interrupts_costs_only_its_completion():
-    # 9^(9^9) has 370 million digits and is one C call: a signal handler would wait for it, killing the process does not
+    # 9^(9^9) has 370 million digits and is one C call: a signal handler would wait for it, killing the
+    # process does not
     with pool_of("math_answer", workers=1, seconds=1.0, memory=2) as pool:
         pool.check(inputs("7", answer="7"))
         (scores,) = pool.score([inputs("7", "8", "$9^{9^{9^{9}}} - 9^{9^{9}}$", "\\boxed{7}", answer="7")])
     assert [score.value for score in scores] == [1.0, 0.0, 0.0, 1.0]
-    assert scores[2].ungraded in ("timeout", "memory") and [score.ungraded for score in scores].count(None) == 3
+    assert (
+        scores[2].ungraded in ("timeout", "memory") and [score.ungraded for score in scores].count(None) == 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -346,7 +411,10 @@ def test_check_raises_before_training_with_the_graders_own_words(name, sample, s
 
 
 def test_a_limit_too_small_to_import_anything_says_so():
-    with pool_of("math_answer", workers=1, memory=0.01) as pool, pytest.raises((ValueError, RuntimeError), match="memory_gib"):
+    with (
+        pool_of("math_answer", workers=1, memory=0.01) as pool,
+        pytest.raises((ValueError, RuntimeError), match="memory_gib"),
+    ):
         pool.score([inputs("a")])
 
 

@@ -20,7 +20,10 @@ from reward.reward_model_http import reward_model_http
 from tests.reward.test_judge import inputs, reply, server  # noqa: F401  a fixture
 
 TOKEN = 'sk-"abc/+=&<%>\\d~efGHij'
-OTHER = "no model of that name; the key is valid for sk-other and for 0123456789abcdef, see https://host/a%20b?c=d&amp;e"
+OTHER = (
+    "no model of that name; the key is valid for sk-other and for 0123456789abcdef, see "
+    "https://host/a%20b?c=d&amp;e"
+)
 
 
 def b64(text: str, before: str = "", altchars: bytes | None = None) -> str:
@@ -63,10 +66,17 @@ def test_a_token_is_found_in_every_encoding(name):
 
 
 def test_other_texts_do_not_repeat_it():
-    assert not repeats(OTHER, TOKEN) and not repeats("", TOKEN) and not repeats("[1, 2.5, null] \\u0041 &amp; %41", TOKEN)
+    assert (
+        not repeats(OTHER, TOKEN)
+        and not repeats("", TOKEN)
+        and not repeats("[1, 2.5, null] \\u0041 &amp; %41", TOKEN)
+    )
 
 
-@given(token=st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=8, max_size=60), name=st.sampled_from(sorted(ENCODINGS)))
+@given(
+    token=st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=8, max_size=60),
+    name=st.sampled_from(sorted(ENCODINGS)),
+)
 def test_tokens_of_every_kind_are_found_in_every_encoding(token, name):
     if name in ("one letter short", "in two lines") and len(token) < 13:
         return
@@ -112,6 +122,8 @@ def test_what_does_not_repeat_the_token_is_quoted(server, monkeypatch):  # noqa:
 @pytest.mark.parametrize("token", ["two words", "line\nbreak", "umlaut-\u00fc", "nul\0"])
 def test_a_token_that_no_header_can_hold_is_refused_without_being_shown(monkeypatch, token):
     monkeypatch.setattr("os.environ", {"RM_TOKEN": token})
-    with pytest.raises(ValueError, match=r"RM_TOKEN \(token_env\) holds characters that no HTTP header can") as caught:
+    with pytest.raises(
+        ValueError, match=r"RM_TOKEN \(token_env\) holds characters that no HTTP header can"
+    ) as caught:
         remote.endpoint("http://host/x", "RM_TOKEN", 1.0, "f")
     assert token not in str(caught.value)

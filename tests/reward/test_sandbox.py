@@ -24,14 +24,21 @@ ROOT = Path(__file__).parents[2]
 LIMITS = Limits(seconds=2.0, memory_mib=256, processes=4, file_mib=4, message_mib=2)
 SHORT = dataclasses.replace(LIMITS, seconds=0.5)
 TWICE = "def twice(x):\n    return 2 * x\n"
-# the second would pass a program that ends its loop early and then answers anything: it is the comparison at the end that counts
+# the second would pass a program that ends its loop early and then answers anything: it is the comparison at
+# the end that counts
 TESTS = Tests(
-    ("assert twice(21) == 42", "def check(candidate):\n    for x, y in zip((1, 2), map(candidate, (1, 2))):\n        assert y == 2 * x"),
+    (
+        "assert twice(21) == 42",
+        "def check(candidate):\n    for x, y in zip((1, 2), map(candidate, (1, 2))):\n        assert y == 2 "
+        "* x",
+    ),
     "",
     "twice",
 )
 HOSTILE = re.findall(
-    r"^=== (\w+): (.+)\n((?:(?!===).*\n)*)", Path(__file__).with_name("hostile.txt").read_text(encoding="utf-8"), re.MULTILINE
+    r"^=== (\w+): (.+)\n((?:(?!===).*\n)*)",
+    Path(__file__).with_name("hostile.txt").read_text(encoding="utf-8"),
+    re.MULTILINE,
 )
 FORMER = [one for one in HOSTILE if one[0] != "endless"]
 ENDLESS = [one for one in HOSTILE if one[0] == "endless"]
@@ -53,7 +60,12 @@ class Outside:
     visitors: list[str]
 
     def written_into(self, source: str) -> str:
-        names = {"CANARY": str(self.canary), "FOLDER": str(Path(__file__).parent), "PORT": self.port, "ABSTRACT": self.abstract}
+        names = {
+            "CANARY": str(self.canary),
+            "FOLDER": str(Path(__file__).parent),
+            "PORT": self.port,
+            "ABSTRACT": self.abstract,
+        }
         for name, value in {**names, "BYSTANDER": self.bystander.pid}.items():
             source = re.sub(rf"\b{name}\b", lambda _, value=value: repr(value), source)
         return source
@@ -100,7 +112,9 @@ def watch(server: socket.socket, visitors: list[str]) -> None:
 
 
 def shut_in_processes() -> list[int]:
-    """Our processes in a process namespace below this one, whoever their parent is by now: they have a number in each of the two."""
+    """Our processes in a process namespace below this one, whoever their parent is by now: they have
+    a number in each of the two.
+    """
     found: list[int] = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -131,7 +145,9 @@ def test_there_are_enough_hostile_programs():
     assert len({(kind, name) for kind, name, _ in HOSTILE}) == len(HOSTILE)
 
 
-@pytest.mark.parametrize("source", [pytest.param(source, id=f"{kind}: {name}") for kind, name, source in FORMER])
+@pytest.mark.parametrize(
+    "source", [pytest.param(source, id=f"{kind}: {name}") for kind, name, source in FORMER]
+)
 def test_a_hostile_program_neither_escapes_nor_scores(source: str, outside: Outside):
     started = time.monotonic()
     verdict = judge(outside.written_into(source), TESTS, LIMITS, KIND)
@@ -149,7 +165,10 @@ def test_an_endless_program_ends_at_its_limit(source: str, outside: Outside):
 
 
 def test_a_right_program_scores_but_its_daemon_does_not_outlive_it():
-    daemon = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(600)\n    os._exit(0)\n"
+    daemon = (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        "
+        "time.sleep(600)\n    os._exit(0)\n"
+    )
     assert judge(daemon + TWICE, TESTS, LIMITS, KIND).passed == (True, True)  # nothing_is_left looks for it
 
 
@@ -181,19 +200,26 @@ def test_the_hostile_programs_would_succeed_outside(outside: Outside, tmp_path: 
     outside.visitors.clear()
 
 
-def passes(program: str, *tests: str, before: str = "", entry: str | None = None, limits: Limits = LIMITS) -> tuple[bool, ...]:
+def passes(
+    program: str, *tests: str, before: str = "", entry: str | None = None, limits: Limits = LIMITS
+) -> tuple[bool, ...]:
     return judge(program, Tests(tests, before, entry), limits, KIND).passed
 
 
 def test_values_keep_their_types_across_the_wall():
     program = "def same(x):\n    return x\n"
     values = (
-        "(1, [2.5, -0.0], {'a': {1, 2}, (3,): None}, frozenset({b'x'}), bytearray(b'y'), 1+2j, True, 2**80, -2**70, '\\ud800\\x00', "
+        "(1, [2.5, -0.0], {'a': {1, 2}, (3,): None}, frozenset({b'x'}), bytearray(b'y'), 1+2j, True, 2**80, "
+        "-2**70, '\\ud800\\x00', "
         "float('inf'))"
     )
-    assert passes(program, f"x = {values}\ny = same(x)\nassert x == y and repr(x) == repr(y) and type(y[1]) is list")
     assert passes(
-        program, "import math\nassert math.isnan(same(float('nan')))", "assert type(same(True)) is bool and type(same(1)) is int"
+        program, f"x = {values}\ny = same(x)\nassert x == y and repr(x) == repr(y) and type(y[1]) is list"
+    )
+    assert passes(
+        program,
+        "import math\nassert math.isnan(same(float('nan')))",
+        "assert type(same(True)) is bool and type(same(1)) is int",
     ) == (True, True)
 
 
@@ -207,8 +233,10 @@ def test_what_a_program_makes_of_its_arguments_and_its_errors_reach_the_tests():
     )
     assert passes(
         program,
-        "x = [2, 3, 1]\nassert sort(x) is None and x == [1, 2, 3]\nsort(x, reverse=True)\nassert x == [3, 2, 1]",
-        "try:\n    fail()\nexcept ValueError as error:\n    assert str(error) == 'no'\nelse:\n    assert False",
+        "x = [2, 3, 1]\nassert sort(x) is None and x == [1, 2, 3]\nsort(x, reverse=True)\nassert x == [3, 2, "
+        "1]",
+        "try:\n    fail()\nexcept ValueError as error:\n    assert str(error) == 'no'\nelse:\n    assert "
+        "False",
         "assert list(count(3)) == [0, 1, 2]",
         "assert letters('aab') == {'a': 2, 'b': 1}",
         "assert missing(1) == 1",
@@ -218,7 +246,9 @@ def test_what_a_program_makes_of_its_arguments_and_its_errors_reach_the_tests():
 def test_helpers_in_front_of_the_program_are_the_tests_own():
     # the program replaces the helper; the tests go on with theirs
     assert passes(
-        "def helper(x):\n    return 0\ndef f(x):\n    return 0\n", "assert f(1) == helper(1)", before="def helper(x):\n    return 7\n"
+        "def helper(x):\n    return 0\ndef f(x):\n    return 0\n",
+        "assert f(1) == helper(1)",
+        before="def helper(x):\n    return 7\n",
     ) == (False,)
 
 
@@ -237,7 +267,8 @@ def test_a_program_under_its_limits_may_use_what_they_allow():
         "    open('/tmp/x', 'wb').write(b'1' * 3_000_000)\n"
         "    thread = threading.Thread(target=lambda: None)\n    thread.start()\n    thread.join()\n"
         "    child = os.fork()\n    if child == 0:\n        os._exit(3)\n"
-        "    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), os.path.getsize('/tmp/x'), len(bytearray(1 << 27))\n"
+        "    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), os.path.getsize('/tmp/x'), "
+        "len(bytearray(1 << 27))\n"
     )
     assert passes(program, "assert f() == (3, 3_000_000, 1 << 27)") == (True,)
 
@@ -264,13 +295,18 @@ def test_runs_do_not_see_one_another():
 def test_sets_iterate_and_tests_draw_alike_in_every_run():
     program = "def f():\n    return list({'a', 'b', 'c', 'd', 'e'})\n"
     orders = {
-        judge(program, Tests((f"import random\nassert random.random() < 0.85 and f()[0] == {letter!r}",), "", None), LIMITS, KIND).passed
+        judge(
+            program,
+            Tests((f"import random\nassert random.random() < 0.85 and f()[0] == {letter!r}",), "", None),
+            LIMITS,
+            KIND,
+        ).passed
         for letter in "aaa"
     }
     assert len(orders) == 1
 
 
-# the machine ---------------------------------------------------------------------------------------------------------
+# the machine ------------------------------------------------------------------------------------------------
 
 
 def test_a_machine_without_a_sandbox_refuses_unless_told_in_as_many_words(monkeypatch: pytest.MonkeyPatch):
@@ -280,7 +316,9 @@ def test_a_machine_without_a_sandbox_refuses_unless_told_in_as_many_words(monkey
         choose_kind(False)
     assert choose_kind(True) == "none"
     monkeypatch.undo()
-    assert choose_kind(True) == KIND  # a failure is not remembered, and what the recipe allows is not used where it is not needed
+    assert (
+        choose_kind(True) == KIND
+    )  # a failure is not remembered, and what the recipe allows is not used where it is not needed
 
 
 def test_without_a_sandbox_the_limits_and_the_verdict_hold_still():
@@ -288,7 +326,10 @@ def test_without_a_sandbox_the_limits_and_the_verdict_hold_still():
     assert judge("import os\nos._exit(0)", TESTS, LIMITS, "none").passed == (False, False)
     assert judge("x = bytearray(1 << 30)\n" + TWICE, TESTS, LIMITS, "none").passed == (False, False)
     assert judge("while True:\n    pass", TESTS, SHORT, "none").ended == "timeout"
-    assert sandbox.try_kind("none") == "started, but a program in it sees other processes or can write outside its folder"
+    assert (
+        sandbox.try_kind("none")
+        == "started, but a program in it sees other processes or can write outside its folder"
+    )
 
 
 def test_a_sandbox_that_cannot_be_had_says_why():
@@ -311,7 +352,8 @@ def test_nothing_lives_on_when_the_grader_is_killed():
     code = (
         "from reward.sandbox import Limits, Tests, choose_kind, judge\n"
         "print('now', flush=True)\n"
-        "judge('import time\\nprint(1)\\ntime.sleep(600)', Tests(('f()',), '', None), Limits(60.0, 256, 2, 1, 1), choose_kind(False))\n"
+        "judge('import time\\nprint(1)\\ntime.sleep(600)', Tests(('f()',), '', None), Limits(60.0, 256, 2, "
+        "1, 1), choose_kind(False))\n"
     )
     before = set(shut_in_processes())
     grader = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
@@ -331,18 +373,32 @@ def comes_true(condition: Callable[[], bool]) -> bool:
     return True
 
 
-OTHERS = "import sys; sys.path.insert(0, sys.argv[1]); from reward.sandbox import *; from reward import sandbox; "
+OTHERS = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from reward.sandbox import *; from reward import sandbox; "
+)
 TRIAL = "print(sandbox.candidates(), [sandbox.try_kind(kind) for kind in sandbox.candidates()])"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 def test_an_ordinary_user_has_a_sandbox_too():
     python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
-    if python is None or subprocess.run([python, "-c", "import sys; assert sys.version_info >= (3, 11)"]).returncode != 0:
+    if (
+        python is None
+        or subprocess.run([python, "-c", "import sys; assert sys.version_info >= (3, 11)"]).returncode != 0
+    ):
         pytest.skip(reason="there is no Python 3.11 that everybody may run")
     if not all(path.stat().st_mode & 0o005 == 0o005 for path in (ROOT, *ROOT.parents)):
         pytest.skip(reason=f"not everybody may read {ROOT}")
     found = subprocess.run(
-        [python, "-B", "-c", OTHERS + TRIAL, str(ROOT)], user=65534, group=65534, extra_groups=[], cwd="/", capture_output=True, text=True
+        [python, "-B", "-c", OTHERS + TRIAL, str(ROOT)],
+        user=65534,
+        group=65534,
+        extra_groups=[],
+        cwd="/",
+        capture_output=True,
+        text=True,
     )
-    assert found.stdout.strip() in ("['user'] [None]", "['user', 'bubblewrap'] [None, None]"), (found.stdout, found.stderr)
+    assert found.stdout.strip() in ("['user'] [None]", "['user', 'bubblewrap'] [None, None]"), (
+        found.stdout,
+        found.stderr,
+    )

@@ -13,7 +13,9 @@ from reward.source import source_digest, source_files
 def folder(tmp_path):
     place = tmp_path / "rewards"
     (place / "helpers" / "deep").mkdir(parents=True)
-    (place / "mine.py").write_text("import json\nfrom helpers import tables\nfrom helpers.deep.inner import x\n\ndef f(inputs): ...\n")
+    (place / "mine.py").write_text(
+        "import json\nfrom helpers import tables\nfrom helpers.deep.inner import x\n\ndef f(inputs): ...\n"
+    )
     (place / "helpers" / "__init__.py").write_text("")
     (place / "helpers" / "tables.py").write_text("from .words import WORDS\nimport single\n")
     (place / "helpers" / "words.py").write_text("WORDS = 3\n")
@@ -28,7 +30,15 @@ def digest(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["mine.py", "helpers/__init__.py", "helpers/tables.py", "helpers/words.py", "helpers/deep/inner.py", "single.py"]
+    "name",
+    [
+        "mine.py",
+        "helpers/__init__.py",
+        "helpers/tables.py",
+        "helpers/words.py",
+        "helpers/deep/inner.py",
+        "single.py",
+    ],
 )
 def test_the_digest_changes_with_every_file_that_the_function_runs(folder, name):
     before = digest(folder)
@@ -37,7 +47,9 @@ def test_the_digest_changes_with_every_file_that_the_function_runs(folder, name)
     assert digest(folder) != before
 
 
-def test_the_digest_is_the_same_elsewhere_and_ignores_files_that_are_not_imported(folder, tmp_path, monkeypatch):
+def test_the_digest_is_the_same_elsewhere_and_ignores_files_that_are_not_imported(
+    folder, tmp_path, monkeypatch
+):
     before = digest(folder)
     (folder / "unrelated.py").write_text("y = 2\n")
     assert digest(folder) == before

@@ -8,7 +8,9 @@ from reward.text import answer_format, choice, exact
 
 
 def inputs(*completions: str, counts: tuple[int, ...] = (), **columns: object) -> RewardInputs:
-    return RewardInputs("p", completions, counts or (1,) * len(completions), ("stop",) * len(completions), columns)
+    return RewardInputs(
+        "p", completions, counts or (1,) * len(completions), ("stop",) * len(completions), columns
+    )
 
 
 def values(scores):
@@ -78,7 +80,8 @@ def test_format_matches_all_of_a_completion_or_any_part_of_it():
 
 
 def test_the_overlong_penalty_has_the_papers_and_the_released_numbers():
-    # DAPO's 16384 expected + 4096 buffer: zero to 16384, half way at 18432, -1 at 20480; (21000 - 16384) / 4096 = 1.126953125
+    # DAPO's 16384 expected + 4096 buffer: zero to 16384, half way at 18432, -1 at 20480; (21000 - 16384) /
+    # 4096 = 1.126953125
     given = inputs("", "", "", "", "", counts=(16000, 16384, 18432, 20480, 21000))
     paper = length(given, max_tokens=20480, buffer_tokens=4096)
     released = length(given, max_tokens=20480, buffer_tokens=4096, form="released")

@@ -93,7 +93,10 @@ def file(tmp_path_factory) -> Path:
 def inputs(*completions: str, messages=None) -> RewardInputs:
     count, ids = len(completions), ((1, 2), (3,))
     return RewardInputs(
-        *("p", completions, (1,) * count, ("stop",) * count, {"answer": "4"}), completion_ids=ids[:count], messages=messages, updates=24
+        *("p", completions, (1,) * count, ("stop",) * count, {"answer": "4"}),
+        completion_ids=ids[:count],
+        messages=messages,
+        updates=24,
     )
 
 
@@ -102,7 +105,9 @@ def grade(file: Path, name: str, given: RewardInputs, **hp: object) -> list[Scor
 
 
 def test_conversational_prompts_come_as_messages_and_texts_as_texts(file):
-    assert [score.value for score in grade(file, "checks_everything", inputs("4", "five", messages=MESSAGES))] == [1.0, 0.0]
+    assert [
+        score.value for score in grade(file, "checks_everything", inputs("4", "five", messages=MESSAGES))
+    ] == [1.0, 0.0]
     assert [score.value for score in grade(file, "texts", inputs("4", "five"))] == [1.0, 0.0]
     thought = inputs("<think>a</think>b", "b", messages=MESSAGES)
     assert [score.value for score in grade(file, "think_format", thought)] == [1.0, 0.0]
@@ -135,7 +140,11 @@ def test_metrics_become_parts_and_extra_columns_texts(file):
     [
         ("logs_too_few", ValueError, "'said' has 1 values for 2 completions"),
         ("logs_verdicts", ValueError, "names verdicts on completions"),
-        ("reads_max_steps", AttributeError, "trainer_state has global_step and nothing else here, no max_steps"),
+        (
+            "reads_max_steps",
+            AttributeError,
+            "trainer_state has global_step and nothing else here, no max_steps",
+        ),
         ("wants_environments", ValueError, "wants_environments needs environments"),
     ],
 )
@@ -148,9 +157,19 @@ def test_token_ids_messages_and_texts_travel_through_a_pool_also_one_by_one(file
     calls = [RewardCall(f"{file}:{name}", 1.0, {}) for name in ("checks_everything", "logs")]
     with RewardPool(calls, workers=1, seconds=5, memory_gib=1, deadline_seconds=60) as pool:
         (scores,) = pool.score([inputs("4", "five", messages=MESSAGES)])
-        assert scores[0].value == 2.0 and scores[0].extra == {"logs/said": "[{'role': 'assistant', 'content': '4'}]"}
+        assert scores[0].value == 2.0 and scores[0].extra == {
+            "logs/said": "[{'role': 'assistant', 'content': '4'}]"
+        }
     with RewardPool(calls[:1], workers=1, seconds=5, memory_gib=1, deadline_seconds=60) as pool:
-        given = RewardInputs("p", ("4", "6"), (1, 1), ("stop",) * 2, {"answer": "4"}, completion_ids=((1,), (9,)), messages=MESSAGES)
+        given = RewardInputs(
+            "p",
+            ("4", "6"),
+            (1, 1),
+            ("stop",) * 2,
+            {"answer": "4"},
+            completion_ids=((1,), (9,)),
+            messages=MESSAGES,
+        )
         pool.score([given])
         # together the function refuses; alone each completion has its own ids
         assert {reason for reason, _ in pool.errors} == {"error"} and len(pool.errors) == 2

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from reward.score import Score
 from rltrain.rollout.collate import collate
-from rltrain.types import ARM_TEMPERED, Completion, Prompt, Score, ScoredGroup
+from rltrain.types.samples import SOURCE_TEMPERED, Completion, Prompt, ScoredGroup, Span
 
 
 def test_a_row_s_sample_counts_the_completions_of_its_group_whatever_their_arm():
     # what seeded choices go by: it must not depend on where a group stands in the step
     def group(number: int, arms: tuple[int, ...]) -> ScoredGroup:
-        completions = tuple(Completion((5, 6), (-1.0, -1.0), "stop", "", version=0, arm=arm) for arm in arms)
-        return ScoredGroup(number, Prompt(str(number), (1,), ""), completions, tuple(Score(1.0) for _ in arms))
+        completions = tuple(
+            Completion((5, 6), (-1.0, -1.0), "stop", "", (Span(0, 2, 0),), arm) for arm in arms
+        )
+        return ScoredGroup(
+            number, Prompt(str(number), (1,), ""), completions, tuple(Score(1.0) for _ in arms)
+        )
 
-    first, second = group(4, (0, 0, ARM_TEMPERED)), group(9, (0, 0))
+    first, second = group(4, (0, 0, SOURCE_TEMPERED)), group(9, (0, 0))
     _, batch = collate([first, second])
     assert batch.sample is not None
-    assert list(zip(batch.group.tolist(), batch.sample.tolist(), strict=True)) == [(4, 0), (4, 1), (4, 2), (9, 0), (9, 1)]
+    assert list(zip(batch.group.tolist(), batch.sample.tolist(), strict=True)) == [
+        (4, 0),
+        (4, 1),
+        (4, 2),
+        (9, 0),
+        (9, 1),
+    ]
     _, turned = collate([second, first])
     assert turned.sample is not None and turned.sample.tolist() == [0, 1, 0, 1, 2]

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import torch
 
+from reward.score import Score
 from rltrain.rollout.collate import answer_ids, collate
-from rltrain.rollout.steps import Lines, step_ids
-from rltrain.types import Completion, Prompt, Score, ScoredGroup
+from rltrain.rollout.steps import StepSplitter, step_ids
+from rltrain.types.samples import Completion, Prompt, ScoredGroup, Span
 
 # token id -> text; 9 is a special token, 7 a piece of a character
-TEXT = {0: "x", 1: "\n", 2: "}\n\n", 3: "  ", 4: "y = 1", 5: ".\n", 6: " \n", 7: "\N{REPLACEMENT CHARACTER}", 9: ""}
+TEXT = {
+    0: "x",
+    1: "\n",
+    2: "}\n\n",
+    3: "  ",
+    4: "y = 1",
+    5: ".\n",
+    6: " \n",
+    7: "\N{REPLACEMENT CHARACTER}",
+    9: "",
+}
 
 
 class Decoder:
@@ -22,15 +33,17 @@ class Decoder:
 
 
 def completion(*tokens: int, turns: tuple[tuple[int, int], ...] = ()) -> Completion:
-    return Completion(tokens, (0.0,) * len(tokens), "stop", "", 0, turns=turns)
+    return Completion(tokens, (0.0,) * len(tokens), "stop", "", (Span(0, len(tokens), 0),), turns=turns)
 
 
 def steps_of(*completions: Completion, width: int = 0) -> list[list[int]]:
-    mask = torch.zeros(len(completions), max(width, *(len(one.token_ids) for one in completions)), dtype=torch.bool)
+    mask = torch.zeros(
+        len(completions), max(width, *(len(one.token_ids) for one in completions)), dtype=torch.bool
+    )
     for row, one in enumerate(completions):
         for start, stop in one.turns or ((0, len(one.token_ids)),):
             mask[row, start:stop] = True
-    found = step_ids(completions, mask, Lines(Decoder()))
+    found = step_ids(completions, mask, StepSplitter(Decoder()))
     assert found is not None
     return found.tolist()
 
@@ -70,12 +83,14 @@ def test_steps_agree_with_splitting_the_text():
         assert max(found) + 1 == max(len(lines), 1)
         assert found == sorted(found)
         for number, line in enumerate(lines):
-            assert line.strip() in "".join(TEXT[token] for token, step in zip(tokens, found, strict=True) if step == number)
+            assert line.strip() in "".join(
+                TEXT[token] for token, step in zip(tokens, found, strict=True) if step == number
+            )
 
 
 def test_every_token_is_decoded_once_in_a_run():
     decoder = Decoder()
-    lines = Lines(decoder)
+    lines = StepSplitter(decoder)
     for _ in range(3):
         step_ids([completion(0, 1, 0, 0)], torch.ones(1, 4, dtype=torch.bool), lines)
     assert sorted(decoder.calls) == [0, 1]
@@ -84,7 +99,9 @@ def test_every_token_is_decoded_once_in_a_run():
 def test_without_turns_and_lines_there_are_no_steps():
     one = completion(0, 1)
     assert step_ids([one], torch.ones(1, 2, dtype=torch.bool), None) is None
-    mixed = step_ids([one, completion(0, 0, turns=((0, 1), (1, 2)))], torch.ones(2, 2, dtype=torch.bool), None)
+    mixed = step_ids(
+        [one, completion(0, 0, turns=((0, 1), (1, 2)))], torch.ones(2, 2, dtype=torch.bool), None
+    )
     assert mixed is not None and mixed.tolist() == [[0, 0], [0, 1]]
     assert steps_of(completion(), completion(0)) == [[-1], [0]]
 
@@ -98,17 +115,21 @@ def test_equal_answers_of_a_group_share_an_id():
     assert answer_ids(group_of("5", "7", None, "5")) == [0, 1, -1, 0]
     _, batch = collate([group_of("5", "7", None, "5"), group_of("7", "7", number=4)])
     assert batch.answer is not None and batch.answer.tolist() == [0, 1, -1, 0, 0, 0]
-    silent = collate([group_of(None, None)])[1].answer  # a step in which nobody found an answer: a weak model, not a wrong recipe
+    silent = collate([group_of(None, None)])[
+        1
+    ].answer  # a step in which nobody found an answer: a weak model, not a wrong recipe
     assert silent is not None and silent.tolist() == [-1, -1]
 
 
 def test_a_step_is_cut_where_a_function_asks_for_it():
     assert collate([group_of("5")])[1].step_id is None
-    _, batch = collate([group_of("5")], Lines(Decoder()))
+    _, batch = collate([group_of("5")], StepSplitter(Decoder()))
     assert batch.step_id is not None and batch.step_id.tolist() == [[0, 0, 1]]
 
 
 def test_ungraded_rows_belong_to_no_step():
-    group = ScoredGroup(0, Prompt("p", (1,), "p"), (completion(0, 1),) * 2, (Score(1.0), Score(0.0, ungraded="timeout")))
-    _, batch = collate([group], Lines(Decoder()))
+    group = ScoredGroup(
+        0, Prompt("p", (1,), "p"), (completion(0, 1),) * 2, (Score(1.0), Score(0.0, ungraded="timeout"))
+    )
+    _, batch = collate([group], StepSplitter(Decoder()))
     assert batch.step_id is not None and batch.step_id.tolist() == [[0, 0], [-1, -1]]

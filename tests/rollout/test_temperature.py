@@ -7,13 +7,14 @@ import math
 import pytest
 import torch
 
-from rltrain.rollout import sampling
-from rltrain.rollout.sampling import sample_tokens_
+from rltrain.rollout.engines.transformers import sampling
+from rltrain.rollout.engines.transformers.sampling import sample_tokens_
 from rltrain.rollout.temperature import TemperatureController, entropy_of, token_temperatures
-from rltrain.types import AdaptiveTemperature, Sampling
+from rltrain.types.samples import AdaptiveTemperature, Sampling
 
 BASE = Sampling(n=2, temperature=1.0, max_tokens=8, seed=0)
-# The entropies of the paper's worked example: pivot 0.095310, sigma 0.382775, 1 / top 4.399137, 1 / bottom -0.552228.
+# The entropies of the paper's worked example: pivot 0.095310, sigma 0.382775, 1 / top 4.399137, 1 / bottom
+# -0.552228.
 ENTROPY = torch.tensor([[0.9, 0.7, 1.2], [1.1, 0.55, 0.0]])
 MASK = torch.tensor([[True, True, True], [True, True, False]])
 
@@ -51,7 +52,9 @@ def test_tokens_beyond_the_last_step_s_range_are_held_at_its_ends() -> None:
     one.observe(ENTROPY, MASK)
     adaptive = one.sampling(BASE).adaptive
     assert adaptive is not None
-    torch.testing.assert_close(token_temperatures(torch.tensor([9.0, 0.0]), 0.7, adaptive), torch.tensor([0.7 * 1.05, 0.7 * 0.95]))
+    torch.testing.assert_close(
+        token_temperatures(torch.tensor([9.0, 0.0]), 0.7, adaptive), torch.tensor([0.7 * 1.05, 0.7 * 0.95])
+    )
 
 
 def test_the_unscaled_form_never_reaches_zero() -> None:
@@ -84,11 +87,13 @@ def test_entropy_leaves_out_impossible_tokens() -> None:
 
 @pytest.mark.parametrize("base", [1.0, 0.7])
 def test_tokens_are_drawn_at_their_own_temperature_and_reported_at_the_base(base: float) -> None:
-    # Two rows, a certain and an uncertain one, at opposite ends of the range: T = base (1 -+ 0.5). 40,000 stratified draws of each
-    # have the distribution itself as frequencies, up to one draw per token.
+    # Two rows, a certain and an uncertain one, at opposite ends of the range: T = base (1 -+ 0.5). 40,000
+    # stratified draws of each have the distribution itself as frequencies, up to one draw per token.
     logits = torch.tensor([[2.0, 0.0, -1.0, -2.0], [0.3, 0.2, 0.1, 0.0]])
     entropy = entropy_of(logits / base)
-    adaptive = AdaptiveTemperature(0.5, "scaled", pivot=entropy.log().mean().item(), sigma=1.0, top=0.01, bottom=-0.01)
+    adaptive = AdaptiveTemperature(
+        0.5, "scaled", pivot=entropy.log().mean().item(), sigma=1.0, top=0.01, bottom=-0.01
+    )
     draws = 40_000
     uniform = ((torch.arange(draws) + 0.5) / draws).repeat(2)
     tokens, logp = sample_tokens_(logits.repeat_interleave(draws, 0), uniform, base, adaptive)
@@ -102,8 +107,12 @@ def test_tokens_are_drawn_at_their_own_temperature_and_reported_at_the_base(base
 
 @pytest.mark.parametrize("base", [0.3, 0.7, 1.0, 1.4])
 def test_a_fifth_of_the_tokens_is_hot_whatever_the_base(base: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    # rho 0.8: a fifth of the tokens lies above the pivot of the signal, which the learner measures at the base temperature
-    logits = torch.randn(2000, 50, generator=torch.Generator().manual_seed(3)) * torch.linspace(0.5, 6, 2000)[:, None]
+    # rho 0.8: a fifth of the tokens lies above the pivot of the signal, which the learner measures at the
+    # base temperature
+    logits = (
+        torch.randn(2000, 50, generator=torch.Generator().manual_seed(3))
+        * torch.linspace(0.5, 6, 2000)[:, None]
+    )
     one = controller("scaled", 0.5)
     one.observe(entropy_of(logits / base)[None], torch.ones(1, 2000, dtype=torch.bool))
     drawn_at: list[torch.Tensor] = []

@@ -1,4 +1,6 @@
-"""Rewards of 0 and 1 by the only function say what is correct; anything else is named in the reason for no pass@k."""
+"""Rewards of 0 and 1 by the only function say what is correct; anything else is named in the reason
+for no pass@k.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from reward.resolve import ContractError
-from reward.score import RewardInputs
+from reward.score import RewardInputs, Score
+from reward.score_checks import ContractError
 from rltrain.config.schema import RewardRef
 from rltrain.errors import UserError
-from rltrain.rollout.producer import reward_inputs, sample_inputs, score_groups
+from rltrain.rollout.grading import reward_inputs, sample_inputs, score_groups
 from rltrain.rollout.verdicts import label_of_only_function, with_verdicts
 from rltrain.train.evaluate import Evaluator
-from rltrain.types import REFERENCE_VERSION, Completion, Prompt, RolloutGroup, Sampling, Score, ScoredGroup
+from rltrain.types.samples import REFERENCE_VERSION, Completion, Prompt, RolloutGroup, Sampling, ScoredGroup
 
 REFS = [RewardRef(name="mine.py:judge")]
 
@@ -26,7 +28,9 @@ def completion(version: int = 7) -> Completion:
 
 class Sampler:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[RolloutGroup]:
-        return [RolloutGroup(at, prompt, (completion(version),) * sampling.n) for at, prompt in enumerate(prompts)]
+        return [
+            RolloutGroup(at, prompt, (completion(version),) * sampling.n) for at, prompt in enumerate(prompts)
+        ]
 
 
 class Fixed:
@@ -63,7 +67,11 @@ def test_rewards_of_zero_and_one_give_pass_at_k_whatever_their_weight() -> None:
 @pytest.mark.parametrize(
     ("rows", "label", "said"),
     [
-        ([[1.0, 0.0], [0.0, 0.35]], "judge", r"no pass@k: judge says of no completion .*\(for example 0\.35\); return Score"),
+        (
+            [[1.0, 0.0], [0.0, 0.35]],
+            "judge",
+            r"no pass@k: judge says of no completion .*\(for example 0\.35\); return Score",
+        ),
         ([[1.0, -1.0]], "judge", r"for example -1"),
         ([[1.0, 0.0]], None, "the rewards do not say of every completion whether it is correct"),
     ],
@@ -82,7 +90,12 @@ def test_a_function_with_verdicts_of_its_own_keeps_them() -> None:
 
 def test_one_value_that_is_neither_leaves_every_group_of_the_step_without_verdicts() -> None:
     def group(*values: float) -> ScoredGroup:
-        return ScoredGroup(0, Prompt("a", (1,), "a"), (completion(),) * len(values), tuple(Score(v, {"judge": v}) for v in values))
+        return ScoredGroup(
+            0,
+            Prompt("a", (1,), "a"),
+            (completion(),) * len(values),
+            tuple(Score(v, {"judge": v}) for v in values),
+        )
 
     judged = with_verdicts([group(1.0, 0.0), group(0.0, 0.0)], "judge")
     assert [[score.correct for score in one.scores] for one in judged] == [[True, False], [False, False]]

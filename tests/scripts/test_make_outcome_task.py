@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from script_modules import script
+from support.scripts import script
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -29,9 +29,15 @@ def task(tiny_models: ModuleType) -> Iterator[ModuleType]:
 
 def test_a_problem_that_shares_a_passage_with_a_labelled_one_is_held_out(task: ModuleType):
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    questions = [" ".join(words), "Tom has " + " ".join(reversed(words)), *(f"question {at} " + "abcdefghij"[at] * 9 for at in range(8))]
+    questions = [
+        " ".join(words),
+        "Tom has " + " ".join(reversed(words)),
+        *(f"question {at} " + "abcdefghij"[at] * 9 for at in range(8)),
+    ]
     assert task.held_out_problems(questions, ["TWO three, four five six seven eight nine?"], 0.0) == {0}
-    assert task.held_out_problems(questions, ["two three four five six seven eight"], 0.0) == set()  # seven words are chance
+    assert (
+        task.held_out_problems(questions, ["two three four five six seven eight"], 0.0) == set()
+    )  # seven words are chance
     held_out = task.held_out_problems(questions, ["two three four five six seven eight nine"], 0.3)
     assert 0 in held_out and len(held_out) == 3
 
@@ -46,10 +52,22 @@ def test_problems_are_divided_and_not_solutions(task: ModuleType):
 
 
 def test_step_labels_keep_what_nobody_judged(task: ModuleType):
-    row = {"problem": "p", "steps": ["a", "b", "c"], "labels": [1, 0, None], "first_error_step": 1, "source": "S"}
+    row = {
+        "problem": "p",
+        "steps": ["a", "b", "c"],
+        "labels": [1, 0, None],
+        "first_error_step": 1,
+        "source": "S",
+    }
     right = {**row, "labels": [1, 1, 1], "first_error_step": -1}
     assert task.step_rows([row, right, {**row, "source": "T"}], "S") == [
-        {"prompt": "p", "completion": "a\nb\nc", "steps": ["a", "b", "c"], "right": [True, False, None], "problem": "p"}
+        {
+            "prompt": "p",
+            "completion": "a\nb\nc",
+            "steps": ["a", "b", "c"],
+            "right": [True, False, None],
+            "problem": "p",
+        }
     ]
 
 
@@ -63,6 +81,8 @@ def test_no_labelled_problem_is_trained_on(task: ModuleType):
     assert {name: len(some) for name, some in sides.items()} == {"train": 3324, "dev": 368, "test": 1584}
     # by another way than passages: no training question is a labelled problem word for word
     asked = {"".join(text.lower().split()) for text in labelled}
-    assert not [row for row in sides["train"] + sides["dev"] if "".join(row["prompt"].lower().split()) in asked]
+    assert not [
+        row for row in sides["train"] + sides["dev"] if "".join(row["prompt"].lower().split()) in asked
+    ]
     assert sum(row["label"] for some in sides.values() for row in some) == 2001
     json.dumps(sides["test"][:1])

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from script_modules import script
+from support.scripts import script
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "preference"
 
@@ -51,19 +51,28 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return write(tmp_path / "train.jsonl", [*pairs, reserved]), write(tmp_path / "held_out.jsonl", [reserved])
 
 
-def test_both_sides_are_read_once_and_what_is_held_out_is_not(text_models: Any, files: tuple[Path, Path]) -> None:
+def test_both_sides_are_read_once_and_what_is_held_out_is_not(
+    text_models: Any, files: tuple[Path, Path]
+) -> None:
     read, reserved = (text_models.dialogues(path) for path in files)
     assert len(read) == 8 and len(reserved) == 2
     kept = text_models.without_beginnings(read, reserved)
     assert len(kept) == 6 and not any(("user", "is it raining") in dialogue for dialogue in kept)
     first, second, *_ = text_models.once(kept)
-    assert [content for _, content in first] == ["how do I boil rice", "how do I boil rice like so", "and then", "stop"]
+    assert [content for _, content in first] == [
+        "how do I boil rice",
+        "how do I boil rice like so",
+        "and then",
+        "stop",
+    ]
     assert second == (("user", "and then"), ("assistant", "go on"))  # the rest stands in the first
     with pytest.raises(ValueError, match="every dialogue begins as a held-out one"):
         text_models.without_beginnings(reserved, reserved)
 
 
-def test_the_tokenizer_learns_the_text_and_keeps_every_byte(text_models: Any, files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_tokenizer_learns_the_text_and_keeps_every_byte(
+    text_models: Any, files: tuple[Path, Path], tmp_path: Path
+) -> None:
     read = text_models.dialogues(files[0])
     made = text_models.trained_tokenizer([content for dialogue in read for _, content in dialogue], 320)
     made.save_pretrained(tmp_path / "tokenizer")
@@ -97,17 +106,26 @@ def test_equal_arguments_give_equal_weights_and_training_helps(
     text_models: Any, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make = functools.partial(text_models.make_text_model, data=files[0], held_out=files[1], vocabulary=300)
-    first, again, other = (make(tmp_path / name, steps=steps) for name, steps in (("a", 60), ("b", 60), ("c", 1)))
+    first, again, other = (
+        make(tmp_path / name, steps=steps) for name, steps in (("a", 60), ("b", 60), ("c", 1))
+    )
     weights = [load_file(folder / "model.safetensors") for folder in (first, again, other)]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     make(first, steps=60)
     assert "already made" in capsys.readouterr().out
-    ids = torch.tensor([text_models.encoded(text_models.dialogues(files[0])[0], AutoTokenizer.from_pretrained(first))])
-    trained, untrained = (AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids, labels=ids).loss.item() for folder in (first, other))
+    ids = torch.tensor(
+        [text_models.encoded(text_models.dialogues(files[0])[0], AutoTokenizer.from_pretrained(first))]
+    )
+    trained, untrained = (
+        AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids, labels=ids).loss.item()
+        for folder in (first, other)
+    )
     assert trained < 0.7 * untrained
 
 
-def test_files_of_another_kind_are_refused(text_models: Any, files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_files_of_another_kind_are_refused(
+    text_models: Any, files: tuple[Path, Path], tmp_path: Path
+) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}))
     with pytest.raises(ValueError, match="pairs of Human/Assistant transcripts are expected"):

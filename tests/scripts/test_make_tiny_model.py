@@ -12,7 +12,7 @@ from rltrain.config.schema import Data
 from rltrain.data.chat import Dialogue
 from rltrain.data.prompts import PromptSet, load_prompts
 from rltrain.rollout.environments.calculator import evaluate
-from rltrain.types import Prompt
+from rltrain.types.samples import Prompt
 
 ONE_DIGIT = ({"digits": 1, "operations": "+*"},)
 
@@ -33,12 +33,22 @@ def test_auto_classes_read_the_folder_and_every_character_is_one_token(random_mo
     assert tokenizer.decode(token_ids) == text
     assert len(set(token_ids)) == 10 + 32 + 52 + 2
     generation = GenerationConfig.from_pretrained(random_model)
-    assert (generation.eos_token_id, generation.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 0)
+    assert (
+        (generation.eos_token_id, generation.pad_token_id)
+        == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+        == (1, 0)
+    )
 
 
 def test_the_chat_template_survives_saving(random_model):
-    chat = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "2+2="}]
-    rendered = AutoTokenizer.from_pretrained(random_model).apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    chat = [
+        {"role": "user", "content": "1+1="},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "2+2="},
+    ]
+    rendered = AutoTokenizer.from_pretrained(random_model).apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True
+    )
     assert rendered == "<user>1+1=<assistant>2<eos><user>2+2=<assistant>"
 
 
@@ -55,7 +65,9 @@ def test_the_full_size_is_about_a_million_parameters(tiny_models):
     assert 0.7e6 < sum(parameter.numel() for parameter in model.parameters()) < 1.3e6
 
 
-def test_equal_seeds_give_equal_weights_and_the_callers_generator_is_left_alone(tiny_models, tmp_path, random_model):
+def test_equal_seeds_give_equal_weights_and_the_callers_generator_is_left_alone(
+    tiny_models, tmp_path, random_model
+):
     before = torch.get_rng_state()
     again, other = (tiny_models.make_random_model(tmp_path / str(seed), seed=seed) for seed in (0, 1))
     assert same(again, random_model)
@@ -64,7 +76,8 @@ def test_equal_seeds_give_equal_weights_and_the_callers_generator_is_left_alone(
 
 
 def test_a_random_model_is_far_from_uniform(tiny_models, random_model):
-    # Uniform log-probs would let a wrong head pass for a right one: their spread here is of order 1 nat, not 0.
+    # Uniform log-probs would let a wrong head pass for a right one: their spread here is of order 1 nat, not
+    # 0.
     model = AutoModelForCausalLM.from_pretrained(random_model)
     with torch.no_grad():
         logp = model(input_ids=torch.arange(1, 20)[None]).logits.log_softmax(-1)
@@ -72,9 +85,15 @@ def test_a_random_model_is_far_from_uniform(tiny_models, random_model):
 
 
 def test_the_measure_is_the_product_of_the_tokens_probabilities(tiny_models, random_model):
-    tokenizer, model = AutoTokenizer.from_pretrained(random_model), AutoModelForCausalLM.from_pretrained(random_model)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(random_model),
+        AutoModelForCausalLM.from_pretrained(random_model),
+    )
     prompts, rights = [], []
-    for question, answer in (("1+2=", "3"), ("10+20=", "30")):  # of different length: one row of the batch is padded
+    for question, answer in (
+        ("1+2=", "3"),
+        ("10+20=", "30"),
+    ):  # of different length: one row of the batch is padded
         asked = tokenizer(f"<user>{question}<assistant>")["input_ids"]
         prompts.append(Prompt(question, tuple(asked), question, {"answer": answer}))
         right = 1.0
@@ -92,7 +111,9 @@ def test_equal_arguments_give_equal_weights_and_a_made_folder_is_kept(tiny_model
     steps, test = tmp_path / "steps.jsonl", tmp_path / "test.jsonl"
     test.write_text(json.dumps({"answer": "<<10+11=21>>"}))
     steps.write_text(json.dumps({"answer": "<<48/2=24>> <<48+24=72>> <<0.2*50=10>>"}))
-    make = functools.partial(tiny_models.make_tiny_model, task="gsm8k_calculator", data=steps, held_out=test, steps=2)
+    make = functools.partial(
+        tiny_models.make_tiny_model, task="gsm8k_calculator", data=steps, held_out=test, steps=2
+    )
     first, second = (make(tmp_path / name) for name in ("a", "b"))
     assert same(first, second)
     untouched = (first / "model.safetensors").stat().st_mtime_ns
@@ -101,7 +122,12 @@ def test_equal_arguments_give_equal_weights_and_a_made_folder_is_kept(tiny_model
     make(first, seed=1)  # other arguments: made anew
     assert not same(first, second)
     assert json.loads((first / "made_with.json").read_text())["seed"] == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "steps.jsonl", "test.jsonl"}  # nothing half-made is left behind
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "a",
+        "b",
+        "steps.jsonl",
+        "test.jsonl",
+    }  # nothing half-made is left behind
 
 
 def test_a_foreign_folder_is_refused_and_kept(tiny_models, tmp_path):
@@ -118,18 +144,26 @@ def test_a_task_and_files_that_do_not_fit_are_refused(tiny_models, tmp_path, cap
         tiny_models.main(["--out", str(tmp_path / "model"), "--data", "a", "--held-out", "b"])
     assert "arithmetic makes its own problems" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no such file: absent"):
-        tiny_models.make_tiny_model(tmp_path / "model", task="gsm8k_calculator", data="absent", held_out="absent")
+        tiny_models.make_tiny_model(
+            tmp_path / "model", task="gsm8k_calculator", data="absent", held_out="absent"
+        )
 
 
 def test_the_gsm8k_warm_start_trains_on_nothing_that_is_held_out(tiny_models, tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_models, "DRILLS", ONE_DIGIT)
-    # 4+5 and 6*7 are drills, 48/2 is in both files: the first two are held out, the third stays in training and is not.
+    # 4+5 and 6*7 are drills, 48/2 is in both files: the first two are held out, the third stays in training
+    # and is not.
     (tmp_path / "train.jsonl").write_text(json.dumps({"answer": "<<48/2=24>> <<0.2*50=10>>"}))
     (tmp_path / "test.jsonl").write_text(json.dumps({"answer": "<<48/2=24>> <<4+5=9>> <<6*7=42>>"}))
     files = (tmp_path / "train.jsonl", tmp_path / "test.jsonl")
     sets = tiny_models.warm_up_sets("gsm8k_calculator", *files, tiny_models.character_tokenizer())
     trained = {prompt.text for prompts in sets for prompt in prompts.prompts}
-    assert {"<user>48/2=<assistant>", "<user>0.2*50=<assistant>", "<user>5+4=<assistant>", "<user>7*6=<assistant>"} <= trained
+    assert {
+        "<user>48/2=<assistant>",
+        "<user>0.2*50=<assistant>",
+        "<user>5+4=<assistant>",
+        "<user>7*6=<assistant>",
+    } <= trained
     assert not {"<user>4+5=<assistant>", "<user>6*7=<assistant>"} & trained
 
 
@@ -146,11 +180,19 @@ def test_the_warm_start_leaves_something_to_learn(tiny_models, tmp_path):
 def test_the_calculator_s_turns_are_those_of_its_episodes(tiny_models):
     # One call in five first turns; after it the row reads as the environment's dialogue will write it.
     tokenizer = tiny_models.character_tokenizer()
-    prompt = Prompt("a", tuple(tokenizer("<user>12*7=<assistant>").input_ids), "<user>12*7=<assistant>", {"answer": "84"})
+    prompt = Prompt(
+        "a", tuple(tokenizer("<user>12*7=<assistant>").input_ids), "<user>12*7=<assistant>", {"answer": "84"}
+    )
     examples = tiny_models._turns(PromptSet((prompt,)), tokenizer)
     spelt = [(tokenizer.decode(asked), tokenizer.decode(written)) for asked, written in examples]
     direct, call = ("<user>12*7=<assistant>", "84<eos>"), ("<user>12*7=<assistant>", "<<12*7=<eos>")
     assert spelt[:5] == [direct] * 4 + [call]
-    between = Dialogue(tokenizer, [tokenizer.eos_token_id], Data(train="arithmetic"), role="user", observation_tokens=12)
-    told = (*prompt.token_ids, *examples[4][1], *between.observation(evaluate("12*7"), tokenizer.eos_token_id))
+    between = Dialogue(
+        tokenizer, [tokenizer.eos_token_id], Data(train="arithmetic"), role="user", observation_tokens=12
+    )
+    told = (
+        *prompt.token_ids,
+        *examples[4][1],
+        *between.observation(evaluate("12*7"), tokenizer.eos_token_id),
+    )
     assert (tuple(examples[5][0]), spelt[5][1]) == (told, "84<eos>")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import script_modules
+from support import scripts as script_modules
 
 
 @pytest.fixture(scope="module")
@@ -17,9 +17,18 @@ def script() -> ModuleType:
     return script_modules.script("measure_process_rewards")
 
 
-def row(problem: int, label: bool, right: list[bool | None], rewards: list[float], texts: list[str] | None = None) -> dict[str, Any]:
+def row(
+    problem: int, label: bool, right: list[bool | None], rewards: list[float], texts: list[str] | None = None
+) -> dict[str, Any]:
     texts = texts or ["xx"] * len(rewards)
-    return {"problem": problem, "label": label, "right": right, "step_rewards": rewards, "score": min(rewards), "step_texts": texts}
+    return {
+        "problem": problem,
+        "label": label,
+        "right": right,
+        "step_rewards": rewards,
+        "score": min(rewards),
+        "step_texts": texts,
+    }
 
 
 def file(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -27,7 +36,8 @@ def file(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-# Two problems with a right and a wrong solution each; the wrong steps have the lowest rewards but in the last row, where steps tie.
+# Two problems with a right and a wrong solution each; the wrong steps have the lowest rewards but in the last
+# row, where steps tie.
 ROWS = [
     row(0, True, [True, True, True], [0.1, 0.2, 0.1]),
     row(0, False, [True, False, None], [0.1, -0.9, -0.1], ["x", "xxx", "x"]),
@@ -41,9 +51,13 @@ def test_numbers_by_hand(script: ModuleType, tmp_path: Path):
     value = {name: one.value for name, one in found.items()}
     assert value["outcome/share right"] == 0.5
     assert value["outcome/auc/sum of rewards"] == 1.0  # 0.4 and 0.1 against -0.9 and -1.0
-    assert value["outcome/auc/shorter"] == 0.375  # right ones of 6 and 4 letters, wrong ones of 5 and 4: only 4 < 5, and a tie
+    assert (
+        value["outcome/auc/shorter"] == 0.375
+    )  # right ones of 6 and 4 letters, wrong ones of 5 and 4: only 4 < 5, and a tie
     assert value["outcome/auc/fewer steps"] == 0.5
-    assert value["outcome/auc inside problems/shorter"] == 0.25  # 6 against 5: the wrong one is shorter; 4 against 4: a tie
+    assert (
+        value["outcome/auc inside problems/shorter"] == 0.25
+    )  # 6 against 5: the wrong one is shorter; 4 against 4: a tie
     assert value["first wrong step/lowest reward"] == 0.75  # one hit, one of two that tie
     assert value["first wrong step/chance"] == pytest.approx((1 / 3 + 1 / 2) / 2)
     assert value["first wrong step/longest step"] == 0.75
@@ -55,12 +69,19 @@ def test_numbers_by_hand(script: ModuleType, tmp_path: Path):
 def test_the_best_is_chosen_among_the_solutions_of_a_problem(script: ModuleType, tmp_path: Path):
     answers = ["4", "5", "5", "7", "7", "8"]  # problem 0: the vote is wrong; problem 1: it is right
     labels, rewards = [True, False, False, True, True, False], [0.5, 0.1, 0.2, 0.3, 0.1, 0.9]
-    rows = [row(at // 3, labels[at], [labels[at], True], [rewards[at], 1.0]) | {"answer": answers[at]} for at in range(6)]
-    value = {name: one.value for name, one in script.measured(file(tmp_path / "a.jsonl", rows), None, {}).items()}
+    rows = [
+        row(at // 3, labels[at], [labels[at], True], [rewards[at], 1.0]) | {"answer": answers[at]}
+        for at in range(6)
+    ]
+    value = {
+        name: one.value for name, one in script.measured(file(tmp_path / "a.jsonl", rows), None, {}).items()
+    }
     assert (value["best of 3/vote"], value["best of 3/best possible"]) == (0.5, 1.0)
     assert value["best of 3/sum of rewards"] == 0.5  # right for problem 0, wrong for problem 1
     assert value["best of 3/sum of rewards less the vote"] == 0.0
-    assert not any(name.startswith("best of") for name in script.measured(file(tmp_path / "b.jsonl", rows[:5]), None, {}))
+    assert not any(
+        name.startswith("best of") for name in script.measured(file(tmp_path / "b.jsonl", rows[:5]), None, {})
+    )
 
 
 def test_a_wrong_step_of_a_solution_that_comes_out_right_is_not_looked_for(script: ModuleType):
@@ -70,7 +91,10 @@ def test_a_wrong_step_of_a_solution_that_comes_out_right_is_not_looked_for(scrip
 
 
 def test_the_commonest_place_is_that_of_other_problems(script: ModuleType):
-    rows = [script.Solution(problem, None, (True, False, None), (0.0,) * 3, 0.0, (1, 1, 1)) for problem in range(4)]
+    rows = [
+        script.Solution(problem, None, (True, False, None), (0.0,) * 3, 0.0, (1, 1, 1))
+        for problem in range(4)
+    ]
     rows.append(script.Solution(4, None, (False, True, None), (0.0,) * 3, 0.0, (1, 1, 1)))
     assert script.places(rows) == [1.0, 1.0, 1.0, 1.0, 0.0]
 

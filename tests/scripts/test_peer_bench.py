@@ -1,4 +1,6 @@
-"""A bench against a peer, with workers that train nothing: turns, medians, the JSON's keys, and the batch on which both must agree."""
+"""A bench against a peer, with workers that train nothing: turns, medians, the JSON's keys, and the
+batch on which both must agree.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from script_modules import SCRIPTS
+from support.scripts import SCRIPTS
 
-# Two warm-up steps and five counted ones, in seconds: the medians are 3 and 6, with the warm-up 50 in both; means are far from either.
+# Two warm-up steps and five counted ones, in seconds: the medians are 3 and 6, with the warm-up 50 in both;
+# means are far from either.
 BENCH = """
 import os
 import sys
@@ -61,8 +64,19 @@ def run(folder: Path, *arguments: str, apart: str = "1e-7 1e-6") -> subprocess.C
     installed.mkdir(parents=True)
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: trl\nVersion: 9.8.7\n")
     (folder / "log").write_text("")
-    environment = os.environ | {"PYTHONPATH": str(SCRIPTS), "BENCH_LOG": str(folder / "log"), "BENCH_APART": apart}
-    command = [sys.executable, str(folder / "scripts" / "bench.py"), "--json", str(folder / "found.json"), "--trl", str(installed.parent)]
+    environment = os.environ | {
+        "PYTHONPATH": str(SCRIPTS),
+        "BENCH_LOG": str(folder / "log"),
+        "BENCH_APART": apart,
+    }
+    command = [
+        sys.executable,
+        str(folder / "scripts" / "bench.py"),
+        "--json",
+        str(folder / "found.json"),
+        "--trl",
+        str(installed.parent),
+    ]
     return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=60)
 
 
@@ -75,12 +89,19 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     return json.loads((folder / "found.json").read_text()), (folder / "log").read_text().split(), done.stdout
 
 
-def test_the_ratios_are_of_medians_over_the_counted_steps(measured: tuple[dict[str, Any], list[str], str]) -> None:
+def test_the_ratios_are_of_medians_over_the_counted_steps(
+    measured: tuple[dict[str, Any], list[str], str],
+) -> None:
     # 30 tokens in 3 s against 30 in 6 s; in the second case 30 against 15
     found = measured[0]
-    assert found["tokens_per_second_ratio"] == {"plain": pytest.approx(2.0, rel=0.02), "half": pytest.approx(4.0, rel=0.02)}
+    assert found["tokens_per_second_ratio"] == {
+        "plain": pytest.approx(2.0, rel=0.02),
+        "half": pytest.approx(4.0, rel=0.02),
+    }
     plain = found["measured"]["plain"]
-    assert plain["rltrain"]["per_second"] == pytest.approx(10.0, rel=0.02) and plain["trl"]["seconds"] == pytest.approx(6.0, rel=0.02)
+    assert plain["rltrain"]["per_second"] == pytest.approx(10.0, rel=0.02) and plain["trl"][
+        "seconds"
+    ] == pytest.approx(6.0, rel=0.02)
     assert "ratio       2.00 of TRL's tokens/s" in measured[2] and "same batch, loss +0.500000" in measured[2]
 
 
@@ -92,7 +113,9 @@ def test_peaks_are_each_trainer_s_own(measured: tuple[dict[str, Any], list[str],
         assert ratio == ours / theirs and theirs - ours > 60 / 1024  # the peer holds 64 MiB more
 
 
-def test_trainers_take_turns_and_who_comes_first_alternates(measured: tuple[dict[str, Any], list[str], str]) -> None:
+def test_trainers_take_turns_and_who_comes_first_alternates(
+    measured: tuple[dict[str, Any], list[str], str],
+) -> None:
     log = measured[1]
     assert len(log) == 2 * 2 * 7
     for case in (log[:14], log[14:]):
@@ -103,18 +126,29 @@ def test_trainers_take_turns_and_who_comes_first_alternates(measured: tuple[dict
 def test_the_record_says_with_what_it_was_made(measured: tuple[dict[str, Any], list[str], str]) -> None:
     found = measured[0]
     assert found.keys() == {"tokens_per_second_ratio", "peak_memory_ratio", "measured", "versions", "machine"}
-    assert found["versions"]["trl"] == "9.8.7" and found["versions"].keys() == {"trl", "torch", "transformers", "accelerate"}
+    assert found["versions"]["trl"] == "9.8.7" and found["versions"].keys() == {
+        "trl",
+        "torch",
+        "transformers",
+        "accelerate",
+    }
     assert found["machine"]["cpus"] == os.cpu_count()
 
 
 @pytest.mark.parametrize("apart", ["1e-3 1e-6", "1e-7 1e-2", "nan 1e-6"])
 def test_nothing_is_measured_where_the_losses_differ(apart: str, tmp_path: Path) -> None:
     done = run(tmp_path, apart=apart)
-    assert done.returncode == 1 and "bench: plain: the two losses or gradients differ on one batch" in done.stderr
+    assert (
+        done.returncode == 1
+        and "bench: plain: the two losses or gradients differ on one batch" in done.stderr
+    )
     assert (tmp_path / "log").read_text() == "" and not (tmp_path / "found.json").exists()
 
 
-@pytest.mark.parametrize(("argument", "message"), [("--repeats=4", "at least 5"), ("--warmup=0", "at least 1"), ("--repeats=many", "many")])
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("--repeats=4", "at least 5"), ("--warmup=0", "at least 1"), ("--repeats=many", "many")],
+)
 def test_too_few_steps_are_refused(argument: str, message: str, tmp_path: Path) -> None:
     done = run(tmp_path, argument)
     assert done.returncode == 2 and message in done.stderr

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-import script_modules
+from support import scripts as script_modules
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +24,17 @@ def test_a_level_is_reached_on_the_straight_line_between_evaluations(script: Mod
     assert script.steps_to(steps, values, 0.8) is None
 
 
-def test_the_ratio_is_by_seed_and_says_who_never_got_there(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_ratio_is_by_seed_and_says_who_never_got_there(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     for name, seed, last in (("fast", 0, 0.9), ("fast", 1, 0.9), ("slow", 0, 0.65), ("slow", 1, 0.5)):
         folder = tmp_path / name / f"seed-{seed}"
         folder.mkdir(parents=True)
-        lines = [{"step": 0, "eval/pass@1": 0.4}, {"step": 1, "time/step": 1.0}, {"step": 100, "eval/pass@1": last}]
+        lines = [
+            {"step": 0, "eval/pass@1": 0.4},
+            {"step": 1, "time/step": 1.0},
+            {"step": 100, "eval/pass@1": last},
+        ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     script.main([str(tmp_path), "--levels", "0.6", "--against", "fast"])
     fast, slow = capsys.readouterr().out.splitlines()

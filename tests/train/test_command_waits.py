@@ -1,4 +1,6 @@
-"""Commands beside training have the recipe's deadline on what they wait for; that it ends the process is shown in test_deadlines.py."""
+"""Commands beside training have the recipe's deadline on what they wait for; that it ends the process
+is shown in test_deadlines.py.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from rltrain import commands
-from rltrain.commands import eval_command, generate_command
-from rltrain.config.check import check
+from rltrain.cli import session
+from rltrain.cli.evaluate import eval_command, generate_command
 from rltrain.config.load import load_recipe
+from rltrain.config.rules import check
 from rltrain.config.schema import AnyRecipe
 from rltrain.errors import UserError, user_mistakes
 from rltrain.watchdog import Watchdog
@@ -21,7 +23,11 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def recipe_of(name: str, model: str, *overrides: str) -> AnyRecipe:
-    return check(load_recipe(RECIPES / f"{name}.yaml", profile="tiny_cpu", overrides=[f"model.path={model}", *overrides])).recipe
+    return check(
+        load_recipe(
+            RECIPES / f"{name}.yaml", profile="tiny_cpu", overrides=[f"model.path={model}", *overrides]
+        )
+    ).recipe
 
 
 @pytest.fixture
@@ -40,7 +46,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, str, str]]:
             with super().waiting(whom, what):
                 yield
 
-    monkeypatch.setattr(commands, "Watchdog", Listening)
+    monkeypatch.setattr(session, "Watchdog", Listening)
     return found
 
 
@@ -61,10 +67,19 @@ def test_generation_waits_for_its_engine(random_model: str, waits: Any) -> None:
     assert (78, ENGINE, "to generate 1 x 3 completions of at most 8 tokens with version 0") in waits
 
 
-def test_an_offline_evaluation_waits_for_the_engine_of_its_own_samples(random_model: str, waits: Any, tmp_path: Path) -> None:
-    settings = ("eval.samples=2", "eval.examples=4", f"reference.cache={tmp_path}", "train.deadline_seconds=79")
+def test_an_offline_evaluation_waits_for_the_engine_of_its_own_samples(
+    random_model: str, waits: Any, tmp_path: Path
+) -> None:
+    settings = (
+        "eval.samples=2",
+        "eval.examples=4",
+        f"reference.cache={tmp_path}",
+        "train.deadline_seconds=79",
+    )
     assert eval_command(random_model, recipe_of("preference/dpo", random_model, *settings), None) == 0
-    assert any(one[:2] == (79, ENGINE) and one[2].startswith("to generate 2 x 1 completions") for one in waits)
+    assert any(
+        one[:2] == (79, ENGINE) and one[2].startswith("to generate 2 x 1 completions") for one in waits
+    )
     assert any(one[1] == "the other ranks" for one in waits)  # what a second rank would be waited for
 
 

@@ -1,4 +1,6 @@
-"""Nothing hangs quietly: an engine that stops answering, a rank that dies or freezes, rewards that never come. Real processes."""
+"""Nothing hangs quietly: an engine that stops answering, a rank that dies or freezes, rewards that
+never come. Real processes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ import pytest
 from rltrain.watchdog import EXPIRED
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = ("train.steps=4", "rollout.prompts=4", "rollout.n=2", "data.eval=null", "loss.terms=[]", "reward.workers=1")
+SETTINGS = (
+    "train.steps=4",
+    "rollout.prompts=4",
+    "rollout.n=2",
+    "data.eval=null",
+    "loss.terms=[]",
+    "reward.workers=1",
+)
 SLOW_REWARD = """
 import time
 from reward.score import Score
@@ -46,15 +55,27 @@ def started(
     port: int = 0,
 ) -> subprocess.Popen[str]:
     (folder / f"{reward}.py").write_text(SLOW_REWARD.format(most=most) if reward == "slow" else REWARD)
-    settings = [f"model.path={model}", f"reward.functions=['{folder / reward}.py:{reward}']", *SETTINGS, *overrides]
+    settings = [
+        f"model.path={model}",
+        f"reward.functions=['{folder / reward}.py:{reward}']",
+        *SETTINGS,
+        *overrides,
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
     if ranks > 1:
-        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        environment |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+        }
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     script = Path(__file__).with_name("one_rank.py")
     words = [sys.executable, str(script), command, fault, str(folder / "run"), *settings]
-    return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def free_port() -> int:
@@ -67,7 +88,10 @@ def test_an_engine_that_stops_answering(random_model: str, tmp_path: Path) -> No
     process = started("engine", random_model, tmp_path, "train.deadline_seconds=3")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == EXPIRED, errors[-3000:]
-    assert "for the transformers engine: to generate 4 x 2 completions of at most 8 tokens with version 1" in errors
+    assert (
+        "for the transformers engine: to generate 4 x 2 completions of at most 8 tokens with version 1"
+        in errors
+    )
     assert "stops_answering" in errors  # the stack of where it hangs
 
 
@@ -84,14 +108,30 @@ def test_a_reward_pool_that_is_exhausted(random_model: str, tmp_path: Path) -> N
 def test_a_reward_that_never_answers_the_first_sample_ends_the_same_way_and_not_as_the_users_mistake(
     random_model: str, tmp_path: Path
 ) -> None:
-    process = started("none", random_model, tmp_path, "train.deadline_seconds=3", "reward.seconds=500", reward="slow", most=0)
+    process = started(
+        "none",
+        random_model,
+        tmp_path,
+        "train.deadline_seconds=3",
+        "reward.seconds=500",
+        reward="slow",
+        most=0,
+    )
     _, errors = process.communicate(timeout=120)
     assert process.returncode == EXPIRED, errors[-3000:]
-    assert "rewards were not ready after 3 s" in errors and "slow on prompt" in errors and "in _grade" in errors
+    assert (
+        "rewards were not ready after 3 s" in errors and "slow on prompt" in errors and "in _grade" in errors
+    )
 
 
 def test_an_evaluation_waits_no_longer_than_training(random_model: str, tmp_path: Path) -> None:
-    held_out = ("train.deadline_seconds=3", "data.eval=arithmetic", "eval.prompts=4", "eval.n=2", "eval.k=[1]")
+    held_out = (
+        "train.deadline_seconds=3",
+        "data.eval=arithmetic",
+        "eval.prompts=4",
+        "eval.n=2",
+        "eval.k=[1]",
+    )
     process = started("mute", random_model, tmp_path, *held_out, command="eval")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == EXPIRED, errors[-3000:]
@@ -109,7 +149,10 @@ def test_a_doctor_that_waits_too_long_leaves_nothing_behind(random_model: str, t
 def test_a_doctor_that_is_sent_away_leaves_nothing_behind(random_model: str, tmp_path: Path) -> None:
     process = started("mute", random_model, tmp_path, command="doctor")
     begun = time.monotonic()
-    while not list(tmp_path.glob("rltrain-doctor-*/run/recipe.resolved.yaml")) and time.monotonic() - begun < 120:
+    while (
+        not list(tmp_path.glob("rltrain-doctor-*/run/recipe.resolved.yaml"))
+        and time.monotonic() - begun < 120
+    ):
         time.sleep(0.05)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
@@ -119,10 +162,15 @@ def test_a_doctor_that_is_sent_away_leaves_nothing_behind(random_model: str, tmp
 
 
 @pytest.mark.parametrize("fault", ["killed", "frozen"])
-def test_a_rank_that_is_gone_is_named_by_the_others_within_the_deadline(fault: str, random_model: str, tmp_path: Path) -> None:
+def test_a_rank_that_is_gone_is_named_by_the_others_within_the_deadline(
+    fault: str, random_model: str, tmp_path: Path
+) -> None:
     deadline, port = 30, free_port()
     ranks = [
-        started(fault, random_model, tmp_path, f"train.deadline_seconds={deadline}", rank=rank, ranks=2, port=port) for rank in range(2)
+        started(
+            fault, random_model, tmp_path, f"train.deadline_seconds={deadline}", rank=rank, ranks=2, port=port
+        )
+        for rank in range(2)
     ]
     try:
         begun = time.monotonic()

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import pytest
 
+from reward.score import Score
 from rltrain.train.evaluate import summarise
-from rltrain.types import Completion, Prompt, Score, ScoredGroup
+from rltrain.types.samples import Completion, Prompt, ScoredGroup, Span
 
 
 def group(name: str, scores: list[Score]) -> ScoredGroup:
-    completion = Completion((1, 2), (-1.0, -1.0), "stop", "x", 0)
+    completion = Completion((1, 2), (-1.0, -1.0), "stop", "x", (Span(0, 2, 0),))
     return ScoredGroup(0, Prompt(name, (1,), name), (completion,) * len(scores), tuple(scores))
 
 
 def test_an_ungraded_completion_counts_as_wrong_and_is_reported() -> None:
-    right, wrong, lost = Score(1.0, {"correct": 1.0}), Score(0.0, {"correct": 0.0}), Score(0.0, ungraded="timeout")
+    right, wrong, lost = (
+        Score(1.0, {"correct": 1.0}),
+        Score(0.0, {"correct": 0.0}),
+        Score(0.0, ungraded="timeout"),
+    )
     result = summarise([group("a", [right, wrong]), group("b", [lost, right])], n=2, k=(1, 2))
     # a: 1 of 2, b: 1 of 2 -> pass@1 = 0.5, pass@2 = 1; reward over the three graded = 2/3.
     assert [r.value for r in result.results] == [0.5, 1.0]

@@ -1,4 +1,6 @@
-"""Ctrl-C: the end of whatever is not a training loop, at once and without a traceback; in a loop a request, then the end."""
+"""Ctrl-C: the end of whatever is not a training loop, at once and without a traceback; in a loop a
+request, then the end.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,10 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from rltrain import cli
+from rltrain.analysis.compare_runs import run_to_its_end
+from rltrain.cli import app as cli
 from rltrain.interrupt import Interrupted, ends_at_ctrl_c, resuming_command
 from rltrain.train import saving
-from rltrain.train.compare import run_to_its_end
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +37,18 @@ def not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 RECIPE = [str(ROOT / "recipes/policy/grpo.yaml"), "--profile", "tiny_cpu"]
-SMALL = ["--set", "rollout.prompts=2", "--set", "rollout.n=2", "--set", "eval.n=2", "--set", "eval.k=[1]", "--set", "model.path=MODEL"]
+SMALL = [
+    "--set",
+    "rollout.prompts=2",
+    "--set",
+    "rollout.n=2",
+    "--set",
+    "eval.n=2",
+    "--set",
+    "eval.k=[1]",
+    "--set",
+    "model.path=MODEL",
+]
 COMMANDS = {
     "train": ["train", *RECIPE, "--run", "run", *SMALL],
     "eval": ["eval", "MODEL", "--recipe", *RECIPE, *SMALL],
@@ -46,7 +59,12 @@ COMMANDS = {
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_while_weights_are_loaded_it_ends_with_a_line(
-    name: str, sent: Any, random_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    name: str,
+    sent: Any,
+    random_model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     def pressed(*_: object, **__: object) -> None:
         signal.raise_signal(signal.SIGINT)
@@ -54,7 +72,9 @@ def test_while_weights_are_loaded_it_ends_with_a_line(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", pressed)
-    monkeypatch.setattr(sys, "argv", ["rltrain", *(word.replace("MODEL", random_model) for word in COMMANDS[name])])
+    monkeypatch.setattr(
+        sys, "argv", ["rltrain", *(word.replace("MODEL", random_model) for word in COMMANDS[name])]
+    )
     handler = signal.getsignal(signal.SIGINT)
     cli.main()
     assert sent[-1] == (os.getpid(), signal.SIGINT)  # what a shell must see
@@ -100,7 +120,9 @@ def test_a_second_one_in_the_loop_ends_the_process_at_once(sent: Any) -> None:
 
 @pytest.mark.usefixtures("not_launched")
 @pytest.mark.parametrize("launcher", ["ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"])
-def test_under_a_launcher_what_comes_within_moments_is_one(sent: Any, launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_under_a_launcher_what_comes_within_moments_is_one(
+    sent: Any, launcher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(launcher, "no")
     with saving.stops_noted() as noted:
         noted.in_loop = True
@@ -121,7 +143,10 @@ def test_before_the_first_step_it_is_the_end() -> None:
 
 def test_a_comparison_waits_for_the_checkpoint_of_its_run(tmp_path: Path) -> None:
     # the run ignores the signal, as one that saves does, and leaves its file a moment later
-    child = f"import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(0.6); open({str(tmp_path / 'saved')!r}, 'w')"
+    child = (
+        "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(0.6); "
+        f"open({str(tmp_path / 'saved')!r}, 'w')"
+    )
     with pytest.raises(Interrupted):
         run_to_its_end([sys.executable, "-c", child])
     assert (tmp_path / "saved").exists()
@@ -132,11 +157,16 @@ def test_a_comparison_waits_for_the_checkpoint_of_its_run(tmp_path: Path) -> Non
     ("arguments", "command"),
     [
         (["/x/bin/rltrain", "train", "a.yaml", "--resume=old"], "rltrain train a.yaml"),
-        (["/x/rltrain/__main__.py", "train", "a.yaml", "--set", "k=[1, 2]"], "python -m rltrain train a.yaml --set 'k=[1, 2]'"),
+        (
+            ["/x/rltrain/__main__.py", "train", "a.yaml", "--set", "k=[1, 2]"],
+            "python -m rltrain train a.yaml --set 'k=[1, 2]'",
+        ),
         (["rltrain", "train", "a.yaml", "--resume", "auto", "--run", "r"], "rltrain train a.yaml --run r"),
     ],
 )
-def test_the_command_that_goes_on_begins_at_the_runs_own_checkpoint(arguments: list[str], command: str) -> None:
+def test_the_command_that_goes_on_begins_at_the_runs_own_checkpoint(
+    arguments: list[str], command: str
+) -> None:
     assert resuming_command(arguments) == command
 
 

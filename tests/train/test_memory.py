@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rltrain.train import memory
-from rltrain.train.memory import GPU, HOST, Memory, container_limit, fullest, peak_memory
+from rltrain.train.memory import GPU, HOST, Memory, container_limit, largest_share, peak_memory
 
 GIB = 2**30
 
@@ -22,8 +22,13 @@ def put(file: Path, text: str) -> None:
 
 
 def test_a_living_child_counts_with_its_peak_and_not_with_what_it_holds_now() -> None:
-    code = "import sys; held = bytearray(b'x' * (300 << 20)); del held; print('freed', flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+    code = (
+        "import sys; held = bytearray(b'x' * (300 << 20)); del held; print('freed', flush=True); "
+        "sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
         assert child.stdout is not None and child.stdout.readline() == b"freed\n"
         [found, *_] = peak_memory()
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -75,5 +80,8 @@ def test_ranks_of_one_machine_share_its_memory_and_no_gpu() -> None:
         return [Memory(HOST, host, 10.0, 3), Memory(GPU, gpu, 8.0)]
 
     ranks = [("a", rank(4.0, 1.0)), ("b", rank(6.0, 2.0)), ("a", rank(3.0, 7.0)), ("b", rank(0.5, 3.0))]
-    assert fullest(ranks) == [Memory(HOST, 7.0, 10.0, 6), Memory(GPU, 7.0, 8.0)]  # machine a: 4 + 3, b: 6.5; rank 2's GPU
-    assert fullest([("a", [Memory(HOST, 4.0, 10.0)])]) == [Memory(HOST, 4.0, 10.0)]
+    assert largest_share(ranks) == [
+        Memory(HOST, 7.0, 10.0, 6),
+        Memory(GPU, 7.0, 8.0),
+    ]  # machine a: 4 + 3, b: 6.5; rank 2's GPU
+    assert largest_share([("a", [Memory(HOST, 4.0, 10.0)])]) == [Memory(HOST, 4.0, 10.0)]

@@ -5,26 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from resuming import SEVENS, lines
-from rltrain.build_rollout import MISMATCH_BFLOAT16, build_guard
-from rltrain.commands import train_command
-from rltrain.config.check import check
+from rltrain.build.rollout import MISMATCH_BFLOAT16, build_guard
+from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
-from rltrain.rollout import transformers_engine
+from rltrain.config.rules import check
+from rltrain.config.schema import OnlineRecipe
+from rltrain.rollout.engines.transformers import engine as transformers_engine
 from rltrain.train.mismatch import MismatchError, MismatchGuard
+from support.resumed_runs import SEVENS, lines
 
 GRPO = Path(__file__).parents[2] / "recipes" / "policy" / "grpo.yaml"
 
 
 def said(guard: MismatchGuard, *values: float) -> list[bool]:
-    return [guard.check(step, {"rollout/mismatch_abs": value}) is not None for step, value in enumerate(values, 1)]
+    return [
+        guard.check(step, {"rollout/mismatch_abs": value}) is not None for step, value in enumerate(values, 1)
+    ]
 
 
 def test_warnings_start_above_the_first_threshold() -> None:
@@ -34,7 +36,9 @@ def test_warnings_start_above_the_first_threshold() -> None:
 def test_only_steps_in_a_row_stop_the_run() -> None:
     guard = MismatchGuard(0.1, 1.0, 3)
     assert said(guard, 2.0, 2.0, 0.5, 2.0, 2.0) == [True] * 5
-    with pytest.raises(MismatchError, match=r"step 6: .* is 2\.5 nats, above rollout.mismatch_stop 1 for 3 step"):
+    with pytest.raises(
+        MismatchError, match=r"step 6: .* is 2\.5 nats, above rollout.mismatch_stop 1 for 3 step"
+    ):
         guard.check(6, {"rollout/mismatch_abs": 2.5})
 
 
@@ -50,7 +54,12 @@ def test_a_mismatch_that_is_not_a_number_is_above_every_threshold() -> None:
         (torch.bfloat16, "no", [], (0.05, 0.2, 3)),
         (torch.float32, "bf16", [], (0.05, 0.2, 3)),
         (torch.float32, "fp16", [], (0.05, 0.2, 3)),
-        (torch.bfloat16, "bf16", ["rollout.mismatch_stop=0.5", "rollout.mismatch_patience=1"], (0.05, 0.5, 1)),
+        (
+            torch.bfloat16,
+            "bf16",
+            ["rollout.mismatch_stop=0.5", "rollout.mismatch_patience=1"],
+            (0.05, 0.5, 1),
+        ),
         (torch.float32, "no", ["rollout.trust_logp=true", "learner.updates=2"], (1e-4, 1e-3, 3)),
     ],
 )
@@ -58,22 +67,44 @@ def test_thresholds_follow_the_recipe_and_the_lower_precision_of_engine_and_lear
     engine: torch.dtype, learner: str, overrides: list[str], expected: tuple[float, float, int]
 ) -> None:
     recipe = load_recipe(GRPO, profile="tiny_cpu", overrides=overrides)
-    trained: Any = SimpleNamespace(accelerator=SimpleNamespace(mixed_precision=learner))
-    guard = build_guard(recipe, SimpleNamespace(dtype=engine), trained)  # type: ignore[arg-type]
+    assert isinstance(recipe, OnlineRecipe)
+    guard = build_guard(recipe.rollout, engine, learner)
     assert (guard.warn, guard.stop, guard.patience) == expected
 
 
 def run_of(model: str, folder: Path, *overrides: str) -> list[float]:
-    """The mismatch of each step of a run whose updates move the policy far: 4 of them a step, and log-probs of the engine alone."""
-    settings = ("train.steps=2", "rollout.prompts=8", "rollout.n=4", "learner.updates=4", "learner.optimizer.lr=0.02", "data.eval=null")
-    given = [f"model.path={model}", f"reward.functions=['{SEVENS}']", "loss.terms=[]", "reward.workers=1", *settings, *overrides]
-    assert train_command(check(load_recipe(GRPO, profile="tiny_cpu", overrides=given)).recipe, folder, []) == 0
+    """The mismatch of each step of a run whose updates move the policy far: 4 of them a step, and
+    log-probs of the engine alone.
+    """
+    settings = (
+        "train.steps=2",
+        "rollout.prompts=8",
+        "rollout.n=4",
+        "learner.updates=4",
+        "learner.optimizer.lr=0.02",
+        "data.eval=null",
+    )
+    given = [
+        f"model.path={model}",
+        f"reward.functions=['{SEVENS}']",
+        "loss.terms=[]",
+        "reward.workers=1",
+        *settings,
+        *overrides,
+    ]
+    assert (
+        train_command(check(load_recipe(GRPO, profile="tiny_cpu", overrides=given)).recipe, folder, []) == 0
+    )
     return [line["rollout/mismatch_abs"] for line in lines(folder)]
 
 
 @pytest.mark.parametrize("override", ["rollout.trust_logp=true", "loss.policy=reinforce"])
-def test_what_a_steps_own_updates_change_is_no_mismatch(override: str, random_model: str, tmp_path: Path) -> None:
-    assert max(run_of(random_model, tmp_path / "run", override)) < 1e-5  # rows of later updates are 2 nats away
+def test_what_a_steps_own_updates_change_is_no_mismatch(
+    override: str, random_model: str, tmp_path: Path
+) -> None:
+    assert (
+        max(run_of(random_model, tmp_path / "run", override)) < 1e-5
+    )  # rows of later updates are 2 nats away
 
 
 def test_an_engine_that_differs_is_stopped_although_its_log_probs_are_trusted(
@@ -88,7 +119,13 @@ def test_an_engine_that_differs_is_stopped_although_its_log_probs_are_trusted(
 
     monkeypatch.setattr(transformers_engine, "sample_tokens_", raw)
     with pytest.raises(MismatchError, match="step 1: "):
-        run_of(random_model, tmp_path / "run", "rollout.trust_logp=true", "rollout.temperature=1.5", "rollout.mismatch_patience=1")
+        run_of(
+            random_model,
+            tmp_path / "run",
+            "rollout.trust_logp=true",
+            "rollout.temperature=1.5",
+            "rollout.mismatch_patience=1",
+        )
 
 
 @pytest.fixture
@@ -100,8 +137,17 @@ def precision_can_change() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("precision_can_change")
-def test_a_bfloat16_learner_on_a_cpu_trains_beside_its_float32_engine(random_model: str, tmp_path: Path) -> None:
-    settings = ("learner.precision=bfloat16", "train.steps=5", "learner.updates=1", "learner.optimizer.lr=0.001")
+def test_a_bfloat16_learner_on_a_cpu_trains_beside_its_float32_engine(
+    random_model: str, tmp_path: Path
+) -> None:
+    settings = (
+        "learner.precision=bfloat16",
+        "train.steps=5",
+        "learner.updates=1",
+        "learner.optimizer.lr=0.001",
+    )
     apart = run_of(random_model, tmp_path / "run", *settings)
-    assert len(apart) == 5 and min(apart) > 1e-3, "a learner in float32 would agree"  # above what stops a run in float32
+    assert len(apart) == 5 and min(apart) > 1e-3, (
+        "a learner in float32 would agree"
+    )  # above what stops a run in float32
     assert max(apart) < MISMATCH_BFLOAT16[0]

@@ -1,4 +1,6 @@
-"""A whole run on judged completions: it learns, it resumes bit for bit, it says what the data are, and refuses what it cannot use."""
+"""A whole run on judged completions: it learns, it resumes bit for bit, it says what the data are,
+and refuses what it cannot use.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +18,20 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from resuming import at_call, differing, killed_in, lines
-from rltrain.commands import eval_command, train_command
-from rltrain.commands_doctor import doctor_command
-from rltrain.config.check import check
+from rltrain.cli.doctor import doctor_command
+from rltrain.cli.evaluate import eval_command
+from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
+from rltrain.config.rules import check
 from rltrain.config.schema import OfflineRecipe
 from rltrain.errors import RecipeError, UserError
 from rltrain.train import offline
 from rltrain.train.saving import STOPPED
+from support.resumed_runs import at_call, differing, killed_in, lines
 
 ROOT = Path(__file__).parents[2]
-# What a resumed run could forget: momentum, a schedule in its middle, an order that begins its second epoch after step 3 (26 examples,
-# 8 per step), evaluations; for KTO the other prompts' completions of each step.
+# What a resumed run could forget: momentum, a schedule in its middle, an order that begins its second epoch
+# after step 3 (26 examples, 8 per step), evaluations; for KTO the other prompts' completions of each step.
 SETTINGS = (
     "train.examples=8",
     "train.steps=6",
@@ -57,7 +60,12 @@ def start(random_model: str, tmp_path: Path) -> Callable[..., int]:
     """``start(folder, "dpo", "a.b=1")`` runs ``rltrain train`` in this process."""
 
     def call(folder: Path, name: str, *overrides: str, resume: str = "auto") -> int:
-        settings = [f"model.path={random_model}", f"reference.cache={tmp_path / 'cache'}", *SETTINGS, *overrides]
+        settings = [
+            f"model.path={random_model}",
+            f"reference.cache={tmp_path / 'cache'}",
+            *SETTINGS,
+            *overrides,
+        ]
         return train_command(recipe_of(name, *settings), folder, [], resume)
 
     return call
@@ -65,22 +73,26 @@ def start(random_model: str, tmp_path: Path) -> Callable[..., int]:
 
 def assert_same_run(one: Path, two: Path, step: int = 6) -> None:
     assert lines(one) == lines(two)
-    assert not differing(one, two, "model/model.safetensors", f"checkpoints/step-{step}/training/optimizer.safetensors")
+    assert not differing(
+        one, two, "model/model.safetensors", f"checkpoints/step-{step}/training/optimizer.safetensors"
+    )
     assert (one / "model/README.md").read_bytes() == (two / "model/README.md").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_a_resumed_run_is_the_uninterrupted_run(name: str, start: Any, tmp_path: Path) -> None:
     assert start(tmp_path / "whole", name) == 0
-    killed_in(5, offline, "report", lambda: start(tmp_path / "resumed", name))
+    killed_in(5, offline, "report_step", lambda: start(tmp_path / "resumed", name))
     assert lines(tmp_path / "resumed")[-1]["step"] == 4  # more than the checkpoint of step 3 knows of
     assert start(tmp_path / "resumed", name) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
-    assert lines(tmp_path / "whole")[0]["eval/loss"] == pytest.approx({"dpo": math.log(2), "kto": 0.5}[name], abs=1e-6)
+    assert lines(tmp_path / "whole")[0]["eval/loss"] == pytest.approx(
+        {"dpo": math.log(2), "kto": 0.5}[name], abs=1e-6
+    )
 
 
 def test_sigterm_saves_and_exits_with_3(start: Any, tmp_path: Path) -> None:
-    with at_call(2, offline, "report", lambda: os.kill(os.getpid(), signal.SIGTERM)):
+    with at_call(2, offline, "report_step", lambda: os.kill(os.getpid(), signal.SIGTERM)):
         assert start(tmp_path / "run", "dpo") == STOPPED == 3
     assert (tmp_path / "run/checkpoints/step-2").is_dir() and not (tmp_path / "run/model").exists()
     assert start(tmp_path / "run", "dpo") == 0
@@ -90,14 +102,25 @@ def test_sigterm_saves_and_exits_with_3(start: Any, tmp_path: Path) -> None:
 
 def test_a_run_learns_what_the_pairs_say(start: Any, tmp_path: Path) -> None:
     # A random model cannot add, but wrong answers have other digits: 40 steps teach it more than a coin.
-    settings = ("train.steps=40", "train.examples=32", "data.max_examples=400", "eval.examples=128", "checkpoint.every=0", "eval.every=0")
+    settings = (
+        "train.steps=40",
+        "train.examples=32",
+        "data.max_examples=400",
+        "eval.examples=128",
+        "checkpoint.every=0",
+        "eval.every=0",
+    )
     assert start(tmp_path / "run", "dpo", *settings, "learner.optimizer.warmup_steps=0") == 0
     first, *_, last = (line for line in lines(tmp_path / "run") if "eval/accuracy" in line)
     assert first["eval/accuracy"] == 0.5 and first["eval/margin"] == 0  # its own reference: all ties
     assert last["eval/accuracy_low"] > 0.5 and last["eval/loss"] < first["eval/loss"]
     AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
     card = (tmp_path / "run/model/README.md").read_text()
-    assert "trained with dpo" in card and "| examples per step | 32 |" in card and "eval/accuracy (before) | 0.5" in card
+    assert (
+        "trained with dpo" in card
+        and "| examples per step | 32 |" in card
+        and "eval/accuracy (before) | 0.5" in card
+    )
 
 
 def test_what_the_policy_writes_itself_is_measured_and_changes_no_weight(start: Any, tmp_path: Path) -> None:
@@ -107,18 +130,26 @@ def test_what_the_policy_writes_itself_is_measured_and_changes_no_weight(start: 
     found = [line for line in lines(tmp_path / "sampled") if "eval/sampled_entropy" in line]
     assert [line["step"] for line in found] == [0, 3, 6]  # with every evaluation
     assert all(0 < line["eval/sampled_entropy_low"] <= line["eval/sampled_entropy"] for line in found)
-    assert all(1 <= line["eval/sampled_tokens"] <= 8 for line in found)  # the profile's data.max_completion_tokens
+    assert all(
+        1 <= line["eval/sampled_tokens"] <= 8 for line in found
+    )  # the profile's data.max_completion_tokens
     assert not any("eval/sampled_entropy" in line for line in lines(tmp_path / "plain"))
 
 
-def test_a_second_run_finds_the_reference_and_eval_agrees(start: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_finds_the_reference_and_eval_agrees(
+    start: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert start(tmp_path / "one", "dpo") == 0
     first = capsys.readouterr().out
     assert "computing 52" in first and "training pairs: 26" in first
     assert start(tmp_path / "two", "dpo", "learner.optimizer.lr=1e-3") == 0
     assert f"from {tmp_path / 'cache'}" in capsys.readouterr().out
     model = str(tmp_path / "one/model")
-    settings = [f"model.path={json.loads(json.dumps(_start_of(tmp_path / 'one')))}", *SETTINGS, f"reference.cache={tmp_path / 'cache'}"]
+    settings = [
+        f"model.path={json.loads(json.dumps(_start_of(tmp_path / 'one')))}",
+        *SETTINGS,
+        f"reference.cache={tmp_path / 'cache'}",
+    ]
     assert eval_command(model, recipe_of("dpo", *settings), tmp_path / "eval.json") == 0
     found = json.loads((tmp_path / "eval.json").read_text())
     last = lines(tmp_path / "one")[-1]
@@ -132,7 +163,12 @@ def _start_of(run: Path) -> str:
 
 
 def test_a_longer_run_goes_on_and_another_recipe_is_refused(start: Any, tmp_path: Path) -> None:
-    constant = ("learner.optimizer.schedule=constant", "checkpoint.every=2", "train.steps=null", "eval.every=0")
+    constant = (
+        "learner.optimizer.schedule=constant",
+        "checkpoint.every=2",
+        "train.steps=null",
+        "eval.every=0",
+    )
     assert start(tmp_path / "run", "dpo", *constant, "train.epochs=1") == 0  # 26 / 8, rounded up
     assert lines(tmp_path / "run")[-1]["step"] == 4
     with pytest.raises(UserError, match=r"loss\.preference\.beta: 0\.1 -> 0\.2"):
@@ -141,7 +177,9 @@ def test_a_longer_run_goes_on_and_another_recipe_is_refused(start: Any, tmp_path
     assert lines(tmp_path / "run")[-1]["step"] == 7 and (tmp_path / "run/model-epoch-1").is_dir()
 
 
-def test_every_example_is_seen_once_per_epoch(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_example_is_seen_once_per_epoch(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     taken: list[list[int]] = []
     following = offline.ExampleOrder.next
     monkeypatch.setattr(offline.ExampleOrder, "next", lambda self: taken.append(following(self)) or taken[-1])
@@ -149,7 +187,7 @@ def test_every_example_is_seen_once_per_epoch(start: Any, tmp_path: Path, monkey
     assert sorted(taken[0] + taken[1]) == sorted(taken[2] + taken[3]) == list(range(16))
 
 
-# what is refused -----------------------------------------------------------------------------------------------------
+# what is refused --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -159,7 +197,11 @@ def test_every_example_is_seen_once_per_epoch(start: Any, tmp_path: Path, monkey
         ("dpo", "loss.preference={name: dppo}", "no preference loss is called 'dppo'; did you mean 'dpo'"),
         ("dpo", "train.exampels=3", "unknown key train.exampels; did you mean 'train.examples'"),
         ("dpo", "rollout.n=3", "unknown key rollout"),
-        ("dpo", "learner.tokens_per_micro_batch=47", r"2 x \(data.max_prompt_tokens 16 \+ data.max_completion_tokens 8\) = 48"),
+        (
+            "dpo",
+            "learner.tokens_per_micro_batch=47",
+            r"2 x \(data.max_prompt_tokens 16 \+ data.max_completion_tokens 8\) = 48",
+        ),
         ("dpo", "loss.preference={name: mmpo}", "gamma has no default"),
         ("dpo", "model.previous=x", "reads no previous iterate"),
         ("dpo", "data.divide_margins_by=std", "reads no margins"),
@@ -167,7 +209,9 @@ def test_every_example_is_seen_once_per_epoch(start: Any, tmp_path: Path, monkey
         ("dpo", "loss.preference={name: dpo_reference_free}", None),
     ],
 )
-def test_the_recipe_is_checked_before_anything_is_loaded(name: str, override: str, message: str | None) -> None:
+def test_the_recipe_is_checked_before_anything_is_loaded(
+    name: str, override: str, message: str | None
+) -> None:
     if message is None:
         assert recipe_of(name, override).loss.preference.name == "dpo_reference_free"
         with pytest.raises(RecipeError, match="has no reference model"):
@@ -179,21 +223,34 @@ def test_the_recipe_is_checked_before_anything_is_loaded(name: str, override: st
 
 def test_small_data_and_overlap_are_said_in_one_line(start: Any, tmp_path: Path, random_model: str) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": str(n), "chosen": "a", "rejected": "b"}) + "\n" for n in range(4)))
+    rows.write_text(
+        "".join(json.dumps({"prompt": str(n), "chosen": "a", "rejected": "b"}) + "\n" for n in range(4))
+    )
     file = f"data={{train: {rows}, max_prompt_tokens: 16, max_completion_tokens: 8}}"
-    with pytest.raises(UserError, match=r"a step takes 8 different examples and the training set has 4; lower train\.examples"):
+    with pytest.raises(
+        UserError,
+        match=r"a step takes 8 different examples and the training set has 4; lower train\.examples",
+    ):
         start(tmp_path / "run", "dpo", file, "data.max_examples=null")
     with pytest.raises(UserError, match="every prompt of the 4 training examples is also held out"):
         start(tmp_path / "run", "dpo", file, f"data.eval={rows}", "data.max_examples=null")
-    with pytest.raises(UserError, match=r"data.max_prompt_tokens 1000 \+ data.max_completion_tokens 8 = 1008 tokens"):
+    with pytest.raises(
+        UserError, match=r"data.max_prompt_tokens 1000 \+ data.max_completion_tokens 8 = 1008 tokens"
+    ):
         start(tmp_path / "run", "dpo", "data.max_prompt_tokens=1000", "learner.tokens_per_micro_batch=9999")
     with pytest.raises(UserError, match="neither: it learns from judged completions"):
         doctor_command(recipe_of("dpo", f"model.path={random_model}"), 2)
 
 
-def test_unbalanced_classes_are_warned_of_with_the_remedy(start: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unbalanced_classes_are_warned_of_with_the_remedy(
+    start: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": str(n), "completion": "a", "label": n % 4 == 0}) + "\n" for n in range(32)))
+    rows.write_text(
+        "".join(
+            json.dumps({"prompt": str(n), "completion": "a", "label": n % 4 == 0}) + "\n" for n in range(32)
+        )
+    )
     file = f"data={{train: {rows}, max_prompt_tokens: 16, max_completion_tokens: 8}}"
     assert start(tmp_path / "run", "kto", file, "train.steps=1", "checkpoint.every=0") == 0
     printed = capsys.readouterr().out
@@ -203,22 +260,46 @@ def test_unbalanced_classes_are_warned_of_with_the_remedy(start: Any, tmp_path: 
 
 def test_one_prompt_for_all_leaves_kto_nothing_to_compare_with(start: Any, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": "q", "completion": str(n), "label": n % 2 == 0}) + "\n" for n in range(16)))
+    rows.write_text(
+        "".join(
+            json.dumps({"prompt": "q", "completion": str(n), "label": n % 2 == 0}) + "\n" for n in range(16)
+        )
+    )
     with pytest.raises(UserError, match="cannot all be paired with another prompt's completion"):
-        start(tmp_path / "run", "kto", f"data={{train: {rows}, max_prompt_tokens: 16, max_completion_tokens: 8}}")
+        start(
+            tmp_path / "run",
+            "kto",
+            f"data={{train: {rows}, max_prompt_tokens: 16, max_completion_tokens: 8}}",
+        )
 
 
-# several ranks -------------------------------------------------------------------------------------------------------
+# several ranks ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "config"), [("dpo", "ddp"), ("kto", "ddp"), ("dpo", "fsdp2")])
-def test_two_ranks_make_the_run_of_one(name: str, config: str, start: Any, tmp_path: Path, random_model: str) -> None:
+def test_two_ranks_make_the_run_of_one(
+    name: str, config: str, start: Any, tmp_path: Path, random_model: str
+) -> None:
     assert start(tmp_path / "one", name) == 0
-    cleared = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
+    cleared = {
+        key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))
+    }
     environment = cleared | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"recipes/accelerate/{config}.yaml")]
-    launcher += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", str(29100 + os.getpid() % 400)]
+    launcher = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / f"recipes/accelerate/{config}.yaml"),
+    ]
+    launcher += [
+        "--num_processes",
+        "2",
+        "--mixed_precision",
+        "no",
+        "--main_process_port",
+        str(29100 + os.getpid() % 400),
+    ]
     settings = [f"model.path={random_model}", f"reference.cache={tmp_path / 'other cache'}", *SETTINGS]
     recipe = [
         "-m",
@@ -234,25 +315,44 @@ def test_two_ranks_make_the_run_of_one(name: str, config: str, start: Any, tmp_p
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
-        for reading in ("learner/trained_tokens", "learner/shared_prompts"):  # sharded ranks read each prompt with each completion
+        for reading in (
+            "learner/trained_tokens",
+            "learner/shared_prompts",
+        ):  # sharded ranks read each prompt with each completion
             two.pop(reading, None), one.pop(reading, None)
         assert two == pytest.approx(one, rel=2e-3, abs=2e-4)
     first, second = (load_file(tmp_path / run / "model/model.safetensors") for run in ("one", "two"))
     assert all((first[key] - second[key]).abs().max() < 5e-4 for key in first)
 
 
-# every recipe --------------------------------------------------------------------------------------------------------
+# every recipe -----------------------------------------------------------------------------------------------
 
-FILES = [path for folder in ("preference", "process_reward") for path in sorted((ROOT / "recipes" / folder).glob("*.yaml"))]
-RECIPES = [f"{path.parent.name}/{path.stem}" for path in FILES if isinstance(load_recipe(path), OfflineRecipe)]
+FILES = [
+    path
+    for folder in ("preference", "process_reward")
+    for path in sorted((ROOT / "recipes" / folder).glob("*.yaml"))
+]
+RECIPES = [
+    f"{path.parent.name}/{path.stem}" for path in FILES if isinstance(load_recipe(path), OfflineRecipe)
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_takes_a_finite_step_that_moves_the_weights(name: str, start: Any, tmp_path: Path) -> None:
-    settings = ("train.steps=2", "data.max_examples=16", "checkpoint.every=0", "eval.every=0", "learner.optimizer.schedule=constant")
+def test_every_recipe_takes_a_finite_step_that_moves_the_weights(
+    name: str, start: Any, tmp_path: Path
+) -> None:
+    settings = (
+        "train.steps=2",
+        "data.max_examples=16",
+        "checkpoint.every=0",
+        "eval.every=0",
+        "learner.optimizer.schedule=constant",
+    )
     assert start(tmp_path / "run", name, *settings, "learner.optimizer.warmup_steps=0") == 0
     before, first, second, after = lines(tmp_path / "run")
-    assert all(math.isfinite(line["loss/total"]) and line["learner/grad_norm"] > 0 for line in (first, second))
+    assert all(
+        math.isfinite(line["loss/total"]) and line["learner/grad_norm"] > 0 for line in (first, second)
+    )
     assert (second["learner/version"], after["step"]) == (2, 2)
     assert after["eval/loss"] != before["eval/loss"] and 0 <= after.get("eval/accuracy", 0) <= 1

@@ -6,12 +6,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rltrain.build_samples import build_own_samples
+from rltrain.build.offline import build_own_samples
 from rltrain.config.schema import JudgedData, LearnerCore, OfflineEval, OfflineModel, OfflineRecipe, Optimizer
-from rltrain.data.chat import Endings
+from rltrain.data.chat import StopTokens
 from rltrain.data.preferences import Pair
 from rltrain.learner.preference_learner import PreferenceLearner
+from rltrain.process import ALONE
 from rltrain.protocols import EngineState
+from rltrain.rollout.groups import sample_groups
 from rltrain.train.own_samples import OwnSamples
 
 TOKENS = 6
@@ -21,10 +23,10 @@ PAIRS = [Pair(str(at), (20 + at, 30), (40,), (41,)) for at in range(5)]
 @pytest.fixture(scope="module")
 def learner(random_model: str) -> PreferenceLearner:
     settings = LearnerCore(optimizer=Optimizer(lr=1e-2))
-    return PreferenceLearner(OfflineModel(path=random_model), settings, max_tokens=TOKENS, total_updates=1, seed=0)
+    return PreferenceLearner(OfflineModel(path=random_model), settings, total_updates=1, seed=0)
 
 
-def built(model: str, learner: PreferenceLearner, samples: int) -> OwnSamples | None:
+def built(model: str, samples: int) -> OwnSamples:
     recipe = OfflineRecipe.model_validate(
         {
             "model": {"path": model},
@@ -35,23 +37,27 @@ def built(model: str, learner: PreferenceLearner, samples: int) -> OwnSamples | 
             "eval": OfflineEval(samples=samples),
         }
     )
-    return build_own_samples(recipe, Endings(stop=(1,), pad=0, pad_is_eos=False), learner, PAIRS)
+    return build_own_samples(recipe, StopTokens(stop=(1,), pad=0, pad_is_eos=False), PAIRS, ALONE)
 
 
-def test_entropy_is_that_of_the_models_logits_on_what_it_wrote(random_model: str, learner: PreferenceLearner) -> None:
-    samples = built(random_model, learner, samples=4)
-    assert samples is not None and len(samples.prompts) == 4
+def test_entropy_is_that_of_the_models_logits_on_what_it_wrote(
+    random_model: str, learner: PreferenceLearner
+) -> None:
+    samples = built(random_model, samples=4)
+    assert len(samples.prompts) == 4
     found = samples.measure(learner)
     assert samples.engine.state is EngineState.ASLEEP  # the copy of the weights is gone again
     samples.engine.wake()
     samples.engine.load(learner.weights(), 0)
-    groups = samples.engine.generate(samples.prompts, samples.sampling, 0)
+    groups = sample_groups(samples.engine, samples.prompts, samples.sampling, 0)
     samples.engine.sleep()
     model, entropies, tokens = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32), [], []
     for group in groups:
         (one,) = group.completions
         with torch.no_grad():
-            logits = model(torch.tensor([group.prompt.token_ids + one.token_ids])).logits[0, len(group.prompt.token_ids) - 1 : -1]
+            logits = model(torch.tensor([group.prompt.token_ids + one.token_ids])).logits[
+                0, len(group.prompt.token_ids) - 1 : -1
+            ]
         entropies.append(torch.distributions.Categorical(logits=logits).entropy().sum().item())
         tokens.append(len(one.token_ids))
     assert found["sampled_entropy"].value == pytest.approx(sum(entropies) / sum(tokens), rel=1e-4)
@@ -62,12 +68,8 @@ def test_entropy_is_that_of_the_models_logits_on_what_it_wrote(random_model: str
 def test_the_same_prompts_are_answered_alike_each_time_and_the_callers_random_state_is_left_alone(
     random_model: str, learner: PreferenceLearner
 ) -> None:
-    samples = built(random_model, learner, samples=100)
-    assert samples is not None and len(samples.prompts) == len(PAIRS)  # no more than there are
+    samples = built(random_model, samples=100)
+    assert len(samples.prompts) == len(PAIRS)  # no more than there are
     before = torch.get_rng_state()
     assert samples.measure(learner) == samples.measure(learner)
     assert torch.equal(before, torch.get_rng_state())
-
-
-def test_nothing_is_built_where_nothing_is_asked_for(random_model: str, learner: PreferenceLearner) -> None:
-    assert built(random_model, learner, samples=0) is None

@@ -1,7 +1,8 @@
-"""The faults that silently ruin runs elsewhere, planted in whole runs with either engine: each is caught at the step it happens.
+"""The faults that silently ruin runs elsewhere, planted in whole runs with either engine: each is caught at
+the step it happens.
 
-The engine is started once; ``plant`` breaks it from the version given on. A step is reported once its weights are proved, so the
-last step in metrics.jsonl says when the run stopped.
+The engine is started once; ``plant`` breaks it from the version given on. A step is reported once its weights
+are proved, so the last step in metrics.jsonl says when the run stopped.
 """
 
 from __future__ import annotations
@@ -16,19 +17,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import rltrain.build_rollout
-from rltrain.build_rollout import build_engine
-from rltrain.commands import train_command
+import rltrain.build.rollout
+from rltrain.build.engines import build_engine
+from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
-from rltrain.config.schema import Recipe
-from rltrain.data.language import Language, load_language
+from rltrain.config.schema import OnlineRecipe
+from rltrain.data.tokenization import load_tokenization
 from rltrain.protocols import RolloutEngine
-from rltrain.rollout import transformers_engine
+from rltrain.rollout.engines.transformers import engine as transformers_engine
 from rltrain.sync.fingerprint import WeightMismatchError
 from rltrain.train.mismatch import MismatchError
 
 GRPO = Path(__file__).parents[2] / "recipes" / "policy" / "grpo.yaml"
-FAULTY = 2  # the version from which on an engine is broken: one update per step, so step 2 pushes it and step 3 samples with it
+# the version from which on an engine is broken: one update per step, so step 2 pushes it and step 3 samples
+# with it
+FAULTY = 2
 REWARD = """
 from reward.score import Score
 
@@ -47,16 +50,21 @@ class Bench:
     folder: Path
     patch: pytest.MonkeyPatch
 
-    def settings(self, *overrides: str) -> Recipe:
+    def settings(self, *overrides: str) -> OnlineRecipe:
         # four prompts: every step has the same ones
         few = ("rollout.prompts=4", "rollout.n=4", "train.steps=4", "data.eval=null", "loss.terms=[]")
-        chosen = (f"model.path={self.model}", f"rollout.engine={self.kind}", "learner.optimizer.lr=2e-3", *few)
+        chosen = (
+            f"model.path={self.model}",
+            f"rollout.engine={self.kind}",
+            "learner.optimizer.lr=2e-3",
+            *few,
+        )
         own = (f"data.train={self.folder / 'prompts.jsonl'}", "data.options={}", "data.max_prompt_tokens=300")
         reward = f"reward.functions=['{self.folder / 'odd.py'}:odd']"
         return load_recipe(GRPO, profile="tiny_cpu", overrides=[*chosen, *own, reward, *overrides])
 
     def train(self, *overrides: str) -> None:
-        self.patch.setattr(rltrain.build_rollout, "build_engine", lambda *_: self.engine)
+        self.patch.setattr(rltrain.build.rollout, "build_engine", lambda *_: self.engine)
         self.patch.setattr(self.engine, "close", lambda: None)
         assert train_command(self.settings(*overrides), self.folder / "run", []) == 0
 
@@ -71,9 +79,18 @@ class Bench:
         load = self.engine.load
 
         def faulty(weights: Any, version: int) -> None:
-            load(weights if version < FAULTY else ((name, change(name, weight)) for name, weight in weights), version)
+            load(
+                weights if version < FAULTY else ((name, change(name, weight)) for name, weight in weights),
+                version,
+            )
 
         self.patch.setattr(self.engine, "load", faulty)
+
+
+def engine_of(recipe: OnlineRecipe) -> RolloutEngine:
+    tokenization = load_tokenization(recipe.model, recipe.data, recipe.rollout)
+    device = torch.device("cpu")
+    return build_engine(recipe.model, recipe.data, recipe.rollout, "float32", tokenization, device)
 
 
 def write_inputs(folder: Path) -> None:
@@ -85,7 +102,9 @@ def write_inputs(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
-def started(request: pytest.FixtureRequest, random_tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def started(
+    request: pytest.FixtureRequest, random_tied_model: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp(request.param)
     write_inputs(folder)
     if request.param == "vllm":
@@ -93,7 +112,7 @@ def started(request: pytest.FixtureRequest, random_tied_model: str, tmp_path_fac
     patch = pytest.MonkeyPatch()
     bench = Bench(None, request.param, random_tied_model, folder, patch)
     recipe = bench.settings()
-    bench.engine = build_engine(recipe, load_language(recipe), torch.device("cpu"))
+    bench.engine = engine_of(recipe)
     yield bench
     bench.engine.close()
 
@@ -103,7 +122,9 @@ def bench(started: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Be
     write_inputs(tmp_path)
     started.engine.wake()  # a run that was stopped leaves it asleep
     if started.kind == "transformers":
-        started.engine._model.lm_head.weight = started.engine._model.model.embed_tokens.weight  # one test unties them
+        started.engine._model.lm_head.weight = (
+            started.engine._model.model.embed_tokens.weight
+        )  # one test unties them
     return replace(started, folder=tmp_path, patch=monkeypatch)
 
 
@@ -113,7 +134,11 @@ def reported_steps(bench: Bench) -> list[int]:
 
 def test_a_healthy_run_passes_every_check(bench: Bench) -> None:
     bench.train(
-        "sync.full_every=2", "sync.sample=4", "rollout.mismatch_stop=1e-4", "rollout.mismatch_patience=1", "rollout.mismatch_warn=1e-4"
+        "sync.full_every=2",
+        "sync.sample=4",
+        "rollout.mismatch_stop=1e-4",
+        "rollout.mismatch_patience=1",
+        "rollout.mismatch_warn=1e-4",
     )
     assert reported_steps(bench) == [1, 2, 3, 4]
     # 27 weights; 4 of the 24 in layers and the three outside them. The push before step 1 is number 0.
@@ -168,14 +193,19 @@ def keep_the_packed_head(bench: Bench) -> None:
 
     def embedding_alone(weights: Any, version: int) -> None:
         if version >= FAULTY:
-            bench.patch.setattr("rltrain.rollout.vllm_colocated.repack_heads", lambda model: None)
-        load(((name, weight) for name, weight in weights if version < FAULTY or name != "lm_head.weight"), version)
+            bench.patch.setattr("rltrain.rollout.engines.vllm.colocated.repack_heads", lambda model: None)
+        load(
+            ((name, weight) for name, weight in weights if version < FAULTY or name != "lm_head.weight"),
+            version,
+        )
 
     bench.patch.setattr(bench.engine, "load", embedding_alone)
 
 
 def untie_the_head(bench: Bench) -> None:
-    """From FAULTY on the transformers engine's head keeps the weights it had, as a tied head that was cloned does."""
+    """From FAULTY on the transformers engine's head keeps the weights it had, as a tied head that was
+    cloned does.
+    """
     load, head = bench.engine.load, bench.engine._model.lm_head
     tied = head.weight
 
@@ -197,16 +227,18 @@ def test_an_engine_reloaded_from_disk_right_after_the_push(bench: Bench) -> None
     assert reported_steps(bench) == [1]
 
 
-def test_an_engine_reloaded_from_disk_before_it_samples_is_seen_before_the_learner_trains_on_it(bench: Bench) -> None:
-    old, generate, load, updates = bench.from_disk(), bench.engine.generate, bench.engine.load, []
+def test_an_engine_reloaded_from_disk_before_it_samples_is_seen_before_the_learner_trains_on_it(
+    bench: Bench,
+) -> None:
+    old, sample, load, updates = bench.from_disk(), bench.engine.sample, bench.engine.load, []
 
-    def reloads(prompts: Any, sampling: Any, version: int) -> Any:
+    def reloads(requests: Any, version: int) -> Any:
         if version == FAULTY:
             load(old.items(), version)
         updates.append(version)
-        return generate(prompts, sampling, version)
+        return sample(requests, version)
 
-    bench.patch.setattr(bench.engine, "generate", reloads)
+    bench.patch.setattr(bench.engine, "sample", reloads)
     with pytest.raises(WeightMismatchError, match="after sampling with version 2"):
         bench.train("sync.full_every=0")
     assert reported_steps(bench) == [1, 2]
@@ -214,29 +246,36 @@ def test_an_engine_reloaded_from_disk_before_it_samples_is_seen_before_the_learn
 
 
 def evaluated(bench: Bench, loses: str | None = None) -> tuple[list[int], list[int]]:
-    """Held-out prompts are sampled after every step; ``loses``: a weight that is as on disk again once those of FAULTY are.
+    """Held-out prompts are sampled after every step; ``loses``: a weight that is as on disk again once those
+    of FAULTY are.
 
     Returns the versions loaded and those evaluated.
     """
-    generate, load, old = bench.engine.generate, bench.engine.load, bench.from_disk()
+    sample, load, old = bench.engine.sample, bench.engine.load, bench.from_disk()
     held, loaded, sampled = dict[str, torch.Tensor](), list[int](), list[int]()
 
-    def noted(weights: Any, version: int) -> None:
+    def with_metrics(weights: Any, version: int) -> None:
         held.update({name: weight.detach().clone() for name, weight in weights})
         loaded.append(version)
         load(held.items(), version)
 
-    def losing(prompts: Any, sampling: Any, version: int) -> Any:
-        groups = generate(prompts, sampling, version)
-        if sampling.cache:
+    def losing(requests: Any, version: int) -> Any:
+        answers = sample(requests, version)
+        if requests[0].sampling.cache:
             sampled.append(version)
             if loses is not None and version == FAULTY:
                 load((held | {loses: old[loses]}).items(), version)
-        return groups
+        return answers
 
-    bench.patch.setattr(bench.engine, "load", noted)
-    bench.patch.setattr(bench.engine, "generate", losing)
-    held_out = (f"data.eval={bench.folder / 'held_out.jsonl'}", "eval.every=1", "eval.n=2", "eval.k=[1]", "eval.at_start=false")
+    bench.patch.setattr(bench.engine, "load", with_metrics)
+    bench.patch.setattr(bench.engine, "sample", losing)
+    held_out = (
+        f"data.eval={bench.folder / 'held_out.jsonl'}",
+        "eval.every=1",
+        "eval.n=2",
+        "eval.k=[1]",
+        "eval.at_start=false",
+    )
     bench.train("sync.full_every=0", "sync.sample=1", *held_out)
     return loaded, sampled
 
@@ -246,7 +285,8 @@ def test_an_evaluation_loads_nothing(bench: Bench) -> None:
 
 
 def test_an_engine_that_loses_a_weight_during_an_evaluation(bench: Bench) -> None:
-    # one weight is compared per step and it is not this one's turn: the next push would have brought it back unseen
+    # one weight is compared per step and it is not this one's turn: the next push would have brought it back
+    # unseen
     name = "model.layers.0.mlp.gate_proj.weight"
     with pytest.raises(WeightMismatchError, match=f"after sampling with version 2: weight '{name}'"):
         evaluated(bench, loses=name)
@@ -260,7 +300,9 @@ def test_log_probs_taken_before_the_temperature(bench: Bench) -> None:
     else:
         ours = transformers_engine.sample_tokens_
 
-        def raw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, adaptive: None) -> tuple[torch.Tensor, torch.Tensor]:
+        def raw(
+            logits: torch.Tensor, uniform: torch.Tensor, temperature: float, adaptive: None
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             untouched = torch.log_softmax(logits.float(), dim=-1)
             tokens, _ = ours(logits, uniform, temperature, adaptive)
             return tokens, untouched.gather(1, tokens[:, None])[:, 0]
@@ -277,12 +319,14 @@ def test_log_probs_taken_before_the_temperature(bench: Bench) -> None:
 
 def set_logprobs_mode(engine: Any, mode: str) -> None:
     def change(worker: Any) -> None:
-        worker.model_runner.sampler.logprobs_mode = worker.model_runner.sampler.topk_topp_sampler.logprobs_mode = mode
+        worker.model_runner.sampler.logprobs_mode = (
+            worker.model_runner.sampler.topk_topp_sampler.logprobs_mode
+        ) = mode
 
     engine._llm.collective_rpc(change)
 
 
-# what only vLLM has: a prefix cache, and two kinds of log-probs ------------------------------------------------------
+# what only vLLM has: a prefix cache, and two kinds of log-probs ---------------------------------------------
 
 only_vllm = pytest.mark.parametrize("started", [pytest.param("vllm", marks=pytest.mark.vllm)], indirect=True)
 
@@ -330,7 +374,6 @@ def test_vllm_started_with_raw_log_probs_is_refused(bench: Bench, random_tied_mo
     replaced = vllm.LLM
     bench.patch.setattr("vllm.LLM", raw)
     recipe = bench.settings()
-    language: Language = load_language(recipe)
     with pytest.raises(RuntimeError, match="logprobs_mode 'raw_logprobs', not processed_logprobs"):
-        engine: RolloutEngine = build_engine(recipe, language, torch.device("cpu"))
+        engine = engine_of(recipe)
         engine.close()

@@ -1,4 +1,6 @@
-"""``rltrain generate`` and ``rltrain eval`` prove the weights they sample with, before and after, as training does."""
+"""``rltrain generate`` and ``rltrain eval`` prove the weights they sample with, before and after, as
+training does.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from rltrain.commands import generate_command, measured
+from rltrain.cli.evaluate import evaluate_model, generate_command
 from rltrain.config.load import load_recipe
-from rltrain.config.schema import Recipe
-from rltrain.rollout.transformers_engine import TransformersEngine
+from rltrain.config.schema import OnlineRecipe
+from rltrain.rollout.engines.transformers.engine import TransformersEngine
+from rltrain.sync.colocated import Sync
 from rltrain.sync.fingerprint import NeverHeldError, WeightMismatchError
-from rltrain.sync.in_process import Sync
-from script_modules import script
+from support.scripts import script
 
 GRPO = Path(__file__).parents[2] / "recipes" / "policy" / "grpo.yaml"
 REWARD = """
@@ -36,8 +38,12 @@ def sample(random_model: str, tmp_path: Path) -> dict[str, Callable[[str, str], 
     for name in ("train", "held_out"):
         (tmp_path / f"{name}.jsonl").write_text(rows.replace("1=", f"{len(name)}="), encoding="utf-8")
 
-    def recipe(model: str, engine: str) -> Recipe:
-        data = (f"data.train={tmp_path / 'train.jsonl'}", f"data.eval={tmp_path / 'held_out.jsonl'}", "data.options={}")
+    def recipe(model: str, engine: str) -> OnlineRecipe:
+        data = (
+            f"data.train={tmp_path / 'train.jsonl'}",
+            f"data.eval={tmp_path / 'held_out.jsonl'}",
+            "data.options={}",
+        )
         own = (
             f"reward.functions=['{tmp_path / 'length.py'}:length']",
             "rollout.max_tokens=4",
@@ -50,7 +56,7 @@ def sample(random_model: str, tmp_path: Path) -> dict[str, Callable[[str, str], 
 
     return {
         "generate": lambda model, engine: generate_command(recipe(model, engine), ["1+1="], 1, 1.0),
-        "eval": lambda model, engine: measured(model, recipe(model, engine)),
+        "eval": lambda model, engine: evaluate_model(model, recipe(model, engine)),
     }
 
 
@@ -65,7 +71,10 @@ def test_a_weight_that_does_not_arrive_is_one_line_that_names_it(
         self._held()[DOWN].detach().zero_()
 
     monkeypatch.setattr(TransformersEngine, "load", forgetful)
-    with pytest.raises(NeverHeldError, match=rf"after the push of version 0: weight '{DOWN}'.*choose the other rollout\.engine"):
+    with pytest.raises(
+        NeverHeldError,
+        match=rf"after the push of version 0: weight '{DOWN}'.*choose the other rollout\.engine",
+    ):
         sample[command](random_model, "transformers")
 
 
@@ -86,7 +95,10 @@ def test_a_weight_that_changes_while_it_samples_is_named(
         sample[command](random_model, "transformers")
 
 
-@pytest.mark.parametrize(("command", "engine"), [("generate", "transformers"), pytest.param("generate", "vllm", marks=pytest.mark.vllm)])
+@pytest.mark.parametrize(
+    ("command", "engine"),
+    [("generate", "transformers"), pytest.param("generate", "vllm", marks=pytest.mark.vllm)],
+)
 def test_a_mixture_of_experts_is_sampled_with_every_expert_proved(
     command: str, engine: str, sample: Any, tiny_models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,6 +108,8 @@ def test_a_mixture_of_experts_is_sampled_with_every_expert_proved(
     tiny_models.character_tokenizer().save_pretrained(folder)
     compared: list[int] = []
     real = Sync._compare
-    monkeypatch.setattr(Sync, "_compare", lambda self, sent, *rest: (compared.append(len(sent)), real(self, sent, *rest))[1])
+    monkeypatch.setattr(
+        Sync, "_compare", lambda self, sent, *rest: (compared.append(len(sent)), real(self, sent, *rest))[1]
+    )
     sample[command](str(folder), engine)
     assert compared == [41, 41]  # 2 layers of 4 experts of 3 weights and 7 others, and 3 outside the layers

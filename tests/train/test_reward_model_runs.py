@@ -1,4 +1,6 @@
-"""Whole runs with a reward model of this project in the learner's process: as a reward, and as the judge of pairs."""
+"""Whole runs with a reward model of this project in the learner's process: as a reward, and as the
+judge of pairs.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from rltrain.commands import eval_command, train_command
-from rltrain.config.check import check
+from rltrain.cli.evaluate import eval_command
+from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
+from rltrain.config.rules import check
 from rltrain.errors import UserError
 from rltrain.learner.reward_model import rewards_of
-from rltrain.types import TokenRows
+from rltrain.types.policy import TokenRows
 
 ROOT = Path(__file__).parents[2] / "recipes"
 FEW = (
@@ -38,25 +41,43 @@ def run(recipe: str, folder: Path, *overrides: str) -> list[dict[str, Any]]:
 def reward_model(random_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of recipes/process_reward/orm.yaml, after a few steps."""
     folder = tmp_path_factory.mktemp("orm") / "run"
-    run("process_reward/orm.yaml", folder, f"model.path={random_model}", "train.steps=3", "eval.examples=8", "data.eval=null")
+    run(
+        "process_reward/orm.yaml",
+        folder,
+        f"model.path={random_model}",
+        "train.steps=3",
+        "eval.examples=8",
+        "data.eval=null",
+    )
     return str(folder / "model")
 
 
 @pytest.mark.slow
-def test_the_reward_is_the_models_number_of_what_was_sampled(reward_model: str, random_model: str, tmp_path: Path, monkeypatch: Any):
+def test_the_reward_is_the_models_number_of_what_was_sampled(
+    reward_model: str, random_model: str, tmp_path: Path, monkeypatch: Any
+):
     from rltrain.rollout import producer
 
     seen: list[Any] = []
     scored = producer.score_groups
     monkeypatch.setattr(producer, "score_groups", lambda *given: seen.append(scored(*given)) or seen[-1])
     functions = (
-        f"reward.functions=[{{name: reward_model, path: {reward_model}, squash: none, weight: 2.0}}, {{name: math_answer, weight: 0.0}}]"
+        f"reward.functions=[{{name: reward_model, path: {reward_model}, squash: none, weight: 2.0}}, {{name: "
+        "math_answer, weight: 0.0}]"
     )
-    lines = run("policy/grpo_reward_model.yaml", tmp_path / "run", f"model.path={random_model}", functions, *FEW)
+    lines = run(
+        "policy/grpo_reward_model.yaml", tmp_path / "run", f"model.path={random_model}", functions, *FEW
+    )
     groups = seen[0]
     flat = [(group.prompt.token_ids, one.token_ids) for group in groups for one in group.completions]
-    expected = rewards_of(reward_model, TokenRows(tuple(p for p, _ in flat), tuple(c for _, c in flat)), tokens_per_micro_batch=64)
-    assert [score.value / 2 for group in groups for score in group.scores] == pytest.approx(expected, abs=1e-5)
+    expected = rewards_of(
+        reward_model,
+        TokenRows(tuple(p for p, _ in flat), tuple(c for _, c in flat)),
+        tokens_per_micro_batch=64,
+    )
+    assert [score.value / 2 for group in groups for score in group.scores] == pytest.approx(
+        expected, abs=1e-5
+    )
     assert {name for group in groups for score in group.scores for name in score.parts} == {
         "reward_model",
         "math_answer",
@@ -69,7 +90,11 @@ def test_the_reward_is_the_models_number_of_what_was_sampled(reward_model: str, 
     assert first["learner/grad_norm"] > 0
     # by itself it needs no other reward, in training and in rltrain eval
     alone = functions.replace(", {name: math_answer, weight: 0.0}", "")
-    recipe = load_recipe(ROOT / "policy/grpo_reward_model.yaml", profile="tiny_cpu", overrides=(f"model.path={random_model}", alone, *FEW))
+    recipe = load_recipe(
+        ROOT / "policy/grpo_reward_model.yaml",
+        profile="tiny_cpu",
+        overrides=(f"model.path={random_model}", alone, *FEW),
+    )
     assert eval_command(random_model, check(recipe).recipe, tmp_path / "eval.json") == 0
     assert json.loads((tmp_path / "eval.json").read_text())["eval/reward"] != 0.0
 
@@ -79,7 +104,10 @@ def test_it_judges_the_pairs_of_online_dpo(reward_model: str, random_model: str,
     judge = f"pairs.judge={{name: reward_model, path: {reward_model}}}"
     lines = run("preference/online_dpo.yaml", tmp_path / "run", f"model.path={random_model}", judge, *FEW)
     steps = [line for line in lines if "pairs/count" in line]
-    assert all(line["pairs/count"] > 0 and line["pairs/unjudged"] == 0 and line["pairs/p_chosen"] > 0.5 for line in steps)
+    assert all(
+        line["pairs/count"] > 0 and line["pairs/unjudged"] == 0 and line["pairs/p_chosen"] > 0.5
+        for line in steps
+    )
 
 
 def test_what_it_cannot_read_is_said_before_weights_are_loaded(random_model: str, tmp_path: Path):

@@ -1,4 +1,6 @@
-"""Process rewards of finished completions: the specification's worked numbers, plain transformers, and the command."""
+"""Process rewards of finished completions: the specification's worked numbers, plain transformers,
+and the command.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from rltrain.build_score import ProcessModel, opened_scorer
-from rltrain.cli import app
+from rltrain.build.scorer import ProcessModel, open_scorer
+from rltrain.cli.app import app
 from rltrain.errors import UserError
 from rltrain.train.scoring import Scorer, TextRow
-from rltrain.types import TokenRows
-from worked_steps import BETA, RHO, SCORES
+from rltrain.types.policy import TokenRows
+from support.worked_steps import BETA, RHO, SCORES
 
 
 class Log:
@@ -49,16 +51,23 @@ def test_rows_and_micro_batches_change_nothing_and_the_cache_is_believed_once_ch
     said: list[str] = []
     found = []
     for tokens in (10, 64):
-        model = ProcessModel(random_model, random_tied_model, 0.5, cache=tmp_path, tokens_per_micro_batch=tokens)
-        with opened_scorer(model, 8, said.append) as scorer:
+        model = ProcessModel(
+            random_model, random_tied_model, 0.5, cache=tmp_path, tokens_per_micro_batch=tokens
+        )
+        with open_scorer(model, said.append) as scorer:
             found.append([row.tokens for row in scorer.score(texts)])
             found.append([row.tokens for row in Scorer(scorer.learner, None, 0.5, rows=2).score(texts)])
     assert found[0][3] == pytest.approx(found[2][3], abs=1e-5)
     assert found[1][3] == pytest.approx(found[3][3], abs=1e-5)
     # with a reference the reward is beta times the difference to it
-    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (random_model, random_tied_model)]
+    models = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for path in (random_model, random_tied_model)
+    ]
     rows = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
-    own, theirs = (model(rows).logits.log_softmax(-1)[0, 2:-1].gather(1, rows[0, 3:, None])[:, 0] for model in models)
+    own, theirs = (
+        model(rows).logits.log_softmax(-1)[0, 2:-1].gather(1, rows[0, 3:, None])[:, 0] for model in models
+    )
     assert found[0][1] == pytest.approx((0.5 * (own - theirs)).tolist(), abs=1e-5)
     assert found[1][1] == pytest.approx((0.5 * own).tolist(), abs=1e-5)
     assert [line.split(":")[1].split()[0] for line in said] == ["computing", "from"]
@@ -68,7 +77,9 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["score", *arguments], catch_exceptions=False)
 
 
-def test_the_command_scores_a_file_step_by_step(random_model: str, random_tied_model: str, tmp_path: Path) -> None:
+def test_the_command_scores_a_file_step_by_step(
+    random_model: str, random_tied_model: str, tmp_path: Path
+) -> None:
     file, out = tmp_path / "rows.jsonl", tmp_path / "scored.jsonl"
     rows = [
         {"question": "1+2=", "completion": "12\n34\n\n5", "gold": 3},
@@ -78,13 +89,26 @@ def test_the_command_scores_a_file_step_by_step(random_model: str, random_tied_m
         {"question": "3+4=", "completion": "7" * 5000},
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ("--reference", random_tied_model, "--beta", "0.05", "--cache", str(tmp_path / "cache"), "--column", "prompt=question")
+    options = (
+        "--reference",
+        random_tied_model,
+        "--beta",
+        "0.05",
+        "--cache",
+        str(tmp_path / "cache"),
+        "--column",
+        "prompt=question",
+    )
     done = run(random_model, str(file), "--out", str(out), *options)
     assert done.exit_code == 0
     first, blank, long, short, longer = map(json.loads, out.read_text().splitlines())
     assert (first["gold"], first["step_texts"]) == (3, ["12\n", "34\n\n", "5"])
     assert len(first["step_rewards"]) == 3
-    assert sum(first["token_rewards"]) == pytest.approx(first["step_values"][-1]) == pytest.approx(sum(first["step_rewards"]))
+    assert (
+        sum(first["token_rewards"])
+        == pytest.approx(first["step_values"][-1])
+        == pytest.approx(sum(first["step_rewards"]))
+    )
     assert first["score"] == min(first["step_rewards"])
     assert (blank["score"], blank["unscored"]) == (None, "the completion is empty")
     assert long["score"] is None and "the model reads at most" in long["unscored"]
@@ -94,20 +118,41 @@ def test_the_command_scores_a_file_step_by_step(random_model: str, random_tied_m
 
     # the end token counts, as in training: prompt, two digits, EOS
     tokenizer = AutoTokenizer.from_pretrained(random_model)
-    shown = tokenizer.apply_chat_template([{"role": "user", "content": "1+2="}], tokenize=False, add_generation_prompt=True)
+    shown = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "1+2="}], tokenize=False, add_generation_prompt=True
+    )
     before = tokenizer(shown, add_special_tokens=False)["input_ids"]
     assert len(short["token_rewards"]) == len(tokenizer("12", add_special_tokens=False)["input_ids"]) + 1
-    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (random_model, random_tied_model)]
+    models = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for path in (random_model, random_tied_model)
+    ]
     ids = [*before, *tokenizer("12", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    own, theirs = (model(torch.tensor([ids])).logits.log_softmax(-1)[0, len(before) - 1 : -1] for model in models)
+    own, theirs = (
+        model(torch.tensor([ids])).logits.log_softmax(-1)[0, len(before) - 1 : -1] for model in models
+    )
     target = torch.tensor(ids[len(before) :])[:, None]
-    assert short["token_rewards"] == pytest.approx((0.05 * (own - theirs).gather(1, target)[:, 0]).tolist(), abs=1e-6)
+    assert short["token_rewards"] == pytest.approx(
+        (0.05 * (own - theirs).gather(1, target)[:, 0]).tolist(), abs=1e-6
+    )
 
 
 def test_given_steps_need_no_completion(random_model: str, tmp_path: Path) -> None:
     file, out = tmp_path / "rows.jsonl", tmp_path / "scored.jsonl"
     file.write_text(json.dumps({"prompt": "1+2=", "steps": ["12", "3+4", "5"], "label": 1}) + "\n")
-    command = (random_model, str(file), "--out", str(out), "--reference", "none", "--beta", "1", "--steps", "given", "--no-tokens")
+    command = (
+        random_model,
+        str(file),
+        "--out",
+        str(out),
+        "--reference",
+        "none",
+        "--beta",
+        "1",
+        "--steps",
+        "given",
+        "--no-tokens",
+    )
     assert run(*command, "--series", "cumulative", "--reduction", "last").exit_code == 0
     found = json.loads(out.read_text())
     assert (found["label"], found["step_texts"]) == (1, ["12\n\n", "3+4\n\n", "5"])
@@ -124,7 +169,11 @@ def test_given_steps_need_no_completion(random_model: str, tmp_path: Path) -> No
             ("--steps", "given"),
             "rows.jsonl, line 1: step 0 '3' is not in the completion",
         ),
-        ({"prompt": "1", "completion": "2"}, ("--steps", "("), "neither newline nor given nor a regular expression"),
+        (
+            {"prompt": "1", "completion": "2"},
+            ("--steps", "("),
+            "neither newline nor given nor a regular expression",
+        ),
         ({"prompt": "1", "completion": "2"}, ("--column", "answer=a"), "expected prompt=NAME"),
     ],
 )
@@ -134,6 +183,16 @@ def test_what_is_wrong_is_said_with_its_place(
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError) as error:
-        run(random_model, str(file), "--out", str(tmp_path / "out"), "--reference", "none", "--beta", "1", *options)
+        run(
+            random_model,
+            str(file),
+            "--out",
+            str(tmp_path / "out"),
+            "--reference",
+            "none",
+            "--beta",
+            "1",
+            *options,
+        )
     assert said in str(error.value)
     assert not (tmp_path / "out").exists()

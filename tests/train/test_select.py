@@ -1,4 +1,6 @@
-"""``rltrain eval --select``: who is chosen, what it is worth, and what is refused before anything is sampled."""
+"""``rltrain eval --select``: who is chosen, what it is worth, and what is refused before anything is
+sampled.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ import torch
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
-from rltrain.cli import app
+from rltrain.cli.app import app
 from rltrain.errors import UserError
 from rltrain.learner.reward_model import rewards_of
-from rltrain.types import TokenRows
+from rltrain.types.policy import TokenRows
 
 ROOT = Path(__file__).parents[2]
 # an untrained model can be right here: its first character decides, and is its answer
@@ -38,18 +40,44 @@ def reward_model(random_model: str, tmp_path_factory: pytest.TempPathFactory) ->
 
 def run(model: str, folder: Path, *arguments: str) -> dict[str, float]:
     (folder / "early.py").write_text(REWARD)
-    settings = (f"reward.functions=['{folder / 'early.py'}:early']", "reward.workers=1", "eval.prompts=6", "eval.n=4", "eval.k=[1,4]")
+    settings = (
+        f"reward.functions=['{folder / 'early.py'}:early']",
+        "reward.workers=1",
+        "eval.prompts=6",
+        "eval.n=4",
+        "eval.k=[1,4]",
+    )
     words = [word for one in settings for word in ("--set", one)]
-    recipe = ("--recipe", str(ROOT / "recipes/policy/grpo.yaml"), "--profile", "tiny_cpu", "--set", f"model.path={model}")
+    recipe = (
+        "--recipe",
+        str(ROOT / "recipes/policy/grpo.yaml"),
+        "--profile",
+        "tiny_cpu",
+        "--set",
+        f"model.path={model}",
+    )
     command = ["eval", model, *recipe, *words, "--out", str(folder / "out.json"), *arguments]
     assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
     return json.loads((folder / "out.json").read_text())
 
 
-def test_every_way_to_choose_in_one_run(random_model: str, random_tied_model: str, reward_model: str, tmp_path: Path) -> None:
+def test_every_way_to_choose_in_one_run(
+    random_model: str, random_tied_model: str, reward_model: str, tmp_path: Path
+) -> None:
     names = ("implicit_prm", "rm", "majority", "weighted_majority", "oracle")
     chosen = [word for name in names for word in ("--select", name)]
-    models = ("--prm", random_tied_model, "--prm-reference", random_model, "--beta", "0.05", "--rm", reward_model, "--kl-to", random_model)
+    models = (
+        "--prm",
+        random_tied_model,
+        "--prm-reference",
+        random_model,
+        "--beta",
+        "0.05",
+        "--rm",
+        reward_model,
+        "--kl-to",
+        random_model,
+    )
     found = run(random_model, tmp_path, *chosen, *models)
     for name in names:
         assert found[f"eval/{name}@1"] == pytest.approx(found["eval/avg@4"])  # of one, nobody chooses
@@ -61,7 +89,9 @@ def test_every_way_to_choose_in_one_run(random_model: str, random_tied_model: st
     assert len({found[f"eval/{name}@2"] for name in names}) > 2
 
 
-def test_a_models_distance_is_that_of_its_own_samples(random_model: str, random_tied_model: str, tmp_path: Path) -> None:
+def test_a_models_distance_is_that_of_its_own_samples(
+    random_model: str, random_tied_model: str, tmp_path: Path
+) -> None:
     found = run(random_model, tmp_path, "--kl-to", random_tied_model)
     assert found["eval/kl_to_low"] > 0
     n = found["eval/kl_to_as_n"]
@@ -72,7 +102,10 @@ def test_a_scalar_head_judges_the_last_token_of_each_row(reward_model: str) -> N
     rows = TokenRows(((5, 6), (5,), (7, 8)), ((9,), (10, 11), (12, 13, 14)))
     model: Any = AutoModelForSequenceClassification.from_pretrained(reward_model)
     model.config.pad_token_id = 0
-    expected = [model(torch.tensor([p + c])).logits.item() for p, c in zip(rows.prompts, rows.completions, strict=True)]
+    expected = [
+        model(torch.tensor([p + c])).logits.item()
+        for p, c in zip(rows.prompts, rows.completions, strict=True)
+    ]
     assert rewards_of(reward_model, rows, tokens_per_micro_batch=4) == pytest.approx(expected, abs=1e-5)
 
 
@@ -87,7 +120,9 @@ def test_a_scalar_head_judges_the_last_token_of_each_row(reward_model: str) -> N
         (("--kl-to", "MODEL", "--set", "eval.temperature=0.5"), "set eval.temperature to 1"),
     ],
 )
-def test_what_is_missing_is_said_first(arguments: tuple[str, ...], said: str, random_model: str, tmp_path: Path) -> None:
+def test_what_is_missing_is_said_first(
+    arguments: tuple[str, ...], said: str, random_model: str, tmp_path: Path
+) -> None:
     with pytest.raises(UserError) as error:
         run(random_model, tmp_path, *(random_model if word == "MODEL" else word for word in arguments))
     assert said in str(error.value)

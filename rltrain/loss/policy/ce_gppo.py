@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from rltrain.loss.policy.ratio import LOG_RATIO_LIMIT, drift, log_ratio
+from rltrain.loss.policy.ratio import LOG_RATIO_LIMIT, approx_kl, log_ratio
 from rltrain.registry import method
 from rltrain.tensor_ops import masked
-from rltrain.types import PolicyTokens, TokenLoss, TrainBatch
+from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
 
 __all__ = ["ce_gppo"]
 
@@ -23,13 +23,15 @@ def ce_gppo(
     eps_high: float = 0.2,
     dual_clip: float | None = 3.0,
 ) -> TokenLoss:
-    """``-A r`` inside the clip range, a gradient of constant size outside of it, arXiv:2509.20712. Values (B, T).
+    """``-A r`` inside the clip range, a gradient of constant size outside of it, arXiv:2509.20712. Values (B,
+    T).
 
-    For A < 0 and r < 1 - eps_low: ``-beta1 (1 - eps_low) A r / sg[r]``; for A > 0 and r > 1 + eps_high: ``-beta2 (1 + eps_high) A r /
-    sg[r]``. Raising beta1 speeds the fall of entropy up, raising beta2 slows it down. Defaults are the authors' function's; their
-    scripts take beta1 0.75 (7B) or 0.5 (1.5B) and dual_clip 10. With betas of 1 and 1 the values are PPO's, with 0 and 0 the
-    gradients; values of clipped tokens are not comparable between settings. dual_clip bounds the loss of a token with A < 0 by
-    -A dual_clip. r / sg[r] is taken from log-probs and cannot overflow. GPPO (arXiv:2508.07629) is beta1 = beta2 = 1.
+    For A < 0 and r < 1 - eps_low: ``-beta1 (1 - eps_low) A r / sg[r]``; for A > 0 and r > 1 + eps_high:
+    ``-beta2 (1 + eps_high) A r / sg[r]``. Raising beta1 speeds the fall of entropy up, raising beta2 slows it
+    down. Defaults are the authors' function's; their scripts take beta1 0.75 (7B) or 0.5 (1.5B) and dual_clip
+    10. With betas of 1 and 1 the values are PPO's, with 0 and 0 the gradients; values of clipped tokens are
+    not comparable between settings. dual_clip bounds the loss of a token with A < 0 by -A dual_clip. r /
+    sg[r] is taken from log-probs and cannot overflow. GPPO (arXiv:2508.07629) is beta1 = beta2 = 1.
     """
     log_r = log_ratio(policy, batch)
     r = log_r.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
@@ -38,7 +40,7 @@ def ce_gppo(
     low, high = (advantages < 0) & (seen < 1 - eps_low), (advantages > 0) & (seen > 1 + eps_high)
     factor = torch.where(low, beta1 * (1 - eps_low) * one, torch.where(high, beta2 * (1 + eps_high) * one, r))
     values = -advantages * factor
-    metrics = {"approx_kl": drift(log_r), "clip_high": high.to(r.dtype), "clip_low": low.to(r.dtype)}
+    metrics = {"approx_kl": approx_kl(log_r), "clip_high": high.to(r.dtype), "clip_low": low.to(r.dtype)}
     if dual_clip is not None:
         values = torch.where(advantages < 0, torch.minimum(values, -advantages * dual_clip), values)
         metrics["clip_dual"] = ((seen > dual_clip) & (advantages < 0)).to(r.dtype)

@@ -1,13 +1,15 @@
-"""Token-level policy gradients: the plain one, and the clipped surrogate with its asymmetric and dual forms."""
+"""Token-level policy gradients: the plain one, and the clipped surrogate with its asymmetric and dual
+forms.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from rltrain.loss.policy.ratio import LOG_RATIO_LIMIT, drift, log_ratio
+from rltrain.loss.policy.ratio import LOG_RATIO_LIMIT, approx_kl, log_ratio
 from rltrain.registry import method
 from rltrain.tensor_ops import masked
-from rltrain.types import PolicyTokens, TokenLoss, TrainBatch
+from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
 
 __all__ = ["clip", "reinforce"]
 
@@ -24,10 +26,10 @@ def clip(
 ) -> TokenLoss:
     """PPO's surrogate ``max(-A r, -A clip(r, 1 - eps_low, 1 + eps_high))``, arXiv:1707.06347. Values (B, T).
 
-    eps_high above eps_low is DAPO's clip-higher (arXiv:2503.14476). dual_clip c bounds the loss of a token with A < 0 by
-    -A c (arXiv:1912.09729; verl takes 3, its scripts often 10). delta caps the unclipped branch at ``min(r, delta)``
-    (arXiv:2505.07291, TRL): for delta > 1 + eps_high the same as dual_clip. ln r is clamped to +-20 before exp, as in verl.
-    With one update per rollout r is 1 and nothing clips.
+    eps_high above eps_low is DAPO's clip-higher (arXiv:2503.14476). dual_clip c bounds the loss of a token
+    with A < 0 by -A c (arXiv:1912.09729; verl takes 3, its scripts often 10). delta caps the unclipped branch
+    at ``min(r, delta)`` (arXiv:2505.07291, TRL): for delta > 1 + eps_high the same as dual_clip. ln r is
+    clamped to +-20 before exp, as in verl. With one update per rollout r is 1 and nothing clips.
     """
     log_r = log_ratio(policy, batch)
     r = log_r.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
@@ -39,7 +41,7 @@ def clip(
 
     seen = r.detach()
     metrics = {
-        "approx_kl": drift(log_r),
+        "approx_kl": approx_kl(log_r),
         "clip_high": ((seen > 1 + eps_high) & (advantages > 0)).to(seen.dtype),
         "clip_low": ((seen < 1 - eps_low) & (advantages < 0)).to(seen.dtype),
     }
@@ -51,5 +53,8 @@ def clip(
 
 @method("reinforce")
 def reinforce(policy: PolicyTokens, batch: TrainBatch) -> TokenLoss:
-    """The policy gradient itself, ``-A log pi`` (Williams 1992). Values (B, T). No ratio: right for one update per rollout."""
+    """The policy gradient itself, ``-A log pi`` (Williams 1992).
+
+    Values (B, T). No ratio: right for one update per rollout.
+    """
     return TokenLoss(masked(-batch.advantages * masked(policy.logp, batch.mask), batch.mask))

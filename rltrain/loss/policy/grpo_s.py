@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import torch
 
-from rltrain.loss.policy.ratio import LOG_RATIO_LIMIT, drift, log_ratio, sequence_advantage
+from rltrain.loss.policy.ratio import LOG_RATIO_LIMIT, approx_kl, log_ratio, sequence_advantage
 from rltrain.registry import method
 from rltrain.tensor_ops import masked_mean
-from rltrain.types import PolicyTokens, TokenLoss, TrainBatch
+from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
 
 __all__ = ["grpo_s"]
 
 
 @method("grpo_s", arxiv="2508.04349", needs={"old_logp"}, traits={"owns_clipping", "sequence_level"})
-def grpo_s(policy: PolicyTokens, batch: TrainBatch, *, eps_low: float = 0.2, eps_high: float = 0.2) -> TokenLoss:
-    """PPO's surrogate on ``w = mean_t r`` of a sequence, clipped to [1 - eps_low, 1 + eps_high], arXiv:2508.04349. Values (B, 1).
+def grpo_s(
+    policy: PolicyTokens, batch: TrainBatch, *, eps_low: float = 0.2, eps_high: float = 0.2
+) -> TokenLoss:
+    """PPO's surrogate on ``w = mean_t r`` of a sequence, clipped to [1 - eps_low, 1 + eps_high],
+    arXiv:2508.04349. Values (B, 1).
 
-    The arithmetic mean of the token ratios, where ``gspo`` takes the geometric one: a single large ratio moves it. ln r is
-    clamped to +-20 first. The advantage is ``grpo_s``; where it differs within a sequence its mean is taken.
+    The arithmetic mean of the token ratios, where ``gspo`` takes the geometric one: a single large ratio
+    moves it. ln r is clamped to +-20 first. The advantage is ``grpo_s``; where it differs within a sequence
+    its mean is taken.
     """
     log_r = log_ratio(policy, batch)
     w = masked_mean(log_r.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp(), batch.mask, dim=1)[:, None]
@@ -25,7 +29,7 @@ def grpo_s(policy: PolicyTokens, batch: TrainBatch, *, eps_low: float = 0.2, eps
     values = torch.maximum(-advantage * w, -advantage * w.clamp(1 - eps_low, 1 + eps_high))
     seen = w.detach()
     metrics = {
-        "approx_kl": drift(log_r),
+        "approx_kl": approx_kl(log_r),
         "clip_high": ((seen > 1 + eps_high) & (advantage > 0)).to(seen.dtype),
         "clip_low": ((seen < 1 - eps_low) & (advantage < 0)).to(seen.dtype),
     }

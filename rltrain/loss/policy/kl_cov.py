@@ -1,26 +1,41 @@
-"""KL-Cov's loss: the plain ratio surrogate, with a penalty on the tokens that the control of the same name has marked."""
+"""KL-Cov's loss: the plain ratio surrogate, with a penalty on the tokens that the control of the same
+name has marked.
+"""
 
 from __future__ import annotations
 
-from rltrain.loss.policy.ratio import LOG_RATIO_LIMIT, drift, given, log_ratio
+from rltrain.loss.policy.ratio import LOG_RATIO_LIMIT, approx_kl, log_ratio, policy_statistic
 from rltrain.registry import method
 from rltrain.tensor_ops import masked
-from rltrain.types import PolicyTokens, TokenLoss, TrainBatch
+from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
 
 __all__ = ["kl_cov"]
 
 
-@method("kl_cov", arxiv="2505.22617", needs={"old_logp"}, traits={"owns_clipping", "control:kl_cov", "acts_on_marks"})
+@method(
+    "kl_cov",
+    arxiv="2505.22617",
+    needs={"old_logp"},
+    traits={"owns_clipping", "control:kl_cov", "acts_on_marks"},
+)
 def kl_cov(policy: PolicyTokens, batch: TrainBatch, *, beta: float = 1.0) -> TokenLoss:
-    """``-A r`` on every token, plus ``beta |ln r|`` on the tokens in ``extra["kl_cov"]``, arXiv:2505.22617. Values (B, T).
+    """``-A r`` on every token, plus ``beta |ln r|`` on the tokens in ``extra["kl_cov"]``, arXiv:2505.22617.
+    Values (B, T).
 
-    The paper writes the penalty as a KL divergence between the old and the current policy, its code as the absolute log-ratio,
-    which is used here. Nothing is clipped (ln r is clamped to +-20 before exp): watch approx_kl when a step takes many updates.
-    Where the current policy is still the old one (a step's first update) the penalty's gradient is 0; the sign of a rounding
-    error is not let through.
+    The paper writes the penalty as a KL divergence between the old and the current policy, its code as the
+    absolute log-ratio, which is used here. Nothing is clipped (ln r is clamped to +-20 before exp): watch
+    approx_kl when a step takes many updates. Where the current policy is still the old one (a step's first
+    update) the penalty's gradient is 0; the sign of a rounding error is not let through.
     """
-    log_r, marked = log_ratio(policy, batch), given(batch, "kl_cov", "kl_cov")
-    moved = batch.logp_now != batch.old_logp if batch.logp_now is not None and batch.old_logp is not None else batch.mask
+    log_r, marked = log_ratio(policy, batch), policy_statistic(batch, "kl_cov", "kl_cov")
+    moved = (
+        batch.logp_now != batch.old_logp
+        if batch.logp_now is not None and batch.old_logp is not None
+        else batch.mask
+    )
     penalty = marked * masked(log_r, moved).abs()
     values = -batch.advantages * log_r.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp() + beta * penalty
-    return TokenLoss(masked(values, batch.mask), {"approx_kl": drift(log_r), "kl_cov_penalty": masked(penalty.detach(), batch.mask)})
+    return TokenLoss(
+        masked(values, batch.mask),
+        {"approx_kl": approx_kl(log_r), "kl_cov_penalty": masked(penalty.detach(), batch.mask)},
+    )

@@ -1,13 +1,16 @@
-"""Losses with one importance ratio per sequence. Values (B, 1): pair them with an aggregate that weighs sequences equally."""
+"""Losses with one importance ratio per sequence.
+
+Values (B, 1): pair them with an aggregate that weighs sequences equally.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from rltrain.loss.policy.ratio import drift, log_ratio, sequence_advantage
+from rltrain.loss.policy.ratio import approx_kl, log_ratio, sequence_advantage
 from rltrain.registry import method
 from rltrain.tensor_ops import masked_mean
-from rltrain.types import PolicyTokens, TokenLoss, TrainBatch
+from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
 
 __all__ = ["gmpo", "gspo"]
 
@@ -15,11 +18,15 @@ LOG_SEQUENCE_RATIO_LIMIT = 10.0  # verl's bound on ln s; beyond it a sequence ha
 
 
 @method("gspo", arxiv="2507.18071", needs={"old_logp"}, traits={"owns_clipping", "sequence_level"})
-def gspo(policy: PolicyTokens, batch: TrainBatch, *, eps_low: float = 3e-4, eps_high: float = 4e-4) -> TokenLoss:
-    """PPO's surrogate on the geometric-mean ratio ``s = exp(mean_t ln r)`` of a sequence, arXiv:2507.18071. Values (B, 1).
+def gspo(
+    policy: PolicyTokens, batch: TrainBatch, *, eps_low: float = 3e-4, eps_high: float = 4e-4
+) -> TokenLoss:
+    """PPO's surrogate on the geometric-mean ratio ``s = exp(mean_t ln r)`` of a sequence, arXiv:2507.18071.
+    Values (B, 1).
 
-    s is clipped to [1 - eps_low, 1 + eps_high]. It moves far less than a token's ratio: with 0.2 nothing would ever clip.
-    ln s is bounded by 10 as in verl. Where advantages differ within a sequence their mean is taken.
+    s is clipped to [1 - eps_low, 1 + eps_high]. It moves far less than a token's ratio: with 0.2 nothing
+    would ever clip. ln s is bounded by 10 as in verl. Where advantages differ within a sequence their mean is
+    taken.
     """
     log_r = log_ratio(policy, batch)
     s = masked_mean(log_r, batch.mask, dim=1)[:, None].clamp(max=LOG_SEQUENCE_RATIO_LIMIT).exp()
@@ -27,7 +34,7 @@ def gspo(policy: PolicyTokens, batch: TrainBatch, *, eps_low: float = 3e-4, eps_
     values = torch.maximum(-advantage * s, -advantage * s.clamp(1 - eps_low, 1 + eps_high))
     seen = s.detach()
     metrics = {
-        "approx_kl": drift(log_r),
+        "approx_kl": approx_kl(log_r),
         "clip_high": ((seen > 1 + eps_high) & (advantage > 0)).to(seen.dtype),
         "clip_low": ((seen < 1 - eps_low) & (advantage < 0)).to(seen.dtype),
     }
@@ -35,8 +42,11 @@ def gspo(policy: PolicyTokens, batch: TrainBatch, *, eps_low: float = 3e-4, eps_
 
 
 @method("gmpo", arxiv="2507.20673", needs={"old_logp"}, traits={"owns_clipping", "sequence_level"})
-def gmpo(policy: PolicyTokens, batch: TrainBatch, *, eps_low: float = 0.4, eps_high: float = 0.4) -> TokenLoss:
-    """Geometric mean of token ratios, each clipped in log space to [-eps_low, eps_high], arXiv:2507.20673. Values (B, 1).
+def gmpo(
+    policy: PolicyTokens, batch: TrainBatch, *, eps_low: float = 0.4, eps_high: float = 0.4
+) -> TokenLoss:
+    """Geometric mean of token ratios, each clipped in log space to [-eps_low, eps_high], arXiv:2507.20673.
+    Values (B, 1).
 
     As with PPO a token is clipped only on the side where its ratio has already moved with its advantage.
     """
@@ -46,7 +56,7 @@ def gmpo(policy: PolicyTokens, batch: TrainBatch, *, eps_low: float = 0.4, eps_h
     rho = masked_mean(bounded, batch.mask, dim=1)[:, None].exp()
     seen = log_r.detach()
     metrics = {
-        "approx_kl": drift(log_r),
+        "approx_kl": approx_kl(log_r),
         "clip_high": ((seen > eps_high) & (sign > 0)).to(seen.dtype),
         "clip_low": ((seen < -eps_low) & (sign < 0)).to(seen.dtype),
     }

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from rltrain.registry import method
 from rltrain.tensor_ops import masked
-from rltrain.types import PolicyTokens, TokenLoss, TrainBatch
+from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
 
 __all__ = ["em_ft", "one_shot_em"]
 
 
 @method("em_ft", arxiv="2505.15134", needs={"entropy_grad"}, traits={"reward_free"})
 def em_ft(policy: PolicyTokens, batch: TrainBatch) -> TokenLoss:
-    """EM-FT: the entropy of each token's full distribution, to be minimised, arXiv:2505.15134. Values (B, T), nats.
+    """EM-FT: the entropy of each token's full distribution, to be minimised, arXiv:2505.15134. Values (B, T),
+    nats.
 
-    The sampled tokens are fixed: the gradient runs through the entropies alone. The paper sums over a completion's tokens and takes
-    the mean over completions (aggregate ``seq_mean_token_sum``), which favours short ones: watch the length. Long training
-    collapses; the paper stops early by a validation set.
+    The sampled tokens are fixed: the gradient runs through the entropies alone. The paper sums over a
+    completion's tokens and takes the mean over completions (aggregate ``seq_mean_token_sum``), which favours
+    short ones: watch the length. Long training collapses; the paper stops early by a validation set.
     """
     if policy.entropy is None:
         raise ValueError("the em_ft loss needs policy.entropy, which was not computed")
@@ -24,10 +25,12 @@ def em_ft(policy: PolicyTokens, batch: TrainBatch) -> TokenLoss:
 
 @method("one_shot_em", arxiv="2505.20282", needs={"entropy:{temperature}"}, traits={"reward_free"})
 def one_shot_em(policy: PolicyTokens, batch: TrainBatch, *, temperature: float = 0.5) -> TokenLoss:
-    """One-shot EM: the entropy of ``softmax(logits / temperature)`` at each generated token, arXiv:2505.20282. Values (B, T), nats.
+    """One-shot EM: the entropy of ``softmax(logits / temperature)`` at each generated token,
+    arXiv:2505.20282. Values (B, T), nats.
 
-    One prompt, many samples, about ten steps; aggregate ``token_mean``. The released code reads the distributions one position late:
-    it leaves out the one that produced the first token and takes in the one after the last. Here each token has its own.
+    One prompt, many samples, about ten steps; aggregate ``token_mean``. The released code reads the
+    distributions one position late: it leaves out the one that produced the first token and takes in the one
+    after the last. Here each token has its own.
     """
     name = f"entropy:{temperature}"
     if name not in policy.extra:

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from rltrain.loss.preference.ratio import log_ratios, pair_metrics
 from rltrain.loss.preference.statistics import statistic
 from rltrain.registry import method
-from rltrain.types import ExampleLoss, PairBatch, PolicyPairs
+from rltrain.types.preference import ExampleLoss, PairBatch, PolicyPairs
 
 __all__ = ["clo", "spo_degree"]
 
@@ -20,11 +20,13 @@ __all__ = ["clo", "spo_degree"]
     traits={"pairs"},
 )
 def clo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, sft_share: float = 0.5) -> ExampleLoss:
-    """``sft_share NLL + (1 - sft_share) DPO``, the NLL over target-language rows only, arXiv:2505.14297. Values (N,).
+    """``sft_share NLL + (1 - sft_share) DPO``, the NLL over target-language rows only, arXiv:2505.14297.
+    Values (N,).
 
-    The pairs hold the same answer in two languages, preferred in the prompt's own (column is_target_language: 1 or 0). The NLL
-    is one mean over the target rows' chosen tokens of the optimizer batch, 0 where it has none; DPO's mean is over all rows;
-    beta as in ``dpo``. Confidence: medium. sft_share, beta and both reductions are ours; only third-party notes were read.
+    The pairs hold the same answer in two languages, preferred in the prompt's own (column is_target_language:
+    1 or 0). The NLL is one mean over the target rows' chosen tokens of the optimizer batch, 0 where it has
+    none; DPO's mean is over all rows; beta as in ``dpo``. Confidence: medium. sft_share, beta and both
+    reductions are ours; only third-party notes were read.
     """
     tokens = statistic(batch, "target_tokens_per_example", "clo").to(policy.chosen.logp.dtype)
     target = batch.columns["is_target_language"].to(tokens.dtype)
@@ -35,11 +37,12 @@ def clo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, sft_share: 
 
 
 def spo_degree(logits: Tensor, degree: Tensor) -> Tensor:
-    """(D,) cross-entropy of "how degraded is this answer", to be added to any preference loss, arXiv:2409.17791.
+    """(D,) cross-entropy of "how degraded is this answer", to be added to any preference loss,
+    arXiv:2409.17791.
 
-    logits (D, K): of a linear head on the last hidden state of D answers from which a share of the key phrases was deleted;
-    degree (D,) int64, 0 for the intact answer. Starts at ln K, so that it wants a small weight (0.1). Degraded answers never
-    enter the preference loss. Confidence: low. Beyond the abstract's idea this is a reconstruction, and the classifier can
-    read the degree off the length.
+    logits (D, K): of a linear head on the last hidden state of D answers from which a share of the key
+    phrases was deleted; degree (D,) int64, 0 for the intact answer. Starts at ln K, so that it wants a small
+    weight (0.1). Degraded answers never enter the preference loss. Confidence: low. Beyond the abstract's
+    idea this is a reconstruction, and the classifier can read the degree off the length.
     """
     return cross_entropy(logits, degree, reduction="none")

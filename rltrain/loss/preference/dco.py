@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rltrain.loss.preference.ratio import per_token
 from rltrain.registry import method
-from rltrain.types import ExampleLoss, LabelBatch, PolicySequences
+from rltrain.types.preference import ExampleLoss, LabelBatch, PolicySequences
 
 __all__ = ["coverage", "dco", "dco_pass_rate"]
 
@@ -18,9 +18,11 @@ TINY = -30.0  # ln p below which ln(1 - (1 - p)^n) is ln(n p) to float64
 
 
 def coverage(logp: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """(N,) float64 each, without gradient: ``L = -ln(1 - (1 - p)^n)`` and ``F = -dL/d ln p``, for p = exp(logp).
+    """(N,) float64 each, without gradient: ``L = -ln(1 - (1 - p)^n)`` and ``F = -dL/d ln p``, for p =
+    exp(logp).
 
-    F = n p (1 - p)^(n-1) / (1 - (1 - p)^n): 1 as p goes to 0, falling to 0 at p = 1 (exactly 1 throughout for n = 1).
+    F = n p (1 - p)^(n-1) / (1 - (1 - p)^n): 1 as p goes to 0, falling to 0 at p = 1 (exactly 1 throughout for
+    n = 1).
     """
     logp = logp.detach().double()
     if n == 1:
@@ -42,10 +44,10 @@ def dco(
 ) -> ExampleLoss:
     """``-ln(1 - (1 - p)^n)`` with p the probability of the whole completion, arXiv:2502.07154. Values (N,).
 
-    n: the N of the pass@N to be trained for; 1 is the negative log-likelihood (and the released code's default). gradient:
-    "exact" is the loss above; "token_mean" the authors' code, ``F`` (detached) times the mean over the completion's tokens of
-    the negative log-likelihood. Long completions have p near 0, hence F near 1: it acts once answers are confident. F is exact,
-    where the authors take a series below n p = 0.1.
+    n: the N of the pass@N to be trained for; 1 is the negative log-likelihood (and the released code's
+    default). gradient: "exact" is the loss above; "token_mean" the authors' code, ``F`` (detached) times the
+    mean over the completion's tokens of the negative log-likelihood. Long completions have p near 0, hence F
+    near 1: it acts once answers are confident. F is exact, where the authors take a series below n p = 0.1.
     """
     _check_n("dco", n)
     loss, factor = (part.to(policy.logp.dtype) for part in coverage(policy.logp, n))
@@ -56,19 +58,26 @@ def dco(
 
 @method("dco_pass_rate", arxiv="2502.07154", needs={"column:pass_rate"}, traits={"labels", "reference_free"})
 def dco_pass_rate(
-    policy: PolicySequences, batch: LabelBatch, *, n: int = 64, likelihood: Literal["token_mean", "sum"] = "token_mean"
+    policy: PolicySequences,
+    batch: LabelBatch,
+    *,
+    n: int = 64,
+    likelihood: Literal["token_mean", "sum"] = "token_mean",
 ) -> ExampleLoss:
-    """DCO for chains of thought: the negative log-likelihood times ``F`` at a sampled success rate, arXiv:2502.07154. Values (N,).
+    """DCO for chains of thought: the negative log-likelihood times ``F`` at a sampled success rate,
+    arXiv:2502.07154. Values (N,).
 
-    F as in ``dco`` with n, at the data's column pass_rate (the share of the current model's samples for the prompt that were
-    right). likelihood: the completion's mean over tokens as in the authors' default, or its sum. The authors replace examples
-    whose pass rate is 0.1 or more by others before the batch is made.
+    F as in ``dco`` with n, at the data's column pass_rate (the share of the current model's samples for the
+    prompt that were right). likelihood: the completion's mean over tokens as in the authors' default, or its
+    sum. The authors replace examples whose pass rate is 0.1 or more by others before the batch is made.
     """
     _check_n("dco_pass_rate", n)
     rate = batch.columns["pass_rate"]
     if bool(((rate < 0) | (rate > 1) | rate.isnan()).any()):
         raise ValueError("dco_pass_rate: column pass_rate holds values outside [0, 1]")
-    factor = torch.where(rate > 0, coverage(rate.double().clamp(min=1e-300).log(), n)[1], 1.0).to(policy.logp.dtype)
+    factor = torch.where(rate > 0, coverage(rate.double().clamp(min=1e-300).log(), n)[1], 1.0).to(
+        policy.logp.dtype
+    )
     nll = -policy.logp if likelihood == "sum" else per_token(-policy.logp, batch.completion)
     return ExampleLoss(factor * nll, {"factor": factor})
 

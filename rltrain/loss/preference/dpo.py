@@ -1,7 +1,8 @@
 """DPO and the variants that change only what is done with its logit ``z = beta (u_chosen - u_rejected)``.
 
-``u = log pi(y|x) - log pi_ref(y|x)`` is a sum over the completion's tokens. All take PolicyPairs and a PairBatch and return
-values (N,). With the policy at its reference: ln 2 for the sigmoid forms, 1 for hinge, 1 / (4 tau^2) for IPO.
+``u = log pi(y|x) - log pi_ref(y|x)`` is a sum over the completion's tokens. All take PolicyPairs and a
+PairBatch and return values (N,). With the policy at its reference: ln 2 for the sigmoid forms, 1 for hinge, 1
+/ (4 tau^2) for IPO.
 """
 
 from __future__ import annotations
@@ -13,29 +14,46 @@ from torch.nn.functional import logsigmoid
 
 from rltrain.loss.preference.ratio import log_ratios, pair_metrics, per_token
 from rltrain.registry import method
-from rltrain.types import ExampleLoss, PairBatch, PolicyPairs
+from rltrain.types.preference import ExampleLoss, PairBatch, PolicyPairs
 
-__all__ = ["cdpo", "dpo", "dpo_length_normalised", "dpo_reference_free", "hinge", "ipo", "robust_dpo", "soft_logistic"]
+__all__ = [
+    "cdpo",
+    "dpo",
+    "dpo_length_normalised",
+    "dpo_reference_free",
+    "hinge",
+    "ipo",
+    "robust_dpo",
+    "soft_logistic",
+]
 
 
 def soft_logistic(logit: Tensor, p_chosen: Tensor | float) -> Tensor:
-    """(N,) ``-p ln sigmoid(z) - (1 - p) ln sigmoid(-z)``: cross-entropy of a preference held with probability p."""
+    """(N,) ``-p ln sigmoid(z) - (1 - p) ln sigmoid(-z)``: cross-entropy of a preference held with
+    probability p.
+    """
     return -p_chosen * logsigmoid(logit) - (1 - p_chosen) * logsigmoid(-logit)
 
 
 @method("dpo", arxiv="2305.18290", needs={"ref_logp"}, traits={"pairs"})
 def dpo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1) -> ExampleLoss:
-    """``-ln sigmoid(z)``, arXiv:2305.18290. Values (N,). beta: temperature of the implicit reward ``beta u``."""
+    """``-ln sigmoid(z)``, arXiv:2305.18290.
+
+    Values (N,). beta: temperature of the implicit reward ``beta u``.
+    """
     chosen, rejected = log_ratios(policy, batch)
-    return ExampleLoss(-logsigmoid(beta * (chosen - rejected)), pair_metrics(policy, beta * chosen, beta * rejected))
+    return ExampleLoss(
+        -logsigmoid(beta * (chosen - rejected)), pair_metrics(policy, beta * chosen, beta * rejected)
+    )
 
 
 @method("cdpo", needs={"ref_logp"}, traits={"pairs"})
 def cdpo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, flip_rate: float = 0.2) -> ExampleLoss:
-    """Conservative DPO: the label is believed with probability ``1 - flip_rate`` (Mitchell 2023). Values (N,).
+    """Conservative DPO: the label is believed with probability ``1 - flip_rate`` (Mitchell 2023). Values
+    (N,).
 
-    beta as in ``dpo``. The minimum is at a finite margin, ``z = logit(1 - flip_rate)``. The note gives no default; 0.2 is
-    HALOs'. TRL 1.x ignores its label_smoothing here, so that its numbers are plain DPO's.
+    beta as in ``dpo``. The minimum is at a finite margin, ``z = logit(1 - flip_rate)``. The note gives no
+    default; 0.2 is HALOs'. TRL 1.x ignores its label_smoothing here, so that its numbers are plain DPO's.
     """
     _check_flip_rate("cdpo", flip_rate)
     chosen, rejected = log_ratios(policy, batch)
@@ -44,11 +62,14 @@ def cdpo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, flip_rate:
 
 
 @method("robust_dpo", arxiv="2403.00409", needs={"ref_logp"}, traits={"pairs"})
-def robust_dpo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, flip_rate: float = 0.1) -> ExampleLoss:
-    """Unbiased under labels flipped at ``flip_rate``: its mean over flips is DPO's loss, arXiv:2403.00409. Values (N,).
+def robust_dpo(
+    policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, flip_rate: float = 0.1
+) -> ExampleLoss:
+    """Unbiased under labels flipped at ``flip_rate``: its mean over flips is DPO's loss, arXiv:2403.00409.
+    Values (N,).
 
-    ``[-(1 - e) ln sigmoid(z) + e ln sigmoid(-z)] / (1 - 2e)`` with e the flip_rate, in [0, 0.5); beta as in ``dpo``. It is
-    not bounded below: badly violated pairs push harder than in DPO.
+    ``[-(1 - e) ln sigmoid(z) + e ln sigmoid(-z)] / (1 - 2e)`` with e the flip_rate, in [0, 0.5); beta as in
+    ``dpo``. It is not bounded below: badly violated pairs push harder than in DPO.
     """
     _check_flip_rate("robust_dpo", flip_rate)
     chosen, rejected = log_ratios(policy, batch)
@@ -59,17 +80,24 @@ def robust_dpo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, flip
 
 @method("hinge", arxiv="2309.06657", needs={"ref_logp"}, traits={"pairs"})
 def hinge(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1) -> ExampleLoss:
-    """``max(0, 1 - z)``: the hinge of SLiC and RSO, arXiv:2309.06657. Values (N,). 1 / beta is the margin asked for, in nats."""
+    """``max(0, 1 - z)``: the hinge of SLiC and RSO, arXiv:2309.06657.
+
+    Values (N,). 1 / beta is the margin asked for, in nats.
+    """
     chosen, rejected = log_ratios(policy, batch)
-    return ExampleLoss((1 - beta * (chosen - rejected)).relu(), pair_metrics(policy, beta * chosen, beta * rejected))
+    return ExampleLoss(
+        (1 - beta * (chosen - rejected)).relu(), pair_metrics(policy, beta * chosen, beta * rejected)
+    )
 
 
 @method("ipo", arxiv="2310.12036", needs={"ref_logp"}, traits={"pairs"})
-def ipo(policy: PolicyPairs, batch: PairBatch, *, tau: float = 0.1, log_ratio: Literal["sum", "per_token"] = "sum") -> ExampleLoss:
+def ipo(
+    policy: PolicyPairs, batch: PairBatch, *, tau: float = 0.1, log_ratio: Literal["sum", "per_token"] = "sum"
+) -> ExampleLoss:
     """IPO: the margin is drawn to ``1 / (2 tau)`` by its square, arXiv:2310.12036. Values (N,).
 
-    log_ratio: "sum" over tokens, the paper's equation 17 as written and OpenRLHF's, or "per_token", divided by each
-    completion's length as in TRL and HALOs. For one tau the two differ by orders of magnitude.
+    log_ratio: "sum" over tokens, the paper's equation 17 as written and OpenRLHF's, or "per_token", divided
+    by each completion's length as in TRL and HALOs. For one tau the two differ by orders of magnitude.
     """
     chosen, rejected = log_ratios(policy, batch)
     if log_ratio == "per_token":
@@ -82,28 +110,36 @@ def ipo(policy: PolicyPairs, batch: PairBatch, *, tau: float = 0.1, log_ratio: L
 def dpo_length_normalised(policy: PolicyPairs, batch: PairBatch, *, beta: float = 5.0) -> ExampleLoss:
     """DPO on log-ratios per token, as in Tulu 3, arXiv:2411.15124. Values (N,).
 
-    beta is Tulu 3's: per-token ratios are hundreds of times smaller than sums, and beta 0.1 would hardly train.
+    beta is Tulu 3's: per-token ratios are hundreds of times smaller than sums, and beta 0.1 would hardly
+    train.
     """
     chosen, rejected = log_ratios(policy, batch)
     chosen, rejected = per_token(chosen, batch.chosen), per_token(rejected, batch.rejected)
-    return ExampleLoss(-logsigmoid(beta * (chosen - rejected)), pair_metrics(policy, beta * chosen, beta * rejected))
+    return ExampleLoss(
+        -logsigmoid(beta * (chosen - rejected)), pair_metrics(policy, beta * chosen, beta * rejected)
+    )
 
 
 @method("dpo_reference_free", arxiv="2305.18290", traits={"pairs", "reference_free"})
 def dpo_reference_free(
     policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, logp: Literal["sum", "per_token"] = "sum"
 ) -> ExampleLoss:
-    """DPO against a uniform reference: log-probs instead of log-ratios, arXiv:2305.18290 (the authors' code). Values (N,).
+    """DPO against a uniform reference: log-probs instead of log-ratios, arXiv:2305.18290 (the authors' code).
+    Values (N,).
 
-    beta as in ``dpo``. logp: "sum" over tokens, or "per_token", which is SimPO (arXiv:2405.14734) without its margin and
-    wants a beta of 2 and more.
+    beta as in ``dpo``. logp: "sum" over tokens, or "per_token", which is SimPO (arXiv:2405.14734) without its
+    margin and wants a beta of 2 and more.
     """
     chosen, rejected = policy.chosen.logp, policy.rejected.logp
     if logp == "per_token":
         chosen, rejected = per_token(chosen, batch.chosen), per_token(rejected, batch.rejected)
-    return ExampleLoss(-logsigmoid(beta * (chosen - rejected)), pair_metrics(policy, beta * chosen, beta * rejected))
+    return ExampleLoss(
+        -logsigmoid(beta * (chosen - rejected)), pair_metrics(policy, beta * chosen, beta * rejected)
+    )
 
 
 def _check_flip_rate(loss: str, flip_rate: float) -> None:
     if not 0 <= flip_rate < 0.5:
-        raise ValueError(f"{loss}: flip_rate is {flip_rate}, expected [0, 0.5): at 0.5 the labels say nothing")
+        raise ValueError(
+            f"{loss}: flip_rate is {flip_rate}, expected [0, 0.5): at 0.5 the labels say nothing"
+        )

@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from rltrain.loss.preference.ratio import log_ratios, pair_metrics
 from rltrain.registry import method
-from rltrain.types import ExampleLoss, PairBatch, PolicyPairs
+from rltrain.types.preference import ExampleLoss, PairBatch, PolicyPairs
 
 __all__ = ["divergence_score", "f_dpo"]
 
@@ -19,8 +19,12 @@ LARGEST_EXPONENT = 80.0  # exp(80) is the last power of e with room to spare in 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
 
-def divergence_score(log_ratio: Tensor, divergence: Divergence, alpha_forward: float) -> tuple[Tensor, Tensor]:
-    """(N,) ``f'(pi / pi_ref)`` without additive constants, and (N,) bool where its exponent was clamped at 80 (no gradient)."""
+def divergence_score(
+    log_ratio: Tensor, divergence: Divergence, alpha_forward: float
+) -> tuple[Tensor, Tensor]:
+    """(N,) ``f'(pi / pi_ref)`` without additive constants, and (N,) bool where its exponent was
+    clamped at 80 (no gradient).
+    """
     if divergence == "reverse_kl":
         return log_ratio, log_ratio != log_ratio
     if divergence == "js":
@@ -41,16 +45,20 @@ def f_dpo(
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl",
     alpha_forward: float = 0.5,
 ) -> ExampleLoss:
-    """``-ln sigmoid(beta g(u_chosen) - beta g(u_rejected))``, ``g(u) = f'(e^u)``, arXiv:2309.16240. Values (N,).
+    """``-ln sigmoid(beta g(u_chosen) - beta g(u_rejected))``, ``g(u) = f'(e^u)``, arXiv:2309.16240. Values
+    (N,).
 
-    divergence: reverse_kl (g = u, which is DPO), forward_kl (-e^-u), js (ln 2 + ln sigmoid(u)) or alpha ((1 - e^(-a u)) / a).
-    alpha_forward is that a, in (0, 1]: towards 0 reverse KL, at 1 forward KL, as in the paper. TRL's f_alpha_divergence_coef
-    is 1 - a. beta does not carry over between divergences: js and forward_kl rewards are bounded above (the authors take 0.9,
-    0.3 and 0.03 for reverse, js and forward). Rows whose exponent passes 80 are clamped, have no gradient and are counted.
-    The logged reward is ``beta g(u)``; the authors' alpha reward lacks the constant beta / a, which no loss sees.
+    divergence: reverse_kl (g = u, which is DPO), forward_kl (-e^-u), js (ln 2 + ln sigmoid(u)) or alpha ((1 -
+    e^(-a u)) / a). alpha_forward is that a, in (0, 1]: towards 0 reverse KL, at 1 forward KL, as in the
+    paper. TRL's f_alpha_divergence_coef is 1 - a. beta does not carry over between divergences: js and
+    forward_kl rewards are bounded above (the authors take 0.9, 0.3 and 0.03 for reverse, js and forward).
+    Rows whose exponent passes 80 are clamped, have no gradient and are counted. The logged reward is ``beta
+    g(u)``; the authors' alpha reward lacks the constant beta / a, which no loss sees.
     """
     if not 0 < alpha_forward <= 1:
-        raise ValueError(f"f_dpo: alpha_forward is {alpha_forward}, expected (0, 1]; reverse KL is divergence: reverse_kl")
+        raise ValueError(
+            f"f_dpo: alpha_forward is {alpha_forward}, expected (0, 1]; reverse KL is divergence: reverse_kl"
+        )
     chosen, rejected = log_ratios(policy, batch)
     chosen, chosen_clamped = divergence_score(chosen, divergence, alpha_forward)
     rejected, rejected_clamped = divergence_score(rejected, divergence, alpha_forward)

@@ -6,7 +6,7 @@ from torch.nn.functional import logsigmoid
 
 from rltrain.loss.preference.ratio import pair_metrics, ref_logp
 from rltrain.registry import method
-from rltrain.types import ExampleLoss, PairBatch, PolicyPairs
+from rltrain.types.preference import ExampleLoss, PairBatch, PolicyPairs
 
 __all__ = ["h_dpo"]
 
@@ -15,13 +15,19 @@ __all__ = ["h_dpo"]
 def h_dpo(policy: PolicyPairs, batch: PairBatch, *, alpha: float = 1.0, beta: float = 0.1) -> ExampleLoss:
     """DPO with ``alpha`` on the policy's log-probs only, arXiv:2411.07595. Values (N,).
 
-    ``-ln sigmoid(alpha beta [log pi(w) - log pi(l)] - beta [log pi_ref(w) - log pi_ref(l)])``: the KL penalty's entropy part
-    is multiplied by alpha > 0, below 1 for a sharper optimum ``pi_ref^(1/alpha) exp(r / (alpha beta))``; 1 is DPO. beta as in
-    ``dpo``. With the policy at its reference the loss is not ln 2 unless alpha is 1, and the reward logged is
-    ``alpha beta log pi - beta log pi_ref``. The paper argues for alpha slightly below 1; its value is not repeated here.
+    ``-ln sigmoid(alpha beta [log pi(w) - log pi(l)] - beta [log pi_ref(w) - log pi_ref(l)])``: the KL
+    penalty's entropy part is multiplied by alpha > 0, below 1 for a sharper optimum ``pi_ref^(1/alpha) exp(r
+    / (alpha beta))``; 1 is DPO. beta as in ``dpo``. With the policy at its reference the loss is not ln 2
+    unless alpha is 1, and the reward logged is ``alpha beta log pi - beta log pi_ref``. The paper argues for
+    alpha slightly below 1; its value is not repeated here.
     """
     if not alpha > 0:
-        raise ValueError(f"h_dpo: alpha is {alpha}, expected above 0: without the entropy's share the optimum is a single answer")
+        raise ValueError(
+            f"h_dpo: alpha is {alpha}, expected above 0: without the entropy's share the optimum is a single "
+            "answer"
+        )
     chosen = alpha * policy.chosen.logp - ref_logp(batch.chosen)
     rejected = alpha * policy.rejected.logp - ref_logp(batch.rejected)
-    return ExampleLoss(-logsigmoid(beta * (chosen - rejected)), pair_metrics(policy, beta * chosen, beta * rejected))
+    return ExampleLoss(
+        -logsigmoid(beta * (chosen - rejected)), pair_metrics(policy, beta * chosen, beta * rejected)
+    )

@@ -8,20 +8,26 @@ from torch import Tensor
 from rltrain.loss.preference.ratio import completion_log_ratio
 from rltrain.loss.preference.statistics import labels, statistic
 from rltrain.registry import method
-from rltrain.types import ExampleLoss, LabelBatch, PolicySequences
+from rltrain.types.preference import ExampleLoss, LabelBatch, PolicySequences
 
 __all__ = ["class_weight_advice", "class_weight_window", "kto", "mismatched_partner"]
 
 
 @method("kto", arxiv="2402.01306", needs={"ref_logp", "label", "z0", "desirable_share"}, traits={"labels"})
 def kto(
-    policy: PolicySequences, batch: LabelBatch, *, beta: float = 0.1, weight_desirable: float = 1.0, weight_undesirable: float = 1.0
+    policy: PolicySequences,
+    batch: LabelBatch,
+    *,
+    beta: float = 0.1,
+    weight_desirable: float = 1.0,
+    weight_undesirable: float = 1.0,
 ) -> ExampleLoss:
     """``weight (1 - sigmoid(+-beta (u - z0)))``, + for desirable completions, arXiv:2402.01306. Values (N,).
 
-    z0 is one number for the optimizer batch over all ranks, without gradient (``statistics.z0``). beta: how fast value
-    saturates around z0. weight_desirable and weight_undesirable balance the classes (``class_weight_window``). There is no
-    logarithm: examples far from z0 on either side have no gradient left. Rewards are logged as means over their class.
+    z0 is one number for the optimizer batch over all ranks, without gradient (``statistics.z0``). beta: how
+    fast value saturates around z0. weight_desirable and weight_undesirable balance the classes
+    (``class_weight_window``). There is no logarithm: examples far from z0 on either side have no gradient
+    left. Rewards are logged as means over their class.
     """
     desirable = labels(batch, "kto") > 0.5
     reference_point = statistic(batch, "z0", "kto")
@@ -34,16 +40,22 @@ def kto(
         per_desirable = torch.where(desirable, 1 / share.clamp(min=1e-9), 0.0)
         per_undesirable = torch.where(desirable, 0.0, 1 / (1 - share).clamp(min=1e-9))
         reward, z0 = beta * log_ratio.detach(), torch.ones_like(gain) * reference_point
-        metrics = {"reward_desirable": reward * per_desirable, "reward_undesirable": reward * per_undesirable, "z0": z0}
+        metrics = {
+            "reward_desirable": reward * per_desirable,
+            "reward_undesirable": reward * per_undesirable,
+            "z0": z0,
+        }
     return ExampleLoss(values, metrics)
 
 
 def mismatched_partner(prompt: Tensor, seed: int) -> Tensor:
-    """(N,) int64: whose completion prompt i is paired with for z0, a seeded permutation of the optimizer batch.
+    """(N,) int64: whose completion prompt i is paired with for z0, a seeded permutation of the optimizer
+    batch.
 
-    No row gets a completion of its own prompt, and every completion is used once: shuffled prompts, each with its rows shuffled,
-    are laid in a ring and shifted by the size of the largest prompt group, which steps over every group. Raises ValueError where
-    one prompt has more than half of the rows: then no such pairing exists.
+    No row gets a completion of its own prompt, and every completion is used once: shuffled prompts, each with
+    its rows shuffled, are laid in a ring and shifted by the size of the largest prompt group, which steps
+    over every group. Raises ValueError where one prompt has more than half of the rows: then no such pairing
+    exists.
     """
     rows, generator = prompt.shape[0], torch.Generator().manual_seed(seed)
     prompts, index, counts = torch.unique(prompt.cpu(), return_inverse=True, return_counts=True)
@@ -53,7 +65,8 @@ def mismatched_partner(prompt: Tensor, seed: int) -> Tensor:
     largest = int(counts.max()) if rows else 0
     if 2 * largest > rows:
         raise ValueError(
-            f"kto: {largest} of the {rows} completions of an optimizer batch answer one prompt, so they cannot all be paired with"
+            f"kto: {largest} of the {rows} completions of an optimizer batch answer one prompt, so they "
+            "cannot all be paired with"
             " another prompt's completion; raise the batch size or shuffle the data by row"
         )
     partner = torch.empty(rows, dtype=torch.int64)
@@ -62,18 +75,26 @@ def mismatched_partner(prompt: Tensor, seed: int) -> Tensor:
 
 
 def class_weight_window(desirable: int, undesirable: int) -> tuple[float, float]:
-    """(low, high) for weight_desirable / weight_undesirable: ``ratio * desirable / undesirable`` in [1, 3/2], arXiv:2402.01306.
+    """(low, high) for weight_desirable / weight_undesirable: ``ratio * desirable / undesirable`` in [1, 3/2],
+    arXiv:2402.01306.
 
-    desirable, undesirable: completions of each class in the data set, both at least 1. An older version of the paper, and TRL,
-    put the upper end at 4/3.
+    desirable, undesirable: completions of each class in the data set, both at least 1. An older version of
+    the paper, and TRL, put the upper end at 4/3.
     """
     if desirable < 1 or undesirable < 1:
-        raise ValueError(f"kto: {desirable} desirable and {undesirable} undesirable completions; it learns from the contrast of both")
+        raise ValueError(
+            f"kto: {desirable} desirable and {undesirable} undesirable completions; it learns from the "
+            "contrast of both"
+        )
     return undesirable / desirable, 1.5 * undesirable / desirable
 
 
-def class_weight_advice(desirable: int, undesirable: int, weight_desirable: float, weight_undesirable: float) -> str | None:
-    """What to write into the recipe where the weights leave the paper's window, keeping the larger class at 1; None if all is well."""
+def class_weight_advice(
+    desirable: int, undesirable: int, weight_desirable: float, weight_undesirable: float
+) -> str | None:
+    """What to write into the recipe where the weights leave the paper's window, keeping the larger
+    class at 1; None if all is well.
+    """
     low, high = class_weight_window(desirable, undesirable)
     ratio = weight_desirable / weight_undesirable
     if low * (1 - 1e-9) <= ratio <= high * (1 + 1e-9):
@@ -82,7 +103,9 @@ def class_weight_advice(desirable: int, undesirable: int, weight_desirable: floa
     name = "weight_desirable" if larger_undesirable else "weight_undesirable"
     start, end = (low, high) if larger_undesirable else (1 / high, 1 / low)
     return (
-        f"kto: {desirable} desirable and {undesirable} undesirable completions with weights {weight_desirable} and"
-        f" {weight_undesirable}: their weighted ratio is {ratio * desirable / undesirable:.3g}, outside [1, 1.5];"
+        f"kto: {desirable} desirable and {undesirable} undesirable completions with weights "
+        f"{weight_desirable} and"
+        f" {weight_undesirable}: their weighted ratio is {ratio * desirable / undesirable:.3g}, outside [1, "
+        "1.5];"
         f" set {name} between {start:.4g} and {end:.4g} and the other to 1"
     )

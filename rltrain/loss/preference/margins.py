@@ -1,4 +1,6 @@
-"""From scores to margins to targets. gamma carries the units of the scores: nothing is rescaled unless it is asked for."""
+"""From scores to margins to targets. gamma carries the units of the scores: nothing is rescaled
+unless it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +14,40 @@ from torch import Tensor
 __all__ = ["gamma_for", "margins", "mean_target", "target_probability"]
 
 
-def margins(score_chosen: Tensor, score_rejected: Tensor, *, divide_by: Literal["nothing", "std", "max_abs"] = "nothing") -> Tensor:
-    """(N,) score differences over a whole data set; may be negative, where the scores disagree with the order of the pair.
+def margins(
+    score_chosen: Tensor,
+    score_rejected: Tensor,
+    *,
+    divide_by: Literal["nothing", "std", "max_abs"] = "nothing",
+) -> Tensor:
+    """(N,) score differences over a whole data set; may be negative, where the scores disagree with the order
+    of the pair.
 
-    divide_by: "nothing" (the MMPO authors' code), or the standard deviation (ddof 1) or largest size of the data set's margins,
-    which makes one gamma mean the same for two scales of scores. Raises ValueError where a score is not a number.
+    divide_by: "nothing" (the MMPO authors' code), or the standard deviation (ddof 1) or largest size of the
+    data set's margins, which makes one gamma mean the same for two scales of scores. Raises ValueError where
+    a score is not a number.
     """
     difference = score_chosen - score_rejected
     lost = ~difference.isfinite()
     if bool(lost.any()):
-        raise ValueError(f"{int(lost.sum())} of {difference.shape[0]} pairs have no finite margin (first: row {int(lost.nonzero()[0])})")
+        raise ValueError(
+            f"{int(lost.sum())} of {difference.shape[0]} pairs have no finite margin (first: row "
+            f"{int(lost.nonzero()[0])})"
+        )
     if divide_by == "nothing":
         return difference
     scale = difference.std() if divide_by == "std" else difference.abs().max()
     if not scale > 0:
-        raise ValueError(f"all {difference.shape[0]} margins are equal; divide_by {divide_by!r} has nothing to divide by")
+        raise ValueError(
+            f"all {difference.shape[0]} margins are equal; divide_by {divide_by!r} has nothing to divide by"
+        )
     return difference / scale
 
 
 def target_probability(margin: Tensor, gamma: float) -> Tensor:
-    """(N,) ``sigmoid(gamma margin)``: the probability that chosen is better, under Bradley-Terry, arXiv:2410.03145."""
+    """(N,) ``sigmoid(gamma margin)``: the probability that chosen is better, under Bradley-Terry,
+    arXiv:2410.03145.
+    """
     return torch.sigmoid(gamma * margin)
 
 
@@ -41,13 +57,18 @@ def mean_target(margin: Tensor, gamma: float) -> float:
 
 
 def gamma_for(margin: Tensor, target: float = 0.85) -> float:
-    """The gamma with which the mean of ``sigmoid(gamma |margin|)`` over a data set is ``target``. Ours, not the paper's.
+    """The gamma with which the mean of ``sigmoid(gamma |margin|)`` over a data set is ``target``. Ours, not
+    the paper's.
 
-    The paper's gammas belong to its data sets (2.2 on UltraFeedback). target lies in (0.5, 1 - share of ties / 2).
+    The paper's gammas belong to its data sets (2.2 on UltraFeedback). target lies in (0.5, 1 - share of ties
+    / 2).
     """
     ties = float((margin == 0).to(torch.float64).mean())
     if not 0.5 < target < 1 - ties / 2:
-        raise ValueError(f"a mean target of {target} cannot be reached: with {ties:.0%} ties it lies in (0.5, {1 - ties / 2:.3g})")
+        raise ValueError(
+            f"a mean target of {target} cannot be reached: with {ties:.0%} ties it lies in (0.5, "
+            f"{1 - ties / 2:.3g})"
+        )
     return _bisect(lambda gamma: mean_target(margin, gamma) - target)
 
 

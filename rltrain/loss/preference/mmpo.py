@@ -9,38 +9,60 @@ from rltrain.loss.preference.dpo import soft_logistic
 from rltrain.loss.preference.margins import target_probability
 from rltrain.loss.preference.ratio import log_ratios, pair_metrics
 from rltrain.registry import method
-from rltrain.types import ExampleLoss, PairBatch, PolicyPairs
+from rltrain.types.preference import ExampleLoss, PairBatch, PolicyPairs
 
 __all__ = ["margin_target", "mmpo", "osp", "ranked_pair_strengths", "stated_target"]
 
 
 def margin_target(batch: PairBatch, gamma: float | None, loss: str) -> Tensor:
-    """(N,) ``sigmoid(gamma margin)``. Raises ValueError without gamma, without margins, or where one is not a number."""
+    """(N,) ``sigmoid(gamma margin)``.
+
+    Raises ValueError without gamma, without margins, or where one is not a number.
+    """
     if gamma is None:
-        raise ValueError(f"{loss}: gamma has no default: it carries the units of the scores; set it, or take margins.gamma_for(margins)")
+        raise ValueError(
+            f"{loss}: gamma has no default: it carries the units of the scores; set it, or take "
+            "margins.gamma_for(margins)"
+        )
     if batch.margin is None:
-        raise ValueError(f"{loss}: the batch has no margins; the data needs score_chosen and score_rejected, or margin")
+        raise ValueError(
+            f"{loss}: the batch has no margins; the data needs score_chosen and score_rejected, or margin"
+        )
     return target_probability(_finite(batch.margin, "margin", loss), gamma)
 
 
 def stated_target(batch: PairBatch, loss: str) -> Tensor:
-    """(N,) the data's own probability that chosen is better. Raises ValueError without it or outside [0, 1]."""
+    """(N,) the data's own probability that chosen is better.
+
+    Raises ValueError without it or outside [0, 1].
+    """
     if batch.p_chosen is None:
-        raise ValueError(f"{loss}: the batch has no p_chosen; the data needs that column, or take mmpo with margins")
+        raise ValueError(
+            f"{loss}: the batch has no p_chosen; the data needs that column, or take mmpo with margins"
+        )
     p_chosen = _finite(batch.p_chosen, "p_chosen", loss)
     if bool(((p_chosen < 0) | (p_chosen > 1)).any()):
-        raise ValueError(f"{loss}: p_chosen lies between {float(p_chosen.min()):.4g} and {float(p_chosen.max()):.4g}, expected [0, 1]")
+        raise ValueError(
+            f"{loss}: p_chosen lies between {float(p_chosen.min()):.4g} and {float(p_chosen.max()):.4g}, "
+            "expected [0, 1]"
+        )
     return p_chosen
 
 
-@method("mmpo", arxiv="2410.03145", needs={"ref_logp", "margin"}, traits={"pairs", "margins", "gamma_required"})
-def mmpo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.01, gamma: float | None = None) -> ExampleLoss:
-    """DPO's cross-entropy towards the target ``sigmoid(gamma margin)`` instead of 1, arXiv:2410.03145. Values (N,).
+@method(
+    "mmpo", arxiv="2410.03145", needs={"ref_logp", "margin"}, traits={"pairs", "margins", "gamma_required"}
+)
+def mmpo(
+    policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.01, gamma: float | None = None
+) -> ExampleLoss:
+    """DPO's cross-entropy towards the target ``sigmoid(gamma margin)`` instead of 1, arXiv:2410.03145. Values
+    (N,).
 
-    At the minimum the implicit reward's margin ``beta (u_chosen - u_rejected)`` is gamma times the data's. gamma must be given:
-    it carries the units of the scores (2.2 for UltraFeedback's 1 to 10 in the authors' commands). beta as in ``dpo``. A negative
-    margin prefers the rejected side, as if the pair were swapped; a tie trains towards no margin at all. A missing or non-finite
-    margin is an error, where the authors' code falls back to DPO.
+    At the minimum the implicit reward's margin ``beta (u_chosen - u_rejected)`` is gamma times the data's.
+    gamma must be given: it carries the units of the scores (2.2 for UltraFeedback's 1 to 10 in the authors'
+    commands). beta as in ``dpo``. A negative margin prefers the rejected side, as if the pair were swapped; a
+    tie trains towards no margin at all. A missing or non-finite margin is an error, where the authors' code
+    falls back to DPO.
     """
     target = margin_target(batch, gamma, "mmpo")
     chosen, rejected = log_ratios(policy, batch)
@@ -50,10 +72,11 @@ def mmpo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.01, gamma: fl
 
 @method("osp", arxiv="2405.14103", needs={"ref_logp", "p_chosen"}, traits={"pairs", "margins"})
 def osp(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1) -> ExampleLoss:
-    """Soft-preference cross-entropy: DPO's towards a judge's probability p_chosen, arXiv:2405.14103. Values (N,).
+    """Soft-preference cross-entropy: DPO's towards a judge's probability p_chosen, arXiv:2405.14103. Values
+    (N,).
 
-    The same form as ``mmpo``; only the target's origin differs. beta as in ``dpo``. p_chosen 1 is DPO. The form follows from
-    the paper's abstract and the loss's name.
+    The same form as ``mmpo``; only the target's origin differs. beta as in ``dpo``. p_chosen 1 is DPO. The
+    form follows from the paper's abstract and the loss's name.
     """
     target = stated_target(batch, "osp")
     chosen, rejected = log_ratios(policy, batch)
@@ -62,10 +85,12 @@ def osp(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1) -> ExampleL
 
 
 def ranked_pair_strengths(win_rate: Tensor, *, clip: float = 1e-3) -> tuple[Tensor, Tensor]:
-    """(P, 2) int64 pairs (better, worse) and (P,) their strengths from n answers' win rates against one common answer.
+    """(P, 2) int64 pairs (better, worse) and (P,) their strengths from n answers' win rates against one
+    common answer.
 
-    ``p = sigmoid(logit s_i - logit s_j)`` with rates clipped to [clip, 1 - clip]; n judge calls give n (n - 1) / 2 pairs.
-    A reconstruction: arXiv:2405.14103 compares all candidates with one baseline, its pairing was not read.
+    ``p = sigmoid(logit s_i - logit s_j)`` with rates clipped to [clip, 1 - clip]; n judge calls give n (n -
+    1) / 2 pairs. A reconstruction: arXiv:2405.14103 compares all candidates with one baseline, its pairing
+    was not read.
     """
     logit = torch.logit(win_rate.clamp(clip, 1 - clip))
     order = torch.argsort(win_rate, descending=True, stable=True)
@@ -77,5 +102,8 @@ def ranked_pair_strengths(win_rate: Tensor, *, clip: float = 1e-3) -> tuple[Tens
 def _finite(values: Tensor, name: str, loss: str) -> Tensor:
     lost = ~values.isfinite()
     if bool(lost.any()):
-        raise ValueError(f"{loss}: {int(lost.sum())} of {values.shape[0]} pairs have no finite {name}; drop them from the data")
+        raise ValueError(
+            f"{loss}: {int(lost.sum())} of {values.shape[0]} pairs have no finite {name}; drop them from the "
+            "data"
+        )
     return values.detach()

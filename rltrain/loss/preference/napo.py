@@ -1,4 +1,6 @@
-"""NaPO: between DPO (fast) and the mean absolute error (robust to wrong labels), by a negative Box-Cox transform."""
+"""NaPO: between DPO (fast) and the mean absolute error (robust to wrong labels), by a negative
+Box-Cox transform.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from torch.nn.functional import logsigmoid
 from rltrain.loss.preference.ratio import log_ratios, pair_metrics
 from rltrain.loss.preference.statistics import statistic
 from rltrain.registry import method
-from rltrain.types import ExampleLoss, PairBatch, PolicyPairs
+from rltrain.types.preference import ExampleLoss, PairBatch, PolicyPairs
 
 __all__ = ["box_cox", "dynamic_exponent", "napo", "napo_fixed"]
 
@@ -24,7 +26,9 @@ def box_cox(logit: Tensor, q: Tensor | float) -> Tensor:
 
 
 def dynamic_exponent(mean_margin: Tensor, sharpness: float) -> Tensor:
-    """() ``q = clip(2 (1 - sigmoid(sharpness M)), 0.001, 1)``: 1 while the policy's mean margin M is not positive."""
+    """() ``q = clip(2 (1 - sigmoid(sharpness M)), 0.001, 1)``: 1 while the policy's mean margin M is
+    not positive.
+    """
     return (2 * torch.sigmoid(-sharpness * mean_margin)).clamp(SMALLEST_EXPONENT, 1)
 
 
@@ -37,11 +41,13 @@ def napo(
     sharpness: float = 0.5,
     margin_type: Literal["avglogp", "logp"] = "avglogp",
 ) -> ExampleLoss:
-    """``(1 - sigmoid(z)^q) / q`` with q from the optimizer batch's mean margin, arXiv:2503.17928. Values (N,). beta as in ``dpo``.
+    """``(1 - sigmoid(z)^q) / q`` with q from the optimizer batch's mean margin, arXiv:2503.17928. Values
+    (N,). beta as in ``dpo``.
 
-    q is one number for the whole batch (all ranks), without gradient (``dynamic_exponent``). margin_type: that margin is of
-    log-ratios per token ("avglogp", with sharpness 0.5 in the authors' runs) or of sums ("logp", with 0.01). DPO's gradient is
-    multiplied by ``sigmoid(z)^q``: badly violated pairs, which may be mislabelled, count less.
+    q is one number for the whole batch (all ranks), without gradient (``dynamic_exponent``). margin_type:
+    that margin is of log-ratios per token ("avglogp", with sharpness 0.5 in the authors' runs) or of sums
+    ("logp", with 0.01). DPO's gradient is multiplied by ``sigmoid(z)^q``: badly violated pairs, which may be
+    mislabelled, count less.
     """
     del margin_type  # the statistic's
     q = dynamic_exponent(statistic(batch, "mean_margin", "napo"), sharpness).to(policy.chosen.logp.dtype)
@@ -50,10 +56,17 @@ def napo(
 
 @method("napo_fixed", arxiv="2503.17928", needs={"ref_logp"}, traits={"pairs"})
 def napo_fixed(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, q: float = 0.5) -> ExampleLoss:
-    """``napo`` with a given exponent q in (0, 1]: towards 0 DPO, at 1 ``1 - sigmoid(z)``, arXiv:2503.17928. beta as in ``dpo``."""
+    """``napo`` with a given exponent q in (0, 1]: towards 0 DPO, at 1 ``1 - sigmoid(z)``,
+    arXiv:2503.17928. beta as in ``dpo``.
+    """
     if not 0 < q <= 1:
         raise ValueError(f"napo_fixed: q is {q}, expected (0, 1]; DPO is the limit at 0")
-    return _napo(policy, batch, beta, torch.as_tensor(q, dtype=policy.chosen.logp.dtype, device=policy.chosen.logp.device))
+    return _napo(
+        policy,
+        batch,
+        beta,
+        torch.as_tensor(q, dtype=policy.chosen.logp.dtype, device=policy.chosen.logp.device),
+    )
 
 
 def _napo(policy: PolicyPairs, batch: PairBatch, beta: float, q: Tensor) -> ExampleLoss:

@@ -1,7 +1,8 @@
-"""Objectives that turn outcome labels into an implicit process reward model, ``r(y) = beta log[pi(y|x) / pi_ref(y|x)]``.
+"""Objectives that turn outcome labels into an implicit process reward model, ``r(y) = beta log[pi(y|x) /
+pi_ref(y|x)]``.
 
-The pairwise objective is ``dpo`` on all right x wrong answers of a prompt, the Kahneman-Tversky one is ``kto``; both with
-beta 0.05.
+The pairwise objective is ``dpo`` on all right x wrong answers of a prompt, the Kahneman-Tversky one is
+``kto``; both with beta 0.05.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from rltrain.loss.preference.dpo import soft_logistic
 from rltrain.loss.preference.ratio import completion_log_ratio, log_ratios, pair_metrics
 from rltrain.loss.preference.statistics import labels, statistic
 from rltrain.registry import method
-from rltrain.types import ExampleLoss, LabelBatch, PairBatch, PolicyPairs, PolicySequences
+from rltrain.types.preference import ExampleLoss, LabelBatch, PairBatch, PolicyPairs, PolicySequences
 
 __all__ = ["contrasts", "implicit_prm_ce", "nca", "nca_group"]
 
@@ -23,8 +24,9 @@ __all__ = ["contrasts", "implicit_prm_ce", "nca", "nca_group"]
 def implicit_prm_ce(policy: PolicySequences, batch: LabelBatch, *, beta: float = 0.05) -> ExampleLoss:
     """Cross-entropy of the outcome label under ``sigmoid(beta u)``, arXiv:2412.01981. Values (N,).
 
-    u is the sum over tokens of the log-ratio, beta the reward's scale. Works with one answer per prompt and with any share of
-    right ones; a label between 0 and 1 is a soft target. Also the update of the reward model in PRIME (arXiv:2502.01456).
+    u is the sum over tokens of the log-ratio, beta the reward's scale. Works with one answer per prompt and
+    with any share of right ones; a label between 0 and 1 is a soft target. Also the update of the reward
+    model in PRIME (arXiv:2502.01456).
     """
     label = labels(batch, "implicit_prm_ce")
     logit = beta * completion_log_ratio(policy, batch.completion)
@@ -33,31 +35,46 @@ def implicit_prm_ce(policy: PolicySequences, batch: LabelBatch, *, beta: float =
 
 @method("nca", arxiv="2402.05369", needs={"ref_logp"}, traits={"pairs"})
 def nca(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.05) -> ExampleLoss:
-    """``-ln s(z_w) - 1/2 ln s(-z_w) - 1/2 ln s(-z_l)`` with z = beta u, s the sigmoid: NCA for pairs, arXiv:2402.05369. Values (N,).
+    """``-ln s(z_w) - 1/2 ln s(-z_w) - 1/2 ln s(-z_l)`` with z = beta u, s the sigmoid: NCA for pairs,
+    arXiv:2402.05369. Values (N,).
 
-    beta: scale of the implicit reward. Unlike DPO it fixes the reward's zero, so that the chosen answer's likelihood does not
-    fall along with the rejected one's.
+    beta: scale of the implicit reward. Unlike DPO it fixes the reward's zero, so that the chosen answer's
+    likelihood does not fall along with the rejected one's.
     """
     chosen, rejected = (beta * ratio for ratio in log_ratios(policy, batch))
     values = -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
     return ExampleLoss(values, pair_metrics(policy, chosen, rejected))
 
 
-@method("nca_group", arxiv="2402.05369", needs={"ref_logp", "label", "reward_softmax", "group_size"}, traits={"labels", "whole_groups"})
-def nca_group(policy: PolicySequences, batch: LabelBatch, *, beta: float = 0.05, temperature: float = 0.5) -> ExampleLoss:
-    """NCA for K answers with explicit rewards, arXiv:2402.05369. Values (N,), ``-K w ln s(z) - ln s(-z)`` for each answer.
+@method(
+    "nca_group",
+    arxiv="2402.05369",
+    needs={"ref_logp", "label", "reward_softmax", "group_size"},
+    traits={"labels", "whole_groups"},
+)
+def nca_group(
+    policy: PolicySequences, batch: LabelBatch, *, beta: float = 0.05, temperature: float = 0.5
+) -> ExampleLoss:
+    """NCA for K answers with explicit rewards, arXiv:2402.05369. Values (N,), ``-K w ln s(z) - ln s(-z)`` for
+    each answer.
 
-    w is the softmax of reward / temperature over the prompt's K answers in the optimizer batch, z = beta u. Averaged over the
-    answers of one prompt this is ``-sum_i [w_i ln s(z_i) + ln s(-z_i) / K]``; prompts weigh by their number of answers.
+    w is the softmax of reward / temperature over the prompt's K answers in the optimizer batch, z = beta u.
+    Averaged over the answers of one prompt this is ``-sum_i [w_i ln s(z_i) + ln s(-z_i) / K]``; prompts weigh
+    by their number of answers.
     """
     weight = statistic(batch, "reward_softmax", "nca_group")
     logit = beta * completion_log_ratio(policy, batch.completion)
     share = weight.to(logit.dtype) * statistic(batch, "group_size", "nca_group").to(logit.dtype)
-    return ExampleLoss(-share * logsigmoid(logit) - logsigmoid(-logit), _outcome_metrics(logit, labels(batch, "nca_group")))
+    return ExampleLoss(
+        -share * logsigmoid(logit) - logsigmoid(-logit), _outcome_metrics(logit, labels(batch, "nca_group"))
+    )
 
 
 def contrasts(label: Tensor, prompt: Tensor) -> Tensor:
-    """(P, 2) int64 rows (right, wrong): all right x wrong answers of the same prompt. Prompts of one kind give none."""
+    """(P, 2) int64 rows (right, wrong): all right x wrong answers of the same prompt.
+
+    Prompts of one kind give none.
+    """
     right = label > 0.5
     matches = (prompt[:, None] == prompt[None, :]) & right[:, None] & ~right[None, :]
     return matches.nonzero()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rltrain.types import CompletionFacts, PairBatch, PolicyPairs, PolicySequences
+from rltrain.types.preference import CompletionFacts, PairBatch, PolicyPairs, PolicySequences
 
 __all__ = ["completion_log_ratio", "log_ratios", "pair_metrics", "per_token", "reward_metrics"]
 
@@ -17,7 +17,9 @@ def completion_log_ratio(policy: PolicySequences, facts: CompletionFacts) -> Ten
 
 def log_ratios(policy: PolicyPairs, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """(N,) each: the log-ratios of chosen and rejected."""
-    return completion_log_ratio(policy.chosen, batch.chosen), completion_log_ratio(policy.rejected, batch.rejected)
+    return completion_log_ratio(policy.chosen, batch.chosen), completion_log_ratio(
+        policy.rejected, batch.rejected
+    )
 
 
 def ref_logp(facts: CompletionFacts) -> Tensor:
@@ -28,12 +30,16 @@ def ref_logp(facts: CompletionFacts) -> Tensor:
 
 
 def per_token(sums: Tensor, facts: CompletionFacts) -> Tensor:
-    """(N,) sums over tokens divided by the number of scored tokens. Lengths come from the mask: never from non-zero log-ratios."""
+    """(N,) sums over tokens divided by the number of scored tokens.
+
+    Lengths come from the mask: never from non-zero log-ratios.
+    """
     return sums / facts.length.clamp(min=1).to(sums.dtype)
 
 
 def pair_metrics(policy: PolicyPairs, chosen_reward: Tensor, rejected_reward: Tensor) -> dict[str, Tensor]:
-    """(N,) each, detached: implicit rewards, their margin, accuracy (a tie is wrong), and both log-probs by themselves.
+    """(N,) each, detached: implicit rewards, their margin, accuracy (a tie is wrong), and both log-probs by
+    themselves.
 
     Both log-probs may fall while the margin grows, which the margin alone does not show.
     """

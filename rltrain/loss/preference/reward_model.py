@@ -11,7 +11,7 @@ from rltrain.loss.preference.mmpo import margin_target, stated_target
 from rltrain.loss.preference.ratio import reward_metrics
 from rltrain.loss.preference.statistics import labels
 from rltrain.registry import method
-from rltrain.types import ExampleLoss, LabelBatch, PairBatch, RewardPairs
+from rltrain.types.preference import ExampleLoss, LabelBatch, PairBatch, RewardPairs
 
 __all__ = ["bradley_terry", "bradley_terry_margin", "bradley_terry_mmpo", "bradley_terry_soft", "orm"]
 
@@ -20,48 +20,78 @@ __all__ = ["bradley_terry", "bradley_terry_margin", "bradley_terry_mmpo", "bradl
 def bradley_terry(reward: RewardPairs, batch: PairBatch, *, centre: float = 0.0) -> ExampleLoss:
     """``-ln sigmoid(r_w - r_l) + centre (r_w + r_l)^2``, as in arXiv:2203.02155. Values (N,).
 
-    The first part does not see a constant added to all of a prompt's rewards; centre (0.01 is usual) draws their mean to 0.
+    The first part does not see a constant added to all of a prompt's rewards; centre (0.01 is usual) draws
+    their mean to 0.
     """
     del batch
     return _pairwise(reward, -logsigmoid(_difference(reward)), centre)
 
 
-@method("bradley_terry_margin", arxiv="2307.09288", needs={"margin"}, traits={"pairs", "scalar_head", "margins"})
+@method(
+    "bradley_terry_margin", arxiv="2307.09288", needs={"margin"}, traits={"pairs", "scalar_head", "margins"}
+)
 def bradley_terry_margin(reward: RewardPairs, batch: PairBatch, *, centre: float = 0.0) -> ExampleLoss:
-    """``-ln sigmoid(r_w - r_l - margin)``: the rewards must differ by more than the data's margin, arXiv:2307.09288. Values (N,).
+    """``-ln sigmoid(r_w - r_l - margin)``: the rewards must differ by more than the data's margin,
+    arXiv:2307.09288. Values (N,).
 
-    Not MMPO, whose margin is a soft target (``bradley_terry_mmpo``); other libraries switch between the two by the presence
-    of a column. centre as in ``bradley_terry``.
+    Not MMPO, whose margin is a soft target (``bradley_terry_mmpo``); other libraries switch between the two
+    by the presence of a column. centre as in ``bradley_terry``.
     """
     if batch.margin is None:
-        raise ValueError("bradley_terry_margin: the batch has no margins; the data needs score_chosen and score_rejected, or margin")
+        raise ValueError(
+            "bradley_terry_margin: the batch has no margins; the data needs score_chosen and score_rejected, "
+            "or margin"
+        )
     if bool((~batch.margin.isfinite()).any()):
-        raise ValueError("bradley_terry_margin: a margin is not a finite number; drop those pairs from the data")
+        raise ValueError(
+            "bradley_terry_margin: a margin is not a finite number; drop those pairs from the data"
+        )
     return _pairwise(reward, -logsigmoid(_difference(reward) - batch.margin), centre)
 
 
-@method("bradley_terry_mmpo", arxiv="2410.03145", needs={"margin"}, traits={"pairs", "scalar_head", "margins", "gamma_required"})
-def bradley_terry_mmpo(reward: RewardPairs, batch: PairBatch, *, gamma: float | None = None, centre: float = 0.0) -> ExampleLoss:
-    """Cross-entropy of ``r_w - r_l`` towards the target ``sigmoid(gamma margin)``, arXiv:2410.03145. Values (N,).
+@method(
+    "bradley_terry_mmpo",
+    arxiv="2410.03145",
+    needs={"margin"},
+    traits={"pairs", "scalar_head", "margins", "gamma_required"},
+)
+def bradley_terry_mmpo(
+    reward: RewardPairs, batch: PairBatch, *, gamma: float | None = None, centre: float = 0.0
+) -> ExampleLoss:
+    """Cross-entropy of ``r_w - r_l`` towards the target ``sigmoid(gamma margin)``, arXiv:2410.03145. Values
+    (N,).
 
-    gamma must be given: it carries the units of the scores. centre as in ``bradley_terry``. The released trainer multiplies
-    (B, 1) logits with (B,) targets, which averages over all pairs of rows; here the rows meet one to one.
+    gamma must be given: it carries the units of the scores. centre as in ``bradley_terry``. The released
+    trainer multiplies (B, 1) logits with (B,) targets, which averages over all pairs of rows; here the rows
+    meet one to one.
     """
     target = margin_target(batch, gamma, "bradley_terry_mmpo")
     return _pairwise(reward, soft_logistic(_difference(reward), target), centre)
 
 
-@method("bradley_terry_soft", arxiv="2410.03145", needs={"p_chosen"}, traits={"pairs", "scalar_head", "margins"})
+@method(
+    "bradley_terry_soft", arxiv="2410.03145", needs={"p_chosen"}, traits={"pairs", "scalar_head", "margins"}
+)
 def bradley_terry_soft(reward: RewardPairs, batch: PairBatch, *, centre: float = 0.0) -> ExampleLoss:
-    """``bradley_terry_mmpo`` with the data's own probability p_chosen as target, arXiv:2410.03145. Values (N,). centre as there."""
-    return _pairwise(reward, soft_logistic(_difference(reward), stated_target(batch, "bradley_terry_soft")), centre)
+    """``bradley_terry_mmpo`` with the data's own probability p_chosen as target, arXiv:2410.03145.
+
+    Values (N,). centre as there.
+    """
+    return _pairwise(
+        reward, soft_logistic(_difference(reward), stated_target(batch, "bradley_terry_soft")), centre
+    )
 
 
 @method("orm", arxiv="2110.14168", needs={"label"}, traits={"labels", "scalar_head"})
 def orm(reward: Tensor, batch: LabelBatch) -> ExampleLoss:
-    """Outcome reward model: cross-entropy of the label under ``sigmoid(r)``, as in arXiv:2110.14168. Values (N,)."""
+    """Outcome reward model: cross-entropy of the label under ``sigmoid(r)``, as in arXiv:2110.14168.
+
+    Values (N,).
+    """
     if reward.dim() != 1:
-        raise ValueError(f"orm: the head's reward has shape {tuple(reward.shape)}, expected (N,); squeeze it first")
+        raise ValueError(
+            f"orm: the head's reward has shape {tuple(reward.shape)}, expected (N,); squeeze it first"
+        )
     label = labels(batch, "orm").to(reward.dtype)
     with torch.no_grad():
         metrics = {"reward": reward.detach(), "accuracy": ((reward > 0) == (label > 0.5)).to(reward.dtype)}

@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid
 from rltrain.loss.preference.ratio import log_ratios, pair_metrics, per_token
 from rltrain.loss.preference.statistics import statistic
 from rltrain.registry import method
-from rltrain.types import ExampleLoss, PairBatch, PolicyPairs
+from rltrain.types.preference import ExampleLoss, PairBatch, PolicyPairs
 
 __all__ = ["rpo"]
 
@@ -24,13 +24,14 @@ def rpo(
     sft_weight: float = 0.005,
     sft_term: Literal["sum_times_beta", "sequence_mean", "token_mean"] = "sum_times_beta",
 ) -> ExampleLoss:
-    """DPO plus the negative log-likelihood of the chosen answer, arXiv:2405.16436. Values (N,). beta as in ``dpo``.
+    """DPO plus the negative log-likelihood of the chosen answer, arXiv:2405.16436. Values (N,). beta as in
+    ``dpo``.
 
-    sft_term says which one sft_weight multiplies. They differ by orders of magnitude:
-    "sum_times_beta": ``-beta log pi(y_w)``, summed over tokens: the paper's, and the authors' handbook code (weight 0.005).
+    sft_term says which one sft_weight multiplies. They differ by orders of magnitude: "sum_times_beta":
+    ``-beta log pi(y_w)``, summed over tokens: the paper's, and the authors' handbook code (weight 0.005).
     "sequence_mean": each answer's mean over its tokens: the authors' OpenRLHF code (weight 0.2, beta 0.5).
-    "token_mean": one mean over all chosen tokens of the optimizer batch: TRL's ["sigmoid", "sft"]; with weight 1 that is
-    Iterative RPO (arXiv:2404.19733), another paper.
+    "token_mean": one mean over all chosen tokens of the optimizer batch: TRL's ["sigmoid", "sft"]; with
+    weight 1 that is Iterative RPO (arXiv:2404.19733), another paper.
     """
     chosen, rejected = log_ratios(policy, batch)
     imitation = _imitation(policy, batch, beta, sft_term)

@@ -1,6 +1,7 @@
 """Statistics over a whole optimizer batch (all ranks, all micro-batches) that a preference loss may need.
 
-Each is a pure function of the gathered batch. Its keyword-only arguments are hyperparameters of the loss that asks for it.
+Each is a pure function of the gathered batch. Its keyword-only arguments are hyperparameters of the loss that
+asks for it.
 """
 
 from __future__ import annotations
@@ -11,43 +12,58 @@ from torch import Tensor
 from rltrain.loss.preference import STATISTICS, statistics_of
 from rltrain.registry import BoundMethod, method
 from rltrain.tensor_ops import segment_count, segment_mean
-from rltrain.types import CompletionFacts, LabelBatch, PairBatch
+from rltrain.types.preference import CompletionFacts, LabelBatch, PairBatch
 
-__all__ = ["labels", "prepared", "statistic"]
+__all__ = ["labels", "statistic", "with_batch_statistics"]
 
 
 @torch.no_grad()
-def prepared(batch: PairBatch | LabelBatch, loss: BoundMethod) -> PairBatch | LabelBatch:
-    """``batch``, a whole optimizer batch over all ranks, with the statistics that ``loss`` needs. Cut it only afterwards."""
+def with_batch_statistics(batch: PairBatch | LabelBatch, loss: BoundMethod) -> PairBatch | LabelBatch:
+    """``batch``, a whole optimizer batch over all ranks, with the statistics that ``loss`` needs.
+
+    Cut it only afterwards.
+    """
     hp = {name: parameter.default for name, parameter in loss.spec.hyperparameters.items()} | dict(loss.hp)
     for name in statistics_of(loss):
         statistic = STATISTICS.bind(name)
-        batch = batch.with_statistics(**{name: statistic(batch, **{key: hp[key] for key in statistic.spec.inputs})})
+        batch = batch.with_statistics(
+            **{name: statistic(batch, **{key: hp[key] for key in statistic.spec.inputs})}
+        )
     return batch
 
 
 def statistic(batch: PairBatch | LabelBatch, name: str, loss: str) -> Tensor:
     """() or (N,) what ``prepared`` put in. Raises ValueError where it was not called."""
     if name not in batch.statistics:
-        raise ValueError(f"{loss} needs the statistic {name!r} of the optimizer batch; call statistics.prepared on the whole batch first")
+        raise ValueError(
+            f"{loss} needs the statistic {name!r} of the optimizer batch; call statistics.prepared on the "
+            "whole batch first"
+        )
     return batch.statistics[name]
 
 
 def labels(batch: LabelBatch, asker: str) -> Tensor:
     """(N,) the batch's labels. Raises ValueError where it has none."""
     if batch.label is None:
-        raise ValueError(f"{asker}: the batch has no labels; the data needs a column label (true where the completion is good)")
+        raise ValueError(
+            f"{asker}: the batch has no labels; the data needs a column label (true where the completion is "
+            "good)"
+        )
     return batch.label
 
 
 @method("z0", needs={"mismatched"})
 def z0(batch: LabelBatch) -> Tensor:
-    """() nats: KTO's reference point, max(0, mean log-ratio of prompts with other prompts' completions), arXiv:2402.01306.
+    """() nats: KTO's reference point, max(0, mean log-ratio of prompts with other prompts' completions),
+    arXiv:2402.01306.
 
     The mean comes first and the clamp last: clamping each rank's or micro-batch's mean would bias it upwards.
     """
     if batch.mismatched is None:
-        raise ValueError("kto needs log-probs of mismatched completions (prompt i with another prompt's completion) for its z0")
+        raise ValueError(
+            "kto needs log-probs of mismatched completions (prompt i with another prompt's completion) for "
+            "its z0"
+        )
     return _log_ratio_now(batch.mismatched).mean().clamp(min=0)
 
 
@@ -59,7 +75,9 @@ def desirable_share(batch: LabelBatch) -> Tensor:
 
 @method("mean_margin", needs={"logp_now", "ref_logp"})
 def mean_margin(batch: PairBatch, *, margin_type: str) -> Tensor:
-    """() nats: NaPO's mean margin of the current policy over its reference, arXiv:2503.17928; per token with "avglogp"."""
+    """() nats: NaPO's mean margin of the current policy over its reference, arXiv:2503.17928; per
+    token with "avglogp".
+    """
     sides = (_log_ratio_now(batch.chosen), _log_ratio_now(batch.rejected))
     if margin_type == "avglogp":
         sides = (sides[0] / batch.chosen.length, sides[1] / batch.rejected.length)
@@ -80,7 +98,10 @@ def target_tokens_per_example(batch: PairBatch) -> Tensor:
 
 @method("reward_softmax", needs={"label"})
 def reward_softmax(batch: LabelBatch, *, temperature: float) -> Tensor:
-    """(N,) softmax of label / temperature over the completions of each prompt (NCA, arXiv:2402.05369). Needs whole groups."""
+    """(N,) softmax of label / temperature over the completions of each prompt (NCA, arXiv:2402.05369).
+
+    Needs whole groups.
+    """
     scaled = labels(batch, "a statistic over labels").double() / temperature
     index = torch.unique(batch.prompt, return_inverse=True)[1]
     top = torch.full_like(scaled, -torch.inf).scatter_reduce(0, index, scaled, "amax")[index]
@@ -97,5 +118,8 @@ def group_size(batch: LabelBatch) -> Tensor:
 def _log_ratio_now(facts: CompletionFacts) -> Tensor:
     if facts.logp_now is None or facts.ref_logp is None:
         missing = "logp_now" if facts.logp_now is None else "ref_logp"
-        raise ValueError(f"a statistic of the current policy needs {missing} over the whole optimizer batch, which was not computed")
+        raise ValueError(
+            f"a statistic of the current policy needs {missing} over the whole optimizer batch, which was "
+            "not computed"
+        )
     return facts.logp_now - facts.ref_logp

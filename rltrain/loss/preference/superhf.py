@@ -1,4 +1,7 @@
-"""SuperHF: fine-tune on the best of many samples with a KL prior. The filter is ``advantage/best_of_n.py``."""
+"""SuperHF: fine-tune on the best of many samples with a KL prior.
+
+The filter is ``advantage/best_of_n.py``.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,12 @@ def length_penalised(reward: Tensor, characters: Tensor, penalty: float) -> Tens
     return reward - penalty * characters
 
 
-def kl_per_position(logits: Tensor, ref_logits: Tensor, *, direction: Literal["from_reference", "to_reference"]) -> Tensor:
-    """(...) nats over the last axis V. "from_reference" is KL(p_0, p), which covers the prior's modes and is what the released
-    code computes; "to_reference" is KL(p, p_0), the usual prior of RLHF. The reference is detached."""
+def kl_per_position(
+    logits: Tensor, ref_logits: Tensor, *, direction: Literal["from_reference", "to_reference"]
+) -> Tensor:
+    """(...) nats over the last axis V. "from_reference" is KL(p_0, p), which covers the prior's modes and is
+    what the released code computes; "to_reference" is KL(p, p_0), the usual prior of RLHF. The reference is
+    detached."""
     policy, frozen = logits.log_softmax(-1), ref_logits.detach().log_softmax(-1)
     if direction == "from_reference":
         return (frozen.exp() * (frozen - policy)).sum(-1)
@@ -28,8 +34,9 @@ def kl_per_position(logits: Tensor, ref_logits: Tensor, *, direction: Literal["f
 def superhf(logp: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float = 0.35) -> tuple[Tensor, Tensor]:
     """(B, T) negative log-likelihood per token, and (B,) the KL prior per completion, arXiv:2310.16763.
 
-    The loss of an update is the first's mean over its tokens plus the second's mean over its completions, ``kl_coef max(0, mean_t
-    KL_t)``. kl (B, T) is a full-vocabulary KL at the positions that predict the tokens. The released code takes the positions one
-    token later, and adds the KLs of a minibatch instead of averaging them, so that their weight grows with its size.
+    The loss of an update is the first's mean over its tokens plus the second's mean over its completions,
+    ``kl_coef max(0, mean_t KL_t)``. kl (B, T) is a full-vocabulary KL at the positions that predict the
+    tokens. The released code takes the positions one token later, and adds the KLs of a minibatch instead of
+    averaging them, so that their weight grows with its size.
     """
     return -logp, kl_coef * masked_mean(kl, mask, dim=1).clamp(min=0)

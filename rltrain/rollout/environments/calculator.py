@@ -29,11 +29,13 @@ _PLACES = 6  # decimals of a result that is no integer
 
 @method("calculator")
 class Calculator:
-    """Answers a turn that ends with ``<<EXPRESSION=``, as in ``<<48/2=``, with the value; any other turn ends the episode with its answer.
+    """Answers a turn that ends with ``<<EXPRESSION=``, as in ``<<48/2=``, with the value; any other turn ends
+    the episode with its answer.
 
-    Knows + - * / // % and parentheses over decimal numbers, exactly; a value that is no integer is rounded to six decimals. What is no
-    such expression is answered with ``error`` and the reason. The answer is graded by the recipe's reward functions, which read the
-    last turn. Reports ``calls`` and ``failed_calls`` of the episode. No hyperparameters.
+    Knows + - * / // % and parentheses over decimal numbers, exactly; a value that is no integer is rounded to
+    six decimals. What is no such expression is answered with ``error`` and the reason. The answer is graded
+    by the recipe's reward functions, which read the last turn. Reports ``calls`` and ``failed_calls`` of the
+    episode. No hyperparameters.
     """
 
     def __init__(self) -> None:
@@ -63,7 +65,10 @@ class Calculator:
 
 
 def evaluate(expression: str) -> str:
-    """The value of an arithmetic expression, in digits. Raises ValueError with the reason where it has none."""
+    """The value of an arithmetic expression, in digits.
+
+    Raises ValueError with the reason where it has none.
+    """
     if not expression.strip() or len(expression) > _LONGEST:
         raise ValueError(f"an expression has 1 to {_LONGEST} characters")
     try:
@@ -90,7 +95,9 @@ def _value(node: ast.expr, source: str) -> Fraction:
 
 def _number(digits: str) -> Fraction:
     """A decimal number as it is written: 0.1 is a tenth."""
-    if not re.fullmatch(rf"\d{{1,{_MOST_DIGITS}}}(?:\.\d{{0,{_MOST_DIGITS}}})?|\.\d{{1,{_MOST_DIGITS}}}", digits):
+    if not re.fullmatch(
+        rf"\d{{1,{_MOST_DIGITS}}}(?:\.\d{{0,{_MOST_DIGITS}}})?|\.\d{{1,{_MOST_DIGITS}}}", digits
+    ):
         raise ValueError("only decimal numbers")
     return Fraction(digits)
 

@@ -16,8 +16,16 @@ from rltrain.loss.preference.dco import coverage
 from rltrain.loss.preference.kto import class_weight_advice, class_weight_window, mismatched_partner
 from rltrain.loss.preference.objective import PreferenceObjective
 from rltrain.loss.preference.prm import contrasts
-from rltrain.loss.preference.statistics import prepared
-from rltrain.types import CompletionFacts, ExampleLoss, ExampleTotals, LabelBatch, PairBatch, PolicySequences, RewardPairs
+from rltrain.loss.preference.statistics import with_batch_statistics
+from rltrain.types.preference import (
+    CompletionFacts,
+    ExampleLoss,
+    ExampleTotals,
+    LabelBatch,
+    PairBatch,
+    PolicySequences,
+    RewardPairs,
+)
 
 N = 6
 LN2 = math.log(2)
@@ -35,10 +43,14 @@ def noise(size: int, seed: int) -> Tensor:
 def random_labels(seed: int = 0) -> tuple[PolicySequences, LabelBatch]:
     logp = -noise(N, seed).abs() * 3 - 0.5
     facts = CompletionFacts(torch.arange(3, N + 3), logp + noise(N, seed + 1))
-    mismatched = CompletionFacts(torch.arange(3, N + 3), noise(N, seed + 2) - 3, logp_now=noise(N, seed + 3) - 2.5)
+    mismatched = CompletionFacts(
+        torch.arange(3, N + 3), noise(N, seed + 2) - 3, logp_now=noise(N, seed + 3) - 2.5
+    )
     label, prompt = doubles(1, 0, 1, 1, 0, 0), torch.tensor([4, 4, 4, 9, 9, 2])
     columns = {"pass_rate": doubles(0.0, 0.05, 0.5, 1.0, 0.01, 0.2)}
-    return PolicySequences(logp.requires_grad_()), LabelBatch(facts, prompt, label, mismatched, columns=columns)
+    return PolicySequences(logp.requires_grad_()), LabelBatch(
+        facts, prompt, label, mismatched, columns=columns
+    )
 
 
 def policy_for(name: str, policy: PolicySequences) -> Any:
@@ -47,7 +59,7 @@ def policy_for(name: str, policy: PolicySequences) -> Any:
 
 def run(name: str, policy: Any, batch: LabelBatch, **hp: Any) -> ExampleLoss:
     loss = PREFERENCE_LOSSES.bind(name, hp)
-    return loss(policy, prepared(batch, loss))
+    return loss(policy, with_batch_statistics(batch, loss))
 
 
 def at_the_reference(policy: PolicySequences, batch: LabelBatch) -> LabelBatch:
@@ -83,7 +95,9 @@ def test_nca_over_whole_groups_at_the_reference():
 @pytest.mark.parametrize("name", [name for name in LABELS if not name.startswith("dco")])
 def test_gradcheck_and_the_frozen_side_has_no_gradient(name: str):
     policy, batch = random_labels()
-    assert torch.autograd.gradcheck(lambda logp: run(name, policy_for(name, PolicySequences(logp)), batch).values, policy.logp)
+    assert torch.autograd.gradcheck(
+        lambda logp: run(name, policy_for(name, PolicySequences(logp)), batch).values, policy.logp
+    )
     frozen = [batch.completion.ref_logp, batch.mismatched.logp_now, batch.mismatched.ref_logp]
     for tensor in frozen:
         tensor.requires_grad_()
@@ -95,7 +109,7 @@ def test_gradcheck_and_the_frozen_side_has_no_gradient(name: str):
 def test_a_row_does_not_see_the_others(name: str):
     policy, batch = random_labels()
     loss = PREFERENCE_LOSSES.bind(name)
-    whole = prepared(batch, loss)
+    whole = with_batch_statistics(batch, loss)
     all_values = loss(policy_for(name, policy), whole).values
     for index in (torch.tensor([4]), torch.tensor([5, 0, 2])):
         part = policy_for(name, PolicySequences(policy.logp[index]))
@@ -108,18 +122,21 @@ def test_extreme_log_ratios_are_finite_in_value_and_gradient(name: str):
     facts = CompletionFacts(torch.tensor([900, 900, 2, 3]), torch.tensor([0.0, -2e4, -1e4, -3.0]))
     one = CompletionFacts(torch.ones(4).long(), torch.zeros(4), logp_now=torch.full((4,), 1e4))
     columns = {"pass_rate": torch.tensor([0.0, 1.0, 1e-9, 0.5])}
-    batch = LabelBatch(facts, torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 0.0, 1.0, 0.0]), one, columns=columns)
+    batch = LabelBatch(
+        facts, torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 0.0, 1.0, 0.0]), one, columns=columns
+    )
     result = run(name, policy_for(name, PolicySequences(logp)), batch)
     result.values.sum().backward()
     assert result.values.isfinite().all() and logp.grad.isfinite().all()
     assert all(values.isfinite().all() and not values.requires_grad for values in result.metrics.values())
 
 
-# KTO ------------------------------------------------------------------------------------------------------------------
+# KTO --------------------------------------------------------------------------------------------------------
 
 
 def test_z0_is_reduced_first_and_clamped_last():
-    # k = [-.6, -.2] on one rank and [.1, .3] on the other: mean -0.1, clamped 0; clamping each rank's mean first gives 0.1
+    # k = [-.6, -.2] on one rank and [.1, .3] on the other: mean -0.1, clamped 0; clamping each rank's mean
+    # first gives 0.1
     def z0(*k: float) -> float:
         one = CompletionFacts(torch.ones(len(k)).long(), torch.zeros(len(k)).double(), logp_now=doubles(*k))
         batch = LabelBatch(one, torch.arange(len(k)), torch.ones(len(k)).double(), one)
@@ -153,16 +170,24 @@ def test_kto_of_one_class_is_finite_and_labels_may_be_true_and_false():
     assert torch.equal(run("kto", policy, dataclasses.replace(batch, label=batch.label > 0.5)).values, plain)
     for kind in (0.0, 1.0):
         result = run("kto", policy, dataclasses.replace(batch, label=torch.full((N,), kind).double()))
-        assert result.values.isfinite().all() and all(shown.isfinite().all() for shown in result.metrics.values())
+        assert result.values.isfinite().all() and all(
+            shown.isfinite().all() for shown in result.metrics.values()
+        )
 
 
 def test_ktos_class_means_are_exact_whatever_the_cut():
     policy, batch = random_labels()
     loss = PREFERENCE_LOSSES.bind("kto")
-    whole = prepared(batch, loss)
+    whole = with_batch_statistics(batch, loss)
     shown = dict.fromkeys(("reward_desirable", "reward_undesirable"), 0.0)
-    for index in (torch.tensor([0, 2]), torch.tensor([3]), torch.tensor([1, 4, 5])):  # the first part holds one class only
-        share = PreferenceObjective(loss)(PolicySequences(policy.logp[index]), whole.rows(index), ExampleTotals(N))
+    for index in (
+        torch.tensor([0, 2]),
+        torch.tensor([3]),
+        torch.tensor([1, 4, 5]),
+    ):  # the first part holds one class only
+        share = PreferenceObjective(loss)(
+            PolicySequences(policy.logp[index]), whole.rows(index), ExampleTotals(N)
+        )
         for key in shown:
             shown[key] += float(share.metrics[f"loss/{key}"])
     reward = 0.1 * (policy.logp.detach() - batch.completion.ref_logp)
@@ -170,7 +195,9 @@ def test_ktos_class_means_are_exact_whatever_the_cut():
     assert shown["reward_undesirable"] == pytest.approx(float(reward[batch.label == 0].mean()))
 
 
-@pytest.mark.parametrize("prompts", [[0, 1], [0, 0, 1, 1], [3, 3, 3, 1, 2, 5], list(range(50)), [0] * 25 + list(range(1, 26))])
+@pytest.mark.parametrize(
+    "prompts", [[0, 1], [0, 0, 1, 1], [3, 3, 3, 1, 2, 5], list(range(50)), [0] * 25 + list(range(1, 26))]
+)
 def test_no_completion_is_paired_with_its_own_prompt(prompts: list[int]):
     prompt = torch.tensor(prompts)
     for seed in range(5):
@@ -198,7 +225,8 @@ def test_the_class_weight_window_is_the_papers_example():
     assert class_weight_advice(500, 500, 1.0, 1.0) is None
     advice = class_weight_advice(100, 1000, 1.0, 1.0)
     assert advice is not None and "set weight_desirable between 10 and 15" in advice
-    # the other way round: 1000 desirable to 100, weight_desirable stays 1 and weight_undesirable lies in [6.67, 10]
+    # the other way round: 1000 desirable to 100, weight_desirable stays 1 and weight_undesirable lies in
+    # [6.67, 10]
     advice = class_weight_advice(1000, 100, 1.0, 1.0)
     assert advice is not None and "set weight_undesirable between 6.667 and 10" in advice
     assert class_weight_advice(1000, 100, 1.0, 8.0) is None
@@ -209,7 +237,7 @@ def test_one_class_alone_is_an_error():
         class_weight_window(12, 0)
 
 
-# DCO ------------------------------------------------------------------------------------------------------------------
+# DCO --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 64, 1000])
@@ -229,7 +257,9 @@ def test_dcos_gradient_is_its_factor_and_its_value_the_formula(n: int):
 
 def test_dco_of_one_sample_is_the_likelihood_and_certainty_has_no_gradient():
     logp = doubles(-3.0, -0.5, 0.0)
-    assert torch.equal(coverage(logp, 1)[0], -logp) and torch.equal(coverage(logp, 1)[1], torch.ones(3).double())
+    assert torch.equal(coverage(logp, 1)[0], -logp) and torch.equal(
+        coverage(logp, 1)[1], torch.ones(3).double()
+    )
     assert coverage(logp, 8)[1][-1] == 0 and coverage(logp, 8)[0][-1] == 0
 
 
@@ -242,7 +272,9 @@ def test_dco_of_an_unlikely_answer_is_the_likelihood_less_log_n():
 
 def test_dcos_loss_and_factor_fall_with_n():
     losses, factors = zip(*(coverage(doubles(-0.2, -2.0, -6.0), n) for n in (1, 2, 8, 64)), strict=True)
-    assert all((later < earlier).all() for pair in (losses, factors) for earlier, later in itertools.pairwise(pair))
+    assert all(
+        (later < earlier).all() for pair in (losses, factors) for earlier, later in itertools.pairwise(pair)
+    )
 
 
 def test_pass_rates_outside_the_unit_interval_are_an_error():
@@ -251,7 +283,7 @@ def test_pass_rates_outside_the_unit_interval_are_an_error():
         run("dco_pass_rate", policy, dataclasses.replace(batch, columns={"pass_rate": torch.full((N,), 1.2)}))
 
 
-# implicit reward models, reward models --------------------------------------------------------------------------------
+# implicit reward models, reward models ----------------------------------------------------------------------
 
 
 def test_contrasts_are_all_right_with_all_wrong_answers_of_a_prompt():
@@ -262,28 +294,40 @@ def test_contrasts_are_all_right_with_all_wrong_answers_of_a_prompt():
 def test_soft_outcomes_are_mixtures():
     policy, batch = random_labels()
     right, wrong = (
-        run("implicit_prm_ce", policy, dataclasses.replace(batch, label=torch.full((N,), value).double())) for value in (1.0, 0.0)
+        run("implicit_prm_ce", policy, dataclasses.replace(batch, label=torch.full((N,), value).double()))
+        for value in (1.0, 0.0)
     )
-    mixed = run("implicit_prm_ce", policy, dataclasses.replace(batch, label=torch.full((N,), 0.3).double())).values
+    mixed = run(
+        "implicit_prm_ce", policy, dataclasses.replace(batch, label=torch.full((N,), 0.3).double())
+    ).values
     torch.testing.assert_close(mixed, 0.3 * right.values + 0.7 * wrong.values)
 
 
 def test_ncas_weights_add_up_to_one_over_each_prompt_also_where_rewards_are_large():
     _, batch = random_labels()
     for scale in (1.0, 1e4):
-        weights = STATISTICS.bind("reward_softmax")(dataclasses.replace(batch, label=scale * noise(N, 5)), temperature=0.01)
+        weights = STATISTICS.bind("reward_softmax")(
+            dataclasses.replace(batch, label=scale * noise(N, 5)), temperature=0.01
+        )
         for prompt in (2, 4, 9):
             assert float(weights[batch.prompt == prompt].sum()) == pytest.approx(1.0)
 
 
 def heads(seed: int = 0) -> tuple[RewardPairs, PairBatch]:
     one = CompletionFacts(torch.ones(N).long())
-    batch = PairBatch(one, one, torch.arange(N), margin=noise(N, 7).abs(), p_chosen=torch.sigmoid(noise(N, 8)))
+    batch = PairBatch(
+        one, one, torch.arange(N), margin=noise(N, 7).abs(), p_chosen=torch.sigmoid(noise(N, 8))
+    )
     return RewardPairs(noise(N, seed).requires_grad_(), noise(N, seed + 1).requires_grad_()), batch
 
 
 HEAD_PAIRS: list[tuple[str, dict[str, float]]] = [
-    *(("bradley_terry", {}), ("bradley_terry_margin", {}), ("bradley_terry_mmpo", {"gamma": 0.4}), ("bradley_terry_soft", {}))
+    *(
+        ("bradley_terry", {}),
+        ("bradley_terry_margin", {}),
+        ("bradley_terry_mmpo", {"gamma": 0.4}),
+        ("bradley_terry_soft", {}),
+    )
 ]
 
 
@@ -305,15 +349,21 @@ def test_equal_rewards_cost_ln_two_without_a_margin_and_gradients_check(name: st
     level = dataclasses.replace(batch, margin=torch.zeros(N).double())
     values = loss(RewardPairs(rewards.chosen, rewards.chosen), level).values
     torch.testing.assert_close(values, torch.full_like(values, LN2))
-    assert torch.autograd.gradcheck(lambda won, lost: loss(RewardPairs(won, lost), batch).values, (rewards.chosen, rewards.rejected))
+    assert torch.autograd.gradcheck(
+        lambda won, lost: loss(RewardPairs(won, lost), batch).values, (rewards.chosen, rewards.rejected)
+    )
 
 
 def test_soft_reward_targets_of_one_are_bradley_terry_and_margin_zero_too():
     rewards, batch = heads()
     plain = PREFERENCE_LOSSES.bind("bradley_terry")(rewards, batch).values
-    certain = dataclasses.replace(batch, p_chosen=torch.ones(N).double(), margin=torch.full((N,), 1e6).double())
+    certain = dataclasses.replace(
+        batch, p_chosen=torch.ones(N).double(), margin=torch.full((N,), 1e6).double()
+    )
     torch.testing.assert_close(PREFERENCE_LOSSES.bind("bradley_terry_soft")(rewards, certain).values, plain)
-    torch.testing.assert_close(PREFERENCE_LOSSES.bind("bradley_terry_mmpo", {"gamma": 1.0})(rewards, certain).values, plain)
+    torch.testing.assert_close(
+        PREFERENCE_LOSSES.bind("bradley_terry_mmpo", {"gamma": 1.0})(rewards, certain).values, plain
+    )
     level = dataclasses.replace(batch, margin=torch.zeros(N).double())
     torch.testing.assert_close(PREFERENCE_LOSSES.bind("bradley_terry_margin")(rewards, level).values, plain)
 
@@ -322,7 +372,9 @@ def test_a_head_that_was_not_squeezed_is_an_error():
     # (N, 1) logits times (N,) targets would average over all pairs of rows
     rewards, batch = heads()
     with pytest.raises(ValueError, match="squeeze"):
-        PREFERENCE_LOSSES.bind("bradley_terry_soft")(RewardPairs(rewards.chosen[:, None], rewards.rejected[:, None]), batch)
+        PREFERENCE_LOSSES.bind("bradley_terry_soft")(
+            RewardPairs(rewards.chosen[:, None], rewards.rejected[:, None]), batch
+        )
     _, labels = random_labels()
     with pytest.raises(ValueError, match="squeeze"):
         PREFERENCE_LOSSES.bind("orm")(rewards.chosen[:, None], labels)
@@ -336,14 +388,14 @@ def test_a_missing_label_is_an_error():
             run(name, policy_for(name, policy), bare)
 
 
-# the objective and its statistics -------------------------------------------------------------------------------------
+# the objective and its statistics ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LABELS)
 def test_shares_of_any_cut_add_up_to_one_mean(name: str):
     policy, batch = random_labels()
     loss = PREFERENCE_LOSSES.bind(name)
-    objective, whole = PreferenceObjective(loss), prepared(batch, loss)
+    objective, whole = PreferenceObjective(loss), with_batch_statistics(batch, loss)
     together = objective(policy_for(name, policy), whole, ExampleTotals(N))
     torch.testing.assert_close(together.loss, loss(policy_for(name, policy), whole).values.mean())
     parts = [
@@ -358,7 +410,9 @@ def test_shares_of_any_cut_add_up_to_one_mean(name: str):
 def test_weights_multiply_examples_and_not_the_count():
     policy, batch = random_labels()
     loss = PREFERENCE_LOSSES.bind("implicit_prm_ce")
-    weighted = PreferenceObjective(loss)(policy, dataclasses.replace(batch, weight=doubles(0, 0, 0, 2, 0, 0)), ExampleTotals(N))
+    weighted = PreferenceObjective(loss)(
+        policy, dataclasses.replace(batch, weight=doubles(0, 0, 0, 2, 0, 0)), ExampleTotals(N)
+    )
     torch.testing.assert_close(weighted.loss, 2 * loss(policy, batch).values[3] / N)
 
 
@@ -374,7 +428,9 @@ def test_what_a_loss_needs_is_a_tensor_or_a_statistic_that_exists():
     known = {"ref_logp", "previous_logp", "logp_now", "margin", "p_chosen", "label", "mismatched"}
     for name in PREFERENCE_LOSSES.names():
         spec = PREFERENCE_LOSSES.spec(name)
-        assert all(need in known or need.startswith("column:") for need in tensors_of(PREFERENCE_LOSSES.bind(name))), name
+        assert all(
+            need in known or need.startswith("column:") for need in tensors_of(PREFERENCE_LOSSES.bind(name))
+        ), name
         assert len(spec.traits & {"pairs", "labels"}) == 1
         for statistic in statistics_of(PREFERENCE_LOSSES.bind(name)):
             assert set(STATISTICS.spec(statistic).inputs) <= spec.hyperparameters.keys()

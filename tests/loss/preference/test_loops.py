@@ -13,11 +13,18 @@ from torch import Tensor
 from rltrain.advantage.best_of_n import keep_best
 from rltrain.control.paced import paced_weight, smoothed_pass_rate
 from rltrain.loss.preference.clo import spo_degree
-from rltrain.loss.preference.inpo import inpo, mirror_descent_step, mirror_prox_step, nash_mp, nash_mp_score, symmetrised
+from rltrain.loss.preference.inpo import (
+    inpo,
+    mirror_descent_step,
+    mirror_prox_step,
+    nash_mp,
+    nash_mp_score,
+    symmetrise,
+)
 from rltrain.loss.preference.margins import gamma_for, margins, mean_target, target_probability
 from rltrain.loss.preference.mmpo import ranked_pair_strengths
 from rltrain.loss.preference.superhf import kl_per_position, length_penalised, superhf
-from rltrain.types import CompletionFacts, ExampleLoss, PairBatch, PolicyPairs, PolicySequences
+from rltrain.types.preference import CompletionFacts, ExampleLoss, PairBatch, PolicyPairs, PolicySequences
 
 GAME = torch.tensor([[0.5, 0.9, 0.2], [0.1, 0.5, 0.7], [0.8, 0.3, 0.5]], dtype=torch.float64)
 
@@ -28,7 +35,9 @@ def doubles(*values: float) -> Tensor:
 
 def close(got: Tensor, *expected: float) -> bool:
     """Equal to 1e-6, one by one."""
-    return got.numel() == len(expected) and torch.allclose(got.reshape(-1), doubles(*expected), rtol=0, atol=1e-6)
+    return got.numel() == len(expected) and torch.allclose(
+        got.reshape(-1), doubles(*expected), rtol=0, atol=1e-6
+    )
 
 
 REF = doubles(0.5, 0.3, 0.2)
@@ -40,7 +49,11 @@ def test_margins_keep_the_datas_units_unless_told_otherwise():
     assert close(target_probability(margin, 0.3), 0.768525, 0.537430)
     assert close(margins(doubles(9, 7.5), doubles(5, 7), divide_by="max_abs"), 1.0, 0.125)
     # standard deviation with ddof 1 of (4, 0.5): 3.5 / sqrt(2)
-    assert close(margins(doubles(9, 7.5), doubles(5, 7), divide_by="std"), 4 * math.sqrt(2) / 3.5, 0.5 * math.sqrt(2) / 3.5)
+    assert close(
+        margins(doubles(9, 7.5), doubles(5, 7), divide_by="std"),
+        4 * math.sqrt(2) / 3.5,
+        0.5 * math.sqrt(2) / 3.5,
+    )
     assert close(margins(doubles(1), doubles(3)), -2.0)
 
 
@@ -70,7 +83,7 @@ def test_ranked_pairs_come_from_n_win_rates():
 
 def test_a_symmetrised_judge_has_no_position_bias():
     # a judge that adds 0.2 to whatever is shown first: P(a > b) = 0.7 is heard as 0.9, P(b > a) = 0.3 as 0.5
-    assert float(symmetrised(doubles(0.9), doubles(0.5))) == pytest.approx(0.7)
+    assert float(symmetrise(doubles(0.9), doubles(0.5))) == pytest.approx(0.7)
 
 
 def test_mirror_descent_step_is_the_one_inpo_fits():
@@ -88,7 +101,9 @@ def test_mirror_prox_contracts_at_the_papers_rate():
         policy = mirror_prox_step(policy, REF, GAME)[1]
     star = policy
     assert close(star, 0.522295, 0.222794, 0.254911)
-    torch.testing.assert_close(torch.softmax(REF.log() + GAME @ star / 0.5, 0), star)  # a fixed point of its best response
+    torch.testing.assert_close(
+        torch.softmax(REF.log() + GAME @ star / 0.5, 0), star
+    )  # a fixed point of its best response
     policy = REF
     for step in range(6):
         seen.append(float((star * (star / policy).log()).sum()))
@@ -108,9 +123,12 @@ def test_an_indifferent_preference_leaves_the_reference():
 
 
 def test_the_proximal_score_vanishes_at_the_proximal_policy():
-    # prox(center, opponent) maximises P - beta KL(ref) - KL(center) / eta, so the score is constant over answers there
+    # prox(center, opponent) maximises P - beta KL(ref) - KL(center) / eta, so the score is constant over
+    # answers there
     centre, opponent, eta, beta = doubles(0.4, 0.35, 0.25), doubles(0.2, 0.2, 0.6), 2.0, 0.5
-    best = torch.softmax((eta * (GAME @ opponent) + eta * beta * REF.log() + centre.log()) / (1 + eta * beta), 0).requires_grad_()
+    best = torch.softmax(
+        (eta * (GAME @ opponent) + eta * beta * REF.log() + centre.log()) / (1 + eta * beta), 0
+    ).requires_grad_()
     score = nash_mp_score(GAME @ opponent, best.log(), REF.log(), centre.log(), eta=eta, beta=beta)
     assert not score.requires_grad
     torch.testing.assert_close(score, score[0].expand(3))
@@ -128,7 +146,10 @@ def test_superhf_keeps_the_best_of_each_prompt():
 def test_superhfs_loss_is_the_released_one_or_the_usual_prior_by_name():
     prior = torch.tensor([[[0.6, 0.4, -0.2], [0.5, 0.5, 0.0]]], dtype=torch.float64, requires_grad=True)
     mask = torch.ones(1, 2, dtype=torch.bool)
-    for direction, kl, total in (("from_reference", 0.037202, 0.641878), ("to_reference", 0.036610, 0.641671)):
+    for direction, kl, total in (
+        ("from_reference", 0.037202, 0.641878),
+        ("to_reference", 0.036610, 0.641671),
+    ):
         logits = torch.tensor([[[1.0, 0.2, -0.5], [0.3, 0.8, 0.1]]], dtype=torch.float64, requires_grad=True)
         logp = logits.log_softmax(-1).gather(-1, torch.tensor([[[0], [1]]]))[..., 0]
         nll, pull = superhf(logp, kl_per_position(logits, prior, direction=direction), mask)
@@ -158,7 +179,9 @@ def test_paced_weights_peak_where_the_student_half_succeeds():
 
 
 def test_spos_degree_loss_is_a_cross_entropy():
-    logits = torch.tensor([[2.0, 0.5, -0.5, -1.0], [0.2, 0.9, 0.4, -0.3], [-0.6, 0.1, 0.3, 1.1]], dtype=torch.float64)
+    logits = torch.tensor(
+        [[2.0, 0.5, -0.5, -1.0], [0.2, 0.9, 0.4, -0.3], [-0.6, 0.1, 0.3, 1.1]], dtype=torch.float64
+    )
     degree = torch.tensor([0, 1, 3])
     assert close(spo_degree(logits, degree), 0.303803, 0.877263, 0.693093)
     # with DPO's mean 0.687142 and weight 0.1: 0.749614
@@ -167,30 +190,50 @@ def test_spos_degree_loss_is_a_cross_entropy():
 
 
 def fitted(loss: Callable[..., ExampleLoss], centre: Tensor, opponent: Tensor, **settings: float) -> Tensor:
-    """(3,) the policy that minimises the loss over all pairs of two independent samples of ``opponent``, each verdict as likely as it is.
+    """(3,) the policy that minimises the loss over all pairs of two independent samples of ``opponent``, each
+    verdict as likely as it is.
 
-    A square in the three logits: one Newton step from anywhere lands on the minimum (up to the constant that softmax removes).
+    A square in the three logits: one Newton step from anywhere lands on the minimum (up to the constant that
+    softmax removes).
     """
     first, second = torch.cartesian_prod(torch.arange(3), torch.arange(3)).unbind(1)
-    weight = opponent[first] * opponent[second] * GAME[first, second]  # first is drawn, second is drawn, first wins
-    facts = [CompletionFacts(torch.ones(9), ref_logp=REF.log()[side], previous_logp=centre.log()[side]) for side in (first, second)]
+    weight = (
+        opponent[first] * opponent[second] * GAME[first, second]
+    )  # first is drawn, second is drawn, first wins
+    facts = [
+        CompletionFacts(torch.ones(9), ref_logp=REF.log()[side], previous_logp=centre.log()[side])
+        for side in (first, second)
+    ]
     batch = PairBatch(*facts, prompt=torch.arange(9))
 
     def total(logits: Tensor) -> Tensor:
         logp = logits.log_softmax(0)
-        return (weight * loss(PolicyPairs(PolicySequences(logp[first]), PolicySequences(logp[second])), batch, **settings).values).sum()
+        return (
+            weight
+            * loss(
+                PolicyPairs(PolicySequences(logp[first]), PolicySequences(logp[second])), batch, **settings
+            ).values
+        ).sum()
 
     start = torch.zeros(3, dtype=torch.float64)
-    slope, curvature = torch.autograd.functional.jacobian(total, start), torch.autograd.functional.hessian(total, start)
+    slope, curvature = (
+        torch.autograd.functional.jacobian(total, start),
+        torch.autograd.functional.hessian(total, start),
+    )
     return torch.softmax(start - torch.linalg.pinv(curvature) @ slope, 0)
 
 
 def test_the_losses_minimum_over_sampled_pairs_is_the_step_they_stand_for():
     centre, opponent = doubles(0.4, 0.35, 0.25), doubles(0.2, 0.2, 0.6)
-    torch.testing.assert_close(fitted(inpo, centre, centre, eta=0.5, tau=0.2), mirror_descent_step(centre, REF, GAME, eta=0.5, tau=0.2))
+    torch.testing.assert_close(
+        fitted(inpo, centre, centre, eta=0.5, tau=0.2),
+        mirror_descent_step(centre, REF, GAME, eta=0.5, tau=0.2),
+    )
     for eta, beta in ((2.0, 0.5), (1.0, 0.1)):
         # (1 + eta beta) ln pi = eta P(. > opponent) + eta beta ln pi_ref + ln centre + constant
-        wanted = torch.softmax((eta * (GAME @ opponent) + eta * beta * REF.log() + centre.log()) / (1 + eta * beta), 0)
+        wanted = torch.softmax(
+            (eta * (GAME @ opponent) + eta * beta * REF.log() + centre.log()) / (1 + eta * beta), 0
+        )
         torch.testing.assert_close(fitted(nash_mp, centre, opponent, eta=eta, beta=beta), wanted)
 
 
@@ -204,17 +247,25 @@ def test_iterating_the_losses_reaches_the_regularised_nash_policy():
         half = fitted(nash_mp, centre, centre, eta=2.0, beta=0.5)
         policy = fitted(nash_mp, centre, half, eta=2.0, beta=0.5)
         distances.append(float((star * (star / policy).log()).sum()))
-    assert all(later / earlier <= 0.5 for earlier, later in itertools.pairwise(distances[:6]))  # 1 / (1 + 2 beta)
+    assert all(
+        later / earlier <= 0.5 for earlier, later in itertools.pairwise(distances[:6])
+    )  # 1 / (1 + 2 beta)
     torch.testing.assert_close(policy, star, atol=1e-4, rtol=0)
     policy = REF
-    for _ in range(300):  # every step its own centre; tau is the weight of the KL, and a small step size is a large eta
+    for _ in range(
+        300
+    ):  # every step its own centre; tau is the weight of the KL, and a small step size is a large eta
         policy = fitted(inpo, policy, policy, eta=2.0, tau=0.5)
     torch.testing.assert_close(policy, star, atol=1e-6, rtol=0)
 
 
 def test_nash_mp_refuses_steps_beyond_its_guarantee():
     batch = PairBatch(
-        *(CompletionFacts(torch.ones(1), ref_logp=torch.zeros(1), previous_logp=torch.zeros(1)) for _ in "cr"), torch.zeros(1)
+        *(
+            CompletionFacts(torch.ones(1), ref_logp=torch.zeros(1), previous_logp=torch.zeros(1))
+            for _ in "cr"
+        ),
+        torch.zeros(1),
     )
     policy = PolicyPairs(PolicySequences(torch.zeros(1)), PolicySequences(torch.zeros(1)))
     for settings in ({"eta": 2.1}, {"eta": 0.0}, {"beta": 0.0}):

@@ -1,4 +1,6 @@
-"""What every pairwise loss owes: its constant at the reference, invariances, gradients in closed form, finite extremes."""
+"""What every pairwise loss owes: its constant at the reference, invariances, gradients in closed
+form, finite extremes.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,15 @@ from torch import Tensor
 from rltrain.loss.preference import PREFERENCE_LOSSES
 from rltrain.loss.preference.dpo import soft_logistic
 from rltrain.loss.preference.f_dpo import divergence_score
-from rltrain.loss.preference.statistics import prepared
-from rltrain.types import CompletionFacts, ExampleLoss, PairBatch, PolicyPairs, PolicySequences, RewardPairs
+from rltrain.loss.preference.statistics import with_batch_statistics
+from rltrain.types.preference import (
+    CompletionFacts,
+    ExampleLoss,
+    PairBatch,
+    PolicyPairs,
+    PolicySequences,
+    RewardPairs,
+)
 
 N = 6
 LN2 = math.log(2)
@@ -34,13 +43,15 @@ def random_pairs(seed: int = 0) -> tuple[PolicyPairs, PairBatch]:
     (chosen, chosen_facts), (rejected, rejected_facts) = side(10), side(20)
     columns = {"is_target_language": torch.tensor([1.0, 0, 1, 0, 0, 1], dtype=torch.float64)}
     margin, p_chosen = doubles(N, seed=3).abs(), torch.sigmoid(doubles(N, seed=4))
-    batch = PairBatch(chosen_facts, rejected_facts, torch.arange(N), margin=margin, p_chosen=p_chosen, columns=columns)
+    batch = PairBatch(
+        chosen_facts, rejected_facts, torch.arange(N), margin=margin, p_chosen=p_chosen, columns=columns
+    )
     return PolicyPairs(chosen, rejected), batch
 
 
 def run(name: str, policy: PolicyPairs, batch: PairBatch, **hp: Any) -> ExampleLoss:
     loss = PREFERENCE_LOSSES.bind(name, hp)
-    return loss(policy, prepared(batch, loss))
+    return loss(policy, with_batch_statistics(batch, loss))
 
 
 def at_the_reference(policy: PolicyPairs, batch: PairBatch) -> PairBatch:
@@ -48,13 +59,17 @@ def at_the_reference(policy: PolicyPairs, batch: PairBatch) -> PairBatch:
         here = sequences.logp.detach()
         return dataclasses.replace(facts, ref_logp=here, previous_logp=here, logp_now=here)
 
-    return dataclasses.replace(batch, chosen=settle(batch.chosen, policy.chosen), rejected=settle(batch.rejected, policy.rejected))
+    return dataclasses.replace(
+        batch, chosen=settle(batch.chosen, policy.chosen), rejected=settle(batch.rejected, policy.rejected)
+    )
 
 
 def margin_of(policy: PolicyPairs, batch: PairBatch) -> Tensor:
     """Delta, (N,)."""
     assert batch.chosen.ref_logp is not None and batch.rejected.ref_logp is not None
-    return (policy.chosen.logp - batch.chosen.ref_logp - policy.rejected.logp + batch.rejected.ref_logp).detach()
+    return (
+        policy.chosen.logp - batch.chosen.ref_logp - policy.rejected.logp + batch.rejected.ref_logp
+    ).detach()
 
 
 LOG_PROB_PAIRS = [
@@ -62,7 +77,11 @@ LOG_PROB_PAIRS = [
     for name in PREFERENCE_LOSSES.names()
     if {"pairs"} <= (traits := PREFERENCE_LOSSES.spec(name).traits) and "scalar_head" not in traits
 ]
-HP: dict[str, dict[str, Any]] = {"mmpo": {"gamma": 0.7}, "clo": {"sft_share": 0.0}, "rpo": {"sft_weight": 0.0}}
+HP: dict[str, dict[str, Any]] = {
+    "mmpo": {"gamma": 0.7},
+    "clo": {"sft_share": 0.0},
+    "rpo": {"sft_weight": 0.0},
+}
 
 
 @pytest.mark.parametrize(
@@ -99,7 +118,9 @@ def test_a_policy_at_its_reference_has_the_stated_loss(name: str, hp: dict[str, 
 
 def test_the_list_of_constants_has_every_pairwise_loss():
     listed = {
-        mark.args[1][i][0] for mark in test_a_policy_at_its_reference_has_the_stated_loss.pytestmark for i in range(len(mark.args[1]))
+        mark.args[1][i][0]
+        for mark in test_a_policy_at_its_reference_has_the_stated_loss.pytestmark
+        for i in range(len(mark.args[1]))
     }
     assert listed | {"dpo_reference_free"} == set(LOG_PROB_PAIRS)
 
@@ -109,14 +130,19 @@ def test_gradcheck_values_and_only_the_policy_has_a_gradient(name: str):
     policy, batch = random_pairs()
 
     def total(chosen: Tensor, rejected: Tensor) -> Tensor:
-        return run(name, PolicyPairs(PolicySequences(chosen), PolicySequences(rejected)), batch, **HP.get(name, {})).values
+        return run(
+            name, PolicyPairs(PolicySequences(chosen), PolicySequences(rejected)), batch, **HP.get(name, {})
+        ).values
 
     assert torch.autograd.gradcheck(total, (policy.chosen.logp, policy.rejected.logp))
     for facts in (batch.chosen, batch.rejected):
         for frozen in (facts.ref_logp, facts.previous_logp, facts.logp_now):
             frozen.requires_grad_()  # even where the caller forgot to detach
     run(name, policy, batch, **HP.get(name, {})).values.sum().backward()
-    assert all(facts.ref_logp.grad is None and facts.previous_logp.grad is None for facts in (batch.chosen, batch.rejected))
+    assert all(
+        facts.ref_logp.grad is None and facts.previous_logp.grad is None
+        for facts in (batch.chosen, batch.rejected)
+    )
     assert policy.chosen.logp.grad is not None
 
 
@@ -125,25 +151,34 @@ def test_a_row_does_not_see_the_others(name: str):
     # micro-batches: the statistics stay the whole batch's, so that any cut gives the same values
     policy, batch = random_pairs()
     loss = PREFERENCE_LOSSES.bind(name, HP.get(name, {}))
-    whole = prepared(batch, loss)
+    whole = with_batch_statistics(batch, loss)
     all_values = loss(policy, whole).values
     for index in (torch.tensor([4]), torch.tensor([5, 0, 2])):
-        part = PolicyPairs(PolicySequences(policy.chosen.logp[index]), PolicySequences(policy.rejected.logp[index]))
+        part = PolicyPairs(
+            PolicySequences(policy.chosen.logp[index]), PolicySequences(policy.rejected.logp[index])
+        )
         torch.testing.assert_close(loss(part, whole.rows(index)).values, all_values[index], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", LOG_PROB_PAIRS)
 @pytest.mark.parametrize("gap", [1e4, -1e4])
 def test_extreme_log_ratios_are_finite_in_value_and_gradient(name: str, gap: float):
-    logp = torch.tensor([-2.0, -1e4, -3e4], requires_grad=True), torch.tensor([-2.0, -1e4, -3e4], requires_grad=True)
+    logp = (
+        torch.tensor([-2.0, -1e4, -3e4], requires_grad=True),
+        torch.tensor([-2.0, -1e4, -3e4], requires_grad=True),
+    )
 
     def facts(sign: int) -> CompletionFacts:
-        return CompletionFacts(torch.tensor([3, 700, 900]), torch.full((3,), sign * gap), torch.full((3,), -5.0), torch.zeros(3))
+        return CompletionFacts(
+            torch.tensor([3, 700, 900]), torch.full((3,), sign * gap), torch.full((3,), -5.0), torch.zeros(3)
+        )
 
     columns = {"is_target_language": torch.tensor([1.0, 0.0, 0.0])}
     ones = torch.ones(3)
     batch = PairBatch(facts(1), facts(-1), torch.arange(3), margin=ones, p_chosen=0.9 * ones, columns=columns)
-    result = run(name, PolicyPairs(PolicySequences(logp[0]), PolicySequences(logp[1])), batch, **HP.get(name, {}))
+    result = run(
+        name, PolicyPairs(PolicySequences(logp[0]), PolicySequences(logp[1])), batch, **HP.get(name, {})
+    )
     result.values.sum().backward()
     assert result.values.isfinite().all()
     assert logp[0].grad.isfinite().all() and logp[1].grad.isfinite().all()
@@ -155,7 +190,11 @@ def test_extreme_log_ratios_are_finite_in_value_and_gradient(name: str, gap: flo
     [  # dL / d logp_chosen, written out
         ("dpo", {"beta": 0.3}, lambda z: -0.3 * torch.sigmoid(-z)),
         ("cdpo", {"beta": 0.3, "flip_rate": 0.1}, lambda z: 0.3 * (torch.sigmoid(z) - 0.9)),
-        ("robust_dpo", {"beta": 0.3}, lambda z: 0.3 * (-0.9 * torch.sigmoid(-z) - 0.1 * torch.sigmoid(z)) / 0.8),
+        (
+            "robust_dpo",
+            {"beta": 0.3},
+            lambda z: 0.3 * (-0.9 * torch.sigmoid(-z) - 0.1 * torch.sigmoid(z)) / 0.8,
+        ),
         ("hinge", {"beta": 0.3}, lambda z: -0.3 * (z < 1).double()),
         ("ipo", {"tau": 0.2}, lambda z: 2 * (z / 0.3 - 2.5)),
         ("rpo", {"beta": 0.3, "sft_weight": 0.05}, lambda z: -0.3 * (torch.sigmoid(-z) + 0.05)),
@@ -165,7 +204,9 @@ def test_extreme_log_ratios_are_finite_in_value_and_gradient(name: str, gap: flo
 def test_the_gradient_is_the_closed_form(name: str, hp: dict[str, Any], slope: Any):
     policy, batch = random_pairs()
     run(name, policy, batch, **hp).values.sum().backward()
-    torch.testing.assert_close(policy.chosen.logp.grad, slope(0.3 * margin_of(policy, batch)), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        policy.chosen.logp.grad, slope(0.3 * margin_of(policy, batch)), rtol=1e-10, atol=1e-12
+    )
 
 
 def test_soft_targets_pull_the_margin_to_gamma_times_the_datas():
@@ -179,7 +220,7 @@ def test_soft_targets_pull_the_margin_to_gamma_times_the_datas():
     torch.testing.assert_close(values.detach(), -(p * p.log() + (1 - p) * (1 - p).log()))
 
 
-# equivalences ---------------------------------------------------------------------------------------------------------
+# equivalences -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -207,41 +248,57 @@ def test_it_equals_dpo_bit_for_bit(name: str, hp: dict[str, Any]):
 )
 def test_it_tends_to_dpo(name: str, hp: dict[str, Any], tolerance: float):
     policy, batch = random_pairs()
-    torch.testing.assert_close(run(name, policy, batch, **hp).values, run("dpo", policy, batch).values, rtol=0, atol=tolerance)
+    torch.testing.assert_close(
+        run(name, policy, batch, **hp).values, run("dpo", policy, batch).values, rtol=0, atol=tolerance
+    )
 
 
 def test_certain_preferences_are_dpo():
     policy, batch = random_pairs()
     dpo = run("dpo", policy, batch).values
-    certain = dataclasses.replace(batch, p_chosen=torch.ones(N).double(), margin=torch.full((N,), 1e6).double())
+    certain = dataclasses.replace(
+        batch, p_chosen=torch.ones(N).double(), margin=torch.full((N,), 1e6).double()
+    )
     torch.testing.assert_close(run("osp", policy, certain).values, dpo)
     torch.testing.assert_close(run("mmpo", policy, certain, beta=0.1, gamma=1.0).values, dpo)
 
 
 def test_a_constant_target_is_cdpo():
     policy, batch = random_pairs()
-    batch = dataclasses.replace(batch, p_chosen=torch.full((N,), 0.9).double(), margin=torch.full((N,), math.log(9) / 0.7).double())
+    batch = dataclasses.replace(
+        batch, p_chosen=torch.full((N,), 0.9).double(), margin=torch.full((N,), math.log(9) / 0.7).double()
+    )
     cdpo = run("cdpo", policy, batch, flip_rate=0.1).values
     torch.testing.assert_close(run("osp", policy, batch).values, cdpo)
-    torch.testing.assert_close(run("mmpo", policy, batch, beta=0.1, gamma=0.7).values, cdpo)  # sigmoid(ln 9) = 0.9
+    torch.testing.assert_close(
+        run("mmpo", policy, batch, beta=0.1, gamma=0.7).values, cdpo
+    )  # sigmoid(ln 9) = 0.9
 
 
 def test_osp_is_mmpo_with_its_targets_written_out():
     policy, batch = random_pairs()
     stated = dataclasses.replace(batch, p_chosen=torch.sigmoid(0.7 * batch.margin))
-    torch.testing.assert_close(run("osp", policy, stated).values, run("mmpo", policy, batch, beta=0.1, gamma=0.7).values)
+    torch.testing.assert_close(
+        run("osp", policy, stated).values, run("mmpo", policy, batch, beta=0.1, gamma=0.7).values
+    )
 
 
 def test_alpha_one_is_the_forward_kl_and_trl_counts_from_the_other_end():
     policy, batch = random_pairs()
     forward = run("f_dpo", policy, batch, divergence="forward_kl").values
-    torch.testing.assert_close(run("f_dpo", policy, batch, divergence="alpha", alpha_forward=1.0).values, forward)
+    torch.testing.assert_close(
+        run("f_dpo", policy, batch, divergence="alpha", alpha_forward=1.0).values, forward
+    )
     # TRL: f'(rho) = (rho^(a-1) - 1) / (a - 1) with a = 1 - alpha_forward
     u = margin_of(policy, batch), policy.chosen.logp.detach() - batch.chosen.ref_logp
     chosen, rejected = u[1], u[1] - u[0]
     a = 0.7
-    trl = -torch.nn.functional.logsigmoid(0.1 * (torch.expm1((a - 1) * chosen) - torch.expm1((a - 1) * rejected)) / (a - 1))
-    torch.testing.assert_close(run("f_dpo", policy, batch, divergence="alpha", alpha_forward=0.3).values.detach(), trl)
+    trl = -torch.nn.functional.logsigmoid(
+        0.1 * (torch.expm1((a - 1) * chosen) - torch.expm1((a - 1) * rejected)) / (a - 1)
+    )
+    torch.testing.assert_close(
+        run("f_dpo", policy, batch, divergence="alpha", alpha_forward=0.3).values.detach(), trl
+    )
 
 
 def test_inpo_from_the_reference_is_ipo():
@@ -251,7 +308,9 @@ def test_inpo_from_the_reference_is_ipo():
         for name, side in (("chosen", batch.chosen), ("rejected", batch.rejected))
     }
     batch = dataclasses.replace(batch, **sides)
-    torch.testing.assert_close(run("inpo", policy, batch, eta=0.2, tau=0.05).values, run("ipo", policy, batch, tau=0.2).values)
+    torch.testing.assert_close(
+        run("inpo", policy, batch, eta=0.2, tau=0.05).values, run("ipo", policy, batch, tau=0.2).values
+    )
 
 
 def test_napo_at_one_is_the_mean_absolute_error():
@@ -260,14 +319,20 @@ def test_napo_at_one_is_the_mean_absolute_error():
     torch.testing.assert_close(values, torch.sigmoid(-0.1 * margin_of(policy, batch)))
 
 
-# invariances ----------------------------------------------------------------------------------------------------------
+# invariances ------------------------------------------------------------------------------------------------
 
 
 def test_robust_dpo_is_unbiased_under_flips():
     # (1 - e) robust(z) + e robust(-z) = dpo(z)
     policy, batch = random_pairs()
-    flipped = PolicyPairs(policy.rejected, policy.chosen), dataclasses.replace(batch, chosen=batch.rejected, rejected=batch.chosen)
-    mixed = 0.7 * run("robust_dpo", policy, batch, flip_rate=0.3).values + 0.3 * run("robust_dpo", *flipped, flip_rate=0.3).values
+    flipped = (
+        PolicyPairs(policy.rejected, policy.chosen),
+        dataclasses.replace(batch, chosen=batch.rejected, rejected=batch.chosen),
+    )
+    mixed = (
+        0.7 * run("robust_dpo", policy, batch, flip_rate=0.3).values
+        + 0.3 * run("robust_dpo", *flipped, flip_rate=0.3).values
+    )
     torch.testing.assert_close(mixed, run("dpo", policy, batch).values)
 
 
@@ -275,16 +340,24 @@ def test_swapping_a_pair_and_negating_its_margin_changes_nothing():
     policy, batch = random_pairs()
     swapped = dataclasses.replace(batch, chosen=batch.rejected, rejected=batch.chosen, margin=-batch.margin)
     torch.testing.assert_close(
-        run("mmpo", PolicyPairs(policy.rejected, policy.chosen), swapped, gamma=0.7).values, run("mmpo", policy, batch, gamma=0.7).values
+        run("mmpo", PolicyPairs(policy.rejected, policy.chosen), swapped, gamma=0.7).values,
+        run("mmpo", policy, batch, gamma=0.7).values,
     )
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in LOG_PROB_PAIRS if name not in ("nca", "f_dpo", "ipo", "dpo_length_normalised", "napo", "clo", "rpo")]
+    "name",
+    [
+        name
+        for name in LOG_PROB_PAIRS
+        if name not in ("nca", "f_dpo", "ipo", "dpo_length_normalised", "napo", "clo", "rpo")
+    ],
 )
 def test_a_constant_on_both_log_probs_of_a_pair_changes_nothing(name: str):
     policy, batch = random_pairs()
-    shifted = PolicyPairs(PolicySequences(policy.chosen.logp + 3.5), PolicySequences(policy.rejected.logp + 3.5))
+    shifted = PolicyPairs(
+        PolicySequences(policy.chosen.logp + 3.5), PolicySequences(policy.rejected.logp + 3.5)
+    )
     hp = HP.get(name, {})
     torch.testing.assert_close(run(name, shifted, batch, **hp).values, run(name, policy, batch, **hp).values)
 
@@ -301,14 +374,20 @@ def test_f_dpo_counts_rows_that_it_clamps_and_gives_them_no_gradient():
     chosen = torch.tensor([-90.0, 0.0], requires_grad=True)
     facts = CompletionFacts(torch.tensor([5, 5]), torch.zeros(2))
     batch = PairBatch(facts, facts, torch.arange(2))
-    result = run("f_dpo", PolicyPairs(PolicySequences(chosen), PolicySequences(torch.zeros(2))), batch, divergence="forward_kl")
+    result = run(
+        "f_dpo",
+        PolicyPairs(PolicySequences(chosen), PolicySequences(torch.zeros(2))),
+        batch,
+        divergence="forward_kl",
+    )
     result.values.sum().backward()
     assert result.metrics["clamped"].tolist() == [1.0, 0.0]
     assert chosen.grad[0] == 0 and chosen.grad[1] != 0
 
 
 def test_h_dpos_optimum_gives_the_rewards_back_and_its_entropy_rises_with_alpha():
-    # on three answers, pi* ~ pi_ref^(1/alpha) exp(r / (alpha beta)): implicit rewards differ exactly as the rewards do
+    # on three answers, pi* ~ pi_ref^(1/alpha) exp(r / (alpha beta)): implicit rewards differ exactly as the
+    # rewards do
     ref, r, beta = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([0.05, 0.2, 0.0]).double(), 0.1
     entropies = []
     for alpha in (0.8, 0.9, 1.0, 1.2):
@@ -316,7 +395,9 @@ def test_h_dpos_optimum_gives_the_rewards_back_and_its_entropy_rises_with_alpha(
         first, second = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 0])
         facts = [CompletionFacts(torch.ones(3).long(), ref.log()[side]) for side in (first, second)]
         policy = PolicyPairs(PolicySequences(best.log()[first]), PolicySequences(best.log()[second]))
-        metrics = run("h_dpo", policy, PairBatch(facts[0], facts[1], torch.zeros(3).long()), alpha=alpha, beta=beta).metrics
+        metrics = run(
+            "h_dpo", policy, PairBatch(facts[0], facts[1], torch.zeros(3).long()), alpha=alpha, beta=beta
+        ).metrics
         torch.testing.assert_close(metrics["margin"], r[first] - r[second])
         entropies.append(float(-(best * best.log()).sum()))
     assert entropies == sorted(entropies)
@@ -327,14 +408,18 @@ def test_rpos_gradient_never_falls_below_its_imitation_weight():
     chosen = torch.tensor([500.0], dtype=torch.float64, requires_grad=True)
     facts = CompletionFacts(torch.tensor([4]), torch.zeros(1).double())
     batch = PairBatch(facts, facts, torch.zeros(1).long())
-    run("rpo", PolicyPairs(PolicySequences(chosen), PolicySequences(torch.zeros(1).double())), batch, beta=0.1).values.sum().backward()
+    run(
+        "rpo", PolicyPairs(PolicySequences(chosen), PolicySequences(torch.zeros(1).double())), batch, beta=0.1
+    ).values.sum().backward()
     torch.testing.assert_close(chosen.grad, torch.tensor([-0.1 * 0.005]).double())
 
 
 def test_clo_without_target_rows_is_its_preference_part():
     policy, batch = random_pairs()
     none = dataclasses.replace(batch, columns={"is_target_language": torch.zeros(N).double()})
-    torch.testing.assert_close(run("clo", policy, none, sft_share=0.25).values, 0.75 * run("dpo", policy, batch).values)
+    torch.testing.assert_close(
+        run("clo", policy, none, sft_share=0.25).values, 0.75 * run("dpo", policy, batch).values
+    )
 
 
 def test_clo_of_imitation_only_has_no_gradient_from_english_rows():
@@ -355,7 +440,7 @@ def test_both_sides_of_the_metrics():
     assert run("dpo", policy, tie).metrics["accuracy"].sum() == 0  # a tie is not right
 
 
-# bad input ------------------------------------------------------------------------------------------------------------
+# bad input --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mmpo", "bradley_terry_margin", "bradley_terry_mmpo"])

@@ -1,6 +1,8 @@
-"""Every case of known_answers/preference.json: the authors' formulas in numpy on small batches, in float64, to 1e-6.
+"""Every case of known_answers/preference.json: the authors' formulas in numpy on small batches, in float64,
+to 1e-6.
 
-"given" names a batch of the file. "logp" is the current policy's, of which ``logp_now`` is a copy; "reward" is a scalar head's.
+"given" names a batch of the file. "logp" is the current policy's, of which ``logp_now`` is a copy; "reward"
+is a scalar head's.
 """
 
 from __future__ import annotations
@@ -17,11 +19,21 @@ from torch import Tensor
 
 from rltrain.loss.preference import PREFERENCE_LOSSES
 from rltrain.loss.preference.objective import PreferenceObjective
-from rltrain.loss.preference.statistics import prepared
+from rltrain.loss.preference.statistics import with_batch_statistics
 from rltrain.registry import BoundMethod
-from rltrain.types import CompletionFacts, ExampleTotals, LabelBatch, PairBatch, PolicyPairs, PolicySequences, RewardPairs
+from rltrain.types.preference import (
+    CompletionFacts,
+    ExampleTotals,
+    LabelBatch,
+    PairBatch,
+    PolicyPairs,
+    PolicySequences,
+    RewardPairs,
+)
 
-FILE = json.loads((Path(__file__).parents[2] / "known_answers" / "preference.json").read_text(encoding="utf-8"))
+FILE = json.loads(
+    (Path(__file__).parents[2] / "known_answers" / "preference.json").read_text(encoding="utf-8")
+)
 CASES: dict[str, Mapping[str, Any]] = {case["id"]: case for case in FILE["cases"] if "preference" in case}
 
 
@@ -38,19 +50,27 @@ def facts(given: Mapping[str, Any]) -> CompletionFacts:
 
 def batch_of(case: Mapping[str, Any], loss: BoundMethod) -> PairBatch | LabelBatch:
     given = FILE["given"][case["given"]]
-    sides = {name: facts(given[name]) for name in ("chosen", "rejected", "completion", "mismatched") if name in given}
+    sides = {
+        name: facts(given[name])
+        for name in ("chosen", "rejected", "completion", "mismatched")
+        if name in given
+    }
     rest = {name: tensor(given[name]) for name in ("margin", "p_chosen", "label") if name in given}
     rows = len(next(iter(sides.values())).length)
     kind = PairBatch if "chosen" in sides else LabelBatch
     columns = {name: tensor(values) for name, values in given.get("columns", {}).items()}
-    return prepared(kind(**sides, **rest, prompt=torch.zeros(rows, dtype=torch.int64), columns=columns), loss)
+    return with_batch_statistics(
+        kind(**sides, **rest, prompt=torch.zeros(rows, dtype=torch.int64), columns=columns), loss
+    )
 
 
 def leaves(case: Mapping[str, Any]) -> dict[str, Tensor]:
     """By side, the tensor with a gradient: log-probs or head rewards."""
     given = FILE["given"][case["given"]]
     sides = {name: given[name] for name in ("chosen", "rejected", "completion") if name in given}
-    return {name: tensor(side.get("logp", side.get("reward"))).requires_grad_() for name, side in sides.items()}
+    return {
+        name: tensor(side.get("logp", side.get("reward"))).requires_grad_() for name, side in sides.items()
+    }
 
 
 def policy_of(leaf: dict[str, Tensor], loss: BoundMethod) -> Any:
@@ -61,7 +81,9 @@ def policy_of(leaf: dict[str, Tensor], loss: BoundMethod) -> Any:
 
 
 def bound(case: Mapping[str, Any]) -> BoundMethod:
-    return PREFERENCE_LOSSES.bind(case["preference"]["name"], {key: value for key, value in case["preference"].items() if key != "name"})
+    return PREFERENCE_LOSSES.bind(
+        case["preference"]["name"], {key: value for key, value in case["preference"].items() if key != "name"}
+    )
 
 
 def values(case: Mapping[str, Any], leaf: dict[str, Tensor]) -> Tensor:
@@ -88,7 +110,9 @@ QUANTITIES: dict[str, Callable[[Mapping[str, Any]], Tensor]] = {
     "example mean": lambda case: mean(case, leaves(case)),
     "example gradient": gradient,
     "example metric": lambda case: (
-        bound(case)(policy_of(leaves(case), bound(case)), batch_of(case, bound(case))).metrics[case["metric"]].double()
+        bound(case)(policy_of(leaves(case), bound(case)), batch_of(case, bound(case)))
+        .metrics[case["metric"]]
+        .double()
     ),
     "statistic": lambda case: batch_of(case, bound(case)).statistics[case["statistic"]],
 }
@@ -106,15 +130,23 @@ def test_the_known_answer_comes_out_in_float64(name: str):
 def test_the_known_answer_comes_out_in_float32(name: str):
     case = CASES[name]
     loss, batch = bound(case), batch_of(case, bound(case))
-    narrow = {name: getattr(batch, name).float() for name in ("margin", "p_chosen", "label") if getattr(batch, name, None) is not None}
+    narrow = {
+        name: getattr(batch, name).float()
+        for name in ("margin", "p_chosen", "label")
+        if getattr(batch, name, None) is not None
+    }
     sides = {}
     for name in ("chosen", "rejected", "completion"):
         if (side := getattr(batch, name, None)) is not None:
             single = {
-                f.name: v.float() for f in dataclasses.fields(side) if (v := getattr(side, f.name)) is not None and f.name != "length"
+                f.name: v.float()
+                for f in dataclasses.fields(side)
+                if (v := getattr(side, f.name)) is not None and f.name != "length"
             }
             sides[name] = dataclasses.replace(side, **single)
-    batch = dataclasses.replace(batch, **narrow, **sides, columns={key: value.float() for key, value in batch.columns.items()})
+    batch = dataclasses.replace(
+        batch, **narrow, **sides, columns={key: value.float() for key, value in batch.columns.items()}
+    )
     leaf = {name: value.detach().float().requires_grad_() for name, value in leaves(case).items()}
     got = loss(policy_of(leaf, loss), batch).values
     assert got.dtype == torch.float32

@@ -1,0 +1,27 @@
+"""Whatever somebody else's code raises, as data."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+
+class Caught:
+    """Whatever somebody else's code raises inside the block, SystemExit included, as ``error``.
+
+    The only place that accepts every exception: a user's grader may raise anything, and its failure has to
+    become data.
+    """
+
+    error: BaseException | None = None
+
+    def __enter__(self) -> Caught:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self.error = error
+        return not isinstance(error, KeyboardInterrupt)
+
+    def __str__(self) -> str:
+        return f"{type(self.error).__name__}: {self.error}"

@@ -1,0 +1,1 @@
+"""What is read out of finished runs: comparisons, selections, where a solution first goes wrong."""

@@ -1,0 +1,140 @@
+"""Choosing among n answers: who wins, and the KL that choosing spends. Numbers and numpy only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = [
+    "best",
+    "best_of_n",
+    "expected_best",
+    "kl_bound",
+    "majority",
+    "n_for_kl",
+    "tilt",
+    "tilt_of_kl",
+    "vote_weights",
+]
+
+Answer = TypeVar("Answer", bound=Hashable)
+
+
+def best(scores: Sequence[float]) -> int:
+    """Index of the largest score, the first on ties.
+
+    A NaN never wins; raises ValueError where nothing else is there.
+    """
+    scored = [index for index, score in enumerate(scores) if not math.isnan(score)]
+    if not scored:
+        raise ValueError(f"none of {len(scores)} answers has a score")
+    return max(scored, key=lambda index: scores[index])
+
+
+def vote_weights(answers: Sequence[Answer], scores: Sequence[float]) -> dict[Answer, float]:
+    """Summed ``sigmoid(score)`` of each distinct answer, in order of first appearance, arXiv:2412.01981.
+
+    Scores keep the reward model's training beta. At a thousandth of it every sigmoid is 1/2 and this is plain
+    majority voting.
+    """
+    totals: dict[Answer, float] = {}
+    for answer, score in zip(answers, scores, strict=True):
+        totals[answer] = totals.get(answer, 0.0) + 0.5 * (1 + math.tanh(score / 2))
+    return totals
+
+
+def majority(answers: Sequence[Answer]) -> Answer:
+    """The most frequent answer, the first to appear on ties."""
+    counts = vote_weights(answers, [0.0] * len(answers))
+    return max(counts, key=lambda answer: counts[answer])
+
+
+def kl_bound(n: int) -> float:
+    """nats: ``log n - (n - 1) / n``, which KL(best of n, sampled) never exceeds and continuous scores
+    reach, arXiv:2404.01730.
+    """
+    if n < 1:
+        raise ValueError(f"best of {n}: n must be at least 1")
+    return math.log(n) - (n - 1) / n
+
+
+def n_for_kl(kl: float) -> float:
+    """The (real) n whose ``kl_bound`` is ``kl`` nats: the best-of-n a policy at that distance should
+    be compared with.
+    """
+    if kl < 0:
+        raise ValueError(f"a KL divergence is not negative, got {kl}")
+    return _root(lambda n: math.log(n) - (n - 1) / n - kl, low=1.0, high=2.0)
+
+
+def best_of_n(probability: ArrayLike, score: ArrayLike, n: int) -> NDArray[np.float64]:
+    """(K,) distribution of the best-scored of n draws from ``probability (K,)``; equal scores share in
+    proportion to it.
+
+    ``F(y)^n - F(y-)^n`` with F the distribution function of the score.
+    """
+    p, s = np.asarray(probability, dtype=np.float64), np.asarray(score, dtype=np.float64)
+    tied = s[:, None] == s[None, :]
+    below, mass = (s[None, :] < s[:, None]) @ p, tied @ p
+    won = (below + mass) ** n - below**n
+    return np.divide(won * p, mass, out=np.zeros_like(p), where=mass > 0)
+
+
+def tilt(probability: ArrayLike, reward: ArrayLike, strength: float) -> NDArray[np.float64]:
+    """(K,) ``p exp(strength r) / Z``: the policy of largest expected reward at its KL to ``probability``."""
+    p, r = np.asarray(probability, dtype=np.float64), np.asarray(reward, dtype=np.float64)
+    weights = p * np.exp(strength * (r - r.max()))
+    return weights / weights.sum()
+
+
+def tilt_of_kl(probability: ArrayLike, reward: ArrayLike, kl: float) -> float:
+    """The strength at which ``tilt`` lies ``kl`` nats from ``probability``: for comparing best of n
+    at equal KL.
+    """
+    p = np.asarray(probability, dtype=np.float64)
+    return _root(lambda strength: _kl(tilt(p, reward, strength), p) - kl, low=0.0, high=1.0)
+
+
+def expected_best(rewards: Sequence[float], n: int, scores: Sequence[float] | None = None) -> float:
+    """Mean reward of the best-scored of n, over all choices of n among the m >= n samples: ``sum_i r_(i)
+    C(i-1, n-1) / C(m, n)``.
+
+    ``scores`` do the choosing (None: the rewards themselves); samples of equal score share their places.
+    """
+    m = len(rewards)
+    if not 1 <= n <= m:
+        raise ValueError(f"best of {n} cannot be estimated from {m} samples; n lies between 1 and {m}")
+    by = rewards if scores is None else scores
+    order = sorted(range(m), key=lambda index: by[index])
+    chance = [math.comb(place, n - 1) / math.comb(m, n) for place in range(m)]
+    total, start = 0.0, 0
+    while start < m:
+        stop = next((place for place in range(start, m) if by[order[place]] != by[order[start]]), m)
+        total += (
+            sum(chance[start:stop])
+            * sum(rewards[order[place]] for place in range(start, stop))
+            / (stop - start)
+        )
+        start = stop
+    return total
+
+
+def _kl(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
+    inside = p > 0
+    return float((p[inside] * np.log(p[inside] / q[inside])).sum())
+
+
+def _root(rising: Callable[[float], float], *, low: float, high: float) -> float:
+    """Where a rising function crosses 0, above ``low``. Raises ValueError where it does not by 1e12."""
+    while rising(high) < 0:
+        low, high = high, 2 * high
+        if high > 1e12:
+            raise ValueError("no such value below 1e12: the KL asked for cannot be reached")
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
+    return (low + high) / 2

@@ -1,0 +1,1 @@
+"""Recipe names to objects: the only place that knows concrete classes."""

@@ -1,0 +1,140 @@
+"""What a run works on: language, prompts and rewards, each tried out before any weight is loaded,
+cheapest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from reward.pool import RewardPool
+from reward.resolve import RewardCall
+from rltrain.build.environment import check_environment
+from rltrain.config.schema import Data, ProcessReward, RewardStage, SampledRecipe
+from rltrain.data.order import PromptOrder
+from rltrain.data.prompts import PromptSet, load_prompts, without_prompts
+from rltrain.data.tokenization import Tokenization, load_tokenization, sizes_of
+from rltrain.learner.frozen_models import require_companion
+from rltrain.learner.loading import Head, require_weights
+from rltrain.learner.process_reward import POLICY
+from rltrain.rollout.grading import sample_inputs
+from rltrain.round_trip import LOSSY
+from rltrain.seeds import stable_hash
+from rltrain.types.samples import Prompt
+
+REWARD_MODEL = "reward_model"  # the reward that no process of the pool computes, but the learner's own
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run works on, loaded and checked before any weight is."""
+
+    tokenization: Tokenization
+    train: PromptSet
+    held_out: PromptSet | None
+    grader: RewardPool
+
+
+def load_inputs(recipe: SampledRecipe, models: Mapping[str, str | None] | None = None) -> RunInputs:
+    """Loads tokenizer, prompts and rewards, and tries each. Raises ValueError or OSError for what a user can
+    mend.
+
+    models: by key, further models that read the policy's tokens.
+    """
+    data, rollout = recipe.data, recipe.rollout
+    tokenization, sizes = load_tokenization(recipe.model, data, rollout), sizes_of(data, rollout)
+    require_weights(recipe.model.path, recipe.model.revision, "logits")
+    for key, path, head in _models_sharing_tokenizer(recipe, models or {}):
+        require_companion(tokenization.tokenizer, recipe.model.path, key, path, head=head, sizes=sizes)
+
+    train, held_out = _load_prompt_sets(data, recipe.eval.prompts, recipe.seed, tokenization)
+    PromptOrder(len(train), rollout.prompts, recipe.seed)  # refuses a data set smaller than a step
+    every_prompt = train.prompts + (() if held_out is None else held_out.prompts)
+    tokenization.require_embedded((f"prompt {prompt.id}", prompt.token_ids) for prompt in every_prompt)
+    check_environment(data, rollout.environment, tokenization, train.prompts[0])
+    check_reward_model_columns(recipe.reward, every_prompt)
+
+    grader = build_grader(recipe.reward, recipe.train.deadline_seconds)
+    try:
+        grader.check(sample_inputs(train.prompts[0], in_environment=rollout.environment is not None))
+    except BaseException:
+        grader.close()
+        raise
+    return RunInputs(tokenization, train, held_out, grader)
+
+
+def _load_prompt_sets(
+    data: Data, count: int, seed: int, tokenization: Tokenization
+) -> tuple[PromptSet, PromptSet | None]:
+    """The training prompts, and ``count`` held-out ones that are not among them; None where the
+    recipe has none.
+    """
+    train = load_prompts(data, "train", tokenization.tokenizer, seed=seed, limit=data.max_prompts)
+    if data.eval is None:
+        return train, None
+    candidates = load_prompts(data, "eval", tokenization.tokenizer, seed=seed)
+    train = without_prompts(train, candidates)
+    chosen = Random(stable_hash(seed, "held out")).sample(candidates.prompts, min(count, len(candidates)))
+    return train, PromptSet(tuple(chosen), candidates.dropped, candidates.lossy)
+
+
+def process_reward_models(settings: ProcessReward | None) -> dict[str, str | None]:
+    """The models of ``process_reward``, by key."""
+    if settings is None:
+        return {}
+    reference = None if settings.reference == POLICY else settings.reference
+    return {"process_reward.path": settings.path, "process_reward.reference": reference}
+
+
+def _models_sharing_tokenizer(
+    recipe: SampledRecipe, models: Mapping[str, str | None]
+) -> Iterator[tuple[str, str, Head]]:
+    """(key, path, kind of head) of every model that reads the policy's tokens."""
+    named = {"model.reference": recipe.model.reference, "model.teacher": recipe.model.teacher, **models}
+    for key, path in named.items():
+        if path is not None:
+            yield key, path, "logits"
+    for number, ref in enumerate(recipe.reward.functions):
+        if ref.name == REWARD_MODEL and ref.hp.get("prompt_column") is None:
+            yield f"reward.functions.{number}.path", ref.hp["path"], "scalar"
+
+
+def check_reward_model_columns(stage: RewardStage, prompts: Sequence[Prompt]) -> None:
+    """Raises ValueError where a reward model is to read a column that a row lacks."""
+    columns = [ref.hp.get("prompt_column") for ref in stage.functions if ref.name == REWARD_MODEL]
+    for column in (str(name) for name in columns if name is not None):
+        for prompt in prompts:
+            if not isinstance(prompt.columns.get(column), str | list):
+                there = ", ".join(sorted(prompt.columns)) or "none"
+                raise ValueError(
+                    f"reward_model: prompt_column is {column!r}, and {prompt.id} has no text or messages "
+                    f"there; its columns are: {there}. "
+                    f"Keep the prompt under a second name, as in data.columns {{prompt: question, {column}: "
+                    "question}"
+                )
+
+
+def build_grader(stage: RewardStage, deadline_seconds: float) -> RewardPool:
+    """The rewards that run in processes of their own."""
+    calls = [RewardCall(ref.name, ref.weight, ref.hp) for ref in stage.functions if ref.name != REWARD_MODEL]
+    calls = calls or [RewardCall("none", 0.0, {})]
+    return RewardPool(
+        calls,
+        workers=stage.workers,
+        seconds=stage.seconds,
+        memory_gib=stage.memory_gib,
+        deadline_seconds=deadline_seconds,
+    )
+
+
+def summarize(inputs: RunInputs) -> Iterator[str]:
+    """What was loaded and what was dropped, one line each."""
+    for name, prompts in (("training", inputs.train), ("held-out", inputs.held_out)):
+        if prompts is not None:
+            dropped = ", ".join(f"{count} {reason}" for reason, count in prompts.dropped.items() if count)
+            yield f"{name} prompts: {len(prompts)}" + (f" (left out: {dropped})" if dropped else "")
+            if prompts.lossy:
+                yield f"warning: {prompts.lossy} {name} prompts {LOSSY}"
+    if inputs.tokenization.stop_tokens.pad_is_eos:
+        yield "the tokenizer names no pad token: EOS fills rows (masks come from lengths, so nothing is lost)"

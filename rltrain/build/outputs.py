@@ -1,0 +1,183 @@
+"""What a run writes as it goes, and how it goes on from there: reports, models, checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rltrain.build.context import RunContext
+from rltrain.checkpoint.export import export_model
+from rltrain.checkpoint.model_card import model_card
+from rltrain.checkpoint.random_state import random_state
+from rltrain.checkpoint.run_folder import describe_environment
+from rltrain.checkpoint.run_state import RunState, write_state
+from rltrain.config.schema import AnyRecipe, Model
+from rltrain.control.coefficient import Controller
+from rltrain.data.tokenization import Tokenization
+from rltrain.errors import UserError, user_mistakes
+from rltrain.learner.process_reward import ProcessRewardLearner
+from rltrain.learner.trained_model import ModelOwner
+from rltrain.remote_code import trust_copy
+from rltrain.report.law import Law
+from rltrain.report.progress import Progress
+from rltrain.report.reporter import Reporter
+from rltrain.report.sinks import open_sinks
+from rltrain.report.transcripts import Transcripts
+from rltrain.rollout.colocated import ColocatedRollouts
+from rltrain.sync.colocated import Sync
+from rltrain.train.saving import ModelWriter
+
+# folder of the process reward model below the policy's, and the mark of its optimizer's tensors
+PROCESS = "process_reward"
+QUIET = Reporter(None, None, None)  # says nothing
+_Model = TypeVar("_Model", bound=Model)
+
+
+def build_reporter(
+    recipe: AnyRecipe, context: RunContext, steps: int, resumed: RunState | None, transcripts: int | None
+) -> Reporter:
+    """Of a run of ``steps`` steps; only the main process reports.
+
+    transcripts: prompts per step whose completions are kept; None: the run samples none.
+    """
+    if not context.process.is_main:
+        return QUIET
+    folder = context.folder
+    progress = Progress(steps, start=0 if resumed is None else resumed.step)
+    settings = recipe.report
+    sinks = open_sinks(
+        folder.path, settings.sinks, settings.project, recipe.model_dump(mode="json"), progress.warn
+    )
+    return Reporter(
+        sinks, None if transcripts is None else Transcripts(folder.transcripts, transcripts), progress
+    )
+
+
+def build_model_writer(
+    recipe: AnyRecipe,
+    tokenization: Tokenization,
+    learner: ModelOwner,
+    progress: Callable[[], Mapping[str, Any]],
+    context: RunContext,
+    process: ProcessRewardLearner | None = None,
+) -> ModelWriter:
+    """Every rank takes part in gathering weights and states; the main process writes.
+
+    progress: the fields of RunState that are not a learner's. process: the process reward model, which gets a
+    folder of its own below the policy's; the rest of its state is kept with the policy's.
+    """
+    folder, main = context.folder, context.process.is_main
+
+    def write(out: Path, step: int, results: Mapping[str, float], state: RunState | None) -> Path:
+        weights, second = learner.state_dict(), None if process is None else process.state_dict()
+        card = model_card(recipe.model_dump(mode="json"), results, step)
+
+        def extra(making: Path) -> None:
+            if process is not None:
+                export_model(making / PROCESS, process.model, tokenization.tokenizer, card, second)
+            if state is not None:
+                write_state(making, state)
+
+        if main:
+            export_model(out, learner.model, tokenization.tokenizer, card, weights, extra)
+        return out
+
+    def snapshot(step: int, evaluations: Sequence[Mapping[str, float]]) -> RunState:
+        tensors, values = learner.state()
+        second, counts = ({}, {}) if process is None else process.state()
+        return RunState(
+            step=step,
+            learner=values,
+            tensors=tensors | {f"{PROCESS}:{name}": tensor for name, tensor in second.items()},
+            process_reward=counts,
+            **progress(),
+            evaluations=evaluations,
+            random=learner.gather([random_state()]),
+            reported=folder.written() if main else {},
+            inputs=context.digests,
+            recipe=recipe.model_dump(mode="json"),
+            environment={**describe_environment(), "run": folder.run_id},
+        )
+
+    return ModelWriter(folder, write, snapshot, recipe.checkpoint.keep, main)
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What of a run on sampled completions changes from step to step besides the weights; part of
+    every checkpoint.
+    """
+
+    learner: ModelOwner
+    source: ColocatedRollouts
+    sync: Sync
+    controllers: Sequence[Controller] = ()
+    law: Law | None = None
+    process: ProcessRewardLearner | None = None
+
+    @cached_property
+    def prompts(self) -> str:
+        return data_digest((prompt.id, prompt.token_ids) for prompt in self.source.prompts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fields of RunState that are not a learner's."""
+        return {
+            **self.source.state_dict(),
+            "prompts": self.prompts,
+            "pushes": self.sync.pushes,
+            "controllers": [controller.state_dict() for controller in self.controllers],
+            "law": {} if self.law is None else self.law.state_dict(),
+        }
+
+    def load_state_dict(self, state: RunState) -> None:
+        """Restores everything but the weights and the random generators. Raises UserError for other data."""
+        require_same_data(state, self.prompts, "prompts")
+        second = {name: tensor for name, tensor in state.tensors.items() if name.startswith(f"{PROCESS}:")}
+        first = {name: tensor for name, tensor in state.tensors.items() if name not in second}
+        self.learner.restore(first, state.learner)
+        if self.process is not None:
+            named = {name.removeprefix(f"{PROCESS}:"): tensor for name, tensor in second.items()}
+            self.process.restore(named, state.process_reward)
+        with user_mistakes():
+            self.source.load_state_dict(
+                {"order": state.order, "arms": state.arms, "temperature": state.temperature}
+            )
+            for controller, saved in zip(self.controllers, state.controllers, strict=True):
+                controller.load_state_dict(saved)
+        if self.law is not None and state.law:
+            self.law.load_state_dict(state.law)
+        self.sync.pushes = state.pushes - 1  # the last one is the first that a resumed run makes again
+
+
+def require_same_data(state: RunState, found: str, what: str) -> None:
+    """Raises UserError unless the run that left ``state`` trained on the data of this digest. what:
+    "prompts" or "examples".
+    """
+    if state.prompts != found:
+        raise UserError(
+            f"the training {what} are not those of the checkpoint (other texts, another order or another "
+            "tokenizer); "
+            "resume with the data of the saved run, or start a new run"
+        )
+
+
+def data_digest(items: Iterable[object]) -> str:
+    """SHA-256 of training data, in order."""
+    found = hashlib.sha256()
+    for item in items:
+        found.update(repr(item).encode())
+    return found.hexdigest()
+
+
+def initial_model(model: _Model, checkpoint: Path | None) -> _Model:
+    """Where a learner's weights come from: the recipe's model, or ``checkpoint``, with the float32
+    that the optimizer works on.
+    """
+    if checkpoint is None:
+        return model
+    trust_copy(checkpoint, model.path, model.revision)
+    return model.model_copy(update={"path": str(checkpoint), "revision": None})

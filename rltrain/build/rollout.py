@@ -1,0 +1,249 @@
+"""What samples, grades and evaluates in a run, and how the learner's weights get there."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from rltrain.build.engines import build_engine, build_sampler
+from rltrain.build.inputs import REWARD_MODEL, RunInputs
+from rltrain.config.rules.registries import ARMS, ORDERS, REWARDS
+from rltrain.config.schema import (
+    AdaptiveTemperature,
+    DynamicSampling,
+    Eval,
+    MethodRef,
+    Model,
+    RewardStage,
+    Rollout,
+    SampledRecipe,
+)
+from rltrain.config.schema import Sync as SyncSettings
+from rltrain.data.gain_rl import template_lengths
+from rltrain.errors import user_mistakes
+from rltrain.learner.frozen_models import reference_weights
+from rltrain.learner.loading import load_causal_lm
+from rltrain.learner.pair_learner import PairLearner
+from rltrain.learner.policy_learner import PolicyLearner
+from rltrain.learner.reward_model import RewardModel
+from rltrain.learner.trained_model import ModelOwner
+from rltrain.process import Process
+from rltrain.protocols import RolloutEngine
+from rltrain.rollout.colocated import ColocatedRollouts, GradedSampler, Order
+from rltrain.rollout.extra_samples import SamplerContext, SampleSource
+from rltrain.rollout.grading import Grader, in_accuracy_range
+from rltrain.rollout.model_rewards import ModelGrader
+from rltrain.rollout.temperature import TemperatureController
+from rltrain.rollout.verdicts import label_of_only_function
+from rltrain.seeds import stable_hash
+from rltrain.sync.colocated import Sync
+from rltrain.train.evaluate import Evaluator
+from rltrain.train.mismatch import MismatchGuard
+from rltrain.types.policy import TokenRows
+from rltrain.types.samples import REFERENCE_VERSION, Prompt, Sampling, ScoredGroup
+from rltrain.watchdog import Deadline
+from rltrain.weight_names import CheckpointNames
+
+# Mean absolute difference in nats between engine and learner at which a run warns and stops. In float32
+# engines agree to about 1e-6 and never above 1e-5; bfloat16 kernels of two libraries to about 0.01.
+MISMATCH_FLOAT32 = (1e-4, 1e-3)
+MISMATCH_BFLOAT16 = (0.05, 0.2)
+
+SamplingLearner = PolicyLearner | PairLearner  # of a run that samples
+
+
+@dataclass(frozen=True)
+class RolloutParts:
+    """What samples, grades and evaluates in a run, and how the learner's weights get there."""
+
+    source: ColocatedRollouts
+    sync: Sync
+    evaluator: Evaluator | None
+    mismatch: MismatchGuard
+
+
+def build_rollout(
+    recipe: SampledRecipe, inputs: RunInputs, learner: SamplingLearner, process: Process, *, fresh: bool
+) -> RolloutParts:
+    """Starts the engine. fresh: the run starts, and no saved state will replace what the order of
+    prompts measures.
+    """
+    rollout, seed, prompts = recipe.rollout, recipe.seed, inputs.train.prompts
+    order = build_order(recipe.data.order, prompts, rollout.prompts, seed, learner, fresh=fresh)
+    with process.deadline(f"the {rollout.engine} engine", "to start"):
+        engine = build_engine(
+            recipe.model, recipe.data, rollout, recipe.learner.precision, inputs.tokenization, process.device
+        )
+    sampler = build_sampler(recipe.data, rollout, engine, inputs.tokenization)
+    sync = build_sync(recipe.sync, engine, learner.names, seed, process.deadline)
+    grader = add_model_rewards(
+        recipe.reward, inputs.grader, recipe.learner.tokens_per_micro_batch, process.device, recipe.data.date
+    )
+
+    sampling = Sampling(
+        n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed
+    )
+    lend_reference = _reference_lender(rollout.arms, recipe.model, engine, learner, sync)
+    encode = inputs.tokenization.encode_answer
+    verdict_of = label_of_only_function(recipe.reward.functions)
+    context = SamplerContext(sampler, sampling, prompts, lend_reference, encode, process.deadline)
+    source = build_source(
+        rollout, GradedSampler(sampler, grader, process, verdict_of), order, context, sync, engine.close
+    )
+    evaluator = (
+        None
+        if inputs.held_out is None
+        else build_evaluator(recipe.eval, recipe.reward, rollout.max_tokens, seed, inputs)
+    )
+    return RolloutParts(
+        source, sync, evaluator, build_guard(rollout, engine.dtype, learner.trained.precision)
+    )
+
+
+def build_source(
+    rollout: Rollout,
+    graded: GradedSampler,
+    order: Order,
+    context: SamplerContext,
+    sync: Sync,
+    close_engine: Callable[[], None],
+) -> ColocatedRollouts:
+    """The source of every step's rollouts."""
+    dynamic = rollout.dynamic_sampling
+    return ColocatedRollouts(
+        graded=graded,
+        order=order,
+        prompts=context.prompts,
+        sampling=context.sampling,
+        wanted=rollout.prompts,
+        max_rounds=1 if dynamic is None else dynamic.max_rounds,
+        verify=sync.verify,
+        release_memory=sync.sleep,
+        close_engine=close_engine,
+        arms=build_arms(rollout.arms, context),
+        keep=_accuracy_filter(dynamic),
+        temperature=build_temperature(rollout.adaptive_temperature),
+    )
+
+
+def _accuracy_filter(dynamic: DynamicSampling | None) -> Callable[[ScoredGroup], bool] | None:
+    if dynamic is None or dynamic.accuracy is None:
+        return None
+    return partial(in_accuracy_range, *dynamic.accuracy)
+
+
+def build_sync(
+    settings: SyncSettings, engine: RolloutEngine, names: CheckpointNames, seed: int, deadline: Deadline
+) -> Sync:
+    """names: of the weights that will be pushed."""
+    return Sync(
+        [engine], names.ties, settings.sample, settings.full_every, stable_hash(seed, "sync"), deadline
+    )
+
+
+def load_from_disk(
+    engine: RolloutEngine, model: Model, settings: SyncSettings, seed: int, deadline: Deadline
+) -> Sync:
+    """Loads the weights of ``model.path`` as version 0, in the way a learner's are loaded, and compares every
+    one.
+
+    Raises WeightMismatchError where one did not arrive. ``verify`` of what is returned says whether they are
+    still there.
+    """
+    loaded = load_causal_lm(model.path, model.revision, "auto")
+    names = CheckpointNames(loaded)
+    sync = build_sync(settings, engine, names, seed, deadline)
+    sync.push(lambda: names.to_checkpoint(loaded.state_dict().items()), 0, expect_change=False)
+    return sync
+
+
+def build_guard(rollout: Rollout, dtype: torch.dtype, precision: str) -> MismatchGuard:
+    """The recipe's thresholds, or those of the lower precision of engine and learner.
+
+    dtype: of the engine's weights. precision: of the learner's autocast, "no" for float32.
+    """
+    exact = dtype == torch.float32 and precision == "no"
+    warn, stop = MISMATCH_FLOAT32 if exact else MISMATCH_BFLOAT16
+    return MismatchGuard(
+        rollout.mismatch_warn or warn, rollout.mismatch_stop or stop, rollout.mismatch_patience
+    )
+
+
+def build_order(
+    ref: MethodRef,
+    prompts: Sequence[Prompt],
+    per_step: int,
+    seed: int,
+    learner: SamplingLearner,
+    *,
+    fresh: bool,
+) -> Order:
+    """Which prompts each step trains on.
+
+    fresh: no saved state will replace what is measured here, on the model as it starts.
+    """
+    bound = ORDERS.bind(ref.name, ref.hp)
+    size = (len(prompts), per_step, stable_hash(seed, "order"))
+    with user_mistakes():
+        if "alignment" not in bound.needs:
+            return bound(*size)
+        if not fresh:
+            return bound(*size, [])
+        values = {name: item.default for name, item in bound.spec.hyperparameters.items()} | dict(bound.hp)
+        ids = [prompt.token_ids for prompt in prompts]
+        statistic = ":".join(map(str, ("alignment", *template_lengths(ids), values["inter_weight"])))
+        rows = TokenRows(
+            tuple(ids), tuple(tokens[-1:] for tokens in ids)
+        )  # a completion's last token is not read
+        return bound(*size, learner.annotate(rows, frozenset({statistic}))[statistic][:, 0].tolist())
+
+
+def add_model_rewards(
+    stage: RewardStage, pool: Grader, tokens_per_micro_batch: int, device: torch.device, date: dt.date | None
+) -> Grader:
+    """The pool's rewards and those of the reward models that the recipe names, which are loaded here."""
+    refs = [ref for ref in stage.functions if ref.name == REWARD_MODEL]
+    if not refs:
+        return pool
+    load = partial(RewardModel, device=device, tokens_per_micro_batch=tokens_per_micro_batch, date=date)
+    models = [(ref.name, ref.weight, REWARDS.bind(ref.name, ref.hp)(load)) for ref in refs]
+    return ModelGrader(None if len(refs) == len(stage.functions) else pool, models)
+
+
+def build_temperature(settings: AdaptiveTemperature | None) -> TemperatureController | None:
+    if settings is None:
+        return None
+    return TemperatureController(tau=settings.tau, variant=settings.variant, rho=settings.rho)
+
+
+def build_arms(refs: Sequence[MethodRef], context: SamplerContext) -> tuple[SampleSource, ...]:
+    """The sources of further rows that the recipe names."""
+    with user_mistakes():
+        return tuple(ARMS.bind(ref.name, ref.hp)(context) for ref in refs)
+
+
+def _reference_lender(
+    refs: Sequence[MethodRef], model: Model, engine: RolloutEngine, learner: ModelOwner, sync: Sync
+) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which the engine holds the reference model, loaded here if an arm samples from it."""
+    if not any(ref.name == "reference" for ref in refs):
+        return nullcontext
+    weights = reference_weights(model, learner.model, engine.dtype)
+    return partial(sync.temporarily_loaded, weights, REFERENCE_VERSION, learner.weights)
+
+
+def build_evaluator(
+    settings: Eval, stage: RewardStage, max_tokens: int, seed: int, inputs: RunInputs
+) -> Evaluator:
+    """Over the held-out prompts."""
+    assert inputs.held_out is not None
+    sampling = Sampling(
+        n=settings.n, temperature=settings.temperature, max_tokens=max_tokens, seed=stable_hash(seed, "eval")
+    )
+    verdict_of = label_of_only_function(stage.functions)
+    return Evaluator(inputs.held_out.prompts, sampling, settings.k, verdict_of)

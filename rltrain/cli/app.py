@@ -1,0 +1,489 @@
+"""The command line. One thin function each; whatever is heavy is imported inside the one that needs it."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rltrain.errors import RecipeError, UserError
+from rltrain.interrupt import ends_at_ctrl_c
+
+if TYPE_CHECKING:
+    from rltrain.config.rules import Checked
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # rich's help costs 0.15 s
+    pretty_exceptions_enable=False,
+    help="Post-trains language models with reinforcement learning. Start with: rltrain plan RECIPE",
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="Recipe, a YAML file.", metavar="RECIPE")]
+Profile = Annotated[
+    str | None,
+    typer.Option(
+        help="Replaces model, data and sizes: a name from recipes/profiles, or a file.", metavar="NAME"
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Set one key; VALUE is YAML. May be repeated.", metavar="KEY=VALUE"),
+]
+Engine = Annotated[str | None, typer.Option(help="Shorthand for --set rollout.engine=NAME.", metavar="NAME")]
+Seed = Annotated[int | None, typer.Option(help="Shorthand for --set seed=N.", metavar="N")]
+EmInf = Annotated[
+    float | None,
+    typer.Option(
+        "--em-inf",
+        help="Sharpen each token's logits until their entropy is below so many nats.",
+        metavar="NATS",
+    ),
+]
+
+Trust = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Whose own Python code may run: a folder, or NAME@COMMIT on the Hub. May be repeated.",
+        metavar="MODEL",
+    ),
+]
+
+
+class Selector(StrEnum):
+    implicit_prm = "implicit_prm"
+    rm = "rm"
+    majority = "majority"
+    weighted_majority = "weighted_majority"
+    oracle = "oracle"
+
+
+class Series(StrEnum):
+    step = "step"
+    cumulative = "cumulative"
+
+
+class Reduction(StrEnum):
+    min = "min"
+    last = "last"
+    sum = "sum"
+    mean = "mean"
+
+
+class Template(StrEnum):
+    auto = "auto"
+    none = "none"
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    profile: Profile = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the run; by default runs/ and the recipe's name.", metavar="DIR"),
+    ] = None,
+    overrides: Overrides = None,
+    engine: Engine = None,
+    seed: Seed = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            help="auto: continue the run in DIR where there is one. never: refuse it. Or the folder of a checkpoint.",
+            metavar="auto|never|PATH",
+        ),
+    ] = "auto",
+) -> None:
+    """Train a recipe.
+
+    Exit code 3: stopped by SIGTERM or Ctrl-C, with a checkpoint; the same command continues.
+    """
+    checked = _checked(recipe, profile, _with_shorthands(overrides, engine, seed))
+    from rltrain.cli.train import train_command
+
+    with _trusting(checked.recipe.model.trust_remote_code):
+        raise typer.Exit(
+            train_command(checked.recipe, run or Path("runs") / recipe.stem, checked.warnings, resume)
+        )
+
+
+@app.command()
+def doctor(
+    recipe: RecipePath,
+    profile: Profile = None,
+    overrides: Overrides = None,
+    engine: Engine = None,
+    seed: Seed = None,
+    steps: Annotated[int, typer.Option(help="Steps to run.", min=2)] = 20,
+) -> None:
+    """Run a few steps at learning rate 0: are engine, rewards and memory fit for the recipe?
+
+    Exit code 1 if not.
+    """
+    checked = _checked(recipe, profile, _with_shorthands(overrides, engine, seed))
+    from rltrain.cli.doctor import doctor_command
+
+    with _trusting(checked.recipe.model.trust_remote_code):
+        raise typer.Exit(doctor_command(checked.recipe, steps))
+
+
+@app.command()
+def validate(
+    recipes: Annotated[
+        list[Path], typer.Argument(help="Recipes, folders of them, or patterns.", metavar="RECIPES...")
+    ],
+    profile: Profile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check recipes without loading anything."""
+    verdicts = [_verdict(path, profile, overrides or []) for path in _expanded(recipes)]
+    for lines, _ in verdicts:
+        typer.echo("\n".join(lines))
+    failed = sum(not fine for _, fine in verdicts)
+    if failed:
+        typer.echo(f"{failed} of {len(verdicts)} failed", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    recipe: RecipePath, profile: Profile = None, overrides: Overrides = None, engine: Engine = None
+) -> None:
+    """Print every number that a recipe implies."""
+    from rltrain.config.plan import plan as planned
+
+    checked = _checked(recipe, profile, _with_shorthands(overrides, engine, None))
+    lines = planned(checked.recipe)
+    names, values = (max(len(line[column]) for line in lines) for column in (0, 1))
+    for line in lines:
+        typer.echo(f"{line.name:<{names}}  {line.value:>{values}}  {line.note}")
+    for warning in checked.warnings:
+        typer.echo(f"warning: {warning}")
+
+
+@app.command()
+def compare(
+    recipes: Annotated[
+        list[Path],
+        typer.Argument(help="Recipes; the first is what the others are held against.", metavar="RECIPE..."),
+    ],
+    seeds: Annotated[int, typer.Option(help="Runs of each recipe.", min=1)] = 3,
+    profile: Profile = None,
+    overrides: Overrides = None,
+    engine: Engine = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the runs, the table and the figure.", metavar="DIR")
+    ] = Path("runs/compare"),
+) -> None:
+    """Train several recipes under the same conditions and seeds; one table and one figure.
+
+    Started again, it goes on.
+    """
+    keys = _with_shorthands(overrides, engine, None)
+    for recipe in recipes:
+        _checked(recipe, profile, keys)
+    from rltrain.cli.compare import compare_command
+
+    raise typer.Exit(compare_command(recipes, seeds, out, profile, keys))
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="NAME=DIR,DIR: the runs of one method, one per seed; or a run's DIR.", metavar="RUNS..."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of table, figure and page.", metavar="DIR")] = Path(
+        "runs/report"
+    ),
+) -> None:
+    """The table, figure and page of runs that are there already, finished or not."""
+    from rltrain.cli.compare import report_command
+
+    raise typer.Exit(report_command(runs, out))
+
+
+@app.command()
+def soup(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="Folders or Hub names of models fine-tuned from one.", metavar="MODELS..."),
+    ],
+    out: Annotated[Path, typer.Option(help="New folder of the soup.", metavar="DIR")],
+    weights: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--weight", help="One per model, in their order, summing to 1; by default equal.", metavar="W"
+        ),
+    ] = None,
+    trust_remote_code: Trust = None,
+) -> None:
+    """Average the weights of models: SALSA's reference (model.reference of a recipe)."""
+    from rltrain.cli.soup import soup_command
+
+    with _trusting(trust_remote_code or ()):
+        raise typer.Exit(soup_command(models, weights or [], out))
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name of the model.", metavar="MODEL")],
+    recipe: Annotated[
+        Path,
+        typer.Option(
+            help="Recipe that says what to evaluate on; its own model is not read.", metavar="RECIPE"
+        ),
+    ],
+    profile: Profile = None,
+    overrides: Overrides = None,
+    engine: Engine = None,
+    seed: Seed = None,
+    em_inf: EmInf = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the numbers to this file, as JSON.", metavar="FILE")
+    ] = None,
+    select: Annotated[
+        list[Selector] | None,
+        typer.Option(help="Also the accuracy of choosing one of N answers in this way. May be repeated."),
+    ] = None,
+    prm: Annotated[
+        str | None,
+        typer.Option(
+            help="Process reward model that chooses, with --prm-reference and --beta.", metavar="MODEL"
+        ),
+    ] = None,
+    prm_reference: Annotated[
+        str, typer.Option(help="Its reference; none: log-probs alone.", metavar="MODEL|none")
+    ] = "none",
+    beta: Annotated[
+        float | None, typer.Option(help="Coefficient of its rewards; its own from training.", metavar="BETA")
+    ] = None,
+    steps: Annotated[str, typer.Option(help="As for rltrain score.", metavar="HOW")] = "newline",
+    series: Annotated[Series | None, typer.Option(help="As for rltrain score.")] = None,
+    reduction: Annotated[Reduction | None, typer.Option(help="As for rltrain score.")] = None,
+    rm: Annotated[
+        str | None, typer.Option(help="Reward model with a scalar head that chooses.", metavar="MODEL")
+    ] = None,
+    kl_to: Annotated[
+        str | None, typer.Option(help="Also the KL divergence of MODEL from this one.", metavar="MODEL")
+    ] = None,
+    trust_remote_code: Trust = None,
+) -> None:
+    """Measure pass@k and avg@k of a model on a recipe's held-out prompts; with --select, choosing one
+    of N answers too.
+    """
+    checked = _checked(recipe, profile, _with_shorthands(overrides, engine, seed))
+    trusted = (*checked.recipe.model.trust_remote_code, *(trust_remote_code or ()))
+    if select or kl_to is not None:
+        from rltrain.cli.score import Choosers, select_command
+
+        choosers = Choosers(prm, prm_reference, beta, _aggregate(series, reduction), rm, steps, kl_to)
+        names = [one.value for one in select or ()]
+        with _trusting(trusted):
+            raise typer.Exit(select_command(model, checked.recipe, names, choosers, out, em_inf))
+    from rltrain.cli.evaluate import eval_command
+
+    with _trusting(trusted):
+        raise typer.Exit(eval_command(model, checked.recipe, out, em_inf))
+
+
+@app.command()
+def score(
+    model: Annotated[
+        str, typer.Argument(help="Folder or Hub name of the process reward model.", metavar="MODEL")
+    ],
+    file: Annotated[
+        Path, typer.Argument(help="Rows with prompt and completion, or prompt and steps.", metavar="FILE")
+    ],
+    out: Annotated[Path, typer.Option(help="The rows with their rewards, as JSON lines.", metavar="FILE")],
+    reference: Annotated[
+        str,
+        typer.Option(
+            help="Model that log-probs are compared with; none: log-probs alone.", metavar="MODEL|none"
+        ),
+    ],
+    beta: Annotated[
+        float,
+        typer.Option(help="Coefficient of every reward; the model's own from training.", metavar="BETA"),
+    ],
+    steps: Annotated[
+        str,
+        typer.Option(
+            help="Where steps end: newline, given (the column steps), or a regex that matches where one begins.",
+            metavar="HOW",
+        ),
+    ] = "newline",
+    series: Annotated[
+        Series | None, typer.Option(help="What is reduced: the steps' rewards, or the value after each.")
+    ] = None,
+    reduction: Annotated[Reduction | None, typer.Option(help="How the score is made of it.")] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="The file's column for prompt, completion or steps.", metavar="OURS=ITS"),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System message put before every prompt.", metavar="TEXT")
+    ] = None,
+    chat_template: Annotated[
+        Template, typer.Option(help="auto: the tokenizer's, where it has one.")
+    ] = Template.auto,
+    tokens: Annotated[bool, typer.Option(help="Write the reward of each token too.")] = True,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of the reference's log-probs.", metavar="DIR")
+    ] = Path(".cache/reference"),
+    tokens_per_micro_batch: Annotated[
+        int, typer.Option(help="Tokens that go through the models at once.", min=1)
+    ] = 16384,
+    trust_remote_code: Trust = None,
+) -> None:
+    """Process rewards of completions that are there already: of each token, of each step, and of the
+    whole.
+    """
+    from rltrain.build.scorer import ProcessModel
+    from rltrain.cli.score import score_command
+    from rltrain.config.schema import JudgedData
+
+    judge = ProcessModel(model, reference, beta, _aggregate(series, reduction), cache, tokens_per_micro_batch)
+    data = JudgedData(train=str(file), system=system, chat_template=chat_template.value)
+    with _trusting(trust_remote_code or ()):
+        raise typer.Exit(score_command(judge, file, out, steps, _pairs(column), data, tokens))
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name of the model.", metavar="MODEL")],
+    prompts: Annotated[list[str], typer.Argument(help="What to complete.", metavar="PROMPT...")],
+    n: Annotated[int, typer.Option("-n", help="Completions per prompt.", min=1)] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 1.0,
+    max_prompt_tokens: Annotated[int, typer.Option(help="Longest prompt to make room for.", min=1)] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Tokens per completion.", min=1)] = 256,
+    engine: Annotated[str, typer.Option(help="transformers or vllm.", metavar="NAME")] = "transformers",
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal completions.")] = 0,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe",
+            help="Recipe whose engine, lengths, prompt template and environment to use in place.",
+            metavar="RECIPE",
+        ),
+    ] = None,
+    profile: Profile = None,
+    em_inf: EmInf = None,
+    trust_remote_code: Trust = None,
+) -> None:
+    """Sample from a model; in a recipe's environment, whole episodes."""
+    from rltrain.config.load import recipe_of_model
+
+    if source is None:
+        recipe = recipe_of_model(
+            model, engine=engine, max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, seed=seed
+        )
+    else:
+        recipe = _checked(source, profile, [f"model.path={model}", f"seed={seed}"]).recipe
+    from rltrain.cli.evaluate import generate_command
+
+    with _trusting((*recipe.model.trust_remote_code, *(trust_remote_code or ()))):
+        raise typer.Exit(generate_command(recipe, prompts, n, temperature, em_inf))
+
+
+def main() -> None:
+    """Entry point.
+
+    What the user must mend is one line on stderr and exit code 2; RLTRAIN_TRACEBACK=1 shows where it was
+    raised.
+    """
+    with ends_at_ctrl_c():
+        try:
+            app()
+        except UserError as error:
+            if os.environ.get("RLTRAIN_TRACEBACK") == "1":
+                raise
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr)  # noqa: T201 (the terminal is where it goes)
+            raise SystemExit(2) from None
+
+
+def _checked(recipe: Path, profile: str | None, overrides: Sequence[str]) -> Checked:
+    from rltrain.config.load import load_recipe
+    from rltrain.config.rules import check
+
+    return check(load_recipe(recipe, profile=profile, overrides=overrides))
+
+
+@contextmanager
+def _trusting(entries: Sequence[str]) -> Iterator[None]:
+    """Inside, code of these models may run, and rank 0 says which."""
+    from rltrain.remote_code import trusting
+
+    with trusting(entries) as lines:
+        for line in lines if os.environ.get("RANK", "0") == "0" else ():
+            typer.echo(line, err=True)
+        yield
+
+
+def _with_shorthands(overrides: Sequence[str] | None, engine: str | None, seed: int | None) -> list[str]:
+    extra = {"rollout.engine": engine, "seed": seed}
+    return [*(overrides or []), *(f"{key}={value}" for key, value in extra.items() if value is not None)]
+
+
+def _aggregate(series: Series | None, reduction: Reduction | None) -> dict[str, str]:
+    """What was said of how steps become one score; what was not has its default in ``aggregate_steps``."""
+    return {
+        name: one.value for name, one in (("series", series), ("reduction", reduction)) if one is not None
+    }
+
+
+def _pairs(texts: Sequence[str] | None) -> dict[str, str]:
+    """``["prompt=question"]`` as a mapping. Raises UserError for anything else."""
+    found = [text.partition("=") for text in texts or ()]
+    for name, equals, value in found:
+        if name not in ("prompt", "completion", "steps") or not equals or not value:
+            raise UserError(
+                f"--column {name}{equals}{value}: expected prompt=NAME, completion=NAME or steps=NAME"
+            )
+    return {name: value for name, _, value in found}
+
+
+def _verdict(path: Path, profile: str | None, overrides: Sequence[str]) -> tuple[list[str], bool]:
+    """What ``validate`` says of one file, and whether it is fine."""
+    from rltrain.config.fragments import check_fragment, kind_of
+
+    try:
+        match kind_of(path):
+            case "accelerate":
+                return [f"{path}: skipped, an accelerate config"], True
+            case "base" | "profile" as kind:
+                check_fragment(path)
+                return [f"{path}: ok, a {kind}"], True
+            case _:
+                warnings = _checked(path, profile, overrides).warnings
+                return [f"{path}: ok", *(f"  warning: {warning}" for warning in warnings)], True
+    except RecipeError as error:
+        return [f"{path}: failed", *(f"  error: {problem}" for problem in error.problems)], False
+
+
+def _expanded(paths: Sequence[Path]) -> Iterator[Path]:
+    """Files as they are, the YAML files of folders, and patterns that the shell left alone.
+
+    Raises RecipeError for none at all.
+    """
+    for path in paths:
+        if path.is_dir():
+            found = sorted(path.rglob("*.yaml"))
+        elif glob.has_magic(str(path)) and not path.exists():
+            found = sorted(map(Path, glob.glob(str(path), recursive=True)))
+        else:
+            found = [path]
+        if not found:
+            raise RecipeError(f"{path}: no YAML file {'in this folder' if path.is_dir() else 'matches'}")
+        yield from found

@@ -1,0 +1,143 @@
+"""What ``rltrain doctor`` runs: a recipe's own loop at learning rate 0, in a folder that is gone
+afterwards, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import signal
+import tempfile
+import threading
+import traceback
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from rltrain.build.context import RunContext
+from rltrain.build.digests import with_prompt_date
+from rltrain.build.inputs import RunInputs
+from rltrain.build.workflows import Workflow, require_sampled, workflow_for
+from rltrain.checkpoint.run_folder import RunFolder, describe_environment
+from rltrain.cli.session import joined_processes, user_errors
+from rltrain.config.load import resolved_yaml
+from rltrain.config.schema import AnyRecipe, SampledRecipe
+from rltrain.train.doctor import (
+    EXPECTED,
+    START,
+    STEPS,
+    Finding,
+    at_zero_learning_rate,
+    diagnose,
+    with_few_steps,
+)
+from rltrain.train.memory import largest_share, peak_memory
+from rltrain.watchdog import Watchdog
+
+_FAULTS = (
+    RuntimeError,
+    ValueError,
+    OSError,
+    MemoryError,
+    ImportError,
+    AssertionError,
+    LookupError,
+    TypeError,
+)  # of engine, model, grader
+_MARKS = {True: "ok  ", False: "FAIL", None: "-   "}
+
+
+class Terminated(BaseException):
+    """SIGTERM came. Not an Exception: nothing may take it for an error of its own."""
+
+
+def doctor_command(recipe: AnyRecipe, steps: int) -> int:
+    """``rltrain doctor``: ``steps`` steps at learning rate 0; the exit code is 1 where a verdict is
+    bad or was not reached.
+    """
+    sampled = require_sampled(
+        recipe,
+        "rltrain doctor tries out an engine and rewards, and this recipe has neither: it learns from judged "
+        "completions",
+    )
+    workflow = workflow_for(recipe)
+    sampled = workflow.at_rest(at_zero_learning_rate(with_prompt_date(sampled), steps))
+    with ended_by_sigterm():
+        with user_errors(recipe.train.deadline_seconds):
+            inputs = workflow.load(sampled)
+        findings = run_doctor(sampled, workflow, inputs)
+
+    console = Console(highlight=False)
+    for finding in findings:
+        line = f"{_MARKS[finding.fine]}  {finding.question:<39}  {finding.measured}"
+        console.print(line, markup=False, soft_wrap=True)
+    return 0 if all(finding.fine for finding in findings) else 1
+
+
+def run_doctor(recipe: SampledRecipe, workflow: Workflow, inputs: RunInputs) -> list[Finding]:
+    """The verdict, on rank 0; elsewhere only what ended this rank, if something did."""
+    stage = START
+    try:
+        with (
+            workflow.held(inputs),
+            joined_processes(recipe.train.deadline_seconds) as (process, watchdog),
+            passing_folder(watchdog) as path,
+        ):
+            folder = RunFolder.create(path / "run", resolved_yaml(recipe), describe_environment())
+            run: Any = workflow.build(recipe, inputs, RunContext(folder, process=process))
+            stage = STEPS
+            try:
+                discard = dataclasses.replace(run.writer, write=lambda out, *_: out)
+                workflow.train(dataclasses.replace(run, writer=discard))
+                lines = folder.metrics.read_text(encoding="utf-8").splitlines() if process.is_main else []
+                memories = largest_share(process.gather([(platform.node(), peak_memory())]))
+                if not process.is_main:
+                    return []
+                steps = [json.loads(line) for line in lines]
+                return diagnose(recipe, steps, run.mismatch, memories, judged=workflow.judged)
+            finally:
+                run.close()
+    except _FAULTS as error:
+        if not isinstance(error, EXPECTED):
+            traceback.print_exception(error)
+        return with_few_steps(error, stage, judged=workflow.judged)
+
+
+@contextlib.contextmanager
+def passing_folder(watchdog: Watchdog) -> Iterator[Path]:
+    """A folder that is removed when the block ends, and when a deadline ends the process."""
+    with tempfile.TemporaryDirectory(prefix="rltrain-doctor-", ignore_cleanup_errors=True) as name:
+        watchdog.before_the_end(partial(shutil.rmtree, name, ignore_errors=True))
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Inside, the first SIGTERM closes what is open before the process dies of it; a second one ends it at
+    once.
+
+    Outside the main thread Python allows no handler.
+    """
+
+    def unwind(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    except Terminated:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,171 @@
+"""``rltrain eval`` and ``rltrain generate``: a model on disk, sampled."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from rltrain.build.digests import with_prompt_date
+from rltrain.build.inputs import load_inputs
+from rltrain.build.offline import evaluate_offline
+from rltrain.build.rollout import add_model_rewards, build_evaluator
+from rltrain.build.workflows import require_sampled
+from rltrain.checkpoint.run_folder import write_atomic
+from rltrain.cli.session import joined_processes, sampler_for_model, user_errors
+from rltrain.config.schema import AnyRecipe, Data, Model, OfflineRecipe, SampledRecipe
+from rltrain.data.chat import render
+from rltrain.data.tokenization import Tokenization, load_tokenization
+from rltrain.errors import UserError, user_mistakes
+from rltrain.process import Process
+from rltrain.rollout.colocated import GradedSampler
+from rltrain.rollout.groups import sample_groups
+from rltrain.round_trip import Losses
+from rltrain.train.evaluate import Evaluation
+from rltrain.types.samples import Prompt, Sampling
+
+
+def eval_command(model: str, recipe: AnyRecipe, out: Path | None, em_inf: float | None = None) -> int:
+    """``rltrain eval``: measures ``model`` on the recipe's held-out data, prints the numbers and writes them
+    to ``out`` as JSON.
+
+    Of a recipe whose completions are sampled: unbiased pass@k. Of judged completions: accuracy and margin,
+    against the recipe's own model. em_inf: nats to which EM-INF lowers the entropy of each token's logits
+    before one is drawn; None: logits as they are.
+    """
+    metrics = _EVALUATIONS[recipe.kind](model, recipe, em_inf)
+    if out is not None:
+        write_atomic(out, json.dumps({"model": model, **metrics}, indent=2) + "\n")
+    return 0
+
+
+def _evaluate_offline(model: str, recipe: OfflineRecipe, em_inf: float | None) -> dict[str, float]:
+    del em_inf  # nothing is sampled
+    recipe = with_prompt_date(recipe)
+    with joined_processes(recipe.train.deadline_seconds) as (process, _), user_mistakes():
+        metrics = evaluate_offline(model, recipe, process).metrics()
+    show_numbers(metrics, Console())
+    return metrics
+
+
+def _evaluate_sampled(model: str, recipe: SampledRecipe, em_inf: float | None) -> dict[str, float]:
+    _, result = evaluate_model(model, recipe, em_inf)
+    show(result, Console())
+    return result.metrics()
+
+
+_EVALUATIONS: Mapping[str, Callable[..., dict[str, float]]] = {
+    "online": _evaluate_sampled,
+    "online_pairs": _evaluate_sampled,
+    "offline": _evaluate_offline,
+}
+
+
+def evaluate_model(
+    model: str, recipe: SampledRecipe, em_inf: float | None = None
+) -> tuple[Tokenization, Evaluation]:
+    """``model`` sampled and graded on the recipe's held-out prompts, and its tokenizer.
+
+    Raises UserError where there are none.
+    """
+    recipe = with_prompt_date(recipe.model_copy(update={"model": Model(path=model)}))
+    rollout = recipe.rollout
+    with user_errors(recipe.train.deadline_seconds):
+        inputs = load_inputs(recipe)
+    with joined_processes(recipe.train.deadline_seconds) as (process, _), inputs.grader:
+        if inputs.held_out is None:
+            raise UserError("the recipe names no held-out prompts; set data.eval")
+        tokens = recipe.learner.tokens_per_micro_batch
+        grader = add_model_rewards(recipe.reward, inputs.grader, tokens, process.device, recipe.data.date)
+        evaluator = build_evaluator(recipe.eval, recipe.reward, rollout.max_tokens, recipe.seed, inputs)
+        sampling = _with_em_inf(evaluator.sampling, rollout.engine, em_inf)
+        evaluator = dataclasses.replace(evaluator, sampling=sampling)
+        alone = Process(device=process.device, deadline=process.deadline)
+        with sampler_for_model(recipe, inputs.tokenization, process) as sampler:
+            result = evaluator.evaluate(GradedSampler(sampler, grader, alone), version=0)
+    return inputs.tokenization, result
+
+
+def generate_command(
+    recipe: AnyRecipe, prompts: Sequence[str], n: int, temperature: float, em_inf: float | None = None
+) -> int:
+    """``rltrain generate``: prints ``n`` completions of each prompt. The recipe has model, engine, lengths
+    and seed.
+
+    em_inf: as for ``eval_command``.
+    """
+    sampled = require_sampled(
+        recipe,
+        "rltrain generate takes engine and lengths from a recipe, and this one learns from judged "
+        "completions: drop --recipe",
+    )
+    sampled = with_prompt_date(sampled)
+    with user_mistakes():
+        tokenization = load_tokenization(sampled.model, sampled.data, sampled.rollout)
+        rendered = [
+            _prompt(str(number), text, sampled.data, tokenization) for number, text in enumerate(prompts)
+        ]
+    sampling = Sampling(
+        n=n, temperature=temperature, max_tokens=sampled.rollout.max_tokens, seed=sampled.seed
+    )
+    sampling = _with_em_inf(sampling, sampled.rollout.engine, em_inf)
+    with (
+        joined_processes(sampled.train.deadline_seconds) as (process, _),
+        sampler_for_model(sampled, tokenization, process) as sampler,
+    ):
+        groups = sample_groups(sampler, rendered, sampling, 0, process.deadline)
+
+    console = Console(highlight=False)
+    for text, group in zip(prompts, groups, strict=True):
+        console.print(text, style="bold", markup=False)
+        for completion in group.completions:
+            console.print(f"  {completion.text}", markup=False)
+    return 0
+
+
+def _with_em_inf(sampling: Sampling, engine: str, em_inf: float | None) -> Sampling:
+    """Raises UserError where EM-INF is impossible."""
+    if em_inf is not None and (em_inf <= 0 or engine != "transformers"):
+        raise UserError(
+            f"--em-inf {em_inf:g} with engine {engine}: it takes a positive number and the engine "
+            "transformers"
+        )
+    return dataclasses.replace(sampling, sharpen_below=em_inf)
+
+
+def _prompt(name: str, text: str, data: Data, tokenization: Tokenization) -> Prompt:
+    content = data.prompt_template.format_map({"prompt": text})
+    rendered, token_ids = render(
+        content, tokenization.tokenizer, system=data.system, chat_template=data.chat_template, date=data.date
+    )
+    losses = Losses()
+    losses.add(rendered, token_ids, tokenization.tokenizer)
+    losses.check(f"prompt {name}", tokenization.tokenizer)
+    tokenization.require_embedded([(f"prompt {name}", token_ids)])
+    return Prompt(name, tuple(token_ids), rendered)
+
+
+def show(result: Evaluation, console: Console) -> None:
+    """Results with their intervals, one per line."""
+    named = [(f"pass@{estimate.k}", estimate) for estimate in result.results]
+    for name, estimate in (*named, (f"avg@{result.n}", result.average)):
+        console.print(
+            f"{name:<8} {estimate.value:.3f}  [{estimate.low:.3f}, {estimate.high:.3f}]", markup=False
+        )
+    if result.note:
+        console.print(result.note, markup=False, soft_wrap=True)
+    ungraded = f", {result.ungraded} ungraded" if result.ungraded else ""
+    console.print(f"reward   {result.reward:.3f}  over {len(result.groups)} prompts{ungraded}", markup=False)
+
+
+def show_numbers(metrics: Mapping[str, float], console: Console) -> None:
+    """``accuracy 0.612 [0.571, 0.653]`` and the like, one per line."""
+    for name, value in metrics.items():
+        if name.endswith(("_low", "_high")):
+            continue
+        bounds = [metrics[key] for key in (f"{name}_low", f"{name}_high") if key in metrics]
+        interval = f"  [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else ""
+        console.print(f"{name.removeprefix('eval/'):<16} {value:.3f}{interval}", markup=False)

@@ -1,0 +1,49 @@
+"""``rltrain soup``: the mean of several models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from rltrain.checkpoint.export import export_model
+from rltrain.checkpoint.soup import soup
+from rltrain.config.schema import Model
+from rltrain.data.tokenization import tokenization_of
+from rltrain.errors import UserError, user_mistakes
+from rltrain.learner.frozen_models import require_same_tokens
+from rltrain.learner.loading import load_causal_lm
+
+
+def soup_command(models: Sequence[str], weights: Sequence[float], out: Path) -> int:
+    """``rltrain soup``: the weighted mean of ``models`` as a model folder, with the first one's
+    tokenizer. weights empty: equal ones.
+    """
+    if len(models) < 2 or (weights and len(weights) != len(models)):
+        raise UserError(
+            f"a soup of {len(models)} models and {len(weights)} weights; give two or more, and a --weight "
+            "for each or none"
+        )
+    shares = list(weights) or [1 / len(models)] * len(models)
+    with user_mistakes():
+        tokenization = tokenization_of(Model(path=models[0]), {})
+        for number, other in enumerate(models[1:], start=2):
+            require_same_tokens(tokenization.tokenizer, models[0], f"model {number}", other)
+        loaded = [load_causal_lm(model, None, "auto") for model in models]
+        for number, other in enumerate(loaded[1:], start=2):
+            if other.all_tied_weights_keys != loaded[0].all_tied_weights_keys:
+                raise UserError(
+                    f"model {number} and model 1 differ in which weights are tied; a soup is of models "
+                    "fine-tuned from one"
+                )
+        mixed = soup([dict(model.state_dict()) for model in loaded], shares)
+        named = " + ".join(f"{share:g} x `{model}`" for model, share in zip(models, shares, strict=True))
+        header = (
+            f"---\nlibrary_name: transformers\ntags: [rltrain, soup]\n---\n\n# A soup of {len(models)} "
+            "models\n\n"
+        )
+        card = f"{header}Every weight is {named}, parameter by parameter (arXiv:2411.01798).\n"
+        export_model(out, loaded[0], tokenization.tokenizer, card, mixed)
+    Console(highlight=False).print(str(out), markup=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,138 @@
+"""``rltrain train``: checks first, then weights, then the steps; every engine and process is closed
+at the end.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+
+from rltrain.build.context import RunContext
+from rltrain.build.digests import input_digests, with_prompt_date
+from rltrain.build.workflows import Workflow, workflow_for
+from rltrain.checkpoint.inputs import changes
+from rltrain.checkpoint.resume import AUTO, is_finished, open_run, saved_date
+from rltrain.checkpoint.run_folder import RunFolder, describe_environment, new_run_id, write_atomic
+from rltrain.cli.session import is_main_process, joined_processes, rank_name, user_errors
+from rltrain.config.schema import AnyRecipe
+from rltrain.errors import UserError, user_mistakes
+from rltrain.interrupt import resuming_command
+from rltrain.learner.ranks import agree
+from rltrain.report.reporter import Reporter
+from rltrain.train.loop import TrainingRun
+from rltrain.train.saving import (
+    STOPPED,
+    Stopped,
+    StopRequest,
+    disk_errors,
+    stop_with_the_launcher,
+    stops_noted,
+)
+
+
+def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resume: str = AUTO) -> int:
+    """Everything from the checks to the finished model. The exit code: 0, or STOPPED after a SIGTERM or a
+    Ctrl-C.
+
+    resume: "auto" continues the run in ``folder`` where there is one, "never" refuses it, anything else is a
+    checkpoint's folder.
+    """
+    run_folder, workflow = RunFolder.at(folder), workflow_for(recipe)
+    recipe = with_prompt_date(recipe, saved_date(run_folder, resume))
+    if resume == AUTO and is_finished(run_folder, recipe):
+        if is_main_process():
+            Console(highlight=False).print(
+                f"already finished: {run_folder.model}", markup=False, soft_wrap=True
+            )
+        return 0
+
+    lines = [f"warning: {warning}" for warning in warnings]
+    if recipe.data.date is not None:
+        lines.append(f"the date in prompts is {recipe.data.date} for the whole run (data.date)")
+    with user_errors(recipe.train.deadline_seconds):
+        inputs = workflow.load(recipe)
+        digests = input_digests(recipe, inputs)
+    with workflow.held(inputs), ExitStack() as stack:
+        process, watchdog = stack.enter_context(joined_processes(recipe.train.deadline_seconds))
+        environment, checkpoint = {**describe_environment(), "run": new_run_id()}, None
+        if process.is_main:
+            with user_mistakes():
+                opened = open_run(
+                    run_folder,
+                    recipe,
+                    resume,
+                    environment,
+                    lambda text: lines.append(f"warning: {text}"),
+                    digests,
+                )
+                checkpoint = stack.enter_context(opened).checkpoint
+        with watchdog.waiting("rank 0", "to open the run folder"):
+            checkpoint, of_rank_0 = agree((checkpoint, digests))
+        require_same_inputs(of_rank_0, digests)
+
+        stop_request = stack.enter_context(stops_noted())
+        stop_with_the_launcher()
+        run = workflow.build(
+            recipe, inputs, RunContext(run_folder, checkpoint, process, stop_request, digests)
+        )
+        lines += workflow.summarize(inputs)
+        if checkpoint is not None:
+            lines.append(f"continuing from {checkpoint}")
+        for line in lines:
+            run.reporter.message(line)
+        return _train(run, workflow, run_folder, stop_request, is_main=process.is_main)
+
+
+def _train(
+    run: TrainingRun, workflow: Workflow, folder: RunFolder, stop_request: StopRequest, *, is_main: bool
+) -> int:
+    """Takes the steps; the exit code."""
+    try:
+        with disk_errors(folder):
+            stop_request.in_loop = True
+            model = workflow.train(run)
+            if is_main:
+                write_report(folder)
+        files = ("metrics", "transcripts", "report") if workflow.samples else ("metrics", "report")
+        named = [f"{name:<11}  {getattr(folder, name)}" for name in files]
+        run.reporter.message("\n".join([f"model        {model}", *named]))
+    except Stopped as stopped:
+        if is_main:
+            report_if_possible(folder, run.reporter)
+        run.reporter.message(f"stopped by {stop_request.by} after step {stopped.step}: {stopped.checkpoint}")
+        run.reporter.message(f"continue with: {resuming_command(sys.argv)}")
+        return STOPPED
+    finally:
+        run.close()
+    return 0
+
+
+def require_same_inputs(of_rank_0: Mapping[str, str], own: Mapping[str, str]) -> None:
+    """Raises UserError where this rank reads other code, data or models than rank 0, as on a node
+    with older files.
+    """
+    lines = list(changes(of_rank_0, own))
+    if lines:
+        raise UserError(
+            "\n".join([f"{rank_name()} reads something else than rank 0 (rank 0 -> here):", *lines])
+        )
+
+
+def write_report(folder: RunFolder) -> None:
+    """report.html: the run's curves and measurements, in one file that loads nothing."""
+    from rltrain.analysis.comparison import run_page
+    from rltrain.analysis.curves import Curves
+
+    write_atomic(folder.report, run_page(folder.path.name, Curves.read(folder.path)))
+
+
+def report_if_possible(folder: RunFolder, reporter: Reporter) -> None:
+    """The report of a run that was stopped. Its checkpoint is whole, whatever becomes of a page."""
+    try:
+        write_report(folder)
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+        reporter.warn(f"{folder.report} is not written: {error}")

@@ -1,0 +1,41 @@
+"""Which settings and methods go together: everything about a recipe that no schema can say.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rltrain.config.rules.findings import Findings
+from rltrain.config.rules.offline import check_offline
+from rltrain.config.rules.online import check_online
+from rltrain.config.rules.online_pairs import check_pairs
+from rltrain.config.schema import AnyRecipe
+from rltrain.errors import RecipeError
+
+__all__ = ["Checked", "check"]
+
+RULES: Mapping[str, Callable[[Any], Findings]] = {
+    "online": check_online,
+    "online_pairs": check_pairs,
+    "offline": check_offline,
+}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A recipe that may run, and what its author should know before it does."""
+
+    recipe: AnyRecipe
+    warnings: tuple[str, ...]
+
+
+def check(recipe: AnyRecipe) -> Checked:
+    """Applies every rule for recipes of this kind. Raises RecipeError with all problems."""
+    findings = RULES[recipe.kind](recipe)
+    if findings.problems:
+        raise RecipeError(findings.problems)
+    return Checked(recipe, tuple(findings.warnings))

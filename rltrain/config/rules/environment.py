@@ -1,0 +1,84 @@
+"""Rules about episodes: the environment a recipe names, its options, and what cannot be combined with it.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rltrain.config.rules.registries import ENVIRONMENTS
+from rltrain.config.schema import EnvironmentRef, OnlineRecipe
+from rltrain.config.user_code import definition, unknown_keywords
+from rltrain.config.user_files import changed_code
+
+
+def user_class(name: str) -> tuple[str, str] | None:
+    """File and class of an environment named as ``path/to/file.py:Class``; None for a registered name."""
+    file, colon, attribute = name.rpartition(":")
+    return (file, attribute) if colon and file.endswith(".py") else None
+
+
+def environment_problems(recipe: OnlineRecipe) -> Iterator[str]:
+    """What of ``rollout.environment`` cannot work, and what works only inside one."""
+    ref, rollout = recipe.rollout.environment, recipe.rollout
+    verdicts = [function for function in recipe.reward.functions if function.name == "episode"]
+    if ref is None:
+        if verdicts:
+            yield (
+                "reward.functions has episode, the verdict of an environment, and there is none; set "
+                "rollout.environment"
+            )
+        return
+    yield from _naming_problems(ref)
+    if ref.turn_tokens > rollout.max_tokens:
+        yield (
+            f"rollout.environment.turn_tokens is {ref.turn_tokens}, but a whole episode has "
+            f"rollout.max_tokens {rollout.max_tokens}; "
+            f"raise rollout.max_tokens to several turns with their observations, or lower turn_tokens"
+        )
+    spec = ENVIRONMENTS.specs.get(ref.name)
+    if spec is not None and "rewards" not in spec.traits and len(verdicts) == len(recipe.reward.functions):
+        yield (
+            f"rollout.environment {ref.name} gives no reward of its own, so that reward.functions episode "
+            "would always be 0; "
+            "grade the last turn, for example with exact or math_answer"
+        )
+    if any(arm.name == "answer" for arm in rollout.arms):
+        yield (
+            "rollout.arms has answer, which nobody sampled, and completions are episodes here; drop the arm "
+            "or the environment"
+        )
+
+
+def _naming_problems(ref: EnvironmentRef) -> Iterator[str]:
+    if (own := user_class(ref.name)) is not None:
+        yield from (f"rollout.environment: {problem}" for problem in _class_problems(ref, *own))
+        return
+    try:
+        ENVIRONMENTS.check(ref.name, ref.hp)
+    except ValueError as error:
+        yield f"rollout.environment: {error}; or name your own as path/to/file.py:Class"
+
+
+def _class_problems(ref: EnvironmentRef, file: str, attribute: str) -> Iterator[str]:
+    """Problems of ``path/to/file.py:Class``."""
+    try:
+        statement = definition(file, attribute, ast.ClassDef)
+    except ValueError as error:
+        yield str(error)
+        return
+    if (problem := changed_code(ref.name, ref.sha256)) is not None:
+        yield problem
+    if not isinstance(statement, ast.ClassDef):  # imported or assigned: making it will tell
+        return
+    methods = {node.name: node for node in statement.body if isinstance(node, ast.FunctionDef)}
+    missing = [name for name in ("reset", "step", "close") if name not in methods]
+    if missing and not statement.bases:
+        yield (
+            f"{attribute} lacks {', '.join(missing)}; an environment has reset(task, seed), step(text) and "
+            "close()"
+        )
+    if "__init__" in methods:
+        yield from unknown_keywords(methods["__init__"], ref.hp, attribute)

@@ -1,0 +1,164 @@
+"""Rules across sections of a recipe that learns from judged completions. Imports no torch.
+
+What only the data can tell (the columns that are there, the balance of classes) is looked at when the data
+are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rltrain.config.rules.findings import Findings
+from rltrain.config.schema import OfflineRecipe
+from rltrain.loss.preference import PREFERENCE_LOSSES, STATISTICS
+from rltrain.registry import MethodSpec, suggestion
+
+_KEY = "loss.preference"
+_PAIR_COLUMNS = frozenset(
+    {
+        "chosen",
+        "rejected",
+        "score_chosen",
+        "score_rejected",
+        "chosen_rating",
+        "rejected_rating",
+        "margin",
+        "p_chosen",
+    }
+)
+_LABEL_COLUMNS = frozenset({"completion", "label"})
+
+
+def check_offline(recipe: OfflineRecipe) -> Findings:
+    """Everything that can be said before anything is loaded."""
+    ref = recipe.loss.preference
+    try:
+        spec = PREFERENCE_LOSSES.check(ref.name, ref.hp)
+    except ValueError as error:
+        return Findings([f"{_KEY}: {error}"], [])
+    values = {name: item.default for name, item in spec.hyperparameters.items()} | ref.hp
+    problems = [
+        *_size_problems(recipe, spec),
+        *_loss_problems(recipe, spec, values),
+        *_model_problems(recipe, spec),
+    ]
+    problems += _eval_problems(recipe, spec)
+    return Findings(problems, [] if problems else list(_warnings(recipe, spec)))
+
+
+def data_needs(spec: MethodSpec, hp: Mapping[str, Any]) -> frozenset[str]:
+    """What the loss takes from the data: "margin", "p_chosen", "label" and "column:<name>", its
+    statistics' needs included.
+    """
+    needs = all_needs(spec, hp)
+    return frozenset(
+        name for name in needs if name in ("margin", "p_chosen", "label") or name.startswith("column:")
+    )
+
+
+def all_needs(spec: MethodSpec, hp: Mapping[str, Any]) -> frozenset[str]:
+    """Every tensor the loss needs, statistics resolved into what they need."""
+    needs = spec.needs_with(hp)
+    known = set(STATISTICS.names())
+    return (needs - known).union(*(STATISTICS.spec(name).needs for name in needs & known))
+
+
+def takes_pairs(spec: MethodSpec) -> bool:
+    return "pairs" in spec.traits
+
+
+def _size_problems(recipe: OfflineRecipe, spec: MethodSpec) -> Iterator[str]:
+    data, learner = recipe.data, recipe.learner
+    sides = 2 if takes_pairs(spec) else 1
+    longest = sides * (data.max_prompt_tokens + data.max_completion_tokens)
+    if learner.tokens_per_micro_batch < longest:
+        what = "a pair, whose completions are never parted," if sides == 2 else "one completion"
+        yield (
+            f"learner.tokens_per_micro_batch is {learner.tokens_per_micro_batch}, but {what} can take "
+            f"{f'{sides} x ' if sides == 2 else ''}(data.max_prompt_tokens {data.max_prompt_tokens} + "
+            "data.max_completion_tokens "
+            f"{data.max_completion_tokens}) = {longest} tokens; set learner.tokens_per_micro_batch to at "
+            f"least {longest}"
+        )
+
+
+def _loss_problems(recipe: OfflineRecipe, spec: MethodSpec, values: Mapping[str, Any]) -> Iterator[str]:
+    if "gamma_required" in spec.traits and values["gamma"] is None:
+        yield (
+            f"{_KEY} {spec.name}: gamma has no default, it carries the units of the scores: with gamma g a "
+            "margin m becomes the target "
+            f"sigmoid(g m); set gamma (2.2 for scores from 1 to 10 in the authors' UltraFeedback commands)"
+        )
+    mapped = recipe.data.columns.keys()
+    strange = mapped & (_LABEL_COLUMNS if takes_pairs(spec) else frozenset())
+    if strange and not mapped & _PAIR_COLUMNS:
+        yield (
+            f"data.columns names {', '.join(sorted(strange))}, but {_KEY} {spec.name} compares two "
+            "completions of a prompt "
+            "(columns chosen and rejected); choose a loss for single "
+            f"completions{suggestion('kto', ['kto'])}, or another data set"
+        )
+    if recipe.data.divide_margins_by != "nothing" and "margin" not in data_needs(spec, values):
+        yield (
+            f"data.divide_margins_by is {recipe.data.divide_margins_by}, but {_KEY} {spec.name} reads no "
+            "margins: it would change nothing; "
+            "set it to nothing"
+        )
+
+
+def _model_problems(recipe: OfflineRecipe, spec: MethodSpec) -> Iterator[str]:
+    needs, model = all_needs(spec, recipe.loss.preference.hp), recipe.model
+    if "previous_logp" not in needs and model.previous is not None:
+        yield f"model.previous is set, but {_KEY} {spec.name} reads no previous iterate; leave it out"
+    if "ref_logp" not in needs and model.reference is not None:
+        yield f"model.reference is set, but {_KEY} {spec.name} has no reference model; leave it out"
+
+
+def _eval_problems(recipe: OfflineRecipe, spec: MethodSpec) -> Iterator[str]:
+    settings = recipe.eval
+    if settings.gamma is not None and not takes_pairs(spec):
+        yield (
+            f"eval.gamma is {settings.gamma:g}, but {_KEY} {spec.name} learns from single completions, which "
+            "have no margin; leave it out"
+        )
+    if settings.samples and recipe.data.eval is None:
+        yield (
+            f"eval.samples is {settings.samples}, but data.eval is null, so there are no held-out prompts; "
+            "set data.eval or leave it out"
+        )
+    if settings.samples and "scalar_head" in spec.traits:
+        yield (
+            f"eval.samples is {settings.samples}, but {_KEY} {spec.name} trains a scalar head, which writes "
+            "no text; leave it out"
+        )
+
+
+def _warnings(recipe: OfflineRecipe, spec: MethodSpec) -> Iterator[str]:
+    if recipe.learner.optimizer.lr == 0:
+        yield (
+            "learner.optimizer.lr is 0: the weights never change; set a learning rate unless that is what "
+            "you test"
+        )
+    steps = recipe.train.steps
+    if steps is not None and recipe.learner.optimizer.warmup_steps > steps:
+        yield (
+            f"learner.optimizer.warmup_steps is {recipe.learner.optimizer.warmup_steps} but train.steps is "
+            f"{steps}: the learning rate "
+            f"never reaches {recipe.learner.optimizer.lr:g}"
+        )
+    if steps is not None and recipe.train.epochs != 1.0:
+        yield (
+            f"train.steps is {steps}, so train.epochs {recipe.train.epochs:g} is not read; set train.steps "
+            "to null to count epochs"
+        )
+    if (
+        not takes_pairs(spec)
+        and recipe.train.examples < 8
+        and "mismatched" in all_needs(spec, recipe.loss.preference.hp)
+    ):
+        yield (
+            f"train.examples is {recipe.train.examples}: {_KEY} {spec.name} estimates a mean over the step's "
+            "examples; the authors use "
+            "8 to 128, set at least 8"
+        )

@@ -1,0 +1,210 @@
+"""Rules across the sections of a recipe that learns from rewards. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rltrain.advantage import ADVANTAGES
+from rltrain.config.rules.composition import Methods, composition_problems
+from rltrain.config.rules.environment import environment_problems
+from rltrain.config.rules.findings import Findings
+from rltrain.config.rules.process_reward import process_reward_problems
+from rltrain.config.rules.registries import ARMS, REWARDS_WITH_CORRECT
+from rltrain.config.rules.rewards import reward_function_problems
+from rltrain.config.rules.sampling import (
+    MethodLookup,
+    dynamic_sampling_problems,
+    sampling_problems,
+    sampling_warnings,
+)
+from rltrain.config.rules.terms import coefficient_problems, reward_problems, verdict_problems
+from rltrain.config.schema import OnlineRecipe
+from rltrain.control import TOKEN_CONTROLS
+from rltrain.loss import AGGREGATES, LOSS_TERMS
+from rltrain.loss.policy import POLICY_LOSSES
+
+
+def check_online(recipe: OnlineRecipe) -> Findings:
+    """Everything that can be said before anything is loaded."""
+    methods, problems = _methods(recipe)
+    problems += [*sampling_problems(recipe), *coefficient_problems(recipe), *environment_problems(recipe)]
+    problems += process_reward_problems(recipe, REWARDS_WITH_CORRECT)
+    if methods is not None:
+        problems += _method_problems(recipe, methods)
+    if problems or methods is None:
+        return Findings(problems, [])
+    return Findings([], [*sampling_warnings(recipe), *_method_warnings(recipe, methods)])
+
+
+def _methods(recipe: OnlineRecipe) -> tuple[Methods | None, list[str]]:
+    """The recipe's methods, and what is wrong with them; None if one of them is unknown to its registry."""
+    look_up, loss = MethodLookup(), recipe.loss
+    advantage = look_up(ADVANTAGES, "advantage", recipe.advantage)
+    policy = look_up(POLICY_LOSSES, "loss.policy", loss.policy)
+    aggregate = look_up(AGGREGATES, "loss.aggregate", loss.aggregate)
+    controls = look_up.every(TOKEN_CONTROLS, "control", recipe.control)
+    terms = look_up.every(LOSS_TERMS, "loss.terms", loss.terms)
+    arms = look_up.every(ARMS, "rollout.arms", recipe.rollout.arms)
+    rewards = look_up.sampling(recipe)
+
+    if look_up.problems:
+        return None, look_up.problems
+    assert advantage is not None and policy is not None and aggregate is not None
+    return Methods(advantage, controls, policy, terms, aggregate, rewards, arms), []
+
+
+def _method_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
+    yield from _group_problems(recipe, methods)
+    yield from dynamic_sampling_problems(recipe, methods.rewards)
+    yield from composition_problems(methods)
+    yield from _loss_problems(methods)
+    yield from _off_policy_problems(recipe, methods)
+    yield from _arm_problems(recipe, methods)
+    yield from reward_problems(recipe, methods)
+    yield from verdict_problems(recipe, methods, REWARDS_WITH_CORRECT)
+    yield from reward_function_problems(recipe, methods.rewards)
+
+
+def _group_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
+    if recipe.rollout.n == 1 and "groupless" not in methods.advantage.spec.traits:
+        groupless = sorted(
+            name
+            for name, spec in ADVANTAGES.specs.items()
+            if "groupless" in spec.traits and "no_signal" not in spec.traits
+        )
+        yield (
+            f"rollout.n is 1, but advantage {methods.advantage.name} compares completions of one prompt; "
+            f"set rollout.n to at least 2, or advantage to {' or '.join(groupless)}"
+        )
+
+
+def _loss_problems(methods: Methods) -> Iterator[str]:
+    if "sequence_level" in methods.policy.spec.traits and methods.aggregate.name != "seq_mean_token_mean":
+        yield (
+            f"loss.policy {methods.policy.name} has one ratio per sequence and weighs sequences equally, but "
+            "loss.aggregate is "
+            f"{methods.aggregate.name}, which would weigh them by length; set loss.aggregate to "
+            "seq_mean_token_mean"
+        )
+    term = next((term for term in methods.terms if term.name == "kl"), None)
+    if term is not None and methods.advantage.values.get("kl_coef"):
+        yield (
+            "the KL penalty counts twice: in the reward (advantage.kl_coef "
+            f"{methods.advantage.values['kl_coef']:g}) and as a loss term "
+            f"({term.key}); keep one of them"
+        )
+
+
+def _off_policy_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
+    everything = (methods.advantage, *methods.controls, methods.policy, *methods.terms)
+    if recipe.learner.updates_per_step == 1:
+        for chosen in everything:
+            if "off_policy_only" in chosen.spec.traits:
+                yield (
+                    f"{chosen.key} {chosen.name} acts on the ratio to the old policy, which is exactly 1 "
+                    "with one update per rollout "
+                    "(learner.updates 1 x learner.epochs 1): it would change nothing; set learner.updates "
+                    "to 2 or more"
+                )
+    if recipe.rollout.trust_logp:
+        for control in methods.controls:
+            if {"old_logp", "rollout_logp"} <= control.spec.needs:
+                yield (
+                    f"{control.key} {control.name} weighs by old_logp over rollout_logp, which "
+                    "rollout.trust_logp makes equal: "
+                    f"it would change nothing; set rollout.trust_logp to false or drop the control"
+                )
+
+
+def _arm_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
+    names = [arm.name for arm in methods.arms]
+    controls = {control.name for control in methods.controls}
+    claimed = {wanted for control in methods.controls for wanted in control.arguments("arm")}
+    for arm in methods.arms:
+        if names.count(arm.name) > 1:
+            yield (
+                f"{arm.key}: {arm.name} stands {names.count(arm.name)} times in rollout.arms; its rows could "
+                "not be told apart: keep one"
+            )
+        if "trains" in arm.spec.traits and recipe.rollout.trust_logp:
+            yield (
+                f"{arm.key} {arm.name} adds rows that the policy did not sample at rollout.temperature, so "
+                "the engine has no log-probs of "
+                f"the policy for them, which rollout.trust_logp would take; set rollout.trust_logp to false"
+            )
+        if (
+            "for_advantage" in arm.spec.traits
+            and "arm" not in methods.advantage.spec.inputs
+            and arm.name not in claimed
+        ):
+            yield (
+                f"{arm.key} {arm.name} adds rows that only an advantage which tells arms apart can use, and "
+                f"{methods.advantage.name} does "
+                f"not; set advantage to one that does ({', '.join(_arm_advantages())}) or drop the arm"
+            )
+    if "answer" in names and recipe.rollout.environment is not None:
+        yield (
+            f"rollout.arms has answer, but in rollout.environment {recipe.rollout.environment.name} a "
+            "completion is an episode, which no "
+            f"column of the data spells out; drop the arm or the environment"
+        )
+    if "aepo" in names and "aepo" not in controls:
+        yield (
+            "rollout.arms has aepo, but control has not: the arm samples tempered rows and nothing weighs "
+            "them; add aepo to control"
+        )
+    for chosen in (methods.advantage, *methods.controls):
+        for wanted in sorted(
+            trait.removeprefix("arm:") for trait in chosen.spec.traits if trait.startswith("arm:")
+        ):
+            if wanted not in names:
+                yield (
+                    f"{chosen.key} {chosen.name} works on rows that only the {wanted} arm samples; add "
+                    f"{wanted} to rollout.arms"
+                )
+
+
+def _arm_advantages() -> list[str]:
+    return sorted(name for name, spec in ADVANTAGES.specs.items() if "arm" in spec.inputs)
+
+
+def _method_warnings(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
+    policy = methods.policy
+    everything = (methods.advantage, *methods.controls, policy, *methods.terms)
+    distilled = [one for one in everything if "teacher_logp" in one.spec.needs_with(one.values)]
+    if distilled and recipe.model.teacher is None:
+        yield (
+            f"{distilled[0].key} {distilled[0].name} learns from a teacher, but model.teacher is null: the "
+            "teacher is the starting point; "
+            f"set model.teacher to a model with the same tokenizer"
+        )
+    if recipe.model.teacher is not None and not distilled:
+        yield (
+            f"model.teacher is {recipe.model.teacher}, but no function of the recipe needs teacher_logp: it "
+            "is not loaded"
+        )
+    low, high = policy.values.get("eps_low"), policy.values.get("eps_high")
+    if recipe.learner.updates_per_step == 1 and low != high:
+        yield (
+            f"loss.policy {policy.name} clips at eps_low {low:g} and eps_high {high:g}, but with one update "
+            "per rollout "
+            "(learner.updates 1 x learner.epochs 1) the ratio is exactly 1 and nothing clips; set "
+            "learner.updates to 2 or more"
+        )
+    if policy.name == "reinforce" and recipe.learner.updates_per_step > 1:
+        yield (
+            f"loss.policy reinforce has no ratio, but the step takes {recipe.learner.updates_per_step} "
+            "updates: all but the first are off-policy; "
+            f"set learner.updates and learner.epochs to 1, or loss.policy to clip"
+        )
+    users = len(methods.rewards) < len(recipe.reward.functions)
+    if (
+        recipe.rollout.dynamic_sampling is not None
+        and users
+        and not REWARDS_WITH_CORRECT & {r.name for r in methods.rewards}
+    ):
+        yield (
+            "rollout.dynamic_sampling looks at raw correctness: your reward function must put a part named "
+            "'correct' into its scores, "
+            "or be the only one and give 0 and 1, else prompts are kept where rewards differ"
+        )

@@ -1,0 +1,37 @@
+"""The registries whose methods recipes name, apart from those that live beside their functions.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from reward import MODULES as REWARD_MODULES
+from rltrain.advantage import ADVANTAGES
+from rltrain.control import COEFFICIENTS, TOKEN_CONTROLS
+from rltrain.loss import AGGREGATES, LOSS_TERMS
+from rltrain.loss.policy import POLICY_LOSSES
+from rltrain.loss.preference import PREFERENCE_LOSSES
+from rltrain.registry import Registry
+
+REWARDS = Registry("reward", modules=(*REWARD_MODULES, "rltrain.rollout.model_rewards"), decorator="reward")
+ARMS = Registry("arm", modules=("rltrain.rollout.extra_samples",))
+ORDERS = Registry("prompt order", modules=("rltrain.data.order", "rltrain.data.gain_rl"))
+JUDGES = Registry("judge", modules=("rltrain.rollout.pairs.judges",))
+ENVIRONMENTS = Registry(
+    "environment",
+    modules=("rltrain.rollout.environments.calculator", "rltrain.rollout.environments.text_game"),
+)
+REGISTRIES = (
+    ADVANTAGES,
+    TOKEN_CONTROLS,
+    POLICY_LOSSES,
+    LOSS_TERMS,
+    AGGREGATES,
+    REWARDS,
+    ARMS,
+    ORDERS,
+    COEFFICIENTS,
+    PREFERENCE_LOSSES,
+    JUDGES,
+)
+REWARDS_WITH_CORRECT = frozenset({"math_answer", "exact", "choice", "episode", "code_tests", "code_io"})

@@ -1,0 +1,100 @@
+"""The language of a model: its tokenizer, what ends and fills its rows, and how much it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from rltrain.config.schema import Data, Model, Rollout
+from rltrain.data.chat import StopTokens, stop_tokens_of
+from rltrain.errors import UserError
+from rltrain.model_limits import require_context, require_room_for_tokens
+from rltrain.remote_code import refusing_untrusted, trusts
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    """A model's tokenizer, and what ends and fills its rows."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_tokens: StopTokens
+    vocabulary: int  # rows of the model's embedding
+
+    def encode_answer(self, text: str) -> tuple[int, ...]:
+        """What the policy would have written to give ``text`` as its whole completion."""
+        eos: Any = self.tokenizer.eos_token_id
+        return (
+            *self.tokenizer(text, add_special_tokens=False)["input_ids"],
+            self.stop_tokens.stop[0] if eos is None else eos,
+        )
+
+    def require_embedded(self, texts: Iterable[tuple[str, Sequence[int]]]) -> None:
+        """Raises UserError for a text (name, token ids) with a token that the model has no embedding for."""
+        for name, token_ids in texts:
+            if max(token_ids, default=0) >= self.vocabulary:
+                token = max(token_ids)
+                raise UserError(
+                    f"{name} holds token {token} ({self.tokenizer.convert_ids_to_tokens(token)!r}), but the "
+                    "embedding of the model has "
+                    f"{self.vocabulary} rows: resize it, or leave this token out of texts and template"
+                )
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(
+            self.tokenizer.decode(
+                list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+
+def load_tokenization(model: Model, data: Data, rollout: Rollout) -> Tokenization:
+    """Tokenizer and stop tokens of ``model.path``.
+
+    Raises UserError if there is no such model or its context is too short.
+    """
+    return tokenization_of(model, sizes_of(data, rollout))
+
+
+def sizes_of(data: Data, rollout: Rollout) -> dict[str, int]:
+    """The most tokens of a row's parts, by recipe key."""
+    return {"data.max_prompt_tokens": data.max_prompt_tokens, "rollout.max_tokens": rollout.max_tokens}
+
+
+def tokenization_of(model: Model, sizes: Mapping[str, int]) -> Tokenization:
+    """The same for rows whose parts have at most these sizes, by recipe key."""
+    try:
+        trusted = trusts(model.path, model.revision)
+        with refusing_untrusted(model.path, model.revision):
+            config = AutoConfig.from_pretrained(
+                model.path, revision=model.revision, trust_remote_code=trusted
+            )
+            tokenizer = AutoTokenizer.from_pretrained(
+                model.path, revision=model.revision, trust_remote_code=trusted
+            )
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        hint = (
+            "; make it with: python scripts/make_tiny_model.py --out .cache/tiny-model"
+            if model.path.startswith(".cache/tiny")
+            else ""
+        )
+        raise UserError(
+            f"model.path {model.path!r} is no model folder and cannot be had from the Hub ({reason}){hint}"
+        ) from error
+    require_context(config, model.path, sizes)
+    vocabulary = config.get_text_config().vocab_size
+    require_room_for_tokens(tokenizer, vocabulary, model.path)
+    return Tokenization(tokenizer, stop_tokens_of(tokenizer, _generation_config(model)), vocabulary)
+
+
+def _generation_config(model: Model) -> GenerationConfig | None:
+    """Many models have none; their tokenizer then says alone what ends a completion."""
+    try:
+        return GenerationConfig.from_pretrained(model.path, revision=model.revision or "main")
+    except OSError:
+        return None

@@ -1,0 +1,126 @@
+"""Models that are never trained: what must agree before one is used, its log-probs' module, its
+weights for an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rltrain.config.schema import Model
+from rltrain.errors import UserError
+from rltrain.learner.forward import PolicyForward
+from rltrain.learner.loading import Head, load_causal_lm, require_weights
+from rltrain.model_limits import require_context, require_room_for_tokens
+from rltrain.remote_code import refusing_untrusted, trusts
+from rltrain.weight_names import CheckpointNames
+
+__all__ = [
+    "frozen_model",
+    "load_frozen",
+    "reference_weights",
+    "require_companion",
+    "require_same_tokens",
+    "weights_of",
+]
+
+# what of a model's config decides the shapes of its weights
+_SHAPE = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+)
+
+
+def require_same_tokens(tokenizer: PreTrainedTokenizerBase, model: str, key: str, path: str) -> None:
+    """Raises UserError unless the model at ``path`` reads token ids as ``model`` writes them: its log-probs
+    would be of another text.
+
+    key: where the recipe names it, such as "model.reference".
+    """
+    try:
+        with refusing_untrusted(path):
+            theirs = AutoTokenizer.from_pretrained(path, trust_remote_code=trusts(path)).get_vocab()
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{key} {path!r} is no model folder and cannot be had from the Hub ({reason})"
+        ) from error
+    ours = tokenizer.get_vocab()
+    if differing := sorted(ours.items() ^ theirs.items(), key=lambda item: item[1]):
+        token = differing[0][0]
+        raise UserError(
+            f"{key} {path} has another tokenizer than {model}: token {token!r} is {theirs.get(token)} there "
+            f"and {ours.get(token)} "
+            f"here ({len(theirs)} and {len(ours)} tokens); choose a model of the same family, its log-probs "
+            "are taken token by token"
+        )
+
+
+def require_companion(
+    tokenizer: PreTrainedTokenizerBase,
+    model: str,
+    key: str,
+    path: str,
+    *,
+    head: Head,
+    sizes: Mapping[str, int],
+) -> None:
+    """Raises UserError unless the model at ``path`` reads the rows of ``model``: their tokens, their lengths,
+    with weights of its own.
+
+    sizes: the most tokens of a row's parts, by recipe key.
+    """
+    require_same_tokens(tokenizer, model, key, path)
+    with refusing_untrusted(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trusts(path))
+    require_context(config, f"{key} {path}", sizes)
+    require_room_for_tokens(tokenizer, config.get_text_config().vocab_size, path)
+    require_weights(path, None, head)
+
+
+def load_frozen(path: str | None, model: Model, device: torch.device) -> PolicyForward:
+    """The model at ``path``, ready for passes without gradients. path: None is ``model`` as it started."""
+    frozen = load_causal_lm(path or model.path, None if path else model.revision, model.attention)
+    return PolicyForward(frozen.requires_grad_(False)).to(device).eval()
+
+
+@contextmanager
+def frozen_model(path: str | None, model: Model, device: torch.device) -> Iterator[PolicyForward]:
+    """``load_frozen`` for as long as the block lasts."""
+    yield load_frozen(path, model, device)
+
+
+def weights_of(frozen: PolicyForward) -> Iterator[tuple[str, Tensor]]:
+    """Its weights under the names that ``weights`` of a learner gives them."""
+    yield from ((name.removeprefix("model."), weight) for name, weight in frozen.state_dict().items())
+
+
+def reference_weights(model: Model, policy: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The frozen reference's weights by checkpoint name, in an engine's ``dtype``, in host memory.
+
+    Raises UserError if they are not the policy's in shape.
+    """
+    frozen = load_causal_lm(
+        model.reference or model.path, None if model.reference else model.revision, model.attention
+    )
+    ours, theirs = (config.get_text_config().to_dict() for config in (policy.config, frozen.config))
+    if differing := [key for key in _SHAPE if ours.get(key) != theirs.get(key)]:
+        raise UserError(
+            f"rollout.arms reference: one engine samples from {model.path} and {model.reference}, but their "
+            f"{differing[0]} differ: "
+            f"{ours.get(differing[0])} and {theirs.get(differing[0])}; set model.reference to a model of the "
+            "same shape"
+        )
+    weights = CheckpointNames(frozen).to_checkpoint(frozen.state_dict().items())
+    return {name: weight.to(dtype) for name, weight in weights}

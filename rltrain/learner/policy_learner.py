@@ -1,0 +1,262 @@
+"""The learner of rollouts: annotates a step's rows and takes the optimizer updates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rltrain.config.schema import Learner, Model
+from rltrain.control.stage import PerUpdateControls
+from rltrain.learner.forward import PolicyForward
+from rltrain.learner.frozen_models import load_frozen
+from rltrain.learner.head import STATISTICS
+from rltrain.learner.micro_batches import inverse_index, row_micro_batches, shares_prompts
+from rltrain.learner.packing import MicroBatch
+from rltrain.learner.passes import compute_statistics, step_shape, write_statistics
+from rltrain.learner.trained_model import ModelOwner, TrainedModel
+from rltrain.learner.update_step import UpdateResult, optimizer_batches, optimizer_update
+from rltrain.loss.objective import Objective, ObjectiveShare
+from rltrain.types.policy import PolicyTokens, StepTotals, TokenRows, TrainBatch
+from rltrain.watchdog import Deadline, no_deadline
+
+__all__ = ["FROZEN", "PolicyLearner", "UpdateStats"]
+
+FROZEN = frozenset({"ref_logp", "teacher_logp"})  # statistics of models that are not trained
+_STEP_STATISTICS = ("logp", "entropy")  # of the policy that sampled, kept from the gradient pass
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """What one call of ``update`` did. Tensors are on the CPU."""
+
+    logp: Tensor  # (B, T) nats, the sampling policy's log-probs as the learner computes them
+    entropy: Tensor  # (B, T) nats
+    metrics: dict[str, float]  # averaged over the step's updates
+    idle_rows: int  # rows that skipped the gradient pass
+    skipped_updates: int  # updates dropped for a non-finite loss or gradient
+    trained_rows: int
+    trained_tokens: int
+
+
+class PolicyLearner(ModelOwner):
+    """Trains the policy on rollouts.
+
+    temperature: of sampling; all log-probs are taken at it. max_tokens: of a completion. deadline: as of
+    ``TrainedModel``.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        settings: Learner,
+        *,
+        temperature: float,
+        max_tokens: int,
+        total_updates: int,
+        seed: int,
+        deadline: Deadline = no_deadline,
+    ) -> None:
+        self.settings = settings
+        self.temperature = temperature
+        self.max_tokens = max_tokens
+        self.trained = TrainedModel(
+            model,
+            settings,
+            total_updates=total_updates,
+            seed=seed,
+            deadline=deadline,
+        )
+        self.frozen: dict[str, PolicyForward] = {}  # by statistic, "ref_logp" or "teacher_logp"
+
+    def use_frozen(self, statistic: str, path: str | None, model: Model) -> None:
+        """Load the model of ``statistic``, "ref_logp" or "teacher_logp", for ``annotate``.
+
+        path: None is ``model`` as it started.
+        """
+        self.frozen[statistic] = load_frozen(path, model, self.device)
+
+    # passes -------------------------------------------------------------------------------------------------
+
+    def annotate(
+        self,
+        rows: TokenRows,
+        wants: frozenset[str],
+        powers: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Statistics of all rows, ("logp", "entropy", "ref_logp", ...), (B, T) each, equal on every rank.
+
+        powers: for each name "ref_log_mass:..." in ``wants`` the (B,) powers of the reference's probabilities
+        that it sums.
+        """
+        powers = powers or {}
+        missing = sorted((FROZEN & wants) - self.frozen.keys())
+        if missing:
+            raise RuntimeError(f"the model of {missing[0]} is not loaded; call use_frozen first")
+
+        results: dict[str, Tensor] = {}
+        for name in sorted(FROZEN & wants):
+            frozen = self.frozen[name]
+            results[name] = self._statistics(rows, frozenset({"logp"}), frozen=frozen)["logp"]
+        for name, power in powers.items():
+            frozen = self.frozen["ref_logp"]
+            mass = frozenset({"log_mass:power"})
+            statistics = self._statistics(rows, mass, frozen=frozen, row_values={"power": power})
+            results[name] = statistics["log_mass:power"]
+        own = wants - FROZEN - powers.keys()
+        if own:
+            results |= self._statistics(rows, own)
+        return results
+
+    def _statistics(
+        self,
+        rows: TokenRows,
+        wants: frozenset[str],
+        *,
+        positions: Tensor | None = None,
+        frozen: PolicyForward | None = None,
+        row_values: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """``compute_statistics`` at the sampling temperature; of all rows where ``positions`` is None."""
+        positions = torch.arange(len(rows)) if positions is None else positions
+        return compute_statistics(
+            self.trained,
+            rows,
+            positions,
+            wants,
+            temperature=self.temperature,
+            frozen=frozen,
+            row_values=row_values,
+        )
+
+    # updates ------------------------------------------------------------------------------------------------
+
+    def update(
+        self,
+        rows: TokenRows,
+        batch: TrainBatch,
+        objective: Objective,
+        adjust: PerUpdateControls | None = None,
+    ) -> UpdateStats:
+        """``settings.epochs`` passes of ``settings.updates`` optimizer updates over the step's rows.
+
+        batch: the whole step, equal on every rank. adjust: controls that look at the current policy; they see
+        one optimizer batch at a time, with ``logp_now`` and ``entropy_now`` filled in as they need. Raises
+        NonFiniteError after ``max_nonfinite`` bad updates in a row.
+        """
+        policy_stats = {name: torch.zeros(step_shape(rows)) for name in _STEP_STATISTICS}
+        updates: list[_Update] = []
+        for epoch in range(self.settings.epochs):
+            record = policy_stats if epoch == 0 else {}
+            batches = optimizer_batches(self.trained, batch.group, self.settings.updates, epoch)
+            for positions in batches:
+                part = batch.rows(positions)
+                if adjust is not None:
+                    needs = adjust.needs
+                    part = self._with_current_statistics(rows, part, positions, needs, first=not updates)
+                    part = adjust(part)
+                updates.append(self._update_rows(rows, part, positions, objective, record))
+
+        policy_stats = self.trained.sum_each(policy_stats)
+        return UpdateStats(
+            logp=policy_stats["logp"],
+            entropy=policy_stats["entropy"],
+            metrics=_averaged([update.metrics for update in updates]),
+            idle_rows=sum(update.idle_rows for update in updates),
+            skipped_updates=sum(not update.result.stepped for update in updates),
+            trained_rows=sum(update.trained_rows for update in updates),
+            trained_tokens=sum(update.trained_tokens for update in updates),
+        )
+
+    def _update_rows(
+        self,
+        rows: TokenRows,
+        batch: TrainBatch,
+        positions: Tensor,
+        objective: Objective,
+        record: dict[str, Tensor],
+    ) -> _Update:
+        """One optimizer update over the rows at ``positions``; ``batch`` holds those rows, in that order."""
+        idle = torch.zeros(len(positions), dtype=torch.bool)
+        if self.settings.skip_idle_rows:
+            idle = objective.idle_rows(batch)
+        if record and idle.any():
+            write_statistics(self.trained, record, rows, positions[idle], temperature=self.temperature)
+
+        active = positions[~idle]
+        micro_batches = row_micro_batches(self.trained, rows, active, share=shares_prompts(self.trained))
+        tokens, sequences = batch.totals_of_mask
+        totals = StepTotals(tokens=tokens, sequences=sequences, max_tokens=self.max_tokens)
+        indices = inverse_index(positions, len(rows))
+
+        def loss_of(micro_batch: MicroBatch, statistics: Mapping[str, Tensor]) -> ObjectiveShare:
+            part = batch.rows(indices[micro_batch.rows], width=micro_batch.width).to(self.device)
+            return objective(_policy_tokens(statistics), part, totals)
+
+        result = optimizer_update(
+            self.trained,
+            micro_batches,
+            loss_of,
+            wants=_wanted_statistics(objective.needs).union(record),
+            temperature=self.temperature,
+            record=record,
+        )
+        lengths = [len(rows.prompts[row]) + len(rows.completions[row]) for row in active.tolist()]
+        return _Update(
+            result=result,
+            notes=batch.notes,
+            idle_rows=int(idle.sum()),
+            trained_rows=len(active),
+            trained_tokens=sum(lengths),
+        )
+
+    def _with_current_statistics(
+        self, rows: TokenRows, part: TrainBatch, positions: Tensor, needs: frozenset[str], *, first: bool
+    ) -> TrainBatch:
+        """``part`` with the current policy's statistics ``needs``.
+
+        On a step's first update the old ones are current. ``logp_now`` and ``entropy_now`` are fields,
+        further statistics of the head ("<statistic>_now") go to ``extra``.
+        """
+        known = {"logp_now": part.old_logp, "entropy_now": part.old_entropy} if first else {}
+        values = {name: value for name, value in known.items() if value is not None}
+        missing = {name: name.removesuffix("_now") for name in needs if name not in values}
+        if missing:
+            current = self._statistics(rows, frozenset(missing.values()), positions=positions)
+            values |= {name: current[statistic][positions] for name, statistic in missing.items()}
+
+        fields = {"logp_now", "entropy_now"} & needs
+        extra = {name: value for name, value in values.items() if name in needs - fields}
+        return part.replace(**{name: values[name] for name in fields}).with_extra(**extra)
+
+
+@dataclass(frozen=True)
+class _Update:
+    """One optimizer update of a step."""
+
+    result: UpdateResult
+    notes: Mapping[str, float]  # what the per-update controls report
+    idle_rows: int
+    trained_rows: int
+    trained_tokens: int
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return self.result.metrics | {f"control/{name}": value for name, value in self.notes.items()}
+
+
+def _averaged(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: sum(update[name] for update in metrics) / len(metrics) for name in metrics[0]}
+
+
+def _wanted_statistics(needs: frozenset[str]) -> frozenset[str]:
+    """Those of ``needs`` that the gradient pass returns; the others are in the batch."""
+    own = {name for name in needs if name.partition(":")[0] in ("entropy", "entropy_grad", *STATISTICS)}
+    return frozenset({"logp"} | own)
+
+
+def _policy_tokens(statistics: Mapping[str, Tensor]) -> PolicyTokens:
+    extra = {name: value for name, value in statistics.items() if name not in ("logp", "entropy")}
+    return PolicyTokens(statistics["logp"], statistics.get("entropy"), extra)

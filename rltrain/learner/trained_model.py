@@ -1,0 +1,328 @@
+"""A model that an optimizer trains: weights, optimizer, schedule, backend, ranks and saved state.
+
+Learners hold one; ``update_step.py`` is what moves its weights. Every rank holds a whole step (token ids and
+small tensors) and plans the same micro-batches, so that what is computed does not depend on the number of
+ranks: each rank runs its share, and counts, losses and statistics are sums over all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rltrain.config.schema import LearnerCore, Model
+from rltrain.learner.backend import Backend, DeepSpeedBackend, prepare
+from rltrain.learner.forward import PolicyForward, resolve_layout
+from rltrain.learner.loading import load_causal_lm, require_repeatable
+from rltrain.learner.optim import build_optimizer, build_schedule, restore_schedule
+from rltrain.learner.packing import Layout, MicroBatch, build
+from rltrain.learner.ranks import make_accelerator, mixed_precision, sharded_loading
+from rltrain.model_limits import context_of
+from rltrain.types.policy import TokenRows
+from rltrain.watchdog import Deadline, no_deadline
+from rltrain.weight_names import CheckpointNames
+
+__all__ = ["ROUNDING", "ModelOwner", "NonFiniteError", "TrainedModel", "load_policy"]
+
+
+# nats per token, by precision: how far two passes over one row may differ
+ROUNDING = {"no": 1e-4, "bf16": 0.05, "fp16": 0.02}
+_PROBE_TOKENS = 128
+
+
+class NonFiniteError(RuntimeError):
+    """Too many updates in a row had a loss or gradient that is not a finite number."""
+
+
+def load_policy(model: Model) -> PreTrainedModel:
+    """The recipe's model, a causal language model."""
+    return load_causal_lm(model.path, model.revision, model.attention)
+
+
+class TrainedModel:
+    """``version`` counts the optimizer updates taken: it names the weights.
+
+    load, wrap: how the transformers model is loaded, and the module around it that takes micro-batches.
+    deadline: wraps every wait for the other ranks that is not inside a forward or backward pass.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        settings: LearnerCore,
+        *,
+        total_updates: int,
+        seed: int,
+        load: Callable[[Model], PreTrainedModel] = load_policy,
+        wrap: Callable[[PreTrainedModel], PolicyForward] = PolicyForward,
+        deadline: Deadline = no_deadline,
+    ) -> None:
+        self.settings = settings
+        self.seed = seed
+        self._load = load
+        self._deadline = deadline
+        self.accelerator: Any = make_accelerator(mixed_precision(settings.precision))
+
+        torch.manual_seed(seed)
+        with sharded_loading(self.accelerator):
+            pretrained = load(model)
+        self.names = CheckpointNames(pretrained)
+        self.layout: Layout = resolve_layout(settings.layout, pretrained)
+        if settings.gradient_checkpointing:
+            pretrained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+        self.unwrapped_model = wrap(pretrained)  # without the backend's wrapper
+        optimizer = build_optimizer(self.unwrapped_model.named_parameters(), settings.optimizer)
+        self.schedule = build_schedule(optimizer, settings.optimizer, total_updates)
+        max_grad_norm = settings.optimizer.max_grad_norm
+        self.backend: Backend = prepare(self.accelerator, self.unwrapped_model, optimizer, max_grad_norm)
+        self.wrapped_model = self.backend.policy  # the module to call
+        self.optimizer = self.backend.optimizer
+        self.wrapped_model.train()  # every module: transformers loads its own in eval mode
+        if isinstance(self.backend, DeepSpeedBackend) and self.precision != "no":
+            self._set_masters(model)
+
+        self.version = 0
+        self._nonfinite_in_a_row = 0
+
+        probe = build(_probe_row(self.model.config), [0], layout=self.layout, device=self.device)
+        require_repeatable(self.wrapped_model, probe, path=model.path, tolerance=ROUNDING[self.precision])
+
+    @property
+    def precision(self) -> str:
+        """Of autocast, as accelerate names it: "no" for float32, "bf16", "fp16"."""
+        return str(self.accelerator.mixed_precision)
+
+    # ranks --------------------------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def gather(self, objects: Sequence[Any]) -> list[Any]:
+        """The lists of all ranks, concatenated in rank order."""
+        if self.world_size == 1:
+            return list(objects)
+        with self._deadline("the other ranks", "to hand over theirs"):
+            return gather_object(list(objects))
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's ``value`` on every rank."""
+        if self.world_size == 1:
+            return value
+        with self._deadline("rank 0", "to hand over its value"):
+            return broadcast_object_list([value])[0]
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """The sum of all ranks' ``value``, on the model's device."""
+        with self._deadline("the other ranks", "to add their numbers"):
+            return self.accelerator.reduce(value.to(self.device), "sum")
+
+    def sum_each(self, shares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over all ranks, on the CPU: a collective for each name, in an order equal on every rank."""
+        return {name: self.sum_over_ranks(value).cpu() for name, value in shares.items()}
+
+    def sum_scalars(self, shares: Mapping[str, Tensor]) -> dict[str, float]:
+        """Sums of scalars over all ranks, in one collective and one transfer."""
+        names = sorted(shares)
+        stacked = torch.stack([shares[name].detach().float().to(self.device) for name in names])
+        return dict(zip(names, self.sum_over_ranks(stacked).tolist(), strict=True))
+
+    # weights ------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model inside every wrapper."""
+        return self.unwrapped_model.inner
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each weight on every rank, in float32 as the optimizer has it, under its checkpoint name.
+
+        What transformers fuses comes in its parts. A collective: every rank takes all of them.
+        """
+        return self.names.to_checkpoint(self.model_weights())
+
+    def model_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """``weights`` under the names that they have inside the model."""
+        for name, tensor in self.unwrapped_model.state_dict(keep_vars=True).items():
+            with self._deadline("the other ranks", f"to hand over their shards of {name}"):
+                whole = self.backend.whole(tensor)
+            yield name.removeprefix("model."), whole
+
+    def _set_masters(self, model: Model) -> None:
+        """Give the optimizer the model folder's float32 weights, where the backend rounded its own copies."""
+        torch.manual_seed(self.seed)  # where a head starts at random, the same one
+        exact = self._load(model).state_dict()
+        assert isinstance(self.backend, DeepSpeedBackend)
+        self.backend.set_masters(self._named_parameters(), exact)
+
+    def _named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Parameters by the names of the transformers model, which no wrapper changes."""
+        parameters = self.unwrapped_model.named_parameters()
+        return [(name.removeprefix("model."), parameter) for name, parameter in parameters]
+
+    # state --------------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What an update depends on besides the weights: tensors by parameter name, and JSON values.
+
+        A collective; only rank 0 keeps the tensors. Any backend and number of ranks continues from what
+        another one wrote.
+        """
+        with self._deadline("the other ranks", "to hand over their shards of the optimizer's state"):
+            tensors = self.backend.state(self._named_parameters(), keep=self.rank == 0)
+        scaler = self.accelerator.scaler
+        values = {
+            "version": self.version,
+            "schedule": self.schedule.last_epoch,
+            "nonfinite_in_a_row": self._nonfinite_in_a_row,
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        return tensors, values
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Continue where ``state`` was taken; the weights are those that this object loaded.
+
+        Raises ValueError for another model's state.
+        """
+        self.backend.restore(self._named_parameters(), tensors)
+        restore_schedule(self.schedule, values["schedule"])
+        self.version = values["version"]
+        self._nonfinite_in_a_row = values["nonfinite_in_a_row"]
+        if self.accelerator.scaler is not None and values["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(values["scaler"])
+
+    # forward and step ---------------------------------------------------------------------------------------
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def forward(
+        self,
+        micro_batch: MicroBatch,
+        *,
+        temperature: float,
+        wants: frozenset[str],
+    ) -> dict[str, Tensor]:
+        """The model's own statistics of a micro-batch, with a gradient where gradients are on."""
+        chunk = self.settings.head_chunk
+        return self.wrapped_model(micro_batch, temperature=temperature, wants=wants, chunk=chunk)
+
+    def step(self, loss: float) -> tuple[float, bool]:
+        """(norm of the gradient before clipping, whether the optimizer took the step), equal on every rank.
+
+        A gradient that is not finite is dropped. loss: for the message. Raises NonFiniteError after
+        ``max_nonfinite`` dropped updates in a row; an overflow by which float16 finds its loss scale does not
+        count.
+        """
+        grad_norm, stepped = self.backend.step()
+        if stepped:
+            self.schedule.step()
+            self.version += 1
+            self._nonfinite_in_a_row = 0
+        elif not (math.isfinite(loss) and self.backend.seeks_scale):
+            self._nonfinite_in_a_row += 1
+
+        if self._nonfinite_in_a_row >= self.settings.max_nonfinite:
+            raise NonFiniteError(
+                f"{self._nonfinite_in_a_row} updates in a row had a non-finite loss ({loss}) or gradient "
+                f"norm ({grad_norm}); the weights are those of version {self.version}. Lower "
+                "learner.optimizer.lr, or look at the rewards and at learner.precision"
+            )
+        return grad_norm, stepped
+
+
+def _probe_row(config: Any) -> TokenRows:
+    """A row for a first look at the model: one token, then as many as ``_PROBE_TOKENS`` and its
+    context allow.
+    """
+    context = context_of(config)
+    vocabulary = config.get_text_config().vocab_size
+    count = _PROBE_TOKENS if context is None else max(min(_PROBE_TOKENS, context.tokens), 2)
+    first, *others = ((7 * place + 3) % vocabulary for place in range(count))
+    return TokenRows(((first,),), (tuple(others),))
+
+
+class ModelOwner:
+    """What every learner shows of the trained model it holds; it adds nothing of its own."""
+
+    trained: TrainedModel
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model inside every wrapper."""
+        return self.trained.model
+
+    @property
+    def version(self) -> int:
+        """Optimizer updates taken."""
+        return self.trained.version
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update."""
+        return self.trained.lr
+
+    @property
+    def device(self) -> torch.device:
+        return self.trained.device
+
+    @property
+    def rank(self) -> int:
+        return self.trained.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.trained.world_size
+
+    def gather(self, objects: Sequence[Any]) -> list[Any]:
+        """The lists of all ranks, concatenated in rank order."""
+        return self.trained.gather(objects)
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether ``flag`` is set on any rank."""
+        return any(self.gather([flag]))
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """``TrainedModel.weights``: a collective, of which every rank takes all weights."""
+        return self.trained.weights()
+
+    def model_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """``TrainedModel.model_weights``: a collective, of which every rank takes all weights."""
+        return self.trained.model_weights()
+
+    @property
+    def names(self) -> CheckpointNames:
+        """What the weights are called in a checkpoint."""
+        return self.trained.names
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Full, unsharded weights under their names inside the model, as ``save_pretrained`` takes them.
+
+        A collective; only rank 0 needs to keep the result.
+        """
+        return dict(self.model_weights())
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """``TrainedModel.state``: a collective."""
+        return self.trained.state()
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """``TrainedModel.restore``."""
+        self.trained.restore(tensors, values)

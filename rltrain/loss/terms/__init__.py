@@ -1,0 +1,1 @@
+"""Additive loss terms, unreduced. The objective applies the coefficient and the aggregate."""

@@ -1,0 +1,78 @@
+"""Additive loss terms, unreduced. The objective applies the coefficient and the aggregate."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rltrain.registry import method
+from rltrain.tensor_ops import masked
+from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
+
+__all__ = ["entropy", "kl"]
+
+
+@method(
+    "kl",
+    arxiv="2402.03300",
+    needs={"ref_logp"},
+    needs_if={"ratio_corrected": {"old_logp"}},
+    refuses={
+        "estimator": {
+            "k1": "its gradient as a loss term is that of log pi, whose expectation is 0: it adds noise and no pull towards the "
+            "reference; use k2 or k3 here, or put k1 into the reward (reinforce_pp: kl_coef)"
+        }
+    },
+)
+def kl(
+    policy: PolicyTokens,
+    batch: TrainBatch,
+    *,
+    estimator: Literal["k2", "k3", "k1_plus", "k3_plus"] = "k3",
+    clamp: Literal["none", "verl"] = "none",
+    ratio_corrected: bool = False,
+) -> TokenLoss:
+    """Estimate of KL(pi || pi_ref) on the sampled tokens, in nats. Values (B, T).
+
+    With d = ref_logp - logp: k2 = d^2 / 2, whose on-policy gradient is exactly that of the reverse KL; k3 =
+    e^d - d - 1 (GRPO, arXiv:2402.03300), unbiased and never negative, whose on-policy gradient is that of the
+    forward KL. The ``_plus`` forms have the value of their estimator (k1 = -d) and the gradient of k2. clamp
+    "verl": d to +-20 and k3 to at most 10, beyond which the token has no gradient. ratio_corrected: times pi
+    / pi_old, with gradient (TRL's use_bias_correction_kl).
+    """
+    if batch.ref_logp is None:
+        raise ValueError("the kl term needs ref_logp, which the batch lacks")
+    d = masked(batch.ref_logp - policy.logp, batch.mask)
+    if estimator == "k2":
+        values = 0.5 * d.square()
+    elif estimator == "k3":
+        values = _k3(d, clamp)
+    else:
+        shown = -d if estimator == "k1_plus" else _k3(d, clamp)
+        steering = 0.5 * d.square()
+        values = shown.detach() + (steering - steering.detach())
+    if ratio_corrected:
+        if batch.old_logp is None:
+            raise ValueError("the kl term with ratio_corrected needs old_logp, which the batch lacks")
+        values = values * masked(policy.logp - batch.old_logp, batch.mask).exp()
+    return TokenLoss(values)
+
+
+@method("entropy", needs={"entropy_grad"})
+def entropy(policy: PolicyTokens, batch: TrainBatch) -> TokenLoss:
+    """Entropy bonus: ``-H`` of the current policy at each token, in nats (Williams and Peng 1991).
+
+    Values (B, T).
+    """
+    if policy.entropy is None:
+        raise ValueError("the entropy term needs policy.entropy, which was not computed")
+    return TokenLoss(-masked(policy.entropy, batch.mask))
+
+
+def _k3(d: Tensor, clamp: Literal["none", "verl"]) -> Tensor:
+    if clamp == "none":
+        return torch.exp(d) - d - 1
+    bounded = d.clamp(-20.0, 20.0)
+    return (bounded.exp() - bounded - 1).clamp(-10.0, 10.0)

@@ -1,0 +1,38 @@
+"""This process among the processes of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from rltrain.watchdog import Deadline, no_deadline
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Process:
+    """One rank. The defaults describe a process that runs alone, on the CPU, without deadlines.
+
+    gather: concatenates the lists of all ranks in rank order, on every rank; a collective. deadline: wraps
+    every wait. is_main: whether this process writes files and prints; rank 0 does.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    gather: Callable[[list[Any]], list[Any]] = list
+    deadline: Deadline = no_deadline
+    is_main: bool = True
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Every ``world_size``-th item, from ``rank`` on: what this rank does of a job that all ranks
+        know.
+        """
+        return list(items[self.rank :: self.world_size])
+
+
+ALONE = Process()

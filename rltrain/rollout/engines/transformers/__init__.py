@@ -1,0 +1,1 @@
+"""The embedded engine: sampling on transformers' own modules, on a CPU or a GPU."""

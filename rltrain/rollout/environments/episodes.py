@@ -1,0 +1,262 @@
+"""Completions that are episodes: the policy writes a turn, the environment answers, and so on. Tokens in,
+tokens out.
+
+A row of an episode is the prompt, then turn 1, observation 1, turn 2 and so on. The policy's own tokens stand
+in it exactly as they were sampled and an observation is tokenised once, when it is put in: the prompt of a
+turn is the row so far, and nothing is ever decoded and tokenised again. All episodes of a call take their
+turns in lockstep, one call of the sampler per turn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from reward.score import Episode
+from rltrain.protocols import Sampler
+from rltrain.rollout.environments import Step, Task
+from rltrain.rollout.environments.pool import Failure, Opening
+from rltrain.seeds import stable_hash
+from rltrain.types.samples import Answer, Completion, Finish, PolicyVersion, Prompt, Request, Sampling, Span
+
+__all__ = ["Dialogue", "EpisodePlayer", "Pool"]
+
+
+class Dialogue(Protocol):
+    """How an environment's text becomes tokens (``data/chat.py``)."""
+
+    def opening(self, text: str) -> tuple[str, tuple[int, ...]]:
+        """A prompt made of what the environment asks: its text, and its tokens."""
+        ...
+
+    def observation(self, text: str, last: int) -> tuple[int, ...]:
+        """What stands between a turn that ended with token ``last`` and the next: its end, the message, the
+        start of the next.
+        """
+        ...
+
+
+class Pool(Protocol):
+    """``EnvironmentPool``."""
+
+    def begin(self, tasks: Sequence[tuple[Task, int]]) -> None: ...
+
+    def step(self, texts: Mapping[int, str]) -> None: ...
+
+    def answers(self) -> Iterator[tuple[int, Opening | Step | Failure]]: ...
+
+    def end(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class _Row:
+    """One episode being played."""
+
+    task: int  # position of its request
+    sample: int  # of its group
+    sampling: Sampling
+    prompt: Prompt
+    tokens: list[int] = field(default_factory=list)  # all turns and observations
+    logprobs: list[float] = field(default_factory=list)  # 0 where the environment wrote
+    turns: list[tuple[int, int]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    reward: float = 0.0
+    parts: Mapping[str, float] = field(default_factory=dict)
+    failure: str | None = None
+    finish: Finish | None = None  # None: still playing
+
+    def write(self, turn: Completion) -> None:
+        """The policy's next turn, exactly as it was sampled."""
+        self.turns.append((len(self.tokens), len(self.tokens) + len(turn.token_ids)))
+        self.tokens += turn.token_ids
+        self.logprobs += turn.logprobs
+        self.texts.append(turn.text)
+
+    def read(self, observation: Sequence[int]) -> None:
+        self.tokens += observation
+        self.logprobs += [0.0] * len(observation)
+
+    def fail(self, failure: Failure) -> None:
+        self.failure, self.finish = f"environment_{failure.reason}: {failure.message}", "aborted"
+
+    @property
+    def so_far(self) -> Prompt:
+        """What the policy reads before its next turn."""
+        return Prompt(f"{self.prompt.id}/{self.sample}", (*self.prompt.token_ids, *self.tokens), "")
+
+
+class EpisodePlayer:
+    """Implements ``Sampler`` over another one, ``sampler``, which writes the turns of each episode.
+
+    ``Sampling.max_tokens`` bounds a whole episode, observations included, and ``turn_tokens`` one turn. An
+    episode ends with the environment (finish: as its last turn's), or unfinished ("length") after
+    ``max_turns``, or where an observation and another turn of ``turn_tokens`` would not fit. decode: token
+    ids to text without special tokens, for transcripts. filler: the token that stands for a completion whose
+    environment failed before the policy wrote anything. The pool is closed with the player, ``sampler`` by
+    whoever made it.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        pool: Pool,
+        dialogue: Dialogue,
+        *,
+        decode: Callable[[Sequence[int]], str],
+        filler: int,
+        max_turns: int,
+        turn_tokens: int,
+    ) -> None:
+        self._sampler = sampler
+        self._pool = pool
+        self._dialogue = dialogue
+        self._decode = decode
+        self._filler = filler
+        self._max_turns = max_turns
+        self._turn_tokens = turn_tokens
+
+    @property
+    def name(self) -> str:
+        return self._sampler.name
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def sample(self, requests: Sequence[Request], policy: PolicyVersion) -> Iterator[Answer]:
+        """See ``Sampler.sample``. A completion is an episode, an answer's prompt what its episodes were
+        asked.
+
+        All episodes take their turns in lockstep, so all answers come at the end. Seeds: (sampling, prompt,
+        sample, turn).
+        """
+        rows = [
+            _Row(task, sample, request.sampling, request.prompt)
+            for task, request in enumerate(requests)
+            for sample in range(request.first, request.first + request.count)
+        ]
+        asked = self._begin(rows, requests)
+        for turn in range(self._max_turns):
+            playing = [place for place, row in enumerate(rows) if row.finish is None]
+            if not playing:
+                break
+            if turn == 0:
+                written = self._first_turn([rows[place] for place in playing], requests, asked, policy)
+            else:
+                written = self._next_turn([rows[place] for place in playing], turn, policy)
+            for place, completion in zip(playing, written, strict=True):
+                rows[place].write(completion)
+            self._pool.step({place: rows[place].texts[-1] for place in playing})
+            outcomes = dict(self._pool.answers())
+            for place, completion in zip(playing, written, strict=True):
+                self._take(rows[place], outcomes[place], completion.finish, last=turn + 1 == self._max_turns)
+        self._pool.end()
+
+        episodes = iter([self._completion(row, policy) for row in rows])
+        return iter(
+            [
+                Answer(task, asked[task], tuple(itertools.islice(episodes, request.count)))
+                for task, request in enumerate(requests)
+            ]
+        )
+
+    def _begin(self, rows: Sequence[_Row], requests: Sequence[Request]) -> list[Prompt]:
+        """Start every episode; the prompts they begin with, one per request."""
+        tasks = [
+            Task(request.prompt.id, request.prompt.text, dict(request.prompt.columns)) for request in requests
+        ]
+        seeds = [stable_hash(row.sampling.seed, row.prompt.id, row.sample, "environment") for row in rows]
+        self._pool.begin([(tasks[row.task], seed) for row, seed in zip(rows, seeds, strict=True)])
+        openings = dict(self._pool.answers())
+        asked: dict[int, str | None] = {}
+        for place, row in enumerate(rows):
+            opening = openings[place]
+            if isinstance(opening, Failure):
+                row.fail(opening)
+                continue
+            assert isinstance(opening, Opening)
+            if asked.setdefault(row.task, opening.text) != opening.text:
+                different = "the environment asks samples of one task different things"
+                row.fail(Failure("error", f"{different}; reset must depend on the task alone"))
+
+        prompts = [self._asked(request.prompt, asked.get(task)) for task, request in enumerate(requests)]
+        for row in rows:
+            row.prompt = prompts[row.task]
+        return prompts
+
+    def _asked(self, prompt: Prompt, opening: str | None) -> Prompt:
+        if opening is None:
+            return prompt
+        text, token_ids = self._dialogue.opening(opening)
+        return dataclasses.replace(prompt, text=text, token_ids=token_ids, messages=None)
+
+    def _first_turn(
+        self,
+        playing: Sequence[_Row],
+        requests: Sequence[Request],
+        asked: Sequence[Prompt],
+        policy: PolicyVersion,
+    ) -> list[Completion]:
+        """All samples of a request from one request, as without an environment: they share its prefill."""
+        tasks = sorted({row.task for row in playing})
+        first: list[Request] = []
+        for task in tasks:
+            sampling = requests[task].sampling
+            turn = dataclasses.replace(sampling, max_tokens=min(self._turn_tokens, sampling.max_tokens))
+            first.append(dataclasses.replace(requests[task], prompt=asked[task], sampling=turn))
+
+        written: dict[int, tuple[Completion, ...]] = {}
+        for answer in self._sampler.sample(first, policy):
+            written[tasks[answer.request]] = answer.completions
+        return [written[row.task][row.sample - requests[row.task].first] for row in playing]
+
+    def _next_turn(self, playing: Sequence[_Row], turn: int, policy: PolicyVersion) -> list[Completion]:
+        """Every episode goes on from its own tokens."""
+        later: list[Request] = []
+        for row in playing:
+            seed = stable_hash(row.sampling.seed, "turn", turn)
+            sampling = dataclasses.replace(row.sampling, n=1, max_tokens=self._turn_tokens, seed=seed)
+            later.append(Request(row.so_far, sampling, 0, 1))
+
+        written = {answer.request: answer.completions[0] for answer in self._sampler.sample(later, policy)}
+        return [written[place] for place in range(len(playing))]
+
+    def _take(self, row: _Row, outcome: Opening | Step | Failure, finish: Finish, *, last: bool) -> None:
+        """What the environment made of the turn, and whether there is another."""
+        if isinstance(outcome, Failure):
+            row.fail(outcome)
+            return
+        assert isinstance(outcome, Step)
+        row.reward += outcome.reward
+        row.parts = outcome.parts
+        if outcome.done:
+            row.finish = finish
+            return
+        observation = () if last else self._dialogue.observation(outcome.observation, row.tokens[-1])
+        if last or len(row.tokens) + len(observation) + self._turn_tokens > row.sampling.max_tokens:
+            row.finish = "length"
+        else:
+            row.read(observation)
+
+    def _completion(self, row: _Row, policy: PolicyVersion) -> Completion:
+        assert row.finish is not None
+        arm = row.sampling.arm
+        episode = Episode(row.reward, row.parts, tuple(row.texts), row.failure)
+        if not row.tokens:
+            return Completion(
+                (self._filler,), (0.0,), "aborted", "", (Span(0, 1, policy),), arm, episode=episode
+            )
+        return Completion(
+            tuple(row.tokens),
+            tuple(row.logprobs),
+            row.finish,
+            self._decode(row.tokens),
+            (Span(0, len(row.tokens), policy),),
+            arm,
+            tuple(row.turns),
+            episode,
+        )

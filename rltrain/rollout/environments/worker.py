@@ -1,0 +1,211 @@
+"""An environment process: started by environment_pool.py with one end of a socket, plays episodes until the
+other end closes.
+
+Executed, not forked, and without torch, as reward/worker.py is. One request at a time, so that a late answer
+names its episode. Answers are JSON, as those of reward workers are, since an environment can write to the
+socket too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import math
+import os
+import resource
+import socket
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reward.caught import Caught
+from reward.reply import STRICT, framed, json_of
+from reward.score import is_float32
+from reward.worker import bound_cpu_time, die_with_the_trainer, limit, outlive_sigterm, read
+from rltrain.rollout.environments import Environment, Step, Task
+
+__all__ = [
+    "Answer",
+    "EndAll",
+    "EnvironmentSetup",
+    "Request",
+    "Reset",
+    "TakeTurn",
+    "environment_factory",
+    "main",
+]
+
+_LONGEST_TEXT = 10_000_000  # characters of one observation, far beyond what any policy reads
+
+
+@dataclass(frozen=True)
+class EnvironmentSetup:
+    """The first message: which class, with which options.
+
+    ``module`` is a module's name or the path of a user's file.
+    """
+
+    module: str
+    attribute: str
+    options: Mapping[str, Any]
+    seconds: float
+    memory_bytes: int  # of address space
+
+
+@dataclass(frozen=True)
+class Reset:
+    """Begin episode ``episode``."""
+
+    episode: int
+    task: Task
+    seed: int
+
+
+@dataclass(frozen=True)
+class TakeTurn:
+    """One turn of the policy in an episode that this process has begun."""
+
+    episode: int
+    text: str
+
+
+@dataclass(frozen=True)
+class EndAll:
+    """Close every episode and forget it."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an environment is asked, under a number that it is not told."""
+
+    number: int
+    body: Reset | TakeTurn | EndAll
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``opening`` of a reset, ``step`` of a turn; or ``failure`` ("error", "memory") and ``message``. The
+    first answer is empty.
+
+    ``number`` is the request's.
+    """
+
+    opening: str | None = None
+    step: Step | None = None
+    failure: str = ""
+    message: str = ""
+    number: int = 0
+
+    __pydantic_config__ = STRICT
+
+
+def main(descriptor: int) -> None:
+    outlive_sigterm()
+    channel = socket.socket(fileno=descriptor)
+    stream = channel.makefile("rb")
+    threading.Thread(target=die_with_the_trainer, args=(descriptor,), daemon=True).start()
+    setup: EnvironmentSetup = read(stream)
+    make: Callable[[], Environment] | None = None
+    with Caught() as caught:
+        limit(resource.RLIMIT_AS, setup.memory_bytes)
+        make = environment_factory(setup)
+        make()  # its options are tried before anything depends on them
+    if make is None or caught.error is not None:
+        channel.sendall(framed(json_of(Answer(failure="error", message=str(caught)[:2000]))))
+        return
+    channel.sendall(framed(json_of(Answer())))
+    playing: dict[int, Environment] = {}
+    own_process = os.getpid()
+    while True:
+        request: Request = read(stream)
+        bound_cpu_time(setup.seconds)
+        answer = dataclasses.replace(answer_request(request.body, playing, make), number=request.number)
+        if os.getpid() != own_process:
+            os._exit(0)  # a child that the environment forked and forgot
+        channel.sendall(framed(json_of(answer)))
+
+
+def answer_request(
+    request: Reset | TakeTurn | EndAll, playing: dict[int, Environment], make: Callable[[], Environment]
+) -> Answer:
+    """What the environment says, or why it does not."""
+    answer = Answer()
+    with Caught() as caught:
+        match request:
+            case Reset():
+                playing[request.episode] = make()
+                answer = Answer(opening=_text(playing[request.episode].reset(request.task, request.seed)))
+            case TakeTurn():
+                answer = Answer(step=_step(playing[request.episode].step(request.text)))
+            case EndAll():
+                while playing:
+                    playing.popitem()[1].close()
+    if caught.error is None:
+        return answer
+    return Answer(
+        failure="memory" if isinstance(caught.error, MemoryError) else "error", message=str(caught)[:2000]
+    )
+
+
+def environment_factory(setup: EnvironmentSetup) -> Callable[[], Environment]:
+    """Makes one environment per episode. Raises ValueError where a user's file has no such class."""
+    if not setup.module.endswith(".py"):
+        return functools.partial(
+            getattr(importlib.import_module(setup.module), setup.attribute), **setup.options
+        )
+    file = Path(setup.module).resolve()
+    spec = importlib.util.spec_from_file_location(f"user_environment_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.append(str(file.parent))
+    spec.loader.exec_module(module)
+    if not hasattr(module, setup.attribute):
+        raise ValueError(f"{file} has no class {setup.attribute!r}")
+    return functools.partial(getattr(module, setup.attribute), **setup.options)
+
+
+def _text(opening: Any) -> str | None:
+    if opening is not None and not isinstance(opening, str):
+        raise ValueError(f"reset must return text or None, got {type(opening).__name__}: {opening!r:.200}")
+    return None if opening is None else _bounded(opening)
+
+
+def _step(given: Any) -> Step:
+    """A step of plain values.
+
+    Raises ValueError on anything else, a number that float32 cannot hold included.
+    """
+    if not isinstance(given, Step) or not isinstance(given.observation, str):
+        raise ValueError(
+            "step must return a rltrain.rollout.environments.Step with a text as observation, got "
+            f"{given!r:.200}"
+        )
+    numbers = [_number(value) for value in (given.reward, *given.parts.values())]
+    if not all(map(is_float32, numbers)):
+        raise ValueError(
+            f"rewards and parts must be finite, got reward {given.reward!r:.50} and parts "
+            f"{dict(given.parts)!r:.200}"
+        )
+    parts = dict(zip(map(str, given.parts), numbers[1:], strict=True))
+    return Step(_bounded(given.observation), bool(given.done), numbers[0], parts)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _bounded(text: str) -> str:
+    """Raises ValueError on what no policy could read."""
+    if len(text) > _LONGEST_TEXT:
+        raise ValueError(f"a text of {len(text)} characters; at most {_LONGEST_TEXT} are accepted")
+    return str(text)

@@ -1,0 +1,1 @@
+"""Preference pairs from sampled completions: judges and the choice of pairs."""

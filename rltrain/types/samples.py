@@ -1,0 +1,194 @@
+"""What is asked of a policy and what comes back: prompts, completions, groups.
+
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from reward.score import Episode, Score
+
+Finish = Literal["stop", "length", "aborted"]
+
+# Where a row of a step comes from. Rows of one prompt share their group id, whatever their arm.
+SOURCE_POLICY = 0  # sampled from the policy at rollout.temperature
+SOURCE_TEMPERED = 1  # sampled from the policy at another temperature (AEPO, arXiv:2510.08141)
+SOURCE_REFERENCE = 2  # sampled from the frozen reference model (AAPO, arXiv:2505.14264)
+SOURCE_DATASET = 3  # the data set's own answer, sampled by nobody (GRAO, arXiv:2508.07750)
+SOURCE_NAMES = {
+    SOURCE_POLICY: "policy",
+    SOURCE_TEMPERED: "tempered",
+    SOURCE_REFERENCE: "reference",
+    SOURCE_DATASET: "answer",
+}
+
+PolicyVersion = int  # names the weights that sample: how many updates the learner had taken, or the one below
+REFERENCE_VERSION: PolicyVersion = -1  # the reference model's weights, which no update of the learner made
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt, rendered and tokenised once; nothing downstream tokenises it again."""
+
+    id: str  # stable across runs: data set name and row, never a position in a batch
+    token_ids: tuple[int, ...]  # (P,) with the chat template and generation prompt applied
+    text: str  # what token_ids spell, for transcripts and graders
+    columns: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # every other column of the row (answer, ...), for the rewards
+    messages: tuple[Mapping[str, Any], ...] | None = (
+        None  # as the data set has them, the system message first; None: it has text
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptiveTemperature:
+    """HAPO's sampler, arXiv:2509.16591: each token's own temperature, from the entropy of its raw
+    distribution.
+
+    The formula is ``control/hapo.py``'s ``adaptive_temperature``; the four numbers are its ``EntropySignal``,
+    of the step before.
+    """
+
+    tau: float  # T = T0 (1 + tau h_hat)
+    variant: Literal["scaled", "released", "unscaled"]
+    pivot: float  # of ln H
+    sigma: float
+    top: float  # largest h, above 0
+    bottom: float  # smallest h, below 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one arm of a rollout is sampled.
+
+    The log-probs an engine returns are those a learner at ``temperature`` computes, of the distribution
+    sampled from, so nothing that it cannot reproduce (top-p, top-k, penalties) exists here. ``temperature`` 0
+    is greedy decoding, reported with the log-probs at temperature 1. With ``adaptive`` tokens are drawn at
+    temperatures around ``temperature`` and reported at ``temperature`` all the same: HAPO's ratio is to the
+    policy at its base temperature, and mismatch goes on measuring engines.
+    """
+
+    n: int  # completions per prompt
+    temperature: float
+    max_tokens: int  # completion tokens, EOS included
+    seed: int  # of the step and arm; engines derive one seed per (seed, prompt id, sample index)
+    arm: int = SOURCE_POLICY
+    adaptive: AdaptiveTemperature | None = None  # None: every token at ``temperature``
+    sharpen_below: float | None = (
+        None  # nats: EM-INF (arXiv:2505.15134), at test time and with the transformers engine only
+    )
+    # what an engine remembers of a prompt serves later calls of the same version and the same ``cache`` only
+    cache: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Samples ``first`` to ``first + count - 1`` of a prompt's group: all of it, or a part.
+
+    Each sample has a seed of its own (``Sampling.seed``), so that a group cut into parts has the tokens of a
+    whole one.
+    """
+
+    prompt: Prompt
+    sampling: Sampling
+    first: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first < self.first + self.count <= self.sampling.n:
+            raise ValueError(
+                f"prompt {self.prompt.id!r}: {self.count} samples from number {self.first} on were asked "
+                "for; "
+                f"there must be at least 1, all of a group of n = {self.sampling.n}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens [start, stop) of a completion, all sampled by one version of the policy."""
+
+    start: int
+    stop: int
+    version: PolicyVersion
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What was written for one prompt, token by token as it was sampled."""
+
+    token_ids: tuple[int, ...]  # (t,) as sampled, a final EOS included
+    logprobs: tuple[float, ...]  # (t,) nats, of the distribution sampled from, temperature included
+    finish: Finish
+    text: str  # decoded without special tokens
+    versions: tuple[
+        Span, ...
+    ]  # who sampled it, without gaps; tokens of an environment belong to the span around them
+    arm: int = SOURCE_POLICY
+    turns: tuple[
+        tuple[int, int], ...
+    ] = ()  # token spans [start, stop) the policy wrote; () means the whole completion
+    episode: Episode | None = None  # what became of it in an environment; None: it was none
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(
+                f"{len(self.token_ids)} tokens but {len(self.logprobs)} log-probs in one completion"
+            )
+        starts = [0, *(span.stop for span in self.versions)]
+        if not self.versions or [*(span.start for span in self.versions), len(self.token_ids)] != starts:
+            raise ValueError(
+                f"a completion of {len(self.token_ids)} tokens whose versions cover {self.versions}"
+            )
+
+    @property
+    def oldest_version(self) -> PolicyVersion:
+        """The oldest that sampled any of it."""
+        return min(span.version for span in self.versions)
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Token spans [start, stop) the policy wrote."""
+        return self.turns or ((0, len(self.token_ids)),)
+
+    @property
+    def sampled_tokens(self) -> int:
+        """How many tokens the policy wrote: all but what an environment put between its turns."""
+        return sum(stop - start for start, stop in self.spans)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The completions of one request, in the order of their samples."""
+
+    request: int  # its position among the requests of the call
+    prompt: Prompt  # what was answered: the request's, or what an environment asked in its place
+    completions: tuple[Completion, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """One prompt and the completions sampled for it. ``group`` ids are unique within a step."""
+
+    group: int
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """A group with one score per completion, same order."""
+
+    group: int
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    scores: tuple[Score, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.completions) != len(self.scores):
+            raise ValueError(
+                f"group {self.group}: {len(self.completions)} completions but {len(self.scores)} scores"
+            )

@@ -1,0 +1,225 @@
+"""Curves of runs, their table, figure and page."""
+
+from __future__ import annotations
+
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from rltrain.analysis.comparison import (
+    Comparison,
+    figure,
+    markdown,
+    page,
+    paired_seeds,
+    run_page,
+    table,
+    write,
+)
+from rltrain.analysis.curves import Curves, Spread, student
+from rltrain.errors import UserError
+
+
+def run(folder: Path, accuracy: list[float], entropy: list[float], touched: float | None = None) -> Curves:
+    """A run of as many steps as entropies, evaluated at its start and its end."""
+    folder.mkdir(parents=True)
+    lines = [
+        {
+            "step": at,
+            "time/step": 30.0,
+            "learner/entropy_mean": value,
+            "reward/mean": 0.7 - 0.3 * math.exp(value),
+        }
+        | ({} if touched is None else {"control/clip_cov_touched": touched})
+        for at, value in enumerate(entropy, start=1)
+    ]
+    steps = (
+        [0, *([len(entropy)] if len(accuracy) > 1 else [])]
+        if len(accuracy) < 3
+        else list(range(len(accuracy)))
+    )
+    evals = [
+        {
+            "step": step,
+            "eval/pass@1": value,
+            "eval/pass@1_low": value - 0.1,
+            "eval/pass@1_high": value + 0.1,
+            "eval/pass@8": value + 0.2,
+        }
+        for step, value in zip(steps, accuracy, strict=True)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines + evals))
+    return Curves.read(folder)
+
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> Comparison:
+    plain = [
+        run(tmp_path / f"grpo-{seed}", [0.4, 0.6 + seed / 10], [1.0, 0.8, 0.5, 0.2]) for seed in range(2)
+    ]
+    other = [
+        run(tmp_path / f"cov-{seed}", [0.4, 0.7 + seed / 10], [1.0, 0.9, 0.8, 0.7], touched=0.02)
+        for seed in range(2)
+    ]
+    return Comparison("grpo and <cov>", ("profile tiny_cpu",), {"grpo": plain, "cov": other})
+
+
+def test_students_interval_by_hand() -> None:
+    # 1 and 3: mean 2, standard deviation sqrt(2), over sqrt(2): 1; t with one degree of freedom 12.706.
+    assert student([1.0, 3.0]) == Spread(
+        2.0, pytest.approx(2 - 12.7062, abs=1e-4), pytest.approx(2 + 12.7062, abs=1e-4)
+    )
+    assert math.isnan(student([5.0]).low)
+    assert student([1.0] * 40) == Spread(1.0, 1.0, 1.0)
+
+
+def test_a_run_says_how_it_ended_and_what_was_best(tmp_path: Path) -> None:
+    curves = run(tmp_path / "a", [0.4, 0.9, 0.5], [2.0] * 9 + [0.5])
+    assert curves.final("eval/pass@1") == Spread(0.5, pytest.approx(0.4), pytest.approx(0.6))
+    assert curves.best("eval/pass@1") == Spread(0.9, 0.8, 1.0)
+    assert curves.entropy_kept == 0.25  # a tenth of ten steps is one
+    assert curves.minutes == 5.0 and curves.final("eval/accuracy") is None
+
+
+def test_entropy_is_of_the_first_and_the_last_tenth_of_the_steps(tmp_path: Path) -> None:
+    # twenty steps: (2 + 4) / 2 at the start, (1 + 2) / 2 at the end
+    assert run(tmp_path / "a", [0.4, 0.5], [2.0, 4.0, *[9.0] * 16, 1.0, 2.0]).entropy_kept == 0.5
+
+
+def test_what_a_loss_clips_on_either_side_is_touched_too_and_the_ceiling_is_the_last_fit(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    lines = [
+        {"step": 1, "time/step": 1.0, "loss/clip_low": 0.02, "loss/clip_high": 0.01, "law/ceiling": 0.5},
+        {"step": 2, "time/step": 1.0, "loss/clip_low": 0.04, "loss/clip_high": 0.01, "law/ceiling": 0.8},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves = Curves.read(folder)
+    ceiling = curves.ceiling()
+    assert curves.touched() == {"clip": pytest.approx(0.04)}  # 0.03 and 0.01
+    assert ceiling is not None and ceiling.value == 0.8
+
+
+def test_the_page_of_one_run_compares_it_with_nothing(tmp_path: Path) -> None:
+    parsed = _Page()
+    parsed.feed(run_page("mine", run(tmp_path / "a", [0.4, 0.5], [1.0, 0.5])))
+    assert "pass@1 at the end" in parsed.text and not any("less" in text for text in parsed.text)
+
+
+def test_differences_are_paired_by_seed(comparison: Comparison) -> None:
+    # Both seeds differ by 0.1, although the runs of a method differ among themselves as much.
+    difference = paired_seeds(comparison.methods["cov"], comparison.methods["grpo"], "eval/pass@1")
+    assert difference is not None and (difference.value, difference.low, difference.high) == pytest.approx(
+        (0.1, 0.1, 0.1)
+    )
+    assert paired_seeds(comparison.methods["cov"][:1], comparison.methods["grpo"], "eval/pass@1") is None
+
+
+def test_the_table_has_a_row_for_each_method(comparison: Comparison) -> None:
+    header, grpo, cov = table(comparison)
+    of = dict(zip(header, cov, strict=True))
+    assert of["method"] == "cov" and of["seeds"] == "2" and of["tokens touched"] == "clip_cov 2.00%"
+    assert (
+        of["entropy at the end / start"] == "0.700 [0.700, 0.700]"
+        and of["pass@1 less grpo's"] == "0.100 [0.100, 0.100]"
+    )
+    assert of["that less grpo's"] == "0.500 [0.500, 0.500]"  # grpo keeps 0.2
+    assert of["pass@8 at the end"].startswith("0.950") and of["minutes"] == "4.0"
+    assert dict(zip(header, grpo, strict=True))["pass@1 less grpo's"] == "-"
+    assert markdown(comparison).count("\n") == 6
+
+
+def judged(folder: Path, accuracy: float, seen: list[float], gap: float) -> Curves:
+    """A run over judged examples, evaluated before and after; two steps make a pass."""
+    folder.mkdir(parents=True)
+    steps = [
+        {
+            "step": at,
+            "time/step": 30.0,
+            "learner/epoch": at / 2,
+            "loss/accuracy": value,
+            "loss/preference": 0.5,
+        }
+        for at, value in enumerate(seen, start=1)
+    ]
+    evals = [
+        {
+            "step": at,
+            "eval/accuracy": share,
+            "eval/margin": 0.3,
+            "eval/entropy": entropy,
+            "eval/loss": 0.5 + gap,
+            "eval/ece": 0.1,
+        }
+        for at, share, entropy in ((0, 0.5, 2.0), (len(seen), accuracy, 1.5))
+    ]
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in [evals[0], *steps, evals[1]])
+    )
+    return Curves.read(folder)
+
+
+def test_runs_over_judged_examples_show_calibration_entropy_and_what_they_learn_by_heart(
+    tmp_path: Path,
+) -> None:
+    plain = [judged(tmp_path / f"dpo-{seed}", 0.6, [0.5, 0.7, 0.9, 1.0], 0.4) for seed in range(2)]
+    soft = [judged(tmp_path / f"mmpo-{seed}", 0.7, [0.5, 0.5, 0.6, 0.6], 0.1) for seed in range(2)]
+    both = Comparison("graded", (), {"dpo": plain, "mmpo": soft})
+    header, first, second = (dict(zip(table(both)[0], row, strict=True)) for row in table(both))
+    assert "entropy at its best" not in header and header["accuracy at its best"] == "accuracy at its best"
+    assert first["accuracy in the last pass"] == "0.950 [0.950, 0.950]"  # of steps 3 and 4
+    assert second["held-out loss less the last pass's"] == "0.100 [0.100, 0.100]"
+    assert (
+        second["accuracy less dpo's"] == "0.100 [0.100, 0.100]"
+        and second["ece less dpo's"] == "0.000 [0.000, 0.000]"
+    )
+    assert second["entropy at the end / start"] == "0.750 [0.750, 0.750]"
+    assert figure(both).startswith(b"\x89PNG")
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text: list[str] = []
+        self.images: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.images += [value or "" for name, value in attrs if name == "src"]
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_the_page_needs_nothing_but_itself_and_escapes_names(comparison: Comparison) -> None:
+    parsed = _Page()
+    parsed.feed(page(comparison, figure(comparison)))
+    assert (
+        parsed.tags.count("tr") == 3
+        and len(parsed.images) == 1
+        and parsed.images[0].startswith("data:image/png;base64,")
+    )
+    assert "grpo and <cov>" in parsed.text and "cov" not in parsed.tags
+
+
+def test_everything_is_written_side_by_side(comparison: Comparison, tmp_path: Path) -> None:
+    made = write(comparison, tmp_path / "out")
+    assert [path.name for path in made] == ["comparison.md", "comparison.png", "comparison.html"]
+    assert made[1].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [(None, "holds no metrics.jsonl"), ("", "no training step"), ('{"step": 1}\n{"st', "line 2 is not JSON")],
+)
+def test_folders_without_a_run_are_refused(text: str | None, says: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(UserError, match=says):
+        Curves.read(tmp_path)

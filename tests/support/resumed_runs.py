@@ -1,0 +1,126 @@
+"""What tests of stopped and continued runs share: how a run is stopped, and when two runs are the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rltrain.cli.train import train_command
+from rltrain.config.load import load_recipe
+from rltrain.config.rules import check
+
+ROOT = Path(__file__).parents[2]
+# a reward that an untrained model gets some of
+SEVENS = f"{Path(__file__).parents[1] / 'golden/sevens.py'}:sevens"
+# What any resumed run could forget: momentum, a schedule in its middle, several updates per step,
+# evaluations.
+TWO_HALVES = (
+    "train.steps=6",
+    "checkpoint.every=3",
+    "checkpoint.keep=9",
+    "rollout.prompts=8",
+    "rollout.n=4",
+    "eval.every=3",
+    "eval.prompts=4",
+    "eval.n=2",
+    "eval.k=[1]",
+    "learner.updates=2",
+    "learner.optimizer.lr=2e-3",
+    "learner.optimizer.schedule=cosine",
+    "learner.optimizer.warmup_steps=2",
+    "reward.workers=1",
+)
+# Besides, a prompt order that has begun its second epoch after step 3 (26 prompts, 8 per step), and replaced
+# groups.
+SETTINGS = (*TWO_HALVES, "data.max_prompts=26", "rollout.dynamic_sampling={max_rounds: 2}")
+
+
+def train_here(model: str, folder: Path, *overrides: str, resume: str = "auto") -> int:
+    """``rltrain train`` in this process; its exit code."""
+    settings = [f"model.path={model}", f"reward.functions=['{SEVENS}']", *SETTINGS, *overrides]
+    recipe = check(
+        load_recipe(ROOT / "recipes/policy/grpo.yaml", profile="tiny_cpu", overrides=settings)
+    ).recipe
+    return train_command(recipe, folder, [], resume)
+
+
+class Killed(BaseException):
+    """As abrupt as it gets within one process."""
+
+
+@contextmanager
+def at_call(number: int, module: ModuleType, name: str, act: Callable[[], object]) -> Iterator[None]:
+    """Inside, the call of ``module.name`` with this number does ``act`` first."""
+    original, seen = getattr(module, name), []
+
+    def counted(*arguments: Any) -> Any:
+        seen.append(1)
+        if len(seen) == number:
+            act()
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, counted)
+        yield
+
+
+def killed_in(number: int, module: ModuleType, name: str, call: Callable[[], object]) -> None:
+    """``call()`` until ``module.name`` is called for the time of this number: once a step, in a
+    training loop.
+    """
+    with at_call(number, module, name, _die), pytest.raises(Killed):
+        call()
+
+
+def _die() -> NoReturn:
+    raise Killed
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """Of metrics.jsonl, without what the clock says."""
+    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in read]
+
+
+def differing(one: Path, two: Path, *names: str) -> list[str]:
+    """Which tensors of these safetensors below both folders are not equal bit for bit; a tensor that
+    only one side has is among them.
+    """
+    found: list[str] = []
+    for name in names:
+        first, second = load_file(one / name), load_file(two / name)
+        keys = first.keys() | second.keys()
+        assert keys, f"{name} holds no tensor"
+        found += [
+            f"{name}: {key}"
+            for key in keys
+            if key not in first or key not in second or not torch.equal(first[key], second[key])
+        ]
+    return found
+
+
+def assert_same_run(one: Path, two: Path, step: int = 6) -> None:
+    assert lines(one) == lines(two)
+    assert (one / "transcripts.jsonl").read_bytes() == (two / "transcripts.jsonl").read_bytes()
+    saved = f"checkpoints/step-{step}"
+    assert not differing(
+        one,
+        two,
+        "model/model.safetensors",
+        f"{saved}/model.safetensors",
+        f"{saved}/training/optimizer.safetensors",
+    )
+    states = [json.loads((run / saved / "training/state.json").read_text()) for run in (one, two)]
+    for state in states:
+        del state["reported"]["metrics.jsonl"]  # the clock's digits have lengths of their own
+        del state["environment"]  # somebody may commit meanwhile
+    assert states[0] == states[1]
+    assert (one / "model/README.md").read_bytes() == (two / "model/README.md").read_bytes()
