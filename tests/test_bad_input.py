@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from architectures import ORIGINAL_CONTEXT, tiny
-from rltrain import cli
+from rltrain import build_rollout, cli, commands
 from rltrain.config.load import load_recipe, resolved_yaml
-from rltrain.learner import accelerate_learner
+from rltrain.learner import accelerate_learner, frozen, preference_learner
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +28,9 @@ def train(random_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     def loaded(*_: object) -> None:
         raise AssertionError("weights were loaded before the mistake was found")
 
-    monkeypatch.setattr(accelerate_learner, "load_causal_lm", loaded)
+    # Imported above, before any call: a module that is imported under the substitute keeps it for the tests that follow.
+    for module in (accelerate_learner, preference_learner, frozen, build_rollout, commands):
+        monkeypatch.setattr(module, "load_causal_lm", loaded)
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
 
