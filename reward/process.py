@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from reward.output import OutputLog
 from reward.received import MalformedAnswerError, received
@@ -82,6 +83,7 @@ class Child:
             os.close(printed[1])
             output.follow(printed[0])
         self.socket, self.buffer = ours, bytearray()
+        self._program: Path | None = None  # its folder in /proc
         self.send(setup)
 
     def send(self, message: object) -> bool:
@@ -111,6 +113,20 @@ class Child:
         del self.buffer[: LENGTH.size + size]
         return message
 
+    def seconds_queued(self) -> float:
+        """For how long the program's main thread has been ready to run while others had the CPUs; 0 where the system does
+        not say. A limit on the wall clock leaves them out, so that the machine's load fails nobody."""
+        try:
+            if self._program is None:
+                supervisor = Path(f"/proc/{self.process.pid}")
+                children = (supervisor / f"task/{self.process.pid}/children").read_text().split()
+                if not children:
+                    return 0.0
+                self._program = supervisor.with_name(children[0])  # the oldest; orphans come after it
+            return int((self._program / "schedstat").read_text().split()[1]) * 1e-9
+        except (OSError, IndexError, ValueError):
+            return 0.0
+
     def has_died(self) -> bool:
         """Without reaping it: until then its number is nobody else's."""
         return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
@@ -135,6 +151,7 @@ class WorkerProcess(Child):
         self.ready = False
         self.tasks: collections.deque[Task] = collections.deque()
         self.since = time.monotonic()  # when it began what it is doing
+        self._queued = 0.0  # ``seconds_queued`` by then
         self._number = secrets.randbelow(1 << 32)  # of the first of ``tasks``
         super().__init__("reward.worker", setup, output)
 
@@ -144,7 +161,7 @@ class WorkerProcess(Child):
         if not self.send([Order.of(number, task.call, task.inputs) for number, task in enumerate(tasks, start=self._number)]):
             return False
         self.tasks.extend(tasks)
-        self.since = time.monotonic()
+        self.since, self._queued = time.monotonic(), self.seconds_queued()
         return True
 
     def reply(self) -> Reply | None:
@@ -165,8 +182,13 @@ class WorkerProcess(Child):
     def done(self) -> tuple[Task, float]:
         """The task that a reply belongs to, and the seconds it took; the next one begins."""
         now, self._number = time.monotonic(), self._number + 1
-        seconds, self.since = now - self.since, now
+        seconds, self.since, self._queued = now - self.since, now, self.seconds_queued()
         return self.tasks.popleft(), seconds
+
+    def is_late(self, seconds: float) -> bool:
+        """Whether the first of ``tasks`` has taken more than ``seconds``, without the time that it waited for a CPU."""
+        busy = self.seconds_busy()
+        return busy > seconds and busy - (self.seconds_queued() - self._queued) > seconds
 
     def seconds_busy(self) -> float:
         """With the first of ``tasks``; 0 while idle or starting."""
