@@ -194,7 +194,7 @@ class RewardPool:
         for key, _ in self._selector.select(_POLL_SECONDS):
             yield from self._replied(key.data)
         for worker in list(self._workers):
-            late = worker.is_late(self._seconds)
+            late = bool(worker.tasks) and worker.is_late(self._seconds)
             if not late and not worker.has_died():
                 continue
             before = len(worker.tasks)
@@ -282,7 +282,7 @@ class RewardPool:
     def _waited_for(self) -> str:
         busy = [
             f"{self._labels[worker.tasks[0].call]} on prompt {worker.tasks[0].inputs.prompt[:60]!r} "
-            f"for {worker.seconds_busy():.1f} s in process {worker.process.pid}"
+            f"for {worker.seconds():.1f} s in process {worker.process.pid}"
             for worker in self._workers
             if worker.tasks
         ]

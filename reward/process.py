@@ -84,6 +84,7 @@ class Child:
             output.follow(printed[0])
         self.socket, self.buffer = ours, bytearray()
         self._program: Path | None = None  # its folder in /proc
+        self.begins()
         self.send(setup)
 
     def send(self, message: object) -> bool:
@@ -113,9 +114,22 @@ class Child:
         del self.buffer[: LENGTH.size + size]
         return message
 
-    def seconds_queued(self) -> float:
+    def begins(self) -> None:
+        """Something new, from which ``seconds`` count."""
+        self._since, self._queued = time.monotonic(), self._seconds_queued()
+
+    def seconds(self) -> float:
+        """On the wall clock since it began what it is doing."""
+        return time.monotonic() - self._since
+
+    def is_late(self, limit: float) -> bool:
+        """Whether ``seconds`` without its waits for a CPU are more than ``limit``: the machine's load fails nobody."""
+        seconds = self.seconds()
+        return seconds > limit and seconds - (self._seconds_queued() - self._queued) > limit
+
+    def _seconds_queued(self) -> float:
         """For how long the program's main thread has been ready to run while others had the CPUs; 0 where the system does
-        not say. A limit on the wall clock leaves them out, so that the machine's load fails nobody."""
+        not say."""
         try:
             if self._program is None:
                 supervisor = Path(f"/proc/{self.process.pid}")
@@ -150,8 +164,6 @@ class WorkerProcess(Child):
     def __init__(self, setup: Setup, output: OutputLog) -> None:
         self.ready = False
         self.tasks: collections.deque[Task] = collections.deque()
-        self.since = time.monotonic()  # when it began what it is doing
-        self._queued = 0.0  # ``seconds_queued`` by then
         self._number = secrets.randbelow(1 << 32)  # of the first of ``tasks``
         super().__init__("reward.worker", setup, output)
 
@@ -161,7 +173,7 @@ class WorkerProcess(Child):
         if not self.send([Order.of(number, task.call, task.inputs) for number, task in enumerate(tasks, start=self._number)]):
             return False
         self.tasks.extend(tasks)
-        self.since, self._queued = time.monotonic(), self.seconds_queued()
+        self.begins()
         return True
 
     def reply(self) -> Reply | None:
@@ -181,15 +193,6 @@ class WorkerProcess(Child):
 
     def done(self) -> tuple[Task, float]:
         """The task that a reply belongs to, and the seconds it took; the next one begins."""
-        now, self._number = time.monotonic(), self._number + 1
-        seconds, self.since, self._queued = now - self.since, now, self.seconds_queued()
+        seconds, self._number = self.seconds(), self._number + 1
+        self.begins()
         return self.tasks.popleft(), seconds
-
-    def is_late(self, seconds: float) -> bool:
-        """Whether the first of ``tasks`` has taken more than ``seconds``, without the time that it waited for a CPU."""
-        busy = self.seconds_busy()
-        return busy > seconds and busy - (self.seconds_queued() - self._queued) > seconds
-
-    def seconds_busy(self) -> float:
-        """With the first of ``tasks``; 0 while idle or starting."""
-        return time.monotonic() - self.since if self.tasks else 0.0

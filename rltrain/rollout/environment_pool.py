@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 import selectors
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -56,19 +55,12 @@ class _Worker:
         self.ready = False
         self.busy: _Episode | EndAll | None = None  # what it has been sent and not answered
         self.ending = False  # it must close its episodes, or is at it
-        self.since = time.monotonic()
-        self.queued = 0.0  # seconds that it had waited for a CPU by then
         self._number = 0  # of the latest request
 
     def ask(self, body: Reset | Say | EndAll) -> bool:
         """False where the process is gone."""
         self._number = secrets.randbits(32)
         return self.child.send(Request(self._number, body))
-
-    def is_late(self, seconds: float) -> bool:
-        """Whether what it does has taken more than ``seconds``, without the time that it waited for a CPU."""
-        busy = time.monotonic() - self.since
-        return busy > seconds and busy - (self.child.seconds_queued() - self.queued) > seconds
 
     def answer(self) -> Answer | None:
         """What it has answered by now. Raises MalformedAnswerError where that is no answer to what it was asked."""
@@ -174,7 +166,8 @@ class EnvironmentPool:
         work = EndAll() if worker.ending else next((one for one in worker.episodes if one.waits and one.failure is None), None)
         if work is None:
             return
-        worker.busy, worker.since, worker.queued = work, time.monotonic(), worker.child.seconds_queued()
+        worker.busy = work
+        worker.child.begins()
         if not worker.ask(work if isinstance(work, EndAll) else work.next):
             self._lost(worker, Failure("died", "the process that played it is gone"))
 
@@ -192,7 +185,7 @@ class EnvironmentPool:
         if spoke and (answer := worker.answer()) is not None:
             self._take(worker, answer, found)
             return
-        late = worker.is_late(self._allowed(worker))
+        late = worker.child.is_late(self._allowed(worker))
         if not late and not worker.child.has_died():
             return
         if (answer := worker.answer()) is not None:  # it spoke before we looked
