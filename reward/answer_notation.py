@@ -30,8 +30,9 @@ _ARGUMENT = re.compile(r"[\w\s.^{}\\*/]*")
 _NUMBER_TIMES_NUMBER = re.compile(r"(?<![\w.^{}\\])(\d+)\((-?\d+(?:\.\d+)?)\)")
 _PYTHON_POWER = re.compile(r"(?<=[\w)])(?<![A-Za-z]{2})\s?\*\*\s?(\d+|[A-Za-z]\b)")
 _PYTHON_EQUATION = re.compile(r"\bEq\(([^=\n]{1,200}),\s*([^,=\n]{1,200})\)")
-_THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3}(?:(?:\\[,;: !]|~)\d{3})+)(?!\d)")
-_THIN_SPACE = re.compile(r"\\[,;: !]|~")
+_THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3}(?:(?:\\[,;: !]|~|\\thinspace\s)\d{3})+)(?!\d)")
+_THIN_SPACE = re.compile(r"\\[,;: !]|~|\\thinspace\s")
+_THOUSANDS_ALONE = re.compile(r"([-+]?\d{1,3})((?: \d{3})+)(\.\d+)?")  # a whole answer: in a sentence these are numbers in a row
 _SCIENTIFIC = re.compile(r"(?<![\w.\\}])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d+)(?![\w.])")
 _EMPTY_SET = re.compile(r"\\varnothing(?![A-Za-z])|(?:\\left\s?)?\\\{\s*(?:\\right\s?)?\\\}")
 _PRIME = re.compile(r"(?<=[A-Za-z])('{1,3})(?!\w)")
@@ -100,6 +101,11 @@ _UNICODE = str.maketrans(
         "\N{INTERSECTION}": "\\cap ",
         "\N{ELEMENT OF}": "\\in ",
         "\N{PRIME}": "'",
+        "\N{HYPHEN}": "-",
+        "\N{FIGURE DASH}": "-",
+        "\N{FRACTION SLASH}": "/",
+        "\N{DIVISION SLASH}": "/",
+        "\N{ASTERISK OPERATOR}": "*",
         "\N{NO-BREAK SPACE}": " ",
         "\N{THIN SPACE}": "\\,",
         "\N{NARROW NO-BREAK SPACE}": "\\,",
@@ -115,7 +121,8 @@ _VULGAR_FRACTION = re.compile(
 )
 _SUPERSCRIPT = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207a\u207b\u207f]+")
 _SUBSCRIPT = re.compile("[\u2080-\u2089]+")
-_ROOT = re.compile("\N{SQUARE ROOT}" + r"\s?(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[A-Za-z]|\\[a-z]+))")
+_ROOT_INDEX = {"\N{SQUARE ROOT}": "", "\N{CUBE ROOT}": "[3]", "\N{FOURTH ROOT}": "[4]"}
+_ROOT = re.compile(f"([{''.join(_ROOT_INDEX)}])" + r"\s?(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[A-Za-z]|\\[a-z]+))")
 
 
 class Plain(NamedTuple):
@@ -220,7 +227,7 @@ def _from_calculator(text: str) -> str:
 def _unicode(text: str) -> str:
     if text.isascii():
         return text
-    text = _ROOT.sub(lambda root: f"\\sqrt{{{root[1] or root[2] or root[3]}}}", text)
+    text = _ROOT.sub(lambda root: f"\\sqrt{_ROOT_INDEX[root[1]]}{{{root[2] or root[3] or root[4]}}}", text)
     text = _SUPERSCRIPT.sub(lambda run: f"^{{{_compatible(run[0])}}}", text)
     text = _SUBSCRIPT.sub(lambda run: f"_{{{_compatible(run[0])}}}", text)
     text = _VULGAR_FRACTION.sub(
@@ -228,6 +235,11 @@ def _unicode(text: str) -> str:
     )
     text = _GREEK.sub(lambda letter: _greek_command(letter[0]), text)
     return text.translate(_UNICODE)
+
+
+def _without_spaces_in_a_number(text: str) -> str:
+    number = _THOUSANDS_ALONE.fullmatch(text.strip("$ "))
+    return "".join((number[1], number[2].replace(" ", ""), number[3] or "")) if number else text
 
 
 def _compatible(text: str) -> str:
@@ -284,6 +296,7 @@ RULES: tuple[tuple[str, Callable[[str], str]], ...] = (
     ("Python equation", lambda text: _PYTHON_EQUATION.sub(r"\1 = \2", text)),
     ("Python power", lambda text: _PYTHON_POWER.sub(r"^{\1}", text)),
     ("spaced thousands", lambda text: _THOUSANDS.sub(lambda number: _THIN_SPACE.sub("", number[0]), text)),
+    ("thousands alone", _without_spaces_in_a_number),
     ("scientific", lambda text: _SCIENTIFIC.sub(r"\1 \\cdot 10^{\2}", text)),
     ("product of numbers", lambda text: _NUMBER_TIMES_NUMBER.sub(r"\1 \\cdot \2", text)),
     ("glued conjunction", lambda text: _GLUED_CONJUNCTION.sub(r" \1 ", text)),

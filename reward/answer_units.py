@@ -64,7 +64,7 @@ _NOUN = r"(?<=\s)(?!(?:and|or)\b)[A-Za-z]{3,}(?:\s[A-Za-z]{2,}){0,5}"
 _SPACE = r"(?:\\[,;: !]|~|\s){0,4}"
 _JOINT = rf"{_SPACE}(?:/|\\cdot|\*|per\s)?{_SPACE}"
 _SURE = rf"(?:{_GROUP}|{_DEGREE}|{_QUANTITY})"
-_WITH_UNIT = re.compile(rf"(.*[\w)}}]){_SPACE}(?:({_SURE}(?:{_JOINT}{_SURE}){{0,5}})|({_NOUN}))\s?\.?")
+_WITH_UNIT = re.compile(rf"(.*?[\w)}}]){_SPACE}(?:({_SURE}(?:{_JOINT}{_SURE}){{0,5}})|({_NOUN}))\s?\.?")
 
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textrm|textnormal|mathrm|mbox|operatorname|textit|textbf)\s?(?=\{)")

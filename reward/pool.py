@@ -43,10 +43,10 @@ class RewardPool:
     in the background.
 
     The first ``check`` or ``score`` waits until a worker is ready. Call ``check`` once before training.
-    seconds: wall clock of one completion's grading (a group graded together has as much, then its completions
-    have it one by one). memory_gib: address space of one worker. deadline_seconds: of one whole ``score``;
-    beyond it TimeoutError says what was waited for. What graders print goes to the file that ``log_to``
-    names. May be shared by threads; one grades at a time.
+    seconds: of one completion's grading on the wall clock, waits for a CPU not counted (a group graded
+    together has as much, then its completions have it one by one). memory_gib: address space of one worker.
+    deadline_seconds: of one whole ``score``; beyond it TimeoutError says what was waited for. What graders
+    print goes to the file that ``log_to`` names. May be shared by threads; one grades at a time.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ class RewardPool:
         for key, _ in self._selector.select(_POLL_SECONDS):
             yield from self._replied(key.data)
         for worker in list(self._workers):
-            late = worker.seconds_busy() > self._seconds
+            late = bool(worker.tasks) and worker.is_late(self._seconds)
             if not late and not worker.has_died():
                 continue
             before = len(worker.tasks)
@@ -332,7 +332,7 @@ class RewardPool:
     def _waited_for(self) -> str:
         busy = [
             f"{self._labels[worker.tasks[0].call]} on prompt {worker.tasks[0].inputs.prompt[:60]!r} "
-            f"for {worker.seconds_busy():.1f} s in process {worker.process.pid}"
+            f"for {worker.seconds():.1f} s in process {worker.process.pid}"
             for worker in self._workers
             if worker.tasks
         ]

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from reward.output import OutputLog
 from reward.received import MalformedAnswerError, received
@@ -90,6 +91,8 @@ class Child:
             os.close(printed[1])
             output.follow(printed[0])
         self.socket, self.buffer = ours, bytearray()
+        self._program: Path | None = None  # its folder in /proc
+        self.begins()
         self.send(setup)
 
     def send(self, message: object) -> bool:
@@ -120,6 +123,33 @@ class Child:
         del self.buffer[: LENGTH.size + size]
         return message
 
+    def begins(self) -> None:
+        """Something new, from which ``seconds`` count."""
+        self._since, self._queued = time.monotonic(), self._seconds_queued()
+
+    def seconds(self) -> float:
+        """On the wall clock since it began what it is doing."""
+        return time.monotonic() - self._since
+
+    def is_late(self, limit: float) -> bool:
+        """Whether ``seconds`` without its waits for a CPU are more than ``limit``: the machine's load fails nobody."""
+        seconds = self.seconds()
+        return seconds > limit and seconds - (self._seconds_queued() - self._queued) > limit
+
+    def _seconds_queued(self) -> float:
+        """For how long the program's main thread has been ready to run while others had the CPUs; 0 where the system does
+        not say."""
+        try:
+            if self._program is None:
+                supervisor = Path(f"/proc/{self.process.pid}")
+                children = (supervisor / f"task/{self.process.pid}/children").read_text().split()
+                if not children:
+                    return 0.0
+                self._program = supervisor.with_name(children[0])  # the oldest; orphans come after it
+            return int((self._program / "schedstat").read_text().split()[1]) * 1e-9
+        except (OSError, IndexError, ValueError):
+            return 0.0
+
     def has_died(self) -> bool:
         """Without reaping it: until then its number is nobody else's."""
         return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
@@ -147,7 +177,6 @@ class WorkerProcess(Child):
     def __init__(self, setup: Setup, output: OutputLog) -> None:
         self.ready = False
         self.tasks: collections.deque[Task] = collections.deque()
-        self.since = time.monotonic()  # when it began what it is doing
         self._number = secrets.randbelow(1 << 32)  # of the first of ``tasks``
         super().__init__("reward.worker", setup, output)
 
@@ -162,7 +191,7 @@ class WorkerProcess(Child):
         ):
             return False
         self.tasks.extend(tasks)
-        self.since = time.monotonic()
+        self.begins()
         return True
 
     def reply(self) -> Reply | None:
@@ -185,10 +214,6 @@ class WorkerProcess(Child):
 
     def done(self) -> tuple[Task, float]:
         """The task that a reply belongs to, and the seconds it took; the next one begins."""
-        now, self._number = time.monotonic(), self._number + 1
-        seconds, self.since = now - self.since, now
+        seconds, self._number = self.seconds(), self._number + 1
+        self.begins()
         return self.tasks.popleft(), seconds
-
-    def seconds_busy(self) -> float:
-        """With the first of ``tasks``; 0 while idle or starting."""
-        return time.monotonic() - self.since if self.tasks else 0.0

@@ -23,6 +23,7 @@ from rltrain.config.load import load_recipe
 from rltrain.config.rules import check
 from rltrain.config.schema import OnlineRecipe
 from rltrain.errors import UserError
+from rltrain.learner import accelerate_learner, frozen
 from rltrain.loss.objective import Objective, ObjectiveShare
 from rltrain.train import online
 from rltrain.types.policy import PolicyTokens, StepTotals, TrainBatch
@@ -317,7 +318,9 @@ def test_a_teacher_that_writes_other_tokens_is_refused_before_any_weight_is_load
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     tokenizer.add_tokens(["<strange>"])
     tokenizer.save_pretrained(other)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    AutoModelForCausalLM.from_pretrained(teacher).save_pretrained(other)
+    for module in (accelerate_learner, frozen):
+        monkeypatch.setattr(module, "load_causal_lm", None)
     overrides = [f"model.path={random_model}", "loss.terms=[{name: kdrl, coefficient: 0.002}]"]
     for path, said in (
         (str(other), "token '<strange>' is "),

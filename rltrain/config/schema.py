@@ -146,7 +146,7 @@ class EnvironmentRef(MethodRef):
     observation_tokens: int = Field(default=256, ge=1)  # of one observation; what is longer is cut at its end
     role: Literal["user", "tool"] = "user"  # whose message an observation is
     workers: int = Field(default=2, ge=1)  # processes
-    seconds: float = Field(default=10.0, gt=0)  # wall-clock limit of one step
+    seconds: float = Field(default=10.0, gt=0)  # wall-clock limit of one step, waits for a CPU not counted
     reset_seconds: float = Field(default=60.0, gt=0)  # of the start of an episode
     memory_gib: float = Field(default=4.0, gt=0)  # address-space limit of one process
     sha256: str | None = None  # as of a reward function
@@ -194,7 +194,7 @@ class Sync(Section):
 class RewardStage(Section):
     functions: tuple[Reward, ...] = Field(min_length=1)  # the score is the weighted sum
     workers: int = Field(default=2, ge=1)  # processes
-    seconds: float = Field(default=10.0, gt=0)  # wall-clock limit of one completion's grading
+    seconds: float = Field(default=10.0, gt=0)  # wall-clock limit of one completion's grading, waits for a CPU not counted
     memory_gib: float = Field(default=4.0, gt=0)  # address-space limit of one worker
 
 

@@ -163,6 +163,14 @@ def slow(inputs: RewardInputs):
     return [Score(1.0, {"correct": 1.0})] * len(inputs.completions)
 
 
+def works(inputs: RewardInputs):
+    """0.4 s of a CPU."""
+    end = time.process_time() + 0.4
+    while time.process_time() < end:
+        pass
+    return [1.0] * len(inputs.completions)
+
+
 def modules(inputs: RewardInputs):
     return [float("torch" in sys.modules or "rltrain" in sys.modules)] * len(inputs.completions)
 

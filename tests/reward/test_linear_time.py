@@ -119,10 +119,18 @@ WORST = {
 
 
 def seconds_of(rule: Callable[[str], object], text: str) -> float:
-    """CPU time of this process: another one that takes the machine's does not count."""
-    started = time.process_time()
-    rule(text)
-    return time.process_time() - started
+    """CPU time of this process, the least of three where the first is long.
+
+    A collection of the whole session's garbage may fall into one call; a slow rule is slow in each.
+    """
+    least = float("inf")
+    for _ in range(3):
+        started = time.process_time()
+        rule(text)
+        least = min(least, time.process_time() - started)
+        if least < SECONDS:
+            break
+    return least
 
 
 @pytest.mark.parametrize("rule", RULES)

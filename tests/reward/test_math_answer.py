@@ -55,6 +55,10 @@ def inputs(*completions: str, **columns: object) -> RewardInputs:
         (42, "42.0"),
         ("y = 3", "So $x$ is 5. $y=3$"),
         ("x\\text{ inches}", "$x$"),
+        ("10", "\\boxed{10 kg\\,m/s^2}"),
+        ("3", "\\boxed{∛27}"),
+        ("2/3", "\\boxed{2\N{FRACTION SLASH}3}"),
+        ("12000", "\\boxed{12\N{NO-BREAK SPACE}000}"),
     ],
 )
 def test_equal_answers_are_equal_in_any_notation(gold, prediction):
@@ -79,6 +83,8 @@ def test_equal_answers_are_equal_in_any_notation(gold, prediction):
         ("n^2", "n^3"),
         ("13", "<think>\\boxed{13}</think>The answer is 14"),
         ("7", "So it is 7, no:\n#### 8"),
+        ("10 kg m/s", "\\boxed{10 kg m/s^2}"),
+        ("3", "\\boxed{∜27}"),
     ],
 )
 def test_different_answers_stay_different(gold, prediction):

@@ -252,6 +252,30 @@ def test_what_is_no_number_is_an_error(value):
         as_score(value, "f")
 
 
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not say how long a process waited for a CPU")
+def test_a_loaded_machine_fails_no_grade():
+    """0.4 s of work among six that want the same CPU take 2.8 s on the clock; the limit is 1.2 s."""
+    before = os.sched_getaffinity(0)
+    others: list[subprocess.Popen[bytes]] = []
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        with pool_of("works", seconds=1.2, workers=1) as pool:
+            pool.score([inputs("quick")])  # the worker has started
+            # Sessions of their own, like the worker's: a kernel that shares the CPU among sessions gives each a seventh, too.
+            others = [subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True) for _ in range(6)]
+            time.sleep(1)
+            started = time.monotonic()
+            ((worked,),) = pool.score([inputs("x")])
+            took = time.monotonic() - started
+    finally:
+        os.sched_setaffinity(0, before)
+        for other in others:
+            other.kill()
+            other.wait()
+    assert worked.ungraded is None
+    assert took > 1.2
+
+
 def test_a_group_may_take_longer_than_one_completion_may():
     # 0.3 s each: four together take 1.2 s, over the limit of 0.7 s, one alone does not; the second step does
     # not try together again

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import secrets
 import selectors
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -70,7 +69,6 @@ class _Worker:
         self.ready = False
         self.busy: _Episode | EndAll | None = None  # what it has been sent and not answered
         self.ending = False  # it must close its episodes, or is at it
-        self.since = time.monotonic()
         self._number = 0  # of the latest request
 
     def ask(self, body: Reset | TakeTurn | EndAll) -> bool:
@@ -201,7 +199,8 @@ class EnvironmentPool:
         )
         if work is None:
             return
-        worker.busy, worker.since = work, time.monotonic()
+        worker.busy = work
+        worker.child.begins()
         if not worker.ask(work if isinstance(work, EndAll) else work.next):
             self._lost(worker, Failure("died", "the process that played it is gone"))
 
@@ -223,7 +222,7 @@ class EnvironmentPool:
         if spoke and (answer := worker.answer()) is not None:
             self._take(worker, answer, found)
             return
-        late = time.monotonic() - worker.since > self._allowed(worker)
+        late = worker.child.is_late(self._allowed(worker))
         if not late and not worker.child.has_died():
             return
         if (answer := worker.answer()) is not None:  # it spoke before we looked
