@@ -32,7 +32,9 @@ _PYTHON_POWER = re.compile(r"(?<=[\w)])(?<![A-Za-z]{2})\s?\*\*\s?(\d+|[A-Za-z]\b
 _PYTHON_EQUATION = re.compile(r"\bEq\(([^=\n]{1,200}),\s*([^,=\n]{1,200})\)")
 _THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3}(?:(?:\\[,;: !]|~|\\thinspace\s)\d{3})+)(?!\d)")
 _THIN_SPACE = re.compile(r"\\[,;: !]|~|\\thinspace\s")
-_THOUSANDS_ALONE = re.compile(r"([-+]?\d{1,3})((?: \d{3})+)(\.\d+)?")  # a whole answer: in a sentence these are numbers in a row
+_THOUSANDS_ALONE = re.compile(
+    r"([-+]?\d{1,3})((?: \d{3})+)(\.\d+)?"
+)  # a whole answer: in a sentence these are numbers in a row
 _SCIENTIFIC = re.compile(r"(?<![\w.\\}])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d+)(?![\w.])")
 _EMPTY_SET = re.compile(r"\\varnothing(?![A-Za-z])|(?:\\left\s?)?\\\{\s*(?:\\right\s?)?\\\}")
 _PRIME = re.compile(r"(?<=[A-Za-z])('{1,3})(?!\w)")
@@ -122,7 +124,9 @@ _VULGAR_FRACTION = re.compile(
 _SUPERSCRIPT = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207a\u207b\u207f]+")
 _SUBSCRIPT = re.compile("[\u2080-\u2089]+")
 _ROOT_INDEX = {"\N{SQUARE ROOT}": "", "\N{CUBE ROOT}": "[3]", "\N{FOURTH ROOT}": "[4]"}
-_ROOT = re.compile(f"([{''.join(_ROOT_INDEX)}])" + r"\s?(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[A-Za-z]|\\[a-z]+))")
+_ROOT = re.compile(
+    f"([{''.join(_ROOT_INDEX)}])" + r"\s?(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[A-Za-z]|\\[a-z]+))"
+)
 
 
 class Plain(NamedTuple):

@@ -41,7 +41,7 @@ PROBABILITIES = {
     **{"pi_old": "old_logp", "pi_new": "logp_now", "pi_ref": "ref_logp", "pi_roll": "rollout_logp"},
     "pi_teacher": "teacher_logp",
 }
-INTEGERS = {"group", "arm", "version", "sample", "answer", "step_id"}
+INTEGERS = {"group", "source", "version", "sample", "answer", "step_id"}
 Case = Mapping[str, Any]
 
 
@@ -57,7 +57,7 @@ def batch_of(case: Case) -> TrainBatch:
         "weights": torch.ones_like(mask),
         "rewards": tensor([1.0] + [0.0] * (len(mask) - 1)),
     }
-    fields |= {"group": rows, "arm": rows, "version": rows}
+    fields |= {"group": rows, "source": rows, "version": rows}
     fields |= {
         name: tensor(given["entropy"]) for name in ("old_entropy", "entropy_now") if "entropy" in given
     }

@@ -16,7 +16,7 @@ def batch(**changes: Any) -> TrainBatch:
     values = torch.arange(12, dtype=torch.float64).view(3, 4)
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
     fields = {"mask": mask, "advantages": values, "weights": torch.ones(3, 4), "rewards": rows.double()}
-    fields |= dict.fromkeys(("group", "arm", "version"), rows)
+    fields |= dict.fromkeys(("group", "source", "version"), rows)
     return TrainBatch(**{**fields, **changes})
 
 

@@ -1,7 +1,7 @@
 """Advantages against an answer that the policy did not write: the reference model's (AAPO) or the data set's
 (GRAO).
 
-Rows of one prompt share their group id; ``arm`` says who wrote them (``types.ARM_*``). Ungraded rows (NaN)
+Rows of one prompt share their group id; ``source`` says who wrote them (``types.samples.SOURCE_*``). Ungraded rows (NaN)
 take no part.
 """
 
@@ -20,12 +20,12 @@ from rltrain.types.samples import SOURCE_DATASET, SOURCE_POLICY, SOURCE_REFERENC
 __all__ = ["aapo", "grao"]
 
 
-@method("aapo", arxiv="2505.14264", needs={"arm"}, traits={"arm:reference"})
+@method("aapo", arxiv="2505.14264", needs={"source"}, traits={"extra_samples:reference"})
 def aapo(
     rewards: Tensor,
     group: Tensor,
     *,
-    arm: Tensor,
+    source: Tensor,
     low: float = -0.2,
     high: float = 0.28,
     scale: Literal["none", "group"] = "none",
@@ -33,7 +33,7 @@ def aapo(
     eps: float = 1e-4,
 ) -> Tensor:
     """AAPO: the group-relative advantage plus ``clip(R - R_ref, low, high)``, arXiv:2505.14264. Returns (B,);
-    0 off the policy's arm.
+    0 off the policy's source.
 
     R_ref is the reward of a completion of the frozen reference model for the same prompt: a margin
     ("momentum" in the paper, yet nothing is carried over steps) that keeps a signal in groups whose rewards
@@ -44,10 +44,12 @@ def aapo(
     for a prompt with another number of reference completions than of the policy's, where they are to be
     paired.
     """
-    rewards, own = as_float(rewards), arm == SOURCE_POLICY
+    rewards, own = as_float(rewards), source == SOURCE_POLICY
     margin = torch.zeros_like(rewards)
     margin[own] = (
-        (rewards[own] - _reference_rewards(rewards, group, arm, reference)).clamp(low, high).nan_to_num(0.0)
+        (rewards[own] - _reference_rewards(rewards, group, source, reference))
+        .clamp(low, high)
+        .nan_to_num(0.0)
     )
     graded = own & ~rewards.isnan()
     values, ids = rewards[graded], group[graded]
@@ -62,14 +64,14 @@ def aapo(
 @method(
     "grao",
     arxiv="2508.07750",
-    needs={"arm", "mask"},
-    traits={"arm:answer", "policy_loss:reinforce", "aggregate:seq_mean_token_mean"},
+    needs={"source", "mask"},
+    traits={"extra_samples:answer", "policy_loss:reinforce", "aggregate:seq_mean_token_mean"},
 )
 def grao(
     rewards: Tensor,
     group: Tensor,
     *,
-    arm: Tensor,
+    source: Tensor,
     mask: Tensor,
     beta: float = 0.5,
     lam: float = 0.6,
@@ -85,10 +87,10 @@ def grao(
     scaled so that ``reinforce`` under ``seq_mean_token_mean`` is exactly minus the objective's mean over
     prompts (one update per rollout: there is no ratio). statistics: mean and std over samples and answer
     ("joint", as the paper's text says), or over the samples alone ("samples", as its formula prints, where
-    lam does nothing to y). The answer's row is of the arm ``types.ARM_ANSWER`` and is graded like a sample;
-    where it was not, or is missing, its terms are. Other arms get 0.
+    lam does nothing to y). The answer's row is of the source ``types.SOURCE_DATASET`` and is graded like a sample;
+    where it was not, or is missing, its terms are. Other sources get 0.
     """
-    weights, counted = grao_weights(as_float(rewards), group, arm, mask, beta, lam, statistics, eps)
+    weights, counted = grao_weights(as_float(rewards), group, source, mask, beta, lam, statistics, eps)
     rows = int((mask.bool().any(1) & ~rewards.isnan()).sum())
     return weights * (rows / max(len(torch.unique(group[counted])), 1))
 
@@ -96,7 +98,7 @@ def grao(
 def grao_weights(
     rewards: Tensor,
     group: Tensor,
-    arm: Tensor,
+    source: Tensor,
     mask: Tensor,
     beta: float,
     lam: float,
@@ -106,8 +108,8 @@ def grao_weights(
     """(B,) what GRAO's objective of a prompt multiplies each row's mean log-prob with, and (B,) bool:
     the rows that take part.
     """
-    counted = ~rewards.isnan() & mask.bool().any(1) & ((arm == SOURCE_POLICY) | (arm == SOURCE_DATASET))
-    values, answers = rewards[counted], arm[counted] == SOURCE_DATASET
+    counted = ~rewards.isnan() & mask.bool().any(1) & ((source == SOURCE_POLICY) | (source == SOURCE_DATASET))
+    values, answers = rewards[counted], source[counted] == SOURCE_DATASET
     prompt = torch.unique(group[counted], return_inverse=True)[1]
     side = 2 * prompt + answers.to(torch.int64)
     alone = answers & (segment_count(side) == segment_count(prompt))  # an answer without samples
@@ -127,13 +129,13 @@ def grao_weights(
 
 
 def _reference_rewards(
-    rewards: Tensor, group: Tensor, arm: Tensor, reference: Literal["paired", "mean"]
+    rewards: Tensor, group: Tensor, source: Tensor, reference: Literal["paired", "mean"]
 ) -> Tensor:
     """(b,) for the policy's rows, in row order: the reward of the reference completion each is
     compared with; NaN without one.
     """
-    own, theirs = group[arm == SOURCE_POLICY], group[arm == SOURCE_REFERENCE]
-    found = rewards[arm == SOURCE_REFERENCE]
+    own, theirs = group[source == SOURCE_POLICY], group[source == SOURCE_REFERENCE]
+    found = rewards[source == SOURCE_REFERENCE]
     if reference == "mean":
         kept = ~found.isnan()
         together = torch.cat([own, theirs[kept]])
@@ -151,7 +153,7 @@ def _reference_rewards(
             f"{len(theirs)} of the reference; sample rollout.n of both for every prompt, or set "
             "advantage.reference to mean"
         )
-    paired = torch.empty_like(rewards[arm == SOURCE_POLICY])
+    paired = torch.empty_like(rewards[source == SOURCE_POLICY])
     paired[own.sort(stable=True).indices] = found[theirs.sort(stable=True).indices]
     return paired
 

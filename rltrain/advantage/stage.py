@@ -12,15 +12,15 @@ from rltrain.types.policy import TrainBatch
 def compute_advantages(batch: TrainBatch, estimator: BoundMethod) -> TrainBatch:
     """``batch`` with advantages of the whole step; a scalar per completion is spread over its tokens.
 
-    Rows of one prompt share ``batch.group`` whatever their arm. An estimator that lists ``arm`` among its
-    inputs is given all rows and tells the arms apart itself; any other sees one arm at a time, so that no
+    Rows of one prompt share ``batch.group`` whatever their source. An estimator that lists ``source`` among its
+    inputs is given all rows and tells the sources apart itself; any other sees one source at a time, so that no
     statistic of it, be it over the group or over the step, mixes samples of different distributions.
     """
-    if "arm" in estimator.spec.inputs or bool((batch.arm == batch.arm[0]).all()):
+    if "source" in estimator.spec.inputs or bool((batch.source == batch.source[0]).all()):
         return batch.replace(advantages=_estimated(batch, estimator))
     advantages = torch.zeros_like(batch.advantages)
-    for arm in batch.arm.unique():
-        rows = torch.nonzero(batch.arm == arm).flatten()
+    for source in batch.source.unique():
+        rows = torch.nonzero(batch.source == source).flatten()
         advantages[rows] = _estimated(batch.rows(rows), estimator)
     return batch.replace(advantages=advantages)
 

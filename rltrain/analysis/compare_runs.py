@@ -28,7 +28,7 @@ from rltrain.loss.preference import PREFERENCE_LOSSES
 # What a method is made of: here recipes may differ.
 _METHOD = ("about", "advantage", "control", "loss", "reward", "seed", "model.teacher", "data.order")
 _METHOD_OF_ROLLOUT = (
-    "rollout.arms",
+    "rollout.extra_samples",
     "rollout.dynamic_sampling",
     "rollout.adaptive_temperature",
     "rollout.environment",

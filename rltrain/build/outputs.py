@@ -144,7 +144,7 @@ class TrainingState:
             self.process.restore(named, state.process_reward)
         with user_mistakes():
             self.source.load_state_dict(
-                {"order": state.order, "arms": state.arms, "temperature": state.temperature}
+                {"order": state.order, "sources": state.sources, "temperature": state.temperature}
             )
             for controller, saved in zip(self.controllers, state.controllers, strict=True):
                 controller.load_state_dict(saved)

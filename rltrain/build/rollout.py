@@ -12,7 +12,7 @@ import torch
 
 from rltrain.build.engines import build_engine, build_sampler
 from rltrain.build.inputs import REWARD_MODEL, RunInputs
-from rltrain.config.rules.registries import ARMS, ORDERS, REWARDS
+from rltrain.config.rules.registries import EXTRA_SAMPLES, ORDERS, REWARDS
 from rltrain.config.schema import (
     AdaptiveTemperature,
     DynamicSampling,
@@ -88,7 +88,7 @@ def build_rollout(
     sampling = Sampling(
         n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed
     )
-    lend_reference = _reference_lender(rollout.arms, recipe.model, engine, learner, sync)
+    lend_reference = _reference_lender(rollout.extra_samples, recipe.model, engine, learner, sync)
     encode = inputs.tokenization.encode_answer
     verdict_of = label_of_only_function(recipe.reward.functions)
     context = SamplerContext(sampler, sampling, prompts, lend_reference, encode, process.deadline)
@@ -125,7 +125,7 @@ def build_source(
         verify=sync.verify,
         release_memory=sync.sleep,
         close_engine=close_engine,
-        arms=build_arms(rollout.arms, context),
+        sources=build_extra_samples(rollout.extra_samples, context),
         keep=_accuracy_filter(dynamic),
         temperature=build_temperature(rollout.adaptive_temperature),
     )
@@ -221,16 +221,16 @@ def build_temperature(settings: AdaptiveTemperature | None) -> TemperatureContro
     return TemperatureController(tau=settings.tau, variant=settings.variant, rho=settings.rho)
 
 
-def build_arms(refs: Sequence[MethodRef], context: SamplerContext) -> tuple[SampleSource, ...]:
+def build_extra_samples(refs: Sequence[MethodRef], context: SamplerContext) -> tuple[SampleSource, ...]:
     """The sources of further rows that the recipe names."""
     with user_mistakes():
-        return tuple(ARMS.bind(ref.name, ref.hp)(context) for ref in refs)
+        return tuple(EXTRA_SAMPLES.bind(ref.name, ref.hp)(context) for ref in refs)
 
 
 def _reference_lender(
     refs: Sequence[MethodRef], model: Model, engine: RolloutEngine, learner: ModelOwner, sync: Sync
 ) -> Callable[[], AbstractContextManager[None]]:
-    """A context in which the engine holds the reference model, loaded here if an arm samples from it."""
+    """A context in which the engine holds the reference model, loaded here if a source samples from it."""
     if not any(ref.name == "reference" for ref in refs):
         return nullcontext
     weights = reference_weights(model, learner.model, engine.dtype)

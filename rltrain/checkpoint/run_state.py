@@ -59,7 +59,7 @@ class RunState:
     environment: Mapping[str, Any]
     controllers: Sequence[Mapping[str, Any]] = ()  # of the loss terms' coefficients, in the recipe's order
     law: Mapping[str, Any] = field(default_factory=dict)  # points of entropy and reward so far
-    arms: Sequence[Mapping[str, Any]] = ()  # what each of the recipe's rollout arms remembers
+    sources: Sequence[Mapping[str, Any]] = ()  # what each of the recipe's rollout sources remembers
     process_reward: Mapping[str, Any] = field(
         default_factory=dict
     )  # version, schedule and counters of the process reward model's learner

@@ -413,7 +413,7 @@ def _method_keys(data: Mapping[str, Any]) -> Iterator[KeyPath]:
             yield section, key
     if "advantage" in data:
         yield ("advantage",)
-    for path in (("control",), ("loss", "terms"), ("reward", "functions"), ("rollout", "arms")):
+    for path in (("control",), ("loss", "terms"), ("reward", "functions"), ("rollout", "extra_samples")):
         items: Any = data
         for part in path:
             items = items.get(part, []) if isinstance(items, dict) else []
@@ -433,7 +433,7 @@ def _is_method(key: KeyPath) -> bool:
     }
     more = {
         ("loss", PREFERENCE),
-        ("rollout", "arms"),
+        ("rollout", "extra_samples"),
         ("data", "order"),
         ("loss", "terms", "coefficient"),
         ("process_reward", "loss"),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from rltrain.config.plan_offline import plan_offline
 from rltrain.config.rules.online_pairs import pair_plan
-from rltrain.config.rules.registries import ARMS
+from rltrain.config.rules.registries import EXTRA_SAMPLES
 from rltrain.config.schema import (
     AnyRecipe,
     MethodRef,
@@ -74,8 +74,8 @@ def _rollout(recipe: SampledRecipe) -> list[PlanLine]:
     rollout, reward = recipe.rollout, recipe.reward
     rows = rollout.prompts * rollout.n
     rounds = rollout.dynamic_sampling.max_rounds if rollout.dynamic_sampling else 1
-    arms = [(ref.name, _arm_rows(recipe, ref)) for ref in rollout.arms]
-    graded = rows + sum(count for _, count in arms)
+    sources = [(ref.name, _extra_rows(recipe, ref)) for ref in rollout.extra_samples]
+    graded = rows + sum(count for _, count in sources)
     grading = len(reward.functions) * graded * reward.seconds / reward.workers
     lines = [
         PlanLine(
@@ -84,8 +84,8 @@ def _rollout(recipe: SampledRecipe) -> list[PlanLine]:
             f"rollout.prompts {rollout.prompts} x rollout.n {rollout.n}, all ranks",
         ),
         *(
-            PlanLine(f"rollout: {name} rows per step", f"{count:,}", "beside them, of rollout.arms")
-            for name, count in arms
+            PlanLine(f"rollout: {name} rows per step", f"{count:,}", "beside them, of rollout.extra_samples")
+            for name, count in sources
         ),
         PlanLine(
             "rollout: longest row",
@@ -116,10 +116,10 @@ def _rollout(recipe: SampledRecipe) -> list[PlanLine]:
     return lines
 
 
-def _arm_rows(recipe: SampledRecipe, ref: MethodRef) -> int:
-    """Completions that an arm adds to a step."""
+def _extra_rows(recipe: SampledRecipe, ref: MethodRef) -> int:
+    """Completions that a source adds to a step."""
     rollout = recipe.rollout
-    hp = {name: item.default for name, item in ARMS.spec(ref.name).hyperparameters.items()} | ref.hp
+    hp = {name: item.default for name, item in EXTRA_SAMPLES.spec(ref.name).hyperparameters.items()} | ref.hp
     if "share" in hp:
         return max(int(hp["share"] * rollout.prompts + 1e-9), hp["share"] > 0) * rollout.n
     return rollout.prompts * ((hp["n"] or rollout.n) if "n" in hp else 1)

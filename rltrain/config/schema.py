@@ -81,7 +81,7 @@ class Model(Section):
     trust_remote_code: tuple[
         str, ...
     ] = ()  # whose own Python code may run: folders, or NAME@COMMIT on the Hub
-    reference: str | None = None  # model of ref_logp and of the reference arm; None: the starting point
+    reference: str | None = None  # model of ref_logp and of the reference source; None: the starting point
     teacher: str | None = None  # model of teacher_logp, with the same tokenizer; None: the starting point
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
 
@@ -173,7 +173,7 @@ class Rollout(Section):
     mismatch_stop: float | None = Field(default=None, gt=0)  # the same
     mismatch_patience: int = Field(default=3, ge=1)  # steps in a row above mismatch_stop that end the run
     dynamic_sampling: DynamicSampling | None = None
-    arms: tuple[
+    extra_samples: tuple[
         Method, ...
     ] = ()  # further rows of a prompt's group: aepo, reference, answer (rollout/extra_samples.py)
     adaptive_temperature: AdaptiveTemperature | None = None
@@ -194,7 +194,9 @@ class Sync(Section):
 class RewardStage(Section):
     functions: tuple[Reward, ...] = Field(min_length=1)  # the score is the weighted sum
     workers: int = Field(default=2, ge=1)  # processes
-    seconds: float = Field(default=10.0, gt=0)  # wall-clock limit of one completion's grading, waits for a CPU not counted
+    seconds: float = Field(
+        default=10.0, gt=0
+    )  # wall-clock limit of one completion's grading, waits for a CPU not counted
     memory_gib: float = Field(default=4.0, gt=0)  # address-space limit of one worker
 
 

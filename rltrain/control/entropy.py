@@ -156,12 +156,12 @@ def high_entropy_tokens(batch: TrainBatch, *, share: float = 0.2) -> TrainBatch:
     "aepo",
     arxiv="2510.08141",
     needs_if={"form=explicit": {"logp_now"}},
-    traits={"aggregate:token_mean", "arm:aepo", "needs_correct"},
+    traits={"aggregate:token_mean", "extra_samples:aepo", "needs_correct"},
 )
 def aepo(
     batch: TrainBatch, *, form: Literal["explicit", "rows"] = "explicit", alpha: float = 0.024, cap: int = 60
 ) -> TrainBatch:
-    """AEPO's REINFORCE on correct samples drawn at another temperature, arXiv:2510.08141; the arm ``aepo``
+    """AEPO's REINFORCE on correct samples drawn at another temperature, arXiv:2510.08141; the source ``aepo``
     draws them.
 
     form "explicit": the abstract's equation, with alpha as its coefficient (``aepo_explicit``). The paper's
@@ -198,7 +198,7 @@ def aepo_explicit(batch: TrainBatch, *, alpha: float) -> TrainBatch:
     """
     now = _given(batch, "aepo", batch.logp_now, "logp_now")
     right = _given(batch, "aepo", batch.correct, "correct")
-    tempered = batch.arm == SOURCE_TEMPERED
+    tempered = batch.source == SOURCE_TEMPERED
     tokens, extra = int(batch.mask.sum()), int(batch.mask[tempered].sum())
     scale = torch.where(tempered, alpha * tokens / max(extra, 1), tokens / max(tokens - extra, 1))
     reward = (right > 0).to(batch.advantages.dtype)[:, None].expand(batch.mask.shape)
@@ -223,14 +223,14 @@ def aepo_rows(
     (the release fails there).
     """
     counted = batch.mask.any(dim=1)
-    tempered = counted & (batch.arm == SOURCE_TEMPERED)
+    tempered = counted & (batch.source == SOURCE_TEMPERED)
     good = tempered & (masked_mean(batch.advantages, batch.mask, dim=1) > least_advantage)
     kept = min(cap, int(good.sum()))
     kept = kept // 2 if above_target else kept
     order = _sampling_order(batch)
     chosen = _first_rows(good, order, kept)
-    replaced = _first_rows(counted & (batch.arm == SOURCE_POLICY), order, kept)
-    gone = (replaced | (batch.arm == SOURCE_TEMPERED) & ~chosen)[:, None]
+    replaced = _first_rows(counted & (batch.source == SOURCE_POLICY), order, kept)
+    gone = (replaced | (batch.source == SOURCE_TEMPERED) & ~chosen)[:, None]
     return batch.replace(
         mask=batch.mask & ~gone,
         weights=torch.where(gone, torch.zeros_like(batch.weights), batch.weights),
@@ -275,7 +275,7 @@ def dcpo(
     """
     entropy = _given(batch, "dcpo", batch.old_entropy, "old_entropy")
     right = _given(batch, "dcpo", batch.correct, "correct") > 0
-    own = (batch.arm == SOURCE_POLICY) & batch.mask.any(dim=1)
+    own = (batch.source == SOURCE_POLICY) & batch.mask.any(dim=1)
     level = float(masked_mean(entropy, batch.mask & own[:, None]))
     temperature = aepo_temperature(level, target=target, high=high, low=low)
     name = f"tempered_logp:{temperature}"

@@ -23,7 +23,7 @@ __all__ = ["paced", "paced_weight", "smoothed_pass_rate"]
     traits={
         "per_update",
         "needs_correct",
-        "arm:answer",
+        "extra_samples:answer",
         "loss_term:teacher_text",
         "loss_term:kdrl",
         "aggregate:seq_mean_token_mean",
@@ -40,7 +40,7 @@ def paced(
     """Marks each prompt's rows with ``p^alpha (1 - p)^beta`` of its pass rate p, arXiv:2603.11178.
 
     p is the share of right ones among the policy's graded completions in the batch, (c + 1/2) / (K + 1) with
-    ``smooth``; a prompt without any weighs 0. ``extra["teacher_text"]`` marks the rows of the answer arm,
+    ``smooth``; a prompt without any weighs 0. ``extra["teacher_text"]`` marks the rows of the answer source,
     which hold the teacher's text, for the forward KL; ``extra["kdrl"]`` the policy's own, for the reverse KL.
     Each is scaled by the batch's rows over the rows it acts on, so that with the aggregate
     ``seq_mean_token_mean`` a term is the mean over its own rows of w times the row's token mean. normalise:
@@ -51,7 +51,7 @@ def paced(
             "paced needs to know which completions are correct, and no reward function reports it"
         )
     ids, of = torch.unique(batch.group, return_inverse=True)
-    graded = (batch.arm == SOURCE_POLICY) & ~batch.correct.isnan()
+    graded = (batch.source == SOURCE_POLICY) & ~batch.correct.isnan()
     rollouts = torch.zeros(len(ids), dtype=torch.float64).index_add(
         0, of[graded], torch.ones(int(graded.sum()), dtype=torch.float64)
     )
@@ -62,8 +62,8 @@ def paced(
     weight[known] = paced_weight(rate[known], alpha=alpha, beta=beta, normalise=normalise)
     rows = batch.mask.any(dim=1)
     marks: dict[str, Tensor] = {}
-    for name, arm in (("teacher_text", SOURCE_DATASET), ("kdrl", SOURCE_POLICY)):
-        acting = rows & (batch.arm == arm)
+    for name, source in (("teacher_text", SOURCE_DATASET), ("kdrl", SOURCE_POLICY)):
+        acting = rows & (batch.source == source)
         scale = int(rows.sum()) / max(int(acting.sum()), 1)
         marks[name] = (weight[of] * acting * scale).to(batch.weights.dtype)[:, None] * batch.mask
     with_metrics = batch.with_extra(**marks)

@@ -117,7 +117,7 @@ def reference_weights(model: Model, policy: PreTrainedModel, dtype: torch.dtype)
     ours, theirs = (config.get_text_config().to_dict() for config in (policy.config, frozen.config))
     if differing := [key for key in _SHAPE if ours.get(key) != theirs.get(key)]:
         raise UserError(
-            f"rollout.arms reference: one engine samples from {model.path} and {model.reference}, but their "
+            f"rollout.extra_samples reference: one engine samples from {model.path} and {model.reference}, but their "
             f"{differing[0]} differ: "
             f"{ours.get(differing[0])} and {theirs.get(differing[0])}; set model.reference to a model of the "
             "same shape"

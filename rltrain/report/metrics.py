@@ -21,12 +21,12 @@ from rltrain.types.samples import SOURCE_NAMES, SOURCE_POLICY, Completion, Score
 __all__ = [
     "METRICS",
     "Metric",
-    "arm_metrics",
     "check_names",
     "completion_metrics",
     "metric",
     "mismatch_metrics",
     "own_step_metrics",
+    "source_metrics",
     "step_metrics",
     "why_no_update",
 ]
@@ -35,13 +35,13 @@ _MAX_LOG_RATIO = 20.0  # e^20: beyond it a ratio says only that the two sides di
 
 
 def own_step_metrics(batch: TrainBatch, logp: Tensor, entropy: Tensor, sampled: Tensor) -> dict[str, float]:
-    """``step_metrics`` over the policy's own rows: those of other arms are no samples of it.
+    """``step_metrics`` over the policy's own rows: those of other sources are no samples of it.
 
     ``learner/tokens`` counts all of them.
     """
-    if not bool((batch.arm != SOURCE_POLICY).any()):
+    if not bool((batch.source != SOURCE_POLICY).any()):
         return step_metrics(batch, logp, entropy, sampled)
-    own = torch.nonzero(batch.arm == SOURCE_POLICY).flatten()
+    own = torch.nonzero(batch.source == SOURCE_POLICY).flatten()
     found = step_metrics(batch.rows(own), logp[own], entropy[own], sampled[own])
     return found | {"learner/tokens": float(batch.mask.sum())}
 
@@ -79,7 +79,7 @@ def mismatch_metrics(logp: Tensor, rollout_logp: Tensor, sampled: Tensor) -> dic
 
 def completion_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     """Lengths, how completions finished, why some have no score, and the means of the reward's parts,
-    of the policy's own arm.
+    of the policy's own source.
     """
     pairs = _pairs(groups, SOURCE_POLICY)
     lengths = [len(completion.token_ids) for completion, _ in pairs]
@@ -126,12 +126,12 @@ def _episode_metrics(played: Sequence[Completion]) -> dict[str, float]:
     }
 
 
-def arm_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    """How many rows the other arms added, and how they scored."""
+def source_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """How many rows the other sources added, and how they scored."""
     found: dict[str, float] = {}
-    present = {completion.arm for group in groups for completion in group.completions} - {SOURCE_POLICY}
-    for arm in sorted(present):
-        pairs, name = _pairs(groups, arm), f"rollout/arm_{SOURCE_NAMES[arm]}"
+    present = {completion.source for group in groups for completion in group.completions} - {SOURCE_POLICY}
+    for source in sorted(present):
+        pairs, name = _pairs(groups, source), f"rollout/source_{SOURCE_NAMES[source]}"
         graded = [score for _, score in pairs if score.ungraded is None]
         found |= {
             f"{name}_completions": float(len(pairs)),
@@ -143,10 +143,10 @@ def arm_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     return found
 
 
-def _pairs(groups: Sequence[ScoredGroup], arm: int) -> list[tuple[Completion, Score]]:
-    """Every completion of one arm with its score."""
+def _pairs(groups: Sequence[ScoredGroup], source: int) -> list[tuple[Completion, Score]]:
+    """Every completion of one source with its score."""
     pairs = (pair for group in groups for pair in zip(group.completions, group.scores, strict=True))
-    return [(completion, score) for completion, score in pairs if completion.arm == arm]
+    return [(completion, score) for completion, score in pairs if completion.source == source]
 
 
 def why_no_update(batch: TrainBatch, lr: float) -> str | None:

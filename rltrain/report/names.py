@@ -36,9 +36,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("rollout/generated_groups", "groups", "sampled before dynamic sampling dropped any"),
     Metric("rollout/rounds", "rounds", "of dynamic sampling"),
     Metric(
-        "rollout/arm_*",
+        "rollout/source_*",
         "",
-        "of rows beside the policy's own, by arm: completions, tokens, mean reward, share correct",
+        "of rows beside the policy's own, by source: completions, tokens, mean reward, share correct",
     ),
     Metric("rollout/turns_mean", "turns", "of the policy in an episode, mean over the step"),
     Metric("rollout/turns_max", "turns", "most turns of an episode of the step"),

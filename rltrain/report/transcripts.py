@@ -55,7 +55,7 @@ def _scored(completion: Completion, score: Score) -> dict[str, Any]:
         "finish": completion.finish,
         "tokens": len(completion.token_ids),
         "version": completion.oldest_version,
-        "arm": completion.arm,
+        "source": completion.source,
     }
 
 

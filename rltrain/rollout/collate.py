@@ -18,7 +18,7 @@ def collate(groups: Sequence[ScoredGroup], lines: StepSplitter | None = None) ->
 
     A completion that nobody could grade, or that the engine gave up on, is masked out whole: its reward is
     NaN, which group statistics leave out. The reference model's is masked out as well, but keeps its reward.
-    Advantages start at 0 and weights at 1. Answers get ids within their group, of all arms together. lines:
+    Advantages start at 0 and weights at 1. Answers get ids within their group, of all sources together. lines:
     cuts completions without turns into steps (``step_ids``). Raises ValueError on an empty step.
     """
     pairs = [
@@ -31,7 +31,7 @@ def collate(groups: Sequence[ScoredGroup], lines: StepSplitter | None = None) ->
     width = max(len(completion.token_ids) for _, completion, _ in pairs)
     trained = [score.ungraded is None and completion.finish != "aborted" for _, completion, score in pairs]
     counting = [
-        kept and completion.arm != SOURCE_REFERENCE
+        kept and completion.source != SOURCE_REFERENCE
         for (_, completion, _), kept in zip(pairs, trained, strict=True)
     ]
     completions = [completion for _, completion, _ in pairs]
@@ -50,7 +50,7 @@ def collate(groups: Sequence[ScoredGroup], lines: StepSplitter | None = None) ->
         weights=torch.ones(len(pairs), width),
         rewards=torch.tensor(rewards, dtype=torch.float32),
         group=torch.tensor([group.group for group, _, _ in pairs]),
-        arm=torch.tensor([completion.arm for _, completion, _ in pairs]),
+        source=torch.tensor([completion.source for _, completion, _ in pairs]),
         version=torch.tensor([completion.oldest_version for _, completion, _ in pairs]),
         sample=torch.tensor([index for group in groups for index in range(len(group.completions))]),
         rollout_logp=rollout_logp,

@@ -97,14 +97,14 @@ class ColocatedRollouts:
     verify: Callable[[], None]
     release_memory: Callable[[], None]
     close_engine: Callable[[], None]
-    arms: Sequence[SampleSource] = ()  # further rows for the groups that the step trains on
+    sources: Sequence[SampleSource] = ()  # further rows for the groups that the step trains on
     keep: Callable[[ScoredGroup], bool] | None = None
     temperature: TemperatureController | None = (
         None  # adapts the temperature token by token; None: ``sampling.temperature``
     )
 
     def take(self, step: int, version: int) -> Rollouts:
-        """Samples rounds until enough groups are informative, adds the arms' rows, proves the
+        """Samples rounds until enough groups are informative, adds the sources' rows, proves the
         weights, gives memory back.
         """
         kept: list[ScoredGroup] = []
@@ -121,9 +121,9 @@ class ColocatedRollouts:
         counts = tuple(sum(correct) for group in drawn if (correct := correctness(group)) is not None)
 
         metrics = {} if self.temperature is None else self.temperature.notes()
-        for arm in self.arms:
-            groups = self._with_arm(arm, groups, step, version, seconds)
-            metrics |= arm.notes()
+        for source in self.sources:
+            groups = self._with_extra_samples(source, groups, step, version, seconds)
+            metrics |= source.notes()
 
         with timed(seconds, "sync"):
             self.verify()
@@ -138,8 +138,8 @@ class ColocatedRollouts:
     def observe(
         self, metrics: Mapping[str, float], entropy: Tensor | None = None, sampled: Tensor | None = None
     ) -> None:
-        for arm in self.arms:
-            arm.observe(metrics["learner/entropy_mean"])
+        for source in self.sources:
+            source.observe(metrics["learner/entropy_mean"])
         self.order.observe(metrics)
         if self.temperature is not None and entropy is not None and sampled is not None:
             self.temperature.observe(entropy, sampled)
@@ -147,14 +147,14 @@ class ColocatedRollouts:
     def state_dict(self) -> dict[str, Any]:
         return {
             "order": self.order.state_dict(),
-            "arms": [arm.state_dict() for arm in self.arms],
+            "sources": [source.state_dict() for source in self.sources],
             "temperature": {} if self.temperature is None else self.temperature.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.order.load_state_dict(state["order"])
-        for arm, saved in zip(self.arms, state["arms"], strict=True):
-            arm.load_state_dict(saved)
+        for source, saved in zip(self.sources, state["sources"], strict=True):
+            source.load_state_dict(saved)
         if self.temperature is not None:
             self.temperature.load_state_dict(state["temperature"])
 
@@ -181,18 +181,18 @@ class ColocatedRollouts:
         ]
         return self.graded.grade(numbered, step, seconds)
 
-    def _with_arm(
+    def _with_extra_samples(
         self,
-        arm: SampleSource,
+        source: SampleSource,
         groups: Sequence[ScoredGroup],
         step: int,
         version: int,
         seconds: dict[str, float],
     ) -> list[ScoredGroup]:
-        """``groups`` with the graded completions that ``arm`` adds, after those that are there."""
-        share = self.graded.process.share(list(arm.choose(groups)))
+        """``groups`` with the graded completions that ``source`` adds, after those that are there."""
+        share = self.graded.process.share(list(source.choose(groups)))
         with timed(seconds, "rollout"):
-            sampled = arm.sample(share, stable_hash(self.sampling.seed, "arm", arm.code, step), version)
+            sampled = source.sample(share, stable_hash(self.sampling.seed, "arm", source.code, step), version)
         added = {group.group: group for group in self.graded.grade(sampled, step, seconds)}
         return [_joined(group, added[group.group]) if group.group in added else group for group in groups]
 

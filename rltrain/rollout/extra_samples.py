@@ -1,9 +1,9 @@
 """Rows beside the policy's own: the policy at another temperature, the frozen reference model, the data set's
 answer.
 
-An arm adds rows to groups that the policy has already sampled and that dynamic sampling has kept. Its
-completions carry its number (``types.ARM_*``) and join the group of their prompt; the same reward functions
-grade them, as a group of their own. An arm with memory keeps it in ``state_dict``, which is part of every
+A source adds rows to groups that the policy has already sampled and that dynamic sampling has kept. Its
+completions carry its number (``types.samples.SOURCE_*``) and join the group of their prompt; the same reward functions
+grade them, as a group of their own. A source with memory keeps it in ``state_dict``, which is part of every
 checkpoint.
 """
 
@@ -41,11 +41,11 @@ __all__ = ["DatasetAnswers", "ReferenceSamples", "SampleSource", "SamplerContext
 
 @dataclass(frozen=True)
 class SamplerContext:
-    """What arms draw on.
+    """What sources draw on.
 
     sampling: the policy's own. prompts: every prompt that may come. reference: a context in which the engine
     holds the reference model's weights as ``REFERENCE_VERSION``; every rank enters it. encode: an answer's
-    text to its tokens, EOS included. deadline: of the samples of one arm.
+    text to its tokens, EOS included. deadline: of the samples of one source.
     """
 
     sampler: Sampler
@@ -76,7 +76,7 @@ class SampleSource(ABC):
     code: ClassVar[int]  # in ``types``
 
     def choose(self, groups: Sequence[ScoredGroup]) -> Sequence[ScoredGroup]:
-        """The groups of a step that get rows of this arm, equal on every rank."""
+        """The groups of a step that get rows of this source, equal on every rank."""
         return groups
 
     @abstractmethod
@@ -89,7 +89,7 @@ class SampleSource(ABC):
         """
 
     def observe(self, entropy: float) -> None:
-        """Called after every step. entropy: nats, the policy's, mean over the tokens its own arm sampled."""
+        """Called after every step. entropy: nats, the policy's, mean over the tokens its own source sampled."""
         del entropy
 
     def notes(self) -> dict[str, float]:
@@ -113,7 +113,7 @@ class TemperedSamples(SampleSource):
 
     The first ``share`` of a step's groups (the released quarter; the prompts come shuffled) is sampled again,
     as many completions each, at ``high`` while the entropy of the step before was at most ``target`` nats,
-    and in the first step, else at ``low``. The entropy is the mean over the policy arm's tokens; the authors'
+    and in the first step, else at ``low``. The entropy is the mean over the policy source's tokens; the authors'
     code takes the mean of -log-prob over the mixed batch, which the tempered, correct-only rows bias. Pair it
     with the control ``aepo``, which turns the correct rows into the REINFORCE term. Where a prompt has one
     correct completion only, that term points at it from every temperature: no target can be held there.
@@ -132,7 +132,7 @@ class TemperedSamples(SampleSource):
     ) -> None:
         if not 0 <= share <= 1 or min(high, low) <= 0:
             raise ValueError(
-                f"rollout.arms aepo: share {share:g} must be within 0 to 1, high {high:g} and low {low:g} "
+                f"rollout.extra_samples aepo: share {share:g} must be within 0 to 1, high {high:g} and low {low:g} "
                 "above 0"
             )
         self._means, self._target, self._high, self._low, self._share = means, target, high, low, share
@@ -152,7 +152,7 @@ class TemperedSamples(SampleSource):
 
     def sample(self, groups: Sequence[ScoredGroup], seed: int, version: int) -> list[RolloutGroup]:
         sampling = dataclasses.replace(
-            self._means.sampling, temperature=self.temperature, seed=seed, arm=self.code
+            self._means.sampling, temperature=self.temperature, seed=seed, source=self.code
         )
         return self._means.sample(groups, sampling, version)
 
@@ -186,11 +186,11 @@ class ReferenceSamples(SampleSource):
         self._means, self._n = means, means.sampling.n if n is None else n
         if self._n < 1:
             raise ValueError(
-                f"rollout.arms reference: n is {n}; a prompt needs at least 1 completion of the reference"
+                f"rollout.extra_samples reference: n is {n}; a prompt needs at least 1 completion of the reference"
             )
 
     def sample(self, groups: Sequence[ScoredGroup], seed: int, version: int) -> list[RolloutGroup]:
-        sampling = dataclasses.replace(self._means.sampling, n=self._n, seed=seed, arm=self.code)
+        sampling = dataclasses.replace(self._means.sampling, n=self._n, seed=seed, source=self.code)
         with self._means.reference():
             return self._means.sample(groups, sampling, REFERENCE_VERSION)
 
@@ -226,7 +226,7 @@ def _answer(prompt: Prompt, column: str, means: SamplerContext) -> Completion | 
     value = prompt.columns.get(column)
     if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
         raise ValueError(
-            f"rollout.arms answer: column {column!r} of prompt {prompt.id} must hold an answer as text or a "
+            f"rollout.extra_samples answer: column {column!r} of prompt {prompt.id} must hold an answer as text or a "
             f"number, got {value!r}; its "
             f"columns are: {', '.join(sorted(prompt.columns)) or 'none'}. Name the right one: {{name: "
             "answer, column: ...}"

@@ -26,7 +26,7 @@ class Rollouts:
     seconds: dict[str, float]  # wall-clock of this rank by phase: "rollout", "reward", "sync"
     metrics: dict[str, float] = field(
         default_factory=dict
-    )  # of arms and of the adaptive temperature, for controls and logs
+    )  # of sources and of the adaptive temperature, for controls and logs
 
 
 class Evaluates(Protocol):

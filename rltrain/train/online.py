@@ -24,10 +24,10 @@ from rltrain.loss.terms.distill import reference_powers
 from rltrain.registry import BoundMethod
 from rltrain.report.law import Law
 from rltrain.report.metrics import (
-    arm_metrics,
     completion_metrics,
     mismatch_metrics,
     own_step_metrics,
+    source_metrics,
     why_no_update,
 )
 from rltrain.rollout.collate import collate
@@ -187,7 +187,7 @@ def without_importance_correction(batch: TrainBatch) -> TrainBatch:
     """
     if batch.old_logp is None or batch.rollout_logp is None:
         return batch
-    own = (batch.arm == SOURCE_POLICY)[:, None]
+    own = (batch.source == SOURCE_POLICY)[:, None]
     return batch.replace(rollout_logp=torch.where(own, batch.rollout_logp, batch.old_logp))
 
 
@@ -200,7 +200,7 @@ def mismatch_before_updates(run: OnlineRun, step: Step) -> dict[str, float]:
     updates, sampled = run.recipe.learner.updates, step.sampled
     if updates == 1 or "logp" in run.passes or sampled.rollout_logp is None:
         return {}
-    own = torch.nonzero(sampled.arm == SOURCE_POLICY).flatten()
+    own = torch.nonzero(sampled.source == SOURCE_POLICY).flatten()
     first = own[: max(1, len(own) // updates)]
     logp = run.learner.annotate(step.rows.rows(first), frozenset({"logp"}))["logp"]
     part = sampled.rows(first, logp.shape[1])
@@ -221,7 +221,7 @@ def apply_methods(run: OnlineRun, step: Step) -> Step:
 
 def drop_reference_rows(step: Step) -> Step:
     """Without the reference model's rows, which serve the advantages and are not trained on."""
-    reference = step.batch.arm == SOURCE_REFERENCE
+    reference = step.batch.source == SOURCE_REFERENCE
     if not bool(reference.any()):
         return step
     kept = torch.nonzero(~reference).flatten()
@@ -245,7 +245,7 @@ def report_step(
     """The step's numbers, sent to every sink, and one line on the terminal."""
     rollouts, batch = step.rollouts, step.batch
     logp = update.logp if batch.old_logp is None or run.recipe.rollout.trust_logp else batch.old_logp
-    counted = completion_metrics(rollouts.groups) | arm_metrics(rollouts.groups)
+    counted = completion_metrics(rollouts.groups) | source_metrics(rollouts.groups)
     tokens = sum(
         value for name, value in counted.items() if name.startswith("rollout/") and name.endswith("tokens")
     )
@@ -300,7 +300,7 @@ def observe_step(run: OnlineRun, step: Step, update: UpdateStats, metrics: Mappi
 
     They are equal on every rank.
     """
-    own = step.sampled.mask & (step.sampled.arm == SOURCE_POLICY)[:, None]
+    own = step.sampled.mask & (step.sampled.source == SOURCE_POLICY)[:, None]
     run.source.observe(metrics, entropy_of(step.batch, update), own)
     for _, controller in run.controllers:
         controller.observe(metrics)

@@ -5,5 +5,5 @@ G  completions of one prompt              N  preference examples            V  v
 
 Log-probs and entropies are in nats, float32. Column ``t`` of a ``(B, T)`` tensor belongs to completion token
 ``t``; the off-by-one shift between logits and tokens happens in ``learner/forward.py`` and nowhere else.
-Groups, versions, prompts, arms and turns are carried as ids, never as positions.
+Groups, versions, prompts, sources and turns are carried as ids, never as positions.
 """

@@ -37,7 +37,7 @@ _PER_TOKEN = (
     *("advantages", "weights", "old_logp", "rollout_logp", "logp_now", "old_entropy", "entropy_now"),
     *("ref_logp", "teacher_logp", "process_reward", "step_id"),
 )
-_PER_ROW = ("rewards", "group", "arm", "version", "sample", "correct", "answer")
+_PER_ROW = ("rewards", "group", "source", "version", "sample", "correct", "answer")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class TrainBatch:
     weights: Tensor  # (B, T) multiplies the per-token policy loss, starts at 1
     rewards: Tensor  # (B,)
     group: Tensor  # (B,) int64, id of the prompt group
-    arm: Tensor  # (B,) int64
+    source: Tensor  # (B,) int64
     version: Tensor  # (B,) int64, policy version that sampled the row, the oldest of several
     sample: Tensor | None = (
         None  # (B,) int64, which completion of its group, from 0; with the group it names the row

@@ -13,7 +13,7 @@ from reward.score import Episode, Score
 
 Finish = Literal["stop", "length", "aborted"]
 
-# Where a row of a step comes from. Rows of one prompt share their group id, whatever their arm.
+# Where a row of a step comes from. Rows of one prompt share their group id, whatever their source.
 SOURCE_POLICY = 0  # sampled from the policy at rollout.temperature
 SOURCE_TEMPERED = 1  # sampled from the policy at another temperature (AEPO, arXiv:2510.08141)
 SOURCE_REFERENCE = 2  # sampled from the frozen reference model (AAPO, arXiv:2505.14264)
@@ -63,7 +63,7 @@ class AdaptiveTemperature:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How one arm of a rollout is sampled.
+    """How one source of a rollout is sampled.
 
     The log-probs an engine returns are those a learner at ``temperature`` computes, of the distribution
     sampled from, so nothing that it cannot reproduce (top-p, top-k, penalties) exists here. ``temperature`` 0
@@ -75,8 +75,8 @@ class Sampling:
     n: int  # completions per prompt
     temperature: float
     max_tokens: int  # completion tokens, EOS included
-    seed: int  # of the step and arm; engines derive one seed per (seed, prompt id, sample index)
-    arm: int = SOURCE_POLICY
+    seed: int  # of the step and source; engines derive one seed per (seed, prompt id, sample index)
+    source: int = SOURCE_POLICY
     adaptive: AdaptiveTemperature | None = None  # None: every token at ``temperature``
     sharpen_below: float | None = (
         None  # nats: EM-INF (arXiv:2505.15134), at test time and with the transformers engine only
@@ -127,7 +127,7 @@ class Completion:
     versions: tuple[
         Span, ...
     ]  # who sampled it, without gaps; tokens of an environment belong to the span around them
-    arm: int = SOURCE_POLICY
+    source: int = SOURCE_POLICY
     turns: tuple[
         tuple[int, int], ...
     ] = ()  # token spans [start, stop) the policy wrote; () means the whole completion

@@ -58,7 +58,7 @@ def call(name: str, rewards: Tensor, group: Tensor, mask: Tensor) -> Tensor:
         "process_reward": per_token.cos(),
     }
     given |= {
-        "arm": torch.zeros_like(group),
+        "source": torch.zeros_like(group),
         "correct": torch.where(rewards.isnan(), rewards.double(), (rewards > 0).double()),
     }
     return bound(rewards, group, **{key: given[key] for key in bound.spec.inputs})

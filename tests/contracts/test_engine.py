@@ -332,7 +332,7 @@ def test_requests_of_one_call_may_be_sampled_differently(held: Held) -> None:
     first, second = held.prompt("12+34="), held.prompt("9+9=")
     warm, cool, greedy = (
         Sampling(2, 1.0, 8, seed=1),
-        Sampling(3, 0.7, 5, seed=2, arm=1),
+        Sampling(3, 0.7, 5, seed=2, source=1),
         Sampling(2, 0.0, 6, seed=3),
     )
     requests = [
@@ -343,18 +343,18 @@ def test_requests_of_one_call_may_be_sampled_differently(held: Held) -> None:
         request = requests[answer.request]
         (alone,) = sample_groups(held.engine, [request.prompt], request.sampling, 1)
         assert [one.token_ids for one in answer.completions] == [one.token_ids for one in alone.completions]
-        assert {one.arm for one in answer.completions} == {request.sampling.arm}
+        assert {one.source for one in answer.completions} == {request.sampling.source}
         assert rounding(answer.completions, alone.completions) < 1e-5
 
 
 def test_groups_and_samples_come_in_the_order_asked(held: Held) -> None:
     prompts = [held.prompt(text) for text in (*TEXTS, "1+2=", "3+4=")]
-    groups = sample_groups(held.engine, prompts, Sampling(4, 1.0, 6, seed=1, arm=2), 1)
+    groups = sample_groups(held.engine, prompts, Sampling(4, 1.0, 6, seed=1, source=2), 1)
     assert [group.group for group in groups] == list(range(6))
     assert [group.prompt for group in groups] == prompts
     assert {len(group.completions) for group in groups} == {4}
     written = [one for group in groups for one in group.completions]
-    assert {(one.versions, one.arm) for one in written} == {
+    assert {(one.versions, one.source) for one in written} == {
         ((Span(0, len(one.token_ids), 1),), 2) for one in written
     }
 

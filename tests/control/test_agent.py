@@ -25,7 +25,7 @@ def batch_of(step_id: Tensor, entropy: Tensor, advantages: Tensor) -> TrainBatch
         weights=torch.ones_like(entropy),
         rewards=rows.double(),
         group=rows,
-        arm=rows,
+        source=rows,
         version=rows,
         old_entropy=entropy.masked_fill(~mask, NAN),
         step_id=step_id,

@@ -32,7 +32,7 @@ def batch_of(answers: list[str], rewards: list[list[float]]) -> TrainBatch:
         weights=torch.ones_like(local),
         rewards=reward,
         group=group,
-        arm=torch.zeros_like(group),
+        source=torch.zeros_like(group),
         version=torch.zeros_like(group),
         answer=torch.tensor(
             [-1 if one == "-" else "abcdefgh".index(one) for said in answers for one in said]

@@ -33,7 +33,7 @@ def batch(seed: int = 0, rows: int = ROWS, width: int = WIDTH, drift: float = 0.
         weights=torch.ones(rows, width, dtype=torch.float64),
         rewards=advantages[:, 0],
         group=number // 4,
-        arm=number * 0,
+        source=number * 0,
         version=number * 0 + 7,
         sample=number % 4,
         old_logp=torch.where(mask, now + drift * noise, outside),

@@ -35,7 +35,7 @@ def batch(seed: int = 0, tempered: int = 4) -> TrainBatch:
         for values in (-2 * draws[0], -2 * draws[1], 2 * draws[2], 2 * draws[3])
     ]
     number = torch.arange(ROWS)
-    arm = torch.where(number % 5 >= 5 - tempered // 2, SOURCE_TEMPERED, SOURCE_POLICY)
+    source = torch.where(number % 5 >= 5 - tempered // 2, SOURCE_TEMPERED, SOURCE_POLICY)
     advantages = torch.randn(ROWS, 1, generator=generator, dtype=torch.float64).expand(ROWS, WIDTH)
     return TrainBatch(
         mask=mask,
@@ -43,7 +43,7 @@ def batch(seed: int = 0, tempered: int = 4) -> TrainBatch:
         weights=torch.where(mask, 1.0, math.nan).double(),
         rewards=advantages[:, 0],
         group=number // 5,
-        arm=arm,
+        source=source,
         version=number * 0,
         sample=number % 5,
         correct=(number % 3 == 0).double(),
@@ -84,7 +84,7 @@ def one_row_of_softmax(logits: Tensor, token: int, advantage: float, old: float)
         weights=cell(1.0),
         rewards=torch.zeros(1),
         group=ids,
-        arm=ids,
+        source=ids,
         version=ids,
         old_logp=cell(math.log(old)),
         logp_now=cell(logp[token]),
@@ -266,7 +266,7 @@ def test_the_released_form_replaces_as_many_rows_as_the_table_says(above: bool, 
         weights=one,
         rewards=rows.float(),
         group=rows % 100 // 5,
-        arm=tempered.long(),
+        source=tempered.long(),
         version=rows * 0,
         sample=rows % 5 + 5 * tempered,
     )
@@ -284,7 +284,7 @@ def test_the_released_form_replaces_as_many_rows_as_the_table_says(above: bool, 
 
 def test_without_a_correct_tempered_row_the_step_is_plain_grpo_in_both_forms():
     given = batch(4)
-    own = given.arm == SOURCE_POLICY
+    own = given.source == SOURCE_POLICY
     wrong = given.replace(
         correct=torch.zeros(ROWS), advantages=torch.where(own[:, None], given.advantages, -1.0)
     )
@@ -313,7 +313,7 @@ def test_the_explicit_form_adds_alpha_times_reinforce_over_the_tempered_tokens(p
     # gradient of L(own rows, over their tokens) + alpha / M sum -R log pi, whatever the policy loss, also
     # off-policy
     given, alpha = batch(5), 0.3
-    own, tempered = given.arm == SOURCE_POLICY, given.arm == SOURCE_TEMPERED
+    own, tempered = given.source == SOURCE_POLICY, given.source == SOURCE_TEMPERED
     _, gradient = evaluate(controlled("aepo", given, alpha=alpha), given, policy_loss)
     part = given.rows(own.nonzero().flatten())
     assert_close(gradient[own], evaluate(part, part, policy_loss)[1])
@@ -325,7 +325,7 @@ def test_the_explicit_form_adds_alpha_times_reinforce_over_the_tempered_tokens(p
 
 def test_alpha_zero_and_no_second_arm_both_give_the_loss_of_the_policy_s_own_rows():
     given = batch(6)
-    own = (given.arm == SOURCE_POLICY).nonzero().flatten()
+    own = (given.source == SOURCE_POLICY).nonzero().flatten()
     alone = given.rows(own)
     want = evaluate(alone, alone)
     loss, gradient = evaluate(controlled("aepo", given, alpha=0.0), given)

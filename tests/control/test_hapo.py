@@ -25,7 +25,7 @@ def batch_of(entropy: Tensor, mask: Tensor) -> TrainBatch:
         weights=zeros + 1,
         rewards=rows.double(),
         group=rows,
-        arm=rows,
+        source=rows,
         version=rows,
         entropy_now=entropy,
     )

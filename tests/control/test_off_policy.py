@@ -21,7 +21,7 @@ def batch_of(
         weights=torch.ones_like(old),
         rewards=rows.to(old.dtype),
         group=rows,
-        arm=rows,
+        source=rows,
         version=rows,
         old_logp=old,
         rollout_logp=rollout,

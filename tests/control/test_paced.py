@@ -23,7 +23,7 @@ from rltrain.types.samples import SOURCE_DATASET, SOURCE_POLICY
 ROOT = Path(__file__).parents[2]
 # Two prompts, three samples and the teacher's text each; prompt 0 is right once in two graded samples, prompt
 # 1 twice in three.
-ARMS = [SOURCE_POLICY, SOURCE_POLICY, SOURCE_POLICY, SOURCE_DATASET] * 2
+SOURCES = [SOURCE_POLICY, SOURCE_POLICY, SOURCE_POLICY, SOURCE_DATASET] * 2
 CORRECT = [1, 0, math.nan, 1, 1, 1, 0, 1]
 
 
@@ -40,7 +40,7 @@ def batch_of(correct: list[float] | None = None) -> TrainBatch:
         weights=zeros + 1,
         rewards=torch.zeros(8),
         group=torch.tensor([4] * 4 + [9] * 4),
-        arm=torch.tensor(ARMS),
+        source=torch.tensor(SOURCES),
         version=torch.zeros(8, dtype=torch.int64),
         teacher_logp=-torch.rand(8, 3, generator=generator, dtype=torch.float64),
         correct=torch.tensor(correct or CORRECT),
@@ -112,10 +112,10 @@ def test_the_stages_of_a_run_follow_one_another() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rollout.arms=[]", "add answer to rollout.arms"),
+        ("rollout.extra_samples=[]", "add answer to rollout.extra_samples"),
         ("loss.aggregate=token_mean", "exact under seq_mean_token_mean only"),
         ("loss.terms=[{name: kdrl, coefficient: 1.0}]", "marks tokens for the term teacher_text"),
-        ("control=[]", "adds rows that only an advantage which tells arms apart can use"),
+        ("control=[]", "adds rows that only an advantage which tells sources apart can use"),
     ],
 )
 def test_half_of_paced_is_refused(override: str, message: str) -> None:

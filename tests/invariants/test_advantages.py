@@ -21,7 +21,7 @@ from rltrain.advantage.stage import compute_advantages
 from rltrain.registry import BoundMethod
 from rltrain.types.policy import TrainBatch
 from rltrain.types.samples import SOURCE_POLICY
-from support.method_cases import ARMS, named, promised, variants
+from support.method_cases import SOURCE_CODES, named, promised, variants
 
 ROWS, WIDTH = 12, 9
 ENOUGH: dict[str, dict[str, Any]] = {
@@ -30,12 +30,12 @@ ENOUGH: dict[str, dict[str, Any]] = {
 }
 VARIANTS = variants(ADVANTAGES, ENOUGH)
 EVERY = pytest.mark.parametrize("advantage", VARIANTS, ids=named)
-# By its definition aapo's default pairs the rows of two arms in the order in which they stand.
+# By its definition aapo's default pairs the rows of two sources in the order in which they stand.
 IN_ORDER = [one for one in VARIANTS if one.name == "aapo" and "reference" not in one.hp]
 
 
 def batch_for(advantage: BoundMethod) -> TrainBatch:
-    """Three groups of four, half of each of the arm that the advantage asks for; a token masked out
+    """Three groups of four, half of each of the source that the advantage asks for; a token masked out
     inside a row, one row whole.
     """
     generator = torch.Generator().manual_seed(11)
@@ -49,7 +49,7 @@ def batch_for(advantage: BoundMethod) -> TrainBatch:
         return values.masked_fill(~mask, math.nan)
 
     old = draw(-3.0)
-    arms = [ARMS[name] for name in promised(advantage.spec, "arm")]
+    sources = [SOURCE_CODES[name] for name in promised(advantage.spec, "extra_samples")]
     rewards = torch.rand(ROWS, generator=generator, dtype=torch.float64)
     return TrainBatch(
         mask=mask,
@@ -57,7 +57,7 @@ def batch_for(advantage: BoundMethod) -> TrainBatch:
         weights=draw(0.2, 0.9),
         rewards=rewards,
         group=row // 4,
-        arm=torch.where(row % 4 > 1, arms[0] if arms else SOURCE_POLICY, SOURCE_POLICY),
+        source=torch.where(row % 4 > 1, sources[0] if sources else SOURCE_POLICY, SOURCE_POLICY),
         version=row * 0,
         sample=row % 4,
         correct=(rewards > 0.5).double(),

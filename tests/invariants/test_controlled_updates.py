@@ -51,7 +51,7 @@ def step() -> tuple[TokenRows, TrainBatch]:
         weights=torch.ones(mask.shape),
         rewards=advantages[:, 0],
         group=row // 3,
-        arm=torch.where(row % 3 == 2, SOURCE_TEMPERED, SOURCE_POLICY),
+        source=torch.where(row % 3 == 2, SOURCE_TEMPERED, SOURCE_POLICY),
         version=row * 0,
         sample=row % 3,
         correct=(advantages[:, 0] > 0).float(),

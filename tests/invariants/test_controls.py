@@ -72,7 +72,7 @@ def batch_for(control: BoundMethod) -> TrainBatch:
         weights=draw(0.2, 0.9),
         rewards=(row % 3 == 0).double(),
         group=row // 4,
-        arm=torch.where(row % 4 > 1, SOURCE_TEMPERED, SOURCE_POLICY),
+        source=torch.where(row % 4 > 1, SOURCE_TEMPERED, SOURCE_POLICY),
         version=row * 0 + 3,
         sample=row % 4,
         correct=(row % 3 == 0).double(),

@@ -57,7 +57,7 @@ def whole_step() -> tuple[Tensor, TrainBatch]:
         weights=draw(0.1, 1.0),
         rewards=advantages[:, 0],
         group=rows // 4,
-        arm=rows * 0,
+        source=rows * 0,
         version=rows * 0,
         old_logp=old,
         old_entropy=draw(0.2, 1.0),

@@ -56,7 +56,7 @@ def step(seed: int = 0, rows: int = 12, group_of: int = 4) -> tuple[TokenRows, T
         weights=torch.ones(mask.shape),
         rewards=advantages,
         group=group,
-        arm=torch.zeros(rows, dtype=torch.int64),
+        source=torch.zeros(rows, dtype=torch.int64),
         version=torch.zeros(rows, dtype=torch.int64),
         rollout_logp=torch.zeros(mask.shape),
     )

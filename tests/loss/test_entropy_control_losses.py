@@ -39,7 +39,7 @@ def batch(seed: int = 0, drift: float = 0.5) -> tuple[Tensor, TrainBatch]:
         weights=torch.ones_like(old),
         rewards=advantages[:, 0],
         group=number // 3,
-        arm=number * 0,
+        source=number * 0,
         version=number * 0,
         sample=number % 3,
         old_logp=old,

@@ -27,7 +27,7 @@ def batch_of(old: Tensor, advantages: Tensor, **extra: Tensor) -> TrainBatch:
         weights=torch.ones_like(old),
         rewards=rows.double(),
         group=rows,
-        arm=rows,
+        source=rows,
         version=rows,
         old_logp=old,
         extra=extra,

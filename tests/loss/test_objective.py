@@ -43,7 +43,7 @@ def step() -> tuple[PolicyTokens, TrainBatch, StepTotals]:
         weights=torch.tensor([[1.0, 2.0, 0.5], [1.0] * 3, [0.0] * 3, [1.0] * 3], dtype=torch.float64),
         rewards=rows.double(),
         group=rows,
-        arm=rows,
+        source=rows,
         version=rows,
         old_logp=old,
         ref_logp=ref,

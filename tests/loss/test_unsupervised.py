@@ -38,7 +38,7 @@ def loss_of(name: str, logits: Tensor, advantages: float = 0.0, temperature: flo
         weights=torch.ones(1, count),
         rewards=torch.zeros(1),
         group=row,
-        arm=row,
+        source=row,
         version=row,
     )
     entropy = found.get("entropy")
@@ -89,7 +89,7 @@ def test_rows_without_advantage_are_trained_and_rows_without_weight_are_not() ->
         weights=ones * torch.tensor([[1.0], [0.0], [1.0]]),
         rewards=ids.float(),
         group=ids,
-        arm=ids,
+        source=ids,
         version=ids,
     )
     assert objective.idle_rows(batch).tolist() == [False, True, True]
@@ -103,7 +103,7 @@ def test_a_missing_statistic_is_named(name: str, said: str) -> None:
     row = torch.zeros(1, dtype=torch.int64)
     ones = torch.ones(1, 1)
     batch = TrainBatch(
-        mask=ones, advantages=ones, weights=ones, rewards=ones[0], group=row, arm=row, version=row
+        mask=ones, advantages=ones, weights=ones, rewards=ones[0], group=row, source=row, version=row
     )
     with pytest.raises(ValueError, match=said):
         POLICY_LOSSES.bind(name)(PolicyTokens(ones), batch)

@@ -27,7 +27,7 @@ def batch(**changes) -> TrainBatch:
         weights=torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.0]]),
         rewards=torch.tensor([1.0, 0.0, 0.5, NAN]),
         group=torch.tensor([7, 7, 3, 3]),
-        arm=torch.zeros(4, dtype=torch.int64),
+        source=torch.zeros(4, dtype=torch.int64),
         version=torch.zeros(4, dtype=torch.int64),
         rollout_logp=LOGP - RATIO.log(),
     )
@@ -121,7 +121,7 @@ def test_row_order_and_padding_change_nothing():
         weights=wide(whole.weights, 0.0),
         rewards=whole.rewards[order],
         group=whole.group[order],
-        arm=whole.arm,
+        source=whole.source,
         version=whole.version,
         rollout_logp=wide(whole.rollout_logp, NAN),
     )

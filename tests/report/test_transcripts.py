@@ -11,7 +11,7 @@ from rltrain.types.samples import Completion, Prompt, ScoredGroup, Span
 def group(number: int) -> ScoredGroup:
     completions = (
         Completion((5, 6), (-0.1, -0.2), "stop", "4\u2028!", (Span(0, 2, 3),)),
-        Completion((5,), (-0.1,), "length", "", (Span(0, 1, 4),), arm=1),
+        Completion((5,), (-0.1,), "length", "", (Span(0, 1, 4),), source=1),
     )
     scores = (Score(1.0, {"correct": 1.0, "odd": math.nan}), Score(0.0, ungraded="timeout"))
     return ScoredGroup(number, Prompt(f"row-{number}", (1, 2), "2 + 2 ="), completions, scores)
@@ -40,7 +40,7 @@ def test_the_first_groups_of_a_step_are_kept_whole(tmp_path):
         "finish": "stop",
         "tokens": 2,
         "version": 3,
-        "arm": 0,
+        "source": 0,
     }
 
 
@@ -48,7 +48,7 @@ def test_an_ungraded_completion_has_a_reason_and_no_score(tmp_path):
     kept = Transcripts(tmp_path / "t.jsonl", 1)
     kept.log(1, [group(0)])
     bad = read(tmp_path / "t.jsonl")[0]["completions"][1]
-    assert bad["score"] is None and bad["ungraded"] == "timeout" and bad["arm"] == 1
+    assert bad["score"] is None and bad["ungraded"] == "timeout" and bad["source"] == 1
 
 
 def test_zero_groups_keep_nothing(tmp_path):

@@ -252,7 +252,10 @@ def test_what_is_no_number_is_an_error(value):
         as_score(value, "f")
 
 
-@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not say how long a process waited for a CPU")
+@pytest.mark.skipif(
+    not Path("/proc/self/schedstat").exists(),
+    reason="the system does not say how long a process waited for a CPU",
+)
 def test_a_loaded_machine_fails_no_grade():
     """0.4 s of work among six that want the same CPU take 2.8 s on the clock; the limit is 1.2 s."""
     before = os.sched_getaffinity(0)
@@ -262,7 +265,10 @@ def test_a_loaded_machine_fails_no_grade():
         with pool_of("works", seconds=1.2, workers=1) as pool:
             pool.score([inputs("quick")])  # the worker has started
             # Sessions of their own, like the worker's: a kernel that shares the CPU among sessions gives each a seventh, too.
-            others = [subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True) for _ in range(6)]
+            others = [
+                subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
+                for _ in range(6)
+            ]
             time.sleep(1)
             started = time.monotonic()
             ((worked,),) = pool.score([inputs("x")])

@@ -9,12 +9,12 @@ from rltrain.types.samples import SOURCE_TEMPERED, Completion, Prompt, ScoredGro
 
 def test_a_row_s_sample_counts_the_completions_of_its_group_whatever_their_arm():
     # what seeded choices go by: it must not depend on where a group stands in the step
-    def group(number: int, arms: tuple[int, ...]) -> ScoredGroup:
+    def group(number: int, sources: tuple[int, ...]) -> ScoredGroup:
         completions = tuple(
-            Completion((5, 6), (-1.0, -1.0), "stop", "", (Span(0, 2, 0),), arm) for arm in arms
+            Completion((5, 6), (-1.0, -1.0), "stop", "", (Span(0, 2, 0),), source) for source in sources
         )
         return ScoredGroup(
-            number, Prompt(str(number), (1,), ""), completions, tuple(Score(1.0) for _ in arms)
+            number, Prompt(str(number), (1,), ""), completions, tuple(Score(1.0) for _ in sources)
         )
 
     first, second = group(4, (0, 0, SOURCE_TEMPERED)), group(9, (0, 0))

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reward.score import RewardInputs, Score
-from rltrain.config.rules.registries import ARMS
+from rltrain.config.rules.registries import EXTRA_SAMPLES
 from rltrain.control.entropy import ABOVE_TARGET
 from rltrain.process import Process
 from rltrain.protocols import WrongVersionError
@@ -71,8 +71,8 @@ def means_of(
     return SamplerContext(engine, sampling, PROMPTS, reference, encode=lambda text: [*map(int, text), 0])
 
 
-def arm_of(name: str, means: SamplerContext, **hp: Any) -> SampleSource:
-    return ARMS.bind(name, hp)(means)
+def extra_source(name: str, means: SamplerContext, **hp: Any) -> SampleSource:
+    return EXTRA_SAMPLES.bind(name, hp)(means)
 
 
 def groups_of(count: int) -> list[ScoredGroup]:
@@ -89,7 +89,7 @@ def nothing() -> None:
 
 
 def source_of(
-    arms: Sequence[SampleSource], sampler: EchoSampler, max_rounds: int = 1, rank: int = 0, ranks: int = 1
+    sources: Sequence[SampleSource], sampler: EchoSampler, max_rounds: int = 1, rank: int = 0, ranks: int = 1
 ) -> ColocatedRollouts:
     graded = GradedSampler(sampler, CountGrader(), Process(rank, ranks))
     return ColocatedRollouts(
@@ -102,11 +102,11 @@ def source_of(
         verify=nothing,
         release_memory=nothing,
         close_engine=nothing,
-        arms=arms,
+        sources=sources,
     )
 
 
-# AEPO's tempered arm ----------------------------------------------------------------------------------------
+# AEPO's tempered source ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -115,14 +115,14 @@ def source_of(
 )
 def test_the_first_share_of_a_step_is_sampled_again(share: float, groups: int, served: int) -> None:
     step = groups_of(groups)
-    assert arm_of("aepo", means_of(EchoSampler()), share=share).choose(step) == step[:served]
+    assert extra_source("aepo", means_of(EchoSampler()), share=share).choose(step) == step[:served]
 
 
 def test_the_temperature_answers_the_entropy_of_the_step_before() -> None:
     # arXiv:2510.08141, known answers for target 0.5: H = 0.3 and 0.5 give 1.2, 0.8 gives 0.8; before any step
     # it is high.
-    arm = arm_of("aepo", means_of(EchoSampler()))
-    assert arm.notes() == {"aepo_temperature": 1.2, ABOVE_TARGET: 0.0}
+    source = extra_source("aepo", means_of(EchoSampler()))
+    assert source.notes() == {"aepo_temperature": 1.2, ABOVE_TARGET: 0.0}
     for entropy, temperature, above in (
         (0.3, 1.2, 0.0),
         (0.5, 1.2, 0.0),
@@ -130,12 +130,12 @@ def test_the_temperature_answers_the_entropy_of_the_step_before() -> None:
         (math.nan, 0.8, 1.0),
         (0.2, 1.2, 0.0),
     ):
-        arm.observe(entropy)  # a step without a sampled token says nothing and changes nothing
-        assert arm.notes() == {"aepo_temperature": temperature, ABOVE_TARGET: above}
+        source.observe(entropy)  # a step without a sampled token says nothing and changes nothing
+        assert source.notes() == {"aepo_temperature": temperature, ABOVE_TARGET: above}
 
 
 def test_what_the_arm_remembers_survives_a_checkpoint() -> None:
-    one, two = (arm_of("aepo", means_of(EchoSampler())) for _ in range(2))
+    one, two = (extra_source("aepo", means_of(EchoSampler())) for _ in range(2))
     two.load_state_dict(one.state_dict())
     assert two.notes() == one.notes() and two.state_dict() == {"entropy": None}
     one.observe(0.1 + 0.2)
@@ -145,8 +145,8 @@ def test_what_the_arm_remembers_survives_a_checkpoint() -> None:
 
 @pytest.mark.parametrize("hp", [{"share": 1.5}, {"share": -0.1}, {"high": 0.0}, {"low": -1.0}])
 def test_settings_without_a_meaning_are_refused(hp: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"rollout\.arms aepo"):
-        arm_of("aepo", means_of(EchoSampler()), **hp)
+    with pytest.raises(ValueError, match=r"rollout\.sources aepo"):
+        extra_source("aepo", means_of(EchoSampler()), **hp)
 
 
 def test_with_one_right_answer_the_temperature_sets_the_strength_of_the_pull_and_not_its_direction() -> None:
@@ -178,15 +178,15 @@ def test_with_one_right_answer_the_temperature_sets_the_strength_of_the_pull_and
 
 def test_tempered_rows_join_their_prompts_groups_and_are_graded_by_themselves() -> None:
     engine = EchoSampler()
-    rollouts = source_of([arm_of("aepo", means_of(engine), share=0.5)], engine).take(step=1, version=3)
+    rollouts = source_of([extra_source("aepo", means_of(engine), share=0.5)], engine).take(step=1, version=3)
     (_, policy, _), (asked, tempered, version) = engine.asked
     assert ([prompt.id for prompt in asked], version) == (["0", "1", "2", "3"], 3)
-    assert (tempered.n, tempered.temperature, tempered.arm) == (4, 1.2, SOURCE_TEMPERED)
+    assert (tempered.n, tempered.temperature, tempered.source) == (4, 1.2, SOURCE_TEMPERED)
     assert tempered.seed != policy.seed
-    assert [[c.arm for c in group.completions] for group in rollouts.groups] == [[0] * 4 + [1] * 4] * 4 + [
+    assert [[c.source for c in group.completions] for group in rollouts.groups] == [[0] * 4 + [1] * 4] * 4 + [
         [0] * 4
     ] * 4
-    # prompt 3 has its first three right, in each arm: a grader that saw eight completions would find three in
+    # prompt 3 has its first three right, in each source: a grader that saw eight completions would find three in
     # all
     assert [score.value for score in rollouts.groups[3].scores] == [1, 1, 1, 0, 1, 1, 1, 0]
     assert rollouts.metrics == {"aepo_temperature": 1.2, ABOVE_TARGET: 0.0}
@@ -196,10 +196,12 @@ def test_arms_neither_count_for_dynamic_sampling_nor_change_what_the_policy_samp
     plain, engine = EchoSampler(), EchoSampler()
     without = source_of([], plain, max_rounds=3).take(1, 0)
     rollouts = source_of(
-        [arm_of("aepo", means_of(engine)), arm_of("answer", means_of(engine))], engine, max_rounds=3
+        [extra_source("aepo", means_of(engine)), extra_source("answer", means_of(engine))],
+        engine,
+        max_rounds=3,
     ).take(1, 0)
     assert rollouts.correct_counts == without.correct_counts and rollouts.rounds == without.rounds == 3
-    own = [[c for c in group.completions if c.arm == SOURCE_POLICY] for group in rollouts.groups]
+    own = [[c for c in group.completions if c.source == SOURCE_POLICY] for group in rollouts.groups]
     assert own == [list(group.completions) for group in without.groups]
     assert engine.asked[:3] == plain.asked
 
@@ -208,16 +210,18 @@ def test_ranks_share_the_groups_an_arm_serves() -> None:
     engines = [EchoSampler(), EchoSampler()]
     shares: list[list[Any]] = []
     for rank, engine in enumerate(engines):
-        # as if both ranks had sampled everything: only the arm's share is split
-        source = source_of([arm_of("aepo", means_of(engine), share=0.5)], engine, rank=rank, ranks=2)
-        source._with_arm(source.arms[0], groups_of(8), 1, 0, {"rollout": 0.0, "reward": 0.0})
+        # as if both ranks had sampled everything: only the source's share is split
+        source = source_of([extra_source("aepo", means_of(engine), share=0.5)], engine, rank=rank, ranks=2)
+        source._with_extra_samples(source.sources[0], groups_of(8), 1, 0, {"rollout": 0.0, "reward": 0.0})
         shares.append([prompt.id for prompt in engine.asked[-1][0]])
     assert shares == [["0", "2"], ["1", "3"]]
 
 
 def test_steps_sample_with_seeds_of_their_own() -> None:
     engine = EchoSampler()
-    source = source_of([arm_of("aepo", means_of(engine)), arm_of("reference", means_of(engine))], engine)
+    source = source_of(
+        [extra_source("aepo", means_of(engine)), extra_source("reference", means_of(engine))], engine
+    )
     source.take(1, 0)
     source.take(2, 0)
     seeds = [sampling.seed for _, sampling, _ in engine.asked]
@@ -236,17 +240,17 @@ def test_the_reference_arm_samples_inside_its_context_and_under_its_own_version(
         yield
         inside.append(len(engine.asked))
 
-    arm = arm_of("reference", means_of(engine, reference), n=2)
-    groups = arm.sample(groups_of(3), seed=1, version=5)
+    source = extra_source("reference", means_of(engine, reference), n=2)
+    groups = source.sample(groups_of(3), seed=1, version=5)
     assert inside == [0, 1]
     assert engine.asked[0][1:] == (Sampling(2, 1.0, 4, 1, SOURCE_REFERENCE), REFERENCE_VERSION)
     assert [group.group for group in groups] == [10, 11, 12]
     # a rank without a share still takes part in taking the weights back, which gathers them from all ranks
-    assert arm.sample([], seed=1, version=5) == [] and inside == [0, 1, 1, 1] and len(engine.asked) == 1
+    assert source.sample([], seed=1, version=5) == [] and inside == [0, 1, 1, 1] and len(engine.asked) == 1
 
 
 def test_the_answer_is_one_row_with_an_end_token_and_room_for_log_probs() -> None:
-    groups = arm_of("answer", means_of(EchoSampler())).sample(groups_of(2), seed=1, version=5)
+    groups = extra_source("answer", means_of(EchoSampler())).sample(groups_of(2), seed=1, version=5)
     assert [group.completions for group in groups] == [
         (Completion((7, 0), (0.0, 0.0), "stop", "7", (Span(0, 2, 5),), SOURCE_DATASET),),
         (Completion((7, 7, 0), (0.0, 0.0, 0.0), "stop", "77", (Span(0, 3, 5),), SOURCE_DATASET),),
@@ -255,7 +259,7 @@ def test_the_answer_is_one_row_with_an_end_token_and_room_for_log_probs() -> Non
 
 def test_an_answer_that_does_not_fit_is_left_out() -> None:
     # max_tokens 4: "777" and an end token fit, "7777" and one do not
-    groups = arm_of("answer", means_of(EchoSampler())).sample(groups_of(8), seed=1, version=5)
+    groups = extra_source("answer", means_of(EchoSampler())).sample(groups_of(8), seed=1, version=5)
     assert [group.group for group in groups] == [10, 11, 12]
 
 
@@ -263,14 +267,14 @@ def test_a_missing_answer_is_refused_with_the_columns_there_are() -> None:
     with pytest.raises(
         ValueError, match=r"column 'solution' of prompt 0 .*its columns are: answer\. .*column: \.\.\."
     ):
-        arm_of("answer", means_of(EchoSampler()), column="solution")
+        extra_source("answer", means_of(EchoSampler()), column="solution")
 
 
 def test_reference_rows_are_masked_but_keep_their_reward() -> None:
     engine = EchoSampler()
-    rollouts = source_of([arm_of("reference", means_of(engine))], engine).take(1, 0)
+    rollouts = source_of([extra_source("reference", means_of(engine))], engine).take(1, 0)
     _, batch = collate(rollouts.groups)
-    reference = batch.arm == SOURCE_REFERENCE
+    reference = batch.source == SOURCE_REFERENCE
     assert int(reference.sum()) == 32 and not batch.mask[reference].any() and batch.mask[~reference].all()
     assert batch.rewards[reference].tolist() == batch.rewards[~reference].tolist()
     assert (batch.version[reference] == REFERENCE_VERSION).all()
@@ -328,8 +332,8 @@ def check_arms_against_the_models(engine: Any, model: str, other: str) -> None:
     sampling = Sampling(n=3, temperature=1.0, max_tokens=6, seed=7)
     means = means_of(engine, borrowed(engine, weights_of(model), weights_of(other)), sampling)
     before = asked(engine)
-    tempered = arm_of("aepo", means, high=1.7).sample(groups_of(3), seed=2, version=4)
-    reference = arm_of("reference", means).sample(groups_of(3), seed=2, version=4)
+    tempered = extra_source("aepo", means, high=1.7).sample(groups_of(3), seed=2, version=4)
+    reference = extra_source("reference", means).sample(groups_of(3), seed=2, version=4)
     for groups, path, temperature in ((tempered, model, 1.7), (reference, other, 1.0)):
         for group in groups:
             assert len({completion.token_ids for completion in group.completions}) > 1
@@ -389,13 +393,16 @@ def test_a_reference_that_did_not_arrive_never_samples(random_model: str, other_
     )
     lent = borrowed(engine, weights_of(random_model), weights_of(other_model))
     with pytest.raises(WeightMismatchError, match="after loading version -1"):
-        arm_of("reference", means_of(engine, lent)).sample(groups_of(1), seed=1, version=4)
+        extra_source("reference", means_of(engine, lent)).sample(groups_of(1), seed=1, version=4)
 
 
 def test_a_tempered_row_does_not_depend_on_its_neighbours(random_model: str) -> None:
     # One row alone and among others: engines seed by prompt and sample, so tokens agree.
     engine = real_engine(random_model)
     engine.load(weights_of(random_model).items(), 4)
-    arm, seed = arm_of("aepo", means_of(engine), share=1.0), stable_hash(7, "arm", SOURCE_TEMPERED, 1)
-    together, alone = arm.sample(groups_of(4), seed, 4), arm.sample(groups_of(4)[2:3], seed, 4)
+    source, seed = (
+        extra_source("aepo", means_of(engine), share=1.0),
+        stable_hash(7, "arm", SOURCE_TEMPERED, 1),
+    )
+    together, alone = source.sample(groups_of(4), seed, 4), source.sample(groups_of(4)[2:3], seed, 4)
     assert [c.token_ids for c in together[2].completions] == [c.token_ids for c in alone[0].completions]

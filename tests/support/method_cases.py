@@ -41,7 +41,7 @@ from rltrain.types.samples import SOURCE_NAMES, SOURCE_REFERENCE, SOURCE_TEMPERE
 
 ROWS, GROUP, LONGEST = 8, 4, 8  # rows of a step, rows of a prompt, completion tokens
 EXAMPLES = 9
-ARMS = {name: arm for arm, name in SOURCE_NAMES.items()} | {
+SOURCE_CODES = {name: source for source, name in SOURCE_NAMES.items()} | {
     "aepo": SOURCE_TEMPERED
 }  # of which a method asks for rows
 # Hyperparameters with which a method has something to do on a step this small.
@@ -263,7 +263,7 @@ def step() -> Step:
         weights=1 + 0.2 * torch.rand(mask.shape, generator=g),
         rewards=rewards,
         group=row // GROUP,
-        arm=row * 0,
+        source=row * 0,
         version=row * 0,
         sample=row % GROUP,
         correct=(rewards > 0.4).float(),
@@ -331,7 +331,7 @@ class PolicySpread:
         return Outcome(torch.cat(self._gradients), metrics)
 
     def _weighed(self, case: PolicyCase, objective: Objective) -> tuple[TokenRows, TrainBatch]:
-        """The step with what the case needs in ``extra``, rows of the arms that it asks for,
+        """The step with what the case needs in ``extra``, rows of the sources that it asks for,
         advantages and controls.
         """
         rows, batch, statistics = self.step.rows, self.step.batch, self.statistics
@@ -344,13 +344,13 @@ class PolicySpread:
         batch = batch.with_extra(
             **{name: statistics[name] for name in needs if ":" in name and name in statistics}
         )
-        for arm in (ARMS[name] for spec in case.specs for name in promised(spec, "arm")):
-            batch = batch.replace(arm=torch.where(batch.sample >= GROUP // 2, arm, batch.arm))
+        for source in (SOURCE_CODES[name] for spec in case.specs for name in promised(spec, "extra_samples")):
+            batch = batch.replace(source=torch.where(batch.sample >= GROUP // 2, source, batch.source))
         if case.advantages is not None:
             batch = compute_advantages(batch, case.advantages)
         for control in split_by_timing(case.bound_controls)[0]:
             batch = apply_control(batch, control)
-        kept = torch.nonzero(batch.arm != SOURCE_REFERENCE).flatten()
+        kept = torch.nonzero(batch.source != SOURCE_REFERENCE).flatten()
         rows = rows.rows(kept)
         return rows, batch.rows(kept, max(map(len, rows.completions)))
 

@@ -33,8 +33,8 @@ class EchoSampler:
     def completion(self, request: Request, sample: int, policy: PolicyVersion) -> Completion:
         del sample
         token = request.prompt.token_ids[0]
-        arm = request.sampling.arm
-        return Completion((token,), (-0.5,), "stop", request.prompt.text, (Span(0, 1, policy),), arm)
+        source = request.sampling.source
+        return Completion((token,), (-0.5,), "stop", request.prompt.text, (Span(0, 1, policy),), source)
 
     def close(self) -> None:
         pass

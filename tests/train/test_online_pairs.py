@@ -199,7 +199,7 @@ def test_every_recipe_takes_steps_that_move_the_weights(
         ("online_dpo", "loss.preference=clo", "needs column:is_target_language from a data set"),
         ("online_dpo", "train.previous_every=2", "reads no previous iterate"),
         ("online_dpo", "rollout.n=1", "a pair takes two completions"),
-        ("online_dpo", "rollout.arms=[answer]", "pairs are made of single answers"),
+        ("online_dpo", "rollout.extra_samples=[answer]", "pairs are made of single answers"),
         ("online_dpo", "rollout.trust_logp=true", "take no log-probs from the engine"),
         (
             "online_dpo",

@@ -55,7 +55,7 @@ class Methods:
     terms: tuple[MethodUse, ...]
     aggregate: MethodUse
     rewards: tuple[MethodUse, ...]  # the user's own are not among them
-    arms: tuple[MethodUse, ...]
+    sources: tuple[MethodUse, ...]
 
 
 def composition_problems(methods: Methods) -> Iterator[str]:
@@ -146,7 +146,7 @@ def _repetitions(methods: Methods) -> Iterator[str]:
 
 
 def _fractions(methods: Methods) -> Iterator[str]:
-    for one in (methods.advantage, *methods.controls, methods.policy, *methods.terms, *methods.arms):
+    for one in (methods.advantage, *methods.controls, methods.policy, *methods.terms, *methods.sources):
         for name in one.arguments("fraction"):
             if not 0 < one.values[name] <= 1:
                 yield (

@@ -45,9 +45,9 @@ def environment_problems(recipe: OnlineRecipe) -> Iterator[str]:
             "would always be 0; "
             "grade the last turn, for example with exact or math_answer"
         )
-    if any(arm.name == "answer" for arm in rollout.arms):
+    if any(source.name == "answer" for source in rollout.extra_samples):
         yield (
-            "rollout.arms has answer, which nobody sampled, and completions are episodes here; drop the arm "
+            "rollout.extra_samples has answer, which nobody sampled, and completions are episodes here; drop the source "
             "or the environment"
         )
 

@@ -9,7 +9,7 @@ from rltrain.config.rules.composition import Methods, composition_problems
 from rltrain.config.rules.environment import environment_problems
 from rltrain.config.rules.findings import Findings
 from rltrain.config.rules.process_reward import process_reward_problems
-from rltrain.config.rules.registries import ARMS, REWARDS_WITH_CORRECT
+from rltrain.config.rules.registries import EXTRA_SAMPLES, REWARDS_WITH_CORRECT
 from rltrain.config.rules.rewards import reward_function_problems
 from rltrain.config.rules.sampling import (
     MethodLookup,
@@ -44,13 +44,13 @@ def _methods(recipe: OnlineRecipe) -> tuple[Methods | None, list[str]]:
     aggregate = look_up(AGGREGATES, "loss.aggregate", loss.aggregate)
     controls = look_up.every(TOKEN_CONTROLS, "control", recipe.control)
     terms = look_up.every(LOSS_TERMS, "loss.terms", loss.terms)
-    arms = look_up.every(ARMS, "rollout.arms", recipe.rollout.arms)
+    sources = look_up.every(EXTRA_SAMPLES, "rollout.extra_samples", recipe.rollout.extra_samples)
     rewards = look_up.sampling(recipe)
 
     if look_up.problems:
         return None, look_up.problems
     assert advantage is not None and policy is not None and aggregate is not None
-    return Methods(advantage, controls, policy, terms, aggregate, rewards, arms), []
+    return Methods(advantage, controls, policy, terms, aggregate, rewards, sources), []
 
 
 def _method_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
@@ -59,7 +59,7 @@ def _method_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
     yield from composition_problems(methods)
     yield from _loss_problems(methods)
     yield from _off_policy_problems(recipe, methods)
-    yield from _arm_problems(recipe, methods)
+    yield from _extra_sample_problems(recipe, methods)
     yield from reward_problems(recipe, methods)
     yield from verdict_problems(recipe, methods, REWARDS_WITH_CORRECT)
     yield from reward_function_problems(recipe, methods.rewards)
@@ -116,56 +116,58 @@ def _off_policy_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str
                 )
 
 
-def _arm_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
-    names = [arm.name for arm in methods.arms]
+def _extra_sample_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
+    names = [source.name for source in methods.sources]
     controls = {control.name for control in methods.controls}
-    claimed = {wanted for control in methods.controls for wanted in control.arguments("arm")}
-    for arm in methods.arms:
-        if names.count(arm.name) > 1:
+    claimed = {wanted for control in methods.controls for wanted in control.arguments("extra_samples")}
+    for source in methods.sources:
+        if names.count(source.name) > 1:
             yield (
-                f"{arm.key}: {arm.name} stands {names.count(arm.name)} times in rollout.arms; its rows could "
+                f"{source.key}: {source.name} stands {names.count(source.name)} times in rollout.extra_samples; its rows could "
                 "not be told apart: keep one"
             )
-        if "trains" in arm.spec.traits and recipe.rollout.trust_logp:
+        if "trains" in source.spec.traits and recipe.rollout.trust_logp:
             yield (
-                f"{arm.key} {arm.name} adds rows that the policy did not sample at rollout.temperature, so "
+                f"{source.key} {source.name} adds rows that the policy did not sample at rollout.temperature, so "
                 "the engine has no log-probs of "
                 f"the policy for them, which rollout.trust_logp would take; set rollout.trust_logp to false"
             )
         if (
-            "for_advantage" in arm.spec.traits
-            and "arm" not in methods.advantage.spec.inputs
-            and arm.name not in claimed
+            "for_advantage" in source.spec.traits
+            and "source" not in methods.advantage.spec.inputs
+            and source.name not in claimed
         ):
             yield (
-                f"{arm.key} {arm.name} adds rows that only an advantage which tells arms apart can use, and "
+                f"{source.key} {source.name} adds rows that only an advantage which tells sources apart can use, and "
                 f"{methods.advantage.name} does "
-                f"not; set advantage to one that does ({', '.join(_arm_advantages())}) or drop the arm"
+                f"not; set advantage to one that does ({', '.join(_source_advantages())}) or drop the source"
             )
     if "answer" in names and recipe.rollout.environment is not None:
         yield (
-            f"rollout.arms has answer, but in rollout.environment {recipe.rollout.environment.name} a "
+            f"rollout.extra_samples has answer, but in rollout.environment {recipe.rollout.environment.name} a "
             "completion is an episode, which no "
-            f"column of the data spells out; drop the arm or the environment"
+            f"column of the data spells out; drop the source or the environment"
         )
     if "aepo" in names and "aepo" not in controls:
         yield (
-            "rollout.arms has aepo, but control has not: the arm samples tempered rows and nothing weighs "
+            "rollout.extra_samples has aepo, but control has not: the source samples tempered rows and nothing weighs "
             "them; add aepo to control"
         )
     for chosen in (methods.advantage, *methods.controls):
         for wanted in sorted(
-            trait.removeprefix("arm:") for trait in chosen.spec.traits if trait.startswith("arm:")
+            trait.removeprefix("extra_samples:")
+            for trait in chosen.spec.traits
+            if trait.startswith("extra_samples:")
         ):
             if wanted not in names:
                 yield (
-                    f"{chosen.key} {chosen.name} works on rows that only the {wanted} arm samples; add "
-                    f"{wanted} to rollout.arms"
+                    f"{chosen.key} {chosen.name} works on rows that only the {wanted} source samples; add "
+                    f"{wanted} to rollout.extra_samples"
                 )
 
 
-def _arm_advantages() -> list[str]:
-    return sorted(name for name, spec in ADVANTAGES.specs.items() if "arm" in spec.inputs)
+def _source_advantages() -> list[str]:
+    return sorted(name for name, spec in ADVANTAGES.specs.items() if "source" in spec.inputs)
 
 
 def _method_warnings(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:

@@ -90,7 +90,7 @@ def _rollout_problems(recipe: OnlinePairsRecipe) -> Iterator[str]:
             f"rollout.n is {rollout.n}, but a pair takes two completions of a prompt; set rollout.n to at "
             "least 2"
         )
-    for key in ("arms", "environment", "adaptive_temperature"):
+    for key in ("extra_samples", "environment", "adaptive_temperature"):
         if getattr(rollout, key):
             yield (
                 f"rollout.{key} is set, but pairs are made of single answers that the policy gives at "

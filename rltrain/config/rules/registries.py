@@ -14,7 +14,7 @@ from rltrain.loss.preference import PREFERENCE_LOSSES
 from rltrain.registry import Registry
 
 REWARDS = Registry("reward", modules=(*REWARD_MODULES, "rltrain.rollout.model_rewards"), decorator="reward")
-ARMS = Registry("arm", modules=("rltrain.rollout.extra_samples",))
+EXTRA_SAMPLES = Registry("extra sample", modules=("rltrain.rollout.extra_samples",))
 ORDERS = Registry("prompt order", modules=("rltrain.data.order", "rltrain.data.gain_rl"))
 JUDGES = Registry("judge", modules=("rltrain.rollout.pairs.judges",))
 ENVIRONMENTS = Registry(
@@ -28,7 +28,7 @@ REGISTRIES = (
     LOSS_TERMS,
     AGGREGATES,
     REWARDS,
-    ARMS,
+    EXTRA_SAMPLES,
     ORDERS,
     COEFFICIENTS,
     PREFERENCE_LOSSES,

@@ -44,7 +44,7 @@ def teacher_text(policy: PolicyTokens, batch: TrainBatch) -> TokenLoss:
     """Forward KL to the teacher on text that the teacher wrote, arXiv:2603.11178. Values (B, T), nats.
 
     ``teacher_logp - logp`` of each token, times the mark in ``extra["teacher_text"]``, which the control
-    ``paced`` gives the rows of the answer arm and no others. On samples of the teacher its mean is KL(p_T,
+    ``paced`` gives the rows of the answer source and no others. On samples of the teacher its mean is KL(p_T,
     p), its gradient that of the cross-entropy; the paper takes the sum over the vocabulary. Its value means a
     KL only if the teacher really wrote those rows.
     """

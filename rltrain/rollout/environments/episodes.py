@@ -244,11 +244,11 @@ class EpisodePlayer:
 
     def _completion(self, row: _Row, policy: PolicyVersion) -> Completion:
         assert row.finish is not None
-        arm = row.sampling.arm
+        source = row.sampling.source
         episode = Episode(row.reward, row.parts, tuple(row.texts), row.failure)
         if not row.tokens:
             return Completion(
-                (self._filler,), (0.0,), "aborted", "", (Span(0, 1, policy),), arm, episode=episode
+                (self._filler,), (0.0,), "aborted", "", (Span(0, 1, policy),), source, episode=episode
             )
         return Completion(
             tuple(row.tokens),
@@ -256,7 +256,7 @@ class EpisodePlayer:
             row.finish,
             self._decode(row.tokens),
             (Span(0, len(row.tokens), policy),),
-            arm,
+            source,
             tuple(row.turns),
             episode,
         )

@@ -53,7 +53,11 @@ def loaded(recipe: Path, *overrides: str, profile: str | None = None) -> Any:
             ["rollout.environment=null", "reward.functions=[episode]"],
             "there is none; set rollout.environment",
         ),
-        (CALCULATOR, ["rollout.arms=[answer]", "advantage=grao"], "rollout.arms has answer"),
+        (
+            CALCULATOR,
+            ["rollout.extra_samples=[answer]", "advantage=grao"],
+            "rollout.extra_samples has answer",
+        ),
         (
             CALCULATOR,
             [f"rollout.environment.name={MINE}:Countnig"],

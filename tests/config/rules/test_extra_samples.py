@@ -1,4 +1,4 @@
-"""Rules about arms and teachers: rows that nothing can use, and functions whose rows nothing samples,
+"""Rules about sources and teachers: rows that nothing can use, and functions whose rows nothing samples,
 are refused when the recipe loads.
 """
 
@@ -10,64 +10,72 @@ import pytest
 
 from rltrain.config.load import load_recipe
 from rltrain.config.plan import plan
-from rltrain.config.rules.registries import ARMS
+from rltrain.config.rules.registries import EXTRA_SAMPLES
 from support.checking import refused, warnings
 
 EPISODES = "rollout.environment={name: calculator, max_turns: 2, turn_tokens: 4}"
-AEPO = ("rollout.arms=[aepo]", "control=[{name: aepo, form: rows}]")
+AEPO = ("rollout.extra_samples=[aepo]", "control=[{name: aepo, form: rows}]")
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected", "remedy"),
     [
         (
-            ["rollout.arms=[tempred]"],
-            "rollout.arms.0: no arm is called 'tempred'",
+            ["rollout.extra_samples=[tempred]"],
+            "rollout.extra_samples.0: no source is called 'tempred'",
             "choose from aepo, answer, reference",
         ),
         (
-            [*AEPO, "rollout.arms.0.taget=0.5"],
-            "arm 'aepo' has no hyperparameter 'taget'",
+            [*AEPO, "rollout.extra_samples.0.taget=0.5"],
+            "source 'aepo' has no hyperparameter 'taget'",
             "did you mean 'target'?",
         ),
-        (["rollout.arms=[aepo, aepo]", AEPO[1]], "aepo stands 2 times in rollout.arms", "keep one"),
+        (
+            ["rollout.extra_samples=[aepo, aepo]", AEPO[1]],
+            "aepo stands 2 times in rollout.extra_samples",
+            "keep one",
+        ),
         (
             [*AEPO, "rollout.trust_logp=true"],
             "rollout.trust_logp would take",
             "set rollout.trust_logp to false",
         ),
-        (["rollout.arms=[aepo]"], "nothing weighs them", "add aepo to control"),
+        (["rollout.extra_samples=[aepo]"], "nothing weighs them", "add aepo to control"),
         (
             [AEPO[1]],
-            "control.0 aepo works on rows that only the aepo arm samples",
-            "add aepo to rollout.arms",
+            "control.0 aepo works on rows that only the aepo source samples",
+            "add aepo to rollout.extra_samples",
         ),
         (
-            ["rollout.arms=[reference]"],
-            "which tells arms apart can use, and group_norm does not",
+            ["rollout.extra_samples=[reference]"],
+            "which tells sources apart can use, and group_norm does not",
             "set advantage to one that does (aapo, grao)",
         ),
-        (["rollout.arms=[answer]"], "rollout.arms.0 answer adds rows", "or drop the arm"),
+        (
+            ["rollout.extra_samples=[answer]"],
+            "rollout.extra_samples.0 answer adds rows",
+            "or drop the source",
+        ),
         (
             ["advantage=aapo", "loss.policy=reinforce"],
-            "only the reference arm samples",
-            "add reference to rollout.arms",
+            "only the reference source samples",
+            "add reference to rollout.extra_samples",
         ),
         (
             ["advantage=grao", "loss.policy=reinforce", "loss.aggregate=seq_mean_token_mean"],
-            "only the answer arm samples",
-            "add answer to rollout.arms",
+            "only the answer source samples",
+            "add answer to rollout.extra_samples",
         ),
         (
             [
-                "rollout.arms=[answer]",
+                "rollout.extra_samples=[answer]",
                 "advantage=grao",
                 "loss.policy=reinforce",
                 "loss.aggregate=seq_mean_token_mean",
                 EPISODES,
             ],
             "in rollout.environment calculator a completion is an episode",
-            "drop the arm or the environment",
+            "drop the source or the environment",
         ),
     ],
 )
@@ -82,10 +90,10 @@ def test_an_arm_and_what_uses_its_rows_come_together(
     "overrides",
     [
         AEPO,
-        [*AEPO, "rollout.arms.0.target=0.75", "rollout.dynamic_sampling={}"],
-        ["rollout.arms=[reference]", "advantage=aapo", "loss.policy=reinforce"],
+        [*AEPO, "rollout.extra_samples.0.target=0.75", "rollout.dynamic_sampling={}"],
+        ["rollout.extra_samples=[reference]", "advantage=aapo", "loss.policy=reinforce"],
         [
-            "rollout.arms=[{name: answer, column: solution}]",
+            "rollout.extra_samples=[{name: answer, column: solution}]",
             "advantage=grao",
             "loss.policy=reinforce",
             "loss.aggregate=seq_mean_token_mean",
@@ -112,10 +120,10 @@ def test_a_teacher_without_a_use_and_a_use_without_a_teacher_are_said(recipe: Pa
     ("overrides", "name", "rows", "grading"),
     [
         (AEPO, "aepo", "48", "1,200"),  # a quarter of 24 prompts x 8; (192 + 48) x 10 s / 2 workers
-        ([*AEPO, "rollout.arms.0.share=0.01"], "aepo", "8", "1,000"),  # at least one prompt
-        (["rollout.arms=[reference]", "advantage=aapo"], "reference", "192", "1,920"),
-        (["rollout.arms=[{name: reference, n: 3}]", "advantage=aapo"], "reference", "72", "1,320"),
-        (["rollout.arms=[answer]", "advantage=grao"], "answer", "24", "1,080"),
+        ([*AEPO, "rollout.extra_samples.0.share=0.01"], "aepo", "8", "1,000"),  # at least one prompt
+        (["rollout.extra_samples=[reference]", "advantage=aapo"], "reference", "192", "1,920"),
+        (["rollout.extra_samples=[{name: reference, n: 3}]", "advantage=aapo"], "reference", "72", "1,320"),
+        (["rollout.extra_samples=[answer]", "advantage=grao"], "answer", "24", "1,080"),
     ],
 )
 def test_the_plan_counts_the_rows_of_an_arm(
@@ -128,8 +136,8 @@ def test_the_plan_counts_the_rows_of_an_arm(
     )
 
 
-@pytest.mark.parametrize("name", ARMS.names())
+@pytest.mark.parametrize("name", EXTRA_SAMPLES.names())
 def test_every_arm_cites_its_paper_and_documents_its_settings(name: str) -> None:
-    spec = ARMS.spec(name)
+    spec = EXTRA_SAMPLES.spec(name)
     assert f"arXiv:{spec.arxiv}" in spec.doc
     assert [key for key in spec.hyperparameters if f"``{key}``" not in spec.doc] == []

@@ -40,7 +40,7 @@ RECIPES = Path(__file__).parents[3] / "recipes" / "policy"
             "compares the completions' answers",
             "add one of choice, empo, exact",
         ),
-        ("grao", ["rollout.arms=[]"], "answer arm", "add answer to rollout.arms"),
+        ("grao", ["rollout.extra_samples=[]"], "answer source", "add answer to rollout.extra_samples"),
         (
             "grao",
             ["loss.policy=clip"],
@@ -53,7 +53,7 @@ RECIPES = Path(__file__).parents[3] / "recipes" / "policy"
             "under loss.aggregate seq_mean_token_mean only",
             "set loss.aggregate to seq_mean_token_mean",
         ),
-        ("aapo", ["rollout.arms=[]"], "reference arm", "add reference to rollout.arms"),
+        ("aapo", ["rollout.extra_samples=[]"], "reference source", "add reference to rollout.extra_samples"),
         (
             "grpo_s",
             ["loss.aggregate=token_mean"],

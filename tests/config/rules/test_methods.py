@@ -15,7 +15,7 @@ from rltrain.registry import Hyperparameter, MethodSpec
 from support.checking import refused, warnings
 
 CLIP_COV = "{name: clip_cov, eps_low: 0.2, eps_high: 0.2}"
-TEMPERED = "rollout.arms=[aepo]"
+TEMPERED = "rollout.extra_samples=[aepo]"
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,8 @@ TEMPERED = "rollout.arms=[aepo]"
         (["control=[{name: steer, lambda_min: 0.0}]"], "lambda_min is 0, but it is a share", "above 0"),
         (
             ["control=[aepo]"],
-            "control.0 aepo works on rows that only the aepo arm samples",
-            "add aepo to rollout.arms",
+            "control.0 aepo works on rows that only the aepo source samples",
+            "add aepo to rollout.extra_samples",
         ),
         (
             [TEMPERED, "control=[aepo]", "loss.aggregate=dr_grpo"],

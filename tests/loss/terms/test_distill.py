@@ -33,7 +33,7 @@ def batch_of(width: int, reward: float = 1.0, **fields: Tensor) -> TrainBatch:
         weights=zeros + 1,
         rewards=torch.tensor([reward]).double(),
         group=row,
-        arm=row,
+        source=row,
         version=row,
         **fields,
     )  # type: ignore[arg-type]
@@ -135,7 +135,7 @@ def groups(correct: list[float], group: list[int]) -> TrainBatch:
         weights=zeros + 1,
         rewards=zeros[:, 0],
         group=ids,
-        arm=ids * 0,
+        source=ids * 0,
         version=ids * 0,
         correct=torch.tensor(correct),
     )

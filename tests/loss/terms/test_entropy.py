@@ -22,7 +22,7 @@ def batch_of(mask: Tensor) -> TrainBatch:
         weights=zeros + 1,
         rewards=zeros[:, 0],
         group=rows,
-        arm=rows,
+        source=rows,
         version=rows,
     )
 

@@ -21,7 +21,7 @@ def batch_of(ref: Tensor, mask: Tensor | None = None, old: Tensor | None = None)
         weights=torch.ones_like(ref),
         rewards=rows.to(ref.dtype),
         group=rows,
-        arm=rows,
+        source=rows,
         version=rows,
         old_logp=old,
         ref_logp=ref,

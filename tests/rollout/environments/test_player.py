@@ -31,9 +31,9 @@ class Engine(EchoSampler):
     def completion(self, request: Request, sample: int, policy: int) -> Completion:
         tokens = (100 + sample, 200 + len(request.prompt.token_ids), EOS)
         versions = (Span(0, 3, policy),)
-        arm = request.sampling.arm
+        source = request.sampling.source
         return Completion(
-            tokens, (-0.5, -0.25, -0.125), cast(Any, self.finish), f"text{sample}", versions, arm
+            tokens, (-0.5, -0.25, -0.125), cast(Any, self.finish), f"text{sample}", versions, source
         )
 
 
@@ -107,7 +107,7 @@ def play(
     pool: Pool | None = None, engine: Engine | None = None, n: int = 2, max_tokens: int = 40, **sizes: int
 ) -> list[RolloutGroup]:
     player = build(engine or Engine(), pool or Pool(), **sizes)
-    return sample_groups(player, PROMPTS, Sampling(n, 1.0, max_tokens, seed=3, arm=1), 7)
+    return sample_groups(player, PROMPTS, Sampling(n, 1.0, max_tokens, seed=3, source=1), 7)
 
 
 def rows(groups: Sequence[RolloutGroup]) -> list[Completion]:
@@ -120,7 +120,7 @@ def test_a_row_is_turns_and_observations_and_says_which_is_which() -> None:
     assert one.token_ids == (101, 203, EOS, 60, 61, 1, 100, 209, EOS)
     assert one.turns == ((0, 3), (6, 9)) and one.spans == one.turns and one.sampled_tokens == 6
     assert one.logprobs == (-0.5, -0.25, -0.125, 0, 0, 0, -0.5, -0.25, -0.125)
-    assert (one.finish, one.versions, one.arm) == ("stop", (Span(0, 9, 7),), 1)
+    assert (one.finish, one.versions, one.source) == ("stop", (Span(0, 9, 7),), 1)
     assert one.episode is not None
     assert (one.episode.reward, one.episode.parts, one.episode.turns) == (
         0.5,
@@ -157,7 +157,7 @@ def test_each_prompt_sample_and_turn_has_a_seed_of_its_own() -> None:
 
 def test_one_turn_is_what_the_engine_alone_would_have_written() -> None:
     alone = Engine()
-    expected = sample_groups(alone, PROMPTS, Sampling(2, 1.0, 5, seed=3, arm=1), 7)
+    expected = sample_groups(alone, PROMPTS, Sampling(2, 1.0, 5, seed=3, source=1), 7)
     engine = Engine()
     found = play(Pool(turns=1), engine)
     assert engine.asked == alone.asked
@@ -165,7 +165,7 @@ def test_one_turn_is_what_the_engine_alone_would_have_written() -> None:
 
 
 def test_a_group_cut_into_requests_is_played_as_a_whole_one() -> None:
-    sampling = Sampling(4, 1.0, 40, seed=3, arm=1)
+    sampling = Sampling(4, 1.0, 40, seed=3, source=1)
     pool, cut_pool = Pool(turns=3), Pool(turns=3)
     whole = sample_groups(build(Engine(), pool), PROMPTS, sampling, 7)
     parts = [Request(prompt, sampling, first, 2) for prompt in PROMPTS for first in (0, 2)]

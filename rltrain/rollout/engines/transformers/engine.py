@@ -206,7 +206,7 @@ class TransformersEngine:
         assert row.finish is not None
         text = self._decode(row.tokens)
         versions = (Span(0, len(row.tokens), policy),)
-        return Completion(tuple(row.tokens), tuple(row.logprobs), row.finish, text, versions, sampling.arm)
+        return Completion(tuple(row.tokens), tuple(row.logprobs), row.finish, text, versions, sampling.source)
 
     def _write(self, rows: Sequence[_Row], prompts: Sequence[Prompt], sampling: Sampling) -> None:
         """Decode every row to its end: waiting rows enter as finished ones leave."""

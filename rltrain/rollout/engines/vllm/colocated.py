@@ -314,7 +314,7 @@ class VllmColocated:
         text = self._decode(tokens)
         versions = (Span(0, len(tokens), policy),)
         return Completion(
-            tokens, tuple(output.logprobs.logprobs), output.finish_reason, text, versions, sampling.arm
+            tokens, tuple(output.logprobs.logprobs), output.finish_reason, text, versions, sampling.source
         )
 
 

@@ -14,7 +14,7 @@ from reward.score import Score
 from rltrain.advantage import ADVANTAGES
 from rltrain.advantage.stage import compute_advantages
 from rltrain.control import TOKEN_CONTROLS
-from rltrain.report.metrics import arm_metrics, check_names, completion_metrics, own_step_metrics
+from rltrain.report.metrics import check_names, completion_metrics, own_step_metrics, source_metrics
 from rltrain.rollout.collate import collate
 from rltrain.rollout.source import Rollouts
 from rltrain.train.online import Step, drop_reference_rows, without_importance_correction
@@ -31,20 +31,23 @@ from rltrain.types.samples import (
 )
 
 
-def row(arm: int, length: int, logp: float = -1.0) -> Completion:
-    return Completion((5,) * length, (logp,) * length, "stop", "x", (Span(0, length, 3),), arm)
+def row(source: int, length: int, logp: float = -1.0) -> Completion:
+    return Completion((5,) * length, (logp,) * length, "stop", "x", (Span(0, length, 3),), source)
 
 
-def step(*arms: int) -> tuple[list[ScoredGroup], TokenRows, TrainBatch]:
-    """Two groups of two policy rows (rewards 1, 0 and 0, 0; 3 tokens) and one row of each of ``arms``
+def step(*sources: int) -> tuple[list[ScoredGroup], TokenRows, TrainBatch]:
+    """Two groups of two policy rows (rewards 1, 0 and 0, 0; 3 tokens) and one row of each of ``sources``
     (reward 9; 5 tokens).
     """
     groups = []
     for group, rewards in enumerate(([1.0, 0.0], [0.0, 0.0])):
-        completions = (*(row(SOURCE_POLICY, 3) for _ in rewards), *(row(arm, 5, -7.0) for arm in arms))
+        completions = (
+            *(row(SOURCE_POLICY, 3) for _ in rewards),
+            *(row(source, 5, -7.0) for source in sources),
+        )
         scores = (
             *(Score(value, {"correct": value}) for value in rewards),
-            *(Score(9.0, {"correct": 1.0}) for _ in arms),
+            *(Score(9.0, {"correct": 1.0}) for _ in sources),
         )
         groups.append(ScoredGroup(group, Prompt(str(group), (1, 2), ""), completions, scores))
     rows, batch = collate(groups)
@@ -56,7 +59,7 @@ def test_only_rows_of_the_policy_are_corrected_for_how_they_were_sampled() -> No
     old = torch.full(batch.mask.shape, -2.0)
     batch = without_importance_correction(batch.replace(old_logp=old))
     weights = TOKEN_CONTROLS.bind("tis", {"cap": 100.0})(batch).weights
-    policy = batch.arm == SOURCE_POLICY
+    policy = batch.source == SOURCE_POLICY
     # exp(-2 - -1) for the policy's rows; for the others, sampled at -7 and written by nobody, exactly 1
     # instead of e^5
     torch.testing.assert_close(weights[policy][batch.mask[policy]], torch.full((12,), math.exp(-1.0)))
@@ -88,7 +91,7 @@ def test_without_reference_rows_nothing_is_dropped() -> None:
 
 
 @pytest.mark.parametrize(
-    "arms",
+    "sources",
     [
         (SOURCE_TEMPERED,),
         (SOURCE_REFERENCE,),
@@ -96,17 +99,17 @@ def test_without_reference_rows_nothing_is_dropped() -> None:
         (SOURCE_TEMPERED, SOURCE_REFERENCE, SOURCE_DATASET),
     ],
 )
-def test_the_numbers_of_a_step_are_those_of_the_policys_own_rows(arms: tuple[int, ...]) -> None:
-    def numbers(*arms: int) -> dict[str, float]:
-        groups, _, batch = step(*arms)
-        foreign = (batch.arm != SOURCE_POLICY)[:, None].expand(batch.mask.shape)
+def test_the_numbers_of_a_step_are_those_of_the_policys_own_rows(sources: tuple[int, ...]) -> None:
+    def numbers(*sources: int) -> dict[str, float]:
+        groups, _, batch = step(*sources)
+        foreign = (batch.source != SOURCE_POLICY)[:, None].expand(batch.mask.shape)
         logp = torch.where(foreign, -50.0, torch.full(batch.mask.shape, -1.0))
         entropy = torch.where(foreign, 30.0, torch.full(batch.mask.shape, 0.25))
         found = completion_metrics(groups) | own_step_metrics(batch, logp, entropy, batch.mask)
         del found["learner/tokens"]  # of everything that trains
         return found
 
-    assert numbers(*arms) == numbers()
+    assert numbers(*sources) == numbers()
 
 
 def test_tokens_that_train_are_counted_whatever_their_arm() -> None:
@@ -119,13 +122,15 @@ def test_tokens_that_train_are_counted_whatever_their_arm() -> None:
 
 def test_arms_are_counted_by_name() -> None:
     groups, _, _ = step(SOURCE_TEMPERED, SOURCE_DATASET)
-    found = arm_metrics(groups)
+    found = source_metrics(groups)
     tempered = {"completions": 2, "tokens": 10, "reward": 9, "correct": 1}
     assert found == {
-        f"rollout/arm_{arm}_{key}": value for arm in ("tempered", "answer") for key, value in tempered.items()
+        f"rollout/source_{source}_{key}": value
+        for source in ("tempered", "answer")
+        for key, value in tempered.items()
     }
     check_names(found)
-    assert arm_metrics(step()[0]) == {}
+    assert source_metrics(step()[0]) == {}
 
 
 @pytest.mark.parametrize(
@@ -142,7 +147,7 @@ def test_rows_of_another_arm_do_not_move_the_policys_advantages(advantage: str, 
     # neither over the group nor over the step, whose tokens reinforce_pp whitens together
     estimator = ADVANTAGES.bind(advantage, hp)
     alone = compute_advantages(step()[2], estimator)
-    for arms in ((SOURCE_TEMPERED,) * 2, (SOURCE_TEMPERED,) * 2 + (SOURCE_DATASET,) * 2):
-        together = compute_advantages(step(*arms)[2], estimator)
-        own = together.advantages[together.arm == SOURCE_POLICY][:, :3]
+    for sources in ((SOURCE_TEMPERED,) * 2, (SOURCE_TEMPERED,) * 2 + (SOURCE_DATASET,) * 2):
+        together = compute_advantages(step(*sources)[2], estimator)
+        own = together.advantages[together.source == SOURCE_POLICY][:, :3]
         torch.testing.assert_close(own, alone.advantages, rtol=0, atol=0)

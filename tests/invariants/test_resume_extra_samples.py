@@ -35,7 +35,7 @@ SETTINGS = (
     ),
     *("eval.prompts=4", "eval.n=2", "eval.k=[1]", "eval.at_start=false", "data.max_prompts=26"),
 )
-AAPO = ("advantage=aapo", "loss.policy=reinforce", "loss.terms=[]", "rollout.arms=[reference]")
+AAPO = ("advantage=aapo", "loss.policy=reinforce", "loss.terms=[]", "rollout.extra_samples=[reference]")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(
     state = read_verified(whole / "checkpoints" / "step-4")
     if recipe != "grpo":
         entropy = next(line["learner/entropy_mean"] for line in lines(whole) if line["step"] == 4)
-        assert state.arms == [{"entropy": entropy}]
+        assert state.sources == [{"entropy": entropy}]
         # lost at the stop, it would have been 1.2 again in the third step
         assert [
             line["control/aepo_temperature"] for line in lines(resumed) if "reward/mean" in line

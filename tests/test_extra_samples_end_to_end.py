@@ -1,4 +1,4 @@
-"""Whole runs with rows beside the policy's own: AEPO's tempered arm, AAPO's reference, GRAO's
+"""Whole runs with rows beside the policy's own: AEPO's tempered source, AAPO's reference, GRAO's
 answers, KDRL's teacher.
 """
 
@@ -23,7 +23,7 @@ from rltrain.config.load import load_recipe
 from rltrain.config.rules import check
 from rltrain.config.schema import OnlineRecipe
 from rltrain.errors import UserError
-from rltrain.learner import accelerate_learner, frozen
+from rltrain.learner import frozen_models, trained_model
 from rltrain.loss.objective import Objective, ObjectiveShare
 from rltrain.train import online
 from rltrain.types.policy import PolicyTokens, StepTotals, TrainBatch
@@ -96,7 +96,7 @@ def test_aepo_lowers_its_temperature_where_the_entropy_is_above_the_target(
     assert [line["control/aepo_temperature"] for line in lines] == pytest.approx([1.2, 0.8])
     assert [line["control/aepo_above_target"] for line in lines] == [0, 1]
     for line in lines:
-        assert (line["rollout/completions"], line["rollout/arm_tempered_completions"]) == (
+        assert (line["rollout/completions"], line["rollout/source_tempered_completions"]) == (
             32,
             8,
         )  # a quarter of 8 prompts x 4
@@ -111,7 +111,7 @@ def test_aepo_lowers_its_temperature_where_the_entropy_is_above_the_target(
 @pytest.mark.parametrize(
     ("recipe", "overrides", "atol"),
     [
-        pytest.param(AEPO, ["rollout.arms.0.share=0.0"], 0.0, id="no tempered rows"),
+        pytest.param(AEPO, ["rollout.extra_samples.0.share=0.0"], 0.0, id="no tempered rows"),
         pytest.param(AEPO, ["control.0.alpha=0.0"], 1e-6, id="coefficient 0", marks=pytest.mark.slow),
         pytest.param(RELEASED, ["control.0.cap=0"], 1e-6, id="no rows replaced"),
     ],
@@ -120,7 +120,7 @@ def test_without_its_rows_aepo_is_grpo(
     recipe: Path, overrides: list[str], atol: float, start: Any, tmp_path: Path
 ) -> None:
     common = ("train.steps=2", "learner.updates=2", "learner.optimizer.lr=1e-3", "learner.optimizer.eps=1e-3")
-    plain = start(recipe, tmp_path / "grpo", *common, "rollout.arms=[]", "control=[]")
+    plain = start(recipe, tmp_path / "grpo", *common, "rollout.extra_samples=[]", "control=[]")
     lines = start(recipe, tmp_path / "aepo", *common, *overrides)
     one, two = weights(tmp_path / "grpo"), weights(tmp_path / "aepo")
     before = AutoModelForCausalLM.from_pretrained(
@@ -137,7 +137,7 @@ def test_a_step_without_a_correct_tempered_sample_is_a_plain_step(
     recipe: Path, start: Any, tmp_path: Path
 ) -> None:
     lines = start(recipe, tmp_path / "run", "train.steps=1", "learner.updates=1", reward="never")
-    assert (lines[0]["learner/grad_norm"], lines[0]["rollout/arm_tempered_correct"]) == (0, 0)
+    assert (lines[0]["learner/grad_norm"], lines[0]["rollout/source_tempered_correct"]) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_tempered_rows_start_with_a_ratio_of_one_and_an_advantage_of_one(
     def watched(
         self: Objective, policy: PolicyTokens, batch: TrainBatch, totals: StepTotals
     ) -> ObjectiveShare:
-        rows = (batch.arm == SOURCE_TEMPERED) & batch.mask.any(1) & (batch.advantages != 0).any(1)
+        rows = (batch.source == SOURCE_TEMPERED) & batch.mask.any(1) & (batch.advantages != 0).any(1)
         old = policy.logp.detach() if batch.old_logp is None else batch.old_logp
         drift = (policy.logp.detach() - old)[rows][batch.mask[rows]]
         if len(drift) and not seen:
@@ -164,7 +164,13 @@ def test_tempered_rows_start_with_a_ratio_of_one_and_an_advantage_of_one(
 
     monkeypatch.setattr(Objective, "__call__", watched)
     settings = ("train.steps=1", f"learner.updates={updates}", "learner.optimizer.lr=0.0")
-    start(recipe, tmp_path / "run", *settings, "rollout.arms.0.share=1.0", "rollout.arms.0.high=2.0")
+    start(
+        recipe,
+        tmp_path / "run",
+        *settings,
+        "rollout.extra_samples.0.share=1.0",
+        "rollout.extra_samples.0.high=2.0",
+    )
     [(drift, advantage)] = seen
     assert drift < 1e-5 if updates > 1 else drift == 0
     assert advantage == 0
@@ -228,7 +234,7 @@ def test_aepo_takes_the_same_steps_on_two_ranks(random_model: str, start: Any, t
         "learner/entropy_mean",
         "loss/total",
         "control/aepo_temperature",
-        "rollout/arm_tempered_reward",
+        "rollout/source_tempered_reward",
     )
     for name in (*names, "control/aepo_correct_rows"):
         assert [line[name] for line in two] == pytest.approx(
@@ -248,12 +254,12 @@ def test_aapo_pairs_the_policy_with_the_reference_and_trains_on_none_of_its_rows
         "advantage=aapo",
         "loss.policy=reinforce",
         "loss.terms=[]",
-        "rollout.arms=[reference]",
+        "rollout.extra_samples=[reference]",
         "learner.optimizer.lr=2e-3",
     )
     lines = start(GRPO, tmp_path / "run", *settings, "train.steps=3")
     for line in lines:
-        assert (line["rollout/completions"], line["rollout/arm_reference_completions"]) == (32, 32)
+        assert (line["rollout/completions"], line["rollout/source_reference_completions"]) == (32, 32)
         assert line["learner/trained_rows"] + line["learner/idle_rows"] == 32
         assert line["rollout/mismatch_abs"] < 1e-4  # the policy's weights were back in the engine
     assert lines[0]["learner/grad_norm"] > 0
@@ -264,13 +270,13 @@ def test_grao_learns_from_the_answers_of_the_data(start: Any, tmp_path: Path) ->
         "advantage=grao",
         "loss.policy=reinforce",
         "loss.terms=[]",
-        "rollout.arms=[answer]",
+        "rollout.extra_samples=[answer]",
         "learner.optimizer.lr=1e-3",
     )
     lines = start(GRPO, tmp_path / "run", *settings, "train.steps=2")
     for line in lines:
-        assert (line["rollout/completions"], line["rollout/arm_answer_completions"]) == (32, 8)
-        assert line["rollout/arm_answer_tokens"] > 8  # digits and an end token
+        assert (line["rollout/completions"], line["rollout/source_answer_completions"]) == (32, 8)
+        assert line["rollout/source_answer_tokens"] > 8  # digits and an end token
         assert line["learner/trained_rows"] + line["learner/idle_rows"] == 40
         assert line["rollout/mismatch_abs"] < 1e-4  # the zeros in the answers' log-prob slot are not in it
 
@@ -319,7 +325,7 @@ def test_a_teacher_that_writes_other_tokens_is_refused_before_any_weight_is_load
     tokenizer.add_tokens(["<strange>"])
     tokenizer.save_pretrained(other)
     AutoModelForCausalLM.from_pretrained(teacher).save_pretrained(other)
-    for module in (accelerate_learner, frozen):
+    for module in (trained_model, frozen_models):
         monkeypatch.setattr(module, "load_causal_lm", None)
     overrides = [f"model.path={random_model}", "loss.terms=[{name: kdrl, coefficient: 0.002}]"]
     for path, said in (
@@ -346,7 +352,7 @@ def test_a_reference_of_another_shape_is_refused(random_model: str, start: Any, 
         "advantage=aapo",
         "loss.policy=reinforce",
         "loss.terms=[]",
-        "rollout.arms=[reference]",
+        "rollout.extra_samples=[reference]",
         f"model.reference={folder}",
     )
     with pytest.raises(
