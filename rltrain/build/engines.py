@@ -46,6 +46,7 @@ def build_engine(
         dtype=_weights_dtype(precision, device),
         enforce_eager=rollout.vllm.enforce_eager,
         adaptive_temperature=rollout.adaptive_temperature is not None,
+        device=device,
     )
 
 

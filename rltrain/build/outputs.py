@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
+
+from torch import Tensor
 
 from rltrain.build.context import RunContext
 from rltrain.checkpoint.export import export_model
@@ -72,28 +74,38 @@ def build_model_writer(
     """
     folder, main = context.folder, context.process.is_main
 
+    def optimizer_tensors() -> Iterator[tuple[str, Tensor]]:
+        yield from learner.optimizer_state()
+        for name, tensor in () if process is None else process.optimizer_state():
+            yield f"{PROCESS}:{name}", tensor
+
     def write(out: Path, step: int, results: Mapping[str, float], state: RunState | None) -> Path:
-        weights, second = learner.state_dict(), None if process is None else process.state_dict()
+        if not main:  # tensors are gathered one at a time, in the order in which the main process writes them
+            drain(learner.weights())
+            drain(() if process is None else process.weights())
+            drain(() if state is None else optimizer_tensors())
+            return out
+
         card = model_card(recipe.model_dump(mode="json"), results, step)
+        tokenizer = tokenization.tokenizer
 
         def extra(making: Path) -> None:
             if process is not None:
-                export_model(making / PROCESS, process.model, tokenization.tokenizer, card, second)
+                second = making / PROCESS
+                ties = process.names.ties
+                export_model(second, process.model, tokenizer, card, process.weights(), ties=ties)
             if state is not None:
-                write_state(making, state)
+                write_state(making, state, optimizer_tensors())
 
-        if main:
-            export_model(out, learner.model, tokenization.tokenizer, card, weights, extra)
-        return out
+        return export_model(
+            out, learner.model, tokenizer, card, learner.weights(), extra, ties=learner.names.ties
+        )
 
     def snapshot(step: int, evaluations: Sequence[Mapping[str, float]]) -> RunState:
-        tensors, values = learner.state()
-        second, counts = ({}, {}) if process is None else process.state()
         return RunState(
             step=step,
-            learner=values,
-            tensors=tensors | {f"{PROCESS}:{name}": tensor for name, tensor in second.items()},
-            process_reward=counts,
+            learner=learner.state(),
+            process_reward={} if process is None else process.state(),
             **progress(),
             evaluations=evaluations,
             random=learner.gather([random_state()]),
@@ -104,6 +116,12 @@ def build_model_writer(
         )
 
     return ModelWriter(folder, write, snapshot, recipe.checkpoint.keep, main)
+
+
+def drain(tensors: Iterable[object]) -> None:
+    """Takes part in gathering a stream of tensors of which this rank keeps none."""
+    for _ in tensors:
+        pass
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ def load_from_disk(
     loaded = load_causal_lm(model.path, model.revision, "auto")
     names = CheckpointNames(loaded)
     sync = build_sync(settings, engine, names, seed, deadline)
-    sync.push(lambda: names.to_checkpoint(loaded.state_dict().items()), 0, expect_change=False)
+    sync.push(lambda dtype: names.to_checkpoint(loaded.state_dict().items()), 0, expect_change=False)
     return sync
 
 

@@ -8,12 +8,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +24,8 @@ from transformers import (
 from transformers.utils import logging
 
 from rltrain.checkpoint.run_folder import directory_atomic
+from rltrain.checkpoint.tensor_files import write_tensors
+from rltrain.weight_names import CheckpointNames
 
 MANIFEST = "files.sha256.json"
 
@@ -38,22 +39,29 @@ def export_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     card: str,
-    state_dict: Mapping[str, Tensor] | None = None,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
     extra: Callable[[Path], None] | None = None,
+    ties: Mapping[str, str] | None = None,
 ) -> Path:
     """Write ``model`` to the new folder ``out``: safetensors, config, generation config, tokenizer, card,
     file hashes.
 
-    state_dict: full weights under Hugging Face names, when ``model`` itself is sharded or wrapped; None: the
-    model's own. extra: puts more into the folder before it is hashed, which makes it a checkpoint. The folder
-    appears whole or not at all. Raises UserError when ``out`` exists, ExportError when the weights are not
-    exactly those the architecture loads.
+    weights: full ones under their checkpoint names, when ``model`` itself is sharded or wrapped, written as
+    they come; None: the model's own. ties: second name of a weight to its first; None: the model's. extra:
+    puts more into the folder before it is hashed, which makes it a checkpoint. The folder appears whole or
+    not at all. Raises UserError when ``out`` exists, ExportError when the weights are not exactly those the
+    architecture loads.
     """
-    weights = _without_tied_copies(dict(model.state_dict() if state_dict is None else state_dict), model)
+    if weights is None or ties is None:
+        names = CheckpointNames(model)
+        ties = names.ties
+        weights = names.to_checkpoint(model.state_dict().items()) if weights is None else weights
     out.parent.mkdir(parents=True, exist_ok=True)
     with directory_atomic(out) as making, _without_progress_bars():
         with _storable_generation_config(model):
-            model.save_pretrained(making, state_dict=weights)
+            model.save_pretrained(making, state_dict={})
+        (making / "model.safetensors").unlink(missing_ok=True)  # that of no weights
+        write_tensors(making, "model", _storable(weights, ties, model))
         with _system_errors():
             tokenizer.save_pretrained(making)
         (making / "README.md").write_text(card, encoding="utf-8")
@@ -91,12 +99,6 @@ def verify(folder: Path, *, classifier: bool = False, own_code: bool = False) ->
             f"the weights written are not those of {type(loaded).__name__}: "
             f"{'; '.join([*wrong, *report['error_msgs']])}; "
             "pass the state dict of the bare model, under its Hugging Face names"
-        )
-    broken = _nonfinite(folder)
-    if broken:
-        raise ExportError(
-            f"{len(broken)} tensors hold NaN or infinity ({', '.join(broken[:3])}); the run lost its "
-            "numbers, look at loss/total"
         )
 
 
@@ -146,29 +148,48 @@ def _without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _nonfinite(folder: Path) -> list[str]:
-    broken = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            broken += [name for name in file.keys() if not torch.isfinite(file.get_tensor(name)).all()]  # noqa: SIM118  (not a dict)
-    return broken
+def _storable(
+    weights: Iterable[tuple[str, Tensor]], ties: Mapping[str, str], model: PreTrainedModel
+) -> Iterator[tuple[str, Tensor]]:
+    """``weights`` with one tensor per tied pair, and without what transformers does not store.
 
-
-def _without_tied_copies(weights: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    """``weights`` with one tensor per tied pair.
-
-    Gathering a sharded model breaks the tie into equal copies.
+    Gathering a sharded model breaks the tie into equal copies. Raises ExportError where they differ, and at
+    the end for tensors with NaN or infinity.
     """
-    for copied, source in model.all_tied_weights_keys.items():
-        if copied not in weights or source not in weights:
+    ignored = set(model._keys_to_ignore_on_save or ())
+    firsts = frozenset(ties.values())
+    digests: dict[str, str] = {}
+    copies: dict[str, str] = {}
+    broken: list[str] = []
+    for name, weight in weights:
+        if name in ignored:
             continue
-        if not torch.equal(weights[copied], weights[source]):
+        if name in ties:
+            copies[name] = _digest(weight)
+            continue
+        if name in firsts:
+            digests[name] = _digest(weight)
+        if not torch.isfinite(weight).all():
+            broken.append(name)
+        yield name, weight
+    for copied, digest in copies.items():
+        source = ties[copied]
+        if digests.get(source, digest) != digest:
             raise ExportError(
                 f"{copied} and {source} are tied but differ; one of them is stale, so the model cannot be "
                 "written as tied"
             )
-        del weights[copied]
-    return weights
+    if broken:
+        raise ExportError(
+            f"{len(broken)} tensors hold NaN or infinity ({', '.join(broken[:3])}); the run lost its "
+            "numbers, look at loss/total"
+        )
+
+
+def _digest(weight: Tensor) -> str:
+    """SHA-256 of a weight's bytes."""
+    flat = weight.detach().cpu().contiguous().view(torch.uint8)
+    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 @contextlib.contextmanager

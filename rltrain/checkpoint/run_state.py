@@ -16,17 +16,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rltrain.checkpoint.export import MANIFEST, file_hashes
 from rltrain.checkpoint.run_folder import RunFolder
+from rltrain.checkpoint.tensor_files import read_tensors, write_tensors
 from rltrain.errors import UserError
 
 _STATE = Path("training", "state.json")
@@ -48,7 +48,6 @@ class RunState:
 
     step: int
     learner: Mapping[str, Any]  # version, schedule and counters, by the learner's own names
-    tensors: Mapping[str, Tensor]  # the optimizer's, by parameter name
     order: Mapping[str, Any]  # where the prompt order stands
     prompts: str  # hash of the training prompts it is an order of
     pushes: int  # of weights to the engine
@@ -57,6 +56,7 @@ class RunState:
     reported: Mapping[str, int]  # bytes of each file the run appends to
     recipe: Mapping[str, Any]
     environment: Mapping[str, Any]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # the optimizer's, of a state that was read
     controllers: Sequence[Mapping[str, Any]] = ()  # of the loss terms' coefficients, in the recipe's order
     law: Mapping[str, Any] = field(default_factory=dict)  # points of entropy and reward so far
     sources: Sequence[Mapping[str, Any]] = ()  # what each of the recipe's rollout sources remembers
@@ -71,15 +71,16 @@ class RunState:
     )  # the signal that the next step's adaptive temperature goes by
 
 
-def write_state(folder: Path, state: RunState) -> None:
-    """Put ``state`` into ``folder``, a checkpoint in the making.
+def write_state(folder: Path, state: RunState, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Puts ``state`` into ``folder``, a checkpoint in the making.
 
-    Raises OSError or SafetensorError when the disk refuses.
+    tensors: the optimizer's by parameter name, written as they come. Raises OSError or SafetensorError when
+    the disk refuses.
     """
     plain = {one.name: getattr(state, one.name) for one in dataclasses.fields(state) if one.name != "tensors"}
     (folder / _STATE).parent.mkdir()
     (folder / _STATE).write_text(json.dumps({"format": _FORMAT, **plain}) + "\n", encoding="utf-8")
-    save_file(dict(state.tensors), folder / _TENSORS)
+    write_tensors(folder / _TENSORS.parent, _TENSORS.stem, tensors)
 
 
 def read_verified(checkpoint: Path) -> RunState:
@@ -96,7 +97,7 @@ def read_verified(checkpoint: Path) -> RunState:
         ) from error
     except ValueError as error:
         raise DamagedCheckpointError(f"{checkpoint / MANIFEST} is damaged ({error}); {remedy}") from error
-    if not isinstance(listed, dict) or str(_STATE) not in listed or str(_TENSORS) not in listed:
+    if not isinstance(listed, dict) or str(_STATE) not in listed or not _has_tensors(listed):
         raise DamagedCheckpointError(
             f"{checkpoint} holds a model but no training state ({_STATE}); {remedy}, or train its model anew"
         )
@@ -112,6 +113,11 @@ def read_verified(checkpoint: Path) -> RunState:
             f"written; remove it, or {remedy}"
         )
     return read_state(checkpoint)
+
+
+def _has_tensors(listed: Collection[str]) -> bool:
+    """Whether a manifest lists the optimizer's tensors, in one file or several."""
+    return any(name.startswith(str(_TENSORS.with_suffix(""))) for name in listed)
 
 
 def read_own(folder: RunFolder, checkpoint: Path) -> RunState:
@@ -147,7 +153,7 @@ def read_state(checkpoint: Path) -> RunState:
                 f"{checkpoint / _STATE} has format {written} and this rltrain reads {_FORMAT}; "
                 f"resume with rltrain {plain.get('environment', {}).get('rltrain', 'of that time')}"
             )
-        return RunState(tensors=load_file(checkpoint / _TENSORS), **plain)
+        return RunState(tensors=read_tensors(checkpoint / _TENSORS.parent, _TENSORS.stem), **plain)
     except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise

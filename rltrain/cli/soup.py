@@ -14,6 +14,7 @@ from rltrain.data.tokenization import tokenization_of
 from rltrain.errors import UserError, user_mistakes
 from rltrain.learner.frozen_models import require_same_tokens
 from rltrain.learner.loading import load_causal_lm
+from rltrain.weight_names import CheckpointNames
 
 
 def soup_command(models: Sequence[str], weights: Sequence[float], out: Path) -> int:
@@ -44,6 +45,8 @@ def soup_command(models: Sequence[str], weights: Sequence[float], out: Path) -> 
             "models\n\n"
         )
         card = f"{header}Every weight is {named}, parameter by parameter (arXiv:2411.01798).\n"
-        export_model(out, loaded[0], tokenization.tokenizer, card, mixed)
+        names = CheckpointNames(loaded[0])
+        weights = names.to_checkpoint(mixed.items())
+        export_model(out, loaded[0], tokenization.tokenizer, card, weights, ties=names.ties)
     Console(highlight=False).print(str(out), markup=False, soft_wrap=True)
     return 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -51,13 +51,22 @@ class Backend(Protocol):
         """Whether float16's loss scale may still fall, so that an overflow is part of looking for it."""
         ...
 
-    def whole(self, tensor: Tensor) -> Tensor:
-        """A weight's full float32 master, on every rank. A collective where weights are sharded."""
+    def whole(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A weight's full float32 master, on every rank. A collective where weights are sharded.
+
+        dtype: to which sharded weights are rounded before they are gathered; a weight that is whole already
+        may keep its own.
+        """
         ...
 
-    def state(self, named: Named, keep: bool) -> dict[str, Tensor]:
-        """The optimizer's state by ``name/slot``, whole and on the CPU; collected by every rank, kept
-        where ``keep``.
+    def norm(self, tensor: Tensor) -> Tensor:
+        """() float64: sum of squares of this rank's part of a weight. No collective."""
+        ...
+
+    def state(self, named: Named) -> Iterator[tuple[str, Tensor]]:
+        """The optimizer's state by ``name/slot``, each tensor whole, one after the other.
+
+        A collective: every rank takes all of them.
         """
         ...
 
@@ -126,12 +135,15 @@ class TorchBackend:
     def seeks_scale(self) -> bool:
         return self._accelerator.scaler is not None and self._accelerator.scaler.get_scale() > 1
 
-    def whole(self, tensor: Tensor) -> Tensor:
+    def whole(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         tensor = tensor.detach()
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return _gathered(tensor, dtype) if isinstance(tensor, DTensor) else tensor
 
-    def state(self, named: Named, keep: bool) -> dict[str, Tensor]:
-        return optimizer_tensors(self.optimizer, named, keep)
+    def norm(self, tensor: Tensor) -> Tensor:
+        return _squares(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
+
+    def state(self, named: Named) -> Iterator[tuple[str, Tensor]]:
+        return optimizer_tensors(self.optimizer, named)
 
     def restore(self, named: Named, tensors: Mapping[str, Tensor]) -> None:
         restore_optimizer(self.optimizer, named, tensors)
@@ -184,11 +196,13 @@ class DeepSpeedBackend:
     def seeks_scale(self) -> bool:
         return self.policy.fp16_enabled() and self._zero.loss_scale > 1
 
-    def whole(self, tensor: Tensor) -> Tensor:
+    def whole(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         from deepspeed import zero
         from deepspeed.utils import safe_get_full_fp32_param
 
-        if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+        # ZeRO's own copy is its master rounded to that type: nothing in float32 has to be gathered.
+        rounded = dtype is not None and tensor.dtype == dtype
+        if isinstance(tensor, nn.Parameter) and tensor.requires_grad and not rounded:
             master = safe_get_full_fp32_param(tensor)
             assert master is not None, "ZeRO knows nothing of a parameter it trains"
             return master.detach()
@@ -197,29 +211,36 @@ class DeepSpeedBackend:
         with zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
 
+    def norm(self, tensor: Tensor) -> Tensor:
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        if not (isinstance(tensor, nn.Parameter) and tensor.requires_grad):
+            return _squares(getattr(tensor, "ds_tensor", tensor))
+        if hasattr(tensor, "ds_id"):
+            return _squares(safe_get_local_fp32_param(tensor))
+        mapping = getattr(tensor, "_hp_mapping", None)  # None: other ranks hold all of this weight's master
+        fragment = None if mapping is None else mapping.get_hp_fragment()
+        return torch.zeros((), dtype=torch.float64) if fragment is None else _squares(fragment)
+
     def set_masters(self, named: Named, weights: Mapping[str, Tensor]) -> None:
         """The float32 weights, of which the engine has made its own only after rounding them."""
         for name, parameter in named:
             if parameter.requires_grad:
                 self._put(parameter, weights[name], None)
 
-    def state(self, named: Named, keep: bool) -> dict[str, Tensor]:
+    def state(self, named: Named) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         steps = [int(slots["step"]) for slots in self.optimizer.state.values() if "step" in slots]
-        found: dict[str, Tensor] = {}
         self._link_states()
         for name, parameter in named if steps else []:
             if not parameter.requires_grad:
                 continue
             for slot in ("exp_avg", "exp_avg_sq"):
                 value = safe_get_full_optimizer_state(parameter, slot)
-                if keep:
-                    assert value is not None, f"ZeRO knows no {slot} of {name}, which it trains"
-                    found[f"{name}/{slot}"] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
-            if keep:
-                found[f"{name}/step"] = torch.tensor(float(max(steps)))
-        return found
+                assert value is not None, f"ZeRO knows no {slot} of {name}, which it trains"
+                yield f"{name}/{slot}", value.detach().float()
+            yield f"{name}/step", torch.tensor(float(max(steps)))
 
     def restore(self, named: Named, tensors: Mapping[str, Tensor]) -> None:
         trained = {name: parameter for name, parameter in named if parameter.requires_grad}
@@ -276,6 +297,17 @@ class DeepSpeedBackend:
             safe_set_full_fp32_param(parameter, value)
         else:
             safe_set_full_optimizer_state(parameter, value, slot)
+
+
+def _gathered(shard: DTensor, dtype: torch.dtype | None) -> Tensor:
+    """The whole weight, rounded before it travels where ``dtype`` says so."""
+    rounded: Any = shard if dtype is None else shard.to(dtype)
+    return rounded.full_tensor()
+
+
+def _squares(part: Tensor) -> Tensor:
+    """() float64 on the CPU."""
+    return torch.linalg.vector_norm(part.detach(), dtype=torch.float64).square().cpu()
 
 
 def set_mode(policy: nn.Module, *, training: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -53,19 +53,16 @@ def build_schedule(optimizer: torch.optim.Optimizer, settings: Optimizer, total_
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, torch.nn.Parameter]], keep: bool
-) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name and slot (``lm_head.weight/exp_avg``), whole and on the CPU.
+    optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, torch.nn.Parameter]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The state of every parameter that has one, by ``name/slot``, each tensor whole, one after the other.
 
-    Sharded state is gathered one tensor at a time, so every rank calls this; only with ``keep`` is it kept.
+    Sharded state is gathered, so every rank takes all of them.
     """
-    found = {}
     for name, parameter in named:
         for slot, value in optimizer.state.get(parameter, {}).items():
             whole = value.full_tensor() if isinstance(value, DTensor) else value
-            if keep:
-                found[f"{name}/{slot}"] = whole.detach().to("cpu", copy=True).contiguous()
-    return found
+            yield f"{name}/{slot}", whole.detach()
 
 
 def restore_optimizer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,16 +113,15 @@ class PairLearner(ModelOwner):
             for name, weight in self.model_weights():
                 held[f"model.{name}"].copy_(weight)
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
         """That of the trained model, and the previous iterate's weights."""
-        tensors, values = self.trained.state()
-        if self.rank == 0 and PREVIOUS in self.frozen:
-            iterate = _named_parameters(self.frozen[PREVIOUS])
-            tensors |= {_PREVIOUS_WEIGHTS + name: weight.detach().cpu().clone() for name, weight in iterate}
-        return tensors, values
+        yield from self.trained.optimizer_state()
+        if PREVIOUS in self.frozen:
+            for name, weight in _named_parameters(self.frozen[PREVIOUS]):
+                yield _PREVIOUS_WEIGHTS + name, weight.detach()
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Continue where ``state`` was taken."""
+        """Continue where ``optimizer_state`` and ``state`` were taken."""
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PREVIOUS_WEIGHTS)}
         self.trained.restore(own, values)
         if PREVIOUS in self.frozen:

@@ -149,19 +149,31 @@ class TrainedModel:
         """The transformers model inside every wrapper."""
         return self.unwrapped_model.inner
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Each weight on every rank, in float32 as the optimizer has it, under its checkpoint name.
 
-        What transformers fuses comes in its parts. A collective: every rank takes all of them.
+        What transformers fuses comes in its parts. A collective: every rank takes all of them. One weight is
+        gathered at a time. dtype: of whoever takes them; shards are rounded to it before they are gathered.
         """
-        return self.names.to_checkpoint(self.model_weights())
+        return self.names.to_checkpoint(self.model_weights(dtype))
 
-    def model_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def model_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """``weights`` under the names that they have inside the model."""
         for name, tensor in self.unwrapped_model.state_dict(keep_vars=True).items():
             with self._deadline("the other ranks", f"to hand over their shards of {name}"):
-                whole = self.backend.whole(tensor)
+                whole = self.backend.whole(tensor, dtype)
             yield name.removeprefix("model."), whole
+            del whole
+
+    def weight_norms(self) -> tuple[float, ...]:
+        """The norm of each weight in float64, in the order of ``model_weights``, without gathering any.
+
+        Replicas count as many times as there are ranks. An update that changes a weight changes its norm. A
+        collective.
+        """
+        weights = self.unwrapped_model.state_dict(keep_vars=True).values()
+        squares = [self.backend.norm(weight) for weight in weights]
+        return tuple(self.sum_over_ranks(torch.stack(squares)).sqrt().tolist())
 
     def _set_masters(self, model: Model) -> None:
         """Give the optimizer the model folder's float32 weights, where the backend rounded its own copies."""
@@ -177,25 +189,33 @@ class TrainedModel:
 
     # state --------------------------------------------------------------------------------------------------
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What an update depends on besides the weights: tensors by parameter name, and JSON values.
+    def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+        """The optimizer's tensors by parameter name and slot, each whole, one after the other.
 
-        A collective; only rank 0 keeps the tensors. Any backend and number of ranks continues from what
+        A collective: every rank takes all of them. Any backend and number of ranks continues from what
         another one wrote.
         """
-        with self._deadline("the other ranks", "to hand over their shards of the optimizer's state"):
-            tensors = self.backend.state(self._named_parameters(), keep=self.rank == 0)
+        stream = self.backend.state(self._named_parameters())
+        while True:
+            with self._deadline("the other ranks", "to hand over their shards of the optimizer's state"):
+                item = next(stream, None)
+            if item is None:
+                return
+            yield item
+            del item
+
+    def state(self) -> dict[str, Any]:
+        """What an update depends on besides the weights and ``optimizer_state``, as JSON."""
         scaler = self.accelerator.scaler
-        values = {
+        return {
             "version": self.version,
             "schedule": self.schedule.last_epoch,
             "nonfinite_in_a_row": self._nonfinite_in_a_row,
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        return tensors, values
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Continue where ``state`` was taken; the weights are those that this object loaded.
+        """Continue where ``optimizer_state`` and ``state`` were taken; the weights are those that this object loaded.
 
         Raises ValueError for another model's state.
         """
@@ -299,28 +319,29 @@ class ModelOwner:
         """Whether ``flag`` is set on any rank."""
         return any(self.gather([flag]))
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """``TrainedModel.weights``: a collective, of which every rank takes all weights."""
-        return self.trained.weights()
+        return self.trained.weights(dtype)
 
     def model_weights(self) -> Iterator[tuple[str, Tensor]]:
         """``TrainedModel.model_weights``: a collective, of which every rank takes all weights."""
         return self.trained.model_weights()
+
+    def weight_norms(self) -> tuple[float, ...]:
+        """``TrainedModel.weight_norms``: a collective."""
+        return self.trained.weight_norms()
 
     @property
     def names(self) -> CheckpointNames:
         """What the weights are called in a checkpoint."""
         return self.trained.names
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Full, unsharded weights under their names inside the model, as ``save_pretrained`` takes them.
+    def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+        """``TrainedModel.optimizer_state``: a collective, of which every rank takes all tensors."""
+        return self.trained.optimizer_state()
 
-        A collective; only rank 0 needs to keep the result.
-        """
-        return dict(self.model_weights())
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """``TrainedModel.state``: a collective."""
+    def state(self) -> dict[str, Any]:
+        """``TrainedModel.state``."""
         return self.trained.state()
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:

@@ -51,29 +51,37 @@ class Sync:
     _sent: dict[torch.dtype, _Fingerprints] = field(
         default_factory=dict
     )  # what targets of each precision should hold
-    _learner: _Fingerprints = field(default_factory=dict)  # of the learner's own precision, as last sent
+    _learner: _Fingerprints = field(default_factory=dict)  # of float32 weights as they were last sent
+    _norms: tuple[float, ...] = ()  # of the learner's weights at the last push
 
     def push(
-        self, weights: Callable[[], Weights], version: PolicyVersion, *, expect_change: bool
+        self,
+        weights: Callable[[torch.dtype], Weights],
+        version: PolicyVersion,
+        *,
+        expect_change: bool,
+        norms: Callable[[], tuple[float, ...]] = tuple,
     ) -> dict[str, float]:
         """Wake the targets, load ``weights`` into each as ``version`` and prove it; what the report shows of
         it.
 
-        weights: called once for each target. The learner's fingerprints are taken while they stream by, so
-        shards are gathered no more often than that. expect_change: the updates since the last push had a
-        learning rate and a gradient above 0. Raises WeightMismatchError when a weight did not arrive, and
-        when a newer version that should have changed has the fingerprints of the older one.
+        weights: called once for each target, with its dtype, to which shards may be rounded before they are
+        gathered. Fingerprints are taken while the weights stream by, so shards are gathered no more often
+        than that. expect_change: the updates since the last push had a learning rate and a gradient above 0.
+        norms: of the learner's weights, in float32 or wider. Raises WeightMismatchError when a weight did
+        not arrive, and when a newer version that should have changed has the norms of the older one.
         """
         full = not self._sent or (self.full_every > 0 and self.pushes % self.full_every == 0)
         # the sample, and the next push's, which will be asked whether it changed
         names = None if full else self._names(self.pushes) | self._names(self.pushes + 1)
-        before = self._learner
+        before = (self._learner, self._norms)
         self._learner = {}
+        self._norms = norms()
         self._sent = {}
         for target in self.targets:
             targets.wake(target, self.deadline)
         for target in self.targets:
-            stream = weights()
+            stream = weights(target.dtype)
             if target.dtype not in self._sent:  # targets of one precision hold the same
                 stream = self._tapped(stream, names, target.dtype)
             targets.load(target, stream, version, self.deadline)
@@ -81,7 +89,7 @@ class Sync:
         if not self._rotating:
             self._sort_names()
         if expect_change and version > self._version:
-            self._require_change(before, version)
+            self._require_change(*before, version)
         sent = self._sent if full else self._of_sample(self.pushes)
         worst = self._compare(sent, full, f"after the push of version {version}")
         self.pushes += 1
@@ -96,7 +104,7 @@ class Sync:
         sent = self._sent if every else self._of_sample(self.pushes - 1)
         self._compare(sent, every, f"after sampling with version {self._version}")
 
-    def verify_all(self, weights: Weights) -> None:
+    def verify_all(self, weights: Callable[[torch.dtype], Weights]) -> None:
         """What the targets have just sampled with is ``weights``, the learner's, every one of them.
 
         For samples that are reported as this version's, held-out ones: a comparison that takes turns would
@@ -112,9 +120,12 @@ class Sync:
 
     @contextlib.contextmanager
     def temporarily_loaded(
-        self, weights: Mapping[str, Tensor], version: PolicyVersion, own: Callable[[], Weights]
+        self,
+        weights: Mapping[str, Tensor],
+        version: PolicyVersion,
+        own: Callable[[torch.dtype], Weights],
     ) -> Iterator[None]:
-        """Inside, the targets hold other ``weights`` as ``version``; afterwards the learner's, ``own()``, as
+        """Inside, the targets hold other ``weights`` as ``version``; afterwards the learner's ``own``, as
         before.
 
         What the targets sampled with is compared before either goes, and all of ``weights`` after both
@@ -124,37 +135,35 @@ class Sync:
         self.verify()
         for target in self.targets:
             targets.load(target, iter(weights.items()), version, self.deadline)
-        expected = self._of_every(weights.items(), {})
+        expected = self._of_every(lambda dtype: weights.items(), {})
         self._compare(expected, True, f"after loading version {version}")
         yield
         self._compare(expected, True, f"after sampling with version {version}")
         self.push(own, self._version, expect_change=False)
 
     def _tapped(self, weights: Weights, names: set[str] | None, dtype: torch.dtype) -> Weights:
-        """Passes ``weights`` on; takes the fingerprints of ``names`` (None: of all), in the learner's
-        precision and in ``dtype``.
-        """
+        """Passes ``weights`` on; takes the fingerprints of ``names`` (None: of all) in ``dtype``."""
         sent = self._sent.setdefault(dtype, {})
         seconds = self._seconds()
         for name, weight in weights:
             self._streamed.add(name)
             for called in (*seconds.get(name, ()), name):
                 if names is None or called in names:
-                    held = weight.detach()
-                    self._learner[called] = sent[called] = weight_fingerprint(called, held)
-                    if held.dtype != dtype:
-                        sent[called] = weight_fingerprint(called, held.to(dtype))
+                    sent[called] = weight_fingerprint(called, weight.detach().to(dtype))
+                    if weight.dtype == torch.float32:
+                        self._learner[called] = weight_fingerprint(called, weight.detach())
             yield name, weight
+            del weight
 
     def _of_every(
-        self, weights: Weights, seconds: Mapping[str, Sequence[str]]
+        self, weights: Callable[[torch.dtype], Weights], seconds: Mapping[str, Sequence[str]]
     ) -> dict[torch.dtype, _Fingerprints]:
         """What targets of each precision should hold. seconds: further names of a weight, by the one it comes
         under.
         """
         expected: dict[torch.dtype, _Fingerprints] = {target.dtype: {} for target in self.targets}
-        for name, weight in weights:
-            for dtype, fingerprints in expected.items():
+        for dtype, fingerprints in expected.items():
+            for name, weight in weights(dtype):
                 held = weight.detach().to(dtype)
                 for called in (*seconds.get(name, ()), name):
                     fingerprints[called] = weight_fingerprint(called, held)
@@ -172,7 +181,7 @@ class Sync:
         """After the first push: which weights are in every sample, and in which order the others take
         turns.
         """
-        names = list(self._learner)
+        names = list(next(iter(self._sent.values())))
         layered = [name for name in names if any(part.isdigit() for part in name.split("."))]
         self._always = tuple(name for name in names if name not in set(layered))
         self._rotating = random.Random(self.seed).sample(layered, len(layered))
@@ -192,16 +201,23 @@ class Sync:
             for dtype, sent in self._sent.items()
         }
 
-    def _require_change(self, before: Mapping[str, Fingerprint], version: PolicyVersion) -> None:
+    def _require_change(
+        self, before: Mapping[str, Fingerprint], norms: tuple[float, ...], version: PolicyVersion
+    ) -> None:
         known = [name for name in self._learner if name in before]
-        if known and all(self._learner[name].number == before[name].number for name in known):
+        same = ""
+        if norms and norms == self._norms:
+            same = f"the norms of all {len(norms)} tensors are the same to the last bit"
+        elif known and all(self._learner[name].number == before[name].number for name in known):
+            same = (
+                f"{known[0]!r} still has fingerprint {self._learner[known[0]].number:.9g}, and so do the other "
+                f"{len(known) - 1} compared"
+            )
+        if same:
             raise WeightMismatchError(
                 f"version {version}: the learner took updates with a learning rate and a gradient above 0, "
-                "but its "
-                f"weights are those of version {self._version}: {known[0]!r} still has fingerprint "
-                f"{self._learner[known[0]].number:.9g}, and so do the other {len(known) - 1} compared. The "
-                "optimizer "
-                "does not hold the weights that are sent; look at what wraps the model"
+                f"but its weights are those of version {self._version}: {same}. The optimizer does not hold "
+                "the weights that are sent; look at what wraps the model"
             )
 
     def _compare(self, sent: Mapping[torch.dtype, Mapping[str, Fingerprint]], full: bool, when: str) -> float:

@@ -46,14 +46,17 @@ class PairRun(TrainingRun):
 
     def push(self, *, expect_change: bool) -> dict[str, float]:
         """Gives the learner's weights to whatever samples, proved; metrics of the push."""
-        return self.sync.push(self.learner.weights, self.learner.version, expect_change=expect_change)
+        learner = self.learner
+        return self.sync.push(
+            learner.weights, learner.version, expect_change=expect_change, norms=learner.weight_norms
+        )
 
     def evaluate(self) -> Evaluation | None:
         """Held-out pass@k with the weights as they are."""
         if self.evaluator is None:
             return None
         result = self.evaluator.evaluate(self.source, self.learner.version)
-        self.sync.verify_all(self.learner.weights())
+        self.sync.verify_all(self.learner.weights)
         self.reporter.once(result.note)
         return result
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
 
+from rltrain.checkpoint import tensor_files
 from rltrain.checkpoint.export import ExportError, export_model, verify
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.errors import UserError
@@ -65,7 +66,7 @@ def test_the_exported_model_has_the_learners_logits_bit_for_bit(tmp_path, tokeni
     weights = (
         {name: value.clone() for name, value in model.state_dict().items()} if gathered else None
     )  # as sharded learners give them
-    out = export_model(tmp_path / "run" / "model", model, tokenizer, "# card\n", weights)
+    out = export_model(tmp_path / "run" / "model", model, tokenizer, "# card\n", weights and weights.items())
     again = AutoModelForCausalLM.from_pretrained(out).eval()
     assert torch.equal(logits(again), logits(model))
     assert ("lm_head.weight" in keys(out)) is not tied
@@ -123,7 +124,7 @@ def test_only_what_names_an_error_of_the_system_becomes_one(said, number, tmp_pa
 def test_the_weights_given_are_the_weights_written(tmp_path, tokenizer):
     model = tiny(tied=True)
     other = {name: value + 1 for name, value in model.state_dict().items()}
-    out = export_model(tmp_path / "model", model, tokenizer, "card", other)
+    out = export_model(tmp_path / "model", model, tokenizer, "card", other.items())
     again = AutoModelForCausalLM.from_pretrained(out)
     assert torch.equal(again.model.norm.weight, model.model.norm.weight + 1)
     assert torch.equal(again.lm_head.weight, model.lm_head.weight + 1)
@@ -136,7 +137,7 @@ def test_a_stale_tied_head_is_refused(tmp_path, tokenizer):
     with pytest.raises(
         ExportError, match=r"lm_head\.weight and model\.embed_tokens\.weight are tied but differ"
     ):
-        export_model(tmp_path / "model", model, tokenizer, "card", stale)
+        export_model(tmp_path / "model", model, tokenizer, "card", stale.items())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -154,7 +155,7 @@ def test_a_stale_tied_head_is_refused(tmp_path, tokenizer):
 def test_weights_that_are_not_the_architectures_leave_nothing_behind(tmp_path, tokenizer, spoil, said):
     model = tiny(tied=False)
     with pytest.raises(ExportError, match=said):
-        export_model(tmp_path / "model", model, tokenizer, "card", spoil(model.state_dict()))
+        export_model(tmp_path / "model", model, tokenizer, "card", spoil(model.state_dict()).items())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -198,10 +199,7 @@ def test_sampling_settings_of_the_base_model_do_not_cost_the_finished_one(tmp_pa
 
 def test_sharded_files_are_checked_too(tmp_path, tokenizer, monkeypatch):
     model = tiny(tied=True)
-    save = model.save_pretrained
-    monkeypatch.setattr(
-        model, "save_pretrained", lambda folder, **options: save(folder, max_shard_size="20KB", **options)
-    )
+    monkeypatch.setattr(tensor_files, "FILE_BYTES", 20_000)
     out = export_model(tmp_path / "model", model, tokenizer, "card")
     assert len(list(out.glob("*.safetensors"))) > 1
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out).eval()), logits(model))

@@ -31,7 +31,6 @@ def run_folder(path: Path, run: str, steps: tuple[int, ...]) -> RunFolder:
         state = RunState(
             step=step,
             learner={},
-            tensors={"m": torch.zeros(1)},
             order={},
             prompts="",
             pushes=0,
@@ -41,7 +40,7 @@ def run_folder(path: Path, run: str, steps: tuple[int, ...]) -> RunFolder:
             recipe=RECIPE.model_dump(mode="json"),
             environment={"run": run},
         )
-        write_state(checkpoint, state)
+        write_state(checkpoint, state, [("m", torch.zeros(1))])
         (checkpoint / MANIFEST).write_text(json.dumps(file_hashes(checkpoint)))
     return folder
 

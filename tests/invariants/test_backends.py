@@ -138,6 +138,13 @@ def assert_close(found: Path, expected: Path, *, first: int = 0) -> None:
         assert (weight - theirs[name]).abs().max() < 2e-5, name  # of 8 updates of up to 5e-4
 
 
+def assert_no_second_model(peaks: dict[str, int], *, writes: bool) -> None:
+    """No rank holds more than two gathered tensors beside its shards; the one that writes has a file's worth."""
+    assert 0 < peaks["push"] <= 2 * peaks["largest"]
+    for kind in () if writes else ("save", "optimizer"):
+        assert 0 < peaks[kind] <= 2 * peaks["largest"], kind
+
+
 def assert_equal(found: Path, expected: Path) -> None:
     """Bit for bit: the metrics of the steps both have, the weights, the optimizer's state."""
     steps = {line["step"]: line for line in metrics(expected)}
@@ -172,6 +179,9 @@ def test_the_trajectory_of_one_process(backend: str, alone: Path, tmp_path: Path
                 assert "DeepSpeedEngine" in run["policy"] and run["stage"] == 2 and run["elements"] > 0
             case "zero3":
                 assert "DeepSpeedEngine" in run["policy"] and run["stage"] == 3 and run["elements"] == 0
+    if backend in ("fsdp2", "zero3"):
+        for run in engaged:
+            assert_no_second_model(run["peaks"], writes=run["rank"] == 0)
     assert_close(tmp_path / "whole", alone / "whole")
     assert_equal(tmp_path / "resumed", tmp_path / "whole")
     assert_close(tmp_path / "taken_over", alone / "whole", first=2)

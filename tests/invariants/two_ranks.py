@@ -15,8 +15,11 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rltrain.build.workflows import WORKFLOWS
 from rltrain.cli.train import train_command
@@ -38,9 +41,13 @@ def main() -> None:
         trained = run.learner.trained
         parameter = next(trained.unwrapped_model.parameters())
         policy = trained.wrapped_model
-        kinds = {"ranks": trained.world_size, "policy": [kind.__name__ for kind in type(policy).__mro__]}
+        kinds = {
+            "rank": trained.rank,
+            "ranks": trained.world_size,
+            "policy": [kind.__name__ for kind in type(policy).__mro__],
+        }
         weights = {"parameter": type(parameter).__name__, "elements": parameter.numel()}
-        engaged.append(kinds | weights | {"stage": stage_of(policy)})
+        engaged.append(kinds | weights | {"stage": stage_of(policy), "peaks": count_gathered(run.learner)})
         return run
 
     WORKFLOWS["online"] = dataclasses.replace(online, build=build)
@@ -48,6 +55,33 @@ def main() -> None:
     for name, resume in (("whole", "auto"), ("resumed", str(middle)), ("taken_over", checkpoint)):
         assert train_command(recipe, out / name, [], resume) == 0
     (out / f"engaged-{os.environ['RANK']}.json").write_text(json.dumps(engaged))
+
+
+def count_gathered(learner: Any) -> dict[str, int]:
+    """Bytes of gathered tensors that are alive at once, at most, in each kind of stream; filled as the run goes."""
+    trained = learner.trained
+    peaks = {"push": 0, "save": 0, "optimizer": 0, "largest": 0}
+
+    def counted(stream: Any, kind: str) -> Any:
+        alive: list[Any] = []
+        for name, tensor in stream:
+            if tensor.ndim:  # counters of updates are the optimizer's own
+                alive.append((tensor.untyped_storage()._weak_ref(), tensor.nbytes))
+            for _ in range(20):  # gloo's own threads let go of what they gathered a moment later
+                alive = [held for held in alive if not torch.UntypedStorage._expired(held[0])]
+                if len(alive) <= 2:
+                    break
+                time.sleep(0.01)
+            peaks[kind] = max(peaks[kind], sum(nbytes for _, nbytes in alive))
+            peaks["largest"] = max(peaks["largest"], tensor.nbytes)
+            yield name, tensor
+            del tensor
+
+    weights = trained.model_weights
+    optimizer = trained.optimizer_state
+    trained.model_weights = lambda dtype=None: counted(weights(dtype), "save" if dtype is None else "push")
+    trained.optimizer_state = lambda: counted(optimizer(), "optimizer")
+    return peaks
 
 
 def stage_of(policy: Any) -> int | None:

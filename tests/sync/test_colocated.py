@@ -22,6 +22,16 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 LAYERED = 24  # 2 layers of 12 weights each: q, k, v with biases, o, gate, up, down, two norms
 
 
+def weights_of(learner: Any) -> Any:
+    """What a sync calls for the weights of a plain model."""
+    return lambda dtype: learner.state_dict().items()
+
+
+def parameters_of(learner: Any) -> Any:
+    """The same with tied weights once."""
+    return lambda dtype: learner.named_parameters()
+
+
 def engine_of(folder: str, dtype: torch.dtype = torch.float32) -> TransformersEngine:
     return TransformersEngine(
         folder, stop_token_ids=[1], pad_token_id=0, decode=lambda ids: "", max_rows=4, dtype=dtype
@@ -56,11 +66,11 @@ def test_the_first_push_compares_every_weight_and_samples_take_turns(model: tupl
     everything = set(learner.state_dict())
     outside = {HEAD, EMBEDDING, "model.norm.weight"}
     assert len(everything - outside) == LAYERED
-    shown = sync.push(learner.state_dict().items, 0, expect_change=False)
+    shown = sync.push(weights_of(learner), 0, expect_change=False)
     assert shown == {"sync/checked": len(everything), "sync/difference": 0.0}
     for version in range(1, LAYERED // 4 + 1):
         stepped(learner, 1e-4, version)
-        assert sync.push(learner.state_dict().items, version, expect_change=True)["sync/checked"] == 4 + 3
+        assert sync.push(weights_of(learner), version, expect_change=True)["sync/checked"] == 4 + 3
     assert all(outside <= names for names in asked[1:])  # a stale head is caught at once, in whichever turn
     assert set().union(*asked[1:]) == everything  # 24 / 4 = 6 pushes reach every weight
 
@@ -69,8 +79,7 @@ def test_all_weights_are_compared_every_so_many_pushes(model: tuple[str, Any]) -
     folder, learner = model
     sync = sync_of(engine_of(folder), learner.all_tied_weights_keys, sample=1, full_every=3)
     counts = [
-        sync.push(learner.state_dict().items, version, expect_change=False)["sync/checked"]
-        for version in range(7)
+        sync.push(weights_of(learner), version, expect_change=False)["sync/checked"] for version in range(7)
     ]
     assert counts == [27, 4, 4, 27, 4, 4, 27]  # 24 + head, embedding, norm; 1 + the same three
 
@@ -80,13 +89,13 @@ def test_a_tied_head_is_compared_where_the_learner_sends_it_once(random_tied_mod
     engine = engine_of(random_tied_model)
     assert HEAD not in dict(learner.named_parameters())
     assert (
-        sync_of(engine, learner.all_tied_weights_keys).push(learner.named_parameters, 0, expect_change=False)[
+        sync_of(engine, learner.all_tied_weights_keys).push(parameters_of(learner), 0, expect_change=False)[
             "sync/checked"
         ]
         == 27
     )
     with pytest.raises(WeightMismatchError, match=f"'{HEAD}', which the learner does not report"):
-        sync_of(engine, {}).push(learner.named_parameters, 0, expect_change=False)
+        sync_of(engine, {}).push(parameters_of(learner), 0, expect_change=False)
 
 
 def test_a_bfloat16_engine_is_compared_with_rounded_weights_to_the_last_digit(model: tuple[str, Any]) -> None:
@@ -95,7 +104,7 @@ def test_a_bfloat16_engine_is_compared_with_rounded_weights_to_the_last_digit(mo
     folder, learner = model
     engine = engine_of(folder, torch.bfloat16)
     sync = sync_of(engine, learner.all_tied_weights_keys, full_every=1)
-    assert sync.push(learner.state_dict().items, 0, expect_change=False)["sync/difference"] < 1e-12
+    assert sync.push(weights_of(learner), 0, expect_change=False)["sync/difference"] < 1e-12
     name = "model.layers.0.mlp.up_proj.weight"
     held = engine._model.get_parameter(name).data
     held[3, 5] *= 1 + 2**-7
@@ -106,11 +115,11 @@ def test_a_bfloat16_engine_is_compared_with_rounded_weights_to_the_last_digit(mo
 def test_an_update_too_small_for_bfloat16_is_still_a_change_of_the_learner(model: tuple[str, Any]) -> None:
     folder, learner = model
     sync = sync_of(engine_of(folder, torch.bfloat16), learner.all_tied_weights_keys)
-    sync.push(learner.state_dict().items, 0, expect_change=False)
+    sync.push(weights_of(learner), 0, expect_change=False)
     for version in (1, 2):
         with torch.no_grad():
             learner.get_parameter("model.norm.weight")[0] += 1e-6  # 1 + 1e-6 is 1 in bfloat16
-        assert sync.push(learner.state_dict().items, version, expect_change=True)["sync/checked"] > 0
+        assert sync.push(weights_of(learner), version, expect_change=True)["sync/checked"] > 0
 
 
 @pytest.mark.parametrize("at", [1, 2, 5])
@@ -121,15 +130,15 @@ def test_weights_that_stand_still_although_updates_were_taken_stop_the_run_at_th
     # it, not only full ones
     folder, learner = model
     sync = sync_of(engine_of(folder), learner.all_tied_weights_keys, full_every=2)
-    sync.push(learner.state_dict().items, 0, expect_change=False)
+    sync.push(weights_of(learner), 0, expect_change=False)
     for version in range(1, at):
         stepped(learner, 1e-4, version)
-        sync.push(learner.state_dict().items, version, expect_change=True)
+        sync.push(weights_of(learner), version, expect_change=True)
     with pytest.raises(
         WeightMismatchError,
         match=rf"version {at}: .* those of version {at - 1}: '.*' still has fingerprint [-\d.]+",
     ):
-        sync.push(learner.state_dict().items, at, expect_change=True)
+        sync.push(weights_of(learner), at, expect_change=True)
 
 
 def test_weights_may_stand_still_at_learning_rate_0_and_when_no_update_was_taken(
@@ -138,44 +147,44 @@ def test_weights_may_stand_still_at_learning_rate_0_and_when_no_update_was_taken
     folder, learner = model
     sync = sync_of(engine_of(folder), learner.all_tied_weights_keys)
     for version in range(3):
-        assert sync.push(learner.state_dict().items, version, expect_change=False)["sync/checked"] > 0
+        assert sync.push(weights_of(learner), version, expect_change=False)["sync/checked"] > 0
     # every update was dropped: the version is the old one
-    assert sync.push(learner.state_dict().items, 2, expect_change=True)["sync/checked"] > 0
+    assert sync.push(weights_of(learner), 2, expect_change=True)["sync/checked"] > 0
 
 
 def test_every_weight_can_be_compared_after_sampling_and_it_counts_as_no_push(model: tuple[str, Any]) -> None:
     folder, learner = model
-    engine, weights = engine_of(folder), learner.named_parameters
+    engine, weights = engine_of(folder), parameters_of(learner)
     sync = sync_of(engine, learner.all_tied_weights_keys, sample=1)
     for version in range(2):
         sync.push(weights, version, expect_change=False)
     turn, pushes = sync._of_sample(1), sync.pushes
-    sync.verify_all(weights())
+    sync.verify_all(weights)
     assert (sync._of_sample(1), sync.pushes) == (turn, pushes)
-    name = next(name for name, _ in weights() if name not in turn[torch.float32])
+    name = next(name for name, _ in weights(torch.float32) if name not in turn[torch.float32])
     engine._model.get_parameter(name).data[0] += 1e-6
     sync.verify()  # it is not this one's turn
     with pytest.raises(WeightMismatchError, match=f"after sampling with version 1: weight '{name}'"):
-        sync.verify_all(weights())
+        sync.verify_all(weights)
 
 
 def test_a_tied_head_is_among_every_weight(random_tied_model: str) -> None:
     learner = AutoModelForCausalLM.from_pretrained(random_tied_model, dtype=torch.float32)
     engine = engine_of(random_tied_model)
     sync = sync_of(engine, learner.all_tied_weights_keys)
-    sync.push(learner.named_parameters, 0, expect_change=False)
-    sync.verify_all(learner.named_parameters())
+    sync.push(parameters_of(learner), 0, expect_change=False)
+    sync.verify_all(parameters_of(learner))
     report = engine.fingerprint
     engine.fingerprint = lambda names=None: {**report(names), HEAD: Fingerprint(1.0, 0.0)}
     with pytest.raises(WeightMismatchError, match=HEAD):
-        sync.verify_all(learner.named_parameters())
+        sync.verify_all(parameters_of(learner))
 
 
 def test_weights_are_taken_from_the_learner_once(model: tuple[str, Any]) -> None:
     folder, learner = model
     sync, passed = sync_of(engine_of(folder), learner.all_tied_weights_keys), []
 
-    def once() -> Iterator[tuple[str, torch.Tensor]]:
+    def once(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         for name, weight in learner.state_dict().items():
             passed.append(name)
             yield name, weight
@@ -189,7 +198,7 @@ def test_the_message_names_weight_numbers_version_and_remedy(model: tuple[str, A
     folder, learner = model
     engine = engine_of(folder)
     sync = sync_of(engine, learner.all_tied_weights_keys, full_every=1)
-    sync.push(learner.state_dict().items, 0, expect_change=False)
+    sync.push(weights_of(learner), 0, expect_change=False)
     load, name = engine.load, "model.layers.1.mlp.down_proj.weight"
     old = copy.deepcopy(learner.get_parameter(name))
 
@@ -199,7 +208,7 @@ def test_the_message_names_weight_numbers_version_and_remedy(model: tuple[str, A
     engine.load = all_but_one
     stepped(learner, 1e-4)
     with pytest.raises(WeightMismatchError) as stop:
-        sync.push(learner.state_dict().items, 1, expect_change=True)
+        sync.push(weights_of(learner), 1, expect_change=True)
     message = str(stop.value)
     assert message.startswith(f"after the push of version 1: weight {name!r}: the engine multiplies with ")
     numbers = [
@@ -217,7 +226,7 @@ def test_every_target_is_loaded_and_compared_in_its_own_precision(model: tuple[s
     sync = Sync(engines, learner.all_tied_weights_keys, sample=4, full_every=0, seed=3)
     streams: list[int] = []
 
-    def weights() -> Any:
+    def weights(dtype: torch.dtype) -> Any:
         streams.append(len(streams))
         return learner.state_dict().items()
 
@@ -226,7 +235,7 @@ def test_every_target_is_loaded_and_compared_in_its_own_precision(model: tuple[s
     assert sync.push(weights, 1, expect_change=True) == {"sync/checked": 7, "sync/difference": 0.0}
     assert len(streams) == 6 and [engine.version for engine in engines] == [1, 1, 1]
     sync.verify()
-    sync.verify_all(weights())
+    sync.verify_all(weights)
     name = "model.layers.1.mlp.up_proj.weight"
     for place in (2, 1):
         held = engines[place]._model.get_parameter(name).data
@@ -234,7 +243,7 @@ def test_every_target_is_loaded_and_compared_in_its_own_precision(model: tuple[s
         with pytest.raises(
             WeightMismatchError, match=rf"after sampling with version 1, target {place} of 3: weight '{name}'"
         ):
-            sync.verify_all(weights())
+            sync.verify_all(weights)
 
 
 def test_a_push_wakes_what_sleeps_and_each_thing_asked_of_a_target_has_a_deadline(random_model: str) -> None:
@@ -249,10 +258,10 @@ def test_a_push_wakes_what_sleeps_and_each_thing_asked_of_a_target_has_a_deadlin
         yield
 
     sync = Sync([engine], {}, sample=4, full_every=0, seed=3, deadline=deadline)
-    sync.push(learner.state_dict().items, 0, expect_change=False)
+    sync.push(weights_of(learner), 0, expect_change=False)
     sync.sleep()
     assert engine.state is EngineState.ASLEEP
-    sync.push(learner.state_dict().items, 1, expect_change=False)
+    sync.push(weights_of(learner), 1, expect_change=False)
     assert (engine.state, engine.version) == (EngineState.LOADED, 1)
     proved = "to say which weights it holds"
     pushes = [["to wake up", f"to load version {version}", proved] for version in (0, 1)]

@@ -33,6 +33,10 @@ def main(folder: str) -> None:
         kv_cache_gib=0.1,
         enforce_eager=True,
     )
+    executor = engine._llm.llm_engine.engine_core.engine_core.model_executor
+    assert type(executor).__name__ == "ExecutorWithExternalLauncher"
+    method, _, local_rank = executor._distributed_args()
+    assert (method, local_rank) == ("env://", rank)  # of the GPU that it would take
     engine.load(model.named_parameters(), 1)
     if rank == 0:  # a rank generates without the other: no collective is hidden in it
         sample_groups(engine, [prompt], Sampling(1, 1.0, 8, seed=0), 1)

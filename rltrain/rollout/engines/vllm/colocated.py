@@ -58,7 +58,8 @@ class VllmColocated:
     model, revision: folder or Hub name; only its config is read. stop_token_ids: the union of every EOS id.
     decode: token ids to text without special tokens. max_model_len: prompt + completion tokens of one row.
     kv_cache_gib: on CPU; on GPU ``gpu_memory_utilization`` of the card is taken. sleep_mode: give GPU memory
-    back in ``sleep``; on CPU there is none to give. adaptive_temperature: take ``Sampling.adaptive``, which a
+    back in ``sleep``; on CPU there is none to give. device: the learner's, which the engine has to share;
+    None: not compared. adaptive_temperature: take ``Sampling.adaptive``, which a
     logits processor of vLLM's V1 model runner serves.
     """
 
@@ -79,6 +80,7 @@ class VllmColocated:
         enforce_eager: bool = False,
         sleep_mode: bool = True,
         adaptive_temperature: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self._decode, self._stop = decode, sorted(stop_token_ids)
         self._gpu = torch.cuda.is_available()
@@ -97,6 +99,10 @@ class VllmColocated:
         self._shapes = WeightShapes(self._architecture.shapes, self._architecture.parameters)
         self._owns_process_group = not torch.distributed.is_initialized()
         sizes = self._sizes(kv_cache_gib, gpu_memory_utilization)
+        if not self._owns_process_group:
+            # One engine per rank of the launcher. vLLM's own executor would put every rank's engine on the
+            # first GPU; this one takes the GPU of LOCAL_RANK.
+            sizes["distributed_executor_backend"] = "external_launcher"
         runner = (
             {"VLLM_USE_V2_MODEL_RUNNER": "0"} if adaptive_temperature else {}
         )  # the second knows other logits processors
@@ -120,6 +126,8 @@ class VllmColocated:
                 **_FIXED,
                 **sizes,
             )
+        if device is not None and self._gpu:
+            require_device(device, torch.cuda.current_device())
         self._params_class = vllm.SamplingParams
         mode = self._llm.llm_engine.model_config.logprobs_mode
         if mode != "processed_logprobs":
@@ -315,6 +323,18 @@ class VllmColocated:
         versions = (Span(0, len(tokens), policy),)
         return Completion(
             tokens, tuple(output.logprobs.logprobs), output.finish_reason, text, versions, sampling.source
+        )
+
+
+def require_device(learner: torch.device, current: int) -> None:
+    """Raises RuntimeError unless this process's current GPU is the learner's after vLLM has started.
+
+    current: index of the current GPU, which vLLM sets to its own.
+    """
+    if learner.index is not None and learner.index != current:
+        raise RuntimeError(
+            f"vLLM took cuda:{current}, but this rank's learner is on {learner}: start the ranks with "
+            "accelerate launch or torchrun, which set LOCAL_RANK for each"
         )
 
 
