@@ -36,7 +36,7 @@ from rltrain.config.schema import OnlineRecipe
 from rltrain.seeds import stable_hash
 
 ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "recipes" / "study_prm" / "chains.yaml"
+RECIPE = ROOT / "recipes" / "studies" / "process_reward" / "chains.yaml"
 SPLITS = {"train": 4000, "dev": 200, "test": 400}  # problems
 WARM_UP = 40_000  # further ones, that the model learns from before it is asked anything
 OPERANDS = 6  # of one digit each

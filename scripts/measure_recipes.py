@@ -26,7 +26,7 @@ from rltrain.config.schema import OfflineRecipe
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "recipes" / "measured.json"
 FOLDERS = ("policy", "preference", "process_reward")
-# measured in recipes/README.md, or in an environment of several turns, for which the tiny model must be made
+# measured in docs/studies, or in an environment of several turns, for which the tiny model must be made
 # to know its commands
 ELSEWHERE = {
     f"policy/{name}"

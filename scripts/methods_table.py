@@ -40,9 +40,8 @@ KINDS: tuple[tuple[str, str, Registry], ...] = (
 def used_by(key: str) -> dict[str, list[str]]:
     """Recipes by the name of the method they use under ``key``."""
     found: dict[str, list[str]] = {}
-    for path in sorted((ROOT / "recipes").rglob("*.yaml")):
-        if path.parent.name not in ("policy", "preference", "process_reward"):
-            continue
+    folders = [ROOT / "recipes" / name for name in ("policy", "preference", "process_reward")]
+    for path in sorted(path for folder in folders for path in folder.glob("*.yaml")):
         for name in _names(yaml.safe_load(path.read_text(encoding="utf-8")), key.split(".")):
             found.setdefault(name, []).append(path.relative_to(ROOT / "recipes").with_suffix("").as_posix())
     return found

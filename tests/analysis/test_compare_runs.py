@@ -31,7 +31,7 @@ def test_other_models_or_data_are_no_comparison() -> None:
 
 def test_pairs_and_single_completions_are_counted_apart() -> None:
     # 16 pairs a step are 32 completions: that train.examples differs is told, and no reason to refuse
-    folder = RECIPES.parent / "study_preference"
+    folder = RECIPES.parent / "studies" / "preference"
     notes = conditions([folder / "dpo.yaml", folder / "kto.yaml"], None, [])
     assert notes == ["train.examples differs: dpo 16, kto 32"]
     with pytest.raises(RecipeError, match=r"train\.steps differs"):

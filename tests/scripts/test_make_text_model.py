@@ -1,4 +1,4 @@
-"""The script behind recipes/study_preference: what it reads, what it keeps out, what it makes."""
+"""The script behind recipes/studies/preference: what it reads, what it keeps out, what it makes."""
 
 from __future__ import annotations
 
