@@ -41,7 +41,7 @@ from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 from rltrain.config.schema import JudgedData
 from rltrain.data.judged import judged_rows, require_one_form
-from rltrain.data.preferences import transcript
+from rltrain.data.preferences import parse_transcript
 
 Dialogue = tuple[tuple[str, str], ...]  # (role, content) of each turn; the last one answers
 
@@ -119,7 +119,7 @@ def dialogues(path: Path) -> list[Dialogue]:
     found: dict[Dialogue, None] = {}
     for row in rows:
         for side in ("chosen", "rejected"):
-            turns = tuple((turn["role"], turn["content"]) for turn in transcript(row.columns[side]))
+            turns = tuple((turn["role"], turn["content"]) for turn in parse_transcript(row.columns[side]))
             if len(turns) > 1 and turns[-1][0] == "assistant" and turns[-1][1]:
                 found[turns] = None
     return list(found)

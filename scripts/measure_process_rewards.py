@@ -283,9 +283,9 @@ def head_scores(model: str, file: Path) -> list[float]:
     completions: list[tuple[int, ...]] = []
     for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
         if row["score"] is not None:
-            spelt, token_ids = reader.prompt(row["prompt"])
+            spelt, token_ids = reader.encode_prompt(row["prompt"])
             prompts.append(token_ids)
-            completions.append(reader.completion(row["prompt"], spelt, row["completion"]))
+            completions.append(reader.encode_completion(row["prompt"], spelt, row["completion"]))
     return rewards_of(model, TokenRows(tuple(prompts), tuple(completions)), tokens_per_micro_batch=8192)
 
 

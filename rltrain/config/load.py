@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from rltrain.config.explain import explain
 from rltrain.config.schema import RECIPES, AnyRecipe, OfflineRecipe, OfflineReport, OnlineRecipe, Section
-from rltrain.config.user_files import absolute, drop_digest, with_absolute_names, with_digests
+from rltrain.config.user_files import absolute_name, drop_digest, with_absolute_names, with_digests
 from rltrain.config.yaml12 import Document, KeyPath, dump, parse_value, read
 from rltrain.errors import RecipeError
 from rltrain.registry import suggestion
@@ -57,19 +57,19 @@ PROFILE_KEYS = (
     "report",
 )
 # What a profile's section ``offline`` may set, for recipes that learn from a data set of judged completions.
-OFFLINE = "offline"
-PREFERENCE = "preference"  # the key of a loss that compares completions, below ``loss``
+OFFLINE_KEY = "offline"
+PREFERENCE_KEY = "preference"  # the key of a loss that compares completions, below ``loss``
 OFFLINE_PROFILE_KEYS = ("data", "learner", "train", "eval", "reference.cache")
 # of a profile: by name, what it sets over the rest of it for recipes whose completions are episodes
-ENVIRONMENTS = "environments"
-_SHARED = (
+ENVIRONMENTS_KEY = "environments"
+_SHARED_SECTIONS = (
     "model",
     "learner",
     "checkpoint",
     "report",
 )  # sections of a profile that recipes of both kinds read
-_IDENTITY = ("name", "path", "train")
-_ORDER = "order"  # of a data set's prompts: the method's, not the data's, so another data set keeps it
+_IDENTITY_KEYS = ("name", "path", "train")
+_ORDER_KEY = "order"  # of a data set's prompts: the method's, not the data's, so another data set keeps it
 
 
 def load_recipe(path: str | Path, *, profile: str | None = None, overrides: Sequence[str] = ()) -> AnyRecipe:
@@ -81,20 +81,20 @@ def load_recipe(path: str | Path, *, profile: str | None = None, overrides: Sequ
     layers = [with_absolute_files(layer, Path(layer.source).parent) for layer in recipe_layers(read(path))]
     data: dict[str, Any] = {}
     for layer in layers:
-        data = merged(data, layer.data)
+        data = merge_mappings(data, layer.data)
     if profile is not None:
         document = with_absolute_files(read_profile(find_profile(profile, path)), Path.cwd())
-        layers.append(for_recipe(profile_layer(document, schema_of(data)), data))
-        data = merged(data, layers[-1].data)
-        if (played := environment_of(data)) is not None:
-            data["rollout"]["environment"] = played
-            layers.append(environment_layer(document, played["name"]))
-            data = merged(data, layers[-1].data)
+        layers.append(drop_unused_process_reward(profile_layer(document, schema_of(data)), data))
+        data = merge_mappings(data, layers[-1].data)
+        if (environment := environment_of(data)) is not None:
+            data["rollout"]["environment"] = environment
+            layers.append(environment_layer(document, environment["name"]))
+            data = merge_mappings(data, layers[-1].data)
         data = with_sizes(data, document.data.get("sizes", {}))
     for override in overrides:
         data, document = with_override(data, override)
         layers.append(document)
-    return validated(with_digests(data), layers, str(path))
+    return validate_recipe(with_digests(data), layers, str(path))
 
 
 def resolved_yaml(recipe: Section) -> str:
@@ -107,13 +107,14 @@ def schema_of(data: Mapping[str, Any]) -> type[AnyRecipe]:
     else ``online``.
     """
     loss = data.get("loss")
-    inferred = OFFLINE if isinstance(loss, dict) and PREFERENCE in loss else "online"
+    inferred = OFFLINE_KEY if isinstance(loss, dict) and PREFERENCE_KEY in loss else "online"
     return RECIPES.get(str(data.get("kind", inferred)), OnlineRecipe)
 
 
-def validated(data: Mapping[str, Any], layers: Sequence[Document], source: str) -> AnyRecipe:
+def validate_recipe(data: Mapping[str, Any], layers: Sequence[Document], source: str) -> AnyRecipe:
     """``data`` as a recipe of its kind; types are strict (``"200"`` is no number, ``off`` no boolean)."""
-    schema, kind = schema_of(data), data.get("kind")
+    schema = schema_of(data)
+    kind = data.get("kind")
     if kind is not None and kind not in RECIPES:
         raise RecipeError(f"{source}: no kind of recipe is called {kind!r}{suggestion(kind, RECIPES)}")
     try:
@@ -130,24 +131,26 @@ def profile_layer(profile: Document, schema: type[AnyRecipe]) -> Document:
     """
     if schema is not OfflineRecipe:
         kept = {
-            key: value for key, value in profile.data.items() if key not in ("sizes", OFFLINE, ENVIRONMENTS)
+            key: value
+            for key, value in profile.data.items()
+            if key not in ("sizes", OFFLINE_KEY, ENVIRONMENTS_KEY)
         }
         return Document(profile.source, kept, profile.lines)
-    shared = {key: value for key, value in profile.data.items() if key in _SHARED}
+    shared = {key: value for key, value in profile.data.items() if key in _SHARED_SECTIONS}
     if "report" in shared:
         shared["report"] = {
             key: value for key, value in shared["report"].items() if key in OfflineReport.model_fields
         }
-    own = profile.data.get(OFFLINE, {})
-    lines = {key: line for key, line in profile.lines.items() if key[0] in _SHARED}
+    offline_section = profile.data.get(OFFLINE_KEY, {})
+    lines = {key: line for key, line in profile.lines.items() if key[0] in _SHARED_SECTIONS}
     return Document(
         profile.source,
-        merged(shared, own),
-        lines | {key[1:]: line for key, line in profile.lines.items() if key[0] == OFFLINE},
+        merge_mappings(shared, offline_section),
+        lines | {key[1:]: line for key, line in profile.lines.items() if key[0] == OFFLINE_KEY},
     )
 
 
-def for_recipe(layer: Document, recipe: Mapping[str, Any]) -> Document:
+def drop_unused_process_reward(layer: Document, recipe: Mapping[str, Any]) -> Document:
     """A profile's layer without settings of a process reward model where the recipe trains none: they
     would make one.
     """
@@ -164,18 +167,23 @@ def environment_of(data: Mapping[str, Any]) -> dict[str, Any] | None:
     schema would take.
     """
     rollout = data.get("rollout")
-    given = rollout.get("environment") if isinstance(rollout, dict) else None
-    found = {"name": given} if isinstance(given, str) else given
-    return dict(found) if isinstance(found, dict) and isinstance(found.get("name"), str) else None
+    setting = rollout.get("environment") if isinstance(rollout, dict) else None
+    environment = {"name": setting} if isinstance(setting, str) else setting
+    return (
+        dict(environment)
+        if isinstance(environment, dict) and isinstance(environment.get("name"), str)
+        else None
+    )
 
 
 def environment_layer(profile: Document, name: str) -> Document:
     """What a profile sets for recipes that play the environment ``name``, over what it sets for all."""
-    spelt = next(
-        (key for key in profile.data.get(ENVIRONMENTS, {}) if absolute(key, Path.cwd()) == name), name
+    name_in_profile = next(
+        (key for key in profile.data.get(ENVIRONMENTS_KEY, {}) if absolute_name(key, Path.cwd()) == name),
+        name,
     )
-    section = (ENVIRONMENTS, spelt)
-    kept = profile.data.get(ENVIRONMENTS, {}).get(spelt, {})
+    section = (ENVIRONMENTS_KEY, name_in_profile)
+    kept = profile.data.get(ENVIRONMENTS_KEY, {}).get(name_in_profile, {})
     return Document(
         profile.source,
         kept,
@@ -215,32 +223,31 @@ def with_absolute_files(layer: Document, folder: Path) -> Document:
 def recipe_layers(recipe: Document) -> list[Document]:
     """The base that the recipe extends, if any, and the recipe, both without ``extends``."""
     extends = recipe.data.get("extends")
-    own = Document(
+    own_layer = Document(
         recipe.source, {key: value for key, value in recipe.data.items() if key != "extends"}, recipe.lines
     )
     if "sizes" in recipe.data:
         raise RecipeError(
-            f"{recipe.at(('sizes',))}: sizes belongs in a profile (--profile NAME), this file is read as a "
-            "recipe"
+            f"{recipe.location_of(('sizes',))}: sizes belongs in a profile (--profile NAME), this file is "
+            "read as a recipe"
         )
     if "extends" not in recipe.data:
-        return [own]
+        return [own_layer]
     if not isinstance(extends, str):
         raise RecipeError(
-            f"{recipe.at(('extends',))}: extends must be the path of one base, relative to this file, got "
-            f"{extends!r}"
+            f"{recipe.location_of(('extends',))}: extends must be the path of one base, relative to this "
+            f"file, got {extends!r}"
         )
     try:
         base = read(Path(recipe.source).parent / extends)
     except RecipeError as error:
-        raise RecipeError(f"{recipe.at(('extends',))}: extends {extends!r}: {error}") from error
+        raise RecipeError(f"{recipe.location_of(('extends',))}: extends {extends!r}: {error}") from error
     if "extends" in base.data:
         raise RecipeError(
-            f"{base.at(('extends',))}: a base cannot extend another file ({recipe.source} already extends "
-            "this one); "
-            f"one level only: copy what is needed into one of them"
+            f"{base.location_of(('extends',))}: a base cannot extend another file ({recipe.source} already "
+            "extends this one); one level only: copy what is needed into one of them"
         )
-    return [base, own]
+    return [base, own_layer]
 
 
 def find_profile(profile: str, recipe: Path) -> Path:
@@ -267,26 +274,24 @@ def read_profile(path: Path) -> Document:
     """
     document = read(path)
     problems = [
-        f"{document.at(key)}: {'.'.join(map(str, key))}: a profile replaces model, data and sizes and "
-        "nothing else; "
-        f"write it in the recipe or pass it with --set"
+        f"{document.location_of(key)}: {'.'.join(map(str, key))}: a profile replaces model, data and sizes "
+        "and nothing else; write it in the recipe or pass it with --set"
         for key in _leaves(document.data)
         if (
-            key[0] not in ("sizes", OFFLINE, ENVIRONMENTS)
+            key[0] not in ("sizes", OFFLINE_KEY, ENVIRONMENTS_KEY)
             and not any(_starts_with(key, allowed) for allowed in PROFILE_KEYS)
         )
         or (
-            key[0] == ENVIRONMENTS
+            key[0] == ENVIRONMENTS_KEY
             and not any(_starts_with(key[2:], allowed) for allowed in (*PROFILE_KEYS, "rollout.environment"))
         )
     ]
     problems += [
-        f"{document.at(key)}: {'.'.join(map(str, key))}: below {OFFLINE} a profile replaces "
-        f"{', '.join(OFFLINE_PROFILE_KEYS)} "
-        f"and nothing else; write it in the recipe or pass it with --set"
+        f"{document.location_of(key)}: {'.'.join(map(str, key))}: below {OFFLINE_KEY} a profile replaces "
+        f"{', '.join(OFFLINE_PROFILE_KEYS)} and nothing else; write it in the recipe or pass it with --set"
         for key in _leaves(document.data)
-        if key[0] == OFFLINE
-        and not any(_starts_with(key, f"{OFFLINE}.{allowed}") for allowed in OFFLINE_PROFILE_KEYS)
+        if key[0] == OFFLINE_KEY
+        and not any(_starts_with(key, f"{OFFLINE_KEY}.{allowed}") for allowed in OFFLINE_PROFILE_KEYS)
     ]
     problems += _size_problems(document)
     if problems:
@@ -299,35 +304,36 @@ def _size_problems(profile: Document) -> Iterator[str]:
     sizes = profile.data.get("sizes", {})
     if not isinstance(sizes, dict) or not all(isinstance(item, dict) for item in sizes.values()):
         yield (
-            f"{profile.at(('sizes',))}: sizes must map a method to its sizes, e.g. {{length: {{max_tokens: "
-            f"8}}}}, got {sizes!r}"
+            f"{profile.location_of(('sizes',))}: sizes must map a method to its sizes, e.g. {{length: "
+            f"{{max_tokens: 8}}}}, got {sizes!r}"
         )
         return
     for name, item in sizes.items():
         for key in item:
             if not key.endswith("_tokens"):
                 yield (
-                    f"{profile.at(('sizes', name, key))}: sizes.{name}.{key}: a profile may set "
-                    "hyperparameters that count tokens "
-                    "(their names end in _tokens) and no others; write it in the recipe or pass it with "
-                    "--set"
+                    f"{profile.location_of(('sizes', name, key))}: sizes.{name}.{key}: a profile may set "
+                    "hyperparameters that count tokens (their names end in _tokens) and no others; write it "
+                    "in the recipe or pass it with --set"
                 )
 
 
 # merging ----------------------------------------------------------------------------------------------------
 
 
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merge_mappings(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """``above`` over ``below``; neither is changed."""
-    if any(isinstance(above.get(key), str) and above[key] != below.get(key, above[key]) for key in _IDENTITY):
-        kept = {_ORDER: below[_ORDER]} if "train" in above and _ORDER in below else {}
-        return copy.deepcopy({**kept, **above})
-    result = copy.deepcopy(dict(below))
-    for key, value in above.items():
-        under = result.get(key)
+    if any(
+        isinstance(upper.get(key), str) and upper[key] != lower.get(key, upper[key]) for key in _IDENTITY_KEYS
+    ):
+        kept = {_ORDER_KEY: lower[_ORDER_KEY]} if "train" in upper and _ORDER_KEY in lower else {}
+        return copy.deepcopy({**kept, **upper})
+    result = copy.deepcopy(dict(lower))
+    for key, value in upper.items():
+        current = result.get(key)
         result[key] = (
-            merged(under, value)
-            if isinstance(under, dict) and isinstance(value, dict)
+            merge_mappings(current, value)
+            if isinstance(current, dict) and isinstance(value, dict)
             else copy.deepcopy(value)
         )
     return result
@@ -365,7 +371,7 @@ def with_override(data: Mapping[str, Any], override: str) -> tuple[dict[str, Any
     key: KeyPath = ()
     holder: Any = result
     for part, following in zip(parts, [*parts[1:], None], strict=True):
-        step = _step(holder, part, key, source)
+        step = _resolve_key_part(holder, part, key, source)
         key = (*key, step)
         if following is None:
             holder[step] = value
@@ -376,26 +382,28 @@ def with_override(data: Mapping[str, Any], override: str) -> tuple[dict[str, Any
         elif isinstance(holder[step], str) and _is_method(key):
             holder[step] = {"name": holder[step]}  # a bare name gains hyperparameters
         holder = holder[step]
-    held = {key[:length]: 0 for length in range(1, len(key) + 1)} | {(*key, *inner): 0 for inner in lines}
+    key_lines = {key[:length]: 0 for length in range(1, len(key) + 1)} | {
+        (*key, *inner): 0 for inner in lines
+    }
     result = with_absolute_names(result, Path.cwd())
-    return result, Document(source, result, held)
+    return result, Document(source, result, key_lines)
 
 
-def _step(holder: Any, part: str, key: KeyPath, source: str) -> Any:
+def _resolve_key_part(holder: Any, part: str, key: KeyPath, source: str) -> Any:
     """``part`` as a key of ``holder``, which then has it: an index where it is a list, the one past
     its end included.
     """
-    here = ".".join(map(str, key))
+    dotted = ".".join(map(str, key))
     if isinstance(holder, dict):
         holder.setdefault(part, None)
         return part
     if not isinstance(holder, list):
         raise RecipeError(
-            f"{source}: {here} is {holder!r}, it has no key {part!r} below it; set {here} itself"
+            f"{source}: {dotted} is {holder!r}, it has no key {part!r} below it; set {dotted} itself"
         )
     if not part.isdecimal() or int(part) > len(holder):
-        wanted = f"expected a position from 0 to {len(holder)}, got {part!r}; or set {here} as a whole"
-        raise RecipeError(f"{source}: {here} holds {len(holder)} in the recipe, {wanted}")
+        expected = f"expected a position from 0 to {len(holder)}, got {part!r}; or set {dotted} as a whole"
+        raise RecipeError(f"{source}: {dotted} holds {len(holder)} in the recipe, {expected}")
     if int(part) == len(holder):
         holder.append(None)
     return int(part)
@@ -406,7 +414,7 @@ def _method_keys(data: Mapping[str, Any]) -> Iterator[KeyPath]:
     for section, key in (
         ("loss", "policy"),
         ("loss", "aggregate"),
-        ("loss", PREFERENCE),
+        ("loss", PREFERENCE_KEY),
         ("process_reward", "loss"),
     ):
         if isinstance(data.get(section), dict) and key in data[section]:
@@ -432,7 +440,7 @@ def _is_method(key: KeyPath) -> bool:
         ("reward", "functions"),
     }
     more = {
-        ("loss", PREFERENCE),
+        ("loss", PREFERENCE_KEY),
         ("rollout", "extra_samples"),
         ("data", "order"),
         ("loss", "terms", "coefficient"),

@@ -38,11 +38,11 @@ class RewardRef(MethodRef):
     )
 
 
-def _named(value: Any) -> Any:
+def _expand_bare_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-Method = Annotated[MethodRef, BeforeValidator(_named)]
+Method = Annotated[MethodRef, BeforeValidator(_expand_bare_name)]
 
 
 COEFFICIENT_TAGS = ("number", "controller")
@@ -64,7 +64,7 @@ class TermRef(MethodRef):
     ]
 
 
-Reward = Annotated[RewardRef, BeforeValidator(_named)]
+Reward = Annotated[RewardRef, BeforeValidator(_expand_bare_name)]
 
 
 class About(Section):

@@ -14,7 +14,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 _NOUNS = {ast.FunctionDef: "function", ast.ClassDef: "class"}
 
 
-def definition(file: str, name: str, *kinds: type[ast.stmt]) -> ast.stmt:
+def find_definition(file: str, name: str, *kinds: type[ast.stmt]) -> ast.stmt:
     """The statement at the top of ``file`` that binds ``name``: a definition of one of ``kinds``, or an
     import or assignment.
 
@@ -23,7 +23,7 @@ def definition(file: str, name: str, *kinds: type[ast.stmt]) -> ast.stmt:
     """
     path = Path(file)
     if not path.is_file():
-        raise ValueError(f"there is no file {file}{_elsewhere(path)}")
+        raise ValueError(f"there is no file {file}{_hint_current_folder(path)}")
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError) as error:
@@ -33,9 +33,9 @@ def definition(file: str, name: str, *kinds: type[ast.stmt]) -> ast.stmt:
         for node in tree.body
         if isinstance(node, kinds) and isinstance(node, Function | ast.ClassDef)
     }
-    bound = {name: node for node in tree.body for name in _bound_names(node)}
-    if name in bound and name not in defined:
-        return bound[name]
+    assigned = {name: node for node in tree.body for name in _assigned_names(node)}
+    if name in assigned and name not in defined:
+        return assigned[name]
     if name not in defined:
         noun = _NOUNS[kinds[0]]
         raise ValueError(
@@ -44,18 +44,18 @@ def definition(file: str, name: str, *kinds: type[ast.stmt]) -> ast.stmt:
     return defined[name]
 
 
-def _elsewhere(path: Path) -> str:
+def _hint_current_folder(path: Path) -> str:
     """A file of that name in the current folder, where a path in a recipe does not begin."""
-    here = Path.cwd() / path.name
-    if not here.is_file() or here == path:
+    candidate = Path.cwd() / path.name
+    if not candidate.is_file() or candidate == path:
         return ""
     return (
-        f"; there is {here}, but a path in a recipe begins in the recipe's own folder: write it from there, "
-        "absolute, or with --set"
+        f"; there is {candidate}, but a path in a recipe begins in the recipe's own folder: write it from "
+        "there, absolute, or with --set"
     )
 
 
-def _bound_names(node: ast.stmt) -> Iterator[str]:
+def _assigned_names(node: ast.stmt) -> Iterator[str]:
     """Names that an import or an assignment makes."""
     if isinstance(node, ast.Import | ast.ImportFrom):
         yield from (alias.asname or alias.name for alias in node.names)

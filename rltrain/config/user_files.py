@@ -24,16 +24,16 @@ def with_absolute_names(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     name is left to the schema.
     """
     result = copy.deepcopy(data)
-    for holder, key in _places(result):
+    for holder, key in _user_method_places(result):
         entry = holder[key]
         if isinstance(entry, str):
-            holder[key] = absolute(entry, folder)
+            holder[key] = absolute_name(entry, folder)
         else:
-            entry["name"] = absolute(entry["name"], folder)
+            entry["name"] = absolute_name(entry["name"], folder)
     return result
 
 
-def absolute(name: str, folder: Path) -> str:
+def absolute_name(name: str, folder: Path) -> str:
     if not is_user_spec(name):
         return name
     file, _, attribute = name.rpartition(":")
@@ -43,7 +43,7 @@ def absolute(name: str, folder: Path) -> str:
 def with_digests(data: dict[str, Any]) -> dict[str, Any]:
     """``data`` with the digest of each user's file that has none yet and can be read."""
     result = copy.deepcopy(data)
-    for holder, key in _places(result):
+    for holder, key in _user_method_places(result):
         entry = {"name": holder[key]} if isinstance(holder[key], str) else holder[key]
         if (
             is_user_spec(entry["name"])
@@ -64,13 +64,13 @@ def changed_code(name: str, digest: str | None) -> str | None:
     """Why the code behind ``name`` is not what the recipe was resolved with; None where it is, or
     where nothing is known.
     """
-    now = _digest(name) if is_user_spec(name) else None
-    if digest is None or now is None or now == digest:
+    current = _digest(name) if is_user_spec(name) else None
+    if digest is None or current is None or current == digest:
         return None
     return (
         f"{name.rpartition(':')[0]} or a module beside it has changed since this recipe was resolved "
-        f"({DIGEST} {digest[:12]} -> {now[:12]}); put it back, or take the key {DIGEST} out to run it as it "
-        "is now"
+        f"({DIGEST} {digest[:12]} -> {current[:12]}); put it back, or take the key {DIGEST} out to run it as "
+        "it is now"
     )
 
 
@@ -81,9 +81,10 @@ def _digest(name: str) -> str | None:
         return None
 
 
-def _places(data: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+def _user_method_places(data: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     """(holder, key) of every method that may be a user's: a name, or a mapping with one."""
-    reward, rollout = data.get("reward"), data.get("rollout")
+    reward = data.get("reward")
+    rollout = data.get("rollout")
     functions = reward.get("functions") if isinstance(reward, dict) else None
     places: list[tuple[Any, Any]] = []
     if isinstance(functions, list):

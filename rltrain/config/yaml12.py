@@ -40,7 +40,7 @@ class Document:
     data: dict[str, Any]
     lines: Mapping[KeyPath, int] = field(default_factory=dict)  # 1-based; 0 where a line says nothing
 
-    def at(self, key: KeyPath) -> str:
+    def location_of(self, key: KeyPath) -> str:
         """'file:line' of a key it holds."""
         return f"{self.source}:{self.lines[key]}" if self.lines.get(key) else self.source
 
@@ -74,7 +74,9 @@ def parse(text: str, source: str) -> Document:
             f"{source}: the file is empty; a recipe is a mapping of sections such as model, data and rollout"
         )
     if not isinstance(data, dict):
-        raise RecipeError(f"{source}: expected a mapping of sections at the top level, got a {_kind(data)}")
+        raise RecipeError(
+            f"{source}: expected a mapping of sections at the top level, got a {_kind_name(data)}"
+        )
     return Document(source, data, lines)
 
 
@@ -86,10 +88,10 @@ def parse_value(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
         node = loader.get_single_node()
         if node is None:
             return None, lines
-        _walk(node, (), lines, source)
+        _collect_lines(node, (), lines, source)
         return loader.construct_document(node), lines
     except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(_invalid(error, source)) from error
+        raise RecipeError(_describe_yaml_error(error, source)) from error
 
 
 def read(path: Path) -> Document:
@@ -97,7 +99,7 @@ def read(path: Path) -> Document:
     if path.is_dir():
         raise RecipeError(f"{path}: expected a YAML file, got a directory; name one of the files in it")
     if not path.exists():
-        raise RecipeError(f"{path}: no such file{_nearby(path)}")
+        raise RecipeError(f"{path}: no such file{_suggest_file(path)}")
     try:
         return parse(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
@@ -111,40 +113,41 @@ def dump(data: Mapping[str, Any]) -> str:
     return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, width=140)
 
 
-def _walk(node: yaml.Node, key: KeyPath, lines: dict[KeyPath, int], source: str) -> None:
+def _collect_lines(node: yaml.Node, key: KeyPath, lines: dict[KeyPath, int], source: str) -> None:
     """Fill ``lines`` and refuse repeated and non-string keys."""
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             lines[(*key, index)] = item.start_mark.line + 1
-            _walk(item, (*key, index), lines, source)
+            _collect_lines(item, (*key, index), lines, source)
     elif isinstance(node, yaml.MappingNode):
         for name, item in node.value:
             line = name.start_mark.line + 1
             if not isinstance(name, yaml.ScalarNode) or name.tag != "tag:yaml.org,2002:str":
                 shown = name.value if isinstance(name, yaml.ScalarNode) else "a list or mapping"
                 raise RecipeError(f"{source}:{line}: keys must be text, got {shown!r}; put it in quotes")
-            here = (*key, name.value)
-            if here in lines:
-                dotted = ".".join(map(str, here))
+            full_key = (*key, name.value)
+            if full_key in lines:
+                dotted = ".".join(map(str, full_key))
                 raise RecipeError(
-                    f"{source}:{line}: {dotted} is given twice, first on line {lines[here]}; keep one of them"
+                    f"{source}:{line}: {dotted} is given twice, first on line {lines[full_key]}; keep one of "
+                    "them"
                 )
-            lines[here] = line
-            _walk(item, here, lines, source)
+            lines[full_key] = line
+            _collect_lines(item, full_key, lines, source)
 
 
-def _kind(value: Any) -> str:
+def _kind_name(value: Any) -> str:
     return {list: "list", dict: "mapping"}.get(type(value), f"single value ({value!r})")
 
 
-def _invalid(error: Exception, source: str) -> str:
+def _describe_yaml_error(error: Exception, source: str) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         what = " ".join(part for part in (error.context, error.problem) if part)
         return f"{source}:{error.problem_mark.line + 1}: not valid YAML: {what}"
     return f"{source}: not valid YAML: {str(error).splitlines()[0]}"
 
 
-def _nearby(path: Path) -> str:
+def _suggest_file(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; the folder {path.parent} does not exist either"
     return suggestion(path.name, [item.name for item in path.parent.glob("*.yaml")])

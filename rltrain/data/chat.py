@@ -43,9 +43,8 @@ def stop_tokens_of(
     if not stop:
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path!r} has no EOS token and the model's generation config "
-            "names none, so no answer could "
-            "ever stop; set eos_token in tokenizer_config.json (or eos_token_id in generation_config.json) "
-            "to the token that ends an answer"
+            "names none, so no answer could ever stop; set eos_token in tokenizer_config.json (or "
+            "eos_token_id in generation_config.json) to the token that ends an answer"
         )
     pad: Any = tokenizer.pad_token_id
     return StopTokens(stop=stop, pad=stop[0] if pad is None else pad, pad_is_eos=pad is None)
@@ -58,9 +57,9 @@ def stop_token_ids(
     second one there).
     """
     named: Any = None if generation_config is None else generation_config.eos_token_id
-    own: Any = tokenizer.eos_token_id
+    eos: Any = tokenizer.eos_token_id
     configured = named if isinstance(named, Iterable) else (named,)
-    return tuple(sorted({int(token) for token in (own, *configured) if token is not None}))
+    return tuple(sorted({int(token) for token in (eos, *configured) if token is not None}))
 
 
 def render(
@@ -81,7 +80,7 @@ def render(
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if system is not None:
             messages = [{"role": "system", "content": system}, *messages]
-        text = spell(messages, tokenizer, date, add_generation_prompt=True)
+        text = apply_template(messages, tokenizer, date, add_generation_prompt=True)
         return text, tokenizer(text, add_special_tokens=False)[
             "input_ids"
         ]  # the template spells BOS where the model wants one
@@ -96,10 +95,10 @@ def render(
             f"{what}, but {why}; use text prompts and data.prompt_template, or a tokenizer with a chat "
             "template"
         )
-    return prompt, _plain(prompt, tokenizer)
+    return prompt, _encode_plain_text(prompt, tokenizer)
 
 
-def spell(
+def apply_template(
     messages: Sequence[Message],
     tokenizer: PreTrainedTokenizerBase,
     date: dt.date | None,
@@ -115,12 +114,12 @@ def spell(
     )
 
 
-def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+def _encode_plain_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
-    if not isinstance(bos, int) or tokenizer(text)["input_ids"][:1] != [bos] or bare[:1] == [bos]:
-        return bare
-    return [bos, *bare]
+    if not isinstance(bos, int) or tokenizer(text)["input_ids"][:1] != [bos] or token_ids[:1] == [bos]:
+        return token_ids
+    return [bos, *token_ids]
 
 
 def check_messages(messages: Sequence[Any]) -> None:
@@ -179,33 +178,35 @@ class Dialogue:
         role: Literal["user", "tool"],
         observation_tokens: int,
     ) -> None:
-        self._tokenizer, self._stop, self._data, self._longest = (
-            tokenizer,
-            frozenset(stop),
-            data,
-            observation_tokens,
-        )
-        self._before, self._after = (), ()
+        self._tokenizer = tokenizer
+        self._stop = frozenset(stop)
+        self._data = data
+        self._longest = observation_tokens
+        self._before = ()
+        self._after = ()
         if data.chat_template == "auto" and tokenizer.chat_template is not None:
             self._before, self._after = (
-                self._ids(text, special=True) for text in _frame(tokenizer, data.system, role, data.date)
+                self._encode(text, special=True)
+                for text in _message_frame(tokenizer, data.system, role, data.date)
             )
 
     def opening(self, text: str) -> tuple[str, tuple[int, ...]]:
         """The prompt that asks ``text`` inside ``data.prompt_template``, cut at its end to
         ``data.max_prompt_tokens``.
         """
-        ids = self._ids(text)
+        ids = self._encode(text)
         while True:
             content = self._data.prompt_template.format_map({"prompt": text})
-            system, template, date = self._data.system, self._data.chat_template, self._data.date
+            system = self._data.system
+            template = self._data.chat_template
+            date = self._data.date
             shown, token_ids = render(
                 content, self._tokenizer, system=system, chat_template=template, date=date
             )
-            over = len(token_ids) - self._data.max_prompt_tokens
-            if over <= 0 or not ids:
+            excess = len(token_ids) - self._data.max_prompt_tokens
+            if excess <= 0 or not ids:
                 return shown, tuple(token_ids)
-            ids = ids[:-over]
+            ids = ids[:-excess]
             text = str(self._tokenizer.decode(list(ids)))
 
     def observation(self, text: str, last: int) -> tuple[int, ...]:
@@ -218,15 +219,15 @@ class Dialogue:
             if last in self._stop and self._before and self._before[0] in self._stop
             else self._before
         )
-        return (*before, *self._ids(text.strip())[: self._longest], *self._after)
+        return (*before, *self._encode(text.strip())[: self._longest], *self._after)
 
-    def _ids(self, text: str, *, special: bool = False) -> tuple[int, ...]:
+    def _encode(self, text: str, *, special: bool = False) -> tuple[int, ...]:
         return tuple(
             self._tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
         )
 
 
-def _frame(
+def _message_frame(
     tokenizer: PreTrainedTokenizerBase, system: str | None, role: str, date: dt.date | None
 ) -> tuple[str, str]:
     """What a template writes between an assistant's words and a message, and from there to the
@@ -239,19 +240,17 @@ def _frame(
         {"role": role, "content": _REPLY},
     ]
     try:
-        text = spell(messages, tokenizer, date, add_generation_prompt=True)
+        text = apply_template(messages, tokenizer, date, add_generation_prompt=True)
     except (TemplateError, ValueError, TypeError) as error:
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} refuses a {role!r} message after the "
-            f"assistant's ({error}); "
-            "set rollout.environment.role to another one"
+            f"assistant's ({error}); set rollout.environment.role to another one"
         ) from error
     turn, _, rest = text.rpartition(_TURN)
-    before, found, after = rest.partition(_REPLY)
-    if not turn or not found:
+    before, reply, after = rest.partition(_REPLY)
+    if not turn or not reply:
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} does not show an assistant's turn followed by "
-            f"a {role!r} message; "
-            "set rollout.environment.role to another one, or data.chat_template to none"
+            f"a {role!r} message; set rollout.environment.role to another one, or data.chat_template to none"
         )
     return before, after

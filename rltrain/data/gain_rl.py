@@ -55,16 +55,18 @@ class GainRlOrder:
             )
         if not sigma > 0:
             raise ValueError(f"data.order gain_rl: sigma is {sigma}, it must be positive")
-        self.count, self.per_step, self.seed, self.sigma = count, per_step, seed, sigma
-        self.stride, self.slope, self.goal, self.max_stride, self.accuracy_scale = (
-            stride,
-            slope,
-            goal,
-            max_stride,
-            accuracy_scale,
-        )
+        self.count = count
+        self.per_step = per_step
+        self.seed = seed
+        self.sigma = sigma
+        self.stride = stride
+        self.slope = slope
+        self.goal = goal
+        self.max_stride = max_stride
+        self.accuracy_scale = accuracy_scale
         self.ranking = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
-        self.centre, self.drawn = 0.0, 0
+        self.centre = 0.0
+        self.drawn = 0
 
     def next(self) -> list[int]:
         """``per_step`` different indices, most aligned first."""
@@ -85,8 +87,8 @@ class GainRlOrder:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the window stands, and the list that it moves on: scores of a model that is no more."""
-        same = {"count": self.count, "per_step": self.per_step, "seed": self.seed}
-        return {**same, "centre": self.centre, "drawn": self.drawn, "ranking": self.ranking}
+        settings = {"count": self.count, "per_step": self.per_step, "seed": self.seed}
+        return {**settings, "centre": self.centre, "drawn": self.drawn, "ranking": self.ranking}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken.
@@ -102,10 +104,12 @@ class GainRlOrder:
             if state[name] != getattr(self, name):
                 raise ValueError(
                     f"the saved order has {name} {state[name]} and this run {getattr(self, name)}: the same "
-                    "prompts cannot be continued; "
-                    "resume with the data, rollout.prompts and seed of the saved run, or start a new run"
+                    "prompts cannot be continued; resume with the data, rollout.prompts and seed of the "
+                    "saved run, or start a new run"
                 )
-        self.centre, self.drawn, self.ranking = state["centre"], state["drawn"], list(state["ranking"])
+        self.centre = state["centre"]
+        self.drawn = state["drawn"]
+        self.ranking = list(state["ranking"])
 
 
 def log_weights(count: int, centre: float, sigma: float) -> np.ndarray:
@@ -124,13 +128,21 @@ def template_lengths(prompts: Sequence[Sequence[int]]) -> tuple[int, int]:
 
     A text in between is left.
     """
-    first, shortest = prompts[0], min(map(len, prompts))
+    first = prompts[0]
+    shortest = min(map(len, prompts))
     prefix = next(
-        (at for at in range(shortest) if any(prompt[at] != first[at] for prompt in prompts)), shortest
+        (index for index in range(shortest) if any(prompt[index] != first[index] for prompt in prompts)),
+        shortest,
     )
     prefix = min(prefix, shortest - 1)
+
     room = shortest - prefix - 1
     suffix = next(
-        (at for at in range(room) if any(prompt[-1 - at] != first[-1 - at] for prompt in prompts)), room
+        (
+            index
+            for index in range(room)
+            if any(prompt[-1 - index] != first[-1 - index] for prompt in prompts)
+        ),
+        room,
     )
     return prefix, suffix

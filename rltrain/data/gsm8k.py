@@ -29,7 +29,7 @@ def calculator_steps(rows: Iterable[Row]) -> tuple[list[Row], Counter[str]]:
     several ``=``, a letter in the expression, an answer that is not a decimal number). Raises ValueError when
     a row has no text column "answer".
     """
-    found: dict[str, tuple[str, str]] = {}  # expression -> id, where
+    places: dict[str, tuple[str, str]] = {}  # expression -> id, where
     answers: dict[str, str] = {}
     left_out: Counter[str] = Counter(repeated=0, malformed=0)
     for row in rows:
@@ -44,11 +44,11 @@ def calculator_steps(rows: Iterable[Row]) -> tuple[list[Row], Counter[str]]:
             if not (EXPRESSION.fullmatch(expression) and NUMBER.fullmatch(answer)):
                 left_out["malformed"] += 1
                 continue
-            left_out["repeated"] += expression in found
-            found.setdefault(expression, (f"{row.id}.{position}", row.where))
+            left_out["repeated"] += expression in places
+            places.setdefault(expression, (f"{row.id}.{position}", row.where))
             answers[expression] = min(answers.get(expression, answer), answer, key=len)
     steps = [
         Row(*place, {"prompt": f"{expression}=", "answer": answers[expression]})
-        for expression, place in found.items()
+        for expression, place in places.items()
     ]
     return steps, left_out

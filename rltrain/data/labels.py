@@ -16,13 +16,13 @@ from rltrain.data.judged import (
     Counts,
     Reader,
     Side,
-    all_or_none,
-    checked_prompt,
-    given_logps,
+    format_prompt,
     is_empty,
     judged_rows,
-    nothing_left,
+    no_examples_error,
     numeric_columns,
+    reference_logps,
+    require_all_or_none,
     require_one_form,
     shuffle_rows,
 )
@@ -37,14 +37,14 @@ from rltrain.data.preferences import (
 )
 from rltrain.data.rows import Row
 
-__all__ = ["LabelSet", "Labelled", "load_labels", "paired"]
+__all__ = ["LabelSet", "LabelledCompletion", "are_pairs", "load_labels"]
 
 
 _REFERENCE = (("reference_logps",), ("ref_logps",))  # TRL's names
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
+class LabelledCompletion:
     """One completion as token ids, not empty."""
 
     id: str
@@ -61,7 +61,7 @@ class Labelled:
 class LabelSet:
     """Completions; how many rows were left out and why; what was done to those that stay."""
 
-    completions: tuple[Labelled, ...]
+    completions: tuple[LabelledCompletion, ...]
     dropped: Mapping[str, int]
     changed: Mapping[str, int]
 
@@ -71,8 +71,10 @@ class LabelSet:
     @property
     def classes(self) -> tuple[int, int]:
         """(desirable, undesirable) completions; a soft label counts where it is nearer."""
-        desirable = sum(one.label is not None and one.label > 0.5 for one in self.completions)
-        return desirable, sum(one.label is not None for one in self.completions) - desirable
+        desirable = sum(
+            completion.label is not None and completion.label > 0.5 for completion in self.completions
+        )
+        return desirable, sum(completion.label is not None for completion in self.completions) - desirable
 
 
 def load_labels(
@@ -92,75 +94,79 @@ def load_labels(
     when all labels needed are alike.
     """
     source, rows = judged_rows(data, side)
-    form, pairs = require_one_form(rows), "chosen" in rows[0].columns
-    dropped, changed, reader = Counter[str](), Counter[str](), reader.afresh()
+    form = require_one_form(rows)
+    pairs = "chosen" in rows[0].columns
+    dropped = Counter[str]()
+    changed = Counter[str]()
+    reader = reader.with_empty_counts()
     if pairs:
         refuse_swapped_columns(source, rows)
-    found: list[Labelled] = []
+    completions: list[LabelledCompletion] = []
     for row in shuffle_rows(rows, seed, source, limit):
-        if limit is not None and len(found) >= limit:
+        if limit is not None and len(completions) >= limit:
             break
-        found += (
-            _both(row, form, reader, needs, dropped, changed)
+        completions += (
+            _read_pair(row, form, reader, needs, dropped, changed)
             if pairs
-            else _one(row, reader, needs, dropped, changed)
+            else _read_completion(row, reader, needs, dropped, changed)
         )
-    changed.update(reader.lossy(source))
-    if not found:
-        raise nothing_left(source, len(rows), dropped)
-    all_or_none(source, [one.ref_logp for one in found])
-    kept = LabelSet(tuple(found[:limit]), dict(dropped), dict(changed))
-    if "label" in needs and side == "train" and 0 in kept.classes:
-        desirable, undesirable = kept.classes
+    changed.update(reader.count_lossy(source))
+    if not completions:
+        raise no_examples_error(source, len(rows), dropped)
+    require_all_or_none(source, [completion.ref_logp for completion in completions])
+    labels = LabelSet(tuple(completions[:limit]), dict(dropped), dict(changed))
+    if "label" in needs and side == "train" and 0 in labels.classes:
+        desirable, undesirable = labels.classes
         raise ValueError(
             f"{source}: {desirable} desirable and {undesirable} undesirable completions: the loss learns "
-            "from the contrast of both; "
-            "add the other kind, or map the right column with data.columns, e.g. {label: correct}"
+            "from the contrast of both; add the other kind, or map the right column with data.columns, e.g. "
+            "{label: correct}"
         )
-    return kept
+    return labels
 
 
-def _one(
+def _read_completion(
     row: Row, reader: Reader, needs: frozenset[str], dropped: Counts, changed: Counts
-) -> Sequence[Labelled]:
+) -> Sequence[LabelledCompletion]:
     """One completion, or none."""
-    prompt, completion, label = (
-        checked_prompt(row, reader.data),
-        row.columns["completion"],
-        label_of(row, needs),
-    )
+    prompt = format_prompt(row, reader.data)
+    completion = row.columns["completion"]
+    label = label_of(row, needs)
     reason = "empty" if is_empty(completion) else None
     if reason is None:
         try:
-            spelt, token_ids = reader.prompt(prompt)
-            answer = reader.completion(prompt, spelt, completion)
+            prompt_text, token_ids = reader.encode_prompt(prompt)
+            answer = reader.encode_completion(prompt, prompt_text, completion)
         except ValueError as error:
             raise ValueError(f"{row.where}: {error}") from error
-        most, kept = reader.data.max_completion_tokens, reader.cut_prompt(token_ids)
-        cut = len(answer) > most, kept != token_ids
-        reason = (
-            "empty" if not answer else "too long" if any(cut) and reader.data.too_long == "drop" else None
-        )
+        limit = reader.data.max_completion_tokens
+        kept = reader.cut_prompt(token_ids)
+        completion_is_cut = len(answer) > limit
+        prompt_is_cut = kept != token_ids
+        if not answer:
+            reason = "empty"
+        elif (completion_is_cut or prompt_is_cut) and reader.data.too_long == "drop":
+            reason = "too long"
         if reason is None:
-            changed.update({"prompts cut": int(cut[1]), "completions cut": int(cut[0])})
-            given = given_logps(row, *_REFERENCE)
+            changed.update({"prompts cut": int(prompt_is_cut), "completions cut": int(completion_is_cut)})
+            logps = reference_logps(row, *_REFERENCE)
             return (
-                Labelled(
+                LabelledCompletion(
                     row.id,
                     kept,
-                    answer[:most],
+                    answer[:limit],
                     label,
                     numeric_columns(row, needs),
-                    None if given is None else given[0],
+                    None if logps is None else logps[0],
                 ),
             )
     dropped[reason] += 1
     return ()
 
 
-def _both(
+def _read_pair(
     row: Row, form: str, reader: Reader, needs: frozenset[str], dropped: Counts, changed: Counts
-) -> Sequence[Labelled]:
+) -> Sequence[LabelledCompletion]:
     """Both completions of a pair, or none; for a loss that asks for no label, and so raises whatever
     it is given, the chosen one.
     """
@@ -169,14 +175,14 @@ def _both(
     if isinstance(pair, str):
         dropped[pair] += 1
         return ()
-    columns, (ref_chosen, ref_rejected) = (
-        numeric_columns(row, needs),
-        given_logps(row, *PAIR_REFERENCE) or (None, None),
-    )
-    chosen = Labelled(f"{row.id}:chosen", pair.prompt, pair.chosen, 1.0, columns, ref_chosen)
+    columns = numeric_columns(row, needs)
+    ref_chosen, ref_rejected = reference_logps(row, *PAIR_REFERENCE) or (None, None)
+    chosen = LabelledCompletion(f"{row.id}:chosen", pair.prompt, pair.chosen, 1.0, columns, ref_chosen)
     if "label" not in needs:
         return (chosen,)
-    return chosen, Labelled(f"{row.id}:rejected", pair.prompt, pair.rejected, 0.0, columns, ref_rejected)
+    return chosen, LabelledCompletion(
+        f"{row.id}:rejected", pair.prompt, pair.rejected, 0.0, columns, ref_rejected
+    )
 
 
 def label_of(row: Row, needs: frozenset[str]) -> float | None:
@@ -200,10 +206,10 @@ def label_of(row: Row, needs: frozenset[str]) -> float | None:
     )
 
 
-def paired(labels: LabelSet) -> bool:
+def are_pairs(labels: LabelSet) -> bool:
     """Whether completions 2i and 2i + 1 are the chosen and the rejected one of a pair."""
-    names = [one.id.rpartition(":") for one in labels.completions]
+    names = [first.id.rpartition(":") for first in labels.completions]
     return len(names) % 2 == 0 and all(
-        (one[2], two[2]) == ("chosen", "rejected") and one[0] == two[0]
-        for one, two in zip(names[::2], names[1::2], strict=True)
+        (first[2], second[2]) == ("chosen", "rejected") and first[0] == second[0]
+        for first, second in zip(names[::2], names[1::2], strict=True)
     )

@@ -37,11 +37,13 @@ class PromptOrder:
     def __init__(self, count: int, per_step: int, seed: int) -> None:
         if per_step < 1 or count < per_step:
             raise ValueError(
-                f"a step needs {per_step} different prompts and the training set has {count}; "
-                "lower rollout.prompts or give more data (data.max_prompts and data.max_prompt_tokens may "
-                "have dropped some)"
+                f"a step needs {per_step} different prompts and the training set has {count}; lower "
+                "rollout.prompts or give more data (data.max_prompts and data.max_prompt_tokens may have "
+                "dropped some)"
             )
-        self.count, self.per_step, self.seed = count, per_step, seed
+        self.count = count
+        self.per_step = per_step
+        self.seed = seed
         self._rewind()
 
     def next(self) -> list[int]:
@@ -77,8 +79,8 @@ class PromptOrder:
             if state[name] != getattr(self, name):
                 raise ValueError(
                     f"the saved order has {name} {state[name]} and this run {getattr(self, name)}: the same "
-                    "prompts cannot be continued; "
-                    "resume with the data, rollout.prompts and seed of the saved run, or start a new run"
+                    "prompts cannot be continued; resume with the data, rollout.prompts and seed of the "
+                    "saved run, or start a new run"
                 )
         if state["cursor"] > self.count or state["epoch"] < 0 or state["cursor"] < 0:
             raise ValueError(

@@ -60,8 +60,8 @@ def load_prompts(
     rows = [
         rename_columns(row, columns) for row in read_rows(source, split=split, subset=subset, options=options)
     ]
-    rows, dropped = _adapted(rows, data.adapter)
-    contents = [_content(row, data) for row in rows]
+    rows, dropped = _apply_adapter(rows, data.adapter)
+    contents = [_check_content(row, data) for row in rows]
     order = range(len(rows))
     if limit is not None:
         order = random.Random(stable_hash("prompts", seed, source)).sample(order, len(rows))
@@ -70,7 +70,7 @@ def load_prompts(
     for index in order:
         if limit is not None and len(prompts) == limit:
             break
-        prompt = _prompt(rows[index], contents[index], data, tokenizer)
+        prompt = _make_prompt(rows[index], contents[index], data, tokenizer)
         if prompt is None:
             dropped["too_long"] += 1
             continue
@@ -78,8 +78,8 @@ def load_prompts(
         losses.add(prompt.text, prompt.token_ids, tokenizer)
     if not prompts:
         raise ValueError(
-            f"{source}: no prompt is left of {len(rows)} ({dict(dropped)} dropped); "
-            f"data.max_prompt_tokens is {data.max_prompt_tokens}, raise it if they are too long"
+            f"{source}: no prompt is left of {len(rows)} ({dict(dropped)} dropped); data.max_prompt_tokens "
+            f"is {data.max_prompt_tokens}, raise it if they are too long"
         )
     losses.check(source, tokenizer)
     return PromptSet(tuple(prompts), dict(dropped), losses.lossy)
@@ -104,8 +104,8 @@ def without_prompts(prompts: PromptSet, others: PromptSet) -> PromptSet:
     if not kept:
         raise ValueError(
             f"each of the {len(prompts)} prompts (first {prompts.prompts[0].id}) is also among the "
-            f"{len(others)} others, none is left; "
-            "training and held-out data are the same: set data.eval to other data or another split"
+            f"{len(others)} others, none is left; training and held-out data are the same: set data.eval to "
+            "other data or another split"
         )
     return PromptSet(kept, {**prompts.dropped, "shared": len(prompts) - len(kept)}, prompts.lossy)
 
@@ -115,18 +115,19 @@ def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
 
     Columns it does not mention keep theirs.
     """
-    for ours, theirs in columns.items():
-        if theirs not in row.columns:
+    for name, column in columns.items():
+        if column not in row.columns:
             raise ValueError(
-                f"{row.where}: no column {theirs!r} for {ours!r} (data.columns); there are "
+                f"{row.where}: no column {column!r} for {name!r} (data.columns); there are "
                 f"{sorted(row.columns)}"
             )
     taken = set(columns.values())
-    named = {name: value for name, value in row.columns.items() if name not in taken}
-    return Row(row.id, row.where, named | {ours: row.columns[theirs] for ours, theirs in columns.items()})
+    kept = {name: value for name, value in row.columns.items() if name not in taken}
+    renamed = {name: row.columns[column] for name, column in columns.items()}
+    return Row(row.id, row.where, kept | renamed)
 
 
-def _adapted(
+def _apply_adapter(
     rows: Sequence[Row], adapter: Literal["none", "gsm8k_calculator"]
 ) -> tuple[list[Row], Counter[str]]:
     if adapter == "none":
@@ -141,7 +142,7 @@ def _adapted(
     return steps, left_out
 
 
-def _content(row: Row, data: Data) -> str | list[Message]:
+def _check_content(row: Row, data: Data) -> str | list[Message]:
     """What the user asks, checked: text inside the template, or messages as they stand."""
     if "prompt" not in row.columns:
         raise ValueError(
@@ -182,7 +183,7 @@ def _content(row: Row, data: Data) -> str | list[Message]:
         ) from error
 
 
-def _prompt(
+def _make_prompt(
     row: Row, content: str | list[Message], data: Data, tokenizer: PreTrainedTokenizerBase
 ) -> Prompt | None:
     """None when it is longer than ``data.max_prompt_tokens``."""

@@ -145,7 +145,7 @@ def _saved_rows(folder: Path, split: str) -> list[Row]:
                 "data.eval_split"
             )
         saved = saved[split]
-    return _numbered(folder.name, str(folder), saved)
+    return _number_rows(folder.name, str(folder), saved)
 
 
 def _loaded_rows(
@@ -163,8 +163,8 @@ def _loaded_rows(
             "or a name on the Hub"
         )
         raise ValueError(f"cannot read {where}: {type(error).__name__}: {error}; {remedy}") from error
-    return _numbered(name, where, data)
+    return _number_rows(name, where, data)
 
 
-def _numbered(name: str, where: str, data: Any) -> list[Row]:
+def _number_rows(name: str, where: str, data: Any) -> list[Row]:
     return [Row(f"{name}:{number}", f"{where}, row {number}", columns) for number, columns in enumerate(data)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-__all__ = ["ends_of_given", "ends_of_lines", "ends_of_pattern", "step_of_tokens"]
+__all__ = ["ends_of_lines", "ends_of_listed_steps", "ends_of_pattern", "step_of_tokens"]
 
 
 def ends_of_lines(text: str) -> list[int]:
@@ -22,27 +22,28 @@ def ends_of_pattern(text: str, begins: re.Pattern[str]) -> list[int]:
     """A step begins wherever the pattern matches; what is before the first match is a step if it is
     not blank.
     """
-    starts = [found.start() for found in begins.finditer(text) if text[: found.start()].strip()]
+    starts = [match.start() for match in begins.finditer(text) if text[: match.start()].strip()]
     return [*starts, len(text)]
 
 
-def ends_of_given(text: str, steps: Sequence[str]) -> list[int]:
+def ends_of_listed_steps(text: str, steps: Sequence[str]) -> list[int]:
     """Each step ends where the next one begins.
 
     Raises ValueError where ``text`` does not have them in this order.
     """
-    starts, at = [], 0
+    starts = []
+    position = 0
     for number, step in enumerate(steps):
-        found = text.find(step.strip(), at)
-        if found < 0 or not step.strip():
-            shown = (
+        start = text.find(step.strip(), position)
+        if start < 0 or not step.strip():
+            problem = (
                 "is empty"
                 if not step.strip()
                 else f"{step.strip()[:60]!r} is not in the completion after the one before"
             )
-            raise ValueError(f"step {number} {shown}; list the steps as they stand in it, in their order")
-        starts.append(found)
-        at = found + len(step.strip())
+            raise ValueError(f"step {number} {problem}; list the steps as they stand in it, in their order")
+        starts.append(start)
+        position = start + len(step.strip())
     if not starts:
         raise ValueError("the list of steps is empty; at least one step is needed")
     return [*starts[1:], len(text)]
@@ -57,9 +58,11 @@ def step_of_tokens(
     A step whose text lies within the last token of the step before has no token. What comes after the text
     (an EOS) belongs to the last step.
     """
-    numbers, begin = [len(ends) - 1] * len(token_ids), 0
+    numbers = [len(ends) - 1] * len(token_ids)
+    begin = 0
     for step, end in enumerate(ends[:-1]):
-        low, high = begin, len(token_ids)
+        low = begin
+        high = len(token_ids)
         while low < high:  # the fewest tokens that spell the text up to ``end``
             middle = (low + high) // 2
             low, high = (low, middle) if len(decode(token_ids[:middle])) >= end else (middle + 1, high)

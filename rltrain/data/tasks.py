@@ -36,7 +36,7 @@ def arithmetic(split: Split, options: Mapping[str, Any] | None = None) -> list[d
     A hash of the two operands, whatever their order, decides the split: nothing in one is a permutation of
     anything in the other.
     """
-    task = _options(options or {}, Arithmetic)
+    task = _parse_options(options or {}, Arithmetic)
     if len(set(task.operations)) < len(task.operations):
         raise ValueError(f"data.options.operations is {task.operations!r}: name each operation once")
     low = 10 ** (task.digits - 1) if task.digits > 1 else 0
@@ -51,7 +51,7 @@ def arithmetic(split: Split, options: Mapping[str, Any] | None = None) -> list[d
         operation, pair = divmod(index, span * span)
         left, right = (low + operand for operand in divmod(pair, span))
         if _is_held_out(left, right, task) == (split == "test"):
-            rows.append(_row(left, task.operations[operation], right))
+            rows.append(_arithmetic_row(left, task.operations[operation], right))
         if len(rows) == task.count:
             break
     return rows
@@ -91,7 +91,7 @@ class TextGames(Section):
 
 def text_games(split: Split, options: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """One row per game. What the policy reads in place of the prompt is what the game begins with."""
-    task = _options(options or {}, TextGames)
+    task = _parse_options(options or {}, TextGames)
     numbers = range(task.games) if split == "train" else range(1_000_000, 1_000_000 + task.held_out_games)
     return [{"prompt": f"game {number}", "game": number} for number in numbers]
 
@@ -101,15 +101,20 @@ def _with_wrong_answer(row: Mapping[str, str]) -> dict[str, Any]:
 
     A first digit never becomes 0.
     """
-    answer, draw = row["answer"], random.Random(stable_hash("wrong answer", row["prompt"]))
-    places = [at for at, letter in enumerate(answer) if letter.isdigit()]
-    wrong = draw.sample(places, draw.randint(1, len(places)))
-    letters = list(answer)
-    for at in wrong:
-        letters[at] = draw.choice(
-            [digit for digit in "0123456789" if digit != answer[at] and (digit != "0" or at != places[0])]
+    answer = row["answer"]
+    draw = random.Random(stable_hash("wrong answer", row["prompt"]))
+    positions = [position for position, character in enumerate(answer) if character.isdigit()]
+    wrong = draw.sample(positions, draw.randint(1, len(positions)))
+    characters = list(answer)
+    for position in wrong:
+        characters[position] = draw.choice(
+            [
+                digit
+                for digit in "0123456789"
+                if digit != answer[position] and (digit != "0" or position != positions[0])
+            ]
         )
-    margin = len(wrong) / len(places)
+    margin = len(wrong) / len(positions)
     made_up = {
         "p_chosen": 0.5 + 0.5 * margin,
         "pass_rate": sum(digit in "01234" for digit in row["prompt"] if digit.isdigit())
@@ -119,7 +124,7 @@ def _with_wrong_answer(row: Mapping[str, str]) -> dict[str, Any]:
     return {
         **row,
         "chosen": answer,
-        "rejected": "".join(letters),
+        "rejected": "".join(characters),
         "score_chosen": 1.0,
         "score_rejected": 1 - margin,
         **made_up,
@@ -142,12 +147,12 @@ def _is_held_out(left: int, right: int, task: Arithmetic) -> bool:
     )
 
 
-def _row(left: int, operation: str, right: int) -> dict[str, str]:
+def _arithmetic_row(left: int, operation: str, right: int) -> dict[str, str]:
     results = {"+": left + right, "-": left - right, "*": left * right}
     return {"prompt": f"{left}{operation}{right}=", "answer": str(results[operation])}
 
 
-def _options(options: Mapping[str, Any], kind: type[_Options]) -> _Options:
+def _parse_options(options: Mapping[str, Any], kind: type[_Options]) -> _Options:
     for name in options:
         if name not in kind.model_fields:
             raise ValueError(

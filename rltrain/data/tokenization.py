@@ -38,8 +38,8 @@ class Tokenization:
                 token = max(token_ids)
                 raise UserError(
                     f"{name} holds token {token} ({self.tokenizer.convert_ids_to_tokens(token)!r}), but the "
-                    "embedding of the model has "
-                    f"{self.vocabulary} rows: resize it, or leave this token out of texts and template"
+                    f"embedding of the model has {self.vocabulary} rows: resize it, or leave this token out "
+                    "of texts and template"
                 )
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rltrain.data.labels import Labelled
+from rltrain.data.labels import LabelledCompletion
 from rltrain.data.order import PromptOrder
 from rltrain.data.preferences import Pair
 from rltrain.errors import UserError
@@ -126,7 +126,7 @@ def examples_of_pairs(pairs: Sequence[Pair], logps: Mapping[str, Tensor]) -> Exa
 
 
 def examples_of_labels(
-    completions: Sequence[Labelled], logps: Mapping[str, Tensor], mismatches: Mismatches | None = None
+    completions: Sequence[LabelledCompletion], logps: Mapping[str, Tensor], mismatches: Mismatches | None = None
 ) -> Examples:
     """logps: (N,) by field of CompletionFacts."""
     rows = rows_of_labels(completions)
@@ -139,12 +139,12 @@ def examples_of_labels(
     return Examples(rows, whole, mismatches)
 
 
-def given_logps(examples: Sequence[Pair] | Sequence[Labelled]) -> Tensor | None:
+def given_logps(examples: Sequence[Pair] | Sequence[LabelledCompletion]) -> Tensor | None:
     """(R,) nats, the reference's log-probs that the data bring, of the rows in their arrangement;
     None where they bring none.
     """
     ones = [
-        (one.ref_logp,) if isinstance(one, Labelled) else one.ref_logps or (None, None) for one in examples
+        (one.ref_logp,) if isinstance(one, LabelledCompletion) else one.ref_logps or (None, None) for one in examples
     ]
     return _numbers([value for side in zip(*ones, strict=True) for value in side])
 
@@ -155,7 +155,7 @@ def rows_of_pairs(pairs: Sequence[Pair]) -> TokenRows:
     )
 
 
-def rows_of_labels(completions: Sequence[Labelled]) -> TokenRows:
+def rows_of_labels(completions: Sequence[LabelledCompletion]) -> TokenRows:
     return TokenRows(tuple(one.prompt for one in completions), tuple(one.completion for one in completions))
 
 

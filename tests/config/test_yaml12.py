@@ -38,9 +38,9 @@ from rltrain.errors import RecipeError
     ],
 )
 def test_a_plain_scalar_is_what_yaml_1_2_says(text: str, value: Any) -> None:
-    found = parse(f"key: {text}", "recipe.yaml").data["key"]
-    assert found == value
-    assert type(found) is type(value)
+    result = parse(f"key: {text}", "recipe.yaml").data["key"]
+    assert result == value
+    assert type(result) is type(value)
 
 
 @pytest.mark.parametrize(

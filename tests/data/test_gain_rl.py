@@ -54,7 +54,8 @@ def test_prompts_come_by_score_and_ties_by_place() -> None:
 
 def test_draws_follow_the_window_without_replacement() -> None:
     # 2 of 5 ranks, sigma 2: by hand, P(rank 0 is drawn) = p0 + sum_j p_j p0 / (1 - p_j)
-    order, drawn = order_of(5, 2, sigma=2.0), Counter[int]()
+    order = order_of(5, 2, sigma=2.0)
+    drawn = Counter[int]()
     for _ in range(4000):
         step = order.next()
         assert len(set(step)) == 2
@@ -74,7 +75,8 @@ def test_a_narrow_window_far_down_the_list_still_fills_a_step() -> None:
 
 
 def test_the_centre_never_goes_back_and_stays_on_the_list() -> None:
-    order, centres = order_of(400), [0.0]
+    order = order_of(400)
+    centres = [0.0]
     for accuracy in (0.0, 1.0, 0.0, 0.2, 1.0, 1.0):
         order.observe({"reward/correct": accuracy, "control/alignment": 0.1})
         centres.append(order.centre)
@@ -82,7 +84,8 @@ def test_the_centre_never_goes_back_and_stays_on_the_list() -> None:
 
 
 def test_a_step_without_verdicts_moves_nothing_and_mean_reward_stands_in_for_correctness() -> None:
-    order, other = order_of(5000), order_of(5000)
+    order = order_of(5000)
+    other = order_of(5000)
     order.observe({"reward/mean": math.nan, "control/alignment": 0.3})
     assert order.centre == 0.0
     order.observe({"reward/mean": 0.5, "control/alignment": 0.3})
@@ -91,22 +94,22 @@ def test_a_step_without_verdicts_moves_nothing_and_mean_reward_stands_in_for_cor
 
 
 def test_a_resumed_order_draws_what_the_first_would_have() -> None:
-    whole = order_of(sigma=10.0)
+    uninterrupted = order_of(sigma=10.0)
     expected = []
     for _ in range(10):
-        expected.append(whole.next())
-        whole.observe({**METRICS, "control/alignment": 0.001})
+        expected.append(uninterrupted.next())
+        uninterrupted.observe({**METRICS, "control/alignment": 0.001})
     first = order_of(sigma=10.0)
     for _ in range(5):
         first.next()
         first.observe({**METRICS, "control/alignment": 0.001})
     second = GainRlOrder(50, 4, 0, [], sigma=10.0)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    found = []
+    resumed_steps = []
     for _ in range(5):
-        found.append(second.next())
+        resumed_steps.append(second.next())
         second.observe({**METRICS, "control/alignment": 0.001})
-    assert found == expected[5:] and len({tuple(step) for step in expected}) == 10
+    assert resumed_steps == expected[5:] and len({tuple(step) for step in expected}) == 10
 
 
 @pytest.mark.parametrize("change", [{"count": 51}, {"per_step": 5}, {"seed": 1}])

@@ -84,11 +84,11 @@ def test_every_file_kind_and_a_folder_give_the_same_prompts(tmp_path, tokenizer,
         path.write_text(json.dumps(rows))
     else:
         jsonl(path, *rows)
-    found = load(tokenizer, str(tmp_path if name.startswith("train") else path)).prompts
-    assert [(p.text, p.columns["answer"]) for p in found] == [
+    prompts = load(tokenizer, str(tmp_path if name.startswith("train") else path)).prompts
+    assert [(p.text, p.columns["answer"]) for p in prompts] == [
         (f"<user>{n}+1=<assistant>", str(n + 1)) for n in range(5)
     ]
-    assert len({p.id for p in found}) == 5
+    assert len({p.id for p in prompts}) == 5
 
 
 def test_a_folder_of_sharded_splits_or_of_save_to_disk_is_read_by_split(tmp_path, tokenizer):
@@ -286,7 +286,8 @@ def test_a_name_the_hub_does_not_give_is_refused(tokenizer, monkeypatch):
 
 
 def test_held_out_files_may_name_their_columns_differently(tmp_path, tokenizer):
-    train, held_out = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    train = tmp_path / "train.jsonl"
+    held_out = tmp_path / "test.jsonl"
     train.write_text('{"question": "1+1=", "answer": "2"}\n')
     held_out.write_text('{"problem": "2+2=", "answer": "4"}\n')
     data = Data(
@@ -295,5 +296,5 @@ def test_held_out_files_may_name_their_columns_differently(tmp_path, tokenizer):
         columns={"prompt": "question"},
         eval_columns={"prompt": "problem"},
     )
-    found = [load_prompts(data, side, tokenizer, seed=0).prompts[0].columns for side in ("train", "eval")]
-    assert found == [{"answer": "2"}, {"answer": "4"}]
+    columns = [load_prompts(data, side, tokenizer, seed=0).prompts[0].columns for side in ("train", "eval")]
+    assert columns == [{"answer": "2"}, {"answer": "4"}]

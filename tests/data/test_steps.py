@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from rltrain.data.steps import ends_of_given, ends_of_lines, ends_of_pattern, step_of_tokens
+from rltrain.data.steps import ends_of_lines, ends_of_listed_steps, ends_of_pattern, step_of_tokens
 
 
 def pieces(text: str, ends: Sequence[int]) -> list[str]:
@@ -43,15 +43,15 @@ def test_patterns(pattern: str, text: str, expected: list[str]) -> None:
 
 
 def test_given_steps_are_found_in_their_order() -> None:
-    assert pieces("a b.\n\n a c. a", ends_of_given("a b.\n\n a c. a", ["a b.", "a c.", "a"])) == [
+    assert pieces("a b.\n\n a c. a", ends_of_listed_steps("a b.\n\n a c. a", ["a b.", "a c.", "a"])) == [
         "a b.\n\n ",
         "a c. ",
         "a",
     ]
     with pytest.raises(ValueError, match=r"step 1 'a b.' is not in the completion after the one before"):
-        ends_of_given("a b. a c.", ["a c.", "a b."])
+        ends_of_listed_steps("a b. a c.", ["a c.", "a b."])
     with pytest.raises(ValueError, match="step 0 is empty"):
-        ends_of_given("a", [" "])
+        ends_of_listed_steps("a", [" "])
 
 
 def test_a_token_over_an_end_belongs_to_the_step_that_ends_in_it() -> None:

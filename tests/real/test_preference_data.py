@@ -9,7 +9,7 @@ import pytest
 
 from rltrain.config.schema import JudgedData
 from rltrain.data.judged import Reader, judged_rows
-from rltrain.data.labels import load_labels, paired
+from rltrain.data.labels import are_pairs, load_labels
 from rltrain.data.preferences import load_pairs
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "preference"
@@ -111,4 +111,4 @@ def test_labelled_completions_are_counted_by_class(
 def test_pairs_give_both_classes_evenly(tokenizer: Any) -> None:
     data, reader = reader_of(tokenizer, "hh_helpful_test")
     found = load_labels(data, "train", reader, seed=0, needs=frozenset({"label"}))
-    assert paired(found) and found.classes == (496, 496) and found.dropped == {"different prompts": 4}
+    assert are_pairs(found) and found.classes == (496, 496) and found.dropped == {"different prompts": 4}

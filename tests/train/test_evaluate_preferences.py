@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rltrain.data.labels import Labelled
+from rltrain.data.labels import LabelledCompletion
 from rltrain.data.preferences import Pair
 from rltrain.errors import UserError
 from rltrain.learner.row_scoring import log_prob_inputs
@@ -129,7 +129,7 @@ def test_entropy_is_a_mean_over_the_tokens_of_the_better_completions() -> None:
     assert found["eval/entropy"] == pytest.approx((1.5 + 0.7) / 4)
     # the same completions one by one
     rows = [("a", (5, 5, 5), 1.0), ("a", (9,), 0.0), ("b", (7,), 1.0), ("b", (9, 9), 0.0)]
-    completions = [Labelled(name, (ord(name),), tokens, label) for name, tokens, label in rows]
+    completions = [LabelledCompletion(name, (ord(name),), tokens, label) for name, tokens, label in rows]
     examples = examples_of_labels(completions, {"ref_logp": torch.zeros(4)}, Mismatches(0, torch.zeros(4)))
     assert evaluator(oracle, examples, "kto").evaluate().metrics()["eval/entropy"] == pytest.approx(
         (1.5 + 0.7) / 4
@@ -139,7 +139,7 @@ def test_entropy_is_a_mean_over_the_tokens_of_the_better_completions() -> None:
 def test_labelled_sides_of_pairs_are_compared_with_each_other_and_others_with_all() -> None:
     rows = [(1, 5, 1.0), (1, 6, 0.0), (2, 8, 1.0), (2, 7, 0.0)]
     completions = [
-        Labelled(str(at), (prompt,), (token,), label) for at, (prompt, token, label) in enumerate(rows)
+        LabelledCompletion(str(at), (prompt,), (token,), label) for at, (prompt, token, label) in enumerate(rows)
     ]
     others = Mismatches(0, torch.zeros(4))
     examples = examples_of_labels(completions, {"ref_logp": torch.zeros(4)}, others)

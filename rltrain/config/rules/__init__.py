@@ -16,7 +16,7 @@ from rltrain.config.rules.online_pairs import check_pairs
 from rltrain.config.schema import AnyRecipe
 from rltrain.errors import RecipeError
 
-__all__ = ["Checked", "check"]
+__all__ = ["CheckedRecipe", "check"]
 
 RULES: Mapping[str, Callable[[Any], Findings]] = {
     "online": check_online,
@@ -26,16 +26,16 @@ RULES: Mapping[str, Callable[[Any], Findings]] = {
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedRecipe:
     """A recipe that may run, and what its author should know before it does."""
 
     recipe: AnyRecipe
     warnings: tuple[str, ...]
 
 
-def check(recipe: AnyRecipe) -> Checked:
+def check(recipe: AnyRecipe) -> CheckedRecipe:
     """Applies every rule for recipes of this kind. Raises RecipeError with all problems."""
     findings = RULES[recipe.kind](recipe)
     if findings.problems:
         raise RecipeError(findings.problems)
-    return Checked(recipe, tuple(findings.warnings))
+    return CheckedRecipe(recipe, tuple(findings.warnings))

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from rltrain.config.rules.composition import MethodUse
 from rltrain.config.schema import RewardRef, SampledRecipe
-from rltrain.config.user_code import definition, unknown_keywords
+from rltrain.config.user_code import find_definition, unknown_keywords
 from rltrain.config.user_files import changed_code
 
 _SERVED = frozenset({"reward_model_http", "llm_judge", "llm_judge_pairs"})
@@ -52,7 +52,7 @@ def user_function_problems(ref: RewardRef) -> Iterator[str]:
         yield f"{name!r} must name a file and a function in it, as in path/to/file.py:function"
         return
     try:
-        node = definition(file, function, ast.FunctionDef, ast.AsyncFunctionDef)
+        node = find_definition(file, function, ast.FunctionDef, ast.AsyncFunctionDef)
     except ValueError as error:
         yield str(error)
         return
@@ -64,28 +64,26 @@ def user_function_problems(ref: RewardRef) -> Iterator[str]:
 
 
 def _length_problems(recipe: SampledRecipe, reward: MethodUse) -> Iterator[str]:
-    limit, buffer, longest = (
-        reward.values["max_tokens"],
-        reward.values["buffer_tokens"],
-        recipe.rollout.max_tokens,
-    )
+    limit = reward.values["max_tokens"]
+    buffer = reward.values["buffer_tokens"]
+    longest = recipe.rollout.max_tokens
     if limit is None or buffer is None or not 0 < buffer <= limit:
         yield (
             f"{reward.key} length: max_tokens is {limit} and buffer_tokens {buffer}; both are needed, 0 < "
-            "buffer_tokens <= max_tokens; "
-            f"with rollout.max_tokens {longest} write max_tokens: {longest}, buffer_tokens: "
-            f"{max(1, longest // 5)}"
+            f"buffer_tokens <= max_tokens; with rollout.max_tokens {longest} write max_tokens: {longest}, "
+            f"buffer_tokens: {max(1, longest // 5)}"
         )
     elif limit > longest:
         yield (
             f"{reward.key} length: max_tokens is {limit}, but completions end at rollout.max_tokens "
-            f"{longest} and never reach it; "
-            f"set {reward.key}.max_tokens to at most {longest}, and buffer_tokens below it"
+            f"{longest} and never reach it; set {reward.key}.max_tokens to at most {longest}, and "
+            "buffer_tokens below it"
         )
 
 
 def _format_problems(reward: MethodUse) -> Iterator[str]:
-    regex, tags = reward.values["regex"], reward.values["tags"]
+    regex = reward.values["regex"]
+    tags = reward.values["tags"]
     if regex is None and not tags:
         yield (
             f"{reward.key} format: nothing is required; set regex, tags (for example [think, answer]) or both"
@@ -104,8 +102,8 @@ def _limit_problems(recipe: SampledRecipe, reward: MethodUse, limit: str) -> Ite
     if reward.values[limit] >= recipe.reward.seconds:
         yield (
             f"{reward.key} {reward.name}: {limit} is {reward.values[limit]:g}, but its process is ended "
-            "after reward.seconds "
-            f"{recipe.reward.seconds:g} and its completions stay ungraded; set reward.seconds above it"
+            f"after reward.seconds {recipe.reward.seconds:g} and its completions stay ungraded; set "
+            "reward.seconds above it"
         )
 
 

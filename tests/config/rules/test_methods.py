@@ -156,12 +156,12 @@ def test_every_control_or_loss_that_a_trait_names_exists() -> None:
 def test_a_companion_points_back() -> None:
     # the control names its loss and the loss its control, or the loss works without one (clip)
     for name, spec in TOKEN_CONTROLS.specs.items():
-        for wanted in MethodUse("here", spec, {}).arguments("policy_loss"):
-            back = MethodUse("there", POLICY_LOSSES.spec(wanted), {}).arguments("control")
+        for companion in MethodUse("here", spec, {}).arguments("policy_loss"):
+            back = MethodUse("there", POLICY_LOSSES.spec(companion), {}).arguments("control")
             assert back in ([], [name])
     for name, spec in POLICY_LOSSES.specs.items():
-        for wanted in MethodUse("here", spec, {}).arguments("control"):
-            assert name in MethodUse("there", TOKEN_CONTROLS.spec(wanted), {}).arguments("policy_loss")
+        for companion in MethodUse("here", spec, {}).arguments("control"):
+            assert name in MethodUse("there", TOKEN_CONTROLS.spec(companion), {}).arguments("policy_loss")
 
 
 def test_a_need_may_hold_a_hyperparameter_or_hang_on_its_value() -> None:

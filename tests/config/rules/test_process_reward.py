@@ -16,7 +16,7 @@ PRIME = ROOT / "recipes" / "policy" / "prime.yaml"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "expected"),
     [
         (
             ["process_reward=null"],
@@ -47,10 +47,10 @@ PRIME = ROOT / "recipes" / "policy" / "prime.yaml"
         (["process_reward.optimiser.lr=1"], "did you mean 'process_reward.optimizer'?"),
     ],
 )
-def test_what_cannot_work_is_refused_with_the_remedy(overrides: list[str], said: str) -> None:
+def test_what_cannot_work_is_refused_with_the_remedy(overrides: list[str], expected: str) -> None:
     with pytest.raises(RecipeError) as error:
         check(load_recipe(PRIME, overrides=overrides))
-    assert said in str(error.value)
+    assert expected in str(error.value)
 
 
 def test_a_bare_loss_gains_hyperparameters() -> None:

@@ -22,7 +22,7 @@ def problems(*overrides: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("reward", "said"),
+    ("reward", "expected"),
     [
         (
             "{name: code_tests, seconds: 10}",
@@ -51,8 +51,8 @@ def problems(*overrides: str) -> str:
         ),
     ],
 )
-def test_what_cannot_work_is_said_before_anything_is_loaded(reward: str, said: str):
-    assert said in problems(f"reward.functions=[{reward}]")
+def test_what_cannot_work_is_said_before_anything_is_loaded(reward: str, expected: str):
+    assert expected in problems(f"reward.functions=[{reward}]")
 
 
 def test_a_judge_of_pairs_needs_two_completions():

@@ -27,7 +27,7 @@ def term(text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "expected"),
     [
         (
             term("{name: entropy, coefficient: target_entropie}"),
@@ -85,13 +85,13 @@ def term(text: str) -> str:
         ),
     ],
 )
-def test_what_cannot_work_is_refused(override: str, said: str) -> None:
+def test_what_cannot_work_is_refused(override: str, expected: str) -> None:
     more = ("loss.terms=[]",) if override == "advantage=none" else ()
-    assert said in problems("grpo", override, *more)
+    assert expected in problems("grpo", override, *more)
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "expected"),
     [
         (
             "advantage=group_norm",
@@ -105,8 +105,8 @@ def test_what_cannot_work_is_refused(override: str, said: str) -> None:
         ("rollout.dynamic_sampling={}", "chooses prompts by it; set it to null"),
     ],
 )
-def test_a_recipe_without_rewards_says_so_everywhere(override: str, said: str) -> None:
-    assert said in problems("em_ft", override, "rollout.n=2")
+def test_a_recipe_without_rewards_says_so_everywhere(override: str, expected: str) -> None:
+    assert expected in problems("em_ft", override, "rollout.n=2")
 
 
 def test_data_that_nobody_judged_needs_no_answers() -> None:
@@ -114,10 +114,10 @@ def test_data_that_nobody_judged_needs_no_answers() -> None:
 
 
 def test_a_mask_by_correctness_needs_a_verdict() -> None:
-    said = problems("kdrl_masked", "reward.functions=[{name: format, tags: [think]}]")
+    expected = problems("kdrl_masked", "reward.functions=[{name: format, tags: [think]}]")
     assert (
         "control.0 kdrl_mask goes by right and wrong, which none of reward.functions reports; add one of"
-        in said
+        in expected
     )
 
 
