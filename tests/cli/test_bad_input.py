@@ -30,7 +30,7 @@ def train(
     stderr.
     """
 
-    def loaded(*_: object) -> None:
+    def loaded(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded before the mistake was found")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)

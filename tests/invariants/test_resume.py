@@ -137,7 +137,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     monkeypatch.setattr(
         sys, "argv", ["rltrain", "train", "my recipe.yaml", "--resume", "old/step-1", "--run", "new"]
     )
-    with at_call(2, online, "weigh", lambda: signal.raise_signal(signal.SIGINT)):
+    with at_call(2, online, "apply_methods", lambda: signal.raise_signal(signal.SIGINT)):
         assert start(tmp_path / "stopped") == STOPPED
     assert signal.getsignal(signal.SIGINT) is handler
     printed = capfd.readouterr()

@@ -22,6 +22,7 @@ from rltrain.learner.preference_learner import PreferenceLearner, lengths_of, pa
 from rltrain.loss.preference import PREFERENCE_LOSSES
 from rltrain.loss.preference.objective import PreferenceObjective
 from rltrain.rollout.engines.transformers.engine import TransformersEngine
+from rltrain.rollout.groups import sample_groups
 from rltrain.types.policy import TokenRows
 from rltrain.types.preference import CompletionFacts, PairBatch
 from rltrain.types.samples import Prompt, Sampling
@@ -112,7 +113,7 @@ def test_the_embedded_engine_samples_with_the_learners_log_probs(name: str, fold
     new = min(longest_row(name), 24) // 2  # it decodes up to the sliding window
     prompts = [Prompt(str(length), tokens(rng, length), "") for length in (new, 1, new // 2)]
 
-    groups = engine.generate(prompts, Sampling(n=2, temperature=1.0, max_tokens=new, seed=0), 0)
+    groups = sample_groups(engine, prompts, Sampling(n=2, temperature=1.0, max_tokens=new, seed=0), 0)
 
     sampled = [(group.prompt.token_ids, completion) for group in groups for completion in group.completions]
     rows = TokenRows(
@@ -148,7 +149,7 @@ def test_the_learner_refuses_what_it_would_compute_otherwise(name: str, reason: 
 
 def learner_of(path: str) -> PreferenceLearner:
     core = LearnerCore(optimizer=Optimizer(lr=1e-3), tokens_per_micro_batch=64)  # several micro-batches
-    return PreferenceLearner(Model(path=path), core, max_tokens=32, total_updates=1, seed=0)
+    return PreferenceLearner(Model(path=path), core, total_updates=1, seed=0)
 
 
 @pytest.mark.parametrize("name", [name for name in LEARNS if name not in TRAINING_REFUSES])

@@ -74,16 +74,16 @@ def core() -> LearnerCore:
 
 
 def as_the_policy(path: str, sound: str) -> object:
-    return PreferenceLearner(Model(path=path), core(), max_tokens=8, total_updates=1, seed=0)
+    return PreferenceLearner(Model(path=path), core(), total_updates=1, seed=0)
 
 
 def as_a_reference(path: str, sound: str) -> object:
-    learner = PreferenceLearner(Model(path=sound), core(), max_tokens=8, total_updates=1, seed=0)
+    learner = PreferenceLearner(Model(path=sound), core(), total_updates=1, seed=0)
     return learner.use_frozen("ref_logp", path, Model(path=sound))
 
 
 def as_a_frozen_model(path: str, sound: str) -> None:
-    learner = PreferenceLearner(Model(path=sound), core(), max_tokens=8, total_updates=1, seed=0)
+    learner = PreferenceLearner(Model(path=sound), core(), total_updates=1, seed=0)
     with learner.frozen_model(path, Model(path=sound)):
         pass
 

@@ -145,7 +145,7 @@ def test_what_the_arm_remembers_survives_a_checkpoint() -> None:
 
 @pytest.mark.parametrize("hp", [{"share": 1.5}, {"share": -0.1}, {"high": 0.0}, {"low": -1.0}])
 def test_settings_without_a_meaning_are_refused(hp: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"rollout\.sources aepo"):
+    with pytest.raises(ValueError, match=r"rollout\.extra_samples aepo"):
         extra_source("aepo", means_of(EchoSampler()), **hp)
 
 
@@ -317,7 +317,7 @@ def borrowed(engine: Any, own: Mapping[str, Tensor], other: Mapping[str, Tensor]
     """The engine holds ``own`` as version 4; what is returned lends it ``other``."""
     sync = Sync([engine], {}, sample=2, full_every=10, seed=0)
     sync.push(own.items, 4, expect_change=False)
-    return lambda: sync.temporarily_loaded(other, REFERENCE_VERSION, lambda: own.items())
+    return lambda: sync.load_temporarily(other, REFERENCE_VERSION, lambda: own.items())
 
 
 def asked(engine: Any, version: int = 4) -> list[tuple[int, ...]]:

@@ -14,23 +14,26 @@ from reward.score import RewardInputs, Score
 from reward.score_checks import ContractError
 from rltrain.config.schema import RewardRef
 from rltrain.errors import UserError
+from rltrain.rollout.colocated import GradedSampler
 from rltrain.rollout.grading import reward_inputs, sample_inputs, score_groups
-from rltrain.rollout.verdicts import label_of_only_function, with_verdicts
+from rltrain.rollout.verdicts import add_verdicts, label_of_only_function
 from rltrain.train.evaluate import Evaluator
-from rltrain.types.samples import REFERENCE_VERSION, Completion, Prompt, RolloutGroup, Sampling, ScoredGroup
+from rltrain.types.samples import (
+    REFERENCE_VERSION,
+    Completion,
+    Prompt,
+    RolloutGroup,
+    Sampling,
+    ScoredGroup,
+    Span,
+)
+from support.samplers import EchoSampler
 
 REFS = [RewardRef(name="mine.py:judge")]
 
 
 def completion(version: int = 7) -> Completion:
-    return Completion((1, 2), (-1.0, -1.0), "stop", "x", version)
-
-
-class Sampler:
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[RolloutGroup]:
-        return [
-            RolloutGroup(at, prompt, (completion(version),) * sampling.n) for at, prompt in enumerate(prompts)
-        ]
+    return Completion((1, 2), (-1.0, -1.0), "stop", "x", (Span(0, 2, version),))
 
 
 class Fixed:
@@ -53,7 +56,8 @@ class Fixed:
 def evaluate(grader: Fixed, label: str | None, k: tuple[int, ...] = (1, 2)) -> Any:
     prompts = [Prompt(str(at), (1,), str(at)) for at in range(len(grader.rows))]
     sampling = Sampling(n=len(grader.rows[0]), temperature=1.0, max_tokens=4, seed=0)
-    return Evaluator(prompts, grader, sampling, k, verdict_of=label).evaluate(Sampler(), 5)  # type: ignore[arg-type]
+    source = GradedSampler(EchoSampler(), grader, verdict_of=label)
+    return Evaluator(prompts, sampling, k, verdict_of=label).evaluate(source, 5)
 
 
 def test_rewards_of_zero_and_one_give_pass_at_k_whatever_their_weight() -> None:
@@ -97,9 +101,9 @@ def test_one_value_that_is_neither_leaves_every_group_of_the_step_without_verdic
             tuple(Score(v, {"judge": v}) for v in values),
         )
 
-    judged = with_verdicts([group(1.0, 0.0), group(0.0, 0.0)], "judge")
+    judged = add_verdicts([group(1.0, 0.0), group(0.0, 0.0)], "judge")
     assert [[score.correct for score in one.scores] for one in judged] == [[True, False], [False, False]]
-    mixed = with_verdicts([group(1.0, 0.0), group(0.0, 0.5)], "judge")
+    mixed = add_verdicts([group(1.0, 0.0), group(0.0, 0.5)], "judge")
     assert {score.correct for one in mixed for score in one.scores} == {None}
 
 

@@ -37,7 +37,8 @@ def built(model: str, samples: int) -> OwnSamples:
             "eval": OfflineEval(samples=samples),
         }
     )
-    return build_own_samples(recipe, StopTokens(stop=(1,), pad=0, pad_is_eos=False), PAIRS, ALONE)
+    names = CheckpointNames(AutoModelForCausalLM.from_pretrained(model))
+    return build_own_samples(recipe, StopTokens(stop=(1,), pad=0, pad_is_eos=False), PAIRS, names, ALONE)
 
 
 def test_entropy_is_that_of_the_models_logits_on_what_it_wrote(

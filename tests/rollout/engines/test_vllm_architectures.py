@@ -23,6 +23,7 @@ from rltrain.rollout.engines.vllm import colocated as vllm_colocated
 from rltrain.rollout.engines.vllm.process import class_states, leave_classes
 from rltrain.sync.colocated import Sync
 from rltrain.sync.fingerprint import NeverHeldError, WeightMismatchError
+from rltrain.tensor_ops import Fingerprint
 from rltrain.weight_names import CheckpointNames
 from support.scripts import script
 
@@ -209,15 +210,20 @@ def test_transformers_classes_get_their_methods_back_and_vllms_modules_keep_thei
 
 def test_the_first_push_that_never_arrives_is_the_users_to_mend() -> None:
     class Deaf:
-        dtype, fingerprint_rtol = torch.float32, 1e-12
+        name = "deaf"
+        dtype = torch.float32
+        fingerprint_rtol = 1e-12
+
+        def wake(self) -> None:
+            pass
 
         def load(self, weights: Any, version: int) -> None:
             list(weights)
 
-        def fingerprint(self, names: Any = None) -> dict[str, float]:
-            return {"layers.0.weight": 1.0}
+        def fingerprint(self, names: Any = None) -> dict[str, Fingerprint]:
+            return {"layers.0.weight": Fingerprint(1.0, 0.0)}
 
     engine: Any = Deaf()
-    sync = Sync(engine, {}, sample=1, full_every=1, seed=0)
+    sync = Sync([engine], {}, sample=1, full_every=1, seed=0)
     with pytest.raises(NeverHeldError, match=r"layers\.0\.weight.* choose the other rollout\.engine"):
-        sync.push([("layers.0.weight", torch.ones(2, 2))], 0, expect_change=False)
+        sync.push(lambda: [("layers.0.weight", torch.ones(2, 2))], 0, expect_change=False)
