@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rltrain.errors import RecipeError, UserError
-from rltrain.interrupt import ends_at_ctrl_c
+from rltrain.interrupt import exit_on_ctrl_c
 
 if TYPE_CHECKING:
-    from rltrain.config.rules import Checked
+    from rltrain.config.rules import CheckedRecipe
 
 app = typer.Typer(
     add_completion=False,
@@ -106,10 +106,10 @@ def train(
 
     Exit code 3: stopped by SIGTERM or Ctrl-C, with a checkpoint; the same command continues.
     """
-    checked = _checked(recipe, profile, _with_shorthands(overrides, engine, seed))
+    checked = _load_checked(recipe, profile, _with_shorthands(overrides, engine, seed))
     from rltrain.cli.train import train_command
 
-    with _trusting(checked.recipe.model.trust_remote_code):
+    with _trusting_code(checked.recipe.model.trust_remote_code):
         raise typer.Exit(
             train_command(checked.recipe, run or Path("runs") / recipe.stem, checked.warnings, resume)
         )
@@ -128,10 +128,10 @@ def doctor(
 
     Exit code 1 if not.
     """
-    checked = _checked(recipe, profile, _with_shorthands(overrides, engine, seed))
+    checked = _load_checked(recipe, profile, _with_shorthands(overrides, engine, seed))
     from rltrain.cli.doctor import doctor_command
 
-    with _trusting(checked.recipe.model.trust_remote_code):
+    with _trusting_code(checked.recipe.model.trust_remote_code):
         raise typer.Exit(doctor_command(checked.recipe, steps))
 
 
@@ -144,10 +144,10 @@ def validate(
     overrides: Overrides = None,
 ) -> None:
     """Check recipes without loading anything."""
-    verdicts = [_verdict(path, profile, overrides or []) for path in _expanded(recipes)]
+    verdicts = [_validate_file(path, profile, overrides or []) for path in _expand_paths(recipes)]
     for lines, _ in verdicts:
         typer.echo("\n".join(lines))
-    failed = sum(not fine for _, fine in verdicts)
+    failed = sum(not is_valid for _, is_valid in verdicts)
     if failed:
         typer.echo(f"{failed} of {len(verdicts)} failed", err=True)
         raise typer.Exit(1)
@@ -160,7 +160,7 @@ def plan(
     """Print every number that a recipe implies."""
     from rltrain.config.plan import plan as planned
 
-    checked = _checked(recipe, profile, _with_shorthands(overrides, engine, None))
+    checked = _load_checked(recipe, profile, _with_shorthands(overrides, engine, None))
     lines = planned(checked.recipe)
     names, values = (max(len(line[column]) for line in lines) for column in (0, 1))
     for line in lines:
@@ -189,7 +189,7 @@ def compare(
     """
     keys = _with_shorthands(overrides, engine, None)
     for recipe in recipes:
-        _checked(recipe, profile, keys)
+        _load_checked(recipe, profile, keys)
     from rltrain.cli.compare import compare_command
 
     raise typer.Exit(compare_command(recipes, seeds, out, profile, keys))
@@ -231,7 +231,7 @@ def soup(
     """Average the weights of models: SALSA's reference (model.reference of a recipe)."""
     from rltrain.cli.soup import soup_command
 
-    with _trusting(trust_remote_code or ()):
+    with _trusting_code(trust_remote_code or ()):
         raise typer.Exit(soup_command(models, weights or [], out))
 
 
@@ -282,18 +282,18 @@ def evaluate(
     """Measure pass@k and avg@k of a model on a recipe's held-out prompts; with --select, choosing one
     of N answers too.
     """
-    checked = _checked(recipe, profile, _with_shorthands(overrides, engine, seed))
+    checked = _load_checked(recipe, profile, _with_shorthands(overrides, engine, seed))
     trusted = (*checked.recipe.model.trust_remote_code, *(trust_remote_code or ()))
     if select or kl_to is not None:
         from rltrain.cli.score import Choosers, select_command
 
         choosers = Choosers(prm, prm_reference, beta, _aggregate(series, reduction), rm, steps, kl_to)
-        names = [one.value for one in select or ()]
-        with _trusting(trusted):
+        names = [selector.value for selector in select or ()]
+        with _trusting_code(trusted):
             raise typer.Exit(select_command(model, checked.recipe, names, choosers, out, em_inf))
     from rltrain.cli.evaluate import eval_command
 
-    with _trusting(trusted):
+    with _trusting_code(trusted):
         raise typer.Exit(eval_command(model, checked.recipe, out, em_inf))
 
 
@@ -355,8 +355,8 @@ def score(
 
     judge = ProcessModel(model, reference, beta, _aggregate(series, reduction), cache, tokens_per_micro_batch)
     data = JudgedData(train=str(file), system=system, chat_template=chat_template.value)
-    with _trusting(trust_remote_code or ()):
-        raise typer.Exit(score_command(judge, file, out, steps, _pairs(column), data, tokens))
+    with _trusting_code(trust_remote_code or ()):
+        raise typer.Exit(score_command(judge, file, out, steps, _parse_columns(column), data, tokens))
 
 
 @app.command()
@@ -389,10 +389,10 @@ def generate(
             model, engine=engine, max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, seed=seed
         )
     else:
-        recipe = _checked(source, profile, [f"model.path={model}", f"seed={seed}"]).recipe
+        recipe = _load_checked(source, profile, [f"model.path={model}", f"seed={seed}"]).recipe
     from rltrain.cli.evaluate import generate_command
 
-    with _trusting((*recipe.model.trust_remote_code, *(trust_remote_code or ()))):
+    with _trusting_code((*recipe.model.trust_remote_code, *(trust_remote_code or ()))):
         raise typer.Exit(generate_command(recipe, prompts, n, temperature, em_inf))
 
 
@@ -402,7 +402,7 @@ def main() -> None:
     What the user must mend is one line on stderr and exit code 2; RLTRAIN_TRACEBACK=1 shows where it was
     raised.
     """
-    with ends_at_ctrl_c():
+    with exit_on_ctrl_c():
         try:
             app()
         except UserError as error:
@@ -413,7 +413,7 @@ def main() -> None:
             raise SystemExit(2) from None
 
 
-def _checked(recipe: Path, profile: str | None, overrides: Sequence[str]) -> Checked:
+def _load_checked(recipe: Path, profile: str | None, overrides: Sequence[str]) -> CheckedRecipe:
     from rltrain.config.load import load_recipe
     from rltrain.config.rules import check
 
@@ -421,7 +421,7 @@ def _checked(recipe: Path, profile: str | None, overrides: Sequence[str]) -> Che
 
 
 @contextmanager
-def _trusting(entries: Sequence[str]) -> Iterator[None]:
+def _trusting_code(entries: Sequence[str]) -> Iterator[None]:
     """Inside, code of these models may run, and rank 0 says which."""
     from rltrain.remote_code import trusting
 
@@ -439,22 +439,22 @@ def _with_shorthands(overrides: Sequence[str] | None, engine: str | None, seed: 
 def _aggregate(series: Series | None, reduction: Reduction | None) -> dict[str, str]:
     """What was said of how steps become one score; what was not has its default in ``aggregate_steps``."""
     return {
-        name: one.value for name, one in (("series", series), ("reduction", reduction)) if one is not None
+        name: option.value for name, option in (("series", series), ("reduction", reduction)) if option is not None
     }
 
 
-def _pairs(texts: Sequence[str] | None) -> dict[str, str]:
+def _parse_columns(texts: Sequence[str] | None) -> dict[str, str]:
     """``["prompt=question"]`` as a mapping. Raises UserError for anything else."""
-    found = [text.partition("=") for text in texts or ()]
-    for name, equals, value in found:
+    pairs = [text.partition("=") for text in texts or ()]
+    for name, equals, value in pairs:
         if name not in ("prompt", "completion", "steps") or not equals or not value:
             raise UserError(
                 f"--column {name}{equals}{value}: expected prompt=NAME, completion=NAME or steps=NAME"
             )
-    return {name: value for name, _, value in found}
+    return {name: value for name, _, value in pairs}
 
 
-def _verdict(path: Path, profile: str | None, overrides: Sequence[str]) -> tuple[list[str], bool]:
+def _validate_file(path: Path, profile: str | None, overrides: Sequence[str]) -> tuple[list[str], bool]:
     """What ``validate`` says of one file, and whether it is fine."""
     from rltrain.config.fragments import check_fragment, kind_of
 
@@ -466,24 +466,24 @@ def _verdict(path: Path, profile: str | None, overrides: Sequence[str]) -> tuple
                 check_fragment(path)
                 return [f"{path}: ok, a {kind}"], True
             case _:
-                warnings = _checked(path, profile, overrides).warnings
+                warnings = _load_checked(path, profile, overrides).warnings
                 return [f"{path}: ok", *(f"  warning: {warning}" for warning in warnings)], True
     except RecipeError as error:
         return [f"{path}: failed", *(f"  error: {problem}" for problem in error.problems)], False
 
 
-def _expanded(paths: Sequence[Path]) -> Iterator[Path]:
+def _expand_paths(paths: Sequence[Path]) -> Iterator[Path]:
     """Files as they are, the YAML files of folders, and patterns that the shell left alone.
 
     Raises RecipeError for none at all.
     """
     for path in paths:
         if path.is_dir():
-            found = sorted(path.rglob("*.yaml"))
+            matches = sorted(path.rglob("*.yaml"))
         elif glob.has_magic(str(path)) and not path.exists():
-            found = sorted(map(Path, glob.glob(str(path), recursive=True)))
+            matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
         else:
-            found = [path]
-        if not found:
+            matches = [path]
+        if not matches:
             raise RecipeError(f"{path}: no YAML file {'in this folder' if path.is_dir() else 'matches'}")
-        yield from found
+        yield from matches

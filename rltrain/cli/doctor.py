@@ -68,8 +68,8 @@ def doctor_command(recipe: AnyRecipe, steps: int) -> int:
         "completions",
     )
     workflow = workflow_for(recipe)
-    sampled = workflow.at_rest(at_zero_learning_rate(with_prompt_date(sampled), steps))
-    with ended_by_sigterm():
+    sampled = workflow.with_every_row_trained(at_zero_learning_rate(with_prompt_date(sampled), steps))
+    with unwinding_on_sigterm():
         with user_errors(recipe.train.deadline_seconds):
             inputs = workflow.load(sampled)
         findings = run_doctor(sampled, workflow, inputs)
@@ -86,9 +86,9 @@ def run_doctor(recipe: SampledRecipe, workflow: Workflow, inputs: RunInputs) -> 
     stage = START
     try:
         with (
-            workflow.held(inputs),
+            workflow.resources(inputs),
             joined_processes(recipe.train.deadline_seconds) as (process, watchdog),
-            passing_folder(watchdog) as path,
+            temporary_folder(watchdog) as path,
         ):
             folder = RunFolder.create(path / "run", resolved_yaml(recipe), describe_environment())
             run: Any = workflow.build(recipe, inputs, RunContext(folder, process=process))
@@ -101,25 +101,25 @@ def run_doctor(recipe: SampledRecipe, workflow: Workflow, inputs: RunInputs) -> 
                 if not process.is_main:
                     return []
                 steps = [json.loads(line) for line in lines]
-                return diagnose(recipe, steps, run.mismatch, memories, judged=workflow.judged)
+                return diagnose(recipe, steps, run.mismatch, memories, judged=workflow.uses_judge)
             finally:
                 run.close()
     except _FAULTS as error:
         if not isinstance(error, EXPECTED):
             traceback.print_exception(error)
-        return with_few_steps(error, stage, judged=workflow.judged)
+        return with_few_steps(error, stage, judged=workflow.uses_judge)
 
 
 @contextlib.contextmanager
-def passing_folder(watchdog: Watchdog) -> Iterator[Path]:
+def temporary_folder(watchdog: Watchdog) -> Iterator[Path]:
     """A folder that is removed when the block ends, and when a deadline ends the process."""
     with tempfile.TemporaryDirectory(prefix="rltrain-doctor-", ignore_cleanup_errors=True) as name:
-        watchdog.before_the_end(partial(shutil.rmtree, name, ignore_errors=True))
+        watchdog.add_cleanup(partial(shutil.rmtree, name, ignore_errors=True))
         yield Path(name)
 
 
 @contextlib.contextmanager
-def ended_by_sigterm() -> Iterator[None]:
+def unwinding_on_sigterm() -> Iterator[None]:
     """Inside, the first SIGTERM closes what is open before the process dies of it; a second one ends it at
     once.
 

@@ -53,7 +53,7 @@ def _evaluate_offline(model: str, recipe: OfflineRecipe, em_inf: float | None) -
 
 def _evaluate_sampled(model: str, recipe: SampledRecipe, em_inf: float | None) -> dict[str, float]:
     _, result = evaluate_model(model, recipe, em_inf)
-    show(result, Console())
+    show_evaluation(result, Console())
     return result.metrics()
 
 
@@ -83,9 +83,9 @@ def evaluate_model(
         evaluator = build_evaluator(recipe.eval, recipe.reward, rollout.max_tokens, recipe.seed, inputs)
         sampling = _with_em_inf(evaluator.sampling, rollout.engine, em_inf)
         evaluator = dataclasses.replace(evaluator, sampling=sampling)
-        alone = Process(device=process.device, deadline=process.deadline)
+        single_process = Process(device=process.device, deadline=process.deadline)
         with sampler_for_model(recipe, inputs.tokenization, process) as sampler:
-            result = evaluator.evaluate(GradedSampler(sampler, grader, alone), version=0)
+            result = evaluator.evaluate(GradedSampler(sampler, grader, single_process), version=0)
     return inputs.tokenization, result
 
 
@@ -106,7 +106,7 @@ def generate_command(
     with user_mistakes():
         tokenization = load_tokenization(sampled.model, sampled.data, sampled.rollout)
         rendered = [
-            _prompt(str(number), text, sampled.data, tokenization) for number, text in enumerate(prompts)
+            _build_prompt(str(number), text, sampled.data, tokenization) for number, text in enumerate(prompts)
         ]
     sampling = Sampling(
         n=n, temperature=temperature, max_tokens=sampled.rollout.max_tokens, seed=sampled.seed
@@ -136,7 +136,7 @@ def _with_em_inf(sampling: Sampling, engine: str, em_inf: float | None) -> Sampl
     return dataclasses.replace(sampling, sharpen_below=em_inf)
 
 
-def _prompt(name: str, text: str, data: Data, tokenization: Tokenization) -> Prompt:
+def _build_prompt(name: str, text: str, data: Data, tokenization: Tokenization) -> Prompt:
     content = data.prompt_template.format_map({"prompt": text})
     rendered, token_ids = render(
         content, tokenization.tokenizer, system=data.system, chat_template=data.chat_template, date=data.date
@@ -148,7 +148,7 @@ def _prompt(name: str, text: str, data: Data, tokenization: Tokenization) -> Pro
     return Prompt(name, tuple(token_ids), rendered)
 
 
-def show(result: Evaluation, console: Console) -> None:
+def show_evaluation(result: Evaluation, console: Console) -> None:
     """Results with their intervals, one per line."""
     named = [(f"pass@{estimate.k}", estimate) for estimate in result.results]
     for name, estimate in (*named, (f"avg@{result.n}", result.average)):

@@ -17,7 +17,7 @@ from rltrain.analysis.selection import Samples, selections
 from rltrain.build.scorer import (
     NONE,
     ProcessModel,
-    cutter,
+    step_end_finder,
     open_scorer,
     read_file,
     scorer_tokenization,
@@ -25,7 +25,7 @@ from rltrain.build.scorer import (
 )
 from rltrain.build.workflows import require_sampled
 from rltrain.checkpoint.run_folder import write_atomic
-from rltrain.cli.evaluate import evaluate_model, show, show_numbers
+from rltrain.cli.evaluate import evaluate_model, show_evaluation, show_numbers
 from rltrain.config.schema import AnyRecipe, JudgedData, Model, SampledRecipe
 from rltrain.data.tokenization import Tokenization, tokenization_of
 from rltrain.errors import UserError, user_mistakes
@@ -63,17 +63,17 @@ def score_command(
     with user_mistakes():
         tokenization = scorer_tokenization(model)
         context = context_of(AutoConfig.from_pretrained(model.path, trust_remote_code=trusts(model.path)))
-        found = read_file(
+        rows = read_file(
             file, columns, steps, tokenization, data, None if context is None else context.tokens
         )
-    texts = [one.text for one in found if one.text is not None]
+    texts = [row.text for row in rows if row.text is not None]
     with open_scorer(model, say) as scorer:
         scored = iter(scorer.score(texts, lambda count: say(f"scored {count} of {len(texts)}")))
     lines = [
-        one.line({} if one.text is None else next(scored).columns(with_tokens=with_tokens)) for one in found
+        row.line({} if row.text is None else next(scored).columns(with_tokens=with_tokens)) for row in rows
     ]
     write_atomic(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    reasons = Counter(one.reason for one in found if one.text is None)
+    reasons = Counter(row.reason for row in rows if row.text is None)
     for reason, count in reasons.items():
         say(f"warning: {count} not scored: {reason}")
     say(f"{len(texts)} completions, beta {model.beta:g}: {out}")
@@ -134,28 +134,28 @@ def select_command(
         "--select samples answers, and this recipe learns from judged completions; name one with rollouts "
         "and rewards",
     )
-    _refuse(model, sampled, names, choosers)
+    _check_choices(model, sampled, names, choosers)
     tokenization, result = evaluate_model(model, sampled, em_inf)
     console = Console(highlight=False)
-    show(result, console)
-    prompts, found = _samples(result, names), dict[str, float]()
-    scores = _scores(choosers, result, tokenization, console) if set(names) & set(_SCORED) else {}
+    show_evaluation(result, console)
+    prompts, metrics = _samples(result, names), dict[str, float]()
+    scores = _chooser_scores(choosers, result, tokenization, console) if set(names) & set(_SCORED) else {}
     for name in names:
-        judged = scores.get("rm" if name == "rm" or "prm" not in scores else "prm")
+        chooser_scores = scores.get("rm" if name == "rm" or "prm" not in scores else "prm")
         with_scores = (
-            prompts if judged is None else [_scored(one, by) for one, by in zip(prompts, judged, strict=True)]
+            prompts if chooser_scores is None else [_with_scores(selection, prompt_scores) for selection, prompt_scores in zip(prompts, chooser_scores, strict=True)]
         )
-        for one in selections(with_scores, name, [n for n in _SIZES if n <= sampled.eval.n]):
-            found |= one.metrics()
+        for selection in selections(with_scores, name, [n for n in _SIZES if n <= sampled.eval.n]):
+            metrics |= selection.metrics()
     if choosers.kl_to is not None:
-        found |= _kl(model, choosers.kl_to, result, console)
-    show_numbers(found, console)
+        metrics |= _measure_kl(model, choosers.kl_to, result, console)
+    show_numbers(metrics, console)
     if out is not None:
-        write_atomic(out, json.dumps({"model": model, **result.metrics(), **found}, indent=2) + "\n")
+        write_atomic(out, json.dumps({"model": model, **result.metrics(), **metrics}, indent=2) + "\n")
     return 0
 
 
-def _refuse(model: str, recipe: SampledRecipe, names: Sequence[str], choosers: Choosers) -> None:
+def _check_choices(model: str, recipe: SampledRecipe, names: Sequence[str], choosers: Choosers) -> None:
     """What can be known before anything is sampled. Raises UserError."""
     choosers.refuse(names, recipe.eval.n)
     if choosers.kl_to is not None and recipe.eval.temperature != 1:
@@ -165,28 +165,28 @@ def _refuse(model: str, recipe: SampledRecipe, names: Sequence[str], choosers: C
         )
     for key, path in (("--prm", choosers.prm), ("--rm", choosers.rm), ("--kl-to", choosers.kl_to)):
         if path is not None:
-            _same_tokens(model, key, path)
-    cutter(choosers.steps)
+            _require_same_tokens(model, key, path)
+    step_end_finder(choosers.steps)
     if choosers.prm is not None:
         with user_mistakes():
             scorer_tokenization(_process_model(choosers))
 
 
-def _scores(
+def _chooser_scores(
     choosers: Choosers, result: Evaluation, tokenization: Tokenization, console: Console
 ) -> dict[str, list[list[float]]]:
     """By "prm" and "rm", as far as they are named: a score for every completion of every prompt."""
-    found: dict[str, list[list[float]]] = {}
+    scores: dict[str, list[list[float]]] = {}
     if choosers.prm is not None:
-        found["prm"] = _by_prompt(
+        scores["prm"] = _group_by_prompt(
             result, _process_scores(_process_model(choosers), result, choosers.steps, tokenization, console)
         )
     if choosers.rm is not None:
-        found["rm"] = _by_prompt(result, rewards_of(choosers.rm, _rows(result), tokens_per_micro_batch=16384))
-    return found
+        scores["rm"] = _group_by_prompt(result, rewards_of(choosers.rm, _rows(result), tokens_per_micro_batch=16384))
+    return scores
 
 
-def _same_tokens(model: str, key: str, path: str) -> None:
+def _require_same_tokens(model: str, key: str, path: str) -> None:
     """Raises UserError where the model at ``path`` reads other tokens than ``model`` writes."""
     with user_mistakes():
         require_same_tokens(tokenization_of(Model(path=model), {}).tokenizer, model, key, path)
@@ -222,8 +222,8 @@ def _samples(result: Evaluation, names: Sequence[str]) -> list[Samples]:
     ]
 
 
-def _scored(one: Samples, scores: Sequence[float]) -> Samples:
-    return Samples(one.correct, one.answers, tuple(scores))
+def _with_scores(samples: Samples, scores: Sequence[float]) -> Samples:
+    return Samples(samples.correct, samples.answers, tuple(scores))
 
 
 def _rows(result: Evaluation) -> TokenRows:
@@ -235,31 +235,31 @@ def _rows(result: Evaluation) -> TokenRows:
     return TokenRows(tuple(prompt for prompt, _ in pairs), tuple(completion for _, completion in pairs))
 
 
-def _by_prompt(result: Evaluation, flat: Sequence[float]) -> list[list[float]]:
-    left = iter(flat)
-    return [[next(left) for _ in group.completions] for group in result.groups]
+def _group_by_prompt(result: Evaluation, values: Sequence[float]) -> list[list[float]]:
+    remaining = iter(values)
+    return [[next(remaining) for _ in group.completions] for group in result.groups]
 
 
 def _process_scores(
     model: ProcessModel, result: Evaluation, steps: str, tokenization: Tokenization, console: Console
 ) -> list[float]:
-    rows, cut = _rows(result), cutter(steps)
+    rows, find_ends = _rows(result), step_end_finder(steps)
     pairs = zip(rows.prompts, rows.completions, strict=True)
-    texts = [text_row(prompt, completion, cut, None, tokenization)[0] for prompt, completion in pairs]
+    texts = [text_row(prompt, completion, find_ends, None, tokenization)[0] for prompt, completion in pairs]
     with open_scorer(model, lambda line: console.print(line, markup=False, soft_wrap=True)) as scorer:
         return [row.score for row in scorer.score(texts)]
 
 
-def _kl(model: str, reference: str, result: Evaluation, console: Console) -> dict[str, float]:
+def _measure_kl(model: str, reference: str, result: Evaluation, console: Console) -> dict[str, float]:
     """nats: KL of the sampled model from ``reference``, mean log-ratio of its own completions, and
     the N whose selection spends as much.
     """
-    whole = ProcessModel(model, reference, 1.0, {"series": "step", "reduction": "sum"})
+    scorer_model = ProcessModel(model, reference, 1.0, {"series": "step", "reduction": "sum"})
     rows = _rows(result)
     pairs = zip(rows.prompts, rows.completions, strict=True)
     texts = [TextRow(prompt, completion, (0,) * len(completion), 1) for prompt, completion in pairs]
-    with open_scorer(whole, lambda line: console.print(line, markup=False, soft_wrap=True)) as scorer:
-        ratios = _by_prompt(result, [row.score for row in scorer.score(texts)])
+    with open_scorer(scorer_model, lambda line: console.print(line, markup=False, soft_wrap=True)) as scorer:
+        ratios = _group_by_prompt(result, [row.score for row in scorer.score(texts)])
     mean = average_at_k(ratios, seed=stable_hash("bootstrap", len(ratios)))
-    found = {"eval/kl_to": mean.value, "eval/kl_to_low": mean.low, "eval/kl_to_high": mean.high}
-    return found | {"eval/kl_to_as_n": n_for_kl(max(mean.value, 0.0))}
+    metrics = {"eval/kl_to": mean.value, "eval/kl_to_low": mean.low, "eval/kl_to_high": mean.high}
+    return metrics | {"eval/kl_to_as_n": n_for_kl(max(mean.value, 0.0))}

@@ -56,7 +56,7 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
     with user_errors(recipe.train.deadline_seconds):
         inputs = workflow.load(recipe)
         digests = input_digests(recipe, inputs)
-    with workflow.held(inputs), ExitStack() as stack:
+    with workflow.resources(inputs), ExitStack() as stack:
         process, watchdog = stack.enter_context(joined_processes(recipe.train.deadline_seconds))
         environment, checkpoint = {**describe_environment(), "run": new_run_id()}, None
         if process.is_main:
@@ -71,8 +71,8 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
                 )
                 checkpoint = stack.enter_context(opened).checkpoint
         with watchdog.waiting("rank 0", "to open the run folder"):
-            checkpoint, of_rank_0 = agree((checkpoint, digests))
-        require_same_inputs(of_rank_0, digests)
+            checkpoint, rank_0_digests = agree((checkpoint, digests))
+        require_same_inputs(rank_0_digests, digests)
 
         stop_request = stack.enter_context(stops_noted())
         stop_with_the_launcher()
@@ -111,11 +111,11 @@ def _train(
     return 0
 
 
-def require_same_inputs(of_rank_0: Mapping[str, str], own: Mapping[str, str]) -> None:
+def require_same_inputs(rank_0_digests: Mapping[str, str], digests: Mapping[str, str]) -> None:
     """Raises UserError where this rank reads other code, data or models than rank 0, as on a node
     with older files.
     """
-    lines = list(changes(of_rank_0, own))
+    lines = list(changes(rank_0_digests, digests))
     if lines:
         raise UserError(
             "\n".join([f"{rank_name()} reads something else than rank 0 (rank 0 -> here):", *lines])
