@@ -106,7 +106,7 @@ def source_of(
     )
 
 
-# AEPO's tempered source ----------------------------------------------------------------------------------------
+# AEPO's tempered source -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,8 @@ def test_tempered_rows_join_their_prompts_groups_and_are_graded_by_themselves() 
     assert [[c.source for c in group.completions] for group in rollouts.groups] == [[0] * 4 + [1] * 4] * 4 + [
         [0] * 4
     ] * 4
-    # prompt 3 has its first three right, in each source: a grader that saw eight completions would find three in
-    # all
+    # prompt 3 has its first three right, in each source: a grader that saw eight completions would find$
+    # three in all
     assert [score.value for score in rollouts.groups[3].scores] == [1, 1, 1, 0, 1, 1, 1, 0]
     assert rollouts.metrics == {"aepo_temperature": 1.2, ABOVE_TARGET: 0.0}
 
