@@ -15,6 +15,7 @@ from rltrain.process import ALONE
 from rltrain.protocols import EngineState
 from rltrain.rollout.groups import sample_groups
 from rltrain.train.own_samples import OwnSamples
+from rltrain.weight_names import CheckpointNames
 
 TOKENS = 6
 PAIRS = [Pair(str(at), (20 + at, 30), (40,), (41,)) for at in range(5)]
