@@ -1,5 +1,5 @@
-"""What ``rltrain doctor`` runs: a recipe's own loop at learning rate 0, in a folder that is gone
-afterwards, however it ends.
+"""``rltrain doctor``: the recipe's training loop at learning rate 0, in a folder that is removed
+afterwards, even if the run fails.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from rltrain.train.doctor import (
 from rltrain.train.memory import largest_share, peak_memory
 from rltrain.watchdog import Watchdog
 
+# errors of engine, model or grader
 _FAULTS = (
     RuntimeError,
     ValueError,
@@ -50,17 +51,17 @@ _FAULTS = (
     AssertionError,
     LookupError,
     TypeError,
-)  # of engine, model, grader
+)
 _MARKS = {True: "ok  ", False: "FAIL", None: "-   "}
 
 
 class Terminated(BaseException):
-    """SIGTERM came. Not an Exception: nothing may take it for an error of its own."""
+    """SIGTERM arrived. Not an Exception, so that no handler takes it for an ordinary error."""
 
 
 def doctor_command(recipe: AnyRecipe, steps: int) -> int:
-    """``rltrain doctor``: ``steps`` steps at learning rate 0; the exit code is 1 where a verdict is
-    bad or was not reached.
+    """``rltrain doctor``: ``steps`` steps at learning rate 0; the exit code is 1 if a finding is bad or
+    was not reached.
     """
     sampled = require_sampled(
         recipe,
@@ -82,7 +83,7 @@ def doctor_command(recipe: AnyRecipe, steps: int) -> int:
 
 
 def run_doctor(recipe: SampledRecipe, workflow: Workflow, inputs: RunInputs) -> list[Finding]:
-    """The verdict, on rank 0; elsewhere only what ended this rank, if something did."""
+    """The findings, on rank 0; on another rank only the error that ended it, if there was one."""
     stage = START
     try:
         with (
@@ -112,7 +113,7 @@ def run_doctor(recipe: SampledRecipe, workflow: Workflow, inputs: RunInputs) -> 
 
 @contextlib.contextmanager
 def temporary_folder(watchdog: Watchdog) -> Iterator[Path]:
-    """A folder that is removed when the block ends, and when a deadline ends the process."""
+    """A folder that is removed at the end of the block, and when a deadline ends the process."""
     with tempfile.TemporaryDirectory(prefix="rltrain-doctor-", ignore_cleanup_errors=True) as name:
         watchdog.add_cleanup(partial(shutil.rmtree, name, ignore_errors=True))
         yield Path(name)
@@ -120,10 +121,10 @@ def temporary_folder(watchdog: Watchdog) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def unwinding_on_sigterm() -> Iterator[None]:
-    """Inside, the first SIGTERM closes what is open before the process dies of it; a second one ends it at
-    once.
+    """A context in which the first SIGTERM closes open resources before it ends the process; a second one
+    ends it immediately.
 
-    Outside the main thread Python allows no handler.
+    Outside the main thread Python allows no signal handler.
     """
 
     def unwind(*_: object) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What ``rltrain score`` runs, and ``rltrain eval --select``: process reward models put to use."""
+"""``rltrain score`` and ``rltrain eval --select``: the uses of a process reward model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rltrain.analysis.selection import Samples, selections
 from rltrain.build.scorer import (
     NONE,
     ProcessModel,
-    step_end_finder,
     open_scorer,
     read_file,
     scorer_tokenization,
+    step_end_finder,
     text_row,
 )
 from rltrain.build.workflows import require_sampled
@@ -39,8 +39,8 @@ from rltrain.train.evaluate import Evaluation
 from rltrain.train.scoring import TextRow
 from rltrain.types.policy import TokenRows
 
-_SIZES = (1, 2, 4, 8, 16)  # of the sets that are chosen from
-_SCORED = ("implicit_prm", "rm", "weighted_majority")  # choices that go by a model's scores
+_SIZES = (1, 2, 4, 8, 16)  # of the sets of answers from which one is chosen
+_SCORED = ("implicit_prm", "rm", "weighted_majority")  # selectors that need a model's scores
 
 
 def score_command(
@@ -53,7 +53,7 @@ def score_command(
     with_tokens: bool,
 ) -> int:
     """``rltrain score``: process rewards of the completions in ``file``, one JSON line for each, in
-    their order. ``out`` appears whole.
+    their order. ``out`` is written atomically.
     """
     console = Console(highlight=False)
 
@@ -85,21 +85,19 @@ def score_command(
 
 @dataclass(frozen=True)
 class Choosers:
-    """What ``rltrain eval --select`` chooses with."""
+    """The models and settings with which ``rltrain eval --select`` chooses."""
 
     prm: str | None = None
     prm_reference: str = NONE
-    beta: float | None = (
-        # of the process reward model; votes are weighed by sigmoid(score), so it must be the one of training
-        None
-    )
+    # of the process reward model; sigmoid(score) weighs votes, so beta must be the one of training
+    beta: float | None = None
     aggregate: Mapping[str, Any] = field(default_factory=dict)
     rm: str | None = None
     steps: str = "newline"
     kl_to: str | None = None
 
     def refuse(self, names: Sequence[str], n: int) -> None:
-        """Raises UserError for a choice that lacks its model, before anything is sampled."""
+        """Raises UserError if a selector lacks its model, before any completion is sampled."""
         if "implicit_prm" in names and self.prm is None:
             raise UserError("--select implicit_prm needs --prm MODEL, with --prm-reference and --beta")
         if "rm" in names and self.rm is None:
@@ -126,8 +124,8 @@ def select_command(
     out: Path | None,
     em_inf: float | None = None,
 ) -> int:
-    """``rltrain eval --select``: accuracy of choosing one of N for N up to 16 and ``eval.n``, with
-    the KL that choosing spends at most.
+    """``rltrain eval --select``: accuracy of choosing one of N, for N up to 16 and ``eval.n``, with
+    the largest KL that choosing can cost.
     """
     sampled = require_sampled(
         recipe,
@@ -138,15 +136,21 @@ def select_command(
     tokenization, result = evaluate_model(model, sampled, em_inf)
     console = Console(highlight=False)
     show_evaluation(result, console)
-    prompts, metrics = _samples(result, names), dict[str, float]()
+
+    prompts = _samples(result, names)
+    metrics: dict[str, float] = {}
     scores = _chooser_scores(choosers, result, tokenization, console) if set(names) & set(_SCORED) else {}
     for name in names:
         chooser_scores = scores.get("rm" if name == "rm" or "prm" not in scores else "prm")
-        with_scores = (
-            prompts if chooser_scores is None else [_with_scores(selection, prompt_scores) for selection, prompt_scores in zip(prompts, chooser_scores, strict=True)]
-        )
-        for selection in selections(with_scores, name, [n for n in _SIZES if n <= sampled.eval.n]):
+        scored_prompts = prompts
+        if chooser_scores is not None:
+            scored_prompts = [
+                _with_scores(samples, prompt_scores)
+                for samples, prompt_scores in zip(prompts, chooser_scores, strict=True)
+            ]
+        for selection in selections(scored_prompts, name, [n for n in _SIZES if n <= sampled.eval.n]):
             metrics |= selection.metrics()
+
     if choosers.kl_to is not None:
         metrics |= _measure_kl(model, choosers.kl_to, result, console)
     show_numbers(metrics, console)
@@ -156,7 +160,7 @@ def select_command(
 
 
 def _check_choices(model: str, recipe: SampledRecipe, names: Sequence[str], choosers: Choosers) -> None:
-    """What can be known before anything is sampled. Raises UserError."""
+    """Raises UserError for every mistake that is known before sampling."""
     choosers.refuse(names, recipe.eval.n)
     if choosers.kl_to is not None and recipe.eval.temperature != 1:
         raise UserError(
@@ -175,19 +179,21 @@ def _check_choices(model: str, recipe: SampledRecipe, names: Sequence[str], choo
 def _chooser_scores(
     choosers: Choosers, result: Evaluation, tokenization: Tokenization, console: Console
 ) -> dict[str, list[list[float]]]:
-    """By "prm" and "rm", as far as they are named: a score for every completion of every prompt."""
+    """By "prm" and "rm", if the command line names them: a score for every completion of every prompt."""
     scores: dict[str, list[list[float]]] = {}
     if choosers.prm is not None:
         scores["prm"] = _group_by_prompt(
             result, _process_scores(_process_model(choosers), result, choosers.steps, tokenization, console)
         )
     if choosers.rm is not None:
-        scores["rm"] = _group_by_prompt(result, rewards_of(choosers.rm, _rows(result), tokens_per_micro_batch=16384))
+        scores["rm"] = _group_by_prompt(
+            result, rewards_of(choosers.rm, _rows(result), tokens_per_micro_batch=16384)
+        )
     return scores
 
 
 def _require_same_tokens(model: str, key: str, path: str) -> None:
-    """Raises UserError where the model at ``path`` reads other tokens than ``model`` writes."""
+    """Raises UserError if the model at ``path`` reads other tokens than ``model`` writes."""
     with user_mistakes():
         require_same_tokens(tokenization_of(Model(path=model), {}).tokenizer, model, key, path)
 
@@ -198,9 +204,9 @@ def _process_model(choosers: Choosers) -> ProcessModel:
 
 
 def _samples(result: Evaluation, names: Sequence[str]) -> list[Samples]:
-    """A completion that nobody could grade counts as wrong.
+    """The samples of each prompt; an ungraded completion counts as wrong.
 
-    Raises UserError where rewards do not say what a selection needs.
+    Raises UserError if the rewards do not report what a selector needs.
     """
     scores = [score for group in result.groups for score in group.scores if score.ungraded is None]
     if not result.results:
@@ -251,8 +257,8 @@ def _process_scores(
 
 
 def _measure_kl(model: str, reference: str, result: Evaluation, console: Console) -> dict[str, float]:
-    """nats: KL of the sampled model from ``reference``, mean log-ratio of its own completions, and
-    the N whose selection spends as much.
+    """KL (nats) of the sampled model from ``reference``, as the mean log-ratio of its own completions,
+    and the N whose best-of-N selection costs the same KL.
     """
     scorer_model = ProcessModel(model, reference, 1.0, {"series": "step", "reduction": "sum"})
     rows = _rows(result)
