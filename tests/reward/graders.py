@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 
-from reward.reply import Reply, encoded, framed
+from reward.reply import Reply, add_length, encode_reply
 from reward.score import RewardInputs, Score, reward
 
 
@@ -115,11 +115,11 @@ def intruder(inputs: RewardInputs, *, sentinel: str):
     frames = {
         "junk": b"\0\0\0\0\0\0\0\4junk",
         "huge": b"\xff" * 64,
-        "json": framed(b'{"scores": [{"value": NaN}]}'),
-        "pickle": framed(pickle.dumps(Executed(sentinel))),
-        "forged": encoded(Reply(task=0, scores=[Score(1e6)] * len(inputs.completions))),
-        "short": encoded(Reply(task=0, scores=[])),
-        "empty": framed(b"{}"),
+        "json": add_length(b'{"scores": [{"value": NaN}]}'),
+        "pickle": add_length(pickle.dumps(Executed(sentinel))),
+        "forged": encode_reply(Reply(task=0, scores=[Score(1e6)] * len(inputs.completions))),
+        "short": encode_reply(Reply(task=0, scores=[])),
+        "empty": add_length(b"{}"),
     }
     for completion in inputs.completions:
         for descriptor in range(3, 64) if completion in frames else ():

@@ -96,8 +96,8 @@ RULES: dict[str, Callable[[str], object]] = {
     "printed, long": lambda text: (
         same_output(text, f"{text}\n0", 1e-6) or same_output(text, text.replace("1", "2"), 1e-6)
     ),
-    "rating": lambda text: judge.rating(text, 1.0, 10.0),
-    "letter of a judge": judge.choice,
+    "rating": lambda text: judge.parse_rating(text, 1.0, 10.0),
+    "letter of a judge": judge.parse_choice,
 }
 WORST = {
     "tildes": "~" * LENGTH + "`",
