@@ -374,9 +374,9 @@ def check_columns(rows: Sequence[Row], file: DataFile, where: str) -> None:
         )
     for number, row in enumerate(rows, 1):
         for column, types in file.columns.items():
-            wrong = column not in row or not isinstance(row[column], types)
+            is_wrong = column not in row or not isinstance(row[column], types)
             # bool is an int to Python, and not to a data file
-            if wrong or (bool not in types and isinstance(row[column], bool)):
+            if is_wrong or (bool not in types and isinstance(row[column], bool)):
                 got = (
                     type(row[column]).__name__ if column in row else f"the columns {', '.join(map(str, row))}"
                 )
@@ -466,10 +466,10 @@ def get(name: str, out: Path, *, folder: Path | None, sources: Sources, overwrit
                 ) from error
             check_columns(rows, file, f"source of {file.path}")
         write(out / file.path, rows, overwrite=overwrite)
-        same = digest(rows) in entry["digests"]
+        is_measured = digest(rows) in entry["digests"]
         print(
             f"{out / file.path}: {len(rows)} rows, "
-            + ("those measured in docs/studies" if same else "NOT those measured in docs/studies")
+            + ("those measured in docs/studies" if is_measured else "NOT those measured in docs/studies")
         )
 
 

@@ -2,9 +2,10 @@
 from.
 
     python scripts/make_outcome_task.py --out .cache/outcomes \
-        --gsm8k ../shared/data/gsm8k --steps ../shared/data/process/step_labelled.jsonl
+        --gsm8k data/gsm8k --steps data/process/step_labelled.jsonl
 
-``--gsm8k`` holds GSM8K's ``train.jsonl`` and ``test.jsonl`` and OpenAI's ``model_solutions.jsonl``: four
+``python scripts/get_data.py gsm8k gsm8k_solutions step_labelled`` gets these files. ``--gsm8k`` holds GSM8K's
+``train.jsonl`` and ``test.jsonl`` and OpenAI's ``model_solutions.jsonl``: four
 solutions by GPT-3 of every TEST problem, called right or wrong. What is trained here must therefore not be
 measured on GSM8K's test set by anybody. Problems, not solutions, are divided; those that the step labels of
 ``--steps`` are about, or that share a passage with one, are all held out. The model learns from GSM8K's

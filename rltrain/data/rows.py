@@ -41,7 +41,10 @@ def read_rows(
     elif Path(source).is_dir():
         rows = _folder_rows(Path(source), split, subset)
     elif source.endswith(SUFFIXES) or source.startswith((".", "/", "~")):
-        raise ValueError(f"data set {source!r}: no such file or folder (from {Path.cwd()})")
+        remedy = (
+            "; scripts/get_data.py makes the files of data/" if Path(source).parts[:1] == ("data",) else ""
+        )
+        raise ValueError(f"data set {source!r}: no such file or folder (from {Path.cwd()}){remedy}")
     else:
         rows = _loaded_rows(source, source, split, subset)
     if not rows:

@@ -262,8 +262,10 @@ def test_data_that_does_not_fit_the_recipe_is_refused(tmp_path, tokenizer, conte
 
 
 def test_a_missing_or_foreign_file_is_refused(tmp_path, tokenizer, monkeypatch):
-    with pytest.raises(ValueError, match="no such file or folder"):
+    with pytest.raises(ValueError, match=r"no such file or folder \(from .*\)$"):
         load(tokenizer, "nowhere/train.jsonl")
+    with pytest.raises(ValueError, match=r"no such file .*; scripts/get_data.py makes the files of data/$"):
+        load(tokenizer, "data/gsm8k/absent.jsonl")
     (tmp_path / "train.txt").write_text("1")
     with pytest.raises(ValueError, match=r"ends in .jsonl, .json, .parquet, not '.txt'"):
         load(tokenizer, str(tmp_path / "train.txt"))

@@ -126,7 +126,9 @@ def test_votes_decide_which_answer_is_chosen_and_ties_are_left_out(
 ) -> None:
     base = {"cmp_key": "m_n", "instruction": "Do it.", "input": "", "response1": "one ", "response2": "two"}
     votes = [(2, 2, 0), (1, 2, 0), (1, 1, 1)]  # 2.5 to 0.5 for the second, a tie, 3 to 0 for the first
-    pairs = [{**base, **{f"annotator{at}": vote for at, vote in enumerate(three, 1)}} for three in votes]
+    pairs = [
+        {**base, **{f"annotator{number}": vote for number, vote in enumerate(three, 1)}} for three in votes
+    ]
     pairs[2]["input"] = " with this"
     write(tmp_path / f"r/{COMMIT}/v.json", pairs)
     entry = {"repository": "r", "commit": COMMIT, "files": ["v.json"]}
