@@ -86,7 +86,7 @@ def run_rltrain(case: Case, folder: Path, turns: Turns) -> None:
             turns.step(case.pairs)
 
     recipe = recipe_of(case, folder)
-    context = RunContext(RunFolder.at(folder / "run"), process=Process(is_main=False))
+    context = RunContext(RunFolder.from_path(folder / "run"), process=Process(is_main=False))
     run = build_offline_run(recipe, load_offline_inputs(recipe), context)
     train_offline(dataclasses.replace(run, reporter=Gate(None, None, None)))
 

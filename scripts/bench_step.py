@@ -106,7 +106,7 @@ def run_rltrain(case: Case, folder: Path, turns: Turns) -> None:
     recipe = recipe_of(case, folder)
     inputs = load_inputs(recipe)
     with inputs.grader:
-        context = RunContext(RunFolder.at(folder / "run"), process=Process(is_main=False))
+        context = RunContext(RunFolder.from_path(folder / "run"), process=Process(is_main=False))
         run = build_online_run(recipe, inputs, context)
         train_online(dataclasses.replace(run, reporter=Gate(None, None, None)))
 

@@ -35,7 +35,7 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2T
 
 from rltrain.config.schema import Data
 from rltrain.data.prompts import PromptSet, load_prompts, without_prompts
-from rltrain.interrupt import ends_at_ctrl_c
+from rltrain.interrupt import exit_on_ctrl_c
 
 PAD, EOS, SYSTEM, USER, ASSISTANT = "<pad>", "<eos>", "<system>", "<user>", "<assistant>"
 BYTE_LEVEL_SPACE, BYTE_LEVEL_NEWLINE = (
@@ -455,5 +455,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with ends_at_ctrl_c():
+    with exit_on_ctrl_c():
         main()

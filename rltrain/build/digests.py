@@ -54,7 +54,7 @@ def common_date(recipes: Sequence[Any], out: Path) -> dt.date | None:
     run_folders = sorted(out.glob("*/seed-*"))
     saved = [
         date
-        for date in (saved_date(RunFolder.at(folder), AUTO) for folder in run_folders)
+        for date in (saved_date(RunFolder.from_path(folder), AUTO) for folder in run_folders)
         if date is not None
     ]
     return (saved or dates)[0]

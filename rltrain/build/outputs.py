@@ -100,7 +100,7 @@ def build_model_writer(
             **progress(),
             evaluations=evaluations,
             random=learner.gather([random_state()]),
-            reported=folder.written() if is_main else {},
+            reported=folder.file_sizes() if is_main else {},
             inputs=context.digests,
             recipe=recipe.model_dump(mode="json"),
             environment={**describe_environment(), "run": folder.run_id},

@@ -36,7 +36,7 @@ from rltrain.process import Process
 from rltrain.protocols import RolloutEngine
 from rltrain.rollout.colocated import ColocatedRollouts, GradedSampler, Order
 from rltrain.rollout.extra_samples import SamplerContext, SampleSource
-from rltrain.rollout.grading import Grader, in_accuracy_range
+from rltrain.rollout.grading import Grader, is_in_accuracy_range
 from rltrain.rollout.model_rewards import ModelGrader
 from rltrain.rollout.temperature import TemperatureController
 from rltrain.rollout.verdicts import label_of_only_function
@@ -122,7 +122,7 @@ def build_source(
         order=order,
         prompts=context.prompts,
         sampling=context.sampling,
-        wanted=rollout.prompts,
+        groups_per_step=rollout.prompts,
         max_rounds=1 if dynamic is None else dynamic.max_rounds,
         verify=sync.verify,
         release_memory=sync.sleep,
@@ -136,7 +136,7 @@ def build_source(
 def _accuracy_filter(dynamic: DynamicSampling | None) -> Callable[[ScoredGroup], bool] | None:
     if dynamic is None or dynamic.accuracy is None:
         return None
-    return partial(in_accuracy_range, *dynamic.accuracy)
+    return partial(is_in_accuracy_range, *dynamic.accuracy)
 
 
 def build_sync(

@@ -41,7 +41,7 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
     resume: "auto" continues the run in ``folder`` if there is one, "never" refuses to; any other value is the
     folder of a checkpoint.
     """
-    run_folder = RunFolder.at(folder)
+    run_folder = RunFolder.from_path(folder)
     workflow = workflow_for(recipe)
     recipe = with_prompt_date(recipe, saved_date(run_folder, resume))
     if resume == AUTO and is_finished(run_folder, recipe):

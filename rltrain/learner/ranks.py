@@ -169,7 +169,7 @@ def this_process(deadline: Deadline = no_deadline) -> Process:
 
 
 class StoreBoard:
-    """Implements ``rltrain.watchdog.Board`` on the store through which the ranks met, over a
+    """Implements ``rltrain.watchdog.Heartbeat`` on the store through which the ranks met, over a
     connection of its own.
     """
 

@@ -20,7 +20,7 @@ from reward.inside.kernel import die_with_parent
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.checkpoint.run_state import RunState
 from rltrain.errors import UserError
-from rltrain.interrupt import die_of, interrupt, is_launched, say
+from rltrain.interrupt import end_by_signal, interrupt, is_launched, say
 
 # exit code of a run that SIGTERM or Ctrl-C ended with a checkpoint; a shell's 143 is of a process that just
 # died of the signal
@@ -139,7 +139,7 @@ class StopRequest:
             interrupt()
         self.came.append((time.monotonic(), came))
         if self._is_another():
-            die_of(came)
+            end_by_signal(came)
         elif came is signal.SIGINT and len(self.came) == 1:
             say(
                 "Ctrl-C: the run stops after the step in hand and writes a checkpoint; a second one ends it "

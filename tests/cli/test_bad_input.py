@@ -162,7 +162,7 @@ def test_a_run_folder_with_anything_in_it_is_left_alone(train, tmp_path: Path) -
         'error: advantage.name: "group_norm" -> "' in message
         or "error: rollout.dynamic_sampling: " in message
     )
-    assert "no whole checkpoint" in train(run=tmp_path / "new", resume=str(run))
+    assert "no complete checkpoint" in train(run=tmp_path / "new", resume=str(run))
     file = tmp_path / "file"
     file.write_text("x")
     assert "file" in train(run=file)

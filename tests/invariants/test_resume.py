@@ -278,7 +278,7 @@ def test_two_processes_never_train_in_one_folder(start: Any, tmp_path: Path) -> 
     killed_in(2, online, "apply_methods", lambda: start(tmp_path / "run"))
     before = contents(tmp_path / "run")
     with (
-        RunFolder(tmp_path / "run").locked(),
+        RunFolder(tmp_path / "run").lock(),
         pytest.raises(UserError, match="another process is training in it"),
     ):
         start(tmp_path / "run")

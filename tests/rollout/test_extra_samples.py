@@ -212,7 +212,7 @@ def test_ranks_share_the_groups_an_arm_serves() -> None:
     for rank, engine in enumerate(engines):
         # as if both ranks had sampled everything: only the source's share is split
         source = source_of([extra_source("aepo", means_of(engine), share=0.5)], engine, rank=rank, ranks=2)
-        source._with_extra_samples(source.sources[0], groups_of(8), 1, 0, {"rollout": 0.0, "reward": 0.0})
+        source._add_extra_samples(source.sources[0], groups_of(8), 1, 0, {"rollout": 0.0, "reward": 0.0})
         shares.append([prompt.id for prompt in engine.asked[-1][0]])
     assert shares == [["0", "2"], ["1", "3"]]
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from rltrain.analysis.compare_runs import run_to_its_end
 from rltrain.cli import app as cli
-from rltrain.interrupt import Interrupted, ends_at_ctrl_c, resuming_command
+from rltrain.interrupt import Interrupted, exit_on_ctrl_c, resuming_command
 from rltrain.train import saving
 
 ROOT = Path(__file__).parents[2]
@@ -172,6 +172,6 @@ def test_the_command_that_goes_on_begins_at_the_runs_own_checkpoint(
 
 def test_nothing_is_changed_for_whoever_is_not_interrupted() -> None:
     handler = signal.getsignal(signal.SIGINT)
-    with ends_at_ctrl_c():
+    with exit_on_ctrl_c():
         assert signal.getsignal(signal.SIGINT) is not handler
     assert signal.getsignal(signal.SIGINT) is handler
