@@ -213,8 +213,8 @@ class EnvironmentPool:
             self._answers[episode.number] = Opening(answer.opening) if answer.step is None else answer.step
 
     def _give_up(self, worker: _Worker, loss: Loss) -> None:
-        """Replaces a lost worker. The episode that it was busy with has failed, the others will begin again in
-        the new process. Raises ValueError where the worker has not even started."""
+        """Replaces a lost worker. The episode that it was busy with has failed, the others will begin again
+        in the new process. Raises ValueError where the worker has not even started."""
         successor, end = self._pool.replace(worker)
         successor.episodes = worker.episodes
         for episode in successor.episodes:

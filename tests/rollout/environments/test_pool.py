@@ -34,8 +34,8 @@ def make() -> Iterator[Make]:
         return made[-1]
 
     yield pool
-    for one in made:
-        one.close()
+    for environments in made:
+        environments.close()
 
 
 def tasks(count: int, **columns: Any) -> list[tuple[Task, int]]:
@@ -131,13 +131,13 @@ def test_a_failing_step_says_why_and_leaves_the_others_alone(
 @pytest.mark.parametrize("end", ["exit", "sleep", "closed"])
 def test_a_daemon_of_an_environment_dies_with_its_process(make: Make, end: str) -> None:
     pool = make(seconds=1.0)
-    pool.reset(tasks(1))
-    daemon = Path("/proc") / step_of(pool.step({0: "daemon"})[0]).observation
+    reset(pool, tasks(1))
+    daemon = Path("/proc") / step_of(step(pool, {0: "daemon"})[0]).observation
     assert daemon.exists()
     if end == "closed":
         pool.close()
     else:
-        assert isinstance(pool.step({0: end})[0], Failure)
+        assert isinstance(step(pool, {0: end})[0], Failure)
     assert not daemon.exists()
 
 
@@ -191,12 +191,8 @@ def test_each_episode_answers_by_itself_and_may_go_on_while_another_takes_its_ti
         answers.append((number, answer))
         if number == 1 and not step_of(answer).done:
             pool.step({1: "b"})
-    assert [number for number, _ in answers] == [
-        1,
-        1,
-        1,
-        0,
-    ]  # three turns of one within the first of the other
+    # three turns of one episode within the first turn of the other
+    assert [number for number, _ in answers] == [1, 1, 1, 0]
     assert step_of(answers[2][1]).observation == "a b b"
     assert isinstance(answers[3][1], Failure) and answers[3][1].reason == "timeout"
 
