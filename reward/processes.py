@@ -47,10 +47,10 @@ class Loss:
 
 
 class Child(ABC):
-    """A process that runs ``program.main`` on one end of a socket, under its supervisor, and the other end.
+    """The trainer's end of a process that runs ``program.main`` under a supervisor (``supervisor.py``).
 
-    ``setup`` is the first message. ``process`` is the supervisor, which ends as the program does. output:
-    reads what the process prints; None: it is discarded.
+    setup: the first message. output: reads what the process prints; None: that is discarded. ``process`` is
+    the supervisor, which ends as the program does.
     """
 
     is_ready = False  # its first answer has been accepted
@@ -95,7 +95,7 @@ class Child(ABC):
 
     @property
     def is_awaited(self) -> bool:
-        """Whether the pool has to read its answers and watch its deadline and its death."""
+        """Whether the pool reads its answers and watches its time limit and its death."""
         return True
 
     def send(self, message: object) -> bool:
@@ -130,7 +130,7 @@ class Child(ABC):
         return message
 
     def restart_clock(self) -> None:
-        """The process begins something new, which ``time_limit`` is for."""
+        """The process begins something new, to which ``time_limit`` applies."""
         self._start = time.monotonic()
         self._queued_at_start = self._queued_seconds()
 
@@ -243,5 +243,5 @@ class ProcessPool(Generic[Worker, Answer]):
         return Loss("died", "its process is gone") if worker.has_died() else None
 
     def _is_watched(self, worker: Worker) -> bool:
-        """Whether the caller has neither replaced it nor stopped to await it since ``poll`` began."""
+        """Whether it is still awaited: since ``poll`` began, the caller may have replaced it."""
         return worker.is_awaited and worker in self.workers

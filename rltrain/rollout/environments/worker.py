@@ -129,9 +129,11 @@ def answer_request(
         match request:
             case Reset():
                 playing[request.episode] = make()
-                answer = Answer(opening=_text(playing[request.episode].reset(request.task, request.seed)))
+                answer = Answer(
+                    opening=_check_opening(playing[request.episode].reset(request.task, request.seed))
+                )
             case TakeTurn():
-                answer = Answer(step=_step(playing[request.episode].step(request.text)))
+                answer = Answer(step=_to_plain_step(playing[request.episode].step(request.text)))
             case EndAll():
                 while playing:
                     playing.popitem()[1].close()
@@ -160,13 +162,13 @@ def environment_factory(setup: EnvironmentSetup) -> Callable[[], Environment]:
     return functools.partial(getattr(module, setup.attribute), **setup.options)
 
 
-def _text(opening: Any) -> str | None:
+def _check_opening(opening: Any) -> str | None:
     if opening is not None and not isinstance(opening, str):
         raise ValueError(f"reset must return text or None, got {type(opening).__name__}: {opening!r:.200}")
     return None if opening is None else _check_length(opening)
 
 
-def _step(result: Any) -> Step:
+def _to_plain_step(result: Any) -> Step:
     """A step of plain values.
 
     Raises ValueError on anything else, a number that float32 cannot hold included.
@@ -176,7 +178,7 @@ def _step(result: Any) -> Step:
             "step must return a rltrain.rollout.environments.Step with a text as observation, got "
             f"{result!r:.200}"
         )
-    numbers = [_number(value) for value in (result.reward, *result.parts.values())]
+    numbers = [_to_float(value) for value in (result.reward, *result.parts.values())]
     if not all(map(is_float32, numbers)):
         raise ValueError(
             f"rewards and parts must be finite, got reward {result.reward!r:.50} and parts "
@@ -186,7 +188,7 @@ def _step(result: Any) -> Step:
     return Step(_check_length(result.observation), bool(result.done), numbers[0], parts)
 
 
-def _number(value: Any) -> float:
+def _to_float(value: Any) -> float:
     try:
         return float(value)
     except OverflowError:

@@ -141,6 +141,16 @@ def test_a_daemon_of_an_environment_dies_with_its_process(make: Make, end: str) 
     assert not daemon.exists()
 
 
+def test_a_process_that_dies_between_two_calls_costs_one_episode(make: Make) -> None:
+    pool = make()
+    reset(pool, tasks(2))
+    pool._pool.workers[0].process.kill()
+    answers = step(pool, {0: "a", 1: "b"})
+    failure = answers[0]
+    assert isinstance(failure, Failure) and failure.reason == "died" and "SIGKILL" in failure.message
+    assert step_of(answers[1]).observation == "b"
+
+
 def test_a_pool_plays_on_after_failures_and_unfinished_episodes(make: Make) -> None:
     pool = make()
     reset(pool, tasks(2))
@@ -164,6 +174,15 @@ def test_an_environment_that_cannot_be_made_is_the_user_s_to_mend(make: Make) ->
         reset(make(attribute="Countnig"), tasks(1))
     with pytest.raises(ValueError, match="turms"):
         reset(make(turms=3), tasks(1))
+
+
+def test_a_process_that_ends_before_it_is_ready_is_not_started_again(make: Make, tmp_path: Path) -> None:
+    file = tmp_path / "ends.py"
+    file.write_text("import os\nos._exit(3)\n")
+    with pytest.raises(
+        ValueError, match=r"did not start: its process is gone \(exit code 3\); raise .*memory_gib"
+    ):
+        reset(make(str(file), "Any"), tasks(1))
 
 
 def test_a_reset_that_fails_is_an_answer(make: Make) -> None:
