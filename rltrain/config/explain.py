@@ -1,5 +1,5 @@
-"""What pydantic found wrong, in the words of a recipe: file and line, dotted key, what arrived, what
-was expected.
+"""Turns pydantic's errors into messages about a recipe: file and line, dotted key, what arrived and what was
+expected.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rltrain.config.schema import COEFFICIENT_TAGS, OnlineRecipe
 from rltrain.config.yaml12 import Document, KeyPath
 from rltrain.registry import suggestion
 
-# pydantic's words and those of YAML
+# pydantic's terms -> plain YAML terms
 _PLAIN_WORDS = {
     "a valid array": "a list",
     "an object": "a mapping of keys",
@@ -31,10 +31,10 @@ def explain(
     ignored_types: Sequence[str] = (),
     root: type[BaseModel] = OnlineRecipe,
 ) -> list[str]:
-    """One line per problem whose pydantic type is not in ``passing``. ``layers``, lowest first, say where a
-    key came from.
+    """One line per problem whose pydantic type is not in ``ignored_types``.
 
-    root: the schema that was asked for.
+    layers: the parsed files and overrides, lowest first, which locate each key. root: the schema that was
+    applied.
     """
     problems: list[Any] = [
         {**item, "loc": _strip_coefficient_tags(item["loc"])}
@@ -47,20 +47,18 @@ def explain(
 
 
 def _strip_coefficient_tags(key: KeyPath) -> KeyPath:
-    """``key`` as a recipe has it: a coefficient that is a number or a controller carries in
-    pydantic's path which of the two it is.
+    """``key`` as it is written in a recipe, without the tag that pydantic adds after ``coefficient`` to say
+    whether it is a number or a controller.
     """
     return tuple(
         part
-        for before, part in zip((None, *key), key, strict=False)
-        if before != "coefficient" or part not in COEFFICIENT_TAGS
+        for previous, part in zip((None, *key), key, strict=False)
+        if previous != "coefficient" or part not in COEFFICIENT_TAGS
     )
 
 
 def find_location(key: KeyPath, layers: Sequence[Document], source: str) -> str:
-    """Where a key was written; for one that is missing, where its section was, or ``source``, the
-    recipe file.
-    """
+    """File and line of a key; for a missing key those of its section, or else ``source``, the recipe file."""
     for length in range(len(key), 0, -1):
         for layer in reversed(layers):
             if key[:length] in layer.lines:
@@ -88,7 +86,7 @@ def _describe_problem(item: Any, root: type[BaseModel]) -> str:
 
 
 def _remedy(item: Any) -> str:
-    """The remedy for the two slips that YAML makes easy."""
+    """The remedy for two mistakes that are easy to make in YAML."""
     value = item["input"]
     if item["type"] == "bool_type" and isinstance(value, str):
         return "; write true or false"
@@ -98,7 +96,7 @@ def _remedy(item: Any) -> str:
 
 
 def _describe_expected(key: KeyPath, root: type[BaseModel]) -> str:
-    """What a missing key should hold: the keys of a section, else the type."""
+    """What belongs at a missing key: the required keys of a section, or else the type."""
     annotation = _annotation(key, root)
     section = _section_model(annotation)
     if section is not None:
@@ -111,7 +109,7 @@ def _describe_expected(key: KeyPath, root: type[BaseModel]) -> str:
 
 
 def _nearest_key(key: KeyPath, root: type[BaseModel]) -> str:
-    """A sibling of nearly that name, the same name in another section, or the list of siblings."""
+    """Suggests a sibling with a similar name, the same name in another section, or the list of siblings."""
     name = str(key[-1])
     parent = _section_model(_annotation(key[:-1], root))
     siblings = list(parent.model_fields) if parent else []
@@ -149,7 +147,7 @@ def schema_keys(
 
 
 def _annotation(key: KeyPath, root: type[BaseModel]) -> Any:
-    """The annotation that stands at a key, None where the schema does not say."""
+    """The annotation of a key; None if the schema does not define the key."""
     annotation: Any = root
     for part in key:
         section = _section_model(annotation)

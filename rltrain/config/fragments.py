@@ -1,4 +1,4 @@
-"""The YAML files beside the recipes: bases and profiles, which are incomplete alone, and accelerate's own."""
+"""Checks the YAML files that are not whole recipes: bases and profiles. Recognises Accelerate's files too."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _FOLDERS: dict[str, Kind] = {"base": "base", "profiles": "profile", "accelerate"
 
 
 def kind_of(path: Path) -> Kind:
-    """What a YAML file is, by the folder it lies in."""
+    """The kind of a YAML file, which follows from its folder."""
     return _FOLDERS.get(path.absolute().parent.name, "recipe")
 
 
 def check_fragment(path: Path) -> None:
-    """Keys and values of a base or profile, nothing of what it leaves out.
+    """Checks the keys and values of a base or profile; missing keys are no problem.
 
     Raises RecipeError with every problem.
     """

@@ -1,12 +1,12 @@
-"""Recipes from files: base, recipe, profile and ``--set``, merged in that order and checked against the
+"""Loads recipes: merges base, recipe, profile and ``--set`` in that order and checks the result against the
 schema.
 
-Mappings are merged key by key; lists and single values are replaced. A mapping that names another thing
-(``name`` of a method, ``path`` of a model, ``train`` of a data set) replaces the one below it whole, so that
-hyperparameters of one method or columns of one data set never reach another.
+Mappings are merged key by key; lists and single values are replaced. A mapping with a different identity
+(``name`` of a method, ``path`` of a model, ``train`` of a data set) replaces the lower mapping as a whole, so
+that hyperparameters of one method or columns of one data set never reach another.
 
-A user's own ``file.py:name`` is looked for from the folder of the recipe or base that names it; in a profile,
-which is shared, and in ``--set`` from the current folder. From then on it is absolute.
+A user's ``file.py:name`` is relative to the folder of the recipe or base that contains it. In a profile,
+which several recipes share, and in ``--set`` it is relative to the current folder. Loading makes it absolute.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rltrain.config.yaml12 import Document, KeyPath, dump, parse_value, read
 from rltrain.errors import RecipeError
 from rltrain.registry import suggestion
 
-# A profile replaces model, data and sizes and nothing else.
+# The only keys that a profile may replace: model, data and sizes.
 PROFILE_KEYS = (
     "model",
     "data",
@@ -39,14 +39,14 @@ PROFILE_KEYS = (
     "reward.workers",
     "reward.seconds",
     "reward.memory_gib",
-    "learner.optimizer.lr",  # goes with the size of the model
+    "learner.optimizer.lr",  # depends on the size of the model
     "learner.optimizer.warmup_steps",
     "learner.tokens_per_micro_batch",
     "learner.layout",
     "learner.precision",
     "learner.gradient_checkpointing",
     "learner.head_chunk",
-    "process_reward.optimizer.lr",  # the same, of recipes that train such a model
+    "process_reward.optimizer.lr",  # the same for the process reward model, if the recipe trains one
     "process_reward.optimizer.warmup_steps",
     "train",
     "eval.every",
@@ -56,20 +56,17 @@ PROFILE_KEYS = (
     "checkpoint",
     "report",
 )
-# What a profile's section ``offline`` may set, for recipes that learn from a data set of judged completions.
-OFFLINE_KEY = "offline"
-PREFERENCE_KEY = "preference"  # the key of a loss that compares completions, below ``loss``
+OFFLINE_KEY = "offline"  # section of a profile for recipes that learn from a data set of judged completions
+PREFERENCE_KEY = "preference"  # key under ``loss`` of a loss that compares completions
+# what the section ``offline`` of a profile may set
 OFFLINE_PROFILE_KEYS = ("data", "learner", "train", "eval", "reference.cache")
-# of a profile: by name, what it sets over the rest of it for recipes whose completions are episodes
+# section of a profile: overrides by name of the environment, for recipes whose completions are episodes
 ENVIRONMENTS_KEY = "environments"
-_SHARED_SECTIONS = (
-    "model",
-    "learner",
-    "checkpoint",
-    "report",
-)  # sections of a profile that recipes of both kinds read
+# sections of a profile that recipes of both kinds read
+_SHARED_SECTIONS = ("model", "learner", "checkpoint", "report")
 _IDENTITY_KEYS = ("name", "path", "train")
-_ORDER_KEY = "order"  # of a data set's prompts: the method's, not the data's, so another data set keeps it
+# order of the prompts: it belongs to the training method, so another data set does not reset it
+_ORDER_KEY = "order"
 
 
 def load_recipe(path: str | Path, *, profile: str | None = None, overrides: Sequence[str] = ()) -> AnyRecipe:
@@ -112,22 +109,21 @@ def schema_of(data: Mapping[str, Any]) -> type[AnyRecipe]:
 
 
 def validate_recipe(data: Mapping[str, Any], layers: Sequence[Document], source: str) -> AnyRecipe:
-    """``data`` as a recipe of its kind; types are strict (``"200"`` is no number, ``off`` no boolean)."""
+    """``data`` as a recipe of its kind. Types are strict: ``"200"`` is no number and ``off`` no boolean."""
     schema = schema_of(data)
     kind = data.get("kind")
     if kind is not None and kind not in RECIPES:
         raise RecipeError(f"{source}: no kind of recipe is called {kind!r}{suggestion(kind, RECIPES)}")
     try:
-        return schema.model_validate_json(
-            json.dumps(data), strict=True
-        )  # JSON mode takes lists for tuples, Python mode does not
+        # JSON mode accepts lists as tuples, Python mode does not.
+        return schema.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         raise RecipeError(explain(error, layers, source, root=schema)) from error
 
 
 def profile_layer(profile: Document, schema: type[AnyRecipe]) -> Document:
-    """What of a profile recipes of a kind take: for judged completions its own section, over the
-    parts that both kinds share.
+    """The part of a profile that applies to recipes of a kind. Offline recipes take the section ``offline``,
+    merged over the sections that both kinds share.
     """
     if schema is not OfflineRecipe:
         kept = {
@@ -151,8 +147,8 @@ def profile_layer(profile: Document, schema: type[AnyRecipe]) -> Document:
 
 
 def drop_unused_process_reward(layer: Document, recipe: Mapping[str, Any]) -> Document:
-    """A profile's layer without settings of a process reward model where the recipe trains none: they
-    would make one.
+    """The layer of a profile without ``process_reward`` if the recipe trains no process reward model; the
+    section would add one.
     """
     if recipe.get("process_reward") is not None:
         return layer
@@ -163,9 +159,7 @@ def drop_unused_process_reward(layer: Document, recipe: Mapping[str, Any]) -> Do
 
 
 def environment_of(data: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The recipe's environment as a mapping with a name; None where it has none, or none that a
-    schema would take.
-    """
+    """The recipe's environment as a mapping with a name; None if it is missing or the schema refuses it."""
     rollout = data.get("rollout")
     setting = rollout.get("environment") if isinstance(rollout, dict) else None
     environment = {"name": setting} if isinstance(setting, str) else setting
@@ -177,7 +171,7 @@ def environment_of(data: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def environment_layer(profile: Document, name: str) -> Document:
-    """What a profile sets for recipes that play the environment ``name``, over what it sets for all."""
+    """What a profile sets only for recipes with the environment ``name``."""
     name_in_profile = next(
         (key for key in profile.data.get(ENVIRONMENTS_KEY, {}) if absolute_name(key, Path.cwd()) == name),
         name,
@@ -194,7 +188,7 @@ def environment_layer(profile: Document, name: str) -> Document:
 def recipe_of_model(
     model: str, *, engine: str, max_prompt_tokens: int, max_tokens: int, seed: int
 ) -> OnlineRecipe:
-    """A recipe for sampling from a model: what training would need stands there with the plainest choice.
+    """A recipe for sampling from a model; the keys that only training needs hold the simplest valid values.
 
     Raises RecipeError.
     """
@@ -213,7 +207,7 @@ def recipe_of_model(
 
 
 def with_absolute_files(layer: Document, folder: Path) -> Document:
-    """``layer`` whose users' files are named by absolute paths, read from ``folder``."""
+    """``layer`` with the paths of users' files made absolute, starting from ``folder``."""
     return Document(layer.source, with_absolute_names(layer.data, folder.absolute()), layer.lines)
 
 
@@ -221,7 +215,7 @@ def with_absolute_files(layer: Document, folder: Path) -> Document:
 
 
 def recipe_layers(recipe: Document) -> list[Document]:
-    """The base that the recipe extends, if any, and the recipe, both without ``extends``."""
+    """The base that the recipe extends, if any, and then the recipe, both without ``extends``."""
     extends = recipe.data.get("extends")
     own_layer = Document(
         recipe.source, {key: value for key, value in recipe.data.items() if key != "extends"}, recipe.lines
@@ -251,8 +245,8 @@ def recipe_layers(recipe: Document) -> list[Document]:
 
 
 def find_profile(profile: str, recipe: Path) -> Path:
-    """A profile given as a file, or by name from the ``profiles`` folder next to or above the recipe,
-    then below ./recipes.
+    """The path of a profile: ``profile`` itself if it is a file name, or else the first match in the
+    ``profiles`` folders next to the recipe, above it and in ./recipes.
     """
     if profile.endswith((".yaml", ".yml")) or "/" in profile:
         return Path(profile)
@@ -263,14 +257,14 @@ def find_profile(profile: str, recipe: Path) -> Path:
     known = {item.stem for folder in folders for item in folder.glob("*.yaml")}
     raise RecipeError(
         "no profile is called "
-        f"{profile!r}{suggestion(profile, known) or f'; no profiles folder lies above {recipe}'}"
+        f"{profile!r}{suggestion(profile, known) or f'; there is no profiles folder above {recipe}'}"
     )
 
 
 def read_profile(path: Path) -> Document:
-    """A profile, refused where it sets more than model, data and sizes.
+    """A profile. Raises RecipeError if it sets more than model, data and sizes.
 
-    For an environment it names, its options are sizes.
+    The options of an environment in the section ``environments`` count as sizes.
     """
     document = read(path)
     problems = [
@@ -300,7 +294,7 @@ def read_profile(path: Path) -> Document:
 
 
 def _size_problems(profile: Document) -> Iterator[str]:
-    """``sizes: {METHOD: {x_tokens: COUNT}}`` gives the hyperparameters that are lengths in tokens."""
+    """Checks ``sizes: {METHOD: {x_tokens: COUNT}}``, which sets the hyperparameters that are token counts."""
     sizes = profile.data.get("sizes", {})
     if not isinstance(sizes, dict) or not all(isinstance(item, dict) for item in sizes.values()):
         yield (
@@ -322,7 +316,7 @@ def _size_problems(profile: Document) -> Iterator[str]:
 
 
 def merge_mappings(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """``above`` over ``below``; neither is changed."""
+    """``upper`` merged over ``lower``; neither is changed."""
     if any(
         isinstance(upper.get(key), str) and upper[key] != lower.get(key, upper[key]) for key in _IDENTITY_KEYS
     ):
@@ -340,7 +334,7 @@ def merge_mappings(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[s
 
 
 def with_sizes(data: Mapping[str, Any], sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """``data`` with the sizes put into the methods it uses; methods it does not use are passed over."""
+    """``data`` with the sizes added to the methods it uses; sizes of other methods are ignored."""
     result = copy.deepcopy(dict(data))
     for *path, last in _method_keys(result):
         holder: Any = result
@@ -353,7 +347,7 @@ def with_sizes(data: Mapping[str, Any], sizes: Mapping[str, Mapping[str, Any]]) 
 
 
 def with_override(data: Mapping[str, Any], override: str) -> tuple[dict[str, Any], Document]:
-    """``data`` after one ``a.b.0.c=VALUE``, and the override as a layer.
+    """``data`` with one override ``a.b.0.c=VALUE`` applied, and the override as a layer.
 
     VALUE is YAML: 1e-6, null, [1, 8], {name: rloo}.
     """
@@ -365,7 +359,7 @@ def with_override(data: Mapping[str, Any], override: str) -> tuple[dict[str, Any
             f"{source}: expected KEY=VALUE with a dotted key, such as --set learner.optimizer.lr=1e-6"
         )
     if parts[0] in ("extends", "sizes"):
-        raise RecipeError(f"{source}: {parts[0]} is read from files only; set the keys it stands for")
+        raise RecipeError(f"{source}: {parts[0]} is read from files only; set the single keys instead")
     value, lines = parse_value(text, source)
     result = copy.deepcopy(dict(data))
     key: KeyPath = ()
@@ -380,7 +374,7 @@ def with_override(data: Mapping[str, Any], override: str) -> tuple[dict[str, Any
         if holder[step] is None:
             holder[step] = [] if following.isdecimal() else {}
         elif isinstance(holder[step], str) and _is_method(key):
-            holder[step] = {"name": holder[step]}  # a bare name gains hyperparameters
+            holder[step] = {"name": holder[step]}  # a plain name gains hyperparameters
         holder = holder[step]
     key_lines = {key[:length]: 0 for length in range(1, len(key) + 1)} | {
         (*key, *inner): 0 for inner in lines
@@ -390,8 +384,8 @@ def with_override(data: Mapping[str, Any], override: str) -> tuple[dict[str, Any
 
 
 def _resolve_key_part(holder: Any, part: str, key: KeyPath, source: str) -> Any:
-    """``part`` as a key of ``holder``, which then has it: an index where it is a list, the one past
-    its end included.
+    """``part`` as a key of ``holder``, added if it is missing. In a list it is an index; the index just past
+    the end appends an item.
     """
     dotted = ".".join(map(str, key))
     if isinstance(holder, dict):
@@ -410,7 +404,7 @@ def _resolve_key_part(holder: Any, part: str, key: KeyPath, source: str) -> Any:
 
 
 def _method_keys(data: Mapping[str, Any]) -> Iterator[KeyPath]:
-    """Where the methods of a recipe stand that ``data`` holds."""
+    """The keys in ``data`` at which a recipe names methods."""
     for section, key in (
         ("loss", "policy"),
         ("loss", "aggregate"),
@@ -430,6 +424,7 @@ def _method_keys(data: Mapping[str, Any]) -> Iterator[KeyPath]:
 
 
 def _is_method(key: KeyPath) -> bool:
+    """Whether a recipe names a method at ``key``."""
     plain = tuple(part for part in key if isinstance(part, str))
     methods = {
         ("advantage",),
@@ -438,20 +433,18 @@ def _is_method(key: KeyPath) -> bool:
         ("loss", "aggregate"),
         ("loss", "terms"),
         ("reward", "functions"),
-    }
-    more = {
         ("loss", PREFERENCE_KEY),
         ("rollout", "extra_samples"),
         ("data", "order"),
         ("loss", "terms", "coefficient"),
         ("process_reward", "loss"),
+        ("pairs", "judge"),
     }
-    more |= {("pairs", "judge")}
-    return plain in methods | more
+    return plain in methods
 
 
 def _leaves(value: Any, key: KeyPath = ()) -> Iterator[KeyPath]:
-    """Keys of everything that is not itself a mapping with keys."""
+    """The keys of all values except non-empty mappings."""
     if isinstance(value, dict) and value:
         for name, item in value.items():
             yield from _leaves(item, (*key, name))

@@ -1,4 +1,4 @@
-"""Every number that a recipe implies, before anything is loaded. Imports no torch."""
+"""The numbers that follow from a recipe, computed before anything is loaded. Imports no torch."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ FROZEN_BYTES = 4  # per parameter of a model that is not trained
 class PlanLine(NamedTuple):
     name: str
     value: str
-    note: str  # unit, and what it follows from
+    note: str  # unit and derivation
 
 
 class ModelSize(NamedTuple):
-    """What a local config.json says of a decoder of the Llama and Qwen2 kind."""
+    """Sizes of a decoder of the Llama or Qwen2 kind, from a local config.json."""
 
     parameters: int
     vocabulary: int
-    kv_numbers_per_token: int  # keys and values of all layers
+    kv_numbers_per_token: int  # numbers in the keys and values of all layers
 
 
 def plan(recipe: AnyRecipe) -> list[PlanLine]:
-    """The derived numbers, in the order of a step; those about memory only where the model's
-    config.json is on this machine.
+    """The derived numbers in the order of a step. Memory is included only if the model's config.json is on
+    this machine.
     """
     return _PLANS[recipe.kind](recipe)
 
@@ -91,7 +91,9 @@ def _rollout_lines(recipe: SampledRecipe) -> list[PlanLine]:
             f"rollout.prompts {rollout.prompts} x rollout.n {rollout.n}, all ranks",
         ),
         *(
-            PlanLine(f"rollout: {name} rows per step", f"{count:,}", "beside them, of rollout.extra_samples")
+            PlanLine(
+                f"rollout: {name} rows per step", f"{count:,}", "additional rows, from rollout.extra_samples"
+            )
             for name, count in sources
         ),
         PlanLine(
@@ -119,7 +121,7 @@ def _rollout_lines(recipe: SampledRecipe) -> list[PlanLine]:
         PlanLine(
             "reward: grading per step, at most",
             f"{grading:,.0f}",
-            "seconds, if every completion ran into its limit",
+            "seconds, if every completion reached its limit",
         )
     )
     return lines
@@ -158,7 +160,7 @@ def _learner_lines(recipe: SampledRecipe) -> list[PlanLine]:
         PlanLine(
             "learner: longest rows per micro-batch",
             f"{rows}",
-            "of learner.tokens_per_micro_batch; shorter rows, more of them",
+            "of learner.tokens_per_micro_batch; more if rows are shorter",
         ),
         PlanLine("learner: micro-batches per update, at most", f"{micro:,}", "shared among the ranks"),
         PlanLine(
@@ -205,7 +207,7 @@ def _memory_lines(recipe: SampledRecipe) -> list[PlanLine]:
 
 
 def _process_reward_lines(recipe: OnlineRecipe) -> list[PlanLine]:
-    """Of the model that learns process rewards beside the policy, and of what it is compared with."""
+    """Memory of the process reward model and of its reference."""
     settings = recipe.process_reward
     if settings is None:
         return []
@@ -235,7 +237,7 @@ def _process_reward_lines(recipe: OnlineRecipe) -> list[PlanLine]:
 
 
 def _reward_model_lines(refs: Sequence[MethodRef]) -> list[PlanLine]:
-    """Those that score in the learner's processes; each is loaded where it is named."""
+    """Memory of the reward models that score in the learner's processes; each use loads one."""
     paths = [str(ref.hp["path"]) for ref in refs if ref.name == "reward_model" and "path" in ref.hp]
     return [
         _weights_line(
@@ -246,7 +248,7 @@ def _reward_model_lines(refs: Sequence[MethodRef]) -> list[PlanLine]:
 
 
 def _weights_line(role: str, path: str, bytes_per_parameter: int, note: str) -> PlanLine:
-    """each: bytes per parameter."""
+    """A line about the memory of a model's weights."""
     size = model_size(Path(path) / "config.json")
     if size is None:
         return PlanLine(f"memory: {role}", "unknown", f"no readable config.json in {path} on this machine")
@@ -281,7 +283,7 @@ def _learner_memory_lines(recipe: SampledRecipe | OfflineRecipe) -> tuple[list[P
 
 
 def model_size(config: Path) -> ModelSize | None:
-    """Counts from a config.json; None where there is none or where it is of another kind of model."""
+    """Sizes from a config.json; None if the file is missing or describes another kind of model."""
     try:
         facts: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -293,7 +295,7 @@ def model_size(config: Path) -> ModelSize | None:
     head = facts.get("head_dim") or hidden // heads
     kv_width = head * (facts.get("num_key_value_heads") or heads)
     attention = 2 * hidden * heads * head + 2 * hidden * kv_width
-    if facts.get("model_type") == "qwen2":  # the only one of the kind with biases on queries, keys and values
+    if facts.get("model_type") == "qwen2":  # the only supported kind with biases on queries, keys and values
         attention += heads * head + 2 * kv_width
     per_layer = attention + 3 * hidden * inner + 2 * hidden
     embeddings = vocabulary * hidden * (1 if facts.get("tie_word_embeddings") else 2)

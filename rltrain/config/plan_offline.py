@@ -1,4 +1,4 @@
-"""What a recipe that learns from judged completions implies. Imports no torch."""
+"""The numbers that follow from a recipe that learns from judged completions. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["plan_offline"]
 def plan_offline(recipe: OfflineRecipe) -> list[tuple[str, str, str]]:
     """(name, value, note) of each derived number.
 
-    How many examples there are is known once they are loaded.
+    The number of examples is unknown until they are loaded.
     """
     data = recipe.data
     train = recipe.train
@@ -37,7 +37,7 @@ def plan_offline(recipe: OfflineRecipe) -> list[tuple[str, str, str]]:
         (
             f"learner: longest {unit} per micro-batch",
             f"{fits}",
-            "of learner.tokens_per_micro_batch; shorter ones, more of them",
+            "of learner.tokens_per_micro_batch; more if they are shorter",
         ),
         *_sample_lines(recipe),
         (
@@ -62,8 +62,8 @@ def _frozen_models(recipe: OfflineRecipe, needs: frozenset[str]) -> tuple[str, s
     if "mismatched" in needs:
         names = [*dict.fromkeys([*names, "ref_logp"]), "mismatched"]
     where = (
-        "computed anew in every run"
+        "computed in every run"
         if recipe.reference.cache is None
-        else f"computed once, kept in {recipe.reference.cache}"
+        else f"computed once, stored in {recipe.reference.cache}"
     )
     return (" ".join(names), where) if names else ("none", "the loss needs none")

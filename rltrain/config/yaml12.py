@@ -1,8 +1,7 @@
-"""YAML as the recipes mean it: the scalars of YAML 1.2, a repeated key is an error, and every key knows its
-line.
+"""Reads YAML for recipes: scalars follow YAML 1.2, repeated keys are errors, and each key's line is kept.
 
-PyYAML as it comes reads ``1e-6`` as a string, ``off`` as false, ``1:30`` as 90 and lets the last of two equal
-keys win.
+Unmodified PyYAML reads ``1e-6`` as a string, ``off`` as false and ``1:30`` as 90, and the last of two equal
+keys wins.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ _SCALARS = (  # tag, pattern, first characters: the core schema of YAML 1.2
 
 @dataclass(frozen=True)
 class Document:
-    """A parsed layer of a recipe and where each of its keys stands."""
+    """A parsed layer of a recipe, with the line of each key."""
 
     source: str  # file name, or "--set a.b=1"
     data: dict[str, Any]
-    lines: Mapping[KeyPath, int] = field(default_factory=dict)  # 1-based; 0 where a line says nothing
+    lines: Mapping[KeyPath, int] = field(default_factory=dict)  # 1-based; 0: no line
 
     def location_of(self, key: KeyPath) -> str:
-        """'file:line' of a key it holds."""
+        """'file:line' of a key in the document."""
         return f"{self.source}:{self.lines[key]}" if self.lines.get(key) else self.source
 
 
@@ -54,7 +53,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a string that either YAML 1.1 or 1.2 would read as something else."""
+    """Quotes every string that YAML 1.1 or 1.2 would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -67,7 +66,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def parse(text: str, source: str) -> Document:
-    """A mapping with the line of every key. Raises RecipeError for anything else, naming file and line."""
+    """A mapping with the line of every key. Raises RecipeError with file and line for anything else."""
     data, lines = parse_value(text, source)
     if data is None:
         raise RecipeError(
@@ -81,7 +80,7 @@ def parse(text: str, source: str) -> Document:
 
 
 def parse_value(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
-    """Any YAML value, None for an empty text, and the line of every key in it."""
+    """Any YAML value (None for an empty text) and the line of every key in it."""
     lines: dict[KeyPath, int] = {}
     try:
         loader = _Loader(text)
@@ -95,7 +94,7 @@ def parse_value(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
 
 
 def read(path: Path) -> Document:
-    """``parse`` of a file. Raises RecipeError when there is none to read."""
+    """``parse`` applied to a file. Raises RecipeError if it cannot be read."""
     if path.is_dir():
         raise RecipeError(f"{path}: expected a YAML file, got a directory; name one of the files in it")
     if not path.exists():
@@ -109,12 +108,12 @@ def read(path: Path) -> Document:
 
 
 def dump(data: Mapping[str, Any]) -> str:
-    """Text that ``parse`` reads back as equal data."""
+    """YAML text that ``parse`` reads back as equal data."""
     return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, width=140)
 
 
 def _collect_lines(node: yaml.Node, key: KeyPath, lines: dict[KeyPath, int], source: str) -> None:
-    """Fill ``lines`` and refuse repeated and non-string keys."""
+    """Fills ``lines``. Raises RecipeError for repeated keys and keys that are not strings."""
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             lines[(*key, index)] = item.start_mark.line + 1

@@ -1,4 +1,4 @@
-"""Text and messages to token ids, and the tokens that end a completion."""
+"""Turns text and messages into token ids, and finds the tokens that end a completion."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Message = Mapping[str, Any]
 class StopTokens:
     """Token ids that end or fill a row.
 
-    Masks come from lengths, never from these: the pad only has to be a valid id.
+    Masks are made from lengths, not from these ids: the pad only has to be a valid id.
     """
 
-    stop: tuple[int, ...]  # ascending; sampling any of them finishes a completion
+    stop: tuple[int, ...]  # ascending; sampling any of them ends a completion
     pad: int
-    pad_is_eos: bool  # the tokenizer names no pad, so an EOS fills
+    pad_is_eos: bool  # the tokenizer defines no pad token, so an EOS token is used
 
 
 def stop_tokens_of(
@@ -37,7 +37,7 @@ def stop_tokens_of(
 ) -> StopTokens:
     """Stop and pad ids.
 
-    Raises ValueError when neither the tokenizer nor the generation config names an EOS.
+    Raises ValueError if neither the tokenizer nor the generation config names an EOS.
     """
     stop = stop_token_ids(tokenizer, generation_config)
     if not stop:
@@ -53,8 +53,8 @@ def stop_tokens_of(
 def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
 ) -> tuple[int, ...]:
-    """Ascending union of the tokenizer's EOS and the generation config's (chat models often name a
-    second one there).
+    """The EOS ids of the tokenizer and of the generation config, ascending. Chat models often define a second
+    EOS in the generation config.
     """
     named: Any = None if generation_config is None else generation_config.eos_token_id
     eos: Any = tokenizer.eos_token_id
@@ -70,20 +70,19 @@ def render(
     chat_template: Literal["auto", "none"],
     date: dt.date | None = None,
 ) -> tuple[str, list[int]]:
-    """The prompt as the model sees it: its text and the token ids that spell it, generation prompt included.
+    """(text, token ids) of the prompt as the model receives it, generation prompt included.
 
-    With a chat template, text becomes one user message. Without one, text is tokenised as it stands after the
-    tokenizer's BOS, if it adds one. No end token is ever appended. date: that the template prints; None:
-    today. Raises ValueError when messages or a system message meet a tokenizer without a template.
+    With a chat template, text becomes one user message. Without one, text is tokenised unchanged, after the
+    tokenizer's BOS if the tokenizer adds one. No end token is appended. date: the date that the template
+    prints; None: today. Raises ValueError for messages or a system message if there is no chat template.
     """
     if chat_template == "auto" and tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if system is not None:
             messages = [{"role": "system", "content": system}, *messages]
         text = apply_template(messages, tokenizer, date, add_generation_prompt=True)
-        return text, tokenizer(text, add_special_tokens=False)[
-            "input_ids"
-        ]  # the template spells BOS where the model wants one
+        # The template writes the BOS if the model needs one.
+        return text, tokenizer(text, add_special_tokens=False)["input_ids"]
     if not isinstance(prompt, str) or system is not None:
         what = "the prompt is a list of messages" if not isinstance(prompt, str) else "data.system is set"
         why = (
@@ -105,7 +104,7 @@ def apply_template(
     *,
     add_generation_prompt: bool = False,
 ) -> str:
-    """The messages in the tokenizer's chat template, as of ``date``."""
+    """The messages formatted by the tokenizer's chat template, with ``date`` as the current date."""
     plain = [dict(message) for message in messages]
     return str(
         tokenizer.apply_chat_template(
@@ -123,8 +122,8 @@ def _encode_plain_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[in
 
 
 def check_messages(messages: Sequence[Any]) -> None:
-    """Raises ValueError unless ``messages`` are {"role", "content"} mappings, known roles and text,
-    with a user or tool at the end.
+    """Raises ValueError unless ``messages`` are {"role", "content"} mappings with known roles and text, and
+    the last one is from a user or a tool.
     """
     if not messages:
         raise ValueError("the list of messages is empty; at least one user message is needed")
@@ -151,22 +150,20 @@ def check_messages(messages: Sequence[Any]) -> None:
         raise ValueError("the last message is empty")
 
 
-_QUESTION, _TURN, _REPLY = (
-    "rltrain-question",
-    "rltrain-turn",
-    "rltrain-reply",
-)  # stand-ins that no template would write by itself
+# placeholders that no template would write by itself
+_QUESTION = "rltrain-question"
+_TURN = "rltrain-turn"
+_REPLY = "rltrain-reply"
 
 
 class Dialogue:
-    """How an environment speaks to the policy: its messages between the policy's turns, as the tokenizer's
-    chat template frames them.
+    """Formats an environment's messages between the policy's turns as the tokenizer's chat template does.
 
-    The frame is read off the template once; a message is tokenised by itself and put between its tokens, so
-    that no text of an environment can spell a special token and the policy's own turns are never touched.
-    Without a template the message alone stands there. role: whose message it is. observation_tokens: a longer
-    message is cut at its end. Raises ValueError where the template refuses the role or does not show an
-    assistant's turn followed by such a message.
+    The text around a message is taken from the template once. Each message is tokenised separately and
+    inserted, so that no text of an environment can produce a special token and the policy's turns stay
+    unchanged. Without a template only the message is inserted. role: chat role of the message.
+    observation_tokens: longer messages are cut at their end. Raises ValueError if the template refuses the
+    role or does not show an assistant's turn followed by such a message.
     """
 
     def __init__(
@@ -182,8 +179,8 @@ class Dialogue:
         self._stop = frozenset(stop)
         self._data = data
         self._longest = observation_tokens
-        self._before = ()
-        self._after = ()
+        self._before: tuple[int, ...] = ()
+        self._after: tuple[int, ...] = ()
         if data.chat_template == "auto" and tokenizer.chat_template is not None:
             self._before, self._after = (
                 self._encode(text, special=True)
@@ -191,8 +188,8 @@ class Dialogue:
             )
 
     def opening(self, text: str) -> tuple[str, tuple[int, ...]]:
-        """The prompt that asks ``text`` inside ``data.prompt_template``, cut at its end to
-        ``data.max_prompt_tokens``.
+        """(text, token ids) of the prompt with ``text`` inside ``data.prompt_template``. ``text`` is cut at
+        its end until the prompt has at most ``data.max_prompt_tokens``.
         """
         ids = self._encode(text)
         while True:
@@ -212,7 +209,7 @@ class Dialogue:
     def observation(self, text: str, last: int) -> tuple[int, ...]:
         """The tokens between a turn that ended with token ``last`` and the next turn.
 
-        The policy's own end token is not said twice.
+        The end token is not repeated if the policy has written it.
         """
         before = (
             self._before[1:]
@@ -230,9 +227,7 @@ class Dialogue:
 def _message_frame(
     tokenizer: PreTrainedTokenizerBase, system: str | None, role: str, date: dt.date | None
 ) -> tuple[str, str]:
-    """What a template writes between an assistant's words and a message, and from there to the
-    assistant's next words.
-    """
+    """(text before, text after) a message that a template writes between two turns of the assistant."""
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages += [
         {"role": "user", "content": _QUESTION},

@@ -1,9 +1,9 @@
-"""What data sets of judged completions have in common: rows, text and messages to token ids, and what to do
-with the overlong.
+"""Common parts of the loaders for judged completions: reading rows, encoding text and messages, cutting texts
+that are too long.
 
-A completion ends with the token that ends a turn, as a sampled one does. Prompt and completion are tokenised
-apart, since a policy never sees them joined. A prompt that is too long loses its beginning (its BOS stays); a
-completion loses its end.
+A completion ends with the token that ends a turn, like a sampled one. Prompt and completion are tokenised
+separately, because a policy continues the tokens of the prompt. A prompt that is too long loses its beginning
+(its BOS stays); a completion loses its end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rltrain.seeds import stable_hash
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Text = str | Sequence[Message]  # as a data set gives it
+Text = str | Sequence[Message]  # as written in the data set
 Side = Literal["train", "eval"]
 Counts = Counter[str]
 
@@ -47,7 +47,7 @@ class Reader:
         return self.data.chat_template == "auto" and self.tokenizer.chat_template is not None
 
     def encode_prompt(self, prompt: Text) -> tuple[str, tuple[int, ...]]:
-        """(what the model reads, its token ids), uncut."""
+        """(text, token ids) of the prompt as the model receives it, uncut."""
         system = self.data.system
         template = self.data.chat_template
         date = self.data.date
@@ -56,8 +56,9 @@ class Reader:
         return text, tuple(token_ids)
 
     def encode_completion(self, prompt: Text, prompt_text: str, completion: Text) -> tuple[int, ...]:
-        """Token ids of ``completion`` after ``prompt``, which is ``spelt`` by the template; () where
-        nothing but an end is left of it.
+        """Token ids of ``completion`` after ``prompt``; () if it consists of end tokens only.
+
+        prompt_text: ``prompt`` as formatted by the template.
         """
         text = self._completion_text(prompt, prompt_text, completion) if self.has_template else completion
         if not isinstance(text, str):
@@ -72,7 +73,7 @@ class Reader:
         return self._with_single_end(token_ids)
 
     def _completion_text(self, prompt: Text, prompt_text: str, completion: Text) -> str:
-        """What the template puts after the prompt. The generation prompt belongs to the prompt."""
+        """The text that the template writes after the prompt. The generation prompt belongs to the prompt."""
         question = (
             [{"role": "user", "content": prompt}]
             if isinstance(prompt, str)
@@ -87,15 +88,14 @@ class Reader:
         conversation = apply_template([*system, *question, *answer], self.tokenizer, self.data.date)
         if not conversation.startswith(prompt_text):
             raise ValueError(
-                "the chat template writes a conversation with its answer otherwise than the prompt alone, so "
-                "what the policy would answer cannot be told; set data.chat_template to none and write "
-                "prompts as text"
+                "the chat template formats the prompt differently when an answer follows, so the policy's "
+                "part cannot be separated; set data.chat_template to none and write prompts as text"
             )
         return conversation[len(prompt_text) :]
 
     def _with_single_end(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """With one end token at the end; the line break that some templates put behind it is none of
-        the policy's.
+        """``token_ids`` with one end token at the end. Blank text that some templates write after the end
+        token is removed, because the policy does not produce it.
         """
         last = max((position for position, token in enumerate(token_ids) if token in self.stop), default=None)
         if last is None:
@@ -109,17 +109,17 @@ class Reader:
         return int(eos) if eos is not None else self.stop[0]
 
     def with_empty_counts(self) -> Reader:
-        """For another side of the data: nothing read yet."""
+        """The same reader with empty counts, for another side of the data."""
         return Reader(self.tokenizer, self.stop, self.data)
 
     def count_lossy(self, source: str) -> Counts:
-        """How many texts lost some of their characters. Raises ValueError where too much is lost."""
+        """How many texts lost characters in tokenisation. Raises ValueError if too much is lost."""
         for losses in self.losses.values():
             losses.check(source, self.tokenizer)
         return Counter({f"{kind} {LOSSY}": losses.lossy for kind, losses in self.losses.items()})
 
     def cut_prompt(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """The end of it, behind its BOS if it has one."""
+        """The last tokens of a prompt within the limit, after its BOS if it has one."""
         limit = self.data.max_prompt_tokens
         if len(token_ids) <= limit:
             return token_ids
@@ -133,16 +133,15 @@ class Reader:
 
 
 def judged_rows(data: JudgedData, side: Side) -> tuple[str, list[Row]]:
-    """(source, rows under our names that ``where`` lets through), in the data set's own order."""
+    """(source, rows that match ``where``), with renamed columns and in the order of the data set."""
     source, split, subset, columns = side_of(data, side)
     if source is None:
         raise ValueError(
             "data.eval is not set, so there are no held-out examples; set it to a data set, a file or a "
             "built-in task"
         )
-    options = (
-        data.options if source in TASKS or data.train not in TASKS else {}
-    )  # a task's options are not its held-out file's
+    # The options of a built-in task do not apply to a held-out file.
+    options = data.options if source in TASKS or data.train not in TASKS else {}
     rows = [
         rename_columns(row, columns) for row in read_rows(source, split=split, subset=subset, options=options)
     ]
@@ -160,16 +159,16 @@ def judged_rows(data: JudgedData, side: Side) -> tuple[str, list[Row]]:
 
 
 def shuffle_rows(rows: Sequence[Row], seed: int, source: str, limit: int | None) -> Sequence[Row]:
-    """In a seeded order where only the first so many are taken."""
+    """The rows in a seeded random order if there is a limit, and in their own order otherwise."""
     return (
         rows if limit is None else random.Random(stable_hash("judged", seed, source)).sample(rows, len(rows))
     )
 
 
 def form_of(row: Row) -> str:
-    """How the row writes its examples, in words that an error can use.
+    """The format of the row's examples, in words for error messages.
 
-    Raises ValueError when it writes none.
+    Raises ValueError if the row has none of the known formats.
     """
     columns = row.columns
     if "chosen" in columns and "rejected" in columns:
@@ -209,7 +208,7 @@ def form_of(row: Row) -> str:
 
 
 def require_one_form(rows: Sequence[Row]) -> str:
-    """The form that all rows have. Raises ValueError, naming two rows, when there are several."""
+    """The common format of all rows. Raises ValueError, naming two rows, if formats differ."""
     first = form_of(rows[0])
     for row in rows:
         if (form := form_of(row)) != first:
@@ -240,7 +239,7 @@ def _is_transcript(text: str) -> bool:
 
 
 def format_prompt(row: Row, data: JudgedData) -> Text:
-    """The prompt column: text inside the template, or messages as they stand."""
+    """The prompt column: text put into the template, or unchanged messages."""
     prompt = row.columns["prompt"]
     if isinstance(prompt, str):
         if not prompt.strip():
@@ -257,14 +256,14 @@ def format_prompt(row: Row, data: JudgedData) -> Text:
 
 
 def check_prompt_messages(row: Row, name: str, messages: Sequence[Any], data: JudgedData) -> None:
-    """A prompt's messages. Raises ValueError on anything else."""
+    """Raises ValueError unless ``messages`` are valid messages of a prompt."""
     try:
         check_messages(messages)
     except ValueError as error:
         raise ValueError(f"{row.where}: {name}: {error}") from error
     if data.system is not None and messages[0]["role"] == "system":
         raise ValueError(
-            f"{row.where}: the prompt brings its own system message and data.system is set; unset data.system"
+            f"{row.where}: the prompt has its own system message and data.system is set; unset data.system"
         )
 
 
@@ -277,7 +276,7 @@ def is_empty(completion: Text) -> bool:
 
 
 def numeric_value(row: Row, name: str) -> float | None:
-    """A numeric column; None where it is absent, empty or not finite. Raises ValueError on text."""
+    """A numeric column; None if it is absent, empty or not finite. Raises ValueError if it is no number."""
     value = row.columns.get(name)
     if value is None:
         return None
@@ -290,10 +289,10 @@ def numeric_value(row: Row, name: str) -> float | None:
 
 
 def reference_logps(row: Row, *column_sets: tuple[str, ...]) -> tuple[float, ...] | None:
-    """Log-probs of a reference model that the data bring, as TRL writes them: the first of the column sets
-    ``names`` that is there.
+    """Log-probs of a reference model from the data, as TRL writes them: the first of ``column_sets`` that the
+    row has.
 
-    Raises ValueError where a set is there in part, or holds what is no finite number.
+    Raises ValueError if the row has only some columns of a set or a value is not a finite number.
     """
     for columns in column_sets:
         if not set(columns) & row.columns.keys():
@@ -301,26 +300,26 @@ def reference_logps(row: Row, *column_sets: tuple[str, ...]) -> tuple[float, ...
         logps = [numeric_value(row, name) for name in columns]
         if any(value is None for value in logps):
             raise ValueError(
-                f"{row.where}: reference log-probs want a finite number in {' and '.join(columns)}, got "
-                f"{[row.columns.get(name) for name in columns]}; mend the row, or drop these columns to have "
-                "them computed"
+                f"{row.where}: reference log-probs need a finite number in {' and '.join(columns)}, got "
+                f"{[row.columns.get(name) for name in columns]}; correct the row, or drop these columns to "
+                "have them computed"
             )
         return tuple(value for value in logps if value is not None)
     return None
 
 
 def require_all_or_none(source: str, logps: Sequence[object | None]) -> None:
-    """Raises ValueError where some rows bring log-probs of the reference and some do not."""
+    """Raises ValueError if only some rows have log-probs of the reference."""
     without = sum(logp is None for logp in logps)
     if 0 < without < len(logps):
         raise ValueError(
-            f"{source}: {without} of {len(logps)} examples bring no reference log-probs and the others do; "
+            f"{source}: {without} of {len(logps)} examples have no reference log-probs and the others do; "
             "drop the columns"
         )
 
 
 def numeric_columns(row: Row, needs: frozenset[str]) -> Mapping[str, float]:
-    """The columns that a loss asks for as ``column:<name>``. Raises ValueError where one is missing."""
+    """The columns that a loss needs, from ``column:<name>``. Raises ValueError if one is missing."""
     numbers: dict[str, float] = {}
     for need in sorted(needs):
         kind, _, name = need.partition(":")
@@ -338,6 +337,6 @@ def numeric_columns(row: Row, needs: frozenset[str]) -> Mapping[str, float]:
 def no_examples_error(source: str, rows: int, dropped: Counts) -> ValueError:
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
     return ValueError(
-        f"{source}: no example is left of {rows} ({reasons}); look at the rows, data.columns and the limits "
-        "on tokens"
+        f"{source}: no example is left of {rows} ({reasons}); check the rows, data.columns and the limits on "
+        "tokens"
     )

@@ -1,8 +1,8 @@
-"""Single completions that somebody called desirable or not: TRL's columns ``prompt``, ``completion``,
+"""Loads single completions labelled desirable or undesirable: TRL's columns ``prompt``, ``completion``,
 ``label``.
 
-A data set of preference pairs is read too, as two completions per pair: the chosen one desirable, the
-rejected one not. A loss that asks for no label gets the chosen ones.
+A data set of preference pairs gives two completions per pair: chosen ones are desirable, rejected ones
+undesirable. A loss that needs no label gets the chosen ones only.
 """
 
 from __future__ import annotations
@@ -50,16 +50,14 @@ class LabelledCompletion:
     id: str
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
-    label: float | None = (
-        None  # 1 desirable, 0 not, or between; None where the loss asks for none and the data has none
-    )
-    columns: Mapping[str, float] = field(default_factory=dict)  # further numbers that a loss asks for
-    ref_logp: float | None = None  # nats, under a reference model, as the data have it
+    label: float | None = None  # 1 desirable, 0 undesirable, or between; None: neither needed nor in the data
+    columns: Mapping[str, float] = field(default_factory=dict)  # further numbers that a loss needs
+    ref_logp: float | None = None  # nats, under a reference model, from the data
 
 
 @dataclass(frozen=True)
 class LabelSet:
-    """Completions; how many rows were left out and why; what was done to those that stay."""
+    """Completions, the numbers of rows left out by reason, and the numbers of changes to those kept."""
 
     completions: tuple[LabelledCompletion, ...]
     dropped: Mapping[str, int]
@@ -70,7 +68,7 @@ class LabelSet:
 
     @property
     def classes(self) -> tuple[int, int]:
-        """(desirable, undesirable) completions; a soft label counts where it is nearer."""
+        """Numbers of (desirable, undesirable) completions; a soft label counts for the closer class."""
         desirable = sum(
             completion.label is not None and completion.label > 0.5 for completion in self.completions
         )
@@ -86,12 +84,12 @@ def load_labels(
     limit: int | None = None,
     needs: frozenset[str],
 ) -> LabelSet:
-    """The training or the held-out completions of ``data``; with ``limit``, the first so many that stay after
-    a seeded shuffle.
+    """The training or held-out completions of ``data``; with ``limit``, at most this many, the first ones
+    kept after a seeded shuffle.
 
-    needs: what the loss takes from the data: "label", "column:<name>". Raises ValueError, naming file and
-    line, when a row cannot be read or lacks what is needed, when formats are mixed, when no row is left, and
-    when all labels needed are alike.
+    needs: what the loss needs from the data: "label", "column:<name>". Raises ValueError, naming file and
+    line, if a row cannot be read or lacks something needed, if formats are mixed, if no row is left, and if
+    labels are needed and all are equal.
     """
     source, rows = judged_rows(data, side)
     form = require_one_form(rows)
@@ -128,7 +126,7 @@ def load_labels(
 def _read_completion(
     row: Row, reader: Reader, needs: frozenset[str], dropped: Counts, changed: Counts
 ) -> Sequence[LabelledCompletion]:
-    """One completion, or none."""
+    """The row's completion; empty if the row is left out, which ``dropped`` then counts."""
     prompt = format_prompt(row, reader.data)
     completion = row.columns["completion"]
     label = label_of(row, needs)
@@ -167,8 +165,8 @@ def _read_completion(
 def _read_pair(
     row: Row, form: str, reader: Reader, needs: frozenset[str], dropped: Counts, changed: Counts
 ) -> Sequence[LabelledCompletion]:
-    """Both completions of a pair, or none; for a loss that asks for no label, and so raises whatever
-    it is given, the chosen one.
+    """Both completions of a pair; empty if the row is left out. A loss that needs no label gets only the
+    chosen one, because it raises the likelihood of every completion.
     """
     sides = CONTRADICTED if preference_of(row) < 0 else sides_of(row, form, reader)
     pair = tokens_of(row, sides, reader, changed) if isinstance(sides, Sides) else sides
@@ -188,7 +186,7 @@ def _read_pair(
 def label_of(row: Row, needs: frozenset[str]) -> float | None:
     """The label as a number from 0 to 1.
 
-    Raises ValueError where it is neither that nor true or false, or is needed and missing.
+    Raises ValueError if it is neither such a number nor true or false, or if it is needed and missing.
     """
     label = row.columns.get("label")
     if label is None:
@@ -207,7 +205,7 @@ def label_of(row: Row, needs: frozenset[str]) -> float | None:
 
 
 def are_pairs(labels: LabelSet) -> bool:
-    """Whether completions 2i and 2i + 1 are the chosen and the rejected one of a pair."""
+    """Whether completions 2i and 2i + 1 are the chosen and the rejected completion of a pair."""
     names = [first.id.rpartition(":") for first in labels.completions]
     return len(names) % 2 == 0 and all(
         (first[2], second[2]) == ("chosen", "rejected") and first[0] == second[0]

@@ -1,9 +1,9 @@
-"""Preference pairs: a prompt and two completions, one of which somebody preferred.
+"""Loads preference pairs: a prompt and two completions, one of which is preferred.
 
-Read are TRL's columns ``prompt``, ``chosen``, ``rejected`` as text or messages; the two completions alone,
-whose common beginning is then the prompt; and Anthropic's Human/Assistant transcripts. Strengths come from
-``margin``, from ``score_chosen`` and ``score_rejected`` (or ``chosen_rating`` and ``rejected_rating``), or
-from ``p_chosen``. Nothing is dropped uncounted.
+Supported formats: TRL's columns ``prompt``, ``chosen``, ``rejected`` as text or messages; the two completions
+alone, whose common beginning is then the prompt; and Anthropic's Human/Assistant transcripts. Strengths come
+from ``margin``, from ``score_chosen`` and ``score_rejected`` (or ``chosen_rating`` and ``rejected_rating``),
+or from ``p_chosen``. Every dropped row is counted.
 """
 
 from __future__ import annotations
@@ -42,17 +42,18 @@ __all__ = ["Pair", "PairSet", "load_pairs", "parse_transcript"]
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+# TRL's names
 PAIR_REFERENCE = (
     ("ref_chosen_logps", "ref_rejected_logps"),
     ("reference_chosen_logps", "reference_rejected_logps"),
-)  # TRL's names
+)
 CONTRADICTED = "contradicted by their scores"  # why a row is left out
 _SCORES = (("score_chosen", "score_rejected"), ("chosen_rating", "rejected_rating"))
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two completions of one prompt, as token ids; neither is empty and they differ."""
+    """Two completions of one prompt as token ids. Neither is empty, and they differ."""
 
     id: str  # stable across runs: data set name and row
     prompt: tuple[int, ...]
@@ -60,15 +61,14 @@ class Pair:
     rejected: tuple[int, ...]
     margin: float | None = None  # score of chosen minus score of rejected, at least 0
     p_chosen: float | None = None  # probability that chosen is the better one, at least 0.5
-    columns: Mapping[str, float] = field(default_factory=dict)  # further numbers that a loss asks for
-    ref_logps: tuple[float, ...] | None = (
-        None  # nats, of chosen and rejected under a reference model, as the data have them
-    )
+    columns: Mapping[str, float] = field(default_factory=dict)  # further numbers that a loss needs
+    # nats, of chosen and rejected under a reference model, from the data
+    ref_logps: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
 class PairSet:
-    """Pairs; how many were left out and why; what was done to those that stay."""
+    """Pairs, the numbers of rows left out by reason, and the numbers of changes to those kept."""
 
     pairs: tuple[Pair, ...]
     dropped: Mapping[str, int]
@@ -79,7 +79,7 @@ class PairSet:
 
 
 class Sides(NamedTuple):
-    """One pair as the data set writes it."""
+    """One pair as written in the data set."""
 
     prompt: Text
     chosen: Text
@@ -95,12 +95,12 @@ def load_pairs(
     limit: int | None = None,
     needs: frozenset[str],
 ) -> PairSet:
-    """The training or the held-out pairs of ``data``; with ``limit``, the first so many that stay after a
-    seeded shuffle.
+    """The training or held-out pairs of ``data``; with ``limit``, at most this many, the first ones kept
+    after a seeded shuffle.
 
-    needs: what the loss takes from the data: "margin", "p_chosen", "column:<name>". Raises ValueError, naming
-    file and line, when a row cannot be read or lacks what is needed, when formats are mixed, and when no pair
-    is left.
+    needs: what the loss needs from the data: "margin", "p_chosen", "column:<name>". Raises ValueError, naming
+    file and line, if a row cannot be read or lacks something needed, if formats are mixed, and if no pair is
+    left.
     """
     source, rows = judged_rows(data, side)
     form = require_one_form(rows)
@@ -130,7 +130,7 @@ def load_pairs(
 def _read_pair(
     row: Row, form: str, reader: Reader, needs: frozenset[str], dropped: Counts, changed: Counts
 ) -> Pair | None:
-    """None when the row is left out, which ``dropped`` then counts."""
+    """The row's pair; None if the row is left out, which ``dropped`` then counts."""
     sides = sides_of(row, form, reader)
     reason = sides if isinstance(sides, str) else _strength_problem(row, needs)
     if reason is not None:
@@ -155,8 +155,8 @@ def _read_pair(
 
 
 def _swap_sides(pair: Pair) -> Pair:
-    """The other way round, which leaves a loss with soft targets as it is (the MMPO authors do so
-    below a probability of 0.5).
+    """The pair with both sides exchanged, which does not change a loss with soft targets (the MMPO authors
+    exchange below a probability of 0.5).
     """
     margin = None if pair.margin is None else -pair.margin
     p_chosen = None if pair.p_chosen is None else 1 - pair.p_chosen
@@ -175,7 +175,7 @@ def _swap_sides(pair: Pair) -> Pair:
 
 
 def sides_of(row: Row, form: str, reader: Reader) -> Sides | str:
-    """What the row says, or the reason why the row is left out."""
+    """The prompt and completions of the row, or the reason why the row is left out."""
     chosen = row.columns["chosen"]
     rejected = row.columns["rejected"]
     if form.endswith("transcripts"):
@@ -190,7 +190,7 @@ def sides_of(row: Row, form: str, reader: Reader) -> Sides | str:
 
 
 def _split_common_beginning(row: Row, chosen: Text, rejected: Text, reader: Reader) -> Sides | str:
-    """The longest common beginning is the prompt (a space at its end belongs to the completions)."""
+    """Takes the longest common beginning as the prompt (a space at its end belongs to the completions)."""
     common = next(
         (
             position
@@ -215,7 +215,7 @@ def _split_common_beginning(row: Row, chosen: Text, rejected: Text, reader: Read
 
 
 def parse_transcript(text: str) -> list[dict[str, str]]:
-    """``\\n\\nHuman: ...\\n\\nAssistant: ...`` as messages. What stands before the first turn is not read."""
+    """``\\n\\nHuman: ...\\n\\nAssistant: ...`` as messages. Text before the first turn is ignored."""
     pieces = _TURN.split("\n\n" + text.lstrip())
     return [
         {"role": _ROLES[role], "content": content.strip()}
@@ -224,7 +224,7 @@ def parse_transcript(text: str) -> list[dict[str, str]]:
 
 
 def _split_transcripts(chosen: str, rejected: str, reader: Reader) -> Sides | str:
-    """All but the last turn is the prompt; the last is the assistant's.
+    """Takes all turns except the last as the prompt and the last, the assistant's, as the completion.
 
     As text, the prompt ends with ``\\n\\nAssistant:``.
     """
@@ -249,7 +249,7 @@ def _split_transcripts(chosen: str, rejected: str, reader: Reader) -> Sides | st
 def tokens_of(row: Row, sides: Sides, reader: Reader, changed: Counts) -> Pair | str:
     """The pair as token ids within the limits, or the reason why it is left out.
 
-    Both sides have the same prompt, cut the same.
+    Both sides share the same prompt, cut once.
     """
     try:
         prompt_text, prompt = reader.encode_prompt(sides.prompt)
@@ -278,16 +278,14 @@ def tokens_of(row: Row, sides: Sides, reader: Reader, changed: Counts) -> Pair |
 
 
 def margin_of(row: Row) -> float | None:
-    """The column ``margin``, else the difference of the scores; None where there is none or it is not
-    finite.
-    """
+    """The column ``margin``, or else the difference of the scores; None if it is missing or not finite."""
     if "margin" in row.columns:
         return numeric_value(row, "margin")
     return next((difference for _, difference in _score_differences(row)), None)
 
 
 def _score_differences(row: Row) -> Iterator[tuple[str, float | None]]:
-    """(in words, score of chosen minus that of rejected) of each pair of score columns that the row has."""
+    """(text, score of chosen minus that of rejected) for each pair of score columns that the row has."""
     for better, worse in _SCORES:
         if better in row.columns or worse in row.columns:
             if better not in row.columns or worse not in row.columns:
@@ -301,11 +299,10 @@ def _score_differences(row: Row) -> Iterator[tuple[str, float | None]]:
 
 
 def preference_of(row: Row) -> int:
-    """1 where the row's strengths prefer chosen, -1 where they prefer rejected, 0 where they say nothing or
-    that both are equal.
+    """1 if the row's strengths prefer chosen, -1 if they prefer rejected, 0 if there are none or the sides
+    are equal.
 
-    Raises ValueError where p_chosen is no probability, or where one column prefers chosen and another
-    rejected.
+    Raises ValueError if p_chosen is no probability, or if one column prefers chosen and another rejected.
     """
     margin = numeric_value(row, "margin")
     p_chosen = numeric_value(row, "p_chosen")
@@ -317,16 +314,16 @@ def preference_of(row: Row) -> int:
     for_rejected = [text for text, strength in strengths if strength is not None and strength < 0]
     if for_chosen and for_rejected:
         raise ValueError(
-            f"{row.where}: {for_chosen[0]} prefer chosen, {for_rejected[0]} prefer rejected; mend the row, "
-            "or leave out the column that means something else"
+            f"{row.where}: {for_chosen[0]} prefer chosen, {for_rejected[0]} prefer rejected; correct the "
+            "row, or leave out the column that means something else"
         )
     return bool(for_chosen) - bool(for_rejected)
 
 
 def _strength_problem(row: Row, needs: frozenset[str]) -> str | None:
-    """Why the row's strength keeps it out.
+    """The reason why the row's strength excludes it, or None.
 
-    A loss that wants a strength never goes on without: that would be another loss.
+    A loss that needs a strength is never computed without it, because that would be another loss.
     """
     names = {name for pair in _SCORES for name in pair} | {"margin"}
     preference = preference_of(row)
@@ -352,23 +349,24 @@ def _strength_problem(row: Row, needs: frozenset[str]) -> str | None:
 
 
 def refuse_swapped_columns(source: str, rows: Sequence[Row]) -> None:
-    """Raises ValueError when the scores prefer the rejected side more often than not: then the
-    columns are mixed up.
+    """Raises ValueError if the scores prefer the rejected side in most pairs: the columns are then probably
+    exchanged.
     """
     margins_found = [margin for row in rows if (margin := margin_of(row)) is not None]
     against = sum(margin < 0 for margin in margins_found)
     if against > len(margins_found) / 2:
         raise ValueError(
             f"{source}: in {against} of {len(margins_found)} pairs the score of chosen is below that of "
-            "rejected; are the columns swapped? data.columns: {chosen: rejected, rejected: chosen} turns "
-            "them round"
+            "rejected; are the columns swapped? data.columns: {chosen: rejected, rejected: chosen} exchanges "
+            "them"
         )
 
 
 def scale_margins(sets: Sequence[PairSet], by: Literal["nothing", "std", "max_abs"]) -> list[PairSet]:
-    """The sets with their margins divided by the standard deviation or largest size of the first one's.
+    """The sets with their margins divided by the standard deviation or the largest absolute margin of the
+    first set.
 
-    All have margins.
+    All pairs must have margins.
     """
     if by == "nothing":
         return list(sets)

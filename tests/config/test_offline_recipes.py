@@ -128,7 +128,7 @@ def test_the_plan_of_a_pairwise_and_of_a_single_loss(offline: Path) -> None:
             load_recipe(offline, overrides=["loss.preference=kto", "train.steps=9", "reference.cache=null"])
         )
     }
-    assert lines["frozen models: log-probs"][1:] == ("ref_logp mismatched", "computed anew in every run")
+    assert lines["frozen models: log-probs"][1:] == ("ref_logp mismatched", "computed in every run")
     assert (lines["data: longest example"].value, lines["learner: updates in all"].value) == ("1,024", "9")
     lines = {
         line.name: line

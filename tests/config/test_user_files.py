@@ -161,7 +161,7 @@ def test_a_file_that_lies_in_the_current_folder_only_is_named_in_the_error(proje
         check(load(project / "recipe.yaml"))
     assert (
         f"there is no file {project}/mine.py; there is {project.parent}/elsewhere/mine.py, but a path in a "
-        "recipe begins" in str(caught.value)
+        "recipe starts" in str(caught.value)
     )
 
 

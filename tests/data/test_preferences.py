@@ -258,7 +258,7 @@ def test_strengths_that_contradict_one_another_are_refused_with_file_and_line(
     )
     with pytest.raises(
         ValueError,
-        match=rf"p\.jsonl, line 3: .* prefer chosen, {re.escape(said)} prefer rejected; mend the row",
+        match=rf"p\.jsonl, line 3: .* prefer chosen, {re.escape(said)} prefer rejected; correct the row",
     ):
         load(tokenizer, source, needs=needs)
 

@@ -148,10 +148,10 @@ def test_single_completions_bring_theirs(random_model: str, log_prob: Any, tmp_p
     ("change", "said"),
     [
         ({"ref_chosen_logps": -3.0}, r"ref_chosen_logps and ref_rejected_logps, got \[-3.0, None\]"),
-        ({"ref_chosen_logps": -3.0, "ref_rejected_logps": float("nan")}, r"want a finite number"),
+        ({"ref_chosen_logps": -3.0, "ref_rejected_logps": float("nan")}, r"need a finite number"),
         (
             {"reference_chosen_logps": -3.0, "reference_rejected_logps": -4.0},
-            r"11 of 12 examples bring no reference log-probs",
+            r"11 of 12 examples have no reference log-probs",
         ),
     ],
 )

@@ -214,7 +214,7 @@ def test_every_recipe_takes_steps_that_move_the_weights(
         ("online_dpo", "reward.functions=[exakt]", "no reward is called 'exakt'"),
         ("online_dpo", "model.teacher=x", "have no teacher"),
         ("online_dpo", "advantage=rloo", "unknown key advantage"),
-        ("osp_online", "pairs.verdict=drawn", "strengths that nobody was asked for"),
+        ("osp_online", "pairs.verdict=drawn", "strengths that are no answers of the judge"),
     ],
 )
 def test_the_recipe_is_checked_before_anything_is_loaded(name: str, override: str, message: str) -> None:

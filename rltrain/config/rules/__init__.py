@@ -1,4 +1,4 @@
-"""Which settings and methods go together: everything about a recipe that no schema can say.
+"""Checks which settings and methods can be combined: what the schema of a recipe cannot express.
 
 Imports no torch.
 """
@@ -27,14 +27,14 @@ RULES: Mapping[str, Callable[[Any], Findings]] = {
 
 @dataclass(frozen=True)
 class CheckedRecipe:
-    """A recipe that may run, and what its author should know before it does."""
+    """A recipe that passed all rules, and warnings for its author."""
 
     recipe: AnyRecipe
     warnings: tuple[str, ...]
 
 
 def check(recipe: AnyRecipe) -> CheckedRecipe:
-    """Applies every rule for recipes of this kind. Raises RecipeError with all problems."""
+    """Applies every rule for the recipe's kind. Raises RecipeError with all problems."""
     findings = RULES[recipe.kind](recipe)
     if findings.problems:
         raise RecipeError(findings.problems)

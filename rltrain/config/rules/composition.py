@@ -1,14 +1,14 @@
-"""Which methods go together. Every rule follows from what the methods declare of themselves (traits); no name
-stands here.
+"""Checks which methods can be combined. Every rule follows from traits that the methods declare, never from
+their names.
 
-policy_loss:X           a control made for the loss X, which owns the clipping rule, or an advantage that is
-                        right under it only
-control:X               a policy loss that reads what the control X leaves in the batch
-same_as_policy_loss:H   a control's hyperparameter H is the policy loss's
+policy_loss:X           a control made for the loss X, which defines the clipping rule, or an advantage that
+                        is correct under X only
+control:X               a policy loss that reads what the control X writes into the batch
+same_as_policy_loss:H   a control's hyperparameter H must equal that of the policy loss
 aggregate:X             a control or an advantage that is exact under the aggregate X only
-token_level             a control whose weights tell the tokens of a row apart
+token_level             a control that gives the tokens of a row different weights
 sequence_level          a policy loss with one ratio per row
-fraction:H              a hyperparameter that is a share, above 0 and at most 1
+fraction:H              hyperparameter H is a share, above 0 and at most 1
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["MethodUse", "Methods", "composition_problems"]
 class MethodUse:
     """A method as a recipe uses it. ``values``: its hyperparameters, defaults included."""
 
-    key: str  # where it stands: loss.policy, control.0, ...
+    key: str  # its recipe key: loss.policy, control.0, ...
     spec: MethodSpec
     values: Mapping[str, Any]
 
@@ -41,7 +41,7 @@ class MethodUse:
         return trait in self.spec.traits
 
     def arguments(self, trait: str) -> list[str]:
-        """X of every trait "<trait>:X" that it declares."""
+        """X of every trait "<trait>:X" that the method declares."""
         prefix = f"{trait}:"
         return sorted(
             declared.removeprefix(prefix) for declared in self.spec.traits if declared.startswith(prefix)
@@ -55,12 +55,12 @@ class Methods:
     policy: MethodUse
     terms: tuple[MethodUse, ...]
     aggregate: MethodUse
-    rewards: tuple[MethodUse, ...]  # the user's own are not among them
+    rewards: tuple[MethodUse, ...]  # without the user's own functions
     sources: tuple[MethodUse, ...]
 
 
 def composition_problems(methods: Methods) -> Iterator[str]:
-    """Why these methods cannot work together, one line each, with the remedy."""
+    """The reasons why these methods cannot be combined, one line each, with the remedy."""
     yield from _companion_problems(methods)
     yield from _advantage_problems(methods)
     yield from _level_problems(methods)
@@ -69,8 +69,8 @@ def composition_problems(methods: Methods) -> Iterator[str]:
 
 
 def _companion_problems(methods: Methods) -> Iterator[str]:
-    """A control and the policy loss it is made for: there is one loss, so at most one owner of the
-    clipping rule.
+    """Checks each control against the policy loss it is made for. There is one loss, so at most one control
+    may define the clipping rule.
     """
     policy = methods.policy
     owners = [
@@ -78,10 +78,7 @@ def _companion_problems(methods: Methods) -> Iterator[str]:
     ]
     if len({loss_name for _, loss_name in owners}) > 1:
         names = " and ".join(f"{control} (with loss.policy {loss_name})" for control, loss_name in owners)
-        yield (
-            f"{names} each bring their own rule of clipping, and a recipe has one policy loss; keep one of "
-            "them"
-        )
+        yield f"{names} each define a clipping rule, but a recipe has one policy loss; keep one of them"
         return
     for control, loss_name in owners:
         if loss_name != policy.name:
@@ -94,20 +91,20 @@ def _companion_problems(methods: Methods) -> Iterator[str]:
             if control.values[name] != policy.values[name]:
                 yield (
                     f"{control} has {name} {control.values[name]:g} and {policy} has "
-                    f"{policy.values[name]:g}: the control must know what the loss clips; write the same "
-                    f"{name} at both"
+                    f"{policy.values[name]:g}: the control must use the clipping range of the loss; write "
+                    f"the same {name} at both"
                 )
     names = [control.name for control in methods.controls]
     for control_name in policy.arguments("control"):
         if control_name not in names:
             yield (
-                f"{policy} reads what the control {control_name} computes, which control lacks; add "
+                f"{policy} reads what the control {control_name} computes, but control does not list it; add "
                 f"{control_name} to control"
             )
 
 
 def _advantage_problems(methods: Methods) -> Iterator[str]:
-    """An advantage that is one half of an objective: the loss and the aggregate that make the other."""
+    """Checks an advantage that is half of an objective against the loss and aggregate of the other half."""
     for kind, method in (("policy_loss", methods.policy), ("aggregate", methods.aggregate)):
         for required in methods.advantage.arguments(kind):
             if required != method.name:

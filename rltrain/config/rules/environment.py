@@ -1,4 +1,4 @@
-"""Rules about episodes: the environment a recipe names, its options, and what cannot be combined with it.
+"""Rules about episodes: the environment of a recipe, its options, and what cannot be combined with it.
 
 Imports no torch.
 """
@@ -21,7 +21,7 @@ def user_class(name: str) -> tuple[str, str] | None:
 
 
 def environment_problems(recipe: OnlineRecipe) -> Iterator[str]:
-    """What of ``rollout.environment`` cannot work, and what works only inside one."""
+    """Settings that cannot work in ``rollout.environment``, and settings that need an environment."""
     ref = recipe.rollout.environment
     rollout = recipe.rollout
     verdicts = [function for function in recipe.reward.functions if function.name == "episode"]
@@ -47,7 +47,7 @@ def environment_problems(recipe: OnlineRecipe) -> Iterator[str]:
         )
     if any(source.name == "answer" for source in rollout.extra_samples):
         yield (
-            "rollout.extra_samples has answer, which nobody sampled, and completions are episodes here; drop "
+            "rollout.extra_samples has answer, a text from the data, but completions are episodes here; drop "
             "the source or the environment"
         )
 
@@ -71,7 +71,7 @@ def _class_problems(ref: EnvironmentRef, file: str, attribute: str) -> Iterator[
         return
     if (problem := changed_code(ref.name, ref.sha256)) is not None:
         yield problem
-    if not isinstance(statement, ast.ClassDef):  # imported or assigned: making it will tell
+    if not isinstance(statement, ast.ClassDef):  # imported or assigned: checked when the object is created
         return
     methods = {node.name: node for node in statement.body if isinstance(node, ast.FunctionDef)}
     missing = [name for name in ("reset", "step", "close") if name not in methods]

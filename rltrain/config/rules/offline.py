@@ -1,7 +1,6 @@
 """Rules across sections of a recipe that learns from judged completions. Imports no torch.
 
-What only the data can tell (the columns that are there, the balance of classes) is looked at when the data
-are loaded.
+Properties of the data (available columns, balance of classes) are checked when the data are loaded.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _LABEL_COLUMNS = frozenset({"completion", "label"})
 
 
 def check_offline(recipe: OfflineRecipe) -> Findings:
-    """Everything that can be said before anything is loaded."""
+    """All problems and warnings that are known before anything is loaded."""
     ref = recipe.loss.preference
     try:
         spec = PREFERENCE_LOSSES.check(ref.name, ref.hp)
@@ -48,8 +47,8 @@ def check_offline(recipe: OfflineRecipe) -> Findings:
 
 
 def data_needs(spec: MethodSpec, hp: Mapping[str, Any]) -> frozenset[str]:
-    """What the loss takes from the data: "margin", "p_chosen", "label" and "column:<name>", its
-    statistics' needs included.
+    """What the loss needs from the data: "margin", "p_chosen", "label" and "column:<name>", including the
+    needs of its statistics.
     """
     needs = all_needs(spec, hp)
     return frozenset(
@@ -58,7 +57,7 @@ def data_needs(spec: MethodSpec, hp: Mapping[str, Any]) -> frozenset[str]:
 
 
 def all_needs(spec: MethodSpec, hp: Mapping[str, Any]) -> frozenset[str]:
-    """Every tensor the loss needs, statistics resolved into what they need."""
+    """Every tensor that the loss needs; a statistic is replaced by the tensors that it needs."""
     needs = spec.needs_with(hp)
     known = set(STATISTICS.names())
     return (needs - known).union(*(STATISTICS.spec(name).needs for name in needs & known))
@@ -74,7 +73,7 @@ def _size_problems(recipe: OfflineRecipe, spec: MethodSpec) -> Iterator[str]:
     sides = 2 if takes_pairs(spec) else 1
     longest = sides * (data.max_prompt_tokens + data.max_completion_tokens)
     if learner.tokens_per_micro_batch < longest:
-        what = "a pair, whose completions are never parted," if sides == 2 else "one completion"
+        what = "a pair, whose completions stay together," if sides == 2 else "one completion"
         yield (
             f"learner.tokens_per_micro_batch is {learner.tokens_per_micro_batch}, but {what} can take "
             f"{f'{sides} x ' if sides == 2 else ''}(data.max_prompt_tokens {data.max_prompt_tokens} + "

@@ -25,7 +25,7 @@ from rltrain.loss.policy import POLICY_LOSSES
 
 
 def check_online(recipe: OnlineRecipe) -> Findings:
-    """Everything that can be said before anything is loaded."""
+    """All problems and warnings that are known before anything is loaded."""
     methods, problems = _methods(recipe)
     problems += [*sampling_problems(recipe), *coefficient_problems(recipe), *environment_problems(recipe)]
     problems += process_reward_problems(recipe, REWARDS_WITH_CORRECT)
@@ -37,7 +37,7 @@ def check_online(recipe: OnlineRecipe) -> Findings:
 
 
 def _methods(recipe: OnlineRecipe) -> tuple[Methods | None, list[str]]:
-    """The recipe's methods, and what is wrong with them; None if one of them is unknown to its registry."""
+    """(methods, problems) of the recipe; the methods are None if a registry refuses one of them."""
     lookup = MethodLookup()
     loss = recipe.loss
     advantage = lookup(ADVANTAGES, "advantage", recipe.advantage)
@@ -123,14 +123,14 @@ def _extra_sample_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[s
     for source in methods.sources:
         if names.count(source.name) > 1:
             yield (
-                f"{source.key}: {source.name} stands {names.count(source.name)} times in "
-                "rollout.extra_samples; its rows could not be told apart: keep one"
+                f"{source.key}: {source.name} is listed {names.count(source.name)} times in "
+                "rollout.extra_samples; its rows could not be distinguished: keep one"
             )
         if "trains" in source.spec.traits and recipe.rollout.trust_logp:
             yield (
                 f"{source.key} {source.name} adds rows that the policy did not sample at "
                 "rollout.temperature, so the engine has no log-probs of the policy for them, which "
-                "rollout.trust_logp would take; set rollout.trust_logp to false"
+                "rollout.trust_logp would use; set rollout.trust_logp to false"
             )
         if (
             "for_advantage" in source.spec.traits
@@ -138,19 +138,19 @@ def _extra_sample_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[s
             and source.name not in claimed_names
         ):
             yield (
-                f"{source.key} {source.name} adds rows that only an advantage which tells sources apart can "
-                f"use, and {methods.advantage.name} does not; set advantage to one that does "
+                f"{source.key} {source.name} adds rows that only an advantage which distinguishes sources "
+                f"can use, and {methods.advantage.name} does not; set advantage to one that does "
                 f"({', '.join(_source_advantages())}) or drop the source"
             )
     if "answer" in names and recipe.rollout.environment is not None:
         yield (
             f"rollout.extra_samples has answer, but in rollout.environment {recipe.rollout.environment.name} "
-            "a completion is an episode, which no column of the data spells out; drop the source or the "
+            "a completion is an episode, which no column of the data contains; drop the source or the "
             "environment"
         )
     if "aepo" in names and "aepo" not in controls:
         yield (
-            "rollout.extra_samples has aepo, but control has not: the source samples tempered rows and "
+            "rollout.extra_samples has aepo, but control does not: the source samples tempered rows and "
             "nothing weighs them; add aepo to control"
         )
     for method in (methods.advantage, *methods.controls):
@@ -179,7 +179,7 @@ def _method_warnings(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
     if distilled and recipe.model.teacher is None:
         yield (
             f"{distilled[0].key} {distilled[0].name} learns from a teacher, but model.teacher is null: the "
-            "teacher is the starting point; set model.teacher to a model with the same tokenizer"
+            "teacher is the initial model; set model.teacher to a model with the same tokenizer"
         )
     if recipe.model.teacher is not None and not distilled:
         yield (

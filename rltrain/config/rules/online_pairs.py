@@ -1,4 +1,4 @@
-"""Recipes that learn from pairs of the policy's own completions: their rules and what they imply.
+"""Recipes that learn from pairs of the policy's own completions: their rules and derived numbers.
 
 Imports no torch.
 """
@@ -28,7 +28,7 @@ _FROM_ROLLOUTS = frozenset({"margin", "p_chosen"})
 
 
 def check_pairs(recipe: OnlinePairsRecipe) -> Findings:
-    """Pairs and their loss, and the rules about sampling and rewards that hold for every sampled recipe."""
+    """Applies the rules about pairs, their loss, sampling and rewards."""
     lookup = MethodLookup()
     ref = recipe.loss.preference
     judge = recipe.pairs.judge
@@ -108,19 +108,19 @@ def _rollout_problems(recipe: OnlinePairsRecipe) -> Iterator[str]:
     if recipe.learner.tokens_per_micro_batch < longest:
         yield (
             f"learner.tokens_per_micro_batch is {recipe.learner.tokens_per_micro_batch}, but a pair, whose "
-            "completions are never parted, can take 2 x (data.max_prompt_tokens "
+            "completions stay together, can take 2 x (data.max_prompt_tokens "
             f"{recipe.data.max_prompt_tokens} + rollout.max_tokens {rollout.max_tokens}) = {longest} tokens; "
             f"set learner.tokens_per_micro_batch to at least {longest}"
         )
     if pairs.judge.name == "reward" and all(function.weight == 0 for function in recipe.reward.functions):
         yield (
-            "pairs.judge reward goes by rewards, but every weight in reward.functions is 0; give one of them "
-            "a weight"
+            "pairs.judge reward compares rewards, but every weight in reward.functions is 0; give one of "
+            "them a weight"
         )
     if pairs.choose == "ranked" and pairs.verdict == "drawn":
         yield (
-            "pairs.verdict is drawn, but pairs.choose ranked makes strengths that nobody was asked for; set "
-            "verdict to likelier"
+            "pairs.verdict is drawn, but pairs.choose ranked computes strengths that are no answers of the "
+            "judge; set verdict to likelier"
         )
 
 
@@ -132,18 +132,18 @@ def _warnings(recipe: OnlinePairsRecipe, spec: MethodSpec) -> Iterator[str]:
     if pairs.choose != "disjoint":
         yield (
             f"{_KEY} {spec.name} fits the preference over the policy's samples, which takes independent "
-            f"pairs; pairs.choose {pairs.choose} picks them by the verdict: set it to disjoint unless you "
-            "follow a paper that does so"
+            f"pairs; pairs.choose {pairs.choose} selects them by the verdict: set it to disjoint unless you "
+            "follow a paper that does this"
         )
     if rollout.temperature != 1:
         yield (
-            f"{_KEY} {spec.name} takes its samples for the previous iterate's, whose log-probs are at "
+            f"{_KEY} {spec.name} treats its samples as those of the previous iterate, whose log-probs are at "
             f"temperature 1, but rollout.temperature is {rollout.temperature:g}; set it to 1"
         )
 
 
 def pair_plan(recipe: OnlinePairsRecipe) -> list[tuple[str, str, str]]:
-    """(name, value, note) of each number that pairs imply."""
+    """(name, value, note) of each number that follows from the settings of pairs."""
     n = recipe.rollout.n
     prompts = recipe.rollout.prompts
     learner = recipe.learner

@@ -1,7 +1,4 @@
-"""Rules about the process reward model of an online recipe.
-
-Imports no torch. Called by ``config/check.py``.
-"""
+"""Rules about the process reward model of an online recipe. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,11 +10,11 @@ from rltrain.loss.preference import PREFERENCE_LOSSES, STATISTICS
 from rltrain.registry import MethodSpec
 
 _KEY = "process_reward"
-_AVAILABLE = frozenset({"label", "ref_logp"})  # what a step can give a loss
+_AVAILABLE = frozenset({"label", "ref_logp"})  # what a step provides to the loss
 
 
 def process_reward_problems(recipe: OnlineRecipe, correctness_rewards: frozenset[str]) -> Iterator[str]:
-    """reporting: the reward functions of ours that say what is right."""
+    """correctness_rewards: names of the registered rewards that report correctness."""
     settings = recipe.process_reward
     suitable_advantages = _process_reward_advantages()
     is_used = "process_reward" in _advantage_needs(recipe)
@@ -66,13 +63,13 @@ def _loss_problems(settings: ProcessReward) -> Iterator[str]:
             name for name in PREFERENCE_LOSSES.names() if _learns_from_labels(PREFERENCE_LOSSES.spec(name))
         ]
         yield (
-            f"{_KEY}.loss is {spec.name}, but a step gives single completions called right or wrong, with "
-            f"log-probs of a reference; choose {' or '.join(names)}"
+            f"{_KEY}.loss is {spec.name}, but a step provides single completions labelled right or wrong, "
+            f"with log-probs of a reference; choose {' or '.join(names)}"
         )
 
 
 def _learns_from_labels(spec: MethodSpec) -> bool:
-    """Whether it learns from labels, against a reference, and from nothing else."""
+    """Whether the loss needs labels and reference log-probs, and no other inputs."""
     statistics = spec.needs & set(STATISTICS.names())
     needs = (spec.needs - statistics).union(*(STATISTICS.spec(name).needs for name in statistics))
     return (

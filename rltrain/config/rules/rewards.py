@@ -17,12 +17,12 @@ from rltrain.config.user_files import changed_code
 
 _SERVED = frozenset({"reward_model_http", "llm_judge", "llm_judge_pairs"})
 _JUDGES = frozenset({"llm_judge", "llm_judge_pairs"})
-# by reward, its own limit on the wall clock of a completion, which must come before the pool's
+# reward -> its own wall-clock limit for a completion, which must be shorter than that of the pool
 _LIMITS = dict.fromkeys(_SERVED, "seconds") | {"code_tests": "seconds", "code_io": "total_seconds"}
 
 
 def reward_function_problems(recipe: SampledRecipe, rewards: Sequence[MethodUse]) -> Iterator[str]:
-    """Settings of registered reward functions that cannot work. rewards: all but the user's own."""
+    """Settings of registered reward functions that cannot work. rewards: all except the user's own."""
     for reward in rewards:
         if reward.name == "reward_model" and not reward.values["path"]:
             yield (
@@ -111,13 +111,13 @@ def _server_problems(recipe: SampledRecipe, reward: MethodUse) -> Iterator[str]:
     parts = urlsplit(str(reward.values["url"]))
     if parts.scheme not in ("http", "https") or not parts.hostname:
         yield (
-            f"{reward.key} {reward.name}: url must be that of a server, like http://127.0.0.1:8000/v1; set "
-            f"{reward.key}.url"
+            f"{reward.key} {reward.name}: url must be the address of a server, such as "
+            f"http://127.0.0.1:8000/v1; set {reward.key}.url"
         )
     if parts.username or parts.password:
         yield (
-            f"{reward.key} {reward.name}: the url holds a password, and recipes are copied; name an "
-            "environment variable in token_env"
+            f"{reward.key} {reward.name}: the url holds a password, and recipes are copied to other places; "
+            "name an environment variable in token_env"
         )
     if reward.name in _JUDGES and not reward.values["model"]:
         yield f"{reward.key} {reward.name}: model is empty; name the judge as its server knows it"

@@ -1,5 +1,6 @@
-"""Rules about sampling, rewards and evaluation that hold for every recipe whose completions the
-policy samples. Imports no torch.
+"""Rules about sampling, rewards and evaluation for every recipe with completions sampled by the policy.
+
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from rltrain.registry import Registry
 
 
 class MethodLookup:
-    """Looks up the methods of a recipe and collects what is wrong with them."""
+    """Looks up the methods of a recipe and collects their problems."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
 
     def __call__(self, registry: Registry, key: str, ref: MethodRef) -> MethodUse | None:
-        """The method with its hyperparameters, defaults included; None, and a problem, if the
-        registry refuses it.
+        """The method with its hyperparameters, defaults included. If the registry refuses it: None, and a
+        problem is recorded.
         """
         try:
             spec = registry.check(ref.name, ref.hp)
@@ -32,7 +33,7 @@ class MethodLookup:
         return MethodUse(key, spec, defaults | ref.hp)
 
     def look_up_all(self, registry: Registry, key: str, refs: Sequence[MethodRef]) -> tuple[MethodUse, ...]:
-        """Those of ``refs`` that the registry knows."""
+        """The methods of ``refs`` that the registry accepts."""
         uses = [self(registry, f"{key}.{number}", ref) for number, ref in enumerate(refs)]
         return tuple(use for use in uses if use is not None)
 
@@ -68,14 +69,14 @@ def sampling_problems(recipe: SampledRecipe) -> Iterator[str]:
         )
     if rollout.dynamic_sampling is not None and rollout.dynamic_sampling.max_rounds == 1:
         yield (
-            "rollout.dynamic_sampling.max_rounds is 1: the first round is all there is and no group is ever "
+            "rollout.dynamic_sampling.max_rounds is 1: there is only the first round and no group is ever "
             "replaced; set it to 2 or more, or rollout.dynamic_sampling to null"
         )
     if rollout.dynamic_sampling is not None and rollout.dynamic_sampling.accuracy is not None:
         low, high = rollout.dynamic_sampling.accuracy
         if not any(low - 1e-9 <= right / rollout.n <= high + 1e-9 for right in range(rollout.n + 1)):
             yield (
-                f"rollout.dynamic_sampling.accuracy is [{low:g}, {high:g}], and no number of right ones "
+                f"rollout.dynamic_sampling.accuracy is [{low:g}, {high:g}], but no number of right ones "
                 f"among rollout.n {rollout.n} completions is such a share: every prompt would be replaced; "
                 "widen it or raise rollout.n"
             )
@@ -124,7 +125,7 @@ def sampling_warnings(recipe: SampledRecipe) -> Iterator[str]:
 
 
 def dynamic_sampling_problems(recipe: SampledRecipe, rewards: Sequence[MethodUse]) -> Iterator[str]:
-    """rewards: the registered reward functions; the user's own may report correctness."""
+    """rewards: the registered reward functions. A user's function may report correctness as well."""
     if recipe.rollout.dynamic_sampling is None:
         return
     if recipe.rollout.n == 1:

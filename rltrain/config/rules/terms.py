@@ -1,7 +1,4 @@
-"""Rules about coefficients that change, and about recipes that learn without a reward.
-
-Called by ``config/check.py``.
-"""
+"""Rules about coefficients that change during the run, and about recipes that learn without a reward."""
 
 from __future__ import annotations
 
@@ -12,16 +9,14 @@ from rltrain.config.schema import MethodRef, OnlineRecipe
 from rltrain.control import COEFFICIENTS
 from rltrain.loss import LOSS_TERMS
 
-_OUTPUT_PREFIX = "gives_"  # a controller's trait: what it tells its term beside the coefficient
-
-_REWARDS_WITH_ANSWER = frozenset(
-    {"math_answer", "exact", "choice", "empo"}
-)  # rewards that extract the answers they judge
+_OUTPUT_PREFIX = "gives_"  # trait of a controller: an input that it gives its term besides the coefficient
+# rewards that extract the answers which they judge
+_REWARDS_WITH_ANSWER = frozenset({"math_answer", "exact", "choice", "empo"})
 
 
 def coefficient_problems(recipe: OnlineRecipe) -> Iterator[str]:
-    """Names, hyperparameters and inputs of every controller, which is made once to hear what it says
-    itself.
+    """Checks the name, hyperparameters and inputs of every controller. Each is created once so that it can
+    check its own settings.
     """
     for number, term in enumerate(recipe.loss.terms):
         key = f"loss.terms.{number}.coefficient"
@@ -40,7 +35,7 @@ def coefficient_problems(recipe: OnlineRecipe) -> Iterator[str]:
             }
             yield from _metric_problems(recipe, key, str(_hyperparameter_value(term.coefficient, "metric")))
         if term.name not in LOSS_TERMS.names():
-            continue  # said elsewhere
+            continue  # reported when the terms are looked up
         term_inputs = set(LOSS_TERMS.spec(term.name).inputs)
         if term_inputs - controller_outputs:
             names = ", ".join(sorted(term_inputs))
@@ -51,8 +46,8 @@ def coefficient_problems(recipe: OnlineRecipe) -> Iterator[str]:
                 <= COEFFICIENTS.spec(name).traits
             ]
             yield (
-                f"{key}: term {term.name} gets {names} from its coefficient's controller, and this one does "
-                f"not give it; set it to {{name: {' or '.join(controllers)}}}"
+                f"{key}: term {term.name} gets {names} from its coefficient's controller, but this one does "
+                f"not provide it; set it to {{name: {' or '.join(controllers)}}}"
             )
         if controller_outputs - term_inputs:
             names = ", ".join(sorted(controller_outputs))
@@ -68,20 +63,20 @@ def _hyperparameter_value(ref: MethodRef, name: str) -> object:
 
 
 def _metric_problems(recipe: OnlineRecipe, key: str, metric: str) -> Iterator[str]:
-    """A metric of a loss term is there only where the recipe has the term."""
+    """Checks that a loss term's metric is used only if the recipe has the term."""
     used_terms = {term.name for term in recipe.loss.terms}
     owners = [
         name for name in LOSS_TERMS.names() if metric == f"loss/{name}" or metric.startswith(f"loss/{name}_")
     ]
     if owners and not used_terms & set(owners):
         yield (
-            f"{key}: the controller lives on the metric {metric}, which only a term {owners[-1]} reports; "
-            "add the term or name another metric"
+            f"{key}: the controller reads the metric {metric}, which only a term {owners[-1]} reports; add "
+            "the term or name another metric"
         )
 
 
 def reward_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
-    """What says that rewards teach nothing must be said everywhere, or nowhere."""
+    """Checks that loss, advantage, weights and sampling agree on whether the recipe learns from rewards."""
     policy = methods.policy
     weights = [function.weight for function in recipe.reward.functions]
     is_reward_free = "reward_free" in policy.spec.traits | methods.advantage.spec.traits
@@ -120,8 +115,9 @@ def reward_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
 def verdict_problems(
     recipe: OnlineRecipe, methods: Methods, correctness_rewards: frozenset[str]
 ) -> Iterator[str]:
-    """Methods that go by right and wrong, or by answers, need a reward function that says which.
-    reporting: ours that judge.
+    """Checks that methods which use correctness or answers have a reward function that reports them.
+
+    correctness_rewards: names of the registered rewards that report correctness.
     """
     has_user_rewards = len(methods.rewards) < len(recipe.reward.functions)
     used_methods: tuple[MethodUse, ...] = (
@@ -137,9 +133,8 @@ def verdict_problems(
             and not correctness_rewards & {reward.name for reward in methods.rewards}
         ):
             yield (
-                f"{method.key} {method.name} goes by right and wrong, which none of reward.functions "
-                f"reports; add one of {', '.join(sorted(correctness_rewards))} (weight 0 if it must not "
-                "count)"
+                f"{method.key} {method.name} needs correctness, which none of reward.functions reports; add "
+                f"one of {', '.join(sorted(correctness_rewards))} (weight 0 if it must not count)"
             )
         if (
             "answer" in method.spec.needs
@@ -156,6 +151,6 @@ def verdict_problems(
         ):
             if term not in {term.name for term in methods.terms}:
                 yield (
-                    f"{method.key} {method.name} marks tokens for the term {term}, which loss.terms has not; "
-                    f"add it or drop {method.name}"
+                    f"{method.key} {method.name} marks tokens for the term {term}, which is not in "
+                    f"loss.terms; add it or drop {method.name}"
                 )

@@ -32,12 +32,12 @@ AEPO = ("rollout.extra_samples=[aepo]", "control=[{name: aepo, form: rows}]")
         ),
         (
             ["rollout.extra_samples=[aepo, aepo]", AEPO[1]],
-            "aepo stands 2 times in rollout.extra_samples",
+            "aepo is listed 2 times in rollout.extra_samples",
             "keep one",
         ),
         (
             [*AEPO, "rollout.trust_logp=true"],
-            "rollout.trust_logp would take",
+            "rollout.trust_logp would use",
             "set rollout.trust_logp to false",
         ),
         (["rollout.extra_samples=[aepo]"], "nothing weighs them", "add aepo to control"),
@@ -48,7 +48,7 @@ AEPO = ("rollout.extra_samples=[aepo]", "control=[{name: aepo, form: rows}]")
         ),
         (
             ["rollout.extra_samples=[reference]"],
-            "which tells sources apart can use, and group_norm does not",
+            "which distinguishes sources can use, and group_norm does not",
             "set advantage to one that does (aapo, grao)",
         ),
         (

@@ -28,13 +28,13 @@ TEMPERED = "rollout.extra_samples=[aepo]"
         ),
         (
             ["loss.policy=kl_cov", "learner.updates=2"],
-            "loss.policy kl_cov reads what the control kl_cov computes, which control lacks",
+            "loss.policy kl_cov reads what the control kl_cov computes, but control does not list it",
             "add kl_cov to control",
         ),
         (
             [f"control=[{CLIP_COV}, kl_cov]", "learner.updates=2"],
-            "clip_cov (with loss.policy clip) and control.1 kl_cov (with loss.policy kl_cov) each bring "
-            "their own rule of clipping",
+            "clip_cov (with loss.policy clip) and control.1 kl_cov (with loss.policy kl_cov) each define a "
+            "clipping rule",
             "keep one of them",
         ),
         (
@@ -97,12 +97,12 @@ TEMPERED = "rollout.extra_samples=[aepo]"
         ),
         (
             [TEMPERED, "control=[aepo]", "reward.functions=[{name: format, tags: [a]}]"],
-            "control.0 aepo goes by right and wrong",
+            "control.0 aepo needs correctness",
             "add one of",
         ),
         (
             ["control=[dcpo]", "reward.functions=[{name: format, tags: [a]}]"],
-            "control.0 dcpo goes by right and wrong",
+            "control.0 dcpo needs correctness",
             "add one of",
         ),
     ],

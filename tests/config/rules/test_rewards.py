@@ -38,7 +38,7 @@ def problems(*overrides: str) -> str:
             "extract must be Literal['auto', 'fenced', 'continuation'], got 'fence'",
         ),
         ("reward_model", "reward_model: path is empty"),
-        ("reward_model_http", "url must be that of a server"),
+        ("reward_model_http", "url must be the address of a server"),
         ("{name: reward_model_http, url: 'http://me:hush@host/x'}", "the url holds a password"),
         ("{name: llm_judge, url: 'http://127.0.0.1:8000/v1'}", "model is empty"),
         (

@@ -51,11 +51,11 @@ def term(text: str) -> str:
         ),
         (
             term("{name: entropy, coefficient: {name: kl_target}}"),
-            "lives on the metric loss/kl, which only a term kl reports; add the term",
+            "reads the metric loss/kl, which only a term kl reports; add the term",
         ),
         (
             term("{name: entropy, coefficient: {name: entropy_band}}"),
-            "lives on the metric loss/clamped_entropy_nats, which only a term clamped_entropy reports",
+            "reads the metric loss/clamped_entropy_nats, which only a term clamped_entropy reports",
         ),
         (
             term("{name: entropy, coefficient: epo_schedule}"),
@@ -75,7 +75,7 @@ def term(text: str) -> str:
         ("data.order={name: gain_rl, sigm: 2.0}", "has no hyperparameter 'sigm'; did you mean 'sigma'?"),
         (
             "control=[kdrl_mask]",
-            "control.0 kdrl_mask marks tokens for the term kdrl, which loss.terms has not; add it or drop "
+            "control.0 kdrl_mask marks tokens for the term kdrl, which is not in loss.terms; add it or drop "
             "kdrl_mask",
         ),
         ("advantage=none", "advantage is none: loss.policy clip would learn nothing"),
@@ -116,7 +116,7 @@ def test_data_that_nobody_judged_needs_no_answers() -> None:
 def test_a_mask_by_correctness_needs_a_verdict() -> None:
     expected = problems("kdrl_masked", "reward.functions=[{name: format, tags: [think]}]")
     assert (
-        "control.0 kdrl_mask goes by right and wrong, which none of reward.functions reports; add one of"
+        "control.0 kdrl_mask needs correctness, which none of reward.functions reports; add one of"
         in expected
     )
 
