@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 from support.scripts import script
 
 ROOT = Path(__file__).parents[2]
-DATA = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
@@ -69,20 +67,3 @@ def test_step_labels_keep_what_nobody_judged(task: ModuleType):
             "problem": "p",
         }
     ]
-
-
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"real data are looked for in {DATA}, which is not there")
-def test_no_labelled_problem_is_trained_on(task: ModuleType):
-    questions = [row["question"] for row in task.read(DATA / "gsm8k" / "test.jsonl")]
-    labelled = [row["problem"] for row in task.read(DATA / "process" / "step_labelled.jsonl")]
-    held_out = task.held_out_problems(questions, labelled, task.HELD_OUT)
-    rows = task.outcome_rows(task.read(DATA / "gsm8k" / "model_solutions.jsonl"), questions)
-    sides = task.divided(rows, held_out)
-    assert {name: len(some) for name, some in sides.items()} == {"train": 3324, "dev": 368, "test": 1584}
-    # by another way than passages: no training question is a labelled problem word for word
-    asked = {"".join(text.lower().split()) for text in labelled}
-    assert not [
-        row for row in sides["train"] + sides["dev"] if "".join(row["prompt"].lower().split()) in asked
-    ]
-    assert sum(row["label"] for some in sides.values() for row in some) == 2001
-    json.dumps(sides["test"][:1])

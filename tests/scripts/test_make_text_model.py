@@ -17,8 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from support.scripts import script
 
-DATA = Path(__file__).parents[3] / "shared" / "data" / "preference"
-
 
 @pytest.fixture(scope="module")
 def text_models(tiny_models: ModuleType) -> Any:
@@ -132,12 +130,3 @@ def test_files_of_another_kind_are_refused(
         text_models.make_text_model(tmp_path / "model", data=other, held_out=files[1])
     with pytest.raises(ValueError, match="no such file"):
         text_models.make_text_model(tmp_path / "model", data=tmp_path / "absent", held_out=files[1])
-
-
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the real data in {DATA}")
-def test_no_held_out_dialogue_of_the_real_data_is_read(text_models: Any) -> None:
-    read, reserved = (text_models.dialogues(DATA / f"hh_helpful_{part}.jsonl") for part in ("train", "test"))
-    kept = text_models.without_beginnings(read, reserved)
-    assert len(read) > 5900 and len(reserved) > 900
-    assert not {dialogue[0] for dialogue in kept} & {dialogue[0] for dialogue in reserved}
-    assert len(kept) == len(read)  # the files were made without a first turn in common
