@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 
 from rltrain.analysis.first_error import (
     auc_difference,
+    aucs_within_clusters,
     clustered_auc,
     commonest_place,
     first_wrong,
-    lowest_at,
-    within_auc,
+    lowest_pick_chance,
 )
 from rltrain.analysis.selection import SELECTORS, Samples
 from rltrain.report.statistics import Estimate, average, clustered_average
@@ -103,7 +103,7 @@ def outcomes(rows: Sequence[Solution], others: Mapping[str, Sequence[float]]) ->
     found: Numbers = {"outcome/share right": clustered_average(label, cluster, seed=SEED)}
     for name, values in scores.items():
         found[f"outcome/auc/{name}"] = clustered_auc(values, label, cluster, seed=SEED)
-        inside = within_auc(values, label, cluster)
+        inside = aucs_within_clusters(values, label, cluster)
         if inside:
             found[f"outcome/auc inside problems/{name}"] = average(inside, seed=SEED)
     for name in (*PLAIN, *others):
@@ -216,7 +216,7 @@ def _hits(values: Sequence[Sequence[float]], rows: Sequence[Solution], wrong: Se
     for one, at in zip(values, wrong, strict=True):
         place = rows[at].wrong
         assert place is not None
-        found.append(lowest_at(one, place))
+        found.append(lowest_pick_chance(one, place))
     return found
 
 

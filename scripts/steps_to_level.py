@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from rltrain.analysis.curves import Curves, student
+from rltrain.analysis.curves import Curves, student_mean
 
 
 def steps_to(steps: Sequence[int], values: Sequence[float], level: float) -> float | None:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, each in found.items():
             reached = [one for one in each if one is not None]
             line = f"{options.metric} {level:g}  {name:<8} reached by {len(reached)} of {len(each)}"
-            line += f" after {student(reached)} steps" if reached else ""
+            line += f" after {student_mean(reached)} steps" if reached else ""
             base = found.get(options.against, [])
             ratios = [
                 one / other for one, other in zip(each, base, strict=False) if one is not None and other
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(
                 line
                 + (
-                    f", {student(ratios)} times those of {options.against}"
+                    f", {student_mean(ratios)} times those of {options.against}"
                     if ratios and name != options.against
                     else ""
                 )

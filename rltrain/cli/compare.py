@@ -17,11 +17,11 @@ def compare_command(
     """``rltrain compare``: trains the runs that are not finished, one after the other; then prints the
     table and writes it to ``out``.
     """
-    from rltrain.analysis.compare_runs import collect_runs, conditions, plan_runs, run_all
-    from rltrain.analysis.comparison import markdown, write
+    from rltrain.analysis.compare_runs import collect_runs, compare_conditions, plan_runs, run_all
+    from rltrain.analysis.comparison import markdown, write_comparison
 
     console = Console(highlight=False)
-    notes = conditions(recipes, profile, overrides)
+    notes = compare_conditions(recipes, profile, overrides)
     date = common_date([load_recipe(path, profile=profile, overrides=overrides) for path in recipes], out)
     overrides = [*overrides, *([] if date is None else [f"data.date={date}"])]
     plan = plan_runs(recipes, seeds, out, profile, overrides)
@@ -33,14 +33,14 @@ def compare_command(
     profile_note = [f"profile {profile}"] if profile else []
     comparison = collect_runs(f"{names}: {seeds} seeds each", [*profile_note, *overrides, *notes], plan)
     console.print(markdown(comparison), markup=False, soft_wrap=True)
-    for path in write(comparison, out):
+    for path in write_comparison(comparison, out):
         console.print(str(path), markup=False, soft_wrap=True)
     return 0
 
 
 def report_command(runs: Sequence[str], out: Path) -> int:
     """``rltrain report``: the same table, figure and page for the runs on the command line."""
-    from rltrain.analysis.comparison import Comparison, markdown, write
+    from rltrain.analysis.comparison import Comparison, markdown, write_comparison
     from rltrain.analysis.curves import Curves
 
     methods: dict[str, list[Curves]] = {}
@@ -53,6 +53,6 @@ def report_command(runs: Sequence[str], out: Path) -> int:
     comparison = Comparison(", ".join(methods), (), methods)
     console = Console(highlight=False)
     console.print(markdown(comparison), markup=False, soft_wrap=True)
-    for path in write(comparison, out):
+    for path in write_comparison(comparison, out):
         console.print(str(path), markup=False, soft_wrap=True)
     return 0

@@ -29,8 +29,8 @@ from rltrain.train.saving import (
     Stopped,
     StopRequest,
     disk_errors,
+    record_stop_signals,
     stop_with_the_launcher,
-    stops_noted,
 )
 
 
@@ -77,7 +77,7 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
             checkpoint, rank_0_digests = agree((checkpoint, digests))
         require_same_inputs(rank_0_digests, digests)
 
-        stop_request = stack.enter_context(stops_noted())
+        stop_request = stack.enter_context(record_stop_signals())
         stop_with_the_launcher()
         run = workflow.build(
             recipe, inputs, RunContext(run_folder, checkpoint, process, stop_request, digests)
@@ -106,7 +106,9 @@ def _train(
     except Stopped as stopped:
         if is_main:
             report_if_possible(folder, run.reporter)
-        run.reporter.message(f"stopped by {stop_request.by} after step {stopped.step}: {stopped.checkpoint}")
+        run.reporter.message(
+            f"stopped by {stop_request.cause} after step {stopped.step}: {stopped.checkpoint}"
+        )
         run.reporter.message(f"continue with: {resuming_command(sys.argv)}")
         return STOPPED
     finally:

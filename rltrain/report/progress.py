@@ -112,7 +112,9 @@ class Progress:
 
     def __init__(self, total_steps: int, console: Console | None = None, start: int = 0) -> None:
         self.console = console or Console()
-        self._total, self._start, self._step = total_steps, start, start
+        self._total = total_steps
+        self._start = start
+        self._step = start
         self._spent = 0.0  # seconds
         self._shown: tuple[Column, ...] = ()
         self._lines = 0  # since the header
