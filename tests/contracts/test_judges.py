@@ -59,7 +59,7 @@ def means(**changes: Any) -> JudgeContext:
         "gather": list,
     }
     given["render"] = lambda text: [*map(ord, text), *[0] * 1000 * text.count("??")]  # too long to be read
-    return JudgeContext(**{**given, "rank": 0, "ranks": 1, "most_tokens": 500, **changes})
+    return JudgeContext(**{**given, "rank": 0, "ranks": 1, "max_tokens": 500, **changes})
 
 
 def by_pairing(judge: Judge, first: str, second: str) -> Verdict:

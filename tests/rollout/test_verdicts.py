@@ -74,7 +74,7 @@ def test_rewards_of_zero_and_one_give_pass_at_k_whatever_their_weight() -> None:
         (
             [[1.0, 0.0], [0.0, 0.35]],
             "judge",
-            r"no pass@k: judge says of no completion .*\(for example 0\.35\); return Score",
+            r"no pass@k: judge does not say which .* are correct.*\(for example 0\.35\); return Score",
         ),
         ([[1.0, -1.0]], "judge", r"for example -1"),
         ([[1.0, 0.0]], None, "the rewards do not say of every completion whether it is correct"),

@@ -22,7 +22,7 @@ from rltrain.train.examples import (
     Mismatches,
     examples_of_labels,
     examples_of_pairs,
-    groups_of,
+    group_by_prompt,
     mismatched_rows,
     prompt_ids,
 )
@@ -139,7 +139,8 @@ def test_entropy_is_a_mean_over_the_tokens_of_the_better_completions() -> None:
 def test_labelled_sides_of_pairs_are_compared_with_each_other_and_others_with_all() -> None:
     rows = [(1, 5, 1.0), (1, 6, 0.0), (2, 8, 1.0), (2, 7, 0.0)]
     completions = [
-        LabelledCompletion(str(at), (prompt,), (token,), label) for at, (prompt, token, label) in enumerate(rows)
+        LabelledCompletion(str(at), (prompt,), (token,), label)
+        for at, (prompt, token, label) in enumerate(rows)
     ]
     others = Mismatches(0, torch.zeros(4))
     examples = examples_of_labels(completions, {"ref_logp": torch.zeros(4)}, others)
@@ -178,12 +179,12 @@ def test_no_prompt_gets_a_completion_of_its_own_and_a_step_draws_anew() -> None:
 
 def test_an_order_keeps_the_completions_of_a_prompt_together() -> None:
     ids = prompt_ids([(1,), (2,), (1,), (2,), (3,), (3,)])
-    assert groups_of(ids) == [[0, 2], [1, 3], [4, 5]]
-    order = ExampleOrder(groups_of(ids), 4, seed=0)
+    assert group_by_prompt(ids) == [[0, 2], [1, 3], [4, 5]]
+    order = ExampleOrder(group_by_prompt(ids), 4, seed=0)
     assert {frozenset(order.next()) for _ in range(6)} <= {
         frozenset(s) for s in ({0, 2, 1, 3}, {0, 2, 4, 5}, {1, 3, 4, 5})
     }
     with pytest.raises(UserError, match="prompts have 1, 2 of them"):
         ExampleOrder([[0], [1, 2]], 2, seed=0)
     with pytest.raises(UserError, match=r"train\.examples is 3"):
-        ExampleOrder(groups_of(ids), 3, seed=0)
+        ExampleOrder(group_by_prompt(ids), 3, seed=0)

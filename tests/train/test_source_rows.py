@@ -17,7 +17,7 @@ from rltrain.control import TOKEN_CONTROLS
 from rltrain.report.metrics import check_names, completion_metrics, own_step_metrics, source_metrics
 from rltrain.rollout.collate import collate
 from rltrain.rollout.source import Rollouts
-from rltrain.train.online import Step, drop_reference_rows, without_importance_correction
+from rltrain.train.online import Step, disable_importance_correction, drop_reference_rows
 from rltrain.types.policy import TokenRows, TrainBatch
 from rltrain.types.samples import (
     SOURCE_DATASET,
@@ -57,7 +57,7 @@ def step(*sources: int) -> tuple[list[ScoredGroup], TokenRows, TrainBatch]:
 def test_only_rows_of_the_policy_are_corrected_for_how_they_were_sampled() -> None:
     _, _, batch = step(SOURCE_TEMPERED, SOURCE_DATASET)
     old = torch.full(batch.mask.shape, -2.0)
-    batch = without_importance_correction(batch.replace(old_logp=old))
+    batch = disable_importance_correction(batch.replace(old_logp=old))
     weights = TOKEN_CONTROLS.bind("tis", {"cap": 100.0})(batch).weights
     policy = batch.source == SOURCE_POLICY
     # exp(-2 - -1) for the policy's rows; for the others, sampled at -7 and written by nobody, exactly 1
@@ -68,7 +68,7 @@ def test_only_rows_of_the_policy_are_corrected_for_how_they_were_sampled() -> No
 
 def test_without_old_log_probs_nothing_is_replaced() -> None:
     _, _, batch = step(SOURCE_TEMPERED)
-    assert without_importance_correction(batch) is batch
+    assert disable_importance_correction(batch) is batch
 
 
 def test_reference_rows_are_gone_after_the_advantages_and_take_their_padding_along() -> None:

@@ -19,7 +19,7 @@ from rltrain.rollout.pairs.pairing import (
     choose_pairs,
     compare_completions,
     pair_batch,
-    usable,
+    usable_places,
 )
 from rltrain.types.policy import TokenRows
 from rltrain.types.samples import Completion, Finish, Prompt, ScoredGroup, Span
@@ -53,7 +53,7 @@ def means(**changes: Any) -> JudgeContext:
         "rank": 0,
         "ranks": 1,
         "gather": list,
-        "most_tokens": 100,
+        "max_tokens": 100,
     }
     return JudgeContext(**(given | changes))
 
@@ -114,7 +114,7 @@ def test_pairs_that_say_nothing_are_left_out_and_counted():
     assert (len(found), found.dropped, found.prompts) == (0, {"identical": 1, "tied": 1}, 4)
     unsure = Listed({(0, 1): 0.54, (2, 3): 0.44})
     assert places(Pairing(unsure, "disjoint", "likelier", 0.05, 0), group_of([0, 0, 0, 0])) == [(3, 2)]
-    assert usable(group_of([None, 1, 2])) == [1, 2]
+    assert usable_places(group_of([None, 1, 2])) == [1, 2]
 
 
 def test_a_drawn_verdict_is_right_as_often_as_the_judge_is_sure():
@@ -140,7 +140,9 @@ def test_the_batch_holds_what_losses_read():
     rows = TokenRows(((7,),) * 4, ((1,), (2,), (1, 2, 3), (4,)))
     lengths = torch.tensor([1, 1, 3, 1])
     assert judged.rows(rows).completions == ((2,), (1, 2, 3), (1,), (4,))
-    batch = pair_batch(judged, lengths, {"ref_logp": judged.picked(torch.tensor([-1.0, -2.0, -3.0, -4.0]))})
+    batch = pair_batch(
+        judged, lengths, {"ref_logp": judged.select_sides(torch.tensor([-1.0, -2.0, -3.0, -4.0]))}
+    )
     assert (
         batch.prompt.tolist() == [4, 9] and batch.margin is not None and batch.margin.tolist() == [3.0, 0.5]
     )
@@ -185,7 +187,7 @@ def test_the_self_judge_hears_both_orders():
     judge = SelfJudge(means(log_probs=knowing), by="reference")
     assert judge.prefers([one, Comparison(one.group, 1, 0)]) == [pytest.approx(0.2), pytest.approx(0.8)]
     assert math.isnan(
-        SelfJudge(means(most_tokens=5)).prefers([one])[0]
+        SelfJudge(means(max_tokens=5)).prefers([one])[0]
     )  # nobody is asked what the policy cannot read
     with pytest.raises(ValueError, match="begin with one token"):
         SelfJudge(means(), first_word="B")
