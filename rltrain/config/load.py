@@ -76,9 +76,11 @@ def load_recipe(path: str | Path, *, profile: str | None = None, overrides: Sequ
     """
     path = Path(path)
     layers = [with_absolute_files(layer, Path(layer.source).parent) for layer in recipe_layers(read(path))]
+
     data: dict[str, Any] = {}
     for layer in layers:
         data = merge_mappings(data, layer.data)
+
     if profile is not None:
         document = with_absolute_files(read_profile(find_profile(profile, path)), Path.cwd())
         layers.append(drop_unused_process_reward(profile_layer(document, schema_of(data)), data))
@@ -88,6 +90,7 @@ def load_recipe(path: str | Path, *, profile: str | None = None, overrides: Sequ
             layers.append(environment_layer(document, environment["name"]))
             data = merge_mappings(data, layers[-1].data)
         data = with_sizes(data, document.data.get("sizes", {}))
+
     for override in overrides:
         data, document = with_override(data, override)
         layers.append(document)
@@ -225,6 +228,7 @@ def recipe_layers(recipe: Document) -> list[Document]:
             f"{recipe.location_of(('sizes',))}: sizes belongs in a profile (--profile NAME), this file is "
             "read as a recipe"
         )
+
     if "extends" not in recipe.data:
         return [own_layer]
     if not isinstance(extends, str):
@@ -232,6 +236,7 @@ def recipe_layers(recipe: Document) -> list[Document]:
             f"{recipe.location_of(('extends',))}: extends must be the path of one base, relative to this "
             f"file, got {extends!r}"
         )
+
     try:
         base = read(Path(recipe.source).parent / extends)
     except RecipeError as error:
@@ -280,6 +285,7 @@ def read_profile(path: Path) -> Document:
             and not any(_starts_with(key[2:], allowed) for allowed in (*PROFILE_KEYS, "rollout.environment"))
         )
     ]
+
     problems += [
         f"{document.location_of(key)}: {'.'.join(map(str, key))}: below {OFFLINE_KEY} a profile replaces "
         f"{', '.join(OFFLINE_PROFILE_KEYS)} and nothing else; write it in the recipe or pass it with --set"
@@ -287,6 +293,7 @@ def read_profile(path: Path) -> Document:
         if key[0] == OFFLINE_KEY
         and not any(_starts_with(key, f"{OFFLINE_KEY}.{allowed}") for allowed in OFFLINE_PROFILE_KEYS)
     ]
+
     problems += _size_problems(document)
     if problems:
         raise RecipeError(problems)
@@ -360,6 +367,7 @@ def with_override(data: Mapping[str, Any], override: str) -> tuple[dict[str, Any
         )
     if parts[0] in ("extends", "sizes"):
         raise RecipeError(f"{source}: {parts[0]} is read from files only; set the single keys instead")
+
     value, lines = parse_value(text, source)
     result = copy.deepcopy(dict(data))
     key: KeyPath = ()
@@ -376,6 +384,7 @@ def with_override(data: Mapping[str, Any], override: str) -> tuple[dict[str, Any
         elif isinstance(holder[step], str) and _is_method(key):
             holder[step] = {"name": holder[step]}  # a plain name gains hyperparameters
         holder = holder[step]
+
     key_lines = {key[:length]: 0 for length in range(1, len(key) + 1)} | {
         (*key, *inner): 0 for inner in lines
     }

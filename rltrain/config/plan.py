@@ -84,6 +84,7 @@ def _rollout_lines(recipe: SampledRecipe) -> list[PlanLine]:
     sources = [(ref.name, _extra_rows(recipe, ref)) for ref in rollout.extra_samples]
     graded = rows + sum(count for _, count in sources)
     grading = len(reward.functions) * graded * reward.seconds / reward.workers
+
     lines = [
         PlanLine(
             "rollout: completions per step",
@@ -108,6 +109,7 @@ def _rollout_lines(recipe: SampledRecipe) -> list[PlanLine]:
             "train.steps x rollout.prompts",
         ),
     ]
+
     if rounds > 1:
         prompts_drawn = rounds * rollout.prompts
         lines.append(
@@ -117,6 +119,7 @@ def _rollout_lines(recipe: SampledRecipe) -> list[PlanLine]:
                 f"dynamic sampling, {rounds} rounds",
             )
         )
+
     lines.append(
         PlanLine(
             "reward: grading per step, at most",
@@ -191,6 +194,7 @@ def _memory_lines(recipe: SampledRecipe) -> list[PlanLine]:
     learner, size = _learner_memory_lines(recipe)
     if size is None:
         return learner
+
     kv_bytes = (4 if recipe.learner.precision == "float32" else 2) * size.kv_numbers_per_token
     rows = recipe.rollout.prompts * recipe.rollout.n
     if recipe.rollout.engine == "transformers":
@@ -291,12 +295,15 @@ def model_size(config: Path) -> ModelSize | None:
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     if not all(isinstance(facts.get(key), int) for key in needed):
         return None
+
     hidden, layers, heads, inner, vocabulary = (facts[key] for key in needed)
+
     head = facts.get("head_dim") or hidden // heads
     kv_width = head * (facts.get("num_key_value_heads") or heads)
     attention = 2 * hidden * heads * head + 2 * hidden * kv_width
     if facts.get("model_type") == "qwen2":  # the only supported kind with biases on queries, keys and values
         attention += heads * head + 2 * kv_width
+
     per_layer = attention + 3 * hidden * inner + 2 * hidden
     embeddings = vocabulary * hidden * (1 if facts.get("tie_word_embeddings") else 2)
     return ModelSize(embeddings + layers * per_layer + hidden, vocabulary, 2 * layers * kv_width)

@@ -25,12 +25,14 @@ def find_definition(file: str, name: str, *kinds: type[ast.stmt]) -> ast.stmt:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{file} is not valid Python: {error}") from error
+
     defined = {
         node.name: node
         for node in tree.body
         if isinstance(node, kinds) and isinstance(node, Function | ast.ClassDef)
     }
     assigned = {name: node for node in tree.body for name in _assigned_names(node)}
+
     if name in assigned and name not in defined:
         return assigned[name]
     if name not in defined:

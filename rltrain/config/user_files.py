@@ -86,11 +86,13 @@ def _user_method_places(data: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     reward = data.get("reward")
     rollout = data.get("rollout")
     functions = reward.get("functions") if isinstance(reward, dict) else None
+
     places: list[tuple[Any, Any]] = []
     if isinstance(functions, list):
         places += [(functions, index) for index in range(len(functions))]
     if isinstance(rollout, dict):
         places.append((rollout, "environment"))
+
     for holder, key in places:
         entry = holder[key] if isinstance(holder, list) else holder.get(key)
         if isinstance(entry, str) or (isinstance(entry, dict) and isinstance(entry.get("name"), str)):

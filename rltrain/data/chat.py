@@ -234,6 +234,7 @@ def _message_frame(
         {"role": "assistant", "content": _TURN},
         {"role": role, "content": _REPLY},
     ]
+
     try:
         text = apply_template(messages, tokenizer, date, add_generation_prompt=True)
     except (TemplateError, ValueError, TypeError) as error:
@@ -241,6 +242,7 @@ def _message_frame(
             f"the chat template of {tokenizer.name_or_path!r} refuses a {role!r} message after the "
             f"assistant's ({error}); set rollout.environment.role to another one"
         ) from error
+
     turn, _, rest = text.rpartition(_TURN)
     before, reply, after = rest.partition(_REPLY)
     if not turn or not reply:

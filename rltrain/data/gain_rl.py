@@ -56,6 +56,7 @@ class GainRlOrder:
             )
         if not sigma > 0:
             raise ValueError(f"data.order gain_rl: sigma is {sigma}, it must be positive")
+
         self.count = count
         self.per_step = per_step
         self.seed = seed
@@ -65,6 +66,7 @@ class GainRlOrder:
         self.goal = goal
         self.max_stride = max_stride
         self.accuracy_scale = accuracy_scale
+
         self.ranking = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
         self.centre = 0.0
         self.drawn = 0

@@ -32,6 +32,7 @@ def calculator_steps(rows: Iterable[Row]) -> tuple[list[Row], Counter[str]]:
     places: dict[str, tuple[str, str]] = {}  # expression -> (id, where)
     answers: dict[str, str] = {}
     left_out: Counter[str] = Counter(repeated=0, malformed=0)
+
     for row in rows:
         solution = row.columns.get("answer")
         if not isinstance(solution, str):
@@ -47,6 +48,7 @@ def calculator_steps(rows: Iterable[Row]) -> tuple[list[Row], Counter[str]]:
             left_out["repeated"] += expression in places
             places.setdefault(expression, (f"{row.id}.{position}", row.where))
             answers[expression] = min(answers.get(expression, answer), answer, key=len)
+
     steps = [
         Row(*place, {"prompt": f"{expression}=", "answer": answers[expression]})
         for expression, place in places.items()

@@ -85,6 +85,7 @@ class Reader:
             else [dict(message) for message in completion]
         )
         system = [] if self.data.system is None else [{"role": "system", "content": self.data.system}]
+
         conversation = apply_template([*system, *question, *answer], self.tokenizer, self.data.date)
         if not conversation.startswith(prompt_text):
             raise ValueError(
@@ -140,11 +141,13 @@ def judged_rows(data: JudgedData, side: Side) -> tuple[str, list[Row]]:
             "data.eval is not set, so there are no held-out examples; set it to a data set, a file or a "
             "built-in task"
         )
+
     # The options of a built-in task do not apply to a held-out file.
     options = data.options if source in TASKS or data.train not in TASKS else {}
     rows = [
         rename_columns(row, columns) for row in read_rows(source, split=split, subset=subset, options=options)
     ]
+
     where = data.where if side == "train" or data.eval_where is None else data.eval_where
     for column, value in where.items():
         values = {str(row.columns.get(column)) for row in rows}
@@ -193,6 +196,7 @@ def form_of(row: Row) -> str:
                 else f"pairs of {kind} that begin with their prompt"
             )
         return f"pairs of {kind} with a prompt of {prompt}"
+
     if "completion" in columns:
         if columns.get("prompt") is None:
             raise ValueError(

@@ -97,8 +97,10 @@ def load_labels(
     dropped = Counter[str]()
     changed = Counter[str]()
     reader = reader.with_empty_counts()
+
     if pairs:
         refuse_swapped_columns(source, rows)
+
     completions: list[LabelledCompletion] = []
     for row in shuffle_rows(rows, seed, source, limit):
         if limit is not None and len(completions) >= limit:
@@ -108,10 +110,12 @@ def load_labels(
             if pairs
             else _read_completion(row, reader, needs, dropped, changed)
         )
+
     changed.update(reader.count_lossy(source))
     if not completions:
         raise no_examples_error(source, len(rows), dropped)
     require_all_or_none(source, [completion.ref_logp for completion in completions])
+
     labels = LabelSet(tuple(completions[:limit]), dict(dropped), dict(changed))
     if "label" in needs and side == "train" and 0 in labels.classes:
         desirable, undesirable = labels.classes
@@ -137,6 +141,7 @@ def _read_completion(
             answer = reader.encode_completion(prompt, prompt_text, completion)
         except ValueError as error:
             raise ValueError(f"{row.where}: {error}") from error
+
         limit = reader.data.max_completion_tokens
         kept = reader.cut_prompt(token_ids)
         completion_is_cut = len(answer) > limit
@@ -158,6 +163,7 @@ def _read_completion(
                     None if logps is None else logps[0],
                 ),
             )
+
     dropped[reason] += 1
     return ()
 
@@ -173,6 +179,7 @@ def _read_pair(
     if isinstance(pair, str):
         dropped[pair] += 1
         return ()
+
     columns = numeric_columns(row, needs)
     ref_chosen, ref_rejected = reference_logps(row, *PAIR_REFERENCE) or (None, None)
     chosen = LabelledCompletion(f"{row.id}:chosen", pair.prompt, pair.chosen, 1.0, columns, ref_chosen)

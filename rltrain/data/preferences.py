@@ -113,6 +113,7 @@ def load_pairs(
     changed = Counter[str]()
     reader = reader.with_empty_counts()
     refuse_swapped_columns(source, rows)
+
     pairs: list[Pair] = []
     for row in shuffle_rows(rows, seed, source, limit):
         if limit is not None and len(pairs) == limit:
@@ -120,6 +121,7 @@ def load_pairs(
         pair = _read_pair(row, form, reader, needs, dropped, changed)
         if pair is not None:
             pairs.append(pair)
+
     changed.update(reader.count_lossy(source))
     if not pairs:
         raise no_examples_error(source, len(rows), dropped)
@@ -141,6 +143,7 @@ def _read_pair(
     if isinstance(tokens, str):
         dropped[tokens] += 1
         return None
+
     strength = {"margin": margin_of(row), "p_chosen": numeric_value(row, "p_chosen")}
     pair = dataclasses.replace(
         tokens,
@@ -240,6 +243,7 @@ def _split_transcripts(chosen: str, rejected: str, reader: Reader) -> Sides | st
         return "different prompts"
     if not chosen_turns[-1]["content"] or not rejected_turns[-1]["content"]:
         return "empty"
+
     if reader.has_template:
         return Sides(chosen_turns[:-1], chosen_turns[-1:], rejected_turns[-1:])
     ends = [text.rindex("\n\nAssistant:") + len("\n\nAssistant:") for text in (chosen, rejected)]
@@ -259,6 +263,7 @@ def tokens_of(row: Row, sides: Sides, reader: Reader, changed: Counts) -> Pair |
         )
     except ValueError as error:
         raise ValueError(f"{row.where}: {error}") from error
+
     limit = reader.data.max_completion_tokens
     is_long = [len(completion) > limit for completion in (chosen, rejected)]
     kept = reader.cut_prompt(prompt)
@@ -270,6 +275,7 @@ def tokens_of(row: Row, sides: Sides, reader: Reader, changed: Counts) -> Pair |
         return "too long on one side"
     if chosen[:limit] == rejected[:limit]:
         return "identical"
+
     changed.update({"prompts cut": int(kept != prompt), "completions cut": 2 * int(all(is_long))})
     return Pair(row.id, kept, chosen[:limit], rejected[:limit])
 
@@ -310,6 +316,7 @@ def preference_of(row: Row) -> int:
         raise ValueError(f"{row.where}: p_chosen is {p_chosen}; a probability is expected")
     strengths = [(f"margin {margin}", margin), *_score_differences(row)]
     strengths.append((f"p_chosen {p_chosen}", None if p_chosen is None else p_chosen - 0.5))
+
     for_chosen = [text for text, strength in strengths if strength is not None and strength > 0]
     for_rejected = [text for text, strength in strengths if strength is not None and strength < 0]
     if for_chosen and for_rejected:

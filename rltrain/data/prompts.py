@@ -55,16 +55,19 @@ def load_prompts(
             "data.eval is not set, so there are no held-out prompts; set it to a data set, a file or a "
             "built-in task"
         )
+
     # The options of a built-in task do not apply to a held-out file.
     options = data.options if source in TASKS or data.train not in TASKS else {}
     rows = [
         rename_columns(row, columns) for row in read_rows(source, split=split, subset=subset, options=options)
     ]
     rows, dropped = _apply_adapter(rows, data.adapter)
+
     contents = [_check_content(row, data) for row in rows]
     order = range(len(rows))
     if limit is not None:
         order = random.Random(stable_hash("prompts", seed, source)).sample(order, len(rows))
+
     prompts: list[Prompt] = []
     losses = Losses()
     for index in order:
@@ -76,6 +79,7 @@ def load_prompts(
             continue
         prompts.append(prompt)
         losses.add(prompt.text, prompt.token_ids, tokenizer)
+
     if not prompts:
         raise ValueError(
             f"{source}: no prompt is left of {len(rows)} ({dict(dropped)} dropped); data.max_prompt_tokens "
@@ -122,6 +126,7 @@ def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
                 f"{sorted(row.columns)}"
             )
     taken = set(columns.values())
+
     kept = {name: value for name, value in row.columns.items() if name not in taken}
     renamed = {name: row.columns[column] for name, column in columns.items()}
     return Row(row.id, row.where, kept | renamed)

@@ -47,6 +47,7 @@ def ends_of_listed_steps(text: str, steps: Sequence[str]) -> list[int]:
             )
         starts.append(start)
         position = start + len(step.strip())
+
     if not starts:
         raise ValueError("the list of steps is empty; at least one step is needed")
     return [*starts[1:], len(text)]
@@ -62,6 +63,7 @@ def step_of_tokens(
     """
     numbers = [len(ends) - 1] * len(token_ids)
     begin = 0
+
     for step, end in enumerate(ends[:-1]):
         low = begin
         high = len(token_ids)

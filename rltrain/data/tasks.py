@@ -39,12 +39,14 @@ def arithmetic(split: Split, options: Mapping[str, Any] | None = None) -> list[d
     task = _parse_options(options or {}, Arithmetic)
     if len(set(task.operations)) < len(task.operations):
         raise ValueError(f"data.options.operations is {task.operations!r}: name each operation once")
+
     low = 10 ** (task.digits - 1) if task.digits > 1 else 0
     span = 10**task.digits - low
     total = len(task.operations) * span * span
     share = task.held_out if split == "test" else 1 - task.held_out
     # about twice as many as needed, so that ``count`` problems remain after the split
     drawn = min(total, int(2 * task.count / share) + 1000)
+
     rows: list[dict[str, str]] = []
     for index in random.Random(stable_hash("arithmetic", task.split_seed)).sample(range(total), drawn):
         operation, pair = divmod(index, span * span)
@@ -99,6 +101,7 @@ def _with_wrong_answer(row: Mapping[str, str]) -> dict[str, Any]:
     """
     answer = row["answer"]
     draw = random.Random(stable_hash("wrong answer", row["prompt"]))
+
     positions = [position for position, character in enumerate(answer) if character.isdigit()]
     wrong = draw.sample(positions, draw.randint(1, len(positions)))
     characters = list(answer)
@@ -110,6 +113,7 @@ def _with_wrong_answer(row: Mapping[str, str]) -> dict[str, Any]:
                 if digit != answer[position] and (digit != "0" or position != positions[0])
             ]
         )
+
     margin = len(wrong) / len(positions)
     made_up = {
         "p_chosen": 0.5 + 0.5 * margin,

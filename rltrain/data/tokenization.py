@@ -86,6 +86,7 @@ def tokenization_of(model: Model, sizes: Mapping[str, int]) -> Tokenization:
         raise UserError(
             f"model.path {model.path!r} is no model folder and cannot be loaded from the Hub ({reason}){hint}"
         ) from error
+
     require_context(config, model.path, sizes)
     vocabulary = config.get_text_config().vocab_size
     require_room_for_tokens(tokenizer, vocabulary, model.path)

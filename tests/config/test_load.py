@@ -1,4 +1,4 @@
-"""Merging of base, recipe, profile and --set, and the words of every refusal."""
+"""Merging of base, recipe, profile and --set, and the text of every error."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_hyperparameters_of_one_method_never_reach_another() -> None:
     assert merge_mappings(below, {"policy": {"name": "clip", "eps_low": 0.1}}) == {
         "policy": {"name": "clip", "eps_high": 0.28, "eps_low": 0.1}
     }
-    # A section called train is no identity: it is a mapping, not the name of a data set.
+    # A section called train is not an identity: it is a mapping, not the name of a data set.
     assert merge_mappings({"train": {"steps": 1}, "seed": 3}, {"train": {"steps": 2}}) == {
         "train": {"steps": 2},
         "seed": 3,
@@ -202,7 +202,7 @@ def test_an_override_that_fits_nowhere_says_so(recipe: Path, override: str, expe
     assert expected in problem
 
 
-# the schema's refusals --------------------------------------------------------------------------------------
+# errors of the schema ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,4 @@
-"""Recipes that learn from judged completions: told apart by themselves, checked by their own schema,
-planned by their own numbers.
-"""
+"""Recipes that learn from judged completions: how their kind is recognised, their schema and their plan."""
 
 from __future__ import annotations
 

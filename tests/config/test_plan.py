@@ -1,4 +1,4 @@
-"""Derived numbers, worked by hand."""
+"""Derived numbers, compared with calculations by hand."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A user's file in a recipe is the same file wherever the recipe is read from, and the recipe says
-which code it was.
+"""A user's file in a recipe is the same file wherever the recipe is read, and the recipe records a digest of
+its code.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ def load(path: Path, *overrides: str, profile: str | None = None) -> OnlineRecip
 
 @pytest.fixture
 def project(write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a recipe and code beside it; the current folder is another one, with a file of
-    the same name.
-    """
+    """A folder with a recipe and its code, and another current folder with files of the same names."""
     write("project/mine.py", CODE)
     write("project/env.py", ENVIRONMENT)
     write("project/recipe.yaml", recipe_text("'mine.py:score', math_answer", PLAYED))

@@ -1,4 +1,4 @@
-"""What an environment says, as tokens between the policy's own."""
+"""Messages of an environment as tokens between the policy's turns."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def decode(tokenizer: Any, ids: Any) -> str:
 def test_a_message_stands_in_the_template_s_frame(tokenizer: Any) -> None:
     plain = dialogue(tokenizer)
     eos = tokenizer.eos_token_id
-    assert (
-        decode(tokenizer, plain.observation("84", eos)) == "<user>84<assistant>"
-    )  # the policy ended its turn itself
-    assert decode(tokenizer, plain.observation("84", 20)) == "<eos><user>84<assistant>"  # it was cut
+    # the policy has ended its turn
+    assert decode(tokenizer, plain.observation("84", eos)) == "<user>84<assistant>"
+    # the turn was cut
+    assert decode(tokenizer, plain.observation("84", 20)) == "<eos><user>84<assistant>"
     assert (
         decode(tokenizer, dialogue(tokenizer, system="Be brief.").observation("84", eos))
         == "<user>84<assistant>"

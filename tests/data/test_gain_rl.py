@@ -1,6 +1,4 @@
-"""GAIN-RL's order: the window's shape, how it moves, and that a resumed one draws what the first
-would have.
-"""
+"""GAIN-RL's order: the shape of the window, how it moves, and that a resumed order draws the same prompts."""
 
 from __future__ import annotations
 
@@ -18,9 +16,8 @@ METRICS = {"reward/correct": 0.5, "control/alignment": 0.3}
 
 
 def order_of(count: int = 50, per_step: int = 4, seed: int = 0, **hp: float) -> GainRlOrder:
-    return GainRlOrder(
-        count, per_step, seed, [float(-index) for index in range(count)], **hp
-    )  # rank i is index i
+    """An order in which rank i is index i."""
+    return GainRlOrder(count, per_step, seed, [float(-index) for index in range(count)], **hp)
 
 
 def test_the_window_is_the_released_gaussian() -> None:
@@ -36,8 +33,8 @@ def test_the_window_is_the_released_gaussian() -> None:
 
 
 def test_the_centre_moves_as_intended_and_as_released() -> None:
-    # the released TRL rewards 0, 1, 2 are halved; 0/1 rewards taken as they are give the same three moves.
-    # Halved too, as in the released verl version, all right counts as half right.
+    # The released TRL code halves its rewards 0, 1, 2; unchanged 0/1 rewards give the same three moves.
+    # If they are halved as well, as in the released verl version, all correct counts as half correct.
     assert [stride(right, 0.3, 500.0, 2.0, 0.5, 1000.0) for right in (0.0, 0.5, 1.0)] == pytest.approx(
         [0.0, 268.5247834990176, 649.3218614769]
     )
@@ -125,7 +122,7 @@ def test_another_runs_state_is_refused(change: dict[str, int]) -> None:
 def test_what_all_prompts_share_at_their_ends_is_the_template() -> None:
     assert template_lengths([(1, 2, 7, 8, 3), (1, 2, 9, 3), (1, 2, 7, 5, 5, 3)]) == (2, 1)
     assert template_lengths([(4, 5), (6, 7)]) == (0, 0)
-    assert template_lengths([(1, 2, 3), (1, 2, 3)]) == (2, 0)  # a text in between is left, whatever it is
+    assert template_lengths([(1, 2, 3), (1, 2, 3)]) == (2, 0)  # at least one token remains between them
     assert template_lengths([(1, 9, 1), (1, 9, 9, 1)]) == (2, 0)
 
 

@@ -1,4 +1,4 @@
-"""Single completions with labels, from rows of their own or from the sides of pairs."""
+"""Single completions with labels, from labelled rows or from preference pairs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_pairs_are_read_as_two_completions_each(tmp_path: Path, tokenizer: Any) 
 
 
 def test_a_loss_without_labels_learns_from_chosen_completions_alone(tmp_path: Path, tokenizer: Any) -> None:
-    # DCO raises the likelihood of whatever it is given: the rejected side of a pair must not be among it
+    # DCO raises the likelihood of every completion, so it must not get the rejected side of a pair
     source = jsonl(
         tmp_path / "p.jsonl",
         *({"prompt": "q", "chosen": "a", "rejected": "b", "pass_rate": 0.5} for _ in range(3)),

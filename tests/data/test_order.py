@@ -28,9 +28,8 @@ def test_seeds_differ_and_repeat():
     assert first != list(range(10))
 
 
-@pytest.mark.parametrize(
-    "steps", [0, 1, 2, 3, 5, 17]
-)  # 10 / 4: step 3 straddles, after step 5 two epochs are exactly used up
+# 10 prompts in steps of 4: step 3 straddles two epochs, and step 5 ends exactly with the second epoch
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5, 17])
 def test_a_resumed_order_goes_on_as_the_uninterrupted_one(steps: int):
     uninterrupted = PromptOrder(10, 4, seed=7)
     for _ in range(steps):

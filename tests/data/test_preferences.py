@@ -1,6 +1,4 @@
-"""Preference pairs: every format that is read, every reason to leave a row out, every error that
-names its row.
-"""
+"""Preference pairs: every supported format, every reason to leave a row out, and every error about a row."""
 
 from __future__ import annotations
 
@@ -49,11 +47,8 @@ SAY = {name: [{"role": "assistant", "content": name}] for name in ("yes", "no")}
         {"prompt": "q", "chosen": "yes", "rejected": "no"},
         {"prompt": [USER], "chosen": SAY["yes"], "rejected": SAY["no"]},
         {"chosen": [USER, *SAY["yes"]], "rejected": [USER, *SAY["no"]]},
-        {
-            "prompt": "q",
-            "chosen": [USER, *SAY["yes"]],
-            "rejected": [USER, *SAY["no"]],
-        },  # as UltraFeedback repeats its prompt
+        # like UltraFeedback, which repeats its prompt
+        {"prompt": "q", "chosen": [USER, *SAY["yes"]], "rejected": [USER, *SAY["no"]]},
         {"chosen": "\n\nHuman: q\n\nAssistant: yes", "rejected": "\n\nHuman: q\n\nAssistant: no"},
     ],
     ids=["text", "messages", "messages without prompt", "messages beside their prompt", "transcript"],
@@ -161,11 +156,8 @@ def test_empty_and_identical_completions_are_left_out_and_counted(tmp_path: Path
         {"prompt": "q", "chosen": "a", "rejected": "b"},
         {"prompt": "q", "chosen": "a", "rejected": "a"},
         {"prompt": "q", "chosen": "a", "rejected": " "},
-        {
-            "prompt": "q",
-            "chosen": "a",
-            "rejected": "\u4e2d",
-        },  # no token of this vocabulary: nothing but its end is left
+        # the vocabulary has no token for this character, so only the end token remains
+        {"prompt": "q", "chosen": "a", "rejected": "\u4e2d"},
     )
     pair_set = load(tokenizer, source)
     assert (len(pair_set), pair_set.dropped) == (1, {"identical": 1, "empty": 2})

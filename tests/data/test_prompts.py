@@ -111,9 +111,8 @@ def test_a_folder_of_sharded_splits_or_of_save_to_disk_is_read_by_split(tmp_path
 
 
 def test_over_long_prompts_are_dropped_and_counted(tmp_path, tokenizer):
-    source = jsonl(
-        tmp_path / "l.jsonl", {"prompt": "abc"}, {"prompt": "abcd"}, {"prompt": "abcde"}
-    )  # 2 more tokens each: <user>, <assistant>
+    # the template adds 2 tokens to each: <user>, <assistant>
+    source = jsonl(tmp_path / "l.jsonl", {"prompt": "abc"}, {"prompt": "abcd"}, {"prompt": "abcde"})
     loaded = load(tokenizer, source, max_prompt_tokens=6)
     assert [p.text for p in loaded.prompts] == ["<user>abc<assistant>", "<user>abcd<assistant>"]
     assert loaded.dropped == {"too_long": 1}

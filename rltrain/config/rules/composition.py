@@ -80,6 +80,7 @@ def _companion_problems(methods: Methods) -> Iterator[str]:
         names = " and ".join(f"{control} (with loss.policy {loss_name})" for control, loss_name in owners)
         yield f"{names} each define a clipping rule, but a recipe has one policy loss; keep one of them"
         return
+
     for control, loss_name in owners:
         if loss_name != policy.name:
             yield (
@@ -94,6 +95,7 @@ def _companion_problems(methods: Methods) -> Iterator[str]:
                     f"{policy.values[name]:g}: the control must use the clipping range of the loss; write "
                     f"the same {name} at both"
                 )
+
     names = [control.name for control in methods.controls]
     for control_name in policy.arguments("control"):
         if control_name not in names:

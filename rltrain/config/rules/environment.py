@@ -39,6 +39,7 @@ def environment_problems(recipe: OnlineRecipe) -> Iterator[str]:
             f"rollout.max_tokens {rollout.max_tokens}; raise rollout.max_tokens to several turns with their "
             "observations, or lower turn_tokens"
         )
+
     spec = ENVIRONMENTS.specs.get(ref.name)
     if spec is not None and "rewards" not in spec.traits and len(verdicts) == len(recipe.reward.functions):
         yield (
@@ -73,6 +74,7 @@ def _class_problems(ref: EnvironmentRef, file: str, attribute: str) -> Iterator[
         yield problem
     if not isinstance(statement, ast.ClassDef):  # imported or assigned: checked when the object is created
         return
+
     methods = {node.name: node for node in statement.body if isinstance(node, ast.FunctionDef)}
     missing = [name for name in ("reset", "step", "close") if name not in methods]
     if missing and not statement.bases:

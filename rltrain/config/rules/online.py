@@ -120,6 +120,7 @@ def _extra_sample_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[s
     claimed_names = {
         source_name for control in methods.controls for source_name in control.arguments("extra_samples")
     }
+
     for source in methods.sources:
         if names.count(source.name) > 1:
             yield (
@@ -142,6 +143,7 @@ def _extra_sample_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[s
                 f"can use, and {methods.advantage.name} does not; set advantage to one that does "
                 f"({', '.join(_source_advantages())}) or drop the source"
             )
+
     if "answer" in names and recipe.rollout.environment is not None:
         yield (
             f"rollout.extra_samples has answer, but in rollout.environment {recipe.rollout.environment.name} "
@@ -153,6 +155,7 @@ def _extra_sample_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[s
             "rollout.extra_samples has aepo, but control does not: the source samples tempered rows and "
             "nothing weighs them; add aepo to control"
         )
+
     for method in (methods.advantage, *methods.controls):
         for source_name in sorted(
             trait.removeprefix("extra_samples:")
@@ -186,6 +189,7 @@ def _method_warnings(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
             f"model.teacher is {recipe.model.teacher}, but no function of the recipe needs teacher_logp: it "
             "is not loaded"
         )
+
     low = policy.values.get("eps_low")
     high = policy.values.get("eps_high")
     if recipe.learner.updates_per_step == 1 and low != high:
@@ -200,6 +204,7 @@ def _method_warnings(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
             "updates: all but the first are off-policy; set learner.updates and learner.epochs to 1, or "
             "loss.policy to clip"
         )
+
     has_user_rewards = len(methods.rewards) < len(recipe.reward.functions)
     if (
         recipe.rollout.dynamic_sampling is not None

@@ -61,17 +61,20 @@ def _loss_problems(recipe: OnlinePairsRecipe, spec: MethodSpec) -> Iterator[str]
             f"{', '.join(suitable)}"
         )
         return
+
     if missing := sorted(data_needs(spec, ref.hp) - _FROM_ROLLOUTS):
         yield (
             f"{_KEY} {spec.name} needs {', '.join(missing)} from a data set, which rollouts do not have; "
             "choose another loss"
         )
+
     values = {name: item.default for name, item in spec.hyperparameters.items()} | ref.hp
     if "gamma_required" in spec.traits and values["gamma"] is None:
         yield (
             f"{_KEY} {spec.name}: gamma has no default: a difference m of rewards becomes the target "
             "sigmoid(gamma m); set gamma"
         )
+
     needs = all_needs(spec, ref.hp)
     if recipe.train.previous_every > 1 and "previous_logp" not in needs:
         yield (
@@ -104,6 +107,7 @@ def _rollout_problems(recipe: OnlinePairsRecipe) -> Iterator[str]:
             "rollout.trust_logp is true, but preference losses take no log-probs from the engine; set it to "
             "false"
         )
+
     longest = 2 * (recipe.data.max_prompt_tokens + rollout.max_tokens)
     if recipe.learner.tokens_per_micro_batch < longest:
         yield (
@@ -150,9 +154,11 @@ def pair_plan(recipe: OnlinePairsRecipe) -> list[tuple[str, str, str]]:
     ref = recipe.loss.preference
     pairs = {"disjoint": n // 2, "best_worst": 1, "ranked": n * (n - 1) // 2}[recipe.pairs.choose]
     comparisons = {"disjoint": n // 2, "best_worst": n * (n - 1) // 2, "ranked": n - 1}[recipe.pairs.choose]
+
     needs = all_needs(PREFERENCE_LOSSES.check(ref.name, ref.hp), ref.hp)
     frozen = [name for name in ("ref_logp", "previous_logp") if name in needs]
     models = 1 + ("ref_logp" in needs) + (recipe.train.previous_every > 1)
+
     return [
         (
             "pairs: per step, at most",

@@ -36,6 +36,7 @@ def coefficient_problems(recipe: OnlineRecipe) -> Iterator[str]:
             yield from _metric_problems(recipe, key, str(_hyperparameter_value(term.coefficient, "metric")))
         if term.name not in LOSS_TERMS.names():
             continue  # reported when the terms are looked up
+
         term_inputs = set(LOSS_TERMS.spec(term.name).inputs)
         if term_inputs - controller_outputs:
             names = ", ".join(sorted(term_inputs))
@@ -103,6 +104,7 @@ def reward_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
                 "it; set it to null"
             )
         return
+
     if methods.advantage.name == "none" and not methods.terms:
         yield (
             f"advantage is none: loss.policy {policy.name} would learn nothing; set advantage to one that "
@@ -126,6 +128,7 @@ def verdict_problems(
         methods.policy,
         *methods.terms,
     )
+
     for method in used_methods:
         if (
             "needs_correct" in method.spec.traits

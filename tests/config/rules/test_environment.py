@@ -1,4 +1,4 @@
-"""What a recipe can say about episodes and no run should find out."""
+"""Mistakes about episodes in a recipe, which must be found before a run starts."""
 
 from __future__ import annotations
 

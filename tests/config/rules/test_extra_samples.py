@@ -1,5 +1,5 @@
-"""Rules about sources and teachers: rows that nothing can use, and functions whose rows nothing samples,
-are refused when the recipe loads.
+"""Rules about sources and teachers: rows that no method can use, and methods whose rows no source samples,
+are refused when the recipe is loaded.
 """
 
 from __future__ import annotations

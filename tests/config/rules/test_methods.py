@@ -1,4 +1,4 @@
-"""Which methods go together: what is refused, with its remedy, and that the recipe next to it passes."""
+"""Combinations of methods: which are refused, with the remedy, and that similar recipes pass."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_what_the_mathematics_allows_passes_without_a_word(recipe: Path, overrid
 
 
 def test_every_control_or_loss_that_a_trait_names_exists() -> None:
-    # a typing error in a trait would refuse every recipe, or none
+    # a misspelt trait would refuse every recipe, or none
     registered = {"policy_loss": POLICY_LOSSES, "control": TOKEN_CONTROLS, "aggregate": AGGREGATES}
     for registry in (TOKEN_CONTROLS, POLICY_LOSSES, ADVANTAGES):
         for spec in registry.specs.values():

@@ -1,4 +1,4 @@
-"""Rules across sections: each refusal and warning, with its remedy, and that a recipe next to it passes."""
+"""Rules across sections: each error and warning, with its remedy, and that similar recipes pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recipe with a process reward model can say that no run should find out."""
+"""Mistakes about a process reward model in a recipe, which must be found before a run starts."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_bare_loss_gains_hyperparameters() -> None:
 
 
 def test_a_profile_gives_the_second_model_a_learning_rate_and_makes_none_where_there_is_none() -> None:
-    # at the paper's 1e-6 a model of a million parameters does not move, and what it measures is GRPO
+    # at the paper's 1e-6 a model of a million parameters does not change, and the run would measure GRPO
     prime, grpo = (
         load_recipe(ROOT / f"recipes/policy/{name}.yaml", profile="tiny_cpu") for name in ("prime", "grpo")
     )
@@ -69,10 +69,9 @@ def test_a_profile_gives_the_second_model_a_learning_rate_and_makes_none_where_t
     assert (
         prime.process_reward is not None and prime.process_reward.optimizer.lr >= prime.learner.optimizer.lr
     )
-    assert (
-        prime.process_reward.loss.hp == {"beta": 0.05}
-        and prime.process_reward.optimizer.max_grad_norm == 10.0
-    )  # the recipe's own
+    # values from the recipe itself
+    assert prime.process_reward.loss.hp == {"beta": 0.05}
+    assert prime.process_reward.optimizer.max_grad_norm == 10.0
     assert grpo.process_reward is None
     for path in (ROOT / "recipes").rglob("*.yaml"):
         if path.parent.name in ("policy", "preference"):

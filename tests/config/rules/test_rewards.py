@@ -1,4 +1,4 @@
-"""Rewards that run programs or ask servers: what a recipe must say about them."""
+"""Rewards that run programs or query servers: the settings that a recipe must contain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes whose coefficients change, or that learn without a reward: what is refused, with the remedy."""
+"""Recipes with changing coefficients or without a reward: which are refused, with the remedy."""
 
 from __future__ import annotations
 
