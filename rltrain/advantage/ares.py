@@ -77,15 +77,7 @@ def ares(
     mask = mask.bool()
     entropy = old_entropy.detach()
     counted = mask.any(1) & ~rewards.isnan()
-    if form == "paper" and targets is None:
-        raise ValueError(
-            "ares: the paper's form needs targets: against the step's means its weight lambda is 0; set "
-            "advantage.targets"
-        )
-    if targets is not None and len(targets) != 3:
-        raise ValueError(
-            f"ares: targets must be three numbers, for easy, medium and hard prompts, got {targets}"
-        )
+    _check_targets(targets, form)
     right = rewards > 0 if correct is None else torch.where(correct.isnan(), rewards > 0, correct > 0)
 
     if threshold is None:
@@ -192,6 +184,18 @@ def paper_cost(kind: Tensor, distance: Tensor) -> Tensor:
         distance.clamp(min=0.0),
         torch.where(kind == HARD, (-distance).clamp(min=0.0), distance.abs()),
     )
+
+
+def _check_targets(targets: list[float] | None, form: Form) -> None:
+    if form == "paper" and targets is None:
+        raise ValueError(
+            "ares: the paper's form needs targets: against the step's means its weight lambda is 0; set "
+            "advantage.targets"
+        )
+    if targets is not None and len(targets) != 3:
+        raise ValueError(
+            f"ares: targets must be three numbers, for easy, medium and hard prompts, got {targets}"
+        )
 
 
 def _step_threshold(

@@ -26,7 +26,7 @@ from rltrain.loss.objective import ObjectiveShare
 from rltrain.loss.preference.objective import PreferenceObjective
 from rltrain.loss.preference.statistics import with_batch_statistics
 from rltrain.registry import BoundMethod
-from rltrain.tensor_ops import masked, masked_mean
+from rltrain.tensor_ops import apply_mask, masked_mean
 from rltrain.types.policy import TokenRows, TrainBatch
 from rltrain.types.preference import CompletionFacts, ExampleTotals, LabelBatch, PolicySequences
 from rltrain.watchdog import Deadline, no_deadline
@@ -98,10 +98,10 @@ class ProcessRewardLearner(ModelOwner):
             if len(labelled):
                 updates.append(self._update(rows, facts.rows(labelled), batch.mask, labelled, logp))
 
-        ratio = masked(self.trained.sum_each({"logp": logp})["logp"] - ref_logp, batch.mask)
+        ratio = apply_mask(self.trained.sum_each({"logp": logp})["logp"] - ref_logp, batch.mask)
         reward = ratio
         if self.settings.update == "before":
-            reward = masked(self.token_log_probs(rows) - ref_logp, batch.mask)
+            reward = apply_mask(self.token_log_probs(rows) - ref_logp, batch.mask)
         metrics = _averaged(updates)
         metrics["contrast"] = _contrast(ratio, label, batch.group, learns)
         metrics["abs"] = float(masked_mean(reward.abs(), batch.mask))
@@ -141,7 +141,7 @@ class ProcessRewardLearner(ModelOwner):
 
         def loss_of(micro_batch: MicroBatch, statistics: Mapping[str, Tensor]) -> ObjectiveShare:
             counted = mask[micro_batch.rows][:, : micro_batch.width].to(self.device)
-            policy = PolicySequences(masked(statistics["logp"], counted).sum(1))
+            policy = PolicySequences(apply_mask(statistics["logp"], counted).sum(1))
             part = whole.rows(indices[micro_batch.rows]).to(self.device)
             return self.objective(policy, part, totals)
 
@@ -170,7 +170,7 @@ def _verdicts(batch: TrainBatch) -> Tensor:
 def _completion_facts(batch: TrainBatch, ref_logp: Tensor, label: Tensor) -> LabelBatch:
     """The step's completions as a loss of labelled ones takes them."""
     lengths = batch.mask.sum(1).clamp(min=1)
-    facts = CompletionFacts(lengths, ref_logp=masked(ref_logp, batch.mask).sum(1))
+    facts = CompletionFacts(lengths, ref_logp=apply_mask(ref_logp, batch.mask).sum(1))
     return LabelBatch(facts, batch.group, label)
 
 
