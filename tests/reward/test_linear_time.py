@@ -87,8 +87,8 @@ def completion_of(text: str) -> RewardInputs:
 
 
 RULES: dict[str, Callable[[str], object]] = {
-    "program": lambda text: code_text.program(text, None, "f", "auto"),
-    "continuation": lambda text: code_text.program(text, "def f(x):\n", "f", "auto"),
+    "program": lambda text: code_text.extract_program(text, None, "f", "auto"),
+    "continuation": lambda text: code_text.extract_program(text, "def f(x):\n", "f", "auto"),
     "choice": lambda text: choice(completion_of(text)),
     "exact": lambda text: exact(completion_of(text), numbers=True, ignore_case=True),
     "tags": lambda text: answer_format(completion_of(text), tags=["think", "answer"]),
