@@ -33,7 +33,7 @@ def test_no_problem_with_labelled_steps_is_trained_on(scripts: dict[str, ModuleT
     labelled = [row["problem"] for row in rows_with_steps]
     held_out = task.held_out_problems(questions, labelled, task.HELD_OUT)
     rows = task.outcome_rows(task.read(DATA / "gsm8k" / "model_solutions.jsonl"), questions)
-    sides = task.divided(rows, held_out)
+    sides = task.divide_by_problem(rows, held_out)
     assert {name: len(part) for name, part in sides.items()} == {"train": 3324, "dev": 368, "test": 1584}
     # by another way than passages: no training question is a labelled problem word for word
     asked = {"".join(text.lower().split()) for text in labelled}

@@ -49,12 +49,12 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    one = Server()
-    thread = threading.Thread(target=one.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    running = Server()
+    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
-    yield one
-    one.shutdown()
-    one.server_close()
+    yield running
+    running.shutdown()
+    running.server_close()
 
 
 def reply(body: bytes | str | Any, status: int = 200, headers: dict[str, str] | None = None) -> Answer:
@@ -325,8 +325,8 @@ def test_pairs_are_judged_in_both_orders_and_a_verdict_by_place_is_a_tie(server)
 def test_a_pair_without_two_verdicts_counts_for_neither(server):
     # b is never understood: a and cc keep their own pair, b has none
     def say(request: str) -> str:
-        one, other = shown(request)
-        return "hm" if "b" in (one, other) else "[[A]]" if len(one) > len(other) else "[[B]]"
+        first, second = shown(request)
+        return "hm" if "b" in (first, second) else "[[A]]" if len(first) > len(second) else "[[B]]"
 
     server.behaviour = chat(say)
     got = llm_judge_pairs(inputs("a", "b", "cc"), url=server.url(), model="j")
