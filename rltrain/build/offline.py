@@ -58,15 +58,15 @@ from rltrain.train.examples import (
     ExampleOrder,
     Examples,
     Mismatches,
+    data_ref_logps,
     examples_of_labels,
     examples_of_pairs,
-    given_logps,
-    groups_of,
+    group_by_prompt,
     mismatched_rows,
     prompt_ids,
-    rows_of,
     rows_of_labels,
     rows_of_pairs,
+    select_rows,
 )
 from rltrain.train.offline import OfflineRun
 from rltrain.train.own_samples import OwnSamples
@@ -360,7 +360,7 @@ def _build_order(recipe: OfflineRecipe, train: PairSet | LabelSet, loss: BoundMe
     """
     prompts = prompt_ids([example.prompt for example in _examples_in(train)])
     if "whole_groups" in loss.spec.traits:
-        units = groups_of(prompts)
+        units = group_by_prompt(prompts)
     else:
         units = [[index] for index in range(len(train))]
     return ExampleOrder(units, recipe.train.examples, stable_hash(recipe.seed, "order"))
@@ -390,7 +390,7 @@ def annotate_examples(
         needed_paths.setdefault("ref_logp", paths["ref_logp"])
     data_logps = {}
     if recipe.reference.given == "use" and "ref_logp" in needed_paths:
-        data_logps = {part: given_logps(_examples_in(examples)) for part, examples in sets.items()}
+        data_logps = {part: data_ref_logps(_examples_in(examples)) for part, examples in sets.items()}
 
     logps: dict[tuple[str, str], Tensor] = {}  # by (which examples, which log-probs)
     for path in dict.fromkeys(needed_paths.values()):
@@ -399,9 +399,9 @@ def annotate_examples(
                 description = f"{path or recipe.model.path} on the {part} completions"
                 from_data = data_logps.get(part) if path == paths["ref_logp"] else None
                 logp = (
-                    frozen.of(rows, sides=sides, what=description)
+                    frozen.log_probs(rows, sides=sides, what=description)
                     if from_data is None
-                    else frozen.given(rows, from_data, what=description)
+                    else frozen.check_log_probs(rows, from_data, what=description)
                 )
                 logps |= {(part, name): logp for name in needed_paths if needed_paths[name] == path}
     return {part: _build_examples(examples, part, logps, recipe.seed) for part, examples in sets.items()}
@@ -453,7 +453,7 @@ def _mismatched_rows(
     completions: list[tuple[int, ...]] = []
     ids = prompt_ids([example.prompt for example in examples.completions])
     for step, batch in enumerate(batches, start=1):
-        others = mismatched_rows(rows_of(rows, batch, 1), ids[torch.tensor(batch)], seed, step)
+        others = mismatched_rows(select_rows(rows, batch, 1), ids[torch.tensor(batch)], seed, step)
         prompts += others.prompts
         completions += others.completions
     return TokenRows(tuple(prompts), tuple(completions))

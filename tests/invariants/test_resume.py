@@ -120,11 +120,11 @@ def test_sigterm_saves_and_exits_with_3(times: int, start: Any, tmp_path: Path) 
 
 def test_a_sigterm_that_is_certainly_another_one_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[int, int]] = []
-    monkeypatch.setattr(saving, "_ONE_STOP", 0.02)
-    with saving.stops_noted() as noted, monkeypatch.context() as patch:
+    monkeypatch.setattr(saving, "_REPEAT_SECONDS", 0.02)
+    with saving.record_stop_signals() as request, monkeypatch.context() as patch:
         patch.setattr(saving.os, "kill", lambda *to: sent.append(to))
         signal.raise_signal(signal.SIGTERM)
-        assert noted() and not sent
+        assert request() and not sent
         time.sleep(0.03)
         signal.raise_signal(signal.SIGTERM)
         assert sent == [(os.getpid(), signal.SIGTERM)] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
