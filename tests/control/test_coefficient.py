@@ -1,4 +1,4 @@
-"""Coefficients that change: the papers' numbers, their ranges, and that a saved controller continues exactly."""
+"""Coefficients that change: the papers' numbers, their ranges, and that a saved controller resumes exactly."""
 
 from __future__ import annotations
 
