@@ -86,7 +86,9 @@ def clock_seconds(text: str) -> tuple[int, bool] | None:
     times = list(_CLOCK.finditer(TEXT_GROUP.sub(r" \1 ", text)))
     if len(times) != 1:
         return None
-    hours, minutes, seconds = int(times[0][1]), int(times[0][2]), int(times[0][3] or 0)
+    hours = int(times[0][1])
+    minutes = int(times[0][2])
+    seconds = int(times[0][3] or 0)
     half = (times[0][4] or "").lower()
     if hours > (12 if half else 24) or minutes > 59 or seconds > 59:
         return None

@@ -5,6 +5,7 @@ cannot see what is expected.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, Literal
 
 from reward import sandbox
@@ -64,25 +65,31 @@ def code_tests(
     before = None if before_column is None else _column_text(inputs, before_column)
     tests = Tests(_sources(inputs, tests_column), _complete_python(before or ""), entry, module)
     limits = Limits(seconds, memory_mib, processes, file_mib, message_mib)
-    scores: list[Score] = []
-    for completion in inputs.completions:
-        source = extract_program(completion, before, entry, extract)
-        if source is None:
-            scores.append(Score(wrong, _parts(0.0, 0.0, 1.0, 0.0)))
-            continue
-        try:
-            verdict = sandbox.judge(source, tests, limits, kind, packages)
-        except (SandboxError, TestsError, OSError) as error:
-            scores.append(
-                Score(0.0, ungraded="tests" if isinstance(error, TestsError) else "sandbox", why=str(error))
-            )
-            continue
-        share = sum(verdict.passed) / len(verdict.passed)
-        all_passed = float(all(verdict.passed))
-        parts = _parts(all_passed, share, 0.0, float(verdict.ended == "timeout"))
-        value = wrong + (correct - wrong) * (share if score == "share" else all_passed)
-        scores.append(Score(value, parts))
-    return scores
+    programs = [extract_program(completion, before, entry, extract) for completion in inputs.completions]
+
+    def run(source: str) -> sandbox.Verdict:
+        return sandbox.judge(source, tests, limits, kind, packages)
+
+    return [_score(source, run, score, correct, wrong) for source in programs]
+
+
+def _score(
+    source: str | None,
+    run: Callable[[str], sandbox.Verdict],
+    score: Literal["all", "share"],
+    correct: float,
+    wrong: float,
+) -> Score:
+    if source is None:
+        return Score(wrong, _parts(0.0, 0.0, 1.0, 0.0))
+    try:
+        verdict = run(source)
+    except (SandboxError, TestsError, OSError) as error:
+        return Score(0.0, ungraded="tests" if isinstance(error, TestsError) else "sandbox", why=str(error))
+    share = sum(verdict.passed) / len(verdict.passed)
+    all_passed = float(all(verdict.passed))
+    value = wrong + (correct - wrong) * (share if score == "share" else all_passed)
+    return Score(value, _parts(all_passed, share, 0.0, float(verdict.ended == "timeout")))
 
 
 def _parts(correct: float, passed: float, no_code: float, timeout: float) -> dict[str, float]:

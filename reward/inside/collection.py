@@ -15,7 +15,8 @@ from typing import Any
 from reward.inside import pytest_names
 from reward.inside.faults import BadTests, Skipped
 
-CHECK, CANDIDATE = "check", "candidate"
+CHECK = "check"
+CANDIDATE = "candidate"
 
 Run = Callable[[], None]
 Fixtures = Mapping[str, pytest_names.Fixture]

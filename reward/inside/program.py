@@ -59,7 +59,8 @@ def _load_program(source: str, namespace: dict[str, Any]) -> list[str] | None:
 
 def _call_function(namespace: dict[str, Any], name: str, positional: Any, named: Any) -> list[Any]:
     try:
-        arguments, keywords = unpack(positional), unpack(named)
+        arguments = unpack(positional)
+        keywords = unpack(named)
         if name not in namespace:
             raise NameError(f"name {name!r} is not defined")
         result = pack(namespace[name](*arguments, **keywords))

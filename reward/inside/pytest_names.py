@@ -87,7 +87,8 @@ class Mark:
     def table(self) -> list[dict[str, Any]]:
         """For parametrize: each row's arguments by name. Raises BadTests on unsupported options."""
         named = dict(zip(("argnames", "argvalues"), self.args, strict=False)) | dict(self.kwargs or {})
-        names, rows = named.pop("argnames", ()), named.pop("argvalues", ())
+        names = named.pop("argnames", ())
+        rows = named.pop("argvalues", ())
         named.pop("ids", None)
         if named:
             raise BadTests(f"parametrize with {', '.join(named)} is not supported")
@@ -182,7 +183,8 @@ class RaisesContext:
             raise Failed(f"did not raise {self.expected}")
         if not issubclass(kind, self.expected):
             return False
-        self.value, self.type = value, kind
+        self.value = value
+        self.type = kind
         if self.pattern is not None and re.search(self.pattern, str(value)) is None:
             raise Failed(f"{value!s:.200} does not match {self.pattern}") from value
         return True

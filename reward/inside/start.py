@@ -136,7 +136,8 @@ def isolate(job: dict[str, Any]) -> None:
     elif job["kind"] == "user":
         if os.geteuid() == 0:
             _become_nobody()
-        user, group = os.geteuid(), os.getegid()
+        user = os.geteuid()
+        group = os.getegid()
         kernel.unshare(kernel.ALL_BUT_USER | kernel.CLONE_NEWUSER)
         for name, text in (
             ("setgroups", "deny"),

@@ -36,5 +36,6 @@ def test_every_answer_is_what_its_expression_is_worth():
 
 
 def test_some_test_expressions_are_in_the_train_file():
-    train, test = expressions("train"), expressions("test")
+    train = expressions("train")
+    test = expressions("test")
     assert len(train.keys() & test.keys()) == 1470  # so 2,845 - 1,470 = 1,375 are held out

@@ -92,7 +92,8 @@ def pairs_of_different_rows(count: int) -> list[tuple[str, str]]:
         golds += answers
         completions += [f"\\boxed{{{answer}}}" for answer in answers]
     draw = random.Random(0)
-    golds, completions = sorted(golds), sorted(completions, key=lambda text: text.removeprefix("\\boxed{"))
+    golds = sorted(golds)
+    completions = sorted(completions, key=lambda text: text.removeprefix("\\boxed{"))
     start = draw.randrange(50)
     near = [
         (golds[place * len(golds) // len(completions)], completions[place])

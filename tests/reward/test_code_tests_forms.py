@@ -161,7 +161,8 @@ def entry_of(test: str) -> str | None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_tests_of_every_form_are_run_and_no_program_escapes_their_verdict(form: str):
-    test, place = FORMS[form], list(FORMS).index(form)
+    test = FORMS[form]
+    place = list(FORMS).index(form)
     names = [
         name for number, name in enumerate(HOSTILE) if (number - place) % 3 == 0
     ]  # all of them within three forms

@@ -244,7 +244,8 @@ def test_an_answer_beyond_any_reference_is_wrong_within_milliseconds():
 
 
 def test_only_a_degenerate_answer_that_runs_out_of_time_may_be_called_wrong():
-    tower, hard = "2^{3^{4^{5^{6}}}}+x", "\\prod_{k=1}^{400} (1 + \\sqrt{k} x^k)"
+    tower = "2^{3^{4^{5^{6}}}}+x"
+    hard = "\\prod_{k=1}^{400} (1 + \\sqrt{k} x^k)"
     gold = "(x+1)^{300} - \\sin x"
     assert is_degenerate("x+1", tower) and not is_degenerate(gold, hard) and not is_degenerate(tower, tower)
     assert is_degenerate("7", "1" * 40) and not is_degenerate("1" * 40, "2" * 40)
