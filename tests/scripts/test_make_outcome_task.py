@@ -30,7 +30,7 @@ def test_a_problem_that_shares_a_passage_with_a_labelled_one_is_held_out(task: M
     questions = [
         " ".join(words),
         "Tom has " + " ".join(reversed(words)),
-        *(f"question {at} " + "abcdefghij"[at] * 9 for at in range(8)),
+        *(f"question {number} " + "abcdefghij"[number] * 9 for number in range(8)),
     ]
     assert task.held_out_problems(questions, ["TWO three, four five six seven eight nine?"], 0.0) == {0}
     assert (
@@ -41,8 +41,8 @@ def test_a_problem_that_shares_a_passage_with_a_labelled_one_is_held_out(task: M
 
 
 def test_problems_are_divided_and_not_solutions(task: ModuleType):
-    rows = [{"problem": problem, "completion": str(at)} for problem in range(40) for at in range(4)]
-    sides = task.divided(rows, {0, 1, 2})
+    rows = [{"problem": problem, "completion": str(number)} for problem in range(40) for number in range(4)]
+    sides = task.divide_by_problem(rows, {0, 1, 2})
     problems = {name: {row["problem"] for row in some} for name, some in sides.items()}
     assert problems["test"] == {0, 1, 2} and len(problems["dev"]) == 3
     assert set.union(*problems.values()) == set(range(40)) and sum(map(len, problems.values())) == 40

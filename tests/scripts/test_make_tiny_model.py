@@ -183,7 +183,7 @@ def test_the_calculator_s_turns_are_those_of_its_episodes(tiny_models):
     prompt = Prompt(
         "a", tuple(tokenizer("<user>12*7=<assistant>").input_ids), "<user>12*7=<assistant>", {"answer": "84"}
     )
-    examples = tiny_models._turns(PromptSet((prompt,)), tokenizer)
+    examples = tiny_models._turn_examples(PromptSet((prompt,)), tokenizer)
     spelt = [(tokenizer.decode(asked), tokenizer.decode(written)) for asked, written in examples]
     direct, call = ("<user>12*7=<assistant>", "84<eos>"), ("<user>12*7=<assistant>", "<<12*7=<eos>")
     assert spelt[:5] == [direct] * 4 + [call]
