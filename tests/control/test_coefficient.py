@@ -1,4 +1,4 @@
-"""Coefficients that change: the papers' numbers, their ranges, and that a saved controller resumes exactly."""
+"""Coefficients that change: the papers' numbers, their ranges, and exact resumption."""
 
 from __future__ import annotations
 

@@ -27,11 +27,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def main() -> None:
-    out, checkpoint, overrides = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    out = Path(sys.argv[1])
+    checkpoint = sys.argv[2]
+    overrides = sys.argv[3:]
     recipe = check(
         load_recipe(ROOT / "recipes/policy/grpo.yaml", profile="tiny_cpu", overrides=overrides)
     ).recipe
-    online, engaged = WORKFLOWS["online"], []
+    online = WORKFLOWS["online"]
+    engaged = []
 
     def build(*arguments: Any) -> Any:
         run: Any = online.build(*arguments)
