@@ -19,7 +19,8 @@ from typing import Any
 
 from peer_bench import EOS, Bench, Size, Turns, make_model, text_of
 
-LR, BETA = 1e-6, 0.1
+LR = 1e-6
+BETA = 0.1
 # (mean, standard deviation) of the logarithm of the length in tokens over HH-RLHF's helpful pairs, with four
 # characters per token
 LENGTHS = {"prompt": (4.24, 1.10), "chosen": (3.85, 1.00), "rejected": (3.58, 1.02)}
@@ -134,6 +135,15 @@ def trl_trainer(case: Case, folder: Path) -> Any:
     return DPOTrainer(str(folder / "model"), args=arguments, train_dataset=data, processing_class=tokenizer)
 
 
+def trl_loss(case: Case, folder: Path, examples: list[dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+    """TRL's loss on the examples, and its gradients by parameter."""
+    trainer = trl_trainer(case, folder)
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(examples))
+    loss.backward()
+    return loss, {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
+
+
 def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
     """Computes loss and gradient of both trainers on the first pairs, with reference log-probs that differ
     from the policy's; reports their differences.
@@ -155,8 +165,6 @@ def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
     reference = learner.log_probs(rows, sides=2) + torch.randn(
         2 * case.pairs, generator=torch.Generator().manual_seed(3)
     )
-
-    trainer = trl_trainer(case, folder)
     examples = [
         {
             "prompt_ids": list(ids["prompt"][index]),
@@ -167,10 +175,7 @@ def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
         }
         for index in range(case.pairs)
     ]
-    trainer.model.train()
-    loss = trainer.compute_loss(trainer.model, trainer.data_collator(examples))
-    loss.backward()
-    trl_gradients = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
+    loss, trl_gradients = trl_loss(case, folder, examples)
 
     gradients: dict[str, Any] = {}
 

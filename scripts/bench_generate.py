@@ -36,7 +36,8 @@ from rltrain.protocols import RolloutEngine
 from rltrain.rollout.groups import sample_groups
 from rltrain.types.samples import Prompt, Sampling
 
-EOS, PAD = 1, 0
+EOS = 1
+PAD = 0
 # (seed, maximal tokens per completion) -> completion tokens written
 Generator = Callable[[int, int], int]
 
@@ -106,7 +107,7 @@ def ours(case: Case, model: Qwen2ForCausalLM, folder: Path) -> Generator:
 
     engine = TransformersEngine(
         str(folder), stop_token_ids=stops(case), pad_token_id=PAD, decode=lambda ids: "", max_rows=256
-    )  # fmt: skip
+    )
     return engine_generator(engine, case, model)
 
 

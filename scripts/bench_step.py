@@ -170,6 +170,16 @@ def trl_trainer(case: Case, folder: Path, counted: list[int]) -> Any:
     return GRPOTrainer(str(folder / "model"), reward, arguments, data, processing_class=tokenizer)
 
 
+def trl_loss(case: Case, folder: Path, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """TRL's loss on the batch ``inputs``, and its gradients by parameter."""
+    trainer = trl_trainer(case, folder, [])
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer._compute_loss(trainer.model, inputs)
+    loss.backward()
+    return loss, {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
+
+
 def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
     """Computes loss and gradient of both trainers on one batch of random completions; reports their relative
     differences.
@@ -188,8 +198,6 @@ def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
     mask = torch.arange(width) < lengths[:, None]
     advantages = torch.randn(rows, generator=generator)
 
-    trainer = trl_trainer(case, folder, [])
-    trainer.model.train()
     inputs = {
         "prompt_ids": prompts,
         "prompt_mask": torch.ones_like(prompts),
@@ -198,10 +206,7 @@ def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
         "advantages": advantages,
         "num_items_in_batch": mask.sum(),
     }
-    trainer.current_gradient_accumulation_steps = 1
-    loss = trainer._compute_loss(trainer.model, inputs)
-    loss.backward()
-    trl_gradients = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
+    loss, trl_gradients = trl_loss(case, folder, inputs)
 
     recipe = recipe_of(case, folder)
     unclipped = recipe.learner.optimizer.model_copy(update={"max_grad_norm": 1e9})

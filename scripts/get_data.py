@@ -40,7 +40,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parents[1]
 MANIFEST = Path(__file__).with_suffix(".json")
 GITHUB = "https://raw.githubusercontent.com"
-SECONDS, CONNECTIONS = 60, 8
+SECONDS = 60
+CONNECTIONS = 8
 ABSENT = 0.01  # share of a selection's rows that the source may lack before that is an error
 Row = dict[str, Any]
 
@@ -158,7 +159,8 @@ def graded_human_votes(sources: Sources, entry: Row) -> Iterator[Row]:
         models = pair["cmp_key"].split("_")
         answers = (str(pair["response1"]), str(pair["response2"]))
         sides = [(answers[0], models[0], first), (answers[1], models[1], 3.0 - first)]
-        prompt, extra = pair["instruction"].strip(), pair["input"].strip()
+        prompt = pair["instruction"].strip()
+        extra = pair["input"].strip()
         prompt = f"{prompt}\n\n{extra}" if extra else prompt
         scale = "0-3 human votes (tie vote = 0.5 each)"
         yield from graded_pair(prompt, sides, scale=scale, judgements=3, source="pandalm/testset-v1")
@@ -298,7 +300,8 @@ def _mr_ben(sources: Sources, entry: Row) -> Iterator[Row]:
             continue
         first_error = -1 if correct else int(solution["Model_Solution_First_Error_Step"]) - 1
         choice = re.search(r"Choice[_ ]([A-E])", solution["Model_Solution_Steps"][-1])
-        gold, reason = solution["Ground_Truth_Answer_Modified"], solution["Model_Solution_Error_Reason"]
+        gold = solution["Ground_Truth_Answer_Modified"]
+        reason = solution["Model_Solution_Error_Reason"]
         yield {
             "id": f"mrben-{solution['Question_UUID']}-{solution['Sampled_Model']}",
             "problem": f"{solution['Question'].strip()}\nOptions: {solution['Options'].strip()}",

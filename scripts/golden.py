@@ -49,7 +49,9 @@ METRICS = (
     "loss/reward",
     "loss/z0",
 )
-RTOL, ATOL = 1e-3, 1e-6  # in another environment; ATOL for numbers that are 0 up to rounding
+# tolerances in another environment; ATOL for numbers that are 0 up to rounding
+RTOL = 1e-3
+ATOL = 1e-6
 # A few short steps of an untrained model, with several micro-batches each. AdamW's eps is above the rounding
 # noise of a gradient; with a smaller eps, AdamW would turn that noise, which differs between processors, into
 # full steps of the learning rate.
@@ -272,7 +274,8 @@ def check(names: Sequence[str]) -> int:
 
 
 def compare(old: str, new: str, names: Sequence[str]) -> int:
-    before, after = numbers_of(old, names), numbers_of(new, names)
+    before = numbers_of(old, names)
+    after = numbers_of(new, names)
     count = 0
     for name in sorted(before.keys() & after.keys()):
         lines = differences(before[name], after[name], exact=True)

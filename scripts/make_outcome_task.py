@@ -26,7 +26,9 @@ from make_tiny_model import save_model, tiny_model
 
 from rltrain.seeds import stable_hash
 
-VOCABULARY, LAYERS, WIDTH = 2048, 4, 128
+VOCABULARY = 2048
+LAYERS = 4
+WIDTH = 128
 STEPS = 300  # updates of the language model, of BLOCK * BLOCKS tokens each
 WORKED = 3000  # worked solutions of GSM8K's training set in its training text
 HELD_OUT = 0.3  # share of problems

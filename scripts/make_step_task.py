@@ -43,7 +43,10 @@ WARM_UP = 40_000  # further problems, for the model's warm start
 OPERANDS = 6  # of one digit each
 MAX_STEPS = 1000  # of the warm start
 RIGHT = 0.3  # the warm start stops at this probability of a right solution
-BATCH, LEARNING_RATE, WARMUP_STEPS, SHOWN = 64, 2e-3, 20, 20
+BATCH = 64
+LEARNING_RATE = 2e-3
+WARMUP_STEPS = 20
+SHOWN = 20
 _SUM = re.compile(r"(\d+)\+(\d+)=(\d+)")
 _ANSWER = re.compile(r"A:(\d+)")
 

@@ -45,10 +45,14 @@ from rltrain.data.preferences import parse_transcript
 
 Dialogue = tuple[tuple[str, str], ...]  # (role, content) of each turn; the last turn is an answer
 
-VOCABULARY, LAYERS, WIDTH = 4096, 4, 192
+VOCABULARY = 4096
+LAYERS = 4
+WIDTH = 192
 STEPS = 400
-BLOCK, BLOCKS = 256, 8  # tokens of a block, blocks of an update
-LEARNING_RATE, WARMUP_STEPS = 3e-3, 40
+BLOCK = 256  # tokens
+BLOCKS = 8  # per update
+LEARNING_RATE = 3e-3
+WARMUP_STEPS = 40
 DECAY = 0.2  # from this share of the steps on, the learning rate falls to 0
 WEIGHT_DECAY = 0.1
 SHOWN = 50  # steps between two lines of loss

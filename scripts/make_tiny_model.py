@@ -37,7 +37,11 @@ from rltrain.config.schema import Data
 from rltrain.data.prompts import PromptSet, load_prompts, without_prompts
 from rltrain.interrupt import exit_on_ctrl_c
 
-PAD, EOS, SYSTEM, USER, ASSISTANT = "<pad>", "<eos>", "<system>", "<user>", "<assistant>"
+PAD = "<pad>"
+EOS = "<eos>"
+SYSTEM = "<system>"
+USER = "<user>"
+ASSISTANT = "<assistant>"
 # Qwen2's byte-level tokenizer writes " " and "\n" as these characters
 BYTE_LEVEL_SPACE = "\u0120"
 BYTE_LEVEL_NEWLINE = "\u010a"
@@ -139,7 +143,10 @@ RIGHT: dict[Task, float] = {"arithmetic": 0.4, "gsm8k_calculator": 0.4, "calcula
 # answers without a call for each answer with a call: the model calls one time in five, and otherwise guesses
 # the product
 DIRECT = 4
-BATCH, POOL, LEARNING_RATE, WARMUP_STEPS = 128, 4, 2e-3, 20
+BATCH = 128
+POOL = 4
+LEARNING_RATE = 2e-3
+WARMUP_STEPS = 20
 DECAY = 0.6  # from this share of the steps on, the learning rate falls to 0
 DRILLS = (  # generated problems that teach arithmetic for GSM8K's short and varied expressions
     {"digits": 1, "operations": "+-*"},
@@ -348,7 +355,8 @@ def _turn_examples(prompts: PromptSet, tokenizer: Qwen2Tokenizer) -> list[tuple[
 
     examples: list[tuple[list[int], list[int]]] = []
     for prompt in prompts.prompts:
-        prompt_ids, answer = list(prompt.token_ids), prompt.columns["answer"]
+        prompt_ids = list(prompt.token_ids)
+        answer = prompt.columns["answer"]
         call = [*ids(f"<<{prompt.text.removeprefix(USER).removesuffix(ASSISTANT)}"), tokenizer.eos_token_id]
         observed_ids = prompt_ids + call + ids(f"{USER}{answer}{ASSISTANT}")
         direct = [*ids(answer), tokenizer.eos_token_id]

@@ -26,7 +26,8 @@ from rltrain.loss.preference import PREFERENCE_LOSSES
 from rltrain.registry import MethodSpec, Registry
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- methods: made by scripts/methods_table.py -->", "<!-- end of methods -->"
+BEGIN = "<!-- methods: made by scripts/methods_table.py -->"
+END = "<!-- end of methods -->"
 KINDS: tuple[tuple[str, str, Registry], ...] = (
     ("Advantages", "advantage", ADVANTAGES),
     ("Controls: statistics over the whole step or optimizer batch", "control", TOKEN_CONTROLS),

@@ -22,7 +22,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-PAD, EOS, UNKNOWN = 0, 1, 2
+PAD = 0
+EOS = 1
+UNKNOWN = 2
 
 
 class Turns:

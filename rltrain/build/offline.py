@@ -74,7 +74,8 @@ from rltrain.types.policy import TokenRows
 from rltrain.types.samples import Prompt, Sampling
 from rltrain.weight_names import CheckpointNames
 
-TRAIN, HELD_OUT = "training", "held-out"
+TRAIN = "training"
+HELD_OUT = "held-out"
 _MISMATCHED = ", mismatched"
 _FROZEN = ("ref_logp", "previous_logp")
 

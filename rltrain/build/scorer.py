@@ -24,7 +24,9 @@ from rltrain.learner.preference_learner import PreferenceLearner
 from rltrain.train.scoring import Scorer, TextRow
 
 NONE = "none"  # as a reference: log-probs without a reference
-LINES, GIVEN = "newline", "given"  # as steps; any other value is a regular expression
+# as steps; any other value is a regular expression
+LINES = "newline"
+GIVEN = "given"
 _BETWEEN = "\n\n"  # joins the steps of the column where there is no completion
 
 

@@ -19,7 +19,7 @@ from rltrain.build.online_pairs import build_pair_run
 from rltrain.config.schema import AnyRecipe, OfflineRecipe, OnlinePairsRecipe, OnlineRecipe, SampledRecipe
 from rltrain.errors import UserError
 from rltrain.learner.ranks import mixed_precision
-from rltrain.train.doctor import online_at_rest, pairs_at_rest
+from rltrain.train.doctor import online_with_every_row_trained, pairs_with_every_row_trained
 from rltrain.train.loop import TrainingRun
 from rltrain.train.offline import train_offline
 from rltrain.train.online import train_online
@@ -79,7 +79,7 @@ WORKFLOWS: dict[str, Workflow] = {
         summarize=summarize,
         build=build_online_run,
         train=train_online,
-        with_every_row_trained=online_at_rest,
+        with_every_row_trained=online_with_every_row_trained,
         samples=True,
     ),
     "online_pairs": Workflow(
@@ -88,7 +88,7 @@ WORKFLOWS: dict[str, Workflow] = {
         summarize=summarize,
         build=build_pair_run,
         train=train_pairs,
-        with_every_row_trained=pairs_at_rest,
+        with_every_row_trained=pairs_with_every_row_trained,
         samples=True,
         uses_judge=True,
     ),

@@ -66,6 +66,12 @@ class Selector(StrEnum):
     oracle = "oracle"
 
 
+Select = Annotated[
+    list[Selector] | None,
+    typer.Option(help="Also measure the accuracy of choosing one of N answers this way. May be repeated."),
+]
+
+
 class Series(StrEnum):
     step = "step"
     cumulative = "cumulative"
@@ -253,10 +259,7 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="Also write the numbers to this file, as JSON.", metavar="FILE")
     ] = None,
-    select: Annotated[
-        list[Selector] | None,
-        typer.Option(help="Also measure the accuracy of choosing one of N answers so. May be repeated."),
-    ] = None,
+    select: Select = None,
     prm: Annotated[
         str | None,
         typer.Option(

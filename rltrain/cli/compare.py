@@ -47,7 +47,8 @@ def report_command(runs: Sequence[str], out: Path) -> int:
     for text in runs:
         name, equals, folders = text.partition("=")
         if not equals:
-            name, folders = Path(text).name, text
+            name = Path(text).name
+            folders = text
         methods.setdefault(name, []).extend(Curves.read(Path(folder)) for folder in folders.split(","))
 
     comparison = Comparison(", ".join(methods), (), methods)

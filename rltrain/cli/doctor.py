@@ -34,9 +34,9 @@ from rltrain.train.doctor import (
     START,
     STEPS,
     Finding,
-    at_zero_learning_rate,
     diagnose,
-    with_few_steps,
+    diagnose_error,
+    freeze_recipe,
 )
 from rltrain.train.memory import largest_share, peak_memory
 from rltrain.watchdog import Watchdog
@@ -69,7 +69,7 @@ def doctor_command(recipe: AnyRecipe, steps: int) -> int:
         "completions",
     )
     workflow = workflow_for(recipe)
-    sampled = workflow.with_every_row_trained(at_zero_learning_rate(with_prompt_date(sampled), steps))
+    sampled = workflow.with_every_row_trained(freeze_recipe(with_prompt_date(sampled), steps))
     with unwinding_on_sigterm():
         with user_errors(recipe.train.deadline_seconds):
             inputs = workflow.load(sampled)
@@ -77,9 +77,9 @@ def doctor_command(recipe: AnyRecipe, steps: int) -> int:
 
     console = Console(highlight=False)
     for finding in findings:
-        line = f"{_MARKS[finding.fine]}  {finding.question:<39}  {finding.measured}"
+        line = f"{_MARKS[finding.is_fine]}  {finding.question:<39}  {finding.measured}"
         console.print(line, markup=False, soft_wrap=True)
-    return 0 if all(finding.fine for finding in findings) else 1
+    return 0 if all(finding.is_fine for finding in findings) else 1
 
 
 def run_doctor(recipe: SampledRecipe, workflow: Workflow, inputs: RunInputs) -> list[Finding]:
@@ -108,7 +108,7 @@ def run_doctor(recipe: SampledRecipe, workflow: Workflow, inputs: RunInputs) -> 
     except _FAULTS as error:
         if not isinstance(error, EXPECTED):
             traceback.print_exception(error)
-        return with_few_steps(error, stage, judged=workflow.uses_judge)
+        return diagnose_error(error, stage, judged=workflow.uses_judge)
 
 
 @contextlib.contextmanager

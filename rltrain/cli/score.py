@@ -249,7 +249,8 @@ def _group_by_prompt(result: Evaluation, values: Sequence[float]) -> list[list[f
 def _process_scores(
     model: ProcessModel, result: Evaluation, steps: str, tokenization: Tokenization, console: Console
 ) -> list[float]:
-    rows, find_ends = _rows(result), step_end_finder(steps)
+    rows = _rows(result)
+    find_ends = step_end_finder(steps)
     pairs = zip(rows.prompts, rows.completions, strict=True)
     texts = [text_row(prompt, completion, find_ends, None, tokenization)[0] for prompt, completion in pairs]
     with open_scorer(model, lambda line: console.print(line, markup=False, soft_wrap=True)) as scorer:

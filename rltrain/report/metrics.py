@@ -257,7 +257,8 @@ def _quantiles(values: Tensor, *shares: float) -> list[Tensor]:
     for share in shares:
         position = share * last
         index = int(position)
-        low, high = sorted_values[index], sorted_values[min(index + 1, last)]
+        low = sorted_values[index]
+        high = sorted_values[min(index + 1, last)]
         quantiles.append(torch.lerp(low, high, position - index))
     return quantiles
 

@@ -53,7 +53,8 @@ def test_the_commonest_place_is_that_of_solutions_as_long_or_in_proportion():
 @pytest.mark.parametrize("seed", range(4))
 def test_auc_is_the_share_of_ordered_pairs_with_ties_half(seed: int):
     draw = np.random.default_rng(seed)
-    scores, positive = draw.integers(0, 6, 40).tolist(), (draw.random(40) < 0.4).tolist()
+    scores = draw.integers(0, 6, 40).tolist()
+    positive = (draw.random(40) < 0.4).tolist()
     pairs = [
         (a, b) for (a, p), (b, n) in product(zip(scores, positive, strict=True), repeat=2) if p and not n
     ]
@@ -88,7 +89,8 @@ def test_the_interval_of_an_auc_draws_whole_clusters():
     assert single.low < single.value < single.high
     # and it is about as wide as the formula of Hanley and McNeil says (0.0527 either side of an AUC of 0.76
     # or so, times 1.96)
-    a, n = single.value, 40
+    a = single.value
+    n = 40
     variance = (a * (1 - a) + (n - 1) * (a / (2 - a) - a * a) + (n - 1) * (2 * a * a / (1 + a) - a * a)) / (
         n * n
     )
@@ -103,7 +105,8 @@ def test_one_cluster_has_no_interval():
 def test_a_difference_to_itself_is_none_and_a_better_score_is_above():
     draw = np.random.default_rng(3)
     positive = (draw.random(200) < 0.5).astype(int)
-    good, noise = draw.normal(size=200) + 2 * positive, draw.normal(size=200)
+    good = draw.normal(size=200) + 2 * positive
+    noise = draw.normal(size=200)
     difference = auc_difference(good, good, positive, range(200), seed=0, resamples=100)
     assert (difference.value, difference.low, difference.high) == (0.0, 0.0, 0.0)
     better = auc_difference(good, noise, positive, range(200), seed=0, resamples=200)

@@ -18,7 +18,8 @@ def brute(samples: Samples, selector: str, n: int) -> float:
     """
     total = []
     for order in itertools.permutations(range(len(samples.correct)), n):
-        correct, answers = [samples.correct[i] for i in order], [samples.answers[i] for i in order]
+        correct = [samples.correct[i] for i in order]
+        answers = [samples.answers[i] for i in order]
         scores = [samples.scores[i] for i in order]
         if selector in ("implicit_prm", "rm"):
             total.append(correct[best(scores)])

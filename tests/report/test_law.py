@@ -14,7 +14,8 @@ from rltrain.report.law import Law, fit_law, student_quantile
 from rltrain.report.names import check_names
 from rltrain.report.progress import Progress
 
-ENTROPY, REWARD = [0.6, 0.4, 0.3, 0.2, 0.1], [0.20, 0.295, 0.33, 0.37, 0.395]
+ENTROPY = [0.6, 0.4, 0.3, 0.2, 0.1]
+REWARD = [0.20, 0.295, 0.33, 0.37, 0.395]
 
 
 def test_the_worked_example() -> None:
@@ -47,7 +48,8 @@ def test_students_quantile_is_the_tables(freedom: float, expected: float) -> Non
 def test_intervals_hold_the_truth_about_as_often_as_they_say(memory: float, least: float) -> None:
     # 400 runs of 60 steps on one curve with noise, white or remembering half of itself; plain intervals would
     # cover 0.74 of the latter
-    generator, inside = np.random.default_rng(1), 0
+    generator = np.random.default_rng(1)
+    inside = 0
     entropy = 1.2 * np.exp(-np.arange(60) / 25)
     for _ in range(400):
         noise = np.zeros(60)
@@ -97,7 +99,8 @@ def test_a_run_hears_of_its_ceiling_before_it_gets_there() -> None:
 
 def test_exhausted_is_said_once_and_stays_in_the_metrics() -> None:
     # exp(H) - 1 falls from about 1.5 to a twentieth of it at H = 0.07: step 27 of a decay of 0.1
-    law, reports = Law(), []
+    law = Law()
+    reports = []
     for step in range(60):
         (metrics,) = run(law, 1, first=step)
         reports.append((law.message(), metrics.get("law/exhausted")))

@@ -93,7 +93,8 @@ def test_entropy_and_covariance_are_numpys_over_the_masked_tokens():
     assert close(metrics["learner/entropy_mean"], 2)
     assert close(metrics["learner/entropy_p10"], 0.4)  # 0 1 2 3 4, position .1 * 4
     assert close(metrics["learner/entropy_p90"], 3.6)
-    logp, advantages = LOGP[MASK].numpy(), ADVANTAGES[MASK].numpy()
+    logp = LOGP[MASK].numpy()
+    advantages = ADVANTAGES[MASK].numpy()
     assert close(metrics["advantage/logp_covariance"], np.cov(logp, advantages, ddof=0)[0, 1])
     assert close(metrics["advantage/mean"], 1)
     assert close(metrics["advantage/abs"], 7 / 5)

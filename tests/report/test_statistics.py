@@ -64,7 +64,8 @@ def test_pass_at_k_over_prompts_is_the_mean_of_the_prompts():
 def test_pass_at_one_is_the_average():
     counts = [random.Random(0).randint(0, 8) for _ in range(50)]
     scores = [[1.0] * count + [0.0] * (8 - count) for count in counts]
-    pass_at_one, mean = pass_at_k(counts, 8, 1, seed=3), average_at_k(scores, seed=3)
+    pass_at_one = pass_at_k(counts, 8, 1, seed=3)
+    mean = average_at_k(scores, seed=3)
     assert (pass_at_one.value, pass_at_one.low, pass_at_one.high) == pytest.approx(
         (mean.value, mean.low, mean.high)
     )
@@ -112,7 +113,8 @@ def test_pairing_removes_the_spread_between_prompts():
 
 
 def test_difference_changes_sign_with_the_order_of_the_runs():
-    first, second = {"a": 0.0, "b": 1.0, "c": 0.5}, {"a": 1.0, "b": 1.0, "c": 0.0}
+    first = {"a": 0.0, "b": 1.0, "c": 0.5}
+    second = {"a": 1.0, "b": 1.0, "c": 0.0}
     assert (
         paired_difference(first, second, seed=0).value
         == -paired_difference(second, first, seed=0).value
@@ -157,7 +159,8 @@ def test_calibration_error_by_hand():
 
 def test_calibration_does_not_depend_on_which_side_is_named_first():
     generator = np.random.default_rng(0)
-    p, d = generator.random(200), generator.random(200)
+    p = generator.random(200)
+    d = generator.random(200)
     mirrored = generator.random(200) < 0.5
     mirrored_error = calibration_error(
         np.where(mirrored, 1 - p, p).tolist(), np.where(mirrored, 1 - d, d).tolist()

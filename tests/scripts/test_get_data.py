@@ -75,7 +75,8 @@ def test_a_selection_has_the_listed_rows_in_the_listed_order(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    hub, pairs = tmp_path / "hub", [{"chosen": f"a{number}", "rejected": "b"} for number in range(4)]
+    hub = tmp_path / "hub"
+    pairs = [{"chosen": f"a{number}", "rejected": "b"} for number in range(4)]
     file = hub / "Anthropic/hh-rlhf/helpful-base/test.jsonl.gz"
     file.parent.mkdir(parents=True)
     file.write_bytes(gzip.compress("".join(f"{json.dumps(pair)}\n" for pair in pairs).encode()))
@@ -144,7 +145,8 @@ def test_votes_decide_which_answer_is_chosen_and_ties_are_left_out(
 def test_gpt4s_scores_are_averaged_over_both_orders_by_the_answers_ids(
     get_data: ModuleType, tmp_path: Path
 ) -> None:
-    root, ratings = tmp_path / f"q/{COMMIT}", "eval/ratings-gpt4/vicuna/relative-gpt-3.5"
+    root = tmp_path / f"q/{COMMIT}"
+    ratings = "eval/ratings-gpt4/vicuna/relative-gpt-3.5"
     write(root / "questions.jsonl", [{"question_id": 1, "text": "why?"}])
     write(
         root / "eval/generations/vicuna/base.jsonl",

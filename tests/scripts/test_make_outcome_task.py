@@ -33,9 +33,8 @@ def test_a_problem_that_shares_a_passage_with_a_labelled_one_is_held_out(task: M
         *(f"question {number} " + "abcdefghij"[number] * 9 for number in range(8)),
     ]
     assert task.held_out_problems(questions, ["TWO three, four five six seven eight nine?"], 0.0) == {0}
-    assert (
-        task.held_out_problems(questions, ["two three four five six seven eight"], 0.0) == set()
-    )  # seven words are chance
+    seven_words = ["two three four five six seven eight"]  # a chance match
+    assert task.held_out_problems(questions, seven_words, 0.0) == set()
     held_out = task.held_out_problems(questions, ["two three four five six seven eight nine"], 0.3)
     assert 0 in held_out and len(held_out) == 3
 

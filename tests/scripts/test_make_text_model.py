@@ -92,7 +92,9 @@ def test_perplexity_is_of_all_tokens_but_the_first(text_models: Any, tiny_models
     tokenizer = tiny_models.character_tokenizer()
     model = tiny_models.tiny_model(tokenizer, tied=True, seed=0, layers=1, width=64, std=0.3)
     dialogues = [(("user", "ab"), ("assistant", "c")), (("user", "x"), ("assistant", "a longer answer"))]
-    total, tokens, size = 0.0, 0, 0
+    total = 0.0
+    tokens = 0
+    size = 0
     for dialogue in dialogues:
         ids = torch.tensor([text_models.encode(dialogue, tokenizer)])
         logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
