@@ -353,7 +353,7 @@ def test_a_disk_that_refuses_to_sync_leaves_the_last_checkpoint(
 
 
 def killed_again_and_again(kills: int, folder: Path, *settings: str) -> dict[str, Any]:
-    """The report of ``kill_and_resume.py``; compares the runs in ``folder`` with the one that was not killed."""
+    """The report of ``kill_and_resume.py``; compares its runs in ``folder`` with the one not killed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     script = Path(__file__).with_name("kill_and_resume.py")
     command = [sys.executable, str(script), str(folder), str(kills), *settings]
