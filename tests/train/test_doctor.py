@@ -21,12 +21,12 @@ from rltrain.train.doctor import (
     START,
     STEPS,
     WEIGHTS,
-    at_zero_learning_rate,
     diagnose,
-    online_at_rest,
-    pairs_at_rest,
+    diagnose_error,
+    freeze_recipe,
+    online_with_every_row_trained,
+    pairs_with_every_row_trained,
     slope,
-    with_few_steps,
 )
 from rltrain.train.memory import Memory
 from rltrain.train.mismatch import MismatchGuard
@@ -74,7 +74,7 @@ def steps_of(mismatch: list[float], **other: float) -> list[dict[str, float]]:
 def verdicts(steps: list[dict[str, float]], memory: Memory = ROOMY) -> dict[str, bool | None]:
     found = diagnose(recipe_of("model"), steps, GUARD, [memory], judged=False)
     assert len(found) == 5
-    return {one.question: one.fine for one in found}
+    return {one.question: one.is_fine for one in found}
 
 
 def test_slope_is_that_of_a_straight_line() -> None:
@@ -117,7 +117,7 @@ def test_a_run_at_rest_keeps_the_recipe_but_for_what_moves_or_writes() -> None:
         "learner.optimizer.schedule=cosine",
         "report.sinks=[wandb]",
     )
-    still = at_zero_learning_rate(recipe, 7)
+    still = freeze_recipe(recipe, 7)
     assert (still.learner.optimizer.lr, still.train.steps, still.checkpoint.every, still.report.sinks) == (
         0.0,
         7,
@@ -133,15 +133,15 @@ def test_a_run_at_rest_keeps_the_recipe_but_for_what_moves_or_writes() -> None:
 
 
 def test_at_rest_nothing_is_left_out_of_the_gradient_pass() -> None:
-    still = online_at_rest(
-        at_zero_learning_rate(recipe_of("model", "rollout.dynamic_sampling={max_rounds: 3}"), 2)
+    still = online_with_every_row_trained(
+        freeze_recipe(recipe_of("model", "rollout.dynamic_sampling={max_rounds: 3}"), 2)
     )
     assert (
         isinstance(still, OnlineRecipe)
         and not still.learner.skip_idle_rows
         and still.rollout.dynamic_sampling is None
     )
-    pairs = pairs_at_rest(at_zero_learning_rate(pair_recipe_of("model", "pairs.tolerance=0.1"), 2))
+    pairs = pairs_with_every_row_trained(freeze_recipe(pair_recipe_of("model", "pairs.tolerance=0.1"), 2))
     assert isinstance(pairs, OnlinePairsRecipe) and (pairs.pairs.verdict, pairs.pairs.tolerance) == (
         "drawn",
         0.0,
@@ -163,7 +163,7 @@ def test_a_judge_that_is_slow_or_silent_spoils_its_line() -> None:
             "pairs__unjudged": unjudged,
         }
         found = {
-            one.question: one.fine
+            one.question: one.is_fine
             for one in diagnose(recipe, steps_of([1e-6] * 3, **judged), GUARD, [ROOMY], judged=True)
         }
         assert found["the judge answers in time"] is fine
@@ -187,12 +187,12 @@ def test_a_judge_that_is_slow_or_silent_spoils_its_line() -> None:
 def test_what_ends_the_run_answers_its_question_and_the_others_were_not_reached(
     error: Exception, question: str, said: str
 ) -> None:
-    found = with_few_steps(error, STEPS, judged=False)
-    [failed] = [one for one in found if one.fine is False]
+    found = diagnose_error(error, STEPS, judged=False)
+    [failed] = [one for one in found if one.is_fine is False]
     assert failed.question == question and failed.measured.startswith(said)
     others = [one for one in found if one is not failed]
-    assert len(others) >= 4 and {(one.fine, one.measured) for one in others} == {(None, "not reached")}
-    assert not any(one.fine for one in found)
+    assert len(others) >= 4 and {(one.is_fine, one.measured) for one in others} == {(None, "not reached")}
+    assert not any(one.is_fine for one in found)
 
 
 @pytest.fixture

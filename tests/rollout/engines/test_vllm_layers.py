@@ -73,8 +73,8 @@ APART = {
 def test_a_layer_that_vllm_alone_fuses_is_reported_in_its_parts(model: torch.nn.Module) -> None:
     architecture = architecture_of(APART)
     places = find_places(model, architecture)
-    assert (places.nowhere, places.unaccounted) == ((), ())
-    found, state = layer_fingerprints(model, places.of, architecture), model.state_dict()
+    assert (places.missing, places.unexplained) == ((), ())
+    found, state = layer_fingerprints(model, places.by_name, architecture), model.state_dict()
     assert found.keys() == APART.keys()
     assert found["mlp.up_proj.weight"] == weight_fingerprint(
         "mlp.up_proj.weight", state["mlp.gate_up_proj.weight"][6:]
@@ -82,28 +82,28 @@ def test_a_layer_that_vllm_alone_fuses_is_reported_in_its_parts(model: torch.nn.
     assert found["mlp.gate_proj.bias"] == weight_fingerprint(
         "mlp.gate_proj.bias", state["mlp.gate_up_proj.bias"][:6]
     )
-    some = layer_fingerprints(model, places.of, architecture, {"mlp.up_proj.bias"})
+    some = layer_fingerprints(model, places.by_name, architecture, {"mlp.up_proj.bias"})
     assert some == {"mlp.up_proj.bias": found["mlp.up_proj.bias"]}
 
 
 def test_a_layer_that_hugging_face_fuses_too_is_reported_whole(model: torch.nn.Module) -> None:
     architecture, state = architecture_of(shapes_of(model)), model.state_dict()
     places = find_places(model, architecture)
-    found = layer_fingerprints(model, places.of, architecture)
+    found = layer_fingerprints(model, places.by_name, architecture)
     assert found == {name: weight_fingerprint(name, weight) for name, weight in state.items()}
 
 
 def test_a_weight_without_a_layer_and_a_layer_without_a_weight_are_named(model: torch.nn.Module) -> None:
     known = {name: shape for name, shape in APART.items() if name != "mlp.up_proj.bias"} | {"head.bias": (3,)}
     places = find_places(model, architecture_of(known))
-    assert places.nowhere == ("head.bias",)
-    assert places.unaccounted == ("mlp.gate_up_proj.bias",)  # the half that nothing of the checkpoint fills
+    assert places.missing == ("head.bias",)
+    assert places.unexplained == ("mlp.gate_up_proj.bias",)  # the half that nothing of the checkpoint fills
 
 
 def test_a_weight_that_is_stored_the_other_way_round_is_read_as_stored(model: torch.nn.Module) -> None:
     shapes = shapes_of(model) | {"mlp.down_proj.weight": (6, 4)}
     architecture = architecture_of(shapes, ["mlp.down_proj.weight"])
-    found = layer_fingerprints(model, find_places(model, architecture).of, architecture)
+    found = layer_fingerprints(model, find_places(model, architecture).by_name, architecture)
     down = model.state_dict()["mlp.down_proj.weight"]
     assert found["mlp.down_proj.weight"] == weight_fingerprint("mlp.down_proj.weight", down.t())
 
@@ -128,8 +128,8 @@ def test_a_stale_copy_in_latent_attention_equals_nothing(stale: str | None) -> N
         getattr(model["attn"]["mla"], stale).data[1, 2, 3] += 1e-6
     architecture = architecture_of({"attn.kv_b_proj.weight": (16, 4)})
     places = find_places(model, architecture)
-    assert (places.nowhere, places.unaccounted) == ((), ())
-    (found,) = layer_fingerprints(model, places.of, architecture).values()
+    assert (places.missing, places.unexplained) == ((), ())
+    (found,) = layer_fingerprints(model, places.by_name, architecture).values()
     expected = weight_fingerprint("attn.kv_b_proj.weight", layer.weight.detach())
     assert found == expected if stale is None else math.isnan(found.number)
 
