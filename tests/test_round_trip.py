@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from rltrain.round_trip import Losses, lost_share
 from support.scripts import script
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789+=?'ABCÉé"
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789+=?'ABC\u00c9\u00e9"
 
 
 def tokenizer_of(

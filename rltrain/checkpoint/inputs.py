@@ -19,7 +19,9 @@ from rltrain.remote_code import trusted_code
 
 _MODEL_KEYS = ("path", "reference", "teacher", "previous")  # the last part of keys that name models
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16  # of a file of weights; training changes every tensor
+# Samples that are read of a large file of weights; training changes every tensor.
+_SAMPLES = 64
+_SAMPLE_BYTES = 1 << 16
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 _PROSE = (".md",)
 _ABSENT = "absent"

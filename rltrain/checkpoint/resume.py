@@ -22,7 +22,8 @@ from rltrain.config.load import load_recipe, resolved_yaml
 from rltrain.config.schema import AnyRecipe
 from rltrain.errors import RecipeError, UserError
 
-AUTO, NEVER = "auto", "never"
+AUTO = "auto"
+NEVER = "never"
 _LENGTHS = ("train.steps", "train.epochs")
 # Deadlines, numbers of processes, written files and messages. No prompt is drawn, sampled, graded or learned
 # from in another way, so the run goes on in the same numbers. reward.seconds and reward.memory_gib are not

@@ -53,7 +53,8 @@ def some_rows(count: int = 7) -> TokenRows:
 def oracle(model: nn.Module, rows: TokenRows, temperature: float) -> dict[str, Tensor]:
     """(R, T) from the model's own logits, each row by itself and unpadded."""
     width = max(map(len, rows.completions))
-    logps, entropies = [], []
+    logps = []
+    entropies = []
     for prompt, completion in zip(rows.prompts, rows.completions, strict=True):
         logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         logp = (logits / temperature).log_softmax(-1)

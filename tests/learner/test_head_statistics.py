@@ -13,7 +13,9 @@ from rltrain.learner import head
 from rltrain.learner.head import token_statistics
 from support.tensor_sizes import LargestTensor
 
-TOKENS, WIDTH, VOCAB = 11, 4, 9
+TOKENS = 11
+WIDTH = 4
+VOCAB = 9
 POWER = torch.linspace(0.0, 1.0, TOKENS, dtype=torch.float64)
 
 

@@ -197,7 +197,9 @@ def test_a_shared_prompt_is_read_once_and_the_sides_do_not_see_each_other(random
     separate = sum(map(len, rows.prompts)) + sum(map(len, rows.completions))
     assert stats.shared and stats.tokens == separate - sum(map(len, rows.prompts[:N]))
     micro_batch = build_shared(rows, [[3, N + 3]])
-    p, c, r = len(rows.prompts[3]), len(rows.completions[3]), len(rows.completions[N + 3])
+    p = len(rows.prompts[3])
+    c = len(rows.completions[3])
+    r = len(rows.completions[N + 3])
     # The last token of each completion predicts nothing.
     assert micro_batch.input_ids.shape == (1, p + c - 1 + r - 1)
     assert micro_batch.position_ids[0].tolist() == [*range(p + c - 1), *range(p, p + r - 1)]

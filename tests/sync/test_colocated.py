@@ -18,7 +18,8 @@ from rltrain.sync.colocated import Sync
 from rltrain.sync.fingerprint import WeightMismatchError
 from rltrain.tensor_ops import Fingerprint
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
 LAYERED = 24  # 2 layers of 12 weights each: q, k, v with biases, o, gate, up, down, two norms
 
 
