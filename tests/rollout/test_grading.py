@@ -25,7 +25,10 @@ def group_of(scores: list[Score]) -> ScoredGroup:
 
 def group(verdicts: list[float | None]) -> ScoredGroup:
     return group_of(
-        [Score(0.0, ungraded="timeout") if one is None else Score(one, {"correct": one}) for one in verdicts]
+        [
+            Score(0.0, ungraded="timeout") if verdict is None else Score(verdict, {"correct": verdict})
+            for verdict in verdicts
+        ]
     )
 
 
@@ -90,6 +93,8 @@ def test_verdicts_on_rewards_are_those_of_the_tensor_functions(
 def test_verdicts_on_correctness_are_those_of_the_tensor_functions(
     right: list[bool], low: float, high: float
 ) -> None:
-    group = group_of([Score(-0.25 * at, {"correct": float(verdict)}) for at, verdict in enumerate(right)])
-    found = is_in_accuracy_range(low, high, group), is_informative(group)
-    assert found == expected([float(verdict) for verdict in right], low, high)
+    group = group_of(
+        [Score(-0.25 * place, {"correct": float(verdict)}) for place, verdict in enumerate(right)]
+    )
+    results = is_in_accuracy_range(low, high, group), is_informative(group)
+    assert results == expected([float(verdict) for verdict in right], low, high)

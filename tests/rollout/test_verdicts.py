@@ -54,7 +54,7 @@ class Fixed:
 
 
 def evaluate(grader: Fixed, label: str | None, k: tuple[int, ...] = (1, 2)) -> Any:
-    prompts = [Prompt(str(at), (1,), str(at)) for at in range(len(grader.rows))]
+    prompts = [Prompt(str(index), (1,), str(index)) for index in range(len(grader.rows))]
     sampling = Sampling(n=len(grader.rows[0]), temperature=1.0, max_tokens=4, seed=0)
     source = GradedSampler(EchoSampler(), grader, verdict_of=label)
     return Evaluator(prompts, sampling, k, verdict_of=label).evaluate(source, 5)
@@ -64,7 +64,10 @@ def test_rewards_of_zero_and_one_give_pass_at_k_whatever_their_weight() -> None:
     grader = Fixed([[1.0, 0.0], [0.0, None], [1.0, 1.0]], weight=2.0)
     result = evaluate(grader, "judge")
     # right of two: 1, 0 (one of them ungraded), 2
-    assert [one.value for one in result.results] == [0.5, pytest.approx(2 / 3)] and result.note == ""
+    assert [estimate.value for estimate in result.results] == [
+        0.5,
+        pytest.approx(2 / 3),
+    ] and result.note == ""
     assert grader.occasions == ["held-out prompts after 5 updates"] * 3
 
 
@@ -89,7 +92,7 @@ def test_other_rewards_give_no_pass_at_k_and_a_line_that_says_why(rows, label, s
 
 def test_a_function_with_verdicts_of_its_own_keeps_them() -> None:
     result = evaluate(Fixed([[1.0, 1.0]], correct=0.0), "judge", k=(1,))
-    assert [one.value for one in result.results] == [0.0]
+    assert [estimate.value for estimate in result.results] == [0.0]
 
 
 def test_one_value_that_is_neither_leaves_every_group_of_the_step_without_verdicts() -> None:
@@ -102,9 +105,9 @@ def test_one_value_that_is_neither_leaves_every_group_of_the_step_without_verdic
         )
 
     judged = add_verdicts([group(1.0, 0.0), group(0.0, 0.0)], "judge")
-    assert [[score.correct for score in one.scores] for one in judged] == [[True, False], [False, False]]
+    assert [[score.correct for score in group.scores] for group in judged] == [[True, False], [False, False]]
     mixed = add_verdicts([group(1.0, 0.0), group(0.0, 0.5)], "judge")
-    assert {score.correct for one in mixed for score in one.scores} == {None}
+    assert {score.correct for group in mixed for score in group.scores} == {None}
 
 
 def test_only_a_single_function_of_the_users_can_say_so() -> None:

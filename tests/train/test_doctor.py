@@ -54,7 +54,7 @@ def pair_recipe_of(model: str, *overrides: str) -> OnlinePairsRecipe:
 
 
 def steps_of(mismatch: list[float], **other: float) -> list[dict[str, float]]:
-    same = {
+    constant = {
         "rollout/mismatch_max": 1e-5,
         "sync/difference": 0.0,
         "sync/checked": 11.0,
@@ -64,7 +64,7 @@ def steps_of(mismatch: list[float], **other: float) -> list[dict[str, float]]:
         "learner/trained_rows": 8.0,
     }
     return [
-        same
+        constant
         | {"rollout/mismatch_abs": value}
         | {name.replace("__", "/"): number for name, number in other.items()}
         for value in mismatch
@@ -72,9 +72,9 @@ def steps_of(mismatch: list[float], **other: float) -> list[dict[str, float]]:
 
 
 def verdicts(steps: list[dict[str, float]], memory: Memory = ROOMY) -> dict[str, bool | None]:
-    found = diagnose(recipe_of("model"), steps, GUARD, [memory], judged=False)
-    assert len(found) == 5
-    return {one.question: one.is_fine for one in found}
+    findings = diagnose(recipe_of("model"), steps, GUARD, [memory], judged=False)
+    assert len(findings) == 5
+    return {finding.question: finding.is_fine for finding in findings}
 
 
 def test_slope_is_that_of_a_straight_line() -> None:
@@ -101,8 +101,8 @@ def test_each_fault_spoils_its_own_line_only() -> None:
         (steps_of(flat), Memory("memory", 1.9, 2.0), "memory suffices"),
         (steps_of(flat, learner__trained_rows=0.0), ROOMY, "memory suffices"),  # no gradient, no answer
     ):
-        found = verdicts(steps, memory)
-        assert [name for name, fine in found.items() if not fine] == [line]
+        answers = verdicts(steps, memory)
+        assert [name for name, fine in answers.items() if not fine] == [line]
 
 
 def test_a_grader_that_declines_to_judge_is_no_failure() -> None:
@@ -162,12 +162,12 @@ def test_a_judge_that_is_slow_or_silent_spoils_its_line() -> None:
             "pairs__count": count,
             "pairs__unjudged": unjudged,
         }
-        found = {
-            one.question: one.is_fine
-            for one in diagnose(recipe, steps_of([1e-6] * 3, **judged), GUARD, [ROOMY], judged=True)
+        answers = {
+            finding.question: finding.is_fine
+            for finding in diagnose(recipe, steps_of([1e-6] * 3, **judged), GUARD, [ROOMY], judged=True)
         }
-        assert found["the judge answers in time"] is fine
-        assert found["memory suffices"] is (count > 0)
+        assert answers["the judge answers in time"] is fine
+        assert answers["memory suffices"] is (count > 0)
 
 
 @pytest.mark.parametrize(
@@ -187,12 +187,14 @@ def test_a_judge_that_is_slow_or_silent_spoils_its_line() -> None:
 def test_what_ends_the_run_answers_its_question_and_the_others_were_not_reached(
     error: Exception, question: str, said: str
 ) -> None:
-    found = diagnose_error(error, STEPS, judged=False)
-    [failed] = [one for one in found if one.is_fine is False]
+    findings = diagnose_error(error, STEPS, judged=False)
+    [failed] = [finding for finding in findings if finding.is_fine is False]
     assert failed.question == question and failed.measured.startswith(said)
-    others = [one for one in found if one is not failed]
-    assert len(others) >= 4 and {(one.is_fine, one.measured) for one in others} == {(None, "not reached")}
-    assert not any(one.is_fine for one in found)
+    others = [finding for finding in findings if finding is not failed]
+    assert len(others) >= 4 and {(finding.is_fine, finding.measured) for finding in others} == {
+        (None, "not reached")
+    }
+    assert not any(finding.is_fine for finding in findings)
 
 
 @pytest.fixture

@@ -25,9 +25,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Signals that this process would have sent itself."""
-    found: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "kill", lambda *to: found.append(to))
-    return found
+    signals: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *to: signals.append(to))
+    return signals
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 def sample(random_model: str, tmp_path: Path) -> dict[str, Callable[[str, str], object]]:
     """Each command, as a function of model and engine."""
     (tmp_path / "length.py").write_text(REWARD, encoding="utf-8")
-    rows = "".join(json.dumps({"prompt": f"{at}+1="}) + "\n" for at in range(4))
+    rows = "".join(json.dumps({"prompt": f"{number}+1="}) + "\n" for number in range(4))
     for name in ("train", "held_out"):
         (tmp_path / f"{name}.jsonl").write_text(rows.replace("1=", f"{len(name)}="), encoding="utf-8")
 
@@ -44,7 +44,7 @@ def sample(random_model: str, tmp_path: Path) -> dict[str, Callable[[str, str], 
             f"data.eval={tmp_path / 'held_out.jsonl'}",
             "data.options={}",
         )
-        own = (
+        dataset = (
             f"reward.functions=['{tmp_path / 'length.py'}:length']",
             "rollout.max_tokens=4",
             "rollout.prompts=4",
@@ -52,7 +52,7 @@ def sample(random_model: str, tmp_path: Path) -> dict[str, Callable[[str, str], 
             "eval.k=[1]",
         )
         chosen = (f"model.path={model}", f"rollout.engine={engine}", "data.max_prompt_tokens=60")
-        return load_recipe(GRPO, profile="tiny_cpu", overrides=[*data, *own, *chosen])
+        return load_recipe(GRPO, profile="tiny_cpu", overrides=[*data, *dataset, *chosen])
 
     return {
         "generate": lambda model, engine: generate_command(recipe(model, engine), ["1+1="], 1, 1.0),
