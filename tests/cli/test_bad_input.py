@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from rltrain.build import rollout
 from rltrain.cli import app as cli
 from rltrain.config.load import load_recipe, resolved_yaml
+from rltrain.learner import frozen_models, trained_model
 from support.architectures import ORIGINAL_CONTEXT, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +35,9 @@ def train(
     def loaded(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded before the mistake was found")
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    # Imported above, before any call: a module imported under the substitute would keep it for other tests.
+    for module in (trained_model, frozen_models, rollout):
+        monkeypatch.setattr(module, "load_causal_lm", loaded)
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
 
