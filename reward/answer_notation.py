@@ -1,7 +1,8 @@
-r"""The same mathematics in notation that math-verify 0.9 reads rightly. Strings in, strings out; no algebra.
+r"""Rewrites mathematics into notation that math-verify 0.9 reads correctly. Strings in, strings out; no
+algebra.
 
-``plain`` says which rules changed a text, so that a verdict can name them. All of them see at most
-``answer_text.LONGEST`` characters.
+``to_plain_notation`` reports which rules changed a text, so that a verdict can name them. Every rule sees at
+most ``answer_text.LONGEST`` characters.
 """
 
 from __future__ import annotations
@@ -32,9 +33,8 @@ _PYTHON_POWER = re.compile(r"(?<=[\w)])(?<![A-Za-z]{2})\s?\*\*\s?(\d+|[A-Za-z]\b
 _PYTHON_EQUATION = re.compile(r"\bEq\(([^=\n]{1,200}),\s*([^,=\n]{1,200})\)")
 _THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3}(?:(?:\\[,;: !]|~|\\thinspace\s)\d{3})+)(?!\d)")
 _THIN_SPACE = re.compile(r"\\[,;: !]|~|\\thinspace\s")
-_THOUSANDS_ALONE = re.compile(
-    r"([-+]?\d{1,3})((?: \d{3})+)(\.\d+)?"
-)  # a whole answer: in a sentence these are numbers in a row
+# Matches a complete answer only: in a sentence, these groups would be several numbers in a row.
+_ONLY_THOUSANDS = re.compile(r"([-+]?\d{1,3})((?: \d{3})+)(\.\d+)?")
 _SCIENTIFIC = re.compile(r"(?<![\w.\\}])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d+)(?![\w.])")
 _EMPTY_SET = re.compile(r"\\varnothing(?![A-Za-z])|(?:\\left\s?)?\\\{\s*(?:\\right\s?)?\\\}")
 _PRIME = re.compile(r"(?<=[A-Za-z])('{1,3})(?!\w)")
@@ -55,7 +55,7 @@ _COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-z]+\*?\}|\\[A-Za-z]+")
 _WORD = re.compile(r"[A-Za-z]{3}|\b(?:is|so|it|we|to|of|in|be|at|by)\b")
 
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\d+|\S", re.DOTALL)
-_IS_ARGUMENT = re.compile(r"[^{}]|\\[A-Za-z]+")  # stands without braces behind a command, ^ or _
+_IS_ARGUMENT = re.compile(r"[^{}]|\\[A-Za-z]+")  # needs no braces after a command, ^ or _
 _WITHOUT_MEANING = frozenset(
     (
         "\\left",
@@ -129,22 +129,22 @@ _ROOT = re.compile(
 )
 
 
-class Plain(NamedTuple):
+class PlainText(NamedTuple):
     """A text in plain notation and the names of the rules that changed it."""
 
     text: str
     rules: frozenset[str]
 
 
-def plain(text: str) -> Plain:
-    """The same mathematics in notation that math-verify reads rightly."""
+def to_plain_notation(text: str) -> PlainText:
+    """``text`` in notation that math-verify reads correctly, with the names of the rules that changed it."""
     changed: set[str] = set()
     for name, rule in RULES:
         result = rule(text)
         if result != text:
             changed.add(name)
             text = result
-    return Plain(text, frozenset(changed))
+    return PlainText(text, frozenset(changed))
 
 
 def has_delimiters(text: str) -> bool:
@@ -152,39 +152,40 @@ def has_delimiters(text: str) -> bool:
 
 
 def is_formula(text: str) -> bool:
-    """True for bare mathematics: what is left without LaTeX commands, \\text{...} and calculator names has no
-    word in it."""
+    """Whether ``text`` is undelimited mathematics: without LaTeX commands, \\text{...} and calculator names
+    it contains no word."""
     rest = _COMMAND.sub(" ", TEXT_GROUP.sub(" ", text))
     return _WORD.search(_CALCULATOR_WORD.sub(" ", rest)) is None
 
 
-def delimited(text: str) -> str:
-    """Bare mathematics between dollars, without a sentence's punctuation; anything else as it is."""
+def add_delimiters(text: str) -> str:
+    """Puts undelimited mathematics between dollars, without a sentence's punctuation; keeps other texts."""
     if text.startswith("$") and text.count("$") == 1:
-        text = text[1:]  # currency
+        text = text[1:]  # a currency sign
     if not text or has_delimiters(text) or not is_formula(text):
         return text
     return f"${text.rstrip(' .,;')}$"
 
 
-def from_calculator(gold: str, answer: str) -> tuple[str, str]:
-    """Both, where they are bare mathematics, with roots, pi, mixed numbers and conjunctions as LaTeX has
-    them."""
-    return _from_calculator(gold), _from_calculator(answer)
+def translate_calculator_notation(gold: str, answer: str) -> tuple[str, str]:
+    """Writes roots, pi, mixed numbers and conjunctions of undelimited mathematics in LaTeX."""
+    return _translate_calculator(gold), _translate_calculator(answer)
 
 
-def with_one_number(gold: str, answer: str) -> tuple[str, str]:
-    """Where the reference is no list or interval a final ``[90]`` is 90 and ``1000,99`` is 1000.99."""
+def simplify_single_number(gold: str, answer: str) -> tuple[str, str]:
+    """If the reference is neither a list nor an interval, a final ``[90]`` is 90 and ``1000,99`` is
+    1000.99."""
     if any(mark in gold for mark in "[,("):
         return gold, answer
     comma = _DECIMAL_COMMA.fullmatch(answer)
     return gold, f"{comma[1]}.{comma[2]}" if comma else _BRACKETED_NUMBER.sub(r"\1", answer)
 
 
-def with_argument_named(gold: str, answer: str) -> tuple[str, str]:
-    """The answer's argument called as in ``gold`` where both define the same function: f(t) = t^2 is f(x) =
+def unify_argument_name(gold: str, answer: str) -> tuple[str, str]:
+    """Renames the answer's argument as in ``gold`` if both define the same function: f(t) = t^2 is f(x) =
     x^2."""
-    expected, stated = _DEFINITION.match(gold), _DEFINITION.match(answer)
+    expected = _DEFINITION.match(gold)
+    stated = _DEFINITION.match(answer)
     if expected is None or stated is None or expected[1] != stated[1] or expected[2] == stated[2]:
         return gold, answer
     if re.search(_LETTER.format(expected[2]), answer):
@@ -193,10 +194,10 @@ def with_argument_named(gold: str, answer: str) -> tuple[str, str]:
 
 
 def tokens(text: str) -> list[str]:
-    """LaTeX tokens that mean something, synonyms made one, braces around a single token left out."""
+    """The meaningful LaTeX tokens of ``text``, with synonyms unified and braces around one token removed."""
     result: list[str] = []
-    written: list[str] = _TOKEN.findall(text)
-    for token in written:
+    raw_tokens: list[str] = _TOKEN.findall(text)
+    for token in raw_tokens:
         if token in _WITHOUT_MEANING:
             continue
         token = _SYNONYMS.get(token, token)
@@ -207,46 +208,46 @@ def tokens(text: str) -> list[str]:
     return result
 
 
-def depth(text: str) -> int:
+def nesting_depth(text: str) -> int:
     """How deep brackets and braces are nested."""
-    now = deepest = 0
+    level = deepest = 0
     for character in text:
         if character in "({[":
-            now += 1
-            deepest = max(deepest, now)
+            level += 1
+            deepest = max(deepest, level)
         elif character in ")}]":
-            now = max(now - 1, 0)
+            level = max(level - 1, 0)
     return deepest
 
 
-def _from_calculator(text: str) -> str:
+def _translate_calculator(text: str) -> str:
     if has_delimiters(text) or not is_formula(text):
         return text
-    bare = _CALCULATOR_ROOT.sub(r"\\sqrt{\1}", text.rstrip(" .,;"))
-    bare = _BARE_CONJUNCTION.sub(", ", _CALCULATOR_PI.sub(r"\\pi ", bare))
-    mixed = _MIXED_NUMBER.fullmatch(bare)
-    return mixed.expand(r"\1\2\\frac{\3}{\4}") if mixed else bare
+    latex = _CALCULATOR_ROOT.sub(r"\\sqrt{\1}", text.rstrip(" .,;"))
+    latex = _BARE_CONJUNCTION.sub(", ", _CALCULATOR_PI.sub(r"\\pi ", latex))
+    mixed = _MIXED_NUMBER.fullmatch(latex)
+    return mixed.expand(r"\1\2\\frac{\3}{\4}") if mixed else latex
 
 
-def _unicode(text: str) -> str:
+def _replace_unicode(text: str) -> str:
     if text.isascii():
         return text
     text = _ROOT.sub(lambda root: f"\\sqrt{_ROOT_INDEX[root[1]]}{{{root[2] or root[3] or root[4]}}}", text)
-    text = _SUPERSCRIPT.sub(lambda run: f"^{{{_compatible(run[0])}}}", text)
-    text = _SUBSCRIPT.sub(lambda run: f"_{{{_compatible(run[0])}}}", text)
+    text = _SUPERSCRIPT.sub(lambda run: f"^{{{_normalize_compatibility(run[0])}}}", text)
+    text = _SUBSCRIPT.sub(lambda run: f"_{{{_normalize_compatibility(run[0])}}}", text)
     text = _VULGAR_FRACTION.sub(
-        lambda sign: "\\frac{{{}}}{{{}}}".format(*_compatible(sign[0]).split("\u2044")), text
+        lambda sign: "\\frac{{{}}}{{{}}}".format(*_normalize_compatibility(sign[0]).split("\u2044")), text
     )
     text = _GREEK.sub(lambda letter: _greek_command(letter[0]), text)
     return text.translate(_UNICODE)
 
 
-def _without_spaces_in_a_number(text: str) -> str:
-    number = _THOUSANDS_ALONE.fullmatch(text.strip("$ "))
+def _join_spaced_thousands(text: str) -> str:
+    number = _ONLY_THOUSANDS.fullmatch(text.strip("$ "))
     return "".join((number[1], number[2].replace(" ", ""), number[3] or "")) if number else text
 
 
-def _compatible(text: str) -> str:
+def _normalize_compatibility(text: str) -> str:
     return unicodedata.normalize("NFKC", text).replace("\N{MINUS SIGN}", "-")
 
 
@@ -255,16 +256,16 @@ def _greek_command(letter: str) -> str:
     return f"\\{name.capitalize() if letter.isupper() else name} "
 
 
-def _single_backslashes(text: str) -> str:
-    """Where every command arrived with its backslash escaped once too often; a row's end in a matrix stays
-    one."""
+def _unescape_backslashes(text: str) -> str:
+    """Removes one level of escaping where every command has a doubled backslash; a matrix row still ends in
+    two."""
     if not _DOUBLED_COMMAND.search(text) or _SINGLE_COMMAND.search(text):
         return text
     return _DOUBLED_BACKSLASH.sub(lambda pair: pair[0][: len(pair[0]) // 2], text)
 
 
-def _degrees_in_arguments(text: str) -> str:
-    """Degrees become radians where they are a trigonometric function's argument, and nowhere else."""
+def _convert_degrees_in_arguments(text: str) -> str:
+    """Converts degrees to radians in the arguments of trigonometric functions, and nowhere else."""
     pieces: list[str] = []
     done = 0
     for function in _TRIGONOMETRIC.finditer(text):
@@ -280,7 +281,7 @@ def _degrees_in_arguments(text: str) -> str:
 
 
 def _end_of_argument(text: str, start: int) -> int:
-    """A bracketed argument's closing bracket, else the product that follows."""
+    """Where a function's argument ends: at its closing bracket, or else after the product that follows."""
     if text[start : start + 1] not in ("(", "{", "["):
         argument = _ARGUMENT.match(text, start)
         return argument.end() if argument else start
@@ -293,19 +294,19 @@ def _end_of_argument(text: str, start: int) -> int:
 
 
 RULES: tuple[tuple[str, Callable[[str], str]], ...] = (
-    ("doubled backslashes", _single_backslashes),
-    ("Unicode", _unicode),
+    ("doubled backslashes", _unescape_backslashes),
+    ("Unicode", _replace_unicode),
     ("escaped currency", lambda text: _ESCAPED_DOLLAR.sub("", text)),
     ("upright constant", lambda text: _UPRIGHT_CONSTANT.sub(r"\1", text)),
     ("Python equation", lambda text: _PYTHON_EQUATION.sub(r"\1 = \2", text)),
     ("Python power", lambda text: _PYTHON_POWER.sub(r"^{\1}", text)),
     ("spaced thousands", lambda text: _THOUSANDS.sub(lambda number: _THIN_SPACE.sub("", number[0]), text)),
-    ("thousands alone", _without_spaces_in_a_number),
+    ("thousands alone", _join_spaced_thousands),
     ("scientific", lambda text: _SCIENTIFIC.sub(r"\1 \\cdot 10^{\2}", text)),
     ("product of numbers", lambda text: _NUMBER_TIMES_NUMBER.sub(r"\1 \\cdot \2", text)),
     ("glued conjunction", lambda text: _GLUED_CONJUNCTION.sub(r" \1 ", text)),
     ("empty set", lambda text: _EMPTY_SET.sub(lambda _: "\\emptyset", text)),
-    ("degrees in an argument", _degrees_in_arguments),
+    ("degrees in an argument", _convert_degrees_in_arguments),
     ("prime", lambda text: _PRIME.sub(lambda prime: f"_{{p{len(prime[1])}}}", text)),
     ("full stop in a formula", lambda text: _STOP_IN_FORMULA.sub("", text)),
 )

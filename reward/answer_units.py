@@ -1,4 +1,4 @@
-r"""What stands behind a number and is no part of it: units, nouns, the base of a numeral. Strings in, strings
+r"""Suffixes of a number that are not part of it: units, nouns, the base of a numeral. Strings in, strings
 out."""
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ _GROUP = rf"\\(?:text|textrm|textnormal|mathrm|mbox|operatorname|textit|textbf)\
 _NOUN = r"(?<=\s)(?!(?:and|or)\b)[A-Za-z]{3,}(?:\s[A-Za-z]{2,}){0,5}"
 _SPACE = r"(?:\\[,;: !]|~|\s){0,4}"
 _JOINT = rf"{_SPACE}(?:/|\\cdot|\*|per\s)?{_SPACE}"
-_SURE = rf"(?:{_GROUP}|{_DEGREE}|{_QUANTITY})"
-_WITH_UNIT = re.compile(rf"(.*?[\w)}}]){_SPACE}(?:({_SURE}(?:{_JOINT}{_SURE}){{0,5}})|({_NOUN}))\s?\.?")
+_CERTAIN = rf"(?:{_GROUP}|{_DEGREE}|{_QUANTITY})"
+_WITH_UNIT = re.compile(rf"(.*?[\w)}}]){_SPACE}(?:({_CERTAIN}(?:{_JOINT}{_CERTAIN}){{0,5}})|({_NOUN}))\s?\.?")
 
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textrm|textnormal|mathrm|mbox|operatorname|textit|textbf)\s?(?=\{)")
@@ -80,12 +80,11 @@ _DIGITS = "0123456789ABCDEF"
 
 
 class Quantity(NamedTuple):
-    """A value, and what is behind it: nothing, a unit that can be nothing else, or a letter that may be a
-    variable."""
+    """A value and its unit, if it has one."""
 
     value: str
     unit: str
-    sure: bool
+    is_certain: bool  # False for a letter that may be a unit or a variable
 
 
 def split_unit(text: str) -> Quantity:
@@ -95,36 +94,47 @@ def split_unit(text: str) -> Quantity:
     value, unit, noun = match.groups()
     if noun is not None:
         return Quantity(value, noun, True)
-    bare = _TEXT_COMMAND.sub("", unit)
-    sure = bare != unit or "circ" in unit or any(len(atom) > 1 for atom in _ATOMS.findall(unit))
-    return Quantity(value, unit, sure)
+    without_commands = _TEXT_COMMAND.sub("", unit)
+    is_certain = (
+        without_commands != unit or "circ" in unit or any(len(atom) > 1 for atom in _ATOMS.findall(unit))
+    )
+    return Quantity(value, unit, is_certain)
 
 
-def without_units(gold: str, answer: str) -> tuple[str, str]:
-    """Both without their units, unless these contradict each other. A single letter behind a number is a unit
-    where the other text has the same unit, or, in an answer, where the reference has neither unit nor
-    variable; else it is a variable."""
-    expected, stated = split_unit(gold), split_unit(answer)
+def remove_units(gold: str, answer: str) -> tuple[str, str]:
+    """Both texts without their units, unless the units contradict each other.
+
+    A single letter after a number is a unit if the other text has the same unit, or, in an answer, if the
+    reference has neither a unit nor a variable; otherwise it is a variable.
+    """
+    expected = split_unit(gold)
+    stated = split_unit(answer)
     if not expected.unit and not stated.unit:
         return gold, answer
-    same = _canonical(expected.unit) == _canonical(stated.unit)
-    if expected.unit and stated.unit and not same and _is_known(expected.unit) and _is_known(stated.unit):
+    same_unit = _canonical_unit(expected.unit) == _canonical_unit(stated.unit)
+    if (
+        expected.unit
+        and stated.unit
+        and not same_unit
+        and _is_known_unit(expected.unit)
+        and _is_known_unit(stated.unit)
+    ):
         return gold, answer
-    if expected.unit and not expected.sure and not same:
+    if expected.unit and not expected.is_certain and not same_unit:
         return gold, answer
-    if not expected.unit and not stated.sure and _has_variable(gold):
+    if not expected.unit and not stated.is_certain and _has_variable(gold):
         return gold, answer
     return expected.value, stated.value
 
 
-def numeral(text: str) -> tuple[str, int] | None:
-    """Digits and base of a numeral whose base is written: ``101_2``, ``1F_{16}``, ``101_{\\text{two}}``,
+def parse_numeral(text: str) -> tuple[str, int] | None:
+    """Digits and base of a numeral that states its base: ``101_2``, ``1F_{16}``, ``101_{\\text{two}}``,
     ``101 base 2``; else None."""
     match = _NUMERAL.fullmatch(text.strip("$ "))
     if match is None:
         return None
-    written = match[2] or match[3]
-    base = int(written) if written.isdigit() else _base_named(written)
+    base_text = match[2] or match[3]
+    base = int(base_text) if base_text.isdigit() else _base_from_word(base_text)
     digits = match[1].lstrip("0") or "0"
     if not 2 <= base <= len(_DIGITS) or not all(digit in _DIGITS[:base] for digit in digits.replace(".", "")):
         return None
@@ -132,9 +142,10 @@ def numeral(text: str) -> tuple[str, int] | None:
 
 
 def same_numeral(gold: str, answer: str) -> bool | None:
-    """Whether two numerals agree in their digits and, where both state it, in their base. None where neither
-    states a base."""
-    expected, stated = numeral(gold), numeral(answer)
+    """Whether two numerals have equal digits and, if both state it, the same base. None if neither states
+    it."""
+    expected = parse_numeral(gold)
+    stated = parse_numeral(answer)
     if expected is None and stated is None:
         return None
     if expected is not None and stated is not None:
@@ -144,18 +155,18 @@ def same_numeral(gold: str, answer: str) -> bool | None:
     return re.sub(r"(?<=\d),(?=\d{3})", "", other).lstrip("0") == digits
 
 
-def _base_named(word: str) -> int:
+def _base_from_word(word: str) -> int:
     return _BASE_WORDS.index(word) + 2 if word in _BASE_WORDS else 0
 
 
-def _canonical(unit: str) -> tuple[str, ...]:
-    """The unit's names and powers in order, spellings made one."""
-    bare = re.sub(r"\\cdot|\*|\^|[{}\s]|\\[,;: !]|~|\\circ", " ", _TEXT_COMMAND.sub("", unit)).replace(
+def _canonical_unit(unit: str) -> tuple[str, ...]:
+    """The unit's names and powers in order, with spellings unified."""
+    text = re.sub(r"\\cdot|\*|\^|[{}\s]|\\[,;: !]|~|\\circ", " ", _TEXT_COMMAND.sub("", unit)).replace(
         " per ", " / "
     )
     parts: list[str] = []
     power = 1
-    names: list[str] = re.findall(r"[A-Za-z]+|-?\d+|/", bare)
+    names: list[str] = re.findall(r"[A-Za-z]+|-?\d+|/", text)
     for part in names:
         if part in _POWER_WORDS:
             power = _POWER_WORDS[part]
@@ -168,8 +179,8 @@ def _canonical(unit: str) -> tuple[str, ...]:
     return tuple(parts)
 
 
-def _is_known(unit: str) -> bool:
-    names = [part for part in _canonical(unit) if part.isalpha()]
+def _is_known_unit(unit: str) -> bool:
+    names = [part for part in _canonical_unit(unit) if part.isalpha()]
     return bool(names) and all(name in _UNITS or name in "CF" for name in names)
 
 

@@ -1,4 +1,4 @@
-"""Whatever somebody else's code raises, as data."""
+"""Catches whatever third-party code raises, as data."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from types import TracebackType
 
 
 class Caught:
-    """Whatever somebody else's code raises inside the block, SystemExit included, as ``error``.
+    """Keeps whatever third-party code raises inside the block, SystemExit included, as ``error``.
 
-    The only place that accepts every exception: a user's grader may raise anything, and its failure has to
-    become data.
+    This is the only place that accepts every exception: a user's grader may raise anything, and its failure
+    must become data. KeyboardInterrupt passes through.
     """
 
     error: BaseException | None = None

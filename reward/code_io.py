@@ -1,4 +1,4 @@
-"""A reward for whole programs: run them on the row's inputs and compare what they print."""
+"""A reward for complete programs: runs them on the row's inputs and compares what they print."""
 
 from __future__ import annotations
 
@@ -12,23 +12,21 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from reward import sandbox
-from reward.code_text import program
+from reward.code_text import extract_program
 from reward.sandbox import Limits, SandboxError, Tests, TestsError
 from reward.score import RewardInputs, Score, reward
 
 _NUMBER = re.compile(r"[+-]?(?:\d++(?:\.\d*+)?|\.\d++)(?:[eE][+-]?\d++)?", re.ASCII)
-_NOT_FINITE = re.compile(
-    r"([+-]?)(inf(?:inity)?|nan)", re.IGNORECASE
-)  # as C, Python, Java and JavaScript print them
-_EXACT = decimal.Context(
-    prec=60, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN
-)  # no number that is written out is too large
-_BEFORE = "before"  # the default of before_column, which a row need not have
-_STDIN = frozenset({"stdin", "stdin_stdout", "stdio"})  # how data sets call tests of this kind
+# As C, Python, Java and JavaScript print these numbers.
+_NOT_FINITE = re.compile(r"([+-]?)(inf(?:inity)?|nan)", re.IGNORECASE)
+# No number that is written out exceeds this context.
+_EXACT = decimal.Context(prec=60, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN)
+_DEFAULT_BEFORE_COLUMN = "before"  # a row need not have this column
+_STDIN = frozenset({"stdin", "stdin_stdout", "stdio"})  # names of this kind of test in data sets
 
 
-# What published sets of function calls mean by equal: JSON has no tuples, and some put every answer into a
-# list of one. inf and nan are what they are written as in an assertion.
+# Equality as published sets of function calls mean it: JSON has no tuples, and some sets put every answer
+# into a list of one element. An assertion writes infinity and NaN as inf and nan.
 _SAME = """
 import math as _math
 from math import inf, nan
@@ -42,7 +40,9 @@ def _equal(got, expected, tolerance):
     if isinstance(got, (list, tuple)) and isinstance(expected, (list, tuple)):
         return len(got) == len(expected) and all(map(_equal, got, expected, [tolerance] * len(got)))
     if isinstance(got, dict) and isinstance(expected, dict):
-        return got.keys() == expected.keys() and all(_equal(got[key], expected[key], tolerance) for key in expected)
+        return got.keys() == expected.keys() and all(
+            _equal(got[key], expected[key], tolerance) for key in expected
+        )
     if got == expected or not (_is_number(got) and _is_number(expected)):
         return got == expected
     if not (_math.isfinite(got) and _math.isfinite(expected)):
@@ -61,9 +61,9 @@ if {name!r} not in globals() and "Solution" in globals():
 
 @dataclass(frozen=True)
 class Case:
-    """One run: what the program reads, and what it should print."""
+    """One run of the program: its standard input and its expected output."""
 
-    given: str
+    input_text: str
     expected: str
 
 
@@ -79,7 +79,7 @@ class Calls:
 
 
 class BadTests(Exception):
-    """Nothing can be tested by the row's tests."""
+    """The row's tests cannot test anything."""
 
 
 @reward("code_io")
@@ -102,115 +102,122 @@ def code_io(
     packages: bool = False,
     unsandboxed: bool = False,
 ) -> list[Score]:
-    """``correct`` where the completion's program prints what the row's tests expect, as with APPS
+    """``correct`` if the completion's program prints what the row's tests expect, as with APPS
     (arXiv:2105.09938), else ``wrong``.
 
-    The program is the last Python block of the completion, or all of it where there is no fence. Every test
-    runs it anew in a sandbox of its own (``reward.sandbox``), as ``__main__``, to its end with exit status 0.
-    Printed and expected text are equal where their lines are, white space at the ends of lines and empty
-    lines at the end apart. tests_column: a list of {"input", "output"}, or {"inputs": [...], "outputs":
-    [...]}, or either as JSON; with an "fn_name" a test calls that function with the input, a list of
-    arguments, and compares what it returns (as ``code_tests``). before_column: Python in front of the
-    program, where the row has such a column. max_tests: the first so many; null: all. tolerance: of numbers,
-    absolute or relative, whichever is larger; their lines must then have equal tokens, and infinite ones and
-    NaN equal only themselves; null: text is compared. score "share": between wrong and correct by the share
-    of tests passed; "all" stops at the first that fails. seconds: wall clock of one test; total_seconds: of
-    all, beyond which the rest have failed; keep it below reward.seconds, as starting takes time (about 25 ms
-    per test). memory_mib, processes, file_mib, packages, unsandboxed: as for ``code_tests``. output_mib: what
-    a program may print.
+    The program is the last Python block of the completion, or the whole completion if it has no fence. Every
+    test runs the program again in its own sandbox (``reward.sandbox``), as ``__main__``; the program must end
+    with exit status 0. Printed and expected text are equal if their lines are equal, except for white space
+    at the ends of lines and empty lines at the end. tests_column: a list of {"input", "output"}, or
+    {"inputs": [...], "outputs": [...]}, or either as JSON; with an "fn_name" a test calls that function with
+    the input, a list of arguments, and compares the returned value (like ``code_tests``). before_column:
+    Python that precedes the program, if the row has such a column. max_tests: number of tests, from the
+    first; null: all. tolerance: for numbers, absolute or relative, whichever is larger; the lines must then
+    have equal tokens, and infinity and NaN equal only themselves; null: compare as text. score "share":
+    between wrong and correct in proportion to the passed tests; "all" stops at the first failure. seconds:
+    wall-clock limit of one test; total_seconds: limit of all tests, beyond which the remaining tests fail;
+    keep it below reward.seconds, because starting takes time (about 25 ms per test). memory_mib, processes,
+    file_mib, packages, unsandboxed: as for ``code_tests``. output_mib: limit of what a program prints.
 
     parts: correct (all tests), passed (share), no_code, timeout. Ungraded: "sandbox" (it did not start),
-    "tests" (the row's expect nothing, or are of another kind). Raises ValueError where there are none, or no
-    sandbox.
+    "tests" (the row's tests expect nothing, or are of another kind). Raises ValueError if there are no tests
+    or no sandbox.
     """
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise ValueError(f"code_io: tolerance must be a finite number of at least 0, got {tolerance}")
     kind = sandbox.choose_kind(unsandboxed)
     try:
-        cases = _cases(inputs, tests_column, max_tests, tolerance)
+        cases = _read_tests(inputs, tests_column, max_tests, tolerance)
     except BadTests as error:
         return [Score(0.0, ungraded="tests", why=str(error))] * len(inputs.completions)
     limits = Limits(seconds, memory_mib, processes, file_mib, output_mib)
-    exam = Exam(cases, limits, total_seconds, tolerance, score == "share", kind, packages)
-    before = _before(inputs, before_column)
-    return [
-        _score(program(completion, before, None, "auto"), exam, correct, wrong)
-        for completion in inputs.completions
-    ]
+    plan = TestPlan(cases, limits, total_seconds, tolerance, score == "share", kind, packages)
+    before = _leading_code(inputs, before_column)
+    programs = [extract_program(completion, before, None, "auto") for completion in inputs.completions]
+    return [_score(source, plan, correct, wrong) for source in programs]
 
 
 @dataclass(frozen=True)
-class Exam:
-    """What every completion of a prompt is put through."""
+class TestPlan:
+    """The tests and limits for every completion of a prompt."""
 
     cases: Sequence[Case] | Calls
-    limits: Limits  # of one case
-    seconds: float  # of all of them, starting not counted
+    limits: Limits  # for one case
+    seconds: float  # for all cases, without starting sandboxes
     tolerance: float | None
-    every: bool  # run what is left after a failure
+    run_all: bool  # whether to run the remaining cases after a failure
     kind: sandbox.Kind
     packages: bool
 
 
-def _score(source: str | None, exam: Exam, correct: float, wrong: float) -> Score:
-    """correct, wrong: what all and none of the cases are worth."""
+def _score(source: str | None, plan: TestPlan, correct: float, wrong: float) -> Score:
+    """correct, wrong: the values of passing all cases and none."""
     if source is None:
         return Score(wrong, _parts(0.0, 0.0, 1.0, 0.0))
     try:
-        passed, late = (
-            _called(source, exam.cases, exam)
-            if isinstance(exam.cases, Calls)
-            else _passed(source, exam.cases, exam)
-        )
+        if isinstance(plan.cases, Calls):
+            passed, is_late = _count_passed_calls(source, plan.cases, plan)
+        else:
+            passed, is_late = _count_passed_cases(source, plan.cases, plan)
     except (SandboxError, TestsError, OSError) as error:
         return Score(0.0, ungraded="tests" if isinstance(error, TestsError) else "sandbox", why=str(error))
-    share, right = passed / len(exam.cases), float(passed == len(exam.cases))
-    return Score(
-        wrong + (correct - wrong) * (share if exam.every else right), _parts(right, share, 0.0, float(late))
-    )
+    share = passed / len(plan.cases)
+    all_passed = float(passed == len(plan.cases))
+    value = wrong + (correct - wrong) * (share if plan.run_all else all_passed)
+    return Score(value, _parts(all_passed, share, 0.0, float(is_late)))
 
 
 def _parts(correct: float, passed: float, no_code: float, timeout: float) -> dict[str, float]:
     return {"correct": correct, "passed": passed, "no_code": no_code, "timeout": timeout}
 
 
-def _called(source: str, calls: Calls, exam: Exam) -> tuple[int, bool]:
+def _count_passed_calls(source: str, calls: Calls, plan: TestPlan) -> tuple[int, bool]:
     """How many assertions hold, and whether time ran out."""
     tests = Tests(calls.assertions, _SAME, None)
-    limits = dataclasses.replace(exam.limits, seconds=exam.seconds)
-    verdict = sandbox.judge(source + _METHOD.format(name=calls.name), tests, limits, exam.kind, exam.packages)
+    limits = dataclasses.replace(plan.limits, seconds=plan.seconds)
+    verdict = sandbox.judge(source + _METHOD.format(name=calls.name), tests, limits, plan.kind, plan.packages)
     return sum(verdict.passed), verdict.ended == "timeout"
 
 
-def _passed(source: str, cases: Sequence[Case], exam: Exam) -> tuple[int, bool]:
+def _count_passed_cases(source: str, cases: Sequence[Case], plan: TestPlan) -> tuple[int, bool]:
     """How many cases the program passes, and whether time ran out in one."""
-    passed, late, left = 0, False, exam.seconds
+    passed = 0
+    is_late = False
+    seconds_left = plan.seconds
     for case in cases:
-        limits = dataclasses.replace(exam.limits, seconds=min(exam.limits.seconds, left))
-        ran = sandbox.run(source, case.given, limits, exam.kind, exam.packages)
-        right = ran.ended == "done" and same_output(
-            ran.printed.decode("utf-8", errors="replace"), case.expected, exam.tolerance
+        limits = dataclasses.replace(plan.limits, seconds=min(plan.limits.seconds, seconds_left))
+        result = sandbox.run(source, case.input_text, limits, plan.kind, plan.packages)
+        is_right = result.ended == "done" and same_output(
+            result.printed.decode("utf-8", errors="replace"), case.expected, plan.tolerance
         )
-        passed, late, left = passed + right, late or ran.ended == "timeout", left - ran.seconds
-        if left <= 0 or not (right or exam.every):
+        passed += is_right
+        is_late = is_late or result.ended == "timeout"
+        seconds_left -= result.seconds
+        if seconds_left <= 0 or not (is_right or plan.run_all):
             break
-    return passed, late or left <= 0
+    return passed, is_late or seconds_left <= 0
 
 
 def same_output(printed: str, expected: str, tolerance: float | None = None) -> bool:
-    """Whether the lines are equal, white space at their ends and empty lines at the end apart.
+    """Whether the lines are equal, except for white space at their ends and empty lines at the end.
 
-    tolerance: numbers may differ by so much, absolutely or as a share of the expected one; then the tokens of
-    a line are compared.
+    tolerance: numbers may differ by so much, absolutely or relative to the expected number; then the lines
+    are compared by tokens.
     """
-    ours, theirs = _lines(printed), _lines(expected)
-    if tolerance is None or len(ours) != len(theirs):
-        return ours == theirs
-    pairs = [(one.split(), other.split()) for one, other in zip(ours, theirs, strict=True)]
+    printed_lines = _lines(printed)
+    expected_lines = _lines(expected)
+    if tolerance is None or len(printed_lines) != len(expected_lines):
+        return printed_lines == expected_lines
     return all(
-        len(mine) == len(wanted)
-        and all(_same_token(a, b, tolerance) for a, b in zip(mine, wanted, strict=True))
-        for mine, wanted in pairs
+        _is_same_line(printed_line.split(), expected_line.split(), tolerance)
+        for printed_line, expected_line in zip(printed_lines, expected_lines, strict=True)
+    )
+
+
+def _is_same_line(printed: Sequence[str], expected: Sequence[str], tolerance: float) -> bool:
+    return len(printed) == len(expected) and all(
+        _is_same_token(printed_token, expected_token, tolerance)
+        for printed_token, expected_token in zip(printed, expected, strict=True)
     )
 
 
@@ -218,29 +225,32 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.replace("\r\n", "\n").rstrip().split("\n")]
 
 
-def _same_token(printed: str, expected: str, tolerance: float) -> bool:
+def _is_same_token(printed: str, expected: str, tolerance: float) -> bool:
     if printed == expected:
         return True
     if _NUMBER.fullmatch(printed) and _NUMBER.fullmatch(expected):
-        return _near(printed, expected, tolerance)
-    ours, theirs = _NOT_FINITE.fullmatch(printed), _NOT_FINITE.fullmatch(expected)
-    return ours is not None and theirs is not None and _spelled_alike(ours) == _spelled_alike(theirs)
+        return _is_close(printed, expected, tolerance)
+    printed_match = _NOT_FINITE.fullmatch(printed)
+    expected_match = _NOT_FINITE.fullmatch(expected)
+    if printed_match is None or expected_match is None:
+        return False
+    return _non_finite_kind(printed_match) == _non_finite_kind(expected_match)
 
 
-def _near(printed: str, expected: str, tolerance: float) -> bool:
-    """In decimals, as a float of more than 308 digits is infinite, and infinity is near to everything."""
+def _is_close(printed: str, expected: str, tolerance: float) -> bool:
+    """Whether two numbers agree within ``tolerance``, computed in decimals: as a float, a number of more than
+    308 digits is infinite, and every number would be close to it."""
     with decimal.localcontext(_EXACT):
         try:
-            wanted = decimal.Decimal(expected)
-            return abs(decimal.Decimal(printed) - wanted) <= decimal.Decimal(tolerance) * max(
-                decimal.Decimal(1), abs(wanted)
-            )
-        except decimal.DecimalException:  # an exponent beyond any number's
+            expected_number = decimal.Decimal(expected)
+            margin = decimal.Decimal(tolerance) * max(decimal.Decimal(1), abs(expected_number))
+            return abs(decimal.Decimal(printed) - expected_number) <= margin
+        except decimal.DecimalException:  # an exponent that is too large
             return False
 
 
-def _spelled_alike(number: re.Match[str]) -> tuple[str, bool]:
-    """Infinity with its sign, or NaN, which has none."""
+def _non_finite_kind(number: re.Match[str]) -> tuple[str, bool]:
+    """The kind of number: infinity with its sign, or NaN, which has none."""
     kind = number[2][:3].lower()
     return kind, kind == "inf" and number[1] == "-"
 
@@ -248,11 +258,11 @@ def _spelled_alike(number: re.Match[str]) -> tuple[str, bool]:
 # the row's tests --------------------------------------------------------------------------------------------
 
 
-def _cases(
-    inputs: RewardInputs, column: str, most: int | None, tolerance: float | None
+def _read_tests(
+    inputs: RewardInputs, column: str, max_tests: int | None, tolerance: float | None
 ) -> list[Case] | Calls:
-    """Raises ValueError where the column holds none, BadTests where it holds some of another kind, or
-    that any program passes.
+    """The row's tests. Raises ValueError if the column holds none, BadTests if they are of another kind, or
+    if every program passes them.
     """
     value = inputs.columns.get(column)
     if isinstance(value, str):
@@ -260,35 +270,32 @@ def _cases(
             value = json.loads(value)
         except ValueError as error:
             raise ValueError(
-                f"code_io: column {column!r} is text, but no JSON: {value!r:.80} ({error})"
+                f"code_io: column {column!r} is text, but not JSON: {value!r:.80} ({error})"
             ) from error
     if isinstance(value, Mapping):
-        value = _rows_of(value)
+        value = _tests_by_row(value)
     if (
         not isinstance(value, list | tuple)
         or not value
         or not all(isinstance(item, Mapping) for item in value)
     ):
-        there = ", ".join(sorted(inputs.columns)) or "none"
+        columns = ", ".join(sorted(inputs.columns)) or "none"
         raise ValueError(
             f'code_io: column {column!r} must hold a list of {{"input", "output"}}, got {value!r:.80}; the '
-            f"row's columns are: {there}. "
-            "Set tests_column or data.columns"
+            f"row's columns are: {columns}. Set tests_column or data.columns"
         )
     for item in value:
         if "input" not in item or "output" not in item:
             raise ValueError(f"code_io: a test must have input and output, got {sorted(item)}")
     if name := value[0].get("fn_name"):
-        return _calls(str(name), value[:most], tolerance)
-    cases = [_case(item) for item in value[:most]]
+        return _read_calls(str(name), value[:max_tests], tolerance)
+    cases = [_read_case(item) for item in value[:max_tests]]
     if not any(case.expected.strip() for case in cases):
-        raise BadTests(
-            "no test of the row expects any output, so that every program would pass that prints nothing"
-        )
+        raise BadTests("no test of the row expects any output: a program that prints nothing would pass")
     return cases
 
 
-def _calls(name: str, tests: Sequence[Mapping[str, Any]], tolerance: float | None) -> Calls:
+def _read_calls(name: str, tests: Sequence[Mapping[str, Any]], tolerance: float | None) -> Calls:
     if not name.isidentifier() or not all(
         isinstance(item["input"], list | tuple) and item.get("fn_name") == name for item in tests
     ):
@@ -299,51 +306,56 @@ def _calls(name: str, tests: Sequence[Mapping[str, Any]], tolerance: float | Non
     return Calls(name, tuple(assertions))
 
 
-def _before(inputs: RewardInputs, column: str) -> str | None:
-    """Raises ValueError where a column that the recipe names is not there; the default one need not be."""
+def _leading_code(inputs: RewardInputs, column: str) -> str | None:
+    """The Python that precedes the program. Raises ValueError if the recipe names a column that the row
+    lacks; the row need not have the default column."""
     value = inputs.columns.get(column)
-    if column not in inputs.columns and column != _BEFORE:
-        there = ", ".join(sorted(inputs.columns)) or "none"
+    if column not in inputs.columns and column != _DEFAULT_BEFORE_COLUMN:
+        columns = ", ".join(sorted(inputs.columns)) or "none"
         raise ValueError(
-            f"code_io: the row has no column {column!r}; its columns are: {there}. Set before_column or "
+            f"code_io: the row has no column {column!r}; its columns are: {columns}. Set before_column or "
             "data.columns"
         )
     if value is not None and not isinstance(value, str):
         raise ValueError(
-            f"code_io: column {column!r} must hold the Python in front of the program as text, got "
+            f"code_io: column {column!r} must hold the Python that precedes the program as text, got "
             f"{value!r:.80}"
         )
     return value or None
 
 
-def _rows_of(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Tests that are kept by column, as APPS and CodeContests do."""
+def _tests_by_row(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Tests by row, from tests by column as in APPS and CodeContests."""
     named = {"fn_name": columns["fn_name"]} if columns.get("fn_name") else {}
-    given, expected = (columns.get(f"{name}s", columns.get(name)) for name in ("input", "output"))
+    inputs = columns.get("inputs", columns.get("input"))
+    outputs = columns.get("outputs", columns.get("output"))
     if (
-        not isinstance(given, list | tuple)
-        or not isinstance(expected, list | tuple)
-        or len(given) != len(expected)
+        not isinstance(inputs, list | tuple)
+        or not isinstance(outputs, list | tuple)
+        or len(inputs) != len(outputs)
     ):
         raise ValueError(
-            f"code_io: inputs and outputs must be lists of equal length, got {given!r:.60} and "
-            f"{expected!r:.60}"
+            f"code_io: inputs and outputs must be lists of equal length, got {inputs!r:.60} and "
+            f"{outputs!r:.60}"
         )
-    return [{"input": one, "output": other, **named} for one, other in zip(given, expected, strict=True)]
+    return [
+        {"input": test_input, "output": output, **named}
+        for test_input, output in zip(inputs, outputs, strict=True)
+    ]
 
 
-def _case(item: Mapping[str, Any]) -> Case:
-    called = item.get("type", item.get("testtype", "stdin"))
-    if called not in _STDIN or item.get("fn_name"):
+def _read_case(item: Mapping[str, Any]) -> Case:
+    kind = item.get("type", item.get("testtype", "stdin"))
+    if kind not in _STDIN or item.get("fn_name"):
         raise BadTests(
-            f"a test of the row is of the kind {called!r}, neither of a program that reads and prints nor of "
-            "a named function"
+            f"a test of the row is of the kind {kind!r}; expected a program that reads and prints, or a "
+            "named function"
         )
-    return Case(_text(item["input"]), _text(item["output"]))
+    return Case(_join_lines(item["input"]), _join_lines(item["output"]))
 
 
-def _text(value: Any) -> str:
-    """Text, or a list of its lines. Raises ValueError on anything else."""
+def _join_lines(value: Any) -> str:
+    """The text of a value that is text or a list of lines. Raises ValueError on anything else."""
     lines = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(line, str) for line in lines):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A reward without labels: how many of the prompt's completions mean the same."""
+"""A reward without labels: the share of the prompt's completions with the same meaning."""
 
 from __future__ import annotations
 
@@ -28,31 +28,29 @@ def empo(
     arXiv:2504.05812.
 
     Answers are clustered greedily: each joins the first cluster whose first member it is equivalent to.
-    equivalence "math": equal texts, or mathematically equal (``seconds`` limits one comparison; then they
-    differ); "words": equal but for case, articles and punctuation (the paper's free-text runs ask a 1.5B
-    model). A completion without an answer is a cluster of its own, which earns ``empty``, or, with null, its
-    share 1/G. Where the answers decide nothing all get 0: if none agree (all_distinct "zero"), if the largest
-    cluster's share is below ``min_share`` (and there are several), or if the entropy of the clusters in nats
-    is not strictly between entropy_low and entropy_high (the paper filters such prompts; it prints no
-    numbers). copies "zero": so does an answer that stands in the prompt. The released forms: maths as the
-    defaults; free text empty -0.5, min_share 0.2, all_distinct keep, copies zero; verl empty null,
-    all_distinct keep.
+    equivalence "math": equal texts, or mathematically equal (``seconds`` limits one comparison, beyond which
+    the answers differ); "words": equal except for case, articles and punctuation (the paper's free-text runs
+    ask a 1.5B model). A completion without an answer is a cluster of its own, which earns ``empty``, or, with
+    null, its share 1/G. All completions get 0 if the answers decide nothing: if none agree (all_distinct
+    "zero"), if the largest cluster's share is below ``min_share`` (and there are several), or if the entropy
+    of the clusters in nats is not strictly between entropy_low and entropy_high (the paper filters such
+    prompts; it prints no numbers). With copies "zero", an answer that occurs in the prompt gets 0 too. The
+    released forms: for maths, the defaults; for free text, empty -0.5, min_share 0.2, all_distinct keep,
+    copies zero; verl, empty null and all_distinct keep.
 
     parts: share, clusters, semantic_entropy (nats). ``answer`` is the cluster's first member. The reward
-    confirms itself: have a function with labels beside it (weight 0) and watch whether the shares it raises
-    are right.
+    confirms itself: add a function with labels (weight 0) and check that the answers whose shares rise are
+    right.
     """
-    answers = [answer_text.extracted(completion) for completion in inputs.completions]
-    clusters = cluster(
-        answers,
-        same_words
-        if equivalence == "words"
-        else lambda one, other: math_answer.equivalent(one, other, seconds),
-    )
+    answers = [answer_text.extract_answer(completion) for completion in inputs.completions]
+    if equivalence == "words":
+        clusters = cluster(answers, same_words)
+    else:
+        clusters = cluster(answers, lambda first, second: math_answer.are_equivalent(first, second, seconds))
     sizes = collections.Counter(clusters)
     shares = [sizes[number] / len(answers) for number in clusters]
     entropy = sum(-size / len(answers) * math.log(size / len(answers)) for size in sizes.values()) + 0.0
-    undecided = (
+    is_undecided = (
         (all_distinct == "zero" and len(sizes) == len(answers) > 1)
         or (max(shares) < min_share and len(sizes) > 1)
         or (entropy_low is not None and entropy <= entropy_low)
@@ -62,8 +60,8 @@ def empo(
     scores: list[Score] = []
     for answer, number, share in zip(answers, clusters, shares, strict=True):
         if answer is None and empty is not None:
-            value = 0.0 if undecided and empty > 0 else empty
-        elif undecided or (
+            value = 0.0 if is_undecided and empty > 0 else empty
+        elif is_undecided or (
             answer is not None and copies == "zero" and answer.casefold() in inputs.prompt.casefold()
         ):
             value = 0.0
@@ -77,27 +75,27 @@ def warm_up() -> None:
     math_answer.warm_up()
 
 
-def cluster(answers: Sequence[str | None], same: Callable[[str, str], bool]) -> list[int]:
-    """Each answer's cluster, named by the position of its first member.
+def cluster(answers: Sequence[str | None], are_equal: Callable[[str, str], bool]) -> list[int]:
+    """The cluster of each answer, named by the position of its first member.
 
-    Equal texts are the same without asking; None is alone.
+    Equal texts need no call of ``are_equal``; None forms a cluster alone.
     """
     representatives: dict[str, int] = {}  # text of each cluster's first member -> its position
-    known: dict[str, int] = {}
-    found: list[int] = []
+    cluster_of_text: dict[str, int] = {}
+    clusters: list[int] = []
     for position, answer in enumerate(answers):
         if answer is None:
-            found.append(position)
+            clusters.append(position)
             continue
-        if answer not in known:
-            known[answer] = next(
-                (number for first, number in representatives.items() if same(first, answer)), position
+        if answer not in cluster_of_text:
+            cluster_of_text[answer] = next(
+                (number for member, number in representatives.items() if are_equal(member, answer)), position
             )
-            if known[answer] == position:
+            if cluster_of_text[answer] == position:
                 representatives[answer] = position
-        found.append(known[answer])
-    return found
+        clusters.append(cluster_of_text[answer])
+    return clusters
 
 
-def same_words(one: str, other: str) -> bool:
-    return answer_words.words(one) == answer_words.words(other) != ""
+def same_words(first: str, second: str) -> bool:
+    return answer_words.normalize_words(first) == answer_words.normalize_words(second) != ""

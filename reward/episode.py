@@ -7,14 +7,13 @@ from reward.score import RewardInputs, Score, reward
 
 @reward("episode")
 def episode(inputs: RewardInputs, *, scale: float = 1.0) -> list[Score]:
-    """``scale`` times the sum of the rewards that the environment gave in the course of the episode; its
-    parts are the score's.
+    """``scale`` times the sum of the environment's rewards over the episode, with the episode's parts.
 
-    Raises ValueError where completions are no episodes.
+    Raises ValueError if the completions are not episodes.
     """
     if len(inputs.episodes) != len(inputs.completions):
         raise ValueError(
-            "episode: these completions are no episodes; set rollout.environment, or use another reward "
+            "episode: these completions are not episodes; set rollout.environment, or use another reward "
             "function"
         )
-    return [Score(scale * one.reward, dict(one.parts)) for one in inputs.episodes]
+    return [Score(scale * played.reward, dict(played.parts)) for played in inputs.episodes]

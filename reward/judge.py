@@ -1,9 +1,9 @@
-"""A language model as the judge, behind any OpenAI-compatible endpoint (``vllm serve``): by a rubric, or one
-completion against another.
+"""A language model as the judge, behind any OpenAI-compatible endpoint (``vllm serve``): it rates completions
+by a rubric, or compares them in pairs.
 
-What a completion says is quoted between lines that hold a digest of all that is judged, which no completion
-can contain: it cannot end its own quotation. The verdict is read from the judge's words alone, in one strict
-form.
+Each completion is quoted between lines that contain a digest of all the quoted texts. No completion can
+contain that digest, so none can end its own quotation. The verdict is read only from the judge's answer, in
+one strict form.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ def llm_judge(
     concurrency: int = 8,
     seconds: float = 60.0,
 ) -> list[Score]:
-    """A rating from 0 to 1 by a judge, as in MT-Bench's single-answer grading (arXiv:2306.05685): (rating -
-    low) / (high - low).
+    """A judge's rating, scaled to 0..1 as (rating - low) / (high - low), as in MT-Bench's single-answer
+    grading (arXiv:2306.05685).
 
-    url: the server, e.g. http://127.0.0.1:8000/v1; model: its name there. rubric: what is judged, in words.
-    reference_column: a column with a reference answer that the judge is shown. The judge must end with
+    url: the server, e.g. http://127.0.0.1:8000/v1; model: the judge's name there. rubric: what is judged, in
+    words. reference_column: a column with a reference answer that the judge is shown. The judge must end with
     exactly one [[rating]] between ``low`` and ``high``. token_env: the environment variable that holds the
-    bearer token. max_tokens of the judge's answer, at temperature 0. concurrency: questions at a time;
-    seconds: of each, with further attempts. A prompt's completions are judged together: set reward.seconds
-    for all of them.
+    bearer token. max_tokens: limit of the judge's answer, at temperature 0. concurrency: simultaneous
+    questions; seconds: time limit of each, retries included. A prompt's completions are judged together:
+    reward.seconds must cover all of them.
 
     Ungraded: "unparsable", or as for ``reward_model_http``. Raises ValueError without url, model or token, or
-    where high <= low.
+    if high <= low.
     """
     if high <= low:
         raise ValueError(f"llm_judge: high must be above low, got {high:g} and {low:g}")
-    place = _chat(url, model, token_env, seconds, "llm_judge")
+    endpoint = _chat_endpoint(url, model, token_env, seconds, "llm_judge")
     questions = [
         _question(model, max_tokens, _rating_request(inputs, completion, rubric, low, high, reference_column))
         for completion in inputs.completions
     ]
-    answers = remote.ask_all(place, questions, said, concurrency)
-    return [_rated(answer, low, high) for answer in answers]
+    answers = remote.ask_all(endpoint, questions, reply_text, concurrency)
+    return [_score_of_rating(answer, low, high) for answer in answers]
 
 
 @reward("llm_judge_pairs", scope="group")
@@ -74,61 +74,66 @@ def llm_judge_pairs(
     concurrency: int = 8,
     seconds: float = 60.0,
 ) -> list[Score]:
-    """The share of the prompt's other completions that a judge finds worse, ties counting half,
+    """The share of the prompt's other completions that a judge finds worse, with ties as half,
     arXiv:2306.05685.
 
-    Every pair is shown in both orders; where the two verdicts disagree it is a tie, so that the place of an
-    answer earns nothing. The judge must end with exactly one of [[A]], [[B]], [[C]] (tie). rounds: against
-    how many that follow each completion is shown (circularly), n questions each way per round; null: all
-    pairs, n (n - 1) questions. url, model, rubric, reference_column, token_env, max_tokens, concurrency,
+    The judge sees every pair in both orders; two verdicts that disagree are a tie, so that an answer's
+    position earns nothing. The judge must end with exactly one of [[A]], [[B]], [[C]] (tie). rounds: compare
+    each completion with this many of its successors (circularly), n questions in each order per round; null:
+    all pairs, n (n - 1) questions. url, model, rubric, reference_column, token_env, max_tokens, concurrency,
     seconds: as for ``llm_judge``.
 
     parts: compared (pairs with a verdict), ties (their share). A pair without two verdicts counts for
-    neither; a completion without any pair is ungraded, with the reason of the last. One that is alone is
-    compared with itself. Raises ValueError as ``llm_judge``.
+    neither completion; a completion without any pair is ungraded, with the reason of the last failed pair. A
+    single completion is compared with itself. Raises ValueError like ``llm_judge``.
     """
-    place = _chat(url, model, token_env, seconds, "llm_judge_pairs")
+    endpoint = _chat_endpoint(url, model, token_env, seconds, "llm_judge_pairs")
     count = len(inputs.completions)
-    pairs = pairs_of(count, rounds)
+    pairs = comparison_pairs(count, rounds)
     orders = [order for pair in pairs for order in (pair, pair[::-1])]
     texts = [
-        _pair_request(inputs, inputs.completions[one], inputs.completions[other], rubric, reference_column)
-        for one, other in orders
+        _pair_request(inputs, inputs.completions[first], inputs.completions[second], rubric, reference_column)
+        for first, second in orders
     ]
-    answers = remote.ask_all(place, [_question(model, max_tokens, text) for text in texts], said, concurrency)
-    verdicts = [_chosen(answer) for answer in answers]
+    answers = remote.ask_all(
+        endpoint, [_question(model, max_tokens, text) for text in texts], reply_text, concurrency
+    )
+    verdicts = [_points_of_first(answer) for answer in answers]
     points: list[list[float]] = [[] for _ in range(count)]
-    without = [Score(0.0, ungraded="unparsable")] * count
-    for (one, other), first, second in zip(pairs, verdicts[::2], verdicts[1::2], strict=True):
+    failures = [Score(0.0, ungraded="unparsable")] * count
+    for (left, right), first, second in zip(pairs, verdicts[::2], verdicts[1::2], strict=True):
         if isinstance(first, Score) or isinstance(second, Score):
-            without[one] = without[other] = first if isinstance(first, Score) else cast(Score, second)
+            failures[left] = failures[right] = first if isinstance(first, Score) else cast(Score, second)
             continue
-        won = first if first == 1.0 - second else 0.5
-        points[one].append(won)
-        points[other].append(1.0 - won)
+        left_points = first if first == 1.0 - second else 0.5
+        points[left].append(left_points)
+        points[right].append(1.0 - left_points)
     return [
-        Score(sum(mine) / len(mine), {"compared": float(len(mine)), "ties": mine.count(0.5) / len(mine)})
-        if mine
-        else none
-        for mine, none in zip(points, without, strict=True)
+        _share_of_points(values) if values else failure
+        for values, failure in zip(points, failures, strict=True)
     ]
 
 
-def pairs_of(count: int, rounds: int | None) -> list[tuple[int, int]]:
-    """Distinct pairs of ``count``, each once: all, or everyone with the ``rounds`` that follow it; of
-    one, itself.
+def _share_of_points(points: list[float]) -> Score:
+    count = len(points)
+    return Score(sum(points) / count, {"compared": float(count), "ties": points.count(0.5) / count})
+
+
+def comparison_pairs(count: int, rounds: int | None) -> list[tuple[int, int]]:
+    """Distinct pairs of ``count`` completions, each once: all, or each completion with its next ``rounds``
+    successors. A single completion is paired with itself.
     """
     if count == 1:
         return [(0, 0)]
     if rounds is not None and rounds < 1:
         raise ValueError(f"llm_judge_pairs: rounds must be at least 1, got {rounds}")
     widest = count // 2 if rounds is None else min(rounds, count // 2)
-    pairs = [(one, (one + step) % count) for step in range(1, widest + 1) for one in range(count)]
+    pairs = [(left, (left + step) % count) for step in range(1, widest + 1) for left in range(count)]
     return list({frozenset(pair): pair for pair in reversed(pairs)}.values())[::-1]
 
 
-def said(answer: Any) -> str:
-    """The judge's words in a chat completion. Raises ValueError where there are none."""
+def reply_text(answer: Any) -> str:
+    """The judge's text in a chat completion. Raises ValueError if there is none."""
     try:
         text = answer["choices"][0]["message"]["content"]
     except (TypeError, KeyError, IndexError) as error:
@@ -138,50 +143,50 @@ def said(answer: Any) -> str:
     return text
 
 
-def rating(text: str, low: float, high: float) -> float | None:
-    """The one rating of an answer; None where there is none, several, or one out of range.
+def parse_rating(text: str, low: float, high: float) -> float | None:
+    """The only rating of an answer, scaled to 0..1; None if there are none, several, or one out of range.
 
-    What was thought aloud does not count.
+    Text before a closing think tag does not count.
     """
-    found = _RATING.findall(_after_thought(text))
-    if len(found) != 1 or not low <= float(found[0]) <= high:
+    matches = _RATING.findall(_strip_reasoning(text))
+    if len(matches) != 1 or not low <= float(matches[0]) <= high:
         return None
-    return (float(found[0]) - low) / (high - low)
+    return (float(matches[0]) - low) / (high - low)
 
 
-def choice(text: str) -> str | None:
-    """A, B or C (tie), where exactly one is named in the required form."""
-    found = _CHOICE.findall(_after_thought(text))
-    return found[0] if len(found) == 1 else None
+def parse_choice(text: str) -> str | None:
+    """A, B or C (tie), if the text names exactly one in the required form."""
+    matches = _CHOICE.findall(_strip_reasoning(text))
+    return matches[0] if len(matches) == 1 else None
 
 
-def _after_thought(text: str) -> str:
+def _strip_reasoning(text: str) -> str:
     return text.rpartition("</think>")[2]
 
 
-def _rated(answer: str | RemoteError, low: float, high: float) -> Score:
+def _score_of_rating(answer: str | RemoteError, low: float, high: float) -> Score:
     if isinstance(answer, RemoteError):
-        return _unanswered(answer)
-    value = rating(answer, low, high)
+        return _ungraded_score(answer)
+    value = parse_rating(answer, low, high)
     return Score(0.0, ungraded="unparsable") if value is None else Score(value)
 
 
-def _chosen(answer: str | RemoteError) -> float | Score:
-    """Points of the answer shown first, or an ungraded Score that says why there are none."""
+def _points_of_first(answer: str | RemoteError) -> float | Score:
+    """Points of the answer that was shown first, or an ungraded Score that says why there are none."""
     if isinstance(answer, RemoteError):
-        return _unanswered(answer)
-    letter = choice(answer)
+        return _ungraded_score(answer)
+    letter = parse_choice(answer)
     return Score(0.0, ungraded="unparsable") if letter is None else _WINS[letter]
 
 
-def _unanswered(error: RemoteError) -> Score:
+def _ungraded_score(error: RemoteError) -> Score:
     return Score(0.0, ungraded=error.reason, why=str(error))
 
 
-def _chat(url: str, model: str, token_env: str | None, seconds: float, name: str) -> remote.Endpoint:
+def _chat_endpoint(url: str, model: str, token_env: str | None, seconds: float, name: str) -> remote.Endpoint:
     if not model:
-        raise ValueError(f"{name}: model must name the judge as the server knows it")
-    return remote.endpoint(url.rstrip("/") + "/chat/completions", token_env, seconds, name)
+        raise ValueError(f"{name}: model must be the judge's name on the server")
+    return remote.make_endpoint(url.rstrip("/") + "/chat/completions", token_env, seconds, name)
 
 
 def _question(model: str, max_tokens: int, text: str) -> dict[str, Any]:
@@ -193,7 +198,7 @@ def _question(model: str, max_tokens: int, text: str) -> dict[str, Any]:
     }
 
 
-def _quoted(**texts: str) -> str:
+def _quote(**texts: str) -> str:
     digest = hashlib.sha256("\0".join(texts.values()).encode("utf-8", errors="replace")).hexdigest()[:16]
     parts = [f"<<<{name} {digest}>>>\n{text}\n<<<end of {name} {digest}>>>" for name, text in texts.items()]
     return (
@@ -217,7 +222,7 @@ def _reference(inputs: RewardInputs, column: str | None) -> dict[str, str]:
 def _rating_request(
     inputs: RewardInputs, completion: str, rubric: str, low: float, high: float, reference: str | None
 ) -> str:
-    quoted = _quoted(request=inputs.prompt, **_reference(inputs, reference), response=completion)
+    quoted = _quote(request=inputs.prompt, **_reference(inputs, reference), response=completion)
     return (
         f"Rate a response to a request. {rubric}\n\n{quoted}\n\nExplain in a few sentences, then end with "
         f"your rating from {low:g} (worst) "
@@ -227,7 +232,7 @@ def _rating_request(
 
 
 def _pair_request(inputs: RewardInputs, first: str, second: str, rubric: str, reference: str | None) -> str:
-    quoted = _quoted(
+    quoted = _quote(
         request=inputs.prompt, **_reference(inputs, reference), response_A=first, response_B=second
     )
     return (

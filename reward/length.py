@@ -16,20 +16,19 @@ def length(
     factor: float = 1.0,
     form: Literal["paper", "released"] = "paper",
 ) -> list[Score]:
-    """``factor`` times 0 up to ``max_tokens - buffer_tokens`` tokens, then linear down to -1 at
+    """``factor`` times a penalty: 0 up to ``max_tokens - buffer_tokens`` tokens, then linear down to -1 at
     ``max_tokens``.
 
-    Beyond ``max_tokens``: -1 in the paper's form, ever lower in the released code's (verl), which only a
-    generation limit bounds. Counts are ``token_counts``, EOS included. Raises ValueError unless 0 <
-    buffer_tokens <= max_tokens, both given.
+    Beyond ``max_tokens`` the penalty is -1 in the paper's form; in the released code's form (verl) it goes on
+    linearly, bounded only by the generation limit. Lengths are ``token_counts``, EOS included. Raises
+    ValueError unless both sizes are set and 0 < buffer_tokens <= max_tokens.
     """
     if max_tokens is None or buffer_tokens is None or not 0 < buffer_tokens <= max_tokens:
         raise ValueError(
-            f"length: max_tokens is {max_tokens} and buffer_tokens {buffer_tokens}; both are needed, 0 < "
-            "buffer_tokens <= max_tokens "
-            "(DAPO: max_tokens 20480, buffer_tokens 4096)"
+            f"length: max_tokens is {max_tokens} and buffer_tokens {buffer_tokens}; both are needed, "
+            "0 < buffer_tokens <= max_tokens (DAPO: max_tokens 20480, buffer_tokens 4096)"
         )
     start = max_tokens - buffer_tokens
-    over = [max(count - start, 0) / buffer_tokens for count in inputs.token_counts]
-    punished = over if form == "released" else [min(share, 1.0) for share in over]
-    return [Score(-factor * share, {"over_length": float(share > 0)}) for share in punished]
+    excess = [max(count - start, 0) / buffer_tokens for count in inputs.token_counts]
+    penalties = excess if form == "released" else [min(share, 1.0) for share in excess]
+    return [Score(-factor * share, {"over_length": float(share > 0)}) for share in penalties]

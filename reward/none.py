@@ -1,4 +1,4 @@
-"""No reward, for data that nobody has judged."""
+"""No reward, for data without verdicts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from reward.score import RewardInputs, Score, reward
 
 @reward("none")
 def none(inputs: RewardInputs) -> list[Score]:
-    """0 for every completion and no verdict on it.
-
-    For a loss that reads no reward, on prompts without answers.
-    """
+    """0 for every completion, without a verdict: for a loss that reads no reward, on prompts without
+    answers."""
     return [Score(0.0) for _ in inputs.completions]

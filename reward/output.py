@@ -1,8 +1,7 @@
-"""What graders print, in one file of bounded size, each stretch under the step and the grader that printed
-it.
+"""Logs the output of graders in one file of bounded size, in sections headed by step and grader.
 
-A worker's stdout and stderr are one pipe. The worker marks in it where a grader begins and ends; a thread of
-the trainer reads it, so that no grader ever waits for somebody to listen.
+A worker's stdout and stderr are one pipe. The worker marks in the pipe where a grader begins and ends; a
+thread of the trainer reads it, so that no grader ever waits for a reader.
 """
 
 from __future__ import annotations
@@ -16,75 +15,76 @@ from pathlib import Path
 
 __all__ = ["OutputLog", "mark"]
 
-_FILE_BYTES = 8 << 20  # then the file is kept as rewards.log.1 and a new one begins
-_STRETCH_BYTES = 64 << 10  # of what one grader prints at one time
-_KEPT_STRETCHES = 64  # until there is a file
+_FILE_BYTES = 8 << 20  # a full file is kept as rewards.log.1, and a new one begins
+_SECTION_BYTES = 64 << 10  # of the output of one grader in one task
+_BUFFERED_SECTIONS = 64  # kept until there is a file
 _MARK = b"\x1e"
 _HEADING_BYTES = 512
-_LAST_WORDS_SECONDS = 1.0  # for what is still in a pipe when its worker is gone
+_DRAIN_SECONDS = 1.0  # for reading the rest of a pipe after its worker has ended
 
 
 def mark(descriptor: int, nonce: str, heading: str = "") -> None:
-    """Written by a worker: what follows belongs to ``heading``, or to nobody."""
+    """Writes a mark to a worker's output: the following output belongs to ``heading``, or to no grader."""
     line = " ".join(heading.split()).encode("utf-8", errors="replace")[:_HEADING_BYTES]
     with contextlib.suppress(OSError):  # a grader has closed its own stdout
         os.write(descriptor, _MARK + nonce.encode("ascii") + b" " + line + b"\n")
 
 
 class OutputLog:
-    """The log of a pool's workers. Until ``open`` names a file, the latest stretches are kept for it."""
+    """The log of a pool's workers. It buffers the latest sections until ``open`` names a file."""
 
     def __init__(self) -> None:
-        self.nonce = secrets.token_hex(8)  # tells a worker's marks from what a grader prints
+        self.nonce = secrets.token_hex(8)  # distinguishes a worker's marks from a grader's output
         self._path: Path | None = None
-        self._waiting: collections.deque[bytes] = collections.deque(maxlen=_KEPT_STRETCHES)
+        self._buffered: collections.deque[bytes] = collections.deque(maxlen=_BUFFERED_SECTIONS)
         self._lock = threading.Lock()
         self._readers: list[threading.Thread] = []
 
     def open(self, path: Path) -> None:
-        """From now on stretches are appended to ``path``, the kept ones first."""
+        """Appends sections to ``path`` from now on, the buffered ones first."""
         with self._lock:
             self._path = path
-            while self._waiting:
-                self._append(self._waiting.popleft())
+            while self._buffered:
+                self._append(self._buffered.popleft())
 
     def follow(self, descriptor: int) -> None:
-        """Read this end of a worker's pipe until nobody holds the other."""
+        """Starts a thread that reads this end of a worker's pipe until the other end is closed."""
         self._readers = [reader for reader in self._readers if reader.is_alive()]
         reader = threading.Thread(target=self._read, args=(descriptor,), daemon=True)
         self._readers.append(reader)
         reader.start()
 
     def close(self) -> None:
-        """Waits a moment for what ended workers have printed."""
+        """Waits a moment for the output of workers that have ended."""
         for reader in self._readers:
-            reader.join(_LAST_WORDS_SECONDS)
+            reader.join(_DRAIN_SECONDS)
 
     def _read(self, descriptor: int) -> None:
-        stretch, split = _Stretch("the start of a worker"), _Splitter(self.nonce)
+        section = _Section("the start of a worker")
+        split = _Splitter(self.nonce)
         try:
             while chunk := os.read(descriptor, 1 << 16):
                 for text, heading in split(chunk):
-                    stretch.add(text)
+                    section.add(text)
                     if heading is not None:
-                        self._write(stretch)
-                        stretch = _Stretch(heading or "after a grader had returned")
-            stretch.add(split.rest)
-            self._write(stretch)
+                        self._write(section)
+                        section = _Section(heading or "after a grader had returned")
+            section.add(split.rest)
+            self._write(section)
         finally:
             os.close(descriptor)
 
-    def _write(self, stretch: _Stretch) -> None:
-        if not stretch.size:
+    def _write(self, section: _Section) -> None:
+        if not section.size:
             return
         with self._lock:
             if self._path is None:
-                self._waiting.append(stretch.rendered)
+                self._buffered.append(section.formatted_text)
             else:
-                self._append(stretch.rendered)
+                self._append(section.formatted_text)
 
     def _append(self, text: bytes) -> None:
-        """A full disk or a removed folder costs the log and nothing else."""
+        """A full disk or a removed folder loses only the log."""
         assert self._path is not None
         with contextlib.suppress(OSError):
             if self._path.exists() and self._path.stat().st_size + len(text) > _FILE_BYTES:
@@ -93,18 +93,20 @@ class OutputLog:
                 file.write(text)
 
 
-class _Stretch:
-    """What one grader printed in one task, its beginning only where it is long."""
+class _Section:
+    """The output of one grader in one task; of a long output, only the beginning."""
 
     def __init__(self, heading: str) -> None:
-        self.heading, self.size, self._text = heading, 0, bytearray()
+        self.heading = heading
+        self.size = 0
+        self._text = bytearray()
 
     def add(self, text: bytes) -> None:
         self.size += len(text)
-        self._text += text[: max(_STRETCH_BYTES - len(self._text), 0)]
+        self._text += text[: max(_SECTION_BYTES - len(self._text), 0)]
 
     @property
-    def rendered(self) -> bytes:
+    def formatted_text(self) -> bytes:
         left_out = self.size - len(self._text)
         more = f"\n[{left_out} more bytes are left out]" if left_out else ""
         text = bytes(self._text).rstrip(b"\n")
@@ -112,21 +114,24 @@ class _Stretch:
 
 
 class _Splitter:
-    """Cuts a stream at a worker's marks, wherever the chunks in which it arrives begin and end."""
+    """Splits a stream at a worker's marks, however the stream is cut into chunks."""
 
     def __init__(self, nonce: str) -> None:
         self._mark = _MARK + nonce.encode("ascii") + b" "
-        self.rest = b""  # may be the beginning of a mark
+        self.rest = b""  # the possible beginning of a mark
 
     def __call__(self, chunk: bytes) -> list[tuple[bytes, str | None]]:
-        """(text, heading of what follows), the last without a heading."""
-        data, pieces = self.rest + chunk, []
+        """Pairs (text, heading of the text that follows); the last pair has no heading."""
+        data = self.rest + chunk
+        pieces = []
         while (start := data.find(self._mark)) >= 0 and (end := data.find(b"\n", start)) >= 0:
             pieces.append(
                 (data[:start], data[start + len(self._mark) : end].decode("utf-8", errors="replace"))
             )
             data = data[end + 1 :]
-        kept = data.rfind(_MARK)
-        kept = kept if kept >= 0 and len(data) - kept <= 2 * _HEADING_BYTES else len(data)
-        self.rest = data[kept:]
-        return [*pieces, (data[:kept], None)]
+        rest_start = data.rfind(_MARK)
+        rest_start = (
+            rest_start if rest_start >= 0 and len(data) - rest_start <= 2 * _HEADING_BYTES else len(data)
+        )
+        self.rest = data[rest_start:]
+        return [*pieces, (data[:rest_start], None)]

@@ -1,4 +1,4 @@
-"""What arrives from a process that somebody else's code runs in: validated before anything reads it."""
+"""Validates messages from a process that runs third-party code, before anything else reads them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _Answer = TypeVar("_Answer")
 
 
 class MalformedAnswerError(Exception):
-    """What a worker sent is no answer: somebody else wrote to its socket."""
+    """A worker's message is not an answer: a grader wrote to its socket."""
 
 
-def received(kind: type[_Answer], body: bytes) -> _Answer:
-    """``body`` as an instance of the dataclass ``kind``, strictly. Raises MalformedAnswerError."""
+def validate_answer(kind: type[_Answer], body: bytes) -> _Answer:
+    """``body`` as an instance of the dataclass ``kind``, strictly validated. Raises MalformedAnswerError."""
     try:
         return _adapter(kind).validate_json(body, strict=True)
     except (ValidationError, RecursionError) as error:

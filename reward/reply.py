@@ -1,5 +1,5 @@
-"""What a worker answers, as JSON behind an eight-byte length: numbers and text, which may be wrong
-but cannot execute.
+"""A worker's replies, as JSON after an eight-byte length: numbers and text, which may be wrong but cannot
+execute code.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from reward.score import Score
 LENGTH = struct.Struct(">Q")
 LARGEST = 1 << 26  # bytes of one answer
 
-STRICT = {"extra": "forbid", "allow_inf_nan": False}  # how ``received.py`` validates a class that names it
+# How ``received.py`` validates a class whose ``__pydantic_config__`` names it.
+STRICT = {"extra": "forbid", "allow_inf_nan": False}
 
 
 @dataclass(frozen=True)
 class GraderFacts:
-    """What the pool needs to know of a grader."""
+    """The facts about a grader that the pool needs."""
 
     scope: Literal["completion", "group"]
     reads_ids: bool = False  # whether the token ids of completions are sent to it
@@ -30,10 +31,9 @@ class GraderFacts:
 
 @dataclass(frozen=True)
 class Reply:
-    """``scores`` or, where there are none, ``reason`` ("error", "memory", "contract") and ``message``.
+    """``scores``, or a ``reason`` ("error", "memory", "contract") and ``message`` if there are none.
 
-    ``task`` repeats the number that the task came with. The first reply has the graders' facts in place of
-    scores.
+    ``task`` repeats the number of the task. The first reply carries the graders' facts instead of scores.
     """
 
     task: int = 0
@@ -45,28 +45,28 @@ class Reply:
     __pydantic_config__ = STRICT
 
 
-def framed(body: bytes) -> bytes:
+def add_length(body: bytes) -> bytes:
+    """``body`` after its length in eight bytes."""
     return LENGTH.pack(len(body)) + body
 
 
-def encoded(answer: Reply) -> bytes:
-    """A frame; an answer too large to be accepted becomes an error that says so."""
-    body = json_of(answer)
+def encode_reply(answer: Reply) -> bytes:
+    """The reply as a message. A reply that is too large to be accepted becomes an error that says so."""
+    body = to_json(answer)
     if len(body) > LARGEST:
-        body = json_of(
+        body = to_json(
             Reply(
                 answer.task,
                 reason="error",
                 message=f"scores of {len(body)} bytes; at most {LARGEST} are accepted",
             )
         )
-    return framed(body)
+    return add_length(body)
 
 
-def json_of(answer: object) -> bytes:
-    """A dataclass as UTF-8, in which a lone surrogate is a question mark.
-
-    Raises ValueError on NaN and infinity.
+def to_json(answer: object) -> bytes:
+    """A dataclass as JSON in UTF-8, with a question mark for a lone surrogate. Raises ValueError on NaN and
+    infinity.
     """
     assert dataclasses.is_dataclass(answer) and not isinstance(answer, type)
     text = json.dumps(dataclasses.asdict(answer), allow_nan=False, ensure_ascii=False)

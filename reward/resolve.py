@@ -1,5 +1,5 @@
-"""From a reward's name to something that grades: ``Grader(inputs) -> list[Score]``, one per
-completion, or an error that says why.
+"""Resolves a reward's name to a grader, ``Grader(inputs) -> list[Score]`` with one score per completion, or
+an error that says why.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class RewardCall:
 
     @property
     def label(self) -> str:
-        """The name in metrics and messages: the function's, without the path of its file."""
+        """The name in metrics and messages: the function's name without its file's path."""
         return self.name.rpartition(":")[2]
 
 
 @dataclass(frozen=True)
 class Grader:
-    """A reward function with its hyperparameters in place, whose answer is checked."""
+    """A reward function bound to its hyperparameters; checks the function's answer."""
 
     label: str
     scope: Literal["completion", "group"]
@@ -47,13 +47,14 @@ class Grader:
 
 
 def resolve(call: RewardCall) -> Grader:
-    """The grader of ``call``.
+    """The grader for ``call``.
 
-    Raises ValueError on an unknown name, a file that does not load, or hyperparameters it does not take.
+    Raises ValueError on an unknown name, a file that does not load, or hyperparameters that the function does
+    not take.
     """
     if is_user_spec(call.name):
         function = load_user_function(call.name, call.hp)
-        return Grader(call.label, function.scope, function, _nothing, function.reads_ids)
+        return Grader(call.label, function.scope, function, _do_nothing, function.reads_ids)
     known: list[str] = []
     for name in MODULES:
         module = importlib.import_module(name)
@@ -72,8 +73,8 @@ def resolve(call: RewardCall) -> Grader:
 
 
 def _warm_up_of(module: ModuleType) -> Callable[[], None]:
-    return vars(module).get("warm_up", _nothing)
+    return vars(module).get("warm_up", _do_nothing)
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     """Most graders have no tables to build."""

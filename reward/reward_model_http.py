@@ -8,7 +8,7 @@ from typing import Any, Literal
 from reward import remote
 from reward.score import RewardInputs, Score, reward
 
-_CONCURRENCY = 16  # a server puts what it is asked at one time into one batch
+_CONCURRENCY = 16  # a server batches concurrent questions
 
 
 @reward("reward_model_http", scope="group")
@@ -22,19 +22,20 @@ def reward_model_http(
     model: str | None = None,
     user_tag: str = "user",
 ) -> list[Score]:
-    """What a served reward model says of each completion, as it says it: any finite number.
+    """A served reward model's score for each completion, unchanged: any finite number.
 
-    url: of the whole endpoint. protocol "scores": POST {"model", "prompt", "completions": [...]} is answered
-    by {"scores": [...]}. "vllm_pooling": vLLM's /pooling of a sequence classifier with one label (``vllm
-    serve MODEL --runner pooling``), where the prompt is the message of ``user_tag`` and the completion the
-    assistant's, in the model's own chat template. model: its served name. token_env: the environment variable
-    that holds the bearer token. seconds: until the whole answer, further attempts included; keep it below
-    reward.seconds.
+    url: the full URL of the endpoint. protocol "scores": POST {"model", "prompt", "completions": [...]} is
+    answered by {"scores": [...]}. "vllm_pooling": vLLM's /pooling of a sequence classifier with one label
+    (``vllm serve MODEL --runner pooling``), where the prompt is the message of ``user_tag`` and the
+    completion the assistant's, in the model's own chat template. model: its served name. token_env: the
+    environment variable that holds the bearer token. seconds: time limit for the complete answer, retries
+    included; keep it below reward.seconds.
 
     Ungraded: "unreachable", "timeout", "refused" (4xx), "server_error" (5xx), "malformed". One answer covers
-    the prompt's completions (with vllm_pooling each has its own). Raises ValueError without a url or token.
+    all of the prompt's completions (with vllm_pooling each has its own). Raises ValueError without a url or
+    token.
     """
-    place = remote.endpoint(url, token_env, seconds, "reward_model_http")
+    endpoint = remote.make_endpoint(url, token_env, seconds, "reward_model_http")
     name = {} if model is None else {"model": model}
     if protocol == "scores":
         question = {**name, "prompt": inputs.prompt, "completions": list(inputs.completions)}
@@ -42,7 +43,7 @@ def reward_model_http(
             return [
                 Score(value)
                 for value in remote.ask(
-                    place, question, lambda answer: _scores(answer, len(inputs.completions))
+                    endpoint, question, lambda answer: _read_scores(answer, len(inputs.completions))
                 )
             ]
         except remote.RemoteError as error:
@@ -59,31 +60,33 @@ def reward_model_http(
         }
         for completion in inputs.completions
     ]
-    answers = remote.ask_all(place, questions, _pooled, concurrency=_CONCURRENCY)
+    answers = remote.ask_all(endpoint, questions, _read_pooled_score, concurrency=_CONCURRENCY)
     return [
-        Score(0.0, ungraded=one.reason, why=str(one)) if isinstance(one, remote.RemoteError) else Score(one)
-        for one in answers
+        Score(0.0, ungraded=answer.reason, why=str(answer))
+        if isinstance(answer, remote.RemoteError)
+        else Score(answer)
+        for answer in answers
     ]
 
 
-def _scores(answer: Any, count: int) -> list[float]:
+def _read_scores(answer: Any, count: int) -> list[float]:
     if not isinstance(answer, dict) or not isinstance(answer.get("scores"), list):
         raise ValueError('an object {"scores": [...]} is expected')
     if len(answer["scores"]) != count:
         raise ValueError(f"{len(answer['scores'])} scores for {count} completions")
-    return [_finite(value) for value in answer["scores"]]
+    return [_to_finite_float(value) for value in answer["scores"]]
 
 
-def _pooled(answer: Any) -> float:
-    """{"data": [{"data": [score]}]}"""
+def _read_pooled_score(answer: Any) -> float:
+    """The score in {"data": [{"data": [score]}]}."""
     try:
         ((value,),) = [item["data"] for item in answer["data"]]
     except (TypeError, KeyError) as error:
         raise ValueError('an object {"data": [{"data": [score]}]} is expected') from error
-    return _finite(value)
+    return _to_finite_float(value)
 
 
-def _finite(value: Any) -> float:
+def _to_finite_float(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"a score must be a finite number, got {value!r:.80}")
     return float(value)

@@ -1,4 +1,4 @@
-"""What a grader returns, and how one is declared. Importable without torch and without rltrain."""
+"""The scores that graders return, and the declaration of graders. Importable without torch and rltrain."""
 
 from __future__ import annotations
 
@@ -15,25 +15,23 @@ _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 class Score:
     """One completion's score.
 
-    ``ungraded`` names why there is none: such a completion is masked out and counted, never scored 0.
+    ``ungraded`` is the reason why there is none: such a completion is masked out and counted, never scored 0.
     """
 
     value: float
     parts: Mapping[str, float] = field(default_factory=dict)  # logged by name, not summed into value
     ungraded: str | None = None  # "timeout", "memory", "error", "died", "nan", ...
-    answer: str | None = field(
-        default=None, compare=False
-    )  # what the completion answers, where a grader found it; equal texts are one
-    # of an ungraded one whose fault lies outside the completion: what failed, in words
+    # The completion's answer, if a grader extracted it; equal texts are equal answers.
+    answer: str | None = field(default=None, compare=False)
+    # What failed, in words, if the completion is ungraded for a reason outside itself.
     why: str | None = field(default=None, compare=False)
-    extra: Mapping[str, str] = field(
-        default_factory=dict, compare=False
-    )  # texts that a transcript shows beside the completion
+    # Texts that a transcript shows beside the completion.
+    extra: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def correct(self) -> bool | None:
-        """Raw correctness: what the parts named ``correct`` (or ``<function>/correct``) say together;
-        None if there is none.
+        """Raw correctness: whether all parts named ``correct`` or ``<function>/correct`` are positive; None
+        if there are none.
         """
         verdicts = [
             value for name, value in self.parts.items() if name == "correct" or name.endswith("/correct")
@@ -43,57 +41,53 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """What became of one completion that was an episode in an environment."""
+    """The outcome of a completion that was an episode in an environment."""
 
     reward: float  # sum over its steps
-    parts: Mapping[str, float]  # numbers the environment reports of it
-    turns: tuple[str, ...]  # what the policy wrote, turn by turn, without special tokens
-    failure: str | None = (
-        # why the environment could not say: "timeout", "error", "died", ...; the completion is left ungraded
-        None
-    )
+    parts: Mapping[str, float]  # numbers that the environment reports about it
+    turns: tuple[str, ...]  # the policy's texts, turn by turn, without special tokens
+    # Why there is no outcome ("timeout", "error", "died", ...); the completion is then ungraded.
+    failure: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RewardInputs:
-    """Completions of one prompt, as every reward function receives them.
+    """The completions of one prompt, as every reward function receives them.
 
-    Plain data: it crosses a process boundary.
+    Plain data, because it crosses a process boundary.
     """
 
     prompt: str
-    completions: tuple[str, ...]  # of an episode, the last turn
-    token_counts: tuple[
-        int, ...
-    ]  # completion tokens, EOS included; of an episode, all turns and observations
+    completions: tuple[str, ...]  # for an episode, the last turn
+    # Numbers of completion tokens, EOS included; for an episode, of all turns and observations.
+    token_counts: tuple[int, ...]
     finish: tuple[str, ...]  # "stop" | "length" | "aborted"
     columns: Mapping[str, Any]  # the row's other columns: answer, ...
-    episodes: tuple[Episode, ...] = ()  # one per completion where they are episodes, else empty
-    prompt_ids: tuple[
-        int, ...
-    ] = ()  # token ids, for a reward model in the trainer's process; workers of a pool get none
+    episodes: tuple[Episode, ...] = ()  # one per completion if they are episodes, else empty
+    # Token ids, for a reward model in the trainer's process; a pool's workers get none.
+    prompt_ids: tuple[int, ...] = ()
     completion_ids: tuple[tuple[int, ...], ...] = ()
-    messages: tuple[Mapping[str, Any], ...] | None = (
-        None  # the prompt as the data have it, where they have messages
-    )
-    updates: int = 0  # optimizer updates that the policy had taken when it wrote these
-    occasion: str = ""  # what they are graded for, in words: "step 12"
+    # The prompt as messages, if the data have messages.
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    updates: int = 0  # optimizer updates of the policy that generated the completions
+    occasion: str = ""  # the purpose of the grading, in words: "step 12"
 
 
 def is_float32(value: float) -> bool:
-    """Whether a learner, which keeps rewards in float32, sees a finite number."""
+    """Whether ``value`` is finite in float32, in which the learner keeps rewards."""
     return math.isfinite(value) and abs(value) <= _LARGEST_FLOAT32
 
 
 def reward(name: str, *, scope: Literal["completion", "group"] = "completion") -> Callable[[F], F]:
-    """Declare ``function(inputs: RewardInputs, *, hp) -> list[Score]`` under ``name``.
+    """Declares ``function(inputs: RewardInputs, *, hp) -> list[Score]`` under ``name``.
 
-    ``scope="group"`` says that a score depends on the other completions of the prompt, so that a failure
-    costs the group; otherwise a failure costs its own completion only.
+    ``scope="group"`` means that a score depends on the other completions of the prompt, so that a failure
+    leaves the whole group ungraded; otherwise a failure leaves only its own completion ungraded.
     """
 
     def declare(function: F) -> F:
-        function.reward_name, function.reward_scope = name, scope  # type: ignore[attr-defined]
+        function.reward_name = name  # type: ignore[attr-defined]
+        function.reward_scope = scope  # type: ignore[attr-defined]
         return function
 
     return declare
@@ -102,12 +96,12 @@ def reward(name: str, *, scope: Literal["completion", "group"] = "completion") -
 def column_text(inputs: RewardInputs, column: str, reward_name: str) -> str:
     """The row's reference answer as text.
 
-    Raises ValueError where the column is missing, empty, or neither text nor a number.
+    Raises ValueError if the column is missing, empty, or neither text nor a number.
     """
     if column not in inputs.columns:
-        there = ", ".join(sorted(inputs.columns)) or "none"
+        columns = ", ".join(sorted(inputs.columns)) or "none"
         raise ValueError(
-            f"{reward_name}: the row has no column {column!r}; its columns are: {there}. Set answer_column "
+            f"{reward_name}: the row has no column {column!r}; its columns are: {columns}. Set answer_column "
             "or data.columns"
         )
     value = inputs.columns[column]

@@ -1,6 +1,5 @@
-"""What identifies the code behind a name in a recipe: a digest of a user's file, or the version of
-this package.
-"""
+"""Identifies the code behind a name in a recipe: by a digest of a user's file, or by this package's
+version."""
 
 from __future__ import annotations
 
@@ -14,24 +13,24 @@ PACKAGE = "rltrain"
 
 
 def is_user_spec(name: str) -> bool:
-    """Whether ``name`` is a ``path/to/file.py:function`` and not a registered name."""
+    """Whether ``name`` is a ``path/to/file.py:function`` rather than a registered name."""
     return ".py:" in name
 
 
 def source_digest(name: str) -> str:
-    """Equal for equal code: ``sha256:...`` of the file in ``path/to/file.py:function``, ``rltrain 0.1.0`` for
-    a registered name.
+    """A text that is equal for equal code: ``sha256:...`` for ``path/to/file.py:function``, ``rltrain 0.1.0``
+    for a registered name.
 
-    The digest covers the modules beside the file that it imports, directly or through one another, but no
-    installed package. A relative path is read from the current folder. Raises ValueError where the file
-    cannot be read.
+    The digest covers the file and the modules in its folder that it imports, directly or indirectly, but no
+    installed package. A relative path starts at the current folder. Raises ValueError if the file cannot be
+    read.
     """
     if not is_user_spec(name):
         return f"{PACKAGE} {importlib.metadata.version(PACKAGE)}"
     file = Path(name.rpartition(":")[0]).expanduser().resolve()
     digest = hashlib.sha256()
     for path in source_files(file):
-        content = _content(path)
+        content = _read_file(path)
         digest.update(
             f"{path.relative_to(file.parent).as_posix()} {len(content)}\n".encode("utf-8", "surrogateescape")
         )
@@ -40,11 +39,9 @@ def source_digest(name: str) -> str:
 
 
 def source_files(file: Path) -> list[Path]:
-    """``file`` and every module in its folder or below that it imports, in the order in which their
-    imports are met.
-    """
+    """``file`` and every module in or below its folder that it imports, in the order of the imports."""
     files = [file]
-    for path in files:  # grows while it is walked
+    for path in files:  # the list grows during the loop
         files += [
             neighbor for neighbor in dict.fromkeys(_neighbors(path, file.parent)) if neighbor not in files
         ]
@@ -52,12 +49,10 @@ def source_files(file: Path) -> list[Path]:
 
 
 def _neighbors(path: Path, folder: Path) -> Iterator[Path]:
-    """Files of the modules that ``path`` imports from ``folder``; what is not there is installed or
-    missing.
-    """
+    """Files of the modules that ``path`` imports from ``folder``; other modules are installed or missing."""
     try:
-        tree = ast.parse(_content(path))
-    except (SyntaxError, ValueError):  # whoever loads it says so
+        tree = ast.parse(_read_file(path))
+    except (SyntaxError, ValueError):  # loading the file reports the error
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -78,17 +73,16 @@ def _ancestor(path: Path, level: int) -> Path:
 
 
 def _module_files(folder: Path, dotted: str) -> Iterator[Path]:
-    """What importing ``dotted`` from ``folder`` would execute: each package's ``__init__.py`` and the
-    module itself.
-    """
-    place = folder
+    """The files that importing ``dotted`` from ``folder`` executes: each package's ``__init__.py`` and the
+    module."""
+    parent = folder
     for part in filter(None, dotted.split(".")):
-        place = place / part
-        candidates = (place / "__init__.py", place.with_name(f"{part}.py"))
+        parent = parent / part
+        candidates = (parent / "__init__.py", parent.with_name(f"{part}.py"))
         yield from (candidate for candidate in candidates if candidate.is_file())
 
 
-def _content(path: Path) -> bytes:
+def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:

@@ -1,9 +1,10 @@
-"""The parent of a grading process: when that ends, or the trainer hangs up, all that it has started ends as
-well.
+"""The parent of a grading process: when that process ends, or the trainer hangs up, the supervisor ends every
+process that it has started.
 
-A process group is not enough: a child that calls ``setsid`` leaves it, and once its own parent has gone
-nobody knows whose it was. On Linux orphans come to the nearest ancestor that asks for them (a subreaper),
-which is this process, so that none is lost; it needs no privilege. Elsewhere it ends the process group.
+A process group is not enough: a child that calls ``setsid`` leaves it, and can no longer be attributed once
+its own parent has ended. On Linux, orphans become children of the nearest ancestor that asks for them (a
+subreaper), which is this process, so that none is lost; this needs no privilege. On other systems the
+supervisor ends the process group only.
 """
 
 from __future__ import annotations
@@ -22,25 +23,27 @@ from typing import NoReturn
 
 from reward.inside import kernel
 
-_PATIENCE_SECONDS = 5.0  # for processes that cannot die yet, such as one that waits for a dead disk
-_LOOK_SECONDS = 0.002
-_LOOK_AT_TRAINER_MS = 1000  # whose end does not show where a process that it forked holds the lifeline too
+_PATIENCE_SECONDS = 5.0  # for processes that cannot end yet, such as one that waits for a dead disk
+_POLL_SECONDS = 0.002
+# The trainer's end does not close the lifeline if a process that it forked holds the lifeline too.
+_TRAINER_POLL_MS = 1000
 
 
 def supervise(program: str, channel: int, lifeline: int) -> None:
-    """Run ``program.main(channel)`` in a child, which alone returns, and end as it ends, after all that it
-    started.
+    """Runs ``program.main(channel)`` in a child, and exits with the child's status after ending every process
+    that the child started. The function returns only in the child.
 
-    channel: descriptor of the child's end of its socket. lifeline: of another, to whose other end the
-    trainer sends something, or closes it, or dies, when all has to end.
+    channel: descriptor of the child's end of its socket. lifeline: descriptor of a second socket; when the
+    trainer sends on its other end, closes it, or dies, everything ends.
     """
     if sys.platform == "linux":
         kernel.adopt_orphans()
-    trainer, parent = os.getppid(), os.getpid()
+    trainer = os.getppid()
+    parent = os.getpid()
     child = os.fork()
     if child != 0:
         os.close(channel)
-        _follow(child, lifeline, trainer)
+        _wait_for_end(child, lifeline, trainer)
     os.close(lifeline)
     os.setsid()
     if sys.platform == "linux":
@@ -50,32 +53,31 @@ def supervise(program: str, channel: int, lifeline: int) -> None:
     importlib.import_module(program).main(channel)
 
 
-def _follow(child: int, lifeline: int, trainer: int) -> NoReturn:
-    """Until the child has ended or the trainer has hung up; then to the end of both."""
+def _wait_for_end(child: int, lifeline: int, trainer: int) -> NoReturn:
+    """Waits until the child has ended or the trainer has hung up, then ends all processes and exits."""
     awake, wake = socket.socketpair()
     for end in (awake, wake):
         end.setblocking(False)
     signal.set_wakeup_fd(wake.fileno())
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(
-            number, lambda *_: None
-        )  # who stops a job signals all its processes: it is for the child to say
+        # A job scheduler signals all processes of a job: the child decides how to react.
+        signal.signal(number, lambda *_: None)
     poll = select.poll()
     poll.register(awake, select.POLLIN)
     poll.register(lifeline, select.POLLIN)
     status: int | None = None
     while status is None:
-        events = dict(poll.poll(_LOOK_AT_TRAINER_MS))
+        events = dict(poll.poll(_TRAINER_POLL_MS))
         with contextlib.suppress(BlockingIOError):
             awake.recv(4096)
-        status, _ = _reaped(child, status)
+        status, _ = _reap_children(child, status)
         if lifeline in events or os.getppid() != trainer:
             break
-    _end_as(_end_all(child, status))
+    _exit_with_status(_end_all(child, status))
 
 
-def _end_as(status: int) -> NoReturn:
-    """With the same exit code, or of the same signal, as a wait status says."""
+def _exit_with_status(status: int) -> NoReturn:
+    """Exits with the exit code of a wait status, or dies by its signal."""
     if not os.WIFSIGNALED(status):
         os._exit(os.waitstatus_to_exitcode(status))
     number = os.WTERMSIG(status)
@@ -87,8 +89,9 @@ def _end_as(status: int) -> NoReturn:
     os._exit(1)
 
 
-def _reaped(child: int, status: int | None) -> tuple[int | None, bool]:
-    """The child's status once it has ended, and whether nobody is left. Ended orphans are let go as well."""
+def _reap_children(child: int, status: int | None) -> tuple[int | None, bool]:
+    """Reaps ended children and orphans: the child's status once it has ended, and whether no process is
+    left."""
     try:
         while (ended := os.waitpid(-1, os.WNOHANG))[0] != 0:
             status = ended[1] if ended[0] == child else status
@@ -98,7 +101,7 @@ def _reaped(child: int, status: int | None) -> tuple[int | None, bool]:
 
 
 def _end_all(child: int, status: int | None) -> int:
-    """Kills until nobody is left, orphans that come meanwhile included; the child's status."""
+    """Kills until no process is left, new orphans included; returns the child's status."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)
@@ -106,21 +109,21 @@ def _end_all(child: int, status: int | None) -> int:
         for process in descendants(os.getpid()):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(process, signal.SIGKILL)
-        status, alone = _reaped(child, status)
-        if alone:
+        status, none_left = _reap_children(child, status)
+        if none_left:
             break
-        select.select([], [], [], _LOOK_SECONDS)
+        select.select([], [], [], _POLL_SECONDS)
     return signal.SIGKILL if status is None else status
 
 
 def descendants(ancestor: int) -> list[int]:
-    """Processes below ``ancestor``, as /proc has them; none where there is no /proc."""
+    """Process numbers of the descendants of ``ancestor`` in /proc; empty if there is no /proc."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             parent = int((folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(folder.name))
-    below = list(children.get(ancestor, ()))
-    for process in below:
-        below += children.get(process, ())
-    return below
+    processes = list(children.get(ancestor, ()))
+    for process in processes:
+        processes += children.get(process, ())
+    return processes

@@ -1,8 +1,8 @@
 r"""Rewards that compare strings: exact match, a multiple-choice letter, a required format.
 
-Every expression here takes time linear in the completion: what repeats gives nothing back (``*+``) where the
-rest could take it as well. A recipe's own expression (``format``) may not; it is then the limit
-reward.seconds that ends it.
+Every expression here takes time linear in the completion: repetitions are possessive (``*+``) where the rest
+of the expression could match the same text. A recipe's own expression (``format``) may be slower; the limit
+reward.seconds then ends it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from reward.score import RewardInputs, Score, column_text, reward
 
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})++|\d++)?(?:\.\d++)?")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*+\{([^{}]*+)\}")
-_SAID = r"(?i:answer)\s*+(?i:is:?+|:)\s*+(?i:(?:option|choice)\s++)?+"
+_ANSWER_PHRASE = r"(?i:answer)\s*+(?i:is:?+|:)\s*+(?i:(?:option|choice)\s++)?+"
 
 
 @reward("exact")
@@ -29,16 +29,20 @@ def exact(
     correct: float = 1.0,
     wrong: float = 0.0,
 ) -> list[Score]:
-    """``correct`` where the stripped completion is the stripped reference answer.
+    """``correct`` if the stripped completion equals the stripped reference answer.
 
-    numbers: compare as numbers where both are plain ones, so that "1,000.0" is "1000".
-    Raises ValueError where the answer column is missing.
+    numbers: compare as numbers if both are plain numbers, so that "1,000.0" is "1000".
+    Raises ValueError if the answer column is missing.
     """
-    gold = _comparable(column_text(inputs, answer_column, "exact"), ignore_case, numbers)
-    said = [_comparable(completion, ignore_case, numbers) for completion in inputs.completions]
+    gold = _normalize(column_text(inputs, answer_column, "exact"), ignore_case, numbers)
+    answers = [_normalize(completion, ignore_case, numbers) for completion in inputs.completions]
     return [
-        Score(correct if one == gold else wrong, {"correct": float(one == gold)}, answer=str(one) or None)
-        for one in said
+        Score(
+            correct if answer == gold else wrong,
+            {"correct": float(answer == gold)},
+            answer=str(answer) or None,
+        )
+        for answer in answers
     ]
 
 
@@ -51,12 +55,12 @@ def choice(
     correct: float = 1.0,
     wrong: float = 0.0,
 ) -> list[Score]:
-    r"""``correct`` where the chosen letter is the reference's ("B", "(B)" or "B."); ``parts["answered"]``
-    says whether one was chosen.
+    r"""``correct`` if the chosen letter is the reference's ("B", "(B)" or "B."); ``parts["answered"]`` is 1
+    if the completion chooses a letter.
 
-    Looked for in this order: the last box, the last "answer is (B)" or "Answer: B", a completion or last line
-    that is a letter ("B", "(B)", "B. Paris"), the last letter in parentheses. Letters count as written: "the
-    answer is a cat" chooses nothing. Raises ValueError where the column is missing or holds no letter of
+    The search order is: the last box; the last "answer is (B)" or "Answer: B"; a completion or last line that
+    is a letter ("B", "(B)", "B. Paris"); the last letter in parentheses. Letters are case-sensitive: "the
+    answer is a cat" chooses nothing. Raises ValueError if the column is missing or holds no letter of
     ``letters``.
     """
     raw = column_text(inputs, answer_column, "choice")
@@ -66,14 +70,14 @@ def choice(
             f"choice: column {answer_column!r} must hold one of the letters {letters}, got {raw!r}; set "
             "letters or answer_column"
         )
-    chosen = [chosen_letter(completion, letters) for completion in inputs.completions]
+    chosen_letters = [chosen_letter(completion, letters) for completion in inputs.completions]
     return [
         Score(
             correct if letter == gold[1] else wrong,
             {"correct": float(letter == gold[1]), "answered": float(letter is not None)},
             answer=letter,
         )
-        for letter in chosen
+        for letter in chosen_letters
     ]
 
 
@@ -87,63 +91,64 @@ def answer_format(
     correct: float = 1.0,
     wrong: float = 0.0,
 ) -> list[Score]:
-    """``correct`` where the completion has the required form.
+    """``correct`` if the completion has the required form.
 
-    regex: Python's syntax, the dot matches newlines; ``match`` "full" covers the stripped completion,
+    regex: in Python's syntax; the dot matches newlines. ``match`` "full" must match the stripped completion,
     "search" any part of it. tags: e.g. [think, answer]: <think>...</think> then <answer>...</answer>, in this
-    order, each exactly once. Raises ValueError where neither is given or the expression is none.
+    order, each exactly once. Raises ValueError if neither is set or the expression is invalid.
     """
     if regex is None and not tags:
         raise ValueError("format: nothing is required; set regex, tags (for example [think, answer]) or both")
-    pattern = _compiled(regex) if regex is not None else None
-    rights = [
-        (pattern is None or _matches(pattern, completion, match)) and (not tags or has_tags(completion, tags))
+    pattern = _compile_format(regex) if regex is not None else None
+    verdicts = [
+        (pattern is None or _has_match(pattern, completion, match))
+        and (not tags or has_tags(completion, tags))
         for completion in inputs.completions
     ]
-    return [Score(correct if right else wrong, {"well_formed": float(right)}) for right in rights]
+    return [Score(correct if right else wrong, {"well_formed": float(right)}) for right in verdicts]
 
 
 def chosen_letter(completion: str, letters: str) -> str | None:
-    """The letter a completion settles on; None without one. The order of places is in ``choice``."""
+    """The letter that a completion chooses, or None; ``choice`` gives the search order."""
     letter = rf"\(?+\s*+([{re.escape(letters)}])"
     text = _TEXT_COMMAND.sub(r"\1", answer_part(completion)).replace("**", "").replace("$", "")
     box = last_box(text)
     if box is not None:
         boxed = re.match(rf"\s*+{letter}(?![\w'])", box)
         return boxed[1] if boxed else None
-    said = re.findall(rf"{_SAID}{letter}(?![\w'])(?!\s+[a-z])", text)
-    if said:
-        return said[-1]
+    phrases = re.findall(rf"{_ANSWER_PHRASE}{letter}(?![\w'])(?!\s+[a-z])", text)
+    if phrases:
+        return phrases[-1]
     for line in (text.strip(), text.strip().rpartition("\n")[2]):
-        alone = re.match(rf"{letter}\s*+(?:$|(?:\)\s*+)?[.):](?:\s|$))", line)
-        if alone:
-            return alone[1]
+        labelled = re.match(rf"{letter}\s*+(?:$|(?:\)\s*+)?[.):](?:\s|$))", line)
+        if labelled:
+            return labelled[1]
     bracketed = re.findall(rf"\(([{re.escape(letters)}])\)", text)
     return bracketed[-1] if bracketed else None
 
 
 def has_tags(text: str, tags: list[str]) -> bool:
-    """Whether each tag opens once and closes once, one pair after the other in the order given."""
+    """Whether each tag opens once and closes once, one pair after the other, in the order of ``tags``."""
     marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
     places = [text.find(mark) for mark in marks]
     return all(text.count(mark) == 1 for mark in marks) and places == sorted(places)
 
 
-def _comparable(text: str, ignore_case: bool, numbers: bool) -> str | Decimal:
+def _normalize(text: str, ignore_case: bool, numbers: bool) -> str | Decimal:
     stripped = text.strip()
     if numbers and _NUMBER.fullmatch(stripped) and any(character.isdigit() for character in stripped):
         return Decimal(stripped.replace(",", ""))
     return stripped.casefold() if ignore_case else stripped
 
 
-def _compiled(regex: str) -> re.Pattern[str]:
+def _compile_format(regex: str) -> re.Pattern[str]:
     try:
         return re.compile(regex, re.DOTALL)
     except re.error as error:
         raise ValueError(f"format: {regex!r} is not a regular expression: {error}") from error
 
 
-def _matches(pattern: re.Pattern[str], completion: str, match: Literal["full", "search"]) -> bool:
+def _has_match(pattern: re.Pattern[str], completion: str, match: Literal["full", "search"]) -> bool:
     return (
         pattern.fullmatch(completion.strip()) if match == "full" else pattern.search(completion)
     ) is not None

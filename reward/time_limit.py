@@ -1,4 +1,4 @@
-"""A limit on the CPU time that a block of Python may take, with a limit on the wall clock behind it."""
+"""Limits the CPU time of a block of Python, with a second limit on the wall clock."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Generator
 from types import FrameType
 
-WALL_CLOCK_FACTOR = 20  # a process that waits this many times longer than it works is stuck, not slow
+WALL_CLOCK_FACTOR = 20  # a process that waits so many times longer than it works is stuck, not slow
 _AGAIN_SECONDS = 0.1
 
 
 class TimeUp(BaseException):
-    """Not an Exception: math-verify and sympy swallow those."""
+    """The time is up. Not an Exception, because math-verify and sympy swallow those."""
 
 
 @contextlib.contextmanager
@@ -22,7 +22,7 @@ def cpu_time_limit(seconds: float, *, wall_clock_seconds: float | None = None) -
     """Raises TimeUp inside the block after ``seconds`` of this process's CPU time, so that a verdict does not
     depend on what else the machine does, or after ``wall_clock_seconds`` (20 times as many) on the clock.
 
-    In a main thread only: elsewhere no signal arrives, and nothing happens. Timers that were set before go on
+    It has no effect outside the main thread, where no signal arrives. Timers that were set before continue
     afterwards.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
@@ -56,12 +56,12 @@ def _timer(
 ) -> Generator[None]:
     before = signal.signal(number, handler)
     started = clock()
-    # Again and again: one exception can be lost where Python ignores them (a destructor, a bare except), and
-    # nothing would come after it.
+    # The timer repeats, because a single exception can be lost where Python ignores exceptions (a destructor,
+    # a bare except).
     outer, interval = signal.setitimer(which, seconds, _AGAIN_SECONDS)
     try:
         yield
     finally:
         left = max(outer - (clock() - started), 1e-3) if outer else 0.0
-        signal.setitimer(which, left, interval)  # somebody else's timer goes on
+        signal.setitimer(which, left, interval)  # an outer timer continues
         signal.signal(number, before)

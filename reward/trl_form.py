@@ -1,12 +1,12 @@
 """A reward function as TRL's GRPOTrainer calls it: keywords, a list of rewards, and two functions to log
 with.
 
-``prompts`` and ``completions`` are texts; where the data's prompt is a list of messages they are lists of
-messages, a completion being one assistant's. ``completion_ids`` are lists of token ids. Every other column of
-the row is a list with one entry per completion. Of ``trainer_state`` there is ``global_step``.
+``prompts`` and ``completions`` are texts; if the data's prompt is a list of messages, they are lists of
+messages, each completion being one assistant message. ``completion_ids`` are lists of token ids. Every other
+column of the row is a list with one entry per completion. ``trainer_state`` has only ``global_step``.
 
-``log_metric(name, value)`` becomes a part of the scores, which is logged as a mean; ``log_extra(column,
-values)`` stands beside each completion in the transcripts.
+``log_metric(name, value)`` adds a part to the scores, which is logged as a mean; ``log_extra(column,
+values)`` adds a text to each completion in the transcripts.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _LONGEST_EXTRA = 10_000  # characters
 
 @dataclass(frozen=True)
 class TrainerState:
-    """How far the run is. What else a transformers.TrainerState has does not exist here."""
+    """The run's progress. The other attributes of transformers.TrainerState do not exist here."""
 
-    global_step: int  # optimizer updates that the policy had taken when it wrote the completions
+    global_step: int  # optimizer updates of the policy that generated the completions
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"trainer_state has global_step and nothing else here, no {name}")
@@ -38,52 +38,57 @@ class TrainerState:
 
 @dataclass(frozen=True)
 class TrlFunction:
-    """``function`` as f(inputs); without ``**columns`` it gets only what it names."""
+    """``function`` as f(inputs); without ``**columns`` it gets only the columns that it names."""
 
     function: Callable[..., Any]
     hp: Mapping[str, Any]
 
     @property
     def reads_ids(self) -> bool:
-        """Whether it names ``completion_ids`` or takes every keyword."""
+        """Whether the function names ``completion_ids`` or takes every keyword."""
         parameters = inspect.signature(self.function).parameters
         return "completion_ids" in parameters or any(
-            each.kind is each.VAR_KEYWORD for each in parameters.values()
+            parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
         )
 
     def __call__(self, inputs: RewardInputs) -> Any:
-        """Raises ValueError where the function names a column that the row does not have."""
+        """Raises ValueError if the function names a column that the row does not have."""
         log = _Log(len(inputs.completions))
         values: dict[str, Any] = {
-            **_keywords(inputs),
-            "log_metric": log.metric,
-            "log_extra": log.extra,
+            **_trl_keywords(inputs),
+            "log_metric": log.add_metric,
+            "log_extra": log.add_extra,
             **self.hp,
         }
         parameters = inspect.signature(self.function).parameters
-        named = {key: each for key, each in parameters.items() if each.kind in _NAMED}
-        missing = [key for key, each in named.items() if each.default is each.empty and key not in values]
+        named = {key: parameter for key, parameter in parameters.items() if parameter.kind in _NAMED}
+        missing = [
+            key
+            for key, parameter in named.items()
+            if parameter.default is parameter.empty and key not in values
+        ]
         if missing:
-            there = ", ".join(sorted(inputs.columns)) or "none"
+            columns = ", ".join(sorted(inputs.columns)) or "none"
             raise ValueError(
                 f"{self.function.__name__} needs {', '.join(missing)}, but the row has no such column; its "
-                f"columns are: {there}"
+                f"columns are: {columns}"
             )
-        if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             values = {key: value for key, value in values.items() if key in named}
-        return log.attached_to(self.function(**values), self.function.__name__)
+        return log.attach_to(self.function(**values), self.function.__name__)
 
 
-def _keywords(inputs: RewardInputs) -> dict[str, Any]:
-    """What TRL passes to every function. Each completion has a copy of its own of every column."""
+def _trl_keywords(inputs: RewardInputs) -> dict[str, Any]:
+    """The keywords that TRL passes to every function. Each completion has its own copy of every column."""
     count = len(inputs.completions)
     columns = {name: [copy.deepcopy(value) for _ in range(count)] for name, value in inputs.columns.items()}
-    conversational = inputs.messages is not None
+    is_conversational = inputs.messages is not None
     prompts: list[Any] = [
-        _messages(inputs.messages) if inputs.messages is not None else inputs.prompt for _ in range(count)
+        _copy_messages(inputs.messages) if inputs.messages is not None else inputs.prompt
+        for _ in range(count)
     ]
     completions = [
-        [{"role": "assistant", "content": text}] if conversational else text for text in inputs.completions
+        [{"role": "assistant", "content": text}] if is_conversational else text for text in inputs.completions
     ]
     return {
         **columns,
@@ -94,20 +99,20 @@ def _keywords(inputs: RewardInputs) -> dict[str, Any]:
     }
 
 
-def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _copy_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [copy.deepcopy(dict(message)) for message in messages]
 
 
 class _Log:
-    """What a function logs in one call."""
+    """The metrics and texts that a function logs in one call."""
 
     def __init__(self, count: int) -> None:
         self._count = count
         self._metrics: dict[str, list[float]] = {}
         self._extra: dict[str, list[str]] = {}
 
-    def metric(self, name: str, value: float) -> None:
-        """Several values of one name are averaged; those that are not finite are left out."""
+    def add_metric(self, name: str, value: float) -> None:
+        """Averages several values of one name, without those that are not finite."""
         if name == "correct" or name.endswith("/correct"):
             raise ValueError(
                 f"log_metric: {name!r} names verdicts on completions; return Score(value, {{'correct': "
@@ -116,7 +121,7 @@ class _Log:
         if math.isfinite(value):
             self._metrics.setdefault(str(name), []).append(float(value))
 
-    def extra(self, column: str, values: Sequence[Any]) -> None:
+    def add_extra(self, column: str, values: Sequence[Any]) -> None:
         if len(values) != self._count:
             raise ValueError(
                 f"log_extra: {column!r} has {len(values)} values for {self._count} completions; give one for "
@@ -124,8 +129,8 @@ class _Log:
             )
         self._extra[str(column)] = [str(value)[:_LONGEST_EXTRA] for value in values]
 
-    def attached_to(self, answer: Any, label: str) -> Any:
-        """``answer`` with what was logged; as it is where nothing was."""
+    def attach_to(self, answer: Any, label: str) -> Any:
+        """``answer`` with the logged metrics and texts, or unchanged if nothing was logged."""
         if not self._metrics and not self._extra:
             return answer
         means = {name: math.fsum(values) / len(values) for name, values in self._metrics.items()}

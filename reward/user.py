@@ -1,11 +1,10 @@
-"""The user's own reward: ``path/to/file.py:function``, loaded by path. Two forms are accepted, told apart by
-the signature:
+"""Loads a user's reward, ``path/to/file.py:function``, by its path. The signature decides between two forms:
 
     def f(inputs: RewardInputs, **hp) -> list[Score | float | None]
     def f(completions, prompts, answer, **columns) -> list[float | None]
 
 The second is TRL's (``reward/trl_form.py``). Either may be ``async def``. None leaves a completion ungraded.
-``@reward("name", scope="group")`` above the first form says that scores depend on one another.
+``@reward("name", scope="group")`` above the first form declares that scores depend on one another.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class UserFunction:
-    """A user's function as f(inputs), with its hyperparameters in place."""
+    """A user's function as f(inputs), bound to its hyperparameters."""
 
     function: Callable[[RewardInputs], Any]
     scope: Literal["completion", "group"]
@@ -44,7 +43,7 @@ class UserFunction:
 
 
 def load_user_function(spec: str, hp: Mapping[str, Any]) -> UserFunction:
-    """The function behind ``spec``. Raises ValueError; the file's own error is in the message."""
+    """The function that ``spec`` names. Raises ValueError, with the file's own error in the message."""
     path, _, name = spec.rpartition(":")
     file = Path(path).expanduser().resolve()
     if not file.is_file():
@@ -61,19 +60,17 @@ def load_user_function(spec: str, hp: Mapping[str, Any]) -> UserFunction:
     if not callable(function):
         raise ValueError(f"reward {spec!r}: {name} must be a function, got {function!r}; {_FORMS}")
     scope: Literal["completion", "group"] = getattr(function, "reward_scope", "completion")
-    bound = _bind(spec, awaited(function), hp)
+    bound = _bind(spec, make_synchronous(function), hp)
     return UserFunction(bound, scope, isinstance(bound, TrlFunction) and bound.reads_ids)
 
 
-def awaited(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, whose answer is waited for where it is a coroutine: of an ``async def``, or of
-    whatever wraps one.
-    """
+def make_synchronous(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, run to completion if it returns an awaitable: an ``async def``, or a wrapper of one."""
 
     @functools.wraps(function, updated=())
     def call(*args: Any, **keywords: Any) -> Any:
         answer = function(*args, **keywords)
-        return _loop().run(_result(answer)) if inspect.isawaitable(answer) else answer
+        return _loop().run(_await(answer)) if inspect.isawaitable(answer) else answer
 
     call.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     call.__name__ = getattr(function, "__name__", type(function).__name__)
@@ -82,16 +79,16 @@ def awaited(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _loop() -> asyncio.Runner:
-    """One event loop for the life of the process: clients that a file opens once belong to it."""
+    """One event loop for the life of the process, because clients that a file opens once belong to it."""
     return asyncio.Runner()
 
 
-async def _result(answer: Awaitable[Any]) -> Any:
+async def _await(answer: Awaitable[Any]) -> Any:
     return await answer
 
 
 def _import_file(spec: str, file: Path) -> ModuleType:
-    """The file as a module, its folder importable, as ``python file.py`` would have it."""
+    """The file as a module; its folder becomes importable, as with ``python file.py``."""
     source = importlib.util.spec_from_file_location(f"user_reward_{file.stem}", file)
     assert source is not None and source.loader is not None, f"{file} ends in .py"
     module = importlib.util.module_from_spec(source)
@@ -106,17 +103,14 @@ def _import_file(spec: str, file: Path) -> ModuleType:
 
 
 def _bind(spec: str, function: Callable[..., Any], hp: Mapping[str, Any]) -> Callable[[RewardInputs], Any]:
-    """``function`` as f(inputs), by the form its signature shows.
-
-    Raises ValueError on a signature of neither form.
-    """
+    """``function`` as f(inputs), according to the form of its signature. Raises ValueError on other forms."""
     signature = inspect.signature(function)
     parameters = list(signature.parameters.values())
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    takes_keywords = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     positional_kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     positional = [parameter for parameter in parameters if parameter.kind in positional_kinds]
-    if "completions" in signature.parameters or (takes_any and not positional):
-        unknown = [] if takes_any else [key for key in hp if key not in signature.parameters]
+    if "completions" in signature.parameters or (takes_keywords and not positional):
+        unknown = [] if takes_keywords else [key for key in hp if key not in signature.parameters]
         if unknown or any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in parameters):
             refused = ", ".join(unknown) or "keywords"
             raise ValueError(

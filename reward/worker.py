@@ -1,9 +1,6 @@
-"""A grading process: started by pool.py with one end of a socket, grades until the other end closes.
+"""A grading process: started by ``pool.py`` with one end of a socket, grades until the other end closes.
 
-It is executed, not forked, so nothing of the trainer (torch, CUDA, threads) is in it. It leads its own
-process group, which dies with it. What the trainer sends is pickled, since columns may hold anything; what a
-worker answers is JSON (``reply.py``), since a grader, or whoever takes it over, can write to the socket too.
-Each task is unpickled by itself: nothing of it is another grader's.
+Each task is unpickled by itself, so that graders share no objects.
 """
 
 from __future__ import annotations
@@ -11,20 +8,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import os
 import pickle
-import resource
-import select
-import signal
-import socket
 import sys
-import threading
 from dataclasses import dataclass
-from typing import Any
 
 from reward.caught import Caught
+from reward.channel import Channel, bound_cpu_time, bound_memory
 from reward.output import mark
-from reward.reply import LENGTH, GraderFacts, Reply, encoded, framed
+from reward.reply import GraderFacts, Reply, encode_reply
 from reward.resolve import Grader, RewardCall, resolve
 from reward.score import RewardInputs, Score
 from reward.score_checks import ContractError
@@ -35,7 +26,7 @@ class Setup:
     """The first message to a worker."""
 
     calls: tuple[RewardCall, ...]
-    seconds: float
+    seconds: float  # for one completion
     memory_bytes: int  # of address space
     nonce: str = ""  # of the marks in what the worker prints
 
@@ -49,47 +40,36 @@ class Order:
     packed: bytes  # pickled RewardInputs
 
     @classmethod
-    def of(cls, task: int, call: int, inputs: RewardInputs) -> Order:
+    def pack(cls, task: int, call: int, inputs: RewardInputs) -> Order:
         return cls(task, call, pickle.dumps(inputs, protocol=pickle.HIGHEST_PROTOCOL))
 
 
-def frame(message: Any) -> bytes:
-    """A message of the trainer's to a process that it has started."""
-    return framed(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
-
-
 def main(descriptor: int) -> None:
-    outlive_sigterm()
-    channel = socket.socket(fileno=descriptor)
-    stream = channel.makefile("rb")
-    threading.Thread(target=die_with_the_trainer, args=(descriptor,), daemon=True).start()
-    setup: Setup = read(stream)
+    channel = Channel(descriptor)
+    setup: Setup = channel.receive()
     print_by_lines()
     graders: list[Grader] = []
     with Caught() as caught:
-        limit(resource.RLIMIT_AS, setup.memory_bytes)
-        graders = _graders(setup.calls)
+        bound_memory(setup.memory_bytes)
+        graders = _load_graders(setup.calls)
     if caught.error is not None:
-        channel.sendall(encoded(Reply(reason="error", message=_why_no_start(caught))))
+        channel.send(encode_reply(Reply(reason="error", message=_explain_failed_start(caught))))
         return
-    channel.sendall(
-        encoded(Reply(graders=tuple(GraderFacts(grader.scope, grader.reads_ids) for grader in graders)))
-    )
-    own_process = os.getpid()
+
+    facts = tuple(GraderFacts(grader.scope, grader.reads_ids) for grader in graders)
+    channel.send(encode_reply(Reply(graders=facts)))
     while True:
-        for order in read(stream):
+        for order in channel.receive():
             bound_cpu_time(setup.seconds)
-            reply = dataclasses.replace(_carried_out(order, graders, setup.nonce), task=order.task)
-            if os.getpid() != own_process:
-                os._exit(0)  # a child that the grader forked and forgot
+            reply = _carry_out(order, graders, setup.nonce)
+            channel.exit_if_forked()
             flush()
             mark(1, setup.nonce)
-            channel.sendall(
-                encoded(reply)
-            )  # each at once, so that the pool knows which task a death or a delay belongs to
+            # Each at once, so that the pool knows which task a death or a delay belongs to.
+            channel.send(encode_reply(dataclasses.replace(reply, task=order.task)))
 
 
-def _carried_out(order: Order, graders: list[Grader], nonce: str) -> Reply:
+def _carry_out(order: Order, graders: list[Grader], nonce: str) -> Reply:
     inputs: RewardInputs = pickle.loads(order.packed)
     grader = graders[order.call]
     mark(1, nonce, ", ".join(filter(None, (inputs.occasion, grader.label))))
@@ -111,7 +91,7 @@ def grade(grader: Grader, inputs: RewardInputs) -> Reply:
 
 
 def print_by_lines() -> None:
-    """What is printed is in the pipe even where the process is killed a moment later."""
+    """Printed lines reach the pipe even where the process is killed a moment later."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
@@ -123,53 +103,14 @@ def flush() -> None:
             stream.flush()
 
 
-def _graders(calls: tuple[RewardCall, ...]) -> list[Grader]:
+def _load_graders(calls: tuple[RewardCall, ...]) -> list[Grader]:
     graders = [resolve(call) for call in calls]
     for grader in graders:
         grader.warm_up()
     return graders
 
 
-def _why_no_start(caught: Caught) -> str:
+def _explain_failed_start(caught: Caught) -> str:
     if isinstance(caught.error, MemoryError):
         return "a reward worker cannot even import its graders within reward.memory_gib; raise it"
     return str(caught.error) if isinstance(caught.error, ValueError) else str(caught)
-
-
-def read(stream: Any) -> Any:
-    """The next message. Ends the process where there will be none."""
-    head = stream.read(LENGTH.size)
-    if len(head) < LENGTH.size:
-        sys.exit(0)  # the pool has closed
-    return pickle.loads(stream.read(LENGTH.unpack(head)[0]))
-
-
-def bound_cpu_time(seconds: float) -> None:
-    """A last resort for a loop inside one C call whose trainer is gone: far beyond what the pool
-    itself allows.
-    """
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    allowed = used.ru_utime + used.ru_stime + 60 + 2 * seconds * (os.cpu_count() or 1)
-    limit(resource.RLIMIT_CPU, int(allowed))
-
-
-def limit(kind: int, value: int) -> None:
-    """This process's soft limit, within the hard one it was started with."""
-    hard = resource.getrlimit(kind)[1]
-    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
-
-
-def outlive_sigterm() -> None:
-    """Who stops a job signals all its processes, but the trainer finishes the step in hand, and that needs
-    this one. What is executed from here does not inherit it, as it would if the signal were ignored."""
-    signal.signal(signal.SIGTERM, lambda *_: None)
-
-
-def die_with_the_trainer(descriptor: int) -> None:
-    """Waits for the other end of the socket to hang up (the trainer closed it or was killed) and ends
-    the whole process group.
-    """
-    hangup = select.poll()
-    hangup.register(descriptor, 0)
-    hangup.poll()
-    os.killpg(0, signal.SIGKILL)

@@ -1,6 +1,7 @@
-"""Errors that are the user's to mend.
+"""Errors that the user can correct.
 
-The command line prints them as one line; every other exception is ours and keeps its traceback.
+The command line prints them as one line; every other exception is a fault of this program and keeps its
+traceback.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ class RecipeError(UserError):
 
 @contextmanager
 def user_mistakes() -> Iterator[None]:
-    """Before weights are loaded, what a file or a folder refuses is the user's to mend, and is said in one
-    line.
+    """Inside, a ValueError or OSError (a file or folder that cannot be used) becomes a UserError, one line.
 
-    What took too long is not: a TimeoutError, an OSError to Python, goes on to the watchdog.
+    Used before weights are loaded. A TimeoutError, which is an OSError to Python, is raised as it is, for the
+    watchdog.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Files of a model, wherever it is: in a folder, or on the Hub."""
+"""Files of a model that is a local folder or a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from pathlib import Path
 
 
 def local_file(path: str, revision: str | None, name: str) -> Path | None:
-    """Where a file of a model lies on this machine, fetched from the Hub if need be; None: the model
-    has none of that name.
+    """The local path of a model's file, downloaded from the Hub if necessary; None where the model has no
+    file of that name.
     """
-    from transformers.utils.hub import cached_file  # a second that validate does not need
+    # Imported here: the import takes a second, which ``rltrain validate`` does not need.
+    from transformers.utils.hub import cached_file
 
-    found = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else Path(str(found))
+    file = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return None if file is None else Path(str(file))

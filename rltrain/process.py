@@ -18,7 +18,7 @@ class Process:
     """One rank. The defaults describe a process that runs alone, on the CPU, without deadlines.
 
     gather: concatenates the lists of all ranks in rank order, on every rank; a collective. deadline: wraps
-    every wait. is_main: whether this process writes files and prints; rank 0 does.
+    every wait. is_main: whether this process, rank 0, writes files and prints.
     """
 
     rank: int = 0
@@ -29,9 +29,7 @@ class Process:
     is_main: bool = True
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """Every ``world_size``-th item, from ``rank`` on: what this rank does of a job that all ranks
-        know.
-        """
+        """Every ``world_size``-th item from ``rank`` on: this rank's part of a job that all ranks know."""
         return list(items[self.rank :: self.world_size])
 
 

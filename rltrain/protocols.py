@@ -1,4 +1,4 @@
-"""What adapters promise. One contract suite each (``tests/contracts/``) runs against every implementation.
+"""The interfaces of adapters. A contract suite for each (``tests/contracts/``) runs on every implementation.
 
 This module imports no torch.
 """
@@ -25,7 +25,7 @@ class EngineState(Enum):
     """
 
     ASLEEP = "asleep"  # no weights on the device
-    MAPPED = "mapped"  # memory is there, contents are nobody's version
+    MAPPED = "mapped"  # memory is allocated; its contents are no version's weights
     LOADED = "loaded"  # holds the weights of `version`
     SERVING = "serving"  # has sampled with them
 
@@ -35,55 +35,54 @@ class WrongVersionError(RuntimeError):
 
 
 class Sampler(Protocol):
-    """Writes completions. Whole groups: ``rollout.groups.sample_groups``."""
+    """Writes completions. ``rollout.groups.sample_groups`` collects them into whole groups."""
 
     @property
     def name(self) -> str:
-        """What messages call its engine: ``rollout.engine`` of the recipe."""
+        """The engine's name in messages: ``rollout.engine`` of the recipe."""
         ...
 
     def sample(self, requests: Sequence[Request], policy: PolicyVersion) -> Iterator[Answer]:
-        """One answer per request, in any order; whoever cannot answer earlier yields all at the end.
+        """One answer per request, in any order; an implementation may yield all of them at the end.
 
-        policy: the weights that must have sampled every token. Log-probs are of the distribution sampled from
-        (temperature included, float32). Equal (weights, prompt id, sampling, sample index) give equal tokens
-        on one machine, up to floating-point ties: whatever else is asked for, and however a group is cut into
-        requests. Raises, at the call, WrongVersionError where ``policy`` is not held, and ValueError where a
-        prompt plus ``max_tokens`` does not fit the model.
+        policy: the version of the weights that must sample every token. Log-probs are of the distribution
+        sampled from (temperature included, float32). Equal (weights, prompt id, sampling, sample index) give
+        equal tokens on one machine, up to floating-point ties, whatever the other requests are and however a
+        group is cut into requests. Raises, at the call, WrongVersionError where the engine does not hold
+        ``policy``, and ValueError where a prompt plus ``max_tokens`` does not fit the model.
         """
         ...
 
     def close(self) -> None:
-        """Release everything of its own; it is not used again. Closing twice does nothing."""
+        """Release all resources; it is not used again. A second call does nothing."""
         ...
 
 
 class WeightTarget(Protocol):
-    """Takes the learner's weights and can prove that it multiplies with them, as ``sync/`` asks it to."""
+    """Takes the learner's weights and can prove to ``sync/`` that it multiplies with them."""
 
     state: EngineState
     version: PolicyVersion | None  # of the weights it holds; None before the first load
     dtype: torch.dtype  # of the weights it holds; loading rounds to it
-    fingerprint_rtol: (
-        float  # relative rounding error of its fingerprints; 0 would be the same sums in the same order
-    )
+    # Relative rounding error of its fingerprints; 0 would mean the same sums in the same order.
+    fingerprint_rtol: float
 
     @property
     def name(self) -> str:
-        """What messages call its engine: ``rollout.engine`` of the recipe."""
+        """The engine's name in messages: ``rollout.engine`` of the recipe."""
         ...
 
     def load(self, stream: Iterable[tuple[str, Tensor]], version: PolicyVersion) -> None:
-        """Take the learner's weights as ``version``, and forget every cache of older ones.
+        """Take the learner's weights as ``version``, and drop every cache computed with older ones.
 
         stream: Hugging Face names, full tensors.
         """
         ...
 
     def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, Fingerprint]:
-        """Two sums per weight, by Hugging Face name, over what it multiplies with; shards add theirs up.
+        """Two sums per weight, by Hugging Face name, over the weights in use; shards add up their sums.
 
-        names: of these only, as far as it has them; None: of all.
+        names: of these weights only, where it has them; None: of all.
         """
         ...
 
@@ -92,9 +91,9 @@ class WeightTarget(Protocol):
         ...
 
     def wake(self) -> None:
-        """Map memory again; it samples for no version until ``load``. Nothing happens where it is awake."""
+        """Map memory again; it cannot sample until ``load``. Does nothing if it is awake already."""
         ...
 
 
 class RolloutEngine(Sampler, WeightTarget, Protocol):
-    """A sampler whose weights are in its own hands: it samples from what was pushed to it."""
+    """A sampler that holds its own weights: it samples with those that were pushed to it."""

@@ -1,9 +1,9 @@
-"""Names to functions, with hyperparameters checked before any model is loaded.
+"""Registries map names to functions and check hyperparameters before any model is loaded.
 
-A method is a function (or a controller class) below a ``@method("name", ...)`` decorator. A registry lists
-its modules and reads their declarations from source, so that recipes are validated without importing torch;
-``bind`` imports the one module it needs. Keyword-only parameters with a default are hyperparameters, and the
-signature is the only place a default lives. Keyword-only parameters without a default, and those of type
+A method is a function (or a controller class) with a ``@method("name", ...)`` decorator. A registry lists its
+modules and reads their declarations from source, so that recipes are validated without importing torch;
+``bind`` imports only the module of that method. Keyword-only parameters with a default are hyperparameters,
+and a default is stated in the signature only. Keyword-only parameters without a default, and those of type
 ``Tensor | None``, are inputs that the caller supplies; they are named in ``needs`` or ``needs_if``.
 """
 
@@ -33,14 +33,14 @@ def method(
     traits: set[str] = frozenset(),  # type: ignore[assignment]
     refuses: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Callable[[F], F]:
-    """Declare a method. All arguments must be literals: they are read from source.
+    """Declares a method. All arguments must be literals, because they are read from source.
 
     needs: what the learner must compute for it ("old_logp", "ref_logp", "old_entropy", "logp_now",
-    "entropy_grad", ...); a hyperparameter in braces stands for its value ("clamped_entropy:{share}").
-    needs_if: the same, only where the named hyperparameter is neither 0 nor None, or has the value in
-    "name=value". traits: facts that ``config/check.py`` reasons about ("owns_clipping", "off_policy_only",
-    "sequence_level", ...). refuses: by hyperparameter, values that people try and that must not be used, with
-    the reason the error then gives.
+    "entropy_grad", ...); a hyperparameter in braces is replaced by its value ("clamped_entropy:{share}").
+    needs_if: the same, but only if the named hyperparameter is neither 0 nor None, or has the value in
+    "name=value". traits: facts that ``config/check.py`` uses in its rules ("owns_clipping",
+    "off_policy_only", "sequence_level", ...). refuses: for each hyperparameter, values that users may try but
+    that must not be used, with the reason for the error message.
     """
     del name, arxiv, needs, needs_if, traits, refuses
     return lambda function: function
@@ -71,13 +71,13 @@ class MethodSpec:
     def needs_with(self, hp: Mapping[str, Any]) -> frozenset[str]:
         """Everything the method needs under these hyperparameters."""
         values = {key: parameter.default for key, parameter in self.hyperparameters.items()} | dict(hp)
-        extra = (names for condition, names in self.needs_if.items() if _holds(condition, values))
+        extra = (names for condition, names in self.needs_if.items() if _is_condition_met(condition, values))
         return frozenset(name.format(**values) for name in self.needs.union(*extra))
 
 
 @dataclass(frozen=True)
 class BoundMethod:
-    """A method with its hyperparameters in place; call it with the tensors its stage supplies."""
+    """A method with its hyperparameters; call it with the tensors that its stage supplies."""
 
     spec: MethodSpec
     hp: Mapping[str, Any]
@@ -98,23 +98,25 @@ class BoundMethod:
 class Registry:
     """The methods of one kind.
 
-    ``modules`` is the list, in reading order; nothing registers by being imported.
+    ``modules`` lists where they are declared, in reading order; importing a module registers nothing.
     """
 
     def __init__(self, kind: str, modules: tuple[str, ...], decorator: str = "method") -> None:
-        self.kind, self.modules, self.decorator = kind, modules, decorator
+        self.kind = kind
+        self.modules = modules
+        self.decorator = decorator
 
     @functools.cached_property
     def specs(self) -> dict[str, MethodSpec]:
-        found: dict[str, MethodSpec] = {}
+        specs: dict[str, MethodSpec] = {}
         for module in self.modules:
             for spec in _read_declarations(module, self.decorator):
-                if spec.name in found:
+                if spec.name in specs:
                     raise ValueError(
-                        f"{self.kind} {spec.name!r} is declared in {found[spec.name].module} and {module}"
+                        f"{self.kind} {spec.name!r} is declared in {specs[spec.name].module} and {module}"
                     )
-                found[spec.name] = spec
-        return found
+                specs[spec.name] = spec
+        return specs
 
     def names(self) -> list[str]:
         return list(self.specs)
@@ -125,9 +127,9 @@ class Registry:
         return self.specs[name]
 
     def check(self, name: str, hp: Mapping[str, Any]) -> MethodSpec:
-        """Names and types of ``hp`` against the signature, without importing the method.
+        """Checks names and types of ``hp`` against the signature, without importing the method.
 
-        Raises ValueError.
+        Raises ValueError if one does not fit.
         """
         spec = self.spec(name)
         for key, value in hp.items():
@@ -138,7 +140,7 @@ class Registry:
                 )
             annotation = spec.hyperparameters[key].annotation
             try:
-                _adapter(annotation).validate_python(value)
+                _type_adapter(annotation).validate_python(value)
             except ValidationError as error:
                 reason = spec.refuses.get(key, {}).get(str(value), error.errors()[0]["msg"])
                 raise ValueError(
@@ -148,7 +150,7 @@ class Registry:
         return spec
 
     def bind(self, name: str, hp: Mapping[str, Any] | None = None) -> BoundMethod:
-        """The method with ``hp`` in place. Raises ValueError on an unknown name, key or type."""
+        """The method with ``hp`` applied. Raises ValueError for an unknown name or key, or a wrong type."""
         hp = dict(hp or {})
         spec = self.check(name, hp)
         function = getattr(importlib.import_module(spec.module), spec.attribute)
@@ -156,22 +158,24 @@ class Registry:
 
 
 def suggestion(word: str, choices: Any) -> str:
-    """'; did you mean ...' for the nearest of ``choices``, or the list of them when nothing is near."""
+    """'; did you mean ...' for the closest of ``choices``, or the list of them if none is close."""
     names = sorted(map(str, choices))
-    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {near[0]!r}?"
+    matches = difflib.get_close_matches(str(word), names, n=1, cutoff=0.5)
+    if matches:
+        return f"; did you mean {matches[0]!r}?"
     return f"; choose from {', '.join(names)}" if names else ""
 
 
-def _holds(condition: str, values: Mapping[str, Any]) -> bool:
-    """A hyperparameter's name: it is neither 0 nor None; "name=value": it is that."""
-    name, equals, wanted = condition.partition("=")
-    return str(values[name]) == wanted if equals else values[name] not in (0, None)
+def _is_condition_met(condition: str, values: Mapping[str, Any]) -> bool:
+    """Whether the hyperparameter of the condition "name" is neither 0 nor None, or that of "name=value" has
+    that value.
+    """
+    name, equals, value = condition.partition("=")
+    return str(values[name]) == value if equals else values[name] not in (0, None)
 
 
 @functools.cache
-def _adapter(annotation: str) -> TypeAdapter[Any]:
+def _type_adapter(annotation: str) -> TypeAdapter[Any]:
     names = {
         "Literal": Literal,
         "float": float,
@@ -182,27 +186,26 @@ def _adapter(annotation: str) -> TypeAdapter[Any]:
         "tuple": tuple,
         "dict": dict,
     }
-    kind = eval(
-        annotation, {"__builtins__": {}}, {**names, "None": None}
-    )  # our own source, literal types only
+    # The annotation comes from this package's source and names literal types only.
+    kind = eval(annotation, {"__builtins__": {}}, {**names, "None": None})
     return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 def _read_declarations(module: str, decorator: str) -> list[MethodSpec]:
-    found = importlib.util.find_spec(module)
-    if found is None or found.origin is None:
+    module_spec = importlib.util.find_spec(module)
+    if module_spec is None or module_spec.origin is None:
         raise ValueError(f"module {module} does not exist")
     specs: list[MethodSpec] = []
-    for node in ast.parse(Path(found.origin).read_text(encoding="utf-8")).body:
+    for node in ast.parse(Path(module_spec.origin).read_text(encoding="utf-8")).body:
         if not isinstance(node, ast.FunctionDef | ast.ClassDef):
             continue
         for call in node.decorator_list:
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == decorator:
-                specs.append(_spec_of(node, call, module))
+                specs.append(_build_spec(node, call, module))
     return specs
 
 
-def _spec_of(node: ast.FunctionDef | ast.ClassDef, call: ast.Call, module: str) -> MethodSpec:
+def _build_spec(node: ast.FunctionDef | ast.ClassDef, call: ast.Call, module: str) -> MethodSpec:
     facts: dict[str | None, Any] = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     needs_if: dict[str, set[str]] = facts.get("needs_if") or {}
     function = node

@@ -1,8 +1,8 @@
-"""Which Python code that comes with a model may run: nobody's, unless it was named.
+"""Which models' own Python code may run: only that of models named in the recipe.
 
 A model folder may hold code that transformers imports (``auto_map`` in its config).
-``model.trust_remote_code`` lists what may run: a folder, or a model on the Hub at one commit,
-``NAME@COMMIT``. Every loader asks ``trusts``.
+``model.trust_remote_code`` lists the models whose code may run: a folder, or a model on the Hub at one
+commit, ``NAME@COMMIT``. Every loader calls ``trusts``.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from rltrain.model_files import local_file
 KEY = "model.trust_remote_code"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONFIGS = ("config.json", "tokenizer_config.json")  # whose auto_map names code
-_trusted: tuple[str, ...] = ()  # of this process, as long as a ``trusting`` block lasts
+_trusted: tuple[str, ...] = ()  # entries trusted by this process while a ``trusting`` block runs
 
 
 @contextmanager
 def trusting(entries: Sequence[str]) -> Iterator[list[str]]:
-    """Inside, code of the models named may run.
+    """Inside, code of the models in ``entries`` may run.
 
-    Gives lines that say which. Raises UserError for an entry that pins nothing.
+    Yields lines that describe it. Raises UserError for an entry that is neither a folder nor a commit.
     """
     global _trusted
     before = _trusted
@@ -43,7 +43,7 @@ def trusting(entries: Sequence[str]) -> Iterator[list[str]]:
 def trusts(path: str, revision: str | None = None) -> bool:
     """Whether code of the model at ``path`` may run.
 
-    Raises UserError where it is trusted and calls code of yet another place.
+    Raises UserError where it is trusted but takes code from another repository.
     """
     if not _is_named(path, revision):
         return False
@@ -52,9 +52,9 @@ def trusts(path: str, revision: str | None = None) -> bool:
 
 
 def trust_copy(copy: Path, path: str, revision: str | None) -> None:
-    """Let the code in ``copy``, a folder written from the trusted model at ``path``, run too.
+    """Trust the code in ``copy`` too, a folder written from the trusted model at ``path``.
 
-    Raises UserError where a file there is not byte for byte the trusted one.
+    Raises UserError where a file of ``copy`` is not byte for byte the trusted one.
     """
     global _trusted
     if not trusts(path, revision) or not (copies := code_files(copy)):
@@ -63,8 +63,8 @@ def trust_copy(copy: Path, path: str, revision: str | None) -> None:
     if changed := sorted(name for name, digest in copies.items() if originals.get(name) != digest):
         raise UserError(
             f"{copy / changed[0]} is not the file of that name in {path}, which {KEY} names: the checkpoint "
-            "holds other code than the "
-            f"model it was made from; put that code back, or name {copy} under {KEY} if you have read it"
+            "holds other code than the model it was made from; put that code back, or name "
+            f"{copy} under {KEY} if you have read it"
         )
     _trusted = (*_trusted, str(copy))
 
@@ -75,15 +75,13 @@ def code_files(folder: Path) -> dict[str, str]:
 
 
 def trusted_code() -> dict[str, str]:
-    """What the code that may run is, by entry: a digest of a folder's files, or a commit."""
+    """A digest of the trusted code by entry: of a folder's files, or the commit."""
     return {entry: _digest(entry) for entry in _trusted}
 
 
 @contextmanager
 def refusing_untrusted(path: str, revision: str | None = None) -> Iterator[None]:
-    """Inside, the error with which transformers asks for permission to run code becomes one that says
-    how it is given.
-    """
+    """Inside, transformers' request to let code run becomes a UserError that says how to allow it."""
     try:
         yield
     except ValueError as error:
@@ -93,8 +91,8 @@ def refusing_untrusted(path: str, revision: str | None = None) -> Iterator[None]
         pinned = "" if Path(path).is_dir() else " (40 hex digits, and the same as model.revision)"
         raise UserError(
             f"{path} needs Python code of its own to be loaded, and nothing says that this code may run; "
-            "read it, then name it: "
-            f"{KEY}: [{entry}]{pinned} in the recipe, or --trust-remote-code {entry} where there is none"
+            f"read it, then name it: {KEY}: [{entry}]{pinned} in the recipe, or --trust-remote-code "
+            f"{entry} where there is none"
         ) from error
 
 
@@ -105,17 +103,16 @@ def _is_named(path: str, revision: str | None) -> bool:
 
 
 def _describe(entry: str) -> str:
-    """What an entry allows. Raises UserError where it is neither a folder nor a commit."""
+    """Which code an entry allows to run. Raises UserError where it is neither a folder nor a commit."""
     if Path(entry).is_dir():
         files = ", ".join(f"{name} {digest[:12]}" for name, digest in code_files(Path(entry)).items())
         return f"code of {entry} may run (sha256): {files or 'it has none'}"
-    name, at, commit = entry.rpartition("@")
-    if at and name and _COMMIT.fullmatch(commit):
+    name, separator, commit = entry.rpartition("@")
+    if separator and name and _COMMIT.fullmatch(commit):
         return f"code of {name} at commit {commit} may run"
     raise UserError(
         f"{KEY}: {entry!r} is no folder; for a model on the Hub write NAME@COMMIT with the 40 hex digits of "
-        "the commit "
-        "whose code you have read: a branch or a tag may hold other code tomorrow"
+        "the commit whose code you have read: a branch or a tag may hold other code tomorrow"
     )
 
 
@@ -131,8 +128,9 @@ def _local_folder(path: str, revision: str | None) -> Path:
 
 
 def _refuse_code_from_elsewhere(path: str, revision: str | None) -> None:
-    """``auto_map`` may name a class of another repository, which comes from its main branch whatever
-    was read here.
+    """Raises UserError where ``auto_map`` names a class of another repository.
+
+    transformers would take it from that repository's main branch, which nothing pins.
     """
     for name in _CONFIGS:
         file = local_file(path, revision, name)
@@ -142,12 +140,13 @@ def _refuse_code_from_elsewhere(path: str, revision: str | None) -> None:
             if separator and (Path(path).is_dir() or repository != path):
                 raise UserError(
                     f"{path}: auto_map of its {name} takes {reference!r} from another repository, which "
-                    f"{KEY} cannot pin; copy the "
-                    f"model to a folder, put that file there and name the class as {module!r}"
+                    f"{KEY} cannot pin; copy the model to a folder, put that file there and name the class "
+                    f"as {module!r}"
                 )
 
 
 def _references(mapped: Any) -> Iterator[str]:
     """Every class that an ``auto_map`` names; a tokenizer has a slow and a fast one, or none."""
     for value in mapped.values() if isinstance(mapped, dict) else ():
-        yield from (item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str))
+        classes = value if isinstance(value, list) else [value]
+        yield from (name for name in classes if isinstance(name, str))

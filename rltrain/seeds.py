@@ -1,4 +1,4 @@
-"""Seeds derived from names, so that a resumed run samples what the first would have."""
+"""Seeds derived from names, so that a resumed run samples as the uninterrupted run would have."""
 
 from __future__ import annotations
 

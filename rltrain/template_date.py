@@ -1,7 +1,7 @@
-"""The date that a chat template prints: one for the whole run, whatever day it is when a row is rendered.
+"""The date that a chat template prints: the same for the whole run, whatever day a row is rendered on.
 
-A template reads the clock through ``strftime_now``. Rendered anew on the next day, every prompt would be
-another text.
+A template reads the clock through ``strftime_now``. Without a fixed date, every prompt would be a different
+text on the next day.
 """
 
 from __future__ import annotations
@@ -12,25 +12,24 @@ from typing import Any
 
 from rltrain.model_files import local_file
 
-_CLOCK = "strftime_now"  # as transformers calls what it gives to templates
-_FILES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")  # where a template may stand
+_CLOCK = "strftime_now"  # transformers' name for the clock in templates
+_FILES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")  # where a template may be
 
 
 def prints_date(path: str, revision: str | None = None) -> bool:
-    """Whether the chat template of the model at ``path`` reads the clock.
-
-    False where there is no such model.
+    """Whether the chat template of the model at ``path`` reads the clock; False where there is no such
+    model.
     """
     try:
         files = [local_file(path, revision, name) for name in _FILES]
         return any(_CLOCK in file.read_text(encoding="utf-8") for file in files if file is not None)
-    except (OSError, ValueError):  # whoever loads the model says what is wrong with it
+    except (OSError, ValueError):  # loading the model will report the problem
         return False
 
 
 def frozen_clock(date: dt.date | None) -> dict[str, Any]:
-    """Keywords for ``apply_chat_template`` under which it is midnight of ``date``; None: whatever the
-    time is.
+    """Keywords for ``apply_chat_template`` that set its clock to midnight of ``date``; None: the current
+    time.
     """
     if date is None:
         return {}

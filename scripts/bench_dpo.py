@@ -1,12 +1,12 @@
-"""Whole DPO steps of rltrain beside TRL's DPOTrainer: pairs per second and peak memory, in one run.
+"""Compares whole DPO steps of rltrain and TRL's DPOTrainer: pairs per second and peak memory, in one run.
 
     pip install --no-deps --target .cache/trl trl==1.16.0
     python scripts/bench_dpo.py --trl .cache/trl [--json FILE] [--repeats 5] [--threads 2]
 
-A model of 12M parameters with a vocabulary of 32k, 16 pairs per step, lengths as those of HH-RLHF's helpful
+The model has 12M parameters and a vocabulary of 32k. A step has 16 pairs with lengths as in HH-RLHF's helpful
 pairs (log-normal: prompts around 69 tokens, chosen around 47, rejected around 36), float32, AdamW, gradient
-checkpointing off. Both have the reference's log-probs beforehand, so that a step is the policy's alone.
-Before that, both compute the loss and its gradient on one and the same batch, and must agree.
+checkpointing off. Both trainers precompute the reference's log-probs, so that a step runs only the policy.
+First, both compute the loss and its gradient on the same batch, and must agree.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Any
 
 from peer_bench import EOS, Bench, Size, Turns, make_model, text_of
 
-LR, BETA = 1e-6, 0.1
-# (mean, standard deviation) of the logarithm of the length in tokens, over HH-RLHF's helpful pairs at four
-# characters a token
+LR = 1e-6
+BETA = 0.1
+# (mean, standard deviation) of the logarithm of the length in tokens over HH-RLHF's helpful pairs, with four
+# characters per token
 LENGTHS = {"prompt": (4.24, 1.10), "chosen": (3.85, 1.00), "rejected": (3.58, 1.02)}
 LONGEST = 512
 
@@ -30,14 +31,14 @@ LONGEST = 512
 class Case:
     model: Size
     pairs: int  # per step
-    steps: int  # of different pairs
+    steps: int  # steps of different pairs
 
 
 CASES = {"hh": Case(Size(256, 6, 32768), 16, 4)}
 
 
 def make(case: Case, folder: Path) -> None:
-    """Model and pairs of random words."""
+    """Writes a model and pairs of random words."""
     import torch
 
     make_model(case.model, folder / "model")
@@ -86,7 +87,7 @@ def run_rltrain(case: Case, folder: Path, turns: Turns) -> None:
             turns.step(case.pairs)
 
     recipe = recipe_of(case, folder)
-    context = RunContext(RunFolder.at(folder / "run"), process=Process(is_main=False))
+    context = RunContext(RunFolder.from_path(folder / "run"), process=Process(is_main=False))
     run = build_offline_run(recipe, load_offline_inputs(recipe), context)
     train_offline(dataclasses.replace(run, reporter=Gate(None, None, None)))
 
@@ -104,7 +105,7 @@ def run_trl(case: Case, folder: Path, turns: Turns) -> None:
 
 
 def trl_trainer(case: Case, folder: Path) -> Any:
-    """TRL's trainer with what rltrain does by default."""
+    """TRL's trainer with rltrain's default settings."""
     from datasets import load_dataset
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
@@ -134,9 +135,18 @@ def trl_trainer(case: Case, folder: Path) -> Any:
     return DPOTrainer(str(folder / "model"), args=arguments, train_dataset=data, processing_class=tokenizer)
 
 
+def trl_loss(case: Case, folder: Path, examples: list[dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+    """TRL's loss on the examples, and its gradients by parameter."""
+    trainer = trl_trainer(case, folder)
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(examples))
+    loss.backward()
+    return loss, {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
+
+
 def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
-    """Loss and gradient of both on the first pairs, with reference log-probs that are not the
-    policy's; reports their differences.
+    """Computes loss and gradient of both trainers on the first pairs, with reference log-probs that differ
+    from the policy's; reports their differences.
     """
     import torch
 
@@ -155,43 +165,44 @@ def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
     reference = learner.log_probs(rows, sides=2) + torch.randn(
         2 * case.pairs, generator=torch.Generator().manual_seed(3)
     )
-
-    trainer = trl_trainer(case, folder)
     examples = [
         {
-            "prompt_ids": list(ids["prompt"][at]),
-            "chosen_ids": list(sides["chosen"][at]),
-            "rejected_ids": list(sides["rejected"][at]),
-            "ref_chosen_logps": float(reference[at]),
-            "ref_rejected_logps": float(reference[case.pairs + at]),
+            "prompt_ids": list(ids["prompt"][index]),
+            "chosen_ids": list(sides["chosen"][index]),
+            "rejected_ids": list(sides["rejected"][index]),
+            "ref_chosen_logps": float(reference[index]),
+            "ref_rejected_logps": float(reference[case.pairs + index]),
         }
-        for at in range(case.pairs)
+        for index in range(case.pairs)
     ]
-    trainer.model.train()
-    loss = trainer.compute_loss(trainer.model, trainer.data_collator(examples))
-    loss.backward()
-    theirs = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
+    loss, trl_gradients = trl_loss(case, folder, examples)
 
-    ours: dict[str, Any] = {}
+    gradients: dict[str, Any] = {}
 
-    def keep(*_: Any, **__: Any) -> None:
-        ours.update({name: parameter.grad.clone() for name, parameter in learner.model.named_parameters()})
+    def keep_gradients(*_: Any, **__: Any) -> None:
+        gradients.update(
+            {name: parameter.grad.clone() for name, parameter in learner.model.named_parameters()}
+        )
 
-    learner.trained.optimizer.register_step_pre_hook(keep)
-    facts = [CompletionFacts(*of) for of in zip(lengths_of(rows).chunk(2), reference.chunk(2), strict=True)]
+    learner.trained.optimizer.register_step_pre_hook(keep_gradients)
+    facts = [
+        CompletionFacts(*columns)
+        for columns in zip(lengths_of(rows).chunk(2), reference.chunk(2), strict=True)
+    ]
     batch = PairBatch(*facts, prompt=torch.arange(case.pairs))
     stats = learner.update_examples(
         rows, batch, PreferenceObjective(PREFERENCE_LOSSES.bind("dpo", {"beta": BETA}))
     )
-    size = torch.stack([gradient.norm() for gradient in theirs.values()]).norm()
-    factor = min(
-        1.0, recipe.learner.optimizer.max_grad_norm / float(stats.metrics["learner/grad_norm"])
-    )  # ours are clipped by now
-    apart = torch.stack([(ours[name] / factor - theirs[name]).norm() for name in theirs]).norm()
+    size = torch.stack([gradient.norm() for gradient in trl_gradients.values()]).norm()
+    # rltrain's gradients are already clipped; dividing by the factor undoes it
+    factor = min(1.0, recipe.learner.optimizer.max_grad_norm / float(stats.metrics["learner/grad_norm"]))
+    difference = torch.stack(
+        [(gradients[name] / factor - trl_gradients[name]).norm() for name in trl_gradients]
+    ).norm()
     turns.say(
         {
             "loss": abs(stats.metrics["loss/total"] - float(loss)),
-            "gradient": float(apart / size),
+            "gradient": float(difference / size),
             "theirs": float(loss),
         }
     )

@@ -1,12 +1,12 @@
-"""Tokens per second of rltrain's engines beside transformers' own two ways to generate, on the same random
-models.
+"""Compares the tokens per second of rltrain's engines and of transformers' two ways to generate, on the same
+random models.
 
     python scripts/bench_generate.py [--json FILE] [--repeats 3] [--cases short,skewed_32,skewed_128]
     [--engines ours,generate,...]
 
-Every engine samples at temperature 1 from the whole vocabulary with the same lengths in distribution; runs of
-all engines alternate, so that a busy machine hurts all of them, and the median is reported. Ratios are the
-better of transformers' two.
+Every engine samples at temperature 1 from the whole vocabulary with the same distribution of lengths. Runs of
+all engines alternate, so that other load slows all of them, and the median is reported. Ratios are against
+the better of transformers' two.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from rltrain.protocols import RolloutEngine
 from rltrain.rollout.groups import sample_groups
 from rltrain.types.samples import Prompt, Sampling
 
-EOS, PAD = 1, 0
-Generator = Callable[
-    [int, int], int
-]  # (seed, at most so many tokens per completion) -> completion tokens written
+EOS = 1
+PAD = 0
+# (seed, maximal tokens per completion) -> completion tokens written
+Generator = Callable[[int, int], int]
 
 
 @dataclass(frozen=True)
@@ -52,24 +52,23 @@ class Case:
     prompts: int
     n: int
     max_tokens: int
-    eos_log_odds: float | None  # of stopping at each token; None: every completion runs to max_tokens
+    eos_log_odds: float | None  # of EOS at each token; None: every completion has max_tokens tokens
 
 
 CASES = {
     case.name: case
     for case in (
         Case("short", 128, 4, 64, 10, 8, 8, 8, None),  # 0.8M parameters, 64 completions of 8 tokens
-        Case(
-            "skewed_32", 256, 6, 32768, 100, 4, 8, 256, -4.1
-        ),  # 12M parameters; lengths geometric with mean about 60, cut at 256
+        # 12M parameters; lengths geometric with mean about 60, cut at 256
+        Case("skewed_32", 256, 6, 32768, 100, 4, 8, 256, -4.1),
         Case("skewed_128", 256, 6, 32768, 100, 16, 8, 256, -4.1),
     )
 }
 
 
 def random_model(case: Case, folder: Path) -> Qwen2ForCausalLM:
-    """A random Qwen2 whose probability of EOS is near a constant: hidden dimension 0 is large and
-    steady, and only EOS reads it.
+    """A random Qwen2 with a nearly constant probability of EOS: hidden dimension 0 is large and nearly
+    constant, and only EOS reads it.
     """
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -87,8 +86,7 @@ def random_model(case: Case, folder: Path) -> Qwen2ForCausalLM:
     )
     model = Qwen2ForCausalLM(config).float().eval()
     with torch.no_grad():
-        steady = 1.0
-        model.model.embed_tokens.weight[:, 0] = steady
+        model.model.embed_tokens.weight[:, 0] = 1.0
         if case.eos_log_odds is not None:
             hidden = model.model(torch.randint(2, case.vocabulary, (8, 64))).last_hidden_state.flatten(0, 1)
             others = torch.logsumexp(model.lm_head(hidden), dim=-1).mean()
@@ -109,8 +107,8 @@ def ours(case: Case, model: Qwen2ForCausalLM, folder: Path) -> Generator:
 
     engine = TransformersEngine(
         str(folder), stop_token_ids=stops(case), pad_token_id=PAD, decode=lambda ids: "", max_rows=256
-    )  # fmt: skip
-    return through_engine(engine, case, model)
+    )
+    return engine_generator(engine, case, model)
 
 
 def vllm(case: Case, model: Qwen2ForCausalLM, folder: Path) -> Generator:
@@ -120,10 +118,10 @@ def vllm(case: Case, model: Qwen2ForCausalLM, folder: Path) -> Generator:
         str(folder), stop_token_ids=stops(case), decode=lambda ids: "", max_num_seqs=256, max_model_len=512,
         kv_cache_gib=1.0, enforce_eager=True,
     )  # fmt: skip
-    return through_engine(engine, case, model)
+    return engine_generator(engine, case, model)
 
 
-def through_engine(engine: RolloutEngine, case: Case, model: Qwen2ForCausalLM) -> Generator:
+def engine_generator(engine: RolloutEngine, case: Case, model: Qwen2ForCausalLM) -> Generator:
     engine.load(model.named_parameters(), 0)
 
     def generate(seed: int, max_tokens: int) -> int:
@@ -145,26 +143,26 @@ def sampling_config(case: Case, max_tokens: int) -> GenerationConfig:
 
 
 def plain_generate(case: Case, model: Qwen2ForCausalLM, folder: Path) -> Generator:
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     rows = torch.tensor([prompt.token_ids for prompt in prompts_of(case)]).repeat_interleave(case.n, dim=0)
 
     def generate(seed: int, max_tokens: int) -> int:
         torch.manual_seed(seed)
-        out = theirs.generate(
+        out = peer.generate(
             rows, attention_mask=torch.ones_like(rows), generation_config=sampling_config(case, max_tokens)
         )
         out = out[:, rows.shape[1] :]
-        ended = (out == EOS).long().cumsum(1)
-        before = (ended - (out == EOS).long()) == 0  # tokens up to and including the first EOS
-        return int(before.sum()) if stops(case) else out.numel()
+        eos_count = (out == EOS).long().cumsum(1)
+        is_written = (eos_count - (out == EOS).long()) == 0  # tokens up to and including the first EOS
+        return int(is_written.sum()) if stops(case) else out.numel()
 
     return generate
 
 
 def batch_generate(case: Case, model: Qwen2ForCausalLM, folder: Path) -> Generator:
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     rows = [list(prompt.token_ids) for prompt in prompts_of(case) for _ in range(case.n)]
-    # Enough cache for every row at once; left to itself it takes 0.9 of the machine's memory.
+    # Enough cache for all rows at once; the default takes 0.9 of the machine's memory.
     pages = -(-(case.prompt_tokens + case.max_tokens) // 32)
     batching = ContinuousBatchingConfig(
         page_size=32, num_blocks=len(rows) * pages, max_batch_tokens=max(256, 2 * len(rows))
@@ -172,10 +170,10 @@ def batch_generate(case: Case, model: Qwen2ForCausalLM, folder: Path) -> Generat
 
     def generate(seed: int, max_tokens: int) -> int:
         torch.manual_seed(seed)
-        out = theirs.generate_batch(
+        out = peer.generate_batch(
             rows, generation_config=sampling_config(case, max_tokens), continuous_batching_config=batching
         )
-        return sum(len(one.generated_tokens) for one in out.values())
+        return sum(len(output.generated_tokens) for output in out.values())
 
     return generate
 
@@ -184,7 +182,7 @@ ENGINES = {"ours": ours, "generate": plain_generate, "generate_batch": batch_gen
 
 
 def measure(case: Case, names: list[str], repeats: int) -> dict[str, float]:
-    """Median tokens per second by engine, after a warm-up of 4 tokens each, runs interleaved."""
+    """Median tokens per second by engine; each engine first warms up with 4 tokens, and runs alternate."""
     with tempfile.TemporaryDirectory() as folder:
         model = random_model(case, Path(folder))
         generators = {name: ENGINES[name](case, model, Path(folder)) for name in names}

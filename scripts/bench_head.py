@@ -1,11 +1,11 @@
-"""The memory path against the naive form: log-prob and entropy of every token, forward and backward,
-gradients of both inputs.
+"""Compares the chunked output head with the naive form: log-prob and entropy of every token, forward and
+backward, with gradients of both inputs.
 
 naive: all logits at once, log_softmax, gather and entropy, autograd. ours:
-``rltrain.learner.head.token_statistics`` at several chunk sizes. Every measurement runs in a process of its
-own. Time is the wall clock of one forward and backward after a small warm-up; memory is the growth of the
-process' peak resident set (``ru_maxrss``; on a GPU of ``max_memory_allocated``) over what it held before the
-call, inputs not counted, both gradients counted. Repeats are interleaved; the table shows medians.
+``rltrain.learner.head.token_statistics`` at several chunk sizes. Every measurement runs in a separate
+process. Time is the wall-clock time of one forward and backward pass after a small warm-up. Memory is the
+growth of the process's peak resident set (``ru_maxrss``; on a GPU ``max_memory_allocated``) over its size
+before the call; it includes both gradients but not the inputs. Repeats alternate; the table shows medians.
 
 Both ratios are ours / naive, so smaller is better: memory_ratio (target: at most 1/12 = 0.083), time_ratio
 (target: at most 1).
@@ -41,14 +41,14 @@ def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
 
 
 def ours(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    found = token_statistics(
+    values = token_statistics(
         hidden, weight, targets, temperature=1.0, wants=frozenset({"logp", "entropy_grad"}), chunk=chunk
     )
-    return found["logp"], found["entropy"]
+    return values["logp"], values["entropy"]
 
 
 def step(inputs: tuple[Tensor, Tensor, Tensor], chunk: int) -> None:
-    """One forward and backward; chunk 0 is the naive form."""
+    """One forward and backward pass; chunk 0 is the naive form."""
     logp, entropy = naive(*inputs) if chunk == 0 else ours(*inputs, chunk)
     (logp.sum() + 0.01 * entropy.sum()).backward()
 
@@ -65,10 +65,11 @@ def make_inputs(
 def measure(options: argparse.Namespace) -> dict[str, float]:
     """Seconds and bytes of one step, in this process."""
     torch.set_num_threads(options.threads)
-    dtype, on_gpu = getattr(torch, options.dtype), options.device == "cuda"
-    step(
-        make_inputs(8, options.hidden, 64, options.device, dtype), options.measure
-    )  # warm-up: threads, libraries, kernels
+    dtype = getattr(torch, options.dtype)
+    on_gpu = options.device == "cuda"
+    # warm-up of threads, libraries and kernels
+    step(make_inputs(8, options.hidden, 64, options.device, dtype), options.measure)
+
     inputs = make_inputs(options.tokens, options.hidden, options.vocab, options.device, dtype)
     if on_gpu:
         torch.cuda.synchronize()
@@ -76,26 +77,26 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         before = torch.cuda.memory_allocated()
     else:
         before = resident_bytes()
+
     start = time.perf_counter()
     step(inputs, options.measure)
     if on_gpu:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if on_gpu
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": seconds, "bytes": peak - before}
 
 
 def resident_bytes() -> int:
-    """Resident set of this process now: ru_maxrss before the call would hide growth below an earlier peak."""
+    """Current resident set of this process; ru_maxrss would hide growth that stays below an earlier peak."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def in_a_process(options: argparse.Namespace, device: str, dtype: str, chunk: int) -> dict[str, float]:
+def measure_in_process(options: argparse.Namespace, device: str, dtype: str, chunk: int) -> dict[str, float]:
     sizes = [f"--{name}={getattr(options, name)}" for name in ("tokens", "hidden", "vocab", "threads")]
     command = [
         sys.executable,
@@ -113,26 +114,26 @@ def in_a_process(options: argparse.Namespace, device: str, dtype: str, chunk: in
         "OMP_NUM_THREADS": str(options.threads),
         "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
     }
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode != 0:
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if process.returncode != 0:
         raise SystemExit(
-            f"the measurement of chunk {chunk} on {device} {dtype} ended with {done.returncode} "
-            f"(memory?):\n{done.stderr[-2000:]}"
+            f"the measurement of chunk {chunk} on {device} {dtype} ended with {process.returncode} "
+            f"(memory?):\n{process.stderr[-2000:]}"
         )
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def compare(options: argparse.Namespace, device: str, dtype: str) -> dict[str, dict[str, float]]:
-    """Medians over interleaved repeats and the two ratios, by chunk size ("naive" among the medians)."""
-    taken: dict[int, list[dict[str, float]]] = {chunk: [] for chunk in (0, *options.chunks)}
+    """Medians over alternating repeats and the two ratios, by chunk size (medians also of "naive")."""
+    samples_by_chunk: dict[int, list[dict[str, float]]] = {chunk: [] for chunk in (0, *options.chunks)}
     for _ in range(options.repeats):
-        for chunk, found in taken.items():
-            found.append(in_a_process(options, device, dtype, chunk))
-    names = {chunk: str(chunk) if chunk else "naive" for chunk in taken}
-    medians = {
-        key: {names[c]: statistics.median(m[key] for m in found) for c, found in taken.items()}
-        for key in ("seconds", "bytes")
-    }
+        for chunk, samples in samples_by_chunk.items():
+            samples.append(measure_in_process(options, device, dtype, chunk))
+    names = {chunk: str(chunk) if chunk else "naive" for chunk in samples_by_chunk}
+    medians: dict[str, dict[str, float]] = {"seconds": {}, "bytes": {}}
+    for key, by_chunk in medians.items():
+        for chunk, samples in samples_by_chunk.items():
+            by_chunk[names[chunk]] = statistics.median(sample[key] for sample in samples)
     ratios = {
         f"{label}_ratio": {
             str(chunk): medians[key][str(chunk)] / medians[key]["naive"] for chunk in options.chunks
@@ -142,22 +143,21 @@ def compare(options: argparse.Namespace, device: str, dtype: str) -> dict[str, d
     return {**ratios, **medians}
 
 
-def show(name: str, options: argparse.Namespace, found: dict[str, dict[str, float]]) -> None:
-    table = Table(
-        title=f"{name}: {options.tokens} tokens, hidden {options.hidden}, V = {options.vocab}, median of {options.repeats}"
-    )
+def show(name: str, options: argparse.Namespace, numbers: dict[str, dict[str, float]]) -> None:
+    sizes = f"{options.tokens} tokens, hidden {options.hidden}, V = {options.vocab}"
+    table = Table(title=f"{name}: {sizes}, median of {options.repeats}")
     for column in ("chunk", "seconds", "GB", "time / naive", "memory / naive"):
         table.add_column(column, justify="right")
-    for chunk, seconds in found["seconds"].items():
+    for chunk, seconds in numbers["seconds"].items():
         ratios = [
-            f"{found[key][chunk]:.3f}" if chunk in found[key] else "1"
+            f"{numbers[key][chunk]:.3f}" if chunk in numbers[key] else "1"
             for key in ("time_ratio", "memory_ratio")
         ]
-        table.add_row(chunk, f"{seconds:.2f}", f"{found['bytes'][chunk] / 1e9:.3f}", *ratios)
+        table.add_row(chunk, f"{seconds:.2f}", f"{numbers['bytes'][chunk] / 1e9:.3f}", *ratios)
     Console().print(table)
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -168,24 +168,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="write ratios, medians, versions and machine here")
-    parser.add_argument(
-        "--measure", type=int, help=argparse.SUPPRESS
-    )  # one measurement in this process, by chunk size
+    # one measurement in this process, for this chunk size
+    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cpu", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
-    options = arguments()
+    options = parse_arguments()
     if options.measure is not None:
         print(json.dumps(measure(options)))
         return
-    kinds = [("cpu", "float32")] + (
+    settings = [("cpu", "float32")] + (
         [("cuda", "float32"), ("cuda", "bfloat16")] if torch.cuda.is_available() else []
     )
-    found = {f"{device} {dtype}": compare(options, device, dtype) for device, dtype in kinds}
-    for name, numbers in found.items():
+    results = {f"{device} {dtype}": compare(options, device, dtype) for device, dtype in settings}
+    for name, numbers in results.items():
         show(name, options, numbers)
     if options.json is not None:
         machine = {
@@ -197,8 +196,14 @@ def main() -> None:
             machine["gpu"] = torch.cuda.get_device_name()
         sizes = {name: getattr(options, name) for name in ("tokens", "hidden", "vocab", "repeats")}
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        others = {name: numbers for name, numbers in found.items() if name != "cpu float32"}
-        report = {**found["cpu float32"], **others, "sizes": sizes, "versions": versions, "machine": machine}
+        others = {name: numbers for name, numbers in results.items() if name != "cpu float32"}
+        report = {
+            **results["cpu float32"],
+            **others,
+            "sizes": sizes,
+            "versions": versions,
+            "machine": machine,
+        }
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,12 +1,13 @@
-"""Whole GRPO steps of rltrain beside TRL's GRPOTrainer: trained completion tokens per second and peak memory,
-in one run.
+"""Compares whole GRPO steps of rltrain and TRL's GRPOTrainer: trained completion tokens per second and peak
+memory, in one run.
 
-    pip install --no-deps --target .cache/trl trl==1.16.0 python scripts/bench_step.py --trl .cache/trl
-    [--json FILE] [--repeats 5] [--cases short,skewed] [--threads 2]
+    pip install --no-deps --target .cache/trl trl==1.16.0
+    python scripts/bench_step.py --trl .cache/trl [--json FILE] [--repeats 5] [--cases short,skewed]
+        [--threads 2]
 
 Both train the same model on the same prompts with the same number of completions, float32, one update per
-step, AdamW, gradient checkpointing off; each samples its own completions from the same distribution. Before
-that, both compute the loss and its gradient on one and the same batch, and must agree.
+step, AdamW, gradient checkpointing off; each samples its own completions from the same distribution. First,
+both compute the loss and its gradient on the same batch, and must agree.
 """
 
 from __future__ import annotations
@@ -46,23 +47,22 @@ class Case:
 
 CASES = {
     "short": Case(Size(128, 4, 64), 8, 8, 8, 8),  # 0.8M parameters
-    "skewed": Case(
-        Size(256, 6, 32768, -4.1), 100, 4, 8, 256
-    ),  # 12M parameters; lengths geometric, mean about 60, cut at 256
+    # 12M parameters; lengths geometric with mean about 60, cut at 256
+    "skewed": Case(Size(256, 6, 32768, -4.1), 100, 4, 8, 256),
 }
 
 
 def make(case: Case, folder: Path) -> None:
-    """Model, prompts of random words, and a reward of 0 or 1 that no policy can learn, so that every
-    step has signal.
+    """Writes a model, prompts of random words, and a reward of 0 or 1 that no policy can learn, so that
+    every step has a gradient.
     """
     import torch
 
     make_model(case.model, folder / "model")
     shape = (64 * case.prompts, case.prompt_tokens)
-    drawn = torch.randint(3, case.model.vocabulary, shape, generator=torch.Generator().manual_seed(1))
+    prompt_ids = torch.randint(3, case.model.vocabulary, shape, generator=torch.Generator().manual_seed(1))
     (folder / "prompts.jsonl").write_text(
-        "".join(json.dumps({"prompt": text_of(row)}) + "\n" for row in drawn.tolist())
+        "".join(json.dumps({"prompt": text_of(row)}) + "\n" for row in prompt_ids.tolist())
     )
     (folder / "reward.py").write_text(REWARD)
 
@@ -106,7 +106,7 @@ def run_rltrain(case: Case, folder: Path, turns: Turns) -> None:
     recipe = recipe_of(case, folder)
     inputs = load_inputs(recipe)
     with inputs.grader:
-        context = RunContext(RunFolder.at(folder / "run"), process=Process(is_main=False))
+        context = RunContext(RunFolder.from_path(folder / "run"), process=Process(is_main=False))
         run = build_online_run(recipe, inputs, context)
         train_online(dataclasses.replace(run, reporter=Gate(None, None, None)))
 
@@ -127,8 +127,8 @@ def run_trl(case: Case, folder: Path, turns: Turns) -> None:
 
 
 def trl_trainer(case: Case, folder: Path, counted: list[int]) -> Any:
-    """TRL's trainer with what rltrain does by default. counted: gains the lengths of the completions
-    graded.
+    """TRL's trainer with rltrain's default settings. counted: a list to which the lengths of the graded
+    completions are added.
     """
     from datasets import load_dataset
     from transformers import AutoTokenizer
@@ -170,23 +170,34 @@ def trl_trainer(case: Case, folder: Path, counted: list[int]) -> Any:
     return GRPOTrainer(str(folder / "model"), reward, arguments, data, processing_class=tokenizer)
 
 
+def trl_loss(case: Case, folder: Path, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """TRL's loss on the batch ``inputs``, and its gradients by parameter."""
+    trainer = trl_trainer(case, folder, [])
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer._compute_loss(trainer.model, inputs)
+    loss.backward()
+    return loss, {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
+
+
 def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
-    """Loss and gradient of both on one batch of random completions; reports their relative differences."""
+    """Computes loss and gradient of both trainers on one batch of random completions; reports their relative
+    differences.
+    """
     import torch
 
     from rltrain.build.online import build_learner, build_objective
     from rltrain.types.policy import TokenRows, TrainBatch
 
     generator = torch.Generator().manual_seed(2)
-    rows, width = case.prompts * case.n, case.max_tokens
+    rows = case.prompts * case.n
+    width = case.max_tokens
     lengths = torch.randint(1, width + 1, (rows,), generator=generator)
     prompts = torch.randint(3, case.model.vocabulary, (rows, case.prompt_tokens), generator=generator)
     completions = torch.randint(3, case.model.vocabulary, (rows, width), generator=generator)
     mask = torch.arange(width) < lengths[:, None]
     advantages = torch.randn(rows, generator=generator)
 
-    trainer = trl_trainer(case, folder, [])
-    trainer.model.train()
     inputs = {
         "prompt_ids": prompts,
         "prompt_mask": torch.ones_like(prompts),
@@ -195,10 +206,7 @@ def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
         "advantages": advantages,
         "num_items_in_batch": mask.sum(),
     }
-    trainer.current_gradient_accumulation_steps = 1
-    loss = trainer._compute_loss(trainer.model, inputs)
-    loss.backward()
-    theirs = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
+    loss, trl_gradients = trl_loss(case, folder, inputs)
 
     recipe = recipe_of(case, folder)
     unclipped = recipe.learner.optimizer.model_copy(update={"max_grad_norm": 1e9})
@@ -208,25 +216,29 @@ def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
     batch = TrainBatch(
         mask, advantages[:, None].expand(mask.shape), torch.ones(mask.shape), advantages, zeros, zeros, zeros
     )
-    written = tuple(
+    completion_ids = tuple(
         tuple(row[:length]) for row, length in zip(completions.tolist(), lengths.tolist(), strict=True)
     )
-    token_rows = TokenRows(tuple(map(tuple, prompts.tolist())), written)
-    ours: dict[str, Any] = {}
+    token_rows = TokenRows(tuple(map(tuple, prompts.tolist())), completion_ids)
+    gradients: dict[str, Any] = {}
 
-    def keep(*_: Any, **__: Any) -> None:
-        ours.update({name: parameter.grad.clone() for name, parameter in learner.model.named_parameters()})
+    def keep_gradients(*_: Any, **__: Any) -> None:
+        gradients.update(
+            {name: parameter.grad.clone() for name, parameter in learner.model.named_parameters()}
+        )
 
-    learner.trained.optimizer.register_step_pre_hook(keep)
+    learner.trained.optimizer.register_step_pre_hook(keep_gradients)
     stats = learner.update(token_rows, batch, build_objective(recipe.loss, {}))
-    size = torch.stack([gradient.norm() for gradient in theirs.values()]).norm()
-    apart = torch.stack([(ours[name] - theirs[name]).norm() for name in theirs]).norm()
-    found = {
+    size = torch.stack([gradient.norm() for gradient in trl_gradients.values()]).norm()
+    difference = torch.stack(
+        [(gradients[name] - trl_gradients[name]).norm() for name in trl_gradients]
+    ).norm()
+    differences = {
         "loss": abs(stats.metrics["loss/total"] - float(loss)),
-        "gradient": float(apart / size),
+        "gradient": float(difference / size),
         "theirs": float(loss),
     }
-    turns.say(found)
+    turns.say(differences)
 
 
 if __name__ == "__main__":

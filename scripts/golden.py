@@ -1,15 +1,15 @@
-"""Golden runs: loss, gradient norm, entropy and rewards of a few steps of tiny recipes of every kind, kept in
-tests/golden.
+"""Golden runs: loss, gradient norm, entropy and rewards of a few steps of tiny recipes of every kind, stored
+in tests/golden.
 
-    python scripts/golden.py check [NAME ...]        # do today's numbers agree with the kept ones?
-    python scripts/golden.py make [NAME ...]         # keep today's, as the decision that they are right
-    python scripts/golden.py compare OLD NEW [NAME ...]   # each a commit, a folder of golden files, or the
-    folder of a run
+    python scripts/golden.py check [NAME ...]        # compare the current numbers with the stored ones
+    python scripts/golden.py make [NAME ...]         # store the current numbers as the right ones
+    # OLD, NEW: a commit, a folder of golden files, or the folder of a run
+    python scripts/golden.py compare OLD NEW [NAME ...]
 
-A change of numerics is a decision: whoever makes one runs ``make``, looks at the difference in the JSON and
-says why in the commit. In the environment a file was made in (same machine, same versions, one thread)
-numbers are equal to the last bit; elsewhere within ``RTOL``, for sums of float32 come out differently on
-another processor.
+A change of numerics is a decision: its author runs ``make``, checks the difference in the JSON and explains
+it in the commit. In the environment in which a file was made (same machine, same versions, one thread)
+numbers are equal to the last bit; in other environments they agree within ``RTOL``, because sums of float32
+numbers depend on the processor.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
-NAMES = {  # of the recipes, by their folder
+NAMES = {  # recipes by folder
     "policy": (
         *("cispo", "dapo", "dr_grpo", "gmpo", "grpo", "gspo", "gsm8k_calculator", "reinforce_pp", "rloo"),
         *("aepo", "clip_cov", "hapo", "kl_cov", "steer"),  # entropy control
@@ -38,8 +38,8 @@ NAMES = {  # of the recipes, by their folder
     "preference": ("dpo", "kto", "online_dpo"),
     "process_reward": ("implicit_prm_ce",),
 }
-# Those that a run has: with a policy that samples the first four, with given preferences the first two and
-# some of the last.
+# A run has some of these: with sampled completions the first four, with given preferences the first two and
+# some of the last three.
 METRICS = (
     "loss/total",
     "learner/grad_norm",
@@ -49,10 +49,12 @@ METRICS = (
     "loss/reward",
     "loss/z0",
 )
-RTOL, ATOL = 1e-3, 1e-6  # in another environment; ATOL for what is 0 but for rounding
-# Few and short steps of an untrained model, several micro-batches each. AdamW's eps is above the rounding
-# noise of a gradient, of which it would else make whole steps of the learning rate, other ones on every
-# processor.
+# tolerances in another environment; ATOL for numbers that are 0 up to rounding
+RTOL = 1e-3
+ATOL = 1e-6
+# A few short steps of an untrained model, with several micro-batches each. AdamW's eps is above the rounding
+# noise of a gradient; with a smaller eps, AdamW would turn that noise, which differs between processors, into
+# full steps of the learning rate.
 SETTINGS = (
     "train.steps=3",
     "rollout.prompts=16",
@@ -63,16 +65,16 @@ SETTINGS = (
     "data.eval=null",
     "reward.workers=1",
 )
-GIVEN = (  # the same of recipes that sample nothing
+OFFLINE_SETTINGS = (  # the same for recipes that do not sample
     "train.steps=3",
     "train.examples=16",
-    *(one for one in SETTINGS if one.startswith("learner.")),
+    *(setting for setting in SETTINGS if setting.startswith("learner.")),
     "learner.optimizer.schedule=constant",
     "data.eval=null",
     "reference.cache=null",
 )
-# The model's entropy is near 4 nats: the coefficient rises from the second step on.
-MORE = {
+# The model's entropy is near 4 nats, so the coefficient rises from the second step on.
+EXTRA_SETTINGS = {
     "adaptive_entropy": (
         "loss.terms=[{name: entropy, coefficient: {name: target_entropy, target: 4.5, step: 0.02}}]",
     )
@@ -82,33 +84,33 @@ Series = dict[str, list[float]]
 
 
 def kept_names() -> list[str]:
-    """Names of the recipes that have kept numbers."""
+    """Names of the recipes that have stored numbers."""
     return sorted(path.stem for path in GOLDEN.glob("*.json"))
 
 
 def every_name() -> list[str]:
-    """Names of the recipes that are to have kept numbers."""
+    """Names of the recipes that must have stored numbers."""
     return sorted(name for names in NAMES.values() for name in names)
 
 
 def recipe_of(name: str) -> str:
-    """Its folder and name, as in "policy/grpo"; a recipe that no list names is looked for in the folders."""
-    listed = [f"{folder}/{name}" for folder, names in NAMES.items() if name in names]
-    found = listed or [
+    """The recipe's folder and name, as in "policy/grpo"; a recipe outside NAMES is found in its folder."""
+    listed_paths = [f"{folder}/{name}" for folder, names in NAMES.items() if name in names]
+    paths = listed_paths or [
         f"{folder}/{name}" for folder in NAMES if (ROOT / "recipes" / folder / f"{name}.yaml").is_file()
     ]
-    if not found:
+    if not paths:
         raise SystemExit(f"golden: no recipe is called {name!r} in recipes/{', recipes/'.join(NAMES)}")
-    return found[0]
+    return paths[0]
 
 
 def settings_of(name: str) -> list[str]:
-    """What a golden run sets, but for the model and the reward."""
-    return [*(SETTINGS if samples(name) else GIVEN), *MORE.get(name, ())]
+    """The settings of a golden run except model and reward."""
+    return [*(SETTINGS if samples(name) else OFFLINE_SETTINGS), *EXTRA_SETTINGS.get(name, ())]
 
 
 def samples(name: str) -> bool:
-    """Whether the recipe learns from what its policy samples, and so has rewards."""
+    """Whether the recipe learns from samples of its policy, and so has rewards."""
     from rltrain.config.load import load_recipe
 
     recipe = load_recipe(ROOT / "recipes" / f"{recipe_of(name)}.yaml", profile="tiny_cpu", overrides=[])
@@ -116,7 +118,7 @@ def samples(name: str) -> bool:
 
 
 def environment() -> dict[str, Any]:
-    """What must be equal for numbers to be equal to the last bit."""
+    """Everything that must be equal for numbers to be equal to the last bit."""
     import numpy
     import torch
     import transformers
@@ -136,7 +138,7 @@ def environment() -> dict[str, Any]:
 
 
 def run(name: str, model: Path, out: Path) -> Series:
-    """Train the recipe ``name`` for a few steps in ``out``, which must not exist; its numbers step by
+    """Train the recipe ``name`` for a few steps in ``out``, which must not exist; returns its numbers per
     step.
     """
     import torch
@@ -162,7 +164,7 @@ def run(name: str, model: Path, out: Path) -> Series:
 
 
 def series(run_folder: Path) -> Series:
-    """The metrics of a run folder that golden files keep."""
+    """The metrics of a run folder that golden files store."""
     lines = [
         json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
@@ -175,7 +177,7 @@ def series(run_folder: Path) -> Series:
 
 
 def tiny_model(folder: Path) -> Path:
-    """The untrained model that every golden run starts from; seeded."""
+    """The seeded, untrained model from which every golden run starts."""
     spec = importlib.util.spec_from_file_location("make_tiny_model", ROOT / "scripts" / "make_tiny_model.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -183,14 +185,14 @@ def tiny_model(folder: Path) -> Path:
     return module.make_random_model(folder / "model", tied=False, seed=0)
 
 
-def write(path: Path, name: str, found: Series) -> None:
-    kept = {
+def write(path: Path, name: str, series: Series) -> None:
+    record = {
         "recipe": recipe_of(name),
         "settings": settings_of(name),
         "environment": environment(),
-        "steps": found,
+        "steps": series,
     }
-    path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -200,31 +202,36 @@ def read(path: Path) -> dict[str, Any]:
 def differences(
     old: Mapping[str, Sequence[float]], new: Mapping[str, Sequence[float]], *, exact: bool
 ) -> list[str]:
-    """One line for each metric that differs, at the first step where it does."""
-    found = []
+    """One line for each metric that differs, for the first step where it differs."""
+    lines = []
     for metric in sorted(old.keys() | new.keys()):
-        before, after = list(old.get(metric, ())), list(new.get(metric, ()))
+        before = list(old.get(metric, ()))
+        after = list(new.get(metric, ()))
         if len(before) != len(after):
-            found.append(f"{metric}: {len(before)} steps before, {len(after)} now")
+            lines.append(f"{metric}: {len(before)} steps before, {len(after)} now")
             continue
-        for step, (one, two) in enumerate(zip(before, after, strict=True), start=1):
-            if not (one == two if exact else math.isclose(one, two, rel_tol=RTOL, abs_tol=ATOL)):
-                found.append(
-                    f"{metric}, step {step}: {one!r} before, {two!r} now (relative "
-                    f"{abs(two - one) / max(abs(one), 1e-30):.1e})"
+        for step, (old_value, new_value) in enumerate(zip(before, after, strict=True), start=1):
+            if not (
+                old_value == new_value
+                if exact
+                else math.isclose(old_value, new_value, rel_tol=RTOL, abs_tol=ATOL)
+            ):
+                lines.append(
+                    f"{metric}, step {step}: {old_value!r} before, {new_value!r} now (relative "
+                    f"{abs(new_value - old_value) / max(abs(old_value), 1e-30):.1e})"
                 )
                 break
-    return found
+    return lines
 
 
-def verdict(name: str, kept: Mapping[str, Any], found: Series) -> str | None:
-    """None when ``found`` are the kept numbers, else what differs and what to do about it."""
+def verdict(name: str, kept: Mapping[str, Any], series: Series) -> str | None:
+    """None if ``series`` agrees with the stored numbers, else the differences and the remedy."""
     exact = kept["environment"] == environment()
-    lines = differences(kept["steps"], found, exact=exact)
+    lines = differences(kept["steps"], series, exact=exact)
     if not lines:
         return None
-    held = (
-        "made in this very environment, so held to the last bit"
+    tolerance = (
+        "made in this environment, so held to the last bit"
         if exact
         else f"made elsewhere, so held to {RTOL:g}"
     )
@@ -233,7 +240,7 @@ def verdict(name: str, kept: Mapping[str, Any], found: Series) -> str | None:
         "change."
     )
     return "\n".join(
-        [f"the numbers of recipes/{kept.get('recipe', name)}.yaml changed ({held}):", *lines, remedy]
+        [f"the numbers of recipes/{kept.get('recipe', name)}.yaml changed ({tolerance}):", *lines, remedy]
     )
 
 
@@ -249,29 +256,30 @@ def runs(names: Sequence[str]) -> Iterator[tuple[str, Series]]:
 
 def make(names: Sequence[str], out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
-    for name, found in runs(names or every_name()):
-        write(out / f"{name}.json", name, found)
+    for name, series in runs(names or every_name()):
+        write(out / f"{name}.json", name, series)
         print(f"{out / name}.json")
     return 0
 
 
 def check(names: Sequence[str]) -> int:
     kept = {path.stem: read(path) for path in sorted(GOLDEN.glob("*.json"))}
-    wrong = [
+    reports = [
         text
-        for name, found in runs(names or list(kept))
-        if (text := verdict(name, kept[name], found)) is not None
+        for name, series in runs(names or list(kept))
+        if (text := verdict(name, kept[name], series)) is not None
     ]
-    print("\n\n".join(wrong) or "all golden runs agree")
-    return 1 if wrong else 0
+    print("\n\n".join(reports) or "all golden runs agree")
+    return 1 if reports else 0
 
 
 def compare(old: str, new: str, names: Sequence[str]) -> int:
-    before, after = numbers_of(old, names), numbers_of(new, names)
-    wrong = 0
+    before = numbers_of(old, names)
+    after = numbers_of(new, names)
+    count = 0
     for name in sorted(before.keys() & after.keys()):
         lines = differences(before[name], after[name], exact=True)
-        wrong += bool(lines)
+        count += bool(lines)
         print(
             "\n".join(
                 [
@@ -282,14 +290,14 @@ def compare(old: str, new: str, names: Sequence[str]) -> int:
         )
     for name in sorted(before.keys() ^ after.keys()):
         print(f"{name}: only in {old if name in before else new}")
-    return 1 if wrong else 0
+    return 1 if count else 0
 
 
 def numbers_of(where: str, names: Sequence[str]) -> dict[str, Series]:
-    """Of a run folder, a folder of golden files, or a commit, whose own code is run for it here and now.
+    """The numbers of a run folder, of a folder of golden files, or of a commit, whose code is run here.
 
-    names: recipes that a commit is asked for; none: those with kept numbers. Those it does not have are left
-    out.
+    names: the recipes to run for a commit; empty: those with stored numbers. Recipes that the commit lacks
+    are left out.
     """
     path = Path(where)
     if (path / "metrics.jsonl").is_file():
@@ -305,19 +313,20 @@ def numbers_of(where: str, names: Sequence[str]) -> dict[str, Series]:
                 f"golden: {where!r} is neither a folder nor a commit: {archive.stderr.decode().strip()}"
             )
         subprocess.run(["tar", "-x", "-C", str(tree)], input=archive.stdout, check=True)
-        for ours in (Path(__file__), GOLDEN / "sevens.py"):  # the same questions to both
-            copy = tree / ours.resolve().relative_to(ROOT)
+        for source in (Path(__file__), GOLDEN / "sevens.py"):  # both commits run the same script and reward
+            copy = tree / source.resolve().relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(ours.read_bytes())
-        out, asked = Path(temporary) / "numbers", names or kept_names()
-        there = [
+            copy.write_bytes(source.read_bytes())
+        out = Path(temporary) / "numbers"
+        requested = names or kept_names()
+        available = [
             name
-            for name in asked
+            for name in requested
             if any((tree / "recipes" / folder / f"{name}.yaml").is_file() for folder in NAMES)
         ]
-        if not there:
+        if not available:
             return {}
-        command = [sys.executable, str(tree / "scripts" / "golden.py"), "make", *there, "--out", str(out)]
+        command = [sys.executable, str(tree / "scripts" / "golden.py"), "make", *available, "--out", str(out)]
         environment = os.environ | {"PYTHONPATH": str(tree)}
         if subprocess.run(command, cwd=tree, env=environment, stdout=subprocess.DEVNULL).returncode != 0:
             raise SystemExit(f"golden: a run of {where} failed, see above; name the recipes to compare")
@@ -325,7 +334,7 @@ def numbers_of(where: str, names: Sequence[str]) -> dict[str, Series]:
 
 
 def _processor() -> str:
-    """The model's name, for it decides which kernels run."""
+    """The name of the processor model, which decides which kernels run."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -340,21 +349,21 @@ def main() -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for command in ("check", "make"):
-        one = commands.add_parser(command)
-        one.add_argument("names", nargs="*", metavar="NAME")
+        command_parser = commands.add_parser(command)
+        command_parser.add_argument("names", nargs="*", metavar="NAME")
         if command == "make":
-            one.add_argument("--out", type=Path, default=GOLDEN)
-    two = commands.add_parser("compare")
-    two.add_argument("old")
-    two.add_argument("new")
-    two.add_argument("names", nargs="*", metavar="NAME")
-    given = parser.parse_args()
-    match given.command:
+            command_parser.add_argument("--out", type=Path, default=GOLDEN)
+    compare_parser = commands.add_parser("compare")
+    compare_parser.add_argument("old")
+    compare_parser.add_argument("new")
+    compare_parser.add_argument("names", nargs="*", metavar="NAME")
+    options = parser.parse_args()
+    match options.command:
         case "check":
-            return check(given.names)
+            return check(options.names)
         case "make":
-            return make(given.names, given.out)
-    return compare(given.old, given.new, given.names)
+            return make(options.names, options.out)
+    return compare(options.old, options.new, options.names)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Real solutions with their outcomes, split by problem, and a small language model of such text to start
-from.
+"""Makes real solutions with their outcomes, split by problem, and a small language model of such text as a
+starting model.
 
     python scripts/make_outcome_task.py --out .cache/outcomes \
-        --gsm8k ../shared/data/gsm8k --steps ../shared/data/process/step_labelled.jsonl
+        --gsm8k data/gsm8k --steps data/process/step_labelled.jsonl
 
-``--gsm8k`` holds GSM8K's ``train.jsonl`` and ``test.jsonl`` and OpenAI's ``model_solutions.jsonl``: four
-solutions by GPT-3 of every TEST problem, called right or wrong. What is trained here must therefore not be
-measured on GSM8K's test set by anybody. Problems, not solutions, are divided; those that the step labels of
-``--steps`` are about, or that share a passage with one, are all held out. The model learns from GSM8K's
-training set with its worked solutions, and from the training side's solutions whether right or wrong.
+``python scripts/get_data.py gsm8k gsm8k_solutions step_labelled`` gets these files. ``--gsm8k`` holds GSM8K's
+``train.jsonl`` and ``test.jsonl`` and OpenAI's ``model_solutions.jsonl``: four solutions by GPT-3 of every
+TEST problem, labelled right or wrong. Models trained on these files must therefore not be evaluated on
+GSM8K's test set. The split is by problem, not by solution; all problems with step labels in ``--steps``, and
+all that share a passage with one, are held out. The model learns from GSM8K's training set with its worked
+solutions, and from the solutions of the training split, right or wrong.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from make_text_model import BLOCK, BLOCKS, encoded, pretrain, trained_tokenizer
+from make_text_model import BLOCK, BLOCKS, encode, pretrain, train_tokenizer
 from make_tiny_model import save_model, tiny_model
 
 from rltrain.seeds import stable_hash
 
-VOCABULARY, LAYERS, WIDTH = 2048, 4, 128
-STEPS = 300  # of the language model, of BLOCK * BLOCKS tokens each
-WORKED = 3000  # worked solutions of GSM8K's training set that it learns from
+VOCABULARY = 2048
+LAYERS = 4
+WIDTH = 128
+STEPS = 300  # updates of the language model, of BLOCK * BLOCKS tokens each
+WORKED = 3000  # worked solutions of GSM8K's training set in its training text
 HELD_OUT = 0.3  # share of problems
-PASSAGE = 8  # words in a row that make two problems one
+PASSAGE = 8  # problems that share this many consecutive words count as one problem
 Row = dict[str, Any]
 
 
@@ -43,8 +46,8 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     print(f"{path}: {len(rows)} rows, {len({row['problem'] for row in rows})} problems")
 
 
-def divided(rows: Sequence[Row], held_out: set[int]) -> dict[str, list[Row]]:
-    """By problem: the held-out ones for testing, one in ten of the others for choosing hyperparameters."""
+def divide_by_problem(rows: Sequence[Row], held_out: set[int]) -> dict[str, list[Row]]:
+    """The rows split by problem: held-out problems in "test", one in ten of the others in "dev"."""
     train = sorted({row["problem"] for row in rows} - held_out)
     dev = set(random.Random(stable_hash("dev")).sample(train, len(train) // 10))
     side = {
@@ -56,40 +59,43 @@ def divided(rows: Sequence[Row], held_out: set[int]) -> dict[str, list[Row]]:
 
 def passages(text: str) -> set[tuple[str, ...]]:
     words = "".join(letter if letter.isalnum() else " " for letter in text.lower()).split()
-    return {tuple(words[at : at + PASSAGE]) for at in range(max(len(words) - PASSAGE + 1, 1))}
+    return {tuple(words[start : start + PASSAGE]) for start in range(max(len(words) - PASSAGE + 1, 1))}
 
 
 def held_out_problems(questions: Sequence[str], labelled: Sequence[str], share: float) -> set[int]:
-    """Numbers of the questions that a labelled problem shares a passage with, and as many others as
-    make up ``share``.
+    """Numbers of the questions that share a passage with a labelled problem, and of random others, up to
+    ``share`` of all.
     """
-    seen = set[tuple[str, ...]]().union(*map(passages, labelled))
-    about = {number for number, question in enumerate(questions) if passages(question) & seen}
-    others = random.Random(stable_hash("held out")).sample(
-        [at for at in range(len(questions)) if at not in about], len(questions) - len(about)
+    labelled_passages = set[tuple[str, ...]]().union(*map(passages, labelled))
+    overlapping = {
+        number for number, question in enumerate(questions) if passages(question) & labelled_passages
+    }
+    candidates = random.Random(stable_hash("held out")).sample(
+        [number for number in range(len(questions)) if number not in overlapping],
+        len(questions) - len(overlapping),
     )
-    return about | set(others[: max(0, round(share * len(questions)) - len(about))])
+    return overlapping | set(candidates[: max(0, round(share * len(questions)) - len(overlapping))])
 
 
 def outcome_rows(solutions: Sequence[Row], questions: Sequence[str]) -> list[Row]:
     return [
         {
-            "prompt": questions[one["problem_idx"]],
-            "completion": one["solution"],
-            "label": one["is_correct"],
-            "answer": one["solution"].rpartition("A:")[2].strip() or None,
-            "problem": one["problem_idx"],
-            "generator": one["generator"],
+            "prompt": questions[solution["problem_idx"]],
+            "completion": solution["solution"],
+            "label": solution["is_correct"],
+            "answer": solution["solution"].rpartition("A:")[2].strip() or None,
+            "problem": solution["problem_idx"],
+            "generator": solution["generator"],
         }
-        for one in solutions
-        if one["solution"].strip()
+        for solution in solutions
+        if solution["solution"].strip()
     ]
 
 
 def step_rows(labelled: Sequence[Row], source: str) -> list[Row]:
     """Solutions whose first wrong step a person marked.
 
-    Steps from there on that nobody judged have no label.
+    Later steps without a label have null.
     """
     rows = [
         row
@@ -109,34 +115,32 @@ def step_rows(labelled: Sequence[Row], source: str) -> list[Row]:
 
 
 def make(gsm8k: Path, steps: Path, out: Path, *, updates: int, seed: int) -> None:
-    """Files and model in ``out``. updates: of the language model."""
+    """Writes files and model to ``out``. updates: of the language model."""
     questions = [row["question"] for row in read(gsm8k / "test.jsonl")]
     labelled = read(steps)
     held_out = held_out_problems(questions, [row["problem"] for row in labelled], HELD_OUT)
-    sides = divided(outcome_rows(read(gsm8k / "model_solutions.jsonl"), questions), held_out)
-    for name, some in sides.items():
-        write(out / f"{name}.jsonl", some)
+    sides = divide_by_problem(outcome_rows(read(gsm8k / "model_solutions.jsonl"), questions), held_out)
+    for name, rows in sides.items():
+        write(out / f"{name}.jsonl", rows)
     for source in ("MR-GSM8K", "Mr-Ben"):
         write(out / f"steps.{source.lower()}.jsonl", step_rows(labelled, source))
     worked = [
-        {"prompt": one["question"], "completion": one["answer"].replace("#### ", "A: ")}
-        for one in read(gsm8k / "train.jsonl")
+        {"prompt": parameter["question"], "completion": parameter["answer"].replace("#### ", "A: ")}
+        for parameter in read(gsm8k / "train.jsonl")
     ]
-    known = random.Random(seed).sample(worked, WORKED) + sides["train"]
-    tokenizer = trained_tokenizer(
-        [text for row in known for text in (row["prompt"], row["completion"])], VOCABULARY
+    texts = random.Random(seed).sample(worked, WORKED) + sides["train"]
+    tokenizer = train_tokenizer(
+        [text for row in texts for text in (row["prompt"], row["completion"])], VOCABULARY
     )
     model = tiny_model(tokenizer, tied=True, seed=seed, layers=LAYERS, width=WIDTH)
-    texts = random.Random(seed).sample(known, len(known))
+    texts = random.Random(seed).sample(texts, len(texts))
     stream = [
         token
         for row in texts
-        for token in encoded((("user", row["prompt"]), ("assistant", row["completion"])), tokenizer)
+        for token in encode((("user", row["prompt"]), ("assistant", row["completion"])), tokenizer)
     ]
-    size, passes = (
-        sum(one.numel() for one in model.parameters()) / 1e6,
-        updates * BLOCK * BLOCKS / len(stream),
-    )
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    passes = updates * BLOCK * BLOCKS / len(stream)
     print(f"{size:.1f}M parameters, {len(texts)} texts of {len(stream)} tokens, {passes:.1f} passes")
     pretrain(model, stream, steps=updates, seed=seed)
     save_model(model, tokenizer, out / "model")

@@ -1,17 +1,17 @@
-"""Chains of sums with exact labels of every step: problems, a tiny model that solves some of them, and its
-judged solutions.
+"""Makes chains of sums with an exact label for every step: problems, a tiny model that solves some of them,
+and its labelled solutions.
 
-    python scripts/make_tiny_model.py --out .cache/tiny-model                         # a model that almost
-    knows how to add
-    python scripts/make_step_task.py model --out .cache/chains                        # problems, and that
-    model made to add in chains
-    python scripts/make_step_task.py samples --out .cache/chains --split train --n 8  # solutions with labels
-    of outcome and steps
+    # a model that nearly knows how to add
+    python scripts/make_tiny_model.py --out .cache/tiny-model
+    # problems, and that model trained to add in chains
+    python scripts/make_step_task.py model --out .cache/chains
+    # solutions with labels of outcome and steps
+    python scripts/make_step_task.py samples --out .cache/chains --split train --n 8
 
 ``7+8+4=`` is solved in lines, ``07+8=15``, ``15+4=19``, ``A:19``. There is one right solution, so the first
-step that differs from it is the first wrong one. What follows a wrong step is judged by itself: it is right
-where it goes on rightly from what stands there. The labels of steps are for measuring; what a process reward
-model is trained on is the outcome alone.
+step that differs from it is the first wrong step. A step after a wrong step is judged by itself: it is right
+if it continues correctly from the previous result. The step labels are for evaluation only; process reward
+models are trained on the outcome alone.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from make_tiny_model import IGNORED, reproducible, save_model
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
@@ -36,23 +37,27 @@ from rltrain.config.schema import OnlineRecipe
 from rltrain.seeds import stable_hash
 
 ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "recipes" / "study_prm" / "chains.yaml"
+RECIPE = ROOT / "recipes" / "studies" / "process_reward" / "chains.yaml"
 SPLITS = {"train": 4000, "dev": 200, "test": 400}  # problems
-WARM_UP = 40_000  # further ones, that the model learns from before it is asked anything
+WARM_UP = 40_000  # further problems, for the model's warm start
 OPERANDS = 6  # of one digit each
-MOST_STEPS, RIGHT = 1000, 0.3  # of the warm start: it stops when a whole solution is right so often
-BATCH, LEARNING_RATE, WARMUP_STEPS, SHOWN = 64, 2e-3, 20, 20
+MAX_STEPS = 1000  # of the warm start
+RIGHT = 0.3  # the warm start stops at this probability of a right solution
+BATCH = 64
+LEARNING_RATE = 2e-3
+WARMUP_STEPS = 20
+SHOWN = 20
 _SUM = re.compile(r"(\d+)\+(\d+)=(\d+)")
 _ANSWER = re.compile(r"A:(\d+)")
 
 
 def operands(prompt: str) -> list[int]:
-    """``7+8+4=`` to 7, 8, 4."""
+    """The numbers of a problem: 7, 8, 4 for ``7+8+4=``."""
     return [int(number) for number in prompt.removesuffix("=").split("+")]
 
 
 def solution(prompt: str) -> list[str]:
-    """The lines of the one right solution."""
+    """The lines of the only right solution."""
     total, *others = operands(prompt)
     lines: list[str] = []
     for number in others:
@@ -62,57 +67,61 @@ def solution(prompt: str) -> list[str]:
 
 
 def steps_of(completion: str) -> list[str]:
-    """Lines with text in them, as ``rltrain score --steps newline`` cuts them."""
+    """The lines that are not blank, split as by ``rltrain score --steps newline``."""
     return [line for line in completion.split("\n") if line.strip()]
 
 
 def first_error(prompt: str, steps: Sequence[str]) -> int | None:
-    """The first step that is not the right solution's; where all are and some are missing, the last.
+    """The first step that differs from the right solution; the last step if only later steps are missing.
 
     None: the solution is right.
     """
     expected = solution(prompt)
-    wrong = first_wrong([at < len(expected) and step == expected[at] for at, step in enumerate(steps)])
-    return len(steps) - 1 if wrong is None and len(steps) < len(expected) else wrong
+    first = first_wrong(
+        [index < len(expected) and step == expected[index] for index, step in enumerate(steps)]
+    )
+    return len(steps) - 1 if first is None and len(steps) < len(expected) else first
 
 
 def right_steps(prompt: str, steps: Sequence[str]) -> list[bool]:
-    """Whether each step is right by itself: it goes on from the result that stands before it with the
-    next operand, and adds rightly.
+    """Whether each step is right by itself: it adds the next operand to the previous result, and the sum is
+    right.
     """
-    before, *others = operands(prompt)
-    found: list[bool] = []
-    for at, step in enumerate(steps):
-        if at < len(others):
+    total, *operand_list = operands(prompt)
+    verdicts: list[bool] = []
+    for index, step in enumerate(steps):
+        if index < len(operand_list):
             line = _SUM.fullmatch(step)
-            found.append(
+            verdicts.append(
                 line is not None
-                and (int(line[1]), int(line[2])) == (before, others[at])
-                and int(line[3]) == before + others[at]
+                and (int(line[1]), int(line[2])) == (total, operand_list[index])
+                and int(line[3]) == total + operand_list[index]
             )
-            before = int(line[3]) if line is not None else before
+            total = int(line[3]) if line is not None else total
         else:
             answer = _ANSWER.fullmatch(step)
-            found.append(at == len(others) and answer is not None and int(answer[1]) == before)
-    return found
+            verdicts.append(index == len(operand_list) and answer is not None and int(answer[1]) == total)
+    return verdicts
 
 
 def problems(split: str, count: int) -> Iterator[dict[str, Any]]:
-    """``count`` of them, no two alike. A hash of the text decides the split, so none is in two."""
-    draw, names, seen = random.Random(stable_hash("chains", split)), (*SPLITS, "warm up"), set[str]()
-    while len(seen) < count:
-        prompt = "+".join(str(draw.randint(1, 9)) for _ in range(OPERANDS)) + "="
-        if prompt not in seen and names[stable_hash("split", prompt) % len(names)] == split:
-            seen.add(prompt)
-            yield {"prompt": prompt, "answer": str(sum(operands(prompt))), "problem": len(seen) - 1}
+    """``count`` distinct problems. A hash of the text decides the split, so that no problem is in two."""
+    generator = random.Random(stable_hash("chains", split))
+    names = (*SPLITS, "warm up")
+    prompts: set[str] = set()
+    while len(prompts) < count:
+        prompt = "+".join(str(generator.randint(1, 9)) for _ in range(OPERANDS)) + "="
+        if prompt not in prompts and names[stable_hash("split", prompt) % len(names)] == split:
+            prompts.add(prompt)
+            yield {"prompt": prompt, "answer": str(sum(operands(prompt))), "problem": len(prompts) - 1}
 
 
-def judged(problem: dict[str, Any], completion: str, label: bool, answer: str | None) -> dict[str, Any]:
-    """A row for training and for measuring. label: whether the grader of the run called the answer
-    right, which it read as ``answer``.
+def judged_row(problem: dict[str, Any], completion: str, label: bool, answer: str | None) -> dict[str, Any]:
+    """A row for training and evaluation. label: whether the run's grader called ``answer`` right, the answer
+    that it extracted.
     """
     steps = steps_of(completion)
-    wrong = first_error(problem["prompt"], steps) if steps else None
+    first = first_error(problem["prompt"], steps) if steps else None
     columns = {
         "prompt": problem["prompt"],
         "problem": problem["problem"],
@@ -121,7 +130,7 @@ def judged(problem: dict[str, Any], completion: str, label: bool, answer: str | 
         "answer": answer,
     }
     return columns | {
-        "first_error": -1 if wrong is None else wrong,
+        "first_error": -1 if first is None else first,
         "right": right_steps(problem["prompt"], steps),
     }
 
@@ -133,18 +142,16 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def make_model(out: Path, *, start: str, seed: int, steps: int, right: float, warm_up: int) -> None:
-    """The problems of every split, and the model at ``start`` after it learned from worked solutions
-    of others.
+    """Writes the problems of every split, and the model at ``start`` after training on worked solutions of
+    other problems.
     """
     for split, count in SPLITS.items():
         write(out / f"{split}.jsonl", list(problems(split, count)))
-    tokenizer, model = (
-        Qwen2Tokenizer.from_pretrained(start),
-        Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32),
-    )
+    tokenizer = Qwen2Tokenizer.from_pretrained(start)
+    model = Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32)
     examples = [
-        (_asked(one["prompt"], tokenizer), _told(one["prompt"], tokenizer))
-        for one in problems("warm up", warm_up)
+        (_prompt_ids(problem["prompt"], tokenizer), _solution_ids(problem["prompt"], tokenizer))
+        for problem in problems("warm up", warm_up)
     ]
     warm_start(model, examples, steps=steps, right=right, seed=seed)
     save_model(model, tokenizer, out / "model")
@@ -158,38 +165,33 @@ def warm_start(
     right: float,
     seed: int,
 ) -> float:
-    """Learns solutions until a sampled one is right with probability ``right``, which comes back.
+    """Trains on solutions until a sampled solution is right with probability ``right``; returns the
+    probability.
 
-    Loss on solutions only; one thread.
+    The loss is on solutions only. Runs on one thread.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True
     )
-    generator, recent, started = random.Random(seed), list[float](), time.perf_counter()
+    generator = random.Random(seed)
+    probabilities: list[float] = []
+    started = time.perf_counter()
     with reproducible(threads=1):
         model.train()
         for step in range(1, steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * min(1.0, step / WARMUP_STEPS)
-            chosen = generator.sample(examples, BATCH)
-            longest = max(len(asked) + len(told) for asked, told in chosen)
-            ids = torch.tensor(
-                [asked + told + [0] * (longest - len(asked) - len(told)) for asked, told in chosen]
-            )
-            blank = [
-                [IGNORED] * len(asked) + told + [IGNORED] * (longest - len(asked) - len(told))
-                for asked, told in chosen
-            ]
-            labels = torch.tensor(blank)[:, 1:]
+            batch = generator.sample(examples, BATCH)
+            ids, labels = _padded_batch(batch)
             nll = cross_entropy(
                 model(input_ids=ids).logits[:, :-1].transpose(1, 2),
                 labels,
                 ignore_index=IGNORED,
                 reduction="none",
             )
-            recent.append(nll.detach().sum(1).neg().exp().mean().item())
+            probabilities.append(nll.detach().sum(1).neg().exp().mean().item())
             loss = nll.sum() / (labels != IGNORED).sum()
-            mean = sum(recent[-SHOWN:]) / SHOWN
+            mean = sum(probabilities[-SHOWN:]) / SHOWN
             if step % SHOWN == 0 or mean >= right:
                 seconds = time.perf_counter() - started
                 print(
@@ -207,9 +209,23 @@ def warm_start(
     return mean
 
 
+def _padded_batch(batch: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+    """Token ids (rows, length), right-padded with 0, and labels (rows, length - 1), IGNORED outside
+    solutions.
+    """
+    longest = max(len(prompt_ids) + len(solution_ids) for prompt_ids, solution_ids in batch)
+    id_rows = []
+    label_rows = []
+    for prompt_ids, solution_ids in batch:
+        padding = longest - len(prompt_ids) - len(solution_ids)
+        id_rows.append(prompt_ids + solution_ids + [0] * padding)
+        label_rows.append([IGNORED] * len(prompt_ids) + solution_ids + [IGNORED] * padding)
+    return torch.tensor(id_rows), torch.tensor(label_rows)[:, 1:]
+
+
 def make_samples(out: Path, *, split: str, n: int, seed: int, count: int | None, model: str | None) -> None:
-    """``n`` solutions of each problem of ``split``, sampled and graded as an evaluation of the recipe
-    samples and grades.
+    """Writes ``n`` solutions of each problem of ``split``, sampled and graded as in an evaluation of the
+    recipe.
     """
     from rltrain.cli.evaluate import evaluate_model
 
@@ -222,7 +238,7 @@ def make_samples(out: Path, *, split: str, n: int, seed: int, count: int | None,
     assert isinstance(recipe, OnlineRecipe)
     _, result = evaluate_model(model or str(out / "model"), recipe)
     rows = [
-        judged(
+        judged_row(
             {**group.prompt.columns, "prompt": _question(group.prompt.text)},
             completion.text,
             bool(score.correct),
@@ -233,29 +249,30 @@ def make_samples(out: Path, *, split: str, n: int, seed: int, count: int | None,
         if score.ungraded is None and completion.text.strip()
     ]
     write(out / f"samples.{split}.{seed}.jsonl", rows)
-    right, wrong = [row for row in rows if row["label"]], [row for row in rows if row["first_error"] >= 0]
-    lucky = sum(row["label"] for row in wrong)
+    right_count = sum(row["label"] for row in rows)
+    rows_with_error = [row for row in rows if row["first_error"] >= 0]
+    lucky_count = sum(row["label"] for row in rows_with_error)
     print(
-        f"right {len(right)} of {len(rows)}, with a wrong step {len(wrong)}, of them {lucky} with the right "
-        "answer after all"
+        f"right {right_count} of {len(rows)}, with a wrong step {len(rows_with_error)}, "
+        f"of them {lucky_count} with the right answer after all"
     )
 
 
 def _question(text: str) -> str:
-    """The problem out of what the model reads, which is ``<user>7+8+4=<assistant>``."""
-    found = re.search(r"[\d+]+=", text)
-    assert found is not None
-    return found[0]
+    """The problem in the model's prompt ``<user>7+8+4=<assistant>``."""
+    match = re.search(r"[\d+]+=", text)
+    assert match is not None
+    return match[0]
 
 
-def _asked(prompt: str, tokenizer: Qwen2Tokenizer) -> list[int]:
-    spelt = tokenizer.apply_chat_template(
+def _prompt_ids(prompt: str, tokenizer: Qwen2Tokenizer) -> list[int]:
+    text = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
     )
-    return list(tokenizer(spelt, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _told(prompt: str, tokenizer: Qwen2Tokenizer) -> list[int]:
+def _solution_ids(prompt: str, tokenizer: Qwen2Tokenizer) -> list[int]:
     return [
         *tokenizer("\n".join(solution(prompt)), add_special_tokens=False)["input_ids"],
         tokenizer.eos_token_id,
@@ -267,20 +284,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    model = commands.add_parser("model", help="problems, and the model that learned from others")
+    model = commands.add_parser("model", help="problems, and the model trained on other problems")
     model.add_argument("--start", default=".cache/tiny-model", help="model with a tokenizer of characters")
-    model.add_argument("--steps", type=int, default=MOST_STEPS, help="of the warm start, at most")
+    model.add_argument("--steps", type=int, default=MAX_STEPS, help="of the warm start, at most")
     model.add_argument(
-        "--right", type=float, default=RIGHT, help="stop when a whole solution is right so often"
+        "--right", type=float, default=RIGHT, help="stop at this probability of a right solution"
     )
-    model.add_argument(
-        "--warm-up", type=int, default=WARM_UP, help="problems that the warm start learns from"
-    )
+    model.add_argument("--warm-up", type=int, default=WARM_UP, help="problems of the warm start")
     samples = commands.add_parser("samples", help="judged solutions of one split")
     samples.add_argument("--split", choices=SPLITS, default="train")
     samples.add_argument("--n", type=int, default=8, help="solutions per problem")
     samples.add_argument("--count", type=int, help="problems; by default all of the split")
-    samples.add_argument("--model", help="sample from this one in place of OUT/model")
+    samples.add_argument("--model", help="sample from this model instead of OUT/model")
     for command in (model, samples):
         command.add_argument("--out", type=Path, required=True, help="folder of everything")
         command.add_argument("--seed", type=int, default=0)

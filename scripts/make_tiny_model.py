@@ -1,16 +1,16 @@
 """Makes a model of about one million parameters that can learn on a CPU: Qwen2 architecture, character
 tokenizer.
 
-    python scripts/make_tiny_model.py --out tiny                                        # warm-started on
-    two-digit additions
-    python scripts/make_tiny_model.py --out tiny --task gsm8k_calculator --data train.jsonl --held-out
-    test.jsonl
-    python scripts/make_tiny_model.py --out tiny --task calculator                      # calls a calculator
-    one time in five
+    # warm-started on two-digit additions
+    python scripts/make_tiny_model.py --out tiny
+    python scripts/make_tiny_model.py --out tiny --task gsm8k_calculator
+        --data train.jsonl --held-out test.jsonl
+    # calls a calculator one time in five
+    python scripts/make_tiny_model.py --out tiny --task calculator
 
 The warm start is supervised and short: it stops when a sampled answer is right two times in five, so that
-reinforcement learning has something to find (a model trained further samples too little). Equal arguments
-give equal weights; a folder that was made with them is kept.
+reinforcement learning can still improve the model (a model trained further explores too little). Equal
+arguments give equal weights; a folder made with equal arguments is kept.
 """
 
 from __future__ import annotations
@@ -35,13 +35,16 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2T
 
 from rltrain.config.schema import Data
 from rltrain.data.prompts import PromptSet, load_prompts, without_prompts
-from rltrain.interrupt import ends_at_ctrl_c
+from rltrain.interrupt import exit_on_ctrl_c
 
-PAD, EOS, SYSTEM, USER, ASSISTANT = "<pad>", "<eos>", "<system>", "<user>", "<assistant>"
-BYTE_LEVEL_SPACE, BYTE_LEVEL_NEWLINE = (
-    "\u0120",
-    "\u010a",
-)  # how Qwen2's byte-level tokenizer spells " " and "\n"
+PAD = "<pad>"
+EOS = "<eos>"
+SYSTEM = "<system>"
+USER = "<user>"
+ASSISTANT = "<assistant>"
+# Qwen2's byte-level tokenizer writes " " and "\n" as these characters
+BYTE_LEVEL_SPACE = "\u0120"
+BYTE_LEVEL_NEWLINE = "\u010a"
 CHARACTERS = (
     *string.digits,
     *string.punctuation,
@@ -62,8 +65,8 @@ CHAT_TEMPLATE = (
 def character_tokenizer() -> Qwen2Tokenizer:
     """One token per printable ASCII character; a chat is ``<user>37+58=<assistant>95<eos>``.
 
-    A Qwen2Tokenizer without merges, because AutoTokenizer makes that class of any Qwen2 folder, whatever was
-    saved there. Characters outside ASCII are not in the vocabulary and leave no token.
+    It is a Qwen2Tokenizer without merges, because AutoTokenizer loads that class for every Qwen2 folder.
+    Characters outside ASCII are not in the vocabulary and produce no token.
     """
     tokens = (PAD, EOS, SYSTEM, USER, ASSISTANT, *CHARACTERS)
     tokenizer = Qwen2Tokenizer(
@@ -82,8 +85,8 @@ def character_tokenizer() -> Qwen2Tokenizer:
 def tiny_model(
     tokenizer: Qwen2Tokenizer, *, tied: bool, seed: int, layers: int = 4, width: int = 128, std: float = 0.02
 ) -> Qwen2ForCausalLM:
-    """Untrained weights in float32, the same for the same arguments. Heads of 32, which vLLM's CPU attention
-    needs.
+    """Untrained float32 weights, equal for equal arguments. Heads have size 32, as vLLM's CPU attention
+    requires.
 
     width: of the hidden states, a multiple of 64.
     """
@@ -108,7 +111,7 @@ def tiny_model(
 
 
 def save_model(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, out: str | os.PathLike[str]) -> Path:
-    """An ordinary Hugging Face folder: safetensors, config, generation config, tokenizer with its
+    """Writes an ordinary Hugging Face folder: safetensors, config, generation config, tokenizer with its
     chat template.
     """
     model.generation_config = GenerationConfig(
@@ -122,9 +125,9 @@ def save_model(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, out: str | os
 def make_random_model(
     out: str | os.PathLike[str], *, tied: bool = False, seed: int = 0, layers: int = 2, std: float = 0.1
 ) -> Path:
-    """An untrained model in ``out``, in a second.
+    """Writes an untrained model to ``out`` within a second.
 
-    The weights are wide, so that its log-probs are far from uniform.
+    The weights have a large standard deviation, so that the log-probs are far from uniform.
     """
     tokenizer = character_tokenizer()
     return save_model(tiny_model(tokenizer, tied=tied, seed=seed, layers=layers, std=std), tokenizer, out)
@@ -133,18 +136,19 @@ def make_random_model(
 Task = Literal["arithmetic", "gsm8k_calculator", "calculator"]
 TASKS: tuple[Task, ...] = ("arithmetic", "gsm8k_calculator", "calculator")
 RECORD = "made_with.json"
-MOST_STEPS: dict[Task, int] = {"arithmetic": 1000, "gsm8k_calculator": 1500, "calculator": 450}
-RIGHT: dict[Task, float] = {
-    "arithmetic": 0.4,
-    "gsm8k_calculator": 0.4,
-    "calculator": 1.0,
-}  # whole turns; a call is one in five
-# answers without a call for each one with a call: the model calls one time in five, and guesses products
-# otherwise
+MAX_STEPS: dict[Task, int] = {"arithmetic": 1000, "gsm8k_calculator": 1500, "calculator": 450}
+# probability of a right answer at which the warm start stops; for calculator of a whole turn, of which one in
+# five is a call
+RIGHT: dict[Task, float] = {"arithmetic": 0.4, "gsm8k_calculator": 0.4, "calculator": 1.0}
+# answers without a call for each answer with a call: the model calls one time in five, and otherwise guesses
+# the product
 DIRECT = 4
-BATCH, POOL, LEARNING_RATE, WARMUP_STEPS = 128, 4, 2e-3, 20
+BATCH = 128
+POOL = 4
+LEARNING_RATE = 2e-3
+WARMUP_STEPS = 20
 DECAY = 0.6  # from this share of the steps on, the learning rate falls to 0
-DRILLS = (  # generated problems that carry the digits' meaning into GSM8K's short and varied expressions
+DRILLS = (  # generated problems that teach arithmetic for GSM8K's short and varied expressions
     {"digits": 1, "operations": "+-*"},
     {"digits": 2, "operations": "+-"},
     {"digits": 3, "operations": "+-", "count": 8000},
@@ -169,43 +173,40 @@ def make_tiny_model(
     right: float | None = None,
     tied: bool = False,
 ) -> Path:
-    """A warm-started model in ``out``; nothing is done where ``out`` was already made with the same
-    arguments.
+    """Writes a warm-started model to ``out``, unless ``out`` was already made with the same arguments.
 
-    data, held_out: GSM8K's train and test file, for the task gsm8k_calculator; no expression of the second is
-    trained on. steps: at most; None is what the task needs. right: stop when a sampled answer is right so
-    often; None: as the task needs it. Raises ValueError when ``out`` holds something that this script did not
-    make, or the files do not fit the task.
+    data, held_out: GSM8K's train and test file, for the task gsm8k_calculator; no expression of the test file
+    is trained on. steps: the maximal number of steps; None: the task's. right: stop at this probability of a
+    right sampled answer; None: the task's. Raises ValueError if ``out`` has contents that this script did not
+    make, or if the files do not fit the task.
     """
-    out, steps, right = (
-        Path(out),
-        MOST_STEPS[task] if steps is None else steps,
-        RIGHT[task] if right is None else right,
-    )
+    out = Path(out)
+    steps = MAX_STEPS[task] if steps is None else steps
+    right = RIGHT[task] if right is None else right
     made_with = _arguments(task, data, held_out, seed=seed, steps=steps, right=right, tied=tied)
-    if record(out) == made_with:
+    if read_record(out) == made_with:
         print(f"{out}: already made with these arguments")
         return out
     tokenizer = character_tokenizer()
     model = tiny_model(tokenizer, tied=tied, seed=seed)
-    spelt = _turns if task == "calculator" else _examples
+    encode_prompts = _turn_examples if task == "calculator" else _examples
     examples = [
         example
         for prompts in warm_up_sets(task, data, held_out, tokenizer)
-        for example in spelt(prompts, tokenizer)
+        for example in encode_prompts(prompts, tokenizer)
     ]
-    done = warm_start(model, examples, steps=steps, right=right, seed=seed)
+    result = warm_start(model, examples, steps=steps, right=right, seed=seed)
     print(
-        f"{out}: {done.steps} steps in {done.seconds:.0f} s; a sampled answer is right with probability "
-        f"{done.right:.2f}"
+        f"{out}: {result.steps} steps in {result.seconds:.0f} s; a sampled answer is right with probability "
+        f"{result.right:.2f}"
     )
-    return put(out, model, tokenizer, made_with)
+    return put_model(out, model, tokenizer, made_with)
 
 
-def put(out: Path, model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, made_with: Mapping[str, Any]) -> Path:
-    """The model in ``out``, whole or not at all, with a note of what it was made with, which
-    ``record`` reads.
-    """
+def put_model(
+    out: Path, model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, made_with: Mapping[str, Any]
+) -> Path:
+    """Writes the model to ``out`` atomically, with a record of its arguments, which ``read_record`` reads."""
     scratch = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     save_model(model, tokenizer, scratch)
     (scratch / RECORD).write_text(json.dumps(made_with, indent=2) + "\n", encoding="utf-8")
@@ -225,7 +226,7 @@ def warm_start(
 ) -> WarmStart:
     """Trains on (prompt ids, answer ids) until the mean probability of the answer reaches ``right``.
 
-    Loss on answer tokens only.
+    The loss is on answer tokens only.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True
@@ -233,12 +234,14 @@ def warm_start(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS, (1 - step / steps) / (1 - DECAY))
     )
-    batches, history, started = _batches(examples, seed), [], time.perf_counter()
+    batches = _batches(examples, seed)
+    history: list[float] = []
+    started = time.perf_counter()
     with reproducible(threads=2):
         model.train()
         while len(history) < steps:
             nll, keep = _answer_nll(model, next(batches))
-            history.append(_right(nll, keep).mean().item())
+            history.append(_answer_probability(nll, keep).mean().item())
             if len(history) >= POOL and sum(history[-POOL:]) / POOL >= right:
                 break
             optimizer.zero_grad()
@@ -253,12 +256,13 @@ def warm_start(
 
 @torch.no_grad()
 def measure(model: Qwen2ForCausalLM, prompts: PromptSet, tokenizer: Qwen2Tokenizer) -> dict[str, float]:
-    """Exact expected pass@1 and pass@8 at temperature 1: with p the probability of the answer's one
-    spelling, p and 1 - (1 - p)^8.
+    """Exact expected pass@1 and pass@8 at temperature 1: p and 1 - (1 - p)^8, with p the probability of the
+    answer, which has only one spelling.
     """
     examples = _examples(prompts, tokenizer)
     rights = [
-        _right(*_answer_nll(model, examples[start : start + 256])) for start in range(0, len(examples), 256)
+        _answer_probability(*_answer_nll(model, examples[start : start + 256]))
+        for start in range(0, len(examples), 256)
     ]
     right = torch.cat(rights).double()
     return {
@@ -271,8 +275,8 @@ def measure(model: Qwen2ForCausalLM, prompts: PromptSet, tokenizer: Qwen2Tokeniz
 def _answer_nll(
     model: Qwen2ForCausalLM, examples: Sequence[tuple[list[int], list[int]]]
 ) -> tuple[Tensor, Tensor]:
-    """Negative log-probs (nats) of the answer tokens, 0 elsewhere, and where those are; both (rows,
-    length - 1).
+    """Negative log-probs (nats) of the answer tokens, 0 elsewhere, and the mask of answer tokens; both
+    (rows, length - 1).
     """
     length = max(len(prompt) + len(answer) for prompt, answer in examples)
     ids = torch.zeros(len(examples), length, dtype=torch.int64)
@@ -288,27 +292,27 @@ def _answer_nll(
     return nll, labels[:, 1:] != IGNORED
 
 
-def _right(nll: Tensor, keep: Tensor) -> Tensor:
-    """(rows,) probability of the whole answer, its EOS included."""
+def _answer_probability(nll: Tensor, keep: Tensor) -> Tensor:
+    """(rows,) probability of the whole answer, including its EOS."""
     return (nll.detach() * keep).sum(dim=1).neg().exp()
 
 
 def _batches(
     examples: Sequence[tuple[list[int], list[int]]], seed: int
 ) -> Iterator[list[tuple[list[int], list[int]]]]:
-    """Every example once per pass; POOL batches at a time are sorted by prompt length, so that little of a
-    batch is padding.
+    """Batches with every example once per pass; POOL batches at a time are sorted by prompt length, so that
+    batches have little padding.
 
-    Not by answer length: batches of sums below 100 and above would take twice the steps to learn from.
+    They are not sorted by answer length: with separate batches of sums below and above 100 the model would
+    need twice the steps.
     """
-    generator, queue = random.Random(seed), []
+    generator = random.Random(seed)
+    queue: list[tuple[list[int], list[int]]] = []
     while True:
         while len(queue) < POOL * BATCH:
             queue += generator.sample(examples, len(examples))
-        pool, queue = (
-            sorted(queue[: POOL * BATCH], key=lambda example: len(example[0])),
-            queue[POOL * BATCH :],
-        )
+        pool = sorted(queue[: POOL * BATCH], key=lambda example: len(example[0]))
+        queue = queue[POOL * BATCH :]
         yield from generator.sample(
             [pool[start : start + BATCH] for start in range(0, len(pool), BATCH)], POOL
         )
@@ -320,8 +324,8 @@ def warm_up_sets(
     held_out: str | os.PathLike[str] | None,
     tokenizer: Qwen2Tokenizer,
 ) -> list[PromptSet]:
-    """What the warm start trains on: the task's training prompts and, for GSM8K, drills; nothing that
-    is held out.
+    """The prompts of the warm start: the task's training prompts and, for GSM8K, drills; no held-out
+    prompt.
     """
     train = load_prompts(_data(task, data, held_out), "train", tokenizer, seed=0)
     if task != "gsm8k_calculator":
@@ -341,35 +345,37 @@ def _examples(prompts: PromptSet, tokenizer: Qwen2Tokenizer) -> list[tuple[list[
     return [(list(prompt.token_ids), answer_ids(prompt.columns["answer"])) for prompt in prompts.prompts]
 
 
-def _turns(prompts: PromptSet, tokenizer: Qwen2Tokenizer) -> list[tuple[list[int], list[int]]]:
-    """Each problem answered outright DIRECT times, called once, and answered once after the
-    calculator has spoken.
+def _turn_examples(prompts: PromptSet, tokenizer: Qwen2Tokenizer) -> list[tuple[list[int], list[int]]]:
+    """For each problem DIRECT times its direct answer, one calculator call, and one answer after the
+    calculator's reply.
     """
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    found: list[tuple[list[int], list[int]]] = []
+    examples: list[tuple[list[int], list[int]]] = []
     for prompt in prompts.prompts:
-        asked, answer = list(prompt.token_ids), prompt.columns["answer"]
+        prompt_ids = list(prompt.token_ids)
+        answer = prompt.columns["answer"]
         call = [*ids(f"<<{prompt.text.removeprefix(USER).removesuffix(ASSISTANT)}"), tokenizer.eos_token_id]
-        told = asked + call + ids(f"{USER}{answer}{ASSISTANT}")
+        observed_ids = prompt_ids + call + ids(f"{USER}{answer}{ASSISTANT}")
         direct = [*ids(answer), tokenizer.eos_token_id]
-        found += [(asked, direct)] * DIRECT + [(asked, call), (told, direct)]
-    return found
+        examples += [(prompt_ids, direct)] * DIRECT + [(prompt_ids, call), (observed_ids, direct)]
+    return examples
 
 
 @contextmanager
 def reproducible(threads: int) -> Iterator[None]:
-    """So many threads and deterministic kernels: the number of threads decides how sums are split."""
-    before, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    """A context with this number of threads, which decides how sums are split, and deterministic kernels."""
+    previous_threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous_threads)
 
 
 def _data(task: Task, train: str | os.PathLike[str] | None, held_out: str | os.PathLike[str] | None) -> Data:
@@ -388,14 +394,13 @@ def _arguments(
     if len(files) != (2 if task == "gsm8k_calculator" else 0):
         raise ValueError(
             f"task {task!r} with data {data!r} and held_out {held_out!r}: gsm8k_calculator needs GSM8K's "
-            "train file (--data) and test file "
-            "(--held-out), arithmetic makes its own problems"
+            "train file (--data) and test file (--held-out), arithmetic makes its own problems"
         )
     return {"task": task, **arguments_of(files, __file__, **others)}
 
 
 def arguments_of(files: Sequence[Path], *scripts: str, **others: Any) -> dict[str, Any]:
-    """Everything that decides the weights: data files, scripts and versions beside the arguments.
+    """Everything that decides the weights: data files, scripts and versions, besides the arguments.
 
     Raises ValueError on a missing file.
     """
@@ -411,10 +416,10 @@ def arguments_of(files: Sequence[Path], *scripts: str, **others: Any) -> dict[st
     }
 
 
-def record(out: Path) -> dict[str, Any] | None:
-    """What ``out`` was made with; None where there is nothing.
+def read_record(out: Path) -> dict[str, Any] | None:
+    """The arguments with which ``out`` was made; None if ``out`` is absent or empty.
 
-    Raises ValueError when something else lies there.
+    Raises ValueError if ``out`` has other contents.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -439,21 +444,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="at most")
     parser.add_argument(
-        "--right", type=float, default=argparse.SUPPRESS, help="stop when a sampled answer is right so often"
+        "--right",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="stop at this probability of a right sampled answer",
     )
     options = vars(parser.parse_args(arguments))
-    measured = options.pop("measure")
+    prints_measures = options.pop("measure")
     try:
         out = make_tiny_model(**options)
     except ValueError as error:
         parser.error(str(error))
-    if measured:
-        tokenizer, model = Qwen2Tokenizer.from_pretrained(out), Qwen2ForCausalLM.from_pretrained(out)
+    if prints_measures:
+        tokenizer = Qwen2Tokenizer.from_pretrained(out)
+        model = Qwen2ForCausalLM.from_pretrained(out)
         data = _data(options["task"], options["data"], options["held_out"])
         train, held_out = (load_prompts(data, side, tokenizer, seed=0) for side in ("train", "eval"))
         print(json.dumps(measure(model, without_prompts(held_out, train), tokenizer)))
 
 
 if __name__ == "__main__":
-    with ends_at_ctrl_c():
+    with exit_on_ctrl_c():
         main()

@@ -1,5 +1,6 @@
-"""Agreement of math_answer with labelled answers: python scripts/measure_math_answer.py labels.jsonl
-[--show]
+"""Measures how often math_answer agrees with labelled answers.
+
+python scripts/measure_math_answer.py labels.jsonl [--show]
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ def main() -> None:
         json.loads(line) for line in options.labels.read_text(encoding="utf-8").splitlines() if line.strip()
     ]
     warm_up()
-    outcomes, seconds = {"agree": 0, "false positive": 0, "false negative": 0, "ungraded": 0}, []
+    outcomes = {"agree": 0, "false positive": 0, "false negative": 0, "ungraded": 0}
+    seconds = []
     for row in rows:
         started = time.process_time()
         inputs = RewardInputs("", (row["prediction"],), (1,), ("stop",), {"answer": row["gold"]})
         (score,) = math_answer(inputs)
         seconds.append(time.process_time() - started)
         right = score.parts.get("correct") == 1.0
-        kind = "agree" if right == row["correct"] else "false positive" if right else "false negative"
+        error = "false positive" if right else "false negative"
+        kind = "agree" if right == row["correct"] else error
         outcomes[kind] += 1
         outcomes["ungraded"] += score.ungraded is not None
         if options.show and kind != "agree":

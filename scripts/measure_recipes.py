@@ -1,12 +1,13 @@
-"""What every recipe does at laptop scale: trains each once under a profile and keeps the held-out numbers in
+"""Measures every recipe at laptop scale: trains each once under a profile and writes the held-out numbers to
 recipes/measured.json.
 
     python scripts/make_tiny_model.py --out .cache/tiny-model
     python scripts/measure_recipes.py [RECIPE...] [--steps 40] [--seed 0] [--out runs/measured]
 
-One seed and few steps (``--steps`` for recipes that sample, the profile's for data sets): enough to see that
-a method learns and what it does to entropy, not to rank methods. Finished runs in ``--out`` are taken as they
-are, so that it goes on where it was stopped. ``scripts/methods_table.py`` shows the numbers in README.
+One seed and few steps (``--steps`` for recipes that sample, the profile's for data sets) are enough to see
+that a method learns and how it changes entropy, but not to rank methods. Finished runs in ``--out`` are
+reused, so that the script continues where it stopped. ``scripts/methods_table.py`` writes the numbers to
+README.md.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from rltrain.config.schema import OfflineRecipe
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "recipes" / "measured.json"
 FOLDERS = ("policy", "preference", "process_reward")
-# measured in recipes/README.md, or in an environment of several turns, for which the tiny model must be made
-# to know its commands
-ELSEWHERE = {
+# measured in docs/studies, or in an environment of several turns, for which the tiny model must first be
+# trained on the environment's commands
+EXCLUDED = {
     f"policy/{name}"
     for name in ("gsm8k_calculator", "empg_calculator", "epo_calculator", "empg_textworld", "epo_textworld")
 }
@@ -37,12 +38,12 @@ ENTROPY = "learner/entropy_mean"
 
 
 def recipes() -> list[str]:
-    found = [
+    names = [
         path.relative_to(ROOT / "recipes").with_suffix("").as_posix()
         for name in FOLDERS
         for path in (ROOT / "recipes" / name).glob("*.yaml")
     ]
-    return sorted(set(found) - ELSEWHERE)
+    return sorted(set(names) - EXCLUDED)
 
 
 def command(recipe: str, arguments: argparse.Namespace) -> list[str]:
@@ -50,8 +51,8 @@ def command(recipe: str, arguments: argparse.Namespace) -> list[str]:
     keys: dict[str, Any] = {"eval.at_start": "true", "eval.every": 0}
     if not isinstance(load_recipe(path, profile=arguments.profile, overrides=[]), OfflineRecipe):
         keys["train.steps"] = arguments.steps
-    sets = [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
-    chosen = [
+    settings = [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
+    options = [
         "--profile",
         arguments.profile,
         "--seed",
@@ -59,28 +60,29 @@ def command(recipe: str, arguments: argparse.Namespace) -> list[str]:
         "--run",
         str(arguments.out / recipe),
     ]
-    return [sys.executable, "-m", "rltrain", "train", str(path), *chosen, *sets]
+    return [sys.executable, "-m", "rltrain", "train", str(path), *options, *settings]
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    """Held-out numbers with 95 % bootstrap bounds, and mean entropy, in the first and the last tenth
-    of the steps.
+    """Held-out numbers before and after with 95 % bootstrap bounds, and mean entropy in the first and the
+    last tenth of the steps.
     """
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     measure = next(name for name in MEASURES if any(name in line for line in lines))
     evaluations = [line for line in lines if measure in line]
-    before, after = evaluations[0], evaluations[-1]
+    before = evaluations[0]
+    after = evaluations[-1]
     steps = [line for line in lines if "time/step" in line]
-    found: dict[str, Any] = {"measure": measure.partition("/")[2], "steps": len(steps)}
+    record: dict[str, Any] = {"measure": measure.partition("/")[2], "steps": len(steps)}
     for name, line in (("before", before), ("after", after)):
-        found[name] = [round(line[f"{measure}{end}"], 4) for end in ("", "_low", "_high")]
+        record[name] = [round(line[f"{measure}{end}"], 4) for end in ("", "_low", "_high")]
     entropies = [line[ENTROPY] for line in steps if ENTROPY in line]
     if entropies:
         tenth = max(1, len(entropies) // 10)
-        found["entropy"] = [
+        record["entropy"] = [
             round(statistics.fmean(part), 4) for part in (entropies[:tenth], entropies[-tenth:])
         ]
-    return found
+    return record
 
 
 def main() -> None:
@@ -91,7 +93,7 @@ def main() -> None:
         "--steps",
         type=int,
         default=40,
-        help="of recipes that sample; others take as many as the profile says",
+        help="of recipes that sample; other recipes have the profile's number of steps",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "measured")
@@ -105,23 +107,23 @@ def main() -> None:
     )
     if record["conditions"] != conditions:
         sys.exit(
-            f"{KEPT} was measured under {record['conditions']}, this would be {conditions}; delete it to "
-            "measure all anew"
+            f"{KEPT} was measured under {record['conditions']}, the conditions are now {conditions}; "
+            "delete it to measure all recipes again"
         )
-    failed = []
+    failures = []
     for recipe in arguments.recipes or recipes():
         if (
             not (arguments.out / recipe / "model").is_dir()
             and subprocess.run(command(recipe, arguments), cwd=ROOT, check=False).returncode != 0
         ):
-            failed.append(recipe)
+            failures.append(recipe)
             continue
         record["recipes"][recipe] = summary(arguments.out / recipe)
         record["recipes"] = dict(sorted(record["recipes"].items()))
         KEPT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(recipe, record["recipes"][recipe], flush=True)
-    if failed:
-        sys.exit(f"did not run to the end: {', '.join(failed)}")
+    if failures:
+        sys.exit(f"did not run to the end: {', '.join(failures)}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Writes the tables of methods in README.md from their declarations and the recipes: python
-scripts/methods_table.py [--check]
+"""Writes the tables of methods in README.md from the methods' declarations and the recipes.
 
-One row per registered method: its name in a recipe, paper, the function that is it, the recipes that use it,
-and what one of them did at laptop scale (``scripts/measure_recipes.py``). ``--check`` changes nothing and
-exits with 1 where the file would change.
+    python scripts/methods_table.py [--check]
+
+A row per registered method has its name in a recipe, its paper, its function, the recipes that use it, and
+the result of one of them at laptop scale (``scripts/measure_recipes.py``). ``--check`` changes nothing and
+exits with 1 if the file would change.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from rltrain.loss.preference import PREFERENCE_LOSSES
 from rltrain.registry import MethodSpec, Registry
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- methods: made by scripts/methods_table.py -->", "<!-- end of methods -->"
+BEGIN = "<!-- methods: made by scripts/methods_table.py -->"
+END = "<!-- end of methods -->"
 KINDS: tuple[tuple[str, str, Registry], ...] = (
     ("Advantages", "advantage", ADVANTAGES),
     ("Controls: statistics over the whole step or optimizer batch", "control", TOKEN_CONTROLS),
@@ -37,15 +39,14 @@ KINDS: tuple[tuple[str, str, Registry], ...] = (
 )
 
 
-def used_by(key: str) -> dict[str, list[str]]:
-    """Recipes by the name of the method they use under ``key``."""
-    found: dict[str, list[str]] = {}
-    for path in sorted((ROOT / "recipes").rglob("*.yaml")):
-        if path.parent.name not in ("policy", "preference", "process_reward"):
-            continue
+def recipes_by_method(key: str) -> dict[str, list[str]]:
+    """Recipes by the name of the method that they use under ``key``."""
+    recipes: dict[str, list[str]] = {}
+    folders = [ROOT / "recipes" / name for name in ("policy", "preference", "process_reward")]
+    for path in sorted(path for folder in folders for path in folder.glob("*.yaml")):
         for name in _names(yaml.safe_load(path.read_text(encoding="utf-8")), key.split(".")):
-            found.setdefault(name, []).append(path.relative_to(ROOT / "recipes").with_suffix("").as_posix())
-    return found
+            recipes.setdefault(name, []).append(path.relative_to(ROOT / "recipes").with_suffix("").as_posix())
+    return recipes
 
 
 def _names(data: Any, keys: list[str]) -> Iterator[str]:
@@ -61,37 +62,40 @@ def _names(data: Any, keys: list[str]) -> Iterator[str]:
         yield data["name"]
 
 
-def measured(spec: MethodSpec, recipes: list[str], record: dict[str, Any]) -> str:
-    """What the recipe of the method's own did: the one of its name, else of its paper, else the only one.
+def measured_effect(spec: MethodSpec, recipes: list[str], record: dict[str, Any]) -> str:
+    """The result of the method's recipe: the recipe of its name, else of its paper, else the only one.
 
-    Empty where there is none.
+    Empty if there is no such recipe.
     """
-    papers = [recipe for recipe in recipes if spec.arxiv and about(recipe).get("arxiv") == spec.arxiv]
-    named = [recipe for recipe in recipes if recipe.partition("/")[2] == spec.name]
-    own = next(iter(named or papers or (recipes if len(recipes) == 1 else [])), None)
-    if own not in record:
+    recipes_of_paper = [
+        recipe for recipe in recipes if spec.arxiv and recipe_header(recipe).get("arxiv") == spec.arxiv
+    ]
+    recipes_of_name = [recipe for recipe in recipes if recipe.partition("/")[2] == spec.name]
+    only_recipe = recipes if len(recipes) == 1 else []
+    recipe_name = next(iter(recipes_of_name or recipes_of_paper or only_recipe), None)
+    if recipe_name not in record:
         return ""
-    found = record[own]
-    text = f"{found['measure']} {found['before'][0]:.2f} to {found['after'][0]:.2f}"
-    return text + (
-        f", entropy {found['entropy'][0]:.2f} to {found['entropy'][1]:.2f}" if "entropy" in found else ""
-    )
+    result = record[recipe_name]
+    text = f"{result['measure']} {result['before'][0]:.2f} to {result['after'][0]:.2f}"
+    if "entropy" in result:
+        text += f", entropy {result['entropy'][0]:.2f} to {result['entropy'][1]:.2f}"
+    return text
 
 
-def about(recipe: str) -> dict[str, Any]:
+def recipe_header(recipe: str) -> dict[str, Any]:
     return yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")).get("about", {})
 
 
 def row(spec: MethodSpec, recipes: list[str], record: dict[str, Any]) -> str:
-    what = (
+    description = (
         spec.doc.split("\n\n")[0].replace("\n", " ").replace("  ", " ").replace("``", "`").replace("|", "\\|")
     )
-    what = what.split(". ")[0].split(", arXiv:")[0].rstrip(".")
-    at = f"`{spec.module.removeprefix('rltrain.').replace('.', '/')}.py:{spec.attribute}`"
-    shown = recipes if len(recipes) <= 4 else [*recipes[:3], f"{len(recipes) - 3} more"]
+    description = description.split(". ")[0].split(", arXiv:")[0].rstrip(".")
+    location = f"`{spec.module.removeprefix('rltrain.').replace('.', '/')}.py:{spec.attribute}`"
+    listed = recipes if len(recipes) <= 4 else [*recipes[:3], f"{len(recipes) - 3} more"]
     return (
-        f"| `{spec.name}` | {spec.arxiv or ''} | {what} | {at} | {', '.join(shown)} | "
-        f"{measured(spec, recipes, record)} |"
+        f"| `{spec.name}` | {spec.arxiv or ''} | {description} | {location} | {', '.join(listed)} | "
+        f"{measured_effect(spec, recipes, record)} |"
     )
 
 
@@ -99,7 +103,7 @@ def tables() -> str:
     record = json.loads((ROOT / "recipes" / "measured.json").read_text(encoding="utf-8"))["recipes"]
     parts = []
     for title, key, registry in KINDS:
-        users = used_by(key)
+        users = recipes_by_method(key)
         rows = [row(spec, users.get(name, []), record) for name, spec in sorted(registry.specs.items())]
         head = (
             f"**{title}** (`{key}`)\n\n| name | arXiv | what | function | recipes | measured "
@@ -115,11 +119,11 @@ def main() -> None:
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    fresh = f"{before}{BEGIN}\n\n{tables()}\n\n{END}{rest.split(END)[1]}"
+    head, tail = text.split(BEGIN)
+    new_text = f"{head}{BEGIN}\n\n{tables()}\n\n{END}{tail.split(END)[1]}"
     if arguments.check:
-        sys.exit(0 if fresh == text else "README.md is not what scripts/methods_table.py writes; run it")
-    readme.write_text(fresh, encoding="utf-8")
+        sys.exit(0 if new_text == text else "README.md is not what scripts/methods_table.py writes; run it")
+    readme.write_text(new_text, encoding="utf-8")
 
 
 if __name__ == "__main__":

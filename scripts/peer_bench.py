@@ -1,8 +1,8 @@
-"""What the benches against a peer share: a random model, one process per trainer, steps taken in turns,
-medians, ratios.
+"""The shared part of the benchmarks against another trainer: a random model, one process per trainer,
+alternating steps, medians, ratios.
 
-Each trainer lives in a process of its own, so that peak memory is its own (VmHWM), and they take turns step
-by step, so that a busy machine hurts both. A bench gives its workers as functions ``(case, folder, turns)``.
+Each trainer has a separate process, so that its peak memory (VmHWM) is its own, and the trainers alternate
+step by step, so that other load slows both. A benchmark's workers are functions ``(case, folder, turns)``.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-PAD, EOS, UNKNOWN = 0, 1, 2
+PAD = 0
+EOS = 1
+UNKNOWN = 2
 
 
 class Turns:
-    """A worker's side: reports each step to the parent and waits for its word before the next.
+    """A worker's side: reports each step to the parent and waits for a line from it before the next step.
 
-    A closed input ends the process.
+    When its standard input is closed, the process ends.
     """
 
     def __init__(self) -> None:
         self.out = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # what the libraries print goes to stderr
+        os.dup2(2, 1)  # the libraries' output goes to stderr
         self.started = perf_counter()
 
     def step(self, amount: int) -> None:
-        """amount: of what the bench counts (completion tokens, pairs) that the step which ends now
-        was trained on.
-        """
+        """Reports the end of a step. amount: units (completion tokens, pairs) that the step trained on."""
         self.say({"amount": amount, "seconds": perf_counter() - self.started, "peak": peak_bytes()})
         if not sys.stdin.readline():
             os._exit(0)
         self.started = perf_counter()
 
-    def say(self, found: Mapping[str, float]) -> None:
-        print(json.dumps(found), file=self.out, flush=True)
+    def say(self, record: Mapping[str, float]) -> None:
+        print(json.dumps(record), file=self.out, flush=True)
 
 
 def peak_bytes() -> int:
@@ -59,7 +59,7 @@ def peak_bytes() -> int:
 
 @dataclass(frozen=True)
 class Size:
-    """Of a random model. eos_log_odds: of stopping at each token; None: it never does."""
+    """The size of a random model. eos_log_odds: of EOS at each token; None: the model never writes EOS."""
 
     hidden: int
     layers: int
@@ -68,10 +68,10 @@ class Size:
 
 
 def make_model(size: Size, folder: Path) -> None:
-    """A random model whose probability of EOS is near a constant, and a tokenizer of one token per word (w3,
-    w4, ...).
+    """Writes a random model with a nearly constant probability of EOS, and a tokenizer with one token per
+    word (w3, w4, ...).
 
-    Hidden dimension 0 is large and steady, and only EOS reads it.
+    Hidden dimension 0 is large and nearly constant, and only EOS reads it.
     """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -121,9 +121,10 @@ def text_of(tokens: list[int]) -> str:
 
 @dataclass(frozen=True)
 class Bench:
-    """unit: what is counted. cases: by name. make: writes a case's material into a folder. workers:
-    "rltrain", "trl" and "same_loss", which says {"loss", "gradient", "theirs"} for one batch: the
-    differences, and the peer's loss."""
+    """unit: what is counted. cases: by name. make: writes a case's model and data into a folder. workers:
+    "rltrain", "trl" and "same_loss", which reports {"loss", "gradient", "theirs"} for one batch: the two
+    differences, and the other trainer's loss.
+    """
 
     script: Path
     unit: str
@@ -143,8 +144,8 @@ class Bench:
                 self.make(self.cases[name], folder)
                 self._same_loss(name, folder, arguments)
                 results[name] = {
-                    trainer: asdict(found)
-                    for trainer, found in self._measure(name, folder, arguments).items()
+                    trainer: asdict(result)
+                    for trainer, result in self._measure(name, folder, arguments).items()
                 }
                 self._show(name, results[name])
         if arguments.json:
@@ -154,19 +155,19 @@ class Bench:
         parser = argparse.ArgumentParser(description=doc.splitlines()[0])
         parser.add_argument("--json", type=Path)
         parser.add_argument(
-            "--trl", type=Path, help="folder that TRL was installed into, if it is not in this environment"
+            "--trl", type=Path, help="folder in which TRL is installed, if it is not in this environment"
         )
         parser.add_argument(
             "--repeats",
-            type=at_least(5),
+            type=integer_from(5),
             default=5,
-            help="counted steps of each, at least 5: the medians are over them",
+            help="counted steps of each trainer, at least 5; the medians are over them",
         )
         parser.add_argument(
             "--warmup",
-            type=at_least(1),
+            type=integer_from(1),
             default=2,
-            help="steps of each before them, not counted; the first are taken at once",
+            help="earlier steps of each trainer, not counted; the first steps run at the same time",
         )
         parser.add_argument("--cases", default=",".join(self.cases))
         parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -176,18 +177,18 @@ class Bench:
         return parser.parse_args()
 
     def _same_loss(self, name: str, folder: Path, arguments: argparse.Namespace) -> None:
-        same = answer(self._start("same_loss", name, folder, arguments), "same_loss")
-        if not (same["loss"] < 1e-5 and same["gradient"] < 1e-4):
+        differences = answer(self._start("same_loss", name, folder, arguments), "same_loss")
+        if not (differences["loss"] < 1e-5 and differences["gradient"] < 1e-4):
             raise SystemExit(
-                f"{self.script.stem}: {name}: the two losses or gradients differ on one batch: {same}"
+                f"{self.script.stem}: {name}: the two losses or gradients differ on one batch: {differences}"
             )
         print(
-            f"{name}: same batch, loss {same['theirs']:+.6f}, difference {same['loss']:.1e}, of the gradient "
-            f"{same['gradient']:.1e}"
+            f"{name}: same batch, loss {differences['theirs']:+.6f}, difference {differences['loss']:.1e}, "
+            f"of the gradient {differences['gradient']:.1e}"
         )
 
     def _measure(self, name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Measured]:
-        """Steps of both in turns, after ``--warmup`` steps each; which of them comes first alternates."""
+        """Alternating steps of both trainers, after ``--warmup`` steps each; the first one alternates too."""
         running = {trainer: self._start(trainer, name, folder, arguments) for trainer in ("rltrain", "trl")}
         steps: dict[str, list[dict[str, float]]] = {trainer: [] for trainer in running}
         for number in range(arguments.warmup + arguments.repeats):
@@ -199,7 +200,9 @@ class Bench:
         for worker in running.values():
             worker.stdin.close()
             worker.wait()
-        return {trainer: Measured.of(found[arguments.warmup :]) for trainer, found in steps.items()}
+        return {
+            trainer: Measured.from_steps(records[arguments.warmup :]) for trainer, records in steps.items()
+        }
 
     def _start(self, worker: str, case: str, folder: Path, arguments: argparse.Namespace) -> Any:
         paths = [
@@ -228,14 +231,15 @@ class Bench:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
         )
 
-    def _show(self, name: str, found: dict[str, Any]) -> None:
-        for trainer, one in found.items():
+    def _show(self, name: str, results: dict[str, Any]) -> None:
+        for trainer, result in results.items():
             print(
-                f"{name:>8} {trainer:>8} {one['per_second']:10,.1f} {self.unit}/s   step "
-                f"{one['seconds']:7.3f} s   "
-                f"{one['amount']:6,.0f} {self.unit}   peak {one['peak_gib']:.2f} GiB"
+                f"{name:>8} {trainer:>8} {result['per_second']:10,.1f} {self.unit}/s   "
+                f"step {result['seconds']:7.3f} s   "
+                f"{result['amount']:6,.0f} {self.unit}   peak {result['peak_gib']:.2f} GiB"
             )
-        speed, memory = ratio(found, "per_second"), ratio(found, "peak_gib")
+        speed = ratio(results, "per_second")
+        memory = ratio(results, "peak_gib")
         print(
             f"{name:>8}    ratio {speed:10.2f} of TRL's {self.unit}/s, {memory:.2f} of its peak", flush=True
         )
@@ -249,7 +253,7 @@ class Measured:
     peak_gib: float
 
     @classmethod
-    def of(cls, steps: list[dict[str, float]]) -> Measured:
+    def from_steps(cls, steps: list[dict[str, float]]) -> Measured:
         return cls(
             statistics.median(step["amount"] / step["seconds"] for step in steps),
             statistics.median(step["seconds"] for step in steps),
@@ -258,8 +262,8 @@ class Measured:
         )
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """The type of an argument."""
+def integer_from(least: int) -> Callable[[str], int]:
+    """An argument type: a whole number of at least ``least``."""
 
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -278,16 +282,16 @@ def answer(worker: Any, name: str) -> dict[str, float]:
     return json.loads(line)
 
 
-def ratio(found: dict[str, Any], key: str) -> float:
-    return found["rltrain"][key] / found["trl"][key]
+def ratio(results: dict[str, Any], key: str) -> float:
+    return results["rltrain"][key] / results["trl"][key]
 
 
 def write(path: Path, results: dict[str, dict[str, Any]], arguments: argparse.Namespace, unit: str) -> None:
     where = {} if arguments.trl is None else {"path": [str(arguments.trl)]}
     trl = next(iter(importlib.metadata.distributions(name="trl", **where))).version
     record = {
-        f"{unit}_per_second_ratio": {name: ratio(found, "per_second") for name, found in results.items()},
-        "peak_memory_ratio": {name: ratio(found, "peak_gib") for name, found in results.items()},
+        f"{unit}_per_second_ratio": {name: ratio(result, "per_second") for name, result in results.items()},
+        "peak_memory_ratio": {name: ratio(result, "peak_gib") for name, result in results.items()},
         "measured": results,
         "versions": {"trl": trl}
         | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")},

@@ -162,9 +162,9 @@ def test_two_ranks_take_the_steps_that_one_takes(random_model: str, sevens: str,
         "learner.tokens_per_micro_batch=512",
         "eval.prompts=8",
     )
-    overrides = [word for one in (*settings, f"model.path={random_model}") for word in ("--set", one)]
+    overrides = [word for setting in (*settings, f"model.path={random_model}") for word in ("--set", setting)]
     port = str(29600 + os.getpid() % 300)
-    found = []
+    runs = []
     for ranks in (1, 2):
         folder = tmp_path / f"ranks{ranks}"
         launcher = ["-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -187,8 +187,8 @@ def test_two_ranks_take_the_steps_that_one_takes(random_model: str, sevens: str,
         command = [sys.executable, *launcher, *several, *arguments, *overrides]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
-        found.append(metrics(folder))
-    one, two = found
+        runs.append(metrics(folder))
+    single, double = runs
     for name in ("reward/mean", "learner/grad_norm", "learner/entropy_mean", "loss/total", "eval/reward"):
-        assert steps(two, name) == pytest.approx(steps(one, name), rel=1e-3, abs=1e-5), name
-    assert steps(two, "rollout/completions") == [192.0] * 4
+        assert steps(double, name) == pytest.approx(steps(single, name), rel=1e-3, abs=1e-5), name
+    assert steps(double, "rollout/completions") == [192.0] * 4

@@ -73,8 +73,8 @@ def start(random_model: str, tmp_path: Path) -> Callable[..., list[dict[str, Any
         recipe = check(load_recipe(path, profile="tiny_cpu", overrides=settings)).recipe
         assert isinstance(recipe, OnlineRecipe)
         assert train_command(recipe, folder, []) == 0
-        found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [line for line in found if "reward/mean" in line]
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [line for line in records if "reward/mean" in line]
 
     return call
 
@@ -122,13 +122,13 @@ def test_without_its_rows_aepo_is_grpo(
     common = ("train.steps=2", "learner.updates=2", "learner.optimizer.lr=1e-3", "learner.optimizer.eps=1e-3")
     plain = start(recipe, tmp_path / "grpo", *common, "rollout.extra_samples=[]", "control=[]")
     lines = start(recipe, tmp_path / "aepo", *common, *overrides)
-    one, two = weights(tmp_path / "grpo"), weights(tmp_path / "aepo")
+    grpo, aepo = weights(tmp_path / "grpo"), weights(tmp_path / "aepo")
     before = AutoModelForCausalLM.from_pretrained(
         check(load_recipe(tmp_path / "aepo/recipe.resolved.yaml")).recipe.model.path
     ).state_dict()
-    assert max(float((one[name] - before[name]).abs().max()) for name in one) > 1e-4  # the run moved
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=0, atol=atol)
+    assert max(float((grpo[name] - before[name]).abs().max()) for name in grpo) > 1e-4  # the run moved
+    for name in grpo:
+        torch.testing.assert_close(aepo[name], grpo[name], rtol=0, atol=atol)
     assert [line["reward/mean"] for line in lines] == [line["reward/mean"] for line in plain]
 
 
@@ -147,7 +147,7 @@ def test_tempered_rows_start_with_a_ratio_of_one_and_an_advantage_of_one(
     recipe: Path, updates: int, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Not the ratio to the temperature that sampled them: that one would be far from 1.
-    seen: list[tuple[float, float]] = []
+    observed: list[tuple[float, float]] = []
     call = Objective.__call__
 
     def watched(
@@ -156,8 +156,8 @@ def test_tempered_rows_start_with_a_ratio_of_one_and_an_advantage_of_one(
         rows = (batch.source == SOURCE_TEMPERED) & batch.mask.any(1) & (batch.advantages != 0).any(1)
         old = policy.logp.detach() if batch.old_logp is None else batch.old_logp
         drift = (policy.logp.detach() - old)[rows][batch.mask[rows]]
-        if len(drift) and not seen:
-            seen.append(
+        if len(drift) and not observed:
+            observed.append(
                 (float(drift.abs().max()), float((batch.advantages[rows][batch.mask[rows]] - 1).abs().max()))
             )
         return call(self, policy, batch, totals)
@@ -171,7 +171,7 @@ def test_tempered_rows_start_with_a_ratio_of_one_and_an_advantage_of_one(
         "rollout.extra_samples.0.share=1.0",
         "rollout.extra_samples.0.high=2.0",
     )
-    [(drift, advantage)] = seen
+    [(drift, advantage)] = observed
     assert drift < 1e-5 if updates > 1 else drift == 0
     assert advantage == 0
 
@@ -184,7 +184,7 @@ def test_aepo_takes_the_same_steps_on_two_ranks(random_model: str, start: Any, t
         "learner.tokens_per_micro_batch=256",
         "learner.optimizer.lr=1e-3",
     )
-    one = start(AEPO, tmp_path / "one", *settings)
+    single = start(AEPO, tmp_path / "one", *settings)
     rewards = f"reward.functions=['{tmp_path / 'rewards.py'}:low_digits']"
     overrides = [
         word
@@ -238,7 +238,7 @@ def test_aepo_takes_the_same_steps_on_two_ranks(random_model: str, start: Any, t
     )
     for name in (*names, "control/aepo_correct_rows"):
         assert [line[name] for line in two] == pytest.approx(
-            [line[name] for line in one], rel=1e-3, abs=1e-5
+            [line[name] for line in single], rel=1e-3, abs=1e-5
         ), name
     for name, value in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], value, rtol=0, atol=2e-4)

@@ -1,12 +1,12 @@
-"""Every case of known_answers/*.json: the papers' and their authors' code on a small batch, in float64, to
-1e-6.
+"""Every case of known_answers/*.json: results of the papers and their authors' code on a small batch, in
+float64, to 1e-6.
 
-A case names the methods it goes through (advantage, control, policy, term, aggregate; hyperparameters beside
-the name) and the quantity that is compared. Cases with "by_hand" carry their arithmetic; the others were
-computed by the authors' formulas in numpy.
+A case names its methods (advantage, control, policy, term, aggregate; hyperparameters next to the name) and
+the quantity that is compared. Cases with "by_hand" state their arithmetic; the others were computed by the
+authors' formulas in numpy.
 
-The batch is the common one (2 sequences of 3 and 2 tokens, given as probabilities) with what the file's
-"common_batch" and then the case's "batch" replace; one with a "mask" of its own takes nothing over. "pi_old",
+The batch is the common one (2 sequences of 3 and 2 tokens, as probabilities); the file's "common_batch" and
+then the case's "batch" replace its fields, and a batch with its own "mask" takes no common field. "pi_old",
 "pi_new", ... are probabilities; "entropy" is that of the old and of the current policy; other names are
 fields of TrainBatch ("notes" and "extra" are mappings); "policy_extra" are further statistics of the current
 policy.
@@ -50,8 +50,8 @@ def tensor(values: Any) -> Tensor:
 
 
 def batch_of(case: Case) -> TrainBatch:
-    given = case["given"]
-    mask = tensor(given["mask"])
+    case_fields = case["fields"]
+    mask = tensor(case_fields["mask"])
     rows = torch.zeros(len(mask), dtype=torch.int64)
     fields: dict[str, Any] = {
         "weights": torch.ones_like(mask),
@@ -59,9 +59,11 @@ def batch_of(case: Case) -> TrainBatch:
     }
     fields |= {"group": rows, "source": rows, "version": rows}
     fields |= {
-        name: tensor(given["entropy"]) for name in ("old_entropy", "entropy_now") if "entropy" in given
+        name: tensor(case_fields["entropy"])
+        for name in ("old_entropy", "entropy_now")
+        if "entropy" in case_fields
     }
-    for name, values in given.items():
+    for name, values in case_fields.items():
         if name in PROBABILITIES:
             fields[PROBABILITIES[name]] = tensor(values).log()
         elif name == "extra":
@@ -74,65 +76,74 @@ def batch_of(case: Case) -> TrainBatch:
 
 
 def policy_of(case: Case) -> PolicyTokens:
-    given, now = case["given"], batch_of(case).logp_now
+    fields = case["fields"]
+    now = batch_of(case).logp_now
     assert now is not None, "the case's batch has no pi_new"
-    extra = {name: tensor(values).requires_grad_() for name, values in given.get("policy_extra", {}).items()}
-    return PolicyTokens(
-        now.requires_grad_(), tensor(given["entropy"]).requires_grad_() if "entropy" in given else None, extra
-    )
+    extra = {name: tensor(values).requires_grad_() for name, values in fields.get("policy_extra", {}).items()}
+    entropy = tensor(fields["entropy"]).requires_grad_() if "entropy" in fields else None
+    return PolicyTokens(now.requires_grad_(), entropy, extra)
 
 
-def bound(registry: Registry, named: dict[str, Any] | str) -> BoundMethod:
-    named = {"name": named} if isinstance(named, str) else named
-    return registry.bind(named["name"], {key: value for key, value in named.items() if key != "name"})
+def bind_method(registry: Registry, reference: dict[str, Any] | str) -> BoundMethod:
+    reference = {"name": reference} if isinstance(reference, str) else reference
+    return registry.bind(reference["name"], {key: value for key, value in reference.items() if key != "name"})
 
 
 def advantages(case: Case) -> Tensor:
-    """Of the case's own "rewards" and "group", with whatever else the estimator takes from the batch."""
-    estimator, batch = bound(ADVANTAGES, case["advantage"]), batch_of(case)
+    """Advantages of the case's "rewards" and "group"; the estimator's other inputs come from the batch."""
+    estimator = bind_method(ADVANTAGES, case["advantage"])
+    batch = batch_of(case)
     inputs = {name: getattr(batch, name) for name in estimator.spec.inputs}
     return estimator(tensor(case["rewards"]), torch.tensor(case["group"]), **inputs)
 
 
-def controlled(case: Case) -> TrainBatch:
-    return bound(TOKEN_CONTROLS, case["control"])(batch_of(case)) if "control" in case else batch_of(case)
+def apply_control(case: Case) -> TrainBatch:
+    batch = batch_of(case)
+    return bind_method(TOKEN_CONTROLS, case["control"])(batch) if "control" in case else batch
 
 
-def on_mask(case: Case, pick: Callable[[TrainBatch], Tensor]) -> Tensor:
-    batch = controlled(case)
+def masked_values(case: Case, pick: Callable[[TrainBatch], Tensor]) -> Tensor:
+    batch = apply_control(case)
     return torch.where(batch.mask, pick(batch), 0.0)
 
 
 def loss(case: Case, policy: PolicyTokens) -> Tensor:
-    batch = controlled(case)
-    totals = StepTotals(*batch.totals_of_mask, max_tokens=case["given"]["max_tokens"])
-    return Objective(bound(POLICY_LOSSES, case["policy"]), (), bound(AGGREGATES, case["aggregate"]))(
-        policy, batch, totals
-    ).loss
+    batch = apply_control(case)
+    totals = StepTotals(*batch.totals_of_mask, max_tokens=case["fields"]["max_tokens"])
+    aggregate = bind_method(AGGREGATES, case["aggregate"])
+    return Objective(bind_method(POLICY_LOSSES, case["policy"]), (), aggregate)(policy, batch, totals).loss
 
 
 def policy_loss(case: Case, policy: PolicyTokens) -> TokenLoss:
-    return bound(POLICY_LOSSES, case["policy"])(policy, controlled(case))
+    return bind_method(POLICY_LOSSES, case["policy"])(policy, apply_control(case))
 
 
 def term(case: Case, policy: PolicyTokens) -> TokenLoss:
-    told = {
-        name: tensor(value) for name, value in case.get("inputs", {}).items()
-    }  # by the coefficient's controller
-    return bound(LOSS_TERMS, case["term"])(policy, controlled(case), **told)
+    # inputs from the coefficient's controller
+    inputs = {name: tensor(value) for name, value in case.get("inputs", {}).items()}
+    return bind_method(LOSS_TERMS, case["term"])(policy, apply_control(case), **inputs)
 
 
 def term_loss(case: Case) -> Tensor:
-    batch = controlled(case)
-    totals = StepTotals(*batch.totals_of_mask, max_tokens=case["given"]["max_tokens"])
-    return bound(AGGREGATES, case["aggregate"])(term(case, policy_of(case)).values, batch.mask, totals)
+    batch = apply_control(case)
+    totals = StepTotals(*batch.totals_of_mask, max_tokens=case["fields"]["max_tokens"])
+    return bind_method(AGGREGATES, case["aggregate"])(term(case, policy_of(case)).values, batch.mask, totals)
 
 
-def slope(quantity: Callable[[Case, PolicyTokens], Tensor], case: Case) -> Tensor:
-    """d(sum of the quantity) / d(logp, or what "with_respect_to" names: "entropy" or a name in
-    policy_extra).
+def policy_values(case: Case, policy: PolicyTokens) -> Tensor:
+    return policy_loss(case, policy).values
+
+
+def term_values(case: Case, policy: PolicyTokens) -> Tensor:
+    return term(case, policy).values
+
+
+def gradient_of_sum(quantity: Callable[[Case, PolicyTokens], Tensor], case: Case) -> Tensor:
+    """Gradient of the quantity's sum with respect to logp, or to "with_respect_to": "entropy" or a name in
+    policy_extra.
     """
-    policy, name = policy_of(case), case.get("with_respect_to", "logp")
+    policy = policy_of(case)
+    name = case.get("with_respect_to", "logp")
     leaf = {"logp": policy.logp, "entropy": policy.entropy, **policy.extra}[name]
     assert leaf is not None
     return torch.autograd.grad(quantity(case, policy).sum(), leaf)[0]
@@ -140,30 +151,30 @@ def slope(quantity: Callable[[Case, PolicyTokens], Tensor], case: Case) -> Tenso
 
 QUANTITIES: dict[str, Callable[[Case], Tensor]] = {
     "advantages": advantages,
-    "weights": lambda case: on_mask(case, lambda batch: batch.weights),
-    "controlled advantages": lambda case: on_mask(case, lambda batch: batch.advantages),
-    "controlled mask": lambda case: controlled(case).mask.double(),
-    "extra": lambda case: on_mask(case, lambda batch: batch.extra[case["extra"]]),
-    "note": lambda case: tensor(controlled(case).notes[case["note"]]),
+    "weights": lambda case: masked_values(case, lambda batch: batch.weights),
+    "controlled advantages": lambda case: masked_values(case, lambda batch: batch.advantages),
+    "controlled mask": lambda case: apply_control(case).mask.double(),
+    "extra": lambda case: masked_values(case, lambda batch: batch.extra[case["extra"]]),
+    "note": lambda case: tensor(apply_control(case).notes[case["note"]]),
     "ratio": lambda case: log_ratio(policy_of(case), batch_of(case)).exp() * batch_of(case).mask,
     "values": lambda case: policy_loss(case, policy_of(case)).values,
-    "gradient of sum": lambda case: slope(lambda case, policy: policy_loss(case, policy).values, case),
+    "gradient of sum": lambda case: gradient_of_sum(policy_values, case),
     "term": lambda case: term(case, policy_of(case)).values,
-    "term gradient of sum": lambda case: slope(lambda case, policy: term(case, policy).values, case),
+    "term gradient of sum": lambda case: gradient_of_sum(term_values, case),
     "term loss": term_loss,
     "loss": lambda case: loss(case, policy_of(case)),
-    "gradient": lambda case: slope(loss, case),
+    "gradient": lambda case: gradient_of_sum(loss, case),
 }
 
 
-def given(facts: Mapping[str, Any], case: Case) -> dict[str, Any]:
-    own = facts.get("common_batch", {}) | case.get("batch", {})
-    return ({"max_tokens": COMMON["max_tokens"]} if "mask" in own else COMMON) | own
+def merge_fields(facts: Mapping[str, Any], case: Case) -> dict[str, Any]:
+    fields = facts.get("common_batch", {}) | case.get("batch", {})
+    return ({"max_tokens": COMMON["max_tokens"]} if "mask" in fields else COMMON) | fields
 
 
-# A file whose cases speak of other quantities (preference losses, graders, ...) has a test of its own.
+# Files whose cases have other quantities (preference losses, graders, ...) have their own tests.
 CASES: dict[str, Case] = {
-    f"{file}/{case['id']}": {**case, "given": given(facts, case)}
+    f"{file}/{case['id']}": {**case, "fields": merge_fields(facts, case)}
     for file, facts in FILES.items()
     for case in facts["cases"]
     if case.get("quantity") in QUANTITIES

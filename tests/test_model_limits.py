@@ -17,6 +17,7 @@ from rltrain.learner.loading import load_causal_lm
 from rltrain.learner.packing import build
 from rltrain.model_limits import Context, context_of, require_context, rotary_limit
 from rltrain.rollout.engines.transformers.engine import TransformersEngine
+from rltrain.rollout.groups import sample_groups
 from rltrain.types.policy import TokenRows
 from rltrain.types.samples import Prompt, Sampling
 from rltrain.weight_names import CheckpointNames
@@ -45,7 +46,7 @@ def tokens_of(context: Context | None) -> int | None:
 
 
 @pytest.mark.parametrize(
-    ("of", "rotary", "context"),
+    ("model_config", "rotary", "context"),
     [
         (config("llama"), None, 64),
         (config("llama", rope_parameters=long_rope(24)), 24, 24),
@@ -87,20 +88,20 @@ def tokens_of(context: Context | None) -> int | None:
     ],
 )
 def test_the_context_ends_where_rotary_frequencies_change(
-    of: Any, rotary: int | None, context: int | None
+    model_config: Any, rotary: int | None, context: int | None
 ) -> None:
-    assert tokens_of(rotary_limit(of)) == rotary
-    assert tokens_of(context_of(of)) == context
+    assert tokens_of(rotary_limit(model_config)) == rotary
+    assert tokens_of(context_of(model_config)) == context
 
 
 def test_sizes_that_do_not_fit_are_named_with_the_limit_and_its_reason() -> None:
-    of = config("phi3", rope_parameters=long_rope(24), original_max_position_embeddings=24)
-    require_context(of, "phi", {"data.max_prompt_tokens": 16, "rollout.max_tokens": 8})
+    model_config = config("phi3", rope_parameters=long_rope(24), original_max_position_embeddings=24)
+    require_context(model_config, "phi", {"data.max_prompt_tokens": 16, "rollout.max_tokens": 8})
     with pytest.raises(
         UserError,
-        match=r"max_prompt_tokens 16 \+ rollout.max_tokens 9 = 25 .* phi reads at most 24 .*rope_type longrope",
+        match=r"max_prompt_tokens 16 \+ rollout.max_tokens 9 = 25 .* reads at most 24 .*rope_type longrope",
     ):
-        require_context(of, "phi", {"data.max_prompt_tokens": 16, "rollout.max_tokens": 9})
+        require_context(model_config, "phi", {"data.max_prompt_tokens": 16, "rollout.max_tokens": 9})
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +112,13 @@ def longrope(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_no_row_longer_than_the_original_context_reaches_the_model(longrope: str) -> None:
     model = load_causal_lm(longrope, None, "auto")
     rows = TokenRows(((5, 6, 7), (5,)), ((8, 9), tuple(range(5, 5 + ORIGINAL_CONTEXT))))
-    together, alone = build(rows, [0, 1], layout="padded"), build(rows, [0], layout="padded")
+    together = build(rows, [0, 1], layout="padded")
+    single = build(rows, [0], layout="padded")
     wants: Any = {"temperature": 1.0, "wants": frozenset({"logp"}), "chunk": 4096}
 
     at_the_limit = PolicyForward(model)(together, **wants)["logp"]  # 16 tokens are read
     torch.testing.assert_close(
-        at_the_limit[0, :2], PolicyForward(model)(alone, **wants)["logp"][0], atol=1e-5, rtol=0
+        at_the_limit[0, :2], PolicyForward(model)(single, **wants)["logp"][0], atol=1e-5, rtol=0
     )
 
     longer = TokenRows(rows.prompts, (rows.completions[0], (*rows.completions[1], 5)))
@@ -134,9 +136,9 @@ def test_what_the_limit_is_for(longrope: str) -> None:
     rows = TokenRows(((5, 6, 7), (5,)), ((8, 9), tuple(range(5, 6 + ORIGINAL_CONTEXT))))
     wants: Any = {"temperature": 1.0, "wants": frozenset({"logp"}), "chunk": 4096}
     with torch.no_grad():
-        alone = policy(build(rows, [0], layout="padded"), **wants)["logp"][0]
-        beside = policy(build(rows, [0, 1], layout="padded"), **wants)["logp"][0, :2]
-    assert (alone - beside).abs().max() > 0.01
+        single = policy(build(rows, [0], layout="padded"), **wants)["logp"][0]
+        together = policy(build(rows, [0, 1], layout="padded"), **wants)["logp"][0, :2]
+    assert (single - together).abs().max() > 0.01
 
 
 def test_the_embedded_engine_decodes_up_to_the_original_context(longrope: str) -> None:
@@ -144,9 +146,9 @@ def test_the_embedded_engine_decodes_up_to_the_original_context(longrope: str) -
     model = load_causal_lm(longrope, None, "auto")
     engine.load(CheckpointNames(model).to_checkpoint(model.state_dict().items()), 0)
     prompt = Prompt("a", tuple(range(5, 13)), "")
-    engine.generate([prompt], Sampling(n=1, temperature=1.0, max_tokens=8, seed=0), 0)
+    sample_groups(engine, [prompt], Sampling(n=1, temperature=1.0, max_tokens=8, seed=0), 0)
     with pytest.raises(ValueError, match=r"together over the 16 of .*rope_type longrope"):
-        engine.generate([prompt], Sampling(n=1, temperature=1.0, max_tokens=9, seed=0), 0)
+        sample_groups(engine, [prompt], Sampling(n=1, temperature=1.0, max_tokens=9, seed=0), 0)
 
 
 # tokens -----------------------------------------------------------------------------------------------------
@@ -165,7 +167,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_with_both_numbers(tmp_
     model = enlarged(tmp_path / "model", "<think>", "</think>", special=False)
     with pytest.raises(
         UserError,
-        match="its tokenizer has 103 tokens and its embedding 101 rows, so 2 tokens have none, first '<think>'",
+        match="tokenizer has 103 tokens and its embedding 101 rows, so 2 tokens have none, first '<think>'",
     ):
         tokenization_of(Model(path=model), {})
 

@@ -14,10 +14,10 @@ from typing import Literal
 from rltrain.registry import method
 
 
-@method("scaled", arxiv="1234.56789", needs={"old_logp"}, needs_if={"ref": {"ref_logp"}, "on": {"entropy"}}, traits={"quick"},
-        refuses={"mode": {"worst": "it never works"}})
-def scaled_(values, *, mask: Tensor, old: Tensor | None = None, by: float = 2.0, ref: float | None = None, on: bool = False,
-            mode: Literal["a", "b"] = "a", count: int = 3):
+@method("scaled", arxiv="1234.56789", needs={"old_logp"}, needs_if={"ref": {"ref_logp"}, "on": {"entropy"}},
+        traits={"quick"}, refuses={"mode": {"worst": "it never works"}})
+def scaled_(values, *, mask: Tensor, old: Tensor | None = None, by: float = 2.0, ref: float | None = None,
+            on: bool = False, mode: Literal["a", "b"] = "a", count: int = 3):
     """Says what it does."""
     return values * by if mode == "a" else (values, mask, old, count)
 

@@ -1,5 +1,5 @@
-"""Code in a model folder runs where the recipe names the folder, and nowhere else; it is never asked
-about.
+"""Code in a model folder runs only where the recipe names the folder, and nobody is ever asked for
+permission.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def training(*overrides: str, run: str = "run", steps: int = 1) -> list[str]:
         "checkpoint.every=1",
         f"train.steps={steps}",
     ]
-    words = [word for one in (*small, *overrides) for word in ("--set", one)]
+    words = [word for override in (*small, *overrides) for word in ("--set", override)]
     return ["train", str(ROOT / "recipes/policy/grpo.yaml"), "--profile", "tiny_cpu", "--run", run, *words]
 
 
@@ -98,9 +98,8 @@ def test_a_named_folder_trains_and_goes_on_and_its_code_is_said(call, folder: Pa
     said = capsys.readouterr().err
     assert "code of model may run (sha256): own.py" in said
     assert folder.with_name("ran").exists()
-    assert (
-        call(*training(*trusted, steps=2)) == 0
-    )  # the checkpoint's copy of the code is the one that was named
+    # The checkpoint's copy of the code is the trusted one.
+    assert call(*training(*trusted, steps=2)) == 0
     assert call("generate", "run/model", "1+1=", "--max-tokens", "4") == 2
     assert call("generate", "run/model", "1+1=", "--max-tokens", "4", "--trust-remote-code", "run/model") == 0
 
@@ -132,9 +131,8 @@ def test_an_entry_that_pins_no_code_is_refused(entry: str) -> None:
 
 
 def test_a_commit_is_trusted_at_that_commit_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "rltrain.remote_code.local_file", lambda *_: None
-    )  # no config names code of another place
+    # No config names code of another repository.
+    monkeypatch.setattr("rltrain.remote_code.local_file", lambda *_: None)
     with trusting([f"somebody/model@{COMMIT}"]):
         assert trusts("somebody/model", COMMIT)
         assert not trusts("somebody/model", None)

@@ -1,4 +1,4 @@
-"""Texts and their token ids: what a tokenizer changes on purpose is no loss, what it does not know is."""
+"""Texts and their token ids: intended changes by a tokenizer are no loss, unknown characters are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from rltrain.round_trip import Losses, lost_share
 from support.scripts import script
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789+=?'ABCÉé"
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789+=?'ABC\u00c9\u00e9"
 
 
 def tokenizer_of(
@@ -17,15 +17,16 @@ def tokenizer_of(
 ) -> PreTrainedTokenizerFast:
     """One token per character; others are ``<unk>``."""
     words = {token: number for number, token in enumerate(("<unk>", "<user>", " ", "\u2581", *letters))}
-    made = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
     if normalizer is not None:
-        made.normalizer = normalizer
+        tokenizer.normalizer = normalizer
     if sentencepiece:
-        made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
     else:
-        made.decoder = decoders.Fuse()
+        tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="<unk>", additional_special_tokens=["<user>"]
+        tokenizer_object=tokenizer, unk_token="<unk>", additional_special_tokens=["<user>"]
     )
 
 
@@ -90,7 +91,8 @@ def losses_of(tokenizer: PreTrainedTokenizerFast, *texts: str) -> Losses:
 
 
 def test_some_unknown_characters_are_counted() -> None:
-    plain, foreign = ["a question with letters that it knows"] * 20, "\u4e2d\u6587"
+    plain = ["a question with letters that it knows"] * 20
+    foreign = "\u4e2d\u6587"
     losses = losses_of(tokenizer_of(None), "it\u2019s a quote", *plain, foreign)
     losses.check("data.jsonl", tokenizer_of(None))
     assert losses.lossy == 2

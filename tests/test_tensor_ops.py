@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from rltrain.tensor_ops import (
-    masked,
+    apply_mask,
     masked_mean,
     masked_quantile,
     masked_sum,
@@ -25,7 +25,7 @@ MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
 
 @pytest.mark.parametrize("mask", [MASK, MASK.bool(), MASK.double()])
 def test_reductions_see_only_what_is_masked_in(mask: torch.Tensor):
-    assert masked(VALUES, mask).tolist() == [[1.0, 2.0, 0.0], [4.0, 0.0, 0.0]]
+    assert apply_mask(VALUES, mask).tolist() == [[1.0, 2.0, 0.0], [4.0, 0.0, 0.0]]
     assert masked_sum(VALUES, mask).item() == 7.0
     assert masked_sum(VALUES, mask, dim=1).tolist() == [3.0, 4.0]
     assert_close(masked_mean(VALUES, mask).item(), 7 / 3)
@@ -35,7 +35,7 @@ def test_reductions_see_only_what_is_masked_in(mask: torch.Tensor):
 
 def test_what_is_masked_out_gets_gradient_zero_even_if_it_is_nan():
     values = VALUES.clone().requires_grad_()
-    masked_sum(masked(values, MASK).exp(), MASK).backward()
+    masked_sum(apply_mask(values, MASK).exp(), MASK).backward()
     assert values.grad is not None and not values.grad[~MASK.bool()].any() and values.grad[MASK.bool()].all()
 
 
@@ -57,7 +57,8 @@ def test_segments_are_ids():
     assert segment_mean(values, segment).tolist() == [3.0, 15.0, 3.0, 15.0, 3.0]
     assert segment_count(segment).tolist() == [3, 2, 3, 2, 3]
     for ddof in (0, 1):
-        high, low = values[[0, 2, 4]].std(correction=ddof), values[[1, 3]].std(correction=ddof)
+        high = values[[0, 2, 4]].std(correction=ddof)
+        low = values[[1, 3]].std(correction=ddof)
         assert_close(segment_std(values, segment, ddof), torch.stack([high, low, high, low, high]))
 
 
@@ -80,15 +81,13 @@ def test_segments_of_an_empty_tensor_are_empty():
 
 def test_token_moments_are_numpys_over_the_tokens_of_a_segment():
     generator = torch.Generator().manual_seed(0)
-    values, mask = (
-        torch.randn(5, 4, generator=generator, dtype=torch.float64),
-        torch.rand(5, 4, generator=generator) > 0.4,
-    )
+    values = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    mask = torch.rand(5, 4, generator=generator) > 0.4
     segment = torch.tensor([2, 9, 2, 9, 50])
     mask[4] = False
     centred, variance = token_moments(values.masked_fill(~mask, math.nan), mask, segment)
-    for one in (2, 9):
-        rows = segment == one
+    for segment_id in (2, 9):
+        rows = segment == segment_id
         tokens = values[rows][mask[rows]]
         assert_close(centred[rows][mask[rows]], tokens - tokens.mean())
         assert_close(variance[rows], tokens.var(correction=0).expand(int(rows.sum())))

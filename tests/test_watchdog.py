@@ -1,6 +1,6 @@
-"""What waits too long, or has lost a peer, ends with exit code 75 and says why.
+"""A process that waits too long, or has lost a peer, ends with exit code 75 and says why.
 
-Every case is a process of its own: it dies.
+Every case runs in a process of its own, which the watchdog ends.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ def test_a_wait_beyond_its_deadline_names_what_and_whom_shows_the_stacks_and_tak
 
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         print(child.pid, flush=True)
-        with Watchdog(0.3, "rank 3") as watchdog, watchdog.waiting("the vllm engine", "to generate 8 completions"):
-            with watchdog.waiting("rank 0", "to answer"):
-                pass
-            stuck_in_here()
+        with Watchdog(0.3, "rank 3") as watchdog:
+            with watchdog.waiting("the vllm engine", "to generate 8 completions"):
+                with watchdog.waiting("rank 0", "to answer"):
+                    pass
+                stuck_in_here()
     """)
     assert done.returncode == EXPIRED == 75
     assert "deadline: rank 3: waited 0 s for the vllm engine: to generate 8 completions" in done.stderr
     assert "stuck_in_here" in done.stderr
-    for _ in range(100):  # an orphan is reaped by whoever adopts it
+    for _ in range(100):  # an orphan is reaped by the process that adopts it
         if (
             not Path(f"/proc/{done.stdout.strip()}").exists()
             or "State:\tZ" in Path(f"/proc/{done.stdout.strip()}/status").read_text()
@@ -65,46 +66,46 @@ def test_waits_that_end_in_time_and_time_that_nobody_waits_for_are_free() -> Non
 
 
 BOARD = """
-    class Wall:
+    class Board:
         peers = (1,)
-        words = "1 alive waiting for the engine: to start"
+        status = "1 alive waiting for the engine: to start"
         def __init__(self):
             self.said = []
         def say(self, text):
             self.said.append(text)
         def read(self):
-            return {1: self.words}
+            return {1: self.status}
 """
 
 
 def test_a_rank_without_a_sign_of_life_is_named_with_the_last_thing_it_did() -> None:
-    done = run(BOARD + "\n    with Watchdog(1.5, 'rank 0', Wall()):\n        time.sleep(60)")
+    done = run(BOARD + "\n    with Watchdog(1.5, 'rank 0', Board()):\n        time.sleep(60)")
     assert done.returncode == EXPIRED
     assert "deadline: rank 0: rank 1 gave no sign of life for 0." in done.stderr  # a third of 1.5 s
-    assert "its last was: waiting for the engine: to start" in done.stderr
+    assert "its last status was: waiting for the engine: to start" in done.stderr
 
 
 def test_a_rank_that_failed_ends_the_others_with_its_reason() -> None:
     code = BOARD.replace("1 alive waiting for the engine: to start", "7 gone NonFiniteError: lost") + (
-        "\n    with Watchdog(30, 'rank 0', Wall()):\n        time.sleep(60)"
+        "\n    with Watchdog(30, 'rank 0', Board()):\n        time.sleep(60)"
     )
-    begun = time.monotonic()
+    start = time.monotonic()
     done = run(code)
     assert done.returncode == EXPIRED and "rank 1 failed: NonFiniteError: lost" in done.stderr
-    assert time.monotonic() - begun < 20  # not the deadline: three looks, a second apart
+    assert time.monotonic() - start < 20  # not the deadline: three checks, a second apart
 
 
-def test_a_rank_that_finished_is_not_missed_and_this_one_leaves_its_last_words() -> None:
+def test_a_rank_that_finished_is_not_missed_and_this_one_leaves_its_status() -> None:
     done = run(
         BOARD.replace("1 alive waiting for the engine: to start", "7 done -")
         + """
-    wall = Wall()
+    board = Board()
     try:
-        with Watchdog(0.6, 'rank 0', wall):
+        with Watchdog(0.6, 'rank 0', board):
             time.sleep(1)
             raise KeyError("the recipe")
     except KeyError:
-        print(wall.said[0], '|', wall.said[-1].partition(' ')[2])
+        print(board.said[0], '|', board.said[-1].partition(' ')[2])
     """
     )
     assert done.returncode == 0, done.stderr
@@ -126,7 +127,7 @@ def test_an_error_that_is_a_deadline_of_its_own_or_a_lost_peer_ends_the_same_way
     error: str, named: str
 ) -> None:
     done = run(
-        BOARD + f"\n    with Watchdog(6, 'rank 0', Wall()):\n        time.sleep(0.5)\n        raise {error}"
+        BOARD + f"\n    with Watchdog(6, 'rank 0', Board()):\n        time.sleep(0.5)\n        raise {error}"
     )
     assert done.returncode == EXPIRED and named in done.stderr, done.stderr
 
@@ -137,7 +138,7 @@ def test_any_other_error_stays_what_it_is() -> None:
         + """
     class NonFiniteError(RuntimeError):
         pass
-    with Watchdog(30, 'rank 0', Wall()):
+    with Watchdog(30, 'rank 0', Board()):
         raise NonFiniteError("lost")
     """
     )

@@ -29,7 +29,8 @@ def test_the_names_are_those_of_the_folder_and_lead_back_to_the_model(
     name: str, folders: dict[str, Path]
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32)
-    names, state = CheckpointNames(model), model.state_dict()
+    names = CheckpointNames(model)
+    state = model.state_dict()
     stored = load_file(folders[name] / "model.safetensors")
     sent = dict(names.to_checkpoint(state.items()))
     assert sent.keys() - names.ties.keys() == stored.keys()
@@ -47,35 +48,39 @@ def test_a_model_that_was_never_loaded_has_the_same_names(name: str, folders: di
     with torch.device("meta"):
         fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folders[name]))
     loaded = AutoModelForCausalLM.from_pretrained(folders[name])
-    ours, theirs = CheckpointNames(fresh), CheckpointNames(loaded)
-    assert (ours.shapes, ours.parameters, ours.inside) == (theirs.shapes, theirs.parameters, theirs.inside)
+    names = CheckpointNames(fresh)
+    expected = CheckpointNames(loaded)
+    assert names.shapes == expected.shapes
+    assert names.parameters == expected.parameters
+    assert names.inside == expected.inside
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
 def test_no_more_than_one_group_is_held_while_weights_pass(name: str, folders: dict[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32)
-    names, state = CheckpointNames(model), model.state_dict()
-    taken = given = most = 0
+    names = CheckpointNames(model)
+    state = model.state_dict()
+    numbers_in = numbers_out = largest_held = 0
 
-    def counted() -> Iterator[tuple[str, Tensor]]:
-        nonlocal taken
+    def count_weights() -> Iterator[tuple[str, Tensor]]:
+        nonlocal numbers_in
         for key, weight in state.items():
-            taken += weight.numel()
+            numbers_in += weight.numel()
             yield key, weight
 
-    for _, weight in names.to_checkpoint(counted()):
-        most = max(most, taken - given)
-        given += weight.numel()
-    assert taken == given == sum(weight.numel() for weight in state.values())
-    assert most == max(weight.numel() for key, weight in state.items() if "gate_up_proj" in key)
+    for _, weight in names.to_checkpoint(count_weights()):
+        largest_held = max(largest_held, numbers_in - numbers_out)
+        numbers_out += weight.numel()
+    assert numbers_in == numbers_out == sum(weight.numel() for weight in state.values())
+    assert largest_held == max(weight.numel() for key, weight in state.items() if "gate_up_proj" in key)
 
 
 def test_only_the_groups_that_hold_a_wanted_name_are_converted(folders: dict[str, Path]) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(folders["mixtral"], dtype=torch.float32)
     names = CheckpointNames(model)
-    wanted = {"model.layers.1.block_sparse_moe.experts.2.w3.weight", "model.norm.weight"}
-    some = dict(names.to_checkpoint(model.state_dict().items(), wanted))
-    assert wanted <= some.keys()
+    requested = {"model.layers.1.block_sparse_moe.experts.2.w3.weight", "model.norm.weight"}
+    some = dict(names.to_checkpoint(model.state_dict().items(), requested))
+    assert requested <= some.keys()
     assert {key.rpartition(".experts.")[0] for key in some if "experts" in key} == {
         "model.layers.1.block_sparse_moe"
     }

@@ -1,1 +1,1 @@
-"""What runs inside the sandbox, on the standard library alone: the rest of the package is not there."""
+"""Code that runs inside the sandbox, where only the standard library exists, not the rest of the package."""

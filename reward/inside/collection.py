@@ -1,5 +1,5 @@
-"""Which tests a source has defined beside those that run when it is executed, by the rules of pytest,
-unittest and HumanEval.
+"""Collects the tests that a source defines, besides those that run when it is executed, by the rules of
+pytest, unittest and HumanEval.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from typing import Any
 from reward.inside import pytest_names
 from reward.inside.faults import BadTests, Skipped
 
-CHECK, CANDIDATE = "check", "candidate"
+CHECK = "check"
+CANDIDATE = "candidate"
 
 Run = Callable[[], None]
 Fixtures = Mapping[str, pytest_names.Fixture]
 
 
-def prepare(sources: Sequence[str]) -> None:
-    """``unittest.main`` and ``pytest.main`` do nothing for the tests, as all of these are run afterwards
-    anyway.
-    """
+def replace_test_runners(sources: Sequence[str]) -> None:
+    """Makes ``unittest.main`` and ``pytest.main`` do nothing, because all tests are run afterwards."""
     if any("pytest" in source for source in sources):
         sys.modules["pytest"] = pytest_names
     if any("unittest" in source for source in sources):
@@ -33,45 +32,50 @@ def prepare(sources: Sequence[str]) -> None:
         unittest.main = lambda *_, **__: None  # type: ignore[assignment, misc]
 
 
-def collect(defined: Mapping[str, Any], entry: Callable[[], Any] | None, script_calls: bool) -> Iterator[Run]:
+def collect_tests(
+    defined: Mapping[str, Any], entry: Callable[[], Any] | None, script_calls: bool
+) -> Iterator[Run]:
     """One function per test among the names that a source has ``defined``: ``check``, ``test*`` functions and
     classes, TestCases.
 
-    entry: gives the function under test, where the row names one; it is ``check``'s argument, and that of any
-    test that calls it ``candidate``. script_calls: whether the source has called the program when it was
-    executed; its functions with arguments are then helpers, and not tests. Raises BadTests where a test wants
-    what is not there.
+    entry: returns the function under test, if the row names one; ``check`` gets it as its argument, and any
+    test as the argument ``candidate``. script_calls: whether the source called the program when it was
+    executed; its functions with arguments are then helpers, not tests. Raises BadTests if a test needs a
+    fixture or parameter that does not exist.
     """
-    own = {name: value for name, value in defined.items() if isinstance(value, pytest_names.Fixture)}
-    fixtures = {fixture.name or name: fixture for name, fixture in own.items()}
+    own_fixtures = {name: value for name, value in defined.items() if isinstance(value, pytest_names.Fixture)}
+    fixtures = {fixture.name or name: fixture for name, fixture in own_fixtures.items()}
     if entry is not None:
         fixtures |= {CANDIDATE: pytest_names.Fixture(lambda: entry(), CANDIDATE, False)}
     for name, value in defined.items():
         if name == CHECK and isinstance(value, types.FunctionType):
-            yield from _check(value, entry)
+            yield from _check_tests(value, entry)
         elif name.startswith("test") and isinstance(value, types.FunctionType):
-            yield from _calls(value, fixtures, optional=script_calls)
+            yield from _function_tests(value, fixtures, is_optional=script_calls)
         elif isinstance(value, type) and _is_test_case(value):
-            yield from _cases(value)
+            yield from _unittest_tests(value)
         elif isinstance(value, type) and name.startswith("Test") and value.__init__ is object.__init__:
-            yield from _methods(value, fixtures)
+            yield from _method_tests(value, fixtures)
 
 
-def _check(check: types.FunctionType, entry: Callable[[], Any] | None) -> Iterator[Run]:
-    """HumanEval's ``check(candidate)``; one that wants another number of arguments is a helper."""
-    wanted = [one for one in inspect.signature(check).parameters.values() if one.default is one.empty]
-    if not wanted:
+def _check_tests(check: types.FunctionType, entry: Callable[[], Any] | None) -> Iterator[Run]:
+    """HumanEval's ``check(candidate)``; a ``check`` with another number of arguments is a helper."""
+    parameters = inspect.signature(check).parameters.values()
+    required = [parameter for parameter in parameters if parameter.default is parameter.empty]
+    if not required:
         yield check
-    elif len(wanted) == 1 and entry is not None:
+    elif len(required) == 1 and entry is not None:
         yield lambda: check(entry())
 
 
 # pytest -----------------------------------------------------------------------------------------------------
 
 
-def _calls(function: Callable[..., Any], fixtures: Fixtures, optional: bool = False) -> Iterator[Run]:
-    """The function once for each combination of its parameters. optional: it is no test where one is
-    missing.
+def _function_tests(
+    function: Callable[..., Any], fixtures: Fixtures, is_optional: bool = False
+) -> Iterator[Run]:
+    """One test per combination of the function's parameters. is_optional: a function with a missing parameter
+    is not a test.
     """
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
         raise BadTests(f"{function.__name__} is asynchronous or a generator, which cannot be run as a test")
@@ -80,43 +84,52 @@ def _calls(function: Callable[..., Any], fixtures: Fixtures, optional: bool = Fa
         return
     tables = [mark.table() for mark in marks if mark.name == "parametrize"]
     for row in itertools.product(*reversed(tables)):
-        values = {name: value for given in row for name, value in given.items()}
-        missing = [name for name in _wanted(function) if name not in values and name not in fixtures]
-        if missing and optional:
+        values = {name: value for arguments in row for name, value in arguments.items()}
+        missing = [
+            name for name in _required_parameters(function) if name not in values and name not in fixtures
+        ]
+        if missing and is_optional:
             return
         if missing:
-            what = ", ".join(missing)
-            raise BadTests(f"{function.__name__} wants {what}, and there is no such fixture or parameter")
-        yield lambda values=values: _with_fixtures(function, values, fixtures)
+            names = ", ".join(missing)
+            raise BadTests(f"{function.__name__} wants {names}, and there is no such fixture or parameter")
+        yield lambda values=values: _call_with_fixtures(function, values, fixtures)
 
 
-def _wanted(function: Callable[..., Any]) -> list[str]:
+def _required_parameters(function: Callable[..., Any]) -> list[str]:
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(function).parameters
-    return [name for name, one in parameters.items() if one.kind in named and one.default is one.empty]
+    return [
+        name
+        for name, parameter in parameters.items()
+        if parameter.kind in named and parameter.default is parameter.empty
+    ]
 
 
-def _with_fixtures(function: Callable[..., Any], values: Mapping[str, Any], fixtures: Fixtures) -> None:
-    """Each fixture is made once for the test, those of fixtures first, and taken down after it."""
-    made: dict[str, Any] = dict(values)
+def _call_with_fixtures(function: Callable[..., Any], values: Mapping[str, Any], fixtures: Fixtures) -> None:
+    """Calls a test. Each fixture is set up once for the test, after the fixtures that it needs, and torn down
+    afterwards.
+    """
+    known: dict[str, Any] = dict(values)
     with contextlib.ExitStack() as stack:
 
-        def value_of(name: str) -> Any:
-            if name not in made:
+        def fixture_value(name: str) -> Any:
+            if name not in known:
                 if name not in fixtures:
                     raise BadTests(f"a fixture wants {name}, and there is no such fixture")
                 fixture = fixtures[name]
-                wanted = {one: value_of(one) for one in _wanted(fixture.function)}
-                made[name] = stack.enter_context(fixture.made(wanted))
-            return made[name]
+                names = _required_parameters(fixture.function)
+                arguments = {argument: fixture_value(argument) for argument in names}
+                known[name] = stack.enter_context(fixture.provide(arguments))
+            return known[name]
 
         for name in (name for name, fixture in fixtures.items() if fixture.autouse):
-            value_of(name)
-        function(**{name: value_of(name) for name in _wanted(function)})
+            fixture_value(name)
+        function(**{name: fixture_value(name) for name in _required_parameters(function)})
 
 
-def _methods(kind: type, fixtures: Fixtures) -> Iterator[Run]:
-    """Test methods of a class that is no TestCase, each on an instance of its own."""
+def _method_tests(kind: type, fixtures: Fixtures) -> Iterator[Run]:
+    """The test methods of a class that is not a TestCase, each on its own instance."""
     unknown = [name for name in ("setup_class", "teardown_class", "pytestmark") if hasattr(kind, name)]
     if unknown:
         raise BadTests(f"{kind.__name__} has {', '.join(unknown)}, which is not supported")
@@ -125,22 +138,22 @@ def _methods(kind: type, fixtures: Fixtures) -> Iterator[Run]:
 
 
 def _run_method(instance: Any, name: str, fixtures: Fixtures) -> None:
-    """Between setup_method and teardown_method, with all of its parameters."""
+    """Runs a method with all of its parameters, each time between setup_method and teardown_method."""
     members = inspect.getmembers(type(instance), lambda member: isinstance(member, pytest_names.Fixture))
-    own = {fixture.name or key: fixture.of(instance) for key, fixture in members}
+    own_fixtures = {fixture.name or key: fixture.bind(instance) for key, fixture in members}
     method = getattr(instance, name)
-    for run in _calls(method, {**fixtures, **own}):
-        _around("setup_method", instance, method)
+    for run in _function_tests(method, {**fixtures, **own_fixtures}):
+        _call_hook("setup_method", instance, method)
         try:
             run()
         finally:
-            _around("teardown_method", instance, method)
+            _call_hook("teardown_method", instance, method)
 
 
-def _around(name: str, instance: Any, method: Any) -> None:
-    around = getattr(instance, name, None)
-    if around is not None:
-        around(*[method for _ in inspect.signature(around).parameters])
+def _call_hook(name: str, instance: Any, method: Any) -> None:
+    hook = getattr(instance, name, None)
+    if hook is not None:
+        hook(*[method for _ in inspect.signature(hook).parameters])
 
 
 # unittest ---------------------------------------------------------------------------------------------------
@@ -151,11 +164,11 @@ def _is_test_case(kind: type) -> bool:
     return unittest is not None and issubclass(kind, unittest.TestCase)
 
 
-def _cases(kind: type) -> Iterator[Run]:
+def _unittest_tests(kind: type) -> Iterator[Run]:
     import unittest
 
     class Result(unittest.TestResult):
-        """Keeps what ended a test."""
+        """Keeps the exception that ended a test."""
 
         problem: BaseException | None = None
 

@@ -1,15 +1,15 @@
-"""Why a test has no verdict, or fails whatever it makes of it. None is an Exception, so that no ``except``
-hides it.
+"""Reasons why a test has no verdict, or fails regardless of its own result. They do not derive from
+Exception, so that a test's ``except Exception`` does not hide them.
 """
 
 
 class ProgramFailed(BaseException):
-    """The program is gone, or what it answered is no data."""
+    """The program has ended, or its answer is not data."""
 
 
 class BadTests(BaseException):
-    """The row's own fault."""
+    """The row's tests are at fault."""
 
 
 class Skipped(BaseException):
-    """A test that says of itself that it does not count."""
+    """A test skips itself: it does not count."""

@@ -1,6 +1,4 @@
-"""System calls that Python has no function for, and the filter that takes most of them away from a
-program.
-"""
+"""System calls for which Python has no function, and a filter that denies dangerous calls to a program."""
 
 from __future__ import annotations
 
@@ -9,24 +7,42 @@ import os
 import struct
 from typing import Any
 
-CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x2000000, 0x4000000, 0x8000000
-CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWTIME = 0x10000000, 0x20000000, 0x40000000, 0x80
+CLONE_NEWNS = 0x20000
+CLONE_NEWCGROUP = 0x2000000
+CLONE_NEWUTS = 0x4000000
+CLONE_NEWIPC = 0x8000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+CLONE_NEWTIME = 0x80
 ALL_BUT_USER = CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
-MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_BIND = 4096
+MS_REC = 16384
+MS_PRIVATE = 1 << 18
 
-_MOUNT_SETATTR, _AT_RECURSIVE, _AT_FDCWD = 442, 0x8000, -100
-_RDONLY, _NOSUID, _NODEV = 1, 2, 4
+_MOUNT_SETATTR = 442
+_AT_RECURSIVE = 0x8000
+_AT_FDCWD = -100
+_RDONLY = 1
+_NOSUID = 2
+_NODEV = 4
 _MNT_DETACH = 2
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP = 1, 4, 22, 24
-_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
+_PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
+_PR_SET_SECCOMP = 22
+_PR_CAPBSET_DROP = 24
+_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
 _CAPABILITY_VERSION = 0x20080522
 _ANY_NAMESPACE = ALL_BUT_USER | CLONE_NEWUSER | CLONE_NEWTIME
 
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _X32 = 0x40000000
-# name: (x86_64, aarch64). What a program under test has no use for: other processes, mounts, namespaces,
-# memory outside its limits, the corners of the kernel where privilege errors are found, and what marks or
-# watches a file that another sandbox sees as well.
+# name: (x86_64, aarch64). Calls that a program under test does not need: they concern other processes,
+# mounts, namespaces, memory outside its limits and parts of the kernel with a history of privilege errors, or
+# mark or watch files that other sandboxes see too.
 _NUMBERS = {
     **{
         "ptrace": (101, 117),
@@ -83,63 +99,76 @@ _NUMBERS = {
     },
     **{"mincore": (27, 232), "cachestat": (451, 451), "syslog": (103, 116)},
 }
-_CLONE, _CLONE3, _SOCKET, _PRLIMIT, _FCNTL = (56, 220), (435, 435), (41, 198), (302, 261), (72, 25)
-# What fcntl does to a descriptor alone: duplicates, close-on-exec and status flags, a pipe's size. The rest
-# are locks, leases, notifications and hints, which belong to the file: a program that holds a library's may
-# be seen by all others.
-_OWN_FCNTL = (*range(5), 1030, 1032)
-_EPERM, _ENOSYS, _ENOLCK, _EAFNOSUPPORT, _AF_UNIX = 1, 38, 37, 97, 1
-_ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
-_LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_AT_NUMBER, _AT_ARCH, _AT_FIRST, _AT_SECOND = (
-    0,
-    4,
-    16,
-    24,
-)  # offsets in seccomp_data; both machines are little-endian
+_CLONE = (56, 220)
+_CLONE3 = (435, 435)
+_SOCKET = (41, 198)
+_PRLIMIT = (302, 261)
+_FCNTL = (72, 25)
+# Commands of fcntl that affect only a descriptor: duplicates, close-on-exec and status flags, a pipe's size.
+# The others are locks, leases, notifications and hints, which belong to the file: if a program held one on a
+# library's file, all other programs would see it.
+_ALLOWED_FCNTL = (*range(5), 1030, 1032)
+_EPERM = 1
+_ENOSYS = 38
+_ENOLCK = 37
+_EAFNOSUPPORT = 97
+_AF_UNIX = 1
+_ALLOW = 0x7FFF0000
+_ERRNO = 0x00050000
+_KILL = 0x80000000
+_LOAD = 0x20
+_JUMP_EQUAL = 0x15
+_JUMP_AT_LEAST = 0x35
+_JUMP_ANY_BIT = 0x45
+_RETURN = 0x06
+# Offsets in seccomp_data; both machines are little-endian.
+_AT_NUMBER = 0
+_AT_ARCH = 4
+_AT_FIRST = 16
+_AT_SECOND = 24
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _checked(what: str, result: int) -> None:
+def _check_result(call: str, result: int) -> None:
     if result != 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
+        raise OSError(number, f"{call}: {os.strerror(number)}")
 
 
 def unshare(flags: int) -> None:
-    _checked("unshare", _libc.unshare(ctypes.c_int(flags)))
+    _check_result("unshare", _libc.unshare(ctypes.c_int(flags)))
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
-    given = [text.encode() if text is not None else None for text in (source, target, kind)]
-    _checked(
+    encoded_texts = [text.encode() if text is not None else None for text in (source, target, kind)]
+    _check_result(
         f"mount {target}",
         _libc.mount(
-            *map(ctypes.c_char_p, given),
+            *map(ctypes.c_char_p, encoded_texts),
             ctypes.c_ulong(flags),
             ctypes.c_char_p(options.encode() if options else None),
         ),
     )
 
 
-def make_read_only(target: str, *, devices: bool = False, below: bool = True) -> None:
-    """The mount at ``target``, and those below it, without a way to write, to gain privilege or
-    (unless ``devices``) to reach a device.
+def make_read_only(target: str, *, devices: bool = False, recursive: bool = True) -> None:
+    """Forbids writing, gaining privileges and (unless ``devices``) access to devices in the mount at
+    ``target`` and, if ``recursive``, in the mounts below it.
     """
     attributes = struct.pack("QQQQ", _RDONLY | _NOSUID | (0 if devices else _NODEV), 0, 0, 0)
-    flags = _AT_RECURSIVE if below else 0
-    _checked(
+    flags = _AT_RECURSIVE if recursive else 0
+    _check_result(
         f"mount_setattr {target}",
         _syscall(_MOUNT_SETATTR, _AT_FDCWD, target.encode(), flags, attributes, len(attributes)),
     )
 
 
 def become_root_folder(folder: str) -> None:
-    """``folder``, which is a mount, becomes ``/``; what was there is gone."""
+    """Makes ``folder``, which is a mount, the root folder, and unmounts the old root."""
     os.chdir(folder)
-    _checked("pivot_root", _syscall(_number_of("pivot_root"), b".", b"."))
-    _checked("umount", _libc.umount2(b".", _MNT_DETACH))
+    _check_result("pivot_root", _syscall(_system_call_number("pivot_root"), b".", b"."))
+    _check_result("umount", _libc.umount2(b".", _MNT_DETACH))
     os.chdir("/")
 
 
@@ -148,105 +177,114 @@ def die_with_parent(signal: int) -> None:
 
 
 def adopt_orphans() -> None:
-    """Descendants whose parent has ended become children of this process, whatever session they are in."""
+    """Makes descendants whose parent has ended children of this process, whatever session they are in."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def allow_own_proc_files() -> None:
-    """After a change of user, what /proc says of this process belongs to root until then."""
+    """Gives this process's files in /proc back to its user; after a change of user they belong to root."""
     _prctl(_PR_SET_DUMPABLE, 1)
 
 
 def forbid_inspection() -> None:
-    """Nobody of the same user may trace this process or take its descriptors."""
+    """Forbids other processes of the same user to trace this process or take its descriptors."""
     _prctl(_PR_SET_DUMPABLE, 0)
 
 
 def drop_privileges() -> None:
-    """No capabilities, none to be gained by executing anything."""
+    """Drops all capabilities, and forbids gaining any by executing a file."""
     for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), None, None, None) != 0:
-            break  # past the last one, or none may be dropped since none is held
+            break  # past the last capability, or none may be dropped because none is held
     header = struct.pack("Ii", _CAPABILITY_VERSION, 0)
-    _checked("capset", _libc.capset(header, bytes(24)))
+    _check_result("capset", _libc.capset(header, bytes(24)))
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
 def filter_system_calls() -> None:
-    """Refuses what a program under test has no use for, networks included. On other machines than x86-64 and
-    arm64 it does nothing: namespaces and limits hold without it."""
+    """Denies the system calls that a program under test does not need, network calls included.
+
+    On machines other than x86-64 and arm64 it does nothing; namespaces and limits still apply there.
+    """
     machine = os.uname().machine
     if machine not in _AUDIT_ARCH:
         return
-    filters = _filters(machine)
-    code = ctypes.create_string_buffer(b"".join(filters), 8 * len(filters))
-    program = struct.pack("HxxxxxxP", len(filters), ctypes.addressof(code))
+    instructions = _filter_program(machine)
+    code = ctypes.create_string_buffer(b"".join(instructions), 8 * len(instructions))
+    program = struct.pack("HxxxxxxP", len(instructions), ctypes.addressof(code))
     _prctl(_PR_SET_SECCOMP, 2, ctypes.create_string_buffer(program, len(program)))
 
 
-def _filters(machine: str) -> list[bytes]:
-    """Classic BPF over (number, architecture, arguments) of a call."""
+def _filter_program(machine: str) -> list[bytes]:
+    """A classic BPF program over the number, architecture and arguments of a call."""
     column = list(_AUDIT_ARCH).index(machine)
-    refuse, allow = _step(_RETURN, _ERRNO | _EPERM), _step(_RETURN, _ALLOW)
-    filters = [
-        _step(_LOAD, _AT_ARCH),
-        _step(_JUMP_EQUAL, _AUDIT_ARCH[machine], 1, 0),
-        _step(_RETURN, _KILL),
-        _step(_LOAD, _AT_NUMBER),
+    refuse = _instruction(_RETURN, _ERRNO | _EPERM)
+    allow = _instruction(_RETURN, _ALLOW)
+    instructions = [
+        _instruction(_LOAD, _AT_ARCH),
+        _instruction(_JUMP_EQUAL, _AUDIT_ARCH[machine], 1, 0),
+        _instruction(_RETURN, _KILL),
+        _instruction(_LOAD, _AT_NUMBER),
     ]
-    filters += [_step(_JUMP_AT_LEAST, _X32, 0, 1), refuse] if machine == "x86_64" else []
+    instructions += [_instruction(_JUMP_AT_LEAST, _X32, 0, 1), refuse] if machine == "x86_64" else []
     for numbers in _NUMBERS.values():
-        filters += [_step(_JUMP_EQUAL, numbers[column], 0, 1), refuse]
-    filters += [
-        _step(_JUMP_EQUAL, _CLONE3[column], 0, 1),
-        _step(_RETURN, _ERRNO | _ENOSYS),
-    ]  # its flags are out of a filter's sight
-    first = _step(_LOAD, _AT_FIRST)
-    filters += [
-        _step(_JUMP_EQUAL, _CLONE[column], 0, 4),
-        first,
-        _step(_JUMP_ANY_BIT, _ANY_NAMESPACE, 0, 1),
+        instructions += [_instruction(_JUMP_EQUAL, numbers[column], 0, 1), refuse]
+    # The filter cannot see the flags of clone3.
+    instructions += [
+        _instruction(_JUMP_EQUAL, _CLONE3[column], 0, 1),
+        _instruction(_RETURN, _ERRNO | _ENOSYS),
+    ]
+    load_first = _instruction(_LOAD, _AT_FIRST)
+    instructions += [
+        _instruction(_JUMP_EQUAL, _CLONE[column], 0, 4),
+        load_first,
+        _instruction(_JUMP_ANY_BIT, _ANY_NAMESPACE, 0, 1),
         refuse,
         allow,
     ]
-    filters += [
-        _step(_JUMP_EQUAL, _PRLIMIT[column], 0, 4),
-        first,
-        _step(_JUMP_EQUAL, 0, 1, 0),
+    # A process may change only its own limits.
+    instructions += [
+        _instruction(_JUMP_EQUAL, _PRLIMIT[column], 0, 4),
+        load_first,
+        _instruction(_JUMP_EQUAL, 0, 1, 0),
         refuse,
         allow,
-    ]  # its own limits only
-    filters += [
-        _step(_JUMP_EQUAL, _SOCKET[column], 0, 4),
-        first,
-        _step(_JUMP_EQUAL, 1, 1, 0),
-        _step(_RETURN, _ERRNO | _EAFNOSUPPORT),
+    ]
+    instructions += [
+        _instruction(_JUMP_EQUAL, _SOCKET[column], 0, 4),
+        load_first,
+        _instruction(_JUMP_EQUAL, 1, 1, 0),
+        _instruction(_RETURN, _ERRNO | _EAFNOSUPPORT),
         allow,
     ]
-    filters += [_step(_JUMP_EQUAL, _FCNTL[column], 0, len(_OWN_FCNTL) + 2), _step(_LOAD, _AT_SECOND)]
-    filters += [
-        _step(_JUMP_EQUAL, command, len(_OWN_FCNTL) - place) for place, command in enumerate(_OWN_FCNTL)
+    instructions += [
+        _instruction(_JUMP_EQUAL, _FCNTL[column], 0, len(_ALLOWED_FCNTL) + 2),
+        _instruction(_LOAD, _AT_SECOND),
     ]
-    return [*filters, _step(_RETURN, _ERRNO | _ENOLCK), allow]
+    instructions += [
+        _instruction(_JUMP_EQUAL, command, len(_ALLOWED_FCNTL) - index)
+        for index, command in enumerate(_ALLOWED_FCNTL)
+    ]
+    return [*instructions, _instruction(_RETURN, _ERRNO | _ENOLCK), allow]
 
 
-def _step(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
     return struct.pack("HBBI", code, if_true, if_false, value)
 
 
 def _prctl(option: int, value: int, pointer: Any = None) -> None:
-    _checked(f"prctl {option}", _libc.prctl(option, ctypes.c_ulong(value), pointer, None, None))
+    _check_result(f"prctl {option}", _libc.prctl(option, ctypes.c_ulong(value), pointer, None, None))
 
 
 def _syscall(number: int, *arguments: int | bytes) -> int:
-    as_c = [
+    c_arguments = [
         ctypes.c_char_p(value) if isinstance(value, bytes) else ctypes.c_long(value) for value in arguments
     ]
-    return _libc.syscall(ctypes.c_long(number), *as_c)
+    return _libc.syscall(ctypes.c_long(number), *c_arguments)
 
 
-def _number_of(name: str) -> int:
+def _system_call_number(name: str) -> int:
     machine = os.uname().machine
     if machine not in _AUDIT_ARCH:
-        raise OSError(_ENOSYS, f"{name}: its number on {machine} is not known; install bubblewrap")
+        raise OSError(_ENOSYS, f"{name}: its number on {machine} is unknown; install bubblewrap")
     return _NUMBERS[name][list(_AUDIT_ARCH).index(machine)]

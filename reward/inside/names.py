@@ -1,4 +1,4 @@
-"""What both sides of the sandbox's wall name alike."""
+"""Names that the code inside and outside the sandbox shares."""
 
 NOBODY = 65534
 DEVICES = ("null", "zero", "full", "random", "urandom")

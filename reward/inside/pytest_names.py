@@ -1,7 +1,6 @@
-"""What tests import from pytest, as far as it can be had without pytest: it stands in its place in the
-sandbox.
+"""Replaces pytest in the sandbox: the part of its interface that tests import and that works without pytest.
 
-All other names, and options that are not understood, are the row's fault and said by name.
+Other names, and unsupported options, are the row's fault; the error names them.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ NOT_RUN = ("skip", "skipif", "xfail")  # marks of tests that do not count
 
 
 class Failed(Exception):
-    """``fail``, or an exception that did not come."""
+    """A call of ``fail``, or an expected exception that was not raised."""
 
 
 def __getattr__(name: str) -> Any:
@@ -30,7 +29,7 @@ def __getattr__(name: str) -> Any:
 
 
 def main(*_: Any, **__: Any) -> int:
-    """Nothing: all tests are run afterwards."""
+    """Does nothing: all tests are run afterwards."""
     return 0
 
 
@@ -54,7 +53,7 @@ class ParameterSet:
     """One row of ``parametrize``."""
 
     values: tuple[Any, ...]
-    counts: bool
+    is_run: bool
 
 
 def param(*values: Any, marks: Any = (), id: str | None = None) -> ParameterSet:
@@ -72,37 +71,42 @@ class Mark:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.kwargs is None and not kwargs and len(args) == 1 and callable(args[0]):
-            return Mark(self.name, (), {})._put_on(args[0])
-        return self._put_on(*args) if self.kwargs is not None else Mark(self.name, args, kwargs)
+            return Mark(self.name, (), {})._attach_to(args[0])
+        return self._attach_to(*args) if self.kwargs is not None else Mark(self.name, args, kwargs)
 
-    def _put_on(self, target: Any) -> Any:
+    def _attach_to(self, target: Any) -> Any:
         target.pytestmark = [*getattr(target, "pytestmark", []), self]
         return target
 
     def applies(self) -> bool:
-        """Whether what it is about holds: a skipif without its condition does not."""
+        """Whether the mark is in effect: a skipif with a false condition is not."""
         options = self.kwargs or {}
         conditions = [*self.args, options["condition"]] if "condition" in options else self.args
         return self.name == "skip" or not conditions or any(map(bool, conditions))
 
     def table(self) -> list[dict[str, Any]]:
-        """Of parametrize: each row's arguments by name. Raises BadTests on what is not understood."""
+        """For parametrize: each row's arguments by name. Raises BadTests on unsupported options."""
         named = dict(zip(("argnames", "argvalues"), self.args, strict=False)) | dict(self.kwargs or {})
-        names, rows = named.pop("argnames", ()), named.pop("argvalues", ())
+        names = named.pop("argnames", ())
+        rows = named.pop("argvalues", ())
         named.pop("ids", None)
         if named:
             raise BadTests(f"parametrize with {', '.join(named)} is not supported")
         if isinstance(names, str):
             names = [name.strip() for name in names.split(",") if name.strip()]
         sets = [_parameter_set(row, len(names) == 1) for row in rows]
-        if any(len(one.values) != len(names) for one in sets):
+        if any(len(row.values) != len(names) for row in sets):
             raise BadTests(f"parametrize: each row must have one value for each of {', '.join(names)}")
-        return [dict(zip(names, one.values, strict=True)) for one in sets if one.counts]
+        return [dict(zip(names, row.values, strict=True)) for row in sets if row.is_run]
 
 
-def _parameter_set(row: Any, alone: bool) -> ParameterSet:
-    """alone: a row is a value, not one for each of several names."""
-    return row if isinstance(row, ParameterSet) else ParameterSet((row,) if alone else tuple(row), True)
+def _parameter_set(row: Any, is_single_value: bool) -> ParameterSet:
+    """is_single_value: a row is one value, not a sequence with a value for each of several names."""
+    return (
+        row
+        if isinstance(row, ParameterSet)
+        else ParameterSet((row,) if is_single_value else tuple(row), True)
+    )
 
 
 class Marks:
@@ -120,19 +124,19 @@ mark = Marks()
 
 @dataclass(frozen=True)
 class Fixture:
-    """A function that makes what a test wants; a generator also takes it down."""
+    """A function that sets up a value for a test; a generator also tears it down."""
 
     function: Callable[..., Any]
     name: str | None
     autouse: bool
 
-    def of(self, instance: Any) -> Fixture:
-        """The same as a method of ``instance``."""
+    def bind(self, instance: Any) -> Fixture:
+        """The same fixture as a method of ``instance``."""
         return Fixture(functools.partial(self.function, instance), self.name, self.autouse)
 
     @contextlib.contextmanager
-    def made(self, wanted: Mapping[str, Any]) -> Iterator[Any]:
-        value = self.function(**wanted)
+    def provide(self, arguments: Mapping[str, Any]) -> Iterator[Any]:
+        value = self.function(**arguments)
         if not hasattr(value, "__next__"):
             yield value
             return
@@ -148,25 +152,30 @@ def fixture(
     autouse: bool = False,
     name: str | None = None,
 ) -> Any:
-    """Of whatever scope, it is made anew for each test."""
+    """A fixture; it is set up again for each test, whatever its scope."""
     if params is not None:
         raise BadTests("fixtures with params are not supported")
-    return (lambda of: Fixture(of, name, autouse)) if function is None else Fixture(function, name, autouse)
+    return (
+        (lambda target: Fixture(target, name, autouse))
+        if function is None
+        else Fixture(function, name, autouse)
+    )
 
 
 # comparisons ------------------------------------------------------------------------------------------------
 
 
-class Raised:
-    """What ``raises`` has caught, as ``value`` and ``type``."""
+class RaisesContext:
+    """The exception that ``raises`` caught, as ``value`` and ``type``."""
 
     value: BaseException
     type: type[BaseException]
 
     def __init__(self, expected: Any, match: str | None) -> None:
-        self.expected, self.pattern = expected, match
+        self.expected = expected
+        self.pattern = match
 
-    def __enter__(self) -> Raised:
+    def __enter__(self) -> RaisesContext:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: Any) -> bool:
@@ -174,7 +183,8 @@ class Raised:
             raise Failed(f"did not raise {self.expected}")
         if not issubclass(kind, self.expected):
             return False
-        self.value, self.type = value, kind
+        self.value = value
+        self.type = kind
         if self.pattern is not None and re.search(self.pattern, str(value)) is None:
             raise Failed(f"{value!s:.200} does not match {self.pattern}") from value
         return True
@@ -185,9 +195,9 @@ class Raised:
         return True
 
 
-def raises(expected: Any, *call: Any, match: str | None = None, **named: Any) -> Raised:
-    """A context, or (with a function behind the exception) the call at once."""
-    caught = Raised(expected, match)
+def raises(expected: Any, *call: Any, match: str | None = None, **named: Any) -> RaisesContext:
+    """A context, or, with a function after the exception type, an immediate call."""
+    caught = RaisesContext(expected, match)
     if call:
         with caught:
             call[0](*call[1:], **named)
@@ -195,35 +205,38 @@ def raises(expected: Any, *call: Any, match: str | None = None, **named: Any) ->
 
 
 class Approximate:
-    """Equal to numbers within a tolerance, and to lists, tuples and dicts of them."""
+    """Compares equal to numbers within a tolerance, and to lists, tuples and dicts of them."""
 
     __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, expected: Any, rel: float | None, absolute: float | None, nan_ok: bool) -> None:
-        self.expected, self.rel, self.abs, self.nan_ok = expected, rel, absolute, nan_ok
+        self.expected = expected
+        self.rel = rel
+        self.abs = absolute
+        self.nan_ok = nan_ok
 
-    def __eq__(self, got: object) -> bool:
-        return self._near(got, self.expected)
+    def __eq__(self, actual: object) -> bool:
+        return self._is_close(actual, self.expected)
 
-    def _near(self, got: Any, expected: Any) -> bool:
+    def _is_close(self, actual: Any, expected: Any) -> bool:
         if isinstance(expected, Mapping):
             return (
-                isinstance(got, Mapping)
-                and got.keys() == expected.keys()
-                and all(self._near(value, expected[key]) for key, value in got.items())
+                isinstance(actual, Mapping)
+                and actual.keys() == expected.keys()
+                and all(self._is_close(value, expected[key]) for key, value in actual.items())
             )
         if isinstance(expected, list | tuple):
-            alike = isinstance(got, list | tuple) and len(got) == len(expected)
-            return alike and all(map(self._near, got, expected))
-        if got == expected or not (_is_number(got) and _is_number(expected)):
-            return bool(got == expected)
-        if got != got or expected != expected:
-            return self.nan_ok and got != got and expected != expected
-        least = 1e-12 if self.abs is None else self.abs
-        share = (1e-6 if self.abs is None else 0.0) if self.rel is None else self.rel
-        if math.isinf(abs(got)) or math.isinf(abs(expected)):
+            same_length = isinstance(actual, list | tuple) and len(actual) == len(expected)
+            return same_length and all(map(self._is_close, actual, expected))
+        if actual == expected or not (_is_number(actual) and _is_number(expected)):
+            return bool(actual == expected)
+        if actual != actual or expected != expected:
+            return self.nan_ok and actual != actual and expected != expected
+        absolute = 1e-12 if self.abs is None else self.abs
+        relative = (1e-6 if self.abs is None else 0.0) if self.rel is None else self.rel
+        if math.isinf(abs(actual)) or math.isinf(abs(expected)):
             return False
-        return abs(got - expected) <= max(share * abs(expected), least)
+        return abs(actual - expected) <= max(relative * abs(expected), absolute)
 
 
 def approx(
@@ -232,7 +245,8 @@ def approx(
     abs: float | None = None,
     nan_ok: bool = False,
 ) -> Approximate:
-    """By pytest's defaults: 1e-6 of the expected number, or 1e-12; with ``abs`` alone, that alone."""
+    """Approximate equality with pytest's defaults: 1e-6 of the expected number, or 1e-12; with ``abs`` alone,
+    only ``abs``."""
     return Approximate(expected, rel, abs, nan_ok)
 
 

@@ -1,6 +1,6 @@
-"""A whole program under test: it reads standard input, prints, and ends.
+"""Runs a complete program under test: it reads standard input, prints, and ends.
 
-What it should print is nowhere in here.
+The expected output is never in this process.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import threading
 from typing import Any, NoReturn
 
 
-def take_input(text: str) -> None:
-    """Standard input becomes a file of ``text`` that nobody can write.
+def set_standard_input(text: str) -> None:
+    """Makes a read-only file with ``text`` the standard input.
 
-    Before the limits, which would count it as the program's own.
+    Called before the limits are set, which would count the file as the program's own.
     """
     descriptor = os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with open(descriptor, "wb", closefd=False) as file:
@@ -34,9 +34,8 @@ def take_input(text: str) -> None:
 
 
 def run(channel: socket.socket, source: str) -> NoReturn:
-    """Ends as Python itself would, with what is registered for the end, threads waited for and output
-    written.
-    """
+    """Runs a program and ends as Python itself would: with exit handlers called, threads joined and output
+    written."""
     os.dup2(channel.fileno(), 1)
     channel.close()
     sys.stdin = sys.__stdin__ = os.fdopen(0, "r", encoding="utf-8", errors="replace", closefd=False)
@@ -44,39 +43,37 @@ def run(channel: socket.socket, source: str) -> NoReturn:
     main = type(sys)("__main__")
     sys.modules["__main__"] = main
     sys.argv[:] = ["program"]
-    for name in ("exit", "quit"):  # of the module site, which is not imported here
+    for name in ("exit", "quit"):  # defined by the module site, which is not imported here
         setattr(builtins, name, sys.exit)
-    status = _status_of(source, vars(main))
-    os._exit(_finished(vars(main)) or status)
+    status = _run_program(source, vars(main))
+    os._exit(_run_exit_steps(vars(main)) or status)
 
 
-def _status_of(source: str, namespace: dict[str, Any]) -> int:
+def _run_program(source: str, namespace: dict[str, Any]) -> int:
     try:
         exec(compile(source, "program", "exec", dont_inherit=True), namespace)
     except SystemExit as end:
         return end.code % 256 if isinstance(end.code, int) else int(end.code is not None)
-    except (
-        BaseException
-    ):  # the program's own code: whatever it raises but SystemExit ends it with 1, as Python does
+    except BaseException:  # like Python, exit with 1 on any exception other than SystemExit
         return 1
     return 0
 
 
-def _finished(namespace: dict[str, Any]) -> int:
-    """What Python does at a program's end, without taking all of itself apart, which takes longer
-    than most programs run.
+def _run_exit_steps(namespace: dict[str, Any]) -> int:
+    """Does what Python does at a program's end, but not its full teardown, which takes longer than most
+    programs run. Returns 1 on an error.
     """
     try:
-        me = threading.current_thread()
-        while others := [one for one in threading.enumerate() if one is not me and not one.daemon]:
+        current = threading.current_thread()
+        while others := [
+            thread for thread in threading.enumerate() if thread is not current and not thread.daemon
+        ]:
             others[0].join()
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.__stdout__):
             if stream is not None and not getattr(stream, "closed", False):
                 stream.flush()
-        namespace.clear()  # files that are still open write what they hold
-    except (
-        BaseException
-    ):  # what the program registered for its end, and the files it left open, are its own as well
+        namespace.clear()  # files that are still open write their buffers
+    except BaseException:  # exit handlers and open files are the program's own and may raise anything
         return 1
     return 0

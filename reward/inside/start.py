@@ -1,9 +1,9 @@
-"""Shuts processes in, before they run anything that was not written here.
+"""Isolates processes before they run untrusted code.
 
-nursery (imports once, then forks) -> launcher (new namespaces, a root folder of its own) -> init (process 1:
-when it ends, all end) -> inmate (limits, no privileges). A control socket carries the job in, "ready" and
-"go" across, a tester's verdict out. When the grader closes it, init ends; when everything has ended, the
-launcher closes its own end.
+fork server (imports once, then forks) -> launcher (new namespaces, a root folder of its own) -> init (process
+1: when it ends, all end) -> sandboxed process (limits, no privileges). A control socket carries the job in,
+"ready" and "go" across, and a tester's verdict out. When the grader closes it, init ends; when all processes
+have ended, the launcher closes its own end.
 """
 
 from __future__ import annotations
@@ -18,72 +18,70 @@ from typing import Any, NoReturn
 
 from reward.inside import kernel, program, script, tester
 from reward.inside.names import DEVICES, NOBODY
-from reward.inside.wire import Hangup, receive, send
+from reward.inside.wire import Hangup, receive_message, send_message
 
 JOB_LIMIT = 1 << 26  # bytes
-OWN_PROCESSES = 3  # launcher, init and inmate, which count as the program's user
+OWN_PROCESSES = 3  # launcher, init and sandboxed process, which all count for the program's user
 
-_BUILD_AT = "/tmp"  # any folder that exists: only this process sees what is mounted there
+_NEW_ROOT = "/tmp"  # any existing folder: only this process sees the mount there
 
 
-def nursery(descriptor: int) -> NoReturn:
-    """Forks a launcher for every pair (control, channel) of descriptors that arrives, until the
-    grader hangs up.
-    """
-    orders = socket.socket(fileno=descriptor)
-    most = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    resource.setrlimit(
-        resource.RLIMIT_CPU, (most, most)
-    )  # the grader's own is for one completion, this process serves them all
+def serve_forks(descriptor: int) -> NoReturn:
+    """Forks a launcher for every received pair (control, channel) of descriptors, until the grader hangs
+    up."""
+    requests = socket.socket(fileno=descriptor)
+    hard_limit = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    # The grader's own limit is for one completion; this process serves all completions.
+    resource.setrlimit(resource.RLIMIT_CPU, (hard_limit, hard_limit))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # launchers are not waited for
     while True:
-        word, descriptors, _, _ = socket.recv_fds(orders, 1, 2)
-        if not word:
+        request, descriptors, _, _ = socket.recv_fds(requests, 1, 2)
+        if not request:
             os._exit(0)
         if os.fork() == 0:
-            orders.close()
+            requests.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             kernel.die_with_parent(signal.SIGKILL)
             launch(socket.socket(fileno=descriptors[0]), socket.socket(fileno=descriptors[1]))
-        for one in descriptors:
-            os.close(one)
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 def launch(control: socket.socket, channel: socket.socket) -> NoReturn:
     try:
-        job = receive(control, JOB_LIMIT)
+        job = receive_message(control, JOB_LIMIT)
         if job["kind"] == "bubblewrap":
-            _wrap(control, channel, job)
-        shut_in(job)
-        kernel.die_with_parent(signal.SIGKILL)  # a change of user has cancelled it
+            _start_bubblewrap(control, channel, job)
+        isolate(job)
+        kernel.die_with_parent(signal.SIGKILL)  # the change of user has cancelled the earlier call
         child = os.fork()
         if child == 0:
             kernel.die_with_parent(signal.SIGKILL)
-            inside(control, channel, job)
+            run_init(control, channel, job)
         channel.close()
         os.waitpid(child, 0)
     except (OSError, ValueError) as error:
-        send(control, {"failed": f"{type(error).__name__}: {error}"}, JOB_LIMIT)
+        send_message(control, {"failed": f"{type(error).__name__}: {error}"}, JOB_LIMIT)
     except Hangup:
         os._exit(1)
     os._exit(0)
 
 
-def inside(control: socket.socket, channel: socket.socket, job: dict[str, Any]) -> NoReturn:
-    """Init, and its child the inmate."""
+def run_init(control: socket.socket, channel: socket.socket, job: dict[str, Any]) -> NoReturn:
+    """Init, and its child, the sandboxed process."""
     try:
-        _become_inmate(control, channel, job)
+        _fork_sandboxed_process(control, channel, job)
     except (OSError, ValueError) as error:
-        send(control, {"failed": f"{type(error).__name__}: {error}"}, JOB_LIMIT)
+        send_message(control, {"failed": f"{type(error).__name__}: {error}"}, JOB_LIMIT)
         os._exit(1)
     try:
         sys.path[:] = job["path"]
-        send(control, {"ready": True}, JOB_LIMIT)
-        receive(control, JOB_LIMIT)
+        send_message(control, {"ready": True}, JOB_LIMIT)
+        receive_message(control, JOB_LIMIT)
         if job["role"] == "tests":
-            send(control, tester.run(channel, job), JOB_LIMIT)
+            send_message(control, tester.run(channel, job), JOB_LIMIT)
             os._exit(0)
-        control.close()  # init keeps its own, which the program cannot reach
+        control.close()  # init keeps its own copy, which the program cannot reach
         if job["role"] == "script":
             script.run(channel, job["source"])
         program.serve(channel, job["source"], job["limit"])
@@ -92,26 +90,26 @@ def inside(control: socket.socket, channel: socket.socket, job: dict[str, Any]) 
     os._exit(0)
 
 
-def wrapped(control: int, channel: int) -> NoReturn:
-    """Process 1 of a bubblewrap: a new interpreter, to which the job is sent once more."""
-    ours = socket.socket(fileno=control)
-    inside(ours, socket.socket(fileno=channel), receive(ours, JOB_LIMIT))
+def run_in_bubblewrap(control: int, channel: int) -> NoReturn:
+    """Process 1 inside bubblewrap: a new interpreter, to which the job is sent a second time."""
+    control_socket = socket.socket(fileno=control)
+    run_init(control_socket, socket.socket(fileno=channel), receive_message(control_socket, JOB_LIMIT))
 
 
-def _wrap(control: socket.socket, channel: socket.socket, job: dict[str, Any]) -> NoReturn:
-    """Bubblewrap in this process's stead. Raises OSError where there is none."""
+def _start_bubblewrap(control: socket.socket, channel: socket.socket, job: dict[str, Any]) -> NoReturn:
+    """Runs bubblewrap and exits after it. Raises OSError if it does not start."""
     if os.geteuid() == 0:
         _become_nobody()
-    complaint, said = os.pipe()
+    complaint, complaint_writer = os.pipe()
     child = os.fork()
     if child == 0:
         kernel.die_with_parent(signal.SIGKILL)
-        os.dup2(said, 2)
-        for one in (control.fileno(), channel.fileno()):
-            os.set_inheritable(one, True)
+        os.dup2(complaint_writer, 2)
+        for descriptor in (control.fileno(), channel.fileno()):
+            os.set_inheritable(descriptor, True)
         os.execv(job["command"][0], [*job["command"], str(control.fileno()), str(channel.fileno())])
     channel.close()
-    os.close(said)
+    os.close(complaint_writer)
     status = os.waitpid(child, 0)[1]
     if status != 0:
         raise OSError(
@@ -124,11 +122,11 @@ def _wrap(control: socket.socket, channel: socket.socket, job: dict[str, Any]) -
 # namespaces -------------------------------------------------------------------------------------------------
 
 
-def shut_in(job: dict[str, Any]) -> None:
-    """Namespaces and a root folder, by the job's kind.
+def isolate(job: dict[str, Any]) -> None:
+    """Creates namespaces and a root folder, according to the job's kind.
 
-    root: mounts as root, then gives it up, so that a program is nobody even to the kernel's accounts. user:
-    all inside a new user namespace. bubblewrap and none: nothing is left, or nothing is wanted, to do here.
+    root: mounts as root, then drops root, so that the kernel accounts the program to the user nobody. user:
+    everything happens inside a new user namespace. bubblewrap and none: nothing is left to do here.
     """
     if job["kind"] == "root":
         kernel.unshare(kernel.ALL_BUT_USER)
@@ -138,7 +136,8 @@ def shut_in(job: dict[str, Any]) -> None:
     elif job["kind"] == "user":
         if os.geteuid() == 0:
             _become_nobody()
-        user, group = os.geteuid(), os.getegid()
+        user = os.geteuid()
+        group = os.getegid()
         kernel.unshare(kernel.ALL_BUT_USER | kernel.CLONE_NEWUSER)
         for name, text in (
             ("setgroups", "deny"),
@@ -158,18 +157,18 @@ def _become_nobody() -> None:
 
 
 def _make_root(job: dict[str, Any]) -> None:
-    """A root folder of read-only system folders, five devices and an empty /tmp.
+    """Builds a root folder of read-only system folders, five devices and an empty /tmp.
 
-    No /proc: it would show more than it is worth.
+    It has no /proc, which would reveal too much.
     """
     os.umask(0o022)
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     sources = {
         path: os.open(path, os.O_PATH) for path in [*job["readable"], *(f"/dev/{name}" for name in DEVICES)]
     }
-    kernel.mount("root", _BUILD_AT, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=1m,mode=755")
+    kernel.mount("root", _NEW_ROOT, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=1m,mode=755")
     for path, source in sources.items():
-        target = _BUILD_AT + path
+        target = _NEW_ROOT + path
         if os.path.isdir(f"/proc/self/fd/{source}"):
             os.makedirs(target, exist_ok=True)
         else:
@@ -179,20 +178,22 @@ def _make_root(job: dict[str, Any]) -> None:
         kernel.make_read_only(target, devices=path.startswith("/dev/"))
         os.close(source)
     for path, target in job["links"].items():
-        os.symlink(target, _BUILD_AT + path)
-    os.makedirs(f"{_BUILD_AT}/tmp", exist_ok=True)
+        os.symlink(target, _NEW_ROOT + path)
+    os.makedirs(f"{_NEW_ROOT}/tmp", exist_ok=True)
     size = f"size={job['file_bytes']},nr_inodes=1000,mode=1777"
-    kernel.mount("tmp", f"{_BUILD_AT}/tmp", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, size)
-    kernel.become_root_folder(_BUILD_AT)
-    kernel.make_read_only("/", below=False)
+    kernel.mount("tmp", f"{_NEW_ROOT}/tmp", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, size)
+    kernel.become_root_folder(_NEW_ROOT)
+    kernel.make_read_only("/", recursive=False)
 
 
 # processes --------------------------------------------------------------------------------------------------
 
 
-def _become_inmate(control: socket.socket, channel: socket.socket, job: dict[str, Any]) -> None:
-    """Init watches the grader and its child, and ends, with everything in its process namespace, when
-    either has gone.
+def _fork_sandboxed_process(control: socket.socket, channel: socket.socket, job: dict[str, Any]) -> None:
+    """Forks the sandboxed process, in which it returns.
+
+    The parent, init, watches the grader and the child, and ends with everything in its process namespace when
+    either has ended.
     """
     os.setsid()
     null = os.open("/dev/null", os.O_RDWR)
@@ -206,31 +207,31 @@ def _become_inmate(control: socket.socket, channel: socket.socket, job: dict[str
         os.setpgid(0, 0)
         os.chdir(job["folder"])
         if job["role"] == "script":
-            script.take_input(job["stdin"])
-        _limit(job)
+            script.set_standard_input(job["stdin"])
+        _set_limits(job)
         kernel.drop_privileges()
         kernel.filter_system_calls()
         return
     channel.close()
     kernel.forbid_inspection()
-    gone = select.poll()
-    gone.register(control, select.POLLRDHUP)
-    gone.register(os.pidfd_open(child), select.POLLIN)
-    gone.poll()
+    ended_poll = select.poll()
+    ended_poll.register(control, select.POLLRDHUP)
+    ended_poll.register(os.pidfd_open(child), select.POLLIN)
+    ended_poll.poll()
     if job["role"] == "script":
-        _report(control, child)
+        _report_status(control, child)
     if job["kind"] == "none":
         _kill_group(child)
     os._exit(0)
 
 
-def _report(control: socket.socket, child: int) -> None:
-    """How the child ended, to the grader, unless it is the grader that has gone."""
+def _report_status(control: socket.socket, child: int) -> None:
+    """Reports to the grader how the child ended, unless the grader itself has ended."""
     ended, status = os.waitpid(child, os.WNOHANG)
     if not ended:
         return
     try:
-        send(control, {"status": os.waitstatus_to_exitcode(status)}, JOB_LIMIT)
+        send_message(control, {"status": os.waitstatus_to_exitcode(status)}, JOB_LIMIT)
     except Hangup:
         return
 
@@ -243,8 +244,8 @@ def _kill_group(leader: int) -> None:
         return
 
 
-def _limit(job: dict[str, Any]) -> None:
-    """Soft and hard alike."""
+def _set_limits(job: dict[str, Any]) -> None:
+    """Sets soft and hard limits."""
     limits = {
         resource.RLIMIT_AS: job["memory_bytes"],
         resource.RLIMIT_CPU: job["cpu_seconds"],
@@ -254,7 +255,7 @@ def _limit(job: dict[str, Any]) -> None:
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
     }
-    if job["kind"] != "none":  # without a user namespace it would count all that the user runs
+    if job["kind"] != "none":  # without a user namespace it would count all processes of the user
         limits[resource.RLIMIT_NPROC] = job["processes"] - 1 + OWN_PROCESSES
     for kind, value in limits.items():
         hard = resource.getrlimit(kind)[1]

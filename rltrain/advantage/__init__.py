@@ -1,4 +1,4 @@
-"""Scalar rewards to advantages: ``(rewards (B,), group (B,), *, hp) -> (B,)``."""
+"""Advantage estimators: ``(rewards (B,), group (B,), *, hp) -> (B,)``, or (B, T) for one per token."""
 
 from rltrain.registry import Registry
 

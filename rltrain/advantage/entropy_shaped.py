@@ -1,8 +1,9 @@
-"""Advantages made of entropies and log-probs: GTPO and GRPO-S spread an outcome by entropy, EM-RL needs no
+"""Advantages from entropies and log-probs: GTPO and GRPO-S distribute an outcome by entropy, EM-RL needs no
 outcome at all.
 
-All read the policy that sampled (``old_entropy``, ``old_logp``), detached. Rows that could not be graded
-(NaN) and rows without a masked-in token take no part in any statistic and have advantage 0.
+All read the entropies and log-probs of the policy that sampled (``old_entropy``, ``old_logp``), detached.
+Rows that could not be graded (NaN) and rows without a masked-in token enter no statistic and have advantage
+0.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from rltrain.advantage.group import rloo
 from rltrain.registry import method
-from rltrain.tensor_ops import masked, masked_mean, masked_sum, token_moments
+from rltrain.tensor_ops import apply_mask, masked_mean, masked_sum, token_moments
 
 __all__ = ["em_rl", "grpo_s", "gtpo"]
 
@@ -39,18 +40,16 @@ def gtpo(
 
     Sums run over the d right (h wrong) completions of the prompt that have a token at that position. The
     shaped rewards are then normalised to ``(r - mean) / sqrt(var + eps)`` over the prompt's tokens.
-    normalise: over right and wrong ones together ("joint"), or apart ("separate", the paper's equation as it
-    is usually read). Apart, the outcome's sign is lost: the tokens of right answers average 0 and their
-    confident half is pushed down; so together is the default. Right is what ``correct`` says, else a reward
-    above 0; the reward's size does not count. Entropies are clamped to [entropy_min, entropy_max] (nats):
-    those near 0 would dominate 1/H. With alpha1 + alpha2 = 1 the reward of a position is conserved; the paper
-    takes 1 and 0.1.
+    normalise: over right and wrong answers together ("joint"), or separately ("separate", the paper's
+    equation as it is usually read). "separate" loses the sign of the outcome: the tokens of right answers
+    average 0 and their confident half is pushed down; so "joint" is the default. ``correct`` says which
+    answers are right; without it, a reward above 0 does. The size of the reward does not matter. Entropies
+    are clamped to [entropy_min, entropy_max] (nats), because values near 0 would dominate 1/H. With alpha1 +
+    alpha2 = 1 the reward of a position is conserved; the paper uses 1 and 0.1.
     """
-    counted, entropy = (
-        mask.bool() & ~rewards.isnan()[:, None],
-        old_entropy.detach().clamp(entropy_min, entropy_max),
-    )
-    return _shaped(_right(rewards, correct), group, entropy, counted, alpha1, alpha2, normalise, eps)
+    counted = mask.bool() & ~rewards.isnan()[:, None]
+    entropy = old_entropy.detach().clamp(entropy_min, entropy_max)
+    return _shape_rewards(_right(rewards, correct), group, entropy, counted, alpha1, alpha2, normalise, eps)
 
 
 @method("grpo_s", arxiv="2508.04349", needs={"mask", "old_entropy"})
@@ -73,14 +72,13 @@ def grpo_s(
 
     Right: ``beta1 + beta2 n H / sum H`` over the prompt's n right completions; wrong: ``-beta1 - beta2 m
     (1/H) / sum 1/H`` over its m wrong ones; then ``(r - mean) / sqrt(var + eps)`` over the prompt's
-    completions. normalise, entropy_min and entropy_max as in ``gtpo``, the last two on the mean entropy. Its
-    loss is ``grpo_s``, whose ratio is the arithmetic mean over a sequence.
+    completions. normalise, entropy_min and entropy_max as in ``gtpo``; the last two bound the mean entropy.
+    Pair it with the loss ``grpo_s``, whose ratio is the arithmetic mean over a sequence.
     """
     counted = mask.bool().any(1) & ~rewards.isnan()
-    entropy = masked_mean(old_entropy.detach(), mask, dim=1).clamp(
-        entropy_min, entropy_max
-    )  # a completion as one long token
-    return _shaped(
+    # A completion is treated as one long token.
+    entropy = masked_mean(old_entropy.detach(), mask, dim=1).clamp(entropy_min, entropy_max)
+    return _shape_rewards(
         _right(rewards, correct), group, entropy[:, None], counted[:, None], beta1, beta2, normalise, eps
     )[:, 0]
 
@@ -98,23 +96,23 @@ def em_rl(
     """EM-RL: the model's own certainty as reward, with the leave-one-out baseline, arXiv:2505.15134. Returns
     (B,).
 
-    reward "sequence": the completion's log-probability, sum over its tokens. "token": minus the sum of its
-    token entropies. Both grow as completions get shorter: watch the length, and stop on held-out prompts. The
-    recipe's own rewards are not looked at, but where they are NaN the row is left out. Raises ValueError for
-    a group of one, as ``rloo``.
+    reward "sequence": the completion's log-probability, summed over its tokens. "token": minus the sum of its
+    token entropies. Both grow as completions get shorter: watch the length, and stop by held-out prompts. The
+    recipe's rewards are not used, except that rows with reward NaN are left out. Raises ValueError for a
+    group of one completion, like ``rloo``.
     """
     certainty = masked_sum(old_logp if reward == "sequence" else -old_entropy, mask, dim=1)
     return rloo(torch.where(mask.bool().any(1) & ~rewards.isnan(), certainty.detach(), torch.nan), group)
 
 
 def _right(rewards: Tensor, correct: Tensor | None) -> Tensor:
-    """(B,) bool: raw correctness where a reward function reports it, else whether the reward is above 0."""
+    """(B,) bool: the raw correctness if a reward function reports it, else whether the reward is above 0."""
     if correct is None:
         return rewards > 0
     return torch.where(correct.isnan(), rewards > 0, correct > 0)
 
 
-def _shaped(
+def _shape_rewards(
     right: Tensor,
     group: Tensor,
     entropy: Tensor,
@@ -124,27 +122,29 @@ def _shaped(
     normalise: str,
     eps: float,
 ) -> Tensor:
-    """(B, T) normalised rewards where ``counted (B, T)``: ``outcome`` for being right (B,), and
-    ``spread`` shared out by entropy.
+    """(B, T) normalised rewards where ``counted (B, T)``: ``outcome`` for a right row (B,), plus ``spread``
+    distributed by entropy.
     """
     share = torch.where(right[:, None], entropy, 1 / entropy)
     side = 2 * torch.unique(group, return_inverse=True)[1] + right.to(torch.int64)
     shaped = outcome + spread * _relative_to_column_mean(share, counted, side)
     shaped = torch.where(right[:, None], shaped, -shaped)
     centred, variance = token_moments(shaped, counted, side // 2 if normalise == "joint" else side)
-    return masked(centred / (variance + eps).sqrt()[:, None], counted)
+    return apply_mask(centred / (variance + eps).sqrt()[:, None], counted)
 
 
 def _relative_to_column_mean(share: Tensor, counted: Tensor, side: Tensor) -> Tensor:
-    """(B, T) share over its mean at the same position among the rows of the same side (B,) that reach it; 0
-    elsewhere.
+    """(B, T) share divided by its mean at the same position over the rows of the same side (B,) that have a
+    token there; 0 elsewhere.
 
-    ``d share / sum(share)`` of the paper, d being the number of those rows.
+    This is the paper's ``d share / sum(share)``, with d the number of those rows.
     """
     inverse = torch.unique(side, return_inverse=True)[1]
     blank = torch.zeros(
         int(inverse.max()) + 1 if len(inverse) else 0, share.shape[1], dtype=share.dtype, device=share.device
     )
-    total = blank.index_add(0, inverse, masked(share, counted))
+    total = blank.index_add(0, inverse, apply_mask(share, counted))
     alive = blank.index_add(0, inverse, counted.to(share.dtype))
-    return masked(share * alive[inverse] / total[inverse].clamp(min=torch.finfo(share.dtype).tiny), counted)
+    return apply_mask(
+        share * alive[inverse] / total[inverse].clamp(min=torch.finfo(share.dtype).tiny), counted
+    )

@@ -1,8 +1,8 @@
 """Advantages from one reward per completion and the completions of the same prompt.
 
-``rewards (B,)`` may hold NaN where a completion could not be graded: such a row takes no part in any
-statistic and has advantage 0. Identical rewards within a group give exactly 0 (before whitening, for the
-REINFORCE++ forms). Nothing here carries a gradient.
+``rewards (B,)`` is NaN where a completion could not be graded: such a row enters no statistic and has
+advantage 0. Identical rewards within a group give exactly 0 (before whitening, for the REINFORCE++ forms).
+Nothing here carries a gradient.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rltrain.registry import method
-from rltrain.tensor_ops import masked, masked_mean, masked_sum, segment_count, segment_mean, segment_std
+from rltrain.tensor_ops import apply_mask, masked_mean, masked_sum, segment_count, segment_mean, segment_std
 
 __all__ = [
     "as_float",
@@ -41,10 +41,10 @@ def group_norm(
     """GRPO: ``(R - mean) / (std + eps)`` over the prompt's graded completions, arXiv:2402.03300. Returns
     (B,).
 
-    scale: over what the standard deviation is taken: the prompt's completions, all graded completions of the
-    step, or no division. The paper states neither ddof nor eps: these are verl's; TRL takes eps 1e-4. A group
-    with one graded completion gets 0 (verl would leave it R / (1 + eps), which is a raw reward, not an
-    advantage).
+    scale: the standard deviation is taken over the prompt's completions ("group"), over all graded
+    completions of the step ("batch"), or not divided by ("none"). The paper states neither ddof nor eps;
+    these are verl's, TRL uses eps 1e-4. A group with one graded completion gets 0 (verl returns R / (1 +
+    eps), which is a raw reward, not an advantage).
     """
 
     def normalise(values: Tensor, ids: Tensor) -> Tensor:
@@ -53,17 +53,18 @@ def group_norm(
             return centred
         return centred / (segment_std(values, ids if scale == "group" else torch.zeros_like(ids), ddof) + eps)
 
-    return _over_graded(normalise, rewards, group)
+    return _estimate_graded(normalise, rewards, group)
 
 
 @method("group_mean", arxiv="2503.20783")
 def group_mean(rewards: Tensor, group: Tensor) -> Tensor:
     """Dr.GRPO: ``R - mean`` over the prompt's graded completions, arXiv:2503.20783. Returns (B,).
 
-    No division by the standard deviation, which would weigh very easy and very hard prompts up. Its other
-    half is the aggregate ``dr_grpo``. A group with one graded completion gets 0.
+    There is no division by the standard deviation, which would give very easy and very hard prompts more
+    weight. The other half of the method is the aggregate ``dr_grpo``. A group with one graded completion
+    gets 0.
     """
-    return _over_graded(lambda values, ids: values - segment_mean(values, ids), rewards, group)
+    return _estimate_graded(lambda values, ids: values - segment_mean(values, ids), rewards, group)
 
 
 @method("rloo", arxiv="2402.14740")
@@ -71,14 +72,13 @@ def rloo(rewards: Tensor, group: Tensor) -> Tensor:
     """``R`` minus the mean of the prompt's *other* graded completions: G / (G - 1) (R - mean),
     arXiv:2402.14740. Returns (B,).
 
-    Raises ValueError for a group of one completion, which leaves nothing out (verl returns R there). A group
-    in which graders failed until one completion was left gets 0: a grader's failure is no reason to stop the
-    run.
+    Raises ValueError for a group of one completion, which has no others (verl returns R there). A group of
+    which only one completion could be graded gets 0: a grader's failure is no reason to stop the run.
     """
-    alone = segment_count(group) < 2
-    if bool(alone.any()):
+    is_single = segment_count(group) < 2
+    if bool(is_single.any()):
         raise ValueError(
-            f"rloo: group {int(group[alone][0])} has 1 completion, the baseline needs at least 2; raise "
+            f"rloo: group {int(group[is_single][0])} has 1 completion, the baseline needs at least 2; raise "
             "rollout.n"
         )
 
@@ -86,7 +86,7 @@ def rloo(rewards: Tensor, group: Tensor) -> Tensor:
         count = segment_count(ids).to(values.dtype)
         return (values - segment_mean(values, ids)) * count / (count - 1).clamp(min=1)
 
-    return _over_graded(leave_one_out, rewards, group)
+    return _estimate_graded(leave_one_out, rewards, group)
 
 
 @method(
@@ -112,14 +112,14 @@ def reinforce_pp(
 
     Returns (B, T): ``(ret - mean) / sqrt(variance + eps)`` with ddof 1; a step of equal returns gets 0. The
     token reward is the outcome on the last valid token minus ``kl_coef (old_logp - ref_logp)`` on each (k1,
-    which is unbiased in the reward). Masked-out tokens inside a completion neither earn nor discount; verl's
-    release cuts the return at the first of them.
+    which is unbiased in the reward). Masked-out tokens inside a completion get no reward and no discount;
+    verl's release truncates the return at the first of them.
     """
     del group
     graded = ~rewards.isnan()
     valid = mask.bool() & graded[:, None]
     last = valid & (valid.flip(1).cumsum(1).flip(1) == 1)
-    token_rewards = masked(as_float(rewards)[:, None].expand(mask.shape), last)
+    token_rewards = apply_mask(as_float(rewards)[:, None].expand(mask.shape), last)
     if kl_coef:
         if old_logp is None or ref_logp is None:
             missing = "old_logp" if old_logp is None else "ref_logp"
@@ -127,7 +127,7 @@ def reinforce_pp(
                 f"reinforce_pp: kl_coef is {kl_coef} but {missing} was not computed; set kl_coef to 0 or "
                 "supply it"
             )
-        token_rewards = token_rewards - kl_coef * masked(old_logp - ref_logp, valid)
+        token_rewards = token_rewards - kl_coef * apply_mask(old_logp - ref_logp, valid)
     return whiten(returns(token_rewards, valid, gamma), valid, eps)
 
 
@@ -143,18 +143,18 @@ def reinforce_pp_baseline(rewards: Tensor, group: Tensor, *, mask: Tensor, eps: 
 
 
 def informative_groups(values: Tensor, group: Tensor) -> Tensor:
-    """(B,) bool at every row: its group's graded values differ. DAPO's dynamic sampling keeps these prompts,
-    arXiv:2503.14476.
+    """(B,) bool at every row: the graded values of its group differ. DAPO's dynamic sampling keeps these
+    prompts, arXiv:2503.14476.
 
-    ``values (B,)`` is the raw correctness, where this reads ``0 < correct < G``. Not the reward after a
-    length penalty: that differs within groups that are all wrong, and would keep them.
+    ``values (B,)`` is the raw correctness, for which this means ``0 < correct < G``. Do not pass the reward
+    after a length penalty: it differs even within groups whose answers are all wrong.
     """
-    spread = _over_graded(lambda kept, ids: (kept - segment_mean(kept, ids)).abs(), values, group)
+    spread = _estimate_graded(lambda kept, ids: (kept - segment_mean(kept, ids)).abs(), values, group)
     return segment_mean(spread, group) > 0
 
 
-def _over_graded(estimate: Callable[[Tensor, Tensor], Tensor], rewards: Tensor, group: Tensor) -> Tensor:
-    """``estimate(rewards, group)`` over the rows whose reward is a number, 0 at the others."""
+def _estimate_graded(estimate: Callable[[Tensor, Tensor], Tensor], rewards: Tensor, group: Tensor) -> Tensor:
+    """``estimate(rewards, group)`` over the graded rows, 0 at the others."""
     rewards = as_float(rewards)
     graded = ~rewards.isnan()
     advantages = torch.zeros_like(rewards)
@@ -163,19 +163,19 @@ def _over_graded(estimate: Callable[[Tensor, Tensor], Tensor], rewards: Tensor, 
 
 
 def as_float(rewards: Tensor) -> Tensor:
-    """Rewards as numbers that have a mean, without a gradient."""
+    """Rewards as floating-point numbers, detached."""
     return rewards.detach() if rewards.is_floating_point() else rewards.to(torch.get_default_dtype())
 
 
 def returns(rewards: Tensor, valid: Tensor, gamma: float) -> Tensor:
-    """(B, T) ``ret_t = rew_t + gamma * ret_next``, next being the next valid token.
+    """(B, T) ``ret_t = rew_t + gamma * ret_next``, where next is the next valid token.
 
-    Doubling: log2(T) passes, no loop over T.
+    Computed by doubling: log2(T) passes instead of a loop over T.
     """
     total = rewards
     discount = torch.ones_like(rewards).masked_fill(valid, gamma)
-    shift, width = 1, rewards.shape[1]
-    while shift < width:
+    shift = 1
+    while shift < rewards.shape[1]:
         ahead = total[:, shift:]
         total = torch.cat([total[:, :-shift] + discount[:, :-shift] * ahead, total[:, -shift:]], dim=1)
         discount = torch.cat([discount[:, :-shift] * discount[:, shift:], discount[:, -shift:]], dim=1)
@@ -188,10 +188,10 @@ def whiten(values: Tensor, mask: Tensor, eps: float) -> Tensor:
 
     Equal values give exactly 0.
     """
-    values = masked(values, mask).detach()
+    values = apply_mask(values, mask).detach()
     if not bool(mask.any()):
         return values
     centred = values - values[mask].min()
     centred = centred - masked_mean(centred, mask)
     variance = masked_sum(centred.square(), mask) / (mask.sum() - 1).clamp(min=1)
-    return masked(centred / (variance + eps).sqrt(), mask)
+    return apply_mask(centred / (variance + eps).sqrt(), mask)

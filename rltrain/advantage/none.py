@@ -15,8 +15,8 @@ __all__ = ["none"]
 def none(rewards: Tensor, group: Tensor) -> Tensor:
     """Zeros (B,): by definition nothing is learned from the rewards, which are still graded and reported.
 
-    For a policy loss that learns from the samples alone (``em_ft``, ``one_shot_em``); any other would stand
-    still.
+    Use it with a policy loss that learns from the samples alone (``em_ft``, ``one_shot_em``); any other loss
+    has no gradient then.
     """
     del group
     return torch.zeros_like(as_float(rewards))

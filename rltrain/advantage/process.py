@@ -15,50 +15,45 @@ from torch import Tensor
 
 from rltrain.advantage.group import returns, whiten
 from rltrain.registry import method
-from rltrain.tensor_ops import masked, masked_mean, segment_count, segment_mean
+from rltrain.tensor_ops import apply_mask, masked_mean, segment_count, segment_mean
 
 __all__ = [
     "aggregate_steps",
     "contrast_accuracy",
+    "is_accuracy_within",
     "prime",
     "running_value",
     "step_rewards",
     "token_rewards",
-    "within_accuracy",
 ]
 
 
 def token_rewards(logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """(B, T) ``beta (logp - ref_logp)`` of a process reward model and its reference, 0 where the mask
-    is off.
-    """
-    return masked(beta * (logp - ref_logp), mask).detach()
+    """(B, T) ``beta (logp - ref_logp)`` of a process reward model and its reference, 0 where masked out."""
+    return apply_mask(beta * (logp - ref_logp), mask).detach()
 
 
 def running_value(rewards: Tensor, mask: Tensor) -> Tensor:
-    """(B, T) ``q_t``: the sum of token rewards up to and including t; where the mask is off, the
-    value so far.
-    """
-    return masked(rewards, mask).cumsum(dim=1)
+    """(B, T) ``q_t``: the sum of token rewards up to and including t; a masked-out token adds 0."""
+    return apply_mask(rewards, mask).cumsum(dim=1)
 
 
 def step_rewards(rewards: Tensor, step_id: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, K) summed token reward of each step, and (B, K) bool: the row has that step.
+    """(B, K) sum of the token rewards of each step, and (B, K) bool: the row has that step.
 
-    step_id (B, T) int64: from 0 in each row, -1 outside the completion; a step's separator belongs to the
-    step it ends. The cumulative value after a step is the running sum of these; over all steps it is the
-    response's reward whatever the cut.
+    step_id (B, T) int64: from 0 in each row, -1 outside the completion; a separator belongs to the step that
+    it ends. The cumulative value after a step is the running sum of these; over all steps it is the
+    response's reward, however the response was split into steps.
     """
     inside = step_id >= 0
     steps = int(step_id.max()) + 1 if step_id.numel() else 0
     column = step_id.clamp(min=0)
-    sums = (
-        rewards.new_zeros(len(rewards), steps).scatter_add(1, column, masked(rewards, inside))
-        if steps
-        else rewards[:, :0]
-    )
+    if not steps:
+        return rewards[:, :0], inside[:, :0]
+
+    sums = rewards.new_zeros(len(rewards), steps).scatter_add(1, column, apply_mask(rewards, inside))
     tokens = torch.zeros(len(rewards), steps, dtype=torch.int64, device=rewards.device)
-    return sums, tokens.scatter_add(1, column, inside.long()) > 0 if steps else inside[:, :0]
+    return sums, tokens.scatter_add(1, column, inside.long()) > 0
 
 
 def aggregate_steps(
@@ -71,14 +66,14 @@ def aggregate_steps(
     """(B,) one score per response from its step rewards (B, K); 0 for a response without steps,
     arXiv:2412.01981.
 
-    series: the rewards themselves, or the cumulative values Q_k. ("step", "sum") and ("cumulative", "last")
-    are the outcome score ``beta u(y)``. The authors' script reports min and sum of both series; which one its
-    table shows was not verified.
+    series: the rewards themselves ("step"), or the cumulative values Q_k. ("step", "sum") and ("cumulative",
+    "last") are the outcome score ``beta u(y)``. The authors' script reports min and sum of both series; which
+    of these the paper's table shows was not verified.
     """
-    values = step if series == "step" else masked(step, present).cumsum(dim=1)
-    found = present.any(dim=1)
+    values = step if series == "step" else apply_mask(step, present).cumsum(dim=1)
+    has_steps = present.any(dim=1)
     if reduction == "sum":
-        return masked(values, present).sum(dim=1)
+        return apply_mask(values, present).sum(dim=1)
     if reduction == "mean":
         return masked_mean(values, present, dim=1)
     if not step.shape[1]:
@@ -89,7 +84,7 @@ def aggregate_steps(
         position = torch.arange(step.shape[1], device=step.device)
         last = torch.where(present, position, -1).amax(dim=1).clamp(min=0)
         scored = values.gather(1, last[:, None])[:, 0]
-    return torch.where(found, scored, torch.zeros_like(scored))
+    return torch.where(has_steps, scored, torch.zeros_like(scored))
 
 
 @method("prime", arxiv="2502.01456", needs={"mask", "process_reward"})
@@ -111,27 +106,28 @@ def prime(
     """PRIME: leave-one-out returns of token rewards and of outcomes, summed and whitened over the step,
     arXiv:2502.01456.
 
-    Returns (B, T). process_reward (B, T) are the reward model's log-ratios; rewards (B,) the outcomes, NaN
-    where ungraded. baseline: "others", a token's reward less the mean over the prompt's other answers of
-    their mean token reward (the paper); "released" multiplies the token's reward by n / (n - 1) and subtracts
-    the sum of all answers' means over n - 1 (the authors' code). For outcomes the two agree. scale: divide
-    token rewards by the largest |return| of the step (all ranks) plus 1e-6, or not. granularity: "whole" puts
-    a response's token rewards, summed, on its last token. process_weight and outcome_weight multiply the two
-    parts: 1 to 1 is what the released weights come to. process_gamma and outcome_gamma discount; eps as in
-    ``reinforce_pp``. An answer that is the only graded one of its prompt gets 0 before whitening.
+    Returns (B, T). process_reward (B, T) are the reward model's log-ratios; rewards (B,) are the outcomes,
+    NaN where ungraded. baseline "others": a token's reward minus the mean, over the prompt's other answers,
+    of their mean token reward (the paper). "released": the token's reward times n / (n - 1), minus the sum of
+    all answers' means divided by n - 1 (the authors' code). For outcomes the two agree. scale: token rewards
+    are divided by the largest |return| of the step (all ranks) plus 1e-6, or not. granularity "whole" puts
+    the sum of a response's token rewards on its last token. process_weight and outcome_weight multiply the
+    two parts; the released weights amount to 1 and 1. process_gamma and outcome_gamma are the discounts; eps
+    as in ``reinforce_pp``. The only graded answer of a prompt gets 0 before whitening.
     """
     if process_reward is None:
         raise ValueError(
-            "prime: process_reward was not computed; it takes a process reward model that learns along with "
-            "the policy"
+            "prime: process_reward was not computed; the recipe needs a process reward model that is trained "
+            "along with the policy"
         )
     valid = mask.bool() & ~rewards.isnan()[:, None]
     last = valid & (valid.flip(1).cumsum(1).flip(1) == 1)
-    token = masked(process_reward, valid).detach()
+    token = apply_mask(process_reward, valid).detach()
     if granularity == "whole":
-        token = masked(token.sum(dim=1, keepdim=True).expand(mask.shape), last)
+        token = apply_mask(token.sum(dim=1, keepdim=True).expand(mask.shape), last)
     if scale == "largest_return":
         token = token / (returns(token, valid, 1.0).abs().max() + 1e-6)
+
     row_mean = masked_mean(token, valid, dim=1)
     others, siblings = _mean_of_others(row_mean, group, rewards)
     if baseline == "released":
@@ -139,21 +135,23 @@ def prime(
         centred = token * factor - (others + row_mean / siblings.clamp(min=1))[:, None]
     else:
         centred = token - others[:, None]
-    centred = masked(centred, valid & (siblings > 0)[:, None])
+    centred = apply_mask(centred, valid & (siblings > 0)[:, None])
+
     outcome = rewards.to(token.dtype).detach()
     outcome = torch.where(siblings > 0, outcome - _mean_of_others(outcome, group, rewards)[0], 0.0)
+
     total = process_weight * returns(centred, valid, process_gamma)
     total = total + outcome_weight * returns(
-        masked(outcome[:, None].expand(mask.shape), last), valid, outcome_gamma
+        apply_mask(outcome[:, None].expand(mask.shape), last), valid, outcome_gamma
     )
     return whiten(total, valid, eps)
 
 
-def within_accuracy(correct: Tensor, group: Tensor, *, low: float = 0.2, high: float = 0.8) -> Tensor:
-    """(B,) bool at every row: its prompt's share of right answers lies in [low, high], both included,
+def is_accuracy_within(correct: Tensor, group: Tensor, *, low: float = 0.2, high: float = 0.8) -> Tensor:
+    """(B,) bool at every row: the share of right answers to its prompt lies in [low, high], both included,
     arXiv:2502.01456.
 
-    correct (B,), NaN where ungraded: such rows do not count. A prompt without a graded answer is out.
+    correct (B,) is NaN for ungraded rows, which do not count. False for a prompt without a graded answer.
     """
     graded = ~correct.isnan()
     count = segment_mean(graded.double(), group)
@@ -162,15 +160,14 @@ def within_accuracy(correct: Tensor, group: Tensor, *, low: float = 0.2, high: f
 
 
 def contrast_accuracy(score: Tensor, outcome: Tensor, group: Tensor) -> Tensor:
-    """() how often a reward model orders two answers of a prompt as their outcomes do, mean over prompts,
+    """() how often a reward model orders two answers of a prompt as their outcomes do, averaged over prompts,
     arXiv:2502.01456.
 
-    A pair weighs by the difference of its outcomes; a prompt without any difference counts 0.5. Between equal
-    scores the later row passes for the better one, as in the authors' code.
+    A pair is weighted by the difference of its outcomes; a prompt without any difference counts as 0.5. If
+    two scores are equal the later row counts as the better one, as in the authors' code.
     """
-    first, second = torch.triu_indices(len(score), len(score), offset=1, device=score.device)
-    same = group[first] == group[second]
-    first, second = first[same], second[same]
+    pairs = torch.triu_indices(len(score), len(score), offset=1, device=score.device)
+    first, second = pairs[:, group[pairs[0]] == group[pairs[1]]]
     gap = outcome[first] - outcome[second]
     agrees = ((score[first] > score[second]) == (gap > 0)).to(score.dtype)
     prompts, index = torch.unique(group, return_inverse=True)
@@ -180,12 +177,15 @@ def contrast_accuracy(score: Tensor, outcome: Tensor, group: Tensor) -> Tensor:
 
 
 def _mean_of_others(values: Tensor, group: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) mean of ``values`` over the other graded rows of the group, and (B,) how many those are. 0
-    and 0 where there are none.
+    """(B,) mean of ``values`` over the other graded rows of the group, and (B,) the number of those rows.
+
+    Both are 0 if there are none.
     """
     graded = ~rewards.isnan()
-    mean, others = torch.zeros_like(values), torch.zeros_like(values)
-    kept, ids = values[graded], group[graded]
+    mean = torch.zeros_like(values)
+    others = torch.zeros_like(values)
+    kept = values[graded]
+    ids = group[graded]
     count = segment_count(ids).to(values.dtype)
     centre = segment_mean(kept, ids)
     mean[graded] = torch.where(count > 1, centre - (kept - centre) / (count - 1).clamp(min=1), 0.0)

@@ -1,8 +1,8 @@
-"""Advantages against an answer that the policy did not write: the reference model's (AAPO) or the data set's
-(GRAO).
+"""Advantages relative to an answer that the policy did not write: the reference model's (AAPO) or the data
+set's (GRAO).
 
-Rows of one prompt share their group id; ``source`` says who wrote them (``types.samples.SOURCE_*``). Ungraded rows (NaN)
-take no part.
+Rows of one prompt share their group id; ``source`` says where a row comes from (``types.samples.SOURCE_*``).
+Ungraded rows (NaN) are left out.
 """
 
 from __future__ import annotations
@@ -33,26 +33,25 @@ def aapo(
     eps: float = 1e-4,
 ) -> Tensor:
     """AAPO: the group-relative advantage plus ``clip(R - R_ref, low, high)``, arXiv:2505.14264. Returns (B,);
-    0 off the policy's source.
+    0 for rows of other sources.
 
-    R_ref is the reward of a completion of the frozen reference model for the same prompt: a margin
-    ("momentum" in the paper, yet nothing is carried over steps) that keeps a signal in groups whose rewards
-    are all equal. reference "paired": one reference completion for each of the policy's, in row order
-    (released); "mean": the mean over the prompt's, which has less variance. A row whose reference could not
-    be graded has no margin. scale "group" divides the first part by std + eps (ddof 1); the released
-    configurations do not. The loss is ``reinforce``: no ratio, so one update per rollout. Raises ValueError
-    for a prompt with another number of reference completions than of the policy's, where they are to be
-    paired.
+    R_ref is the reward of a completion by the frozen reference model for the same prompt. The margin
+    ("momentum" in the paper, though nothing is carried over steps) keeps a signal in groups whose rewards are
+    all equal. reference "paired": one reference completion for each of the policy's, in row order (released);
+    "mean": the mean over the prompt's reference completions, which has less variance. A row whose reference
+    could not be graded has no margin. scale "group" divides the first part by std + eps (ddof 1); the
+    released configurations do not. The loss is ``reinforce``, which has no ratio, so make one update per
+    rollout. Raises ValueError if a prompt has different numbers of completions to pair.
     """
-    rewards, own = as_float(rewards), source == SOURCE_POLICY
+    rewards = as_float(rewards)
+    is_policy = source == SOURCE_POLICY
+    difference = rewards[is_policy] - _reference_rewards(rewards, group, source, reference)
     margin = torch.zeros_like(rewards)
-    margin[own] = (
-        (rewards[own] - _reference_rewards(rewards, group, source, reference))
-        .clamp(low, high)
-        .nan_to_num(0.0)
-    )
-    graded = own & ~rewards.isnan()
-    values, ids = rewards[graded], group[graded]
+    margin[is_policy] = difference.clamp(low, high).nan_to_num(0.0)
+
+    graded = is_policy & ~rewards.isnan()
+    values = rewards[graded]
+    ids = group[graded]
     relative = values - segment_mean(values, ids)
     if scale == "group":
         relative = relative / (segment_std(values, ids) + eps)
@@ -78,17 +77,17 @@ def grao(
     statistics: Literal["joint", "samples"] = "joint",
     eps: float = 1e-6,
 ) -> Tensor:
-    """GRAO: imitate the data set's answer y, reinforce good samples o, pull the two apart, arXiv:2508.07750.
+    """GRAO: imitate the data set's answer y, reinforce good samples o, separate the two, arXiv:2508.07750.
     Returns (B,).
 
-    With J the mean log-prob over a row's tokens and A = (R - mean) / (std + eps) (population) the objective
-    of a prompt, ``mean_i A_i J(o_i) + beta A_y J(y) + lam mean_i A_i (J(o_i) - J(y))``, weighs J(o_i) by (1 +
-    lam) A_i / G and J(y) by beta A_y - lam mean_i A_i: ``grao_weights``. What is returned are these weights,
+    With J the mean log-prob over a row's tokens and A = (R - mean) / (std + eps) (population), the objective
+    of a prompt, ``mean_i A_i J(o_i) + beta A_y J(y) + lam mean_i A_i (J(o_i) - J(y))``, weights J(o_i) by (1
+    + lam) A_i / G and J(y) by beta A_y - lam mean_i A_i: ``grao_weights``. The advantages are these weights,
     scaled so that ``reinforce`` under ``seq_mean_token_mean`` is exactly minus the objective's mean over
     prompts (one update per rollout: there is no ratio). statistics: mean and std over samples and answer
     ("joint", as the paper's text says), or over the samples alone ("samples", as its formula prints, where
-    lam does nothing to y). The answer's row is of the source ``types.SOURCE_DATASET`` and is graded like a sample;
-    where it was not, or is missing, its terms are. Other sources get 0.
+    lam does not affect y). The answer's row has the source ``types.SOURCE_DATASET`` and is graded like a
+    sample; if it is missing or ungraded, its terms are left out. Other sources get 0.
     """
     weights, counted = grao_weights(as_float(rewards), group, source, mask, beta, lam, statistics, eps)
     rows = int((mask.bool().any(1) & ~rewards.isnan()).sum())
@@ -105,24 +104,25 @@ def grao_weights(
     statistics: Literal["joint", "samples"],
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """(B,) what GRAO's objective of a prompt multiplies each row's mean log-prob with, and (B,) bool:
-    the rows that take part.
+    """(B,) weight of each row's mean log-prob in GRAO's objective of its prompt, and (B,) bool: the rows that
+    count.
     """
     counted = ~rewards.isnan() & mask.bool().any(1) & ((source == SOURCE_POLICY) | (source == SOURCE_DATASET))
-    values, answers = rewards[counted], source[counted] == SOURCE_DATASET
+    values = rewards[counted]
+    answers = source[counted] == SOURCE_DATASET
     prompt = torch.unique(group[counted], return_inverse=True)[1]
     side = 2 * prompt + answers.to(torch.int64)
-    alone = answers & (segment_count(side) == segment_count(prompt))  # an answer without samples
+    has_no_samples = answers & (segment_count(side) == segment_count(prompt))
+
     if statistics == "joint":
         relative = (values - segment_mean(values, prompt)) / (segment_std(values, prompt, ddof=0) + eps)
     else:
-        mean, std = (
-            _of_the_samples(found, prompt, answers)
-            for found in (segment_mean(values, side), segment_std(values, side, ddof=0))
-        )
-        relative = torch.where(alone, torch.zeros_like(values), (values - mean) / (std + eps))
+        mean = _sample_statistic(segment_mean(values, side), prompt, answers)
+        std = _sample_statistic(segment_std(values, side, ddof=0), prompt, answers)
+        relative = torch.where(has_no_samples, torch.zeros_like(values), (values - mean) / (std + eps))
+
     rows = segment_count(side).to(values.dtype)
-    pull = _of_the_samples(segment_mean(relative, side), prompt, answers)
+    pull = _sample_statistic(segment_mean(relative, side), prompt, answers)
     weights = torch.zeros_like(rewards)
     weights[counted] = torch.where(answers, beta * relative - lam * pull, (1 + lam) * relative) / rows
     return weights, counted
@@ -131,39 +131,39 @@ def grao_weights(
 def _reference_rewards(
     rewards: Tensor, group: Tensor, source: Tensor, reference: Literal["paired", "mean"]
 ) -> Tensor:
-    """(b,) for the policy's rows, in row order: the reward of the reference completion each is
-    compared with; NaN without one.
+    """(b,) for the policy's rows, in row order: the reward of the reference completion that each is compared
+    with; NaN if there is none.
     """
-    own, theirs = group[source == SOURCE_POLICY], group[source == SOURCE_REFERENCE]
-    found = rewards[source == SOURCE_REFERENCE]
+    policy_group = group[source == SOURCE_POLICY]
+    reference_group = group[source == SOURCE_REFERENCE]
+    reference_reward = rewards[source == SOURCE_REFERENCE]
     if reference == "mean":
-        kept = ~found.isnan()
-        together = torch.cat([own, theirs[kept]])
-        is_reference = torch.arange(len(together), device=group.device) >= len(own)
-        prompt = torch.unique(together, return_inverse=True)[1]
-        total = torch.zeros(len(together), dtype=rewards.dtype, device=group.device).index_add(
-            0, prompt[is_reference], found[kept]
-        )
-        count = torch.bincount(prompt[is_reference], minlength=len(together))
-        return (total / count)[prompt[: len(own)]]  # 0 / 0 is NaN: no reference, no margin
-    if not torch.equal(own.sort().values, theirs.sort().values):
+        graded = ~reference_reward.isnan()
+        groups = torch.cat([policy_group, reference_group[graded]])
+        prompt = torch.unique(groups, return_inverse=True)[1]
+        policy_prompt = prompt[: len(policy_group)]
+        reference_prompt = prompt[len(policy_group) :]
+        zeros = torch.zeros(len(groups), dtype=rewards.dtype, device=group.device)
+        total = zeros.index_add(0, reference_prompt, reference_reward[graded])
+        count = torch.bincount(reference_prompt, minlength=len(groups))
+        return (total / count)[policy_prompt]  # 0 / 0 is NaN: no reference, no margin
+
+    if not torch.equal(policy_group.sort().values, reference_group.sort().values):
         raise ValueError(
-            f"aapo pairs each completion with one of the reference model, but {len(own)} rows of the policy "
-            "came with "
-            f"{len(theirs)} of the reference; sample rollout.n of both for every prompt, or set "
-            "advantage.reference to mean"
+            f"aapo pairs each completion with one of the reference model, but {len(policy_group)} rows of "
+            f"the policy came with {len(reference_group)} of the reference; sample rollout.n of both for "
+            "every prompt, or set advantage.reference to mean"
         )
     paired = torch.empty_like(rewards[source == SOURCE_POLICY])
-    paired[own.sort(stable=True).indices] = found[theirs.sort(stable=True).indices]
+    paired[policy_group.sort(stable=True).indices] = reference_reward[
+        reference_group.sort(stable=True).indices
+    ]
     return paired
 
 
-def _of_the_samples(found: Tensor, prompt: Tensor, answers: Tensor) -> Tensor:
-    """(b,) a number of each prompt's samples at every row of the prompt, from ``found (b,)``; 0 for
-    one without samples.
-    """
-    per_prompt = torch.zeros(
-        int(prompt.max()) + 1 if len(prompt) else 0, dtype=found.dtype, device=found.device
-    )
-    per_prompt[prompt[~answers]] = found[~answers]
+def _sample_statistic(statistic: Tensor, prompt: Tensor, answers: Tensor) -> Tensor:
+    """(b,) the ``statistic (b,)`` of each prompt's samples, at every row of the prompt; 0 if it has none."""
+    prompts = int(prompt.max()) + 1 if len(prompt) else 0
+    per_prompt = torch.zeros(prompts, dtype=statistic.dtype, device=statistic.device)
+    per_prompt[prompt[~answers]] = statistic[~answers]
     return per_prompt[prompt]

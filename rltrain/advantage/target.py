@@ -1,10 +1,10 @@
-"""KL-regularised RL as inference: target distributions, their normaliser, and the weights that draw a policy
-to them.
+"""KL-regularised RL as inference: target distributions, their normaliser, and the weights that move a policy
+towards them.
 
 The optimum of ``E[r] - beta KL(pi, pi_0)`` is ``p ~ pi_0 exp(r / beta)``, and for every policy ``E[r] - beta
-KL(pi, pi_0) = beta log Z - beta KL(pi, p)``, arXiv:2205.11275. So a target can be stated first, from rewards
-or from moments it must have (GDC), and approached under any divergence (DPG). All in log space; nothing
-carries a gradient.
+KL(pi, pi_0) = beta log Z - beta KL(pi, p)``, arXiv:2205.11275. So a target can be defined first, from rewards
+or from the moments it must have (GDC), and then approached under any divergence (DPG). Everything is in log
+space; nothing carries a gradient.
 """
 
 from __future__ import annotations
@@ -25,17 +25,15 @@ __all__ = [
     "fit_moments",
     "kl_to_target",
     "log_partition",
+    "log_tilted_prob",
     "pull",
-    "tilted",
 ]
 
 Divergence = Literal["forward_kl", "reverse_kl", "js", "total_variation", "chi_squared"]
 
 
-def tilted(ref_logp: Tensor, reward: Tensor, beta: float) -> Tensor:
-    """(B,) unnormalised ``log P(y) = log pi_0(y) + r(y) / beta``; moments are r = phi @ lambda with
-    beta 1.
-    """
+def log_tilted_prob(ref_logp: Tensor, reward: Tensor, beta: float) -> Tensor:
+    """(B,) unnormalised ``log P(y) = log pi_0(y) + r(y) / beta``; for moments r = phi @ lambda, beta 1."""
     return ref_logp + reward / beta
 
 
@@ -45,7 +43,7 @@ def log_partition(log_weight: Tensor) -> Tensor:
 
 
 def effective_sample_size(log_weight: Tensor) -> Tensor:
-    """() how many equal weights the S importance weights are worth, from 1 to S."""
+    """() effective number of the S importance weights, from 1 to S."""
     weight = torch.exp(log_weight - log_weight.max())
     return weight.sum().square() / weight.square().sum()
 
@@ -53,57 +51,56 @@ def effective_sample_size(log_weight: Tensor) -> Tensor:
 def kl_to_target(
     log_z: Tensor | float, reward: Tensor | float, kl: Tensor | float, beta: float
 ) -> Tensor | float:
-    """KL(pi, p) in nats: ``log Z - (E[r] - beta KL(pi, pi_0)) / beta``. log Z is a constant of the
-    run: differences are exact.
+    """KL(pi, p) in nats: ``log Z - (E[r] - beta KL(pi, pi_0)) / beta``.
+
+    log Z is constant over a run, so differences are exact.
     """
     return log_z - (reward - beta * kl) / beta
 
 
-def binary_moment(rate: float, wanted: float) -> float:
-    """lambda that moves a 0/1 feature's mean from ``rate`` under pi_0 to ``wanted``: logit(wanted) -
+def binary_moment(rate: float, target: float) -> float:
+    """lambda that moves the mean of a 0/1 feature from ``rate`` under pi_0 to ``target``: logit(target) -
     logit(rate).
     """
-    if not (0 < rate < 1 and 0 < wanted < 1):
+    if not (0 < rate < 1 and 0 < target < 1):
         raise ValueError(
-            f"a 0/1 feature with mean {rate} cannot be given mean {wanted}: both must lie strictly between 0 "
-            "and 1"
+            f"a 0/1 feature with mean {rate} cannot get mean {target}: both must lie strictly between 0 and 1"
         )
-    return math.log(wanted / (1 - wanted)) - math.log(rate / (1 - rate))
+    return math.log(target / (1 - target)) - math.log(rate / (1 - rate))
 
 
 def fit_moments(
     features: Tensor,
-    wanted: Tensor,
+    target: Tensor,
     *,
     lr: float = 0.05,
     iterations: int = 1000,
     tolerance: float = 1e-5,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """(F,) lambda with ``E_p[phi] = wanted`` for ``p ~ pi_0 exp(phi @ lambda)``, by self-normalised
+    """(F,) lambda with ``E_p[phi] = target`` for ``p ~ pi_0 exp(phi @ lambda)``, by self-normalised
     importance sampling.
 
-    features (S, F) of samples from pi_0, weighted by ``weight (S,)`` where they are not equally likely;
-    wanted (F,). Gradient steps of size lr until the largest miss is below tolerance. Raises ValueError where
-    the iterations do not suffice, which is what happens when samples with the wanted feature are missing.
+    features (S, F) of samples from pi_0, weighted by ``weight (S,)`` if they are not equally likely; target
+    (F,). Takes gradient steps of size lr until the largest miss is below tolerance. Raises ValueError if the
+    iterations do not suffice, for example because no sample has a feature that the target asks for.
     """
     base = torch.zeros_like(features[:, 0]) if weight is None else weight.log()
-    lam = torch.zeros_like(wanted)
+    lam = torch.zeros_like(target)
     for _ in range(iterations):
-        miss = torch.softmax(base + features @ lam, dim=0) @ features - wanted
+        miss = torch.softmax(base + features @ lam, dim=0) @ features - target
         if float(miss.abs().max()) < tolerance:
             return lam
         lam = lam - lr * miss
     raise ValueError(
-        f"moments {wanted.tolist()} still missed by more than {tolerance} after {iterations} iterations over "
-        f"{len(features)} samples;"
-        " take more samples, more iterations or a larger lr"
+        f"moments {target.tolist()} still missed by more than {tolerance} after {iterations} iterations over "
+        f"{len(features)} samples; take more samples, more iterations or a larger lr"
     )
 
 
 def pull(log_ratio: Tensor, divergence: Divergence) -> Tensor:
-    """(B,) ``-f'(pi / p)`` at log_ratio = log pi - log p, for D_f = E_p[f(pi / p)]: how much more of a sample
-    there should be.
+    """(B,) ``-f'(pi / p)`` at log_ratio = log pi - log p, for D_f = E_p[f(pi / p)]: by how much the
+    probability of a sample should rise.
 
     forward_kl is KL(p, pi) with p / pi; reverse_kl KL(pi, p) with -log(pi / p) - 1; js as in f-DPO
     (arXiv:2309.16240), without a factor 1/2; total_variation f = |t - 1| / 2; chi_squared f = (t - 1)^2.
@@ -136,25 +133,27 @@ def dpg(
     """Policy gradient towards ``p(y|x) ~ pi_0(y|x) exp(r / beta)`` under a divergence, arXiv:2205.11275.
     Returns (B,).
 
-    The advantage is ``-f'(pi / p)`` (``pull``), for the forward KL the importance weight p / pi of the
-    completion (GDC, DPG), with the log-probs before the update as pi and as proposal, as in one on-policy
-    update per step. partition: log Z comes from the importance weights of the prompt's completions, or of the
-    whole step for tasks of one prompt. baseline: their "mean" over the same rows is subtracted, or nothing;
-    for the forward KL it is 1. No advantage is larger than max_weight: weights of whole sequences explode.
-    Moments of several features are a reward that is their weighted sum, with beta 1. Pair it with
-    ``reinforce`` and a sum over tokens. NaN rewards get 0.
+    The advantage is ``-f'(pi / p)`` (``pull``); for the forward KL this is the importance weight p / pi of
+    the completion (GDC, DPG). The log-probs before the update serve as pi and as proposal, as in one
+    on-policy update per step. partition: log Z comes from the importance weights of the prompt's completions
+    ("prompt"), or of the whole step ("step", for tasks of one prompt). baseline: their "mean" over the same
+    rows is subtracted, or nothing; for the forward KL the mean is 1. Advantages are clamped to +-max_weight,
+    because weights of whole sequences explode. For moments of several features the reward is their weighted
+    sum, with beta 1. Pair it with ``reinforce`` and a sum over tokens. NaN rewards get 0.
     """
     graded = ~rewards.isnan() & mask.any(dim=1)
-    policy, frozen = masked_sum(old_logp, mask, dim=1), masked_sum(ref_logp, mask, dim=1)
+    policy = masked_sum(old_logp, mask, dim=1)
+    frozen = masked_sum(ref_logp, mask, dim=1)
     advantages = torch.zeros_like(policy).detach()
     if not bool(graded.any()):
         return advantages
+
     ids = (group if partition == "prompt" else torch.zeros_like(group))[graded]
-    log_weight = (tilted(frozen[graded], rewards[graded].to(frozen.dtype), beta) - policy[graded]).detach()
-    pulled = pull(_group_log_mean_exp(log_weight, ids) - log_weight, divergence).clamp(
-        -max_weight, max_weight
-    )
-    advantages[graded] = pulled - segment_mean(pulled, ids) if baseline == "mean" else pulled
+    log_target = log_tilted_prob(frozen[graded], rewards[graded].to(frozen.dtype), beta)
+    log_weight = (log_target - policy[graded]).detach()
+    log_ratio = _group_log_mean_exp(log_weight, ids) - log_weight
+    weight = pull(log_ratio, divergence).clamp(-max_weight, max_weight)
+    advantages[graded] = weight - segment_mean(weight, ids) if baseline == "mean" else weight
     return advantages
 
 

@@ -22,8 +22,8 @@ def hapo(
     Every token carries its completion's reward, so long completions weigh more and a prompt's advantages add
     up to 0 over its tokens. The standard deviation is the population's. A prompt with an advantage of
     ``limit`` or more in absolute value (a short completion unlike all others) gets GRPO's advantages instead,
-    as released; None: never. Only masked-in tokens decide that (the release also looks at padding, where the
-    reward reads 0). Ungraded rows and rows without a token get 0.
+    as released; with None no prompt does. Only masked-in tokens decide this (the release also reads padding,
+    where the reward is 0). Ungraded rows and rows without a token get 0.
     """
     counted = mask.bool().any(1) & ~rewards.isnan()
     values = as_float(rewards)
@@ -34,6 +34,6 @@ def hapo(
     advantages = row / (variance.sqrt() + eps)
     if limit is None:
         return advantages
-    far = segment_mean((advantages.abs() >= limit).to(values.dtype), group) > 0
-    plain = group_norm(torch.where(counted, values, torch.nan), group, ddof=1, eps=eps)
-    return torch.where(far, plain, advantages)
+    is_extreme = segment_mean((advantages.abs() >= limit).to(values.dtype), group) > 0
+    grpo_advantages = group_norm(torch.where(counted, values, torch.nan), group, ddof=1, eps=eps)
+    return torch.where(is_extreme, grpo_advantages, advantages)

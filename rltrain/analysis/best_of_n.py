@@ -1,4 +1,4 @@
-"""Choosing among n answers: who wins, and the KL that choosing spends. Numbers and numpy only."""
+"""Choosing among n answers: which answer wins, and the KL that choosing costs. Numbers and numpy only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Answer = TypeVar("Answer", bound=Hashable)
 def best(scores: Sequence[float]) -> int:
     """Index of the largest score, the first on ties.
 
-    A NaN never wins; raises ValueError where nothing else is there.
+    A NaN never wins; raises ValueError if every score is NaN.
     """
     scored = [index for index, score in enumerate(scores) if not math.isnan(score)]
     if not scored:
@@ -38,8 +38,8 @@ def best(scores: Sequence[float]) -> int:
 def vote_weights(answers: Sequence[Answer], scores: Sequence[float]) -> dict[Answer, float]:
     """Summed ``sigmoid(score)`` of each distinct answer, in order of first appearance, arXiv:2412.01981.
 
-    Scores keep the reward model's training beta. At a thousandth of it every sigmoid is 1/2 and this is plain
-    majority voting.
+    Scores must have the reward model's training beta. At a thousandth of it every sigmoid is about 1/2, which
+    is plain majority voting.
     """
     totals: dict[Answer, float] = {}
     for answer, score in zip(answers, scores, strict=True):
@@ -54,8 +54,8 @@ def majority(answers: Sequence[Answer]) -> Answer:
 
 
 def kl_bound(n: int) -> float:
-    """nats: ``log n - (n - 1) / n``, which KL(best of n, sampled) never exceeds and continuous scores
-    reach, arXiv:2404.01730.
+    """``log n - (n - 1) / n`` nats, the upper bound of KL(best of n, sampled); continuous scores reach it
+    (arXiv:2404.01730).
     """
     if n < 1:
         raise ValueError(f"best of {n}: n must be at least 1")
@@ -63,8 +63,8 @@ def kl_bound(n: int) -> float:
 
 
 def n_for_kl(kl: float) -> float:
-    """The (real) n whose ``kl_bound`` is ``kl`` nats: the best-of-n a policy at that distance should
-    be compared with.
+    """The (real) n whose ``kl_bound`` is ``kl`` nats: the best-of-n with which to compare a policy at that
+    KL.
     """
     if kl < 0:
         raise ValueError(f"a KL divergence is not negative, got {kl}")
@@ -73,27 +73,29 @@ def n_for_kl(kl: float) -> float:
 
 def best_of_n(probability: ArrayLike, score: ArrayLike, n: int) -> NDArray[np.float64]:
     """(K,) distribution of the best-scored of n draws from ``probability (K,)``; equal scores share in
-    proportion to it.
+    proportion to their probability.
 
     ``F(y)^n - F(y-)^n`` with F the distribution function of the score.
     """
-    p, s = np.asarray(probability, dtype=np.float64), np.asarray(score, dtype=np.float64)
-    tied = s[:, None] == s[None, :]
-    below, mass = (s[None, :] < s[:, None]) @ p, tied @ p
-    won = (below + mass) ** n - below**n
-    return np.divide(won * p, mass, out=np.zeros_like(p), where=mass > 0)
+    p = np.asarray(probability, dtype=np.float64)
+    s = np.asarray(score, dtype=np.float64)
+    below = (s[None, :] < s[:, None]) @ p
+    mass = (s[:, None] == s[None, :]) @ p
+    win = (below + mass) ** n - below**n
+    return np.divide(win * p, mass, out=np.zeros_like(p), where=mass > 0)
 
 
 def tilt(probability: ArrayLike, reward: ArrayLike, strength: float) -> NDArray[np.float64]:
     """(K,) ``p exp(strength r) / Z``: the policy of largest expected reward at its KL to ``probability``."""
-    p, r = np.asarray(probability, dtype=np.float64), np.asarray(reward, dtype=np.float64)
+    p = np.asarray(probability, dtype=np.float64)
+    r = np.asarray(reward, dtype=np.float64)
     weights = p * np.exp(strength * (r - r.max()))
     return weights / weights.sum()
 
 
 def tilt_of_kl(probability: ArrayLike, reward: ArrayLike, kl: float) -> float:
-    """The strength at which ``tilt`` lies ``kl`` nats from ``probability``: for comparing best of n
-    at equal KL.
+    """The strength at which ``tilt`` has a KL of ``kl`` nats to ``probability``, for a comparison with best
+    of n at equal KL.
     """
     p = np.asarray(probability, dtype=np.float64)
     return _root(lambda strength: _kl(tilt(p, reward, strength), p) - kl, low=0.0, high=1.0)
@@ -103,17 +105,19 @@ def expected_best(rewards: Sequence[float], n: int, scores: Sequence[float] | No
     """Mean reward of the best-scored of n, over all choices of n among the m >= n samples: ``sum_i r_(i)
     C(i-1, n-1) / C(m, n)``.
 
-    ``scores`` do the choosing (None: the rewards themselves); samples of equal score share their places.
+    scores: the numbers to choose by (None: the rewards); samples of equal score share their places.
     """
     m = len(rewards)
     if not 1 <= n <= m:
         raise ValueError(f"best of {n} cannot be estimated from {m} samples; n lies between 1 and {m}")
-    by = rewards if scores is None else scores
-    order = sorted(range(m), key=lambda index: by[index])
+    keys = rewards if scores is None else scores
+    order = sorted(range(m), key=lambda index: keys[index])
     chance = [math.comb(place, n - 1) / math.comb(m, n) for place in range(m)]
-    total, start = 0.0, 0
+
+    total = 0.0
+    start = 0
     while start < m:
-        stop = next((place for place in range(start, m) if by[order[place]] != by[order[start]]), m)
+        stop = next((place for place in range(start, m) if keys[order[place]] != keys[order[start]]), m)
         total += (
             sum(chance[start:stop])
             * sum(rewards[order[place]] for place in range(start, stop))
@@ -129,11 +133,11 @@ def _kl(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
 
 
 def _root(rising: Callable[[float], float], *, low: float, high: float) -> float:
-    """Where a rising function crosses 0, above ``low``. Raises ValueError where it does not by 1e12."""
+    """The root above ``low`` of a rising function. Raises ValueError if it exceeds 1e12."""
     while rising(high) < 0:
         low, high = high, 2 * high
         if high > 1e12:
-            raise ValueError("no such value below 1e12: the KL asked for cannot be reached")
+            raise ValueError("no such value below 1e12: this KL cannot be reached")
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if rising(middle) < 0 else (low, middle)

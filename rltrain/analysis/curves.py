@@ -1,4 +1,4 @@
-"""What finished or running runs left in their metrics.jsonl, and the same over the seeds of one recipe."""
+"""Reads the metrics.jsonl of finished or running runs, and averages over the seeds of one recipe."""
 
 from __future__ import annotations
 
@@ -17,30 +17,28 @@ Line = dict[str, float]
 
 @dataclass(frozen=True)
 class Spread:
-    """A number with its 95 % interval; NaN bounds where nothing says how far it spreads."""
+    """A number with its 95 % interval; NaN bounds if the interval is unknown."""
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        return (
-            f"{self.value:.3f}"
-            if math.isnan(self.low)
-            else f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-        )
+        if math.isnan(self.low):
+            return f"{self.value:.3f}"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 @dataclass(frozen=True)
 class Curves:
-    """One run. ``steps``: a line per training step. ``evals``: a line per evaluation, first to last."""
+    """One run. steps: one line per training step. evals: one line per evaluation, first to last."""
 
     steps: tuple[Line, ...]
     evals: tuple[Line, ...]
 
     @classmethod
     def read(cls, folder: Path) -> Curves:
-        """Raises UserError where the folder holds no run with a step in it."""
+        """The curves of the run in ``folder``. Raises UserError if it has no training step."""
         path = folder / "metrics.jsonl"
         if not path.is_file():
             raise UserError(f"{folder} holds no metrics.jsonl; give the folder of a run")
@@ -50,29 +48,31 @@ class Curves:
                 lines.append(json.loads(text))
             except ValueError as error:
                 raise UserError(
-                    f"{path}, line {number} is not JSON ({error}); a running writer's last line may be half "
-                    "there"
+                    f"{path}, line {number} is not JSON ({error}); the last line of a run that is still "
+                    "writing may be incomplete"
                 ) from error
+
         steps = tuple(line for line in lines if "time/step" in line)
         if not steps:
             raise UserError(f"{path} holds no training step")
         return cls(steps, tuple(line for line in lines if any(name.startswith("eval/") for name in line)))
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of ``metric``, wherever it was logged."""
-        found = [
+        """(steps, values) of ``metric`` in all lines that have it."""
+        points = [
             (int(line["step"]), line[metric])
             for line in sorted((*self.steps, *self.evals), key=_step)
             if metric in line
         ]
-        return [step for step, _ in found], [value for _, value in found]
+        return [step for step, _ in points], [value for _, value in points]
 
     def final(self, metric: str) -> Spread | None:
-        """Of the last evaluation, with its interval over prompts; None where it was never measured."""
+        """``metric`` of the last evaluation, with its interval over prompts; None if never measured."""
         lines = [line for line in self.evals if metric in line]
         return _with_bounds(lines[-1], metric) if lines else None
 
     def best(self, metric: str) -> Spread | None:
+        """The largest value of ``metric`` over the evaluations; None if never measured."""
         lines = [line for line in self.evals if metric in line]
         return _with_bounds(max(lines, key=lambda line: line[metric]), metric) if lines else None
 
@@ -82,11 +82,11 @@ class Curves:
 
     @property
     def entropy_kept(self) -> float:
-        """Mean policy entropy of the last tenth of the steps over that of the first tenth; NaN where there is
-        none.
+        """Mean policy entropy of the last tenth of the steps, divided by that of the first tenth; NaN if no
+        entropy was logged.
 
-        Where no step samples, evaluations take the steps' place, with the entropy on held-out completions, if
-        there are two.
+        If the steps have no entropy, at least two evaluations replace them, with the entropy on held-out
+        completions.
         """
         values = self.series("learner/entropy_mean")[1] or self.series("eval/entropy")[1]
         if len(values) < 2 and not self.series("learner/entropy_mean")[1]:
@@ -96,35 +96,35 @@ class Curves:
         return statistics.fmean(values[-tenth:]) / start if start else math.nan
 
     def last_pass(self, metric: str) -> float | None:
-        """Mean of ``metric`` over the steps of the last pass over judged examples; None where none logs it.
+        """Mean of ``metric`` over the steps of the last pass over judged examples; None if no step logs it.
 
-        An example's number is from before the step that trains on it: after one earlier pass, say, in the
-        second.
+        An example's number is computed before the step that trains on it, so in the second pass it is the
+        number after one pass.
         """
         end = max((line["learner/epoch"] for line in self.steps if "learner/epoch" in line), default=0.0)
-        found = [
+        values = [
             line[metric]
             for line in self.steps
             if metric in line and line.get("learner/epoch", -math.inf) > end - 1 + 1e-9
         ]
-        return statistics.fmean(found) if found else None
+        return statistics.fmean(values) if values else None
 
-    def touched(self) -> dict[str, float]:
-        """By control that says so, the mean share of tokens it touched; "clip": of those that the
+    def touched_shares(self) -> dict[str, float]:
+        """By control that reports it, the mean share of tokens that it changed; "clip": the share that the
         loss clipped, on either side.
         """
         names = sorted({name for line in self.steps for name in line if name.endswith("_touched")})
-        found = {name.partition("/")[2].removesuffix("_touched"): self._mean(name) for name in names}
+        shares = {name.partition("/")[2].removesuffix("_touched"): self._mean(name) for name in names}
         clipped = [
             self._mean(name)
             for name in ("loss/clip_low", "loss/clip_high")
             if any(name in line for line in self.steps)
         ]
-        return found | ({"clip": sum(clipped)} if clipped else {})
+        return shares | ({"clip": sum(clipped)} if clipped else {})
 
     def ceiling(self) -> Spread | None:
-        """The reward that the law (``law.py``) expects with entropy spent, from all of the run's
-        steps; None where it was not fitted.
+        """The reward that the law (``report/law.py``) predicts at zero entropy, from all steps of the run;
+        None if the law was not fitted.
         """
         lines = [line for line in self.steps if "law/ceiling" in line]
         return _with_bounds(lines[-1], "law/ceiling") if lines else None
@@ -133,24 +133,25 @@ class Curves:
         return statistics.fmean(line[metric] for line in self.steps if metric in line)
 
 
-def over_seeds(runs: Sequence[Curves], number: Callable[[Curves], Spread | None]) -> Spread | None:
-    """Mean over the runs that have it, with Student's interval; of a single run its own interval.
+def mean_over_runs(runs: Sequence[Curves], measure: Callable[[Curves], Spread | None]) -> Spread | None:
+    """Mean of ``measure`` over the runs that have it, with Student's interval; a single run keeps its own
+    interval.
 
-    None where no run has it.
+    None if no run has it.
     """
-    found = [one for run in runs if (one := number(run)) is not None]
-    if not found:
+    spreads = [spread for run in runs if (spread := measure(run)) is not None]
+    if not spreads:
         return None
-    return found[0] if len(found) == 1 else student([one.value for one in found])
+    return spreads[0] if len(spreads) == 1 else student_mean([spread.value for spread in spreads])
 
 
-def student(values: Sequence[float]) -> Spread:
-    """Mean with Student's 95 % interval over independent values; no bounds for fewer than two."""
+def student_mean(values: Sequence[float]) -> Spread:
+    """Mean with Student's 95 % interval over independent values; NaN bounds for fewer than two."""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Spread(mean, math.nan, math.nan)
-    half = student_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return Spread(mean, mean - half, mean + half)
+    half_width = student_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return Spread(mean, mean - half_width, mean + half_width)
 
 
 def _with_bounds(line: Line, metric: str) -> Spread:

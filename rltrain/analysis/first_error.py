@@ -1,8 +1,8 @@
-"""How well scores find what is wrong: AUC, and the first wrong step against guessing. numpy only.
+"""How well scores detect errors: AUC, and finding the first wrong step compared with guessing. numpy only.
 
-A process reward model never saw a label of a step; these numbers say what it knows of them nevertheless. The
-problem is what is resampled for intervals: solutions of one problem, and steps of one solution, are not
-independent of each other. Intervals are seeded 95 % percentile bootstraps, as in ``statistics.py``.
+An implicit process reward model is trained without step labels; these numbers measure what it knows about
+steps. Intervals resample problems, because the solutions of one problem and the steps of one solution are not
+independent of each other. They are seeded 95 % percentile bootstraps, as in ``report/statistics.py``.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from rltrain.report.statistics import Estimate
 __all__ = [
     "auc",
     "auc_difference",
+    "aucs_within_clusters",
     "clustered_auc",
     "commonest_place",
     "first_wrong",
-    "lowest_at",
-    "within_auc",
+    "lowest_pick_chance",
 ]
 
 
 def first_wrong(right: Sequence[bool | int | None]) -> int | None:
-    """Index of the first step called wrong; None where no step is.
+    """Index of the first wrong step; None if no step is wrong.
 
-    A step that nobody judged (None) is not wrong.
+    right: a verdict per step; a step without a verdict (None) does not count as wrong.
     """
-    return next((at for at, one in enumerate(right) if one is not None and not one), None)
+    return next((index for index, verdict in enumerate(right) if verdict is not None and not verdict), None)
 
 
-def lowest_at(values: Sequence[float], place: int) -> float:
-    """The chance that a pick of the lowest of ``values`` picks ``place``: 1, 0, or a share where several are
+def lowest_pick_chance(values: Sequence[float], place: int) -> float:
+    """The probability that picking the lowest of ``values`` picks ``place``: 1, 0, or a share if several are
     lowest.
 
-    Values that are all equal are guessing: 1 / K. Raises ValueError where a value is NaN or ``place`` is none
-    of theirs.
+    If all K values are equal it is 1 / K, as for guessing. Raises ValueError if a value is NaN or ``place``
+    is out of range.
     """
     if not 0 <= place < len(values):
         raise ValueError(f"there is no place {place} among {len(values)} values")
@@ -51,27 +51,26 @@ def lowest_at(values: Sequence[float], place: int) -> float:
 
 
 def commonest_place(examples: Sequence[tuple[int, int]], steps: int) -> int:
-    """Where, among ``steps`` steps, the first wrong one mostly is in ``examples`` of (number of steps, first
-    wrong one).
+    """The most frequent place of the first wrong step in a solution of ``steps`` steps, the earliest on ties.
 
-    Examples of as many steps decide; where there are none, all of them do by the place's share of the length.
-    The earliest on ties.
+    examples: (number of steps, place of the first wrong step). Only examples with ``steps`` steps count; if
+    there are none, all count, with their place scaled to ``steps`` steps.
     """
     if not examples:
         raise ValueError("no examples of a first wrong step; at least one is needed")
-    alike = [place for length, place in examples if length == steps]
-    if not alike:
-        alike = [
+    places = [place for length, place in examples if length == steps]
+    if not places:
+        places = [
             min(steps - 1, round(place / max(length - 1, 1) * (steps - 1))) for length, place in examples
         ]
-    counts = Counter(alike)
+    counts = Counter(places)
     return min(counts, key=lambda place: (-counts[place], place))
 
 
 def auc(scores: Sequence[float], positive: Sequence[bool | int]) -> float:
-    """The chance that a positive's score is above a negative's, ties half.
+    """The probability that a positive's score is above a negative's; ties count one half.
 
-    Raises ValueError unless both kinds are there.
+    Raises ValueError unless there are positives and negatives.
     """
     return _Ranked(scores, positive, range(len(scores))).auc(np.ones(len(scores)))
 
@@ -86,10 +85,10 @@ def clustered_auc(
 ) -> Estimate:
     """``auc`` with an interval over clusters drawn with replacement.
 
-    Draws without one of the two kinds are left out.
+    Draws without positives or without negatives are left out.
     """
     ranked = _Ranked(scores, positive, cluster)
-    drawn = [ranked.auc(weights) for weights in _draws(ranked.clusters, seed, resamples)]
+    drawn = [ranked.auc(weights) for weights in _cluster_weights(ranked.clusters, seed, resamples)]
     return Estimate(auc(scores, positive), *_interval(drawn), ranked.clusters)
 
 
@@ -102,65 +101,80 @@ def auc_difference(
     seed: int,
     resamples: int = 2000,
 ) -> Estimate:
-    """AUC of ``scores`` less that of ``others`` on the same examples, with the interval of the
-    difference in the same draws.
+    """AUC of ``scores`` minus that of ``others`` on the same examples, with an interval from the same
+    draws.
     """
-    one, other = _Ranked(scores, positive, cluster), _Ranked(others, positive, cluster)
-    drawn = [one.auc(weights) - other.auc(weights) for weights in _draws(one.clusters, seed, resamples)]
-    return Estimate(auc(scores, positive) - auc(others, positive), *_interval(drawn), one.clusters)
+    ranked = _Ranked(scores, positive, cluster)
+    other_ranked = _Ranked(others, positive, cluster)
+    drawn = [
+        ranked.auc(weights) - other_ranked.auc(weights)
+        for weights in _cluster_weights(ranked.clusters, seed, resamples)
+    ]
+    return Estimate(auc(scores, positive) - auc(others, positive), *_interval(drawn), ranked.clusters)
 
 
-def within_auc(
+def aucs_within_clusters(
     scores: Sequence[float], positive: Sequence[bool | int], cluster: Sequence[int]
 ) -> list[float]:
-    """``auc`` inside each cluster that has both kinds: what is left when clusters differ in how often
-    they are positive.
+    """``auc`` inside each cluster that has positives and negatives. It does not profit from clusters that
+    differ in their share of positives.
     """
     members: Mapping[int, list[int]] = defaultdict(list)
-    for at, name in enumerate(cluster):
-        members[name].append(at)
-    mixed = [at for at in members.values() if len({bool(positive[one]) for one in at}) == 2]
-    return [auc([scores[one] for one in at], [positive[one] for one in at]) for at in mixed]
+    for indices, name in enumerate(cluster):
+        members[name].append(indices)
+
+    aucs = []
+    for indices in members.values():
+        labels = [positive[index] for index in indices]
+        if len(set(map(bool, labels))) == 2:
+            aucs.append(auc([scores[index] for index in indices], labels))
+    return aucs
 
 
 class _Ranked:
-    """Scores sorted once, for the AUC under many weightings of their clusters."""
+    """Scores sorted once, for the AUC under many weightings of the clusters."""
 
     def __init__(
         self, scores: Sequence[float], positive: Sequence[bool | int], cluster: Sequence[int]
     ) -> None:
-        values, kind = np.asarray(scores, dtype=np.float64), np.asarray(positive, dtype=bool)
-        if not len(values) == len(kind) == len(cluster):
+        values = np.asarray(scores, dtype=np.float64)
+        is_positive = np.asarray(positive, dtype=bool)
+        if not len(values) == len(is_positive) == len(cluster):
             raise ValueError(
-                f"{len(values)} scores, {len(kind)} labels and {len(cluster)} clusters; there must be as "
-                "many of each"
+                f"{len(values)} scores, {len(is_positive)} labels and {len(cluster)} clusters; their numbers "
+                "must be equal"
             )
         if np.isnan(values).any():
             raise ValueError(
                 f"{int(np.isnan(values).sum())} of {len(values)} scores are NaN; leave those examples out "
                 "and say how many"
             )
-        if kind.all() or not kind.any():
+        if is_positive.all() or not is_positive.any():
             raise ValueError(
-                f"{int(kind.sum())} of {len(kind)} examples are positive; an AUC compares positives with "
-                "negatives"
+                f"{int(is_positive.sum())} of {len(is_positive)} examples are positive; an AUC compares "
+                "positives with negatives"
             )
+
         order = np.argsort(values, kind="stable")
         names, index = np.unique(np.asarray(cluster), return_inverse=True)
-        self.clusters, self._cluster, self._kind = len(names), index[order], kind[order]
+        self.clusters = len(names)
+        self._cluster = index[order]
+        self._is_positive = is_positive[order]
         self._starts = np.flatnonzero(np.r_[True, np.diff(values[order]) > 0])  # of runs of equal scores
 
     def auc(self, weights: NDArray[np.float64]) -> float:
-        """weights: of each cluster (C,). NaN where they leave one kind without weight."""
+        """weights: (C,) of the clusters. NaN if the positives or the negatives have no weight."""
         weight = weights[self._cluster]
-        above = np.add.reduceat(weight * self._kind, self._starts)
-        below = np.add.reduceat(weight * ~self._kind, self._starts)
-        total = above.sum() * below.sum()
-        return float((above * (below.cumsum() - below / 2)).sum() / total) if total > 0 else math.nan
+        positives = np.add.reduceat(weight * self._is_positive, self._starts)
+        negatives = np.add.reduceat(weight * ~self._is_positive, self._starts)
+        total = positives.sum() * negatives.sum()
+        if total <= 0:
+            return math.nan
+        return float((positives * (negatives.cumsum() - negatives / 2)).sum() / total)
 
 
-def _draws(clusters: int, seed: int, resamples: int) -> list[NDArray[np.float64]]:
-    """How often each cluster comes up in each draw; none for fewer than two clusters."""
+def _cluster_weights(clusters: int, seed: int, resamples: int) -> list[NDArray[np.float64]]:
+    """How often each cluster is drawn in each resample; empty for fewer than two clusters."""
     generator = np.random.default_rng(seed)
     count = 0 if clusters < 2 else resamples
     return [
@@ -170,8 +184,8 @@ def _draws(clusters: int, seed: int, resamples: int) -> list[NDArray[np.float64]
 
 
 def _interval(drawn: Sequence[float]) -> tuple[float, float]:
-    found = [value for value in drawn if not math.isnan(value)]
-    if not found:
+    values = [value for value in drawn if not math.isnan(value)]
+    if not values:
         return math.nan, math.nan
-    low, high = np.quantile(found, [0.025, 0.975])
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)

@@ -1,9 +1,9 @@
-"""What choosing one of n samples is worth: expected accuracy over all choices of n among the m samples at
-hand. numpy only.
+"""The accuracy of choosing one of n samples: its expectation over all choices of n among the m given samples.
+numpy only.
 
 The samples of a prompt are exchangeable, so the mean over subsets is the unbiased estimate that uses every
-sample. Best of n by a score has it in closed form (``best_of_n.expected_best``); for votes all subsets are
-counted, or a seeded sample of them where they are many.
+sample. It has a closed form for best of n by a score (``best_of_n.expected_best``); votes are counted over
+all subsets, or over a seeded sample of the subsets if there are many.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ class Samples:
     """The m completions of one prompt."""
 
     correct: tuple[float, ...]  # 1 right, 0 wrong or ungraded
-    answers: tuple[
-        Hashable | None, ...
-    ] = ()  # equal for equal answers; None where none was found: it has no vote
-    scores: tuple[float, ...] = ()  # a reward model's
+    # equal answers are equal objects; None: no answer was extracted, so there is no vote
+    answers: tuple[Hashable | None, ...] = ()
+    scores: tuple[float, ...] = ()  # by a reward model
 
 
 @dataclass(frozen=True)
@@ -46,34 +45,39 @@ class Selection:
 
     def metrics(self) -> dict[str, float]:
         name = f"eval/{self.selector}@{self.n}"
-        found = {
+        values = {
             name: self.accuracy.value,
             f"{name}_low": self.accuracy.low,
             f"{name}_high": self.accuracy.high,
         }
-        return found | {f"eval/kl_spent@{self.n}": kl_bound(self.n)}
+        return values | {f"eval/kl_spent@{self.n}": kl_bound(self.n)}
 
 
 SELECTORS: dict[str, Callable[[Samples, int], float]] = {
-    "implicit_prm": lambda one, n: expected_best(one.correct, n, one.scores),
-    "rm": lambda one, n: expected_best(one.correct, n, one.scores),
-    "oracle": lambda one, n: expected_best(one.correct, n),
-    "majority": lambda one, n: expected_vote(one.correct, one.answers, [1.0] * len(one.correct), n),
-    "weighted_majority": lambda one, n: expected_vote(one.correct, one.answers, _sigmoid(one.scores), n),
+    "implicit_prm": lambda samples, n: expected_best(samples.correct, n, samples.scores),
+    "rm": lambda samples, n: expected_best(samples.correct, n, samples.scores),
+    "oracle": lambda samples, n: expected_best(samples.correct, n),
+    "majority": lambda samples, n: expected_vote(
+        samples.correct, samples.answers, [1.0] * len(samples.correct), n
+    ),
+    "weighted_majority": lambda samples, n: expected_vote(
+        samples.correct, samples.answers, _sigmoid(samples.scores), n
+    ),
 }
 
 
 def selections(prompts: Sequence[Samples], selector: str, sizes: Sequence[int]) -> list[Selection]:
     """Accuracy at every n of ``sizes``, with intervals over prompts.
 
-    Raises ValueError where a prompt has fewer samples than n.
+    Raises ValueError if a prompt has fewer samples than n.
     """
     return [Selection(selector, n, select_answers(prompts, selector, n)) for n in sizes]
 
 
 def select_answers(prompts: Sequence[Samples], selector: str, n: int) -> Estimate:
     return average(
-        [SELECTORS[selector](one, n) for one in prompts], seed=stable_hash("bootstrap", len(prompts), n)
+        [SELECTORS[selector](samples, n) for samples in prompts],
+        seed=stable_hash("bootstrap", len(prompts), n),
     )
 
 
@@ -83,35 +87,35 @@ def expected_vote(
     """Accuracy of the answer with the largest summed weight among n of the m samples, mean over all choices
     of n.
 
-    Tied answers share: in a random order of the samples each is as likely to come first, which is the usual
-    rule for ties. An answer is as right as the chosen samples that give it are on average; without any answer
-    the vote is lost.
+    Tied answers share: in a random order of the samples each is equally likely to come first, and the first
+    wins by the usual rule. The correctness of an answer is the mean over the chosen samples that give it;
+    without any answer it is 0.
     """
     m = len(correct)
     if not 1 <= n <= m:
         raise ValueError(f"a vote of {n} cannot be estimated from {m} samples; n lies between 1 and {m}")
-    numbers = {
-        answer: number
-        for number, answer in enumerate(dict.fromkeys(one for one in answers if one is not None))
-    }
+    distinct = dict.fromkeys(answer for answer in answers if answer is not None)
+    numbers = {answer: number for number, answer in enumerate(distinct)}
     if not numbers:
         return 0.0
-    kinds, silent = len(numbers) + 1, len(numbers)
-    kind = np.array([silent if answer is None else numbers[answer] for answer in answers])
+
+    no_answer = len(numbers)
+    kinds = len(numbers) + 1
+    answer_number = np.array([no_answer if answer is None else numbers[answer] for answer in answers])
     chosen = _subsets(m, n)
-    place = np.arange(len(chosen))[:, None] * kinds + kind[chosen]
+    place = np.arange(len(chosen))[:, None] * kinds + answer_number[chosen]
     size = len(chosen) * kinds
 
-    def summed(values: Sequence[float]) -> NDArray[np.float64]:
+    def sum_by_answer(values: Sequence[float]) -> NDArray[np.float64]:
         """(subsets, answers)"""
-        given = np.asarray(values, dtype=np.float64)[chosen].ravel()
-        sums = np.bincount(place.ravel(), given, minlength=size).astype(
-            np.float64
-        )  # floats already: numpy's types say whole numbers
-        return sums.reshape(len(chosen), kinds)[:, :silent]
+        chosen_values = np.asarray(values, dtype=np.float64)[chosen].ravel()
+        # the sums are floats already; the cast is for numpy's type hints, which declare integers
+        sums = np.bincount(place.ravel(), chosen_values, minlength=size).astype(np.float64)
+        return sums.reshape(len(chosen), kinds)[:, :no_answer]
 
-    weight, count, right = summed(weights), summed([1.0] * m), summed(correct)
-    weight = np.where(count > 0, weight, -1.0)
+    count = sum_by_answer([1.0] * m)
+    right = sum_by_answer(correct)
+    weight = np.where(count > 0, sum_by_answer(weights), -1.0)
     top = weight.max(axis=1, keepdims=True)
     winners = (weight >= top - 1e-12 * np.abs(top)) & (count > 0)
     share = np.divide(right, count, out=np.zeros_like(right), where=count > 0)
@@ -119,7 +123,7 @@ def expected_vote(
 
 
 def _subsets(m: int, n: int) -> NDArray[np.int64]:
-    """(S, n) positions: all choices of n among m, or as many as are taken, drawn with a fixed seed."""
+    """(S, n) positions: all choices of n among m, or if there are many a sample drawn with a fixed seed."""
     if math.comb(m, n) <= _MOST_SUBSETS:
         return np.array(list(itertools.combinations(range(m), n)), dtype=np.int64)
     generator = np.random.default_rng(stable_hash("subsets", m, n))

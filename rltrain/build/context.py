@@ -1,4 +1,4 @@
-"""What a run is given besides its recipe."""
+"""The inputs of a run besides its recipe."""
 
 from __future__ import annotations
 
@@ -12,27 +12,25 @@ from rltrain.process import Process
 __all__ = ["RunContext"]
 
 
-def _never() -> bool:
+def _no_stop_request() -> bool:
     return False
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """checkpoint: the folder to continue from; None: the run starts. should_stop: whether the run is to end
+    """checkpoint: the folder to continue from; None: a new run. should_stop: whether the run must end
     after this step.
 
-    digests: of code, data and models that the run reads besides its recipe.
+    digests: of the code, data and models that the run reads besides its recipe.
     """
 
     folder: RunFolder
     checkpoint: Path | None = None
     process: Process = field(default_factory=Process)
-    should_stop: Callable[[], bool] = _never
+    should_stop: Callable[[], bool] = _no_stop_request
     digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_fresh(self) -> bool:
-        """Whether the run starts, so that no saved state replaces what is measured on the starting
-        weights.
-        """
+        """Whether the run is new, so that no saved state replaces what is measured on its first weights."""
         return self.checkpoint is None

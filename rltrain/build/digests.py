@@ -1,4 +1,4 @@
-"""What a run reads beside its recipe and must read again when it goes on: the date in its prompts,
+"""What a run reads besides its recipe and must read unchanged when it resumes: the date in its prompts,
 code, data and models.
 """
 
@@ -27,8 +27,8 @@ _Recipe = TypeVar("_Recipe", bound=Section)
 
 
 def with_prompt_date(recipe: _Recipe, date: dt.date | None = None) -> _Recipe:
-    """The recipe with the date that chat templates print, where one of its models has such a
-    template: ``date``, or today.
+    """The recipe with the date that chat templates print (``date``, or today) if the template of one
+    of its models prints a date.
     """
     settings: Any = recipe
     if settings.data.date is not None or settings.data.chat_template == "none":
@@ -44,15 +44,18 @@ def with_prompt_date(recipe: _Recipe, date: dt.date | None = None) -> _Recipe:
 
 
 def common_date(recipes: Sequence[Any], out: Path) -> dt.date | None:
-    """One date for all runs of a comparison below ``out``, that of its first run where there is one;
-    None: no template prints any.
+    """One date for all runs of a comparison below ``out``: that of its first saved run, else today.
+
+    None: no template prints a date.
     """
     dates = [date for date in (with_prompt_date(recipe).data.date for recipe in recipes) if date is not None]
     if not dates:
         return None
-    begun = sorted(out.glob("*/seed-*"))
+    run_folders = sorted(out.glob("*/seed-*"))
     saved = [
-        date for date in (saved_date(RunFolder.at(folder), AUTO) for folder in begun) if date is not None
+        date
+        for date in (saved_date(RunFolder.from_path(folder), AUTO) for folder in run_folders)
+        if date is not None
     ]
     return (saved or dates)[0]
 
@@ -65,29 +68,33 @@ _JUDGES: Mapping[str, Callable[[Any], Sequence[MethodRef]]] = {
 
 
 def judging_models(recipe: Any) -> Iterator[str]:
-    """Models that grade or compare completions, which they read in a template of their own."""
+    """Models that grade or compare completions; each reads them in its own chat template."""
     yield from (str(judge.hp["path"]) for judge in _JUDGES[recipe.kind](recipe) if judge.hp.get("path"))
 
 
 def input_digests(recipe: Section, inputs: RunInputs | OfflineInputs) -> dict[str, str]:
-    """Digests by name of what a run of the recipe reads beside it.
+    """Digests, by name, of what a run reads besides its recipe.
 
-    Raises ValueError where a file of code cannot be read.
+    Raises ValueError if a code file cannot be read.
     """
-    plain = recipe.model_dump(mode="json")
-    found = code_digests(plain) | model_digests(plain) | column_digests("data.train", rows_of(inputs.train))
+    recipe_fields = recipe.model_dump(mode="json")
+    digests = (
+        code_digests(recipe_fields)
+        | model_digests(recipe_fields)
+        | column_digests("data.train", rows_of(inputs.train))
+    )
     if inputs.held_out is not None:
-        found |= column_digests("data.eval", rows_of(inputs.held_out))
-    return found
+        digests |= column_digests("data.eval", rows_of(inputs.held_out))
+    return digests
 
 
 def rows_of(data: PromptSet | PairSet | LabelSet) -> Iterator[Mapping[str, Any]]:
-    """What is trained on and graded by, a mapping for each row."""
+    """One mapping per row: the columns that training and grading read."""
     if isinstance(data, PromptSet):
         yield from ({"prompt": prompt.token_ids, **prompt.columns} for prompt in data.prompts)
-    else:
-        rows = data.pairs if isinstance(data, PairSet) else data.completions
-        yield from ({one.name: getattr(row, one.name) for one in dataclasses.fields(row)} for row in rows)
+        return
+    for row in data.pairs if isinstance(data, PairSet) else data.completions:
+        yield {column.name: getattr(row, column.name) for column in dataclasses.fields(row)}
 
 
 def _today() -> dt.date:

@@ -1,4 +1,4 @@
-"""The one place that makes rollout engines. An engine's module is imported only when a recipe names it."""
+"""Builds rollout engines. An engine's module is imported only when a recipe names that engine."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ def build_engine(
     tokenization: Tokenization,
     device: torch.device,
 ) -> RolloutEngine:
-    """The engine that ``rollout`` names, without weights yet.
+    """The engine that ``rollout`` names, without weights.
 
-    precision: the learner's, which the engine's weights follow on a GPU.
+    precision: the learner's; on a GPU the engine's weights have the same.
     """
     if rollout.engine == "transformers":
-        stop_tokens, decode = tokenization.stop_tokens, tokenization.decode
-        return build_transformers_engine(model, precision, stop_tokens, decode, rollout.max_rows, device)
+        return build_transformers_engine(
+            model, precision, tokenization.stop_tokens, tokenization.decode, rollout.max_rows, device
+        )
 
     from rltrain.rollout.engines.vllm.colocated import VllmColocated
 
@@ -51,7 +52,7 @@ def build_engine(
 
 
 def build_sampler(data: Data, rollout: Rollout, engine: RolloutEngine, tokenization: Tokenization) -> Sampler:
-    """What writes the completions: the engine, or in an environment a player of episodes that asks it."""
+    """What writes the completions: the engine, or with an environment a player of episodes that calls it."""
     ref = rollout.environment
     if ref is None:
         return engine
@@ -74,7 +75,7 @@ def build_transformers_engine(
     max_rows: int,
     device: torch.device,
 ) -> RolloutEngine:
-    """The embedded engine. max_rows: rows that it decodes at once."""
+    """The engine inside this process. max_rows: rows that it decodes at once."""
     from rltrain.rollout.engines.transformers.engine import TransformersEngine
 
     return TransformersEngine(

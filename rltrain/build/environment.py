@@ -1,4 +1,4 @@
-"""What plays the episodes of a recipe: worker processes, and the dialogue between them and the policy."""
+"""The parts that play a recipe's episodes: worker processes, and the dialogue between them and the policy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rltrain.types.samples import Prompt
 
 
 def build_pool(ref: EnvironmentRef) -> EnvironmentPool:
-    """The processes that episodes are played in; they start at once."""
+    """The processes in which episodes are played; they start immediately."""
     module, attribute = user_class(ref.name) or (
         ENVIRONMENTS.spec(ref.name).module,
         ENVIRONMENTS.spec(ref.name).attribute,
@@ -24,8 +24,13 @@ def build_pool(ref: EnvironmentRef) -> EnvironmentPool:
 
 
 def build_dialogue(data: Data, ref: EnvironmentRef, tokenization: Tokenization) -> Dialogue:
-    stop, limit = tokenization.stop_tokens.stop, ref.observation_tokens
-    return Dialogue(tokenization.tokenizer, stop, data, role=ref.role, observation_tokens=limit)
+    return Dialogue(
+        tokenization.tokenizer,
+        tokenization.stop_tokens.stop,
+        data,
+        role=ref.role,
+        observation_tokens=ref.observation_tokens,
+    )
 
 
 def check_environment(
@@ -33,17 +38,21 @@ def check_environment(
 ) -> None:
     """Begins one episode.
 
-    Raises ValueError where the environment cannot be made, refuses the task, or cannot speak to the policy.
+    Raises ValueError if the environment cannot be created, refuses the task, or if its text cannot be
+    rendered for the policy.
     """
     if ref is None:
         return
-    dialogue, pool = build_dialogue(data, ref, tokenization), build_pool(ref)
+
+    dialogue = build_dialogue(data, ref, tokenization)
+    pool = build_pool(ref)
     try:
         pool.begin([(Task(prompt.id, prompt.text, dict(prompt.columns)), 0)])
         [(_, opening)] = pool.answers()
         pool.end()
     finally:
         pool.close()
+
     if isinstance(opening, Failure):
         raise ValueError(
             f"rollout.environment {ref.name} fails on the first task ({opening.reason}): {opening.message}"

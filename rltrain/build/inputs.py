@@ -1,5 +1,6 @@
-"""What a run works on: language, prompts and rewards, each tried out before any weight is loaded,
-cheapest first.
+"""The inputs of a run on sampled completions: tokenizer, prompts and rewards.
+
+Each is checked before any weight is loaded, the cheapest check first.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from rltrain.round_trip import LOSSY
 from rltrain.seeds import stable_hash
 from rltrain.types.samples import Prompt
 
-REWARD_MODEL = "reward_model"  # the reward that no process of the pool computes, but the learner's own
+REWARD_MODEL = "reward_model"  # the only reward that the learner's process computes, not the reward pool
 
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run works on, loaded and checked before any weight is."""
+    """The inputs of a run on sampled completions, loaded and checked before any weight."""
 
     tokenization: Tokenization
     train: PromptSet
@@ -37,13 +38,15 @@ class RunInputs:
 
 
 def load_inputs(recipe: SampledRecipe, models: Mapping[str, str | None] | None = None) -> RunInputs:
-    """Loads tokenizer, prompts and rewards, and tries each. Raises ValueError or OSError for what a user can
-    mend.
+    """Loads tokenizer, prompts and rewards, and tries each. Raises ValueError or OSError for a mistake that
+    the user can correct.
 
-    models: by key, further models that read the policy's tokens.
+    models: by recipe key, further models that read the policy's tokens.
     """
-    data, rollout = recipe.data, recipe.rollout
-    tokenization, sizes = load_tokenization(recipe.model, data, rollout), sizes_of(data, rollout)
+    data = recipe.data
+    rollout = recipe.rollout
+    tokenization = load_tokenization(recipe.model, data, rollout)
+    sizes = sizes_of(data, rollout)
     require_weights(recipe.model.path, recipe.model.revision, "logits")
     for key, path, head in _models_sharing_tokenizer(recipe, models or {}):
         require_companion(tokenization.tokenizer, recipe.model.path, key, path, head=head, sizes=sizes)
@@ -67,8 +70,8 @@ def load_inputs(recipe: SampledRecipe, models: Mapping[str, str | None] | None =
 def _load_prompt_sets(
     data: Data, count: int, seed: int, tokenization: Tokenization
 ) -> tuple[PromptSet, PromptSet | None]:
-    """The training prompts, and ``count`` held-out ones that are not among them; None where the
-    recipe has none.
+    """The training prompts, and ``count`` held-out prompts that are not among them; None if the
+    recipe has no held-out data.
     """
     train = load_prompts(data, "train", tokenization.tokenizer, seed=seed, limit=data.max_prompts)
     if data.eval is None:
@@ -80,7 +83,7 @@ def _load_prompt_sets(
 
 
 def process_reward_models(settings: ProcessReward | None) -> dict[str, str | None]:
-    """The models of ``process_reward``, by key."""
+    """The models of ``process_reward``, by recipe key."""
     if settings is None:
         return {}
     reference = None if settings.reference == POLICY else settings.reference
@@ -101,26 +104,26 @@ def _models_sharing_tokenizer(
 
 
 def check_reward_model_columns(stage: RewardStage, prompts: Sequence[Prompt]) -> None:
-    """Raises ValueError where a reward model is to read a column that a row lacks."""
-    columns = [ref.hp.get("prompt_column") for ref in stage.functions if ref.name == REWARD_MODEL]
-    for column in (str(name) for name in columns if name is not None):
+    """Raises ValueError if a reward model reads a column that some row lacks."""
+    names = [ref.hp.get("prompt_column") for ref in stage.functions if ref.name == REWARD_MODEL]
+    columns = [str(name) for name in names if name is not None]
+    for column in columns:
         for prompt in prompts:
             if not isinstance(prompt.columns.get(column), str | list):
-                there = ", ".join(sorted(prompt.columns)) or "none"
+                present = ", ".join(sorted(prompt.columns)) or "none"
                 raise ValueError(
                     f"reward_model: prompt_column is {column!r}, and {prompt.id} has no text or messages "
-                    f"there; its columns are: {there}. "
+                    f"there; its columns are: {present}. "
                     f"Keep the prompt under a second name, as in data.columns {{prompt: question, {column}: "
                     "question}"
                 )
 
 
 def build_grader(stage: RewardStage, deadline_seconds: float) -> RewardPool:
-    """The rewards that run in processes of their own."""
+    """The rewards that run in separate processes."""
     calls = [RewardCall(ref.name, ref.weight, ref.hp) for ref in stage.functions if ref.name != REWARD_MODEL]
-    calls = calls or [RewardCall("none", 0.0, {})]
     return RewardPool(
-        calls,
+        calls or [RewardCall("none", 0.0, {})],
         workers=stage.workers,
         seconds=stage.seconds,
         memory_gib=stage.memory_gib,
@@ -129,7 +132,7 @@ def build_grader(stage: RewardStage, deadline_seconds: float) -> RewardPool:
 
 
 def summarize(inputs: RunInputs) -> Iterator[str]:
-    """What was loaded and what was dropped, one line each."""
+    """How many prompts were loaded and dropped, one line per set, and warnings."""
     for name, prompts in (("training", inputs.train), ("held-out", inputs.held_out)):
         if prompts is not None:
             dropped = ", ".join(f"{count} {reason}" for reason, count in prompts.dropped.items() if count)

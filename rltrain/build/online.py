@@ -1,8 +1,8 @@
-"""Recipe names to objects, for recipes that learn from rewards.
+"""Builds the run of a recipe that learns from rewards.
 
-What a user can get wrong is checked first, cheapest first, and before the run folder is made: recipe, model
-folder, data, rewards, folder (``build/inputs.py``). Only then are weights loaded: the learner here, what
-samples and grades in ``build/rollout.py``, what is written in ``build/outputs.py``.
+The user's mistakes are found before the run folder is made, by the cheapest checks first: recipe, model
+folder, data, rewards, folder (``build/inputs.py``). Only then are weights loaded. This module builds the
+learner, ``build/rollout.py`` the parts that sample and grade, ``build/outputs.py`` the parts that write.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def build_online_run(recipe: OnlineRecipe, inputs: RunInputs, context: RunContex
     advantage = ADVANTAGES.bind(recipe.advantage.name, recipe.advantage.hp)
     controls = [TOKEN_CONTROLS.bind(ref.name, ref.hp) for ref in recipe.control]
     step_controls, update_controls = split_by_timing(controls)
-    controllers, law = build_controllers(recipe.loss, recipe.train.steps), Law()
+    controllers = build_controllers(recipe.loss, recipe.train.steps)
+    law = Law()
     objective = build_objective(recipe.loss, controllers)
 
     before = _needed_before_updates(recipe, advantage, controls)
@@ -93,45 +94,45 @@ def build_online_run(recipe: OnlineRecipe, inputs: RunInputs, context: RunContex
 def _needed_before_updates(
     recipe: OnlineRecipe, advantage: BoundMethod, controls: Sequence[BoundMethod]
 ) -> frozenset[str]:
-    """What advantage, controls and the process reward model need before the first update."""
+    """The statistics that advantage, controls and the process reward model need before the first update."""
     needs = advantage.needs.union(*(control.needs for control in controls))
     settings = recipe.process_reward
     return needs | {"old_logp"} if settings is not None and settings.reference == POLICY else needs
 
 
 def load_frozen_models(model: Model, learner: PolicyLearner, needs: frozenset[str]) -> None:
-    """Reference and teacher, where something needs their log-probs."""
+    """Loads reference and teacher if their log-probs are needed."""
     for statistic, path in (("ref_logp", model.reference), ("teacher_logp", model.teacher)):
         if statistic in needs:
             learner.use_frozen(statistic, path, model)
 
 
 def needed_passes(recipe: OnlineRecipe, before: frozenset[str], losses: frozenset[str]) -> frozenset[str]:
-    """The no-grad passes of a step: exactly what is needed and cannot be had from the gradient pass.
+    """The no-grad passes of a step: exactly the statistics that the gradient pass cannot provide.
 
-    before: needed by advantage and controls. losses: by policy loss and terms. With one update per rollout a
-    ratio is taken against the gradient pass's own log-probs, and with ``rollout.trust_logp`` against the
-    engine's: no pass in either case.
+    before: statistics that advantage and controls need. losses: those that policy loss and terms need. The
+    ratio is taken against the gradient pass's own log-probs if a rollout has one update, and against the
+    engine's with ``rollout.trust_logp``: neither case needs a pass.
     """
-    wants: set[str] = set()
-    several = recipe.learner.updates * recipe.learner.epochs > 1
-    if not recipe.rollout.trust_logp and ("old_logp" in before or ("old_logp" in losses and several)):
-        wants |= {"logp", "entropy"}  # the entropy costs next to nothing once the logits are there
+    passes: set[str] = set()
+    several_updates = recipe.learner.updates * recipe.learner.epochs > 1
+    if not recipe.rollout.trust_logp and ("old_logp" in before or ("old_logp" in losses and several_updates)):
+        passes |= {"logp", "entropy"}  # the entropy costs almost nothing once the logits are computed
     if "old_entropy" in before | losses:
-        wants |= {"logp", "entropy"} if not recipe.rollout.trust_logp else {"entropy"}
-    wants |= {
+        passes |= {"logp", "entropy"} if not recipe.rollout.trust_logp else {"entropy"}
+    passes |= {
         name
         for name in before
         if name.partition(":")[0] in STATISTICS and name not in current_policy_needs(before)
     }
-    wants |= {name for name in before | losses if name == "alignment" or name.startswith(MASS)}
-    return frozenset(wants | (FROZEN & (before | losses)))
+    passes |= {name for name in before | losses if name == "alignment" or name.startswith(MASS)}
+    return frozenset(passes | (FROZEN & (before | losses)))
 
 
 def build_learner(
     recipe: OnlineRecipe, checkpoint: Path | None = None, process: Process = ALONE
 ) -> PolicyLearner:
-    """With the recipe's weights, or those of ``checkpoint``."""
+    """The learner with the recipe's weights, or those of ``checkpoint``."""
     settings = recipe.learner
     return PolicyLearner(
         initial_model(recipe.model, checkpoint),
@@ -147,8 +148,8 @@ def build_learner(
 def build_process_reward(
     recipe: OnlineRecipe, checkpoint: Path | None = None, process: Process = ALONE
 ) -> ProcessRewardLearner | None:
-    """The model that learns process rewards, with the recipe's weights or those of ``checkpoint``;
-    None without one.
+    """The model that learns process rewards, with the recipe's weights or those of ``checkpoint``; None
+    if the recipe has no such model.
     """
     settings = recipe.process_reward
     if settings is None:
@@ -174,7 +175,7 @@ def build_process_reward(
 
 
 def build_objective(loss: Loss, controllers: Mapping[int, Controller]) -> Objective:
-    """controllers: ``build_controllers``, of the terms whose coefficient is no number."""
+    """controllers: from ``build_controllers``, for the terms whose coefficient is not a number."""
     return Objective(
         policy_loss=POLICY_LOSSES.bind(loss.policy.name, loss.policy.hp),
         terms=tuple(build_term(term, controllers.get(place)) for place, term in enumerate(loss.terms)),
@@ -183,13 +184,13 @@ def build_objective(loss: Loss, controllers: Mapping[int, Controller]) -> Object
 
 
 def build_controllers(loss: Loss, steps: int) -> dict[int, Controller]:
-    """By the place of their term in ``loss.terms``; a term whose coefficient is a number has none."""
+    """By the position of their term in ``loss.terms``; a term whose coefficient is a number has none."""
     controllers: dict[int, Controller] = {}
     for place, term in enumerate(loss.terms):
         ref = term.coefficient
         if isinstance(ref, MethodRef):
-            make = COEFFICIENTS.bind(ref.name, ref.hp)
-            controllers[place] = make(**dict.fromkeys(make.spec.inputs, steps))
+            coefficient = COEFFICIENTS.bind(ref.name, ref.hp)
+            controllers[place] = coefficient(**dict.fromkeys(coefficient.spec.inputs, steps))
     return controllers
 
 

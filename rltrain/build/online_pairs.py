@@ -1,6 +1,6 @@
-"""What a recipe that learns from pairs of the policy's own completions is made of.
+"""Builds the run of a recipe that learns from pairs of the policy's own completions.
 
-Its sampling half is ``build/rollout.py``'s.
+``build/rollout.py`` builds the parts that sample and grade.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ __all__ = ["build_pair_run", "build_pairing"]
 def build_pair_run(recipe: OnlinePairsRecipe, inputs: RunInputs, context: RunContext) -> PairRun:
     """Loads weights and starts the engine."""
     seed_everything(recipe.seed)
-    process, ref = context.process, recipe.loss.preference
+    process = context.process
+    ref = recipe.loss.preference
     objective = PreferenceObjective(PREFERENCE_LOSSES.bind(ref.name, ref.hp))
     learner = build_pair_learner(recipe, objective, context.checkpoint, process)
     inputs.grader.log_to(context.folder.rewards_log(process.rank))
@@ -71,10 +72,11 @@ def build_pair_run(recipe: OnlinePairsRecipe, inputs: RunInputs, context: RunCon
 def build_pair_learner(
     recipe: OnlinePairsRecipe, objective: PreferenceObjective, checkpoint: Path | None, process: Process
 ) -> PairLearner:
-    """With the recipe's weights, or those of ``checkpoint``, and beside it the frozen models that
-    loss and judge need.
+    """The learner with the recipe's weights, or those of ``checkpoint``, and the frozen models that loss
+    and judge need.
     """
-    settings, model = recipe.learner, recipe.model
+    settings = recipe.learner
+    model = recipe.model
     learner = PairLearner(
         initial_model(model, checkpoint),
         settings,
@@ -94,49 +96,56 @@ def build_pair_learner(
 def build_pairing(
     recipe: OnlinePairsRecipe, tokenization: Tokenization, learner: PairLearner, process: Process
 ) -> Pairing:
-    """The judge, and how pairs are made of what it says. Raises UserError where the judge cannot be had."""
-    settings, most = recipe.pairs, recipe.learner.tokens_per_micro_batch
+    """The judge, and how its verdicts make pairs. Raises UserError if the judge cannot be loaded."""
+    settings = recipe.pairs
+    max_batch_tokens = recipe.learner.tokens_per_micro_batch
 
     def log_probs(rows: TokenRows, by: Literal["policy", "reference"]) -> Tensor:
         frozen = learner.frozen["ref_logp"] if by == "reference" else None
         return learner.log_probs(rows, sides=2, frozen=frozen)
 
-    def rendered(text: str) -> list[int]:
-        data, tokenizer = recipe.data, tokenization.tokenizer
-        return render(text, tokenizer, system=None, chat_template=data.chat_template, date=data.date)[1]
+    def render_prompt(text: str) -> list[int]:
+        _, token_ids = render(
+            text,
+            tokenization.tokenizer,
+            system=None,
+            chat_template=recipe.data.chat_template,
+            date=recipe.data.date,
+        )
+        return token_ids
 
     context = context_of(learner.model.config)
-    means = JudgeContext(
+    judge_context = JudgeContext(
         log_probs=log_probs,
-        render=rendered,
+        render=render_prompt,
         decode=tokenization.decode,
         word=partial(first_token, tokenization),
         reward_model=partial(
-            RewardModel, device=learner.device, tokens_per_micro_batch=most, date=recipe.data.date
+            RewardModel, device=learner.device, tokens_per_micro_batch=max_batch_tokens, date=recipe.data.date
         ),
         rank=process.rank,
         ranks=process.world_size,
         gather=process.gather,
-        most_tokens=most // 2 if context is None else min(context.tokens, most // 2),
+        max_tokens=max_batch_tokens // 2 if context is None else min(context.tokens, max_batch_tokens // 2),
     )
     with user_mistakes():
-        path, column = settings.judge.hp.get("path"), settings.judge.hp.get("prompt_column")
+        path = settings.judge.hp.get("path")
+        column = settings.judge.hp.get("prompt_column")
         if settings.judge.name == "reward_model" and path and column is None:
-            sizes = sizes_of(recipe.data, recipe.rollout)
             require_companion(
                 tokenization.tokenizer,
                 recipe.model.path,
                 "pairs.judge.path",
                 path,
                 head="scalar",
-                sizes=sizes,
+                sizes=sizes_of(recipe.data, recipe.rollout),
             )
-        judge = JUDGES.bind(settings.judge.name, settings.judge.hp)(means)
+        judge = JUDGES.bind(settings.judge.name, settings.judge.hp)(judge_context)
     return Pairing(judge, settings.choose, settings.verdict, settings.tolerance, recipe.seed)
 
 
 def first_token(tokenization: Tokenization, word: str) -> int:
-    """The token that a reply of ``word`` begins with."""
+    """The first token of the reply ``word``."""
     tokens = tokenization.tokenizer(word, add_special_tokens=False)["input_ids"]
     if not isinstance(tokens, list) or not tokens:
         raise UserError(f"the tokenizer has no token for {word!r}; give the judge another word")

@@ -1,4 +1,4 @@
-"""What a run writes as it goes, and how it goes on from there: reports, models, checkpoints."""
+"""Everything that a run writes, and how it resumes from it: reports, models, checkpoints."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from rltrain.rollout.colocated import ColocatedRollouts
 from rltrain.sync.colocated import Sync
 from rltrain.train.saving import ModelWriter
 
-# folder of the process reward model below the policy's, and the mark of its optimizer's tensors
+# folder of the process reward model below the policy's, and prefix of its optimizer's tensors
 PROCESS = "process_reward"
-QUIET = Reporter(None, None, None)  # says nothing
+QUIET = Reporter(None, None, None)  # reports nothing
 _Model = TypeVar("_Model", bound=Model)
 
 
 def build_reporter(
     recipe: AnyRecipe, context: RunContext, steps: int, resumed: RunState | None, transcripts: int | None
 ) -> Reporter:
-    """Of a run of ``steps`` steps; only the main process reports.
+    """The reporter of a run of ``steps`` steps; only the main process reports.
 
-    transcripts: prompts per step whose completions are kept; None: the run samples none.
+    transcripts: prompts per step whose completions are kept; None: the run samples no completions.
     """
     if not context.process.is_main:
         return QUIET
@@ -54,9 +54,8 @@ def build_reporter(
     sinks = open_sinks(
         folder.path, settings.sinks, settings.project, recipe.model_dump(mode="json"), progress.warn
     )
-    return Reporter(
-        sinks, None if transcripts is None else Transcripts(folder.transcripts, transcripts), progress
-    )
+    log = None if transcripts is None else Transcripts(folder.transcripts, transcripts)
+    return Reporter(sinks, log, progress)
 
 
 def build_model_writer(
@@ -69,10 +68,11 @@ def build_model_writer(
 ) -> ModelWriter:
     """Every rank takes part in gathering weights and states; the main process writes.
 
-    progress: the fields of RunState that are not a learner's. process: the process reward model, which gets a
-    folder of its own below the policy's; the rest of its state is kept with the policy's.
+    progress: returns the fields of RunState that are not a learner's. process: the process reward model; its
+    weights get a separate folder below the policy's, and the rest of its state is saved with the policy's.
     """
-    folder, main = context.folder, context.process.is_main
+    folder = context.folder
+    is_main = context.process.is_main
 
     def optimizer_tensors() -> Iterator[tuple[str, Tensor]]:
         yield from learner.optimizer_state()
@@ -80,7 +80,7 @@ def build_model_writer(
             yield f"{PROCESS}:{name}", tensor
 
     def write(out: Path, step: int, results: Mapping[str, float], state: RunState | None) -> Path:
-        if not main:  # tensors are gathered one at a time, in the order in which the main process writes them
+        if not is_main:  # gathering is a collective, here in the order in which the main process writes
             drain(learner.weights())
             drain(() if process is None else process.weights())
             drain(() if state is None else optimizer_tensors())
@@ -89,17 +89,16 @@ def build_model_writer(
         card = model_card(recipe.model_dump(mode="json"), results, step)
         tokenizer = tokenization.tokenizer
 
-        def extra(making: Path) -> None:
+        def write_extra(out_folder: Path) -> None:
             if process is not None:
-                second = making / PROCESS
+                folder_of_process = out_folder / PROCESS
                 ties = process.names.ties
-                export_model(second, process.model, tokenizer, card, process.weights(), ties=ties)
+                export_model(folder_of_process, process.model, tokenizer, card, process.weights(), ties=ties)
             if state is not None:
-                write_state(making, state, optimizer_tensors())
+                write_state(out_folder, state, optimizer_tensors())
 
-        return export_model(
-            out, learner.model, tokenizer, card, learner.weights(), extra, ties=learner.names.ties
-        )
+        ties = learner.names.ties
+        return export_model(out, learner.model, tokenizer, card, learner.weights(), write_extra, ties=ties)
 
     def snapshot(step: int, evaluations: Sequence[Mapping[str, float]]) -> RunState:
         return RunState(
@@ -109,25 +108,25 @@ def build_model_writer(
             **progress(),
             evaluations=evaluations,
             random=learner.gather([random_state()]),
-            reported=folder.written() if main else {},
+            reported=folder.file_sizes() if is_main else {},
             inputs=context.digests,
             recipe=recipe.model_dump(mode="json"),
             environment={**describe_environment(), "run": folder.run_id},
         )
 
-    return ModelWriter(folder, write, snapshot, recipe.checkpoint.keep, main)
+    return ModelWriter(folder, write, snapshot, recipe.checkpoint.keep, is_main)
 
 
 def drain(tensors: Iterable[object]) -> None:
-    """Takes part in gathering a stream of tensors of which this rank keeps none."""
+    """Takes part in gathering a stream of tensors, of which this rank keeps none."""
     for _ in tensors:
         pass
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What of a run on sampled completions changes from step to step besides the weights; part of
-    every checkpoint.
+    """The state of a run on sampled completions that changes from step to step besides the weights;
+    part of every checkpoint.
     """
 
     learner: ModelOwner
@@ -152,14 +151,18 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: RunState) -> None:
-        """Restores everything but the weights and the random generators. Raises UserError for other data."""
+        """Restores all but the weights and the random generators. Raises UserError if the data differ."""
         require_same_data(state, self.prompts, "prompts")
-        second = {name: tensor for name, tensor in state.tensors.items() if name.startswith(f"{PROCESS}:")}
-        first = {name: tensor for name, tensor in state.tensors.items() if name not in second}
-        self.learner.restore(first, state.learner)
+        prefix = f"{PROCESS}:"
+        process_tensors = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in state.tensors.items()
+            if name.startswith(prefix)
+        }
+        tensors = {name: tensor for name, tensor in state.tensors.items() if not name.startswith(prefix)}
+        self.learner.restore(tensors, state.learner)
         if self.process is not None:
-            named = {name.removeprefix(f"{PROCESS}:"): tensor for name, tensor in second.items()}
-            self.process.restore(named, state.process_reward)
+            self.process.restore(process_tensors, state.process_reward)
         with user_mistakes():
             self.source.load_state_dict(
                 {"order": state.order, "sources": state.sources, "temperature": state.temperature}
@@ -168,32 +171,32 @@ class TrainingState:
                 controller.load_state_dict(saved)
         if self.law is not None and state.law:
             self.law.load_state_dict(state.law)
-        self.sync.pushes = state.pushes - 1  # the last one is the first that a resumed run makes again
+        self.sync.pushes = state.pushes - 1  # a resumed run begins by repeating the last push
 
 
-def require_same_data(state: RunState, found: str, what: str) -> None:
-    """Raises UserError unless the run that left ``state`` trained on the data of this digest. what:
-    "prompts" or "examples".
+def require_same_data(state: RunState, digest: str, kind: str) -> None:
+    """Raises UserError unless the run that saved ``state`` trained on the data with this digest.
+
+    kind: "prompts" or "examples".
     """
-    if state.prompts != found:
+    if state.prompts != digest:
         raise UserError(
-            f"the training {what} are not those of the checkpoint (other texts, another order or another "
-            "tokenizer); "
-            "resume with the data of the saved run, or start a new run"
+            f"the training {kind} are not those of the checkpoint (other texts, another order or another "
+            "tokenizer); resume with the data of the saved run, or start a new run"
         )
 
 
 def data_digest(items: Iterable[object]) -> str:
     """SHA-256 of training data, in order."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for item in items:
-        found.update(repr(item).encode())
-    return found.hexdigest()
+        digest.update(repr(item).encode())
+    return digest.hexdigest()
 
 
 def initial_model(model: _Model, checkpoint: Path | None) -> _Model:
-    """Where a learner's weights come from: the recipe's model, or ``checkpoint``, with the float32
-    that the optimizer works on.
+    """The model whose weights a learner loads: the recipe's, or ``checkpoint``, which has the optimizer's
+    float32 weights.
     """
     if checkpoint is None:
         return model

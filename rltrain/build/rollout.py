@@ -1,4 +1,4 @@
-"""What samples, grades and evaluates in a run, and how the learner's weights get there."""
+"""Builds the parts of a run that sample, grade and evaluate, and the transfer of weights to them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from rltrain.process import Process
 from rltrain.protocols import RolloutEngine
 from rltrain.rollout.colocated import ColocatedRollouts, GradedSampler, Order
 from rltrain.rollout.extra_samples import SamplerContext, SampleSource
-from rltrain.rollout.grading import Grader, in_accuracy_range
+from rltrain.rollout.grading import Grader, is_in_accuracy_range
 from rltrain.rollout.model_rewards import ModelGrader
 from rltrain.rollout.temperature import TemperatureController
 from rltrain.rollout.verdicts import label_of_only_function
@@ -49,17 +49,17 @@ from rltrain.types.samples import REFERENCE_VERSION, Prompt, Sampling, ScoredGro
 from rltrain.watchdog import Deadline
 from rltrain.weight_names import CheckpointNames
 
-# Mean absolute difference in nats between engine and learner at which a run warns and stops. In float32
-# engines agree to about 1e-6 and never above 1e-5; bfloat16 kernels of two libraries to about 0.01.
+# Mean absolute log-prob difference (nats) between engine and learner at which a run warns, and stops.
+# In float32 they differ by about 1e-6 and never above 1e-5; bfloat16 kernels of two libraries by about 0.01.
 MISMATCH_FLOAT32 = (1e-4, 1e-3)
 MISMATCH_BFLOAT16 = (0.05, 0.2)
 
-SamplingLearner = PolicyLearner | PairLearner  # of a run that samples
+SamplingLearner = PolicyLearner | PairLearner  # the learners of runs that sample
 
 
 @dataclass(frozen=True)
 class RolloutParts:
-    """What samples, grades and evaluates in a run, and how the learner's weights get there."""
+    """The parts of a run that sample, grade and evaluate, and the transfer of weights to them."""
 
     source: ColocatedRollouts
     sync: Sync
@@ -70,10 +70,12 @@ class RolloutParts:
 def build_rollout(
     recipe: SampledRecipe, inputs: RunInputs, learner: SamplingLearner, process: Process, *, fresh: bool
 ) -> RolloutParts:
-    """Starts the engine. fresh: the run starts, and no saved state will replace what the order of
+    """Starts the engine. fresh: the run is new, so that no saved state will replace what the order of
     prompts measures.
     """
-    rollout, seed, prompts = recipe.rollout, recipe.seed, inputs.train.prompts
+    rollout = recipe.rollout
+    seed = recipe.seed
+    prompts = inputs.train.prompts
     order = build_order(recipe.data.order, prompts, rollout.prompts, seed, learner, fresh=fresh)
     with process.deadline(f"the {rollout.engine} engine", "to start"):
         engine = build_engine(
@@ -88,10 +90,10 @@ def build_rollout(
     sampling = Sampling(
         n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed
     )
-    lend_reference = _reference_lender(rollout.extra_samples, recipe.model, engine, learner, sync)
+    load_reference = _reference_loader(rollout.extra_samples, recipe.model, engine, learner, sync)
     encode = inputs.tokenization.encode_answer
     verdict_of = label_of_only_function(recipe.reward.functions)
-    context = SamplerContext(sampler, sampling, prompts, lend_reference, encode, process.deadline)
+    context = SamplerContext(sampler, sampling, prompts, load_reference, encode, process.deadline)
     source = build_source(
         rollout, GradedSampler(sampler, grader, process, verdict_of), order, context, sync, engine.close
     )
@@ -113,14 +115,14 @@ def build_source(
     sync: Sync,
     close_engine: Callable[[], None],
 ) -> ColocatedRollouts:
-    """The source of every step's rollouts."""
+    """The object that samples and grades the rollouts of every step."""
     dynamic = rollout.dynamic_sampling
     return ColocatedRollouts(
         graded=graded,
         order=order,
         prompts=context.prompts,
         sampling=context.sampling,
-        wanted=rollout.prompts,
+        groups_per_step=rollout.prompts,
         max_rounds=1 if dynamic is None else dynamic.max_rounds,
         verify=sync.verify,
         release_memory=sync.sleep,
@@ -134,13 +136,13 @@ def build_source(
 def _accuracy_filter(dynamic: DynamicSampling | None) -> Callable[[ScoredGroup], bool] | None:
     if dynamic is None or dynamic.accuracy is None:
         return None
-    return partial(in_accuracy_range, *dynamic.accuracy)
+    return partial(is_in_accuracy_range, *dynamic.accuracy)
 
 
 def build_sync(
     settings: SyncSettings, engine: RolloutEngine, names: CheckpointNames, seed: int, deadline: Deadline
 ) -> Sync:
-    """names: of the weights that will be pushed."""
+    """names: of the weights that are pushed."""
     return Sync(
         [engine], names.ties, settings.sample, settings.full_every, stable_hash(seed, "sync"), deadline
     )
@@ -149,11 +151,11 @@ def build_sync(
 def load_from_disk(
     engine: RolloutEngine, model: Model, settings: SyncSettings, seed: int, deadline: Deadline
 ) -> Sync:
-    """Loads the weights of ``model.path`` as version 0, in the way a learner's are loaded, and compares every
-    one.
+    """Loads the weights of ``model.path`` into the engine as version 0, in the same way as a learner's, and
+    compares every one.
 
-    Raises WeightMismatchError where one did not arrive. ``verify`` of what is returned says whether they are
-    still there.
+    Raises WeightMismatchError if a weight did not arrive. ``verify`` of the result checks later whether the
+    weights are still there.
     """
     loaded = load_causal_lm(model.path, model.revision, "auto")
     names = CheckpointNames(loaded)
@@ -163,12 +165,12 @@ def load_from_disk(
 
 
 def build_guard(rollout: Rollout, dtype: torch.dtype, precision: str) -> MismatchGuard:
-    """The recipe's thresholds, or those of the lower precision of engine and learner.
+    """The recipe's thresholds, or the defaults for the lower precision of engine and learner.
 
     dtype: of the engine's weights. precision: of the learner's autocast, "no" for float32.
     """
-    exact = dtype == torch.float32 and precision == "no"
-    warn, stop = MISMATCH_FLOAT32 if exact else MISMATCH_BFLOAT16
+    is_float32 = dtype == torch.float32 and precision == "no"
+    warn, stop = MISMATCH_FLOAT32 if is_float32 else MISMATCH_BFLOAT16
     return MismatchGuard(
         rollout.mismatch_warn or warn, rollout.mismatch_stop or stop, rollout.mismatch_patience
     )
@@ -185,28 +187,29 @@ def build_order(
 ) -> Order:
     """Which prompts each step trains on.
 
-    fresh: no saved state will replace what is measured here, on the model as it starts.
+    fresh: no saved state will replace what is measured here, on the starting model.
     """
     bound = ORDERS.bind(ref.name, ref.hp)
-    size = (len(prompts), per_step, stable_hash(seed, "order"))
+    arguments = (len(prompts), per_step, stable_hash(seed, "order"))
     with user_mistakes():
         if "alignment" not in bound.needs:
-            return bound(*size)
+            return bound(*arguments)
         if not fresh:
-            return bound(*size, [])
+            return bound(*arguments, [])
+
         values = {name: item.default for name, item in bound.spec.hyperparameters.items()} | dict(bound.hp)
         ids = [prompt.token_ids for prompt in prompts]
         statistic = ":".join(map(str, ("alignment", *template_lengths(ids), values["inter_weight"])))
-        rows = TokenRows(
-            tuple(ids), tuple(tokens[-1:] for tokens in ids)
-        )  # a completion's last token is not read
-        return bound(*size, learner.annotate(rows, frozenset({statistic}))[statistic][:, 0].tolist())
+        # the model does not read a completion's last token
+        rows = TokenRows(tuple(ids), tuple(tokens[-1:] for tokens in ids))
+        alignment = learner.annotate(rows, frozenset({statistic}))[statistic]
+        return bound(*arguments, alignment[:, 0].tolist())
 
 
 def add_model_rewards(
     stage: RewardStage, pool: Grader, tokens_per_micro_batch: int, device: torch.device, date: dt.date | None
 ) -> Grader:
-    """The pool's rewards and those of the reward models that the recipe names, which are loaded here."""
+    """The pool's rewards and those of the recipe's reward models, which this function loads."""
     refs = [ref for ref in stage.functions if ref.name == REWARD_MODEL]
     if not refs:
         return pool
@@ -222,25 +225,25 @@ def build_temperature(settings: AdaptiveTemperature | None) -> TemperatureContro
 
 
 def build_extra_samples(refs: Sequence[MethodRef], context: SamplerContext) -> tuple[SampleSource, ...]:
-    """The sources of further rows that the recipe names."""
+    """The recipe's sources of extra rows."""
     with user_mistakes():
         return tuple(EXTRA_SAMPLES.bind(ref.name, ref.hp)(context) for ref in refs)
 
 
-def _reference_lender(
+def _reference_loader(
     refs: Sequence[MethodRef], model: Model, engine: RolloutEngine, learner: ModelOwner, sync: Sync
 ) -> Callable[[], AbstractContextManager[None]]:
-    """A context in which the engine holds the reference model, loaded here if a source samples from it."""
+    """A context in which the engine has the reference model's weights, if a source samples from them."""
     if not any(ref.name == "reference" for ref in refs):
         return nullcontext
     weights = reference_weights(model, learner.model, engine.dtype)
-    return partial(sync.temporarily_loaded, weights, REFERENCE_VERSION, learner.weights)
+    return partial(sync.load_temporarily, weights, REFERENCE_VERSION, learner.weights)
 
 
 def build_evaluator(
     settings: Eval, stage: RewardStage, max_tokens: int, seed: int, inputs: RunInputs
 ) -> Evaluator:
-    """Over the held-out prompts."""
+    """The evaluator over the held-out prompts."""
     assert inputs.held_out is not None
     sampling = Sampling(
         n=settings.n, temperature=settings.temperature, max_tokens=max_tokens, seed=stable_hash(seed, "eval")

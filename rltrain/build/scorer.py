@@ -1,5 +1,5 @@
-"""What ``rltrain score`` and the selection among N answers are made of: a process reward model, its
-reference, and rows to judge.
+"""The parts of ``rltrain score`` and of the selection among N answers: a process reward model, its
+reference, and the rows to score.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rltrain.config.schema import JudgedData, LearnerCore, Model, Optimizer
-from rltrain.data.judged import Reader, checked_prompt, is_empty
+from rltrain.data.judged import Reader, format_prompt, is_empty
 from rltrain.data.prompts import rename_columns
 from rltrain.data.rows import Row, read_rows
-from rltrain.data.steps import ends_of_given, ends_of_lines, ends_of_pattern, step_of_tokens
+from rltrain.data.steps import ends_of_lines, ends_of_listed_steps, ends_of_pattern, step_of_tokens
 from rltrain.data.tokenization import Tokenization, tokenization_of
 from rltrain.errors import UserError
 from rltrain.learner.frozen_logprobs import FrozenLogProbs, weights_digest
@@ -23,29 +23,30 @@ from rltrain.learner.frozen_models import frozen_model, require_same_tokens, wei
 from rltrain.learner.preference_learner import PreferenceLearner
 from rltrain.train.scoring import Scorer, TextRow
 
-NONE = "none"  # as a reference: log-probs alone
-LINES, GIVEN = "newline", "given"  # as steps; anything else is a regular expression
-_BETWEEN = "\n\n"  # what joins given steps where there is no completion
+NONE = "none"  # as a reference: log-probs without a reference
+# as steps; any other value is a regular expression
+LINES = "newline"
+GIVEN = "given"
+_BETWEEN = "\n\n"  # joins the steps of the column where there is no completion
 
 
 @dataclass(frozen=True)
 class ProcessModel:
-    """A process reward model as the command line names it."""
+    """A process reward model with its options from the command line."""
 
     path: str
     reference: str  # a model, or NONE
     beta: float  # coefficient of every reward
-    aggregate: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # series and reduction, where they are not the library's
-    cache: Path | None = None  # of the reference's log-probs; None: kept nowhere
+    # series and reduction, where they are not the library's defaults
+    aggregate: Mapping[str, Any] = field(default_factory=dict)
+    cache: Path | None = None  # folder of the reference's log-probs; None: they are not kept
     tokens_per_micro_batch: int = 16384
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
 @contextmanager
 def open_scorer(model: ProcessModel, say: Callable[[str], None]) -> Iterator[Scorer]:
-    """Both models loaded."""
+    """The scorer with the model and its reference loaded."""
     settings = LearnerCore(
         optimizer=Optimizer(lr=0.0),
         tokens_per_micro_batch=model.tokens_per_micro_batch,
@@ -63,7 +64,7 @@ def open_scorer(model: ProcessModel, say: Callable[[str], None]) -> Iterator[Sco
 
 
 def scorer_tokenization(model: ProcessModel) -> Tokenization:
-    """Raises UserError where the reference reads other tokens."""
+    """The model's tokenizer. Raises UserError if the reference reads other tokens."""
     tokenization = tokenization_of(Model(path=model.path), {})
     if model.reference != NONE:
         require_same_tokens(tokenization.tokenizer, model.path, "--reference", model.reference)
@@ -74,8 +75,8 @@ def scorer_tokenization(model: ProcessModel) -> Tokenization:
 
 
 @dataclass(frozen=True)
-class ScoringRows:
-    """One row of a file. text None: it cannot be scored, for the ``reason``."""
+class ScoringRow:
+    """One row of a file. text None: the row cannot be scored; ``reason`` says why."""
 
     row: Row
     text: TextRow | None
@@ -83,7 +84,7 @@ class ScoringRows:
     reason: str = ""
 
     def line(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """What is written about it: its own columns, then ours."""
+        """The output line: the row's columns, then the scores in ``columns``."""
         if self.text is None:
             return {**self.row.columns, "score": None, "unscored": self.reason}
         return {**self.row.columns, "step_texts": list(self.step_texts), **columns}
@@ -95,26 +96,28 @@ def read_file(
     steps: str,
     tokenization: Tokenization,
     data: JudgedData,
-    most: int | None,
-) -> list[ScoringRows]:
-    """The rows of ``file``. most: tokens that the model reads; None: any number.
+    max_tokens: int | None,
+) -> list[ScoringRow]:
+    """The rows of ``file``. max_tokens: the longest row that the model reads; None: no limit.
 
-    Raises ValueError naming file and line.
+    Raises ValueError that names file and line.
     """
-    cut = cutter(steps)
+    find_ends = step_end_finder(steps)
     reader = Reader(tokenization.tokenizer, tokenization.stop_tokens.stop, data)
     rows = [rename_columns(row, dict(columns)) for row in read_rows(str(file), split="train")]
-    found = [_read(row, cut, reader, tokenization, most) for row in rows]
-    reader.lossy(str(file))
-    return found
+    scoring_rows = [_read_scoring_row(row, find_ends, reader, tokenization, max_tokens) for row in rows]
+    reader.count_lossy(str(file))
+    return scoring_rows
 
 
-def cutter(steps: str) -> Callable[[str, Row | None], list[int]]:
-    """Where the steps of a text end. Raises UserError where ``steps`` is no regular expression."""
+def step_end_finder(steps: str) -> Callable[[str, Row | None], list[int]]:
+    """A function that finds where the steps of a text end. Raises UserError if ``steps`` is no regular
+    expression.
+    """
     if steps == LINES:
         return lambda text, row: ends_of_lines(text)
     if steps == GIVEN:
-        return lambda text, row: ends_of_given(text, _given(row))
+        return lambda text, row: ends_of_listed_steps(text, _steps_column(row))
     try:
         pattern = re.compile(steps)
     except re.error as error:
@@ -127,26 +130,25 @@ def cutter(steps: str) -> Callable[[str, Row | None], list[int]]:
 def text_row(
     prompt: tuple[int, ...],
     completion: tuple[int, ...],
-    cut: Callable[[str, Row | None], list[int]],
+    find_ends: Callable[[str, Row | None], list[int]],
     row: Row | None,
     tokenization: Tokenization,
 ) -> tuple[TextRow, tuple[str, ...]]:
     """The row, and the text of each step."""
     text = tokenization.decode(completion)
-    ends = cut(text, row)
-    parts = tuple(text[begin:end] for begin, end in zip([0, *ends], ends, strict=False))
-    return TextRow(
-        prompt, completion, tuple(step_of_tokens(completion, ends, tokenization.decode)), len(ends)
-    ), parts
+    ends = find_ends(text, row)
+    step_texts = tuple(text[begin:end] for begin, end in zip([0, *ends], ends, strict=False))
+    step_ids = tuple(step_of_tokens(completion, ends, tokenization.decode))
+    return TextRow(prompt, completion, step_ids, len(ends)), step_texts
 
 
-def _read(
+def _read_scoring_row(
     row: Row,
-    cut: Callable[[str, Row | None], list[int]],
+    find_ends: Callable[[str, Row | None], list[int]],
     reader: Reader,
     tokenization: Tokenization,
-    most: int | None,
-) -> ScoringRows:
+    max_tokens: int | None,
+) -> ScoringRow:
     if row.columns.get("prompt") is None:
         raise ValueError(
             f"{row.where}: no prompt; there are {sorted(row.columns)}; name its column: --column prompt=NAME"
@@ -154,32 +156,32 @@ def _read(
     completion = row.columns.get("completion")
     if completion is None:
         if row.columns.get("steps") is None:
-            there = sorted(row.columns)
+            columns = sorted(row.columns)
             raise ValueError(
-                f"{row.where}: neither completion nor steps; there are {there}; name its column: --column "
+                f"{row.where}: neither completion nor steps; there are {columns}; name its column: --column "
                 "completion=NAME"
             )
-        completion = _BETWEEN.join(_given(row))
+        completion = _BETWEEN.join(_steps_column(row))
     if is_empty(completion):
-        return ScoringRows(row, None, reason="the completion is empty")
-    prompt = checked_prompt(row, reader.data)
+        return ScoringRow(row, None, reason="the completion is empty")
+    prompt = format_prompt(row, reader.data)
     try:
-        spelt, before = reader.prompt(prompt)
-        after = reader.completion(prompt, spelt, completion)
-        if not after:
-            return ScoringRows(row, None, reason="the completion is empty")
-        if most is not None and len(before) + len(after) > most:
-            return ScoringRows(row, None, reason=f"too long, the model reads at most {most} tokens")
-        return ScoringRows(row, *text_row(before, after, cut, row, tokenization))
+        rendered_prompt, prompt_ids = reader.encode_prompt(prompt)
+        completion_ids = reader.encode_completion(prompt, rendered_prompt, completion)
+        if not completion_ids:
+            return ScoringRow(row, None, reason="the completion is empty")
+        if max_tokens is not None and len(prompt_ids) + len(completion_ids) > max_tokens:
+            return ScoringRow(row, None, reason=f"too long, the model reads at most {max_tokens} tokens")
+        return ScoringRow(row, *text_row(prompt_ids, completion_ids, find_ends, row, tokenization))
     except ValueError as error:
         raise ValueError(f"{row.where}: {error}") from error
 
 
-def _given(row: Row | None) -> Sequence[str]:
+def _steps_column(row: Row | None) -> Sequence[str]:
     steps = None if row is None else row.columns.get("steps")
     if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
-        there = [] if row is None else sorted(row.columns)
+        columns = [] if row is None else sorted(row.columns)
         raise ValueError(
-            f"the column steps must be a list of texts; there are {there}; name it: --column steps=NAME"
+            f"the column steps must be a list of texts; there are {columns}; name it: --column steps=NAME"
         )
     return steps

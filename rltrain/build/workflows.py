@@ -1,6 +1,6 @@
-"""The table of workflows: what each kind of recipe loads, builds, trains and describes.
+"""The table of workflows: the functions that load, build, train and describe each kind of recipe.
 
-The only place that asks for the kind.
+Other modules do not branch on a recipe's kind.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rltrain.build.online_pairs import build_pair_run
 from rltrain.config.schema import AnyRecipe, OfflineRecipe, OnlinePairsRecipe, OnlineRecipe, SampledRecipe
 from rltrain.errors import UserError
 from rltrain.learner.ranks import mixed_precision
-from rltrain.train.doctor import online_at_rest, pairs_at_rest
+from rltrain.train.doctor import online_with_every_row_trained, pairs_with_every_row_trained
 from rltrain.train.loop import TrainingRun
 from rltrain.train.offline import train_offline
 from rltrain.train.online import train_online
@@ -32,19 +32,23 @@ __all__ = ["WORKFLOWS", "Workflow", "require_sampled", "workflow_for"]
 class Workflow:
     """One kind of recipe, from its inputs to its finished model.
 
-    ``inputs`` is what ``load`` returns, ``run`` what ``build`` does.
+    ``inputs`` are returned by ``load``, ``run`` by ``build``.
     """
 
-    load: Callable[[Any], Any]  # (recipe) -> inputs; raises ValueError or OSError for what a user can mend
-    held: Callable[[Any], AbstractContextManager[object]]  # (inputs) -> what must be released at the end
-    summarize: Callable[[Any], Iterator[str]]  # (inputs) -> lines about them
-    build: Callable[[Any, Any, RunContext], TrainingRun]  # (recipe, inputs, context) -> run; loads weights
-    train: Callable[[Any], Path]  # (run) -> folder of the finished model
-    at_rest: Callable[
-        [Any], Any
-    ]  # (recipe at learning rate 0) -> one whose every row takes part in the gradient pass
+    # (recipe) -> inputs; raises ValueError or OSError for a mistake that the user can correct
+    load: Callable[[Any], Any]
+    # (inputs) -> the resources that must be released at the end
+    resources: Callable[[Any], AbstractContextManager[object]]
+    # (inputs) -> lines that describe them
+    summarize: Callable[[Any], Iterator[str]]
+    # (recipe, inputs, context) -> run; loads weights
+    build: Callable[[Any, Any, RunContext], TrainingRun]
+    # (run) -> folder of the finished model
+    train: Callable[[Any], Path]
+    # (recipe at learning rate 0) -> the recipe with every row in the gradient pass
+    with_every_row_trained: Callable[[Any], Any]
     samples: bool  # whether the policy writes the completions
-    judged: bool = False  # whether a judge makes pairs of them
+    uses_judge: bool = False  # whether a judge makes pairs of the completions
 
 
 def _load_online(recipe: OnlineRecipe) -> RunInputs:
@@ -55,59 +59,59 @@ def _load_pairs(recipe: OnlinePairsRecipe) -> RunInputs:
     return load_inputs(recipe)
 
 
-def _grader(inputs: RunInputs) -> AbstractContextManager[object]:
+def _grader_processes(inputs: RunInputs) -> AbstractContextManager[object]:
     return inputs.grader
 
 
-def _nothing(inputs: OfflineInputs) -> AbstractContextManager[object]:
+def _no_resources(inputs: OfflineInputs) -> AbstractContextManager[object]:
     del inputs
     return nullcontext()
 
 
-def _unchanged(recipe: OfflineRecipe) -> OfflineRecipe:
+def _same_recipe(recipe: OfflineRecipe) -> OfflineRecipe:
     return recipe
 
 
 WORKFLOWS: dict[str, Workflow] = {
     "online": Workflow(
         load=_load_online,
-        held=_grader,
+        resources=_grader_processes,
         summarize=summarize,
         build=build_online_run,
         train=train_online,
-        at_rest=online_at_rest,
+        with_every_row_trained=online_with_every_row_trained,
         samples=True,
     ),
     "online_pairs": Workflow(
         load=_load_pairs,
-        held=_grader,
+        resources=_grader_processes,
         summarize=summarize,
         build=build_pair_run,
         train=train_pairs,
-        at_rest=pairs_at_rest,
+        with_every_row_trained=pairs_with_every_row_trained,
         samples=True,
-        judged=True,
+        uses_judge=True,
     ),
     "offline": Workflow(
         load=load_offline_inputs,
-        held=_nothing,
+        resources=_no_resources,
         summarize=summarize_offline,
         build=build_offline_run,
         train=train_offline,
-        at_rest=_unchanged,
+        with_every_row_trained=_same_recipe,
         samples=False,
     ),
 }
 
 
 def workflow_for(recipe: AnyRecipe) -> Workflow:
-    """Raises UserError where this machine cannot compute in the recipe's precision."""
+    """Raises UserError if this machine cannot compute in the recipe's precision."""
     mixed_precision(recipe.learner.precision)
     return WORKFLOWS[recipe.kind]
 
 
 def require_sampled(recipe: AnyRecipe, why: str) -> SampledRecipe:
-    """``recipe`` as one whose completions the policy samples. Raises UserError with ``why`` for any other."""
+    """``recipe`` typed as one whose completions the policy samples. Raises UserError(why) for any other."""
     if not isinstance(recipe, SampledRecipe):
         raise UserError(why)
     return recipe

@@ -1,4 +1,6 @@
-"""The finished model as an ordinary Hugging Face folder, re-opened before anyone is told that it is there."""
+"""Exports a model as an ordinary Hugging Face folder, and loads that folder before it appears under its
+name.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ MANIFEST = "files.sha256.json"
 
 
 class ExportError(RuntimeError):
-    """What was written does not load as the architecture it claims to be; nothing was left behind."""
+    """The files written do not load as the model's architecture; they have been removed."""
 
 
 def export_model(
@@ -46,29 +48,35 @@ def export_model(
     """Write ``model`` to the new folder ``out``: safetensors, config, generation config, tokenizer, card,
     file hashes.
 
-    weights: full ones under their checkpoint names, when ``model`` itself is sharded or wrapped, written as
-    they come; None: the model's own. ties: second name of a weight to its first; None: the model's. extra:
-    puts more into the folder before it is hashed, which makes it a checkpoint. The folder appears whole or
-    not at all. Raises UserError when ``out`` exists, ExportError when the weights are not exactly those the
-    architecture loads.
+    weights: full weights under their checkpoint names, when ``model`` itself is sharded or wrapped, written
+    as they arrive; None: the model's own. ties: second name of a weight to its first; None: the model's own.
+    extra: writes further files into the folder before it is hashed, such as a checkpoint's state. The folder
+    appears completely or not at all. Raises UserError when ``out`` exists, ExportError when the weights are
+    not exactly those that the architecture loads.
     """
     if weights is None or ties is None:
         names = CheckpointNames(model)
         ties = names.ties
         weights = names.to_checkpoint(model.state_dict().items()) if weights is None else weights
     out.parent.mkdir(parents=True, exist_ok=True)
-    with directory_atomic(out) as making, _without_progress_bars():
+    with directory_atomic(out) as temporary, _without_progress_bars():
         with _storable_generation_config(model):
-            model.save_pretrained(making, state_dict={})
-        (making / "model.safetensors").unlink(missing_ok=True)  # that of no weights
-        write_tensors(making, "model", _storable(weights, ties, model))
+            model.save_pretrained(temporary, state_dict={})
+        (temporary / "model.safetensors").unlink(missing_ok=True)  # it holds no weights
+        write_tensors(temporary, "model", _storable_weights(weights, ties, model))
         with _system_errors():
-            tokenizer.save_pretrained(making)
-        (making / "README.md").write_text(card, encoding="utf-8")
-        verify(making, classifier=_is_classifier(model), own_code=_own_code(model) or _own_code(tokenizer))
+            tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        verify(
+            temporary,
+            classifier=_is_classifier(model),
+            own_code=_has_own_code(model) or _has_own_code(tokenizer),
+        )
         if extra is not None:
-            extra(making)
-        (making / MANIFEST).write_text(json.dumps(file_hashes(making), indent=2) + "\n", encoding="utf-8")
+            extra(temporary)
+        (temporary / MANIFEST).write_text(
+            json.dumps(file_hashes(temporary), indent=2) + "\n", encoding="utf-8"
+        )
     return out
 
 
@@ -76,8 +84,8 @@ def verify(folder: Path, *, classifier: bool = False, own_code: bool = False) ->
     """Load ``folder`` as a user would, without memory for its weights. Raises ExportError on a missing, extra
     or misshapen tensor.
 
-    classifier: it holds a reward model with a scalar head, which transformers calls one for sequence
-    classification. own_code: the folder brings the code of its classes, which this process runs already.
+    classifier: the folder holds a reward model with a scalar head, in transformers a model for sequence
+    classification. own_code: the folder contains the code of its classes, which this process runs already.
     """
     AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=own_code)
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
@@ -90,14 +98,17 @@ def verify(folder: Path, *, classifier: bool = False, own_code: bool = False) ->
         trust_remote_code=own_code,
     )
     loaded, report = opened
-    found = {
-        kind: sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")
+    keys = {
+        problem: sorted(map(str, report[f"{problem}_keys"]))
+        for problem in ("missing", "unexpected", "mismatched")
     }
-    wrong = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in found.items() if names]
-    if wrong or report["error_msgs"]:
+    problems = [
+        f"{len(names)} {problem} ({', '.join(names[:3])})" for problem, names in keys.items() if names
+    ]
+    problems += report["error_msgs"]
+    if problems:
         raise ExportError(
-            f"the weights written are not those of {type(loaded).__name__}: "
-            f"{'; '.join([*wrong, *report['error_msgs']])}; "
+            f"the weights written are not those of {type(loaded).__name__}: {'; '.join(problems)}; "
             "pass the state dict of the bare model, under its Hugging Face names"
         )
 
@@ -106,9 +117,9 @@ def _is_classifier(model: PreTrainedModel) -> bool:
     return type(model).__name__.endswith("ForSequenceClassification")
 
 
-def _own_code(loaded: object) -> bool:
-    """Whether its class came with a model folder: transformers imports such code below a package of
-    this name.
+def _has_own_code(loaded: object) -> bool:
+    """Whether the class of ``loaded`` came with a model folder: transformers imports such code below a
+    package of this name.
     """
     return type(loaded).__module__.split(".")[0] == "transformers_modules"
 
@@ -125,11 +136,12 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _system_errors() -> Iterator[None]:
-    """Inside, what Rust code says in words is raised as Python says it: the tokenizers library has a bare
-    Exception for a full disk, "No space left on device (os error 28)"."""
+    """Inside, errors of the operating system from Rust code become an OSError: the tokenizers library raises
+    a bare Exception for a full disk, "No space left on device (os error 28)".
+    """
     try:
         yield
-    except Exception as error:  # the class itself is what tokenizers raises; any other goes on as it is
+    except Exception as error:  # tokenizers raises this class itself; a subclass is raised as it is
         number = re.search(r"\(os error (\d+)\)", str(error)) if type(error) is Exception else None
         if number is not None:
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
@@ -138,7 +150,7 @@ def _system_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """transformers draws a bar per file and per load; the run has its own line."""
+    """Inside, transformers draws no progress bars; the run reports its own progress."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -148,41 +160,40 @@ def _without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _storable(
+def _storable_weights(
     weights: Iterable[tuple[str, Tensor]], ties: Mapping[str, str], model: PreTrainedModel
 ) -> Iterator[tuple[str, Tensor]]:
-    """``weights`` with one tensor per tied pair, and without what transformers does not store.
+    """``weights`` with one tensor per tied pair, and without those that transformers does not store.
 
-    Gathering a sharded model breaks the tie into equal copies. Raises ExportError where they differ, and at
-    the end for tensors with NaN or infinity.
+    Gathering a sharded model gives two equal copies of a tied weight. Raises ExportError, after the last
+    weight, where copies differ or a tensor holds NaN or infinity.
     """
     ignored = set(model._keys_to_ignore_on_save or ())
-    firsts = frozenset(ties.values())
+    first_names = frozenset(ties.values())
     digests: dict[str, str] = {}
-    copies: dict[str, str] = {}
-    broken: list[str] = []
+    nonfinite: list[str] = []
     for name, weight in weights:
         if name in ignored:
             continue
-        if name in ties:
-            copies[name] = _digest(weight)
-            continue
-        if name in firsts:
+        if name in ties or name in first_names:
             digests[name] = _digest(weight)
+        if name in ties:
+            continue
         if not torch.isfinite(weight).all():
-            broken.append(name)
+            nonfinite.append(name)
         yield name, weight
-    for copied, digest in copies.items():
-        source = ties[copied]
-        if digests.get(source, digest) != digest:
+        del weight
+
+    for copied, source in ties.items():
+        if copied in digests and source in digests and digests[copied] != digests[source]:
             raise ExportError(
                 f"{copied} and {source} are tied but differ; one of them is stale, so the model cannot be "
                 "written as tied"
             )
-    if broken:
+    if nonfinite:
         raise ExportError(
-            f"{len(broken)} tensors hold NaN or infinity ({', '.join(broken[:3])}); the run lost its "
-            "numbers, look at loss/total"
+            f"{len(nonfinite)} tensors hold NaN or infinity ({', '.join(nonfinite[:3])}): the run diverged, "
+            "look at loss/total"
         )
 
 
@@ -194,21 +205,21 @@ def _digest(weight: Tensor) -> str:
 
 @contextlib.contextmanager
 def _storable_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model's generation config is one that transformers agrees to write.
+    """Inside, the model's generation config is one that transformers will write.
 
-    It reads sampling parameters without ``do_sample`` (many published models have them) but refuses to store
-    them: they were meant for sampling, so the stored file says so.
+    transformers reads sampling parameters without ``do_sample`` (many published models have them) but refuses
+    to store them. They were meant for sampling, so ``do_sample`` is set.
     """
     if _is_classifier(model):  # generates nothing
         yield
         return
-    kept = model.generation_config
+    original = model.generation_config
     try:
-        kept.validate(strict=True)
+        original.validate(strict=True)
     except ValueError:
-        model.generation_config = copy.deepcopy(kept)
+        model.generation_config = copy.deepcopy(original)
         model.generation_config.do_sample = True
     try:
         yield
     finally:
-        model.generation_config = kept
+        model.generation_config = original

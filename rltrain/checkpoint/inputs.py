@@ -1,6 +1,6 @@
-"""What a run reads beside its recipe, as digests by name: a resumed run must read the same.
+"""Digests of a run's inputs other than its recipe, by name: a resumed run must read the same inputs.
 
-Names are what an error says: ``code of reward.functions.0 (my.py:score)``, ``column answer of data.train``,
+The names appear in errors: ``code of reward.functions.0 (my.py:score)``, ``column answer of data.train``,
 ``files of model.path (m)``.
 """
 
@@ -19,41 +19,45 @@ from rltrain.remote_code import trusted_code
 
 _MODEL_KEYS = ("path", "reference", "teacher", "previous")  # the last part of keys that name models
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16  # of a file of weights; training changes every tensor
+# Samples that are read of a large file of weights; training changes every tensor.
+_SAMPLES = 64
+_SAMPLE_BYTES = 1 << 16
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 _PROSE = (".md",)
 _ABSENT = "absent"
 
 
 def code_digests(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """Of every ``path/to/file.py:name`` in a recipe as plain data, whatever section it stands in, and
-    of trusted code of models.
+    """Digests of every ``path/to/file.py:name`` in any section of a recipe as plain data, and of trusted code
+    of models.
     """
-    named = {key: value for key, value in _texts(recipe) if is_user_spec(value)}
-    own = {
-        f"code of {key.removesuffix('.name')} ({value})": source_digest(value) for key, value in named.items()
+    specs = {key: value for key, value in _texts(recipe) if is_user_spec(value)}
+    digests = {
+        f"code of {key.removesuffix('.name')} ({value})": source_digest(value) for key, value in specs.items()
     }
-    return own | {f"code of the model {entry}": digest for entry, digest in trusted_code().items()}
+    return digests | {f"code of the model {entry}": digest for entry, digest in trusted_code().items()}
 
 
 def model_digests(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """Of the models that a recipe names: a folder's files, large ones by samples; a Hub model's
-    commit, where it is known here.
+    """Digests of the models that a recipe names: of a folder's files, large ones by samples; or a Hub model's
+    commit, where its files are on this machine.
     """
-    found: dict[str, str] = {}
-    for key, path in _texts({name: part for name, part in recipe.items() if name not in ("data", "about")}):
+    digests: dict[str, str] = {}
+    sections = {name: section for name, section in recipe.items() if name not in ("data", "about")}
+    for key, path in _texts(sections):
         if key.rpartition(".")[2] not in _MODEL_KEYS:
             continue
         revision = recipe["model"].get("revision") if path == recipe["model"]["path"] else None
         digest = _folder_digest(Path(path)) if Path(path).is_dir() else _commit_of(path, revision)
         if digest is not None:
-            found[f"files of {key} ({path})"] = digest
-    return found
+            digests[f"files of {key} ({path})"] = digest
+    return digests
 
 
 def column_digests(source: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Of each column of ``rows``, in their order. source: the key that names the data, such as
-    "data.train".
+    """Digests of each column of ``rows``, in their order.
+
+    source: the key that names the data, such as "data.train".
     """
     columns: dict[str, Any] = {}
     number = 0
@@ -62,11 +66,11 @@ def column_digests(source: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, 
             if name not in columns:
                 columns[name] = hashlib.sha256()
             columns[name].update(f"{number} {json.dumps(value, sort_keys=True, default=repr)}\n".encode())
-    return {f"column {name} of {source}": f"sha256:{found.hexdigest()}" for name, found in columns.items()}
+    return {f"column {name} of {source}": f"sha256:{digest.hexdigest()}" for name, digest in columns.items()}
 
 
 def changes(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """A line for everything that is not what it was: ``name: saved -> now``."""
+    """A line for each input that changed: ``name: saved -> now``."""
     names = dict.fromkeys((*saved, *now))
     pairs = {name: (saved.get(name, _ABSENT), now.get(name, _ABSENT)) for name in names}
     return [
@@ -85,7 +89,7 @@ def _texts(data: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _commit_of(path: str, revision: str | None) -> str | None:
-    """The Hub keeps snapshots in folders named after their commits."""
+    """The commit of a Hub model: the Hub's cache keeps snapshots in folders named after their commits."""
     try:
         config = local_file(path, revision, "config.json")
     except (OSError, ValueError):

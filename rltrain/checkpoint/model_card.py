@@ -1,4 +1,4 @@
-"""The README.md of an exported model: the recipe's facts and the run's own numbers, nothing else."""
+"""The README.md of an exported model: facts from the recipe and numbers from the run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_card(recipe: Mapping[str, Any], metrics: Mapping[str, float], steps: int) -> str:
-    """Card text.
+    """The text of the card.
 
-    recipe: the resolved recipe as plain data (``model_dump()``). metrics: final results by name; ``_low`` and
-    ``_high`` beside a name become its interval. steps: how many were taken, which may be fewer than the
-    recipe planned.
+    recipe: the resolved recipe as plain data (``model_dump()``). metrics: final results by name; the metrics
+    with ``_low`` and ``_high`` appended to a name become its interval. steps: the number taken, which may be
+    smaller than the recipe planned.
     """
     sections = [
         _header(recipe),
@@ -33,16 +33,19 @@ def model_card(recipe: Mapping[str, Any], metrics: Mapping[str, float], steps: i
 
 
 def _header(recipe: Mapping[str, Any]) -> str:
-    """The Hub reads base_model and datasets as its own names: a local path is not one."""
-    base, data = recipe["model"]["path"], recipe["data"]["train"]
+    """The YAML header. The Hub reads base_model and datasets as names on the Hub: a local path is left
+    out.
+    """
+    base = recipe["model"]["path"]
+    data = recipe["data"]["train"]
     facts: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["rltrain", _method(recipe)],
     }
-    if _on_hub(base):
+    if _is_hub_name(base):
         facts["base_model"] = base
-    if _on_hub(data):
+    if _is_hub_name(data):
         facts["datasets"] = [data]
     return f"---\n{yaml.safe_dump(facts, sort_keys=False).strip()}\n---"
 
@@ -59,8 +62,11 @@ def _summary(recipe: Mapping[str, Any], steps: int) -> str:
         if about["arxiv"]
         else ""
     )
-    how = "on judged completions from" if _offline(recipe) else "with reinforcement learning on"
-    how = "on judged pairs of its own answers to" if _on_pairs(recipe) else how
+    how = "with reinforcement learning on"
+    if _is_offline(recipe):
+        how = "on judged completions from"
+    if _is_pair_run(recipe):
+        how = "on judged pairs of its own answers to"
     return (
         f"`{recipe['model']['path']}` post-trained {how} `{recipe['data']['train']}` "
         f"for {steps} steps by rltrain {rltrain.__version__}.{paper}"
@@ -68,11 +74,13 @@ def _summary(recipe: Mapping[str, Any], steps: int) -> str:
 
 
 def _settings(recipe: Mapping[str, Any], steps: int) -> list[tuple[str, str]]:
-    if _offline(recipe):
+    if _is_offline(recipe):
         return _offline_settings(recipe, steps)
-    if _on_pairs(recipe):
+    if _is_pair_run(recipe):
         return _pair_settings(recipe, steps)
-    rollout, optimizer, loss = recipe["rollout"], recipe["learner"]["optimizer"], recipe["loss"]
+    rollout = recipe["rollout"]
+    optimizer = recipe["learner"]["optimizer"]
+    loss = recipe["loss"]
     rows = [
         ("steps", f"{steps} of {recipe['train']['steps']}"),
         ("prompts x completions per step", f"{rollout['prompts']} x {rollout['n']}"),
@@ -82,11 +90,11 @@ def _settings(recipe: Mapping[str, Any], steps: int) -> list[tuple[str, str]]:
             "rewards",
             ", ".join(f"{named['name']} x {named['weight']:g}" for named in recipe["reward"]["functions"]),
         ),
-        ("advantage", _named(recipe["advantage"])),
-        ("controls", ", ".join(map(_named, recipe["control"]))),
-        ("policy loss", _named(loss["policy"])),
-        ("loss terms", ", ".join(map(_named, loss["terms"]))),
-        ("aggregate", _named(loss["aggregate"])),
+        ("advantage", _method_text(recipe["advantage"])),
+        ("controls", ", ".join(map(_method_text, recipe["control"]))),
+        ("policy loss", _method_text(loss["policy"])),
+        ("loss terms", ", ".join(map(_method_text, loss["terms"]))),
+        ("aggregate", _method_text(loss["aggregate"])),
         (
             "learning rate",
             f"{optimizer['lr']:g} ({optimizer['schedule']}, {optimizer['warmup_steps']} warm-up updates)",
@@ -99,11 +107,13 @@ def _settings(recipe: Mapping[str, Any], steps: int) -> list[tuple[str, str]]:
 
 
 def _offline_settings(recipe: Mapping[str, Any], steps: int) -> list[tuple[str, str]]:
-    optimizer, data, train = recipe["learner"]["optimizer"], recipe["data"], recipe["train"]
+    optimizer = recipe["learner"]["optimizer"]
+    data = recipe["data"]
+    train = recipe["train"]
     return [
         ("steps", str(steps)),
         ("examples per step", str(train["examples"])),
-        ("loss", _named(recipe["loss"]["preference"])),
+        ("loss", _method_text(recipe["loss"]["preference"])),
         ("reference model", recipe["model"]["reference"] or recipe["model"]["path"]),
         (
             "prompt and completion tokens, at most",
@@ -118,7 +128,9 @@ def _offline_settings(recipe: Mapping[str, Any], steps: int) -> list[tuple[str, 
 
 
 def _pair_settings(recipe: Mapping[str, Any], steps: int) -> list[tuple[str, str]]:
-    rollout, optimizer, pairs = recipe["rollout"], recipe["learner"]["optimizer"], recipe["pairs"]
+    rollout = recipe["rollout"]
+    optimizer = recipe["learner"]["optimizer"]
+    pairs = recipe["pairs"]
     return [
         ("steps", f"{steps} of {recipe['train']['steps']}"),
         ("prompts x completions per step", f"{rollout['prompts']} x {rollout['n']}"),
@@ -128,9 +140,9 @@ def _pair_settings(recipe: Mapping[str, Any], steps: int) -> list[tuple[str, str
             "rewards",
             ", ".join(f"{named['name']} x {named['weight']:g}" for named in recipe["reward"]["functions"]),
         ),
-        ("judge", _named(pairs["judge"])),
+        ("judge", _method_text(pairs["judge"])),
         ("pairs", f"{pairs['choose']}, the {pairs['verdict']} winner chosen"),
-        ("loss", _named(recipe["loss"]["preference"])),
+        ("loss", _method_text(recipe["loss"]["preference"])),
         ("reference model", recipe["model"]["reference"] or recipe["model"]["path"]),
         ("previous iterate renewed every", f"{recipe['train']['previous_every']} steps"),
         (
@@ -144,19 +156,23 @@ def _pair_settings(recipe: Mapping[str, Any], steps: int) -> list[tuple[str, str
 
 
 def _results(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    """``name (note)`` finds its interval at ``name_low (note)`` and ``name_high (note)``."""
-    bounds = {name: [_ended(name, end) for end in ("_low", "_high")] for name in metrics}
-    are_bounds = {key for keys in bounds.values() for key in keys}
+    """Rows of the results table; the interval of ``name (note)`` is in ``name_low (note)`` and ``name_high
+    (note)``.
+    """
+    bounds = {name: [_append_to_name(name, end) for end in ("_low", "_high")] for name in metrics}
+    bound_names = {key for keys in bounds.values() for key in keys}
     rows = []
     for name, value in metrics.items():
-        if name in are_bounds:
+        if name in bound_names:
             continue
         low, high = (metrics.get(key) for key in bounds[name])
-        rows.append((name, f"{value:.4g}", "" if low is None or high is None else f"{low:.4g} to {high:.4g}"))
+        interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
+        rows.append((name, f"{value:.4g}", interval))
     return rows
 
 
-def _ended(name: str, end: str) -> str:
+def _append_to_name(name: str, end: str) -> str:
+    """``end`` appended to a name, before the note in parentheses behind it."""
     stem, space, note = name.partition(" ")
     return f"{stem}{end}{space}{note}"
 
@@ -181,27 +197,27 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _method(recipe: Mapping[str, Any]) -> str:
-    """What was optimised."""
+    """The method: a preference loss, or an advantage and a policy loss."""
     if "preference" in recipe["loss"]:
         return recipe["loss"]["preference"]["name"]
     return f"{recipe['advantage']['name']}+{recipe['loss']['policy']['name']}"
 
 
-def _offline(recipe: Mapping[str, Any]) -> bool:
-    """Whether it learned from judged completions that somebody gave beforehand."""
-    return "preference" in recipe["loss"] and not _on_pairs(recipe)
+def _is_offline(recipe: Mapping[str, Any]) -> bool:
+    """Whether the run learned from completions that were judged before it started."""
+    return "preference" in recipe["loss"] and not _is_pair_run(recipe)
 
 
-def _on_pairs(recipe: Mapping[str, Any]) -> bool:
-    """Whether it learned from pairs of its own completions."""
+def _is_pair_run(recipe: Mapping[str, Any]) -> bool:
+    """Whether the run learned from pairs of its own completions."""
     return "pairs" in recipe
 
 
-def _named(method: Mapping[str, Any]) -> str:
-    """``clip(eps_low=0.2, eps_high=0.28)``."""
+def _method_text(method: Mapping[str, Any]) -> str:
+    """A method with its settings, like ``clip(eps_low=0.2, eps_high=0.28)``."""
     settings = ", ".join(f"{key}={value}" for key, value in method.items() if key != "name")
     return f"{method['name']}({settings})" if settings else method["name"]
 
 
-def _on_hub(name: str) -> bool:
+def _is_hub_name(name: str) -> bool:
     return bool(_HUB_NAME.fullmatch(name)) and not Path(name).exists()

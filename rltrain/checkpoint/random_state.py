@@ -1,6 +1,4 @@
-"""The state of every random generator of this process, as plain data: nothing is pickled, nothing
-unpickled.
-"""
+"""The state of every random generator of this process, as plain data without pickle."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from rltrain.seeds import stable_hash
 
 
 def seed_everything(seed: int) -> None:
-    """Start every generator from ``seed``: what nobody seeded cannot be the same twice."""
+    """Seed every generator with ``seed``: results of an unseeded one cannot be repeated."""
     random.seed(seed)
     np.random.seed(stable_hash(seed))  # takes 32 bits, none negative
     torch.manual_seed(seed)
@@ -36,7 +34,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Go on drawing where ``state`` was taken. A CUDA state is left out where there is no such device."""
+    """Continue drawing where ``state`` was saved; without a CUDA device, a CUDA state is ignored."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     bits, keys, position, has_gauss, cached = state["numpy"]

@@ -1,4 +1,4 @@
-"""The folder of one run: made whole or not at all, and never over anything that is already there."""
+"""The folder of one run: created completely or not at all, and never over an existing file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # what ``_temporary`` makes
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Names of what lies in a run folder."""
+    """Paths of the files in a run folder."""
 
     path: Path
 
@@ -62,7 +62,7 @@ class RunFolder:
         return self.path / "report.html"
 
     def rewards_log(self, rank: int) -> Path:
-        """What reward functions print on this rank."""
+        """The log of what reward functions print on this rank."""
         return self.path / ("rewards.log" if rank == 0 else f"rewards.rank{rank}.log")
 
     @property
@@ -75,7 +75,7 @@ class RunFolder:
 
     @property
     def run_id(self) -> str | None:
-        """What tells this run from every other; None in a folder that an older rltrain made."""
+        """The identifier of this run; None in a folder that an older rltrain made."""
         try:
             return json.loads(self.environment.read_text(encoding="utf-8")).get("run")
         except (OSError, ValueError, AttributeError):
@@ -85,7 +85,7 @@ class RunFolder:
         return self.checkpoints / f"step-{step}"
 
     def present_checkpoints(self) -> list[tuple[int, Path]]:
-        """(step, folder) of everything under a checkpoint's name, whole or not, first to last."""
+        """(step, folder) of everything with a checkpoint's name, complete or not, first to last."""
         return sorted(
             (int(path.name[5:]), path)
             for path in self.checkpoints.glob("step-*")
@@ -95,15 +95,15 @@ class RunFolder:
     def prune_checkpoints(self, keep: int) -> None:
         """Remove all but the latest ``keep``; by step number, never by file time.
 
-        None is ever half there under its name.
+        A checkpoint is renamed before it is removed, so that none is ever incomplete under its name.
         """
         for _, path in self.present_checkpoints()[:-keep]:
-            leaving = _temporary(path)
-            os.rename(path, leaving)
-            shutil.rmtree(leaving)
+            temporary = _temporary(path)
+            os.rename(path, temporary)
+            shutil.rmtree(temporary)
 
-    def written(self) -> dict[str, int]:
-        """Bytes of each file that a run appends to, all of them on the disk."""
+    def file_sizes(self) -> dict[str, int]:
+        """Bytes of each file that a run appends to, once all of them are on the disk."""
         sizes = {}
         for path in (self.metrics, self.transcripts):
             if path.exists():
@@ -111,34 +111,37 @@ class RunFolder:
                 sizes[path.name] = path.stat().st_size
         return sizes
 
-    def rewind(self, written: Mapping[str, int]) -> None:
-        """Cut the files a run appends to back to what ``written`` said, and remove what a killed write left
-        behind.
+    def rewind(self, sizes: Mapping[str, int]) -> None:
+        """Cut the files a run appends to back to ``sizes``, an earlier result of ``file_sizes``, and remove
+        the temporary files of a killed write.
 
-        Raises UserError when one is shorter than that: its earlier lines are gone.
+        Raises UserError when a file is shorter than that: its earlier lines are gone.
         """
         for path in (self.metrics, self.transcripts):
-            size, wanted = path.stat().st_size if path.exists() else 0, written.get(path.name, 0)
-            if size < wanted:
+            size = path.stat().st_size if path.exists() else 0
+            expected = sizes.get(path.name, 0)
+            if size < expected:
                 raise UserError(
-                    f"{path} holds {size} bytes and held {wanted} when the checkpoint was written: lines are "
-                    "gone; put the file back, "
-                    f"or resume from the checkpoint in a new run folder: --run NEW --resume CHECKPOINT"
+                    f"{path} holds {size} bytes and held {expected} when the checkpoint was written: lines "
+                    "are gone; put the file back, or resume from the checkpoint in a new run folder: --run "
+                    "NEW --resume CHECKPOINT"
                 )
+
         for path in (self.metrics, self.transcripts):
             if path.exists():
-                os.truncate(path, written.get(path.name, 0))
+                os.truncate(path, sizes.get(path.name, 0))
                 _fsync(path)
+
         for folder in (self.path, self.checkpoints):
             for path in folder.glob(".*.tmp"):
                 if _TEMPORARY.fullmatch(path.name):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Alone in this folder until the block ends or the process dies.
+    def lock(self) -> Iterator[None]:
+        """Inside, no other process can train in this folder; the lock ends with the block or the process.
 
-        Raises UserError when another process is in it.
+        Raises UserError when another process holds the lock.
         """
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
@@ -155,16 +158,16 @@ class RunFolder:
             os.close(descriptor)
 
     @classmethod
-    def at(cls, path: str | Path) -> RunFolder:
-        """The names below ``path``, whatever is there."""
+    def from_path(cls, path: str | Path) -> RunFolder:
+        """The run folder at ``path``, which need not exist."""
         return cls(_absolute(path))
 
     @classmethod
     def create(cls, path: str | Path, recipe_yaml: str, environment: Mapping[str, Any]) -> RunFolder:
         """A new run folder holding the resolved recipe and the environment.
 
-        ``path`` must not exist, or be an empty folder. Raises UserError, with everything left as it was, when
-        it holds a run or anything else, is not a folder, or cannot be written.
+        ``path`` must not exist, or must be an empty folder. Raises UserError, and changes nothing, when it
+        holds a run or anything else, is not a folder, or cannot be written.
         """
         folder = cls(_absolute(path))
         files = {
@@ -172,14 +175,14 @@ class RunFolder:
             folder.recipe.name: recipe_yaml,
         }
         try:
-            if folder._exists_empty():
+            if folder._is_empty_folder():
                 for name, text in files.items():  # the recipe, which makes it a run, is written last
                     write_atomic(folder.path / name, text)
             else:
                 folder.path.parent.mkdir(parents=True, exist_ok=True)
-                with directory_atomic(folder.path) as making:
+                with directory_atomic(folder.path) as temporary:
                     for name, text in files.items():
-                        (making / name).write_text(text, encoding="utf-8")
+                        (temporary / name).write_text(text, encoding="utf-8")
         except OSError as error:
             raise UserError(
                 f"run folder {folder.path}: cannot be written ({error.strerror}: {error.filename}); choose a "
@@ -187,10 +190,10 @@ class RunFolder:
             ) from error
         return folder
 
-    def _exists_empty(self) -> bool:
-        """Whether an empty folder is there already; False when nothing is.
+    def _is_empty_folder(self) -> bool:
+        """Whether this folder exists and is empty; False when nothing exists at its path.
 
-        Raises UserError when something else is.
+        Raises UserError when a file or a folder with other content exists there.
         """
         if not os.path.lexists(self.path):
             return False
@@ -199,7 +202,7 @@ class RunFolder:
                 f"run folder {self.path}: a file is there; expected a new or empty folder, choose another "
                 "--run"
             )
-        present = sorted(entry.name for entry in self.path.iterdir() if not self._half_made(entry))
+        present = sorted(entry.name for entry in self.path.iterdir() if not self._is_half_made(entry))
         if self.recipe.name in present:
             raise UserError(
                 f"run folder {self.path} already holds a run; choose another --run, or continue it with "
@@ -213,18 +216,19 @@ class RunFolder:
             )
         return True
 
-    def _half_made(self, entry: Path) -> bool:
-        """Whether ``entry`` is what a ``create`` that was killed leaves: the recipe, which makes a
-        folder a run, comes last.
+    def _is_half_made(self, entry: Path) -> bool:
+        """Whether a killed ``create`` may have left ``entry`` behind.
+
+        It writes the recipe, which makes a folder a run, last.
         """
-        own = [self.environment.name, self.recipe.name]
-        return entry.name == own[0] or any(
-            _TEMPORARY.fullmatch(entry.name) and entry.name[1:].startswith(name) for name in own
+        names = [self.environment.name, self.recipe.name]
+        return entry.name == names[0] or any(
+            _TEMPORARY.fullmatch(entry.name) and entry.name[1:].startswith(name) for name in names
         )
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions and machine, for environment.json: what one needs to know to run the same again."""
+    """Versions and machine, for environment.json: what is needed to repeat the run."""
     return {
         "rltrain": rltrain.__version__,
         "commit": _commit(Path(rltrain.__file__).parent),
@@ -237,15 +241,16 @@ def describe_environment() -> dict[str, Any]:
 
 
 def new_run_id() -> str:
-    """What tells a run from every other, also from one of the same recipe: its checkpoints belong to
-    its own metrics.
+    """An identifier that no other run has, not even one of the same recipe.
+
+    It shows that a checkpoint belongs to the metrics in its run folder.
     """
     return secrets.token_hex(8)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Put ``content`` at ``path`` so that a reader, or a crash, sees the old file or the new one and
-    nothing between.
+    """Write ``content`` to ``path`` so that a reader, or a crash, finds the old file or the complete new
+    one.
     """
     temporary = _temporary(path)
     try:
@@ -260,28 +265,29 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def directory_atomic(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``path`` when the block ends and vanishes when it raises.
+    """Yields a temporary folder to fill; it becomes ``path`` when the block ends, and is removed if it
+    raises.
 
-    Raises UserError when something is at ``path`` already, at the start or by the end.
+    Raises UserError when ``path`` exists, at the start or at the end of the block.
     """
-    _refuse_taken(path)
-    making = _temporary(path)
-    making.mkdir()
+    _require_absent(path)
+    temporary = _temporary(path)
+    temporary.mkdir()
     try:
-        yield making
-        for folder, _, files in os.walk(making):
+        yield temporary
+        for folder, _, files in os.walk(temporary):
             for name in files:
                 _fsync(Path(folder, name))
             _fsync(Path(folder))
-        _refuse_taken(path)
-        os.rename(making, path)
+        _require_absent(path)
+        os.rename(temporary, path)
     except BaseException:
-        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     _fsync(path.parent)
 
 
-def _refuse_taken(path: Path) -> None:
+def _require_absent(path: Path) -> None:
     if os.path.lexists(path):
         raise UserError(f"{path} exists already and is not overwritten; move it away or choose another place")
 
@@ -311,8 +317,8 @@ def _version(package: str) -> str | None:
 
 
 def _commit(source: Path) -> str | None:
-    """The commit ``source`` is checked out at, "-dirty" appended if edited; None when git does not
-    track it.
+    """The commit that ``source`` is checked out at, with "-dirty" appended if files are edited; None when git
+    does not track it.
     """
     if _git(source, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
@@ -321,9 +327,9 @@ def _commit(source: Path) -> str | None:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return result.stdout.strip()

@@ -1,15 +1,15 @@
-"""What a run needs, beside the model, to go on as if it had never stopped. JSON and safetensors; nothing is
-pickled.
+"""The state that a run needs, besides the model, to continue as if it had never stopped: JSON and
+safetensors, no pickle.
 
-A checkpoint is an ordinary model folder with one more folder in it::
+A checkpoint is an ordinary model folder with one more folder inside::
 
     checkpoints/step-12/            config, safetensors, tokenizer, card
         files.sha256.json           SHA-256 of every other file, the training state included
         training/state.json         everything of ``RunState`` but the tensors
         training/optimizer.safetensors
 
-It is written under another name and renamed when all of it is on the disk. ``read_verified`` trusts nothing
-that its hashes do not prove.
+It is written under a temporary name and renamed when all of it is on the disk. ``read_verified`` checks every
+file against its hash.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class DamagedCheckpointError(UserError):
 
 
 class MisplacedCheckpointError(DamagedCheckpointError):
-    """A checkpoint is whole, but its name is another step's or its run is another one."""
+    """A checkpoint is complete, but has the name of another step or belongs to another run."""
 
 
 @dataclass(frozen=True)
@@ -48,43 +48,41 @@ class RunState:
 
     step: int
     learner: Mapping[str, Any]  # version, schedule and counters, by the learner's own names
-    order: Mapping[str, Any]  # where the prompt order stands
-    prompts: str  # hash of the training prompts it is an order of
+    order: Mapping[str, Any]  # position in the prompt order
+    prompts: str  # hash of the training prompts that are ordered
     pushes: int  # of weights to the engine
     evaluations: Sequence[Mapping[str, float]]  # results so far, first to last
     random: Sequence[Mapping[str, Any]]  # generators, one per rank
     reported: Mapping[str, int]  # bytes of each file the run appends to
     recipe: Mapping[str, Any]
     environment: Mapping[str, Any]
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # the optimizer's, of a state that was read
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # the optimizer's, in a state that was read
     controllers: Sequence[Mapping[str, Any]] = ()  # of the loss terms' coefficients, in the recipe's order
     law: Mapping[str, Any] = field(default_factory=dict)  # points of entropy and reward so far
-    sources: Sequence[Mapping[str, Any]] = ()  # what each of the recipe's rollout sources remembers
-    process_reward: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # version, schedule and counters of the process reward model's learner
-    inputs: Mapping[str, str] = field(
-        default_factory=dict
-    )  # digests by name of what was read beside the recipe
-    temperature: Mapping[str, float] = field(
-        default_factory=dict
-    )  # the signal that the next step's adaptive temperature goes by
+    sources: Sequence[Mapping[str, Any]] = ()  # the state of each of the recipe's rollout sources
+    # Version, schedule and counters of the process reward model's learner.
+    process_reward: Mapping[str, Any] = field(default_factory=dict)
+    # Digests, by name, of the inputs other than the recipe.
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    # The signal from which the next step's adaptive temperature is computed.
+    temperature: Mapping[str, float] = field(default_factory=dict)
 
 
 def write_state(folder: Path, state: RunState, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Puts ``state`` into ``folder``, a checkpoint in the making.
+    """Write ``state`` into ``folder``, an unfinished checkpoint.
 
-    tensors: the optimizer's by parameter name, written as they come. Raises OSError or SafetensorError when
-    the disk refuses.
+    tensors: the optimizer's, by parameter name and slot, written as they arrive. Raises OSError or
+    SafetensorError when the disk refuses.
     """
-    plain = {one.name: getattr(state, one.name) for one in dataclasses.fields(state) if one.name != "tensors"}
+    names = [field.name for field in dataclasses.fields(state) if field.name != "tensors"]
+    plain = {name: getattr(state, name) for name in names}
     (folder / _STATE).parent.mkdir()
     (folder / _STATE).write_text(json.dumps({"format": _FORMAT, **plain}) + "\n", encoding="utf-8")
     write_tensors(folder / _TENSORS.parent, _TENSORS.stem, tensors)
 
 
 def read_verified(checkpoint: Path) -> RunState:
-    """The state in ``checkpoint``, every file compared with its hash first.
+    """The state in ``checkpoint``, after every file was compared with its hash.
 
     Raises DamagedCheckpointError naming the file.
     """
@@ -93,24 +91,27 @@ def read_verified(checkpoint: Path) -> RunState:
         listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DamagedCheckpointError(
-            f"{checkpoint}: {MANIFEST} is missing, so this is no whole checkpoint; {remedy}"
+            f"{checkpoint}: {MANIFEST} is missing, so this is no complete checkpoint; {remedy}"
         ) from error
     except ValueError as error:
         raise DamagedCheckpointError(f"{checkpoint / MANIFEST} is damaged ({error}); {remedy}") from error
     if not isinstance(listed, dict) or str(_STATE) not in listed or not _has_tensors(listed):
         raise DamagedCheckpointError(
-            f"{checkpoint} holds a model but no training state ({_STATE}); {remedy}, or train its model anew"
+            f"{checkpoint} holds a model but no training state ({_STATE}); {remedy}, or start a new "
+            "run from its model"
         )
-    found = file_hashes(checkpoint)
+
+    hashes = file_hashes(checkpoint)
     for name, digest in listed.items():
-        if found.get(name) != digest:
-            what = "is not what was written (its SHA-256 differs)" if name in found else "is missing"
-            raise DamagedCheckpointError(f"{checkpoint / name} {what}; {remedy}")
-    if added := sorted(name for name in found.keys() - listed.keys() if not Path(name).name.startswith(".")):
+        if hashes.get(name) != digest:
+            problem = "is not what was written (its SHA-256 differs)" if name in hashes else "is missing"
+            raise DamagedCheckpointError(f"{checkpoint / name} {problem}; {remedy}")
+
+    unlisted = sorted(hashes.keys() - listed.keys())
+    if added := [name for name in unlisted if not Path(name).name.startswith(".")]:
         raise DamagedCheckpointError(
             f"{checkpoint / added[0]} was put there later ({MANIFEST} does not list it), and may be loaded "
-            "in place of what was "
-            f"written; remove it, or {remedy}"
+            f"instead of the original file; remove it, or {remedy}"
         )
     return read_state(checkpoint)
 
@@ -123,10 +124,11 @@ def _has_tensors(listed: Collection[str]) -> bool:
 def read_own(folder: RunFolder, checkpoint: Path) -> RunState:
     """``read_verified`` of a checkpoint inside ``folder``.
 
-    Raises MisplacedCheckpointError where it is not what its place says.
+    Raises MisplacedCheckpointError where its step is not the one in its name, or its run is not the folder's.
     """
     state = read_verified(checkpoint)
-    name, run = folder.checkpoint(state.step).name, state.environment.get("run")
+    name = folder.checkpoint(state.step).name
+    run = state.environment.get("run")
     if checkpoint.name != name:
         raise MisplacedCheckpointError(
             f"{checkpoint} holds the state after step {state.step}: it was copied or renamed; call it "
@@ -141,16 +143,16 @@ def read_own(folder: RunFolder, checkpoint: Path) -> RunState:
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """The state in ``checkpoint``, which ``read_verified`` has seen.
+    """The state in ``checkpoint``, whose files ``read_verified`` has checked.
 
-    Raises DamagedCheckpointError where it cannot be understood.
+    Raises DamagedCheckpointError where it cannot be read.
     """
     try:
         plain = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-        written = plain.pop("format")
-        if written != _FORMAT:
+        format_ = plain.pop("format")
+        if format_ != _FORMAT:
             raise UserError(
-                f"{checkpoint / _STATE} has format {written} and this rltrain reads {_FORMAT}; "
+                f"{checkpoint / _STATE} has format {format_} and this rltrain reads {_FORMAT}; "
                 f"resume with rltrain {plain.get('environment', {}).get('rltrain', 'of that time')}"
             )
         return RunState(tensors=read_tensors(checkpoint / _TENSORS.parent, _TENSORS.stem), **plain)
@@ -163,12 +165,10 @@ def read_state(checkpoint: Path) -> RunState:
 
 
 def latest(folder: RunFolder, warn: Callable[[str], None]) -> tuple[Path, RunState] | None:
-    """The newest checkpoint that is whole and this run's; each other one on the way to it is named in a
-    warning.
+    """The newest complete checkpoint of this run; warns of each newer one that cannot be used.
 
-    None: there are none at all.
-
-    Raises UserError when there are some and none is whole: to start over is then for the user to decide.
+    None where the folder has no checkpoints. Raises UserError when it has some but none is usable: the user
+    must then decide whether to start over.
     """
     damaged: list[str] = []
     for _, path in reversed(folder.present_checkpoints()):
@@ -183,6 +183,6 @@ def latest(folder: RunFolder, warn: Callable[[str], None]) -> tuple[Path, RunSta
     if damaged:
         remedy = "choose another --run, or remove that folder to start again from the first step"
         raise UserError(
-            "\n".join([f"{folder.checkpoints} holds no whole checkpoint of this run; {remedy}", *damaged])
+            "\n".join([f"{folder.checkpoints} holds no complete checkpoint of this run; {remedy}", *damaged])
         )
     return None

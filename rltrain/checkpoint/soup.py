@@ -1,4 +1,4 @@
-"""SALSA: a model made of the weighted mean of others, to serve as the reference of RLHF."""
+"""SALSA: the weighted mean of several models, which serves as the reference model of RLHF."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def soup(models: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> di
     """``sum_i weights[i] models[i]`` parameter by parameter, in float32 and back in the first model's dtype,
     arXiv:2411.01798.
 
-    Models of one architecture, tokenizer and pretrained ancestor, fine-tuned with different seeds or data
-    orders; anything else averages to noise. Merge LoRA adapters first: the mean of A and B is not the mean of
-    B A. Tensors that are not floating point must agree and are kept. Raises ValueError on weights that do not
-    sum to 1, and on names or shapes that differ.
+    models: of one architecture, tokenizer and pretrained ancestor, fine-tuned with different seeds or data
+    orders; the mean of other models is noise. Merge LoRA adapters first: the product of the means of B and A
+    is not the mean of the products B A. Tensors that are not floating point must be equal and are kept.
+    Raises ValueError on weights that do not sum to 1, and on names or shapes that differ.
     """
     if not models or len(models) != len(weights):
         raise ValueError(f"{len(models)} models and {len(weights)} weights; give one weight per model")
@@ -30,10 +30,10 @@ def soup(models: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> di
                 f"model {number} has other weights than model 1: "
                 f"{', '.join(sorted(other.keys() ^ first.keys())[:5])}"
             )
-    return {name: _mixed(name, [model[name] for model in models], weights) for name in first}
+    return {name: _average_tensors(name, [model[name] for model in models], weights) for name in first}
 
 
-def _mixed(name: str, parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def _average_tensors(name: str, parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     first = parts[0]
     if any(part.shape != first.shape for part in parts):
         raise ValueError(

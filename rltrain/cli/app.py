@@ -1,4 +1,4 @@
-"""The command line. One thin function each; whatever is heavy is imported inside the one that needs it."""
+"""The command line: one thin function per command. Each imports its heavy modules itself."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rltrain.errors import RecipeError, UserError
-from rltrain.interrupt import ends_at_ctrl_c
+from rltrain.interrupt import exit_on_ctrl_c
 
 if TYPE_CHECKING:
-    from rltrain.config.rules import Checked
+    from rltrain.config.rules import CheckedRecipe
 
 app = typer.Typer(
     add_completion=False,
@@ -52,7 +52,7 @@ EmInf = Annotated[
 Trust = Annotated[
     list[str] | None,
     typer.Option(
-        help="Whose own Python code may run: a folder, or NAME@COMMIT on the Hub. May be repeated.",
+        help="Model whose own Python code may run: a folder, or NAME@COMMIT on the Hub. May be repeated.",
         metavar="MODEL",
     ),
 ]
@@ -64,6 +64,12 @@ class Selector(StrEnum):
     majority = "majority"
     weighted_majority = "weighted_majority"
     oracle = "oracle"
+
+
+Select = Annotated[
+    list[Selector] | None,
+    typer.Option(help="Also measure the accuracy of choosing one of N answers this way. May be repeated."),
+]
 
 
 class Series(StrEnum):
@@ -97,7 +103,8 @@ def train(
     resume: Annotated[
         str,
         typer.Option(
-            help="auto: continue the run in DIR where there is one. never: refuse it. Or the folder of a checkpoint.",
+            help="auto: continue the run in DIR if there is one. never: refuse to continue it. "
+            "PATH: continue from this checkpoint folder.",
             metavar="auto|never|PATH",
         ),
     ] = "auto",
@@ -106,10 +113,10 @@ def train(
 
     Exit code 3: stopped by SIGTERM or Ctrl-C, with a checkpoint; the same command continues.
     """
-    checked = _checked(recipe, profile, _with_shorthands(overrides, engine, seed))
+    checked = _load_checked(recipe, profile, _with_shorthands(overrides, engine, seed))
     from rltrain.cli.train import train_command
 
-    with _trusting(checked.recipe.model.trust_remote_code):
+    with _trusting_code(checked.recipe.model.trust_remote_code):
         raise typer.Exit(
             train_command(checked.recipe, run or Path("runs") / recipe.stem, checked.warnings, resume)
         )
@@ -124,14 +131,14 @@ def doctor(
     seed: Seed = None,
     steps: Annotated[int, typer.Option(help="Steps to run.", min=2)] = 20,
 ) -> None:
-    """Run a few steps at learning rate 0: are engine, rewards and memory fit for the recipe?
+    """Run a few steps at learning rate 0: do engine, rewards and memory suffice for the recipe?
 
     Exit code 1 if not.
     """
-    checked = _checked(recipe, profile, _with_shorthands(overrides, engine, seed))
+    checked = _load_checked(recipe, profile, _with_shorthands(overrides, engine, seed))
     from rltrain.cli.doctor import doctor_command
 
-    with _trusting(checked.recipe.model.trust_remote_code):
+    with _trusting_code(checked.recipe.model.trust_remote_code):
         raise typer.Exit(doctor_command(checked.recipe, steps))
 
 
@@ -144,12 +151,12 @@ def validate(
     overrides: Overrides = None,
 ) -> None:
     """Check recipes without loading anything."""
-    verdicts = [_verdict(path, profile, overrides or []) for path in _expanded(recipes)]
+    verdicts = [_validate_file(path, profile, overrides or []) for path in _expand_paths(recipes)]
     for lines, _ in verdicts:
         typer.echo("\n".join(lines))
-    failed = sum(not fine for _, fine in verdicts)
-    if failed:
-        typer.echo(f"{failed} of {len(verdicts)} failed", err=True)
+    failures = sum(not is_valid for _, is_valid in verdicts)
+    if failures:
+        typer.echo(f"{failures} of {len(verdicts)} failed", err=True)
         raise typer.Exit(1)
 
 
@@ -158,10 +165,10 @@ def plan(
     recipe: RecipePath, profile: Profile = None, overrides: Overrides = None, engine: Engine = None
 ) -> None:
     """Print every number that a recipe implies."""
-    from rltrain.config.plan import plan as planned
+    from rltrain.config.plan import plan as plan_lines
 
-    checked = _checked(recipe, profile, _with_shorthands(overrides, engine, None))
-    lines = planned(checked.recipe)
+    checked = _load_checked(recipe, profile, _with_shorthands(overrides, engine, None))
+    lines = plan_lines(checked.recipe)
     names, values = (max(len(line[column]) for line in lines) for column in (0, 1))
     for line in lines:
         typer.echo(f"{line.name:<{names}}  {line.value:>{values}}  {line.note}")
@@ -173,7 +180,7 @@ def plan(
 def compare(
     recipes: Annotated[
         list[Path],
-        typer.Argument(help="Recipes; the first is what the others are held against.", metavar="RECIPE..."),
+        typer.Argument(help="Recipes; the others are compared with the first.", metavar="RECIPE..."),
     ],
     seeds: Annotated[int, typer.Option(help="Runs of each recipe.", min=1)] = 3,
     profile: Profile = None,
@@ -185,11 +192,11 @@ def compare(
 ) -> None:
     """Train several recipes under the same conditions and seeds; one table and one figure.
 
-    Started again, it goes on.
+    The same command continues a comparison that stopped.
     """
     keys = _with_shorthands(overrides, engine, None)
     for recipe in recipes:
-        _checked(recipe, profile, keys)
+        _load_checked(recipe, profile, keys)
     from rltrain.cli.compare import compare_command
 
     raise typer.Exit(compare_command(recipes, seeds, out, profile, keys))
@@ -207,7 +214,7 @@ def report(
         "runs/report"
     ),
 ) -> None:
-    """The table, figure and page of runs that are there already, finished or not."""
+    """The table, figure and page of existing runs, finished or not."""
     from rltrain.cli.compare import report_command
 
     raise typer.Exit(report_command(runs, out))
@@ -217,21 +224,21 @@ def report(
 def soup(
     models: Annotated[
         list[str],
-        typer.Argument(help="Folders or Hub names of models fine-tuned from one.", metavar="MODELS..."),
+        typer.Argument(
+            help="Folders or Hub names of models fine-tuned from the same model.", metavar="MODELS..."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="New folder of the soup.", metavar="DIR")],
     weights: Annotated[
         list[float] | None,
-        typer.Option(
-            "--weight", help="One per model, in their order, summing to 1; by default equal.", metavar="W"
-        ),
+        typer.Option("--weight", help="One per model, in order, with sum 1; by default equal.", metavar="W"),
     ] = None,
     trust_remote_code: Trust = None,
 ) -> None:
     """Average the weights of models: SALSA's reference (model.reference of a recipe)."""
     from rltrain.cli.soup import soup_command
 
-    with _trusting(trust_remote_code or ()):
+    with _trusting_code(trust_remote_code or ()):
         raise typer.Exit(soup_command(models, weights or [], out))
 
 
@@ -252,10 +259,7 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="Also write the numbers to this file, as JSON.", metavar="FILE")
     ] = None,
-    select: Annotated[
-        list[Selector] | None,
-        typer.Option(help="Also the accuracy of choosing one of N answers in this way. May be repeated."),
-    ] = None,
+    select: Select = None,
     prm: Annotated[
         str | None,
         typer.Option(
@@ -263,10 +267,11 @@ def evaluate(
         ),
     ] = None,
     prm_reference: Annotated[
-        str, typer.Option(help="Its reference; none: log-probs alone.", metavar="MODEL|none")
+        str, typer.Option(help="Reference of --prm; none: log-probs alone.", metavar="MODEL|none")
     ] = "none",
     beta: Annotated[
-        float | None, typer.Option(help="Coefficient of its rewards; its own from training.", metavar="BETA")
+        float | None,
+        typer.Option(help="Coefficient of its rewards, the one it was trained with.", metavar="BETA"),
     ] = None,
     steps: Annotated[str, typer.Option(help="As for rltrain score.", metavar="HOW")] = "newline",
     series: Annotated[Series | None, typer.Option(help="As for rltrain score.")] = None,
@@ -275,25 +280,26 @@ def evaluate(
         str | None, typer.Option(help="Reward model with a scalar head that chooses.", metavar="MODEL")
     ] = None,
     kl_to: Annotated[
-        str | None, typer.Option(help="Also the KL divergence of MODEL from this one.", metavar="MODEL")
+        str | None,
+        typer.Option(help="Also measure the KL divergence of MODEL from this model.", metavar="MODEL"),
     ] = None,
     trust_remote_code: Trust = None,
 ) -> None:
-    """Measure pass@k and avg@k of a model on a recipe's held-out prompts; with --select, choosing one
-    of N answers too.
+    """Measure pass@k and avg@k of a model on a recipe's held-out prompts; with --select, also the
+    accuracy of choosing one of N answers.
     """
-    checked = _checked(recipe, profile, _with_shorthands(overrides, engine, seed))
-    trusted = (*checked.recipe.model.trust_remote_code, *(trust_remote_code or ()))
+    checked = _load_checked(recipe, profile, _with_shorthands(overrides, engine, seed))
+    trusted_models = (*checked.recipe.model.trust_remote_code, *(trust_remote_code or ()))
     if select or kl_to is not None:
         from rltrain.cli.score import Choosers, select_command
 
         choosers = Choosers(prm, prm_reference, beta, _aggregate(series, reduction), rm, steps, kl_to)
-        names = [one.value for one in select or ()]
-        with _trusting(trusted):
+        names = [selector.value for selector in select or ()]
+        with _trusting_code(trusted_models):
             raise typer.Exit(select_command(model, checked.recipe, names, choosers, out, em_inf))
     from rltrain.cli.evaluate import eval_command
 
-    with _trusting(trusted):
+    with _trusting_code(trusted_models):
         raise typer.Exit(eval_command(model, checked.recipe, out, em_inf))
 
 
@@ -309,35 +315,37 @@ def score(
     reference: Annotated[
         str,
         typer.Option(
-            help="Model that log-probs are compared with; none: log-probs alone.", metavar="MODEL|none"
+            help="Model whose log-probs are subtracted; none: log-probs alone.", metavar="MODEL|none"
         ),
     ],
     beta: Annotated[
         float,
-        typer.Option(help="Coefficient of every reward; the model's own from training.", metavar="BETA"),
+        typer.Option(help="Coefficient of every reward, the one the model was trained with.", metavar="BETA"),
     ],
     steps: Annotated[
         str,
         typer.Option(
-            help="Where steps end: newline, given (the column steps), or a regex that matches where one begins.",
+            help="Where steps end: newline, given (the column steps), or a regex for the start of a step.",
             metavar="HOW",
         ),
     ] = "newline",
     series: Annotated[
-        Series | None, typer.Option(help="What is reduced: the steps' rewards, or the value after each.")
+        Series | None, typer.Option(help="What is reduced: the steps' rewards, or the value after each step.")
     ] = None,
-    reduction: Annotated[Reduction | None, typer.Option(help="How the score is made of it.")] = None,
+    reduction: Annotated[
+        Reduction | None, typer.Option(help="How that series is reduced to one score.")
+    ] = None,
     column: Annotated[
         list[str] | None,
         typer.Option(help="The file's column for prompt, completion or steps.", metavar="OURS=ITS"),
     ] = None,
     system: Annotated[
-        str | None, typer.Option(help="System message put before every prompt.", metavar="TEXT")
+        str | None, typer.Option(help="System message before every prompt.", metavar="TEXT")
     ] = None,
     chat_template: Annotated[
-        Template, typer.Option(help="auto: the tokenizer's, where it has one.")
+        Template, typer.Option(help="auto: the tokenizer's chat template, if it has one.")
     ] = Template.auto,
-    tokens: Annotated[bool, typer.Option(help="Write the reward of each token too.")] = True,
+    tokens: Annotated[bool, typer.Option(help="Also write the reward of each token.")] = True,
     cache: Annotated[
         Path | None, typer.Option(help="Folder of the reference's log-probs.", metavar="DIR")
     ] = Path(".cache/reference"),
@@ -346,17 +354,15 @@ def score(
     ] = 16384,
     trust_remote_code: Trust = None,
 ) -> None:
-    """Process rewards of completions that are there already: of each token, of each step, and of the
-    whole.
-    """
+    """Process rewards of existing completions: of each token, of each step, and of the completion."""
     from rltrain.build.scorer import ProcessModel
     from rltrain.cli.score import score_command
     from rltrain.config.schema import JudgedData
 
     judge = ProcessModel(model, reference, beta, _aggregate(series, reduction), cache, tokens_per_micro_batch)
     data = JudgedData(train=str(file), system=system, chat_template=chat_template.value)
-    with _trusting(trust_remote_code or ()):
-        raise typer.Exit(score_command(judge, file, out, steps, _pairs(column), data, tokens))
+    with _trusting_code(trust_remote_code or ()):
+        raise typer.Exit(score_command(judge, file, out, steps, _parse_columns(column), data, tokens))
 
 
 @app.command()
@@ -373,7 +379,7 @@ def generate(
         Path | None,
         typer.Option(
             "--recipe",
-            help="Recipe whose engine, lengths, prompt template and environment to use in place.",
+            help="Recipe whose engine, lengths, prompt template and environment to use instead.",
             metavar="RECIPE",
         ),
     ] = None,
@@ -381,7 +387,7 @@ def generate(
     em_inf: EmInf = None,
     trust_remote_code: Trust = None,
 ) -> None:
-    """Sample from a model; in a recipe's environment, whole episodes."""
+    """Sample from a model; with a recipe's environment, sample whole episodes."""
     from rltrain.config.load import recipe_of_model
 
     if source is None:
@@ -389,31 +395,30 @@ def generate(
             model, engine=engine, max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, seed=seed
         )
     else:
-        recipe = _checked(source, profile, [f"model.path={model}", f"seed={seed}"]).recipe
+        recipe = _load_checked(source, profile, [f"model.path={model}", f"seed={seed}"]).recipe
     from rltrain.cli.evaluate import generate_command
 
-    with _trusting((*recipe.model.trust_remote_code, *(trust_remote_code or ()))):
+    with _trusting_code((*recipe.model.trust_remote_code, *(trust_remote_code or ()))):
         raise typer.Exit(generate_command(recipe, prompts, n, temperature, em_inf))
 
 
 def main() -> None:
     """Entry point.
 
-    What the user must mend is one line on stderr and exit code 2; RLTRAIN_TRACEBACK=1 shows where it was
-    raised.
+    A mistake of the user's is one line on stderr and exit code 2; RLTRAIN_TRACEBACK=1 shows its traceback.
     """
-    with ends_at_ctrl_c():
+    with exit_on_ctrl_c():
         try:
             app()
         except UserError as error:
             if os.environ.get("RLTRAIN_TRACEBACK") == "1":
                 raise
             for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr)  # noqa: T201 (the terminal is where it goes)
+                print(f"error: {line}", file=sys.stderr)  # noqa: T201 (for the terminal)
             raise SystemExit(2) from None
 
 
-def _checked(recipe: Path, profile: str | None, overrides: Sequence[str]) -> Checked:
+def _load_checked(recipe: Path, profile: str | None, overrides: Sequence[str]) -> CheckedRecipe:
     from rltrain.config.load import load_recipe
     from rltrain.config.rules import check
 
@@ -421,8 +426,8 @@ def _checked(recipe: Path, profile: str | None, overrides: Sequence[str]) -> Che
 
 
 @contextmanager
-def _trusting(entries: Sequence[str]) -> Iterator[None]:
-    """Inside, code of these models may run, and rank 0 says which."""
+def _trusting_code(entries: Sequence[str]) -> Iterator[None]:
+    """A context in which the code of these models may run; rank 0 lists them."""
     from rltrain.remote_code import trusting
 
     with trusting(entries) as lines:
@@ -437,25 +442,27 @@ def _with_shorthands(overrides: Sequence[str] | None, engine: str | None, seed: 
 
 
 def _aggregate(series: Series | None, reduction: Reduction | None) -> dict[str, str]:
-    """What was said of how steps become one score; what was not has its default in ``aggregate_steps``."""
+    """The options that were set; ``aggregate_steps`` has the defaults of the others."""
     return {
-        name: one.value for name, one in (("series", series), ("reduction", reduction)) if one is not None
+        name: option.value
+        for name, option in (("series", series), ("reduction", reduction))
+        if option is not None
     }
 
 
-def _pairs(texts: Sequence[str] | None) -> dict[str, str]:
-    """``["prompt=question"]`` as a mapping. Raises UserError for anything else."""
-    found = [text.partition("=") for text in texts or ()]
-    for name, equals, value in found:
+def _parse_columns(texts: Sequence[str] | None) -> dict[str, str]:
+    """``["prompt=question"]`` as a mapping. Raises UserError for any other form."""
+    pairs = [text.partition("=") for text in texts or ()]
+    for name, equals, value in pairs:
         if name not in ("prompt", "completion", "steps") or not equals or not value:
             raise UserError(
                 f"--column {name}{equals}{value}: expected prompt=NAME, completion=NAME or steps=NAME"
             )
-    return {name: value for name, _, value in found}
+    return {name: value for name, _, value in pairs}
 
 
-def _verdict(path: Path, profile: str | None, overrides: Sequence[str]) -> tuple[list[str], bool]:
-    """What ``validate`` says of one file, and whether it is fine."""
+def _validate_file(path: Path, profile: str | None, overrides: Sequence[str]) -> tuple[list[str], bool]:
+    """The lines that ``validate`` prints about a file, and whether the file is valid."""
     from rltrain.config.fragments import check_fragment, kind_of
 
     try:
@@ -466,24 +473,25 @@ def _verdict(path: Path, profile: str | None, overrides: Sequence[str]) -> tuple
                 check_fragment(path)
                 return [f"{path}: ok, a {kind}"], True
             case _:
-                warnings = _checked(path, profile, overrides).warnings
+                warnings = _load_checked(path, profile, overrides).warnings
                 return [f"{path}: ok", *(f"  warning: {warning}" for warning in warnings)], True
     except RecipeError as error:
         return [f"{path}: failed", *(f"  error: {problem}" for problem in error.problems)], False
 
 
-def _expanded(paths: Sequence[Path]) -> Iterator[Path]:
-    """Files as they are, the YAML files of folders, and patterns that the shell left alone.
+def _expand_paths(paths: Sequence[Path]) -> Iterator[Path]:
+    """The files themselves, the YAML files of folders, and the matches of patterns that the shell did not
+    expand.
 
-    Raises RecipeError for none at all.
+    Raises RecipeError for a folder or pattern without a file.
     """
     for path in paths:
         if path.is_dir():
-            found = sorted(path.rglob("*.yaml"))
+            matches = sorted(path.rglob("*.yaml"))
         elif glob.has_magic(str(path)) and not path.exists():
-            found = sorted(map(Path, glob.glob(str(path), recursive=True)))
+            matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
         else:
-            found = [path]
-        if not found:
+            matches = [path]
+        if not matches:
             raise RecipeError(f"{path}: no YAML file {'in this folder' if path.is_dir() else 'matches'}")
-        yield from found
+        yield from matches

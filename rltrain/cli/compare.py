@@ -1,4 +1,4 @@
-"""``rltrain compare`` and ``rltrain report``: runs beside one another."""
+"""``rltrain compare`` and ``rltrain report``: runs side by side."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from rltrain.config.load import load_recipe
 def compare_command(
     recipes: Sequence[Path], seeds: int, out: Path, profile: str | None, overrides: Sequence[str]
 ) -> int:
-    """``rltrain compare``: runs that are not finished yet, one after the other; then the table,
-    printed and in ``out``.
+    """``rltrain compare``: trains the runs that are not finished, one after the other; then prints the
+    table and writes it to ``out``.
     """
-    from rltrain.analysis.compare_runs import collect_runs, conditions, plan_runs, run_all
-    from rltrain.analysis.comparison import markdown, write
+    from rltrain.analysis.compare_runs import collect_runs, compare_conditions, plan_runs, run_all
+    from rltrain.analysis.comparison import markdown, write_comparison
 
     console = Console(highlight=False)
-    notes = conditions(recipes, profile, overrides)
+    notes = compare_conditions(recipes, profile, overrides)
     date = common_date([load_recipe(path, profile=profile, overrides=overrides) for path in recipes], out)
     overrides = [*overrides, *([] if date is None else [f"data.date={date}"])]
     plan = plan_runs(recipes, seeds, out, profile, overrides)
     for note in notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     run_all(plan, lambda line: console.print(line, markup=False, soft_wrap=True))
+
     names = ", ".join(path.stem for path in recipes)
-    comparison = collect_runs(
-        f"{names}: {seeds} seeds each",
-        [*filter(None, [profile and f"profile {profile}"]), *overrides, *notes],
-        plan,
-    )
+    profile_note = [f"profile {profile}"] if profile else []
+    comparison = collect_runs(f"{names}: {seeds} seeds each", [*profile_note, *overrides, *notes], plan)
     console.print(markdown(comparison), markup=False, soft_wrap=True)
-    for path in write(comparison, out):
+    for path in write_comparison(comparison, out):
         console.print(str(path), markup=False, soft_wrap=True)
     return 0
 
 
 def report_command(runs: Sequence[str], out: Path) -> int:
-    """``rltrain report``: the same table, figure and page of runs named on the command line."""
-    from rltrain.analysis.comparison import Comparison, markdown, write
+    """``rltrain report``: the same table, figure and page for the runs on the command line."""
+    from rltrain.analysis.comparison import Comparison, markdown, write_comparison
     from rltrain.analysis.curves import Curves
 
     methods: dict[str, list[Curves]] = {}
     for text in runs:
         name, equals, folders = text.partition("=")
         if not equals:
-            name, folders = Path(text).name, text
+            name = Path(text).name
+            folders = text
         methods.setdefault(name, []).extend(Curves.read(Path(folder)) for folder in folders.split(","))
+
     comparison = Comparison(", ".join(methods), (), methods)
     console = Console(highlight=False)
     console.print(markdown(comparison), markup=False, soft_wrap=True)
-    for path in write(comparison, out):
+    for path in write_comparison(comparison, out):
         console.print(str(path), markup=False, soft_wrap=True)
     return 0

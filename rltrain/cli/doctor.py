@@ -1,5 +1,5 @@
-"""What ``rltrain doctor`` runs: a recipe's own loop at learning rate 0, in a folder that is gone
-afterwards, however it ends.
+"""``rltrain doctor``: the recipe's training loop at learning rate 0, in a folder that is removed
+afterwards, even if the run fails.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ from rltrain.train.doctor import (
     START,
     STEPS,
     Finding,
-    at_zero_learning_rate,
     diagnose,
-    with_few_steps,
+    diagnose_error,
+    freeze_recipe,
 )
 from rltrain.train.memory import largest_share, peak_memory
 from rltrain.watchdog import Watchdog
 
+# errors of engine, model or grader
 _FAULTS = (
     RuntimeError,
     ValueError,
@@ -50,17 +51,17 @@ _FAULTS = (
     AssertionError,
     LookupError,
     TypeError,
-)  # of engine, model, grader
+)
 _MARKS = {True: "ok  ", False: "FAIL", None: "-   "}
 
 
 class Terminated(BaseException):
-    """SIGTERM came. Not an Exception: nothing may take it for an error of its own."""
+    """SIGTERM arrived. Not an Exception, so that no handler takes it for an ordinary error."""
 
 
 def doctor_command(recipe: AnyRecipe, steps: int) -> int:
-    """``rltrain doctor``: ``steps`` steps at learning rate 0; the exit code is 1 where a verdict is
-    bad or was not reached.
+    """``rltrain doctor``: ``steps`` steps at learning rate 0; the exit code is 1 if a finding is bad or
+    was not reached.
     """
     sampled = require_sampled(
         recipe,
@@ -68,27 +69,27 @@ def doctor_command(recipe: AnyRecipe, steps: int) -> int:
         "completions",
     )
     workflow = workflow_for(recipe)
-    sampled = workflow.at_rest(at_zero_learning_rate(with_prompt_date(sampled), steps))
-    with ended_by_sigterm():
+    sampled = workflow.with_every_row_trained(freeze_recipe(with_prompt_date(sampled), steps))
+    with unwinding_on_sigterm():
         with user_errors(recipe.train.deadline_seconds):
             inputs = workflow.load(sampled)
         findings = run_doctor(sampled, workflow, inputs)
 
     console = Console(highlight=False)
     for finding in findings:
-        line = f"{_MARKS[finding.fine]}  {finding.question:<39}  {finding.measured}"
+        line = f"{_MARKS[finding.is_fine]}  {finding.question:<39}  {finding.measured}"
         console.print(line, markup=False, soft_wrap=True)
-    return 0 if all(finding.fine for finding in findings) else 1
+    return 0 if all(finding.is_fine for finding in findings) else 1
 
 
 def run_doctor(recipe: SampledRecipe, workflow: Workflow, inputs: RunInputs) -> list[Finding]:
-    """The verdict, on rank 0; elsewhere only what ended this rank, if something did."""
+    """The findings, on rank 0; on another rank only the error that ended it, if there was one."""
     stage = START
     try:
         with (
-            workflow.held(inputs),
+            workflow.resources(inputs),
             joined_processes(recipe.train.deadline_seconds) as (process, watchdog),
-            passing_folder(watchdog) as path,
+            temporary_folder(watchdog) as path,
         ):
             folder = RunFolder.create(path / "run", resolved_yaml(recipe), describe_environment())
             run: Any = workflow.build(recipe, inputs, RunContext(folder, process=process))
@@ -101,29 +102,29 @@ def run_doctor(recipe: SampledRecipe, workflow: Workflow, inputs: RunInputs) -> 
                 if not process.is_main:
                     return []
                 steps = [json.loads(line) for line in lines]
-                return diagnose(recipe, steps, run.mismatch, memories, judged=workflow.judged)
+                return diagnose(recipe, steps, run.mismatch, memories, judged=workflow.uses_judge)
             finally:
                 run.close()
     except _FAULTS as error:
         if not isinstance(error, EXPECTED):
             traceback.print_exception(error)
-        return with_few_steps(error, stage, judged=workflow.judged)
+        return diagnose_error(error, stage, judged=workflow.uses_judge)
 
 
 @contextlib.contextmanager
-def passing_folder(watchdog: Watchdog) -> Iterator[Path]:
-    """A folder that is removed when the block ends, and when a deadline ends the process."""
+def temporary_folder(watchdog: Watchdog) -> Iterator[Path]:
+    """A folder that is removed at the end of the block, and when a deadline ends the process."""
     with tempfile.TemporaryDirectory(prefix="rltrain-doctor-", ignore_cleanup_errors=True) as name:
-        watchdog.before_the_end(partial(shutil.rmtree, name, ignore_errors=True))
+        watchdog.add_cleanup(partial(shutil.rmtree, name, ignore_errors=True))
         yield Path(name)
 
 
 @contextlib.contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Inside, the first SIGTERM closes what is open before the process dies of it; a second one ends it at
-    once.
+def unwinding_on_sigterm() -> Iterator[None]:
+    """A context in which the first SIGTERM closes open resources before it ends the process; a second one
+    ends it immediately.
 
-    Outside the main thread Python allows no handler.
+    Outside the main thread Python allows no signal handler.
     """
 
     def unwind(*_: object) -> NoReturn:

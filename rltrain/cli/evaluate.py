@@ -1,4 +1,4 @@
-"""``rltrain eval`` and ``rltrain generate``: a model on disk, sampled."""
+"""``rltrain eval`` and ``rltrain generate``: evaluate or sample a model on disk."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def eval_command(model: str, recipe: AnyRecipe, out: Path | None, em_inf: float 
     """``rltrain eval``: measures ``model`` on the recipe's held-out data, prints the numbers and writes them
     to ``out`` as JSON.
 
-    Of a recipe whose completions are sampled: unbiased pass@k. Of judged completions: accuracy and margin,
-    against the recipe's own model. em_inf: nats to which EM-INF lowers the entropy of each token's logits
-    before one is drawn; None: logits as they are.
+    For a recipe with sampled completions: unbiased pass@k. For judged completions: accuracy and margin, with
+    the recipe's own model as reference. em_inf: nats to which EM-INF lowers the entropy of each token's
+    logits before a token is drawn; None: the logits are unchanged.
     """
     metrics = _EVALUATIONS[recipe.kind](model, recipe, em_inf)
     if out is not None:
@@ -43,7 +43,7 @@ def eval_command(model: str, recipe: AnyRecipe, out: Path | None, em_inf: float 
 
 
 def _evaluate_offline(model: str, recipe: OfflineRecipe, em_inf: float | None) -> dict[str, float]:
-    del em_inf  # nothing is sampled
+    del em_inf  # no completion is sampled
     recipe = with_prompt_date(recipe)
     with joined_processes(recipe.train.deadline_seconds) as (process, _), user_mistakes():
         metrics = evaluate_offline(model, recipe, process).metrics()
@@ -53,7 +53,7 @@ def _evaluate_offline(model: str, recipe: OfflineRecipe, em_inf: float | None) -
 
 def _evaluate_sampled(model: str, recipe: SampledRecipe, em_inf: float | None) -> dict[str, float]:
     _, result = evaluate_model(model, recipe, em_inf)
-    show(result, Console())
+    show_evaluation(result, Console())
     return result.metrics()
 
 
@@ -67,14 +67,15 @@ _EVALUATIONS: Mapping[str, Callable[..., dict[str, float]]] = {
 def evaluate_model(
     model: str, recipe: SampledRecipe, em_inf: float | None = None
 ) -> tuple[Tokenization, Evaluation]:
-    """``model`` sampled and graded on the recipe's held-out prompts, and its tokenizer.
+    """The tokenizer of ``model``, and its completions of the recipe's held-out prompts, graded.
 
-    Raises UserError where there are none.
+    Raises UserError if there are no held-out prompts.
     """
     recipe = with_prompt_date(recipe.model_copy(update={"model": Model(path=model)}))
     rollout = recipe.rollout
     with user_errors(recipe.train.deadline_seconds):
         inputs = load_inputs(recipe)
+
     with joined_processes(recipe.train.deadline_seconds) as (process, _), inputs.grader:
         if inputs.held_out is None:
             raise UserError("the recipe names no held-out prompts; set data.eval")
@@ -83,17 +84,17 @@ def evaluate_model(
         evaluator = build_evaluator(recipe.eval, recipe.reward, rollout.max_tokens, recipe.seed, inputs)
         sampling = _with_em_inf(evaluator.sampling, rollout.engine, em_inf)
         evaluator = dataclasses.replace(evaluator, sampling=sampling)
-        alone = Process(device=process.device, deadline=process.deadline)
+        single_process = Process(device=process.device, deadline=process.deadline)
         with sampler_for_model(recipe, inputs.tokenization, process) as sampler:
-            result = evaluator.evaluate(GradedSampler(sampler, grader, alone), version=0)
+            result = evaluator.evaluate(GradedSampler(sampler, grader, single_process), version=0)
     return inputs.tokenization, result
 
 
 def generate_command(
     recipe: AnyRecipe, prompts: Sequence[str], n: int, temperature: float, em_inf: float | None = None
 ) -> int:
-    """``rltrain generate``: prints ``n`` completions of each prompt. The recipe has model, engine, lengths
-    and seed.
+    """``rltrain generate``: prints ``n`` completions of each prompt. The recipe has the model, the engine,
+    the lengths and the seed.
 
     em_inf: as for ``eval_command``.
     """
@@ -106,8 +107,10 @@ def generate_command(
     with user_mistakes():
         tokenization = load_tokenization(sampled.model, sampled.data, sampled.rollout)
         rendered = [
-            _prompt(str(number), text, sampled.data, tokenization) for number, text in enumerate(prompts)
+            _build_prompt(str(number), text, sampled.data, tokenization)
+            for number, text in enumerate(prompts)
         ]
+
     sampling = Sampling(
         n=n, temperature=temperature, max_tokens=sampled.rollout.max_tokens, seed=sampled.seed
     )
@@ -127,7 +130,7 @@ def generate_command(
 
 
 def _with_em_inf(sampling: Sampling, engine: str, em_inf: float | None) -> Sampling:
-    """Raises UserError where EM-INF is impossible."""
+    """``sampling`` with EM-INF. Raises UserError where EM-INF is impossible."""
     if em_inf is not None and (em_inf <= 0 or engine != "transformers"):
         raise UserError(
             f"--em-inf {em_inf:g} with engine {engine}: it takes a positive number and the engine "
@@ -136,7 +139,7 @@ def _with_em_inf(sampling: Sampling, engine: str, em_inf: float | None) -> Sampl
     return dataclasses.replace(sampling, sharpen_below=em_inf)
 
 
-def _prompt(name: str, text: str, data: Data, tokenization: Tokenization) -> Prompt:
+def _build_prompt(name: str, text: str, data: Data, tokenization: Tokenization) -> Prompt:
     content = data.prompt_template.format_map({"prompt": text})
     rendered, token_ids = render(
         content, tokenization.tokenizer, system=data.system, chat_template=data.chat_template, date=data.date
@@ -148,10 +151,10 @@ def _prompt(name: str, text: str, data: Data, tokenization: Tokenization) -> Pro
     return Prompt(name, tuple(token_ids), rendered)
 
 
-def show(result: Evaluation, console: Console) -> None:
-    """Results with their intervals, one per line."""
-    named = [(f"pass@{estimate.k}", estimate) for estimate in result.results]
-    for name, estimate in (*named, (f"avg@{result.n}", result.average)):
+def show_evaluation(result: Evaluation, console: Console) -> None:
+    """Prints the results with their intervals, one per line."""
+    estimates = [(f"pass@{estimate.k}", estimate) for estimate in result.results]
+    for name, estimate in (*estimates, (f"avg@{result.n}", result.average)):
         console.print(
             f"{name:<8} {estimate.value:.3f}  [{estimate.low:.3f}, {estimate.high:.3f}]", markup=False
         )
@@ -162,7 +165,7 @@ def show(result: Evaluation, console: Console) -> None:
 
 
 def show_numbers(metrics: Mapping[str, float], console: Console) -> None:
-    """``accuracy 0.612 [0.571, 0.653]`` and the like, one per line."""
+    """Prints the metrics, one per line, for example ``accuracy 0.612 [0.571, 0.653]``."""
     for name, value in metrics.items():
         if name.endswith(("_low", "_high")):
             continue

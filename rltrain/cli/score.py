@@ -1,4 +1,4 @@
-"""What ``rltrain score`` runs, and ``rltrain eval --select``: process reward models put to use."""
+"""``rltrain score`` and ``rltrain eval --select``: the uses of a process reward model."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from rltrain.analysis.selection import Samples, selections
 from rltrain.build.scorer import (
     NONE,
     ProcessModel,
-    cutter,
     open_scorer,
     read_file,
     scorer_tokenization,
+    step_end_finder,
     text_row,
 )
 from rltrain.build.workflows import require_sampled
 from rltrain.checkpoint.run_folder import write_atomic
-from rltrain.cli.evaluate import evaluate_model, show, show_numbers
+from rltrain.cli.evaluate import evaluate_model, show_evaluation, show_numbers
 from rltrain.config.schema import AnyRecipe, JudgedData, Model, SampledRecipe
 from rltrain.data.tokenization import Tokenization, tokenization_of
 from rltrain.errors import UserError, user_mistakes
@@ -39,8 +39,8 @@ from rltrain.train.evaluate import Evaluation
 from rltrain.train.scoring import TextRow
 from rltrain.types.policy import TokenRows
 
-_SIZES = (1, 2, 4, 8, 16)  # of the sets that are chosen from
-_SCORED = ("implicit_prm", "rm", "weighted_majority")  # choices that go by a model's scores
+_SIZES = (1, 2, 4, 8, 16)  # of the sets of answers from which one is chosen
+_SCORED = ("implicit_prm", "rm", "weighted_majority")  # selectors that need a model's scores
 
 
 def score_command(
@@ -53,7 +53,7 @@ def score_command(
     with_tokens: bool,
 ) -> int:
     """``rltrain score``: process rewards of the completions in ``file``, one JSON line for each, in
-    their order. ``out`` appears whole.
+    their order. ``out`` is written atomically.
     """
     console = Console(highlight=False)
 
@@ -63,17 +63,17 @@ def score_command(
     with user_mistakes():
         tokenization = scorer_tokenization(model)
         context = context_of(AutoConfig.from_pretrained(model.path, trust_remote_code=trusts(model.path)))
-        found = read_file(
+        rows = read_file(
             file, columns, steps, tokenization, data, None if context is None else context.tokens
         )
-    texts = [one.text for one in found if one.text is not None]
+    texts = [row.text for row in rows if row.text is not None]
     with open_scorer(model, say) as scorer:
         scored = iter(scorer.score(texts, lambda count: say(f"scored {count} of {len(texts)}")))
     lines = [
-        one.line({} if one.text is None else next(scored).columns(with_tokens=with_tokens)) for one in found
+        row.line({} if row.text is None else next(scored).columns(with_tokens=with_tokens)) for row in rows
     ]
     write_atomic(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    reasons = Counter(one.reason for one in found if one.text is None)
+    reasons = Counter(row.reason for row in rows if row.text is None)
     for reason, count in reasons.items():
         say(f"warning: {count} not scored: {reason}")
     say(f"{len(texts)} completions, beta {model.beta:g}: {out}")
@@ -85,21 +85,19 @@ def score_command(
 
 @dataclass(frozen=True)
 class Choosers:
-    """What ``rltrain eval --select`` chooses with."""
+    """The models and settings with which ``rltrain eval --select`` chooses."""
 
     prm: str | None = None
     prm_reference: str = NONE
-    beta: float | None = (
-        # of the process reward model; votes are weighed by sigmoid(score), so it must be the one of training
-        None
-    )
+    # of the process reward model; sigmoid(score) weighs votes, so beta must be the one of training
+    beta: float | None = None
     aggregate: Mapping[str, Any] = field(default_factory=dict)
     rm: str | None = None
     steps: str = "newline"
     kl_to: str | None = None
 
     def refuse(self, names: Sequence[str], n: int) -> None:
-        """Raises UserError for a choice that lacks its model, before anything is sampled."""
+        """Raises UserError if a selector lacks its model, before any completion is sampled."""
         if "implicit_prm" in names and self.prm is None:
             raise UserError("--select implicit_prm needs --prm MODEL, with --prm-reference and --beta")
         if "rm" in names and self.rm is None:
@@ -126,37 +124,43 @@ def select_command(
     out: Path | None,
     em_inf: float | None = None,
 ) -> int:
-    """``rltrain eval --select``: accuracy of choosing one of N for N up to 16 and ``eval.n``, with
-    the KL that choosing spends at most.
+    """``rltrain eval --select``: accuracy of choosing one of N, for N up to 16 and ``eval.n``, with
+    the largest KL that choosing can cost.
     """
     sampled = require_sampled(
         recipe,
         "--select samples answers, and this recipe learns from judged completions; name one with rollouts "
         "and rewards",
     )
-    _refuse(model, sampled, names, choosers)
+    _check_choices(model, sampled, names, choosers)
     tokenization, result = evaluate_model(model, sampled, em_inf)
     console = Console(highlight=False)
-    show(result, console)
-    prompts, found = _samples(result, names), dict[str, float]()
-    scores = _scores(choosers, result, tokenization, console) if set(names) & set(_SCORED) else {}
+    show_evaluation(result, console)
+
+    prompts = _samples(result, names)
+    metrics: dict[str, float] = {}
+    scores = _chooser_scores(choosers, result, tokenization, console) if set(names) & set(_SCORED) else {}
     for name in names:
-        judged = scores.get("rm" if name == "rm" or "prm" not in scores else "prm")
-        with_scores = (
-            prompts if judged is None else [_scored(one, by) for one, by in zip(prompts, judged, strict=True)]
-        )
-        for one in selections(with_scores, name, [n for n in _SIZES if n <= sampled.eval.n]):
-            found |= one.metrics()
+        chooser_scores = scores.get("rm" if name == "rm" or "prm" not in scores else "prm")
+        scored_prompts = prompts
+        if chooser_scores is not None:
+            scored_prompts = [
+                _with_scores(samples, prompt_scores)
+                for samples, prompt_scores in zip(prompts, chooser_scores, strict=True)
+            ]
+        for selection in selections(scored_prompts, name, [n for n in _SIZES if n <= sampled.eval.n]):
+            metrics |= selection.metrics()
+
     if choosers.kl_to is not None:
-        found |= _kl(model, choosers.kl_to, result, console)
-    show_numbers(found, console)
+        metrics |= _measure_kl(model, choosers.kl_to, result, console)
+    show_numbers(metrics, console)
     if out is not None:
-        write_atomic(out, json.dumps({"model": model, **result.metrics(), **found}, indent=2) + "\n")
+        write_atomic(out, json.dumps({"model": model, **result.metrics(), **metrics}, indent=2) + "\n")
     return 0
 
 
-def _refuse(model: str, recipe: SampledRecipe, names: Sequence[str], choosers: Choosers) -> None:
-    """What can be known before anything is sampled. Raises UserError."""
+def _check_choices(model: str, recipe: SampledRecipe, names: Sequence[str], choosers: Choosers) -> None:
+    """Raises UserError for every mistake that is known before sampling."""
     choosers.refuse(names, recipe.eval.n)
     if choosers.kl_to is not None and recipe.eval.temperature != 1:
         raise UserError(
@@ -165,29 +169,31 @@ def _refuse(model: str, recipe: SampledRecipe, names: Sequence[str], choosers: C
         )
     for key, path in (("--prm", choosers.prm), ("--rm", choosers.rm), ("--kl-to", choosers.kl_to)):
         if path is not None:
-            _same_tokens(model, key, path)
-    cutter(choosers.steps)
+            _require_same_tokens(model, key, path)
+    step_end_finder(choosers.steps)
     if choosers.prm is not None:
         with user_mistakes():
             scorer_tokenization(_process_model(choosers))
 
 
-def _scores(
+def _chooser_scores(
     choosers: Choosers, result: Evaluation, tokenization: Tokenization, console: Console
 ) -> dict[str, list[list[float]]]:
-    """By "prm" and "rm", as far as they are named: a score for every completion of every prompt."""
-    found: dict[str, list[list[float]]] = {}
+    """By "prm" and "rm", if the command line names them: a score for every completion of every prompt."""
+    scores: dict[str, list[list[float]]] = {}
     if choosers.prm is not None:
-        found["prm"] = _by_prompt(
+        scores["prm"] = _group_by_prompt(
             result, _process_scores(_process_model(choosers), result, choosers.steps, tokenization, console)
         )
     if choosers.rm is not None:
-        found["rm"] = _by_prompt(result, rewards_of(choosers.rm, _rows(result), tokens_per_micro_batch=16384))
-    return found
+        scores["rm"] = _group_by_prompt(
+            result, rewards_of(choosers.rm, _rows(result), tokens_per_micro_batch=16384)
+        )
+    return scores
 
 
-def _same_tokens(model: str, key: str, path: str) -> None:
-    """Raises UserError where the model at ``path`` reads other tokens than ``model`` writes."""
+def _require_same_tokens(model: str, key: str, path: str) -> None:
+    """Raises UserError if the model at ``path`` reads other tokens than ``model`` writes."""
     with user_mistakes():
         require_same_tokens(tokenization_of(Model(path=model), {}).tokenizer, model, key, path)
 
@@ -198,9 +204,9 @@ def _process_model(choosers: Choosers) -> ProcessModel:
 
 
 def _samples(result: Evaluation, names: Sequence[str]) -> list[Samples]:
-    """A completion that nobody could grade counts as wrong.
+    """The samples of each prompt; an ungraded completion counts as wrong.
 
-    Raises UserError where rewards do not say what a selection needs.
+    Raises UserError if the rewards do not report what a selector needs.
     """
     scores = [score for group in result.groups for score in group.scores if score.ungraded is None]
     if not result.results:
@@ -222,8 +228,8 @@ def _samples(result: Evaluation, names: Sequence[str]) -> list[Samples]:
     ]
 
 
-def _scored(one: Samples, scores: Sequence[float]) -> Samples:
-    return Samples(one.correct, one.answers, tuple(scores))
+def _with_scores(samples: Samples, scores: Sequence[float]) -> Samples:
+    return Samples(samples.correct, samples.answers, tuple(scores))
 
 
 def _rows(result: Evaluation) -> TokenRows:
@@ -235,31 +241,32 @@ def _rows(result: Evaluation) -> TokenRows:
     return TokenRows(tuple(prompt for prompt, _ in pairs), tuple(completion for _, completion in pairs))
 
 
-def _by_prompt(result: Evaluation, flat: Sequence[float]) -> list[list[float]]:
-    left = iter(flat)
-    return [[next(left) for _ in group.completions] for group in result.groups]
+def _group_by_prompt(result: Evaluation, values: Sequence[float]) -> list[list[float]]:
+    remaining = iter(values)
+    return [[next(remaining) for _ in group.completions] for group in result.groups]
 
 
 def _process_scores(
     model: ProcessModel, result: Evaluation, steps: str, tokenization: Tokenization, console: Console
 ) -> list[float]:
-    rows, cut = _rows(result), cutter(steps)
+    rows = _rows(result)
+    find_ends = step_end_finder(steps)
     pairs = zip(rows.prompts, rows.completions, strict=True)
-    texts = [text_row(prompt, completion, cut, None, tokenization)[0] for prompt, completion in pairs]
+    texts = [text_row(prompt, completion, find_ends, None, tokenization)[0] for prompt, completion in pairs]
     with open_scorer(model, lambda line: console.print(line, markup=False, soft_wrap=True)) as scorer:
         return [row.score for row in scorer.score(texts)]
 
 
-def _kl(model: str, reference: str, result: Evaluation, console: Console) -> dict[str, float]:
-    """nats: KL of the sampled model from ``reference``, mean log-ratio of its own completions, and
-    the N whose selection spends as much.
+def _measure_kl(model: str, reference: str, result: Evaluation, console: Console) -> dict[str, float]:
+    """KL (nats) of the sampled model from ``reference``, as the mean log-ratio of its own completions,
+    and the N whose best-of-N selection costs the same KL.
     """
-    whole = ProcessModel(model, reference, 1.0, {"series": "step", "reduction": "sum"})
+    scorer_model = ProcessModel(model, reference, 1.0, {"series": "step", "reduction": "sum"})
     rows = _rows(result)
     pairs = zip(rows.prompts, rows.completions, strict=True)
     texts = [TextRow(prompt, completion, (0,) * len(completion), 1) for prompt, completion in pairs]
-    with open_scorer(whole, lambda line: console.print(line, markup=False, soft_wrap=True)) as scorer:
-        ratios = _by_prompt(result, [row.score for row in scorer.score(texts)])
+    with open_scorer(scorer_model, lambda line: console.print(line, markup=False, soft_wrap=True)) as scorer:
+        ratios = _group_by_prompt(result, [row.score for row in scorer.score(texts)])
     mean = average_at_k(ratios, seed=stable_hash("bootstrap", len(ratios)))
-    found = {"eval/kl_to": mean.value, "eval/kl_to_low": mean.low, "eval/kl_to_high": mean.high}
-    return found | {"eval/kl_to_as_n": n_for_kl(max(mean.value, 0.0))}
+    metrics = {"eval/kl_to": mean.value, "eval/kl_to_low": mean.low, "eval/kl_to_high": mean.high}
+    return metrics | {"eval/kl_to_as_n": n_for_kl(max(mean.value, 0.0))}

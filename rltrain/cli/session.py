@@ -1,4 +1,4 @@
-"""What commands share: deadlines, user errors, the workflow of a recipe, an engine for a model on disk."""
+"""Shared by the commands: deadlines, user errors, joining of ranks, an engine for a model on disk."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from rltrain.watchdog import Watchdog
 
 @contextmanager
 def user_errors(deadline_seconds: float) -> Iterator[None]:
-    """Before this process joins others: what the user must mend is one line, and rewards that never
-    answer end it like any wait.
+    """A context for the time before this process joins other ranks: a mistake of the user's becomes one
+    line, and the deadline also ends a wait for rewards that never answer.
     """
     with Watchdog(deadline_seconds, rank_name()), user_mistakes():
         yield
@@ -28,7 +28,7 @@ def user_errors(deadline_seconds: float) -> Iterator[None]:
 
 @contextmanager
 def joined_processes(deadline_seconds: float) -> Iterator[tuple[Process, Watchdog]]:
-    """Joins the other ranks, if there are any. Inside, every wait has the recipe's deadline."""
+    """Joins the other ranks, if there are any. In this context every wait has the recipe's deadline."""
     connect(deadline_seconds)
     with Watchdog(deadline_seconds, rank_name(), open_heartbeat_board()) as watchdog:
         yield this_process(watchdog.waiting), watchdog
@@ -39,7 +39,7 @@ def rank_name() -> str:
 
 
 def is_main_process() -> bool:
-    """Before the ranks have met: whether the launcher made this one rank 0."""
+    """Whether the launcher made this process rank 0; usable before the ranks are joined."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -47,7 +47,8 @@ def is_main_process() -> bool:
 def sampler_for_model(
     recipe: SampledRecipe, tokenization: Tokenization, process: Process
 ) -> Iterator[Sampler]:
-    """What samples the recipe's model: its engine with the weights on disk, in an environment whole episodes.
+    """A sampler for the recipe's model: the engine with the weights on disk; with an environment it samples
+    whole episodes.
 
     Every weight is compared after loading and after sampling. Raises WeightMismatchError.
     """

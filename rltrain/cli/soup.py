@@ -18,8 +18,8 @@ from rltrain.weight_names import CheckpointNames
 
 
 def soup_command(models: Sequence[str], weights: Sequence[float], out: Path) -> int:
-    """``rltrain soup``: the weighted mean of ``models`` as a model folder, with the first one's
-    tokenizer. weights empty: equal ones.
+    """``rltrain soup``: writes the weighted mean of ``models`` as a model folder, with the tokenizer of
+    the first model. Without ``weights`` all models count equally.
     """
     if len(models) < 2 or (weights and len(weights) != len(models)):
         raise UserError(
@@ -38,15 +38,16 @@ def soup_command(models: Sequence[str], weights: Sequence[float], out: Path) -> 
                     f"model {number} and model 1 differ in which weights are tied; a soup is of models "
                     "fine-tuned from one"
                 )
+
         mixed = soup([dict(model.state_dict()) for model in loaded], shares)
-        named = " + ".join(f"{share:g} x `{model}`" for model, share in zip(models, shares, strict=True))
+        formula = " + ".join(f"{share:g} x `{model}`" for model, share in zip(models, shares, strict=True))
         header = (
             f"---\nlibrary_name: transformers\ntags: [rltrain, soup]\n---\n\n# A soup of {len(models)} "
             "models\n\n"
         )
-        card = f"{header}Every weight is {named}, parameter by parameter (arXiv:2411.01798).\n"
+        card = f"{header}Every weight is {formula}, parameter by parameter (arXiv:2411.01798).\n"
         names = CheckpointNames(loaded[0])
-        weights = names.to_checkpoint(mixed.items())
-        export_model(out, loaded[0], tokenization.tokenizer, card, weights, ties=names.ties)
+        mixed_weights = names.to_checkpoint(mixed.items())
+        export_model(out, loaded[0], tokenization.tokenizer, card, mixed_weights, ties=names.ties)
     Console(highlight=False).print(str(out), markup=False, soft_wrap=True)
     return 0

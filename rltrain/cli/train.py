@@ -1,5 +1,5 @@
-"""``rltrain train``: checks first, then weights, then the steps; every engine and process is closed
-at the end.
+"""``rltrain train``: checks the inputs, loads weights, then trains; closes every engine and process at
+the end.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ from rltrain.train.saving import (
     Stopped,
     StopRequest,
     disk_errors,
+    record_stop_signals,
     stop_with_the_launcher,
-    stops_noted,
 )
 
 
 def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resume: str = AUTO) -> int:
-    """Everything from the checks to the finished model. The exit code: 0, or STOPPED after a SIGTERM or a
-    Ctrl-C.
+    """Trains from the checks to the finished model. Returns the exit code: 0, or STOPPED after a SIGTERM or
+    a Ctrl-C.
 
-    resume: "auto" continues the run in ``folder`` where there is one, "never" refuses it, anything else is a
-    checkpoint's folder.
+    resume: "auto" continues the run in ``folder`` if there is one, "never" refuses to; any other value is the
+    folder of a checkpoint.
     """
-    run_folder, workflow = RunFolder.at(folder), workflow_for(recipe)
+    run_folder = RunFolder.from_path(folder)
+    workflow = workflow_for(recipe)
     recipe = with_prompt_date(recipe, saved_date(run_folder, resume))
     if resume == AUTO and is_finished(run_folder, recipe):
         if is_main_process():
@@ -56,9 +57,11 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
     with user_errors(recipe.train.deadline_seconds):
         inputs = workflow.load(recipe)
         digests = input_digests(recipe, inputs)
-    with workflow.held(inputs), ExitStack() as stack:
+
+    with workflow.resources(inputs), ExitStack() as stack:
         process, watchdog = stack.enter_context(joined_processes(recipe.train.deadline_seconds))
-        environment, checkpoint = {**describe_environment(), "run": new_run_id()}, None
+        environment = {**describe_environment(), "run": new_run_id()}
+        checkpoint = None
         if process.is_main:
             with user_mistakes():
                 opened = open_run(
@@ -71,10 +74,10 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
                 )
                 checkpoint = stack.enter_context(opened).checkpoint
         with watchdog.waiting("rank 0", "to open the run folder"):
-            checkpoint, of_rank_0 = agree((checkpoint, digests))
-        require_same_inputs(of_rank_0, digests)
+            checkpoint, rank_0_digests = agree((checkpoint, digests))
+        require_same_inputs(rank_0_digests, digests)
 
-        stop_request = stack.enter_context(stops_noted())
+        stop_request = stack.enter_context(record_stop_signals())
         stop_with_the_launcher()
         run = workflow.build(
             recipe, inputs, RunContext(run_folder, checkpoint, process, stop_request, digests)
@@ -90,7 +93,7 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
 def _train(
     run: TrainingRun, workflow: Workflow, folder: RunFolder, stop_request: StopRequest, *, is_main: bool
 ) -> int:
-    """Takes the steps; the exit code."""
+    """Trains and reports. Returns the exit code."""
     try:
         with disk_errors(folder):
             stop_request.in_loop = True
@@ -98,12 +101,14 @@ def _train(
             if is_main:
                 write_report(folder)
         files = ("metrics", "transcripts", "report") if workflow.samples else ("metrics", "report")
-        named = [f"{name:<11}  {getattr(folder, name)}" for name in files]
-        run.reporter.message("\n".join([f"model        {model}", *named]))
+        lines = [f"{name:<11}  {getattr(folder, name)}" for name in files]
+        run.reporter.message("\n".join([f"model        {model}", *lines]))
     except Stopped as stopped:
         if is_main:
             report_if_possible(folder, run.reporter)
-        run.reporter.message(f"stopped by {stop_request.by} after step {stopped.step}: {stopped.checkpoint}")
+        run.reporter.message(
+            f"stopped by {stop_request.cause} after step {stopped.step}: {stopped.checkpoint}"
+        )
         run.reporter.message(f"continue with: {resuming_command(sys.argv)}")
         return STOPPED
     finally:
@@ -111,11 +116,11 @@ def _train(
     return 0
 
 
-def require_same_inputs(of_rank_0: Mapping[str, str], own: Mapping[str, str]) -> None:
-    """Raises UserError where this rank reads other code, data or models than rank 0, as on a node
+def require_same_inputs(rank_0_digests: Mapping[str, str], digests: Mapping[str, str]) -> None:
+    """Raises UserError if this rank reads other code, data or models than rank 0, for example on a node
     with older files.
     """
-    lines = list(changes(of_rank_0, own))
+    lines = list(changes(rank_0_digests, digests))
     if lines:
         raise UserError(
             "\n".join([f"{rank_name()} reads something else than rank 0 (rank 0 -> here):", *lines])
@@ -123,7 +128,7 @@ def require_same_inputs(of_rank_0: Mapping[str, str], own: Mapping[str, str]) ->
 
 
 def write_report(folder: RunFolder) -> None:
-    """report.html: the run's curves and measurements, in one file that loads nothing."""
+    """Writes report.html: the run's curves and measurements, in one self-contained file."""
     from rltrain.analysis.comparison import run_page
     from rltrain.analysis.curves import Curves
 
@@ -131,7 +136,7 @@ def write_report(folder: RunFolder) -> None:
 
 
 def report_if_possible(folder: RunFolder, reporter: Reporter) -> None:
-    """The report of a run that was stopped. Its checkpoint is whole, whatever becomes of a page."""
+    """Writes the report of a stopped run. A failure is only a warning, because the checkpoint is saved."""
     try:
         write_report(folder)
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:

@@ -1,4 +1,4 @@
-"""The YAML files beside the recipes: bases and profiles, which are incomplete alone, and accelerate's own."""
+"""Checks the YAML files that are not whole recipes: bases and profiles. Recognises Accelerate's files too."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from rltrain.config.explain import explain
-from rltrain.config.load import ENVIRONMENTS, environment_layer, profile_layer, read_profile, schema_of
-from rltrain.config.rules.registries import ENVIRONMENTS as PLAYED
-from rltrain.config.rules.registries import REGISTRIES
+from rltrain.config.load import ENVIRONMENTS_KEY, environment_layer, profile_layer, read_profile, schema_of
+from rltrain.config.rules.registries import ENVIRONMENTS, REGISTRIES
 from rltrain.config.schema import AnyRecipe, OfflineRecipe, OnlineRecipe
 from rltrain.config.yaml12 import Document, read
 from rltrain.errors import RecipeError
@@ -23,12 +22,12 @@ _FOLDERS: dict[str, Kind] = {"base": "base", "profiles": "profile", "accelerate"
 
 
 def kind_of(path: Path) -> Kind:
-    """What a YAML file is, by the folder it lies in."""
+    """The kind of a YAML file, which follows from its folder."""
     return _FOLDERS.get(path.absolute().parent.name, "recipe")
 
 
 def check_fragment(path: Path) -> None:
-    """Keys and values of a base or profile, nothing of what it leaves out.
+    """Checks the keys and values of a base or profile; missing keys are no problem.
 
     Raises RecipeError with every problem.
     """
@@ -55,16 +54,16 @@ def _schema_problems(document: Document, schema: type[AnyRecipe]) -> list[str]:
     try:
         schema.model_validate_json(json.dumps(document.data), strict=True)
     except ValidationError as error:
-        return explain(error, [document], document.source, passing=("missing",), root=schema)
+        return explain(error, [document], document.source, ignored_types=("missing",), root=schema)
     return []
 
 
 def _environment_problems(document: Document) -> Iterator[str]:
-    for name in document.data.get(ENVIRONMENTS, {}):
-        if name not in PLAYED.specs:
+    for name in document.data.get(ENVIRONMENTS_KEY, {}):
+        if name not in ENVIRONMENTS.specs:
             yield (
-                f"{document.at((ENVIRONMENTS, name))}: no environment is called "
-                f"{name!r}{suggestion(name, PLAYED.specs)}"
+                f"{document.location_of((ENVIRONMENTS_KEY, name))}: no environment is called "
+                f"{name!r}{suggestion(name, ENVIRONMENTS.specs)}"
             )
         yield from _schema_problems(environment_layer(document, name), OnlineRecipe)
 
@@ -75,11 +74,12 @@ def _unknown_sizes(document: Document) -> Iterator[str]:
         known |= registry.specs
     for name, sizes in document.data.get("sizes", {}).items():
         if name not in known:
-            yield f"{document.at(('sizes', name))}: no method is called {name!r}{suggestion(name, known)}"
+            where = document.location_of(("sizes", name))
+            yield f"{where}: no method is called {name!r}{suggestion(name, known)}"
             continue
         for key in sizes:
             if key not in known[name].hyperparameters:
-                where = document.at(("sizes", name, key))
+                where = document.location_of(("sizes", name, key))
                 yield (
                     f"{where}: {name} has no hyperparameter "
                     f"{key!r}{suggestion(key, known[name].hyperparameters)}"

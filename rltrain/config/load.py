@@ -1,12 +1,12 @@
-"""Recipes from files: base, recipe, profile and ``--set``, merged in that order and checked against the
+"""Loads recipes: merges base, recipe, profile and ``--set`` in that order and checks the result against the
 schema.
 
-Mappings are merged key by key; lists and single values are replaced. A mapping that names another thing
-(``name`` of a method, ``path`` of a model, ``train`` of a data set) replaces the one below it whole, so that
-hyperparameters of one method or columns of one data set never reach another.
+Mappings are merged key by key; lists and single values are replaced. A mapping with a different identity
+(``name`` of a method, ``path`` of a model, ``train`` of a data set) replaces the lower mapping as a whole, so
+that hyperparameters of one method or columns of one data set never reach another.
 
-A user's own ``file.py:name`` is looked for from the folder of the recipe or base that names it; in a profile,
-which is shared, and in ``--set`` from the current folder. From then on it is absolute.
+A user's ``file.py:name`` is relative to the folder of the recipe or base that contains it. In a profile,
+which several recipes share, and in ``--set`` it is relative to the current folder. Loading makes it absolute.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pydantic import ValidationError
 
 from rltrain.config.explain import explain
 from rltrain.config.schema import RECIPES, AnyRecipe, OfflineRecipe, OfflineReport, OnlineRecipe, Section
-from rltrain.config.user_files import absolute, drop_digest, with_absolute_names, with_digests
+from rltrain.config.user_files import absolute_name, drop_digest, with_absolute_names, with_digests
 from rltrain.config.yaml12 import Document, KeyPath, dump, parse_value, read
 from rltrain.errors import RecipeError
 from rltrain.registry import suggestion
 
-# A profile replaces model, data and sizes and nothing else.
+# The only keys that a profile may replace: model, data and sizes.
 PROFILE_KEYS = (
     "model",
     "data",
@@ -39,14 +39,14 @@ PROFILE_KEYS = (
     "reward.workers",
     "reward.seconds",
     "reward.memory_gib",
-    "learner.optimizer.lr",  # goes with the size of the model
+    "learner.optimizer.lr",  # depends on the size of the model
     "learner.optimizer.warmup_steps",
     "learner.tokens_per_micro_batch",
     "learner.layout",
     "learner.precision",
     "learner.gradient_checkpointing",
     "learner.head_chunk",
-    "process_reward.optimizer.lr",  # the same, of recipes that train such a model
+    "process_reward.optimizer.lr",  # the same for the process reward model, if the recipe trains one
     "process_reward.optimizer.warmup_steps",
     "train",
     "eval.every",
@@ -56,20 +56,17 @@ PROFILE_KEYS = (
     "checkpoint",
     "report",
 )
-# What a profile's section ``offline`` may set, for recipes that learn from a data set of judged completions.
-OFFLINE = "offline"
-PREFERENCE = "preference"  # the key of a loss that compares completions, below ``loss``
+OFFLINE_KEY = "offline"  # section of a profile for recipes that learn from a data set of judged completions
+PREFERENCE_KEY = "preference"  # key under ``loss`` of a loss that compares completions
+# what the section ``offline`` of a profile may set
 OFFLINE_PROFILE_KEYS = ("data", "learner", "train", "eval", "reference.cache")
-# of a profile: by name, what it sets over the rest of it for recipes whose completions are episodes
-ENVIRONMENTS = "environments"
-_SHARED = (
-    "model",
-    "learner",
-    "checkpoint",
-    "report",
-)  # sections of a profile that recipes of both kinds read
-_IDENTITY = ("name", "path", "train")
-_ORDER = "order"  # of a data set's prompts: the method's, not the data's, so another data set keeps it
+# section of a profile: overrides by name of the environment, for recipes whose completions are episodes
+ENVIRONMENTS_KEY = "environments"
+# sections of a profile that recipes of both kinds read
+_SHARED_SECTIONS = ("model", "learner", "checkpoint", "report")
+_IDENTITY_KEYS = ("name", "path", "train")
+# order of the prompts: it belongs to the training method, so another data set does not reset it
+_ORDER_KEY = "order"
 
 
 def load_recipe(path: str | Path, *, profile: str | None = None, overrides: Sequence[str] = ()) -> AnyRecipe:
@@ -79,22 +76,25 @@ def load_recipe(path: str | Path, *, profile: str | None = None, overrides: Sequ
     """
     path = Path(path)
     layers = [with_absolute_files(layer, Path(layer.source).parent) for layer in recipe_layers(read(path))]
+
     data: dict[str, Any] = {}
     for layer in layers:
-        data = merged(data, layer.data)
+        data = merge_mappings(data, layer.data)
+
     if profile is not None:
         document = with_absolute_files(read_profile(find_profile(profile, path)), Path.cwd())
-        layers.append(for_recipe(profile_layer(document, schema_of(data)), data))
-        data = merged(data, layers[-1].data)
-        if (played := environment_of(data)) is not None:
-            data["rollout"]["environment"] = played
-            layers.append(environment_layer(document, played["name"]))
-            data = merged(data, layers[-1].data)
+        layers.append(drop_unused_process_reward(profile_layer(document, schema_of(data)), data))
+        data = merge_mappings(data, layers[-1].data)
+        if (environment := environment_of(data)) is not None:
+            data["rollout"]["environment"] = environment
+            layers.append(environment_layer(document, environment["name"]))
+            data = merge_mappings(data, layers[-1].data)
         data = with_sizes(data, document.data.get("sizes", {}))
+
     for override in overrides:
         data, document = with_override(data, override)
         layers.append(document)
-    return validated(with_digests(data), layers, str(path))
+    return validate_recipe(with_digests(data), layers, str(path))
 
 
 def resolved_yaml(recipe: Section) -> str:
@@ -107,49 +107,51 @@ def schema_of(data: Mapping[str, Any]) -> type[AnyRecipe]:
     else ``online``.
     """
     loss = data.get("loss")
-    inferred = OFFLINE if isinstance(loss, dict) and PREFERENCE in loss else "online"
+    inferred = OFFLINE_KEY if isinstance(loss, dict) and PREFERENCE_KEY in loss else "online"
     return RECIPES.get(str(data.get("kind", inferred)), OnlineRecipe)
 
 
-def validated(data: Mapping[str, Any], layers: Sequence[Document], source: str) -> AnyRecipe:
-    """``data`` as a recipe of its kind; types are strict (``"200"`` is no number, ``off`` no boolean)."""
-    schema, kind = schema_of(data), data.get("kind")
+def validate_recipe(data: Mapping[str, Any], layers: Sequence[Document], source: str) -> AnyRecipe:
+    """``data`` as a recipe of its kind. Types are strict: ``"200"`` is no number and ``off`` no boolean."""
+    schema = schema_of(data)
+    kind = data.get("kind")
     if kind is not None and kind not in RECIPES:
         raise RecipeError(f"{source}: no kind of recipe is called {kind!r}{suggestion(kind, RECIPES)}")
     try:
-        return schema.model_validate_json(
-            json.dumps(data), strict=True
-        )  # JSON mode takes lists for tuples, Python mode does not
+        # JSON mode accepts lists as tuples, Python mode does not.
+        return schema.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         raise RecipeError(explain(error, layers, source, root=schema)) from error
 
 
 def profile_layer(profile: Document, schema: type[AnyRecipe]) -> Document:
-    """What of a profile recipes of a kind take: for judged completions its own section, over the
-    parts that both kinds share.
+    """The part of a profile that applies to recipes of a kind. Offline recipes take the section ``offline``,
+    merged over the sections that both kinds share.
     """
     if schema is not OfflineRecipe:
         kept = {
-            key: value for key, value in profile.data.items() if key not in ("sizes", OFFLINE, ENVIRONMENTS)
+            key: value
+            for key, value in profile.data.items()
+            if key not in ("sizes", OFFLINE_KEY, ENVIRONMENTS_KEY)
         }
         return Document(profile.source, kept, profile.lines)
-    shared = {key: value for key, value in profile.data.items() if key in _SHARED}
+    shared = {key: value for key, value in profile.data.items() if key in _SHARED_SECTIONS}
     if "report" in shared:
         shared["report"] = {
             key: value for key, value in shared["report"].items() if key in OfflineReport.model_fields
         }
-    own = profile.data.get(OFFLINE, {})
-    lines = {key: line for key, line in profile.lines.items() if key[0] in _SHARED}
+    offline_section = profile.data.get(OFFLINE_KEY, {})
+    lines = {key: line for key, line in profile.lines.items() if key[0] in _SHARED_SECTIONS}
     return Document(
         profile.source,
-        merged(shared, own),
-        lines | {key[1:]: line for key, line in profile.lines.items() if key[0] == OFFLINE},
+        merge_mappings(shared, offline_section),
+        lines | {key[1:]: line for key, line in profile.lines.items() if key[0] == OFFLINE_KEY},
     )
 
 
-def for_recipe(layer: Document, recipe: Mapping[str, Any]) -> Document:
-    """A profile's layer without settings of a process reward model where the recipe trains none: they
-    would make one.
+def drop_unused_process_reward(layer: Document, recipe: Mapping[str, Any]) -> Document:
+    """The layer of a profile without ``process_reward`` if the recipe trains no process reward model; the
+    section would add one.
     """
     if recipe.get("process_reward") is not None:
         return layer
@@ -160,22 +162,25 @@ def for_recipe(layer: Document, recipe: Mapping[str, Any]) -> Document:
 
 
 def environment_of(data: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The recipe's environment as a mapping with a name; None where it has none, or none that a
-    schema would take.
-    """
+    """The recipe's environment as a mapping with a name; None if it is missing or the schema refuses it."""
     rollout = data.get("rollout")
-    given = rollout.get("environment") if isinstance(rollout, dict) else None
-    found = {"name": given} if isinstance(given, str) else given
-    return dict(found) if isinstance(found, dict) and isinstance(found.get("name"), str) else None
+    setting = rollout.get("environment") if isinstance(rollout, dict) else None
+    environment = {"name": setting} if isinstance(setting, str) else setting
+    return (
+        dict(environment)
+        if isinstance(environment, dict) and isinstance(environment.get("name"), str)
+        else None
+    )
 
 
 def environment_layer(profile: Document, name: str) -> Document:
-    """What a profile sets for recipes that play the environment ``name``, over what it sets for all."""
-    spelt = next(
-        (key for key in profile.data.get(ENVIRONMENTS, {}) if absolute(key, Path.cwd()) == name), name
+    """What a profile sets only for recipes with the environment ``name``."""
+    name_in_profile = next(
+        (key for key in profile.data.get(ENVIRONMENTS_KEY, {}) if absolute_name(key, Path.cwd()) == name),
+        name,
     )
-    section = (ENVIRONMENTS, spelt)
-    kept = profile.data.get(ENVIRONMENTS, {}).get(spelt, {})
+    section = (ENVIRONMENTS_KEY, name_in_profile)
+    kept = profile.data.get(ENVIRONMENTS_KEY, {}).get(name_in_profile, {})
     return Document(
         profile.source,
         kept,
@@ -186,7 +191,7 @@ def environment_layer(profile: Document, name: str) -> Document:
 def recipe_of_model(
     model: str, *, engine: str, max_prompt_tokens: int, max_tokens: int, seed: int
 ) -> OnlineRecipe:
-    """A recipe for sampling from a model: what training would need stands there with the plainest choice.
+    """A recipe for sampling from a model; the keys that only training needs hold the simplest valid values.
 
     Raises RecipeError.
     """
@@ -205,7 +210,7 @@ def recipe_of_model(
 
 
 def with_absolute_files(layer: Document, folder: Path) -> Document:
-    """``layer`` whose users' files are named by absolute paths, read from ``folder``."""
+    """``layer`` with the paths of users' files made absolute, starting from ``folder``."""
     return Document(layer.source, with_absolute_names(layer.data, folder.absolute()), layer.lines)
 
 
@@ -213,39 +218,40 @@ def with_absolute_files(layer: Document, folder: Path) -> Document:
 
 
 def recipe_layers(recipe: Document) -> list[Document]:
-    """The base that the recipe extends, if any, and the recipe, both without ``extends``."""
+    """The base that the recipe extends, if any, and then the recipe, both without ``extends``."""
     extends = recipe.data.get("extends")
-    own = Document(
+    own_layer = Document(
         recipe.source, {key: value for key, value in recipe.data.items() if key != "extends"}, recipe.lines
     )
     if "sizes" in recipe.data:
         raise RecipeError(
-            f"{recipe.at(('sizes',))}: sizes belongs in a profile (--profile NAME), this file is read as a "
-            "recipe"
+            f"{recipe.location_of(('sizes',))}: sizes belongs in a profile (--profile NAME), this file is "
+            "read as a recipe"
         )
+
     if "extends" not in recipe.data:
-        return [own]
+        return [own_layer]
     if not isinstance(extends, str):
         raise RecipeError(
-            f"{recipe.at(('extends',))}: extends must be the path of one base, relative to this file, got "
-            f"{extends!r}"
+            f"{recipe.location_of(('extends',))}: extends must be the path of one base, relative to this "
+            f"file, got {extends!r}"
         )
+
     try:
         base = read(Path(recipe.source).parent / extends)
     except RecipeError as error:
-        raise RecipeError(f"{recipe.at(('extends',))}: extends {extends!r}: {error}") from error
+        raise RecipeError(f"{recipe.location_of(('extends',))}: extends {extends!r}: {error}") from error
     if "extends" in base.data:
         raise RecipeError(
-            f"{base.at(('extends',))}: a base cannot extend another file ({recipe.source} already extends "
-            "this one); "
-            f"one level only: copy what is needed into one of them"
+            f"{base.location_of(('extends',))}: a base cannot extend another file ({recipe.source} already "
+            "extends this one); one level only: copy what is needed into one of them"
         )
-    return [base, own]
+    return [base, own_layer]
 
 
 def find_profile(profile: str, recipe: Path) -> Path:
-    """A profile given as a file, or by name from the ``profiles`` folder next to or above the recipe,
-    then below ./recipes.
+    """The path of a profile: ``profile`` itself if it is a file name, or else the first match in the
+    ``profiles`` folders next to the recipe, above it and in ./recipes.
     """
     if profile.endswith((".yaml", ".yml")) or "/" in profile:
         return Path(profile)
@@ -256,38 +262,38 @@ def find_profile(profile: str, recipe: Path) -> Path:
     known = {item.stem for folder in folders for item in folder.glob("*.yaml")}
     raise RecipeError(
         "no profile is called "
-        f"{profile!r}{suggestion(profile, known) or f'; no profiles folder lies above {recipe}'}"
+        f"{profile!r}{suggestion(profile, known) or f'; there is no profiles folder above {recipe}'}"
     )
 
 
 def read_profile(path: Path) -> Document:
-    """A profile, refused where it sets more than model, data and sizes.
+    """A profile. Raises RecipeError if it sets more than model, data and sizes.
 
-    For an environment it names, its options are sizes.
+    The options of an environment in the section ``environments`` count as sizes.
     """
     document = read(path)
     problems = [
-        f"{document.at(key)}: {'.'.join(map(str, key))}: a profile replaces model, data and sizes and "
-        "nothing else; "
-        f"write it in the recipe or pass it with --set"
+        f"{document.location_of(key)}: {'.'.join(map(str, key))}: a profile replaces model, data and sizes "
+        "and nothing else; write it in the recipe or pass it with --set"
         for key in _leaves(document.data)
         if (
-            key[0] not in ("sizes", OFFLINE, ENVIRONMENTS)
+            key[0] not in ("sizes", OFFLINE_KEY, ENVIRONMENTS_KEY)
             and not any(_starts_with(key, allowed) for allowed in PROFILE_KEYS)
         )
         or (
-            key[0] == ENVIRONMENTS
+            key[0] == ENVIRONMENTS_KEY
             and not any(_starts_with(key[2:], allowed) for allowed in (*PROFILE_KEYS, "rollout.environment"))
         )
     ]
+
     problems += [
-        f"{document.at(key)}: {'.'.join(map(str, key))}: below {OFFLINE} a profile replaces "
-        f"{', '.join(OFFLINE_PROFILE_KEYS)} "
-        f"and nothing else; write it in the recipe or pass it with --set"
+        f"{document.location_of(key)}: {'.'.join(map(str, key))}: below {OFFLINE_KEY} a profile replaces "
+        f"{', '.join(OFFLINE_PROFILE_KEYS)} and nothing else; write it in the recipe or pass it with --set"
         for key in _leaves(document.data)
-        if key[0] == OFFLINE
-        and not any(_starts_with(key, f"{OFFLINE}.{allowed}") for allowed in OFFLINE_PROFILE_KEYS)
+        if key[0] == OFFLINE_KEY
+        and not any(_starts_with(key, f"{OFFLINE_KEY}.{allowed}") for allowed in OFFLINE_PROFILE_KEYS)
     ]
+
     problems += _size_problems(document)
     if problems:
         raise RecipeError(problems)
@@ -295,46 +301,47 @@ def read_profile(path: Path) -> Document:
 
 
 def _size_problems(profile: Document) -> Iterator[str]:
-    """``sizes: {METHOD: {x_tokens: COUNT}}`` gives the hyperparameters that are lengths in tokens."""
+    """Checks ``sizes: {METHOD: {x_tokens: COUNT}}``, which sets the hyperparameters that are token counts."""
     sizes = profile.data.get("sizes", {})
     if not isinstance(sizes, dict) or not all(isinstance(item, dict) for item in sizes.values()):
         yield (
-            f"{profile.at(('sizes',))}: sizes must map a method to its sizes, e.g. {{length: {{max_tokens: "
-            f"8}}}}, got {sizes!r}"
+            f"{profile.location_of(('sizes',))}: sizes must map a method to its sizes, e.g. {{length: "
+            f"{{max_tokens: 8}}}}, got {sizes!r}"
         )
         return
     for name, item in sizes.items():
         for key in item:
             if not key.endswith("_tokens"):
                 yield (
-                    f"{profile.at(('sizes', name, key))}: sizes.{name}.{key}: a profile may set "
-                    "hyperparameters that count tokens "
-                    "(their names end in _tokens) and no others; write it in the recipe or pass it with "
-                    "--set"
+                    f"{profile.location_of(('sizes', name, key))}: sizes.{name}.{key}: a profile may set "
+                    "hyperparameters that count tokens (their names end in _tokens) and no others; write it "
+                    "in the recipe or pass it with --set"
                 )
 
 
 # merging ----------------------------------------------------------------------------------------------------
 
 
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """``above`` over ``below``; neither is changed."""
-    if any(isinstance(above.get(key), str) and above[key] != below.get(key, above[key]) for key in _IDENTITY):
-        kept = {_ORDER: below[_ORDER]} if "train" in above and _ORDER in below else {}
-        return copy.deepcopy({**kept, **above})
-    result = copy.deepcopy(dict(below))
-    for key, value in above.items():
-        under = result.get(key)
+def merge_mappings(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """``upper`` merged over ``lower``; neither is changed."""
+    if any(
+        isinstance(upper.get(key), str) and upper[key] != lower.get(key, upper[key]) for key in _IDENTITY_KEYS
+    ):
+        kept = {_ORDER_KEY: lower[_ORDER_KEY]} if "train" in upper and _ORDER_KEY in lower else {}
+        return copy.deepcopy({**kept, **upper})
+    result = copy.deepcopy(dict(lower))
+    for key, value in upper.items():
+        current = result.get(key)
         result[key] = (
-            merged(under, value)
-            if isinstance(under, dict) and isinstance(value, dict)
+            merge_mappings(current, value)
+            if isinstance(current, dict) and isinstance(value, dict)
             else copy.deepcopy(value)
         )
     return result
 
 
 def with_sizes(data: Mapping[str, Any], sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """``data`` with the sizes put into the methods it uses; methods it does not use are passed over."""
+    """``data`` with the sizes added to the methods it uses; sizes of other methods are ignored."""
     result = copy.deepcopy(dict(data))
     for *path, last in _method_keys(result):
         holder: Any = result
@@ -347,7 +354,7 @@ def with_sizes(data: Mapping[str, Any], sizes: Mapping[str, Mapping[str, Any]]) 
 
 
 def with_override(data: Mapping[str, Any], override: str) -> tuple[dict[str, Any], Document]:
-    """``data`` after one ``a.b.0.c=VALUE``, and the override as a layer.
+    """``data`` with one override ``a.b.0.c=VALUE`` applied, and the override as a layer.
 
     VALUE is YAML: 1e-6, null, [1, 8], {name: rloo}.
     """
@@ -359,13 +366,14 @@ def with_override(data: Mapping[str, Any], override: str) -> tuple[dict[str, Any
             f"{source}: expected KEY=VALUE with a dotted key, such as --set learner.optimizer.lr=1e-6"
         )
     if parts[0] in ("extends", "sizes"):
-        raise RecipeError(f"{source}: {parts[0]} is read from files only; set the keys it stands for")
+        raise RecipeError(f"{source}: {parts[0]} is read from files only; set the single keys instead")
+
     value, lines = parse_value(text, source)
     result = copy.deepcopy(dict(data))
     key: KeyPath = ()
     holder: Any = result
     for part, following in zip(parts, [*parts[1:], None], strict=True):
-        step = _step(holder, part, key, source)
+        step = _resolve_key_part(holder, part, key, source)
         key = (*key, step)
         if following is None:
             holder[step] = value
@@ -374,39 +382,42 @@ def with_override(data: Mapping[str, Any], override: str) -> tuple[dict[str, Any
         if holder[step] is None:
             holder[step] = [] if following.isdecimal() else {}
         elif isinstance(holder[step], str) and _is_method(key):
-            holder[step] = {"name": holder[step]}  # a bare name gains hyperparameters
+            holder[step] = {"name": holder[step]}  # a plain name gains hyperparameters
         holder = holder[step]
-    held = {key[:length]: 0 for length in range(1, len(key) + 1)} | {(*key, *inner): 0 for inner in lines}
+
+    key_lines = {key[:length]: 0 for length in range(1, len(key) + 1)} | {
+        (*key, *inner): 0 for inner in lines
+    }
     result = with_absolute_names(result, Path.cwd())
-    return result, Document(source, result, held)
+    return result, Document(source, result, key_lines)
 
 
-def _step(holder: Any, part: str, key: KeyPath, source: str) -> Any:
-    """``part`` as a key of ``holder``, which then has it: an index where it is a list, the one past
-    its end included.
+def _resolve_key_part(holder: Any, part: str, key: KeyPath, source: str) -> Any:
+    """``part`` as a key of ``holder``, added if it is missing. In a list it is an index; the index just past
+    the end appends an item.
     """
-    here = ".".join(map(str, key))
+    dotted = ".".join(map(str, key))
     if isinstance(holder, dict):
         holder.setdefault(part, None)
         return part
     if not isinstance(holder, list):
         raise RecipeError(
-            f"{source}: {here} is {holder!r}, it has no key {part!r} below it; set {here} itself"
+            f"{source}: {dotted} is {holder!r}, it has no key {part!r} below it; set {dotted} itself"
         )
     if not part.isdecimal() or int(part) > len(holder):
-        wanted = f"expected a position from 0 to {len(holder)}, got {part!r}; or set {here} as a whole"
-        raise RecipeError(f"{source}: {here} holds {len(holder)} in the recipe, {wanted}")
+        expected = f"expected a position from 0 to {len(holder)}, got {part!r}; or set {dotted} as a whole"
+        raise RecipeError(f"{source}: {dotted} holds {len(holder)} in the recipe, {expected}")
     if int(part) == len(holder):
         holder.append(None)
     return int(part)
 
 
 def _method_keys(data: Mapping[str, Any]) -> Iterator[KeyPath]:
-    """Where the methods of a recipe stand that ``data`` holds."""
+    """The keys in ``data`` at which a recipe names methods."""
     for section, key in (
         ("loss", "policy"),
         ("loss", "aggregate"),
-        ("loss", PREFERENCE),
+        ("loss", PREFERENCE_KEY),
         ("process_reward", "loss"),
     ):
         if isinstance(data.get(section), dict) and key in data[section]:
@@ -422,6 +433,7 @@ def _method_keys(data: Mapping[str, Any]) -> Iterator[KeyPath]:
 
 
 def _is_method(key: KeyPath) -> bool:
+    """Whether a recipe names a method at ``key``."""
     plain = tuple(part for part in key if isinstance(part, str))
     methods = {
         ("advantage",),
@@ -430,20 +442,18 @@ def _is_method(key: KeyPath) -> bool:
         ("loss", "aggregate"),
         ("loss", "terms"),
         ("reward", "functions"),
-    }
-    more = {
-        ("loss", PREFERENCE),
+        ("loss", PREFERENCE_KEY),
         ("rollout", "extra_samples"),
         ("data", "order"),
         ("loss", "terms", "coefficient"),
         ("process_reward", "loss"),
+        ("pairs", "judge"),
     }
-    more |= {("pairs", "judge")}
-    return plain in methods | more
+    return plain in methods
 
 
 def _leaves(value: Any, key: KeyPath = ()) -> Iterator[KeyPath]:
-    """Keys of everything that is not itself a mapping with keys."""
+    """The keys of all values except non-empty mappings."""
     if isinstance(value, dict) and value:
         for name, item in value.items():
             yield from _leaves(item, (*key, name))

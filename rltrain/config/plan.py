@@ -1,4 +1,4 @@
-"""Every number that a recipe implies, before anything is loaded. Imports no torch."""
+"""The numbers that follow from a recipe, computed before anything is loaded. Imports no torch."""
 
 from __future__ import annotations
 
@@ -27,40 +27,46 @@ FROZEN_BYTES = 4  # per parameter of a model that is not trained
 class PlanLine(NamedTuple):
     name: str
     value: str
-    note: str  # unit, and what it follows from
+    note: str  # unit and derivation
 
 
 class ModelSize(NamedTuple):
-    """What a local config.json says of a decoder of the Llama and Qwen2 kind."""
+    """Sizes of a decoder of the Llama or Qwen2 kind, from a local config.json."""
 
     parameters: int
     vocabulary: int
-    kv_numbers_per_token: int  # keys and values of all layers
+    kv_numbers_per_token: int  # numbers in the keys and values of all layers
 
 
 def plan(recipe: AnyRecipe) -> list[PlanLine]:
-    """The derived numbers, in the order of a step; those about memory only where the model's
-    config.json is on this machine.
+    """The derived numbers in the order of a step. Memory is included only if the model's config.json is on
+    this machine.
     """
     return _PLANS[recipe.kind](recipe)
 
 
 def _plan_online(recipe: OnlineRecipe) -> list[PlanLine]:
-    other_models = [*_process_reward_memory(recipe), *_reward_models(recipe.reward.functions)]
-    return [*_rollout(recipe), *_learner(recipe), *_evaluation(recipe), *_memory(recipe), *other_models]
+    other_models = [*_process_reward_lines(recipe), *_reward_model_lines(recipe.reward.functions)]
+    return [
+        *_rollout_lines(recipe),
+        *_learner_lines(recipe),
+        *_evaluation_lines(recipe),
+        *_memory_lines(recipe),
+        *other_models,
+    ]
 
 
 def _plan_pairs(recipe: OnlinePairsRecipe) -> list[PlanLine]:
-    sampling = [*_rollout(recipe), *_learner(recipe)]
-    shown = ("rollout", "reward", "learner: updates", "learner: groups")
-    kept = [line for line in sampling if line.name.startswith(shown)]
+    sampling = [*_rollout_lines(recipe), *_learner_lines(recipe)]
+    prefixes = ("rollout", "reward", "learner: updates", "learner: groups")
+    sampling_lines = [line for line in sampling if line.name.startswith(prefixes)]
     pairs = [PlanLine(*line) for line in pair_plan(recipe)]
-    judges = _reward_models([*recipe.reward.functions, recipe.pairs.judge])
-    return [*kept, *pairs, *_evaluation(recipe), *_memory(recipe), *judges]
+    judges = _reward_model_lines([*recipe.reward.functions, recipe.pairs.judge])
+    return [*sampling_lines, *pairs, *_evaluation_lines(recipe), *_memory_lines(recipe), *judges]
 
 
 def _plan_offline(recipe: OfflineRecipe) -> list[PlanLine]:
-    return [*(PlanLine(*line) for line in plan_offline(recipe)), *_learner_memory(recipe)[0]]
+    return [*(PlanLine(*line) for line in plan_offline(recipe)), *_learner_memory_lines(recipe)[0]]
 
 
 _PLANS: Mapping[str, Callable[[Any], list[PlanLine]]] = {
@@ -70,13 +76,15 @@ _PLANS: Mapping[str, Callable[[Any], list[PlanLine]]] = {
 }
 
 
-def _rollout(recipe: SampledRecipe) -> list[PlanLine]:
-    rollout, reward = recipe.rollout, recipe.reward
+def _rollout_lines(recipe: SampledRecipe) -> list[PlanLine]:
+    rollout = recipe.rollout
+    reward = recipe.reward
     rows = rollout.prompts * rollout.n
     rounds = rollout.dynamic_sampling.max_rounds if rollout.dynamic_sampling else 1
     sources = [(ref.name, _extra_rows(recipe, ref)) for ref in rollout.extra_samples]
     graded = rows + sum(count for _, count in sources)
     grading = len(reward.functions) * graded * reward.seconds / reward.workers
+
     lines = [
         PlanLine(
             "rollout: completions per step",
@@ -84,12 +92,14 @@ def _rollout(recipe: SampledRecipe) -> list[PlanLine]:
             f"rollout.prompts {rollout.prompts} x rollout.n {rollout.n}, all ranks",
         ),
         *(
-            PlanLine(f"rollout: {name} rows per step", f"{count:,}", "beside them, of rollout.extra_samples")
+            PlanLine(
+                f"rollout: {name} rows per step", f"{count:,}", "additional rows, from rollout.extra_samples"
+            )
             for name, count in sources
         ),
         PlanLine(
             "rollout: longest row",
-            f"{_longest(recipe):,}",
+            f"{_longest_row(recipe):,}",
             "tokens, data.max_prompt_tokens + rollout.max_tokens",
         ),
         PlanLine("rollout: tokens per step, at most", f"{rows * rollout.max_tokens:,}", "completion tokens"),
@@ -99,18 +109,22 @@ def _rollout(recipe: SampledRecipe) -> list[PlanLine]:
             "train.steps x rollout.prompts",
         ),
     ]
+
     if rounds > 1:
-        most = rounds * rollout.prompts
+        prompts_drawn = rounds * rollout.prompts
         lines.append(
             PlanLine(
-                "rollout: prompts drawn per step, at most", f"{most:,}", f"dynamic sampling, {rounds} rounds"
+                "rollout: prompts drawn per step, at most",
+                f"{prompts_drawn:,}",
+                f"dynamic sampling, {rounds} rounds",
             )
         )
+
     lines.append(
         PlanLine(
             "reward: grading per step, at most",
             f"{grading:,.0f}",
-            "seconds, if every completion ran into its limit",
+            "seconds, if every completion reached its limit",
         )
     )
     return lines
@@ -125,10 +139,11 @@ def _extra_rows(recipe: SampledRecipe, ref: MethodRef) -> int:
     return rollout.prompts * ((hp["n"] or rollout.n) if "n" in hp else 1)
 
 
-def _learner(recipe: SampledRecipe) -> list[PlanLine]:
-    rollout, learner = recipe.rollout, recipe.learner
+def _learner_lines(recipe: SampledRecipe) -> list[PlanLine]:
+    rollout = recipe.rollout
+    learner = recipe.learner
     groups = rollout.prompts / learner.updates
-    rows = learner.tokens_per_micro_batch // _longest(recipe)
+    rows = learner.tokens_per_micro_batch // _longest_row(recipe)
     most_rows = -(-rollout.prompts // learner.updates) * rollout.n
     micro = -(-most_rows // rows) if rows else 0
     lag = learner.updates_per_step - 1
@@ -148,7 +163,7 @@ def _learner(recipe: SampledRecipe) -> list[PlanLine]:
         PlanLine(
             "learner: longest rows per micro-batch",
             f"{rows}",
-            "of learner.tokens_per_micro_batch; shorter rows, more of them",
+            "of learner.tokens_per_micro_batch; more if rows are shorter",
         ),
         PlanLine("learner: micro-batches per update, at most", f"{micro:,}", "shared among the ranks"),
         PlanLine(
@@ -159,25 +174,27 @@ def _learner(recipe: SampledRecipe) -> list[PlanLine]:
     ]
 
 
-def _evaluation(recipe: SampledRecipe) -> list[PlanLine]:
+def _evaluation_lines(recipe: SampledRecipe) -> list[PlanLine]:
     if recipe.data.eval is None:
         return [PlanLine("eval", "none", "data.eval is null")]
-    settings, steps = recipe.eval, recipe.train.steps
-    times = 1 + settings.at_start + ((steps - 1) // settings.every if settings.every else 0)
-    each = settings.prompts * settings.n
+    settings = recipe.eval
+    steps = recipe.train.steps
+    evaluations = 1 + settings.at_start + ((steps - 1) // settings.every if settings.every else 0)
+    completions = settings.prompts * settings.n
     return [
         PlanLine(
             "eval: completions",
-            f"{each:,} x {times}",
-            f"eval.prompts {settings.prompts} x eval.n {settings.n}, {times} times, at most",
+            f"{completions:,} x {evaluations}",
+            f"eval.prompts {settings.prompts} x eval.n {settings.n}, {evaluations} times, at most",
         )
     ]
 
 
-def _memory(recipe: SampledRecipe) -> list[PlanLine]:
-    learner, size = _learner_memory(recipe)
+def _memory_lines(recipe: SampledRecipe) -> list[PlanLine]:
+    learner, size = _learner_memory_lines(recipe)
     if size is None:
         return learner
+
     kv_bytes = (4 if recipe.learner.precision == "float32" else 2) * size.kv_numbers_per_token
     rows = recipe.rollout.prompts * recipe.rollout.n
     if recipe.rollout.engine == "transformers":
@@ -187,27 +204,28 @@ def _memory(recipe: SampledRecipe) -> list[PlanLine]:
         PlanLine("memory: KV per token", f"{kv_bytes:,}", "bytes"),
         PlanLine(
             "memory: KV of a step, at most",
-            _gib(kv_bytes * rows * _longest(recipe)),
+            _format_gib(kv_bytes * rows * _longest_row(recipe)),
             f"{rows:,} longest rows at once, all ranks",
         ),
     ]
 
 
-def _process_reward_memory(recipe: OnlineRecipe) -> list[PlanLine]:
-    """Of the model that learns process rewards beside the policy, and of what it is compared with."""
+def _process_reward_lines(recipe: OnlineRecipe) -> list[PlanLine]:
+    """Memory of the process reward model and of its reference."""
     settings = recipe.process_reward
     if settings is None:
         return []
-    path, compared = settings.path or recipe.model.path, settings.reference
+    path = settings.path or recipe.model.path
+    reference = settings.reference
     lines = [
-        _weights(
+        _weights_line(
             "process reward model",
             path,
             MASTER_BYTES,
             "weights, gradients, AdamW in float32; divided by ranks if sharded",
         )
     ]
-    if compared == "policy":
+    if reference == "policy":
         return [
             *lines,
             PlanLine(
@@ -218,30 +236,34 @@ def _process_reward_memory(recipe: OnlineRecipe) -> list[PlanLine]:
         ]
     return [
         *lines,
-        _weights("its reference", compared or path, FROZEN_BYTES, "weights in float32, on every rank"),
+        _weights_line("its reference", reference or path, FROZEN_BYTES, "weights in float32, on every rank"),
     ]
 
 
-def _reward_models(refs: Sequence[MethodRef]) -> list[PlanLine]:
-    """Those that score in the learner's processes; each is loaded where it is named."""
+def _reward_model_lines(refs: Sequence[MethodRef]) -> list[PlanLine]:
+    """Memory of the reward models that score in the learner's processes; each use loads one."""
     paths = [str(ref.hp["path"]) for ref in refs if ref.name == "reward_model" and "path" in ref.hp]
     return [
-        _weights("reward model", path, FROZEN_BYTES, "weights in float32, on every rank; half of it on a GPU")
+        _weights_line(
+            "reward model", path, FROZEN_BYTES, "weights in float32, on every rank; half of it on a GPU"
+        )
         for path in paths
     ]
 
 
-def _weights(what: str, path: str, each: int, note: str) -> PlanLine:
-    """each: bytes per parameter."""
+def _weights_line(role: str, path: str, bytes_per_parameter: int, note: str) -> PlanLine:
+    """A line about the memory of a model's weights."""
     size = model_size(Path(path) / "config.json")
     if size is None:
-        return PlanLine(f"memory: {what}", "unknown", f"no readable config.json in {path} on this machine")
+        return PlanLine(f"memory: {role}", "unknown", f"no readable config.json in {path} on this machine")
     return PlanLine(
-        f"memory: {what}", _gib(each * size.parameters), f"{size.parameters:,} parameters; {note}"
+        f"memory: {role}",
+        _format_gib(bytes_per_parameter * size.parameters),
+        f"{size.parameters:,} parameters; {note}",
     )
 
 
-def _learner_memory(recipe: SampledRecipe | OfflineRecipe) -> tuple[list[PlanLine], ModelSize | None]:
+def _learner_memory_lines(recipe: SampledRecipe | OfflineRecipe) -> tuple[list[PlanLine], ModelSize | None]:
     size = model_size(Path(recipe.model.path) / "config.json")
     if size is None:
         return [
@@ -252,12 +274,12 @@ def _learner_memory(recipe: SampledRecipe | OfflineRecipe) -> tuple[list[PlanLin
         PlanLine("model: parameters", f"{size.parameters:,}", "from its config.json"),
         PlanLine(
             "memory: learner",
-            _gib(MASTER_BYTES * size.parameters),
+            _format_gib(MASTER_BYTES * size.parameters),
             "weights, gradients, AdamW in float32; divided by ranks if sharded",
         ),
         PlanLine(
             "memory: logits of a chunk",
-            _gib(logits),
+            _format_gib(logits),
             f"learner.head_chunk {recipe.learner.head_chunk} x vocabulary {size.vocabulary:,}",
         ),
     ]
@@ -265,7 +287,7 @@ def _learner_memory(recipe: SampledRecipe | OfflineRecipe) -> tuple[list[PlanLin
 
 
 def model_size(config: Path) -> ModelSize | None:
-    """Counts from a config.json; None where there is none or where it is of another kind of model."""
+    """Sizes from a config.json; None if the file is missing or describes another kind of model."""
     try:
         facts: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -273,20 +295,23 @@ def model_size(config: Path) -> ModelSize | None:
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     if not all(isinstance(facts.get(key), int) for key in needed):
         return None
+
     hidden, layers, heads, inner, vocabulary = (facts[key] for key in needed)
+
     head = facts.get("head_dim") or hidden // heads
     kv_width = head * (facts.get("num_key_value_heads") or heads)
     attention = 2 * hidden * heads * head + 2 * hidden * kv_width
-    if facts.get("model_type") == "qwen2":  # the only one of the kind with biases on queries, keys and values
+    if facts.get("model_type") == "qwen2":  # the only supported kind with biases on queries, keys and values
         attention += heads * head + 2 * kv_width
+
     per_layer = attention + 3 * hidden * inner + 2 * hidden
     embeddings = vocabulary * hidden * (1 if facts.get("tie_word_embeddings") else 2)
     return ModelSize(embeddings + layers * per_layer + hidden, vocabulary, 2 * layers * kv_width)
 
 
-def _longest(recipe: SampledRecipe) -> int:
+def _longest_row(recipe: SampledRecipe) -> int:
     return recipe.data.max_prompt_tokens + recipe.rollout.max_tokens
 
 
-def _gib(count: float) -> str:
+def _format_gib(count: float) -> str:
     return f"{count / GIB:,.2f} GiB"

@@ -1,4 +1,4 @@
-"""What a recipe that learns from judged completions implies. Imports no torch."""
+"""The numbers that follow from a recipe that learns from judged completions. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ __all__ = ["plan_offline"]
 def plan_offline(recipe: OfflineRecipe) -> list[tuple[str, str, str]]:
     """(name, value, note) of each derived number.
 
-    How many examples there are is known once they are loaded.
+    The number of examples is unknown until they are loaded.
     """
-    data, train, ref = recipe.data, recipe.train, recipe.loss.preference
+    data = recipe.data
+    train = recipe.train
+    ref = recipe.loss.preference
     spec = PREFERENCE_LOSSES.check(ref.name, ref.hp)
     pairs = takes_pairs(spec)
-    what, sides = ("pairs", 2) if pairs else ("completions", 1)
+    unit, sides = ("pairs", 2) if pairs else ("completions", 1)
     longest = sides * (data.max_prompt_tokens + data.max_completion_tokens)
-    known = f"{train.steps:,}" if train.steps else f"{train.epochs:g} x examples / {train.examples}"
+    updates = f"{train.steps:,}" if train.steps else f"{train.epochs:g} x examples / {train.examples}"
     fits = recipe.learner.tokens_per_micro_batch // longest
     return [
         (
@@ -29,15 +31,15 @@ def plan_offline(recipe: OfflineRecipe) -> list[tuple[str, str, str]]:
             f"{longest:,}",
             f"tokens, of {'both completions with their prompt' if pairs else 'one completion'}",
         ),
-        ("frozen models: log-probs", *_frozen(recipe, all_needs(spec, ref.hp))),
-        ("learner: updates in all", known, "one per step"),
-        (f"learner: {what} per update", f"{train.examples:,}", "all ranks"),
+        ("frozen models: log-probs", *_frozen_models(recipe, all_needs(spec, ref.hp))),
+        ("learner: updates in all", updates, "one per step"),
+        (f"learner: {unit} per update", f"{train.examples:,}", "all ranks"),
         (
-            f"learner: longest {what} per micro-batch",
+            f"learner: longest {unit} per micro-batch",
             f"{fits}",
-            "of learner.tokens_per_micro_batch; shorter ones, more of them",
+            "of learner.tokens_per_micro_batch; more if they are shorter",
         ),
-        *_samples(recipe),
+        *_sample_lines(recipe),
         (
             "eval: examples",
             f"{recipe.eval.examples:,}" if data.eval else "none",
@@ -46,7 +48,7 @@ def plan_offline(recipe: OfflineRecipe) -> list[tuple[str, str, str]]:
     ]
 
 
-def _samples(recipe: OfflineRecipe) -> Iterator[tuple[str, str, str]]:
+def _sample_lines(recipe: OfflineRecipe) -> Iterator[tuple[str, str, str]]:
     if recipe.eval.samples:
         yield (
             "eval: completions written",
@@ -55,13 +57,13 @@ def _samples(recipe: OfflineRecipe) -> Iterator[tuple[str, str, str]]:
         )
 
 
-def _frozen(recipe: OfflineRecipe, needs: frozenset[str]) -> tuple[str, str]:
+def _frozen_models(recipe: OfflineRecipe, needs: frozenset[str]) -> tuple[str, str]:
     names = [name for name in ("ref_logp", "previous_logp") if name in needs]
     if "mismatched" in needs:
         names = [*dict.fromkeys([*names, "ref_logp"]), "mismatched"]
     where = (
-        "computed anew in every run"
+        "computed in every run"
         if recipe.reference.cache is None
-        else f"computed once, kept in {recipe.reference.cache}"
+        else f"computed once, stored in {recipe.reference.cache}"
     )
     return (" ".join(names), where) if names else ("none", "the loss needs none")

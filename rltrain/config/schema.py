@@ -1,7 +1,7 @@
 """The recipe: every key a user can write, with its unit and default. Imports neither torch nor vllm.
 
-Section names are stage names. Hyperparameters of methods are not here: they stand in the method's signature,
-and a recipe writes them beside its name (``policy: {name: clip, eps_high: 0.28}``).
+Sections are named after stages. Hyperparameters of methods are not listed here: the signature of a method
+defines them, and a recipe writes them next to its name (``policy: {name: clip, eps_high: 0.28}``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Section(BaseModel):
 
 
 class MethodRef(BaseModel):
-    """A method by name, its hyperparameters beside it. A bare string is a name without hyperparameters."""
+    """A method's name and its hyperparameters. A plain string is a name without hyperparameters."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
@@ -32,17 +32,16 @@ class RewardRef(MethodRef):
     """A reward: a registered name, or ``path/to/file.py:function``."""
 
     weight: float = 1.0
-    sha256: str | None = (
-        # of the user's file and the modules beside it that it imports; filled in when the recipe is loaded
-        None
-    )
+    # digest of the user's file and of the modules it imports from its folder; set when the recipe is loaded
+    sha256: str | None = None
 
 
-def _named(value: Any) -> Any:
+def _expand_bare_name(value: Any) -> Any:
+    """``{"name": value}`` for a plain string; anything else is returned unchanged."""
     return {"name": value} if isinstance(value, str) else value
 
 
-Method = Annotated[MethodRef, BeforeValidator(_named)]
+Method = Annotated[MethodRef, BeforeValidator(_expand_bare_name)]
 
 
 COEFFICIENT_TAGS = ("number", "controller")
@@ -55,7 +54,7 @@ def _number_or_controller(value: Any) -> str:
 class TermRef(MethodRef):
     """An additive loss term.
 
-    Its coefficient is a number, or a controller that changes it in the course of the run.
+    Its coefficient is a number, or a controller that changes the number during the run.
     """
 
     coefficient: Annotated[
@@ -64,92 +63,89 @@ class TermRef(MethodRef):
     ]
 
 
-Reward = Annotated[RewardRef, BeforeValidator(_named)]
+Reward = Annotated[RewardRef, BeforeValidator(_expand_bare_name)]
 
 
 class About(Section):
-    """What a recipe reproduces. Not read by the trainer."""
+    """What a recipe reproduces. The trainer does not read it."""
 
     arxiv: str | None = None
     title: str = ""
-    expected: str = ""  # the result the paper or our own run reports, with its conditions
+    expected: str = ""  # the result that the paper or a run of ours reports, with its conditions
 
 
 class Model(Section):
     path: str  # Hub name or folder
     revision: str | None = None
-    trust_remote_code: tuple[
-        str, ...
-    ] = ()  # whose own Python code may run: folders, or NAME@COMMIT on the Hub
-    reference: str | None = None  # model of ref_logp and of the reference source; None: the starting point
-    teacher: str | None = None  # model of teacher_logp, with the same tokenizer; None: the starting point
+    # models whose own Python code may run: folders, or NAME@COMMIT on the Hub
+    trust_remote_code: tuple[str, ...] = ()
+    reference: str | None = None  # model for ref_logp and for the reference source; None: the initial model
+    teacher: str | None = None  # model for teacher_logp, with the same tokenizer; None: the initial model
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
 
 
 class Source(Section):
-    """Where rows come from, and how a prompt becomes what the model reads."""
+    """Where rows come from, and how a prompt is turned into the model's input."""
 
     train: str  # Hub name, file (json, jsonl, parquet), folder, or a built-in task ("arithmetic")
-    eval: str | None = None  # the same; None: no held-out rows
+    eval: str | None = None  # as train; None: no held-out rows
     train_split: str = "train"
     eval_split: str = "test"
     subset: str | None = None
-    eval_subset: str | None = None  # None: as subset
-    columns: dict[str, str] = {}  # our name -> the file's, e.g. {prompt: question}
-    eval_columns: dict[str, str] | None = None  # None: as columns
+    eval_subset: str | None = None  # None: same as subset
+    columns: dict[str, str] = {}  # our name -> the name in the file, e.g. {prompt: question}
+    eval_columns: dict[str, str] | None = None  # None: same as columns
     system: str | None = None  # system message put before the prompt
     prompt_template: str = "{prompt}"  # wraps text prompts
-    chat_template: Literal["auto", "none"] = "auto"  # auto: the tokenizer's, where it has one
-    date: dt.date | None = None  # that a chat template prints; None: the day on which the run starts
-    options: dict[str, Any] = {}  # of a built-in task, e.g. {digits: 2}
+    chat_template: Literal["auto", "none"] = "auto"  # auto: the tokenizer's, if it has one
+    date: dt.date | None = None  # date that a chat template prints; None: the day on which the run starts
+    options: dict[str, Any] = {}  # options of a built-in task, e.g. {digits: 2}
 
 
 class Data(Source):
     adapter: Literal["none", "gsm8k_calculator"] = "none"
     max_prompt_tokens: int = Field(default=1024, ge=1)  # longer prompts are dropped and counted
-    max_prompts: int | None = Field(default=None, ge=1)  # the first so many after shuffling
-    order: Method = MethodRef(name="shuffled")  # which prompts a step trains on: shuffled, gain_rl
+    max_prompts: int | None = Field(default=None, ge=1)  # keep this many, the first ones after shuffling
+    order: Method = MethodRef(name="shuffled")  # chooses the prompts of each step: shuffled, gain_rl
 
 
 class DynamicSampling(Section):
-    """DAPO: groups whose raw correctness is all equal are replaced, with bounded effort."""
+    """DAPO: replaces groups whose completions are all correct or all wrong, in a bounded number of rounds."""
 
     max_rounds: int = Field(default=3, ge=1)  # generation rounds per step, the first included
-    # PRIME: keep prompts whose share of right completions lies between these, both included; None: some right
-    # and some wrong
+    # PRIME: keep prompts whose share of correct completions lies between these bounds, both included;
+    # None: keep prompts with at least one correct and one wrong completion
     accuracy: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] | None = None
 
 
 class AdaptiveTemperature(Section):
-    """HAPO (arXiv:2509.16591): each token at ``temperature`` (1 + tau h_hat), by the entropies of the
-    step before.
+    """HAPO (arXiv:2509.16591): samples each token at ``temperature`` (1 + tau h_hat), where h_hat comes from
+    the entropies of the previous step.
     """
 
     tau: float = Field(default=0.05, gt=0, lt=1)
-    variant: Literal["scaled", "released", "unscaled"] = (
-        "scaled"  # the intended sign, the release's, the paper's unbounded h
-    )
-    rho: float = Field(
-        default=0.8, ge=0, le=1
-    )  # quantile of ln H that keeps the temperature; as the control hapo has it
+    # scaled: the intended sign; released: the sign of the released code; unscaled: the paper's unbounded h
+    variant: Literal["scaled", "released", "unscaled"] = "scaled"
+    # quantile of ln H at which the temperature stays unchanged, as in the control hapo
+    rho: float = Field(default=0.8, ge=0, le=1)
 
 
 class EnvironmentRef(MethodRef):
-    """What completions are episodes in: a registered name, or ``path/to/file.py:Class``; its own
-    options stand beside these keys.
+    """The environment in which completions are episodes: a registered name, or ``path/to/file.py:Class``.
+
+    The environment's own options are written next to these keys.
     """
 
-    max_turns: int = Field(ge=1)  # of the policy
-    turn_tokens: int = Field(
-        ge=1
-    )  # the policy writes at once; a whole episode, observations included, has rollout.max_tokens
-    observation_tokens: int = Field(default=256, ge=1)  # of one observation; what is longer is cut at its end
-    role: Literal["user", "tool"] = "user"  # whose message an observation is
+    max_turns: int = Field(ge=1)  # turns of the policy per episode
+    # tokens per turn of the policy; rollout.max_tokens limits the whole episode, observations included
+    turn_tokens: int = Field(ge=1)
+    observation_tokens: int = Field(default=256, ge=1)  # per observation; longer ones are cut at their end
+    role: Literal["user", "tool"] = "user"  # chat role of an observation
     workers: int = Field(default=2, ge=1)  # processes
     seconds: float = Field(default=10.0, gt=0)  # wall-clock limit of one step, waits for a CPU not counted
-    reset_seconds: float = Field(default=60.0, gt=0)  # of the start of an episode
+    reset_seconds: float = Field(default=60.0, gt=0)  # the same limit for the start of an episode
     memory_gib: float = Field(default=4.0, gt=0)  # address-space limit of one process
-    sha256: str | None = None  # as of a reward function
+    sha256: str | None = None  # digest of a user's file, as for a reward function
 
 
 class Vllm(Section):
@@ -164,39 +160,37 @@ class Rollout(Section):
     prompts: int = Field(ge=1)  # per step, all ranks
     n: int = Field(ge=1)  # completions per prompt
     temperature: float = Field(default=1.0, gt=0)
-    max_tokens: int = Field(ge=1)  # per completion; in an environment all turns and observations together
-    max_rows: int = Field(default=256, ge=1)  # rows the transformers engine decodes at once
-    trust_logp: bool = False  # take the engine's log-probs as old_logp
-    mismatch_warn: float | None = Field(
-        default=None, gt=0
-    )  # nats, mean |learner - engine log-prob| of a step; None: by precision
-    mismatch_stop: float | None = Field(default=None, gt=0)  # the same
+    max_tokens: int = Field(ge=1)  # per completion; in an environment, all turns and observations together
+    max_rows: int = Field(default=256, ge=1)  # rows that the transformers engine decodes at once
+    trust_logp: bool = False  # use the engine's log-probs as old_logp
+    # warn above this mean |learner - engine log-prob| of a step, in nats; None: depends on the precision
+    mismatch_warn: float | None = Field(default=None, gt=0)
+    # like mismatch_warn; mismatch_patience steps above it end the run
+    mismatch_stop: float | None = Field(default=None, gt=0)
     mismatch_patience: int = Field(default=3, ge=1)  # steps in a row above mismatch_stop that end the run
     dynamic_sampling: DynamicSampling | None = None
-    extra_samples: tuple[
-        Method, ...
-    ] = ()  # further rows of a prompt's group: aepo, reference, answer (rollout/extra_samples.py)
+    # sources of further rows in a prompt's group: aepo, reference, answer (rollout/extra_samples.py)
+    extra_samples: tuple[Method, ...] = ()
     adaptive_temperature: AdaptiveTemperature | None = None
     environment: EnvironmentRef | None = None  # None: a completion is one answer
     vllm: Vllm = Vllm()
 
 
 class Sync(Section):
-    """Proof, after every push of weights, that the engine holds them.
+    """How the engine's weights are verified after every push.
 
     Weights outside the repeated layers are always compared.
     """
 
     sample: int = Field(default=4, ge=0)  # weights of the repeated layers compared per push, in rotation
-    full_every: int = Field(default=10, ge=0)  # pushes between comparisons of all weights; 0: only the first
+    full_every: int = Field(default=10, ge=0)  # pushes between comparisons of all weights; 0: first push only
 
 
 class RewardStage(Section):
     functions: tuple[Reward, ...] = Field(min_length=1)  # the score is the weighted sum
     workers: int = Field(default=2, ge=1)  # processes
-    seconds: float = Field(
-        default=10.0, gt=0
-    )  # wall-clock limit of one completion's grading, waits for a CPU not counted
+    # wall-clock limit for grading one completion, waits for a CPU not counted
+    seconds: float = Field(default=10.0, gt=0)
     memory_gib: float = Field(default=4.0, gt=0)  # address-space limit of one worker
 
 
@@ -217,26 +211,23 @@ class Optimizer(Section):
 
 
 class LearnerCore(Section):
-    """How gradients are computed, whatever the loss."""
+    """How gradients are computed, for every loss."""
 
     optimizer: Optimizer
     tokens_per_micro_batch: int = Field(default=16384, ge=1)  # prompt + completion tokens, padding included
-    layout: Literal["auto", "padded", "packed"] = (
-        "auto"  # auto: packed where the attention kernel knows variable lengths
-    )
-    share_prompt: Literal["auto", "never"] = (
-        "auto"  # auto: read a prompt once for its completions where the model allows it and it pays
-    )
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # auto: float32 on CPU, bfloat16 autocast on GPU
-    )
+    # auto: packed if the attention kernel supports variable lengths
+    layout: Literal["auto", "padded", "packed"] = "auto"
+    # auto: process a prompt once for all its completions where the model allows it and it saves time
+    share_prompt: Literal["auto", "never"] = "auto"
+    # auto: float32 on CPU, bfloat16 autocast on GPU
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     gradient_checkpointing: bool = False
-    head_chunk: int = Field(default=256, ge=1)  # tokens whose logits exist at once
+    head_chunk: int = Field(default=256, ge=1)  # tokens whose logits exist at the same time
     max_nonfinite: int = Field(default=3, ge=1)  # non-finite updates in a row that stop the run
 
 
 class RolloutLearner(LearnerCore):
-    """How often a step's completions, or the pairs made of them, are learned from."""
+    """How often the learner trains on a step's completions, or on the pairs made from them."""
 
     updates: int = Field(default=1, ge=1)  # optimizer updates per pass over a step's completions
     epochs: int = Field(default=1, ge=1)  # passes over a step's completions
@@ -247,33 +238,32 @@ class RolloutLearner(LearnerCore):
 
 
 class Learner(RolloutLearner):
-    skip_idle_rows: bool = True  # rows that cannot contribute skip the gradient pass (same gradient)
+    skip_idle_rows: bool = True  # leave rows without a gradient out of the gradient pass (same result)
 
 
 class ProcessReward(Section):
-    """A model that learns beside the policy, from outcomes, what each token earned (PRIME,
-    arXiv:2502.01456).
+    """A process reward model trained together with the policy: it learns the reward of each token from
+    outcomes (PRIME, arXiv:2502.01456).
     """
 
     path: str | None = None  # Hub name or folder, with the policy's tokenizer; None: model.path
-    reference: str | None = (
-        None  # model its log-probs are compared with; None: its own start; "policy": the policy that sampled
-    )
-    loss: Method = MethodRef(name="implicit_prm_ce")  # of single completions called right or wrong
+    # model that its log-probs are compared with; None: its initial weights; "policy": the sampling policy
+    reference: str | None = None
+    loss: Method = MethodRef(name="implicit_prm_ce")  # a loss on single completions labelled right or wrong
     optimizer: Optimizer
-    update: Literal["before", "after"] = (
-        "after"  # its rewards are used: after, they are those of the weights before the update
-    )
-    updates: int = Field(default=1, ge=1)  # optimizer updates per step, of whole groups each
+    # whether the update comes before or after its rewards are used; after: the rewards are those of the
+    # weights before the update
+    update: Literal["before", "after"] = "after"
+    updates: int = Field(default=1, ge=1)  # optimizer updates per step, each on whole groups
 
 
 class Train(Section):
     steps: int = Field(ge=1)
-    deadline_seconds: float = Field(default=1800.0, gt=0)  # of every wait
+    deadline_seconds: float = Field(default=1800.0, gt=0)  # longest that any wait may last
 
     @property
     def length(self) -> str:
-        """How long the run is, for the names of folders: step-200."""
+        """The length of the run as used in folder names: step-200."""
         return f"step-{self.steps}"
 
 
@@ -287,22 +277,20 @@ class Eval(Section):
 
 
 class Report(Section):
-    sinks: tuple[
-        Literal["tensorboard", "wandb", "trackio"], ...
-    ] = ()  # beside metrics.jsonl, which is always written
+    # in addition to metrics.jsonl, which is always written
+    sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     project: str = "rltrain"
     transcripts: int = Field(default=2, ge=0)  # prompts per step whose completions are kept
 
 
 class Checkpoint(Section):
-    every: int = Field(
-        default=0, ge=0
-    )  # steps between models written to checkpoints/; 0: only the model at the end
-    keep: int = Field(default=2, ge=1)  # of them, the latest
+    # steps between models written to checkpoints/; 0: only the model at the end
+    every: int = Field(default=0, ge=0)
+    keep: int = Field(default=2, ge=1)  # number of latest checkpoints to keep
 
 
 class SampledRecipe(Section):
-    """The sections of every recipe whose completions the policy itself samples."""
+    """The sections of every recipe that trains on completions sampled by the policy."""
 
     about: About = About()
     seed: int = 0
@@ -322,7 +310,7 @@ class OnlineRecipe(SampledRecipe):
     """Policy-gradient learning from rewards."""
 
     kind: Literal["online"] = "online"
-    process_reward: ProcessReward | None = None  # None: none learns
+    process_reward: ProcessReward | None = None  # None: no process reward model
     advantage: Method
     control: tuple[Method, ...] = ()
     loss: Loss
@@ -333,23 +321,21 @@ class OnlineRecipe(SampledRecipe):
 
 
 class OfflineModel(Model):
-    previous: str | None = (
-        None  # model of previous_logp, the frozen iterate that INPO compares with; None: the starting point
-    )
+    # model for previous_logp, the frozen iterate that INPO compares with; None: the initial model
+    previous: str | None = None
 
 
 class JudgedData(Source):
     where: dict[str, str | int | bool] = {}  # keep rows whose columns hold these values, e.g. {split: train}
-    eval_where: dict[str, str | int | bool] | None = None  # None: as where
+    eval_where: dict[str, str | int | bool] | None = None  # None: same as where
     max_prompt_tokens: int = Field(default=512, ge=1)  # a longer prompt loses its beginning
     max_completion_tokens: int = Field(default=512, ge=1)  # EOS included
-    too_long: Literal["cut", "drop"] = (
-        "cut"  # drop: leave such rows out whole; a pair of which only one side is cut always is
-    )
-    divide_margins_by: Literal["nothing", "std", "max_abs"] = "nothing"  # of the training pairs' margins
-    max_examples: int | None = Field(
-        default=None, ge=1
-    )  # pairs or completions to train on, the first so many after shuffling
+    # drop: leave out rows that are too long; a pair with only one side too long is always left out
+    too_long: Literal["cut", "drop"] = "cut"
+    # statistic of the training pairs' margins that all margins are divided by
+    divide_margins_by: Literal["nothing", "std", "max_abs"] = "nothing"
+    # pairs or completions to train on: this many, the first ones after shuffling
+    max_examples: int | None = Field(default=None, ge=1)
 
 
 class PreferenceLoss(Section):
@@ -357,30 +343,26 @@ class PreferenceLoss(Section):
 
 
 class Reference(Section):
-    """Log-probs of frozen models, computed once per data set and kept on disk under the fingerprint
-    of what they depend on.
+    """Log-probs of frozen models, computed once per data set and stored on disk under the fingerprint of
+    everything they depend on.
     """
 
-    cache: str | None = ".cache/reference"  # folder; null: computed anew in every run
-    verify: int = Field(
-        default=16, ge=0
-    )  # completions computed again when they come from disk or from the data
-    given: Literal["use", "ignore"] = (
-        "use"  # log-probs that the data bring (TRL's columns ref_chosen_logps, reference_logps, ...)
-    )
+    cache: str | None = ".cache/reference"  # folder; null: compute them in every run
+    # number of completions whose log-probs are recomputed for comparison when they come from disk or the data
+    verify: int = Field(default=16, ge=0)
+    # log-probs contained in the data set (TRL's columns ref_chosen_logps, reference_logps, ...)
+    given: Literal["use", "ignore"] = "use"
 
 
 class OfflineTrain(Section):
     examples: int = Field(ge=2)  # pairs or completions per step (one optimizer update), all ranks
-    epochs: float = Field(
-        default=1.0, gt=0
-    )  # passes over the data; the last step is filled up from the next one
-    steps: int | None = Field(default=None, ge=1)  # in place of epochs
-    deadline_seconds: float = Field(default=1800.0, gt=0)  # of every wait
+    epochs: float = Field(default=1.0, gt=0)  # passes over the data; the next pass fills up the last step
+    steps: int | None = Field(default=None, ge=1)  # replaces epochs
+    deadline_seconds: float = Field(default=1800.0, gt=0)  # longest that any wait may last
 
     @property
     def length(self) -> str:
-        """How long the run is, for the names of folders: step-200, or epoch-3."""
+        """The length of the run as used in folder names: step-200, or epoch-3."""
         return f"epoch-{self.epochs:g}" if self.steps is None else f"step-{self.steps}"
 
 
@@ -388,23 +370,20 @@ class OfflineEval(Section):
     every: int = Field(default=0, ge=0)  # steps; 0: at the end only
     examples: int = Field(default=512, ge=2)  # held-out pairs or completions
     at_start: bool = True
-    gamma: float | None = Field(
-        default=None, gt=0
-    )  # calibration is held against sigmoid(gamma margin); None: p_chosen, or certainty
-    samples: int = Field(
-        default=0, ge=0
-    )  # held-out prompts to which the policy writes an answer each time, for its entropy and length
+    # calibration is measured against sigmoid(gamma margin); None: against p_chosen, or certainty
+    gamma: float | None = Field(default=None, gt=0)
+    # held-out prompts that the policy answers at each evaluation, to measure entropy and length
+    samples: int = Field(default=0, ge=0)
 
 
 class OfflineReport(Section):
-    sinks: tuple[
-        Literal["tensorboard", "wandb", "trackio"], ...
-    ] = ()  # beside metrics.jsonl, which is always written
+    # in addition to metrics.jsonl, which is always written
+    sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     project: str = "rltrain"
 
 
 class OfflineRecipe(Section):
-    """Preferences and labels that were given beforehand: no engine, no rewards."""
+    """Learning from preferences and labels in a data set: no engine, no rewards."""
 
     kind: Literal["offline"] = "offline"
     about: About = About()
@@ -424,30 +403,26 @@ class OfflineRecipe(Section):
 
 
 class Pairs(Section):
-    """How a prompt's completions become pairs (rollout/pairs/pairing.py)."""
+    """How a prompt's completions are made into pairs (rollout/pairs/pairing.py)."""
 
-    judge: Method = MethodRef(
-        name="reward"
-    )  # who prefers: reward, reward_model, self (rollout/pairs/judges.py)
-    choose: Literal["disjoint", "best_worst", "ranked"] = (
-        "best_worst"  # of rollout.n: neighbours, a tournament's ends, all against one
-    )
-    verdict: Literal["likelier", "drawn"] = (
-        "likelier"  # who is chosen: the likelier winner, or one drawn with the judge's probability
-    )
-    tolerance: float = Field(
-        default=0.0, ge=0, lt=0.5
-    )  # pairs whose probability is nearer to 1/2 are left out
+    # decides which completion is preferred: reward, reward_model, self (rollout/pairs/judges.py)
+    judge: Method = MethodRef(name="reward")
+    # which of the rollout.n completions form pairs; disjoint: neighbours, best_worst: the most and the least
+    # preferred, ranked: every pair, with strengths from comparisons of all completions with the first
+    choose: Literal["disjoint", "best_worst", "ranked"] = "best_worst"
+    # the chosen completion is the likelier winner, or is drawn with the judge's probability
+    verdict: Literal["likelier", "drawn"] = "likelier"
+    # pairs whose probability is closer than this to 1/2 are left out
+    tolerance: float = Field(default=0.0, ge=0, lt=0.5)
 
 
 class PairTrain(Train):
-    previous_every: int = Field(
-        default=1, ge=1
-    )  # steps for which the frozen previous iterate stays; 1: the policy as the step began
+    # steps for which the frozen previous iterate is kept; 1: the policy at the start of the step
+    previous_every: int = Field(default=1, ge=1)
 
 
 class OnlinePairsRecipe(SampledRecipe):
-    """Preference learning from pairs that the policy samples and a judge decides during the run."""
+    """Preference learning from pairs of the policy's completions, which a judge compares during the run."""
 
     kind: Literal["online_pairs"]
     pairs: Pairs = Pairs()

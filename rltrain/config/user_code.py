@@ -1,6 +1,4 @@
-"""``path/to/file.py:name`` in a recipe: a user's own function or class, looked at by reading its
-file, not by importing it.
-"""
+"""Checks a user's function or class, ``path/to/file.py:name`` in a recipe, without importing its file."""
 
 from __future__ import annotations
 
@@ -14,28 +12,29 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 _NOUNS = {ast.FunctionDef: "function", ast.ClassDef: "class"}
 
 
-def definition(file: str, name: str, *kinds: type[ast.stmt]) -> ast.stmt:
-    """The statement at the top of ``file`` that binds ``name``: a definition of one of ``kinds``, or an
-    import or assignment.
+def find_definition(file: str, name: str, *kinds: type[ast.stmt]) -> ast.stmt:
+    """The top-level statement of ``file`` that defines ``name``: a definition of one of ``kinds``, an import
+    or an assignment.
 
-    Raises ValueError where there is none, naming a similar one. kinds: the first is the one that messages
-    speak of.
+    Raises ValueError, suggesting a similar name, if there is none. Messages mention the first of ``kinds``.
     """
     path = Path(file)
     if not path.is_file():
-        raise ValueError(f"there is no file {file}{_elsewhere(path)}")
+        raise ValueError(f"there is no file {file}{_hint_current_folder(path)}")
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{file} is not valid Python: {error}") from error
+
     defined = {
         node.name: node
         for node in tree.body
         if isinstance(node, kinds) and isinstance(node, Function | ast.ClassDef)
     }
-    bound = {name: node for node in tree.body for name in _bound_names(node)}
-    if name in bound and name not in defined:
-        return bound[name]
+    assigned = {name: node for node in tree.body for name in _assigned_names(node)}
+
+    if name in assigned and name not in defined:
+        return assigned[name]
     if name not in defined:
         noun = _NOUNS[kinds[0]]
         raise ValueError(
@@ -44,19 +43,19 @@ def definition(file: str, name: str, *kinds: type[ast.stmt]) -> ast.stmt:
     return defined[name]
 
 
-def _elsewhere(path: Path) -> str:
-    """A file of that name in the current folder, where a path in a recipe does not begin."""
-    here = Path.cwd() / path.name
-    if not here.is_file() or here == path:
+def _hint_current_folder(path: Path) -> str:
+    """A hint if the current folder has a file of that name; paths in a recipe do not start there."""
+    candidate = Path.cwd() / path.name
+    if not candidate.is_file() or candidate == path:
         return ""
     return (
-        f"; there is {here}, but a path in a recipe begins in the recipe's own folder: write it from there, "
-        "absolute, or with --set"
+        f"; there is {candidate}, but a path in a recipe starts from the recipe's folder: write it relative "
+        "to that folder or absolute, or use --set"
     )
 
 
-def _bound_names(node: ast.stmt) -> Iterator[str]:
-    """Names that an import or an assignment makes."""
+def _assigned_names(node: ast.stmt) -> Iterator[str]:
+    """Names that an import or an assignment defines."""
     if isinstance(node, ast.Import | ast.ImportFrom):
         yield from (alias.asname or alias.name for alias in node.names)
     targets = (
@@ -70,7 +69,7 @@ def _bound_names(node: ast.stmt) -> Iterator[str]:
 
 
 def unknown_keywords(function: Function, keys: Iterable[str], owner: str) -> Iterator[str]:
-    """A problem for each of ``keys`` that ``function`` does not take. owner: what the user knows it by."""
+    """A problem for each of ``keys`` that ``function`` does not accept. owner: its name for the user."""
     if function.args.kwarg is not None:
         return
     keywords = [item.arg for item in function.args.kwonlyargs]

@@ -1,7 +1,7 @@
-"""Users' files in a recipe: names are read relative to the file that holds them, and kept absolute with a
+"""Users' files in a recipe: their names, relative to the file that contains them, become absolute and get a
 digest of the code.
 
-So a resolved recipe means the same function wherever it is run from, and says so where the code has changed.
+A resolved recipe therefore refers to the same function from every folder, and changed code is detected.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from reward.source import is_user_spec, source_digest
 
 __all__ = ["changed_code", "drop_digest", "with_absolute_names", "with_digests"]
 
-DIGEST = "sha256"  # the key beside ``name``
+DIGEST = "sha256"  # the key next to ``name``
 _ALGORITHM = "sha256:"
 
 
 def with_absolute_names(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """``data`` of a layer with every ``file.py:name`` absolute, read from ``folder``; what is no such
-    name is left to the schema.
+    """``data`` of a layer with every ``file.py:name`` made absolute, starting from ``folder``. Other values
+    are left for the schema to check.
     """
     result = copy.deepcopy(data)
-    for holder, key in _places(result):
+    for holder, key in _user_method_places(result):
         entry = holder[key]
         if isinstance(entry, str):
-            holder[key] = absolute(entry, folder)
+            holder[key] = absolute_name(entry, folder)
         else:
-            entry["name"] = absolute(entry["name"], folder)
+            entry["name"] = absolute_name(entry["name"], folder)
     return result
 
 
-def absolute(name: str, folder: Path) -> str:
+def absolute_name(name: str, folder: Path) -> str:
     if not is_user_spec(name):
         return name
     file, _, attribute = name.rpartition(":")
@@ -41,9 +41,9 @@ def absolute(name: str, folder: Path) -> str:
 
 
 def with_digests(data: dict[str, Any]) -> dict[str, Any]:
-    """``data`` with the digest of each user's file that has none yet and can be read."""
+    """``data`` with a digest added for each readable user's file that has none yet."""
     result = copy.deepcopy(data)
-    for holder, key in _places(result):
+    for holder, key in _user_method_places(result):
         entry = {"name": holder[key]} if isinstance(holder[key], str) else holder[key]
         if (
             is_user_spec(entry["name"])
@@ -55,41 +55,44 @@ def with_digests(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def drop_digest(holder: Any, key: str | int) -> None:
-    """Where a new name is set, the digest of the one before goes."""
+    """Removes the digest of the previous name when a new name is set."""
     if key == "name" and isinstance(holder, dict):
         holder.pop(DIGEST, None)
 
 
 def changed_code(name: str, digest: str | None) -> str | None:
-    """Why the code behind ``name`` is not what the recipe was resolved with; None where it is, or
-    where nothing is known.
+    """A message if the code of ``name`` has changed since the recipe was resolved; None if it has not, or if
+    no digest is known.
     """
-    now = _digest(name) if is_user_spec(name) else None
-    if digest is None or now is None or now == digest:
+    current = _digest(name) if is_user_spec(name) else None
+    if digest is None or current is None or current == digest:
         return None
     return (
         f"{name.rpartition(':')[0]} or a module beside it has changed since this recipe was resolved "
-        f"({DIGEST} {digest[:12]} -> {now[:12]}); put it back, or take the key {DIGEST} out to run it as it "
-        "is now"
+        f"({DIGEST} {digest[:12]} -> {current[:12]}); restore it, or remove the key {DIGEST} to run the code "
+        "as it is now"
     )
 
 
 def _digest(name: str) -> str | None:
     try:
         return source_digest(name).removeprefix(_ALGORITHM)
-    except ValueError:  # the check of the recipe says what is wrong with the file
+    except ValueError:  # the check of the recipe reports what is wrong with the file
         return None
 
 
-def _places(data: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """(holder, key) of every method that may be a user's: a name, or a mapping with one."""
-    reward, rollout = data.get("reward"), data.get("rollout")
+def _user_method_places(data: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """(container, key) of every method that may be a user's: a name, or a mapping with a name."""
+    reward = data.get("reward")
+    rollout = data.get("rollout")
     functions = reward.get("functions") if isinstance(reward, dict) else None
+
     places: list[tuple[Any, Any]] = []
     if isinstance(functions, list):
         places += [(functions, index) for index in range(len(functions))]
     if isinstance(rollout, dict):
         places.append((rollout, "environment"))
+
     for holder, key in places:
         entry = holder[key] if isinstance(holder, list) else holder.get(key)
         if isinstance(entry, str) or (isinstance(entry, dict) and isinstance(entry.get("name"), str)):

@@ -1,8 +1,7 @@
-"""YAML as the recipes mean it: the scalars of YAML 1.2, a repeated key is an error, and every key knows its
-line.
+"""Reads YAML for recipes: scalars follow YAML 1.2, repeated keys are errors, and each key's line is kept.
 
-PyYAML as it comes reads ``1e-6`` as a string, ``off`` as false, ``1:30`` as 90 and lets the last of two equal
-keys win.
+Unmodified PyYAML reads ``1e-6`` as a string, ``off`` as false and ``1:30`` as 90, and the last of two equal
+keys wins.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ _SCALARS = (  # tag, pattern, first characters: the core schema of YAML 1.2
 
 @dataclass(frozen=True)
 class Document:
-    """A parsed layer of a recipe and where each of its keys stands."""
+    """A parsed layer of a recipe, with the line of each key."""
 
     source: str  # file name, or "--set a.b=1"
     data: dict[str, Any]
-    lines: Mapping[KeyPath, int] = field(default_factory=dict)  # 1-based; 0 where a line says nothing
+    lines: Mapping[KeyPath, int] = field(default_factory=dict)  # 1-based; 0: no line
 
-    def at(self, key: KeyPath) -> str:
-        """'file:line' of a key it holds."""
+    def location_of(self, key: KeyPath) -> str:
+        """'file:line' of a key in the document."""
         return f"{self.source}:{self.lines[key]}" if self.lines.get(key) else self.source
 
 
@@ -54,7 +53,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a string that either YAML 1.1 or 1.2 would read as something else."""
+    """Quotes every string that YAML 1.1 or 1.2 would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -67,37 +66,39 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def parse(text: str, source: str) -> Document:
-    """A mapping with the line of every key. Raises RecipeError for anything else, naming file and line."""
+    """A mapping with the line of every key. Raises RecipeError with file and line for anything else."""
     data, lines = parse_value(text, source)
     if data is None:
         raise RecipeError(
             f"{source}: the file is empty; a recipe is a mapping of sections such as model, data and rollout"
         )
     if not isinstance(data, dict):
-        raise RecipeError(f"{source}: expected a mapping of sections at the top level, got a {_kind(data)}")
+        raise RecipeError(
+            f"{source}: expected a mapping of sections at the top level, got a {_kind_name(data)}"
+        )
     return Document(source, data, lines)
 
 
 def parse_value(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
-    """Any YAML value, None for an empty text, and the line of every key in it."""
+    """Any YAML value (None for an empty text) and the line of every key in it."""
     lines: dict[KeyPath, int] = {}
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None, lines
-        _walk(node, (), lines, source)
+        _collect_lines(node, (), lines, source)
         return loader.construct_document(node), lines
     except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(_invalid(error, source)) from error
+        raise RecipeError(_describe_yaml_error(error, source)) from error
 
 
 def read(path: Path) -> Document:
-    """``parse`` of a file. Raises RecipeError when there is none to read."""
+    """``parse`` applied to a file. Raises RecipeError if it cannot be read."""
     if path.is_dir():
         raise RecipeError(f"{path}: expected a YAML file, got a directory; name one of the files in it")
     if not path.exists():
-        raise RecipeError(f"{path}: no such file{_nearby(path)}")
+        raise RecipeError(f"{path}: no such file{_suggest_file(path)}")
     try:
         return parse(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
@@ -107,44 +108,45 @@ def read(path: Path) -> Document:
 
 
 def dump(data: Mapping[str, Any]) -> str:
-    """Text that ``parse`` reads back as equal data."""
+    """YAML text that ``parse`` reads back as equal data."""
     return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, width=140)
 
 
-def _walk(node: yaml.Node, key: KeyPath, lines: dict[KeyPath, int], source: str) -> None:
-    """Fill ``lines`` and refuse repeated and non-string keys."""
+def _collect_lines(node: yaml.Node, key: KeyPath, lines: dict[KeyPath, int], source: str) -> None:
+    """Fills ``lines``. Raises RecipeError for repeated keys and keys that are not strings."""
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             lines[(*key, index)] = item.start_mark.line + 1
-            _walk(item, (*key, index), lines, source)
+            _collect_lines(item, (*key, index), lines, source)
     elif isinstance(node, yaml.MappingNode):
         for name, item in node.value:
             line = name.start_mark.line + 1
             if not isinstance(name, yaml.ScalarNode) or name.tag != "tag:yaml.org,2002:str":
                 shown = name.value if isinstance(name, yaml.ScalarNode) else "a list or mapping"
                 raise RecipeError(f"{source}:{line}: keys must be text, got {shown!r}; put it in quotes")
-            here = (*key, name.value)
-            if here in lines:
-                dotted = ".".join(map(str, here))
+            full_key = (*key, name.value)
+            if full_key in lines:
+                dotted = ".".join(map(str, full_key))
                 raise RecipeError(
-                    f"{source}:{line}: {dotted} is given twice, first on line {lines[here]}; keep one of them"
+                    f"{source}:{line}: {dotted} is given twice, first on line {lines[full_key]}; keep one of "
+                    "them"
                 )
-            lines[here] = line
-            _walk(item, here, lines, source)
+            lines[full_key] = line
+            _collect_lines(item, full_key, lines, source)
 
 
-def _kind(value: Any) -> str:
+def _kind_name(value: Any) -> str:
     return {list: "list", dict: "mapping"}.get(type(value), f"single value ({value!r})")
 
 
-def _invalid(error: Exception, source: str) -> str:
+def _describe_yaml_error(error: Exception, source: str) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         what = " ".join(part for part in (error.context, error.problem) if part)
         return f"{source}:{error.problem_mark.line + 1}: not valid YAML: {what}"
     return f"{source}: not valid YAML: {str(error).splitlines()[0]}"
 
 
-def _nearby(path: Path) -> str:
+def _suggest_file(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; the folder {path.parent} does not exist either"
     return suggestion(path.name, [item.name for item in path.parent.glob("*.yaml")])

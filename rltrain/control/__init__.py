@@ -1,4 +1,4 @@
-"""Functions ``TrainBatch -> TrainBatch`` that take their statistics over the whole step."""
+"""Controls: functions ``TrainBatch -> TrainBatch`` whose statistics run over the whole step."""
 
 from rltrain.registry import Registry
 

@@ -1,4 +1,4 @@
-"""Credit for the steps of a trajectory: assistant turns of an agent, or the lines of a single completion."""
+"""Credit for the steps of a trajectory: the turns of an agent, or the lines of a single completion."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rltrain.registry import method
-from rltrain.tensor_ops import masked
+from rltrain.tensor_ops import apply_mask
 from rltrain.types.policy import TrainBatch
 
 __all__ = ["empg"]
@@ -23,93 +23,92 @@ def empg(
     zeta: float = 0.05,
     center: Literal["steps", "rows", "none"] = "steps",
 ) -> TrainBatch:
-    """EMPG: advantages scaled by how sure the policy was of each step, plus a bonus for the next step's
+    """EMPG: advantages scaled by how certain the policy was of each step, plus a bonus for the next step's
     clarity, arXiv:2509.09265.
 
     A step's entropy H is the mean over its tokens; h = (H - min) / (max - min) over all steps of the batch,
-    all ranks. Its tokens get ``A g + zeta f_next`` with g = exp(-k h) / mean exp(-k h) and f = exp(-k_bonus
-    h); the last step of a row has no bonus. Then the mean over steps is subtracted (no division by a standard
-    deviation). center "rows": a mean over trajectories of their means over steps, as some ports have it;
-    "none": nothing. k 0 and zeta 0 leave the advantages less their mean. The paper's own zeta per task is not
-    known: its listing is ported with 0.1, tuned agents use 0.05. One outlying step compresses all others' h.
-    Tokens that belong to no step keep their advantage, less the same mean.
+    all ranks. The step's tokens get ``A g + zeta f_next`` with g = exp(-k h) / mean exp(-k h) and f =
+    exp(-k_bonus h); the last step of a row has no bonus. Then the mean over steps is subtracted, without
+    division by a standard deviation. center "rows": the mean over trajectories of their means over steps is
+    subtracted, as in some ports; "none": nothing. With k 0 and zeta 0 the result is the advantages minus
+    their mean. The paper's zeta for each task is not known: ports of its listing use 0.1, tuned agents 0.05.
+    One outlying step compresses h of all others. Tokens that belong to no step get their advantage minus the
+    same mean.
     """
-    steps = _steps(batch)
+    steps = _collect_steps(batch)
     if len(steps.row) == 0:
         return batch
-    entropy = _mean_of_steps(_required(batch, "old_entropy"), steps)
-    low, high = entropy.min(), entropy.max()
+    entropy = _step_means(_require_field(batch, "old_entropy"), steps)
+    low = entropy.min()
+    high = entropy.max()
     normal = (entropy - low) / (high - low + 1e-8)
-    sure = (-k * normal).exp()
-    scale = sure / (sure.mean() + 1e-8)
+    certainty = (-k * normal).exp()
+    scale = certainty / (certainty.mean() + 1e-8)
     clarity = (-k_bonus * normal).exp()
-    followed = torch.cat([steps.row[1:] == steps.row[:-1], steps.row.new_zeros(1, dtype=torch.bool)])
-    bonus = zeta * torch.where(followed, clarity.roll(-1), torch.zeros_like(clarity))
+    has_next = torch.cat([steps.row[1:] == steps.row[:-1], steps.row.new_zeros(1, dtype=torch.bool)])
+    bonus = zeta * torch.where(has_next, clarity.roll(-1), torch.zeros_like(clarity))
 
-    advantages = masked(batch.advantages, batch.mask)
+    advantages = apply_mask(batch.advantages, batch.mask)
     scaled = advantages.index_put(
-        (steps.of_rows, steps.of_columns), _at_tokens(steps, advantages, scale, bonus)
+        (steps.token_row, steps.token_column), _modulate_tokens(steps, advantages, scale, bonus)
     )
-    scaled = scaled - _center(_mean_of_steps(scaled, steps), steps, center)
-    shown = {
+
+    scaled = scaled - _center_value(_step_means(scaled, steps), steps, center)
+    notes = {
         "empg_steps": float(len(steps.row)),
         "empg_step_entropy": float(entropy.mean()),
         "empg_step_entropy_max": float(high),
     }
-    return batch.replace(advantages=masked(scaled, batch.mask)).with_metrics(**shown)
+    return batch.replace(advantages=apply_mask(scaled, batch.mask)).with_metrics(**notes)
 
 
 class _Steps(NamedTuple):
-    """S steps in row order, within a row in time; and the n tokens that belong to one."""
+    """S steps, ordered by row and then by time, and the n tokens that belong to a step."""
 
-    row: Tensor  # (S,)
-    of_rows: Tensor  # (n,) row of each token
-    of_columns: Tensor  # (n,)
-    of_steps: Tensor  # (n,) its step
-    tokens: Tensor  # (S,) tokens in each step
+    row: Tensor  # (S,) row of each step
+    token_row: Tensor  # (n,) row of each token
+    token_column: Tensor  # (n,) column of each token
+    token_step: Tensor  # (n,) step of each token
+    tokens: Tensor  # (S,) number of tokens in each step
 
 
-def _steps(batch: TrainBatch) -> _Steps:
-    step_id = _required(batch, "step_id")
-    of_rows, of_columns = torch.nonzero(batch.mask & (step_id >= 0), as_tuple=True)
-    ids = step_id[of_rows, of_columns]
+def _collect_steps(batch: TrainBatch) -> _Steps:
+    step_id = _require_field(batch, "step_id")
+    token_row, token_column = torch.nonzero(batch.mask & (step_id >= 0), as_tuple=True)
+    ids = step_id[token_row, token_column]
     width = int(ids.max()) + 1 if len(ids) else 1
-    keys, of_steps, tokens = torch.unique(of_rows * width + ids, return_inverse=True, return_counts=True)
-    return _Steps(keys // width, of_rows, of_columns, of_steps, tokens)
+    keys, token_step, tokens = torch.unique(token_row * width + ids, return_inverse=True, return_counts=True)
+    return _Steps(keys // width, token_row, token_column, token_step, tokens)
 
 
-def _mean_of_steps(values: Tensor, steps: _Steps) -> Tensor:
+def _step_means(values: Tensor, steps: _Steps) -> Tensor:
     """(S,) mean over the tokens of each step."""
     total = torch.zeros(len(steps.row), dtype=values.dtype, device=values.device)
-    return total.index_add(0, steps.of_steps, values[steps.of_rows, steps.of_columns]) / steps.tokens
+    return total.index_add(0, steps.token_step, values[steps.token_row, steps.token_column]) / steps.tokens
 
 
-def _at_tokens(steps: _Steps, advantages: Tensor, scale: Tensor, bonus: Tensor) -> Tensor:
-    return advantages[steps.of_rows, steps.of_columns] * scale[steps.of_steps] + bonus[steps.of_steps]
+def _modulate_tokens(steps: _Steps, advantages: Tensor, scale: Tensor, bonus: Tensor) -> Tensor:
+    """(n,) ``A g + zeta f_next`` of the tokens that belong to a step."""
+    return advantages[steps.token_row, steps.token_column] * scale[steps.token_step] + bonus[steps.token_step]
 
 
-def _center(modulated: Tensor, steps: _Steps, center: Literal["steps", "rows", "none"]) -> Tensor | float:
+def _center_value(
+    modulated: Tensor, steps: _Steps, center: Literal["steps", "rows", "none"]
+) -> Tensor | float:
     if center == "none":
         return 0.0
     if center == "steps":
         return modulated.mean()
     _, inverse, count = torch.unique(steps.row, return_inverse=True, return_counts=True)
-    per_row = (
-        torch.zeros(len(count), dtype=modulated.dtype, device=modulated.device).index_add(
-            0, inverse, modulated
-        )
-        / count
-    )
-    return per_row.mean()
+    total = torch.zeros(len(count), dtype=modulated.dtype, device=modulated.device)
+    return (total.index_add(0, inverse, modulated) / count).mean()
 
 
-def _required(batch: TrainBatch, name: str) -> Tensor:
+def _require_field(batch: TrainBatch, name: str) -> Tensor:
     value = getattr(batch, name)
     if value is None:
-        remedy = (
-            "no completion has turns and none was cut into lines"
-            if name == "step_id"
-            else "the learner did not compute it"
-        )
-        raise ValueError(f"control empg needs {name}, which the batch lacks: {remedy}")
+        reason = "the learner did not compute it"
+        if name == "step_id":
+            reason = "no completion has turns and none was split into lines"
+        raise ValueError(f"control empg needs {name}, which the batch lacks: {reason}")
     return value.detach()

@@ -1,4 +1,4 @@
-"""COPO: what a prompt's completions agree on decides how far the prompt as a whole is rewarded."""
+"""COPO: the more a prompt's completions agree, the more its advantage as a whole prompt counts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rltrain.registry import method
-from rltrain.tensor_ops import masked, segment_count, segment_mean
+from rltrain.tensor_ops import apply_mask, segment_count, segment_mean
 from rltrain.types.policy import TrainBatch
 
 __all__ = ["consistency_entropy", "copo", "global_advantages"]
@@ -28,20 +28,20 @@ def copo(
     eps: float = 1e-6,
 ) -> TrainBatch:
     """COPO: ``w l_local + (1 - w) l_global`` for the loss ``copo``, w = sigmoid(k (H - b)), arXiv:2508.04138
-    (others use the name too).
+    (other papers use the name too).
 
-    H is the entropy in bits of the prompt's extracted answers (no answer counts as one more): a prompt whose
-    completions agree leans on its global advantage, its mean reward normalised over all prompts of the step
-    (std with ddof 1, plus eps). discount: mean rewards are first multiplied by 1 - lambda H, lambda = (1 -
-    1/G) / log2 G. The loss is positively homogeneous in the advantage, so w goes into ``advantages`` and 1 -
-    w into ``extra["advantage_global"]``; ``coefficient`` multiplies the latter.
+    H is the entropy in bits of the prompt's extracted answers ("no answer" counts as one more answer). A
+    prompt whose completions agree relies on its global advantage: its mean reward normalised over all prompts
+    of the step (std with ddof 1, plus eps). discount: mean rewards are first multiplied by 1 - lambda H,
+    lambda = (1 - 1/G) / log2 G. The loss is positively homogeneous in the advantage, so w is multiplied into
+    ``advantages`` and 1 - w into ``extra["advantage_global"]``; ``coefficient`` multiplies the latter.
 
-    mode "soft": as above. "forced": w is 1 where the local advantage is not 0, else 0; "soft_forced": both,
-    which leaves no group of equal rewards without a signal. "zero" and "soft_zero": the same, asking for a
-    reward that is not 0 (in the release "only-zero", "soft-with-zero"). "global": w is 0; "local": w is 1 and
-    nothing changes. The release's scripts take k 20 and b 0.5, or 5 and 1; the paper reports its best at 20
-    and 1.5, of which the base of the logarithm is not known. Raises ValueError where no reward function
-    extracts answers.
+    mode "soft": as above. "forced": w is 1 where the local advantage is not 0, else 0; "soft_forced": the
+    product of both, so that no group of equal rewards is without a signal. "zero" and "soft_zero": the same
+    with the condition that the reward is not 0 (in the release "only-zero", "soft-with-zero"). "global": w is
+    0; "local": w is 1 and nothing changes. The release's scripts use k 20 and b 0.5, or 5 and 1; the paper
+    reports its best result at 20 and 1.5, without the base of the logarithm. Raises ValueError if no reward
+    function extracts answers.
     """
     if batch.answer is None:
         raise ValueError(
@@ -49,30 +49,31 @@ def copo(
             "(math_answer, choice, exact)"
         )
     counted = ~batch.rewards.isnan() & batch.mask.any(1)
-    entropy = consistency_entropy(batch.answer, batch.group, counted).to(batch.advantages.dtype)
+    dtype = batch.advantages.dtype
+    entropy = consistency_entropy(batch.answer, batch.group, counted).to(dtype)
     share = _local_share(batch, entropy, mode, k, b)
-    prompt_advantage = global_advantages(
-        batch.rewards, batch.group, counted, entropy if discount else None, eps
-    )
-    everywhere = (coefficient * (1 - share) * prompt_advantage).to(batch.advantages.dtype)[:, None]
-    local = masked(batch.advantages, batch.mask) * share.to(batch.advantages.dtype)[:, None]
-    shown = (
-        {"copo_entropy": float(entropy[counted].mean()), "copo_local_share": float(share[counted].mean())}
-        if bool(counted.any())
-        else {}
-    )
-    return (
-        batch.replace(advantages=local)
-        .with_extra(advantage_global=masked(everywhere.expand(batch.mask.shape), batch.mask))
-        .with_metrics(**shown)
+    local_advantage = apply_mask(batch.advantages, batch.mask) * share.to(dtype)[:, None]
+
+    discounted_by = entropy if discount else None
+    prompt_advantage = global_advantages(batch.rewards, batch.group, counted, discounted_by, eps)
+    global_advantage = (coefficient * (1 - share) * prompt_advantage).to(dtype)[:, None]
+    global_advantage = apply_mask(global_advantage.expand(batch.mask.shape), batch.mask)
+
+    batch = batch.replace(advantages=local_advantage).with_extra(advantage_global=global_advantage)
+    if not bool(counted.any()):
+        return batch
+    return batch.with_metrics(
+        copo_entropy=float(entropy[counted].mean()), copo_local_share=float(share[counted].mean())
     )
 
 
 def consistency_entropy(answer: Tensor, group: Tensor, counted: Tensor) -> Tensor:
-    """(B,) entropy in bits of the distinct answers among a group's counted rows, at each of them; 0
-    at the others. Unanimous: 0.
+    """(B,) entropy in bits of the answers among a group's counted rows, at each of them; 0 at other rows.
+
+    It is 0 if the answers agree.
     """
-    ids, prompts = answer[counted], group[counted]
+    ids = answer[counted]
+    prompts = group[counted]
     width = int(ids.max()) + 2 if len(ids) else 1
     prompt = torch.unique(prompts, return_inverse=True)[1]
     share = segment_count(prompt * width + ids + 1).double() / segment_count(prompt)
@@ -84,11 +85,9 @@ def consistency_entropy(answer: Tensor, group: Tensor, counted: Tensor) -> Tenso
 def global_advantages(
     rewards: Tensor, group: Tensor, counted: Tensor, entropy: Tensor | None, eps: float
 ) -> Tensor:
-    """(B,) the prompt's mean reward over its counted rows, normalised over prompts (ddof 1); 0 at the rows
-    that do not count.
+    """(B,) the prompt's mean reward over its counted rows, normalised over prompts (ddof 1); 0 at other rows.
 
-    entropy: bits; the mean reward is discounted by it. One prompt alone, and prompts that all do as well, get
-    0.
+    entropy: bits; discounts the mean reward. A single prompt gets 0, and so do prompts with equal means.
     """
     prompt = torch.unique(group[counted], return_inverse=True)[1]
     mean = segment_mean(rewards[counted], prompt)
@@ -106,12 +105,12 @@ def global_advantages(
 
 
 def _local_share(batch: TrainBatch, entropy: Tensor, mode: Mode, k: float, b: float) -> Tensor:
-    """(B,) w: the share of the local loss."""
+    """(B,) w, the share of the local loss."""
     soft = torch.sigmoid(k * (entropy - b)) if mode.startswith("soft") else torch.ones_like(entropy)
     if mode == "global":
         return torch.zeros_like(entropy)
     if mode.endswith("forced"):
-        return soft * (masked(batch.advantages, batch.mask) != 0).any(1)
+        return soft * (apply_mask(batch.advantages, batch.mask) != 0).any(1)
     if mode.endswith("zero"):
         return soft * (batch.rewards.nan_to_num(0.0) != 0)
     return soft

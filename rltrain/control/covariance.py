@@ -1,11 +1,11 @@
-"""Tokens whose log-prob and advantage vary together most: Clip-Cov drops some of them, KL-Cov anchors them,
-arXiv:2505.22617.
+"""Tokens with the largest covariance of log-prob and advantage: Clip-Cov drops some of them, KL-Cov penalises
+their change, arXiv:2505.22617.
 
     c_t = (logp_now - mean logp_now) (A - mean A)
 
 over all tokens of the optimizer batch, all ranks, in float64 and summed in the order of size: neither
 micro-batches nor the order of rows can change a covariance, a rank or a choice. (The authors' code takes
-means, ranks and counts per micro-batch, and so hits at least one token in each.) Nothing here carries a
+means, ranks and counts per micro-batch, and so selects at least one token in each.) Nothing here carries a
 gradient.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rltrain.registry import method
 from rltrain.seeds import stable_hash
-from rltrain.tensor_ops import masked
+from rltrain.tensor_ops import apply_mask
 from rltrain.types.policy import TrainBatch
 
 __all__ = ["clip_cov", "kl_cov", "token_covariance"]
@@ -46,21 +46,24 @@ def clip_cov(
     """Clip-Cov: ``max(floor(ratio N), 1)`` of the N tokens lose value and gradient, chosen among ``low < c_t
     < high``, arXiv:2505.22617.
 
-    A token that the policy loss clips already (A > 0 and r > 1 + eps_high, or A < 0 and r < 1 - eps_low) is
-    not among them, so eps_low and eps_high are those of the loss ``clip``; the authors' scripts take 1 and 1.
-    The choice is uniform, drawn from ``seed`` and the token's name (version and id of its row, position), and
-    takes all where there are fewer. Chosen tokens get weight 0 and stay in the denominator. Values of ratio,
-    low and high are the paper's.
+    Tokens that the policy loss already clips (A > 0 and r > 1 + eps_high, or A < 0 and r < 1 - eps_low) are
+    not eligible, so eps_low and eps_high must be those of the loss ``clip``; the authors' scripts use 1 and
+    1. The choice is uniform, drawn from ``seed`` and the token's identity (version and id of its row,
+    position); if fewer tokens are eligible all are chosen. Chosen tokens get weight 0 and stay in the
+    denominator. The defaults of ratio, low and high are the paper's.
     """
-    now, old = _field(batch, "clip_cov", "logp_now"), _field(batch, "clip_cov", "old_logp")
-    r, advantages = masked(now - old, batch.mask).exp(), masked(batch.advantages, batch.mask)
+    now = _require_field(batch, "clip_cov", "logp_now")
+    old = _require_field(batch, "clip_cov", "old_logp")
+    r = apply_mask(now - old, batch.mask).exp()
+    advantages = apply_mask(batch.advantages, batch.mask)
     clipped = -advantages * r.clamp(1 - eps_low, 1 + eps_high) > -advantages * r
     covariance = token_covariance(now, batch.advantages, batch.mask)
     eligible = batch.mask & ~clipped & (covariance > low) & (covariance < high)
     count = max(int(ratio * int(batch.mask.sum())), 1)
-    chosen = _first(eligible, count, _lots(batch, seed))
-    found = batch.replace(weights=torch.where(chosen, torch.zeros_like(batch.weights), batch.weights))
-    return found.with_metrics(clip_cov_eligible=int(eligible.sum()) / max(int(batch.mask.sum()), 1))
+    chosen = _select_tokens(eligible, count, _token_keys(batch, seed))
+    weights = torch.where(chosen, torch.zeros_like(batch.weights), batch.weights)
+    eligible_share = int(eligible.sum()) / max(int(batch.mask.sum()), 1)
+    return batch.replace(weights=weights).with_metrics(clip_cov_eligible=eligible_share)
 
 
 @method(
@@ -73,76 +76,74 @@ def kl_cov(batch: TrainBatch, *, ratio: float = 2e-3, seed: int = 0) -> TrainBat
     """KL-Cov: marks the ``max(1, floor(ratio N))`` of the N tokens with the largest c_t for the loss
     ``kl_cov``, arXiv:2505.22617.
 
-    The marks, 1 or 0, stand in ``extra["kl_cov"]``. ratio is a fraction: the paper's 2e-3 for 7B models (2e-4
-    for 32B), which its code writes as 0.2 percent; 0 marks none. Equal covariances are drawn by lot, from
-    ``seed`` and the token's name as in ``clip_cov``.
+    The marks, 1 or 0, are put in ``extra["kl_cov"]``. ratio is a fraction: the paper's 2e-3 for 7B models
+    (2e-4 for 32B), which its code writes as 0.2 percent; 0 marks none. Ties between equal covariances are
+    broken at random, from ``seed`` and the token's identity as in ``clip_cov``.
     """
-    covariance = token_covariance(_field(batch, "kl_cov", "logp_now"), batch.advantages, batch.mask)
+    covariance = token_covariance(_require_field(batch, "kl_cov", "logp_now"), batch.advantages, batch.mask)
     count = max(int(ratio * int(batch.mask.sum())), 1) if ratio > 0 else 0
-    chosen = _first(batch.mask, count, _lots(batch, seed), covariance)
+    chosen = _select_tokens(batch.mask, count, _token_keys(batch, seed), covariance)
     least = float(covariance[chosen].min()) if bool(chosen.any()) else 0.0
     return batch.with_extra(kl_cov=chosen.to(batch.weights.dtype)).with_metrics(kl_cov_least_covariance=least)
 
 
 def token_covariance(logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     """(B, T) float64 c_t over the masked-in tokens, 0 elsewhere; its mean is their covariance."""
-    return masked(_centred(logp, mask) * _centred(advantages, mask), mask)
+    return apply_mask(_deviations(logp, mask) * _deviations(advantages, mask), mask)
 
 
-def _centred(values: Tensor, mask: Tensor) -> Tensor:
+def _deviations(values: Tensor, mask: Tensor) -> Tensor:
     values = values.detach().double()
     return values - values[mask].sort().values.sum() / mask.sum().clamp(min=1)
 
 
-def _first(among: Tensor, count: int, lots: Tensor, value: Tensor | None = None) -> Tensor:
-    """(B, T) bool: ``count`` of the tokens ``among``, those of the largest ``value``, and of the
-    smallest lot where that is equal.
-    """
-    at = torch.nonzero(among.flatten()).flatten()
-    at = at[lots.flatten()[at].sort().indices]
+def _select_tokens(eligible: Tensor, count: int, keys: Tensor, value: Tensor | None = None) -> Tensor:
+    """(B, T) bool: the ``count`` eligible tokens with the largest ``value``; ties go to the smallest key."""
+    tokens = torch.nonzero(eligible.flatten()).flatten()
+    tokens = tokens[keys.flatten()[tokens].sort().indices]
     if value is not None:
-        at = at[value.flatten()[at].sort(descending=True, stable=True).indices]
-    chosen = torch.zeros_like(among.flatten())
-    chosen[at[:count]] = True
-    return chosen.view(among.shape)
+        tokens = tokens[value.flatten()[tokens].sort(descending=True, stable=True).indices]
+    chosen = torch.zeros_like(eligible.flatten())
+    chosen[tokens[:count]] = True
+    return chosen.view(eligible.shape)
 
 
-def _lots(batch: TrainBatch, seed: int) -> Tensor:
-    """(B, T) int64: a number for every token that depends on its name only, not on where its row
-    stands or how wide the batch is.
+def _token_keys(batch: TrainBatch, seed: int) -> Tensor:
+    """(B, T) int64: a random key for every token that depends only on the token's identity, not on the
+    position of its row or the width of the batch.
     """
-    sample = _occurrence(batch.group) if batch.sample is None else batch.sample
-    names = zip(batch.version.tolist(), batch.group.tolist(), sample.tolist(), strict=True)
-    rows = torch.tensor(
-        [stable_hash(seed, *name) for name in names], dtype=torch.int64, device=batch.mask.device
-    )
+    sample = _occurrence_index(batch.group) if batch.sample is None else batch.sample
+    ids = zip(batch.version.tolist(), batch.group.tolist(), sample.tolist(), strict=True)
+    hashes = [stable_hash(seed, *row_id) for row_id in ids]
+    rows = torch.tensor(hashes, dtype=torch.int64, device=batch.mask.device)
     positions = torch.arange(batch.mask.shape[1], dtype=torch.int64, device=batch.mask.device)
-    return _scrambled(_scrambled(rows)[:, None] + positions)
+    return _scramble_bits(_scramble_bits(rows)[:, None] + positions)
 
 
-def _occurrence(group: Tensor) -> Tensor:
-    """(B,) how many rows of the same group stand above each row: names rows that came without ids."""
+def _occurrence_index(group: Tensor) -> Tensor:
+    """(B,) number of earlier rows of the same group: the id of a row in a batch without sample ids."""
     order = group.sort(stable=True).indices
     ordered = group[order]
     start = torch.searchsorted(ordered, ordered)
     return torch.empty_like(group).scatter_(0, order, torch.arange(len(group), device=group.device) - start)
 
 
-def _scrambled(x: Tensor) -> Tensor:
-    """A bijection of int64 that spreads neighbours (the finaliser of SplitMix64, Steele et al. 2014);
-    products wrap around.
+def _scramble_bits(x: Tensor) -> Tensor:
+    """A bijection of int64 that sends neighbours far apart (the finaliser of SplitMix64, Steele et al. 2014).
+
+    Products wrap around.
     """
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        x = (x ^ _shifted(x, shift)) * factor
-    return x ^ _shifted(x, 31)
+        x = (x ^ _shift_right(x, shift)) * factor
+    return x ^ _shift_right(x, 31)
 
 
-def _shifted(x: Tensor, by: int) -> Tensor:
-    """``x >> by`` with zeros moving in, which int64 tensors do not have."""
-    return (x >> by) & ((1 << (64 - by)) - 1)
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """``x >> bits`` that fills with zeros, which int64 tensors lack."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _field(batch: TrainBatch, control: str, name: str) -> Tensor:
+def _require_field(batch: TrainBatch, control: str, name: str) -> Tensor:
     value = getattr(batch, name)
     if value is None:
         raise ValueError(f"control {control} needs {name}, which the batch lacks")

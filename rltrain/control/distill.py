@@ -1,4 +1,4 @@
-"""On which completions a teacher is listened to, arXiv:2506.02208."""
+"""Selects the completions that are distilled from a teacher, arXiv:2506.02208."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def kdrl_mask(
 ) -> TrainBatch:
     """Marks the completions on which the term ``kdrl`` acts, in ``extra["kdrl"]``, arXiv:2506.02208.
 
-    level "response": the incorrect ones; "group": those of prompts with no correct completion. denominator
-    "kept", the paper's masked mean: marks are the optimizer batch's tokens over the marked ones (all ranks),
-    so that the aggregate ``token_mean`` divides the term by the latter, and a token weighs more where few
-    answers are wrong; "all": marks are 1. Raises ValueError where no reward function says what is correct.
+    level "response": the incorrect completions; "group": those of prompts with no correct completion.
+    denominator "kept" is the paper's masked mean: a mark is the number of the optimizer batch's tokens
+    divided by the number of marked tokens (all ranks), so that the aggregate ``token_mean`` divides the term
+    by the marked tokens, and a token weighs more when few answers are wrong. "all": marks are 1. Raises
+    ValueError if no reward function says what is correct.
     """
     if batch.correct is None or bool(batch.correct.isnan().all() & batch.mask.any()):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""HAPO's entropy signal: what tells certain tokens from uncertain ones, for its loss and for its sampler."""
+"""HAPO's entropy signal, which separates certain from uncertain tokens for its loss and its sampler."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rltrain.registry import method
-from rltrain.tensor_ops import masked
+from rltrain.tensor_ops import apply_mask
 from rltrain.types.policy import TrainBatch
 
 __all__ = ["EntropySignal", "adaptive_temperature", "entropy_signal", "hapo"]
@@ -21,9 +21,9 @@ SCALE_FLOOR = 1e-8
 
 @dataclass(frozen=True)
 class EntropySignal:
-    """Four numbers of an optimizer batch, from which any token's signal follows.
+    """Four numbers of an optimizer batch that determine the signal of any token.
 
-    JSON-ready, for the next step's sampler.
+    They can be stored as JSON for the next step's sampler.
     """
 
     pivot: float  # rho-quantile of ln H
@@ -31,32 +31,33 @@ class EntropySignal:
     top: float  # largest h = (ln H - pivot) / sigma, at least 1e-8
     bottom: float  # smallest h, at most -1e-8
 
-    def unscaled(self, entropy: Tensor) -> Tensor:
-        """h, in standard deviations around the pivot; the shape of ``entropy`` (nats)."""
+    def deviation(self, entropy: Tensor) -> Tensor:
+        """h, in standard deviations from the pivot, with the shape of ``entropy`` (nats)."""
         return (entropy.clamp(min=ENTROPY_FLOOR).log() - self.pivot) / self.sigma
 
-    def scaled(self, entropy: Tensor, form: Form = "intended") -> Tensor:
-        """h_hat in [-1, 1] for tokens of the batch it was measured on.
+    def scaled_deviation(self, entropy: Tensor, form: Form = "intended") -> Tensor:
+        """h_hat, in [-1, 1] for tokens of the batch on which the signal was measured.
 
-        Released: the sign of the lower half is lost.
+        With form "released" the sign of the lower half is lost.
         """
-        h = self.unscaled(entropy)
-        return torch.where(h > 0, h / self.top, h / (self.bottom if form == "released" else -self.bottom))
+        h = self.deviation(entropy)
+        bottom = self.bottom if form == "released" else -self.bottom
+        return torch.where(h > 0, h / self.top, h / bottom)
 
 
 @method("hapo", arxiv="2509.16591", needs={"entropy_now"}, traits={"policy_loss:hapo"})
 def hapo(
     batch: TrainBatch, *, rho: float = 0.8, form: Literal["intended", "released"] = "intended"
 ) -> TrainBatch:
-    """HAPO's signal h_hat in [-1, 1] for the loss ``hapo``: above 0 the uncertain tokens, below the certain
+    """HAPO's signal h_hat in [-1, 1] for the loss ``hapo``: above 0 for uncertain tokens, below for certain
     ones, arXiv:2509.16591.
 
     h = (ln H - Q) / sigma with Q the rho-quantile (the nearest token's value) over the whole optimizer batch
-    and H the entropy of the policy as it is at the start of the update; then divided by max h above 0 and by
-    |min h| below. form "released" divides by min h itself, so that h_hat is never negative and very certain
-    tokens count as very uncertain ones (equations 8 to 13 of the paper need the sign); its statistics were a
-    micro-batch's. Logged: hapo_pivot, hapo_sigma, hapo_top, hapo_bottom, which the adaptive temperature of
-    the next step's sampler takes. Equal entropies give h_hat 0 everywhere.
+    and H the entropy of the policy at the start of the update; h is then divided by max h if positive and by
+    |min h| if negative. form "released" divides by min h itself, so that h_hat is never negative and very
+    certain tokens count as very uncertain ones (equations 8 to 13 of the paper need the sign); the released
+    code takes its statistics from a micro-batch. Logs hapo_pivot, hapo_sigma, hapo_top and hapo_bottom, which
+    the adaptive temperature of the next step's sampler uses. Equal entropies give h_hat 0 everywhere.
     """
     if batch.entropy_now is None:
         raise ValueError(
@@ -65,7 +66,7 @@ def hapo(
     signal = entropy_signal(batch.entropy_now, batch.mask, rho)
     if signal is None:
         return batch.with_extra(h_hat=torch.zeros_like(batch.entropy_now))
-    h_hat = masked(signal.scaled(batch.entropy_now.detach(), form), batch.mask)
+    h_hat = apply_mask(signal.scaled_deviation(batch.entropy_now.detach(), form), batch.mask)
     notes = {
         "hapo_pivot": signal.pivot,
         "hapo_sigma": signal.sigma,
@@ -76,7 +77,7 @@ def hapo(
 
 
 def entropy_signal(entropy: Tensor, mask: Tensor, rho: float = 0.8) -> EntropySignal | None:
-    """The signal of all masked-in tokens of ``entropy (B, T)`` in nats; None without any."""
+    """Signal of all masked-in tokens of ``entropy (B, T)`` in nats; None if there are none."""
     logs = entropy.detach()[mask.bool()].clamp(min=ENTROPY_FLOOR).log()
     if logs.numel() == 0:
         return None
@@ -99,15 +100,14 @@ def adaptive_temperature(
     """Temperature for the next token, from the entropy (nats) of its distribution at ``base`` and the last
     step's signal, arXiv:2509.16591.
 
-    ``base (1 + tau h_hat)`` with h_hat clamped to [-1, 1] (new tokens can lie beyond the last step's), hotter
-    where the policy is unsure. "released": with the release's sign, hotter at both ends. "unscaled": with h
-    itself, unbounded, as the paper's second version prints it. Without a signal (the first step): base. The
-    code takes tau 0.05, the paper 0.1.
+    "scaled": ``base (1 + tau h_hat)`` with h_hat clamped to [-1, 1] (new tokens can lie beyond the last
+    step's), hotter where the policy is uncertain. "released": with the release's sign, hotter at both ends.
+    "unscaled": with h itself, unbounded, as in the paper's second version. Without a signal (the first step)
+    it is base. The authors' code uses tau 0.05, the paper 0.1.
     """
     if signal is None:
         return torch.full_like(entropy, base)
     if variant == "unscaled":
-        return base * (1 + tau * signal.unscaled(entropy))
-    return base * (
-        1 + tau * signal.scaled(entropy, "released" if variant == "released" else "intended").clamp(-1.0, 1.0)
-    )
+        return base * (1 + tau * signal.deviation(entropy))
+    form: Form = "released" if variant == "released" else "intended"
+    return base * (1 + tau * signal.scaled_deviation(entropy, form).clamp(-1.0, 1.0))

@@ -1,10 +1,10 @@
-"""Corrections for completions that another distribution than the learner's old policy sampled: the inference
-engine's.
+"""Corrections for completions that were sampled from the inference engine's distribution instead of the
+learner's old policy.
 
-rho_t = exp(old_logp - rollout_logp) is the learner's probability over the engine's. These controls multiply
-``weights``, which multiply the per-token policy loss outside of any clipping; the loss's own ratio keeps
-``old_logp`` below the line. Nothing here carries a gradient, and statistics run over the whole step. Weights
-of masked-out tokens are 0.
+rho_t = exp(old_logp - rollout_logp) is the learner's probability divided by the engine's. These controls
+multiply ``weights``, which multiply the per-token policy loss outside any clipping; the loss's own ratio
+keeps ``old_logp`` in its denominator. Nothing here carries a gradient, and statistics run over the whole
+step. Weights of masked-out tokens are 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rltrain.registry import method
-from rltrain.tensor_ops import masked, masked_mean, masked_sum
+from rltrain.tensor_ops import apply_mask, masked_mean, masked_sum
 from rltrain.types.policy import TrainBatch
 
 __all__ = ["geometric_rejection", "mis", "off_policy_mask", "tis"]
@@ -34,15 +34,15 @@ def tis(
     """Truncated importance sampling (Ionides 2008; for inference engines: Yao et al. 2025): weight ``min(rho,
     cap)``.
 
-    level: a token's own rho, or the product over its sequence. normalize "batch" divides by the weights' mean
-    over the step after truncation: over tokens, or over sequences at sequence level (each once, however
-    long), as verl does.
+    level: a token's own rho, or the product over its sequence. normalize "batch" divides the truncated
+    weights by their mean over the step: over tokens, or at sequence level over sequences (each once, whatever
+    its length), as verl does.
     """
     weights = _rho(batch, "tis", level).clamp(max=cap)
     if normalize == "batch":
         counted = batch.mask if level == "token" else batch.mask.any(dim=1, keepdim=True)
         weights = weights / masked_mean(weights, counted)
-    return _weighted(batch, weights)
+    return _multiply_weights(batch, weights)
 
 
 @method("mis", needs={"old_logp", "rollout_logp"})
@@ -57,12 +57,12 @@ def mis(
     """Masked importance sampling (IcePop, Ling team 2025): weight rho where ``low <= rho <= high``, else 0.
     Defaults are TRL's.
 
-    level as in ``tis``. denominator: whether the loss is still divided by all tokens and sequences ("all":
-    weights of 0, as in TRL), or by what was kept ("kept": the mask shrinks, as in verl's rejection; the
-    tokens then leave terms and metrics).
+    level as in ``tis``. denominator: the loss is divided by all tokens and sequences ("all": the others get
+    weight 0, as in TRL), or only by those kept ("kept": the others are masked out, as in verl's rejection,
+    and so leave terms and metrics too).
     """
     rho = _rho(batch, "mis", level)
-    return _kept(_weighted(batch, rho), (rho >= low) & (rho <= high), denominator)
+    return _restrict(_multiply_weights(batch, rho), (rho >= low) & (rho <= high), denominator)
 
 
 @method("geometric_rejection", needs={"old_logp", "rollout_logp"})
@@ -73,35 +73,33 @@ def geometric_rejection(
     high: float = 1.001,
     denominator: Literal["all", "kept"] = "kept",
 ) -> TrainBatch:
-    """Drops a sequence whose geometric mean of rho lies outside ``[low, high]``; weights are otherwise left
-    alone.
+    """Drops a sequence whose geometric mean of rho lies outside ``[low, high]``; other weights do not change.
 
-    The bounds are on rho. verl's release (``seq_mean_k1``) compares them with 1 / rho, which differs where
-    they are not reciprocal. denominator as in ``mis``; verl shrinks the mask.
+    The bounds are on rho. verl's release (``seq_mean_k1``) compares them with 1 / rho, which differs if they
+    are not reciprocal. denominator as in ``mis``; verl masks the sequence out.
     """
     geometric = masked_mean(_log_rho(batch, "geometric_rejection"), batch.mask, dim=1)[:, None].exp()
-    return _kept(batch, (geometric >= low) & (geometric <= high), denominator)
+    return _restrict(batch, (geometric >= low) & (geometric <= high), denominator)
 
 
 @method("off_policy_mask", arxiv="2512.02556", needs={"rollout_logp", "logp_now"})
 def off_policy_mask(
     batch: TrainBatch, *, delta: float = 0.5, denominator: Literal["all", "kept"] = "all"
 ) -> TrainBatch:
-    """Drops the negative examples that the policy has moved away from, arXiv:2512.02556: keep where A >= 0 or
-    ``mean_t(rollout_logp - logp_now) <= delta`` nats per token over the sequence.
+    """Drops negative examples that the policy has moved away from, arXiv:2512.02556: keeps a token if A >= 0
+    or ``mean_t(rollout_logp - logp_now) <= delta`` nats per token over the sequence.
 
-    The paper gives no delta; TRL has the mask off and suggests 0.5. Advantages are read per token, which is
-    the paper's rule where a completion has one. denominator as in ``mis``; TRL keeps all.
+    The paper gives no delta; TRL disables the mask by default and suggests 0.5. Advantages are read per
+    token, which is the paper's rule if a completion has one advantage. denominator as in ``mis``; TRL divides
+    by all.
     """
-    rollout, now = (
-        _field(batch, "off_policy_mask", "rollout_logp"),
-        _field(batch, "off_policy_mask", "logp_now"),
-    )
+    rollout = _require_field(batch, "off_policy_mask", "rollout_logp")
+    now = _require_field(batch, "off_policy_mask", "logp_now")
     distance = masked_mean(rollout - now, batch.mask, dim=1)[:, None]
-    return _kept(batch, (batch.advantages >= 0) | (distance <= delta), denominator)
+    return _restrict(batch, (batch.advantages >= 0) | (distance <= delta), denominator)
 
 
-def _field(batch: TrainBatch, control: str, name: str) -> Tensor:
+def _require_field(batch: TrainBatch, control: str, name: str) -> Tensor:
     value = getattr(batch, name)
     if value is None:
         raise ValueError(f"control {control} needs {name}, which the batch lacks")
@@ -109,25 +107,25 @@ def _field(batch: TrainBatch, control: str, name: str) -> Tensor:
 
 
 def _log_rho(batch: TrainBatch, control: str) -> Tensor:
-    return masked(_field(batch, control, "old_logp") - _field(batch, control, "rollout_logp"), batch.mask)
+    old = _require_field(batch, control, "old_logp")
+    rollout = _require_field(batch, control, "rollout_logp")
+    return apply_mask(old - rollout, batch.mask)
 
 
 def _rho(batch: TrainBatch, control: str, level: Literal["token", "sequence"]) -> Tensor:
-    """(B, T) per token or (B, 1) product over the sequence; the logarithm is clamped to +-20 first."""
+    """(B, T) rho per token, or (B, 1) its product over the sequence; ln rho is clamped to +-20 first."""
     log_rho = _log_rho(batch, control)
     if level == "sequence":
         log_rho = masked_sum(log_rho, batch.mask, dim=1)[:, None]
     return log_rho.clamp(-LOG_RHO_LIMIT, LOG_RHO_LIMIT).exp()
 
 
-def _weighted(batch: TrainBatch, factor: Tensor) -> TrainBatch:
-    return batch.replace(weights=masked(batch.weights * factor, batch.mask))
+def _multiply_weights(batch: TrainBatch, factor: Tensor) -> TrainBatch:
+    return batch.replace(weights=apply_mask(batch.weights * factor, batch.mask))
 
 
-def _kept(batch: TrainBatch, keep: Tensor, denominator: Literal["all", "kept"]) -> TrainBatch:
-    """``batch`` with weight 0 where not ``keep``, and with the mask shrunk to it if the denominators
-    shall follow.
-    """
+def _restrict(batch: TrainBatch, keep: Tensor, denominator: Literal["all", "kept"]) -> TrainBatch:
+    """``batch`` with weight 0 outside ``keep``; with denominator "kept" also masked out there."""
     keep = batch.mask & keep
-    kept = batch.replace(weights=torch.where(keep, batch.weights, torch.zeros_like(batch.weights)))
-    return kept.replace(mask=keep) if denominator == "kept" else kept
+    batch = batch.replace(weights=torch.where(keep, batch.weights, torch.zeros_like(batch.weights)))
+    return batch.replace(mask=keep) if denominator == "kept" else batch

@@ -1,4 +1,4 @@
-"""Text and messages to token ids, and the tokens that end a completion."""
+"""Turns text and messages into token ids, and finds the tokens that end a completion."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Message = Mapping[str, Any]
 class StopTokens:
     """Token ids that end or fill a row.
 
-    Masks come from lengths, never from these: the pad only has to be a valid id.
+    Masks are made from lengths, not from these ids: the pad only has to be a valid id.
     """
 
-    stop: tuple[int, ...]  # ascending; sampling any of them finishes a completion
+    stop: tuple[int, ...]  # ascending; sampling any of them ends a completion
     pad: int
-    pad_is_eos: bool  # the tokenizer names no pad, so an EOS fills
+    pad_is_eos: bool  # the tokenizer defines no pad token, so an EOS token is used
 
 
 def stop_tokens_of(
@@ -37,15 +37,14 @@ def stop_tokens_of(
 ) -> StopTokens:
     """Stop and pad ids.
 
-    Raises ValueError when neither the tokenizer nor the generation config names an EOS.
+    Raises ValueError if neither the tokenizer nor the generation config names an EOS.
     """
     stop = stop_token_ids(tokenizer, generation_config)
     if not stop:
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path!r} has no EOS token and the model's generation config "
-            "names none, so no answer could "
-            "ever stop; set eos_token in tokenizer_config.json (or eos_token_id in generation_config.json) "
-            "to the token that ends an answer"
+            "names none, so no answer could ever stop; set eos_token in tokenizer_config.json (or "
+            "eos_token_id in generation_config.json) to the token that ends an answer"
         )
     pad: Any = tokenizer.pad_token_id
     return StopTokens(stop=stop, pad=stop[0] if pad is None else pad, pad_is_eos=pad is None)
@@ -54,13 +53,13 @@ def stop_tokens_of(
 def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
 ) -> tuple[int, ...]:
-    """Ascending union of the tokenizer's EOS and the generation config's (chat models often name a
-    second one there).
+    """The EOS ids of the tokenizer and of the generation config, ascending. Chat models often define a second
+    EOS in the generation config.
     """
     named: Any = None if generation_config is None else generation_config.eos_token_id
-    own: Any = tokenizer.eos_token_id
+    eos: Any = tokenizer.eos_token_id
     configured = named if isinstance(named, Iterable) else (named,)
-    return tuple(sorted({int(token) for token in (own, *configured) if token is not None}))
+    return tuple(sorted({int(token) for token in (eos, *configured) if token is not None}))
 
 
 def render(
@@ -71,20 +70,19 @@ def render(
     chat_template: Literal["auto", "none"],
     date: dt.date | None = None,
 ) -> tuple[str, list[int]]:
-    """The prompt as the model sees it: its text and the token ids that spell it, generation prompt included.
+    """(text, token ids) of the prompt as the model receives it, generation prompt included.
 
-    With a chat template, text becomes one user message. Without one, text is tokenised as it stands after the
-    tokenizer's BOS, if it adds one. No end token is ever appended. date: that the template prints; None:
-    today. Raises ValueError when messages or a system message meet a tokenizer without a template.
+    With a chat template, text becomes one user message. Without one, text is tokenised unchanged, after the
+    tokenizer's BOS if the tokenizer adds one. No end token is appended. date: the date that the template
+    prints; None: today. Raises ValueError for messages or a system message if there is no chat template.
     """
     if chat_template == "auto" and tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if system is not None:
             messages = [{"role": "system", "content": system}, *messages]
-        text = spell(messages, tokenizer, date, add_generation_prompt=True)
-        return text, tokenizer(text, add_special_tokens=False)[
-            "input_ids"
-        ]  # the template spells BOS where the model wants one
+        text = apply_template(messages, tokenizer, date, add_generation_prompt=True)
+        # The template writes the BOS if the model needs one.
+        return text, tokenizer(text, add_special_tokens=False)["input_ids"]
     if not isinstance(prompt, str) or system is not None:
         what = "the prompt is a list of messages" if not isinstance(prompt, str) else "data.system is set"
         why = (
@@ -96,17 +94,17 @@ def render(
             f"{what}, but {why}; use text prompts and data.prompt_template, or a tokenizer with a chat "
             "template"
         )
-    return prompt, _plain(prompt, tokenizer)
+    return prompt, _encode_plain_text(prompt, tokenizer)
 
 
-def spell(
+def apply_template(
     messages: Sequence[Message],
     tokenizer: PreTrainedTokenizerBase,
     date: dt.date | None,
     *,
     add_generation_prompt: bool = False,
 ) -> str:
-    """The messages in the tokenizer's chat template, as of ``date``."""
+    """The messages formatted by the tokenizer's chat template, with ``date`` as the current date."""
     plain = [dict(message) for message in messages]
     return str(
         tokenizer.apply_chat_template(
@@ -115,17 +113,17 @@ def spell(
     )
 
 
-def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+def _encode_plain_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
-    if not isinstance(bos, int) or tokenizer(text)["input_ids"][:1] != [bos] or bare[:1] == [bos]:
-        return bare
-    return [bos, *bare]
+    if not isinstance(bos, int) or tokenizer(text)["input_ids"][:1] != [bos] or token_ids[:1] == [bos]:
+        return token_ids
+    return [bos, *token_ids]
 
 
 def check_messages(messages: Sequence[Any]) -> None:
-    """Raises ValueError unless ``messages`` are {"role", "content"} mappings, known roles and text,
-    with a user or tool at the end.
+    """Raises ValueError unless ``messages`` are {"role", "content"} mappings with known roles and text, and
+    the last one is from a user or a tool.
     """
     if not messages:
         raise ValueError("the list of messages is empty; at least one user message is needed")
@@ -152,22 +150,20 @@ def check_messages(messages: Sequence[Any]) -> None:
         raise ValueError("the last message is empty")
 
 
-_QUESTION, _TURN, _REPLY = (
-    "rltrain-question",
-    "rltrain-turn",
-    "rltrain-reply",
-)  # stand-ins that no template would write by itself
+# placeholders that no template would write by itself
+_QUESTION = "rltrain-question"
+_TURN = "rltrain-turn"
+_REPLY = "rltrain-reply"
 
 
 class Dialogue:
-    """How an environment speaks to the policy: its messages between the policy's turns, as the tokenizer's
-    chat template frames them.
+    """Formats an environment's messages between the policy's turns as the tokenizer's chat template does.
 
-    The frame is read off the template once; a message is tokenised by itself and put between its tokens, so
-    that no text of an environment can spell a special token and the policy's own turns are never touched.
-    Without a template the message alone stands there. role: whose message it is. observation_tokens: a longer
-    message is cut at its end. Raises ValueError where the template refuses the role or does not show an
-    assistant's turn followed by such a message.
+    The text around a message is taken from the template once. Each message is tokenised separately and
+    inserted, so that no text of an environment can produce a special token and the policy's turns stay
+    unchanged. Without a template only the message is inserted. role: chat role of the message.
+    observation_tokens: longer messages are cut at their end. Raises ValueError if the template refuses the
+    role or does not show an assistant's turn followed by such a message.
     """
 
     def __init__(
@@ -179,79 +175,79 @@ class Dialogue:
         role: Literal["user", "tool"],
         observation_tokens: int,
     ) -> None:
-        self._tokenizer, self._stop, self._data, self._longest = (
-            tokenizer,
-            frozenset(stop),
-            data,
-            observation_tokens,
-        )
-        self._before, self._after = (), ()
+        self._tokenizer = tokenizer
+        self._stop = frozenset(stop)
+        self._data = data
+        self._longest = observation_tokens
+        self._before: tuple[int, ...] = ()
+        self._after: tuple[int, ...] = ()
         if data.chat_template == "auto" and tokenizer.chat_template is not None:
             self._before, self._after = (
-                self._ids(text, special=True) for text in _frame(tokenizer, data.system, role, data.date)
+                self._encode(text, special=True)
+                for text in _message_frame(tokenizer, data.system, role, data.date)
             )
 
     def opening(self, text: str) -> tuple[str, tuple[int, ...]]:
-        """The prompt that asks ``text`` inside ``data.prompt_template``, cut at its end to
-        ``data.max_prompt_tokens``.
+        """(text, token ids) of the prompt with ``text`` inside ``data.prompt_template``. ``text`` is cut at
+        its end until the prompt has at most ``data.max_prompt_tokens``.
         """
-        ids = self._ids(text)
+        ids = self._encode(text)
         while True:
             content = self._data.prompt_template.format_map({"prompt": text})
-            system, template, date = self._data.system, self._data.chat_template, self._data.date
+            system = self._data.system
+            template = self._data.chat_template
+            date = self._data.date
             shown, token_ids = render(
                 content, self._tokenizer, system=system, chat_template=template, date=date
             )
-            over = len(token_ids) - self._data.max_prompt_tokens
-            if over <= 0 or not ids:
+            excess = len(token_ids) - self._data.max_prompt_tokens
+            if excess <= 0 or not ids:
                 return shown, tuple(token_ids)
-            ids = ids[:-over]
+            ids = ids[:-excess]
             text = str(self._tokenizer.decode(list(ids)))
 
     def observation(self, text: str, last: int) -> tuple[int, ...]:
         """The tokens between a turn that ended with token ``last`` and the next turn.
 
-        The policy's own end token is not said twice.
+        The end token is not repeated if the policy has written it.
         """
         before = (
             self._before[1:]
             if last in self._stop and self._before and self._before[0] in self._stop
             else self._before
         )
-        return (*before, *self._ids(text.strip())[: self._longest], *self._after)
+        return (*before, *self._encode(text.strip())[: self._longest], *self._after)
 
-    def _ids(self, text: str, *, special: bool = False) -> tuple[int, ...]:
+    def _encode(self, text: str, *, special: bool = False) -> tuple[int, ...]:
         return tuple(
             self._tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
         )
 
 
-def _frame(
+def _message_frame(
     tokenizer: PreTrainedTokenizerBase, system: str | None, role: str, date: dt.date | None
 ) -> tuple[str, str]:
-    """What a template writes between an assistant's words and a message, and from there to the
-    assistant's next words.
-    """
+    """(text before, text after) a message that a template writes between two turns of the assistant."""
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages += [
         {"role": "user", "content": _QUESTION},
         {"role": "assistant", "content": _TURN},
         {"role": role, "content": _REPLY},
     ]
+
     try:
-        text = spell(messages, tokenizer, date, add_generation_prompt=True)
+        text = apply_template(messages, tokenizer, date, add_generation_prompt=True)
     except (TemplateError, ValueError, TypeError) as error:
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} refuses a {role!r} message after the "
-            f"assistant's ({error}); "
-            "set rollout.environment.role to another one"
+            f"assistant's ({error}); set rollout.environment.role to another one"
         ) from error
+
     turn, _, rest = text.rpartition(_TURN)
-    before, found, after = rest.partition(_REPLY)
-    if not turn or not found:
+    before, reply, after = rest.partition(_REPLY)
+    if not turn or not reply:
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} does not show an assistant's turn followed by "
-            f"a {role!r} message; "
-            "set rollout.environment.role to another one, or data.chat_template to none"
+            f"a {role!r} message; set rollout.environment.role to another one, or data.chat_template to none"
         )
     return before, after

@@ -1,4 +1,4 @@
-"""GAIN-RL's curriculum: prompts sorted by how aligned their hidden states are, drawn from a window
+"""GAIN-RL's curriculum: prompts are sorted by the alignment of their hidden states and drawn from a window
 that moves down the list.
 """
 
@@ -15,20 +15,21 @@ from rltrain.seeds import stable_hash
 
 __all__ = ["GainRlOrder", "log_weights", "stride", "template_lengths"]
 
-ALIGNMENT = "control/alignment"  # the step metric that moves the window, beside the accuracy
+ALIGNMENT = "control/alignment"  # the step metric that moves the window, together with the accuracy
 
 
 @method("gain_rl", arxiv="2506.02281", needs={"alignment"})
 class GainRlOrder:
-    """Prompts by rank of ``C_intra + inter_weight C_inter``, drawn with weight ``exp(-((rank - centre) /
-    sigma)^2 / 2)``, arXiv:2506.02281.
+    """Ranks prompts by ``C_intra + inter_weight C_inter`` and draws them with weight ``exp(-((rank - centre)
+    / sigma)^2 / 2)``, arXiv:2506.02281.
 
     A step's prompts are all different; the next step may draw them again. After each step the centre moves by
-    ``clip(stride tanh(slope (accuracy - goal)) + stride tanh(slope alignment), 0, max_stride)`` and stays on
-    the list. accuracy: share of the step's completions that are correct (their mean reward where no reward
-    function says) times accuracy_scale, which is 0.5 in the released verl version, whose 0/1 rewards are
-    halved so that the term never speaks for moving on; alignment: mean cosine of the hidden states of the
-    step's rows, prompt and completion. inter_weight is 1 in the README and 8 in the released script.
+    ``clip(stride tanh(slope (accuracy - goal)) + stride tanh(slope alignment), 0, max_stride)``, at most to
+    the end of the list. accuracy: share of the step's completions that are correct (their mean reward if no
+    reward function reports correctness) times accuracy_scale. The released verl version has accuracy_scale
+    0.5: it halves the 0/1 rewards, so that this term is never positive. alignment: mean cosine of the hidden
+    states of the step's rows, prompt and completion. inter_weight is 1 in the README of the released code and
+    8 in its script.
     """
 
     def __init__(
@@ -46,8 +47,8 @@ class GainRlOrder:
         max_stride: float = 1000.0,
         accuracy_scale: float = 1.0,
     ) -> None:
-        """scores: one per prompt, of the model as it starts; empty where a saved state will say the ranks."""
-        del inter_weight  # is in the scores
+        """scores: one per prompt, from the initial model; empty if a saved state will be loaded."""
+        del inter_weight  # already contained in the scores
         if not 1 <= per_step <= count:
             raise ValueError(
                 f"a step needs {per_step} different prompts and the training set has {count}; lower "
@@ -55,43 +56,47 @@ class GainRlOrder:
             )
         if not sigma > 0:
             raise ValueError(f"data.order gain_rl: sigma is {sigma}, it must be positive")
-        self.count, self.per_step, self.seed, self.sigma = count, per_step, seed, sigma
-        self.stride, self.slope, self.goal, self.max_stride, self.accuracy_scale = (
-            stride,
-            slope,
-            goal,
-            max_stride,
-            accuracy_scale,
-        )
+
+        self.count = count
+        self.per_step = per_step
+        self.seed = seed
+        self.sigma = sigma
+        self.stride = stride
+        self.slope = slope
+        self.goal = goal
+        self.max_stride = max_stride
+        self.accuracy_scale = accuracy_scale
+
         self.ranking = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
-        self.centre, self.drawn = 0.0, 0
+        self.centre = 0.0
+        self.drawn = 0
 
     def next(self) -> list[int]:
         """``per_step`` different indices, most aligned first."""
         generator = np.random.default_rng(stable_hash("gain_rl", self.seed, self.drawn))
         self.drawn += 1
-        # The largest of log-weights with Gumbel noise are a draw without replacement, also where weights
-        # would underflow.
+        # The indices of the largest log-weights plus Gumbel noise are a draw without replacement. It works
+        # even if the weights themselves would underflow.
         keys = log_weights(self.count, self.centre, self.sigma) + generator.gumbel(size=self.count)
         ranks = np.sort(np.argsort(-keys, kind="stable")[: self.per_step])
         return [self.ranking[rank] for rank in ranks]
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """Move the window by one step's metrics; one without a verdict or an alignment moves nothing."""
+        """Moves the window by one step's metrics; a NaN accuracy or alignment moves nothing."""
         accuracy = metrics.get("reward/correct", metrics.get("reward/mean", math.nan)) * self.accuracy_scale
         move = stride(accuracy, metrics[ALIGNMENT], self.stride, self.slope, self.goal, self.max_stride)
         if math.isfinite(move):
             self.centre = min(self.centre + move, self.count - 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the window stands, and the list that it moves on: scores of a model that is no more."""
-        same = {"count": self.count, "per_step": self.per_step, "seed": self.seed}
-        return {**same, "centre": self.centre, "drawn": self.drawn, "ranking": self.ranking}
+        """Position of the window and ranking of the prompts, whose scores come from weights that are gone."""
+        settings = {"count": self.count, "per_step": self.per_step, "seed": self.seed}
+        return {**settings, "centre": self.centre, "drawn": self.drawn, "ranking": self.ranking}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken.
+        """Continues from ``state``.
 
-        Raises ValueError when it belongs to other data, another step size, seed or order.
+        Raises ValueError if it belongs to other data, another step size, seed or order.
         """
         if "ranking" not in state:
             raise ValueError(
@@ -102,10 +107,12 @@ class GainRlOrder:
             if state[name] != getattr(self, name):
                 raise ValueError(
                     f"the saved order has {name} {state[name]} and this run {getattr(self, name)}: the same "
-                    "prompts cannot be continued; "
-                    "resume with the data, rollout.prompts and seed of the saved run, or start a new run"
+                    "prompts cannot be continued; resume with the data, rollout.prompts and seed of the "
+                    "saved run, or start a new run"
                 )
-        self.centre, self.drawn, self.ranking = state["centre"], state["drawn"], list(state["ranking"])
+        self.centre = state["centre"]
+        self.drawn = state["drawn"]
+        self.ranking = list(state["ranking"])
 
 
 def log_weights(count: int, centre: float, sigma: float) -> np.ndarray:
@@ -114,23 +121,31 @@ def log_weights(count: int, centre: float, sigma: float) -> np.ndarray:
 
 
 def stride(accuracy: float, alignment: float, size: float, slope: float, goal: float, limit: float) -> float:
-    """How far the centre moves, in ranks: never backwards, at most ``limit``. NaN where an argument is."""
+    """How far the centre moves, in ranks: at least 0, at most ``limit``; NaN if an argument is NaN."""
     move = size * math.tanh(slope * (accuracy - goal)) + size * math.tanh(slope * alignment)
     return move if math.isnan(move) else min(max(move, 0.0), limit)
 
 
 def template_lengths(prompts: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """(tokens of the prefix, of the suffix) that all ``prompts`` share: system message and chat template.
+    """(prefix, suffix) lengths in tokens that all ``prompts`` share: system message and chat template.
 
-    A text in between is left.
+    At least one token remains between them.
     """
-    first, shortest = prompts[0], min(map(len, prompts))
+    first = prompts[0]
+    shortest = min(map(len, prompts))
     prefix = next(
-        (at for at in range(shortest) if any(prompt[at] != first[at] for prompt in prompts)), shortest
+        (index for index in range(shortest) if any(prompt[index] != first[index] for prompt in prompts)),
+        shortest,
     )
     prefix = min(prefix, shortest - 1)
+
     room = shortest - prefix - 1
     suffix = next(
-        (at for at in range(room) if any(prompt[-1 - at] != first[-1 - at] for prompt in prompts)), room
+        (
+            index
+            for index in range(room)
+            if any(prompt[-1 - index] != first[-1 - index] for prompt in prompts)
+        ),
+        room,
     )
     return prefix, suffix

@@ -16,22 +16,23 @@ NUMBER = re.compile(r"-?(\d+(\.\d*)?|\.\d+)")
 
 
 def annotations_of(solution: str) -> list[str]:
-    """What stands between ``<<`` and ``>>`` in a worked solution, in order."""
+    """The texts between ``<<`` and ``>>`` in a worked solution, in order."""
     return ANNOTATION.findall(solution)
 
 
 def calculator_steps(rows: Iterable[Row]) -> tuple[list[Row], Counter[str]]:
-    """Each expression once, where it is first met, as a row with "prompt" and "answer"; and what was left
-    out.
+    """(rows, counts of what is left out): each expression once, at its first occurrence, as a row with
+    "prompt" and "answer".
 
-    The files spell some answers in two ways (``50`` and ``50.00``): the shortest is kept, otherwise answers
-    stay as they stand. Left out and counted: ``repeated`` expressions, and ``malformed`` annotations (no or
-    several ``=``, a letter in the expression, an answer that is not a decimal number). Raises ValueError when
-    a row has no text column "answer".
+    Some answers occur in two spellings (``50`` and ``50.00``), of which the shortest is kept; answers are
+    otherwise unchanged. Left out and counted are ``repeated`` expressions and ``malformed`` annotations (no
+    or several ``=``, a letter in the expression, an answer that is not a decimal number). Raises ValueError
+    if a row has no text column "answer".
     """
-    found: dict[str, tuple[str, str]] = {}  # expression -> id, where
+    places: dict[str, tuple[str, str]] = {}  # expression -> (id, where)
     answers: dict[str, str] = {}
     left_out: Counter[str] = Counter(repeated=0, malformed=0)
+
     for row in rows:
         solution = row.columns.get("answer")
         if not isinstance(solution, str):
@@ -44,11 +45,12 @@ def calculator_steps(rows: Iterable[Row]) -> tuple[list[Row], Counter[str]]:
             if not (EXPRESSION.fullmatch(expression) and NUMBER.fullmatch(answer)):
                 left_out["malformed"] += 1
                 continue
-            left_out["repeated"] += expression in found
-            found.setdefault(expression, (f"{row.id}.{position}", row.where))
+            left_out["repeated"] += expression in places
+            places.setdefault(expression, (f"{row.id}.{position}", row.where))
             answers[expression] = min(answers.get(expression, answer), answer, key=len)
+
     steps = [
         Row(*place, {"prompt": f"{expression}=", "answer": answers[expression]})
-        for expression, place in found.items()
+        for expression, place in places.items()
     ]
     return steps, left_out

@@ -1,9 +1,9 @@
-"""What data sets of judged completions have in common: rows, text and messages to token ids, and what to do
-with the overlong.
+"""Common parts of the loaders for judged completions: reading rows, encoding text and messages, cutting texts
+that are too long.
 
-A completion ends with the token that ends a turn, as a sampled one does. Prompt and completion are tokenised
-apart, since a policy never sees them joined. A prompt that is too long loses its beginning (its BOS stays); a
-completion loses its end.
+A completion ends with the token that ends a turn, like a sampled one. Prompt and completion are tokenised
+separately, because a policy continues the tokens of the prompt. A prompt that is too long loses its beginning
+(its BOS stays); a completion loses its end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from rltrain.config.schema import JudgedData
-from rltrain.data.chat import Message, check_messages, render, spell
+from rltrain.data.chat import Message, apply_template, check_messages, render
 from rltrain.data.prompts import rename_columns, side_of
 from rltrain.data.rows import Row, read_rows
 from rltrain.data.tasks import TASKS
@@ -26,7 +26,7 @@ from rltrain.seeds import stable_hash
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Text = str | Sequence[Message]  # as a data set gives it
+Text = str | Sequence[Message]  # as written in the data set
 Side = Literal["train", "eval"]
 Counts = Counter[str]
 
@@ -43,21 +43,24 @@ class Reader:
     )
 
     @property
-    def templated(self) -> bool:
+    def has_template(self) -> bool:
         return self.data.chat_template == "auto" and self.tokenizer.chat_template is not None
 
-    def prompt(self, prompt: Text) -> tuple[str, tuple[int, ...]]:
-        """(what the model reads, its token ids), uncut."""
-        system, template, date = self.data.system, self.data.chat_template, self.data.date
+    def encode_prompt(self, prompt: Text) -> tuple[str, tuple[int, ...]]:
+        """(text, token ids) of the prompt as the model receives it, uncut."""
+        system = self.data.system
+        template = self.data.chat_template
+        date = self.data.date
         text, token_ids = render(prompt, self.tokenizer, system=system, chat_template=template, date=date)
         self.losses["prompts"].add(text, token_ids, self.tokenizer)
         return text, tuple(token_ids)
 
-    def completion(self, prompt: Text, spelt: str, completion: Text) -> tuple[int, ...]:
-        """Token ids of ``completion`` after ``prompt``, which is ``spelt`` by the template; () where
-        nothing but an end is left of it.
+    def encode_completion(self, prompt: Text, prompt_text: str, completion: Text) -> tuple[int, ...]:
+        """Token ids of ``completion`` after ``prompt``; () if it consists of end tokens only.
+
+        prompt_text: ``prompt`` as formatted by the template.
         """
-        text = self._tail(prompt, spelt, completion) if self.templated else completion
+        text = self._completion_text(prompt, prompt_text, completion) if self.has_template else completion
         if not isinstance(text, str):
             raise ValueError(
                 f"the completion is a list of messages, but the tokenizer {self.tokenizer.name_or_path!r} "
@@ -67,11 +70,11 @@ class Reader:
         if not set(token_ids) - set(self.stop):
             return ()
         self.losses["completions"].add(text, token_ids, self.tokenizer)
-        return self._ended(token_ids)
+        return self._with_single_end(token_ids)
 
-    def _tail(self, prompt: Text, spelt: str, completion: Text) -> str:
-        """What the template puts after the prompt. The generation prompt belongs to the prompt."""
-        asked = (
+    def _completion_text(self, prompt: Text, prompt_text: str, completion: Text) -> str:
+        """The text that the template writes after the prompt. The generation prompt belongs to the prompt."""
+        question = (
             [{"role": "user", "content": prompt}]
             if isinstance(prompt, str)
             else [dict(message) for message in prompt]
@@ -79,128 +82,137 @@ class Reader:
         answer = (
             [{"role": "assistant", "content": completion}]
             if isinstance(completion, str)
-            else [dict(one) for one in completion]
+            else [dict(message) for message in completion]
         )
         system = [] if self.data.system is None else [{"role": "system", "content": self.data.system}]
-        whole = spell([*system, *asked, *answer], self.tokenizer, self.data.date)
-        if not whole.startswith(spelt):
-            raise ValueError(
-                "the chat template writes a conversation with its answer otherwise than the prompt alone, so "
-                "what the policy would "
-                "answer cannot be told; set data.chat_template to none and write prompts as text"
-            )
-        return whole[len(spelt) :]
 
-    def _ended(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """With one end token at the end; the line break that some templates put behind it is none of
-        the policy's.
+        conversation = apply_template([*system, *question, *answer], self.tokenizer, self.data.date)
+        if not conversation.startswith(prompt_text):
+            raise ValueError(
+                "the chat template formats the prompt differently when an answer follows, so the policy's "
+                "part cannot be separated; set data.chat_template to none and write prompts as text"
+            )
+        return conversation[len(prompt_text) :]
+
+    def _with_single_end(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """``token_ids`` with one end token at the end. Blank text that some templates write after the end
+        token is removed, because the policy does not produce it.
         """
-        last = max((at for at, token in enumerate(token_ids) if token in self.stop), default=None)
+        last = max((position for position, token in enumerate(token_ids) if token in self.stop), default=None)
         if last is None:
-            return (*token_ids, self._end)
-        behind = str(self.tokenizer.decode(list(token_ids[last + 1 :])))
-        return (*token_ids, self._end) if behind.strip() else token_ids[: last + 1]
+            return (*token_ids, self._end_token)
+        rest = str(self.tokenizer.decode(list(token_ids[last + 1 :])))
+        return (*token_ids, self._end_token) if rest.strip() else token_ids[: last + 1]
 
     @property
-    def _end(self) -> int:
-        own: Any = self.tokenizer.eos_token_id
-        return int(own) if own is not None else self.stop[0]
+    def _end_token(self) -> int:
+        eos: Any = self.tokenizer.eos_token_id
+        return int(eos) if eos is not None else self.stop[0]
 
-    def afresh(self) -> Reader:
-        """For another side of the data: nothing read yet."""
+    def with_empty_counts(self) -> Reader:
+        """The same reader with empty counts, for another side of the data."""
         return Reader(self.tokenizer, self.stop, self.data)
 
-    def lossy(self, source: str) -> Counts:
-        """How many texts lost some of their characters. Raises ValueError where too much is lost."""
+    def count_lossy(self, source: str) -> Counts:
+        """How many texts lost characters in tokenisation. Raises ValueError if too much is lost."""
         for losses in self.losses.values():
             losses.check(source, self.tokenizer)
         return Counter({f"{kind} {LOSSY}": losses.lossy for kind, losses in self.losses.items()})
 
     def cut_prompt(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """The end of it, behind its BOS if it has one."""
-        most = self.data.max_prompt_tokens
-        if len(token_ids) <= most:
+        """The last tokens of a prompt within the limit, after its BOS if it has one."""
+        limit = self.data.max_prompt_tokens
+        if len(token_ids) <= limit:
             return token_ids
         bos = token_ids[:1] if token_ids[0] == self.tokenizer.bos_token_id else ()
-        return bos + token_ids[len(token_ids) - most + len(bos) :] if most > len(bos) else token_ids[-most:]
+        return (
+            bos + token_ids[len(token_ids) - limit + len(bos) :] if limit > len(bos) else token_ids[-limit:]
+        )
 
 
 # rows -------------------------------------------------------------------------------------------------------
 
 
 def judged_rows(data: JudgedData, side: Side) -> tuple[str, list[Row]]:
-    """(source, rows under our names that ``where`` lets through), in the data set's own order."""
+    """(source, rows that match ``where``), with renamed columns and in the order of the data set."""
     source, split, subset, columns = side_of(data, side)
     if source is None:
         raise ValueError(
             "data.eval is not set, so there are no held-out examples; set it to a data set, a file or a "
             "built-in task"
         )
-    options = (
-        data.options if source in TASKS or data.train not in TASKS else {}
-    )  # a task's options are not its held-out file's
+
+    # The options of a built-in task do not apply to a held-out file.
+    options = data.options if source in TASKS or data.train not in TASKS else {}
     rows = [
         rename_columns(row, columns) for row in read_rows(source, split=split, subset=subset, options=options)
     ]
+
     where = data.where if side == "train" or data.eval_where is None else data.eval_where
-    for column, wanted in where.items():
-        seen = {str(row.columns.get(column)) for row in rows}
-        rows = [row for row in rows if row.columns.get(column) == wanted]
+    for column, value in where.items():
+        values = {str(row.columns.get(column)) for row in rows}
+        rows = [row for row in rows if row.columns.get(column) == value]
         if not rows:
             key = "data.where" if side == "train" or data.eval_where is None else "data.eval_where"
             raise ValueError(
-                f"{source}: no row has {column} = {wanted!r} ({key}); there are {', '.join(sorted(seen)[:8])}"
+                f"{source}: no row has {column} = {value!r} ({key}); there are "
+                f"{', '.join(sorted(values)[:8])}"
             )
     return source, rows
 
 
 def shuffle_rows(rows: Sequence[Row], seed: int, source: str, limit: int | None) -> Sequence[Row]:
-    """In a seeded order where only the first so many are taken."""
+    """The rows in a seeded random order if there is a limit, and in their own order otherwise."""
     return (
         rows if limit is None else random.Random(stable_hash("judged", seed, source)).sample(rows, len(rows))
     )
 
 
 def form_of(row: Row) -> str:
-    """How the row writes its examples, in words that an error can use.
+    """The format of the row's examples, in words for error messages.
 
-    Raises ValueError when it writes none.
+    Raises ValueError if the row has none of the known formats.
     """
-    have = row.columns
-    if "chosen" in have and "rejected" in have:
-        kinds = {_kind(row, name) for name in ("chosen", "rejected")}
+    columns = row.columns
+    if "chosen" in columns and "rejected" in columns:
+        kinds = {_content_kind(row, name) for name in ("chosen", "rejected")}
         if len(kinds) > 1:
             raise ValueError(
                 f"{row.where}: one of chosen and rejected is text and the other a list of messages; write "
                 "both alike"
             )
-        kind, prompt = kinds.pop(), _kind(row, "prompt") if have.get("prompt") is not None else None
+        kind = kinds.pop()
+        prompt = _content_kind(row, "prompt") if columns.get("prompt") is not None else None
         if prompt is None or (prompt, kind) == (
             "text",
             "messages",
         ):  # as in UltraFeedback, whose messages repeat the prompt
-            transcript = kind == "text" and all(_is_transcript(have[name]) for name in ("chosen", "rejected"))
+            transcript = kind == "text" and all(
+                _is_transcript(columns[name]) for name in ("chosen", "rejected")
+            )
             return (
                 "pairs of Human/Assistant transcripts"
                 if transcript
                 else f"pairs of {kind} that begin with their prompt"
             )
         return f"pairs of {kind} with a prompt of {prompt}"
-    if "completion" in have:
-        if have.get("prompt") is None:
+
+    if "completion" in columns:
+        if columns.get("prompt") is None:
             raise ValueError(
-                f"{row.where}: no prompt beside the completion; there are {sorted(have)}; name its column in "
-                "data.columns"
+                f"{row.where}: no prompt beside the completion; there are {sorted(columns)}; name its column "
+                "in data.columns"
             )
-        return f"completions of {_kind(row, 'completion')} with a prompt of {_kind(row, 'prompt')}"
+        kind = _content_kind(row, "completion")
+        return f"completions of {kind} with a prompt of {_content_kind(row, 'prompt')}"
     raise ValueError(
-        f"{row.where}: neither chosen and rejected nor completion; there are {sorted(have)}; "
-        "name the right ones in data.columns, e.g. {chosen: better, rejected: worse}"
+        f"{row.where}: neither chosen and rejected nor completion; there are {sorted(columns)}; name the "
+        "right ones in data.columns, e.g. {chosen: better, rejected: worse}"
     )
 
 
 def require_one_form(rows: Sequence[Row]) -> str:
-    """The form that all rows have. Raises ValueError, naming two rows, when there are several."""
+    """The common format of all rows. Raises ValueError, naming two rows, if formats differ."""
     first = form_of(rows[0])
     for row in rows:
         if (form := form_of(row)) != first:
@@ -211,7 +223,7 @@ def require_one_form(rows: Sequence[Row]) -> str:
     return first
 
 
-def _kind(row: Row, name: str) -> Literal["text", "messages"]:
+def _content_kind(row: Row, name: str) -> Literal["text", "messages"]:
     value = row.columns[name]
     if isinstance(value, str):
         return "text"
@@ -230,8 +242,8 @@ def _is_transcript(text: str) -> bool:
 # contents ---------------------------------------------------------------------------------------------------
 
 
-def checked_prompt(row: Row, data: JudgedData) -> Text:
-    """The prompt column: text inside the template, or messages as they stand."""
+def format_prompt(row: Row, data: JudgedData) -> Text:
+    """The prompt column: text put into the template, or unchanged messages."""
     prompt = row.columns["prompt"]
     if isinstance(prompt, str):
         if not prompt.strip():
@@ -241,21 +253,21 @@ def checked_prompt(row: Row, data: JudgedData) -> Text:
         try:
             return data.prompt_template.format_map(row.columns)
         except (KeyError, ValueError, IndexError) as error:
-            asked = f"data.prompt_template {data.prompt_template!r}: {error!r}"
-            raise ValueError(f"{asked}; {row.where} has the columns {sorted(row.columns)}") from error
-    checked_messages(row, "prompt", prompt, data)
+            problem = f"data.prompt_template {data.prompt_template!r}: {error!r}"
+            raise ValueError(f"{problem}; {row.where} has the columns {sorted(row.columns)}") from error
+    check_prompt_messages(row, "prompt", prompt, data)
     return prompt
 
 
-def checked_messages(row: Row, name: str, messages: Sequence[Any], data: JudgedData) -> None:
-    """A prompt's messages. Raises ValueError on anything else."""
+def check_prompt_messages(row: Row, name: str, messages: Sequence[Any], data: JudgedData) -> None:
+    """Raises ValueError unless ``messages`` are valid messages of a prompt."""
     try:
         check_messages(messages)
     except ValueError as error:
         raise ValueError(f"{row.where}: {name}: {error}") from error
     if data.system is not None and messages[0]["role"] == "system":
         raise ValueError(
-            f"{row.where}: the prompt brings its own system message and data.system is set; unset data.system"
+            f"{row.where}: the prompt has its own system message and data.system is set; unset data.system"
         )
 
 
@@ -267,8 +279,8 @@ def is_empty(completion: Text) -> bool:
     )
 
 
-def number(row: Row, name: str) -> float | None:
-    """A numeric column; None where it is absent, empty or not finite. Raises ValueError on text."""
+def numeric_value(row: Row, name: str) -> float | None:
+    """A numeric column; None if it is absent, empty or not finite. Raises ValueError if it is no number."""
     value = row.columns.get(name)
     if value is None:
         return None
@@ -276,59 +288,59 @@ def number(row: Row, name: str) -> float | None:
         raise ValueError(
             f"{row.where}: {name} is {type(value).__name__} ({value!r:.40}); a number is expected"
         )
-    found = float(value)
-    return found if math.isfinite(found) else None
+    result = float(value)
+    return result if math.isfinite(result) else None
 
 
-def given_logps(row: Row, *names: tuple[str, ...]) -> tuple[float, ...] | None:
-    """Log-probs of a reference model that the data bring, as TRL writes them: the first of the column sets
-    ``names`` that is there.
+def reference_logps(row: Row, *column_sets: tuple[str, ...]) -> tuple[float, ...] | None:
+    """Log-probs of a reference model from the data, as TRL writes them: the first of ``column_sets`` that the
+    row has.
 
-    Raises ValueError where a set is there in part, or holds what is no finite number.
+    Raises ValueError if the row has only some columns of a set or a value is not a finite number.
     """
-    for columns in names:
+    for columns in column_sets:
         if not set(columns) & row.columns.keys():
             continue
-        found = [number(row, name) for name in columns]
-        if any(value is None for value in found):
+        logps = [numeric_value(row, name) for name in columns]
+        if any(value is None for value in logps):
             raise ValueError(
-                f"{row.where}: reference log-probs want a finite number in {' and '.join(columns)}, got "
-                f"{[row.columns.get(name) for name in columns]}; mend the row, or drop these columns to have "
-                "them computed"
+                f"{row.where}: reference log-probs need a finite number in {' and '.join(columns)}, got "
+                f"{[row.columns.get(name) for name in columns]}; correct the row, or drop these columns to "
+                "have them computed"
             )
-        return tuple(value for value in found if value is not None)
+        return tuple(value for value in logps if value is not None)
     return None
 
 
-def all_or_none(source: str, given: Sequence[object | None]) -> None:
-    """Raises ValueError where some rows bring log-probs of the reference and some do not."""
-    without = sum(one is None for one in given)
-    if 0 < without < len(given):
+def require_all_or_none(source: str, logps: Sequence[object | None]) -> None:
+    """Raises ValueError if only some rows have log-probs of the reference."""
+    without = sum(logp is None for logp in logps)
+    if 0 < without < len(logps):
         raise ValueError(
-            f"{source}: {without} of {len(given)} examples bring no reference log-probs and the others do; "
+            f"{source}: {without} of {len(logps)} examples have no reference log-probs and the others do; "
             "drop the columns"
         )
 
 
 def numeric_columns(row: Row, needs: frozenset[str]) -> Mapping[str, float]:
-    """The columns that a loss asks for as ``column:<name>``. Raises ValueError where one is missing."""
-    found: dict[str, float] = {}
+    """The columns that a loss needs, from ``column:<name>``. Raises ValueError if one is missing."""
+    numbers: dict[str, float] = {}
     for need in sorted(needs):
         kind, _, name = need.partition(":")
         if kind == "column":
-            value = number(row, name)
+            value = numeric_value(row, name)
             if value is None:
                 raise ValueError(
                     f"{row.where}: the loss needs a number in column {name!r}; there are "
                     f"{sorted(row.columns)} (data.columns)"
                 )
-            found[name] = value
-    return found
+            numbers[name] = value
+    return numbers
 
 
-def nothing_left(source: str, rows: int, dropped: Counts) -> ValueError:
+def no_examples_error(source: str, rows: int, dropped: Counts) -> ValueError:
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
     return ValueError(
-        f"{source}: no example is left of {rows} ({reasons}); look at the rows, data.columns and the limits "
-        "on tokens"
+        f"{source}: no example is left of {rows} ({reasons}); check the rows, data.columns and the limits on "
+        "tokens"
     )

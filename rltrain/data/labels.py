@@ -1,8 +1,8 @@
-"""Single completions that somebody called desirable or not: TRL's columns ``prompt``, ``completion``,
+"""Loads single completions labelled desirable or undesirable: TRL's columns ``prompt``, ``completion``,
 ``label``.
 
-A data set of preference pairs is read too, as two completions per pair: the chosen one desirable, the
-rejected one not. A loss that asks for no label gets the chosen ones.
+A data set of preference pairs gives two completions per pair: chosen ones are desirable, rejected ones
+undesirable. A loss that needs no label gets the chosen ones only.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from rltrain.data.judged import (
     Counts,
     Reader,
     Side,
-    all_or_none,
-    checked_prompt,
-    given_logps,
+    format_prompt,
     is_empty,
     judged_rows,
-    nothing_left,
+    no_examples_error,
     numeric_columns,
+    reference_logps,
+    require_all_or_none,
     require_one_form,
     shuffle_rows,
 )
@@ -37,31 +37,29 @@ from rltrain.data.preferences import (
 )
 from rltrain.data.rows import Row
 
-__all__ = ["LabelSet", "Labelled", "load_labels", "paired"]
+__all__ = ["LabelSet", "LabelledCompletion", "are_pairs", "load_labels"]
 
 
 _REFERENCE = (("reference_logps",), ("ref_logps",))  # TRL's names
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
+class LabelledCompletion:
     """One completion as token ids, not empty."""
 
     id: str
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
-    label: float | None = (
-        None  # 1 desirable, 0 not, or between; None where the loss asks for none and the data has none
-    )
-    columns: Mapping[str, float] = field(default_factory=dict)  # further numbers that a loss asks for
-    ref_logp: float | None = None  # nats, under a reference model, as the data have it
+    label: float | None = None  # 1 desirable, 0 undesirable, or between; None: neither needed nor in the data
+    columns: Mapping[str, float] = field(default_factory=dict)  # further numbers that a loss needs
+    ref_logp: float | None = None  # nats, under a reference model, from the data
 
 
 @dataclass(frozen=True)
 class LabelSet:
-    """Completions; how many rows were left out and why; what was done to those that stay."""
+    """Completions, the numbers of rows left out by reason, and the numbers of changes to those kept."""
 
-    completions: tuple[Labelled, ...]
+    completions: tuple[LabelledCompletion, ...]
     dropped: Mapping[str, int]
     changed: Mapping[str, int]
 
@@ -70,9 +68,11 @@ class LabelSet:
 
     @property
     def classes(self) -> tuple[int, int]:
-        """(desirable, undesirable) completions; a soft label counts where it is nearer."""
-        desirable = sum(one.label is not None and one.label > 0.5 for one in self.completions)
-        return desirable, sum(one.label is not None for one in self.completions) - desirable
+        """Numbers of (desirable, undesirable) completions; a soft label counts for the closer class."""
+        desirable = sum(
+            completion.label is not None and completion.label > 0.5 for completion in self.completions
+        )
+        return desirable, sum(completion.label is not None for completion in self.completions) - desirable
 
 
 def load_labels(
@@ -84,105 +84,116 @@ def load_labels(
     limit: int | None = None,
     needs: frozenset[str],
 ) -> LabelSet:
-    """The training or the held-out completions of ``data``; with ``limit``, the first so many that stay after
-    a seeded shuffle.
+    """The training or held-out completions of ``data``; with ``limit``, at most this many, the first ones
+    kept after a seeded shuffle.
 
-    needs: what the loss takes from the data: "label", "column:<name>". Raises ValueError, naming file and
-    line, when a row cannot be read or lacks what is needed, when formats are mixed, when no row is left, and
-    when all labels needed are alike.
+    needs: what the loss needs from the data: "label", "column:<name>". Raises ValueError, naming file and
+    line, if a row cannot be read or lacks something needed, if formats are mixed, if no row is left, and if
+    labels are needed and all are equal.
     """
     source, rows = judged_rows(data, side)
-    form, pairs = require_one_form(rows), "chosen" in rows[0].columns
-    dropped, changed, reader = Counter[str](), Counter[str](), reader.afresh()
+    form = require_one_form(rows)
+    pairs = "chosen" in rows[0].columns
+    dropped = Counter[str]()
+    changed = Counter[str]()
+    reader = reader.with_empty_counts()
+
     if pairs:
         refuse_swapped_columns(source, rows)
-    found: list[Labelled] = []
+
+    completions: list[LabelledCompletion] = []
     for row in shuffle_rows(rows, seed, source, limit):
-        if limit is not None and len(found) >= limit:
+        if limit is not None and len(completions) >= limit:
             break
-        found += (
-            _both(row, form, reader, needs, dropped, changed)
+        completions += (
+            _read_pair(row, form, reader, needs, dropped, changed)
             if pairs
-            else _one(row, reader, needs, dropped, changed)
+            else _read_completion(row, reader, needs, dropped, changed)
         )
-    changed.update(reader.lossy(source))
-    if not found:
-        raise nothing_left(source, len(rows), dropped)
-    all_or_none(source, [one.ref_logp for one in found])
-    kept = LabelSet(tuple(found[:limit]), dict(dropped), dict(changed))
-    if "label" in needs and side == "train" and 0 in kept.classes:
-        desirable, undesirable = kept.classes
+
+    changed.update(reader.count_lossy(source))
+    if not completions:
+        raise no_examples_error(source, len(rows), dropped)
+    require_all_or_none(source, [completion.ref_logp for completion in completions])
+
+    labels = LabelSet(tuple(completions[:limit]), dict(dropped), dict(changed))
+    if "label" in needs and side == "train" and 0 in labels.classes:
+        desirable, undesirable = labels.classes
         raise ValueError(
             f"{source}: {desirable} desirable and {undesirable} undesirable completions: the loss learns "
-            "from the contrast of both; "
-            "add the other kind, or map the right column with data.columns, e.g. {label: correct}"
+            "from the contrast of both; add the other kind, or map the right column with data.columns, e.g. "
+            "{label: correct}"
         )
-    return kept
+    return labels
 
 
-def _one(
+def _read_completion(
     row: Row, reader: Reader, needs: frozenset[str], dropped: Counts, changed: Counts
-) -> Sequence[Labelled]:
-    """One completion, or none."""
-    prompt, completion, label = (
-        checked_prompt(row, reader.data),
-        row.columns["completion"],
-        label_of(row, needs),
-    )
+) -> Sequence[LabelledCompletion]:
+    """The row's completion; empty if the row is left out, which ``dropped`` then counts."""
+    prompt = format_prompt(row, reader.data)
+    completion = row.columns["completion"]
+    label = label_of(row, needs)
     reason = "empty" if is_empty(completion) else None
     if reason is None:
         try:
-            spelt, token_ids = reader.prompt(prompt)
-            answer = reader.completion(prompt, spelt, completion)
+            prompt_text, token_ids = reader.encode_prompt(prompt)
+            answer = reader.encode_completion(prompt, prompt_text, completion)
         except ValueError as error:
             raise ValueError(f"{row.where}: {error}") from error
-        most, kept = reader.data.max_completion_tokens, reader.cut_prompt(token_ids)
-        cut = len(answer) > most, kept != token_ids
-        reason = (
-            "empty" if not answer else "too long" if any(cut) and reader.data.too_long == "drop" else None
-        )
+
+        limit = reader.data.max_completion_tokens
+        kept = reader.cut_prompt(token_ids)
+        completion_is_cut = len(answer) > limit
+        prompt_is_cut = kept != token_ids
+        if not answer:
+            reason = "empty"
+        elif (completion_is_cut or prompt_is_cut) and reader.data.too_long == "drop":
+            reason = "too long"
         if reason is None:
-            changed.update({"prompts cut": int(cut[1]), "completions cut": int(cut[0])})
-            given = given_logps(row, *_REFERENCE)
+            changed.update({"prompts cut": int(prompt_is_cut), "completions cut": int(completion_is_cut)})
+            logps = reference_logps(row, *_REFERENCE)
             return (
-                Labelled(
+                LabelledCompletion(
                     row.id,
                     kept,
-                    answer[:most],
+                    answer[:limit],
                     label,
                     numeric_columns(row, needs),
-                    None if given is None else given[0],
+                    None if logps is None else logps[0],
                 ),
             )
+
     dropped[reason] += 1
     return ()
 
 
-def _both(
+def _read_pair(
     row: Row, form: str, reader: Reader, needs: frozenset[str], dropped: Counts, changed: Counts
-) -> Sequence[Labelled]:
-    """Both completions of a pair, or none; for a loss that asks for no label, and so raises whatever
-    it is given, the chosen one.
+) -> Sequence[LabelledCompletion]:
+    """Both completions of a pair; empty if the row is left out. A loss that needs no label gets only the
+    chosen one, because it raises the likelihood of every completion.
     """
     sides = CONTRADICTED if preference_of(row) < 0 else sides_of(row, form, reader)
     pair = tokens_of(row, sides, reader, changed) if isinstance(sides, Sides) else sides
     if isinstance(pair, str):
         dropped[pair] += 1
         return ()
-    columns, (ref_chosen, ref_rejected) = (
-        numeric_columns(row, needs),
-        given_logps(row, *PAIR_REFERENCE) or (None, None),
-    )
-    chosen = Labelled(f"{row.id}:chosen", pair.prompt, pair.chosen, 1.0, columns, ref_chosen)
+
+    columns = numeric_columns(row, needs)
+    ref_chosen, ref_rejected = reference_logps(row, *PAIR_REFERENCE) or (None, None)
+    chosen = LabelledCompletion(f"{row.id}:chosen", pair.prompt, pair.chosen, 1.0, columns, ref_chosen)
     if "label" not in needs:
         return (chosen,)
-    return chosen, Labelled(f"{row.id}:rejected", pair.prompt, pair.rejected, 0.0, columns, ref_rejected)
+    return chosen, LabelledCompletion(
+        f"{row.id}:rejected", pair.prompt, pair.rejected, 0.0, columns, ref_rejected
+    )
 
 
 def label_of(row: Row, needs: frozenset[str]) -> float | None:
     """The label as a number from 0 to 1.
 
-    Raises ValueError where it is neither that nor true or false, or is needed and missing.
+    Raises ValueError if it is neither such a number nor true or false, or if it is needed and missing.
     """
     label = row.columns.get("label")
     if label is None:
@@ -200,10 +211,10 @@ def label_of(row: Row, needs: frozenset[str]) -> float | None:
     )
 
 
-def paired(labels: LabelSet) -> bool:
-    """Whether completions 2i and 2i + 1 are the chosen and the rejected one of a pair."""
-    names = [one.id.rpartition(":") for one in labels.completions]
+def are_pairs(labels: LabelSet) -> bool:
+    """Whether completions 2i and 2i + 1 are the chosen and the rejected completion of a pair."""
+    names = [first.id.rpartition(":") for first in labels.completions]
     return len(names) % 2 == 0 and all(
-        (one[2], two[2]) == ("chosen", "rejected") and one[0] == two[0]
-        for one, two in zip(names[::2], names[1::2], strict=True)
+        (first[2], second[2]) == ("chosen", "rejected") and first[0] == second[0]
+        for first, second in zip(names[::2], names[1::2], strict=True)
     )

@@ -1,4 +1,4 @@
-"""Which prompts each step trains on: seeded, resumable, every prompt once per epoch."""
+"""Chooses the prompts of each step: seeded, resumable, every prompt once per epoch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Order(Protocol):
         ...
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """Take in one step's metrics, the same on every rank."""
+        """Receives one step's metrics, which are the same on every rank."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -30,18 +30,20 @@ class Order(Protocol):
 class PromptOrder:
     """Random permutations, one per epoch, cut into steps of ``per_step``.
 
-    A step may straddle two epochs. It never holds one prompt twice (two groups of one prompt would be sampled
-    with the same seeds): prompts that the old epoch gave to such a step move behind it in the new one.
+    A step may straddle two epochs. It never holds a prompt twice (two groups of one prompt would be sampled
+    with the same seeds): prompts that the old epoch has put into such a step come after it in the new epoch.
     """
 
     def __init__(self, count: int, per_step: int, seed: int) -> None:
         if per_step < 1 or count < per_step:
             raise ValueError(
-                f"a step needs {per_step} different prompts and the training set has {count}; "
-                "lower rollout.prompts or give more data (data.max_prompts and data.max_prompt_tokens may "
-                "have dropped some)"
+                f"a step needs {per_step} different prompts and the training set has {count}; lower "
+                "rollout.prompts or give more data (data.max_prompts and data.max_prompt_tokens may have "
+                "dropped some)"
             )
-        self.count, self.per_step, self.seed = count, per_step, seed
+        self.count = count
+        self.per_step = per_step
+        self.seed = seed
         self._rewind()
 
     def next(self) -> list[int]:
@@ -56,10 +58,10 @@ class PromptOrder:
         return step
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """Nothing of a step changes a random order."""
+        """Does nothing: a random order does not depend on metrics."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the order stands, and what it is an order of."""
+        """The position in the order, and the settings that the order depends on."""
         return {
             "count": self.count,
             "per_step": self.per_step,
@@ -69,24 +71,24 @@ class PromptOrder:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken.
+        """Continues from ``state``.
 
-        Raises ValueError when it belongs to other data, another step size or seed.
+        Raises ValueError if it belongs to other data, another step size or seed.
         """
         for name in ("count", "per_step", "seed"):
             if state[name] != getattr(self, name):
                 raise ValueError(
                     f"the saved order has {name} {state[name]} and this run {getattr(self, name)}: the same "
-                    "prompts cannot be continued; "
-                    "resume with the data, rollout.prompts and seed of the saved run, or start a new run"
+                    "prompts cannot be continued; resume with the data, rollout.prompts and seed of the "
+                    "saved run, or start a new run"
                 )
         if state["cursor"] > self.count or state["epoch"] < 0 or state["cursor"] < 0:
             raise ValueError(
-                f"the saved order stands at epoch {state['epoch']}, cursor {state['cursor']} of "
-                f"{self.count}: it is damaged"
+                f"the saved order is at epoch {state['epoch']}, cursor {state['cursor']} of {self.count}: it "
+                "is damaged"
             )
         self._rewind()
-        while self.epoch < state["epoch"]:  # an epoch's arrangement depends on the end of the one before
+        while self.epoch < state["epoch"]:  # an epoch's permutation depends on the end of the previous one
             left_over = (self.count - self.cursor) % self.per_step
             straddling = self._permutation[self.count - left_over :]
             self._begin_epoch(self.epoch + 1, straddling)

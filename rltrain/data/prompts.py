@@ -1,4 +1,4 @@
-"""Prompts as the rollout stage takes them: checked, rendered and tokenised once."""
+"""Loads prompts for the rollout stage: each is checked, rendered and tokenised once."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts; how many were left out for which reason (``too_long``, ``repeated``, ``malformed``,
-    ``shared``); how many the tokenizer does not spell in full."""
+    """Prompts, the numbers left out by reason (``too_long``, ``repeated``, ``malformed``, ``shared``), and
+    the number that lose characters in tokenisation.
+    """
 
     prompts: tuple[Prompt, ...]
     dropped: Mapping[str, int] = field(default_factory=dict)
@@ -42,11 +43,11 @@ def load_prompts(
     seed: int,
     limit: int | None = None,
 ) -> PromptSet:
-    """The training or the held-out prompts of ``data``; with ``limit``, the first so many that fit after a
-    seeded shuffle.
+    """The training or held-out prompts of ``data``; with ``limit``, at most this many, the first ones that
+    fit after a seeded shuffle.
 
-    Without a limit the order is the data set's own. Every row is checked before any is tokenised. Raises
-    ValueError, naming file and line, when a row is malformed; and when no prompt is left.
+    Without a limit the order is that of the data set. Every row is checked before any is tokenised. Raises
+    ValueError, naming file and line, if a row is malformed, and if no prompt is left.
     """
     source, split, subset, columns = side_of(data, side)
     if source is None:
@@ -54,32 +55,35 @@ def load_prompts(
             "data.eval is not set, so there are no held-out prompts; set it to a data set, a file or a "
             "built-in task"
         )
-    options = (
-        data.options if source in TASKS or data.train not in TASKS else {}
-    )  # a task's options are not its held-out file's
+
+    # The options of a built-in task do not apply to a held-out file.
+    options = data.options if source in TASKS or data.train not in TASKS else {}
     rows = [
         rename_columns(row, columns) for row in read_rows(source, split=split, subset=subset, options=options)
     ]
-    rows, dropped = _adapted(rows, data.adapter)
-    contents = [_content(row, data) for row in rows]
+    rows, dropped = _apply_adapter(rows, data.adapter)
+
+    contents = [_check_content(row, data) for row in rows]
     order = range(len(rows))
     if limit is not None:
         order = random.Random(stable_hash("prompts", seed, source)).sample(order, len(rows))
+
     prompts: list[Prompt] = []
     losses = Losses()
     for index in order:
         if limit is not None and len(prompts) == limit:
             break
-        prompt = _prompt(rows[index], contents[index], data, tokenizer)
+        prompt = _make_prompt(rows[index], contents[index], data, tokenizer)
         if prompt is None:
             dropped["too_long"] += 1
             continue
         prompts.append(prompt)
         losses.add(prompt.text, prompt.token_ids, tokenizer)
+
     if not prompts:
         raise ValueError(
-            f"{source}: no prompt is left of {len(rows)} ({dict(dropped)} dropped); "
-            f"data.max_prompt_tokens is {data.max_prompt_tokens}, raise it if they are too long"
+            f"{source}: no prompt is left of {len(rows)} ({dict(dropped)} dropped); data.max_prompt_tokens "
+            f"is {data.max_prompt_tokens}, raise it if they are too long"
         )
     losses.check(source, tokenizer)
     return PromptSet(tuple(prompts), dict(dropped), losses.lossy)
@@ -88,7 +92,7 @@ def load_prompts(
 def side_of(
     data: Source, side: Literal["train", "eval"]
 ) -> tuple[str | None, str, str | None, Mapping[str, str]]:
-    """(source, split, subset, columns); what the held-out side does not say is as for training."""
+    """(source, split, subset, columns); the held-out side inherits missing values from the training side."""
     if side == "train":
         return data.train, data.train_split, data.subset, data.columns
     columns = data.columns if data.eval_columns is None else data.eval_columns
@@ -96,7 +100,7 @@ def side_of(
 
 
 def without_prompts(prompts: PromptSet, others: PromptSet) -> PromptSet:
-    """``prompts`` less those that the model would see spelt exactly as one of ``others``, counted as
+    """``prompts`` without those that have the same token ids as one of ``others``; they are counted as
     ``shared``.
     """
     reserved = {prompt.token_ids for prompt in others.prompts}
@@ -104,29 +108,31 @@ def without_prompts(prompts: PromptSet, others: PromptSet) -> PromptSet:
     if not kept:
         raise ValueError(
             f"each of the {len(prompts)} prompts (first {prompts.prompts[0].id}) is also among the "
-            f"{len(others)} others, none is left; "
-            "training and held-out data are the same: set data.eval to other data or another split"
+            f"{len(others)} others, none is left; training and held-out data are the same: set data.eval to "
+            "other data or another split"
         )
     return PromptSet(kept, {**prompts.dropped, "shared": len(prompts) - len(kept)}, prompts.lossy)
 
 
 def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row under our names: ``columns`` maps each to the file's.
+    """The row with columns renamed: ``columns`` maps our name to the name in the file.
 
-    Columns it does not mention keep theirs.
+    Other columns keep their names.
     """
-    for ours, theirs in columns.items():
-        if theirs not in row.columns:
+    for name, column in columns.items():
+        if column not in row.columns:
             raise ValueError(
-                f"{row.where}: no column {theirs!r} for {ours!r} (data.columns); there are "
+                f"{row.where}: no column {column!r} for {name!r} (data.columns); there are "
                 f"{sorted(row.columns)}"
             )
     taken = set(columns.values())
-    named = {name: value for name, value in row.columns.items() if name not in taken}
-    return Row(row.id, row.where, named | {ours: row.columns[theirs] for ours, theirs in columns.items()})
+
+    kept = {name: value for name, value in row.columns.items() if name not in taken}
+    renamed = {name: row.columns[column] for name, column in columns.items()}
+    return Row(row.id, row.where, kept | renamed)
 
 
-def _adapted(
+def _apply_adapter(
     rows: Sequence[Row], adapter: Literal["none", "gsm8k_calculator"]
 ) -> tuple[list[Row], Counter[str]]:
     if adapter == "none":
@@ -141,8 +147,8 @@ def _adapted(
     return steps, left_out
 
 
-def _content(row: Row, data: Data) -> str | list[Message]:
-    """What the user asks, checked: text inside the template, or messages as they stand."""
+def _check_content(row: Row, data: Data) -> str | list[Message]:
+    """The checked content of the prompt: text put into the template, or unchanged messages."""
     if "prompt" not in row.columns:
         raise ValueError(
             f"{row.where}: no column 'prompt'; there are {sorted(row.columns)}; name the right one in "
@@ -156,7 +162,7 @@ def _content(row: Row, data: Data) -> str | list[Message]:
             raise ValueError(f"{row.where}: prompt: {error}") from error
         if data.system is not None and prompt[0]["role"] == "system":
             raise ValueError(
-                f"{row.where}: the prompt brings its own system message and data.system is set; unset "
+                f"{row.where}: the prompt has its own system message and data.system is set; unset "
                 "data.system"
             )
         return prompt
@@ -182,10 +188,10 @@ def _content(row: Row, data: Data) -> str | list[Message]:
         ) from error
 
 
-def _prompt(
+def _make_prompt(
     row: Row, content: str | list[Message], data: Data, tokenizer: PreTrainedTokenizerBase
 ) -> Prompt | None:
-    """None when it is longer than ``data.max_prompt_tokens``."""
+    """The row's prompt; None if it is longer than ``data.max_prompt_tokens``."""
     try:
         text, token_ids = render(
             content, tokenizer, system=data.system, chat_template=data.chat_template, date=data.date

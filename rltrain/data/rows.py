@@ -1,4 +1,4 @@
-"""Rows of a data set, each with the place it came from, so that a bad one can be found."""
+"""Reads the rows of a data set, each with its file and line, so that error messages can name them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    id: str  # stable and unique in its data set: the data set's name and the row's number from 0
+    id: str  # stable and unique in its data set: name of the data set and row number from 0
     where: str  # for error messages: file and line, or data set and row
     columns: Mapping[str, Any]
 
@@ -25,9 +25,9 @@ def read_rows(
 ) -> list[Row]:
     """All rows of ``source``: a built-in task, a local file or folder, or a data set on the Hub.
 
-    A file is read whole, whatever ``split`` says; in a folder, files named after the split (``train.jsonl``,
-    ``train-*.parquet``) are. Raises ValueError, naming file and line, when something cannot be read; and when
-    there are no rows.
+    A single file is read completely and ``split`` is ignored; in a folder, only files named after the split
+    (``train.jsonl``, ``train-*.parquet``) are read. Raises ValueError, naming file and line, if something
+    cannot be read, and if there are no rows.
     """
     if source in TASKS:
         rows = _task_rows(source, split, options or {})
@@ -41,7 +41,10 @@ def read_rows(
     elif Path(source).is_dir():
         rows = _folder_rows(Path(source), split, subset)
     elif source.endswith(SUFFIXES) or source.startswith((".", "/", "~")):
-        raise ValueError(f"data set {source!r}: no such file or folder (from {Path.cwd()})")
+        remedy = (
+            "; scripts/get_data.py makes the files of data/" if Path(source).parts[:1] == ("data",) else ""
+        )
+        raise ValueError(f"data set {source!r}: no such file or folder (from {Path.cwd()}){remedy}")
     else:
         rows = _loaded_rows(source, source, split, subset)
     if not rows:
@@ -60,8 +63,8 @@ def _task_rows(source: str, split: str, options: Mapping[str, Any]) -> list[Row]
 
 
 def _file_rows(path: Path, split: str) -> list[Row]:
-    """json and jsonl are read here and not by ``datasets``, which hides the line of an error and
-    unifies the types of a column.
+    """Reads json and jsonl without ``datasets``, which hides the line of an error and unifies the types of a
+    column.
     """
     if "[" in split:
         raise ValueError(
@@ -85,9 +88,8 @@ def _file_rows(path: Path, split: str) -> list[Row]:
 
 def _line_rows(path: Path, text: str) -> list[Row]:
     rows: list[Row] = []
-    for number, line in enumerate(
-        text.split("\n"), start=1
-    ):  # not splitlines(): U+2028 may stand inside a JSON string
+    # not splitlines(), because a JSON string may contain U+2028
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -119,7 +121,7 @@ def _object_row(path: Path, columns: Any, place: str, number: int) -> Row:
 
 
 def _folder_rows(folder: Path, split: str, subset: str | None) -> list[Row]:
-    """Files named after the split, in order of name; else a folder that ``datasets`` knows how to read."""
+    """Rows of the files named after the split, in order of name; otherwise ``datasets`` reads the folder."""
     inside = folder / subset if subset is not None and (folder / subset).is_dir() else folder
     files = [
         path
@@ -134,7 +136,7 @@ def _folder_rows(folder: Path, split: str, subset: str | None) -> list[Row]:
 
 
 def _saved_rows(folder: Path, split: str) -> list[Row]:
-    """What ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote."""
+    """Rows written by ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk``."""
     from datasets import DatasetDict, load_from_disk
 
     saved = load_from_disk(str(folder))
@@ -145,7 +147,7 @@ def _saved_rows(folder: Path, split: str) -> list[Row]:
                 "data.eval_split"
             )
         saved = saved[split]
-    return _numbered(folder.name, str(folder), saved)
+    return _number_rows(folder.name, str(folder), saved)
 
 
 def _loaded_rows(
@@ -163,8 +165,8 @@ def _loaded_rows(
             "or a name on the Hub"
         )
         raise ValueError(f"cannot read {where}: {type(error).__name__}: {error}; {remedy}") from error
-    return _numbered(name, where, data)
+    return _number_rows(name, where, data)
 
 
-def _numbered(name: str, where: str, data: Any) -> list[Row]:
+def _number_rows(name: str, where: str, data: Any) -> list[Row]:
     return [Row(f"{name}:{number}", f"{where}, row {number}", columns) for number, columns in enumerate(data)]

@@ -1,4 +1,4 @@
-"""Built-in tasks: generated, so that a first run needs no download."""
+"""Built-in tasks. Their rows are generated, so that a first run needs no download."""
 
 from __future__ import annotations
 
@@ -23,46 +23,47 @@ class Arithmetic(Section):
     with the answer ``95``.
     """
 
-    digits: int = Field(2, ge=1, le=9)  # of each operand, exactly
+    digits: int = Field(2, ge=1, le=9)  # exact number of digits of each operand
     operations: str = Field("+", pattern=r"^[-+*]+$")
-    count: int = Field(20_000, ge=1)  # at most so many prompts of a split; fewer where there are no more
+    count: int = Field(20_000, ge=1)  # most prompts per split; there may be fewer
     held_out: float = Field(0.1, gt=0, lt=1)  # share of operand pairs in the test split
-    split_seed: int = 0  # decides which pairs are held out, and nothing else
+    split_seed: int = 0  # only decides which operand pairs are held out
 
 
 def arithmetic(split: Split, options: Mapping[str, Any] | None = None) -> list[dict[str, str]]:
     """Rows of one split in a fixed shuffled order, each problem once.
 
-    A hash of the two operands, whatever their order, decides the split: nothing in one is a permutation of
-    anything in the other.
+    A hash of the two operands, independent of their order, decides the split, so no problem of one split is a
+    permutation of a problem of the other.
     """
-    task = _options(options or {}, Arithmetic)
+    task = _parse_options(options or {}, Arithmetic)
     if len(set(task.operations)) < len(task.operations):
         raise ValueError(f"data.options.operations is {task.operations!r}: name each operation once")
+
     low = 10 ** (task.digits - 1) if task.digits > 1 else 0
     span = 10**task.digits - low
     total = len(task.operations) * span * span
     share = task.held_out if split == "test" else 1 - task.held_out
-    drawn = min(
-        total, int(2 * task.count / share) + 1000
-    )  # about twice what is needed, so that the hash leaves `count`
+    # about twice as many as needed, so that ``count`` problems remain after the split
+    drawn = min(total, int(2 * task.count / share) + 1000)
+
     rows: list[dict[str, str]] = []
     for index in random.Random(stable_hash("arithmetic", task.split_seed)).sample(range(total), drawn):
         operation, pair = divmod(index, span * span)
         left, right = (low + operand for operand in divmod(pair, span))
         if _is_held_out(left, right, task) == (split == "test"):
-            rows.append(_row(left, task.operations[operation], right))
+            rows.append(_arithmetic_row(left, task.operations[operation], right))
         if len(rows) == task.count:
             break
     return rows
 
 
 def arithmetic_pairs(split: Split, options: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """The same problems as preference pairs: the answer against one with some of its digits wrong.
+    """The same problems as preference pairs: the answer against an answer with some wrong digits.
 
-    A score is the share of digits that are right: 1 for chosen, below that for rejected. What else a loss may
-    ask for is made up by rule: p_chosen from the scores, pass_rate by how few digits carry,
-    is_target_language for sums that start with an even number.
+    A score is the share of correct digits: 1 for chosen, less for rejected. Further columns that a loss may
+    need follow artificial rules: p_chosen from the scores, pass_rate from how few digits carry,
+    is_target_language true if the first number of the sum is even.
     """
     return [_with_wrong_answer(row) for row in arithmetic(split, options)]
 
@@ -81,35 +82,39 @@ def task_rows(task: str, split: Split, options: Mapping[str, Any] | None = None)
 
 
 class TextGames(Section):
-    """``data.options`` of the task "textworld": the numbers of the games that ``rollout.environment``
-    textworld plays.
-    """
+    """``data.options`` of the task "textworld": how many games ``rollout.environment`` textworld plays."""
 
-    games: int = Field(100, ge=1, le=1_000_000)  # of the training split
+    games: int = Field(100, ge=1, le=1_000_000)  # in the training split
     held_out_games: int = Field(20, ge=1, le=1_000_000)
 
 
 def text_games(split: Split, options: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """One row per game. What the policy reads in place of the prompt is what the game begins with."""
-    task = _options(options or {}, TextGames)
+    """One row per game. The policy receives the opening text of the game instead of the prompt."""
+    task = _parse_options(options or {}, TextGames)
     numbers = range(task.games) if split == "train" else range(1_000_000, 1_000_000 + task.held_out_games)
     return [{"prompt": f"game {number}", "game": number} for number in numbers]
 
 
 def _with_wrong_answer(row: Mapping[str, str]) -> dict[str, Any]:
-    """How many digits are wrong, which and how, is drawn from the problem itself.
-
-    A first digit never becomes 0.
+    """The row with a wrong answer and made-up columns. The wrong digits are drawn with a seed from the
+    problem; a first digit never becomes 0.
     """
-    answer, draw = row["answer"], random.Random(stable_hash("wrong answer", row["prompt"]))
-    places = [at for at, letter in enumerate(answer) if letter.isdigit()]
-    wrong = draw.sample(places, draw.randint(1, len(places)))
-    letters = list(answer)
-    for at in wrong:
-        letters[at] = draw.choice(
-            [digit for digit in "0123456789" if digit != answer[at] and (digit != "0" or at != places[0])]
+    answer = row["answer"]
+    draw = random.Random(stable_hash("wrong answer", row["prompt"]))
+
+    positions = [position for position, character in enumerate(answer) if character.isdigit()]
+    wrong = draw.sample(positions, draw.randint(1, len(positions)))
+    characters = list(answer)
+    for position in wrong:
+        characters[position] = draw.choice(
+            [
+                digit
+                for digit in "0123456789"
+                if digit != answer[position] and (digit != "0" or position != positions[0])
+            ]
         )
-    margin = len(wrong) / len(places)
+
+    margin = len(wrong) / len(positions)
     made_up = {
         "p_chosen": 0.5 + 0.5 * margin,
         "pass_rate": sum(digit in "01234" for digit in row["prompt"] if digit.isdigit())
@@ -119,7 +124,7 @@ def _with_wrong_answer(row: Mapping[str, str]) -> dict[str, Any]:
     return {
         **row,
         "chosen": answer,
-        "rejected": "".join(letters),
+        "rejected": "".join(characters),
         "score_chosen": 1.0,
         "score_rejected": 1 - margin,
         **made_up,
@@ -127,9 +132,7 @@ def _with_wrong_answer(row: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _as_program(row: Mapping[str, str]) -> dict[str, Any]:
-    """Columns for the reward ``code_io``: the completion is the end of a program that should print
-    the answer.
-    """
+    """Columns for the reward ``code_io``: the completion ends a program that must print the answer."""
     return {
         "before": "import atexit\natexit.register(lambda: print(answer))\nanswer = ",
         "tests": [{"input": "", "output": row["answer"]}],
@@ -142,12 +145,12 @@ def _is_held_out(left: int, right: int, task: Arithmetic) -> bool:
     )
 
 
-def _row(left: int, operation: str, right: int) -> dict[str, str]:
+def _arithmetic_row(left: int, operation: str, right: int) -> dict[str, str]:
     results = {"+": left + right, "-": left - right, "*": left * right}
     return {"prompt": f"{left}{operation}{right}=", "answer": str(results[operation])}
 
 
-def _options(options: Mapping[str, Any], kind: type[_Options]) -> _Options:
+def _parse_options(options: Mapping[str, Any], kind: type[_Options]) -> _Options:
     for name in options:
         if name not in kind.model_fields:
             raise ValueError(

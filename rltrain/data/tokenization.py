@@ -1,4 +1,4 @@
-"""The language of a model: its tokenizer, what ends and fills its rows, and how much it reads."""
+"""Loads a model's tokenizer, stop and pad tokens, and checks the model's context length."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from rltrain.remote_code import refusing_untrusted, trusts
 
 @dataclass(frozen=True)
 class Tokenization:
-    """A model's tokenizer, and what ends and fills its rows."""
+    """A model's tokenizer with its stop and pad tokens."""
 
     tokenizer: PreTrainedTokenizerBase
     stop_tokens: StopTokens
     vocabulary: int  # rows of the model's embedding
 
     def encode_answer(self, text: str) -> tuple[int, ...]:
-        """What the policy would have written to give ``text`` as its whole completion."""
+        """The token ids of a completion that consists of ``text`` only, end token included."""
         eos: Any = self.tokenizer.eos_token_id
         return (
             *self.tokenizer(text, add_special_tokens=False)["input_ids"],
@@ -32,14 +32,14 @@ class Tokenization:
         )
 
     def require_embedded(self, texts: Iterable[tuple[str, Sequence[int]]]) -> None:
-        """Raises UserError for a text (name, token ids) with a token that the model has no embedding for."""
+        """Raises UserError if a text (name, token ids) contains a token without an embedding in the model."""
         for name, token_ids in texts:
             if max(token_ids, default=0) >= self.vocabulary:
                 token = max(token_ids)
                 raise UserError(
                     f"{name} holds token {token} ({self.tokenizer.convert_ids_to_tokens(token)!r}), but the "
-                    "embedding of the model has "
-                    f"{self.vocabulary} rows: resize it, or leave this token out of texts and template"
+                    f"embedding of the model has {self.vocabulary} rows: resize the embedding, or remove "
+                    "this token from texts and template"
                 )
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -51,20 +51,20 @@ class Tokenization:
 
 
 def load_tokenization(model: Model, data: Data, rollout: Rollout) -> Tokenization:
-    """Tokenizer and stop tokens of ``model.path``.
+    """The tokenizer and stop tokens of ``model.path``.
 
-    Raises UserError if there is no such model or its context is too short.
+    Raises UserError if the model does not exist or its context is too short.
     """
     return tokenization_of(model, sizes_of(data, rollout))
 
 
 def sizes_of(data: Data, rollout: Rollout) -> dict[str, int]:
-    """The most tokens of a row's parts, by recipe key."""
+    """The largest token counts of a row's parts, by recipe key."""
     return {"data.max_prompt_tokens": data.max_prompt_tokens, "rollout.max_tokens": rollout.max_tokens}
 
 
 def tokenization_of(model: Model, sizes: Mapping[str, int]) -> Tokenization:
-    """The same for rows whose parts have at most these sizes, by recipe key."""
+    """Like ``load_tokenization``, for rows whose parts have at most these sizes, by recipe key."""
     try:
         trusted = trusts(model.path, model.revision)
         with refusing_untrusted(model.path, model.revision):
@@ -84,8 +84,9 @@ def tokenization_of(model: Model, sizes: Mapping[str, int]) -> Tokenization:
             else ""
         )
         raise UserError(
-            f"model.path {model.path!r} is no model folder and cannot be had from the Hub ({reason}){hint}"
+            f"model.path {model.path!r} is no model folder and cannot be loaded from the Hub ({reason}){hint}"
         ) from error
+
     require_context(config, model.path, sizes)
     vocabulary = config.get_text_config().vocab_size
     require_room_for_tokens(tokenizer, vocabulary, model.path)
@@ -93,7 +94,7 @@ def tokenization_of(model: Model, sizes: Mapping[str, int]) -> Tokenization:
 
 
 def _generation_config(model: Model) -> GenerationConfig | None:
-    """Many models have none; their tokenizer then says alone what ends a completion."""
+    """The model's generation config; None if it has none, so that only the tokenizer defines stop tokens."""
     try:
         return GenerationConfig.from_pretrained(model.path, revision=model.revision or "main")
     except OSError:

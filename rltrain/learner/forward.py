@@ -1,10 +1,10 @@
 """A causal language model as the learner calls it: a micro-batch in, per-token statistics out.
 
-Everything happens inside ``forward`` of the module that accelerate prepares, and the output head runs inside
-its own module's call, so that the hooks of DDP, FSDP2 and ZeRO-3, which gather weights and reduce gradients,
-fire as for any other layer. Only the hidden states that predict a completion token reach the head. This file
-does the one shift between tokens and logits there is: the hidden state at position t predicts token t + 1
-(``MicroBatch.index`` names it).
+All computation happens inside ``forward`` of the module that accelerate prepares, and the output head runs
+inside its own module's call, so that the hooks of DDP, FSDP2 and ZeRO-3, which gather weights and reduce
+gradients, run as for any other layer. Only the hidden states that predict a completion token reach the head.
+Only this file shifts between tokens and logits: the hidden state at position t predicts token t + 1
+(``MicroBatch.index`` is that position).
 """
 
 from __future__ import annotations
@@ -33,25 +33,22 @@ __all__ = [
     "takes_positions",
 ]
 
-# Kernels that know variable lengths. The others would spend S^2 on a mask of which little is used.
+# Kernels that support variable lengths. The others would spend S^2 on a mask of which little is used.
 _VARIABLE_LENGTH_KERNELS = ("flash_attention_2", "flash_attention_3", "flex_attention")
 # Architectures tested to keep packed sequences apart (tests/learner/test_forward.py). Not all do: OPT takes
-# positions that restart and attends across them all the same.
+# restarting positions but still attends across them.
 PACKABLE_MODELS = (
     "cohere", "ernie4_5", "gemma", "gemma3_text", "glm4", "granite", "llama", "mistral",
     "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
 )  # fmt: skip
-_PACKABLE_LAYERS = {
-    "full_attention",
-    "sliding_attention",
-}  # recurrent and chunked layers see the previous sequence
+# Recurrent and chunked layers see the previous sequence.
+_PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 
-# Fewer tokens than this many logits make no chunk of their own: with a vocabulary of 100 the loop would cost
-# more than the memory.
+# A chunk has at least so many logits: with a vocabulary of 100, small chunks would cost more time than they
+# save memory.
 _MIN_CHUNK_LOGITS = 1 << 20
-# Of what a head makes of a ramp: a factor nearer to 1 is none at all, and logits further off are no multiple
-# of the ramp.
-_NO_FACTOR, _PROPORTIONAL = 1e-5, 1e-4
+_NO_FACTOR = 1e-5  # a factor this near to 1 counts as 1
+_PROPORTIONAL = 1e-4  # tolerance within which values count as a multiple of the known ones
 
 
 class PolicyForward(nn.Module):
@@ -82,84 +79,97 @@ class PolicyForward(nn.Module):
         return causal_lm(self.model)
 
     def tie_weights(self) -> None:
-        """Make tied weights one tensor again: FSDP2 loads each shard of them by itself and then asks
-        for this.
-        """
+        """Make tied weights one tensor again; FSDP2 calls this after it has loaded each of them by itself."""
         self.inner.tie_weights()
 
     def forward(
         self,
-        micro: MicroBatch,
+        micro_batch: MicroBatch,
         *,
         temperature: float,
         wants: frozenset[str],
         chunk: int,
-        given: Mapping[str, Tensor] | None = None,
+        row_values: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Each statistic of ``wants`` (``learner/head.py``) as (r, width) float32, 0 where a row has no
         token.
 
-        given: (r,) numbers, one for each row, that statistics name as arguments. An alignment
-        (``learner/alignment.py``) is one number for a row, at each of its tokens.
+        row_values: (r,) numbers, one for each row, that statistics name as arguments. An alignment
+        (``learner/alignment.py``) is one number for a row, repeated at each of its tokens.
         """
         inner = causal_lm(self.model)
         aligned = {name for name in wants if is_alignment(name)}
-        with last_mlp_inputs(inner) if aligned else contextlib.nullcontext([]) as seen:
-            hidden = self._hidden_states(inner, micro)
+        with last_mlp_inputs(inner) if aligned else contextlib.nullcontext([]) as mlp_inputs:
+            hidden = self._hidden_states(inner, micro_batch)
         head = _head_of(inner)
         vocab = _features(head)[1]
+        arguments = {
+            name: values.to(hidden.device)[micro_batch.row] for name, values in (row_values or {}).items()
+        }
 
         def statistics(hidden: Tensor) -> dict[str, Tensor]:
             return token_statistics(
                 hidden * self.hidden_scale if self.hidden_scale != 1 else hidden,
                 head.weight,
-                micro.targets,
+                micro_batch.targets,
                 temperature=temperature,
                 wants=wants - aligned,
                 chunk=max(chunk, _MIN_CHUNK_LOGITS // vocab),
                 bias=head.bias,
                 fp32_head=self.fp32_head,
                 logit_scale=self.logit_scale,
-                given={name: numbers.to(hidden.device)[micro.row] for name, numbers in (given or {}).items()},
+                arguments=arguments,
             )
 
         values = call_as_module(head, statistics, hidden)
-        values |= {name: alignment(name, seen[0], micro)[micro.row] for name in aligned}
-        shape, at = (micro.rows.shape[0], micro.width), (micro.row, micro.column)
-        return {name: value.new_zeros(shape).index_put(at, value) for name, value in values.items()}
+        values |= {name: alignment(name, mlp_inputs[0], micro_batch)[micro_batch.row] for name in aligned}
+        shape = (micro_batch.rows.shape[0], micro_batch.width)
+        indices = (micro_batch.row, micro_batch.column)
+        return {name: value.new_zeros(shape).index_put(indices, value) for name, value in values.items()}
 
-    def _hidden_states(self, inner: PreTrainedModel, micro: MicroBatch) -> Tensor:
+    def _hidden_states(self, inner: PreTrainedModel, micro_batch: MicroBatch) -> Tensor:
         """(n, H) the hidden state that predicts each completion token."""
-        if micro.packed and self._unpackable is not None:
+        if micro_batch.packed and self._unpackable is not None:
             raise ValueError(self._unpackable)
-        if micro.attention_mask is not None and micro.attention_mask.dim() == 4 and not self.shares_prompts:
-            raise ValueError(f"{type(inner).__name__} cannot share prompts; build its micro-batches without")
-        if self._rotary is not None and (longest := int(micro.position_ids.max()) + 1) > self._rotary.tokens:
+        if (
+            micro_batch.attention_mask is not None
+            and micro_batch.attention_mask.dim() == 4
+            and not self.shares_prompts
+        ):
+            raise ValueError(
+                f"{type(inner).__name__} cannot share prompts; build its micro-batches without sharing"
+            )
+        if (
+            self._rotary is not None
+            and (longest := int(micro_batch.position_ids.max()) + 1) > self._rotary.tokens
+        ):
             raise ValueError(
                 f"a row of {longest} tokens reached {type(inner).__name__}, which reads at most "
                 f"{self._rotary.tokens} ({self._rotary.why})"
             )
-        positions = {"position_ids": micro.position_ids} if self._takes_positions else {}
-        # No cache, and no mask where rows have lines of their own: transformers then reads from restarting
-        # positions where a packed sequence ends, and runs the plain causal kernel on right-padded rows, whose
-        # padding comes after everything that is looked at.
+        positions = {"position_ids": micro_batch.position_ids} if self._takes_positions else {}
+        # No cache, and no mask where each row has its own line: transformers then infers the ends of packed
+        # sequences from restarting positions, and runs the plain causal kernel on right-padded rows, whose
+        # padding comes after all tokens that count.
         output = inner.base_model(
-            input_ids=micro.input_ids, attention_mask=micro.attention_mask, use_cache=False, **positions
+            input_ids=micro_batch.input_ids,
+            attention_mask=micro_batch.attention_mask,
+            use_cache=False,
+            **positions,
         )
-        return output.last_hidden_state.flatten(0, 1).index_select(0, micro.index)
+        return output.last_hidden_state.flatten(0, 1).index_select(0, micro_batch.index)
 
 
 def resolve_layout(layout: Literal["auto", "padded", "packed"], model: nn.Module) -> Layout:
-    """``auto``: packed where the model's attention kernel knows variable lengths, else padded. Raises
-    ValueError on a model that cannot be packed."""
+    """``auto``: packed where the model's attention kernel supports variable lengths, otherwise padded.
+
+    Raises ValueError where ``packed`` is asked for and the model does not support it.
+    """
     inner: Any = model if scalar_head(model) is not None else causal_lm(model)
     reason = cannot_pack(inner)
     if layout == "auto":
-        return (
-            "packed"
-            if inner.config._attn_implementation in _VARIABLE_LENGTH_KERNELS and reason is None
-            else "padded"
-        )
+        kernel = inner.config._attn_implementation
+        return "packed" if kernel in _VARIABLE_LENGTH_KERNELS and reason is None else "padded"
     if layout == "packed" and reason is not None:
         raise ValueError(reason)
     return layout
@@ -170,18 +180,16 @@ def causal_lm(model: Any) -> PreTrainedModel:
 
     Raises ValueError on anything but a decoder.
     """
-    inner = (
-        model.get_base_model()
-        if hasattr(model, "peft_config") and not isinstance(model, PreTrainedModel)
-        else model
-    )
+    inner = model
+    if hasattr(model, "peft_config") and not isinstance(model, PreTrainedModel):
+        inner = model.get_base_model()
     if not isinstance(inner, PreTrainedModel):
         raise ValueError(
             f"{type(inner).__name__} is not a transformers model; load it with AutoModelForCausalLM"
         )
     if inner.config.is_encoder_decoder or inner.get_output_embeddings() is None or inner.base_model is inner:
         raise ValueError(
-            f"{type(inner).__name__} is not an output head over one decoder; load a causal language model"
+            f"{type(inner).__name__} is not one decoder with an output head; load a causal language model"
         )
     prompt_learning = [
         name for name, config in getattr(model, "peft_config", {}).items() if config.is_prompt_learning
@@ -195,24 +203,23 @@ def causal_lm(model: Any) -> PreTrainedModel:
 
 
 def scalar_head(model: nn.Module) -> nn.Linear | None:
-    """The output of a model that transformers calls one for sequence classification; None for any other."""
+    """The output head of a transformers model for sequence classification; None for any other model."""
     head = getattr(model, "score", None)
     return head if isinstance(model, PreTrainedModel) and isinstance(head, nn.Linear) else None
 
 
 def takes_any_mask(model: PreTrainedModel) -> bool:
-    """Whether every layer is full attention by PyTorch's kernel, with the mask and the positions it is given.
+    """Whether every layer is full attention by PyTorch's kernel that uses the caller's mask and positions.
 
     The architectures are those tested to keep packed sequences apart by their positions.
     """
     config = model.config.get_text_config()
-    full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    slides = getattr(config, "sliding_window", None) is not None and getattr(
-        config, "use_sliding_window", True
-    )
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    has_window = getattr(config, "sliding_window", None) is not None
+    slides = has_window and getattr(config, "use_sliding_window", True)
     kernel = model.config._attn_implementation
     return (
-        full
+        layer_types == {"full_attention"}
         and not slides
         and kernel == "sdpa"
         and config.model_type in PACKABLE_MODELS
@@ -224,51 +231,51 @@ def head_scales(model: PreTrainedModel) -> tuple[float, float]:
     """(a, b) such that the model's logits are ``b head(a hidden)``. Raises ValueError where no such numbers
     exist.
 
-    Found by running the model's own ``forward`` on a shell whose decoder and head are replaced by known
-    tensors, so that it holds for architectures nobody listed (Granite and Cohere scale, Gemma 2 caps) and
-    touches no weight. The known logits are large: a cap of 50 would be invisible on the logits of a fresh
-    model.
+    The model's own ``forward`` runs on a shell whose decoder and head return known tensors. This works
+    without a list of architectures (Granite and Cohere scale, Gemma 2 caps) and touches no weight. The known
+    logits are large, since a cap of 50 would not show on the logits of a fresh model.
     """
     head = _head_of(model)
     width, vocab = _features(head)
-    ramp = (
-        torch.linspace(-1.0, 1.0, 2 * width).view(1, 2, width),
-        torch.linspace(-60.0, 60.0, 2 * vocab).view(1, 2, vocab),
-    )
-    decoder, known = _KnownDecoder(ramp[0], model.base_model), _KnownHead(ramp[1])
+    known_hidden = torch.linspace(-1.0, 1.0, 2 * width).view(1, 2, width)
+    known_logits = torch.linspace(-60.0, 60.0, 2 * vocab).view(1, 2, vocab)
+    known_decoder = _KnownDecoder(known_hidden, model.base_model)
+    known_head = _KnownHead(known_logits)
+
     shell = copy.copy(model)
-    replaced = {id(model.base_model): decoder, id(model.get_output_embeddings()): known}
+    replaced = {id(model.base_model): known_decoder, id(model.get_output_embeddings()): known_head}
     shell._modules = {name: replaced.get(id(module), module) for name, module in model._modules.items()}
     with torch.no_grad():
         logits = shell(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
-    before, after = _ratio(known.received, ramp[0]), _ratio(logits, ramp[1])
-    if before is None or after is None or after <= 0:
+
+    hidden_scale = _ratio(known_head.received, known_hidden)
+    logit_scale = _ratio(logits, known_logits)
+    if hidden_scale is None or logit_scale is None or logit_scale <= 0:
         cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         raise ValueError(
             f"{type(model).__name__} does not give the output of its head as logits"
             + (f" (final_logit_softcapping is {cap})" if cap else "")
-            + "; the learner only reproduces heads up to a constant factor: choose another model, or set the cap to null and retrain"
+            + "; the learner only reproduces heads up to a constant factor: choose another model, or set the "
+            "cap to null and retrain"
         )
-    return before, after
+    return hidden_scale, logit_scale
 
 
-def _ratio(found: Tensor | None, given: Tensor) -> float | None:
-    """The number that ``found`` is ``given`` times, or None."""
-    if found is None or found.shape != given.shape:
+def _ratio(scaled: Tensor | None, original: Tensor) -> float | None:
+    """The factor between ``original`` and ``scaled``; None where there is no such number."""
+    if scaled is None or scaled.shape != original.shape:
         return None
-    found = found.double()
-    factor = float((found * given).sum() / given.double().square().sum())
+    scaled = scaled.double()
+    factor = float((scaled * original).sum() / original.double().square().sum())
     factor = 1.0 if abs(factor - 1.0) < _NO_FACTOR else factor
-    return (
-        factor
-        if torch.allclose(found, factor * given.double(), rtol=_PROPORTIONAL, atol=_PROPORTIONAL)
-        else None
-    )
+    expected = factor * original.double()
+    is_proportional = torch.allclose(scaled, expected, rtol=_PROPORTIONAL, atol=_PROPORTIONAL)
+    return factor if is_proportional else None
 
 
 class _KnownDecoder(nn.Module):
-    """Answers every call with the same hidden states, its submodules' calls too; other attributes are
-    the real decoder's.
+    """Returns the same hidden states from every call, also of its submodules; other attributes are the real
+    decoder's.
     """
 
     def __init__(self, hidden: Tensor, real: nn.Module) -> None:
@@ -277,8 +284,8 @@ class _KnownDecoder(nn.Module):
         self.__dict__["real"] = real
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self.__dict__["real"], name)
-        return self if isinstance(found, nn.Module) else found
+        attribute = getattr(self.__dict__["real"], name)
+        return self if isinstance(attribute, nn.Module) else attribute
 
     def forward(self, *args: Any, **kwargs: Any) -> _KnownOutput:
         del args, kwargs
@@ -286,24 +293,25 @@ class _KnownDecoder(nn.Module):
 
 
 class _KnownOutput:
-    """A decoder's output of which only the hidden states are there: caches, router logits and the
-    like read as None.
-    """
+    """A decoder's output with hidden states only: caches, router logits and other attributes are None."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
 
-    def __getitem__(self, at: int | slice) -> Any:
-        return (self.last_hidden_state,)[at]
+    def __getitem__(self, index: int | slice) -> Any:
+        return (self.last_hidden_state,)[index]
 
     def __getattr__(self, name: str) -> None:
         return None
 
 
 class _KnownHead(nn.Module):
+    """Returns the same logits from every call, and records the hidden states that it received."""
+
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
-        self.logits, self.received = logits, None
+        self.logits = logits
+        self.received = None
         self.weight = torch.empty(0)  # some models read its dtype or device
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -314,15 +322,15 @@ class _KnownHead(nn.Module):
 def _head_of(model: PreTrainedModel) -> nn.Linear:
     head: Any = model.get_output_embeddings()
     if hasattr(head, "modules_to_save"):  # peft trains a copy of the head in full
-        head = (
-            head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
-        )
+        if head.disable_adapters:
+            return head.original_module
+        return head.modules_to_save[head.active_adapters[0]]
     return head
 
 
 def _features(head: nn.Linear) -> tuple[int, int]:
-    """(hidden size, vocabulary), from the module: under ZeRO-3 the weight itself is empty outside its
-    forward.
+    """(hidden size, vocabulary), from the module: under ZeRO-3 the weight is empty outside of a forward
+    pass.
     """
     return head.in_features, head.out_features
 
@@ -331,8 +339,8 @@ def _refuse_unknown_head(model: PreTrainedModel) -> None:
     head = _head_of(model)
     if hasattr(head, "lora_A"):
         raise ValueError(
-            "the output head carries a LoRA adapter, whose product the learner does not form; take lm_head "
-            "out of target_modules"
+            "the output head has a LoRA adapter, whose product the learner does not compute; remove lm_head "
+            "from target_modules"
         )
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
         raise ValueError(
@@ -342,18 +350,19 @@ def _refuse_unknown_head(model: PreTrainedModel) -> None:
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether the decoder accepts ``position_ids``."""
     return "position_ids" in inspect.signature(model.base_model.forward).parameters
 
 
 def cannot_pack(model: PreTrainedModel) -> str | None:
-    """Why sequences packed in one row would see each other, or None."""
+    """Why sequences packed in one row might see each other; None where they cannot."""
     config = model.config.get_text_config()
-    odd = sorted(set(getattr(config, "layer_types", None) or ()) - _PACKABLE_LAYERS)
+    unknown_layers = sorted(set(getattr(config, "layer_types", None) or ()) - _PACKABLE_LAYERS)
     kernel = model.config._attn_implementation
     if config.model_type not in PACKABLE_MODELS:
         reason = f"(model type {config.model_type!r}) is not among the architectures tested for it"
-    elif odd:
-        reason = f"has layers of type {', '.join(odd)}"
+    elif unknown_layers:
+        reason = f"has layers of type {', '.join(unknown_layers)}"
     elif kernel not in ("sdpa", "eager", *_VARIABLE_LENGTH_KERNELS):
         reason = f"uses the attention kernel {kernel!r}"
     else:
@@ -365,12 +374,14 @@ def cannot_pack(model: PreTrainedModel) -> str | None:
 
 
 def call_as_module(module: nn.Module, function: Any, *inputs: Tensor) -> Any:
-    """``function(*inputs)`` run as the forward of ``module``: with its hooks before and after."""
-    kept = module.__dict__.get("forward")
+    """Call ``function(*inputs)`` as the forward of ``module``, with the module's hooks before and after
+    it.
+    """
+    original = module.__dict__.get("forward")
     module.forward = function
     try:
         return module(*inputs)
     finally:
         del module.forward
-        if kept is not None:
-            module.forward = kept
+        if original is not None:
+            module.forward = original

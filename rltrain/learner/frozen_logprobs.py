@@ -1,8 +1,8 @@
-"""Log-probs of frozen models, computed once and kept on disk.
+"""Log-probs of frozen models, computed once and cached on disk.
 
-They are kept under a fingerprint of everything they depend on: the token ids of all rows (and with them the
-data, the tokenizer, the template and the limits on length), the frozen model's weights, the precision and the
-attention kernel. What comes back from disk is computed again for a few rows before it is believed.
+The cache key is a fingerprint of everything they depend on: the token ids of all rows (and so the data, the
+tokenizer, the template and the limits on length), the frozen model's weights, the precision and the attention
+kernel. Cached log-probs are used only after a few rows were computed again and agree.
 """
 
 from __future__ import annotations
@@ -32,63 +32,67 @@ from rltrain.types.policy import TokenRows
 __all__ = ["FrozenLogProbs", "cache_key", "weights_digest"]
 
 _NAME = "logp"
-_SUMS, _TOKENS = "sums", "tokens"
+
+# Kinds of cached numbers: one per row, or one per completion token.
+_SUMS = "sums"
+_TOKENS = "tokens"
 
 
 @dataclass(frozen=True)
 class FrozenLogProbs:
-    """Computes or finds the log-probs of one frozen model.
-
-    ``frozen`` is the model, ``None`` the learner's own as it is now.
-    """
+    """Computes the log-probs of one frozen model, or reads them from the cache."""
 
     learner: PreferenceLearner
-    frozen: PolicyForward | None
+    frozen: PolicyForward | None  # None: the learner's own model with its current weights
     weights: str  # digest of the frozen model's weights
-    folder: Path | None  # None: nothing is kept
-    verify: int  # rows computed again when they come from disk
-    say: Callable[[str], None]
+    folder: Path | None  # of the cache; None: no cache
+    verify: int  # rows of cached log-probs to compute again
+    say: Callable[[str], None]  # prints a message
 
-    def of(self, rows: TokenRows, *, sides: int, what: str = "the frozen model") -> Tensor:
-        """(R,) nats, float32, equal on every rank. sides: rows per example. what: names model and
-        rows in what is said.
+    def log_probs(self, rows: TokenRows, *, sides: int, what: str = "the frozen model") -> Tensor:
+        """(R,) nats, the log-prob of each completion, float32, equal on every rank.
+
+        sides: rows per example. what: the name of model and rows in messages.
         """
-        return self._kept(
-            rows, what, _SUMS, lambda: self.learner.log_probs(rows, sides=sides, frozen=self.frozen)
-        )
 
-    def tokens(self, rows: TokenRows, *, what: str = "the frozen model") -> Tensor:
-        """(R, T) nats of each completion token, 0 behind the last; otherwise as ``of``."""
+        def compute() -> Tensor:
+            return self.learner.log_probs(rows, sides=sides, frozen=self.frozen)
+
+        return self._read_or_compute(rows, what, _SUMS, compute)
+
+    def token_log_probs(self, rows: TokenRows, *, what: str = "the frozen model") -> Tensor:
+        """(R, T) nats of each completion token, 0 after the last; otherwise as ``log_probs``."""
         lengths = [len(completion) for completion in rows.completions]
         inside = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
-        flat = self._kept(
-            rows, what, _TOKENS, lambda: self.learner.token_log_probs(rows, self.frozen)[inside]
-        )
+
+        def compute() -> Tensor:
+            return self.learner.token_log_probs(rows, self.frozen)[inside]
+
+        flat = self._read_or_compute(rows, what, _TOKENS, compute)
         return torch.zeros(inside.shape).masked_scatter(inside, flat)
 
-    def given(self, rows: TokenRows, values: Tensor, *, what: str) -> Tensor:
-        """``values`` (R,), which the data bring for these rows, once some of them are what the frozen model
-        says.
+    def check_log_probs(self, rows: TokenRows, values: Tensor, *, what: str) -> Tensor:
+        """Compare ``values`` (R,), the log-probs in the data, with the frozen model's on a sample of rows.
 
-        Raises UserError where they are not: they would be another reference's.
+        Returns them. Raises UserError where they differ: they would be those of another reference.
         """
         difference = self._difference(rows, values, cache_key(rows, self.weights, self._settings()))
         if difference > self._tolerance:
             raise UserError(
                 f"the reference log-probs in the data are not those of {what}: they differ by "
-                f"{difference:.2g} nats per token (at most "
-                f"{self._tolerance:g} is rounding). Another model, template, truncation or precision made "
-                "them: name that model as "
-                "model.reference, or have them computed with reference.given=ignore"
+                f"{difference:.2g} nats per token (at most {self._tolerance:g} is rounding). Another model, "
+                "template, truncation or precision made them: name that model as model.reference, or have "
+                "them computed with reference.given=ignore"
             )
-        self.say(
-            f"log-probs of {what}: from the data, {min(self.verify, len(rows))} computed again and equal"
-        )
+        count = min(self.verify, len(rows))
+        self.say(f"log-probs of {what}: from the data, {count} computed again and equal")
         return values
 
-    def _kept(self, rows: TokenRows, what: str, kind: str, compute: Callable[[], Tensor]) -> Tensor:
-        """What ``compute`` gives, from disk if it is there: one number per row, or of the kind
-        ``_TOKENS`` one per completion token.
+    def _read_or_compute(
+        self, rows: TokenRows, what: str, kind: str, compute: Callable[[], Tensor]
+    ) -> Tensor:
+        """The result of ``compute``, from the cache where it has one: one number per row, or per completion
+        token for the kind ``_TOKENS``.
         """
         if self.folder is None:
             return compute()
@@ -96,26 +100,27 @@ class FrozenLogProbs:
         key = cache_key(rows, self.weights, settings)
         path = self.folder / f"{key}.safetensors"
         lengths = [1 if kind == _SUMS else len(completion) for completion in rows.completions]
-        found, problem = self.learner.trained.broadcast(
-            _read(path, key, sum(lengths)) if self.learner.rank == 0 else None
+        cached, problem = self.learner.trained.broadcast(
+            _read_cache(path, key, sum(lengths)) if self.learner.rank == 0 else None
         )
-        sums = None if found is None else torch.stack([part.sum() for part in found.split(lengths)])
+        sums = None if cached is None else torch.stack([part.sum() for part in cached.split(lengths)])
         if sums is not None and (difference := self._difference(rows, sums, key)) > self._tolerance:
-            found, problem = None, f"differs by {difference:.2g} nats per token from what the model says now"
-        if found is not None:
+            cached = None
+            problem = f"they differ by {difference:.2g} nats per token from the model's"
+        if cached is not None:
             self.say(f"log-probs of {what}: from {path}")
-        else:
-            if problem is not None:
-                self.say(
-                    f"warning: the log-probs in {path} cannot be used ({problem}); they are computed anew"
-                )
-            self.say(f"log-probs of {what}: computing {len(rows)}")
-            found = compute()
-            if self.learner.rank == 0:
-                _write(path, found, {"fingerprint": key, "weights": self.weights, **settings})
-        return found
+            return cached
+
+        if problem is not None:
+            self.say(f"warning: the log-probs in {path} cannot be used ({problem}); they are computed again")
+        self.say(f"log-probs of {what}: computing {len(rows)}")
+        computed = compute()
+        if self.learner.rank == 0:
+            _write_cache(path, computed, {"fingerprint": key, "weights": self.weights, **settings})
+        return computed
 
     def _settings(self) -> dict[str, str]:
+        """The settings on which the numbers depend."""
         precision = self.learner.trained.precision
         return {
             "precision": precision,
@@ -127,28 +132,30 @@ class FrozenLogProbs:
     def _tolerance(self) -> float:
         return ROUNDING[self.learner.trained.precision]
 
-    def _difference(self, rows: TokenRows, found: Tensor, key: str) -> float:
-        """Largest difference per token over a sample of rows, the same on every rank."""
-        picked = random.Random(stable_hash("verify", key)).sample(
-            range(len(rows)), min(self.verify, len(rows))
-        )
-        if not picked:
+    def _difference(self, rows: TokenRows, values: Tensor, key: str) -> float:
+        """The largest difference per token between ``values`` (R,) and the model's log-probs.
+
+        Computed for a sample of rows, the same on every rank.
+        """
+        generator = random.Random(stable_hash("verify", key))
+        positions = generator.sample(range(len(rows)), min(self.verify, len(rows)))
+        if not positions:
             return 0.0
-        some = TokenRows(
-            tuple(rows.prompts[at] for at in picked), tuple(rows.completions[at] for at in picked)
-        )
-        again = self.learner.log_probs(some, sides=1, frozen=self.frozen)
-        lengths = torch.tensor([len(completion) for completion in some.completions])
-        return float(((again - found[picked]).abs() / lengths.clamp(min=1)).nan_to_num(torch.inf).max())
+        prompts = tuple(rows.prompts[position] for position in positions)
+        completions = tuple(rows.completions[position] for position in positions)
+        sample = TokenRows(prompts, completions)
+        computed = self.learner.log_probs(sample, sides=1, frozen=self.frozen)
+        lengths = torch.tensor([len(completion) for completion in sample.completions])
+        differences = (computed - values[positions]).abs() / lengths.clamp(min=1)
+        return float(differences.nan_to_num(torch.inf).max())
 
 
 def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over one projection per weight, to nine digits. A collective where ``weights`` is."""
+    """SHA-256 of one projection per weight, to nine digits. A collective where ``weights`` is one."""
     digest = hashlib.sha256()
     for name, weight in weights:
-        digest.update(
-            f"{name} {tuple(weight.shape)} {weight_fingerprint(name, weight).number:.9e}\n".encode()
-        )
+        number = weight_fingerprint(name, weight).number
+        digest.update(f"{name} {tuple(weight.shape)} {number:.9e}\n".encode())
     return digest.hexdigest()
 
 
@@ -160,27 +167,30 @@ def cache_key(rows: TokenRows, weights: str, settings: Mapping[str, str]) -> str
     return digest.hexdigest()
 
 
-def _read(path: Path, key: str, count: int) -> tuple[Tensor | None, str | None]:
-    """(log-probs, None), or (None, why not); (None, None) where nothing is there."""
+def _read_cache(path: Path, key: str, count: int) -> tuple[Tensor | None, str | None]:
+    """(log-probs, None), or (None, the problem); (None, None) where the file does not exist."""
     if not path.exists():
         return None, None
     try:
         with safe_open(path, framework="pt") as file:
-            facts, found = file.metadata() or {}, file.get_tensor(_NAME)
+            facts = file.metadata() or {}
+            values = file.get_tensor(_NAME)
     except (OSError, SafetensorError) as error:
-        return None, f"it cannot be read: {error}"
-    if facts.get("fingerprint") != key or found.shape != (count,):
-        return None, "it holds something else"
-    return (found, None) if bool(found.isfinite().all()) else (None, "it holds numbers that are not finite")
+        return None, f"the file cannot be read: {error}"
+    if facts.get("fingerprint") != key or values.shape != (count,):
+        return None, "the file holds other data"
+    if not bool(values.isfinite().all()):
+        return None, "the file holds numbers that are not finite"
+    return values, None
 
 
-def _write(path: Path, found: Tensor, facts: Mapping[str, str]) -> None:
-    """Whole or not at all: other runs may read it at any moment."""
+def _write_cache(path: Path, values: Tensor, facts: Mapping[str, str]) -> None:
+    """Write the file completely or not at all: other runs may read it at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(save({_NAME: found.contiguous()}, metadata=dict(facts)))
+            file.write(save({_NAME: values.contiguous()}, metadata=dict(facts)))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -1,6 +1,4 @@
-"""Models that are never trained: what must agree before one is used, its log-probs' module, its
-weights for an engine.
-"""
+"""Models that are never trained: checks that one fits the policy, loading, and weights for an engine."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ __all__ = [
     "weights_of",
 ]
 
-# what of a model's config decides the shapes of its weights
+# The fields of a config that decide the shapes of the weights.
 _SHAPE = (
     "model_type",
     "vocab_size",
@@ -41,29 +39,28 @@ _SHAPE = (
 
 
 def require_same_tokens(tokenizer: PreTrainedTokenizerBase, model: str, key: str, path: str) -> None:
-    """Raises UserError unless the model at ``path`` reads token ids as ``model`` writes them: its log-probs
+    """Raises UserError unless the model at ``path`` has the tokens of ``model``: otherwise its log-probs
     would be of another text.
 
-    key: where the recipe names it, such as "model.reference".
+    key: the recipe key that names ``path``, such as "model.reference".
     """
     try:
         with refusing_untrusted(path):
-            theirs = AutoTokenizer.from_pretrained(path, trust_remote_code=trusts(path)).get_vocab()
+            other = AutoTokenizer.from_pretrained(path, trust_remote_code=trusts(path)).get_vocab()
     except UserError:
         raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{key} {path!r} is no model folder and cannot be had from the Hub ({reason})"
+            f"{key} {path!r} is no model folder and cannot be downloaded from the Hub ({reason})"
         ) from error
-    ours = tokenizer.get_vocab()
-    if differing := sorted(ours.items() ^ theirs.items(), key=lambda item: item[1]):
+    vocabulary = tokenizer.get_vocab()
+    if differing := sorted(vocabulary.items() ^ other.items(), key=lambda item: item[1]):
         token = differing[0][0]
         raise UserError(
-            f"{key} {path} has another tokenizer than {model}: token {token!r} is {theirs.get(token)} there "
-            f"and {ours.get(token)} "
-            f"here ({len(theirs)} and {len(ours)} tokens); choose a model of the same family, its log-probs "
-            "are taken token by token"
+            f"{key} {path} has another tokenizer than {model}: token {token!r} is {other.get(token)} there "
+            f"and {vocabulary.get(token)} here ({len(other)} and {len(vocabulary)} tokens); choose a model "
+            "of the same family, since log-probs are compared token by token"
         )
 
 
@@ -76,10 +73,10 @@ def require_companion(
     head: Head,
     sizes: Mapping[str, int],
 ) -> None:
-    """Raises UserError unless the model at ``path`` reads the rows of ``model``: their tokens, their lengths,
-    with weights of its own.
+    """Raises UserError unless the model at ``path`` can read the rows of ``model``: their tokens and their
+    lengths, with complete weights.
 
-    sizes: the most tokens of a row's parts, by recipe key.
+    head: the kind of output that it must have. sizes: the most tokens of each part of a row, by recipe key.
     """
     require_same_tokens(tokenizer, model, key, path)
     with refusing_untrusted(path):
@@ -90,37 +87,37 @@ def require_companion(
 
 
 def load_frozen(path: str | None, model: Model, device: torch.device) -> PolicyForward:
-    """The model at ``path``, ready for passes without gradients. path: None is ``model`` as it started."""
+    """The model at ``path``, ready for passes without gradients. path: None means ``model`` as it started."""
     frozen = load_causal_lm(path or model.path, None if path else model.revision, model.attention)
     return PolicyForward(frozen.requires_grad_(False)).to(device).eval()
 
 
 @contextmanager
 def frozen_model(path: str | None, model: Model, device: torch.device) -> Iterator[PolicyForward]:
-    """``load_frozen`` for as long as the block lasts."""
+    """``load_frozen`` as a block, after which the model can be freed."""
     yield load_frozen(path, model, device)
 
 
 def weights_of(frozen: PolicyForward) -> Iterator[tuple[str, Tensor]]:
-    """Its weights under the names that ``weights`` of a learner gives them."""
+    """The weights of ``frozen`` under the names that ``weights`` of a learner gives them."""
     yield from ((name.removeprefix("model."), weight) for name, weight in frozen.state_dict().items())
 
 
 def reference_weights(model: Model, policy: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """The frozen reference's weights by checkpoint name, in an engine's ``dtype``, in host memory.
 
-    Raises UserError if they are not the policy's in shape.
+    Raises UserError if their shapes are not the policy's.
     """
     frozen = load_causal_lm(
         model.reference or model.path, None if model.reference else model.revision, model.attention
     )
-    ours, theirs = (config.get_text_config().to_dict() for config in (policy.config, frozen.config))
-    if differing := [key for key in _SHAPE if ours.get(key) != theirs.get(key)]:
+    fields = policy.config.get_text_config().to_dict()
+    frozen_fields = frozen.config.get_text_config().to_dict()
+    if differing := [key for key in _SHAPE if fields.get(key) != frozen_fields.get(key)]:
         raise UserError(
-            f"rollout.extra_samples reference: one engine samples from {model.path} and {model.reference}, but their "
-            f"{differing[0]} differ: "
-            f"{ours.get(differing[0])} and {theirs.get(differing[0])}; set model.reference to a model of the "
-            "same shape"
+            f"rollout.extra_samples reference: one engine samples from {model.path} and {model.reference}, "
+            f"but their {differing[0]} differ: {fields.get(differing[0])} and "
+            f"{frozen_fields.get(differing[0])}; set model.reference to a model of the same shape"
         )
     weights = CheckpointNames(frozen).to_checkpoint(frozen.state_dict().items())
     return {name: weight.to(dtype) for name, weight in weights}

@@ -1,10 +1,10 @@
-"""The one memory path: hidden states to per-token statistics, without a ``(tokens, V)`` tensor that outlives
-a chunk.
+"""Per-token statistics from hidden states, without a ``(tokens, V)`` tensor that outlives a chunk.
 
 Logits exist for ``chunk`` tokens at a time, in the forward pass and again, recomputed, in the backward pass,
-where the gradient with respect to the logits is formed in place of the logits. Softmax arithmetic is float32
-whatever the inputs are (float64 for float64 inputs) and works on tiles of a few rows that stay in cache. With
-z the logits divided by the temperature, p = softmax(z), H the entropy, g and g_H the gradients that arrive:
+where the gradient with respect to the logits overwrites them. Softmax arithmetic is float32 whatever the
+inputs are (float64 for float64 inputs) and works on tiles of a few rows that stay in cache. With z the logits
+divided by the temperature, p = softmax(z), H the entropy, g and g_H the gradients of the loss by log-prob and
+entropy:
 
     dz = g (1[target] - p) - g_H p (log p + H)        d(logits) = dz / temperature
 
@@ -28,11 +28,11 @@ __all__ = ["BUILT_IN", "STATISTICS", "token_statistics"]
 
 BUILT_IN = ("logp", "entropy", "entropy_grad")  # entropy_grad: the entropy, with a gradient
 
-# Elements of one float32 tile: on a CPU it stays in the last-level cache; elsewhere launches cost more than
-# memory.
+# Elements of one float32 tile: on a CPU it stays in the last-level cache; on other devices kernel launches
+# cost more than memory.
 _TILE_ELEMENTS = {"cpu": 1 << 21}
 _TILE_ELEMENTS_ELSEWHERE = 1 << 26
-_PRODUCT_ROWS = 8192  # of the weight's gradient at a time, where it is summed up in another dtype
+_PRODUCT_ROWS = 8192  # rows of the weight's gradient per product, where it is summed in another dtype
 
 
 def clamped_entropy(logp: Tensor, targets: Tensor, share: float) -> Tensor:
@@ -48,7 +48,7 @@ def clamped_entropy(logp: Tensor, targets: Tensor, share: float) -> Tensor:
 
 
 def collision(logp: Tensor, targets: Tensor) -> Tensor:
-    """Probability that two draws agree, ``sum p^2 = exp(-H_2)``; 1 - it is the expected squared
+    """Probability that two draws agree, ``sum p^2 = exp(-H_2)``; 1 minus it is the expected squared
     gradient norm of a softmax.
     """
     del targets
@@ -56,11 +56,11 @@ def collision(logp: Tensor, targets: Tensor) -> Tensor:
 
 
 def expected_entropy_slope(logp: Tensor, targets: Tensor) -> Tensor:
-    """``sum_v p_v^2 (ln p_v + H)``: minus the entropy's slope along a logit, expected over the token. 0 for a
-    uniform row.
+    """``sum_v p_v^2 (ln p_v + H)``: minus the expectation over tokens of the entropy's slope along their
+    logits.
 
-    What an update of the sampled token does to the entropy through all other tokens (STEER's exact form,
-    arXiv:2510.10150).
+    0 for a uniform row. It is the effect of an update of the sampled token on the entropy through all other
+    tokens (STEER's exact form, arXiv:2510.10150).
     """
     del targets
     p = logp.exp()
@@ -69,14 +69,14 @@ def expected_entropy_slope(logp: Tensor, targets: Tensor) -> Tensor:
 
 
 def tempered_logp(logp: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Log-prob of the target at another temperature, relative to the one that ``logp`` is at."""
+    """Log-prob of the target at another temperature, relative to the temperature of ``logp``."""
     tempered = logp / temperature
     return tempered.gather(1, targets[:, None]).squeeze(1) - tempered.logsumexp(-1)
 
 
 def sharpened_entropy(logp: Tensor, targets: Tensor, sharpness: float) -> Tensor:
-    """Entropy of ``p ** sharpness``, renormalised: of the same logits at the temperature divided by
-    ``sharpness``.
+    """Entropy of ``p ** sharpness``, renormalised: the entropy of the same logits with the temperature
+    divided by ``sharpness``.
     """
     del targets
     sharp = (logp * sharpness).log_softmax(-1)
@@ -84,17 +84,17 @@ def sharpened_entropy(logp: Tensor, targets: Tensor, sharpness: float) -> Tensor
 
 
 def log_mass(logp: Tensor, targets: Tensor, power: Tensor | float) -> Tensor:
-    """``ln sum_v p(v) ** power``, by which ``p ** power`` is normalised; power is a number or one per
-    token, (r,).
+    """``ln sum_v p(v) ** power``, the log of the normaliser of ``p ** power``; power is one number, or one
+    per token, (r,).
     """
     del targets
     return (logp * (power[:, None] if isinstance(power, Tensor) else power)).logsumexp(-1)
 
 
-# name -> f(log-probs (r, V), targets (r,), *arguments) -> (r,). Arguments stand behind the name:
-# "clamped_entropy:0.3"; one that is no number names a tensor of ``given``, a number per token:
-# "log_mass:power". "entropy:0.5", the entropy at temperature 0.5 whatever the sampling temperature is,
-# becomes ``sharpened_entropy``.
+# name -> f(log-probs (r, V), targets (r,), *arguments) -> (r,). Arguments follow the name:
+# "clamped_entropy:0.3". An argument that is not a number names one of the ``arguments`` of
+# ``token_statistics``, with a number per token: "log_mass:power". "entropy:0.5", the entropy at temperature
+# 0.5 whatever the sampling temperature is, becomes ``sharpened_entropy``.
 STATISTICS: dict[str, Callable[..., Tensor]] = {
     "clamped_entropy": clamped_entropy,
     "collision": collision,
@@ -116,17 +116,17 @@ def token_statistics(
     bias: Tensor | None = None,
     fp32_head: bool = False,
     logit_scale: float = 1.0,
-    given: Mapping[str, Tensor] | None = None,
+    arguments: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The statistics ``wants`` of ``softmax(logit_scale (hidden weight^T + bias) / temperature)``, each
     ``(n,)``, float32 nats.
 
     hidden (n, H), weight (V, H), targets (n,) int64, bias (V,). Under autocast the matrix products run in the
-    autocast dtype, else in the dtype of the inputs; ``fp32_head`` computes them in float32 from whatever is
-    stored (costs a float32 copy of a bf16 weight). ``"entropy"`` is detached; ``"entropy_grad"`` asks for it
-    with a gradient, and both come back as ``"entropy"``. ``given`` holds (n,) tensors that further statistics
-    name as arguments. Raises ValueError on an unknown statistic, a temperature that is not positive, or
-    shapes that do not fit.
+    autocast dtype, otherwise in the dtype of the inputs; ``fp32_head`` computes them in float32 from any
+    stored dtype (it costs a float32 copy of a bf16 weight). ``"entropy"`` is detached; ``"entropy_grad"``
+    asks for the entropy with a gradient; both are returned as ``"entropy"``. ``arguments`` holds (n,) tensors
+    that further statistics name. Raises ValueError on an unknown statistic, a temperature that is not
+    positive, or shapes that do not fit.
     """
     _check(hidden, weight, targets, temperature, chunk)
     plan = _Plan(
@@ -137,35 +137,32 @@ def token_statistics(
         entropy=bool({"entropy", "entropy_grad"} & wants),
         entropy_grad="entropy_grad" in wants,
         extras=tuple(
-            _resolved(name, temperature, given or {}) for name in sorted(wants.difference(BUILT_IN))
+            _resolve(name, temperature, arguments or {}) for name in sorted(wants.difference(BUILT_IN))
         ),
     )
     logp, entropy, *extras = _TokenStatistics.apply(hidden, weight, bias, targets, plan)
-    found = {extra.name: values for extra, values in zip(plan.extras, extras, strict=True)}
+    statistics = {extra.name: values for extra, values in zip(plan.extras, extras, strict=True)}
     if "logp" in wants:
-        found["logp"] = logp
+        statistics["logp"] = logp
     if plan.entropy:
-        found["entropy"] = entropy
-    return found
+        statistics["entropy"] = entropy
+    return statistics
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int) -> None:
-    if (
-        hidden.dim() != 2
-        or weight.dim() != 2
-        or hidden.shape[1] != weight.shape[1]
-        or targets.shape != hidden.shape[:1]
-    ):
+    """Raises ValueError on shapes that do not fit, or a temperature or chunk that is not positive."""
+    are_matrices = hidden.dim() == weight.dim() == 2
+    if not are_matrices or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
         shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
         raise ValueError(f"{shapes}: expected (n, H), (V, H) and (n,)")
     if not temperature > 0 or chunk < 1:
         raise ValueError(f"temperature is {temperature}, chunk is {chunk}: both must be positive")
 
 
-def _resolved(name: str, temperature: float, given: Mapping[str, Tensor]) -> _Extra:
-    """The statistic behind ``name`` with its arguments. temperature: of the log-probs it will see.
+def _resolve(name: str, temperature: float, tensors: Mapping[str, Tensor]) -> _Extra:
+    """The statistic called ``name`` with its arguments, which may name ``tensors``.
 
-    Raises ValueError.
+    temperature: of the log-probs that it will receive. Raises ValueError on an unknown statistic or argument.
     """
     word, *texts = name.split(":")
     arguments = [float(text) if _is_number(text) else text for text in texts]
@@ -174,13 +171,12 @@ def _resolved(name: str, temperature: float, given: Mapping[str, Tensor]) -> _Ex
     if word not in STATISTICS:
         raise ValueError(f"no token statistic is called {name!r}{suggestion(word, (*BUILT_IN, *STATISTICS))}")
     for argument in arguments:
-        if isinstance(argument, str) and argument not in given:
+        if isinstance(argument, str) and argument not in tensors:
             raise ValueError(
-                f"token statistic {name!r} reads {argument!r}, a number per token that nobody gave"
+                f"token statistic {name!r} reads {argument!r}, a number per token, which is missing"
             )
-    return _Extra(
-        name, STATISTICS[word], tuple(given[one] if isinstance(one, str) else one for one in arguments)
-    )
+    values = tuple(tensors[argument] if isinstance(argument, str) else argument for argument in arguments)
+    return _Extra(name, STATISTICS[word], values)
 
 
 def _is_number(text: str) -> bool:
@@ -192,6 +188,7 @@ def _is_number(text: str) -> bool:
 
 
 def _matmul_dtype(hidden: Tensor, weight: Tensor, fp32_head: bool) -> torch.dtype:
+    """The dtype of the product of ``hidden`` and ``weight``."""
     stored = torch.promote_types(hidden.dtype, weight.dtype)
     if fp32_head:
         return torch.promote_types(stored, torch.float32)
@@ -208,30 +205,33 @@ class _Extra:
     arguments: tuple[float | Tensor, ...]
 
     def __call__(self, logp: Tensor, targets: Tensor, rows: slice) -> Tensor:
-        return self.function(
-            logp, targets, *(one[rows] if isinstance(one, Tensor) else one for one in self.arguments)
+        arguments = (
+            argument[rows] if isinstance(argument, Tensor) else argument for argument in self.arguments
         )
+        return self.function(logp, targets, *arguments)
 
 
 @dataclass(frozen=True)
 class _Plan:
+    """What to compute, and how."""
+
     inverse_temperature: float
     chunk: int  # tokens whose logits exist at once
     matmul: torch.dtype  # of the products and of the logits as they are stored
-    math: torch.dtype  # of everything from the logits on
+    math: torch.dtype  # of all computations after the logits
     entropy: bool
     entropy_grad: bool
     extras: tuple[_Extra, ...]
 
 
 class _Workspace:
-    """Buffers of one pass, used again for every chunk: the logits ``(chunk, V)`` and two tiles
-    ``(rows, V)``.
-    """
+    """Buffers that a pass reuses for every chunk: the logits ``(chunk, V)`` and two tiles ``(rows, V)``."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> None:
-        vocab, device = weight.shape[0], hidden.device
-        self.hidden, self.plan = hidden, plan
+        vocab = weight.shape[0]
+        device = hidden.device
+        self.hidden = hidden
+        self.plan = plan
         self.weight = weight.to(plan.matmul)
         self.bias = None if bias is None else bias.to(plan.matmul)
         chunk = max(min(plan.chunk, hidden.shape[0]), 1)
@@ -241,28 +241,25 @@ class _Workspace:
         self._tiles = torch.empty(2, self.rows, vocab, dtype=plan.math, device=device)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(positions, hidden states, logits) of each chunk; the logits are overwritten by the next."""
-        for at in _slices(0, self.hidden.shape[0], self.plan.chunk):
-            hidden = self.hidden[at].to(self.plan.matmul)
+        """(positions, hidden states, logits) of each chunk; the next chunk overwrites the logits."""
+        for positions in _slices(0, self.hidden.shape[0], self.plan.chunk):
+            hidden = self.hidden[positions].to(self.plan.matmul)
             logits = self._logits[: hidden.shape[0]]
             torch.mm(hidden, self.weight.t(), out=logits)
             if self.bias is not None:
                 logits.add_(self.bias)
-            yield at, hidden, logits
+            yield positions, hidden, logits
 
-    def tiles(self, at: slice, logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """(positions, their logits, scratch, scratch) of each tile of the chunk at ``at``."""
-        for rows in _slices(at.start, at.stop, self.rows):
+    def tiles(self, chunk: slice, logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """(positions, their logits, scratch, scratch) of each tile of the chunk at positions ``chunk``."""
+        for rows in _slices(chunk.start, chunk.stop, self.rows):
             count = rows.stop - rows.start
-            yield (
-                rows,
-                logits[rows.start - at.start : rows.stop - at.start],
-                self._tiles[0, :count],
-                self._tiles[1, :count],
-            )
+            tile = logits[rows.start - chunk.start : rows.stop - chunk.start]
+            yield rows, tile, self._tiles[0, :count], self._tiles[1, :count]
 
 
 def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    """Consecutive slices of length ``step`` from ``start`` to ``stop``; the last may be shorter."""
     return (slice(low, min(low + step, stop)) for low in range(start, stop, step))
 
 
@@ -281,8 +278,8 @@ class _TokenStatistics(torch.autograd.Function):
         )
         with torch.autocast(hidden.device.type, enabled=False):
             work = _Workspace(hidden, weight, bias, plan)
-            for at, _, logits in work.chunks():
-                for rows, z, shifted, scratch in work.tiles(at, logits):
+            for positions, _, logits in work.chunks():
+                for rows, z, shifted, scratch in work.tiles(positions, logits):
                     log_z[rows], logp[rows], entropy[rows] = _softmax_numbers(
                         z, targets[rows], shifted, scratch, plan
                     )
@@ -291,7 +288,7 @@ class _TokenStatistics(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, targets, log_z, entropy)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        # Rows of one buffer would be views of it: autograd wants outputs that own themselves.
+        # Rows of one buffer would be views of it; autograd requires outputs that are not views.
         outputs = (logp.clone(), entropy.clone(), *(values.clone() for values in extras))
         if not plan.entropy_grad:
             ctx.mark_non_differentiable(outputs[1])
@@ -304,22 +301,23 @@ class _TokenStatistics(torch.autograd.Function):
         plan: _Plan = ctx.plan
         with torch.autocast(hidden.device.type, enabled=False):
             work = _Workspace(hidden, weight, bias, plan)
-            to = _Gradients(hidden, weight, bias, ctx.needs_input_grad, plan)
-            for at, chunk, logits in work.chunks():
-                for rows, z, logp, scratch in work.tiles(at, logits):
-                    arrived = [None if grad is None else grad[rows] for grad in grads]
+            gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad, plan)
+            for positions, chunk, logits in work.chunks():
+                for rows, z, logp, scratch in work.tiles(positions, logits):
+                    tile_grads = [None if grad is None else grad[rows] for grad in grads]
                     _logits_gradient(
-                        z, targets[rows], log_z[rows], entropy[rows], arrived, logp, scratch, plan, rows
+                        z, targets[rows], log_z[rows], entropy[rows], tile_grads, logp, scratch, plan, rows
                     )
-                to.add(at, chunk, logits, work.weight)
-        return *to.finished(), None, None
+                gradients.add(positions, chunk, logits, work.weight)
+        return *gradients.result(), None, None
 
 
 def _softmax_numbers(
     z: Tensor, targets: Tensor, shifted: Tensor, scratch: Tensor, plan: _Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log Z, log-prob of the target, entropy), each (r,), of logits (r, V); leaves all log-probs in
-    ``shifted`` for the extras.
+    """(log Z, log-prob of the target, entropy), each (r,), of logits (r, V).
+
+    Leaves all log-probs in ``shifted`` for the extras.
     """
     top = z.amax(-1, keepdim=True).to(plan.math) * plan.inverse_temperature
     torch.add(-top, z, alpha=plan.inverse_temperature, out=shifted)
@@ -349,9 +347,9 @@ def _logits_gradient(
     rows: slice,
 ) -> None:
     """Overwrite the logits ``z (r, V)`` by their gradient: ``p (a + b log p) + 1[target] g + dense``, all
-    over the temperature.
+    divided by the temperature.
 
-    rows: where the tile stands among all tokens.
+    rows: positions of the tile among all tokens.
     """
     torch.add(-log_z[:, None], z, alpha=plan.inverse_temperature, out=logp)
     grad_logp, grad_entropy, *grad_extras = grads
@@ -378,8 +376,8 @@ def _logits_gradient(
 def _extras_gradient(
     logp: Tensor, targets: Tensor, grads: list[Tensor | None], plan: _Plan, rows: slice
 ) -> Tensor | None:
-    """Gradient (r, V) of the extra statistics with respect to the log-probs, by running them again;
-    None if none arrived.
+    """Gradient (r, V) of the extra statistics with respect to the log-probs, by computing them again; None
+    where no gradient arrived.
     """
     live = [(extra, grad) for extra, grad in zip(plan.extras, grads, strict=True) if grad is not None]
     if not live:
@@ -391,7 +389,7 @@ def _extras_gradient(
 
 
 class _Gradients:
-    """What the gradient of each chunk's logits is added into.
+    """Gradients of the inputs, summed up over chunks.
 
     An input that needs no gradient costs no matrix product.
     """
@@ -405,24 +403,23 @@ class _Gradients:
         self.weight = torch.zeros_like(weight, dtype=plan.math) if needs[1] else None
         self.bias = torch.zeros_like(bias, dtype=plan.math) if bias is not None and needs[2] else None
 
-    def add(self, at: slice, hidden: Tensor, gradient: Tensor, weight: Tensor) -> None:
-        """``gradient (c, V)`` of the logits of ``hidden (c, H)``, both in the matmul dtype."""
+    def add(self, positions: slice, hidden: Tensor, gradient: Tensor, weight: Tensor) -> None:
+        """Add ``gradient (c, V)`` of the logits of ``hidden (c, H)``, both in the matmul dtype."""
         if self.hidden is not None:
-            torch.mm(gradient, weight, out=self.hidden[at])
+            torch.mm(gradient, weight, out=self.hidden[positions])
         if self.weight is not None:
             _add_product(self.weight, gradient, hidden)
         if self.bias is not None:
             self.bias.add_(gradient.sum(0, dtype=self.bias.dtype))
 
-    def finished(self) -> tuple[Tensor | None, ...]:
-        found = zip((self.hidden, self.weight, self.bias), self.dtypes, strict=True)
-        return tuple(None if gradient is None else gradient.to(dtype) for gradient, dtype in found)
+    def result(self) -> tuple[Tensor | None, ...]:
+        """The gradients of (hidden, weight, bias) in the inputs' dtypes."""
+        pairs = zip((self.hidden, self.weight, self.bias), self.dtypes, strict=True)
+        return tuple(None if gradient is None else gradient.to(dtype) for gradient, dtype in pairs)
 
 
 def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """``total (V, H) += gradient^T hidden`` without a second ``(V, H)`` tensor, also where the dtypes
-    differ.
-    """
+    """``total (V, H) += gradient^T hidden`` without a second ``(V, H)`` tensor, also for different dtypes."""
     if total.dtype == gradient.dtype:
         total.addmm_(gradient.t(), hidden)
         return

@@ -1,7 +1,7 @@
-"""Models from folders: every tensor accounted for, and nothing in them that is random in train mode.
+"""Loads models from folders: with exactly the architecture's tensors, and without randomness in train mode.
 
-transformers fills what a folder lacks with random weights and drops what it cannot place, with a warning.
-Here either is an error.
+transformers fills missing tensors with random weights and drops unexpected ones, with a warning. Here either
+is an error.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ __all__ = [
     "without_dropout",
 ]
 
-# "logits": a language model. "scalar": a reward model that was trained. "new scalar": one to be trained, from
-# either.
+# "logits": a language model. "scalar": a trained reward model. "new scalar": a reward model to be trained
+# from either.
 Head = Literal["logits", "scalar", "new scalar"]
 _SCALAR_HEAD = ("score.", "classifier.")
 _LANGUAGE_HEADS = ("lm_head.", "embed_out.", "output_projection.")
@@ -48,15 +48,14 @@ _KINDS = {
     AutoModelForSequenceClassification: "a model with a scalar head",
 }
 _NAMED = 3  # tensors that an error names
-_ASKED_OFTENER = 8
+_RANDOM_PASSES = 8  # further passes of a model whose forward draws random numbers
 
-# Probabilities and noise that a forward in train mode applies by itself, by the name of the attribute.
+# Names of attributes with the probabilities and noise that a forward in train mode applies.
 _RANDOM = re.compile(r"drop|^(input_)?jitter_noise$|^moe_jitter_eps$")
 
 
 def load_causal_lm(path: str, revision: str | None, attention: str) -> PreTrainedModel:
-    """A causal LM in float32 (the optimizer's precision; autocast lowers the compute), without dropout in
-    train mode.
+    """A causal LM in float32 (the optimizer's precision; autocast computes in a lower one), without dropout.
 
     Raises UserError where the folder's tensors are not exactly the architecture's.
     """
@@ -71,7 +70,7 @@ def open_folder(
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """``kind.from_pretrained`` and its loading info, for ``require_complete``.
 
-    Raises UserError where no such model can be made of it.
+    Raises UserError where the folder does not load as such a model.
     """
     options |= {"revision": revision, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
@@ -82,7 +81,8 @@ def open_folder(
             raise
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{path} does not load as {_KINDS[kind]}: {reason:.200}; choose another model, or fetch it again"
+            f"{path} does not load as {_KINDS[kind]}: {reason:.200}; choose another model, or download "
+            "it again"
         ) from error
 
 
@@ -90,8 +90,11 @@ def open_folder(
 
 
 def require_weights(path: str, revision: str | None, head: Head) -> None:
-    """Compare names and shapes of the folder's tensors with the architecture's before memory is spent on
-    them: nothing is read but the files' headers. Raises UserError as ``require_complete`` does."""
+    """Compare names and shapes of the folder's tensors with the architecture's, reading only the files'
+    headers.
+
+    Raises UserError as ``require_complete`` does.
+    """
     kind = AutoModelForCausalLM if head == "logits" else AutoModelForSequenceClassification
     options: dict[str, Any] = {"num_labels": 1} if head == "new scalar" else {}
     with _quiet():
@@ -102,10 +105,11 @@ def require_weights(path: str, revision: str | None, head: Head) -> None:
 def require_complete(path: str, model: PreTrainedModel, report: Mapping[str, Any], head: Head) -> None:
     """Raises UserError unless the folder held every tensor of ``model`` in its shape, and no other.
 
-    report: transformers' loading info. A reward model may keep the language head it does not use; one to be
-    trained has a new head.
+    report: transformers' loading info. A reward model's folder may hold a language head, which is not used; a
+    reward model to be trained gets a new head.
     """
-    missing, unexpected = set(report["missing_keys"]), set(report["unexpected_keys"])
+    missing = set(report["missing_keys"])
+    unexpected = set(report["unexpected_keys"])
     if head != "logits":
         unexpected = {name for name in unexpected if not name.startswith(_LANGUAGE_HEADS)}
     heads = {name for name in missing if name.startswith(_SCALAR_HEAD)}
@@ -116,32 +120,36 @@ def require_complete(path: str, model: PreTrainedModel, report: Mapping[str, Any
             f"{path} has no {min(heads)}: it is a language model, not a reward model that was trained"
         )
     misshapen = [
-        f"{name} {tuple(there)} instead of {tuple(here)}" for name, there, here in report["mismatched_keys"]
+        f"{name} {tuple(stored)} instead of {tuple(expected)}"
+        for name, stored, expected in report["mismatched_keys"]
     ]
-    found = {
+    tensors = {
         "missing": sorted(missing),
         "unexpected": sorted(unexpected),
         "of another shape": sorted(misshapen),
     }
-    wrong = [_listed(kind, names) for kind, names in found.items() if names]
-    if wrong:
+    problems = [_describe(kind, names) for kind, names in tensors.items() if names]
+    if problems:
         raise UserError(
             f"{path}: its tensors are not those of {type(model).__name__}, which its config names: "
-            f"{'; '.join(wrong)}. What is missing "
-            "would start at random and what is unexpected be dropped: fetch the folder again, or mend its "
-            "config or its names"
+            f"{'; '.join(problems)}. Missing tensors would start at random, unexpected ones be dropped: "
+            "download the folder again, or correct its config or its names"
         )
 
 
-def _listed(kind: str, names: list[str]) -> str:
+def _describe(kind: str, names: list[str]) -> str:
+    """How many tensors are of a kind, and the names of the first."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f"{len(names)} {kind} ({', '.join(names[:_NAMED])}{more})"
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, transformers draws no bar and prints no table: what is wrong is said in one line."""
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    """Inside, transformers draws no bar and prints no table, since the caller reports problems in one
+    line.
+    """
+    bars = logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
@@ -156,61 +164,61 @@ def _quiet() -> Iterator[None]:
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """``model`` with every dropout, layer drop and router noise off, in place: as modules, as numbers that a
-    forward reads from its module, and as numbers that it reads from the config. ``model.config``, which is
-    written with the weights, keeps what it says."""
-    written = copy.deepcopy(model.config)
+    """Switch off every dropout, layer drop and router noise of ``model``, in place; returns it.
+
+    They may be modules, numbers that a forward reads from its module, or numbers that it reads from the
+    config. ``model.config``, which is saved with the weights, keeps its values.
+    """
+    saved_config = copy.deepcopy(model.config)
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
-        _silence(vars(module))
+        _set_probabilities_to_zero(vars(module))
         if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
-            _silence(vars(config))
-    model.config = written
+            _set_probabilities_to_zero(vars(config))
+    model.config = saved_config
     return model
 
 
-def _silence(values: dict[str, Any]) -> None:
-    """Set each probability among these attributes to 0."""
+def _set_probabilities_to_zero(values: dict[str, Any]) -> None:
+    """Set each probability among the attributes ``values`` to 0."""
     for name, value in values.items():
         if isinstance(value, float) and 0 < value <= 1 and _RANDOM.search(name):
             values[name] = 0.0
 
 
 @torch.no_grad()
-def require_repeatable(policy: Any, micro: Any, *, path: str, tolerance: float) -> None:
-    """Raises UserError unless ``policy`` gives the same numbers for ``micro`` twice in train mode, and once
-    in eval mode.
+def require_repeatable(policy: Any, micro_batch: Any, *, path: str, tolerance: float) -> None:
+    """Raises UserError unless ``policy`` gives equal numbers for ``micro_batch`` in train mode, in train mode
+    again, and in eval mode.
 
-    Where a forward draws random numbers it is asked oftener, for what they change may be rare. tolerance:
-    nats, for kernels that round differently from run to run. A collective where ``policy`` is sharded.
     Otherwise the log-probs of an update would differ at random from those that the ratio or the reference
-    compares them with.
+    compares them with. A model whose forward draws random numbers is run more often, since their effect may
+    be rare. tolerance: nats, for kernels that round differently from run to run. A collective where
+    ``policy`` is sharded.
     """
 
     def numbers(*, training: bool) -> Tensor:
         set_mode(policy, training=training)
-        values = policy(micro, temperature=1.0, wants=frozenset({"logp"}), chunk=micro.width)
+        values = policy(micro_batch, temperature=1.0, wants=frozenset({"logp"}), chunk=micro_batch.width)
         return torch.cat([value.flatten() for value in values.values()]).float()
 
     evaluated = numbers(training=False)
     with torch.random.fork_rng(_devices()):
         before = _random_state()
-        trained = [numbers(training=True)]
-        trained += [
-            numbers(training=True)
-            for _ in range(1 if torch.equal(before, _random_state()) else _ASKED_OFTENER)
-        ]
+        first = numbers(training=True)
+        further_passes = 1 if torch.equal(before, _random_state()) else _RANDOM_PASSES
+        repeated = [numbers(training=True) for _ in range(further_passes)]
     reshard(policy)
-    apart = max(float((again - trained[0]).abs().max()) for again in trained[1:])
-    moved = max(float((one - evaluated).abs().max()) for one in trained)
-    if not max(apart, moved) <= tolerance:
+
+    between_calls = max(float((values - first).abs().max()) for values in repeated)
+    between_modes = max(float((values - evaluated).abs().max()) for values in (first, *repeated))
+    if not max(between_calls, between_modes) <= tolerance:
         raise UserError(
-            f"{path}: in train mode {_class_of(policy)} gives one row log-probs that differ by {apart:.2g} "
-            "nats from call to call and by "
-            f"{moved:.2g} from eval mode (at most {tolerance:g} is rounding). Something in it is random that "
-            "cannot be switched off from "
-            "outside; set its dropout, noise or sampling to 0 in config.json, or choose another model"
+            f"{path}: in train mode {_class_of(policy)} gives one row log-probs that differ by "
+            f"{between_calls:.2g} nats from call to call and by {between_modes:.2g} from eval mode (at most "
+            f"{tolerance:g} is rounding). It draws random numbers that cannot be switched off from outside; "
+            "set its dropout, noise or sampling to 0 in config.json, or choose another model"
         )
 
 
@@ -219,10 +227,11 @@ def _devices() -> list[int]:
 
 
 def _random_state() -> Tensor:
-    """Of the generators that a forward on this machine draws from."""
+    """The state of the generators from which a forward on this machine draws."""
     return torch.cat([torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _devices())])
 
 
 def _class_of(policy: nn.Module) -> str:
-    bare: Any = getattr(policy, "module", policy)
-    return type(bare.inner).__name__
+    """The name of the transformers class inside every wrapper."""
+    unwrapped: Any = getattr(policy, "module", policy)
+    return type(unwrapped.inner).__name__

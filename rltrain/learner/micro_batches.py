@@ -1,4 +1,4 @@
-"""This rank's micro-batches: of rollout rows, or of judged examples whose rows stay together."""
+"""This rank's micro-batches: of rollout rows, or of judged examples whose rows belong together."""
 
 from __future__ import annotations
 
@@ -26,17 +26,20 @@ __all__ = [
     "tokens_read",
 ]
 
-_SHARE_BELOW = 0.95  # of the tokens that reading every row by itself would take
+# Pairs share their prompts if that reads less than this share of the tokens of separate rows.
+_SHARE_BELOW = 0.95
 
-RowBuilder = Callable[[TrainedModel, TokenRows, Sequence[int]], MicroBatch]  # of the rows at these positions
+# Builds the micro-batch of the rows at some positions.
+RowBuilder = Callable[[TrainedModel, TokenRows, Sequence[int]], MicroBatch]
 
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """Built one at a time, as they are asked for. Every rank has equally many, at least one.
+    """The micro-batches of this rank, each built when it is needed. Every rank has equally many, at least
+    one.
 
-    A rank without rows gets an empty one: its gradient of 0 keeps momentum and weight decay as they should
-    be, and its passes join the collectives of the other ranks.
+    A rank without rows gets an empty one: with its gradient of 0, momentum and weight decay act as on the
+    other ranks, and its passes join their collectives.
     """
 
     parts: Sequence[Any]
@@ -56,7 +59,7 @@ def shares_prompts(trained: TrainedModel, frozen: PolicyForward | None = None) -
 
 
 def build_rows(trained: TrainedModel, rows: TokenRows, positions: Sequence[int]) -> MicroBatch:
-    """The rows at ``positions`` as one micro-batch, each read by itself."""
+    """The rows at ``positions`` as one micro-batch, without shared prompts."""
     return build(rows, positions, layout=trained.layout, device=trained.device)
 
 
@@ -70,7 +73,10 @@ def row_micro_batches(
     *,
     share: bool,
 ) -> MicroBatches:
-    """Of the rows at ``positions``. share: rows of one prompt may be read in one line, where that pays."""
+    """Micro-batches of the rows at ``positions``.
+
+    share: rows of one prompt may be read in one line, where that saves enough.
+    """
     indices = positions.tolist()
     budget = trained.settings.tokens_per_micro_batch
     lines = [[index] for index in range(len(indices))]
@@ -91,7 +97,7 @@ def row_micro_batches(
 
 
 def inverse_index(positions: Tensor, count: int) -> Tensor:
-    """(count,) the index in ``positions`` of each of ``count`` rows; -1 for a row that is not there."""
+    """(count,) the index in ``positions`` of each of ``count`` rows; -1 for a row that is not among them."""
     indices = torch.full((count,), -1)
     indices[positions] = torch.arange(len(positions))
     return indices
@@ -103,10 +109,11 @@ def inverse_index(positions: Tensor, count: int) -> Tensor:
 def example_micro_batches(
     trained: TrainedModel, rows: TokenRows, sides: int, *, share: bool, build_rows: RowBuilder = build_rows
 ) -> tuple[MicroBatches, bool]:
-    """Of all rows, those of an example together; and whether the two rows of each pair share their prompt.
+    """Micro-batches of all rows with an example's rows together, and whether the rows of a pair share their
+    prompt.
 
-    sides: rows per example. Row i of ``rows`` is of example i modulo the number of examples. In a micro-batch
-    the first rows of its examples come before the second ones.
+    sides: rows per example. Row i of ``rows`` belongs to example i modulo the number of examples. In a
+    micro-batch the first rows of all its examples come before the second ones.
     """
     count = len(rows) // sides
     if count * sides != len(rows):
@@ -130,14 +137,14 @@ def example_micro_batches(
 
 
 def tokens_read(rows: TokenRows, *, shared: bool) -> int:
-    """Tokens of all rows, prompts included. shared: the rows are of pairs whose prompts are read once."""
+    """Tokens of all rows, prompts included. shared: rows are pairs whose prompts are read once."""
     if shared:
         return sum(_shared_sizes(rows))
     return sum(map(len, rows.prompts)) + sum(map(len, rows.completions))
 
 
 def _sizes(rows: TokenRows, sides: int, layout: str) -> list[int]:
-    """Tokens that each example takes in a micro-batch; padded, its rows are as long as the longer one."""
+    """Tokens that each example takes in a micro-batch; if padded, all its rows are as long as the longest."""
     count = len(rows) // sides
     texts = zip(rows.prompts, rows.completions, strict=True)
     lengths = [len(prompt) + len(completion) for prompt, completion in texts]
@@ -146,7 +153,7 @@ def _sizes(rows: TokenRows, sides: int, layout: str) -> list[int]:
 
 
 def _shared_sizes(rows: TokenRows) -> list[int]:
-    """Tokens of each pair with its prompt read once."""
+    """Tokens of each pair, its prompt counted once."""
     count = len(rows) // 2
     completions = [len(completion) for completion in rows.completions]
     return [len(rows.prompts[pair]) + completions[pair] + completions[count + pair] for pair in range(count)]

@@ -16,13 +16,15 @@ from rltrain.config.schema import Optimizer
 def build_optimizer(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]], settings: Optimizer
 ) -> torch.optim.AdamW:
-    """AdamW over what requires a gradient; weight decay only on matrices, not on norms and biases."""
+    """AdamW over the parameters that require a gradient; weight decay only on matrices, not on norms and
+    biases.
+    """
     trained = [parameter for _, parameter in named_parameters if parameter.requires_grad]
     if not trained:
         raise ValueError("no parameter of the model requires a gradient; there is nothing to train")
     groups = [
-        {"params": [p for p in trained if len(whole_shape(p)) >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if len(whole_shape(p)) < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if len(full_shape(p)) >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if len(full_shape(p)) < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
@@ -55,14 +57,14 @@ def build_schedule(optimizer: torch.optim.Optimizer, settings: Optimizer, total_
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, torch.nn.Parameter]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The state of every parameter that has one, by ``name/slot``, each tensor whole, one after the other.
+    """The optimizer's state by parameter name and slot (``lm_head.weight/exp_avg``), one tensor at a time.
 
-    Sharded state is gathered, so every rank takes all of them.
+    Sharded state is gathered: a collective, in which every rank must iterate over all tensors.
     """
     for name, parameter in named:
         for slot, value in optimizer.state.get(parameter, {}).items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            yield f"{name}/{slot}", whole.detach()
+            full = value.full_tensor() if isinstance(value, DTensor) else value
+            yield f"{name}/{slot}", full.detach()
 
 
 def restore_optimizer(
@@ -70,9 +72,9 @@ def restore_optimizer(
     named: Iterable[tuple[str, torch.nn.Parameter]],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Put back what ``optimizer_tensors`` took.
+    """Restore a result of ``optimizer_tensors``.
 
-    Raises ValueError when it is of other parameters or shapes.
+    Raises ValueError when it has other parameters or shapes.
     """
     trained = {name: parameter for name, parameter in named if parameter.requires_grad}
     check_state(trained, tensors)
@@ -87,32 +89,31 @@ def restore_optimizer(
 
 
 def check_state(trained: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError when optimizer state is of parameters or shapes that are not ``trained``."""
-    strange = sorted({key.rpartition("/")[0] for key in tensors} - trained.keys())
-    if strange:
+    """Raises ValueError when optimizer state has parameters or shapes that are not those of ``trained``."""
+    unknown = sorted({key.rpartition("/")[0] for key in tensors} - trained.keys())
+    if unknown:
         raise ValueError(
-            f"the saved optimizer state is of {strange[0]!r} and {len(strange) - 1} more that this model "
+            f"the saved optimizer state is of {unknown[0]!r} and {len(unknown) - 1} more that this model "
             "does not train"
         )
     for key, value in tensors.items():
         name, _, slot = key.rpartition("/")
-        shape = whole_shape(trained[name])
+        shape = full_shape(trained[name])
         if slot != "step" and value.shape != shape:
             raise ValueError(
                 f"the saved {key} has shape {tuple(value.shape)} and the parameter {tuple(shape)}"
             )
 
 
-def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """Of the parameter itself, not of a rank's shard: ZeRO-3 leaves an empty tensor in its place."""
+def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """The shape of the unsharded parameter: ZeRO-3 leaves an empty tensor in its place."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def restore_schedule(schedule: LambdaLR, updates: int) -> None:
     """Set the learning rates to those after ``updates`` updates."""
-    rates = [
-        base * factor(updates) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    ]
+    factors = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    rates = [base * factor(updates) for base, factor in factors]
     schedule.load_state_dict(
         {**schedule.state_dict(), "last_epoch": updates, "_step_count": updates + 1, "_last_lr": rates}
     )

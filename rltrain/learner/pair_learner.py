@@ -1,4 +1,4 @@
-"""Updates from pairs that were sampled in the step, and the previous iterate that losses compare with."""
+"""Updates from pairs that were sampled in the step, and the previous iterate to which losses compare."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from rltrain.watchdog import Deadline, no_deadline
 __all__ = ["PREVIOUS", "PairLearner", "PairUpdates"]
 
 PREVIOUS = "previous_logp"
-_PREVIOUS_WEIGHTS = "previous/"  # begins the names of the iterate's weights in a checkpoint
+_PREVIOUS_WEIGHTS = "previous/"  # prefix of the iterate's weights in a checkpoint
 
 
 @dataclass(frozen=True)
 class PairUpdates:
-    """What one call of ``update_pairs`` did."""
+    """The result of one call of ``update_pairs``."""
 
     metrics: dict[str, float]  # averaged over the step's updates
     skipped: int  # updates dropped for a non-finite loss or gradient
-    tokens: int  # read by the gradient passes
+    tokens: int  # tokens read by the gradient passes
 
 
 class PairLearner(ModelOwner):
     """Takes several updates from a step's pairs and can keep a previous iterate of its weights.
 
-    temperature: of sampling, for ``annotate``; the log-probs of losses are at 1. deadline: as of
+    temperature: of sampling, for ``annotate``; the log-probs of losses are at temperature 1. deadline: as for
     ``TrainedModel``.
     """
 
@@ -66,7 +66,7 @@ class PairLearner(ModelOwner):
         self.frozen: dict[str, PolicyForward] = {}  # by statistic, "ref_logp" or "previous_logp"
 
     def use_frozen(self, statistic: str, path: str | None, model: Model) -> None:
-        """Load the model of ``statistic``. path: None is ``model`` as it started."""
+        """Load the model for ``statistic``. path: None means ``model`` as it started."""
         self.frozen[statistic] = load_frozen(path, model, self.device)
 
     def annotate(self, rows: TokenRows, wants: frozenset[str]) -> dict[str, Tensor]:
@@ -81,8 +81,8 @@ class PairLearner(ModelOwner):
     def update_pairs(self, rows: TokenRows, batch: PairBatch, objective: PreferenceObjective) -> PairUpdates:
         """``settings.epochs`` passes of ``settings.updates`` optimizer updates, each of whole prompts.
 
-        rows: the 2N of the pairs, chosen first. batch: the whole step, equal on every rank. Without a pair
-        nothing happens.
+        rows: the 2N rows of the pairs, chosen ones first. batch: the whole step, equal on every rank. Without
+        pairs it does nothing.
         """
         if len(batch) == 0:
             return PairUpdates({"loss/total": 0.0, "learner/grad_norm": 0.0}, 0, 0)
@@ -105,25 +105,25 @@ class PairLearner(ModelOwner):
     # the previous iterate -----------------------------------------------------------------------------------
 
     def keep_iterate(self, model: Model) -> None:
-        """The policy as it is becomes the model of ``previous_logp``. A collective."""
+        """Make the current policy the model of ``previous_logp``. A collective."""
         if PREVIOUS not in self.frozen:
             self.use_frozen(PREVIOUS, None, model)
-        held = self.frozen[PREVIOUS].state_dict()
+        iterate = self.frozen[PREVIOUS].state_dict()
         with torch.no_grad():
             for name, weight in self.model_weights():
-                held[f"model.{name}"].copy_(weight)
+                iterate[f"model.{name}"].copy_(weight)
 
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
-        """That of the trained model, and the previous iterate's weights."""
+        """The tensors of the trained model's optimizer, and the previous iterate's weights."""
         yield from self.trained.optimizer_state()
         if PREVIOUS in self.frozen:
             for name, weight in _named_parameters(self.frozen[PREVIOUS]):
                 yield _PREVIOUS_WEIGHTS + name, weight.detach()
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Continue where ``optimizer_state`` and ``state`` were taken."""
-        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PREVIOUS_WEIGHTS)}
-        self.trained.restore(own, values)
+        """Restore ``optimizer_state`` and ``state``."""
+        trained = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PREVIOUS_WEIGHTS)}
+        self.trained.restore(trained, values)
         if PREVIOUS in self.frozen:
             with torch.no_grad():
                 for name, weight in _named_parameters(self.frozen[PREVIOUS]):
@@ -131,5 +131,5 @@ class PairLearner(ModelOwner):
 
 
 def _named_parameters(policy: PolicyForward) -> list[tuple[str, torch.nn.Parameter]]:
-    """Tied weights once."""
+    """The parameters by name inside the model; tied weights once."""
     return [(name.removeprefix("model."), weight) for name, weight in policy.named_parameters()]

@@ -1,4 +1,4 @@
-"""Passes without gradients: what a model says of rows, computed by all ranks together."""
+"""Passes without gradients: a model's statistics of rows, computed by all ranks together."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_pass(
     forward: Callable[[MicroBatch], Mapping[str, Tensor]],
     results: Mapping[str, Tensor],
 ) -> None:
-    """Write what ``forward`` gives of this rank's micro-batches into ``results``, in place.
+    """Write the results of ``forward`` for this rank's micro-batches into ``results``, in place.
 
     module: the model that ``forward`` calls; it is put into eval mode. results: by name, (B,) or (B, T) on
     the CPU.
@@ -70,7 +70,7 @@ def compute_statistics(
 ) -> dict[str, Tensor]:
     """Statistics of the rows at ``positions``, (B, T) float32 each, 0 elsewhere, equal on every rank.
 
-    A collective. frozen: the model that is asked; None: the trained one. row_values: (B,) numbers that
+    A collective. frozen: the model to run; None: the trained one. row_values: (B,) numbers that
     statistics name as arguments.
     """
     names = sorted(wants)  # a set's order differs between ranks
@@ -95,7 +95,7 @@ def token_log_probs(
     temperature: float,
     frozen: PolicyForward | None = None,
 ) -> Tensor:
-    """``compute_statistics`` of all rows, the log-probs alone: (B, T) nats, 0 after a row's last token."""
+    """Log-probs of all rows, (B, T) nats, 0 after a row's last token; a collective."""
     positions = torch.arange(len(rows))
     wants = frozenset({"logp"})
     statistics = compute_statistics(trained, rows, positions, wants, temperature=temperature, frozen=frozen)
@@ -119,8 +119,8 @@ def write_statistics(
     share = shares_prompts(trained, frozen) and not reads_whole_rows
 
     def forward(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
-        given = {name: values[micro_batch.rows] for name, values in (row_values or {}).items()}
+        arguments = {name: values[micro_batch.rows] for name, values in (row_values or {}).items()}
         chunk = trained.settings.head_chunk
-        return module(micro_batch, temperature=temperature, wants=wants, chunk=chunk, given=given)
+        return module(micro_batch, temperature=temperature, wants=wants, chunk=chunk, row_values=arguments)
 
     run_pass(module, row_micro_batches(trained, rows, positions, share=share), forward, results)

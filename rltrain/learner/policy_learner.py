@@ -1,4 +1,4 @@
-"""The learner of rollouts: annotates a step's rows and takes the optimizer updates."""
+"""Trains the policy on rollouts: annotates a step's rows and takes the optimizer updates."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from rltrain.watchdog import Deadline, no_deadline
 __all__ = ["FROZEN", "PolicyLearner", "UpdateStats"]
 
 FROZEN = frozenset({"ref_logp", "teacher_logp"})  # statistics of models that are not trained
-_STEP_STATISTICS = ("logp", "entropy")  # of the policy that sampled, kept from the gradient pass
+_STEP_STATISTICS = ("logp", "entropy")  # of the sampling policy, recorded in the gradient pass
 
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """What one call of ``update`` did. Tensors are on the CPU."""
+    """The result of one call of ``update``. Tensors are on the CPU."""
 
     logp: Tensor  # (B, T) nats, the sampling policy's log-probs as the learner computes them
     entropy: Tensor  # (B, T) nats
@@ -44,7 +44,7 @@ class UpdateStats:
 class PolicyLearner(ModelOwner):
     """Trains the policy on rollouts.
 
-    temperature: of sampling; all log-probs are taken at it. max_tokens: of a completion. deadline: as of
+    temperature: of sampling, and of all log-probs. max_tokens: of a completion. deadline: as for
     ``TrainedModel``.
     """
 
@@ -72,9 +72,9 @@ class PolicyLearner(ModelOwner):
         self.frozen: dict[str, PolicyForward] = {}  # by statistic, "ref_logp" or "teacher_logp"
 
     def use_frozen(self, statistic: str, path: str | None, model: Model) -> None:
-        """Load the model of ``statistic``, "ref_logp" or "teacher_logp", for ``annotate``.
+        """Load the model for ``statistic``, "ref_logp" or "teacher_logp", of ``annotate``.
 
-        path: None is ``model`` as it started.
+        path: None means ``model`` as it started.
         """
         self.frozen[statistic] = load_frozen(path, model, self.device)
 
@@ -86,10 +86,10 @@ class PolicyLearner(ModelOwner):
         wants: frozenset[str],
         powers: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Statistics of all rows, ("logp", "entropy", "ref_logp", ...), (B, T) each, equal on every rank.
+        """Statistics of all rows ("logp", "entropy", "ref_logp", ...), (B, T) each, equal on every rank.
 
-        powers: for each name "ref_log_mass:..." in ``wants`` the (B,) powers of the reference's probabilities
-        that it sums.
+        powers: (B,) for each name "ref_log_mass:..." in ``wants``, the powers of the reference's
+        probabilities that it sums.
         """
         powers = powers or {}
         missing = sorted((FROZEN & wants) - self.frozen.keys())
@@ -105,9 +105,9 @@ class PolicyLearner(ModelOwner):
             mass = frozenset({"log_mass:power"})
             statistics = self._statistics(rows, mass, frozen=frozen, row_values={"power": power})
             results[name] = statistics["log_mass:power"]
-        own = wants - FROZEN - powers.keys()
-        if own:
-            results |= self._statistics(rows, own)
+        policy_wants = wants - FROZEN - powers.keys()
+        if policy_wants:
+            results |= self._statistics(rows, policy_wants)
         return results
 
     def _statistics(
@@ -142,9 +142,9 @@ class PolicyLearner(ModelOwner):
     ) -> UpdateStats:
         """``settings.epochs`` passes of ``settings.updates`` optimizer updates over the step's rows.
 
-        batch: the whole step, equal on every rank. adjust: controls that look at the current policy; they see
-        one optimizer batch at a time, with ``logp_now`` and ``entropy_now`` filled in as they need. Raises
-        NonFiniteError after ``max_nonfinite`` bad updates in a row.
+        batch: the whole step, equal on every rank. adjust: controls that depend on the current policy; each
+        call receives one optimizer batch, with ``logp_now`` and ``entropy_now`` filled in as they need.
+        Raises NonFiniteError after ``max_nonfinite`` dropped updates in a row.
         """
         policy_stats = {name: torch.zeros(step_shape(rows)) for name in _STEP_STATISTICS}
         updates: list[_Update] = []
@@ -163,7 +163,7 @@ class PolicyLearner(ModelOwner):
         return UpdateStats(
             logp=policy_stats["logp"],
             entropy=policy_stats["entropy"],
-            metrics=_averaged([update.metrics for update in updates]),
+            metrics=_average_metrics([update.metrics for update in updates]),
             idle_rows=sum(update.idle_rows for update in updates),
             skipped_updates=sum(not update.result.stepped for update in updates),
             trained_rows=sum(update.trained_rows for update in updates),
@@ -199,7 +199,7 @@ class PolicyLearner(ModelOwner):
             self.trained,
             micro_batches,
             loss_of,
-            wants=_wanted_statistics(objective.needs).union(record),
+            wants=_gradient_pass_statistics(objective.needs).union(record),
             temperature=self.temperature,
             record=record,
         )
@@ -217,7 +217,7 @@ class PolicyLearner(ModelOwner):
     ) -> TrainBatch:
         """``part`` with the current policy's statistics ``needs``.
 
-        On a step's first update the old ones are current. ``logp_now`` and ``entropy_now`` are fields,
+        In a step's first update the old statistics are current. ``logp_now`` and ``entropy_now`` are fields;
         further statistics of the head ("<statistic>_now") go to ``extra``.
         """
         known = {"logp_now": part.old_logp, "entropy_now": part.old_entropy} if first else {}
@@ -247,14 +247,15 @@ class _Update:
         return self.result.metrics | {f"control/{name}": value for name, value in self.notes.items()}
 
 
-def _averaged(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _average_metrics(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The means over the updates."""
     return {name: sum(update[name] for update in metrics) / len(metrics) for name in metrics[0]}
 
 
-def _wanted_statistics(needs: frozenset[str]) -> frozenset[str]:
-    """Those of ``needs`` that the gradient pass returns; the others are in the batch."""
-    own = {name for name in needs if name.partition(":")[0] in ("entropy", "entropy_grad", *STATISTICS)}
-    return frozenset({"logp"} | own)
+def _gradient_pass_statistics(needs: frozenset[str]) -> frozenset[str]:
+    """The statistics of ``needs`` that the gradient pass computes; the others are in the batch."""
+    known = ("entropy", "entropy_grad", *STATISTICS)
+    return frozenset({"logp"} | {name for name in needs if name.partition(":")[0] in known})
 
 
 def _policy_tokens(statistics: Mapping[str, Tensor]) -> PolicyTokens:

@@ -1,9 +1,9 @@
 """Updates from judged examples: pairs of completions, or single ones.
 
-Rows of N pairs are 2N: the chosen completions, then the rejected ones, in the same order. Both rows of a pair
-go through the model in one micro-batch. As for rollouts, every rank holds the whole optimizer batch and plans
-the same micro-batches; statistics are taken over all of it before it is cut, and losses are divided by its
-number of examples, so that no layout changes a result.
+N pairs have 2N rows: the chosen completions, then the rejected ones, in the same order. Both rows of a pair
+are in the same micro-batch. As for rollouts, every rank holds the whole optimizer batch and plans the same
+micro-batches; statistics are computed over the whole batch before it is divided, and losses are divided by
+its number of examples, so that the layout does not change the result.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _TEMPERATURE = 1.0  # of the log-probs that preference losses compare
 
 @dataclass(frozen=True)
 class ExampleUpdate:
-    """What one update did."""
+    """The result of one update."""
 
-    metrics: dict[str, float]  # the loss and the means of what it reports, over the update's examples
+    metrics: dict[str, float]  # the loss and the means of its metrics, over the update's examples
     stepped: bool  # False: dropped for a non-finite loss or gradient
-    tokens: int  # read by the gradient pass, prompts included
-    shared: bool  # pairs' prompts were read once
+    tokens: int  # tokens read by the gradient pass, prompts included
+    shared: bool  # whether the prompts of pairs were read once
 
 
 def pair_rows(
@@ -63,7 +63,7 @@ class PreferenceLearner(ModelOwner):
     """Trains a model on judged examples.
 
     scoring: the number of a row that losses compare, by default the log-prob of its completion. deadline: as
-    of ``TrainedModel``.
+    for ``TrainedModel``.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class PreferenceLearner(ModelOwner):
     def log_probs(self, rows: TokenRows, *, sides: int, frozen: PolicyForward | None = None) -> Tensor:
         """(R,) nats, the log-prob of each row's completion, or a scalar head's reward; equal on every rank.
 
-        Float32 on the CPU. sides: rows per example, 2 for the rows of pairs. frozen: the model that is asked;
-        None: the trained one.
+        Float32 on the CPU. sides: rows per example, 2 for the rows of pairs. frozen: the model to run; None:
+        the trained one.
         """
         statistic = self.scoring.statistic
         return self._row_numbers(rows, sides, frozenset({statistic}), frozen)[statistic]
@@ -117,7 +117,7 @@ class PreferenceLearner(ModelOwner):
         return token_log_probs(self.trained, rows, temperature=_TEMPERATURE, frozen=frozen)
 
     def loss_inputs(self, numbers: Tensor, sides: int) -> LossInputs:
-        """What a loss takes, of one number (R,) for each row."""
+        """The arguments of a loss from one number (R,) for each row."""
         return self.scoring.loss_inputs(numbers, sides)
 
     def _row_numbers(
@@ -127,7 +127,7 @@ class PreferenceLearner(ModelOwner):
         wants: frozenset[str],
         frozen: PolicyForward | None,
     ) -> dict[str, Tensor]:
-        """(R,) each of ``wants``, float32 on the CPU, equal on every rank."""
+        """(R,) numbers for each of ``wants``, float32 on the CPU, equal on every rank."""
         module = self.trained.wrapped_model if frozen is None else frozen
         chunk = self.trained.settings.head_chunk
         results = {name: torch.zeros(len(rows)) for name in sorted(wants)}
@@ -157,19 +157,19 @@ class PreferenceLearner(ModelOwner):
 
         batch: the whole optimizer batch, equal on every rank, with the frozen models' log-probs in it.
         mismatched: for KTO, row i is prompt i with another prompt's completion. Raises NonFiniteError after
-        ``max_nonfinite`` bad updates in a row.
+        ``max_nonfinite`` dropped updates in a row.
         """
         sides = 2 if isinstance(batch, PairBatch) else 1
         current = self._with_logp_now(rows, batch, objective.needs, sides, mismatched)
-        whole = with_batch_statistics(current, objective.loss)
-        totals = ExampleTotals(examples=len(whole))
+        complete = with_batch_statistics(current, objective.loss)
+        totals = ExampleTotals(examples=len(complete))
         micro_batches, shared = self._micro_batches(rows, sides)
         statistic = self.scoring.statistic
 
         def loss_of(micro_batch: MicroBatch, statistics: Mapping[str, Tensor]) -> ObjectiveShare:
             numbers = self.scoring.row_numbers(statistics)[statistic]
             examples = micro_batch.rows[: len(micro_batch.rows) // sides]  # each example's first row
-            part = whole.rows(examples).to(self.device)
+            part = complete.rows(examples).to(self.device)
             return objective(self.loss_inputs(numbers, sides), part, totals)
 
         wants = frozenset({statistic})
@@ -188,7 +188,7 @@ class PreferenceLearner(ModelOwner):
         if isinstance(batch, LabelBatch) and "mismatched" in needs:
             if mismatched is None or batch.mismatched is None:
                 needed = "the loss compares prompts with other prompts' completions"
-                raise ValueError(f"{needed}, but no mismatched rows were given")
+                raise ValueError(f"{needed}, but mismatched rows are missing")
             logp = self.log_probs(mismatched, sides=1)
             facts = dataclasses.replace(batch.mismatched, logp_now=logp)
             batch = dataclasses.replace(batch, mismatched=facts)

@@ -1,8 +1,8 @@
 """The process reward model of an online run: a second model with its own optimizer, trained on outcomes.
 
-It is a causal language model and goes through the policy's memory path and micro-batch planner. A token's
-reward is its log-ratio to a reference, ``log pi_phi(y_t|..) - log pi_ref(y_t|..)``, arXiv:2502.01456; nobody
-labels tokens or steps.
+It is a causal language model and uses the policy's output head and micro-batch planner. A token's reward is
+its log-ratio to a reference, ``log pi_phi(y_t|..) - log pi_ref(y_t|..)``, arXiv:2502.01456; tokens and steps
+need no labels.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from rltrain.loss.objective import ObjectiveShare
 from rltrain.loss.preference.objective import PreferenceObjective
 from rltrain.loss.preference.statistics import with_batch_statistics
 from rltrain.registry import BoundMethod
-from rltrain.tensor_ops import masked, masked_mean
+from rltrain.tensor_ops import apply_mask, masked_mean
 from rltrain.types.policy import TokenRows, TrainBatch
 from rltrain.types.preference import CompletionFacts, ExampleTotals, LabelBatch, PolicySequences
 from rltrain.watchdog import Deadline, no_deadline
 
 __all__ = ["POLICY", "ProcessRewardLearner", "ProcessRewards"]
 
-POLICY = "policy"  # as ``reference``: the log-probs of the policy that sampled
+POLICY = "policy"  # value of ``reference`` for the log-probs of the sampling policy
 _LOGP = frozenset({"logp"})
 _TEMPERATURE = 1.0
 
 
 @dataclass(frozen=True)
 class ProcessRewards:
-    """What one step gave."""
+    """The result of one step."""
 
     reward: Tensor  # (B, T) nats, log-ratios of the model and its reference, 0 where the mask is off
     metrics: dict[str, float]
@@ -50,8 +50,8 @@ class ProcessRewardLearner(ModelOwner):
     """Trains the process reward model. ``version`` counts its updates.
 
     start: the weights to begin with, the model's own or a checkpoint's. origin: the model as it started,
-    which is its reference where the settings name none. base_settings: the policy's, for everything but the
-    optimizer. deadline: as of ``TrainedModel``.
+    which is the reference if the settings name none. base_settings: the policy's, used except for the
+    optimizer. deadline: as for ``TrainedModel``.
     """
 
     def __init__(
@@ -70,17 +70,17 @@ class ProcessRewardLearner(ModelOwner):
         self.settings = settings
         self.objective = PreferenceObjective(loss)
         self.trained = TrainedModel(start, core, total_updates=total_updates, seed=seed, deadline=deadline)
-        self.reference: PolicyForward | None = None  # None: the policy that sampled
+        self.reference: PolicyForward | None = None  # None: the sampling policy
         if settings.reference != POLICY:
             self.reference = load_frozen(settings.reference, origin, self.device)
 
     def judge(self, rows: TokenRows, batch: TrainBatch) -> ProcessRewards:
-        """The step's token rewards, and one pass of updates over the completions with a verdict.
+        """The step's token rewards, after one pass of updates over the completions that have a verdict.
 
-        batch: the whole step, equal on every rank, as is what comes back. With ``update: after`` each row's
-        reward comes from the forward pass that made its gradient, so from the weights before that update;
-        with "before" from one more pass after all of them. Raises ValueError where rewards came without a
-        verdict, NonFiniteError as ``PolicyLearner.update`` does.
+        batch: the whole step, equal on every rank, like the result. With ``update: after`` each row's reward
+        comes from the forward pass that made its gradient, that is, from the weights before that update; with
+        "before", from a further pass after all updates. Raises ValueError where no reward function gives
+        verdicts, NonFiniteError as ``PolicyLearner.update`` does.
         """
         label = _verdicts(batch)
         ref_logp = self._reference_log_probs(rows, batch)
@@ -98,11 +98,11 @@ class ProcessRewardLearner(ModelOwner):
             if len(labelled):
                 updates.append(self._update(rows, facts.rows(labelled), batch.mask, labelled, logp))
 
-        ratio = masked(self.trained.sum_each({"logp": logp})["logp"] - ref_logp, batch.mask)
+        ratio = apply_mask(self.trained.sum_each({"logp": logp})["logp"] - ref_logp, batch.mask)
         reward = ratio
         if self.settings.update == "before":
-            reward = masked(self.token_log_probs(rows) - ref_logp, batch.mask)
-        metrics = _averaged(updates)
+            reward = apply_mask(self.token_log_probs(rows) - ref_logp, batch.mask)
+        metrics = _average_metrics(updates)
         metrics["contrast"] = _contrast(ratio, label, batch.group, learns)
         metrics["abs"] = float(masked_mean(reward.abs(), batch.mask))
         return ProcessRewards(reward, {f"process_reward/{name}": value for name, value in metrics.items()})
@@ -118,7 +118,7 @@ class ProcessRewardLearner(ModelOwner):
     def token_log_probs(self, rows: TokenRows, frozen: PolicyForward | None = None) -> Tensor:
         """(B, T) nats of each completion token, 0 after the last, float32 on the CPU, equal on every rank.
 
-        frozen: the model that is asked; None: the trained one.
+        frozen: the model to run; None: the trained one.
         """
         return token_log_probs(self.trained, rows, temperature=_TEMPERATURE, frozen=frozen)
 
@@ -132,17 +132,17 @@ class ProcessRewardLearner(ModelOwner):
     ) -> dict[str, float]:
         """Metrics of one optimizer update over the rows at ``positions``, whose ``facts`` are in that order.
 
-        logp: (B, T), receives this rank's log-probs as they are before the update.
+        logp: (B, T), receives this rank's log-probs from before the update.
         """
-        whole = with_batch_statistics(facts, self.objective.loss)
+        complete = with_batch_statistics(facts, self.objective.loss)
         totals = ExampleTotals(len(positions))
         micro_batches = row_micro_batches(self.trained, rows, positions, share=shares_prompts(self.trained))
         indices = inverse_index(positions, len(rows))
 
         def loss_of(micro_batch: MicroBatch, statistics: Mapping[str, Tensor]) -> ObjectiveShare:
             counted = mask[micro_batch.rows][:, : micro_batch.width].to(self.device)
-            policy = PolicySequences(masked(statistics["logp"], counted).sum(1))
-            part = whole.rows(indices[micro_batch.rows]).to(self.device)
+            policy = PolicySequences(apply_mask(statistics["logp"], counted).sum(1))
+            part = complete.rows(indices[micro_batch.rows]).to(self.device)
             return self.objective(policy, part, totals)
 
         lr = self.lr
@@ -152,38 +152,40 @@ class ProcessRewardLearner(ModelOwner):
         except NonFiniteError as error:
             where = "its settings are in process_reward"
             raise NonFiniteError(f"the process reward model's {error} ({where})") from error
-        return {**_renamed(result.metrics), "lr": lr, "skipped_updates": float(not result.stepped)}
+        return {**_rename_metrics(result.metrics), "lr": lr, "skipped_updates": float(not result.stepped)}
 
 
 def _verdicts(batch: TrainBatch) -> Tensor:
-    """(B,) 1 right, 0 wrong, NaN where nobody says."""
+    """(B,) 1 right, 0 wrong, NaN unknown."""
     counts = batch.mask.any(1) & ~batch.rewards.isnan()
     if batch.correct is None or bool(counts.any() & batch.correct[counts].isnan().all()):
         raise ValueError(
             "the process reward model learns which completions are right, but no reward function says so: "
-            "add one that does to reward.functions (math_answer, with weight 0 if it must not count), or put "
-            "a part named 'correct' into your own scores"
+            "add such a function to reward.functions (math_answer, with weight 0 if it must not count), or "
+            "return a part named 'correct' in your own scores"
         )
     return batch.correct
 
 
 def _completion_facts(batch: TrainBatch, ref_logp: Tensor, label: Tensor) -> LabelBatch:
-    """The step's completions as a loss of labelled ones takes them."""
+    """The step's completions as the batch of a loss on labelled completions."""
     lengths = batch.mask.sum(1).clamp(min=1)
-    facts = CompletionFacts(lengths, ref_logp=masked(ref_logp, batch.mask).sum(1))
+    facts = CompletionFacts(lengths, ref_logp=apply_mask(ref_logp, batch.mask).sum(1))
     return LabelBatch(facts, batch.group, label)
 
 
-def _renamed(metrics: Mapping[str, float]) -> dict[str, float]:
-    """An update's metrics without "loss/"; "loss" is the objective's, which is also the total."""
-    own = {name.removeprefix("loss/"): value for name, value in metrics.items() if name.startswith("loss/")}
-    own["loss"] = own.pop("preference")
-    del own["total"]
-    return own | {"grad_norm": metrics["learner/grad_norm"]}
+def _rename_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """An update's metrics without the prefix "loss/"; "loss" is the objective's, which is also the total."""
+    renamed = {
+        name.removeprefix("loss/"): value for name, value in metrics.items() if name.startswith("loss/")
+    }
+    renamed["loss"] = renamed.pop("preference")
+    del renamed["total"]
+    return renamed | {"grad_norm": metrics["learner/grad_norm"]}
 
 
-def _averaged(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the updates; the skipped ones are counted."""
+def _average_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the updates, and the number of skipped ones."""
     skipped = sum(update["skipped_updates"] for update in updates)
     names = updates[0].keys() if updates else ()
     means = {name: sum(update[name] for update in updates) / len(updates) for name in names}

@@ -1,9 +1,8 @@
-"""This process as one of several: joining the others, and the board where each says that it is alive.
+"""This process as one of several ranks: joining the others, and the board on which each reports a heartbeat.
 
-``accelerate launch`` says by environment variables which backend it was asked for. On a machine without a GPU
-accelerate would pass over FSDP and DeepSpeed without a word and give plain DDP, or ranks that believe they
-are alone; here they are what they were asked to be, over gloo, so that everything can be tried and tested
-without a GPU.
+``accelerate launch`` states the requested backend in environment variables. On a machine without a GPU
+accelerate would silently ignore FSDP and DeepSpeed and use plain DDP, or start ranks that do not know of each
+other. This module starts the requested backend over gloo, so that all of them can be tested without a GPU.
 """
 
 from __future__ import annotations
@@ -42,16 +41,16 @@ def started_ranks() -> int:
 
 
 def requested_backend() -> Kind:
-    """What the launcher's environment asks for."""
-    if _set("ACCELERATE_USE_DEEPSPEED"):
+    """The backend that the launcher's environment requests."""
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
         return "deepspeed"
-    return "fsdp2" if _set("ACCELERATE_USE_FSDP") else "ddp"
+    return "fsdp2" if _is_set("ACCELERATE_USE_FSDP") else "ddp"
 
 
 def connect(deadline_seconds: float) -> None:
-    """Join the other ranks, once per process, before anything else asks how many there are.
+    """Join the other ranks, once per process, before any other code reads their number.
 
-    deadline_seconds: after which a collective that a peer does not join fails.
+    deadline_seconds: a collective that a peer does not join fails after this time.
     """
     if PartialState._shared_state or started_ranks() == 1:
         return
@@ -59,7 +58,7 @@ def connect(deadline_seconds: float) -> None:
     if on_cpu and requested_backend() == "deepspeed":
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # accelerate 1.15 ignores DeepSpeed when told cpu=True
         os.environ.pop("ACCELERATE_USE_CPU", None)
-        _without_compiled_collectives()
+        _disable_compiled_collectives()
     timeout = InitProcessGroupKwargs(
         backend="gloo" if on_cpu else None, timeout=timedelta(seconds=deadline_seconds)
     ).to_kwargs()
@@ -69,7 +68,7 @@ def connect(deadline_seconds: float) -> None:
 def mixed_precision(precision: str) -> str:
     """accelerate's name for a recipe's ``learner.precision`` on this machine.
 
-    Raises UserError where it would compute in another.
+    Raises UserError where accelerate would compute in another precision.
     """
     on_gpu = torch.cuda.is_available()
     if precision == "float16" and not on_gpu:
@@ -77,35 +76,32 @@ def mixed_precision(precision: str) -> str:
             "learner.precision is float16 and there is no GPU: on a CPU it would run in float32; set it to "
             "float32 or bfloat16"
         )
-    return {"auto": "bf16" if on_gpu else "no", "float32": "no", "bfloat16": "bf16", "float16": "fp16"}[
-        precision
-    ]
+    automatic = "bf16" if on_gpu else "no"
+    names = {"auto": automatic, "float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+    return names[precision]
 
 
 def make_accelerator(mixed_precision: str) -> Any:
-    """accelerate's ``Accelerator``, certain to be of the kind that was asked for; ``connect`` first. Raises
-    RuntimeError if it is not.
+    """accelerate's ``Accelerator`` for the requested backend; call ``connect`` first.
 
-    Afterwards transformers loads models whole on every rank, as references and engines need them;
-    ``sharded_loading`` is for the one model that is trained.
+    Afterwards transformers loads unsharded models on every rank, as references and engines need them;
+    ``sharded_loading`` is for the trained model. Raises RuntimeError if accelerate uses another backend.
     """
     accelerator = Accelerator(mixed_precision=mixed_precision)
-    kind, ranks = requested_backend(), started_ranks()
+    kind = requested_backend()
+    ranks = started_ranks()
     if ranks > 1 and kind == "fsdp2" and accelerator.distributed_type is DistributedType.MULTI_CPU:
-        # accelerate 1.15 knows FSDP on GPUs only, and copies the type from its PartialState whenever anything
-        # asks for its state.
+        # accelerate 1.15 supports FSDP on GPUs only, and copies the type from its PartialState at every read
+        # of its state.
         accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = (
             DistributedType.FSDP
         )
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-    found = accelerator.distributed_type
-    if (
-        ranks > 1
-        and kind != "ddp"
-        and found is not {"fsdp2": DistributedType.FSDP, "deepspeed": DistributedType.DEEPSPEED}[kind]
-    ):
+    actual = accelerator.distributed_type
+    expected = {"fsdp2": DistributedType.FSDP, "deepspeed": DistributedType.DEEPSPEED}.get(kind)
+    if ranks > 1 and expected is not None and actual is not expected:
         raise RuntimeError(
-            f"{kind} was asked for, but accelerate runs {found}: compare the versions installed with "
+            f"{kind} was requested, but accelerate runs {actual}: compare the versions installed with "
             "requirements/"
         )
     if accelerator.num_processes != ranks:
@@ -119,22 +115,17 @@ def make_accelerator(mixed_precision: str) -> Any:
 
 @contextlib.contextmanager
 def sharded_loading(accelerator: Any) -> Iterator[None]:
-    """Inside, transformers loads a model as its backend will hold it: ZeRO-3 cuts it up at once,
-    FSDP2 fills it on rank 0 alone.
+    """Inside, transformers loads a model in the form that its backend needs: ZeRO-3 shards it at once, FSDP2
+    loads it on rank 0 alone.
     """
-    if (
-        accelerator.distributed_type is DistributedType.DEEPSPEED
-        and accelerator.state.deepspeed_plugin.zero3_init_flag
-    ):
+    kind = accelerator.distributed_type
+    if kind is DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero3_init_flag:
         set_hf_deepspeed_config(accelerator.state.deepspeed_plugin.dschf)
         try:
             yield
         finally:
             unset_hf_deepspeed_config()
-    elif (
-        accelerator.distributed_type is DistributedType.FSDP
-        and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
-    ):
+    elif kind is DistributedType.FSDP and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
         with patch_environment(**{_RANK_0_ONLY: "true"}):
             yield
     else:
@@ -142,20 +133,18 @@ def sharded_loading(accelerator: Any) -> Iterator[None]:
 
 
 def agree(value: Any) -> Any:
-    """Rank 0's ``value`` on every rank, before there is a learner."""
+    """Rank 0's ``value`` on every rank, for use before a learner exists."""
     return broadcast_object_list([value])[0] if PartialState().num_processes > 1 else value
 
 
 def this_process(deadline: Deadline = no_deadline) -> Process:
-    """This process among those that ``connect`` has joined. deadline: wraps every wait for the other
-    ranks.
-    """
+    """This process among the ranks that ``connect`` has joined. deadline: wraps every wait for the others."""
     state: Any = PartialState()
 
     def gather(objects: list[Any]) -> list[Any]:
         if state.num_processes == 1:
             return list(objects)
-        with deadline("the other ranks", "to hand over theirs"):
+        with deadline("the other ranks", "to hand over their objects"):
             return gather_object(list(objects))
 
     return Process(
@@ -169,13 +158,14 @@ def this_process(deadline: Deadline = no_deadline) -> Process:
 
 
 class StoreBoard:
-    """Implements ``rltrain.watchdog.Board`` on the store through which the ranks met, over a
-    connection of its own.
+    """Implements ``rltrain.watchdog.Heartbeat`` on the store through which the ranks met, over a separate
+    connection.
     """
 
     def __init__(self) -> None:
         state = PartialState()
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        address = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
         self._rank = state.process_index
         self.peers: Collection[int] = [rank for rank in range(state.num_processes) if rank != self._rank]
         self._store = TCPStore(
@@ -186,8 +176,8 @@ class StoreBoard:
         self._store.set(f"rltrain/{self._rank}", text)
 
     def read(self) -> Mapping[int, str]:
-        spoken = [rank for rank in self.peers if self._store.check([f"rltrain/{rank}"])]
-        return {rank: self._store.get(f"rltrain/{rank}").decode("utf-8") for rank in spoken}
+        present = [rank for rank in self.peers if self._store.check([f"rltrain/{rank}"])]
+        return {rank: self._store.get(f"rltrain/{rank}").decode("utf-8") for rank in present}
 
 
 def open_heartbeat_board() -> StoreBoard | None:
@@ -195,14 +185,15 @@ def open_heartbeat_board() -> StoreBoard | None:
     return StoreBoard() if started_ranks() > 1 else None
 
 
-def _without_compiled_collectives() -> None:
-    """Keep DeepSpeed from compiling an all-reduce for CPUs: it takes 80 s, and killed at it leaves a
-    lock that hangs the next start.
+def _disable_compiled_collectives() -> None:
+    """Keep DeepSpeed from compiling an all-reduce for CPUs.
+
+    That takes 80 s, and a process killed meanwhile leaves a lock on which the next start hangs.
     """
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _set(variable: str) -> bool:
+def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"

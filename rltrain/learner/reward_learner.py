@@ -1,9 +1,8 @@
-"""Reward models with a scalar head: a causal language model whose output is one number at each row's last
-token.
+"""Reward models with a scalar head: a causal language model that gives one number at each row's last token.
 
-``PreferenceLearner`` trains one with ``scoring=REWARDS``. It is what transformers loads and saves as
-``AutoModelForSequenceClassification`` with one label, so that a finished run is a reward model for other
-programs as well. Started from a language model's folder, the head is new.
+``PreferenceLearner`` trains one with ``scoring=REWARDS``. transformers loads and saves it as
+``AutoModelForSequenceClassification`` with one label, so that other programs can use the trained reward
+model. When training starts from a language model's folder, the head is new.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ __all__ = ["REWARDS", "RewardForward", "load_reward_model", "name_pad_token"]
 class RewardForward(PolicyForward):
     """Wraps a model with a scalar head.
 
-    Rows come with one token more than they have: see ``build_reward_rows``.
+    Its rows have one extra token: see ``build_reward_rows``.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -43,7 +42,8 @@ class RewardForward(PolicyForward):
         self.model = model
         self.config = model.config  # DeepSpeed and FSDP2 read both from the module they are given
         self._no_split_modules = model._no_split_modules
-        self._takes_positions, self._unpackable = takes_positions(model), cannot_pack(model)
+        self._takes_positions = takes_positions(model)
+        self._unpackable = cannot_pack(model)
         self.shares_prompts = False
         self._rotary = rotary_limit(model.config)
 
@@ -53,25 +53,24 @@ class RewardForward(PolicyForward):
 
     def forward(
         self,
-        micro: MicroBatch,
+        micro_batch: MicroBatch,
         *,
         temperature: float,
         wants: frozenset[str],
         chunk: int,
-        given: Mapping[str, Tensor] | None = None,
+        row_values: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """``{"reward": (r,) float32}``, of the hidden state that would predict each row's last token."""
-        del temperature, wants, chunk, given
-        last = torch.bincount(micro.row, minlength=micro.rows.shape[0]).cumsum(0) - 1
-        hidden = self._hidden_states(self.inner, micro).index_select(0, last)
+        """``{"reward": (r,) float32}``, from the hidden state that would predict each row's extra token."""
+        del temperature, wants, chunk, row_values
+        last = torch.bincount(micro_batch.row, minlength=micro_batch.rows.shape[0]).cumsum(0) - 1
+        hidden = self._hidden_states(self.inner, micro_batch).index_select(0, last)
         head = scalar_head(self.inner)
         assert head is not None
 
         def reward(state: Tensor) -> Tensor:
             with torch.autocast(state.device.type, enabled=False):
-                return linear(
-                    state.float(), head.weight.float(), None if head.bias is None else head.bias.float()
-                )
+                bias = None if head.bias is None else head.bias.float()
+                return linear(state.float(), head.weight.float(), bias)
 
         return {"reward": call_as_module(head, reward, hidden)[:, 0]}
 
@@ -89,9 +88,10 @@ def reward_inputs(rewards: Tensor, sides: int) -> RewardPairs | Tensor:
 
 
 def build_reward_rows(trained: TrainedModel, rows: TokenRows, positions: Sequence[int]) -> MicroBatch:
-    """The rows at ``positions`` with one token more after each completion.
+    """The rows at ``positions`` with one extra token after each completion.
 
-    That token is not read, and the state that would predict it is the one of the row's last token.
+    The model does not read that token; the hidden state that would predict it is that of the row's last
+    token.
     """
     prompts = tuple(rows.prompts[position] for position in positions)
     completions = tuple((*rows.completions[position], 0) for position in positions)
@@ -111,10 +111,11 @@ REWARDS = RowScoring(
 
 
 def name_pad_token(model: PreTrainedModel, pad: int | None, stop: Collection[int]) -> None:
-    """For programs that batch with padding: transformers takes the last token that is no pad.
+    """Name the pad token in the config, for programs that batch with padding: transformers scores a text at
+    its last token that is not the pad token.
 
-    One that also ends texts would be passed over at their end, so it is not named, and such a folder scores
-    one text at a time.
+    A pad token that also ends texts is not named, since transformers would skip it there; such a folder
+    scores one text at a time.
     """
     model.config.pad_token_id = None if pad in stop else pad
 
@@ -122,11 +123,11 @@ def name_pad_token(model: PreTrainedModel, pad: int | None, stop: Collection[int
 def load_reward_model(
     path: str, revision: str | None, attention: str, *, trained: bool = False, decoder: bool = True
 ) -> PreTrainedModel:
-    """In float32, without dropout. The head of a folder that has none starts at random, or with ``trained``
-    is an error.
+    """A model with a scalar head, in float32, without dropout.
 
-    decoder: it must have a linear head named score over a decoder, which is what can be trained here. Raises
-    UserError where no such model can be made, or where other tensors than the head are missing.
+    trained: the folder must have a head; otherwise a missing head starts at random. decoder: the model must
+    be a decoder with a linear head named score, the only kind that can be trained here. Raises UserError
+    where no such model can be made, or where tensors other than the head are missing.
     """
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     options |= {} if trained else {"num_labels": 1}
@@ -138,7 +139,7 @@ def load_reward_model(
         raise UserError(f"{path} has {model.config.num_labels} outputs; a reward model has 1")
     if decoder and scalar_head(model) is None:
         raise UserError(
-            f"{path}: {type(model).__name__} has no linear output named score over a decoder; choose a "
+            f"{path}: {type(model).__name__} is no decoder with a linear output named score; choose a "
             "causal language model"
         )
     return without_dropout(model)

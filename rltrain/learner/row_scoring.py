@@ -21,13 +21,15 @@ LossInputs = PolicyPairs | PolicySequences | RewardPairs | Tensor
 
 @dataclass(frozen=True)
 class RowScoring:
-    """Which model is trained, what it gives of a row, and how a loss takes that."""
+    """Which kind of model is trained, its number for a row, and the form in which a loss takes that
+    number.
+    """
 
     load: Callable[[Model], PreTrainedModel]
     wrap: Callable[[PreTrainedModel], PolicyForward]
-    statistic: str  # of the forward pass
+    statistic: str  # the statistic of the forward pass that gives the number
     row_numbers: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # (r,) float32, one for each row
-    loss_inputs: Callable[[Tensor, int], LossInputs]  # of (R,) numbers and the rows per example
+    loss_inputs: Callable[[Tensor, int], LossInputs]  # from (R,) numbers and the rows per example
     build_rows: RowBuilder
     predicts_tokens: bool  # whether the model's output is a distribution over tokens, which has an entropy
 

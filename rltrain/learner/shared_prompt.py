@@ -1,10 +1,10 @@
-"""A prompt read once for its completions: one line holds the prompt, then the completions, which do not see
-each other.
+"""Reads a prompt once for several completions: one line holds the prompt, then the completions, which do not
+see each other.
 
-Every position takes part in attention with the prompt and its own completion only, by a mask, and each
-completion's positions go on where the prompt ended, so that every token gets the log-prob it would have
-alone. Read are P + sum C tokens instead of n P + sum C, and completions of different lengths leave no padding
-between them. What it costs is attention over the whole line, most of it masked.
+A mask restricts the attention of every position to the prompt and its own completion, and each completion's
+positions continue after the prompt's, so that every token gets the log-prob that it has in a line of its own.
+The model reads P + sum C tokens instead of n P + sum C, and completions of different lengths need no padding
+between them. The price is attention over the whole line, most of it masked.
 """
 
 from __future__ import annotations
@@ -20,66 +20,63 @@ from rltrain.types.policy import TokenRows
 
 __all__ = ["build_shared", "line_length", "lines_of"]
 
-_WORTH_SHARING = 0.8  # of the positions that plain rows would read: masked attention has a price
+# Prompts are shared if that reads at most this share of the positions of separate rows: masked attention is
+# not free.
+_WORTH_SHARING = 0.8
 _MASK_ELEMENTS = 1 << 26  # of a micro-batch's mask, at most
-_SCORES_PER_HIDDEN = (
-    6  # a layer's matrix products cost a position about 24 H^2, one of its attention scores 4 H
-)
+# A layer's matrix products cost a position about 24 H^2, one of its attention scores 4 H.
+_SCORES_PER_HIDDEN = 6
 
 
 def lines_of(rows: TokenRows, positions: Sequence[int], *, hidden: int, budget: int) -> list[list[int]]:
-    """The rows at ``positions``, as indices into it, in lines to read together: those of one prompt, or each
-    by itself where sharing saves little.
+    """Indices into ``positions`` in lines of rows with one prompt, or one line for each row where sharing
+    saves little.
 
-    hidden: width H of the model. budget: tokens that one micro-batch may read. m completions of C tokens in a
-    line cost ``6 H (P / m + C) + (P + m C)^2 / m`` each, in attention scores: least at ``m = sqrt(P (6 H +
-    P)) / C``.
+    hidden: width H of the model. budget: tokens that one micro-batch may read. Each of m completions of C
+    tokens in a line costs ``6 H (P / m + C) + (P + m C)^2 / m``, in units of one attention score; the minimum
+    is at ``m = sqrt(P (6 H + P)) / C``.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, position in enumerate(positions):
         groups.setdefault(rows.prompts[position], []).append(index)
-    apart = [[index] for index in range(len(positions))]
-    longest = min(
-        budget, max(_MASK_ELEMENTS // budget, 1)
-    )  # then even a full micro-batch's mask, lines x longest^2, is within bounds
+    separate = [[index] for index in range(len(positions))]
+    # With lines of this length even a full micro-batch's mask, lines x longest^2, is within bounds.
+    longest = min(budget, max(_MASK_ELEMENTS // budget, 1))
     lines: list[list[int]] = []
     for prompt, members in groups.items():
         read = {index: max(len(rows.completions[positions[index]]) - 1, 0) for index in members}
-        best = (
-            math.sqrt(len(prompt) * (_SCORES_PER_HIDDEN * hidden + len(prompt)))
-            * len(members)
-            / max(sum(read.values()), 1)
-        )
-        lines += _spread(read, len(prompt), max(best, 1.0), longest)
-    together = sum(line_length(rows, [positions[index] for index in line]) for line in lines)
-    return (
-        lines
-        if together <= _WORTH_SHARING * sum(line_length(rows, [position]) for position in positions)
-        else apart
-    )
+        root = math.sqrt(len(prompt) * (_SCORES_PER_HIDDEN * hidden + len(prompt)))
+        rows_per_line = root * len(members) / max(sum(read.values()), 1)
+        lines += _distribute(read, len(prompt), max(rows_per_line, 1.0), longest)
+
+    shared_tokens = sum(line_length(rows, [positions[index] for index in line]) for line in lines)
+    separate_tokens = sum(line_length(rows, [position]) for position in positions)
+    return lines if shared_tokens <= _WORTH_SHARING * separate_tokens else separate
 
 
-def _spread(read: dict[int, int], prompt: int, together: float, longest: int) -> list[list[int]]:
-    """The rows ``read`` (index: tokens) in about equally long lines of ``together`` rows on average, none
-    longer than ``longest`` unless it is a single row."""
+def _distribute(read: dict[int, int], prompt: int, rows_per_line: float, longest: int) -> list[list[int]]:
+    """The rows of ``read`` (index: tokens) in lines of about equal length with ``rows_per_line`` rows on
+    average.
+
+    prompt: tokens of the prompt. No line is longer than ``longest`` unless it has a single row.
+    """
     order = sorted(read, key=lambda index: (-read[index], index))
-    count = max(round(len(order) / together), 1)
+    count = max(round(len(order) / rows_per_line), 1)
     while True:
         lines: list[list[int]] = [[] for _ in range(count)]
         filled = [prompt] * count
-        for index in order:  # each, longest first, to the emptiest line
-            at = filled.index(min(filled))
-            lines[at].append(index)
-            filled[at] += read[index]
+        for index in order:  # each, longest first, goes to the emptiest line
+            line = filled.index(min(filled))
+            lines[line].append(index)
+            filled[line] += read[index]
         if count == len(order) or max(filled) <= longest:
             return [sorted(line) for line in lines if line]
         count = min(count + max(count // 4, 1), len(order))
 
 
 def line_length(rows: TokenRows, line: Sequence[int]) -> int:
-    """Tokens read for the rows ``line`` of one prompt.
-
-    The last token of a completion predicts nothing and is not read.
+    """Tokens read for the rows ``line`` of one prompt, without the last token of each completion, which
+    predicts nothing.
     """
     return len(rows.prompts[line[0]]) + sum(max(len(rows.completions[row]) - 1, 0) for row in line)
 
@@ -91,38 +88,40 @@ def build_shared(
     order: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
 ) -> MicroBatch:
-    """The micro-batch of ``lines``, each of rows of one prompt; its r rows come in ``order``, or as the lines
-    have them.
+    """The micro-batch of ``lines``, each of rows of one prompt.
 
-    Raises ValueError where rows of a line have different prompts, or an empty one.
+    order: of the r rows in the micro-batch; None: that of the lines. Raises ValueError where rows of a line
+    have different prompts, or an empty one.
     """
-    count, longest = len(lines), max(line_length(rows, line) for line in lines)
+    count = len(lines)
+    longest = max(line_length(rows, line) for line in lines)
     ids, positions = np.zeros((2, count, longest), np.int64)
-    owner = np.full(
-        (count, longest), -1
-    )  # of each position: 0 the prompt, i the line's i-th row; behind the last there is none
-    starts: dict[
-        int, tuple[int, int]
-    ] = {}  # of each row, among all positions: the prompt's last, and its own first
+    # The owner of each position: 0 the prompt, i the line's i-th row, -1 padding.
+    owner = np.full((count, longest), -1)
+    # By row, indices among all positions: of the prompt's last token, and of the completion's first token.
+    starts: dict[int, tuple[int, int]] = {}
     for number, line in enumerate(lines):
-        for mine, row, tokens, begin in _laid(rows, line):
-            here, before = slice(begin, begin + len(tokens)), len(rows.prompts[line[0]])
-            ids[number, here], owner[number, here] = tokens, mine
-            positions[number, here] = np.arange(len(tokens)) + (before if mine else 0)
-            starts[row] = (number * longest + before - 1, number * longest + begin)
+        prompt_length = len(rows.prompts[line[0]])
+        for owner_id, row, tokens, start in _segments(rows, line):
+            segment = slice(start, start + len(tokens))
+            ids[number, segment] = tokens
+            owner[number, segment] = owner_id
+            positions[number, segment] = np.arange(len(tokens)) + (prompt_length if owner_id else 0)
+            starts[row] = (number * longest + prompt_length - 1, number * longest + start)
+
     order = [row for line in lines for row in line] if order is None else order
     after = np.array([len(rows.completions[row]) for row in order], np.int64)
-    place, column = np.repeat(np.arange(len(order)), after), ramp(after)
-    of_prompt, own = np.array([starts[row] for row in order], np.int64).T
+    place = np.repeat(np.arange(len(order)), after)
+    column = ramp(after)
+    prompt_end, completion_start = np.array([starts[row] for row in order], np.int64).T
+    targets = (token for row in order for token in rows.completions[row])
     arrays = {
         "rows": np.asarray(order, np.int64),
         "input_ids": ids,
         "position_ids": positions,
         # The prompt's last token predicts the first of every completion.
-        "index": np.where(column == 0, of_prompt[place], own[place] + column - 1),
-        "targets": np.fromiter(
-            (token for row in order for token in rows.completions[row]), np.int64, int(after.sum())
-        ),
+        "index": np.where(column == 0, prompt_end[place], completion_start[place] + column - 1),
+        "targets": np.fromiter(targets, np.int64, int(after.sum())),
         "row": place,
         "column": column,
     }
@@ -132,9 +131,9 @@ def build_shared(
     return MicroBatch(**tensors, attention_mask=mask, width=width, packed=False).to(device)
 
 
-def _laid(rows: TokenRows, line: Sequence[int]) -> Iterator[tuple[int, int, tuple[int, ...], int]]:
-    """(0, row, prompt, 0), then for every row (its number in the line from 1, row, tokens read, where
-    they begin).
+def _segments(rows: TokenRows, line: Sequence[int]) -> Iterator[tuple[int, int, tuple[int, ...], int]]:
+    """The segments of a line: (0, first row, prompt, 0), then for every row (its number in the line from
+    1, row, tokens read, start in the line).
     """
     prompt = rows.prompts[line[0]]
     if not prompt:
@@ -143,19 +142,18 @@ def _laid(rows: TokenRows, line: Sequence[int]) -> Iterator[tuple[int, int, tupl
             "BOS token"
         )
     yield 0, line[0], prompt, 0
-    begin = len(prompt)
-    for mine, row in enumerate(line, 1):
+    start = len(prompt)
+    for number, row in enumerate(line, 1):
         if rows.prompts[row] != prompt:
             raise ValueError(f"rows {line[0]} and {row} have different prompts, so they cannot share one")
         tokens = rows.completions[row][:-1]
-        yield mine, row, tokens, begin
-        begin += len(tokens)
+        yield number, row, tokens, start
+        start += len(tokens)
 
 
 def _mask(owner: torch.Tensor) -> torch.Tensor:
-    """(lines, 1, L, L) bool: what each position looks at: the prompt and its own completion, up to itself."""
+    """(lines, 1, L, L) bool: each position attends to the prompt and its own completion, up to itself."""
     longest = owner.shape[1]
-    looks = (owner[:, :, None] == owner[:, None, :]).logical_or_(owner[:, None, :] == 0)
-    return looks.logical_and_(torch.ones(longest, longest, dtype=torch.bool, device=owner.device).tril_())[
-        :, None
-    ]
+    attends = (owner[:, :, None] == owner[:, None, :]).logical_or_(owner[:, None, :] == 0)
+    causal = torch.ones(longest, longest, dtype=torch.bool, device=owner.device).tril_()
+    return attends.logical_and_(causal)[:, None]

@@ -1,8 +1,8 @@
 """A model that an optimizer trains: weights, optimizer, schedule, backend, ranks and saved state.
 
-Learners hold one; ``update_step.py`` is what moves its weights. Every rank holds a whole step (token ids and
-small tensors) and plans the same micro-batches, so that what is computed does not depend on the number of
-ranks: each rank runs its share, and counts, losses and statistics are sums over all of them.
+Each learner holds one; ``update_step.py`` changes its weights. Every rank holds a whole step (token ids and
+small tensors) and plans the same micro-batches, so that results do not depend on the number of ranks: each
+rank runs its share, and counts, losses and statistics are sums over all ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rltrain.weight_names import CheckpointNames
 __all__ = ["ROUNDING", "ModelOwner", "NonFiniteError", "TrainedModel", "load_policy"]
 
 
-# nats per token, by precision: how far two passes over one row may differ
+# Nats per token, by precision: how much two passes over one row may differ.
 ROUNDING = {"no": 1e-4, "bf16": 0.05, "fp16": 0.02}
 _PROBE_TOKENS = 128
 
@@ -46,9 +46,10 @@ def load_policy(model: Model) -> PreTrainedModel:
 
 
 class TrainedModel:
-    """``version`` counts the optimizer updates taken: it names the weights.
+    """A transformers model with its optimizer; ``version``, the number of updates taken, identifies its
+    weights.
 
-    load, wrap: how the transformers model is loaded, and the module around it that takes micro-batches.
+    load: loads the transformers model. wrap: makes the module around it that takes micro-batches.
     deadline: wraps every wait for the other ranks that is not inside a forward or backward pass.
     """
 
@@ -82,7 +83,7 @@ class TrainedModel:
         self.schedule = build_schedule(optimizer, settings.optimizer, total_updates)
         max_grad_norm = settings.optimizer.max_grad_norm
         self.backend: Backend = prepare(self.accelerator, self.unwrapped_model, optimizer, max_grad_norm)
-        self.wrapped_model = self.backend.policy  # the module to call
+        self.wrapped_model = self.backend.policy  # the module for forward passes
         self.optimizer = self.backend.optimizer
         self.wrapped_model.train()  # every module: transformers loads its own in eval mode
         if isinstance(self.backend, DeepSpeedBackend) and self.precision != "no":
@@ -96,7 +97,7 @@ class TrainedModel:
 
     @property
     def precision(self) -> str:
-        """Of autocast, as accelerate names it: "no" for float32, "bf16", "fp16"."""
+        """The precision of autocast, in accelerate's terms: "no" for float32, "bf16", "fp16"."""
         return str(self.accelerator.mixed_precision)
 
     # ranks --------------------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ class TrainedModel:
         """The lists of all ranks, concatenated in rank order."""
         if self.world_size == 1:
             return list(objects)
-        with self._deadline("the other ranks", "to hand over theirs"):
+        with self._deadline("the other ranks", "to hand over their objects"):
             return gather_object(list(objects))
 
     def broadcast(self, value: Any) -> Any:
@@ -150,50 +151,50 @@ class TrainedModel:
         return self.unwrapped_model.inner
 
     def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Each weight on every rank, in float32 as the optimizer has it, under its checkpoint name.
+        """Each weight on every rank, in float32 like the optimizer's master, under its checkpoint name.
 
-        What transformers fuses comes in its parts. A collective: every rank takes all of them. One weight is
-        gathered at a time. dtype: of whoever takes them; shards are rounded to it before they are gathered.
+        Weights that transformers fuses are split. A collective: every rank must iterate over all weights, of
+        which one at a time is gathered. dtype: shards are rounded to it before they are gathered.
         """
         return self.names.to_checkpoint(self.model_weights(dtype))
 
     def model_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """``weights`` under the names that they have inside the model."""
+        """``weights`` under the names inside the model."""
         for name, tensor in self.unwrapped_model.state_dict(keep_vars=True).items():
             with self._deadline("the other ranks", f"to hand over their shards of {name}"):
-                whole = self.backend.whole(tensor, dtype)
-            yield name.removeprefix("model."), whole
-            del whole
+                full = self.backend.full_weight(tensor, dtype)
+            yield name.removeprefix("model."), full
+            del full
 
     def weight_norms(self) -> tuple[float, ...]:
-        """The norm of each weight in float64, in the order of ``model_weights``, without gathering any.
+        """The norm of each weight's master, in float64, in the order of ``model_weights``.
 
-        Replicas count as many times as there are ranks. An update that changes a weight changes its norm. A
-        collective.
+        An update that changes a weight changes its norm. Replicas are counted once per rank. A collective
+        that gathers no weight.
         """
         weights = self.unwrapped_model.state_dict(keep_vars=True).values()
-        squares = [self.backend.norm(weight) for weight in weights]
+        squares = [self.backend.sum_of_squares(weight) for weight in weights]
         return tuple(self.sum_over_ranks(torch.stack(squares)).sqrt().tolist())
 
     def _set_masters(self, model: Model) -> None:
         """Give the optimizer the model folder's float32 weights, where the backend rounded its own copies."""
-        torch.manual_seed(self.seed)  # where a head starts at random, the same one
+        torch.manual_seed(self.seed)  # a head that starts at random is the same as before
         exact = self._load(model).state_dict()
         assert isinstance(self.backend, DeepSpeedBackend)
         self.backend.set_masters(self._named_parameters(), exact)
 
     def _named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """Parameters by the names of the transformers model, which no wrapper changes."""
+        """Parameters by their names in the transformers model, without those of wrappers."""
         parameters = self.unwrapped_model.named_parameters()
         return [(name.removeprefix("model."), parameter) for name, parameter in parameters]
 
     # state --------------------------------------------------------------------------------------------------
 
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
-        """The optimizer's tensors by parameter name and slot, each whole, one after the other.
+        """The optimizer's tensors by parameter name and slot, one unsharded tensor at a time.
 
-        A collective: every rank takes all of them. Any backend and number of ranks continues from what
-        another one wrote.
+        A collective: every rank must iterate over all of them. Any backend and number of ranks can restore
+        them.
         """
         stream = self.backend.state(self._named_parameters())
         while True:
@@ -205,7 +206,7 @@ class TrainedModel:
             del item
 
     def state(self) -> dict[str, Any]:
-        """What an update depends on besides the weights and ``optimizer_state``, as JSON."""
+        """The state on which an update depends besides the weights and ``optimizer_state``, as JSON."""
         scaler = self.accelerator.scaler
         return {
             "version": self.version,
@@ -215,7 +216,7 @@ class TrainedModel:
         }
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Continue where ``optimizer_state`` and ``state`` were taken; the weights are those that this object loaded.
+        """Restore ``optimizer_state`` and ``state``, but no weights: they are those that this object loaded.
 
         Raises ValueError for another model's state.
         """
@@ -240,7 +241,7 @@ class TrainedModel:
         temperature: float,
         wants: frozenset[str],
     ) -> dict[str, Tensor]:
-        """The model's own statistics of a micro-batch, with a gradient where gradients are on."""
+        """The trained model's statistics of a micro-batch, with a gradient where gradients are enabled."""
         chunk = self.settings.head_chunk
         return self.wrapped_model(micro_batch, temperature=temperature, wants=wants, chunk=chunk)
 
@@ -248,8 +249,8 @@ class TrainedModel:
         """(norm of the gradient before clipping, whether the optimizer took the step), equal on every rank.
 
         A gradient that is not finite is dropped. loss: for the message. Raises NonFiniteError after
-        ``max_nonfinite`` dropped updates in a row; an overflow by which float16 finds its loss scale does not
-        count.
+        ``max_nonfinite`` dropped updates in a row; an overflow in float16's search for its loss scale does
+        not count.
         """
         grad_norm, stepped = self.backend.step()
         if stepped:
@@ -269,8 +270,8 @@ class TrainedModel:
 
 
 def _probe_row(config: Any) -> TokenRows:
-    """A row for a first look at the model: one token, then as many as ``_PROBE_TOKENS`` and its
-    context allow.
+    """A row for a first test of the model, of ``_PROBE_TOKENS`` tokens, or fewer if its context is
+    shorter.
     """
     context = context_of(config)
     vocabulary = config.get_text_config().vocab_size
@@ -280,7 +281,7 @@ def _probe_row(config: Any) -> TokenRows:
 
 
 class ModelOwner:
-    """What every learner shows of the trained model it holds; it adds nothing of its own."""
+    """Base class of learners: gives access to the trained model that a learner holds."""
 
     trained: TrainedModel
 
@@ -320,11 +321,11 @@ class ModelOwner:
         return any(self.gather([flag]))
 
     def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """``TrainedModel.weights``: a collective, of which every rank takes all weights."""
+        """``TrainedModel.weights``: a collective, in which every rank must iterate over all weights."""
         return self.trained.weights(dtype)
 
     def model_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """``TrainedModel.model_weights``: a collective, of which every rank takes all weights."""
+        """``TrainedModel.model_weights``: a collective, in which every rank must iterate over all weights."""
         return self.trained.model_weights()
 
     def weight_norms(self) -> tuple[float, ...]:
@@ -333,11 +334,11 @@ class ModelOwner:
 
     @property
     def names(self) -> CheckpointNames:
-        """What the weights are called in a checkpoint."""
+        """The names of the weights in a checkpoint."""
         return self.trained.names
 
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
-        """``TrainedModel.optimizer_state``: a collective, of which every rank takes all tensors."""
+        """``TrainedModel.optimizer_state``: a collective; every rank must iterate over all tensors."""
         return self.trained.optimizer_state()
 
     def state(self) -> dict[str, Any]:

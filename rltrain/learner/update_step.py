@@ -19,13 +19,13 @@ from rltrain.seeds import stable_hash
 
 __all__ = ["LossFunction", "UpdateResult", "optimizer_batches", "optimizer_update"]
 
-# A micro-batch and the model's statistics of it to its share of the update's loss and metrics.
+# (micro-batch, the model's statistics of it) -> its share of the update's loss and metrics.
 LossFunction = Callable[[MicroBatch, Mapping[str, Tensor]], ObjectiveShare]
 
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What one optimizer update did, equal on every rank."""
+    """The result of one optimizer update, equal on every rank."""
 
     metrics: dict[str, float]  # "loss/total", the loss's own metrics, "learner/grad_norm" before clipping
     stepped: bool  # False: dropped for a non-finite loss or gradient
@@ -42,10 +42,10 @@ def optimizer_update(
 ) -> UpdateResult:
     """Add up the gradients of all ranks' micro-batches and take one optimizer step. A collective.
 
-    loss_of: a micro-batch's share of the update's loss and metrics; shares of all micro-batches and ranks add
-    up. wants: statistics that the gradient pass computes. record: (B, T) tensors that receive this rank's
-    statistics of these names, as they are before the step. Raises NonFiniteError after ``max_nonfinite``
-    dropped updates in a row.
+    loss_of: a micro-batch's share of the update's loss and metrics; the shares of all micro-batches and ranks
+    are summed. wants: statistics that the gradient pass computes. record: (B, T) tensors by statistic, which
+    receive this rank's values from before the step. Raises NonFiniteError after ``max_nonfinite`` dropped
+    updates in a row.
     """
     loss = torch.zeros((), device=trained.device)
     metric_sums: dict[str, Tensor] = {}
@@ -68,10 +68,10 @@ def optimizer_update(
 
 
 def _accumulate_gradient(trained: TrainedModel, loss: Tensor, statistics: Mapping[str, Tensor]) -> None:
-    """Add the gradient of a micro-batch's share of the loss; inside ``backend.micro_batch``.
+    """Add the gradient of a micro-batch's share of the loss; call it inside ``backend.micro_batch``.
 
-    A share that is not finite makes the whole gradient not finite, on every rank, so that ``step`` has one
-    number to test.
+    A share that is not finite makes the whole gradient not finite, on every rank, so that ``step`` need test
+    only the gradient's norm.
     """
     poison = torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
@@ -85,9 +85,9 @@ def _accumulate_gradient(trained: TrainedModel, loss: Tensor, statistics: Mappin
 
 
 def optimizer_batches(trained: TrainedModel, group: Tensor, updates: int, epoch: int) -> list[Tensor]:
-    """Row positions of ``updates`` optimizer batches of whole groups, in an order of version and epoch.
+    """Row positions of ``updates`` optimizer batches of whole groups, shuffled by version and epoch.
 
-    group: (B,) ids. A step with fewer groups than updates, as dynamic sampling may leave it, makes one update
+    group: (B,) ids. A step with fewer groups than updates, which dynamic sampling may cause, has one update
     per group.
     """
     ids = torch.unique(group)

@@ -1,6 +1,4 @@
-"""Losses return numbers per token or per example; ``aggregate`` divides, ``objective`` puts a
-recipe's loss together.
-"""
+"""Losses return values per token or per example; ``aggregate`` reduces them, ``objective`` composes them."""
 
 from rltrain.registry import Registry
 

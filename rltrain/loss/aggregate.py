@@ -1,8 +1,8 @@
-"""Per-token losses to a micro-batch's share of the update's loss.
+"""Aggregates reduce per-token losses to a micro-batch's share of the update's loss.
 
 ``(per_token (B, T) or (B, 1), mask (B, T), totals) -> scalar``. Sums run over this micro-batch, denominators
 come from ``totals`` over the whole update: the shares of any split add up to the loss of the whole. Rows
-without a masked-in token are in no sum and in no count.
+without a masked-in token enter no sum and no count.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ def seq_mean_token_mean(per_token: Tensor, mask: Tensor, totals: StepTotals) -> 
 
 @method("seq_mean_token_sum")
 def seq_mean_token_sum(per_token: Tensor, mask: Tensor, totals: StepTotals) -> Tensor:
-    """Sum over each completion, mean over completions: the textbook REINFORCE of a whole sequence's
-    log-probability.
-    """
+    """Sum over each completion, mean over completions: textbook REINFORCE on a sequence's log-probability."""
     return masked_sum(per_token.expand(mask.shape), mask) / max(totals.sequences, 1)
 
 
@@ -43,7 +41,8 @@ def dr_grpo(per_token: Tensor, mask: Tensor, totals: StepTotals) -> Tensor:
     """Sum over each completion divided by the constant ``totals.max_tokens``, mean over completions,
     arXiv:2503.20783.
 
-    The constant is rollout.max_tokens and never the padded width, which differs from one batch to the next
-    (verl's default), and completions are counted, which verl's ``seq-mean-token-sum-norm`` does not do.
+    The constant is rollout.max_tokens, not the padded width, which changes from batch to batch (verl's
+    default). The mean divides by the number of completions, which verl's ``seq-mean-token-sum-norm`` does not
+    do.
     """
     return masked_sum(per_token.expand(mask.shape), mask) / max(totals.sequences * totals.max_tokens, 1)

@@ -1,6 +1,4 @@
-"""A recipe's loss put together: policy loss times weights, plus terms, aggregated into a
-micro-batch's share.
-"""
+"""A recipe's loss: the policy loss times weights, plus terms, aggregated into a micro-batch's share."""
 
 from __future__ import annotations
 
@@ -13,32 +11,30 @@ import torch
 from torch import Tensor
 
 from rltrain.registry import BoundMethod
-from rltrain.tensor_ops import masked, masked_sum
+from rltrain.tensor_ops import apply_mask, masked_sum
 from rltrain.types.policy import PolicyTokens, StepTotals, TrainBatch
 
 __all__ = ["Objective", "ObjectiveShare", "Term"]
 
 
-def _nothing() -> Mapping[str, float]:
+def _no_inputs() -> Mapping[str, float]:
     return {}
 
 
 class Term(NamedTuple):
     name: str  # of its metric, ``loss/<name>``
     method: BoundMethod
-    coefficient: (
-        float | Callable[[], float]
-    )  # a controller is asked at every call; a constant 0 switches the term off
-    inputs: Callable[[], Mapping[str, float]] = (
-        _nothing  # what a controller tells its term beside, by the term's keyword
-    )
+    # a controller is called at every use; a constant 0 switches the term off
+    coefficient: float | Callable[[], float]
+    # further inputs from a controller, by the term's keyword
+    inputs: Callable[[], Mapping[str, float]] = _no_inputs
 
 
 @dataclass(frozen=True)
 class ObjectiveShare:
-    """What one micro-batch contributes to an update.
+    """The contribution of one micro-batch to an update.
 
-    Shares of all micro-batches and ranks add up to the update's numbers.
+    The shares of all micro-batches and ranks add up to the update's numbers.
     """
 
     loss: Tensor  # () with gradient
@@ -53,53 +49,54 @@ class Objective:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the learner must compute: the union over the policy loss and every term that is not
-        switched off.
-        """
+        """Statistics that the learner must compute, for the policy loss and every term not switched off."""
         return self.policy_loss.needs.union(
             *(method.needs for _, method, coefficient, _ in self.terms if coefficient != 0)
         )
 
     def __call__(self, policy: PolicyTokens, batch: TrainBatch, totals: StepTotals) -> ObjectiveShare:
-        """This micro-batch's share of the loss and of the metrics. ``policy`` and ``batch`` are row for row
-        the same tokens.
+        """This micro-batch's share of the loss and of the metrics.
 
-        Padding may hold anything, NaN included. An absent ``old_logp`` means that the step makes a single
-        on-policy update: the ratio is then taken against the detached current log-probs and is exactly 1
-        (this is the one place of that rule).
+        ``policy`` and ``batch`` have the same tokens, row by row. Padding may hold any value, NaN included.
+        An absent ``old_logp`` means that the step makes a single on-policy update: the detached current
+        log-probs then replace it, so that the ratio is exactly 1. Only this function applies that rule.
         """
-        policy, batch = _without_padding(policy, batch)
+        policy, batch = _zero_padding(policy, batch)
         if batch.old_logp is None:
             batch = batch.replace(old_logp=policy.logp.detach())
-        main = self.policy_loss(policy, batch)
-        shown = {"policy": main.values, **main.metrics}
-        per_token = main.values.expand(batch.mask.shape) * batch.weights
+
+        policy_loss = self.policy_loss(policy, batch)
+        reported = {"policy": policy_loss.values, **policy_loss.metrics}
+        per_token = policy_loss.values.expand(batch.mask.shape) * batch.weights
         for name, method, coefficient, inputs in self.terms:
-            factor = _now(coefficient)
-            if factor != 0:
-                term = method(
-                    policy, batch, **{key: policy.logp.new_tensor(value) for key, value in inputs().items()}
-                )
-                shown |= {
-                    name: term.values,
-                    **{f"{name}_{key}": value for key, value in term.metrics.items()},
-                }
-                per_token = per_token + factor * term.values
-        metrics = {f"loss/{name}": _token_share(values, batch.mask, totals) for name, values in shown.items()}
+            factor = _current_value(coefficient)
+            if factor == 0:
+                continue
+            tensors = {key: policy.logp.new_tensor(value) for key, value in inputs().items()}
+            term = method(policy, batch, **tensors)
+            reported[name] = term.values
+            reported |= {f"{name}_{key}": value for key, value in term.metrics.items()}
+            per_token = per_token + factor * term.values
+
+        metrics = {
+            f"loss/{name}": _token_share(values, batch.mask, totals) for name, values in reported.items()
+        }
         return ObjectiveShare(self.aggregate(per_token, batch.mask, totals), metrics)
 
     def idle_rows(self, batch: TrainBatch) -> Tensor:
-        """(B,) bool: rows whose gradient is exactly 0, so that the learner need not run them.
+        """(B,) bool: rows whose gradient is exactly 0, so that the learner can skip them.
 
-        Either nothing of them is masked in, or no term is on and every token has advantage 0 or weight 0. A
-        sequence-level loss mixes the tokens of a row before weighing them: there one of the two must be 0
-        throughout. A loss that pulls tokens of advantage 0 says so: "acts_on_marks" where ``extra`` is not 0,
-        "reward_free" everywhere.
+        These rows have no masked-in token, or no term is on and every token has advantage 0 or weight 0. A
+        sequence-level loss mixes the tokens of a row before it weights them: there all advantages or all
+        weights must be 0. A trait marks a loss with a gradient on tokens of advantage 0: "acts_on_marks" if
+        that is where ``extra`` is not 0, "reward_free" if everywhere.
         """
-        empty, traits = ~batch.mask.any(dim=1), self.policy_loss.spec.traits
-        if any(_now(coefficient) != 0 for _, _, coefficient, _ in self.terms):
+        empty = ~batch.mask.any(dim=1)
+        traits = self.policy_loss.spec.traits
+        if any(_current_value(coefficient) != 0 for _, _, coefficient, _ in self.terms):
             return empty
-        no_advantage, no_weight = (batch.advantages == 0) | ~batch.mask, (batch.weights == 0) | ~batch.mask
+        no_advantage = (batch.advantages == 0) | ~batch.mask
+        no_weight = (batch.weights == 0) | ~batch.mask
         if "reward_free" in traits:
             no_advantage = ~batch.mask
         if "acts_on_marks" in traits:
@@ -110,23 +107,23 @@ class Objective:
         return (no_advantage | no_weight).all(dim=1)
 
 
-def _now(coefficient: float | Callable[[], float]) -> float:
+def _current_value(coefficient: float | Callable[[], float]) -> float:
     return coefficient() if callable(coefficient) else coefficient
 
 
-def _without_padding(policy: PolicyTokens, batch: TrainBatch) -> tuple[PolicyTokens, TrainBatch]:
-    """Zeros where the mask is off, in whatever a method may read.
+def _zero_padding(policy: PolicyTokens, batch: TrainBatch) -> tuple[PolicyTokens, TrainBatch]:
+    """Zeros where the mask is off, in all tensors that a method may read.
 
-    The backward of ``masked`` writes zeros there too, so that no gradient of a method's own making leaves the
-    padding. The batch matters as much: a sequence's one value times a NaN weight of a padded column would
-    spoil the whole row's gradient.
+    The backward pass of ``apply_mask`` writes zeros there too, so that padding receives no gradient from any
+    method. The batch needs this as well: the value of a sequence times a NaN weight in a padded column would
+    make the gradient of the whole row NaN.
     """
     mask = batch.mask
     cleaned_policy = dataclasses.replace(
         policy,
-        logp=masked(policy.logp, mask),
-        entropy=None if policy.entropy is None else masked(policy.entropy, mask),
-        extra={name: masked(values, mask) for name, values in policy.extra.items()},
+        logp=apply_mask(policy.logp, mask),
+        entropy=None if policy.entropy is None else apply_mask(policy.entropy, mask),
+        extra={name: apply_mask(values, mask) for name, values in policy.extra.items()},
     )
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     per_token = {
@@ -134,10 +131,9 @@ def _without_padding(policy: PolicyTokens, batch: TrainBatch) -> tuple[PolicyTok
         for name, value in fields.items()
         if isinstance(value, Tensor) and value.dim() == 2 and value.is_floating_point()
     }
-    extra = {name: masked(value, mask) for name, value in batch.extra.items()}
-    return cleaned_policy, batch.replace(
-        **{name: masked(value, mask) for name, value in per_token.items()}, extra=extra
-    )
+    extra = {name: apply_mask(value, mask) for name, value in batch.extra.items()}
+    cleaned = {name: apply_mask(value, mask) for name, value in per_token.items()}
+    return cleaned_policy, batch.replace(**cleaned, extra=extra)
 
 
 def _token_share(values: Tensor, mask: Tensor, totals: StepTotals) -> Tensor:

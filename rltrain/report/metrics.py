@@ -1,4 +1,4 @@
-"""One step's numbers, from the step's tensors and its completions.
+"""Computes the metrics of one step from its tensors and completions.
 
 Names and units are in ``report/names.py``.
 """
@@ -31,19 +31,19 @@ __all__ = [
     "why_no_update",
 ]
 
-_MAX_LOG_RATIO = 20.0  # e^20: beyond it a ratio says only that the two sides disagree
+_MAX_LOG_RATIO = 20.0  # e^20: a larger ratio says no more than that engine and learner disagree
 
 
 def own_step_metrics(batch: TrainBatch, logp: Tensor, entropy: Tensor, sampled: Tensor) -> dict[str, float]:
-    """``step_metrics`` over the policy's own rows: those of other sources are no samples of it.
+    """``step_metrics`` over the policy's own rows, because rows of other sources are not its samples.
 
-    ``learner/tokens`` counts all of them.
+    ``learner/tokens`` counts all rows.
     """
     if not bool((batch.source != SOURCE_POLICY).any()):
         return step_metrics(batch, logp, entropy, sampled)
-    own = torch.nonzero(batch.source == SOURCE_POLICY).flatten()
-    found = step_metrics(batch.rows(own), logp[own], entropy[own], sampled[own])
-    return found | {"learner/tokens": float(batch.mask.sum())}
+    own_rows = torch.nonzero(batch.source == SOURCE_POLICY).flatten()
+    metrics = step_metrics(batch.rows(own_rows), logp[own_rows], entropy[own_rows], sampled[own_rows])
+    return metrics | {"learner/tokens": float(batch.mask.sum())}
 
 
 def step_metrics(
@@ -51,13 +51,13 @@ def step_metrics(
 ) -> dict[str, float]:
     """Rewards, advantages, entropy, covariance and engine/learner mismatch of a whole step (all ranks).
 
-    logp, entropy: (B, T) nats, the learner's, of the policy that sampled. sampled: (B, T) bool, the tokens
-    the policy wrote before any control masked some, so that a control cannot hide what it dropped; None:
-    ``batch.mask``. Mismatch is absent when the batch has no ``rollout_logp``. Everything leaves the device at
-    once.
+    logp, entropy: (B, T) nats, by the learner, of the policy that sampled. sampled: (B, T) bool, the tokens
+    that the policy wrote before any control masked some, so that a control cannot hide what it dropped; None:
+    ``batch.mask``. Mismatch is absent when the batch has no ``rollout_logp``. All numbers leave the device in
+    one transfer.
     """
     sampled = batch.mask if sampled is None else sampled
-    found = {
+    values = {
         **_reward_statistics(batch.rewards, batch.group),
         **_advantage_statistics(batch, logp),
         **_entropy_statistics(entropy, sampled),
@@ -65,21 +65,21 @@ def step_metrics(
         "learner/tokens": batch.mask.sum(),
     }
     if batch.rollout_logp is not None:
-        found |= _mismatch(logp - batch.rollout_logp, sampled)
-    numbers = torch.stack([value.double() for value in found.values()]).tolist()
-    return dict(zip(found, numbers, strict=True))
+        values |= _mismatch(logp - batch.rollout_logp, sampled)
+    numbers = torch.stack([value.double() for value in values.values()]).tolist()
+    return dict(zip(values, numbers, strict=True))
 
 
 def mismatch_metrics(logp: Tensor, rollout_logp: Tensor, sampled: Tensor) -> dict[str, float]:
-    """Engine/learner mismatch alone, of some rows: (B, T) nats of the learner and of the engine, and
-    bool, the tokens that count.
+    """Engine/learner mismatch of some rows. logp, rollout_logp: (B, T) nats, by learner and engine.
+    sampled: (B, T) bool, the tokens that count.
     """
     return {name: float(value) for name, value in _mismatch(logp - rollout_logp, sampled).items()}
 
 
 def completion_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Lengths, how completions finished, why some have no score, and the means of the reward's parts,
-    of the policy's own source.
+    """Lengths, finish reasons, reasons for missing scores, and means of the reward's parts, over the
+    policy's own completions.
     """
     pairs = _pairs(groups, SOURCE_POLICY)
     lengths = [len(completion.token_ids) for completion, _ in pairs]
@@ -105,21 +105,21 @@ def completion_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     }
 
 
-def _episode_metrics(played: Sequence[Completion]) -> dict[str, float]:
-    """What happened in the environment; nothing where completions are no episodes."""
-    if not played:
+def _episode_metrics(completions: Sequence[Completion]) -> dict[str, float]:
+    """What happened in the environment; empty if the completions are not episodes."""
+    if not completions:
         return {}
-    episodes = [completion.episode for completion in played if completion.episode is not None]
+    episodes = [completion.episode for completion in completions if completion.episode is not None]
     parts: dict[str, list[float]] = {}
-    for name, value in (
-        item for episode in episodes if episode.failure is None for item in episode.parts.items()
-    ):
-        parts.setdefault(name, []).append(value)
+    for episode in episodes:
+        if episode.failure is None:
+            for name, value in episode.parts.items():
+                parts.setdefault(name, []).append(value)
     return {
         "rollout/turns_mean": _mean([len(episode.turns) for episode in episodes]),
         "rollout/turns_max": float(max(len(episode.turns) for episode in episodes)),
         "rollout/observed_mean": _mean(
-            [len(completion.token_ids) - completion.sampled_tokens for completion in played]
+            [len(completion.token_ids) - completion.sampled_tokens for completion in completions]
         ),
         "rollout/environment_failures": float(sum(episode.failure is not None for episode in episodes)),
         **{f"rollout/environment/{name}": _mean(values) for name, values in parts.items()},
@@ -127,20 +127,21 @@ def _episode_metrics(played: Sequence[Completion]) -> dict[str, float]:
 
 
 def source_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    """How many rows the other sources added, and how they scored."""
-    found: dict[str, float] = {}
+    """How many rows the other sources added, and their scores."""
+    metrics: dict[str, float] = {}
     present = {completion.source for group in groups for completion in group.completions} - {SOURCE_POLICY}
     for source in sorted(present):
-        pairs, name = _pairs(groups, source), f"rollout/source_{SOURCE_NAMES[source]}"
+        pairs = _pairs(groups, source)
+        name = f"rollout/source_{SOURCE_NAMES[source]}"
         graded = [score for _, score in pairs if score.ungraded is None]
-        found |= {
+        metrics |= {
             f"{name}_completions": float(len(pairs)),
             f"{name}_tokens": float(sum(len(completion.token_ids) for completion, _ in pairs)),
             f"{name}_reward": _mean([score.value for score in graded]),
         }
         verdicts = [bool(score.correct) for score in graded if score.correct is not None]
-        found |= {f"{name}_correct": _mean(verdicts)} if verdicts else {}
-    return found
+        metrics |= {f"{name}_correct": _mean(verdicts)} if verdicts else {}
+    return metrics
 
 
 def _pairs(groups: Sequence[ScoredGroup], source: int) -> list[tuple[Completion, Score]]:
@@ -150,18 +151,19 @@ def _pairs(groups: Sequence[ScoredGroup], source: int) -> list[tuple[Completion,
 
 
 def why_no_update(batch: TrainBatch, lr: float) -> str | None:
-    """Why the policy loss of this step cannot move the weights; None when it can.
+    """Why the policy loss of this step cannot change the weights; None when it can.
 
     The gradient is zero when no token counts or every advantage is 0; the update is zero when the learning
-    rate is. Additive terms (KL, entropy) may still pull: ask only when the measured gradient is zero.
+    rate is 0. Additive terms (KL, entropy) can still contribute, so call this only when the measured gradient
+    is zero.
     """
-    counts = batch.mask & (batch.weights != 0)
-    low, high = _group_range(batch.rewards, batch.group, counts.any(dim=1))
+    counted = batch.mask & (batch.weights != 0)
+    low, high = _group_range(batch.rewards, batch.group, counted.any(dim=1))
     facts = torch.stack(
         [
             batch.mask.any(),
-            counts.any(),
-            (batch.advantages != 0).logical_and(counts).any(),
+            counted.any(),
+            (batch.advantages != 0).logical_and(counted).any(),
             (high > low).any(),
         ]
     )
@@ -178,25 +180,25 @@ def why_no_update(batch: TrainBatch, lr: float) -> str | None:
 
 
 def _reward_statistics(rewards: Tensor, group: Tensor) -> dict[str, Tensor]:
-    """rewards: (B,), NaN where a completion has none. Statistics of no reward at all are NaN."""
+    """rewards: (B,), NaN for a completion without one. Without any reward the statistics are NaN."""
     graded = ~rewards.isnan()
     low, high = _group_range(rewards, group, graded)
-    some = graded.any()
+    any_graded = graded.any()
     nan = torch.full((), math.nan, device=rewards.device)
     mean = masked_mean(rewards, graded)
     return {
-        "reward/mean": torch.where(some, mean, nan),
-        "reward/std": torch.where(some, masked_mean((rewards - mean).square(), graded).sqrt(), nan),
-        "reward/min": torch.where(some, torch.where(graded, rewards, math.inf).min(), nan),
-        "reward/max": torch.where(some, torch.where(graded, rewards, -math.inf).max(), nan),
+        "reward/mean": torch.where(any_graded, mean, nan),
+        "reward/std": torch.where(any_graded, masked_mean((rewards - mean).square(), graded).sqrt(), nan),
+        "reward/min": torch.where(any_graded, torch.where(graded, rewards, math.inf).min(), nan),
+        "reward/max": torch.where(any_graded, torch.where(graded, rewards, -math.inf).max(), nan),
         "reward/useful_groups": (high > low).double().mean(),
         "reward/graded": graded.double().mean(),
     }
 
 
 def _group_range(rewards: Tensor, group: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest reward of each group over ``rows`` (B,) bool; (inf, -inf) for a group with
-    none of them.
+    """Smallest and largest reward of each group over ``rows`` (B,) bool; (inf, -inf) for a group
+    without such a row.
     """
     ids, inverse = torch.unique(group, return_inverse=True)
     low = torch.full((len(ids),), math.inf, dtype=rewards.dtype, device=rewards.device)
@@ -227,9 +229,8 @@ def _entropy_statistics(entropy: Tensor, sampled: Tensor) -> dict[str, Tensor]:
 
 
 def _mismatch(log_ratio: Tensor, sampled: Tensor) -> dict[str, Tensor]:
-    """log_ratio: (B, T) nats, learner less engine.
-
-    The ratio weighs the engine's tokens as the learner would.
+    """log_ratio: (B, T) nats, learner minus engine. Its exponential weighs the engine's tokens by the
+    learner's probability.
     """
     values = log_ratio[sampled].double()
     ratio = values.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
@@ -247,18 +248,25 @@ def _mismatch(log_ratio: Tensor, sampled: Tensor) -> dict[str, Tensor]:
 
 
 def _quantiles(values: Tensor, *shares: float) -> list[Tensor]:
-    """Linearly interpolated quantiles of ``values`` (n,), sorted once; NaN where there are none."""
+    """Linearly interpolated quantiles of ``values`` (n,), sorted once; NaN if ``values`` is empty."""
     if len(values) == 0:
         return [torch.full((), math.nan, device=values.device)] * len(shares)
-    ordered, last = values.sort().values, len(values) - 1
-    positions = [share * last for share in shares]
-    return [torch.lerp(ordered[int(at)], ordered[min(int(at) + 1, last)], at - int(at)) for at in positions]
+    sorted_values = values.sort().values
+    last = len(values) - 1
+    quantiles = []
+    for share in shares:
+        position = share * last
+        index = int(position)
+        low = sorted_values[index]
+        high = sorted_values[min(index + 1, last)]
+        quantiles.append(torch.lerp(low, high, position - index))
+    return quantiles
 
 
-def _share(part: Tensor, whole: Tensor) -> Tensor:
-    """Share of ``whole`` that is in ``part``; 1 where there is nothing, so that nothing counts as lost."""
-    total = whole.sum()
-    return torch.where(total > 0, (part & whole).sum() / total.clamp(min=1), 1.0)
+def _share(subset: Tensor, mask: Tensor) -> Tensor:
+    """Share of ``mask`` that is in ``subset``; 1 for an empty mask, which has lost nothing."""
+    count = mask.sum()
+    return torch.where(count > 0, (subset & mask).sum() / count.clamp(min=1), 1.0)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,8 +1,7 @@
-"""Every metric a run may log: its name, unit and what it is taken over. One table; a name that is not in it
-is refused.
+"""The table of all metrics that a run may log, with unit and definition; other names are refused.
 
-A name is ``stage/quantity``. A trailing ``*`` admits the names that methods and phases choose themselves (the
-parts of a loss, the share a control touched, the parts of a reward). Importable without torch.
+A name is ``stage/quantity``. A trailing ``*`` admits names that methods and phases choose themselves (the
+parts of a loss, the share of tokens that a control changed, the parts of a reward). Importable without torch.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from rltrain.registry import suggestion
 class Metric:
     name: str
     unit: str  # "1" is a share or a plain ratio
-    what: str  # the quantity, its reduction and over what
+    what: str  # the quantity, its reduction and the set it is reduced over
 
 
 METRICS: tuple[Metric, ...] = (
@@ -25,27 +24,25 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rollout/tokens",
         "tokens",
-        "sampled in those completions; an environment's observations are not among them",
+        "sampled in those completions, without an environment's observations",
     ),
     Metric("rollout/length_mean", "tokens", "mean completion length over the step"),
     Metric("rollout/length_max", "tokens", "longest completion of the step"),
     Metric("rollout/finished_by_length", "1", "share of completions cut at rollout.max_tokens"),
-    Metric(
-        "rollout/aborted", "1", "share of completions given up on, by the engine or for a failed environment"
-    ),
+    Metric("rollout/aborted", "1", "share of completions that the engine or a failed environment aborted"),
     Metric("rollout/generated_groups", "groups", "sampled before dynamic sampling dropped any"),
-    Metric("rollout/rounds", "rounds", "of dynamic sampling"),
+    Metric("rollout/rounds", "rounds", "rounds of dynamic sampling"),
     Metric(
         "rollout/source_*",
         "",
-        "of rows beside the policy's own, by source: completions, tokens, mean reward, share correct",
+        "rows of each source other than the policy: completions, tokens, mean reward, share correct",
     ),
-    Metric("rollout/turns_mean", "turns", "of the policy in an episode, mean over the step"),
-    Metric("rollout/turns_max", "turns", "most turns of an episode of the step"),
+    Metric("rollout/turns_mean", "turns", "the policy's turns in an episode, mean over the step"),
+    Metric("rollout/turns_max", "turns", "the policy's turns in an episode, maximum over the step"),
     Metric(
         "rollout/observed_mean",
         "tokens",
-        "that an environment put between the turns of an episode, mean over the step",
+        "tokens that the environment wrote between the turns of an episode, mean over the step",
     ),
     Metric(
         "rollout/environment_failures",
@@ -55,18 +52,18 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rollout/environment/*",
         "",
-        "what an environment reports of its episodes (tool calls, moves), mean over those that did not fail",
+        "numbers that an environment reports (tool calls, moves), mean over episodes that did not fail",
     ),
     Metric(
         "rollout/staleness",
         "versions",
-        "learner's version less the oldest that sampled a completion of the step",
+        "learner's version minus the oldest version that sampled a completion of the step",
     ),
     Metric(
         "rollout/mismatch_abs",
         "nats",
-        "mean |learner - engine log-prob| over sampled tokens; of the rows of one update where no pass reads "
-        "all before the first",
+        "mean |learner - engine log-prob| over sampled tokens; over the rows of one update if no pass reads "
+        "all rows before the first update",
     ),
     Metric("rollout/mismatch_max", "nats", "largest |learner - engine log-prob| over the same"),
     Metric("rollout/mismatch_k3", "nats", "k3 estimate of KL(engine || learner), mean over sampled tokens"),
@@ -80,17 +77,17 @@ METRICS: tuple[Metric, ...] = (
     Metric("reward/max", "reward", "maximum over the same"),
     Metric("reward/useful_groups", "1", "share of groups whose graded rewards are not all equal"),
     Metric("reward/graded", "1", "share of completions with a reward"),
-    Metric("reward/correct", "1", "share of graded completions a reward function calls correct"),
-    Metric("reward/part/*", "reward", "mean of one named part over the completions that report it"),
+    Metric("reward/correct", "1", "share of graded completions that a reward function calls correct"),
+    Metric("reward/part/*", "reward", "mean of one named part over the completions that have it"),
     Metric("reward/ungraded/*", "completions", "left ungraded for this reason in the step"),
-    Metric("pairs/count", "pairs", "of the step's completions, trained on in this step, all ranks"),
-    Metric("pairs/prompts", "1", "share of the step's prompts that have one"),
-    Metric("pairs/compared", "comparisons", "put to the judge"),
-    Metric("pairs/tied", "pairs", "left out: the judge is not sure enough"),
-    Metric("pairs/identical", "pairs", "left out: equal token ids"),
-    Metric("pairs/unjudged", "pairs", "left out: the judge gave no verdict"),
-    Metric("pairs/p_chosen", "1", "the judge's probability that chosen is the better one, mean over pairs"),
-    Metric("pairs/reward_margin", "reward", "of chosen less that of rejected, mean over pairs"),
+    Metric("pairs/count", "pairs", "pairs of completions trained on in this step, all ranks"),
+    Metric("pairs/prompts", "1", "share of the step's prompts that have a pair"),
+    Metric("pairs/compared", "comparisons", "comparisons that the judge was asked for"),
+    Metric("pairs/tied", "pairs", "left out because the judge is not sure enough"),
+    Metric("pairs/identical", "pairs", "left out because the token ids are equal"),
+    Metric("pairs/unjudged", "pairs", "left out because the judge gave no verdict"),
+    Metric("pairs/p_chosen", "1", "the judge's probability that chosen is better, mean over pairs"),
+    Metric("pairs/reward_margin", "reward", "reward of chosen minus reward of rejected, mean over pairs"),
     Metric("pairs/chosen_longer", "1", "share of pairs whose chosen completion has more tokens"),
     Metric("advantage/mean", "1", "mean over the tokens that count"),
     Metric("advantage/abs", "1", "mean magnitude over the same"),
@@ -103,49 +100,51 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "control/alignment", "1", "mean cosine of a row's hidden states, mean over rows (arXiv:2506.02281)"
     ),
-    Metric("control/*", "", "what a control reports of itself"),
+    Metric("control/*", "", "numbers that a control reports"),
     Metric("loss/total", "loss", "the optimizer step's loss; not comparable between methods"),
     Metric(
         "loss/*",
         "",
-        "what a loss or term reports of itself, averaged over the tokens (offline: the examples) that count",
+        "numbers that a loss or term reports, mean over the tokens (offline: the examples) that count",
     ),
     Metric(
         "process_reward/loss",
         "loss",
-        "of the process reward model, mean over judged completions and the step's updates",
+        "loss of the process reward model, mean over judged completions and the step's updates",
     ),
     Metric(
         "process_reward/accuracy",
         "1",
-        "share of judged completions whose implicit reward has their outcome's sign",
+        "share of judged completions whose implicit reward has the sign of their outcome",
     ),
-    Metric("process_reward/reward", "reward", "implicit reward beta u of a judged completion, mean"),
+    Metric("process_reward/reward", "reward", "implicit reward beta u, mean over judged completions"),
     Metric(
         "process_reward/contrast",
         "1",
-        "share of a prompt's right-wrong pairs that it orders right, before the update",
+        "share of a prompt's right-wrong pairs that the model orders correctly, before the update",
     ),
-    Metric("process_reward/abs", "nats", "mean |log-ratio| of a token, as the advantage gets it"),
-    Metric("process_reward/*", "", "what its loss and its optimizer report of themselves"),
+    Metric("process_reward/abs", "nats", "|log-ratio| that the advantage receives, mean over tokens"),
+    Metric("process_reward/*", "", "numbers that its loss and its optimizer report"),
     Metric("learner/epoch", "1", "passes over the examples so far"),
     Metric("learner/entropy_mean", "nats", "policy entropy, mean over sampled tokens"),
     Metric("learner/entropy_p10", "nats", "10th percentile of the same"),
     Metric("learner/entropy_p90", "nats", "90th percentile of the same"),
-    Metric("learner/tokens", "tokens", "that count in the step's loss"),
-    Metric("learner/grad_norm", "1", "before clipping, mean over the step's updates"),
+    Metric("learner/tokens", "tokens", "tokens that count in the step's loss"),
+    Metric("learner/grad_norm", "1", "gradient norm before clipping, mean over the step's updates"),
     Metric("learner/lr", "1", "learning rate at the start of the step"),
-    Metric("learner/version", "updates", "taken so far; it names the weights"),
-    Metric("learner/idle_rows", "completions", "that could not contribute and skipped the gradient pass"),
-    Metric("learner/trained_rows", "completions", "run through the gradient pass"),
-    Metric("learner/trained_tokens", "tokens", "run through the gradient pass, prompts included"),
-    Metric("learner/skipped_updates", "updates", "dropped for a non-finite loss or gradient"),
-    Metric("learner/shared_prompts", "1", "1 where the prompts of pairs were read once for both completions"),
-    Metric("sync/checked", "weights", "whose fingerprints learner and engine compared after the push"),
+    Metric("learner/version", "updates", "updates so far; the number identifies the weights"),
+    Metric("learner/idle_rows", "completions", "skipped in the gradient pass because they cannot contribute"),
+    Metric("learner/trained_rows", "completions", "read in the gradient pass"),
+    Metric("learner/trained_tokens", "tokens", "read in the gradient pass, including prompts"),
+    Metric("learner/skipped_updates", "updates", "dropped because loss or gradient is not finite"),
+    Metric("learner/shared_prompts", "1", "1 if each pair's prompt was read once for both completions"),
+    Metric(
+        "sync/checked", "weights", "weights whose fingerprints learner and engine compared after the push"
+    ),
     Metric(
         "sync/difference",
         "1",
-        "largest relative difference of those fingerprints; rounding, where it is not 0",
+        "largest relative difference of those fingerprints; a value above 0 is rounding",
     ),
     Metric("eval/reward", "reward", "mean over graded held-out completions"),
     Metric("eval/tokens", "tokens", "mean held-out completion length"),
@@ -162,14 +161,14 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "eval/accuracy",
         "1",
-        "share of held-out comparisons that the better completion wins by its implicit reward, a tie one "
-        "half",
+        "share of held-out comparisons in which the better completion has the higher implicit reward; a tie "
+        "counts one half",
     ),
     Metric("eval/accuracy_*", "1", "low and high: its 95 % bootstrap interval over prompts"),
     Metric(
         "eval/margin",
         "reward",
-        "mean difference of those rewards; for single completions nats of the log-ratio",
+        "mean difference of those rewards; for single completions the log-ratio in nats",
     ),
     Metric("eval/margin_*", "reward", "low and high: its interval"),
     Metric("eval/loss", "loss", "mean over held-out examples; not comparable between methods"),
@@ -177,14 +176,14 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "eval/brier",
         "1",
-        "mean squared difference of sigmoid(margin) and the data's degree of preference (eval.gamma, "
+        "mean squared difference between sigmoid(margin) and the data's degree of preference (eval.gamma, "
         "p_chosen, or 1)",
     ),
     Metric("eval/brier_*", "1", "low and high: its interval"),
     Metric(
         "eval/ece",
         "1",
-        "expected calibration error of sigmoid(margin) against that degree, ten bins of confidence",
+        "expected calibration error of sigmoid(margin) against that degree, in ten bins of confidence",
     ),
     Metric(
         "eval/entropy",
@@ -195,29 +194,29 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "eval/sampled_entropy",
         "nats",
-        "the same over completions that the policy writes to held-out prompts at temperature 1",
+        "the same over completions that the policy samples for held-out prompts at temperature 1",
     ),
     Metric("eval/sampled_entropy_*", "nats", "low and high: its interval"),
     Metric("eval/sampled_tokens", "tokens", "mean length of those, cut at data.max_completion_tokens"),
     Metric("eval/sampled_tokens_*", "tokens", "low and high: its interval"),
     Metric("eval/logp_*", "nats", "mean log-prob of held-out completions, summed over their tokens"),
-    Metric("eval/*", "", "what a preference loss reports of itself, mean over held-out examples"),
-    Metric("time/examples_per_second", "examples/s", "judged examples over the step's wall-clock"),
+    Metric("eval/*", "", "numbers that a preference loss reports, mean over held-out examples"),
+    Metric("time/examples_per_second", "examples/s", "judged examples per wall-clock second of the step"),
     Metric(
         "law/a",
         "reward",
-        "of the law R = -a exp(H) + b through this run's steps (arXiv:2505.22617); _low and _high bound 95 %",
+        "a of R = -a exp(H) + b fitted to this run's steps (arXiv:2505.22617); _low and _high bound 95 %",
     ),
-    Metric("law/ceiling", "reward", "b - a: the reward that the law expects once entropy is spent"),
-    Metric("law/gain_left", "reward", "ceiling less what the law expects at the entropy of the last steps"),
+    Metric("law/ceiling", "reward", "b - a: the reward that the law predicts at zero entropy"),
+    Metric("law/gain_left", "reward", "ceiling minus the law's reward at the entropy of the last steps"),
     Metric("law/entropy_left", "1", "share of exp(H) - 1 at the start that is left"),
-    Metric("law/exhausted", "1", "1 once hardly any entropy is left to trade, and reward has come from it"),
-    Metric("law/eval_*", "1", "the same of held-out pass@1"),
+    Metric("law/exhausted", "1", "1 if almost no entropy is left to trade and reward falls with entropy"),
+    Metric("law/eval_*", "1", "the same for held-out pass@1"),
     Metric("law/*", "reward", "b, and the bounds of a, b and ceiling"),
-    Metric("time/step", "s", "wall-clock of the step"),
-    Metric("time/tokens_per_second", "tokens/s", "sampled tokens over the step's wall-clock"),
-    Metric("time/elapsed", "s", "since the run started or resumed"),
-    Metric("time/*", "s", "wall-clock of one phase of the step"),
+    Metric("time/step", "s", "wall-clock time of the step"),
+    Metric("time/tokens_per_second", "tokens/s", "sampled tokens per wall-clock second of the step"),
+    Metric("time/elapsed", "s", "time since the run started or resumed"),
+    Metric("time/*", "s", "wall-clock time of one phase of the step"),
 )
 
 _EXACT = {metric.name: metric for metric in METRICS if not metric.name.endswith("*")}
@@ -225,7 +224,7 @@ _PREFIXES = {metric.name[:-1]: metric for metric in METRICS if metric.name.endsw
 
 
 def metric(name: str) -> Metric:
-    """The table's row for ``name``. Raises ValueError with the nearest name when there is none."""
+    """The table's row for ``name``. Raises ValueError that suggests the nearest name if there is none."""
     if name in _EXACT:
         return _EXACT[name]
     for prefix, row in _PREFIXES.items():
@@ -238,6 +237,6 @@ def metric(name: str) -> Metric:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raise ValueError on the first name the table does not have."""
+    """Raise ValueError on the first name that the table lacks."""
     for name in names:
         metric(name)

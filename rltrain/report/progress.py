@@ -1,6 +1,6 @@
-"""The step line: what a person watches.
+"""The step line that a person watches: columns on a terminal, ``name value`` pairs elsewhere.
 
-Columns on a terminal, ``name value`` pairs anywhere else. The loss is not on it.
+It does not show the loss.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _GAP = "  "
 
 
 def _number(value: float) -> str:
-    """Three or four significant digits in at most six characters; a small number never looks like zero."""
+    """Three or four significant digits in at most six characters; no small number looks like zero."""
     size = abs(value)
     if value != 0 and (size < 0.001 or size >= 999.5):
         return _power(value)
@@ -37,29 +37,24 @@ def _share(value: float) -> str:
 def _count(value: float) -> str:
     for limit, scale, unit in ((9999.5, 1, ""), (999_500, 1e3, "k"), (math.inf, 1e6, "M")):
         if value < limit:
-            return (
-                f"{value / scale:.0f}{unit}"
-                if scale == 1 or value / scale >= 99.95
-                else f"{value / scale:.1f}{unit}"
-            )
+            digits = 0 if scale == 1 or value / scale >= 99.95 else 1
+            return f"{value / scale:.{digits}f}{unit}"
     return str(value)
 
 
 def _seconds(value: float) -> str:
     if value < 9.995:
         return f"{value:.2f}s"
-    return (
-        f"{value:.0f}s"
-        if value < 599.5
-        else f"{value / 60:.0f}min"
-        if value < 5970
-        else f"{value / 3600:.1f}h"
-    )
+    if value < 599.5:
+        return f"{value:.0f}s"
+    if value < 5970:
+        return f"{value / 60:.0f}min"
+    return f"{value / 3600:.1f}h"
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One number of the step line. The columns that fit are chosen by ``rank`` and shown in table order."""
+    """One number of the step line. ``rank`` decides which columns fit; they are shown in table order."""
 
     header: str
     metric: str
@@ -99,7 +94,7 @@ _TIMES: tuple[Column, ...] = (
 
 
 def fit_columns(columns: Sequence[Column], width: int) -> tuple[Column, ...]:
-    """The columns that fit ``width`` characters with their gaps, the least important dropped first."""
+    """The columns that fit into ``width`` characters with their gaps; the least important are dropped."""
     kept: set[Column] = set()
     for column in sorted(columns, key=lambda column: column.rank):
         if width < len(_GAP) + column.width:
@@ -110,51 +105,53 @@ def fit_columns(columns: Sequence[Column], width: int) -> tuple[Column, ...]:
 
 
 class Progress:
-    """One line per step.
+    """Prints one line per step.
 
-    ``start`` is the step a resumed run goes on from. ``console`` None: standard output.
+    start: the step from which a resumed run continues. console None: standard output.
     """
 
     def __init__(self, total_steps: int, console: Console | None = None, start: int = 0) -> None:
         self.console = console or Console()
-        self._total, self._start, self._step = total_steps, start, start
+        self._total = total_steps
+        self._start = start
+        self._step = start
         self._spent = 0.0  # seconds
         self._shown: tuple[Column, ...] = ()
         self._lines = 0  # since the header
 
     def step(self, metrics: Mapping[str, float], note: str | None = None) -> None:
-        """Count one step and show it; ``note`` says why nothing was learned, when nothing was."""
+        """Count one step and show it. note: why the step learned nothing; None: it learned."""
         self._step += 1
         metrics = {**metrics, **self._time_left(metrics)}
         note = None if note is None else f"nothing learned: {note}"
         self._print(self._columns(metrics, note) if self.console.is_terminal else self._plain(metrics, note))
 
     def evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Held-out results, at the step reached so far."""
+        """Show held-out results at the current step."""
         words = _eval_words(metrics)
         start = "" if self.console.is_terminal else "step "
         line = Text.assemble((f"{start}{self._position()}{_GAP}eval", "bold cyan"))
         for word in words:
             if self.console.is_terminal and line.cell_len + len(_GAP) + len(word) > self.console.width:
-                break  # the file has the rest
+                break  # metrics.jsonl has the rest
             line.append(_GAP + word, "cyan")
         self._print(line)
 
     def message(self, text: str) -> None:
-        """Anything else the user should know."""
+        """Show any other text for the user."""
         self._print(Text(text))
 
     def warn(self, text: str) -> None:
         self._print(Text(f"warning: {text}", style="yellow"))
 
     def close(self) -> None:
-        """Nothing is held open: every line is already there."""
+        """Nothing to close: every line is already printed."""
 
     def _position(self) -> str:
         return f"{self._step:>{len(str(self._total))}}/{self._total}"
 
     def _time_left(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Seconds to the last step at the mean pace so far, evaluations not counted."""
+        """Seconds to the last step at the mean pace so far, without evaluations."""
         if "time/step" not in metrics:
             return {}
         self._spent += metrics["time/step"]
@@ -167,7 +164,8 @@ class Progress:
         ]
         shown = fit_columns(available, self.console.width - len(position))
         if shown != self._shown or self._lines == _HEADER_EVERY:
-            self._shown, self._lines = shown, 0
+            self._shown = shown
+            self._lines = 0
             header = "step".rjust(len(position)) + "".join(
                 _GAP + column.header.rjust(column.width) for column in shown
             )
@@ -195,7 +193,7 @@ class Progress:
 
 
 def _show(column: Column, metrics: Mapping[str, float]) -> str:
-    """The number as shown; "-" where this step has none."""
+    """The number as text; "-" if this step has none."""
     if column.metric not in metrics:
         return "-"
     value = metrics[column.metric]
@@ -203,32 +201,32 @@ def _show(column: Column, metrics: Mapping[str, float]) -> str:
 
 
 def _cell(column: Column, metrics: Mapping[str, float]) -> Text:
-    broken = not math.isfinite(metrics.get(column.metric, 0.0))
-    return Text(_show(column, metrics).rjust(column.width), style="bold red" if broken else column.style)
+    is_nonfinite = not math.isfinite(metrics.get(column.metric, 0.0))
+    return Text(
+        _show(column, metrics).rjust(column.width), style="bold red" if is_nonfinite else column.style
+    )
 
 
 def _eval_words(metrics: Mapping[str, float]) -> list[str]:
-    """``pass@1 0.412 [0.371, 0.453]`` and the like, what matters most first."""
+    """Texts such as ``pass@1 0.412 [0.371, 0.453]``, the most important first."""
     names = [name for name in metrics if name.startswith("eval/") and not name.endswith(("_low", "_high"))]
     words = []
-    first = ("eval/accuracy", "eval/margin")
-    for name in sorted(names, key=lambda name: (first.index(name) if name in first else 2, "@" not in name)):
-        short, value = name.removeprefix("eval/"), metrics[name]
+    leading = ("eval/accuracy", "eval/margin")
+    for name in sorted(
+        names, key=lambda name: (leading.index(name) if name in leading else 2, "@" not in name)
+    ):
+        short = name.removeprefix("eval/")
+        value = metrics[name]
         if short == "ungraded" and value == 0:
             continue
         bounds = [metrics[key] for key in (f"{name}_low", f"{name}_high") if key in metrics]
-        interval = (
-            f" [{bounds[0]:.3f}, {bounds[1]:.3f}]"
-            if len(bounds) == 2 and all(map(math.isfinite, bounds))
-            else ""
-        )
-        whole = short in ("ungraded", "examples")
-        shown = (
-            f"{value:.3f}{interval}"
-            if interval or "@" in short
-            else f"{value:.0f}"
-            if whole
-            else _number(value)
-        )
-        words.append(f"{short} {shown}")
+        has_interval = len(bounds) == 2 and all(map(math.isfinite, bounds))
+        interval = f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if has_interval else ""
+        if interval or "@" in short:
+            text = f"{value:.3f}{interval}"
+        elif short in ("ungraded", "examples"):
+            text = f"{value:.0f}"
+        else:
+            text = _number(value)
+        words.append(f"{short} {text}")
     return words

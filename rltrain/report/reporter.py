@@ -1,4 +1,4 @@
-"""One step's numbers to every place they go: files, trackers, the terminal."""
+"""Sends the numbers of each step to files, trackers and the terminal."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from rltrain.types.samples import ScoredGroup
 class Reporter:
     """Owns the run's sinks, transcripts and step lines.
 
-    On ranks other than 0, ``Reporter(None, None, None)`` stays quiet.
+    On ranks other than 0, ``Reporter(None, None, None)`` reports nothing.
     """
 
     def __init__(
         self, sinks: Sinks | None, transcripts: Transcripts | None, progress: Progress | None
     ) -> None:
-        self.sinks, self.transcripts, self.progress = sinks, transcripts, progress
-        self._said: set[str] = {""}
+        self.sinks = sinks
+        self.transcripts = transcripts
+        self.progress = progress
+        self._sent: set[str] = {""}
 
     def step(
         self, step: int, metrics: Mapping[str, float], groups: Sequence[ScoredGroup], note: str | None
     ) -> None:
-        """note: why the gradient was zero, when it was."""
+        """note: why the gradient was zero; None: it was not."""
         if self.sinks is not None:
             self.sinks.log(step, metrics)
         if self.transcripts is not None:
@@ -43,10 +45,10 @@ class Reporter:
         if self.progress is not None:
             self.progress.message(text)
 
-    def once(self, text: str) -> None:
-        """A message the first time, then nothing."""
-        if text not in self._said:
-            self._said.add(text)
+    def message_once(self, text: str) -> None:
+        """Sends a message the first time; ignores repetitions."""
+        if text not in self._sent:
+            self._sent.add(text)
             self.message(text)
 
     def warn(self, text: str) -> None:

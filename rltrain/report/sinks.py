@@ -1,6 +1,6 @@
-"""Where a run's numbers go: metrics.jsonl always, trackers by name.
+"""The destinations of a run's numbers: always metrics.jsonl, and the trackers that the recipe names.
 
-The only module that imports a tracker, and only a named one.
+Only this module imports a tracker, and only a named one.
 """
 
 from __future__ import annotations
@@ -26,32 +26,31 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """A file of one JSON object per line, flushed line by line; what a killed process left
-    half-written is cut off on reopening.
+    """A file of one JSON object per line, flushed line by line. Opening the file cuts off an incomplete
+    last line, which a killed process left.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = open(path, "ab")  # noqa: SIM115  (held until close)
-        self._file.truncate(_whole_lines(path))
+        self._file.truncate(_bytes_of_whole_lines(path))
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write ``record``.
 
-        Raises ValueError on a number JSON has no word for, OSError when the disk refuses.
+        Raises ValueError on NaN or infinity, which JSON cannot express, and OSError when writing fails.
         """
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)
-        # A lone surrogate cannot be UTF-8; as the escape \\udXXX it is valid JSON and survives the round
-        # trip.
+        # UTF-8 cannot encode a lone surrogate; the escape \\udXXX is valid JSON and reads back unchanged.
         self._file.write(line.encode("utf-8", errors="backslashreplace") + b"\n")
         self._file.flush()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of numbers. NaN and infinities are null, and named under "nonfinite"."""
+        """Write one line of numbers. NaN and infinities are null, and listed under "nonfinite"."""
         values = {name: float(value) for name, value in metrics.items()}
-        broken = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
-        finite = {name: None if name in broken else value for name, value in values.items()}
-        self.append({"step": step, **finite, **({"nonfinite": broken} if broken else {})})
+        nonfinite = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
+        finite = {name: None if name in nonfinite else value for name, value in values.items()}
+        self.append({"step": step, **finite, **({"nonfinite": nonfinite} if nonfinite else {})})
 
     def close(self) -> None:
         self._file.close()
@@ -107,18 +106,20 @@ class Trackio:
 class Sinks:
     """metrics.jsonl and the trackers, as one sink.
 
-    The file comes first and its errors stop the run. A tracker that raises is switched off with a warning,
-    once, and counted in ``failed``: a dashboard that is down costs its own curve, never the run.
+    The file is written first and its errors stop the run. A tracker that raises is switched off with one
+    warning and recorded in ``failed``: a broken dashboard loses its own curve but does not stop the run.
     """
 
     def __init__(
         self, lines: JsonLines, trackers: Mapping[str, Tracker], warn: Callable[[str], None]
     ) -> None:
-        self._lines, self._trackers, self._warn = lines, dict(trackers), warn
+        self._lines = lines
+        self._trackers = dict(trackers)
+        self._warn = warn
         self.failed: dict[str, str] = {}  # tracker name -> why it was switched off
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Raises ValueError on a name the table of metrics does not have, before anything is written."""
+        """Raises ValueError on a name that the table of metrics lacks, before it writes anything."""
         check_names(metrics)
         self._lines.log(step, metrics)
         for name, tracker in list(self._trackers.items()):
@@ -134,9 +135,8 @@ class Sinks:
     def _guard(self, name: str, call: Callable[[], None]) -> None:
         try:
             call()
-        except (
-            Exception
-        ) as error:  # third-party code with exceptions of its own: the one broad except, and it is loud
+        # third-party code raises exceptions of any type; a warning reports each
+        except Exception as error:
             del self._trackers[name]
             self.failed[name] = f"{type(error).__name__}: {error}"
             self._warn(
@@ -159,16 +159,16 @@ def open_sinks(
     for name in names:
         if name not in openers:
             raise UserError(f"report.sinks: no tracker is called {name!r}{suggestion(name, openers)}")
-    trackers = {name: _started(name, openers[name]) for name in names}
+    trackers = {name: _start_tracker(name, openers[name]) for name in names}
     return Sinks(JsonLines(folder / "metrics.jsonl"), trackers, warn)
 
 
-def _started(name: str, opener: Callable[[], Tracker]) -> Tracker:
+def _start_tracker(name: str, opener: Callable[[], Tracker]) -> Tracker:
     try:
         return opener()
     except UserError:
         raise
-    except Exception as error:  # as above; before the first step there is still time to say so
+    except Exception as error:  # as in Sinks._guard, but before the first step the run can still be refused
         offline = "set WANDB_MODE=offline, or " if name == "wandb" else ""
         raise UserError(
             f"report.sinks: {name} did not start ({type(error).__name__}: {error}); {offline}remove it from "
@@ -186,7 +186,7 @@ def _tracker_module(name: str, module: str) -> ModuleType:
         ) from error
 
 
-def _whole_lines(path: Path) -> int:
+def _bytes_of_whole_lines(path: Path) -> int:
     """Bytes up to and including the last newline of ``path``, read from the end."""
     position = os.path.getsize(path)
     with open(path, "rb") as file:

@@ -1,9 +1,8 @@
 """Statistics of an evaluation: unbiased pass@k, averages, and intervals over prompts. numpy only.
 
-The prompt is the unit that is resampled: completions of one prompt are not independent of each other, prompts
-are. Intervals are seeded 95 % percentile bootstraps; with fewer than two prompts there is no spread to
-resample and they are NaN. When every prompt scores the same the interval has no width: that is the sample's
-doing, not certainty.
+Prompts are resampled, because the completions of one prompt are not independent of each other. Intervals are
+seeded 95 % percentile bootstraps; they are NaN for fewer than two prompts, which have no spread. When every
+prompt has the same score the interval has no width: that is a property of the sample, not certainty.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_CHUNK = 1 << 20  # resampled values held at once
+_CHUNK = 1 << 20  # resampled values in memory at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +28,8 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class PassAtK:
-    """The chance that at least one of ``k`` completions is right, mean over prompts, estimated from
-    ``n`` of each.
+    """The probability that at least one of ``k`` completions is right, mean over prompts, estimated
+    from ``n`` completions of each.
     """
 
     k: int
@@ -45,8 +44,8 @@ def unbiased_pass_at_k(n: int, correct: int, k: int) -> float:
     """1 - C(n - correct, k) / C(n, k), the unbiased estimator of one prompt's pass@k (Chen et al. 2021,
     arXiv:2107.03374).
 
-    In words: of all sets of k among the n completions, the share with a right one. Raises ValueError unless
-    0 <= correct <= n and 1 <= k <= n.
+    It is the share of all sets of k among the n completions that contain a right one. Raises ValueError
+    unless 0 <= correct <= n and 1 <= k <= n.
     """
     if not 0 <= correct <= n:
         raise ValueError(f"{correct} of {n} completions cannot be correct")
@@ -92,15 +91,15 @@ def average(per_prompt: Sequence[float], *, seed: int) -> Estimate:
 def paired_difference(before: Mapping[str, float], after: Mapping[str, float], *, seed: int) -> Estimate:
     """Mean of ``after - before`` over prompts, by prompt id, with the interval of the differences.
 
-    Pairing removes the spread between easy and hard prompts, which is most of it. Raises ValueError unless
-    both runs evaluated the same prompts.
+    Pairing removes the spread between easy and hard prompts, which is most of the spread. Raises ValueError
+    unless both runs evaluated the same prompts.
     """
     if before.keys() != after.keys():
-        only_before, only_after = len(before.keys() - after.keys()), len(after.keys() - before.keys())
+        only_before = len(before.keys() - after.keys())
+        only_after = len(after.keys() - before.keys())
         raise ValueError(
             f"the runs evaluated different prompts: {only_before} only the first, {only_after} only the "
-            "second; "
-            "evaluate both on the same held-out set"
+            "second; evaluate both on the same held-out set"
         )
     return average([after[prompt] - before[prompt] for prompt in before], seed=seed)
 
@@ -133,12 +132,12 @@ def clustered_average(
     resamples: int = 10_000,
     level: float = 0.95,
 ) -> Estimate:
-    """Mean over values of which some belong together (examples of one prompt), with an interval over the
-    clusters drawn with replacement.
+    """Mean over values in clusters (the examples of one prompt), with an interval over clusters drawn with
+    replacement.
 
-    counts: how many values each of ``values`` is the sum of (a completion's tokens), so that the mean is over
-    those; None: one each. A draw's mean is its sum over its count, so that large clusters count as much as in
-    the mean itself. Raises ValueError on no values.
+    counts: if each value is a sum (over a completion's tokens), the number of its summands, so that the mean
+    is over the summands; None: one each. A draw's mean is its sum divided by its count, so that large
+    clusters have the same weight as in the mean itself. Raises ValueError on no values.
     """
     if len(values) == 0:
         raise ValueError("no examples were evaluated; expected at least one")
@@ -161,18 +160,18 @@ def clustered_average(
 
 
 def calibration_error(probability: Sequence[float], degree: Sequence[float], *, bins: int = 10) -> float:
-    """Expected calibration error of predicted preferences: 0 where a pair that is preferred with probability
-    p is so to the degree p.
+    """Expected calibration error of predicted preferences: 0 if pairs with predicted probability p have
+    degree p (arXiv:1706.04599).
 
-    probability, degree: that the first completion of each pair is the better one, as predicted and as it is.
-    A pair says the same read from its other side (1 - p, 1 - d), so all are turned to where p is above one
-    half; at one half the degree is one half. Of equally wide bins of [0.5, 1] the absolute differences
-    between mean p and mean d are averaged, weighted by their pairs (arXiv:1706.04599). Raises ValueError on
-    no pairs.
+    probability, degree: predicted and true probability that the first completion of each pair is the better
+    one. A pair is equivalent to its mirror image (1 - p, 1 - d), so pairs with p below one half are mirrored;
+    at one half the degree is one half. The absolute differences between mean p and mean d in equally wide
+    bins of [0.5, 1] are averaged, weighted by their number of pairs. Raises ValueError on no pairs.
     """
     if len(probability) == 0:
         raise ValueError("no pairs were evaluated; expected at least one")
-    p, d = np.asarray(probability, dtype=np.float64), np.asarray(degree, dtype=np.float64)
+    p = np.asarray(probability, dtype=np.float64)
+    d = np.asarray(degree, dtype=np.float64)
     d = np.where(p < 0.5, 1 - d, np.where(p == 0.5, 0.5, d))
     p = np.maximum(p, 1 - p)
     index = np.minimum((2 * bins * (p - 0.5)).astype(np.int64), bins - 1)

@@ -1,4 +1,4 @@
-"""What the model wrote and what it scored: transcripts.jsonl, a few prompts per step."""
+"""transcripts.jsonl: the completions and their scores for a few prompts of each step."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from rltrain.types.samples import Completion, ScoredGroup
 
 
 class Transcripts:
-    """Appends the completions of the first ``groups_per_step`` prompts of each step; 0 keeps none."""
+    """Writes the completions of the first ``groups_per_step`` prompts of each step; 0 writes none."""
 
     def __init__(self, path: Path, groups_per_step: int) -> None:
-        self._lines, self._kept = JsonLines(path), groups_per_step
+        self._lines = JsonLines(path)
+        self._groups_per_step = groups_per_step
 
     def log(self, step: int, groups: Sequence[ScoredGroup], stage: str = "rollout") -> None:
         """stage: "rollout", or "eval" for held-out prompts."""
-        for group in groups[: self._kept]:
+        for group in groups[: self._groups_per_step]:
             self._lines.append(transcript(step, group, stage))
 
     def close(self) -> None:
@@ -36,14 +37,14 @@ def transcript(step: int, group: ScoredGroup, stage: str = "rollout") -> dict[st
         "prompt_id": group.prompt.id,
         "prompt": group.prompt.text,
         "completions": [
-            _scored(completion, score)
+            _completion_record(completion, score)
             for completion, score in zip(group.completions, group.scores, strict=True)
         ],
     }
 
 
-def _scored(completion: Completion, score: Score) -> dict[str, Any]:
-    """A completion that nobody graded has no score: null and the reason, never 0."""
+def _completion_record(completion: Completion, score: Score) -> dict[str, Any]:
+    """A completion with its score; an ungraded one has null and the reason, not 0."""
     graded = score.ungraded is None
     return {
         "text": completion.text,

@@ -1,4 +1,4 @@
-"""Scored groups to the tensors of one step."""
+"""Turns scored groups into the tensors of one step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from rltrain.types.samples import SOURCE_REFERENCE, Completion, ScoredGroup
 def collate(groups: Sequence[ScoredGroup], lines: StepSplitter | None = None) -> tuple[TokenRows, TrainBatch]:
     """One row per completion, in group order, padded on the right to the longest completion.
 
-    A completion that nobody could grade, or that the engine gave up on, is masked out whole: its reward is
-    NaN, which group statistics leave out. The reference model's is masked out as well, but keeps its reward.
-    Advantages start at 0 and weights at 1. Answers get ids within their group, of all sources together. lines:
-    cuts completions without turns into steps (``step_ids``). Raises ValueError on an empty step.
+    A completion that no grader could grade, or that the engine aborted, is masked out entirely: its reward is
+    NaN, which group statistics leave out. A completion of the reference model is masked out as well, but
+    keeps its reward. Advantages start at 0 and weights at 1. Answers get ids within their group, across all
+    sources. lines: divides completions without turns into steps (``step_ids``). Raises ValueError on an empty
+    step.
     """
     pairs = [
         (group, completion, score)
@@ -28,22 +29,28 @@ def collate(groups: Sequence[ScoredGroup], lines: StepSplitter | None = None) ->
     ]
     if not pairs:
         raise ValueError("a step arrived without a single completion; the engine returned no groups")
-    width = max(len(completion.token_ids) for _, completion, _ in pairs)
-    trained = [score.ungraded is None and completion.finish != "aborted" for _, completion, score in pairs]
-    counting = [
-        kept and completion.source != SOURCE_REFERENCE
-        for (_, completion, _), kept in zip(pairs, trained, strict=True)
-    ]
     completions = [completion for _, completion, _ in pairs]
-    mask = _written(completions, width) & torch.tensor(counting)[:, None]
+    width = max(len(completion.token_ids) for completion in completions)
+
+    is_usable = [score.ungraded is None and completion.finish != "aborted" for _, completion, score in pairs]
+    is_trained = [
+        usable and completion.source != SOURCE_REFERENCE
+        for completion, usable in zip(completions, is_usable, strict=True)
+    ]
+    mask = _policy_tokens(completions, width) & torch.tensor(is_trained)[:, None]
+
     rollout_logp = torch.zeros(len(pairs), width)
-    has_logp = _ahead_of([len(completion.logprobs) for completion in completions], width)
+    has_logp = _first_columns([len(completion.logprobs) for completion in completions], width)
     rollout_logp[has_logp] = torch.tensor(
         [logp for completion in completions for logp in completion.logprobs]
     )
+
     verdicts = [None if score.ungraded is not None else score.correct for _, _, score in pairs]
-    rewards = [score.value if kept else math.nan for (_, _, score), kept in zip(pairs, trained, strict=True)]
+    rewards = [
+        score.value if usable else math.nan for (_, _, score), usable in zip(pairs, is_usable, strict=True)
+    ]
     answers = [number for group in groups for number in answer_ids(group)]
+
     batch = TrainBatch(
         mask=mask,
         advantages=torch.zeros(len(pairs), width),
@@ -66,8 +73,8 @@ def collate(groups: Sequence[ScoredGroup], lines: StepSplitter | None = None) ->
 
 
 def answer_ids(group: ScoredGroup) -> list[int]:
-    """A number per completion, equal for equal answers, from 0 in order of appearance; -1 where no
-    grader found an answer.
+    """A number for each completion, equal for equal answers, from 0 in order of appearance; -1 where no
+    grader extracted an answer.
     """
     known: dict[str, int] = {}
     return [
@@ -75,19 +82,18 @@ def answer_ids(group: ScoredGroup) -> list[int]:
     ]
 
 
-def _written(completions: Sequence[Completion], width: int) -> Tensor:
-    """(B, width) bool, true on the tokens the policy wrote; lengths and turn spans decide, never
-    token ids.
+def _policy_tokens(completions: Sequence[Completion], width: int) -> Tensor:
+    """(B, width) bool, true on the tokens that the policy wrote, which follow from lengths and turn spans,
+    never from token ids.
     """
-    mask = _ahead_of(
-        [0 if completion.turns else len(completion.token_ids) for completion in completions], width
-    )
+    lengths = [0 if completion.turns else len(completion.token_ids) for completion in completions]
+    mask = _first_columns(lengths, width)
     for row, completion in enumerate(completions):
         for start, stop in completion.turns or ():
             mask[row, start:stop] = True
     return mask
 
 
-def _ahead_of(lengths: Sequence[int], width: int) -> Tensor:
-    """(B, width) bool, true on the first ``lengths`` columns of each row."""
+def _first_columns(lengths: Sequence[int], width: int) -> Tensor:
+    """(B, width) bool, true on the first ``lengths[b]`` columns of row b."""
     return torch.arange(width) < torch.tensor(lengths)[:, None]

@@ -1,5 +1,5 @@
-"""Rollouts sampled in the learner's own processes: each rank draws, samples and grades its share,
-round by round.
+"""Rollouts sampled in the learner's own processes: in each round every rank samples and grades its share of
+the next prompts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rltrain.rollout.grading import Grader, correctness, is_informative, score_g
 from rltrain.rollout.groups import sample_groups
 from rltrain.rollout.source import Rollouts
 from rltrain.rollout.temperature import TemperatureController
-from rltrain.rollout.verdicts import with_verdicts
+from rltrain.rollout.verdicts import add_verdicts
 from rltrain.seeds import stable_hash
 from rltrain.types.samples import Prompt, RolloutGroup, Sampling, ScoredGroup
 
@@ -41,22 +41,21 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class GradedSampler:
-    """Samples with ``sampler`` and grades with ``grader``; implements ``Evaluates``."""
+    """Samples with ``sampler`` and grades with ``grader``; implements ``EvaluationSource``."""
 
     sampler: Sampler
     grader: Grader
     process: Process = ALONE
-    verdict_of: str | None = (
-        None  # the only reward, a user's function: its scores of 0 and 1 then say what is correct
-    )
+    # label of the only reward if it is a user's function: its scores of 0 and 1 then say what is correct
+    verdict_of: str | None = None
 
     def evaluate(
         self, prompts: Sequence[Prompt], sampling: Sampling, version: int, occasion: str = ""
     ) -> list[ScoredGroup]:
         """Every rank samples its share; all ranks return the same groups, ordered by prompt id.
 
-        What the engine caches of these prompts is kept apart: a training step that reused it would get
-        log-probs that differ in rounding from those of a resumed run.
+        The engine caches these prompts apart from those of training: a training step that reused the cache
+        would get log-probs that differ in rounding from those of a resumed run.
         """
         sampling = dataclasses.replace(sampling, cache="held out")
         groups = self.sample(self.process.share(prompts), sampling, version)
@@ -64,71 +63,71 @@ class GradedSampler:
         return sorted(graded, key=lambda group: group.prompt.id)
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[RolloutGroup]:
-        """Ungraded completions of exactly these prompts."""
+        """Ungraded completions of these prompts, without dividing them among the ranks."""
         return sample_groups(self.sampler, prompts, sampling, version, self.process.deadline)
 
     def grade(
         self, groups: Sequence[RolloutGroup], step: int, seconds: dict[str, float]
     ) -> list[ScoredGroup]:
-        """This rank's ``groups``, graded, together with those of the other ranks, ordered by group id."""
-        with timed(seconds, "reward"):
+        """Grades this rank's ``groups``; returns the graded groups of all ranks, ordered by group id."""
+        with add_time(seconds, "reward"):
             scored = score_groups(groups, self.grader, f"step {step}")
         ordered = sorted(self.process.gather(scored), key=lambda group: group.group)
-        return with_verdicts(ordered, self.verdict_of)
+        return add_verdicts(ordered, self.verdict_of)
 
 
 @dataclass
 class ColocatedRollouts:
     """Implements ``RolloutSource`` on an engine that shares the learner's processes and devices.
 
-    wanted: groups per step. max_rounds: 1 trains on whatever was sampled; more replaces groups that are all
-    correct or all wrong, as long as rounds last. keep: which groups dynamic sampling does not replace; None:
-    the informative ones. verify: raises WeightMismatchError unless the engine sampled with the weights that
-    were pushed last. release_memory: puts the engine to sleep, so that the learner has the device to itself.
-    close_engine: ends what the sampler asks.
+    max_rounds: 1 trains on every sampled group; with more, dynamic sampling replaces groups that are all
+    correct or all wrong, as long as rounds are left. keep: which groups dynamic sampling keeps; None: the
+    informative ones. verify: raises WeightMismatchError unless the engine sampled with the weights that were
+    pushed last. release_memory: puts the engine to sleep, so that the learner has the device to itself.
+    close_engine: ends the engine under the sampler.
     """
 
     graded: GradedSampler
     order: Order
     prompts: Sequence[Prompt]
-    sampling: Sampling  # its seed is the run's; every step and round derive their own
-    wanted: int
+    sampling: Sampling  # with the run's seed, from which every step and round derives its own
+    groups_per_step: int
     max_rounds: int
     verify: Callable[[], None]
     release_memory: Callable[[], None]
     close_engine: Callable[[], None]
     sources: Sequence[SampleSource] = ()  # further rows for the groups that the step trains on
     keep: Callable[[ScoredGroup], bool] | None = None
-    temperature: TemperatureController | None = (
-        None  # adapts the temperature token by token; None: ``sampling.temperature``
-    )
+    # adapts the temperature token by token; None: every token is drawn at ``sampling.temperature``
+    temperature: TemperatureController | None = None
 
     def take(self, step: int, version: int) -> Rollouts:
-        """Samples rounds until enough groups are informative, adds the sources' rows, proves the
-        weights, gives memory back.
+        """Samples rounds until enough groups are informative, adds the rows of extra sources, verifies the
+        engine's weights, and frees its memory.
         """
         kept: list[ScoredGroup] = []
-        drawn: list[ScoredGroup] = []
+        sampled: list[ScoredGroup] = []
         seconds = {"rollout": 0.0, "reward": 0.0, "sync": 0.0}
+        is_kept = self.keep or is_informative
         rounds = 0
-        while len(kept) < self.wanted and rounds < self.max_rounds:
-            fresh = self._round(step, rounds, len(drawn), version, seconds)
-            drawn += fresh
-            kept += [group for group in fresh if self.max_rounds == 1 or (self.keep or is_informative)(group)]
+        while len(kept) < self.groups_per_step and rounds < self.max_rounds:
+            new_groups = self._sample_round(step, rounds, len(sampled), version, seconds)
+            sampled += new_groups
+            kept += [group for group in new_groups if self.max_rounds == 1 or is_kept(group)]
             rounds += 1
-        # without an informative group the step trains on what there is, and its line says why nothing moved
-        groups = kept[: self.wanted] or drawn[: self.wanted]
-        counts = tuple(sum(correct) for group in drawn if (correct := correctness(group)) is not None)
+        # without an informative group the step trains on any group, and its line says why no weight changed
+        groups = kept[: self.groups_per_step] or sampled[: self.groups_per_step]
+        counts = tuple(sum(correct) for group in sampled if (correct := correctness(group)) is not None)
 
         metrics = {} if self.temperature is None else self.temperature.notes()
         for source in self.sources:
-            groups = self._with_extra_samples(source, groups, step, version, seconds)
+            groups = self._add_extra_samples(source, groups, step, version, seconds)
             metrics |= source.notes()
 
-        with timed(seconds, "sync"):
+        with add_time(seconds, "sync"):
             self.verify()
         self.release_memory()
-        return Rollouts(tuple(groups), len(drawn), rounds, counts, seconds, metrics)
+        return Rollouts(tuple(groups), len(sampled), rounds, counts, seconds, metrics)
 
     def evaluate(
         self, prompts: Sequence[Prompt], sampling: Sampling, version: int, occasion: str = ""
@@ -159,29 +158,31 @@ class ColocatedRollouts:
             self.temperature.load_state_dict(state["temperature"])
 
     def close(self) -> None:
-        sampler, deadline = self.graded.sampler, self.graded.process.deadline
+        sampler = self.graded.sampler
+        deadline = self.graded.process.deadline
         with deadline(f"the {sampler.name} engine", "to close"):
             sampler.close()
             self.close_engine()
 
-    def _round(
+    def _sample_round(
         self, step: int, number: int, first_id: int, version: int, seconds: dict[str, float]
     ) -> list[ScoredGroup]:
-        """One round of dynamic sampling: the next prompts, this rank's share sampled, everything graded."""
-        chosen = self.graded.process.share(list(enumerate(self.order.next(), start=first_id)))
-        sampling = dataclasses.replace(
-            self.sampling, seed=stable_hash(self.sampling.seed, "rollout", step, number)
-        )
+        """One round of dynamic sampling: samples and grades this rank's share of the next prompts; returns
+        the groups of all ranks.
+        """
+        share = self.graded.process.share(list(enumerate(self.order.next(), start=first_id)))
+        seed = stable_hash(self.sampling.seed, "rollout", step, number)
+        sampling = dataclasses.replace(self.sampling, seed=seed)
         if self.temperature is not None:
             sampling = self.temperature.sampling(sampling)
-        with timed(seconds, "rollout"):
-            sampled = self.graded.sample([self.prompts[index] for _, index in chosen], sampling, version)
+        with add_time(seconds, "rollout"):
+            sampled = self.graded.sample([self.prompts[index] for _, index in share], sampling, version)
         numbered = [
-            dataclasses.replace(group, group=id) for group, (id, _) in zip(sampled, chosen, strict=True)
+            dataclasses.replace(group, group=id) for group, (id, _) in zip(sampled, share, strict=True)
         ]
         return self.graded.grade(numbered, step, seconds)
 
-    def _with_extra_samples(
+    def _add_extra_samples(
         self,
         source: SampleSource,
         groups: Sequence[ScoredGroup],
@@ -189,22 +190,24 @@ class ColocatedRollouts:
         version: int,
         seconds: dict[str, float],
     ) -> list[ScoredGroup]:
-        """``groups`` with the graded completions that ``source`` adds, after those that are there."""
+        """``groups`` with the graded completions of ``source`` appended."""
         share = self.graded.process.share(list(source.choose(groups)))
-        with timed(seconds, "rollout"):
+        with add_time(seconds, "rollout"):
             sampled = source.sample(share, stable_hash(self.sampling.seed, "arm", source.code, step), version)
         added = {group.group: group for group in self.graded.grade(sampled, step, seconds)}
-        return [_joined(group, added[group.group]) if group.group in added else group for group in groups]
+        return [
+            _join_groups(group, added[group.group]) if group.group in added else group for group in groups
+        ]
 
 
 @contextlib.contextmanager
-def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Adds the block's wall-clock to ``seconds[phase]``."""
-    started = time.perf_counter()
+def add_time(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Adds the wall-clock time of the ``with`` block to ``seconds[phase]``."""
+    start = time.perf_counter()
     yield
-    seconds[phase] += time.perf_counter() - started
+    seconds[phase] += time.perf_counter() - start
 
 
-def _joined(group: ScoredGroup, more: ScoredGroup) -> ScoredGroup:
-    completions = group.completions + more.completions
-    return dataclasses.replace(group, completions=completions, scores=group.scores + more.scores)
+def _join_groups(group: ScoredGroup, added: ScoredGroup) -> ScoredGroup:
+    completions = group.completions + added.completions
+    return dataclasses.replace(group, completions=completions, scores=group.scores + added.scores)

@@ -1,4 +1,4 @@
-"""What graders read of a group, and what their scores say of it. This module imports no torch."""
+"""What graders read from a group, and what their scores say about it. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Grader(Protocol):
     """
 
     def score(self, groups: Sequence[RewardInputs]) -> list[list[Score]]:
-        """One score for each completion of each group, same order."""
+        """A score for each completion of each group, in the same order."""
         ...
 
 
 def score_groups(groups: Sequence[RolloutGroup], grader: Grader, occasion: str = "") -> list[ScoredGroup]:
-    """Grade every completion of every group.
+    """Grades every completion of every group.
 
-    A completion that cannot be graded says so in its score, as does one whose episode failed. occasion: what
-    they are graded for, in words. Raises UserError where a function does not return a score per completion.
+    The score of a completion that cannot be graded, or whose episode failed, says so. occasion: the purpose
+    of the grading, in words. Raises UserError where a function does not return a score per completion.
     """
     try:
         graded = grader.score([reward_inputs(group, occasion) for group in groups])
@@ -33,26 +33,27 @@ def score_groups(groups: Sequence[RolloutGroup], grader: Grader, occasion: str =
         raise UserError(f"reward.functions: {error}") from error
     scored: list[ScoredGroup] = []
     for group, scores in zip(groups, graded, strict=True):
-        judged = tuple(
-            _unless_failed(completion, score)
+        checked = tuple(
+            _mark_failure(completion, score)
             for completion, score in zip(group.completions, scores, strict=True)
         )
-        scored.append(ScoredGroup(group.group, group.prompt, group.completions, judged))
+        scored.append(ScoredGroup(group.group, group.prompt, group.completions, checked))
     return scored
 
 
-def _unless_failed(completion: Completion, score: Score) -> Score:
+def _mark_failure(completion: Completion, score: Score) -> Score:
+    """The score, ungraded where the completion's episode failed."""
     failure = None if completion.episode is None else completion.episode.failure
     return score if failure is None else Score(0.0, ungraded=failure)
 
 
 def reward_inputs(group: RolloutGroup | ScoredGroup, occasion: str = "") -> RewardInputs:
-    """What graders get to read: the text of each completion, or of an episode its last turn."""
+    """What graders read of a group: the text of each completion, or the last turn of each episode."""
     episodes = tuple(completion.episode for completion in group.completions if completion.episode is not None)
     versions = [span.version for completion in group.completions for span in completion.versions]
     return RewardInputs(
         prompt=group.prompt.text,
-        completions=tuple(_answer(completion) for completion in group.completions),
+        completions=tuple(_graded_text(completion) for completion in group.completions),
         token_counts=tuple(len(completion.token_ids) for completion in group.completions),
         finish=tuple(completion.finish for completion in group.completions),
         columns=dict(group.prompt.columns),
@@ -60,20 +61,21 @@ def reward_inputs(group: RolloutGroup | ScoredGroup, occasion: str = "") -> Rewa
         prompt_ids=tuple(group.prompt.token_ids),
         completion_ids=tuple(tuple(completion.token_ids) for completion in group.completions),
         messages=group.prompt.messages,
-        updates=max([0, *versions]),  # the reference model has taken none
+        updates=max([0, *versions]),  # 0 for the reference model
         occasion=occasion,
     )
 
 
-def _answer(completion: Completion) -> str:
+def _graded_text(completion: Completion) -> str:
     if completion.episode is None:
         return completion.text
     return completion.episode.turns[-1] if completion.episode.turns else ""
 
 
 def sample_inputs(prompt: Prompt, *, in_environment: bool = False) -> RewardInputs:
-    """What a reward function would get for two arbitrary answers: enough to find out whether it runs, and how
-    many scores it returns."""
+    """What a reward function would read for two arbitrary answers: enough to check that it runs and how many
+    scores it returns.
+    """
     completions = ("0", "1")
     return RewardInputs(
         prompt.text,
@@ -89,9 +91,8 @@ def sample_inputs(prompt: Prompt, *, in_environment: bool = False) -> RewardInpu
 
 
 def correctness(group: ScoredGroup) -> list[bool] | None:
-    """Raw correctness per graded completion, whatever penalties the reward adds.
-
-    None if no reward function reports it.
+    """Whether each graded completion is correct, without the penalties that the reward adds; None if no
+    reward function reports it.
     """
     graded = [score for score in group.scores if score.ungraded is None]
     if any(score.correct is None for score in graded):
@@ -99,11 +100,11 @@ def correctness(group: ScoredGroup) -> list[bool] | None:
     return [bool(score.correct) for score in graded]
 
 
-def in_accuracy_range(low: float, high: float, group: ScoredGroup) -> bool:
-    """PRIME (arXiv:2502.01456): the share of right completions among the graded ones lies in [low, high].
+def is_in_accuracy_range(low: float, high: float, group: ScoredGroup) -> bool:
+    """PRIME (arXiv:2502.01456): the share of correct completions among the graded is within [low, high].
 
-    Rewards stand in for verdicts where nothing reports correctness. The arithmetic, and so every verdict, is
-    that of ``advantage.process.within_accuracy`` on float64 tensors.
+    Where no reward function reports correctness, the mean reward takes the place of the share. The
+    arithmetic, and so every result, is that of ``advantage.process.is_accuracy_within`` on float64 tensors.
     """
     values = _verdicts(group)
     if not values:
@@ -115,7 +116,7 @@ def in_accuracy_range(low: float, high: float, group: ScoredGroup) -> bool:
 def is_informative(group: ScoredGroup) -> bool:
     """DAPO (arXiv:2503.14476): 0 < number correct < number graded.
 
-    Rewards that differ, where nothing reports correctness. Every verdict is that of
+    Where no reward function reports correctness: whether the rewards differ. Every result is that of
     ``advantage.group.informative_groups`` on float64 tensors.
     """
     values = _verdicts(group)
@@ -123,19 +124,19 @@ def is_informative(group: ScoredGroup) -> bool:
 
 
 def _verdicts(group: ScoredGroup) -> list[float]:
-    """Of the graded completions: 1 right, 0 wrong; their rewards where nothing reports correctness."""
-    right = correctness(group)
-    if right is not None:
-        return [float(verdict) for verdict in right]
+    """1 for each correct and 0 for each wrong graded completion; the rewards where correctness is unknown."""
+    verdicts = correctness(group)
+    if verdicts is not None:
+        return [float(verdict) for verdict in verdicts]
     return [score.value for score in group.scores if score.ungraded is None]
 
 
 def _mean(values: Sequence[float]) -> float:
-    """From the smallest upwards, as ``tensor_ops.segment_mean``: equal values have exactly themselves as
-    mean.
+    """The mean, added up relative to the smallest value as in ``tensor_ops.segment_mean``: the mean of equal
+    values is exactly that value.
     """
     low = min(values)
-    total = 0.0  # added one by one: ``sum`` corrects its rounding from Python 3.12 on
+    total = 0.0  # a loop, because ``sum`` corrects its rounding from Python 3.12 on
     for value in values:
         total += value - low
     return low + total / len(values)

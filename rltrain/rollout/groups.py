@@ -1,4 +1,4 @@
-"""Whole groups from a sampler, for callers that wait for all of them. This module imports no torch."""
+"""Samples complete groups, for callers that wait for all of them. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def sample_groups(
     policy: PolicyVersion,
     deadline: Deadline = no_deadline,
 ) -> list[RolloutGroup]:
-    """``sampling.n`` completions for each prompt, one request each, in order; group ids are positions in
-    ``prompts``.
+    """``sampling.n`` completions for each prompt, in the order of ``prompts``; a group's id is its prompt's
+    position.
 
-    deadline: of all of them together. Raises as ``Sampler.sample`` does.
+    deadline: for all of them together. Raises as ``Sampler.sample`` does.
     """
     requests = [Request(prompt, sampling, 0, sampling.n) for prompt in prompts]
     size = f"{len(prompts)} x {sampling.n} completions of at most {sampling.max_tokens} tokens"

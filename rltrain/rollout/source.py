@@ -1,4 +1,4 @@
-"""Where a loop's completions come from: one protocol, whoever samples them."""
+"""The protocol by which a training loop gets its completions, independent of what samples them."""
 
 from __future__ import annotations
 
@@ -10,26 +10,24 @@ from torch import Tensor
 
 from rltrain.types.samples import Prompt, Sampling, ScoredGroup
 
-__all__ = ["Evaluates", "RolloutSource", "Rollouts"]
+__all__ = ["EvaluationSource", "RolloutSource", "Rollouts"]
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The groups that one step trains on: those of all ranks, equal on every rank."""
+    """The groups that one step trains on, from all ranks; equal on every rank."""
 
     groups: tuple[ScoredGroup, ...]
     generated_groups: int  # before dynamic sampling dropped any
-    rounds: int
-    correct_counts: tuple[
-        int, ...
-    ]  # correct completions of each generated group; empty where no reward reports correctness
+    rounds: int  # of dynamic sampling
+    # correct completions of each generated group; empty where no reward reports correctness
+    correct_counts: tuple[int, ...]
     seconds: dict[str, float]  # wall-clock of this rank by phase: "rollout", "reward", "sync"
-    metrics: dict[str, float] = field(
-        default_factory=dict
-    )  # of sources and of the adaptive temperature, for controls and logs
+    # of extra sample sources and of the adaptive temperature, for controls and logs
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
-class Evaluates(Protocol):
+class EvaluationSource(Protocol):
     """Samples and grades held-out prompts."""
 
     def evaluate(
@@ -37,29 +35,29 @@ class Evaluates(Protocol):
     ) -> list[ScoredGroup]:
         """``sampling.n`` graded completions of each prompt by the policy of ``version``, equal on every rank.
 
-        occasion: what they are graded for, in words, for logs.
+        occasion: the purpose of the grading, in words, for logs.
         """
         ...
 
 
-class RolloutSource(Evaluates, Protocol):
+class RolloutSource(EvaluationSource, Protocol):
     """Graded completions, step by step.
 
-    Every rank calls every method; nothing assumes that a rank samples a share.
+    Every rank calls every method. An implementation need not divide the sampling among the ranks.
     """
 
     def take(self, step: int, version: int) -> Rollouts:
-        """The rollouts of ``step``, sampled by the policy of ``version``, whose weights are proved before
-        this returns.
+        """The rollouts of ``step``, sampled by the policy of ``version``.
 
-        Raises WeightMismatchError if an engine sampled with other weights.
+        Before it returns it verifies that the engine held that policy's weights; raises WeightMismatchError
+        if an engine sampled with others.
         """
         ...
 
     def observe(
         self, metrics: Mapping[str, float], entropy: Tensor | None = None, sampled: Tensor | None = None
     ) -> None:
-        """Tells the source how the step went; whatever adapts to it does so before the next ``take``.
+        """Tells the source the step's numbers, so that it adapts before the next ``take``.
 
         entropy: (B, T) nats, of the policy that sampled. sampled: (B, T) bool, the tokens that the policy
         wrote itself.
@@ -67,7 +65,7 @@ class RolloutSource(Evaluates, Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next ``take`` depends on besides the weights, as JSON."""
+        """The state on which the next ``take`` depends, besides the weights, as JSON."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,5 +1,5 @@
-"""HAPO's adaptive temperature, arXiv:2509.16591: every token drawn at its own, hotter where the
-policy is unsure.
+"""HAPO's adaptive temperature, arXiv:2509.16591: every token is drawn at its own temperature, which is higher
+where the policy is unsure.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from rltrain.types.samples import AdaptiveTemperature, Sampling
 
 __all__ = ["TemperatureController", "entropy_of", "token_temperatures"]
 
-LEAST_SHARE = 0.1  # of the base: the unscaled form is unbounded, and a temperature of 0 or less is none
+# of the base temperature: the unscaled form has no lower bound, and a temperature must be above 0
+LEAST_SHARE = 0.1
 
 
 class TemperatureController:
-    """Measures the entropy signal of each training step and hands it to the sampler of the next; the first
-    step samples at the base.
+    """Measures the entropy signal of each training step, from which the next step's temperatures follow; the
+    first step samples at the base temperature.
 
     tau: how far temperatures spread around the base. variant: "scaled" is h_hat in [-1, 1]; "released" has
     the release's sign; "unscaled" is h itself, as the paper's second version prints it. rho: quantile of ln H
@@ -37,23 +38,23 @@ class TemperatureController:
         """``base`` with the temperature of each token adapted, once a step has been observed."""
         if self._signal is None:
             return base
-        one = self._signal
-        return dataclasses.replace(
-            base,
-            adaptive=AdaptiveTemperature(self._tau, self._variant, one.pivot, one.sigma, one.top, one.bottom),
+        signal = self._signal
+        adaptive = AdaptiveTemperature(
+            self._tau, self._variant, signal.pivot, signal.sigma, signal.top, signal.bottom
         )
+        return dataclasses.replace(base, adaptive=adaptive)
 
     def observe(self, entropy: Tensor, sampled: Tensor) -> None:
-        """entropy: (B, T) nats, of the policy that sampled, the whole step; sampled: (B, T) bool, the tokens
-        it wrote itself.
+        """Measures the signal of a step. entropy: (B, T) nats, of the policy that sampled; sampled: (B, T)
+        bool, the tokens that the policy wrote.
 
-        A step without tokens, or one whose entropies are not finite, leaves the signal as it is.
+        A step without tokens, or with entropies that are not finite, leaves the signal unchanged.
         """
         if bool(entropy[sampled].isfinite().all()):
             self._signal = entropy_signal(entropy, sampled, self._rho) or self._signal
 
     def notes(self) -> dict[str, float]:
-        """Pivot and width of the signal in hand, of ln H; nothing before the first step."""
+        """Pivot and width of the current signal, of ln H; empty before the first step."""
         if self._signal is None:
             return {}
         return {"temperature_pivot": self._signal.pivot, "temperature_sigma": self._signal.sigma}
@@ -66,7 +67,7 @@ class TemperatureController:
 
 
 def token_temperatures(entropy: Tensor, base: float, adaptive: AdaptiveTemperature) -> Tensor:
-    """Temperature of each token; entropy: nats, of softmax(logits / base), any shape.
+    """The temperature of each token. entropy: nats, of softmax(logits / base), any shape.
 
     At least ``LEAST_SHARE`` of ``base``.
     """
@@ -77,6 +78,6 @@ def token_temperatures(entropy: Tensor, base: float, adaptive: AdaptiveTemperatu
 
 
 def entropy_of(logits: Tensor) -> Tensor:
-    """(R,) nats of softmax(logits), logits (R, V) float32. Logits of -inf have no part in it."""
+    """(R,) nats: the entropy of softmax(logits), logits (R, V) float32. Logits of -inf contribute nothing."""
     logp = torch.log_softmax(logits, dim=-1)
     return -torch.where(logp > -torch.inf, logp.exp() * logp, 0.0).sum(dim=-1)

@@ -1,4 +1,4 @@
-"""Proof that an engine multiplies with the learner's weights: a fingerprint per weight, taken on both
+"""Proof that an engine multiplies with the learner's weights: a fingerprint per weight, computed on both
 sides and compared.
 """
 
@@ -15,8 +15,8 @@ class WeightMismatchError(RuntimeError):
 
 
 class NeverHeldError(WeightMismatchError, UserError):
-    """It did not hold them after the very first load: this engine cannot be given this model, and
-    another must be chosen.
+    """An engine did not hold the weights after the very first load: it cannot load this model, and the user
+    must choose another engine.
     """
 
 
@@ -24,12 +24,13 @@ def compare(learner: Mapping[str, Fingerprint], engine: Mapping[str, Fingerprint
     """Raises WeightMismatchError naming the first weight, in the learner's order, that differs by more than
     ``rtol`` or is missing.
 
-    Both sides sum the stored entries in float64, so numbers of equal weights differ by the order of the sums
-    alone, below 1e-14. A weight whose n entries, of size s, all move by d in random directions moves its
-    number by about d / (8 s) times a standard normal: at s = 0.02 and rtol 1e-12 one weight in 10 million is
-    not seen to have missed a step of 1e-6, one in 80,000 a step of 1e-8 (float32 holds steps down to 1e-9
-    there). A single entry moves it by d / (8 s sqrt(n)), its last bit in float32 by 7e-9 / sqrt(n): seen in
-    weights of up to 50 million entries. What rounding to the engine's type hides is no change of the engine.
+    Both sides sum the stored entries in float64, so the numbers of equal weights differ only by the order of
+    the sums, below 1e-14. When all n entries of a weight, of size s, move by d in random directions, its
+    number moves by about d / (8 s) times a standard normal: at s = 0.02 and rtol 1e-12 a missed step of 1e-6
+    stays undetected in one weight of 10 million, a missed step of 1e-8 in one of 80,000 (float32 holds steps
+    down to 1e-9 there). A single entry moves the number by d / (8 s sqrt(n)), its last bit in float32 by 7e-9
+    / sqrt(n): detected in weights of up to 50 million entries. A change that rounding to the engine's type
+    hides does not change the engine.
     """
     for name, fingerprint in learner.items():
         expected = fingerprint.number
@@ -41,8 +42,7 @@ def compare(learner: Mapping[str, Fingerprint], engine: Mapping[str, Fingerprint
         if not abs(held - expected) <= rtol * max(abs(held), abs(expected)):
             raise WeightMismatchError(
                 f"weight {name!r}: the engine multiplies with {held:.9g}, the learner has {expected:.9g} "
-                f"(fingerprints, rtol {rtol:g}); "
-                "the last load did not reach it: it must not generate"
+                f"(fingerprints, rtol {rtol:g}); the last load did not reach it: it must not generate"
             )
     if extra := [name for name in engine if name not in learner]:
         raise WeightMismatchError(

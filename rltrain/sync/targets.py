@@ -1,6 +1,4 @@
-"""What a weight target is asked to do, each with a deadline, so that it cannot keep anybody waiting
-for ever.
-"""
+"""The calls of a weight target, each with a deadline, so that a hanging target ends the process."""
 
 from __future__ import annotations
 

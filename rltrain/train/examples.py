@@ -1,4 +1,4 @@
-"""Judged examples as optimizer batches: token ids, what frozen models say of them, and which come next."""
+"""Judged examples as optimizer batches: token ids, log-probs of frozen models, and the order of examples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rltrain.data.labels import Labelled
+from rltrain.data.labels import LabelledCompletion
 from rltrain.data.order import PromptOrder
 from rltrain.data.preferences import Pair
 from rltrain.errors import UserError
@@ -20,12 +20,12 @@ from rltrain.seeds import stable_hash
 from rltrain.types.policy import TokenRows
 from rltrain.types.preference import CompletionFacts, LabelBatch, PairBatch
 
-__all__ = ["ExampleOrder", "Examples", "Mismatches", "examples_of_labels", "examples_of_pairs", "rows_of"]
+__all__ = ["ExampleOrder", "Examples", "Mismatches", "examples_of_labels", "examples_of_pairs", "select_rows"]
 
 
 @dataclass(frozen=True)
 class Mismatches:
-    """KTO's other rows for every step of a run: prompt i with another prompt's completion."""
+    """KTO's mismatched rows for every step of a run: prompt i with another prompt's completion."""
 
     seed: int
     ref_logp: Tensor  # (steps x per_step,) nats, step after step
@@ -35,32 +35,32 @@ class Mismatches:
 
     def facts(self, mismatched: TokenRows, step: int) -> CompletionFacts:
         count = len(mismatched)
-        return CompletionFacts(
-            lengths_of(mismatched), ref_logp=self.ref_logp[(step - 1) * count : step * count]
-        )
+        ref_logp = self.ref_logp[(step - 1) * count : step * count]
+        return CompletionFacts(lengths_of(mismatched), ref_logp=ref_logp)
 
 
 @dataclass(frozen=True)
 class Examples:
-    """All training or held-out examples; ``rows`` and ``whole`` in the same order."""
+    """All training or held-out examples; ``rows`` and ``full_batch`` are in the same order."""
 
     rows: TokenRows  # of pairs: the chosen completions, then the rejected
-    whole: PairBatch | LabelBatch
+    full_batch: PairBatch | LabelBatch
     mismatches: Mismatches | None = None
 
     def __len__(self) -> int:
-        return len(self.whole)
+        return len(self.full_batch)
 
     @property
     def sides(self) -> int:
         """Rows per example."""
-        return 2 if isinstance(self.whole, PairBatch) else 1
+        return 2 if isinstance(self.full_batch, PairBatch) else 1
 
     def batch(
         self, chosen: Sequence[int], step: int
     ) -> tuple[TokenRows, PairBatch | LabelBatch, TokenRows | None]:
-        """(rows, batch, mismatched rows) of the examples ``chosen``, which are those of ``step``."""
-        rows, batch = rows_of(self.rows, chosen, self.sides), self.whole.rows(chosen)
+        """(rows, batch, mismatched rows) of the examples ``chosen``, which ``step`` takes."""
+        rows = select_rows(self.rows, chosen, self.sides)
+        batch = self.full_batch.rows(chosen)
         if self.mismatches is None or isinstance(batch, PairBatch):
             return rows, batch, None
         others = self.mismatches.rows(rows, batch.prompt, step)
@@ -68,7 +68,9 @@ class Examples:
 
 
 class ExampleOrder:
-    """Which examples each step takes: random permutations, one per epoch, of ``units`` that stay together."""
+    """Which examples each step takes: a random permutation of ``units`` per epoch, whose examples stay
+    together.
+    """
 
     def __init__(self, units: Sequence[Sequence[int]], per_step: int, seed: int) -> None:
         size = len(units[0])
@@ -76,21 +78,20 @@ class ExampleOrder:
             sizes = sorted({len(unit) for unit in units})
             raise UserError(
                 "the loss needs all completions of a prompt in one step, but prompts have "
-                f"{', '.join(map(str, sizes))} of them and "
-                f"train.examples is {per_step}; give every prompt equally many and make train.examples a "
-                "multiple of that"
+                f"{', '.join(map(str, sizes))} of them and train.examples is {per_step}; give every prompt "
+                "equally many and make train.examples a multiple of that"
             )
         if len(units) * size < per_step:
             raise UserError(
                 f"a step takes {per_step} different examples and the training set has {len(units) * size}; "
-                "lower train.examples, or give "
-                "more data (rows may have been left out: see above)"
+                "lower train.examples, or give more data (rows may have been left out: see above)"
             )
-        self.units, self.per_step = units, per_step
+        self.units = units
+        self.per_step = per_step
         self._order = PromptOrder(len(units), per_step // size, seed)
 
     def next(self) -> list[int]:
-        """``per_step`` different examples."""
+        """The ``per_step`` examples of the next step, all different."""
         return [example for unit in self._order.next() for example in self.units[unit]]
 
     @property
@@ -110,43 +111,47 @@ class ExampleOrder:
 
 def examples_of_pairs(pairs: Sequence[Pair], logps: Mapping[str, Tensor]) -> Examples:
     """logps: (2N,) by field of CompletionFacts, of the rows of ``pair_rows``."""
-    rows, count = rows_of_pairs(pairs), len(pairs)
+    rows = rows_of_pairs(pairs)
+    count = len(pairs)
     lengths = lengths_of(rows)
     chosen = CompletionFacts(lengths[:count], **{name: value[:count] for name, value in logps.items()})
     rejected = CompletionFacts(lengths[count:], **{name: value[count:] for name, value in logps.items()})
-    whole = PairBatch(
+    batch = PairBatch(
         chosen,
         rejected,
         prompt_ids([pair.prompt for pair in pairs]),
-        margin=_numbers([pair.margin for pair in pairs]),
-        p_chosen=_numbers([pair.p_chosen for pair in pairs]),
+        margin=_to_tensor([pair.margin for pair in pairs]),
+        p_chosen=_to_tensor([pair.p_chosen for pair in pairs]),
         columns=_columns([pair.columns for pair in pairs]),
     )
-    return Examples(rows, whole)
+    return Examples(rows, batch)
 
 
 def examples_of_labels(
-    completions: Sequence[Labelled], logps: Mapping[str, Tensor], mismatches: Mismatches | None = None
+    completions: Sequence[LabelledCompletion],
+    logps: Mapping[str, Tensor],
+    mismatches: Mismatches | None = None,
 ) -> Examples:
     """logps: (N,) by field of CompletionFacts."""
     rows = rows_of_labels(completions)
-    whole = LabelBatch(
+    batch = LabelBatch(
         CompletionFacts(lengths_of(rows), **logps),
-        prompt_ids([one.prompt for one in completions]),
-        label=_numbers([one.label for one in completions]),
-        columns=_columns([one.columns for one in completions]),
+        prompt_ids([row.prompt for row in completions]),
+        label=_to_tensor([row.label for row in completions]),
+        columns=_columns([row.columns for row in completions]),
     )
-    return Examples(rows, whole, mismatches)
+    return Examples(rows, batch, mismatches)
 
 
-def given_logps(examples: Sequence[Pair] | Sequence[Labelled]) -> Tensor | None:
-    """(R,) nats, the reference's log-probs that the data bring, of the rows in their arrangement;
-    None where they bring none.
+def data_ref_logps(examples: Sequence[Pair] | Sequence[LabelledCompletion]) -> Tensor | None:
+    """(R,) nats, the reference's log-probs that the data contain, in the order of the rows; None unless every
+    example has them.
     """
-    ones = [
-        (one.ref_logp,) if isinstance(one, Labelled) else one.ref_logps or (None, None) for one in examples
+    logps = [
+        (example.ref_logp,) if isinstance(example, LabelledCompletion) else example.ref_logps or (None, None)
+        for example in examples
     ]
-    return _numbers([value for side in zip(*ones, strict=True) for value in side])
+    return _to_tensor([value for side in zip(*logps, strict=True) for value in side])
 
 
 def rows_of_pairs(pairs: Sequence[Pair]) -> TokenRows:
@@ -155,15 +160,16 @@ def rows_of_pairs(pairs: Sequence[Pair]) -> TokenRows:
     )
 
 
-def rows_of_labels(completions: Sequence[Labelled]) -> TokenRows:
-    return TokenRows(tuple(one.prompt for one in completions), tuple(one.completion for one in completions))
+def rows_of_labels(completions: Sequence[LabelledCompletion]) -> TokenRows:
+    return TokenRows(tuple(row.prompt for row in completions), tuple(row.completion for row in completions))
 
 
-def rows_of(rows: TokenRows, chosen: Sequence[int], sides: int) -> TokenRows:
-    """The rows of some examples, in the same arrangement."""
+def select_rows(rows: TokenRows, chosen: Sequence[int], sides: int) -> TokenRows:
+    """The rows of the examples ``chosen``: all first sides, then all second sides, as in ``rows``."""
     count = len(rows) // sides
-    picked = [side * count + at for side in range(sides) for at in chosen]
-    return TokenRows(tuple(rows.prompts[at] for at in picked), tuple(rows.completions[at] for at in picked))
+    indices = [side * count + index for side in range(sides) for index in chosen]
+    prompts = tuple(rows.prompts[index] for index in indices)
+    return TokenRows(prompts, tuple(rows.completions[index] for index in indices))
 
 
 def mismatched_rows(rows: TokenRows, prompt: Tensor, seed: int, step: int) -> TokenRows:
@@ -175,27 +181,27 @@ def mismatched_rows(rows: TokenRows, prompt: Tensor, seed: int, step: int) -> To
         partner = mismatched_partner(prompt, stable_hash(seed, "mismatched", step)).tolist()
     except ValueError as error:
         raise UserError(f"{error} (train.examples is {len(rows)})") from error
-    return TokenRows(rows.prompts, tuple(rows.completions[at] for at in partner))
+    return TokenRows(rows.prompts, tuple(rows.completions[index] for index in partner))
 
 
 def prompt_ids(prompts: Sequence[tuple[int, ...]]) -> Tensor:
-    """(N,) int64, equal for equal prompts, by first appearance."""
-    seen: dict[tuple[int, ...], int] = {}
-    return torch.tensor([seen.setdefault(prompt, len(seen)) for prompt in prompts])
+    """(N,) int64, equal for equal prompts, from 0 in order of first appearance."""
+    ids: dict[tuple[int, ...], int] = {}
+    return torch.tensor([ids.setdefault(prompt, len(ids)) for prompt in prompts])
 
 
-def groups_of(prompt: Tensor) -> list[list[int]]:
-    """The examples of each prompt."""
-    found: dict[int, list[int]] = {}
-    for at, number in enumerate(prompt.tolist()):
-        found.setdefault(number, []).append(at)
-    return list(found.values())
+def group_by_prompt(prompt: Tensor) -> list[list[int]]:
+    """The examples of each prompt, by position. prompt: (N,) ids."""
+    groups: dict[int, list[int]] = {}
+    for example, prompt_id in enumerate(prompt.tolist()):
+        groups.setdefault(prompt_id, []).append(example)
+    return list(groups.values())
 
 
-def _numbers(values: Sequence[float | None]) -> Tensor | None:
-    """None where one is missing: then the loss does not need them."""
+def _to_tensor(values: Sequence[float | None]) -> Tensor | None:
+    """None where a value is missing: then the loss does not need them."""
     return None if any(value is None for value in values) else torch.tensor(values, dtype=torch.float32)
 
 
 def _columns(columns: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:
-    return {name: torch.tensor([one[name] for one in columns], dtype=torch.float32) for name in columns[0]}
+    return {name: torch.tensor([row[name] for row in columns], dtype=torch.float32) for name in columns[0]}

@@ -1,4 +1,8 @@
-"""What surrounds the steps of every run: resuming, evaluations, checkpoints, stopping and finishing."""
+"""The part of a run that every workflow shares: resuming, evaluations, checkpoints, stopping, finishing.
+
+A workflow such as ``train/online.py`` is a ``for`` over the step numbers of ``TrainingRun.steps``, which
+evaluates and writes checkpoints between the steps.
+"""
 
 from __future__ import annotations
 
@@ -21,52 +25,53 @@ __all__ = ["Clock", "TrainingRun", "timing_metrics"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun(ABC):
-    """What every run has. A workflow is a loop over ``steps()`` that ends with ``finish()``."""
+    """The parts that every run has. A workflow loops over ``steps()`` and ends with ``finish()``."""
 
     recipe: AnyRecipe
     total_steps: int
     learner: ModelOwner
     reporter: Reporter
     writer: ModelWriter
-    resumed: RunState | None  # the state to continue from; None: the run starts
+    resumed: RunState | None  # the state to continue from; None in a new run
     should_stop: Callable[[], bool]  # whether this process was asked to end after the current step
     history: EvaluationHistory = field(default_factory=EvaluationHistory)
 
     @abstractmethod
     def evaluate(self) -> EvaluationResult | None:
-        """Measures the weights as they are; None where the recipe holds nothing out."""
+        """Measures the current weights on held-out data; None where the recipe has none."""
 
     @abstractmethod
     def close(self) -> None:
         """Ends engines, processes and trackers."""
 
     def steps(self) -> Iterator[int]:
-        """The numbers of the steps that are left, from 1.
+        """Yields the number of each step that is still to be taken; the first step of a run is 1.
 
-        Between them come the evaluations and checkpoints that the recipe asks for. Raises Stopped, after a
-        checkpoint, once any rank was asked to stop.
+        Evaluates and writes checkpoints between the steps, as often as the recipe says. Raises Stopped, after
+        a checkpoint, once any rank was asked to stop.
         """
         done = self._resume()
         if done == 0 and self.recipe.eval.at_start:
-            self._measure(0)
+            self._evaluate_and_report(0)
+
         for step in range(done + 1, self.total_steps + 1):
             yield step
             if is_due(step, self.recipe.eval.every):
-                self._measure(step)
-            stopping = self.learner.any_rank(self.should_stop())
-            if stopping or is_due(step, self.recipe.checkpoint.every):
+                self._evaluate_and_report(step)
+            is_stopping = self.learner.any_rank(self.should_stop())
+            if is_stopping or is_due(step, self.recipe.checkpoint.every):
                 checkpoint = self.writer.checkpoint(step, self.history)
-                if stopping:
+                if is_stopping:
                     raise Stopped(step, checkpoint)
 
     def finish(self) -> Path:
-        """The last evaluation, and the folder of the finished model."""
+        """Evaluates a last time and writes the finished model; returns its folder."""
         if not is_due(self.total_steps, self.recipe.eval.every):
-            self._measure(self.total_steps)
+            self._evaluate_and_report(self.total_steps)
         return self.writer.final(self.total_steps, self.history)
 
     def _resume(self) -> int:
-        """Steps taken so far; random generators and evaluations continue from there."""
+        """Restores random generators and earlier evaluations; returns the number of steps already taken."""
         if self.resumed is None:
             return 0
         if self.learner.rank < len(self.resumed.random):
@@ -74,11 +79,11 @@ class TrainingRun(ABC):
         self.history.all[:] = self.resumed.evaluations
         return self.resumed.step
 
-    def _measure(self, step: int) -> None:
-        started = perf_counter()
+    def _evaluate_and_report(self, step: int) -> None:
+        start = perf_counter()
         result = self.evaluate()
         if result is not None:
-            self.reporter.evaluation(step, {**result.metrics(), "time/eval": perf_counter() - started})
+            self.reporter.evaluation(step, {**result.metrics(), "time/eval": perf_counter() - start})
             self.history.add(result)
 
 
@@ -88,16 +93,16 @@ def is_due(step: int, every: int) -> bool:
 
 
 class Clock:
-    """Wall-clock seconds per phase of one step. seconds: what was measured elsewhere."""
+    """Measures the wall-clock seconds of each phase of a step. seconds: phases that were measured before."""
 
     def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
         self.seconds: dict[str, float] = dict(seconds or {})
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        started = perf_counter()
+        start = perf_counter()
         yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - started
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - start
 
 
 def timing_metrics(seconds: Mapping[str, float], **counts: float) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""How much memory a run has taken at its peak, and how much there is for it."""
+"""The peak memory of a run, and how much memory it may use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 __all__ = ["GPU", "HOST", "Memory", "container_limit", "largest_share", "peak_memory"]
 
 HOST, GPU = "memory", "GPU memory"
-_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
 
 
 @dataclass(frozen=True)
@@ -29,51 +29,56 @@ class Memory:
 
 
 def peak_memory() -> list[Memory]:
-    """Of this process with those it started, so far, and of the GPU if there is one. Call it while the reward
-    workers live.
+    """The peak so far of this process and the processes it started, and of the GPU if there is one. Call it
+    while the reward workers live.
 
-    Peaks of several processes need not come at one time, and pages that they share count more than once: the
-    sum is an upper bound. Of processes that are gone the system knows only the largest one's peak.
+    The peaks of several processes need not coincide, and pages that they share count more than once, so the
+    sum is an upper bound. Of the processes that have ended the system knows only the largest peak.
     """
-    children = list(_children_peaks())
-    gone = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * _UNIT
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT + max(sum(children), gone)
-    found = [Memory(HOST, peak, min(psutil.virtual_memory().total, container_limit()), 1 + len(children))]
+    children = list(_child_peaks())
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * _UNIT
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT + max(sum(children), ended)
+    size = min(psutil.virtual_memory().total, container_limit())
+    memories = [Memory(HOST, peak, size, 1 + len(children))]
     if torch.cuda.is_available():
-        found.append(Memory(GPU, torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]))
-    return found
+        memories.append(Memory(GPU, torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]))
+    return memories
 
 
 def largest_share(ranks: Sequence[tuple[str, Sequence[Memory]]]) -> list[Memory]:
-    """Of each memory the fullest one. ranks: (machine, what ``peak_memory`` says there) of every rank.
+    """The fullest memory of each kind. ranks: (machine, result of ``peak_memory``) of every rank.
 
-    Ranks of one machine share its memory, so their peaks are added; a GPU is one rank's own.
+    The ranks of a machine share its memory, so their peaks are added; each GPU belongs to a single rank.
     """
-    found: dict[tuple[str, str], Memory] = {}
+    totals: dict[tuple[str, str], Memory] = {}
     for rank, (machine, memories) in enumerate(ranks):
-        for one in memories:
-            key = (one.name, machine) if one.name == HOST else (one.name, str(rank))
-            before = found.get(key, Memory(one.name, 0.0, one.size, 0))
-            found[key] = Memory(
-                one.name, before.peak + one.peak, min(before.size, one.size), before.processes + one.processes
+        for memory in memories:
+            key = (memory.name, machine) if memory.name == HOST else (memory.name, str(rank))
+            total = totals.get(key, Memory(memory.name, 0.0, memory.size, 0))
+            totals[key] = Memory(
+                memory.name,
+                total.peak + memory.peak,
+                min(total.size, memory.size),
+                total.processes + memory.processes,
             )
-    named = dict.fromkeys(one.name for one in found.values())
-    return [
-        max((one for one in found.values() if one.name == name), key=lambda one: one.peak / one.size)
-        for name in named
-    ]
+    fullest: dict[str, Memory] = {}
+    for total in totals.values():
+        other = fullest.get(total.name)
+        if other is None or total.peak / total.size > other.peak / other.size:
+            fullest[total.name] = total
+    return list(fullest.values())
 
 
-def _children_peaks() -> Iterator[float]:
-    """Bytes, of each process below this one: its peak where Linux says it, else what it holds now."""
+def _child_peaks() -> Iterator[float]:
+    """Bytes of each descendant process: its peak where Linux reports it, else its current use."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            held = float(child.memory_info().rss)
-            yield max(held, _high_water(Path(f"/proc/{child.pid}/status")))
+            current = float(child.memory_info().rss)
+            yield max(current, _reported_peak(Path(f"/proc/{child.pid}/status")))
 
 
-def _high_water(status: Path) -> float:
-    """Bytes: the line VmHWM of a process's status; 0 where there is none."""
+def _reported_peak(status: Path) -> float:
+    """Bytes: the line VmHWM of a process's status file; 0 where there is none."""
     with contextlib.suppress(OSError):
         for line in status.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
@@ -81,16 +86,16 @@ def _high_water(status: Path) -> float:
     return 0.0
 
 
-def container_limit(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes that the control groups of this process (version 2 or 1) leave it, the tightest one's; infinity
-    where none sets a limit.
+def container_limit(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
+    """The tightest limit, in bytes, of the control groups of this process (version 2 or 1); infinity where
+    none sets a limit.
 
-    own: in which group it is, a line "number:controllers:/path" for each hierarchy. root: where the
-    hierarchies are mounted; inside a container that may be the group's own folder, and the path one of the
-    host's.
+    groups: a file that names the process's groups, a line "number:controllers:/path" for each hierarchy.
+    root: the folder where the hierarchies are mounted. Inside a container that may be the group's own folder,
+    while the path is one of the host.
     """
     try:
-        lines = own.read_text(encoding="utf-8").splitlines()
+        lines = groups.read_text(encoding="utf-8").splitlines()
     except OSError:
         return float("inf")
     limits = [float("inf")]
@@ -100,14 +105,14 @@ def container_limit(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/s
         mounted, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
         group = mounted / path.lstrip("/")
         for folder in [group, *group.parents]:
-            limits.append(_bytes_in(folder / name))
+            limits.append(_read_bytes(folder / name))
             if folder == mounted:
                 break
     return min(limits)
 
 
-def _bytes_in(file: Path) -> float:
-    """The number in ``file``; infinity where there is none, or the word max."""
+def _read_bytes(file: Path) -> float:
+    """The number in ``file``; infinity where the file is missing or contains the word max."""
     with contextlib.suppress(OSError, ValueError):
         return float(int(file.read_text(encoding="utf-8")))
     return float("inf")

@@ -7,45 +7,41 @@ from dataclasses import dataclass
 
 
 class MismatchError(RuntimeError):
-    """Engine and learner disagree about what was sampled: the loss would be of another policy than
-    the one that wrote the tokens.
+    """Engine and learner disagree about the probabilities of the samples, so the loss would be that of a
+    policy other than the one that sampled.
     """
 
 
 @dataclass
 class MismatchGuard:
-    """Thresholds in nats on a step's mean |learner - engine log-prob|; ``patience`` steps in a row
-    above ``stop`` end the run.
+    """Thresholds in nats for a step's mean |learner - engine log-prob|; ``patience`` steps in a row above
+    ``stop`` end the run.
     """
 
     warn: float
     stop: float
     patience: int
-    _above: int = 0
+    _steps_above: int = 0
 
     def check(self, step: int, metrics: Mapping[str, float]) -> str | None:
-        """A warning, None where there is nothing to say.
+        """A warning if the step's mismatch is above ``warn``, else None.
 
-        Raises MismatchError; a mismatch that is not a number counts as above.
+        Raises MismatchError. A mismatch that is not a number counts as above every threshold.
         """
         value = metrics["rollout/mismatch_abs"]
-        self._above = 0 if value <= self.stop else self._above + 1
-        if self._above >= self.patience:
+        self._steps_above = 0 if value <= self.stop else self._steps_above + 1
+        if self._steps_above >= self.patience:
             raise MismatchError(
                 f"step {step}: mean |learner - engine log-prob| is {value:.3g} nats, above "
-                f"rollout.mismatch_stop {self.stop:g} for "
-                f"{self._above} step(s) in a row. The compared weights are equal, so look at, in this order: "
-                "log-probs of another "
-                "temperature than rollout.temperature (or before it was applied); a prefix cache that holds "
-                "keys of older weights; "
-                "an engine of lower precision or with another attention kernel than the learner; positions "
-                "or templates that differ. "
-                "`rltrain doctor` measures it at learning rate 0"
+                f"rollout.mismatch_stop {self.stop:g} for {self._steps_above} step(s) in a row. The compared "
+                "weights are equal, so look at, in this order: log-probs of another temperature than "
+                "rollout.temperature (or before it was applied); a prefix cache that holds keys of older "
+                "weights; an engine of lower precision or with another attention kernel than the learner; "
+                "positions or templates that differ. `rltrain doctor` measures it at learning rate 0"
             )
         if not value <= self.warn:
             return (
                 f"mean |learner - engine log-prob| is {value:.3g} nats, above rollout.mismatch_warn "
-                f"{self.warn:g} "
-                f"(the run stops after {self.patience} steps above {self.stop:g})"
+                f"{self.warn:g} (the run stops after {self.patience} steps above {self.stop:g})"
             )
         return None

@@ -1,10 +1,12 @@
-"""The offline loop: the next judged examples, one optimizer update, report.
+"""The offline loop: take the next judged examples, update the model once, report.
 
-It is blind to which loss runs.
+The examples come from a data set: pairs of a chosen and a rejected completion, or completions with a label.
+The loop does not know which loss runs: the recipe names it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -19,7 +21,7 @@ from rltrain.train.loop import TrainingRun
 
 @dataclass(frozen=True, kw_only=True)
 class OfflineRun(TrainingRun):
-    """Everything that one offline run is made of; ``build/offline.py`` puts it together."""
+    """The parts of one offline run; ``build/offline.py`` assembles them."""
 
     recipe: OfflineRecipe
     learner: PreferenceLearner
@@ -29,6 +31,7 @@ class OfflineRun(TrainingRun):
     evaluator: PreferenceEvaluator | None
 
     def evaluate(self) -> PreferenceEvaluation | None:
+        """Scores the held-out examples with the current weights."""
         return None if self.evaluator is None else self.evaluator.evaluate()
 
     def close(self) -> None:
@@ -36,20 +39,22 @@ class OfflineRun(TrainingRun):
 
 
 def train_offline(run: OfflineRun) -> Path:
-    """Takes every step of the recipe; returns the folder of the finished model.
+    """Trains the model for every step of the recipe; returns the folder of the finished model.
 
-    Raises NonFiniteError when the numbers are lost, and Stopped as ``TrainingRun.steps`` does.
+    Raises NonFiniteError after too many updates in a row without a finite loss and gradient, and Stopped as
+    ``TrainingRun.steps`` does.
     """
     for number in run.steps():
-        started, lr = perf_counter(), run.learner.lr
+        start = perf_counter()
+        lr = run.learner.lr
         rows, batch, mismatched = run.examples.batch(run.order.next(), number)
         update = run.learner.update_examples(rows, batch, run.objective, mismatched)
-        report_step(run, number, update, lr, perf_counter() - started)
+        report_step(run, number, update, lr, perf_counter() - start)
     return run.finish()
 
 
 def report_step(run: OfflineRun, number: int, update: ExampleUpdate, lr: float, seconds: float) -> None:
-    """The step's numbers, sent to every sink, and one line on the terminal."""
+    """Sends the step's metrics to every sink and prints one line on the terminal."""
     metrics = {
         **update.metrics,
         "learner/lr": lr,
@@ -61,9 +66,13 @@ def report_step(run: OfflineRun, number: int, update: ExampleUpdate, lr: float, 
         "time/step": seconds,
         "time/examples_per_second": run.order.per_step / seconds,
     }
-    note = None
-    if lr == 0:
-        note = "the learning rate is 0"
-    elif update.metrics["learner/grad_norm"] == 0:
-        note = "every example's gradient is 0: the loss has saturated"
-    run.reporter.step(number, metrics, (), note)
+    run.reporter.step(number, metrics, (), why_no_update(metrics))
+
+
+def why_no_update(metrics: Mapping[str, float]) -> str | None:
+    """Why this step cannot move the weights; None when it can."""
+    if metrics["learner/lr"] == 0:
+        return "the learning rate is 0"
+    if metrics["learner/grad_norm"] == 0:
+        return "every example's gradient is 0: the loss has saturated"
+    return None

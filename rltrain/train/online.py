@@ -1,6 +1,10 @@
-"""The online loop: take rollouts, annotate, advantages and controls, update, push weights, report.
+"""The online loop: sample, annotate, weigh, update, push the weights, report.
 
-It is blind to which methods run: they are the recipe's, bound in ``build/online.py``.
+In each step the rollout source returns graded completions of the current policy; the learner annotates them
+with the log-probs and statistics that the recipe's methods need; the methods turn rewards into advantages and
+weights; the learner updates the policy; the engine gets the new weights.
+
+The loop does not know which methods run: the recipe names them and ``build/online.py`` binds them.
 """
 
 from __future__ import annotations
@@ -40,7 +44,8 @@ from rltrain.train.mismatch import MismatchGuard
 from rltrain.types.policy import TokenRows, TrainBatch
 from rltrain.types.samples import SOURCE_POLICY, SOURCE_REFERENCE
 
-ROUNDING = 1e-6  # norm of a gradient below which rounding errors alone may have made it
+ROUNDING_GRAD_NORM = 1e-6  # a gradient of at most this norm may consist of rounding errors alone
+# the learner's statistics that have a field in ``TrainBatch``; all others go into ``TrainBatch.extra``
 BATCH_FIELDS = {
     "logp": "old_logp",
     "entropy": "old_entropy",
@@ -51,45 +56,43 @@ BATCH_FIELDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineRun(TrainingRun):
-    """Everything that one online run is made of; ``build/online.py`` puts it together."""
+    """The parts of one online run; ``build/online.py`` assembles them."""
 
     recipe: OnlineRecipe
     learner: PolicyLearner
     source: RolloutSource
     sync: Sync
     evaluator: Evaluator | None
-    process_reward: ProcessRewardLearner | None  # a second model that learns what each token earned
+    process_reward: ProcessRewardLearner | None  # a second model that learns the reward of each token
     advantage: BoundMethod
-    step_controls: tuple[BoundMethod, ...]  # statistics over the whole step
-    update_controls: (
-        PerUpdateControls | None
-    )  # statistics over one optimizer batch, of the policy as it is then
+    # controls with statistics over the whole step
+    step_controls: tuple[BoundMethod, ...]
+    # controls with statistics over one optimizer batch, computed from the policy just before its update
+    update_controls: PerUpdateControls | None
     objective: Objective
-    controllers: tuple[
-        tuple[str, Controller], ...
-    ]  # of the objective's coefficients, each with the name of its term
-    passes: frozenset[str]  # no-grad passes that the recipe needs: "logp", "entropy", "ref_logp", ...
-    step_splitter: (
-        StepSplitter | None
-    )  # cuts completions without turns into reasoning steps, where a method needs them
+    # (name of the loss term, controller of its coefficient)
+    controllers: tuple[tuple[str, Controller], ...]
+    # forward passes without gradient that the recipe needs: "logp", "entropy", "ref_logp", ...
+    passes: frozenset[str]
+    # divides completions without turns into reasoning steps; None where no method needs them
+    step_splitter: StepSplitter | None
     mismatch: MismatchGuard
     law: Law
 
     def push(self, *, expect_change: bool) -> dict[str, float]:
-        """Gives the learner's weights to whatever samples, proved; metrics of the push."""
+        """Copies the learner's weights to the engine and verifies the copy; returns metrics of the push."""
         learner = self.learner
-        return self.sync.push(
-            learner.weights, learner.version, expect_change=expect_change, norms=learner.weight_norms
-        )
+        norms = learner.weight_norms
+        return self.sync.push(learner.weights, learner.version, expect_change=expect_change, norms=norms)
 
     def evaluate(self) -> Evaluation | None:
-        """Held-out pass@k with the weights as they are: one more point for the law."""
+        """Held-out pass@k of the current weights, which also adds a point to the law's fit."""
         if self.evaluator is None:
             return None
         result = self.evaluator.evaluate(self.source, self.learner.version)
         self.sync.verify_all(self.learner.weights)
         self.law.evaluation(result.metrics())
-        self.reporter.once(result.note)
+        self.reporter.message_once(result.note)
         return result
 
     def close(self) -> None:
@@ -99,112 +102,110 @@ class OnlineRun(TrainingRun):
 
 @dataclass(frozen=True)
 class Step:
-    """One step's rollouts on their way to the update.
+    """The data of one step between sampling and update.
 
-    Rows of ``rows``, ``sampled`` and ``batch`` correspond.
+    Row i of ``rows``, ``sampled`` and ``batch`` is the same completion.
     """
 
     number: int
     rollouts: Rollouts
     rows: TokenRows
-    sampled: TrainBatch  # as sampled, before any method touched it
-    batch: TrainBatch  # what the update gets
-    metrics: Mapping[str, float]  # of passes and models before the update
+    sampled: TrainBatch  # the batch before any method changed it
+    batch: TrainBatch  # the batch that the update reads
+    metrics: Mapping[str, float]  # measured before the update
 
     def replace(self, batch: TrainBatch, **metrics: float) -> Step:
+        """The same step with another batch and further metrics."""
         return dataclasses.replace(self, batch=batch, metrics={**self.metrics, **metrics})
 
 
 def train_online(run: OnlineRun) -> Path:
-    """Takes every step of the recipe; returns the folder of the finished model.
+    """Trains the policy for every step of the recipe; returns the folder of the finished model.
 
-    Raises NonFiniteError when the numbers are lost, and Stopped as ``TrainingRun.steps`` does.
+    Raises NonFiniteError after too many updates in a row without a finite loss and gradient, and Stopped as
+    ``TrainingRun.steps`` does.
     """
     run.push(expect_change=False)
     for number in run.steps():
         rollouts = run.source.take(number, run.learner.version)
-        clock, lr = Clock(rollouts.seconds), run.learner.lr
+        clock = Clock(rollouts.seconds)
+        lr = run.learner.lr
 
         with clock("annotate"):
-            step = annotate(run, collate_step(run, number, rollouts))
+            step = collate_step(run, number, rollouts)
+            step = annotate(run, step)
             step = apply_methods(run, step)
         with clock("update"):
             update = run.learner.update(step.rows, step.batch, run.objective, run.update_controls)
         with clock("sync"):
-            pushed = run.push(expect_change=must_change_weights(update.metrics, lr))
+            push_metrics = run.push(expect_change=must_change_weights(update.metrics, lr))
 
-        metrics = report_step(run, step, update, lr, pushed, clock.seconds)
-        observe_step(run, step, update, metrics)
+        metrics = report_step(run, step, update, lr, push_metrics, clock.seconds)
+        adapt_to_step(run, step, update, metrics)
     return run.finish()
-
-
-def must_change_weights(metrics: Mapping[str, float], lr: float) -> bool:
-    """Whether the update must have changed the weights.
-
-    A gradient made of rounding errors may change none.
-    """
-    return lr > 0 and metrics["learner/grad_norm"] > ROUNDING
 
 
 # annotate ---------------------------------------------------------------------------------------------------
 
 
 def collate_step(run: OnlineRun, number: int, rollouts: Rollouts) -> Step:
-    """The rollouts as token rows and a batch."""
+    """The completions of all groups as token rows and a batch of tensors."""
     rows, sampled = collate(rollouts.groups, run.step_splitter)
     sampled = sampled.with_metrics(**rollouts.metrics)
     return Step(number, rollouts, rows, sampled, sampled, {})
 
 
 def annotate(run: OnlineRun, step: Step) -> Step:
-    """Adds what the recipe's methods need of the learner and of the process reward model, and nothing
-    more.
+    """Adds exactly those statistics of the learner and of the process reward model that the recipe's methods
+    need.
     """
-    batch, extra = step.batch, {}
+    batch = step.batch
     if run.recipe.rollout.trust_logp:
         batch = batch.replace(old_logp=batch.rollout_logp)
+
+    extra: dict[str, Tensor] = {}
     if run.passes:
         values = run.learner.annotate(step.rows, run.passes, reference_powers(run.passes, batch))
         alignment = values.pop("alignment", None)
-        if alignment is not None:  # one number per row, at each of its tokens
+        if alignment is not None:  # a single number per row, repeated at each of its tokens
             batch = batch.with_metrics(alignment=float(alignment[:, 0].mean()))
-        batch = batch.replace(
-            **{BATCH_FIELDS[name]: value for name, value in values.items() if name in BATCH_FIELDS}
-        )
+        fields = {BATCH_FIELDS[name]: value for name, value in values.items() if name in BATCH_FIELDS}
+        batch = batch.replace(**fields)
         extra = {name: value for name, value in values.items() if name not in BATCH_FIELDS}
-    batch = without_importance_correction(batch.with_extra(**extra))
+    batch = disable_importance_correction(batch.with_extra(**extra))
     if run.process_reward is None:
-        return step.replace(batch, **mismatch_before_updates(run, step))
+        return step.replace(batch, **measure_mismatch(run, step))
 
     judged = run.process_reward.judge(step.rows, batch)
     batch = batch.replace(process_reward=judged.reward)
-    return step.replace(batch, **judged.metrics, **mismatch_before_updates(run, step))
+    return step.replace(batch, **judged.metrics, **measure_mismatch(run, step))
 
 
-def without_importance_correction(batch: TrainBatch) -> TrainBatch:
-    """Rows that the policy did not sample at the base temperature take ``old_logp`` for their sampling
-    log-probs.
+def disable_importance_correction(batch: TrainBatch) -> TrainBatch:
+    """Sets the sampling log-probs of rows that the policy did not sample at the base temperature to
+    ``old_logp``.
 
-    No correction from another temperature, another model or a written answer is intended: those rows are
-    there to pull the policy towards them (arXiv:2510.08141).
+    Such a row comes from another temperature, another model or the data set. It is there to pull the policy
+    towards it, so no importance weight may correct for its origin (arXiv:2510.08141).
     """
     if batch.old_logp is None or batch.rollout_logp is None:
         return batch
-    own = (batch.source == SOURCE_POLICY)[:, None]
-    return batch.replace(rollout_logp=torch.where(own, batch.rollout_logp, batch.old_logp))
+    from_policy = (batch.source == SOURCE_POLICY)[:, None]
+    return batch.replace(rollout_logp=torch.where(from_policy, batch.rollout_logp, batch.old_logp))
 
 
-def mismatch_before_updates(run: OnlineRun, step: Step) -> dict[str, float]:
-    """Mismatch of engine and learner, where no pass over all rows measures it.
+def measure_mismatch(run: OnlineRun, step: Step) -> dict[str, float]:
+    """The difference between the engine's and the learner's log-probs, where no other pass measures it.
 
-    With several updates per step only the first update's gradient pass sees the policy that sampled, so one
-    more pass is made over as many rows as that update takes.
+    With several updates per step, only the gradient pass of the first update runs the policy that sampled.
+    An extra pass therefore scores as many rows as that update takes.
     """
-    updates, sampled = run.recipe.learner.updates, step.sampled
+    updates = run.recipe.learner.updates
+    sampled = step.sampled
     if updates == 1 or "logp" in run.passes or sampled.rollout_logp is None:
         return {}
-    own = torch.nonzero(sampled.source == SOURCE_POLICY).flatten()
-    first = own[: max(1, len(own) // updates)]
+    policy_rows = torch.nonzero(sampled.source == SOURCE_POLICY).flatten()
+    first = policy_rows[: max(1, len(policy_rows) // updates)]
     logp = run.learner.annotate(step.rows.rows(first), frozenset({"logp"}))["logp"]
     part = sampled.rows(first, logp.shape[1])
     assert part.rollout_logp is not None
@@ -215,7 +216,7 @@ def mismatch_before_updates(run: OnlineRun, step: Step) -> dict[str, float]:
 
 
 def apply_methods(run: OnlineRun, step: Step) -> Step:
-    """Advantages, then the controls in the recipe's order, over the whole step."""
+    """Computes the advantages, then applies the controls in the recipe's order, over the whole step."""
     batch = compute_advantages(step.batch, run.advantage)
     for control in run.step_controls:
         batch = apply_control(batch, control)
@@ -223,15 +224,27 @@ def apply_methods(run: OnlineRun, step: Step) -> Step:
 
 
 def drop_reference_rows(step: Step) -> Step:
-    """Without the reference model's rows, which serve the advantages and are not trained on."""
+    """Removes the reference model's rows: the advantages need them, but the policy is not trained on them."""
     reference = step.batch.source == SOURCE_REFERENCE
     if not bool(reference.any()):
         return step
     kept = torch.nonzero(~reference).flatten()
     rows = step.rows.rows(kept)
     width = max(map(len, rows.completions))
-    sampled, batch = step.sampled.rows(kept, width), step.batch.rows(kept, width)
+    sampled = step.sampled.rows(kept, width)
+    batch = step.batch.rows(kept, width)
     return dataclasses.replace(step, rows=rows, sampled=sampled, batch=batch)
+
+
+# push -------------------------------------------------------------------------------------------------------
+
+
+def must_change_weights(metrics: Mapping[str, float], lr: float) -> bool:
+    """Whether the update must have changed the weights.
+
+    A gradient that consists of rounding errors may leave all of them as they were.
+    """
+    return lr > 0 and metrics["learner/grad_norm"] > ROUNDING_GRAD_NORM
 
 
 # report -----------------------------------------------------------------------------------------------------
@@ -242,23 +255,24 @@ def report_step(
     step: Step,
     update: UpdateStats,
     lr: float,
-    pushed: Mapping[str, float],
+    push_metrics: Mapping[str, float],
     seconds: Mapping[str, float],
 ) -> dict[str, float]:
-    """The step's numbers, sent to every sink, and one line on the terminal."""
-    rollouts, batch = step.rollouts, step.batch
+    """Sends the step's metrics to every sink and prints one line on the terminal; returns the metrics."""
+    rollouts = step.rollouts
+    batch = step.batch
     logp = update.logp if batch.old_logp is None or run.recipe.rollout.trust_logp else batch.old_logp
-    counted = completion_metrics(rollouts.groups) | source_metrics(rollouts.groups)
+    counts = completion_metrics(rollouts.groups) | source_metrics(rollouts.groups)
     tokens = sum(
-        value for name, value in counted.items() if name.startswith("rollout/") and name.endswith("tokens")
+        value for name, value in counts.items() if name.startswith("rollout/") and name.endswith("tokens")
     )
     metrics = {
-        **counted,
-        **own_step_metrics(batch, logp, entropy_of(batch, update), step.sampled.mask),
+        **counts,
+        **own_step_metrics(batch, logp, sampling_entropy(batch, update), step.sampled.mask),
         **update.metrics,
-        **coefficients(run),
+        **coefficient_metrics(run),
         **step.metrics,
-        **pushed,
+        **push_metrics,
         "learner/lr": lr,
         "learner/version": run.learner.version,
         "learner/idle_rows": update.idle_rows,
@@ -271,10 +285,10 @@ def report_step(
     }
     metrics |= run.law.step(metrics)
 
-    nothing_moved = update.metrics["learner/grad_norm"] == 0 or lr == 0
-    run.reporter.step(
-        step.number, metrics, rollouts.groups, why_no_update(batch, lr) if nothing_moved else None
-    )
+    is_unchanged = update.metrics["learner/grad_norm"] == 0 or lr == 0
+    reason = why_no_update(batch, lr) if is_unchanged else None
+    run.reporter.step(step.number, metrics, rollouts.groups, reason)
+
     warning = run.mismatch.check(step.number, metrics)
     if warning is not None:
         run.reporter.warn(warning)
@@ -284,13 +298,13 @@ def report_step(
     return metrics
 
 
-def entropy_of(batch: TrainBatch, update: UpdateStats) -> Tensor:
-    """(B, T) nats, of the policy that sampled."""
+def sampling_entropy(batch: TrainBatch, update: UpdateStats) -> Tensor:
+    """(B, T) nats: the entropy of the policy that sampled, at each token."""
     return update.entropy if batch.old_entropy is None else batch.old_entropy
 
 
-def coefficients(run: OnlineRun) -> dict[str, float]:
-    """The coefficients that controllers gave this step, as metrics."""
+def coefficient_metrics(run: OnlineRun) -> dict[str, float]:
+    """The coefficients and further inputs that the controllers give their loss terms in this step."""
     metrics: dict[str, float] = {}
     for term, controller in run.controllers:
         metrics[f"loss/{term}_coefficient"] = controller()
@@ -298,12 +312,15 @@ def coefficients(run: OnlineRun) -> dict[str, float]:
     return metrics
 
 
-def observe_step(run: OnlineRun, step: Step, update: UpdateStats, metrics: Mapping[str, float]) -> None:
-    """Whatever adapts to a step's numbers takes them in before the step's checkpoint.
+# adapt ------------------------------------------------------------------------------------------------------
 
-    They are equal on every rank.
+
+def adapt_to_step(run: OnlineRun, step: Step, update: UpdateStats, metrics: Mapping[str, float]) -> None:
+    """Shows the step's numbers to the rollout source and to the coefficient controllers, which adapt to them.
+
+    This precedes the step's checkpoint. The numbers are equal on every rank.
     """
-    own = step.sampled.mask & (step.sampled.source == SOURCE_POLICY)[:, None]
-    run.source.observe(metrics, entropy_of(step.batch, update), own)
+    policy_tokens = step.sampled.mask & (step.sampled.source == SOURCE_POLICY)[:, None]
+    run.source.observe(metrics, sampling_entropy(step.batch, update), policy_tokens)
     for _, controller in run.controllers:
         controller.observe(metrics)

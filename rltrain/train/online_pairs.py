@@ -1,8 +1,12 @@
-"""The loop of online preferences: take rollouts, judge, pair, update, push weights, report.
+"""The loop of online preferences: sample, judge, pair, update, push the weights, report.
 
-It is blind to which judge and loss run. A step samples from the policy as it is, so a previous iterate that
-is renewed with every step is the policy that sampled (INPO); one that is kept for two steps is the centre of
-both (Nash-MP).
+In each step the rollout source returns completions of the current policy; a judge compares completions of the
+same prompt; the comparisons become pairs of a chosen and a rejected completion; the learner updates the
+policy with a preference loss on the pairs; the engine gets the new weights.
+
+The loop does not know which judge and loss run: the recipe names them. Some losses compare the policy with a
+previous iterate of itself. One that is renewed in every step is the policy that sampled (INPO); one that is
+kept for two steps is the centre of both (Nash-MP).
 """
 
 from __future__ import annotations
@@ -28,12 +32,13 @@ from rltrain.train.online import must_change_weights
 from rltrain.types.policy import TokenRows, TrainBatch
 from rltrain.types.preference import PairBatch
 
-SAMPLED = frozenset({"logp", "entropy"})  # passes over everything sampled, at the sampling temperature
+# statistics of every sampled completion, at the sampling temperature
+SAMPLE_STATISTICS = frozenset({"logp", "entropy"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairRun(TrainingRun):
-    """Everything that one run on sampled pairs is made of; ``build/online_pairs.py`` puts it together."""
+    """The parts of one run on sampled pairs; ``build/online_pairs.py`` assembles them."""
 
     recipe: OnlinePairsRecipe
     learner: PairLearner
@@ -45,19 +50,18 @@ class PairRun(TrainingRun):
     mismatch: MismatchGuard
 
     def push(self, *, expect_change: bool) -> dict[str, float]:
-        """Gives the learner's weights to whatever samples, proved; metrics of the push."""
+        """Copies the learner's weights to the engine and verifies the copy; returns metrics of the push."""
         learner = self.learner
-        return self.sync.push(
-            learner.weights, learner.version, expect_change=expect_change, norms=learner.weight_norms
-        )
+        norms = learner.weight_norms
+        return self.sync.push(learner.weights, learner.version, expect_change=expect_change, norms=norms)
 
     def evaluate(self) -> Evaluation | None:
-        """Held-out pass@k with the weights as they are."""
+        """Held-out pass@k of the current weights."""
         if self.evaluator is None:
             return None
         result = self.evaluator.evaluate(self.source, self.learner.version)
         self.sync.verify_all(self.learner.weights)
-        self.reporter.once(result.note)
+        self.reporter.message_once(result.note)
         return result
 
     def close(self) -> None:
@@ -67,55 +71,64 @@ class PairRun(TrainingRun):
 
 @dataclass(frozen=True)
 class PairStep:
-    """One step's completions, and the pairs that were made of them."""
+    """One step's completions, and the pairs made from them.
+
+    Row i of ``rows``, ``sampled``, ``logp`` and ``entropy`` is the same completion.
+    """
 
     number: int
     rollouts: Rollouts
-    rows: TokenRows  # of everything sampled
+    rows: TokenRows
     sampled: TrainBatch
-    logp: Tensor  # (B, T) nats, the policy's at the sampling temperature
-    entropy: Tensor  # (B, T) nats
+    logp: Tensor  # (B, T) nats, of the policy that sampled, at the sampling temperature
+    entropy: Tensor  # (B, T) nats, of the same distribution
     judged: JudgedPairs
 
 
 def train_pairs(run: PairRun) -> Path:
-    """Takes every step of the recipe; returns the folder of the finished model.
+    """Trains the policy for every step of the recipe; returns the folder of the finished model.
 
-    Raises NonFiniteError when the numbers are lost, and Stopped as ``TrainingRun.steps`` does.
+    Raises NonFiniteError after too many updates in a row without a finite loss and gradient, and Stopped as
+    ``TrainingRun.steps`` does.
     """
     run.push(expect_change=False)
     for number in run.steps():
         rollouts = run.source.take(number, run.learner.version)
         clock = Clock(rollouts.seconds)
 
-        step = judge(run, number, rollouts, clock)
+        step = judge_step(run, number, rollouts, clock)
         with clock("annotate"):
             rows, batch = annotate_pairs(run, step)
         lr = run.learner.lr
         with clock("update"):
             update = run.learner.update_pairs(rows, batch, run.objective)
         with clock("sync"):
-            pushed = run.push(expect_change=must_change_weights(update.metrics, lr))
+            push_metrics = run.push(expect_change=must_change_weights(update.metrics, lr))
 
-        metrics = sample_metrics(step) | update.metrics | pushed | {"learner/lr": lr}
-        run.source.observe(report_step(run, step, metrics, update, clock.seconds))
+        metrics = sample_metrics(step) | update.metrics | push_metrics | {"learner/lr": lr}
+        metrics = report_step(run, step, metrics, update, clock.seconds)
+        run.source.observe(metrics)
     return run.finish()
 
 
-def judge(run: PairRun, number: int, rollouts: Rollouts, clock: Clock) -> PairStep:
-    """The policy's own statistics of everything sampled, and the judge's verdicts on pairs of it."""
+# judge and annotate -----------------------------------------------------------------------------------------
+
+
+def judge_step(run: PairRun, number: int, rollouts: Rollouts, clock: Clock) -> PairStep:
+    """Computes the policy's statistics of every completion, and lets the judge make pairs of completions."""
     with clock("annotate"):
         renew_previous_iterate(run, number)
         rows, sampled = collate(rollouts.groups)
-        own = run.learner.annotate(rows, SAMPLED)
+        statistics = run.learner.annotate(rows, SAMPLE_STATISTICS)
     with clock("judge"):
         judged = run.pairing(rollouts.groups, number)
-    return PairStep(number, rollouts, rows, sampled, own["logp"], own["entropy"], judged)
+    return PairStep(number, rollouts, rows, sampled, statistics["logp"], statistics["entropy"], judged)
 
 
 def renew_previous_iterate(run: PairRun, number: int) -> None:
-    """A previous iterate that outlives a step is a copy of the policy, renewed every
-    ``train.previous_every`` steps.
+    """Copies the policy to the previous iterate every ``train.previous_every`` steps.
+
+    An iterate of a single step needs no copy: it is the policy that sampled.
     """
     every = run.recipe.train.previous_every
     if every > 1 and (number - 1) % every == 0:
@@ -123,27 +136,39 @@ def renew_previous_iterate(run: PairRun, number: int) -> None:
 
 
 def annotate_pairs(run: PairRun, step: PairStep) -> tuple[TokenRows, PairBatch]:
-    """The pairs' rows and their batch, with the log-probs of frozen models that the loss needs.
+    """The rows of the pairs and their batch, with the log-probs of frozen models that the loss needs.
 
-    Where the previous iterate is the policy that sampled, at temperature 1, its log-probs are there already.
+    Where the previous iterate is the policy that sampled, at temperature 1, its log-probs are known already.
     """
-    learner, needs, judged = run.learner, run.objective.needs, step.judged
-    logps: dict[str, tuple[Tensor, Tensor]] = {}
+    learner = run.learner
+    needs = run.objective.needs
+    judged = step.judged
     rows = judged.rows(step.rows)
-    lengths = torch.tensor([len(completion) for completion in step.rows.completions])
+
+    logps: dict[str, tuple[Tensor, Tensor]] = {}
     if len(judged) and "ref_logp" in needs:
-        logps["ref_logp"] = _sides(learner.log_probs(rows, sides=2, frozen=learner.frozen["ref_logp"]))
+        logps["ref_logp"] = split_sides(learner.log_probs(rows, sides=2, frozen=learner.frozen["ref_logp"]))
     if len(judged) and PREVIOUS in needs:
         if PREVIOUS not in learner.frozen and run.recipe.rollout.temperature == 1:
-            logps[PREVIOUS] = judged.picked(step.logp.sum(dim=1))
+            logps[PREVIOUS] = judged.select_sides(step.logp.sum(dim=1))
         else:
-            logps[PREVIOUS] = _sides(learner.log_probs(rows, sides=2, frozen=learner.frozen.get(PREVIOUS)))
-    return rows, pair_batch(judged, lengths, logps)
+            previous = learner.frozen.get(PREVIOUS)
+            logps[PREVIOUS] = split_sides(learner.log_probs(rows, sides=2, frozen=previous))
+    return rows, pair_batch(judged, completion_lengths(step), logps)
 
 
-def _sides(values: Tensor) -> tuple[Tensor, Tensor]:
+def split_sides(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(values of the chosen completions, values of the rejected): the halves of ``values``."""
     chosen, rejected = values.chunk(2)
     return chosen, rejected
+
+
+def completion_lengths(step: PairStep) -> Tensor:
+    """(B,) tokens of each sampled completion."""
+    return torch.tensor([len(completion) for completion in step.rows.completions])
+
+
+# report -----------------------------------------------------------------------------------------------------
 
 
 def sample_metrics(step: PairStep) -> dict[str, float]:
@@ -152,15 +177,14 @@ def sample_metrics(step: PairStep) -> dict[str, float]:
     There are no advantages and no controls, so the masked share is 0.
     """
     metrics = step_metrics(step.sampled, step.logp, step.entropy)
-    lengths = torch.tensor([len(completion) for completion in step.rows.completions])
     kept = {name: value for name, value in metrics.items() if not name.startswith("advantage/")}
-    return kept | step.judged.metrics(lengths)
+    return kept | step.judged.metrics(completion_lengths(step))
 
 
 def report_step(
     run: PairRun, step: PairStep, metrics: dict[str, float], update: PairUpdates, seconds: dict[str, float]
 ) -> dict[str, float]:
-    """The step's numbers, sent to every sink, and one line on the terminal."""
+    """Sends the step's metrics to every sink and prints one line on the terminal; returns the metrics."""
     completions = completion_metrics(step.rollouts.groups)
     metrics |= {
         **completions,
@@ -172,6 +196,7 @@ def report_step(
         **timing_metrics(seconds, tokens=completions["rollout/tokens"], examples=metrics["pairs/count"]),
     }
     run.reporter.step(step.number, metrics, step.rollouts.groups, why_no_update(metrics))
+
     warning = run.mismatch.check(step.number, metrics)
     if warning is not None:
         run.reporter.warn(warning)
@@ -184,4 +209,6 @@ def why_no_update(metrics: dict[str, float]) -> str | None:
         return "no pairs (every comparison a tie, or between equal answers)"
     if metrics["learner/lr"] == 0:
         return "lr 0"
-    return "every pair's gradient is 0: the loss has saturated" if metrics["learner/grad_norm"] == 0 else None
+    if metrics["learner/grad_norm"] == 0:
+        return "every pair's gradient is 0: the loss has saturated"
+    return None

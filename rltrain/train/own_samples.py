@@ -1,5 +1,5 @@
-"""What a policy that learns from judged completions writes itself: how uncertain it is of its tokens,
-and how many they are.
+"""Samples of a policy that learns from judged completions: how uncertain it is about its own tokens, and how
+many it writes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ __all__ = ["OwnSamples"]
 
 @dataclass(frozen=True)
 class OwnSamples:
-    """Completions of the same prompts with the same seed each time.
+    """Samples the same prompts with the same seed each time.
 
-    The engine holds weights during ``measure`` only.
+    The engine has weights during ``measure`` only.
     """
 
     engine: RolloutEngine
@@ -33,9 +33,9 @@ class OwnSamples:
     deadline: Deadline = no_deadline
 
     def measure(self, learner: PreferenceLearner) -> dict[str, Estimate]:
-        """With the weights as they are, estimates by name: "sampled_entropy", nats, mean over the tokens of
-        all completions; "sampled_tokens", mean over completions. Every rank writes its share and all return
-        the same result.
+        """Estimates for the current weights, by name: "sampled_entropy", nats, mean over the tokens of all
+        completions; "sampled_tokens", mean over completions. Every rank samples its share and all return the
+        same result.
         """
         self.sync.push(learner.weights, learner.version, expect_change=False)
         share = self.prompts[learner.rank :: learner.world_size]
@@ -43,18 +43,23 @@ class OwnSamples:
         groups = learner.gather(sampled)
         self.sync.verify(every=True)
         self.sync.sleep()
-        written = [
-            (group.prompt, one)
+
+        samples = [
+            (group.prompt, completion)
             for group in sorted(groups, key=lambda group: group.prompt.id)
-            for one in group.completions
+            for completion in group.completions
         ]
         rows = TokenRows(
-            tuple(prompt.token_ids for prompt, _ in written), tuple(one.token_ids for _, one in written)
+            tuple(prompt.token_ids for prompt, _ in samples),
+            tuple(completion.token_ids for _, completion in samples),
         )
         _, entropy = learner.log_probs_and_entropy(rows, sides=1)
         assert entropy is not None  # a model that samples has a distribution over tokens
-        ids, tokens = [prompt.id for prompt, _ in written], [float(len(one.token_ids)) for _, one in written]
-        cluster, seed = [sorted(set(ids)).index(name) for name in ids], stable_hash("bootstrap", len(written))
+
+        ids = [prompt.id for prompt, _ in samples]
+        tokens = [float(len(completion.token_ids)) for _, completion in samples]
+        cluster = [sorted(set(ids)).index(prompt_id) for prompt_id in ids]
+        seed = stable_hash("bootstrap", len(samples))
         return {
             "sampled_entropy": clustered_average(entropy.tolist(), cluster, counts=tokens, seed=seed),
             "sampled_tokens": clustered_average(tokens, cluster, seed=seed),

@@ -1,4 +1,4 @@
-"""What a run leaves behind, and what it picks up again."""
+"""Writing of models and checkpoints, and requests to stop a run."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from reward.inside.kernel import die_with_parent
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.checkpoint.run_state import RunState
 from rltrain.errors import UserError
-from rltrain.interrupt import die_of, interrupt, is_launched, say
+from rltrain.interrupt import end_by_signal, interrupt, is_launched, say
 
-# exit code of a run that SIGTERM or Ctrl-C ended with a checkpoint; a shell's 143 is of a process that just
-# died of the signal
+# exit code of a run that SIGTERM or Ctrl-C ended with a checkpoint; a shell reports 143 for a process that
+# the signal killed
 STOPPED = 3
-_ONE_STOP = 5.0  # seconds in which every further signal is the first one again
-_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO})
+_REPEAT_SECONDS = 5.0  # a further signal within this time repeats the first request
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO})
 
 
 class Stopped(Exception):
-    """The run was asked to stop and ended after a step, with a checkpoint of it."""
+    """The run was asked to stop, and ended after a step with a checkpoint."""
 
     def __init__(self, step: int, checkpoint: Path) -> None:
         super().__init__(f"stopped after step {step}")
-        self.step, self.checkpoint = step, checkpoint
+        self.step = step
+        self.checkpoint = checkpoint
 
 
 class EvaluationResult(Protocol):
-    """An evaluation, of whatever kind."""
+    """An evaluation of any kind."""
 
     def metrics(self) -> dict[str, float]: ...
 
@@ -63,40 +64,41 @@ class EvaluationHistory:
 
 @dataclass(frozen=True)
 class ModelWriter:
-    """Puts models where a run keeps them.
+    """Writes models into the run folder.
 
-    write(out, step, results, state) makes one; with a state, it is a checkpoint. snapshot(step, evaluations)
-    is that state. Every rank calls the methods: gathering weights and states is a collective.
+    write(out, step, results, state) writes a model; with a state, the model is a checkpoint. snapshot(step,
+    evaluations) returns that state. Every rank calls the methods: gathering weights and states is a
+    collective.
     """
 
     folder: RunFolder
     write: Callable[[Path, int, Mapping[str, float], RunState | None], Path]
     snapshot: Callable[[int, Sequence[Mapping[str, float]]], RunState]
-    keep: int  # checkpoints, the latest
-    main: bool  # rank 0, the one that writes and removes
+    keep: int  # number of the latest checkpoints that stay
+    main: bool  # rank 0, which writes and removes
 
     def checkpoint(self, step: int, scores: EvaluationHistory) -> Path:
-        """``checkpoints/step-N``, a model folder with the state of the run; what is older than the
-        latest ``keep`` goes after it.
+        """Writes ``checkpoints/step-N``, a model folder with the state of the run, then removes all but the
+        latest ``keep`` checkpoints.
         """
-        out = self.write(
-            self.folder.checkpoint(step), step, scores.metrics(), self.snapshot(step, scores.all)
-        )
+        state = self.snapshot(step, scores.all)
+        out = self.write(self.folder.checkpoint(step), step, scores.metrics(), state)
         if self.main:
             self.folder.prune_checkpoints(self.keep)
         return out
 
     def final(self, step: int, scores: EvaluationHistory) -> Path:
+        """Writes the finished model."""
         return self.write(self.folder.model, step, scores.metrics(), None)
 
 
 @contextlib.contextmanager
 def disk_errors(folder: RunFolder) -> Iterator[None]:
-    """A disk that is full, gone or read-only is said in one line, with what is safe. Raises UserError."""
+    """Turns the error of a disk that is full, gone or read-only into a UserError that says what is safe."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in _DISK:
+        if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:
             raise
         present = folder.present_checkpoints()
         safe = f"{present[-1][1]} is whole and stays" if present else "there is no checkpoint yet"
@@ -107,74 +109,74 @@ def disk_errors(folder: RunFolder) -> Iterator[None]:
 
 
 def stop_with_the_launcher() -> None:
-    """The end of a launcher that passes no SIGTERM on, as ``accelerate launch`` of one process, is one too.
+    """Makes the end of the launcher a SIGTERM to this process, on Linux only.
 
-    On Linux only.
+    Some launchers, such as ``accelerate launch`` with a single process, do not pass a SIGTERM on.
     """
-    if (
-        sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ
-    ):  # accelerate sets it, whatever it starts
+    # accelerate sets the variable in every process that it starts
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         die_with_parent(signal.SIGTERM)
 
 
 @dataclass
 class StopRequest:
-    """Whether this process was asked to stop, and how. Called, it says so."""
+    """Whether and how this process was asked to stop. Calling the object returns whether."""
 
-    came: list[tuple[float, signal.Signals]] = field(default_factory=list)  # (time.monotonic(), what)
-    in_loop: bool = False  # steps are taken, after which a checkpoint can be written
+    signals: list[tuple[float, signal.Signals]] = field(default_factory=list)  # (time.monotonic(), signal)
+    in_loop: bool = False  # the run takes steps, so that it can write a checkpoint after the current one
 
     def __call__(self) -> bool:
-        return bool(self.came)
+        return bool(self.signals)
 
     @property
-    def by(self) -> str:
-        """What asked first; on a rank that heard nothing, what launchers send."""
-        return "Ctrl-C" if self.came and self.came[0][1] is signal.SIGINT else "SIGTERM"
+    def cause(self) -> str:
+        """The first signal; on a rank without one, the signal that launchers send."""
+        return "Ctrl-C" if self.signals and self.signals[0][1] is signal.SIGINT else "SIGTERM"
 
     def handle(self, number: int, *_: object) -> None:
-        """A signal handler for both. Raises Interrupted where Ctrl-C comes before the first step."""
-        came = signal.Signals(number)
-        if came is signal.SIGINT and not self.in_loop:
+        """Handles SIGTERM and SIGINT. Raises Interrupted at a Ctrl-C before the first step."""
+        received = signal.Signals(number)
+        if received is signal.SIGINT and not self.in_loop:
             interrupt()
-        self.came.append((time.monotonic(), came))
-        if self._is_another():
-            die_of(came)
-        elif came is signal.SIGINT and len(self.came) == 1:
+        self.signals.append((time.monotonic(), received))
+        if self._is_second_request():
+            end_by_signal(received)
+        elif received is signal.SIGINT and len(self.signals) == 1:
             say(
                 "Ctrl-C: the run stops after the step in hand and writes a checkpoint; a second one ends it "
                 "at once"
             )
 
-    def _is_another(self) -> bool:
-        """Whether the last signal is a second request, and not the first on another way."""
-        if len(self.came) == 1:
+    def _is_second_request(self) -> bool:
+        """Whether the last signal is a second request, not the first one that arrived again."""
+        if len(self.signals) == 1:
             return False
-        pressed = sum(number is signal.SIGINT for _, number in self.came)
-        if pressed > 1 and self.came[-1][1] is signal.SIGINT and not is_launched():
-            return True  # nobody but the terminal sends it
-        return self.came[-1][0] - self.came[0][0] > _ONE_STOP
+        presses = sum(number is signal.SIGINT for _, number in self.signals)
+        if presses > 1 and self.signals[-1][1] is signal.SIGINT and not is_launched():
+            return True  # without a launcher only the terminal sends SIGINT
+        return self.signals[-1][0] - self.signals[0][0] > _REPEAT_SECONDS
 
 
 @contextlib.contextmanager
-def stops_noted() -> Iterator[StopRequest]:
-    """Inside, a SIGTERM or a Ctrl-C is noted, for the loop to stop after the step in hand; a second one ends
-    the process at once.
+def record_stop_signals() -> Iterator[StopRequest]:
+    """Records a SIGTERM or Ctrl-C in the ``with`` block, so that the loop can stop after the current step; a
+    second one ends the process at once.
 
-    Who stops a job signals every process of it, and the launcher among them passes that on to its ranks: one
-    stop arrives twice. So what comes within ``_ONE_STOP`` seconds is one, but for a second Ctrl-C where no
-    launcher is. Before the first step Ctrl-C raises Interrupted. Outside the main thread Python allows no
-    handler: there nothing is ever noted.
+    Stopping a job signals all its processes, and the launcher among them passes the signal on to its ranks,
+    so that a single request arrives twice. Signals within ``_REPEAT_SECONDS`` therefore count as one, except
+    for a second Ctrl-C without a launcher. Before the first step Ctrl-C raises Interrupted. Outside the main
+    thread Python allows no handler, and nothing is recorded.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a background job of a shell stays one
-    numbers = (signal.SIGTERM,) if deaf else (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, request.handle) for number in numbers}
+    # a background job of a shell ignores Ctrl-C, and continues to do so
+    ignores_interrupt = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    numbers = (signal.SIGTERM,) if ignores_interrupt else (signal.SIGTERM, signal.SIGINT)
+    previous = {number: signal.signal(number, request.handle) for number in numbers}
     try:
         yield request
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

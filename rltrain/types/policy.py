@@ -1,4 +1,4 @@
-"""The tensors of a step that learns from the policy's own samples, and what its losses return."""
+"""Tensors of a step that learns from the policy's own samples, and the results of its losses."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class TokenRows:
     def rows(self, index: Tensor) -> TokenRows:
         """The rows at the positions ``index`` (int64), in that order."""
         return TokenRows(
-            tuple(self.prompts[at] for at in index.tolist()),
-            tuple(self.completions[at] for at in index.tolist()),
+            tuple(self.prompts[row] for row in index.tolist()),
+            tuple(self.completions[row] for row in index.tolist()),
         )
 
 
@@ -44,53 +44,43 @@ _PER_ROW = ("rewards", "group", "source", "version", "sample", "correct", "answe
 class TrainBatch:
     """The small tensors of one optimizer step (or of some of its rows), all detached.
 
-    A field is ``None`` when no function of the recipe needs it: the learner computes the union of what they
-    declare. ``mask`` may arrive as any dtype and is kept as bool.
+    A field is ``None`` if no function of the recipe needs it: the learner computes the union of their
+    declared needs. ``mask`` may have any dtype and is stored as bool.
     """
 
     mask: Tensor  # (B, T) bool, True where the policy wrote the token and it counts in the loss
     advantages: Tensor  # (B, T)
-    weights: Tensor  # (B, T) multiplies the per-token policy loss, starts at 1
+    weights: Tensor  # (B, T) factor of the per-token policy loss, 1 at first
     rewards: Tensor  # (B,)
     group: Tensor  # (B,) int64, id of the prompt group
     source: Tensor  # (B,) int64
-    version: Tensor  # (B,) int64, policy version that sampled the row, the oldest of several
-    sample: Tensor | None = (
-        None  # (B,) int64, which completion of its group, from 0; with the group it names the row
-    )
+    version: Tensor  # (B,) int64, policy version that sampled the row, the oldest if there are several
+    # (B,) int64, number of the completion in its group, from 0; together with the group it identifies the row
+    sample: Tensor | None = None
     rollout_logp: Tensor | None = None  # (B, T) nats, reported by the engine
     old_logp: Tensor | None = None  # (B, T) nats, learner's, before the first update of the step
-    logp_now: Tensor | None = None  # (B, T) nats, learner's, at the start of the optimizer batch in hand
+    logp_now: Tensor | None = None  # (B, T) nats, learner's, at the start of the current optimizer batch
     old_entropy: Tensor | None = None  # (B, T) nats
     ref_logp: Tensor | None = None  # (B, T) nats, frozen reference
     teacher_logp: Tensor | None = None  # (B, T) nats
-    process_reward: Tensor | None = (
-        None  # (B, T) nats, log-ratio of a process reward model and its reference (PRIME)
-    )
-    entropy_now: Tensor | None = (
-        None  # (B, T) nats, the learner's, at the start of the optimizer batch in hand
-    )
-    step_id: Tensor | None = (
-        # (B, T) int64, which turn or reasoning step a token belongs to, from 0 in each row; -1 outside the
-        # mask
-        None
-    )
-    correct: Tensor | None = (
-        None  # (B,) 1 right, 0 wrong, NaN where no reward function says; raw, before any penalty
-    )
-    answer: Tensor | None = (
-        None  # (B,) int64, equal for equal extracted answers of one group, -1 without an answer
-    )
-    extra: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # (B, T) each: what a control hands to the loss of its method
-    notes: Mapping[str, float] = field(
-        default_factory=dict
-    )  # numbers a control wants logged, as ``control/<key>``
+    # (B, T) nats, log-ratio of a process reward model and its reference (PRIME)
+    process_reward: Tensor | None = None
+    entropy_now: Tensor | None = None  # (B, T) nats, learner's, at the start of the current optimizer batch
+    # (B, T) int64, the token's turn or reasoning step, from 0 in each row; -1 outside the mask
+    step_id: Tensor | None = None
+    # (B,) 1 right, 0 wrong, NaN if no reward function reports it; before any penalty
+    correct: Tensor | None = None
+    # (B,) int64, equal for equal extracted answers of one group, -1 without an answer
+    answer: Tensor | None = None
+    # (B, T) each: tensors that a control passes to the loss of its method
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    # numbers that a control logs, as ``control/<key>``
+    notes: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mask", self.mask.bool())
-        rows, shape = self.mask.shape[0], self.mask.shape
+        rows = self.mask.shape[0]
+        shape = self.mask.shape
         for name in _PER_TOKEN:
             value = getattr(self, name)
             if value is not None and value.shape != shape:
@@ -107,7 +97,7 @@ class TrainBatch:
 
     @property
     def totals_of_mask(self) -> tuple[int, int]:
-        """(tokens, sequences with at least one token) that count in this batch."""
+        """Numbers of masked-in tokens and of sequences with at least one of them."""
         per_row = self.mask.sum(dim=1)
         return int(per_row.sum()), int((per_row > 0).sum())
 
@@ -115,62 +105,58 @@ class TrainBatch:
         return dataclasses.replace(self, **changes)
 
     def with_extra(self, **tensors: Tensor) -> TrainBatch:
-        """With ``extra`` extended: (B, T) tensors from a control to the loss of its method."""
+        """Adds to ``extra`` (B, T) tensors from a control for the loss of its method."""
         return dataclasses.replace(self, extra={**self.extra, **tensors})
 
     def with_metrics(self, **numbers: float) -> TrainBatch:
-        """With ``notes`` extended: logged as ``control/<key>``."""
+        """Adds to ``notes`` numbers that are logged as ``control/<key>``."""
         return dataclasses.replace(self, notes={**self.notes, **numbers})
 
     def rows(self, index: Tensor | Sequence[int], width: int | None = None) -> TrainBatch:
-        """The rows ``index`` (int64 ids of positions in this batch), cut to the first ``width`` token
-        columns.
-        """
+        """The rows at the positions ``index`` (int64), cut to the first ``width`` token columns."""
         index = torch.as_tensor(index, dtype=torch.int64, device=self.mask.device)
-        cut = {
+        per_token = {
             name: value[index][:, :width]
             for name in ("mask", *_PER_TOKEN)
             if (value := getattr(self, name)) is not None
         }
-        picked = {name: value[index] for name in _PER_ROW if (value := getattr(self, name)) is not None}
+        per_row = {name: value[index] for name in _PER_ROW if (value := getattr(self, name)) is not None}
         extra = {name: value[index][:, :width] for name, value in self.extra.items()}
-        return dataclasses.replace(self, **cut, **picked, extra=extra)
+        return dataclasses.replace(self, **per_token, **per_row, extra=extra)
 
     def to(self, device: torch.device | str) -> TrainBatch:
-        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        tensors = {name: value.to(device) for name, value in moved.items() if isinstance(value, Tensor)}
-        return dataclasses.replace(
-            self, **tensors, extra={name: value.to(device) for name, value in self.extra.items()}
-        )
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        tensors = {name: value.to(device) for name, value in fields.items() if isinstance(value, Tensor)}
+        extra = {name: value.to(device) for name, value in self.extra.items()}
+        return dataclasses.replace(self, **tensors, extra=extra)
 
 
 @dataclass(frozen=True)
 class PolicyTokens:
     """The current policy's statistics: the only tensors with a gradient.
 
-    A statistic nobody needs is absent.
+    A statistic that no function needs is absent.
     """
 
     logp: Tensor  # (B, T) nats, at the sampling temperature
     entropy: Tensor | None = None  # (B, T) nats
-    extra: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # (B, T) each, by the name a function's ``needs`` asked for
+    # (B, T) each, by its name in a function's ``needs``
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StepTotals:
-    """Counts over one optimizer update: all ranks, all micro-batches. Every denominator comes from here."""
+    """Counts over one optimizer update (all ranks, all micro-batches): the source of every denominator."""
 
     tokens: int  # masked-in tokens
-    sequences: int  # rows with at least one of them
+    sequences: int  # rows with at least one masked-in token
     max_tokens: int  # the constant L_max: rollout.max_tokens, never the padded width
 
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """Unreduced loss, (B, T) per token or (B, 1) per sequence, and metrics to be averaged over the
-    masked tokens.
+    """Unreduced loss, (B, T) per token or (B, 1) per sequence, and metrics to be averaged over the masked-in
+    tokens.
     """
 
     values: Tensor

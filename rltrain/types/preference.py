@@ -1,4 +1,4 @@
-"""The tensors of a step that learns from judged completions, and what its losses return."""
+"""Tensors of a step that learns from judged completions, and the results of its losses."""
 
 from __future__ import annotations
 
@@ -15,35 +15,34 @@ _PER_EXAMPLE = ("length", "ref_logp", "previous_logp", "logp_now")
 
 @dataclass(frozen=True)
 class CompletionFacts:
-    """What is known of N completions before the gradient pass, all detached. A log-prob is a sum over the
-    scored tokens.
+    """Facts about N completions that are known before the gradient pass, all detached.
 
-    Scored tokens are the completion's, its final EOS included, without prompt and template. A field is
-    ``None`` when the loss does not need it.
+    A log-prob is a sum over the scored tokens: those of the completion with its final EOS, without prompt and
+    template. A field is ``None`` if the loss does not need it.
     """
 
     length: Tensor  # (N,) scored tokens, at least 1
     ref_logp: Tensor | None = None  # (N,) nats, frozen reference
     previous_logp: Tensor | None = None  # (N,) nats, frozen previous iterate (INPO's pi_t)
-    logp_now: Tensor | None = None  # (N,) nats, the learner's, at the start of the optimizer batch in hand
+    logp_now: Tensor | None = None  # (N,) nats, the learner's, at the start of the current optimizer batch
 
     def __post_init__(self) -> None:
         _check_examples(self, _PER_EXAMPLE, self.length.shape[0])
 
     def rows(self, index: Tensor) -> CompletionFacts:
-        return _picked(self, index, _PER_EXAMPLE)
+        return _select_rows(self, index, _PER_EXAMPLE)
 
     def to(self, device: torch.device | str) -> CompletionFacts:
-        return _moved(self, device, _PER_EXAMPLE)
+        return _move_to(self, device, _PER_EXAMPLE)
 
 
 @dataclass(frozen=True)
 class PairBatch:
     """N preference pairs of one optimizer update (or some of them), all detached; row i of both sides answers
-    one prompt.
+    the same prompt.
 
-    ``statistics`` hold what a loss needs to know about the whole optimizer batch (all ranks):
-    ``loss/preference/statistics.py`` puts them in before the batch is cut into micro-batches.
+    ``statistics`` are numbers of the whole optimizer batch (all ranks) that the loss needs:
+    ``loss/preference/statistics.py`` adds them before the batch is split into micro-batches.
     """
 
     chosen: CompletionFacts
@@ -51,13 +50,11 @@ class PairBatch:
     prompt: Tensor  # (N,) int64, equal for pairs of one prompt
     margin: Tensor | None = None  # (N,) score of chosen minus score of rejected, in the data's units
     p_chosen: Tensor | None = None  # (N,) probability that chosen is the better one
-    weight: Tensor | None = None  # (N,) multiplies an example's loss; None: 1
-    columns: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # (N,) each: numeric columns of the data that a loss asks for
-    statistics: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # () or (N,) each, over the whole optimizer batch
+    weight: Tensor | None = None  # (N,) factor of an example's loss; None: 1
+    # (N,) each: numeric columns of the data that a loss needs
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    # () or (N,) each, over the whole optimizer batch
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_examples(self, ("prompt", "margin", "p_chosen", "weight"), len(self))
@@ -68,11 +65,11 @@ class PairBatch:
         return self.chosen.length.shape[0]
 
     def rows(self, index: Tensor | Sequence[int]) -> PairBatch:
-        """The pairs at the positions ``index``; statistics over the whole batch stay what they are."""
-        return _picked(self, torch.as_tensor(index, dtype=torch.int64), _PER_PAIR)
+        """The pairs at the positions ``index``; scalar statistics do not change."""
+        return _select_rows(self, torch.as_tensor(index, dtype=torch.int64), _PER_PAIR)
 
     def to(self, device: torch.device | str) -> PairBatch:
-        return _moved(self, device, _PER_PAIR)
+        return _move_to(self, device, _PER_PAIR)
 
     def with_statistics(self, **values: Tensor) -> PairBatch:
         return dataclasses.replace(self, statistics={**self.statistics, **values})
@@ -87,17 +84,14 @@ class LabelBatch:
 
     completion: CompletionFacts
     prompt: Tensor  # (N,) int64, equal for completions of one prompt
-    label: Tensor | None = (
-        None  # (N,) float, 1 desirable or correct, 0 not; soft labels in between where a loss allows them
-    )
-    mismatched: CompletionFacts | None = (
-        None  # prompt i with another prompt's completion: KTO's estimate of the KL
-    )
-    weight: Tensor | None = None  # (N,) multiplies an example's loss; None: 1
+    # (N,) float, 1 desirable or correct, 0 not; some losses allow soft labels in between
+    label: Tensor | None = None
+    # prompt i with another prompt's completion, for KTO's estimate of the KL
+    mismatched: CompletionFacts | None = None
+    weight: Tensor | None = None  # (N,) factor of an example's loss; None: 1
     columns: Mapping[str, Tensor] = field(default_factory=dict)  # (N,) each
-    statistics: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # () or (N,) each, over the whole optimizer batch
+    # () or (N,) each, over the whole optimizer batch
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_examples(self, ("prompt", "label", "weight"), len(self))
@@ -108,11 +102,11 @@ class LabelBatch:
         return self.completion.length.shape[0]
 
     def rows(self, index: Tensor | Sequence[int]) -> LabelBatch:
-        """The completions at the positions ``index``; statistics over the whole batch stay what they are."""
-        return _picked(self, torch.as_tensor(index, dtype=torch.int64), _PER_LABEL)
+        """The completions at the positions ``index``; scalar statistics do not change."""
+        return _select_rows(self, torch.as_tensor(index, dtype=torch.int64), _PER_LABEL)
 
     def to(self, device: torch.device | str) -> LabelBatch:
-        return _moved(self, device, _PER_LABEL)
+        return _move_to(self, device, _PER_LABEL)
 
     def with_statistics(self, **values: Tensor) -> LabelBatch:
         return dataclasses.replace(self, statistics={**self.statistics, **values})
@@ -125,19 +119,19 @@ _Examples = TypeVar("_Examples", CompletionFacts, PairBatch, LabelBatch)
 
 @dataclass(frozen=True)
 class PolicySequences:
-    """The current policy's N completions: with PolicyPairs and RewardPairs the only tensors of a
-    preference loss with a gradient.
+    """The current policy on N completions.
+
+    Only these tensors, and those of PolicyPairs and RewardPairs, carry a gradient in a preference loss.
     """
 
     logp: Tensor  # (N,) nats, sum over the scored tokens
-    extra: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # (N, ...) each, by the name a loss's ``needs`` asked for
+    # (N, ...) each, by its name in the loss's ``needs``
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class PolicyPairs:
-    """The current policy on N pairs; row i of both belongs to pair i."""
+    """The current policy on N pairs; row i of both sides belongs to pair i."""
 
     chosen: PolicySequences
     rejected: PolicySequences
@@ -153,12 +147,11 @@ class RewardPairs:
 
 @dataclass(frozen=True)
 class ExampleTotals:
-    """Counts over one optimizer update: all ranks, all micro-batches.
-
-    A preference loss is divided by these and nothing else.
+    """Counts over one optimizer update (all ranks, all micro-batches): the only denominators of a preference
+    loss.
     """
 
-    examples: int  # pairs, or completions where each is judged by itself
+    examples: int  # pairs, or completions if each is judged by itself
 
 
 @dataclass(frozen=True)
@@ -178,7 +171,7 @@ def _check_examples(owner: CompletionFacts | PairBatch | LabelBatch, names: Sequ
             )
 
 
-def _picked(owner: _Examples, index: Tensor, names: Sequence[str]) -> _Examples:
+def _select_rows(owner: _Examples, index: Tensor, names: Sequence[str]) -> _Examples:
     def pick(value: Any) -> Any:
         if isinstance(value, CompletionFacts):
             return value.rows(index)
@@ -189,7 +182,7 @@ def _picked(owner: _Examples, index: Tensor, names: Sequence[str]) -> _Examples:
     return dataclasses.replace(owner, **{name: pick(getattr(owner, name)) for name in names})
 
 
-def _moved(owner: _Examples, device: torch.device | str, names: Sequence[str]) -> _Examples:
+def _move_to(owner: _Examples, device: torch.device | str, names: Sequence[str]) -> _Examples:
     def move(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: move(item) for key, item in value.items()}

@@ -1,4 +1,4 @@
-"""What is asked of a policy and what comes back: prompts, completions, groups.
+"""The samples of a policy: prompts, requests, completions and groups.
 
 This module imports no torch.
 """
@@ -13,11 +13,11 @@ from reward.score import Episode, Score
 
 Finish = Literal["stop", "length", "aborted"]
 
-# Where a row of a step comes from. Rows of one prompt share their group id, whatever their source.
+# The source of a row of a step. Rows of one prompt share their group id, whatever their source.
 SOURCE_POLICY = 0  # sampled from the policy at rollout.temperature
 SOURCE_TEMPERED = 1  # sampled from the policy at another temperature (AEPO, arXiv:2510.08141)
 SOURCE_REFERENCE = 2  # sampled from the frozen reference model (AAPO, arXiv:2505.14264)
-SOURCE_DATASET = 3  # the data set's own answer, sampled by nobody (GRAO, arXiv:2508.07750)
+SOURCE_DATASET = 3  # the data set's answer, which no model sampled (GRAO, arXiv:2508.07750)
 SOURCE_NAMES = {
     SOURCE_POLICY: "policy",
     SOURCE_TEMPERED: "tempered",
@@ -25,23 +25,21 @@ SOURCE_NAMES = {
     SOURCE_DATASET: "answer",
 }
 
-PolicyVersion = int  # names the weights that sample: how many updates the learner had taken, or the one below
-REFERENCE_VERSION: PolicyVersion = -1  # the reference model's weights, which no update of the learner made
+PolicyVersion = int  # identifies the weights that sample: the learner's number of updates, or the one below
+REFERENCE_VERSION: PolicyVersion = -1  # the weights of the reference model
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt, rendered and tokenised once; nothing downstream tokenises it again."""
+    """One prompt, rendered and tokenised once; no later stage tokenises it again."""
 
     id: str  # stable across runs: data set name and row, never a position in a batch
     token_ids: tuple[int, ...]  # (P,) with the chat template and generation prompt applied
-    text: str  # what token_ids spell, for transcripts and graders
-    columns: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # every other column of the row (answer, ...), for the rewards
-    messages: tuple[Mapping[str, Any], ...] | None = (
-        None  # as the data set has them, the system message first; None: it has text
-    )
+    text: str  # the text of token_ids, for transcripts and graders
+    # every other column of the row (answer, ...), for the rewards
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    # the data set's messages, the system message first; None if it holds text
+    messages: tuple[Mapping[str, Any], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +47,8 @@ class AdaptiveTemperature:
     """HAPO's sampler, arXiv:2509.16591: each token's own temperature, from the entropy of its raw
     distribution.
 
-    The formula is ``control/hapo.py``'s ``adaptive_temperature``; the four numbers are its ``EntropySignal``,
-    of the step before.
+    The formula is ``adaptive_temperature`` in ``control/hapo.py``; the last four numbers are the previous
+    step's ``EntropySignal``.
     """
 
     tau: float  # T = T0 (1 + tau h_hat)
@@ -65,11 +63,11 @@ class AdaptiveTemperature:
 class Sampling:
     """How one source of a rollout is sampled.
 
-    The log-probs an engine returns are those a learner at ``temperature`` computes, of the distribution
-    sampled from, so nothing that it cannot reproduce (top-p, top-k, penalties) exists here. ``temperature`` 0
-    is greedy decoding, reported with the log-probs at temperature 1. With ``adaptive`` tokens are drawn at
-    temperatures around ``temperature`` and reported at ``temperature`` all the same: HAPO's ratio is to the
-    policy at its base temperature, and mismatch goes on measuring engines.
+    An engine returns the log-probs of the distribution that it sampled from, which the learner computes at
+    ``temperature``; so options that the learner cannot reproduce (top-p, top-k, penalties) do not exist here.
+    ``temperature`` 0 is greedy decoding, reported with the log-probs at temperature 1. With ``adaptive``,
+    tokens are drawn at temperatures around ``temperature`` but reported at ``temperature``: HAPO's ratio is
+    to the policy at its base temperature, and the mismatch metrics still compare engines.
     """
 
     n: int  # completions per prompt
@@ -78,19 +76,18 @@ class Sampling:
     seed: int  # of the step and source; engines derive one seed per (seed, prompt id, sample index)
     source: int = SOURCE_POLICY
     adaptive: AdaptiveTemperature | None = None  # None: every token at ``temperature``
-    sharpen_below: float | None = (
-        None  # nats: EM-INF (arXiv:2505.15134), at test time and with the transformers engine only
-    )
-    # what an engine remembers of a prompt serves later calls of the same version and the same ``cache`` only
+    # nats: EM-INF (arXiv:2505.15134), only at test time and with the transformers engine
+    sharpen_below: float | None = None
+    # an engine reuses its cache of a prompt only in calls with the same version and the same ``cache``
     cache: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Samples ``first`` to ``first + count - 1`` of a prompt's group: all of it, or a part.
+    """Samples ``first`` to ``first + count - 1`` of a prompt's group: the whole group, or a part of it.
 
-    Each sample has a seed of its own (``Sampling.seed``), so that a group cut into parts has the tokens of a
-    whole one.
+    Each sample has its own seed (``Sampling.seed``), so that a group sampled in parts has the same tokens as
+    one sampled at once.
     """
 
     prompt: Prompt
@@ -101,9 +98,8 @@ class Request:
     def __post_init__(self) -> None:
         if not 0 <= self.first < self.first + self.count <= self.sampling.n:
             raise ValueError(
-                f"prompt {self.prompt.id!r}: {self.count} samples from number {self.first} on were asked "
-                "for; "
-                f"there must be at least 1, all of a group of n = {self.sampling.n}"
+                f"prompt {self.prompt.id!r}: {self.count} samples from number {self.first} on were "
+                f"requested; expected at least 1, all within a group of n = {self.sampling.n}"
             )
 
 
@@ -118,20 +114,18 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What was written for one prompt, token by token as it was sampled."""
+    """One completion of a prompt, token by token as it was sampled."""
 
     token_ids: tuple[int, ...]  # (t,) as sampled, a final EOS included
     logprobs: tuple[float, ...]  # (t,) nats, of the distribution sampled from, temperature included
     finish: Finish
     text: str  # decoded without special tokens
-    versions: tuple[
-        Span, ...
-    ]  # who sampled it, without gaps; tokens of an environment belong to the span around them
+    # versions that sampled it, without gaps; tokens of an environment belong to the span around them
+    versions: tuple[Span, ...]
     source: int = SOURCE_POLICY
-    turns: tuple[
-        tuple[int, int], ...
-    ] = ()  # token spans [start, stop) the policy wrote; () means the whole completion
-    episode: Episode | None = None  # what became of it in an environment; None: it was none
+    # token spans [start, stop) that the policy wrote; () means the whole completion
+    turns: tuple[tuple[int, int], ...] = ()
+    episode: Episode | None = None  # its outcome in an environment; None if there was no environment
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
@@ -146,17 +140,17 @@ class Completion:
 
     @property
     def oldest_version(self) -> PolicyVersion:
-        """The oldest that sampled any of it."""
+        """The oldest version that sampled any of its tokens."""
         return min(span.version for span in self.versions)
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
-        """Token spans [start, stop) the policy wrote."""
+        """Token spans [start, stop) that the policy wrote."""
         return self.turns or ((0, len(self.token_ids)),)
 
     @property
     def sampled_tokens(self) -> int:
-        """How many tokens the policy wrote: all but what an environment put between its turns."""
+        """Number of tokens that the policy wrote: all except an environment's tokens between its turns."""
         return sum(stop - start for start, stop in self.spans)
 
 
@@ -164,8 +158,8 @@ class Completion:
 class Answer:
     """The completions of one request, in the order of their samples."""
 
-    request: int  # its position among the requests of the call
-    prompt: Prompt  # what was answered: the request's, or what an environment asked in its place
+    request: int  # position of the request in the call
+    prompt: Prompt  # the request's prompt, or the one that an environment asked in its place
     completions: tuple[Completion, ...]
 
 

@@ -1,4 +1,4 @@
-"""ARES's shaping against the release's numbers, and what it promises."""
+"""ARES's shaping compared with the release's numbers, and its properties."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def test_easy_and_right_within_the_margin_is_not_punished():
 def test_windows_are_those_of_the_example():
     entropy = f64([[0.1, 0.2, 2.0, 1.8, 0.9, 0.1, 0.1, 0.3]])
     mask = torch.ones(1, 8, dtype=torch.bool)
-    mean, whole = window_mean(entropy, mask, 4)
+    mean, complete = window_mean(entropy, mask, 4)
     assert_close(mean, f64([[1.025, 1.225, 1.2, 0.725, 0.35]]))
-    assert whole.all()
+    assert complete.all()
     assert high_windows(entropy, mask, 4, 1.0).sum() == 3
     assert_close(row_quantile(entropy, mask, 0.95), f64([1.93]))
 
@@ -84,7 +84,7 @@ def test_windows_are_those_of_the_example():
 def test_a_released_window_lies_behind_its_token_and_may_equal_the_threshold():
     entropy = f64([[9.0, 1.0, 3.0, 2.0, 2.0, 0.0]])
     mask = torch.ones(1, 6, dtype=torch.bool)
-    # means of two behind tokens 0 to 3: 2, 2.5, 2, 1; the 9 at the beginning is in none
+    # means of the two tokens after tokens 0 to 3: 2, 2.5, 2, 1; the 9 at the beginning is in no window
     assert high_windows(entropy, mask, 2, 2.0, "released").tolist() == [[True, True, True, False, False]]
     assert high_windows(entropy, mask, 2, 2.0).tolist() == [[True, False, True, False, False]]
 
@@ -92,54 +92,49 @@ def test_a_released_window_lies_behind_its_token_and_may_equal_the_threshold():
 @pytest.mark.parametrize("window", [1, 2, 4, 7])
 @pytest.mark.parametrize("quantile", [0.5, 0.95])
 def test_released_thresholds_are_percentiles_over_all_tokens(window: int, quantile: float):
-    given = step()
-    got = released_thresholds(given["old_entropy"], given["mask"], window, quantile)
-    for row, entropy in enumerate(given["old_entropy"]):
+    inputs = step()
+    got = released_thresholds(inputs["old_entropy"], inputs["mask"], window, quantile)
+    for row, entropy in enumerate(inputs["old_entropy"]):
         assert got[row].item() == pytest.approx(
-            percentile_of_row(entropy[given["mask"][row]].tolist(), window, quantile)
+            percentile_of_row(entropy[inputs["mask"][row]].tolist(), window, quantile)
         )
 
 
 def percentile_of_row(entropy: list[float], window: int, quantile: float) -> float:
-    """Token by token: the mean of what follows; at the end, where too little does, the mean of what
-    was collected before.
+    """Token by token: the mean of the next window; where too few tokens follow, the mean of the values
+    collected so far.
     """
     collected: list[float] = []
-    for at, own in enumerate(entropy):
-        following = entropy[at + 1 : at + 1 + window]
+    for position, value in enumerate(entropy):
+        following = entropy[position + 1 : position + 1 + window]
         if len(following) == window:
             collected.append(float(np.mean(following)))
         else:
-            collected.append(float(np.mean(collected)) if collected else own)
+            collected.append(float(np.mean(collected)) if collected else value)
     return float(np.percentile(collected, 100 * quantile))
 
 
 def test_another_speakers_tokens_are_in_no_released_window():
-    entropy, mask = (
-        f64([[5, 90, 1, 90, 3], [4, 90, 90, 90, 90]]),
-        torch.tensor([[1, 0, 1, 0, 1], [1, 0, 0, 0, 0]]).bool(),
-    )
+    entropy = f64([[5, 90, 1, 90, 3], [4, 90, 90, 90, 90]])
+    mask = torch.tensor([[1, 0, 1, 0, 1], [1, 0, 0, 0, 0]]).bool()
     assert high_windows(entropy, mask, 2, 2.0, "released").sum(1).tolist() == [1, 0]
-    # (1 + 3) / 2 and twice its own mean; one token alone is its own
+    # row 0: (1 + 3) / 2, and twice the mean of the values so far; row 1: its single token
     assert released_thresholds(entropy, mask, 2, 0.95).tolist() == [2, 4]
 
 
 def test_windows_run_over_the_tokens_the_policy_wrote():
-    # the masked-out 9s are another speaker's: windows of 2 are (1, 3) and (3, 5), and one token has none
-    entropy, mask = (
-        f64([[1, 9, 3, 9, 5], [4, 9, 9, 9, 9]]),
-        torch.tensor([[1, 0, 1, 0, 1], [1, 0, 0, 0, 0]]).bool(),
-    )
-    mean, whole = window_mean(entropy, mask, 2)
-    assert whole.tolist() == [[True, True, False, False], [False] * 4]
+    # the masked-out 9s are another speaker's: windows of 2 are (1, 3) and (3, 5); a single token has none
+    entropy = f64([[1, 9, 3, 9, 5], [4, 9, 9, 9, 9]])
+    mask = torch.tensor([[1, 0, 1, 0, 1], [1, 0, 0, 0, 0]]).bool()
+    mean, complete = window_mean(entropy, mask, 2)
+    assert complete.tolist() == [[True, True, False, False], [False] * 4]
     assert mean[0, :2].tolist() == [2, 4]
     assert high_windows(entropy, mask, 6, 0.0).shape == (2, 0)
 
 
 def test_difficulty_is_the_share_of_right_answers():
-    right = torch.tensor(
-        [1, 1, 0, 1, 0, 0, 0, 0, 0]
-    ).bool()  # 2/3, 1/3, 0: thirds are not exact in floating point
+    # 2/3, 1/3, 0: thirds are not exact in floating point
+    right = torch.tensor([1, 1, 0, 1, 0, 0, 0, 0, 0]).bool()
     assert (
         difficulty(right, torch.tensor([7] * 3 + [8] * 3 + [9] * 3)).tolist()
         == [EASY] * 3 + [MEDIUM] * 3 + [HARD] * 3
@@ -179,23 +174,25 @@ def test_the_papers_form_never_touches_right_answers_rewards():
 
 @pytest.mark.parametrize("form", ["released", "paper"])
 def test_ungraded_and_empty_rows_change_nothing_for_the_others(form: str):
-    given = step()
-    given["mask"][3] = False
+    inputs = step()
+    inputs["mask"][3] = False
     rewards = REWARDS.clone()
     rewards[7] = math.nan
     kept = torch.tensor([row for row in range(18) if row not in (3, 7)])
     options = {"form": form, "targets": [1.0, 2.0, 3.0] if form == "paper" else None}
-    got = ares(rewards, GROUP, **given, **options)  # type: ignore[arg-type]
+    got = ares(rewards, GROUP, **inputs, **options)  # type: ignore[arg-type]
     assert got[3] == 0 and got[7] == 0
-    rest = ares(rewards[kept], GROUP[kept], **{name: value[kept] for name, value in given.items()}, **options)  # type: ignore[arg-type]
+    kept_inputs = {name: value[kept] for name, value in inputs.items()}
+    rest = ares(rewards[kept], GROUP[kept], **kept_inputs, **options)  # type: ignore[arg-type]
     assert_close(got[kept], rest)
 
 
 def test_the_order_of_rows_does_not_matter():
-    given, order = step(), torch.randperm(18, generator=torch.Generator().manual_seed(1))
-    got = ares(REWARDS, GROUP, **given)
+    inputs = step()
+    order = torch.randperm(18, generator=torch.Generator().manual_seed(1))
+    got = ares(REWARDS, GROUP, **inputs)
     assert_close(
-        ares(REWARDS[order], GROUP[order], **{name: value[order] for name, value in given.items()}),
+        ares(REWARDS[order], GROUP[order], **{name: value[order] for name, value in inputs.items()}),
         got[order],
     )
 

@@ -30,7 +30,7 @@ def random_step(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def by_loops(rewards: Tensor, group: Tensor, mask: Tensor, entropy: Tensor, joint: bool) -> np.ndarray:
-    """GTPO as its equations stand, a loop per sum."""
+    """GTPO's equations, with a loop for each sum."""
     shaped = np.zeros(mask.shape)
     for i, t in np.argwhere(mask.numpy()):
         alive = [
@@ -66,7 +66,8 @@ def test_gtpo_without_entropy_weight_is_the_outcome_normalised_over_tokens():
     got = gtpo(
         f64([1, 0]), torch.zeros(2, dtype=torch.int64), mask=mask, old_entropy=entropy, alpha2=0.0, eps=0.0
     )
-    right, wrong = 0.8 / math.sqrt(0.96), -1.2 / math.sqrt(0.96)
+    right = 0.8 / math.sqrt(0.96)
+    wrong = -1.2 / math.sqrt(0.96)
     assert_close(got, f64([[right] * 3, [wrong, wrong, 0.0]]))
     apart = gtpo(
         f64([1, 0]),
@@ -103,12 +104,13 @@ def test_zero_entropies_share_alike():
 
 @pytest.mark.parametrize("method", [gtpo, grpo_s])
 def test_raw_correctness_decides_before_the_reward(method):
-    # a right answer with a length penalty below 0 is right; where nothing says so, the reward's sign decides
-    rewards, correct = f64([-0.5, 0.2, 1.0, -1.0]), f64([1.0, 0.0, NAN, NAN])
-    given = {"mask": torch.ones(4, 2), "old_entropy": torch.rand(4, 2, dtype=torch.float64) + 0.1}
+    # a right answer whose length penalty makes the reward negative is right; without correct the sign decides
+    rewards = f64([-0.5, 0.2, 1.0, -1.0])
+    correct = f64([1.0, 0.0, NAN, NAN])
+    inputs = {"mask": torch.ones(4, 2), "old_entropy": torch.rand(4, 2, dtype=torch.float64) + 0.1}
     group = torch.zeros(4, dtype=torch.int64)
-    got = method(rewards, group, correct=correct, **given)
-    assert_close(got, method(f64([1, 0, 1, 0]), group, **given))
+    got = method(rewards, group, correct=correct, **inputs)
+    assert_close(got, method(f64([1, 0, 1, 0]), group, **inputs))
 
 
 @pytest.mark.parametrize("method", [gtpo, grpo_s])
@@ -122,8 +124,8 @@ def test_ungraded_and_empty_rows_change_nothing_for_the_others(method):
     got = method(rewards, group, mask=mask, old_entropy=entropy)
     assert got.isfinite().all() and not got[0].any() and not got[~mask.any(1)].any()
     assert_close(got[kept], method(rewards[kept], group[kept], mask=mask[kept], old_entropy=entropy[kept]))
-    alone = method(rewards[:1], group[:1], mask=mask[:1], old_entropy=entropy[:1])
-    assert not alone.any()
+    single = method(rewards[:1], group[:1], mask=mask[:1], old_entropy=entropy[:1])
+    assert not single.any()
 
 
 @pytest.mark.parametrize("method", [gtpo, grpo_s])
@@ -149,13 +151,14 @@ def test_em_rl_prefers_the_likelier_and_ignores_rewards():
     logp = f64([[-1.0, -1.0], [-1.0, -2.0], [-2.0, -0.5], [-1.5, -2.5]])
     mask = torch.ones(4, 2, dtype=torch.bool)
     group = torch.zeros(4, dtype=torch.int64)
-    one = em_rl(f64([0, 0, 0, 0]), group, mask=mask, old_logp=logp, old_entropy=-logp)
-    assert_close(one, em_rl(f64([5, -3, 2, 9]), group, mask=mask, old_logp=logp, old_entropy=logp))
-    assert_close(one.sum(), f64(0.0))
-    assert one.argmax() == 0
+    certainty = em_rl(f64([0, 0, 0, 0]), group, mask=mask, old_logp=logp, old_entropy=-logp)
+    assert_close(certainty, em_rl(f64([5, -3, 2, 9]), group, mask=mask, old_logp=logp, old_entropy=logp))
+    assert_close(certainty.sum(), f64(0.0))
+    assert certainty.argmax() == 0
     # "token" is minus the entropies' sum: with H = -lp the same numbers
     assert_close(
-        one, em_rl(f64([0, 0, 0, 0]), group, mask=mask, old_logp=logp * 7, old_entropy=-logp, reward="token")
+        certainty,
+        em_rl(f64([0, 0, 0, 0]), group, mask=mask, old_logp=logp * 7, old_entropy=-logp, reward="token"),
     )
 
 

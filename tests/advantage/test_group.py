@@ -39,29 +39,25 @@ def random_step(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def call(name: str, rewards: Tensor, group: Tensor, mask: Tensor) -> Tensor:
-    """The estimator with whatever else it takes, made from the row itself: rows may be left out or
+    """The estimator's result, with all other inputs computed from the row itself: rows may be left out or
     come in any order.
     """
-    bound = ADVANTAGES.bind(
-        name, {"reference": "mean"} if name == "aapo" else {}
-    )  # every row is the policy's: nothing to pair it with
-    per_token = (
-        0.1
-        * torch.arange(1, mask.shape[1] + 1, dtype=torch.float64)
-        * (1 + mask.double().sum(1, keepdim=True))
-    )
-    given = {
+    # Every row is the policy's, so aapo has no reference rows to pair with.
+    bound = ADVANTAGES.bind(name, {"reference": "mean"} if name == "aapo" else {})
+    position = torch.arange(1, mask.shape[1] + 1, dtype=torch.float64)
+    per_token = 0.1 * position * (1 + mask.double().sum(1, keepdim=True))
+    tensors = {
         "mask": mask,
         "old_logp": -per_token,
         "ref_logp": -1.2 * per_token,
         "old_entropy": per_token,
         "process_reward": per_token.cos(),
     }
-    given |= {
+    tensors |= {
         "source": torch.zeros_like(group),
         "correct": torch.where(rewards.isnan(), rewards.double(), (rewards > 0).double()),
     }
-    return bound(rewards, group, **{key: given[key] for key in bound.spec.inputs})
+    return bound(rewards, group, **{key: tensors[key] for key in bound.spec.inputs})
 
 
 @pytest.mark.parametrize("name", ["group_norm", "group_mean", "rloo"])
@@ -233,8 +229,8 @@ def test_reinforce_pp_with_a_kl_penalty_asks_for_the_reference():
 @pytest.mark.parametrize("name", ADVANTAGES.names())
 def test_integer_rewards_are_numbers_and_nothing_carries_a_gradient(name: str):
     mask = torch.ones(4, 2)
-    whole = call(name, torch.tensor([1, 0, 0, 1]), ids(1, 1, 2, 2), mask)
-    assert_close(whole, call(name, torch.tensor([1.0, 0.0, 0.0, 1.0]), ids(1, 1, 2, 2), mask))
+    advantages = call(name, torch.tensor([1, 0, 0, 1]), ids(1, 1, 2, 2), mask)
+    assert_close(advantages, call(name, torch.tensor([1.0, 0.0, 0.0, 1.0]), ids(1, 1, 2, 2), mask))
     assert not call(name, f64([1.0, 0.0, 0.0, 1.0]).requires_grad_(), ids(1, 1, 2, 2), mask).requires_grad
 
 
@@ -248,7 +244,9 @@ def test_dynamic_sampling_keeps_prompts_with_some_but_not_all_correct():
 
 def test_dynamic_sampling_must_not_look_at_a_length_penalty():
     # all wrong, different lengths: informative only if one asks the wrong number
-    correct, penalised, group = torch.zeros(2), torch.tensor([-0.1, -0.5]), ids(1, 1)
+    correct = torch.zeros(2)
+    penalised = torch.tensor([-0.1, -0.5])
+    group = ids(1, 1)
     assert not informative_groups(correct, group).any()
     assert informative_groups(penalised, group).all()
 

@@ -17,11 +17,11 @@ from rltrain.advantage.group import rloo
 from rltrain.advantage.process import (
     aggregate_steps,
     contrast_accuracy,
+    is_accuracy_within,
     prime,
     running_value,
     step_rewards,
     token_rewards,
-    within_accuracy,
 )
 from support.worked_steps import BETA, RHO, SCORES
 
@@ -35,9 +35,9 @@ def doubles(values: Any) -> Tensor:
 
 
 def close(got: Tensor, expected: Any) -> bool:
-    """Equal to 1e-6, in shape too."""
-    wanted = doubles(expected)
-    return got.shape == wanted.shape and torch.allclose(got, wanted, rtol=0, atol=1e-6)
+    """Equal to 1e-6, with the same shape."""
+    expected_tensor = doubles(expected)
+    return got.shape == expected_tensor.shape and torch.allclose(got, expected_tensor, rtol=0, atol=1e-6)
 
 
 def test_token_rewards_and_their_running_value():
@@ -70,9 +70,8 @@ def test_a_response_is_worth_the_same_however_it_is_cut():
         for cut in cuts
     ]
     assert sums == pytest.approx([float(rewards.sum())] * 4) and last == pytest.approx(sums)
-    assert (
-        len({round(float(aggregate_steps(*step_rewards(rewards, cut))), 9) for cut in cuts}) > 1
-    )  # the smallest step is not
+    # the smallest step depends on the cut
+    assert len({round(float(aggregate_steps(*step_rewards(rewards, cut))), 9) for cut in cuts}) > 1
 
 
 def test_what_stands_outside_the_mask_does_not_count():
@@ -88,8 +87,10 @@ def test_what_stands_outside_the_mask_does_not_count():
 
 def test_the_running_value_is_the_soft_value_over_the_references_continuations():
     # q_1 = beta log E_ref[exp(r / beta) | y_1] on a two-step binary tree with r = beta log(pi / ref)
-    pi1, ref1 = doubles([0.7, 0.3]), doubles([0.4, 0.6])
-    pi2, ref2 = doubles([[0.2, 0.8], [0.5, 0.5]]), doubles([[0.5, 0.5], [0.25, 0.75]])
+    pi1 = doubles([0.7, 0.3])
+    ref1 = doubles([0.4, 0.6])
+    pi2 = doubles([[0.2, 0.8], [0.5, 0.5]])
+    ref2 = doubles([[0.5, 0.5], [0.25, 0.75]])
     paths = [(a, b) for a in (0, 1) for b in (0, 1)]
     logp = torch.stack([torch.stack([pi1[a], pi2[a, b]]) for a, b in paths]).log()
     ref = torch.stack([torch.stack([ref1[a], ref2[a, b]]) for a, b in paths]).log()
@@ -104,7 +105,8 @@ def test_the_running_value_is_the_soft_value_over_the_references_continuations()
 
 PROCESS = doubles([[0.2, -0.1, 0.3], [0.05, 0.1, 0.0], [-0.3, 0.1, -0.2], [0.4, 0.0, 0.0]])
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0]]).bool()
-OUTCOME, GROUP = doubles([1.0, 0.0, 0.0, 1.0]), torch.tensor([3, 3, 3, 3])
+OUTCOME = doubles([1.0, 0.0, 0.0, 1.0])
+GROUP = torch.tensor([3, 3, 3, 3])
 
 
 def run(
@@ -127,7 +129,7 @@ def by_loops(
     g_p: float,
     g_o: float,
 ) -> np.ndarray:
-    """PRIME's steps 6 to 8 written out, response by response and token by token."""
+    """PRIME's steps 6 to 8, response by response and token by token."""
     lengths = [int(row.sum()) for row in mask]
     suffix = [[sum(rho[i, t:end]) for t in range(end)] for i, end in enumerate(lengths)]
     scale = max(abs(value) for row in suffix for value in row) + 1e-6
@@ -137,7 +139,8 @@ def by_loops(
         members[g].append(i)
     out = np.zeros_like(rho)
     for rows in members.values():
-        n, mean = len(rows), {i: sum(r[i, : lengths[i]]) / lengths[i] for i in rows}
+        n = len(rows)
+        mean = {i: sum(r[i, : lengths[i]]) / lengths[i] for i in rows}
         for i in rows:
             others = [j for j in rows if j != i]
             b = rewards[i] - sum(rewards[j] for j in others) / (n - 1)
@@ -159,9 +162,11 @@ def by_loops(
 @pytest.mark.parametrize(("g_p", "g_o"), [(1.0, 1.0), (0.9, 0.7)])
 def test_prime_is_the_page_written_out(baseline: Any, g_p: float, g_o: float):
     rng = np.random.default_rng(0)
-    group, lengths = [5, 5, 5, 8, 8, 5, 8, 8, 8], [4, 1, 6, 3, 2, 5, 6, 1, 4]
+    group = [5, 5, 5, 8, 8, 5, 8, 8, 8]
+    lengths = [4, 1, 6, 3, 2, 5, 6, 1, 4]
     mask = np.arange(6)[None] < np.array(lengths)[:, None]
-    rho, outcome = rng.normal(size=(9, 6)) * mask, rng.integers(0, 2, 9).astype(float)
+    rho = rng.normal(size=(9, 6)) * mask
+    outcome = rng.integers(0, 2, 9).astype(float)
     got = run(
         doubles(outcome),
         torch.tensor(group),
@@ -178,7 +183,8 @@ def test_prime_is_the_page_written_out(baseline: Any, g_p: float, g_o: float):
 def test_the_two_baselines_agree_on_first_tokens_and_one_token_responses():
     # "released" is "others" plus (r - the response's mean r) / (n - 1), whose sum over a response is 0;
     # whitening is an affine map
-    paper, released = run(scale="none"), run(scale="none", baseline="released")
+    paper = run(scale="none")
+    released = run(scale="none", baseline="released")
     slope = (paper[0, 0] - paper[2, 0]) / (released[0, 0] - released[2, 0])
     aligned = paper[0, 0] + slope * (released - released[0, 0])
     torch.testing.assert_close(aligned[:, 0], paper[:, 0])
@@ -238,7 +244,8 @@ def test_an_answer_alone_of_its_prompt_has_no_baseline_and_gets_the_steps_mean()
 
 def test_a_whole_reward_stands_on_the_last_token():
     # the same as token rewards that are 0 but for their sum on the last token
-    sums, moved = PROCESS.sum(1), torch.zeros_like(PROCESS)
+    sums = PROCESS.sum(1)
+    moved = torch.zeros_like(PROCESS)
     for row, last in enumerate((2, 1, 2, 0)):
         moved[row, last] = sums[row]
     torch.testing.assert_close(run(granularity="whole"), run(process=moved))
@@ -255,16 +262,20 @@ def test_prompts_are_kept_by_accuracy_with_both_ends_included():
     wins = {10: (0, 4), 11: (1, 4), 12: (2, 4), 13: (3, 4), 14: (4, 4), 15: (1, 5), 16: (4, 5)}
     group = torch.tensor([g for g, (_, n) in wins.items() for _ in range(n)])
     correct = torch.tensor([float(i < w) for w, n in wins.values() for i in range(n)])
-    keep = within_accuracy(correct, group)
+    keep = is_accuracy_within(correct, group)
     assert {int(g) for g in group[keep]} == {11, 12, 13, 15, 16}
     # ungraded answers do not count: 1 of 2 graded
-    assert within_accuracy(torch.tensor([1.0, 0.0, float("nan"), float("nan")]), torch.zeros(4).long()).all()
-    assert not within_accuracy(torch.tensor([float("nan")] * 2), torch.zeros(2).long()).any()
+    assert is_accuracy_within(
+        torch.tensor([1.0, 0.0, float("nan"), float("nan")]), torch.zeros(4).long()
+    ).all()
+    assert not is_accuracy_within(torch.tensor([float("nan")] * 2), torch.zeros(2).long()).any()
 
 
 def test_contrast_accuracy_by_brute_force():
     rng = np.random.default_rng(1)
-    score, outcome, group = rng.normal(size=20), rng.choice([0.0, 0.5, 1.0], 20), rng.integers(0, 5, 20)
+    score = rng.normal(size=20)
+    outcome = rng.choice([0.0, 0.5, 1.0], 20)
+    group = rng.integers(0, 5, 20)
     outcome[group == 3] = 1.0  # a prompt without contrast counts 0.5
     accuracies = []
     for g in sorted(set(group)):

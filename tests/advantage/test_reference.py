@@ -13,7 +13,9 @@ from rltrain.advantage.group import group_mean, group_norm
 from rltrain.advantage.reference import aapo, grao
 from rltrain.types.samples import SOURCE_DATASET, SOURCE_POLICY, SOURCE_REFERENCE, SOURCE_TEMPERED
 
-P, R, Y = SOURCE_POLICY, SOURCE_REFERENCE, SOURCE_DATASET
+P = SOURCE_POLICY
+R = SOURCE_REFERENCE
+Y = SOURCE_DATASET
 NAN = math.nan
 
 
@@ -45,9 +47,11 @@ def test_both_failing_is_no_signal():
 
 def test_rows_are_paired_by_order_within_their_prompt_wherever_they_stand():
     # prompt 8: rewards 1, 0 with references 0, 1; prompt 3: reward 1 with reference 1
-    rewards, group, source = f64([1, 0, 1, 1, 1, 0]), ids(8, 8, 3, 3, 8, 8), ids(P, R, P, R, R, P)
+    rewards = f64([1, 0, 1, 1, 1, 0])
+    group = ids(8, 8, 3, 3, 8, 8)
+    source = ids(P, R, P, R, R, P)
     got = aapo(rewards, group, source=source)
-    # own of 8: rows 0 (1) and 5 (0), mean 0.5; references rows 1 (0) and 4 (1): margins +0.28 and -0.2
+    # prompt 8: policy rows 0 (1) and 5 (0), mean 0.5; reference rows 1 (0) and 4 (1): margins +0.28 and -0.2
     assert_close(got, f64([0.5 + 0.28, 0, 0, 0, 0, -0.5 - 0.2]))
     order = torch.randperm(6, generator=torch.Generator().manual_seed(3))
     with_mean = aapo(rewards[order], group[order], source=source[order], reference="mean")
@@ -78,7 +82,7 @@ def test_an_ungraded_reference_gives_no_margin_and_an_ungraded_row_no_advantage(
     assert_close(no_reference, f64([0.5, -0.5, 0, 0]))
 
 
-def test_rows_of_other_arms_get_nothing():
+def test_rows_of_other_sources_get_nothing():
     got = aapo(f64([1, 0, 9, 0, 0]), ids(*[0] * 5), source=ids(P, P, SOURCE_TEMPERED, R, R))
     assert_close(got, f64([0.5 + 0.28, -0.5, 0, 0, 0]))
 
@@ -87,9 +91,10 @@ def test_rows_of_other_arms_get_nothing():
 
 
 def objective(rewards: Tensor, source: Tensor, j: Tensor, beta: float, lam: float) -> Tensor:
-    """J_GRAO of one prompt as it is displayed, statistics over samples and answer."""
+    """J_GRAO of one prompt as printed in the paper, statistics over samples and answer."""
     a = (rewards - rewards.mean()) / rewards.std(correction=0)
-    o, y = source == P, source == Y
+    o = source == P
+    y = source == Y
     return (a * j)[o].mean() + beta * (a * j)[y].sum() + lam * (a[o] * (j[o] - j[y])).mean()
 
 
@@ -98,7 +103,8 @@ def test_reinforce_with_these_weights_is_the_objectives_gradient(seed: int):
     # two prompts with 3 and 2 samples; the aggregate divides by all 7 rows
     generator = torch.Generator().manual_seed(seed)
     rewards = torch.rand(7, generator=generator, dtype=torch.float64)
-    group, source = ids(4, 4, 4, 4, 6, 6, 6), ids(P, P, P, Y, Y, P, P)
+    group = ids(4, 4, 4, 4, 6, 6, 6)
+    source = ids(P, P, P, Y, Y, P, P)
     j = -torch.rand(7, generator=generator, dtype=torch.float64)
     weights = grao(rewards, group, source=source, mask=torch.ones(7, 2), eps=0.0)
     want = (
@@ -108,7 +114,8 @@ def test_reinforce_with_these_weights_is_the_objectives_gradient(seed: int):
 
 
 def test_without_imitation_and_alignment_it_is_reinforce_with_group_advantages():
-    rewards, source = f64([0.2, 0.6, 0.4, 0.8]), ids(P, P, P, Y)
+    rewards = f64([0.2, 0.6, 0.4, 0.8])
+    source = ids(P, P, P, Y)
     got = grao(
         rewards,
         ids(1, 1, 1, 1),
@@ -123,8 +130,9 @@ def test_without_imitation_and_alignment_it_is_reinforce_with_group_advantages()
 
 
 def test_the_printed_statistics_leave_nothing_of_the_alignment_to_the_answer():
-    rewards, source = f64([0.2, 0.6, 0.4, 0.8]), ids(P, P, P, Y)
-    one, other = (
+    rewards = f64([0.2, 0.6, 0.4, 0.8])
+    source = ids(P, P, P, Y)
+    without_alignment, with_alignment = (
         grao(
             rewards,
             ids(1, 1, 1, 1),
@@ -136,12 +144,14 @@ def test_the_printed_statistics_leave_nothing_of_the_alignment_to_the_answer():
         )
         for lam in (0.0, 0.6)
     )
-    assert_close(one[3], other[3])
+    assert_close(without_alignment[3], with_alignment[3])
 
 
 @pytest.mark.parametrize("statistics", ["joint", "samples"])
 def test_a_missing_or_ungraded_answer_takes_its_terms_along(statistics: str):
-    rewards, source, mask = f64([1, 0, NAN, 1, 0]), ids(P, P, Y, P, P), torch.ones(5, 1)
+    rewards = f64([1, 0, NAN, 1, 0])
+    source = ids(P, P, Y, P, P)
+    mask = torch.ones(5, 1)
     got = grao(rewards, ids(1, 1, 1, 2, 2), source=source, mask=mask, lam=0.6, statistics=statistics)  # type: ignore[arg-type]
     assert got[2] == 0
     assert_close(got[:2], got[3:])
@@ -150,7 +160,8 @@ def test_a_missing_or_ungraded_answer_takes_its_terms_along(statistics: str):
 
 @pytest.mark.parametrize("statistics", ["joint", "samples"])
 def test_rows_without_tokens_and_prompts_without_samples_stay_finite(statistics: str):
-    rewards, source = f64([1, 0, 1, 1, NAN]), ids(P, P, Y, Y, P)
+    rewards = f64([1, 0, 1, 1, NAN])
+    source = ids(P, P, Y, Y, P)
     mask = torch.tensor([[1], [0], [1], [1], [1]])
     got = grao(rewards, ids(1, 1, 1, 2, 2), source=source, mask=mask, statistics=statistics)  # type: ignore[arg-type]
     assert got.isfinite().all()

@@ -16,8 +16,8 @@ from rltrain.advantage.target import (
     fit_moments,
     kl_to_target,
     log_partition,
+    log_tilted_prob,
     pull,
-    tilted,
 )
 
 P0 = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
@@ -37,7 +37,7 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def test_the_optimum_of_kl_regularised_rl_is_the_tilted_reference():
-    log_p = tilted(P0.log(), REWARD, 1.0)
+    log_p = log_tilted_prob(P0.log(), REWARD, 1.0)
     close(torch.softmax(log_p, 0), 0.085073, 0.173439, 0.314304, 0.427184)
     log_z = log_partition((log_p - P0.log())[SAMPLES])
     assert float(log_z) == pytest.approx(1.547956, abs=1e-6)
@@ -46,8 +46,8 @@ def test_the_optimum_of_kl_regularised_rl_is_the_tilted_reference():
         policy = torch.softmax(
             torch.randn(4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), 0
         )
-        target = torch.softmax(tilted(P0.log(), REWARD, beta), 0)
-        log_z = torch.logsumexp(tilted(P0.log(), REWARD, beta), 0)
+        target = torch.softmax(log_tilted_prob(P0.log(), REWARD, beta), 0)
+        log_z = torch.logsumexp(log_tilted_prob(P0.log(), REWARD, beta), 0)
         monitor = kl_to_target(log_z, (policy * REWARD).sum(), kl(policy, P0), beta)
         torch.testing.assert_close(monitor, kl(policy, target))
 
@@ -58,17 +58,17 @@ def test_a_binary_moment_has_a_closed_form_and_the_fit_finds_it():
     target = torch.softmax(P0.log() + lam * PHI, 0)
     close(target, 0.466667, 0.225, 0.233333, 0.075)
     assert float((target * PHI).sum()) == pytest.approx(0.7)
-    wanted = torch.tensor([0.7], dtype=torch.float64)
-    assert float(fit_moments(PHI[SAMPLES][:, None], wanted)) == pytest.approx(lam, abs=1e-3)
-    assert float(fit_moments(PHI[:, None], wanted, weight=P0)) == pytest.approx(lam, abs=1e-3)
+    moments = torch.tensor([0.7], dtype=torch.float64)
+    assert float(fit_moments(PHI[SAMPLES][:, None], moments)) == pytest.approx(lam, abs=1e-3)
+    assert float(fit_moments(PHI[:, None], moments, weight=P0)) == pytest.approx(lam, abs=1e-3)
 
 
 def test_several_moments_at_once():
     features = torch.stack([PHI, torch.tensor([0.0, 0.0, 1.0, 1.0]).double()], 1)
-    wanted = torch.tensor([0.5, 0.5], dtype=torch.float64)
-    lam = fit_moments(features, wanted, weight=P0, iterations=5000)
+    moments = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    lam = fit_moments(features, moments, weight=P0, iterations=5000)
     p = torch.softmax(P0.log() + features @ lam, 0)
-    torch.testing.assert_close(p @ features, wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(p @ features, moments, rtol=0, atol=1e-4)
 
 
 def test_moments_out_of_reach_are_an_error():
@@ -91,7 +91,7 @@ DIVERGENCES: dict[str, Any] = {  # D_f(pi, p) = E_p[f(pi / p)]
 def test_the_pull_is_the_divergences_gradient(divergence: Any):
     logits = P0.log().clone().requires_grad_()
     policy = torch.softmax(logits, 0)
-    target = torch.softmax(tilted(P0.log(), REWARD, 2.0), 0)
+    target = torch.softmax(log_tilted_prob(P0.log(), REWARD, 2.0), 0)
     (target * DIVERGENCES[divergence](policy / target)).sum().backward()
     # score function: -sum_y pi(y) A(y) d log pi(y) / d logits, with A = -f'(pi / p); any constant baseline
     # changes nothing
@@ -151,9 +151,8 @@ def test_dpg_sums_over_tokens_and_leaves_ungraded_and_empty_rows_out():
     ref = torch.where(mask, -0.7, torch.nan).double()
     rewards = torch.tensor([1.0, 0.0, math.nan, 1.0]).double()
     got = dpg(rewards, torch.zeros(4).long(), mask=mask, old_logp=old, ref_logp=ref, baseline="none")
-    weights = torch.tensor(
-        [math.exp(-0.4 + 1), math.exp(-0.6)]
-    )  # sums of -0.2 over two and three tokens, plus reward
+    # sums of -0.2 over two and three tokens, plus reward
+    weights = torch.tensor([math.exp(-0.4 + 1), math.exp(-0.6)])
     torch.testing.assert_close(got[:2].float(), weights / weights.mean())
     assert got[2:].tolist() == [0, 0]
 
@@ -170,9 +169,9 @@ def test_prompts_have_their_own_normaliser_unless_told_otherwise():
     logp = P0.log()[SAMPLES].repeat(2)[:, None]
     facts: dict[str, Any] = {"mask": torch.ones(20, 1).bool(), "old_logp": logp, "ref_logp": logp}
     group = torch.arange(2).repeat_interleave(10)
-    own = dpg(rewards, group, **facts)
-    torch.testing.assert_close(own[:10], own[10:])  # a prompt's constant does not matter
-    assert not torch.allclose(dpg(rewards, group, partition="step", **facts)[:10], own[:10])
+    advantages = dpg(rewards, group, **facts)
+    torch.testing.assert_close(advantages[:10], advantages[10:])  # a prompt's constant does not matter
+    assert not torch.allclose(dpg(rewards, group, partition="step", **facts)[:10], advantages[:10])
 
 
 def test_the_effective_sample_size_counts_equal_weights():

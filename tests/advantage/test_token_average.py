@@ -34,7 +34,8 @@ def test_a_prompts_advantages_add_up_to_0_over_its_tokens():
 
 
 def test_equal_lengths_give_grpo_with_the_population_deviation():
-    rewards, group = f64([1, 0, 0, 0.5]), torch.zeros(4, dtype=torch.int64)
+    rewards = f64([1, 0, 0, 0.5])
+    group = torch.zeros(4, dtype=torch.int64)
     assert_close(hapo(rewards, group, mask=torch.ones(4, 3)), group_norm(rewards, group, ddof=0))
 
 
@@ -45,11 +46,9 @@ def test_identical_rewards_give_exactly_zero():
 
 def test_only_the_prompt_that_goes_too_far_falls_back_to_grpo():
     # 1 token of reward 1 among 27: A = sqrt(26) > 5; the other prompt is left alone
-    rewards, group, mask = (
-        f64([1, 0, 0, 1, 0, 0]),
-        torch.tensor([0, 0, 0, 1, 1, 1]),
-        lengths(1, 13, 13, 2, 1, 3),
-    )
+    rewards = f64([1, 0, 0, 1, 0, 0])
+    group = torch.tensor([0, 0, 0, 1, 1, 1])
+    mask = lengths(1, 13, 13, 2, 1, 3)
     got = hapo(rewards, group, mask=mask)
     assert_close(got[:3], group_norm(rewards[:3], group[:3]))
     assert_close(got[3:], hapo(rewards[3:], group[3:], mask=mask[3:], limit=None))
@@ -59,14 +58,16 @@ def test_only_the_prompt_that_goes_too_far_falls_back_to_grpo():
 def test_padding_does_not_call_for_the_fall_back():
     # rewards 1 and 0.9: a padded position read as reward 0 would be 19 deviations away, no token is more than
     # 1
-    rewards, group = f64([1.0, 0.9]), torch.zeros(2, dtype=torch.int64)
+    rewards = f64([1.0, 0.9])
+    group = torch.zeros(2, dtype=torch.int64)
     assert_close(
         hapo(rewards, group, mask=torch.tensor([[1, 0, 0], [1, 0, 0]])), f64([1.0, -1.0]), atol=1e-4, rtol=0
     )
 
 
 def test_ungraded_and_empty_rows_take_no_part():
-    rewards, group = f64([1.0, 0.0, math.nan, 7.0]), torch.zeros(4, dtype=torch.int64)
+    rewards = f64([1.0, 0.0, math.nan, 7.0])
+    group = torch.zeros(4, dtype=torch.int64)
     got = hapo(rewards, group, mask=torch.tensor([[1, 1], [1, 0], [1, 1], [0, 0]]))
     assert_close(
         got, torch.cat([hapo(rewards[:2], group[:2], mask=torch.tensor([[1, 1], [1, 0]])), f64([0, 0])])

@@ -20,7 +20,8 @@ from rltrain.analysis.best_of_n import (
     vote_weights,
 )
 
-P0, REWARD = [0.4, 0.3, 0.2, 0.1], [0.0, 1.0, 2.0, 3.0]
+P0 = [0.4, 0.3, 0.2, 0.1]
+REWARD = [0.0, 1.0, 2.0, 3.0]
 
 
 def kl(p: np.ndarray, q: list[float]) -> float:
@@ -53,7 +54,8 @@ def test_the_bound():
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 64])
 def test_best_of_n_spends_no_more_than_the_bound_and_earns_no_more_than_the_tilt(n: int):
     rng = np.random.default_rng(n)
-    p, score = rng.dirichlet(np.ones(7)), rng.normal(size=7)
+    p = rng.dirichlet(np.ones(7))
+    score = rng.normal(size=7)
     won = best_of_n(p, score, n)
     assert won.sum() == pytest.approx(1.0)
     spent = kl(won, list(p))
@@ -79,7 +81,8 @@ def test_a_kl_beyond_the_best_answer_is_refused():
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 def test_expected_best_is_the_mean_over_all_choices(n: int):
-    rewards, scores = [0.2, 1.0, -0.5, 1.0, 0.7], [3.0, 1.0, 2.0, 5.0, 4.0]
+    rewards = [0.2, 1.0, -0.5, 1.0, 0.7]
+    scores = [3.0, 1.0, 2.0, 5.0, 4.0]
     choices = list(itertools.combinations(range(5), n))
     assert expected_best(rewards, n) == pytest.approx(
         np.mean([max(rewards[i] for i in chosen) for chosen in choices])
@@ -96,7 +99,8 @@ def test_samples_of_equal_score_share_their_places():
 
 
 def test_votes_weighted_by_the_reward_model_can_turn_a_majority():
-    answers, scores = ["12", "12", "7", "12", "7"], [0.10, -0.60, 0.90, -0.40, 0.80]
+    answers = ["12", "12", "7", "12", "7"]
+    scores = [0.10, -0.60, 0.90, -0.40, 0.80]
     assert best(scores) == 2
     weights = vote_weights(answers, scores)
     assert weights == pytest.approx({"12": 1.280635, "7": 1.400924}, abs=1e-6)

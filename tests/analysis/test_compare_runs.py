@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rltrain.analysis.compare_runs import PlannedRun, conditions, plan_runs, run_all
+from rltrain.analysis.compare_runs import PlannedRun, compare_conditions, plan_runs, run_all
 from rltrain.errors import RecipeError, UserError
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "policy"
@@ -15,32 +15,34 @@ RECIPES = Path(__file__).parents[2] / "recipes" / "policy"
 def test_methods_may_differ_and_other_differences_are_told() -> None:
     # Under the profile both have the same model, data and sizes; dapo takes 16 updates per step where grpo
     # takes another number.
-    notes = conditions([RECIPES / "grpo.yaml", RECIPES / "dapo.yaml"], "tiny_cpu", [])
+    notes = compare_conditions([RECIPES / "grpo.yaml", RECIPES / "dapo.yaml"], "tiny_cpu", [])
     assert any(note.startswith("learner.updates differs") for note in notes)
     assert not any(
         note.startswith(("loss", "advantage", "reward", "rollout.dynamic_sampling")) for note in notes
     )
-    equal = conditions([RECIPES / "grpo.yaml", RECIPES / "dapo.yaml"], "tiny_cpu", ["learner.updates=4"])
+    equal = compare_conditions(
+        [RECIPES / "grpo.yaml", RECIPES / "dapo.yaml"], "tiny_cpu", ["learner.updates=4"]
+    )
     assert not any("learner.updates" in note for note in equal)
 
 
 def test_other_models_or_data_are_no_comparison() -> None:
     with pytest.raises(RecipeError, match=r"model\.path differs: grpo .* dapo .*choose a --profile"):
-        conditions([RECIPES / "grpo.yaml", RECIPES / "dapo.yaml"], None, [])
+        compare_conditions([RECIPES / "grpo.yaml", RECIPES / "dapo.yaml"], None, [])
 
 
 def test_pairs_and_single_completions_are_counted_apart() -> None:
     # 16 pairs a step are 32 completions: that train.examples differs is told, and no reason to refuse
-    folder = RECIPES.parent / "study_preference"
-    notes = conditions([folder / "dpo.yaml", folder / "kto.yaml"], None, [])
+    folder = RECIPES.parent / "studies" / "preference"
+    notes = compare_conditions([folder / "dpo.yaml", folder / "kto.yaml"], None, [])
     assert notes == ["train.examples differs: dpo 16, kto 32"]
     with pytest.raises(RecipeError, match=r"train\.steps differs"):
-        conditions([folder / "dpo.yaml", folder / "dpo_votes.yaml"], None, [])
+        compare_conditions([folder / "dpo.yaml", folder / "dpo_votes.yaml"], None, [])
 
 
 def test_every_recipe_runs_under_every_seed_seed_by_seed() -> None:
     plan = plan_runs([Path("a.yaml"), Path("b.yaml")], 2, Path("out"), "tiny_cpu", ["train.steps=3"])
-    assert [(one.method, one.seed) for one in plan] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert [(run.method, run.seed) for run in plan] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     assert plan[2].folder == Path("out/a/seed-1")
     assert plan[2].command[3:] == (
         "train",

@@ -17,30 +17,31 @@ from rltrain.analysis.comparison import (
     paired_seeds,
     run_page,
     table,
-    write,
+    write_comparison,
 )
-from rltrain.analysis.curves import Curves, Spread, student
+from rltrain.analysis.curves import Curves, Spread, student_mean
 from rltrain.errors import UserError
 
 
-def run(folder: Path, accuracy: list[float], entropy: list[float], touched: float | None = None) -> Curves:
+def run(
+    folder: Path, accuracy: list[float], entropy: list[float], touched_share: float | None = None
+) -> Curves:
     """A run of as many steps as entropies, evaluated at its start and its end."""
     folder.mkdir(parents=True)
     lines = [
         {
-            "step": at,
+            "step": step,
             "time/step": 30.0,
             "learner/entropy_mean": value,
             "reward/mean": 0.7 - 0.3 * math.exp(value),
         }
-        | ({} if touched is None else {"control/clip_cov_touched": touched})
-        for at, value in enumerate(entropy, start=1)
+        | ({} if touched_share is None else {"control/clip_cov_touched": touched_share})
+        for step, value in enumerate(entropy, start=1)
     ]
-    steps = (
-        [0, *([len(entropy)] if len(accuracy) > 1 else [])]
-        if len(accuracy) < 3
-        else list(range(len(accuracy)))
-    )
+    if len(accuracy) < 3:
+        steps = [0, *([len(entropy)] if len(accuracy) > 1 else [])]
+    else:
+        steps = list(range(len(accuracy)))
     evals = [
         {
             "step": step,
@@ -61,7 +62,7 @@ def comparison(tmp_path: Path) -> Comparison:
         run(tmp_path / f"grpo-{seed}", [0.4, 0.6 + seed / 10], [1.0, 0.8, 0.5, 0.2]) for seed in range(2)
     ]
     other = [
-        run(tmp_path / f"cov-{seed}", [0.4, 0.7 + seed / 10], [1.0, 0.9, 0.8, 0.7], touched=0.02)
+        run(tmp_path / f"cov-{seed}", [0.4, 0.7 + seed / 10], [1.0, 0.9, 0.8, 0.7], touched_share=0.02)
         for seed in range(2)
     ]
     return Comparison("grpo and <cov>", ("profile tiny_cpu",), {"grpo": plain, "cov": other})
@@ -69,11 +70,11 @@ def comparison(tmp_path: Path) -> Comparison:
 
 def test_students_interval_by_hand() -> None:
     # 1 and 3: mean 2, standard deviation sqrt(2), over sqrt(2): 1; t with one degree of freedom 12.706.
-    assert student([1.0, 3.0]) == Spread(
+    assert student_mean([1.0, 3.0]) == Spread(
         2.0, pytest.approx(2 - 12.7062, abs=1e-4), pytest.approx(2 + 12.7062, abs=1e-4)
     )
-    assert math.isnan(student([5.0]).low)
-    assert student([1.0] * 40) == Spread(1.0, 1.0, 1.0)
+    assert math.isnan(student_mean([5.0]).low)
+    assert student_mean([1.0] * 40) == Spread(1.0, 1.0, 1.0)
 
 
 def test_a_run_says_how_it_ended_and_what_was_best(tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_what_a_loss_clips_on_either_side_is_touched_too_and_the_ceiling_is_the_
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     curves = Curves.read(folder)
     ceiling = curves.ceiling()
-    assert curves.touched() == {"clip": pytest.approx(0.04)}  # 0.03 and 0.01
+    assert curves.touched_shares() == {"clip": pytest.approx(0.04)}  # 0.03 and 0.01
     assert ceiling is not None and ceiling.value == 0.8
 
 
@@ -122,41 +123,41 @@ def test_differences_are_paired_by_seed(comparison: Comparison) -> None:
 
 def test_the_table_has_a_row_for_each_method(comparison: Comparison) -> None:
     header, grpo, cov = table(comparison)
-    of = dict(zip(header, cov, strict=True))
-    assert of["method"] == "cov" and of["seeds"] == "2" and of["tokens touched"] == "clip_cov 2.00%"
+    cells = dict(zip(header, cov, strict=True))
+    assert cells["method"] == "cov" and cells["seeds"] == "2" and cells["tokens touched"] == "clip_cov 2.00%"
     assert (
-        of["entropy at the end / start"] == "0.700 [0.700, 0.700]"
-        and of["pass@1 less grpo's"] == "0.100 [0.100, 0.100]"
+        cells["entropy at the end / start"] == "0.700 [0.700, 0.700]"
+        and cells["pass@1 less grpo's"] == "0.100 [0.100, 0.100]"
     )
-    assert of["that less grpo's"] == "0.500 [0.500, 0.500]"  # grpo keeps 0.2
-    assert of["pass@8 at the end"].startswith("0.950") and of["minutes"] == "4.0"
+    assert cells["that less grpo's"] == "0.500 [0.500, 0.500]"  # grpo keeps 0.2
+    assert cells["pass@8 at the end"].startswith("0.950") and cells["minutes"] == "4.0"
     assert dict(zip(header, grpo, strict=True))["pass@1 less grpo's"] == "-"
     assert markdown(comparison).count("\n") == 6
 
 
-def judged(folder: Path, accuracy: float, seen: list[float], gap: float) -> Curves:
+def judged_run(folder: Path, accuracy: float, accuracies: list[float], gap: float) -> Curves:
     """A run over judged examples, evaluated before and after; two steps make a pass."""
     folder.mkdir(parents=True)
     steps = [
         {
-            "step": at,
+            "step": step,
             "time/step": 30.0,
-            "learner/epoch": at / 2,
+            "learner/epoch": step / 2,
             "loss/accuracy": value,
             "loss/preference": 0.5,
         }
-        for at, value in enumerate(seen, start=1)
+        for step, value in enumerate(accuracies, start=1)
     ]
     evals = [
         {
-            "step": at,
+            "step": step,
             "eval/accuracy": share,
             "eval/margin": 0.3,
             "eval/entropy": entropy,
             "eval/loss": 0.5 + gap,
             "eval/ece": 0.1,
         }
-        for at, share, entropy in ((0, 0.5, 2.0), (len(seen), accuracy, 1.5))
+        for step, share, entropy in ((0, 0.5, 2.0), (len(accuracies), accuracy, 1.5))
     ]
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in [evals[0], *steps, evals[1]])
@@ -167,8 +168,8 @@ def judged(folder: Path, accuracy: float, seen: list[float], gap: float) -> Curv
 def test_runs_over_judged_examples_show_calibration_entropy_and_what_they_learn_by_heart(
     tmp_path: Path,
 ) -> None:
-    plain = [judged(tmp_path / f"dpo-{seed}", 0.6, [0.5, 0.7, 0.9, 1.0], 0.4) for seed in range(2)]
-    soft = [judged(tmp_path / f"mmpo-{seed}", 0.7, [0.5, 0.5, 0.6, 0.6], 0.1) for seed in range(2)]
+    plain = [judged_run(tmp_path / f"dpo-{seed}", 0.6, [0.5, 0.7, 0.9, 1.0], 0.4) for seed in range(2)]
+    soft = [judged_run(tmp_path / f"mmpo-{seed}", 0.7, [0.5, 0.5, 0.6, 0.6], 0.1) for seed in range(2)]
     both = Comparison("graded", (), {"dpo": plain, "mmpo": soft})
     header, first, second = (dict(zip(table(both)[0], row, strict=True)) for row in table(both))
     assert "entropy at its best" not in header and header["accuracy at its best"] == "accuracy at its best"
@@ -209,7 +210,7 @@ def test_the_page_needs_nothing_but_itself_and_escapes_names(comparison: Compari
 
 
 def test_everything_is_written_side_by_side(comparison: Comparison, tmp_path: Path) -> None:
-    made = write(comparison, tmp_path / "out")
+    made = write_comparison(comparison, tmp_path / "out")
     assert [path.name for path in made] == ["comparison.md", "comparison.png", "comparison.html"]
     assert made[1].read_bytes().startswith(b"\x89PNG")
 

@@ -18,7 +18,8 @@ def brute(samples: Samples, selector: str, n: int) -> float:
     """
     total = []
     for order in itertools.permutations(range(len(samples.correct)), n):
-        correct, answers = [samples.correct[i] for i in order], [samples.answers[i] for i in order]
+        correct = [samples.correct[i] for i in order]
+        answers = [samples.answers[i] for i in order]
         scores = [samples.scores[i] for i in order]
         if selector in ("implicit_prm", "rm"):
             total.append(correct[best(scores)])
@@ -55,11 +56,11 @@ def test_every_selector_is_the_mean_over_all_orders(selector: str, n: int) -> No
 def test_the_worked_vote() -> None:
     # arXiv:2412.01981: "12" 1.280635 against "7" 1.400924, where plain majority says "12"
     samples = Samples((0, 0, 1, 0, 1), ("12", "12", "7", "12", "7"), (0.1, -0.6, 0.9, -0.4, 0.8))
-    found = {
+    accuracies = {
         name: select_answers([samples], name, 5).value
         for name in ("weighted_majority", "majority", "implicit_prm", "oracle")
     }
-    assert found == {"weighted_majority": 1.0, "majority": 0.0, "implicit_prm": 1.0, "oracle": 1.0}
+    assert accuracies == {"weighted_majority": 1.0, "majority": 0.0, "implicit_prm": 1.0, "oracle": 1.0}
 
 
 def test_one_sample_is_chosen_by_nobody() -> None:
@@ -73,15 +74,17 @@ def test_many_samples_are_counted_over_a_sample_of_their_subsets() -> None:
     # right ones or in a tie
     answers = ["right"] * 20 + [f"wrong {i}" for i in range(20)]
     correct = [1.0] * 20 + [0.0] * 20
-    none, one = (math.comb(20, k) * math.comb(20, 8 - k) / math.comb(40, 8) for k in (0, 1))
-    assert expected_vote(correct, answers, [1.0] * 40, 8) == pytest.approx(1 - none - one * 7 / 8, abs=3e-3)
+    none_right, one_right = (math.comb(20, k) * math.comb(20, 8 - k) / math.comb(40, 8) for k in (0, 1))
+    assert expected_vote(correct, answers, [1.0] * 40, 8) == pytest.approx(
+        1 - none_right - one_right * 7 / 8, abs=3e-3
+    )
 
 
 def test_accuracy_comes_with_an_interval_and_the_kl_that_choosing_spends() -> None:
     prompts = [Samples((1.0, 0.0), ("a", "b"), (1.0, 0.0)), Samples((0.0, 0.0), ("a", "b"), (1.0, 0.0))] * 20
-    one, two = selections(prompts, "implicit_prm", (1, 2))
-    assert (one.accuracy.value, two.accuracy.value) == (0.25, 0.5)
-    metrics = two.metrics()
+    single, pair = selections(prompts, "implicit_prm", (1, 2))
+    assert (single.accuracy.value, pair.accuracy.value) == (0.25, 0.5)
+    metrics = pair.metrics()
     assert metrics["eval/implicit_prm@2_low"] < 0.5 < metrics["eval/implicit_prm@2_high"]
     assert metrics["eval/kl_spent@2"] == pytest.approx(math.log(2) - 0.5)
     with pytest.raises(ValueError, match="n lies between 1 and 2"):

@@ -1,4 +1,4 @@
-"""The exported folder loads with the learner's logits, or is not there."""
+"""The exported folder loads with the learner's logits, or does not exist."""
 
 import errno
 import hashlib
@@ -44,9 +44,9 @@ def tokenizer():
     words = {word: number for number, word in enumerate(["<pad>", "<eos>", *map(str, range(10)), "+", "="])}
     backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-    made.chat_template = "{{ messages[0].content }}="
-    return made
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.chat_template = "{{ messages[0].content }}="
+    return tokenizer
 
 
 def keys(folder) -> set[str]:
@@ -63,9 +63,9 @@ def logits(model) -> torch.Tensor:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_exported_model_has_the_learners_logits_bit_for_bit(tmp_path, tokenizer, tied, gathered):
     model = tiny(tied)
-    weights = (
-        {name: value.clone() for name, value in model.state_dict().items()} if gathered else None
-    )  # as sharded learners give them
+    weights = None
+    if gathered:  # as sharded learners give them
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
     out = export_model(tmp_path / "run" / "model", model, tokenizer, "# card\n", weights and weights.items())
     again = AutoModelForCausalLM.from_pretrained(out).eval()
     assert torch.equal(logits(again), logits(model))
@@ -79,16 +79,15 @@ def test_the_exported_model_has_the_learners_logits_bit_for_bit(tmp_path, tokeni
 def test_a_disk_that_is_full_at_the_tokenizer_is_one_line_and_leaves_nothing(
     tmp_path, tokenizer, monkeypatch
 ):
-    # tokenizers, in Rust, has a bare Exception for it. A limit on file sizes stands for the full disk: "File
-    # too large (os error 27)".
+    # tokenizers, written in Rust, raises a bare Exception for a full disk. The test limits file sizes
+    # instead, which gives "File too large (os error 27)".
     write = tokenizer.save_pretrained
     write(tmp_path / "whole")
-    largest, second = sorted((path.stat().st_size for path in (tmp_path / "whole").iterdir()), reverse=True)[
-        :2
-    ]
-    assert largest == (tmp_path / "whole/tokenizer.json").stat().st_size  # the one that Rust writes
+    sizes = [path.stat().st_size for path in (tmp_path / "whole").iterdir()]
+    largest, second, *_ = sorted(sizes, reverse=True)
+    assert largest == (tmp_path / "whole/tokenizer.json").stat().st_size  # the file that Rust writes
 
-    def limited(folder):
+    def save_with_limit(folder):
         _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (second, hard))
         try:
@@ -96,7 +95,7 @@ def test_a_disk_that_is_full_at_the_tokenizer_is_one_line_and_leaves_nothing(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    monkeypatch.setattr(tokenizer, "save_pretrained", limited)
+    monkeypatch.setattr(tokenizer, "save_pretrained", save_with_limit)
     with pytest.raises(OSError) as refused:
         export_model(tmp_path / "checkpoints/step-1", tiny(tied=True), tokenizer, "card")
     assert refused.value.errno == errno.EFBIG
@@ -109,11 +108,13 @@ def test_a_disk_that_is_full_at_the_tokenizer_is_one_line_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    ("said", "number"), [("No space left on device (os error 28)", errno.ENOSPC), ("a bug of ours", None)]
+    ("message", "number"), [("No space left on device (os error 28)", errno.ENOSPC), ("a bug of ours", None)]
 )
-def test_only_what_names_an_error_of_the_system_becomes_one(said, number, tmp_path, tokenizer, monkeypatch):
+def test_only_what_names_an_error_of_the_system_becomes_one(
+    message, number, tmp_path, tokenizer, monkeypatch
+):
     def refuses(folder):
-        raise Exception(said)
+        raise Exception(message)
 
     monkeypatch.setattr(tokenizer, "save_pretrained", refuses)
     with pytest.raises(Exception, match=r"No space left|a bug of ours") as refused:
@@ -142,19 +143,19 @@ def test_a_stale_tied_head_is_refused(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda weights: {f"module.{name}": value for name, value in weights.items()}, "unexpected.*module"),
-        (lambda weights: {name: value for name, value in weights.items() if "norm" not in name}, "missing.*norm"),
+        (lambda weights: {name: weights[name] for name in weights if "norm" not in name}, "missing.*norm"),
         (lambda weights: weights | {"model.norm.weight": torch.zeros(3)}, r"mismatched.*model\.norm\.weight"),
         (lambda weights: weights | {"lora_A": torch.zeros(3)}, "1 unexpected .lora_A"),
-        (lambda weights: weights | {"model.norm.weight": torch.full((64,), float("nan"))}, r"1 tensors hold NaN.*model\.norm\.weight"),
+        (lambda weights: weights | {"model.norm.weight": torch.full((64,), float("nan"))}, "hold NaN.*norm"),
     ],
     ids=["wrapper prefix", "missing", "misshapen", "extra", "NaN"],
 )  # fmt: skip
-def test_weights_that_are_not_the_architectures_leave_nothing_behind(tmp_path, tokenizer, spoil, said):
+def test_weights_that_are_not_the_architectures_leave_nothing_behind(tmp_path, tokenizer, spoil, message):
     model = tiny(tied=False)
-    with pytest.raises(ExportError, match=said):
+    with pytest.raises(ExportError, match=message):
         export_model(tmp_path / "model", model, tokenizer, "card", spoil(model.state_dict()).items())
     assert list(tmp_path.iterdir()) == []
 
@@ -224,15 +225,14 @@ def test_vllm_serves_the_exported_folder_with_the_learners_log_probs(tmp_path, t
     out = export_model(tmp_path / "model", model, tokenizer, "card")
     expected = torch.log_softmax(logits(model)[0, -1], dim=-1)
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", ASK_VLLM, str(out), str(IDS[0].tolist())],
         env=environment,
         capture_output=True,
         text=True,
     )
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("LOGPS")] or [
-        pytest.fail(done.stderr[-3000:])
-    ]
-    found = json.loads(line.removeprefix("LOGPS"))
-    assert len(found) == 32
-    assert max(abs(expected[int(token)].item() - value) for token, value in found.items()) < 1e-4
+    lines = [line for line in result.stdout.splitlines() if line.startswith("LOGPS")]
+    assert len(lines) == 1, result.stderr[-3000:]
+    log_probs = json.loads(lines[0].removeprefix("LOGPS"))
+    assert len(log_probs) == 32
+    assert max(abs(expected[int(token)].item() - value) for token, value in log_probs.items()) < 1e-4

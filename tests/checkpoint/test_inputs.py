@@ -1,4 +1,4 @@
-"""Whatever a run reads beside its recipe has a digest under a name that says what it is."""
+"""Every input of a run other than its recipe has a digest under a name that describes it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ ROWS: list[dict[str, Any]] = [
 
 
 def changed_columns(rows: list[dict[str, Any]]) -> list[str]:
-    return [
-        line.split()[1]
-        for line in changes(column_digests("data.train", ROWS), column_digests("data.train", rows))
-    ]
+    lines = changes(column_digests("data.train", ROWS), column_digests("data.train", rows))
+    return [line.split()[1] for line in lines]
 
 
 def test_a_changed_column_is_named_and_no_other() -> None:
@@ -53,14 +51,13 @@ def test_values_of_other_types_are_other_values(value: object) -> None:
             "code of reward.functions.1 (FILE:f)",
         ),
         ({"rollout": {"environment": {"name": "FILE:World"}}}, "code of rollout.environment (FILE:World)"),
-        (
-            {"advantage": {"name": "FILE:mine"}},
-            "code of advantage (FILE:mine)",
-        ),  # kinds that no recipe has yet
+        # a section where no recipe has user code yet
+        ({"advantage": {"name": "FILE:mine"}}, "code of advantage (FILE:mine)"),
     ],
 )
 def test_a_users_file_of_any_kind_is_code(tmp_path: Path, recipe: dict[str, Any], named: str) -> None:
-    file, helper = tmp_path / "own.py", tmp_path / "helper.py"
+    file = tmp_path / "own.py"
+    helper = tmp_path / "helper.py"
     file.write_text("import helper\n")
     helper.write_text("x = 1\n")
     plain = eval(repr(recipe).replace("FILE", str(file)))

@@ -1,6 +1,4 @@
-"""A checkpoint counts where it was written, under its own name, with the files that were written:
-nothing else is gone on from.
-"""
+"""A run continues only from a checkpoint in its own folder, under its own name, with its files unchanged."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ RECIPE = load_recipe(Path(__file__).parents[2] / "recipes/policy/grpo.yaml", pro
 
 
 def run_folder(path: Path, run: str, steps: tuple[int, ...]) -> RunFolder:
-    """A run folder with checkpoints after ``steps``, of a model of one file."""
+    """A run folder with checkpoints after ``steps``, whose model is one file."""
     folder = RunFolder.create(path, resolved_yaml(RECIPE), {"run": run})
     for step in steps:
         checkpoint = folder.checkpoint(step)
@@ -45,26 +43,26 @@ def run_folder(path: Path, run: str, steps: tuple[int, ...]) -> RunFolder:
     return folder
 
 
-def resumed(folder: RunFolder, resume: str = "auto") -> tuple[str | None, list[str]]:
-    """(name of the checkpoint that is gone on from, what was said)."""
-    said: list[str] = []
-    with open_run(folder, RECIPE, resume, {"run": "new"}, said.append) as start:
-        assert start.checkpoint is None or start.checkpoint.is_dir()  # the place that will be loaded
-        return None if start.checkpoint is None else start.checkpoint.name, said
+def resume_run(folder: RunFolder, resume: str = "auto") -> tuple[str | None, list[str]]:
+    """(name of the checkpoint from which the run continues, warnings)."""
+    warnings: list[str] = []
+    with open_run(folder, RECIPE, resume, {"run": "new"}, warnings.append) as start:
+        assert start.checkpoint is None or start.checkpoint.is_dir()  # it will be loaded
+        return None if start.checkpoint is None else start.checkpoint.name, warnings
 
 
 @pytest.mark.parametrize("name", ["step-99", "step-3", "step-1", "step-02"])
 def test_a_copy_under_another_number_is_passed_over(tmp_path: Path, name: str) -> None:
     folder = run_folder(tmp_path / "run", "a", (2,))
     shutil.copytree(folder.checkpoint(2), folder.checkpoints / name)
-    assert resumed(folder)[0] == "step-2"
+    assert resume_run(folder)[0] == "step-2"
 
 
 def test_a_copy_under_a_later_number_is_said_and_put_aside(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run", "a", (2,))
     shutil.copytree(folder.checkpoint(2), folder.checkpoint(99))
-    _, said = resumed(folder)
-    assert "step-99 holds the state after step 2: it was copied or renamed; call it step-2" in said[0]
+    _, warnings = resume_run(folder)
+    assert "step-99 holds the state after step 2: it was copied or renamed; call it step-2" in warnings[0]
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step-2", "unused-step-99"]
 
 
@@ -74,12 +72,12 @@ def test_a_checkpoint_renamed_backwards_is_not_taken_for_the_earlier_step(tmp_pa
     folder.checkpoint(4).rename(folder.checkpoint(2))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match="call it step-4"):
-        resumed(folder)
+        resume_run(folder)
     with pytest.raises(UserError, match="call it step-4"):
-        resumed(folder, str(folder.checkpoint(2)))
+        resume_run(folder, str(folder.checkpoint(2)))
     assert sorted(tmp_path.rglob("*")) == before
     folder.checkpoint(2).rename(folder.checkpoint(4))
-    assert resumed(folder)[0] == "step-4"
+    assert resume_run(folder)[0] == "step-4"
 
 
 @pytest.mark.parametrize("lost", ["model.safetensors", MANIFEST, "training/state.json", "training"])
@@ -87,37 +85,36 @@ def test_a_half_copied_checkpoint_is_passed_over(tmp_path: Path, lost: str) -> N
     folder = run_folder(tmp_path / "run", "a", (2, 4))
     path = folder.checkpoint(4) / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert resumed(folder)[0] == "step-2"
+    assert resume_run(folder)[0] == "step-2"
 
 
 def test_a_file_that_was_put_into_a_checkpoint_is_not_loaded(tmp_path: Path) -> None:
     # transformers takes model.safetensors before the shards that an index names
     folder = run_folder(tmp_path / "run", "a", (2, 4))
     (folder.checkpoint(4) / "pytorch_model.bin").write_text("other weights")
-    name, said = resumed(folder)
-    assert name == "step-2" and "pytorch_model.bin was put there later" in said[0]
+    name, warnings = resume_run(folder)
+    assert name == "step-2" and "pytorch_model.bin was put there later" in warnings[0]
 
 
 def test_hidden_files_of_a_file_browser_do_no_harm(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run", "a", (2, 4))
     (folder.checkpoint(4) / ".DS_Store").write_text("")
-    assert resumed(folder)[0] == "step-4"
+    assert resume_run(folder)[0] == "step-4"
 
 
 def test_a_checkpoint_of_another_run_is_passed_over_and_the_way_to_use_it_said(tmp_path: Path) -> None:
-    # the same recipe, so that nothing but the run's own mark tells them apart
-    folder, other = run_folder(tmp_path / "run", "a", (2,)), run_folder(tmp_path / "other", "b", (4,))
+    # Both have the same recipe, so that only the run's identifier differs.
+    folder = run_folder(tmp_path / "run", "a", (2,))
+    other = run_folder(tmp_path / "other", "b", (4,))
     shutil.copytree(other.checkpoint(4), folder.checkpoint(4))
-    name, said = resumed(folder)
+    name, warnings = resume_run(folder)
     assert name == "step-2"
-    assert (
-        "step-4 was written by another run" in said[0]
-        and f"--run NEW --resume {folder.checkpoint(4)}" in said[0]
-    )
-    assert resumed(RunFolder.at(tmp_path / "new"), str(other.checkpoint(4)))[0] == "step-4"
+    assert "step-4 was written by another run" in warnings[0]
+    assert f"--run NEW --resume {folder.checkpoint(4)}" in warnings[0]
+    assert resume_run(RunFolder.from_path(tmp_path / "new"), str(other.checkpoint(4)))[0] == "step-4"
 
 
 def test_folders_of_an_older_rltrain_go_on(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run", "a", (2,))
-    folder.environment.write_text("{}")  # it wrote no mark
-    assert resumed(folder)[0] == "step-2"
+    folder.environment.write_text("{}")  # it wrote no identifier
+    assert resume_run(folder)[0] == "step-2"

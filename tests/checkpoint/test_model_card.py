@@ -1,4 +1,4 @@
-"""The card says what the recipe and the run say, and nothing more."""
+"""The card states facts of the recipe and the run, and nothing else."""
 
 import pytest
 import yaml
@@ -47,8 +47,8 @@ def test_the_header_is_what_the_hub_reads():
 def test_a_local_model_or_data_set_is_not_called_a_hub_one(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "model").mkdir(parents=True)
-    found = header(model_card(recipe(model={"path": path}, data={"train": "arithmetic"}), {}, 200))
-    assert "base_model" not in found and "datasets" not in found
+    fields = header(model_card(recipe(model={"path": path}, data={"train": "arithmetic"}), {}, 200))
+    assert "base_model" not in fields and "datasets" not in fields
 
 
 def test_settings_are_the_recipes():

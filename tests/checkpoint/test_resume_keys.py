@@ -34,10 +34,16 @@ def test_nothing_is_said_of_the_same_recipe() -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        "train.deadline_seconds=3600", "reward.workers=7", "checkpoint.every=11", "checkpoint.keep=5", "report.transcripts=9",
-        "report.sinks=[tensorboard]", "rollout.mismatch_warn=0.3", "about.title=other",
+        "train.deadline_seconds=3600",
+        "reward.workers=7",
+        "checkpoint.every=11",
+        "checkpoint.keep=5",
+        "report.transcripts=9",
+        "report.sinks=[tensorboard]",
+        "rollout.mismatch_warn=0.3",
+        "about.title=other",
     ],
-)  # fmt: skip
+)
 def test_a_key_that_no_number_depends_on_is_named_and_taken(override: str) -> None:
     [note] = notes_of(override)
     assert override.partition("=")[0] in note
@@ -46,10 +52,19 @@ def test_a_key_that_no_number_depends_on_is_named_and_taken(override: str) -> No
 @pytest.mark.parametrize(
     "override",
     [
-        "reward.seconds=99", "reward.memory_gib=1", "rollout.mismatch_stop=0.5", "rollout.mismatch_patience=9", "seed=3", "eval.every=7",
-        "sync.sample=1", "learner.tokens_per_micro_batch=4096", "learner.optimizer.lr=1", "data.max_prompts=64", "rollout.max_rows=3",
+        "reward.seconds=99",
+        "reward.memory_gib=1",
+        "rollout.mismatch_stop=0.5",
+        "rollout.mismatch_patience=9",
+        "seed=3",
+        "eval.every=7",
+        "sync.sample=1",
+        "learner.tokens_per_micro_batch=4096",
+        "learner.optimizer.lr=1",
+        "data.max_prompts=64",
+        "rollout.max_rows=3",
     ],
-)  # fmt: skip
+)
 def test_any_other_key_is_refused_even_beside_a_free_one(override: str) -> None:
     with pytest.raises(UserError) as refused:
         notes_of(override, "train.deadline_seconds=3600")
@@ -62,18 +77,16 @@ def test_a_longer_run_may_have_another_deadline_too() -> None:
 
 
 def test_a_section_that_appears_is_not_its_free_key() -> None:
-    assert (
-        is_free("rollout.environment.workers")
-        and not is_free("rollout.environment")
-        and not is_free("checkpointing")
-    )
+    assert is_free("rollout.environment.workers")
+    assert not is_free("rollout.environment")
+    assert not is_free("checkpointing")
 
 
 def test_digests_of_users_code_are_not_compared_as_keys_of_the_recipe() -> None:
-    saved, given = (
+    saved, current = (
         {"reward": {"functions": [{"name": "/mine.py:f", "sha256": digest}]}}
         for digest in ("a" * 64, "b" * 64)
     )
-    assert list(differences(saved, given)) == []
-    given["reward"]["functions"][0]["name"] = "/yours.py:f"
-    assert [key for key, _, _ in differences(saved, given)] == ["reward.functions.0.name"]
+    assert list(differences(saved, current)) == []
+    current["reward"]["functions"][0]["name"] = "/yours.py:f"
+    assert [key for key, _, _ in differences(saved, current)] == ["reward.functions.0.name"]

@@ -1,4 +1,4 @@
-"""A run folder is made whole or not at all, and never over anything."""
+"""A run folder is created completely or not at all, and never over an existing file."""
 
 import json
 import os
@@ -71,22 +71,21 @@ def test_a_dangling_link_is_refused(tmp_path):
 
 
 def test_a_read_only_parent_is_one_clear_error():
-    # As root permissions do not bind: the attempt is made by a child that has given up root, in a folder of
-    # its own.
-    code = (
-        "from rltrain.checkpoint.run_folder import RunFolder\nfrom rltrain.errors import UserError\nimport "
-        "os, sys\n"
-    )
+    # Permissions do not bind root, so a child process that has given up root makes the attempt, in a folder
+    # of its own.
+    code = "from rltrain.checkpoint.run_folder import RunFolder\n"
+    code += "from rltrain.errors import UserError\n"
+    code += "import os, sys\n"
     code += "os.geteuid() or os.seteuid(65534)\n"
     code += "try: RunFolder.create(sys.argv[1], 'seed: 1', {})\nexcept UserError as error: print(error)"
     with tempfile.TemporaryDirectory() as parent:
         os.chmod(parent, 0o555)
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-c", code, f"{parent}/run"], cwd=ROOT, capture_output=True, text=True
         )
         os.chmod(parent, 0o755)
-        assert re.search("cannot be written .Permission denied.*choose a --run that can be", done.stdout), (
-            done.stderr
+        assert re.search("cannot be written .Permission denied.*choose a --run that can be", result.stdout), (
+            result.stderr
         )
         assert os.listdir(parent) == []
 
@@ -107,13 +106,13 @@ def test_a_written_file_has_ordinary_permissions(tmp_path):
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    with directory_atomic(tmp_path / "model") as making:
-        (making / "sub").mkdir()
-        (making / "sub" / "a").write_text("1")
+    with directory_atomic(tmp_path / "model") as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "a").write_text("1")
         assert not (tmp_path / "model").exists()
     assert contents(tmp_path) == {"model/sub/a": b"1"}
-    with pytest.raises(ZeroDivisionError), directory_atomic(tmp_path / "other") as making:
-        (making / "a").write_text("1")
+    with pytest.raises(ZeroDivisionError), directory_atomic(tmp_path / "other") as temporary:
+        (temporary / "a").write_text("1")
         raise ZeroDivisionError
     assert contents(tmp_path) == {"model/sub/a": b"1"} and [path.name for path in tmp_path.iterdir()] == [
         "model"
@@ -124,38 +123,42 @@ def test_a_folder_is_never_replaced(tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(UserError, match="exists already"), directory_atomic(tmp_path / "model"):
         pytest.fail("the block must not run")
-    with pytest.raises(UserError, match="exists already"), directory_atomic(tmp_path / "late") as making:
-        (making / "mine").write_text("1")
+    with pytest.raises(UserError, match="exists already"), directory_atomic(tmp_path / "late") as temporary:
+        (temporary / "mine").write_text("1")
         (tmp_path / "late").mkdir()
         (tmp_path / "late" / "theirs").write_text("2")
     assert contents(tmp_path) == {"late/theirs": b"2"}
 
 
 def test_a_kill_in_the_middle_leaves_nothing_under_the_name(tmp_path):
-    code = (
-        "import os, sys, signal\nfrom pathlib import Path\nfrom rltrain.checkpoint.run_folder import "
-        "directory_atomic\n"
+    code = "import os, sys, signal\n"
+    code += "from pathlib import Path\n"
+    code += "from rltrain.checkpoint.run_folder import directory_atomic\n"
+    code += (
+        "with directory_atomic(Path(sys.argv[1])) as temporary:\n    (temporary / 'half').write_text('1')\n"
     )
-    code += "with directory_atomic(Path(sys.argv[1])) as making:\n    (making / 'half').write_text('1')\n"
     code += "    os.kill(os.getpid(), signal.SIGKILL)"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], cwd=ROOT)
-    assert done.returncode == -signal.SIGKILL
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], cwd=ROOT)
+    assert result.returncode == -signal.SIGKILL
     assert not (tmp_path / "model").exists()
-    RunFolder.create(tmp_path / "model", "seed: 1\n", {})  # and does not stand in the way
+    RunFolder.create(tmp_path / "model", "seed: 1\n", {})  # and nothing prevents a new folder of that name
 
 
 def test_the_environment_names_versions_machine_and_commit():
-    found = describe_environment()
-    assert json.loads(json.dumps(found)) == found
+    environment = describe_environment()
+    assert json.loads(json.dumps(environment)) == environment
     import torch
 
-    assert found["packages"]["torch"] == torch.__version__
-    assert found["python"] == ".".join(map(str, sys.version_info[:3])) and found["cpus"] == os.cpu_count()
+    assert environment["packages"]["torch"] == torch.__version__
+    assert (
+        environment["python"] == ".".join(map(str, sys.version_info[:3]))
+        and environment["cpus"] == os.cpu_count()
+    )
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     if head.returncode == 0:
-        assert found["commit"].removesuffix("-dirty") == head.stdout.strip()
+        assert environment["commit"].removesuffix("-dirty") == head.stdout.strip()
     else:
-        assert found["commit"] is None  # an archive of the sources has no history
+        assert environment["commit"] is None  # an archive of the sources has no history
 
 
 def test_a_commit_is_only_named_when_git_tracks_the_sources(tmp_path):

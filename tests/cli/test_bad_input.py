@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from rltrain.build import rollout
 from rltrain.cli import app as cli
 from rltrain.config.load import load_recipe, resolved_yaml
+from rltrain.learner import frozen_models, trained_model
 from support.architectures import ORIGINAL_CONTEXT, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -30,10 +32,12 @@ def train(
     stderr.
     """
 
-    def loaded(*_: object) -> None:
+    def loaded(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded before the mistake was found")
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    # Imported above, before any call: a module imported under the substitute would keep it for other tests.
+    for module in (trained_model, frozen_models, rollout):
+        monkeypatch.setattr(module, "load_causal_lm", loaded)
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
 
@@ -50,7 +54,9 @@ def train(
             resume,
         ]
         monkeypatch.setattr(
-            sys, "argv", ["rltrain", *arguments, *(word for one in settings for word in ("--set", one))]
+            sys,
+            "argv",
+            ["rltrain", *arguments, *(word for setting in settings for word in ("--set", setting))],
         )
         before = sorted(path for path in tmp_path.rglob("*"))
         with pytest.raises(SystemExit) as stop:
@@ -115,7 +121,7 @@ def test_a_missing_answer_column_is_found_on_the_first_sample(train, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ("def score(inputs):\n    return [float('nan')] * len(inputs.completions)\n", "nan"),
         ("def score(inputs):\n    raise KeyError('gold')\n", "gold"),
@@ -123,22 +129,22 @@ def test_a_missing_answer_column_is_found_on_the_first_sample(train, tmp_path: P
     ],
 )
 def test_a_reward_that_cannot_work_is_found_before_the_run(
-    train, tmp_path: Path, body: str, said: str
+    train, tmp_path: Path, body: str, message: str
 ) -> None:
     path = tmp_path / "mine.py"
     path.write_text(body)
-    assert said in train(f"reward.functions=['{path}:score']")
+    assert message in train(f"reward.functions=['{path}:score']")
 
 
 def test_a_tokenizer_without_eos_is_refused(train, random_model: str, tmp_path: Path) -> None:
-    bare = tmp_path / "bare"
-    shutil.copytree(random_model, bare)
-    (bare / "generation_config.json").unlink()
+    model_folder = tmp_path / "bare"
+    shutil.copytree(random_model, model_folder)
+    (model_folder / "generation_config.json").unlink()
     for name in ("tokenizer_config.json", "config.json"):
-        settings = json.loads((bare / name).read_text())
+        settings = json.loads((model_folder / name).read_text())
         settings.update({key: None for key in ("eos_token", "eos_token_id") if key in settings})
-        (bare / name).write_text(json.dumps(settings))
-    assert "has no EOS token" in train(f"model.path={bare}")
+        (model_folder / name).write_text(json.dumps(settings))
+    assert "has no EOS token" in train(f"model.path={model_folder}")
 
 
 def test_a_run_folder_with_anything_in_it_is_left_alone(train, tmp_path: Path) -> None:
@@ -160,7 +166,7 @@ def test_a_run_folder_with_anything_in_it_is_left_alone(train, tmp_path: Path) -
         'error: advantage.name: "group_norm" -> "' in message
         or "error: rollout.dynamic_sampling: " in message
     )
-    assert "no whole checkpoint" in train(run=tmp_path / "new", resume=str(run))
+    assert "no complete checkpoint" in train(run=tmp_path / "new", resume=str(run))
     file = tmp_path / "file"
     file.write_text("x")
     assert "file" in train(run=file)

@@ -21,8 +21,8 @@ SIZES = ("eval.prompts=3", "eval.n=2", "eval.k=[1]", "reward.workers=1")
 
 
 def recipe(model: str, name: str, **options: Any) -> Any:
-    given = {"name": name, "max_turns": 3, "turn_tokens": 5, "workers": 1, **options}
-    settings = (f"model.path={model}", f"rollout.environment={json.dumps(given)}", *SIZES)
+    environment = {"name": name, "max_turns": 3, "turn_tokens": 5, "workers": 1, **options}
+    settings = (f"model.path={model}", f"rollout.environment={json.dumps(environment)}", *SIZES)
     return check(
         load_recipe(ROOT / "recipes/policy/empg_calculator.yaml", profile="tiny_cpu", overrides=settings)
     ).recipe
@@ -31,10 +31,9 @@ def recipe(model: str, name: str, **options: Any) -> Any:
 def test_eval_grades_the_last_turn_of_each_episode(random_model: str, tmp_path: Path) -> None:
     out = tmp_path / "eval.json"
     assert eval_command(random_model, recipe(random_model, f"{MINE}:Counting", turns=2), out) == 0
-    found = json.loads(out.read_text())
-    assert (
-        found["eval/ungraded"] == 0 and 6 < found["eval/tokens"] <= 48
-    )  # two turns and what was said between them
+    metrics = json.loads(out.read_text())
+    assert metrics["eval/ungraded"] == 0
+    assert 6 < metrics["eval/tokens"] <= 48  # two turns and the environment's text between them
 
 
 def test_generate_shows_whole_episodes(random_model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ train: {steps: 200}
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a file below the test's folder; without text, a recipe with nothing but what must be there."""
+    """Writes a file in the test's folder; without text, a recipe with only the required keys."""
 
     def writer(name: str = "recipe.yaml", text: str = MINIMAL) -> Path:
         path = tmp_path / name

@@ -1,4 +1,4 @@
-"""Merging of base, recipe, profile and --set, and the words of every refusal."""
+"""Merging of base, recipe, profile and --set, and the text of every error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rltrain.config.explain import schema_keys
-from rltrain.config.load import load_recipe, merged, recipe_of_model, resolved_yaml
+from rltrain.config.load import load_recipe, merge_mappings, recipe_of_model, resolved_yaml
 from rltrain.errors import RecipeError
 
 Write = Callable[..., Path]
@@ -31,18 +31,18 @@ def without(path: Path, line: str) -> str:
 
 def test_mappings_merge_by_key_and_lists_are_replaced() -> None:
     below = {"a": {"x": 1, "y": [1, 2]}, "b": 1}
-    assert merged(below, {"a": {"y": [3]}, "c": 2}) == {"a": {"x": 1, "y": [3]}, "b": 1, "c": 2}
+    assert merge_mappings(below, {"a": {"y": [3]}, "c": 2}) == {"a": {"x": 1, "y": [3]}, "b": 1, "c": 2}
     assert below == {"a": {"x": 1, "y": [1, 2]}, "b": 1}
 
 
 def test_hyperparameters_of_one_method_never_reach_another() -> None:
     below = {"policy": {"name": "clip", "eps_high": 0.28}}
-    assert merged(below, {"policy": {"name": "gspo"}}) == {"policy": {"name": "gspo"}}
-    assert merged(below, {"policy": {"name": "clip", "eps_low": 0.1}}) == {
+    assert merge_mappings(below, {"policy": {"name": "gspo"}}) == {"policy": {"name": "gspo"}}
+    assert merge_mappings(below, {"policy": {"name": "clip", "eps_low": 0.1}}) == {
         "policy": {"name": "clip", "eps_high": 0.28, "eps_low": 0.1}
     }
-    # A section called train is no identity: it is a mapping, not the name of a data set.
-    assert merged({"train": {"steps": 1}, "seed": 3}, {"train": {"steps": 2}}) == {
+    # A section called train is not an identity: it is a mapping, not the name of a data set.
+    assert merge_mappings({"train": {"steps": 1}, "seed": 3}, {"train": {"steps": 2}}) == {
         "train": {"steps": 2},
         "seed": 3,
     }
@@ -51,8 +51,8 @@ def test_hyperparameters_of_one_method_never_reach_another() -> None:
 def test_a_recipe_extends_one_base_and_overrides_it(write: Write) -> None:
     write("base/b.yaml", "rollout: {engine: vllm, n: 4}\nseed: 7\n")
     path = write("policy/r.yaml", "extends: ../base/b.yaml\n" + write().read_text())
-    found = load_recipe(path)
-    assert (found.rollout.engine, found.rollout.n, found.seed) == ("vllm", 8, 7)
+    recipe = load_recipe(path)
+    assert (recipe.rollout.engine, recipe.rollout.n, recipe.seed) == ("vllm", 8, 7)
 
 
 def test_a_base_cannot_extend(write: Write) -> None:
@@ -88,7 +88,8 @@ def test_a_profile_that_names_a_data_set_replaces_the_whole_section(write: Write
     write("profiles/other.yaml", "data: {train: questions.jsonl}\n")
     write("profiles/shorter.yaml", "data: {max_prompt_tokens: 5}\n")
     path = write("r.yaml")
-    other, shorter = load_recipe(path, profile="other").data, load_recipe(path, profile="shorter").data
+    other = load_recipe(path, profile="other").data
+    shorter = load_recipe(path, profile="shorter").data
     assert (other.train, other.eval, other.max_prompt_tokens) == ("questions.jsonl", None, 1024)
     assert (shorter.train, shorter.eval, shorter.max_prompt_tokens) == ("arithmetic", "arithmetic", 5)
 
@@ -142,7 +143,7 @@ def test_sizes_are_token_counts_in_a_profile(write: Write, recipe: Path) -> None
 
 def test_set_comes_last_and_its_values_are_yaml(write: Write) -> None:
     write("profiles/p.yaml", "rollout: {n: 2}\n")
-    found = load_recipe(
+    recipe = load_recipe(
         write("r.yaml"),
         profile="p",
         overrides=(
@@ -158,17 +159,17 @@ def test_set_comes_last_and_its_values_are_yaml(write: Write) -> None:
             "rollout.dynamic_sampling.max_rounds=5",
         ),
     )
-    assert (found.rollout.n, found.learner.optimizer.lr, found.eval.k, found.data.eval) == (
+    assert (recipe.rollout.n, recipe.learner.optimizer.lr, recipe.eval.k, recipe.data.eval) == (
         3,
         1e-6,
         (1, 2),
         None,
     )
-    assert (found.loss.policy.name, found.loss.policy.hp) == ("clip", {"eps_high": 0.28})
-    assert found.loss.terms[0].coefficient == 0.01
-    assert [control.name for control in found.control] == ["tis", "mis"]
-    assert found.rollout.dynamic_sampling is not None
-    assert found.rollout.dynamic_sampling.max_rounds == 5
+    assert (recipe.loss.policy.name, recipe.loss.policy.hp) == ("clip", {"eps_high": 0.28})
+    assert recipe.loss.terms[0].coefficient == 0.01
+    assert [control.name for control in recipe.control] == ["tis", "mis"]
+    assert recipe.rollout.dynamic_sampling is not None
+    assert recipe.rollout.dynamic_sampling.max_rounds == 5
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_an_override_that_fits_nowhere_says_so(recipe: Path, override: str, expe
     assert expected in problem
 
 
-# the schema's refusals --------------------------------------------------------------------------------------
+# errors of the schema ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -264,8 +265,8 @@ def test_a_missing_section_says_what_belongs_in_it(write: Write, recipe: Path) -
 def test_every_problem_is_reported_at_once_each_with_its_own_file(write: Write) -> None:
     base = write("base/b.yaml", "sead: 1\n")
     path = write("r.yaml", "extends: base/b.yaml\n" + write().read_text().replace("steps: 200", "steps: 0"))
-    found = problems(path, overrides=("rollout.n=x",))
-    assert [problem.split(": ")[0] for problem in found] == ["--set rollout.n=x", f"{path}:9", f"{base}:1"]
+    lines = problems(path, overrides=("rollout.n=x",))
+    assert [problem.split(": ")[0] for problem in lines] == ["--set rollout.n=x", f"{path}:9", f"{base}:1"]
 
 
 # the resolved recipe ----------------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ def test_a_resolved_recipe_holds_every_key(write: Write, recipe: Path) -> None:
         "adaptive_temperature={}",
         "environment={name: calculator, max_turns: 1, turn_tokens: 1}",
     )
-    overrides = (*(f"rollout.{one}" for one in optional), "process_reward={optimizer: {lr: 1.0}}")
+    overrides = (*(f"rollout.{override}" for override in optional), "process_reward={optimizer: {lr: 1.0}}")
     text = resolved_yaml(load_recipe(recipe, overrides=overrides))
     assert [key for key in schema_keys() if f"{key[-1]}:" not in text] == []
 

@@ -1,6 +1,4 @@
-"""Recipes that learn from judged completions: told apart by themselves, checked by their own schema,
-planned by their own numbers.
-"""
+"""Recipes that learn from judged completions: how their kind is recognised, their schema and their plan."""
 
 from __future__ import annotations
 
@@ -78,7 +76,8 @@ def test_a_profile_has_a_section_of_its_own_for_them(
 ) -> None:
     profile = write("profiles/p.yaml", PROFILE)
     check_fragment(profile)
-    judged, sampled = load_recipe(offline, profile=str(profile)), load_recipe(recipe, profile=str(profile))
+    judged = load_recipe(offline, profile=str(profile))
+    sampled = load_recipe(recipe, profile=str(profile))
     assert isinstance(judged, OfflineRecipe) and isinstance(sampled, OnlineRecipe)
     assert (judged.model.path, judged.learner.layout) == ("small", "padded")  # shared
     assert (judged.data.train, judged.data.max_prompt_tokens, judged.train.steps) == (
@@ -111,29 +110,29 @@ def test_that_section_is_held_to_the_schema_with_its_lines(
 
 
 def test_the_plan_of_a_pairwise_and_of_a_single_loss(offline: Path) -> None:
-    found = {
+    lines = {
         line.name: line
         for line in plan(
             load_recipe(offline, overrides=["train.epochs=2", "learner.tokens_per_micro_batch=5000"])
         )
     }
-    assert found["data: longest example"].value == "2,048"  # 2 x (512 + 512)
-    assert found["learner: longest pairs per micro-batch"].value == "2"  # 5000 // 2048
-    assert found["learner: updates in all"].value == "2 x examples / 32"
-    assert found["frozen models: log-probs"].value == "ref_logp"
-    found = {
+    assert lines["data: longest example"].value == "2,048"  # 2 x (512 + 512)
+    assert lines["learner: longest pairs per micro-batch"].value == "2"  # 5000 // 2048
+    assert lines["learner: updates in all"].value == "2 x examples / 32"
+    assert lines["frozen models: log-probs"].value == "ref_logp"
+    lines = {
         line.name: line
         for line in plan(
             load_recipe(offline, overrides=["loss.preference=kto", "train.steps=9", "reference.cache=null"])
         )
     }
-    assert found["frozen models: log-probs"][1:] == ("ref_logp mismatched", "computed anew in every run")
-    assert (found["data: longest example"].value, found["learner: updates in all"].value) == ("1,024", "9")
-    found = {
+    assert lines["frozen models: log-probs"][1:] == ("ref_logp mismatched", "computed in every run")
+    assert (lines["data: longest example"].value, lines["learner: updates in all"].value) == ("1,024", "9")
+    lines = {
         line.name: line
         for line in plan(load_recipe(offline, overrides=["loss.preference=dpo_reference_free"]))
     }
-    assert found["frozen models: log-probs"].value == "none"
+    assert lines["frozen models: log-probs"].value == "none"
 
 
 def test_what_changes_nothing_is_warned_of(offline: Path) -> None:

@@ -1,4 +1,4 @@
-"""Derived numbers, worked by hand."""
+"""Derived numbers, compared with calculations by hand."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ def values(path: Path, *overrides: str) -> dict[str, str]:
 
 
 def test_the_numbers_of_a_step(recipe: Path) -> None:
-    found = values(
+    numbers = values(
         recipe, "learner.updates=5", "learner.epochs=2", "learner.tokens_per_micro_batch=100", "eval.every=50"
     )
-    assert found["rollout: completions per step"] == "192"  # 24 x 8
-    assert found["rollout: longest row"] == "24"  # 16 + 8
-    assert found["rollout: tokens per step, at most"] == "1,536"  # 192 x 8
-    assert found["rollout: prompts drawn in all"] == "4,800"  # 200 x 24
-    assert found["reward: grading per step, at most"] == "960"  # 192 x 10 s / 2 workers
-    assert found["learner: updates per step"] == "10"  # 5 x 2
-    assert found["learner: updates in all"] == "2,000"
-    assert found["learner: groups per update"] == "4.8"  # 24 / 5
-    assert found["learner: longest rows per micro-batch"] == "4"  # 100 // 24
-    assert found["learner: micro-batches per update, at most"] == "10"  # 5 groups x 8 rows / 4
-    assert found["learner: staleness, at most"] == "9"
-    assert found["eval: completions"] == "2,048 x 5"  # 256 x 8; before, after, and at steps 50, 100, 150
-    assert "rollout: prompts drawn per step, at most" not in found
-    assert found["memory"] == "unknown"
+    assert numbers["rollout: completions per step"] == "192"  # 24 x 8
+    assert numbers["rollout: longest row"] == "24"  # 16 + 8
+    assert numbers["rollout: tokens per step, at most"] == "1,536"  # 192 x 8
+    assert numbers["rollout: prompts drawn in all"] == "4,800"  # 200 x 24
+    assert numbers["reward: grading per step, at most"] == "960"  # 192 x 10 s / 2 workers
+    assert numbers["learner: updates per step"] == "10"  # 5 x 2
+    assert numbers["learner: updates in all"] == "2,000"
+    assert numbers["learner: groups per update"] == "4.8"  # 24 / 5
+    assert numbers["learner: longest rows per micro-batch"] == "4"  # 100 // 24
+    assert numbers["learner: micro-batches per update, at most"] == "10"  # 5 groups x 8 rows / 4
+    assert numbers["learner: staleness, at most"] == "9"
+    assert numbers["eval: completions"] == "2,048 x 5"  # 256 x 8; before, after, and at steps 50, 100, 150
+    assert "rollout: prompts drawn per step, at most" not in numbers
+    assert numbers["memory"] == "unknown"
 
 
 def test_dynamic_sampling_draws_at_most_its_rounds(recipe: Path) -> None:
@@ -91,11 +91,11 @@ def test_a_config_of_another_kind_is_not_guessed_at(tmp_path: Path) -> None:
 
 def test_memory_is_planned_for_a_local_model(recipe: Path, tmp_path: Path) -> None:
     tiny_config(tmp_path)
-    found = values(recipe, f"model.path={tmp_path}", "learner.precision=float32", "rollout.max_rows=64")
-    assert found["model: parameters"] == "2,024"
-    assert found["memory: KV per token"] == "64"  # 16 numbers of 4 bytes
-    assert found["memory: KV of a step, at most"] == "0.00 GiB"
-    assert found["memory: logits of a chunk"] == "0.00 GiB"
+    numbers = values(recipe, f"model.path={tmp_path}", "learner.precision=float32", "rollout.max_rows=64")
+    assert numbers["model: parameters"] == "2,024"
+    assert numbers["memory: KV per token"] == "64"  # 16 numbers of 4 bytes
+    assert numbers["memory: KV of a step, at most"] == "0.00 GiB"
+    assert numbers["memory: logits of a chunk"] == "0.00 GiB"
 
 
 def test_a_process_reward_model_is_a_second_learner_and_a_frozen_model(tmp_path: Path) -> None:
@@ -105,11 +105,17 @@ def test_a_process_reward_model_is_a_second_learner_and_a_frozen_model(tmp_path:
     tiny_config(tmp_path, vocab_size=20_000_000)
     tiny_config(tmp_path / "small")
     prime = Path(__file__).parents[2] / "recipes/policy/prime.yaml"
-    found = values(prime, f"model.path={tmp_path}")
-    assert (found["memory: process reward model"], found["memory: its reference"]) == ("2.38 GiB", "0.60 GiB")
+    numbers = values(prime, f"model.path={tmp_path}")
+    assert (numbers["memory: process reward model"], numbers["memory: its reference"]) == (
+        "2.38 GiB",
+        "0.60 GiB",
+    )
     small = f"process_reward.path={tmp_path / 'small'}"
-    found = values(prime, f"model.path={tmp_path}", small, f"process_reward.reference={tmp_path}")
-    assert (found["memory: process reward model"], found["memory: its reference"]) == ("0.00 GiB", "0.60 GiB")
+    numbers = values(prime, f"model.path={tmp_path}", small, f"process_reward.reference={tmp_path}")
+    assert (numbers["memory: process reward model"], numbers["memory: its reference"]) == (
+        "0.00 GiB",
+        "0.60 GiB",
+    )
     assert (
         values(prime, f"model.path={tmp_path}", "process_reward.reference=policy")["memory: its reference"]
         == "none"
@@ -122,7 +128,8 @@ def test_a_process_reward_model_is_a_second_learner_and_a_frozen_model(tmp_path:
 
 def test_a_reward_model_stands_beside_the_learner_as_reward_or_as_judge(tmp_path: Path) -> None:
     tiny_config(tmp_path, vocab_size=20_000_000)  # 160,001,224 parameters x 4 bytes
-    recipes, ours = Path(__file__).parents[2] / "recipes", f"{{name: reward_model, path: {tmp_path}}}"
+    recipes = Path(__file__).parents[2] / "recipes"
+    ours = f"{{name: reward_model, path: {tmp_path}}}"
     assert (
         values(recipes / "policy/grpo_reward_model.yaml", f"reward.functions=[{ours}]")[
             "memory: reward model"

@@ -1,5 +1,5 @@
-"""A user's file in a recipe is the same file wherever the recipe is read from, and the recipe says
-which code it was.
+"""A user's file in a recipe is the same file wherever the recipe is read, and the recipe records a digest of
+its code.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ def load(path: Path, *overrides: str, profile: str | None = None) -> OnlineRecip
 
 @pytest.fixture
 def project(write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a recipe and code beside it; the current folder is another one, with a file of
-    the same name.
-    """
+    """A folder with a recipe and its code, and another current folder with files of the same names."""
     write("project/mine.py", CODE)
     write("project/env.py", ENVIRONMENT)
     write("project/recipe.yaml", recipe_text("'mine.py:score', math_answer", PLAYED))
@@ -50,13 +48,13 @@ def project(write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_files_are_those_beside_the_recipe_and_not_those_of_the_current_folder(project: Path) -> None:
     recipe = load(project / "recipe.yaml")
-    own, registered = recipe.reward.functions
-    assert own.name == f"{project}/mine.py:score" and own.sha256 is not None and len(own.sha256) == 64
+    users, registered = recipe.reward.functions
+    assert users.name == f"{project}/mine.py:score" and users.sha256 is not None and len(users.sha256) == 64
     assert (registered.name, registered.sha256) == ("math_answer", None)
     assert (
         recipe.rollout.environment is not None and recipe.rollout.environment.name == f"{project}/env.py:Play"
     )
-    assert recipe.rollout.environment.sha256 is not None and recipe.rollout.environment.hp == {} == own.hp
+    assert recipe.rollout.environment.sha256 is not None and recipe.rollout.environment.hp == {} == users.hp
     check(recipe)
 
 
@@ -82,11 +80,11 @@ def test_a_resolved_recipe_gives_the_same_functions_from_anywhere(
 def test_a_base_names_files_beside_itself(project: Path, write: Callable[..., Path]) -> None:
     child = write("deeper/down/recipe.yaml", "extends: ../../project/recipe.yaml\nseed: 1\n")
     assert load(child).reward.functions[0].name == f"{project}/mine.py:score"
-    own = write(
+    overriding = write(
         "deeper/down/other.yaml",
         "extends: ../../project/recipe.yaml\nreward: {functions: ['mine.py:score']}\n",
     )
-    assert load(own).reward.functions[0].name == f"{own.parent}/mine.py:score"
+    assert load(overriding).reward.functions[0].name == f"{overriding.parent}/mine.py:score"
 
 
 @pytest.mark.parametrize(
@@ -102,7 +100,8 @@ def test_a_base_names_files_beside_itself(project: Path, write: Callable[..., Pa
 )
 def test_the_command_line_names_files_of_the_current_folder(project: Path, override: str) -> None:
     recipe = load(project / "recipe.yaml", override, "rollout.environment.name=env.py:Play")
-    function, environment = recipe.reward.functions[0], recipe.rollout.environment
+    function = recipe.reward.functions[0]
+    environment = recipe.rollout.environment
     assert environment is not None
     assert function.name == f"{project.parent}/elsewhere/mine.py:score"
     assert environment.name == f"{project.parent}/elsewhere/env.py:Play"
@@ -160,7 +159,7 @@ def test_a_file_that_lies_in_the_current_folder_only_is_named_in_the_error(proje
         check(load(project / "recipe.yaml"))
     assert (
         f"there is no file {project}/mine.py; there is {project.parent}/elsewhere/mine.py, but a path in a "
-        "recipe begins" in str(caught.value)
+        "recipe starts" in str(caught.value)
     )
 
 

@@ -1,4 +1,4 @@
-"""Scalars as YAML 1.2 has them, and files that are no recipe."""
+"""Scalars as in YAML 1.2, and files that are not recipes."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from rltrain.errors import RecipeError
     ],
 )
 def test_a_plain_scalar_is_what_yaml_1_2_says(text: str, value: Any) -> None:
-    found = parse(f"key: {text}", "recipe.yaml").data["key"]
-    assert found == value
-    assert type(found) is type(value)
+    result = parse(f"key: {text}", "recipe.yaml").data["key"]
+    assert result == value
+    assert type(result) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -122,5 +122,5 @@ def test_dumped_data_is_read_back_equal_with_types(data: dict[str, Any]) -> None
 @settings(max_examples=100, deadline=None, database=None)
 @given(st.dictionaries(KEYS, TREES, min_size=1, max_size=4))
 def test_strings_survive_a_yaml_1_1_reader_too(data: dict[str, Any]) -> None:
-    # Other tools read the resolved recipe: whatever is a string for us is one for PyYAML as it comes.
+    # Other tools read the resolved recipe: our strings must be strings for unmodified PyYAML as well.
     assert yaml.safe_load(dump(data)) == data

@@ -98,9 +98,9 @@ def held(request: pytest.FixtureRequest, random_model_folder: Any) -> Iterator[H
         refusal: WrongVersionError | None = None
     except WrongVersionError as error:
         refusal = error
-    found = Held(engine, model, tokenizer, stop, refusal, process)
-    found.reload()
-    yield found
+    held_engine = Held(engine, model, tokenizer, stop, refusal, process)
+    held_engine.reload()
+    yield held_engine
     engine.close()
     engine.close()  # closing twice does nothing
 
@@ -142,15 +142,18 @@ def oracle(model: Any, prompt: Prompt, completion: Completion, temperature: floa
 
 def worst_difference(model: Any, groups: list[RolloutGroup], temperature: float) -> float:
     differences = [
-        (oracle(model, group.prompt, one, temperature) - torch.tensor(one.logprobs)).abs().max().item()
+        (oracle(model, group.prompt, completion, temperature) - torch.tensor(completion.logprobs))
+        .abs()
+        .max()
+        .item()
         for group in groups
-        for one in group.completions
+        for completion in group.completions
     ]
     return max(differences)
 
 
 def tokens(groups: list[RolloutGroup]) -> list[list[tuple[int, ...]]]:
-    return [[one.token_ids for one in group.completions] for group in groups]
+    return [[completion.token_ids for completion in group.completions] for group in groups]
 
 
 def changed(model: Any, scale: float) -> Any:
@@ -183,7 +186,7 @@ def test_after_a_load_of_changed_weights_the_engine_follows_head_included(held: 
         assert (
             worst_difference(other, old, 1.0) > 0.1
         )  # the change is large enough for the line above to mean something
-        assert {one.oldest_version for group in new for one in group.completions} == {2}
+        assert {completion.oldest_version for group in new for completion in group.completions} == {2}
     finally:
         held.reload()
 
@@ -219,8 +222,8 @@ def test_a_prefix_cache_does_not_outlive_its_version(held: Held) -> None:
         held.reload()
 
 
-def with_metrics(found: list[int], outputs: Any) -> Any:
-    found.extend(output.num_cached_tokens for output in outputs)
+def with_metrics(counts: list[int], outputs: Any) -> Any:
+    counts.extend(output.num_cached_tokens for output in outputs)
     return outputs
 
 
@@ -238,12 +241,12 @@ def test_what_another_use_has_cached_is_not_found(held: Held, monkeypatch: pytes
 
     assert last("held out", "") == last("")
     if (vllm := getattr(held.engine, "_llm", None)) is not None:
-        found, generate = list[int](), vllm.generate
+        counts, generate = list[int](), vllm.generate
         monkeypatch.setattr(
-            vllm, "generate", lambda *args, **more: with_metrics(found, generate(*args, **more))
+            vllm, "generate", lambda *args, **more: with_metrics(counts, generate(*args, **more))
         )
         last("held out", "", "")
-        assert found == [0, 0, 128]
+        assert counts == [0, 0, 128]
 
 
 def test_an_engine_refuses_versions_it_does_not_hold(held: Held) -> None:
@@ -289,18 +292,22 @@ def test_the_seed_and_nothing_else_decides_the_tokens(held: Held) -> None:
     prompts = [held.prompt(text) for text in TEXTS]
     first = tokens(sample_groups(held.engine, prompts, Sampling(3, 1.0, 16, seed=7), 1))
     again = tokens(sample_groups(held.engine, prompts, Sampling(3, 1.0, 16, seed=7), 1))
-    alone = tokens(sample_groups(held.engine, prompts[1:2], Sampling(3, 1.0, 16, seed=7), 1))
+    separate = tokens(sample_groups(held.engine, prompts[1:2], Sampling(3, 1.0, 16, seed=7), 1))
     other = tokens(sample_groups(held.engine, prompts, Sampling(3, 1.0, 16, seed=8), 1))
     assert first == again
-    assert alone == first[1:2]
-    assert all(one != two for one, two in zip(first, other, strict=True))
+    assert separate == first[1:2]
+    assert all(left != right for left, right in zip(first, other, strict=True))
     assert all(len(set(group)) == 3 for group in first)  # the samples of one prompt differ from each other
 
 
 def rounding(first: tuple[Completion, ...], second: tuple[Completion, ...]) -> float:
     """Largest difference of log-probs between completions of the same tokens."""
     pairs = zip(first, second, strict=True)
-    return max(abs(a - b) for one, other in pairs for a, b in zip(one.logprobs, other.logprobs, strict=True))
+    return max(
+        abs(a - b)
+        for completion, other in pairs
+        for a, b in zip(completion.logprobs, other.logprobs, strict=True)
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
@@ -322,9 +329,15 @@ def test_a_group_cut_into_requests_has_the_tokens_of_a_whole_one(
     for prompt, group in zip(prompts, sample_groups(held.engine, prompts, sampling, 1), strict=True):
         indexes = [index for index, part in enumerate(parts) if part.prompt is prompt]
         assert all(answers[index].prompt is prompt for index in indexes)
-        written = tuple(one for index in reversed(indexes) for one in answers[index].completions)
-        assert [one.token_ids for one in written] == [one.token_ids for one in group.completions]
-        assert [one.finish for one in written] == [one.finish for one in group.completions]
+        written = tuple(
+            completion for index in reversed(indexes) for completion in answers[index].completions
+        )
+        assert [completion.token_ids for completion in written] == [
+            completion.token_ids for completion in group.completions
+        ]
+        assert [completion.finish for completion in written] == [
+            completion.finish for completion in group.completions
+        ]
         assert rounding(written, group.completions) < 1e-5
 
 
@@ -336,15 +349,17 @@ def test_requests_of_one_call_may_be_sampled_differently(held: Held) -> None:
         Sampling(2, 0.0, 6, seed=3),
     )
     requests = [
-        Request(one, how, 0, how.n)
-        for one, how in ((first, warm), (second, cool), (first, cool), (second, greedy))
+        Request(prompt, how, 0, how.n)
+        for prompt, how in ((first, warm), (second, cool), (first, cool), (second, greedy))
     ]
     for answer in held.engine.sample(requests, 1):
         request = requests[answer.request]
-        (alone,) = sample_groups(held.engine, [request.prompt], request.sampling, 1)
-        assert [one.token_ids for one in answer.completions] == [one.token_ids for one in alone.completions]
-        assert {one.source for one in answer.completions} == {request.sampling.source}
-        assert rounding(answer.completions, alone.completions) < 1e-5
+        (separate,) = sample_groups(held.engine, [request.prompt], request.sampling, 1)
+        assert [completion.token_ids for completion in answer.completions] == [
+            completion.token_ids for completion in separate.completions
+        ]
+        assert {completion.source for completion in answer.completions} == {request.sampling.source}
+        assert rounding(answer.completions, separate.completions) < 1e-5
 
 
 def test_groups_and_samples_come_in_the_order_asked(held: Held) -> None:
@@ -353,9 +368,9 @@ def test_groups_and_samples_come_in_the_order_asked(held: Held) -> None:
     assert [group.group for group in groups] == list(range(6))
     assert [group.prompt for group in groups] == prompts
     assert {len(group.completions) for group in groups} == {4}
-    written = [one for group in groups for one in group.completions]
-    assert {(one.versions, one.source) for one in written} == {
-        ((Span(0, len(one.token_ids), 1),), 2) for one in written
+    written = [completion for group in groups for completion in group.completions]
+    assert {(completion.versions, completion.source) for completion in written} == {
+        ((Span(0, len(completion.token_ids), 1),), 2) for completion in written
     }
 
 
@@ -365,23 +380,27 @@ def test_finish_is_stop_exactly_where_the_last_token_is_a_stop_id(held: Held) ->
     groups = sample_groups(
         held.engine, [held.prompt(text) for text in TEXTS], Sampling(24, 1.0, 12, seed=2), 1
     )
-    written = [one for group in groups for one in group.completions]
-    for one in written:
-        assert not held.stop.intersection(one.token_ids[:-1])
-        if one.finish == "stop":
-            assert one.token_ids[-1] in held.stop
+    written = [completion for group in groups for completion in group.completions]
+    for completion in written:
+        assert not held.stop.intersection(completion.token_ids[:-1])
+        if completion.finish == "stop":
+            assert completion.token_ids[-1] in held.stop
         else:
-            assert one.finish == "length" and len(one.token_ids) == 12 and one.token_ids[-1] not in held.stop
-    assert {one.finish for one in written} == {"stop", "length"}
-    assert {one.token_ids[-1] for one in written if one.finish == "stop"} - {
+            assert (
+                completion.finish == "length"
+                and len(completion.token_ids) == 12
+                and completion.token_ids[-1] not in held.stop
+            )
+    assert {completion.finish for completion in written} == {"stop", "length"}
+    assert {completion.token_ids[-1] for completion in written if completion.finish == "stop"} - {
         held.tokenizer.eos_token_id
     }  # another stop id than EOS
 
 
 def test_text_is_the_tokens_without_special_ones(held: Held) -> None:
     groups = sample_groups(held.engine, [held.prompt("1+1=")], Sampling(16, 1.0, 12, seed=2), 1)
-    for one in groups[0].completions:
-        assert one.text == held.tokenizer.decode(one.token_ids, skip_special_tokens=True)
+    for completion in groups[0].completions:
+        assert completion.text == held.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
 
 
 def test_eos_and_pad_inside_a_prompt_are_ordinary_tokens(held: Held) -> None:
@@ -398,7 +417,7 @@ def test_eos_and_pad_inside_a_prompt_are_ordinary_tokens(held: Held) -> None:
 
 def test_one_token_is_a_completion(held: Held) -> None:
     groups = sample_groups(held.engine, [held.prompt(text) for text in TEXTS], Sampling(2, 0.7, 1, seed=4), 1)
-    assert {len(one.token_ids) for group in groups for one in group.completions} == {1}
+    assert {len(completion.token_ids) for group in groups for completion in group.completions} == {1}
     assert worst_difference(held.model, groups, 0.7) < 1e-4
 
 
@@ -423,7 +442,7 @@ def test_first_tokens_follow_the_softmax(held: Held, temperature: float) -> None
         held.model(torch.tensor([prompt.token_ids])).logits[0, -1].double() / temperature, dim=-1
     )
     counts = torch.bincount(
-        torch.tensor([one.token_ids[0] for one in group.completions]), minlength=p.shape[0]
+        torch.tensor([completion.token_ids[0] for completion in group.completions]), minlength=p.shape[0]
     ).double()
     bound = 4.5 * (draws * p * (1 - p)).sqrt() + 1
     assert ((counts - draws * p).abs() < bound).all()

@@ -48,18 +48,19 @@ def means(**changes: Any) -> JudgeContext:
     def reward_model(path: str, *, prompt_column: str | None, max_tokens: int) -> Any:
         del path, prompt_column, max_tokens
         return lambda rows: [
-            math.nan if "?" in one.completions[at] else float(len(one.completions[at])) for one, at in rows
+            math.nan if "?" in inputs.completions[place] else float(len(inputs.completions[place]))
+            for inputs, place in rows
         ]
 
-    given: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "log_probs": log_probs,
         "reward_model": reward_model,
         "decode": lambda ids: ASKED,
         "word": ord,
         "gather": list,
     }
-    given["render"] = lambda text: [*map(ord, text), *[0] * 1000 * text.count("??")]  # too long to be read
-    return JudgeContext(**{**given, "rank": 0, "ranks": 1, "most_tokens": 500, **changes})
+    settings["render"] = lambda text: [*map(ord, text), *[0] * 1000 * text.count("??")]  # too long to be read
+    return JudgeContext(**{**settings, "rank": 0, "ranks": 1, "max_tokens": 500, **changes})
 
 
 def by_pairing(judge: Judge, first: str, second: str) -> Verdict:
@@ -148,12 +149,16 @@ class Served:
         scores = (
             self.scores(server, (first, second))
             if self.pairwise
-            else [self.scores(server, (one,))[0] for one in (first, second)]
+            else [self.scores(server, (completion,))[0] for completion in (first, second)]
         )
         if any(score.ungraded is not None for score in scores):
             return None
-        one, two = (score.value for score in scores)
-        return 0.5 + (one - two) / 2 if self.pairwise else 0.5 + 0.5 * ((one > two) - (one < two))
+        first_score, second_score = (score.value for score in scores)
+        return (
+            0.5 + (first_score - second_score) / 2
+            if self.pairwise
+            else 0.5 + 0.5 * ((first_score > second_score) - (first_score < second_score))
+        )
 
 
 SERVED = {
@@ -165,11 +170,11 @@ SERVED = {
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    one = Server(("127.0.0.1", 0), Handler)
-    threading.Thread(target=one.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield one
-    one.shutdown()
-    one.server_close()
+    http_server = Server(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http_server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield http_server
+    http_server.shutdown()
+    http_server.server_close()
 
 
 @pytest.fixture(params=[*PAIRS, *SERVED])

@@ -39,11 +39,11 @@ def random_batch(seed: int = 0) -> TrainBatch:
     generator = np.random.default_rng(seed)
     step_id = -torch.ones(6, 10, dtype=torch.int64)
     for row in (0, 1, 3, 4, 5):
-        at = 0
+        start = 0
         for step in range(int(generator.integers(1, 5))):
             length = int(generator.integers(1, 3))
-            step_id[row, at : at + length] = step
-            at += length + int(generator.integers(0, 2))
+            step_id[row, start : start + length] = step
+            start += length + int(generator.integers(0, 2))
     entropy = torch.tensor(generator.random((6, 10)))
     advantages = torch.tensor(generator.normal(size=(6, 1))).expand(6, 10)
     return batch_of(step_id, entropy, advantages)
@@ -51,11 +51,14 @@ def random_batch(seed: int = 0) -> TrainBatch:
 
 def by_loops(batch: TrainBatch, k: float, k_bonus: float, zeta: float) -> np.ndarray:
     assert batch.step_id is not None and batch.old_entropy is not None
-    ids, entropy, out = batch.step_id.numpy(), batch.old_entropy.numpy(), np.zeros(batch.mask.shape)
+    ids = batch.step_id.numpy()
+    entropy = batch.old_entropy.numpy()
+    out = np.zeros(batch.mask.shape)
     steps = [(row, step) for row in range(len(ids)) for step in range(ids[row].max() + 1)]
     mean = np.array([entropy[row][ids[row] == step].mean() for row, step in steps])
     h = (mean - mean.min()) / (mean.max() - mean.min() + 1e-8)
-    g, f = np.exp(-k * h) / (np.exp(-k * h).mean() + 1e-8), np.exp(-k_bonus * h)
+    g = np.exp(-k * h) / (np.exp(-k * h).mean() + 1e-8)
+    f = np.exp(-k_bonus * h)
     values = []
     for number, (row, step) in enumerate(steps):
         advantage = batch.advantages[row][ids[row] == step][0].item()
@@ -84,11 +87,11 @@ def test_without_scale_and_bonus_the_advantages_lose_only_their_mean_over_steps(
 
 def test_scales_average_1_over_steps():
     batch = random_batch(1)
-    one = batch.replace(advantages=torch.ones_like(batch.advantages))
-    scaled = empg(one, zeta=0.0, center="none").advantages
+    unit_batch = batch.replace(advantages=torch.ones_like(batch.advantages))
+    result = empg(unit_batch, zeta=0.0, center="none").advantages
     assert batch.step_id is not None
     firsts = [
-        scaled[row][batch.step_id[row] == step][0]
+        result[row][batch.step_id[row] == step][0]
         for row in range(6)
         for step in range(int(batch.step_id[row].max()) + 1)
     ]
@@ -115,7 +118,8 @@ def test_the_bonus_looks_at_the_next_step_and_the_last_has_none():
 
 
 def test_the_order_of_rows_and_wider_padding_change_nothing():
-    batch, order = random_batch(2), torch.tensor([4, 2, 0, 5, 1, 3])
+    batch = random_batch(2)
+    order = torch.tensor([4, 2, 0, 5, 1, 3])
     assert_close(empg(batch.rows(order)).advantages, empg(batch).advantages[order])
 
 

@@ -1,6 +1,4 @@
-"""Coefficients that change: the papers' numbers, their ranges, and that a saved one goes on as if it
-had never stopped.
-"""
+"""Coefficients that change: the papers' numbers, their ranges, and exact resumption."""
 
 from __future__ import annotations
 
@@ -20,9 +18,10 @@ FACTS = json.loads(
 CASES = {case["id"]: case for case in FACTS["cases"] if case["quantity"] == "coefficient"}
 
 
-def make(named: str | dict[str, Any], steps: int = 100) -> Controller:
-    named = {"name": named} if isinstance(named, str) else named
-    bound = COEFFICIENTS.bind(named["name"], {key: value for key, value in named.items() if key != "name"})
+def make(reference: str | dict[str, Any], steps: int = 100) -> Controller:
+    reference = {"name": reference} if isinstance(reference, str) else reference
+    hp = {key: value for key, value in reference.items() if key != "name"}
+    bound = COEFFICIENTS.bind(reference["name"], hp)
     return bound(**dict.fromkeys(bound.spec.inputs, steps))
 
 
@@ -33,24 +32,24 @@ def value(case: dict[str, Any], controller: Controller) -> float:
 @pytest.mark.parametrize("name", CASES)
 def test_the_known_answer_comes_out(name: str) -> None:
     case = CASES[name]
-    found: list[float] = []
+    values: list[float] = []
     if "each_alone" in case:  # one observation each, from the start
-        for seen in case["each_alone"]:
+        for observation in case["each_alone"]:
             controller = make(case["coefficient"])
-            controller.observe({case["metric"]: seen})
-            found.append(value(case, controller))
+            controller.observe({case["metric"]: observation})
+            values.append(value(case, controller))
     elif "at_steps" in case:
         controller = make(case["coefficient"], case.get("total_steps", 100))
         for step in range(max(case["at_steps"]) + 1):
             if step in case["at_steps"]:
-                found.append(value(case, controller))
+                values.append(value(case, controller))
             controller.observe({case["metric"]: 0.5})
     else:
         controller = make(case["coefficient"])
-        for seen in case["observed"]:
-            controller.observe({case["metric"]: seen})
-            found.append(value(case, controller))
-    assert found == pytest.approx(case["expected"], rel=1e-9)
+        for observation in case["observed"]:
+            controller.observe({case["metric"]: observation})
+            values.append(value(case, controller))
+    assert values == pytest.approx(case["expected"], rel=1e-9)
 
 
 METRICS = {"learner/entropy_mean": 0.3, "loss/clamped_entropy_nats": 0.3, "loss/kl": 0.02}
@@ -78,15 +77,17 @@ def test_a_saved_controller_goes_on_as_if_never_stopped(name: str) -> None:
         controller.observe(wave(number))
         return controller(), dict(controller.inputs())
 
-    whole = make({"name": name, **WALKS[name]})
-    expected = [step(whole, number) for number in range(14)]
+    uninterrupted = make({"name": name, **WALKS[name]})
+    expected = [step(uninterrupted, number) for number in range(14)]
     first = make({"name": name, **WALKS[name]})
     for number in range(7):
         step(first, number)
     second = make({"name": name, **WALKS[name]})
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert [step(second, number) for number in range(7, 14)] == expected[7:]
-    assert len({one for one, _ in expected} | {str(told) for _, told in expected}) > 2  # it moves at all
+    coefficients = {coefficient for coefficient, _ in expected}
+    inputs = {str(term_inputs) for _, term_inputs in expected}
+    assert len(coefficients | inputs) > 2  # it moves at all
 
 
 @pytest.mark.parametrize("name", ["target_entropy", "entropy_band", "kl_target", "epo_schedule"])
@@ -101,16 +102,16 @@ def test_a_step_without_a_finite_number_moves_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", ["target_entropy", "entropy_band", "kl_target", "epo_schedule"])
 def test_a_metric_that_is_not_there_is_named(name: str) -> None:
     with pytest.raises(
-        ValueError, match=rf"coefficient {name} lives on the metric '.*', which the step does not have"
+        ValueError, match=rf"coefficient {name} needs the metric '.*', which the step does not have"
     ):
         make({"name": name, **WALKS[name]}).observe({"learner/entropy": 1.0})
 
 
-@pytest.mark.parametrize(("seen", "bound"), [(0.0, 0.1), (5.0, 4e-5)])
-def test_the_band_keeps_its_range(seen: float, bound: float) -> None:
+@pytest.mark.parametrize(("observation", "bound"), [(0.0, 0.1), (5.0, 4e-5)])
+def test_the_band_keeps_its_range(observation: float, bound: float) -> None:
     controller = make({"name": "entropy_band", "entropy_low": 0.2, "entropy_high": 0.5, "rate": 1.0})
     for _ in range(5):
-        controller.observe({"loss/clamped_entropy_nats": seen})
+        controller.observe({"loss/clamped_entropy_nats": observation})
     assert controller() == bound
 
 

@@ -35,7 +35,7 @@ def batch_of(answers: list[str], rewards: list[list[float]]) -> TrainBatch:
         source=torch.zeros_like(group),
         version=torch.zeros_like(group),
         answer=torch.tensor(
-            [-1 if one == "-" else "abcdefgh".index(one) for said in answers for one in said]
+            [-1 if letter == "-" else "abcdefgh".index(letter) for letter in "".join(answers)]
         ),
     )
 
@@ -70,7 +70,8 @@ def test_a_unanimous_prompt_leans_on_its_global_advantage():
 def test_the_forced_modes_leave_no_group_of_equal_rewards_without_a_signal(mode: str):
     # all wrong with distinct wrong answers: H = 2, w = 1, local advantage 0: the soft mode says nothing
     batch = batch_of(["abcd", "aaab"], [[0, 0, 0, 0], [1, 1, 1, 0]])
-    soft, forced = (copo(batch, mode=one).extra["advantage_global"][:4] for one in ("soft", mode))  # type: ignore[arg-type]
+    soft = copo(batch, mode="soft").extra["advantage_global"][:4]
+    forced = copo(batch, mode=mode).extra["advantage_global"][:4]  # type: ignore[arg-type]
     assert soft.abs().max() < 1e-10
     assert (forced < -0.1).all()
 
@@ -80,7 +81,8 @@ def test_the_zero_modes_ask_for_a_reward():
     right = (MIXED.rewards != 0)[:, None].expand(-1, 2)
     assert_close(after.advantages, torch.where(right, MIXED.advantages, 0.0))
     assert not after.extra["advantage_global"][right].any()
-    soft, soft_zero = copo(MIXED), copo(MIXED, mode="soft_zero")
+    soft = copo(MIXED)
+    soft_zero = copo(MIXED, mode="soft_zero")
     assert_close(soft_zero.advantages, torch.where(right, soft.advantages, 0.0))
 
 
@@ -92,9 +94,10 @@ def test_global_advantages_are_normalised_over_prompts_however_many_completions_
 
 
 def test_the_coefficient_multiplies_the_global_part_alone():
-    one, three = copo(MIXED), copo(MIXED, coefficient=3.0)
-    assert_close(three.extra["advantage_global"], 3 * one.extra["advantage_global"])
-    assert_close(three.advantages, one.advantages)
+    unit = copo(MIXED)
+    three = copo(MIXED, coefficient=3.0)
+    assert_close(three.extra["advantage_global"], 3 * unit.extra["advantage_global"])
+    assert_close(three.advantages, unit.advantages)
 
 
 def test_the_discount_is_the_papers_rate():
@@ -114,7 +117,8 @@ def test_ungraded_and_empty_rows_take_no_part():
         rewards=rewards, mask=mask, advantages=MIXED.advantages.masked_fill(~mask, math.nan)
     )
     kept = torch.tensor([row for row in range(16) if row not in (0, 5)])
-    after, rest = copo(batch), copo(batch.rows(kept))
+    after = copo(batch)
+    rest = copo(batch.rows(kept))
     assert_close(after.extra["advantage_global"][kept], rest.extra["advantage_global"])
     assert_close(after.advantages[kept], rest.advantages)
     assert not after.extra["advantage_global"][[0, 5]].any()
@@ -144,7 +148,8 @@ def test_the_loss_is_the_weighted_sum_of_two_clipped_losses_value_and_gradient(m
 
     entropy = np.repeat([0.8112781244591328, 0.0, 2.0, 1.0], 4)
     soft = 1 / (1 + np.exp(-2 * (entropy - 1)))
-    moves, right = (batch.advantages[:, 0] != 0).numpy(), (batch.rewards != 0).numpy()
+    moves = (batch.advantages[:, 0] != 0).numpy()
+    right = (batch.rewards != 0).numpy()
     w = f64(
         {"soft": soft, "forced": moves * 1.0, "soft_zero": soft * right, "global": soft * 0}[mode].tolist()
     )[:, None]

@@ -18,7 +18,8 @@ ENTROPY = torch.tensor([[0.9, 0.7, 1.2], [1.1, 0.55, math.nan]]).double()  # the
 
 
 def batch_of(entropy: Tensor, mask: Tensor) -> TrainBatch:
-    rows, zeros = torch.zeros(len(mask), dtype=torch.int64), torch.zeros(mask.shape, dtype=torch.float64)
+    rows = torch.zeros(len(mask), dtype=torch.int64)
+    zeros = torch.zeros(mask.shape, dtype=torch.float64)
     return TrainBatch(
         mask=mask,
         advantages=zeros,
@@ -77,7 +78,8 @@ def test_zero_entropy_is_finite():
 
 
 def test_temperatures_are_those_of_the_paper_and_the_release():
-    signal, entropy = signal_of(), torch.where(MASK, ENTROPY, 1.0)
+    signal = signal_of()
+    entropy = torch.where(MASK, ENTROPY, 1.0)
     expected = {
         ("scaled", 0.05): [[0.9855246691402507, 0.9673961651710153, 1.05], [1.0, 0.95, 0.0]],
         ("released", 0.05): [[1.0144753308597492, 1.0326038348289848, 1.05], [1.0, 1.05, 0.0]],

@@ -1,4 +1,4 @@
-"""PACED put together: each stage is the mean, over its own rows, of the pass-rate weight times the
+"""PACED as a whole: the loss of a stage is the mean, over its own rows, of the pass-rate weight times the
 row's token mean.
 """
 
@@ -68,7 +68,9 @@ def test_each_stage_is_the_weighted_mean_over_its_own_rows() -> None:
         name: (values * batch.mask).sum(1) / batch.mask.sum(1).clamp(min=1)
         for name, values in (("forward", d), ("reverse", d.square() / 2))
     }
-    teacher, student = [3, 7], [0, 1, 4, 5, 6]  # row 2 could not be graded and is masked out
+    # row 2 could not be graded and is masked out
+    teacher = [3, 7]
+    student = [0, 1, 4, 5, 6]
     torch.testing.assert_close(loss(marked, policy, 1.0, 0.0), (weight * means["forward"])[teacher].mean())
     torch.testing.assert_close(loss(marked, policy, 0.0, 1.0), (weight * means["reverse"])[student].mean())
     assert marked.notes["paced_pass_rate"] == pytest.approx(7 / 12)
@@ -93,18 +95,13 @@ def test_the_stages_of_a_run_follow_one_another() -> None:
         COEFFICIENTS.bind("stage", {"begin": begin, "end": end})(total_steps=5)
         for begin, end in ((0.0, 0.5), (0.5, 1.0))
     )
-    seen = []
+    coefficients = []
     for _ in range(5):
-        seen.append((first(), second()))
-        for one in (first, second):
-            one.observe({})
-    assert seen == [
-        (1, 0),
-        (1, 0),
-        (1, 0),
-        (0, 1),
-        (0, 1),
-    ]  # of 5 steps the third begins before half of them is over
+        coefficients.append((first(), second()))
+        for coefficient in (first, second):
+            coefficient.observe({})
+    # the third of 5 steps begins before half of them is over
+    assert coefficients == [(1, 0), (1, 0), (1, 0), (0, 1), (0, 1)]
     with pytest.raises(ValueError, match=r"train\.steps is 6"):
         COEFFICIENTS.bind("stage", {})(total_steps=6).load_state_dict(first.state_dict())
 
@@ -115,7 +112,7 @@ def test_the_stages_of_a_run_follow_one_another() -> None:
         ("rollout.extra_samples=[]", "add answer to rollout.extra_samples"),
         ("loss.aggregate=token_mean", "exact under seq_mean_token_mean only"),
         ("loss.terms=[{name: kdrl, coefficient: 1.0}]", "marks tokens for the term teacher_text"),
-        ("control=[]", "adds rows that only an advantage which tells sources apart can use"),
+        ("control=[]", "adds rows that only an advantage which distinguishes sources can use"),
     ],
 )
 def test_half_of_paced_is_refused(override: str, message: str) -> None:

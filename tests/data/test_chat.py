@@ -11,7 +11,7 @@ WORDS = {"<s>": 0, "</s>": 1, "<end>": 2, "hello": 3, "there": 4}
 
 
 def words(template: str | None = None, **special: str) -> PreTrainedTokenizerFast:
-    """Words, with a post-processor that puts <s> before and </s> behind, as some tokenizers do."""
+    """A word tokenizer that puts <s> before a text and </s> after it, as some tokenizers do."""
     backend = Tokenizer(WordLevel(WORDS, unk_token="hello"))
     backend.pre_tokenizer = Whitespace()
     backend.add_special_tokens(["<s>", "</s>", "<end>"])

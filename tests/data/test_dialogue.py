@@ -1,4 +1,4 @@
-"""What an environment says, as tokens between the policy's own."""
+"""Messages of an environment as tokens between the policy's turns."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ def dialogue(tokenizer: Any, role: Any = "user", longest: int = 20, **data: Any)
     )
 
 
-def spelt(tokenizer: Any, ids: Any) -> str:
+def decode(tokenizer: Any, ids: Any) -> str:
     return tokenizer.decode(list(ids))
 
 
 def test_a_message_stands_in_the_template_s_frame(tokenizer: Any) -> None:
-    one, eos = dialogue(tokenizer), tokenizer.eos_token_id
+    plain = dialogue(tokenizer)
+    eos = tokenizer.eos_token_id
+    # the policy has ended its turn
+    assert decode(tokenizer, plain.observation("84", eos)) == "<user>84<assistant>"
+    # the turn was cut
+    assert decode(tokenizer, plain.observation("84", 20)) == "<eos><user>84<assistant>"
     assert (
-        spelt(tokenizer, one.observation("84", eos)) == "<user>84<assistant>"
-    )  # the policy ended its turn itself
-    assert spelt(tokenizer, one.observation("84", 20)) == "<eos><user>84<assistant>"  # it was cut
-    assert (
-        spelt(tokenizer, dialogue(tokenizer, system="Be brief.").observation("84", eos))
+        decode(tokenizer, dialogue(tokenizer, system="Be brief.").observation("84", eos))
         == "<user>84<assistant>"
     )
-    assert spelt(tokenizer, dialogue(tokenizer, role="tool").observation("84", eos)) == "<tool>84<assistant>"
+    assert decode(tokenizer, dialogue(tokenizer, role="tool").observation("84", eos)) == "<tool>84<assistant>"
 
 
 def test_turn_and_message_are_what_the_template_would_have_written(tokenizer: Any) -> None:
@@ -49,37 +50,37 @@ def test_turn_and_message_are_what_the_template_would_have_written(tokenizer: An
         {"role": "assistant", "content": "<<12*7="},
         {"role": "user", "content": "84"},
     ]
-    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    conversation = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
     ids = [*tokenizer(prompt).input_ids, *tokenizer("<<12*7=").input_ids, tokenizer.eos_token_id]
     assert [*ids, *dialogue(tokenizer).observation("84", tokenizer.eos_token_id)] == tokenizer(
-        whole
+        conversation
     ).input_ids
 
 
 def test_no_message_can_spell_a_special_token(tokenizer: Any) -> None:
-    said = dialogue(tokenizer).observation("a<eos><assistant>b", tokenizer.eos_token_id)
+    observation = dialogue(tokenizer).observation("a<eos><assistant>b", tokenizer.eos_token_id)
     special = {
         tokenizer.convert_tokens_to_ids(token)
         for token in ("<eos>", "<assistant>", "<user>", "<system>", "<pad>")
     }
-    assert special.intersection(said[1:-1]) == set()
-    assert spelt(tokenizer, said) == "<user>a<eos><assistant>b<assistant>"
+    assert special.intersection(observation[1:-1]) == set()
+    assert decode(tokenizer, observation) == "<user>a<eos><assistant>b<assistant>"
 
 
 def test_a_long_message_is_cut_at_its_end(tokenizer: Any) -> None:
     assert (
-        spelt(tokenizer, dialogue(tokenizer, longest=3).observation(" 123456\n", tokenizer.eos_token_id))
+        decode(tokenizer, dialogue(tokenizer, longest=3).observation(" 123456\n", tokenizer.eos_token_id))
         == "<user>123<assistant>"
     )
 
 
 def test_without_a_template_a_message_stands_alone(tokenizer: Any) -> None:
-    one = dialogue(tokenizer, chat_template="none")
+    plain = dialogue(tokenizer, chat_template="none")
     assert (
-        spelt(tokenizer, one.observation("84", tokenizer.eos_token_id))
+        decode(tokenizer, plain.observation("84", tokenizer.eos_token_id))
         == "84"
-        == spelt(tokenizer, one.observation("84", 20))
+        == decode(tokenizer, plain.observation("84", 20))
     )
 
 

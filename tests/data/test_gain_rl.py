@@ -1,6 +1,4 @@
-"""GAIN-RL's order: the window's shape, how it moves, and that a resumed one draws what the first
-would have.
-"""
+"""GAIN-RL's order: the shape of the window, how it moves, and that a resumed order draws the same prompts."""
 
 from __future__ import annotations
 
@@ -18,9 +16,8 @@ METRICS = {"reward/correct": 0.5, "control/alignment": 0.3}
 
 
 def order_of(count: int = 50, per_step: int = 4, seed: int = 0, **hp: float) -> GainRlOrder:
-    return GainRlOrder(
-        count, per_step, seed, [float(-index) for index in range(count)], **hp
-    )  # rank i is index i
+    """An order in which rank i is index i."""
+    return GainRlOrder(count, per_step, seed, [float(-index) for index in range(count)], **hp)
 
 
 def test_the_window_is_the_released_gaussian() -> None:
@@ -36,8 +33,8 @@ def test_the_window_is_the_released_gaussian() -> None:
 
 
 def test_the_centre_moves_as_intended_and_as_released() -> None:
-    # the released TRL rewards 0, 1, 2 are halved; 0/1 rewards taken as they are give the same three moves.
-    # Halved too, as in the released verl version, all right counts as half right.
+    # The released TRL code halves its rewards 0, 1, 2; unchanged 0/1 rewards give the same three moves.
+    # If they are halved as well, as in the released verl version, all correct counts as half correct.
     assert [stride(right, 0.3, 500.0, 2.0, 0.5, 1000.0) for right in (0.0, 0.5, 1.0)] == pytest.approx(
         [0.0, 268.5247834990176, 649.3218614769]
     )
@@ -54,7 +51,8 @@ def test_prompts_come_by_score_and_ties_by_place() -> None:
 
 def test_draws_follow_the_window_without_replacement() -> None:
     # 2 of 5 ranks, sigma 2: by hand, P(rank 0 is drawn) = p0 + sum_j p_j p0 / (1 - p_j)
-    order, drawn = order_of(5, 2, sigma=2.0), Counter[int]()
+    order = order_of(5, 2, sigma=2.0)
+    drawn = Counter[int]()
     for _ in range(4000):
         step = order.next()
         assert len(set(step)) == 2
@@ -74,7 +72,8 @@ def test_a_narrow_window_far_down_the_list_still_fills_a_step() -> None:
 
 
 def test_the_centre_never_goes_back_and_stays_on_the_list() -> None:
-    order, centres = order_of(400), [0.0]
+    order = order_of(400)
+    centres = [0.0]
     for accuracy in (0.0, 1.0, 0.0, 0.2, 1.0, 1.0):
         order.observe({"reward/correct": accuracy, "control/alignment": 0.1})
         centres.append(order.centre)
@@ -82,7 +81,8 @@ def test_the_centre_never_goes_back_and_stays_on_the_list() -> None:
 
 
 def test_a_step_without_verdicts_moves_nothing_and_mean_reward_stands_in_for_correctness() -> None:
-    order, other = order_of(5000), order_of(5000)
+    order = order_of(5000)
+    other = order_of(5000)
     order.observe({"reward/mean": math.nan, "control/alignment": 0.3})
     assert order.centre == 0.0
     order.observe({"reward/mean": 0.5, "control/alignment": 0.3})
@@ -91,22 +91,22 @@ def test_a_step_without_verdicts_moves_nothing_and_mean_reward_stands_in_for_cor
 
 
 def test_a_resumed_order_draws_what_the_first_would_have() -> None:
-    whole = order_of(sigma=10.0)
+    uninterrupted = order_of(sigma=10.0)
     expected = []
     for _ in range(10):
-        expected.append(whole.next())
-        whole.observe({**METRICS, "control/alignment": 0.001})
+        expected.append(uninterrupted.next())
+        uninterrupted.observe({**METRICS, "control/alignment": 0.001})
     first = order_of(sigma=10.0)
     for _ in range(5):
         first.next()
         first.observe({**METRICS, "control/alignment": 0.001})
     second = GainRlOrder(50, 4, 0, [], sigma=10.0)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    found = []
+    resumed_steps = []
     for _ in range(5):
-        found.append(second.next())
+        resumed_steps.append(second.next())
         second.observe({**METRICS, "control/alignment": 0.001})
-    assert found == expected[5:] and len({tuple(step) for step in expected}) == 10
+    assert resumed_steps == expected[5:] and len({tuple(step) for step in expected}) == 10
 
 
 @pytest.mark.parametrize("change", [{"count": 51}, {"per_step": 5}, {"seed": 1}])
@@ -122,7 +122,7 @@ def test_another_runs_state_is_refused(change: dict[str, int]) -> None:
 def test_what_all_prompts_share_at_their_ends_is_the_template() -> None:
     assert template_lengths([(1, 2, 7, 8, 3), (1, 2, 9, 3), (1, 2, 7, 5, 5, 3)]) == (2, 1)
     assert template_lengths([(4, 5), (6, 7)]) == (0, 0)
-    assert template_lengths([(1, 2, 3), (1, 2, 3)]) == (2, 0)  # a text in between is left, whatever it is
+    assert template_lengths([(1, 2, 3), (1, 2, 3)]) == (2, 0)  # at least one token remains between them
     assert template_lengths([(1, 9, 1), (1, 9, 9, 1)]) == (2, 0)
 
 

@@ -1,4 +1,4 @@
-"""Single completions with labels, from rows of their own or from the sides of pairs."""
+"""Single completions with labels, from labelled rows or from preference pairs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from rltrain.config.schema import JudgedData
 from rltrain.data.judged import Reader
-from rltrain.data.labels import LabelSet, load_labels, paired
+from rltrain.data.labels import LabelSet, are_pairs, load_labels
 
 
 def jsonl(path: Path, *rows: Any) -> str:
@@ -31,41 +31,45 @@ def row(label: Any, completion: Any = "a", prompt: Any = "q") -> dict[str, Any]:
 
 
 def test_labels_are_numbers_and_classes_are_counted(tmp_path: Path, tokenizer: Any) -> None:
-    found = load(tokenizer, jsonl(tmp_path / "l.jsonl", row(True), row(0), row(0.75), row(False)))
-    assert [one.label for one in found.completions] == [1.0, 0.0, 0.75, 0.0]
-    assert found.classes == (2, 2)
-    assert tokenizer.decode(list(found.completions[0].completion)) == "a<eos>"
+    labels = load(tokenizer, jsonl(tmp_path / "l.jsonl", row(True), row(0), row(0.75), row(False)))
+    assert [completion.label for completion in labels.completions] == [1.0, 0.0, 0.75, 0.0]
+    assert labels.classes == (2, 2)
+    assert tokenizer.decode(list(labels.completions[0].completion)) == "a<eos>"
 
 
 def test_messages_are_read_by_the_template(tmp_path: Path, tokenizer: Any) -> None:
-    prompt, answer = [{"role": "user", "content": "q"}], [{"role": "assistant", "content": "yes"}]
-    found = load(
+    prompt = [{"role": "user", "content": "q"}]
+    answer = [{"role": "assistant", "content": "yes"}]
+    labels = load(
         tokenizer, jsonl(tmp_path / "l.jsonl", row(True, answer, prompt), row(False, answer, prompt))
     )
-    one = found.completions[0]
-    assert tokenizer.decode([*one.prompt, *one.completion]) == "<user>q<assistant>yes<eos>"
+    completion = labels.completions[0]
+    assert tokenizer.decode([*completion.prompt, *completion.completion]) == "<user>q<assistant>yes<eos>"
 
 
 def test_pairs_are_read_as_two_completions_each(tmp_path: Path, tokenizer: Any) -> None:
     source = jsonl(
         tmp_path / "p.jsonl", *({"prompt": str(n), "chosen": "yes", "rejected": "no"} for n in range(3))
     )
-    found = load(tokenizer, source)
-    assert [one.id for one in found.completions[:2]] == ["p.jsonl:0:chosen", "p.jsonl:0:rejected"]
-    assert [one.label for one in found.completions] == [1, 0] * 3 and paired(found)
+    labels = load(tokenizer, source)
+    assert [completion.id for completion in labels.completions[:2]] == [
+        "p.jsonl:0:chosen",
+        "p.jsonl:0:rejected",
+    ]
+    assert [completion.label for completion in labels.completions] == [1, 0] * 3 and are_pairs(labels)
     assert len(load(tokenizer, source, limit=4)) == 4
-    assert not paired(load(tokenizer, jsonl(tmp_path / "l.jsonl", row(True), row(False))))
+    assert not are_pairs(load(tokenizer, jsonl(tmp_path / "l.jsonl", row(True), row(False))))
 
 
 def test_a_loss_without_labels_learns_from_chosen_completions_alone(tmp_path: Path, tokenizer: Any) -> None:
-    # DCO raises the likelihood of whatever it is given: the rejected side of a pair must not be among it
+    # DCO raises the likelihood of every completion, so it must not get the rejected side of a pair
     source = jsonl(
         tmp_path / "p.jsonl",
         *({"prompt": "q", "chosen": "a", "rejected": "b", "pass_rate": 0.5} for _ in range(3)),
     )
-    found = load(tokenizer, source, needs=("column:pass_rate",))
-    assert [one.id.rpartition(":")[2] for one in found.completions] == ["chosen"] * 3
-    assert not paired(found)
+    labels = load(tokenizer, source, needs=("column:pass_rate",))
+    assert [completion.id.rpartition(":")[2] for completion in labels.completions] == ["chosen"] * 3
+    assert not are_pairs(labels)
     assert len(load(tokenizer, source)) == 6
 
 
@@ -97,26 +101,32 @@ def test_what_cannot_be_read_is_named_with_its_row(
 
 def test_what_is_empty_or_too_long_is_left_out_or_cut_and_counted(tmp_path: Path, tokenizer: Any) -> None:
     source = jsonl(tmp_path / "l.jsonl", row(True, "abcdef"), row(False, "  "), row(False, "b"))
-    found = load(tokenizer, source, max_completion_tokens=3)
-    assert [tokenizer.decode(list(one.completion)) for one in found.completions] == ["abc", "b<eos>"]
-    assert (found.dropped, found.changed["completions cut"]) == ({"empty": 1}, 1)
+    labels = load(tokenizer, source, max_completion_tokens=3)
+    assert [tokenizer.decode(list(completion.completion)) for completion in labels.completions] == [
+        "abc",
+        "b<eos>",
+    ]
+    assert (labels.dropped, labels.changed["completions cut"]) == ({"empty": 1}, 1)
     source = jsonl(tmp_path / "d.jsonl", row(True, "abcdef"), row(True, "a"), row(False, "b"))
     assert load(tokenizer, source, max_completion_tokens=3, too_long="drop").dropped == {"too long": 1}
 
 
 def test_columns_that_a_loss_asks_for_come_along(tmp_path: Path, tokenizer: Any) -> None:
     source = jsonl(tmp_path / "l.jsonl", row(True) | {"pass_rate": 0.5}, row(False) | {"pass_rate": 1})
-    found = load(tokenizer, source, needs=("column:pass_rate",))
-    assert [one.columns for one in found.completions] == [{"pass_rate": 0.5}, {"pass_rate": 1.0}]
+    labels = load(tokenizer, source, needs=("column:pass_rate",))
+    assert [completion.columns for completion in labels.completions] == [
+        {"pass_rate": 0.5},
+        {"pass_rate": 1.0},
+    ]
 
 
 def test_a_pair_whose_strength_prefers_the_rejected_side_gives_no_labels_and_a_contradiction_is_refused(
     tmp_path: Path, tokenizer: Any
 ) -> None:
     pair = {"prompt": "q", "chosen": "yes", "rejected": "no"}
-    found = load(tokenizer, jsonl(tmp_path / "p.jsonl", pair | {"p_chosen": 0.9}, pair | {"p_chosen": 0.2}))
-    assert [one.id for one in found.completions] == ["p.jsonl:0:chosen", "p.jsonl:0:rejected"]
-    assert found.dropped == {"contradicted by their scores": 1}
+    labels = load(tokenizer, jsonl(tmp_path / "p.jsonl", pair | {"p_chosen": 0.9}, pair | {"p_chosen": 0.2}))
+    assert [completion.id for completion in labels.completions] == ["p.jsonl:0:chosen", "p.jsonl:0:rejected"]
+    assert labels.dropped == {"contradicted by their scores": 1}
     with pytest.raises(
         ValueError, match=r"c\.jsonl, line 2: margin 1\.0 prefer chosen, p_chosen 0\.2 prefer rejected"
     ):

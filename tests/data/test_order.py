@@ -28,17 +28,16 @@ def test_seeds_differ_and_repeat():
     assert first != list(range(10))
 
 
-@pytest.mark.parametrize(
-    "steps", [0, 1, 2, 3, 5, 17]
-)  # 10 / 4: step 3 straddles, after step 5 two epochs are exactly used up
+# 10 prompts in steps of 4: step 3 straddles two epochs, and step 5 ends exactly with the second epoch
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5, 17])
 def test_a_resumed_order_goes_on_as_the_uninterrupted_one(steps: int):
-    whole = PromptOrder(10, 4, seed=7)
+    uninterrupted = PromptOrder(10, 4, seed=7)
     for _ in range(steps):
-        whole.next()
+        uninterrupted.next()
     resumed = PromptOrder(10, 4, seed=7)
-    resumed.load_state_dict(whole.state_dict())
-    assert [resumed.next() for _ in range(9)] == [whole.next() for _ in range(9)]
-    assert resumed.state_dict() == whole.state_dict()
+    resumed.load_state_dict(uninterrupted.state_dict())
+    assert [resumed.next() for _ in range(9)] == [uninterrupted.next() for _ in range(9)]
+    assert resumed.state_dict() == uninterrupted.state_dict()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,4 @@
-"""Preference pairs: every format that is read, every reason to leave a row out, every error that
-names its row.
-"""
+"""Preference pairs: every supported format, every reason to leave a row out, and every error about a row."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rltrain.config.schema import JudgedData
 from rltrain.data.judged import Reader
-from rltrain.data.preferences import Pair, PairSet, load_pairs, scale_margins, transcript
+from rltrain.data.preferences import Pair, PairSet, load_pairs, parse_transcript, scale_margins
 
 
 def jsonl(path: Path, *rows: Any) -> str:
@@ -35,7 +33,7 @@ def load(
     return load_pairs(data, "train", reader, seed=0, limit=limit, needs=frozenset(needs))
 
 
-def spelt(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> tuple[str, str, str]:
+def decode_pair(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> tuple[str, str, str]:
     return tuple(tokenizer.decode(list(ids)) for ids in (pair.prompt, pair.chosen, pair.rejected))  # type: ignore[return-value]
 
 
@@ -49,25 +47,22 @@ SAY = {name: [{"role": "assistant", "content": name}] for name in ("yes", "no")}
         {"prompt": "q", "chosen": "yes", "rejected": "no"},
         {"prompt": [USER], "chosen": SAY["yes"], "rejected": SAY["no"]},
         {"chosen": [USER, *SAY["yes"]], "rejected": [USER, *SAY["no"]]},
-        {
-            "prompt": "q",
-            "chosen": [USER, *SAY["yes"]],
-            "rejected": [USER, *SAY["no"]],
-        },  # as UltraFeedback repeats its prompt
+        # like UltraFeedback, which repeats its prompt
+        {"prompt": "q", "chosen": [USER, *SAY["yes"]], "rejected": [USER, *SAY["no"]]},
         {"chosen": "\n\nHuman: q\n\nAssistant: yes", "rejected": "\n\nHuman: q\n\nAssistant: no"},
     ],
     ids=["text", "messages", "messages without prompt", "messages beside their prompt", "transcript"],
 )
 def test_every_format_becomes_the_same_pair(tmp_path: Path, tokenizer: Any, row: dict[str, Any]) -> None:
     pairs = load(tokenizer, jsonl(tmp_path / "p.jsonl", row)).pairs
-    assert [spelt(tokenizer, pair) for pair in pairs] == [("<user>q<assistant>", "yes<eos>", "no<eos>")]
+    assert [decode_pair(tokenizer, pair) for pair in pairs] == [("<user>q<assistant>", "yes<eos>", "no<eos>")]
     assert pairs[0].id == "p.jsonl:0"
 
 
 def test_without_a_template_text_stays_text_and_gains_its_end(tmp_path: Path, tokenizer: Any) -> None:
     hh = {"chosen": "\n\nHuman: q\n\nAssistant: yes", "rejected": "\n\nHuman: q\n\nAssistant: no"}
     (pair,) = load(tokenizer, jsonl(tmp_path / "hh.jsonl", hh), chat_template="none").pairs
-    assert spelt(tokenizer, pair) == ("\n\nHuman: q\n\nAssistant:", " yes<eos>", " no<eos>")
+    assert decode_pair(tokenizer, pair) == ("\n\nHuman: q\n\nAssistant:", " yes<eos>", " no<eos>")
     # The longest common beginning is "q a"; the space before what differs goes with the completions, as in
     # TRL.
     (pair,) = load(
@@ -75,14 +70,14 @@ def test_without_a_template_text_stays_text_and_gains_its_end(tmp_path: Path, to
         jsonl(tmp_path / "i.jsonl", {"chosen": "q a yes", "rejected": "q a no"}),
         chat_template="none",
     ).pairs
-    assert spelt(tokenizer, pair) == ("q a", " yes<eos>", " no<eos>")
+    assert decode_pair(tokenizer, pair) == ("q a", " yes<eos>", " no<eos>")
     (pair,) = load(
         tokenizer,
         jsonl(tmp_path / "t.jsonl", {"prompt": "q", "chosen": "yes", "rejected": "no"}),
         chat_template="none",
         prompt_template="{prompt}?",
     ).pairs
-    assert spelt(tokenizer, pair) == ("q?", "yes<eos>", "no<eos>")
+    assert decode_pair(tokenizer, pair) == ("q?", "yes<eos>", "no<eos>")
 
 
 def test_a_line_break_that_the_template_puts_behind_its_end_is_not_scored(
@@ -92,12 +87,12 @@ def test_a_line_break_that_the_template_puts_behind_its_end_is_not_scored(
     (pair,) = load(
         tokenizer, jsonl(tmp_path / "p.jsonl", {"prompt": "q", "chosen": "yes", "rejected": "no"})
     ).pairs
-    assert spelt(tokenizer, pair) == ("<user>q<assistant>", "yes<eos>", "no<eos>")
+    assert decode_pair(tokenizer, pair) == ("<user>q<assistant>", "yes<eos>", "no<eos>")
 
 
 def test_a_transcript_is_read_turn_by_turn() -> None:
     text = "\n\nHuman: a\nb\n\nAssistant: c\n\nHuman: d\n\nAssistant: e "
-    roles = [(turn["role"], turn["content"]) for turn in transcript(text)]
+    roles = [(turn["role"], turn["content"]) for turn in parse_transcript(text)]
     assert roles == [("user", "a\nb"), ("assistant", "c"), ("user", "d"), ("assistant", "e")]
 
 
@@ -114,23 +109,26 @@ def test_transcripts_with_other_prompts_or_no_answer_are_left_out_and_counted(
         },
         {"chosen": "\n\nHuman: q\n\nAssistant:", "rejected": "\n\nHuman: q\n\nAssistant: no"},
     )
-    found = load(tokenizer, source)
-    assert (len(found), found.dropped) == (1, {"different prompts": 1, "without an answer": 1, "empty": 1})
+    pair_set = load(tokenizer, source)
+    assert (len(pair_set), pair_set.dropped) == (
+        1,
+        {"different prompts": 1, "without an answer": 1, "empty": 1},
+    )
 
 
 def test_a_long_prompt_keeps_its_end_for_both_sides(tmp_path: Path, tokenizer: Any) -> None:
     source = jsonl(tmp_path / "p.jsonl", {"prompt": "abcdef", "chosen": "yes", "rejected": "no"})
-    found = load(tokenizer, source, max_prompt_tokens=4)
-    assert spelt(tokenizer, found.pairs[0]) == ("def<assistant>", "yes<eos>", "no<eos>")
-    assert found.changed["prompts cut"] == 1
+    pair_set = load(tokenizer, source, max_prompt_tokens=4)
+    assert decode_pair(tokenizer, pair_set.pairs[0]) == ("def<assistant>", "yes<eos>", "no<eos>")
+    assert pair_set.changed["prompts cut"] == 1
     tokenizer.bos_token = "<system>"  # any token will do: it stays in front
-    found = load(
+    pair_set = load(
         tokenizer,
         jsonl(tmp_path / "b.jsonl", {"prompt": "<system>abc", "chosen": "y", "rejected": "n"}),
         max_prompt_tokens=3,
         chat_template="none",
     )
-    assert spelt(tokenizer, found.pairs[0])[0] == "<system>bc"
+    assert decode_pair(tokenizer, pair_set.pairs[0])[0] == "<system>bc"
 
 
 def test_completions_are_cut_together_or_not_at_all(tmp_path: Path, tokenizer: Any) -> None:
@@ -141,12 +139,15 @@ def test_completions_are_cut_together_or_not_at_all(tmp_path: Path, tokenizer: A
         {"prompt": "q", "chosen": "abcX", "rejected": "abcY"},  # alike once cut
         {"prompt": "q", "chosen": "a", "rejected": "b"},
     )
-    found = load(tokenizer, source, max_completion_tokens=3)
-    assert [spelt(tokenizer, pair)[1:] for pair in found.pairs] == [("abc", "efg"), ("a<eos>", "b<eos>")]
-    assert found.dropped == {"too long on one side": 1, "identical": 1}
-    assert found.changed["completions cut"] == 2
-    whole = load(tokenizer, source, max_completion_tokens=3, too_long="drop")
-    assert (len(whole), whole.dropped) == (1, {"too long": 3})
+    pair_set = load(tokenizer, source, max_completion_tokens=3)
+    assert [decode_pair(tokenizer, pair)[1:] for pair in pair_set.pairs] == [
+        ("abc", "efg"),
+        ("a<eos>", "b<eos>"),
+    ]
+    assert pair_set.dropped == {"too long on one side": 1, "identical": 1}
+    assert pair_set.changed["completions cut"] == 2
+    uncut = load(tokenizer, source, max_completion_tokens=3, too_long="drop")
+    assert (len(uncut), uncut.dropped) == (1, {"too long": 3})
 
 
 def test_empty_and_identical_completions_are_left_out_and_counted(tmp_path: Path, tokenizer: Any) -> None:
@@ -155,14 +156,11 @@ def test_empty_and_identical_completions_are_left_out_and_counted(tmp_path: Path
         {"prompt": "q", "chosen": "a", "rejected": "b"},
         {"prompt": "q", "chosen": "a", "rejected": "a"},
         {"prompt": "q", "chosen": "a", "rejected": " "},
-        {
-            "prompt": "q",
-            "chosen": "a",
-            "rejected": "\u4e2d",
-        },  # no token of this vocabulary: nothing but its end is left
+        # the vocabulary has no token for this character, so only the end token remains
+        {"prompt": "q", "chosen": "a", "rejected": "\u4e2d"},
     )
-    found = load(tokenizer, source)
-    assert (len(found), found.dropped) == (1, {"identical": 1, "empty": 2})
+    pair_set = load(tokenizer, source)
+    assert (len(pair_set), pair_set.dropped) == (1, {"identical": 1, "empty": 2})
     with pytest.raises(ValueError, match=r"no example is left of 1 \(1 identical\)"):
         load(tokenizer, jsonl(tmp_path / "i.jsonl", {"prompt": "q", "chosen": "a", "rejected": "a"}))
 
@@ -188,11 +186,12 @@ def test_margins_come_from_scores_ratings_or_their_own_column(
 def test_scores_in_the_wrong_order_turn_a_soft_target_round_and_contradict_a_hard_one(
     tmp_path: Path, tokenizer: Any
 ) -> None:
-    right, wrong = {"score_chosen": 3, "score_rejected": 1}, {"score_chosen": 1, "score_rejected": 3}
+    right = {"score_chosen": 3, "score_rejected": 1}
+    wrong = {"score_chosen": 1, "score_rejected": 3}
     source = jsonl(tmp_path / "p.jsonl", *(SCORED | right for _ in range(2)), SCORED | wrong)
     soft = load(tokenizer, source, needs=("margin",))
     # Swapping the pair and negating its margin leaves -p ln s(z) - (1 - p) ln s(-z) as it is.
-    assert [(spelt(tokenizer, pair)[1], pair.margin) for pair in soft.pairs] == [
+    assert [(decode_pair(tokenizer, pair)[1], pair.margin) for pair in soft.pairs] == [
         ("a<eos>", 2),
         ("a<eos>", 2),
         ("b<eos>", 2),
@@ -217,7 +216,7 @@ def test_a_probability_below_one_half_turns_the_pair_round(
     (pair,) = load(
         tokenizer, jsonl(tmp_path / "p.jsonl", SCORED | {"p_chosen": p_chosen}), needs=("p_chosen",)
     ).pairs
-    assert (spelt(tokenizer, pair)[1], pair.p_chosen) == ("b<eos>", 1 - p_chosen)
+    assert (decode_pair(tokenizer, pair)[1], pair.p_chosen) == ("b<eos>", 1 - p_chosen)
 
 
 AGAINST = (
@@ -251,7 +250,7 @@ def test_strengths_that_contradict_one_another_are_refused_with_file_and_line(
     )
     with pytest.raises(
         ValueError,
-        match=rf"p\.jsonl, line 3: .* prefer chosen, {re.escape(said)} prefer rejected; mend the row",
+        match=rf"p\.jsonl, line 3: .* prefer chosen, {re.escape(said)} prefer rejected; correct the row",
     ):
         load(tokenizer, source, needs=needs)
 
@@ -276,7 +275,7 @@ def test_strengths_that_agree_or_say_nothing_are_taken(
 ) -> None:
     source = jsonl(tmp_path / "p.jsonl", SCORED | columns, SCORED | {"margin": 1})
     pair, _ = load(tokenizer, source, needs=("margin",)).pairs
-    assert (spelt(tokenizer, pair)[1], pair.margin, pair.p_chosen) == (chosen, margin, p_chosen)
+    assert (decode_pair(tokenizer, pair)[1], pair.margin, pair.p_chosen) == (chosen, margin, p_chosen)
 
 
 def test_a_missing_margin_is_an_error_and_one_that_is_no_number_a_counted_drop(
@@ -291,8 +290,8 @@ def test_a_missing_margin_is_an_error_and_one_that_is_no_number_a_counted_drop(
     source = jsonl(
         tmp_path / "n.jsonl", SCORED | {"margin": math.nan}, SCORED | {"margin": None}, SCORED | {"margin": 1}
     )
-    found = load(tokenizer, source, needs=("margin",))
-    assert (len(found), found.dropped) == (1, {"without a finite margin": 2})
+    pair_set = load(tokenizer, source, needs=("margin",))
+    assert (len(pair_set), pair_set.dropped) == (1, {"without a finite margin": 2})
     assert len(load(tokenizer, source)) == 3  # a loss that reads no margins takes them all
 
 
@@ -332,8 +331,8 @@ def test_rows_are_chosen_by_a_column_and_columns_renamed(tmp_path: Path, tokeniz
         {"question": str(n), "good": "a", "bad": "b", "split": "train" if n else "test"} for n in range(3)
     ]
     columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
-    found = load(tokenizer, jsonl(tmp_path / "p.jsonl", *rows), columns=columns, where={"split": "train"})
-    assert [pair.id for pair in found.pairs] == ["p.jsonl:1", "p.jsonl:2"]
+    pair_set = load(tokenizer, jsonl(tmp_path / "p.jsonl", *rows), columns=columns, where={"split": "train"})
+    assert [pair.id for pair in pair_set.pairs] == ["p.jsonl:1", "p.jsonl:2"]
     with pytest.raises(ValueError, match=r"no row has split = 'dev' \(data.where\); there are test, train"):
         load(tokenizer, jsonl(tmp_path / "p.jsonl", *rows), columns=columns, where={"split": "dev"})
 
@@ -347,13 +346,13 @@ def test_a_limit_takes_the_first_so_many_of_a_seeded_shuffle(tmp_path: Path, tok
 
 
 def test_margins_are_divided_by_the_training_sets_scale() -> None:
-    def of(*margins: float) -> PairSet:
-        return PairSet(tuple(Pair("i", (1,), (2,), (3,), margin=one) for one in margins), {}, {})
+    def pairs_with(*margins: float) -> PairSet:
+        return PairSet(tuple(Pair("i", (1,), (2,), (3,), margin=margin) for margin in margins), {}, {})
 
-    train, held_out = scale_margins([of(1.0, 4.0), of(2.0)], "max_abs")
+    train, held_out = scale_margins([pairs_with(1.0, 4.0), pairs_with(2.0)], "max_abs")
     assert [pair.margin for pair in (*train.pairs, *held_out.pairs)] == [0.25, 1.0, 0.5]
     # The standard deviation of 1 and 4 with ddof 1 is 3 / sqrt 2.
-    (train,) = scale_margins([of(1.0, 4.0)], "std")
+    (train,) = scale_margins([pairs_with(1.0, 4.0)], "std")
     assert train.pairs[0].margin == pytest.approx(math.sqrt(2) / 3)
 
 
@@ -363,8 +362,10 @@ def test_the_built_in_pairs_differ_in_digits_and_score_them() -> None:
     rows = arithmetic_pairs("train", {"count": 300})
     assert rows == arithmetic_pairs("train", {"count": 300})
     for row in rows:
-        same = [one == two for one, two in zip(row["chosen"], row["rejected"], strict=True)]
-        assert row["chosen"] == row["answer"] and not all(same) and row["rejected"][0] != "0"
-        assert row["score_rejected"] == pytest.approx(sum(same) / len(same)) and row["score_chosen"] == 1
+        is_equal = [left == right for left, right in zip(row["chosen"], row["rejected"], strict=True)]
+        assert row["chosen"] == row["answer"] and not all(is_equal) and row["rejected"][0] != "0"
+        assert (
+            row["score_rejected"] == pytest.approx(sum(is_equal) / len(is_equal)) and row["score_chosen"] == 1
+        )
     held_out = {row["prompt"] for row in arithmetic_pairs("test", {"count": 300})}
     assert not held_out & {row["prompt"] for row in rows}

@@ -84,11 +84,11 @@ def test_every_file_kind_and_a_folder_give_the_same_prompts(tmp_path, tokenizer,
         path.write_text(json.dumps(rows))
     else:
         jsonl(path, *rows)
-    found = load(tokenizer, str(tmp_path if name.startswith("train") else path)).prompts
-    assert [(p.text, p.columns["answer"]) for p in found] == [
+    prompts = load(tokenizer, str(tmp_path if name.startswith("train") else path)).prompts
+    assert [(p.text, p.columns["answer"]) for p in prompts] == [
         (f"<user>{n}+1=<assistant>", str(n + 1)) for n in range(5)
     ]
-    assert len({p.id for p in found}) == 5
+    assert len({p.id for p in prompts}) == 5
 
 
 def test_a_folder_of_sharded_splits_or_of_save_to_disk_is_read_by_split(tmp_path, tokenizer):
@@ -111,9 +111,8 @@ def test_a_folder_of_sharded_splits_or_of_save_to_disk_is_read_by_split(tmp_path
 
 
 def test_over_long_prompts_are_dropped_and_counted(tmp_path, tokenizer):
-    source = jsonl(
-        tmp_path / "l.jsonl", {"prompt": "abc"}, {"prompt": "abcd"}, {"prompt": "abcde"}
-    )  # 2 more tokens each: <user>, <assistant>
+    # the template adds 2 tokens to each: <user>, <assistant>
+    source = jsonl(tmp_path / "l.jsonl", {"prompt": "abc"}, {"prompt": "abcd"}, {"prompt": "abcde"})
     loaded = load(tokenizer, source, max_prompt_tokens=6)
     assert [p.text for p in loaded.prompts] == ["<user>abc<assistant>", "<user>abcd<assistant>"]
     assert loaded.dropped == {"too_long": 1}
@@ -262,8 +261,10 @@ def test_data_that_does_not_fit_the_recipe_is_refused(tmp_path, tokenizer, conte
 
 
 def test_a_missing_or_foreign_file_is_refused(tmp_path, tokenizer, monkeypatch):
-    with pytest.raises(ValueError, match="no such file or folder"):
+    with pytest.raises(ValueError, match=r"no such file or folder \(from .*\)$"):
         load(tokenizer, "nowhere/train.jsonl")
+    with pytest.raises(ValueError, match=r"no such file .*; scripts/get_data.py makes the files of data/$"):
+        load(tokenizer, "data/gsm8k/absent.jsonl")
     (tmp_path / "train.txt").write_text("1")
     with pytest.raises(ValueError, match=r"ends in .jsonl, .json, .parquet, not '.txt'"):
         load(tokenizer, str(tmp_path / "train.txt"))
@@ -286,7 +287,8 @@ def test_a_name_the_hub_does_not_give_is_refused(tokenizer, monkeypatch):
 
 
 def test_held_out_files_may_name_their_columns_differently(tmp_path, tokenizer):
-    train, held_out = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    train = tmp_path / "train.jsonl"
+    held_out = tmp_path / "test.jsonl"
     train.write_text('{"question": "1+1=", "answer": "2"}\n')
     held_out.write_text('{"problem": "2+2=", "answer": "4"}\n')
     data = Data(
@@ -295,5 +297,5 @@ def test_held_out_files_may_name_their_columns_differently(tmp_path, tokenizer):
         columns={"prompt": "question"},
         eval_columns={"prompt": "problem"},
     )
-    found = [load_prompts(data, side, tokenizer, seed=0).prompts[0].columns for side in ("train", "eval")]
-    assert found == [{"answer": "2"}, {"answer": "4"}]
+    columns = [load_prompts(data, side, tokenizer, seed=0).prompts[0].columns for side in ("train", "eval")]
+    assert columns == [{"answer": "2"}, {"answer": "4"}]

@@ -1,4 +1,4 @@
-"""Where steps end, in characters and in tokens."""
+"""Ends of steps, in characters and in tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from rltrain.data.steps import ends_of_given, ends_of_lines, ends_of_pattern, step_of_tokens
+from rltrain.data.steps import ends_of_lines, ends_of_listed_steps, ends_of_pattern, step_of_tokens
 
 
 def pieces(text: str, ends: Sequence[int]) -> list[str]:
@@ -20,7 +20,7 @@ def pieces(text: str, ends: Sequence[int]) -> list[str]:
         ("one", ["one"]),
         ("one\ntwo\n", ["one\n", "two\n"]),
         ("one\n\n\ntwo", ["one\n\n\n", "two"]),  # empty lines belong to the line before
-        ("\n\none\n  \ntwo", ["\n\none\n  \n", "two"]),  # blank beginnings are no step
+        ("\n\none\n  \ntwo", ["\n\none\n  \n", "two"]),  # blank text at the beginning is not a step
         ("one\n  two", ["one\n", "  two"]),  # indented: the blank before the text is the new line's
         ("", [""]),
     ],
@@ -43,15 +43,15 @@ def test_patterns(pattern: str, text: str, expected: list[str]) -> None:
 
 
 def test_given_steps_are_found_in_their_order() -> None:
-    assert pieces("a b.\n\n a c. a", ends_of_given("a b.\n\n a c. a", ["a b.", "a c.", "a"])) == [
+    assert pieces("a b.\n\n a c. a", ends_of_listed_steps("a b.\n\n a c. a", ["a b.", "a c.", "a"])) == [
         "a b.\n\n ",
         "a c. ",
         "a",
     ]
     with pytest.raises(ValueError, match=r"step 1 'a b.' is not in the completion after the one before"):
-        ends_of_given("a b. a c.", ["a c.", "a b."])
+        ends_of_listed_steps("a b. a c.", ["a c.", "a b."])
     with pytest.raises(ValueError, match="step 0 is empty"):
-        ends_of_given("a", [" "])
+        ends_of_listed_steps("a", [" "])
 
 
 def test_a_token_over_an_end_belongs_to_the_step_that_ends_in_it() -> None:
@@ -63,8 +63,8 @@ def test_a_token_over_an_end_belongs_to_the_step_that_ends_in_it() -> None:
     ids = list(range(7))
     text = decode(ids)
     assert text == "a.\nb.\nc\nd"
-    # lines a. | b. | c | d: the token ".\nc" ends line 1 and takes c with it; the line break after c is all
-    # that step 2 has
+    # lines a. | b. | c | d: the token ".\nc" ends line 1 and contains c, so only the line break after c
+    # remains for step 2
     assert step_of_tokens(ids, ends_of_lines(text), decode) == [0, 0, 1, 1, 2, 3, 3]
     # cut after "b" and after ".": both ends lie within tokens; the second of them has no token of its own
     assert step_of_tokens(ids, [4, 5, 6, len(text)], decode) == [0, 0, 0, 1, 3, 3, 3]

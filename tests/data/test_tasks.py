@@ -32,9 +32,8 @@ def test_no_pair_of_operands_is_in_both_splits_in_either_order():
         for split in ("train", "test")
     )
     assert not train & test
-    assert (
-        0.08 < len(test) / (len(train) + len(test)) < 0.12
-    )  # held_out 0.1 of 4,095 pairs: standard deviation 0.005
+    # held_out 0.1 of 4,095 pairs: standard deviation 0.005
+    assert 0.08 < len(test) / (len(train) + len(test)) < 0.12
 
 
 def test_other_operations_and_digits():

@@ -1,5 +1,5 @@
-"""The reward of the golden runs: one that an untrained model gets some of, so that there is a
-gradient from the first step on.
+"""The reward of the golden runs: an untrained model already gets some of it, so that the first step has a
+gradient.
 """
 
 from reward.score import Score

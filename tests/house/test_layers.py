@@ -70,10 +70,10 @@ def module_of(path: Path) -> str:
 
 def imports_of(text: str, module: str, is_package: bool) -> set[str]:
     """Every module an import statement names, at any depth of the file; ``from a import b`` counts as a.b."""
-    found: set[str] = set()
+    imported: set[str] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
@@ -81,8 +81,8 @@ def imports_of(text: str, module: str, is_package: bool) -> set[str]:
                     : None if is_package and node.level == 1 else -(node.level - is_package)
                 ]
                 base = ".".join([*parents, base] if base else parents)
-            found |= {f"{base}.{alias.name}" for alias in node.names}
-    return found
+            imported |= {f"{base}.{alias.name}" for alias in node.names}
+    return imported
 
 
 def layer_of(module: str) -> tuple[int, str] | None:
@@ -143,8 +143,8 @@ def test_imports_point_down(path: Path):
     assert module in ("rltrain", "reward") or module.startswith("reward.") or layer_of(module), (
         f"{module} has no place in LAYERS"
     )
-    found = imports_of(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
-    wrong = {name: why for name in sorted(found) if (why := complaint(module, name))}
+    imported = imports_of(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
+    wrong = {name: why for name in sorted(imported) if (why := complaint(module, name))}
     assert not wrong
 
 

@@ -129,7 +129,7 @@ def test_recipes_name_registered_methods_with_their_hyperparameters():
             for term in loss.get("terms", ())
             if not isinstance(term["coefficient"], int | float)
         ]
-        references += [("coefficient", one) for one in changing]
+        references += [("coefficient", name) for name in changing]
         for kind, reference in references:
             if reference is not None:
                 keys = set() if isinstance(reference, str) else set(reference) - ours

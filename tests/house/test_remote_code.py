@@ -70,10 +70,10 @@ def test_the_rule_sees_a_call_that_does_not_say_whom_it_trusts(text: str, silent
 
 def test_every_call_that_may_run_code_of_a_model_says_whether_it_is_trusted():
     # left out, transformers asks on the terminal, and a "y" on stdin runs whatever the folder holds
-    found = {
+    readers = {
         str(path.relative_to(ROOT)): silent_loads(path.read_text(encoding="utf-8")) for path in sources()
     }
-    assert not {path: lines for path, lines in found.items() if lines}
+    assert not {path: lines for path, lines in readers.items() if lines}
 
 
 def test_the_data_set_library_has_no_loading_scripts():

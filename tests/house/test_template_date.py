@@ -29,8 +29,8 @@ def test_the_rule_sees_a_template_that_reads_the_clock() -> None:
 
 
 def test_every_chat_template_is_rendered_as_of_the_runs_date() -> None:
-    found = {
+    templates = {
         str(path.relative_to(ROOT)): unfrozen(path.read_text(encoding="utf-8"))
         for path in (ROOT / "rltrain").rglob("*.py")
     }
-    assert not {path: lines for path, lines in found.items() if lines}
+    assert not {path: lines for path, lines in templates.items() if lines}

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("rltrain", "reward", "recipes", "scripts", "tests")
-SUFFIXES = {".py", ".yaml", ".yml", ".json", ".md", ".toml", ".sh", ".txt"}
+FOLDERS = ("rltrain", "reward", "recipes", "docs", "scripts", "tests")
+SUFFIXES = {".py", ".yaml", ".yml", ".json", ".md", ".toml", ".sh", ".txt", ".cff"}
 # a path that exists on one machine only; assembled so that this file does not match itself
 SOMEBODYS_MACHINE = re.compile(r"(?<![\w.~}])/(?:" + "|".join(["work", "home", "Users"]) + r")/\w")
+
+RELATIVE = re.compile(r"(?<![\w./])(?:\.\./)+[\w.-]+(?:/[\w.-]+)*")
 
 
 def texts() -> list[Path]:
@@ -29,8 +31,8 @@ def modules() -> list[Path]:
 
 
 def test_nothing_in_the_package_prints():
-    # output goes through report/ or typer.echo; the command line's last words on stderr are the one exception
-    found = [
+    # output goes through report/ or typer.echo; the command line's errors on stderr are the one exception
+    places = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in modules()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
@@ -40,7 +42,7 @@ def test_nothing_in_the_package_prints():
             and any(ast.unparse(keyword) == "file=sys.stderr" for keyword in node.keywords)
         )
     ]
-    assert not found
+    assert not places
 
 
 def test_nobody_catches_everything():
@@ -48,7 +50,7 @@ def test_nobody_catches_everything():
     # catch; graders are users' code (whatever they raise costs one completion), trackers third parties'
     # (switched off, loudly)
     broad, others_code = {"Exception", "BaseException"}, {"reward", "rltrain/report/sinks.py"}
-    found = [
+    places = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in modules()
         if not others_code & {path.relative_to(ROOT).parts[0], path.relative_to(ROOT).as_posix()}
@@ -57,7 +59,7 @@ def test_nobody_catches_everything():
         and (node.type is None or (isinstance(node.type, ast.Name) and node.type.id in broad))
         if not isinstance(node.body[-1], ast.Raise)
     ]
-    assert not found
+    assert not places
 
 
 def test_the_machine_path_rule_sees_one():
@@ -75,6 +77,34 @@ def test_no_text_speaks_of_somebodys_machine(path: Path):
         for number, line in enumerate(lines, 1)
         if SOMEBODYS_MACHINE.search(line)
     ]
+
+
+def paths_out_of_the_tree(path: Path, text: str) -> list[str]:
+    """Relative paths with ``..`` that lead, from the file's folder, to nothing in the repository."""
+    targets = [match.group().rstrip(".") for match in RELATIVE.finditer(text)]
+    resolved = [(target, (path.parent / target).resolve()) for target in targets]
+    return [target for target, end in resolved if not (end.is_relative_to(ROOT) and end.exists())]
+
+
+def test_the_rule_on_relative_paths_sees_data_outside_and_links_inside():
+    recipe, page = ROOT / "recipes/policy/grpo.yaml", ROOT / "docs/studies/README.md"
+    assert paths_out_of_the_tree(recipe, "train: ../beside/data/train.jsonl") == [
+        "../beside/data/train.jsonl"
+    ]
+    assert paths_out_of_the_tree(page, "--data ../data/gsm8k/test.jsonl") == ["../data/gsm8k/test.jsonl"]
+    assert paths_out_of_the_tree(ROOT / "README.md", "see ../beside.") == ["../beside"]
+    assert not paths_out_of_the_tree(recipe, "extends: ../base/online.yaml")
+    assert not paths_out_of_the_tree(page, "[lessons](../lessons.md), step 1...2, a/../b")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in texts() if path.relative_to(ROOT).parts[0] not in ("rltrain", "reward", "tests")],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_no_recipe_page_or_script_names_a_path_out_of_the_tree(path: Path):
+    # users have the repository and nothing beside it: data comes by Hub name or from scripts/get_data.py
+    assert not paths_out_of_the_tree(path, path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))

@@ -12,7 +12,8 @@ import runpy
 import sys
 from pathlib import Path
 
-folder, rank = Path(sys.argv.pop(1)), os.environ.get("RANK", "0")
+folder = Path(sys.argv.pop(1))
+rank = os.environ.get("RANK", "0")
 try:
     runpy.run_module("rltrain", run_name="__main__", alter_sys=True)
 except SystemExit as end:

@@ -1,8 +1,8 @@
-"""What every advantage owes, whatever it computes: numbers follow the tokens, not the width of the batch, its
-padding or where rows stand.
+"""Invariants of every advantage: the numbers depend on the tokens, not on the width of the batch, its padding
+or the order of its rows.
 
-Runs over everything registered, with every choice of every ``Literal`` hyperparameter; a new advantage is
-picked up by itself.
+The tests run over all registered advantages, with every choice of every ``Literal`` hyperparameter; a new
+advantage is included automatically.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from rltrain.types.policy import TrainBatch
 from rltrain.types.samples import SOURCE_POLICY
 from support.method_cases import SOURCE_CODES, named, promised, variants
 
-ROWS, WIDTH = 12, 9
+ROWS = 12
+WIDTH = 9
 ENOUGH: dict[str, dict[str, Any]] = {
     "reinforce_pp": {"kl_coef": 0.1},
     "ares": {"targets": [1.0, 2.0, 3.0], "window": 2},
 }
 VARIANTS = variants(ADVANTAGES, ENOUGH)
 EVERY = pytest.mark.parametrize("advantage", VARIANTS, ids=named)
-# By its definition aapo's default pairs the rows of two sources in the order in which they stand.
-IN_ORDER = [one for one in VARIANTS if one.name == "aapo" and "reference" not in one.hp]
+# By its definition aapo's default pairs the rows of two sources in their order.
+IN_ORDER = [method for method in VARIANTS if method.name == "aapo" and "reference" not in method.hp]
 
 
 def batch_for(advantage: BoundMethod) -> TrainBatch:
-    """Three groups of four, half of each of the source that the advantage asks for; a token masked out
-    inside a row, one row whole.
+    """Three groups of four, half of each from the source that the advantage needs; one token inside a row and
+    one whole row are masked out.
     """
     generator = torch.Generator().manual_seed(11)
     row = torch.arange(ROWS)
@@ -71,48 +72,50 @@ def batch_for(advantage: BoundMethod) -> TrainBatch:
     )
 
 
-def assigned(batch: TrainBatch, advantage: BoundMethod) -> Tensor:
-    """(B, WIDTH), 0 outside of the mask."""
+def masked_advantages(batch: TrainBatch, advantage: BoundMethod) -> Tensor:
+    """(B, WIDTH) advantages, 0 outside the mask."""
     return torch.where(batch.mask, compute_advantages(batch, advantage).advantages, 0.0)[:, :WIDTH]
 
 
 @EVERY
 def test_it_says_something_and_is_finite_where_a_token_counts(advantage: BoundMethod) -> None:
-    found = assigned(batch_for(advantage), advantage)
-    assert found.isfinite().all() and (found.any() or "no_signal" in advantage.spec.traits)
+    advantages = masked_advantages(batch_for(advantage), advantage)
+    assert advantages.isfinite().all() and (advantages.any() or "no_signal" in advantage.spec.traits)
 
 
 @EVERY
 def test_further_columns_of_padding_change_nothing(advantage: BoundMethod) -> None:
-    given = batch_for(advantage)
+    batch = batch_for(advantage)
     fill: dict[str, float] = {"mask": 0, "step_id": -1}
     tokens = {
-        name: value for name, value in vars(given).items() if isinstance(value, Tensor) and value.dim() == 2
+        name: value for name, value in vars(batch).items() if isinstance(value, Tensor) and value.dim() == 2
     }
-    wider = given.replace(
+    wider = batch.replace(
         **{name: pad(value, (0, 4), value=fill.get(name, math.nan)) for name, value in tokens.items()}
     )
     assert wider.mask.shape == (ROWS, WIDTH + 4)
-    assert_close(assigned(wider, advantage), assigned(given, advantage), rtol=1e-9, atol=1e-12)
+    want = masked_advantages(batch, advantage)
+    assert_close(masked_advantages(wider, advantage), want, rtol=1e-9, atol=1e-12)
 
 
 @EVERY
 def test_what_stands_outside_of_the_mask_is_not_read(advantage: BoundMethod) -> None:
-    given = batch_for(advantage)
+    batch = batch_for(advantage)
     tokens = {
         name: value
-        for name, value in vars(given).items()
+        for name, value in vars(batch).items()
         if isinstance(value, Tensor) and value.is_floating_point()
     }
-    filled = given.replace(**{name: value.nan_to_num(7.0) for name, value in tokens.items()})
-    assert_close(assigned(filled, advantage), assigned(given, advantage), rtol=1e-9, atol=1e-12)
+    filled = batch.replace(**{name: value.nan_to_num(7.0) for name, value in tokens.items()})
+    want = masked_advantages(batch, advantage)
+    assert_close(masked_advantages(filled, advantage), want, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("advantage", [one for one in VARIANTS if one not in IN_ORDER], ids=named)
+@pytest.mark.parametrize("advantage", [method for method in VARIANTS if method not in IN_ORDER], ids=named)
 def test_the_rows_may_stand_in_any_order(advantage: BoundMethod) -> None:
-    given = batch_for(advantage)
+    batch = batch_for(advantage)
+    want = masked_advantages(batch, advantage)
     for seed in range(3):
         order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(seed))
-        assert_close(
-            assigned(given.rows(order), advantage), assigned(given, advantage)[order], rtol=1e-9, atol=1e-12
-        )
+        got = masked_advantages(batch.rows(order), advantage)
+        assert_close(got, want[order], rtol=1e-9, atol=1e-12)

@@ -21,7 +21,8 @@ from rltrain.loss.policy import POLICY_LOSSES
 from rltrain.types.policy import TokenRows, TrainBatch
 from rltrain.types.samples import SOURCE_POLICY, SOURCE_TEMPERED
 
-ROWS, LONGEST = 18, 6
+ROWS = 18
+LONGEST = 6
 WIDE = {"low": -100.0, "high": 100.0, "ratio": 0.1, "eps_low": 0.2, "eps_high": 0.2}
 CASES: dict[str, tuple[list[tuple[str, dict[str, Any]]], str]] = {
     "clip_cov, steer, 80/20": (
@@ -59,9 +60,9 @@ def step() -> tuple[TokenRows, TrainBatch]:
     return TokenRows(prompts, completions), batch
 
 
-def trained(model: str, case: str, tokens_per_micro_batch: int) -> tuple[UpdateStats, Tensor]:
-    """What three updates did, and the log-probs of the step afterwards."""
-    named, loss = CASES[case]
+def train(model: str, case: str, tokens_per_micro_batch: int) -> tuple[UpdateStats, Tensor]:
+    """Statistics of three updates, and the log-probs of the step afterwards."""
+    references, loss = CASES[case]
     settings = Learner(
         optimizer=Optimizer(lr=1e-3, max_grad_norm=1e9),
         updates=3,
@@ -71,11 +72,10 @@ def trained(model: str, case: str, tokens_per_micro_batch: int) -> tuple[UpdateS
         Model(path=model), settings, temperature=1.0, max_tokens=8, total_updates=10, seed=0
     )
     rows, batch = step()
-    controls = [TOKEN_CONTROLS.bind(name, hp) for name, hp in named]
+    controls = [TOKEN_CONTROLS.bind(name, hp) for name, hp in references]
     early, later = split_by_timing(controls)
-    statistics = learner.annotate(
-        rows, frozenset({"logp", "entropy", *(name for one in early for name in one.needs if ":" in name)})
-    )
+    needs = {name for control in early for name in control.needs if ":" in name}
+    statistics = learner.annotate(rows, frozenset({"logp", "entropy", *needs}))
     batch = batch.replace(old_logp=statistics["logp"], old_entropy=statistics["entropy"])
     batch = batch.with_extra(**{name: value for name, value in statistics.items() if ":" in name})
     for control in early:
@@ -86,17 +86,18 @@ def trained(model: str, case: str, tokens_per_micro_batch: int) -> tuple[UpdateS
 
 
 def test_a_run_repeats_to_the_bit(random_model: str):
-    first, second = (trained(random_model, "clip_cov, steer, 80/20", 24) for _ in range(2))
+    first, second = (train(random_model, "clip_cov, steer, 80/20", 24) for _ in range(2))
     assert first[0].metrics == second[0].metrics and torch.equal(first[1], second[1])
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_micro_batches_change_neither_the_choice_nor_the_update(random_model: str, case: str):
-    (whole, after), (parts, after_parts) = (trained(random_model, case, tokens) for tokens in (4096, 24))
-    assert parts.metrics.keys() == whole.metrics.keys()
-    for name, value in whole.metrics.items():
-        assert parts.metrics[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
-    assert_close(after_parts, after, atol=2e-4, rtol=0)
+    whole_stats, whole_logp = train(random_model, case, 4096)
+    parts_stats, parts_logp = train(random_model, case, 24)
+    assert parts_stats.metrics.keys() == whole_stats.metrics.keys()
+    for name, value in whole_stats.metrics.items():
+        assert parts_stats.metrics[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
+    assert_close(parts_logp, whole_logp, atol=2e-4, rtol=0)
 
 
 def test_kl_cov_does_nothing_in_a_step_s_first_update_and_pulls_in_the_others(random_model: str):

@@ -1,8 +1,8 @@
-"""What every control owes, whatever it computes: its result follows the tokens, not where their rows stand or
-how wide the batch is.
+"""Invariants of every control: its result depends on the tokens, not on the order of rows or the width of the
+batch.
 
-Runs over everything registered, with every choice of every ``Literal`` hyperparameter. A new control is
-picked up by itself: the batch has every field filled, and ``extra`` holds what else the control says it
+The tests run over all registered controls, with every choice of every ``Literal`` hyperparameter. A new
+control is included automatically: the batch has every field filled, and ``extra`` holds the control's other
 needs.
 """
 
@@ -28,9 +28,10 @@ from rltrain.types.policy import PolicyTokens, StepTotals, TrainBatch
 from rltrain.types.samples import SOURCE_POLICY, SOURCE_TEMPERED
 from support.method_cases import named, variants
 
-ROWS, WIDTH = 12, 9
+ROWS = 12
+WIDTH = 9
 FIELDS = {field.name for field in dataclasses.fields(TrainBatch)}
-NOTES = {ABOVE_TARGET: 0.0}  # what the rest of a run says of the step
+NOTES = {ABOVE_TARGET: 0.0}  # notes that the rest of a run adds to the step
 # Hyperparameters with which a control has something to do on a batch this small.
 ENOUGH = {
     "clip_cov": {"ratio": 0.1, "low": 0.0},
@@ -44,8 +45,8 @@ EVERY = pytest.mark.parametrize("control", variants(TOKEN_CONTROLS, ENOUGH), ids
 
 
 def batch_for(control: BoundMethod) -> TrainBatch:
-    """Three groups of four, the last two of each sampled at another temperature; two tokens masked
-    out inside rows, one row whole.
+    """Three groups of four, the last two of each sampled at another temperature; two tokens inside rows and
+    one whole row are masked out.
     """
     generator = torch.Generator().manual_seed(11)
     row = torch.arange(ROWS)
@@ -84,77 +85,74 @@ def batch_for(control: BoundMethod) -> TrainBatch:
     )
 
 
-def differing(got: TrainBatch, want: TrainBatch) -> list[str]:
-    """Names of what is not equal where the mask is on, or not finite there; of masks and notes that
-    differ.
-    """
+def differences(got: TrainBatch, want: TrainBatch) -> list[str]:
+    """Names of tensors that differ or are not finite inside the mask, and of differing masks and notes."""
     if not torch.equal(got.mask, want.mask) or got.extra.keys() != want.extra.keys():
         return ["mask, or the names of extra"]
     pairs = {
         name: (getattr(got, name), getattr(want, name)) for name in ("weights", "advantages", "old_logp")
     }
     pairs |= {name: (got.extra[name], want.extra[name]) for name in want.extra}
-    on = {
-        name: (mine[want.mask].double(), theirs[want.mask].double()) for name, (mine, theirs) in pairs.items()
-    }
-    equal = {
-        name: torch.allclose(*both, rtol=1e-7, atol=1e-7) and bool(both[1].isfinite().all())
-        for name, both in on.items()
-    }
-    found = [name for name in equal if not equal[name]]
-    return found if dict(got.notes) == pytest.approx(dict(want.notes)) else [*found, "notes"]
+    names = []
+    for name, (got_values, want_values) in pairs.items():
+        got_tokens = got_values[want.mask].double()
+        want_tokens = want_values[want.mask].double()
+        is_equal = torch.allclose(got_tokens, want_tokens, rtol=1e-7, atol=1e-7)
+        if not (is_equal and bool(want_tokens.isfinite().all())):
+            names.append(name)
+    return names if dict(got.notes) == pytest.approx(dict(want.notes)) else [*names, "notes"]
 
 
 @EVERY
 def test_the_rows_may_stand_in_any_order(control: BoundMethod):
-    given = batch_for(control)
-    want = apply_control(given, control)
+    batch = batch_for(control)
+    want = apply_control(batch, control)
     for seed in range(3):
         order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(seed))
-        assert not differing(apply_control(given.rows(order), control), want.rows(order))
+        assert not differences(apply_control(batch.rows(order), control), want.rows(order))
 
 
 @EVERY
 def test_what_stands_outside_of_the_mask_is_not_read(control: BoundMethod):
-    given = batch_for(control)
+    batch = batch_for(control)
     floating = {
         name: value
         for name in FIELDS
-        if isinstance(value := getattr(given, name), Tensor)
+        if isinstance(value := getattr(batch, name), Tensor)
         and value.dim() == 2
         and value.is_floating_point()
     }
     filled = {name: value.nan_to_num(7.0) for name, value in floating.items()}
-    extra = {name: value.nan_to_num(7.0) for name, value in given.extra.items()}
-    assert not differing(
-        apply_control(given.replace(**filled, extra=extra), control), apply_control(given, control)
+    extra = {name: value.nan_to_num(7.0) for name, value in batch.extra.items()}
+    assert not differences(
+        apply_control(batch.replace(**filled, extra=extra), control), apply_control(batch, control)
     )
 
 
 @EVERY
 def test_further_columns_of_padding_change_nothing(control: BoundMethod):
-    given = batch_for(control)
+    batch = batch_for(control)
     fill: dict[str, float] = {"mask": 0, "step_id": -1}
     tokens = {
         name: value
         for name in FIELDS
-        if isinstance(value := getattr(given, name), Tensor) and value.dim() == 2
+        if isinstance(value := getattr(batch, name), Tensor) and value.dim() == 2
     }
     wider = {name: pad(value, (0, 4), value=fill.get(name, math.nan)) for name, value in tokens.items()}
-    extra = {name: pad(value, (0, 4), value=math.nan) for name, value in given.extra.items()}
-    after = apply_control(given.replace(**wider, extra=extra), control)
+    extra = {name: pad(value, (0, 4), value=math.nan) for name, value in batch.extra.items()}
+    after = apply_control(batch.replace(**wider, extra=extra), control)
     assert not after.mask[:, WIDTH:].any()
-    assert not differing(after.rows(range(ROWS), WIDTH), apply_control(given, control))
+    assert not differences(after.rows(range(ROWS), WIDTH), apply_control(batch, control))
 
 
 @EVERY
 def test_nothing_a_control_returns_carries_a_gradient(control: BoundMethod):
-    given = batch_for(control)
+    batch = batch_for(control)
     leaves = {
-        name: getattr(given, name).clone().requires_grad_()
+        name: getattr(batch, name).clone().requires_grad_()
         for name in ("old_logp", "logp_now", "old_entropy", "entropy_now")
     }
-    after = control(given.replace(**leaves))
+    after = control(batch.replace(**leaves))
     changed = [
         getattr(after, name)
         for name in ("weights", "advantages", "old_logp")
@@ -166,8 +164,9 @@ def test_nothing_a_control_returns_carries_a_gradient(control: BoundMethod):
 
 @EVERY
 def test_the_same_batch_gives_the_same_bits(control: BoundMethod):
-    given = batch_for(control)
-    first, second = apply_control(given, control), apply_control(given, control)
+    batch = batch_for(control)
+    first = apply_control(batch, control)
+    second = apply_control(batch, control)
     for name in ("mask", "weights", "advantages", "old_logp"):
         assert torch.equal(getattr(first, name).nan_to_num(9.0), getattr(second, name).nan_to_num(9.0))
     assert first.notes == second.notes
@@ -175,8 +174,8 @@ def test_the_same_batch_gives_the_same_bits(control: BoundMethod):
 
 @EVERY
 def test_a_step_without_a_token_passes_through(control: BoundMethod):
-    given = batch_for(control)
-    after = apply_control(given.replace(mask=torch.zeros(ROWS, WIDTH)), control)
+    batch = batch_for(control)
+    after = apply_control(batch.replace(mask=torch.zeros(ROWS, WIDTH)), control)
     assert not after.mask.any() and all(math.isfinite(value) for value in after.notes.values())
 
 
@@ -184,18 +183,18 @@ def test_a_step_without_a_token_passes_through(control: BoundMethod):
 def test_the_loss_behind_a_control_may_be_split_into_micro_batches(control: BoundMethod):
     made_for = [trait.partition(":")[2] for trait in control.spec.traits if trait.startswith("policy_loss:")]
     objective = Objective(POLICY_LOSSES.bind((made_for or ["clip"])[0]), (), AGGREGATES.bind("token_mean"))
-    given = apply_control(batch_for(control), control)
-    totals = StepTotals(*given.totals_of_mask, max_tokens=WIDTH)
+    batch = apply_control(batch_for(control), control)
+    totals = StepTotals(*batch.totals_of_mask, max_tokens=WIDTH)
 
     def outcome(parts: list[list[int]]) -> tuple[Tensor, Tensor]:
         logp = batch_for(control).logp_now.clone().requires_grad_()
         loss = sum(
-            (objective(PolicyTokens(logp[rows]), given.rows(rows), totals).loss for rows in parts),
+            (objective(PolicyTokens(logp[rows]), batch.rows(rows), totals).loss for rows in parts),
             torch.zeros(()).double(),
         )
         return loss.detach(), torch.autograd.grad(loss, logp)[0]
 
-    whole = outcome([list(range(ROWS))])
-    assert whole[1].isfinite().all() and whole[1].any()
+    whole_outcome = outcome([list(range(ROWS))])
+    assert whole_outcome[1].isfinite().all() and whole_outcome[1].any()
     for parts in ([[row] for row in range(ROWS)], [[3, 9, 0], [1, 2, 4, 5, 6], [11, 8, 7, 10]]):
-        assert_close(outcome(parts), whole)
+        assert_close(outcome(parts), whole_outcome)

@@ -1,9 +1,9 @@
-"""Every registered method through a real learner: micro-batches, layout, padding and the order of rows change
+"""Every registered method with a real learner: micro-batches, layout, padding and the order of rows change
 nothing.
 
-Held are the gradient that reaches the optimizer and every metric, of float32 arithmetic; ``test_layout.py``
-holds the losses alone to the last digits of float64, and ``test_every_name_on_ranks.py`` the same cases on
-two processes.
+The tests compare the gradient that reaches the optimizer and every metric, in float32 arithmetic;
+``test_layout.py`` compares the losses alone to the last digits of float64, and
+``test_every_name_on_ranks.py`` runs the same cases on two processes.
 """
 
 from __future__ import annotations
@@ -73,29 +73,29 @@ def preferences(models: tuple[str, str]) -> dict[str, PreferenceSpread]:
 
 @pytest.fixture
 def outcomes(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any], Any], dict[str, Outcome]]:
-    """Of one case, by layout."""
+    """A function that returns the outcomes of a case by layout."""
 
-    def of(spread: dict[str, Any], case: Any) -> dict[str, Outcome]:
-        found = {}
-        for name, one in spread.items():
+    def run_layouts(spread: dict[str, Any], case: Any) -> dict[str, Outcome]:
+        outcomes_by_layout = {}
+        for name, outcome in spread.items():
             with monkeypatch.context() as patch:
                 patch.setitem(
                     packing.build.__kwdefaults__,
                     "padding_side",
                     "left" if name == "padded on the left" else "right",
                 )
-                found[name] = one.outcome(case)
-        return found
+                outcomes_by_layout[name] = outcome.outcome(case)
+        return outcomes_by_layout
 
-    return of
+    return run_layouts
 
 
-def assert_the_same(found: dict[str, Outcome]) -> None:
-    whole = found["whole"]
-    assert whole.gradient.isfinite().all() and whole.gradient.norm() > 1e-3
-    for layout, one in found.items():
-        assert apart(whole.gradient, one.gradient) < 1e-5, layout
-        assert one.metrics == pytest.approx(whole.metrics, rel=1e-4, abs=2e-6), layout
+def assert_same_outcomes(outcomes_by_layout: dict[str, Outcome]) -> None:
+    reference = outcomes_by_layout["whole"]
+    assert reference.gradient.isfinite().all() and reference.gradient.norm() > 1e-3
+    for layout, outcome in outcomes_by_layout.items():
+        assert apart(reference.gradient, outcome.gradient) < 1e-5, layout
+        assert outcome.metrics == pytest.approx(reference.metrics, rel=1e-4, abs=2e-6), layout
 
 
 @pytest.mark.parametrize("name", POLICY_CASES)
@@ -103,9 +103,9 @@ def test_no_layout_changes_an_update_of_the_policy(
     name: str, policies: dict[str, PolicySpread], outcomes: Callable[..., dict[str, Outcome]]
 ) -> None:
     case = POLICY_CASES[name]
-    found = outcomes(policies, case)
-    assert_the_same(found)
-    metrics = found["whole"].metrics
+    outcomes_by_layout = outcomes(policies, case)
+    assert_same_outcomes(outcomes_by_layout)
+    metrics = outcomes_by_layout["whole"].metrics
     for control in case.controls:  # it had something to do
         assert max(value for key, value in metrics.items() if f"{control}_touched" in key) > 0
     if any(controller for _, controller in case.terms):  # it told the second step something else
@@ -117,4 +117,4 @@ def test_no_layout_changes_an_update_of_the_policy(
 def test_no_layout_changes_an_update_from_preferences(
     name: str, preferences: dict[str, PreferenceSpread], outcomes: Callable[..., dict[str, Outcome]]
 ) -> None:
-    assert_the_same(outcomes(preferences, name))
+    assert_same_outcomes(outcomes(preferences, name))

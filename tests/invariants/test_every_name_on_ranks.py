@@ -1,8 +1,8 @@
 """Every registered method on two ranks, under each backend: the gradient and the metrics of one process.
 
-A launch takes an update for each name: policy losses, aggregates, terms, controls (which choose tokens of the
+A launch makes an update for each name: policy losses, aggregates, terms, controls (which choose tokens of the
 whole step), advantages, controllers, and preference losses of policies and reward models. The launches use
-the files that users do, over gloo; the tests look at the prepared model before they believe it.
+the users' files, over gloo; the tests inspect the prepared model.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def models(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) ->
 class Launched:
     backend: str
     gradients: dict[str, Tensor]  # rank 0's, by case
-    ranks: list[dict[str, Any]]  # what each wrote
+    ranks: list[dict[str, Any]]  # the output of each rank
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp2", "zero2", "zero3"])
@@ -72,7 +72,7 @@ def launched(
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "HF_HUB_OFFLINE": "1",
     }
-    several = [
+    launcher = [
         "--config_file",
         f"recipes/accelerate/{backend}.yaml",
         "--num_processes",
@@ -81,7 +81,7 @@ def launched(
         "0",
     ]
     script = str(Path(__file__).with_name("two_ranks_every_name.py"))
-    command = [sys.executable, "-m", "accelerate.commands.launch", *several, script, str(folder)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, script, str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     wrote = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
@@ -89,12 +89,10 @@ def launched(
 
 
 @pytest.fixture(scope="module")
-def alone(models: tuple[str, str]) -> Callable[[str], Outcome]:
+def single_process(models: tuple[str, str]) -> Callable[[str], Outcome]:
     """One process, the whole step at once; each case is computed once for all backends."""
-    policy, preference = (
-        PolicySpread(*models, torch.arange(ROWS)),
-        PreferenceSpread(*models, torch.arange(EXAMPLES)),
-    )
+    policy = PolicySpread(*models, torch.arange(ROWS))
+    preference = PreferenceSpread(*models, torch.arange(EXAMPLES))
 
     @functools.cache
     def outcome(name: str) -> Outcome:
@@ -108,12 +106,12 @@ def alone(models: tuple[str, str]) -> Callable[[str], Outcome]:
 
 
 def test_both_ranks_took_part_as_what_they_are_called(launched: Launched) -> None:
-    for one in launched.ranks:
-        assert len(one["learners"]) == 3
-        for learner in one["learners"]:
+    for rank in launched.ranks:
+        assert len(rank["learners"]) == 3
+        for learner in rank["learners"]:
             assert learner["ranks"] == 2 and learner["rows"] > 0
-            # FSDP2's weights are DTensors, but for what a forward pass left gathered; ZeRO-3 keeps a rank's
-            # part beside each weight
+            # FSDP2's weights are DTensors, except those that a forward pass left gathered; ZeRO-3 keeps a
+            # rank's part with each weight
             match launched.backend:
                 case "ddp":
                     assert "DistributedDataParallel" in learner["policy"]
@@ -131,10 +129,10 @@ def test_both_ranks_took_part_as_what_they_are_called(launched: Launched) -> Non
 
 @pytest.mark.parametrize("name", [*CASES, *(f"preference {name}" for name in preference_cases())])
 def test_two_ranks_make_the_update_of_one_process(
-    name: str, launched: Launched, alone: Callable[[str], Outcome]
+    name: str, launched: Launched, single_process: Callable[[str], Outcome]
 ) -> None:
-    first, second = (one["cases"] for one in launched.ranks)
-    want = alone(name)
+    first, second = (rank["cases"] for rank in launched.ranks)
+    want = single_process(name)
     assert want.gradient.norm() > 1e-3 and apart(want.gradient, launched.gradients[name]) < 1e-5
     assert first[name]["metrics"] == pytest.approx(want.metrics, rel=1e-4, abs=2e-6)
     assert second[name] == first[name]  # to the last bit

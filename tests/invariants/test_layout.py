@@ -19,7 +19,8 @@ from rltrain.loss.objective import Objective, Term
 from rltrain.loss.policy import POLICY_LOSSES
 from rltrain.types.policy import PolicyTokens, StepTotals, TrainBatch
 
-ROWS, WIDTH = 8, 7
+ROWS = 8
+WIDTH = 7
 LENGTHS = torch.tensor([7, 3, 5, 0, 1, 7, 4, 6])  # row 3 is fully masked out
 TERMS = [(), *((name,) for name in LOSS_TERMS.names()), tuple(LOSS_TERMS.names())]
 Outcome = tuple[Tensor, Tensor, Mapping[str, Tensor]]
@@ -77,7 +78,8 @@ def run(
     """Accumulate shares over micro-batches, each cut to ``width`` columns (None: to its own longest row)."""
     tokens, sequences = batch.totals_of_mask
     totals = StepTotals(tokens, sequences, max_tokens=20)
-    loss, metrics = torch.zeros((), dtype=torch.float64), {}
+    loss = torch.zeros((), dtype=torch.float64)
+    metrics = {}
     for rows in micro_batches:
         cut = width or max(1, int(LENGTHS[rows].max()))
         logp, entropy = leaves[:, rows, :cut]
@@ -111,7 +113,8 @@ def test_layout_changes_nothing(policy_loss: str, aggregate: str, terms: tuple[s
     assert not want[1][:, ~batch.mask].any(), "padding has a gradient"
 
     order = [5, 2, 7, 0, 3, 6, 1, 4]
-    halves, singles = [order[:4], order[4:]], [[row] for row in range(ROWS)]
+    halves = [order[:4], order[4:]]
+    singles = [[row] for row in range(ROWS)]
     for layout in ([order], halves, [order[:2], order[2:4], order[4:6], order[6:]], singles):
         same(run(objective, leaves, batch, layout), want)
     same(run(objective, leaves, batch, halves, width=WIDTH), want)
@@ -133,7 +136,8 @@ def test_layout_changes_nothing(policy_loss: str, aggregate: str, terms: tuple[s
 def test_leaving_idle_rows_out_changes_no_gradient(policy_loss: str, aggregate: str):
     objective = Objective(POLICY_LOSSES.bind(policy_loss), (), AGGREGATES.bind(aggregate))
     leaves, batch = whole_step()
-    idle, traits = objective.idle_rows(batch), POLICY_LOSSES.spec(policy_loss).traits
+    idle = objective.idle_rows(batch)
+    traits = POLICY_LOSSES.spec(policy_loss).traits
     expected = [3] if {"acts_on_marks", "reward_free"} & traits else [2, 3]  # A = 0, and no token
     assert set(expected) <= set(idle.nonzero().flatten().tolist()) <= {2, 3}
     tokens, sequences = batch.totals_of_mask

@@ -1,8 +1,7 @@
 """Preferences on two ranks: the offline loop under DeepSpeed's ZeRO-2 and the loop of sampled pairs under DDP
-do what one process does.
+give the result of one process.
 
-Both launches use the files that users do, over gloo; the tests look at the prepared model before they believe
-it.
+Both launches use the users' files, over gloo; the tests inspect the prepared model.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from reward.score import Score
 def odd(inputs):
     return [Score(sum(ord(letter) % 2 for letter in text) / max(len(text), 1)) for text in inputs.completions]
 """
-# Several micro-batches on each rank, clipping that bites, weight decay on matrices only, and an eps above the
-# rounding noise of a gradient, of which AdamW would else make whole steps of the learning rate.
+# Several micro-batches on each rank, active clipping, weight decay on matrices only, and an eps above the
+# rounding noise of a gradient, which AdamW would otherwise turn into steps of the size of the learning rate.
 OPTIMIZER = (
     "learner.optimizer.lr=5e-4",
     "learner.optimizer.eps=1e-5",
@@ -70,24 +69,24 @@ def run_of(recipe: str, *overrides: str) -> dict[str, Any]:
     }
 
 
-def alone(runs: list[dict[str, Any]], folder: Path) -> None:
-    """By one process, this one."""
-    for one in runs:
+def run_single_process(runs: list[dict[str, Any]], folder: Path) -> None:
+    """Trains every run in this process."""
+    for run in runs:
         recipe = check(
-            load_recipe(ROOT / one["recipe"], profile="tiny_cpu", overrides=one["overrides"])
+            load_recipe(ROOT / run["recipe"], profile="tiny_cpu", overrides=run["overrides"])
         ).recipe
-        assert train_command(recipe, folder / one["name"], [], "never") == 0
+        assert train_command(recipe, folder / run["name"], [], "never") == 0
 
 
-def launched(backend: str, runs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """By two, under ``recipes/accelerate/<backend>.yaml``; what each rank's models were."""
+def run_two_processes(backend: str, runs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Trains every run on two ranks under ``recipes/accelerate/<backend>.yaml``; facts about their models."""
     folder.mkdir()
     (folder / "runs.json").write_text(json.dumps(runs))
     cleared = {
         name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))
     }
     environment = cleared | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    several = [
+    launcher = [
         "--config_file",
         f"recipes/accelerate/{backend}.yaml",
         "--num_processes",
@@ -96,7 +95,7 @@ def launched(backend: str, runs: list[dict[str, Any]], folder: Path) -> list[dic
         "0",
     ]
     script = str(Path(__file__).with_name("two_ranks_preferences.py"))
-    command = [sys.executable, "-m", "accelerate.commands.launch", *several, script, str(folder)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, script, str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return [run for rank in range(2) for run in json.loads((folder / f"engaged-{rank}.json").read_text())]
@@ -114,15 +113,16 @@ def numbers(folder: Path) -> list[dict[str, float]]:
     ]
 
 
-def assert_same(found: Path, expected: Path) -> None:
-    """Every metric to 1e-4, and the weights but for the order of float32 sums."""
-    for line, want in zip(numbers(found), numbers(expected), strict=True):
+def assert_same(run_folder: Path, expected: Path) -> None:
+    """Every metric to 1e-4, and the weights up to the order of float32 sums."""
+    for line, want in zip(numbers(run_folder), numbers(expected), strict=True):
         assert line.keys() == want.keys()
         for name in line:
             assert line[name] == pytest.approx(want[name], rel=1e-4, abs=5e-6), (line["step"], name)
-    ours, theirs = (load_file(run / "model/model.safetensors") for run in (found, expected))
-    assert ours.keys() == theirs.keys() and ours
-    assert max(float((weight - theirs[name]).abs().max()) for name, weight in ours.items()) < 2e-5
+    weights, expected_weights = (load_file(run / "model/model.safetensors") for run in (run_folder, expected))
+    assert weights.keys() == expected_weights.keys() and weights
+    for name, weight in weights.items():
+        assert float((weight - expected_weights[name]).abs().max()) < 2e-5, name
 
 
 def test_the_offline_loop_under_zero_2_is_that_of_one_process(random_model: str, tmp_path: Path) -> None:
@@ -134,8 +134,8 @@ def test_the_offline_loop_under_zero_2_is_that_of_one_process(random_model: str,
         run_of("dpo", *common, "reference.cache=null"),
         run_of("kto", *common, f"reference.cache={tmp_path / 'cache'}"),
     ]
-    alone(runs, tmp_path / "one")
-    engaged = launched("zero2", runs, tmp_path / "two")
+    run_single_process(runs, tmp_path / "one")
+    engaged = run_two_processes("zero2", runs, tmp_path / "two")
     assert len(engaged) == 4
     assert all(
         run["ranks"] == 2 and run["stage"] == 2 and "DeepSpeedEngine" in run["policy"] for run in engaged
@@ -150,8 +150,8 @@ def test_the_loop_of_sampled_pairs_on_two_ranks_is_that_of_one_process(
     (tmp_path / "odd.py").write_text(REWARD)
     common = (f"model.path={random_model}", f"reward.functions=['{tmp_path / 'odd.py'}:odd']", *ONLINE)
     runs = [run_of("online_dpo", *common)]
-    alone(runs, tmp_path / "one")
-    engaged = launched("ddp", runs, tmp_path / "two")
+    run_single_process(runs, tmp_path / "one")
+    engaged = run_two_processes("ddp", runs, tmp_path / "two")
     assert len(engaged) == 2 and all(
         run["ranks"] == 2 and "DistributedDataParallel" in run["policy"] for run in engaged
     )

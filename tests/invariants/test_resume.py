@@ -71,23 +71,20 @@ def test_a_resumed_run_is_the_uninterrupted_run(killed: int, start: Any, tmp_pat
 
 @pytest.mark.slow
 def test_a_resumed_run_of_episodes_goes_on_at_the_adapted_temperature(start: Any, tmp_path: Path) -> None:
-    mine = ROOT / "tests/support/environments.py"
-    environment = (
-        f"rollout.environment={{name: '{mine}:Counting', turns: 2, max_turns: 3, turn_tokens: 4, workers: 1}}"
-    )
+    environments = ROOT / "tests/support/environments.py"
+    turns = "turns: 2, max_turns: 3, turn_tokens: 4, workers: 1"
+    environment = f"rollout.environment={{name: '{environments}:Counting', {turns}}}"
     settings = ("rollout.adaptive_temperature={tau: 0.5}", environment, "rollout.max_tokens=32")
     assert start(tmp_path / "whole", *settings) == 0
     killed_in(5, online, "apply_methods", lambda: start(tmp_path / "resumed", *settings))
     assert start(tmp_path / "resumed", *settings) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
-    found = [line for line in lines(tmp_path / "whole") if "rollout/turns_mean" in line]
-    assert {line["rollout/turns_mean"] for line in found} == {2.0}
-    assert ["control/temperature_sigma" in line for line in found] == [False] + [
-        True
-    ] * 5  # the first step samples at the base
-    assert (
-        max(line["rollout/mismatch_abs"] for line in found) < 1e-4
-    )  # engine and learner agree at the base temperature
+    lines_of_steps = [line for line in lines(tmp_path / "whole") if "rollout/turns_mean" in line]
+    assert {line["rollout/turns_mean"] for line in lines_of_steps} == {2.0}
+    # the first step samples at the base
+    assert ["control/temperature_sigma" in line for line in lines_of_steps] == [False] + [True] * 5
+    # engine and learner agree at the base temperature
+    assert max(line["rollout/mismatch_abs"] for line in lines_of_steps) < 1e-4
 
 
 @pytest.mark.vllm
@@ -107,9 +104,8 @@ def test_sigterm_saves_and_exits_with_3(times: int, start: Any, tmp_path: Path) 
             signal.raise_signal(signal.SIGTERM)
 
     with at_call(2, online, "apply_methods", terminate):
-        assert (
-            start(tmp_path / "stopped") == STOPPED == 3
-        )  # neither 143, which is a process that just died, nor 75 of a deadline
+        # neither 143, which is a process that just died, nor 75 of a deadline
+        assert start(tmp_path / "stopped") == STOPPED == 3
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # what it was
     assert lines(tmp_path / "stopped")[-1]["step"] == 2  # the step in hand was finished
     assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["step-2"]
@@ -120,11 +116,11 @@ def test_sigterm_saves_and_exits_with_3(times: int, start: Any, tmp_path: Path) 
 
 def test_a_sigterm_that_is_certainly_another_one_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[int, int]] = []
-    monkeypatch.setattr(saving, "_ONE_STOP", 0.02)
-    with saving.stops_noted() as noted, monkeypatch.context() as patch:
+    monkeypatch.setattr(saving, "_REPEAT_SECONDS", 0.02)
+    with saving.record_stop_signals() as request, monkeypatch.context() as patch:
         patch.setattr(saving.os, "kill", lambda *to: sent.append(to))
         signal.raise_signal(signal.SIGTERM)
-        assert noted() and not sent
+        assert request() and not sent
         time.sleep(0.03)
         signal.raise_signal(signal.SIGTERM)
         assert sent == [(os.getpid(), signal.SIGTERM)] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -137,7 +133,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     monkeypatch.setattr(
         sys, "argv", ["rltrain", "train", "my recipe.yaml", "--resume", "old/step-1", "--run", "new"]
     )
-    with at_call(2, online, "weigh", lambda: signal.raise_signal(signal.SIGINT)):
+    with at_call(2, online, "apply_methods", lambda: signal.raise_signal(signal.SIGINT)):
         assert start(tmp_path / "stopped") == STOPPED
     assert signal.getsignal(signal.SIGINT) is handler
     printed = capfd.readouterr()
@@ -147,9 +143,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     )
     said = " ".join(printed.out.split())
     assert "stopped by Ctrl-C after step 2" in said
-    assert (
-        "continue with: rltrain train 'my recipe.yaml' --run new" in said
-    )  # from its own checkpoint, not from the old one
+    # from its own checkpoint, not from the old one
+    assert "continue with: rltrain train 'my recipe.yaml' --run new" in said
     assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["step-2"]
 
 
@@ -278,7 +273,7 @@ def test_two_processes_never_train_in_one_folder(start: Any, tmp_path: Path) -> 
     killed_in(2, online, "apply_methods", lambda: start(tmp_path / "run"))
     before = contents(tmp_path / "run")
     with (
-        RunFolder(tmp_path / "run").locked(),
+        RunFolder(tmp_path / "run").lock(),
         pytest.raises(UserError, match="another process is training in it"),
     ):
         start(tmp_path / "run")
@@ -358,20 +353,17 @@ def test_a_disk_that_refuses_to_sync_leaves_the_last_checkpoint(
 
 
 def killed_again_and_again(kills: int, folder: Path, *settings: str) -> dict[str, Any]:
-    """What ``kill_and_resume.py`` says; the runs in ``folder`` are compared with the one that nobody
-    killed.
-    """
+    """The report of ``kill_and_resume.py``; compares its runs in ``folder`` with the one not killed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     script = Path(__file__).with_name("kill_and_resume.py")
     command = [sys.executable, str(script), str(folder), str(kills), *settings]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    sys.stdout.write(done.stdout.splitlines()[-1] + "\n")  # the moments, for whoever looks
+    sys.stdout.write(done.stdout.splitlines()[-1] + "\n")  # the moments of the kills, for the log
     report = json.loads(done.stdout.splitlines()[-1])
     assert len(report["kills"]) >= kills and report["finished"], report
-    assert max(kill["processes"] for kill in report["kills"]) > 1, (
-        report
-    )  # a reward worker at least: something could have been left
+    # a reward worker at least: something could have been left
+    assert max(kill["processes"] for kill in report["kills"]) > 1, report
     for finished in map(Path, report["finished"]):
         assert_same_run(folder / "whole", finished)
     return report

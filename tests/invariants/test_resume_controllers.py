@@ -1,5 +1,5 @@
-"""What a run learns of its own numbers survives a stop: coefficients, EPO's history, GAIN-RL's
-window, the law.
+"""State that a run derives from its numbers survives a stop: coefficients, EPO's history, GAIN-RL's window,
+the law.
 """
 
 from __future__ import annotations
@@ -66,25 +66,26 @@ def state(folder: Path, step: int) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_controllers_order_and_law_go_on_as_if_never_stopped(start: Any, tmp_path: Path) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert start(whole) == 0
+    uninterrupted = tmp_path / "whole"
+    stopped = tmp_path / "stopped"
+    assert start(uninterrupted) == 0
     killed_in(5, online, "apply_methods", lambda: start(stopped))
     assert start(stopped) == 0
 
-    assert lines(stopped) == lines(whole)
+    assert lines(stopped) == lines(uninterrupted)
     assert not differing(
-        whole, stopped, "model/model.safetensors", "checkpoints/step-6/training/optimizer.safetensors"
+        uninterrupted, stopped, "model/model.safetensors", "checkpoints/step-6/training/optimizer.safetensors"
     )
     for key in ("controllers", "order", "law"):
-        assert state(stopped, 6)[key] == state(whole, 6)[key]
+        assert state(stopped, 6)[key] == state(uninterrupted, 6)[key]
 
     # and all of it has moved, so that forgetting any of it would show
-    steps = [line for line in lines(whole) if "loss/total" in line]
+    steps = [line for line in lines(uninterrupted) if "loss/total" in line]
     names = ("entropy", "kl", "clamped_entropy", "rapo")
     assert all(len({line[f"loss/{name}_coefficient"] for line in steps}) >= 4 for name in names)
     assert len({line["loss/epo_history"] for line in steps[1:]}) == 5 and "loss/epo_history" not in steps[0]
-    assert state(whole, 6)["order"]["centre"] > state(whole, 3)["order"]["centre"] > 0
-    assert "law/ceiling" in steps[-1] and len(state(whole, 6)["law"]["points"]["eval"]) == 2
+    assert state(uninterrupted, 6)["order"]["centre"] > state(uninterrupted, 3)["order"]["centre"] > 0
+    assert "law/ceiling" in steps[-1] and len(state(uninterrupted, 6)["law"]["points"]["eval"]) == 2
     assert [line["loss/rapo_coefficient"] for line in steps[:3]] == pytest.approx([0.05, 0.04, 0.03])
 
 

@@ -1,6 +1,4 @@
-"""A run with rows beside the policy's own goes on exactly where it stopped: AEPO remembers its
-entropy, AAPO its reference.
-"""
+"""A run with rows of other sources resumes exactly: AEPO restores its entropy, AAPO its reference."""
 
 from __future__ import annotations
 
@@ -59,15 +57,16 @@ def test_a_resumed_run_is_the_uninterrupted_run(
     ]
     loaded = check(load_recipe(POLICY / f"{recipe}.yaml", profile="tiny_cpu", overrides=settings)).recipe
     assert isinstance(loaded, OnlineRecipe)
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    assert train_command(loaded, whole, []) == 0
+    uninterrupted = tmp_path / "whole"
+    resumed = tmp_path / "resumed"
+    assert train_command(loaded, uninterrupted, []) == 0
     killed_in(3, online, "apply_methods", lambda: train_command(loaded, resumed, []))
     assert train_command(loaded, resumed, []) == 0
-    assert lines(whole) == lines(resumed)
-    assert not differing(whole, resumed, "model/model.safetensors")
-    state = read_verified(whole / "checkpoints" / "step-4")
+    assert lines(uninterrupted) == lines(resumed)
+    assert not differing(uninterrupted, resumed, "model/model.safetensors")
+    state = read_verified(uninterrupted / "checkpoints" / "step-4")
     if recipe != "grpo":
-        entropy = next(line["learner/entropy_mean"] for line in lines(whole) if line["step"] == 4)
+        entropy = next(line["learner/entropy_mean"] for line in lines(uninterrupted) if line["step"] == 4)
         assert state.sources == [{"entropy": entropy}]
         # lost at the stop, it would have been 1.2 again in the third step
         assert [

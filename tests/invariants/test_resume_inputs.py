@@ -173,6 +173,6 @@ def test_a_comparison_has_one_date(
     assert build_inputs.common_date([plain, plain], tmp_path / "out") is None
     first = build_inputs.common_date([plain, dated], tmp_path / "out")
     assert first == dt.date(2031, 5, 1)
-    RunFolder.create(tmp_path / "out/grpo/seed-0", resolved_yaml(build_inputs.dated(dated)), {})
+    RunFolder.create(tmp_path / "out/grpo/seed-0", resolved_yaml(build_inputs.with_prompt_date(dated)), {})
     monkeypatch.setattr(build_inputs, "_today", lambda: dt.date(2031, 5, 2))
     assert build_inputs.common_date([plain, dated], tmp_path / "out") == first

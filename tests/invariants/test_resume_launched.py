@@ -74,7 +74,7 @@ def launch(random_model: str, tmp_path: Path) -> Callable[..., Launched]:
             *script,
             *recipe,
         ]
-        command += [word for one in settings for word in ("--set", one)]
+        command += [word for setting in settings for word in ("--set", setting)]
         cleared = {
             name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))
         }
@@ -87,7 +87,7 @@ def launch(random_model: str, tmp_path: Path) -> Callable[..., Launched]:
     return call
 
 
-def finished(launched: Launched, ranks: int) -> str:
+def assert_finished(launched: Launched, ranks: int) -> str:
     printed = launched.printed()
     assert launched.process.returncode == 0, printed[-3000:]
     assert launched.exit_codes() == {str(rank): 0 for rank in range(ranks)}
@@ -104,10 +104,9 @@ def test_one_process_is_stopped_with_its_launcher_and_goes_on(
     assert stopped.process.returncode == -signal.SIGTERM and stopped.exit_codes() == {"0": STOPPED}
     [(step, _)] = RunFolder(tmp_path / "stopped").present_checkpoints()
     assert step == lines(tmp_path / "stopped")[-1]["step"] and not (tmp_path / "stopped/model").exists()
-    finished(
-        launch(1, tmp_path / "whole"), 1
-    )  # launched too: another number of threads sums in another order
-    assert "continuing from" in finished(launch(1, tmp_path / "stopped"), 1)
+    # launched too: another number of threads sums in another order
+    assert_finished(launch(1, tmp_path / "whole"), 1)
+    assert "continuing from" in assert_finished(launch(1, tmp_path / "stopped"), 1)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
@@ -121,10 +120,10 @@ def test_two_ranks_are_stopped_by_their_launcher_and_go_on(
     assert stopped.process.returncode == 1 and stopped.exit_codes() == {"0": STOPPED, "1": STOPPED}
     [(step, _)] = RunFolder(tmp_path / "stopped").present_checkpoints()
     assert step == lines(tmp_path / "stopped")[-1]["step"] and not (tmp_path / "stopped/model").exists()
-    finished(launch(2, tmp_path / "whole"), 2)
-    assert "continuing from" in finished(launch(2, tmp_path / "stopped"), 2)
+    assert_finished(launch(2, tmp_path / "whole"), 2)
+    assert "continuing from" in assert_finished(launch(2, tmp_path / "stopped"), 2)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
-    assert "already finished" in finished(launch(2, tmp_path / "stopped"), 2)
+    assert "already finished" in assert_finished(launch(2, tmp_path / "stopped"), 2)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -147,15 +146,15 @@ def test_ctrl_c_at_the_terminal_of_a_launcher_is_one_stop(
 def test_two_ranks_with_real_vllm_go_on_as_if_never_stopped(
     launch: Callable[..., Launched], tmp_path: Path
 ) -> None:
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    finished(launch(2, whole, "rollout.engine=vllm"), 2)
-    shutil.copytree(
-        whole, resumed
-    )  # what a machine that went down before the second checkpoint leaves: its reports know more
+    uninterrupted = tmp_path / "whole"
+    resumed = tmp_path / "resumed"
+    assert_finished(launch(2, uninterrupted, "rollout.engine=vllm"), 2)
+    # what a machine that went down before the second checkpoint leaves: its reports know more
+    shutil.copytree(uninterrupted, resumed)
     for made_later in (resumed / "checkpoints/step-6", resumed / "model"):
         shutil.rmtree(made_later)
     assert [step for step, _ in RunFolder(resumed).present_checkpoints()] == [3] and lines(resumed)[-1][
         "step"
     ] == 6
-    assert "continuing from" in finished(launch(2, resumed, "rollout.engine=vllm"), 2)
-    assert_same_run(whole, resumed)
+    assert "continuing from" in assert_finished(launch(2, resumed, "rollout.engine=vllm"), 2)
+    assert_same_run(uninterrupted, resumed)

@@ -1,6 +1,4 @@
-"""A run with a process reward model goes on exactly where it stopped, both models and both
-optimizers; and ranks agree on it.
-"""
+"""A run with a process reward model resumes exactly, with both models and both optimizers; ranks agree."""
 
 from __future__ import annotations
 
@@ -64,27 +62,25 @@ def settings(model: str, folder: Path) -> list[str]:
 def test_a_resumed_run_is_the_uninterrupted_run(update: str, random_model: str, tmp_path: Path) -> None:
     overrides = [*settings(random_model, tmp_path), f"process_reward.update={update}"]
     recipe = check(load_recipe(PRIME, profile="tiny_cpu", overrides=overrides)).recipe
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    assert train_command(recipe, whole, []) == 0
-    killed_in(
-        3, online, "apply_methods", lambda: train_command(recipe, resumed, [])
-    )  # the reward model has taken its third step, the policy not
+    uninterrupted = tmp_path / "whole"
+    resumed = tmp_path / "resumed"
+    assert train_command(recipe, uninterrupted, []) == 0
+    # the reward model has taken its third step, the policy not
+    killed_in(3, online, "apply_methods", lambda: train_command(recipe, resumed, []))
     assert train_command(recipe, resumed, []) == 0
-    assert lines(whole) == lines(resumed)
+    assert lines(uninterrupted) == lines(resumed)
     names = (
         "model/model.safetensors",
         "model/process_reward/model.safetensors",
         "checkpoints/step-4/training/optimizer.safetensors",
     )
-    assert not differing(whole, resumed, *names)
-    taught = [line["process_reward/abs"] for line in lines(whole) if "process_reward/abs" in line]
+    assert not differing(uninterrupted, resumed, *names)
+    taught = [line["process_reward/abs"] for line in lines(uninterrupted) if "process_reward/abs" in line]
     assert len(taught) == 4 and min(taught) > 0.01  # nats: it says something from the first step on
-    start, end = (
-        load_file(Path(random_model) / "model.safetensors"),
-        load_file(whole / "model/process_reward/model.safetensors"),
-    )
+    start = load_file(Path(random_model) / "model.safetensors")
+    end = load_file(uninterrupted / "model/process_reward/model.safetensors")
     assert any(not torch.equal(start[key], end[key]) for key in start)
-    AutoModelForCausalLM.from_pretrained(whole / "model" / "process_reward")  # an ordinary folder
+    AutoModelForCausalLM.from_pretrained(uninterrupted / "model" / "process_reward")  # an ordinary folder
 
 
 @pytest.mark.slow
@@ -92,10 +88,10 @@ def test_a_resumed_run_is_the_uninterrupted_run(update: str, random_model: str, 
 def test_two_ranks_take_the_steps_that_one_takes(backend: str, random_model: str, tmp_path: Path) -> None:
     overrides = [
         word
-        for one in [*settings(random_model, tmp_path), "learner.precision=float32"]
-        for word in ("--set", one)
+        for setting in [*settings(random_model, tmp_path), "learner.precision=float32"]
+        for word in ("--set", setting)
     ]
-    found = []
+    reports = []
     for ranks in (1, 2):
         folder = tmp_path / f"ranks{ranks}"
         config = [
@@ -128,8 +124,8 @@ def test_two_ranks_take_the_steps_that_one_takes(backend: str, random_model: str
         environment = cleared | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-        found.append(lines(folder))
-    one, two = found
+        reports.append(lines(folder))
+    setting, two = reports
     for name in (
         "process_reward/loss",
         "process_reward/abs",
@@ -137,6 +133,6 @@ def test_two_ranks_take_the_steps_that_one_takes(backend: str, random_model: str
         "reward/mean",
         "learner/grad_norm",
     ):
-        first, second = ([line[name] for line in lines if name in line] for lines in (one, two))
+        first, second = ([line[name] for line in lines if name in line] for lines in (setting, two))
         assert len(first) == 4
         assert second == pytest.approx(first, rel=2e-3, abs=1e-5), name

@@ -36,20 +36,21 @@ SETTINGS = (
 def test_a_resumed_run_is_the_uninterrupted_run(name: str, random_model: str, tmp_path: Path) -> None:
     overrides = [f"model.path={random_model}", *SETTINGS]
     recipe = check(load_recipe(RECIPES / f"{name}.yaml", profile="tiny_cpu", overrides=overrides)).recipe
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    assert train_command(recipe, whole, []) == 0
+    uninterrupted = tmp_path / "whole"
+    resumed = tmp_path / "resumed"
+    assert train_command(recipe, uninterrupted, []) == 0
     killed_in(3, offline, "report_step", lambda: train_command(recipe, resumed, []))
     assert train_command(recipe, resumed, []) == 0
-    assert lines(whole) == lines(resumed)
-    assert not differing(whole, resumed, "model/model.safetensors")
-    assert "score.weight" in load_file(whole / "model/model.safetensors")
+    assert lines(uninterrupted) == lines(resumed)
+    assert not differing(uninterrupted, resumed, "model/model.safetensors")
+    assert "score.weight" in load_file(uninterrupted / "model/model.safetensors")
 
     rows = TokenRows(((5, 6), (5, 7, 8)), ((9, 2), (10, 11, 2)))
-    model: Any = AutoModelForSequenceClassification.from_pretrained(whole / "model")
+    model: Any = AutoModelForSequenceClassification.from_pretrained(uninterrupted / "model")
     expected = [
         model(torch.tensor([p + c])).logits.item()
         for p, c in zip(rows.prompts, rows.completions, strict=True)
     ]
-    assert rewards_of(str(whole / "model"), rows, tokens_per_micro_batch=64) == pytest.approx(
+    assert rewards_of(str(uninterrupted / "model"), rows, tokens_per_micro_batch=64) == pytest.approx(
         expected, abs=1e-5
     )

@@ -30,11 +30,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def main() -> None:
-    out, checkpoint, overrides = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    out = Path(sys.argv[1])
+    checkpoint = sys.argv[2]
+    overrides = sys.argv[3:]
     recipe = check(
         load_recipe(ROOT / "recipes/policy/grpo.yaml", profile="tiny_cpu", overrides=overrides)
     ).recipe
-    online, engaged = WORKFLOWS["online"], []
+    online = WORKFLOWS["online"]
+    engaged = []
 
     def build(*arguments: Any) -> Any:
         run: Any = online.build(*arguments)
@@ -58,7 +61,7 @@ def main() -> None:
 
 
 def count_gathered(learner: Any) -> dict[str, int]:
-    """Bytes of gathered tensors that are alive at once, at most, in each kind of stream; filled as the run goes."""
+    """The largest number of bytes of gathered tensors alive at once, by kind of stream; updated by the run."""
     trained = learner.trained
     peaks = {"push": 0, "save": 0, "optimizer": 0, "largest": 0}
 

@@ -3,9 +3,9 @@
     PYTHONPATH=.:tests accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2
     two_ranks_every_name.py FOLDER
 
-FOLDER/models.json names the policy and the other model. Written are FOLDER/gradients.safetensors (rank 0) and
-FOLDER/rank-RANK.json: what the learners were, how many rows this rank read, and for each case the metrics and
-a digest of the gradient.
+FOLDER/models.json names the policy and the other model. The output is FOLDER/gradients.safetensors (rank 0)
+and FOLDER/rank-RANK.json: facts about the learners, how many rows this rank read, and for each case the
+metrics and a digest of the gradient.
 """
 
 from __future__ import annotations
@@ -35,47 +35,50 @@ SETTINGS = {"tokens_per_micro_batch": 32}  # two or three micro-batches for each
 
 
 def main() -> None:
-    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    folder = Path(sys.argv[1])
+    rank = int(os.environ["RANK"])
     connect(deadline_seconds=120.0)
     models = json.loads((folder / "models.json").read_text())
     policies = PolicySpread(*models, torch.arange(ROWS), **SETTINGS)
     preferences = PreferenceSpread(*models, torch.arange(EXAMPLES), **SETTINGS)
-    kinds = [seen(learner) for learner in (policies.learner, *preferences.learners)]
-    gradients, found = dict[str, Tensor](), dict[str, dict[str, Any]]()
+    kinds = [observe_learner(learner) for learner in (policies.learner, *preferences.learners)]
+    gradients = dict[str, Tensor]()
+    cases = dict[str, dict[str, Any]]()
     for name, case in every_policy_case().items():
         gradients[name], metrics = policies.outcome(case)
-        found[name] = {"metrics": metrics, "digest": digest(gradients[name])}
+        cases[name] = {"metrics": metrics, "digest": digest(gradients[name])}
     for name in preference_cases():
         key = f"preference {name}"
         gradients[key], metrics = preferences.outcome(name)
-        found[key] = {"metrics": metrics, "digest": digest(gradients[key])}
+        cases[key] = {"metrics": metrics, "digest": digest(gradients[key])}
     if rank == 0:
         save_file(gradients, folder / "gradients.safetensors")
-    (folder / f"rank-{rank}.json").write_text(json.dumps({"learners": kinds, "cases": found}))
+    (folder / f"rank-{rank}.json").write_text(json.dumps({"learners": kinds, "cases": cases}))
 
 
-def seen(learner: Any) -> dict[str, Any]:
-    """What the learner is; ``rows`` grows with those that this rank reads."""
-    model, policy = learner.trained.unwrapped_model, learner.trained.wrapped_model
+def observe_learner(learner: Any) -> dict[str, Any]:
+    """Facts about the learner; ``rows`` counts the rows that this rank reads."""
+    model = learner.trained.unwrapped_model
+    policy = learner.trained.wrapped_model
     weights = list(model.parameters())
-    found = {
+    facts = {
         "ranks": learner.world_size,
         "policy": [kind.__name__ for kind in type(policy).__mro__],
         "rows": 0,
     }
     stage = policy.zero_optimization_stage() if hasattr(policy, "zero_optimization_stage") else None
     cut = [weight.ds_tensor.numel() < weight.ds_numel for weight in weights if hasattr(weight, "ds_tensor")]
-    found |= {
+    facts |= {
         "weights": sorted({type(weight).__name__ for weight in weights}),
         "cut": bool(cut) and all(cut),
         "stage": stage,
     }
 
     def count(_: Any, arguments: Any) -> None:
-        found["rows"] += len(arguments[0].rows)
+        facts["rows"] += len(arguments[0].rows)
 
     model.register_forward_pre_hook(count)
-    return found
+    return facts
 
 
 def digest(gradient: Tensor) -> str:

@@ -3,8 +3,8 @@
     accelerate launch --config_file recipes/accelerate/zero2.yaml --num_processes 2 two_ranks_preferences.py
     FOLDER
 
-A run is {"recipe", "name", "overrides"}; it is written to FOLDER/NAME. FOLDER/engaged-RANK.json says what its
-model really was.
+A run is {"recipe", "name", "overrides"} and is written to FOLDER/NAME. FOLDER/engaged-RANK.json has facts
+about its model.
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ ROOT = Path(__file__).parents[2]
 
 
 def main() -> None:
-    out, engaged = Path(sys.argv[1]), list[dict[str, Any]]()
+    out = Path(sys.argv[1])
+    engaged = list[dict[str, Any]]()
     for kind in ("offline", "online_pairs"):
-        WORKFLOWS[kind] = dataclasses.replace(WORKFLOWS[kind], build=recorded(WORKFLOWS[kind].build, engaged))
-    for one in json.loads((out / "runs.json").read_text()):
+        workflow = WORKFLOWS[kind]
+        WORKFLOWS[kind] = dataclasses.replace(workflow, build=record_models(workflow.build, engaged))
+    for run in json.loads((out / "runs.json").read_text()):
         recipe = check(
-            load_recipe(ROOT / one["recipe"], profile="tiny_cpu", overrides=one["overrides"])
+            load_recipe(ROOT / run["recipe"], profile="tiny_cpu", overrides=run["overrides"])
         ).recipe
-        assert train_command(recipe, out / one["name"], [], "never") == 0
+        assert train_command(recipe, out / run["name"], [], "never") == 0
     (out / f"engaged-{os.environ['RANK']}.json").write_text(json.dumps(engaged))
 
 
-def recorded(build: Any, engaged: list[dict[str, Any]]) -> Any:
+def record_models(build: Any, engaged: list[dict[str, Any]]) -> Any:
     def build_and_record(*arguments: Any) -> Any:
         run = build(*arguments)
         policy = run.learner.trained.wrapped_model

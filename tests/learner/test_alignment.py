@@ -1,4 +1,6 @@
-"""GAIN-RL's cosines against all pairs, and the hidden states they are taken from."""
+"""GAIN-RL's cosines compared with means over all pairs, and the hidden states from which they are
+computed.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ def test_sums_of_unit_vectors_are_the_means_over_all_pairs() -> None:
     unit = torch.nn.functional.normalize(
         torch.randn(11, 5, generator=torch.Generator().manual_seed(0)), dim=-1
     )
-    cosines, question = unit @ unit.t(), slice(3, 9)  # prefix 3, suffix 2
+    cosines = unit @ unit.t()
+    question = slice(3, 9)  # prefix 3, suffix 2
     intra, inter = pair_cosines(unit, 3, 2)
     block = cosines[question, question]
     assert_close(intra, (block.sum() - block.trace()) / 30)
@@ -51,21 +54,21 @@ PROMPTS = ((5, 6, 7, 8, 9, 10), (5, 6, 11, 9, 10), (5, 6, 12, 13, 14, 7, 9, 10))
 
 
 def states_of(model: PolicyForward, tokens: tuple[int, ...]) -> Tensor:
-    """(n, d) what enters the last layer's MLP, of one text alone."""
+    """(n, d) the input of the last layer's MLP for a single text."""
     inner = model.model
-    with torch.no_grad(), last_mlp_inputs(inner) as seen:  # type: ignore[arg-type]
+    with torch.no_grad(), last_mlp_inputs(inner) as mlp_inputs:  # type: ignore[arg-type]
         inner(input_ids=torch.tensor([tokens]), use_cache=False)
-    return seen[0][0]
+    return mlp_inputs[0][0]
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_a_prompts_score_is_its_own_in_any_micro_batch(model: PolicyForward, layout: str) -> None:
     rows = TokenRows(PROMPTS, tuple(prompt[-1:] for prompt in PROMPTS))
     name = "alignment:2:2:8.0"
-    micro = build(rows, [0, 1, 2], layout=layout)  # type: ignore[arg-type]
+    micro_batch = build(rows, [0, 1, 2], layout=layout)  # type: ignore[arg-type]
     with torch.no_grad():
-        found = model(micro, temperature=1.0, wants=frozenset({name, "logp"}), chunk=4)[name][:, 0]
-    for prompt, score in zip(PROMPTS, found, strict=True):
+        scores = model(micro_batch, temperature=1.0, wants=frozenset({name, "logp"}), chunk=4)[name][:, 0]
+    for prompt, score in zip(PROMPTS, scores, strict=True):
         unit = torch.nn.functional.normalize(states_of(model, prompt), dim=-1)
         intra, inter = pair_cosines(unit, 2, 2)
         assert_close(score, intra + 8 * inter, rtol=1e-4, atol=1e-5)
@@ -77,26 +80,26 @@ def test_a_rows_alignment_is_the_released_mean_over_prompt_and_completion(
 ) -> None:
     # cosines on and below the diagonal and on the line above it; the completion's last token is not read
     rows = TokenRows(PROMPTS, ((20, 21, 22), (23,), (24, 25)))
-    micro = build(rows, [2, 0, 1], layout=layout)  # type: ignore[arg-type]
+    micro_batch = build(rows, [2, 0, 1], layout=layout)  # type: ignore[arg-type]
     with torch.no_grad():
-        found = model(micro, temperature=1.0, wants=frozenset({"alignment"}), chunk=4)["alignment"]
+        scores = model(micro_batch, temperature=1.0, wants=frozenset({"alignment"}), chunk=4)["alignment"]
     for place, row in enumerate((2, 0, 1)):
         tokens = rows.prompts[row] + rows.completions[row][:-1]
         unit = torch.nn.functional.normalize(states_of(model, tokens), dim=-1)
         cosines = unit @ unit.t()
-        kept = torch.ones_like(cosines).tril(1).bool()
-        assert_close(found[place, 0], cosines[kept].mean(), rtol=1e-4, atol=1e-5)
-        assert (found[place, : len(rows.completions[row])] == found[place, 0]).all()
+        included = torch.ones_like(cosines).tril(1).bool()
+        assert_close(scores[place, 0], cosines[included].mean(), rtol=1e-4, atol=1e-5)
+        assert (scores[place, : len(rows.completions[row])] == scores[place, 0]).all()
 
 
 def test_the_hook_leaves_nothing_behind(model: PolicyForward) -> None:
-    with last_mlp_inputs(model.model) as seen:  # type: ignore[arg-type]
+    with last_mlp_inputs(model.model) as mlp_inputs:  # type: ignore[arg-type]
         pass
     model.model(input_ids=torch.tensor([[1, 2]]), use_cache=False)
-    assert seen == []
+    assert mlp_inputs == []
 
 
 def test_rescaling_a_tokens_state_changes_no_score() -> None:
     scaled = torch.nn.functional.normalize(STATES * torch.tensor([[2.0], [0.1], [7.0], [1.0]]), dim=-1)
-    for mine, theirs in zip(pair_cosines(scaled, 2, 0), pair_cosines(STATES, 2, 0), strict=True):
-        assert_close(mine, theirs)
+    for score, expected in zip(pair_cosines(scaled, 2, 0), pair_cosines(STATES, 2, 0), strict=True):
+        assert_close(score, expected)

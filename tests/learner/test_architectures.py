@@ -1,5 +1,5 @@
-"""What holds for every architecture: a row's log-probs are its own, the engine's are the learner's,
-nothing in training is random.
+"""Properties of every architecture: a row's log-probs do not depend on other rows, the engine's log-probs are
+the learner's, and training draws no random numbers.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rltrain.learner.preference_learner import PreferenceLearner, lengths_of, pa
 from rltrain.loss.preference import PREFERENCE_LOSSES
 from rltrain.loss.preference.objective import PreferenceObjective
 from rltrain.rollout.engines.transformers.engine import TransformersEngine
+from rltrain.rollout.groups import sample_groups
 from rltrain.types.policy import TokenRows
 from rltrain.types.preference import CompletionFacts, PairBatch
 from rltrain.types.samples import Prompt, Sampling
@@ -53,13 +54,13 @@ LEARNS = [name for name in ARCHITECTURES if name not in LEARNER_REFUSES]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """``folder(name)`` is a tiny model's, made once."""
-    made: dict[str, Path] = {}
+    """``folder(name)`` is the folder of a tiny model, made once."""
+    folders: dict[str, Path] = {}
 
     def find(name: str) -> str:
-        if name not in made:
-            made[name] = tiny(name, tmp_path_factory.mktemp(name) / "model")
-        return str(made[name])
+        if name not in folders:
+            folders[name] = tiny(name, tmp_path_factory.mktemp(name) / "model")
+        return str(folders[name])
 
     return find
 
@@ -70,41 +71,45 @@ def tokens(rng: random.Random, count: int) -> tuple[int, ...]:
 
 def some_rows(longest: int) -> TokenRows:
     """Six rows of 2 to ``longest`` tokens, which one micro-batch takes together."""
-    rng, lengths = random.Random(1), [longest, 2, longest // 2, longest - 1, 4, 3]
+    rng = random.Random(1)
+    lengths = [longest, 2, longest // 2, longest - 1, 4, 3]
     prompts = tuple(tokens(rng, max(length // 2, 1)) for length in lengths)
-    return TokenRows(
-        prompts,
-        tuple(tokens(rng, length - len(prompt)) for length, prompt in zip(lengths, prompts, strict=True)),
-    )
+    pairs = zip(lengths, prompts, strict=True)
+    completions = tuple(tokens(rng, length - len(prompt)) for length, prompt in pairs)
+    return TokenRows(prompts, completions)
 
 
 def longest_row(name: str) -> int:
-    """Past the sliding windows, within what the model reads."""
+    """Tokens of a row longer than the sliding windows, within the model's context."""
     return ORIGINAL_CONTEXT if name == "phi3_longrope" else 40
 
 
 def log_probs(policy: PolicyForward, rows: TokenRows, *positions: int) -> Tensor:
     """(r, T) of the rows at ``positions``, read together."""
     with torch.no_grad():
-        micro = build(rows, positions, layout="padded")
-        return policy(micro, temperature=1.0, wants=frozenset({"logp"}), chunk=4096)["logp"]
+        micro_batch = build(rows, positions, layout="padded")
+        return policy(micro_batch, temperature=1.0, wants=frozenset({"logp"}), chunk=4096)["logp"]
 
 
-def largest_change_by_company(policy: PolicyForward, rows: TokenRows) -> float:
+def largest_change_by_other_rows(policy: PolicyForward, rows: TokenRows) -> float:
     together = log_probs(policy, rows, *range(len(rows)))
-    alone = [log_probs(policy, rows, at)[0] for at in range(len(rows))]
-    return max(float((together[at, : len(one)] - one).abs().max()) for at, one in enumerate(alone))
+    changes = []
+    for row in range(len(rows)):
+        single = log_probs(policy, rows, row)[0]
+        changes.append(float((together[row, : len(single)] - single).abs().max()))
+    return max(changes)
 
 
 @pytest.mark.parametrize("name", LEARNS)
-def test_a_rows_log_probs_do_not_depend_on_its_company(name: str, folder: Any) -> None:
+def test_a_rows_log_probs_do_not_depend_on_other_rows(name: str, folder: Any) -> None:
     policy = PolicyForward(load_causal_lm(folder(name), None, "auto")).eval()
-    assert largest_change_by_company(policy, some_rows(longest_row(name))) < CLOSE
+    assert largest_change_by_other_rows(policy, some_rows(longest_row(name))) < CLOSE
 
 
 @pytest.mark.parametrize("name", [name for name in LEARNS if name not in ENGINE_REFUSES])
 def test_the_embedded_engine_samples_with_the_learners_log_probs(name: str, folder: Any) -> None:
-    model, rng = load_causal_lm(folder(name), None, "auto"), random.Random(2)
+    model = load_causal_lm(folder(name), None, "auto")
+    rng = random.Random(2)
     engine = TransformersEngine(
         folder(name), stop_token_ids=[1], pad_token_id=0, decode=lambda _: "", max_rows=4
     )
@@ -112,16 +117,16 @@ def test_the_embedded_engine_samples_with_the_learners_log_probs(name: str, fold
     new = min(longest_row(name), 24) // 2  # it decodes up to the sliding window
     prompts = [Prompt(str(length), tokens(rng, length), "") for length in (new, 1, new // 2)]
 
-    groups = engine.generate(prompts, Sampling(n=2, temperature=1.0, max_tokens=new, seed=0), 0)
+    groups = sample_groups(engine, prompts, Sampling(n=2, temperature=1.0, max_tokens=new, seed=0), 0)
 
     sampled = [(group.prompt.token_ids, completion) for group in groups for completion in group.completions]
     rows = TokenRows(
         tuple(prompt for prompt, _ in sampled), tuple(completion.token_ids for _, completion in sampled)
     )
     policy = PolicyForward(model).eval()
-    for at, (_, completion) in enumerate(sampled):
-        ours = log_probs(policy, rows, at)[0]
-        torch.testing.assert_close(torch.tensor(completion.logprobs), ours, atol=CLOSE, rtol=0)
+    for row, (_, completion) in enumerate(sampled):
+        expected = log_probs(policy, rows, row)[0]
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=CLOSE, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "reason"), ENGINE_REFUSES.items())
@@ -130,10 +135,9 @@ def test_the_embedded_engine_refuses_what_it_would_decode_otherwise(
 ) -> None:
     with pytest.raises(ValueError, match=reason) as refused:
         TransformersEngine(folder(name), stop_token_ids=[1], pad_token_id=0, decode=lambda _: "", max_rows=4)
-    assert "use rollout.engine vllm" in str(refused.value) or "needs rollout.engine vllm" in str(
-        refused.value
-    )
-    assert "\n" not in str(refused.value)
+    message = str(refused.value)
+    assert "use rollout.engine vllm" in message or "needs rollout.engine vllm" in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(("name", "reason"), LEARNER_REFUSES.items())
@@ -148,24 +152,26 @@ def test_the_learner_refuses_what_it_would_compute_otherwise(name: str, reason: 
 
 def learner_of(path: str) -> PreferenceLearner:
     core = LearnerCore(optimizer=Optimizer(lr=1e-3), tokens_per_micro_batch=64)  # several micro-batches
-    return PreferenceLearner(Model(path=path), core, max_tokens=32, total_updates=1, seed=0)
+    return PreferenceLearner(Model(path=path), core, total_updates=1, seed=0)
 
 
 @pytest.mark.parametrize("name", [name for name in LEARNS if name not in TRAINING_REFUSES])
 def test_dpo_begins_at_ln_2(name: str, folder: Any) -> None:
-    # The policy is its own reference, so every log-ratio is 0 unless something in train mode is random or
-    # another.
-    learner, rows = learner_of(folder(name)), some_rows(longest_row(name))
+    # The policy is its own reference, so every log-ratio is 0 unless train mode draws random numbers or
+    # differs from eval mode.
+    learner = learner_of(folder(name))
+    rows = some_rows(longest_row(name))
     pairs = pair_rows(rows.prompts[:5], rows.completions[:5], rows.completions[1:])
-    reference, lengths = learner.log_probs(pairs, sides=2), lengths_of(pairs)
+    reference = learner.log_probs(pairs, sides=2)
+    lengths = lengths_of(pairs)
     chosen, rejected = (
         CompletionFacts(lengths[half], ref_logp=reference[half]) for half in (slice(0, 5), slice(5, None))
     )
 
     objective = PreferenceObjective(PREFERENCE_LOSSES.bind("dpo", {"beta": 1.0}))
-    found = learner.update_examples(pairs, PairBatch(chosen, rejected, torch.arange(5)), objective)
+    result = learner.update_examples(pairs, PairBatch(chosen, rejected, torch.arange(5)), objective)
 
-    assert found.stepped and found.metrics["loss/total"] == pytest.approx(math.log(2), abs=CLOSE)
+    assert result.stepped and result.metrics["loss/total"] == pytest.approx(math.log(2), abs=CLOSE)
 
 
 @pytest.mark.parametrize(("name", "reason"), TRAINING_REFUSES.items())

@@ -34,9 +34,8 @@ LAYOUTS = [("padded", "right"), ("padded", "left"), ("packed", "right")]
 def tiny(kind: str = "qwen2", dtype: torch.dtype = torch.float64, **changes: object) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**TINY, **changes})).to(dtype)
-    for (
-        parameter
-    ) in model.parameters():  # a fresh head gives near-uniform probabilities, on which much would go unseen
+    # A fresh head gives near-uniform probabilities, on which many errors would not show.
+    for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model
 
@@ -52,25 +51,25 @@ def some_rows(count: int = 7) -> TokenRows:
 
 
 def oracle(model: nn.Module, rows: TokenRows, temperature: float) -> dict[str, Tensor]:
-    """(R, T) from the model's own logits, each row alone and unpadded."""
+    """(R, T) from the model's own logits, each row by itself and unpadded."""
     width = max(map(len, rows.completions))
-    logps, entropies = [], []
+    logps = []
+    entropies = []
     for prompt, completion in zip(rows.prompts, rows.completions, strict=True):
         logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         logp = (logits / temperature).log_softmax(-1)
         pad = (0, width - len(completion))
-        logps.append(
-            nn.functional.pad(logp.gather(1, torch.tensor(completion, dtype=torch.int64)[:, None])[:, 0], pad)
-        )
+        targets = torch.tensor(completion, dtype=torch.int64)[:, None]
+        logps.append(nn.functional.pad(logp.gather(1, targets)[:, 0], pad))
         entropies.append(nn.functional.pad(-(logp.exp() * logp).sum(-1), pad))
     return {"logp": torch.stack(logps), "entropy": torch.stack(entropies)}
 
 
-def weighted(found: dict[str, Tensor]) -> Tensor:
-    """A loss with another weight on every token and statistic."""
-    shape = found["logp"].shape
+def weighted(statistics: dict[str, Tensor]) -> Tensor:
+    """A loss with a different weight on every token and statistic."""
+    shape = statistics["logp"].shape
     g = torch.linspace(-1, 1, shape.numel()).view(shape)
-    return (g * found["logp"]).sum() + (g.flip(0) * found["entropy"]).sum()
+    return (g * statistics["logp"]).sum() + (g.flip(0) * statistics["entropy"]).sum()
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -110,15 +109,20 @@ def disagreeing(
     """Names of the statistics and gradients that are not those of the model's own logits."""
     rows = rows or some_rows()
     expected = oracle(model, rows, temperature)
-    wanted = gradients(model, weighted(expected))
+    expected_gradients = gradients(model, weighted(expected))
     micro = micro or build(rows, range(len(rows)), **layout)  # type: ignore[arg-type]
-    found = PolicyForward(model)(micro, temperature=temperature, wants=WANTS, chunk=4)
-    ours = gradients(model, weighted(found))  # Cohere normalises in float32
-    assert found.keys() == expected.keys() and ours.keys() == wanted.keys()
-    wrong = [name for name in wanted if not torch.allclose(ours[name], wanted[name], rtol=1e-6, atol=atol)]
-    return wrong + [
-        name for name in expected if not torch.allclose(found[name], expected[name], rtol=1e-7, atol=atol)
-    ]
+    actual = PolicyForward(model)(micro, temperature=temperature, wants=WANTS, chunk=4)
+    actual_gradients = gradients(model, weighted(actual))  # Cohere normalises in float32
+    assert actual.keys() == expected.keys() and actual_gradients.keys() == expected_gradients.keys()
+
+    wrong = []
+    for name, gradient in expected_gradients.items():
+        if not torch.allclose(actual_gradients[name], gradient, rtol=1e-6, atol=atol):
+            wrong.append(name)
+    for name, value in expected.items():
+        if not torch.allclose(actual[name], value, rtol=1e-7, atol=atol):
+            wrong.append(name)
+    return wrong
 
 
 @pytest.mark.parametrize(("layout", "side"), LAYOUTS)
@@ -180,14 +184,14 @@ def test_packed_sequences_do_not_see_each_other(kind: str) -> None:
     ).eval()
     rows = some_rows()
     with torch.no_grad():
-        found = PolicyForward(model)(
+        statistics = PolicyForward(model)(
             build(rows, range(7), layout="packed"), temperature=0.7, wants=frozenset({"logp"}), chunk=64
         )
-        torch.testing.assert_close(found["logp"], oracle(model, rows, 0.7)["logp"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(statistics["logp"], oracle(model, rows, 0.7)["logp"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", PACKABLE_MODELS)
-def test_shared_prompts_give_each_row_what_it_has_alone(kind: str) -> None:
+def test_shared_prompts_give_each_row_its_log_probs_without_sharing(kind: str) -> None:
     experts = {
         "num_local_experts": 4,
         "num_experts": 4,
@@ -195,12 +199,15 @@ def test_shared_prompts_give_each_row_what_it_has_alone(kind: str) -> None:
         "moe_intermediate_size": 16,
     }
     model = tiny(kind, torch.float32, **(experts if kind in ("mixtral", "qwen3_moe") else {})).eval()
-    policy, rows = PolicyForward(model), rows_of_shared_prompts()
+    policy = PolicyForward(model)
+    rows = rows_of_shared_prompts()
     micro = shared(rows)
     if policy.shares_prompts:
         with torch.no_grad():
-            found = policy(micro, temperature=0.7, wants=frozenset({"logp"}), chunk=64)
-            torch.testing.assert_close(found["logp"], oracle(model, rows, 0.7)["logp"], rtol=1e-4, atol=1e-4)
+            statistics = policy(micro, temperature=0.7, wants=frozenset({"logp"}), chunk=64)
+            torch.testing.assert_close(
+                statistics["logp"], oracle(model, rows, 0.7)["logp"], rtol=1e-4, atol=1e-4
+            )
     else:
         assert getattr(model.config, "sliding_window", None) is not None
         with pytest.raises(ValueError, match="cannot share prompts"):
@@ -209,13 +216,13 @@ def test_shared_prompts_give_each_row_what_it_has_alone(kind: str) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_shared_prompts_give_every_gradient(tied: bool) -> None:
-    # RMSNorm works in float32: a last digit of float64 that attention sums otherwise can flip one of float32.
+    # RMSNorm works in float32: a rounding difference in the last digit of float64 can change one of float32.
     rows = rows_of_shared_prompts()
     assert not disagreeing(tiny(tie_word_embeddings=tied), rows=rows, micro=shared(rows), atol=2e-6)
 
 
 def test_packing_is_refused_where_it_would_mix_sequences() -> None:
-    # OPT takes restarting positions and attends across them; Lfm2's convolutions run on into the next
+    # OPT takes restarting positions and attends across them; Lfm2's convolutions continue into the next
     # sequence.
     opt = PolicyForward(tiny("opt", word_embed_proj_dim=32, ffn_dim=48))
     with pytest.raises(ValueError, match=r"OPTForCausalLM.*set learner.layout: padded"):
@@ -224,7 +231,7 @@ def test_packing_is_refused_where_it_would_mix_sequences() -> None:
         resolve_layout("packed", tiny("lfm2", layer_types=["conv", "full_attention"]))
 
 
-def test_layout_auto_is_packed_only_where_the_kernel_knows_lengths() -> None:
+def test_layout_auto_is_packed_only_where_the_kernel_supports_lengths() -> None:
     model = tiny()
     assert model.config._attn_implementation == "sdpa" and resolve_layout("auto", model) == "padded"
     assert resolve_layout("packed", model) == "packed"
@@ -245,7 +252,7 @@ def test_capped_logits_are_refused(cap: float) -> None:
 
 
 def test_a_bare_decoder_is_refused() -> None:
-    with pytest.raises(ValueError, match="Qwen2Model is not an output head over one decoder"):
+    with pytest.raises(ValueError, match="Qwen2Model is not one decoder with an output head"):
         PolicyForward(tiny().model)
 
 
@@ -254,11 +261,11 @@ def test_nothing_to_score_still_reaches_every_parameter() -> None:
     # reductions run.
     model = tiny()
     for layout in ("padded", "packed"):
-        found = PolicyForward(model)(
+        statistics = PolicyForward(model)(
             build(some_rows(), [], layout=layout), temperature=1.0, wants=WANTS, chunk=8
         )  # type: ignore[arg-type]
-        assert found["logp"].shape == (0, 1)
-        grads = gradients(model, found["logp"].sum() + found["entropy"].sum())
+        assert statistics["logp"].shape == (0, 1)
+        grads = gradients(model, statistics["logp"].sum() + statistics["entropy"].sum())
         assert set(grads) == {name for name, _ in model.named_parameters()}
         assert all(not grad.any() for grad in grads.values())
 
@@ -275,16 +282,16 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 
 
 def test_hooks_of_the_head_run() -> None:
-    # ZeRO-3 gathers a layer's weight in a hook before its forward: the head's must fire although its forward
-    # is ours. Afterwards the head is a linear layer again.
-    model, fired = tiny(), []
+    # ZeRO-3 gathers a layer's weight in a hook before its forward: the head's hook must run although the
+    # head's forward is replaced. Afterwards the head is a linear layer again.
+    model = tiny()
+    fired = []
     model.lm_head.register_forward_pre_hook(lambda module, inputs: fired.append(tuple(inputs[0].shape)))
     micro = build(some_rows(), [0], layout="padded")
     PolicyForward(model)(micro, temperature=1.0, wants=WANTS, chunk=8)
     assert fired == [(micro.targets.numel(), 32)]
-    assert "forward" not in model.lm_head.__dict__ and model.lm_head(
-        torch.zeros(1, 32, dtype=torch.float64)
-    ).shape == (1, 50)
+    assert "forward" not in model.lm_head.__dict__
+    assert model.lm_head(torch.zeros(1, 32, dtype=torch.float64)).shape == (1, 50)
 
 
 def lora(model: PreTrainedModel, **changes: object) -> nn.Module:
@@ -303,18 +310,19 @@ def test_lora_matches_the_adapted_models_logits(changes: dict[str, object]) -> N
 
 def test_a_disabled_adapter_gives_the_reference() -> None:
     # The reference policy of a LoRA run: the same module with its adapters off, head included.
-    base, rows = tiny(), some_rows()
+    base = tiny()
+    rows = some_rows()
     expected = oracle(base, rows, 0.7)["logp"].detach()
     adapted = lora(base, modules_to_save=["lm_head"])
     adapted.base_model.model.lm_head.modules_to_save["default"].weight.data += 1.0
     policy = PolicyForward(adapted)
     with torch.no_grad(), adapted.disable_adapter():  # type: ignore[operator]
-        found = policy(
+        statistics = policy(
             build(rows, range(7), layout="padded"), temperature=0.7, wants=frozenset({"logp"}), chunk=8
         )
-    torch.testing.assert_close(found["logp"], expected)
+    torch.testing.assert_close(statistics["logp"], expected)
 
 
 def test_lora_on_the_head_is_refused() -> None:
-    with pytest.raises(ValueError, match="take lm_head out of target_modules"):
+    with pytest.raises(ValueError, match="remove lm_head from target_modules"):
         PolicyForward(lora(tiny(), target_modules=["q_proj", "lm_head"]))

@@ -1,5 +1,5 @@
-"""Statistics with arguments: the entropy at a temperature of its own, and sums of powers with a power
-for each token.
+"""Statistics with arguments: the entropy at a temperature other than that of sampling, and sums of powers
+with one power per token.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from rltrain.learner import head
 from rltrain.learner.head import token_statistics
 from support.tensor_sizes import LargestTensor
 
-TOKENS, WIDTH, VOCAB = 11, 4, 9
+TOKENS = 11
+WIDTH = 4
+VOCAB = 9
 POWER = torch.linspace(0.0, 1.0, TOKENS, dtype=torch.float64)
 
 
 def make() -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    hidden, weight = (
-        torch.randn(TOKENS, WIDTH).double().requires_grad_(),
-        torch.randn(VOCAB, WIDTH).double().requires_grad_(),
-    )
+    hidden = torch.randn(TOKENS, WIDTH).double().requires_grad_()
+    weight = torch.randn(VOCAB, WIDTH).double().requires_grad_()
     return hidden, weight, torch.randint(VOCAB, (TOKENS,))
 
 
-def found(
+def compute(
     hidden: Tensor, weight: Tensor, targets: Tensor, *wants: str, temperature: float = 0.7, **more: object
 ) -> dict[str, Tensor]:
     ask = {
         "temperature": temperature,
         "wants": frozenset(wants),
         "chunk": 3,
-        "given": {"power": POWER},
+        "arguments": {"power": POWER},
     } | more
     return token_statistics(hidden, weight, targets, **ask)  # type: ignore[arg-type]
 
@@ -41,7 +41,7 @@ def found(
 @pytest.mark.parametrize("name", ["entropy:0.4", "log_mass:0.5", "log_mass:power"])
 def test_every_gradient_is_the_finite_difference(name: str) -> None:
     hidden, weight, targets = make()
-    assert torch.autograd.gradcheck(lambda h, w: found(h, w, targets, name, "logp")[name], (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: compute(h, w, targets, name, "logp")[name], (hidden, weight))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.7, 2.0])
@@ -50,16 +50,16 @@ def test_the_entropy_at_a_temperature_is_of_the_models_logits_whatever_they_are_
     temperature: float, logit_scale: float
 ) -> None:
     hidden, weight, targets = make()
-    got = found(hidden, weight, targets, "entropy:0.5", temperature=temperature, logit_scale=logit_scale)[
-        "entropy:0.5"
-    ]
+    actual = compute(
+        hidden, weight, targets, "entropy:0.5", temperature=temperature, logit_scale=logit_scale
+    )["entropy:0.5"]
     logp = (logit_scale * hidden @ weight.t() / 0.5).log_softmax(-1)
-    assert_close(got, -(logp.exp() * logp).sum(-1))
+    assert_close(actual, -(logp.exp() * logp).sum(-1))
 
 
 def test_the_entropy_at_the_sampling_temperature_is_the_entropy() -> None:
     hidden, weight, targets = make()
-    both = found(hidden, weight, targets, "entropy:0.7", "entropy_grad")
+    both = compute(hidden, weight, targets, "entropy:0.7", "entropy_grad")
     assert_close(both["entropy:0.7"], both["entropy"])
     slopes = [
         torch.autograd.grad(both[name].sum(), weight, retain_graph=True)[0]
@@ -73,17 +73,17 @@ def test_each_token_has_its_own_power_in_every_chunk_and_tile(monkeypatch: pytes
     # row
     monkeypatch.setitem(head._TILE_ELEMENTS, "cpu", 1)
     hidden, weight, targets = make()
-    got = found(hidden, weight, targets, "log_mass:power")["log_mass:power"]
+    actual = compute(hidden, weight, targets, "log_mass:power")["log_mass:power"]
     logp = (hidden @ weight.t() / 0.7).log_softmax(-1)
-    assert_close(got, (POWER[:, None] * logp).exp().sum(-1).log())
-    assert_close(got[0].item(), torch.tensor(float(VOCAB)).log().item())
-    assert abs(got[-1].item()) < 1e-12
+    assert_close(actual, (POWER[:, None] * logp).exp().sum(-1).log())
+    assert_close(actual[0].item(), torch.tensor(float(VOCAB)).log().item())
+    assert abs(actual[-1].item()) < 1e-12
 
 
 def test_a_scale_of_the_logits_is_a_temperature() -> None:
     hidden, weight, targets = make()
-    scaled = found(hidden, weight, targets, "logp", temperature=0.7, logit_scale=0.5)["logp"]
-    assert_close(scaled, found(hidden, weight, targets, "logp", temperature=1.4)["logp"])
+    scaled = compute(hidden, weight, targets, "logp", temperature=0.7, logit_scale=0.5)["logp"]
+    assert_close(scaled, compute(hidden, weight, targets, "logp", temperature=1.4)["logp"])
 
 
 def test_only_chunks_of_logits_ever_exist(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,19 +93,20 @@ def test_only_chunks_of_logits_ever_exist(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(head._TILE_ELEMENTS, "cpu", VOCAB)
     with LargestTensor() as largest:
         sum(
-            value.sum() for value in found(hidden, weight, targets, "entropy:0.5", "log_mass:power").values()
+            value.sum()
+            for value in compute(hidden, weight, targets, "entropy:0.5", "log_mass:power").values()
         ).backward()
-    assert largest.entries == 5 * TOKENS  # three numbers a token of its own, and the two asked for
+    assert largest.entries == 5 * TOKENS  # three numbers for each token, and the two requested ones
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("entropy:0", "no token statistic is called 'entropy:0'"),
         ("entropy:hot", "'entropy:hot'"),
         ("log_mass:pow", "reads 'pow', a number per token"),
     ],
 )
-def test_arguments_that_mean_nothing_are_refused(name: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        found(*make(), name)
+def test_arguments_that_mean_nothing_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compute(*make(), name)

@@ -1,4 +1,4 @@
-"""A model folder holds exactly the tensors of its architecture, or is refused by every loader."""
+"""Every loader refuses a model folder that does not hold exactly the tensors of its architecture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from rltrain.config.schema import LearnerCore, Model, Optimizer
 from rltrain.data.tokenization import tokenization_of
 from rltrain.errors import UserError
-from rltrain.learner.frozen_models import reference_weights, require_companion
+from rltrain.learner.frozen_models import frozen_model, load_frozen, reference_weights, require_companion
 from rltrain.learner.loading import Head, load_causal_lm, require_weights
 from rltrain.learner.preference_learner import PreferenceLearner
 from rltrain.learner.reward_learner import load_reward_model
@@ -74,17 +74,15 @@ def core() -> LearnerCore:
 
 
 def as_the_policy(path: str, sound: str) -> object:
-    return PreferenceLearner(Model(path=path), core(), max_tokens=8, total_updates=1, seed=0)
+    return PreferenceLearner(Model(path=path), core(), total_updates=1, seed=0)
 
 
 def as_a_reference(path: str, sound: str) -> object:
-    learner = PreferenceLearner(Model(path=sound), core(), max_tokens=8, total_updates=1, seed=0)
-    return learner.use_frozen("ref_logp", path, Model(path=sound))
+    return load_frozen(path, Model(path=sound), torch.device("cpu"))
 
 
 def as_a_frozen_model(path: str, sound: str) -> None:
-    learner = PreferenceLearner(Model(path=sound), core(), max_tokens=8, total_updates=1, seed=0)
-    with learner.frozen_model(path, Model(path=sound)):
+    with frozen_model(path, Model(path=sound), torch.device("cpu")):
         pass
 
 
@@ -137,21 +135,21 @@ def test_every_loader_refuses_a_folder_that_is_not_its_architectures(
 
 @pytest.mark.parametrize("fixture", ["random_model", "random_tied_model"])
 @pytest.mark.parametrize("head", ["logits", "new scalar"])
-def test_a_whole_folder_is_taken(fixture: str, head: Head, request: pytest.FixtureRequest) -> None:
+def test_a_complete_folder_is_accepted(fixture: str, head: Head, request: pytest.FixtureRequest) -> None:
     require_weights(request.getfixturevalue(fixture), None, head)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_neox", "gemma3", "mamba"])
-def test_folders_whose_tensors_are_renamed_or_fused_on_load_are_taken(name: str, tmp_path: Path) -> None:
+def test_folders_whose_tensors_are_renamed_or_fused_on_load_are_accepted(name: str, tmp_path: Path) -> None:
     require_weights(str(tiny(name, tmp_path / name)), None, "logits")
 
 
 def test_an_expert_that_is_missing_is_refused(tmp_path: Path) -> None:
-    whole = str(tiny("mixtral", tmp_path / "whole"))
+    complete = str(tiny("mixtral", tmp_path / "complete"))
     expert = next(
-        name for name in load_file(tmp_path / "whole" / "model.safetensors") if "experts.2." in name
+        name for name in load_file(tmp_path / "complete" / "model.safetensors") if "experts.2." in name
     )
-    broken = changed(whole, tmp_path / "broken", lambda tensors: tensors.pop(expert))
+    broken = changed(complete, tmp_path / "broken", lambda tensors: tensors.pop(expert))
     with pytest.raises(
         UserError, match=r"its tensors are not those of Mixtral|does not load as a causal language model"
     ):
@@ -165,7 +163,7 @@ def test_an_expert_that_is_missing_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def reward_model(random_model: str, tmp_path: Path) -> str:
-    """A folder as a run that trained a reward model leaves it."""
+    """The folder of a trained reward model, as a run writes it."""
     out = tmp_path / "reward"
     load_reward_model(random_model, None, "auto").save_pretrained(out)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -178,7 +176,7 @@ def scored(path: str) -> list[float]:
     return RewardModel(path, prompt_column=None, device=torch.device("cpu"), **sizes).scores([(5, 6, 7)])
 
 
-def test_a_reward_model_is_taken_with_or_without_the_language_head_it_does_not_use(
+def test_a_reward_model_is_accepted_with_or_without_the_language_head_it_does_not_use(
     reward_model: str, tmp_path: Path
 ) -> None:
     with_both = changed(
@@ -202,7 +200,7 @@ def test_a_reward_model_without_its_head_is_called_a_language_model(
 
 
 @pytest.mark.parametrize("change", [without_a_layer, renamed, with_a_value_head, cut])
-def test_a_reward_model_that_is_not_whole_is_refused(
+def test_an_incomplete_reward_model_is_refused(
     change: Callable[[Tensors], None], reward_model: str, tmp_path: Path
 ) -> None:
     broken = changed(reward_model, tmp_path / "broken", change)

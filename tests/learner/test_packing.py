@@ -1,6 +1,4 @@
-"""Micro-batches: nothing lost, nothing over budget, and every token's statistics read from the right
-place.
-"""
+"""Micro-batches: every row once, none over budget, and statistics from the right hidden state."""
 
 from __future__ import annotations
 
@@ -20,44 +18,45 @@ ROWS = TokenRows(prompts=((10, 11), (20,), (30, 31, 32)), completions=((12, 13, 
 
 
 def test_padded_rows_by_hand() -> None:
-    micro = build(ROWS, [2, 0, 1], layout="padded")
+    micro_batch = build(ROWS, [2, 0, 1], layout="padded")
     # The last completion token is not read. Row 0 reads 10 11 12 13, the longest; hidden states are numbered
     # 4 row + place.
-    assert micro.input_ids.tolist() == [[30, 31, 32, 0], [10, 11, 12, 13], [20, 0, 0, 0]]
-    assert micro.position_ids.tolist() == [[0, 1, 2, 3]] * 3
-    assert micro.attention_mask is None
+    assert micro_batch.input_ids.tolist() == [[30, 31, 32, 0], [10, 11, 12, 13], [20, 0, 0, 0]]
+    assert micro_batch.position_ids.tolist() == [[0, 1, 2, 3]] * 3
+    assert micro_batch.attention_mask is None
     # Token 12 is predicted at place 1 (token 11) of the second row: 4 + 1; 13 and 14 follow; 21 at place 0 of
     # the third: 8.
-    assert micro.index.tolist() == [5, 6, 7, 8]
-    assert micro.targets.tolist() == [12, 13, 14, 21]
-    assert micro.row.tolist() == [1, 1, 1, 2] and micro.column.tolist() == [0, 1, 2, 0]
-    assert micro.rows.tolist() == [2, 0, 1] and micro.width == 3
+    assert micro_batch.index.tolist() == [5, 6, 7, 8]
+    assert micro_batch.targets.tolist() == [12, 13, 14, 21]
+    assert micro_batch.row.tolist() == [1, 1, 1, 2] and micro_batch.column.tolist() == [0, 1, 2, 0]
+    assert micro_batch.rows.tolist() == [2, 0, 1] and micro_batch.width == 3
 
 
 def test_packed_rows_by_hand() -> None:
-    micro = build(ROWS, [2, 0, 1], layout="packed")
-    assert micro.input_ids.tolist() == [[30, 31, 32, 10, 11, 12, 13, 20]]
-    assert micro.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
-    assert micro.index.tolist() == [4, 5, 6, 7]
-    assert micro.targets.tolist() == [12, 13, 14, 21]
+    micro_batch = build(ROWS, [2, 0, 1], layout="packed")
+    assert micro_batch.input_ids.tolist() == [[30, 31, 32, 10, 11, 12, 13, 20]]
+    assert micro_batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
+    assert micro_batch.index.tolist() == [4, 5, 6, 7]
+    assert micro_batch.targets.tolist() == [12, 13, 14, 21]
 
 
 def test_left_padded_rows_by_hand() -> None:
-    micro = build(ROWS, [0, 1], layout="padded", padding_side="left")
-    assert micro.input_ids.tolist() == [[10, 11, 12, 13], [0, 0, 0, 20]]
-    assert micro.position_ids.tolist() == [[0, 1, 2, 3], [0, 0, 0, 0]]
-    assert micro.attention_mask is not None and micro.attention_mask.tolist() == [[1, 1, 1, 1], [0, 0, 0, 1]]
-    assert micro.index.tolist() == [1, 2, 3, 7]
+    micro_batch = build(ROWS, [0, 1], layout="padded", padding_side="left")
+    assert micro_batch.input_ids.tolist() == [[10, 11, 12, 13], [0, 0, 0, 20]]
+    assert micro_batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 0, 0, 0]]
+    assert micro_batch.attention_mask is not None and micro_batch.attention_mask.tolist() == [
+        [1, 1, 1, 1],
+        [0, 0, 0, 1],
+    ]
+    assert micro_batch.index.tolist() == [1, 2, 3, 7]
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_no_rows_still_read_one_token(layout: Layout) -> None:
-    micro = build(ROWS, [], layout=layout)
-    assert (
-        micro.input_ids.shape == (1, 1)
-        and micro.rows.numel() == micro.index.numel() == micro.targets.numel() == 0
-        and micro.width == 1
-    )
+    micro_batch = build(ROWS, [], layout=layout)
+    assert micro_batch.input_ids.shape == (1, 1)
+    assert micro_batch.rows.numel() == micro_batch.index.numel() == micro_batch.targets.numel() == 0
+    assert micro_batch.width == 1
 
 
 def test_an_empty_prompt_is_refused_by_its_position() -> None:
@@ -94,10 +93,8 @@ def test_equal_rows_are_spread_evenly_instead_of_filling_the_first_micro_batches
 def test_ranks_share_what_would_fit_one_micro_batch() -> None:
     # 8 rows of 10 tokens fit one budget of 100; with two ranks each takes 4 rows rather than one taking all.
     for layout in ("padded", "packed"):
-        assert [[len(rows) for rows in rank] for rank in plan([10] * 8, 100, layout=layout, ranks=2)] == [
-            [4],
-            [4],
-        ]  # type: ignore[arg-type]
+        planned = plan([10] * 8, 100, layout=layout, ranks=2)  # type: ignore[arg-type]
+        assert [[len(rows) for rows in rank] for rank in planned] == [[4], [4]]
 
 
 def test_a_rank_without_rows_gets_an_empty_micro_batch() -> None:
@@ -129,10 +126,8 @@ def test_a_budget_of_zero_is_refused() -> None:
 
 
 def test_moving_keeps_every_number() -> None:
-    micro = build(ROWS, [0, 1], layout="padded", padding_side="left")
-    moved = micro.to("cpu")
-    assert (
-        torch.equal(moved.index, micro.index)
-        and moved.width == micro.width
-        and moved.attention_mask is not None
-    )
+    micro_batch = build(ROWS, [0, 1], layout="padded", padding_side="left")
+    moved = micro_batch.to("cpu")
+    assert torch.equal(moved.index, micro_batch.index)
+    assert moved.width == micro_batch.width
+    assert moved.attention_mask is not None

@@ -1,4 +1,4 @@
-"""The learner against plain PyTorch, and its promises about layouts, idle rows and lost numbers."""
+"""The learner compared with plain PyTorch; effects of layouts, idle rows and non-finite numbers."""
 
 from __future__ import annotations
 
@@ -97,11 +97,12 @@ def test_one_update_is_what_plain_pytorch_computes(
 )
 def test_layouts_do_not_change_the_update(random_model: str, settings: dict[str, Any], kl: float) -> None:
     rows, batch = step()
-    whole, split = learner_of(random_model), learner_of(random_model, **settings)
+    plain = learner_of(random_model)
+    split = learner_of(random_model, **settings)
     batch = batch.replace(
         ref_logp=torch.full(batch.mask.shape, -3.0), old_logp=torch.full(batch.mask.shape, -4.0)
     )
-    first = whole.update(rows, batch, objective_of(kl=kl))
+    first = plain.update(rows, batch, objective_of(kl=kl))
     second = split.update(rows, batch, objective_of(kl=kl))
     for name, value in first.metrics.items():
         assert second.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
@@ -111,11 +112,8 @@ def test_layouts_do_not_change_the_update(random_model: str, settings: dict[str,
 
 def test_idle_rows_skip_the_gradient_pass_and_change_nothing(random_model: str) -> None:
     rows, batch = step()
-    skipping, running = learner_of(random_model), learner_of(random_model, skip_idle_rows=False)
-    fewer, all_rows = (
-        skipping.update(rows, batch, objective_of()),
-        running.update(rows, batch, objective_of()),
-    )
+    fewer = learner_of(random_model).update(rows, batch, objective_of())
+    all_rows = learner_of(random_model, skip_idle_rows=False).update(rows, batch, objective_of())
     # The middle group of four has advantage 0.
     assert (fewer.idle_rows, fewer.trained_rows, all_rows.trained_rows) == (4, 8, 12)
     assert fewer.trained_tokens < all_rows.trained_tokens
@@ -133,8 +131,8 @@ def test_a_kl_term_leaves_no_row_idle(random_model: str) -> None:
 
 
 def test_a_step_without_any_signal_still_applies_momentum_and_weight_decay(random_model: str) -> None:
-    # Gradient 0 is not "no gradient": AdamW's decoupled decay multiplies every matrix by 1 - lr * decay = 1 -
-    # 0.01 * 0.5.
+    # Gradient 0 is not "no gradient": AdamW's decoupled decay multiplies every matrix by
+    # 1 - lr * decay = 1 - 0.01 * 0.5.
     rows, batch = step()
     learner = learner_of(random_model, weight_decay=0.5)
     before = weights_of(learner)
@@ -149,10 +147,10 @@ def test_updates_and_epochs_count_versions_and_see_whole_groups(random_model: st
     rows, batch = step()
     learner = learner_of(random_model, updates=3, epochs=2, lr=1e-3)
     old = learner.annotate(rows, frozenset({"logp", "entropy"}))
-    seen: list[list[int]] = []
+    groups: list[list[int]] = []
 
     def watch(part: TrainBatch) -> TrainBatch:
-        seen.append(sorted(set(part.group.tolist())))
+        groups.append(sorted(set(part.group.tolist())))
         assert part.logp_now is not None
         assert len(part.group) == 4  # a group is never split
         return part
@@ -177,7 +175,7 @@ def test_updates_and_epochs_count_versions_and_see_whole_groups(random_model: st
         PerUpdateControls((BoundMethod(spec, {}, watch),)),
     )
     assert learner.version == 6
-    assert sorted(seen[:3]) == sorted(seen[3:]) == [[0], [1], [2]]
+    assert sorted(groups[:3]) == sorted(groups[3:]) == [[0], [1], [2]]
 
 
 def test_a_step_with_fewer_groups_than_updates_makes_one_update_per_group(random_model: str) -> None:
@@ -195,9 +193,8 @@ def test_a_non_finite_update_is_skipped_counted_and_stops_the_run_in_the_end(ran
     assert learner.update(rows, broken, objective_of()).skipped_updates == 1
     assert learner.version == 0
     assert all(torch.equal(value, before[name]) for name, value in learner.weights())
-    assert (
-        learner.update(rows, batch, objective_of()).skipped_updates == 0
-    )  # a good update starts the count anew
+    # A good update restarts the count.
+    assert learner.update(rows, batch, objective_of()).skipped_updates == 0
     learner.update(rows, broken, objective_of())
     with pytest.raises(NonFiniteError, match=r"2 updates in a row.*version 1.*learner.optimizer.lr"):
         learner.update(rows, broken, objective_of())
@@ -208,9 +205,8 @@ def test_annotation_is_the_log_prob_at_the_sampling_temperature(random_model: st
     notes = learner_of(random_model).annotate(rows, frozenset({"logp", "entropy"}))
     model = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32)
     for i, (prompt, completion) in enumerate(zip(rows.prompts, rows.completions, strict=True)):
-        full = (
-            model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
-        ).log_softmax(-1)
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        full = (logits / TEMPERATURE).log_softmax(-1)
         picked = full.gather(1, torch.tensor(completion)[:, None])[:, 0]
         torch.testing.assert_close(notes["logp"][i, : len(completion)], picked, atol=1e-5, rtol=0)
         torch.testing.assert_close(
@@ -219,7 +215,7 @@ def test_annotation_is_the_log_prob_at_the_sampling_temperature(random_model: st
         assert not notes["logp"][i, len(completion) :].any()
 
 
-def test_warmup_and_schedules_reach_what_they_say(random_model: str) -> None:
+def test_warmup_and_schedules_reach_their_rates(random_model: str) -> None:
     rows, batch = step()
     learner = PolicyLearner(
         Model(path=random_model),
@@ -233,7 +229,7 @@ def test_warmup_and_schedules_reach_what_they_say(random_model: str) -> None:
     for _ in range(6):
         rates.append(learner.lr)
         learner.update(rows, batch.replace(advantages=torch.zeros(batch.mask.shape)), objective_of())
-    # Two updates up to 1, then down by a quarter over the four that are left.
+    # Two updates up to 1, then down by a quarter in each of the remaining four.
     assert rates == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25])
 
 
@@ -252,12 +248,8 @@ def test_the_order_of_a_set_does_not_decide_which_numbers_ranks_add(
     monkeypatch.setattr(learner.trained, "sum_over_ranks", lambda value: added.append(value) or value)
     for wants in (frozenset, Backwards):
         learner.annotate(rows, wants({"logp", "entropy"}))
-    assert [bool(value.max() > 0) for value in added] == [
-        True,
-        False,
-        True,
-        False,
-    ]  # entropy, then log-prob, both times
+    # entropy, then log-prob, both times
+    assert [bool(value.max() > 0) for value in added] == [True, False, True, False]
 
 
 def test_a_loss_that_is_not_finite_stops_the_step_even_where_its_gradient_is(random_model: str) -> None:

@@ -1,4 +1,4 @@
-"""Updates from judged examples against plain PyTorch, and the same update on any layout."""
+"""Updates from judged examples compared with plain PyTorch, and equal updates in every layout."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def pairs(seed: int = 0) -> tuple[TokenRows, PairBatch]:
     prompts = (*prompts[:-1], prompts[0])
     chosen, rejected = (draw(torch.randint(1, 8, (N,), generator=g), g) for _ in range(2))
     rows = pair_rows(prompts, chosen, rejected)
-    lengths, ref = lengths_of(rows), -3.0 * torch.rand(2 * N, generator=g)
+    lengths = lengths_of(rows)
+    ref = -3.0 * torch.rand(2 * N, generator=g)
     facts = [
         CompletionFacts(lengths[half], ref_logp=lengths[half] * ref[half])
         for half in (slice(0, N), slice(N, None))
@@ -53,16 +54,13 @@ def pairs(seed: int = 0) -> tuple[TokenRows, PairBatch]:
 def labels() -> tuple[TokenRows, LabelBatch, TokenRows]:
     rows, batch = pairs()
     g = torch.Generator().manual_seed(5)
-    mine = TokenRows(rows.prompts[:N], rows.completions[:N])
+    labelled = TokenRows(rows.prompts[:N], rows.completions[:N])
     others = TokenRows(rows.prompts[:N], (*rows.completions[1:N], rows.completions[0]))
     facts = CompletionFacts(
         lengths_of(others), ref_logp=-9.0 * lengths_of(others) - torch.rand(N, generator=g)
     )
-    return (
-        mine,
-        LabelBatch(batch.chosen, batch.prompt, label=(torch.arange(N) % 3 == 0).float(), mismatched=facts),
-        others,
-    )
+    label = (torch.arange(N) % 3 == 0).float()
+    return labelled, LabelBatch(batch.chosen, batch.prompt, label=label, mismatched=facts), others
 
 
 def objective(name: str, **hp: Any) -> PreferenceObjective:
@@ -70,12 +68,12 @@ def objective(name: str, **hp: Any) -> PreferenceObjective:
 
 
 def plain_log_probs(model: Any, rows: TokenRows) -> Tensor:
-    """Row by row, by the model's own logits."""
-    found = []
+    """Row by row, from the model's own logits."""
+    log_probs = []
     for prompt, completion in zip(rows.prompts, rows.completions, strict=True):
         logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-        found.append(logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).sum())
-    return torch.stack(found)
+        log_probs.append(logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).sum())
+    return torch.stack(log_probs)
 
 
 def weights_of(learner: PreferenceLearner) -> dict[str, Tensor]:
@@ -83,7 +81,7 @@ def weights_of(learner: PreferenceLearner) -> dict[str, Tensor]:
 
 
 def gradients_of(path: str, *arguments: Any, **settings: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """By plain SGD: what a step of size 1 takes off a weight is its gradient."""
+    """By plain SGD: a step of size 1 subtracts the gradient from a weight."""
     learner = learner_of(path, **settings)
     before = weights_of(learner)
     learner.trained.backend.optimizer.step = lambda *_, **__: _descend(learner)  # type: ignore[method-assign]
@@ -101,7 +99,9 @@ def _descend(learner: PreferenceLearner) -> None:
 @pytest.mark.parametrize("share", ["auto", "never"])
 def test_one_update_is_what_plain_pytorch_computes(random_model: str, share: str) -> None:
     rows, batch = pairs()
-    found, metrics = gradients_of(random_model, rows, batch, objective("dpo", beta=0.3), share_prompt=share)
+    gradients, metrics = gradients_of(
+        random_model, rows, batch, objective("dpo", beta=0.3), share_prompt=share
+    )
     model = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32)
     logp = plain_log_probs(model, rows)
     assert batch.chosen.ref_logp is not None and batch.rejected.ref_logp is not None
@@ -111,7 +111,7 @@ def test_one_update_is_what_plain_pytorch_computes(random_model: str, share: str
     assert metrics["loss/total"] == pytest.approx(loss.item(), rel=1e-5)
     assert metrics["loss/accuracy"] == pytest.approx((z > 0).float().mean().item())
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, atol=2e-5, rtol=2e-3)
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=2e-5, rtol=2e-3)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -131,13 +131,14 @@ def test_entropies_come_with_the_log_probs_in_one_pass(random_model: str, share:
     rows, _ = pairs()
     learner = learner_of(random_model, share_prompt=share, tokens_per_micro_batch=40)
     logp, entropy = learner.log_probs_and_entropy(rows, sides=2)
-    model, want = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32), []
+    model = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32)
+    expected = []
     for prompt, completion in zip(rows.prompts, rows.completions, strict=True):
         with torch.no_grad():
             logps = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        want.append(-(logps.exp() * logps).sum())
+        expected.append(-(logps.exp() * logps).sum())
     assert entropy is not None
-    torch.testing.assert_close(entropy, torch.stack(want), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy, torch.stack(expected), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(logp, learner.log_probs(rows, sides=2))
 
 
@@ -155,54 +156,55 @@ LAYOUTS = [
 def test_no_layout_changes_an_update_of_pairs(random_model: str, loss: str, settings: dict[str, Any]) -> None:
     hp = {"mmpo": {"gamma": 1.3}}.get(loss, {})
     rows, batch = pairs()
-    want, metrics = gradients_of(random_model, rows, batch, objective(loss, **hp))
-    found, again = gradients_of(random_model, rows, batch, objective(loss, **hp), **settings)
+    expected, metrics = gradients_of(random_model, rows, batch, objective(loss, **hp))
+    gradients, again = gradients_of(random_model, rows, batch, objective(loss, **hp), **settings)
     assert again == pytest.approx(metrics, rel=1e-4, abs=1e-5)
-    for name, value in want.items():
-        torch.testing.assert_close(found[name], value, atol=2e-5, rtol=2e-3)
+    for name, value in expected.items():
+        torch.testing.assert_close(gradients[name], value, atol=2e-5, rtol=2e-3)
 
 
 @pytest.mark.parametrize("settings", [LAYOUTS[0], LAYOUTS[2], LAYOUTS[3]], ids=str)
 def test_no_layout_changes_an_update_of_labelled_completions(
     random_model: str, settings: dict[str, Any]
 ) -> None:
-    # z0 is a mean over the whole batch: taken per micro-batch it would differ between layouts.
+    # z0 is a mean over the whole batch: a mean per micro-batch would differ between layouts.
     rows, batch, others = labels()
-    want, metrics = gradients_of(random_model, rows, batch, objective("kto"), others)
-    found, again = gradients_of(random_model, rows, batch, objective("kto"), others, **settings)
+    expected, metrics = gradients_of(random_model, rows, batch, objective("kto"), others)
+    gradients, again = gradients_of(random_model, rows, batch, objective("kto"), others, **settings)
     assert metrics["loss/z0"] > 0 and again == pytest.approx(metrics, rel=1e-4, abs=1e-5)
-    for name, value in want.items():
-        torch.testing.assert_close(found[name], value, atol=2e-5, rtol=2e-3)
+    for name, value in expected.items():
+        torch.testing.assert_close(gradients[name], value, atol=2e-5, rtol=2e-3)
 
 
 def test_the_order_of_pairs_changes_nothing(random_model: str) -> None:
     rows, batch = pairs()
     order = [4, 0, 8, 2, 6, 1, 7, 3, 5]
-    turned = [*order, *(N + at for at in order)]
-    moved = TokenRows(tuple(rows.prompts[at] for at in turned), tuple(rows.completions[at] for at in turned))
-    want, _ = gradients_of(random_model, rows, batch, objective("dpo"), tokens_per_micro_batch=40)
-    found, _ = gradients_of(
-        random_model, moved, batch.rows(order), objective("dpo"), tokens_per_micro_batch=40
+    row_order = [*order, *(N + pair for pair in order)]
+    prompts = tuple(rows.prompts[row] for row in row_order)
+    reordered = TokenRows(prompts, tuple(rows.completions[row] for row in row_order))
+    expected, _ = gradients_of(random_model, rows, batch, objective("dpo"), tokens_per_micro_batch=40)
+    gradients, _ = gradients_of(
+        random_model, reordered, batch.rows(order), objective("dpo"), tokens_per_micro_batch=40
     )
-    for name, value in want.items():
-        torch.testing.assert_close(found[name], value, atol=2e-5, rtol=2e-3)
+    for name, value in expected.items():
+        torch.testing.assert_close(gradients[name], value, atol=2e-5, rtol=2e-3)
 
 
 def test_a_shared_prompt_is_read_once_and_the_sides_do_not_see_each_other(random_model: str) -> None:
     rows, batch = pairs()
     learner = learner_of(random_model)
     stats = learner.update_examples(rows, batch, objective("dpo"))
-    apart = sum(map(len, rows.prompts)) + sum(map(len, rows.completions))
-    assert stats.shared and stats.tokens == apart - sum(map(len, rows.prompts[:N]))
-    micro = build_shared(rows, [[3, N + 3]])
-    p, c, r = len(rows.prompts[3]), len(rows.completions[3]), len(rows.completions[N + 3])
-    assert micro.input_ids.shape == (
-        1,
-        p + c - 1 + r - 1,
-    )  # the last token of each completion predicts nothing
-    assert micro.position_ids[0].tolist() == [*range(p + c - 1), *range(p, p + r - 1)]
-    seen = micro.attention_mask[0, 0]  # type: ignore[index]
-    assert not seen[p + c - 1 :, p : p + c - 1].any() and seen[p + c - 1 :, :p].all()
+    separate = sum(map(len, rows.prompts)) + sum(map(len, rows.completions))
+    assert stats.shared and stats.tokens == separate - sum(map(len, rows.prompts[:N]))
+    micro_batch = build_shared(rows, [[3, N + 3]])
+    p = len(rows.prompts[3])
+    c = len(rows.completions[3])
+    r = len(rows.completions[N + 3])
+    # The last token of each completion predicts nothing.
+    assert micro_batch.input_ids.shape == (1, p + c - 1 + r - 1)
+    assert micro_batch.position_ids[0].tolist() == [*range(p + c - 1), *range(p, p + r - 1)]
+    mask = micro_batch.attention_mask[0, 0]  # type: ignore[index]
+    assert not mask[p + c - 1 :, p : p + c - 1].any() and mask[p + c - 1 :, :p].all()
 
 
 def test_the_reference_itself_gives_log_two_and_ties(random_model: str) -> None:
@@ -220,11 +222,11 @@ def test_the_reference_itself_gives_log_two_and_ties(random_model: str) -> None:
 
 def test_a_loss_that_compares_with_other_prompts_needs_their_rows(random_model: str) -> None:
     rows, batch, _ = labels()
-    with pytest.raises(ValueError, match="no mismatched rows were given"):
+    with pytest.raises(ValueError, match="mismatched rows are missing"):
         learner_of(random_model).update_examples(rows, batch, objective("kto"))
 
 
-def test_a_lost_number_costs_the_update_and_not_the_weights(random_model: str) -> None:
+def test_a_nan_skips_the_update_and_keeps_the_weights(random_model: str) -> None:
     rows, batch = pairs()
     learner = learner_of(random_model)
     before = weights_of(learner)

@@ -1,5 +1,5 @@
-"""The process reward model that learns beside the policy (PRIME), against transformers, autograd and
-AdamW by themselves.
+"""The process reward model that learns beside the policy (PRIME), compared with transformers, autograd and
+AdamW.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ def learner_of(
 
 
 def step(rows: int = 8, group_of: int = 4) -> tuple[TokenRows, TrainBatch]:
-    """Random rows of 1 to 6 tokens. The last is graded by nobody, the one before has a reward but no verdict,
-    and the first has an observation of an environment in it, which does not count."""
+    """Random rows of 1 to 6 tokens.
+
+    The last row is not graded, the one before has a reward but no verdict, and the first contains an
+    observation of an environment, which does not count.
+    """
     g = torch.Generator().manual_seed(3)
     lengths = [5, *torch.randint(1, 7, (rows - 1,), generator=g).tolist()]
     prompts = tuple(tuple(torch.randint(5, 60, (3 + i % 3,), generator=g).tolist()) for i in range(rows))
@@ -53,13 +56,13 @@ def step(rows: int = 8, group_of: int = 4) -> tuple[TokenRows, TrainBatch]:
 
 
 def token_logp(model: Any, rows: TokenRows, shape: torch.Size) -> Tensor:
-    """(B, T) nats by full logits, row by row, at temperature 1."""
-    found = []
+    """(B, T) nats from full logits, row by row, at temperature 1."""
+    rows_logp = []
     for prompt, completion in zip(rows.prompts, rows.completions, strict=True):
         logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-        own = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
-        found.append(torch.nn.functional.pad(own, (0, shape[1] - len(completion))))
-    return torch.stack(found)
+        logp = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+        rows_logp.append(torch.nn.functional.pad(logp, (0, shape[1] - len(completion))))
+    return torch.stack(rows_logp)
 
 
 @pytest.mark.parametrize("update", ["before", "after"])
@@ -82,8 +85,8 @@ def test_rewards_loss_and_update_are_those_of_plain_pytorch(
         reference = token_logp(frozen, rows, batch.mask.shape)
     ratio = (token_logp(model, rows, batch.mask.shape) - reference) * batch.mask
     graded = ~batch.correct.isnan() & batch.mask.any(1)
-    # six of eight rows have a verdict: 0.05 times the summed log-ratio of counted tokens is the logit of
-    # being right
+    # Six of eight rows have a verdict: 0.05 times the summed log-ratio of counted tokens is the logit of
+    # being right.
     loss = binary_cross_entropy_with_logits(BETA * ratio.sum(1)[graded], batch.correct[graded])
     loss.backward()
     optimizer.step()
@@ -93,11 +96,10 @@ def test_rewards_loss_and_update_are_those_of_plain_pytorch(
     assert judged.metrics["process_reward/loss"] == pytest.approx(loss.item(), rel=1e-5)
     expected = ratio.detach() if update == "after" else later
     torch.testing.assert_close(judged.reward, expected, atol=2e-4, rtol=0)
-    assert (later - ratio).abs().max() > 0.05  # the two are told apart
+    assert (later - ratio).abs().max() > 0.05  # the two differ
     assert judged.reward[0, 2] == 0 and not judged.reward[-1].any()  # masked out
-    assert (
-        judged.reward[6].abs().max() > 0.01
-    )  # no verdict: it teaches the model nothing, and is judged all the same
+    # Without a verdict: the model does not learn from the row, but judges it.
+    assert judged.reward[6].abs().max() > 0.01
     assert_stepped_like(learner, model, 1e-3)
 
 
@@ -113,7 +115,7 @@ def test_with_several_updates_a_row_is_judged_by_the_weights_just_before_its_own
     rows, batch = step()
     learner = learner_of(random_model, updates=2)
     reward = learner.judge(rows, batch).reward
-    # at the start it is its reference: the group that came first got exactly 0 and the other did not
+    # At the start the model is its reference: the first group got exactly 0 and the other did not.
     largest = [reward[batch.group == group].abs().max().item() for group in (0, 1)]
     assert min(largest) < 1e-5 < 1e-2 < max(largest)
     assert learner.version == 2
@@ -124,10 +126,9 @@ def test_the_policy_can_be_the_reference(random_model: str) -> None:
     old = torch.full(batch.mask.shape, -3.0)
     learner = learner_of(random_model, reference="policy")
     assert learner.reference is None
-    own = learner.token_log_probs(rows)
-    torch.testing.assert_close(
-        learner.judge(rows, batch.replace(old_logp=old)).reward, (own + 3.0) * batch.mask, atol=1e-5, rtol=0
-    )
+    logp = learner.token_log_probs(rows)
+    reward = learner.judge(rows, batch.replace(old_logp=old)).reward
+    torch.testing.assert_close(reward, (logp + 3.0) * batch.mask, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,8 @@ def test_layouts_change_nothing(
         learner_of(random_model, reference=random_tied_model, loss=loss, layout=settings)
         for settings in ({}, layout)
     )
-    first, second = plain.judge(rows, batch), other.judge(rows, batch)
+    first = plain.judge(rows, batch)
+    second = other.judge(rows, batch)
     torch.testing.assert_close(second.reward, first.reward, atol=5e-5, rtol=0)
     for name, value in first.metrics.items():
         assert second.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
@@ -165,10 +167,10 @@ def test_rewards_without_a_verdict_are_refused_and_a_step_that_nobody_graded_is_
     with pytest.raises(ValueError, match="no reward function says so"):
         learner.judge(rows, batch.replace(correct=torch.full_like(batch.correct, torch.nan)))
     before = {name: value.clone() for name, value in learner.weights()}
-    nobody = dataclasses.replace(
+    ungraded = dataclasses.replace(
         batch, mask=torch.zeros_like(batch.mask), rewards=torch.full_like(batch.rewards, torch.nan)
     )
-    judged = learner.judge(rows, nobody)
+    judged = learner.judge(rows, ungraded)
     assert not judged.reward.any()
     assert learner.version == 0
     assert all(torch.equal(before[name], value) for name, value in learner.weights())

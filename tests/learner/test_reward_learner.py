@@ -1,4 +1,4 @@
-"""A reward model with a scalar head, against transformers' own forward pass, autograd and AdamW."""
+"""A reward model with a scalar head, compared with transformers' forward pass, autograd and AdamW."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def learner_of(path: str, **settings: Any) -> PreferenceLearner:
     return PreferenceLearner(Model(path=path), core, total_updates=10, seed=0, scoring=REWARDS)
 
 
-def theirs(model: Any, rows: TokenRows) -> torch.Tensor:
+def transformers_rewards(model: Any, rows: TokenRows) -> torch.Tensor:
     """(R,) by transformers' forward, one row at a time."""
     texts = [prompt + completion for prompt, completion in zip(rows.prompts, rows.completions, strict=True)]
     return torch.cat([model(torch.tensor([text])).logits[:, 0] for text in texts])
@@ -52,8 +52,9 @@ def test_an_update_is_what_plain_pytorch_computes(
     learner = learner_of(random_model, **settings)
     model = copy_of(learner, random_model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    facts, prompt = CompletionFacts(lengths_of(ROWS)), torch.tensor([0, 1, 2])
-    rewards = theirs(model, ROWS)
+    facts = CompletionFacts(lengths_of(ROWS))
+    prompt = torch.tensor([0, 1, 2])
+    rewards = transformers_rewards(model, ROWS)
     if loss == "orm":
         label = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
         batch: Any = LabelBatch(facts, prompt.repeat(2), label)
@@ -61,9 +62,8 @@ def test_an_update_is_what_plain_pytorch_computes(
     else:
         batch = PairBatch(facts.rows(torch.arange(3)), facts.rows(torch.arange(3, 6)), prompt)
         expected = -logsigmoid(rewards[:3] - rewards[3:]).mean()
-    assert learner.log_probs(ROWS, sides=1 if loss == "orm" else 2).tolist() == pytest.approx(
-        rewards.tolist(), abs=1e-5
-    )
+    actual = learner.log_probs(ROWS, sides=1 if loss == "orm" else 2)
+    assert actual.tolist() == pytest.approx(rewards.tolist(), abs=1e-5)
     expected.backward()
     optimizer.step()
     update = learner.update_examples(ROWS, batch, PreferenceObjective(PREFERENCE_LOSSES.bind(loss)))
@@ -71,9 +71,9 @@ def test_an_update_is_what_plain_pytorch_computes(
     assert_stepped_like(learner, model, 1e-2)
 
 
-def test_a_head_that_is_new_is_the_seeds_and_one_that_must_be_trained_is_asked_for(random_model: str) -> None:
-    one, two = (dict(learner_of(random_model).weights())["score.weight"] for _ in range(2))
-    assert torch.equal(one, two) and one.abs().max() > 0
+def test_a_new_head_depends_on_the_seed_and_a_trained_one_can_be_required(random_model: str) -> None:
+    first, second = (dict(learner_of(random_model).weights())["score.weight"] for _ in range(2))
+    assert torch.equal(first, second) and first.abs().max() > 0
     with pytest.raises(UserError, match=r"has no score.weight: it is a language model"):
         load_reward_model(random_model, None, "auto", trained=True)
 

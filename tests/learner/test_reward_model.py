@@ -1,5 +1,5 @@
-"""A reward model in this process: transformers' own numbers, whatever the batch; what it reads; and
-what is refused.
+"""A reward model in this process: it gives transformers' numbers in every batch, reads the right text, and
+refuses unsuitable models.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 TEXTS = ((5, 6, 9), (5, 10, 11, 12, 13), (7,), (8, 2, 2), (5, 6, 9))
 
 
-def made(folder: Path, model: Any, start: str) -> str:
+def save(folder: Path, model: Any, start: str) -> str:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(start).save_pretrained(folder)
     return str(folder)
@@ -34,27 +34,25 @@ def made(folder: Path, model: Any, start: str) -> str:
 
 @pytest.fixture(scope="session")
 def reward_model(random_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A decoder with a random head; its pad token is the one that ends texts, as in many published
-    folders.
-    """
+    """A decoder with a random head, whose pad token also ends texts, as in many published folders."""
     torch.manual_seed(0)
     model = load_reward_model(random_model, None, "auto")
     model.config.pad_token_id = 1
-    return made(tmp_path_factory.mktemp("reward"), model, random_model)
+    return save(tmp_path_factory.mktemp("reward"), model, random_model)
 
 
-def loaded(path: str, **changes: Any) -> RewardModel:
-    given: dict[str, Any] = {
+def load(path: str, **changes: Any) -> RewardModel:
+    settings: dict[str, Any] = {
         "prompt_column": None,
         "max_tokens": 64,
         "device": CPU,
         "tokens_per_micro_batch": 64,
     }
-    return RewardModel(path, **(given | changes))
+    return RewardModel(path, **(settings | changes))
 
 
 def by_transformers(path: str, texts: Sequence[tuple[int, ...]]) -> list[float]:
-    """One text at a time, so that nothing is padded, and with a pad that is in none of them."""
+    """One text at a time, without padding, and with a pad token that none of them contains."""
     model: Any = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
     model.config.pad_token_id = 0
     with torch.no_grad():
@@ -76,10 +74,10 @@ def inputs(*completions: str, ids: Sequence[tuple[int, ...]] = (), **columns: An
 
 @pytest.mark.parametrize("tokens", [1, 6, 9, 1000])
 def test_a_decoders_number_is_transformers_whatever_the_batch(tokens: int, reward_model: str):
-    found = loaded(reward_model, tokens_per_micro_batch=tokens).scores(TEXTS)
-    assert found == pytest.approx(by_transformers(reward_model, TEXTS), abs=1e-5)
-    assert found[0] == pytest.approx(found[4], abs=1e-5)
-    assert len({round(one, 4) for one in found}) == 4  # the texts are told apart
+    scores = load(reward_model, tokens_per_micro_batch=tokens).scores(TEXTS)
+    assert scores == pytest.approx(by_transformers(reward_model, TEXTS), abs=1e-5)
+    assert scores[0] == pytest.approx(scores[4], abs=1e-5)
+    assert len({round(score, 4) for score in scores}) == 4  # different texts have different scores
 
 
 @pytest.mark.parametrize("tokens", [1, 1000])
@@ -92,25 +90,25 @@ def test_an_encoder_is_a_reward_model_too(tokens: int, random_model: str, tmp_pa
         "intermediate_size": 16,
         "vocab_size": 200,
     }
-    path = made(tmp_path, BertForSequenceClassification(BertConfig(num_labels=1, **sizes)), random_model)
-    assert loaded(path, tokens_per_micro_batch=tokens).scores(TEXTS) == pytest.approx(
+    path = save(tmp_path, BertForSequenceClassification(BertConfig(num_labels=1, **sizes)), random_model)
+    assert load(path, tokens_per_micro_batch=tokens).scores(TEXTS) == pytest.approx(
         by_transformers(path, TEXTS), abs=1e-5
     )
 
 
 def test_it_reads_the_policys_own_tokens_to_the_end_of_the_text(reward_model: str):
-    model = loaded(reward_model)
+    model = load(reward_model)
     row = inputs("95", "59", ids=[(9, 1), (10,)])
     assert model([(row, 0), (row, 1)]) == pytest.approx(model.scores([(5, 6, 9, 1), (5, 6, 10)]), abs=1e-5)
-    # of what is too long the beginning goes
-    assert loaded(reward_model, max_tokens=2)([(row, 0)]) == pytest.approx(model.scores([(9, 1)]), abs=1e-5)
+    # a text that is too long loses its beginning
+    assert load(reward_model, max_tokens=2)([(row, 0)]) == pytest.approx(model.scores([(9, 1)]), abs=1e-5)
 
 
 def test_it_reads_a_conversation_in_its_own_template(reward_model: str):
     # the tiny model's template: <user>question<assistant>answer<eos>
     tokenizer: Any = AutoTokenizer.from_pretrained(reward_model)
     expected = tuple(tokenizer("<user>37+58=<assistant>95<eos>", add_special_tokens=False)["input_ids"])
-    model = loaded(reward_model, prompt_column="question")
+    model = load(reward_model, prompt_column="question")
     messages = [{"role": "user", "content": "37+58="}]
     rows = [(inputs("95", question="37+58="), 0), (inputs("95", question=messages), 0)]
     assert model(rows) == pytest.approx(model.scores([expected, expected]), abs=1e-5)
@@ -120,20 +118,20 @@ def test_it_reads_a_conversation_in_its_own_template(reward_model: str):
         model([(inputs("95", answer="95"), 0)])
 
 
-def test_on_half_precision_weights_the_head_stays_whole(reward_model: str):
+def test_on_half_precision_weights_the_head_stays_float32(reward_model: str):
     exact, rounded = (
-        loaded(reward_model, precision=precision).scores(TEXTS) for precision in ("float32", "bfloat16")
+        load(reward_model, precision=precision).scores(TEXTS) for precision in ("float32", "bfloat16")
     )
     assert rounded == pytest.approx(exact, abs=0.05) and rounded != pytest.approx(exact, abs=1e-7)
 
 
 def test_what_is_no_reward_model_is_refused(random_model: str, tmp_path: Path):
     with pytest.raises(UserError, match=r"has no score.weight: it is a language model"):
-        loaded(random_model)
+        load(random_model)
     model = AutoModelForSequenceClassification.from_pretrained(random_model, num_labels=3)
     with pytest.raises(UserError, match="has 3 outputs; a reward model has 1"):
-        loaded(made(tmp_path / "three", model, random_model))
-    one = made(tmp_path / "one", load_reward_model(random_model, None, "auto"), random_model)
+        load(save(tmp_path / "three", model, random_model))
+    model_path = save(tmp_path / "one", load_reward_model(random_model, None, "auto"), random_model)
     (tmp_path / "one" / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="has no chat template for prompt_column question"):
-        loaded(one, prompt_column="question")
+        load(model_path, prompt_column="question")

@@ -1,4 +1,4 @@
-"""Lines of rows that share a prompt: what they read, who looks at whom, and when they are made."""
+"""Lines of rows that share a prompt: their tokens, their attention masks, and when lines are shared."""
 
 from __future__ import annotations
 
@@ -16,17 +16,30 @@ ROWS = TokenRows(PROMPTS, ((1, 2, 3), (4,), (5, 6), ()))
 
 
 def test_a_line_by_hand() -> None:
-    micro = build_shared(ROWS, [[0, 2, 3], [1]])
+    micro_batch = build_shared(ROWS, [[0, 2, 3], [1]])
     # Completions without their last token: 10 11 | 1 2 | 5 | nothing; each goes on from position 2.
-    assert micro.input_ids.tolist() == [[10, 11, 1, 2, 5], [20, 0, 0, 0, 0]]
-    assert micro.position_ids.tolist() == [[0, 1, 2, 3, 2], [0, 0, 0, 0, 0]]
-    # Rows in the lines' order. First tokens are predicted by their prompts' last token, at place 1 and at 5 +
-    # 0.
-    assert micro.rows.tolist() == [0, 2, 3, 1] and micro.width == 3
-    assert micro.targets.tolist() == [1, 2, 3, 5, 6, 4] and micro.index.tolist() == [1, 2, 3, 1, 4, 5]
-    assert micro.row.tolist() == [0, 0, 0, 1, 1, 3] and micro.column.tolist() == [0, 1, 2, 0, 1, 0]
-    assert micro.attention_mask is not None
-    assert micro.attention_mask[0, 0].int().tolist() == [
+    assert micro_batch.input_ids.tolist() == [[10, 11, 1, 2, 5], [20, 0, 0, 0, 0]]
+    assert micro_batch.position_ids.tolist() == [[0, 1, 2, 3, 2], [0, 0, 0, 0, 0]]
+    # Rows in the lines' order. Their prompts' last tokens, at 1 and at 5 + 0, predict the first tokens.
+    assert micro_batch.rows.tolist() == [0, 2, 3, 1] and micro_batch.width == 3
+    assert micro_batch.targets.tolist() == [1, 2, 3, 5, 6, 4] and micro_batch.index.tolist() == [
+        1,
+        2,
+        3,
+        1,
+        4,
+        5,
+    ]
+    assert micro_batch.row.tolist() == [0, 0, 0, 1, 1, 3] and micro_batch.column.tolist() == [
+        0,
+        1,
+        2,
+        0,
+        1,
+        0,
+    ]
+    assert micro_batch.attention_mask is not None
+    assert micro_batch.attention_mask[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
         [1, 1, 1, 0, 0],
@@ -35,10 +48,17 @@ def test_a_line_by_hand() -> None:
     ]
 
 
-def test_rows_come_in_the_order_that_is_asked_for() -> None:
-    micro = build_shared(ROWS, [[0, 2], [1]], order=[2, 1, 0])
-    assert micro.rows.tolist() == [2, 1, 0]
-    assert micro.targets.tolist() == [5, 6, 4, 1, 2, 3] and micro.row.tolist() == [0, 0, 1, 2, 2, 2]
+def test_rows_come_in_the_requested_order() -> None:
+    micro_batch = build_shared(ROWS, [[0, 2], [1]], order=[2, 1, 0])
+    assert micro_batch.rows.tolist() == [2, 1, 0]
+    assert micro_batch.targets.tolist() == [5, 6, 4, 1, 2, 3] and micro_batch.row.tolist() == [
+        0,
+        0,
+        1,
+        2,
+        2,
+        2,
+    ]
 
 
 def test_rows_of_other_prompts_and_empty_prompts_are_refused() -> None:
@@ -49,9 +69,9 @@ def test_rows_of_other_prompts_and_empty_prompts_are_refused() -> None:
 
 
 def test_a_prompt_is_shared_where_that_saves_a_fifth() -> None:
-    alone = [[0], [1], [2], [3]]
+    separate = [[0], [1], [2], [3]]
     long = TokenRows(((1, 2),) * 4, ((3,) * 30,) * 4)  # at best 2 + 4 x 29 = 118 of 4 x 31 = 124
-    assert lines_of(long, range(4), hidden=64, budget=1000) == alone
+    assert lines_of(long, range(4), hidden=64, budget=1000) == separate
     alike = TokenRows(((1, 2, 3, 4),) * 4, ((5, 6),) * 4)  # 4 + 4 x 1 = 8 of 4 x 5 = 20
     assert lines_of(alike, range(4), hidden=64, budget=1000) == [[0, 1, 2, 3]]
     assert lines_of(TokenRows(((1,), (2,)), ((3, 4), (5, 6))), range(2), hidden=64, budget=1000) == [[0], [1]]
@@ -74,7 +94,7 @@ def test_lines_are_as_long_as_attention_over_all_of_them_pays() -> None:
     hidden=st.sampled_from([1, 64, 4096]),
     budget=st.integers(1, 300),
 )
-def test_every_row_stands_once_in_a_line_of_its_prompt_within_the_budget(
+def test_every_row_is_once_in_a_line_of_its_prompt_within_the_budget(
     drawn: list[tuple[int, int]], hidden: int, budget: int
 ) -> None:
     rows = TokenRows(
@@ -86,6 +106,6 @@ def test_every_row_stands_once_in_a_line_of_its_prompt_within_the_budget(
     for line in ([positions[index] for index in line] for line in lines):
         assert len({rows.prompts[row] for row in line}) == 1
         assert line_length(rows, line) <= max(budget, *(line_length(rows, [row]) for row in line))
-    apart = sum(line_length(rows, [row]) for row in positions)
+    separate = sum(line_length(rows, [row]) for row in positions)
     shared = sum(line_length(rows, [positions[index] for index in line]) for line in lines)
-    assert shared <= 0.8 * apart or all(len(line) == 1 for line in lines)
+    assert shared <= 0.8 * separate or all(len(line) == 1 for line in lines)

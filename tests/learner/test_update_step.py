@@ -1,4 +1,4 @@
-"""One optimizer update, apart from any learner."""
+"""One optimizer update, without a learner."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def trained_model(path: str) -> TrainedModel:
 
 
 def gradients_at_step(trained: TrainedModel) -> dict[str, Tensor | None]:
-    """Filled with every weight's gradient when the optimizer takes its step."""
+    """A dictionary that receives every weight's gradient when the optimizer takes its step."""
     gradients: dict[str, Tensor | None] = {}
     take_step = trained.backend.step
 
@@ -40,13 +40,13 @@ def gradients_at_step(trained: TrainedModel) -> dict[str, Tensor | None]:
 
 
 def first_tokens(micro_batch: MicroBatch, statistics: Mapping[str, Tensor]) -> ObjectiveShare:
-    """A loss that reads the first token of each row and no other."""
+    """A loss that reads only the first token of each row."""
     loss = -statistics["logp"][:, 0].sum()
     return ObjectiveShare(loss, {"loss/rows": torch.tensor(float(len(micro_batch.rows)))})
 
 
 def test_without_rows_the_backward_pass_still_reaches_every_weight(random_model: str) -> None:
-    # DDP, FSDP2 and ZeRO-3 wait in it for each other, whatever the loss makes of no rows.
+    # In it the ranks of DDP, FSDP2 and ZeRO-3 wait for each other, whatever the loss is without rows.
     trained = trained_model(random_model)
     gradients = gradients_at_step(trained)
     nothing = row_micro_batches(trained, ROWS, torch.arange(0), share=False)

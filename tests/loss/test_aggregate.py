@@ -34,7 +34,8 @@ def test_shares_of_any_split_add_up(name: str):
 
 @pytest.mark.parametrize("name", AGGREGATES.names())
 def test_one_value_per_sequence_stands_for_each_of_its_tokens(name: str):
-    aggregate, values = AGGREGATES.bind(name), torch.tensor([[2.0], [-1.0], [math.nan]])
+    aggregate = AGGREGATES.bind(name)
+    values = torch.tensor([[2.0], [-1.0], [math.nan]])
     assert_close(aggregate(values, MASK, TOTALS), aggregate(values.expand(3, 3), MASK, TOTALS))
 
 

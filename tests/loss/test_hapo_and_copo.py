@@ -11,7 +11,7 @@ from rltrain.loss import AGGREGATES
 from rltrain.loss.objective import Objective
 from rltrain.loss.policy import POLICY_LOSSES
 from rltrain.loss.policy.clip import clip
-from rltrain.loss.policy.hapo import hapo, hapo_bounds, hapo_redistributed
+from rltrain.loss.policy.hapo import hapo, hapo_bounds, redistribute_advantages
 from rltrain.types.policy import PolicyTokens, StepTotals, TrainBatch
 
 
@@ -47,17 +47,18 @@ def test_hapo_without_a_signal_is_dapos_clip_with_dual_clip_10(silent: str):
     old, logp, advantages, h_hat = random_step()
     batch = batch_of(old, advantages, h_hat=h_hat if silent.startswith("alpha") else torch.zeros_like(h_hat))
     strength = 0.0 if silent.startswith("alpha") else 1.0
-    ours = hapo(PolicyTokens(logp), batch, alpha=strength, beta=strength).values
-    theirs = clip(PolicyTokens(logp), batch, eps_high=0.28, dual_clip=10.0).values
-    assert_close(ours, theirs)
+    hapo_values = hapo(PolicyTokens(logp), batch, alpha=strength, beta=strength).values
+    clip_values = clip(PolicyTokens(logp), batch, eps_high=0.28, dual_clip=10.0).values
+    assert_close(hapo_values, clip_values)
     assert_close(
-        torch.autograd.grad(ours.sum(), logp, retain_graph=True)[0],
-        torch.autograd.grad(theirs.sum(), logp)[0],
+        torch.autograd.grad(hapo_values.sum(), logp, retain_graph=True)[0],
+        torch.autograd.grad(clip_values.sum(), logp)[0],
     )
 
 
 def test_at_ratio_1_certain_tokens_are_damped_and_uncertain_ones_left_alone():
-    old, h_hat = torch.zeros(1, 4).double(), f64([[-1.0, -0.25, 0.0, 0.8]])
+    old = torch.zeros(1, 4).double()
+    h_hat = f64([[-1.0, -0.25, 0.0, 0.8]])
     logp = old.clone().requires_grad_()
     values = hapo(PolicyTokens(logp), batch_of(old, torch.ones(1, 4).double(), h_hat=h_hat)).values
     assert_close(-values.detach(), f64([[0.0, 0.75, 1.0, 1.0]]))
@@ -72,15 +73,15 @@ def test_bounds_widen_below_for_certain_and_above_for_uncertain_tokens():
 
 def test_the_neutral_zone_of_the_base_bounds_is_narrower():
     # h_hat = 1, r = 1.17: outside (.., 1.14) of the base, inside (.., 1.28) of the adapted zone
-    h_hat, ratio, one = f64([1.0]), f64([1.17]), f64([1.0])
+    h_hat = f64([1.0])
+    ratio = f64([1.17])
+    advantage = f64([1.0])
     low, high = hapo_bounds(h_hat, 0.2, 0.28, 1.0)
-    assert hapo_redistributed(one, h_hat, ratio, low, high, 1.0) == 1.0
-    assert hapo_redistributed(one, h_hat, ratio, f64([0.2]), f64([0.28]), 1.0) == 2.0
+    assert redistribute_advantages(advantage, h_hat, ratio, low, high, 1.0) == 1.0
+    assert redistribute_advantages(advantage, h_hat, ratio, f64([0.2]), f64([0.28]), 1.0) == 2.0
     old = torch.zeros(1, 1).double()
-    batch, policy = (
-        batch_of(old, torch.ones(1, 1).double(), h_hat=h_hat[None]),
-        PolicyTokens(ratio.log()[None]),
-    )
+    batch = batch_of(old, torch.ones(1, 1).double(), h_hat=h_hat[None])
+    policy = PolicyTokens(ratio.log()[None])
     assert_close(hapo(policy, batch, zone="base").values, f64([[-2.34]]))
     assert_close(hapo(policy, batch).values, f64([[-1.17]]))
 
@@ -90,8 +91,8 @@ def test_hapos_gradient_is_that_of_its_value(form: str):
     old, logp, advantages, h_hat = random_step()
     batch = batch_of(old, advantages, h_hat=h_hat)
 
-    def value(one: Tensor) -> Tensor:
-        return hapo(PolicyTokens(one), batch, zone=form).values  # type: ignore[arg-type]
+    def value(logp: Tensor) -> Tensor:
+        return hapo(PolicyTokens(logp), batch, zone=form).values  # type: ignore[arg-type]
 
     slope = torch.autograd.grad(value(logp).sum(), logp)[0]
     step = 1e-7

@@ -56,14 +56,15 @@ def step() -> tuple[PolicyTokens, TrainBatch, StepTotals]:
     )
 
 
-def gradient(share: Tensor, at: Tensor) -> Tensor:
-    return torch.autograd.grad(share, at, retain_graph=True)[0]
+def gradient(share: Tensor, logp: Tensor) -> Tensor:
+    return torch.autograd.grad(share, logp, retain_graph=True)[0]
 
 
 def test_the_loss_is_weights_times_policy_plus_coefficients_times_terms():
     policy, batch, totals = step()
     share = objective(kl=0.1, entropy=0.01)(policy, batch, totals)
-    r, d = (policy.logp - batch.old_logp).exp(), batch.ref_logp - policy.logp
+    r = (policy.logp - batch.old_logp).exp()
+    d = batch.ref_logp - policy.logp
     assert ((r > 0.8) & (r < 1.2)).all(), "nothing clips in this batch"
     per_token = -batch.advantages * r * batch.weights + 0.1 * (d.exp() - d - 1) - 0.01 * policy.entropy
     assert_close(share.loss, per_token[batch.mask].sum() / 6)
@@ -153,7 +154,8 @@ def test_a_controller_is_asked_at_every_call():
     policy, batch, totals = step()
     values = iter([0.0, 1.0])
     controlled = objective("reinforce", entropy=lambda: next(values))
-    off, on = controlled(policy, batch, totals).loss, controlled(policy, batch, totals).loss
+    off = controlled(policy, batch, totals).loss
+    on = controlled(policy, batch, totals).loss
     assert_close(off - on, policy.entropy[batch.mask].mean())
 
 
@@ -183,12 +185,11 @@ def test_a_row_whose_zeros_never_meet_is_idle_for_token_losses_only():
     batch = batch.rows([1], 2).replace(
         advantages=torch.tensor([[1.0, 0.0]]).double(), weights=torch.tensor([[0.0, 1.0]]).double()
     )
-    one = PolicyTokens(policy.logp[[1], :2])
+    single_row = PolicyTokens(policy.logp[[1], :2])
     for name, idle in (("clip", True), ("gspo", False)):
         assert objective(name).idle_rows(batch).tolist() == [idle]
-        slope = gradient(
-            objective(name)(one, batch.replace(old_logp=None), StepTotals(2, 1, 2)).loss, one.logp
-        )
+        share = objective(name)(single_row, batch.replace(old_logp=None), StepTotals(2, 1, 2))
+        slope = gradient(share.loss, single_row.logp)
         assert bool(slope.any()) is not idle
 
 

@@ -14,11 +14,12 @@ from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
 
 PLAIN = [name for name, spec in POLICY_LOSSES.specs.items() if "reward_free" not in spec.traits]
 RATIO_LOSSES = [name for name in PLAIN if "old_logp" in POLICY_LOSSES.spec(name).needs]
+# what controls hand to losses; 0: they found nothing to do
 FROM_CONTROLS = (
     "kl_cov",
     "h_hat",
     "advantage_global",
-)  # what controls hand to losses; 0: they found nothing to do
+)
 SEQUENCE_LOSSES = [name for name in PLAIN if "sequence_level" in POLICY_LOSSES.spec(name).traits]
 
 
@@ -110,8 +111,8 @@ def test_the_gradient_agrees_with_finite_differences(name: str):
         assert_close(gradient(name, logp, batch), want)
         return
 
-    def total(at: Tensor) -> Tensor:
-        values = evaluate(name, at, batch).values.expand(batch.mask.shape)
+    def total(logp: Tensor) -> Tensor:
+        values = evaluate(name, logp, batch).values.expand(batch.mask.shape)
         return (torch.where(batch.mask, values, 0.0).sum(1) / batch.mask.sum(1)).sum()
 
     assert torch.autograd.gradcheck(total, (logp,), eps=1e-7, atol=1e-6)
@@ -189,7 +190,8 @@ def test_dual_clip_bounds_the_loss_of_a_negative_token(hp: dict[str, float]):
 
 def test_clip_counts_only_tokens_that_lose_their_gradient():
     # r > 1 + eps counts for A > 0 alone, r < 1 - eps for A < 0 alone
-    ratios, advantages = [1.5, 1.5, 0.5, 0.5, 1.5], [1.0, -1.0, 1.0, -1.0, 0.0]
+    ratios = [1.5, 1.5, 0.5, 0.5, 1.5]
+    advantages = [1.0, -1.0, 1.0, -1.0, 0.0]
     logp = torch.tensor([ratios]).log().requires_grad_()
     batch = batch_of(torch.zeros(1, 5), torch.tensor([advantages]))
     metrics = evaluate("clip", logp, batch).metrics

@@ -23,7 +23,7 @@ def loss_of(name: str, logits: Tensor, advantages: float = 0.0, temperature: flo
         bound, (), AGGREGATES.bind("seq_mean_token_sum" if name == "em_ft" else "token_mean")
     )
     count = len(logits)
-    found = token_statistics(
+    statistics = token_statistics(
         logits,
         torch.eye(logits.shape[1]).double(),
         torch.zeros(count, dtype=torch.int64),
@@ -41,9 +41,9 @@ def loss_of(name: str, logits: Tensor, advantages: float = 0.0, temperature: flo
         source=row,
         version=row,
     )
-    entropy = found.get("entropy")
-    extra = {key: value[None] for key, value in found.items() if ":" in key}
-    policy = PolicyTokens(found["logp"][None], None if entropy is None else entropy[None], extra)
+    entropy = statistics.get("entropy")
+    extra = {key: value[None] for key, value in statistics.items() if ":" in key}
+    policy = PolicyTokens(statistics["logp"][None], None if entropy is None else entropy[None], extra)
     return objective(policy, batch, StepTotals(count, 1, count)).loss
 
 
@@ -58,9 +58,9 @@ def test_em_fts_worked_example() -> None:
         [-0.3116005260232233, 0.16152387197815263, 0.15007665404507084],
         [-0.06569475789200677, -0.010746925736922918, 0.07644168362892967],
     ]
-    found = slope("em_ft", ROWS.log())
-    assert_close(found, torch.tensor(expected).double())
-    assert found.sum(-1).abs().max() < 1e-15  # each row of dH/dz sums to 0
+    gradient = slope("em_ft", ROWS.log())
+    assert_close(gradient, torch.tensor(expected).double())
+    assert gradient.sum(-1).abs().max() < 1e-15  # each row of dH/dz sums to 0
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -82,11 +82,12 @@ def test_sharper_logits_are_better_and_rewards_do_not_matter(name: str) -> None:
 
 def test_rows_without_advantage_are_trained_and_rows_without_weight_are_not() -> None:
     objective = Objective(POLICY_LOSSES.bind("em_ft"), (), AGGREGATES.bind("token_mean"))
-    ids, ones = torch.zeros(3, dtype=torch.int64), torch.ones(3, 2)
+    ids = torch.zeros(3, dtype=torch.int64)
+    unit = torch.ones(3, 2)
     batch = TrainBatch(
         mask=torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]]),
-        advantages=ones * 0,
-        weights=ones * torch.tensor([[1.0], [0.0], [1.0]]),
+        advantages=unit * 0,
+        weights=unit * torch.tensor([[1.0], [0.0], [1.0]]),
         rewards=ids.float(),
         group=ids,
         source=ids,
@@ -101,9 +102,9 @@ def test_rows_without_advantage_are_trained_and_rows_without_weight_are_not() ->
 )
 def test_a_missing_statistic_is_named(name: str, said: str) -> None:
     row = torch.zeros(1, dtype=torch.int64)
-    ones = torch.ones(1, 1)
+    unit = torch.ones(1, 1)
     batch = TrainBatch(
-        mask=ones, advantages=ones, weights=ones, rewards=ones[0], group=row, source=row, version=row
+        mask=unit, advantages=unit, weights=unit, rewards=unit[0], group=row, source=row, version=row
     )
     with pytest.raises(ValueError, match=said):
-        POLICY_LOSSES.bind(name)(PolicyTokens(ones), batch)
+        POLICY_LOSSES.bind(name)(PolicyTokens(unit), batch)

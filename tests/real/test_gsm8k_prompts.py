@@ -22,10 +22,10 @@ def expressions(split: str) -> dict[str, str]:
 )
 def test_the_files_hold_the_known_numbers_of_expressions(split: str, counts: tuple[int, ...]):
     rows = read_rows(str(GSM8K / f"{split}.jsonl"), split=split)
-    found = [annotation for row in rows for annotation in annotations_of(row.columns["answer"])]
+    annotations = [annotation for row in rows for annotation in annotations_of(row.columns["answer"])]
     steps, left_out = calculator_steps(rows)
-    assert (len(rows), len(found), len(set(found)), len(steps), left_out["malformed"]) == counts
-    assert len(steps) + left_out["repeated"] + left_out["malformed"] == len(found)
+    assert (len(rows), len(annotations), len(set(annotations)), len(steps), left_out["malformed"]) == counts
+    assert len(steps) + left_out["repeated"] + left_out["malformed"] == len(annotations)
     assert len({step.id for step in steps}) == len(steps)
 
 
@@ -36,5 +36,6 @@ def test_every_answer_is_what_its_expression_is_worth():
 
 
 def test_some_test_expressions_are_in_the_train_file():
-    train, test = expressions("train"), expressions("test")
+    train = expressions("train")
+    test = expressions("test")
     assert len(train.keys() & test.keys()) == 1470  # so 2,845 - 1,470 = 1,375 are held out

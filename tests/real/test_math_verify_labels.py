@@ -72,8 +72,11 @@ def test_a_reference_is_its_own_answer_whatever_the_reasoning_speaks_of(name: st
     wrong = []
     for row in read(DATA / "math" / f"{name}.jsonl"):
         gold = str(row["answer"])
-        bare = gold.strip().rstrip(".").strip("$")
-        completion = f"Since $\\cos x = -1/2$ and $\\tan 45^\\circ = 1$, not \\boxed{{0}}. Wait, \\[\\boxed{{{bare}}}.\\]"
+        answer = gold.strip().rstrip(".").strip("$")
+        completion = (
+            "Since $\\cos x = -1/2$ and $\\tan 45^\\circ = 1$, not \\boxed{0}. "
+            f"Wait, \\[\\boxed{{{answer}}}.\\]"
+        )
         wrong += [gold] if graded(gold, completion).value != 1.0 else []
     assert wrong == []
 
@@ -89,7 +92,8 @@ def pairs_of_different_rows(count: int) -> list[tuple[str, str]]:
         golds += answers
         completions += [f"\\boxed{{{answer}}}" for answer in answers]
     draw = random.Random(0)
-    golds, completions = sorted(golds), sorted(completions, key=lambda text: text.removeprefix("\\boxed{"))
+    golds = sorted(golds)
+    completions = sorted(completions, key=lambda text: text.removeprefix("\\boxed{"))
     start = draw.randrange(50)
     near = [
         (golds[place * len(golds) // len(completions)], completions[place])
@@ -142,5 +146,5 @@ def test_where_math_verify_alone_says_wrong_a_right_answer_is_of_a_reviewed_kind
 
 def is_reviewed(verdict: Verdict) -> bool:
     return verdict.rules <= set(RULES) and (
-        verdict.by in DECIDED if verdict.by != "algebra" else bool(verdict.rules)
+        verdict.decided_by in DECIDED if verdict.decided_by != "algebra" else bool(verdict.rules)
     )

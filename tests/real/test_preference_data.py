@@ -9,7 +9,7 @@ import pytest
 
 from rltrain.config.schema import JudgedData
 from rltrain.data.judged import Reader, judged_rows
-from rltrain.data.labels import load_labels, paired
+from rltrain.data.labels import are_pairs, load_labels
 from rltrain.data.preferences import load_pairs
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "preference"
@@ -40,12 +40,12 @@ def test_hh_transcripts_split_at_the_last_answer(
     tokenizer: Any, name: str, rows: int, dropped: int, template: str
 ) -> None:
     data, reader = reader_of(tokenizer, name, chat_template=template)
-    found = load_pairs(data, "train", reader, seed=0, needs=frozenset())
+    result = load_pairs(data, "train", reader, seed=0, needs=frozenset())
     # A few transcripts part before their last turn: DPO's own code would cut the rejected side at the chosen
     # one's length.
-    assert found.dropped == {"different prompts": dropped} and len(found) == rows - dropped
-    assert not found.changed.get("prompts cut") and not found.changed.get("completions cut")
-    for pair in found.pairs[:200]:
+    assert result.dropped == {"different prompts": dropped} and len(result) == rows - dropped
+    assert not result.changed.get("prompts cut") and not result.changed.get("completions cut")
+    for pair in result.pairs[:200]:
         prompt, chosen, rejected = (
             tokenizer.decode(list(ids)) for ids in (pair.prompt, pair.chosen, pair.rejected)
         )
@@ -55,17 +55,17 @@ def test_hh_transcripts_split_at_the_last_answer(
 
 
 @pytest.mark.parametrize(
-    ("name", "split", "pairs", "least", "most"),
+    ("name", "split", "pairs", "smallest", "largest"),
     [("graded_gpt4_scores", "test", 272, 0.5, 9), ("graded_human_votes", "test", 137, 1, 3)],
 )
 def test_graded_pairs_have_margins_in_the_units_of_their_scores(
-    tokenizer: Any, name: str, split: str, pairs: int, least: float, most: float
+    tokenizer: Any, name: str, split: str, pairs: int, smallest: float, largest: float
 ) -> None:
     data, reader = reader_of(tokenizer, name, where={"split": split})
-    found = load_pairs(data, "train", reader, seed=0, needs=frozenset({"margin"}))
-    assert (len(found), found.dropped) == (pairs, {})
-    margins = [pair.margin for pair in found.pairs if pair.margin is not None]
-    assert len(margins) == pairs and 0 < min(margins) <= least and max(margins) <= most
+    result = load_pairs(data, "train", reader, seed=0, needs=frozenset({"margin"}))
+    assert (len(result), result.dropped) == (pairs, {})
+    margins = [pair.margin for pair in result.pairs if pair.margin is not None]
+    assert len(margins) == pairs and 0 < min(margins) <= smallest and max(margins) <= largest
 
 
 def test_the_splits_of_the_graded_sets_share_no_prompt() -> None:
@@ -81,13 +81,15 @@ def test_the_splits_of_the_graded_sets_share_no_prompt() -> None:
 
 def test_truncation_never_cuts_one_side_only(tokenizer: Any) -> None:
     data, reader = reader_of(tokenizer, "hh_helpful_test")
-    whole = {pair.id: pair for pair in load_pairs(data, "train", reader, seed=0, needs=frozenset()).pairs}
+    untruncated = {
+        pair.id: pair for pair in load_pairs(data, "train", reader, seed=0, needs=frozenset()).pairs
+    }
     short = data.model_copy(update={"max_prompt_tokens": 300, "max_completion_tokens": 300})
-    found = load_pairs(short, "train", Reader(tokenizer, reader.stop, short), seed=0, needs=frozenset())
-    assert len(found) + sum(found.dropped.values()) == 500  # conservation
-    assert found.dropped["too long on one side"] > 50
-    for pair in found.pairs:
-        before = whole[pair.id]
+    result = load_pairs(short, "train", Reader(tokenizer, reader.stop, short), seed=0, needs=frozenset())
+    assert len(result) + sum(result.dropped.values()) == 500  # conservation
+    assert result.dropped["too long on one side"] > 50
+    for pair in result.pairs:
+        before = untruncated[pair.id]
         cut = [
             len(now) < len(then)
             for now, then in ((pair.chosen, before.chosen), (pair.rejected, before.rejected))
@@ -104,11 +106,11 @@ def test_labelled_completions_are_counted_by_class(
     tokenizer: Any, name: str, classes: tuple[int, int], dropped: dict[str, int]
 ) -> None:
     data, reader = reader_of(tokenizer, name)
-    found = load_labels(data, "train", reader, seed=0, needs=frozenset({"label"}))
-    assert (found.classes, found.dropped) == (classes, dropped)
+    result = load_labels(data, "train", reader, seed=0, needs=frozenset({"label"}))
+    assert (result.classes, result.dropped) == (classes, dropped)
 
 
 def test_pairs_give_both_classes_evenly(tokenizer: Any) -> None:
     data, reader = reader_of(tokenizer, "hh_helpful_test")
-    found = load_labels(data, "train", reader, seed=0, needs=frozenset({"label"}))
-    assert paired(found) and found.classes == (496, 496) and found.dropped == {"different prompts": 4}
+    result = load_labels(data, "train", reader, seed=0, needs=frozenset({"label"}))
+    assert are_pairs(result) and result.classes == (496, 496) and result.dropped == {"different prompts": 4}

@@ -12,7 +12,7 @@ import yaml
 
 from rltrain.config.fragments import check_fragment, kind_of
 from rltrain.config.load import load_recipe, resolved_yaml
-from rltrain.config.rules import Checked, check
+from rltrain.config.rules import CheckedRecipe, check
 from rltrain.config.schema import OfflineRecipe, OnlinePairsRecipe
 from rltrain.errors import RecipeError
 
@@ -28,7 +28,7 @@ def name_of(path: object) -> str:
     return str(path.relative_to(ROOT)) if isinstance(path, Path) else str(path)
 
 
-def checked(path: Path, profile: str | None) -> Checked:
+def checked(path: Path, profile: str | None) -> CheckedRecipe:
     return check(load_recipe(path, profile=profile))
 
 

@@ -14,7 +14,8 @@ from rltrain.report.law import Law, fit_law, student_quantile
 from rltrain.report.names import check_names
 from rltrain.report.progress import Progress
 
-ENTROPY, REWARD = [0.6, 0.4, 0.3, 0.2, 0.1], [0.20, 0.295, 0.33, 0.37, 0.395]
+ENTROPY = [0.6, 0.4, 0.3, 0.2, 0.1]
+REWARD = [0.20, 0.295, 0.33, 0.37, 0.395]
 
 
 def test_the_worked_example() -> None:
@@ -22,7 +23,7 @@ def test_the_worked_example() -> None:
     assert fit is not None
     assert (fit.a.value, fit.b.value) == pytest.approx((0.27445133281377826, 0.70170360101728))
     assert fit.ceiling.value == pytest.approx(0.42725226820350176)
-    assert fit.at(0.05) == pytest.approx(0.41318084746827827)
+    assert fit.reward_at(0.05) == pytest.approx(0.41318084746827827)
     assert fit.slope(0.2) == pytest.approx(-0.3352156148794835)
 
 
@@ -47,7 +48,8 @@ def test_students_quantile_is_the_tables(freedom: float, expected: float) -> Non
 def test_intervals_hold_the_truth_about_as_often_as_they_say(memory: float, least: float) -> None:
     # 400 runs of 60 steps on one curve with noise, white or remembering half of itself; plain intervals would
     # cover 0.74 of the latter
-    generator, inside = np.random.default_rng(1), 0
+    generator = np.random.default_rng(1)
+    inside = 0
     entropy = 1.2 * np.exp(-np.arange(60) / 25)
     for _ in range(400):
         noise = np.zeros(60)
@@ -60,7 +62,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(memory: float, leas
 
 
 def test_points_on_the_curve_leave_no_doubt() -> None:
-    fit = fit_law(ENTROPY, [0.7 - 0.2 * math.exp(one) for one in ENTROPY])
+    fit = fit_law(ENTROPY, [0.7 - 0.2 * math.exp(entropy) for entropy in ENTROPY])
     assert fit is not None
     assert fit.ceiling.high - fit.ceiling.low < 1e-12 and fit.a.value == pytest.approx(0.2)
 
@@ -76,35 +78,36 @@ def run(
     """Entropy falls exponentially and the reward follows the law with a = 0.2, b = 0.8, and a small
     wobble.
     """
-    found = []
+    metrics = []
     for step in range(first, first + steps):
         entropy = start * math.exp(-rate * step)
         reward = 0.8 - 0.2 * math.exp(entropy) + 1e-3 * math.sin(7 * step)
-        found.append(
+        metrics.append(
             law.step({"learner/entropy_mean": entropy, "reward/correct": reward, "reward/mean": -5.0})
         )
-    return found
+    return metrics
 
 
 def test_a_run_hears_of_its_ceiling_before_it_gets_there() -> None:
-    found = run(Law(), 20)
-    assert found[6] == {} and "law/ceiling" in found[7]  # the eighth point
-    check_names(found[-1])
-    assert found[-1]["law/ceiling_low"] < 0.6 < found[-1]["law/ceiling_high"]
-    assert found[-1]["law/ceiling"] == pytest.approx(0.6, abs=0.005)
-    assert found[-1]["law/exhausted"] == 0.0
+    metrics = run(Law(), 20)
+    assert metrics[6] == {} and "law/ceiling" in metrics[7]  # the eighth point
+    check_names(metrics[-1])
+    assert metrics[-1]["law/ceiling_low"] < 0.6 < metrics[-1]["law/ceiling_high"]
+    assert metrics[-1]["law/ceiling"] == pytest.approx(0.6, abs=0.005)
+    assert metrics[-1]["law/exhausted"] == 0.0
 
 
 def test_exhausted_is_said_once_and_stays_in_the_metrics() -> None:
     # exp(H) - 1 falls from about 1.5 to a twentieth of it at H = 0.07: step 27 of a decay of 0.1
-    law, said = Law(), []
+    law = Law()
+    reports = []
     for step in range(60):
         (metrics,) = run(law, 1, first=step)
-        said.append((law.message(), metrics.get("law/exhausted")))
-    messages = [(step, text) for step, (text, _) in enumerate(said) if text]
+        reports.append((law.message(), metrics.get("law/exhausted")))
+    messages = [(step, text) for step, (text, _) in enumerate(reports) if text]
     ((when, text),) = messages
     assert 24 <= when <= 32 and "the reward ends near 0.60" in text
-    assert all(flag == 1.0 for _, flag in said[when:])
+    assert all(flag == 1.0 for _, flag in reports[when:])
 
 
 def test_entropy_that_rewards_do_not_fall_with_is_not_exhausted() -> None:
@@ -113,7 +116,7 @@ def test_entropy_that_rewards_do_not_fall_with_is_not_exhausted() -> None:
         law.step(
             {"learner/entropy_mean": math.exp(-0.1 * step), "reward/mean": 0.5 + 0.1 * math.sin(5 * step)}
         )
-    assert not law.exhausted() and law.message() is None
+    assert not law.is_exhausted() and law.message() is None
 
 
 def test_held_out_results_are_paired_with_the_entropy_of_the_same_weights() -> None:
@@ -151,13 +154,13 @@ def test_the_step_line_shows_the_ceiling_on_eighty_columns() -> None:
 
 
 def test_a_resumed_law_goes_on_as_if_never_stopped() -> None:
-    whole = Law()
-    whole.evaluation({"eval/pass@1": 0.1})
-    expected = run(whole, 40)
-    first = Law()
-    first.evaluation({"eval/pass@1": 0.1})
-    run(first, 20)
-    second = Law()
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert run(second, 20, first=20) == expected[20:]
-    assert second.state_dict() == whole.state_dict()
+    uninterrupted = Law()
+    uninterrupted.evaluation({"eval/pass@1": 0.1})
+    expected = run(uninterrupted, 40)
+    stopped = Law()
+    stopped.evaluation({"eval/pass@1": 0.1})
+    run(stopped, 20)
+    resumed = Law()
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    assert run(resumed, 20, first=20) == expected[20:]
+    assert resumed.state_dict() == uninterrupted.state_dict()

@@ -21,7 +21,7 @@ ENTROPY = torch.tensor([[0.0, 1.0], [2.0, NAN], [3.0, 4.0], [NAN, NAN]])
 
 
 def batch(**changes) -> TrainBatch:
-    whole = TrainBatch(
+    default = TrainBatch(
         mask=MASK,
         advantages=ADVANTAGES,
         weights=torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.0]]),
@@ -31,50 +31,49 @@ def batch(**changes) -> TrainBatch:
         version=torch.zeros(4, dtype=torch.int64),
         rollout_logp=LOGP - RATIO.log(),
     )
-    return whole.replace(**changes)
+    return default.replace(**changes)
 
 
-def close(found: float, expected: float) -> bool:
-    return found == pytest.approx(expected, abs=1e-6)
+def close(value: float, expected: float) -> bool:
+    return value == pytest.approx(expected, abs=1e-6)
 
 
 def test_rewards_are_taken_over_graded_completions_only():
-    found = step_metrics(batch(), LOGP, ENTROPY)
-    assert close(found["reward/mean"], 0.5)
-    assert close(found["reward/std"], math.sqrt((0.25 + 0.25 + 0) / 3))
-    assert (found["reward/min"], found["reward/max"]) == (0.0, 1.0)
-    assert found["reward/graded"] == 0.75
-    assert (
-        found["reward/useful_groups"] == 0.5
-    )  # group 7: 1 and 0; group 3: only one graded, nothing to compare
+    metrics = step_metrics(batch(), LOGP, ENTROPY)
+    assert close(metrics["reward/mean"], 0.5)
+    assert close(metrics["reward/std"], math.sqrt((0.25 + 0.25 + 0) / 3))
+    assert (metrics["reward/min"], metrics["reward/max"]) == (0.0, 1.0)
+    assert metrics["reward/graded"] == 0.75
+    # group 7 has rewards 1 and 0; in group 3 only one completion is graded, so there is nothing to compare
+    assert metrics["reward/useful_groups"] == 0.5
 
 
 def test_a_step_without_any_reward_says_nan_and_not_zero():
-    found = step_metrics(batch(rewards=torch.full((4,), NAN)), LOGP, ENTROPY)
-    assert all(math.isnan(found[f"reward/{name}"]) for name in ("mean", "std", "min", "max"))
-    assert found["reward/graded"] == found["reward/useful_groups"] == 0
+    metrics = step_metrics(batch(rewards=torch.full((4,), NAN)), LOGP, ENTROPY)
+    assert all(math.isnan(metrics[f"reward/{name}"]) for name in ("mean", "std", "min", "max"))
+    assert metrics["reward/graded"] == metrics["reward/useful_groups"] == 0
 
 
 def test_mismatch_of_ratios_two_one_half_one_one():
-    found = step_metrics(batch(), LOGP, ENTROPY)
-    assert close(found["rollout/mismatch_abs"], 2 * math.log(2) / 5)
-    assert close(found["rollout/mismatch_k3"], ((2 - 1 - math.log(2)) + (0.5 - 1 + math.log(2))) / 5)  # 0.1
-    assert found["rollout/ratio_p50"] == pytest.approx(1)
-    assert close(found["rollout/ratio_p99"], 1 + 0.96 * (2 - 1))  # sorted .5 1 1 1 2, position .99 * 4
-    assert close(found["rollout/ratio_max"], 2)
-    assert close(found["rollout/ess"], 5.5**2 / (5 * (4 + 1 + 0.25 + 1 + 1)))
+    metrics = step_metrics(batch(), LOGP, ENTROPY)
+    assert close(metrics["rollout/mismatch_abs"], 2 * math.log(2) / 5)
+    assert close(metrics["rollout/mismatch_k3"], ((2 - 1 - math.log(2)) + (0.5 - 1 + math.log(2))) / 5)  # 0.1
+    assert metrics["rollout/ratio_p50"] == pytest.approx(1)
+    assert close(metrics["rollout/ratio_p99"], 1 + 0.96 * (2 - 1))  # sorted .5 1 1 1 2, position .99 * 4
+    assert close(metrics["rollout/ratio_max"], 2)
+    assert close(metrics["rollout/ess"], 5.5**2 / (5 * (4 + 1 + 0.25 + 1 + 1)))
 
 
 def test_equal_log_probs_are_a_mismatch_of_zero_and_a_full_sample():
-    found = step_metrics(batch(rollout_logp=LOGP), LOGP, ENTROPY)
-    assert found["rollout/mismatch_abs"] == found["rollout/mismatch_k3"] == 0
-    assert found["rollout/ess"] == found["rollout/ratio_max"] == 1
+    metrics = step_metrics(batch(rollout_logp=LOGP), LOGP, ENTROPY)
+    assert metrics["rollout/mismatch_abs"] == metrics["rollout/mismatch_k3"] == 0
+    assert metrics["rollout/ess"] == metrics["rollout/ratio_max"] == 1
 
 
 def test_a_token_the_engine_thought_impossible_keeps_the_numbers_finite():
-    found = step_metrics(batch(rollout_logp=torch.where(MASK, LOGP - 5000, LOGP)), LOGP, ENTROPY)
-    assert all(math.isfinite(found[f"rollout/{name}"]) for name in ("mismatch_k3", "ratio_max", "ess"))
-    assert close(found["rollout/mismatch_abs"], 5000)
+    metrics = step_metrics(batch(rollout_logp=torch.where(MASK, LOGP - 5000, LOGP)), LOGP, ENTROPY)
+    assert all(math.isfinite(metrics[f"rollout/{name}"]) for name in ("mismatch_k3", "ratio_max", "ess"))
+    assert close(metrics["rollout/mismatch_abs"], 5000)
 
 
 def test_without_engine_log_probs_there_is_no_mismatch_to_report():
@@ -84,49 +83,49 @@ def test_without_engine_log_probs_there_is_no_mismatch_to_report():
 
 
 def test_a_step_without_a_token_has_no_ratio_and_does_not_fail():
-    found = step_metrics(batch(mask=torch.zeros(4, 2)), LOGP, ENTROPY)
-    assert math.isnan(found["rollout/ratio_max"]) and math.isnan(found["learner/entropy_p10"])
-    assert found["learner/tokens"] == 0 and found["control/masked"] == 0
+    metrics = step_metrics(batch(mask=torch.zeros(4, 2)), LOGP, ENTROPY)
+    assert math.isnan(metrics["rollout/ratio_max"]) and math.isnan(metrics["learner/entropy_p10"])
+    assert metrics["learner/tokens"] == 0 and metrics["control/masked"] == 0
 
 
 def test_entropy_and_covariance_are_numpys_over_the_masked_tokens():
-    found = step_metrics(batch(), LOGP, ENTROPY)
-    assert close(found["learner/entropy_mean"], 2)
-    assert close(found["learner/entropy_p10"], 0.4)  # 0 1 2 3 4, position .1 * 4
-    assert close(found["learner/entropy_p90"], 3.6)
-    logp, advantages = LOGP[MASK].numpy(), ADVANTAGES[MASK].numpy()
-    assert close(found["advantage/logp_covariance"], np.cov(logp, advantages, ddof=0)[0, 1])
-    assert close(found["advantage/mean"], 1)
-    assert close(found["advantage/abs"], 7 / 5)
+    metrics = step_metrics(batch(), LOGP, ENTROPY)
+    assert close(metrics["learner/entropy_mean"], 2)
+    assert close(metrics["learner/entropy_p10"], 0.4)  # 0 1 2 3 4, position .1 * 4
+    assert close(metrics["learner/entropy_p90"], 3.6)
+    logp = LOGP[MASK].numpy()
+    advantages = ADVANTAGES[MASK].numpy()
+    assert close(metrics["advantage/logp_covariance"], np.cov(logp, advantages, ddof=0)[0, 1])
+    assert close(metrics["advantage/mean"], 1)
+    assert close(metrics["advantage/abs"], 7 / 5)
 
 
 def test_masked_share_counts_weight_zero_and_what_left_the_mask():
     assert step_metrics(batch(), LOGP, ENTROPY)["control/masked"] == pytest.approx(1 / 5)  # one weight of 0
     sampled = MASK | torch.tensor([[0], [0], [0], [1]], dtype=torch.bool)  # 7 tokens, of which 4 count
     values = torch.nan_to_num(ENTROPY, nan=9.0)
-    found = step_metrics(batch(rollout_logp=None), LOGP, values, sampled=sampled)
-    assert found["control/masked"] == pytest.approx(3 / 7)
-    assert found["learner/entropy_mean"] == pytest.approx(
-        (0 + 1 + 2 + 3 + 4 + 9 + 9) / 7
-    )  # a control cannot hide tokens
+    metrics = step_metrics(batch(rollout_logp=None), LOGP, values, sampled=sampled)
+    assert metrics["control/masked"] == pytest.approx(3 / 7)
+    # a control cannot hide tokens
+    assert metrics["learner/entropy_mean"] == pytest.approx((0 + 1 + 2 + 3 + 4 + 9 + 9) / 7)
 
 
 def test_row_order_and_padding_change_nothing():
     order = torch.tensor([2, 0, 3, 1])
-    wide = lambda values, fill: torch.nn.functional.pad(values[order], (0, 3), value=fill)  # noqa: E731
-    whole = batch()
-    moved = TrainBatch(
-        mask=wide(whole.mask, False),
-        advantages=wide(whole.advantages, NAN),
-        weights=wide(whole.weights, 0.0),
-        rewards=whole.rewards[order],
-        group=whole.group[order],
-        source=whole.source,
-        version=whole.version,
-        rollout_logp=wide(whole.rollout_logp, NAN),
+    pad = lambda values, fill: torch.nn.functional.pad(values[order], (0, 3), value=fill)  # noqa: E731
+    original = batch()
+    permuted = TrainBatch(
+        mask=pad(original.mask, False),
+        advantages=pad(original.advantages, NAN),
+        weights=pad(original.weights, 0.0),
+        rewards=original.rewards[order],
+        group=original.group[order],
+        source=original.source,
+        version=original.version,
+        rollout_logp=pad(original.rollout_logp, NAN),
     )
-    assert step_metrics(moved, wide(LOGP, NAN), wide(ENTROPY, NAN)) == pytest.approx(
-        step_metrics(whole, LOGP, ENTROPY)
+    assert step_metrics(permuted, pad(LOGP, NAN), pad(ENTROPY, NAN)) == pytest.approx(
+        step_metrics(original, LOGP, ENTROPY)
     )
 
 
@@ -267,11 +266,11 @@ def test_episodes_count_what_the_policy_wrote_and_what_it_read():
         played(1, 3, "environment_timeout: late", calls=9.0),
     )
     scores = (Score(1.0), Score(0.0), Score(0.0, ungraded="environment_timeout: late"))
-    found = completion_metrics([ScoredGroup(0, Prompt("p", (1,), ""), completions, scores)])
-    assert found["rollout/tokens"] == 6 + 3 + 3  # one token of seven is an observation
-    assert close(found["rollout/observed_mean"], 1 / 3)
-    assert close(found["rollout/turns_mean"], 4 / 3)
-    assert (found["rollout/turns_max"], found["rollout/environment_failures"]) == (2.0, 1.0)
-    assert found["rollout/environment/calls"] == 1.5  # (3 + 0) / 2: nobody knows of the third
-    assert found["reward/ungraded/environment_timeout"] == 1.0
-    check_names(found)
+    metrics = completion_metrics([ScoredGroup(0, Prompt("p", (1,), ""), completions, scores)])
+    assert metrics["rollout/tokens"] == 6 + 3 + 3  # one token of seven is an observation
+    assert close(metrics["rollout/observed_mean"], 1 / 3)
+    assert close(metrics["rollout/turns_mean"], 4 / 3)
+    assert (metrics["rollout/turns_max"], metrics["rollout/environment_failures"]) == (2.0, 1.0)
+    assert metrics["rollout/environment/calls"] == 1.5  # (3 + 0) / 2: nobody knows of the third
+    assert metrics["reward/ungraded/environment_timeout"] == 1.0
+    check_names(metrics)

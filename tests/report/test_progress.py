@@ -174,11 +174,13 @@ def test_nan_is_shown_as_nan():
 @pytest.mark.parametrize(
     ("show", "value", "text"),
     [
-        (_number, 0.0, "0.000"), (_number, 0.0004, "4.0e-4"), (_number, -12.3456, "-12.35"), 
+        (_number, 0.0, "0.000"), (_number, 0.0004, "4.0e-4"), (_number, -12.3456, "-12.35"),
         (_number, 999.6, "1.0e3"), (_number, 123.45, "123.5"),
         (_power, 0.0, "0"), (_power, 2.13e-6, "2.1e-6"), (_power, 31_000.0, "3.1e4"),
-        (_count, 5.3, "5"), (_count, 9_999.6, "10.0k"), (_count, 123_456.0, "123k"), (_count, 2_400_000.0, "2.4M"),
-        (_seconds, 0.004, "0.00s"), (_seconds, 9.996, "10s"), (_seconds, 600.0, "10min"), (_seconds, 7_200.0, "2.0h"),
+        (_count, 5.3, "5"), (_count, 9_999.6, "10.0k"), (_count, 123_456.0, "123k"),
+        (_count, 2_400_000.0, "2.4M"),
+        (_seconds, 0.004, "0.00s"), (_seconds, 9.996, "10s"), (_seconds, 600.0, "10min"),
+        (_seconds, 7_200.0, "2.0h"),
     ],
 )  # fmt: skip
 def test_numbers_stay_short_and_a_small_one_never_looks_like_zero(show, value, text):

@@ -76,7 +76,9 @@ def test_a_lone_surrogate_survives_the_round_trip(tmp_path):
 
 class Flaky:
     def __init__(self, fail_at: int = 10**9) -> None:
-        self.steps, self.fail_at, self.closed = [], fail_at, False
+        self.steps = []
+        self.fail_at = fail_at
+        self.closed = False
 
     def log(self, step, metrics):
         if step == self.fail_at:
@@ -88,7 +90,9 @@ class Flaky:
 
 
 def test_a_tracker_that_raises_is_switched_off_once_and_the_file_keeps_every_line(tmp_path):
-    flaky, steady, warnings = Flaky(fail_at=2), Flaky(), []
+    flaky = Flaky(fail_at=2)
+    steady = Flaky()
+    warnings = []
     sinks = Sinks(JsonLines(tmp_path / "m.jsonl"), {"flaky": flaky, "steady": steady}, warnings.append)
     for step in (1, 2, 3):
         sinks.log(step, {"reward/mean": 0.1})
@@ -100,7 +104,8 @@ def test_a_tracker_that_raises_is_switched_off_once_and_the_file_keeps_every_lin
 
 
 def test_a_tracker_that_cannot_close_does_not_stop_the_others(tmp_path):
-    bad, good = Flaky(), Flaky()
+    bad = Flaky()
+    good = Flaky()
     bad.close = lambda: 1 / 0
     sinks = Sinks(JsonLines(tmp_path / "m"), {"bad": bad, "good": good}, lambda text: None)
     sinks.close()
@@ -135,7 +140,9 @@ def test_unknown_names_are_refused_before_anything_is_written(tmp_path):
 
 class FakeRun:
     def __init__(self, **options):
-        self.options, self.logged, self.finished = options, [], False
+        self.options = options
+        self.logged = []
+        self.finished = False
 
     def log(self, metrics, step):
         self.logged.append((step, metrics))

@@ -54,18 +54,21 @@ def test_impossible_counts_are_refused(n, correct, k):
 
 
 def test_pass_at_k_over_prompts_is_the_mean_of_the_prompts():
-    found = pass_at_k([0, 1, 4], n=4, k=2, seed=0)
-    assert found.value == pytest.approx((0 + 0.5 + 1) / 3)
-    assert (found.k, found.n, found.prompts) == (2, 4, 3)
-    assert found.low <= found.value <= found.high
-    assert pass_at_k([0, 1, 4], n=4, k=2, seed=0) == found  # seeded
+    estimate = pass_at_k([0, 1, 4], n=4, k=2, seed=0)
+    assert estimate.value == pytest.approx((0 + 0.5 + 1) / 3)
+    assert (estimate.k, estimate.n, estimate.prompts) == (2, 4, 3)
+    assert estimate.low <= estimate.value <= estimate.high
+    assert pass_at_k([0, 1, 4], n=4, k=2, seed=0) == estimate  # seeded
 
 
 def test_pass_at_one_is_the_average():
     counts = [random.Random(0).randint(0, 8) for _ in range(50)]
     scores = [[1.0] * count + [0.0] * (8 - count) for count in counts]
-    one, mean = pass_at_k(counts, 8, 1, seed=3), average_at_k(scores, seed=3)
-    assert (one.value, one.low, one.high) == pytest.approx((mean.value, mean.low, mean.high))
+    pass_at_one = pass_at_k(counts, 8, 1, seed=3)
+    mean = average_at_k(scores, seed=3)
+    assert (pass_at_one.value, pass_at_one.low, pass_at_one.high) == pytest.approx(
+        (mean.value, mean.low, mean.high)
+    )
 
 
 def test_prompts_weigh_the_same_whatever_their_number_of_completions():
@@ -79,14 +82,16 @@ def test_interval_of_one_success_in_six_is_the_binomials():
 
 def test_interval_of_many_prompts_is_the_normal_one():
     values = np.random.default_rng(1).normal(2.0, 3.0, size=4000)
-    half = 1.959964 * values.std() / math.sqrt(len(values))
+    half_width = 1.959964 * values.std() / math.sqrt(len(values))
     low, high = bootstrap_interval(values, seed=5)
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.05 * half)
+    assert (low, high) == pytest.approx(
+        (values.mean() - half_width, values.mean() + half_width), abs=0.05 * half_width
+    )
 
 
 def test_one_prompt_has_no_interval():
-    found = average([0.5], seed=0)
-    assert found.value == 0.5 and math.isnan(found.low) and math.isnan(found.high)
+    estimate = average([0.5], seed=0)
+    assert estimate.value == 0.5 and math.isnan(estimate.low) and math.isnan(estimate.high)
 
 
 def test_no_prompts_is_an_error_and_not_a_zero():
@@ -99,20 +104,20 @@ def test_no_prompts_is_an_error_and_not_a_zero():
 def test_pairing_removes_the_spread_between_prompts():
     generator = random.Random(0)
     before = {f"p{i}": generator.random() for i in range(100)}  # spread of 0.29
-    after = {
-        prompt: before[prompt] + 0.1 for prompt in reversed(before)
-    }  # the order of prompts does not matter
-    found = paired_difference(before, after, seed=0)
-    assert (found.value, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
+    # the order of prompts does not matter
+    after = {prompt: before[prompt] + 0.1 for prompt in reversed(before)}
+    difference = paired_difference(before, after, seed=0)
+    assert (difference.value, difference.low, difference.high) == pytest.approx((0.1, 0.1, 0.1))
     unpaired = average(list(before.values()), seed=0)
     assert unpaired.high - unpaired.low > 0.1
 
 
 def test_difference_changes_sign_with_the_order_of_the_runs():
-    one, two = {"a": 0.0, "b": 1.0, "c": 0.5}, {"a": 1.0, "b": 1.0, "c": 0.0}
+    first = {"a": 0.0, "b": 1.0, "c": 0.5}
+    second = {"a": 1.0, "b": 1.0, "c": 0.0}
     assert (
-        paired_difference(one, two, seed=0).value
-        == -paired_difference(two, one, seed=0).value
+        paired_difference(first, second, seed=0).value
+        == -paired_difference(second, first, seed=0).value
         == pytest.approx(0.5 / 3)
     )
 
@@ -138,8 +143,8 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
 def test_a_mean_over_tokens_weighs_completions_by_their_length():
     # 6 over two tokens and 1 over one token: 7 / 3; drawn with replacement one prompt's mean is 3 and the
     # other's 1
-    found = clustered_average([6.0, 1.0], [0, 1], counts=[2.0, 1.0], seed=0)
-    assert (found.value, found.low, found.high) == (pytest.approx(7 / 3), 1.0, 3.0)
+    estimate = clustered_average([6.0, 1.0], [0, 1], counts=[2.0, 1.0], seed=0)
+    assert (estimate.value, estimate.low, estimate.high) == (pytest.approx(7 / 3), 1.0, 3.0)
     assert clustered_average([6.0, 1.0], [0, 1], counts=[1.0, 1.0], seed=0) == clustered_average(
         [6.0, 1.0], [0, 1], seed=0
     )
@@ -154,10 +159,13 @@ def test_calibration_error_by_hand():
 
 def test_calibration_does_not_depend_on_which_side_is_named_first():
     generator = np.random.default_rng(0)
-    p, d = generator.random(200), generator.random(200)
-    turned = generator.random(200) < 0.5
-    again = calibration_error(np.where(turned, 1 - p, p).tolist(), np.where(turned, 1 - d, d).tolist())
-    assert calibration_error(p.tolist(), d.tolist()) == pytest.approx(again)
+    p = generator.random(200)
+    d = generator.random(200)
+    mirrored = generator.random(200) < 0.5
+    mirrored_error = calibration_error(
+        np.where(mirrored, 1 - p, p).tolist(), np.where(mirrored, 1 - d, d).tolist()
+    )
+    assert calibration_error(p.tolist(), d.tolist()) == pytest.approx(mirrored_error)
 
 
 def test_predictions_equal_to_the_degree_are_calibrated_and_no_opinion_is_no_error():

@@ -1,6 +1,4 @@
-"""Graders that misbehave on the completion that names the misbehaviour, and score every other with
-its length.
-"""
+"""Graders that misbehave on a completion that names the misbehaviour, and score any other by its length."""
 
 import contextlib
 import os
@@ -10,7 +8,7 @@ import socket
 import sys
 import time
 
-from reward.reply import Reply, encoded, framed
+from reward.reply import Reply, add_length, encode_reply
 from reward.score import RewardInputs, Score, reward
 
 
@@ -84,8 +82,8 @@ def vandal(inputs: RewardInputs):
 
 
 def reads(inputs: RewardInputs):
-    whole = inputs.columns == {"answer": "1", "nested": {"list": [1]}}
-    return [float(whole)] * len(inputs.completions)
+    is_intact = inputs.columns == {"answer": "1", "nested": {"list": [1]}}
+    return [float(is_intact)] * len(inputs.completions)
 
 
 def trl_vandal(completions, answer, nested, **columns):
@@ -95,13 +93,15 @@ def trl_vandal(completions, answer, nested, **columns):
 
 
 def trl_reads(completions, answer, nested):
-    rewards = [float(gold == "1" and one == {"list": [1]}) for gold, one in zip(answer, nested, strict=True)]
-    nested[0]["list"].append(2)  # of the first completion alone
+    rewards = [
+        float(gold == "1" and item == {"list": [1]}) for gold, item in zip(answer, nested, strict=True)
+    ]
+    nested[0]["list"].append(2)  # of the first completion only
     return rewards if nested[-1] == {"list": [1]} or len(nested) == 1 else [0.0] * len(completions)
 
 
 class Executed:
-    """A pickle that leaves a file behind where somebody loads it."""
+    """A pickle that creates a file when it is loaded."""
 
     def __init__(self, sentinel: str) -> None:
         self.sentinel = sentinel
@@ -111,15 +111,15 @@ class Executed:
 
 
 def intruder(inputs: RewardInputs, *, sentinel: str):
-    """Writes to the socket of its own process what is no reply to its task."""
+    """Writes invalid replies to the socket of its own process."""
     frames = {
         "junk": b"\0\0\0\0\0\0\0\4junk",
         "huge": b"\xff" * 64,
-        "json": framed(b'{"scores": [{"value": NaN}]}'),
-        "pickle": framed(pickle.dumps(Executed(sentinel))),
-        "forged": encoded(Reply(task=0, scores=[Score(1e6)] * len(inputs.completions))),
-        "short": encoded(Reply(task=0, scores=[])),
-        "empty": framed(b"{}"),
+        "json": add_length(b'{"scores": [{"value": NaN}]}'),
+        "pickle": add_length(pickle.dumps(Executed(sentinel))),
+        "forged": encode_reply(Reply(task=0, scores=[Score(1e6)] * len(inputs.completions))),
+        "short": encode_reply(Reply(task=0, scores=[])),
+        "empty": add_length(b"{}"),
     }
     for completion in inputs.completions:
         for descriptor in range(3, 64) if completion in frames else ():
@@ -140,8 +140,8 @@ def forks(inputs: RewardInputs, *, log: str = ""):
 
 
 def daemonises(inputs: RewardInputs, *, log: str = ""):
-    """Leaves a process behind that is in no session of the worker's and whose parent has gone; then
-    does as the completion says.
+    """Leaves a process that is outside the worker's session and whose parent has ended; then does as the
+    completion says.
     """
     if os.fork() == 0:
         os.setsid()
@@ -184,7 +184,7 @@ def scaled(inputs: RewardInputs, *, scale: float):
     return [scale] * len(inputs.completions)
 
 
-def no_form(one, two):
+def no_form(first, second):
     return []
 
 

@@ -38,7 +38,7 @@ def passed(program: str, tests: object = SUM, **hp: object) -> float:
 
 
 @pytest.mark.parametrize(
-    ("printed", "expected", "tolerance", "same"),
+    ("printed", "expected", "tolerance", "is_same"),
     [
         ("1 2\n3", "1 2\n3\n\n", None, True),  # the end of the file
         ("1 2  \r\n3\t\n", "1 2\n3", None, True),  # ends of lines
@@ -72,8 +72,8 @@ def passed(program: str, tests: object = SUM, **hp: object) -> float:
         ("nan", "inf", 1e9, False),
     ],
 )
-def test_text_is_compared_as_judges_do(printed, expected, tolerance, same):
-    assert same_output(printed, expected, tolerance) is same
+def test_text_is_compared_as_judges_do(printed, expected, tolerance, is_same):
+    assert same_output(printed, expected, tolerance) is is_same
 
 
 def test_a_program_that_prints_the_answers_is_right_and_one_that_prints_some_has_its_share():
@@ -191,7 +191,7 @@ def test_tests_may_call_a_function_or_a_solutions_method(tests):
 
 
 @pytest.mark.parametrize(
-    ("returned", "expected", "tolerance", "same"),
+    ("returned", "expected", "tolerance", "is_same"),
     [
         ("1 / 3", 0.3333, 1e-3, True),
         ("1 / 3", 0.3333, None, False),
@@ -207,10 +207,10 @@ def test_tests_may_call_a_function_or_a_solutions_method(tests):
         ("'5'", 5, 1e9, False),
     ],
 )
-def test_what_a_function_returns_is_compared_with_the_same_tolerance(returned, expected, tolerance, same):
+def test_what_a_function_returns_is_compared_with_the_same_tolerance(returned, expected, tolerance, is_same):
     program = f"inf = nan = 5\ndef f(x):\n    assert x != x\n    return {returned}\n"
     tests = [{"fn_name": "f", "input": [math.nan], "output": expected}]
-    assert passed(program, tests, tolerance=tolerance) == float(same)
+    assert passed(program, tests, tolerance=tolerance) == float(is_same)
 
 
 @pytest.mark.parametrize("tolerance", [math.inf, math.nan, -1.0])
@@ -251,7 +251,7 @@ def test_a_column_without_tests_is_refused(tests):
 
 
 def test_what_is_the_sandboxs_fault_leaves_the_completion_ungraded(monkeypatch):
-    def fails(*_: object) -> sandbox.Ran:
+    def fails(*_: object) -> sandbox.RunResult:
         raise sandbox.SandboxError("fork: Cannot allocate memory")
 
     monkeypatch.setattr(sandbox, "run", fails)

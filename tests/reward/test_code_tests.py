@@ -22,7 +22,7 @@ except ValueError as error:
 
 
 def inputs(*completions: str, prompt: str = SIGNATURE, **columns: object) -> RewardInputs:
-    given = {
+    all_columns = {
         "test": "def check(candidate):\n    assert candidate(2) == 4\n",
         "entry_point": "twice",
         **columns,
@@ -33,7 +33,7 @@ def inputs(*completions: str, prompt: str = SIGNATURE, **columns: object) -> Rew
         completions,
         (1,) * count,
         ("stop",) * count,
-        {name: value for name, value in given.items() if value is not None},
+        {name: value for name, value in all_columns.items() if value is not None},
     )
 
 
@@ -58,7 +58,7 @@ def inputs(*completions: str, prompt: str = SIGNATURE, **columns: object) -> Rew
     ],
 )
 def test_the_program_is_found_in_what_surrounds_it(completion, expected):
-    assert code_text.program(completion, None, "f", "auto") == expected
+    assert code_text.extract_program(completion, None, "f", "auto") == expected
 
 
 @pytest.mark.parametrize(
@@ -76,17 +76,20 @@ def test_the_program_is_found_in_what_surrounds_it(completion, expected):
     ],
 )
 def test_a_continuation_ends_where_the_model_begins_something_else(completion, kept):
-    assert code_text.program(completion, SIGNATURE, "twice", "continuation") == SIGNATURE + kept
+    assert code_text.extract_program(completion, SIGNATURE, "twice", "continuation") == SIGNATURE + kept
 
 
 def test_auto_takes_a_body_as_a_continuation_and_a_definition_as_a_program():
-    assert code_text.program("    return 2 * x", SIGNATURE, "twice", "auto") == SIGNATURE + "    return 2 * x"
     assert (
-        code_text.program("def twice(x):\n    return 2 * x", SIGNATURE, "twice", "auto")
+        code_text.extract_program("    return 2 * x", SIGNATURE, "twice", "auto")
+        == SIGNATURE + "    return 2 * x"
+    )
+    assert (
+        code_text.extract_program("def twice(x):\n    return 2 * x", SIGNATURE, "twice", "auto")
         == SIGNATURE + "\n\ndef twice(x):\n    return 2 * x"
     )
     assert (
-        code_text.program("```\ntwice = lambda x: 2 * x\n```", SIGNATURE, "twice", "auto")
+        code_text.extract_program("```\ntwice = lambda x: 2 * x\n```", SIGNATURE, "twice", "auto")
         == SIGNATURE + "\n\ntwice = lambda x: 2 * x\n"
     )
 
@@ -150,7 +153,7 @@ def test_what_is_the_sandboxs_fault_leaves_the_completion_ungraded(monkeypatch):
         ({"test": None}, {}, r"column 'test' must hold Python tests.*columns are: entry_point"),
         ({"test": []}, {}, "must hold Python tests"),
         ({"test": [1]}, {}, "must hold Python tests"),
-        ({"code": "<|user|>def f(x):"}, {"before_column": "code"}, "is no Python.*set before_column: code"),
+        ({"code": "<|user|>def f(x):"}, {"before_column": "code"}, "is not Python.*set before_column: code"),
         ({}, {"before_column": "signature"}, "column 'signature' must hold text, got None"),
     ],
 )
@@ -172,7 +175,7 @@ def test_the_pool_runs_programs_and_refuses_at_the_start_where_nothing_can_be_ru
         )
         assert [[score.value for score in group] for group in groups] == [[1.0, 0.0], [0.0, 1.0]]
         with pytest.raises(
-            ValueError, match=r"first sample \(tests\): code_tests on '0': a test is no Python"
+            ValueError, match=r"first sample \(tests\): code_tests on '0': a test is not valid Python"
         ):
             pool.check(inputs("0", test="assert ("))
         with pytest.raises(ValueError, match="column 'test' must hold Python tests"):
@@ -182,7 +185,10 @@ def test_the_pool_runs_programs_and_refuses_at_the_start_where_nothing_can_be_ru
 def test_installed_packages_are_there_only_where_the_recipe_says_so():
     if sysconfig.get_path("purelib").startswith("/tmp/"):
         pytest.skip(
-            reason="the packages are installed below /tmp, in whose place the sandbox has an empty folder of its own"
+            reason=(
+                "the packages are installed below /tmp, in whose place the sandbox has an empty folder "
+                "of its own"
+            )
         )
     row = inputs("import yaml\ndef twice(x):\n    return yaml.safe_load(str(2 * x))\n")
     assert code_tests(row)[0].value == 0.0

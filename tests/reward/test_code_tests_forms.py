@@ -28,14 +28,20 @@ UNIT = (
 )
 FORMS = {
     "statements": "assert sq(2) == 4",
-    "a helper with arguments": "def check_one(got, expected):\n    assert got == expected\ncheck_one(sq(2), 4)",
-    "a helper that is called like a test": "def test(got, expected):\n    assert got == expected\ntest(sq(2), 4)",
+    "a helper with arguments": (
+        "def check_one(got, expected):\n    assert got == expected\ncheck_one(sq(2), 4)"
+    ),
+    "a helper that is called like a test": (
+        "def test(got, expected):\n    assert got == expected\ntest(sq(2), 4)"
+    ),
     "check(candidate)": "def check(candidate):\n    assert candidate(2) == 4",
     "check()": "def check():\n    assert sq(2) == 4",
     "a main guard": "def main():\n    assert sq(2) == 4\nif __name__ == '__main__':\n    main()",
     "a script that exits": "import sys\nsys.exit(0 if sq(2) == 4 else 1)",
     "a value": "assert LIMIT == 9",
-    "a value that is read late": "def test_limit():\n    assert LIMIT * sq(1) == 9 and globals()['LIMIT'] == 9",
+    "a value that is read late": (
+        "def test_limit():\n    assert LIMIT * sq(1) == 9 and globals()['LIMIT'] == 9"
+    ),
     "a pytest function": "def test_sq():\n    assert sq(2) == 4",
     "a pytest function of the candidate": "def test_sq(candidate):\n    assert candidate(2) == 4",
     "pytest's names": (
@@ -71,8 +77,12 @@ FORMS = {
         "            with self.subTest(sign=sign):\n                self.assertEqual(sq(sign * self.two), "
         "self.four)\nmain()\n"
     ),
-    "imported from the module": "from solution import sq as square\ndef test_sq():\n    assert square(2) == 4",
-    "imported as the module": "import solution\ndef test_sq():\n    assert solution.sq(2) == 4 and solution.LIMIT == 9",
+    "imported from the module": (
+        "from solution import sq as square\ndef test_sq():\n    assert square(2) == 4"
+    ),
+    "imported as the module": (
+        "import solution\ndef test_sq():\n    assert solution.sq(2) == 4 and solution.LIMIT == 9"
+    ),
     "all imported from the module": "from solution import *\ndef test_sq():\n    assert sq(2) == 4",
 }
 NEVER_CALLED = {
@@ -84,8 +94,13 @@ NEVER_CALLED = {
     "a main that nobody calls": "def main():\n    assert sq(2) == 4\nif __name__ == 'tests':\n    main()",
     "a name alone": "assert sq\nsquare = sq\nassert callable(square)",
     "a test of itself": "def test_sum():\n    assert 1 + 1 == 2",
-    "an empty TestCase": "import unittest\nclass Squares(unittest.TestCase):\n    def test_two(self):\n        pass\nunittest.main()",
-    "a test that is skipped": "import pytest\n@pytest.mark.skip(reason='slow')\ndef test_sq():\n    assert sq(2) == 4",
+    "an empty TestCase": (
+        "import unittest\nclass Squares(unittest.TestCase):\n    def test_two(self):\n        pass\n"
+        "unittest.main()"
+    ),
+    "a test that is skipped": (
+        "import pytest\n@pytest.mark.skip(reason='slow')\ndef test_sq():\n    assert sq(2) == 4"
+    ),
     "a test that skips": "import pytest\ndef test_sq():\n    pytest.skip('later')\n    assert sq(2) == 4",
     "a call that is not reached": "if False:\n    assert sq(2) == 4",
     "a call in a comprehension of nothing": "assert all(sq(x) == x * x for x in [])",
@@ -117,13 +132,18 @@ HOSTILE = {
     "exits in the call": "LIMIT = 0\ndef sq(x):\n    raise SystemExit(0)",
     "a function that is a value": "sq = 4\nLIMIT = 0",
     "a value that is a function": "def LIMIT():\n    return 9\nsq = None",
-    "returns what is no data": "class All:\n    def __eq__(self, other):\n        return True\nLIMIT = All()\ndef sq(x):\n    return LIMIT",
+    "returns what is no data": (
+        "class All:\n    def __eq__(self, other):\n        return True\nLIMIT = All()\ndef sq(x):\n"
+        "    return LIMIT"
+    ),
     "blames an import": "LIMIT = 0\ndef sq(x):\n    raise ModuleNotFoundError('numpy', name='numpy')",
     "feigns the tests' own exceptions": (
         "class BadTests(BaseException):\n    pass\nclass Skipped(BadTests):\n    pass\nLIMIT = 0\ndef "
         "sq(x):\n    raise Skipped\n"
     ),
-    "defines what tests import and are": "def pytest():\n    pass\ncheck = main = test_sq = pytest\nLIMIT = 0\ndef sq(x):\n    return None",
+    "defines what tests import and are": (
+        "def pytest():\n    pass\ncheck = main = test_sq = pytest\nLIMIT = 0\ndef sq(x):\n    return None"
+    ),
     "shadows built-in functions": "def isinstance(*_):\n    return True\n"
     "all = callable = len = isinstance\nLIMIT = 0\ndef sq(x):\n    return 0",
 }
@@ -141,7 +161,8 @@ def entry_of(test: str) -> str | None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_tests_of_every_form_are_run_and_no_program_escapes_their_verdict(form: str):
-    test, place = FORMS[form], list(FORMS).index(form)
+    test = FORMS[form]
+    place = list(FORMS).index(form)
     names = [
         name for number, name in enumerate(HOSTILE) if (number - place) % 3 == 0
     ]  # all of them within three forms

@@ -5,7 +5,7 @@ from itertools import permutations
 
 import pytest
 
-from reward.answer_text import extracted
+from reward.answer_text import extract_answer
 from reward.combine import combine
 from reward.empo import cluster, empo
 from reward.resolve import RewardCall, resolve
@@ -101,8 +101,10 @@ def test_words_are_compared_as_words():
 def test_the_first_representative_wins_where_equivalence_is_not_transitive():
     # a ~ b, b ~ c, not a ~ c: c is compared with a alone, not with b
     near = {("a", "b"), ("b", "c")}
-    assert cluster(["a", "b", "c"], lambda one, other: (one, other) in near) == [0, 0, 2]
-    assert cluster(["b", "c", "a"], lambda one, other: (one, other) in near or (other, one) in near) == [
+    assert cluster(["a", "b", "c"], lambda first, second: (first, second) in near) == [0, 0, 2]
+    assert cluster(
+        ["b", "c", "a"], lambda first, second: (first, second) in near or (second, first) in near
+    ) == [
         0,
         0,
         0,
@@ -111,7 +113,7 @@ def test_the_first_representative_wins_where_equivalence_is_not_transitive():
 
 def test_equal_texts_are_asked_about_once():
     asked: list[tuple[str, str]] = []
-    cluster(["1", "2", "1", "2", "2"], lambda one, other: bool(asked.append((one, other))))
+    cluster(["1", "2", "1", "2", "2"], lambda first, second: bool(asked.append((first, second))))
     assert asked == [("1", "2")]
 
 
@@ -133,7 +135,7 @@ def test_equal_texts_are_asked_about_once():
     ],
 )
 def test_where_an_answer_is_found(completion: str, answer: str | None):
-    assert extracted(completion) == answer
+    assert extract_answer(completion) == answer
 
 
 def test_answers_travel_with_scores():

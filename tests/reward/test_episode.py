@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from reward.episode import episode
-from reward.process import only
 from reward.score import Episode, RewardInputs, Score
+from reward.tasks import select_completion
 
 PLAYED = RewardInputs(
     prompt="",
@@ -29,7 +29,7 @@ def test_the_score_is_the_episode_s_with_its_parts() -> None:
 
 
 def test_one_completion_of_several_takes_its_episode_along() -> None:
-    assert episode(only(PLAYED, 1)) == episode(PLAYED)[1:]
+    assert episode(select_completion(PLAYED, 1)) == episode(PLAYED)[1:]
 
 
 def test_what_is_no_episode_has_no_verdict() -> None:

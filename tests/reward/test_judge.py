@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from reward.judge import choice, llm_judge, llm_judge_pairs, pairs_of, rating
+from reward.judge import comparison_pairs, llm_judge, llm_judge_pairs, parse_choice, parse_rating
 from reward.pool import RewardCall, RewardPool
-from reward.remote import RemoteError, ask, endpoint
+from reward.remote import RemoteError, ask, make_endpoint
 from reward.reward_model_http import reward_model_http
 from reward.score import RewardInputs, Score
 
@@ -49,12 +49,12 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    one = Server()
-    thread = threading.Thread(target=one.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    running = Server()
+    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
-    yield one
-    one.shutdown()
-    one.server_close()
+    yield running
+    running.shutdown()
+    running.server_close()
 
 
 def reply(body: bytes | str | Any, status: int = 200, headers: dict[str, str] | None = None) -> Answer:
@@ -200,10 +200,10 @@ def test_the_token_comes_from_the_environment_and_appears_in_no_message(server, 
     assert reward_model_http(inputs("a"), url=server.url(), token_env="RM_TOKEN") == [Score(1.0)]
     assert server.asked[0][1] == "Bearer hush-hush"
     server.behaviour = reply("no such token: hush-hush", 403)
-    place = endpoint(server.url(), "RM_TOKEN", 1.0, "test")
+    endpoint = make_endpoint(server.url(), "RM_TOKEN", 1.0, "test")
     with pytest.raises(RemoteError) as refused:
-        ask(place, {}, lambda answer: answer)
-    assert "403: no such token: ***" in str(refused.value) and "hush" not in repr(place)
+        ask(endpoint, {}, lambda answer: answer)
+    assert "403: no such token: ***" in str(refused.value) and "hush" not in repr(endpoint)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_what_a_recipe_lacks_is_an_error_and_no_reason(hp, said):
     ],
 )
 def test_a_rating_is_read_in_one_form_only(text, expected):
-    assert rating(text, 1.0, 11.0) == (None if expected is None else pytest.approx(expected))
+    assert parse_rating(text, 1.0, 11.0) == (None if expected is None else pytest.approx(expected))
 
 
 def test_a_judge_rates_each_completion_with_the_rubric_and_the_reference(server):
@@ -325,8 +325,8 @@ def test_pairs_are_judged_in_both_orders_and_a_verdict_by_place_is_a_tie(server)
 def test_a_pair_without_two_verdicts_counts_for_neither(server):
     # b is never understood: a and cc keep their own pair, b has none
     def say(request: str) -> str:
-        one, other = shown(request)
-        return "hm" if "b" in (one, other) else "[[A]]" if len(one) > len(other) else "[[B]]"
+        first, second = shown(request)
+        return "hm" if "b" in (first, second) else "[[A]]" if len(first) > len(second) else "[[B]]"
 
     server.behaviour = chat(say)
     got = llm_judge_pairs(inputs("a", "b", "cc"), url=server.url(), model="j")
@@ -353,21 +353,21 @@ def test_ties_count_half_and_disagreement_is_one(server):
 
 
 def test_rounds_bound_the_questions():
-    assert sorted(pairs_of(4, None)) == [(0, 1), (0, 2), (1, 2), (1, 3), (2, 3), (3, 0)]
-    assert pairs_of(4, 1) == [(0, 1), (1, 2), (2, 3), (3, 0)]
-    assert pairs_of(2, 5) == [(0, 1)]
+    assert sorted(comparison_pairs(4, None)) == [(0, 1), (0, 2), (1, 2), (1, 3), (2, 3), (3, 0)]
+    assert comparison_pairs(4, 1) == [(0, 1), (1, 2), (2, 3), (3, 0)]
+    assert comparison_pairs(2, 5) == [(0, 1)]
     for count in range(2, 9):
-        assert {frozenset(pair) for pair in pairs_of(count, None)} == {
+        assert {frozenset(pair) for pair in comparison_pairs(count, None)} == {
             frozenset((i, j)) for i in range(count) for j in range(i)
         }
-        assert len(pairs_of(count, None)) == count * (count - 1) // 2
+        assert len(comparison_pairs(count, None)) == count * (count - 1) // 2
     with pytest.raises(ValueError, match="at least 1"):
-        pairs_of(3, 0)
+        comparison_pairs(3, 0)
 
 
 def test_a_choice_is_read_in_one_form_only():
     assert [
-        choice(text) for text in ("so [[B]]", "[[A]] [[B]]", "B", "[[D]]", "<think>[[A]]</think>[[C]]")
+        parse_choice(text) for text in ("so [[B]]", "[[A]] [[B]]", "B", "[[D]]", "<think>[[A]]</think>[[C]]")
     ] == ["B", None, None, None, "C"]
 
 
@@ -386,6 +386,9 @@ def test_the_pool_counts_reasons_and_stops_before_training_where_nobody_answers(
         server.behaviour = reply("down", 500)
         with pytest.raises(
             ValueError,
-            match=r"first sample \(server_error\): llm_judge on 'good': 127.0.0.1/chat/completions answered 500: down",
+            match=(
+                r"first sample \(server_error\): llm_judge on 'good': "
+                r"127.0.0.1/chat/completions answered 500: down"
+            ),
         ):
             pool.check(inputs("good"))

@@ -70,10 +70,10 @@ def serving(random_model: str, tmp_path: Path) -> Iterator[tuple[subprocess.Pope
         ]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         yield process, f"http://127.0.0.1:{port}/v1"
-        ended(process)
+        end_server(process)
 
 
-def ended(process: subprocess.Popen[bytes]) -> None:
+def end_server(process: subprocess.Popen[bytes]) -> None:
     """With its engine and workers, which a server that is killed leaves behind."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -97,34 +97,36 @@ def test_a_real_server_is_waited_for_understood_and_never_believed(
     process, url = serving
     monkeypatch.setenv("TOKEN", "hush")
     monkeypatch.setenv("WRONG", "hash")
-    given: dict[str, Any] = {"url": url, "model": "judge", "token_env": "TOKEN", "max_tokens": 12}
+    settings: dict[str, Any] = {"url": url, "model": "judge", "token_env": "TOKEN", "max_tokens": 12}
     # nobody listens yet: it is tried again until the server is up, and then it answers something that is no
     # rating
-    first = llm_judge(inputs("3"), seconds=START_SECONDS, **given)
+    first = llm_judge(inputs("3"), seconds=START_SECONDS, **settings)
     assert first == [Score(0.0, ungraded="unparsable")], (
         first[0].why,
         process.poll(),
         (tmp_path / "log").read_text()[-2000:],
     )
-    assert llm_judge_pairs(inputs("3", "4"), seconds=30.0, **given) == [Score(0.0, ungraded="unparsable")] * 2
+    assert (
+        llm_judge_pairs(inputs("3", "4"), seconds=30.0, **settings) == [Score(0.0, ungraded="unparsable")] * 2
+    )
     # what it refuses is not tried again
     started = time.monotonic()
-    assert llm_judge(inputs("3"), seconds=30.0, **{**given, "model": "other"}) == [
+    assert llm_judge(inputs("3"), seconds=30.0, **{**settings, "model": "other"}) == [
         Score(0.0, ungraded="refused")
     ]
-    assert llm_judge(inputs("3"), seconds=30.0, **{**given, "token_env": "WRONG"}) == [
+    assert llm_judge(inputs("3"), seconds=30.0, **{**settings, "token_env": "WRONG"}) == [
         Score(0.0, ungraded="refused")
     ]
     assert time.monotonic() - started < 10.0
     # an answer of 3,000 tokens does not come within a tenth of a second
     started = time.monotonic()
     assert (
-        llm_judge(inputs("3", "4"), seconds=0.1, **{**given, "max_tokens": 3000})
+        llm_judge(inputs("3", "4"), seconds=0.1, **{**settings, "max_tokens": 3000})
         == [Score(0.0, ungraded="timeout")] * 2
     )
     assert time.monotonic() - started < 2.0
-    assert llm_judge(inputs("3"), seconds=30.0, **given) == [
+    assert llm_judge(inputs("3"), seconds=30.0, **settings) == [
         Score(0.0, ungraded="unparsable")
     ]  # it has got over that
-    ended(process)
-    assert llm_judge(inputs("3"), seconds=1.0, **given) == [Score(0.0, ungraded="unreachable")]
+    end_server(process)
+    assert llm_judge(inputs("3"), seconds=1.0, **settings) == [Score(0.0, ungraded="unreachable")]

@@ -87,8 +87,8 @@ def completion_of(text: str) -> RewardInputs:
 
 
 RULES: dict[str, Callable[[str], object]] = {
-    "program": lambda text: code_text.program(text, None, "f", "auto"),
-    "continuation": lambda text: code_text.program(text, "def f(x):\n", "f", "auto"),
+    "program": lambda text: code_text.extract_program(text, None, "f", "auto"),
+    "continuation": lambda text: code_text.extract_program(text, "def f(x):\n", "f", "auto"),
     "choice": lambda text: choice(completion_of(text)),
     "exact": lambda text: exact(completion_of(text), numbers=True, ignore_case=True),
     "tags": lambda text: answer_format(completion_of(text), tags=["think", "answer"]),
@@ -96,8 +96,8 @@ RULES: dict[str, Callable[[str], object]] = {
     "printed, long": lambda text: (
         same_output(text, f"{text}\n0", 1e-6) or same_output(text, text.replace("1", "2"), 1e-6)
     ),
-    "rating": lambda text: judge.rating(text, 1.0, 10.0),
-    "letter of a judge": judge.choice,
+    "rating": lambda text: judge.parse_rating(text, 1.0, 10.0),
+    "letter of a judge": judge.parse_choice,
 }
 WORST = {
     "tildes": "~" * LENGTH + "`",

@@ -114,7 +114,7 @@ def test_the_way_without_a_parser_gives_math_verifys_verdict():
         assert answer is not None
         quick = grader._compare_numbers(gold, answer)
         compared += quick is not None
-        assert quick in (None, grader._compare(gold, answer).right), (gold, prediction)
+        assert quick in (None, grader._compare(gold, answer).is_right), (gold, prediction)
     assert compared > 100
 
 
@@ -169,13 +169,13 @@ def test_every_way_to_a_verdict_has_reviewed_examples():
 @pytest.mark.parametrize(("name", "gold", "answer"), examples(DECIDED, 0) + examples(RULES, 0))
 def test_reviewed_equal_answers_are_right_for_the_reason_named(name: str, gold: str, answer: str):
     verdict = compare(gold, answer)
-    assert verdict.right and (verdict.by == name or name in verdict.rules), verdict
+    assert verdict.is_right and (verdict.decided_by == name or name in verdict.rules), verdict
     assert judge(gold, f"So $\\sin x = 3$, hence\n\\boxed{{{answer}}}")
 
 
 @pytest.mark.parametrize(("name", "gold", "answer"), examples(DECIDED, 1) + examples(RULES, 1))
 def test_reviewed_different_answers_stay_wrong(name: str, gold: str, answer: str):
-    assert not compare(gold, answer).right
+    assert not compare(gold, answer).is_right
 
 
 SYMBOLS = st.sampled_from(["p", "q", "x", "\\pi", "\\alpha", "\\infty", "\\sin x"])
@@ -197,7 +197,7 @@ def test_formulas_without_digits_are_not_words(first: str, second: str, form: st
         st.sampled_from(["{0}*{1}", "{1}-{0}", "\\frac{{{1}}}{{{0}}}", "[{0},{1}]", "({0},-{1})", "{0}<{1}"])
     )
     verdict = compare(form.format(first, second), changed.format(first, second))
-    assert verdict.by in ("algebra", "same text")
+    assert verdict.decided_by in ("algebra", "same text")
 
 
 UNMARKED = ["$x=4$", "4", "5", "\n", ". ", " and ", "Wait, ", "so it is", "$5$"]
@@ -216,7 +216,7 @@ def test_the_logged_answer_is_what_the_verdict_was_computed_from(completion: str
     if score.answer is None:
         assert score.value == 0.0
     else:
-        assert score.value == compare(gold, score.answer).right
+        assert score.value == compare(gold, score.answer).is_right
         assert math_answer(inputs(f"\\boxed{{{score.answer}}}", answer=gold))[0].value == score.value
 
 
@@ -244,7 +244,8 @@ def test_an_answer_beyond_any_reference_is_wrong_within_milliseconds():
 
 
 def test_only_a_degenerate_answer_that_runs_out_of_time_may_be_called_wrong():
-    tower, hard = "2^{3^{4^{5^{6}}}}+x", "\\prod_{k=1}^{400} (1 + \\sqrt{k} x^k)"
+    tower = "2^{3^{4^{5^{6}}}}+x"
+    hard = "\\prod_{k=1}^{400} (1 + \\sqrt{k} x^k)"
     gold = "(x+1)^{300} - \\sin x"
     assert is_degenerate("x+1", tower) and not is_degenerate(gold, hard) and not is_degenerate(tower, tower)
     assert is_degenerate("7", "1" * 40) and not is_degenerate("1" * 40, "2" * 40)

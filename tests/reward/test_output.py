@@ -22,30 +22,29 @@ def inputs(*completions: str, occasion: str = "step 3") -> RewardInputs:
     return RewardInputs("p", completions, (1,) * count, ("stop",) * count, {}, occasion=occasion)
 
 
-def printed_by(
+def printed_sections(
     log: Path, *groups: RewardInputs, names: tuple[str, ...] = ("chatty",), seconds: float = 5.0
 ) -> list[tuple[str, str]]:
-    """(heading, text) of every stretch."""
+    """(heading, text) of every section."""
     calls = [RewardCall(f"{PRINTERS}:{name}", 1.0, {}) for name in names]
     with RewardPool(calls, workers=1, seconds=seconds, memory_gib=1, deadline_seconds=60) as pool:
         pool.score(groups[:1])
         pool.log_to(log)
         pool.score(groups[1:])
-    stretches = log.read_text(encoding="utf-8").split("--- ")[1:]
+    sections = log.read_text(encoding="utf-8").split("--- ")[1:]
     return [
-        (heading, text.rstrip("\n"))
-        for heading, _, text in (stretch.partition("\n") for stretch in stretches)
+        (heading, text.rstrip("\n")) for heading, _, text in (section.partition("\n") for section in sections)
     ]
 
 
-def test_each_stretch_stands_under_its_step_and_grader_also_where_tasks_travel_together(tmp_path):
+def test_each_section_has_its_step_and_grader_as_heading_even_if_tasks_are_sent_together(tmp_path):
     groups = [inputs(f"hello {number}", occasion=f"step {number}") for number in range(12)]
-    stretches = printed_by(tmp_path / "rewards.log", *groups, names=("chatty", "quiet", "to_stderr"))
-    assert stretches[0] == ("the start of a worker", "imported\nimported\nimported")  # once for each function
-    wanted = {(f"step {n}, chatty", f"chatty: hello {n}") for n in range(12)} | {
+    sections = printed_sections(tmp_path / "rewards.log", *groups, names=("chatty", "quiet", "to_stderr"))
+    assert sections[0] == ("the start of a worker", "imported\nimported\nimported")  # once for each function
+    expected = {(f"step {n}, chatty", f"chatty: hello {n}") for n in range(12)} | {
         (f"step {n}, to_stderr", f"err: hello {n}") for n in range(12)
     }
-    assert set(stretches[1:]) == wanted and len(stretches) == 25
+    assert set(sections[1:]) == expected and len(sections) == 25
 
 
 def test_what_was_printed_before_a_timeout_without_a_line_break_or_by_a_child_process_is_there(
@@ -53,18 +52,18 @@ def test_what_was_printed_before_a_timeout_without_a_line_break_or_by_a_child_pr
 ):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     groups = [inputs(completion) for completion in ("first", "then hang", "echo", "unfinished")]
-    stretches = printed_by(tmp_path / "rewards.log", *groups, seconds=1.0)
-    assert ("step 3, chatty", "chatty: then hang") in stretches
-    assert ("step 3, chatty", "chatty: echo\nfrom a child") in stretches
-    assert ("step 3, chatty", "chatty: unfinished\nno line break") in stretches
+    sections = printed_sections(tmp_path / "rewards.log", *groups, seconds=1.0)
+    assert ("step 3, chatty", "chatty: then hang") in sections
+    assert ("step 3, chatty", "chatty: echo\nfrom a child") in sections
+    assert ("step 3, chatty", "chatty: unfinished\nno line break") in sections
 
 
 def test_the_log_is_bounded_and_says_how_much_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(output, "_FILE_BYTES", 200_000)
     log = tmp_path / "rewards.log"
-    stretches = printed_by(log, inputs("first"), *[inputs("shout") for _ in range(10)])
+    sections = printed_sections(log, inputs("first"), *[inputs("shout") for _ in range(10)])
     # "chatty: shout", a line break and 1,000,000 letters; 65,536 bytes of that are kept
-    assert stretches[-1][1].endswith(f"\n[{1_000_014 - 65_536} more bytes are left out]")
+    assert sections[-1][1].endswith(f"\n[{1_000_014 - 65_536} more bytes are left out]")
     sizes = [file.stat().st_size for file in tmp_path.iterdir()]
     assert len(sizes) == 2 and all(size <= 200_000 for size in sizes)
 
@@ -87,7 +86,7 @@ def test_a_log_that_cannot_be_written_costs_no_grade(tmp_path):
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_stretches_wait_for_the_file(tmp_path, kept):
+def test_sections_wait_for_the_file(tmp_path, kept):
     log = OutputLog()
     read, write = os.pipe()
     log.follow(read)
@@ -106,17 +105,20 @@ TEXTS = st.lists(st.binary(max_size=12) | st.just(b"\x1e") | st.just(b"\x1enon")
 
 @given(texts=TEXTS, cuts=st.lists(st.integers(1, 40), max_size=30))
 def test_marks_are_found_wherever_the_chunks_begin_and_end(texts, cuts):
-    stream, wanted = b"", []
+    stream = b""
+    expected = []
     for number, text in enumerate(texts):
         stream += text + b"\x1enonce heading %d\n" % number
-        wanted.append((text, f"heading {number}"))
-    splitter, pieces, whole = _Splitter("nonce"), [], b""
+        expected.append((text, f"heading {number}"))
+    splitter = _Splitter("nonce")
+    pieces = []
+    text_so_far = b""
     while stream:
         size = cuts.pop() if cuts else 1
         chunk, stream = stream[:size], stream[size:]
         for text, heading in splitter(chunk):
-            whole += text
+            text_so_far += text
             if heading is not None:
-                pieces.append((whole, heading))
-                whole = b""
-    assert pieces == wanted and whole + splitter.rest == b""
+                pieces.append((text_so_far, heading))
+                text_so_far = b""
+    assert pieces == expected and text_so_far + splitter.rest == b""

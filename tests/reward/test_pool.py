@@ -91,9 +91,11 @@ def test_every_misbehaviour_at_once_leaves_the_others_graded_in_order():
 def taken(pool, monkeypatch):
     """How many tasks each message to a worker holds, from now on."""
     sizes: list[int] = []
-    for worker in pool._workers:
+    for worker in pool._pool.workers:
         monkeypatch.setattr(
-            worker, "take", lambda tasks, take=worker.take: sizes.append(len(tasks)) or take(tasks)
+            worker,
+            "send_tasks",
+            lambda tasks, send=worker.send_tasks: sizes.append(len(tasks)) or send(tasks),
         )
     return sizes
 
@@ -105,7 +107,7 @@ def test_quick_groups_travel_together_and_slow_ones_alone(monkeypatch):
         sizes = taken(pool, monkeypatch)
         assert [group[0].value for group in pool.score(groups)] == [n + 1.0 for n in range(12)]
         assert len(sizes) < 12 and sum(sizes) == 12
-    with pool_of("pensive", workers=1) as pool:  # 20 ms each: whoever is idle takes the next one
+    with pool_of("pensive", workers=1) as pool:  # 20 ms each: an idle worker takes the next one
         pool.score(groups[:1])
         sizes = taken(pool, monkeypatch)
         pool.score(groups[:4])
@@ -115,7 +117,7 @@ def test_quick_groups_travel_together_and_slow_ones_alone(monkeypatch):
 def test_workers_share_quick_groups_evenly(monkeypatch):
     with pool_of("alone", workers=2) as pool:
         pool.score([inputs("a") for _ in range(4)])
-        while not all(worker.ready for worker in pool._workers):
+        while not all(worker.is_ready for worker in pool._pool.workers):
             pool.score([inputs("a"), inputs("b")])
         sizes = taken(pool, monkeypatch)
         pool.score([inputs("a") for _ in range(10)])
@@ -146,7 +148,7 @@ def test_what_a_grader_prints_neither_blocks_nor_harms(pool):
 
 def test_a_worker_killed_from_outside_while_idle_is_replaced_without_loss(pool):
     pool.score([inputs("a")])
-    for worker in pool._workers:
+    for worker in pool._pool.workers:
         os.kill(worker.process.pid, 9)
     assert [group[0].value for group in pool.score([inputs("a"), inputs("ab"), inputs("abc")])] == [
         1.0,
@@ -159,7 +161,7 @@ def test_a_signal_that_stops_the_trainer_costs_no_grade():
     """Groups graded together are graded once: a worker that died of it would cost the whole group."""
     with pool_of("pensive_together", workers=1, seconds=10) as pool:
         pool.score([inputs("a")])
-        kill = threading.Timer(0.1, lambda: pool._workers[0].process.send_signal(signal.SIGTERM))
+        kill = threading.Timer(0.1, lambda: pool._pool.workers[0].process.send_signal(signal.SIGTERM))
         kill.start()
         assert [score.value for score in pool.score([inputs("a", "bb")])[0]] == [1.0, 2.0]
         kill.join()
@@ -264,7 +266,8 @@ def test_a_loaded_machine_fails_no_grade():
         os.sched_setaffinity(0, {min(before)})
         with pool_of("works", seconds=1.2, workers=1) as pool:
             pool.score([inputs("quick")])  # the worker has started
-            # Sessions of their own, like the worker's: a kernel that shares the CPU among sessions gives each a seventh, too.
+            # Each in its own session, like the worker: a kernel that shares the CPU among sessions gives each
+            # a seventh, too.
             others = [
                 subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
                 for _ in range(6)

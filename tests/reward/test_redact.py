@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reward import remote
-from reward.judge import llm_judge, llm_judge_pairs, said
-from reward.redact import repeats
+from reward.judge import llm_judge, llm_judge_pairs, reply_text
+from reward.redact import repeats_secret
 from reward.reward_model_http import reward_model_http
 from tests.reward.test_judge import inputs, reply, server  # noqa: F401  a fixture
 
@@ -62,14 +62,14 @@ ENCODINGS: dict[str, Callable[[str], str]] = {
 
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_a_token_is_found_in_every_encoding(name):
-    assert repeats(f'{{"error": "{ENCODINGS[name](TOKEN)}"}}', TOKEN)
+    assert repeats_secret(f'{{"error": "{ENCODINGS[name](TOKEN)}"}}', TOKEN)
 
 
 def test_other_texts_do_not_repeat_it():
     assert (
-        not repeats(OTHER, TOKEN)
-        and not repeats("", TOKEN)
-        and not repeats("[1, 2.5, null] \\u0041 &amp; %41", TOKEN)
+        not repeats_secret(OTHER, TOKEN)
+        and not repeats_secret("", TOKEN)
+        and not repeats_secret("[1, 2.5, null] \\u0041 &amp; %41", TOKEN)
     )
 
 
@@ -80,7 +80,7 @@ def test_other_texts_do_not_repeat_it():
 def test_tokens_of_every_kind_are_found_in_every_encoding(token, name):
     if name in ("one letter short", "in two lines") and len(token) < 13:
         return
-    assert repeats(ENCODINGS[name](token), token)
+    assert repeats_secret(ENCODINGS[name](token), token)
 
 
 BODIES = {
@@ -105,18 +105,20 @@ def test_no_message_shows_more_than_a_few_characters_of_it(server, monkeypatch, 
     (score,) = function(inputs("a"), url=server.url(), token_env="RM_TOKEN", seconds=0.4, **model)
     assert score.ungraded is not None
     shown = score.why or ""
-    encoded = ENCODINGS[name](TOKEN)
-    assert not repeats(shown, TOKEN)
-    assert not any(encoded[start : start + 8] in shown for start in range(len(encoded) - 7)), shown
+    encoded_token = ENCODINGS[name](TOKEN)
+    assert not repeats_secret(shown, TOKEN)
+    assert not any(encoded_token[start : start + 8] in shown for start in range(len(encoded_token) - 7)), (
+        shown
+    )
 
 
 def test_what_does_not_repeat_the_token_is_quoted(server, monkeypatch):  # noqa: F811
     monkeypatch.setenv("RM_TOKEN", TOKEN)
-    place = remote.endpoint(server.url(), "RM_TOKEN", 1.0, "f")
+    endpoint = remote.make_endpoint(server.url(), "RM_TOKEN", 1.0, "f")
     for status in (403, 200):
         server.behaviour = reply(OTHER, status)
         with pytest.raises(remote.RemoteError, match="no model of that name"):
-            remote.ask(place, {}, said)
+            remote.ask(endpoint, {}, reply_text)
 
 
 @pytest.mark.parametrize("token", ["two words", "line\nbreak", "umlaut-\u00fc", "nul\0"])
@@ -125,5 +127,5 @@ def test_a_token_that_no_header_can_hold_is_refused_without_being_shown(monkeypa
     with pytest.raises(
         ValueError, match=r"RM_TOKEN \(token_env\) holds characters that no HTTP header can"
     ) as caught:
-        remote.endpoint("http://host/x", "RM_TOKEN", 1.0, "f")
+        remote.make_endpoint("http://host/x", "RM_TOKEN", 1.0, "f")
     assert token not in str(caught.value)

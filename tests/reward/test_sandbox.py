@@ -1,4 +1,4 @@
-"""No hostile program gets out, scores, or takes longer than its limit; and what is shut in leaves with it."""
+"""No hostile program escapes, scores, or exceeds its limit; and no process of a sandbox outlives it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 LIMITS = Limits(seconds=2.0, memory_mib=256, processes=4, file_mib=4, message_mib=2)
 SHORT = dataclasses.replace(LIMITS, seconds=0.5)
 TWICE = "def twice(x):\n    return 2 * x\n"
-# the second would pass a program that ends its loop early and then answers anything: it is the comparison at
-# the end that counts
+# The second test would pass a program that ends its loop early and then answers anything, if the comparison
+# at the end did not count.
 TESTS = Tests(
     (
         "assert twice(21) == 42",
@@ -40,8 +40,8 @@ HOSTILE = re.findall(
     Path(__file__).with_name("hostile.txt").read_text(encoding="utf-8"),
     re.MULTILINE,
 )
-FORMER = [one for one in HOSTILE if one[0] != "endless"]
-ENDLESS = [one for one in HOSTILE if one[0] == "endless"]
+FORMER = [program for program in HOSTILE if program[0] != "endless"]
+ENDLESS = [program for program in HOSTILE if program[0] == "endless"]
 
 try:
     KIND = choose_kind(False)
@@ -71,9 +71,9 @@ class Outside:
         return source
 
     def is_untouched(self) -> bool:
-        alone = [path.name for path in self.canary.parent.iterdir()] == [self.canary.name]
+        no_new_files = [path.name for path in self.canary.parent.iterdir()] == [self.canary.name]
         kept = self.canary.read_text() == "canary" and self.canary.stat().st_mode & 0o777 == 0o666
-        return alone and kept and self.bystander.poll() is None and not self.visitors
+        return no_new_files and kept and self.bystander.poll() is None and not self.visitors
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outside]:
         threading.Thread(target=watch, args=(server, visitors), daemon=True).start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SECRET", "SECRET")
-        sandbox.NURSERY.close()  # the next is started with the secret in reach
+        sandbox.FORK_SERVER.close()  # the next one starts with the secret in its environment
         bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         yield Outside(canary, servers[0].getsockname()[1], abstract, bystander, visitors)
     bystander.kill()
@@ -111,11 +111,11 @@ def watch(server: socket.socket, visitors: list[str]) -> None:
         visitors.append(str(server.family))
 
 
-def shut_in_processes() -> list[int]:
-    """Our processes in a process namespace below this one, whoever their parent is by now: they have
-    a number in each of the two.
+def sandboxed_processes() -> list[int]:
+    """Our processes in a process namespace below this one, whatever their parent is now: they have a number
+    in each of the two namespaces.
     """
-    found: list[int] = []
+    processes: list[int] = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             numbers = re.search(r"^NSpid:(.*)$", (folder / "status").read_text(), re.MULTILINE)
@@ -123,15 +123,15 @@ def shut_in_processes() -> list[int]:
         except (FileNotFoundError, ProcessLookupError):
             continue
         if ours and numbers is not None and len(numbers[1].split()) > 1:
-            found.append(int(folder.name))
-    return found
+            processes.append(int(folder.name))
+    return processes
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
-    before = set(shut_in_processes())
+    before = set(sandboxed_processes())
     yield
-    assert set(shut_in_processes()) <= before
+    assert set(sandboxed_processes()) <= before
 
 
 def test_a_right_program_passes_and_a_wrong_one_does_not():
@@ -173,7 +173,8 @@ def test_a_right_program_scores_but_its_daemon_does_not_outlive_it():
 
 
 def test_the_hostile_programs_would_succeed_outside(outside: Outside, tmp_path: Path):
-    # otherwise their failure inside shows nothing: a few that need no privilege, run as they are
+    # Otherwise their failure in the sandbox proves nothing: a few that need no privilege run without a
+    # sandbox.
     for name in (
         "a file outside",
         "a server on this machine",
@@ -190,7 +191,7 @@ def test_the_hostile_programs_would_succeed_outside(outside: Outside, tmp_path: 
         "a hint kept with a file",
         "a watch on a folder",
     ):
-        source = next(source for kind, found, source in HOSTILE if found == name and kind != "touching")
+        source = next(source for kind, title, source in HOSTILE if title == name and kind != "touching")
         code = outside.written_into(source) + "\nassert twice(21) == 42\n"
         assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 0, name
     deadline = time.monotonic() + 5
@@ -253,7 +254,7 @@ def test_helpers_in_front_of_the_program_are_the_tests_own():
 
 
 def test_the_row_is_to_blame_for_tests_that_are_no_python_or_pass_functions():
-    for tests, said in (("assert (", "no Python"), ("assert f(lambda: 0) == 1", "not plain data")):
+    for tests, said in (("assert (", "not valid Python"), ("assert f(lambda: 0) == 1", "not plain data")):
         with pytest.raises(TestsError, match=said):
             passes("def f(x):\n    return 1\n", tests)
     # but not for values that are the program's own doing
@@ -316,9 +317,8 @@ def test_a_machine_without_a_sandbox_refuses_unless_told_in_as_many_words(monkey
         choose_kind(False)
     assert choose_kind(True) == "none"
     monkeypatch.undo()
-    assert (
-        choose_kind(True) == KIND
-    )  # a failure is not remembered, and what the recipe allows is not used where it is not needed
+    # A failure is not cached, and the permission of the recipe is not used if it is not needed.
+    assert choose_kind(True) == KIND
 
 
 def test_without_a_sandbox_the_limits_and_the_verdict_hold_still():
@@ -334,14 +334,14 @@ def test_without_a_sandbox_the_limits_and_the_verdict_hold_still():
 
 def test_a_sandbox_that_cannot_be_had_says_why():
     with pytest.raises(SandboxError, match=r"No such file|Permission"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox, "_visible", lambda paths: (["/no/such/folder"], {}))
-        patch.setattr(sandbox, "_bubblewrap", lambda job: ["/no/such/bwrap"])
+        patch.setattr(sandbox, "_visible_paths", lambda paths: (["/no/such/folder"], {}))
+        patch.setattr(sandbox, "_bubblewrap_command", lambda job: ["/no/such/bwrap"])
         judge(TWICE, TESTS, LIMITS, KIND)
 
 
 def test_the_process_that_starts_sandboxes_is_replaced_when_it_dies():
     judge(TWICE, TESTS, LIMITS, KIND)
-    process = sandbox.NURSERY._process
+    process = sandbox.FORK_SERVER._process
     assert process is not None
     process.kill()
     process.wait()
@@ -355,16 +355,18 @@ def test_nothing_lives_on_when_the_grader_is_killed():
         "judge('import time\\nprint(1)\\ntime.sleep(600)', Tests(('f()',), '', None), Limits(60.0, 256, 2, "
         "1, 1), choose_kind(False))\n"
     )
-    before = set(shut_in_processes())
+    before = set(sandboxed_processes())
     grader = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
-    assert comes_true(lambda: len(set(shut_in_processes()) - before) >= 4)  # two inits and two inmates
+    assert becomes_true(
+        lambda: len(set(sandboxed_processes()) - before) >= 4
+    )  # two inits and two sandboxed processes
     grader.kill()
     grader.communicate()
-    assert comes_true(lambda: not set(shut_in_processes()) - before)
+    assert becomes_true(lambda: not set(sandboxed_processes()) - before)
 
 
-def comes_true(condition: Callable[[], bool]) -> bool:
-    """Within 20 s."""
+def becomes_true(condition: Callable[[], bool]) -> bool:
+    """Whether the condition becomes true within 20 s."""
     deadline = time.monotonic() + 20
     while not condition():
         if time.monotonic() > deadline:
@@ -389,7 +391,7 @@ def test_an_ordinary_user_has_a_sandbox_too():
         pytest.skip(reason="there is no Python 3.11 that everybody may run")
     if not all(path.stat().st_mode & 0o005 == 0o005 for path in (ROOT, *ROOT.parents)):
         pytest.skip(reason=f"not everybody may read {ROOT}")
-    found = subprocess.run(
+    result = subprocess.run(
         [python, "-B", "-c", OTHERS + TRIAL, str(ROOT)],
         user=65534,
         group=65534,
@@ -398,7 +400,7 @@ def test_an_ordinary_user_has_a_sandbox_too():
         capture_output=True,
         text=True,
     )
-    assert found.stdout.strip() in ("['user'] [None]", "['user', 'bubblewrap'] [None, None]"), (
-        found.stdout,
-        found.stderr,
+    assert result.stdout.strip() in ("['user'] [None]", "['user', 'bubblewrap'] [None, None]"), (
+        result.stdout,
+        result.stderr,
     )

@@ -61,8 +61,10 @@ def test_the_digest_is_the_same_elsewhere_and_ignores_files_that_are_not_importe
 
 def test_text_that_moves_from_one_file_to_another_changes_the_digest(folder):
     before = digest(folder)
-    single, words = folder / "single.py", folder / "helpers" / "words.py"
-    single_text, words_text = single.read_text(), words.read_text()
+    single = folder / "single.py"
+    words = folder / "helpers" / "words.py"
+    single_text = single.read_text()
+    words_text = words.read_text()
     single.write_text(words_text)
     words.write_text(single_text)
     assert digest(folder) != before

@@ -18,8 +18,8 @@ def values(scores):
 
 
 def test_exact_compares_stripped_strings_and_numbers_only_on_request():
-    given = inputs(" 1000 ", "1,000.0", "1000.5", answer=1000)
-    assert values(exact(given)) == [1, 0, 0] and values(exact(given, numbers=True)) == [1, 1, 0]
+    row = inputs(" 1000 ", "1,000.0", "1000.5", answer=1000)
+    assert values(exact(row)) == [1, 0, 0] and values(exact(row, numbers=True)) == [1, 1, 0]
     assert values(exact(inputs("Paris", "paris", answer="Paris"))) == [1, 0]
     assert values(exact(inputs("Paris", "paris", answer="Paris"), ignore_case=True, wrong=-1.0)) == [1, 1]
 
@@ -59,35 +59,35 @@ def test_choice_takes_its_letters_from_the_recipe_and_refuses_other_golds():
 
 
 def test_format_wants_each_tag_once_and_in_order():
-    given = inputs(
+    row = inputs(
         "<think>a</think> <answer>b</answer>",
         "<answer>b</answer><think>a</think>",
         "<think>a</think><answer>b</answer><answer>c</answer>",
         "<think>a<answer>b</answer></think>",
         "<think>a</think><answer>b",
     )
-    assert values(answer_format(given, tags=["think", "answer"])) == [1, 0, 0, 0, 0]
+    assert values(answer_format(row, tags=["think", "answer"])) == [1, 0, 0, 0, 0]
 
 
 def test_format_matches_all_of_a_completion_or_any_part_of_it():
-    given = inputs("x = 12\n", "so x = 12", "x =")
-    assert values(answer_format(given, regex=r"x = \d+")) == [1, 0, 0]
-    assert values(answer_format(given, regex=r"x = \d+", match="search", wrong=-0.5)) == [1, 1, -0.5]
+    row = inputs("x = 12\n", "so x = 12", "x =")
+    assert values(answer_format(row, regex=r"x = \d+")) == [1, 0, 0]
+    assert values(answer_format(row, regex=r"x = \d+", match="search", wrong=-0.5)) == [1, 1, -0.5]
     with pytest.raises(ValueError, match="nothing is required"):
-        answer_format(given)
+        answer_format(row)
     with pytest.raises(ValueError, match="not a regular expression"):
-        answer_format(given, regex="(")
+        answer_format(row, regex="(")
 
 
 def test_the_overlong_penalty_has_the_papers_and_the_released_numbers():
     # DAPO's 16384 expected + 4096 buffer: zero to 16384, half way at 18432, -1 at 20480; (21000 - 16384) /
     # 4096 = 1.126953125
-    given = inputs("", "", "", "", "", counts=(16000, 16384, 18432, 20480, 21000))
-    paper = length(given, max_tokens=20480, buffer_tokens=4096)
-    released = length(given, max_tokens=20480, buffer_tokens=4096, form="released")
+    row = inputs("", "", "", "", "", counts=(16000, 16384, 18432, 20480, 21000))
+    paper = length(row, max_tokens=20480, buffer_tokens=4096)
+    released = length(row, max_tokens=20480, buffer_tokens=4096, form="released")
     assert values(paper) == pytest.approx([0.0, 0.0, -0.5, -1.0, -1.0], abs=1e-6)
     assert values(released) == pytest.approx([0.0, 0.0, -0.5, -1.0, -1.126953125], abs=1e-6)
-    assert values(length(given, max_tokens=20480, buffer_tokens=4096, factor=0.5))[3] == -0.5
+    assert values(length(row, max_tokens=20480, buffer_tokens=4096, factor=0.5))[3] == -0.5
     assert [score.parts["over_length"] for score in paper] == [0, 0, 1, 1, 1]
 
 

@@ -37,8 +37,8 @@ def test_the_wall_clock_is_the_backstop():
 def test_a_verdict_does_not_change_while_the_process_waits(monkeypatch: pytest.MonkeyPatch):
     from reward import math_answer as grader
 
-    equal = grader._equal
-    monkeypatch.setattr(grader, "_equal", lambda gold, answer: time.sleep(0.4) or equal(gold, answer))
+    equal = grader._are_equal
+    monkeypatch.setattr(grader, "_are_equal", lambda gold, answer: time.sleep(0.4) or equal(gold, answer))
     inputs = RewardInputs("p", ("\\boxed{1 + z + y}",), (1,), ("stop",), {"answer": "y+z+1"})
     assert math_answer(inputs, seconds=0.3)[0].parts == {"correct": 1.0}
 

@@ -24,8 +24,10 @@ def think_format(completions, **kwargs):
     return [1.0 if re.match(r"^<think>.*</think>", content, re.DOTALL) else 0.0 for content in contents]
 
 def checks_everything(prompts, completions, completion_ids, answer, trainer_state, **kwargs):
-    assert prompts == [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]] * 2, prompts
-    assert completions == [[{"role": "assistant", "content": "4"}], [{"role": "assistant", "content": "five"}]], completions
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
+    assert prompts == [prompt] * 2, prompts
+    answers = [[{"role": "assistant", "content": text}] for text in ("4", "five")]
+    assert completions == answers, completions
     assert completion_ids == [[1, 2], [3]] and answer == ["4", "4"] and trainer_state.global_step == 24
     prompts[0].clear()
     assert len(prompts[1]) == 2
@@ -91,7 +93,8 @@ def file(tmp_path_factory) -> Path:
 
 
 def inputs(*completions: str, messages=None) -> RewardInputs:
-    count, ids = len(completions), ((1, 2), (3,))
+    count = len(completions)
+    ids = ((1, 2), (3,))
     return RewardInputs(
         *("p", completions, (1,) * count, ("stop",) * count, {"answer": "4"}),
         completion_ids=ids[:count],
@@ -100,8 +103,8 @@ def inputs(*completions: str, messages=None) -> RewardInputs:
     )
 
 
-def grade(file: Path, name: str, given: RewardInputs, **hp: object) -> list[Score]:
-    return resolve(RewardCall(f"{file}:{name}", 1.0, hp))(given)
+def grade(file: Path, name: str, row: RewardInputs, **hp: object) -> list[Score]:
+    return resolve(RewardCall(f"{file}:{name}", 1.0, hp))(row)
 
 
 def test_conversational_prompts_come_as_messages_and_texts_as_texts(file):
@@ -161,7 +164,7 @@ def test_token_ids_messages_and_texts_travel_through_a_pool_also_one_by_one(file
             "logs/said": "[{'role': 'assistant', 'content': '4'}]"
         }
     with RewardPool(calls[:1], workers=1, seconds=5, memory_gib=1, deadline_seconds=60) as pool:
-        given = RewardInputs(
+        row = RewardInputs(
             "p",
             ("4", "6"),
             (1, 1),
@@ -170,6 +173,6 @@ def test_token_ids_messages_and_texts_travel_through_a_pool_also_one_by_one(file
             completion_ids=((1,), (9,)),
             messages=MESSAGES,
         )
-        pool.score([given])
+        pool.score([row])
         # together the function refuses; alone each completion has its own ids
         assert {reason for reason, _ in pool.errors} == {"error"} and len(pool.errors) == 2

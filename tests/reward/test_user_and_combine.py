@@ -44,7 +44,8 @@ def test_our_form_gets_its_hyperparameters():
         (
             f"{GRADERS}:no_form",
             {},
-            r"no_form\(one, two\) cannot be called as f\(inputs\): missing a required argument: 'two'",
+            r"no_form\(first, second\) cannot be called as f\(inputs\): "
+            "missing a required argument: 'second'",
         ),
         (f"{GRADERS}:scaled", {}, "missing a required argument: 'scale'"),
         (f"{GRADERS}:alone", {"scale": 1.0}, "unexpected keyword argument 'scale'"),

@@ -7,7 +7,7 @@ from rltrain.rollout.collate import collate
 from rltrain.types.samples import SOURCE_TEMPERED, Completion, Prompt, ScoredGroup, Span
 
 
-def test_a_row_s_sample_counts_the_completions_of_its_group_whatever_their_arm():
+def test_a_row_s_sample_counts_the_completions_of_its_group_whatever_their_source():
     # what seeded choices go by: it must not depend on where a group stands in the step
     def group(number: int, sources: tuple[int, ...]) -> ScoredGroup:
         completions = tuple(

@@ -44,16 +44,16 @@ def nothing() -> None:
     """These samplers have neither weights nor memory."""
 
 
-def source_of(wanted: int, max_rounds: int, rank: int = 0, ranks: int = 1) -> ColocatedRollouts:
+def source_of(groups_per_step: int, max_rounds: int, rank: int = 0, ranks: int = 1) -> ColocatedRollouts:
     prompts = [Prompt(str(i), (i + 1,), str(i)) for i in range(5)]
     sampling = Sampling(n=4, temperature=1.0, max_tokens=4, seed=7)
     graded = GradedSampler(EchoSampler(), CountGrader(), Process(rank, ranks))
     return ColocatedRollouts(
         graded,
-        Endless(wanted),  # type: ignore[arg-type]
+        Endless(groups_per_step),  # type: ignore[arg-type]
         prompts,
         sampling,
-        wanted,
+        groups_per_step,
         max_rounds,
         verify=nothing,
         release_memory=nothing,
@@ -62,32 +62,32 @@ def source_of(wanted: int, max_rounds: int, rank: int = 0, ranks: int = 1) -> Co
 
 
 def test_one_round_trains_on_whatever_was_sampled() -> None:
-    rollouts = source_of(wanted=5, max_rounds=1).take(step=1, version=3)
+    rollouts = source_of(groups_per_step=5, max_rounds=1).take(step=1, version=3)
     assert [group.prompt.id for group in rollouts.groups] == ["0", "1", "2", "3", "4"]
     assert rollouts.correct_counts == (0, 1, 2, 3, 4)
     assert rollouts.groups[0].completions[0].versions == (Span(0, 1, 3),)
 
 
 def test_dynamic_sampling_replaces_groups_that_are_all_right_or_all_wrong() -> None:
-    # Of prompts 0..4 with 4 completions, 1, 2 and 3 are informative; two rounds of five give six, five are
-    # wanted.
-    rollouts = source_of(wanted=5, max_rounds=4).take(step=1, version=0)
+    # Of prompts 0..4 with 4 completions, 1, 2 and 3 are informative; two rounds of five give six, and five
+    # are needed.
+    rollouts = source_of(groups_per_step=5, max_rounds=4).take(step=1, version=0)
     assert [group.prompt.id for group in rollouts.groups] == ["1", "2", "3", "1", "2"]
     assert (rollouts.rounds, rollouts.generated_groups) == (2, 10)
     assert len({group.group for group in rollouts.groups}) == 5
 
 
 def test_dynamic_sampling_stops_after_max_rounds_and_trains_on_what_there_is() -> None:
-    rollouts = source_of(wanted=1, max_rounds=2).take(step=1, version=0)
+    rollouts = source_of(groups_per_step=1, max_rounds=2).take(step=1, version=0)
     assert (rollouts.rounds, [group.prompt.id for group in rollouts.groups]) == (2, ["1"])
-    nothing = source_of(wanted=1, max_rounds=2)
+    nothing = source_of(groups_per_step=1, max_rounds=2)
     nothing.order = Endless(0)  # type: ignore[assignment]
     nothing.order.next = lambda: [0]  # type: ignore[method-assign]
     assert [group.prompt.id for group in nothing.take(step=1, version=0).groups] == ["0"]
 
 
 def test_steps_and_rounds_sample_with_seeds_of_their_own() -> None:
-    source = source_of(wanted=5, max_rounds=3)
+    source = source_of(groups_per_step=5, max_rounds=3)
     source.take(step=1, version=0)
     source.take(step=2, version=0)
     assert isinstance(source.graded.sampler, EchoSampler)
@@ -96,8 +96,8 @@ def test_steps_and_rounds_sample_with_seeds_of_their_own() -> None:
 
 
 def test_ranks_take_disjoint_shares_with_one_numbering() -> None:
-    first = source_of(wanted=5, max_rounds=1, rank=0, ranks=2).take(1, 0).groups
-    second = source_of(wanted=5, max_rounds=1, rank=1, ranks=2).take(1, 0).groups
+    first = source_of(groups_per_step=5, max_rounds=1, rank=0, ranks=2).take(1, 0).groups
+    second = source_of(groups_per_step=5, max_rounds=1, rank=1, ranks=2).take(1, 0).groups
     assert [group.group for group in first] == [0, 2, 4]
     assert [group.group for group in second] == [1, 3]
 

@@ -106,7 +106,7 @@ def source_of(
     )
 
 
-# AEPO's tempered source ----------------------------------------------------------------------------------------
+# AEPO's tempered source -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -134,18 +134,18 @@ def test_the_temperature_answers_the_entropy_of_the_step_before() -> None:
         assert source.notes() == {"aepo_temperature": temperature, ABOVE_TARGET: above}
 
 
-def test_what_the_arm_remembers_survives_a_checkpoint() -> None:
-    one, two = (extra_source("aepo", means_of(EchoSampler())) for _ in range(2))
-    two.load_state_dict(one.state_dict())
-    assert two.notes() == one.notes() and two.state_dict() == {"entropy": None}
-    one.observe(0.1 + 0.2)
-    two.load_state_dict(one.state_dict())
-    assert two.state_dict() == {"entropy": 0.1 + 0.2}
+def test_what_the_source_remembers_survives_a_checkpoint() -> None:
+    source, restored = (extra_source("aepo", means_of(EchoSampler())) for _ in range(2))
+    restored.load_state_dict(source.state_dict())
+    assert restored.notes() == source.notes() and restored.state_dict() == {"entropy": None}
+    source.observe(0.1 + 0.2)
+    restored.load_state_dict(source.state_dict())
+    assert restored.state_dict() == {"entropy": 0.1 + 0.2}
 
 
 @pytest.mark.parametrize("hp", [{"share": 1.5}, {"share": -0.1}, {"high": 0.0}, {"low": -1.0}])
 def test_settings_without_a_meaning_are_refused(hp: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"rollout\.sources aepo"):
+    with pytest.raises(ValueError, match=r"rollout\.extra_samples aepo"):
         extra_source("aepo", means_of(EchoSampler()), **hp)
 
 
@@ -186,13 +186,13 @@ def test_tempered_rows_join_their_prompts_groups_and_are_graded_by_themselves() 
     assert [[c.source for c in group.completions] for group in rollouts.groups] == [[0] * 4 + [1] * 4] * 4 + [
         [0] * 4
     ] * 4
-    # prompt 3 has its first three right, in each source: a grader that saw eight completions would find three in
-    # all
+    # prompt 3 has its first three right, in each source: a grader that saw eight completions would find$
+    # three in all
     assert [score.value for score in rollouts.groups[3].scores] == [1, 1, 1, 0, 1, 1, 1, 0]
     assert rollouts.metrics == {"aepo_temperature": 1.2, ABOVE_TARGET: 0.0}
 
 
-def test_arms_neither_count_for_dynamic_sampling_nor_change_what_the_policy_samples() -> None:
+def test_sources_neither_count_for_dynamic_sampling_nor_change_what_the_policy_samples() -> None:
     plain, engine = EchoSampler(), EchoSampler()
     without = source_of([], plain, max_rounds=3).take(1, 0)
     rollouts = source_of(
@@ -201,18 +201,20 @@ def test_arms_neither_count_for_dynamic_sampling_nor_change_what_the_policy_samp
         max_rounds=3,
     ).take(1, 0)
     assert rollouts.correct_counts == without.correct_counts and rollouts.rounds == without.rounds == 3
-    own = [[c for c in group.completions if c.source == SOURCE_POLICY] for group in rollouts.groups]
-    assert own == [list(group.completions) for group in without.groups]
+    policy_completions = [
+        [c for c in group.completions if c.source == SOURCE_POLICY] for group in rollouts.groups
+    ]
+    assert policy_completions == [list(group.completions) for group in without.groups]
     assert engine.asked[:3] == plain.asked
 
 
-def test_ranks_share_the_groups_an_arm_serves() -> None:
+def test_ranks_share_the_groups_a_source_serves() -> None:
     engines = [EchoSampler(), EchoSampler()]
     shares: list[list[Any]] = []
     for rank, engine in enumerate(engines):
         # as if both ranks had sampled everything: only the source's share is split
         source = source_of([extra_source("aepo", means_of(engine), share=0.5)], engine, rank=rank, ranks=2)
-        source._with_extra_samples(source.sources[0], groups_of(8), 1, 0, {"rollout": 0.0, "reward": 0.0})
+        source._add_extra_samples(source.sources[0], groups_of(8), 1, 0, {"rollout": 0.0, "reward": 0.0})
         shares.append([prompt.id for prompt in engine.asked[-1][0]])
     assert shares == [["0", "2"], ["1", "3"]]
 
@@ -231,7 +233,7 @@ def test_steps_sample_with_seeds_of_their_own() -> None:
 # reference and answer ---------------------------------------------------------------------------------------
 
 
-def test_the_reference_arm_samples_inside_its_context_and_under_its_own_version() -> None:
+def test_the_reference_source_samples_inside_its_context_and_under_its_own_version() -> None:
     engine, inside = EchoSampler(), []
 
     @contextlib.contextmanager
@@ -313,11 +315,13 @@ def real_engine(model: str) -> TransformersEngine:
     )
 
 
-def borrowed(engine: Any, own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Callable[[], Any]:
-    """The engine holds ``own`` as version 4; what is returned lends it ``other``."""
+def temporary_weights(
+    engine: Any, weights: Mapping[str, Tensor], other: Mapping[str, Tensor]
+) -> Callable[[], Any]:
+    """Loads ``weights`` into the engine as version 4; the result loads ``other`` for a while."""
     sync = Sync([engine], {}, sample=2, full_every=10, seed=0)
-    sync.push(own.items, 4, expect_change=False)
-    return lambda: sync.temporarily_loaded(other, REFERENCE_VERSION, lambda: own.items())
+    sync.push(weights.items, 4, expect_change=False)
+    return lambda: sync.load_temporarily(other, REFERENCE_VERSION, lambda: weights.items())
 
 
 def asked(engine: Any, version: int = 4) -> list[tuple[int, ...]]:
@@ -325,12 +329,12 @@ def asked(engine: Any, version: int = 4) -> list[tuple[int, ...]]:
     return [completion.token_ids for group in groups for completion in group.completions]
 
 
-def check_arms_against_the_models(engine: Any, model: str, other: str) -> None:
+def check_sources_against_the_models(engine: Any, model: str, other: str) -> None:
     """Tempered rows have the policy's log-probs at their temperature, reference rows the reference's;
     then the policy is back.
     """
     sampling = Sampling(n=3, temperature=1.0, max_tokens=6, seed=7)
-    means = means_of(engine, borrowed(engine, weights_of(model), weights_of(other)), sampling)
+    means = means_of(engine, temporary_weights(engine, weights_of(model), weights_of(other)), sampling)
     before = asked(engine)
     tempered = extra_source("aepo", means, high=1.7).sample(groups_of(3), seed=2, version=4)
     reference = extra_source("reference", means).sample(groups_of(3), seed=2, version=4)
@@ -346,7 +350,7 @@ def check_arms_against_the_models(engine: Any, model: str, other: str) -> None:
 
 
 def test_rows_are_of_the_distribution_they_say(random_model: str, other_model: str) -> None:
-    check_arms_against_the_models(real_engine(random_model), random_model, other_model)
+    check_sources_against_the_models(real_engine(random_model), random_model, other_model)
 
 
 @pytest.mark.vllm
@@ -363,7 +367,7 @@ def test_rows_are_of_the_distribution_they_say_with_real_vllm(
         random_tied_model, stop_token_ids=[1], decode=lambda ids: "", enforce_eager=True, **sizes
     )
     try:
-        check_arms_against_the_models(engine, random_tied_model, other)
+        check_sources_against_the_models(engine, random_tied_model, other)
     finally:
         engine.close()
 
@@ -391,7 +395,7 @@ def test_a_reference_that_did_not_arrive_never_samples(random_model: str, other_
         decode=lambda ids: "",
         max_rows=8,
     )
-    lent = borrowed(engine, weights_of(random_model), weights_of(other_model))
+    lent = temporary_weights(engine, weights_of(random_model), weights_of(other_model))
     with pytest.raises(WeightMismatchError, match="after loading version -1"):
         extra_source("reference", means_of(engine, lent)).sample(groups_of(1), seed=1, version=4)
 
@@ -404,5 +408,5 @@ def test_a_tempered_row_does_not_depend_on_its_neighbours(random_model: str) -> 
         extra_source("aepo", means_of(engine), share=1.0),
         stable_hash(7, "arm", SOURCE_TEMPERED, 1),
     )
-    together, alone = source.sample(groups_of(4), seed, 4), source.sample(groups_of(4)[2:3], seed, 4)
-    assert [c.token_ids for c in together[2].completions] == [c.token_ids for c in alone[0].completions]
+    together, separate = source.sample(groups_of(4), seed, 4), source.sample(groups_of(4)[2:3], seed, 4)
+    assert [c.token_ids for c in together[2].completions] == [c.token_ids for c in separate[0].completions]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from reward.score import Score
 from rltrain.advantage.group import informative_groups
-from rltrain.advantage.process import within_accuracy
-from rltrain.rollout.grading import in_accuracy_range, is_informative
+from rltrain.advantage.process import is_accuracy_within
+from rltrain.rollout.grading import is_in_accuracy_range, is_informative
 from rltrain.types.samples import Completion, Prompt, ScoredGroup, Span
 
 
@@ -25,7 +25,10 @@ def group_of(scores: list[Score]) -> ScoredGroup:
 
 def group(verdicts: list[float | None]) -> ScoredGroup:
     return group_of(
-        [Score(0.0, ungraded="timeout") if one is None else Score(one, {"correct": one}) for one in verdicts]
+        [
+            Score(0.0, ungraded="timeout") if verdict is None else Score(verdict, {"correct": verdict})
+            for verdict in verdicts
+        ]
     )
 
 
@@ -42,14 +45,14 @@ def group(verdicts: list[float | None]) -> ScoredGroup:
     ],
 )
 def test_the_range_includes_its_ends(verdicts: list[float | None], kept: bool) -> None:
-    assert in_accuracy_range(0.2, 0.8, group(verdicts)) is kept
+    assert is_in_accuracy_range(0.2, 0.8, group(verdicts)) is kept
 
 
 def expected(values: list[float], low: float, high: float) -> tuple[bool, bool]:
     """The verdicts of the functions on float64 tensors: (in the range, informative)."""
     tensor = torch.tensor(values, dtype=torch.float64)
     ids = torch.zeros(len(values), dtype=torch.int64)
-    within = within_accuracy(tensor, ids, low=low, high=high).any()
+    within = is_accuracy_within(tensor, ids, low=low, high=high).any()
     return bool(within), bool(informative_groups(tensor, ids).any())
 
 
@@ -83,13 +86,15 @@ def test_verdicts_on_rewards_are_those_of_the_tensor_functions(
 ) -> None:
     rewards, low, high = case
     group = group_of([*map(Score, rewards), Score(0.0, ungraded="timeout")])
-    assert (in_accuracy_range(low, high, group), is_informative(group)) == expected(rewards, low, high)
+    assert (is_in_accuracy_range(low, high, group), is_informative(group)) == expected(rewards, low, high)
 
 
 @given(st.lists(st.booleans(), max_size=64), SHARES, SHARES)
 def test_verdicts_on_correctness_are_those_of_the_tensor_functions(
     right: list[bool], low: float, high: float
 ) -> None:
-    group = group_of([Score(-0.25 * at, {"correct": float(verdict)}) for at, verdict in enumerate(right)])
-    found = in_accuracy_range(low, high, group), is_informative(group)
-    assert found == expected([float(verdict) for verdict in right], low, high)
+    group = group_of(
+        [Score(-0.25 * place, {"correct": float(verdict)}) for place, verdict in enumerate(right)]
+    )
+    results = is_in_accuracy_range(low, high, group), is_informative(group)
+    assert results == expected([float(verdict) for verdict in right], low, high)

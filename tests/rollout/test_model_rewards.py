@@ -19,7 +19,7 @@ def inputs(*completions: str) -> RewardInputs:
 def by_text(path: str, *, prompt_column: str | None, max_tokens: int) -> Any:
     """A scorer whose number is the completion itself."""
     del path, prompt_column, max_tokens
-    return lambda rows: [float(one.completions[at]) for one, at in rows]
+    return lambda rows: [float(inputs.completions[place]) for inputs, place in rows]
 
 
 class Pool:
@@ -27,9 +27,9 @@ class Pool:
         return [
             [
                 Score(1.0, {"exact": 1.0, "correct": 1.0}, answer="a")
-                if one != "9"
+                if completion != "9"
                 else Score(0.0, ungraded="timeout")
-                for one in group.completions
+                for completion in group.completions
             ]
             for group in groups
         ]
@@ -37,8 +37,8 @@ class Pool:
 
 def test_scores_come_back_by_group_and_row_with_their_weight():
     grader = ModelGrader(None, [("reward_model", 0.5, ModelReward(by_text))])
-    found = grader.score([inputs("1", "-2"), inputs("3")])
-    assert found == [
+    scores = grader.score([inputs("1", "-2"), inputs("3")])
+    assert scores == [
         [Score(0.5, {"reward_model": 1.0}), Score(-1.0, {"reward_model": -2.0})],
         [Score(1.5, {"reward_model": 3.0})],
     ]

@@ -29,7 +29,7 @@ class Decoder:
 
     def __call__(self, ids) -> str:
         self.calls += ids
-        return "".join(TEXT[one] for one in ids)
+        return "".join(TEXT[token] for token in ids)
 
 
 def completion(*tokens: int, turns: tuple[tuple[int, int], ...] = ()) -> Completion:
@@ -38,14 +38,16 @@ def completion(*tokens: int, turns: tuple[tuple[int, int], ...] = ()) -> Complet
 
 def steps_of(*completions: Completion, width: int = 0) -> list[list[int]]:
     mask = torch.zeros(
-        len(completions), max(width, *(len(one.token_ids) for one in completions)), dtype=torch.bool
+        len(completions),
+        max(width, *(len(row_completion.token_ids) for row_completion in completions)),
+        dtype=torch.bool,
     )
-    for row, one in enumerate(completions):
-        for start, stop in one.turns or ((0, len(one.token_ids)),):
+    for row, row_completion in enumerate(completions):
+        for start, stop in row_completion.turns or ((0, len(row_completion.token_ids)),):
             mask[row, start:stop] = True
-    found = step_ids(completions, mask, StepSplitter(Decoder()))
-    assert found is not None
-    return found.tolist()
+    ids = step_ids(completions, mask, StepSplitter(Decoder()))
+    assert ids is not None
+    return ids.tolist()
 
 
 def test_a_step_is_a_line_and_ends_with_its_break():
@@ -78,13 +80,13 @@ def test_steps_agree_with_splitting_the_text():
     words = [0, 1, 2, 3, 4, 5, 6]
     for _ in range(50):
         tokens = [words[i] for i in torch.randint(0, 7, (12,), generator=generator).tolist()]
-        [found] = steps_of(completion(*tokens))
+        [steps] = steps_of(completion(*tokens))
         lines = [line for line in "".join(TEXT[token] for token in tokens).split("\n") if line.strip()]
-        assert max(found) + 1 == max(len(lines), 1)
-        assert found == sorted(found)
+        assert max(steps) + 1 == max(len(lines), 1)
+        assert steps == sorted(steps)
         for number, line in enumerate(lines):
             assert line.strip() in "".join(
-                TEXT[token] for token, step in zip(tokens, found, strict=True) if step == number
+                TEXT[token] for token, step in zip(tokens, steps, strict=True) if step == number
             )
 
 
@@ -97,10 +99,10 @@ def test_every_token_is_decoded_once_in_a_run():
 
 
 def test_without_turns_and_lines_there_are_no_steps():
-    one = completion(0, 1)
-    assert step_ids([one], torch.ones(1, 2, dtype=torch.bool), None) is None
+    plain = completion(0, 1)
+    assert step_ids([plain], torch.ones(1, 2, dtype=torch.bool), None) is None
     mixed = step_ids(
-        [one, completion(0, 0, turns=((0, 1), (1, 2)))], torch.ones(2, 2, dtype=torch.bool), None
+        [plain, completion(0, 0, turns=((0, 1), (1, 2)))], torch.ones(2, 2, dtype=torch.bool), None
     )
     assert mixed is not None and mixed.tolist() == [[0, 0], [0, 1]]
     assert steps_of(completion(), completion(0)) == [[-1], [0]]

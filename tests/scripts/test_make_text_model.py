@@ -1,4 +1,4 @@
-"""The script behind recipes/study_preference: what it reads, what it keeps out, what it makes."""
+"""The script behind recipes/studies/preference: what it reads, what it keeps out, what it makes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from support.scripts import script
 
-DATA = Path(__file__).parents[3] / "shared" / "data" / "preference"
-
 
 @pytest.fixture(scope="module")
 def text_models(tiny_models: ModuleType) -> Any:
@@ -34,11 +32,15 @@ def text_models(tiny_models: ModuleType) -> Any:
 
 
 def transcripts(*turns: str) -> str:
-    return "".join(f"\n\n{'Human' if at % 2 == 0 else 'Assistant'}: {turn}" for at, turn in enumerate(turns))
+    return "".join(
+        f"\n\n{'Human' if index % 2 == 0 else 'Assistant'}: {turn}" for index, turn in enumerate(turns)
+    )
 
 
 def write(path: Path, pairs: list[tuple[str, str]]) -> Path:
-    path.write_text("".join(json.dumps({"chosen": one, "rejected": two}) + "\n" for one, two in pairs))
+    path.write_text(
+        "".join(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n" for chosen, rejected in pairs)
+    )
     return path
 
 
@@ -58,7 +60,7 @@ def test_both_sides_are_read_once_and_what_is_held_out_is_not(
     assert len(read) == 8 and len(reserved) == 2
     kept = text_models.without_beginnings(read, reserved)
     assert len(kept) == 6 and not any(("user", "is it raining") in dialogue for dialogue in kept)
-    first, second, *_ = text_models.once(kept)
+    first, second, *_ = text_models.without_repeated_turns(kept)
     assert [content for _, content in first] == [
         "how do I boil rice",
         "how do I boil rice like so",
@@ -74,7 +76,7 @@ def test_the_tokenizer_learns_the_text_and_keeps_every_byte(
     text_models: Any, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     read = text_models.dialogues(files[0])
-    made = text_models.trained_tokenizer([content for dialogue in read for _, content in dialogue], 320)
+    made = text_models.train_tokenizer([content for dialogue in read for _, content in dialogue], 320)
     made.save_pretrained(tmp_path / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     text = "na\u00efve \u2603 rice\n\n  x"
@@ -82,7 +84,7 @@ def test_the_tokenizer_learns_the_text_and_keeps_every_byte(
     assert len(tokenizer("how do I boil rice")["input_ids"]) < 8  # words, not characters
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "<user>a<assistant>b<eos>"
-    assert text_models.encoded((("user", "a"), ("assistant", "b")), tokenizer)[-1] == tokenizer.eos_token_id
+    assert text_models.encode((("user", "a"), ("assistant", "b")), tokenizer)[-1] == tokenizer.eos_token_id
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 0)
 
 
@@ -90,9 +92,11 @@ def test_perplexity_is_of_all_tokens_but_the_first(text_models: Any, tiny_models
     tokenizer = tiny_models.character_tokenizer()
     model = tiny_models.tiny_model(tokenizer, tied=True, seed=0, layers=1, width=64, std=0.3)
     dialogues = [(("user", "ab"), ("assistant", "c")), (("user", "x"), ("assistant", "a longer answer"))]
-    total, tokens, size = 0.0, 0, 0
+    total = 0.0
+    tokens = 0
+    size = 0
     for dialogue in dialogues:
-        ids = torch.tensor([text_models.encoded(dialogue, tokenizer)])
+        ids = torch.tensor([text_models.encode(dialogue, tokenizer)])
         logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
         total -= logps.gather(1, ids[0, 1:, None]).sum().item()
         tokens += ids.shape[1] - 1
@@ -114,7 +118,7 @@ def test_equal_arguments_give_equal_weights_and_training_helps(
     make(first, steps=60)
     assert "already made" in capsys.readouterr().out
     ids = torch.tensor(
-        [text_models.encoded(text_models.dialogues(files[0])[0], AutoTokenizer.from_pretrained(first))]
+        [text_models.encode(text_models.dialogues(files[0])[0], AutoTokenizer.from_pretrained(first))]
     )
     trained, untrained = (
         AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids, labels=ids).loss.item()
@@ -132,12 +136,3 @@ def test_files_of_another_kind_are_refused(
         text_models.make_text_model(tmp_path / "model", data=other, held_out=files[1])
     with pytest.raises(ValueError, match="no such file"):
         text_models.make_text_model(tmp_path / "model", data=tmp_path / "absent", held_out=files[1])
-
-
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the real data in {DATA}")
-def test_no_held_out_dialogue_of_the_real_data_is_read(text_models: Any) -> None:
-    read, reserved = (text_models.dialogues(DATA / f"hh_helpful_{part}.jsonl") for part in ("train", "test"))
-    kept = text_models.without_beginnings(read, reserved)
-    assert len(read) > 5900 and len(reserved) > 900
-    assert not {dialogue[0] for dialogue in kept} & {dialogue[0] for dialogue in reserved}
-    assert len(kept) == len(read)  # the files were made without a first turn in common

@@ -89,7 +89,8 @@ def test_the_measure_is_the_product_of_the_tokens_probabilities(tiny_models, ran
         AutoTokenizer.from_pretrained(random_model),
         AutoModelForCausalLM.from_pretrained(random_model),
     )
-    prompts, rights = [], []
+    prompts = []
+    rights = []
     for question, answer in (
         ("1+2=", "3"),
         ("10+20=", "30"),
@@ -108,7 +109,8 @@ def test_the_measure_is_the_product_of_the_tokens_probabilities(tiny_models, ran
 
 def test_equal_arguments_give_equal_weights_and_a_made_folder_is_kept(tiny_models, tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_models, "DRILLS", ONE_DIGIT)
-    steps, test = tmp_path / "steps.jsonl", tmp_path / "test.jsonl"
+    steps = tmp_path / "steps.jsonl"
+    test = tmp_path / "test.jsonl"
     test.write_text(json.dumps({"answer": "<<10+11=21>>"}))
     steps.write_text(json.dumps({"answer": "<<48/2=24>> <<48+24=72>> <<0.2*50=10>>"}))
     make = functools.partial(
@@ -170,7 +172,8 @@ def test_the_gsm8k_warm_start_trains_on_nothing_that_is_held_out(tiny_models, tm
 @pytest.mark.slow
 def test_the_warm_start_leaves_something_to_learn(tiny_models, tmp_path):
     out = tiny_models.make_tiny_model(tmp_path / "model")
-    tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(out)
     held_out = load_prompts(Data(train="arithmetic", eval="arithmetic"), "eval", tokenizer, seed=0)
     measured = tiny_models.measure(model, held_out, tokenizer)
     assert 0.35 <= measured["pass@1"] <= 0.5
@@ -183,9 +186,10 @@ def test_the_calculator_s_turns_are_those_of_its_episodes(tiny_models):
     prompt = Prompt(
         "a", tuple(tokenizer("<user>12*7=<assistant>").input_ids), "<user>12*7=<assistant>", {"answer": "84"}
     )
-    examples = tiny_models._turns(PromptSet((prompt,)), tokenizer)
+    examples = tiny_models._turn_examples(PromptSet((prompt,)), tokenizer)
     spelt = [(tokenizer.decode(asked), tokenizer.decode(written)) for asked, written in examples]
-    direct, call = ("<user>12*7=<assistant>", "84<eos>"), ("<user>12*7=<assistant>", "<<12*7=<eos>")
+    direct = ("<user>12*7=<assistant>", "84<eos>")
+    call = ("<user>12*7=<assistant>", "<<12*7=<eos>")
     assert spelt[:5] == [direct] * 4 + [call]
     between = Dialogue(
         tokenizer, [tokenizer.eos_token_id], Data(train="arithmetic"), role="user", observation_tokens=12

@@ -17,7 +17,8 @@ def script() -> ModuleType:
 
 
 def test_a_level_is_reached_on_the_straight_line_between_evaluations(script: ModuleType):
-    steps, values = [0, 10, 20, 30], [0.4, 0.5, 0.45, 0.7]
+    steps = [0, 10, 20, 30]
+    values = [0.4, 0.5, 0.45, 0.7]
     assert script.steps_to(steps, values, 0.45) == pytest.approx(5.0)
     assert script.steps_to(steps, values, 0.6) == pytest.approx(26.0)  # 0.15 of 0.25 after step 20
     assert script.steps_to(steps, values, 0.4) == 0.0

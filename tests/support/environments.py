@@ -8,7 +8,7 @@ import pickle
 import socket
 import time
 
-from reward.reply import framed, json_of
+from reward.reply import add_length, to_json
 from rltrain.rollout.environments import Step, Task
 from rltrain.rollout.environments.worker import Answer
 
@@ -77,9 +77,9 @@ def daemon() -> str:
 def intrude(kind: str) -> None:
     """Writes to the socket of the process what is no answer to its request."""
     sent = {
-        "junk": framed(b"junk"),
-        "forged": framed(json_of(Answer(step=Step(reward=1e6)))),
-        "pickled": framed(pickle.dumps(Answer())),
+        "junk": add_length(b"junk"),
+        "forged": add_length(to_json(Answer(step=Step(reward=1e6)))),
+        "pickled": add_length(pickle.dumps(Answer())),
         "huge": b"\xff" * 64,
     }
     for descriptor in range(3, 64):

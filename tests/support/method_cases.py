@@ -72,9 +72,9 @@ class Outcome(NamedTuple):
     metrics: dict[str, float]
 
 
-def apart(one: Tensor, two: Tensor) -> float:
+def apart(left: Tensor, right: Tensor) -> float:
     """Distance of two gradients in terms of the first."""
-    return float((one - two).norm() / one.norm().clamp(min=1e-30))
+    return float((left - right).norm() / left.norm().clamp(min=1e-30))
 
 
 # policy cases -----------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ class PolicyCase:
         """With controllers in their first state."""
         return Objective(
             bound(POLICY_LOSSES, self.loss),
-            tuple(term(*one) for one in self.terms),
+            tuple(term(*term_arguments) for term_arguments in self.terms),
             AGGREGATES.bind(self.aggregate),
         )
 
@@ -127,15 +127,15 @@ def variants(registry: Registry, enough: Mapping[str, Mapping[str, Any]]) -> lis
     """Every method with every choice of every ``Literal`` hyperparameter. enough: what else it is
     given, by name.
     """
-    found: list[BoundMethod] = []
+    methods: list[BoundMethod] = []
     for name, spec in registry.specs.items():
         choices = {
-            key: [one for one in literals(item.annotation) if one != item.default]
+            key: [choice for choice in literals(item.annotation) if choice != item.default]
             for key, item in spec.hyperparameters.items()
         }
         changes = [{}, *({key: value} for key, values in choices.items() for value in values)]
-        found += [registry.bind(name, {**enough.get(name, {}), **change}) for change in changes]
-    return found
+        methods += [registry.bind(name, {**enough.get(name, {}), **change}) for change in changes]
+    return methods
 
 
 def named(method: BoundMethod) -> str:
@@ -164,63 +164,65 @@ def loss_cases() -> dict[str, PolicyCase]:
     """Every policy loss with the control that it is made for, and every aggregate with a loss per
     token and one per sequence.
     """
-    found = {}
+    cases = {}
     for name, spec in POLICY_LOSSES.specs.items():
-        found[f"loss {name}"] = PolicyCase(name, controls=tuple(promised(spec, "control")))
+        cases[f"loss {name}"] = PolicyCase(name, controls=tuple(promised(spec, "control")))
     for aggregate in AGGREGATES.names():
-        found |= {
+        cases |= {
             f"aggregate {aggregate} of {loss}": PolicyCase(loss, aggregate) for loss in ("clip", "gspo")
         }
-    return found
+    return cases
 
 
 def term_cases() -> dict[str, PolicyCase]:
     """Every term, with a control that says where it acts if there is one."""
-    found = {}
+    cases = {}
     for name in LOSS_TERMS.names():
         mates = [
             control for control, spec in TOKEN_CONTROLS.specs.items() if f"loss_term:{name}" in spec.traits
         ]
-        found[f"term {name}"] = PolicyCase(terms=((name, None),), controls=tuple(mates[:1]))
-    return found
+        cases[f"term {name}"] = PolicyCase(terms=((name, None),), controls=tuple(mates[:1]))
+    return cases
 
 
 def control_cases() -> dict[str, PolicyCase]:
     """Every control, with the losses, terms and aggregate that it is made for."""
-    found = {}
+    cases = {}
     for name, spec in TOKEN_CONTROLS.specs.items():
         losses, aggregates = promised(spec, "policy_loss"), promised(spec, "aggregate")
-        terms = tuple((one, None) for one in promised(spec, "loss_term"))
-        found[f"control {name}"] = PolicyCase(
+        terms = tuple((term, None) for term in promised(spec, "loss_term"))
+        cases[f"control {name}"] = PolicyCase(
             (losses or ["clip"])[0], (aggregates or ["token_mean"])[0], terms, (name,)
         )
-    return found
+    return cases
 
 
 def advantage_cases() -> dict[str, PolicyCase]:
     """Every advantage, with the loss and aggregate that it is made for."""
     unrewarded = next(name for name, spec in POLICY_LOSSES.specs.items() if "reward_free" in spec.traits)
-    found = {}
+    cases = {}
     for name, spec in ADVANTAGES.specs.items():
         losses = promised(spec, "policy_loss") or [unrewarded if "reward_free" in spec.traits else "clip"]
         aggregates = promised(spec, "aggregate") or ["token_mean"]
-        found[f"advantage {name}"] = PolicyCase(losses[0], aggregates[0], advantage=name)
-    return found
+        cases[f"advantage {name}"] = PolicyCase(losses[0], aggregates[0], advantage=name)
+    return cases
 
 
 def controller_cases() -> dict[str, PolicyCase]:
     """Every controller, with the term whose metric it watches or that takes what it tells."""
-    found = {}
+    cases = {}
     for name, spec in COEFFICIENTS.specs.items():
         watched = str(spec.hyperparameters["metric"].default) if "metric" in spec.hyperparameters else ""
         takers = [
-            one
-            for one, other in LOSS_TERMS.specs.items()
+            term
+            for term, other in LOSS_TERMS.specs.items()
             if f"gives_{(other.inputs or ('nothing',))[0]}" in spec.traits
         ]
-        watching = sorted((one for one in LOSS_TERMS.names() if watched.startswith(f"loss/{one}")), key=len)
-        found[f"controller {name}"] = PolicyCase(terms=(((takers or watching or ["entropy"])[-1], name),))
-    return found
+        watching = sorted(
+            (term for term in LOSS_TERMS.names() if watched.startswith(f"loss/{term}")), key=len
+        )
+        cases[f"controller {name}"] = PolicyCase(terms=(((takers or watching or ["entropy"])[-1], name),))
+    return cases
 
 
 def every_policy_case() -> dict[str, PolicyCase]:
@@ -256,10 +258,10 @@ def step() -> Step:
     mask[2, 3] = mask[7, 0] = False
     mask[6] = False
     rewards = torch.tensor([1.0, 0.0, 0.2, 1.0, 0.6, 0.0, 0.3, 0.9])
-    given = torch.randn(ROWS, 1, generator=g).masked_fill((row == 4)[:, None], 0.0)
+    advantages = torch.randn(ROWS, 1, generator=g).masked_fill((row == 4)[:, None], 0.0)
     batch = TrainBatch(
         mask=mask,
-        advantages=given.expand(mask.shape).contiguous(),
+        advantages=advantages.expand(mask.shape).contiguous(),
         weights=1 + 0.2 * torch.rand(mask.shape, generator=g),
         rewards=rewards,
         group=row // GROUP,
@@ -272,7 +274,7 @@ def step() -> Step:
         step_id=(torch.arange(LONGEST) // 3).expand(mask.shape).masked_fill(~mask, -1),
     )
     return Step(
-        TokenRows(tuple(heads[at // GROUP] for at in range(ROWS)), completions),
+        TokenRows(tuple(heads[place // GROUP] for place in range(ROWS)), completions),
         batch,
         torch.randn(2, *mask.shape, generator=g),
     )
@@ -318,14 +320,16 @@ class PolicySpread:
         )
         self.learner.trained.version = 0  # it seeds which prompts each update takes
         metrics: dict[str, float] = dict(batch.notes)
-        controllers: list[Any] = [one.coefficient for one in objective.terms if callable(one.coefficient)]
+        controllers: list[Any] = [term.coefficient for term in objective.terms if callable(term.coefficient)]
         for number in range(1 + bool(controllers)):
-            told = [{"coefficient": one(), **one.inputs()} for one in controllers]
-            metrics |= {f"{name} of step {number}": value for one in told for name, value in one.items()}
+            told = [{"coefficient": controller(), **controller.inputs()} for controller in controllers]
+            metrics |= {
+                f"{name} of step {number}": value for inputs in told for name, value in inputs.items()
+            }
             update = self.learner.update(rows, batch, objective, later)
             metrics |= {f"{name} of step {number}": value for name, value in update.metrics.items()}
-            for one in controllers:
-                one.observe(
+            for controller in controllers:
+                controller.observe(
                     update.metrics | {"learner/entropy_mean": float(update.entropy[batch.mask].mean())}
                 )
         return Outcome(torch.cat(self._gradients), metrics)
@@ -359,11 +363,11 @@ def caught(learner: Any) -> list[Tensor]:
     """Filled with the gradient of each update from now on, before it is clipped: the whole one, on
     every rank.
     """
-    found: list[Tensor] = []
+    gradients: list[Tensor] = []
     step = learner.trained.backend.step
 
     def keep() -> tuple[float, bool]:
-        found.append(
+        gradients.append(
             torch.cat(
                 [whole_gradient(weight).flatten() for weight in learner.trained.unwrapped_model.parameters()]
             )
@@ -371,7 +375,7 @@ def caught(learner: Any) -> list[Tensor]:
         return step()
 
     learner.trained.backend.step = keep
-    return found
+    return gradients
 
 
 def whole_gradient(weight: Any) -> Tensor:
@@ -379,9 +383,9 @@ def whole_gradient(weight: Any) -> Tensor:
     if hasattr(weight, "ds_id") or hasattr(weight, "_hp_mapping"):  # ZeRO-3, ZeRO-2
         from deepspeed.utils import safe_get_full_grad
 
-        whole = safe_get_full_grad(weight)
-        assert whole is not None, "ZeRO has no gradient of a weight that it trains"
-        return whole.clone()
+        gradient = safe_get_full_grad(weight)
+        assert gradient is not None, "ZeRO has no gradient of a weight that it trains"
+        return gradient.clone()
     return weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad.clone()
 
 
@@ -413,8 +417,8 @@ class PreferenceSpread:
         learner, gradients = self.learners[kind], self._gradients[kind]
         gradients.clear()
         objective = PreferenceObjective(PREFERENCE_LOSSES.bind(name, ENOUGH_OF_A_LOSS.get(name, {})))
-        given = self.pairs() if "pairs" in spec.traits else self.labels()
-        update = learner.update_examples(*given[:2], objective, *given[2:])
+        arguments = self.pairs() if "pairs" in spec.traits else self.labels()
+        update = learner.update_examples(*arguments[:2], objective, *arguments[2:])
         return Outcome(torch.cat(gradients), update.metrics)
 
     def pairs(self) -> tuple[TokenRows, PairBatch]:
@@ -441,7 +445,7 @@ class PreferenceSpread:
     def labels(self) -> tuple[TokenRows, LabelBatch, TokenRows]:
         """Three completions for each of three prompts, and each prompt with another's completion."""
         heads, texts = _texts(3, 5, 12, seed=5), _texts(EXAMPLES, 1, LONGEST, seed=6)
-        prompts = tuple(heads[at // 3] for at in range(EXAMPLES))
+        prompts = tuple(heads[place // 3] for place in range(EXAMPLES))
         rows = TokenRows(prompts, texts).rows(self.order)
         others = TokenRows(prompts, (*texts[3:], *texts[:3])).rows(self.order)
         label, rate = torch.tensor([1.0, 0, 0, 1, 1, 0, 0, 1, 0]), torch.linspace(0.05, 0.9, EXAMPLES)

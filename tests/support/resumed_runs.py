@@ -59,11 +59,11 @@ class Killed(BaseException):
 @contextmanager
 def at_call(number: int, module: ModuleType, name: str, act: Callable[[], object]) -> Iterator[None]:
     """Inside, the call of ``module.name`` with this number does ``act`` first."""
-    original, seen = getattr(module, name), []
+    original, calls = getattr(module, name), []
 
     def counted(*arguments: Any) -> Any:
-        seen.append(1)
-        if len(seen) == number:
+        calls.append(1)
+        if len(calls) == number:
             act()
         return original(*arguments)
 
@@ -90,37 +90,37 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in read]
 
 
-def differing(one: Path, two: Path, *names: str) -> list[str]:
+def differing(left: Path, right: Path, *names: str) -> list[str]:
     """Which tensors of these safetensors below both folders are not equal bit for bit; a tensor that
     only one side has is among them.
     """
-    found: list[str] = []
+    different: list[str] = []
     for name in names:
-        first, second = load_file(one / name), load_file(two / name)
+        first, second = load_file(left / name), load_file(right / name)
         keys = first.keys() | second.keys()
         assert keys, f"{name} holds no tensor"
-        found += [
+        different += [
             f"{name}: {key}"
             for key in keys
             if key not in first or key not in second or not torch.equal(first[key], second[key])
         ]
-    return found
+    return different
 
 
-def assert_same_run(one: Path, two: Path, step: int = 6) -> None:
-    assert lines(one) == lines(two)
-    assert (one / "transcripts.jsonl").read_bytes() == (two / "transcripts.jsonl").read_bytes()
+def assert_same_run(left: Path, right: Path, step: int = 6) -> None:
+    assert lines(left) == lines(right)
+    assert (left / "transcripts.jsonl").read_bytes() == (right / "transcripts.jsonl").read_bytes()
     saved = f"checkpoints/step-{step}"
     assert not differing(
-        one,
-        two,
+        left,
+        right,
         "model/model.safetensors",
         f"{saved}/model.safetensors",
         f"{saved}/training/optimizer.safetensors",
     )
-    states = [json.loads((run / saved / "training/state.json").read_text()) for run in (one, two)]
+    states = [json.loads((run / saved / "training/state.json").read_text()) for run in (left, right)]
     for state in states:
         del state["reported"]["metrics.jsonl"]  # the clock's digits have lengths of their own
         del state["environment"]  # somebody may commit meanwhile
     assert states[0] == states[1]
-    assert (one / "model/README.md").read_bytes() == (two / "model/README.md").read_bytes()
+    assert (left / "model/README.md").read_bytes() == (right / "model/README.md").read_bytes()

@@ -19,9 +19,9 @@ class LargestTensor(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         made = [
-            one.untyped_storage().nbytes() // one.element_size()
-            for one in tree_leaves(out)
-            if isinstance(one, torch.Tensor)
+            leaf.untyped_storage().nbytes() // leaf.element_size()
+            for leaf in tree_leaves(out)
+            if isinstance(leaf, torch.Tensor)
         ]
         self.entries = max([self.entries, *made])
         return out

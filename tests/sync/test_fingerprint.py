@@ -69,7 +69,9 @@ def test_any_change_moves_the_number(change: str) -> None:
 
 
 @pytest.mark.parametrize("rows, columns", [(128, 128), (40, 30), (1000, 2000)])
-def test_the_last_bit_of_one_entry_is_seen_and_the_order_of_the_sums_is_not(rows: int, columns: int) -> None:
+def test_the_last_bit_of_one_entry_is_detected_and_the_order_of_the_sums_is_not(
+    rows: int, columns: int
+) -> None:
     # 2^-24 / (8 sqrt(entries)), at least 5e-12, against rounding errors of float64 sums
     weight = 0.02 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
     number = weight_fingerprint("w", weight).number

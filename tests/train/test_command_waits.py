@@ -33,7 +33,7 @@ def recipe_of(name: str, model: str, *overrides: str) -> AnyRecipe:
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, str, str]]:
     """(deadline, whom, what) of every wait of a command."""
-    found: list[tuple[float, str, str]] = []
+    recorded: list[tuple[float, str, str]] = []
 
     class Listening(Watchdog):
         def __init__(self, seconds: float, *others: Any) -> None:
@@ -42,12 +42,12 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, str, str]]:
 
         @contextmanager
         def waiting(self, whom: str, what: str) -> Iterator[None]:
-            found.append((self.deadline, whom, what))
+            recorded.append((self.deadline, whom, what))
             with super().waiting(whom, what):
                 yield
 
     monkeypatch.setattr(session, "Watchdog", Listening)
-    return found
+    return recorded
 
 
 ENGINE = "the transformers engine"
@@ -78,9 +78,9 @@ def test_an_offline_evaluation_waits_for_the_engine_of_its_own_samples(
     )
     assert eval_command(random_model, recipe_of("preference/dpo", random_model, *settings), None) == 0
     assert any(
-        one[:2] == (79, ENGINE) and one[2].startswith("to generate 2 x 1 completions") for one in waits
+        wait[:2] == (79, ENGINE) and wait[2].startswith("to generate 2 x 1 completions") for wait in waits
     )
-    assert any(one[1] == "the other ranks" for one in waits)  # what a second rank would be waited for
+    assert any(wait[1] == "the other ranks" for wait in waits)  # what a second rank would be waited for
 
 
 def test_what_took_too_long_is_no_mistake_of_the_users() -> None:

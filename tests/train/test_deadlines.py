@@ -30,7 +30,8 @@ import time
 from reward.score import Score
 
 def slow(inputs):
-    time.sleep(600 if len(inputs.completions) > {most} else 0)  # the sample before training has one completion
+    # the sample before training has one completion
+    time.sleep(600 if len(inputs.completions) > {max_completions} else 0)
     return [Score(0.0)] * len(inputs.completions)
 """
 REWARD = """
@@ -49,12 +50,14 @@ def started(
     *overrides: str,
     command: str = "train",
     reward: str = "odd",
-    most: int = 1,
+    max_completions: int = 1,
     rank: int = 0,
     ranks: int = 1,
     port: int = 0,
 ) -> subprocess.Popen[str]:
-    (folder / f"{reward}.py").write_text(SLOW_REWARD.format(most=most) if reward == "slow" else REWARD)
+    (folder / f"{reward}.py").write_text(
+        SLOW_REWARD.format(max_completions=max_completions) if reward == "slow" else REWARD
+    )
     settings = [
         f"model.path={model}",
         f"reward.functions=['{folder / reward}.py:{reward}']",
@@ -115,7 +118,7 @@ def test_a_reward_that_never_answers_the_first_sample_ends_the_same_way_and_not_
         "train.deadline_seconds=3",
         "reward.seconds=500",
         reward="slow",
-        most=0,
+        max_completions=0,
     )
     _, errors = process.communicate(timeout=120)
     assert process.returncode == EXPIRED, errors[-3000:]

@@ -21,12 +21,12 @@ from rltrain.train.doctor import (
     START,
     STEPS,
     WEIGHTS,
-    at_zero_learning_rate,
     diagnose,
-    online_at_rest,
-    pairs_at_rest,
+    diagnose_error,
+    freeze_recipe,
+    online_with_every_row_trained,
+    pairs_with_every_row_trained,
     slope,
-    with_few_steps,
 )
 from rltrain.train.memory import Memory
 from rltrain.train.mismatch import MismatchGuard
@@ -54,7 +54,7 @@ def pair_recipe_of(model: str, *overrides: str) -> OnlinePairsRecipe:
 
 
 def steps_of(mismatch: list[float], **other: float) -> list[dict[str, float]]:
-    same = {
+    constant = {
         "rollout/mismatch_max": 1e-5,
         "sync/difference": 0.0,
         "sync/checked": 11.0,
@@ -64,7 +64,7 @@ def steps_of(mismatch: list[float], **other: float) -> list[dict[str, float]]:
         "learner/trained_rows": 8.0,
     }
     return [
-        same
+        constant
         | {"rollout/mismatch_abs": value}
         | {name.replace("__", "/"): number for name, number in other.items()}
         for value in mismatch
@@ -72,9 +72,9 @@ def steps_of(mismatch: list[float], **other: float) -> list[dict[str, float]]:
 
 
 def verdicts(steps: list[dict[str, float]], memory: Memory = ROOMY) -> dict[str, bool | None]:
-    found = diagnose(recipe_of("model"), steps, GUARD, [memory], judged=False)
-    assert len(found) == 5
-    return {one.question: one.fine for one in found}
+    findings = diagnose(recipe_of("model"), steps, GUARD, [memory], judged=False)
+    assert len(findings) == 5
+    return {finding.question: finding.is_fine for finding in findings}
 
 
 def test_slope_is_that_of_a_straight_line() -> None:
@@ -101,8 +101,8 @@ def test_each_fault_spoils_its_own_line_only() -> None:
         (steps_of(flat), Memory("memory", 1.9, 2.0), "memory suffices"),
         (steps_of(flat, learner__trained_rows=0.0), ROOMY, "memory suffices"),  # no gradient, no answer
     ):
-        found = verdicts(steps, memory)
-        assert [name for name, fine in found.items() if not fine] == [line]
+        answers = verdicts(steps, memory)
+        assert [name for name, fine in answers.items() if not fine] == [line]
 
 
 def test_a_grader_that_declines_to_judge_is_no_failure() -> None:
@@ -117,7 +117,7 @@ def test_a_run_at_rest_keeps_the_recipe_but_for_what_moves_or_writes() -> None:
         "learner.optimizer.schedule=cosine",
         "report.sinks=[wandb]",
     )
-    still = at_zero_learning_rate(recipe, 7)
+    still = freeze_recipe(recipe, 7)
     assert (still.learner.optimizer.lr, still.train.steps, still.checkpoint.every, still.report.sinks) == (
         0.0,
         7,
@@ -133,15 +133,15 @@ def test_a_run_at_rest_keeps_the_recipe_but_for_what_moves_or_writes() -> None:
 
 
 def test_at_rest_nothing_is_left_out_of_the_gradient_pass() -> None:
-    still = online_at_rest(
-        at_zero_learning_rate(recipe_of("model", "rollout.dynamic_sampling={max_rounds: 3}"), 2)
+    still = online_with_every_row_trained(
+        freeze_recipe(recipe_of("model", "rollout.dynamic_sampling={max_rounds: 3}"), 2)
     )
     assert (
         isinstance(still, OnlineRecipe)
         and not still.learner.skip_idle_rows
         and still.rollout.dynamic_sampling is None
     )
-    pairs = pairs_at_rest(at_zero_learning_rate(pair_recipe_of("model", "pairs.tolerance=0.1"), 2))
+    pairs = pairs_with_every_row_trained(freeze_recipe(pair_recipe_of("model", "pairs.tolerance=0.1"), 2))
     assert isinstance(pairs, OnlinePairsRecipe) and (pairs.pairs.verdict, pairs.pairs.tolerance) == (
         "drawn",
         0.0,
@@ -162,12 +162,12 @@ def test_a_judge_that_is_slow_or_silent_spoils_its_line() -> None:
             "pairs__count": count,
             "pairs__unjudged": unjudged,
         }
-        found = {
-            one.question: one.fine
-            for one in diagnose(recipe, steps_of([1e-6] * 3, **judged), GUARD, [ROOMY], judged=True)
+        answers = {
+            finding.question: finding.is_fine
+            for finding in diagnose(recipe, steps_of([1e-6] * 3, **judged), GUARD, [ROOMY], judged=True)
         }
-        assert found["the judge answers in time"] is fine
-        assert found["memory suffices"] is (count > 0)
+        assert answers["the judge answers in time"] is fine
+        assert answers["memory suffices"] is (count > 0)
 
 
 @pytest.mark.parametrize(
@@ -187,12 +187,14 @@ def test_a_judge_that_is_slow_or_silent_spoils_its_line() -> None:
 def test_what_ends_the_run_answers_its_question_and_the_others_were_not_reached(
     error: Exception, question: str, said: str
 ) -> None:
-    found = with_few_steps(error, STEPS, judged=False)
-    [failed] = [one for one in found if one.fine is False]
+    findings = diagnose_error(error, STEPS, judged=False)
+    [failed] = [finding for finding in findings if finding.is_fine is False]
     assert failed.question == question and failed.measured.startswith(said)
-    others = [one for one in found if one is not failed]
-    assert len(others) >= 4 and {(one.fine, one.measured) for one in others} == {(None, "not reached")}
-    assert not any(one.fine for one in found)
+    others = [finding for finding in findings if finding is not failed]
+    assert len(others) >= 4 and {(finding.is_fine, finding.measured) for finding in others} == {
+        (None, "not reached")
+    }
+    assert not any(finding.is_fine for finding in findings)
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def log_prob(random_model: str) -> Callable[[str, str], float]:
         )
         with torch.no_grad():
             logp = model(torch.tensor([before + after])).logits[0].log_softmax(-1)
-        return sum(float(logp[len(before) + at - 1, token]) for at, token in enumerate(after))
+        return sum(float(logp[len(before) + index - 1, token]) for index, token in enumerate(after))
 
     return of
 
@@ -102,11 +102,11 @@ def test_pairs_train_as_if_their_log_probs_had_been_computed(
 ):
     computed = run(tmp_path / "computed", "dpo", ROWS, random_model)
     assert "from the data" not in " ".join(capsys.readouterr().out.split())
-    given = run(tmp_path / "given", "dpo", with_columns(log_prob), random_model)
+    read = run(tmp_path / "given", "dpo", with_columns(log_prob), random_model)
     assert "from the data, 16 computed again and equal" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "given" / "cache").exists()
-    for one, two in zip(numbers(computed), numbers(given), strict=True):
-        assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
+    for left, right in zip(numbers(computed), numbers(read), strict=True):
+        assert left == pytest.approx(right, rel=1e-3, abs=1e-4)
 
 
 def test_log_probs_of_another_reference_are_refused_and_can_be_ignored(
@@ -135,23 +135,23 @@ def test_single_completions_bring_theirs(random_model: str, log_prob: Any, tmp_p
         for row in ROWS
         for side in ("chosen", "rejected")
     ]
-    given = run(tmp_path / "given", "kto", rows, random_model)
+    read = run(tmp_path / "given", "kto", rows, random_model)
     assert "from the data, 16 computed again and equal" in " ".join(capsys.readouterr().out.split())
     plain = [{name: value for name, value in row.items() if name != "reference_logps"} for row in rows]
-    for one, two in zip(
-        numbers(given), numbers(run(tmp_path / "computed", "kto", plain, random_model)), strict=True
+    for left, right in zip(
+        numbers(read), numbers(run(tmp_path / "computed", "kto", plain, random_model)), strict=True
     ):
-        assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
+        assert left == pytest.approx(right, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"ref_chosen_logps": -3.0}, r"ref_chosen_logps and ref_rejected_logps, got \[-3.0, None\]"),
-        ({"ref_chosen_logps": -3.0, "ref_rejected_logps": float("nan")}, r"want a finite number"),
+        ({"ref_chosen_logps": -3.0, "ref_rejected_logps": float("nan")}, r"need a finite number"),
         (
             {"reference_chosen_logps": -3.0, "reference_rejected_logps": -4.0},
-            r"11 of 12 examples bring no reference log-probs",
+            r"11 of 12 examples have no reference log-probs",
         ),
     ],
 )

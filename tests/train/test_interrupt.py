@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from rltrain.analysis.compare_runs import run_to_its_end
+from rltrain.analysis.compare_runs import run_command
 from rltrain.cli import app as cli
-from rltrain.interrupt import Interrupted, ends_at_ctrl_c, resuming_command
+from rltrain.interrupt import Interrupted, exit_on_ctrl_c, resuming_command
 from rltrain.train import saving
 
 ROOT = Path(__file__).parents[2]
@@ -25,9 +25,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Signals that this process would have sent itself."""
-    found: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "kill", lambda *to: found.append(to))
-    return found
+    signals: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *to: signals.append(to))
+    return signals
 
 
 @pytest.fixture
@@ -109,10 +109,10 @@ def test_a_background_job_stays_deaf(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("not_launched")
 def test_a_second_one_in_the_loop_ends_the_process_at_once(sent: Any) -> None:
-    with saving.stops_noted() as noted:
-        noted.in_loop = True
+    with saving.record_stop_signals() as request:
+        request.in_loop = True
         signal.raise_signal(signal.SIGINT)
-        assert noted() and noted.by == "Ctrl-C" and not sent
+        assert request() and request.cause == "Ctrl-C" and not sent
         signal.raise_signal(signal.SIGINT)
         assert sent == [(os.getpid(), signal.SIGINT)]
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
@@ -124,19 +124,19 @@ def test_under_a_launcher_what_comes_within_moments_is_one(
     sent: Any, launcher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(launcher, "no")
-    with saving.stops_noted() as noted:
-        noted.in_loop = True
+    with saving.record_stop_signals() as request:
+        request.in_loop = True
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             signal.raise_signal(number)
-        assert noted() and not sent
-        monkeypatch.setattr(saving, "_ONE_STOP", 0.0)
+        assert request() and not sent
+        monkeypatch.setattr(saving, "_REPEAT_SECONDS", 0.0)
         signal.raise_signal(signal.SIGINT)
         assert sent == [(os.getpid(), signal.SIGINT)]
 
 
 def test_before_the_first_step_it_is_the_end() -> None:
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted), saving.stops_noted():
+    with pytest.raises(Interrupted), saving.record_stop_signals():
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is handler
 
@@ -148,7 +148,7 @@ def test_a_comparison_waits_for_the_checkpoint_of_its_run(tmp_path: Path) -> Non
         f"open({str(tmp_path / 'saved')!r}, 'w')"
     )
     with pytest.raises(Interrupted):
-        run_to_its_end([sys.executable, "-c", child])
+        run_command([sys.executable, "-c", child])
     assert (tmp_path / "saved").exists()
 
 
@@ -172,6 +172,6 @@ def test_the_command_that_goes_on_begins_at_the_runs_own_checkpoint(
 
 def test_nothing_is_changed_for_whoever_is_not_interrupted() -> None:
     handler = signal.getsignal(signal.SIGINT)
-    with ends_at_ctrl_c():
+    with exit_on_ctrl_c():
         assert signal.getsignal(signal.SIGINT) is not handler
     assert signal.getsignal(signal.SIGINT) is handler

@@ -71,7 +71,7 @@ def said_by(
 
 
 def test_evaluations_and_checkpoints_come_after_their_step_and_the_last_evaluation_once() -> None:
-    whole = [
+    events = [
         "measured 0",
         "step 1",
         "step 2",
@@ -82,7 +82,7 @@ def test_evaluations_and_checkpoints_come_after_their_step_and_the_last_evaluati
         "measured 4",
         "saved 4 with 3",
     ]
-    assert said_by(steps=4, evaluate=2, save=2, at_start=True) == [*whole, "finished 4 with 3"]
+    assert said_by(steps=4, evaluate=2, save=2, at_start=True) == [*events, "finished 4 with 3"]
     assert said_by(steps=3, evaluate=2) == [
         "step 1",
         "step 2",
@@ -112,7 +112,7 @@ def test_a_run_that_is_stopped_saves_the_step_in_hand_and_finishes_nothing() -> 
 
 
 def test_rates_are_per_second_of_the_whole_step() -> None:
-    found = timing_metrics({"rollout": 3.0, "update": 1.0}, tokens=8.0)
-    assert found == pytest.approx(
+    metrics = timing_metrics({"rollout": 3.0, "update": 1.0}, tokens=8.0)
+    assert metrics == pytest.approx(
         {"time/rollout": 3.0, "time/update": 1.0, "time/step": 4.0, "time/tokens_per_second": 2.0}
     )

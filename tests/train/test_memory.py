@@ -30,18 +30,18 @@ def test_a_living_child_counts_with_its_peak_and_not_with_what_it_holds_now() ->
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:
         assert child.stdout is not None and child.stdout.readline() == b"freed\n"
-        [found, *_] = peak_memory()
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        [memory, *_] = peak_memory()
+        parent_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         assert child.stdin is not None
         child.stdin.close()
-    assert found.name == "memory" and found.processes >= 2
-    assert found.peak - own >= 300 * 2**20
+    assert memory.name == "memory" and memory.processes >= 2
+    assert memory.peak - parent_peak >= 300 * 2**20
 
 
 def test_the_size_is_the_smaller_of_the_machines_and_the_containers(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = peak_memory()[0].size
+    machine_size = peak_memory()[0].size
     monkeypatch.setattr(memory, "container_limit", lambda: float(GIB))
-    assert peak_memory()[0].size == GIB < whole
+    assert peak_memory()[0].size == GIB < machine_size
     monkeypatch.setattr(memory, "container_limit", lambda: math.inf)
     assert peak_memory()[0].size == memory.psutil.virtual_memory().total
 

@@ -84,7 +84,7 @@ def run_of(model: str, folder: Path, *overrides: str) -> list[float]:
         "learner.optimizer.lr=0.02",
         "data.eval=null",
     )
-    given = [
+    settings = [
         f"model.path={model}",
         f"reward.functions=['{SEVENS}']",
         "loss.terms=[]",
@@ -93,7 +93,8 @@ def run_of(model: str, folder: Path, *overrides: str) -> list[float]:
         *overrides,
     ]
     assert (
-        train_command(check(load_recipe(GRPO, profile="tiny_cpu", overrides=given)).recipe, folder, []) == 0
+        train_command(check(load_recipe(GRPO, profile="tiny_cpu", overrides=settings)).recipe, folder, [])
+        == 0
     )
     return [line["rollout/mismatch_abs"] for line in lines(folder)]
 

@@ -43,7 +43,7 @@ def test_experts_are_trained_proved_and_written_under_their_names(
     source = script("architectures_vllm").tiny(name, tmp_path / "source")
     tiny_models.character_tokenizer().save_pretrained(source)
     (tmp_path / "digits.py").write_text(REWARD, encoding="utf-8")
-    prompts = "".join(json.dumps({"prompt": f"{at}+1="}) + "\n" for at in range(8))
+    prompts = "".join(json.dumps({"prompt": f"{number}+1="}) + "\n" for number in range(8))
     (tmp_path / "prompts.jsonl").write_text(prompts, encoding="utf-8")
     sizes = (
         "train.steps=3",
@@ -72,16 +72,16 @@ def test_experts_are_trained_proved_and_written_under_their_names(
         json.loads(line)
         for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    given, learnt = (
+    initial, learnt = (
         load_file(folder / "model.safetensors") for folder in (source, tmp_path / "run" / "model")
     )
     assert len(steps) == 3
-    assert all(step["sync/checked"] == len(given) and step["rollout/mismatch_max"] < 1e-4 for step in steps)
+    assert all(step["sync/checked"] == len(initial) and step["rollout/mismatch_max"] < 1e-4 for step in steps)
 
-    assert {key: weight.shape for key, weight in given.items()} == {
+    assert {key: weight.shape for key, weight in initial.items()} == {
         key: weight.shape for key, weight in learnt.items()
     }
-    moved = {key for key in given if not torch.equal(given[key], learnt[key])}
+    moved = {key for key in initial if not torch.equal(initial[key], learnt[key])}
     assert sum("experts" in key for key in moved) == 24  # all: 2 layers of 4 experts of 3 weights
     opened: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", output_loading_info=True)
     assert not any(opened[1][kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))

@@ -71,12 +71,12 @@ def start(random_model: str, tmp_path: Path) -> Callable[..., int]:
     return call
 
 
-def assert_same_run(one: Path, two: Path, step: int = 6) -> None:
-    assert lines(one) == lines(two)
+def assert_same_run(left: Path, right: Path, step: int = 6) -> None:
+    assert lines(left) == lines(right)
     assert not differing(
-        one, two, "model/model.safetensors", f"checkpoints/step-{step}/training/optimizer.safetensors"
+        left, right, "model/model.safetensors", f"checkpoints/step-{step}/training/optimizer.safetensors"
     )
-    assert (one / "model/README.md").read_bytes() == (two / "model/README.md").read_bytes()
+    assert (left / "model/README.md").read_bytes() == (right / "model/README.md").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
@@ -127,11 +127,11 @@ def test_what_the_policy_writes_itself_is_measured_and_changes_no_weight(start: 
     assert start(tmp_path / "plain", "dpo") == 0
     assert start(tmp_path / "sampled", "dpo", "eval.samples=4") == 0
     assert not differing(tmp_path / "plain", tmp_path / "sampled", "model/model.safetensors")
-    found = [line for line in lines(tmp_path / "sampled") if "eval/sampled_entropy" in line]
-    assert [line["step"] for line in found] == [0, 3, 6]  # with every evaluation
-    assert all(0 < line["eval/sampled_entropy_low"] <= line["eval/sampled_entropy"] for line in found)
+    evaluations = [line for line in lines(tmp_path / "sampled") if "eval/sampled_entropy" in line]
+    assert [line["step"] for line in evaluations] == [0, 3, 6]  # with every evaluation
+    assert all(0 < line["eval/sampled_entropy_low"] <= line["eval/sampled_entropy"] for line in evaluations)
     assert all(
-        1 <= line["eval/sampled_tokens"] <= 8 for line in found
+        1 <= line["eval/sampled_tokens"] <= 8 for line in evaluations
     )  # the profile's data.max_completion_tokens
     assert not any("eval/sampled_entropy" in line for line in lines(tmp_path / "plain"))
 
@@ -151,10 +151,10 @@ def test_a_second_run_finds_the_reference_and_eval_agrees(
         f"reference.cache={tmp_path / 'cache'}",
     ]
     assert eval_command(model, recipe_of("dpo", *settings), tmp_path / "eval.json") == 0
-    found = json.loads((tmp_path / "eval.json").read_text())
+    results = json.loads((tmp_path / "eval.json").read_text())
     last = lines(tmp_path / "one")[-1]
     for name in ("eval/accuracy", "eval/margin", "eval/loss"):
-        assert found[name] == pytest.approx(last[name], abs=1e-5)
+        assert results[name] == pytest.approx(last[name], abs=1e-5)
 
 
 def _start_of(run: Path) -> str:
@@ -311,16 +311,21 @@ def test_two_ranks_make_the_run_of_one(
         "--run",
         str(tmp_path / "two"),
     ]
-    command = [sys.executable, *launcher, *recipe, *(word for one in settings for word in ("--set", one))]
+    command = [
+        sys.executable,
+        *launcher,
+        *recipe,
+        *(word for setting in settings for word in ("--set", setting)),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+    for single, double in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         for reading in (
             "learner/trained_tokens",
             "learner/shared_prompts",
         ):  # sharded ranks read each prompt with each completion
-            two.pop(reading, None), one.pop(reading, None)
-        assert two == pytest.approx(one, rel=2e-3, abs=2e-4)
+            double.pop(reading, None), single.pop(reading, None)
+        assert double == pytest.approx(single, rel=2e-3, abs=2e-4)
     first, second = (load_file(tmp_path / run / "model/model.safetensors") for run in ("one", "two"))
     assert all((first[key] - second[key]).abs().max() < 5e-4 for key in first)
 

@@ -49,13 +49,13 @@ def start(random_model: str) -> Callable[..., int]:
     return call
 
 
-def assert_same_run(one: Path, two: Path) -> None:
-    assert lines(one) == lines(two)
-    assert (one / "transcripts.jsonl").read_bytes() == (two / "transcripts.jsonl").read_bytes()
+def assert_same_run(left: Path, right: Path) -> None:
+    assert lines(left) == lines(right)
+    assert (left / "transcripts.jsonl").read_bytes() == (right / "transcripts.jsonl").read_bytes()
     assert not differing(
-        one, two, "model/model.safetensors", "checkpoints/step-6/training/optimizer.safetensors"
+        left, right, "model/model.safetensors", "checkpoints/step-6/training/optimizer.safetensors"
     )
-    assert (one / "model/README.md").read_bytes() == (two / "model/README.md").read_bytes()
+    assert (left / "model/README.md").read_bytes() == (right / "model/README.md").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_every_recipe_takes_steps_that_move_the_weights(
         ("online_dpo", "reward.functions=[exakt]", "no reward is called 'exakt'"),
         ("online_dpo", "model.teacher=x", "have no teacher"),
         ("online_dpo", "advantage=rloo", "unknown key advantage"),
-        ("osp_online", "pairs.verdict=drawn", "strengths that nobody was asked for"),
+        ("osp_online", "pairs.verdict=drawn", "strengths that are no answers of the judge"),
     ],
 )
 def test_the_recipe_is_checked_before_anything_is_loaded(name: str, override: str, message: str) -> None:
@@ -223,20 +223,22 @@ def test_the_recipe_is_checked_before_anything_is_loaded(name: str, override: st
 
 
 def test_what_bends_the_derivation_is_warned_of() -> None:
-    given = load_recipe(
+    recipe = load_recipe(
         ROOT / "recipes/preference/inpo_online.yaml",
         overrides=["pairs.choose=best_worst", "rollout.temperature=0.7"],
     )
-    assert [("independent pairs" in one, "at temperature 1" in one) for one in check(given).warnings] == [
+    assert [
+        ("independent pairs" in warning, "at temperature 1" in warning) for warning in check(recipe).warnings
+    ] == [
         (True, False),
         (False, True),
     ]
 
 
 def test_the_plan_counts_pairs_and_comparisons() -> None:
-    found = {line.name: line.value for line in plan(recipe_of("osp_online"))}
+    values = {line.name: line.value for line in plan(recipe_of("osp_online"))}
     # 24 prompts x 8: seven against the first, 28 pairs of each
-    assert (found["pairs: comparisons per step"], found["pairs: per step, at most"]) == ("168", "672")
+    assert (values["pairs: comparisons per step"], values["pairs: per step, at most"]) == ("168", "672")
     assert {line.name: line.value for line in plan(recipe_of("nash_mp"))}[
         "frozen models: log-probs"
     ] == "ref_logp previous_logp"
@@ -250,18 +252,20 @@ def test_a_soup_is_a_model_of_mean_weights(
 ) -> None:
     other = str(tiny_models.make_random_model(tmp_path / "other", tied=False, seed=1))
     assert soup_command([random_model, other], [0.75, 0.25], tmp_path / "soup") == 0
-    one, two, mixed = (
+    first, second, mixed = (
         load_file(Path(path) / "model.safetensors") for path in (random_model, other, str(tmp_path / "soup"))
     )
     assert all(
-        torch.allclose(mixed[name].float(), 0.75 * one[name].float() + 0.25 * two[name].float(), atol=1e-6)
-        for name in one
+        torch.allclose(
+            mixed[name].float(), 0.75 * first[name].float() + 0.25 * second[name].float(), atol=1e-6
+        )
+        for name in first
     )
     assert f"0.75 x `{random_model}` + 0.25 x `{other}`" in (tmp_path / "soup/README.md").read_text()
     assert soup_command([random_tied_model, random_tied_model], [], tmp_path / "same") == 0
-    same = load_file(tmp_path / "same/model.safetensors")
+    unmixed = load_file(tmp_path / "same/model.safetensors")
     assert all(
-        torch.equal(same[name], weight)
+        torch.equal(unmixed[name], weight)
         for name, weight in load_file(Path(random_tied_model) / "model.safetensors").items()
     )
     with pytest.raises(UserError, match=r"sum to 0\.9"):

@@ -15,9 +15,10 @@ from rltrain.process import ALONE
 from rltrain.protocols import EngineState
 from rltrain.rollout.groups import sample_groups
 from rltrain.train.own_samples import OwnSamples
+from rltrain.weight_names import CheckpointNames
 
 TOKENS = 6
-PAIRS = [Pair(str(at), (20 + at, 30), (40,), (41,)) for at in range(5)]
+PAIRS = [Pair(str(number), (20 + number, 30), (40,), (41,)) for number in range(5)]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,8 @@ def built(model: str, samples: int) -> OwnSamples:
             "eval": OfflineEval(samples=samples),
         }
     )
-    return build_own_samples(recipe, StopTokens(stop=(1,), pad=0, pad_is_eos=False), PAIRS, ALONE)
+    names = CheckpointNames(AutoModelForCausalLM.from_pretrained(model))
+    return build_own_samples(recipe, StopTokens(stop=(1,), pad=0, pad_is_eos=False), PAIRS, names, ALONE)
 
 
 def test_entropy_is_that_of_the_models_logits_on_what_it_wrote(
@@ -45,7 +47,7 @@ def test_entropy_is_that_of_the_models_logits_on_what_it_wrote(
 ) -> None:
     samples = built(random_model, samples=4)
     assert len(samples.prompts) == 4
-    found = samples.measure(learner)
+    estimates = samples.measure(learner)
     assert samples.engine.state is EngineState.ASLEEP  # the copy of the weights is gone again
     samples.engine.wake()
     samples.engine.load(learner.weights(), 0)
@@ -53,16 +55,20 @@ def test_entropy_is_that_of_the_models_logits_on_what_it_wrote(
     samples.engine.sleep()
     model, entropies, tokens = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32), [], []
     for group in groups:
-        (one,) = group.completions
+        (completion,) = group.completions
         with torch.no_grad():
-            logits = model(torch.tensor([group.prompt.token_ids + one.token_ids])).logits[
+            logits = model(torch.tensor([group.prompt.token_ids + completion.token_ids])).logits[
                 0, len(group.prompt.token_ids) - 1 : -1
             ]
         entropies.append(torch.distributions.Categorical(logits=logits).entropy().sum().item())
-        tokens.append(len(one.token_ids))
-    assert found["sampled_entropy"].value == pytest.approx(sum(entropies) / sum(tokens), rel=1e-4)
-    assert found["sampled_tokens"].value == sum(tokens) / 4
-    assert found["sampled_entropy"].low <= found["sampled_entropy"].value <= found["sampled_entropy"].high
+        tokens.append(len(completion.token_ids))
+    assert estimates["sampled_entropy"].value == pytest.approx(sum(entropies) / sum(tokens), rel=1e-4)
+    assert estimates["sampled_tokens"].value == sum(tokens) / 4
+    assert (
+        estimates["sampled_entropy"].low
+        <= estimates["sampled_entropy"].value
+        <= estimates["sampled_entropy"].high
+    )
 
 
 def test_the_same_prompts_are_answered_alike_each_time_and_the_callers_random_state_is_left_alone(

@@ -59,9 +59,13 @@ class Bench:
             "learner.optimizer.lr=2e-3",
             *few,
         )
-        own = (f"data.train={self.folder / 'prompts.jsonl'}", "data.options={}", "data.max_prompt_tokens=300")
+        data = (
+            f"data.train={self.folder / 'prompts.jsonl'}",
+            "data.options={}",
+            "data.max_prompt_tokens=300",
+        )
         reward = f"reward.functions=['{self.folder / 'odd.py'}:odd']"
-        return load_recipe(GRPO, profile="tiny_cpu", overrides=[*chosen, *own, reward, *overrides])
+        return load_recipe(GRPO, profile="tiny_cpu", overrides=[*chosen, *data, reward, *overrides])
 
     def train(self, *overrides: str) -> None:
         self.patch.setattr(rltrain.build.rollout, "build_engine", lambda *_: self.engine)
@@ -348,7 +352,9 @@ def test_a_prefix_cache_that_is_kept_and_not_keyed_by_version(bench: Bench) -> N
     generate = bench.engine._llm.generate
 
     def without_salt(requests: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
-        return generate([{"prompt_token_ids": one["prompt_token_ids"]} for one in requests], *args, **kwargs)
+        return generate(
+            [{"prompt_token_ids": request["prompt_token_ids"]} for request in requests], *args, **kwargs
+        )
 
     bench.patch.setattr(bench.engine._llm, "generate", without_salt)
     with pytest.raises(MismatchError, match=r"step 2: .*prefix cache that holds keys of older weights"):

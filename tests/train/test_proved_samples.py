@@ -34,7 +34,7 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 def sample(random_model: str, tmp_path: Path) -> dict[str, Callable[[str, str], object]]:
     """Each command, as a function of model and engine."""
     (tmp_path / "length.py").write_text(REWARD, encoding="utf-8")
-    rows = "".join(json.dumps({"prompt": f"{at}+1="}) + "\n" for at in range(4))
+    rows = "".join(json.dumps({"prompt": f"{number}+1="}) + "\n" for number in range(4))
     for name in ("train", "held_out"):
         (tmp_path / f"{name}.jsonl").write_text(rows.replace("1=", f"{len(name)}="), encoding="utf-8")
 
@@ -44,7 +44,7 @@ def sample(random_model: str, tmp_path: Path) -> dict[str, Callable[[str, str], 
             f"data.eval={tmp_path / 'held_out.jsonl'}",
             "data.options={}",
         )
-        own = (
+        dataset = (
             f"reward.functions=['{tmp_path / 'length.py'}:length']",
             "rollout.max_tokens=4",
             "rollout.prompts=4",
@@ -52,7 +52,7 @@ def sample(random_model: str, tmp_path: Path) -> dict[str, Callable[[str, str], 
             "eval.k=[1]",
         )
         chosen = (f"model.path={model}", f"rollout.engine={engine}", "data.max_prompt_tokens=60")
-        return load_recipe(GRPO, profile="tiny_cpu", overrides=[*data, *own, *chosen])
+        return load_recipe(GRPO, profile="tiny_cpu", overrides=[*data, *dataset, *chosen])
 
     return {
         "generate": lambda model, engine: generate_command(recipe(model, engine), ["1+1="], 1, 1.0),
@@ -82,15 +82,15 @@ def test_a_weight_that_does_not_arrive_is_one_line_that_names_it(
 def test_a_weight_that_changes_while_it_samples_is_named(
     command: str, sample: Any, random_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate = TransformersEngine.generate
+    sample_as_it_is = TransformersEngine.sample
 
     def drifting(self: Any, *arguments: Any) -> Any:
-        groups = generate(self, *arguments)
+        answers = list(sample_as_it_is(self, *arguments))
         with torch.no_grad():
             self._held()[DOWN].view(-1)[7] += 1e-6
-        return groups
+        return iter(answers)
 
-    monkeypatch.setattr(TransformersEngine, "generate", drifting)
+    monkeypatch.setattr(TransformersEngine, "sample", drifting)
     with pytest.raises(WeightMismatchError, match=rf"after sampling with version 0: weight '{DOWN}'"):
         sample[command](random_model, "transformers")
 
@@ -109,7 +109,9 @@ def test_a_mixture_of_experts_is_sampled_with_every_expert_proved(
     compared: list[int] = []
     real = Sync._compare
     monkeypatch.setattr(
-        Sync, "_compare", lambda self, sent, *rest: (compared.append(len(sent)), real(self, sent, *rest))[1]
+        Sync,
+        "_compare",
+        lambda self, sent, *rest: (compared.extend(map(len, sent.values())), real(self, sent, *rest))[1],
     )
     sample[command](str(folder), engine)
     assert compared == [41, 41]  # 2 layers of 4 experts of 3 weights and 7 others, and 3 outside the layers

@@ -58,9 +58,11 @@ def test_the_reward_is_the_models_number_of_what_was_sampled(
 ):
     from rltrain.rollout import producer
 
-    seen: list[Any] = []
+    graded: list[Any] = []
     scored = producer.score_groups
-    monkeypatch.setattr(producer, "score_groups", lambda *given: seen.append(scored(*given)) or seen[-1])
+    monkeypatch.setattr(
+        producer, "score_groups", lambda *arguments: graded.append(scored(*arguments)) or graded[-1]
+    )
     functions = (
         f"reward.functions=[{{name: reward_model, path: {reward_model}, squash: none, weight: 2.0}}, {{name: "
         "math_answer, weight: 0.0}]"
@@ -68,8 +70,10 @@ def test_the_reward_is_the_models_number_of_what_was_sampled(
     lines = run(
         "policy/grpo_reward_model.yaml", tmp_path / "run", f"model.path={random_model}", functions, *FEW
     )
-    groups = seen[0]
-    flat = [(group.prompt.token_ids, one.token_ids) for group in groups for one in group.completions]
+    groups = graded[0]
+    flat = [
+        (group.prompt.token_ids, completion.token_ids) for group in groups for completion in group.completions
+    ]
     expected = rewards_of(
         reward_model,
         TokenRows(tuple(p for p, _ in flat), tuple(c for _, c in flat)),
@@ -89,11 +93,11 @@ def test_the_reward_is_the_models_number_of_what_was_sampled(
     assert first["reward/part/reward_model"] == pytest.approx(sum(expected) / len(expected), abs=1e-4)
     assert first["learner/grad_norm"] > 0
     # by itself it needs no other reward, in training and in rltrain eval
-    alone = functions.replace(", {name: math_answer, weight: 0.0}", "")
+    single_function = functions.replace(", {name: math_answer, weight: 0.0}", "")
     recipe = load_recipe(
         ROOT / "policy/grpo_reward_model.yaml",
         profile="tiny_cpu",
-        overrides=(f"model.path={random_model}", alone, *FEW),
+        overrides=(f"model.path={random_model}", single_function, *FEW),
     )
     assert eval_command(random_model, check(recipe).recipe, tmp_path / "eval.json") == 0
     assert json.loads((tmp_path / "eval.json").read_text())["eval/reward"] != 0.0

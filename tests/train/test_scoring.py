@@ -49,27 +49,27 @@ def test_rows_and_micro_batches_change_nothing_and_the_cache_is_believed_once_ch
 ) -> None:
     texts = [TextRow((5, 6, 7), tuple(range(8, 8 + n)), (0,) * n, 1) for n in (1, 4, 2, 6, 3)]
     said: list[str] = []
-    found = []
+    rewards = []
     for tokens in (10, 64):
         model = ProcessModel(
             random_model, random_tied_model, 0.5, cache=tmp_path, tokens_per_micro_batch=tokens
         )
         with open_scorer(model, said.append) as scorer:
-            found.append([row.tokens for row in scorer.score(texts)])
-            found.append([row.tokens for row in Scorer(scorer.learner, None, 0.5, rows=2).score(texts)])
-    assert found[0][3] == pytest.approx(found[2][3], abs=1e-5)
-    assert found[1][3] == pytest.approx(found[3][3], abs=1e-5)
+            rewards.append([row.tokens for row in scorer.score(texts)])
+            rewards.append([row.tokens for row in Scorer(scorer.learner, None, 0.5, rows=2).score(texts)])
+    assert rewards[0][3] == pytest.approx(rewards[2][3], abs=1e-5)
+    assert rewards[1][3] == pytest.approx(rewards[3][3], abs=1e-5)
     # with a reference the reward is beta times the difference to it
     models = [
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         for path in (random_model, random_tied_model)
     ]
     rows = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
-    own, theirs = (
+    model_logp, ref_logp = (
         model(rows).logits.log_softmax(-1)[0, 2:-1].gather(1, rows[0, 3:, None])[:, 0] for model in models
     )
-    assert found[0][1] == pytest.approx((0.5 * (own - theirs)).tolist(), abs=1e-5)
-    assert found[1][1] == pytest.approx((0.5 * own).tolist(), abs=1e-5)
+    assert rewards[0][1] == pytest.approx((0.5 * (model_logp - ref_logp)).tolist(), abs=1e-5)
+    assert rewards[1][1] == pytest.approx((0.5 * model_logp).tolist(), abs=1e-5)
     assert [line.split(":")[1].split()[0] for line in said] == ["computing", "from"]
 
 
@@ -128,12 +128,12 @@ def test_the_command_scores_a_file_step_by_step(
         for path in (random_model, random_tied_model)
     ]
     ids = [*before, *tokenizer("12", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    own, theirs = (
+    model_logp, ref_logp = (
         model(torch.tensor([ids])).logits.log_softmax(-1)[0, len(before) - 1 : -1] for model in models
     )
     target = torch.tensor(ids[len(before) :])[:, None]
     assert short["token_rewards"] == pytest.approx(
-        (0.05 * (own - theirs).gather(1, target)[:, 0]).tolist(), abs=1e-6
+        (0.05 * (model_logp - ref_logp).gather(1, target)[:, 0]).tolist(), abs=1e-6
     )
 
 
@@ -154,9 +154,9 @@ def test_given_steps_need_no_completion(random_model: str, tmp_path: Path) -> No
         "--no-tokens",
     )
     assert run(*command, "--series", "cumulative", "--reduction", "last").exit_code == 0
-    found = json.loads(out.read_text())
-    assert (found["label"], found["step_texts"]) == (1, ["12\n\n", "3+4\n\n", "5"])
-    assert found["score"] == found["step_values"][-1] and "token_rewards" not in found
+    scored = json.loads(out.read_text())
+    assert (scored["label"], scored["step_texts"]) == (1, ["12\n\n", "3+4\n\n", "5"])
+    assert scored["score"] == scored["step_values"][-1] and "token_rewards" not in scored
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,11 @@ REWARD = """
 from reward.score import Score
 
 def early(inputs):
-    return [Score(float(text[:1] in "01234"), {"correct": float(text[:1] in "01234")}, answer=text[:1]) for text in inputs.completions]
+    scores = []
+    for text in inputs.completions:
+        correct = float(text[:1] in "01234")
+        scores.append(Score(correct, {"correct": correct}, answer=text[:1]))
+    return scores
 """
 
 
@@ -47,7 +51,7 @@ def run(model: str, folder: Path, *arguments: str) -> dict[str, float]:
         "eval.n=4",
         "eval.k=[1,4]",
     )
-    words = [word for one in settings for word in ("--set", one)]
+    words = [word for setting in settings for word in ("--set", setting)]
     recipe = (
         "--recipe",
         str(ROOT / "recipes/policy/grpo.yaml"),
@@ -78,24 +82,24 @@ def test_every_way_to_choose_in_one_run(
         "--kl-to",
         random_model,
     )
-    found = run(random_model, tmp_path, *chosen, *models)
+    metrics = run(random_model, tmp_path, *chosen, *models)
     for name in names:
-        assert found[f"eval/{name}@1"] == pytest.approx(found["eval/avg@4"])  # of one, nobody chooses
-        assert found[f"eval/{name}@4_low"] <= found[f"eval/{name}@4"] <= found["eval/oracle@4"]
-        assert f"eval/{name}@8" not in found  # there are four
-    assert found["eval/oracle@4"] == pytest.approx(found["eval/pass@4"])
-    assert found["eval/kl_spent@4"] == pytest.approx(0.636294, abs=1e-6)
-    assert found["eval/kl_to"] == pytest.approx(0.0, abs=1e-4)  # the model is that model
-    assert len({found[f"eval/{name}@2"] for name in names}) > 2
+        assert metrics[f"eval/{name}@1"] == pytest.approx(metrics["eval/avg@4"])  # of one, nobody chooses
+        assert metrics[f"eval/{name}@4_low"] <= metrics[f"eval/{name}@4"] <= metrics["eval/oracle@4"]
+        assert f"eval/{name}@8" not in metrics  # there are four
+    assert metrics["eval/oracle@4"] == pytest.approx(metrics["eval/pass@4"])
+    assert metrics["eval/kl_spent@4"] == pytest.approx(0.636294, abs=1e-6)
+    assert metrics["eval/kl_to"] == pytest.approx(0.0, abs=1e-4)  # the model is that model
+    assert len({metrics[f"eval/{name}@2"] for name in names}) > 2
 
 
 def test_a_models_distance_is_that_of_its_own_samples(
     random_model: str, random_tied_model: str, tmp_path: Path
 ) -> None:
-    found = run(random_model, tmp_path, "--kl-to", random_tied_model)
-    assert found["eval/kl_to_low"] > 0
-    n = found["eval/kl_to_as_n"]
-    assert torch.log(torch.tensor(n)).item() - (n - 1) / n == pytest.approx(found["eval/kl_to"], rel=1e-4)
+    metrics = run(random_model, tmp_path, "--kl-to", random_tied_model)
+    assert metrics["eval/kl_to_low"] > 0
+    n = metrics["eval/kl_to_as_n"]
+    assert torch.log(torch.tensor(n)).item() - (n - 1) / n == pytest.approx(metrics["eval/kl_to"], rel=1e-4)
 
 
 def test_a_scalar_head_judges_the_last_token_of_each_row(reward_model: str) -> None:

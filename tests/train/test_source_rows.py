@@ -17,7 +17,7 @@ from rltrain.control import TOKEN_CONTROLS
 from rltrain.report.metrics import check_names, completion_metrics, own_step_metrics, source_metrics
 from rltrain.rollout.collate import collate
 from rltrain.rollout.source import Rollouts
-from rltrain.train.online import Step, drop_reference_rows, without_importance_correction
+from rltrain.train.online import Step, disable_importance_correction, drop_reference_rows
 from rltrain.types.policy import TokenRows, TrainBatch
 from rltrain.types.samples import (
     SOURCE_DATASET,
@@ -57,7 +57,7 @@ def step(*sources: int) -> tuple[list[ScoredGroup], TokenRows, TrainBatch]:
 def test_only_rows_of_the_policy_are_corrected_for_how_they_were_sampled() -> None:
     _, _, batch = step(SOURCE_TEMPERED, SOURCE_DATASET)
     old = torch.full(batch.mask.shape, -2.0)
-    batch = without_importance_correction(batch.replace(old_logp=old))
+    batch = disable_importance_correction(batch.replace(old_logp=old))
     weights = TOKEN_CONTROLS.bind("tis", {"cap": 100.0})(batch).weights
     policy = batch.source == SOURCE_POLICY
     # exp(-2 - -1) for the policy's rows; for the others, sampled at -7 and written by nobody, exactly 1
@@ -68,15 +68,15 @@ def test_only_rows_of_the_policy_are_corrected_for_how_they_were_sampled() -> No
 
 def test_without_old_log_probs_nothing_is_replaced() -> None:
     _, _, batch = step(SOURCE_TEMPERED)
-    assert without_importance_correction(batch) is batch
+    assert disable_importance_correction(batch) is batch
 
 
 def test_reference_rows_are_gone_after_the_advantages_and_take_their_padding_along() -> None:
     _, rows, batch = step(SOURCE_REFERENCE)
     assert batch.mask.shape == (6, 5)
     weighted = batch.replace(weights=batch.weights * 2)
-    whole = Step(1, Rollouts((), 0, 1, (), {}), rows, batch, weighted, {})
-    dropped = drop_reference_rows(whole)
+    complete = Step(1, Rollouts((), 0, 1, (), {}), rows, batch, weighted, {})
+    dropped = drop_reference_rows(complete)
     kept_rows, sampled, kept = dropped.rows, dropped.sampled, dropped.batch
     assert kept_rows.completions == ((5, 5, 5),) * 4
     assert kept.mask.shape == sampled.mask.shape == (4, 3)
@@ -86,8 +86,8 @@ def test_reference_rows_are_gone_after_the_advantages_and_take_their_padding_alo
 
 def test_without_reference_rows_nothing_is_dropped() -> None:
     _, rows, batch = step(SOURCE_TEMPERED)
-    whole = Step(1, Rollouts((), 0, 1, (), {}), rows, batch, batch, {})
-    assert drop_reference_rows(whole) is whole
+    complete = Step(1, Rollouts((), 0, 1, (), {}), rows, batch, batch, {})
+    assert drop_reference_rows(complete) is complete
 
 
 @pytest.mark.parametrize(
@@ -105,14 +105,14 @@ def test_the_numbers_of_a_step_are_those_of_the_policys_own_rows(sources: tuple[
         foreign = (batch.source != SOURCE_POLICY)[:, None].expand(batch.mask.shape)
         logp = torch.where(foreign, -50.0, torch.full(batch.mask.shape, -1.0))
         entropy = torch.where(foreign, 30.0, torch.full(batch.mask.shape, 0.25))
-        found = completion_metrics(groups) | own_step_metrics(batch, logp, entropy, batch.mask)
-        del found["learner/tokens"]  # of everything that trains
-        return found
+        metrics = completion_metrics(groups) | own_step_metrics(batch, logp, entropy, batch.mask)
+        del metrics["learner/tokens"]  # of everything that trains
+        return metrics
 
     assert numbers(*sources) == numbers()
 
 
-def test_tokens_that_train_are_counted_whatever_their_arm() -> None:
+def test_tokens_that_train_are_counted_whatever_their_source() -> None:
     _, _, batch = step(SOURCE_TEMPERED, SOURCE_REFERENCE)
     zeros = torch.zeros(batch.mask.shape)
     assert (
@@ -120,16 +120,16 @@ def test_tokens_that_train_are_counted_whatever_their_arm() -> None:
     )  # not the reference's
 
 
-def test_arms_are_counted_by_name() -> None:
+def test_sources_are_counted_by_name() -> None:
     groups, _, _ = step(SOURCE_TEMPERED, SOURCE_DATASET)
-    found = source_metrics(groups)
+    metrics = source_metrics(groups)
     tempered = {"completions": 2, "tokens": 10, "reward": 9, "correct": 1}
-    assert found == {
+    assert metrics == {
         f"rollout/source_{source}_{key}": value
         for source in ("tempered", "answer")
         for key, value in tempered.items()
     }
-    check_names(found)
+    check_names(metrics)
     assert source_metrics(step()[0]) == {}
 
 
@@ -143,11 +143,13 @@ def test_arms_are_counted_by_name() -> None:
         ("hapo", {}),
     ],
 )
-def test_rows_of_another_arm_do_not_move_the_policys_advantages(advantage: str, hp: dict[str, Any]) -> None:
+def test_rows_of_another_source_do_not_move_the_policys_advantages(
+    advantage: str, hp: dict[str, Any]
+) -> None:
     # neither over the group nor over the step, whose tokens reinforce_pp whitens together
     estimator = ADVANTAGES.bind(advantage, hp)
-    alone = compute_advantages(step()[2], estimator)
+    separate = compute_advantages(step()[2], estimator)
     for sources in ((SOURCE_TEMPERED,) * 2, (SOURCE_TEMPERED,) * 2 + (SOURCE_DATASET,) * 2):
         together = compute_advantages(step(*sources)[2], estimator)
-        own = together.advantages[together.source == SOURCE_POLICY][:, :3]
-        torch.testing.assert_close(own, alone.advantages, rtol=0, atol=0)
+        policy_advantages = together.advantages[together.source == SOURCE_POLICY][:, :3]
+        torch.testing.assert_close(policy_advantages, separate.advantages, rtol=0, atol=0)

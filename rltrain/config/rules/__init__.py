@@ -1,4 +1,4 @@
-"""Which settings and methods go together: everything about a recipe that no schema can say.
+"""Checks which settings and methods can be combined: what the schema of a recipe cannot express.
 
 Imports no torch.
 """
@@ -16,7 +16,7 @@ from rltrain.config.rules.online_pairs import check_pairs
 from rltrain.config.schema import AnyRecipe
 from rltrain.errors import RecipeError
 
-__all__ = ["Checked", "check"]
+__all__ = ["CheckedRecipe", "check"]
 
 RULES: Mapping[str, Callable[[Any], Findings]] = {
     "online": check_online,
@@ -26,16 +26,16 @@ RULES: Mapping[str, Callable[[Any], Findings]] = {
 
 
 @dataclass(frozen=True)
-class Checked:
-    """A recipe that may run, and what its author should know before it does."""
+class CheckedRecipe:
+    """A recipe that passed all rules, and warnings for its author."""
 
     recipe: AnyRecipe
     warnings: tuple[str, ...]
 
 
-def check(recipe: AnyRecipe) -> Checked:
-    """Applies every rule for recipes of this kind. Raises RecipeError with all problems."""
+def check(recipe: AnyRecipe) -> CheckedRecipe:
+    """Applies every rule for the recipe's kind. Raises RecipeError with all problems."""
     findings = RULES[recipe.kind](recipe)
     if findings.problems:
         raise RecipeError(findings.problems)
-    return Checked(recipe, tuple(findings.warnings))
+    return CheckedRecipe(recipe, tuple(findings.warnings))

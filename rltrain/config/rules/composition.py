@@ -1,14 +1,14 @@
-"""Which methods go together. Every rule follows from what the methods declare of themselves (traits); no name
-stands here.
+"""Checks which methods can be combined. Every rule follows from traits that the methods declare, never from
+their names.
 
-policy_loss:X           a control made for the loss X, which owns the clipping rule, or an advantage that is
-                        right under it only
-control:X               a policy loss that reads what the control X leaves in the batch
-same_as_policy_loss:H   a control's hyperparameter H is the policy loss's
+policy_loss:X           a control made for the loss X, which defines the clipping rule, or an advantage that
+                        is correct under X only
+control:X               a policy loss that reads what the control X writes into the batch
+same_as_policy_loss:H   a control's hyperparameter H must equal that of the policy loss
 aggregate:X             a control or an advantage that is exact under the aggregate X only
-token_level             a control whose weights tell the tokens of a row apart
+token_level             a control that gives the tokens of a row different weights
 sequence_level          a policy loss with one ratio per row
-fraction:H              a hyperparameter that is a share, above 0 and at most 1
+fraction:H              hyperparameter H is a share, above 0 and at most 1
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["MethodUse", "Methods", "composition_problems"]
 class MethodUse:
     """A method as a recipe uses it. ``values``: its hyperparameters, defaults included."""
 
-    key: str  # where it stands: loss.policy, control.0, ...
+    key: str  # its recipe key: loss.policy, control.0, ...
     spec: MethodSpec
     values: Mapping[str, Any]
 
@@ -41,9 +41,10 @@ class MethodUse:
         return trait in self.spec.traits
 
     def arguments(self, trait: str) -> list[str]:
-        """X of every trait "<trait>:X" that it declares."""
+        """X of every trait "<trait>:X" that the method declares."""
+        prefix = f"{trait}:"
         return sorted(
-            one.removeprefix(f"{trait}:") for one in self.spec.traits if one.startswith(f"{trait}:")
+            declared.removeprefix(prefix) for declared in self.spec.traits if declared.startswith(prefix)
         )
 
 
@@ -54,102 +55,100 @@ class Methods:
     policy: MethodUse
     terms: tuple[MethodUse, ...]
     aggregate: MethodUse
-    rewards: tuple[MethodUse, ...]  # the user's own are not among them
+    rewards: tuple[MethodUse, ...]  # without the user's own functions
     sources: tuple[MethodUse, ...]
 
 
 def composition_problems(methods: Methods) -> Iterator[str]:
-    """Why these methods cannot work together, one line each, with the remedy."""
-    yield from _companions(methods)
-    yield from _of_the_advantage(methods)
-    yield from _levels(methods)
-    yield from _repetitions(methods)
-    yield from _fractions(methods)
+    """The reasons why these methods cannot be combined, one line each, with the remedy."""
+    yield from _companion_problems(methods)
+    yield from _advantage_problems(methods)
+    yield from _level_problems(methods)
+    yield from _repetition_problems(methods)
+    yield from _fraction_problems(methods)
 
 
-def _companions(methods: Methods) -> Iterator[str]:
-    """A control and the policy loss it is made for: there is one loss, so at most one owner of the
-    clipping rule.
+def _companion_problems(methods: Methods) -> Iterator[str]:
+    """Checks each control against the policy loss it is made for. There is one loss, so at most one control
+    may define the clipping rule.
     """
     policy = methods.policy
     owners = [
-        (control, wanted) for control in methods.controls for wanted in control.arguments("policy_loss")
+        (control, loss_name) for control in methods.controls for loss_name in control.arguments("policy_loss")
     ]
-    if len({wanted for _, wanted in owners}) > 1:
-        names = " and ".join(f"{control} (with loss.policy {wanted})" for control, wanted in owners)
-        yield (
-            f"{names} each bring their own rule of clipping, and a recipe has one policy loss; keep one of "
-            "them"
-        )
+    if len({loss_name for _, loss_name in owners}) > 1:
+        names = " and ".join(f"{control} (with loss.policy {loss_name})" for control, loss_name in owners)
+        yield f"{names} each define a clipping rule, but a recipe has one policy loss; keep one of them"
         return
-    for control, wanted in owners:
-        if wanted != policy.name:
+
+    for control, loss_name in owners:
+        if loss_name != policy.name:
             yield (
-                f"{control} is made for loss.policy {wanted}, which is {policy.name}; set loss.policy to "
-                f"{wanted} or drop {control.key}"
+                f"{control} is made for loss.policy {loss_name}, which is {policy.name}; set loss.policy to "
+                f"{loss_name} or drop {control.key}"
             )
             continue
         for name in control.arguments("same_as_policy_loss"):
             if control.values[name] != policy.values[name]:
                 yield (
                     f"{control} has {name} {control.values[name]:g} and {policy} has "
-                    f"{policy.values[name]:g}: the control must know "
-                    f"what the loss clips; write the same {name} at both"
+                    f"{policy.values[name]:g}: the control must use the clipping range of the loss; write "
+                    f"the same {name} at both"
                 )
+
     names = [control.name for control in methods.controls]
-    for wanted in policy.arguments("control"):
-        if wanted not in names:
+    for control_name in policy.arguments("control"):
+        if control_name not in names:
             yield (
-                f"{policy} reads what the control {wanted} computes, which control lacks; add {wanted} to "
-                "control"
+                f"{policy} reads what the control {control_name} computes, but control does not list it; add "
+                f"{control_name} to control"
             )
 
 
-def _of_the_advantage(methods: Methods) -> Iterator[str]:
-    """An advantage that is one half of an objective: the loss and the aggregate that make the other."""
-    for kind, chosen in (("policy_loss", methods.policy), ("aggregate", methods.aggregate)):
-        for wanted in methods.advantage.arguments(kind):
-            if wanted != chosen.name:
+def _advantage_problems(methods: Methods) -> Iterator[str]:
+    """Checks an advantage that is half of an objective against the loss and aggregate of the other half."""
+    for kind, method in (("policy_loss", methods.policy), ("aggregate", methods.aggregate)):
+        for required in methods.advantage.arguments(kind):
+            if required != method.name:
                 yield (
-                    f"{methods.advantage} is the paper's objective under {chosen.key} {wanted} only, which "
-                    f"is {chosen.name}; "
-                    f"set {chosen.key} to {wanted} or choose another advantage"
+                    f"{methods.advantage} is the paper's objective under {method.key} {required} only, which "
+                    f"is {method.name}; set {method.key} to {required} or choose another advantage"
                 )
 
 
-def _levels(methods: Methods) -> Iterator[str]:
+def _level_problems(methods: Methods) -> Iterator[str]:
     for control in methods.controls:
         if control.has("token_level") and methods.policy.has("sequence_level"):
             yield (
                 f"{control} weighs tokens, but {methods.policy} has one ratio per sequence that mixes them: "
-                "each weight would scale a "
-                f"share of the whole row; set loss.policy to a token-level loss (clip) or drop {control.key}"
+                "each weight would scale a share of the whole row; set loss.policy to a token-level loss "
+                f"(clip) or drop {control.key}"
             )
-        for wanted in control.arguments("aggregate"):
-            if methods.aggregate.name != wanted:
+        for aggregate in control.arguments("aggregate"):
+            if methods.aggregate.name != aggregate:
                 yield (
                     f"{control} gives each part of the loss its own denominator, which is exact under "
-                    f"{wanted} only, but loss.aggregate is "
-                    f"{methods.aggregate.name}; set loss.aggregate to {wanted}"
+                    f"{aggregate} only, but loss.aggregate is {methods.aggregate.name}; set loss.aggregate "
+                    f"to {aggregate}"
                 )
 
 
-def _repetitions(methods: Methods) -> Iterator[str]:
-    for kind in (methods.controls, methods.terms):
+def _repetition_problems(methods: Methods) -> Iterator[str]:
+    for methods_of_kind in (methods.controls, methods.terms):
         first: dict[str, MethodUse] = {}
-        for one in kind:
-            if first.setdefault(one.name, one) is not one:
+        for method in methods_of_kind:
+            if first.setdefault(method.name, method) is not method:
                 yield (
-                    f"{one} repeats {first[one.name].key}: it would act twice and its metrics could not be "
-                    "told apart; keep one of them"
+                    f"{method} repeats {first[method.name].key}: it would act twice and its metrics could "
+                    "not be told apart; keep one of them"
                 )
 
 
-def _fractions(methods: Methods) -> Iterator[str]:
-    for one in (methods.advantage, *methods.controls, methods.policy, *methods.terms, *methods.sources):
-        for name in one.arguments("fraction"):
-            if not 0 < one.values[name] <= 1:
+def _fraction_problems(methods: Methods) -> Iterator[str]:
+    for method in (methods.advantage, *methods.controls, methods.policy, *methods.terms, *methods.sources):
+        for name in method.arguments("fraction"):
+            if not 0 < method.values[name] <= 1:
                 yield (
-                    f"{one}: {name} is {one.values[name]:g}, but it is a share, above 0 and at most 1 (0.2 "
-                    "percent is 0.002)"
+                    f"{method}: {name} is {method.values[name]:g}, but it is a share, above 0 and at most 1 "
+                    "(0.2 percent is 0.002)"
                 )

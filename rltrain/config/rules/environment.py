@@ -1,4 +1,4 @@
-"""Rules about episodes: the environment a recipe names, its options, and what cannot be combined with it.
+"""Rules about episodes: the environment of a recipe, its options, and what cannot be combined with it.
 
 Imports no torch.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from rltrain.config.rules.registries import ENVIRONMENTS
 from rltrain.config.schema import EnvironmentRef, OnlineRecipe
-from rltrain.config.user_code import definition, unknown_keywords
+from rltrain.config.user_code import find_definition, unknown_keywords
 from rltrain.config.user_files import changed_code
 
 
@@ -21,8 +21,9 @@ def user_class(name: str) -> tuple[str, str] | None:
 
 
 def environment_problems(recipe: OnlineRecipe) -> Iterator[str]:
-    """What of ``rollout.environment`` cannot work, and what works only inside one."""
-    ref, rollout = recipe.rollout.environment, recipe.rollout
+    """Settings that cannot work in ``rollout.environment``, and settings that need an environment."""
+    ref = recipe.rollout.environment
+    rollout = recipe.rollout
     verdicts = [function for function in recipe.reward.functions if function.name == "episode"]
     if ref is None:
         if verdicts:
@@ -35,26 +36,26 @@ def environment_problems(recipe: OnlineRecipe) -> Iterator[str]:
     if ref.turn_tokens > rollout.max_tokens:
         yield (
             f"rollout.environment.turn_tokens is {ref.turn_tokens}, but a whole episode has "
-            f"rollout.max_tokens {rollout.max_tokens}; "
-            f"raise rollout.max_tokens to several turns with their observations, or lower turn_tokens"
+            f"rollout.max_tokens {rollout.max_tokens}; raise rollout.max_tokens to several turns with their "
+            "observations, or lower turn_tokens"
         )
+
     spec = ENVIRONMENTS.specs.get(ref.name)
     if spec is not None and "rewards" not in spec.traits and len(verdicts) == len(recipe.reward.functions):
         yield (
             f"rollout.environment {ref.name} gives no reward of its own, so that reward.functions episode "
-            "would always be 0; "
-            "grade the last turn, for example with exact or math_answer"
+            "would always be 0; grade the last turn, for example with exact or math_answer"
         )
     if any(source.name == "answer" for source in rollout.extra_samples):
         yield (
-            "rollout.extra_samples has answer, which nobody sampled, and completions are episodes here; drop the source "
-            "or the environment"
+            "rollout.extra_samples has answer, a text from the data, but completions are episodes here; drop "
+            "the source or the environment"
         )
 
 
 def _naming_problems(ref: EnvironmentRef) -> Iterator[str]:
-    if (own := user_class(ref.name)) is not None:
-        yield from (f"rollout.environment: {problem}" for problem in _class_problems(ref, *own))
+    if (location := user_class(ref.name)) is not None:
+        yield from (f"rollout.environment: {problem}" for problem in _class_problems(ref, *location))
         return
     try:
         ENVIRONMENTS.check(ref.name, ref.hp)
@@ -65,14 +66,15 @@ def _naming_problems(ref: EnvironmentRef) -> Iterator[str]:
 def _class_problems(ref: EnvironmentRef, file: str, attribute: str) -> Iterator[str]:
     """Problems of ``path/to/file.py:Class``."""
     try:
-        statement = definition(file, attribute, ast.ClassDef)
+        statement = find_definition(file, attribute, ast.ClassDef)
     except ValueError as error:
         yield str(error)
         return
     if (problem := changed_code(ref.name, ref.sha256)) is not None:
         yield problem
-    if not isinstance(statement, ast.ClassDef):  # imported or assigned: making it will tell
+    if not isinstance(statement, ast.ClassDef):  # imported or assigned: checked when the object is created
         return
+
     methods = {node.name: node for node in statement.body if isinstance(node, ast.FunctionDef)}
     missing = [name for name in ("reset", "step", "close") if name not in methods]
     if missing and not statement.bases:

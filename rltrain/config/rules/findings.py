@@ -1,6 +1,6 @@
-"""What rules find: problems refuse a recipe, warnings are printed.
+"""The results of the rules: a recipe with problems is refused, warnings are printed.
 
-Both name the key, its value and the remedy.
+Both state the key, its value and the remedy.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Rules across sections of a recipe that learns from judged completions. Imports no torch.
 
-What only the data can tell (the columns that are there, the balance of classes) is looked at when the data
-are loaded.
+Properties of the data (available columns, balance of classes) are checked when the data are loaded.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _LABEL_COLUMNS = frozenset({"completion", "label"})
 
 
 def check_offline(recipe: OfflineRecipe) -> Findings:
-    """Everything that can be said before anything is loaded."""
+    """All problems and warnings that are known before anything is loaded."""
     ref = recipe.loss.preference
     try:
         spec = PREFERENCE_LOSSES.check(ref.name, ref.hp)
@@ -48,8 +47,8 @@ def check_offline(recipe: OfflineRecipe) -> Findings:
 
 
 def data_needs(spec: MethodSpec, hp: Mapping[str, Any]) -> frozenset[str]:
-    """What the loss takes from the data: "margin", "p_chosen", "label" and "column:<name>", its
-    statistics' needs included.
+    """What the loss needs from the data: "margin", "p_chosen", "label" and "column:<name>", including the
+    needs of its statistics.
     """
     needs = all_needs(spec, hp)
     return frozenset(
@@ -58,7 +57,7 @@ def data_needs(spec: MethodSpec, hp: Mapping[str, Any]) -> frozenset[str]:
 
 
 def all_needs(spec: MethodSpec, hp: Mapping[str, Any]) -> frozenset[str]:
-    """Every tensor the loss needs, statistics resolved into what they need."""
+    """Every tensor that the loss needs; a statistic is replaced by the tensors that it needs."""
     needs = spec.needs_with(hp)
     known = set(STATISTICS.names())
     return (needs - known).union(*(STATISTICS.spec(name).needs for name in needs & known))
@@ -69,17 +68,17 @@ def takes_pairs(spec: MethodSpec) -> bool:
 
 
 def _size_problems(recipe: OfflineRecipe, spec: MethodSpec) -> Iterator[str]:
-    data, learner = recipe.data, recipe.learner
+    data = recipe.data
+    learner = recipe.learner
     sides = 2 if takes_pairs(spec) else 1
     longest = sides * (data.max_prompt_tokens + data.max_completion_tokens)
     if learner.tokens_per_micro_batch < longest:
-        what = "a pair, whose completions are never parted," if sides == 2 else "one completion"
+        what = "a pair, whose completions stay together," if sides == 2 else "one completion"
         yield (
             f"learner.tokens_per_micro_batch is {learner.tokens_per_micro_batch}, but {what} can take "
             f"{f'{sides} x ' if sides == 2 else ''}(data.max_prompt_tokens {data.max_prompt_tokens} + "
-            "data.max_completion_tokens "
-            f"{data.max_completion_tokens}) = {longest} tokens; set learner.tokens_per_micro_batch to at "
-            f"least {longest}"
+            f"data.max_completion_tokens {data.max_completion_tokens}) = {longest} tokens; set "
+            f"learner.tokens_per_micro_batch to at least {longest}"
         )
 
 
@@ -87,28 +86,27 @@ def _loss_problems(recipe: OfflineRecipe, spec: MethodSpec, values: Mapping[str,
     if "gamma_required" in spec.traits and values["gamma"] is None:
         yield (
             f"{_KEY} {spec.name}: gamma has no default, it carries the units of the scores: with gamma g a "
-            "margin m becomes the target "
-            f"sigmoid(g m); set gamma (2.2 for scores from 1 to 10 in the authors' UltraFeedback commands)"
+            "margin m becomes the target sigmoid(g m); set gamma (2.2 for scores from 1 to 10 in the "
+            "authors' UltraFeedback commands)"
         )
     mapped = recipe.data.columns.keys()
     strange = mapped & (_LABEL_COLUMNS if takes_pairs(spec) else frozenset())
     if strange and not mapped & _PAIR_COLUMNS:
         yield (
             f"data.columns names {', '.join(sorted(strange))}, but {_KEY} {spec.name} compares two "
-            "completions of a prompt "
-            "(columns chosen and rejected); choose a loss for single "
+            "completions of a prompt (columns chosen and rejected); choose a loss for single "
             f"completions{suggestion('kto', ['kto'])}, or another data set"
         )
     if recipe.data.divide_margins_by != "nothing" and "margin" not in data_needs(spec, values):
         yield (
             f"data.divide_margins_by is {recipe.data.divide_margins_by}, but {_KEY} {spec.name} reads no "
-            "margins: it would change nothing; "
-            "set it to nothing"
+            "margins: it would change nothing; set it to nothing"
         )
 
 
 def _model_problems(recipe: OfflineRecipe, spec: MethodSpec) -> Iterator[str]:
-    needs, model = all_needs(spec, recipe.loss.preference.hp), recipe.model
+    needs = all_needs(spec, recipe.loss.preference.hp)
+    model = recipe.model
     if "previous_logp" not in needs and model.previous is not None:
         yield f"model.previous is set, but {_KEY} {spec.name} reads no previous iterate; leave it out"
     if "ref_logp" not in needs and model.reference is not None:
@@ -144,8 +142,7 @@ def _warnings(recipe: OfflineRecipe, spec: MethodSpec) -> Iterator[str]:
     if steps is not None and recipe.learner.optimizer.warmup_steps > steps:
         yield (
             f"learner.optimizer.warmup_steps is {recipe.learner.optimizer.warmup_steps} but train.steps is "
-            f"{steps}: the learning rate "
-            f"never reaches {recipe.learner.optimizer.lr:g}"
+            f"{steps}: the learning rate never reaches {recipe.learner.optimizer.lr:g}"
         )
     if steps is not None and recipe.train.epochs != 1.0:
         yield (
@@ -159,6 +156,5 @@ def _warnings(recipe: OfflineRecipe, spec: MethodSpec) -> Iterator[str]:
     ):
         yield (
             f"train.examples is {recipe.train.examples}: {_KEY} {spec.name} estimates a mean over the step's "
-            "examples; the authors use "
-            "8 to 128, set at least 8"
+            "examples; the authors use 8 to 128, set at least 8"
         )

@@ -25,7 +25,7 @@ from rltrain.loss.policy import POLICY_LOSSES
 
 
 def check_online(recipe: OnlineRecipe) -> Findings:
-    """Everything that can be said before anything is loaded."""
+    """All problems and warnings that are known before anything is loaded."""
     methods, problems = _methods(recipe)
     problems += [*sampling_problems(recipe), *coefficient_problems(recipe), *environment_problems(recipe)]
     problems += process_reward_problems(recipe, REWARDS_WITH_CORRECT)
@@ -37,18 +37,19 @@ def check_online(recipe: OnlineRecipe) -> Findings:
 
 
 def _methods(recipe: OnlineRecipe) -> tuple[Methods | None, list[str]]:
-    """The recipe's methods, and what is wrong with them; None if one of them is unknown to its registry."""
-    look_up, loss = MethodLookup(), recipe.loss
-    advantage = look_up(ADVANTAGES, "advantage", recipe.advantage)
-    policy = look_up(POLICY_LOSSES, "loss.policy", loss.policy)
-    aggregate = look_up(AGGREGATES, "loss.aggregate", loss.aggregate)
-    controls = look_up.every(TOKEN_CONTROLS, "control", recipe.control)
-    terms = look_up.every(LOSS_TERMS, "loss.terms", loss.terms)
-    sources = look_up.every(EXTRA_SAMPLES, "rollout.extra_samples", recipe.rollout.extra_samples)
-    rewards = look_up.sampling(recipe)
+    """(methods, problems) of the recipe; the methods are None if a registry refuses one of them."""
+    lookup = MethodLookup()
+    loss = recipe.loss
+    advantage = lookup(ADVANTAGES, "advantage", recipe.advantage)
+    policy = lookup(POLICY_LOSSES, "loss.policy", loss.policy)
+    aggregate = lookup(AGGREGATES, "loss.aggregate", loss.aggregate)
+    controls = lookup.look_up_all(TOKEN_CONTROLS, "control", recipe.control)
+    terms = lookup.look_up_all(LOSS_TERMS, "loss.terms", loss.terms)
+    sources = lookup.look_up_all(EXTRA_SAMPLES, "rollout.extra_samples", recipe.rollout.extra_samples)
+    rewards = lookup.look_up_sampling(recipe)
 
-    if look_up.problems:
-        return None, look_up.problems
+    if lookup.problems:
+        return None, lookup.problems
     assert advantage is not None and policy is not None and aggregate is not None
     return Methods(advantage, controls, policy, terms, aggregate, rewards, sources), []
 
@@ -73,8 +74,8 @@ def _group_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
             if "groupless" in spec.traits and "no_signal" not in spec.traits
         )
         yield (
-            f"rollout.n is 1, but advantage {methods.advantage.name} compares completions of one prompt; "
-            f"set rollout.n to at least 2, or advantage to {' or '.join(groupless)}"
+            f"rollout.n is 1, but advantage {methods.advantage.name} compares completions of one prompt; set "
+            f"rollout.n to at least 2, or advantage to {' or '.join(groupless)}"
         )
 
 
@@ -82,87 +83,89 @@ def _loss_problems(methods: Methods) -> Iterator[str]:
     if "sequence_level" in methods.policy.spec.traits and methods.aggregate.name != "seq_mean_token_mean":
         yield (
             f"loss.policy {methods.policy.name} has one ratio per sequence and weighs sequences equally, but "
-            "loss.aggregate is "
-            f"{methods.aggregate.name}, which would weigh them by length; set loss.aggregate to "
-            "seq_mean_token_mean"
+            f"loss.aggregate is {methods.aggregate.name}, which would weigh them by length; set "
+            "loss.aggregate to seq_mean_token_mean"
         )
     term = next((term for term in methods.terms if term.name == "kl"), None)
     if term is not None and methods.advantage.values.get("kl_coef"):
         yield (
             "the KL penalty counts twice: in the reward (advantage.kl_coef "
-            f"{methods.advantage.values['kl_coef']:g}) and as a loss term "
-            f"({term.key}); keep one of them"
+            f"{methods.advantage.values['kl_coef']:g}) and as a loss term ({term.key}); keep one of them"
         )
 
 
 def _off_policy_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
-    everything = (methods.advantage, *methods.controls, methods.policy, *methods.terms)
+    learning_methods = (methods.advantage, *methods.controls, methods.policy, *methods.terms)
     if recipe.learner.updates_per_step == 1:
-        for chosen in everything:
-            if "off_policy_only" in chosen.spec.traits:
+        for method in learning_methods:
+            if "off_policy_only" in method.spec.traits:
                 yield (
-                    f"{chosen.key} {chosen.name} acts on the ratio to the old policy, which is exactly 1 "
-                    "with one update per rollout "
-                    "(learner.updates 1 x learner.epochs 1): it would change nothing; set learner.updates "
-                    "to 2 or more"
+                    f"{method.key} {method.name} acts on the ratio to the old policy, which is exactly 1 "
+                    "with one update per rollout (learner.updates 1 x learner.epochs 1): it would change "
+                    "nothing; set learner.updates to 2 or more"
                 )
     if recipe.rollout.trust_logp:
         for control in methods.controls:
             if {"old_logp", "rollout_logp"} <= control.spec.needs:
                 yield (
                     f"{control.key} {control.name} weighs by old_logp over rollout_logp, which "
-                    "rollout.trust_logp makes equal: "
-                    f"it would change nothing; set rollout.trust_logp to false or drop the control"
+                    "rollout.trust_logp makes equal: it would change nothing; set rollout.trust_logp to "
+                    "false or drop the control"
                 )
 
 
 def _extra_sample_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
     names = [source.name for source in methods.sources]
     controls = {control.name for control in methods.controls}
-    claimed = {wanted for control in methods.controls for wanted in control.arguments("extra_samples")}
+    claimed_names = {
+        source_name for control in methods.controls for source_name in control.arguments("extra_samples")
+    }
+
     for source in methods.sources:
         if names.count(source.name) > 1:
             yield (
-                f"{source.key}: {source.name} stands {names.count(source.name)} times in rollout.extra_samples; its rows could "
-                "not be told apart: keep one"
+                f"{source.key}: {source.name} is listed {names.count(source.name)} times in "
+                "rollout.extra_samples; its rows could not be distinguished: keep one"
             )
         if "trains" in source.spec.traits and recipe.rollout.trust_logp:
             yield (
-                f"{source.key} {source.name} adds rows that the policy did not sample at rollout.temperature, so "
-                "the engine has no log-probs of "
-                f"the policy for them, which rollout.trust_logp would take; set rollout.trust_logp to false"
+                f"{source.key} {source.name} adds rows that the policy did not sample at "
+                "rollout.temperature, so the engine has no log-probs of the policy for them, which "
+                "rollout.trust_logp would use; set rollout.trust_logp to false"
             )
         if (
             "for_advantage" in source.spec.traits
             and "source" not in methods.advantage.spec.inputs
-            and source.name not in claimed
+            and source.name not in claimed_names
         ):
             yield (
-                f"{source.key} {source.name} adds rows that only an advantage which tells sources apart can use, and "
-                f"{methods.advantage.name} does "
-                f"not; set advantage to one that does ({', '.join(_source_advantages())}) or drop the source"
+                f"{source.key} {source.name} adds rows that only an advantage which distinguishes sources "
+                f"can use, and {methods.advantage.name} does not; set advantage to one that does "
+                f"({', '.join(_source_advantages())}) or drop the source"
             )
+
     if "answer" in names and recipe.rollout.environment is not None:
         yield (
-            f"rollout.extra_samples has answer, but in rollout.environment {recipe.rollout.environment.name} a "
-            "completion is an episode, which no "
-            f"column of the data spells out; drop the source or the environment"
+            f"rollout.extra_samples has answer, but in rollout.environment {recipe.rollout.environment.name} "
+            "a completion is an episode, which no column of the data contains; drop the source or the "
+            "environment"
         )
     if "aepo" in names and "aepo" not in controls:
         yield (
-            "rollout.extra_samples has aepo, but control has not: the source samples tempered rows and nothing weighs "
-            "them; add aepo to control"
+            "rollout.extra_samples has aepo, but control does not: the source samples tempered rows and "
+            "nothing weighs them; add aepo to control"
         )
-    for chosen in (methods.advantage, *methods.controls):
-        for wanted in sorted(
+
+    for method in (methods.advantage, *methods.controls):
+        for source_name in sorted(
             trait.removeprefix("extra_samples:")
-            for trait in chosen.spec.traits
+            for trait in method.spec.traits
             if trait.startswith("extra_samples:")
         ):
-            if wanted not in names:
+            if source_name not in names:
                 yield (
-                    f"{chosen.key} {chosen.name} works on rows that only the {wanted} source samples; add "
-                    f"{wanted} to rollout.extra_samples"
+                    f"{method.key} {method.name} works on rows that only the {source_name} source samples; "
+                    f"add {source_name} to rollout.extra_samples"
                 )
 
 
@@ -172,41 +175,44 @@ def _source_advantages() -> list[str]:
 
 def _method_warnings(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
     policy = methods.policy
-    everything = (methods.advantage, *methods.controls, policy, *methods.terms)
-    distilled = [one for one in everything if "teacher_logp" in one.spec.needs_with(one.values)]
+    learning_methods = (methods.advantage, *methods.controls, policy, *methods.terms)
+    distilled = [
+        method for method in learning_methods if "teacher_logp" in method.spec.needs_with(method.values)
+    ]
     if distilled and recipe.model.teacher is None:
         yield (
             f"{distilled[0].key} {distilled[0].name} learns from a teacher, but model.teacher is null: the "
-            "teacher is the starting point; "
-            f"set model.teacher to a model with the same tokenizer"
+            "teacher is the initial model; set model.teacher to a model with the same tokenizer"
         )
     if recipe.model.teacher is not None and not distilled:
         yield (
             f"model.teacher is {recipe.model.teacher}, but no function of the recipe needs teacher_logp: it "
             "is not loaded"
         )
-    low, high = policy.values.get("eps_low"), policy.values.get("eps_high")
+
+    low = policy.values.get("eps_low")
+    high = policy.values.get("eps_high")
     if recipe.learner.updates_per_step == 1 and low != high:
         yield (
             f"loss.policy {policy.name} clips at eps_low {low:g} and eps_high {high:g}, but with one update "
-            "per rollout "
-            "(learner.updates 1 x learner.epochs 1) the ratio is exactly 1 and nothing clips; set "
-            "learner.updates to 2 or more"
+            "per rollout (learner.updates 1 x learner.epochs 1) the ratio is exactly 1 and nothing clips; "
+            "set learner.updates to 2 or more"
         )
     if policy.name == "reinforce" and recipe.learner.updates_per_step > 1:
         yield (
             f"loss.policy reinforce has no ratio, but the step takes {recipe.learner.updates_per_step} "
-            "updates: all but the first are off-policy; "
-            f"set learner.updates and learner.epochs to 1, or loss.policy to clip"
+            "updates: all but the first are off-policy; set learner.updates and learner.epochs to 1, or "
+            "loss.policy to clip"
         )
-    users = len(methods.rewards) < len(recipe.reward.functions)
+
+    has_user_rewards = len(methods.rewards) < len(recipe.reward.functions)
     if (
         recipe.rollout.dynamic_sampling is not None
-        and users
-        and not REWARDS_WITH_CORRECT & {r.name for r in methods.rewards}
+        and has_user_rewards
+        and not REWARDS_WITH_CORRECT & {reward.name for reward in methods.rewards}
     ):
         yield (
             "rollout.dynamic_sampling looks at raw correctness: your reward function must put a part named "
-            "'correct' into its scores, "
-            "or be the only one and give 0 and 1, else prompts are kept where rewards differ"
+            "'correct' into its scores, or be the only one and give 0 and 1, else prompts are kept where "
+            "rewards differ"
         )

@@ -1,4 +1,4 @@
-"""Recipes that learn from pairs of the policy's own completions: their rules and what they imply.
+"""Recipes that learn from pairs of the policy's own completions: their rules and derived numbers.
 
 Imports no torch.
 """
@@ -28,18 +28,20 @@ _FROM_ROLLOUTS = frozenset({"margin", "p_chosen"})
 
 
 def check_pairs(recipe: OnlinePairsRecipe) -> Findings:
-    """Pairs and their loss, and the rules about sampling and rewards that hold for every sampled recipe."""
-    look_up, ref, judge = MethodLookup(), recipe.loss.preference, recipe.pairs.judge
-    look_up(JUDGES, "pairs.judge", judge)
-    loss = look_up(PREFERENCE_LOSSES, _KEY, ref)
-    problems = list(look_up.problems)
+    """Applies the rules about pairs, their loss, sampling and rewards."""
+    lookup = MethodLookup()
+    ref = recipe.loss.preference
+    judge = recipe.pairs.judge
+    lookup(JUDGES, "pairs.judge", judge)
+    loss = lookup(PREFERENCE_LOSSES, _KEY, ref)
+    problems = list(lookup.problems)
     if loss is not None:
         problems += [*_loss_problems(recipe, loss.spec), *_rollout_problems(recipe)]
 
-    sampling = MethodLookup()
-    rewards = sampling.sampling(recipe)
-    problems += [*sampling.problems, *sampling_problems(recipe)]
-    if not sampling.problems:
+    sampling_lookup = MethodLookup()
+    rewards = sampling_lookup.look_up_sampling(recipe)
+    problems += [*sampling_lookup.problems, *sampling_problems(recipe)]
+    if not sampling_lookup.problems:
         problems += [*dynamic_sampling_problems(recipe, rewards), *reward_function_problems(recipe, rewards)]
     if problems or loss is None:
         return Findings(problems, [])
@@ -49,42 +51,46 @@ def check_pairs(recipe: OnlinePairsRecipe) -> Findings:
 def _loss_problems(recipe: OnlinePairsRecipe, spec: MethodSpec) -> Iterator[str]:
     ref = recipe.loss.preference
     if "pairs" not in spec.traits or "scalar_head" in spec.traits:
-        fit = [
-            one.name
-            for one in PREFERENCE_LOSSES.specs.values()
-            if "pairs" in one.traits and "scalar_head" not in one.traits
+        suitable = [
+            candidate.name
+            for candidate in PREFERENCE_LOSSES.specs.values()
+            if "pairs" in candidate.traits and "scalar_head" not in candidate.traits
         ]
         yield (
             f"{_KEY} {spec.name} does not compare two completions of a language model; choose one of "
-            f"{', '.join(fit)}"
+            f"{', '.join(suitable)}"
         )
         return
+
     if missing := sorted(data_needs(spec, ref.hp) - _FROM_ROLLOUTS):
         yield (
             f"{_KEY} {spec.name} needs {', '.join(missing)} from a data set, which rollouts do not have; "
             "choose another loss"
         )
+
     values = {name: item.default for name, item in spec.hyperparameters.items()} | ref.hp
     if "gamma_required" in spec.traits and values["gamma"] is None:
         yield (
             f"{_KEY} {spec.name}: gamma has no default: a difference m of rewards becomes the target "
             "sigmoid(gamma m); set gamma"
         )
+
     needs = all_needs(spec, ref.hp)
     if recipe.train.previous_every > 1 and "previous_logp" not in needs:
         yield (
             f"train.previous_every is {recipe.train.previous_every}, but {_KEY} {spec.name} reads no "
             "previous iterate; set it to 1"
         )
-    by_reference = recipe.pairs.judge.name == "self" and recipe.pairs.judge.hp.get("by") == "reference"
-    if recipe.model.reference is not None and "ref_logp" not in needs and not by_reference:
+    judges_by_reference = recipe.pairs.judge.name == "self" and recipe.pairs.judge.hp.get("by") == "reference"
+    if recipe.model.reference is not None and "ref_logp" not in needs and not judges_by_reference:
         yield f"model.reference is set, but {_KEY} {spec.name} has no reference model; leave it out"
     if recipe.model.teacher is not None:
         yield "model.teacher is set, but preference losses have no teacher; leave it out"
 
 
 def _rollout_problems(recipe: OnlinePairsRecipe) -> Iterator[str]:
-    rollout, pairs = recipe.rollout, recipe.pairs
+    rollout = recipe.rollout
+    pairs = recipe.pairs
     if rollout.n < 2:
         yield (
             f"rollout.n is {rollout.n}, but a pair takes two completions of a prompt; set rollout.n to at "
@@ -101,58 +107,58 @@ def _rollout_problems(recipe: OnlinePairsRecipe) -> Iterator[str]:
             "rollout.trust_logp is true, but preference losses take no log-probs from the engine; set it to "
             "false"
         )
+
     longest = 2 * (recipe.data.max_prompt_tokens + rollout.max_tokens)
     if recipe.learner.tokens_per_micro_batch < longest:
         yield (
             f"learner.tokens_per_micro_batch is {recipe.learner.tokens_per_micro_batch}, but a pair, whose "
-            "completions are never parted, "
-            f"can take 2 x (data.max_prompt_tokens {recipe.data.max_prompt_tokens} + rollout.max_tokens "
-            f"{rollout.max_tokens}) = {longest} "
-            f"tokens; set learner.tokens_per_micro_batch to at least {longest}"
+            "completions stay together, can take 2 x (data.max_prompt_tokens "
+            f"{recipe.data.max_prompt_tokens} + rollout.max_tokens {rollout.max_tokens}) = {longest} tokens; "
+            f"set learner.tokens_per_micro_batch to at least {longest}"
         )
-    if pairs.judge.name == "reward" and all(one.weight == 0 for one in recipe.reward.functions):
+    if pairs.judge.name == "reward" and all(function.weight == 0 for function in recipe.reward.functions):
         yield (
-            "pairs.judge reward goes by rewards, but every weight in reward.functions is 0; give one of them "
-            "a weight"
+            "pairs.judge reward compares rewards, but every weight in reward.functions is 0; give one of "
+            "them a weight"
         )
     if pairs.choose == "ranked" and pairs.verdict == "drawn":
         yield (
-            "pairs.verdict is drawn, but pairs.choose ranked makes strengths that nobody was asked for; set "
-            "verdict to likelier"
+            "pairs.verdict is drawn, but pairs.choose ranked computes strengths that are no answers of the "
+            "judge; set verdict to likelier"
         )
 
 
 def _warnings(recipe: OnlinePairsRecipe, spec: MethodSpec) -> Iterator[str]:
-    pairs, rollout = recipe.pairs, recipe.rollout
+    pairs = recipe.pairs
+    rollout = recipe.rollout
     if "previous_policy" not in spec.traits:
         return
     if pairs.choose != "disjoint":
         yield (
             f"{_KEY} {spec.name} fits the preference over the policy's samples, which takes independent "
-            f"pairs; pairs.choose {pairs.choose} "
-            f"picks them by the verdict: set it to disjoint unless you follow a paper that does so"
+            f"pairs; pairs.choose {pairs.choose} selects them by the verdict: set it to disjoint unless you "
+            "follow a paper that does this"
         )
     if rollout.temperature != 1:
         yield (
-            f"{_KEY} {spec.name} takes its samples for the previous iterate's, whose log-probs are at "
-            "temperature 1, but "
-            f"rollout.temperature is {rollout.temperature:g}; set it to 1"
+            f"{_KEY} {spec.name} treats its samples as those of the previous iterate, whose log-probs are at "
+            f"temperature 1, but rollout.temperature is {rollout.temperature:g}; set it to 1"
         )
 
 
 def pair_plan(recipe: OnlinePairsRecipe) -> list[tuple[str, str, str]]:
-    """(name, value, note) of each number that pairs imply."""
-    n, prompts, learner, ref = (
-        recipe.rollout.n,
-        recipe.rollout.prompts,
-        recipe.learner,
-        recipe.loss.preference,
-    )
+    """(name, value, note) of each number that follows from the settings of pairs."""
+    n = recipe.rollout.n
+    prompts = recipe.rollout.prompts
+    learner = recipe.learner
+    ref = recipe.loss.preference
     pairs = {"disjoint": n // 2, "best_worst": 1, "ranked": n * (n - 1) // 2}[recipe.pairs.choose]
-    asked = {"disjoint": n // 2, "best_worst": n * (n - 1) // 2, "ranked": n - 1}[recipe.pairs.choose]
+    comparisons = {"disjoint": n // 2, "best_worst": n * (n - 1) // 2, "ranked": n - 1}[recipe.pairs.choose]
+
     needs = all_needs(PREFERENCE_LOSSES.check(ref.name, ref.hp), ref.hp)
     frozen = [name for name in ("ref_logp", "previous_logp") if name in needs]
-    held = 1 + ("ref_logp" in needs) + (recipe.train.previous_every > 1)
+    models = 1 + ("ref_logp" in needs) + (recipe.train.previous_every > 1)
+
     return [
         (
             "pairs: per step, at most",
@@ -161,9 +167,9 @@ def pair_plan(recipe: OnlinePairsRecipe) -> list[tuple[str, str, str]]:
         ),
         (
             "pairs: comparisons per step",
-            f"{prompts * asked:,}",
-            f"{asked} per prompt, put to the judge {recipe.pairs.judge.name}",
+            f"{prompts * comparisons:,}",
+            f"{comparisons} per prompt, put to the judge {recipe.pairs.judge.name}",
         ),
         ("pairs: per update, at most", f"{prompts * pairs / learner.updates:g}", "all ranks"),
-        ("frozen models: log-probs", " ".join(frozen) or "none", f"{held} models in the learner's memory"),
+        ("frozen models: log-probs", " ".join(frozen) or "none", f"{models} models in the learner's memory"),
     ]

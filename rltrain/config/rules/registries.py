@@ -1,4 +1,4 @@
-"""The registries whose methods recipes name, apart from those that live beside their functions.
+"""The registries of methods that recipes name, except those defined next to their functions.
 
 Imports no torch.
 """

@@ -12,17 +12,17 @@ from urllib.parse import urlsplit
 
 from rltrain.config.rules.composition import MethodUse
 from rltrain.config.schema import RewardRef, SampledRecipe
-from rltrain.config.user_code import definition, unknown_keywords
+from rltrain.config.user_code import find_definition, unknown_keywords
 from rltrain.config.user_files import changed_code
 
 _SERVED = frozenset({"reward_model_http", "llm_judge", "llm_judge_pairs"})
 _JUDGES = frozenset({"llm_judge", "llm_judge_pairs"})
-# by reward, its own limit on the wall clock of a completion, which must come before the pool's
+# reward -> its own wall-clock limit for a completion, which must be shorter than that of the pool
 _LIMITS = dict.fromkeys(_SERVED, "seconds") | {"code_tests": "seconds", "code_io": "total_seconds"}
 
 
 def reward_function_problems(recipe: SampledRecipe, rewards: Sequence[MethodUse]) -> Iterator[str]:
-    """Settings of registered reward functions that cannot work. rewards: all but the user's own."""
+    """Settings of registered reward functions that cannot work. rewards: all except the user's own."""
     for reward in rewards:
         if reward.name == "reward_model" and not reward.values["path"]:
             yield (
@@ -52,7 +52,7 @@ def user_function_problems(ref: RewardRef) -> Iterator[str]:
         yield f"{name!r} must name a file and a function in it, as in path/to/file.py:function"
         return
     try:
-        node = definition(file, function, ast.FunctionDef, ast.AsyncFunctionDef)
+        node = find_definition(file, function, ast.FunctionDef, ast.AsyncFunctionDef)
     except ValueError as error:
         yield str(error)
         return
@@ -64,28 +64,26 @@ def user_function_problems(ref: RewardRef) -> Iterator[str]:
 
 
 def _length_problems(recipe: SampledRecipe, reward: MethodUse) -> Iterator[str]:
-    limit, buffer, longest = (
-        reward.values["max_tokens"],
-        reward.values["buffer_tokens"],
-        recipe.rollout.max_tokens,
-    )
+    limit = reward.values["max_tokens"]
+    buffer = reward.values["buffer_tokens"]
+    longest = recipe.rollout.max_tokens
     if limit is None or buffer is None or not 0 < buffer <= limit:
         yield (
             f"{reward.key} length: max_tokens is {limit} and buffer_tokens {buffer}; both are needed, 0 < "
-            "buffer_tokens <= max_tokens; "
-            f"with rollout.max_tokens {longest} write max_tokens: {longest}, buffer_tokens: "
-            f"{max(1, longest // 5)}"
+            f"buffer_tokens <= max_tokens; with rollout.max_tokens {longest} write max_tokens: {longest}, "
+            f"buffer_tokens: {max(1, longest // 5)}"
         )
     elif limit > longest:
         yield (
             f"{reward.key} length: max_tokens is {limit}, but completions end at rollout.max_tokens "
-            f"{longest} and never reach it; "
-            f"set {reward.key}.max_tokens to at most {longest}, and buffer_tokens below it"
+            f"{longest} and never reach it; set {reward.key}.max_tokens to at most {longest}, and "
+            "buffer_tokens below it"
         )
 
 
 def _format_problems(reward: MethodUse) -> Iterator[str]:
-    regex, tags = reward.values["regex"], reward.values["tags"]
+    regex = reward.values["regex"]
+    tags = reward.values["tags"]
     if regex is None and not tags:
         yield (
             f"{reward.key} format: nothing is required; set regex, tags (for example [think, answer]) or both"
@@ -104,8 +102,8 @@ def _limit_problems(recipe: SampledRecipe, reward: MethodUse, limit: str) -> Ite
     if reward.values[limit] >= recipe.reward.seconds:
         yield (
             f"{reward.key} {reward.name}: {limit} is {reward.values[limit]:g}, but its process is ended "
-            "after reward.seconds "
-            f"{recipe.reward.seconds:g} and its completions stay ungraded; set reward.seconds above it"
+            f"after reward.seconds {recipe.reward.seconds:g} and its completions stay ungraded; set "
+            "reward.seconds above it"
         )
 
 
@@ -113,13 +111,13 @@ def _server_problems(recipe: SampledRecipe, reward: MethodUse) -> Iterator[str]:
     parts = urlsplit(str(reward.values["url"]))
     if parts.scheme not in ("http", "https") or not parts.hostname:
         yield (
-            f"{reward.key} {reward.name}: url must be that of a server, like http://127.0.0.1:8000/v1; set "
-            f"{reward.key}.url"
+            f"{reward.key} {reward.name}: url must be the address of a server, such as "
+            f"http://127.0.0.1:8000/v1; set {reward.key}.url"
         )
     if parts.username or parts.password:
         yield (
-            f"{reward.key} {reward.name}: the url holds a password, and recipes are copied; name an "
-            "environment variable in token_env"
+            f"{reward.key} {reward.name}: the url holds a password, and recipes are copied to other places; "
+            "name an environment variable in token_env"
         )
     if reward.name in _JUDGES and not reward.values["model"]:
         yield f"{reward.key} {reward.name}: model is empty; name the judge as its server knows it"

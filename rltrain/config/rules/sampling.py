@@ -1,5 +1,6 @@
-"""Rules about sampling, rewards and evaluation that hold for every recipe whose completions the
-policy samples. Imports no torch.
+"""Rules about sampling, rewards and evaluation for every recipe with completions sampled by the policy.
+
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from rltrain.registry import Registry
 
 
 class MethodLookup:
-    """Looks up the methods of a recipe and collects what is wrong with them."""
+    """Looks up the methods of a recipe and collects their problems."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
 
     def __call__(self, registry: Registry, key: str, ref: MethodRef) -> MethodUse | None:
-        """The method with its hyperparameters, defaults included; None, and a problem, if the
-        registry refuses it.
+        """The method with its hyperparameters, defaults included. If the registry refuses it: None, and a
+        problem is recorded.
         """
         try:
             spec = registry.check(ref.name, ref.hp)
@@ -31,12 +32,12 @@ class MethodLookup:
         defaults = {name: item.default for name, item in spec.hyperparameters.items()}
         return MethodUse(key, spec, defaults | ref.hp)
 
-    def every(self, registry: Registry, key: str, refs: Sequence[MethodRef]) -> tuple[MethodUse, ...]:
-        """Those of ``refs`` that the registry knows."""
-        looked_up = [self(registry, f"{key}.{number}", ref) for number, ref in enumerate(refs)]
-        return tuple(use for use in looked_up if use is not None)
+    def look_up_all(self, registry: Registry, key: str, refs: Sequence[MethodRef]) -> tuple[MethodUse, ...]:
+        """The methods of ``refs`` that the registry accepts."""
+        uses = [self(registry, f"{key}.{number}", ref) for number, ref in enumerate(refs)]
+        return tuple(use for use in uses if use is not None)
 
-    def sampling(self, recipe: SampledRecipe) -> tuple[MethodUse, ...]:
+    def look_up_sampling(self, recipe: SampledRecipe) -> tuple[MethodUse, ...]:
         """Looks up the order of prompts and the reward functions; returns the registered rewards."""
         self(ORDERS, "data.order", recipe.data.order)
         rewards: list[MethodUse | None] = []
@@ -50,48 +51,48 @@ class MethodLookup:
 
 
 def sampling_problems(recipe: SampledRecipe) -> Iterator[str]:
-    rollout, learner = recipe.rollout, recipe.learner
+    rollout = recipe.rollout
+    learner = recipe.learner
     if learner.updates > rollout.prompts:
         yield (
             f"learner.updates is {learner.updates} but rollout.prompts is {rollout.prompts}: an update takes "
-            "whole groups, at least one; "
-            f"set learner.updates to at most {rollout.prompts} or raise rollout.prompts"
+            f"whole groups, at least one; set learner.updates to at most {rollout.prompts} or raise "
+            "rollout.prompts"
         )
     longest = recipe.data.max_prompt_tokens + rollout.max_tokens
     if learner.tokens_per_micro_batch < longest:
         yield (
             f"learner.tokens_per_micro_batch is {learner.tokens_per_micro_batch}, but one row can have "
-            "data.max_prompt_tokens + "
-            f"rollout.max_tokens = {recipe.data.max_prompt_tokens} + {rollout.max_tokens} = {longest} "
-            "tokens; "
-            f"set learner.tokens_per_micro_batch to at least {longest}"
+            f"data.max_prompt_tokens + rollout.max_tokens = {recipe.data.max_prompt_tokens} + "
+            f"{rollout.max_tokens} = {longest} tokens; set learner.tokens_per_micro_batch to at least "
+            f"{longest}"
         )
     if rollout.dynamic_sampling is not None and rollout.dynamic_sampling.max_rounds == 1:
         yield (
-            "rollout.dynamic_sampling.max_rounds is 1: the first round is all there is and no group is ever "
-            "replaced; "
-            "set it to 2 or more, or rollout.dynamic_sampling to null"
+            "rollout.dynamic_sampling.max_rounds is 1: there is only the first round and no group is ever "
+            "replaced; set it to 2 or more, or rollout.dynamic_sampling to null"
         )
     if rollout.dynamic_sampling is not None and rollout.dynamic_sampling.accuracy is not None:
         low, high = rollout.dynamic_sampling.accuracy
         if not any(low - 1e-9 <= right / rollout.n <= high + 1e-9 for right in range(rollout.n + 1)):
             yield (
-                f"rollout.dynamic_sampling.accuracy is [{low:g}, {high:g}], and no number of right ones "
-                f"among rollout.n {rollout.n} "
-                f"completions is such a share: every prompt would be replaced; widen it or raise rollout.n"
+                f"rollout.dynamic_sampling.accuracy is [{low:g}, {high:g}], but no number of right ones "
+                f"among rollout.n {rollout.n} completions is such a share: every prompt would be replaced; "
+                "widen it or raise rollout.n"
             )
     if recipe.data.eval is not None and max(recipe.eval.k, default=0) > recipe.eval.n:
         yield (
             f"eval.k asks for pass@{max(recipe.eval.k)} but eval.n is {recipe.eval.n}: pass@k needs at least "
-            "k completions per prompt; "
-            f"set eval.n to {max(recipe.eval.k)} or drop {max(recipe.eval.k)} from eval.k"
+            f"k completions per prompt; set eval.n to {max(recipe.eval.k)} or drop {max(recipe.eval.k)} from "
+            "eval.k"
         )
     if any(k < 1 for k in recipe.eval.k):
         yield f"eval.k is {list(recipe.eval.k)}: every k of pass@k is at least 1"
 
 
 def sampling_warnings(recipe: SampledRecipe) -> Iterator[str]:
-    learner, total = recipe.learner, recipe.train.steps * recipe.learner.updates_per_step
+    learner = recipe.learner
+    total = recipe.train.steps * recipe.learner.updates_per_step
     if learner.optimizer.lr == 0:
         yield (
             "learner.optimizer.lr is 0: the weights never change; set a learning rate unless that is what "
@@ -100,17 +101,17 @@ def sampling_warnings(recipe: SampledRecipe) -> Iterator[str]:
     if learner.optimizer.warmup_steps > total:
         yield (
             f"learner.optimizer.warmup_steps is {learner.optimizer.warmup_steps} but the run takes {total} "
-            "optimizer updates "
-            "(train.steps x learner.updates x learner.epochs): the learning rate never reaches "
-            f"{learner.optimizer.lr:g}"
+            "optimizer updates (train.steps x learner.updates x learner.epochs): the learning rate never "
+            f"reaches {learner.optimizer.lr:g}"
         )
     if recipe.rollout.prompts % learner.updates:
-        small, more = divmod(recipe.rollout.prompts, learner.updates)
+        small, larger = divmod(recipe.rollout.prompts, learner.updates)
         yield (
             f"learner.updates {learner.updates} does not divide rollout.prompts {recipe.rollout.prompts}: "
-            f"{more} updates of a step hold {small + 1} groups and {learner.updates - more} hold {small}"
+            f"{larger} updates of a step hold {small + 1} groups and {learner.updates - larger} hold {small}"
         )
-    low, high = recipe.rollout.mismatch_warn, recipe.rollout.mismatch_stop
+    low = recipe.rollout.mismatch_warn
+    high = recipe.rollout.mismatch_stop
     if low is not None and high is not None and low > high:
         yield (
             f"rollout.mismatch_warn {low:g} is above rollout.mismatch_stop {high:g}: the run stops before it "
@@ -124,20 +125,19 @@ def sampling_warnings(recipe: SampledRecipe) -> Iterator[str]:
 
 
 def dynamic_sampling_problems(recipe: SampledRecipe, rewards: Sequence[MethodUse]) -> Iterator[str]:
-    """rewards: the registered reward functions; the user's own may report correctness."""
+    """rewards: the registered reward functions. A user's function may report correctness as well."""
     if recipe.rollout.dynamic_sampling is None:
         return
     if recipe.rollout.n == 1:
         yield (
             "rollout.dynamic_sampling keeps prompts that are neither all right nor all wrong, which one "
-            "completion cannot be; "
-            "set rollout.n to at least 2, or rollout.dynamic_sampling to null"
+            "completion cannot be; set rollout.n to at least 2, or rollout.dynamic_sampling to null"
         )
-    users = len(rewards) < len(recipe.reward.functions)
-    if not users and not REWARDS_WITH_CORRECT & {reward.name for reward in rewards}:
+    has_user_rewards = len(rewards) < len(recipe.reward.functions)
+    if not has_user_rewards and not REWARDS_WITH_CORRECT & {reward.name for reward in rewards}:
         yield (
-            f"rollout.dynamic_sampling looks at raw correctness, which none of reward.functions reports "
+            "rollout.dynamic_sampling looks at raw correctness, which none of reward.functions reports "
             f"({', '.join(reward.name for reward in rewards)}); add one of "
-            f"{', '.join(sorted(REWARDS_WITH_CORRECT))} "
-            f"(weight 0 if it must not count), or set rollout.dynamic_sampling to null"
+            f"{', '.join(sorted(REWARDS_WITH_CORRECT))} (weight 0 if it must not count), or set "
+            "rollout.dynamic_sampling to null"
         )

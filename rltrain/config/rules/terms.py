@@ -1,7 +1,4 @@
-"""Rules about coefficients that change, and about recipes that learn without a reward.
-
-Called by ``config/check.py``.
-"""
+"""Rules about coefficients that change during the run, and about recipes that learn without a reward."""
 
 from __future__ import annotations
 
@@ -12,90 +9,94 @@ from rltrain.config.schema import MethodRef, OnlineRecipe
 from rltrain.control import COEFFICIENTS
 from rltrain.loss import LOSS_TERMS
 
-_GIVES = "gives_"  # a controller's trait: what it tells its term beside the coefficient
-
-_ANSWERING = frozenset(
-    {"math_answer", "exact", "choice", "empo"}
-)  # rewards that extract the answers they judge
+_OUTPUT_PREFIX = "gives_"  # trait of a controller: an input that it gives its term besides the coefficient
+# rewards that extract the answers which they judge
+_REWARDS_WITH_ANSWER = frozenset({"math_answer", "exact", "choice", "empo"})
 
 
 def coefficient_problems(recipe: OnlineRecipe) -> Iterator[str]:
-    """Names, hyperparameters and inputs of every controller, which is made once to hear what it says
-    itself.
+    """Checks the name, hyperparameters and inputs of every controller. Each is created once so that it can
+    check its own settings.
     """
     for number, term in enumerate(recipe.loss.terms):
         key = f"loss.terms.{number}.coefficient"
-        offered: set[str] = set()
+        controller_outputs: set[str] = set()
         if isinstance(term.coefficient, MethodRef):
             try:
-                bound = COEFFICIENTS.bind(term.coefficient.name, term.coefficient.hp)
-                bound(**dict.fromkeys(bound.spec.inputs, recipe.train.steps))
+                controller = COEFFICIENTS.bind(term.coefficient.name, term.coefficient.hp)
+                controller(**dict.fromkeys(controller.spec.inputs, recipe.train.steps))
             except ValueError as error:
                 yield f"{key}: {error}"
                 continue
-            offered = {trait.removeprefix(_GIVES) for trait in bound.spec.traits if trait.startswith(_GIVES)}
-            yield from _metric_problems(recipe, key, str(_value(term.coefficient, "metric")))
+            controller_outputs = {
+                trait.removeprefix(_OUTPUT_PREFIX)
+                for trait in controller.spec.traits
+                if trait.startswith(_OUTPUT_PREFIX)
+            }
+            yield from _metric_problems(recipe, key, str(_hyperparameter_value(term.coefficient, "metric")))
         if term.name not in LOSS_TERMS.names():
-            continue  # said elsewhere
-        wanted = set(LOSS_TERMS.spec(term.name).inputs)
-        if wanted - offered:
-            names = ", ".join(sorted(wanted))
-            givers = [
+            continue  # reported when the terms are looked up
+
+        term_inputs = set(LOSS_TERMS.spec(term.name).inputs)
+        if term_inputs - controller_outputs:
+            names = ", ".join(sorted(term_inputs))
+            controllers = [
                 name
                 for name in COEFFICIENTS.names()
-                if {f"{_GIVES}{one}" for one in wanted} <= COEFFICIENTS.spec(name).traits
+                if {f"{_OUTPUT_PREFIX}{term_input}" for term_input in term_inputs}
+                <= COEFFICIENTS.spec(name).traits
             ]
             yield (
-                f"{key}: term {term.name} gets {names} from its coefficient's controller, and this one does "
-                "not give it; "
-                f"set it to {{name: {' or '.join(givers)}}}"
+                f"{key}: term {term.name} gets {names} from its coefficient's controller, but this one does "
+                f"not provide it; set it to {{name: {' or '.join(controllers)}}}"
             )
-        if offered - wanted:
-            names = ", ".join(sorted(offered))
+        if controller_outputs - term_inputs:
+            names = ", ".join(sorted(controller_outputs))
             yield (
                 f"{key}: the controller gives {names}, which term {term.name} does not take; choose another "
                 "controller"
             )
 
 
-def _value(ref: MethodRef, name: str) -> object:
+def _hyperparameter_value(ref: MethodRef, name: str) -> object:
     parameter = COEFFICIENTS.spec(ref.name).hyperparameters.get(name)
     return ref.hp.get(name, None if parameter is None else parameter.default)
 
 
 def _metric_problems(recipe: OnlineRecipe, key: str, metric: str) -> Iterator[str]:
-    """A metric of a loss term is there only where the recipe has the term."""
-    used = {term.name for term in recipe.loss.terms}
+    """Checks that a loss term's metric is used only if the recipe has the term."""
+    used_terms = {term.name for term in recipe.loss.terms}
     owners = [
         name for name in LOSS_TERMS.names() if metric == f"loss/{name}" or metric.startswith(f"loss/{name}_")
     ]
-    if owners and not used & set(owners):
+    if owners and not used_terms & set(owners):
         yield (
-            f"{key}: the controller lives on the metric {metric}, which only a term {owners[-1]} reports; "
-            f"add the term or name another metric"
+            f"{key}: the controller reads the metric {metric}, which only a term {owners[-1]} reports; add "
+            "the term or name another metric"
         )
 
 
 def reward_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
-    """What says that rewards teach nothing must be said everywhere, or nowhere."""
-    policy, weights = methods.policy, [function.weight for function in recipe.reward.functions]
-    free = "reward_free" in policy.spec.traits | methods.advantage.spec.traits
+    """Checks that loss, advantage, weights and sampling agree on whether the recipe learns from rewards."""
+    policy = methods.policy
+    weights = [function.weight for function in recipe.reward.functions]
+    is_reward_free = "reward_free" in policy.spec.traits | methods.advantage.spec.traits
     if "reward_free" in policy.spec.traits:
         if methods.advantage.name != "none":
             yield (
                 f"loss.policy {policy.name} reads no advantage, but advantage is {methods.advantage.name}; "
                 "set advantage to none"
             )
-        heard = [
+        weighted = [
             function.name
             for function in recipe.reward.functions
             if function.weight != 0 and function.name != "none"
         ]
-        if heard:
+        if weighted:
             yield (
-                f"loss.policy {policy.name} reads no reward, but reward.functions gives {', '.join(heard)} a "
-                "weight; set weight to 0: "
-                f"it is then graded and reported, and teaches nothing"
+                f"loss.policy {policy.name} reads no reward, but reward.functions gives "
+                f"{', '.join(weighted)} a weight; set weight to 0: it is then graded and reported, and "
+                "teaches nothing"
             )
         if recipe.rollout.dynamic_sampling is not None:
             yield (
@@ -103,46 +104,56 @@ def reward_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
                 "it; set it to null"
             )
         return
+
     if methods.advantage.name == "none" and not methods.terms:
         yield (
             f"advantage is none: loss.policy {policy.name} would learn nothing; set advantage to one that "
             "reads the rewards"
         )
-    if not free and all(weight == 0 for weight in weights):
+    if not is_reward_free and all(weight == 0 for weight in weights):
         yield "reward.functions: every weight is 0, so every completion scores 0; give one of them a weight"
 
 
-def verdict_problems(recipe: OnlineRecipe, methods: Methods, reporting: frozenset[str]) -> Iterator[str]:
-    """Methods that go by right and wrong, or by answers, need a reward function that says which.
-    reporting: ours that judge.
+def verdict_problems(
+    recipe: OnlineRecipe, methods: Methods, correctness_rewards: frozenset[str]
+) -> Iterator[str]:
+    """Checks that methods which use correctness or answers have a reward function that reports them.
+
+    correctness_rewards: names of the registered rewards that report correctness.
     """
-    users = len(methods.rewards) < len(recipe.reward.functions)
-    chosen: tuple[MethodUse, ...] = (methods.advantage, *methods.controls, methods.policy, *methods.terms)
-    for one in chosen:
+    has_user_rewards = len(methods.rewards) < len(recipe.reward.functions)
+    used_methods: tuple[MethodUse, ...] = (
+        methods.advantage,
+        *methods.controls,
+        methods.policy,
+        *methods.terms,
+    )
+
+    for method in used_methods:
         if (
-            "needs_correct" in one.spec.traits
-            and not users
-            and not reporting & {reward.name for reward in methods.rewards}
+            "needs_correct" in method.spec.traits
+            and not has_user_rewards
+            and not correctness_rewards & {reward.name for reward in methods.rewards}
         ):
             yield (
-                f"{one.key} {one.name} goes by right and wrong, which none of reward.functions reports; "
-                f"add one of {', '.join(sorted(reporting))} (weight 0 if it must not count)"
+                f"{method.key} {method.name} needs correctness, which none of reward.functions reports; add "
+                f"one of {', '.join(sorted(correctness_rewards))} (weight 0 if it must not count)"
             )
         if (
-            "answer" in one.spec.needs
-            and not users
-            and not _ANSWERING & {reward.name for reward in methods.rewards}
+            "answer" in method.spec.needs
+            and not has_user_rewards
+            and not _REWARDS_WITH_ANSWER & {reward.name for reward in methods.rewards}
         ):
             yield (
-                f"{one.key} {one.name} compares the completions' answers, which none of reward.functions "
-                "extracts; "
-                f"add one of {', '.join(sorted(_ANSWERING))} (weight 0 if it must not count)"
+                f"{method.key} {method.name} compares the completions' answers, which none of "
+                f"reward.functions extracts; add one of {', '.join(sorted(_REWARDS_WITH_ANSWER))} (weight 0 "
+                "if it must not count)"
             )
         for term in sorted(
-            trait.removeprefix("loss_term:") for trait in one.spec.traits if trait.startswith("loss_term:")
+            trait.removeprefix("loss_term:") for trait in method.spec.traits if trait.startswith("loss_term:")
         ):
             if term not in {term.name for term in methods.terms}:
                 yield (
-                    f"{one.key} {one.name} marks tokens for the term {term}, which loss.terms has not; add "
-                    f"it or drop {one.name}"
+                    f"{method.key} {method.name} marks tokens for the term {term}, which is not in "
+                    f"loss.terms; add it or drop {method.name}"
                 )

@@ -1,4 +1,4 @@
-"""CE-GPPO: tokens outside the clip range keep a bounded gradient, with a strength for each side."""
+"""CE-GPPO: tokens outside the clip range keep a bounded gradient, with a separate strength for each side."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from rltrain.loss.policy.ratio import LOG_RATIO_LIMIT, approx_kl, log_ratio
 from rltrain.registry import method
-from rltrain.tensor_ops import masked
+from rltrain.tensor_ops import apply_mask
 from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
 
 __all__ = ["ce_gppo"]
@@ -23,25 +23,29 @@ def ce_gppo(
     eps_high: float = 0.2,
     dual_clip: float | None = 3.0,
 ) -> TokenLoss:
-    """``-A r`` inside the clip range, a gradient of constant size outside of it, arXiv:2509.20712. Values (B,
-    T).
+    """``-A r`` inside the clip range, a gradient of constant size outside, arXiv:2509.20712. Values (B, T).
 
     For A < 0 and r < 1 - eps_low: ``-beta1 (1 - eps_low) A r / sg[r]``; for A > 0 and r > 1 + eps_high:
-    ``-beta2 (1 + eps_high) A r / sg[r]``. Raising beta1 speeds the fall of entropy up, raising beta2 slows it
-    down. Defaults are the authors' function's; their scripts take beta1 0.75 (7B) or 0.5 (1.5B) and dual_clip
-    10. With betas of 1 and 1 the values are PPO's, with 0 and 0 the gradients; values of clipped tokens are
-    not comparable between settings. dual_clip bounds the loss of a token with A < 0 by -A dual_clip. r /
-    sg[r] is taken from log-probs and cannot overflow. GPPO (arXiv:2508.07629) is beta1 = beta2 = 1.
+    ``-beta2 (1 + eps_high) A r / sg[r]``. A larger beta1 makes the entropy fall faster, a larger beta2
+    slower. Defaults are those of the authors' function; their scripts use beta1 0.75 (7B) or 0.5 (1.5B) and
+    dual_clip 10. With betas of 1 and 1 the values are PPO's, with 0 and 0 the gradients are; values of
+    clipped tokens are not comparable between settings. dual_clip bounds the loss of a token with A < 0 by -A
+    dual_clip. r / sg[r] is computed from log-probs and cannot overflow. GPPO (arXiv:2508.07629) is beta1 =
+    beta2 = 1.
     """
     log_r = log_ratio(policy, batch)
     r = log_r.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    one = (log_r - log_r.detach()).exp()
-    advantages, seen = batch.advantages, r.detach()
-    low, high = (advantages < 0) & (seen < 1 - eps_low), (advantages > 0) & (seen > 1 + eps_high)
-    factor = torch.where(low, beta1 * (1 - eps_low) * one, torch.where(high, beta2 * (1 + eps_high) * one, r))
+    unit_ratio = (log_r - log_r.detach()).exp()  # r / sg[r]
+    advantages = batch.advantages
+    ratio_value = r.detach()
+    low = (advantages < 0) & (ratio_value < 1 - eps_low)
+    high = (advantages > 0) & (ratio_value > 1 + eps_high)
+    factor = torch.where(
+        low, beta1 * (1 - eps_low) * unit_ratio, torch.where(high, beta2 * (1 + eps_high) * unit_ratio, r)
+    )
     values = -advantages * factor
     metrics = {"approx_kl": approx_kl(log_r), "clip_high": high.to(r.dtype), "clip_low": low.to(r.dtype)}
     if dual_clip is not None:
         values = torch.where(advantages < 0, torch.minimum(values, -advantages * dual_clip), values)
-        metrics["clip_dual"] = ((seen > dual_clip) & (advantages < 0)).to(r.dtype)
-    return TokenLoss(masked(values, batch.mask), metrics)
+        metrics["clip_dual"] = ((ratio_value > dual_clip) & (advantages < 0)).to(r.dtype)
+    return TokenLoss(apply_mask(values, batch.mask), metrics)

@@ -1,4 +1,4 @@
-"""CISPO: the importance weight is clipped and detached, so that no token ever loses its gradient."""
+"""CISPO: the importance weight is clipped and detached, so that every token keeps its gradient."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 from rltrain.loss.policy.ratio import LOG_RATIO_LIMIT, approx_kl, log_ratio
 from rltrain.registry import method
-from rltrain.tensor_ops import masked
+from rltrain.tensor_ops import apply_mask
 from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
 
 __all__ = ["cispo"]
@@ -24,17 +24,17 @@ def cispo(
 ) -> TokenLoss:
     """``-sg[w] A log pi`` with a bounded ratio w, arXiv:2506.13585. Values (B, T).
 
-    convention: "absolute" is w = min(r, cap) with no lower bound, as the paper runs it and TRL releases it
-    (ScaleRL's cap 5); "relative" is w = clip(r, 1 - eps_low, 1 + eps_high), as verl releases it. Only the
-    parameters of the form chosen are read.
+    convention: "absolute" is w = min(r, cap) with no lower bound, as in the paper's runs and TRL (ScaleRL's
+    cap 5); "relative" is w = clip(r, 1 - eps_low, 1 + eps_high), as in verl. Only the parameters of the
+    chosen convention are read.
     """
     log_r = log_ratio(policy, batch).detach()
     r = log_r.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     low, high = (0.0, cap) if convention == "absolute" else (1 - eps_low, 1 + eps_high)
-    values = -r.clamp(low, high) * batch.advantages * masked(policy.logp, batch.mask)
+    values = -r.clamp(low, high) * batch.advantages * apply_mask(policy.logp, batch.mask)
     metrics = {
         "approx_kl": approx_kl(log_r),
         "clip_high": (r > high).to(r.dtype),
         "clip_low": (r < low).to(r.dtype),
     }
-    return TokenLoss(masked(values, batch.mask), metrics)
+    return TokenLoss(apply_mask(values, batch.mask), metrics)

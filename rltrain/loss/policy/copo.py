@@ -1,4 +1,4 @@
-"""COPO's loss: the clipped surrogate twice, on a completion's own advantage and on its prompt's."""
+"""COPO's loss: the clipped surrogate of a completion's own advantage plus that of its prompt's."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ def copo(
     """COPO: ``clip(w A_local) + clip((1 - w) A_global)``, which is w l_local + (1 - w) l_global,
     arXiv:2508.04138. Values (B, T).
 
-    Both advantages come weighted from the control ``copo``: the surrogate is positively homogeneous in the
-    advantage. eps_low, eps_high and dual_clip as in ``clip``, for both; dual_clip 3 is verl's, on which the
-    release is built.
+    The control ``copo`` weights both advantages, because the surrogate is positively homogeneous in the
+    advantage. eps_low, eps_high and dual_clip as in ``clip``, for both; dual_clip 3 is the default of verl,
+    on which the release is built.
     """
     settings = {"eps_low": eps_low, "eps_high": eps_high, "dual_clip": dual_clip}
     local = clip(policy, batch, **settings)
-    everywhere = clip(
-        policy, batch.replace(advantages=policy_statistic(batch, "advantage_global", "copo")), **settings
-    )
-    shown = {f"global_{name}": value for name, value in everywhere.metrics.items() if name != "approx_kl"}
-    return TokenLoss(local.values + everywhere.values, {**local.metrics, **shown})
+    prompt_batch = batch.replace(advantages=policy_statistic(batch, "advantage_global", "copo"))
+    prompt = clip(policy, prompt_batch, **settings)
+    metrics = {f"global_{name}": value for name, value in prompt.metrics.items() if name != "approx_kl"}
+    return TokenLoss(local.values + prompt.values, {**local.metrics, **metrics})

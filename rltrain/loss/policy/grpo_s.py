@@ -1,4 +1,4 @@
-"""GRPO-S's loss: one ratio per sequence, the arithmetic mean of its tokens'."""
+"""GRPO-S's loss: one ratio per sequence, the arithmetic mean of its token ratios."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def grpo_s(
     """PPO's surrogate on ``w = mean_t r`` of a sequence, clipped to [1 - eps_low, 1 + eps_high],
     arXiv:2508.04349. Values (B, 1).
 
-    The arithmetic mean of the token ratios, where ``gspo`` takes the geometric one: a single large ratio
-    moves it. ln r is clamped to +-20 first. The advantage is ``grpo_s``; where it differs within a sequence
-    its mean is taken.
+    w is the arithmetic mean of the token ratios, which a single large ratio can move; ``gspo`` takes the
+    geometric mean. ln r is clamped to +-20 first. The advantage is ``grpo_s``; if it differs within a
+    sequence its mean is taken.
     """
     log_r = log_ratio(policy, batch)
     w = masked_mean(log_r.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp(), batch.mask, dim=1)[:, None]
     advantage = sequence_advantage(batch)
     values = torch.maximum(-advantage * w, -advantage * w.clamp(1 - eps_low, 1 + eps_high))
-    seen = w.detach()
+    ratio_value = w.detach()
     metrics = {
         "approx_kl": approx_kl(log_r),
-        "clip_high": ((seen > 1 + eps_high) & (advantage > 0)).to(seen.dtype),
-        "clip_low": ((seen < 1 - eps_low) & (advantage < 0)).to(seen.dtype),
+        "clip_high": ((ratio_value > 1 + eps_high) & (advantage > 0)).to(ratio_value.dtype),
+        "clip_low": ((ratio_value < 1 - eps_low) & (advantage < 0)).to(ratio_value.dtype),
     }
     return TokenLoss(values, metrics)

@@ -1,12 +1,10 @@
-"""KL-Cov's loss: the plain ratio surrogate, with a penalty on the tokens that the control of the same
-name has marked.
-"""
+"""KL-Cov's loss: the plain ratio surrogate with a penalty on the tokens that its control marked."""
 
 from __future__ import annotations
 
 from rltrain.loss.policy.ratio import LOG_RATIO_LIMIT, approx_kl, log_ratio, policy_statistic
 from rltrain.registry import method
-from rltrain.tensor_ops import masked
+from rltrain.tensor_ops import apply_mask
 from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
 
 __all__ = ["kl_cov"]
@@ -24,18 +22,17 @@ def kl_cov(policy: PolicyTokens, batch: TrainBatch, *, beta: float = 1.0) -> Tok
 
     The paper writes the penalty as a KL divergence between the old and the current policy, its code as the
     absolute log-ratio, which is used here. Nothing is clipped (ln r is clamped to +-20 before exp): watch
-    approx_kl when a step takes many updates. Where the current policy is still the old one (a step's first
-    update) the penalty's gradient is 0; the sign of a rounding error is not let through.
+    approx_kl if a step makes many updates. While the current policy is still the old one (in a step's first
+    update) the penalty's gradient is 0, not the sign of a rounding error.
     """
-    log_r, marked = log_ratio(policy, batch), policy_statistic(batch, "kl_cov", "kl_cov")
-    moved = (
-        batch.logp_now != batch.old_logp
-        if batch.logp_now is not None and batch.old_logp is not None
-        else batch.mask
-    )
-    penalty = marked * masked(log_r, moved).abs()
+    log_r = log_ratio(policy, batch)
+    marks = policy_statistic(batch, "kl_cov", "kl_cov")
+    has_moved = batch.mask
+    if batch.logp_now is not None and batch.old_logp is not None:
+        has_moved = batch.logp_now != batch.old_logp
+    penalty = marks * apply_mask(log_r, has_moved).abs()
     values = -batch.advantages * log_r.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp() + beta * penalty
     return TokenLoss(
-        masked(values, batch.mask),
-        {"approx_kl": approx_kl(log_r), "kl_cov_penalty": masked(penalty.detach(), batch.mask)},
+        apply_mask(values, batch.mask),
+        {"approx_kl": approx_kl(log_r), "kl_cov_penalty": apply_mask(penalty.detach(), batch.mask)},
     )

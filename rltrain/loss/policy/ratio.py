@@ -1,10 +1,10 @@
-"""What the importance-ratio losses share."""
+"""Functions shared by the losses with an importance ratio."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from rltrain.tensor_ops import masked, masked_mean
+from rltrain.tensor_ops import apply_mask, masked_mean
 from rltrain.types.policy import PolicyTokens, TrainBatch
 
 # verl's clamp before exp: e^20 is far beyond every clip range and still finite when squared in float32
@@ -12,22 +12,20 @@ LOG_RATIO_LIMIT = 20.0
 
 
 def log_ratio(policy: PolicyTokens, batch: TrainBatch) -> Tensor:
-    """(B, T) ln(pi / pi_old), with gradient; 0 where the mask is off, whatever stands there.
+    """(B, T) ln(pi / pi_old), with gradient; 0 where masked out, whatever the values are there.
 
-    The objective fills ``old_logp`` for an on-policy update; a loss called without it raises ValueError.
+    The objective sets ``old_logp`` for an on-policy update; without it this raises ValueError.
     """
     if batch.old_logp is None:
         raise ValueError(
             "this policy loss takes a ratio to old_logp, which the batch lacks; pass policy.logp.detach() if "
             "on-policy"
         )
-    return masked(policy.logp - batch.old_logp, batch.mask)
+    return apply_mask(policy.logp - batch.old_logp, batch.mask)
 
 
 def sequence_advantage(batch: TrainBatch) -> Tensor:
-    """(B, 1) mean advantage of the sequence: its advantage, where that is one number per completion
-    as the papers have it.
-    """
+    """(B, 1) mean advantage over the sequence; in the papers the advantage is one number per completion."""
     return masked_mean(batch.advantages, batch.mask, dim=1)[:, None]
 
 
@@ -38,9 +36,9 @@ def approx_kl(log_ratios: Tensor) -> Tensor:
 
 
 def policy_statistic(batch: TrainBatch, name: str, control: str) -> Tensor:
-    """(B, T) what the control called ``control`` hands to its loss as ``extra[name]``.
+    """(B, T) the tensor ``extra[name]`` that the control ``control`` passes to its loss.
 
-    Raises ValueError where it did not run.
+    Raises ValueError if that control did not run.
     """
     if name not in batch.extra:
         raise ValueError(

@@ -24,19 +24,19 @@ def gspo(
     """PPO's surrogate on the geometric-mean ratio ``s = exp(mean_t ln r)`` of a sequence, arXiv:2507.18071.
     Values (B, 1).
 
-    s is clipped to [1 - eps_low, 1 + eps_high]. It moves far less than a token's ratio: with 0.2 nothing
-    would ever clip. ln s is bounded by 10 as in verl. Where advantages differ within a sequence their mean is
-    taken.
+    s is clipped to [1 - eps_low, 1 + eps_high]. It changes far less than a token's ratio: with 0.2 nothing
+    would ever be clipped. ln s is bounded by 10 as in verl. If advantages differ within a sequence their mean
+    is taken.
     """
     log_r = log_ratio(policy, batch)
     s = masked_mean(log_r, batch.mask, dim=1)[:, None].clamp(max=LOG_SEQUENCE_RATIO_LIMIT).exp()
     advantage = sequence_advantage(batch)
     values = torch.maximum(-advantage * s, -advantage * s.clamp(1 - eps_low, 1 + eps_high))
-    seen = s.detach()
+    ratio_value = s.detach()
     metrics = {
         "approx_kl": approx_kl(log_r),
-        "clip_high": ((seen > 1 + eps_high) & (advantage > 0)).to(seen.dtype),
-        "clip_low": ((seen < 1 - eps_low) & (advantage < 0)).to(seen.dtype),
+        "clip_high": ((ratio_value > 1 + eps_high) & (advantage > 0)).to(ratio_value.dtype),
+        "clip_low": ((ratio_value < 1 - eps_low) & (advantage < 0)).to(ratio_value.dtype),
     }
     return TokenLoss(values, metrics)
 
@@ -48,16 +48,16 @@ def gmpo(
     """Geometric mean of token ratios, each clipped in log space to [-eps_low, eps_high], arXiv:2507.20673.
     Values (B, 1).
 
-    As with PPO a token is clipped only on the side where its ratio has already moved with its advantage.
+    As in PPO, a token is clipped only if its ratio has already moved in the direction of its advantage.
     """
     log_r = log_ratio(policy, batch)
     sign = batch.advantages.sign()
     bounded = sign * torch.minimum(sign * log_r, sign * log_r.clamp(-eps_low, eps_high))
     rho = masked_mean(bounded, batch.mask, dim=1)[:, None].exp()
-    seen = log_r.detach()
+    ratio_value = log_r.detach()
     metrics = {
         "approx_kl": approx_kl(log_r),
-        "clip_high": ((seen > eps_high) & (sign > 0)).to(seen.dtype),
-        "clip_low": ((seen < -eps_low) & (sign < 0)).to(seen.dtype),
+        "clip_high": ((ratio_value > eps_high) & (sign > 0)).to(ratio_value.dtype),
+        "clip_low": ((ratio_value < -eps_low) & (sign < 0)).to(ratio_value.dtype),
     }
     return TokenLoss(-sequence_advantage(batch) * rho, metrics)

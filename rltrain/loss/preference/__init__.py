@@ -1,6 +1,6 @@
 """Preference losses: ``(policy, batch, *, hp) -> ExampleLoss``, one number per example, unreduced.
 
-What arrives depends on the traits a loss declares:
+The inputs depend on the traits that a loss declares:
 
 =====================  ================================  ============
 traits                 policy (carries the gradient)     batch
@@ -11,25 +11,25 @@ pairs, scalar_head     RewardPairs                       PairBatch
 labels, scalar_head    Tensor (N,), the head's reward    LabelBatch
 =====================  ================================  ============
 
-Further traits: "margins" (the data must give score differences or probabilities), "previous_policy" (a frozen
-previous iterate beside the reference), "reference_free", "whole_groups" (all completions of a prompt in one
-optimizer batch), "gamma_required".
+Further traits: "margins" (the data must have score differences or probabilities), "previous_policy" (a
+frozen previous iterate in addition to the reference), "reference_free", "whole_groups" (all completions of a
+prompt in one optimizer batch), "gamma_required".
 
 ``needs`` names tensors: fields of CompletionFacts that the learner computes (``ref_logp``, ``previous_logp``,
 ``logp_now``); fields of the batch (``margin``, ``p_chosen``, ``label``, and ``mismatched`` with its
 ``logp_now`` and ``ref_logp``); columns of the data (``column:pass_rate``); and statistics over the whole
-optimizer batch, which are the names of ``STATISTICS``. ``tensors_of`` resolves the statistics into what they
-need in their turn.
+optimizer batch, by their names in ``STATISTICS``. ``tensors_of`` replaces the statistics by the tensors that
+they need.
 """
 
 from rltrain.registry import BoundMethod, Registry
 
-_HERE = "rltrain.loss.preference"
+_PACKAGE = "rltrain.loss.preference"
 
 PREFERENCE_LOSSES = Registry(
     "preference loss",
     modules=tuple(
-        f"{_HERE}.{name}"
+        f"{_PACKAGE}.{name}"
         for name in (
             "dpo",
             "h_dpo",
@@ -46,7 +46,7 @@ PREFERENCE_LOSSES = Registry(
         )
     ),
 )
-STATISTICS = Registry("batch statistic", modules=(f"{_HERE}.statistics",))
+STATISTICS = Registry("batch statistic", modules=(f"{_PACKAGE}.statistics",))
 
 
 def statistics_of(loss: BoundMethod) -> tuple[str, ...]:
@@ -55,8 +55,6 @@ def statistics_of(loss: BoundMethod) -> tuple[str, ...]:
 
 
 def tensors_of(loss: BoundMethod) -> frozenset[str]:
-    """Everything that must be in the batch before ``statistics.prepared``: fields, and columns as
-    ``column:<name>``.
-    """
+    """Fields and columns (``column:<name>``) that ``loss`` and its statistics need in the batch."""
     names = statistics_of(loss)
     return (loss.needs - set(names)).union(*(STATISTICS.spec(name).needs for name in names))

@@ -1,4 +1,4 @@
-"""CLO and SPO: preference losses with a second, supervised term. Both known from notes and abstracts only."""
+"""CLO and SPO: preference losses with a second, supervised term, known only from notes and abstracts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def clo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, sft_share: 
     """``sft_share NLL + (1 - sft_share) DPO``, the NLL over target-language rows only, arXiv:2505.14297.
     Values (N,).
 
-    The pairs hold the same answer in two languages, preferred in the prompt's own (column is_target_language:
-    1 or 0). The NLL is one mean over the target rows' chosen tokens of the optimizer batch, 0 where it has
-    none; DPO's mean is over all rows; beta as in ``dpo``. Confidence: medium. sft_share, beta and both
-    reductions are ours; only third-party notes were read.
+    A pair holds the same answer in two languages; the one in the prompt's language is chosen (column
+    is_target_language: 1 or 0). The NLL is one mean over the chosen tokens of the optimizer batch's target
+    rows, 0 without such rows; DPO's mean is over all rows; beta as in ``dpo``. Confidence: medium. sft_share,
+    beta and both reductions are our choice, since only third-party notes were available.
     """
     tokens = statistic(batch, "target_tokens_per_example", "clo").to(policy.chosen.logp.dtype)
     target = batch.columns["is_target_language"].to(tokens.dtype)
@@ -40,9 +40,9 @@ def spo_degree(logits: Tensor, degree: Tensor) -> Tensor:
     """(D,) cross-entropy of "how degraded is this answer", to be added to any preference loss,
     arXiv:2409.17791.
 
-    logits (D, K): of a linear head on the last hidden state of D answers from which a share of the key
-    phrases was deleted; degree (D,) int64, 0 for the intact answer. Starts at ln K, so that it wants a small
-    weight (0.1). Degraded answers never enter the preference loss. Confidence: low. Beyond the abstract's
-    idea this is a reconstruction, and the classifier can read the degree off the length.
+    logits (D, K) come from a linear head on the last hidden state of D answers from which a share of the key
+    phrases was deleted; degree (D,) int64 is 0 for the intact answer. The loss starts at ln K and so needs a
+    small weight (0.1). Degraded answers never enter the preference loss. Confidence: low. Beyond the
+    abstract's idea this is a reconstruction, and the classifier can infer the degree from the length.
     """
     return cross_entropy(logits, degree, reduction="none")

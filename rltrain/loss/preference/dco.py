@@ -1,4 +1,4 @@
-"""DCO: likelihood that is limited in confidence, for pass@N."""
+"""DCO: a likelihood loss that limits confidence, for pass@N."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def coverage(logp: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """(N,) float64 each, without gradient: ``L = -ln(1 - (1 - p)^n)`` and ``F = -dL/d ln p``, for p =
     exp(logp).
 
-    F = n p (1 - p)^(n-1) / (1 - (1 - p)^n): 1 as p goes to 0, falling to 0 at p = 1 (exactly 1 throughout for
-    n = 1).
+    F = n p (1 - p)^(n-1) / (1 - (1 - p)^n) goes to 1 as p goes to 0, and falls to 0 at p = 1 (for n = 1 it is
+    exactly 1 throughout).
     """
     logp = logp.detach().double()
     if n == 1:
@@ -44,10 +44,10 @@ def dco(
 ) -> ExampleLoss:
     """``-ln(1 - (1 - p)^n)`` with p the probability of the whole completion, arXiv:2502.07154. Values (N,).
 
-    n: the N of the pass@N to be trained for; 1 is the negative log-likelihood (and the released code's
-    default). gradient: "exact" is the loss above; "token_mean" the authors' code, ``F`` (detached) times the
-    mean over the completion's tokens of the negative log-likelihood. Long completions have p near 0, hence F
-    near 1: it acts once answers are confident. F is exact, where the authors take a series below n p = 0.1.
+    n: the N of the pass@N to train for; 1 is the negative log-likelihood (and the released code's default).
+    gradient: "exact" is the loss above; "token_mean" is the authors' code, ``F`` (detached) times the mean of
+    the negative log-likelihood over the completion's tokens. Long completions have p near 0, hence F near 1:
+    it takes effect once answers are confident. F is exact; the authors use a series below n p = 0.1.
     """
     _check_n("dco", n)
     loss, factor = (part.to(policy.logp.dtype) for part in coverage(policy.logp, n))
@@ -67,9 +67,9 @@ def dco_pass_rate(
     """DCO for chains of thought: the negative log-likelihood times ``F`` at a sampled success rate,
     arXiv:2502.07154. Values (N,).
 
-    F as in ``dco`` with n, at the data's column pass_rate (the share of the current model's samples for the
-    prompt that were right). likelihood: the completion's mean over tokens as in the authors' default, or its
-    sum. The authors replace examples whose pass rate is 0.1 or more by others before the batch is made.
+    F as in ``dco`` with n, at the data's column pass_rate (the share of right answers among the current
+    model's samples for the prompt). likelihood: the completion's mean over tokens as in the authors' default,
+    or its sum. The authors replace examples whose pass rate is 0.1 or more before they make a batch.
     """
     _check_n("dco_pass_rate", n)
     rate = batch.columns["pass_rate"]

@@ -1,8 +1,8 @@
-"""DPO and the variants that change only what is done with its logit ``z = beta (u_chosen - u_rejected)``.
+"""DPO and the variants that differ only in the function of its logit ``z = beta (u_chosen - u_rejected)``.
 
 ``u = log pi(y|x) - log pi_ref(y|x)`` is a sum over the completion's tokens. All take PolicyPairs and a
-PairBatch and return values (N,). With the policy at its reference: ln 2 for the sigmoid forms, 1 for hinge, 1
-/ (4 tau^2) for IPO.
+PairBatch and return values (N,). If the policy equals its reference they are ln 2 for the sigmoid forms, 1
+for hinge, 1 / (4 tau^2) for IPO.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ __all__ = [
 
 
 def soft_logistic(logit: Tensor, p_chosen: Tensor | float) -> Tensor:
-    """(N,) ``-p ln sigmoid(z) - (1 - p) ln sigmoid(-z)``: cross-entropy of a preference held with
-    probability p.
-    """
+    """(N,) ``-p ln sigmoid(z) - (1 - p) ln sigmoid(-z)``: cross-entropy for the preference p."""
     return -p_chosen * logsigmoid(logit) - (1 - p_chosen) * logsigmoid(-logit)
 
 
@@ -49,11 +47,10 @@ def dpo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1) -> ExampleL
 
 @method("cdpo", needs={"ref_logp"}, traits={"pairs"})
 def cdpo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, flip_rate: float = 0.2) -> ExampleLoss:
-    """Conservative DPO: the label is believed with probability ``1 - flip_rate`` (Mitchell 2023). Values
-    (N,).
+    """Conservative DPO: the label is right with probability ``1 - flip_rate`` (Mitchell 2023). Values (N,).
 
     beta as in ``dpo``. The minimum is at a finite margin, ``z = logit(1 - flip_rate)``. The note gives no
-    default; 0.2 is HALOs'. TRL 1.x ignores its label_smoothing here, so that its numbers are plain DPO's.
+    default; 0.2 is HALOs'. TRL 1.x ignores its label_smoothing here, so its numbers are plain DPO's.
     """
     _check_flip_rate("cdpo", flip_rate)
     chosen, rejected = log_ratios(policy, batch)
@@ -65,11 +62,11 @@ def cdpo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, flip_rate:
 def robust_dpo(
     policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, flip_rate: float = 0.1
 ) -> ExampleLoss:
-    """Unbiased under labels flipped at ``flip_rate``: its mean over flips is DPO's loss, arXiv:2403.00409.
+    """Unbiased if labels are flipped at ``flip_rate``: its mean over flips is DPO's loss, arXiv:2403.00409.
     Values (N,).
 
     ``[-(1 - e) ln sigmoid(z) + e ln sigmoid(-z)] / (1 - 2e)`` with e the flip_rate, in [0, 0.5); beta as in
-    ``dpo``. It is not bounded below: badly violated pairs push harder than in DPO.
+    ``dpo``. It is not bounded below: badly violated pairs have larger gradients than in DPO.
     """
     _check_flip_rate("robust_dpo", flip_rate)
     chosen, rejected = log_ratios(policy, batch)
@@ -82,7 +79,7 @@ def robust_dpo(
 def hinge(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1) -> ExampleLoss:
     """``max(0, 1 - z)``: the hinge of SLiC and RSO, arXiv:2309.06657.
 
-    Values (N,). 1 / beta is the margin asked for, in nats.
+    Values (N,). 1 / beta is the required margin, in nats.
     """
     chosen, rejected = log_ratios(policy, batch)
     return ExampleLoss(
@@ -94,14 +91,15 @@ def hinge(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1) -> Exampl
 def ipo(
     policy: PolicyPairs, batch: PairBatch, *, tau: float = 0.1, log_ratio: Literal["sum", "per_token"] = "sum"
 ) -> ExampleLoss:
-    """IPO: the margin is drawn to ``1 / (2 tau)`` by its square, arXiv:2310.12036. Values (N,).
+    """IPO: squared distance of the margin from ``1 / (2 tau)``, arXiv:2310.12036. Values (N,).
 
-    log_ratio: "sum" over tokens, the paper's equation 17 as written and OpenRLHF's, or "per_token", divided
-    by each completion's length as in TRL and HALOs. For one tau the two differ by orders of magnitude.
+    log_ratio: "sum" over tokens, as in the paper's equation 17 and OpenRLHF, or "per_token", divided by each
+    completion's length as in TRL and HALOs. For the same tau the two differ by orders of magnitude.
     """
     chosen, rejected = log_ratios(policy, batch)
     if log_ratio == "per_token":
-        chosen, rejected = per_token(chosen, batch.chosen), per_token(rejected, batch.rejected)
+        chosen = per_token(chosen, batch.chosen)
+        rejected = per_token(rejected, batch.rejected)
     values = (chosen - rejected - 1 / (2 * tau)).square()
     return ExampleLoss(values, pair_metrics(policy, tau * chosen, tau * rejected))
 
@@ -114,7 +112,8 @@ def dpo_length_normalised(policy: PolicyPairs, batch: PairBatch, *, beta: float 
     train.
     """
     chosen, rejected = log_ratios(policy, batch)
-    chosen, rejected = per_token(chosen, batch.chosen), per_token(rejected, batch.rejected)
+    chosen = per_token(chosen, batch.chosen)
+    rejected = per_token(rejected, batch.rejected)
     return ExampleLoss(
         -logsigmoid(beta * (chosen - rejected)), pair_metrics(policy, beta * chosen, beta * rejected)
     )
@@ -128,11 +127,13 @@ def dpo_reference_free(
     Values (N,).
 
     beta as in ``dpo``. logp: "sum" over tokens, or "per_token", which is SimPO (arXiv:2405.14734) without its
-    margin and wants a beta of 2 and more.
+    margin and needs a beta of 2 or more.
     """
-    chosen, rejected = policy.chosen.logp, policy.rejected.logp
+    chosen = policy.chosen.logp
+    rejected = policy.rejected.logp
     if logp == "per_token":
-        chosen, rejected = per_token(chosen, batch.chosen), per_token(rejected, batch.rejected)
+        chosen = per_token(chosen, batch.chosen)
+        rejected = per_token(rejected, batch.rejected)
     return ExampleLoss(
         -logsigmoid(beta * (chosen - rejected)), pair_metrics(policy, beta * chosen, beta * rejected)
     )

@@ -14,7 +14,7 @@ from rltrain.types.preference import ExampleLoss, PairBatch, PolicyPairs
 
 __all__ = ["divergence_score", "f_dpo"]
 
-LARGEST_EXPONENT = 80.0  # exp(80) is the last power of e with room to spare in float32
+LARGEST_EXPONENT = 80.0  # exp(80) is still well inside the range of float32
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
@@ -22,8 +22,8 @@ Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 def divergence_score(
     log_ratio: Tensor, divergence: Divergence, alpha_forward: float
 ) -> tuple[Tensor, Tensor]:
-    """(N,) ``f'(pi / pi_ref)`` without additive constants, and (N,) bool where its exponent was
-    clamped at 80 (no gradient).
+    """(N,) ``f'(pi / pi_ref)`` without additive constants, and (N,) bool: its exponent was clamped at 80 and
+    so has no gradient.
     """
     if divergence == "reverse_kl":
         return log_ratio, log_ratio != log_ratio
@@ -49,11 +49,11 @@ def f_dpo(
     (N,).
 
     divergence: reverse_kl (g = u, which is DPO), forward_kl (-e^-u), js (ln 2 + ln sigmoid(u)) or alpha ((1 -
-    e^(-a u)) / a). alpha_forward is that a, in (0, 1]: towards 0 reverse KL, at 1 forward KL, as in the
-    paper. TRL's f_alpha_divergence_coef is 1 - a. beta does not carry over between divergences: js and
-    forward_kl rewards are bounded above (the authors take 0.9, 0.3 and 0.03 for reverse, js and forward).
-    Rows whose exponent passes 80 are clamped, have no gradient and are counted. The logged reward is ``beta
-    g(u)``; the authors' alpha reward lacks the constant beta / a, which no loss sees.
+    e^(-a u)) / a). alpha_forward is that a, in (0, 1]: the limit 0 is the reverse KL, 1 the forward KL, as in
+    the paper. TRL's f_alpha_divergence_coef is 1 - a. beta does not transfer between divergences: js and
+    forward_kl rewards are bounded above (the authors use 0.9, 0.3 and 0.03 for reverse, js and forward).
+    Rows whose exponent exceeds 80 are clamped, have no gradient and are counted. The logged reward is ``beta
+    g(u)``; the authors' alpha reward omits the constant beta / a, which does not change the loss.
     """
     if not 0 < alpha_forward <= 1:
         raise ValueError(

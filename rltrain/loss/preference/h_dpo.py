@@ -1,4 +1,4 @@
-"""H-DPO: how sharp the optimum is, apart from how far it may leave the reference."""
+"""H-DPO: separates how sharp the optimum is from how far it may leave the reference."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def h_dpo(policy: PolicyPairs, batch: PairBatch, *, alpha: float = 1.0, beta: fl
 
     ``-ln sigmoid(alpha beta [log pi(w) - log pi(l)] - beta [log pi_ref(w) - log pi_ref(l)])``: the KL
     penalty's entropy part is multiplied by alpha > 0, below 1 for a sharper optimum ``pi_ref^(1/alpha) exp(r
-    / (alpha beta))``; 1 is DPO. beta as in ``dpo``. With the policy at its reference the loss is not ln 2
-    unless alpha is 1, and the reward logged is ``alpha beta log pi - beta log pi_ref``. The paper argues for
-    alpha slightly below 1; its value is not repeated here.
+    / (alpha beta))``; 1 is DPO. beta as in ``dpo``. If the policy equals its reference the loss is not ln 2
+    unless alpha is 1, and the logged reward is ``alpha beta log pi - beta log pi_ref``. The paper argues for
+    alpha slightly below 1; its value is not the default here.
     """
     if not alpha > 0:
         raise ValueError(
-            f"h_dpo: alpha is {alpha}, expected above 0: without the entropy's share the optimum is a single "
+            f"h_dpo: alpha is {alpha}, expected above 0: without the entropy part the optimum is a single "
             "answer"
         )
     chosen = alpha * policy.chosen.logp - ref_logp(batch.chosen)

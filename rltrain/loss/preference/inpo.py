@@ -1,6 +1,4 @@
-"""Towards a Nash policy of a preference that need not come from rewards: INPO's loss, and the steps
-of Nash Mirror Prox.
-"""
+"""Losses for a Nash policy of a preference that need not come from rewards: INPO and Nash Mirror Prox."""
 
 from __future__ import annotations
 
@@ -19,15 +17,15 @@ def inpo(policy: PolicyPairs, batch: PairBatch, *, eta: float = 0.0075, tau: flo
     """``(h - 1 / (2 eta))^2``, h the margin against reference and previous iterate, arXiv:2407.00617. Values
     (N,).
 
-    ``h = D log pi - (tau / eta) D log pi_ref - (1 - tau / eta) D log pi_t``, D chosen minus rejected, sums
-    over tokens, pi_t the frozen iterate whose samples were compared. eta: step size of mirror descent; tau:
-    weight of the reference, 0 < tau <= eta (at eta the previous iterate drops out and this is IPO). Targets
-    are large: 66.7 nats at the default.
+    ``h = D log pi - (tau / eta) D log pi_ref - (1 - tau / eta) D log pi_t``, where D is chosen minus
+    rejected, log-probs are sums over tokens, and pi_t is the frozen iterate whose samples were compared. eta:
+    step size of mirror descent; tau: weight of the reference, 0 < tau <= eta (at eta the previous iterate
+    cancels and this is IPO). The target is large: 66.7 nats at the default.
     """
     if not 0 < tau <= eta:
         raise ValueError(f"inpo: tau is {tau} and eta {eta}, expected 0 < tau <= eta")
-    chosen = _against_both(policy.chosen, batch.chosen, tau / eta)
-    rejected = _against_both(policy.rejected, batch.rejected, tau / eta)
+    chosen = _log_ratio_to_both(policy.chosen, batch.chosen, tau / eta)
+    rejected = _log_ratio_to_both(policy.rejected, batch.rejected, tau / eta)
     return ExampleLoss(
         (chosen - rejected - 1 / (2 * eta)).square(), pair_metrics(policy, eta * chosen, eta * rejected)
     )
@@ -40,12 +38,12 @@ def nash_mp(policy: PolicyPairs, batch: PairBatch, *, eta: float = 2.0, beta: fl
     """One proximal step of Nash Mirror Prox as a regression on pairs, arXiv:2505.19731. Values (N,).
 
     ``(h - s / 2)^2`` with ``s = eta / (1 + eta beta)`` and ``h = D log pi - beta s D log pi_ref - (1 - beta
-    s) D log pi_k``, D chosen minus rejected, sums over tokens. Its minimum over pairs of two independent
-    samples of the opponent is the proximal step from the centre pi_k (``previous_logp``) against that
-    opponent; it equals ``inpo`` with eta ``1 / s`` and tau ``beta``. eta: step size, at most 2; beta: weight
-    of the KL to the reference. An iteration is two steps from one centre, the second with samples of the
-    first one's result. A reconstruction: the tabular iteration has the paper's rate, its own recipe for
-    language models was not read.
+    s) D log pi_k``, where D is chosen minus rejected and log-probs are sums over tokens. Its minimum over
+    pairs of two independent samples of the opponent is the proximal step from the centre pi_k
+    (``previous_logp``) against that opponent; it equals ``inpo`` with eta ``1 / s`` and tau ``beta``. eta:
+    step size, at most 2; beta: weight of the KL to the reference. An iteration is two steps from the same
+    centre, the second with samples of the first step's result. A reconstruction: the tabular iteration has
+    the paper's rate, but the paper's recipe for language models was not available.
     """
     if not (0 < eta <= 2 and beta > 0):
         raise ValueError(
@@ -55,7 +53,7 @@ def nash_mp(policy: PolicyPairs, batch: PairBatch, *, eta: float = 2.0, beta: fl
     return inpo(policy, batch, eta=beta + 1 / eta, tau=beta)
 
 
-def _against_both(policy: PolicySequences, facts: CompletionFacts, share: float) -> Tensor:
+def _log_ratio_to_both(policy: PolicySequences, facts: CompletionFacts, share: float) -> Tensor:
     if facts.previous_logp is None:
         raise ValueError("inpo compares with the frozen previous iterate, but previous_logp was not computed")
     return policy.logp - share * ref_logp(facts) - (1 - share) * facts.previous_logp.detach()
@@ -67,8 +65,8 @@ def mirror_descent_step(
     """(K,) ``pi_{t+1} ~ exp(P(y > pi_t) / eta) pi_ref^(tau/eta) pi_t^(1 - tau/eta)`` over K answers,
     arXiv:2407.00617.
 
-    preference (K, K): entry (i, j) is the probability that answer i beats answer j. The update whose fixed
-    point INPO's loss has.
+    preference (K, K): entry (i, j) is the probability that answer i beats answer j. INPO's loss has the fixed
+    point of this update.
     """
     share = tau / eta
     return torch.softmax(
@@ -83,17 +81,18 @@ def mirror_prox_step(
     arXiv:2505.19731.
 
     Both are proximal steps from ``policy``, the first against itself, the second against the extrapolated
-    one; starting the second from there as well would be plain self-play without the guarantee. eta: step
-    size, at most 2 for preferences in [0, 1]; beta: weight of the KL to the reference. The updates are
-    reconstructed from mirror prox and reach the paper's rate ``(1 + 2 beta)^-N`` over N such steps.
+    policy; if the second also started from the extrapolated policy, it would be plain self-play without the
+    guarantee. eta: step size, at most 2 for preferences in [0, 1]; beta: weight of the KL to the reference.
+    The updates are reconstructed from mirror prox and reach the paper's rate ``(1 + 2 beta)^-N`` over N such
+    steps.
     """
 
     def step(opponent: Tensor) -> Tensor:
         scores = eta * (preference @ opponent) + eta * beta * reference.log() + policy.log()
         return torch.softmax(scores / (1 + eta * beta), dim=0)
 
-    half = step(policy)
-    return half, step(half)
+    extrapolated = step(policy)
+    return extrapolated, step(extrapolated)
 
 
 def nash_mp_score(
@@ -103,8 +102,8 @@ def nash_mp_score(
     proximal step by sampling.
 
     wins (B,): probability that the sampled answer beats the opponent's; the log-probs are sums over tokens
-    (B,), of the policy, the reference and the step's centre pi_k. Multiplies -log pi as an advantage. A
-    reconstruction for language models of arXiv:2505.19731, whose own recipe was not read.
+    (B,), of the policy, the reference and the step's centre pi_k. The score multiplies -log pi as an
+    advantage. A reconstruction for language models of arXiv:2505.19731, whose own recipe was not available.
     """
     return (wins - 0.5 - beta * (logp - ref_logp) - (logp - centre_logp) / eta).detach()
 
@@ -113,7 +112,7 @@ def symmetrise(first: Tensor, second: Tensor) -> Tensor:
     """``P(a > b)`` from a judge asked in both orders: ``first`` for a shown before b, ``second`` its P(b > a)
     with b before a.
 
-    Makes P(a > b) + P(b > a) = 1, without which the game has no symmetric equilibrium, and cancels a position
-    bias.
+    This makes P(a > b) + P(b > a) = 1, without which the game has no symmetric equilibrium, and cancels a
+    position bias.
     """
     return (first + 1 - second) / 2

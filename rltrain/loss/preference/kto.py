@@ -1,4 +1,4 @@
-"""KTO: learning from single completions called desirable or undesirable."""
+"""KTO: learning from single completions that are labelled desirable or undesirable."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def kto(
     """``weight (1 - sigmoid(+-beta (u - z0)))``, + for desirable completions, arXiv:2402.01306. Values (N,).
 
     z0 is one number for the optimizer batch over all ranks, without gradient (``statistics.z0``). beta: how
-    fast value saturates around z0. weight_desirable and weight_undesirable balance the classes
-    (``class_weight_window``). There is no logarithm: examples far from z0 on either side have no gradient
-    left. Rewards are logged as means over their class.
+    fast the value saturates around z0. weight_desirable and weight_undesirable balance the classes
+    (``class_weight_window``). There is no logarithm: examples far from z0 on either side have almost no
+    gradient. Rewards are logged as means over their class.
     """
     desirable = labels(batch, "kto") > 0.5
     reference_point = statistic(batch, "z0", "kto")
@@ -39,7 +39,8 @@ def kto(
         share = statistic(batch, "desirable_share", "kto").to(gain.dtype)
         per_desirable = torch.where(desirable, 1 / share.clamp(min=1e-9), 0.0)
         per_undesirable = torch.where(desirable, 0.0, 1 / (1 - share).clamp(min=1e-9))
-        reward, z0 = beta * log_ratio.detach(), torch.ones_like(gain) * reference_point
+        reward = beta * log_ratio.detach()
+        z0 = torch.ones_like(gain) * reference_point
         metrics = {
             "reward_desirable": reward * per_desirable,
             "reward_undesirable": reward * per_undesirable,
@@ -49,15 +50,15 @@ def kto(
 
 
 def mismatched_partner(prompt: Tensor, seed: int) -> Tensor:
-    """(N,) int64: whose completion prompt i is paired with for z0, a seeded permutation of the optimizer
+    """(N,) int64 row whose completion is paired with prompt i for z0: a seeded permutation of the optimizer
     batch.
 
     No row gets a completion of its own prompt, and every completion is used once: shuffled prompts, each with
-    its rows shuffled, are laid in a ring and shifted by the size of the largest prompt group, which steps
-    over every group. Raises ValueError where one prompt has more than half of the rows: then no such pairing
-    exists.
+    its rows shuffled, form a ring that is shifted by the size of the largest prompt group, and so past every
+    group. Raises ValueError if one prompt has more than half of the rows: then no such pairing exists.
     """
-    rows, generator = prompt.shape[0], torch.Generator().manual_seed(seed)
+    rows = prompt.shape[0]
+    generator = torch.Generator().manual_seed(seed)
     prompts, index, counts = torch.unique(prompt.cpu(), return_inverse=True, return_counts=True)
     shuffled = torch.randperm(rows, generator=generator)
     place = torch.randperm(len(prompts), generator=generator)  # of each prompt among the prompts
@@ -66,8 +67,8 @@ def mismatched_partner(prompt: Tensor, seed: int) -> Tensor:
     if 2 * largest > rows:
         raise ValueError(
             f"kto: {largest} of the {rows} completions of an optimizer batch answer one prompt, so they "
-            "cannot all be paired with"
-            " another prompt's completion; raise the batch size or shuffle the data by row"
+            "cannot all be paired with another prompt's completion; raise the batch size or shuffle the data "
+            "by row"
         )
     partner = torch.empty(rows, dtype=torch.int64)
     partner[order] = order.roll(-largest)
@@ -83,8 +84,8 @@ def class_weight_window(desirable: int, undesirable: int) -> tuple[float, float]
     """
     if desirable < 1 or undesirable < 1:
         raise ValueError(
-            f"kto: {desirable} desirable and {undesirable} undesirable completions; it learns from the "
-            "contrast of both"
+            f"kto: {desirable} desirable and {undesirable} undesirable completions; it needs at least 1 of "
+            "each"
         )
     return undesirable / desirable, 1.5 * undesirable / desirable
 
@@ -92,8 +93,8 @@ def class_weight_window(desirable: int, undesirable: int) -> tuple[float, float]
 def class_weight_advice(
     desirable: int, undesirable: int, weight_desirable: float, weight_undesirable: float
 ) -> str | None:
-    """What to write into the recipe where the weights leave the paper's window, keeping the larger
-    class at 1; None if all is well.
+    """Weights for the recipe, with the larger class at 1, if its weights lie outside the paper's window; else
+    None.
     """
     low, high = class_weight_window(desirable, undesirable)
     ratio = weight_desirable / weight_undesirable
@@ -104,8 +105,7 @@ def class_weight_advice(
     start, end = (low, high) if larger_undesirable else (1 / high, 1 / low)
     return (
         f"kto: {desirable} desirable and {undesirable} undesirable completions with weights "
-        f"{weight_desirable} and"
-        f" {weight_undesirable}: their weighted ratio is {ratio * desirable / undesirable:.3g}, outside [1, "
-        "1.5];"
-        f" set {name} between {start:.4g} and {end:.4g} and the other to 1"
+        f"{weight_desirable} and {weight_undesirable}: their weighted ratio is "
+        f"{ratio * desirable / undesirable:.3g}, outside [1, 1.5]; set {name} between {start:.4g} and "
+        f"{end:.4g} and the other to 1"
     )

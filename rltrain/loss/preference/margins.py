@@ -1,5 +1,6 @@
-"""From scores to margins to targets. gamma carries the units of the scores: nothing is rescaled
-unless it is asked for.
+"""Margins from scores, and targets from margins.
+
+gamma carries the units of the scores: nothing is rescaled unless the caller requests it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["gamma_for", "margins", "mean_target", "target_probability"]
+__all__ = ["gamma_for_target", "margins", "mean_target", "target_probability"]
 
 
 def margins(
@@ -20,34 +21,32 @@ def margins(
     *,
     divide_by: Literal["nothing", "std", "max_abs"] = "nothing",
 ) -> Tensor:
-    """(N,) score differences over a whole data set; may be negative, where the scores disagree with the order
-    of the pair.
+    """(N,) score differences over a whole data set; negative if the scores disagree with the order of the
+    pair.
 
-    divide_by: "nothing" (the MMPO authors' code), or the standard deviation (ddof 1) or largest size of the
-    data set's margins, which makes one gamma mean the same for two scales of scores. Raises ValueError where
-    a score is not a number.
+    divide_by: "nothing" (the MMPO authors' code), or the standard deviation (ddof 1) or the largest absolute
+    value of the data set's margins, so that a gamma means the same for two scales of scores. Raises
+    ValueError if a margin is not finite.
     """
     difference = score_chosen - score_rejected
-    lost = ~difference.isfinite()
-    if bool(lost.any()):
+    invalid = ~difference.isfinite()
+    if bool(invalid.any()):
         raise ValueError(
-            f"{int(lost.sum())} of {difference.shape[0]} pairs have no finite margin (first: row "
-            f"{int(lost.nonzero()[0])})"
+            f"{int(invalid.sum())} of {difference.shape[0]} pairs have no finite margin (first: row "
+            f"{int(invalid.nonzero()[0])})"
         )
     if divide_by == "nothing":
         return difference
     scale = difference.std() if divide_by == "std" else difference.abs().max()
     if not scale > 0:
         raise ValueError(
-            f"all {difference.shape[0]} margins are equal; divide_by {divide_by!r} has nothing to divide by"
+            f"all {difference.shape[0]} margins are equal, so divide_by {divide_by!r} would divide by 0"
         )
     return difference / scale
 
 
 def target_probability(margin: Tensor, gamma: float) -> Tensor:
-    """(N,) ``sigmoid(gamma margin)``: the probability that chosen is better, under Bradley-Terry,
-    arXiv:2410.03145.
-    """
+    """(N,) ``sigmoid(gamma margin)``: Bradley-Terry probability that chosen is better, arXiv:2410.03145."""
     return torch.sigmoid(gamma * margin)
 
 
@@ -56,12 +55,11 @@ def mean_target(margin: Tensor, gamma: float) -> float:
     return float(target_probability(margin.abs(), gamma).mean())
 
 
-def gamma_for(margin: Tensor, target: float = 0.85) -> float:
-    """The gamma with which the mean of ``sigmoid(gamma |margin|)`` over a data set is ``target``. Ours, not
-    the paper's.
+def gamma_for_target(margin: Tensor, target: float = 0.85) -> float:
+    """The gamma for which the mean of ``sigmoid(gamma |margin|)`` over a data set is ``target``.
 
-    The paper's gammas belong to its data sets (2.2 on UltraFeedback). target lies in (0.5, 1 - share of ties
-    / 2).
+    This rule is ours; the paper's gammas belong to its data sets (2.2 on UltraFeedback). target lies in (0.5,
+    1 - share of ties / 2).
     """
     ties = float((margin == 0).to(torch.float64).mean())
     if not 0.5 < target < 1 - ties / 2:

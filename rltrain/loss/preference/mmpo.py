@@ -1,4 +1,4 @@
-"""Preferences with a strength: MMPO's soft targets from margins, OSP's from a judge's probability."""
+"""Preferences with a strength: soft targets from margins (MMPO) or from a judge's probability (OSP)."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ __all__ = ["margin_target", "mmpo", "osp", "ranked_pair_strengths", "stated_targ
 def margin_target(batch: PairBatch, gamma: float | None, loss: str) -> Tensor:
     """(N,) ``sigmoid(gamma margin)``.
 
-    Raises ValueError without gamma, without margins, or where one is not a number.
+    Raises ValueError without gamma, without margins, or if a margin is not finite.
     """
     if gamma is None:
         raise ValueError(
-            f"{loss}: gamma has no default: it carries the units of the scores; set it, or take "
-            "margins.gamma_for(margins)"
+            f"{loss}: gamma has no default, because it carries the units of the scores; set it, for example "
+            "to margins.gamma_for_target(margins)"
         )
     if batch.margin is None:
         raise ValueError(
             f"{loss}: the batch has no margins; the data needs score_chosen and score_rejected, or margin"
         )
-    return target_probability(_finite(batch.margin, "margin", loss), gamma)
+    return target_probability(_require_finite(batch.margin, "margin", loss), gamma)
 
 
 def stated_target(batch: PairBatch, loss: str) -> Tensor:
     """(N,) the data's own probability that chosen is better.
 
-    Raises ValueError without it or outside [0, 1].
+    Raises ValueError if it is missing or outside [0, 1].
     """
     if batch.p_chosen is None:
         raise ValueError(
-            f"{loss}: the batch has no p_chosen; the data needs that column, or take mmpo with margins"
+            f"{loss}: the batch has no p_chosen; the data needs that column, or use mmpo with margins"
         )
-    p_chosen = _finite(batch.p_chosen, "p_chosen", loss)
+    p_chosen = _require_finite(batch.p_chosen, "p_chosen", loss)
     if bool(((p_chosen < 0) | (p_chosen > 1)).any()):
         raise ValueError(
             f"{loss}: p_chosen lies between {float(p_chosen.min()):.4g} and {float(p_chosen.max()):.4g}, "
@@ -61,8 +61,8 @@ def mmpo(
     At the minimum the implicit reward's margin ``beta (u_chosen - u_rejected)`` is gamma times the data's.
     gamma must be given: it carries the units of the scores (2.2 for UltraFeedback's 1 to 10 in the authors'
     commands). beta as in ``dpo``. A negative margin prefers the rejected side, as if the pair were swapped; a
-    tie trains towards no margin at all. A missing or non-finite margin is an error, where the authors' code
-    falls back to DPO.
+    tie trains towards a margin of 0. A missing or non-finite margin is an error; the authors' code falls back
+    to DPO.
     """
     target = margin_target(batch, gamma, "mmpo")
     chosen, rejected = log_ratios(policy, batch)
@@ -72,11 +72,11 @@ def mmpo(
 
 @method("osp", arxiv="2405.14103", needs={"ref_logp", "p_chosen"}, traits={"pairs", "margins"})
 def osp(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1) -> ExampleLoss:
-    """Soft-preference cross-entropy: DPO's towards a judge's probability p_chosen, arXiv:2405.14103. Values
-    (N,).
+    """Soft-preference cross-entropy: DPO's with a judge's probability p_chosen as target, arXiv:2405.14103.
+    Values (N,).
 
-    The same form as ``mmpo``; only the target's origin differs. beta as in ``dpo``. p_chosen 1 is DPO. The
-    form follows from the paper's abstract and the loss's name.
+    It has the form of ``mmpo``; only the source of the target differs. beta as in ``dpo``. p_chosen 1 is DPO.
+    The form follows from the paper's abstract and the loss's name.
     """
     target = stated_target(batch, "osp")
     chosen, rejected = log_ratios(policy, batch)
@@ -85,12 +85,12 @@ def osp(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1) -> ExampleL
 
 
 def ranked_pair_strengths(win_rate: Tensor, *, clip: float = 1e-3) -> tuple[Tensor, Tensor]:
-    """(P, 2) int64 pairs (better, worse) and (P,) their strengths from n answers' win rates against one
+    """(P, 2) int64 pairs (better, worse) and (P,) their strengths, from the win rates of n answers against a
     common answer.
 
     ``p = sigmoid(logit s_i - logit s_j)`` with rates clipped to [clip, 1 - clip]; n judge calls give n (n -
-    1) / 2 pairs. A reconstruction: arXiv:2405.14103 compares all candidates with one baseline, its pairing
-    was not read.
+    1) / 2 pairs. A reconstruction: arXiv:2405.14103 compares all candidates with one baseline; how it forms
+    pairs is not known to us.
     """
     logit = torch.logit(win_rate.clamp(clip, 1 - clip))
     order = torch.argsort(win_rate, descending=True, stable=True)
@@ -99,11 +99,11 @@ def ranked_pair_strengths(win_rate: Tensor, *, clip: float = 1e-3) -> tuple[Tens
     return pairs, torch.sigmoid(logit[pairs[:, 0]] - logit[pairs[:, 1]])
 
 
-def _finite(values: Tensor, name: str, loss: str) -> Tensor:
-    lost = ~values.isfinite()
-    if bool(lost.any()):
+def _require_finite(values: Tensor, name: str, loss: str) -> Tensor:
+    invalid = ~values.isfinite()
+    if bool(invalid.any()):
         raise ValueError(
-            f"{loss}: {int(lost.sum())} of {values.shape[0]} pairs have no finite {name}; drop them from the "
-            "data"
+            f"{loss}: {int(invalid.sum())} of {values.shape[0]} pairs have no finite {name}; drop them "
+            "from the data"
         )
     return values.detach()

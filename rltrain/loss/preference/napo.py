@@ -1,6 +1,4 @@
-"""NaPO: between DPO (fast) and the mean absolute error (robust to wrong labels), by a negative
-Box-Cox transform.
-"""
+"""NaPO: a negative Box-Cox transform between DPO (fast) and mean absolute error (robust to wrong labels)."""
 
 from __future__ import annotations
 
@@ -21,14 +19,12 @@ SMALLEST_EXPONENT = 0.001
 
 
 def box_cox(logit: Tensor, q: Tensor | float) -> Tensor:
-    """(N,) ``(1 - sigmoid(z)^q) / q``: -ln sigmoid(z) as q goes to 0, 1 - sigmoid(z) at q = 1."""
+    """(N,) ``(1 - sigmoid(z)^q) / q``: -ln sigmoid(z) in the limit q = 0, 1 - sigmoid(z) at q = 1."""
     return -torch.expm1(q * logsigmoid(logit)) / q
 
 
 def dynamic_exponent(mean_margin: Tensor, sharpness: float) -> Tensor:
-    """() ``q = clip(2 (1 - sigmoid(sharpness M)), 0.001, 1)``: 1 while the policy's mean margin M is
-    not positive.
-    """
+    """() ``q = clip(2 (1 - sigmoid(sharpness M)), 0.001, 1)``: 1 if the mean margin M is at most 0."""
     return (2 * torch.sigmoid(-sharpness * mean_margin)).clamp(SMALLEST_EXPONENT, 1)
 
 
@@ -44,29 +40,25 @@ def napo(
     """``(1 - sigmoid(z)^q) / q`` with q from the optimizer batch's mean margin, arXiv:2503.17928. Values
     (N,). beta as in ``dpo``.
 
-    q is one number for the whole batch (all ranks), without gradient (``dynamic_exponent``). margin_type:
-    that margin is of log-ratios per token ("avglogp", with sharpness 0.5 in the authors' runs) or of sums
+    q is one number for the whole batch (all ranks), without gradient (``dynamic_exponent``). margin_type: the
+    margin is of log-ratios per token ("avglogp", with sharpness 0.5 in the authors' runs) or of their sums
     ("logp", with 0.01). DPO's gradient is multiplied by ``sigmoid(z)^q``: badly violated pairs, which may be
     mislabelled, count less.
     """
-    del margin_type  # the statistic's
+    del margin_type  # the statistic mean_margin uses it
     q = dynamic_exponent(statistic(batch, "mean_margin", "napo"), sharpness).to(policy.chosen.logp.dtype)
     return _napo(policy, batch, beta, q)
 
 
 @method("napo_fixed", arxiv="2503.17928", needs={"ref_logp"}, traits={"pairs"})
 def napo_fixed(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, q: float = 0.5) -> ExampleLoss:
-    """``napo`` with a given exponent q in (0, 1]: towards 0 DPO, at 1 ``1 - sigmoid(z)``,
+    """``napo`` with a fixed exponent q in (0, 1]: the limit 0 is DPO, 1 is ``1 - sigmoid(z)``,
     arXiv:2503.17928. beta as in ``dpo``.
     """
     if not 0 < q <= 1:
         raise ValueError(f"napo_fixed: q is {q}, expected (0, 1]; DPO is the limit at 0")
-    return _napo(
-        policy,
-        batch,
-        beta,
-        torch.as_tensor(q, dtype=policy.chosen.logp.dtype, device=policy.chosen.logp.device),
-    )
+    logp = policy.chosen.logp
+    return _napo(policy, batch, beta, torch.as_tensor(q, dtype=logp.dtype, device=logp.device))
 
 
 def _napo(policy: PolicyPairs, batch: PairBatch, beta: float, q: Tensor) -> ExampleLoss:

@@ -1,4 +1,4 @@
-"""A preference recipe's loss as a micro-batch's share of the update."""
+"""A preference recipe's loss: a micro-batch's share of the update."""
 
 from __future__ import annotations
 
@@ -24,15 +24,13 @@ __all__ = ["PreferenceObjective"]
 
 @dataclass(frozen=True)
 class PreferenceObjective:
-    """Values times the examples' weights, summed over the micro-batch and divided by the update's
-    examples.
-    """
+    """Sum of values times weights over the micro-batch, divided by the update's number of examples."""
 
     loss: BoundMethod
 
     @property
     def needs(self) -> frozenset[str]:
-        """Tensors that must be in the batch; statistics are resolved into what they need."""
+        """Tensors that the batch must hold, with statistics replaced by the tensors that they need."""
         return tensors_of(self.loss)
 
     def __call__(
@@ -41,15 +39,13 @@ class PreferenceObjective:
         batch: PairBatch | LabelBatch,
         totals: ExampleTotals,
     ) -> ObjectiveShare:
-        """This micro-batch's share of the loss and of the metrics; shares of all micro-batches and
-        ranks add up.
+        """This micro-batch's share of the loss and of the metrics; the shares of all micro-batches and ranks
+        add up.
         """
         result = self.loss(policy, batch)
         values = result.values if batch.weight is None else result.values * batch.weight
         count = max(totals.examples, 1)
         with torch.no_grad():
-            metrics = {
-                f"loss/{name}": shown.sum() / count
-                for name, shown in {"preference": values, **result.metrics}.items()
-            }
+            reported = {"preference": values, **result.metrics}
+            metrics = {f"loss/{name}": metric.sum() / count for name, metric in reported.items()}
         return ObjectiveShare(values.sum() / count, {name: value.detach() for name, value in metrics.items()})

@@ -1,8 +1,8 @@
 """Objectives that turn outcome labels into an implicit process reward model, ``r(y) = beta log[pi(y|x) /
 pi_ref(y|x)]``.
 
-The pairwise objective is ``dpo`` on all right x wrong answers of a prompt, the Kahneman-Tversky one is
-``kto``; both with beta 0.05.
+The pairwise objective is ``dpo`` on all pairs of a right and a wrong answer of a prompt, the Kahneman-Tversky
+objective is ``kto``; both with beta 0.05.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ __all__ = ["contrasts", "implicit_prm_ce", "nca", "nca_group"]
 def implicit_prm_ce(policy: PolicySequences, batch: LabelBatch, *, beta: float = 0.05) -> ExampleLoss:
     """Cross-entropy of the outcome label under ``sigmoid(beta u)``, arXiv:2412.01981. Values (N,).
 
-    u is the sum over tokens of the log-ratio, beta the reward's scale. Works with one answer per prompt and
-    with any share of right ones; a label between 0 and 1 is a soft target. Also the update of the reward
-    model in PRIME (arXiv:2502.01456).
+    u is the sum over tokens of the log-ratio, beta the reward's scale. It works with one answer per prompt
+    and with any share of right answers; a label between 0 and 1 is a soft target. PRIME updates its reward
+    model with it (arXiv:2502.01456).
     """
     label = labels(batch, "implicit_prm_ce")
     logit = beta * completion_log_ratio(policy, batch.completion)
@@ -38,8 +38,8 @@ def nca(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.05) -> Example
     """``-ln s(z_w) - 1/2 ln s(-z_w) - 1/2 ln s(-z_l)`` with z = beta u, s the sigmoid: NCA for pairs,
     arXiv:2402.05369. Values (N,).
 
-    beta: scale of the implicit reward. Unlike DPO it fixes the reward's zero, so that the chosen answer's
-    likelihood does not fall along with the rejected one's.
+    beta: scale of the implicit reward. Unlike DPO, NCA fixes the zero of the reward, so that the chosen
+    answer's likelihood does not fall along with the rejected one's.
     """
     chosen, rejected = (beta * ratio for ratio in log_ratios(policy, batch))
     values = -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
@@ -59,8 +59,8 @@ def nca_group(
     each answer.
 
     w is the softmax of reward / temperature over the prompt's K answers in the optimizer batch, z = beta u.
-    Averaged over the answers of one prompt this is ``-sum_i [w_i ln s(z_i) + ln s(-z_i) / K]``; prompts weigh
-    by their number of answers.
+    Averaged over the answers of one prompt this is ``-sum_i [w_i ln s(z_i) + ln s(-z_i) / K]``; prompts are
+    weighted by their number of answers.
     """
     weight = statistic(batch, "reward_softmax", "nca_group")
     logit = beta * completion_log_ratio(policy, batch.completion)
@@ -71,9 +71,9 @@ def nca_group(
 
 
 def contrasts(label: Tensor, prompt: Tensor) -> Tensor:
-    """(P, 2) int64 rows (right, wrong): all right x wrong answers of the same prompt.
+    """(P, 2) int64 rows (right, wrong): all pairs of a right and a wrong answer of the same prompt.
 
-    Prompts of one kind give none.
+    Prompts whose answers are all right or all wrong give none.
     """
     right = label > 0.5
     matches = (prompt[:, None] == prompt[None, :]) & right[:, None] & ~right[None, :]

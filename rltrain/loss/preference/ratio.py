@@ -1,4 +1,4 @@
-"""Log-ratios against the frozen models, and the metrics that every pairwise loss logs."""
+"""Log-ratios to the frozen models, and the metrics that every pairwise loss logs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def completion_log_ratio(policy: PolicySequences, facts: CompletionFacts) -> Ten
 
 def log_ratios(policy: PolicyPairs, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """(N,) each: the log-ratios of chosen and rejected."""
-    return completion_log_ratio(policy.chosen, batch.chosen), completion_log_ratio(
-        policy.rejected, batch.rejected
-    )
+    chosen = completion_log_ratio(policy.chosen, batch.chosen)
+    rejected = completion_log_ratio(policy.rejected, batch.rejected)
+    return chosen, rejected
 
 
 def ref_logp(facts: CompletionFacts) -> Tensor:
-    """(N,) the reference's log-probs, detached. Raises ValueError where they were not computed."""
+    """(N,) the reference's log-probs, detached. Raises ValueError if they were not computed."""
     if facts.ref_logp is None:
         raise ValueError("the loss compares with a reference model, but ref_logp was not computed")
     return facts.ref_logp.detach()
@@ -32,14 +32,13 @@ def ref_logp(facts: CompletionFacts) -> Tensor:
 def per_token(sums: Tensor, facts: CompletionFacts) -> Tensor:
     """(N,) sums over tokens divided by the number of scored tokens.
 
-    Lengths come from the mask: never from non-zero log-ratios.
+    Lengths come from the mask, not from counting non-zero log-ratios.
     """
     return sums / facts.length.clamp(min=1).to(sums.dtype)
 
 
 def pair_metrics(policy: PolicyPairs, chosen_reward: Tensor, rejected_reward: Tensor) -> dict[str, Tensor]:
-    """(N,) each, detached: implicit rewards, their margin, accuracy (a tie is wrong), and both log-probs by
-    themselves.
+    """(N,) each, detached: implicit rewards, their margin, accuracy (a tie is wrong), and both log-probs.
 
     Both log-probs may fall while the margin grows, which the margin alone does not show.
     """

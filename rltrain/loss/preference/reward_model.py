@@ -20,8 +20,8 @@ __all__ = ["bradley_terry", "bradley_terry_margin", "bradley_terry_mmpo", "bradl
 def bradley_terry(reward: RewardPairs, batch: PairBatch, *, centre: float = 0.0) -> ExampleLoss:
     """``-ln sigmoid(r_w - r_l) + centre (r_w + r_l)^2``, as in arXiv:2203.02155. Values (N,).
 
-    The first part does not see a constant added to all of a prompt's rewards; centre (0.01 is usual) draws
-    their mean to 0.
+    The first part does not change if a constant is added to all rewards of a prompt; centre (0.01 is usual)
+    pulls their mean to 0.
     """
     del batch
     return _pairwise(reward, -logsigmoid(_difference(reward)), centre)
@@ -34,8 +34,8 @@ def bradley_terry_margin(reward: RewardPairs, batch: PairBatch, *, centre: float
     """``-ln sigmoid(r_w - r_l - margin)``: the rewards must differ by more than the data's margin,
     arXiv:2307.09288. Values (N,).
 
-    Not MMPO, whose margin is a soft target (``bradley_terry_mmpo``); other libraries switch between the two
-    by the presence of a column. centre as in ``bradley_terry``.
+    This is not MMPO, whose margin is a soft target (``bradley_terry_mmpo``); other libraries choose between
+    the two by the presence of a column. centre as in ``bradley_terry``.
     """
     if batch.margin is None:
         raise ValueError(
@@ -44,7 +44,7 @@ def bradley_terry_margin(reward: RewardPairs, batch: PairBatch, *, centre: float
         )
     if bool((~batch.margin.isfinite()).any()):
         raise ValueError(
-            "bradley_terry_margin: a margin is not a finite number; drop those pairs from the data"
+            "bradley_terry_margin: a margin is not a finite number; drop such pairs from the data"
         )
     return _pairwise(reward, -logsigmoid(_difference(reward) - batch.margin), centre)
 
@@ -58,12 +58,11 @@ def bradley_terry_margin(reward: RewardPairs, batch: PairBatch, *, centre: float
 def bradley_terry_mmpo(
     reward: RewardPairs, batch: PairBatch, *, gamma: float | None = None, centre: float = 0.0
 ) -> ExampleLoss:
-    """Cross-entropy of ``r_w - r_l`` towards the target ``sigmoid(gamma margin)``, arXiv:2410.03145. Values
-    (N,).
+    """Cross-entropy of ``r_w - r_l`` with the target ``sigmoid(gamma margin)``, arXiv:2410.03145.
 
-    gamma must be given: it carries the units of the scores. centre as in ``bradley_terry``. The released
-    trainer multiplies (B, 1) logits with (B,) targets, which averages over all pairs of rows; here the rows
-    meet one to one.
+    Values (N,). gamma must be given: it carries the units of the scores. centre as in ``bradley_terry``. The
+    released trainer multiplies (B, 1) logits with (B,) targets, which averages over all pairs of rows; here
+    each row has its own target.
     """
     target = margin_target(batch, gamma, "bradley_terry_mmpo")
     return _pairwise(reward, soft_logistic(_difference(reward), target), centre)
@@ -75,11 +74,10 @@ def bradley_terry_mmpo(
 def bradley_terry_soft(reward: RewardPairs, batch: PairBatch, *, centre: float = 0.0) -> ExampleLoss:
     """``bradley_terry_mmpo`` with the data's own probability p_chosen as target, arXiv:2410.03145.
 
-    Values (N,). centre as there.
+    Values (N,). centre as in ``bradley_terry``.
     """
-    return _pairwise(
-        reward, soft_logistic(_difference(reward), stated_target(batch, "bradley_terry_soft")), centre
-    )
+    target = stated_target(batch, "bradley_terry_soft")
+    return _pairwise(reward, soft_logistic(_difference(reward), target), centre)
 
 
 @method("orm", arxiv="2110.14168", needs={"label"}, traits={"labels", "scalar_head"})

@@ -1,4 +1,4 @@
-"""RPO: DPO with an imitation term, in the three forms that circulate under this name."""
+"""RPO: DPO with an imitation term, in the three forms that are known under this name."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ def rpo(
     """DPO plus the negative log-likelihood of the chosen answer, arXiv:2405.16436. Values (N,). beta as in
     ``dpo``.
 
-    sft_term says which one sft_weight multiplies. They differ by orders of magnitude: "sum_times_beta":
-    ``-beta log pi(y_w)``, summed over tokens: the paper's, and the authors' handbook code (weight 0.005).
-    "sequence_mean": each answer's mean over its tokens: the authors' OpenRLHF code (weight 0.2, beta 0.5).
-    "token_mean": one mean over all chosen tokens of the optimizer batch: TRL's ["sigmoid", "sft"]; with
-    weight 1 that is Iterative RPO (arXiv:2404.19733), another paper.
+    sft_term: the form of the negative log-likelihood that sft_weight multiplies; the forms differ by orders
+    of magnitude. "sum_times_beta" is ``-beta log pi(y_w)``, summed over tokens, as in the paper and the
+    authors' handbook code (weight 0.005). "sequence_mean" is each answer's mean over its tokens, as in the
+    authors' OpenRLHF code (weight 0.2, beta 0.5). "token_mean" is one mean over all chosen tokens of the
+    optimizer batch, as TRL's ["sigmoid", "sft"]; with weight 1 that is Iterative RPO (arXiv:2404.19733),
+    another paper.
     """
     chosen, rejected = log_ratios(policy, batch)
     imitation = _imitation(policy, batch, beta, sft_term)

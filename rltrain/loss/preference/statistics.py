@@ -1,7 +1,7 @@
 """Statistics over a whole optimizer batch (all ranks, all micro-batches) that a preference loss may need.
 
 Each is a pure function of the gathered batch. Its keyword-only arguments are hyperparameters of the loss that
-asks for it.
+needs it.
 """
 
 from __future__ import annotations
@@ -19,34 +19,33 @@ __all__ = ["labels", "statistic", "with_batch_statistics"]
 
 @torch.no_grad()
 def with_batch_statistics(batch: PairBatch | LabelBatch, loss: BoundMethod) -> PairBatch | LabelBatch:
-    """``batch``, a whole optimizer batch over all ranks, with the statistics that ``loss`` needs.
+    """``batch`` with the statistics that ``loss`` needs.
 
-    Cut it only afterwards.
+    It must be the whole optimizer batch over all ranks; split it into micro-batches only afterwards.
     """
     hp = {name: parameter.default for name, parameter in loss.spec.hyperparameters.items()} | dict(loss.hp)
     for name in statistics_of(loss):
         statistic = STATISTICS.bind(name)
-        batch = batch.with_statistics(
-            **{name: statistic(batch, **{key: hp[key] for key in statistic.spec.inputs})}
-        )
+        inputs = {key: hp[key] for key in statistic.spec.inputs}
+        batch = batch.with_statistics(**{name: statistic(batch, **inputs)})
     return batch
 
 
 def statistic(batch: PairBatch | LabelBatch, name: str, loss: str) -> Tensor:
-    """() or (N,) what ``prepared`` put in. Raises ValueError where it was not called."""
+    """() or (N,) a statistic of the batch. Raises ValueError if ``with_batch_statistics`` did not add it."""
     if name not in batch.statistics:
         raise ValueError(
-            f"{loss} needs the statistic {name!r} of the optimizer batch; call statistics.prepared on the "
-            "whole batch first"
+            f"{loss} needs the statistic {name!r} of the optimizer batch; call "
+            "statistics.with_batch_statistics on the whole batch first"
         )
     return batch.statistics[name]
 
 
-def labels(batch: LabelBatch, asker: str) -> Tensor:
-    """(N,) the batch's labels. Raises ValueError where it has none."""
+def labels(batch: LabelBatch, caller: str) -> Tensor:
+    """(N,) the batch's labels. Raises ValueError if it has none."""
     if batch.label is None:
         raise ValueError(
-            f"{asker}: the batch has no labels; the data needs a column label (true where the completion is "
+            f"{caller}: the batch has no labels; the data needs a column label (true where the completion is "
             "good)"
         )
     return batch.label
@@ -57,7 +56,8 @@ def z0(batch: LabelBatch) -> Tensor:
     """() nats: KTO's reference point, max(0, mean log-ratio of prompts with other prompts' completions),
     arXiv:2402.01306.
 
-    The mean comes first and the clamp last: clamping each rank's or micro-batch's mean would bias it upwards.
+    The mean over the whole batch is clamped; clamping the mean of each rank or micro-batch would bias it
+    upwards.
     """
     if batch.mismatched is None:
         raise ValueError(
@@ -75,18 +75,21 @@ def desirable_share(batch: LabelBatch) -> Tensor:
 
 @method("mean_margin", needs={"logp_now", "ref_logp"})
 def mean_margin(batch: PairBatch, *, margin_type: str) -> Tensor:
-    """() nats: NaPO's mean margin of the current policy over its reference, arXiv:2503.17928; per
-    token with "avglogp".
+    """() nats: NaPO's mean margin of the current policy relative to its reference, arXiv:2503.17928.
+
+    Per token with "avglogp".
     """
-    sides = (_log_ratio_now(batch.chosen), _log_ratio_now(batch.rejected))
+    chosen = _log_ratio_now(batch.chosen)
+    rejected = _log_ratio_now(batch.rejected)
     if margin_type == "avglogp":
-        sides = (sides[0] / batch.chosen.length, sides[1] / batch.rejected.length)
-    return (sides[0] - sides[1]).mean()
+        chosen = chosen / batch.chosen.length
+        rejected = rejected / batch.rejected.length
+    return (chosen - rejected).mean()
 
 
 @method("mean_chosen_length")
 def mean_chosen_length(batch: PairBatch) -> Tensor:
-    """() scored tokens per chosen completion: turns a mean over examples into one over tokens."""
+    """() scored tokens per chosen completion, which converts a mean over examples into one over tokens."""
     return batch.chosen.length.double().mean()
 
 
@@ -100,7 +103,7 @@ def target_tokens_per_example(batch: PairBatch) -> Tensor:
 def reward_softmax(batch: LabelBatch, *, temperature: float) -> Tensor:
     """(N,) softmax of label / temperature over the completions of each prompt (NCA, arXiv:2402.05369).
 
-    Needs whole groups.
+    The batch must hold whole groups.
     """
     scaled = labels(batch, "a statistic over labels").double() / temperature
     index = torch.unique(batch.prompt, return_inverse=True)[1]
@@ -111,7 +114,7 @@ def reward_softmax(batch: LabelBatch, *, temperature: float) -> Tensor:
 
 @method("group_size")
 def group_size(batch: LabelBatch) -> Tensor:
-    """(N,) completions of each row's prompt in the optimizer batch."""
+    """(N,) number of completions of each row's prompt in the optimizer batch."""
     return segment_count(batch.prompt)
 
 

@@ -1,5 +1,5 @@
-"""Entropy as an additive loss term, beyond the plain bonus: over a clamped vocabulary, and near its
-own history.
+"""Entropy terms beyond the plain bonus: over a clamped vocabulary, and with a penalty relative to earlier
+entropies.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rltrain.registry import method
-from rltrain.tensor_ops import masked
+from rltrain.tensor_ops import apply_mask
 from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
 
 __all__ = ["clamped_entropy", "epo"]
@@ -22,13 +22,13 @@ def clamped_entropy(policy: PolicyTokens, batch: TrainBatch, *, share: float = 0
     T), nats.
 
     The ``floor(share V)`` least likely tokens are left out and the rest is renormalised; the choice carries
-    no gradient. share 0 is the ordinary entropy bonus. The metric ``nats`` is the clamped entropy, on which
-    the coefficient ``entropy_band`` lives.
+    no gradient. share 0 is the ordinary entropy bonus. The metric ``nats`` is the clamped entropy, which the
+    coefficient ``entropy_band`` observes.
     """
     name = f"clamped_entropy:{share}"
     if name not in policy.extra:
         raise ValueError(f"the clamped_entropy term needs the statistic {name!r}, which was not computed")
-    values = masked(policy.extra[name], batch.mask)
+    values = apply_mask(policy.extra[name], batch.mask)
     return TokenLoss(-values, {"nats": values.detach()})
 
 
@@ -44,25 +44,27 @@ def epo(
     kappa_high: float = 2.0,
     penalty: Literal["hinge", "constant"] = "hinge",
 ) -> TokenLoss:
-    """Entropy bonus less a penalty for leaving the range of earlier entropies, arXiv:2509.22576. Values (B,
+    """Entropy bonus minus a penalty for leaving the range of earlier entropies, arXiv:2509.22576. Values (B,
     T), nats.
 
-    ``-(H - smoothing alpha P)`` with ``P = max(0, kappa_low h - H) + max(0, H - kappa_high h)``, h being
-    ``history``, the mean entropy of the steps before; without a history there is no penalty. Both come from
-    the coefficient ``epo_schedule``. alpha is 0.1 for ALFWorld and 0.05 for ScienceWorld. penalty "constant"
-    is the released code's: alpha outside of the open range, which has no gradient and so changes the reported
-    loss alone.
+    ``-(H - smoothing alpha P)`` with ``P = max(0, kappa_low h - H) + max(0, H - kappa_high h)``, where h is
+    ``history``, the mean entropy of the earlier steps; without a history there is no penalty. history and
+    smoothing come from the coefficient ``epo_schedule``. alpha is 0.1 for ALFWorld and 0.05 for ScienceWorld.
+    penalty "constant" is the released code's: alpha outside the open range, which has no gradient and so
+    changes only the reported loss.
     """
     if policy.entropy is None:
         raise ValueError("the epo term needs policy.entropy, which was not computed")
-    entropy = masked(policy.entropy, batch.mask)
+    entropy = apply_mask(policy.entropy, batch.mask)
     if history is None or smoothing is None:
         return TokenLoss(-entropy)
-    low, high = kappa_low * history, kappa_high * history
+    low = kappa_low * history
+    high = kappa_high * history
     if penalty == "hinge":
-        outside = alpha * ((low - entropy).clamp(min=0) + (entropy - high).clamp(min=0))
+        excess = alpha * ((low - entropy).clamp(min=0) + (entropy - high).clamp(min=0))
     else:
-        outside = torch.where((entropy > low) & (entropy < high), 0.0, alpha)
-    outside = masked(outside, batch.mask)
-    beyond = masked(((entropy <= low) | (entropy >= high)).to(entropy.dtype), batch.mask)
-    return TokenLoss(smoothing * outside - entropy, {"penalty": outside.detach(), "outside": beyond.detach()})
+        excess = torch.where((entropy > low) & (entropy < high), 0.0, alpha)
+    excess = apply_mask(excess, batch.mask)
+    is_outside = apply_mask(((entropy <= low) | (entropy >= high)).to(entropy.dtype), batch.mask)
+    metrics = {"penalty": excess.detach(), "outside": is_outside.detach()}
+    return TokenLoss(smoothing * excess - entropy, metrics)

@@ -1,4 +1,4 @@
-"""Additive loss terms, unreduced. The objective applies the coefficient and the aggregate."""
+"""The KL to the reference and the entropy bonus as additive loss terms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rltrain.registry import method
-from rltrain.tensor_ops import masked
+from rltrain.tensor_ops import apply_mask
 from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
 
 __all__ = ["entropy", "kl"]
@@ -21,8 +21,9 @@ __all__ = ["entropy", "kl"]
     needs_if={"ratio_corrected": {"old_logp"}},
     refuses={
         "estimator": {
-            "k1": "its gradient as a loss term is that of log pi, whose expectation is 0: it adds noise and no pull towards the "
-            "reference; use k2 or k3 here, or put k1 into the reward (reinforce_pp: kl_coef)"
+            "k1": "its gradient as a loss term is that of log pi, whose expectation is 0: it adds noise and "
+            "no pull towards the reference; use k2 or k3 here, or put k1 into the reward (reinforce_pp: "
+            "kl_coef)"
         }
     },
 )
@@ -39,24 +40,24 @@ def kl(
     With d = ref_logp - logp: k2 = d^2 / 2, whose on-policy gradient is exactly that of the reverse KL; k3 =
     e^d - d - 1 (GRPO, arXiv:2402.03300), unbiased and never negative, whose on-policy gradient is that of the
     forward KL. The ``_plus`` forms have the value of their estimator (k1 = -d) and the gradient of k2. clamp
-    "verl": d to +-20 and k3 to at most 10, beyond which the token has no gradient. ratio_corrected: times pi
-    / pi_old, with gradient (TRL's use_bias_correction_kl).
+    "verl" limits d to +-20 and k3 to at most 10, beyond which the token has no gradient. ratio_corrected
+    multiplies by pi / pi_old, with gradient (TRL's use_bias_correction_kl).
     """
     if batch.ref_logp is None:
         raise ValueError("the kl term needs ref_logp, which the batch lacks")
-    d = masked(batch.ref_logp - policy.logp, batch.mask)
+    d = apply_mask(batch.ref_logp - policy.logp, batch.mask)
     if estimator == "k2":
         values = 0.5 * d.square()
     elif estimator == "k3":
         values = _k3(d, clamp)
     else:
-        shown = -d if estimator == "k1_plus" else _k3(d, clamp)
-        steering = 0.5 * d.square()
-        values = shown.detach() + (steering - steering.detach())
+        estimate = -d if estimator == "k1_plus" else _k3(d, clamp)
+        k2 = 0.5 * d.square()
+        values = estimate.detach() + (k2 - k2.detach())
     if ratio_corrected:
         if batch.old_logp is None:
             raise ValueError("the kl term with ratio_corrected needs old_logp, which the batch lacks")
-        values = values * masked(policy.logp - batch.old_logp, batch.mask).exp()
+        values = values * apply_mask(policy.logp - batch.old_logp, batch.mask).exp()
     return TokenLoss(values)
 
 
@@ -68,7 +69,7 @@ def entropy(policy: PolicyTokens, batch: TrainBatch) -> TokenLoss:
     """
     if policy.entropy is None:
         raise ValueError("the entropy term needs policy.entropy, which was not computed")
-    return TokenLoss(-masked(policy.entropy, batch.mask))
+    return TokenLoss(-apply_mask(policy.entropy, batch.mask))
 
 
 def _k3(d: Tensor, clamp: Literal["none", "verl"]) -> Tensor:

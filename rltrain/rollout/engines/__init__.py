@@ -1,1 +1,1 @@
-"""What samples completions: an embedded engine on transformers, and vLLM in the learner's process."""
+"""Engines that sample completions: an embedded engine on transformers, and vLLM in the learner's process."""

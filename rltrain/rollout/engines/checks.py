@@ -1,5 +1,5 @@
-"""Refusals that every engine shares: the wrong version, a prompt that does not fit, weights that are
-not the model's.
+"""Checks that every engine makes: the version of the weights, the length of a prompt, the names and shapes of
+weights.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ def require_fit(requests: Sequence[Request], limit: int, what: str) -> None:
         if length + sampling.max_tokens > limit:
             raise ValueError(
                 f"prompt {prompt.id!r} has {length} tokens and rollout.max_tokens is {sampling.max_tokens}: "
-                "together over the "
-                f"{limit} of {what}; lower data.max_prompt_tokens or rollout.max_tokens"
+                f"together over the {limit} of {what}; lower data.max_prompt_tokens or rollout.max_tokens"
             )
 
 
 class WeightShapes:
-    """What a model expects, by checkpoint name.
+    """The weights that a model expects, by checkpoint name.
 
-    A tied head may come or not: it is the embedding under a second name.
+    A tied head is optional, because it is the embedding under a second name.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], parameters: Collection[str]) -> None:
-        self.allowed, self.required = shapes, frozenset(parameters)
+        self.allowed = shapes
+        self.required = frozenset(parameters)
 
     def check(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Pass ``weights`` on one by one.
+        """Yields ``weights`` unchanged.
 
-        Raises ValueError at an unknown name or shape, and at the end for what never came.
+        Raises ValueError at an unknown name or a wrong shape, and at the end if a weight is missing.
         """
         missing = set(self.required)
         for name, tensor in weights:
@@ -70,8 +70,7 @@ class WeightShapes:
             if tuple(tensor.shape) != self.allowed[name]:
                 raise ValueError(
                     f"weight {name!r} has shape {tuple(tensor.shape)}, the engine's model "
-                    f"{self.allowed[name]}; "
-                    "gather shards into full tensors"
+                    f"{self.allowed[name]}; gather shards into full tensors"
                 )
             missing.discard(name)
             yield name, tensor

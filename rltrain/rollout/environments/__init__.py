@@ -1,4 +1,4 @@
-"""What an environment is. Imports no torch: environments live in small processes (``environment_worker.py``).
+"""What an environment is. Imports no torch: environments live in small processes (``worker.py``).
 
 ``config/check.py`` lists the modules of those that come with the package. A user's own is named as
 ``path/to/file.py:Class``.
@@ -36,7 +36,7 @@ class Step:
 
 class Environment(Protocol):
     """One episode after another. Text in, text out: tokens are the driver's business
-    (``rollout/environment.py``).
+    (``episodes.py``).
 
     Equal tasks, seeds and texts give equal observations: an episode whose process was lost is played again
     from its texts. A method that raises, or takes longer than the recipe allows, costs its own episode only,

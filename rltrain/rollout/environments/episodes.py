@@ -1,10 +1,9 @@
-"""Completions that are episodes: the policy writes a turn, the environment answers, and so on. Tokens in,
-tokens out.
+"""Completions that are episodes: the policy writes a turn, the environment answers, and so on.
 
-A row of an episode is the prompt, then turn 1, observation 1, turn 2 and so on. The policy's own tokens stand
-in it exactly as they were sampled and an observation is tokenised once, when it is put in: the prompt of a
-turn is the row so far, and nothing is ever decoded and tokenised again. All episodes of a call take their
-turns in lockstep, one call of the sampler per turn.
+The row of an episode is the prompt, then turn 1, observation 1, turn 2 and so on. It contains the policy's
+tokens exactly as they were sampled, and an observation is tokenised once, when it enters the row: the prompt
+of a turn is the row so far, and no text is ever decoded and tokenised again. All episodes of a call take
+their turns in lockstep, with a single call of the sampler per turn.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ __all__ = ["Dialogue", "EpisodePlayer", "Pool"]
 
 
 class Dialogue(Protocol):
-    """How an environment's text becomes tokens (``data/chat.py``)."""
+    """Turns an environment's text into tokens (``data/chat.py``)."""
 
     def opening(self, text: str) -> tuple[str, tuple[int, ...]]:
-        """A prompt made of what the environment asks: its text, and its tokens."""
+        """The prompt of an environment's question ``text``: (its text, its tokens)."""
         ...
 
     def observation(self, text: str, last: int) -> tuple[int, ...]:
-        """What stands between a turn that ended with token ``last`` and the next: its end, the message, the
-        start of the next.
+        """The tokens between a turn that ended with token ``last`` and the next turn: the end of the turn,
+        the message ``text``, and the start of the next turn.
         """
         ...
 
@@ -55,50 +54,51 @@ class Pool(Protocol):
 
 @dataclass
 class _Row:
-    """One episode being played."""
+    """An episode in progress."""
 
     task: int  # position of its request
-    sample: int  # of its group
+    sample: int  # place in its group
     sampling: Sampling
     prompt: Prompt
     tokens: list[int] = field(default_factory=list)  # all turns and observations
-    logprobs: list[float] = field(default_factory=list)  # 0 where the environment wrote
-    turns: list[tuple[int, int]] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # 0 at the environment's tokens
+    turns: list[tuple[int, int]] = field(default_factory=list)  # (first token, end) of each turn
     texts: list[str] = field(default_factory=list)
     reward: float = 0.0
     parts: Mapping[str, float] = field(default_factory=dict)
     failure: str | None = None
-    finish: Finish | None = None  # None: still playing
+    finish: Finish | None = None  # None while the episode goes on
 
-    def write(self, turn: Completion) -> None:
-        """The policy's next turn, exactly as it was sampled."""
+    def add_turn(self, turn: Completion) -> None:
+        """Appends the policy's next turn, exactly as it was sampled."""
         self.turns.append((len(self.tokens), len(self.tokens) + len(turn.token_ids)))
         self.tokens += turn.token_ids
         self.logprobs += turn.logprobs
         self.texts.append(turn.text)
 
-    def read(self, observation: Sequence[int]) -> None:
+    def add_observation(self, observation: Sequence[int]) -> None:
         self.tokens += observation
         self.logprobs += [0.0] * len(observation)
 
     def fail(self, failure: Failure) -> None:
-        self.failure, self.finish = f"environment_{failure.reason}: {failure.message}", "aborted"
+        self.failure = f"environment_{failure.reason}: {failure.message}"
+        self.finish = "aborted"
 
     @property
-    def so_far(self) -> Prompt:
-        """What the policy reads before its next turn."""
+    def turn_prompt(self) -> Prompt:
+        """The prompt of the next turn: the row so far."""
         return Prompt(f"{self.prompt.id}/{self.sample}", (*self.prompt.token_ids, *self.tokens), "")
 
 
 class EpisodePlayer:
-    """Implements ``Sampler`` over another one, ``sampler``, which writes the turns of each episode.
+    """Implements ``Sampler`` with another sampler, ``sampler``, which samples the turns of each episode.
 
-    ``Sampling.max_tokens`` bounds a whole episode, observations included, and ``turn_tokens`` one turn. An
-    episode ends with the environment (finish: as its last turn's), or unfinished ("length") after
+    ``Sampling.max_tokens`` limits a whole episode, observations included, and ``turn_tokens`` a turn. An
+    episode ends when the environment is done (finish: that of the last turn), or unfinished ("length") after
     ``max_turns``, or where an observation and another turn of ``turn_tokens`` would not fit. decode: token
-    ids to text without special tokens, for transcripts. filler: the token that stands for a completion whose
-    environment failed before the policy wrote anything. The pool is closed with the player, ``sampler`` by
-    whoever made it.
+    ids to text without special tokens, for transcripts. filler: the single token of a completion whose
+    environment failed before the policy wrote anything. Closing the player closes the pool, but not
+    ``sampler``.
     """
 
     def __init__(
@@ -128,67 +128,71 @@ class EpisodePlayer:
         self._pool.close()
 
     def sample(self, requests: Sequence[Request], policy: PolicyVersion) -> Iterator[Answer]:
-        """See ``Sampler.sample``. A completion is an episode, an answer's prompt what its episodes were
-        asked.
+        """See ``Sampler.sample``. Each completion is an episode, and an answer's prompt is the prompt of its
+        episodes.
 
-        All episodes take their turns in lockstep, so all answers come at the end. Seeds: (sampling, prompt,
-        sample, turn).
+        All episodes take their turns in lockstep, so all answers come at the end. A turn's seed derives from
+        the seed of the sampling, the prompt, the sample and the turn.
         """
         rows = [
             _Row(task, sample, request.sampling, request.prompt)
             for task, request in enumerate(requests)
             for sample in range(request.first, request.first + request.count)
         ]
-        asked = self._begin(rows, requests)
+        prompts = self._begin(rows, requests)
         for turn in range(self._max_turns):
             playing = [place for place, row in enumerate(rows) if row.finish is None]
             if not playing:
                 break
             if turn == 0:
-                written = self._first_turn([rows[place] for place in playing], requests, asked, policy)
+                sampled = self._first_turn([rows[place] for place in playing], requests, prompts, policy)
             else:
-                written = self._next_turn([rows[place] for place in playing], turn, policy)
-            for place, completion in zip(playing, written, strict=True):
-                rows[place].write(completion)
+                sampled = self._next_turn([rows[place] for place in playing], turn, policy)
+            for place, completion in zip(playing, sampled, strict=True):
+                rows[place].add_turn(completion)
+
             self._pool.step({place: rows[place].texts[-1] for place in playing})
             outcomes = dict(self._pool.answers())
-            for place, completion in zip(playing, written, strict=True):
-                self._take(rows[place], outcomes[place], completion.finish, last=turn + 1 == self._max_turns)
+            is_last = turn + 1 == self._max_turns
+            for place, completion in zip(playing, sampled, strict=True):
+                self._apply_outcome(rows[place], outcomes[place], completion.finish, is_last=is_last)
         self._pool.end()
 
         episodes = iter([self._completion(row, policy) for row in rows])
         return iter(
             [
-                Answer(task, asked[task], tuple(itertools.islice(episodes, request.count)))
+                Answer(task, prompts[task], tuple(itertools.islice(episodes, request.count)))
                 for task, request in enumerate(requests)
             ]
         )
 
     def _begin(self, rows: Sequence[_Row], requests: Sequence[Request]) -> list[Prompt]:
-        """Start every episode; the prompts they begin with, one per request."""
+        """Starts every episode; returns the prompt of each request."""
         tasks = [
             Task(request.prompt.id, request.prompt.text, dict(request.prompt.columns)) for request in requests
         ]
         seeds = [stable_hash(row.sampling.seed, row.prompt.id, row.sample, "environment") for row in rows]
         self._pool.begin([(tasks[row.task], seed) for row, seed in zip(rows, seeds, strict=True)])
         openings = dict(self._pool.answers())
-        asked: dict[int, str | None] = {}
+        texts: dict[int, str | None] = {}  # by task; None: the task's own prompt
         for place, row in enumerate(rows):
             opening = openings[place]
             if isinstance(opening, Failure):
                 row.fail(opening)
                 continue
             assert isinstance(opening, Opening)
-            if asked.setdefault(row.task, opening.text) != opening.text:
-                different = "the environment asks samples of one task different things"
-                row.fail(Failure("error", f"{different}; reset must depend on the task alone"))
+            if texts.setdefault(row.task, opening.text) != opening.text:
+                problem = "the environment asks samples of one task different things"
+                row.fail(Failure("error", f"{problem}; reset must depend on the task alone"))
 
-        prompts = [self._asked(request.prompt, asked.get(task)) for task, request in enumerate(requests)]
+        prompts = [
+            self._opening_prompt(request.prompt, texts.get(task)) for task, request in enumerate(requests)
+        ]
         for row in rows:
             row.prompt = prompts[row.task]
         return prompts
 
-    def _asked(self, prompt: Prompt, opening: str | None) -> Prompt:
+    def _opening_prompt(self, prompt: Prompt, opening: str | None) -> Prompt:
         if opening is None:
             return prompt
         text, token_ids = self._dialogue.opening(opening)
@@ -198,35 +202,37 @@ class EpisodePlayer:
         self,
         playing: Sequence[_Row],
         requests: Sequence[Request],
-        asked: Sequence[Prompt],
+        prompts: Sequence[Prompt],
         policy: PolicyVersion,
     ) -> list[Completion]:
-        """All samples of a request from one request, as without an environment: they share its prefill."""
+        """Samples all first turns of a request at once, so that they share its prefill."""
         tasks = sorted({row.task for row in playing})
         first: list[Request] = []
         for task in tasks:
             sampling = requests[task].sampling
             turn = dataclasses.replace(sampling, max_tokens=min(self._turn_tokens, sampling.max_tokens))
-            first.append(dataclasses.replace(requests[task], prompt=asked[task], sampling=turn))
+            first.append(dataclasses.replace(requests[task], prompt=prompts[task], sampling=turn))
 
-        written: dict[int, tuple[Completion, ...]] = {}
+        sampled: dict[int, tuple[Completion, ...]] = {}
         for answer in self._sampler.sample(first, policy):
-            written[tasks[answer.request]] = answer.completions
-        return [written[row.task][row.sample - requests[row.task].first] for row in playing]
+            sampled[tasks[answer.request]] = answer.completions
+        return [sampled[row.task][row.sample - requests[row.task].first] for row in playing]
 
     def _next_turn(self, playing: Sequence[_Row], turn: int, policy: PolicyVersion) -> list[Completion]:
-        """Every episode goes on from its own tokens."""
+        """Continues every episode from its own tokens."""
         later: list[Request] = []
         for row in playing:
             seed = stable_hash(row.sampling.seed, "turn", turn)
             sampling = dataclasses.replace(row.sampling, n=1, max_tokens=self._turn_tokens, seed=seed)
-            later.append(Request(row.so_far, sampling, 0, 1))
+            later.append(Request(row.turn_prompt, sampling, 0, 1))
 
-        written = {answer.request: answer.completions[0] for answer in self._sampler.sample(later, policy)}
-        return [written[place] for place in range(len(playing))]
+        sampled = {answer.request: answer.completions[0] for answer in self._sampler.sample(later, policy)}
+        return [sampled[place] for place in range(len(playing))]
 
-    def _take(self, row: _Row, outcome: Opening | Step | Failure, finish: Finish, *, last: bool) -> None:
-        """What the environment made of the turn, and whether there is another."""
+    def _apply_outcome(
+        self, row: _Row, outcome: Opening | Step | Failure, finish: Finish, *, is_last: bool
+    ) -> None:
+        """Adds the environment's answer to the row, or ends the episode."""
         if isinstance(outcome, Failure):
             row.fail(outcome)
             return
@@ -236,11 +242,11 @@ class EpisodePlayer:
         if outcome.done:
             row.finish = finish
             return
-        observation = () if last else self._dialogue.observation(outcome.observation, row.tokens[-1])
-        if last or len(row.tokens) + len(observation) + self._turn_tokens > row.sampling.max_tokens:
+        observation = () if is_last else self._dialogue.observation(outcome.observation, row.tokens[-1])
+        if is_last or len(row.tokens) + len(observation) + self._turn_tokens > row.sampling.max_tokens:
             row.finish = "length"
         else:
-            row.read(observation)
+            row.add_observation(observation)
 
     def _completion(self, row: _Row, policy: PolicyVersion) -> Completion:
         assert row.finish is not None

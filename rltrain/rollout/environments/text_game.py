@@ -1,5 +1,5 @@
-"""Text games made by Microsoft's TextWorld, arXiv:1806.11532: generated on this machine, played
-through their own interpreter.
+"""Text games of Microsoft's TextWorld, arXiv:1806.11532, generated on this machine and played with
+TextWorld's interpreter.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from rltrain.rollout.environments import Step, Task
 
 __all__ = ["TextGame"]
 
-_STATUS_LINE = re.compile(
-    r"\n>[^\n]*\Z"
-)  # the prompt sign, and the room and moves that an interpreter shows at the window's top
-_WANTED = EnvInfos(
+# the prompt sign, with the room and the moves that an interpreter shows at the top of its window
+_STATUS_LINE = re.compile(r"\n>[^\n]*\Z")
+_REQUESTED_INFOS = EnvInfos(
     feedback=True,
     description=True,
     objective=True,
@@ -37,14 +36,15 @@ _LONGEST_COMMAND = 200  # characters
 
 @method("textworld", traits={"rewards"})
 class TextGame:
-    """A game of TextWorld, arXiv:1806.11532, by the ``game`` number of the task; every turn is one command.
+    """A game of TextWorld, arXiv:1806.11532, with the number in the task's ``game`` column; every turn is a
+    command.
 
-    The reward is the game's score over its highest; ``correct`` is 1 once the game is won. rooms, objects,
-    quest_length: how large and how many commands from the win. commands: whether the admissible ones are
-    shown, "listed" or "numbered", where a number also gives its command. objective, description: whether the
-    policy is told what to do, and what it sees at the start. The command is the last line of the turn that is
-    not empty. Also reported: ``moves``, and ``inadmissible`` ones among them. cache: folder for the games,
-    each made in about three seconds when it is first played.
+    The reward is the game's score divided by its maximum; ``correct`` is 1 once the game is won. rooms,
+    objects: size of the game; quest_length: commands needed to win. commands: whether the admissible commands
+    are shown, "listed" or "numbered"; with "numbered" the policy may answer with a number. objective,
+    description: whether the policy reads its goal and what it sees at the start. The command is the last
+    non-empty line of the turn. Also reports ``moves`` and the number of ``inadmissible`` ones. cache: folder
+    of the games, each made in about three seconds when it is first played.
     """
 
     def __init__(
@@ -64,37 +64,37 @@ class TextGame:
                 "least 1"
             )
         self._size = {"nb_rooms": rooms, "nb_objects": objects, "quest_length": quest_length}
-        self._commands, self._objective, self._description, self._cache = (
-            commands,
-            objective,
-            description,
-            Path(cache),
-        )
+        self._commands = commands
+        self._objective = objective
+        self._description = description
+        self._cache = Path(cache)
         self._game: Any = None
         self._state: Any = None
-        self._moves, self._inadmissible = 0, 0
+        self._moves = 0
+        self._inadmissible = 0
 
     def reset(self, task: Task, seed: int) -> str | None:
-        spelt = re.search(r"\bgame (\d+)\b", task.text)  # the built-in task's prompt, typed by hand
-        number = task.columns.get("game", int(spelt[1]) if spelt else None)
+        match = re.search(r"\bgame (\d+)\b", task.text)  # in a prompt typed by hand as in the built-in task
+        number = task.columns.get("game", int(match[1]) if match else None)
         if isinstance(number, bool) or not isinstance(number, int):
             raise ValueError(
                 f"textworld: task {task.id} has no column 'game' with the number of a game (its columns: "
-                f"{sorted(task.columns)}); "
-                "set data.train to textworld"
+                f"{sorted(task.columns)}); set data.train to textworld"
             )
-        self._game = textworld.start(str(self._file(number)), request_infos=_WANTED)
-        self._state, self._moves, self._inadmissible = self._game.reset(), 0, 0
-        told = [
+        self._game = textworld.start(str(self._game_file(number)), request_infos=_REQUESTED_INFOS)
+        self._state = self._game.reset()
+        self._moves = 0
+        self._inadmissible = 0
+        parts = [
             self._state.objective if self._objective else "",
             self._state.description if self._description else "",
             self._choices(),
         ]
-        return "\n\n".join(part.strip() for part in told if part.strip())
+        return "\n\n".join(part.strip() for part in parts if part.strip())
 
     def step(self, text: str) -> Step:
         command = self._command(text)
-        before = self._state.score
+        score_before = self._state.score
         self._moves += 1
         self._inadmissible += command not in self._state.admissible_commands
         self._state, _, done = self._game.step(command)
@@ -106,7 +106,7 @@ class TextGame:
         }
         feedback = _STATUS_LINE.sub("", self._state.feedback).strip()
         observation = "\n\n".join(part for part in (feedback, self._choices()) if part)
-        return Step(observation, bool(done), (self._state.score - before) / highest, parts)
+        return Step(observation, bool(done), (self._state.score - score_before) / highest, parts)
 
     def close(self) -> None:
         if self._game is not None:
@@ -128,15 +128,15 @@ class TextGame:
             return "\n".join(f"{number} {command}" for number, command in enumerate(admissible, start=1))
         return "Commands: " + "; ".join(admissible)
 
-    def _file(self, number: int) -> Path:
-        """The compiled game, made where it is not there yet.
+    def _game_file(self, number: int) -> Path:
+        """The compiled game, generated if it is not in the cache yet.
 
-        Two makers at once: one of their games stays, and they are the same.
+        If two processes generate it at once, the first stays; both games are the same.
         """
         name = "-".join(str(value) for value in (number, *self._size.values()))
-        made = self._cache / name / "game.z8"
-        if made.exists():
-            return made
+        game_file = self._cache / name / "game.z8"
+        if game_file.exists():
+            return game_file
         self._cache.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=self._cache))
         options = GameOptions()
@@ -146,9 +146,9 @@ class TextGame:
             setattr(options, key, value)
         textworld.generator.compile_game(textworld.generator.make_game(options), options)
         try:
-            os.rename(scratch, made.parent)
+            os.rename(scratch, game_file.parent)
         except OSError:
-            if not made.exists():
+            if not game_file.exists():
                 raise
             shutil.rmtree(scratch)
-        return made
+        return game_file

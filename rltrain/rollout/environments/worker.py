@@ -1,9 +1,7 @@
-"""An environment process: started by environment_pool.py with one end of a socket, plays episodes until the
-other end closes.
+"""An environment process: started by ``pool.py`` with one end of a socket, plays episodes until the other end
+closes.
 
-Executed, not forked, and without torch, as reward/worker.py is. One request at a time, so that a late answer
-names its episode. Answers are JSON, as those of reward workers are, since an environment can write to the
-socket too.
+It imports no torch. It answers one request at a time, so that a late answer names its episode.
 """
 
 from __future__ import annotations
@@ -13,20 +11,16 @@ import functools
 import importlib
 import importlib.util
 import math
-import os
-import resource
-import socket
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reward.caught import Caught
-from reward.reply import STRICT, framed, json_of
+from reward.channel import Channel, bound_cpu_time, bound_memory
+from reward.reply import STRICT, add_length, to_json
 from reward.score import is_float32
-from reward.worker import bound_cpu_time, die_with_the_trainer, limit, outlive_sigterm, read
 from rltrain.rollout.environments import Environment, Step, Task
 
 __all__ = [
@@ -81,7 +75,7 @@ class EndAll:
 
 @dataclass(frozen=True)
 class Request:
-    """What an environment is asked, under a number that it is not told."""
+    """A call of an environment, under a number that it is not told."""
 
     number: int
     body: Reset | TakeTurn | EndAll
@@ -90,7 +84,7 @@ class Request:
 @dataclass(frozen=True)
 class Answer:
     """``opening`` of a reset, ``step`` of a turn; or ``failure`` ("error", "memory") and ``message``. The
-    first answer is empty.
+    first answer, which says that the process is ready, is empty.
 
     ``number`` is the request's.
     """
@@ -105,63 +99,60 @@ class Answer:
 
 
 def main(descriptor: int) -> None:
-    outlive_sigterm()
-    channel = socket.socket(fileno=descriptor)
-    stream = channel.makefile("rb")
-    threading.Thread(target=die_with_the_trainer, args=(descriptor,), daemon=True).start()
-    setup: EnvironmentSetup = read(stream)
+    channel = Channel(descriptor)
+    setup: EnvironmentSetup = channel.receive()
     make: Callable[[], Environment] | None = None
     with Caught() as caught:
-        limit(resource.RLIMIT_AS, setup.memory_bytes)
+        bound_memory(setup.memory_bytes)
         make = environment_factory(setup)
         make()  # its options are tried before anything depends on them
     if make is None or caught.error is not None:
-        channel.sendall(framed(json_of(Answer(failure="error", message=str(caught)[:2000]))))
+        channel.send(add_length(to_json(Answer(failure="error", message=str(caught)[:2000]))))
         return
-    channel.sendall(framed(json_of(Answer())))
+
+    channel.send(add_length(to_json(Answer())))
     playing: dict[int, Environment] = {}
-    own_process = os.getpid()
     while True:
-        request: Request = read(stream)
+        request: Request = channel.receive()
         bound_cpu_time(setup.seconds)
         answer = dataclasses.replace(answer_request(request.body, playing, make), number=request.number)
-        if os.getpid() != own_process:
-            os._exit(0)  # a child that the environment forked and forgot
-        channel.sendall(framed(json_of(answer)))
+        channel.exit_if_forked()
+        channel.send(add_length(to_json(answer)))
 
 
 def answer_request(
     request: Reset | TakeTurn | EndAll, playing: dict[int, Environment], make: Callable[[], Environment]
 ) -> Answer:
-    """What the environment says, or why it does not."""
+    """The environment's answer, or why there is none."""
     answer = Answer()
     with Caught() as caught:
         match request:
             case Reset():
                 playing[request.episode] = make()
-                answer = Answer(opening=_text(playing[request.episode].reset(request.task, request.seed)))
+                answer = Answer(
+                    opening=_check_opening(playing[request.episode].reset(request.task, request.seed))
+                )
             case TakeTurn():
-                answer = Answer(step=_step(playing[request.episode].step(request.text)))
+                answer = Answer(step=_to_plain_step(playing[request.episode].step(request.text)))
             case EndAll():
                 while playing:
                     playing.popitem()[1].close()
     if caught.error is None:
         return answer
-    return Answer(
-        failure="memory" if isinstance(caught.error, MemoryError) else "error", message=str(caught)[:2000]
-    )
+    failure = "memory" if isinstance(caught.error, MemoryError) else "error"
+    return Answer(failure=failure, message=str(caught)[:2000])
 
 
 def environment_factory(setup: EnvironmentSetup) -> Callable[[], Environment]:
     """Makes one environment per episode. Raises ValueError where a user's file has no such class."""
     if not setup.module.endswith(".py"):
-        return functools.partial(
-            getattr(importlib.import_module(setup.module), setup.attribute), **setup.options
-        )
+        module = importlib.import_module(setup.module)
+        return functools.partial(getattr(module, setup.attribute), **setup.options)
+
     file = Path(setup.module).resolve()
     spec = importlib.util.spec_from_file_location(f"user_environment_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise ValueError(f"{file} is no Python file")
+        raise ValueError(f"{file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     sys.path.append(str(file.parent))
@@ -171,41 +162,41 @@ def environment_factory(setup: EnvironmentSetup) -> Callable[[], Environment]:
     return functools.partial(getattr(module, setup.attribute), **setup.options)
 
 
-def _text(opening: Any) -> str | None:
+def _check_opening(opening: Any) -> str | None:
     if opening is not None and not isinstance(opening, str):
         raise ValueError(f"reset must return text or None, got {type(opening).__name__}: {opening!r:.200}")
-    return None if opening is None else _bounded(opening)
+    return None if opening is None else _check_length(opening)
 
 
-def _step(given: Any) -> Step:
+def _to_plain_step(result: Any) -> Step:
     """A step of plain values.
 
     Raises ValueError on anything else, a number that float32 cannot hold included.
     """
-    if not isinstance(given, Step) or not isinstance(given.observation, str):
+    if not isinstance(result, Step) or not isinstance(result.observation, str):
         raise ValueError(
             "step must return a rltrain.rollout.environments.Step with a text as observation, got "
-            f"{given!r:.200}"
+            f"{result!r:.200}"
         )
-    numbers = [_number(value) for value in (given.reward, *given.parts.values())]
+    numbers = [_to_float(value) for value in (result.reward, *result.parts.values())]
     if not all(map(is_float32, numbers)):
         raise ValueError(
-            f"rewards and parts must be finite, got reward {given.reward!r:.50} and parts "
-            f"{dict(given.parts)!r:.200}"
+            f"rewards and parts must be finite, got reward {result.reward!r:.50} and parts "
+            f"{dict(result.parts)!r:.200}"
         )
-    parts = dict(zip(map(str, given.parts), numbers[1:], strict=True))
-    return Step(_bounded(given.observation), bool(given.done), numbers[0], parts)
+    parts = dict(zip(map(str, result.parts), numbers[1:], strict=True))
+    return Step(_check_length(result.observation), bool(result.done), numbers[0], parts)
 
 
-def _number(value: Any) -> float:
+def _to_float(value: Any) -> float:
     try:
         return float(value)
     except OverflowError:
         return math.inf
 
 
-def _bounded(text: str) -> str:
-    """Raises ValueError on what no policy could read."""
+def _check_length(text: str) -> str:
+    """Raises ValueError on a text that no policy could read."""
     if len(text) > _LONGEST_TEXT:
         raise ValueError(f"a text of {len(text)} characters; at most {_LONGEST_TEXT} are accepted")
     return str(text)

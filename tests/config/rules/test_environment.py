@@ -1,4 +1,4 @@
-"""What a recipe can say about episodes and no run should find out."""
+"""Mistakes about episodes in a recipe, which must be found before a run starts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rltrain.errors import RecipeError
 ROOT = Path(__file__).parents[3]
 CALCULATOR = ROOT / "recipes/policy/empg_calculator.yaml"
 TEXTWORLD = ROOT / "recipes/policy/epo_textworld.yaml"
-MINE = ROOT / "tests/support/environments.py"
+USER_ENVIRONMENTS = ROOT / "tests/support/environments.py"
 
 
-def loaded(recipe: Path, *overrides: str, profile: str | None = None) -> Any:
+def load_checked(recipe: Path, *overrides: str, profile: str | None = None) -> Any:
     return check(load_recipe(recipe, profile=profile, overrides=overrides)).recipe
 
 
@@ -60,13 +60,17 @@ def loaded(recipe: Path, *overrides: str, profile: str | None = None) -> Any:
         ),
         (
             CALCULATOR,
-            [f"rollout.environment.name={MINE}:Countnig"],
+            [f"rollout.environment.name={USER_ENVIRONMENTS}:Countnig"],
             "defines no class 'Countnig'; did you mean 'Counting'?",
         ),
-        (CALCULATOR, [f"rollout.environment.name={MINE}:Unmakeable"], "Unmakeable lacks reset, step, close"),
         (
             CALCULATOR,
-            [f"rollout.environment.name={MINE}:Counting", "rollout.environment.turms=3"],
+            [f"rollout.environment.name={USER_ENVIRONMENTS}:Unmakeable"],
+            "Unmakeable lacks reset, step, close",
+        ),
+        (
+            CALCULATOR,
+            [f"rollout.environment.name={USER_ENVIRONMENTS}:Counting", "rollout.environment.turms=3"],
             "no keyword-only argument 'turms'",
         ),
         (CALCULATOR, ["rollout.environment.name=nowhere.py:Counting"], "there is no file "),
@@ -77,20 +81,21 @@ def test_what_cannot_work_is_refused_with_the_reason(
     recipe: Path, overrides: list[str], expected: str
 ) -> None:
     with pytest.raises(RecipeError) as error:
-        loaded(recipe, *overrides)
+        load_checked(recipe, *overrides)
     assert expected in str(error.value)
 
 
 def test_a_user_s_class_is_an_environment_with_its_own_options() -> None:
-    ref = loaded(
-        CALCULATOR, f"rollout.environment.name={MINE}:Counting", "rollout.environment.turns=2"
+    ref = load_checked(
+        CALCULATOR, f"rollout.environment.name={USER_ENVIRONMENTS}:Counting", "rollout.environment.turns=2"
     ).rollout.environment
     assert ref.hp == {"turns": 2} and ref.max_turns == 8
 
 
 def test_a_profile_speaks_to_each_environment_apart() -> None:
-    plain = loaded(ROOT / "recipes/policy/grpo.yaml", profile="tiny_cpu")
-    tool, game = loaded(CALCULATOR, profile="tiny_cpu"), loaded(TEXTWORLD, profile="tiny_cpu")
+    plain = load_checked(ROOT / "recipes/policy/grpo.yaml", profile="tiny_cpu")
+    tool = load_checked(CALCULATOR, profile="tiny_cpu")
+    game = load_checked(TEXTWORLD, profile="tiny_cpu")
     assert (plain.rollout.max_tokens, plain.rollout.environment) == (8, None)
     assert (tool.data.train, tool.rollout.max_tokens, tool.rollout.environment.turn_tokens) == (
         "arithmetic",
@@ -104,7 +109,9 @@ def test_a_profile_speaks_to_each_environment_apart() -> None:
     )
     assert tool.model == game.model == plain.model
     assert (
-        loaded(TEXTWORLD, "rollout.environment.rooms=2", profile="tiny_cpu").rollout.environment.hp["rooms"]
+        load_checked(TEXTWORLD, "rollout.environment.rooms=2", profile="tiny_cpu").rollout.environment.hp[
+            "rooms"
+        ]
         == 2
     )
 

@@ -1,5 +1,5 @@
-"""Rules about sources and teachers: rows that nothing can use, and functions whose rows nothing samples,
-are refused when the recipe loads.
+"""Rules about sources and teachers: rows that no method can use, and methods whose rows no source samples,
+are refused when the recipe is loaded.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ AEPO = ("rollout.extra_samples=[aepo]", "control=[{name: aepo, form: rows}]")
     [
         (
             ["rollout.extra_samples=[tempred]"],
-            "rollout.extra_samples.0: no source is called 'tempred'",
+            "rollout.extra_samples.0: no extra sample is called 'tempred'",
             "choose from aepo, answer, reference",
         ),
         (
             [*AEPO, "rollout.extra_samples.0.taget=0.5"],
-            "source 'aepo' has no hyperparameter 'taget'",
+            "extra sample 'aepo' has no hyperparameter 'taget'",
             "did you mean 'target'?",
         ),
         (
             ["rollout.extra_samples=[aepo, aepo]", AEPO[1]],
-            "aepo stands 2 times in rollout.extra_samples",
+            "aepo is listed 2 times in rollout.extra_samples",
             "keep one",
         ),
         (
             [*AEPO, "rollout.trust_logp=true"],
-            "rollout.trust_logp would take",
+            "rollout.trust_logp would use",
             "set rollout.trust_logp to false",
         ),
         (["rollout.extra_samples=[aepo]"], "nothing weighs them", "add aepo to control"),
@@ -48,7 +48,7 @@ AEPO = ("rollout.extra_samples=[aepo]", "control=[{name: aepo, form: rows}]")
         ),
         (
             ["rollout.extra_samples=[reference]"],
-            "which tells sources apart can use, and group_norm does not",
+            "which distinguishes sources can use, and group_norm does not",
             "set advantage to one that does (aapo, grao)",
         ),
         (
@@ -79,7 +79,7 @@ AEPO = ("rollout.extra_samples=[aepo]", "control=[{name: aepo, form: rows}]")
         ),
     ],
 )
-def test_an_arm_and_what_uses_its_rows_come_together(
+def test_a_source_and_what_uses_its_rows_come_together(
     recipe: Path, overrides: list[str], expected: str, remedy: str
 ) -> None:
     problems = refused(recipe, *overrides)
@@ -108,11 +108,12 @@ def test_a_teacher_without_a_use_and_a_use_without_a_teacher_are_said(recipe: Pa
     distilled = "loss.terms=[{name: kdrl, coefficient: 0.002}]"
     assert warnings(recipe, distilled, "model.teacher=big") == ()
     assert any(
-        "loss.terms.0 kdrl learns from a teacher, but model.teacher is null" in one
-        for one in warnings(recipe, distilled)
+        "loss.terms.0 kdrl learns from a teacher, but model.teacher is null" in warning
+        for warning in warnings(recipe, distilled)
     )
     assert any(
-        "no function of the recipe needs teacher_logp" in one for one in warnings(recipe, "model.teacher=big")
+        "no function of the recipe needs teacher_logp" in warning
+        for warning in warnings(recipe, "model.teacher=big")
     )
 
 
@@ -126,18 +127,18 @@ def test_a_teacher_without_a_use_and_a_use_without_a_teacher_are_said(recipe: Pa
         (["rollout.extra_samples=[answer]", "advantage=grao"], "answer", "24", "1,080"),
     ],
 )
-def test_the_plan_counts_the_rows_of_an_arm(
+def test_the_plan_counts_the_rows_of_a_source(
     recipe: Path, overrides: list[str], name: str, rows: str, grading: str
 ) -> None:
-    found = {line.name: line.value for line in plan(load_recipe(recipe, overrides=overrides))}
-    assert (found[f"rollout: {name} rows per step"], found["reward: grading per step, at most"]) == (
+    values = {line.name: line.value for line in plan(load_recipe(recipe, overrides=overrides))}
+    assert (values[f"rollout: {name} rows per step"], values["reward: grading per step, at most"]) == (
         rows,
         grading,
     )
 
 
 @pytest.mark.parametrize("name", EXTRA_SAMPLES.names())
-def test_every_arm_cites_its_paper_and_documents_its_settings(name: str) -> None:
+def test_every_source_cites_its_paper_and_documents_its_settings(name: str) -> None:
     spec = EXTRA_SAMPLES.spec(name)
     assert f"arXiv:{spec.arxiv}" in spec.doc
     assert [key for key in spec.hyperparameters if f"``{key}``" not in spec.doc] == []

@@ -1,4 +1,4 @@
-"""Rules of the methods that reshape advantages: what each cannot do without."""
+"""Rules about the methods that reshape advantages: what each of them requires."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which methods go together: what is refused, with its remedy, and that the recipe next to it passes."""
+"""Combinations of methods: which are refused, with the remedy, and that similar recipes pass."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ TEMPERED = "rollout.extra_samples=[aepo]"
         ),
         (
             ["loss.policy=kl_cov", "learner.updates=2"],
-            "loss.policy kl_cov reads what the control kl_cov computes, which control lacks",
+            "loss.policy kl_cov reads what the control kl_cov computes, but control does not list it",
             "add kl_cov to control",
         ),
         (
             [f"control=[{CLIP_COV}, kl_cov]", "learner.updates=2"],
-            "clip_cov (with loss.policy clip) and control.1 kl_cov (with loss.policy kl_cov) each bring "
-            "their own rule of clipping",
+            "clip_cov (with loss.policy clip) and control.1 kl_cov (with loss.policy kl_cov) each define a "
+            "clipping rule",
             "keep one of them",
         ),
         (
@@ -97,12 +97,12 @@ TEMPERED = "rollout.extra_samples=[aepo]"
         ),
         (
             [TEMPERED, "control=[aepo]", "reward.functions=[{name: format, tags: [a]}]"],
-            "control.0 aepo goes by right and wrong",
+            "control.0 aepo needs correctness",
             "add one of",
         ),
         (
             ["control=[dcpo]", "reward.functions=[{name: format, tags: [a]}]"],
-            "control.0 dcpo goes by right and wrong",
+            "control.0 dcpo needs correctness",
             "add one of",
         ),
     ],
@@ -142,7 +142,7 @@ def test_what_the_mathematics_allows_passes_without_a_word(recipe: Path, overrid
 
 
 def test_every_control_or_loss_that_a_trait_names_exists() -> None:
-    # a typing error in a trait would refuse every recipe, or none
+    # a misspelt trait would refuse every recipe, or none
     registered = {"policy_loss": POLICY_LOSSES, "control": TOKEN_CONTROLS, "aggregate": AGGREGATES}
     for registry in (TOKEN_CONTROLS, POLICY_LOSSES, ADVANTAGES):
         for spec in registry.specs.values():
@@ -156,12 +156,12 @@ def test_every_control_or_loss_that_a_trait_names_exists() -> None:
 def test_a_companion_points_back() -> None:
     # the control names its loss and the loss its control, or the loss works without one (clip)
     for name, spec in TOKEN_CONTROLS.specs.items():
-        for wanted in MethodUse("here", spec, {}).arguments("policy_loss"):
-            back = MethodUse("there", POLICY_LOSSES.spec(wanted), {}).arguments("control")
+        for companion in MethodUse("here", spec, {}).arguments("policy_loss"):
+            back = MethodUse("there", POLICY_LOSSES.spec(companion), {}).arguments("control")
             assert back in ([], [name])
     for name, spec in POLICY_LOSSES.specs.items():
-        for wanted in MethodUse("here", spec, {}).arguments("control"):
-            assert name in MethodUse("there", TOKEN_CONTROLS.spec(wanted), {}).arguments("policy_loss")
+        for companion in MethodUse("here", spec, {}).arguments("control"):
+            assert name in MethodUse("there", TOKEN_CONTROLS.spec(companion), {}).arguments("policy_loss")
 
 
 def test_a_need_may_hold_a_hyperparameter_or_hang_on_its_value() -> None:

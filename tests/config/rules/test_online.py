@@ -1,4 +1,4 @@
-"""Rules across sections: each refusal and warning, with its remedy, and that a recipe next to it passes."""
+"""Rules across sections: each error and warning, with its remedy, and that similar recipes pass."""
 
 from __future__ import annotations
 
@@ -258,8 +258,8 @@ def test_functions_that_are_async_made_or_imported_are_taken_for_rewards(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     (tmp_path / "mine.py").write_text(
-        "from json import loads\nimport functools\nasync def waits(completions, **columns): ...\n"
-        "made = functools.partial(waits)\njudge: object = print\n"
+        "from json import loads\nimport functools\nasync def waits(completions, **columns): ...\nmade = "
+        "functools.partial(waits)\njudge: object = print\n"
     )
     monkeypatch.chdir(tmp_path)
     assert warnings(recipe, f"reward.functions.0=mine.py:{name}") == ()

@@ -1,4 +1,4 @@
-"""What a recipe with a process reward model can say that no run should find out."""
+"""Mistakes about a process reward model in a recipe, which must be found before a run starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PRIME = ROOT / "recipes" / "policy" / "prime.yaml"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "expected"),
     [
         (
             ["process_reward=null"],
@@ -47,10 +47,10 @@ PRIME = ROOT / "recipes" / "policy" / "prime.yaml"
         (["process_reward.optimiser.lr=1"], "did you mean 'process_reward.optimizer'?"),
     ],
 )
-def test_what_cannot_work_is_refused_with_the_remedy(overrides: list[str], said: str) -> None:
+def test_what_cannot_work_is_refused_with_the_remedy(overrides: list[str], expected: str) -> None:
     with pytest.raises(RecipeError) as error:
         check(load_recipe(PRIME, overrides=overrides))
-    assert said in str(error.value)
+    assert expected in str(error.value)
 
 
 def test_a_bare_loss_gains_hyperparameters() -> None:
@@ -61,7 +61,7 @@ def test_a_bare_loss_gains_hyperparameters() -> None:
 
 
 def test_a_profile_gives_the_second_model_a_learning_rate_and_makes_none_where_there_is_none() -> None:
-    # at the paper's 1e-6 a model of a million parameters does not move, and what it measures is GRPO
+    # at the paper's 1e-6 a model of a million parameters does not change, and the run would measure GRPO
     prime, grpo = (
         load_recipe(ROOT / f"recipes/policy/{name}.yaml", profile="tiny_cpu") for name in ("prime", "grpo")
     )
@@ -69,10 +69,9 @@ def test_a_profile_gives_the_second_model_a_learning_rate_and_makes_none_where_t
     assert (
         prime.process_reward is not None and prime.process_reward.optimizer.lr >= prime.learner.optimizer.lr
     )
-    assert (
-        prime.process_reward.loss.hp == {"beta": 0.05}
-        and prime.process_reward.optimizer.max_grad_norm == 10.0
-    )  # the recipe's own
+    # values from the recipe itself
+    assert prime.process_reward.loss.hp == {"beta": 0.05}
+    assert prime.process_reward.optimizer.max_grad_norm == 10.0
     assert grpo.process_reward is None
     for path in (ROOT / "recipes").rglob("*.yaml"):
         if path.parent.name in ("policy", "preference"):

@@ -1,4 +1,4 @@
-"""Rewards that run programs or ask servers: what a recipe must say about them."""
+"""Rewards that run programs or query servers: the settings that a recipe must contain."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def problems(*overrides: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("reward", "said"),
+    ("reward", "expected"),
     [
         (
             "{name: code_tests, seconds: 10}",
@@ -38,7 +38,7 @@ def problems(*overrides: str) -> str:
             "extract must be Literal['auto', 'fenced', 'continuation'], got 'fence'",
         ),
         ("reward_model", "reward_model: path is empty"),
-        ("reward_model_http", "url must be that of a server"),
+        ("reward_model_http", "url must be the address of a server"),
         ("{name: reward_model_http, url: 'http://me:hush@host/x'}", "the url holds a password"),
         ("{name: llm_judge, url: 'http://127.0.0.1:8000/v1'}", "model is empty"),
         (
@@ -51,8 +51,8 @@ def problems(*overrides: str) -> str:
         ),
     ],
 )
-def test_what_cannot_work_is_said_before_anything_is_loaded(reward: str, said: str):
-    assert said in problems(f"reward.functions=[{reward}]")
+def test_what_cannot_work_is_said_before_anything_is_loaded(reward: str, expected: str):
+    assert expected in problems(f"reward.functions=[{reward}]")
 
 
 def test_a_judge_of_pairs_needs_two_completions():

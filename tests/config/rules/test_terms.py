@@ -1,4 +1,4 @@
-"""Recipes whose coefficients change, or that learn without a reward: what is refused, with the remedy."""
+"""Recipes with changing coefficients or without a reward: which are refused, with the remedy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def term(text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "expected"),
     [
         (
             term("{name: entropy, coefficient: target_entropie}"),
@@ -51,11 +51,11 @@ def term(text: str) -> str:
         ),
         (
             term("{name: entropy, coefficient: {name: kl_target}}"),
-            "lives on the metric loss/kl, which only a term kl reports; add the term",
+            "reads the metric loss/kl, which only a term kl reports; add the term",
         ),
         (
             term("{name: entropy, coefficient: {name: entropy_band}}"),
-            "lives on the metric loss/clamped_entropy_nats, which only a term clamped_entropy reports",
+            "reads the metric loss/clamped_entropy_nats, which only a term clamped_entropy reports",
         ),
         (
             term("{name: entropy, coefficient: epo_schedule}"),
@@ -75,7 +75,7 @@ def term(text: str) -> str:
         ("data.order={name: gain_rl, sigm: 2.0}", "has no hyperparameter 'sigm'; did you mean 'sigma'?"),
         (
             "control=[kdrl_mask]",
-            "control.0 kdrl_mask marks tokens for the term kdrl, which loss.terms has not; add it or drop "
+            "control.0 kdrl_mask marks tokens for the term kdrl, which is not in loss.terms; add it or drop "
             "kdrl_mask",
         ),
         ("advantage=none", "advantage is none: loss.policy clip would learn nothing"),
@@ -85,13 +85,13 @@ def term(text: str) -> str:
         ),
     ],
 )
-def test_what_cannot_work_is_refused(override: str, said: str) -> None:
+def test_what_cannot_work_is_refused(override: str, expected: str) -> None:
     more = ("loss.terms=[]",) if override == "advantage=none" else ()
-    assert said in problems("grpo", override, *more)
+    assert expected in problems("grpo", override, *more)
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "expected"),
     [
         (
             "advantage=group_norm",
@@ -105,8 +105,8 @@ def test_what_cannot_work_is_refused(override: str, said: str) -> None:
         ("rollout.dynamic_sampling={}", "chooses prompts by it; set it to null"),
     ],
 )
-def test_a_recipe_without_rewards_says_so_everywhere(override: str, said: str) -> None:
-    assert said in problems("em_ft", override, "rollout.n=2")
+def test_a_recipe_without_rewards_says_so_everywhere(override: str, expected: str) -> None:
+    assert expected in problems("em_ft", override, "rollout.n=2")
 
 
 def test_data_that_nobody_judged_needs_no_answers() -> None:
@@ -114,10 +114,10 @@ def test_data_that_nobody_judged_needs_no_answers() -> None:
 
 
 def test_a_mask_by_correctness_needs_a_verdict() -> None:
-    said = problems("kdrl_masked", "reward.functions=[{name: format, tags: [think]}]")
+    expected = problems("kdrl_masked", "reward.functions=[{name: format, tags: [think]}]")
     assert (
-        "control.0 kdrl_mask goes by right and wrong, which none of reward.functions reports; add one of"
-        in said
+        "control.0 kdrl_mask needs correctness, which none of reward.functions reports; add one of"
+        in expected
     )
 
 

@@ -46,7 +46,8 @@ def random_labels(seed: int = 0) -> tuple[PolicySequences, LabelBatch]:
     mismatched = CompletionFacts(
         torch.arange(3, N + 3), noise(N, seed + 2) - 3, logp_now=noise(N, seed + 3) - 2.5
     )
-    label, prompt = doubles(1, 0, 1, 1, 0, 0), torch.tensor([4, 4, 4, 9, 9, 2])
+    label = doubles(1, 0, 1, 1, 0, 0)
+    prompt = torch.tensor([4, 4, 4, 9, 9, 2])
     columns = {"pass_rate": doubles(0.0, 0.05, 0.5, 1.0, 0.01, 0.2)}
     return PolicySequences(logp.requires_grad_()), LabelBatch(
         facts, prompt, label, mismatched, columns=columns
@@ -109,22 +110,23 @@ def test_gradcheck_and_the_frozen_side_has_no_gradient(name: str):
 def test_a_row_does_not_see_the_others(name: str):
     policy, batch = random_labels()
     loss = PREFERENCE_LOSSES.bind(name)
-    whole = with_batch_statistics(batch, loss)
-    all_values = loss(policy_for(name, policy), whole).values
+    whole_batch = with_batch_statistics(batch, loss)
+    all_values = loss(policy_for(name, policy), whole_batch).values
     for index in (torch.tensor([4]), torch.tensor([5, 0, 2])):
         part = policy_for(name, PolicySequences(policy.logp[index]))
-        torch.testing.assert_close(loss(part, whole.rows(index)).values, all_values[index], rtol=0, atol=0)
+        values = loss(part, whole_batch.rows(index)).values
+        torch.testing.assert_close(values, all_values[index], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", LABELS)
 def test_extreme_log_ratios_are_finite_in_value_and_gradient(name: str):
     logp = torch.tensor([-1e4, -1e4, -1e-4, -3.0], requires_grad=True)
     facts = CompletionFacts(torch.tensor([900, 900, 2, 3]), torch.tensor([0.0, -2e4, -1e4, -3.0]))
-    one = CompletionFacts(torch.ones(4).long(), torch.zeros(4), logp_now=torch.full((4,), 1e4))
+    mismatched = CompletionFacts(torch.ones(4).long(), torch.zeros(4), logp_now=torch.full((4,), 1e4))
     columns = {"pass_rate": torch.tensor([0.0, 1.0, 1e-9, 0.5])}
-    batch = LabelBatch(
-        facts, torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 0.0, 1.0, 0.0]), one, columns=columns
-    )
+    prompt = torch.tensor([0, 0, 1, 1])
+    label = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    batch = LabelBatch(facts, prompt, label, mismatched, columns=columns)
     result = run(name, policy_for(name, PolicySequences(logp)), batch)
     result.values.sum().backward()
     assert result.values.isfinite().all() and logp.grad.isfinite().all()
@@ -138,8 +140,8 @@ def test_z0_is_reduced_first_and_clamped_last():
     # k = [-.6, -.2] on one rank and [.1, .3] on the other: mean -0.1, clamped 0; clamping each rank's mean
     # first gives 0.1
     def z0(*k: float) -> float:
-        one = CompletionFacts(torch.ones(len(k)).long(), torch.zeros(len(k)).double(), logp_now=doubles(*k))
-        batch = LabelBatch(one, torch.arange(len(k)), torch.ones(len(k)).double(), one)
+        facts = CompletionFacts(torch.ones(len(k)).long(), torch.zeros(len(k)).double(), logp_now=doubles(*k))
+        batch = LabelBatch(facts, torch.arange(len(k)), torch.ones(len(k)).double(), facts)
         return float(STATISTICS.bind("z0")(batch))
 
     assert z0(-0.6, -0.2, 0.1, 0.3) == 0.0
@@ -149,7 +151,8 @@ def test_z0_is_reduced_first_and_clamped_last():
 
 def test_kto_lies_between_zero_and_its_weight_and_weights_touch_their_class_only():
     policy, batch = random_labels()
-    plain, heavy = run("kto", policy, batch).values, run("kto", policy, batch, weight_desirable=1.4).values
+    plain = run("kto", policy, batch).values
+    heavy = run("kto", policy, batch, weight_desirable=1.4).values
     assert ((plain > 0) & (plain < 1)).all()
     torch.testing.assert_close(heavy, torch.where(batch.label > 0, 1.4 * plain, plain))
 
@@ -178,7 +181,7 @@ def test_kto_of_one_class_is_finite_and_labels_may_be_true_and_false():
 def test_ktos_class_means_are_exact_whatever_the_cut():
     policy, batch = random_labels()
     loss = PREFERENCE_LOSSES.bind("kto")
-    whole = with_batch_statistics(batch, loss)
+    whole_batch = with_batch_statistics(batch, loss)
     shown = dict.fromkeys(("reward_desirable", "reward_undesirable"), 0.0)
     for index in (
         torch.tensor([0, 2]),
@@ -186,7 +189,7 @@ def test_ktos_class_means_are_exact_whatever_the_cut():
         torch.tensor([1, 4, 5]),
     ):  # the first part holds one class only
         share = PreferenceObjective(loss)(
-            PolicySequences(policy.logp[index]), whole.rows(index), ExampleTotals(N)
+            PolicySequences(policy.logp[index]), whole_batch.rows(index), ExampleTotals(N)
         )
         for key in shown:
             shown[key] += float(share.metrics[f"loss/{key}"])
@@ -287,7 +290,8 @@ def test_pass_rates_outside_the_unit_interval_are_an_error():
 
 
 def test_contrasts_are_all_right_with_all_wrong_answers_of_a_prompt():
-    label, prompt = doubles(1, 0, 1, 1, 0, 0), torch.tensor([4, 4, 4, 9, 9, 2])
+    label = doubles(1, 0, 1, 1, 0, 0)
+    prompt = torch.tensor([4, 4, 4, 9, 9, 2])
     assert contrasts(label, prompt).tolist() == [[0, 1], [2, 1], [3, 4]]  # prompt 2 has one kind only
 
 
@@ -314,10 +318,9 @@ def test_ncas_weights_add_up_to_one_over_each_prompt_also_where_rewards_are_larg
 
 
 def heads(seed: int = 0) -> tuple[RewardPairs, PairBatch]:
-    one = CompletionFacts(torch.ones(N).long())
-    batch = PairBatch(
-        one, one, torch.arange(N), margin=noise(N, 7).abs(), p_chosen=torch.sigmoid(noise(N, 8))
-    )
+    facts = CompletionFacts(torch.ones(N).long())
+    margin = noise(N, 7).abs()
+    batch = PairBatch(facts, facts, torch.arange(N), margin=margin, p_chosen=torch.sigmoid(noise(N, 8)))
     return RewardPairs(noise(N, seed).requires_grad_(), noise(N, seed + 1).requires_grad_()), batch
 
 
@@ -382,10 +385,10 @@ def test_a_head_that_was_not_squeezed_is_an_error():
 
 def test_a_missing_label_is_an_error():
     policy, batch = random_labels()
-    bare = dataclasses.replace(batch, label=None)
+    unlabelled = dataclasses.replace(batch, label=None)
     for name in ("kto", "implicit_prm_ce", "nca_group", "orm"):
         with pytest.raises(ValueError, match="no labels"):
-            run(name, policy_for(name, policy), bare)
+            run(name, policy_for(name, policy), unlabelled)
 
 
 # the objective and its statistics ---------------------------------------------------------------------------
@@ -395,11 +398,14 @@ def test_a_missing_label_is_an_error():
 def test_shares_of_any_cut_add_up_to_one_mean(name: str):
     policy, batch = random_labels()
     loss = PREFERENCE_LOSSES.bind(name)
-    objective, whole = PreferenceObjective(loss), with_batch_statistics(batch, loss)
-    together = objective(policy_for(name, policy), whole, ExampleTotals(N))
-    torch.testing.assert_close(together.loss, loss(policy_for(name, policy), whole).values.mean())
+    objective = PreferenceObjective(loss)
+    whole_batch = with_batch_statistics(batch, loss)
+    together = objective(policy_for(name, policy), whole_batch, ExampleTotals(N))
+    torch.testing.assert_close(together.loss, loss(policy_for(name, policy), whole_batch).values.mean())
     parts = [
-        objective(policy_for(name, PolicySequences(policy.logp[index])), whole.rows(index), ExampleTotals(N))
+        objective(
+            policy_for(name, PolicySequences(policy.logp[index])), whole_batch.rows(index), ExampleTotals(N)
+        )
         for index in torch.tensor([3, 0, 5, 1, 4, 2]).split([1, 3, 2])
     ]
     torch.testing.assert_close(sum(part.loss for part in parts), together.loss)
@@ -436,9 +442,9 @@ def test_what_a_loss_needs_is_a_tensor_or_a_statistic_that_exists():
             assert set(STATISTICS.spec(statistic).inputs) <= spec.hyperparameters.keys()
 
 
-def test_a_statistic_that_nobody_prepared_is_an_error():
+def test_a_statistic_that_was_not_computed_is_an_error():
     policy, batch = random_labels()
-    with pytest.raises(ValueError, match=r"call statistics\.prepared on the whole batch"):
+    with pytest.raises(ValueError, match=r"call statistics\.with_batch_statistics on the whole batch"):
         PREFERENCE_LOSSES.bind("kto")(policy, batch)
 
 

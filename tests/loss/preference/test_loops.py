@@ -21,7 +21,7 @@ from rltrain.loss.preference.inpo import (
     nash_mp_score,
     symmetrise,
 )
-from rltrain.loss.preference.margins import gamma_for, margins, mean_target, target_probability
+from rltrain.loss.preference.margins import gamma_for_target, margins, mean_target, target_probability
 from rltrain.loss.preference.mmpo import ranked_pair_strengths
 from rltrain.loss.preference.superhf import kl_per_position, length_penalised, superhf
 from rltrain.types.preference import CompletionFacts, ExampleLoss, PairBatch, PolicyPairs, PolicySequences
@@ -66,12 +66,12 @@ def test_scores_without_a_difference_are_an_error():
 
 def test_gamma_can_be_found_for_a_mean_target():
     margin = doubles(4, 0.5, -1, 0)
-    gamma = gamma_for(margin, 0.8)
+    gamma = gamma_for_target(margin, 0.8)
     assert mean_target(margin, gamma) == pytest.approx(0.8, abs=1e-9)
     # one margin of 2 and target 0.9: sigmoid(2 g) = 0.9, g = ln(9) / 2
-    assert gamma_for(doubles(2.0), 0.9) == pytest.approx(math.log(9) / 2)
+    assert gamma_for_target(doubles(2.0), 0.9) == pytest.approx(math.log(9) / 2)
     with pytest.raises(ValueError, match="25% ties"):
-        gamma_for(margin, 0.9)  # at most 0.75 + 0.125
+        gamma_for_target(margin, 0.9)  # at most 0.75 + 0.125
 
 
 def test_ranked_pairs_come_from_n_win_rates():
@@ -96,23 +96,23 @@ def test_mirror_descent_step_is_the_one_inpo_fits():
 
 
 def test_mirror_prox_contracts_at_the_papers_rate():
-    policy, seen = REF, []
+    policy = REF
+    distances = []
     for _ in range(400):
         policy = mirror_prox_step(policy, REF, GAME)[1]
     star = policy
     assert close(star, 0.522295, 0.222794, 0.254911)
-    torch.testing.assert_close(
-        torch.softmax(REF.log() + GAME @ star / 0.5, 0), star
-    )  # a fixed point of its best response
+    # a fixed point of its best response
+    torch.testing.assert_close(torch.softmax(REF.log() + GAME @ star / 0.5, 0), star)
     policy = REF
     for step in range(6):
-        seen.append(float((star * (star / policy).log()).sum()))
+        distances.append(float((star * (star / policy).log()).sum()))
         half, policy = mirror_prox_step(policy, REF, GAME)
         if step == 0:
             assert close(half, 0.528069, 0.254271, 0.217660)
             assert close(policy, 0.521179, 0.254974, 0.223846)
-    assert close(doubles(*seen), 0.018337, 0.004185, 0.000972, 0.000227, 0.000053, 0.000012)
-    assert all(later / earlier <= 1 / (1 + 2 * 0.5) for earlier, later in itertools.pairwise(seen))
+    assert close(doubles(*distances), 0.018337, 0.004185, 0.000972, 0.000227, 0.000053, 0.000012)
+    assert all(later / earlier <= 1 / (1 + 2 * 0.5) for earlier, later in itertools.pairwise(distances))
 
 
 def test_an_indifferent_preference_leaves_the_reference():
@@ -125,7 +125,10 @@ def test_an_indifferent_preference_leaves_the_reference():
 def test_the_proximal_score_vanishes_at_the_proximal_policy():
     # prox(center, opponent) maximises P - beta KL(ref) - KL(center) / eta, so the score is constant over
     # answers there
-    centre, opponent, eta, beta = doubles(0.4, 0.35, 0.25), doubles(0.2, 0.2, 0.6), 2.0, 0.5
+    centre = doubles(0.4, 0.35, 0.25)
+    opponent = doubles(0.2, 0.2, 0.6)
+    eta = 2.0
+    beta = 0.5
     best = torch.softmax(
         (eta * (GAME @ opponent) + eta * beta * REF.log() + centre.log()) / (1 + eta * beta), 0
     ).requires_grad_()
@@ -135,7 +138,8 @@ def test_the_proximal_score_vanishes_at_the_proximal_policy():
 
 
 def test_superhf_keeps_the_best_of_each_prompt():
-    reward, group = doubles(0.1, 1.7, -0.4, 0.9), torch.tensor([7, 7, 7, 7])
+    reward = doubles(0.1, 1.7, -0.4, 0.9)
+    group = torch.tensor([7, 7, 7, 7])
     assert keep_best(reward, group).nonzero().tolist() == [[1]]
     assert keep_best(reward, group, top_k=2).nonzero().tolist() == [[1], [3]]
     mixed = keep_best(doubles(1, 5, 5, math.nan, 2), torch.tensor([1, 2, 2, 3, 1]))
@@ -197,9 +201,8 @@ def fitted(loss: Callable[..., ExampleLoss], centre: Tensor, opponent: Tensor, *
     softmax removes).
     """
     first, second = torch.cartesian_prod(torch.arange(3), torch.arange(3)).unbind(1)
-    weight = (
-        opponent[first] * opponent[second] * GAME[first, second]
-    )  # first is drawn, second is drawn, first wins
+    # first is drawn, second is drawn, first wins
+    weight = opponent[first] * opponent[second] * GAME[first, second]
     facts = [
         CompletionFacts(torch.ones(9), ref_logp=REF.log()[side], previous_logp=centre.log()[side])
         for side in (first, second)
@@ -216,40 +219,39 @@ def fitted(loss: Callable[..., ExampleLoss], centre: Tensor, opponent: Tensor, *
         ).sum()
 
     start = torch.zeros(3, dtype=torch.float64)
-    slope, curvature = (
-        torch.autograd.functional.jacobian(total, start),
-        torch.autograd.functional.hessian(total, start),
-    )
+    slope = torch.autograd.functional.jacobian(total, start)
+    curvature = torch.autograd.functional.hessian(total, start)
     return torch.softmax(start - torch.linalg.pinv(curvature) @ slope, 0)
 
 
 def test_the_losses_minimum_over_sampled_pairs_is_the_step_they_stand_for():
-    centre, opponent = doubles(0.4, 0.35, 0.25), doubles(0.2, 0.2, 0.6)
+    centre = doubles(0.4, 0.35, 0.25)
+    opponent = doubles(0.2, 0.2, 0.6)
     torch.testing.assert_close(
         fitted(inpo, centre, centre, eta=0.5, tau=0.2),
         mirror_descent_step(centre, REF, GAME, eta=0.5, tau=0.2),
     )
     for eta, beta in ((2.0, 0.5), (1.0, 0.1)):
         # (1 + eta beta) ln pi = eta P(. > opponent) + eta beta ln pi_ref + ln centre + constant
-        wanted = torch.softmax(
+        expected = torch.softmax(
             (eta * (GAME @ opponent) + eta * beta * REF.log() + centre.log()) / (1 + eta * beta), 0
         )
-        torch.testing.assert_close(fitted(nash_mp, centre, opponent, eta=eta, beta=beta), wanted)
+        torch.testing.assert_close(fitted(nash_mp, centre, opponent, eta=eta, beta=beta), expected)
 
 
 def test_iterating_the_losses_reaches_the_regularised_nash_policy():
     star = REF
     for _ in range(400):
         star = mirror_prox_step(star, REF, GAME, eta=2.0, beta=0.5)[1]
-    policy, distances = REF, []
+    policy = REF
+    distances = []
     for _ in range(16):  # two steps from one centre, as train.previous_every 2 makes them
         centre = policy
         half = fitted(nash_mp, centre, centre, eta=2.0, beta=0.5)
         policy = fitted(nash_mp, centre, half, eta=2.0, beta=0.5)
         distances.append(float((star * (star / policy).log()).sum()))
-    assert all(
-        later / earlier <= 0.5 for earlier, later in itertools.pairwise(distances[:6])
-    )  # 1 / (1 + 2 beta)
+    # 1 / (1 + 2 beta)
+    assert all(later / earlier <= 0.5 for earlier, later in itertools.pairwise(distances[:6]))
     torch.testing.assert_close(policy, star, atol=1e-4, rtol=0)
     policy = REF
     for _ in range(

@@ -42,7 +42,8 @@ def random_pairs(seed: int = 0) -> tuple[PolicyPairs, PairBatch]:
 
     (chosen, chosen_facts), (rejected, rejected_facts) = side(10), side(20)
     columns = {"is_target_language": torch.tensor([1.0, 0, 1, 0, 0, 1], dtype=torch.float64)}
-    margin, p_chosen = doubles(N, seed=3).abs(), torch.sigmoid(doubles(N, seed=4))
+    margin = doubles(N, seed=3).abs()
+    p_chosen = torch.sigmoid(doubles(N, seed=4))
     batch = PairBatch(
         chosen_facts, rejected_facts, torch.arange(N), margin=margin, p_chosen=p_chosen, columns=columns
     )
@@ -151,13 +152,14 @@ def test_a_row_does_not_see_the_others(name: str):
     # micro-batches: the statistics stay the whole batch's, so that any cut gives the same values
     policy, batch = random_pairs()
     loss = PREFERENCE_LOSSES.bind(name, HP.get(name, {}))
-    whole = with_batch_statistics(batch, loss)
-    all_values = loss(policy, whole).values
+    whole_batch = with_batch_statistics(batch, loss)
+    all_values = loss(policy, whole_batch).values
     for index in (torch.tensor([4]), torch.tensor([5, 0, 2])):
         part = PolicyPairs(
             PolicySequences(policy.chosen.logp[index]), PolicySequences(policy.rejected.logp[index])
         )
-        torch.testing.assert_close(loss(part, whole.rows(index)).values, all_values[index], rtol=0, atol=0)
+        values = loss(part, whole_batch.rows(index)).values
+        torch.testing.assert_close(values, all_values[index], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", LOG_PROB_PAIRS)
@@ -174,8 +176,8 @@ def test_extreme_log_ratios_are_finite_in_value_and_gradient(name: str, gap: flo
         )
 
     columns = {"is_target_language": torch.tensor([1.0, 0.0, 0.0])}
-    ones = torch.ones(3)
-    batch = PairBatch(facts(1), facts(-1), torch.arange(3), margin=ones, p_chosen=0.9 * ones, columns=columns)
+    unit = torch.ones(3)
+    batch = PairBatch(facts(1), facts(-1), torch.arange(3), margin=unit, p_chosen=0.9 * unit, columns=columns)
     result = run(
         name, PolicyPairs(PolicySequences(logp[0]), PolicySequences(logp[1])), batch, **HP.get(name, {})
     )
@@ -270,9 +272,8 @@ def test_a_constant_target_is_cdpo():
     )
     cdpo = run("cdpo", policy, batch, flip_rate=0.1).values
     torch.testing.assert_close(run("osp", policy, batch).values, cdpo)
-    torch.testing.assert_close(
-        run("mmpo", policy, batch, beta=0.1, gamma=0.7).values, cdpo
-    )  # sigmoid(ln 9) = 0.9
+    # sigmoid(ln 9) = 0.9
+    torch.testing.assert_close(run("mmpo", policy, batch, beta=0.1, gamma=0.7).values, cdpo)
 
 
 def test_osp_is_mmpo_with_its_targets_written_out():
@@ -291,7 +292,8 @@ def test_alpha_one_is_the_forward_kl_and_trl_counts_from_the_other_end():
     )
     # TRL: f'(rho) = (rho^(a-1) - 1) / (a - 1) with a = 1 - alpha_forward
     u = margin_of(policy, batch), policy.chosen.logp.detach() - batch.chosen.ref_logp
-    chosen, rejected = u[1], u[1] - u[0]
+    chosen = u[1]
+    rejected = u[1] - u[0]
     a = 0.7
     trl = -torch.nn.functional.logsigmoid(
         0.1 * (torch.expm1((a - 1) * chosen) - torch.expm1((a - 1) * rejected)) / (a - 1)
@@ -388,11 +390,14 @@ def test_f_dpo_counts_rows_that_it_clamps_and_gives_them_no_gradient():
 def test_h_dpos_optimum_gives_the_rewards_back_and_its_entropy_rises_with_alpha():
     # on three answers, pi* ~ pi_ref^(1/alpha) exp(r / (alpha beta)): implicit rewards differ exactly as the
     # rewards do
-    ref, r, beta = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([0.05, 0.2, 0.0]).double(), 0.1
+    ref = torch.tensor([0.5, 0.3, 0.2]).double()
+    r = torch.tensor([0.05, 0.2, 0.0]).double()
+    beta = 0.1
     entropies = []
     for alpha in (0.8, 0.9, 1.0, 1.2):
         best = torch.softmax((ref.log() + r / beta) / alpha, 0)
-        first, second = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 0])
+        first = torch.tensor([0, 1, 2])
+        second = torch.tensor([1, 2, 0])
         facts = [CompletionFacts(torch.ones(3).long(), ref.log()[side]) for side in (first, second)]
         policy = PolicyPairs(PolicySequences(best.log()[first]), PolicySequences(best.log()[second]))
         metrics = run(
@@ -483,13 +488,13 @@ def test_hyperparameters_outside_their_range_are_refused(name: str, hp: dict[str
 
 def test_a_missing_reference_or_previous_policy_is_an_error():
     policy, batch = random_pairs()
-    bare = dataclasses.replace(batch, chosen=CompletionFacts(batch.chosen.length))
+    bare_batch = dataclasses.replace(batch, chosen=CompletionFacts(batch.chosen.length))
     with pytest.raises(ValueError, match="ref_logp was not computed"):
-        run("dpo", policy, bare)
+        run("dpo", policy, bare_batch)
     with pytest.raises(ValueError, match="previous_logp was not computed"):
-        run("inpo", policy, bare)
+        run("inpo", policy, bare_batch)
     with pytest.raises(ValueError, match="statistic of the current policy needs"):
-        run("napo", policy, bare)
+        run("napo", policy, bare_batch)
 
 
 def test_a_probability_outside_the_unit_interval_is_an_error():

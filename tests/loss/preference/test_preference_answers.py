@@ -41,33 +41,33 @@ def tensor(values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def facts(given: Mapping[str, Any]) -> CompletionFacts:
-    if "reward" in given:
-        return CompletionFacts(torch.ones(len(given["reward"]), dtype=torch.int64))
-    named = {name: tensor(values) for name, values in given.items() if name not in ("length", "logp")}
-    return CompletionFacts(torch.tensor(given["length"]), logp_now=tensor(given["logp"]), **named)
+def facts(side: Mapping[str, Any]) -> CompletionFacts:
+    if "reward" in side:
+        return CompletionFacts(torch.ones(len(side["reward"]), dtype=torch.int64))
+    frozen = {name: tensor(logp) for name, logp in side.items() if name not in ("length", "logp")}
+    return CompletionFacts(torch.tensor(side["length"]), logp_now=tensor(side["logp"]), **frozen)
 
 
 def batch_of(case: Mapping[str, Any], loss: BoundMethod) -> PairBatch | LabelBatch:
-    given = FILE["given"][case["given"]]
+    fields = FILE["given"][case["given"]]
     sides = {
-        name: facts(given[name])
+        name: facts(fields[name])
         for name in ("chosen", "rejected", "completion", "mismatched")
-        if name in given
+        if name in fields
     }
-    rest = {name: tensor(given[name]) for name in ("margin", "p_chosen", "label") if name in given}
+    rest = {name: tensor(fields[name]) for name in ("margin", "p_chosen", "label") if name in fields}
     rows = len(next(iter(sides.values())).length)
     kind = PairBatch if "chosen" in sides else LabelBatch
-    columns = {name: tensor(values) for name, values in given.get("columns", {}).items()}
+    columns = {name: tensor(values) for name, values in fields.get("columns", {}).items()}
     return with_batch_statistics(
         kind(**sides, **rest, prompt=torch.zeros(rows, dtype=torch.int64), columns=columns), loss
     )
 
 
 def leaves(case: Mapping[str, Any]) -> dict[str, Tensor]:
-    """By side, the tensor with a gradient: log-probs or head rewards."""
-    given = FILE["given"][case["given"]]
-    sides = {name: given[name] for name in ("chosen", "rejected", "completion") if name in given}
+    """The tensor with a gradient for each side: log-probs or head rewards."""
+    fields = FILE["given"][case["given"]]
+    sides = {name: fields[name] for name in ("chosen", "rejected", "completion") if name in fields}
     return {
         name: tensor(side.get("logp", side.get("reward"))).requires_grad_() for name, side in sides.items()
     }
@@ -92,11 +92,13 @@ def values(case: Mapping[str, Any], leaf: dict[str, Tensor]) -> Tensor:
 
 def mean(case: Mapping[str, Any], leaf: dict[str, Tensor]) -> Tensor:
     """The loss of an update, from two micro-batches of halves where the batch has two rows and more."""
-    loss, whole = bound(case), batch_of(case, bound(case))
-    totals, shares = ExampleTotals(len(whole)), []
-    for index in torch.arange(len(whole)).tensor_split(2):
+    loss = bound(case)
+    batch = batch_of(case, bound(case))
+    totals = ExampleTotals(len(batch))
+    shares = []
+    for index in torch.arange(len(batch)).tensor_split(2):
         part = policy_of({name: side[index] for name, side in leaf.items()}, loss)
-        shares.append(PreferenceObjective(loss)(part, whole.rows(index), totals).loss)
+        shares.append(PreferenceObjective(loss)(part, batch.rows(index), totals).loss)
     return torch.stack(shares).sum()
 
 
@@ -129,7 +131,8 @@ def test_the_known_answer_comes_out_in_float64(name: str):
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name]["quantity"] == "example values"])
 def test_the_known_answer_comes_out_in_float32(name: str):
     case = CASES[name]
-    loss, batch = bound(case), batch_of(case, bound(case))
+    loss = bound(case)
+    batch = batch_of(case, bound(case))
     narrow = {
         name: getattr(batch, name).float()
         for name in ("margin", "p_chosen", "label")

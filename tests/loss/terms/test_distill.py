@@ -26,7 +26,8 @@ def draws(*seeds: int) -> list[Tensor]:
 
 
 def batch_of(width: int, reward: float = 1.0, **fields: Tensor) -> TrainBatch:
-    zeros, row = torch.zeros(1, width, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    zeros = torch.zeros(1, width, dtype=torch.float64)
+    row = torch.zeros(1, dtype=torch.int64)
     return TrainBatch(
         mask=zeros + 1,
         advantages=zeros,
@@ -97,7 +98,8 @@ def rapo_batch(reference: Tensor, older: Tensor, reward: float) -> TrainBatch:
 
 def test_rapos_metric_is_the_forward_kl_on_average() -> None:
     logits, reference = draws(0, 1)
-    q, p = reference.softmax(0), logits.softmax(0)
+    q = reference.softmax(0)
+    p = logits.softmax(0)
     batch = rapo_batch(reference, logits, 1.0)
     kl = LOSS_TERMS.bind("rapo")(PolicyTokens(logits.log_softmax(0)[None]), batch).metrics["kl"][0]
     assert (kl >= 0).all()
@@ -114,7 +116,8 @@ def test_rapo_at_an_unflattened_reference_pulls_nowhere() -> None:
 def test_rapos_worked_gradient() -> None:
     # p = [.5, .3, .2], q = [.2, .3, .5]: p - q, and not the gradient of the estimator of the value, [.320702,
     # .082466, -.403168]
-    p, q = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([0.2, 0.3, 0.5]).double()
+    p = torch.tensor([0.5, 0.3, 0.2]).double()
+    q = torch.tensor([0.2, 0.3, 0.5]).double()
     batch = batch_of(3, ref_logp=q.log()[None], old_logp=p.log()[None]).with_extra(
         **{"ref_log_mass:0.5": torch.zeros(1, 3).double()}
     )
@@ -128,7 +131,8 @@ def groups(correct: list[float], group: list[int]) -> TrainBatch:
     """One token per completion, except the first, which has three."""
     mask = torch.zeros(len(group), 3)
     mask[:, 0], mask[0] = 1.0, 1.0
-    zeros, ids = torch.zeros(len(group), 3), torch.tensor(group)
+    zeros = torch.zeros(len(group), 3)
+    ids = torch.tensor(group)
     return TrainBatch(
         mask=mask,
         advantages=zeros,
@@ -159,7 +163,7 @@ def test_all_right_marks_nothing() -> None:
 def test_the_mask_is_taken_over_each_optimizer_batch() -> None:
     control = TOKEN_CONTROLS.bind("kdrl_mask")
     once, adjust = split_by_timing([control, TOKEN_CONTROLS.bind("tis")])
-    assert [one.name for one in once] == ["tis"]
+    assert [step_control.name for step_control in once] == ["tis"]
     assert adjust is not None and adjust.controls == (control,) and adjust.needs == frozenset()
 
 

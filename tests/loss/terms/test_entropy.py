@@ -15,7 +15,8 @@ from rltrain.types.policy import PolicyTokens, TrainBatch
 
 
 def batch_of(mask: Tensor) -> TrainBatch:
-    zeros, rows = torch.zeros(mask.shape), torch.zeros(mask.shape[0], dtype=torch.int64)
+    zeros = torch.zeros(mask.shape)
+    rows = torch.zeros(mask.shape[0], dtype=torch.int64)
     return TrainBatch(
         mask=mask,
         advantages=zeros,
@@ -31,7 +32,7 @@ def through_the_head(logits: Tensor, name: str) -> Tensor:
     """The statistic ``name`` of softmax(logits), through the learner's own path: logits = hidden,
     weight the identity.
     """
-    found = token_statistics(
+    statistics = token_statistics(
         logits,
         torch.eye(logits.shape[1], dtype=logits.dtype),
         torch.zeros(len(logits), dtype=torch.int64),
@@ -39,7 +40,7 @@ def through_the_head(logits: Tensor, name: str) -> Tensor:
         wants=frozenset({name}),
         chunk=2,
     )
-    return found[name]
+    return statistics[name]
 
 
 def test_aents_worked_example_from_logits_to_gradient() -> None:

@@ -64,7 +64,9 @@ def test_k1_as_a_loss_is_refused_with_the_reason():
 def test_the_value_is_unbiased_for_the_reverse_kl(estimator: str):
     # E over all 7 tokens of the value = sum p ln(p / q), exactly; k2 is biased
     logits, ref_logits = softmax_pair()
-    p, logp, ref = logits.softmax(0), logits.log_softmax(0), ref_logits.log_softmax(0)
+    p = logits.softmax(0)
+    logp = logits.log_softmax(0)
+    ref = ref_logits.log_softmax(0)
     exact = (p * (logp - ref)).sum()
     assert_close((p * kl(logp[None], batch_of(ref[None]), estimator=estimator)[0]).sum(), exact)
     assert abs((p * kl(logp[None], batch_of(ref[None]), estimator="k2")[0]).sum() - exact) > 1e-3
@@ -97,7 +99,8 @@ def expected_gradient(logits: Tensor, ref_logits: Tensor, estimator: str) -> Ten
 
 def gradient_of_divergence(logits: Tensor, ref_logits: Tensor, which: str) -> Tensor:
     logits = logits.clone().requires_grad_()
-    logp, ref = logits.log_softmax(0), ref_logits.log_softmax(0)
+    logp = logits.log_softmax(0)
+    ref = ref_logits.log_softmax(0)
     value = (logp.exp() * (logp - ref)).sum() if which == "reverse" else (ref.exp() * (ref - logp)).sum()
     return torch.autograd.grad(value, logits)[0]
 

@@ -51,26 +51,26 @@ def test_each_row_goes_its_own_way_as_torchs_optimizer_takes_it(
         torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
         * torch.tensor([0.1, 1.0, 2.0, 3.0, 5.0, 20.0])[:, None]
     )
-    found = minimise_entropy(
+    sharpened = minimise_entropy(
         rows, threshold=0.8, lr=lr, max_steps=15, kl_weight=kl_weight, optimizer=optimizer
     )  # type: ignore[arg-type]
     expected = torch.stack([by_autograd(row, 0.8, lr, 15, kl_weight, kind) for row in rows])
-    assert_close(found, expected, rtol=1e-4, atol=2e-4)  # Adam divides by the size of gradients near 0
+    assert_close(sharpened, expected, rtol=1e-4, atol=2e-4)  # Adam divides by the size of gradients near 0
 
 
 def test_entropy_falls_below_the_threshold_and_the_favourite_stays() -> None:
     rows = torch.randn(8, 30, generator=torch.Generator().manual_seed(1))
-    found = minimise_entropy(rows, threshold=0.3, max_steps=200)
-    assert (entropy(found) < 0.3).all() and (entropy(rows) > 1).all()
-    assert (found.argmax(-1) == rows.argmax(-1)).all()
+    sharpened = minimise_entropy(rows, threshold=0.3, max_steps=200)
+    assert (entropy(sharpened) < 0.3).all() and (entropy(rows) > 1).all()
+    assert (sharpened.argmax(-1) == rows.argmax(-1)).all()
 
 
 def test_certain_rows_impossible_tokens_and_zero_steps_are_left_alone() -> None:
     certain = torch.tensor([[9.0, 0.0, 0.0]])
     assert_close(minimise_entropy(certain), certain)
     assert_close(minimise_entropy(torch.zeros(1, 3), max_steps=0), torch.zeros(1, 3))
-    found = minimise_entropy(torch.tensor([[0.5, 0.0, -torch.inf]]))
-    assert found.softmax(-1).isfinite().all() and found.softmax(-1)[0, 2] == 0
+    sharpened = minimise_entropy(torch.tensor([[0.5, 0.0, -torch.inf]]))
+    assert sharpened.softmax(-1).isfinite().all() and sharpened.softmax(-1)[0, 2] == 0
 
 
 def test_what_is_given_is_not_changed() -> None:

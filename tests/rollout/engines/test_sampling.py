@@ -65,5 +65,5 @@ def test_other_rows_do_not_change_a_draw() -> None:
     logits, uniform = torch.randn(64, 700, generator=torch.Generator().manual_seed(0)), torch.rand(64)
     together = sample_tokens_(logits.clone(), uniform, 1.0)
     for row in range(64):
-        alone = sample_tokens_(logits[row : row + 1].clone(), uniform[row : row + 1], 1.0)
-        assert alone[0][0] == together[0][row] and alone[1][0] == together[1][row]
+        separate = sample_tokens_(logits[row : row + 1].clone(), uniform[row : row + 1], 1.0)
+        assert separate[0][0] == together[0][row] and separate[1][0] == together[1][row]

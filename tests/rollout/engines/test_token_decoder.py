@@ -54,24 +54,24 @@ def decoded(model: Any, steps: int) -> list[Tensor]:
     padded = torch.tensor([row + [0] * (max(LENGTHS) - len(row)) for row in rows])
     model.base_model(input_ids=padded, past_key_values=prefill, use_cache=True)
     cache.admit(layers_of(prefill), torch.arange(3), start=0)
-    found, decoder = [], TokenDecoder(model)
+    hidden_states, decoder = [], TokenDecoder(model)
     for step in range(steps):
         positions = torch.tensor(LENGTHS) + step
         columns = int(positions.max()) + 1
         cache.begin_step(positions, columns)
         beyond = torch.arange(columns) > positions[:, None]
         mask = torch.zeros(3, columns).masked_fill_(beyond, float("-inf"))[:, None, None]
-        found.append(decoder(torch.tensor([7, 8, 9]) + step, positions, mask, cache))
-    return found
+        hidden_states.append(decoder(torch.tensor([7, 8, 9]) + step, positions, mask, cache))
+    return hidden_states
 
 
 def alone(model: Any, steps: int) -> list[Tensor]:
     """The same by the model's own forward over each whole row."""
     rows = [[(5 * row + 3 * place) % 64 for place in range(length)] for row, length in enumerate(LENGTHS)]
-    whole = [row + [7 + number + step for step in range(steps)] for number, row in enumerate(rows)]
+    complete_rows = [row + [7 + number + step for step in range(steps)] for number, row in enumerate(rows)]
     hidden = [
         model.base_model(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state[0, -steps:]
-        for row in whole
+        for row in complete_rows
     ]
     return list(torch.stack(hidden, dim=1))
 
@@ -86,8 +86,8 @@ def test_every_step_gives_what_the_models_own_forward_gives(
         place(model, keep=True)
     assert TokenDecoder.fits(model)
     with torch.inference_mode():
-        for ours, own in zip(decoded(model, 3), alone(model, 3), strict=True):
-            torch.testing.assert_close(ours, own, rtol=2e-5, atol=2e-5)
+        for ours, expected in zip(decoded(model, 3), alone(model, 3), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-5)
 
 
 def place(model: Any, *, keep: bool) -> None:
@@ -119,8 +119,8 @@ def test_weights_whose_neighbour_moved_away_are_read_where_they_are() -> None:
     up = model.model.layers[0].mlp.up_proj.weight
     up.data = 2 * up.data
     with torch.inference_mode():
-        for ours, own in zip(decoded(model, 2), alone(model, 2), strict=True):
-            torch.testing.assert_close(ours, own, rtol=2e-5, atol=2e-5)
+        for ours, expected in zip(decoded(model, 2), alone(model, 2), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-5)
 
 
 def test_weights_that_got_other_data_are_used() -> None:
@@ -138,9 +138,9 @@ def test_weights_that_got_other_data_are_used() -> None:
         for parameter in model.parameters():
             parameter.data = 1.5 * parameter.data
         after = run()
-        own = model.base_model(input_ids=torch.tensor([[5]]), use_cache=False).last_hidden_state[0]
+        expected = model.base_model(input_ids=torch.tensor([[5]]), use_cache=False).last_hidden_state[0]
     assert not torch.allclose(before, after)
-    torch.testing.assert_close(after, own, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(after, expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -160,11 +160,14 @@ def test_prompts_are_read_as_the_models_own_forward_reads_them(kind: str, change
         hidden, layers = TokenDecoder(model).read(ids * written)
         for row, length in enumerate(LENGTHS):
             cache = DynamicCache()
-            own = model.base_model(
+            expected = model.base_model(
                 input_ids=ids[row : row + 1, :length], past_key_values=cache, use_cache=True
             ).last_hidden_state
-            torch.testing.assert_close(hidden[row, :length], own[0], rtol=2e-5, atol=2e-5)
-            for ours, theirs in zip(layers, layers_of(cache), strict=True):
+            torch.testing.assert_close(hidden[row, :length], expected[0], rtol=2e-5, atol=2e-5)
+            for ours, expected_layer in zip(layers, layers_of(cache), strict=True):
                 torch.testing.assert_close(
-                    [part[row, :length] for part in ours], [part[0] for part in theirs], rtol=2e-5, atol=2e-5
+                    [part[row, :length] for part in ours],
+                    [part[0] for part in expected_layer],
+                    rtol=2e-5,
+                    atol=2e-5,
                 )

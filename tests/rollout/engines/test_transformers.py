@@ -46,13 +46,13 @@ PROMPTS = [
 
 
 def engine_of(folder: Path, **options: Any) -> TransformersEngine:
-    given: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "stop_token_ids": STOP,
         "pad_token_id": 0,
         "decode": lambda ids: "",
         "max_rows": 8,
     } | options
-    return TransformersEngine(str(folder), **given)
+    return TransformersEngine(str(folder), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -77,28 +77,30 @@ def generate(qwen: tuple[Path, Qwen2ForCausalLM]) -> Callable[..., list[RolloutG
 
 
 def rows(groups: list[RolloutGroup]) -> list[Completion]:
-    return [one for group in groups for one in group.completions]
+    return [completion for group in groups for completion in group.completions]
 
 
 def test_no_batch_composition_changes_a_completion(generate: Callable[..., list[RolloutGroup]]) -> None:
     # 42 completions, most stopped early by 3 of 64 ids: with 1, 3 or 8 slots rows enter, leave and are moved
     # all the time
     sampling = Sampling(6, 1.0, 70, seed=3)
-    whole = rows(generate(sampling, max_rows=64))
-    assert len({len(one.token_ids) for one in whole}) > 10
+    together = rows(generate(sampling, max_rows=64))
+    assert len({len(completion.token_ids) for completion in together}) > 10
     for max_rows in (1, 3, 8):
         some = rows(generate(sampling, max_rows=max_rows))
-        assert [one.token_ids for one in some] == [one.token_ids for one in whole]
-        for one, other in zip(some, whole, strict=True):
-            torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-4, rtol=0)
+        assert [completion.token_ids for completion in some] == [
+            completion.token_ids for completion in together
+        ]
+        for completion, other in zip(some, together, strict=True):
+            torch.testing.assert_close(completion.logprobs, other.logprobs, atol=1e-4, rtol=0)
 
 
 def test_a_shared_prefill_gives_what_separate_ones_give(generate: Callable[..., list[RolloutGroup]]) -> None:
     shared = generate(Sampling(4, 1.0, 20, seed=3))
     for index, prompt in enumerate(PROMPTS):
         few = generate(Sampling(2, 1.0, 20, seed=3), prompts=[prompt])
-        assert [one.token_ids for one in rows(few)] == [
-            one.token_ids for one in shared[index].completions[:2]
+        assert [completion.token_ids for completion in rows(few)] == [
+            completion.token_ids for completion in shared[index].completions[:2]
         ]
 
 
@@ -113,8 +115,10 @@ def test_every_unique_prompt_is_prefilled_once(qwen: tuple[Path, Qwen2ForCausalL
 
 
 def test_eager_and_grouped_sdpa_attention_agree(generate: Callable[..., list[RolloutGroup]]) -> None:
-    one, other = (rows(generate(Sampling(3, 1.0, 40, seed=3), attention=name)) for name in ("sdpa", "eager"))
-    assert [row.token_ids for row in one] == [row.token_ids for row in other]
+    sdpa_rows, eager_rows = (
+        rows(generate(Sampling(3, 1.0, 40, seed=3), attention=name)) for name in ("sdpa", "eager")
+    )
+    assert [row.token_ids for row in sdpa_rows] == [row.token_ids for row in eager_rows]
 
 
 def test_bfloat16_logprobs_stay_near_float32(
@@ -123,11 +127,12 @@ def test_bfloat16_logprobs_stay_near_float32(
     # bfloat16 keeps 8 bits: logits of up to 20 are off by up to 20 / 256 = 0.08 in the head alone
     differences = []
     for group in generate(Sampling(2, 1.0, 10, seed=3), dtype=torch.bfloat16):
-        for one in group.completions:
-            ids = torch.tensor([[*group.prompt.token_ids, *one.token_ids]])
+        for completion in group.completions:
+            ids = torch.tensor([[*group.prompt.token_ids, *completion.token_ids]])
             logp = torch.log_softmax(qwen[1](ids).logits[0, len(group.prompt.token_ids) - 1 : -1], dim=-1)
             differences.append(
-                logp.gather(1, torch.tensor(one.token_ids)[:, None])[:, 0] - torch.tensor(one.logprobs)
+                logp.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+                - torch.tensor(completion.logprobs)
             )
     assert 1e-4 < torch.cat(differences).abs().mean() < 0.15
 

@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rltrain.checkpoint.export import export_model
 from rltrain.learner.loading import load_causal_lm
 from rltrain.rollout.engines.vllm import colocated as vllm_colocated
-from rltrain.rollout.engines.vllm.process import class_states, leave_classes
+from rltrain.rollout.engines.vllm.process import class_states, restore_classes
 from rltrain.sync.colocated import Sync
 from rltrain.sync.fingerprint import NeverHeldError, WeightMismatchError
+from rltrain.tensor_ops import Fingerprint
 from rltrain.weight_names import CheckpointNames
 from support.scripts import script
 
@@ -112,20 +113,20 @@ def test_one_entry_of_one_packed_expert_is_seen_and_named(held: Any) -> None:
 
 @pytest.mark.vllm
 def test_weights_pass_one_layer_at_a_time(held: Any) -> None:
-    alive, most, total = weakref.WeakSet[Tensor](), 0, 0
+    alive, peak, total = weakref.WeakSet[Tensor](), 0, 0
 
     def fresh() -> Iterator[tuple[str, Tensor]]:
-        nonlocal most, total
+        nonlocal peak, total
         for name, weight in sent(held):
             gathered = weight.clone()
             alive.add(gathered)
             total += gathered.numel()
-            most = max(most, sum(one.numel() for one in alive))
+            peak = max(peak, sum(tensor.numel() for tensor in alive))
             yield name, gathered
             del gathered
 
     held.engine.load(fresh(), 0)
-    assert most < 0.5 * total
+    assert peak < 0.5 * total
     held.sync.verify(every=True)
 
 
@@ -141,7 +142,7 @@ def test_a_load_that_breaks_off_leaves_an_engine_that_can_be_loaded_again(held: 
         held.engine.load(broken(), 1)
     assert held.engine.version is None
     held.sync.push(sent(held), 0, expect_change=False)
-    assert SCRIPT.nats_apart(held.model, SCRIPT.sampled(held.engine, 0)) < 1e-4
+    assert SCRIPT.largest_difference(held.model, SCRIPT.sample_completions(held.engine, 0)) < 1e-4
 
 
 @pytest.mark.vllm
@@ -178,12 +179,15 @@ def test_an_exported_mixture_is_the_same_model_to_transformers_and_to_vllm(
         (output,) = engine.generate(
             [{"prompt_token_ids": list(SCRIPT.PROMPTS[0].token_ids)}], params, use_tqdm=False
         )
-        (one,) = output.outputs
-        plain = SCRIPT.plain_logprobs(again, SCRIPT.PROMPTS[0], tuple(one.token_ids)).detach()
-        found = torch.tensor(
-            [step[token].logprob for step, token in zip(one.logprobs, one.token_ids, strict=True)]
+        (completion,) = output.outputs
+        plain = SCRIPT.plain_logprobs(again, SCRIPT.PROMPTS[0], tuple(completion.token_ids)).detach()
+        logprobs = torch.tensor(
+            [
+                step[token].logprob
+                for step, token in zip(completion.logprobs, completion.token_ids, strict=True)
+            ]
         )
-        assert (plain - found).abs().max() < 1e-4
+        assert (plain - logprobs).abs().max() < 1e-4
     finally:
         engine.llm_engine.engine_core.shutdown()
 
@@ -197,27 +201,32 @@ def test_transformers_classes_get_their_methods_back_and_vllms_modules_keep_thei
         def forward(self, x: Tensor) -> Tensor:
             return x + 1
 
-    learner, theirs = Layer(), Layer()
+    learner, vllm_layer = Layer(), Layer()
     before = class_states(learner)
     Layer.__bases__ = (*Layer.__bases__, TorchCompileWithNoGuardsWrapper)
     Layer.__call__ = lambda self, x: x + 10  # type: ignore[method-assign]
     assert learner(torch.tensor(0)) == 10  # what vLLM's change does to a module that is not its own
-    leave_classes(nn.ModuleList([theirs]), before)
-    assert learner(torch.tensor(0)) == 1 and theirs(torch.tensor(0)) == 10
-    assert Layer.__bases__ == (nn.Module,) and isinstance(theirs, Layer) and "__call__" not in vars(Layer)
+    restore_classes(nn.ModuleList([vllm_layer]), before)
+    assert learner(torch.tensor(0)) == 1 and vllm_layer(torch.tensor(0)) == 10
+    assert Layer.__bases__ == (nn.Module,) and isinstance(vllm_layer, Layer) and "__call__" not in vars(Layer)
 
 
 def test_the_first_push_that_never_arrives_is_the_users_to_mend() -> None:
     class Deaf:
-        dtype, fingerprint_rtol = torch.float32, 1e-12
+        name = "deaf"
+        dtype = torch.float32
+        fingerprint_rtol = 1e-12
+
+        def wake(self) -> None:
+            pass
 
         def load(self, weights: Any, version: int) -> None:
             list(weights)
 
-        def fingerprint(self, names: Any = None) -> dict[str, float]:
-            return {"layers.0.weight": 1.0}
+        def fingerprint(self, names: Any = None) -> dict[str, Fingerprint]:
+            return {"layers.0.weight": Fingerprint(1.0, 0.0)}
 
     engine: Any = Deaf()
-    sync = Sync(engine, {}, sample=1, full_every=1, seed=0)
+    sync = Sync([engine], {}, sample=1, full_every=1, seed=0)
     with pytest.raises(NeverHeldError, match=r"layers\.0\.weight.* choose the other rollout\.engine"):
-        sync.push([("layers.0.weight", torch.ones(2, 2))], 0, expect_change=False)
+        sync.push(lambda: [("layers.0.weight", torch.ones(2, 2))], 0, expect_change=False)

@@ -73,39 +73,39 @@ APART = {
 def test_a_layer_that_vllm_alone_fuses_is_reported_in_its_parts(model: torch.nn.Module) -> None:
     architecture = architecture_of(APART)
     places = find_places(model, architecture)
-    assert (places.nowhere, places.unaccounted) == ((), ())
-    found, state = layer_fingerprints(model, places.of, architecture), model.state_dict()
-    assert found.keys() == APART.keys()
-    assert found["mlp.up_proj.weight"] == weight_fingerprint(
+    assert (places.missing, places.unexplained) == ((), ())
+    fingerprints, state = layer_fingerprints(model, places.by_name, architecture), model.state_dict()
+    assert fingerprints.keys() == APART.keys()
+    assert fingerprints["mlp.up_proj.weight"] == weight_fingerprint(
         "mlp.up_proj.weight", state["mlp.gate_up_proj.weight"][6:]
     )
-    assert found["mlp.gate_proj.bias"] == weight_fingerprint(
+    assert fingerprints["mlp.gate_proj.bias"] == weight_fingerprint(
         "mlp.gate_proj.bias", state["mlp.gate_up_proj.bias"][:6]
     )
-    some = layer_fingerprints(model, places.of, architecture, {"mlp.up_proj.bias"})
-    assert some == {"mlp.up_proj.bias": found["mlp.up_proj.bias"]}
+    some = layer_fingerprints(model, places.by_name, architecture, {"mlp.up_proj.bias"})
+    assert some == {"mlp.up_proj.bias": fingerprints["mlp.up_proj.bias"]}
 
 
 def test_a_layer_that_hugging_face_fuses_too_is_reported_whole(model: torch.nn.Module) -> None:
     architecture, state = architecture_of(shapes_of(model)), model.state_dict()
     places = find_places(model, architecture)
-    found = layer_fingerprints(model, places.of, architecture)
-    assert found == {name: weight_fingerprint(name, weight) for name, weight in state.items()}
+    fingerprints = layer_fingerprints(model, places.by_name, architecture)
+    assert fingerprints == {name: weight_fingerprint(name, weight) for name, weight in state.items()}
 
 
 def test_a_weight_without_a_layer_and_a_layer_without_a_weight_are_named(model: torch.nn.Module) -> None:
     known = {name: shape for name, shape in APART.items() if name != "mlp.up_proj.bias"} | {"head.bias": (3,)}
     places = find_places(model, architecture_of(known))
-    assert places.nowhere == ("head.bias",)
-    assert places.unaccounted == ("mlp.gate_up_proj.bias",)  # the half that nothing of the checkpoint fills
+    assert places.missing == ("head.bias",)
+    assert places.unexplained == ("mlp.gate_up_proj.bias",)  # the half that nothing of the checkpoint fills
 
 
 def test_a_weight_that_is_stored_the_other_way_round_is_read_as_stored(model: torch.nn.Module) -> None:
     shapes = shapes_of(model) | {"mlp.down_proj.weight": (6, 4)}
     architecture = architecture_of(shapes, ["mlp.down_proj.weight"])
-    found = layer_fingerprints(model, find_places(model, architecture).of, architecture)
+    fingerprints = layer_fingerprints(model, find_places(model, architecture).by_name, architecture)
     down = model.state_dict()["mlp.down_proj.weight"]
-    assert found["mlp.down_proj.weight"] == weight_fingerprint("mlp.down_proj.weight", down.t())
+    assert fingerprints["mlp.down_proj.weight"] == weight_fingerprint("mlp.down_proj.weight", down.t())
 
 
 class Latent(torch.nn.Module):
@@ -128,10 +128,10 @@ def test_a_stale_copy_in_latent_attention_equals_nothing(stale: str | None) -> N
         getattr(model["attn"]["mla"], stale).data[1, 2, 3] += 1e-6
     architecture = architecture_of({"attn.kv_b_proj.weight": (16, 4)})
     places = find_places(model, architecture)
-    assert (places.nowhere, places.unaccounted) == ((), ())
-    (found,) = layer_fingerprints(model, places.of, architecture).values()
+    assert (places.missing, places.unexplained) == ((), ())
+    (fingerprint,) = layer_fingerprints(model, places.by_name, architecture).values()
     expected = weight_fingerprint("attn.kv_b_proj.weight", layer.weight.detach())
-    assert found == expected if stale is None else math.isnan(found)
+    assert fingerprint == expected if stale is None else math.isnan(fingerprint.number)
 
 
 @pytest.mark.vllm
@@ -171,9 +171,11 @@ def test_phi3_in_bfloat16_is_compared_to_the_last_bit(tmp_path: Path) -> None:
             with pytest.raises(WeightMismatchError, match=name):
                 compare({name: weight_fingerprint(name, weight)}, {name: held[name]}, engine.fingerprint_rtol)
         (group,) = sample_groups(engine, [Prompt("p", (5, 6, 7, 8), "")], Sampling(2, 1.0, 6, seed=0), 0)
-        for one in group.completions:
-            logits = learner(torch.tensor([[5, 6, 7, 8, *one.token_ids]])).logits[0, 3:-1]
-            logp = torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(one.token_ids)[:, None])[:, 0]
-            assert (logp - torch.tensor(one.logprobs)).abs().max() < 0.02  # bfloat16 against float32
+        for completion in group.completions:
+            logits = learner(torch.tensor([[5, 6, 7, 8, *completion.token_ids]])).logits[0, 3:-1]
+            logp = torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(completion.token_ids)[:, None])[
+                :, 0
+            ]
+            assert (logp - torch.tensor(completion.logprobs)).abs().max() < 0.02  # bfloat16 against float32
     finally:
         engine.close()

@@ -55,13 +55,15 @@ def logits_of(model: Any, prompt: Prompt, completion: Completion) -> torch.Tenso
 def test_log_probs_are_at_the_base_temperature_while_rows_come_and_go(held: Any, base: float) -> None:
     # 48 completions of unequal length through 8 slots: rows enter, leave and are moved all the time
     groups = sample_groups(held.engine, held.prompts, Sampling(12, base, 24, seed=1, adaptive=SETTINGS), 1)
-    written = [(group.prompt, one) for group in groups for one in group.completions]
-    assert len({len(one.token_ids) for _, one in written}) > 5
+    written = [(group.prompt, completion) for group in groups for completion in group.completions]
+    assert len({len(completion.token_ids) for _, completion in written}) > 5
     spread = []
-    for prompt, one in written:
-        logits = logits_of(held.model, prompt, one)
-        expected = torch.log_softmax(logits / base, -1).gather(1, torch.tensor(one.token_ids)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(one.logprobs), expected, atol=2e-5, rtol=0)
+    for prompt, completion in written:
+        logits = logits_of(held.model, prompt, completion)
+        expected = torch.log_softmax(logits / base, -1).gather(
+            1, torch.tensor(completion.token_ids)[:, None]
+        )[:, 0]
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-5, rtol=0)
         spread.append(token_temperatures(entropy_of(logits / base), base, SETTINGS))
     assert (
         torch.cat(spread).std() > 0.02 * base
@@ -78,7 +80,7 @@ def test_first_tokens_follow_the_tempered_softmax(held: Any) -> None:
     group = sample_groups(held.engine, [prompt], Sampling(draws, 0.8, 1, seed=11, adaptive=settings), 1)[0]
     logits = held.model(torch.tensor([prompt.token_ids])).logits[0, -1].double()
     counts = torch.bincount(
-        torch.tensor([one.token_ids[0] for one in group.completions]), minlength=len(logits)
+        torch.tensor([completion.token_ids[0] for completion in group.completions]), minlength=len(logits)
     ).double()
     p, fixed = torch.softmax(logits / 1.2, -1), torch.softmax(logits / 0.8, -1)
     assert ((counts - draws * p).abs() < 4.5 * (draws * p * (1 - p)).sqrt() + 1).all()
@@ -88,18 +90,22 @@ def test_first_tokens_follow_the_tempered_softmax(held: Any) -> None:
 def test_without_settings_and_when_greedy_it_is_an_ordinary_engine(held: Any) -> None:
     for sampling in (Sampling(2, 1.0, 8, seed=1), Sampling(2, 0.0, 8, seed=1, adaptive=SETTINGS)):
         for group in sample_groups(held.engine, held.prompts, sampling, 1):
-            for one in group.completions:
-                expected = torch.log_softmax(logits_of(held.model, group.prompt, one), -1).gather(
-                    1, torch.tensor(one.token_ids)[:, None]
+            for completion in group.completions:
+                expected = torch.log_softmax(logits_of(held.model, group.prompt, completion), -1).gather(
+                    1, torch.tensor(completion.token_ids)[:, None]
                 )
-                torch.testing.assert_close(torch.tensor(one.logprobs), expected[:, 0], atol=2e-5, rtol=0)
+                torch.testing.assert_close(
+                    torch.tensor(completion.logprobs), expected[:, 0], atol=2e-5, rtol=0
+                )
 
 
 def test_the_seed_decides_the_tokens_as_ever(held: Any) -> None:
     sampling = Sampling(4, 1.0, 12, seed=7, adaptive=SETTINGS)
-    whole = sample_groups(held.engine, held.prompts, sampling, 1)
-    alone = sample_groups(held.engine, held.prompts[1:2], sampling, 1)
-    assert [one.token_ids for one in alone[0].completions] == [one.token_ids for one in whole[1].completions]
+    together = sample_groups(held.engine, held.prompts, sampling, 1)
+    separate = sample_groups(held.engine, held.prompts[1:2], sampling, 1)
+    assert [completion.token_ids for completion in separate[0].completions] == [
+        completion.token_ids for completion in together[1].completions
+    ]
 
 
 def test_a_token_is_hot_by_its_entropy_at_the_base_temperature() -> None:

@@ -45,7 +45,7 @@ def main(folder: str) -> None:
     engine.close()
     assert world_sum() == 3  # vLLM's shutdown would have destroyed the group
     everyone = [None, None]
-    dist.all_gather_object(everyone, [one.token_ids for one in group.completions])
+    dist.all_gather_object(everyone, [completion.token_ids for completion in group.completions])
     assert everyone[0] == everyone[1]  # equal weights, prompt and seed: equal tokens on every rank
     dist.destroy_process_group()
 

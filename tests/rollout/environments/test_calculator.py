@@ -13,9 +13,9 @@ from rltrain.rollout.environments.calculator import Calculator, evaluate
 
 
 def played(*texts: str) -> list[Step]:
-    one = Calculator()
-    assert one.reset(Task("a", "12*7="), 0) is None  # the task's own prompt stands
-    return [one.step(text) for text in texts]
+    calculator = Calculator()
+    assert calculator.reset(Task("a", "12*7="), 0) is None  # the task's own prompt stands
+    return [calculator.step(text) for text in texts]
 
 
 def test_a_call_is_answered_and_anything_else_ends_the_episode() -> None:
@@ -35,11 +35,13 @@ def test_what_is_no_call_is_an_answer(text: str) -> None:
 
 
 def test_failed_calls_are_told_and_counted_per_episode() -> None:
-    one = Calculator()
-    one.reset(Task("a", ""), 0)
-    assert one.step("<<1/0=") == Step("error: division by zero", parts={"calls": 1.0, "failed_calls": 1.0})
-    one.reset(Task("a", ""), 0)
-    assert one.step("5").parts == {"calls": 0.0, "failed_calls": 0.0}
+    calculator = Calculator()
+    calculator.reset(Task("a", ""), 0)
+    assert calculator.step("<<1/0=") == Step(
+        "error: division by zero", parts={"calls": 1.0, "failed_calls": 1.0}
+    )
+    calculator.reset(Task("a", ""), 0)
+    assert calculator.step("5").parts == {"calls": 0.0, "failed_calls": 0.0}
 
 
 @pytest.mark.parametrize(

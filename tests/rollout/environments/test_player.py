@@ -61,13 +61,13 @@ class Pool:
             self.waiting.append((number, opening if failure is None else Failure(failure, "no")))
 
     def step(self, texts: Mapping[int, str]) -> None:
-        self.waiting += [(number, self._one(number, text)) for number, text in texts.items()]
+        self.waiting += [(number, self._answer(number, text)) for number, text in texts.items()]
 
     def answers(self) -> Iterator[tuple[int, Opening | Step | Failure]]:
         while self.waiting:
-            yield self.waiting.pop()  # the last first: whoever answers first is nobody's to rely on
+            yield self.waiting.pop()  # the last first, because no caller may rely on an order
 
-    def _one(self, number: int, text: str) -> Step | Failure:
+    def _answer(self, number: int, text: str) -> Step | Failure:
         self.said[number].append(text)
         turn = len(self.said[number])
         if (number, turn) in self.fail:
@@ -97,9 +97,9 @@ PROMPTS = [Prompt("a", (5, 6, 7), "question a", {"answer": "1"}), Prompt("b", (8
 
 
 def build(engine: Engine, pool: Pool, **sizes: int) -> EpisodePlayer:
-    given = {"max_turns": 4, "turn_tokens": 5} | sizes
+    limits = {"max_turns": 4, "turn_tokens": 5} | sizes
     return EpisodePlayer(
-        engine, pool, Speech(), decode=lambda ids: " ".join(map(str, ids)), filler=0, **given
+        engine, pool, Speech(), decode=lambda ids: " ".join(map(str, ids)), filler=0, **limits
     )  # fmt: skip
 
 
@@ -111,18 +111,22 @@ def play(
 
 
 def rows(groups: Sequence[RolloutGroup]) -> list[Completion]:
-    return [one for group in groups for one in group.completions]
+    return [completion for group in groups for completion in group.completions]
 
 
 def test_a_row_is_turns_and_observations_and_says_which_is_which() -> None:
-    one = play()[0].completions[1]
+    completion = play()[0].completions[1]
     # turn 1 from a prompt of 3 tokens, observation 1, turn 2 from 3 + 3 + 3 = 9 tokens
-    assert one.token_ids == (101, 203, EOS, 60, 61, 1, 100, 209, EOS)
-    assert one.turns == ((0, 3), (6, 9)) and one.spans == one.turns and one.sampled_tokens == 6
-    assert one.logprobs == (-0.5, -0.25, -0.125, 0, 0, 0, -0.5, -0.25, -0.125)
-    assert (one.finish, one.versions, one.source) == ("stop", (Span(0, 9, 7),), 1)
-    assert one.episode is not None
-    assert (one.episode.reward, one.episode.parts, one.episode.turns) == (
+    assert completion.token_ids == (101, 203, EOS, 60, 61, 1, 100, 209, EOS)
+    assert (
+        completion.turns == ((0, 3), (6, 9))
+        and completion.spans == completion.turns
+        and completion.sampled_tokens == 6
+    )
+    assert completion.logprobs == (-0.5, -0.25, -0.125, 0, 0, 0, -0.5, -0.25, -0.125)
+    assert (completion.finish, completion.versions, completion.source) == ("stop", (Span(0, 9, 7),), 1)
+    assert completion.episode is not None
+    assert (completion.episode.reward, completion.episode.parts, completion.episode.turns) == (
         0.5,
         {"turn": 2.0},
         ("text1", "text0"),
@@ -132,11 +136,11 @@ def test_a_row_is_turns_and_observations_and_says_which_is_which() -> None:
 def test_the_prompt_of_a_turn_is_the_row_so_far() -> None:
     engine = Engine()
     groups = play(Pool(turns=3), engine)
-    for index, one in enumerate(rows(groups)):
+    for index, completion in enumerate(rows(groups)):
         task = PROMPTS[index // 2]
-        for turn, (start, _) in enumerate(one.turns):
+        for turn, (start, _) in enumerate(completion.turns):
             fed = engine.asked[turn][0][index // 2 if turn == 0 else index]
-            assert fed.token_ids == (*task.token_ids, *one.token_ids[:start])
+            assert fed.token_ids == (*task.token_ids, *completion.token_ids[:start])
     assert [len(prompts) for prompts, _, _ in engine.asked] == [
         2,
         4,
@@ -156,42 +160,44 @@ def test_each_prompt_sample_and_turn_has_a_seed_of_its_own() -> None:
 
 
 def test_one_turn_is_what_the_engine_alone_would_have_written() -> None:
-    alone = Engine()
-    expected = sample_groups(alone, PROMPTS, Sampling(2, 1.0, 5, seed=3, source=1), 7)
+    plain_engine = Engine()
+    expected = sample_groups(plain_engine, PROMPTS, Sampling(2, 1.0, 5, seed=3, source=1), 7)
     engine = Engine()
-    found = play(Pool(turns=1), engine)
-    assert engine.asked == alone.asked
-    assert [one.token_ids for one in rows(found)] == [one.token_ids for one in rows(expected)]
+    groups = play(Pool(turns=1), engine)
+    assert engine.asked == plain_engine.asked
+    assert [completion.token_ids for completion in rows(groups)] == [
+        completion.token_ids for completion in rows(expected)
+    ]
 
 
 def test_a_group_cut_into_requests_is_played_as_a_whole_one() -> None:
     sampling = Sampling(4, 1.0, 40, seed=3, source=1)
     pool, cut_pool = Pool(turns=3), Pool(turns=3)
-    whole = sample_groups(build(Engine(), pool), PROMPTS, sampling, 7)
+    groups = sample_groups(build(Engine(), pool), PROMPTS, sampling, 7)
     parts = [Request(prompt, sampling, first, 2) for prompt in PROMPTS for first in (0, 2)]
     answers = sorted(build(Engine(), cut_pool).sample(parts, 7), key=lambda answer: answer.request)
-    for place, group in enumerate(whole):
+    for place, group in enumerate(groups):
         assert group.completions == answers[2 * place].completions + answers[2 * place + 1].completions
     assert cut_pool.seeds == pool.seeds  # an environment's, too, are those of the sample
 
 
 def test_an_episode_ends_unfinished_after_its_last_turn() -> None:
-    one = rows(play(Pool(turns=9), max_turns=2))[0]
-    assert (one.finish, len(one.turns), len(one.token_ids)) == (
+    completion = rows(play(Pool(turns=9), max_turns=2))[0]
+    assert (completion.finish, len(completion.turns), len(completion.token_ids)) == (
         "length",
         2,
         9,
     )  # the second observation is nobody's to read
-    assert one.episode is not None and one.episode.reward == 0.5
+    assert completion.episode is not None and completion.episode.reward == 0.5
 
 
 @pytest.mark.parametrize(("max_tokens", "turns"), [(11, 2), (10, 1), (17, 3), (16, 2)])
 def test_an_episode_ends_where_another_turn_might_not_fit(max_tokens: int, turns: int) -> None:
     # After k turns a row has 6 k - 3 tokens; the observation and a turn of up to 5 take 8 more: 11 for the
     # second, 17 for the third.
-    for one in rows(play(Pool(turns=9), max_tokens=max_tokens)):
-        assert (one.finish, len(one.turns)) == ("length", turns)
-        assert len(one.token_ids) <= max_tokens
+    for completion in rows(play(Pool(turns=9), max_tokens=max_tokens)):
+        assert (completion.finish, len(completion.turns)) == ("length", turns)
+        assert len(completion.token_ids) <= max_tokens
 
 
 def test_a_turn_that_was_cut_gets_its_end_from_the_template() -> None:
@@ -199,9 +205,9 @@ def test_a_turn_that_was_cut_gets_its_end_from_the_template() -> None:
         def completion(self, request: Request, sample: int, policy: int) -> Completion:
             return Completion((100, 101), (-1.0, -1.0), "length", "", (Span(0, 2, policy),))
 
-    one = rows(play(engine=Cut()))[0]
-    assert one.token_ids == (100, 101, EOS, 60, 61, 1, 100, 101)
-    assert one.turns == ((0, 2), (6, 8)) and one.finish == "length"
+    completion = rows(play(engine=Cut()))[0]
+    assert completion.token_ids == (100, 101, EOS, 60, 61, 1, 100, 101)
+    assert completion.turns == ((0, 2), (6, 8)) and completion.finish == "length"
 
 
 def test_what_the_environment_asks_is_the_group_s_prompt() -> None:
@@ -216,7 +222,8 @@ def test_what_the_environment_asks_is_the_group_s_prompt() -> None:
 
 def test_samples_that_are_asked_different_things_are_no_group() -> None:
     failures = [
-        one.episode.failure if one.episode else None for one in rows(play(Pool(openings=["look", "listen"])))
+        completion.episode.failure if completion.episode else None
+        for completion in rows(play(Pool(openings=["look", "listen"])))
     ]
     assert failures[0] is None and failures[1] is not None and "different things" in failures[1]
 
@@ -260,7 +267,7 @@ class _Everything:
 def test_graders_read_the_last_turn_and_the_environment_s_verdict() -> None:
     inputs = reward_inputs(play()[0])
     assert inputs.completions == ("text0", "text0") and inputs.columns == {"answer": "1"}
-    assert [(one.reward, one.parts["turn"]) for one in inputs.episodes] == [(0.5, 2.0)] * 2
+    assert [(episode.reward, episode.parts["turn"]) for episode in inputs.episodes] == [(0.5, 2.0)] * 2
     assert reward_inputs(sample_groups(Engine(), PROMPTS[:1], Sampling(2, 1.0, 4, 0), 7)[0]).episodes == ()
 
 

@@ -34,8 +34,8 @@ def make() -> Iterator[Make]:
         return made[-1]
 
     yield pool
-    for one in made:
-        one.close()
+    for environments in made:
+        environments.close()
 
 
 def tasks(count: int, **columns: Any) -> list[tuple[Task, int]]:
@@ -131,14 +131,24 @@ def test_a_failing_step_says_why_and_leaves_the_others_alone(
 @pytest.mark.parametrize("end", ["exit", "sleep", "closed"])
 def test_a_daemon_of_an_environment_dies_with_its_process(make: Make, end: str) -> None:
     pool = make(seconds=1.0)
-    pool.reset(tasks(1))
-    daemon = Path("/proc") / step_of(pool.step({0: "daemon"})[0]).observation
+    reset(pool, tasks(1))
+    daemon = Path("/proc") / step_of(step(pool, {0: "daemon"})[0]).observation
     assert daemon.exists()
     if end == "closed":
         pool.close()
     else:
-        assert isinstance(pool.step({0: end})[0], Failure)
+        assert isinstance(step(pool, {0: end})[0], Failure)
     assert not daemon.exists()
+
+
+def test_a_process_that_dies_between_two_calls_costs_one_episode(make: Make) -> None:
+    pool = make()
+    reset(pool, tasks(2))
+    pool._pool.workers[0].process.kill()
+    answers = step(pool, {0: "a", 1: "b"})
+    failure = answers[0]
+    assert isinstance(failure, Failure) and failure.reason == "died" and "SIGKILL" in failure.message
+    assert step_of(answers[1]).observation == "b"
 
 
 def test_a_pool_plays_on_after_failures_and_unfinished_episodes(make: Make) -> None:
@@ -166,6 +176,15 @@ def test_an_environment_that_cannot_be_made_is_the_user_s_to_mend(make: Make) ->
         reset(make(turms=3), tasks(1))
 
 
+def test_a_process_that_ends_before_it_is_ready_is_not_started_again(make: Make, tmp_path: Path) -> None:
+    file = tmp_path / "ends.py"
+    file.write_text("import os\nos._exit(3)\n")
+    with pytest.raises(
+        ValueError, match=r"did not start: its process is gone \(exit code 3\); raise .*memory_gib"
+    ):
+        reset(make(str(file), "Any"), tasks(1))
+
+
 def test_a_reset_that_fails_is_an_answer(make: Make) -> None:
     pytest.importorskip("textworld", reason="textworld is not installed (pip install rltrain[textworld])")
     [answer] = reset(
@@ -191,12 +210,8 @@ def test_each_episode_answers_by_itself_and_may_go_on_while_another_takes_its_ti
         answers.append((number, answer))
         if number == 1 and not step_of(answer).done:
             pool.step({1: "b"})
-    assert [number for number, _ in answers] == [
-        1,
-        1,
-        1,
-        0,
-    ]  # three turns of one within the first of the other
+    # three turns of one episode within the first turn of the other
+    assert [number for number, _ in answers] == [1, 1, 1, 0]
     assert step_of(answers[2][1]).observation == "a b b"
     assert isinstance(answers[3][1], Failure) and answers[3][1].reason == "timeout"
 

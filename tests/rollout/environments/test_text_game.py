@@ -38,7 +38,7 @@ def started(number: int = 1, **options: Any) -> tuple[TextGame, str]:
 
 def solved(game: TextGame) -> list[Step]:
     """Walks the game's own solution, which TextWorld keeps beside it."""
-    made = json.loads(game._file(1).with_suffix(".json").read_text())
+    made = json.loads(game._game_file(1).with_suffix(".json").read_text())
     commands = made["metadata"]["walkthrough"] or [
         command for quest in made["quests"] for command in quest["commands"]
     ]
@@ -65,10 +65,10 @@ def test_what_leads_nowhere_is_worth_nothing() -> None:
 def test_a_game_is_the_same_every_time_and_games_do_not_disturb_one_another() -> None:
     game, opening = started()
     other, _ = started(0)
-    alone, again = started()
-    assert again == opening
+    first, second = started()
+    assert second == opening
     for command in ("look", "inventory", "examine me"):
-        expected = alone.step(command)
+        expected = first.step(command)
         other.step(command)
         assert game.step(command) == expected
 

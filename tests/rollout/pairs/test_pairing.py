@@ -19,7 +19,7 @@ from rltrain.rollout.pairs.pairing import (
     choose_pairs,
     compare_completions,
     pair_batch,
-    usable,
+    usable_places,
 )
 from rltrain.types.policy import TokenRows
 from rltrain.types.samples import Completion, Finish, Prompt, ScoredGroup, Span
@@ -31,10 +31,16 @@ def group_of(
     tokens: Sequence[tuple[int, ...]] | None = None,
     finish: Finish = "stop",
 ):
-    ids = tokens or [(at + 1,) for at in range(len(rewards))]
+    ids = tokens or [(place + 1,) for place in range(len(rewards))]
     completions = tuple(
-        Completion(one, (0.0,) * len(one), finish, "".join(map(str, one)), (Span(0, len(one), 0),))
-        for one in ids
+        Completion(
+            token_ids,
+            (0.0,) * len(token_ids),
+            finish,
+            "".join(map(str, token_ids)),
+            (Span(0, len(token_ids), 0),),
+        )
+        for token_ids in ids
     )
     scores = tuple(Score(0.0, ungraded="timeout") if value is None else Score(value) for value in rewards)
     return ScoredGroup(number, Prompt(f"p{number}", (7,), "Q"), completions, scores)
@@ -44,7 +50,7 @@ def means(**changes: Any) -> JudgeContext:
     def log_probs(rows: TokenRows, by: str) -> torch.Tensor:
         raise AssertionError("not asked for")
 
-    given: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "log_probs": log_probs,
         "render": lambda text: [ord(letter) for letter in text],
         "decode": lambda ids: "Q",
@@ -53,9 +59,9 @@ def means(**changes: Any) -> JudgeContext:
         "rank": 0,
         "ranks": 1,
         "gather": list,
-        "most_tokens": 100,
+        "max_tokens": 100,
     }
-    return JudgeContext(**(given | changes))
+    return JudgeContext(**(settings | changes))
 
 
 class Listed:
@@ -65,7 +71,7 @@ class Listed:
         self.answers, self.asked = answers, list[tuple[int, int]]()
 
     def prefers(self, comparisons: Sequence[Comparison]) -> list[float]:
-        self.asked = [(one.first, one.second) for one in comparisons]
+        self.asked = [(comparison.first, comparison.second) for comparison in comparisons]
         return [self.answers[both] for both in self.asked]
 
 
@@ -86,8 +92,8 @@ def test_the_tournaments_ends_make_the_pair():
     assert places(by_reward(), group_of([0, 0, 0, 1], 0), group_of([3, None, 2], 1)) == [(3, 2), (4, 6)]
     # a cycle a > b > c > a leaves nobody on top: a tie, however sure each verdict is
     cycle = Pairing(Listed({(0, 1): 0.9, (0, 2): 0.1, (1, 2): 0.9}), "best_worst", "likelier", 0.0, 0)
-    found = cycle([group_of([0, 0, 0])], 1)
-    assert (len(found), found.dropped, found.compared) == (0, {"tied": 1}, 3)
+    pairs = cycle([group_of([0, 0, 0])], 1)
+    assert (len(pairs), pairs.dropped, pairs.compared) == (0, {"tied": 1}, 3)
 
 
 def test_who_is_compared_follows_the_choice():
@@ -102,32 +108,32 @@ def test_who_is_compared_follows_the_choice():
 def test_ranked_strengths_come_from_the_common_answer():
     # rates 1/2 (the answer itself), .9, .3: p = sigmoid(logit s_i - logit s_j): .9 against .5 is .9, .5
     # against .3 is .7, .9 against .3 is odds 9 / (3/7) = 21, so 21/22
-    found = {(i, j): p for i, j, p in choose_pairs("ranked", [0, 1, 2], {(1, 0): 0.9, (2, 0): 0.3})}
-    assert found == pytest.approx({(1, 0): 0.9, (1, 2): 21 / 22, (0, 2): 0.7})
+    strengths = {(i, j): p for i, j, p in choose_pairs("ranked", [0, 1, 2], {(1, 0): 0.9, (2, 0): 0.3})}
+    assert strengths == pytest.approx({(1, 0): 0.9, (1, 2): 21 / 22, (0, 2): 0.7})
 
 
 def test_pairs_that_say_nothing_are_left_out_and_counted():
-    same = group_of([1, 0], tokens=[(5, 6), (5, 6)])
-    found = by_reward()(
-        [same, group_of([1, 1], 1), group_of([1, 0], 2, finish="aborted"), group_of([None, 1], 3)], 1
+    identical = group_of([1, 0], tokens=[(5, 6), (5, 6)])
+    pairs = by_reward()(
+        [identical, group_of([1, 1], 1), group_of([1, 0], 2, finish="aborted"), group_of([None, 1], 3)], 1
     )
-    assert (len(found), found.dropped, found.prompts) == (0, {"identical": 1, "tied": 1}, 4)
+    assert (len(pairs), pairs.dropped, pairs.prompts) == (0, {"identical": 1, "tied": 1}, 4)
     unsure = Listed({(0, 1): 0.54, (2, 3): 0.44})
     assert places(Pairing(unsure, "disjoint", "likelier", 0.05, 0), group_of([0, 0, 0, 0])) == [(3, 2)]
-    assert usable(group_of([None, 1, 2])) == [1, 2]
+    assert usable_places(group_of([None, 1, 2])) == [1, 2]
 
 
 def test_a_drawn_verdict_is_right_as_often_as_the_judge_is_sure():
     noisy = Pairing(RewardJudge(means(), noise=0.2), "disjoint", "drawn", 0.0, 3)
     groups = [group_of([1, 0], number) for number in range(2000)]
-    found = noisy(groups, 1)
-    upright = [pair for pair in found.pairs if pair.margin == 1]
-    assert len(found) == 2000 and len(upright) / 2000 == pytest.approx(
+    judged = noisy(groups, 1)
+    upright = [pair for pair in judged.pairs if pair.margin == 1]
+    assert len(judged) == 2000 and len(upright) / 2000 == pytest.approx(
         0.8, abs=0.03
     )  # 3 standard errors: .027
-    assert all(pair.p_chosen == (0.8 if pair.margin == 1 else pytest.approx(0.2)) for pair in found.pairs)
+    assert all(pair.p_chosen == (0.8 if pair.margin == 1 else pytest.approx(0.2)) for pair in judged.pairs)
     assert (
-        noisy(groups, 1) == found and noisy(groups, 2).pairs != found.pairs
+        noisy(groups, 1) == judged and noisy(groups, 2).pairs != judged.pairs
     )  # by step and group, not by who ran before
     ties = noisy([group_of([1, 1], number) for number in range(400)], 1)
     assert 0.4 < sum(pair.chosen % 2 for pair in ties.pairs) / 400 < 0.6  # a tie is drawn like anything else
@@ -140,21 +146,31 @@ def test_the_batch_holds_what_losses_read():
     rows = TokenRows(((7,),) * 4, ((1,), (2,), (1, 2, 3), (4,)))
     lengths = torch.tensor([1, 1, 3, 1])
     assert judged.rows(rows).completions == ((2,), (1, 2, 3), (1,), (4,))
-    batch = pair_batch(judged, lengths, {"ref_logp": judged.picked(torch.tensor([-1.0, -2.0, -3.0, -4.0]))})
+    batch = pair_batch(
+        judged, lengths, {"ref_logp": judged.select_sides(torch.tensor([-1.0, -2.0, -3.0, -4.0]))}
+    )
     assert (
         batch.prompt.tolist() == [4, 9] and batch.margin is not None and batch.margin.tolist() == [3.0, 0.5]
     )
     assert batch.chosen.length.tolist() == [1, 3] and batch.rejected.length.tolist() == [1, 1]
     assert batch.chosen.ref_logp is not None and batch.chosen.ref_logp.tolist() == [-2.0, -3.0]
-    found = judged.metrics(lengths)
-    assert (found["pairs/count"], found["pairs/prompts"], found["pairs/chosen_longer"]) == (2.0, 1.0, 0.5)
+    metrics = judged.metrics(lengths)
+    assert (metrics["pairs/count"], metrics["pairs/prompts"], metrics["pairs/chosen_longer"]) == (
+        2.0,
+        1.0,
+        0.5,
+    )
 
 
 def test_a_rule_is_as_sure_as_it_says():
-    one, tie = Comparison(group_of([3.0, 1.0]), 0, 1), Comparison(group_of([1.0, 1.0]), 0, 1)
-    assert RewardJudge(means()).prefers([one, tie]) == [1.0, 0.5]
-    assert RewardJudge(means(), noise=0.1).prefers([one, Comparison(one.group, 1, 0), tie]) == [0.9, 0.1, 0.5]
-    assert RewardJudge(means(), scale=0.5).prefers([one]) == [pytest.approx(1 / (1 + math.exp(-1.0)))]
+    comparison, tie = Comparison(group_of([3.0, 1.0]), 0, 1), Comparison(group_of([1.0, 1.0]), 0, 1)
+    assert RewardJudge(means()).prefers([comparison, tie]) == [1.0, 0.5]
+    assert RewardJudge(means(), noise=0.1).prefers([comparison, Comparison(comparison.group, 1, 0), tie]) == [
+        0.9,
+        0.1,
+        0.5,
+    ]
+    assert RewardJudge(means(), scale=0.5).prefers([comparison]) == [pytest.approx(1 / (1 + math.exp(-1.0)))]
     for settings in ({"noise": 0.5}, {"scale": 0.0}, {"scale": 1.0, "noise": 0.1}):
         with pytest.raises(ValueError, match=r"pairs\.judge reward"):
             RewardJudge(means(), **settings)
@@ -167,8 +183,8 @@ def test_the_self_judge_hears_both_orders():
             [math.log(0.7) if completion == (ord("A"),) else math.log(0.1) for completion in rows.completions]
         )
 
-    one = Comparison(group_of([0.0, 0.0], tokens=[(8,), (9,)]), 0, 1)
-    assert SelfJudge(means(log_probs=placed)).prefers([one]) == [pytest.approx(0.5)]
+    comparison = Comparison(group_of([0.0, 0.0], tokens=[(8,), (9,)]), 0, 1)
+    assert SelfJudge(means(log_probs=placed)).prefers([comparison]) == [pytest.approx(0.5)]
 
     # ... and ones that know the answer "9": softmax(ln 4, 0) = .8 for the place where it stands
     def knowing(rows: TokenRows, by: str) -> torch.Tensor:
@@ -183,9 +199,12 @@ def test_the_self_judge_hears_both_orders():
         )
 
     judge = SelfJudge(means(log_probs=knowing), by="reference")
-    assert judge.prefers([one, Comparison(one.group, 1, 0)]) == [pytest.approx(0.2), pytest.approx(0.8)]
+    assert judge.prefers([comparison, Comparison(comparison.group, 1, 0)]) == [
+        pytest.approx(0.2),
+        pytest.approx(0.8),
+    ]
     assert math.isnan(
-        SelfJudge(means(most_tokens=5)).prefers([one])[0]
+        SelfJudge(means(max_tokens=5)).prefers([comparison])[0]
     )  # nobody is asked what the policy cannot read
     with pytest.raises(ValueError, match="begin with one token"):
         SelfJudge(means(), first_word="B")
@@ -217,28 +236,30 @@ def number_of(path: str, *, prompt_column: str | None, max_tokens: int) -> Any:
     """A reward model whose number is the sum of what it reads; 99 tells it nothing."""
     del path, prompt_column, max_tokens
     return lambda rows: [
-        math.nan if 99 in one.completion_ids[at] else float(sum(one.prompt_ids + one.completion_ids[at]))
-        for one, at in rows
+        math.nan
+        if 99 in inputs.completion_ids[place]
+        else float(sum(inputs.prompt_ids + inputs.completion_ids[place]))
+        for inputs, place in rows
     ]
 
 
 def test_a_reward_models_difference_is_bradley_terrys():
     judge = ModelJudge(means(reward_model=number_of), path="model")
     group = group_of([0.0, 0.0, 0.0], tokens=[(1,), (2, 2), (99,)])
-    first, turned, same, none = judge.prefers(
+    first, turned, equal, none = judge.prefers(
         [Comparison(group, *both) for both in ((0, 1), (1, 0), (1, 1), (0, 2))]
     )
     assert first == pytest.approx(1 / (1 + math.exp(3))) and first + turned == pytest.approx(
         1
     )  # 7 + 1 against 7 + 4
-    assert same == 0.5 and math.isnan(none)
+    assert equal == 0.5 and math.isnan(none)
     # two ranks, each with its share of the completions
     shares: list[list[Any]] = []
     for rank in (0, 1):
         ranked = means(
             rank=rank,
             ranks=2,
-            gather=lambda mine: shares.append(mine) or [((0, 0), 8.0), ((0, 1), 11.0)],
+            gather=lambda share: shares.append(share) or [((0, 0), 8.0), ((0, 1), 11.0)],
             reward_model=number_of,
         )
         assert ModelJudge(ranked, path="model").prefers([Comparison(group, 0, 1)]) == [first]

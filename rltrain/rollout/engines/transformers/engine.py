@@ -1,5 +1,5 @@
-"""The embedded engine: a transformers model decoded with continuous batching, on CPU or GPU, without
-another install.
+"""The embedded engine: a transformers model decoded with continuous batching, on CPU or GPU, without any
+further package.
 """
 
 from __future__ import annotations
@@ -30,23 +30,22 @@ from rltrain.types.samples import Answer, Completion, Finish, PolicyVersion, Pro
 from rltrain.weight_names import CheckpointNames
 
 PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill forward, which bounds its activations
-_ROUNDING, _ROUNDING_BFLOAT16 = (
-    1e-3,
-    5e-2,
-)  # of the largest logit: how far decoding may be from the plain forward
-_CACHE_START = 64  # completion columns the cache starts with
-_COMPACT_SHARE = (
-    16  # finished rows leave once they are a sixteenth of the batch: each departure copies a cache row
-)
-_ADMIT_SHARE = 8  # waiting rows enter once an eighth of the slots is free: each entry pays a prefill
+# largest difference between decoding and the plain forward, as a share of the largest logit
+_ROUNDING = 1e-3
+_ROUNDING_BFLOAT16 = 5e-2
+_CACHE_START = 64  # completion columns in a new cache
+# finished rows leave once they are a sixteenth of the batch, because each departure copies a cache row
+_COMPACT_SHARE = 16
+# waiting rows enter once an eighth of the slots is free, because each entry costs a prefill
+_ADMIT_SHARE = 8
 
 
 @dataclass(slots=True)
 class _Row:
-    """One completion being written."""
+    """A completion in progress."""
 
     prompt: int  # its position among the prompts decoded together
-    random: Random  # of this row alone, so what it draws does not depend on its neighbours
+    random: Random  # of this row only, so that its tokens do not depend on its neighbours
     prompt_length: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -54,13 +53,13 @@ class _Row:
 
     @property
     def position(self) -> int:
-        """Of the last token written, which the next step feeds."""
+        """The position of the last token, which is the input of the next step."""
         return self.prompt_length + len(self.tokens) - 1
 
 
 @dataclass(frozen=True)
 class _Prefill:
-    """Keys and values of some unique prompts, and the logits of their first completion token."""
+    """Keys and values of several distinct prompts, and the logits of their first completion token."""
 
     layers: list[tuple[Tensor, Tensor]]  # each (U, T, key-value heads, head size)
     logits: Tensor  # (U, V)
@@ -97,8 +96,12 @@ class TransformersEngine:
                 f"model.attention: the transformers engine decodes with sdpa or eager, not {attention!r}; "
                 "choose one, or engine vllm"
             )
-        self.device, self.dtype, self.fingerprint_rtol = torch.device(device), dtype, 1e-12
-        self.max_rows, self._pad, self._decode = max_rows, pad_token_id, decode
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.fingerprint_rtol = 1e-12
+        self.max_rows = max_rows
+        self._pad = pad_token_id
+        self._decode = decode
         self._stop = frozenset(stop_token_ids)
         trusted = trusts(model, revision)
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusted)
@@ -106,7 +109,7 @@ class TransformersEngine:
         self._model = _random_model(config, self.device, dtype, attention, trusted=trusted)
         self._eager = self._model.config._attn_implementation == "eager"
         self._head = self._model.get_output_embeddings()
-        self._decoder: TokenDecoder | None = None  # while tokens are written, for models that it fits
+        self._decoder: TokenDecoder | None = None  # during sampling, for models that it fits
         self._names = CheckpointNames(self._model)
         self._shapes = WeightShapes(self._names.shapes, self._names.parameters)
         self.version: PolicyVersion | None = None
@@ -117,37 +120,40 @@ class TransformersEngine:
         """See ``WeightTarget.load``. No cache outlives a ``sample`` call, so there is none to forget."""
         if self.state is EngineState.ASLEEP:
             raise RuntimeError("load() while asleep: call wake() first")
-        self.version, self.state = (
-            None,
-            EngineState.MAPPED,
-        )  # until the last weight is in, these are nobody's weights
-        held = self._held()
+        # until the last weight is copied, the weights belong to no version
+        self.version = None
+        self.state = EngineState.MAPPED
+        weights = self._weights()
         for name, tensor in self._names.from_checkpoint(self._shapes.check(stream)):
-            held[name].detach().copy_(tensor)
-        self.version, self.state = version, EngineState.LOADED
+            weights[name].detach().copy_(tensor)
+        self.version = version
+        self.state = EngineState.LOADED
 
     @torch.no_grad()
     def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, Fingerprint]:
         """See ``WeightTarget.fingerprint``; a tied head is reported under both its names."""
-        held = self._names.to_checkpoint(self._held().items(), names)
+        weights = self._names.to_checkpoint(self._weights().items(), names)
         return {
-            name: weight_fingerprint(name, weight) for name, weight in held if names is None or name in names
+            name: weight_fingerprint(name, weight)
+            for name, weight in weights
+            if names is None or name in names
         }
 
-    def _held(self) -> dict[str, Tensor]:
-        """Every weight under every name it has inside the model, as the model has them now."""
+    def _weights(self) -> dict[str, Tensor]:
+        """The model's current weights, under every name that a weight has inside the model."""
         return self._model.state_dict(keep_vars=True)  # copies nothing
 
     def sleep(self) -> None:
         for parameter in self._model.parameters():
             parameter.data = parameter.data.new_empty(0)
-        self.version, self.state = None, EngineState.ASLEEP
+        self.version = None
+        self.state = EngineState.ASLEEP
 
     def wake(self) -> None:
         if self.state is not EngineState.ASLEEP:
             return
-        named = dict(self._model.named_parameters())
-        place_together(named.values(), [self._names.inside[name] for name in named], keep=False)
+        parameters = dict(self._model.named_parameters())
+        place_together(parameters.values(), [self._names.inside[name] for name in parameters], keep=False)
         self.state = EngineState.MAPPED
 
     def close(self) -> None:
@@ -156,24 +162,24 @@ class TransformersEngine:
     def sample(self, requests: Sequence[Request], policy: PolicyVersion) -> Iterator[Answer]:
         """See ``Sampler.sample``.
 
-        Requests of one sampling are decoded together; all answers come at the end.
+        Requests with equal sampling are decoded together; all answers come at the end.
         """
         require_version(self, policy)
         require_fit(requests, self._limit, self._limit_name)
         self.state = EngineState.SERVING
-        alike: dict[Sampling, list[int]] = {}
+        indexes_by_sampling: dict[Sampling, list[int]] = {}
         for index, request in enumerate(requests):
-            alike.setdefault(request.sampling, []).append(index)
+            indexes_by_sampling.setdefault(request.sampling, []).append(index)
 
         answers: list[Answer] = []
-        for sampling, indexes in alike.items():
+        for sampling, indexes in indexes_by_sampling.items():
             answers += self._answers(requests, indexes, sampling, policy)
         return iter(answers)
 
     def _answers(
         self, requests: Sequence[Request], indexes: Sequence[int], sampling: Sampling, policy: PolicyVersion
     ) -> list[Answer]:
-        """To the requests at ``indexes``, which all have this ``sampling``."""
+        """The answers to the requests at ``indexes``, which all have this ``sampling``."""
         prompts = [requests[index].prompt for index in indexes]
         rows: list[_Row] = []
         for place, index in enumerate(indexes):
@@ -181,22 +187,21 @@ class TransformersEngine:
             for sample in range(request.first, request.first + request.count):
                 seed = stable_hash(sampling.seed, request.prompt.id, sample)
                 rows.append(_Row(place, Random(seed), len(request.prompt.token_ids)))
-        with self._writing():
-            self._write(rows, prompts, sampling)
+        with self._token_decoder():
+            self._decode_rows(rows, prompts, sampling)
 
-        written = iter([self._completion(row, sampling, policy) for row in rows])
+        completions = iter([self._completion(row, sampling, policy) for row in rows])
         return [
-            Answer(index, requests[index].prompt, tuple(itertools.islice(written, requests[index].count)))
+            Answer(index, requests[index].prompt, tuple(itertools.islice(completions, requests[index].count)))
             for index in indexes
         ]
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Inside, the weights stay as they are."""
+    def _token_decoder(self) -> Iterator[None]:
+        """Provides the token decoder in the ``with`` block, during which the weights must not change."""
         with torch.inference_mode():
-            self._decoder = (
-                TokenDecoder(self._model) if TokenDecoder.fits(self._model) and not self._eager else None
-            )
+            if TokenDecoder.fits(self._model) and not self._eager:
+                self._decoder = TokenDecoder(self._model)
             try:
                 yield
             finally:
@@ -208,62 +213,63 @@ class TransformersEngine:
         versions = (Span(0, len(row.tokens), policy),)
         return Completion(tuple(row.tokens), tuple(row.logprobs), row.finish, text, versions, sampling.source)
 
-    def _write(self, rows: Sequence[_Row], prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        """Decode every row to its end: waiting rows enter as finished ones leave."""
+    def _decode_rows(self, rows: Sequence[_Row], prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        """Decodes every row to its end; waiting rows enter as finished rows leave."""
         if not rows:
             return
-        slots, longest = min(self.max_rows, len(rows)), max(row.prompt_length for row in rows)
+        slots = min(self.max_rows, len(rows))
+        longest = max(row.prompt_length for row in rows)
         cache = DecodeCache(slots, longest + min(sampling.max_tokens, _CACHE_START))
         active: list[_Row] = []
         waiting = list(reversed(rows))
-        held: dict[int, tuple[_Prefill, int]] = {}
+        prefills: dict[int, tuple[_Prefill, int]] = {}  # by prompt: its prefill, and its row there
         while waiting or active:
             alive = sum(row.finish is None for row in active)
-            enough = max(1, slots // _ADMIT_SHARE)
-            admit = bool(waiting) and (alive == 0 or slots - alive >= min(enough, len(waiting)))
+            min_free = max(1, slots // _ADMIT_SHARE)
+            admit = bool(waiting) and (alive == 0 or slots - alive >= min(min_free, len(waiting)))
             if admit or len(active) - alive > len(active) // _COMPACT_SHARE:
-                _close_holes(active, alive, cache)
+                _remove_finished(active, alive, cache)
             if admit:
                 entering = [waiting.pop() for _ in range(min(slots - alive, len(waiting)))]
-                self._enter(entering, active, cache, prompts, sampling, held)
-                held = (
-                    {waiting[-1].prompt: held[waiting[-1].prompt]}
-                    if waiting and waiting[-1].prompt in held
-                    else {}
-                )
+                self._admit(entering, active, cache, prompts, sampling, prefills)
+                next_prompt = waiting[-1].prompt if waiting else None
+                prefills = {prompt: prefill for prompt, prefill in prefills.items() if prompt == next_prompt}
             if active:
                 cache.reserve(max(row.position for row in active) + 1, longest + sampling.max_tokens)
-                self._sample_into(active, self._step(active, cache), sampling)
+                self._append_tokens(active, self._step(active, cache), sampling)
 
-    def _enter(
+    def _admit(
         self,
         entering: Sequence[_Row],
         active: list[_Row],
         cache: DecodeCache,
         prompts: Sequence[Prompt],
         sampling: Sampling,
-        held: dict[int, tuple[_Prefill, int]],
+        prefills: dict[int, tuple[_Prefill, int]],
     ) -> None:
-        """Prefill each new prompt once, draw first tokens, and give rows that go on a slot.
+        """Prefills each new prompt once, draws first tokens, and gives a slot to each row that is not
+        finished.
 
-        ``held`` gains the prefills.
+        Adds the new prefills to ``prefills``.
         """
-        fresh = sorted(
-            {row.prompt for row in entering} - held.keys(), key=lambda index: len(prompts[index].token_ids)
+        new_prompts = sorted(
+            {row.prompt for row in entering} - prefills.keys(),
+            key=lambda index: len(prompts[index].token_ids),
         )
-        for batch in _batches(fresh, [len(prompts[index].token_ids) for index in fresh]):
+        for batch in _batches(new_prompts, [len(prompts[index].token_ids) for index in new_prompts]):
             prefill = self._prefill([prompts[index].token_ids for index in batch])
-            held.update({index: (prefill, place) for place, index in enumerate(batch)})
-        for prefill in {id(pair[0]): pair[0] for pair in held.values()}.values():
-            mine = [row for row in entering if held[row.prompt][0] is prefill]
-            source = torch.tensor([held[row.prompt][1] for row in mine], device=self.device)
-            self._sample_into(mine, prefill.logits[source], sampling)
-            going_on = [place for place, row in enumerate(mine) if row.finish is None]
-            cache.admit(prefill.layers, source[going_on], start=len(active))
-            active.extend(mine[place] for place in going_on)
+            prefills.update({index: (prefill, place) for place, index in enumerate(batch)})
+
+        for prefill in {id(pair[0]): pair[0] for pair in prefills.values()}.values():
+            rows = [row for row in entering if prefills[row.prompt][0] is prefill]
+            source = torch.tensor([prefills[row.prompt][1] for row in rows], device=self.device)
+            self._append_tokens(rows, prefill.logits[source], sampling)
+            unfinished = [place for place, row in enumerate(rows) if row.finish is None]
+            cache.admit(prefill.layers, source[unfinished], start=len(active))
+            active.extend(rows[place] for place in unfinished)
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> _Prefill:
-        """One right-padded forward: causal attention never looks right, so it needs no padding mask."""
+        """A right-padded forward. It needs no padding mask, because causal attention never looks right."""
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         width = max(len(prompt) for prompt in prompts)
         ids = torch.tensor(
@@ -284,27 +290,26 @@ class TransformersEngine:
         """(R, V) logits of each row's next token."""
         positions = [row.position for row in active]
         columns = max(positions) + 1
-        fed = torch.tensor([[row.tokens[-1] for row in active], positions], device=self.device)
-        cache.begin_step(fed[1], columns)
+        inputs = torch.tensor([[row.tokens[-1] for row in active], positions], device=self.device)
+        cache.begin_step(inputs[1], columns)
         mask = None
         if self._eager or min(positions) + 1 < columns:
-            beyond = torch.arange(columns, device=self.device) > fed[1][:, None]
-            mask = torch.zeros_like(beyond, dtype=self._model.dtype).masked_fill_(beyond, float("-inf"))[
-                :, None, None
-            ]
+            beyond = torch.arange(columns, device=self.device) > inputs[1][:, None]
+            mask = torch.zeros_like(beyond, dtype=self._model.dtype).masked_fill_(beyond, float("-inf"))
+            mask = mask[:, None, None]
         if self._decoder is not None:
-            return self._head(self._decoder(fed[0], fed[1], mask, cache))
+            return self._head(self._decoder(inputs[0], inputs[1], mask, cache))
         hidden = self._model.base_model(
-            input_ids=fed[0][:, None],
-            position_ids=fed[1][:, None],
+            input_ids=inputs[0][:, None],
+            position_ids=inputs[1][:, None],
             attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
         return self._head(hidden[:, -1])
 
-    def _sample_into(self, rows: Sequence[_Row], logits: Tensor, sampling: Sampling) -> None:
-        """Append one token to every unfinished row.
+    def _append_tokens(self, rows: Sequence[_Row], logits: Tensor, sampling: Sampling) -> None:
+        """Samples a token for every unfinished row and appends it.
 
         Raises FloatingPointError when a distribution is not finite.
         """
@@ -330,50 +335,47 @@ class TransformersEngine:
                 row.finish = "length"
 
     def _check_against_plain_forward(self, name: str) -> None:
-        """Decode two tokens beside prompts of unequal length and compare with the model's own
-        forward, weights still random.
+        """Decodes two tokens after prompts of unequal length and compares the logits with those of the
+        model's own forward. The weights are still random.
         """
-        with self._writing():
+        with self._token_decoder():
             self._compare_with_plain_forward(name)
 
     def _compare_with_plain_forward(self, name: str) -> None:
-        size, vocabulary = min(4, self._limit - 2), self._model.config.get_text_config().vocab_size
-        script = [[(7 * row + 3 * place + 1) % vocabulary for place in range(size + row)] for row in range(3)]
-        rows = [_Row(index, Random(0), len(ids) - 2) for index, ids in enumerate(script)]
+        size = min(4, self._limit - 2)
+        vocabulary = self._model.config.get_text_config().vocab_size
+        texts = [[(7 * row + 3 * place + 1) % vocabulary for place in range(size + row)] for row in range(3)]
+        rows = [_Row(index, Random(0), len(ids) - 2) for index, ids in enumerate(texts)]
         cache = DecodeCache(3, size + 2)
-        prefill = self._prefill([ids[:-2] for ids in script])
+        prefill = self._prefill([ids[:-2] for ids in texts])
         cache.admit(prefill.layers, torch.arange(3, device=self.device), start=0)
+        rounding = _ROUNDING if self._model.dtype == torch.float32 else _ROUNDING_BFLOAT16
         for step in (-2, -1):
-            for row, ids in zip(rows, script, strict=True):
+            for row, ids in zip(rows, texts, strict=True):
                 row.tokens.append(ids[step])
             logits = self._step(rows, cache)
-            for ids, ours in zip(script, logits, strict=True):
-                upto = len(ids) + step + 1
-                plain = self._model(
-                    input_ids=torch.tensor([ids[:upto]], device=self.device), use_cache=False
-                ).logits[0, -1]
-                allowed = (
-                    _ROUNDING if self._model.dtype == torch.float32 else _ROUNDING_BFLOAT16
-                ) * plain.abs().max()
-                if not (ours - plain).abs().max() <= allowed:
+            for ids, decoded in zip(texts, logits, strict=True):
+                input_ids = torch.tensor([ids[: len(ids) + step + 1]], device=self.device)
+                plain = self._model(input_ids=input_ids, use_cache=False).logits[0, -1]
+                difference = (decoded - plain).abs().max()
+                if not difference <= rounding * plain.abs().max():
                     raise ValueError(
                         f"{name}: decoding with the transformers engine's cache differs from the model's "
-                        "plain forward by "
-                        f"{(ours - plain).abs().max():.3g}; this architecture needs rollout.engine vllm"
+                        f"plain forward by {difference:.3g}; this architecture needs rollout.engine vllm"
                     )
 
 
 def _context_limit(config: PreTrainedConfig, name: str) -> tuple[int, str]:
-    """Tokens a row may have, and what sets the bound.
+    """(the largest number of tokens in a row, what sets this limit).
 
     Raises ValueError for layers without keys and values per token.
     """
     text: Any = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    if strange := kinds - {"full_attention", "sliding_attention"}:
+    if unsupported := kinds - {"full_attention", "sliding_attention"}:
         raise ValueError(
-            f"{name} has {', '.join(sorted(strange))} layers, which the transformers engine cannot cache; "
-            "use rollout.engine vllm"
+            f"{name} has {', '.join(sorted(unsupported))} layers, which the transformers engine cannot "
+            "cache; use rollout.engine vllm"
         )
     context = context_of(config)
     if context is None:
@@ -398,8 +400,8 @@ def _context_limit(config: PreTrainedConfig, name: str) -> tuple[int, str]:
 def _random_model(
     config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, attention: str, *, trusted: bool
 ) -> Any:
-    """The architecture with weights that ``load`` will replace, leaving the caller's random state as
-    it was.
+    """The architecture with random weights, which ``load`` will replace. The caller's random state stays
+    unchanged.
     """
     options = {} if attention == "auto" else {"attn_implementation": attention}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
@@ -415,9 +417,7 @@ def _random_model(
 
 
 def _batches(indexes: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """Cut ``indexes``, sorted by ``lengths``, into prefill batches of at most PREFILL_TOKENS padded
-    tokens.
-    """
+    """Divides ``indexes``, sorted by ``lengths``, into batches of at most PREFILL_TOKENS padded tokens."""
     batches: list[list[int]] = []
     for index, length in zip(indexes, lengths, strict=True):
         if not batches or (len(batches[-1]) + 1) * length > PREFILL_TOKENS:
@@ -426,10 +426,8 @@ def _batches(indexes: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
     return batches
 
 
-def _close_holes(active: list[_Row], alive: int, cache: DecodeCache) -> None:
-    """Let finished rows leave: the last live rows move into their slots, and rows 0..alive-1 are live
-    again.
-    """
+def _remove_finished(active: list[_Row], alive: int, cache: DecodeCache) -> None:
+    """Removes finished rows: the last live rows move into their slots, so that rows 0..alive-1 are live."""
     holes = [place for place in range(alive) if active[place].finish is not None]
     movers = [place for place in range(alive, len(active)) if active[place].finish is None]
     cache.move(movers, holes)

@@ -1,4 +1,4 @@
-"""Drawing tokens from logits. Pure, apart from overwriting the logits, which nobody reads again."""
+"""Draws tokens from logits. The functions overwrite the logits, which are not used again."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from rltrain.types.samples import AdaptiveTemperature
 
 # vocabulary entries summed before the search: a running sum over the whole vocabulary costs ten times more
 _BLOCK = 256
-_ONE_SEARCH = 4 * _BLOCK  # entries up to which it costs less
+_MAX_SINGLE_SEARCH = 4 * _BLOCK  # entries up to which that running sum costs less
 
 
 def sample_tokens_(
     logits: Tensor, uniform: Tensor, temperature: float, adaptive: AdaptiveTemperature | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One token per row by inverting the cumulative distribution, and its log-prob. Overwrites ``logits``.
+    """Draws a token per row by inverting the cumulative distribution; returns it with its log-prob.
+    Overwrites ``logits``.
 
     logits (R, V); uniform (R,) float32 in [0, 1]. Returns tokens (R,) int64 and log-probs (R,) float32 in
     nats, of softmax(logits / temperature); temperature 0 takes the largest logit and reports log-probs at
@@ -30,56 +31,51 @@ def sample_tokens_(
     if adaptive is not None:
         reported = torch.log_softmax(logits / temperature, dim=-1)
         entropy = entropy_of(logits / temperature)  # as the learner measures it, from which the signal is
-        token, _ = _drawn_(logits.div_(token_temperatures(entropy, temperature, adaptive)[:, None]), uniform)
+        token, _ = _draw_(logits.div_(token_temperatures(entropy, temperature, adaptive)[:, None]), uniform)
         return token, reported.gather(1, token[:, None])[:, 0]
-    return _drawn_(logits if temperature == 1 else logits.div_(temperature), uniform)
+    return _draw_(logits if temperature == 1 else logits.div_(temperature), uniform)
 
 
-def _drawn_(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """A token of softmax(logits) per row, and its log-prob."""
+def _draw_(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """A token from softmax(logits) for each row, and its log-prob."""
     mass = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()  # (R, V) unnormalised probabilities
-    if mass.shape[1] <= _ONE_SEARCH:
-        upto = mass.cumsum(dim=-1)
-        total = upto[:, -1:]
-        token = torch.searchsorted(upto, _below(uniform[:, None] * total, total), right=True).clamp_(
-            max=mass.shape[1] - 1
-        )
+    if mass.shape[1] <= _MAX_SINGLE_SEARCH:
+        cumulative = mass.cumsum(dim=-1)
+        total = cumulative[:, -1:]
+        target = _clamp_below(uniform[:, None] * total, total)
+        token = torch.searchsorted(cumulative, target, right=True).clamp_(max=mass.shape[1] - 1)
     else:
-        total, token = _searched_in_blocks(mass, uniform)
+        total, token = _search_in_blocks(mass, uniform)
     return token[:, 0], (mass.gather(1, token) / total).log()[:, 0]
 
 
-def _searched_in_blocks(mass: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """(R, 1) the sum of each row, and the token at the share ``uniform`` of it: first its block, then
-    its place there.
+def _search_in_blocks(mass: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, 1) the sum of each row, and the token at the share ``uniform`` of it, found by its block first and
+    then by its place in the block.
     """
     blocks = _block_sums(mass).cumsum(dim=-1)
     total = blocks[:, -1:]
-    target = _below(uniform[:, None] * total, total)
+    target = _clamp_below(uniform[:, None] * total, total)
     block = torch.searchsorted(blocks, target, right=True).clamp_(max=blocks.shape[1] - 1)
-    before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp_(min=0)), 0.0)
+
+    sum_before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp_(min=0)), 0.0)
     columns = block * _BLOCK + torch.arange(_BLOCK, device=mass.device)
-    inside = torch.where(columns < mass.shape[1], mass.gather(1, columns.clamp(max=mass.shape[1] - 1)), 0.0)
-    within = inside.cumsum(dim=-1)
-    offset = torch.searchsorted(within, _below(target - before, within[:, -1:]), right=True).clamp_(
-        max=_BLOCK - 1
-    )
+    entries = torch.where(columns < mass.shape[1], mass.gather(1, columns.clamp(max=mass.shape[1] - 1)), 0.0)
+    cumulative = entries.cumsum(dim=-1)
+    target_inside = _clamp_below(target - sum_before, cumulative[:, -1:])
+    offset = torch.searchsorted(cumulative, target_inside, right=True).clamp_(max=_BLOCK - 1)
     return total, (block * _BLOCK + offset).clamp_(max=mass.shape[1] - 1)
 
 
 def _block_sums(mass: Tensor) -> Tensor:
     """(R, ceil(V / _BLOCK)) sums of consecutive columns, without padding (R, V) first."""
-    whole = mass.shape[1] // _BLOCK * _BLOCK
-    sums = mass[:, :whole].unflatten(1, (-1, _BLOCK)).sum(dim=-1)
-    return (
-        sums
-        if whole == mass.shape[1]
-        else torch.cat([sums, mass[:, whole:].sum(dim=-1, keepdim=True)], dim=1)
-    )
+    full = mass.shape[1] // _BLOCK * _BLOCK  # columns in full blocks
+    sums = mass[:, :full].unflatten(1, (-1, _BLOCK)).sum(dim=-1)
+    if full == mass.shape[1]:
+        return sums
+    return torch.cat([sums, mass[:, full:].sum(dim=-1, keepdim=True)], dim=1)
 
 
-def _below(value: Tensor, total: Tensor) -> Tensor:
-    """``value`` kept under ``total``, so that the search stops at a column that added something to
-    the sum.
-    """
+def _clamp_below(value: Tensor, total: Tensor) -> Tensor:
+    """``value`` clamped below ``total``, so that the search stops at a column that adds to the sum."""
     return torch.minimum(value, torch.nextafter(total, torch.zeros_like(total)))

@@ -1,8 +1,8 @@
-"""Real vLLM inside the learner's process: on GPU it sleeps while the learner works, on CPU it runs what the
-GPU runs.
+"""vLLM inside the learner's process: on a GPU it sleeps while the learner works; on a CPU it runs the same
+code as on a GPU.
 
-What starting it changes in the process is undone (``vllm_process``), and what it multiplies with is read back
-by checkpoint name (``vllm_layers``).
+``process.py`` undoes what the start of vLLM changes in the process, and ``layers.py`` reads the weights that
+vLLM computes with, by checkpoint name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rltrain.rollout.engines.vllm.process import (
     class_states,
     import_vllm,
     kept_process_group,
-    leave_classes,
+    restore_classes,
     unchanged_process,
 )
 from rltrain.seeds import stable_hash
@@ -45,9 +45,9 @@ _FIXED: Mapping[str, Any] = {
     "logprobs_mode": "processed_logprobs",
     "seed": 0,
 }
-_CPU_BATCH_TOKENS = 4096  # of one forward on CPU; vLLM's own choice there
-_REASON = 300  # characters of vLLM's own words that an error repeats
-# vLLM raises smaller ones to this, and its log-probs would be of another distribution than asked for
+_CPU_BATCH_TOKENS = 4096  # of a forward on CPU; vLLM's own choice there
+_REASON_CHARACTERS = 300  # of vLLM's own message, in an error of this module
+# vLLM raises smaller temperatures to this, and its log-probs would be those of another distribution
 _MIN_TEMPERATURE = 0.01
 
 
@@ -56,11 +56,11 @@ class VllmColocated:
     config alone.
 
     model, revision: folder or Hub name; only its config is read. stop_token_ids: the union of every EOS id.
-    decode: token ids to text without special tokens. max_model_len: prompt + completion tokens of one row.
-    kv_cache_gib: on CPU; on GPU ``gpu_memory_utilization`` of the card is taken. sleep_mode: give GPU memory
-    back in ``sleep``; on CPU there is none to give. device: the learner's, which the engine has to share;
-    None: not compared. adaptive_temperature: take ``Sampling.adaptive``, which a
-    logits processor of vLLM's V1 model runner serves.
+    decode: token ids to text without special tokens. max_model_len: prompt and completion tokens of a row.
+    kv_cache_gib: on CPU; on GPU vLLM takes the share ``gpu_memory_utilization`` of the memory. sleep_mode:
+    frees GPU memory in ``sleep``; without effect on CPU. adaptive_temperature: supports
+    ``Sampling.adaptive``, with a logits processor of vLLM's V1 model runner. device: the learner's, which the
+    engine must share; None: not compared.
     """
 
     name = "vllm"
@@ -82,52 +82,64 @@ class VllmColocated:
         adaptive_temperature: bool = False,
         device: torch.device | None = None,
     ) -> None:
-        self._decode, self._stop = decode, sorted(stop_token_ids)
+        self._decode = decode
+        self._stop = sorted(stop_token_ids)
         self._gpu = torch.cuda.is_available()
-        self.dtype, self.fingerprint_rtol = (
-            dtype,
-            1e-12,
-        )  # weights are compared as stored: only the float64 sums' order may differ
-        self._sleep_mode, self._adaptive = sleep_mode and self._gpu, adaptive_temperature
+        self.dtype = dtype
+        # weights are compared as stored, so that only the order of the float64 sums may differ
+        self.fingerprint_rtol = 1e-12
+        self._sleep_mode = sleep_mode and self._gpu
+        self._adaptive = adaptive_temperature
         trusted = trusts(model, revision)
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusted)
         positions = getattr(config.get_text_config(), "max_position_embeddings", max_model_len)
         self._limit = min(max_model_len, positions)
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            bare: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
-        self._architecture, classes = _architecture(bare), class_states(bare)
+            empty_model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+        self._architecture = _architecture(empty_model)
+        classes = class_states(empty_model)
         self._shapes = WeightShapes(self._architecture.shapes, self._architecture.parameters)
         self._owns_process_group = not torch.distributed.is_initialized()
         sizes = self._sizes(kv_cache_gib, gpu_memory_utilization)
         if not self._owns_process_group:
-            # One engine per rank of the launcher. vLLM's own executor would put every rank's engine on the
+            # Each of the launcher's ranks has an engine. vLLM's default executor would put all of them on the
             # first GPU; this one takes the GPU of LOCAL_RANK.
             sizes["distributed_executor_backend"] = "external_launcher"
-        runner = (
-            {"VLLM_USE_V2_MODEL_RUNNER": "0"} if adaptive_temperature else {}
-        )  # the second knows other logits processors
+        self._start(
+            model,
+            config,
+            trust_remote_code=trusted,
+            dtype=str(dtype).removeprefix("torch."),
+            max_model_len=self._limit,
+            max_num_seqs=max_num_seqs,
+            enforce_eager=enforce_eager,
+            enable_sleep_mode=self._sleep_mode,
+            **sizes,
+        )
+        if device is not None and self._gpu:
+            require_device(device, torch.cuda.current_device())
+        self._llm.apply_model(partial(restore_classes, before=classes))
+        self._places = self._find_places(model)
+        if not self._gpu:
+            self._llm.apply_model(pack_experts_on_reload)
+        self.version: PolicyVersion | None = None
+        self.state = EngineState.MAPPED
+        self._cache_asleep = False
+
+    def _start(self, model: str, config: Any, **options: Any) -> None:
+        """Starts vLLM with the model's ``config`` alone. Raises UserError where it refuses the model."""
+        # the V2 runner has another interface of logits processors
+        runner = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if self._adaptive else {}
         with (
             tempfile.TemporaryDirectory() as folder,
             unchanged_process(**runner),
-            contextlib.ExitStack() as refusals,
+            contextlib.ExitStack() as start_errors,
         ):
             config.save_pretrained(folder)
             vllm = import_vllm()
-            refusals.enter_context(_refusals_in_one_line(model))
-            self._llm: Any = vllm.LLM(
-                folder,
-                trust_remote_code=trusted,
-                dtype=str(dtype).removeprefix("torch."),
-                max_model_len=self._limit,
-                max_num_seqs=max_num_seqs,
-                enforce_eager=enforce_eager,
-                enable_sleep_mode=self._sleep_mode,
-                logits_processors=_processors() if adaptive_temperature else None,
-                **_FIXED,
-                **sizes,
-            )
-        if device is not None and self._gpu:
-            require_device(device, torch.cuda.current_device())
+            start_errors.enter_context(_explain_start_errors(model))
+            processors = _processors() if self._adaptive else None
+            self._llm: Any = vllm.LLM(folder, logits_processors=processors, **_FIXED, **options)
         self._params_class = vllm.SamplingParams
         mode = self._llm.llm_engine.model_config.logprobs_mode
         if mode != "processed_logprobs":
@@ -135,39 +147,30 @@ class VllmColocated:
                 f"vLLM runs with logprobs_mode {mode!r}, not processed_logprobs: its log-probs would ignore "
                 "the temperature"
             )
-        self._llm.apply_model(partial(leave_classes, before=classes))
-        self._places = self._provable(model)
-        if not self._gpu:
-            self._llm.apply_model(pack_experts_on_reload)
-        self.version: PolicyVersion | None = None
-        self.state = EngineState.MAPPED
-        self._cache_asleep = False
 
     def _sizes(self, kv_cache_gib: float, gpu_memory_utilization: float) -> dict[str, Any]:
         if self._gpu:
             return {"gpu_memory_utilization": gpu_memory_utilization}
         # vLLM 0.32 rewinds a seeded request's generator after part of a prompt, which CPU generators cannot
-        # do: whole prompts only.
-        whole = {
+        # do. Prompts are therefore not divided.
+        return {
+            "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(_CPU_BATCH_TOKENS, self._limit),
         }
-        return {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30), **whole}
 
     def load(self, stream: Iterable[tuple[str, Tensor]], version: PolicyVersion) -> None:
         """See ``WeightTarget.load``."""
         if self.state is EngineState.ASLEEP:
             raise RuntimeError("load() while asleep: call wake() first")
-        self.version, self.state = (
-            None,
-            EngineState.MAPPED,
-        )  # until the last weight is in, these are nobody's weights
-        ties = (
-            self._architecture.ties
-        )  # sent once, as a checkpoint has them: some of vLLM's models know no second name
-        once = ((name, weight.detach()) for name, weight in self._shapes.check(stream) if name not in ties)
+        # until the last weight is loaded, the weights belong to no version
+        self.version = None
+        self.state = EngineState.MAPPED
+        # tied weights are sent once, as in a checkpoint: some of vLLM's models do not know the second name
+        ties = self._architecture.ties
+        weights = ((name, weight.detach()) for name, weight in self._shapes.check(stream) if name not in ties)
         try:
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": once})
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         except BaseException:
             self._llm.apply_model(partial(abandon_reload, model_config=self._llm.llm_engine.model_config))
             raise
@@ -180,46 +183,48 @@ class VllmColocated:
                 "vLLM kept its prefix cache, which holds keys and values of older weights; are requests "
                 "still running?"
             )
-        self.version, self.state = version, EngineState.LOADED
+        self.version = version
+        self.state = EngineState.LOADED
 
     def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, Fingerprint]:
         """See ``WeightTarget.fingerprint``; a tied head is reported under both its names."""
         read = partial(layer_fingerprints, places=self._places, architecture=self._architecture, names=names)
         return self._llm.apply_model(read)[0]
 
-    def _provable(self, model: str) -> Mapping[str, Place]:
-        """Where each weight is kept.
+    def _find_places(self, model: str) -> Mapping[str, Place]:
+        """Where vLLM keeps each weight.
 
-        Raises UserError where one of them, or of vLLM's own, could not be compared.
+        Raises UserError if a weight of the checkpoint, or one of vLLM's own, could not be compared.
         """
         places: Places = self._llm.apply_model(partial(find_places, architecture=self._architecture))[0]
-        for names, what in (
-            (places.nowhere, "has no layer for"),
-            (places.unaccounted, "multiplies with its own"),
+        for names, problem in (
+            (places.missing, "has no layer for"),
+            (places.unexplained, "multiplies with its own"),
         ):
             if names:
                 self.close()
+                first, *rest = names
+                others = f" and {len(rest)} other weights" if rest else ""
                 raise UserError(
-                    f"{model}: vLLM's {self._architecture.name} {what} {names[0]!r}"
-                    f"{f' and {len(names) - 1} other weights' if len(names) > 1 else ''}, so that no load of "
-                    "it could be proved; "
-                    "use rollout.engine transformers"
+                    f"{model}: vLLM's {self._architecture.name} {problem} {first!r}{others}, so that no "
+                    "load of it could be proved; use rollout.engine transformers"
                 )
-        return places.of
+        return places.by_name
 
     def sleep(self) -> None:
-        """On GPU weights and cache leave the card (level 2: nothing is kept); on CPU only the version
-        is forgotten.
+        """On GPU frees the memory of weights and cache (level 2: no copy is kept); on CPU only forgets the
+        version.
         """
         if self.state is EngineState.ASLEEP:
             return
-        self.version, self.state = None, EngineState.ASLEEP
+        self.version = None
+        self.state = EngineState.ASLEEP
         if self._sleep_mode:
             self._llm.sleep(level=2)
             self._cache_asleep = True
 
     def wake(self) -> None:
-        """Map the weights' memory; ``load`` maps the cache's, once the learner's copies of the
+        """Maps the memory of the weights; ``load`` maps that of the cache, once the learner's copies of the
         weights are no longer needed.
         """
         if self.state is not EngineState.ASLEEP:
@@ -231,7 +236,8 @@ class VllmColocated:
     def close(self) -> None:
         if self._llm is None:
             return
-        self.version, self.state = None, EngineState.ASLEEP
+        self.version = None
+        self.state = EngineState.ASLEEP
         with contextlib.nullcontext() if self._owns_process_group else kept_process_group():
             self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
@@ -245,8 +251,8 @@ class VllmColocated:
             self._require_temperature(request.sampling)
         self.state = EngineState.SERVING
 
-        # The salt keys the prefix cache: keys and values of other weights are never found, nor, since they
-        # differ in rounding, those of another use.
+        # The salt is part of the prefix cache's key, so that keys and values of other weights are never
+        # reused, nor those of another use, because they differ in rounding.
         inputs = [
             {
                 "prompt_token_ids": list(request.prompt.token_ids),
@@ -258,18 +264,19 @@ class VllmColocated:
             params = [self._params(index, request) for index, request in enumerate(requests)]
             outputs = self._llm.generate(inputs, params, use_tqdm=False)
 
-        corrections = self._corrections() if any(map(_adapts, requests)) else None
+        corrections = self._corrections() if any(map(_adapts_temperature, requests)) else None
         answers: list[Answer] = []
         for index, (request, output) in enumerate(zip(requests, outputs, strict=True)):
-            written = [
+            completions = [
                 self._completion(completion, request.sampling, policy) for completion in output.outputs
             ]
-            if corrections is not None and _adapts(request):
-                for place, completion in enumerate(written):
-                    at_base = corrections.at_base(index, params[index].seed + place, completion.logprobs)
-                    written[place] = replace(completion, logprobs=at_base)
+            if corrections is not None and _adapts_temperature(request):
+                for place, completion in enumerate(completions):
+                    logprobs = corrections.correct(index, params[index].seed + place, completion.logprobs)
+                    completions[place] = replace(completion, logprobs=logprobs)
             # vLLM takes no n above 1 for greedy decoding, whose completions are all the same.
-            answers.append(Answer(index, request.prompt, tuple(written * (request.count // len(written)))))
+            completions = completions * (request.count // len(completions))
+            answers.append(Answer(index, request.prompt, tuple(completions)))
         return iter(answers)
 
     def _require_temperature(self, sampling: Sampling) -> None:
@@ -293,16 +300,17 @@ class VllmColocated:
     def _params(self, index: int, request: Request) -> Any:
         sampling = request.sampling
         extra = _extra_args(index, sampling) if self._adaptive else None
+        # vLLM adds the place in the request to the seed
+        seed = stable_hash(sampling.seed, request.prompt.id) + request.first
         return self._params_class(
             n=1 if sampling.temperature == 0 else request.count,
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
-            seed=stable_hash(sampling.seed, request.prompt.id)
-            + request.first,  # vLLM adds the place in the request
-            logprobs=0,  # of the sampled token alone
+            seed=seed,
+            logprobs=0,  # of the sampled token only
             flat_logprobs=True,
             stop_token_ids=self._stop,
-            ignore_eos=True,  # the set above is the whole truth
+            ignore_eos=True,  # the ids above include every EOS
             detokenize=False,
             top_p=1.0,
             top_k=0,
@@ -326,21 +334,21 @@ class VllmColocated:
         )
 
 
-def require_device(learner: torch.device, current: int) -> None:
-    """Raises RuntimeError unless this process's current GPU is the learner's after vLLM has started.
+def _adapts_temperature(request: Request) -> bool:
+    """Whether the temperature of the request's tokens is adapted; greedy decoding has no temperature."""
+    return request.sampling.adaptive is not None and request.sampling.temperature > 0
 
-    current: index of the current GPU, which vLLM sets to its own.
+
+def require_device(learner: torch.device, current: int) -> None:
+    """Raises RuntimeError unless this process's current GPU, after vLLM has started, is the learner's.
+
+    current: the index of the current GPU, which vLLM sets to its own.
     """
     if learner.index is not None and learner.index != current:
         raise RuntimeError(
             f"vLLM took cuda:{current}, but this rank's learner is on {learner}: start the ranks with "
             "accelerate launch or torchrun, which set LOCAL_RANK for each"
         )
-
-
-def _adapts(request: Request) -> bool:
-    """The temperature of its tokens is adapted; greedy decoding has none."""
-    return request.sampling.adaptive is not None and request.sampling.temperature > 0
 
 
 def _architecture(model: Any) -> Architecture:
@@ -352,8 +360,8 @@ def _architecture(model: Any) -> Architecture:
 
 
 @contextlib.contextmanager
-def _refusals_in_one_line(model: str) -> Iterator[None]:
-    """Raises UserError where vLLM cannot start with the architecture."""
+def _explain_start_errors(model: str) -> Iterator[None]:
+    """Raises UserError, in one line, where vLLM cannot start with the architecture."""
     try:
         yield
     except (
@@ -367,7 +375,7 @@ def _refusals_in_one_line(model: str) -> Iterator[None]:
     ) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{model}: vLLM does not start with it: {type(error).__name__}: {reason[:_REASON]}; "
+            f"{model}: vLLM does not start with it: {type(error).__name__}: {reason[:_REASON_CHARACTERS]}; "
             "use rollout.engine transformers, or mend what it names"
         ) from error
 

@@ -1,5 +1,5 @@
-"""Reloading as vLLM does it: layers packed for CPU kernels where it forgets to, read back, and put
-right after an error.
+"""Additions to vLLM's reload: packs the layers for CPU kernels that vLLM does not repack, reads packed layers
+back, and repairs the layers after an error.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _DIGIT_BITS = 8  # whole numbers below 2**8 are exact in every floating-point ty
 
 
 def repack_heads(model: nn.Module) -> None:
-    """Pack every output head again: a head tied to the embedding is not repacked by
-    ``reload_weights`` and stays stale.
+    """Packs every output head again, because ``reload_weights`` does not repack a head that is tied to the
+    embedding.
     """
     heads: list[Any] = list(model.modules())
     for module in heads:
@@ -27,8 +27,8 @@ def repack_heads(model: nn.Module) -> None:
 
 
 def abandon_reload(model: nn.Module, model_config: Any) -> None:
-    """Give every layer memory again after a reload that an error ended: what it holds is nobody's
-    weights, but it can be loaded.
+    """Gives every layer memory again after a reload that an error ended, so that weights can be loaded. Until
+    then the values are those of no version.
     """
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
@@ -36,15 +36,16 @@ def abandon_reload(model: nn.Module, model_config: Any) -> None:
 
 
 def pack_experts_on_reload(model: nn.Module) -> None:
-    """Have the experts of every mixture packed at each load. vLLM 0.32 packs them at the first one only:
-    later ones would be multiplied as if they had been, every entry in another's place."""
+    """Makes each load pack the experts of every mixture. vLLM 0.32 packs them at the first load only, and
+    would use the entries of later loads in the wrong places.
+    """
     for module in model.modules():
         method: Any = getattr(module, "quant_method", None)
         if hasattr(method, "experts_cls") and _instruction_set(module) is not None:
-            method.process_weights_after_loading = _packing_too(method)
+            method.process_weights_after_loading = _load_and_pack(method)
 
 
-def _packing_too(method: Any) -> Any:
+def _load_and_pack(method: Any) -> Any:
     load = method.process_weights_after_loading
 
     def process_weights_after_loading(layer: nn.Module) -> None:
@@ -55,10 +56,10 @@ def _packing_too(method: Any) -> Any:
 
 
 def packed_columns(module: Any, entries: int) -> Iterator[tuple[int, Tensor]]:
-    """(first column, (out, some) columns) of a packed linear layer, about ``entries`` numbers at a time.
+    """(first column, (out, n) columns) of a packed linear layer, about ``entries`` numbers at a time.
 
-    Packed weights cannot be read, so the layer is run on unit vectors: one weight times 1 plus zeros is exact
-    in every floating-point type. One product with all columns would be cheap, but it is rounded: its
+    Packed weights cannot be read, so the layer is run on unit vectors: a weight times 1 plus zeros is exact
+    in every floating-point type. A single product with all columns would be cheap, but is rounded: its
     fingerprint is off by 1e-7 in float32 and by 1e-4 in bfloat16, where a step of 1e-6 moves it by about
     5e-6.
     """
@@ -71,32 +72,28 @@ def packed_columns(module: Any, entries: int) -> Iterator[tuple[int, Tensor]]:
         yield start, module.quant_method.apply(module, units).t()
 
 
-def expert_matrix(module: Any, held: Tensor, expert: int) -> Tensor:
-    """One expert of ``held (experts, ...)``, a parameter of a mixture's layer, its entries in the
-    order they had when loaded.
+def expert_matrix(module: Any, weights: Tensor, expert: int) -> Tensor:
+    """An expert of ``weights (experts, ...)``, a parameter of a mixture's layer, with its entries in the
+    order in which they were loaded.
     """
+    packed = weights[expert]
     instructions = _instruction_set(module)
-    if instructions is None or held.ndim < 3:
-        return held[expert]
-    places = _packing(held.shape[1], held.shape[2], held.dtype, instructions)
-    return (
-        torch.empty_like(held[expert])
-        .flatten()
-        .index_copy_(0, places, held[expert].flatten())
-        .view_as(held[expert])
-    )
+    if instructions is None or weights.ndim < 3:
+        return packed
+    places = _packing_order(weights.shape[1], weights.shape[2], weights.dtype, instructions)
+    return torch.empty_like(packed).flatten().index_copy_(0, places, packed.flatten()).view_as(packed)
 
 
 def _instruction_set(module: Any) -> str | None:
-    """For which the CPU's experts are packed; None where they are not."""
+    """The CPU's instruction set for which the experts are packed; None where they are not packed."""
     experts = getattr(getattr(module.quant_method, "moe_kernel", None), "fused_experts", None)
     return None if getattr(experts, "_use_zentorch", False) else getattr(experts, "isa", None)
 
 
 @lru_cache(maxsize=8)
-def _packing(rows: int, columns: int, dtype: torch.dtype, instructions: str) -> Tensor:
-    """(rows x columns,) for each entry of a packed matrix its position in the plain one, read off
-    packed position numbers.
+def _packing_order(rows: int, columns: int, dtype: torch.dtype, instructions: str) -> Tensor:
+    """(rows x columns,) the position in the plain matrix of each entry of the packed one, found by packing
+    the numbers of the positions.
     """
     from vllm._custom_ops import cpu_prepack_moe_weight
 

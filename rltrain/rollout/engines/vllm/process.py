@@ -1,4 +1,4 @@
-"""The process that vLLM shares with the learner: whatever vLLM changes in it as it starts is put back."""
+"""The process that vLLM shares with the learner: restores what vLLM changes in it at its start."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["class_states", "import_vllm", "kept_process_group", "leave_classes", "unchanged_process"]
+__all__ = ["class_states", "import_vllm", "kept_process_group", "restore_classes", "unchanged_process"]
 
 _COMPILED = "TorchCompileWithNoGuardsWrapper"  # the base that vLLM adds to a class to compile its forward
-_CHANGED = ("__init__", "__call__")
+_CHANGED_METHODS = ("__init__", "__call__")
 ClassStates = Mapping[type, tuple[tuple[type, ...], Mapping[str, Any]]]
 
 
@@ -34,16 +34,19 @@ def import_vllm() -> Any:
 
 @contextlib.contextmanager
 def unchanged_process(**during: str) -> Iterator[None]:
-    """Whatever vLLM does to the process as it starts is undone at the end: the learner lives in the same one.
-    during: environment.
+    """Undoes at its end what vLLM does to the process at its start, because the learner runs in the same
+    process. during: environment variables for the time between.
 
-    Two things stay, because vLLM's own shutdown needs them: without a GPU, torch.accelerator.synchronize and
+    Two changes stay, because vLLM's own shutdown needs them: without a GPU, torch.accelerator.synchronize and
     empty_cache do nothing instead of raising, and torch.distributed is initialised, with one rank, unless it
     was already.
     """
-    environment, threads, dtype = dict(os.environ), torch.get_num_threads(), torch.get_default_dtype()
+    environment = dict(os.environ)
+    threads = torch.get_num_threads()
     set_num_threads = torch.set_num_threads
-    states = random.getstate(), np.random.get_state()
+    dtype = torch.get_default_dtype()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
     affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     os.environ.update(during, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -56,8 +59,8 @@ def unchanged_process(**during: str) -> Iterator[None]:
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
         if affinity is not None:
             os.sched_setaffinity(0, affinity)
         os.environ.clear()
@@ -66,47 +69,47 @@ def unchanged_process(**during: str) -> Iterator[None]:
 
 
 def class_states(model: nn.Module) -> ClassStates:
-    """Bases and own methods of the classes of ``model`` and its modules, as they are before vLLM starts."""
-    kinds = {type(module) for module in model.modules()}
-    return {
-        kind: (kind.__bases__, {name: vars(kind)[name] for name in _CHANGED if name in vars(kind)})
-        for kind in kinds
-    }
+    """Bases and own methods of the classes of ``model`` and its modules, taken before vLLM starts."""
+    states: dict[type, tuple[tuple[type, ...], Mapping[str, Any]]] = {}
+    for kind in {type(module) for module in model.modules()}:
+        methods = {name: vars(kind)[name] for name in _CHANGED_METHODS if name in vars(kind)}
+        states[kind] = kind.__bases__, methods
+    return states
 
 
-def leave_classes(model: nn.Module, before: ClassStates) -> None:
-    """Give the modules of vLLM's ``model`` classes of their own and transformers' classes back what they had
+def restore_classes(model: nn.Module, before: ClassStates) -> None:
+    """Gives the modules of vLLM's ``model`` new classes and restores transformers' classes to their state
     ``before``.
 
-    Where vLLM has no implementation it runs the one of transformers, and changes the class itself so that
-    calling a module compiles it: the learner's model of that class, in the same process, could not be called
-    any more.
+    Where vLLM has no implementation it runs that of transformers, and changes the class itself so that a call
+    of a module compiles it. The learner's model of that class, in the same process, could then no longer be
+    called.
     """
     modules: list[Any] = list(model.modules())
     changed = {
-        type(one) for one in modules if any(base.__name__ == _COMPILED for base in type(one).__bases__)
+        type(module)
+        for module in modules
+        if any(base.__name__ == _COMPILED for base in type(module).__bases__)
     }
     for kind in changed & before.keys():
         bases, methods = before[kind]
         compiling = next(base for base in kind.__bases__ if base.__name__ == _COMPILED)
         call = vars(kind)["__call__"]
-        for name in _CHANGED:
+        for name in _CHANGED_METHODS:
             if name in methods:
                 setattr(kind, name, methods[name])
             elif name in vars(kind):
                 delattr(kind, name)
         kind.__bases__ = bases
-        own = type(kind.__name__, (kind, compiling), {"__call__": call, "__module__": kind.__module__})
+        subclass = type(kind.__name__, (kind, compiling), {"__call__": call, "__module__": kind.__module__})
         for module in modules:
             if type(module) is kind:
-                module.__class__ = own
+                module.__class__ = subclass
 
 
 @contextlib.contextmanager
 def kept_process_group() -> Iterator[None]:
-    """vLLM's shutdown destroys the default process group, whoever made it; the learner's ranks still
-    need theirs.
-    """
+    """Keeps vLLM's shutdown from destroying the default process group, which the learner's ranks need."""
     from vllm.distributed import parallel_state
 
     destroy = parallel_state.destroy_distributed_environment

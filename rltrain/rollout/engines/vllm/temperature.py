@@ -1,10 +1,10 @@
 """HAPO's adaptive temperature (``rollout/temperature.py``) as a logits processor of vLLM's V1 model runner.
 
-vLLM reports log-probs of what it drew from, which is here softmax(logits / T) with a T of its own for every
+vLLM reports log-probs of the distribution it drew from, here softmax(logits / T) with a different T for every
 token; a learner computes softmax(logits / T0). With l = logits / T0 and the factor f = T / T0 the two differ
 by numbers known when the token is drawn: log p0 = f (log p + logsumexp(l / f)) - logsumexp(l). The processor
-notes f and the constant for each token that it tempers, and ``Corrections`` turns the reported log-probs into
-those at T0.
+records f and the constant for each token that it tempers, and ``Corrections`` turns the reported log-probs
+into those at T0.
 """
 
 from __future__ import annotations
@@ -24,27 +24,26 @@ from rltrain.types.samples import AdaptiveTemperature, Sampling
 __all__ = ["AdaptiveTemperatureProcessor", "Corrections", "extra_args", "take_corrections"]
 
 _KEY = "rltrain_adaptive_temperature"
-_Request = tuple[int, int]  # number of the prompt in its call of generate, and the completion's own seed
-_Noted = tuple[
-    np.ndarray[Any, Any], np.ndarray[Any, Any]
-]  # (t,) int32 positions, ascending, and (2, t) float32 f and constant
+_Request = tuple[int, int]  # (number of the prompt in its call of generate, the completion's own seed)
+# (t,) int32 positions, ascending, and (2, t) float32 f and constant
+_Records = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
 def extra_args(index: int, sampling: Sampling) -> dict[str, Any] | None:
-    """What a request's ``SamplingParams.extra_args`` say to the processor; None where no temperature
-    adapts.
+    """The ``SamplingParams.extra_args`` of a request, which the processor reads; None where the temperature
+    is not adapted.
     """
     return None if sampling.adaptive is None else {_KEY: {"index": index, **asdict(sampling.adaptive)}}
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One completion being written, as it stands in vLLM's batch."""
+    """A completion in progress, in vLLM's batch."""
 
-    number: int  # of the request, in the order they came
+    number: int  # of the request, in order of arrival
     temperature: float
     adaptive: AdaptiveTemperature
-    written: Sequence[int]  # vLLM's own growing list of tokens
+    tokens: Sequence[int]  # vLLM's own growing list
 
 
 class AdaptiveTemperatureProcessor(LogitsProcessor):
@@ -56,12 +55,11 @@ class AdaptiveTemperatureProcessor(LogitsProcessor):
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self._rows: dict[int, _Row] = {}
         self._numbers: dict[_Request, int] = {}
-        self._noted: list[
-            tuple[np.ndarray[Any, Any], Tensor]
-        ] = []  # per forward (2, R) numbers and positions, (2, R) f and constant
+        # per forward: (2, R) request numbers and positions, (2, R) f and constant
+        self._records: list[tuple[np.ndarray[Any, Any], Tensor]] = []
 
     def is_argmax_invariant(self) -> bool:
-        """True also says: after the temperature, and just before the token is drawn."""
+        """True also means that vLLM applies the processor after the temperature, just before it draws."""
         return True
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
@@ -69,92 +67,89 @@ class AdaptiveTemperatureProcessor(LogitsProcessor):
             return
         for index in batch_update.removed:
             self._rows.pop(index, None)
-        for index, params, _, written in batch_update.added:
+        for index, params, _, tokens in batch_update.added:
             self._rows.pop(index, None)
-            asked: dict[str, Any] = params.extra_args or {}
-            if _KEY in asked and params.seed is not None:
-                settings = dict(asked[_KEY])
+            arguments: dict[str, Any] = params.extra_args or {}
+            if _KEY in arguments and params.seed is not None:
+                settings = dict(arguments[_KEY])
                 number = self._numbers.setdefault((settings.pop("index"), params.seed), len(self._numbers))
-                self._rows[index] = _Row(number, params.temperature, AdaptiveTemperature(**settings), written)
+                self._rows[index] = _Row(number, params.temperature, AdaptiveTemperature(**settings), tokens)
         for source, target, direction in batch_update.moved:
-            moving, there = self._rows.pop(source, None), self._rows.pop(target, None)
-            if moving is not None:
-                self._rows[target] = moving
-            if there is not None and direction == MoveDirectionality.SWAP:
-                self._rows[source] = there
+            moved = self._rows.pop(source, None)
+            replaced = self._rows.pop(target, None)
+            if moved is not None:
+                self._rows[target] = moved
+            if replaced is not None and direction == MoveDirectionality.SWAP:
+                self._rows[source] = replaced
 
     def apply(self, logits: Tensor) -> Tensor:
         places: dict[tuple[float, AdaptiveTemperature], list[int]] = {}
         for place, row in self._rows.items():
             places.setdefault((row.temperature, row.adaptive), []).append(place)
-        for (temperature, adaptive), indexes in places.items():
-            at = torch.tensor(indexes, device=logits.device)
-            base = torch.log_softmax(logits[at], dim=-1)  # l less its logsumexp, which is then 0
+        for (temperature, adaptive), row_places in places.items():
+            indexes = torch.tensor(row_places, device=logits.device)
+            base = torch.log_softmax(logits[indexes], dim=-1)  # l less its logsumexp, which is then 0
             factor = token_temperatures(entropy_of(base), temperature, adaptive) / temperature
             tempered = base / factor[:, None]
-            logits[at] = tempered
-            rows = [self._rows[place] for place in indexes]
-            with_metrics = np.array(
-                [[row.number for row in rows], [len(row.written) for row in rows]], dtype=np.int32
-            )
-            self._noted.append(
-                (with_metrics, torch.stack([factor, factor * torch.logsumexp(tempered, dim=-1)]))
+            logits[indexes] = tempered
+            rows = [self._rows[place] for place in row_places]
+            numbers = [row.number for row in rows]
+            positions = [len(row.tokens) for row in rows]
+            constant = factor * torch.logsumexp(tempered, dim=-1)
+            self._records.append(
+                (np.array([numbers, positions], dtype=np.int32), torch.stack([factor, constant]))
             )
         return logits
 
-    def take(self) -> dict[_Request, _Noted]:
-        """What was noted of each request since the last call, which is then forgotten."""
-        if not self._noted:
+    def take(self) -> dict[_Request, _Records]:
+        """The records of each request since the last call, which are then deleted."""
+        if not self._records:
             return {}
-        numbers, positions = np.concatenate([with_metrics for with_metrics, _ in self._noted], axis=1)
-        values = torch.cat([values for _, values in self._noted], dim=1).cpu().numpy()
-        order = np.lexsort(
-            (positions, numbers)
-        )  # stable: of a token computed twice, the later draw stands last
+        numbers, positions = np.concatenate([labels for labels, _ in self._records], axis=1)
+        values = torch.cat([values for _, values in self._records], dim=1).cpu().numpy()
+        # stable: where a token was computed twice, the later draw comes last
+        order = np.lexsort((positions, numbers))
         numbers, positions, values = numbers[order], positions[order], values[:, order]
         last = np.append((numbers[1:] != numbers[:-1]) | (positions[1:] != positions[:-1]), True)
         numbers, positions, values = numbers[last], positions[last], values[:, last]
         ends = np.searchsorted(numbers, np.arange(len(self._numbers) + 1))
-        found = {
+        records = {
             request: (positions[ends[n] : ends[n + 1]], values[:, ends[n] : ends[n + 1]])
             for request, n in self._numbers.items()
         }
-        self._noted.clear()
+        self._records.clear()
         self._numbers.clear()
-        return found
+        return records
 
 
-def take_corrections(worker: Any) -> dict[_Request, _Noted]:
-    """Runs in vLLM's worker: what its processor has noted."""
+def take_corrections(worker: Any) -> dict[_Request, _Records]:
+    """Takes the records of the processor in vLLM's worker, in which this runs."""
     [processor] = [
-        one
-        for one in worker.model_runner.input_batch.logitsprocs.all
-        if isinstance(one, AdaptiveTemperatureProcessor)
+        processor
+        for processor in worker.model_runner.input_batch.logitsprocs.all
+        if isinstance(processor, AdaptiveTemperatureProcessor)
     ]
     return processor.take()
 
 
 @dataclass(frozen=True)
 class Corrections:
-    """Reported log-probs to log-probs at T0."""
+    """Turns reported log-probs into log-probs at T0."""
 
-    with_metrics: Mapping[_Request, _Noted]
+    records: Mapping[_Request, _Records]
 
-    def at_base(self, index: int, seed: int, logprobs: Sequence[float]) -> tuple[float, ...]:
-        """log-probs (t,) of completion ``seed`` of prompt ``index``.
+    def correct(self, index: int, seed: int, logprobs: Sequence[float]) -> tuple[float, ...]:
+        """(t,) the log-probs at T0 of completion ``seed`` of prompt ``index``.
 
         Raises RuntimeError where a token was not tempered.
         """
-        positions, (factor, constant) = self.with_metrics.get(
-            (index, seed), (np.empty(0, np.int32), np.empty((2, 0), np.float32))
-        )
+        no_records = np.empty(0, np.int32), np.empty((2, 0), np.float32)
+        positions, (factor, constant) = self.records.get((index, seed), no_records)
         if not np.array_equal(positions[: len(logprobs)], np.arange(len(logprobs))):
             raise RuntimeError(
                 f"of a completion's {len(logprobs)} tokens vLLM drew some past the processor that adapts "
-                "their temperature; "
-                "this vLLM version is not supported, drop rollout.adaptive_temperature"
+                "their temperature; this vLLM version is not supported, drop rollout.adaptive_temperature"
             )
-        at_base = (
-            np.asarray(logprobs) * factor[: len(logprobs)].astype(np.float64) + constant[: len(logprobs)]
-        )
-        return tuple(at_base.tolist())
+        factor = factor[: len(logprobs)].astype(np.float64)
+        corrected = np.asarray(logprobs) * factor + constant[: len(logprobs)]
+        return tuple(corrected.tolist())
