@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from rltrain.errors import UserError
@@ -27,6 +27,7 @@ from rltrain.rollout.engines.checks import WeightShapes, require_fit, require_ve
 from rltrain.rollout.engines.vllm.layers import Architecture, Place, Places, find_places, layer_fingerprints
 from rltrain.rollout.engines.vllm.packing import abandon_reload, pack_experts_on_reload, repack_heads
 from rltrain.rollout.engines.vllm.process import (
+    ClassStates,
     class_states,
     import_vllm,
     kept_process_group,
@@ -84,21 +85,15 @@ class VllmColocated:
         self._stop = sorted(stop_token_ids)
         self._gpu = torch.cuda.is_available()
         self.dtype = dtype
-        # weights are compared as stored, so that only the order of the float64 sums may differ
-        self.fingerprint_rtol = 1e-12
+        self.fingerprint_rtol = 1e-12  # weights are compared as stored, except for the order of float64 sums
         self._sleep_mode = sleep_mode and self._gpu
         self._adaptive = adaptive_temperature
         trusted = trusts(model, revision)
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusted)
-        positions = getattr(config.get_text_config(), "max_position_embeddings", max_model_len)
-        self._limit = min(max_model_len, positions)
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            empty_model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
-        self._architecture = _architecture(empty_model)
-        classes = class_states(empty_model)
+        self._limit = min(max_model_len, _max_positions(config, max_model_len))
+        self._architecture, classes = _read_architecture(config, trusted=trusted)
         self._shapes = WeightShapes(self._architecture.shapes, self._architecture.parameters)
         self._owns_process_group = not torch.distributed.is_initialized()
-        sizes = self._sizes(kv_cache_gib, gpu_memory_utilization)
         # the V2 runner has another interface of logits processors
         runner = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if adaptive_temperature else {}
         with (
@@ -119,15 +114,10 @@ class VllmColocated:
                 enable_sleep_mode=self._sleep_mode,
                 logits_processors=_processors() if adaptive_temperature else None,
                 **_FIXED,
-                **sizes,
+                **self._sizes(kv_cache_gib, gpu_memory_utilization),
             )
         self._params_class = vllm.SamplingParams
-        mode = self._llm.llm_engine.model_config.logprobs_mode
-        if mode != "processed_logprobs":
-            raise RuntimeError(
-                f"vLLM runs with logprobs_mode {mode!r}, not processed_logprobs: its log-probs would ignore "
-                "the temperature"
-            )
+        self._require_processed_logprobs()
         self._llm.apply_model(partial(restore_classes, before=classes))
         self._places = self._find_places(model)
         if not self._gpu:
@@ -135,6 +125,14 @@ class VllmColocated:
         self.version: PolicyVersion | None = None
         self.state = EngineState.MAPPED
         self._cache_asleep = False
+
+    def _require_processed_logprobs(self) -> None:
+        mode = self._llm.llm_engine.model_config.logprobs_mode
+        if mode != "processed_logprobs":
+            raise RuntimeError(
+                f"vLLM runs with logprobs_mode {mode!r}, not processed_logprobs: its log-probs would ignore "
+                "the temperature"
+            )
 
     def _sizes(self, kv_cache_gib: float, gpu_memory_utilization: float) -> dict[str, Any]:
         if self._gpu:
@@ -322,17 +320,25 @@ class VllmColocated:
         )
 
 
+def _max_positions(config: PreTrainedConfig, default: int) -> int:
+    return getattr(config.get_text_config(), "max_position_embeddings", default)
+
+
 def _adapts_temperature(request: Request) -> bool:
     """Whether the temperature of the request's tokens is adapted; greedy decoding has no temperature."""
     return request.sampling.adaptive is not None and request.sampling.temperature > 0
 
 
-def _architecture(model: Any) -> Architecture:
+def _read_architecture(config: PreTrainedConfig, *, trusted: bool) -> tuple[Architecture, ClassStates]:
+    """The architecture of transformers' model and the states of its classes, read without weights."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     names = CheckpointNames(model)
     transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    return Architecture(
+    architecture = Architecture(
         type(model).__name__, names.shapes, names.parameters, names.ties, frozenset(transposed)
     )
+    return architecture, class_states(model)
 
 
 @contextlib.contextmanager
