@@ -30,7 +30,8 @@ class TemperatureController:
     """
 
     def __init__(self, *, tau: float, variant: Literal["scaled", "released", "unscaled"], rho: float) -> None:
-        self._tau, self._rho = tau, rho
+        self._tau = tau
+        self._rho = rho
         self._variant: Literal["scaled", "released", "unscaled"] = variant
         self._signal: EntropySignal | None = None
 

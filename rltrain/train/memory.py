@@ -14,7 +14,8 @@ import torch
 
 __all__ = ["GPU", "HOST", "Memory", "container_limit", "largest_share", "peak_memory"]
 
-HOST, GPU = "memory", "GPU memory"
+HOST = "memory"
+GPU = "GPU memory"
 _UNIT = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
 
 

@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def count_gathered(learner: Any) -> dict[str, int]:
-    """The largest number of bytes of gathered tensors alive at once, by kind of stream; updated by the run."""
+    """The largest number of bytes of gathered tensors alive at once, by kind of stream; filled by the run."""
     trained = learner.trained
     peaks = {"push": 0, "save": 0, "optimizer": 0, "largest": 0}
 

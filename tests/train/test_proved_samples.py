@@ -68,7 +68,7 @@ def test_a_weight_that_does_not_arrive_is_one_line_that_names_it(
 
     def forgetful(self: Any, weights: Any, version: int) -> None:
         load(self, weights, version)
-        self._held()[DOWN].detach().zero_()
+        self._weights()[DOWN].detach().zero_()
 
     monkeypatch.setattr(TransformersEngine, "load", forgetful)
     with pytest.raises(
@@ -87,7 +87,7 @@ def test_a_weight_that_changes_while_it_samples_is_named(
     def drifting(self: Any, *arguments: Any) -> Any:
         answers = list(sample_as_it_is(self, *arguments))
         with torch.no_grad():
-            self._held()[DOWN].view(-1)[7] += 1e-6
+            self._weights()[DOWN].view(-1)[7] += 1e-6
         return iter(answers)
 
     monkeypatch.setattr(TransformersEngine, "sample", drifting)

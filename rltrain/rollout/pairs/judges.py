@@ -61,7 +61,8 @@ class RewardJudge:
             raise ValueError(
                 f"pairs.judge reward: scale is {scale:g} and noise {noise:g}; give a positive scale or noise"
             )
-        self._noise, self._scale = noise, scale
+        self._noise = noise
+        self._scale = scale
 
     def prefers(self, comparisons: Sequence[Comparison]) -> list[float]:
         probabilities: list[float] = []

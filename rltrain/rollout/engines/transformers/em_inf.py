@@ -11,7 +11,9 @@ from torch import Tensor
 
 __all__ = ["minimise_entropy"]
 
-_BETAS, _EPS = (0.9, 0.999), 1e-8  # Adam's defaults, as released
+# Adam's defaults, as released
+_BETAS = (0.9, 0.999)
+_EPS = 1e-8
 
 
 def minimise_entropy(

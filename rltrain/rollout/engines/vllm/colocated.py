@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from rltrain.errors import UserError
@@ -27,6 +27,7 @@ from rltrain.rollout.engines.checks import WeightShapes, require_fit, require_ve
 from rltrain.rollout.engines.vllm.layers import Architecture, Place, Places, find_places, layer_fingerprints
 from rltrain.rollout.engines.vllm.packing import abandon_reload, pack_experts_on_reload, repack_heads
 from rltrain.rollout.engines.vllm.process import (
+    ClassStates,
     class_states,
     import_vllm,
     kept_process_group,
@@ -86,18 +87,13 @@ class VllmColocated:
         self._stop = sorted(stop_token_ids)
         self._gpu = torch.cuda.is_available()
         self.dtype = dtype
-        # weights are compared as stored, so that only the order of the float64 sums may differ
-        self.fingerprint_rtol = 1e-12
+        self.fingerprint_rtol = 1e-12  # weights are compared as stored, except for the order of float64 sums
         self._sleep_mode = sleep_mode and self._gpu
         self._adaptive = adaptive_temperature
         trusted = trusts(model, revision)
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusted)
-        positions = getattr(config.get_text_config(), "max_position_embeddings", max_model_len)
-        self._limit = min(max_model_len, positions)
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            empty_model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
-        self._architecture = _architecture(empty_model)
-        classes = class_states(empty_model)
+        self._limit = min(max_model_len, _max_positions(config, max_model_len))
+        self._architecture, classes = _read_architecture(config, trusted=trusted)
         self._shapes = WeightShapes(self._architecture.shapes, self._architecture.parameters)
         self._owns_process_group = not torch.distributed.is_initialized()
         sizes = self._sizes(kv_cache_gib, gpu_memory_utilization)
@@ -141,6 +137,9 @@ class VllmColocated:
             processors = _processors() if self._adaptive else None
             self._llm: Any = vllm.LLM(folder, logits_processors=processors, **_FIXED, **options)
         self._params_class = vllm.SamplingParams
+        self._require_processed_logprobs()
+
+    def _require_processed_logprobs(self) -> None:
         mode = self._llm.llm_engine.model_config.logprobs_mode
         if mode != "processed_logprobs":
             raise RuntimeError(
@@ -334,6 +333,10 @@ class VllmColocated:
         )
 
 
+def _max_positions(config: PreTrainedConfig, default: int) -> int:
+    return getattr(config.get_text_config(), "max_position_embeddings", default)
+
+
 def _adapts_temperature(request: Request) -> bool:
     """Whether the temperature of the request's tokens is adapted; greedy decoding has no temperature."""
     return request.sampling.adaptive is not None and request.sampling.temperature > 0
@@ -351,12 +354,16 @@ def require_device(learner: torch.device, current: int) -> None:
         )
 
 
-def _architecture(model: Any) -> Architecture:
+def _read_architecture(config: PreTrainedConfig, *, trusted: bool) -> tuple[Architecture, ClassStates]:
+    """The architecture of transformers' model and the states of its classes, read without weights."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     names = CheckpointNames(model)
     transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    return Architecture(
+    architecture = Architecture(
         type(model).__name__, names.shapes, names.parameters, names.ties, frozenset(transposed)
     )
+    return architecture, class_states(model)
 
 
 @contextlib.contextmanager

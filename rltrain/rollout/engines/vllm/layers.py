@@ -259,7 +259,8 @@ def _group_heads(stacked: Tensor, module: Any) -> Tensor:
     """Rows of all queries, keys and values, in the order of BLOOM's and Falcon's checkpoints: for each group
     of heads that share keys, its queries, its key and its value.
     """
-    groups, head = module.num_kv_heads, module.head_size
+    groups = module.num_kv_heads
+    head = module.head_size
     queries, keys, values = stacked.split([module.num_heads * head, groups * head, groups * head])
     return torch.cat(
         [part.reshape(groups, -1, *part.shape[1:]) for part in (queries, keys, values)], dim=1
