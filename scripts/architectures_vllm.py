@@ -29,6 +29,7 @@ from rltrain.errors import UserError
 from rltrain.learner.loading import load_causal_lm
 from rltrain.protocols import RolloutEngine
 from rltrain.rollout.engines.vllm.colocated import VllmColocated
+from rltrain.rollout.groups import sample_groups
 from rltrain.sync.colocated import Sync
 from rltrain.types.samples import Prompt, RolloutGroup, Sampling
 from rltrain.weight_names import CheckpointNames
@@ -221,7 +222,7 @@ def move_weights(model: Any, seed: int) -> None:
 
 
 def sample_completions(engine: RolloutEngine, version: int) -> list[RolloutGroup]:
-    return engine.generate(PROMPTS, Sampling(2, 1.0, 8, seed=version), version)
+    return sample_groups(engine, PROMPTS, Sampling(2, 1.0, 8, seed=version), version)
 
 
 @torch.no_grad()
@@ -253,11 +254,15 @@ def measure(name: str, folder: Path) -> Result:
     names = CheckpointNames(model)
     try:
         with closing(engine_of(folder)) as engine:
-            sync = Sync(engine, names.ties, sample=4, full_every=1, seed=0)
+            sync = Sync([engine], names.ties, sample=4, full_every=1, seed=0)
             worst = 0.0
             for version in range(3):
                 move_weights(model, version)
-                sync.push(names.to_checkpoint(model.state_dict().items()), version, expect_change=version > 0)
+                sync.push(
+                    lambda dtype: names.to_checkpoint(model.state_dict().items()),
+                    version,
+                    expect_change=version > 0,
+                )
                 worst = max(worst, largest_difference(model, sample_completions(engine, version)))
                 sync.verify(every=True)
     except UserError as error:

@@ -154,10 +154,11 @@ def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
     from rltrain.learner.preference_learner import lengths_of, pair_rows
     from rltrain.loss.preference import PREFERENCE_LOSSES
     from rltrain.loss.preference.objective import PreferenceObjective
+    from rltrain.process import ALONE
     from rltrain.types.preference import CompletionFacts, PairBatch
 
     recipe = recipe_of(case, folder)
-    learner = build_preference_learner(recipe, 1, None)
+    learner = build_preference_learner(recipe, 1, None, ALONE)
     lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()[: case.pairs]]
     ids = {kind: [tuple(int(word[1:]) for word in line[kind].split()) for line in lines] for kind in LENGTHS}
     sides = {kind: [(*tokens, EOS) for tokens in ids[kind]] for kind in ("chosen", "rejected")}

@@ -320,7 +320,7 @@ def temporary_weights(
 ) -> Callable[[], Any]:
     """Loads ``weights`` into the engine as version 4; the result loads ``other`` for a while."""
     sync = Sync([engine], {}, sample=2, full_every=10, seed=0)
-    sync.push(weights.items, 4, expect_change=False)
+    sync.push(lambda dtype: weights.items(), 4, expect_change=False)
     return lambda: sync.load_temporarily(other, REFERENCE_VERSION, lambda: weights.items())
 
 

@@ -89,8 +89,8 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     folder = SCRIPT.tiny("qwen3_moe", tmp_path_factory.mktemp("mixture"))
     model = load_causal_lm(str(folder), None, "auto").eval()
     engine, names = SCRIPT.engine_of(folder), CheckpointNames(model)
-    sync = Sync(engine, names.ties, sample=4, full_every=1, seed=0)
-    sync.push(names.to_checkpoint(model.state_dict().items()), 0, expect_change=False)
+    sync = Sync([engine], names.ties, sample=4, full_every=1, seed=0)
+    sync.push(lambda dtype: names.to_checkpoint(model.state_dict().items()), 0, expect_change=False)
     yield SimpleNamespace(engine=engine, model=model, names=names, sync=sync, folder=folder)
     engine.close()
 
@@ -108,7 +108,7 @@ def test_one_entry_of_one_packed_expert_is_seen_and_named(held: Any) -> None:
     held.engine._llm.apply_model(disturb)
     with pytest.raises(WeightMismatchError, match=f"after sampling with version 0: weight '{EXPERT}'"):
         held.sync.verify(every=True)
-    held.sync.push(sent(held), 0, expect_change=False)
+    held.sync.push(lambda dtype: sent(held), 0, expect_change=False)
 
 
 @pytest.mark.vllm
@@ -141,7 +141,7 @@ def test_a_load_that_breaks_off_leaves_an_engine_that_can_be_loaded_again(held: 
     with pytest.raises(ConnectionError, match="other rank"):
         held.engine.load(broken(), 1)
     assert held.engine.version is None
-    held.sync.push(sent(held), 0, expect_change=False)
+    held.sync.push(lambda dtype: sent(held), 0, expect_change=False)
     assert SCRIPT.largest_difference(held.model, SCRIPT.sample_completions(held.engine, 0)) < 1e-4
 
 
@@ -229,4 +229,4 @@ def test_the_first_push_that_never_arrives_is_the_users_to_mend() -> None:
     engine: Any = Deaf()
     sync = Sync([engine], {}, sample=1, full_every=1, seed=0)
     with pytest.raises(NeverHeldError, match=r"layers\.0\.weight.* choose the other rollout\.engine"):
-        sync.push(lambda: [("layers.0.weight", torch.ones(2, 2))], 0, expect_change=False)
+        sync.push(lambda dtype: [("layers.0.weight", torch.ones(2, 2))], 0, expect_change=False)
