@@ -45,7 +45,7 @@ def write_tensors(
         if part and filled + tensor.nbytes > limit:
             write_part()
             filled = 0
-        part[name] = _on_cpu(tensor)
+        part[name] = _copy_to_cpu(tensor)
         filled += tensor.nbytes
         total += tensor.nbytes
         del tensor
@@ -81,7 +81,7 @@ def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
     return {name: tensor for path in files for name, tensor in load_file(path).items()}
 
 
-def _on_cpu(tensor: Tensor) -> Tensor:
+def _copy_to_cpu(tensor: Tensor) -> Tensor:
     """``tensor`` as safetensors takes it: on the CPU, contiguous, the only one in its storage."""
     held = tensor.detach()
     if held.device.type != "cpu" or held.untyped_storage().nbytes() != held.nbytes:

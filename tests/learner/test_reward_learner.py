@@ -37,7 +37,7 @@ def transformers_rewards(model: Any, rows: TokenRows) -> torch.Tensor:
 
 def copy_of(learner: PreferenceLearner, path: str) -> Any:
     model = load_reward_model(path, None, "auto")
-    model.load_state_dict(learner.state_dict())
+    model.load_state_dict(dict(learner.model_weights()))
     return model
 
 

@@ -321,7 +321,7 @@ def temporary_weights(
     """Loads ``weights`` into the engine as version 4; the result loads ``other`` for a while."""
     sync = Sync([engine], {}, sample=2, full_every=10, seed=0)
     sync.push(lambda dtype: weights.items(), 4, expect_change=False)
-    return lambda: sync.load_temporarily(other, REFERENCE_VERSION, lambda: weights.items())
+    return lambda: sync.load_temporarily(other, REFERENCE_VERSION, lambda dtype: weights.items())
 
 
 def asked(engine: Any, version: int = 4) -> list[tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -141,10 +142,27 @@ def test_a_daemon_of_an_environment_dies_with_its_process(make: Make, end: str) 
     assert not daemon.exists()
 
 
+def kill_with_its_program(supervisor: subprocess.Popen[bytes]) -> None:
+    """Returns when the program can no longer answer: it dies a moment after its supervisor."""
+    children = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split()
+    supervisor.kill()
+    deadline = time.monotonic() + 10
+    while any(is_running(Path("/proc", child, "stat")) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_running(stat: Path) -> bool:
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def test_a_process_that_dies_between_two_calls_costs_one_episode(make: Make) -> None:
     pool = make()
     reset(pool, tasks(2))
-    pool._pool.workers[0].process.kill()
+    kill_with_its_program(pool._pool.workers[0].process)
     answers = step(pool, {0: "a", 1: "b"})
     failure = answers[0]
     assert isinstance(failure, Failure) and failure.reason == "died" and "SIGKILL" in failure.message

@@ -104,7 +104,7 @@ class VllmColocated:
         self._start(
             model,
             config,
-            trust_remote_code=trusted,
+            trusted=trusted,
             dtype=str(dtype).removeprefix("torch."),
             max_model_len=self._limit,
             max_num_seqs=max_num_seqs,
@@ -122,7 +122,7 @@ class VllmColocated:
         self.state = EngineState.MAPPED
         self._cache_asleep = False
 
-    def _start(self, model: str, config: Any, **options: Any) -> None:
+    def _start(self, model: str, config: PreTrainedConfig, *, trusted: bool, **options: Any) -> None:
         """Starts vLLM with the model's ``config`` alone. Raises UserError where it refuses the model."""
         # the V2 runner has another interface of logits processors
         runner = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if self._adaptive else {}
@@ -135,7 +135,9 @@ class VllmColocated:
             vllm = import_vllm()
             start_errors.enter_context(_explain_start_errors(model))
             processors = _processors() if self._adaptive else None
-            self._llm: Any = vllm.LLM(folder, logits_processors=processors, **_FIXED, **options)
+            self._llm: Any = vllm.LLM(
+                folder, trust_remote_code=trusted, logits_processors=processors, **_FIXED, **options
+            )
         self._params_class = vllm.SamplingParams
         self._require_processed_logprobs()
 
