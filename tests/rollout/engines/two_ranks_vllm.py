@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from rltrain.rollout.engines.vllm.colocated import VllmColocated
 from rltrain.rollout.groups import sample_groups
+from rltrain.sync.fingerprint import compare
+from rltrain.tensor_ops import weight_fingerprint
 from rltrain.types.samples import Prompt, Sampling
 
 
@@ -38,6 +40,8 @@ def main(folder: str) -> None:
     method, _, local_rank = executor._distributed_args()
     assert (method, local_rank) == ("env://", rank)  # of the GPU that it would take
     engine.load(model.named_parameters(), 1)
+    sent = {name: weight_fingerprint(name, weight) for name, weight in model.named_parameters()}
+    compare(sent, {name: engine.fingerprint()[name] for name in sent}, engine.fingerprint_rtol)
     if rank == 0:  # a rank generates without the other: no collective is hidden in it
         sample_groups(engine, [prompt], Sampling(1, 1.0, 8, seed=0), 1)
     assert world_sum() == 3 and dist.get_world_size() == 2
