@@ -219,11 +219,9 @@ class DeepSpeedBackend:
         fragment = None if mapping is None else mapping.get_hp_fragment()
         return torch.zeros((), dtype=torch.float64) if fragment is None else _sum_of_squares(fragment)
 
-    def set_masters(self, named: NamedParameters, weights: Mapping[str, Tensor]) -> None:
-        """Set the float32 masters to ``weights``, since the engine made its own from rounded weights."""
-        for name, parameter in named:
-            if parameter.requires_grad:
-                self._put(parameter, weights[name], None)
+    def set_master(self, parameter: nn.Parameter, weight: Tensor) -> None:
+        """Set the float32 master of ``parameter``, which the engine made from a rounded weight."""
+        self._put(parameter, weight, None)
 
     def state(self, named: NamedParameters) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_optimizer_state

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,7 +20,7 @@ from rltrain.config.schema import LearnerCore, Model
 from rltrain.learner.backend import Backend, DeepSpeedBackend, prepare
 from rltrain.learner.forward import PolicyForward, resolve_layout
 from rltrain.learner.loading import load_causal_lm, require_repeatable
-from rltrain.learner.optim import build_optimizer, build_schedule, restore_schedule
+from rltrain.learner.optim import build_optimizer, build_schedule, full_shape, restore_schedule
 from rltrain.learner.packing import Layout, MicroBatch, build
 from rltrain.learner.ranks import make_accelerator, mixed_precision, sharded_loading
 from rltrain.model_limits import context_of
@@ -177,11 +177,20 @@ class TrainedModel:
         return tuple(self.sum_over_ranks(torch.stack(squares)).sqrt().tolist())
 
     def _set_masters(self, model: Model) -> None:
-        """Give the optimizer the model folder's float32 weights, where the backend rounded its own copies."""
+        """Give the optimizer the model folder's float32 weights, where the backend rounded its own copies.
+
+        Rank 0 reads them and sends one at a time: no other rank has a second model in its memory.
+        """
         torch.manual_seed(self.seed)  # a head that starts at random is the same as before
-        exact = self._load(model).state_dict()
+        weights = self._load(model).state_dict() if self.rank == 0 else {}
         assert isinstance(self.backend, DeepSpeedBackend)
-        self.backend.set_masters(self._named_parameters(), exact)
+        for name, parameter in self._named_parameters():
+            if not parameter.requires_grad:
+                continue
+            empty = torch.empty(full_shape(parameter), device=self.device)
+            weight = weights[name].float().to(self.device) if self.rank == 0 else empty
+            with self._deadline("rank 0", f"to send {name}"):
+                self.backend.set_master(parameter, broadcast(weight))
 
     def _named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Parameters by their names in the transformers model, without those of wrappers."""

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from rltrain.config.schema import Learner, Model, Optimizer
 from rltrain.learner.packing import build
@@ -25,6 +26,8 @@ def main(model: str, out: Path) -> None:
     connect(120)
     settings = Learner(optimizer=Optimizer(lr=1e-3), precision="bfloat16")
     trained = TrainedModel(Model(path=model), settings, total_updates=4, seed=0)
+    stored = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
+    rounded_at_start = [n for n, weight in trained.model_weights() if not torch.equal(weight, stored[n])]
     before = trained.weight_norms()
     unchanged = trained.weight_norms()
     update(trained)
@@ -40,6 +43,7 @@ def main(model: str, out: Path) -> None:
         "differing": [
             name for name in exact if not torch.equal(exact[name].bfloat16(), rounded[name].bfloat16())
         ],
+        "rounded_at_start": rounded_at_start,
         "unchanged": before == unchanged,
         "still": [index for index, norm in enumerate(after) if norm == before[index]],
         "ratios": sorted({round(norm / full, 9) for norm, full in zip(after, full_norms, strict=True)}),
