@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rltrain.config.rules.composition import MethodUse
+from rltrain.config.rules.optimizer import optimizer_problems
 from rltrain.config.rules.registries import ORDERS, REWARDS, REWARDS_WITH_CORRECT
 from rltrain.config.rules.rewards import is_user_function, user_function_problems
 from rltrain.config.schema import MethodRef, SampledRecipe
@@ -53,6 +54,7 @@ class MethodLookup:
 def sampling_problems(recipe: SampledRecipe) -> Iterator[str]:
     rollout = recipe.rollout
     learner = recipe.learner
+    yield from optimizer_problems("learner.optimizer", learner.optimizer)
     if learner.updates > rollout.prompts:
         yield (
             f"learner.updates is {learner.updates} but rollout.prompts is {rollout.prompts}: an update takes "
