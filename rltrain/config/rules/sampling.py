@@ -82,6 +82,10 @@ def sampling_problems(recipe: SampledRecipe) -> Iterator[str]:
                 f"among rollout.n {rollout.n} completions is such a share: every prompt would be replaced; "
                 "widen it or raise rollout.n"
             )
+    yield from _eval_problems(recipe)
+
+
+def _eval_problems(recipe: SampledRecipe) -> Iterator[str]:
     if recipe.data.eval is not None and max(recipe.eval.k, default=0) > recipe.eval.n:
         yield (
             f"eval.k asks for pass@{max(recipe.eval.k)} but eval.n is {recipe.eval.n}: pass@k needs at least "
