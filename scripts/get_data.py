@@ -3,20 +3,21 @@
     python scripts/get_data.py gsm8k hh_helpful            # from the Hub, into data/
     python scripts/get_data.py all --from ~/my_data         # from a folder that already holds the files
 
-Names: gsm8k, gsm8k_solutions, hh_helpful, graded_human_votes, graded_gpt4_scores, step_labelled, or all.
-Recipes name the files as ``data/...``, so run them from the repository root.
+Names: gsm8k, gsm8k_solutions, hh_helpful, graded_human_votes, graded_gpt4_scores, step_labelled, or all of
+these; ultrainteract, for reward models at their papers' scale, is large and only made when named. Recipes
+name the files as ``data/...``, so run them from the repository root.
 
-GSM8K and HH-RLHF come from the Hugging Face Hub, the others from their authors' GitHub repositories at a
-fixed commit. ``scripts/get_data.json`` lists files and commits, and for data sets that are a selection the
-rows, in order. Each file is compared with the one that the numbers in docs/studies were measured on; where
-the rows differ, the script says so.
+GSM8K, HH-RLHF and UltraInteract come from the Hugging Face Hub, the others from their authors' GitHub
+repositories at a fixed commit. ``scripts/get_data.json`` lists files and commits, and for data sets that are
+a selection the rows, in order. Each file is compared with the one that the numbers in docs/studies were
+measured on; where the rows differ, the script says so.
 
 With ``--from`` nothing is downloaded: FOLDER/gsm8k/train.jsonl or FOLDER/train.jsonl is checked (JSON lines,
 columns, types) and copied.
 
-What has been run: the conversions, on copies of the GitHub repositories at these commits and of HH-RLHF's
-files; they give the measured files row by row. What has not been run: a download from huggingface.co or
-github.com.
+What has been run: the conversions except UltraInteract's, on copies of the GitHub repositories at these
+commits and of HH-RLHF's files; they give the measured files row by row. What has not been run: a download
+from huggingface.co or github.com.
 """
 
 from __future__ import annotations
@@ -133,6 +134,22 @@ def hh_helpful(sources: Sources, entry: Row) -> Iterator[Row]:
             "Anthropic/hh-rlhf", data_files=files, split="test", revision=entry["revision"]
         ):
             yield {"chosen": row["chosen"], "rejected": row["rejected"], "subset": f"{subset}/test"}
+
+
+def ultrainteract_rollouts(sources: Sources, entry: Row) -> Iterator[Row]:
+    """Every answer of every problem, right or wrong by its outcome, as in ImplicitPRM's train_ce.py."""
+    for problem in sources.hub_rows(entry["repository"], split="train", revision=entry["revision"]):
+        for completion, is_right in zip(problem["completions"], problem["correctness"], strict=False):
+            yield {"prompt": problem["prompt"], "completion": completion, "label": bool(is_right)}
+
+
+def ultrainteract_right_wrong(sources: Sources, entry: Row) -> Iterator[Row]:
+    """Each right answer of a problem with each wrong one, as in ImplicitPRM's train_dpo.py."""
+    for problem in sources.hub_rows(entry["repository"], split="train", revision=entry["revision"]):
+        answers = list(zip(problem["completions"], problem["correctness"], strict=False))
+        for chosen in (text for text, is_right in answers if is_right):
+            for rejected in (text for text, is_right in answers if not is_right):
+                yield {"prompt": problem["prompt"], "chosen": chosen, "rejected": rejected}
 
 
 def graded_pair(prompt: str, sides: Sequence[tuple[str, str, float]], **columns: Any) -> Iterator[Row]:
@@ -328,6 +345,7 @@ _GRADED: dict[str, tuple[type, ...]] = {
     "score_rejected": (int, float),
     "split": (str,),
 }
+_LABELLED: dict[str, tuple[type, ...]] = {"prompt": (str,), "completion": (str,), "label": (bool,)}
 _SOLUTION: dict[str, tuple[type, ...]] = {
     "problem_idx": (int,),
     "solution": (str,),
@@ -350,7 +368,12 @@ DATA_SETS: dict[str, tuple[DataFile, ...]] = {
     "graded_human_votes": (DataFile("preference/graded_human_votes.jsonl", _GRADED, graded_human_votes),),
     "graded_gpt4_scores": (DataFile("preference/graded_gpt4_scores.jsonl", _GRADED, graded_gpt4_scores),),
     "step_labelled": (DataFile("process/step_labelled.jsonl", _STEPS, step_labelled),),
+    "ultrainteract": (
+        DataFile("ultrainteract_rollouts.jsonl", _LABELLED, ultrainteract_rollouts),
+        DataFile("ultrainteract_right_wrong.jsonl", {"prompt": (str,), **_PAIR}, ultrainteract_right_wrong),
+    ),
 }
+STUDIED = tuple(name for name in DATA_SETS if name != "ultrainteract")  # what "all" means
 
 
 def line(row: Row) -> str:
@@ -469,11 +492,11 @@ def get(name: str, out: Path, *, folder: Path | None, sources: Sources, overwrit
                 ) from error
             check_columns(rows, file, f"source of {file.path}")
         write(out / file.path, rows, overwrite=overwrite)
-        is_measured = digest(rows) in entry["digests"]
-        print(
-            f"{out / file.path}: {len(rows)} rows, "
-            + ("those measured in docs/studies" if is_measured else "NOT those measured in docs/studies")
-        )
+        remark = ""
+        if "digests" in entry:
+            negation = "" if digest(rows) in entry["digests"] else "NOT "
+            remark = f", {negation}those measured in docs/studies"
+        print(f"{out / file.path}: {len(rows)} rows{remark}")
 
 
 def main(arguments: Sequence[str] | None = None, sources: Sources | None = None) -> None:
@@ -485,7 +508,8 @@ def main(arguments: Sequence[str] | None = None, sources: Sources | None = None)
     parser.add_argument("--from", dest="folder", type=Path, help="folder that already holds the files")
     parser.add_argument("--overwrite", action="store_true", help="replace files that hold other rows")
     options = parser.parse_args(arguments)
-    names = list(DATA_SETS) if "all" in options.names else list(dict.fromkeys(options.names))
+    every_name = [part for name in options.names for part in (STUDIED if name == "all" else (name,))]
+    names = list(dict.fromkeys(every_name))
     if options.folder is not None and not options.folder.is_dir():
         sys.exit(f"error: --from {options.folder}: no such folder; expected one that holds the data files")
     try:

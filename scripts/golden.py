@@ -70,6 +70,7 @@ OFFLINE_SETTINGS = (  # the same for recipes that do not sample
     "train.examples=16",
     *(setting for setting in SETTINGS if setting.startswith("learner.")),
     "learner.optimizer.schedule=constant",
+    "learner.optimizer.min_lr_ratio=0",
     "data.eval=null",
     "reference.cache=null",
 )

@@ -53,6 +53,7 @@ PROFILE_KEYS = (
     "eval.prompts",
     "eval.n",
     "eval.k",
+    "eval.temperature",
     "checkpoint",
     "report",
 )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rltrain.config.model_config import config_path, model_context
 from rltrain.config.plan_offline import plan_offline
 from rltrain.config.rules.online_pairs import pair_plan
 from rltrain.config.rules.registries import EXTRA_SAMPLES
@@ -253,7 +254,7 @@ def _reward_model_lines(refs: Sequence[MethodRef]) -> list[PlanLine]:
 
 def _weights_line(role: str, path: str, bytes_per_parameter: int, note: str) -> PlanLine:
     """A line about the memory of a model's weights."""
-    size = model_size(Path(path) / "config.json")
+    size = model_size(config_path(path))
     if size is None:
         return PlanLine(f"memory: {role}", "unknown", f"no readable config.json in {path} on this machine")
     return PlanLine(
@@ -264,13 +265,14 @@ def _weights_line(role: str, path: str, bytes_per_parameter: int, note: str) -> 
 
 
 def _learner_memory_lines(recipe: SampledRecipe | OfflineRecipe) -> tuple[list[PlanLine], ModelSize | None]:
-    size = model_size(Path(recipe.model.path) / "config.json")
+    context = _context_line(recipe)
+    size = model_size(config_path(recipe.model.path, recipe.model.revision))
     if size is None:
-        return [
-            PlanLine("memory", "unknown", f"no readable config.json in {recipe.model.path} on this machine")
-        ], None
+        reason = f"no readable config.json in {recipe.model.path} on this machine"
+        return [context, PlanLine("memory", "unknown", reason)], None
     logits = 4 * recipe.learner.head_chunk * size.vocabulary
     lines = [
+        context,
         PlanLine("model: parameters", f"{size.parameters:,}", "from its config.json"),
         PlanLine(
             "memory: learner",
@@ -284,6 +286,16 @@ def _learner_memory_lines(recipe: SampledRecipe | OfflineRecipe) -> tuple[list[P
         ),
     ]
     return lines, size
+
+
+def _context_line(recipe: SampledRecipe | OfflineRecipe) -> PlanLine:
+    """The longest row that the model reads; the rules refuse a recipe whose rows are longer."""
+    name = "model: tokens of a row, at most"
+    context = model_context(recipe.model.path, recipe.model.revision)
+    if context is None:
+        reason = f"no length in a config.json of {recipe.model.path} on this machine: rows not compared"
+        return PlanLine(name, "unknown", reason)
+    return PlanLine(name, f"{context.tokens:,}", context.why)
 
 
 def model_size(config: Path) -> ModelSize | None:

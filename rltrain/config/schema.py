@@ -206,6 +206,8 @@ class Optimizer(Section):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    # linear and cosine end at this share of lr in place of 0
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     warmup_steps: int = Field(default=0, ge=0)  # optimizer updates
     max_grad_norm: float = Field(default=1.0, gt=0)
 

@@ -71,7 +71,8 @@ class TargetEntropy(_SavedController):
     After each step the coefficient moves by ``step`` within [low, high]: up if ``metric`` (nats, mean over
     the step) is at or below ``target``, down if it is above. The term gets the coefficient while the last
     entropy was at or below the target, and 0 otherwise. It begins at ``start``. The paper measures the
-    entropy of the current step; here it is the previous step's (as in TRL 1.16).
+    entropy of the current step; here it is the previous step's (as in TRL 1.16). Released for R1-Distill-Qwen
+    at 7B, with the target of 0.2: step 1e-4, high 0.005.
     """
 
     _STATE = ("coefficient", "last")

@@ -32,9 +32,10 @@ def build_optimizer(
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, settings: Optimizer, total_updates: int) -> LambdaLR:
-    """Linear warm-up over ``warmup_steps`` updates, then constant, linear to 0 or cosine to 0 at
-    ``total_updates``.
+    """Linear warm-up over ``warmup_steps`` updates, then constant, or down linearly or along a cosine to
+    ``min_lr_ratio`` times the rate, reached at ``total_updates``.
     """
+    floor = settings.min_lr_ratio
 
     def factor(update: int) -> float:
         if update < settings.warmup_steps:
@@ -44,9 +45,10 @@ def build_schedule(optimizer: torch.optim.Optimizer, settings: Optimizer, total_
             case "constant":
                 return 1.0
             case "linear":
-                return max(1.0 - progress, 0.0)
+                return floor + (1.0 - floor) * max(1.0 - progress, 0.0)
             case "cosine":
-                return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+                cosine = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+                return floor + (1.0 - floor) * cosine
 
     return LambdaLR(optimizer, factor)
 

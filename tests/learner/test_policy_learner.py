@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from rltrain.config.schema import Learner, Model, Optimizer
 from rltrain.control.stage import PerUpdateControls
+from rltrain.learner.optim import build_optimizer, build_schedule
 from rltrain.learner.policy_learner import PolicyLearner
 from rltrain.learner.trained_model import NonFiniteError
 from rltrain.loss import AGGREGATES, LOSS_TERMS
@@ -231,6 +232,26 @@ def test_warmup_and_schedules_reach_their_rates(random_model: str) -> None:
         learner.update(rows, batch.replace(advantages=torch.zeros(batch.mask.shape)), objective_of())
     # Two updates up to 1, then down by a quarter in each of the remaining four.
     assert rates == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("linear", [0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2]),
+        # 0.2 + 0.8 (1 + cos(pi p)) / 2 at p = 0, 1/4, 1/2, 3/4, 1
+        ("cosine", [0.5, 1.0, 1.0, 0.882843, 0.6, 0.317157, 0.2, 0.2]),
+    ],
+)
+def test_a_schedule_ends_at_its_floor(schedule: Literal["linear", "cosine"], rates: list[float]) -> None:
+    settings = Optimizer(lr=3.0, warmup_steps=2, schedule=schedule, min_lr_ratio=0.2)
+    optimizer = build_optimizer([("w", torch.nn.Parameter(torch.zeros(2, 2)))], settings)
+    scheduler = build_schedule(optimizer, settings, total_updates=6)
+    measured_rates = []
+    for _ in rates:
+        measured_rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert measured_rates == pytest.approx([3 * rate for rate in rates], abs=1e-5)
 
 
 def test_the_order_of_a_set_does_not_decide_which_numbers_ranks_add(

@@ -103,6 +103,33 @@ def test_a_selection_has_the_listed_rows_in_the_listed_order(
     assert "1 of 4 rows are not in the source and are left out" in capsys.readouterr().out
 
 
+def test_rollouts_are_a_row_each_and_pairs_of_right_and_wrong(
+    get_data: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = [
+        {"prompt": "p", "completions": ["a", "b", "c"], "correctness": [True, False, True], "dataset": "d"},
+        {"prompt": "q", "completions": ["e", "f"], "correctness": [False, False], "dataset": "d"},
+    ]
+    file = tmp_path / "hub/Windy0822/ultrainteract_math_rollout/train.parquet"
+    file.parent.mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(problems), file)
+    arguments = ["ultrainteract", "--out", str(tmp_path / "out")]
+    get_data.main(arguments, get_data.Sources(hub=tmp_path / "hub"))
+    rollouts = read(tmp_path / "out/ultrainteract_rollouts.jsonl")
+    assert [(row["prompt"], row["completion"], row["label"]) for row in rollouts] == [
+        ("p", "a", True),
+        ("p", "b", False),
+        ("p", "c", True),
+        ("q", "e", False),
+        ("q", "f", False),
+    ]
+    assert read(tmp_path / "out/ultrainteract_right_wrong.jsonl") == [
+        {"prompt": "p", "chosen": chosen, "rejected": "b"} for chosen in ("a", "c")
+    ]
+    assert "5 rows\n" in capsys.readouterr().out
+    assert "ultrainteract" not in get_data.STUDIED
+
+
 def test_solutions_are_a_row_each_with_the_problems_number(get_data: ModuleType, tmp_path: Path) -> None:
     names = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
     solutions = {name: {"solution": f"{name}\nA: 3", "is_correct": name == "6b_finetuning"} for name in names}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rltrain.config.model_config import context_problems
 from rltrain.config.rules.findings import Findings
 from rltrain.config.rules.offline import check_offline
 from rltrain.config.rules.online import check_online
@@ -36,6 +37,7 @@ class CheckedRecipe:
 def check(recipe: AnyRecipe) -> CheckedRecipe:
     """Applies every rule for the recipe's kind. Raises RecipeError with all problems."""
     findings = RULES[recipe.kind](recipe)
-    if findings.problems:
-        raise RecipeError(findings.problems)
+    problems = [*findings.problems, *context_problems(recipe)]
+    if problems:
+        raise RecipeError(problems)
     return CheckedRecipe(recipe, tuple(findings.warnings))

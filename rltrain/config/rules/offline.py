@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rltrain.config.rules.findings import Findings
+from rltrain.config.rules.optimizer import optimizer_problems
 from rltrain.config.schema import OfflineRecipe
 from rltrain.loss.preference import PREFERENCE_LOSSES, STATISTICS
 from rltrain.registry import MethodSpec, suggestion
@@ -43,6 +44,7 @@ def check_offline(recipe: OfflineRecipe) -> Findings:
         *_model_problems(recipe, spec),
     ]
     problems += _eval_problems(recipe, spec)
+    problems += optimizer_problems("learner.optimizer", recipe.learner.optimizer)
     return Findings(problems, [] if problems else list(_warnings(recipe, spec)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rltrain.advantage import ADVANTAGES
+from rltrain.config.rules.optimizer import optimizer_problems
 from rltrain.config.schema import OnlineRecipe, ProcessReward
 from rltrain.loss.preference import PREFERENCE_LOSSES, STATISTICS
 from rltrain.registry import MethodSpec
@@ -32,6 +33,7 @@ def process_reward_problems(recipe: OnlineRecipe, correctness_rewards: frozenset
             f"{names}, or drop {_KEY}"
         )
     yield from _loss_problems(settings)
+    yield from optimizer_problems(f"{_KEY}.optimizer", settings.optimizer)
     names = [reward.name for reward in recipe.reward.functions]
     if not correctness_rewards & set(names) and not any(":" in name for name in names):
         yield (

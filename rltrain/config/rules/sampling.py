@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rltrain.config.rules.composition import MethodUse
+from rltrain.config.rules.optimizer import optimizer_problems
 from rltrain.config.rules.registries import ORDERS, REWARDS, REWARDS_WITH_CORRECT
 from rltrain.config.rules.rewards import is_user_function, user_function_problems
 from rltrain.config.schema import MethodRef, SampledRecipe
@@ -53,6 +54,7 @@ class MethodLookup:
 def sampling_problems(recipe: SampledRecipe) -> Iterator[str]:
     rollout = recipe.rollout
     learner = recipe.learner
+    yield from optimizer_problems("learner.optimizer", learner.optimizer)
     if learner.updates > rollout.prompts:
         yield (
             f"learner.updates is {learner.updates} but rollout.prompts is {rollout.prompts}: an update takes "
@@ -80,6 +82,10 @@ def sampling_problems(recipe: SampledRecipe) -> Iterator[str]:
                 f"among rollout.n {rollout.n} completions is such a share: every prompt would be replaced; "
                 "widen it or raise rollout.n"
             )
+    yield from _eval_problems(recipe)
+
+
+def _eval_problems(recipe: SampledRecipe) -> Iterator[str]:
     if recipe.data.eval is not None and max(recipe.eval.k, default=0) > recipe.eval.n:
         yield (
             f"eval.k asks for pass@{max(recipe.eval.k)} but eval.n is {recipe.eval.n}: pass@k needs at least "

@@ -54,6 +54,11 @@ def test_methods_and_hyperparameters_are_those_of_the_registries(
     ("overrides", "expected", "remedy"),
     [
         (
+            ["learner.optimizer.min_lr_ratio=0.1"],
+            "learner.optimizer.min_lr_ratio is 0.1, but learner.optimizer.schedule is constant",
+            "set the schedule to linear or cosine",
+        ),
+        (
             ["learner.updates=25"],
             "learner.updates is 25 but rollout.prompts is 24",
             "set learner.updates to at most 24",
