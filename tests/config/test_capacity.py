@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -534,6 +535,27 @@ def test_a_model_that_is_not_there_and_half_a_cluster_are_refused(monkeypatch: p
     assert "model.path nobody/nothing" in str(missing.exception)
     half = run_plan("--gpus", "8")
     assert "--gpus N and --gpu-gb M go together" in str(half.exception)
+
+
+def test_the_config_comes_from_the_hubs_cache_without_a_network_or_torch(tmp_path: Path) -> None:
+    commit = "0" * 40
+    repository = tmp_path / "hub" / "models--lab--model"
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "snapshots" / commit / "config.json").write_text(json.dumps(CONFIGS["1.5B"]))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    code = (
+        "import sys\n"
+        "from rltrain.model_files import config_file\n"
+        "print(config_file('lab/model', None), config_file('lab/other', None), 'torch' in sys.modules)"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    file, missing, with_torch = done.stdout.split()
+    assert Path(file).name == "config.json"
+    assert (missing, with_torch) == ("None", "False")
 
 
 def test_the_page_of_plans_is_up_to_date() -> None:
