@@ -14,3 +14,20 @@ def local_file(path: str, revision: str | None, name: str) -> Path | None:
 
     file = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
     return None if file is None else Path(str(file))
+
+
+def config_file(path: str, revision: str | None) -> Path | None:
+    """The local path of a model's config.json, downloaded from the Hub if necessary; None without one.
+
+    Unlike ``local_file`` it imports no transformers.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        file = folder / "config.json"
+        return file if file.is_file() else None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(path, "config.json", revision=revision))
+    except (OSError, ValueError):  # offline and not in the cache, no such repository, no name on the Hub
+        return None

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rltrain.config.capacity.cluster import Backend, Cluster
+from rltrain.config.capacity.constants import CARDS, GB, Card
 from rltrain.errors import RecipeError, UserError
 from rltrain.interrupt import exit_on_ctrl_c
 
@@ -162,12 +164,49 @@ def validate(
 
 @app.command()
 def plan(
-    recipe: RecipePath, profile: Profile = None, overrides: Overrides = None, engine: Engine = None
+    recipe: RecipePath,
+    profile: Profile = None,
+    overrides: Overrides = None,
+    engine: Engine = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            help="Does the recipe fit this many GPUs? Bytes of every phase, the nearest setting that fits, "
+            "seconds of a step.",
+            min=1,
+            metavar="N",
+        ),
+    ] = None,
+    gpu_gb: Annotated[
+        float | None,
+        typer.Option(
+            help="Memory of one GPU in GB of 1e9 bytes: 85.5 for an H100 of 80 GB.", min=1.0, metavar="M"
+        ),
+    ] = None,
+    backend: Annotated[Backend, typer.Option(help="How the GPUs divide the learner.")] = Backend.fsdp2,
+    card: Annotated[Card, typer.Option(help="GPU whose rates predict the seconds.")] = Card.h100,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan for the GPUs as JSON.")] = False,
 ) -> None:
-    """Print every number that a recipe implies."""
+    """Print every number that a recipe implies; with --gpus and --gpu-gb, whether it fits them.
+
+    Exit code 1 if it does not fit.
+    """
+    checked = _load_checked(recipe, profile, _with_shorthands(overrides, engine, None))
+    if gpus is None and gpu_gb is None and not as_json:
+        _print_plan_lines(checked)
+        return
+    if gpus is None or gpu_gb is None:
+        raise UserError("--gpus N and --gpu-gb M go together; --json needs both, e.g. --gpus 8 --gpu-gb 85.5")
+    from rltrain.cli.plan import capacity_command
+
+    cluster = Cluster(gpus, int(gpu_gb * GB), backend)
+    rates = CARDS[card]
+    raise typer.Exit(capacity_command(checked.recipe, cluster, rates, checked.warnings, as_json=as_json))
+
+
+def _print_plan_lines(checked: CheckedRecipe) -> None:
     from rltrain.config.plan import plan as plan_lines
 
-    checked = _load_checked(recipe, profile, _with_shorthands(overrides, engine, None))
     lines = plan_lines(checked.recipe)
     names, values = (max(len(line[column]) for line in lines) for column in (0, 1))
     for line in lines:

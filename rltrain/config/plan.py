@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from rltrain.config.capacity.shape import ModelShape, read_shape
 from rltrain.config.model_config import config_path, model_context
 from rltrain.config.plan_offline import plan_offline
 from rltrain.config.rules.online_pairs import pair_plan
@@ -29,14 +28,6 @@ class PlanLine(NamedTuple):
     name: str
     value: str
     note: str  # unit and derivation
-
-
-class ModelSize(NamedTuple):
-    """Sizes of a decoder of the Llama or Qwen2 kind, from a local config.json."""
-
-    parameters: int
-    vocabulary: int
-    kv_numbers_per_token: int  # numbers in the keys and values of all layers
 
 
 def plan(recipe: AnyRecipe) -> list[PlanLine]:
@@ -254,7 +245,7 @@ def _reward_model_lines(refs: Sequence[MethodRef]) -> list[PlanLine]:
 
 def _weights_line(role: str, path: str, bytes_per_parameter: int, note: str) -> PlanLine:
     """A line about the memory of a model's weights."""
-    size = model_size(config_path(path))
+    size = read_shape(config_path(path))
     if size is None:
         return PlanLine(f"memory: {role}", "unknown", f"no readable config.json in {path} on this machine")
     return PlanLine(
@@ -264,9 +255,9 @@ def _weights_line(role: str, path: str, bytes_per_parameter: int, note: str) -> 
     )
 
 
-def _learner_memory_lines(recipe: SampledRecipe | OfflineRecipe) -> tuple[list[PlanLine], ModelSize | None]:
+def _learner_memory_lines(recipe: SampledRecipe | OfflineRecipe) -> tuple[list[PlanLine], ModelShape | None]:
     context = _context_line(recipe)
-    size = model_size(config_path(recipe.model.path, recipe.model.revision))
+    size = read_shape(config_path(recipe.model.path, recipe.model.revision))
     if size is None:
         reason = f"no readable config.json in {recipe.model.path} on this machine"
         return [context, PlanLine("memory", "unknown", reason)], None
@@ -296,29 +287,6 @@ def _context_line(recipe: SampledRecipe | OfflineRecipe) -> PlanLine:
         reason = f"no length in a config.json of {recipe.model.path} on this machine: rows not compared"
         return PlanLine(name, "unknown", reason)
     return PlanLine(name, f"{context.tokens:,}", context.why)
-
-
-def model_size(config: Path) -> ModelSize | None:
-    """Sizes from a config.json; None if the file is missing or describes another kind of model."""
-    try:
-        facts: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    if not all(isinstance(facts.get(key), int) for key in needed):
-        return None
-
-    hidden, layers, heads, inner, vocabulary = (facts[key] for key in needed)
-
-    head = facts.get("head_dim") or hidden // heads
-    kv_width = head * (facts.get("num_key_value_heads") or heads)
-    attention = 2 * hidden * heads * head + 2 * hidden * kv_width
-    if facts.get("model_type") == "qwen2":  # the only supported kind with biases on queries, keys and values
-        attention += heads * head + 2 * kv_width
-
-    per_layer = attention + 3 * hidden * inner + 2 * hidden
-    embeddings = vocabulary * hidden * (1 if facts.get("tie_word_embeddings") else 2)
-    return ModelSize(embeddings + layers * per_layer + hidden, vocabulary, 2 * layers * kv_width)
 
 
 def _longest_row(recipe: SampledRecipe) -> int:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from rltrain.config.capacity.shape import read_shape
 from rltrain.config.load import load_recipe
-from rltrain.config.plan import model_size, plan
+from rltrain.config.plan import plan
 
 
 def values(path: Path, *overrides: str) -> dict[str, str]:
@@ -64,9 +65,10 @@ def test_parameters_and_cache_follow_from_the_config(tmp_path: Path) -> None:
     # Head width 8 / 4 = 2, keys and values 2 x 2 = 4 wide. Per layer: q and o 2 x 8 x 8 = 128, k and v 2 x 8
     # x 4 = 64, their biases 8 + 2 x 4 = 16, mlp 3 x 8 x 16 = 384, norms 16: 608. Two layers, 100 x 8
     # embeddings, last norm 8: 2024.
-    size = model_size(tiny_config(tmp_path))
-    assert size == (2024, 100, 2 * 2 * 4)
-    untied = model_size(tiny_config(tmp_path, tie_word_embeddings=False))
+    size = read_shape(tiny_config(tmp_path))
+    assert size is not None
+    assert (size.parameters, size.vocabulary, size.kv_numbers_per_token) == (2024, 100, 2 * 2 * 4)
+    untied = read_shape(tiny_config(tmp_path, tie_word_embeddings=False))
     assert untied is not None
     assert untied.parameters == 2024 + 800
 
@@ -79,14 +81,14 @@ def test_parameters_are_those_transformers_counts(tmp_path: Path, tied: bool) ->
     path = tiny_config(tmp_path, tie_word_embeddings=tied, hidden_size=16)
     config = transformers.Qwen2Config(**json.loads(path.read_text()))
     model = transformers.Qwen2ForCausalLM(config)
-    size = model_size(path)
+    size = read_shape(path)
     assert size is not None
     assert size.parameters == sum(weight.numel() for weight in model.parameters())
 
 
 def test_a_config_of_another_kind_is_not_guessed_at(tmp_path: Path) -> None:
-    assert model_size(tiny_config(tmp_path, num_hidden_layers=None)) is None
-    assert model_size(tmp_path / "none" / "config.json") is None
+    assert read_shape(tiny_config(tmp_path, num_hidden_layers=None)) is None
+    assert read_shape(tmp_path / "none" / "config.json") is None
 
 
 def test_memory_is_planned_for_a_local_model(recipe: Path, tmp_path: Path) -> None:

@@ -125,7 +125,12 @@ def make_engine(kind: str, folder: str, tokenizer: Any, stop: frozenset[int]) ->
 
     # pad is EOS, as in many tokenizers: masks must come from lengths
     return TransformersEngine(
-        folder, stop_token_ids=stop, pad_token_id=tokenizer.eos_token_id, decode=decode, max_rows=5
+        folder,
+        stop_token_ids=stop,
+        pad_token_id=tokenizer.eos_token_id,
+        decode=decode,
+        max_rows=5,
+        device="cuda" if torch.cuda.is_available() else "cpu",
     )
 
 

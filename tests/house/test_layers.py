@@ -52,7 +52,7 @@ HOMES = {
     "deepspeed": ("rltrain/learner/",),
     "peft": ("rltrain/learner/",),
     "textworld": ("rltrain/rollout/environments/text_game.py",),
-    "huggingface_hub": ("rltrain/checkpoint/hub.py", "rltrain/data/"),
+    "huggingface_hub": ("rltrain/checkpoint/hub.py", "rltrain/data/", "rltrain/model_files.py"),
     "tensorboard": ("rltrain/report/sinks.py",),
     "wandb": ("rltrain/report/sinks.py",),
     "trackio": ("rltrain/report/sinks.py",),

@@ -9,6 +9,8 @@ import sys
 WITHOUT_TORCH = (
     "rltrain.types.samples",  # prompt, completion, score, group
     "rltrain.protocols",
+    "rltrain.config.capacity.report",  # does a recipe fit a cluster
+    "rltrain.cli.plan",
     "rltrain.data.order",  # draw order, and its curriculum
     "rltrain.data.gain_rl",
     "rltrain.data.prompts",

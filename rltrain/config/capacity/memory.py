@@ -1,0 +1,359 @@
+"""Bytes per GPU in every phase of a run, term by term.
+
+Sharded backends divide by the number of GPUs. Frozen models are whole on every GPU; a push holds the shards
+and two tensors in the engine's dtype, a save two tensors in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rltrain.config.capacity.cluster import Cluster
+from rltrain.config.capacity.constants import (
+    CUDA_CONTEXT,
+    ENGINE_BATCH_TOKENS,
+    FRAGMENTATION,
+    GRADIENT_BYTES,
+    MASTER_BYTES,
+    MOMENT_BYTES,
+    NCCL,
+    SLEEPING_VLLM,
+    TENSORS_IN_FLIGHT,
+    TILE_ELEMENTS,
+    ZERO_BUCKET,
+    ZERO_LIVE,
+    ZERO_PREFETCH,
+)
+from rltrain.config.capacity.shape import ModelShape
+from rltrain.config.capacity.workload import Engine, Frozen, Trained, Workload
+
+
+@dataclass(frozen=True)
+class Term:
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Phase:
+    """limit: bytes that the phase may take; None: it is on the host, whose memory the plan does not know."""
+
+    name: str
+    terms: tuple[Term, ...]
+    limit: int | None
+
+    @property
+    def total(self) -> int:
+        return sum(term.bytes for term in self.terms)
+
+    @property
+    def fits(self) -> bool:
+        return self.limit is None or self.total <= self.limit
+
+
+def phases_of(load: Workload, cluster: Cluster) -> tuple[Phase, ...]:
+    """Every phase in the order of a run."""
+    common = (*_resident(load, cluster), *_frozen(load))
+    phases = [_host(load, cluster), _gpu_phase("learner at rest", common, load, cluster)]
+    if load.engine is not None:
+        phases += _engine_phases(load, load.engine, cluster)
+    else:
+        phases += _reference_phase(load, cluster)
+    if load.engine is not None:
+        phases.append(_annotate(load, cluster))
+    phases.append(_update(load, cluster))
+    size = TENSORS_IN_FLIGHT * MASTER_BYTES * max(model.shape.largest_tensor for model in load.trained)
+    saving = Term("two tensors in float32", size)
+    awake = () if load.engine is None else (_engine_awake(load, load.engine, cluster),)
+    phases.append(_gpu_phase("save", (*common, *awake, saving), load, cluster))
+    return tuple(phases)
+
+
+# learner ----------------------------------------------------------------------------------------------------
+
+
+def weight_terms(model: Trained, cluster: Cluster, compute_bytes: int) -> list[Term]:
+    """What a backend holds of a model's weights from its construction on."""
+    count, shards, role = model.shape.parameters, cluster.shards, model.role
+    match cluster.form:
+        case "one":
+            sizes = {"weights": MASTER_BYTES * count}
+        case "ddp":
+            sizes = {"weights": MASTER_BYTES * count, "DDP's buckets": GRADIENT_BYTES * count}
+        case "fsdp2":
+            sizes = {"weights": MASTER_BYTES * count // shards}
+        case "zero2":
+            sizes = {"whole weights": compute_bytes * count, "masters": MASTER_BYTES * count // shards}
+        case _:
+            sizes = {
+                "weights": compute_bytes * count // shards,
+                "masters": MASTER_BYTES * count // shards,
+            }
+    return [Term(f"{role}: {name}", size) for name, size in sizes.items()]
+
+
+def moment_term(model: Trained, cluster: Cluster) -> Term:
+    """AdamW's moments, from the first update on."""
+    return Term(f"{model.role}: AdamW", MOMENT_BYTES * model.shape.parameters // _state_shards(cluster))
+
+
+def gradient_term(model: Trained, cluster: Cluster) -> Term:
+    """The gradient that is left when the backward pass is over."""
+    return Term(f"{model.role}: gradient", GRADIENT_BYTES * model.shape.parameters // _state_shards(cluster))
+
+
+def _state_shards(cluster: Cluster) -> int:
+    return 1 if cluster.form in ("one", "ddp") else cluster.shards
+
+
+def _resident(load: Workload, cluster: Cluster) -> list[Term]:
+    """Trained models between two updates."""
+    return [
+        term
+        for model in load.trained
+        for term in (*weight_terms(model, cluster, load.compute_bytes), moment_term(model, cluster))
+    ]
+
+
+def _frozen(load: Workload) -> list[Term]:
+    return [
+        Term(f"{model.role}: whole", model.bytes_per_parameter * model.shape.parameters)
+        for model in load.frozen
+        if model.is_resident
+    ]
+
+
+def _gathered_terms(shape: ModelShape, cluster: Cluster, compute_bytes: int, *, update: bool) -> list[Term]:
+    """Weights and gradients of layers that a sharded backend holds whole for a moment."""
+    match cluster.form:
+        case "fsdp2":
+            weights = compute_bytes * (shape.root + 2 * shape.layer)
+            # of the root in float32; of a layer as computed, and twice in float32 while it is reduced
+            reduced = GRADIENT_BYTES * (shape.root + 2 * shape.layer) + compute_bytes * shape.layer
+        case "zero2":
+            weights, reduced = 0, ZERO_BUCKET * (compute_bytes + GRADIENT_BYTES)
+        case "zero3":
+            live = min(ZERO_LIVE, shape.parameters) + ZERO_PREFETCH
+            weights, reduced = compute_bytes * live, ZERO_BUCKET * (compute_bytes + GRADIENT_BYTES)
+        case _:
+            return []
+    terms = [Term("gathered weights", weights)]
+    return [*terms, Term("gradients being reduced", reduced)] if update else terms
+
+
+# activations ------------------------------------------------------------------------------------------------
+
+
+def kept_activations(shape: ModelShape, tokens: int, compute_bytes: int, *, float32_sum: bool) -> int:
+    """Inputs of the layers, which gradient checkpointing keeps.
+
+    float32_sum: the residual stream is float32.
+    """
+    return tokens * shape.hidden * (4 if float32_sum else compute_bytes) * shape.layers
+
+
+def layer_activations(shape: ModelShape, tokens: int, compute_bytes: int, *, update: bool) -> int:
+    """One layer's forward pass, or its recomputation and backward pass."""
+    attention = 2 * compute_bytes * (2 * shape.query_width + 2 * shape.kv_width)
+    if not update:
+        return tokens * (3 * compute_bytes * shape.inner + attention + (8 + 2 * compute_bytes) * shape.hidden)
+    # gate, up, activation, product and three gradients; norms work in float32
+    return tokens * (7 * compute_bytes * shape.inner + attention + (16 + 6 * compute_bytes) * shape.hidden)
+
+
+def saved_layer(shape: ModelShape, tokens: int, compute_bytes: int) -> int:
+    """What a layer without checkpointing keeps until its backward pass."""
+    attention = compute_bytes * (2 * shape.query_width + 2 * shape.kv_width)
+    return tokens * (4 * compute_bytes * shape.inner + attention + (8 + 6 * compute_bytes) * shape.hidden)
+
+
+def head_bytes(shape: ModelShape, chunk: int, compute_bytes: int, *, update: bool) -> int:
+    """The output head: a chunk's logits, two float32 tiles, the weight's float32 gradient."""
+    if chunk == 0:
+        return 0
+    logits = chunk * shape.vocabulary
+    tiles = 2 * 4 * min(logits, TILE_ELEMENTS)
+    return compute_bytes * logits + tiles + (4 * shape.embedding if update else 0)
+
+
+def _update_terms(load: Workload, model: Trained, cluster: Cluster) -> list[Term]:
+    shape, size = model.shape, load.compute_bytes
+    tokens = max(load.tokens, load.longest_example)
+    casts = cluster.form in ("one", "ddp") and size < MASTER_BYTES
+    if load.checkpointing:
+        kept = kept_activations(shape, tokens, size, float32_sum=casts)
+    else:
+        kept = shape.layers * saved_layer(shape, tokens, size)
+    layer = layer_activations(shape, tokens, size, update=True)
+    # either a layer's backward pass, or the forward pass's end, where autocast has copied every weight
+    copies = size * shape.parameters if casts else 0
+    peak = Term("one layer's backward pass", layer)
+    if copies > layer:
+        peak = Term("autocast's copies of the weights", copies)
+    return [
+        *_gathered_terms(shape, cluster, size, update=True),
+        gradient_term(model, cluster),
+        Term("kept activations", kept),
+        peak,
+        Term("output head", head_bytes(shape, load.head_chunk, size, update=True)),
+    ]
+
+
+def _update(load: Workload, cluster: Cluster) -> Phase:
+    """The model whose update takes most; one is updated after the other."""
+    common = (*_resident(load, cluster), *_frozen(load))
+    candidates = [
+        _gpu_phase("update", (*common, *_update_terms(load, model, cluster)), load, cluster)
+        for model in load.trained
+    ]
+    return max(candidates, key=lambda phase: phase.total)
+
+
+def _forward_terms(shape: ModelShape, load: Workload, compute_bytes: int) -> list[Term]:
+    """A pass without gradients."""
+    tokens = max(load.tokens, load.longest_example)
+    return [
+        Term("one layer's forward pass", layer_activations(shape, tokens, compute_bytes, update=False)),
+        Term("output head", head_bytes(shape, load.head_chunk, compute_bytes, update=False)),
+    ]
+
+
+def _trained_pass(shape: ModelShape, load: Workload, cluster: Cluster) -> list[Term]:
+    size = load.compute_bytes
+    gathered = _gathered_terms(shape, cluster, size, update=False)
+    if cluster.form in ("one", "ddp") and size < MASTER_BYTES:
+        gathered = [Term("autocast's copies of the weights", size * shape.parameters)]
+    return [*gathered, *_forward_terms(shape, load, size)]
+
+
+def _frozen_pass(model: Frozen, load: Workload) -> list[Term]:
+    """A frozen model computes in the precision in which it is stored, and has nothing to gather."""
+    return _forward_terms(model.shape, load, model.bytes_per_parameter)
+
+
+def _annotate(load: Workload, cluster: Cluster) -> Phase:
+    common = (*_resident(load, cluster), *_frozen(load))
+    passes = [_trained_pass(model.shape, load, cluster) for model in load.trained]
+    passes += [_frozen_pass(model, load) for model in load.frozen if not model.is_reward]
+    candidates = [_gpu_phase("annotate", (*common, *terms), load, cluster) for terms in passes]
+    return max(candidates, key=lambda phase: phase.total)
+
+
+def _reference_phase(load: Workload, cluster: Cluster) -> list[Phase]:
+    """Log-probs of frozen models before the first update, when there are no optimizer states yet."""
+    weights = [term for model in load.trained for term in weight_terms(model, cluster, load.compute_bytes)]
+    if not load.frozen:
+        terms = _trained_pass(load.policy, load, cluster)
+        return [_gpu_phase("annotate", (*weights, *terms), load, cluster)]
+    candidates = []
+    for model in load.frozen:
+        frozen_weights = Term(f"{model.role}: whole", model.bytes_per_parameter * model.shape.parameters)
+        terms = (*weights, frozen_weights, *_frozen_pass(model, load))
+        candidates.append(_gpu_phase("annotate", terms, load, cluster))
+    return [max(candidates, key=lambda phase: phase.total)]
+
+
+# engine -----------------------------------------------------------------------------------------------------
+
+
+def engine_work(shape: ModelShape, max_rows: int, number_bytes: int) -> int:
+    """What vLLM's profiling run adds to its weights: gate, up, product and hidden states of a full batch, and
+    float32 logits of every sequence.
+    """
+    per_token = number_bytes * (3 * shape.inner + 4 * shape.hidden)
+    return ENGINE_BATCH_TOKENS * per_token + 8 * max_rows * shape.vocabulary
+
+
+def kv_bytes(shape: ModelShape, tokens: int, number_bytes: int) -> int:
+    """Keys and values of ``tokens`` tokens in the engine's cache."""
+    return number_bytes * shape.kv_numbers_per_token * tokens
+
+
+def cache_tokens(load: Workload, cluster: Cluster) -> int:
+    """Tokens whose keys and values vLLM's cache holds; 0 where the weights leave no room."""
+    assert load.engine is not None
+    shape, size = load.policy, load.compute_bytes
+    room = load.engine.utilization * cluster.gpu_bytes
+    room -= size * shape.parameters + engine_work(shape, load.engine.max_rows, size)
+    return max(0, int(room) // kv_bytes(shape, 1, size))
+
+
+def rows_at_once(load: Workload, cluster: Cluster) -> int:
+    """Longest rows that one GPU's engine decodes at the same time, at most."""
+    engine = load.engine
+    assert engine is not None
+    rows = min(engine.max_rows, -(-engine.rows // cluster.gpus))
+    if engine.name == "transformers":
+        return rows
+    return min(rows, cache_tokens(load, cluster) // load.row_tokens)
+
+
+def _engine_awake(load: Workload, engine: Engine, cluster: Cluster) -> Term:
+    shape = load.policy
+    if engine.name == "vllm":
+        share = int(engine.utilization * cluster.gpu_bytes)
+        return Term(f"vLLM, {engine.utilization:g} of the GPU", share)
+    size = load.compute_bytes
+    cache = kv_bytes(shape, rows_at_once(load, cluster) * load.row_tokens, size)
+    return Term("engine: weights and cache", size * shape.parameters + cache)
+
+
+def _engine_phases(load: Workload, engine: Engine, cluster: Cluster) -> list[Phase]:
+    shape, size = load.policy, load.compute_bytes
+    learner = weight_terms(load.trained[0], cluster, load.compute_bytes)
+    awake = _engine_awake(load, engine, cluster)
+    flight = Term("two tensors in the engine's dtype", TENSORS_IN_FLIGHT * size * shape.largest_tensor)
+    phases = [_gpu_phase("engine start", (*learner, awake), load, cluster)]
+    if engine.name == "vllm":
+        row = (
+            Term("engine: weights", size * shape.parameters),
+            Term("engine: largest batch", engine_work(shape, engine.max_rows, size)),
+            Term("cache of one longest row", kv_bytes(shape, load.row_tokens, size)),
+        )
+        phases.append(Phase("one row in the engine", row, int(engine.utilization * cluster.gpu_bytes)))
+    # the first push finds the engine mapped, cache included, but no optimizer states; later ones the reverse
+    weights = [term for model in load.trained for term in weight_terms(model, cluster, load.compute_bytes)]
+    first = (*weights, *_frozen(load), awake, flight)
+    common = (*_resident(load, cluster), *_frozen(load))
+    later = (*common, Term("engine: weights", size * shape.parameters), flight)
+    pushes = [_gpu_phase("push", terms, load, cluster) for terms in (first, later)]
+    phases.append(max(pushes, key=lambda phase: phase.total))
+    # reward models score beside the engine
+    scoring = [_frozen_pass(model, load) for model in load.frozen if model.is_reward]
+    largest = max(scoring, key=lambda terms: sum(term.bytes for term in terms), default=[])
+    phases.append(_gpu_phase("rollout", (*common, awake, *largest), load, cluster))
+    return phases
+
+
+# the rest ---------------------------------------------------------------------------------------------------
+
+
+OVERHEADS = frozenset({"CUDA context", "fragmentation", "NCCL", "vLLM outside its share"})
+
+
+def overhead_terms(load: Workload, cluster: Cluster) -> tuple[Term, ...]:
+    """Memory of a GPU that belongs to no tensor of the plan."""
+    terms = [Term("CUDA context", CUDA_CONTEXT), Term("fragmentation", FRAGMENTATION)]
+    if cluster.gpus > 1:
+        terms.append(Term("NCCL", NCCL))
+    if load.engine is not None and load.engine.name == "vllm":
+        terms.append(Term("vLLM outside its share", SLEEPING_VLLM))
+    return tuple(terms)
+
+
+def _gpu_phase(name: str, terms: Iterable[Term], load: Workload, cluster: Cluster) -> Phase:
+    everything = (*terms, *overhead_terms(load, cluster))
+    return Phase(name, tuple(term for term in everything if term.bytes), cluster.gpu_bytes)
+
+
+def _host(load: Workload, cluster: Cluster) -> Phase:
+    """Host memory of a node while models load, one after the other: FSDP2 loads a trained model on one rank,
+    everything else loads on all.
+    """
+    ranks = cluster.ranks_per_node
+    copies = 1 if cluster.form == "fsdp2" else ranks
+    sizes = {model.role: copies * MASTER_BYTES * model.shape.parameters for model in load.trained}
+    sizes |= {model.role: ranks * MASTER_BYTES * model.shape.parameters for model in load.frozen}
+    role, size = max(sizes.items(), key=lambda item: item[1])
+    return Phase("load, on the host", (Term(f"{role} in float32, all ranks of a node", size),), None)

@@ -1,0 +1,131 @@
+"""The nearest setting with which a workload fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from rltrain.config.capacity.cluster import Backend, Cluster
+from rltrain.config.capacity.memory import phases_of
+from rltrain.config.capacity.workload import Workload
+
+MAX_GPUS = 1024
+UTILIZATIONS = tuple(round(0.05 * step, 2) for step in range(2, 19))  # 0.10 to 0.90
+# after the backend that was asked for
+BACKENDS = (Backend.fsdp2, Backend.zero3, Backend.zero2, Backend.ddp)
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A setting that fits; fields that stay as they are are None."""
+
+    tokens_per_micro_batch: int | None
+    gpu_memory_utilization: float | None
+    backend: Backend | None
+    gpus: int | None
+
+    def describe(self) -> str:
+        """The changes, in the order in which they were tried."""
+        changes = {
+            "learner.tokens_per_micro_batch": self.tokens_per_micro_batch,
+            "rollout.vllm.gpu_memory_utilization": self.gpu_memory_utilization,
+            "--backend": self.backend,
+            "--gpus": self.gpus,
+        }
+        return ", ".join(f"{key} {value}" for key, value in changes.items() if value is not None)
+
+
+def fits(load: Workload, cluster: Cluster) -> bool:
+    return all(phase.fits for phase in phases_of(load, cluster))
+
+
+def nearest_fit(load: Workload, cluster: Cluster) -> Remedy | None:
+    """The first setting that fits; None if there is none up to ``MAX_GPUS`` GPUs.
+
+    In this order: fewer tokens per micro-batch; another utilisation; both; another backend with the same
+    three; twice the GPUs with all of these, and twice again.
+    """
+    gpus = cluster.gpus
+    while gpus <= MAX_GPUS:
+        for backend in _backends(cluster.backend, gpus):
+            candidate = replace(cluster, gpus=gpus, backend=backend)
+            for changed in _settings(load):
+                if fits(changed, candidate):
+                    return _remedy(load, changed, cluster, candidate)
+        gpus *= 2
+    return None
+
+
+def highest_utilization(load: Workload, cluster: Cluster) -> float | None:
+    """The largest share of the GPU that vLLM can have, in steps of 0.05; None if there is none or no vLLM."""
+    if load.engine is None or load.engine.name != "vllm":
+        return None
+    fitting = [value for value in UTILIZATIONS if fits(load.change(load.tokens, value), cluster)]
+    return max(fitting, default=None)
+
+
+def smallest_cluster(load: Workload, gpu_bytes: int, backend: Backend) -> tuple[Cluster, Workload] | None:
+    """The fewest GPUs, a power of two, on which ``load`` fits with its own tokens and the nearest
+    utilisation, and the workload with that utilisation; None if ``MAX_GPUS`` are too few.
+    """
+    gpus = 1
+    while gpus <= MAX_GPUS:
+        cluster = Cluster(gpus, gpu_bytes, backend)
+        for utilization in _utilizations(load):
+            changed = load.change(load.tokens, utilization)
+            if fits(changed, cluster):
+                return cluster, changed
+        gpus *= 2
+    return None
+
+
+def _backends(preferred: Backend, gpus: int) -> tuple[Backend, ...]:
+    if gpus == 1:
+        return (preferred,)
+    return (preferred, *(backend for backend in BACKENDS if backend is not preferred))
+
+
+def _utilizations(load: Workload) -> tuple[float | None, ...]:
+    """The recipe's, then the others by their distance from it, larger ones first."""
+    engine = load.engine
+    if engine is None or engine.name != "vllm":
+        return (None,)
+    preferred = engine.utilization
+    others = sorted(
+        set(UTILIZATIONS) - {preferred}, key=lambda value: (round(abs(value - preferred), 2), -value)
+    )
+    return (preferred, *others)
+
+
+def _token_counts(load: Workload) -> list[int]:
+    """The recipe's, then halves of it down to the longest example."""
+    counts = [load.tokens]
+    while counts[-1] // 2 >= load.longest_example:
+        counts.append(counts[-1] // 2)
+    if counts[-1] > load.longest_example:
+        counts.append(load.longest_example)
+    return counts
+
+
+def _settings(load: Workload) -> Iterator[Workload]:
+    preferred, *others = _utilizations(load)
+    counts = _token_counts(load)
+    for tokens in counts:
+        yield load.change(tokens, preferred)
+    for utilization in others:
+        yield load.change(load.tokens, utilization)
+    for tokens in counts[1:]:
+        for utilization in others:
+            yield load.change(tokens, utilization)
+
+
+def _remedy(load: Workload, changed: Workload, cluster: Cluster, candidate: Cluster) -> Remedy:
+    before = None if load.engine is None else load.engine.utilization
+    after = None if changed.engine is None else changed.engine.utilization
+    backend_matters = candidate.gpus > 1 and candidate.backend is not cluster.backend
+    return Remedy(
+        tokens_per_micro_batch=changed.tokens if changed.tokens != load.tokens else None,
+        gpu_memory_utilization=after if after != before else None,
+        backend=candidate.backend if backend_matters else None,
+        gpus=candidate.gpus if candidate.gpus != cluster.gpus else None,
+    )

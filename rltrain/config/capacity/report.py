@@ -1,0 +1,118 @@
+"""A plan as one object: what the table and ``--json`` show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rltrain.config.capacity.cluster import Cluster
+from rltrain.config.capacity.constants import Rates
+from rltrain.config.capacity.duration import Duration, bottleneck, step_durations
+from rltrain.config.capacity.memory import Phase, Term, phases_of
+from rltrain.config.capacity.remedy import MAX_GPUS, UTILIZATIONS, Remedy, highest_utilization, nearest_fit
+from rltrain.config.capacity.workload import Workload
+
+
+@dataclass(frozen=True)
+class CapacityPlan:
+    """durations: of a step with rows of full length; empty where the recipe does not fit."""
+
+    cluster: Cluster
+    workload: Workload
+    phases: tuple[Phase, ...]
+    remedy: Remedy | None
+    obstacle: str | None  # why nothing fits, where neither the recipe nor a remedy does
+    highest_utilization: float | None  # of vLLM, with which the recipe fits as it is; None: none, or no vLLM
+    durations: tuple[Duration, ...]
+    card: str
+
+    @property
+    def fits(self) -> bool:
+        return all(phase.fits for phase in self.phases)
+
+    @property
+    def bottleneck(self) -> Duration | None:
+        return bottleneck(self.durations) if self.durations else None
+
+    @property
+    def step_seconds(self) -> float | None:
+        return sum(duration.seconds for duration in self.durations) if self.durations else None
+
+
+def plan_capacity(load: Workload, cluster: Cluster, rates: Rates) -> CapacityPlan:
+    phases = phases_of(load, cluster)
+    is_fine = all(phase.fits for phase in phases)
+    remedy = None if is_fine else nearest_fit(load, cluster)
+    durations = step_durations(load, cluster, rates) if is_fine else ()
+    obstacle = _obstacle(load, cluster) if not is_fine and remedy is None else None
+    return CapacityPlan(
+        cluster=cluster,
+        workload=load,
+        phases=phases,
+        remedy=remedy,
+        obstacle=obstacle,
+        highest_utilization=highest_utilization(load, cluster),
+        durations=durations,
+        card=rates.name,
+    )
+
+
+def to_json(plan: CapacityPlan) -> dict[str, Any]:
+    """Bytes and seconds as numbers. The keys are stable."""
+    cluster, remedy = plan.cluster, plan.remedy
+    return {
+        "gpus": cluster.gpus,
+        "gpu_bytes": cluster.gpu_bytes,
+        "backend": cluster.form,
+        "parameters": {model.role: model.shape.parameters for model in plan.workload.trained},
+        "fits": plan.fits,
+        "phases": [
+            {
+                "name": phase.name,
+                "bytes": phase.total,
+                "limit": phase.limit,
+                "fits": phase.fits,
+                "terms": {term.name: term.bytes for term in phase.terms},
+            }
+            for phase in plan.phases
+        ],
+        "remedy": None
+        if remedy is None
+        else {
+            "tokens_per_micro_batch": remedy.tokens_per_micro_batch,
+            "gpu_memory_utilization": remedy.gpu_memory_utilization,
+            "backend": None if remedy.backend is None else remedy.backend.value,
+            "gpus": remedy.gpus,
+        },
+        "obstacle": plan.obstacle,
+        "highest_utilization": plan.highest_utilization,
+        "card": plan.card,
+        "durations": [
+            {"phase": item.phase, "seconds": item.seconds, "limit": item.limit} for item in plan.durations
+        ],
+        "bottleneck": None if plan.bottleneck is None else plan.bottleneck.phase,
+        "notes": list(plan.workload.notes),
+    }
+
+
+def _obstacle(load: Workload, cluster: Cluster) -> str:
+    """The phase that is too large even on ``MAX_GPUS`` GPUs, with the fewest tokens and the utilisation that
+    brings it closest.
+    """
+    largest = replace(cluster, gpus=MAX_GPUS)
+    tokens = min(load.tokens, load.longest_example)
+    settings = [None] if load.engine is None or load.engine.name != "vllm" else [*UTILIZATIONS]
+    tries = [max(phases_of(load.change(tokens, value), largest), key=_excess) for value in settings]
+    phase = min(tries, key=_excess)
+    term: Term = max(phase.terms, key=lambda item: item.bytes)
+    assert phase.limit is not None
+    return (
+        f"even on {MAX_GPUS} GPUs, {phase.name} takes {phase.total / 1e9:.1f} of {phase.limit / 1e9:.1f} GB, "
+        f"{term.bytes / 1e9:.1f} of them {term.name}, which more GPUs do not divide; use larger GPUs or a "
+        "smaller model"
+    )
+
+
+def _excess(phase: Phase) -> int:
+    """Bytes beyond the limit."""
+    return phase.total - (phase.total if phase.limit is None else phase.limit)

@@ -1,0 +1,259 @@
+"""What a recipe asks of a GPU: its models and sizes, apart from the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from rltrain.advantage import ADVANTAGES
+from rltrain.config.capacity.constants import FROZEN_BYTES, REWARD_MODEL_BYTES
+from rltrain.config.capacity.shape import ModelShape
+from rltrain.config.rules.offline import all_needs, takes_pairs
+from rltrain.config.schema import (
+    AnyRecipe,
+    MethodRef,
+    OfflineRecipe,
+    OnlinePairsRecipe,
+    OnlineRecipe,
+    SampledRecipe,
+)
+from rltrain.control import TOKEN_CONTROLS
+from rltrain.loss import LOSS_TERMS
+from rltrain.loss.policy import POLICY_LOSSES
+from rltrain.loss.preference import PREFERENCE_LOSSES
+from rltrain.registry import Registry
+
+# (path or Hub name, revision) -> the model's shape; None where its config cannot be read
+ShapeReader = Callable[[str, str | None], ModelShape | None]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What samples in the learner's process."""
+
+    name: Literal["vllm", "transformers"]
+    utilization: float  # of vLLM: share of the card
+    max_rows: int  # sequences that it decodes at once, at most
+    rows: int  # completions per step, all ranks
+    rounds: int  # rounds of dynamic sampling, at most
+    prompt_tokens: int  # at most
+    completion_tokens: int  # at most
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A model that is not trained, whole on every GPU."""
+
+    role: str
+    shape: ModelShape
+    bytes_per_parameter: int
+    is_resident: bool = True  # False: freed before the first update
+    is_reward: bool = False  # scores completions during the rollout
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with gradients and optimizer states."""
+
+    role: str
+    shape: ModelShape
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes of a step. Tokens and rows are upper bounds."""
+
+    kind: Literal["online", "online_pairs", "offline"]
+    trained: tuple[Trained, ...]  # the policy first
+    frozen: tuple[Frozen, ...]
+    engine: Engine | None
+    tokens: int  # of a micro-batch
+    longest_example: int  # tokens that stay in one micro-batch
+    row_tokens: int  # of the longest row
+    rows_per_step: int  # rows that pass through the model in a step, all ranks
+    epochs: int
+    updates: int  # per step
+    checkpointing: bool
+    head_chunk: int  # tokens whose logits exist at once; 0: no logits
+    compute_bytes: int  # per number in a matrix product on a GPU
+    notes: tuple[str, ...] = ()
+
+    @property
+    def policy(self) -> ModelShape:
+        return self.trained[0].shape
+
+    def change(self, tokens: int, utilization: float | None) -> Workload:
+        """The same step with other tokens per micro-batch and another share of the card for vLLM."""
+        engine = self.engine
+        if engine is not None and utilization is not None:
+            engine = replace(engine, utilization=utilization)
+        return replace(self, tokens=tokens, engine=engine)
+
+
+def workload_of(recipe: AnyRecipe, read: ShapeReader) -> Workload:
+    """Raises LookupError with the policy's path if its config cannot be read.
+
+    The shape of another model that cannot be read is taken to be the policy's, with a note.
+    """
+    policy = read(recipe.model.path, recipe.model.revision)
+    if policy is None:
+        raise LookupError(recipe.model.path)
+    models = _Models(policy, read)
+    if isinstance(recipe, OfflineRecipe):
+        return _offline_workload(recipe, models)
+    return _sampled_workload(recipe, models)
+
+
+class _Models:
+    """The shapes of a recipe's models; collects notes on those that could not be read."""
+
+    def __init__(self, policy: ModelShape, read: ShapeReader) -> None:
+        self.policy = policy
+        self.notes: list[str] = []
+        self._read = read
+
+    def shape(self, role: str, path: str | None) -> ModelShape:
+        """The shape of the model at ``path``; None means the policy's."""
+        if path is None:
+            return self.policy
+        shape = self._read(path, None)
+        if shape is None:
+            self.notes.append(f"{role} {path}: config not readable, taken to be of the policy's shape")
+            return self.policy
+        return shape
+
+
+def _offline_workload(recipe: OfflineRecipe, models: _Models) -> Workload:
+    data, learner = recipe.data, recipe.learner
+    ref = recipe.loss.preference
+    spec = PREFERENCE_LOSSES.check(ref.name, ref.hp)
+    needs = all_needs(spec, ref.hp)
+    sides = 2 if takes_pairs(spec) else 1
+    has_scalar_head = "scalar_head" in spec.traits
+    # a scalar head replaces an output head of its own
+    policy = replace(models.policy, tied=True) if has_scalar_head else models.policy
+    row = data.max_prompt_tokens + data.max_completion_tokens
+    paths = {"ref_logp": recipe.model.reference, "previous_logp": recipe.model.previous}
+    if "mismatched" in needs:
+        needs |= {"ref_logp"}
+    # one at a time; the learner stands in for the starting model, unless the run was resumed
+    frozen = [
+        Frozen(f"frozen {path}", models.shape("frozen model", path), FROZEN_BYTES, is_resident=False)
+        for path in dict.fromkeys(paths[name] for name in paths if name in needs)
+        if path is not None
+    ]
+    return Workload(
+        kind="offline",
+        trained=(Trained("model" if has_scalar_head else "policy", policy),),
+        frozen=tuple(frozen[:1]),
+        engine=None,
+        tokens=learner.tokens_per_micro_batch,
+        longest_example=sides * row,
+        row_tokens=row,
+        rows_per_step=sides * recipe.train.examples,
+        epochs=1,
+        updates=1,
+        checkpointing=learner.gradient_checkpointing,
+        head_chunk=0 if has_scalar_head else learner.head_chunk,
+        compute_bytes=_compute_bytes(learner.precision),
+        notes=tuple(models.notes),
+    )
+
+
+def _sampled_workload(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models) -> Workload:
+    learner = recipe.learner
+    row = recipe.data.max_prompt_tokens + recipe.rollout.max_tokens
+    trained = [Trained("policy", models.policy)]
+    if isinstance(recipe, OnlineRecipe):
+        frozen = [*_frozen_online(recipe, models)]
+        settings = recipe.process_reward
+        sides, rows = 1, recipe.rollout.prompts * recipe.rollout.n
+        if settings is not None:
+            shape = models.shape("process reward model", settings.path)
+            trained.append(Trained("process reward model", shape))
+            if settings.reference != "policy":
+                reference = models.shape("its reference", settings.reference or settings.path)
+                frozen.append(Frozen("its reference", reference, FROZEN_BYTES))
+    else:
+        frozen = [*_frozen_of_pairs(recipe, models)]
+        sides, rows = 2, 2 * recipe.rollout.prompts * _pairs_per_prompt(recipe)
+    frozen += _reward_models(recipe, models)
+    return Workload(
+        kind=recipe.kind,
+        trained=tuple(trained),
+        frozen=tuple(frozen),
+        engine=_engine_of(recipe),
+        tokens=learner.tokens_per_micro_batch,
+        longest_example=sides * row,
+        row_tokens=row,
+        rows_per_step=rows,
+        epochs=learner.epochs,
+        updates=learner.updates_per_step,
+        checkpointing=learner.gradient_checkpointing,
+        head_chunk=learner.head_chunk,
+        compute_bytes=_compute_bytes(learner.precision),
+        notes=tuple(models.notes),
+    )
+
+
+def _engine_of(recipe: SampledRecipe) -> Engine:
+    rollout = recipe.rollout
+    is_vllm = rollout.engine == "vllm"
+    return Engine(
+        name=rollout.engine,
+        utilization=rollout.vllm.gpu_memory_utilization,
+        max_rows=rollout.vllm.max_num_seqs if is_vllm else rollout.max_rows,
+        rows=rollout.prompts * rollout.n,
+        rounds=rollout.dynamic_sampling.max_rounds if rollout.dynamic_sampling else 1,
+        prompt_tokens=recipe.data.max_prompt_tokens,
+        completion_tokens=rollout.max_tokens,
+    )
+
+
+def online_needs(recipe: OnlineRecipe) -> frozenset[str]:
+    """Every statistic that advantage, controls, policy loss and terms need."""
+    uses: list[tuple[Registry, MethodRef]] = [
+        (ADVANTAGES, recipe.advantage),
+        *((TOKEN_CONTROLS, ref) for ref in recipe.control),
+        (POLICY_LOSSES, recipe.loss.policy),
+        *((LOSS_TERMS, ref) for ref in recipe.loss.terms),
+    ]
+    needs = [registry.check(ref.name, ref.hp).needs_with(ref.hp) for registry, ref in uses]
+    return frozenset().union(*needs)
+
+
+def _frozen_online(recipe: OnlineRecipe, models: _Models) -> Iterator[Frozen]:
+    needs = online_needs(recipe)
+    for name, role, path in (
+        ("ref_logp", "reference", recipe.model.reference),
+        ("teacher_logp", "teacher", recipe.model.teacher),
+    ):
+        if name in needs:
+            yield Frozen(role, models.shape(role, path), FROZEN_BYTES)
+
+
+def _frozen_of_pairs(recipe: OnlinePairsRecipe, models: _Models) -> Iterator[Frozen]:
+    ref = recipe.loss.preference
+    needs = all_needs(PREFERENCE_LOSSES.check(ref.name, ref.hp), ref.hp)
+    judge = recipe.pairs.judge
+    if "ref_logp" in needs or (judge.name == "self" and judge.hp.get("by") == "reference"):
+        yield Frozen("reference", models.shape("reference", recipe.model.reference), FROZEN_BYTES)
+    if recipe.train.previous_every > 1:
+        yield Frozen("previous iterate", models.policy, FROZEN_BYTES)
+
+
+def _reward_models(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models) -> list[Frozen]:
+    judges = [recipe.pairs.judge] if isinstance(recipe, OnlinePairsRecipe) else []
+    refs = [ref for ref in (*recipe.reward.functions, *judges) if ref.name == "reward_model"]
+    shapes = [models.shape("reward model", str(ref.hp.get("path"))) for ref in refs]
+    return [Frozen("reward model", shape, REWARD_MODEL_BYTES, is_reward=True) for shape in shapes]
+
+
+def _pairs_per_prompt(recipe: OnlinePairsRecipe) -> int:
+    n = recipe.rollout.n
+    return {"disjoint": n // 2, "best_worst": 1, "ranked": n * (n - 1) // 2}[recipe.pairs.choose]
+
+
+def _compute_bytes(precision: str) -> int:
+    return 4 if precision == "float32" else 2

@@ -1,0 +1,571 @@
+"""The plan for a cluster: golden tables, agreement with bytes of real tensors, remedies, the command."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from rltrain.cli.app import app
+from rltrain.config.capacity.cluster import Backend, Cluster
+from rltrain.config.capacity.constants import CARDS, GB, Card
+from rltrain.config.capacity.duration import head_seconds, step_durations
+from rltrain.config.capacity.memory import (
+    OVERHEADS,
+    Phase,
+    cache_tokens,
+    gradient_term,
+    kv_bytes,
+    moment_term,
+    phases_of,
+    weight_terms,
+)
+from rltrain.config.capacity.remedy import highest_utilization, nearest_fit
+from rltrain.config.capacity.shape import ModelShape, shape_of
+from rltrain.config.capacity.workload import Trained, Workload, workload_of
+from rltrain.config.fragments import kind_of
+from rltrain.config.load import load_recipe
+from support.scripts import SCRIPTS, script
+
+ROOT = SCRIPTS.parent
+H100 = int(85.5 * GB)
+OF_24_GB = int(24.1 * GB)  # what an L4 or A10G has; an RTX 4090 has 25.8
+
+CONFIGS = {
+    "1.5B": {
+        "model_type": "qwen2",
+        "hidden_size": 1536,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "intermediate_size": 8960,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "7B": {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+    "32B": {
+        "model_type": "qwen2",
+        "hidden_size": 5120,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "intermediate_size": 27648,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def shape(size: str) -> ModelShape:
+    model_shape = shape_of(CONFIGS[size])
+    assert model_shape is not None
+    return model_shape
+
+
+def workload(recipe: str, size: str, *overrides: str, profile: str | None = None) -> Workload:
+    path = ROOT / "recipes" / f"{recipe}.yaml"
+    return workload_of(
+        load_recipe(path, profile=profile, overrides=overrides), lambda path, revision: shape(size)
+    )
+
+
+def cluster(gpus: int, backend: str = "fsdp2", gpu_bytes: int = H100) -> Cluster:
+    return Cluster(gpus, gpu_bytes, Backend(backend))
+
+
+def gigabytes(phases: tuple[Phase, ...], *, with_overheads: bool = True) -> dict[str, float]:
+    return {
+        phase.name: round(
+            sum(term.bytes for term in phase.terms if with_overheads or term.name not in OVERHEADS) / GB, 1
+        )
+        for phase in phases
+    }
+
+
+# golden tables ----------------------------------------------------------------------------------------------
+
+# Clip-Cov at the paper's sizes (no reference, 32,768 tokens per micro-batch, utilisation 0.45), and DPO. A
+# few by hand, 7B, N = 7.616e9, 8 GPUs: FSDP2 at rest 12 N / 8 = 11.4; ZeRO-2 2 N + 12 N / 8 = 26.7; ZeRO-3
+# 14 N / 8 = 13.3; DDP with its buckets 16 N = 121.8; each + 3.0 outside tensors. Engine start: FSDP2 4 N /
+# 8 + 0.45 x 85.5 + 3 = 45.3. Update under FSDP2: 16 N / 8 = 15.2, kept 28 x 32,768 x 3,584 x 2 = 6.6, layer
+# 13.1, head 2.6, gathered 3.1, reduced 6.7, 3.0: 50.2.
+GOLDEN = {
+    ("policy/clip_cov", "1.5B", 1, "ddp"): {
+        "load, on the host": 6.2,
+        "learner at rest": 20.8,
+        "engine start": 46.9,
+        "one row in the engine": 4.7,
+        "push": 47.9,
+        "rollout": 59.3,
+        "annotate": 27.1,
+        "update": 39.9,
+        "save": 61.2,
+    },
+    ("policy/clip_cov", "7B", 8, "fsdp2"): {
+        "load, on the host": 30.5,
+        "learner at rest": 14.4,
+        "engine start": 45.3,
+        "one row in the engine": 18.4,
+        "push": 47.5,
+        "rollout": 52.9,
+        "annotate": 24.1,
+        "update": 50.2,
+        "save": 57.3,
+    },
+    ("policy/clip_cov", "7B", 8, "zero2"): {
+        "load, on the host": 243.7,
+        "learner at rest": 29.7,
+        "engine start": 60.5,
+        "one row in the engine": 18.4,
+        "push": 62.7,
+        "rollout": 68.1,
+        "annotate": 36.3,
+        "update": 58.7,
+        "save": 72.5,
+    },
+    ("policy/clip_cov", "7B", 8, "zero3"): {
+        "load, on the host": 243.7,
+        "learner at rest": 16.3,
+        "engine start": 47.2,
+        "one row in the engine": 18.4,
+        "push": 49.4,
+        "rollout": 54.8,
+        "annotate": 25.0,
+        "update": 47.4,
+        "save": 59.2,
+    },
+    ("policy/clip_cov", "7B", 8, "ddp"): {
+        "load, on the host": 243.7,
+        "learner at rest": 124.8,
+        "engine start": 102.4,
+        "one row in the engine": 18.4,
+        "push": 142.3,
+        "rollout": 163.3,
+        "annotate": 146.7,
+        "update": 186.3,
+        "save": 167.7,
+    },
+    ("policy/prime", "7B", 8, "fsdp2"): {
+        "load, on the host": 243.7,
+        "learner at rest": 56.3,
+        "engine start": 45.3,
+        "one row in the engine": 18.1,
+        "push": 81.7,
+        "rollout": 94.8,
+        "annotate": 68.3,
+        "update": 92.1,
+        "save": 99.1,
+    },
+    ("policy/dapo", "32B", 32, "fsdp2"): {
+        "load, on the host": 131.1,
+        "learner at rest": 15.3,
+        "engine start": 45.6,
+        "one row in the engine": 75.1,
+        "push": 83.9,
+        "rollout": 53.8,
+        "annotate": 29.8,
+        "update": 79.5,
+        "save": 60.0,
+    },
+    ("preference/dpo", "32B", 8, "zero3"): {
+        "load, on the host": 1048.4,
+        "learner at rest": 59.3,
+        "annotate": 33.6,
+        "update": 104.6,
+        "save": 65.6,
+    },
+}
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: "-".join(map(str, case)))
+def test_the_table_of(case: tuple[str, str, int, str]) -> None:
+    recipe, size, gpus, backend = case
+    assert gigabytes(phases_of(workload(recipe, size), cluster(gpus, backend))) == GOLDEN[case]
+
+
+def test_verdicts_follow_from_the_limits() -> None:
+    load = workload("policy/dapo", "32B")
+    phases = {phase.name: phase for phase in phases_of(load, cluster(32))}
+    # 65.5 GB of weights do not fit 0.45 of the card, though the card itself would hold every other phase
+    assert [name for name, phase in phases.items() if not phase.fits] == ["one row in the engine"]
+    assert phases["load, on the host"].limit is None
+
+
+def test_a_frozen_model_is_whole_on_every_gpu() -> None:
+    # N = 7.616e9: 4 N = 30.5 GB more at rest, however many GPUs there are
+    for gpus in (8, 64):
+        rest = [
+            phases_of(workload(recipe, "7B"), cluster(gpus))[1].total
+            for recipe in ("policy/rloo", "policy/clip_cov")
+        ]
+        assert rest[0] - rest[1] == 4 * 7_615_616_512
+
+
+def test_offline_references_are_free_before_the_update() -> None:
+    start = workload("preference/dpo", "7B")
+    other = workload("preference/dpo", "7B", "model.reference=models/other")
+    names = ("annotate", "update")
+    start_bytes, other_bytes = (
+        {phase.name: phase.total for phase in phases_of(load, cluster(8))} for load in (start, other)
+    )
+    assert [other_bytes[name] > start_bytes[name] for name in names] == [True, False]
+
+
+# bytes of real tensors --------------------------------------------------------------------------------------
+
+
+def tiny_config(kind: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "model_type": kind,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4 if kind == "gpt_neox" else 2,
+        "intermediate_size": 160,
+        "vocab_size": 512,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+    } | changes
+
+
+def tiny_model(config: dict[str, Any]) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind = config["model_type"]
+    rest = {key: value for key, value in config.items() if key != "model_type"}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **rest))
+
+
+KINDS = [
+    tiny_config("qwen2"),
+    tiny_config("qwen2", tie_word_embeddings=True),
+    tiny_config("qwen3", head_dim=32),
+    tiny_config("llama"),
+    tiny_config("llama", attention_bias=True, mlp_bias=True),
+    tiny_config("mistral"),
+    tiny_config("gemma", head_dim=16, tie_word_embeddings=True),
+    tiny_config("gpt_neox"),
+]
+
+
+@pytest.mark.parametrize("config", KINDS, ids=lambda config: config["model_type"])
+def test_parameters_are_those_of_the_real_model(config: dict[str, Any]) -> None:
+    model_shape = shape_of(config)
+    assert model_shape is not None
+    model = tiny_model(config)
+    assert model_shape.parameters == sum(weight.numel() for weight in model.parameters())
+    assert model_shape.largest_tensor == max(weight.numel() for weight in model.parameters())
+
+
+def test_published_models_have_their_published_number_of_parameters() -> None:
+    shapes = script("model_shapes")
+    for path, model in shapes.PUBLISHED.items():
+        assert shapes.shape_of_published(path, None).parameters == model.parameters, path
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt2"])
+def test_a_model_of_another_kind_is_not_guessed_at(kind: str) -> None:
+    assert shape_of(tiny_config(kind)) is None
+
+
+def nbytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def within_5_percent(planned: int, counted: int) -> bool:
+    return abs(planned - counted) <= 0.05 * counted
+
+
+def test_gradients_states_and_cache_of_a_real_model_on_one_device() -> None:
+    import torch
+
+    config = tiny_config("qwen2")
+    model = tiny_model(config)
+    planned = shape_of(config)
+    assert planned is not None
+    optimizer = torch.optim.AdamW(model.parameters())
+    output = model(input_ids=torch.arange(20)[None], labels=torch.arange(20)[None], use_cache=True)
+    output.loss.backward()
+    optimizer.step()
+    trained, single = Trained("policy", planned), cluster(1)
+
+    assert within_5_percent(weight_terms(trained, single, 2)[0].bytes, nbytes(model.parameters()))
+    gradients = nbytes(weight.grad for weight in model.parameters())
+    assert within_5_percent(gradient_term(trained, single).bytes, gradients)
+    states = nbytes(value for state in optimizer.state.values() for value in state.values())
+    assert within_5_percent(moment_term(trained, single).bytes, states)
+    layers = output.past_key_values.layers
+    cache = nbytes(tensor for layer in layers for tensor in (layer.keys, layer.values))
+    assert within_5_percent(kv_bytes(planned, 20, 4), cache)
+
+
+def test_zero_holds_a_copy_whole_or_in_shards_and_masters_in_shards() -> None:
+    import torch
+
+    config, ranks = tiny_config("qwen2"), 4
+    weights = list(tiny_model(config).parameters())
+    planned = shape_of(config)
+    assert planned is not None
+    copies = nbytes(weight.to(torch.bfloat16) for weight in weights)
+    masters = sum(-(-weight.numel() // ranks) * 4 for weight in weights)
+    for backend, counted in (("zero2", copies + masters), ("zero3", copies // ranks + masters)):
+        terms = weight_terms(Trained("policy", planned), cluster(ranks, backend), 2)
+        assert within_5_percent(sum(term.bytes for term in terms), counted), backend
+
+
+COUNT_SHARDS = """
+import json, sys
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoConfig, AutoModelForCausalLM
+
+config = json.loads(sys.argv[1])
+dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+if sys.argv[2] == "ddp":
+    from torch.nn.parallel import DistributedDataParallel
+    wrapped = DistributedDataParallel(model)
+    buckets = [bucket.buffer() for bucket in wrapped.reducer._get_zeros_like_grad_buckets()]
+    print(json.dumps({"buckets": sum(buffer.numel() * buffer.element_size() for buffer in buckets)}))
+else:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh("cpu", (4,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    local = lambda tensor: tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    size = lambda tensors: sum(local(t).numel() * t.element_size() for t in tensors)
+    print(json.dumps({
+        "weights": size(model.parameters()),
+        "gradients": size(weight.grad for weight in model.parameters()),
+        "states": size(value for state in optimizer.state.values() for value in state.values()),
+    }))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
+def test_buckets_and_shards_of_a_rank_among_four(backend: str) -> None:
+    # one process of a group whose other members are not there: no collective's result is used
+    config = tiny_config("qwen2")
+    command = [sys.executable, "-c", COUNT_SHARDS, json.dumps(config), backend]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    counted = json.loads(done.stdout.splitlines()[-1])
+    planned = shape_of(config)
+    assert planned is not None
+    trained, four = Trained("policy", planned), cluster(4, backend)
+    terms = weight_terms(trained, four, 2)
+    if backend == "ddp":
+        assert within_5_percent(terms[1].bytes, counted["buckets"])
+        return
+    assert within_5_percent(terms[0].bytes, counted["weights"])
+    assert within_5_percent(gradient_term(trained, four).bytes, counted["gradients"])
+    assert within_5_percent(moment_term(trained, four).bytes, counted["states"])
+
+
+# profiles, remedies and seconds -----------------------------------------------------------------------------
+
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if kind_of(path) == "recipe")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+def test_one_gpu_fits_the_24_gb_that_it_names(path: Path) -> None:
+    recipe = load_recipe(path, profile="one_gpu")
+    load = workload_of(recipe, script("model_shapes").shape_of_published)
+    phases = phases_of(load, Cluster(1, OF_24_GB, Backend.ddp))
+    assert [(phase.name, phase.total) for phase in phases if not phase.fits] == []
+
+
+def test_what_one_gpu_used_to_name_did_not_fit() -> None:
+    # 16 bytes x 1.544e9 parameters = 24.7 GB before the first activation
+    load = workload("policy/clip_cov", "1.5B", "model.path=any", profile="one_gpu")
+    phases = {phase.name: phase for phase in phases_of(load, cluster(1, gpu_bytes=OF_24_GB))}
+    assert not phases["update"].fits
+
+
+def test_remedies_come_in_the_stated_order() -> None:
+    plain = workload("policy/clip_cov", "7B")
+    first = nearest_fit(plain, cluster(8))
+    assert first is not None
+    assert first.describe() == ""  # it fits as it is
+    fewer_tokens = nearest_fit(replace(plain, tokens=8 * 32768), cluster(8))
+    assert fewer_tokens is not None
+    assert fewer_tokens.describe() == "learner.tokens_per_micro_batch 65536"
+    utilization = nearest_fit(workload("policy/rloo", "7B"), cluster(8))
+    assert utilization is not None
+    assert utilization.describe() == "rollout.vllm.gpu_memory_utilization 0.4"
+    both = nearest_fit(workload("policy/prime", "7B"), cluster(8))
+    assert both is not None
+    assert (both.tokens_per_micro_batch, both.gpu_memory_utilization) == (16384, 0.25)
+    backend = nearest_fit(plain, cluster(8, "ddp"))
+    assert backend is not None
+    assert backend.describe() == "--backend fsdp2"
+    more = nearest_fit(plain, cluster(1))
+    assert more is not None
+    assert more.describe() == (
+        "learner.tokens_per_micro_batch 9216, rollout.vllm.gpu_memory_utilization 0.35, --gpus 2"
+    )
+    assert nearest_fit(workload("policy/dapo", "32B"), cluster(32)) is None  # the engine alone
+
+
+@pytest.mark.parametrize("recipe", ["policy/prime", "policy/rloo", "preference/dpo", "preference/online_dpo"])
+def test_a_remedy_fits(recipe: str) -> None:
+    load = workload(recipe, "7B")
+    for gpus in (1, 2, 8):
+        remedy = nearest_fit(load, cluster(gpus, "zero2"))
+        assert remedy is not None
+        changed = load.change(remedy.tokens_per_micro_batch or load.tokens, remedy.gpu_memory_utilization)
+        candidate = cluster(remedy.gpus or gpus, remedy.backend or "zero2")
+        assert all(phase.fits for phase in phases_of(changed, candidate))
+
+
+def test_more_gpus_never_take_more_each() -> None:
+    load = workload("policy/prime", "7B")
+    for backend in ("fsdp2", "zero2", "zero3"):
+        totals = [
+            {phase.name: phase.total for phase in phases_of(load, cluster(gpus, backend)) if phase.limit}
+            for gpus in (2, 4, 8, 16)
+        ]
+        for fewer, more in itertools.pairwise(totals):
+            assert all(more[name] <= fewer[name] for name in fewer), backend
+
+
+def test_the_highest_utilisation_is_the_last_that_fits() -> None:
+    load = workload("policy/clip_cov", "7B")
+    share = highest_utilization(load, cluster(8))
+    assert share == 0.75
+    assert all(phase.fits for phase in phases_of(load.change(load.tokens, share), cluster(8)))
+    assert not all(phase.fits for phase in phases_of(load.change(load.tokens, 0.8), cluster(8)))
+
+
+def test_seconds_of_a_step_are_the_arithmetic_of_their_rates() -> None:
+    load = workload("policy/clip_cov", "7B")
+    durations = {item.phase: item for item in step_durations(load, cluster(8), CARDS[Card.h100])}
+    # 0.45 x 85.5 - 15.2 - 2.6 GB of cache at 57,344 bytes per token: 38 rows of 9,216 tokens at a time. 256
+    # rows of 8,192 tokens then take 55,200 decoding steps, each reading 15.2 GB of weights and 11.1 GB of
+    # half-full cache at 2.81e12 bytes/s, + 1 ms: 10.4 ms.
+    assert cache_tokens(load, cluster(8)) // load.row_tokens == 38
+    assert durations["rollout"].seconds == pytest.approx(573, abs=1)
+    assert "38 of 256 rows at once, the cache is full" in durations["rollout"].limit
+    assert durations["update"].seconds == pytest.approx(332, abs=1)
+    assert durations["update"].limit == "matrix products, 34% of the peak"
+
+
+def test_the_head_at_larger_chunks_moves_fewer_bytes() -> None:
+    # 16,384 tokens of a 7B model: 8 x 16,384 x 545e6 FLOP at 603e12 take 118 ms whatever the chunk; at 256
+    # tokens the gradient of 2.2 GB passes 2.5 x 64 times, 124 ms at 2.81e12 bytes/s, and the logits take 71
+    # ms.
+    seconds = [
+        head_seconds(shape("7B"), 16384, chunk, CARDS[Card.h100], update=True) for chunk in (256, 1024, 4096)
+    ]
+    assert seconds == pytest.approx([0.313, 0.220, 0.197], abs=0.001)
+
+
+# command and page -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["7B"]))
+    return str(tmp_path)
+
+
+def run_plan(*arguments: str) -> Any:
+    recipe = str(ROOT / "recipes/policy/clip_cov.yaml")
+    return CliRunner().invoke(app, ["plan", recipe, *arguments], env={"COLUMNS": "200"})
+
+
+def test_the_command_prints_phases_verdict_and_seconds(folder: str) -> None:
+    done = run_plan("--set", f"model.path={folder}", "--gpus", "8", "--gpu-gb", "85.5")
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert lines[0] == "8 x 85.5 GB, fsdp2; policy 7,615,616,512 parameters"
+    rollout = next(line for line in lines if line.startswith("rollout"))
+    assert rollout.split()[1:4] == ["52.9", "85.5", "FITS"]
+    assert "FITS; with rollout.vllm.gpu_memory_utilization up to 0.75" in lines
+    assert "bottleneck: rollout" in lines[-1]
+
+
+def test_the_command_says_what_fits_instead(folder: str) -> None:
+    done = run_plan("--set", f"model.path={folder}", "--gpus", "8", "--gpu-gb", "85.5", "--backend", "ddp")
+    assert done.exit_code == 1
+    assert "OOM; fits with --backend fsdp2" in done.output
+    assert "bottleneck" not in done.output  # no seconds for a run that does not start
+    refused = run_plan("--set", f"model.path={folder}", "--gpus", "1", "--gpu-gb", "24.1")
+    assert "OOM; even on 1024 GPUs" in refused.output
+
+
+def test_json_has_every_term(folder: str) -> None:
+    done = run_plan("--set", f"model.path={folder}", "--gpus", "8", "--gpu-gb", "85.5", "--json")
+    plan = json.loads(done.output)
+    assert plan["fits"] is True
+    assert plan["parameters"] == {"policy": 7_615_616_512}
+    rest = next(phase for phase in plan["phases"] if phase["name"] == "learner at rest")
+    assert rest["terms"]["policy: AdamW"] == 7_615_616_512
+    assert rest["bytes"] == sum(rest["terms"].values())
+
+
+def test_a_model_that_is_not_there_and_half_a_cluster_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    missing = run_plan("--set", "model.path=nobody/nothing", "--gpus", "8", "--gpu-gb", "85.5")
+    assert "model.path nobody/nothing" in str(missing.exception)
+    half = run_plan("--gpus", "8")
+    assert "--gpus N and --gpu-gb M go together" in str(half.exception)
+
+
+def test_the_config_comes_from_the_hubs_cache_without_a_network_or_torch(tmp_path: Path) -> None:
+    commit = "0" * 40
+    repository = tmp_path / "hub" / "models--lab--model"
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "snapshots" / commit / "config.json").write_text(json.dumps(CONFIGS["1.5B"]))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    code = (
+        "import sys\n"
+        "from rltrain.model_files import config_file\n"
+        "print(config_file('lab/model', None), config_file('lab/other', None), 'torch' in sys.modules)"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    file, missing, with_torch = done.stdout.split()
+    assert Path(file).name == "config.json"
+    assert (missing, with_torch) == ("None", "False")
+
+
+def test_the_page_of_plans_is_up_to_date() -> None:
+    command = [sys.executable, "scripts/plan_table.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_page_of_plans_has_every_recipe() -> None:
+    page = (ROOT / "docs/plan.md").read_text(encoding="utf-8")
+    for folder_name in ("policy", "preference", "process_reward"):
+        for path in (ROOT / "recipes" / folder_name).glob("*.yaml"):
+            assert f"| {path.stem} |" in page or f"`{folder_name}/{path.stem}`" in page, path
