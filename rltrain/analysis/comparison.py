@@ -1,20 +1,17 @@
-"""Compares methods by the curves of their runs: one table, as Markdown and in a page, and one figure."""
+"""Compares methods by their runs' curves: a table for each kind of run, as Markdown, and one figure."""
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from rltrain.analysis.curves import Curves, Spread, mean_over_runs, student_mean
+from rltrain.analysis.curves import Curves, Spread, mean_over_runs, moving_mean, student_mean
 from rltrain.report.law import fit_law
 
-_LAW = "law"  # the panel of reward against entropy
+LAW = "law"  # the panel of reward against entropy
 _PANELS_PER_ROW = 5  # panels in a row of the figure
 _HEADLINE = ("eval/pass@1", "eval/accuracy")  # methods are judged by the first of these that the runs have
 _PREFERENCE_MEASURES = (
@@ -40,6 +37,17 @@ class Comparison:
     title: str
     conditions: tuple[str, ...]  # one line each, for the reader
     methods: Mapping[str, Sequence[Curves]]
+
+    @property
+    def parts(self) -> list[Comparison]:
+        """Methods on sampled completions and methods on judged ones, apart: they share hardly a measure."""
+        kinds: dict[bool, dict[str, Sequence[Curves]]] = {}
+        for name, runs in self.methods.items():
+            kinds.setdefault(any(run.samples for run in runs), {})[name] = runs
+        if len(kinds) == 1:
+            return [self]
+        titles = {True: "trained on sampled completions", False: "trained on judged completions"}
+        return [Comparison(titles[kind], (), kinds[kind]) for kind in (True, False)]
 
     @property
     def measures(self) -> list[str]:
@@ -115,8 +123,7 @@ def _row(name: str, runs: Sequence[Curves], comparison: Comparison, others: Sequ
     kept = [run.entropy_kept for run in runs]
     cells.append(_format_spread(student_mean(kept)))
     if others:
-        reference_kept = [run.entropy_kept for run in reference]
-        cells.append(_format_spread(None if runs is reference else _differences(kept, reference_kept)))
+        cells.append(_format_spread(None if runs is reference else entropy_difference(runs, reference)))
 
     shares = {
         control: student_mean([run.touched_shares().get(control, 0.0) for run in runs]).value
@@ -138,6 +145,11 @@ def paired_seeds(runs: Sequence[Curves], reference: Sequence[Curves], measure: s
     finals = [[run.final(measure) for run in method_runs] for method_runs in (runs, reference)]
     values = [[spread.value for spread in method_runs if spread is not None] for method_runs in finals]
     return _differences(*values) if len(values[0]) == len(runs) else None
+
+
+def entropy_difference(runs: Sequence[Curves], reference: Sequence[Curves]) -> Spread | None:
+    """The same of the share of entropy that is kept."""
+    return _differences([run.entropy_kept for run in runs], [run.entropy_kept for run in reference])
 
 
 def _differences(values: Sequence[float], reference: Sequence[float]) -> Spread | None:
@@ -162,10 +174,16 @@ def _format_spread(spread: Spread | None) -> str:
 
 
 def markdown(comparison: Comparison) -> str:
-    header, *rows = table(comparison)
-    lines = [header, ["---"] * len(header), *rows]
+    """A table for each kind of run, then the conditions."""
+    parts = comparison.parts
+    tables = []
+    for part in parts:
+        header, *rows = table(part)
+        lines = [header, ["---"] * len(header), *rows]
+        heading = f"{part.title}\n\n" if len(parts) > 1 else ""
+        tables.append(heading + "".join(f"| {' | '.join(cells)} |\n" for cells in lines))
     notes = "".join(f"- {line}\n" for line in comparison.conditions)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n" + (f"\n{notes}" if notes else "")
+    return "\n".join(tables) + (f"\n{notes}" if notes else "")
 
 
 def figure(comparison: Comparison) -> bytes:
@@ -177,7 +195,7 @@ def figure(comparison: Comparison) -> bytes:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = _panels(comparison)
+    panels = list_panels(comparison)
     rows = math.ceil(len(panels) / _PANELS_PER_ROW)
     columns = math.ceil(len(panels) / rows)
     canvas, grid = plt.subplots(
@@ -191,7 +209,7 @@ def figure(comparison: Comparison) -> bytes:
     for number, (name, runs) in enumerate(comparison.methods.items()):
         colour = palette(number % palette.N)
         for axis, (metric, _) in zip(axes, panels, strict=True):
-            if metric == _LAW:
+            if metric == LAW:
                 draw_law(axis, runs, colour)
                 continue
             width = 1 if metric.startswith("eval/") else 9
@@ -207,7 +225,7 @@ def figure(comparison: Comparison) -> bytes:
                 )
 
     for axis, (metric, title) in zip(axes, panels, strict=True):
-        axis.set(title=title, xlabel="step" if metric != _LAW else "policy entropy, nats")
+        axis.set(title=title, xlabel="step" if metric != LAW else "policy entropy, nats")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
 
@@ -217,7 +235,7 @@ def figure(comparison: Comparison) -> bytes:
     return buffer.getvalue()
 
 
-def _panels(comparison: Comparison) -> list[tuple[str, str]]:
+def list_panels(comparison: Comparison) -> list[tuple[str, str]]:
     """(metric, title) of every panel whose metric some run logged."""
     all_runs = [run for runs in comparison.methods.values() for run in runs]
     panels = [
@@ -228,16 +246,16 @@ def _panels(comparison: Comparison) -> list[tuple[str, str]]:
     panels += [(measure, f"held-out {measure.partition('/')[2]}") for measure in comparison.measures]
     logged = [panel for panel in panels if any(run.series(panel[0])[0] for run in all_runs)]
     if {"reward/mean", "learner/entropy_mean"} <= {metric for metric, _ in logged}:
-        return [*logged, (_LAW, "reward against entropy, with R = -a exp(H) + b")]
+        return [*logged, (LAW, "reward against entropy, with R = -a exp(H) + b")]
     return [("loss/total", "training loss"), *logged]
 
 
 def draw_law(axis: Any, runs: Sequence[Curves], colour: Any) -> None:
     """Draws points and fit of the first run of a method, if it logged entropy and reward."""
-    _, entropies = runs[0].series("learner/entropy_mean")
-    _, rewards = runs[0].series("reward/mean")
-    if len(entropies) < 3 or len(entropies) != len(rewards):
+    points = runs[0].law_points()
+    if len(points) < 3:
         return
+    entropies, rewards = zip(*points, strict=True)
     axis.plot(entropies, rewards, ".", color=colour, markersize=2, alpha=0.4)
     law = fit_law(entropies, rewards)
     if law is not None:
@@ -245,51 +263,3 @@ def draw_law(axis: Any, runs: Sequence[Curves], colour: Any) -> None:
         high = max(entropies)
         grid = [low + (high - low) * place / 50 for place in range(51)]
         axis.plot(grid, [law.reward_at(entropy) for entropy in grid], color=colour, linewidth=1.2)
-
-
-def moving_mean(values: Sequence[float], width: int) -> list[float]:
-    """Mean over the last ``width`` values."""
-    return [sum(values[max(0, end - width) : end]) / min(end, width) for end in range(1, len(values) + 1)]
-
-
-def page(comparison: Comparison, png: bytes) -> str:
-    """A self-contained HTML file."""
-    header, *rows = table(comparison)
-
-    def cells(tag: str, values: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values) + "</tr>"
-
-    body = [
-        f"<h1>{html.escape(comparison.title)}</h1>",
-        "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in comparison.conditions) + "</ul>",
-        "<table><thead>"
-        + cells("th", header)
-        + "</thead><tbody>"
-        + "".join(cells("td", row) for row in rows)
-        + "</tbody></table>",
-        f'<img alt="curves of every run" src="data:image/png;base64,{base64.b64encode(png).decode()}">',
-    ]
-    style = (
-        "body{font:15px/1.5 "
-        "system-ui,sans-serif;margin:2rem;max-width:120rem}table{border-collapse:collapse}img{max-width:100%}"
-        "th,td{border:1px solid #ccc;padding:.3rem .6rem;text-align:left}thead{background:#f3f3f3}"
-    )
-    head = f'<meta charset="utf-8"><title>{html.escape(comparison.title)}</title><style>{style}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
-
-
-def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
-    """Writes comparison.md, comparison.png and comparison.html to ``folder``; returns their paths."""
-    png = figure(comparison)
-    paths = [folder / "comparison.md", folder / "comparison.png", folder / "comparison.html"]
-    folder.mkdir(parents=True, exist_ok=True)
-    paths[0].write_text(f"# {comparison.title}\n\n{markdown(comparison)}", encoding="utf-8")
-    paths[1].write_bytes(png)
-    paths[2].write_text(page(comparison, png), encoding="utf-8")
-    return paths
-
-
-def run_page(title: str, curves: Curves) -> str:
-    """The HTML page of one run: its final and best measurements, and its curves."""
-    comparison = Comparison(title, (f"{len(curves.steps)} steps",), {title: [curves]})
-    return page(comparison, figure(comparison))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rltrain.errors import UserError
@@ -31,10 +32,15 @@ class Spread:
 
 @dataclass(frozen=True)
 class Curves:
-    """One run. steps: one line per training step. evals: one line per evaluation, first to last."""
+    """One run. steps: one line per training step. evals: one line per evaluation, first to last.
+
+    A number that is not finite is NaN in its line; ``nonfinite`` counts such lines by metric.
+    """
 
     steps: tuple[Line, ...]
     evals: tuple[Line, ...]
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
+    folder: Path | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Curves:
@@ -43,28 +49,53 @@ class Curves:
         if not path.is_file():
             raise UserError(f"{folder} holds no metrics.jsonl; give the folder of a run")
         lines: list[Line] = []
+        nonfinite: Counter[str] = Counter()
         for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             try:
-                lines.append(json.loads(text))
+                record = json.loads(text)
             except ValueError as error:
                 raise UserError(
                     f"{path}, line {number} is not JSON ({error}); the last line of a run that is still "
                     "writing may be incomplete"
                 ) from error
+            nonfinite.update(list(record.pop("nonfinite", {})))
+            lines.append({name: math.nan if value is None else value for name, value in record.items()})
 
         steps = tuple(line for line in lines if "time/step" in line)
         if not steps:
             raise UserError(f"{path} holds no training step")
-        return cls(steps, tuple(line for line in lines if any(name.startswith("eval/") for name in line)))
+        evals = tuple(line for line in lines if any(name.startswith("eval/") for name in line))
+        return cls(steps, evals, dict(nonfinite), folder)
+
+    @property
+    def samples(self) -> bool:
+        """Whether the run trains on completions that it samples, not on a data set of judged ones."""
+        return any("rollout/completions" in line for line in self.steps)
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of ``metric`` in all lines that have it."""
+        """(steps, values) of ``metric`` in all lines where it is finite."""
         points = [
             (int(line["step"]), line[metric])
             for line in sorted((*self.steps, *self.evals), key=_step)
-            if metric in line
+            if _is_finite(line, metric)
         ]
         return [step for step, _ in points], [value for _, value in points]
+
+    def law_points(self) -> list[tuple[float, float]]:
+        """(entropy in nats, reward) of every step with both, as ``report/law.py`` pairs them."""
+        points = [
+            (
+                line.get("learner/entropy_mean", math.nan),
+                line.get("reward/correct", line.get("reward/mean", math.nan)),
+            )
+            for line in self.steps
+        ]
+        return [point for point in points if all(map(math.isfinite, point))]
+
+    def first(self, metric: str) -> Spread | None:
+        """``metric`` of the evaluation before the first step; None if it was not measured there."""
+        lines = [line for line in self.evals if metric in line and line["step"] == 0]
+        return _with_bounds(lines[0], metric) if lines else None
 
     def final(self, metric: str) -> Spread | None:
         """``metric`` of the last evaluation, with its interval over prompts; None if never measured."""
@@ -73,7 +104,7 @@ class Curves:
 
     def best(self, metric: str) -> Spread | None:
         """The largest value of ``metric`` over the evaluations; None if never measured."""
-        lines = [line for line in self.evals if metric in line]
+        lines = [line for line in self.evals if _is_finite(line, metric)]
         return _with_bounds(max(lines, key=lambda line: line[metric]), metric) if lines else None
 
     @property
@@ -105,7 +136,7 @@ class Curves:
         values = [
             line[metric]
             for line in self.steps
-            if metric in line and line.get("learner/epoch", -math.inf) > end - 1 + 1e-9
+            if _is_finite(line, metric) and line.get("learner/epoch", -math.inf) > end - 1 + 1e-9
         ]
         return statistics.fmean(values) if values else None
 
@@ -113,12 +144,19 @@ class Curves:
         """By control that reports it, the mean share of tokens that it changed; "clip": the share that the
         loss clipped, on either side.
         """
-        names = sorted({name for line in self.steps for name in line if name.endswith("_touched")})
+        names = sorted(
+            {
+                name
+                for line in self.steps
+                for name in line
+                if name.endswith("_touched") and _is_finite(line, name)
+            }
+        )
         shares = {name.partition("/")[2].removesuffix("_touched"): self._mean(name) for name in names}
         clipped = [
             self._mean(name)
             for name in ("loss/clip_low", "loss/clip_high")
-            if any(name in line for line in self.steps)
+            if any(_is_finite(line, name) for line in self.steps)
         ]
         return shares | ({"clip": sum(clipped)} if clipped else {})
 
@@ -130,7 +168,7 @@ class Curves:
         return _with_bounds(lines[-1], "law/ceiling") if lines else None
 
     def _mean(self, metric: str) -> float:
-        return statistics.fmean(line[metric] for line in self.steps if metric in line)
+        return statistics.fmean(line[metric] for line in self.steps if _is_finite(line, metric))
 
 
 def mean_over_runs(runs: Sequence[Curves], measure: Callable[[Curves], Spread | None]) -> Spread | None:
@@ -154,8 +192,17 @@ def student_mean(values: Sequence[float]) -> Spread:
     return Spread(mean, mean - half_width, mean + half_width)
 
 
+def moving_mean(values: Sequence[float], width: int) -> list[float]:
+    """Mean over the last ``width`` values, over fewer at the start."""
+    return [sum(values[max(0, end - width) : end]) / min(end, width) for end in range(1, len(values) + 1)]
+
+
 def _with_bounds(line: Line, metric: str) -> Spread:
     return Spread(line[metric], line.get(f"{metric}_low", math.nan), line.get(f"{metric}_high", math.nan))
+
+
+def _is_finite(line: Line, metric: str) -> bool:
+    return math.isfinite(line.get(metric, math.nan))
 
 
 def _step(line: Line) -> float:

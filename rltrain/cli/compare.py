@@ -18,7 +18,8 @@ def compare_command(
     table and writes it to ``out``.
     """
     from rltrain.analysis.compare_runs import collect_runs, compare_conditions, plan_runs, run_all
-    from rltrain.analysis.comparison import markdown, write_comparison
+    from rltrain.analysis.comparison import markdown
+    from rltrain.analysis.pages.comparison_page import write_comparison
 
     console = Console(highlight=False)
     notes = compare_conditions(recipes, profile, overrides)
@@ -39,9 +40,13 @@ def compare_command(
 
 
 def report_command(runs: Sequence[str], out: Path) -> int:
-    """``rltrain report``: the same table, figure and page for the runs on the command line."""
-    from rltrain.analysis.comparison import Comparison, markdown, write_comparison
+    """``rltrain report``: the same table, figure and page for the runs on the command line; a run without
+    report.html gets one.
+    """
+    from rltrain.analysis.comparison import Comparison, markdown
     from rltrain.analysis.curves import Curves
+    from rltrain.analysis.pages.comparison_page import write_comparison
+    from rltrain.analysis.pages.run_page import write_missing_report
 
     methods: dict[str, list[Curves]] = {}
     for text in runs:
@@ -51,8 +56,11 @@ def report_command(runs: Sequence[str], out: Path) -> int:
             folders = text
         methods.setdefault(name, []).extend(Curves.read(Path(folder)) for folder in folders.split(","))
 
-    comparison = Comparison(", ".join(methods), (), methods)
     console = Console(highlight=False)
+    for run in (run for method_runs in methods.values() for run in method_runs):
+        if run.folder is not None and (written := write_missing_report(run.folder)) is not None:
+            console.print(str(written), markup=False, soft_wrap=True)
+    comparison = Comparison(", ".join(methods), (), methods)
     console.print(markdown(comparison), markup=False, soft_wrap=True)
     for path in write_comparison(comparison, out):
         console.print(str(path), markup=False, soft_wrap=True)

@@ -4,9 +4,11 @@ the end.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -60,7 +62,12 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
 
     with workflow.resources(inputs), ExitStack() as stack:
         process, watchdog = stack.enter_context(joined_processes(recipe.train.deadline_seconds))
-        environment = {**describe_environment(), "run": new_run_id()}
+        environment = {
+            **describe_environment(),
+            "run": new_run_id(),
+            "started": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+            "command": shlex.join(["rltrain", *sys.argv[1:]]),
+        }
         checkpoint = None
         if process.is_main:
             with user_mistakes():
@@ -99,9 +106,9 @@ def _train(
             stop_request.in_loop = True
             model = workflow.train(run)
             if is_main:
-                write_report(folder)
+                report_if_possible(folder, run.reporter)
         files = ("metrics", "transcripts", "report") if workflow.samples else ("metrics", "report")
-        lines = [f"{name:<11}  {getattr(folder, name)}" for name in files]
+        lines = [f"{name:<11}  {getattr(folder, name)}" for name in files if getattr(folder, name).exists()]
         run.reporter.message("\n".join([f"model        {model}", *lines]))
     except Stopped as stopped:
         if is_main:
@@ -128,15 +135,14 @@ def require_same_inputs(rank_0_digests: Mapping[str, str], digests: Mapping[str,
 
 
 def write_report(folder: RunFolder) -> None:
-    """Writes report.html: the run's curves and measurements, in one self-contained file."""
-    from rltrain.analysis.comparison import run_page
-    from rltrain.analysis.curves import Curves
+    """Writes report.html: the run's measurements, curves and completions, in one self-contained file."""
+    from rltrain.analysis.pages.run_page import run_page
 
-    write_atomic(folder.report, run_page(folder.path.name, Curves.read(folder.path)))
+    write_atomic(folder.report, run_page(folder))
 
 
 def report_if_possible(folder: RunFolder, reporter: Reporter) -> None:
-    """Writes the report of a stopped run. A failure is only a warning, because the checkpoint is saved."""
+    """Writes the report of a run that ended. A failure is only a warning: model or checkpoint are saved."""
     try:
         write_report(folder)
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:

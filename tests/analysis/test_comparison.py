@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,12 @@ from rltrain.analysis.comparison import (
     Comparison,
     figure,
     markdown,
-    page,
     paired_seeds,
-    run_page,
     table,
-    write_comparison,
 )
 from rltrain.analysis.curves import Curves, Spread, student_mean
 from rltrain.errors import UserError
+from rltrain.report.sinks import JsonLines
 
 
 def run(
@@ -106,10 +103,49 @@ def test_what_a_loss_clips_on_either_side_is_touched_too_and_the_ceiling_is_the_
     assert ceiling is not None and ceiling.value == 0.8
 
 
-def test_the_page_of_one_run_compares_it_with_nothing(tmp_path: Path) -> None:
-    parsed = _Page()
-    parsed.feed(run_page("mine", run(tmp_path / "a", [0.4, 0.5], [1.0, 0.5])))
-    assert "pass@1 at the end" in parsed.text and not any("less" in text for text in parsed.text)
+def test_numbers_that_are_not_finite_are_left_out_of_curves_and_counted(tmp_path: Path) -> None:
+    # the interval over a single held-out prompt is not finite, and a step's number may not be
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    for step, kl, entropy in ((1, 0.1, 1.0), (2, math.nan, math.inf), (3, 0.3, 0.5)):
+        lines.log(
+            step, {"time/step": 1.0, "loss/kl": kl, "learner/entropy_mean": entropy, "reward/mean": 0.5}
+        )
+    lines.log(
+        3,
+        {
+            "eval/pass@1": 1.0,
+            "eval/pass@1_low": math.nan,
+            "eval/pass@1_high": math.nan,
+            "eval/loss": math.nan,
+        },
+    )
+    lines.close()
+    curves = Curves.read(tmp_path)
+    final, loss = curves.final("eval/pass@1"), curves.final("eval/loss")
+    assert final is not None and final.value == 1.0 and math.isnan(final.low) and str(final) == "1.000"
+    assert loss is not None and math.isnan(loss.value) and curves.best("eval/loss") is None
+    assert curves.series("loss/kl") == ([1, 3], [0.1, 0.3]) and curves.entropy_kept == 0.5
+    assert curves.law_points() == [(1.0, 0.5), (0.5, 0.5)]
+    assert curves.nonfinite == {
+        "loss/kl": 1,
+        "learner/entropy_mean": 1,
+        "eval/pass@1_low": 1,
+        "eval/pass@1_high": 1,
+        "eval/loss": 1,
+    }
+    comparison = Comparison("one prompt", (), {"a": [curves], "b": [curves]})
+    assert dict(zip(*table(comparison)[:2], strict=True))["pass@1 at the end"] == "1.000"
+    assert figure(comparison).startswith(b"\x89PNG")
+
+
+def test_runs_of_both_kinds_have_a_table_each(tmp_path: Path) -> None:
+    sampled = run(tmp_path / "a", [0.4, 0.5], [1.0, 0.5])
+    sampled.steps[0]["rollout/completions"] = 8.0
+    judged = judged_run(tmp_path / "b", 0.6, [0.5, 0.7], 0.4)
+    parts = Comparison("both", (), {"grpo": [sampled], "dpo": [judged]}).parts
+    assert [list(part.methods) for part in parts] == [["grpo"], ["dpo"]]
+    assert [part.measures[0] for part in parts] == ["eval/pass@1", "eval/accuracy"]
+    assert "less grpo's" not in markdown(Comparison("both", (), {"grpo": [sampled], "dpo": [judged]}))
 
 
 def test_differences_are_paired_by_seed(comparison: Comparison) -> None:
@@ -181,38 +217,6 @@ def test_runs_over_judged_examples_show_calibration_entropy_and_what_they_learn_
     )
     assert second["entropy at the end / start"] == "0.750 [0.750, 0.750]"
     assert figure(both).startswith(b"\x89PNG")
-
-
-class _Page(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.text: list[str] = []
-        self.images: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.images += [value or "" for name, value in attrs if name == "src"]
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-
-def test_the_page_needs_nothing_but_itself_and_escapes_names(comparison: Comparison) -> None:
-    parsed = _Page()
-    parsed.feed(page(comparison, figure(comparison)))
-    assert (
-        parsed.tags.count("tr") == 3
-        and len(parsed.images) == 1
-        and parsed.images[0].startswith("data:image/png;base64,")
-    )
-    assert "grpo and <cov>" in parsed.text and "cov" not in parsed.tags
-
-
-def test_everything_is_written_side_by_side(comparison: Comparison, tmp_path: Path) -> None:
-    made = write_comparison(comparison, tmp_path / "out")
-    assert [path.name for path in made] == ["comparison.md", "comparison.png", "comparison.html"]
-    assert made[1].read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,19 @@ def test_a_report_that_cannot_be_written_changes_no_exit_code(
     assert "report.html is not written" in printed and "stopped by SIGTERM after step 1" in printed
 
 
+def test_a_finished_run_without_a_report_is_finished(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(*_: Any) -> None:
+        raise ValueError("run.html.j2: no such value")
+
+    monkeypatch.setattr(commands, "write_report", refuses)
+    assert start(tmp_path / "run", "data.eval=null", "loss.terms=[]", "train.steps=1") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "report.html is not written: run.html.j2" in printed and (tmp_path / "run/model").is_dir()
+    assert "report " not in printed.partition("model  ")[2]
+
+
 def test_a_run_goes_on_with_another_deadline_and_other_workers_in_the_same_numbers(
     start: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

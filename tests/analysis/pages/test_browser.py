@@ -1,0 +1,185 @@
+"""The pages in headless Chromium, if it and selenium are installed: apt install chromium chromium-driver, pip
+install selenium.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rltrain.analysis.comparison import Comparison
+from rltrain.analysis.curves import Curves
+from rltrain.analysis.pages.comparison_page import write_comparison
+from rltrain.analysis.pages.run_page import write_missing_report
+from support.report_runs import write_run
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+HAS_SELENIUM = importlib.util.find_spec("selenium") is not None
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="no chromium and chromedriver on the PATH"),
+    pytest.mark.skipif(not HAS_SELENIUM, reason="selenium is not installed"),
+]
+
+_FLAGS = (
+    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--disable-dev-shm-usage", "--hide-scrollbars"),
+)
+Opener = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_missing_report(write_run(tmp_path_factory.mktemp("runs") / "mine"))
+    assert path is not None
+    return path
+
+
+@pytest.fixture
+def open_page(tmp_path: Path) -> Iterator[Opener]:
+    """Opens a page at a width, in the system's dark or light mode; checks at the end that no page wrote an
+    error to the console.
+    """
+    from selenium import webdriver
+
+    opened: list[Any] = []
+
+    def start(path: Path, width: int = 1400, scheme: str = "light") -> Any:
+        options = webdriver.ChromeOptions()
+        options.binary_location = str(CHROMIUM)
+        for flag in (*_FLAGS, f"--user-data-dir={tmp_path / 'profile'}{len(opened)}"):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
+        opened.append(driver)
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        driver.get(path.as_uri())
+        return driver
+
+    yield start
+    logs = [driver.get_log("browser") for driver in opened]
+    for driver in opened:
+        driver.quit()
+    assert not [line for log in logs for line in log if line["level"] == "SEVERE"]
+
+
+def fill(driver: Any, element: str, text: str) -> None:
+    driver.find_element("id", element).send_keys(text)
+
+
+def counted(driver: Any) -> str:
+    return driver.find_element("id", "count").text
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "the page did not come to the expected state"
+        time.sleep(0.05)
+    return value
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_its_window_in_both_schemes(
+    page: Path, open_page: Opener, width: int, scheme: str
+) -> None:
+    driver = open_page(page, width, scheme)
+    widths = driver.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+    assert widths == [width, width]
+    back = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (back == "rgb(17, 21, 27)") == (scheme == "dark")
+    driver.find_element("id", "theme").click()
+    other = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (other == "rgb(17, 21, 27)") == (scheme == "light")
+    assert driver.execute_script("return performance.getEntriesByType('resource').length") == 0
+
+
+def test_a_cursor_over_a_chart_shows_values_and_a_drag_zooms_every_chart(
+    page: Path, open_page: Opener
+) -> None:
+    from selenium.webdriver import ActionChains
+
+    driver = open_page(page)
+    driver.execute_script("document.getElementById('curves').scrollIntoView()")
+    plots = wait_for(lambda: driver.find_elements("css selector", "#charts .u-over"))
+    ActionChains(driver).move_to_element(plots[0]).perform()
+    values = wait_for(
+        lambda: [
+            cell.text
+            for cell in driver.find_elements("css selector", "#charts .chart:first-child .u-value")
+            if cell.text not in ("", "-")
+        ]
+    )
+    assert values[0] in ("49", "50", "51")  # the middle of 100 steps
+    ActionChains(driver).move_to_element(plots[0]).click_and_hold().move_by_offset(60, 0).release().perform()
+    first = wait_for(lambda: driver.find_element("id", "from").get_attribute("value"))
+    ranges = (
+        "return [...charts.built.values()].filter((one) => !one.data.xLabel)"
+        ".map((one) => one.plot.scales.x.min)"
+    )
+    assert set(wait_for(lambda: driver.execute_script(ranges))) == {int(first)}
+    driver.find_element("id", "whole").click()
+    assert driver.find_element("id", "from").get_attribute("value") == ""
+    driver.find_element("id", "smooth").click()
+    driver.find_element("css selector", "#more summary").click()
+    wait_for(lambda: driver.find_elements("css selector", "#others .chart"))
+
+
+def test_filters_choose_completions(page: Path, open_page: Opener) -> None:
+    driver = open_page(page)
+    assert counted(driver) == "4 prompts, 8 completions"
+    driver.find_element("id", "ungraded").click()
+    assert counted(driver) == "1 prompts, 1 completions"
+    assert "ungraded: timeout" in driver.find_element("id", "group").text
+    driver.find_element("id", "clear").click()
+    driver.find_element("id", "turned").click()
+    assert counted(driver) == "2 prompts, 4 completions"
+    assert "</script><b>4</b>" in driver.find_element("id", "group").text
+    driver.find_element("id", "clear").click()
+    fill(driver, "step-low", "50")
+    fill(driver, "step-high", "60")
+    fill(driver, "score-low", "0.5")
+    assert counted(driver) == "1 prompts, 1 completions"
+    group = driver.find_element("id", "group").text
+    assert "turn 1" in group and "look it up" in group and "1 more completions do not pass" in group
+    driver.find_element("id", "clear").click()
+    fill(driver, "length-low", "7")
+    fill(driver, "length-high", "8")
+    assert counted(driver) == "2 prompts, 2 completions"
+    fill(driver, "text", "no idea")
+    assert counted(driver) == "1 prompts, 1 completions"
+
+
+def test_a_run_of_2000_steps_loads_in_two_seconds(open_page: Opener, tmp_path: Path) -> None:
+    path = write_missing_report(write_run(tmp_path / "long", steps=2000))
+    assert path is not None
+    driver = open_page(path)
+    seconds = "return performance.timing.loadEventEnd - performance.timing.navigationStart"
+    assert driver.execute_script(seconds) < 2000
+
+
+def test_a_comparison_fits_a_phone(open_page: Opener, tmp_path: Path) -> None:
+    methods = {
+        name: [
+            Curves.read(write_run(tmp_path / name / f"seed-{seed}", shift=shift + seed / 50))
+            for seed in (0, 1)
+        ]
+        for name, shift in (("grpo", 0.0), ("cov", 0.1))
+    }
+    path = write_comparison(Comparison("two methods", (), methods), tmp_path / "out")[2]
+    driver = open_page(path, 390, "dark")
+    assert driver.execute_script("return document.documentElement.scrollWidth") == 390
+    driver.execute_script("document.getElementById('curves').scrollIntoView()")
+    wait_for(lambda: driver.find_elements("css selector", "#charts .u-over"))
