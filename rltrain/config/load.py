@@ -21,7 +21,13 @@ from pydantic import ValidationError
 
 from rltrain.config.explain import explain
 from rltrain.config.schema import RECIPES, AnyRecipe, OfflineRecipe, OfflineReport, OnlineRecipe, Section
-from rltrain.config.user_files import absolute_name, drop_digest, with_absolute_names, with_digests
+from rltrain.config.user_files import (
+    absolute_name,
+    drop_digest,
+    method_places,
+    with_absolute_names,
+    with_digests,
+)
 from rltrain.config.yaml12 import Document, KeyPath, dump, parse_value, read
 from rltrain.errors import RecipeError
 from rltrain.registry import suggestion
@@ -343,13 +349,10 @@ def merge_mappings(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[s
 def with_sizes(data: Mapping[str, Any], sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """``data`` with the sizes added to the methods it uses; sizes of other methods are ignored."""
     result = copy.deepcopy(dict(data))
-    for *path, last in _method_keys(result):
-        holder: Any = result
-        for part in path:
-            holder = holder[part]
-        method = {"name": holder[last]} if isinstance(holder[last], str) else holder[last]
-        if isinstance(method, dict) and method.get("name") in sizes:
-            holder[last] = {**method, **sizes[method["name"]]}
+    for holder, key in list(method_places(result)):
+        method = {"name": holder[key]} if isinstance(holder[key], str) else holder[key]
+        if method["name"] in sizes:
+            holder[key] = {**method, **sizes[method["name"]]}
     return result
 
 
@@ -410,26 +413,6 @@ def _resolve_key_part(holder: Any, part: str, key: KeyPath, source: str) -> Any:
     if int(part) == len(holder):
         holder.append(None)
     return int(part)
-
-
-def _method_keys(data: Mapping[str, Any]) -> Iterator[KeyPath]:
-    """The keys in ``data`` at which a recipe names methods."""
-    for section, key in (
-        ("loss", "policy"),
-        ("loss", "aggregate"),
-        ("loss", PREFERENCE_KEY),
-        ("process_reward", "loss"),
-    ):
-        if isinstance(data.get(section), dict) and key in data[section]:
-            yield section, key
-    if "advantage" in data:
-        yield ("advantage",)
-    for path in (("control",), ("loss", "terms"), ("reward", "functions"), ("rollout", "extra_samples")):
-        items: Any = data
-        for part in path:
-            items = items.get(part, []) if isinstance(items, dict) else []
-        if isinstance(items, list):
-            yield from ((*path, index) for index in range(len(items)))
 
 
 def _is_method(key: KeyPath) -> bool:

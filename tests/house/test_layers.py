@@ -14,6 +14,8 @@ LAYERS = (
     (
         "rltrain.types",
         "rltrain.protocols",
+        "rltrain.declaration",
+        "rltrain.user_methods",
         "rltrain.registry",
         "rltrain.tensor_ops",
         "rltrain.seeds",
