@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -11,6 +12,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 F = TypeVar("F")
 
+_TENSOR_OR_NONE = re.compile(r"(torch\.)?Tensor \| None|(typing\.)?Optional\[(torch\.)?Tensor\]")
 DECLARATION = "method_declaration"  # the attribute of a declared function or class
 
 
@@ -89,6 +91,7 @@ class MethodSpec(Declaration):
     positional: tuple[str, ...]  # arguments that the stage supplies by position
     inputs: tuple[str, ...]  # keyword-only tensors
     doc: str
+    package: str = ""  # name and version of the installed package that brings it; empty: none does
 
     def needs_with(self, hp: Mapping[str, Any]) -> frozenset[str]:
         """Everything the method needs under these hyperparameters."""
@@ -103,6 +106,11 @@ def _is_condition_met(condition: str, values: Mapping[str, Any]) -> bool:
     """
     name, equals, value = condition.partition("=")
     return str(values[name]) == value if equals else values[name] not in (0, None)
+
+
+def is_tensor_or_none(annotation: str) -> bool:
+    """Whether a keyword of this type is an input of the stage rather than a hyperparameter."""
+    return _TENSOR_OR_NONE.fullmatch(annotation) is not None
 
 
 @functools.cache

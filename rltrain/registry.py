@@ -6,13 +6,15 @@ modules and reads their declarations from source, so that recipes are validated 
 and a default is stated in the signature only. Keyword-only parameters without a default, and those of type
 ``Tensor | None``, are inputs that the caller supplies; they are named in ``needs`` or ``needs_if``.
 
-A name may also be a user's own, ``path/to/file.py:name``: ``user_methods.py`` imports that file and reads the
+Installed packages add methods (``reward/installed.py``), which are read in the same way. A name may also be a
+user's own, ``path/to/file.py:name``: ``user_methods.py`` imports that file and reads the
 declaration from the function.
 """
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
 import functools
 import importlib
@@ -24,9 +26,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from reward.installed import KINDS, installed_modules, installed_modules_of
 from reward.source import is_user_spec
-from rltrain.declaration import Hyperparameter, MethodSpec, declare, method
-from rltrain.user_methods import UserMethod, read_user_method
+from rltrain.declaration import Hyperparameter, MethodSpec, declare, is_tensor_or_none, method
+from rltrain.user_methods import UserMethod, read_user_method, signature_problems
 
 __all__ = ["BoundMethod", "Hyperparameter", "MethodSpec", "Registry", "method", "suggestion"]
 
@@ -51,6 +54,15 @@ class BoundMethod:
         return self.function(*args, **kwargs)
 
 
+@dataclass(frozen=True)
+class InstalledMethods:
+    """Methods of one kind that installed packages bring."""
+
+    specs: tuple[MethodSpec, ...]
+    problems: tuple[str, ...]  # what cannot be used, and why
+    repeated: Mapping[str, str]  # name -> why it is ambiguous
+
+
 class Registry:
     """The methods of one kind.
 
@@ -72,6 +84,14 @@ class Registry:
 
     @functools.cached_property
     def specs(self) -> dict[str, MethodSpec]:
+        """Every usable method by its name: those of this package, then those of installed ones."""
+        specs = dict(self._own_specs)
+        for spec in self._installed_methods.specs:
+            specs[spec.name] = spec
+        return specs
+
+    @functools.cached_property
+    def _own_specs(self) -> dict[str, MethodSpec]:
         specs: dict[str, MethodSpec] = {}
         for module in self.modules:
             for spec in _read_declarations(module, self.decorator):
@@ -81,6 +101,38 @@ class Registry:
                     )
                 specs[spec.name] = spec
         return specs
+
+    @functools.cached_property
+    def _installed_methods(self) -> InstalledMethods:
+        """The methods of installed packages. A fault of a package stops only recipes that name
+        its methods.
+        """
+        specs: dict[str, MethodSpec] = {}
+        problems: list[str] = []
+        repeated: dict[str, str] = {}
+        for entry in installed_modules_of(self.kind.replace(" ", "_")):
+            try:
+                declared = _read_declarations(entry.module, self.decorator)
+            except (ValueError, ImportError, SyntaxError) as error:
+                problems.append(f"{entry.package}: {entry.module} cannot be read: {error}")
+                continue
+            for spec in declared:
+                if other := self._own_specs.get(spec.name) or specs.get(spec.name):
+                    owner = other.package or "rltrain"
+                    repeated[spec.name] = (
+                        f"{owner} and {entry.package} both declare the {self.kind} {spec.name!r}; uninstall "
+                        "one of them, or rename one"
+                    )
+                elif faults := signature_problems(self.kind, self._own_specs, spec):
+                    problems.append(f"{entry.package}: {entry.module}:{spec.attribute}: {'; '.join(faults)}")
+                else:
+                    specs[spec.name] = dataclasses.replace(spec, package=entry.package)
+        problems += [
+            f"{entry.package}: {entry.kind!r} is no kind of method{suggestion(entry.kind, KINDS)}"
+            for entry in installed_modules()
+            if entry.kind not in KINDS
+        ]
+        return InstalledMethods(tuple(specs.values()), tuple(problems), repeated)
 
     def names(self) -> list[str]:
         return list(self.specs)
@@ -92,10 +144,15 @@ class Registry:
         """
         if is_user_spec(name):
             return self._read_user_method(name).spec
+        if name in self._installed_methods.repeated:
+            raise ValueError(self._installed_methods.repeated[name])
         if name not in self.specs:
             looks_like_a_file = ".py" in name or ":" in name or "/" in name
+            faults = "".join(
+                f"; installed, but not usable: {line}" for line in self._installed_methods.problems
+            )
             form = "; your own is named as path/to/file.py:name" if looks_like_a_file else ""
-            raise ValueError(f"no {self.kind} is called {name!r}{suggestion(name, self.specs)}{form}")
+            raise ValueError(f"no {self.kind} is called {name!r}{suggestion(name, self.specs)}{form}{faults}")
         return self.specs[name]
 
     def find(self, name: str) -> MethodSpec | None:
@@ -162,26 +219,36 @@ def _read_declarations(module: str, decorator: str) -> list[MethodSpec]:
         if not isinstance(node, ast.FunctionDef | ast.ClassDef):
             continue
         for call in node.decorator_list:
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == decorator:
+            if isinstance(call, ast.Call) and _decorator_name(call) == decorator:
                 specs.append(_spec_from_source(node, call, module))
     return specs
+
+
+def _decorator_name(call: ast.Call) -> str:
+    """``method`` for ``@method(...)`` and ``@rltrain.method(...)``; empty for other expressions."""
+    if isinstance(call.func, ast.Attribute):
+        return call.func.attr
+    return call.func.id if isinstance(call.func, ast.Name) else ""
 
 
 def _spec_from_source(node: ast.FunctionDef | ast.ClassDef, call: ast.Call, module: str) -> MethodSpec:
     facts: dict[str | None, Any] = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     declaration = declare(ast.literal_eval(call.args[0]), facts)
-    function = node
-    if isinstance(node, ast.ClassDef):
-        function = next(
-            item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"
+    initializers = [
+        item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"
+    ]
+    function = next(iter(initializers), None) if isinstance(node, ast.ClassDef) else node
+    if function is None:
+        raise ValueError(
+            f"{node.name} has no __init__ of its own, which states its hyperparameters; write one"
         )
-    assert isinstance(function, ast.FunctionDef)
     positional = tuple(argument.arg for argument in (*function.args.posonlyargs, *function.args.args))
     hyperparameters: dict[str, Hyperparameter] = {}
     inputs: list[str] = []
     for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
-        assert argument.annotation is not None, f"{module}: {argument.arg} has no annotation"
-        if default is None or ast.unparse(argument.annotation) == "Tensor | None":
+        if argument.annotation is None:
+            raise ValueError(f"{node.name}: {argument.arg} has no type; write it in the signature")
+        if default is None or is_tensor_or_none(ast.unparse(argument.annotation)):
             inputs.append(argument.arg)
         else:
             hyperparameters[argument.arg] = Hyperparameter(

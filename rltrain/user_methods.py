@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,13 @@ from string import Formatter
 from types import ModuleType
 from typing import Any
 
+from pydantic.errors import PydanticSchemaGenerationError
+
 from reward.source import import_file, source_digest
-from rltrain.declaration import DECLARATION, Declaration, Hyperparameter, MethodSpec
+from rltrain.declaration import DECLARATION, Declaration, Hyperparameter, MethodSpec, is_tensor_or_none
 
-__all__ = ["UserMethod", "read_user_method"]
+__all__ = ["UserMethod", "read_user_method", "signature_problems"]
 
-_TENSOR_OR_NONE = re.compile(r"(torch\.)?Tensor \| None|(typing\.)?Optional\[(torch\.)?Tensor\]")
 
 _ABOUT_A_KEY = frozenset({"fraction", "same_as_policy_loss"})  # traits whose argument is a hyperparameter
 
@@ -63,8 +63,7 @@ def read_user_method(
     missing = [key for key in interface if inspect.isclass(function) and not hasattr(function, key)]
     if missing:
         raise ValueError(f"{name} lacks {', '.join(missing)}; a {kind} has {', '.join(interface)}")
-    problems = [*_unknown_hyperparameters(spec), *_call_problems(kind, known, spec)]
-    if problems:
+    if problems := signature_problems(kind, known, spec):
         raise ValueError(f"{name}: {'; '.join(problems)}")
     return UserMethod(spec, function)
 
@@ -87,7 +86,7 @@ def _spec_of(name: str, file: Path, function: Callable[..., Any], declaration: D
     inputs = [
         key
         for key, parameter in keywords.items()
-        if parameter.default is parameter.empty or _TENSOR_OR_NONE.fullmatch(texts[key])
+        if parameter.default is parameter.empty or is_tensor_or_none(texts[key])
     ]
     return MethodSpec(
         **vars(declaration),
@@ -128,6 +127,22 @@ def _type_of(name: str, function: Callable[..., Any], parameter: inspect.Paramet
         return eval(annotation, dict(getattr(code, "__globals__", {})))
     except (NameError, SyntaxError, TypeError, AttributeError) as error:
         raise ValueError(f"{name}: the type {annotation} of {parameter.name} is unknown: {error}") from error
+
+
+def signature_problems(kind: str, known: Mapping[str, MethodSpec], spec: MethodSpec) -> list[str]:
+    """Why the method's signature fits neither its declaration nor the calls of its stage.
+
+    known: the registered methods of this kind.
+    """
+    return [*_unknown_types(spec), *_unknown_hyperparameters(spec), *_call_problems(kind, known, spec)]
+
+
+def _unknown_types(spec: MethodSpec) -> Iterator[str]:
+    for key, parameter in spec.hyperparameters.items():
+        try:
+            parameter.adapter()
+        except (NameError, PydanticSchemaGenerationError) as error:
+            yield f"the type {parameter.annotation} of {key} cannot be checked: {str(error).splitlines()[0]}"
 
 
 def _unknown_hyperparameters(spec: MethodSpec) -> Iterator[str]:
