@@ -39,9 +39,9 @@ def method(
 ) -> Callable[[F], F]:
     """Declares a method. In a package all arguments must be literals, because they are read from source.
 
-    needs: what the learner must compute for it ("old_logp", "ref_logp", "old_entropy", "logp_now",
-    "entropy_grad", ...); a hyperparameter in braces is replaced by its value ("clamped_entropy:{share}").
-    needs_if: the same, but only if the named hyperparameter is neither 0 nor None, or has the value in
+    needs: what the learner must compute for it ("old_logp", "ref_logp", "entropy_grad", ...;
+    ``rltrain/needs.py`` lists them); a hyperparameter in braces is replaced by its value
+    ("clamped_entropy:{share}"). needs_if: the same, but only if the named hyperparameter is neither 0 nor None, or has the value in
     "name=value". traits: facts that ``config/rules`` uses in its rules ("owns_clipping",
     "off_policy_only", "sequence_level", ...). refuses: for each hyperparameter, values that users may try but
     that must not be used, with the reason for the error message. The function keeps the declaration as its

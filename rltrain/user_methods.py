@@ -6,6 +6,7 @@ keeps on it.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import inspect
@@ -20,6 +21,7 @@ from pydantic.errors import PydanticSchemaGenerationError
 
 from reward.source import import_file, source_digest
 from rltrain.declaration import DECLARATION, Declaration, Hyperparameter, MethodSpec, is_tensor_or_none
+from rltrain.needs import NEEDS, unknown_words
 
 __all__ = ["UserMethod", "read_user_method", "signature_problems"]
 
@@ -134,7 +136,19 @@ def signature_problems(kind: str, known: Mapping[str, MethodSpec], spec: MethodS
 
     known: the registered methods of this kind.
     """
-    return [*_unknown_types(spec), *_unknown_hyperparameters(spec), *_call_problems(kind, known, spec)]
+    return [
+        *_unknown_types(spec),
+        *_unknown_words(spec),
+        *_unknown_hyperparameters(spec),
+        *_call_problems(kind, known, spec),
+    ]
+
+
+def _unknown_words(spec: MethodSpec) -> Iterator[str]:
+    for word, table in unknown_words(all_needs(spec), spec.traits):
+        matches = difflib.get_close_matches(word, table, n=1, cutoff=0.5)
+        nearest = f"did you mean {matches[0]!r}?" if matches else "docs/needs.md lists them"
+        yield f"no {'need' if table is NEEDS else 'trait'} is called {word!r}; {nearest}"
 
 
 def _unknown_types(spec: MethodSpec) -> Iterator[str]:

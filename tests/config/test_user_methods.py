@@ -186,6 +186,8 @@ def test_a_users_method_is_refused_like_a_registered_one(
             "ref has no default, so that the",
         ),
         ("@method('m', needs={'entropy:{t}'})\ndef loss(policy, batch): ...", "names the hyperparameter t,"),
+        ("@method('m', needs={'old_lgp'})\ndef loss(policy, batch): ...", "did you mean 'old_logp'?"),
+        ("@method('m', traits={'own_clip'})\ndef loss(policy, batch): ...", "did you mean 'owns_clipping'?"),
         ("@method('m', needs_if={'kl': {'ref_logp'}})\ndef loss(policy, batch): ...", "hyperparameter kl,"),
         ("raise SystemExit('no')\ndef loss(policy, batch): ...", "mine.py does not import: SystemExit: no"),
         ("def loss(policy, batch:", "mine.py is not valid Python"),

@@ -15,6 +15,7 @@ LAYERS = (
         "rltrain.types",
         "rltrain.protocols",
         "rltrain.declaration",
+        "rltrain.needs",
         "rltrain.user_methods",
         "rltrain.registry",
         "rltrain.tensor_ops",
