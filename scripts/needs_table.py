@@ -13,9 +13,11 @@ PAGE = Path(__file__).parents[1] / "docs/needs.md"
 HEAD = """\
 # Needs and traits
 
-What `@method(name, needs=..., traits=...)` may declare. Made from `rltrain/needs.py` by `scripts/needs_table.py`. B completions, T completion
-tokens, N examples of a preference loss. An argument follows a colon: `entropy:0.5`, `policy_loss:clip`; a hyperparameter in braces is replaced by
-its value: `clamped_entropy:{share}`. A control may add `_now` to a statistic and gets it at the start of each optimizer batch.
+What `@method(name, needs=..., traits=...)` may declare. Made from `rltrain/needs.py` by
+`scripts/needs_table.py`. B completions, T completion tokens, N examples of a preference loss. An argument
+follows a colon: `entropy:0.5`, `policy_loss:clip`; a hyperparameter in braces is replaced by its value:
+`clamped_entropy:{share}`. A control may add `_now` to a statistic and gets it at the start of each optimizer
+batch.
 """
 
 
