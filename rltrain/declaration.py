@@ -42,10 +42,10 @@ def method(
     needs: what the learner must compute for it ("old_logp", "ref_logp", "entropy_grad", ...;
     ``rltrain/needs.py`` lists them); a hyperparameter in braces is replaced by its value
     ("clamped_entropy:{share}"). needs_if: the same, but only if the named hyperparameter is neither 0 nor
-    None, or has the value in "name=value". traits: facts that ``config/rules`` uses in its rules ("owns_clipping",
-    "off_policy_only", "sequence_level", ...). refuses: for each hyperparameter, values that users may try but
-    that must not be used, with the reason for the error message. The function keeps the declaration as its
-    attribute ``method_declaration``.
+    None, or has the value in "name=value". traits: facts that ``config/rules`` uses in its rules
+    ("owns_clipping", "off_policy_only", "sequence_level", ...). refuses: for each hyperparameter, values that
+    users may try but that must not be used, with the reason for the error message. The function keeps the
+    declaration as its attribute ``method_declaration``.
     """
     declaration = declare(
         name, {"arxiv": arxiv, "needs": needs, "needs_if": needs_if, "traits": traits, "refuses": refuses}
