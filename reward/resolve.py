@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from reward import MODULES
+from reward.installed import installed_modules_of
 from reward.score import RewardInputs, Score
 from reward.score_checks import check_scores
 from reward.source import is_user_spec
@@ -56,7 +57,7 @@ def resolve(call: RewardCall) -> Grader:
         function = load_user_function(call.name, call.hp)
         return Grader(call.label, function.scope, function, _do_nothing, function.reads_ids)
     known: list[str] = []
-    for name in MODULES:
+    for name in (*MODULES, *(entry.module for entry in installed_modules_of("reward"))):
         module = importlib.import_module(name)
         declared = {
             value.reward_name: value for value in vars(module).values() if hasattr(value, "reward_name")

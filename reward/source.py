@@ -1,13 +1,17 @@
-"""Identifies the code behind a name in a recipe: by a digest of a user's file, or by this package's
-version."""
+"""A user's file in a recipe: identified by a digest of its code, and imported by its path."""
 
 from __future__ import annotations
 
 import ast
 import hashlib
 import importlib.metadata
+import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+
+from reward.caught import Caught
 
 PACKAGE = "rltrain"
 
@@ -36,6 +40,25 @@ def source_digest(name: str) -> str:
         )
         digest.update(content)
     return f"sha256:{digest.hexdigest()}"
+
+
+def import_file(file: Path, module_name: str) -> ModuleType:
+    """The file as a module; its folder becomes importable, as with ``python file.py``.
+
+    Raises ValueError with the file's own error if it does not import.
+    """
+    source = importlib.util.spec_from_file_location(module_name, file)
+    if source is None or source.loader is None:
+        raise ValueError(f"{file} is not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(source)
+    sys.modules[module_name] = module
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    with Caught() as caught:
+        source.loader.exec_module(module)
+    if caught.error is not None:
+        raise ValueError(f"{file} does not import: {caught}") from caught.error
+    return module
 
 
 def source_files(file: Path) -> list[Path]:

@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import importlib.util
 import inspect
-import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
-from reward.caught import Caught
 from reward.score import RewardInputs
+from reward.source import import_file
 from reward.trl_form import TrlFunction
 
 _FORMS = (
@@ -48,7 +45,10 @@ def load_user_function(spec: str, hp: Mapping[str, Any]) -> UserFunction:
     file = Path(path).expanduser().resolve()
     if not file.is_file():
         raise ValueError(f"reward {spec!r}: there is no file {file}; write path/to/file.py:function")
-    module = _import_file(spec, file)
+    try:
+        module = import_file(file, f"user_reward_{file.stem}")
+    except ValueError as error:
+        raise ValueError(f"reward {spec!r}: {error}") from error
     if name not in vars(module):
         functions = (
             ", ".join(key for key, value in vars(module).items() if inspect.isfunction(value)) or "none"
@@ -85,21 +85,6 @@ def _loop() -> asyncio.Runner:
 
 async def _await(answer: Awaitable[Any]) -> Any:
     return await answer
-
-
-def _import_file(spec: str, file: Path) -> ModuleType:
-    """The file as a module; its folder becomes importable, as with ``python file.py``."""
-    source = importlib.util.spec_from_file_location(f"user_reward_{file.stem}", file)
-    assert source is not None and source.loader is not None, f"{file} ends in .py"
-    module = importlib.util.module_from_spec(source)
-    sys.modules[source.name] = module
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))
-    with Caught() as caught:
-        source.loader.exec_module(module)
-    if caught.error is not None:
-        raise ValueError(f"reward {spec!r}: {file} does not import: {caught}") from caught.error
-    return module
 
 
 def _bind(spec: str, function: Callable[..., Any], hp: Mapping[str, Any]) -> Callable[[RewardInputs], Any]:

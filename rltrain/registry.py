@@ -5,11 +5,16 @@ modules and reads their declarations from source, so that recipes are validated 
 ``bind`` imports only the module of that method. Keyword-only parameters with a default are hyperparameters,
 and a default is stated in the signature only. Keyword-only parameters without a default, and those of type
 ``Tensor | None``, are inputs that the caller supplies; they are named in ``needs`` or ``needs_if``.
+
+Installed packages add methods (``reward/installed.py``), which are read in the same way. A name may also be a
+user's own, ``path/to/file.py:name``: ``user_methods.py`` imports that file and reads the
+declaration from the function.
 """
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
 import functools
 import importlib
@@ -17,62 +22,16 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-F = TypeVar("F")
+from reward.installed import KINDS, installed_modules, installed_modules_of
+from reward.source import is_user_spec
+from rltrain.declaration import Hyperparameter, MethodSpec, declare, is_tensor_or_none, method
+from rltrain.user_methods import UserMethod, read_user_method, signature_problems
 
-
-def method(
-    name: str,
-    *,
-    arxiv: str | None = None,
-    needs: frozenset[str] | set[str] = frozenset(),
-    needs_if: Mapping[str, set[str]] | None = None,
-    traits: set[str] = frozenset(),  # type: ignore[assignment]
-    refuses: Mapping[str, Mapping[str, str]] | None = None,
-) -> Callable[[F], F]:
-    """Declares a method. All arguments must be literals, because they are read from source.
-
-    needs: what the learner must compute for it ("old_logp", "ref_logp", "old_entropy", "logp_now",
-    "entropy_grad", ...); a hyperparameter in braces is replaced by its value ("clamped_entropy:{share}").
-    needs_if: the same, but only if the named hyperparameter is neither 0 nor None, or has the value in
-    "name=value". traits: facts that ``config/check.py`` uses in its rules ("owns_clipping",
-    "off_policy_only", "sequence_level", ...). refuses: for each hyperparameter, values that users may try but
-    that must not be used, with the reason for the error message.
-    """
-    del name, arxiv, needs, needs_if, traits, refuses
-    return lambda function: function
-
-
-@dataclass(frozen=True)
-class Hyperparameter:
-    annotation: str
-    default: Any
-
-
-@dataclass(frozen=True)
-class MethodSpec:
-    """A declaration as read from source."""
-
-    name: str
-    module: str
-    attribute: str
-    arxiv: str | None
-    needs: frozenset[str]
-    needs_if: Mapping[str, frozenset[str]]
-    traits: frozenset[str]
-    hyperparameters: Mapping[str, Hyperparameter]
-    inputs: tuple[str, ...]  # keyword-only tensors
-    refuses: Mapping[str, Mapping[str, str]]
-    doc: str
-
-    def needs_with(self, hp: Mapping[str, Any]) -> frozenset[str]:
-        """Everything the method needs under these hyperparameters."""
-        values = {key: parameter.default for key, parameter in self.hyperparameters.items()} | dict(hp)
-        extra = (names for condition, names in self.needs_if.items() if _is_condition_met(condition, values))
-        return frozenset(name.format(**values) for name in self.needs.union(*extra))
+__all__ = ["BoundMethod", "Hyperparameter", "MethodSpec", "Registry", "method", "suggestion"]
 
 
 @dataclass(frozen=True)
@@ -95,19 +54,44 @@ class BoundMethod:
         return self.function(*args, **kwargs)
 
 
+@dataclass(frozen=True)
+class InstalledMethods:
+    """Methods of one kind that installed packages bring."""
+
+    specs: tuple[MethodSpec, ...]
+    problems: tuple[str, ...]  # what cannot be used, and why
+    repeated: Mapping[str, str]  # name -> why it is ambiguous
+
+
 class Registry:
     """The methods of one kind.
 
     ``modules`` lists where they are declared, in reading order; importing a module registers nothing.
+    ``interface``: the attributes that objects have which methods of this kind make.
     """
 
-    def __init__(self, kind: str, modules: tuple[str, ...], decorator: str = "method") -> None:
+    def __init__(
+        self,
+        kind: str,
+        modules: tuple[str, ...],
+        decorator: str = "method",
+        interface: tuple[str, ...] = (),
+    ) -> None:
         self.kind = kind
         self.modules = modules
         self.decorator = decorator
+        self.interface = interface
 
     @functools.cached_property
     def specs(self) -> dict[str, MethodSpec]:
+        """Every usable method by its name: those of this package, then those of installed ones."""
+        specs = dict(self._own_specs)
+        for spec in self._installed_methods.specs:
+            specs[spec.name] = spec
+        return specs
+
+    @functools.cached_property
+    def _own_specs(self) -> dict[str, MethodSpec]:
         specs: dict[str, MethodSpec] = {}
         for module in self.modules:
             for spec in _read_declarations(module, self.decorator):
@@ -118,13 +102,65 @@ class Registry:
                 specs[spec.name] = spec
         return specs
 
+    @functools.cached_property
+    def _installed_methods(self) -> InstalledMethods:
+        """The methods of installed packages. A fault of a package stops only recipes that name
+        its methods.
+        """
+        specs: dict[str, MethodSpec] = {}
+        problems: list[str] = []
+        repeated: dict[str, str] = {}
+        for entry in installed_modules_of(self.kind.replace(" ", "_")):
+            try:
+                declared = _read_declarations(entry.module, self.decorator)
+            except (ValueError, ImportError, SyntaxError) as error:
+                problems.append(f"{entry.package}: {entry.module} cannot be read: {error}")
+                continue
+            for spec in declared:
+                if other := self._own_specs.get(spec.name) or specs.get(spec.name):
+                    owner = other.package or "rltrain"
+                    repeated[spec.name] = (
+                        f"{owner} and {entry.package} both declare the {self.kind} {spec.name!r}; uninstall "
+                        "one of them, or rename one"
+                    )
+                elif faults := signature_problems(self.kind, self._own_specs, spec):
+                    problems.append(f"{entry.package}: {entry.module}:{spec.attribute}: {'; '.join(faults)}")
+                else:
+                    specs[spec.name] = dataclasses.replace(spec, package=entry.package)
+        problems += [
+            f"{entry.package}: {entry.kind!r} is no kind of method{suggestion(entry.kind, KINDS)}"
+            for entry in installed_modules()
+            if entry.kind not in KINDS
+        ]
+        return InstalledMethods(tuple(specs.values()), tuple(problems), repeated)
+
     def names(self) -> list[str]:
         return list(self.specs)
 
     def spec(self, name: str) -> MethodSpec:
+        """The method called ``name``, a registered name or a user's ``path/to/file.py:name``.
+
+        Raises ValueError if there is none, or if the user's file does not import or declares it wrongly.
+        """
+        if is_user_spec(name):
+            return self._read_user_method(name).spec
+        if name in self._installed_methods.repeated:
+            raise ValueError(self._installed_methods.repeated[name])
         if name not in self.specs:
-            raise ValueError(f"no {self.kind} is called {name!r}{suggestion(name, self.specs)}")
+            looks_like_a_file = ".py" in name or ":" in name or "/" in name
+            faults = "".join(
+                f"; installed, but not usable: {line}" for line in self._installed_methods.problems
+            )
+            form = "; your own is named as path/to/file.py:name" if looks_like_a_file else ""
+            raise ValueError(f"no {self.kind} is called {name!r}{suggestion(name, self.specs)}{form}{faults}")
         return self.specs[name]
+
+    def find(self, name: str) -> MethodSpec | None:
+        """The method called ``name``; None if there is none, which the check of the recipe reports."""
+        try:
+            return self.spec(name)
+        except ValueError:
+            return None
 
     def check(self, name: str, hp: Mapping[str, Any]) -> MethodSpec:
         """Checks names and types of ``hp`` against the signature, without importing the method.
@@ -140,7 +176,7 @@ class Registry:
                 )
             annotation = spec.hyperparameters[key].annotation
             try:
-                _type_adapter(annotation).validate_python(value)
+                spec.hyperparameters[key].adapter().validate_python(value)
             except ValidationError as error:
                 reason = spec.refuses.get(key, {}).get(str(value), error.errors()[0]["msg"])
                 raise ValueError(
@@ -153,8 +189,16 @@ class Registry:
         """The method with ``hp`` applied. Raises ValueError for an unknown name or key, or a wrong type."""
         hp = dict(hp or {})
         spec = self.check(name, hp)
-        function = getattr(importlib.import_module(spec.module), spec.attribute)
+        function = self._load_function(name, spec)
         return BoundMethod(spec, hp, functools.partial(function, **hp))
+
+    def _read_user_method(self, name: str) -> UserMethod:
+        return read_user_method(name, self.kind, self.specs, self.interface)
+
+    def _load_function(self, name: str, spec: MethodSpec) -> Callable[..., Any]:
+        if is_user_spec(name):
+            return self._read_user_method(name).function
+        return getattr(importlib.import_module(spec.module), spec.attribute)
 
 
 def suggestion(word: str, choices: Any) -> str:
@@ -166,31 +210,6 @@ def suggestion(word: str, choices: Any) -> str:
     return f"; choose from {', '.join(names)}" if names else ""
 
 
-def _is_condition_met(condition: str, values: Mapping[str, Any]) -> bool:
-    """Whether the hyperparameter of the condition "name" is neither 0 nor None, or that of "name=value" has
-    that value.
-    """
-    name, equals, value = condition.partition("=")
-    return str(values[name]) == value if equals else values[name] not in (0, None)
-
-
-@functools.cache
-def _type_adapter(annotation: str) -> TypeAdapter[Any]:
-    names = {
-        "Literal": Literal,
-        "float": float,
-        "int": int,
-        "bool": bool,
-        "str": str,
-        "list": list,
-        "tuple": tuple,
-        "dict": dict,
-    }
-    # The annotation comes from this package's source and names literal types only.
-    kind = eval(annotation, {"__builtins__": {}}, {**names, "None": None})
-    return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
-
-
 def _read_declarations(module: str, decorator: str) -> list[MethodSpec]:
     module_spec = importlib.util.find_spec(module)
     if module_spec is None or module_spec.origin is None:
@@ -200,40 +219,47 @@ def _read_declarations(module: str, decorator: str) -> list[MethodSpec]:
         if not isinstance(node, ast.FunctionDef | ast.ClassDef):
             continue
         for call in node.decorator_list:
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == decorator:
-                specs.append(_build_spec(node, call, module))
+            if isinstance(call, ast.Call) and _decorator_name(call) == decorator:
+                specs.append(_spec_from_source(node, call, module))
     return specs
 
 
-def _build_spec(node: ast.FunctionDef | ast.ClassDef, call: ast.Call, module: str) -> MethodSpec:
+def _decorator_name(call: ast.Call) -> str:
+    """``method`` for ``@method(...)`` and ``@rltrain.method(...)``; empty for other expressions."""
+    if isinstance(call.func, ast.Attribute):
+        return call.func.attr
+    return call.func.id if isinstance(call.func, ast.Name) else ""
+
+
+def _spec_from_source(node: ast.FunctionDef | ast.ClassDef, call: ast.Call, module: str) -> MethodSpec:
     facts: dict[str | None, Any] = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    needs_if: dict[str, set[str]] = facts.get("needs_if") or {}
-    function = node
-    if isinstance(node, ast.ClassDef):
-        function = next(
-            item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"
+    declaration = declare(ast.literal_eval(call.args[0]), facts)
+    initializers = [
+        item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"
+    ]
+    function = next(iter(initializers), None) if isinstance(node, ast.ClassDef) else node
+    if function is None:
+        raise ValueError(
+            f"{node.name} has no __init__ of its own, which states its hyperparameters; write one"
         )
-    assert isinstance(function, ast.FunctionDef)
+    positional = tuple(argument.arg for argument in (*function.args.posonlyargs, *function.args.args))
     hyperparameters: dict[str, Hyperparameter] = {}
     inputs: list[str] = []
     for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
-        assert argument.annotation is not None, f"{module}: {argument.arg} has no annotation"
-        if default is None or ast.unparse(argument.annotation) == "Tensor | None":
+        if argument.annotation is None:
+            raise ValueError(f"{node.name}: {argument.arg} has no type; write it in the signature")
+        if default is None or is_tensor_or_none(ast.unparse(argument.annotation)):
             inputs.append(argument.arg)
         else:
             hyperparameters[argument.arg] = Hyperparameter(
                 ast.unparse(argument.annotation), ast.literal_eval(default)
             )
     return MethodSpec(
-        name=ast.literal_eval(call.args[0]),
+        **vars(declaration),
         module=module,
         attribute=node.name,
-        arxiv=facts.get("arxiv"),
-        needs=frozenset(facts.get("needs", ())),
-        needs_if={key: frozenset(names) for key, names in needs_if.items()},
-        traits=frozenset(facts.get("traits", ())),
+        positional=positional[1:] if isinstance(node, ast.ClassDef) else positional,
         hyperparameters=hyperparameters,
         inputs=tuple(inputs),
-        refuses=facts.get("refuses") or {},
         doc=ast.get_docstring(node) or "",
     )

@@ -15,7 +15,9 @@ from rltrain.build.offline import OfflineInputs
 from rltrain.checkpoint.inputs import code_digests, column_digests, model_digests
 from rltrain.checkpoint.resume import AUTO, saved_date
 from rltrain.checkpoint.run_folder import RunFolder
+from rltrain.config.rules.registries import ENVIRONMENTS, REGISTRIES
 from rltrain.config.schema import MethodRef, Section
+from rltrain.config.user_files import method_places
 from rltrain.data.labels import LabelSet
 from rltrain.data.preferences import PairSet
 from rltrain.data.prompts import PromptSet
@@ -80,12 +82,22 @@ def input_digests(recipe: Section, inputs: RunInputs | OfflineInputs) -> dict[st
     recipe_fields = recipe.model_dump(mode="json")
     digests = (
         code_digests(recipe_fields)
+        | _package_versions(recipe_fields)
         | model_digests(recipe_fields)
         | column_digests("data.train", rows_of(inputs.train))
     )
     if inputs.held_out is not None:
         digests |= column_digests("data.eval", rows_of(inputs.held_out))
     return digests
+
+
+def _package_versions(recipe: dict[str, Any]) -> dict[str, str]:
+    """The versions of the installed packages whose methods the recipe names."""
+    entries = [holder[key] for holder, key in method_places(recipe)]
+    names = {entry if isinstance(entry, str) else entry["name"] for entry in entries}
+    specs = [spec for registry in (*REGISTRIES, ENVIRONMENTS) for spec in registry.specs.values()]
+    used = {spec.package for spec in specs if spec.package and spec.name in names}
+    return {f"package {package.rpartition(' ')[0]}": package.rpartition(" ")[2] for package in sorted(used)}
 
 
 def rows_of(data: PromptSet | PairSet | LabelSet) -> Iterator[Mapping[str, Any]]:

@@ -197,6 +197,6 @@ def build_controllers(loss: Loss, steps: int) -> dict[int, Controller]:
 def build_term(ref: TermRef, controller: Controller | None) -> Term:
     bound = LOSS_TERMS.bind(ref.name, ref.hp)
     if controller is not None:
-        return Term(ref.name, bound, controller, controller.inputs)
+        return Term(bound.name, bound, controller, controller.inputs)
     assert isinstance(ref.coefficient, float)
-    return Term(ref.name, bound, ref.coefficient)
+    return Term(bound.name, bound, ref.coefficient)

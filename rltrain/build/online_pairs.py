@@ -86,7 +86,7 @@ def build_pair_learner(
         deadline=process.deadline,
     )
     judge = recipe.pairs.judge
-    if "ref_logp" in objective.needs or (judge.name == "self" and judge.hp.get("by") == "reference"):
+    if "ref_logp" in objective.needs | JUDGES.spec(judge.name).needs_with(judge.hp):
         learner.use_frozen("ref_logp", model.reference, model)
     if recipe.train.previous_every > 1:
         learner.keep_iterate(model)

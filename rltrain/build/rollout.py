@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,7 +25,7 @@ from rltrain.config.schema import (
 )
 from rltrain.config.schema import Sync as SyncSettings
 from rltrain.data.gain_rl import template_lengths
-from rltrain.errors import user_mistakes
+from rltrain.errors import UserError, user_mistakes
 from rltrain.learner.frozen_models import reference_weights
 from rltrain.learner.loading import load_causal_lm
 from rltrain.learner.pair_learner import PairLearner
@@ -233,11 +233,18 @@ def build_extra_samples(refs: Sequence[MethodRef], context: SamplerContext) -> t
 def _reference_loader(
     refs: Sequence[MethodRef], model: Model, engine: RolloutEngine, learner: ModelOwner, sync: Sync
 ) -> Callable[[], AbstractContextManager[None]]:
-    """A context in which the engine has the reference model's weights, if a source samples from them."""
-    if not any(ref.name == "reference" for ref in refs):
-        return nullcontext
+    """A context in which the engine has the reference model's weights, if a source needs them."""
+    if not any("reference_weights" in EXTRA_SAMPLES.spec(ref.name).needs_with(ref.hp) for ref in refs):
+        return _refuse_reference
     weights = reference_weights(model, learner.model, engine.dtype)
     return partial(sync.load_temporarily, weights, REFERENCE_VERSION, learner.weights)
+
+
+def _refuse_reference() -> AbstractContextManager[None]:
+    raise UserError(
+        "a source of rollout.extra_samples asks for the reference model, which is not loaded; declare "
+        'needs={"reference_weights"} above it'
+    )
 
 
 def build_evaluator(

@@ -10,7 +10,15 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from rltrain.config.explain import explain
-from rltrain.config.load import ENVIRONMENTS_KEY, environment_layer, profile_layer, read_profile, schema_of
+from rltrain.config.load import (
+    ENVIRONMENTS_KEY,
+    environment_layer,
+    merge_mappings,
+    profile_layer,
+    read_profile,
+    recipe_layers,
+    schema_of,
+)
 from rltrain.config.rules.registries import ENVIRONMENTS, REGISTRIES
 from rltrain.config.schema import AnyRecipe, OfflineRecipe, OnlineRecipe
 from rltrain.config.yaml12 import Document, read
@@ -44,8 +52,11 @@ def check_fragment(path: Path) -> None:
             if line not in problems
         )
     else:
-        document = read(path)
-        problems = list(_schema_problems(document, schema_of(document.data)))
+        *lower, document = recipe_layers(read(path))
+        merged: dict[str, Any] = {}
+        for layer in (*lower, document):
+            merged = merge_mappings(merged, layer.data)
+        problems = list(_schema_problems(document, schema_of(merged)))
     if problems:
         raise RecipeError(problems)
 

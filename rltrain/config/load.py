@@ -1,5 +1,8 @@
-"""Loads recipes: merges base, recipe, profile and ``--set`` in that order and checks the result against the
-schema.
+"""Loads recipes: merges what a recipe extends, the recipe, profile and ``--set`` in that order and checks the
+result against the schema.
+
+``extends`` is a path relative to the file that contains it, or the name of a shipped recipe (``dapo``). The
+extended file may extend another.
 
 Mappings are merged key by key; lists and single values are replaced. A mapping with a different identity
 (``name`` of a method, ``path`` of a model, ``train`` of a data set) replaces the lower mapping as a whole, so
@@ -21,7 +24,14 @@ from pydantic import ValidationError
 
 from rltrain.config.explain import explain
 from rltrain.config.schema import RECIPES, AnyRecipe, OfflineRecipe, OfflineReport, OnlineRecipe, Section
-from rltrain.config.user_files import absolute_name, drop_digest, with_absolute_names, with_digests
+from rltrain.config.shipped import RECIPES_FOLDER, find_recipe, is_recipe_name
+from rltrain.config.user_files import (
+    absolute_name,
+    drop_digest,
+    method_places,
+    with_absolute_names,
+    with_digests,
+)
 from rltrain.config.yaml12 import Document, KeyPath, dump, parse_value, read
 from rltrain.errors import RecipeError
 from rltrain.registry import suggestion
@@ -218,45 +228,49 @@ def with_absolute_files(layer: Document, folder: Path) -> Document:
 # layers -----------------------------------------------------------------------------------------------------
 
 
-def recipe_layers(recipe: Document) -> list[Document]:
-    """The base that the recipe extends, if any, and then the recipe, both without ``extends``."""
-    extends = recipe.data.get("extends")
-    own_layer = Document(
-        recipe.source, {key: value for key, value in recipe.data.items() if key != "extends"}, recipe.lines
-    )
+def recipe_layers(recipe: Document, extending: tuple[Path, ...] = ()) -> list[Document]:
+    """What the recipe extends, lowest first, and then the recipe itself, all without ``extends``.
+
+    extending: the files on the way from the recipe that was asked for to this one.
+    """
     if "sizes" in recipe.data:
         raise RecipeError(
             f"{recipe.location_of(('sizes',))}: sizes belongs in a profile (--profile NAME), this file is "
             "read as a recipe"
         )
-
+    own_layer = Document(
+        recipe.source, {key: value for key, value in recipe.data.items() if key != "extends"}, recipe.lines
+    )
     if "extends" not in recipe.data:
         return [own_layer]
+
+    extends = recipe.data["extends"]
+    where = recipe.location_of(("extends",))
     if not isinstance(extends, str):
         raise RecipeError(
-            f"{recipe.location_of(('extends',))}: extends must be the path of one base, relative to this "
-            f"file, got {extends!r}"
+            f"{where}: extends must be the path of one recipe or base, relative to this file, or the name "
+            f"of a shipped recipe, got {extends!r}"
         )
-
+    chain = (*extending, Path(recipe.source))
     try:
-        base = read(Path(recipe.source).parent / extends)
+        path = find_recipe(extends) if is_recipe_name(extends) else Path(recipe.source).parent / extends
+        files = [file.resolve() for file in chain]
+        if path.resolve() in files:
+            circle = " -> ".join(map(str, (*chain[files.index(path.resolve()) :], path)))
+            raise RecipeError(f"the recipes extend each other in a circle: {circle}; take one of them out")
+        return [*recipe_layers(read(path), chain), own_layer]
     except RecipeError as error:
-        raise RecipeError(f"{recipe.location_of(('extends',))}: extends {extends!r}: {error}") from error
-    if "extends" in base.data:
-        raise RecipeError(
-            f"{base.location_of(('extends',))}: a base cannot extend another file ({recipe.source} already "
-            "extends this one); one level only: copy what is needed into one of them"
-        )
-    return [base, own_layer]
+        raise RecipeError(f"{where}: extends {extends!r}: {error}") from error
 
 
 def find_profile(profile: str, recipe: Path) -> Path:
     """The path of a profile: ``profile`` itself if it is a file name, or else the first match in the
-    ``profiles`` folders next to the recipe, above it and in ./recipes.
+    ``profiles`` folders next to the recipe, above it, in ./recipes and among the shipped recipes.
     """
     if profile.endswith((".yaml", ".yml")) or "/" in profile:
         return Path(profile)
-    folders = [parent / "profiles" for parent in recipe.absolute().parents] + [Path("recipes/profiles")]
+    folders = [parent / "profiles" for parent in recipe.absolute().parents]
+    folders += [Path("recipes/profiles"), RECIPES_FOLDER / "profiles"]
     for folder in folders:
         if (folder / f"{profile}.yaml").is_file():
             return folder / f"{profile}.yaml"
@@ -344,13 +358,10 @@ def merge_mappings(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[s
 def with_sizes(data: Mapping[str, Any], sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """``data`` with the sizes added to the methods it uses; sizes of other methods are ignored."""
     result = copy.deepcopy(dict(data))
-    for *path, last in _method_keys(result):
-        holder: Any = result
-        for part in path:
-            holder = holder[part]
-        method = {"name": holder[last]} if isinstance(holder[last], str) else holder[last]
-        if isinstance(method, dict) and method.get("name") in sizes:
-            holder[last] = {**method, **sizes[method["name"]]}
+    for holder, key in list(method_places(result)):
+        method = {"name": holder[key]} if isinstance(holder[key], str) else holder[key]
+        if method["name"] in sizes:
+            holder[key] = {**method, **sizes[method["name"]]}
     return result
 
 
@@ -411,26 +422,6 @@ def _resolve_key_part(holder: Any, part: str, key: KeyPath, source: str) -> Any:
     if int(part) == len(holder):
         holder.append(None)
     return int(part)
-
-
-def _method_keys(data: Mapping[str, Any]) -> Iterator[KeyPath]:
-    """The keys in ``data`` at which a recipe names methods."""
-    for section, key in (
-        ("loss", "policy"),
-        ("loss", "aggregate"),
-        ("loss", PREFERENCE_KEY),
-        ("process_reward", "loss"),
-    ):
-        if isinstance(data.get(section), dict) and key in data[section]:
-            yield section, key
-    if "advantage" in data:
-        yield ("advantage",)
-    for path in (("control",), ("loss", "terms"), ("reward", "functions"), ("rollout", "extra_samples")):
-        items: Any = data
-        for part in path:
-            items = items.get(part, []) if isinstance(items, dict) else []
-        if isinstance(items, list):
-            yield from ((*path, index) for index in range(len(items)))
 
 
 def _is_method(key: KeyPath) -> bool:

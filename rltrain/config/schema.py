@@ -9,7 +9,16 @@ from __future__ import annotations
 import datetime as dt
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+)
 
 
 class Section(BaseModel):
@@ -17,11 +26,22 @@ class Section(BaseModel):
 
 
 class MethodRef(BaseModel):
-    """A method's name and its hyperparameters. A plain string is a name without hyperparameters."""
+    """A method's name and its hyperparameters. A plain string is a name without hyperparameters.
+
+    The name is a registered one, or ``path/to/file.py:name``.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     name: str
+    # digest of the user's file and of the modules it imports from its folder; set when the recipe is loaded
+    sha256: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_empty_digest(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The plain data of the method; a registered name has no digest."""
+        data: dict[str, Any] = serialize(self)
+        return {key: value for key, value in data.items() if key != "sha256" or value is not None}
 
     @property
     def hp(self) -> dict[str, Any]:
@@ -32,8 +52,6 @@ class RewardRef(MethodRef):
     """A reward: a registered name, or ``path/to/file.py:function``."""
 
     weight: float = 1.0
-    # digest of the user's file and of the modules it imports from its folder; set when the recipe is loaded
-    sha256: str | None = None
 
 
 def _expand_bare_name(value: Any) -> Any:
@@ -145,7 +163,6 @@ class EnvironmentRef(MethodRef):
     seconds: float = Field(default=10.0, gt=0)  # wall-clock limit of one step, waits for a CPU not counted
     reset_seconds: float = Field(default=60.0, gt=0)  # the same limit for the start of an episode
     memory_gib: float = Field(default=4.0, gt=0)  # address-space limit of one process
-    sha256: str | None = None  # digest of a user's file, as for a reward function
 
 
 class Vllm(Section):

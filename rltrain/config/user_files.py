@@ -6,16 +6,44 @@ A resolved recipe therefore refers to the same function from every folder, and c
 
 from __future__ import annotations
 
+import ast
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from reward.source import is_user_spec, source_digest
+from rltrain.config.schema import MethodRef
+from rltrain.config.user_code import find_definition
+from rltrain.registry import MethodSpec, Registry
 
-__all__ = ["changed_code", "drop_digest", "with_absolute_names", "with_digests"]
+__all__ = [
+    "changed_code",
+    "check_method",
+    "drop_digest",
+    "method_places",
+    "with_absolute_names",
+    "with_digests",
+]
 
 DIGEST = "sha256"  # the key next to ``name``
+EACH = None  # stands for each item of a list
+# where a recipe names methods
+_METHOD_KEYS = (
+    ("advantage",),
+    ("control", EACH),
+    ("loss", "policy"),
+    ("loss", "aggregate"),
+    ("loss", "terms", EACH, "coefficient"),
+    ("loss", "terms", EACH),
+    ("loss", "preference"),
+    ("process_reward", "loss"),
+    ("reward", "functions", EACH),
+    ("pairs", "judge"),
+    ("rollout", "extra_samples", EACH),
+    ("rollout", "environment"),
+    ("data", "order"),
+)
 _ALGORITHM = "sha256:"
 
 
@@ -24,7 +52,7 @@ def with_absolute_names(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     are left for the schema to check.
     """
     result = copy.deepcopy(data)
-    for holder, key in _user_method_places(result):
+    for holder, key in method_places(result):
         entry = holder[key]
         if isinstance(entry, str):
             holder[key] = absolute_name(entry, folder)
@@ -43,7 +71,7 @@ def absolute_name(name: str, folder: Path) -> str:
 def with_digests(data: dict[str, Any]) -> dict[str, Any]:
     """``data`` with a digest added for each readable user's file that has none yet."""
     result = copy.deepcopy(data)
-    for holder, key in _user_method_places(result):
+    for holder, key in method_places(result):
         entry = {"name": holder[key]} if isinstance(holder[key], str) else holder[key]
         if (
             is_user_spec(entry["name"])
@@ -74,6 +102,20 @@ def changed_code(name: str, digest: str | None) -> str | None:
     )
 
 
+def check_method(registry: Registry, ref: MethodRef) -> MethodSpec:
+    """The declaration of a recipe's method, the user's own included, with its hyperparameters checked.
+
+    A user's file is imported. Raises ValueError for a name, a file or a hyperparameter that does not fit, and
+    for code that has changed since the recipe was resolved.
+    """
+    if is_user_spec(ref.name):
+        file, _, name = ref.name.rpartition(":")
+        find_definition(file, name, ast.FunctionDef, ast.ClassDef)
+        if (problem := changed_code(ref.name, ref.sha256)) is not None:
+            raise ValueError(problem)
+    return registry.check(ref.name, ref.hp)
+
+
 def _digest(name: str) -> str | None:
     try:
         return source_digest(name).removeprefix(_ALGORITHM)
@@ -81,19 +123,29 @@ def _digest(name: str) -> str | None:
         return None
 
 
-def _user_method_places(data: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """(container, key) of every method that may be a user's: a name, or a mapping with a name."""
-    reward = data.get("reward")
-    rollout = data.get("rollout")
-    functions = reward.get("functions") if isinstance(reward, dict) else None
+def method_places(data: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """(container, key) of every method that a recipe names: a name, or a mapping with a name."""
+    for *path, last in _METHOD_KEYS:
+        for holder in _descend(data, path):
+            keys = range(len(holder)) if last is EACH and isinstance(holder, list) else [last]
+            for key in keys:
+                entry = _item(holder, key)
+                if isinstance(entry, str) or (isinstance(entry, dict) and isinstance(entry.get("name"), str)):
+                    yield holder, key
 
-    places: list[tuple[Any, Any]] = []
-    if isinstance(functions, list):
-        places += [(functions, index) for index in range(len(functions))]
-    if isinstance(rollout, dict):
-        places.append((rollout, "environment"))
 
-    for holder, key in places:
-        entry = holder[key] if isinstance(holder, list) else holder.get(key)
-        if isinstance(entry, str) or (isinstance(entry, dict) and isinstance(entry.get("name"), str)):
-            yield holder, key
+def _descend(data: Any, path: Sequence[Any]) -> list[Any]:
+    """The values of ``data`` at ``path``, in which EACH stands for every item of a list."""
+    values = [data]
+    for part in path:
+        if part is EACH:
+            values = [item for value in values if isinstance(value, list) for item in value]
+        else:
+            values = [_item(value, part) for value in values]
+    return values
+
+
+def _item(holder: Any, key: Any) -> Any:
+    if isinstance(holder, dict):
+        return holder.get(key)
+    return holder[key] if isinstance(holder, list) and isinstance(key, int) else None

@@ -16,4 +16,8 @@ TOKEN_CONTROLS = Registry(
         "rltrain.control.selection",
     ),
 )
-COEFFICIENTS = Registry("coefficient", modules=("rltrain.control.coefficient",))
+COEFFICIENTS = Registry(
+    "coefficient",
+    modules=("rltrain.control.coefficient",),
+    interface=("__call__", "inputs", "observe", "state_dict", "load_state_dict"),
+)

@@ -132,7 +132,7 @@ def source_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     present = {completion.source for group in groups for completion in group.completions} - {SOURCE_POLICY}
     for source in sorted(present):
         pairs = _pairs(groups, source)
-        name = f"rollout/source_{SOURCE_NAMES[source]}"
+        name = f"rollout/source_{SOURCE_NAMES.get(source, source)}"
         graded = [score for _, score in pairs if score.ungraded is None]
         metrics |= {
             f"{name}_completions": float(len(pairs)),

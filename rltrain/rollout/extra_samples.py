@@ -173,7 +173,7 @@ class TemperedSamples(SampleSource):
         self._entropy = state["entropy"]
 
 
-@method("reference", arxiv="2505.14264", traits={"for_advantage"})
+@method("reference", arxiv="2505.14264", needs={"reference_weights"}, traits={"for_advantage"})
 class ReferenceSamples(SampleSource):
     """Completions of the frozen reference model (``model.reference``, else the initial policy), graded but
     never trained on.

@@ -14,6 +14,9 @@ LAYERS = (
     (
         "rltrain.types",
         "rltrain.protocols",
+        "rltrain.declaration",
+        "rltrain.needs",
+        "rltrain.user_methods",
         "rltrain.registry",
         "rltrain.tensor_ops",
         "rltrain.seeds",

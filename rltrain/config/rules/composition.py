@@ -35,7 +35,9 @@ class MethodUse:
         return self.spec.name
 
     def __str__(self) -> str:
-        return f"{self.key} {self.name}"
+        """Key and name, for messages; and the file of a user's method."""
+        is_own = self.spec.module.endswith(".py")
+        return f"{self.key} {self.name}{f' ({self.spec.module})' if is_own else ''}"
 
     def has(self, trait: str) -> bool:
         return trait in self.spec.traits

@@ -11,6 +11,7 @@ from typing import Any
 from rltrain.config.rules.findings import Findings
 from rltrain.config.rules.optimizer import optimizer_problems
 from rltrain.config.schema import OfflineRecipe
+from rltrain.config.user_files import check_method
 from rltrain.loss.preference import PREFERENCE_LOSSES, STATISTICS
 from rltrain.registry import MethodSpec, suggestion
 
@@ -34,7 +35,7 @@ def check_offline(recipe: OfflineRecipe) -> Findings:
     """All problems and warnings that are known before anything is loaded."""
     ref = recipe.loss.preference
     try:
-        spec = PREFERENCE_LOSSES.check(ref.name, ref.hp)
+        spec = check_method(PREFERENCE_LOSSES, ref)
     except ValueError as error:
         return Findings([f"{_KEY}: {error}"], [])
     values = {name: item.default for name, item in spec.hyperparameters.items()} | ref.hp

@@ -100,7 +100,7 @@ def _off_policy_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str
         for method in learning_methods:
             if "off_policy_only" in method.spec.traits:
                 yield (
-                    f"{method.key} {method.name} acts on the ratio to the old policy, which is exactly 1 "
+                    f"{method} acts on the ratio to the old policy, which is exactly 1 "
                     "with one update per rollout (learner.updates 1 x learner.epochs 1): it would change "
                     "nothing; set learner.updates to 2 or more"
                 )
@@ -108,7 +108,7 @@ def _off_policy_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str
         for control in methods.controls:
             if {"old_logp", "rollout_logp"} <= control.spec.needs:
                 yield (
-                    f"{control.key} {control.name} weighs by old_logp over rollout_logp, which "
+                    f"{control} weighs by old_logp over rollout_logp, which "
                     "rollout.trust_logp makes equal: it would change nothing; set rollout.trust_logp to "
                     "false or drop the control"
                 )
@@ -129,7 +129,7 @@ def _extra_sample_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[s
             )
         if "trains" in source.spec.traits and recipe.rollout.trust_logp:
             yield (
-                f"{source.key} {source.name} adds rows that the policy did not sample at "
+                f"{source} adds rows that the policy did not sample at "
                 "rollout.temperature, so the engine has no log-probs of the policy for them, which "
                 "rollout.trust_logp would use; set rollout.trust_logp to false"
             )
@@ -139,7 +139,7 @@ def _extra_sample_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[s
             and source.name not in claimed_names
         ):
             yield (
-                f"{source.key} {source.name} adds rows that only an advantage which distinguishes sources "
+                f"{source} adds rows that only an advantage which distinguishes sources "
                 f"can use, and {methods.advantage.name} does not; set advantage to one that does "
                 f"({', '.join(_source_advantages())}) or drop the source"
             )
@@ -164,7 +164,7 @@ def _extra_sample_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[s
         ):
             if source_name not in names:
                 yield (
-                    f"{method.key} {method.name} works on rows that only the {source_name} source samples; "
+                    f"{method} works on rows that only the {source_name} source samples; "
                     f"add {source_name} to rollout.extra_samples"
                 )
 
@@ -181,7 +181,7 @@ def _method_warnings(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
     ]
     if distilled and recipe.model.teacher is None:
         yield (
-            f"{distilled[0].key} {distilled[0].name} learns from a teacher, but model.teacher is null: the "
+            f"{distilled[0]} learns from a teacher, but model.teacher is null: the "
             "teacher is the initial model; set model.teacher to a model with the same tokenizer"
         )
     if recipe.model.teacher is not None and not distilled:

@@ -81,8 +81,9 @@ def _loss_problems(recipe: OnlinePairsRecipe, spec: MethodSpec) -> Iterator[str]
             f"train.previous_every is {recipe.train.previous_every}, but {_KEY} {spec.name} reads no "
             "previous iterate; set it to 1"
         )
-    judges_by_reference = recipe.pairs.judge.name == "self" and recipe.pairs.judge.hp.get("by") == "reference"
-    if recipe.model.reference is not None and "ref_logp" not in needs and not judges_by_reference:
+    judge = JUDGES.find(recipe.pairs.judge.name)
+    judge_needs = frozenset() if judge is None else judge.needs_with(recipe.pairs.judge.hp)
+    if recipe.model.reference is not None and "ref_logp" not in needs | judge_needs:
         yield f"model.reference is set, but {_KEY} {spec.name} has no reference model; leave it out"
     if recipe.model.teacher is not None:
         yield "model.teacher is set, but preference losses have no teacher; leave it out"

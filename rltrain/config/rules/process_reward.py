@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from rltrain.advantage import ADVANTAGES
 from rltrain.config.rules.optimizer import optimizer_problems
 from rltrain.config.schema import OnlineRecipe, ProcessReward
+from rltrain.config.user_files import check_method
 from rltrain.loss.preference import PREFERENCE_LOSSES, STATISTICS
 from rltrain.registry import MethodSpec
 
@@ -56,7 +57,7 @@ def process_reward_problems(recipe: OnlineRecipe, correctness_rewards: frozenset
 
 def _loss_problems(settings: ProcessReward) -> Iterator[str]:
     try:
-        spec = PREFERENCE_LOSSES.check(settings.loss.name, settings.loss.hp)
+        spec = check_method(PREFERENCE_LOSSES, settings.loss)
     except ValueError as error:
         yield f"{_KEY}.loss: {error}"
         return
@@ -83,7 +84,7 @@ def _learns_from_labels(spec: MethodSpec) -> bool:
 
 
 def _advantage_needs(recipe: OnlineRecipe) -> frozenset[str]:
-    spec = ADVANTAGES.specs.get(recipe.advantage.name)
+    spec = ADVANTAGES.find(recipe.advantage.name)
     return frozenset() if spec is None else spec.needs
 
 

@@ -14,9 +14,17 @@ from rltrain.loss.preference import PREFERENCE_LOSSES
 from rltrain.registry import Registry
 
 REWARDS = Registry("reward", modules=(*REWARD_MODULES, "rltrain.rollout.model_rewards"), decorator="reward")
-EXTRA_SAMPLES = Registry("extra sample", modules=("rltrain.rollout.extra_samples",))
-ORDERS = Registry("prompt order", modules=("rltrain.data.order", "rltrain.data.gain_rl"))
-JUDGES = Registry("judge", modules=("rltrain.rollout.pairs.judges",))
+EXTRA_SAMPLES = Registry(
+    "extra sample",
+    modules=("rltrain.rollout.extra_samples",),
+    interface=("code", "choose", "sample", "observe", "notes", "state_dict", "load_state_dict"),
+)
+ORDERS = Registry(
+    "prompt order",
+    modules=("rltrain.data.order", "rltrain.data.gain_rl"),
+    interface=("next", "observe", "state_dict", "load_state_dict"),
+)
+JUDGES = Registry("judge", modules=("rltrain.rollout.pairs.judges",), interface=("prefers",))
 ENVIRONMENTS = Registry(
     "environment",
     modules=("rltrain.rollout.environments.calculator", "rltrain.rollout.environments.text_game"),

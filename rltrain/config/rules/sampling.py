@@ -12,6 +12,7 @@ from rltrain.config.rules.optimizer import optimizer_problems
 from rltrain.config.rules.registries import ORDERS, REWARDS, REWARDS_WITH_CORRECT
 from rltrain.config.rules.rewards import is_user_function, user_function_problems
 from rltrain.config.schema import MethodRef, SampledRecipe
+from rltrain.config.user_files import check_method
 from rltrain.registry import Registry
 
 
@@ -26,7 +27,7 @@ class MethodLookup:
         problem is recorded.
         """
         try:
-            spec = registry.check(ref.name, ref.hp)
+            spec = check_method(registry, ref)
         except ValueError as error:
             self.problems.append(f"{key}: {error}")
             return None

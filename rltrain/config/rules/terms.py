@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from rltrain.config.rules.composition import Methods, MethodUse
 from rltrain.config.schema import MethodRef, OnlineRecipe
+from rltrain.config.user_files import check_method
 from rltrain.control import COEFFICIENTS
 from rltrain.loss import LOSS_TERMS
 
@@ -23,6 +24,7 @@ def coefficient_problems(recipe: OnlineRecipe) -> Iterator[str]:
         controller_outputs: set[str] = set()
         if isinstance(term.coefficient, MethodRef):
             try:
+                check_method(COEFFICIENTS, term.coefficient)
                 controller = COEFFICIENTS.bind(term.coefficient.name, term.coefficient.hp)
                 controller(**dict.fromkeys(controller.spec.inputs, recipe.train.steps))
             except ValueError as error:
@@ -34,10 +36,11 @@ def coefficient_problems(recipe: OnlineRecipe) -> Iterator[str]:
                 if trait.startswith(_OUTPUT_PREFIX)
             }
             yield from _metric_problems(recipe, key, str(_hyperparameter_value(term.coefficient, "metric")))
-        if term.name not in LOSS_TERMS.names():
+        spec = LOSS_TERMS.find(term.name)
+        if spec is None:
             continue  # reported when the terms are looked up
 
-        term_inputs = set(LOSS_TERMS.spec(term.name).inputs)
+        term_inputs = set(spec.inputs)
         if term_inputs - controller_outputs:
             names = ", ".join(sorted(term_inputs))
             controllers = [
@@ -136,7 +139,7 @@ def verdict_problems(
             and not correctness_rewards & {reward.name for reward in methods.rewards}
         ):
             yield (
-                f"{method.key} {method.name} needs correctness, which none of reward.functions reports; add "
+                f"{method} needs correctness, which none of reward.functions reports; add "
                 f"one of {', '.join(sorted(correctness_rewards))} (weight 0 if it must not count)"
             )
         if (
@@ -145,7 +148,7 @@ def verdict_problems(
             and not _REWARDS_WITH_ANSWER & {reward.name for reward in methods.rewards}
         ):
             yield (
-                f"{method.key} {method.name} compares the completions' answers, which none of "
+                f"{method} compares the completions' answers, which none of "
                 f"reward.functions extracts; add one of {', '.join(sorted(_REWARDS_WITH_ANSWER))} (weight 0 "
                 "if it must not count)"
             )
@@ -154,6 +157,6 @@ def verdict_problems(
         ):
             if term not in {term.name for term in methods.terms}:
                 yield (
-                    f"{method.key} {method.name} marks tokens for the term {term}, which is not in "
+                    f"{method} marks tokens for the term {term}, which is not in "
                     f"loss.terms; add it or drop {method.name}"
                 )

@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import importlib.util
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from reward.caught import Caught
 from reward.channel import Channel, bound_cpu_time, bound_memory
 from reward.reply import STRICT, add_length, to_json
 from reward.score import is_float32
+from reward.source import import_file
 from rltrain.rollout.environments import Environment, Step, Task
 
 __all__ = [
@@ -150,13 +149,7 @@ def environment_factory(setup: EnvironmentSetup) -> Callable[[], Environment]:
         return functools.partial(getattr(module, setup.attribute), **setup.options)
 
     file = Path(setup.module).resolve()
-    spec = importlib.util.spec_from_file_location(f"user_environment_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{file} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.append(str(file.parent))
-    spec.loader.exec_module(module)
+    module = import_file(file, f"user_environment_{file.stem}")
     if not hasattr(module, setup.attribute):
         raise ValueError(f"{file} has no class {setup.attribute!r}")
     return functools.partial(getattr(module, setup.attribute), **setup.options)

@@ -128,7 +128,7 @@ class ModelJudge:
         return probabilities
 
 
-@method("self", arxiv="2405.14103")
+@method("self", arxiv="2405.14103", needs_if={"by=reference": {"ref_logp"}})
 class SelfJudge:
     """The policy itself says which of two answers is better: online self-preferring, arXiv:2405.14103.
 

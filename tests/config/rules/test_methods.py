@@ -178,6 +178,7 @@ def test_a_need_may_hold_a_hyperparameter_or_hang_on_its_value() -> None:
             "form": Hyperparameter("str", "released"),
             "coefficient": Hyperparameter("float", 0.0),
         },
+        positional=(),
         inputs=(),
         refuses={},
         doc="",
