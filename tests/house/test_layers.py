@@ -19,6 +19,7 @@ LAYERS = (
         "rltrain.seeds",
         "rltrain.errors",
         "rltrain.interrupt",
+        "rltrain.json_text",
         "rltrain.model_files",
         "rltrain.remote_code",
         "rltrain.template_date",
