@@ -29,6 +29,7 @@ from pydantic import ValidationError
 from reward.installed import KINDS, installed_modules, installed_modules_of
 from reward.source import is_user_spec
 from rltrain.declaration import Hyperparameter, MethodSpec, declare, is_tensor_or_none, method
+from rltrain.hyperparameter_ranges import expected_range
 from rltrain.user_methods import UserMethod, read_user_method, signature_problems
 
 __all__ = ["BoundMethod", "Hyperparameter", "MethodSpec", "Registry", "method", "suggestion"]
@@ -183,6 +184,9 @@ class Registry:
                     f"{self.kind} {name!r}: {key} must be {annotation}, got {value!r} "
                     f"({type(value).__name__}): {reason}"
                 ) from error
+            expected = expected_range(key, value) if name in self._own_specs else None
+            if expected is not None:
+                raise ValueError(f"{self.kind} {name!r}: {key} is {value:g}; it must be {expected}")
         return spec
 
     def bind(self, name: str, hp: Mapping[str, Any] | None = None) -> BoundMethod:

@@ -75,6 +75,7 @@ OFFLINE_PROFILE_KEYS = ("data", "learner", "train", "eval", "reference.cache")
 ENVIRONMENTS_KEY = "environments"
 # sections of a profile that recipes of both kinds read
 _SHARED_SECTIONS = ("model", "learner", "checkpoint", "report")
+_POSITION_DIGITS = 6  # of a position in a list
 _IDENTITY_KEYS = ("name", "path", "train")
 # order of the prompts: it belongs to the training method, so another data set does not reset it
 _ORDER_KEY = "order"
@@ -126,7 +127,7 @@ def validate_recipe(data: Mapping[str, Any], layers: Sequence[Document], source:
     """``data`` as a recipe of its kind. Types are strict: ``"200"`` is no number and ``off`` no boolean."""
     schema = schema_of(data)
     kind = data.get("kind")
-    if kind is not None and kind not in RECIPES:
+    if kind is not None and (not isinstance(kind, str) or kind not in RECIPES):
         raise RecipeError(f"{source}: no kind of recipe is called {kind!r}{suggestion(kind, RECIPES)}")
     try:
         # JSON mode accepts lists as tuples, Python mode does not.
@@ -360,8 +361,9 @@ def with_sizes(data: Mapping[str, Any], sizes: Mapping[str, Mapping[str, Any]]) 
     result = copy.deepcopy(dict(data))
     for holder, key in list(method_places(result)):
         method = {"name": holder[key]} if isinstance(holder[key], str) else holder[key]
-        if method["name"] in sizes:
-            holder[key] = {**method, **sizes[method["name"]]}
+        name = method.get("name") if isinstance(method, dict) else None
+        if isinstance(name, str) and name in sizes:  # the schema refuses other names
+            holder[key] = {**method, **sizes[name]}
     return result
 
 
@@ -416,7 +418,8 @@ def _resolve_key_part(holder: Any, part: str, key: KeyPath, source: str) -> Any:
         raise RecipeError(
             f"{source}: {dotted} is {holder!r}, it has no key {part!r} below it; set {dotted} itself"
         )
-    if not part.isdecimal() or int(part) > len(holder):
+    # a position of thousands of digits is no number to Python
+    if not part.isdecimal() or len(part) > _POSITION_DIGITS or int(part) > len(holder):
         expected = f"expected a position from 0 to {len(holder)}, got {part!r}; or set {dotted} as a whole"
         raise RecipeError(f"{source}: {dotted} holds {len(holder)} in the recipe, {expected}")
     if int(part) == len(holder):

@@ -7,9 +7,11 @@ defines them, and a recipe writes them next to its name (``policy: {name: clip, 
 from __future__ import annotations
 
 import datetime as dt
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -19,6 +21,11 @@ from pydantic import (
     Tag,
     model_serializer,
 )
+
+# Beyond these a value is a slip of the pen, and the operating system refuses it in the middle of a run.
+_SECONDS = 1e8  # three years; a lock waits for at most 292 years
+_GIB = 1e6  # one PiB
+_PROCESSES = 4096  # on one machine
 
 
 class Section(BaseModel):
@@ -84,6 +91,23 @@ class TermRef(MethodRef):
 Reward = Annotated[RewardRef, BeforeValidator(_expand_bare_name)]
 
 
+def _check_template(template: str) -> str:
+    """Raises ValueError where every prompt would be the same text, or a placeholder is more than a name."""
+    try:
+        fields = [(name, spec) for _, name, spec, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"{error}; write {{prompt}} for the prompt, {{{{ }}}} for braces") from error
+    if not fields:
+        raise ValueError("no placeholder, so all prompts would be the same; write {prompt} where it belongs")
+    for name, spec in fields:
+        if not name or name.isdecimal() or set(name) & set(".[") or spec:
+            raise ValueError(
+                f"the placeholder {{{name}{':' if spec else ''}{spec}}} is more than the name of a column; "
+                "write {prompt} for the prompt, {{ }} for braces, and name columns in data.columns"
+            )
+    return template
+
+
 class About(Section):
     """What a recipe reproduces. The trainer does not read it."""
 
@@ -114,7 +138,8 @@ class Source(Section):
     columns: dict[str, str] = {}  # our name -> the name in the file, e.g. {prompt: question}
     eval_columns: dict[str, str] | None = None  # None: same as columns
     system: str | None = None  # system message put before the prompt
-    prompt_template: str = "{prompt}"  # wraps text prompts
+    # wraps text prompts; {name} is the column of that name
+    prompt_template: Annotated[str, AfterValidator(_check_template)] = "{prompt}"
     chat_template: Literal["auto", "none"] = "auto"  # auto: the tokenizer's, if it has one
     date: dt.date | None = None  # date that a chat template prints; None: the day on which the run starts
     options: dict[str, Any] = {}  # options of a built-in task, e.g. {digits: 2}
@@ -159,10 +184,12 @@ class EnvironmentRef(MethodRef):
     turn_tokens: int = Field(ge=1)
     observation_tokens: int = Field(default=256, ge=1)  # per observation; longer ones are cut at their end
     role: Literal["user", "tool"] = "user"  # chat role of an observation
-    workers: int = Field(default=2, ge=1)  # processes
-    seconds: float = Field(default=10.0, gt=0)  # wall-clock limit of one step, waits for a CPU not counted
-    reset_seconds: float = Field(default=60.0, gt=0)  # the same limit for the start of an episode
-    memory_gib: float = Field(default=4.0, gt=0)  # address-space limit of one process
+    workers: int = Field(default=2, ge=1, le=_PROCESSES)  # processes
+    # wall-clock limit of one step, waits for a CPU not counted
+    seconds: float = Field(default=10.0, gt=0, le=_SECONDS)
+    # the same limit for the start of an episode
+    reset_seconds: float = Field(default=60.0, gt=0, le=_SECONDS)
+    memory_gib: float = Field(default=4.0, gt=0, le=_GIB)  # address-space limit of one process
 
 
 class Vllm(Section):
@@ -205,10 +232,10 @@ class Sync(Section):
 
 class RewardStage(Section):
     functions: tuple[Reward, ...] = Field(min_length=1)  # the score is the weighted sum
-    workers: int = Field(default=2, ge=1)  # processes
+    workers: int = Field(default=2, ge=1, le=_PROCESSES)  # processes
     # wall-clock limit for grading one completion, waits for a CPU not counted
-    seconds: float = Field(default=10.0, gt=0)
-    memory_gib: float = Field(default=4.0, gt=0)  # address-space limit of one worker
+    seconds: float = Field(default=10.0, gt=0, le=_SECONDS)
+    memory_gib: float = Field(default=4.0, gt=0, le=_GIB)  # address-space limit of one worker
 
 
 class Loss(Section):
@@ -217,9 +244,12 @@ class Loss(Section):
     aggregate: Method = MethodRef(name="token_mean")
 
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimizer(Section):
     lr: float = Field(ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -278,7 +308,7 @@ class ProcessReward(Section):
 
 class Train(Section):
     steps: int = Field(ge=1)
-    deadline_seconds: float = Field(default=1800.0, gt=0)  # longest that any wait may last
+    deadline_seconds: float = Field(default=1800.0, gt=0, le=_SECONDS)  # longest that any wait may last
 
     @property
     def length(self) -> str:
@@ -290,7 +320,7 @@ class Eval(Section):
     every: int = Field(default=0, ge=0)  # steps; 0: at the end only
     prompts: int = Field(default=256, ge=1)
     n: int = Field(default=8, ge=1)  # completions per prompt
-    k: tuple[int, ...] = (1, 8)  # pass@k
+    k: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 8), min_length=1)  # pass@k
     temperature: float = Field(default=1.0, ge=0)
     at_start: bool = True
 
@@ -312,7 +342,7 @@ class SampledRecipe(Section):
     """The sections of every recipe that trains on completions sampled by the policy."""
 
     about: About = About()
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     model: Model
     data: Data
     rollout: Rollout
@@ -377,7 +407,7 @@ class OfflineTrain(Section):
     examples: int = Field(ge=2)  # pairs or completions per step (one optimizer update), all ranks
     epochs: float = Field(default=1.0, gt=0)  # passes over the data; the next pass fills up the last step
     steps: int | None = Field(default=None, ge=1)  # replaces epochs
-    deadline_seconds: float = Field(default=1800.0, gt=0)  # longest that any wait may last
+    deadline_seconds: float = Field(default=1800.0, gt=0, le=_SECONDS)  # longest that any wait may last
 
     @property
     def length(self) -> str:
@@ -406,7 +436,7 @@ class OfflineRecipe(Section):
 
     kind: Literal["offline"] = "offline"
     about: About = About()
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     model: OfflineModel
     data: JudgedData
     loss: PreferenceLoss

@@ -23,8 +23,11 @@ def find_definition(file: str, name: str, *kinds: type[ast.stmt]) -> ast.stmt:
         raise ValueError(f"there is no file {file}{_hint_current_folder(path)}")
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{file} is not valid Python: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}; correct its permissions") from error
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        # the parser reports nesting beyond its stack as MemoryError
+        raise ValueError(f"{file} is not valid Python: {error or 'nested too deeply'}") from error
 
     defined = {
         node.name: node

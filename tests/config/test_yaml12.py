@@ -102,10 +102,11 @@ TRICKY = st.sampled_from(
         "a: b",
     ]
 )
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
 SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), TRICKY, st.text(max_size=12)
+    st.none(), st.booleans(), st.integers(-(2**63) + 1, 2**63 - 1), st.floats(allow_nan=False), TRICKY, TEXT
 )
-KEYS = st.one_of(TRICKY, st.text(max_size=8))
+KEYS = st.one_of(TRICKY, TEXT)
 TREES = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),

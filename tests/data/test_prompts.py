@@ -50,7 +50,7 @@ def test_messages_are_rendered_by_the_chat_template(tmp_path, tokenizer):
         tokenizer,
         jsonl(tmp_path / "chat.jsonl", {"prompt": turns}),
         system="s",
-        prompt_template="never used on messages",
+        prompt_template="{prompt} never used on messages",
     ).prompts[0]
     assert prompt.text == "<system>s<user>a<assistant>b<eos><user>c<assistant>"
     assert list(prompt.token_ids) == tokenizer.apply_chat_template(

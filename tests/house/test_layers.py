@@ -22,6 +22,7 @@ LAYERS = (
         "rltrain.seeds",
         "rltrain.errors",
         "rltrain.interrupt",
+        "rltrain.json_text",
         "rltrain.model_files",
         "rltrain.remote_code",
         "rltrain.template_date",

@@ -91,7 +91,7 @@ def _format_problems(reward: MethodUse) -> Iterator[str]:
     if regex is not None:
         try:
             re.compile(regex)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             yield (
                 f"{reward.key} format: regex {regex!r} is not a regular expression: {error}; in YAML put it "
                 "in single quotes"
@@ -108,7 +108,10 @@ def _limit_problems(recipe: SampledRecipe, reward: MethodUse, limit: str) -> Ite
 
 
 def _server_problems(recipe: SampledRecipe, reward: MethodUse) -> Iterator[str]:
-    parts = urlsplit(str(reward.values["url"]))
+    try:
+        parts = urlsplit(str(reward.values["url"]))
+    except ValueError:  # brackets around what is no IPv6 address
+        parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         yield (
             f"{reward.key} {reward.name}: url must be the address of a server, such as "

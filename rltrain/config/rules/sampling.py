@@ -93,8 +93,6 @@ def _eval_problems(recipe: SampledRecipe) -> Iterator[str]:
             f"k completions per prompt; set eval.n to {max(recipe.eval.k)} or drop {max(recipe.eval.k)} from "
             "eval.k"
         )
-    if any(k < 1 for k in recipe.eval.k):
-        yield f"eval.k is {list(recipe.eval.k)}: every k of pass@k is at least 1"
 
 
 def sampling_warnings(recipe: SampledRecipe) -> Iterator[str]:

@@ -87,7 +87,7 @@ def test_methods_and_hyperparameters_are_those_of_the_registries(
             "add one of choice",
         ),
         (["eval.n=4"], "eval.k asks for pass@8 but eval.n is 4", "set eval.n to 8 or drop 8 from eval.k"),
-        (["eval.k=[0, 8]"], "eval.k is [0, 8]", "at least 1"),
+        (["loss.policy={name: clip, eps_low: -5}"], "eps_low is -5", "at least 0"),
         (["reward.functions.0={name: exact, weight: 0.0}"], "every weight is 0", "give one of them a weight"),
         (
             ["loss.policy=gspo"],
