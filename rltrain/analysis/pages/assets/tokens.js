@@ -52,7 +52,7 @@ const tokens = (() => {
     const line = document.createElement("div");
     line.className = "small faint";
     line.textContent = "point at a token, or touch it, to see its numbers";
-    panel.addEventListener("pointerover", (event) => { if (event.target.title) line.textContent = event.target.title; });
+    panel.addEventListener("pointerover", ({ target }) => { if (target.title) line.textContent = target.title; });
     const whole = document.createElement("div");
     whole.append(panel, line);
     return whole;
@@ -71,8 +71,8 @@ const tokens = (() => {
     const low = neutral - scale, high = neutral + scale;
     const ends = choice === "entropy" ? [] : [swatch(low), ` ${charts.format(low)} or less `];
     const unit = UNITS[choice] && ` ${UNITS[choice]}`;
-    legend.replaceChildren(...ends, swatch(neutral), ` ${neutral} `, swatch(high), ` ${charts.format(high)} or more${unit}`,
-      "; struck out: no part of the loss; a dot: a token without text of its own");
+    legend.replaceChildren(...ends, swatch(neutral), ` ${neutral} `, swatch(high),
+      ` ${charts.format(high)} or more${unit}`, "; struck out: no part of the loss; a dot: a token without text of its own");
   }
 
   function choose() {
