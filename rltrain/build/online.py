@@ -82,7 +82,14 @@ def build_online_run(recipe: OnlineRecipe, inputs: RunInputs, context: RunContex
         step_splitter=StepSplitter(inputs.tokenization.decode) if "step_id" in before else None,
         mismatch=rollout.mismatch,
         law=law,
-        reporter=build_reporter(recipe, context, recipe.train.steps, resumed, recipe.report.transcripts),
+        reporter=build_reporter(
+            recipe,
+            context,
+            recipe.train.steps,
+            resumed,
+            recipe.report.transcripts,
+            inputs.tokenization.decode,
+        ),
         writer=build_model_writer(
             recipe, inputs.tokenization, learner, state.state_dict, context, process_reward
         ),

@@ -28,6 +28,7 @@ from rltrain.report.law import Law
 from rltrain.report.progress import Progress
 from rltrain.report.reporter import Reporter
 from rltrain.report.sinks import open_sinks
+from rltrain.report.token_numbers import STEPS, TokenNumbers
 from rltrain.report.transcripts import Transcripts
 from rltrain.rollout.colocated import ColocatedRollouts
 from rltrain.sync.colocated import Sync
@@ -40,11 +41,17 @@ _Model = TypeVar("_Model", bound=Model)
 
 
 def build_reporter(
-    recipe: AnyRecipe, context: RunContext, steps: int, resumed: RunState | None, transcripts: int | None
+    recipe: AnyRecipe,
+    context: RunContext,
+    steps: int,
+    resumed: RunState | None,
+    transcripts: int | None,
+    decode: Callable[[Sequence[int]], str] | None = None,
 ) -> Reporter:
     """The reporter of a run of ``steps`` steps; only the main process reports.
 
-    transcripts: prompts per step whose completions are kept; None: the run samples no completions.
+    transcripts: prompts per step whose completions are kept; None: the run samples no completions. decode:
+    ids to text, for runs that know numbers of single tokens.
     """
     if not context.process.is_main:
         return QUIET
@@ -54,7 +61,8 @@ def build_reporter(
     sinks = open_sinks(
         folder.path, settings.sinks, settings.project, recipe.model_dump(mode="json"), progress.warn
     )
-    log = None if transcripts is None else Transcripts(folder.transcripts, transcripts)
+    numbers = None if decode is None else TokenNumbers(decode, every=max(1, steps // STEPS))
+    log = None if transcripts is None else Transcripts(folder.transcripts, transcripts, numbers)
     return Reporter(sinks, log, progress)
 
 

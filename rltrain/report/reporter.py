@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rltrain.report.progress import Progress
 from rltrain.report.sinks import Sinks
+from rltrain.report.token_numbers import TokenTensors
 from rltrain.report.transcripts import Transcripts
 from rltrain.types.samples import ScoredGroup
 
@@ -25,19 +26,27 @@ class Reporter:
         self._sent: set[str] = {""}
 
     def step(
-        self, step: int, metrics: Mapping[str, float], groups: Sequence[ScoredGroup], note: str | None
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        groups: Sequence[ScoredGroup],
+        note: str | None,
+        tensors: TokenTensors | None = None,
     ) -> None:
-        """note: why the gradient was zero; None: it was not."""
+        """note: why the gradient was zero; None: it was not. tensors: for the numbers of kept tokens."""
         if self.sinks is not None:
             self.sinks.log(step, metrics)
         if self.transcripts is not None:
-            self.transcripts.log(step, groups)
+            self.transcripts.log(step, groups, tensors=tensors)
         if self.progress is not None:
             self.progress.step(metrics, note)
 
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, metrics: Mapping[str, float], groups: Sequence[ScoredGroup] = ()) -> None:
+        """groups: the held-out prompts with their completions, the same ones at every evaluation."""
         if self.sinks is not None:
             self.sinks.log(step, metrics)
+        if self.transcripts is not None:
+            self.transcripts.log(step, groups, "eval")
         if self.progress is not None:
             self.progress.evaluation(metrics)
 

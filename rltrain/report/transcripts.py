@@ -9,20 +9,37 @@ from typing import Any
 
 from reward.score import Score
 from rltrain.report.sinks import JsonLines
+from rltrain.report.token_numbers import TokenNumbers, TokenTensors
 from rltrain.types.samples import Completion, ScoredGroup
 
 
 class Transcripts:
-    """Writes the completions of the first ``groups_per_step`` prompts of each step; 0 writes none."""
+    """Writes the completions of the first ``groups_per_step`` prompts of each step; 0 writes none.
 
-    def __init__(self, path: Path, groups_per_step: int) -> None:
+    numbers: chooses the tokens that get numbers; None: none do.
+    """
+
+    def __init__(self, path: Path, groups_per_step: int, numbers: TokenNumbers | None = None) -> None:
         self._lines = JsonLines(path)
         self._groups_per_step = groups_per_step
+        self._numbers = numbers
 
-    def log(self, step: int, groups: Sequence[ScoredGroup], stage: str = "rollout") -> None:
-        """stage: "rollout", or "eval" for held-out prompts."""
+    def log(
+        self,
+        step: int,
+        groups: Sequence[ScoredGroup],
+        stage: str = "rollout",
+        tensors: TokenTensors | None = None,
+    ) -> None:
+        """stage: "rollout", or "eval" for held-out prompts. tensors: the step's, for the tokens' numbers."""
         for group in groups[: self._groups_per_step]:
-            self._lines.append(transcript(step, group, stage))
+            record = transcript(step, group, stage)
+            if tensors is not None and self._numbers is not None and self._numbers.is_due(step):
+                for completion, numbers in zip(
+                    record["completions"], self._numbers.records(group, tensors), strict=True
+                ):
+                    completion |= {} if numbers is None else {"token_numbers": numbers}
+            self._lines.append(record)
 
     def close(self) -> None:
         self._lines.close()

@@ -21,6 +21,7 @@ from rltrain.seeds import stable_hash
 from rltrain.train.examples import Examples
 from rltrain.train.own_samples import OwnSamples
 from rltrain.types.preference import LabelBatch, PairBatch
+from rltrain.types.samples import ScoredGroup
 
 # reported with their intervals; all other numbers of a loss are reported as means
 _WITH_INTERVAL = ("accuracy", "margin", "loss", "brier", "entropy", "sampled_entropy", "sampled_tokens")
@@ -33,6 +34,7 @@ class PreferenceEvaluation:
     estimates: Mapping[str, Estimate]
     examples: int
     calibration_error: float | None = None  # of pairs
+    groups: tuple[ScoredGroup, ...] = ()  # no completion is graded
 
     def metrics(self) -> dict[str, float]:
         metrics = {"eval/examples": float(self.examples)}

@@ -83,7 +83,8 @@ class TrainingRun(ABC):
         start = perf_counter()
         result = self.evaluate()
         if result is not None:
-            self.reporter.evaluation(step, {**result.metrics(), "time/eval": perf_counter() - start})
+            metrics = {**result.metrics(), "time/eval": perf_counter() - start}
+            self.reporter.evaluation(step, metrics, result.groups)
             self.history.add(result)
 
 

@@ -34,6 +34,7 @@ from rltrain.report.metrics import (
     source_metrics,
     why_no_update,
 )
+from rltrain.report.token_numbers import TokenTensors
 from rltrain.rollout.collate import collate
 from rltrain.rollout.source import Rollouts, RolloutSource
 from rltrain.rollout.steps import StepSplitter
@@ -287,7 +288,8 @@ def report_step(
 
     is_unchanged = update.metrics["learner/grad_norm"] == 0 or lr == 0
     reason = why_no_update(batch, lr) if is_unchanged else None
-    run.reporter.step(step.number, metrics, rollouts.groups, reason)
+    tensors = TokenTensors(batch, logp, sampling_entropy(batch, update))
+    run.reporter.step(step.number, metrics, rollouts.groups, reason, tensors)
 
     warning = run.mismatch.check(step.number, metrics)
     if warning is not None:

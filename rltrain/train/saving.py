@@ -21,6 +21,7 @@ from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.checkpoint.run_state import RunState
 from rltrain.errors import UserError
 from rltrain.interrupt import end_by_signal, interrupt, is_launched, say
+from rltrain.types.samples import ScoredGroup
 
 # exit code of a run that SIGTERM or Ctrl-C ended with a checkpoint; a shell reports 143 for a process that
 # the signal killed
@@ -40,6 +41,11 @@ class Stopped(Exception):
 
 class EvaluationResult(Protocol):
     """An evaluation of any kind."""
+
+    @property
+    def groups(self) -> Sequence[ScoredGroup]:
+        """The completions that it sampled and graded; empty if it sampled none."""
+        ...
 
     def metrics(self) -> dict[str, float]: ...
 

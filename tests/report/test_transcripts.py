@@ -4,6 +4,7 @@ import json
 import math
 
 from reward.score import Score
+from rltrain.report.reporter import Reporter
 from rltrain.report.transcripts import Transcripts
 from rltrain.types.samples import Completion, Prompt, ScoredGroup, Span
 
@@ -49,6 +50,19 @@ def test_an_ungraded_completion_has_a_reason_and_no_score(tmp_path):
     kept.log(1, [group(0)])
     bad = read(tmp_path / "t.jsonl")[0]["completions"][1]
     assert bad["score"] is None and bad["ungraded"] == "timeout" and bad["source"] == 1
+
+
+def test_held_out_prompts_are_kept_at_every_evaluation(tmp_path):
+    reporter = Reporter(None, Transcripts(tmp_path / "t.jsonl", 1), None)
+    for step in (0, 5):
+        reporter.evaluation(step, {"eval/reward": 0.5}, [group(0), group(1)])
+    reporter.evaluation(9, {"eval/accuracy": 0.5})  # of judged examples: nothing was sampled
+    reporter.close()
+    lines = read(tmp_path / "t.jsonl")
+    assert [(line["step"], line["stage"], line["prompt_id"]) for line in lines] == [
+        (0, "eval", "row-0"),
+        (5, "eval", "row-0"),
+    ]
 
 
 def test_zero_groups_keep_nothing(tmp_path):

@@ -94,7 +94,9 @@ def write_run(folder: Path, steps: int = 100, shift: float = 0.0) -> Path:
     metrics.close()
 
     transcripts = JsonLines(folder / "transcripts.jsonl")
-    transcripts.append(group(1, "1+1", completion("3", 0.0), completion("</script><b>4</b>", 0.0)))
+    numbers = {"text": ["1", "2", ""], "entropy": [0.1, 2.0, None], "weight": [1.0, 0.0, 1.0]}
+    shown = completion("12", 0.0, token_numbers=numbers) | {"tokens": 5}
+    transcripts.append(group(1, "1+1", shown, completion("</script><b>4</b>", 0.0)))
     transcripts.append(group(1, "2+2", completion("4", 1.0), completion("no idea", None)))
     two_turns = {"turns": ["look it up", "it is 6"], "finish": "length"}
     transcripts.append(group(50, "3+3", completion("it is 6", 1.0, **two_turns), completion("7", 0.0)))

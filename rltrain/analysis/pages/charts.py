@@ -189,7 +189,8 @@ def _distinct_lines(lines: Sequence[Line], columns: Mapping[str, dict[int, float
     """Curves that are equal everywhere, such as the mean reward and the share right, become one."""
     distinct: list[Line] = []
     for line in lines:
-        twin = next((other for other in distinct if columns[other.metric] == columns[line.metric]), None)
+        column = _round_values(columns[line.metric])
+        twin = next((other for other in distinct if _round_values(columns[other.metric]) == column), None)
         if twin is None:
             distinct.append(line)
         else:
@@ -198,6 +199,10 @@ def _distinct_lines(lines: Sequence[Line], columns: Mapping[str, dict[int, float
                 twin.metric, label, twin.low or line.low, twin.high or line.high
             )
     return distinct
+
+
+def _round_values(column: Mapping[int, float]) -> dict[int, float | None]:
+    return {step: round_value(value) for step, value in column.items()}
 
 
 def smoothing_width(steps: int) -> int:

@@ -29,16 +29,21 @@ class CompletionSet:
     steps_shown: int
     steps_total: int
 
+    @property
+    def has_numbers(self) -> bool:
+        """Whether any completion has numbers of its tokens."""
+        return any("tokenNumbers" in item for group in self.groups for item in group["completions"])
+
 
 def read_completions(path: Path, budget: int = BUDGET) -> CompletionSet:
     """The groups of ``path`` that fit into ``budget`` bytes; none if there is no such file.
 
-    Half of the budget is for held-out prompts, as far as there are any.
+    Prompts of training, of evaluations, and with numbers of their tokens have equal parts of the budget.
     """
     lines = _scan_lines(path) if path.is_file() else []
-    by_stage: dict[str, list[_FileLine]] = {}
+    by_stage: dict[tuple[str, bool], list[_FileLine]] = {}
     for line in lines:
-        by_stage.setdefault(line.stage, []).append(line)
+        by_stage.setdefault((line.stage, line.has_numbers), []).append(line)
     share = budget // max(1, len(by_stage))
     chosen = [line for stage in by_stage.values() for line in _choose_lines(stage, share)]
     groups = [
@@ -54,6 +59,7 @@ def read_completions(path: Path, budget: int = BUDGET) -> CompletionSet:
 class _FileLine:
     step: int
     stage: str
+    has_numbers: bool
     start: int
     size: int
 
@@ -66,7 +72,8 @@ def _scan_lines(path: Path) -> list[_FileLine]:
         for text in file:
             match = _LINE.match(text)
             if match is not None and text.endswith(b"\n"):
-                lines.append(_FileLine(int(match[1]), match[2].decode(), start, len(text)))
+                has_numbers = b'"token_numbers": ' in text
+                lines.append(_FileLine(int(match[1]), match[2].decode(), has_numbers, start, len(text)))
             start += len(text)
     return lines
 
@@ -129,6 +136,8 @@ def _completion_record(completion: Mapping[str, Any]) -> dict[str, Any]:
     record |= (
         {"turns": [cut_text(turn) for turn in turns]} if turns else {"text": cut_text(completion["text"])}
     )
+    if completion.get("token_numbers"):
+        record["tokenNumbers"] = completion["token_numbers"]
     if completion.get("extra"):
         record["extra"] = {name: cut_text(text) for name, text in completion["extra"].items()}
     return record

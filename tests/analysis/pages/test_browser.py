@@ -138,6 +138,8 @@ def test_a_cursor_over_a_chart_shows_values_and_a_drag_zooms_every_chart(
 
 
 def test_filters_choose_completions(page: Path, open_page: Opener) -> None:
+    from selenium.webdriver.support.select import Select
+
     driver = open_page(page)
     assert counted(driver) == "4 prompts, 8 completions"
     driver.find_element("id", "ungraded").click()
@@ -160,6 +162,30 @@ def test_filters_choose_completions(page: Path, open_page: Opener) -> None:
     assert counted(driver) == "2 prompts, 2 completions"
     fill(driver, "text", "no idea")
     assert counted(driver) == "1 prompts, 1 completions"
+    driver.find_element("id", "clear").click()
+    Select(driver.find_element("id", "order")).select_by_value("rate-down")
+    assert driver.find_element("id", "group").text.startswith("1+1, step 100")
+    Select(driver.find_element("id", "stage")).select_by_value("eval")
+    assert counted(driver) == "0 prompts, 0 completions"
+
+
+def test_tokens_are_coloured_by_what_the_reader_chooses(page: Path, open_page: Opener) -> None:
+    from selenium.webdriver.support.select import Select
+
+    driver = open_page(page)
+    choice = Select(driver.find_element("id", "colour"))
+    assert [option.get_attribute("value") for option in choice.options] == ["", "entropy", "weight"]
+    choice.select_by_value("entropy")
+    driver.execute_script("document.getElementById('group').scrollIntoView()")
+    tokens = driver.find_elements("css selector", "#group .token")
+    assert [token.text for token in tokens] == ["1", "2", "\u00b7"]
+    backs = [token.value_of_css_property("background-color") for token in tokens]
+    assert len(set(backs)) == 3 and backs[2] == "rgba(0, 0, 0, 0)"  # no number, no colour
+    assert "out" in tokens[1].get_attribute("class")  # weight 0
+    assert "2 more tokens without numbers" in driver.find_element("id", "group").text
+    assert "2 or more nats" in driver.find_element("id", "legend").text
+    driver.execute_script("document.getElementById('clear').click()")
+    assert not driver.find_elements("css selector", "#group .token")
 
 
 def test_a_run_of_2000_steps_loads_in_two_seconds(open_page: Opener, tmp_path: Path) -> None:

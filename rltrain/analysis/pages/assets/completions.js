@@ -6,7 +6,8 @@ const completions = (() => {
   const field = (id) => document.getElementById(id);
   const number = (id) => (field(id).value === "" ? null : Number(field(id).value));
   const inside = (value, low, high) =>
-    (low === null && high === null) || (value !== null && (low === null || value >= low) && (high === null || value <= high));
+    (low === null && high === null)
+    || (value !== null && (low === null || value >= low) && (high === null || value <= high));
 
   function make(tag, className, ...content) {
     const element = document.createElement(tag);
@@ -58,7 +59,7 @@ const completions = (() => {
     list.sort((left, right) => order(left.group, right.group) || left.group.step - right.group.step);
     shown = PAGE;
     field("count").textContent = `${list.length} prompts, ${total} completions`;
-    if (!list.some((entry) => entry.group === current)) current = list.length ? list[0].group : null;
+    current = list.length ? list[0].group : null;
     drawPrompts();
     drawGroup();
   }
@@ -76,7 +77,8 @@ const completions = (() => {
   function drawPrompts() {
     const panel = field("prompts");
     const rows = list.slice(0, shown).map(({ group }) => {
-      const where = `step ${group.step}${group.stage === "eval" ? ", held-out" : ""}${group.turned ? ", turned right" : ""}`;
+      const kind = `${group.stage === "eval" ? ", held-out" : ""}${group.turned ? ", turned right" : ""}`;
+      const where = `step ${group.step}${kind}`;
       const row = make("button", "", make("span", "line", group.prompt.replace(/\s+/g, " ")), ...rateOf(group),
         make("span", "small faint", ` ${where}`));
       row.type = "button";
@@ -111,22 +113,24 @@ const completions = (() => {
   const SOURCES = ["policy", "policy at another temperature", "reference model", "data set's answer"];
 
   function drawCompletion(completion) {
-    const verdict = completion.correct === true ? ["good", "right"] : completion.correct === false ? ["bad", "wrong"] : null;
     const bar = make("div", "bar");
-    if (verdict) bar.append(make("span", `mark ${verdict[0]}`, verdict[1]));
+    if (completion.correct === true) bar.append(make("span", "mark good", "right"));
+    if (completion.correct === false) bar.append(make("span", "mark bad", "wrong"));
     if (completion.ungraded !== null) bar.append(make("span", "mark bad", `ungraded: ${completion.ungraded}`));
     else bar.append(make("b", "", `reward ${charts.format(completion.score)}`));
     for (const [name, value] of Object.entries(completion.parts)) {
-      if (name !== "correct" && !name.endsWith("/correct")) bar.append(make("span", "chip", `${name} ${charts.format(value)}`));
+      if (name === "correct" || name.endsWith("/correct")) continue;
+      bar.append(make("span", "chip", `${name} ${charts.format(value)}`));
     }
-    const facts = [`${completion.tokens} tokens`, completion.finish === "length" ? "cut at the limit" : completion.finish,
-      `weights ${completion.version}`];
+    const finish = completion.finish === "length" ? "cut at the limit" : completion.finish;
+    const facts = [`${completion.tokens} tokens`, finish, `weights ${completion.version}`];
     if (completion.source) facts.push(SOURCES[completion.source] ?? `source ${completion.source}`);
     bar.append(make("span", "small faint", facts.join(", ")));
     return make("div", "completion", bar, ...drawText(completion), ...drawExtra(completion.extra || {}));
   }
 
   function drawText(completion) {
+    if (tokens.isOn() && completion.tokenNumbers) return [tokens.draw(completion)];
     if (!completion.turns) return [make("pre", "", completion.text || "(empty)")];
     return completion.turns.map((turn, index) =>
       make("div", "turn", make("span", "small faint", `turn ${index + 1}`), make("pre", "", turn || "(empty)")));
@@ -141,8 +145,12 @@ const completions = (() => {
     groups = records;
     const ids = ["stage", "order", "step-low", "step-high", "score-low", "score-high", "length-low", "length-high",
       "ungraded", "turned", "cut", "text"];
-    for (const id of ids) field(id).addEventListener("input", refresh);
-    field("clear").addEventListener("click", () => { field("filters").reset(); refresh(); });
+    tokens.mount(groups, drawGroup);
+    for (const id of ids) {
+      const event = field(id).tagName === "SELECT" ? "change" : "input"; // WebDriver sends a list "change"
+      field(id).addEventListener(event, refresh);
+    }
+    field("clear").addEventListener("click", () => { field("filters").reset(); tokens.choose(); refresh(); });
     refresh();
   }
 
