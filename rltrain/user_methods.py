@@ -54,7 +54,7 @@ def read_user_method(
     if not isinstance(declaration, Declaration):
         raise ValueError(
             f'{name} declares no method; write @method("{attribute}", needs={{...}}) above it, with '
-            "from rltrain.registry import method"
+            "from rltrain import method"
         )
     if declaration.name in known:
         raise ValueError(

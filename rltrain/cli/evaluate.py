@@ -36,7 +36,7 @@ def eval_command(model: str, recipe: AnyRecipe, out: Path | None, em_inf: float 
     the recipe's own model as reference. em_inf: nats to which EM-INF lowers the entropy of each token's
     logits before a token is drawn; None: the logits are unchanged.
     """
-    metrics = _EVALUATIONS[recipe.kind](model, recipe, em_inf)
+    metrics = EVALUATIONS[recipe.kind](model, recipe, em_inf)
     if out is not None:
         write_atomic(out, json.dumps({"model": model, **metrics}, indent=2) + "\n")
     return 0
@@ -57,7 +57,7 @@ def _evaluate_sampled(model: str, recipe: SampledRecipe, em_inf: float | None) -
     return result.metrics()
 
 
-_EVALUATIONS: Mapping[str, Callable[..., dict[str, float]]] = {
+EVALUATIONS: Mapping[str, Callable[..., dict[str, float]]] = {
     "online": _evaluate_sampled,
     "online_pairs": _evaluate_sampled,
     "offline": _evaluate_offline,
