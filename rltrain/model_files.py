@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -14,3 +16,19 @@ def local_file(path: str, revision: str | None, name: str) -> Path | None:
 
     file = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
     return None if file is None else Path(str(file))
+
+
+@contextmanager
+def model_errors() -> Iterator[None]:
+    """Inside, whatever the libraries raise for a model's broken files is an OSError or a ValueError.
+
+    transformers, huggingface_hub, tokenizers and safetensors raise classes of their own, KeyError, TypeError
+    and bare Exceptions for a field that is missing or of another type.
+    """
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        raise ValueError(f"{type(error).__name__}: {reason:.300}") from error

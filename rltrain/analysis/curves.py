@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rltrain.errors import UserError
+from rltrain.json_text import parse_json
 from rltrain.report.law import student_quantile
 
 Line = dict[str, float]
@@ -45,12 +45,18 @@ class Curves:
         lines: list[Line] = []
         for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             try:
-                lines.append(json.loads(text))
+                line = parse_json(text)
             except ValueError as error:
                 raise UserError(
                     f"{path}, line {number} is not JSON ({error}); the last line of a run that is still "
                     "writing may be incomplete"
                 ) from error
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                raise UserError(
+                    f"{path}, line {number} is no line of metrics, which is a JSON object with a step; got "
+                    f"{text:.80}"
+                )
+            lines.append(line)
 
         steps = tuple(line for line in lines if "time/step" in line)
         if not steps:

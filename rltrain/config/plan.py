@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from rltrain.config.schema import (
     OnlineRecipe,
     SampledRecipe,
 )
+from rltrain.json_text import parse_json
 
 GIB = 2**30
 MASTER_BYTES = 16  # per parameter: float32 weight, gradient and AdamW's two moments
@@ -289,17 +289,22 @@ def _learner_memory_lines(recipe: SampledRecipe | OfflineRecipe) -> tuple[list[P
 def model_size(config: Path) -> ModelSize | None:
     """Sizes from a config.json; None if the file is missing or describes another kind of model."""
     try:
-        facts: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
+        facts: Any = parse_json(config.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    if not all(isinstance(facts.get(key), int) for key in needed):
+    if not isinstance(facts, dict) or not all(
+        isinstance(facts.get(key), int) and facts[key] > 0 for key in needed
+    ):
         return None
 
     hidden, layers, heads, inner, vocabulary = (facts[key] for key in needed)
 
-    head = facts.get("head_dim") or hidden // heads
-    kv_width = head * (facts.get("num_key_value_heads") or heads)
+    optional = {key: facts.get(key) for key in ("head_dim", "num_key_value_heads")}
+    if any(value is not None and not isinstance(value, int) for value in optional.values()):
+        return None
+    head = optional["head_dim"] or hidden // heads
+    kv_width = head * (optional["num_key_value_heads"] or heads)
     attention = 2 * hidden * heads * head + 2 * hidden * kv_width
     if facts.get("model_type") == "qwen2":  # the only supported kind with biases on queries, keys and values
         attention += heads * head + 2 * kv_width
