@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -31,3 +33,19 @@ def config_file(path: str, revision: str | None) -> Path | None:
         return Path(hf_hub_download(path, "config.json", revision=revision))
     except (OSError, ValueError):  # offline and not in the cache, no such repository, no name on the Hub
         return None
+
+
+@contextmanager
+def model_errors() -> Iterator[None]:
+    """Inside, whatever the libraries raise for a model's broken files is an OSError or a ValueError.
+
+    transformers, huggingface_hub, tokenizers and safetensors raise classes of their own, KeyError, TypeError
+    and bare Exceptions for a field that is missing or of another type.
+    """
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        raise ValueError(f"{type(error).__name__}: {reason:.300}") from error

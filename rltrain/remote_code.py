@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from rltrain.errors import UserError
-from rltrain.model_files import local_file
+from rltrain.json_text import parse_json
+from rltrain.model_files import local_file, model_errors
 
 KEY = "model.trust_remote_code"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -81,9 +82,12 @@ def trusted_code() -> dict[str, str]:
 
 @contextmanager
 def refusing_untrusted(path: str, revision: str | None = None) -> Iterator[None]:
-    """Inside, transformers' request to let code run becomes a UserError that says how to allow it."""
+    """Inside, transformers' request to let code run becomes a UserError that says how to allow it, and every
+    other exception of the libraries an OSError or a ValueError (``model_errors``).
+    """
     try:
-        yield
+        with model_errors():
+            yield
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
@@ -134,7 +138,8 @@ def _refuse_code_from_elsewhere(path: str, revision: str | None) -> None:
     """
     for name in _CONFIGS:
         file = local_file(path, revision, name)
-        mapped = {} if file is None else json.loads(file.read_text(encoding="utf-8")).get("auto_map", {})
+        settings = {} if file is None else parse_json(file.read_text(encoding="utf-8"))
+        mapped = settings.get("auto_map") if isinstance(settings, dict) else None
         for reference in _references(mapped):
             repository, separator, module = reference.rpartition("--")
             if separator and (Path(path).is_dir() or repository != path):

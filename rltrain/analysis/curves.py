@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import Counter
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rltrain.errors import UserError
+from rltrain.json_text import parse_json
 from rltrain.report.law import student_quantile
 
 Line = dict[str, float]
@@ -52,12 +52,17 @@ class Curves:
         nonfinite: Counter[str] = Counter()
         for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             try:
-                record = json.loads(text)
+                record = parse_json(text)
             except ValueError as error:
                 raise UserError(
                     f"{path}, line {number} is not JSON ({error}); the last line of a run that is still "
                     "writing may be incomplete"
                 ) from error
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise UserError(
+                    f"{path}, line {number} is no line of metrics, which is a JSON object with a step; got "
+                    f"{text:.80}"
+                )
             nonfinite.update(list(record.pop("nonfinite", {})))
             lines.append({name: math.nan if value is None else value for name, value in record.items()})
 

@@ -29,7 +29,7 @@ from rltrain.build.outputs import (
     require_same_data,
 )
 from rltrain.checkpoint.random_state import seed_everything
-from rltrain.checkpoint.run_state import read_state
+from rltrain.checkpoint.run_state import read_state, restoring
 from rltrain.config.rules.offline import data_needs, takes_pairs
 from rltrain.config.schema import OfflineRecipe
 from rltrain.data.chat import StopTokens
@@ -237,10 +237,11 @@ def build_offline_run(recipe: OfflineRecipe, inputs: OfflineInputs, context: Run
     )
 
     data = data_digest(_examples_in(inputs.train))
-    if resumed is not None:
-        require_same_data(resumed, data, "examples")
-        learner.restore(resumed.tensors, resumed.learner)
-        order.load_state_dict(resumed.order)
+    if resumed is not None and context.checkpoint is not None:
+        with restoring(context.checkpoint):
+            require_same_data(resumed, data, "examples")
+            learner.restore(resumed.tensors, resumed.learner)
+            order.load_state_dict(resumed.order)
 
     evaluator = None
     if inputs.held_out is not None:

@@ -16,7 +16,7 @@ from rltrain.build.inputs import RunInputs
 from rltrain.build.outputs import PROCESS, TrainingState, build_model_writer, build_reporter, initial_model
 from rltrain.build.rollout import build_rollout
 from rltrain.checkpoint.random_state import seed_everything
-from rltrain.checkpoint.run_state import read_state
+from rltrain.checkpoint.run_state import read_state, restoring
 from rltrain.config.rules.registries import ORDERS
 from rltrain.config.schema import Loss, MethodRef, Model, OnlineRecipe, TermRef
 from rltrain.control import COEFFICIENTS, TOKEN_CONTROLS
@@ -60,8 +60,9 @@ def build_online_run(recipe: OnlineRecipe, inputs: RunInputs, context: RunContex
         learner, rollout.source, rollout.sync, tuple(controllers.values()), law, process_reward
     )
     resumed = None if context.checkpoint is None else read_state(context.checkpoint)
-    if resumed is not None:
-        state.load_state_dict(resumed)
+    if resumed is not None and context.checkpoint is not None:
+        with restoring(context.checkpoint):
+            state.load_state_dict(resumed)
     needs = before | ORDERS.spec(recipe.data.order.name).needs
     return OnlineRun(
         recipe=recipe,

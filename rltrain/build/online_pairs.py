@@ -16,7 +16,7 @@ from rltrain.build.inputs import RunInputs
 from rltrain.build.outputs import TrainingState, build_model_writer, build_reporter, initial_model
 from rltrain.build.rollout import build_rollout
 from rltrain.checkpoint.random_state import seed_everything
-from rltrain.checkpoint.run_state import read_state
+from rltrain.checkpoint.run_state import read_state, restoring
 from rltrain.config.rules.registries import JUDGES
 from rltrain.config.schema import OnlinePairsRecipe
 from rltrain.data.chat import render
@@ -50,8 +50,9 @@ def build_pair_run(recipe: OnlinePairsRecipe, inputs: RunInputs, context: RunCon
 
     state = TrainingState(learner, rollout.source, rollout.sync)
     resumed = None if context.checkpoint is None else read_state(context.checkpoint)
-    if resumed is not None:
-        state.load_state_dict(resumed)
+    if resumed is not None and context.checkpoint is not None:
+        with restoring(context.checkpoint):
+            state.load_state_dict(resumed)
     return PairRun(
         recipe=recipe,
         total_steps=recipe.train.steps,

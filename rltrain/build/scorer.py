@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rltrain.config.schema import JudgedData, LearnerCore, Model, Optimizer
-from rltrain.data.judged import Reader, format_prompt, is_empty
+from rltrain.data.judged import Reader, completion_of, format_prompt, is_empty
 from rltrain.data.prompts import rename_columns
 from rltrain.data.rows import Row, read_rows
 from rltrain.data.steps import ends_of_lines, ends_of_listed_steps, ends_of_pattern, step_of_tokens
@@ -162,6 +162,8 @@ def _read_scoring_row(
                 "completion=NAME"
             )
         completion = _BETWEEN.join(_steps_column(row))
+    else:
+        completion = completion_of(row, "completion")
     if is_empty(completion):
         return ScoringRow(row, None, reason="the completion is empty")
     prompt = format_prompt(row, reader.data)

@@ -17,7 +17,7 @@ from typing import Any
 
 from rltrain.checkpoint.inputs import changes
 from rltrain.checkpoint.run_folder import RunFolder, write_atomic
-from rltrain.checkpoint.run_state import RunState, latest, read_own, read_verified
+from rltrain.checkpoint.run_state import RunState, latest, read_own, read_verified, restoring
 from rltrain.config.load import load_recipe, resolved_yaml
 from rltrain.config.schema import AnyRecipe
 from rltrain.errors import RecipeError, UserError
@@ -70,8 +70,11 @@ def saved_date(folder: RunFolder, resume: str) -> dt.date | None:
         return _saved_recipe(folder).data.date
     if resume == AUTO:
         return None
-    saved = read_verified(Path(resume).expanduser().absolute()).recipe["data"].get("date")
-    return None if saved is None else dt.date.fromisoformat(saved)
+    checkpoint = Path(resume).expanduser().absolute()
+    state = read_verified(checkpoint)
+    with restoring(checkpoint):
+        saved = state.recipe["data"].get("date")
+        return None if saved is None else dt.date.fromisoformat(saved)
 
 
 @contextlib.contextmanager

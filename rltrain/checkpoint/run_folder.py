@@ -19,6 +19,7 @@ from typing import Any
 
 import rltrain
 from rltrain.errors import UserError
+from rltrain.json_text import parse_json
 
 _PACKAGES = (
     "torch",
@@ -77,7 +78,7 @@ class RunFolder:
     def run_id(self) -> str | None:
         """The identifier of this run; None in a folder that an older rltrain made."""
         try:
-            return json.loads(self.environment.read_text(encoding="utf-8")).get("run")
+            return parse_json(self.environment.read_text(encoding="utf-8")).get("run")
         except (OSError, ValueError, AttributeError):
             return None
 

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from pydantic import ConfigDict, ValidationError, create_model
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -28,10 +30,15 @@ from rltrain.checkpoint.export import MANIFEST, file_hashes
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.checkpoint.tensor_files import read_tensors, write_tensors
 from rltrain.errors import UserError
+from rltrain.json_text import parse_json
 
 _STATE = Path("training", "state.json")
 _TENSORS = Path("training", "optimizer.safetensors")
 _FORMAT = 1  # of state.json; raised when an older rltrain could not read it
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 class DamagedCheckpointError(UserError):
@@ -68,14 +75,22 @@ class RunState:
     temperature: Mapping[str, float] = field(default_factory=dict)
 
 
+_PLAIN_FIELDS = {field.name: field for field in dataclasses.fields(RunState) if field.name != "tensors"}
+_HINTS = get_type_hints(RunState)
+_ANNOTATIONS: dict[str, Any] = {
+    name: (_HINTS[name], ... if _is_required(field) else None) for name, field in _PLAIN_FIELDS.items()
+}
+# Checks the types of all fields but the tensors; a field with a default may be missing.
+_PlainState = create_model("_PlainState", __config__=ConfigDict(extra="forbid", strict=True), **_ANNOTATIONS)
+
+
 def write_state(folder: Path, state: RunState, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write ``state`` into ``folder``, an unfinished checkpoint.
 
     tensors: the optimizer's, by parameter name and slot, written as they arrive. Raises OSError or
     SafetensorError when the disk refuses.
     """
-    names = [field.name for field in dataclasses.fields(state) if field.name != "tensors"]
-    plain = {name: getattr(state, name) for name in names}
+    plain = {name: getattr(state, name) for name in _PLAIN_FIELDS}
     (folder / _STATE).parent.mkdir()
     (folder / _STATE).write_text(json.dumps({"format": _FORMAT, **plain}) + "\n", encoding="utf-8")
     write_tensors(folder / _TENSORS.parent, _TENSORS.stem, tensors)
@@ -88,7 +103,7 @@ def read_verified(checkpoint: Path) -> RunState:
     """
     remedy = "resume from another checkpoint"
     try:
-        listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        listed = parse_json((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DamagedCheckpointError(
             f"{checkpoint}: {MANIFEST} is missing, so this is no complete checkpoint; {remedy}"
@@ -148,19 +163,42 @@ def read_state(checkpoint: Path) -> RunState:
     Raises DamagedCheckpointError where it cannot be read.
     """
     try:
-        plain = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        plain = parse_json((checkpoint / _STATE).read_text(encoding="utf-8"))
         format_ = plain.pop("format")
         if format_ != _FORMAT:
             raise UserError(
                 f"{checkpoint / _STATE} has format {format_} and this rltrain reads {_FORMAT}; "
                 f"resume with rltrain {plain.get('environment', {}).get('rltrain', 'of that time')}"
             )
+        _PlainState.model_validate(plain)
+        if any(size < 0 for size in plain["reported"].values()):
+            raise ValueError("reported: the size of a file is below 0")
         return RunState(tensors=read_tensors(checkpoint / _TENSORS.parent, _TENSORS.stem), **plain)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise DamagedCheckpointError(
+            f"{checkpoint / _STATE}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}, got "
+            f"{problem['input']!r:.80}; resume from another one"
+        ) from error
     except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         raise DamagedCheckpointError(
             f"{checkpoint}: the training state cannot be read ({error}); resume from another one"
+        ) from error
+
+
+@contextmanager
+def restoring(checkpoint: Path) -> Iterator[None]:
+    """Inside, whatever is raised for a state of another form is a DamagedCheckpointError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise DamagedCheckpointError(
+            f"{checkpoint}: its training state does not fit this run ({type(error).__name__}: {error}); "
+            "resume from another one, or start a new run from its model"
         ) from error
 
 

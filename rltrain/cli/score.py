@@ -32,7 +32,7 @@ from rltrain.errors import UserError, user_mistakes
 from rltrain.learner.frozen_models import require_same_tokens
 from rltrain.learner.reward_model import rewards_of
 from rltrain.model_limits import context_of
-from rltrain.remote_code import trusts
+from rltrain.remote_code import refusing_untrusted, trusts
 from rltrain.report.statistics import average_at_k
 from rltrain.seeds import stable_hash
 from rltrain.train.evaluate import Evaluation
@@ -62,7 +62,9 @@ def score_command(
 
     with user_mistakes():
         tokenization = scorer_tokenization(model)
-        context = context_of(AutoConfig.from_pretrained(model.path, trust_remote_code=trusts(model.path)))
+        with refusing_untrusted(model.path):
+            config = AutoConfig.from_pretrained(model.path, trust_remote_code=trusts(model.path))
+            context = context_of(config)
         rows = read_file(
             file, columns, steps, tokenization, data, None if context is None else context.tokens
         )

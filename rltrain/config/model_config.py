@@ -6,7 +6,6 @@ Reads files only: imports neither torch nor transformers, and downloads nothing.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from rltrain.config.schema import AnyRecipe, OfflineRecipe, OnlineRecipe
 from rltrain.errors import UserError
+from rltrain.json_text import parse_json
 from rltrain.model_limits import Context, context_of, require_context
 
 __all__ = ["config_path", "context_problems", "model_context", "row_sizes"]
@@ -79,7 +79,7 @@ def _read_config(path: Path) -> SimpleNamespace | None:
     file, or if it says nothing about the length.
     """
     try:
-        facts: Any = json.loads(path.read_text(encoding="utf-8"))
+        facts: Any = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     text = facts.get("text_config", facts) if isinstance(facts, Mapping) else {}

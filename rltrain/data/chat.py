@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from rltrain.config.schema import Data
 
 ROLES = ("system", "user", "assistant", "tool")
+# A template is a program: what its own raise_exception, its operators and its loops can end in.
+_TEMPLATE_ERRORS = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 Message = Mapping[str, Any]
 
 
@@ -82,7 +92,7 @@ def render(
             messages = [{"role": "system", "content": system}, *messages]
         text = apply_template(messages, tokenizer, date, add_generation_prompt=True)
         # The template writes the BOS if the model needs one.
-        return text, tokenizer(text, add_special_tokens=False)["input_ids"]
+        return text, _require_tokens(text, tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer)
     if not isinstance(prompt, str) or system is not None:
         what = "the prompt is a list of messages" if not isinstance(prompt, str) else "data.system is set"
         why = (
@@ -94,7 +104,17 @@ def render(
             f"{what}, but {why}; use text prompts and data.prompt_template, or a tokenizer with a chat "
             "template"
         )
-    return prompt, _encode_plain_text(prompt, tokenizer)
+    return prompt, _require_tokens(prompt, _encode_plain_text(prompt, tokenizer), tokenizer)
+
+
+def _require_tokens(text: str, token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """``token_ids``. Raises ValueError where there are none, since a model must read something first."""
+    if not token_ids:
+        raise ValueError(
+            f"the prompt {text!r:.80} has no tokens: the tokenizer {tokenizer.name_or_path!r} knows none of "
+            "its characters; remove the row, or choose a model that reads this script"
+        )
+    return token_ids
 
 
 def apply_template(
@@ -106,11 +126,17 @@ def apply_template(
 ) -> str:
     """The messages formatted by the tokenizer's chat template, with ``date`` as the current date."""
     plain = [dict(message) for message in messages]
-    return str(
-        tokenizer.apply_chat_template(
+    try:
+        text = tokenizer.apply_chat_template(
             plain, tokenize=False, add_generation_prompt=add_generation_prompt, **frozen_clock(date)
         )
-    )
+    except _TEMPLATE_ERRORS as error:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} refuses these messages "
+            f"({type(error).__name__}: {str(error)[:200]}); write what it takes (roles in its order, a "
+            "system message only where it knows one), or choose another template"
+        ) from error
+    return str(text)
 
 
 def _encode_plain_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -121,12 +147,31 @@ def _encode_plain_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[in
     return [bos, *token_ids]
 
 
-def check_messages(messages: Sequence[Any]) -> None:
-    """Raises ValueError unless ``messages`` are {"role", "content"} mappings with known roles and text, and
-    the last one is from a user or a tool.
+def prompt_messages(messages: Sequence[Any]) -> list[Message]:
+    """``read_messages`` of a prompt.
+
+    Raises ValueError unless the last one is from a user or a tool and not empty.
+    """
+    result = read_messages(messages)
+    if result[-1]["role"] not in ("user", "tool"):
+        raise ValueError(
+            f"the last message is from {result[-1]['role']!r}; a prompt ends with the user's message, "
+            "which the policy answers"
+        )
+    if not result[-1]["content"].strip():
+        raise ValueError("the last message is empty")
+    return result
+
+
+def read_messages(messages: Sequence[Any]) -> list[Message]:
+    """The messages with their content as text. Parts of type text are joined; an assistant's content may be
+    None beside its tool calls.
+
+    Raises ValueError unless they are mappings with a known role and such a content.
     """
     if not messages:
         raise ValueError("the list of messages is empty; at least one user message is needed")
+    result: list[Message] = []
     for position, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise ValueError(
@@ -136,18 +181,28 @@ def check_messages(messages: Sequence[Any]) -> None:
             raise ValueError(
                 f"message {position} has the unknown role {message['role']!r}; roles are {', '.join(ROLES)}"
             )
-        if not isinstance(message["content"], str):
+        content = _content_text(message["content"])
+        if content is None and message["role"] == "assistant" and message.get("tool_calls"):
+            content = ""
+        if content is None:
             raise ValueError(
-                f"message {position} has content of type {type(message['content']).__name__}; text is "
-                "expected"
+                f"message {position} has content of type {type(message['content']).__name__} "
+                f"({message['content']!r:.80}); text is expected, or a list of parts such as "
+                '{"type": "text", "text": ...}'
             )
-    if messages[-1]["role"] not in ("user", "tool"):
-        raise ValueError(
-            f"the last message is from {messages[-1]['role']!r}; a prompt ends with the user's message, "
-            "which the policy answers"
-        )
-    if not messages[-1]["content"].strip():
-        raise ValueError("the last message is empty")
+        result.append({**message, "content": content})
+    return result
+
+
+def _content_text(content: Any) -> str | None:
+    """The text of a message's content; None where it is no text."""
+    if isinstance(content, list) and content:
+        texts = [
+            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+            for part in content
+        ]
+        return "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else None
+    return content if isinstance(content, str) else None
 
 
 # placeholders that no template would write by itself
@@ -237,7 +292,7 @@ def _message_frame(
 
     try:
         text = apply_template(messages, tokenizer, date, add_generation_prompt=True)
-    except (TemplateError, ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} refuses a {role!r} message after the "
             f"assistant's ({error}); set rollout.environment.role to another one"

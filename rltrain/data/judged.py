@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from rltrain.config.schema import JudgedData
-from rltrain.data.chat import Message, apply_template, check_messages, render
+from rltrain.data.chat import Message, apply_template, prompt_messages, read_messages, render
 from rltrain.data.prompts import rename_columns, side_of
 from rltrain.data.rows import Row, read_rows
 from rltrain.data.tasks import TASKS
@@ -245,7 +245,7 @@ def _is_transcript(text: str) -> bool:
 def format_prompt(row: Row, data: JudgedData) -> Text:
     """The prompt column: text put into the template, or unchanged messages."""
     prompt = row.columns["prompt"]
-    if isinstance(prompt, str):
+    if _content_kind(row, "prompt") == "text":
         if not prompt.strip():
             raise ValueError(
                 f"{row.where}: the prompt is empty; remove the row or name another column in data.columns"
@@ -255,28 +255,37 @@ def format_prompt(row: Row, data: JudgedData) -> Text:
         except (KeyError, ValueError, IndexError) as error:
             problem = f"data.prompt_template {data.prompt_template!r}: {error!r}"
             raise ValueError(f"{problem}; {row.where} has the columns {sorted(row.columns)}") from error
-    check_prompt_messages(row, "prompt", prompt, data)
-    return prompt
+    return checked_prompt_messages(row, "prompt", prompt, data)
 
 
-def check_prompt_messages(row: Row, name: str, messages: Sequence[Any], data: JudgedData) -> None:
-    """Raises ValueError unless ``messages`` are valid messages of a prompt."""
+def checked_prompt_messages(row: Row, name: str, messages: Sequence[Any], data: JudgedData) -> list[Message]:
+    """``messages`` as text. Raises ValueError unless they are valid messages of a prompt."""
     try:
-        check_messages(messages)
+        result = prompt_messages(messages)
     except ValueError as error:
         raise ValueError(f"{row.where}: {name}: {error}") from error
-    if data.system is not None and messages[0]["role"] == "system":
+    if data.system is not None and result[0]["role"] == "system":
         raise ValueError(
             f"{row.where}: the prompt has its own system message and data.system is set; unset data.system"
         )
+    return result
+
+
+def completion_of(row: Row, name: str) -> Text:
+    """The column of a completion: text, or messages with their content as text; an empty list stays one."""
+    value = row.columns[name]
+    if _content_kind(row, name) == "text" or not value:
+        return value
+    try:
+        return read_messages(value)
+    except ValueError as error:
+        raise ValueError(f"{row.where}: {name}: {error}") from error
 
 
 def is_empty(completion: Text) -> bool:
     if isinstance(completion, str):
         return not completion.strip()
-    return not any(
-        str(message.get("content") or "").strip() or message.get("tool_calls") for message in completion
-    )
+    return not any(message["content"].strip() or message.get("tool_calls") for message in completion)
 
 
 def numeric_value(row: Row, name: str) -> float | None:
@@ -288,7 +297,13 @@ def numeric_value(row: Row, name: str) -> float | None:
         raise ValueError(
             f"{row.where}: {name} is {type(value).__name__} ({value!r:.40}); a number is expected"
         )
-    result = float(value)
+    try:
+        result = float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{row.where}: {name} is {value!r:.40} ({type(value).__name__}); a number that fits into a float "
+            "is expected"
+        ) from error
     return result if math.isfinite(result) else None
 
 

@@ -16,6 +16,7 @@ from rltrain.data.judged import (
     Counts,
     Reader,
     Side,
+    completion_of,
     format_prompt,
     is_empty,
     judged_rows,
@@ -132,7 +133,7 @@ def _read_completion(
 ) -> Sequence[LabelledCompletion]:
     """The row's completion; empty if the row is left out, which ``dropped`` then counts."""
     prompt = format_prompt(row, reader.data)
-    completion = row.columns["completion"]
+    completion = completion_of(row, "completion")
     label = label_of(row, needs)
     reason = "empty" if is_empty(completion) else None
     if reason is None:

@@ -23,7 +23,8 @@ from rltrain.data.judged import (
     Reader,
     Side,
     Text,
-    check_prompt_messages,
+    checked_prompt_messages,
+    completion_of,
     format_prompt,
     is_empty,
     judged_rows,
@@ -179,9 +180,10 @@ def _swap_sides(pair: Pair) -> Pair:
 
 def sides_of(row: Row, form: str, reader: Reader) -> Sides | str:
     """The prompt and completions of the row, or the reason why the row is left out."""
-    chosen = row.columns["chosen"]
-    rejected = row.columns["rejected"]
+    chosen = completion_of(row, "chosen")
+    rejected = completion_of(row, "rejected")
     if form.endswith("transcripts"):
+        assert isinstance(chosen, str) and isinstance(rejected, str)
         return _split_transcripts(chosen, rejected, reader)
     if form.endswith("begin with their prompt"):
         sides = _split_common_beginning(row, chosen, rejected, reader)
@@ -213,7 +215,9 @@ def _split_common_beginning(row: Row, chosen: Text, rejected: Text, reader: Read
             "beginning"
         )
     if not isinstance(prompt, str):
-        check_prompt_messages(row, "the common beginning of chosen and rejected", prompt, reader.data)
+        prompt = checked_prompt_messages(
+            row, "the common beginning of chosen and rejected", prompt, reader.data
+        )
     return Sides(prompt, chosen[common:], rejected[common:])
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from rltrain.config.schema import Data, Source
-from rltrain.data.chat import Message, check_messages, render
+from rltrain.data.chat import Message, prompt_messages, render
 from rltrain.data.gsm8k import calculator_steps
 from rltrain.data.rows import Row, read_rows
 from rltrain.data.tasks import TASKS
@@ -117,19 +117,31 @@ def without_prompts(prompts: PromptSet, others: PromptSet) -> PromptSet:
 def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
     """The row with columns renamed: ``columns`` maps our name to the name in the file.
 
-    Other columns keep their names.
+    A name with dots may lead into a column that holds a mapping. Other columns keep their names.
     """
-    for name, column in columns.items():
-        if column not in row.columns:
+    taken = set(columns.values())
+
+    kept = {name: value for name, value in row.columns.items() if name not in taken}
+    renamed = {name: _column_value(row, name, column) for name, column in columns.items()}
+    return Row(row.id, row.where, kept | renamed)
+
+
+def _column_value(row: Row, name: str, column: str) -> Any:
+    """The value of ``column``, which is a column's name or a path into one (``reward_model.ground_truth``).
+
+    Raises ValueError if there is none. name: what it is called here.
+    """
+    if column in row.columns:
+        return row.columns[column]
+    value: Any = row.columns
+    for part in column.split("."):
+        if not isinstance(value, Mapping) or part not in value:
             raise ValueError(
                 f"{row.where}: no column {column!r} for {name!r} (data.columns); there are "
                 f"{sorted(row.columns)}"
             )
-    taken = set(columns.values())
-
-    kept = {name: value for name, value in row.columns.items() if name not in taken}
-    renamed = {name: row.columns[column] for name, column in columns.items()}
-    return Row(row.id, row.where, kept | renamed)
+        value = value[part]
+    return value
 
 
 def _apply_adapter(
@@ -157,15 +169,15 @@ def _check_content(row: Row, data: Data) -> str | list[Message]:
     prompt = row.columns["prompt"]
     if isinstance(prompt, list):
         try:
-            check_messages(prompt)
+            messages = prompt_messages(prompt)
         except ValueError as error:
             raise ValueError(f"{row.where}: prompt: {error}") from error
-        if data.system is not None and prompt[0]["role"] == "system":
+        if data.system is not None and messages[0]["role"] == "system":
             raise ValueError(
                 f"{row.where}: the prompt has its own system message and data.system is set; unset "
                 "data.system"
             )
-        return prompt
+        return messages
     if not isinstance(prompt, str):
         raise ValueError(
             f"{row.where}: prompt is {type(prompt).__name__} ({prompt!r:.80}); text or a list of messages is "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rltrain.data.tasks import TASKS, task_rows
+from rltrain.json_text import parse_json
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -93,22 +94,27 @@ def _line_rows(path: Path, text: str) -> list[Row]:
         if not line.strip():
             continue
         try:
-            columns = json.loads(line)
+            columns = parse_json(line)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}): {line.strip():.80}"
+                f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}): "
+                f"{line.strip()[:80]!r}"
             ) from error
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
         rows.append(_object_row(path, columns, f"line {number}", len(rows)))
     return rows
 
 
 def _array_rows(path: Path, text: str) -> list[Row]:
     try:
-        items = json.loads(text)
+        items = parse_json(text)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno})"
         ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return [_object_row(path, columns, f"row {number}", number) for number, columns in enumerate(items)]
 
 
@@ -139,7 +145,13 @@ def _saved_rows(folder: Path, split: str) -> list[Row]:
     """Rows written by ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk``."""
     from datasets import DatasetDict, load_from_disk
 
-    saved = load_from_disk(str(folder))
+    try:
+        saved = load_from_disk(str(folder))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder} cannot be read as a data set of save_to_disk: {type(error).__name__}: {error}; "
+            "write it again"
+        ) from error
     if isinstance(saved, DatasetDict):
         if split not in saved:
             raise ValueError(
@@ -159,7 +171,14 @@ def _loaded_rows(
     where = data_files or f"{name}, split {split}"
     try:
         data = load_dataset(loader, subset, split=split, data_files=data_files)
-    except (OSError, ValueError, DatasetGenerationError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        NotImplementedError,
+        DatasetGenerationError,
+    ) as error:
         remedy = (
             f"a data set is a built-in task ({', '.join(TASKS)}), a file ({', '.join(SUFFIXES)}), a folder, "
             "or a name on the Hub"

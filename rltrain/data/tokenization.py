@@ -9,8 +9,9 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from rltrain.config.schema import Data, Model, Rollout
-from rltrain.data.chat import StopTokens, stop_tokens_of
+from rltrain.data.chat import StopTokens, stop_token_ids, stop_tokens_of
 from rltrain.errors import UserError
+from rltrain.model_files import local_file
 from rltrain.model_limits import require_context, require_room_for_tokens
 from rltrain.remote_code import refusing_untrusted, trusts
 
@@ -74,6 +75,13 @@ def tokenization_of(model: Model, sizes: Mapping[str, int]) -> Tokenization:
             tokenizer = AutoTokenizer.from_pretrained(
                 model.path, revision=model.revision, trust_remote_code=trusted
             )
+            # a setting of another type shows when a text is tokenised
+            tokenizer.decode(tokenizer("0")["input_ids"], skip_special_tokens=True)
+            vocabulary = int(config.get_text_config().vocab_size)
+            generation = _generation_config(model)
+            stop = stop_token_ids(tokenizer, generation)
+            require_context(config, model.path, sizes)
+            require_room_for_tokens(tokenizer, vocabulary, model.path)
     except UserError:
         raise
     except (OSError, ValueError) as error:
@@ -87,15 +95,16 @@ def tokenization_of(model: Model, sizes: Mapping[str, int]) -> Tokenization:
             f"model.path {model.path!r} is no model folder and cannot be loaded from the Hub ({reason}){hint}"
         ) from error
 
-    require_context(config, model.path, sizes)
-    vocabulary = config.get_text_config().vocab_size
-    require_room_for_tokens(tokenizer, vocabulary, model.path)
-    return Tokenization(tokenizer, stop_tokens_of(tokenizer, _generation_config(model)), vocabulary)
+    if beyond := [token for token in stop if not 0 <= token < vocabulary]:
+        raise UserError(
+            f"{model.path}: the token {beyond[0]} that ends an answer (eos_token_id) has no row in the "
+            f"embedding of {vocabulary}; correct generation_config.json or the tokenizer"
+        )
+    return Tokenization(tokenizer, stop_tokens_of(tokenizer, generation), vocabulary)
 
 
 def _generation_config(model: Model) -> GenerationConfig | None:
     """The model's generation config; None if it has none, so that only the tokenizer defines stop tokens."""
-    try:
-        return GenerationConfig.from_pretrained(model.path, revision=model.revision or "main")
-    except OSError:
+    if local_file(model.path, model.revision, "generation_config.json") is None:
         return None
+    return GenerationConfig.from_pretrained(model.path, revision=model.revision or "main")

@@ -81,8 +81,8 @@ def require_companion(
     require_same_tokens(tokenizer, model, key, path)
     with refusing_untrusted(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trusts(path))
-    require_context(config, f"{key} {path}", sizes)
-    require_room_for_tokens(tokenizer, config.get_text_config().vocab_size, path)
+        require_context(config, f"{key} {path}", sizes)
+        require_room_for_tokens(tokenizer, int(config.get_text_config().vocab_size), path)
     require_weights(path, None, head)
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
@@ -76,7 +75,7 @@ def open_folder(
     try:
         with refusing_untrusted(path, revision):
             return kind.from_pretrained(path, trust_remote_code=trusts(path, revision), **options)
-    except (ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         reason = str(error).strip().splitlines()[0]

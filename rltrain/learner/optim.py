@@ -53,6 +53,8 @@ def build_schedule(optimizer: torch.optim.Optimizer, settings: Optimizer, total_
     return LambdaLR(optimizer, factor)
 
 
+_SLOTS = {"exp_avg", "exp_avg_sq", "step"}  # AdamW's
+
 # state ------------------------------------------------------------------------------------------------------
 
 
@@ -97,6 +99,15 @@ def check_state(trained: Mapping[str, torch.nn.Parameter], tensors: Mapping[str,
         raise ValueError(
             f"the saved optimizer state is of {unknown[0]!r} and {len(unknown) - 1} more that this model "
             "does not train"
+        )
+    slots: dict[str, set[str]] = {}
+    for key in tensors:
+        name, _, slot = key.rpartition("/")
+        slots.setdefault(name, set()).add(slot)
+    if partial := [name for name, present in sorted(slots.items()) if present != _SLOTS]:
+        raise ValueError(
+            f"the saved optimizer state of {partial[0]!r} has {sorted(slots[partial[0]])} and AdamW needs "
+            f"{sorted(_SLOTS)}"
         )
     for key, value in tensors.items():
         name, _, slot = key.rpartition("/")

@@ -16,7 +16,7 @@ from rltrain.errors import UserError, user_mistakes
 from rltrain.learner.forward import scalar_head
 from rltrain.learner.reward_learner import load_reward_model
 from rltrain.model_limits import context_of, require_room_for_tokens
-from rltrain.remote_code import trusts
+from rltrain.remote_code import refusing_untrusted, trusts
 from rltrain.round_trip import Losses
 from rltrain.template_date import frozen_clock
 from rltrain.types.policy import TokenRows
@@ -133,7 +133,8 @@ class RewardModel:
 
 def _load_tokenizer(path: str, prompt_column: str, config: Any) -> Any:
     """The tokenizer of a model that reads texts. Raises UserError where it has no chat template."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trusts(path))
+    with refusing_untrusted(path):
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trusts(path))
     if tokenizer.chat_template is None:
         raise UserError(
             f"{path} has no chat template for prompt_column {prompt_column}; leave prompt_column out, or "

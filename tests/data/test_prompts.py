@@ -201,7 +201,7 @@ def test_malformed_json_is_refused_with_file_line_and_column(tmp_path, tokenizer
     path = tmp_path / "broken.jsonl"
     path.write_text('{"prompt": "1"}\n\n{"prompt": "2",}\n')
     with pytest.raises(
-        ValueError, match=r"broken.jsonl, line 3: not JSON \(.* at column 1\d\): \{\"prompt\": \"2\",\}"
+        ValueError, match=r"broken.jsonl, line 3: not JSON \(.* at column 1\d\): '\{\"prompt\": \"2\",\}'"
     ):
         load(tokenizer, str(path))
     (tmp_path / "broken.json").write_text('[{"prompt": "1"},\n{"prompt": 2')

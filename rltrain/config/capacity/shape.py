@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rltrain.json_text import parse_json
 
 _INTEGERS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 _GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma")  # three matrices in the MLP, norms without bias
@@ -92,7 +93,7 @@ def shape_of(facts: Mapping[str, Any]) -> ModelShape | None:
 def read_shape(config: Path) -> ModelShape | None:
     """``shape_of`` a file; None where it is missing or no JSON."""
     try:
-        facts = json.loads(config.read_text(encoding="utf-8"))
+        facts = parse_json(config.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return shape_of(facts) if isinstance(facts, dict) else None
