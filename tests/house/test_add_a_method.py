@@ -37,7 +37,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     (tree / "rltrain/advantage/max_rl.py").write_text(block("python", "def max_rl"))
     registry = tree / "rltrain/advantage/__init__.py"
-    line = block("python", '"rltrain.advantage.max_rl"')
+    line = block("text", "rltrain.advantage.max_rl")
     last = '        "rltrain.advantage.none",\n'
     assert last in registry.read_text()
     registry.write_text(registry.read_text().replace(last, last + line))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.core import TyperGroup
 from typer.main import get_command
 
 from rltrain.cli.app import app
+from rltrain.config.load import load_recipe
+from rltrain.config.rules import check
 from rltrain.config.rules.registries import REWARDS
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +129,13 @@ def test_every_message_in_troubleshooting_is_a_message_of_the_code():
 def test_the_page_on_rewards_names_every_reward():
     page = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
     assert not [name for name in REWARDS.names() if f"`{name}`" not in page]
+
+
+def test_the_methods_in_the_page_on_recipes_make_a_valid_recipe():
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    (block,) = [body for language, body in BLOCK.findall(page) if language == "yaml"]
+    overrides = [f"{key}={json.dumps(value)}" for key, value in yaml.safe_load(block).items()]
+    check(load_recipe(ROOT / "recipes" / "policy" / "grpo.yaml", profile="tiny_cpu", overrides=overrides))
 
 
 def unknown_words(text: str) -> list[str]:
