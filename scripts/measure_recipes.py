@@ -7,7 +7,7 @@ recipes/measured.json.
 One seed and few steps (``--steps`` for recipes that sample, the profile's for data sets) are enough to see
 that a method learns and how it changes entropy, but not to rank methods. Finished runs in ``--out`` are
 reused, so that the script continues where it stopped. ``scripts/methods_table.py`` writes the numbers to
-README.md.
+docs/methods.md.
 """
 
 from __future__ import annotations
