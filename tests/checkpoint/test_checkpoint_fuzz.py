@@ -43,7 +43,6 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | bytes
         RunState(
             step=2,
             learner={"version": 2, "schedule": 2, "scaler": None, "nonfinite_in_a_row": 0},
-            tensors={"w/step": torch.ones(()), "w/exp_avg": torch.zeros(2), "w/exp_avg_sq": torch.zeros(2)},
             order={"epoch": 0, "position": 4},
             prompts="digest",
             pushes=3,
@@ -54,6 +53,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | bytes
             environment={"run": "a", "packages": {"torch": "1"}},
             inputs={"data": "digest"},
         ),
+        [("w/step", torch.ones(())), ("w/exp_avg", torch.zeros(2)), ("w/exp_avg_sq", torch.zeros(2))],
     )
     (checkpoint / MANIFEST).write_text(json.dumps(file_hashes(checkpoint)))
     (path / "metrics.jsonl").write_text('{"step": 1}\n' * 3)

@@ -17,6 +17,7 @@ LAYERS = (
         "rltrain.declaration",
         "rltrain.needs",
         "rltrain.user_methods",
+        "rltrain.hyperparameter_ranges",
         "rltrain.registry",
         "rltrain.tensor_ops",
         "rltrain.seeds",

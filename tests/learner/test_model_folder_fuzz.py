@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from rltrain.config.plan import model_size
+from rltrain.config.capacity.shape import read_shape
 from rltrain.config.schema import Model
 from rltrain.data.chat import render
 from rltrain.data.tokenization import tokenization_of
@@ -124,7 +124,7 @@ def test_any_change_of_a_json_file(folder: Callable[[], Path], data: st.DataObje
         holder = holder[part]
     holder[last] = data.draw(VALUES)
     file.write_text(json.dumps(content))
-    model_size(path / "config.json")
+    read_shape(path / "config.json")
     try:
         opened(path)
     except UserError as error:

@@ -157,17 +157,18 @@ def test_updates_and_epochs_count_versions_and_see_whole_groups(random_model: st
         return part
 
     spec = MethodSpec(
-        "watch",
-        __name__,
-        "watch",
-        None,
-        frozenset({"logp_now"}),
-        {},
-        frozenset(),
-        {},
-        (),
-        {},
-        "changes nothing",
+        name="watch",
+        arxiv=None,
+        needs=frozenset({"logp_now"}),
+        needs_if={},
+        traits=frozenset(),
+        refuses={},
+        module=__name__,
+        attribute="watch",
+        hyperparameters={},
+        positional=(),
+        inputs=(),
+        doc="changes nothing",
     )
     learner.update(
         rows,

@@ -14,6 +14,8 @@ from rltrain.train.saving import Stopped
 
 
 class Measured:
+    groups = ()
+
     def metrics(self) -> dict[str, float]:
         return {"eval/accuracy": 0.5}
 
@@ -31,7 +33,7 @@ def said_by(
     """Everything a run did, in its order."""
     said: list[str] = []
 
-    def evaluation(step: int, metrics: Mapping[str, float]) -> None:
+    def evaluation(step: int, metrics: Mapping[str, float], groups: Any) -> None:
         assert metrics["eval/accuracy"] == 0.5 and metrics["time/eval"] >= 0
         said.append(f"measured {step}")
 
