@@ -100,7 +100,7 @@ def workload_of(recipe: AnyRecipe, read: ShapeReader) -> Workload:
     if policy is None:
         raise LookupError(recipe.model.path)
     models = _Models(policy, read)
-    if isinstance(recipe, OfflineRecipe):
+    if recipe.kind == "offline":
         return _offline_workload(recipe, models)
     return _sampled_workload(recipe, models)
 
@@ -165,7 +165,7 @@ def _sampled_workload(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models)
     learner = recipe.learner
     row = recipe.data.max_prompt_tokens + recipe.rollout.max_tokens
     trained = [Trained("policy", models.policy)]
-    if isinstance(recipe, OnlineRecipe):
+    if recipe.kind == "online":
         frozen = [*_frozen_online(recipe, models)]
         settings = recipe.process_reward
         sides, rows = 1, recipe.rollout.prompts * recipe.rollout.n
@@ -244,7 +244,7 @@ def _frozen_of_pairs(recipe: OnlinePairsRecipe, models: _Models) -> Iterator[Fro
 
 
 def _reward_models(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models) -> list[Frozen]:
-    judges = [recipe.pairs.judge] if isinstance(recipe, OnlinePairsRecipe) else []
+    judges = [recipe.pairs.judge] if recipe.kind == "online_pairs" else []
     refs = [ref for ref in (*recipe.reward.functions, *judges) if ref.name == "reward_model"]
     shapes = [models.shape("reward model", str(ref.hp.get("path"))) for ref in refs]
     return [Frozen("reward model", shape, REWARD_MODEL_BYTES, is_reward=True) for shape in shapes]
