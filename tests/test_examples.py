@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 import rltrain
+from reward.score import Score
+from rltrain.types.samples import RolloutGroup, ScoredGroup
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SIZES = ("eval.prompts=4", "eval.n=2", "eval.k=[1]", "train.steps=2", "rollout.prompts=8")
@@ -49,6 +52,26 @@ def test_the_environment_plays_episodes(random_model: str, tmp_path: Path) -> No
     )
     assert [line["step"] for line in lines if "reward/part/episode" in line] == [1, 2]
     assert any(line.get("reward/max", 0) == 1 for line in lines)
+
+
+def test_the_loop_written_out_learns(random_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = EXAMPLES / "minimal_grpo.py"
+    assert len(path.read_text().splitlines()) <= 120
+    spec = importlib.util.spec_from_file_location("minimal_grpo", path)
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "minimal_grpo", example)
+    spec.loader.exec_module(example)
+
+    def share_of_sevens(group: RolloutGroup, _: int) -> ScoredGroup:
+        shares = [each.text.count("7") / len(each.token_ids) for each in group.completions]
+        scores = tuple(Score(share) for share in shares)
+        return ScoredGroup(group.group, group.prompt, group.completions, scores)
+
+    monkeypatch.setattr(example, "grade", share_of_sevens)
+    monkeypatch.setattr(example, "LEARNING_RATE", 1e-2)
+    rewards = example.train(random_model, 12, 0)
+    assert rewards[-1] > 2 * rewards[0] > 0
 
 
 def test_the_package_imports_nothing_until_a_name_is_used() -> None:
