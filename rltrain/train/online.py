@@ -36,12 +36,12 @@ from rltrain.report.metrics import (
 )
 from rltrain.report.token_numbers import TokenTensors
 from rltrain.rollout.collate import collate
-from rltrain.rollout.source import Rollouts, RolloutSource
+from rltrain.rollout.source import Rollouts
 from rltrain.rollout.steps import StepSplitter
-from rltrain.sync.colocated import Sync
-from rltrain.train.evaluate import Evaluation, Evaluator
-from rltrain.train.loop import Clock, TrainingRun, timing_metrics
+from rltrain.train.evaluate import Evaluation
+from rltrain.train.loop import Clock, timing_metrics
 from rltrain.train.mismatch import MismatchGuard
+from rltrain.train.sampled_run import SampledRun
 from rltrain.types.policy import TokenRows, TrainBatch
 from rltrain.types.samples import SOURCE_POLICY, SOURCE_REFERENCE
 
@@ -56,14 +56,11 @@ BATCH_FIELDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineRun(TrainingRun):
+class OnlineRun(SampledRun):
     """The parts of one online run; ``build/online.py`` assembles them."""
 
     recipe: OnlineRecipe
     learner: PolicyLearner
-    source: RolloutSource
-    sync: Sync
-    evaluator: Evaluator | None
     process_reward: ProcessRewardLearner | None  # a second model that learns the reward of each token
     advantage: BoundMethod
     # controls with statistics over the whole step
@@ -80,25 +77,12 @@ class OnlineRun(TrainingRun):
     mismatch: MismatchGuard
     law: Law
 
-    def push(self, *, expect_change: bool) -> dict[str, float]:
-        """Copies the learner's weights to the engine and verifies the copy; returns metrics of the push."""
-        learner = self.learner
-        norms = learner.weight_norms
-        return self.sync.push(learner.weights, learner.version, expect_change=expect_change, norms=norms)
-
     def evaluate(self) -> Evaluation | None:
         """Held-out pass@k of the current weights, which also adds a point to the law's fit."""
-        if self.evaluator is None:
-            return None
-        result = self.evaluator.evaluate(self.source, self.learner.version)
-        self.sync.verify_all(self.learner.weights)
-        self.law.evaluation(result.metrics())
-        self.reporter.message_once(result.note)
+        result = super().evaluate()
+        if result is not None:
+            self.law.evaluation(result.metrics())
         return result
-
-    def close(self) -> None:
-        self.source.close()
-        self.reporter.close()
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,11 @@ from rltrain.loss.preference.objective import PreferenceObjective
 from rltrain.report.metrics import completion_metrics, step_metrics
 from rltrain.rollout.collate import collate
 from rltrain.rollout.pairs.pairing import JudgedPairs, Pairing, pair_batch
-from rltrain.rollout.source import Rollouts, RolloutSource
-from rltrain.sync.colocated import Sync
-from rltrain.train.evaluate import Evaluation, Evaluator
-from rltrain.train.loop import Clock, TrainingRun, timing_metrics
+from rltrain.rollout.source import Rollouts
+from rltrain.train.loop import Clock, timing_metrics
 from rltrain.train.mismatch import MismatchGuard
 from rltrain.train.online import must_change_weights
+from rltrain.train.sampled_run import SampledRun
 from rltrain.types.policy import TokenRows, TrainBatch
 from rltrain.types.preference import PairBatch
 
@@ -37,36 +36,14 @@ SAMPLE_STATISTICS = frozenset({"logp", "entropy"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairRun(TrainingRun):
+class PairRun(SampledRun):
     """The parts of one run on sampled pairs; ``build/online_pairs.py`` assembles them."""
 
     recipe: OnlinePairsRecipe
     learner: PairLearner
-    source: RolloutSource
-    sync: Sync
-    evaluator: Evaluator | None
     pairing: Pairing
     objective: PreferenceObjective
     mismatch: MismatchGuard
-
-    def push(self, *, expect_change: bool) -> dict[str, float]:
-        """Copies the learner's weights to the engine and verifies the copy; returns metrics of the push."""
-        learner = self.learner
-        norms = learner.weight_norms
-        return self.sync.push(learner.weights, learner.version, expect_change=expect_change, norms=norms)
-
-    def evaluate(self) -> Evaluation | None:
-        """Held-out pass@k of the current weights."""
-        if self.evaluator is None:
-            return None
-        result = self.evaluator.evaluate(self.source, self.learner.version)
-        self.sync.verify_all(self.learner.weights)
-        self.reporter.message_once(result.note)
-        return result
-
-    def close(self) -> None:
-        self.source.close()
-        self.reporter.close()
 
 
 @dataclass(frozen=True)
