@@ -94,7 +94,7 @@ def load_labels(
     """
     source, rows = judged_rows(data, side)
     form = require_one_form(rows)
-    pairs = "chosen" in rows[0].columns
+    pairs = {"chosen", "rejected"} <= rows[0].columns.keys()
     dropped = Counter[str]()
     changed = Counter[str]()
     reader = reader.with_empty_counts()

@@ -125,6 +125,14 @@ def test_any_file_is_read_or_refused_by_name(
         assert "d.jsonl" in str(error) and len(str(error).splitlines()) == 1
 
 
+def test_one_column_of_a_pair_beside_completions_is_no_pair(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [
+        f'{{"prompt": "1", "completion": "2", "label": {label}, "chosen": ""}}' for label in ("true", "false")
+    ]
+    labels: Any = load("labels", written(tmp_path, *rows), tokenizer)
+    assert labels.classes == (1, 1)
+
+
 MESSAGE = '{"role": "user", "content": "1+1="}'
 BAD_ROWS = [
     ("prompts", r'{"prompt": "\ud800"}', r"half of a surrogate pair ('\ud800')"),
