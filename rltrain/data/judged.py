@@ -168,13 +168,18 @@ def shuffle_rows(rows: Sequence[Row], seed: int, source: str, limit: int | None)
     )
 
 
+def holds_a_pair(row: Row) -> bool:
+    """Whether the row has both completions of a pair; one of the columns alone says nothing."""
+    return {"chosen", "rejected"} <= row.columns.keys()
+
+
 def form_of(row: Row) -> str:
     """The format of the row's examples, in words for error messages.
 
     Raises ValueError if the row has none of the known formats.
     """
     columns = row.columns
-    if "chosen" in columns and "rejected" in columns:
+    if holds_a_pair(row):
         kinds = {_content_kind(row, name) for name in ("chosen", "rejected")}
         if len(kinds) > 1:
             raise ValueError(

@@ -18,6 +18,7 @@ from rltrain.data.judged import (
     Side,
     completion_of,
     format_prompt,
+    holds_a_pair,
     is_empty,
     judged_rows,
     no_examples_error,
@@ -94,7 +95,7 @@ def load_labels(
     """
     source, rows = judged_rows(data, side)
     form = require_one_form(rows)
-    pairs = {"chosen", "rejected"} <= rows[0].columns.keys()
+    pairs = holds_a_pair(rows[0])
     dropped = Counter[str]()
     changed = Counter[str]()
     reader = reader.with_empty_counts()

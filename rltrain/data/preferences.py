@@ -26,6 +26,7 @@ from rltrain.data.judged import (
     checked_prompt_messages,
     completion_of,
     format_prompt,
+    holds_a_pair,
     is_empty,
     judged_rows,
     no_examples_error,
@@ -105,7 +106,7 @@ def load_pairs(
     """
     source, rows = judged_rows(data, side)
     form = require_one_form(rows)
-    if "chosen" not in rows[0].columns:
+    if not holds_a_pair(rows[0]):
         raise ValueError(
             f"{source} holds {form}, but the loss compares two completions of a prompt: columns chosen and "
             "rejected are needed"

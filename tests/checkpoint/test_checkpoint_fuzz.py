@@ -5,6 +5,7 @@ exception.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +93,7 @@ def places(value: Any, key: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     max_examples=200,
     deadline=None,
     database=None,
+    derandomize="RANDOM_EXAMPLES" not in os.environ,  # by hand: RANDOM_EXAMPLES=1
     phases=(Phase.explicit, Phase.generate),  # shrinking a failure would take minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

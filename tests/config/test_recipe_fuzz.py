@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ SETTINGS = settings(
     max_examples=120,
     deadline=None,
     database=None,
+    derandomize="RANDOM_EXAMPLES" not in os.environ,  # by hand: RANDOM_EXAMPLES=1
     phases=(Phase.explicit, Phase.generate),  # shrinking a failure would take minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -5,6 +5,7 @@ line.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ SETTINGS = settings(
     max_examples=1000,
     deadline=None,
     database=None,
+    derandomize="RANDOM_EXAMPLES" not in os.environ,  # by hand: RANDOM_EXAMPLES=1
     phases=(Phase.explicit, Phase.generate),  # shrinking a failure would take minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -129,8 +131,11 @@ def test_one_column_of_a_pair_beside_completions_is_no_pair(tmp_path: Path, toke
     rows = [
         f'{{"prompt": "1", "completion": "2", "label": {label}, "chosen": ""}}' for label in ("true", "false")
     ]
-    labels: Any = load("labels", written(tmp_path, *rows), tokenizer)
+    path = written(tmp_path, *rows)
+    labels: Any = load("labels", path, tokenizer)
     assert labels.classes == (1, 1)
+    with pytest.raises(ValueError, match="columns chosen and rejected are needed"):
+        load("pairs", path, tokenizer)
 
 
 MESSAGE = '{"role": "user", "content": "1+1="}'

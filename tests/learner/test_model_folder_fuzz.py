@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -110,6 +111,7 @@ def places(value: Any, key: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     max_examples=150,
     deadline=None,
     database=None,
+    derandomize="RANDOM_EXAMPLES" not in os.environ,  # by hand: RANDOM_EXAMPLES=1
     phases=(Phase.explicit, Phase.generate),  # shrinking a failure would take minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -11,6 +11,7 @@ from rltrain.json_text import parse_json
 
 _INTEGERS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 _GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma")  # three matrices in the MLP, norms without bias
+_OPTIONAL_INTEGERS = ("head_dim", "num_key_value_heads")
 KINDS = (*_GATED, "gpt_neox")
 
 
@@ -66,13 +67,15 @@ class ModelShape:
 
 
 def shape_of(facts: Mapping[str, Any]) -> ModelShape | None:
-    """The shape in a config.json; None for a kind of model that is not in ``KINDS``."""
+    """The shape in a config.json; None for a kind that is not in ``KINDS``, or sizes that are none."""
     kind = facts.get("model_type")
-    if kind not in KINDS or not all(isinstance(facts.get(key), int) for key in _INTEGERS):
+    optional = {key: facts[key] for key in _OPTIONAL_INTEGERS if facts.get(key) is not None}
+    sizes = [*(facts.get(key) for key in _INTEGERS), *optional.values()]
+    if kind not in KINDS or not all(map(_is_size, sizes)):
         return None
-    hidden, layers, heads, inner, vocabulary = (int(facts[key]) for key in _INTEGERS)
-    head_width = int(facts.get("head_dim") or hidden // heads)
-    kv_heads = int(facts.get("num_key_value_heads") or heads)
+    hidden, layers, heads, inner, vocabulary = (facts[key] for key in _INTEGERS)
+    head_width = optional.get("head_dim", hidden // heads)
+    kv_heads = optional.get("num_key_value_heads", heads)
     query, kv = heads * head_width, kv_heads * head_width
     if kind == "gpt_neox":
         layer = 4 * hidden * hidden + 4 * hidden + 2 * hidden * inner + inner + hidden + 4 * hidden
@@ -88,6 +91,10 @@ def shape_of(facts: Mapping[str, Any]) -> ModelShape | None:
         layer = attention + mlp + 2 * hidden
     tied = bool(facts.get("tie_word_embeddings", kind == "gemma"))
     return ModelShape(kind, hidden, layers, heads, head_width, kv_heads, inner, vocabulary, tied, layer)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def read_shape(config: Path) -> ModelShape | None:
