@@ -209,7 +209,11 @@ def refuse_other_recipe(
     changed = list(differences(saved, current))
     refused = [change for change in changed if not is_free(change[0])]
     free_changes = [change for change in changed if is_free(change[0])]
-    is_length_alone = len(refused) == 1 and refused[0][0] in _LENGTHS and None not in refused[0]
+    is_length_alone = (
+        len(refused) == 1
+        and refused[0][0] in _LENGTHS
+        and all(isinstance(length, int | float) for length in refused[0][1:])
+    )
     is_longer = is_length_alone and refused[0][2] > refused[0][1]
     schedule = current["learner"]["optimizer"]["schedule"]
     if not refused or (is_longer and schedule == "constant"):

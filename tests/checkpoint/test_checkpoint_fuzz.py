@@ -125,6 +125,20 @@ def test_any_change_of_a_json_file(tmp_path: Path, originals: dict[str, Any], da
         assert str(error)
 
 
+def test_a_saved_length_that_is_no_number_is_another_recipes(
+    tmp_path: Path, originals: dict[str, Any]
+) -> None:
+    folder = restore_files(tmp_path / "run", originals)
+    checkpoint = folder.checkpoint(2)
+    state = checkpoint / "training/state.json"
+    content = json.loads(state.read_text())
+    content["recipe"]["train"]["steps"] = "many"
+    state.write_text(json.dumps(content))
+    renew_manifest(checkpoint)
+    with pytest.raises(UserError, match=r"train\.steps: \"many\" ->"):
+        start(RunFolder.from_path(tmp_path / "new"), str(checkpoint))
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
