@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "load_recipe": "rltrain.config.load",
     "evaluate": "rltrain.cli.api",
+    "train_recipe": "rltrain.cli.api",
     "method": "rltrain.declaration",
     **dict.fromkeys(
         ("Prompt", "Completion", "RolloutGroup", "ScoredGroup", "Sampling"), "rltrain.types.samples"
@@ -26,7 +27,7 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name == "train":  # a package that can be called
-        return importlib.import_module("rltrain.train")
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module 'rltrain' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""``rltrain.train`` and ``rltrain.evaluate``: the commands of the same names, called from Python."""
+"""``rltrain train`` and ``rltrain eval``, called from Python."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rltrain.config.rules import check
 from rltrain.config.schema import AnyRecipe
 from rltrain.errors import UserError
 
-__all__ = ["evaluate", "train"]
+__all__ = ["evaluate", "train_recipe"]
 
 
-def train(recipe: AnyRecipe, folder: str | Path, *, resume: str = AUTO) -> Path:
+def train_recipe(recipe: AnyRecipe, folder: str | Path, *, resume: str = AUTO) -> Path:
     """Trains a recipe from ``load_recipe`` in the run folder ``folder``; returns the folder of the finished
     model.
 
@@ -29,5 +29,5 @@ def train(recipe: AnyRecipe, folder: str | Path, *, resume: str = AUTO) -> Path:
 
 
 def evaluate(model: str | Path, recipe: AnyRecipe) -> dict[str, float]:
-    """The numbers of ``model`` on the recipe's held-out data, by name. Raises as ``train`` does."""
+    """The numbers of ``model`` on the recipe's held-out data, by name. Raises as ``train_recipe`` does."""
     return EVALUATIONS[recipe.kind](str(model), check(recipe).recipe, None)
