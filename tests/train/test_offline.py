@@ -353,6 +353,7 @@ def test_every_recipe_takes_a_finite_step_that_moves_the_weights(
         "checkpoint.every=0",
         "eval.every=0",
         "learner.optimizer.schedule=constant",
+        "learner.optimizer.min_lr_ratio=0",
     )
     assert start(tmp_path / "run", name, *settings, "learner.optimizer.warmup_steps=0") == 0
     before, first, second, after = lines(tmp_path / "run")

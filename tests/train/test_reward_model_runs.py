@@ -56,13 +56,18 @@ def reward_model(random_model: str, tmp_path_factory: pytest.TempPathFactory) ->
 def test_the_reward_is_the_models_number_of_what_was_sampled(
     reward_model: str, random_model: str, tmp_path: Path, monkeypatch: Any
 ):
-    from rltrain.rollout import producer
+    from rltrain.rollout import colocated
 
     graded: list[Any] = []
-    scored = producer.score_groups
-    monkeypatch.setattr(
-        producer, "score_groups", lambda *arguments: graded.append(scored(*arguments)) or graded[-1]
-    )
+    score_groups = colocated.score_groups
+
+    def keep_scored(groups: Any, grader: Any, occasion: str) -> Any:
+        scored = score_groups(groups, grader, occasion)
+        if occasion == "step 1":
+            graded.append(scored)
+        return scored
+
+    monkeypatch.setattr(colocated, "score_groups", keep_scored)
     functions = (
         f"reward.functions=[{{name: reward_model, path: {reward_model}, squash: none, weight: 2.0}}, {{name: "
         "math_answer, weight: 0.0}]"
@@ -70,7 +75,7 @@ def test_the_reward_is_the_models_number_of_what_was_sampled(
     lines = run(
         "policy/grpo_reward_model.yaml", tmp_path / "run", f"model.path={random_model}", functions, *FEW
     )
-    groups = graded[0]
+    [groups] = graded
     flat = [
         (group.prompt.token_ids, completion.token_ids) for group in groups for completion in group.completions
     ]

@@ -32,6 +32,7 @@ def options_of(folder: Path, monkeypatch: pytest.MonkeyPatch, *, launched: bool)
     vllm = SimpleNamespace(LLM=start)
     monkeypatch.setattr(colocated, "import_vllm", lambda: vllm)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: launched)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: GPUS)
     config = Qwen2Config(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
     config.architectures = ["Qwen2ForCausalLM"]
     config.save_pretrained(folder)

@@ -97,7 +97,7 @@ class VllmColocated:
         self._shapes = WeightShapes(self._architecture.shapes, self._architecture.parameters)
         self._owns_process_group = not torch.distributed.is_initialized()
         sizes = self._sizes(kv_cache_gib, gpu_memory_utilization)
-        if not self._owns_process_group:
+        if not self._owns_process_group and torch.distributed.get_world_size() > 1:
             # Each of the launcher's ranks has an engine. vLLM's default executor would put all of them on the
             # first GPU; this one takes the GPU of LOCAL_RANK.
             sizes["distributed_executor_backend"] = "external_launcher"
