@@ -316,14 +316,19 @@ def test_every_problem_is_reported_at_once_each_with_its_own_file(write: Write) 
 # the resolved recipe ----------------------------------------------------------------------------------------
 
 
+# text and integers that a recipe may hold
+TEXT = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
+INTEGERS = st.integers(1 - 2**63, 2**63 - 1)
+
+
 @settings(
     max_examples=15, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    title=st.text(max_size=20) | st.sampled_from(["off", "1e-6", "null", "0x1F", "yes"]),
+    title=st.text(TEXT, max_size=20) | st.sampled_from(["off", "1e-6", "null", "0x1F", "yes"]),
     lr=st.floats(min_value=0, max_value=1),
-    eps=st.floats(allow_nan=False, allow_infinity=False) | st.integers(),
-    columns=st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=2),
+    eps=st.floats(allow_nan=False, allow_infinity=False) | INTEGERS,
+    columns=st.dictionaries(st.text(TEXT, max_size=5), st.text(TEXT, max_size=5), max_size=2),
 )
 def test_a_resolved_recipe_loads_back_equal(
     tmp_path: Path, recipe: Path, title: str, lr: float, eps: float, columns: dict[str, str]

@@ -373,8 +373,10 @@ def test_a_daemon_of_a_reward_dies_with_the_trainer_or_its_pool(end, tmp_path):
 
 
 def alive(process: int) -> bool:
-    stat = Path(f"/proc/{process}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):  # it may end between the two steps of a read
+        return False
 
 
 def test_the_deadline_names_what_was_waited_for_and_leaves_a_working_pool():

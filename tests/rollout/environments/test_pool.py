@@ -155,7 +155,7 @@ def kill_with_its_program(supervisor: subprocess.Popen[bytes]) -> None:
 def is_running(stat: Path) -> bool:
     try:
         return stat.read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
