@@ -364,7 +364,8 @@ def measure_other_head(
         other()
 
     try:
-        milliseconds, peak = bench.time_call(run), bench.peak_gb(run)
+        milliseconds = bench.time_call(run)
+        peak = bench.peak_gb(run)
     except RuntimeError as error:  # out of memory, or a kernel that this GPU does not have
         bench.record("head", form=name, error=str(error)[:200])
         return
@@ -453,7 +454,8 @@ def measure_share(bench: Bench) -> None:
 
 def make_batch(bench: Bench) -> tuple[TokenRows, TrainBatch, Objective]:
     """A step of GRPO with completions of eight lengths."""
-    count, longest = bench.sizes.completions, bench.sizes.longest
+    count = bench.sizes.completions
+    longest = bench.sizes.longest
     lengths = [max(2, longest * (place % 8 + 1) // 8) for place in range(count)]
     rows = TokenRows(
         tuple((place // 8 + 1,) * bench.sizes.prompt for place in range(count)),
@@ -534,7 +536,8 @@ def make_prompts(bench: Bench) -> list[Prompt]:
 
 
 def measure_engine(bench: Bench) -> None:
-    learner, sizes = bench.learner(), bench.sizes
+    learner = bench.learner()
+    sizes = bench.sizes
     engine = make_embedded_engine(bench)
 
     def push() -> None:
@@ -590,7 +593,8 @@ def measure_sleep(bench: Bench) -> None:
 
 def measure_mismatch(bench: Bench) -> None:
     """The engine samples in its dtype; the learner's model scores the rows under bfloat16 autocast."""
-    learner, sizes = bench.learner(), bench.sizes
+    learner = bench.learner()
+    sizes = bench.sizes
     sampling = Sampling(n=2, temperature=1.0, max_tokens=sizes.sampled_tokens, seed=2)
     with contextlib.closing(make_engine(bench)) as engine:
         engine.load(learner.weights(), learner.version)
@@ -659,7 +663,8 @@ def package_versions() -> Iterator[tuple[str, str]]:
 
 def run_section(bench: Bench, name: str) -> bool:
     """Whether the section ran to its end, or until its time was over."""
-    bench.section, bench.section_start = name, time.perf_counter()
+    bench.section = name
+    bench.section_start = time.perf_counter()
     try:
         SECTIONS[name](bench)
     except OutOfTimeError:

@@ -113,7 +113,8 @@ def differs_from_baseline(result: dict[str, Any], record: dict[str, Any]) -> boo
 
 def effect_text(result: dict[str, Any]) -> str:
     digits = 4 if result["measure"] == "loss" else 2
-    before, after = result["before"][0], result["after"][0]
+    before = result["before"][0]
+    after = result["after"][0]
     text = f"{result['measure']} {before:.{digits}f} to {after:.{digits}f}"
     if "entropy" in result:
         text += f", entropy {result['entropy'][0]:.2f} to {result['entropy'][1]:.2f}"

@@ -76,7 +76,8 @@ def numbers_of_row(row: int, count: int, tensors: TokenTensors) -> dict[str, Ten
     """(count,) each. weight: 0 where a control or the reward left the token out; engine, reference: the
     learner's log-prob less theirs, nats.
     """
-    batch, logp = tensors.batch, tensors.logp
+    batch = tensors.batch
+    logp = tensors.logp
     values = {
         "entropy": tensors.entropy,
         "advantage": batch.advantages,

@@ -169,6 +169,25 @@ def test_a_variable_is_named_by_a_noun(path: Path) -> None:
     assert not wrong, f"{path.relative_to(ROOT)}: say what these are: {wrong}"
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_an_assignment_has_a_line_of_its_own(path: Path) -> None:
+    wrong = [
+        f"{node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Assign) and is_parallel(node)
+    ]
+    assert not wrong, f"{path.relative_to(ROOT)}: write one assignment a line: {wrong}"
+
+
+def is_parallel(node: ast.Assign) -> bool:
+    """Whether the statement assigns several unrelated values; a swap reads what it assigns."""
+    target = node.targets[0]
+    if not isinstance(target, ast.Tuple) or not isinstance(node.value, ast.Tuple):
+        return False
+    read = {ast.unparse(part) for part in ast.walk(node.value) if isinstance(part, ast.Name | ast.Attribute)}
+    return read.isdisjoint(ast.unparse(part) for part in target.elts)
+
+
 @pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_words_that_only_this_project_used_stay_out(path: Path) -> None:
     if path == Path(__file__):

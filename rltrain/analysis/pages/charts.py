@@ -129,9 +129,11 @@ def _line(name: str, names: Sequence[str]) -> Line:
     label = _LABELS.get(name, name.partition("/")[2].removesuffix("_touched").replace("_", " "))
     if name.startswith("eval/") and not label.startswith(("held-out", "pass@", "avg@")):
         label = f"held-out {label}"
-    low, high = f"{name}_low", f"{name}_high"
+    low = f"{name}_low"
+    high = f"{name}_high"
     if name == "learner/entropy_mean":
-        low, high = "learner/entropy_p10", "learner/entropy_p90"
+        low = "learner/entropy_p10"
+        high = "learner/entropy_p90"
     return Line(name, label, low, high) if {low, high} <= set(names) else Line(name, label)
 
 

@@ -194,7 +194,8 @@ def list_changes(curves: Curves) -> list[Change]:
         values = curves.series(name)[1]
         if len(values) > 1:
             tenth = max(1, len(values) // 10)
-            before, after = statistics.fmean(values[:tenth]), statistics.fmean(values[-tenth:])
+            before = statistics.fmean(values[:tenth])
+            after = statistics.fmean(values[-tenth:])
             changes.append(_change(name, label, _plain(before), _plain(after)))
     return changes
 

@@ -75,7 +75,8 @@ def layer_seconds(
     is_float32 = compute_bytes == MASTER_BYTES
     rate = rates.float32 if is_float32 else rates.products
     attention_rate = rates.float32 if is_float32 else rates.attention
-    hidden, matrices = shape.hidden, shape.layer
+    hidden = shape.hidden
+    matrices = shape.layer
     # two norms in float32; gate, up, activation and product; three residual sums; rotary embedding
     norms = 2 * tokens * hidden * (5 * residual_bytes + 28)
     mlp = 5 * compute_bytes * tokens * shape.inner

@@ -75,7 +75,9 @@ def phases_of(load: Workload, cluster: Cluster) -> tuple[Phase, ...]:
 
 def weight_terms(model: Trained, cluster: Cluster, compute_bytes: int) -> list[Term]:
     """What a backend holds of a model's weights from its construction on."""
-    count, shards, role = model.shape.parameters, cluster.shards, model.role
+    count = model.shape.parameters
+    shards = cluster.shards
+    role = model.role
     match cluster.form:
         case "one":
             sizes = {"weights": MASTER_BYTES * count}
@@ -132,10 +134,12 @@ def _gathered_terms(shape: ModelShape, cluster: Cluster, compute_bytes: int, *, 
             # of the root in float32; of a layer as computed, and twice in float32 while it is reduced
             reduced = GRADIENT_BYTES * (shape.root + 2 * shape.layer) + compute_bytes * shape.layer
         case "zero2":
-            weights, reduced = 0, ZERO_BUCKET * (compute_bytes + GRADIENT_BYTES)
+            weights = 0
+            reduced = ZERO_BUCKET * (compute_bytes + GRADIENT_BYTES)
         case "zero3":
             live = min(ZERO_LIVE, shape.parameters) + ZERO_PREFETCH
-            weights, reduced = compute_bytes * live, ZERO_BUCKET * (compute_bytes + GRADIENT_BYTES)
+            weights = compute_bytes * live
+            reduced = ZERO_BUCKET * (compute_bytes + GRADIENT_BYTES)
         case _:
             return []
     terms = [Term("gathered weights", weights)]
@@ -178,7 +182,8 @@ def head_bytes(shape: ModelShape, chunk: int, compute_bytes: int, *, update: boo
 
 
 def _update_terms(load: Workload, model: Trained, cluster: Cluster) -> list[Term]:
-    shape, size = model.shape, load.compute_bytes
+    shape = model.shape
+    size = load.compute_bytes
     tokens = max(load.tokens, load.longest_example)
     casts = cluster.form in ("one", "ddp") and size < MASTER_BYTES
     if load.checkpointing:
@@ -273,7 +278,8 @@ def kv_bytes(shape: ModelShape, tokens: int, number_bytes: int) -> int:
 def cache_tokens(load: Workload, cluster: Cluster) -> int:
     """Tokens whose keys and values vLLM's cache holds; 0 where the weights leave no room."""
     assert load.engine is not None
-    shape, size = load.policy, load.compute_bytes
+    shape = load.policy
+    size = load.compute_bytes
     room = load.engine.utilization * cluster.gpu_bytes
     room -= size * shape.parameters + engine_work(shape, load.engine.max_rows, size)
     return max(0, int(room) // kv_bytes(shape, 1, size))
@@ -300,7 +306,8 @@ def _engine_awake(load: Workload, engine: Engine, cluster: Cluster) -> Term:
 
 
 def _engine_phases(load: Workload, engine: Engine, cluster: Cluster) -> list[Phase]:
-    shape, size = load.policy, load.compute_bytes
+    shape = load.policy
+    size = load.compute_bytes
     learner = weight_terms(load.trained[0], cluster, load.compute_bytes)
     awake = _engine_awake(load, engine, cluster)
     flight = Term("two tensors in the engine's dtype", TENSORS_IN_FLIGHT * size * shape.largest_tensor)

@@ -59,7 +59,8 @@ def plan_capacity(load: Workload, cluster: Cluster, rates: Rates) -> CapacityPla
 
 def to_json(plan: CapacityPlan) -> dict[str, Any]:
     """Bytes and seconds as numbers. The keys are stable."""
-    cluster, remedy = plan.cluster, plan.remedy
+    cluster = plan.cluster
+    remedy = plan.remedy
     return {
         "gpus": cluster.gpus,
         "gpu_bytes": cluster.gpu_bytes,

@@ -76,7 +76,8 @@ def shape_of(facts: Mapping[str, Any]) -> ModelShape | None:
     hidden, layers, heads, inner, vocabulary = (facts[key] for key in _INTEGERS)
     head_width = optional.get("head_dim", hidden // heads)
     kv_heads = optional.get("num_key_value_heads", heads)
-    query, kv = heads * head_width, kv_heads * head_width
+    query = heads * head_width
+    kv = kv_heads * head_width
     if kind == "gpt_neox":
         layer = 4 * hidden * hidden + 4 * hidden + 2 * hidden * inner + inner + hidden + 4 * hidden
     else:

@@ -125,7 +125,8 @@ class _Models:
 
 
 def _offline_workload(recipe: OfflineRecipe, models: _Models) -> Workload:
-    data, learner = recipe.data, recipe.learner
+    data = recipe.data
+    learner = recipe.learner
     ref = recipe.loss.preference
     spec = PREFERENCE_LOSSES.check(ref.name, ref.hp)
     needs = all_needs(spec, ref.hp)
@@ -168,7 +169,8 @@ def _sampled_workload(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models)
     if recipe.kind == "online":
         frozen = [*_frozen_online(recipe, models)]
         settings = recipe.process_reward
-        sides, rows = 1, recipe.rollout.prompts * recipe.rollout.n
+        sides = 1
+        rows = recipe.rollout.prompts * recipe.rollout.n
         if settings is not None:
             shape = models.shape("process reward model", settings.path)
             trained.append(Trained("process reward model", shape))
@@ -177,7 +179,8 @@ def _sampled_workload(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models)
                 frozen.append(Frozen("its reference", reference, FROZEN_BYTES))
     else:
         frozen = [*_frozen_of_pairs(recipe, models)]
-        sides, rows = 2, 2 * recipe.rollout.prompts * _pairs_per_prompt(recipe)
+        sides = 2
+        rows = 2 * recipe.rollout.prompts * _pairs_per_prompt(recipe)
     frozen += _reward_models(recipe, models)
     return Workload(
         kind=recipe.kind,
