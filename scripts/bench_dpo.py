@@ -144,6 +144,19 @@ def trl_loss(case: Case, folder: Path, examples: list[dict[str, Any]]) -> tuple[
     return loss, {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
 
 
+def gradients_at_step(learner: Any) -> dict[str, Any]:
+    """Is filled with the gradient of each parameter when the optimizer takes its next step."""
+    gradients: dict[str, Any] = {}
+
+    def keep_gradients(*_: Any, **__: Any) -> None:
+        gradients.update(
+            {name: parameter.grad.clone() for name, parameter in learner.model.named_parameters()}
+        )
+
+    learner.trained.optimizer.register_step_pre_hook(keep_gradients)
+    return gradients
+
+
 def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
     """Computes loss and gradient of both trainers on the first pairs, with reference log-probs that differ
     from the policy's; reports their differences.
@@ -178,14 +191,7 @@ def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
     ]
     loss, trl_gradients = trl_loss(case, folder, examples)
 
-    gradients: dict[str, Any] = {}
-
-    def keep_gradients(*_: Any, **__: Any) -> None:
-        gradients.update(
-            {name: parameter.grad.clone() for name, parameter in learner.model.named_parameters()}
-        )
-
-    learner.trained.optimizer.register_step_pre_hook(keep_gradients)
+    gradients = gradients_at_step(learner)
     facts = [
         CompletionFacts(*columns)
         for columns in zip(lengths_of(rows).chunk(2), reference.chunk(2), strict=True)

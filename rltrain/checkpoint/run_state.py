@@ -34,7 +34,7 @@ from rltrain.json_text import parse_json
 
 _STATE = Path("training", "state.json")
 _TENSORS = Path("training", "optimizer.safetensors")
-_FORMAT = 1  # of state.json; raised when an older rltrain could not read it
+_FORMAT = 2  # of state.json; raised when an older rltrain could not read it
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

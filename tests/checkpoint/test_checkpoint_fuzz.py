@@ -5,7 +5,6 @@ exception.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rltrain.checkpoint.export import MANIFEST, file_hashes
@@ -24,6 +23,7 @@ from rltrain.checkpoint.run_state import DamagedCheckpointError, RunState, read_
 from rltrain.config.load import load_recipe, resolved_yaml
 from rltrain.errors import UserError
 from rltrain.learner.optim import check_state
+from support.fuzzing import fuzz_settings
 
 RECIPE = load_recipe(Path(__file__).parents[2] / "recipes/policy/grpo.yaml", profile="tiny_cpu")
 NUMBERS = [True, -1, 0, 10**30, 0.5, float("nan")]
@@ -89,14 +89,7 @@ def places(value: Any, key: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(item, (*key, name))
 
 
-@settings(
-    max_examples=200,
-    deadline=None,
-    database=None,
-    derandomize="RANDOM_EXAMPLES" not in os.environ,  # by hand: RANDOM_EXAMPLES=1
-    phases=(Phase.explicit, Phase.generate),  # shrinking a failure would take minutes
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@fuzz_settings(200)
 @given(data=st.data())
 def test_any_change_of_a_json_file(tmp_path: Path, originals: dict[str, Any], data: st.DataObject) -> None:
     folder = restore_files(tmp_path / "run", originals)

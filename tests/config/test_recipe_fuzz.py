@@ -7,14 +7,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rltrain.config.fragments import check_fragment
@@ -23,6 +22,7 @@ from rltrain.config.plan import plan
 from rltrain.config.rules import check
 from rltrain.config.yaml12 import parse, read
 from rltrain.errors import RecipeError
+from support.fuzzing import fuzz_settings
 
 ROOT = Path(__file__).parents[2]
 PROFILE = ROOT / "recipes/profiles/tiny_cpu.yaml"
@@ -30,14 +30,7 @@ RECIPES = [
     ROOT / "recipes" / name
     for name in ("policy/grpo.yaml", "policy/dapo.yaml", "policy/prime.yaml", "preference/dpo.yaml")
 ]
-SETTINGS = settings(
-    max_examples=120,
-    deadline=None,
-    database=None,
-    derandomize="RANDOM_EXAMPLES" not in os.environ,  # by hand: RANDOM_EXAMPLES=1
-    phases=(Phase.explicit, Phase.generate),  # shrinking a failure would take minutes
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+SETTINGS = fuzz_settings(120)
 
 # values as YAML text: each kind of scalar, tags, extremes, and collections where none is expected
 VALUES = st.one_of(

@@ -14,6 +14,7 @@ from rltrain.config.rules import check
 from rltrain.config.rules.registries import EXTRA_SAMPLES, JUDGES, ORDERS, REGISTRIES
 from rltrain.control import COEFFICIENTS
 from rltrain.errors import RecipeError
+from rltrain.loss.policy import POLICY_LOSSES
 from rltrain.registry import MethodSpec
 from tests.config.conftest import MINIMAL
 
@@ -213,6 +214,9 @@ def test_an_imported_or_assigned_method_is_followed(methods_file: Path, write: W
     write("more.py", "from mine import loss\nother = loss\n")
     for name in ("loss", "other"):
         check(load_recipe(recipe, overrides=[f"loss.policy=more.py:{name}"]))
+        followed = POLICY_LOSSES.spec(f"{recipe.parent}/more.py:{name}")
+        declared = POLICY_LOSSES.spec(f"{methods_file}:loss")
+        assert followed.needs == declared.needs and followed.hyperparameters == declared.hyperparameters
 
 
 def test_changed_code_is_refused_until_its_digest_is_taken_out(

@@ -5,12 +5,11 @@ line.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rltrain.config.schema import Data, JudgedData
@@ -19,15 +18,9 @@ from rltrain.data.judged import Reader
 from rltrain.data.labels import load_labels
 from rltrain.data.preferences import load_pairs
 from rltrain.data.prompts import load_prompts
+from support.fuzzing import fuzz_settings
 
-SETTINGS = settings(
-    max_examples=1000,
-    deadline=None,
-    database=None,
-    derandomize="RANDOM_EXAMPLES" not in os.environ,  # by hand: RANDOM_EXAMPLES=1
-    phases=(Phase.explicit, Phase.generate),  # shrinking a failure would take minutes
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+SETTINGS = fuzz_settings(1000)
 KINDS = ("prompts", "pairs", "labels")
 STRICT = (
     "{%- for m in messages -%}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rltrain.config.capacity.shape import read_shape
@@ -20,6 +19,7 @@ from rltrain.data.chat import render
 from rltrain.data.tokenization import tokenization_of
 from rltrain.errors import UserError, user_mistakes
 from rltrain.learner.loading import require_weights
+from support.fuzzing import fuzz_settings
 
 JSON_FILES = ("config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json")
 NUMBERS = [True, -1, 0, 3, 10**9, 10**30, 0.5, float("nan")]
@@ -107,14 +107,7 @@ def places(value: Any, key: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(item, (*key, name))
 
 
-@settings(
-    max_examples=150,
-    deadline=None,
-    database=None,
-    derandomize="RANDOM_EXAMPLES" not in os.environ,  # by hand: RANDOM_EXAMPLES=1
-    phases=(Phase.explicit, Phase.generate),  # shrinking a failure would take minutes
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@fuzz_settings(150)
 @given(data=st.data())
 def test_any_change_of_a_json_file(folder: Callable[[], Path], data: st.DataObject) -> None:
     path = folder()
