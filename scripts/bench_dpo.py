@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peer_bench import EOS, Bench, Size, Turns, make_model, text_of
+from peer_bench import EOS, Bench, Size, Turns, gradients_at_step, make_model, text_of
 
 LR = 1e-6
 BETA = 0.1
@@ -144,19 +144,6 @@ def trl_loss(case: Case, folder: Path, examples: list[dict[str, Any]]) -> tuple[
     return loss, {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
 
 
-def gradients_at_step(learner: Any) -> dict[str, Any]:
-    """Is filled with the gradient of each parameter when the optimizer takes its next step."""
-    gradients: dict[str, Any] = {}
-
-    def keep_gradients(*_: Any, **__: Any) -> None:
-        gradients.update(
-            {name: parameter.grad.clone() for name, parameter in learner.model.named_parameters()}
-        )
-
-    learner.trained.optimizer.register_step_pre_hook(keep_gradients)
-    return gradients
-
-
 def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
     """Computes loss and gradient of both trainers on the first pairs, with reference log-probs that differ
     from the policy's; reports their differences.
@@ -171,7 +158,7 @@ def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
     from rltrain.types.preference import CompletionFacts, PairBatch
 
     recipe = recipe_of(case, folder)
-    learner = build_preference_learner(recipe, 1, None, ALONE)
+    learner = build_preference_learner(recipe.model, recipe.learner, recipe.loss, 1, recipe.seed, None, ALONE)
     lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()[: case.pairs]]
     ids = {kind: [tuple(int(word[1:]) for word in line[kind].split()) for line in lines] for kind in LENGTHS}
     sides = {kind: [(*tokens, EOS) for tokens in ids[kind]] for kind in ("chosen", "rejected")}

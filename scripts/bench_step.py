@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peer_bench import PAD, Bench, Size, Turns, make_model, text_of
+from peer_bench import PAD, Bench, Size, Turns, gradients_at_step, make_model, text_of
 
 LR = 1e-6
 REWARD = """import hashlib
@@ -211,7 +211,7 @@ def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
     recipe = recipe_of(case, folder)
     unclipped = recipe.learner.optimizer.model_copy(update={"max_grad_norm": 1e9})
     recipe = recipe.model_copy(update={"learner": recipe.learner.model_copy(update={"optimizer": unclipped})})
-    learner = build_learner(recipe)
+    learner = build_learner(recipe.model, recipe.learner, recipe.rollout, recipe.train.steps, recipe.seed)
     zeros = torch.zeros(rows, dtype=torch.int64)
     batch = TrainBatch(
         mask, advantages[:, None].expand(mask.shape), torch.ones(mask.shape), advantages, zeros, zeros, zeros
@@ -220,14 +220,7 @@ def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
         tuple(row[:length]) for row, length in zip(completions.tolist(), lengths.tolist(), strict=True)
     )
     token_rows = TokenRows(tuple(map(tuple, prompts.tolist())), completion_ids)
-    gradients: dict[str, Any] = {}
-
-    def keep_gradients(*_: Any, **__: Any) -> None:
-        gradients.update(
-            {name: parameter.grad.clone() for name, parameter in learner.model.named_parameters()}
-        )
-
-    learner.trained.optimizer.register_step_pre_hook(keep_gradients)
+    gradients = gradients_at_step(learner)
     stats = learner.update(token_rows, batch, build_objective(recipe.loss, {}))
     size = torch.stack([gradient.norm() for gradient in trl_gradients.values()]).norm()
     difference = torch.stack(

@@ -119,6 +119,19 @@ def text_of(tokens: list[int]) -> str:
 # the parent -------------------------------------------------------------------------------------------------
 
 
+def gradients_at_step(learner: Any) -> dict[str, Any]:
+    """Is filled with the gradient of each parameter when the optimizer takes its next step."""
+    gradients: dict[str, Any] = {}
+
+    def keep_gradients(*_: Any, **__: Any) -> None:
+        gradients.update(
+            {name: parameter.grad.clone() for name, parameter in learner.model.named_parameters()}
+        )
+
+    learner.trained.optimizer.register_step_pre_hook(keep_gradients)
+    return gradients
+
+
 @dataclass(frozen=True)
 class Bench:
     """unit: what is counted. cases: by name. make: writes a case's model and data into a folder. workers:

@@ -8,20 +8,29 @@ learner, ``build/rollout.py`` the parts that sample and grade, ``build/outputs.p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rltrain.advantage import ADVANTAGES
 from rltrain.build.context import RunContext
 from rltrain.build.inputs import RunInputs
-from rltrain.build.outputs import PROCESS, TrainingState, build_model_writer, build_reporter, initial_model
+from rltrain.build.outputs import PROCESS, TrainingState, build_outputs, initial_model, resume
 from rltrain.build.rollout import build_rollout
 from rltrain.checkpoint.random_state import seed_everything
-from rltrain.checkpoint.run_state import read_state, restoring
 from rltrain.config.rules.registries import ORDERS
-from rltrain.config.schema import Loss, MethodRef, Model, OnlineRecipe, TermRef
+from rltrain.config.schema import (
+    Learner,
+    Loss,
+    MethodRef,
+    Model,
+    OnlineRecipe,
+    ProcessReward,
+    Rollout,
+    TermRef,
+)
 from rltrain.control import COEFFICIENTS, TOKEN_CONTROLS
 from rltrain.control.coefficient import Controller
-from rltrain.control.stage import current_policy_needs, split_by_timing
+from rltrain.control.stage import PerUpdateControls, current_policy_needs, split_by_timing
 from rltrain.learner.head import STATISTICS
 from rltrain.learner.policy_learner import FROZEN, PolicyLearner
 from rltrain.learner.process_reward import POLICY, ProcessRewardLearner
@@ -38,74 +47,113 @@ from rltrain.seeds import stable_hash
 from rltrain.train.online import OnlineRun
 
 
+@dataclass(frozen=True)
+class Methods:
+    """The recipe's methods, bound to their hyperparameters.
+
+    controllers: of the coefficients that change, by the position of their term in ``loss.terms``. before: the
+    statistics that are needed before the first update.
+    """
+
+    advantage: BoundMethod
+    step_controls: tuple[BoundMethod, ...]
+    update_controls: PerUpdateControls | None
+    objective: Objective
+    controllers: Mapping[int, Controller]
+    before: frozenset[str]
+
+    @property
+    def named_controllers(self) -> tuple[tuple[str, Controller], ...]:
+        terms = self.objective.terms
+        return tuple((terms[place].name, controller) for place, controller in self.controllers.items())
+
+
 def build_online_run(recipe: OnlineRecipe, inputs: RunInputs, context: RunContext) -> OnlineRun:
     """Loads weights and starts the engine."""
     seed_everything(recipe.seed)
-    process = context.process
-    learner = build_learner(recipe, context.checkpoint, process)
-    inputs.grader.log_to(context.folder.rewards_log(process.rank))
-    rollout = build_rollout(recipe, inputs, learner, process, fresh=context.is_fresh)
-    advantage = ADVANTAGES.bind(recipe.advantage.name, recipe.advantage.hp)
-    controls = [TOKEN_CONTROLS.bind(ref.name, ref.hp) for ref in recipe.control]
-    step_controls, update_controls = split_by_timing(controls)
-    controllers = build_controllers(recipe.loss, recipe.train.steps)
-    law = Law()
-    objective = build_objective(recipe.loss, controllers)
-
-    before = _needed_before_updates(recipe, advantage, controls)
-    load_frozen_models(recipe.model, learner, before | objective.needs)
-    process_reward = build_process_reward(recipe, context.checkpoint, process)
-
-    state = TrainingState(
-        learner, rollout.source, rollout.sync, tuple(controllers.values()), law, process_reward
+    steps = recipe.train.steps
+    learner = build_learner(
+        recipe.model, recipe.learner, recipe.rollout, steps, recipe.seed, context.checkpoint, context.process
     )
-    resumed = None if context.checkpoint is None else read_state(context.checkpoint)
-    if resumed is not None and context.checkpoint is not None:
-        with restoring(context.checkpoint):
-            state.load_state_dict(resumed)
-    needs = before | ORDERS.spec(recipe.data.order.name).needs
+    rollout = build_rollout(
+        inputs,
+        learner,
+        context,
+        recipe.model,
+        recipe.data,
+        recipe.rollout,
+        recipe.reward,
+        recipe.sync,
+        recipe.eval,
+        recipe.seed,
+    )
+    methods = bind_methods(recipe.advantage, recipe.control, recipe.loss, recipe.process_reward, steps)
+    load_frozen_models(recipe.model, learner, methods.before | methods.objective.needs)
+    process_reward = build_process_reward(
+        recipe.process_reward, recipe.model, recipe.learner, steps, recipe.seed, context
+    )
+
+    law = Law()
+    controllers = tuple(methods.controllers.values())
+    state = TrainingState(learner, rollout.source, rollout.sync, controllers, law, process_reward)
+    resumed = resume(context.checkpoint, state)
+    decode = inputs.tokenization.decode
+    reporter, writer = build_outputs(
+        recipe, context, steps, resumed, inputs.tokenization, learner, state.state_dict, process_reward
+    )
+    needs = methods.before | ORDERS.spec(recipe.data.order.name).needs
     return OnlineRun(
         recipe=recipe,
-        total_steps=recipe.train.steps,
+        total_steps=steps,
         learner=learner,
         source=rollout.source,
         sync=rollout.sync,
         evaluator=rollout.evaluator,
         process_reward=process_reward,
-        advantage=advantage,
-        step_controls=step_controls,
-        update_controls=update_controls,
-        objective=objective,
-        controllers=tuple(
-            (objective.terms[place].name, controller) for place, controller in controllers.items()
-        ),
-        passes=needed_passes(recipe, needs, objective.needs),
-        step_splitter=StepSplitter(inputs.tokenization.decode) if "step_id" in before else None,
+        advantage=methods.advantage,
+        step_controls=methods.step_controls,
+        update_controls=methods.update_controls,
+        objective=methods.objective,
+        controllers=methods.named_controllers,
+        passes=needed_passes(recipe.learner, recipe.rollout, needs, methods.objective.needs),
+        step_splitter=StepSplitter(decode) if "step_id" in methods.before else None,
         mismatch=rollout.mismatch,
         law=law,
-        reporter=build_reporter(
-            recipe,
-            context,
-            recipe.train.steps,
-            resumed,
-            recipe.report.transcripts,
-            inputs.tokenization.decode,
-        ),
-        writer=build_model_writer(
-            recipe, inputs.tokenization, learner, state.state_dict, context, process_reward
-        ),
+        reporter=reporter,
+        writer=writer,
         resumed=resumed,
         should_stop=context.should_stop,
     )
 
 
+def bind_methods(
+    advantage: MethodRef,
+    control: Sequence[MethodRef],
+    loss: Loss,
+    process_reward: ProcessReward | None,
+    steps: int,
+) -> Methods:
+    estimator = ADVANTAGES.bind(advantage.name, advantage.hp)
+    controls = [TOKEN_CONTROLS.bind(ref.name, ref.hp) for ref in control]
+    step_controls, update_controls = split_by_timing(controls)
+    controllers = build_controllers(loss, steps)
+    return Methods(
+        estimator,
+        step_controls,
+        update_controls,
+        build_objective(loss, controllers),
+        controllers,
+        _needed_before_updates(process_reward, estimator, controls),
+    )
+
+
 def _needed_before_updates(
-    recipe: OnlineRecipe, advantage: BoundMethod, controls: Sequence[BoundMethod]
+    process_reward: ProcessReward | None, advantage: BoundMethod, controls: Sequence[BoundMethod]
 ) -> frozenset[str]:
     """The statistics that advantage, controls and the process reward model need before the first update."""
     needs = advantage.needs.union(*(control.needs for control in controls))
-    settings = recipe.process_reward
-    return needs | {"old_logp"} if settings is not None and settings.reference == POLICY else needs
+    reads_policy = process_reward is not None and process_reward.reference == POLICY
+    return needs | {"old_logp"} if reads_policy else needs
 
 
 def load_frozen_models(model: Model, learner: PolicyLearner, needs: frozenset[str]) -> None:
@@ -115,7 +163,9 @@ def load_frozen_models(model: Model, learner: PolicyLearner, needs: frozenset[st
             learner.use_frozen(statistic, path, model)
 
 
-def needed_passes(recipe: OnlineRecipe, before: frozenset[str], losses: frozenset[str]) -> frozenset[str]:
+def needed_passes(
+    learner: Learner, rollout: Rollout, before: frozenset[str], losses: frozenset[str]
+) -> frozenset[str]:
     """The no-grad passes of a step: exactly the statistics that the gradient pass cannot provide.
 
     before: statistics that advantage and controls need. losses: those that policy loss and terms need. The
@@ -123,11 +173,11 @@ def needed_passes(recipe: OnlineRecipe, before: frozenset[str], losses: frozense
     engine's with ``rollout.trust_logp``: neither case needs a pass.
     """
     passes: set[str] = set()
-    several_updates = recipe.learner.updates * recipe.learner.epochs > 1
-    if not recipe.rollout.trust_logp and ("old_logp" in before or ("old_logp" in losses and several_updates)):
+    several_updates = learner.updates * learner.epochs > 1
+    if not rollout.trust_logp and ("old_logp" in before or ("old_logp" in losses and several_updates)):
         passes |= {"logp", "entropy"}  # the entropy costs almost nothing once the logits are computed
     if "old_entropy" in before | losses:
-        passes |= {"logp", "entropy"} if not recipe.rollout.trust_logp else {"entropy"}
+        passes |= {"logp", "entropy"} if not rollout.trust_logp else {"entropy"}
     passes |= {
         name
         for name in before
@@ -138,47 +188,57 @@ def needed_passes(recipe: OnlineRecipe, before: frozenset[str], losses: frozense
 
 
 def build_learner(
-    recipe: OnlineRecipe, checkpoint: Path | None = None, process: Process = ALONE
+    model: Model,
+    settings: Learner,
+    rollout: Rollout,
+    steps: int,
+    seed: int,
+    checkpoint: Path | None = None,
+    process: Process = ALONE,
 ) -> PolicyLearner:
-    """The learner with the recipe's weights, or those of ``checkpoint``."""
-    settings = recipe.learner
+    """The learner with the weights of ``model``, or those of ``checkpoint``."""
     return PolicyLearner(
-        initial_model(recipe.model, checkpoint),
+        initial_model(model, checkpoint),
         settings,
-        temperature=recipe.rollout.temperature,
-        max_tokens=recipe.rollout.max_tokens,
-        total_updates=recipe.train.steps * settings.updates * settings.epochs,
-        seed=recipe.seed,
+        temperature=rollout.temperature,
+        max_tokens=rollout.max_tokens,
+        total_updates=steps * settings.updates * settings.epochs,
+        seed=seed,
         deadline=process.deadline,
     )
 
 
 def build_process_reward(
-    recipe: OnlineRecipe, checkpoint: Path | None = None, process: Process = ALONE
+    settings: ProcessReward | None,
+    policy: Model,
+    learner: Learner,
+    steps: int,
+    seed: int,
+    context: RunContext,
 ) -> ProcessRewardLearner | None:
-    """The model that learns process rewards, with the recipe's weights or those of ``checkpoint``; None
-    if the recipe has no such model.
+    """The model that learns process rewards, with its starting weights or those of the checkpoint; None
+    without ``settings``.
     """
-    settings = recipe.process_reward
     if settings is None:
         return None
-    revision = recipe.model.revision if settings.path is None else None
+    checkpoint = context.checkpoint
+    revision = policy.revision if settings.path is None else None
     changes = {
-        "path": settings.path or recipe.model.path,
+        "path": settings.path or policy.path,
         "revision": revision,
         "reference": None,
         "teacher": None,
     }
-    origin = recipe.model.model_copy(update=changes)
+    origin = policy.model_copy(update=changes)
     return ProcessRewardLearner(
         initial_model(origin, None if checkpoint is None else checkpoint / PROCESS),
         origin,
         settings,
-        recipe.learner,
+        learner,
         PREFERENCE_LOSSES.bind(settings.loss.name, settings.loss.hp),
-        total_updates=recipe.train.steps * settings.updates,
-        seed=stable_hash(recipe.seed, "process reward"),
-        deadline=process.deadline,
+        total_updates=steps * settings.updates,
+        seed=stable_hash(seed, "process reward"),
+        deadline=context.process.deadline,
     )
 
 

@@ -5,20 +5,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
 from rltrain.build.context import RunContext
 from rltrain.build.inputs import RunInputs
-from rltrain.build.outputs import TrainingState, build_model_writer, build_reporter, initial_model
+from rltrain.build.outputs import TrainingState, build_outputs, initial_model, resume
 from rltrain.build.rollout import build_rollout
 from rltrain.checkpoint.random_state import seed_everything
-from rltrain.checkpoint.run_state import read_state, restoring
 from rltrain.config.rules.registries import JUDGES
-from rltrain.config.schema import OnlinePairsRecipe
+from rltrain.config.schema import Data, MethodRef, Model, OnlinePairsRecipe, Pairs, PairTrain, RolloutLearner
 from rltrain.data.chat import render
 from rltrain.data.tokenization import Tokenization, sizes_of
 from rltrain.errors import UserError, user_mistakes
@@ -40,19 +39,47 @@ __all__ = ["build_pair_run", "build_pairing"]
 def build_pair_run(recipe: OnlinePairsRecipe, inputs: RunInputs, context: RunContext) -> PairRun:
     """Loads weights and starts the engine."""
     seed_everything(recipe.seed)
-    process = context.process
     ref = recipe.loss.preference
     objective = PreferenceObjective(PREFERENCE_LOSSES.bind(ref.name, ref.hp))
-    learner = build_pair_learner(recipe, objective, context.checkpoint, process)
-    inputs.grader.log_to(context.folder.rewards_log(process.rank))
-    rollout = build_rollout(recipe, inputs, learner, process, fresh=context.is_fresh)
-    pairing = build_pairing(recipe, inputs.tokenization, learner, process)
+    learner = build_pair_learner(
+        recipe.model,
+        recipe.learner,
+        recipe.train,
+        recipe.rollout.temperature,
+        recipe.pairs.judge,
+        objective.needs,
+        recipe.seed,
+        context,
+    )
+    rollout = build_rollout(
+        inputs,
+        learner,
+        context,
+        recipe.model,
+        recipe.data,
+        recipe.rollout,
+        recipe.reward,
+        recipe.sync,
+        recipe.eval,
+        recipe.seed,
+    )
+    tokenization = inputs.tokenization
+    pairing = build_pairing(
+        recipe.pairs,
+        recipe.model,
+        recipe.data,
+        tokenization,
+        learner,
+        context.process,
+        sizes_of(recipe.data, recipe.rollout),
+        recipe.seed,
+    )
 
     state = TrainingState(learner, rollout.source, rollout.sync)
-    resumed = None if context.checkpoint is None else read_state(context.checkpoint)
-    if resumed is not None and context.checkpoint is not None:
-        with restoring(context.checkpoint):
-            state.load_state_dict(resumed)
+    resumed = resume(context.checkpoint, state)
+    reporter, writer = build_outputs(
+        recipe, context, recipe.train.steps, resumed, tokenization, learner, state.state_dict
+    )
     return PairRun(
         recipe=recipe,
         total_steps=recipe.train.steps,
@@ -63,43 +90,58 @@ def build_pair_run(recipe: OnlinePairsRecipe, inputs: RunInputs, context: RunCon
         pairing=pairing,
         objective=objective,
         mismatch=rollout.mismatch,
-        reporter=build_reporter(recipe, context, recipe.train.steps, resumed, recipe.report.transcripts),
-        writer=build_model_writer(recipe, inputs.tokenization, learner, state.state_dict, context),
+        reporter=reporter,
+        writer=writer,
         resumed=resumed,
         should_stop=context.should_stop,
     )
 
 
 def build_pair_learner(
-    recipe: OnlinePairsRecipe, objective: PreferenceObjective, checkpoint: Path | None, process: Process
+    model: Model,
+    settings: RolloutLearner,
+    train: PairTrain,
+    temperature: float,
+    judge: MethodRef,
+    needs: frozenset[str],
+    seed: int,
+    context: RunContext,
 ) -> PairLearner:
-    """The learner with the recipe's weights, or those of ``checkpoint``, and the frozen models that loss
+    """The learner with the weights of ``model``, or those of the checkpoint, and the frozen models that loss
     and judge need.
+
+    needs: the statistics that the loss needs.
     """
-    settings = recipe.learner
-    model = recipe.model
     learner = PairLearner(
-        initial_model(model, checkpoint),
+        initial_model(model, context.checkpoint),
         settings,
-        temperature=recipe.rollout.temperature,
-        total_updates=recipe.train.steps * settings.updates * settings.epochs,
-        seed=recipe.seed,
-        deadline=process.deadline,
+        temperature=temperature,
+        total_updates=train.steps * settings.updates * settings.epochs,
+        seed=seed,
+        deadline=context.process.deadline,
     )
-    judge = recipe.pairs.judge
-    if "ref_logp" in objective.needs | JUDGES.spec(judge.name).needs_with(judge.hp):
+    if "ref_logp" in needs | JUDGES.spec(judge.name).needs_with(judge.hp):
         learner.use_frozen("ref_logp", model.reference, model)
-    if recipe.train.previous_every > 1:
+    if train.previous_every > 1:
         learner.keep_iterate(model)
     return learner
 
 
 def build_pairing(
-    recipe: OnlinePairsRecipe, tokenization: Tokenization, learner: PairLearner, process: Process
+    settings: Pairs,
+    model: Model,
+    data: Data,
+    tokenization: Tokenization,
+    learner: PairLearner,
+    process: Process,
+    sizes: Mapping[str, int],
+    seed: int,
 ) -> Pairing:
-    """The judge, and how its verdicts make pairs. Raises UserError if the judge cannot be loaded."""
-    settings = recipe.pairs
-    max_batch_tokens = recipe.learner.tokens_per_micro_batch
+    """The judge, and how its verdicts make pairs. Raises UserError if the judge cannot be loaded.
+
+    sizes: the most tokens of each part of a row, by recipe key.
+    """
+    max_batch_tokens = learner.trained.settings.tokens_per_micro_batch
 
     def log_probs(rows: TokenRows, by: Literal["policy", "reference"]) -> Tensor:
         frozen = learner.frozen["ref_logp"] if by == "reference" else None
@@ -110,8 +152,8 @@ def build_pairing(
             text,
             tokenization.tokenizer,
             system=None,
-            chat_template=recipe.data.chat_template,
-            date=recipe.data.date,
+            chat_template=data.chat_template,
+            date=data.date,
         )
         return token_ids
 
@@ -122,7 +164,7 @@ def build_pairing(
         decode=tokenization.decode,
         word=partial(first_token, tokenization),
         reward_model=partial(
-            RewardModel, device=learner.device, tokens_per_micro_batch=max_batch_tokens, date=recipe.data.date
+            RewardModel, device=learner.device, tokens_per_micro_batch=max_batch_tokens, date=data.date
         ),
         rank=process.rank,
         ranks=process.world_size,
@@ -135,14 +177,14 @@ def build_pairing(
         if settings.judge.name == "reward_model" and path and column is None:
             require_companion(
                 tokenization.tokenizer,
-                recipe.model.path,
+                model.path,
                 "pairs.judge.path",
                 path,
                 head="scalar",
-                sizes=sizes_of(recipe.data, recipe.rollout),
+                sizes=sizes,
             )
         judge = JUDGES.bind(settings.judge.name, settings.judge.hp)(judge_context)
-    return Pairing(judge, settings.choose, settings.verdict, settings.tolerance, recipe.seed)
+    return Pairing(judge, settings.choose, settings.verdict, settings.tolerance, seed)
 
 
 def first_token(tokenization: Tokenization, word: str) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -16,8 +16,8 @@ from rltrain.checkpoint.export import export_model
 from rltrain.checkpoint.model_card import model_card
 from rltrain.checkpoint.random_state import random_state
 from rltrain.checkpoint.run_folder import describe_environment
-from rltrain.checkpoint.run_state import RunState, write_state
-from rltrain.config.schema import AnyRecipe, Model
+from rltrain.checkpoint.run_state import RunState, read_state, restoring, write_state
+from rltrain.config.schema import Checkpoint, Model, OfflineReport, Report, SampledRecipe
 from rltrain.control.coefficient import Controller
 from rltrain.data.tokenization import Tokenization
 from rltrain.errors import UserError, user_mistakes
@@ -41,7 +41,8 @@ _Model = TypeVar("_Model", bound=Model)
 
 
 def build_reporter(
-    recipe: AnyRecipe,
+    settings: Report | OfflineReport,
+    recipe: Mapping[str, Any],
     context: RunContext,
     steps: int,
     resumed: RunState | None,
@@ -50,24 +51,22 @@ def build_reporter(
 ) -> Reporter:
     """The reporter of a run of ``steps`` steps; only the main process reports.
 
-    transcripts: prompts per step whose completions are kept; None: the run samples no completions. decode:
-    ids to text, for runs that know numbers of single tokens.
+    recipe: as plain data, for trackers. transcripts: prompts per step whose completions are kept; None: the
+    run samples no completions. decode: ids to text, for runs that know numbers of single tokens.
     """
     if not context.process.is_main:
         return QUIET
     folder = context.folder
     progress = Progress(steps, start=0 if resumed is None else resumed.step)
-    settings = recipe.report
-    sinks = open_sinks(
-        folder.path, settings.sinks, settings.project, recipe.model_dump(mode="json"), progress.warn
-    )
+    sinks = open_sinks(folder.path, settings.sinks, settings.project, recipe, progress.warn)
     numbers = None if decode is None else TokenNumbers(decode, every=max(1, steps // STEPS))
     log = None if transcripts is None else Transcripts(folder.transcripts, transcripts, numbers)
     return Reporter(sinks, log, progress)
 
 
 def build_model_writer(
-    recipe: AnyRecipe,
+    settings: Checkpoint,
+    recipe: Mapping[str, Any],
     tokenization: Tokenization,
     learner: ModelOwner,
     progress: Callable[[], Mapping[str, Any]],
@@ -76,8 +75,9 @@ def build_model_writer(
 ) -> ModelWriter:
     """Every rank takes part in gathering weights and states; the main process writes.
 
-    progress: returns the fields of RunState that are not a learner's. process: the process reward model; its
-    weights get a separate folder below the policy's, and the rest of its state is saved with the policy's.
+    recipe: as plain data. progress: returns the fields of RunState that are not a learner's. process: the
+    process reward model; its weights get a separate folder below the policy's, and the rest of its state is
+    saved with the policy's.
     """
     folder = context.folder
     is_main = context.process.is_main
@@ -94,7 +94,7 @@ def build_model_writer(
             drain(() if state is None else optimizer_tensors())
             return out
 
-        card = model_card(recipe.model_dump(mode="json"), results, step)
+        card = model_card(recipe, results, step)
         tokenizer = tokenization.tokenizer
 
         def write_extra(out_folder: Path) -> None:
@@ -118,11 +118,44 @@ def build_model_writer(
             random=learner.gather([random_state()]),
             reported=folder.file_sizes() if is_main else {},
             inputs=context.digests,
-            recipe=recipe.model_dump(mode="json"),
+            recipe=recipe,
             environment={**describe_environment(), "run": folder.run_id},
         )
 
-    return ModelWriter(folder, write, snapshot, recipe.checkpoint.keep, is_main)
+    return ModelWriter(folder, write, snapshot, settings.keep, is_main)
+
+
+def build_outputs(
+    recipe: SampledRecipe,
+    context: RunContext,
+    steps: int,
+    resumed: RunState | None,
+    tokenization: Tokenization,
+    learner: ModelOwner,
+    progress: Callable[[], Mapping[str, Any]],
+    process: ProcessRewardLearner | None = None,
+) -> tuple[Reporter, ModelWriter]:
+    """The reporter and the model writer of a run on sampled completions, which quote the whole recipe."""
+    plain = recipe.model_dump(mode="json")
+    transcripts = recipe.report.transcripts
+    decode = tokenization.decode
+    reporter = build_reporter(recipe.report, plain, context, steps, resumed, transcripts, decode)
+    writer = build_model_writer(recipe.checkpoint, plain, tokenization, learner, progress, context, process)
+    return reporter, writer
+
+
+class Restorable(Protocol):
+    def load_state_dict(self, state: RunState) -> None: ...
+
+
+def resume(checkpoint: Path | None, training_state: Restorable) -> RunState | None:
+    """Loads ``training_state`` from the checkpoint and returns the run's state; None in a new run."""
+    if checkpoint is None:
+        return None
+    state = read_state(checkpoint)
+    with restoring(checkpoint):
+        training_state.load_state_dict(state)
+    return state
 
 
 def drain(tensors: Iterable[object]) -> None:

@@ -10,18 +10,19 @@ from functools import partial
 
 import torch
 
+from rltrain.build.context import RunContext
 from rltrain.build.engines import build_engine, build_sampler
 from rltrain.build.inputs import REWARD_MODEL, RunInputs
 from rltrain.config.rules.registries import EXTRA_SAMPLES, ORDERS, REWARDS
 from rltrain.config.schema import (
     AdaptiveTemperature,
+    Data,
     DynamicSampling,
     Eval,
     MethodRef,
     Model,
     RewardStage,
     Rollout,
-    SampledRecipe,
 )
 from rltrain.config.schema import Sync as SyncSettings
 from rltrain.data.gain_rl import template_lengths
@@ -32,7 +33,6 @@ from rltrain.learner.pair_learner import PairLearner
 from rltrain.learner.policy_learner import PolicyLearner
 from rltrain.learner.reward_model import RewardModel
 from rltrain.learner.trained_model import ModelOwner
-from rltrain.process import Process
 from rltrain.protocols import RolloutEngine
 from rltrain.rollout.colocated import ColocatedRollouts, GradedSampler, Order
 from rltrain.rollout.extra_samples import SamplerContext, SampleSource
@@ -68,40 +68,48 @@ class RolloutParts:
 
 
 def build_rollout(
-    recipe: SampledRecipe, inputs: RunInputs, learner: SamplingLearner, process: Process, *, fresh: bool
+    inputs: RunInputs,
+    learner: SamplingLearner,
+    context: RunContext,
+    model: Model,
+    data: Data,
+    rollout: Rollout,
+    reward: RewardStage,
+    sync_settings: SyncSettings,
+    evaluation: Eval,
+    seed: int,
 ) -> RolloutParts:
-    """Starts the engine. fresh: the run is new, so that no saved state will replace what the order of
-    prompts measures.
-    """
-    rollout = recipe.rollout
-    seed = recipe.seed
+    """Starts the engine."""
+    process = context.process
+    inputs.grader.log_to(context.folder.rewards_log(process.rank))
     prompts = inputs.train.prompts
-    order = build_order(recipe.data.order, prompts, rollout.prompts, seed, learner, fresh=fresh)
+    precision = learner.trained.settings.precision
+    order = build_order(data.order, prompts, rollout.prompts, seed, learner, fresh=context.is_fresh)
     with process.deadline(f"the {rollout.engine} engine", "to start"):
-        engine = build_engine(
-            recipe.model, recipe.data, rollout, recipe.learner.precision, inputs.tokenization, process.device
-        )
-    sampler = build_sampler(recipe.data, rollout, engine, inputs.tokenization)
-    sync = build_sync(recipe.sync, engine, learner.names, seed, process.deadline)
-    grader = add_model_rewards(
-        recipe.reward, inputs.grader, recipe.learner.tokens_per_micro_batch, process.device, recipe.data.date
-    )
+        engine = build_engine(model, data, rollout, precision, inputs.tokenization, process.device)
+    sampler = build_sampler(data, rollout, engine, inputs.tokenization)
+    sync = build_sync(sync_settings, engine, learner.names, seed, process.deadline)
+    batch_tokens = learner.trained.settings.tokens_per_micro_batch
+    grader = add_model_rewards(reward, inputs.grader, batch_tokens, process.device, data.date)
 
     sampling = Sampling(
         n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed
     )
-    load_reference = _reference_loader(rollout.extra_samples, recipe.model, engine, learner, sync)
+    load_reference = _reference_loader(rollout.extra_samples, model, engine, learner, sync)
     encode = inputs.tokenization.encode_answer
-    verdict_of = label_of_only_function(recipe.reward.functions)
-    context = SamplerContext(sampler, sampling, prompts, load_reference, encode, process.deadline)
+    verdict_of = label_of_only_function(reward.functions)
+    sampler_context = SamplerContext(sampler, sampling, prompts, load_reference, encode, process.deadline)
     source = build_source(
-        rollout, GradedSampler(sampler, grader, process, verdict_of), order, context, sync, engine.close
+        rollout,
+        GradedSampler(sampler, grader, process, verdict_of),
+        order,
+        sampler_context,
+        sync,
+        engine.close,
     )
-    evaluator = (
-        None
-        if inputs.held_out is None
-        else build_evaluator(recipe.eval, recipe.reward, rollout.max_tokens, seed, inputs)
-    )
+    evaluator = None
+    if inputs.held_out is not None:
+        evaluator = build_evaluator(evaluation, reward, rollout.max_tokens, seed, inputs)
     return RolloutParts(
         source, sync, evaluator, build_guard(rollout, engine.dtype, learner.trained.precision)
     )

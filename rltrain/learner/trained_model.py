@@ -67,7 +67,7 @@ class TrainedModel:
         self.settings = settings
         self.seed = seed
         self._load = load
-        self._deadline = deadline
+        self.deadline = deadline
         self.accelerator: Any = make_accelerator(mixed_precision(settings.precision))
 
         torch.manual_seed(seed)
@@ -118,19 +118,19 @@ class TrainedModel:
         """The lists of all ranks, concatenated in rank order."""
         if self.world_size == 1:
             return list(objects)
-        with self._deadline("the other ranks", "to hand over their objects"):
+        with self.deadline("the other ranks", "to hand over their objects"):
             return gather_object(list(objects))
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's ``value`` on every rank."""
         if self.world_size == 1:
             return value
-        with self._deadline("rank 0", "to hand over its value"):
+        with self.deadline("rank 0", "to hand over its value"):
             return broadcast_object_list([value])[0]
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         """The sum of all ranks' ``value``, on the model's device."""
-        with self._deadline("the other ranks", "to add their numbers"):
+        with self.deadline("the other ranks", "to add their numbers"):
             return self.accelerator.reduce(value.to(self.device), "sum")
 
     def sum_each(self, shares: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -161,7 +161,7 @@ class TrainedModel:
     def model_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """``weights`` under the names inside the model."""
         for name, tensor in self.unwrapped_model.state_dict(keep_vars=True).items():
-            with self._deadline("the other ranks", f"to hand over their shards of {name}"):
+            with self.deadline("the other ranks", f"to hand over their shards of {name}"):
                 full = self.backend.full_weight(tensor, dtype)
             yield name.removeprefix("model."), full
             del full
@@ -189,7 +189,7 @@ class TrainedModel:
                 continue
             empty = torch.empty(full_shape(parameter), device=self.device)
             weight = weights[name].float().to(self.device) if self.rank == 0 else empty
-            with self._deadline("rank 0", f"to send {name}"):
+            with self.deadline("rank 0", f"to send {name}"):
                 self.backend.set_master(parameter, broadcast(weight))
 
     def _named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
@@ -207,7 +207,7 @@ class TrainedModel:
         """
         stream = self.backend.state(self._named_parameters())
         while True:
-            with self._deadline("the other ranks", "to hand over their shards of the optimizer's state"):
+            with self.deadline("the other ranks", "to hand over their shards of the optimizer's state"):
                 item = next(stream, None)
             if item is None:
                 return

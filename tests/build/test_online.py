@@ -33,6 +33,11 @@ def test_a_step_computes_exactly_what_its_functions_need(overrides: list[str], p
         *(TOKEN_CONTROLS.bind(ref.name, ref.hp).needs for ref in recipe.control)
     )
     assert (
-        needed_passes(recipe, before, build_objective(recipe.loss, build_controllers(recipe.loss, 1)).needs)
+        needed_passes(
+            recipe.learner,
+            recipe.rollout,
+            before,
+            build_objective(recipe.loss, build_controllers(recipe.loss, 1)).needs,
+        )
         == passes
     )

@@ -7,15 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rltrain.build.offline import build_own_samples
-from rltrain.config.schema import JudgedData, LearnerCore, OfflineEval, OfflineModel, OfflineRecipe, Optimizer
+from rltrain.config.schema import LearnerCore, Model, OfflineModel, Optimizer
 from rltrain.data.chat import StopTokens
 from rltrain.data.preferences import Pair
 from rltrain.learner.preference_learner import PreferenceLearner
-from rltrain.process import ALONE
 from rltrain.protocols import EngineState
 from rltrain.rollout.groups import sample_groups
 from rltrain.train.own_samples import OwnSamples
-from rltrain.weight_names import CheckpointNames
 
 TOKENS = 6
 PAIRS = [Pair(str(number), (20 + number, 30), (40,), (41,)) for number in range(5)]
@@ -27,25 +25,16 @@ def learner(random_model: str) -> PreferenceLearner:
     return PreferenceLearner(OfflineModel(path=random_model), settings, total_updates=1, seed=0)
 
 
-def built(model: str, samples: int) -> OwnSamples:
-    recipe = OfflineRecipe.model_validate(
-        {
-            "model": {"path": model},
-            "data": JudgedData(train="arithmetic_pairs", max_completion_tokens=TOKENS),
-            "loss": {"preference": "dpo"},
-            "learner": {"optimizer": {"lr": 1e-2}},
-            "train": {"examples": 2},
-            "eval": OfflineEval(samples=samples),
-        }
-    )
-    names = CheckpointNames(AutoModelForCausalLM.from_pretrained(model))
-    return build_own_samples(recipe, StopTokens(stop=(1,), pad=0, pad_is_eos=False), PAIRS, names, ALONE)
+def built(model: str, samples: int, learner: PreferenceLearner) -> OwnSamples:
+    prompts = [pair.prompt for pair in PAIRS]
+    stop_tokens = StopTokens(stop=(1,), pad=0, pad_is_eos=False)
+    return build_own_samples(samples, TOKENS, Model(path=model), stop_tokens, prompts, learner, seed=0)
 
 
 def test_entropy_is_that_of_the_models_logits_on_what_it_wrote(
     random_model: str, learner: PreferenceLearner
 ) -> None:
-    samples = built(random_model, samples=4)
+    samples = built(random_model, 4, learner)
     assert len(samples.prompts) == 4
     estimates = samples.measure(learner)
     assert samples.engine.state is EngineState.ASLEEP  # the copy of the weights is gone again
@@ -74,7 +63,7 @@ def test_entropy_is_that_of_the_models_logits_on_what_it_wrote(
 def test_the_same_prompts_are_answered_alike_each_time_and_the_callers_random_state_is_left_alone(
     random_model: str, learner: PreferenceLearner
 ) -> None:
-    samples = built(random_model, samples=100)
+    samples = built(random_model, 100, learner)
     assert len(samples.prompts) == len(PAIRS)  # no more than there are
     before = torch.get_rng_state()
     assert samples.measure(learner) == samples.measure(learner)
