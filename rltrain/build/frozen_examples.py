@@ -14,8 +14,8 @@ from torch import Tensor
 from rltrain.config.schema import OfflineModel, Reference
 from rltrain.data.labels import LabelSet
 from rltrain.data.preferences import PairSet
-from rltrain.learner.frozen_logprobs import FrozenLogProbs, weights_digest
-from rltrain.learner.frozen_models import frozen_model, weights_of
+from rltrain.learner.frozen_logprobs import FrozenLogProbs
+from rltrain.learner.frozen_models import frozen_model, weights_digest
 from rltrain.learner.preference_learner import PreferenceLearner
 from rltrain.loss.preference.objective import PreferenceObjective
 from rltrain.report.reporter import Reporter
@@ -109,8 +109,8 @@ def _open_frozen_log_probs(
     if path is None and fresh:
         yield build(frozen=None, weights=weights_digest(learner.model_weights()))
         return
-    with frozen_model(path, model, learner.device) as frozen:
-        yield build(frozen=frozen, weights=weights_digest(weights_of(frozen)))
+    with frozen_model(path, model, learner.trained) as (frozen, digest):
+        yield build(frozen=frozen, weights=digest)
 
 
 def _row_sets(

@@ -18,8 +18,8 @@ from rltrain.data.rows import Row, read_rows
 from rltrain.data.steps import ends_of_lines, ends_of_listed_steps, ends_of_pattern, step_of_tokens
 from rltrain.data.tokenization import Tokenization, tokenization_of
 from rltrain.errors import UserError
-from rltrain.learner.frozen_logprobs import FrozenLogProbs, weights_digest
-from rltrain.learner.frozen_models import frozen_model, require_same_tokens, weights_of
+from rltrain.learner.frozen_logprobs import FrozenLogProbs
+from rltrain.learner.frozen_models import frozen_model, require_same_tokens
 from rltrain.learner.preference_learner import PreferenceLearner
 from rltrain.train.scoring import Scorer, TextRow
 
@@ -57,8 +57,7 @@ def open_scorer(model: ProcessModel, say: Callable[[str], None]) -> Iterator[Sco
     if model.reference == NONE:
         yield Scorer(learner, None, model.beta, model.aggregate)
         return
-    with frozen_model(model.reference, start, learner.device) as policy:
-        digest = weights_digest(weights_of(policy))
+    with frozen_model(model.reference, start, learner.trained) as (policy, digest):
         reference = FrozenLogProbs(learner, policy, digest, model.cache, verify=4, say=say)
         yield Scorer(learner, reference, model.beta, model.aggregate)
 

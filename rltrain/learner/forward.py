@@ -78,6 +78,21 @@ class PolicyForward(nn.Module):
         """The transformers model behind every wrapper."""
         return causal_lm(self.model)
 
+    base_model_prefix = "base_model"
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The decoder under the output head: accelerate looks for the last norm among its children."""
+        return self.inner.base_model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding, of which accelerate makes a group of its own under FSDP2."""
+        return self.inner.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The output head, of which accelerate makes a group with the last norm under FSDP2."""
+        return self.inner.get_output_embeddings()
+
     def tie_weights(self) -> None:
         """Make tied weights one tensor again; FSDP2 calls this after it has loaded each of them by itself."""
         self.inner.tie_weights()

@@ -12,7 +12,7 @@ import json
 import os
 import random
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +26,9 @@ from rltrain.learner.forward import PolicyForward
 from rltrain.learner.preference_learner import PreferenceLearner
 from rltrain.learner.trained_model import ROUNDING
 from rltrain.seeds import stable_hash
-from rltrain.tensor_ops import weight_fingerprint
 from rltrain.types.policy import TokenRows
 
-__all__ = ["FrozenLogProbs", "cache_key", "weights_digest"]
+__all__ = ["FrozenLogProbs", "cache_key"]
 
 _NAME = "logp"
 
@@ -148,15 +147,6 @@ class FrozenLogProbs:
         lengths = torch.tensor([len(completion) for completion in sample.completions])
         differences = (computed - values[positions]).abs() / lengths.clamp(min=1)
         return float(differences.nan_to_num(torch.inf).max())
-
-
-def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of one projection per weight, to nine digits. A collective where ``weights`` is one."""
-    digest = hashlib.sha256()
-    for name, weight in weights:
-        number = weight_fingerprint(name, weight).number
-        digest.update(f"{name} {tuple(weight.shape)} {number:.9e}\n".encode())
-    return digest.hexdigest()
 
 
 def cache_key(rows: TokenRows, weights: str, settings: Mapping[str, str]) -> str:

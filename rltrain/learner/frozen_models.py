@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from accelerate.utils import DistributedType, broadcast
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rltrain.config.schema import Model
 from rltrain.errors import UserError
 from rltrain.learner.forward import PolicyForward
 from rltrain.learner.loading import Head, load_causal_lm, require_weights
+from rltrain.learner.optim import full_tensor, put_full
+from rltrain.learner.ranks import loading_on_rank_0
+from rltrain.learner.trained_model import COMPUTE_DTYPES, TrainedModel
 from rltrain.model_limits import require_context, require_room_for_tokens
 from rltrain.remote_code import refusing_untrusted, trusts
+from rltrain.tensor_ops import weight_fingerprint
 from rltrain.weight_names import CheckpointNames
 
 __all__ = [
@@ -23,9 +30,13 @@ __all__ = [
     "reference_weights",
     "require_companion",
     "require_same_tokens",
+    "stored_dtypes",
+    "weights_digest",
     "weights_of",
 ]
 
+# Backends whose model computes in the low precision from its embedding on; the others' cast at each product.
+_COMPUTE_THROUGHOUT = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 # The fields of a config that decide the shapes of the weights.
 _SHAPE = (
     "model_type",
@@ -86,21 +97,137 @@ def require_companion(
     require_weights(path, None, head)
 
 
-def load_frozen(path: str | None, model: Model, device: torch.device) -> PolicyForward:
-    """The model at ``path``, ready for passes without gradients. path: None means ``model`` as it started."""
-    frozen = load_causal_lm(path or model.path, None if path else model.revision, model.attention)
-    return PolicyForward(frozen.requires_grad_(False)).to(device).eval()
+def load_frozen(path: str | None, model: Model, trained: TrainedModel) -> PolicyForward:
+    """The model at ``path``, ready for passes without gradients beside ``trained``. path: None means
+    ``model`` as it started.
+
+    Rank 0 reads it and sends one tensor at a time. Its products run in the precision of the trained model's,
+    so that equal weights give equal numbers (``stored_dtypes``). FSDP2 and ZeRO divide it among the ranks.
+    A collective.
+    """
+    return _place(_read(path, model, trained), trained)
 
 
 @contextmanager
-def frozen_model(path: str | None, model: Model, device: torch.device) -> Iterator[PolicyForward]:
-    """``load_frozen`` as a block, after which the model can be freed."""
-    yield load_frozen(path, model, device)
+def frozen_model(
+    path: str | None, model: Model, trained: TrainedModel
+) -> Iterator[tuple[PolicyForward, str]]:
+    """``load_frozen`` as a block, after which the model can be freed, and the digest of its weights as they
+    are in the folder. A collective.
+    """
+    frozen = _read(path, model, trained)
+    digest = None
+    if trained.rank == 0:
+        weights = ((name, weight.to(trained.device)) for name, weight in weights_of(frozen))
+        digest = weights_digest(weights)
+    digest = trained.broadcast(digest)
+    yield _place(frozen, trained), digest
+
+
+def _read(path: str | None, model: Model, trained: TrainedModel) -> PolicyForward:
+    """The model in float32: in host memory on rank 0, on the meta device on the others."""
+    with loading_on_rank_0(trained.rank):
+        frozen = load_causal_lm(path or model.path, None if path else model.revision, model.attention)
+    return PolicyForward(frozen.requires_grad_(False)).eval()
+
+
+def stored_dtypes(frozen: nn.Module, dtype: torch.dtype, *, throughout: bool) -> dict[str, torch.dtype]:
+    """The precision in which each parameter of ``frozen`` is kept, for passes in ``dtype``.
+
+    throughout: the trained model computes in ``dtype`` from its embedding on (FSDP2, ZeRO). Otherwise it
+    keeps float32 weights and autocast rounds those of linear layers at each use: here these are kept rounded,
+    and the embedding and the norms stay as they are.
+    """
+    linear = {
+        id(parameter)
+        for module in frozen.modules()
+        if isinstance(module, nn.Linear)
+        for parameter in module.parameters(recurse=False)
+    }
+    read_as_stored = {
+        id(parameter)
+        for module in frozen.modules()
+        if not isinstance(module, nn.Linear)
+        for parameter in module.parameters(recurse=False)
+    }
+    rounded = linear - read_as_stored  # a tied head is also the embedding
+    return {
+        name: dtype
+        if parameter.is_floating_point() and (throughout or id(parameter) in rounded)
+        else parameter.dtype
+        for name, parameter in frozen.named_parameters()
+    }
+
+
+@torch.no_grad()
+def _place(frozen: PolicyForward, trained: TrainedModel) -> PolicyForward:
+    """``frozen`` on the device of ``trained``, in its precision, and divided where it is."""
+    is_whole = trained.accelerator.distributed_type in _COMPUTE_THROUGHOUT
+    dtypes = stored_dtypes(frozen, COMPUTE_DTYPES[trained.precision], throughout=is_whole)
+    if trained.world_size == 1:
+        for name, parameter in frozen.named_parameters():
+            parameter.data = parameter.data.to(trained.device, dtypes[name])
+        return frozen.to(trained.device)
+
+    source = {name: tensor.detach() for name, tensor in _named_tensors(frozen)}
+    frozen.to("meta").tie_weights()
+    for name, parameter in frozen.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
+    if is_whole:
+        _shard(frozen)
+    frozen.to_empty(device=trained.device).tie_weights()
+    for name, tensor in _named_tensors(frozen):
+        read = source.pop(name)
+        if trained.rank == 0:
+            full = read.to(trained.device, tensor.dtype)
+        else:
+            full = torch.empty(read.shape, dtype=tensor.dtype, device=trained.device)
+        del read
+        with trained.deadline("rank 0", f"to send {name} of a frozen model"):
+            put_full(tensor, broadcast(full))
+    return frozen
+
+
+def _shard(frozen: PolicyForward) -> None:
+    """Divide the parameters among all ranks: each layer, the embedding and the head are gathered for their
+    part of a pass only.
+    """
+    layers = set(frozen._no_split_modules or ())
+    for module in list(frozen.modules()):
+        if type(module).__name__ in layers:
+            fully_shard(module)
+    embedding = frozen.get_input_embeddings()
+    head = frozen.get_output_embeddings()
+    assert isinstance(head, nn.Module)
+    if embedding.weight is head.weight:
+        fully_shard([embedding, head], reshard_after_forward=True)
+    else:
+        fully_shard(embedding)
+        fully_shard(head)
+    fully_shard(frozen, reshard_after_forward=True)
+
+
+def _named_tensors(frozen: PolicyForward) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name; tied weights once."""
+    yield from frozen.named_parameters()
+    yield from frozen.named_buffers()
 
 
 def weights_of(frozen: PolicyForward) -> Iterator[tuple[str, Tensor]]:
-    """The weights of ``frozen`` under the names that ``weights`` of a learner gives them."""
-    yield from ((name.removeprefix("model."), weight) for name, weight in frozen.state_dict().items())
+    """The weights of ``frozen`` under the names that ``weights`` of a learner gives them. A collective where
+    they are divided among ranks.
+    """
+    for name, weight in frozen.state_dict().items():
+        yield name.removeprefix("model."), full_tensor(weight)
+
+
+def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of one projection per weight, to nine digits. A collective where ``weights`` is one."""
+    digest = hashlib.sha256()
+    for name, weight in weights:
+        number = weight_fingerprint(name, weight).number
+        digest.update(f"{name} {tuple(weight.shape)} {number:.9e}\n".encode())
+    return digest.hexdigest()
 
 
 def reference_weights(model: Model, policy: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import re
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -35,6 +36,7 @@ __all__ = [
     "require_repeatable",
     "require_weights",
     "without_dropout",
+    "without_weights",
 ]
 
 # "logits": a language model. "scalar": a trained reward model. "new scalar": a reward model to be trained
@@ -46,6 +48,7 @@ _KINDS = {
     AutoModelForCausalLM: "a causal language model",
     AutoModelForSequenceClassification: "a model with a scalar head",
 }
+_READS_WEIGHTS = ContextVar("_READS_WEIGHTS", default=True)
 _NAMED = 3  # tensors that an error names
 _RANDOM_PASSES = 8  # further passes of a model whose forward draws random numbers
 
@@ -64,6 +67,16 @@ def load_causal_lm(path: str, revision: str | None, attention: str) -> PreTraine
     return without_dropout(model)
 
 
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Inside, a folder's tensors are not read: a model's parameters and buffers are on the meta device."""
+    token = _READS_WEIGHTS.set(False)
+    try:
+        yield
+    finally:
+        _READS_WEIGHTS.reset(token)
+
+
 def open_folder(
     kind: Any, path: str, revision: str | None, **options: Any
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
@@ -72,6 +85,8 @@ def open_folder(
     Raises UserError where the folder does not load as such a model.
     """
     options |= {"revision": revision, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if not _READS_WEIGHTS.get():
+        options["device_map"] = "meta"
     try:
         with refusing_untrusted(path, revision):
             return kind.from_pretrained(path, trust_remote_code=trusts(path, revision), **options)
@@ -96,8 +111,8 @@ def require_weights(path: str, revision: str | None, head: Head) -> None:
     """
     kind = AutoModelForCausalLM if head == "logits" else AutoModelForSequenceClassification
     options: dict[str, Any] = {"num_labels": 1} if head == "new scalar" else {}
-    with _quiet():
-        model, report = open_folder(kind, path, revision, device_map="meta", **options)
+    with _quiet(), without_weights():
+        model, report = open_folder(kind, path, revision, **options)
     require_complete(path, model, report, head)
 
 

@@ -67,8 +67,7 @@ def optimizer_tensors(
     """
     for name, parameter in named:
         for slot, value in optimizer.state.get(parameter, {}).items():
-            full = value.full_tensor() if isinstance(value, DTensor) else value
-            yield f"{name}/{slot}", full.detach()
+            yield f"{name}/{slot}", full_tensor(value).detach()
 
 
 def restore_optimizer(
@@ -121,6 +120,19 @@ def check_state(trained: Mapping[str, torch.nn.Parameter], tensors: Mapping[str,
 def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
     """The shape of the unsharded parameter: ZeRO-3 leaves an empty tensor in its place."""
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The unsharded tensor, on every rank. A collective where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def put_full(tensor: Tensor, full: Tensor) -> None:
+    """Copy this rank's part of ``full``, which every rank holds, into ``tensor``. No collective."""
+    if isinstance(tensor, DTensor):
+        full = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(full)
 
 
 def restore_schedule(schedule: LambdaLR, updates: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from rltrain.config.schema import Model, RolloutLearner
 from rltrain.learner.forward import PolicyForward
 from rltrain.learner.frozen_models import load_frozen
+from rltrain.learner.optim import full_tensor, put_full
 from rltrain.learner.passes import compute_statistics
 from rltrain.learner.preference_learner import PreferenceLearner
 from rltrain.learner.trained_model import ModelOwner
@@ -67,7 +68,7 @@ class PairLearner(ModelOwner):
 
     def use_frozen(self, statistic: str, path: str | None, model: Model) -> None:
         """Load the model for ``statistic``. path: None means ``model`` as it started."""
-        self.frozen[statistic] = load_frozen(path, model, self.device)
+        self.frozen[statistic] = load_frozen(path, model, self.trained)
 
     def annotate(self, rows: TokenRows, wants: frozenset[str]) -> dict[str, Tensor]:
         """Statistics of all rows at the sampling temperature, (B, T) each, equal on every rank."""
@@ -109,25 +110,23 @@ class PairLearner(ModelOwner):
         if PREVIOUS not in self.frozen:
             self.use_frozen(PREVIOUS, None, model)
         iterate = self.frozen[PREVIOUS].state_dict()
-        with torch.no_grad():
-            for name, weight in self.model_weights():
-                iterate[f"model.{name}"].copy_(weight)
+        for name, weight in self.model_weights():
+            put_full(iterate[f"model.{name}"], weight)
 
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the trained model's optimizer, and the previous iterate's weights."""
         yield from self.trained.optimizer_state()
         if PREVIOUS in self.frozen:
             for name, weight in _named_parameters(self.frozen[PREVIOUS]):
-                yield _PREVIOUS_WEIGHTS + name, weight.detach()
+                yield _PREVIOUS_WEIGHTS + name, full_tensor(weight).detach()
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Restore ``optimizer_state`` and ``state``."""
         trained = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PREVIOUS_WEIGHTS)}
         self.trained.restore(trained, values)
         if PREVIOUS in self.frozen:
-            with torch.no_grad():
-                for name, weight in _named_parameters(self.frozen[PREVIOUS]):
-                    weight.copy_(tensors[_PREVIOUS_WEIGHTS + name])
+            for name, weight in _named_parameters(self.frozen[PREVIOUS]):
+                put_full(weight, tensors[_PREVIOUS_WEIGHTS + name].to(self.device))
 
 
 def _named_parameters(policy: PolicyForward) -> list[tuple[str, torch.nn.Parameter]]:

@@ -121,6 +121,9 @@ def write_statistics(
     def forward(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
         arguments = {name: values[micro_batch.rows] for name, values in (row_values or {}).items()}
         chunk = trained.settings.head_chunk
-        return module(micro_batch, temperature=temperature, wants=wants, chunk=chunk, row_values=arguments)
+        with trained.accelerator.autocast():
+            return module(
+                micro_batch, temperature=temperature, wants=wants, chunk=chunk, row_values=arguments
+            )
 
     run_pass(module, row_micro_batches(trained, rows, positions, share=share), forward, results)

@@ -76,7 +76,7 @@ class PolicyLearner(ModelOwner):
 
         path: None means ``model`` as it started.
         """
-        self.frozen[statistic] = load_frozen(path, model, self.device)
+        self.frozen[statistic] = load_frozen(path, model, self.trained)
 
     # passes -------------------------------------------------------------------------------------------------
 

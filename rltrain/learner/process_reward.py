@@ -72,7 +72,7 @@ class ProcessRewardLearner(ModelOwner):
         self.trained = TrainedModel(start, core, total_updates=total_updates, seed=seed, deadline=deadline)
         self.reference: PolicyForward | None = None  # None: the sampling policy
         if settings.reference != POLICY:
-            self.reference = load_frozen(settings.reference, origin, self.device)
+            self.reference = load_frozen(settings.reference, origin, self.trained)
 
     def judge(self, rows: TokenRows, batch: TrainBatch) -> ProcessRewards:
         """The step's token rewards, after one pass of updates over the completions that have a verdict.

@@ -19,14 +19,16 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
+    broadcast,
     broadcast_object_list,
     gather_object,
-    patch_environment,
 )
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from rltrain.errors import UserError
+from rltrain.learner.loading import without_weights
 from rltrain.process import Process
 from rltrain.watchdog import Deadline, no_deadline
 
@@ -115,21 +117,59 @@ def make_accelerator(mixed_precision: str) -> Any:
 
 @contextlib.contextmanager
 def sharded_loading(accelerator: Any) -> Iterator[None]:
-    """Inside, transformers loads a model in the form that its backend needs: ZeRO-3 shards it at once, FSDP2
-    loads it on rank 0 alone.
+    """Inside, a model loads in the form that its backend needs: ZeRO-3 shards it at once; for the others
+    rank 0 reads it, and the other ranks' copies are on the meta device until ``fill_other_ranks``.
     """
-    kind = accelerator.distributed_type
-    if kind is DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero3_init_flag:
+    if _divides_while_loading(accelerator):
         set_hf_deepspeed_config(accelerator.state.deepspeed_plugin.dschf)
         try:
             yield
         finally:
             unset_hf_deepspeed_config()
-    elif kind is DistributedType.FSDP and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
-        with patch_environment(**{_RANK_0_ONLY: "true"}):
+    elif _sends_from_rank_0(accelerator):
+        with loading_on_rank_0(accelerator.process_index):
             yield
     else:
         yield
+
+
+def _sends_from_rank_0(accelerator: Any) -> bool:
+    """Whether the backend's wrapper gives every rank the weights of rank 0: FSDP2 only where told to."""
+    if accelerator.distributed_type is DistributedType.FSDP:
+        return bool(accelerator.state.fsdp_plugin.cpu_ram_efficient_loading)
+    return not _divides_while_loading(accelerator)
+
+
+def _divides_while_loading(accelerator: Any) -> bool:
+    """Whether transformers gives each rank its part of a model's tensors as it reads them."""
+    is_deepspeed = accelerator.distributed_type is DistributedType.DEEPSPEED
+    return is_deepspeed and bool(accelerator.state.deepspeed_plugin.zero3_init_flag)
+
+
+@contextlib.contextmanager
+def loading_on_rank_0(rank: int) -> Iterator[None]:
+    """Inside, only rank 0 reads weights: on the others a model's tensors are on the meta device."""
+    with contextlib.nullcontext() if rank == 0 else without_weights():
+        yield
+
+
+@torch.no_grad()
+def fill_other_ranks(model: PreTrainedModel, accelerator: Any) -> None:
+    """Give the ranks that read no weights what the backend's wrapper expects: rank 0's buffers, and
+    parameters with addresses of their own, by which accelerate tells them apart for the optimizer. Their
+    pages are not written until the wrapper has rank 0's weights.
+    """
+    if accelerator.num_processes == 1 or not _sends_from_rank_0(accelerator):
+        return
+    is_empty = accelerator.process_index > 0
+    if is_empty:
+        model.to_empty(device="cpu").tie_weights()
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                sent = torch.empty_like(buffer, device=accelerator.device) if is_empty else buffer
+                received: Any = broadcast(sent.to(accelerator.device))
+                module._buffers[name] = received.to("cpu")
 
 
 def agree(value: Any) -> Any:

@@ -22,17 +22,19 @@ from rltrain.learner.forward import PolicyForward, resolve_layout
 from rltrain.learner.loading import load_causal_lm, require_repeatable
 from rltrain.learner.optim import build_optimizer, build_schedule, full_shape, restore_schedule
 from rltrain.learner.packing import Layout, MicroBatch, build
-from rltrain.learner.ranks import make_accelerator, mixed_precision, sharded_loading
+from rltrain.learner.ranks import fill_other_ranks, make_accelerator, mixed_precision, sharded_loading
 from rltrain.model_limits import context_of
 from rltrain.types.policy import TokenRows
 from rltrain.watchdog import Deadline, no_deadline
 from rltrain.weight_names import CheckpointNames
 
-__all__ = ["ROUNDING", "ModelOwner", "NonFiniteError", "TrainedModel", "load_policy"]
+__all__ = ["COMPUTE_DTYPES", "ROUNDING", "ModelOwner", "NonFiniteError", "TrainedModel", "load_policy"]
 
 
 # Nats per token, by precision: how much two passes over one row may differ.
 ROUNDING = {"no": 1e-4, "bf16": 0.05, "fp16": 0.02}
+# The dtype of matrix products, by precision.
+COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PROBE_TOKENS = 128
 
 
@@ -73,6 +75,7 @@ class TrainedModel:
         torch.manual_seed(seed)
         with sharded_loading(self.accelerator):
             pretrained = load(model)
+        fill_other_ranks(pretrained, self.accelerator)
         self.names = CheckpointNames(pretrained)
         self.layout: Layout = resolve_layout(settings.layout, pretrained)
         if settings.gradient_checkpointing:
@@ -177,20 +180,34 @@ class TrainedModel:
         return tuple(self.sum_over_ranks(torch.stack(squares)).sqrt().tolist())
 
     def _set_masters(self, model: Model) -> None:
-        """Give the optimizer the model folder's float32 weights, where the backend rounded its own copies.
+        """Give the optimizer the model folder's float32 weights, where the backend rounded its own copies,
+        and the model float32 buffers: ZeRO rounds the frequencies of rotary positions too.
 
         Rank 0 reads them and sends one at a time: no other rank has a second model in its memory.
         """
         torch.manual_seed(self.seed)  # a head that starts at random is the same as before
-        weights = self._load(model).state_dict() if self.rank == 0 else {}
+        source = self._load(model) if self.rank == 0 else None
+        weights = {} if source is None else source.state_dict()
         assert isinstance(self.backend, DeepSpeedBackend)
         for name, parameter in self._named_parameters():
-            if not parameter.requires_grad:
-                continue
-            empty = torch.empty(full_shape(parameter), device=self.device)
-            weight = weights[name].float().to(self.device) if self.rank == 0 else empty
-            with self.deadline("rank 0", f"to send {name}"):
-                self.backend.set_master(parameter, broadcast(weight))
+            if parameter.requires_grad:
+                weight = self._from_rank_0(name, weights.get(name), full_shape(parameter))
+                self.backend.set_master(parameter, weight)
+
+        buffers = {} if source is None else dict(source.named_buffers())
+        for name, buffer in self.model.named_buffers():
+            if buffer.is_floating_point():
+                buffer.data = self._from_rank_0(name, buffers.get(name), buffer.shape)
+
+    def _from_rank_0(self, name: str, tensor: Tensor | None, shape: torch.Size) -> Tensor:
+        """Rank 0's ``tensor`` in float32, on every rank's device. None on the other ranks."""
+        if tensor is None:
+            full = torch.empty(shape, device=self.device)
+        else:
+            full = tensor.detach().float().to(self.device)
+        with self.deadline("rank 0", f"to send {name}"):
+            received: Any = broadcast(full)
+        return received
 
     def _named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Parameters by their names in the transformers model, without those of wrappers."""

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rltrain.config.schema import LearnerCore, Model, Optimizer
-from rltrain.learner.frozen_logprobs import FrozenLogProbs, cache_key, weights_digest
-from rltrain.learner.frozen_models import frozen_model, weights_of
+from rltrain.learner.frozen_logprobs import FrozenLogProbs, cache_key
+from rltrain.learner.frozen_models import frozen_model, weights_digest, weights_of
 from rltrain.learner.preference_learner import PreferenceLearner
 from rltrain.types.policy import TokenRows
 
@@ -100,8 +100,8 @@ def test_a_frozen_copy_has_the_digest_of_the_model_it_is_of_and_an_update_change
     learner: Counting, random_model: str
 ) -> None:
     digest = weights_digest(learner.weights())
-    with frozen_model(None, Model(path=random_model), learner.device) as copy:
-        assert weights_digest(weights_of(copy)) == digest
+    with frozen_model(None, Model(path=random_model), learner.trained) as (copy, digest_of_copy):
+        assert digest_of_copy == weights_digest(weights_of(copy)) == digest
         torch.testing.assert_close(
             learner.log_probs(ROWS, sides=2, frozen=copy), learner.log_probs(ROWS, sides=2)
         )

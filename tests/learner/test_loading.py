@@ -73,16 +73,16 @@ def core() -> LearnerCore:
     return LearnerCore(optimizer=Optimizer(lr=1e-3))
 
 
-def as_the_policy(path: str, sound: str) -> object:
+def as_the_policy(path: str, sound: str) -> PreferenceLearner:
     return PreferenceLearner(Model(path=path), core(), total_updates=1, seed=0)
 
 
 def as_a_reference(path: str, sound: str) -> object:
-    return load_frozen(path, Model(path=sound), torch.device("cpu"))
+    return load_frozen(path, Model(path=sound), as_the_policy(sound, sound).trained)
 
 
 def as_a_frozen_model(path: str, sound: str) -> None:
-    with frozen_model(path, Model(path=sound), torch.device("cpu")):
+    with frozen_model(path, Model(path=sound), as_the_policy(sound, sound).trained):
         pass
 
 

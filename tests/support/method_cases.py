@@ -464,7 +464,7 @@ class PreferenceSpread:
         """With log-probs of the reference, and of a previous iterate between it and the policy."""
         if rows not in self._facts:
             learner = self.learners[0]
-            with frozen_model(self._other, Model(path=self._model), learner.device) as frozen:
+            with frozen_model(self._other, Model(path=self._model), learner.trained) as (frozen, _):
                 self._facts[rows] = learner.log_probs(rows, sides=sides, frozen=frozen)
         lengths, reference = lengths_of(rows), self._facts[rows]
         return CompletionFacts(lengths, ref_logp=reference, previous_logp=reference + 0.1 * lengths)

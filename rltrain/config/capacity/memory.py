@@ -1,7 +1,7 @@
 """Bytes per GPU in every phase of a run, term by term.
 
-Sharded backends divide by the number of GPUs. Frozen models are whole on every GPU; a push holds the shards
-and two tensors in the engine's dtype, a save two tensors in float32.
+Sharded backends divide by the number of GPUs. Frozen models are counted whole on every GPU, an upper
+bound: FSDP2 and ZeRO divide them in the learner's precision. A push holds the shards and two tensors in the engine's dtype, a save two tensors in float32.
 """
 
 from __future__ import annotations

@@ -1,0 +1,123 @@
+"""One rank of ``test_frozen_ranks.py``: a frozen model beside a trained one, under mixed precision.
+
+accelerate launch --config_file recipes/accelerate/zero3.yaml --num_processes 2 two_ranks_frozen.py MODEL OUT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from rltrain.config.schema import Learner, Model, Optimizer, RolloutLearner
+from rltrain.learner.backend import DeepSpeedBackend
+from rltrain.learner.pair_learner import PREVIOUS, PairLearner
+from rltrain.learner.policy_learner import PolicyLearner
+from rltrain.learner.ranks import connect
+from rltrain.types.policy import TokenRows
+
+ROWS = TokenRows(
+    tuple(tuple(range(1, 9)) for _ in range(4)), tuple(tuple(range(20 + i, 40 + i)) for i in range(4))
+)
+
+
+def main(path: str, out: Path) -> None:
+    connect(120)
+    model = Model(path=path)
+    settings = Learner(optimizer=Optimizer(lr=1e-3), precision="bfloat16")
+    learner = PolicyLearner(model, settings, temperature=1.0, max_tokens=20, total_updates=1, seed=0)
+    before = start_of_peak()
+    learner.use_frozen("ref_logp", None, model)
+    loading = peak_bytes() - before
+    before = start_of_peak()
+    if isinstance(learner.trained.backend, DeepSpeedBackend):
+        learner.trained._set_masters(model)
+    masters = peak_bytes() - before
+    frozen = learner.frozen["ref_logp"]
+    dtypes = {"frozen": set[str](), "policy": set[str]()}
+    for who, module in (("frozen", frozen), ("policy", learner.trained.unwrapped_model)):
+        layer: Any = module.inner.base_model.layers[0]
+        layer.mlp.down_proj.register_forward_hook(lambda _m, _i, o, who=who: dtypes[who].add(str(o.dtype)))
+    notes = learner.annotate(ROWS, frozenset({"logp", "ref_logp"}))
+    gathered = [name for name, module in frozen.named_modules() if is_gathered(module)]
+    result = {
+        "dtypes": {who: sorted(names) for who, names in dtypes.items()},
+        "difference": float((notes["logp"] - notes["ref_logp"]).abs().max()),
+        "spread": float(notes["ref_logp"].std()),
+        "bytes": sum(local(parameter).nbytes for parameter in frozen.parameters()),
+        "parameters": sum(parameter.numel() for parameter in frozen.parameters()),
+        "gathered": gathered,
+        "loading": loading,
+        "masters": masters,
+        "largest": max(parameter.numel() for parameter in frozen.parameters()),
+        "iterate": iterate_follows(model),
+        "groups": groups_of(learner.trained.wrapped_model),
+    }
+    (out / f"rank-{learner.rank}.json").write_text(json.dumps(result))
+
+
+def start_of_peak() -> int:
+    """Bytes of this process now, from where the system counts its peak anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def is_gathered(module: nn.Module) -> bool:
+    """Whether a group of FSDP2 holds its whole parameters."""
+    return isinstance(module, FSDPModule) and any(
+        not isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)
+    )
+
+
+def iterate_follows(model: Model) -> list[str]:
+    """Weights of a kept iterate that are not the policy's rounded, before and after a restore."""
+    settings = RolloutLearner(optimizer=Optimizer(lr=1e-3), precision="bfloat16")
+    learner = PairLearner(model, settings, temperature=1.0, total_updates=1, seed=0)
+    learner.keep_iterate(model)
+    prefix = "previous/"
+
+    def differing() -> list[str]:
+        weights = dict(learner.model_weights())
+        kept = {
+            name.removeprefix(prefix): weight.clone()
+            for name, weight in learner.optimizer_state()
+            if name.startswith(prefix)
+        }
+        return [n for n, weight in kept.items() if not torch.equal(weight, weights[n].to(weight.dtype))]
+
+    different = differing()
+    saved = {name: tensor.clone() for name, tensor in learner.optimizer_state()}
+    with torch.no_grad():
+        for parameter in learner.frozen[PREVIOUS].parameters():
+            local(parameter).zero_()
+    learner.restore(saved, learner.state())
+    return different + differing()
+
+
+def groups_of(policy: nn.Module) -> dict[str, list[str]]:
+    """The parameters of each group of FSDP2, by the group's module."""
+    groups: dict[str, list[str]] = {}
+    for name, module in policy.named_modules():
+        if isinstance(module, FSDPModule):
+            group: Any = module._get_fsdp_state()._fsdp_param_group
+            parameters = group.fsdp_params if group is not None else []
+            groups[name] = [str(parameter._param_fqn) for parameter in parameters]
+    return groups
+
+
+main(sys.argv[1], Path(sys.argv[2]))
