@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from reward.pool import RewardPool
-from reward.resolve import RewardCall
 from rltrain.build.environment import check_environment
 from rltrain.config.schema import Data, ProcessReward, RewardStage, SampledRecipe
 from rltrain.data.order import PromptOrder
@@ -21,6 +19,8 @@ from rltrain.learner.frozen_models import require_companion
 from rltrain.learner.loading import Head, require_weights
 from rltrain.learner.process_reward import POLICY
 from rltrain.model_limits import decoding_limit
+from rltrain.reward.pool import RewardPool
+from rltrain.reward.resolve import RewardCall
 from rltrain.rollout.grading import sample_inputs
 from rltrain.round_trip import LOSSY
 from rltrain.seeds import stable_hash

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from reward.source import is_user_spec, source_digest
 from rltrain.chat_template import is_template_file
 from rltrain.config.schema import MethodRef
 from rltrain.config.user_code import find_definition
 from rltrain.registry import MethodSpec, Registry
+from rltrain.reward.source import is_user_spec, source_digest
 
 __all__ = [
     "changed_code",

@@ -22,7 +22,7 @@ from rltrain.config.rules import check
 
 ROOT = Path(__file__).parents[2]
 REWARD = """
-from reward.score import Score
+from rltrain.reward.score import Score
 
 def odd(inputs):
     return [Score(sum(ord(letter) % 2 for letter in text) / max(len(text), 1)) for text in inputs.completions]
