@@ -119,6 +119,7 @@ def _train(
         run.reporter.message(f"continue with: {resuming_command(sys.argv)}")
         return STOPPED
     finally:
+        run.writer.close()
         run.close()
     return 0
 

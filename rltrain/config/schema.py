@@ -196,6 +196,7 @@ class Vllm(Section):
     gpu_memory_utilization: float = Field(default=0.45, gt=0, le=1)
     kv_cache_gib: float = Field(default=1.0, gt=0)  # on CPU
     max_num_seqs: int = Field(default=256, ge=1)
+    tensor_parallel: int = Field(default=1, ge=1)  # neighbouring ranks that hold one engine together
     enforce_eager: bool = False
 
 
@@ -336,6 +337,9 @@ class Checkpoint(Section):
     # steps between models written to checkpoints/; 0: only the model at the end
     every: int = Field(default=0, ge=0)
     keep: int = Field(default=2, ge=1)  # number of latest checkpoints to keep
+    # whole: a model folder with the optimizer's state, written by rank 0 while the others wait; sharded:
+    # every rank writes its own parts, while training goes on. The model at the end is whole.
+    format: Literal["whole", "sharded"] = "whole"
 
 
 class SampledRecipe(Section):

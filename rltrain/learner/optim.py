@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from rltrain.config.schema import Optimizer
+from rltrain.learner.shards import MASTER, local_part, local_rows
+from rltrain.types.tensor_parts import TensorPart, read_part, shape_in
 
 
 def build_optimizer(
@@ -83,13 +85,44 @@ def restore_optimizer(
     trained = {name: parameter for name, parameter in named if parameter.requires_grad}
     check_state(trained, tensors)
     optimizer.state.clear()
-    for key, value in tensors.items():
+    for key in tensors:
         name, _, slot = key.rpartition("/")
         parameter = trained[name]
-        placed = value.to(parameter.device, copy=True)
         if isinstance(parameter, DTensor) and slot != "step":
-            placed = distribute_tensor(placed, parameter.device_mesh, parameter.placements)
+            placed = torch.zeros_like(parameter.detach())
+            start, rows = local_rows(placed)
+            rows.copy_(read_part(tensors, key, start, start + rows.numel()).reshape(rows.shape))
+        else:
+            placed = tensors[key].to(parameter.device, copy=True)
         optimizer.state[parameter][slot] = placed
+
+
+def optimizer_parts(
+    optimizer: torch.optim.Optimizer,
+    named: Iterable[tuple[str, torch.nn.Parameter]],
+    rank: int,
+    ranks: int,
+) -> Iterator[TensorPart]:
+    """This rank's parts of ``optimizer_tensors``; no collective."""
+    for name, parameter in named:
+        for slot, value in optimizer.state.get(parameter, {}).items():
+            yield local_part(f"{name}/{slot}", value, rank, ranks)
+
+
+def check_masters(named: Iterable[tuple[str, torch.nn.Parameter]], tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless ``tensors`` holds the masters of exactly the trained parameters."""
+    shapes = {
+        f"{name}/{MASTER}": tuple(full_shape(parameter))
+        for name, parameter in named
+        if parameter.requires_grad
+    }
+    if different := sorted(shapes.keys() ^ set(tensors)):
+        raise ValueError(
+            f"the saved weights and the model's differ in {different[0]!r} and {len(different) - 1} more"
+        )
+    for key, shape in shapes.items():
+        if shape_in(tensors, key) != shape:
+            raise ValueError(f"the saved {key} has shape {shape_in(tensors, key)} and the parameter {shape}")
 
 
 def check_state(trained: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
@@ -109,13 +142,12 @@ def check_state(trained: Mapping[str, torch.nn.Parameter], tensors: Mapping[str,
             f"the saved optimizer state of {partial[0]!r} has {sorted(slots[partial[0]])} and AdamW needs "
             f"{sorted(_SLOTS)}"
         )
-    for key, value in tensors.items():
+    for key in tensors:
         name, _, slot = key.rpartition("/")
-        shape = full_shape(trained[name])
-        if slot != "step" and value.shape != shape:
-            raise ValueError(
-                f"the saved {key} has shape {tuple(value.shape)} and the parameter {tuple(shape)}"
-            )
+        shape = tuple(full_shape(trained[name]))
+        saved = shape_in(tensors, key)
+        if slot != "step" and saved != shape:
+            raise ValueError(f"the saved {key} has shape {saved} and the parameter {shape}")
 
 
 def full_shape(parameter: torch.nn.Parameter) -> torch.Size:

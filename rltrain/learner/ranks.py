@@ -157,6 +157,16 @@ def this_process(deadline: Deadline = no_deadline) -> Process:
     )
 
 
+def background_group() -> Any:
+    """A process group of all ranks for CPU tensors, for a thread of its own; None for one process.
+
+    Whoever waits for that thread has a deadline; the thread has a day.
+    """
+    if PartialState().num_processes == 1:
+        return None
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+
+
 class StoreBoard:
     """Implements ``rltrain.watchdog.Heartbeat`` on the store through which the ranks met, over a separate
     connection.
