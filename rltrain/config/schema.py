@@ -249,6 +249,8 @@ _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(Section):
+    # adamw_8bit keeps both moments in 8 bits (bitsandbytes); for one process and DDP
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
     lr: float = Field(ge=0)
     betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
@@ -272,6 +274,9 @@ class LearnerCore(Section):
     # auto: float32 on CPU, bfloat16 autocast on GPU
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     gradient_checkpointing: bool = False
+    # what stays in the host's memory: ZeRO-2 and 3 can offload the optimizer's masters and moments, and
+    # update them there; all: FSDP2 and ZeRO-3 keep the weights there too
+    offload: Literal["nothing", "optimizer", "all"] = "nothing"
     head_chunk: int = Field(default=256, ge=1)  # tokens whose logits exist at the same time
     max_nonfinite: int = Field(default=3, ge=1)  # non-finite updates in a row that stop the run
 

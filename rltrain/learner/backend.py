@@ -27,7 +27,7 @@ from rltrain.learner.optim import (
     optimizer_tensors,
     restore_optimizer,
 )
-from rltrain.learner.shards import MASTER, local_part, local_rows
+from rltrain.learner.shards import MASTER, gather_rows, local_part, local_rows
 from rltrain.types.tensor_parts import TensorPart, read_part, share_of_rank
 
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -39,7 +39,7 @@ class Backend(Protocol):
     """
 
     policy: Any  # the wrapped model, to be called
-    optimizer: torch.optim.AdamW  # the schedule sets its learning rates
+    optimizer: torch.optim.Optimizer  # the schedule sets its learning rates
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]: ...
 
@@ -98,7 +98,7 @@ class Backend(Protocol):
 
 
 def prepare(
-    accelerator: Any, policy: nn.Module, optimizer: torch.optim.AdamW, max_grad_norm: float
+    accelerator: Any, policy: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
 ) -> Backend:
     """Wrap the model for the backend with which accelerate was started."""
     if accelerator.distributed_type is DistributedType.DEEPSPEED:
@@ -110,7 +110,7 @@ class TorchBackend:
     """One process, DDP and FSDP2. Implements ``Backend``."""
 
     def __init__(
-        self, accelerator: Any, policy: nn.Module, optimizer: torch.optim.AdamW, max_grad_norm: float
+        self, accelerator: Any, policy: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> None:
         self._accelerator = accelerator
         self._max_grad_norm = max_grad_norm
@@ -193,13 +193,14 @@ class DeepSpeedBackend:
     """
 
     def __init__(
-        self, accelerator: Any, policy: nn.Module, optimizer: torch.optim.AdamW, max_grad_norm: float
+        self, accelerator: Any, policy: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> None:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         # The learner counts micro-batches itself.
         config["gradient_accumulation_steps"] = config["train_micro_batch_size_per_gpu"] = 1
         config["train_batch_size"] = accelerator.num_processes
         config["gradient_clipping"] = max_grad_norm
+        config["zero_force_ds_cpu_optimizer"] = False  # AdamW of torch, also where it is offloaded
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
         if config.get("bf16", {}).get("enabled") is True:
             config["bf16"].setdefault(
@@ -382,8 +383,7 @@ _NOTHING = contextlib.nullcontext()
 
 def _gather_shards(shard: DTensor, dtype: torch.dtype | None) -> Tensor:
     """The full weight; its shards are rounded to ``dtype`` before they are gathered."""
-    rounded: Any = shard if dtype is None else shard.to(dtype)
-    return rounded.full_tensor()
+    return gather_rows(shard if dtype is None else shard.to(dtype))
 
 
 def _sum_of_squares(part: Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from rltrain.types.tensor_parts import TensorPart, share_of_rank
 
-__all__ = ["MASTER", "local_part", "local_rows"]
+__all__ = ["MASTER", "gather_rows", "local_part", "local_rows"]
 
 MASTER = "master"  # beside the optimizer's slots: the float32 weight
 
@@ -27,6 +29,14 @@ def local_rows(tensor: Tensor) -> tuple[int, Tensor]:
     rows = -(-tensor.shape[0] // mesh.size())
     row = tensor.numel() // max(tensor.shape[0], 1)
     return min(mesh.get_local_rank() * rows, tensor.shape[0]) * row, tensor.to_local()
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """The whole tensor. A collective where it is divided; rows that are offloaded go by way of the device."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    rows: Any = tensor.to(tensor.device_mesh.device_type)
+    return rows.full_tensor()
 
 
 def local_part(name: str, tensor: Tensor, rank: int, ranks: int) -> TensorPart:

@@ -22,7 +22,7 @@ from rltrain.learner.forward import PolicyForward, resolve_layout
 from rltrain.learner.loading import load_causal_lm, require_repeatable
 from rltrain.learner.optim import build_optimizer, build_schedule, full_shape, restore_schedule
 from rltrain.learner.packing import Layout, MicroBatch, build
-from rltrain.learner.ranks import make_accelerator, mixed_precision, sharded_loading
+from rltrain.learner.ranks import make_accelerator, mixed_precision, require_whole_weights, sharded_loading
 from rltrain.learner.shards import MASTER
 from rltrain.model_limits import context_of
 from rltrain.types.policy import TokenRows
@@ -71,6 +71,8 @@ class TrainedModel:
         self._load = load
         self.deadline = deadline
         self.accelerator: Any = make_accelerator(mixed_precision(settings.precision))
+        if settings.optimizer.name == "adamw_8bit":
+            require_whole_weights()
 
         torch.manual_seed(seed)
         with sharded_loading(self.accelerator):
