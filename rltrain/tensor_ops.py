@@ -168,14 +168,23 @@ def weight_fingerprint(name: str, weight: Tensor) -> Fingerprint:
     ``weight`` is (out, in), or (out,) for a bias or scale, where y is the weight itself; further dimensions
     count as columns.
     """
+    return product_fingerprint(name, weight_product(name, weight))
+
+
+def weight_product(name: str, weight: Tensor, columns: int | None = None, first: int = 0) -> Tensor:
+    """(out,) W v, or ``weight`` itself where it has one dimension; v is random signs that the name decides.
+
+    columns: of the whole weight, of which ``weight`` holds those from ``first`` on; None: all.
+    """
     if weight.ndim < 2:
-        return product_fingerprint(name, weight)
+        return weight
     matrix = weight.flatten(1)
-    signs = fingerprint_input(name, weight.flatten(1).shape[1], weight.device)
+    held = matrix.shape[1]
+    signs = fingerprint_input(name, columns or held, weight.device)[first : first + held]
     # A block of float64 copies fits a CPU's cache; on a GPU it is 128 MiB, because launches cost time.
     block = 1 << 16 if weight.device.type == "cpu" else 1 << 24
     rows = max(1, block // matrix.shape[1])
-    return product_fingerprint(name, torch.cat([part.double() @ signs for part in matrix.split(rows)]))
+    return torch.cat([part.double() @ signs for part in matrix.split(rows)])
 
 
 def fingerprint_input(name: str, columns: int, device: torch.device) -> Tensor:

@@ -227,6 +227,7 @@ class Vllm(Section):
     gpu_memory_utilization: float = Field(default=0.45, gt=0, le=1)
     kv_cache_gib: float = Field(default=1.0, gt=0)  # on CPU
     max_num_seqs: int = Field(default=256, ge=1)
+    tensor_parallel: int = Field(default=1, ge=1)  # neighbouring ranks that hold one engine together
     enforce_eager: bool = False
 
 
@@ -279,6 +280,8 @@ _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(Section):
+    # adamw_8bit keeps both moments in 8 bits (bitsandbytes); for one process and DDP
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
     lr: float = Field(ge=0)
     betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
@@ -302,6 +305,9 @@ class LearnerCore(Section):
     # auto: float32 on CPU, bfloat16 autocast on GPU
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     gradient_checkpointing: bool = False
+    # what stays in the host's memory: ZeRO-2 and 3 can offload the optimizer's masters and moments, and
+    # update them there; all: FSDP2 and ZeRO-3 keep the weights there too
+    offload: Literal["nothing", "optimizer", "all"] = "nothing"
     head_chunk: int = Field(default=256, ge=1)  # tokens whose logits exist at the same time
     max_nonfinite: int = Field(default=3, ge=1)  # non-finite updates in a row that stop the run
 
@@ -367,6 +373,9 @@ class Checkpoint(Section):
     # steps between models written to checkpoints/; 0: only the model at the end
     every: int = Field(default=0, ge=0)
     keep: int = Field(default=2, ge=1)  # number of latest checkpoints to keep
+    # whole: a model folder with the optimizer's state, written by rank 0 while the others wait; sharded:
+    # every rank writes its own parts, while training goes on. The model at the end is whole.
+    format: Literal["whole", "sharded"] = "whole"
 
 
 class SampledRecipe(Section):

@@ -22,9 +22,11 @@ from rltrain.learner.forward import PolicyForward, resolve_layout
 from rltrain.learner.loading import load_causal_lm, require_repeatable
 from rltrain.learner.optim import build_optimizer, build_schedule, full_shape, restore_schedule
 from rltrain.learner.packing import Layout, MicroBatch, build
-from rltrain.learner.ranks import make_accelerator, mixed_precision, sharded_loading
+from rltrain.learner.ranks import make_accelerator, mixed_precision, require_whole_weights, sharded_loading
+from rltrain.learner.shards import MASTER
 from rltrain.model_limits import context_of
 from rltrain.types.policy import TokenRows
+from rltrain.types.tensor_parts import TensorPart, select_tensors
 from rltrain.watchdog import Deadline, no_deadline
 from rltrain.weight_names import CheckpointNames
 
@@ -69,6 +71,8 @@ class TrainedModel:
         self._load = load
         self.deadline = deadline
         self.accelerator: Any = make_accelerator(mixed_precision(settings.precision))
+        if settings.optimizer.name == "adamw_8bit":
+            require_whole_weights()
 
         torch.manual_seed(seed)
         with sharded_loading(self.accelerator):
@@ -224,12 +228,22 @@ class TrainedModel:
             "scaler": None if scaler is None else scaler.state_dict(),
         }
 
-    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Restore ``optimizer_state`` and ``state``, but no weights: they are those that this object loaded.
+    def parts(self) -> Iterator[TensorPart]:
+        """This rank's parts of the trained weights and of ``optimizer_state``, live memory; no collective."""
+        return self.backend.parts(self._named_parameters())
 
-        Raises ValueError for another model's state.
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Restore ``optimizer_state`` and ``state``.
+
+        Weights are restored where ``tensors`` holds those that ``parts`` gave; else they are those that this
+        object loaded. Raises ValueError for another model's state.
         """
-        self.backend.restore(self._named_parameters(), tensors)
+        masters = select_tensors(tensors, lambda name: name if name.endswith(f"/{MASTER}") else None)
+        state = select_tensors(tensors, lambda name: None if name in masters else name)
+        if masters:
+            with torch.no_grad():
+                self.backend.restore_weights(self._named_parameters(), masters)
+        self.backend.restore(self._named_parameters(), state)
         restore_schedule(self.schedule, values["schedule"])
         self.version = values["version"]
         self._nonfinite_in_a_row = values["nonfinite_in_a_row"]
@@ -349,6 +363,10 @@ class ModelOwner:
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
         """``TrainedModel.optimizer_state``: a collective; every rank must iterate over all tensors."""
         return self.trained.optimizer_state()
+
+    def parts(self) -> Iterator[TensorPart]:
+        """``TrainedModel.parts``."""
+        return self.trained.parts()
 
     def state(self) -> dict[str, Any]:
         """``TrainedModel.state``."""

@@ -56,6 +56,7 @@ HOMES = {
     "vllm": ("rltrain/rollout/engines/vllm/", "rltrain/sync/"),
     "accelerate": ("rltrain/learner/",),
     "deepspeed": ("rltrain/learner/",),
+    "bitsandbytes": ("rltrain/learner/",),
     "peft": ("rltrain/learner/",),
     "textworld": ("rltrain/rollout/environments/text_game.py",),
     "huggingface_hub": ("rltrain/checkpoint/hub.py", "rltrain/data/", "rltrain/model_files.py"),

@@ -16,10 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rltrain.rollout.engines.vllm.packing import expert_matrix, packed_columns
-from rltrain.tensor_ops import Fingerprint, fingerprint_input, product_fingerprint, weight_fingerprint
+from rltrain.rollout.engines.vllm.packing import expert_matrix, held_columns, packed_columns
+from rltrain.tensor_ops import Fingerprint, fingerprint_input, product_fingerprint, weight_product
 
-__all__ = ["Architecture", "Place", "Places", "find_places", "layer_fingerprints"]
+__all__ = [
+    "Architecture",
+    "Place",
+    "Places",
+    "ShardProduct",
+    "find_places",
+    "layer_fingerprints",
+    "layer_products",
+]
 
 _STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _ORDER = {"q": 0, "k": 1, "v": 2}
@@ -162,28 +170,52 @@ def _packed_stacks(mapping: Mapping[str, Collection[str]] | None) -> dict[str, t
     return {stacked: tuple(parts) for stacked, parts in (mapping or {}).items() if len(parts) > 1}
 
 
+@dataclass(frozen=True)
+class ShardProduct:
+    """The product of the weight that this rank computes with and the signs of its fingerprint, (rows,).
+
+    adds: this rank has a part of the columns, so that the ranks' products add up; else it has rows.
+    """
+
+    values: Tensor
+    adds: bool
+
+
 @torch.inference_mode()
+def layer_products(
+    model: nn.Module,
+    places: Mapping[str, Place],
+    architecture: Architecture,
+    names: Collection[str] | None = None,
+) -> dict[str, ShardProduct]:
+    """The product of the weight that vLLM computes with, by checkpoint name. names: None for all."""
+    names_by_parameter: dict[tuple[str, str], list[str]] = {}
+    for name, place in places.items():
+        if names is None or name in names:
+            names_by_parameter.setdefault((place.module, place.parameter), []).append(name)
+
+    products: dict[str, ShardProduct] = {}
+    for (path, parameter), parameter_names in names_by_parameter.items():
+        module = model.get_submodule(path)
+        reader = _Reader(module, parameter, {name: places[name] for name in parameter_names}, architecture)
+        products.update(reader.products())
+        if path.endswith(".kv_b_proj") and not _attention_copies_match(model, path, module):
+            never_equal = ShardProduct(torch.full((1,), math.nan), adds=False)
+            products.update(dict.fromkeys(parameter_names, never_equal))
+    return products
+
+
 def layer_fingerprints(
     model: nn.Module,
     places: Mapping[str, Place],
     architecture: Architecture,
     names: Collection[str] | None = None,
 ) -> dict[str, Fingerprint]:
-    """The fingerprint of the weight that vLLM computes with, by checkpoint name. names: None for all."""
-    names_by_parameter: dict[tuple[str, str], list[str]] = {}
-    for name, place in places.items():
-        if names is None or name in names:
-            names_by_parameter.setdefault((place.module, place.parameter), []).append(name)
-
-    fingerprints: dict[str, Fingerprint] = {}
-    for (path, parameter), parameter_names in names_by_parameter.items():
-        module = model.get_submodule(path)
-        reader = _Reader(module, parameter, {name: places[name] for name in parameter_names}, architecture)
-        fingerprints.update(reader.fingerprints())
-        if path.endswith(".kv_b_proj") and not _attention_copies_match(model, path, module):
-            never_equal = Fingerprint(math.nan, math.nan)
-            fingerprints.update(dict.fromkeys(parameter_names, never_equal))
-    return fingerprints
+    """The fingerprint of the weight that vLLM computes with, by checkpoint name, where this rank holds all of
+    it. names: None for all.
+    """
+    products = layer_products(model, places, architecture, names)
+    return {name: product_fingerprint(name, product.values) for name, product in products.items()}
 
 
 @dataclass(frozen=True)
@@ -195,13 +227,28 @@ class _Reader:
     places: Mapping[str, Place]
     architecture: Architecture
 
-    def fingerprints(self) -> Iterator[tuple[str, Fingerprint]]:
+    def products(self) -> Iterator[tuple[str, ShardProduct]]:
         if self._is_packed():
-            yield from self._packed_fingerprints()
+            yield from self._packed_products()
             return
         weight: Tensor = getattr(self.module, self.parameter)
         for name, place in self.places.items():
-            yield name, weight_fingerprint(name, self._as_stored(name, self._part(weight, name, place)))
+            yield name, self._product(name, self._as_stored(name, self._part(weight, name, place)))
+
+    def _product(self, name: str, part: Tensor) -> ShardProduct:
+        if part.ndim < 2 or not self._is_shard():
+            return ShardProduct(weight_product(name, part), adds=False)
+        held = part.flatten(1).shape[1]
+        columns = math.prod(self.architecture.shapes[name][1:])
+        product = weight_product(name, part, columns, self._first_column(held, columns))
+        return ShardProduct(product, adds=held < columns)
+
+    def _is_shard(self) -> bool:
+        return getattr(self.module, "tp_size", 1) > 1
+
+    def _first_column(self, held: int, columns: int) -> int:
+        """Of the ``held`` columns that this rank has."""
+        return self.module.tp_rank * held if held < columns else 0
 
     def _is_packed(self) -> bool:
         """Whether the layer computes with a packed copy, which cannot be read, even if the weight exists too.
@@ -211,20 +258,25 @@ class _Reader:
         is_embedding = type(self.module).__name__ == "VocabParallelEmbedding"
         return self.parameter == "weight" and hasattr(self.module, "cpu_linear") and not is_embedding
 
-    def _packed_fingerprints(self) -> Iterator[tuple[str, Fingerprint]]:
+    def _packed_products(self) -> Iterator[tuple[str, ShardProduct]]:
         """Reads the weight by columns, because a product with all of them at once would be rounded."""
         if any(name in self.architecture.transposed for name in self.places):
             (name,) = self.places
-            yield name, weight_fingerprint(name, self._as_stored(name, _unpack(self.module)))
+            yield name, self._product(name, self._as_stored(name, _unpack(self.module)))
             return
         columns = self.module.input_size
-        signs = {name: fingerprint_input(name, columns, torch.device("cpu")) for name in self.places}
+        held = held_columns(self.module)
+        first = self._first_column(held, columns)
+        signs = {
+            name: fingerprint_input(name, columns, torch.device("cpu"))[first : first + held]
+            for name in self.places
+        }
         products = dict.fromkeys(self.places, torch.zeros((), dtype=torch.float64))
         for start, block in packed_columns(self.module, _READ_ENTRIES):
             for name, place in self.places.items():
                 part = self._part(block, name, place).double()
                 products[name] = products[name] + part @ signs[name][start : start + block.shape[1]]
-        yield from ((name, product_fingerprint(name, product)) for name, product in products.items())
+        yield from ((name, ShardProduct(product, adds=held < columns)) for name, product in products.items())
 
     def _part(self, weight: Tensor, name: str, place: Place) -> Tensor:
         """The entries of the weight ``name`` in vLLM's ``weight``, without padding."""
@@ -238,10 +290,14 @@ class _Reader:
             part = matrix.narrow(0, place.part * rows, size[0])
             return part if part.ndim < 2 else part[:, : size[1]]
         if hasattr(self.module, "org_vocab_size"):
-            return weight[: self.module.org_vocab_size]
+            return weight[: self.module.shard_indices.num_org_elements]
         if place.module.endswith(".query_key_value") and hasattr(self.module, "num_kv_heads"):
             return _group_heads(weight, self.module)
-        return weight.split(self.module.output_sizes)[place.part] if place.parts > 1 else weight
+        if place.parts == 1:
+            return weight
+        is_shard = getattr(self.module, "tp_size", 1) > 1
+        sizes = self.module.output_partition_sizes if is_shard else self.module.output_sizes
+        return weight.split(sizes)[place.part]
 
     def _as_stored(self, name: str, part: Tensor) -> Tensor:
         if (match := _ALL_EXPERTS.fullmatch(name)) is not None and part.ndim == 3:
