@@ -53,13 +53,13 @@ class Seconds:
 class ServerInfo:
     """What a server says that it runs with."""
 
+    version: str  # of vLLM
     dtype: str
     max_model_len: int
     max_num_seqs: int
     logprobs_mode: str
     seed: int
     quantization: str | None
-    architectures: tuple[str, ...]
     tensor_parallel: int
     data_parallel: int
     is_guarded: bool  # rltrain's guard answers there, so that completions come as bytes
@@ -163,16 +163,14 @@ class WorkerClient:
         model = data["model_config"]
         parallel = data["parallel_config"]
         self.is_guarded = self._find_guard()
-        config = model.get("hf_config")
-        architectures = config.get("architectures") if isinstance(config, Mapping) else None
         return ServerInfo(
+            version=str(self._get("/version")["version"]),
             dtype=str(model["dtype"]).removeprefix("torch."),
             max_model_len=int(model["max_model_len"]),
             max_num_seqs=int(data["scheduler_config"]["max_num_seqs"]),
             logprobs_mode=str(model["logprobs_mode"]),
             seed=int(model["seed"]),
             quantization=model["quantization"],
-            architectures=tuple(architectures or ()),
             tensor_parallel=int(parallel["tensor_parallel_size"]),
             data_parallel=int(parallel["data_parallel_size"]),
             is_guarded=self.is_guarded,

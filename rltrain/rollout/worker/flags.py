@@ -86,7 +86,8 @@ class WorkerSettings:
     dtype: of its weights, as torch names it. max_model_len: prompt and completion tokens of a row.
     kv_cache_gib: on CPU; on GPU vLLM takes the share ``gpu_memory_utilization`` of the memory. speculative:
     vLLM's speculative_config; only methods without a draft model, whose weights no push would renew.
-    batch_invariant: kernels whose sums do not depend on the other rows, on GPUs that have them.
+    batch_invariant: kernels whose sums do not depend on the other rows, on GPUs that have them. devices: the
+    GPUs that the server may use, as CUDA_VISIBLE_DEVICES names them; empty: all.
     """
 
     model: str
@@ -104,6 +105,7 @@ class WorkerSettings:
     speculative: Mapping[str, Any] | None = None
     batch_invariant: bool = False
     adapter_folder: Path | None = None
+    devices: tuple[str, ...] = ()
 
     def flags(self, address: Address) -> list[str]:
         """Arguments of vLLM's API server.
@@ -162,6 +164,8 @@ class WorkerSettings:
             environment.setdefault("OMP_NUM_THREADS", "1")
         if self.batch_invariant:
             environment["VLLM_BATCH_INVARIANT"] = "1"
+        if self.devices:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices)
         environment.pop(ADAPTER_FOLDER, None)
         if self.adapter_folder is not None:
             environment[ADAPTER_FOLDER] = str(self.adapter_folder)

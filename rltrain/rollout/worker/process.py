@@ -51,6 +51,7 @@ class LocalWorker:
         log: Path | None = None,
     ) -> None:
         require_known_version()
+        self.settings = settings
         self._folder = Path(tempfile.mkdtemp(prefix="rltrain-worker-"))  # only this user may enter it
         self.address = address or Address(socket=self._folder / "socket")
         self.token = token or run_token()
