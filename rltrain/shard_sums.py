@@ -29,11 +29,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Block:
-    """A weight of a checkpoint: ``shape`` entries from ``start`` of the tensor ``source`` inside the model."""
+    """A weight of a checkpoint: ``shape`` entries from ``start`` of the model's tensor ``source``."""
 
     source: str
     start: int
     shape: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
 
     @property
     def columns(self) -> int:
@@ -88,7 +92,7 @@ class ShardSums:
             rows = slice(row, row + max((end - start) // columns, 1))
             shape = (rows.stop - rows.start, -1) if len(block.shape) > 1 else (-1,)
             product = weight_product(name, values.view(shape), first_column=column, columns=columns)
-            part = product_sums(name, product, rows=rows, count=block.shape[0])
+            part = product_sums(name, product, rows=rows, count=block.rows)
             sums[0] += part[0]
             if is_whole:
                 sums[1] += part[1] * part[1]

@@ -175,7 +175,7 @@ def weight_fingerprint(name: str, weight: Tensor) -> Fingerprint:
 
 
 def weight_product(name: str, weight: Tensor, *, first_column: int = 0, columns: int | None = None) -> Tensor:
-    """(rows,) float64 y = W v of a weight or of some of its rows; the weight itself where it has one dimension.
+    """(rows,) float64 y = W v of a weight or of some of its rows; the weight itself if it has one dimension.
 
     first_column, columns: where ``weight`` holds only some columns, their place among so many; the products
     of all columns add up to y.

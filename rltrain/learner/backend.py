@@ -222,7 +222,7 @@ class DeepSpeedBackend:
             return master.detach()
         if not hasattr(tensor, "ds_id"):
             return tensor.detach()
-        if is_trained and not is_rounded:
+        if is_trained and dtype is not None and not is_rounded:
             return _gather_rounded(tensor, dtype)
         with zero.GatheredParameters([tensor]):
             return tensor.detach().clone()

@@ -185,8 +185,8 @@ class TrainedModel:
             missing = self.names.shapes.keys() - self.names.blocks.keys()
             if missing:
                 raise UserError(
-                    f"{min(missing)!r} and {len(missing) - 1} other weights of the checkpoint are no blocks of "
-                    "the model's tensors, so that their shards cannot be proved; use rollout.engine vllm"
+                    f"{min(missing)!r} and {len(missing) - 1} other weights of the checkpoint are no blocks "
+                    "of the model's tensors, so that their shards cannot be proved; use rollout.engine vllm"
                 )
             starts = self.gather([{name: run.start for name, run in runs.items()}])
             self._shard_sums[dtype] = ShardSums(self.names.blocks, starts)
