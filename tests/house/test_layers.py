@@ -21,6 +21,8 @@ LAYERS = (
         "rltrain.registry",
         "rltrain.tensor_ops",
         "rltrain.seeds",
+        "rltrain.shard_sums",
+        "rltrain.weight_transfer",
         "rltrain.errors",
         "rltrain.interrupt",
         "rltrain.json_text",

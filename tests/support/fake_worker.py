@@ -1,356 +1,186 @@
-"""A worker without vLLM: the routes of vLLM 0.32 that the client calls, behind the real guard.
-
-Its model is a table of next-token log-probs. ``FakeWorker.fault`` makes it answer wrongly; the client suite
-runs on it and on a real server, so that what it says stays what vLLM says.
+"""A worker that holds weights and samples nothing: a process of its own behind the real transport, with
+faults to order.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
+import multiprocessing
 import os
+import signal
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qs
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any, Literal
 
-import numpy as np
-import uvicorn
+import torch
+from torch import Tensor
 
-from rltrain.rollout.worker.guard import ADAPTER_FOLDER, TOKEN, BadRequest, Choice, Guard
+from rltrain.tensor_ops import weight_fingerprint
+from rltrain.weight_transfer import Bucket, Membership, TransferGroup, connect_store
 
-VOCABULARY = 101
-LONGEST = 256
-ROWS = 32
-STEP_SECONDS = 0.001  # of one token
-
-
-@dataclass
-class FakeEngine:
-    """State of the server: the table of next-token log-probs (V, V), their label, and the fault."""
-
-    label: str = "default"
-    fault: str | None = None
-    fault_count: int = 10**9  # answers that the fault spoils before the worker is sound again
-    logits: Any = field(
-        default_factory=lambda: np.random.default_rng(0).normal(size=(VOCABULARY, VOCABULARY))
-    )
-    running: int = 0
-    answered: int = 0
-    aborted: bool = False
-    is_stopped: bool = False  # the processes behind the server
-    resumed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def __post_init__(self) -> None:
-        self.resumed.set()
-
-    async def sample(self, request: dict[str, Any]) -> list[Choice]:
-        require_sound(request)
-        params = request["sampling_params"]
-        self.running += params["n"]
-        self.answered += 1
-        try:
-            rows = (self.sample_one(request["token_ids"][-1], params, index) for index in range(params["n"]))
-            choices = list(await asyncio.gather(*rows))
-        finally:
-            self.running -= params["n"]
-        if self.fault is None or self.fault_count <= 0:
-            return choices
-        self.fault_count -= 1
-        return await FAULTS[self.fault](choices)
-
-    async def pause(self, mode: str) -> None:
-        """As vLLM 0.32: abort answers with what is there, wait finishes, keep freezes."""
-        self.aborted = mode == "abort"
-        while mode != "keep" and self.running:
-            await asyncio.sleep(STEP_SECONDS)
-        self.aborted = False
-        self.resumed.clear()
-
-    async def sample_one(self, last: int, params: dict[str, Any], index: int) -> Choice:
-        generator = np.random.default_rng(params["seed"] + index)
-        tokens: list[int] = []
-        logprobs: list[float] = []
-        finish = "length"
-        while len(tokens) < params["max_tokens"]:
-            await asyncio.sleep(STEP_SECONDS)
-            if self.aborted and tokens:
-                finish = "abort"
-                break
-            await self.resumed.wait()
-            row = self.logits[last] / (params["temperature"] or 1.0)
-            row = row - np.log(np.exp(row - row.max()).sum()) - row.max()
-            greedy = params["temperature"] == 0
-            last = int(row.argmax() if greedy else generator.choice(VOCABULARY, p=np.exp(row)))
-            tokens.append(last)
-            logprobs.append(float(np.float32(row[last])))
-            if last in params["stop_token_ids"]:
-                finish = "stop"
-                break
-        stop = last if finish == "stop" else None
-        return Choice(index, tokens, logprobs, finish, stop, [(self.label, 0, len(tokens))])
+# phase -> the calls at which a fault strikes
+PHASES = ("pause", "join", "start", "bucket", "finish", "proof", "resume")
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "rltrain.weight_transfer", "rltrain.tensor_ops"])
 
 
-def require_sound(request: dict[str, Any]) -> None:
-    params = request["sampling_params"]
-    tokens = request["token_ids"]
-    if request["model"] != "policy":
-        raise BadRequest(404, f"model {request['model']!r} is unknown")
-    if not 1 <= params["n"] <= ROWS or (params["n"] > 1 and params["temperature"] == 0):
-        raise BadRequest(400, f"n is {params['n']}")
-    if not tokens or not all(0 <= token < VOCABULARY for token in tokens):
-        raise BadRequest(400, "token_ids")
-    if len(tokens) + params["max_tokens"] > LONGEST:
-        raise BadRequest(400, "too long")
-
-
-def change_first(**changes: Any) -> Callable[[list[Choice]], Any]:
-    """A fault in the first choice. A change that is a function is given the choice's own value."""
-
-    async def spoil(choices: list[Choice]) -> list[Choice]:
-        first = choices[0]
-        values = {
-            name: change(getattr(first, name)) if callable(change) else change
-            for name, change in changes.items()
-        }
-        return [replace(first, **values), *choices[1:]]
-
-    return spoil
-
-
-async def hang(choices: list[Choice]) -> list[Choice]:
-    await asyncio.Event().wait()
-    return choices
-
-
-async def repeat_first(choices: list[Choice]) -> list[Choice]:
-    return [choices[0], *choices]
-
-
-async def drop_last(choices: list[Choice]) -> list[Choice]:
-    return choices[:-1]
-
-
-def answer_with(status: int) -> Callable[[list[Choice]], Any]:
-    async def refuse(choices: list[Choice]) -> list[Choice]:
-        raise BadRequest(status, "planted")
-
-    return refuse
-
-
-# what the worker does to the answer of a request for completions
-FAULTS: dict[str, Callable[[list[Choice]], Any]] = {
-    "hang": hang,
-    "500": answer_with(500),
-    "503": answer_with(503),
-    "choice twice": repeat_first,
-    "choice missing": drop_last,
-    "other index": change_first(index=7),
-    "no tokens": change_first(token_ids=[], logprobs=[], versions=[]),
-    "log-prob missing": change_first(logprobs=lambda values: values[:-1]),
-    "token outside": change_first(token_ids=lambda ids: [VOCABULARY, *ids[1:]]),
-    "negative token": change_first(token_ids=lambda ids: [-1, *ids[1:]]),
-    "nan": change_first(logprobs=lambda values: [float("nan"), *values[1:]]),
-    "floor": change_first(logprobs=lambda values: [-9999.0, *values[1:]]),
-    "minus infinity": change_first(logprobs=lambda values: [float("-inf"), *values[1:]]),
-    "above zero": change_first(logprobs=lambda values: [0.5, *values[1:]]),
-    "other finish": change_first(finish="error"),
-    "no finish": change_first(finish=None),
-    "stop without a stop token": change_first(token_ids=lambda ids: [*ids[:-1], 60], finish="stop"),
-    "stop token inside": change_first(token_ids=lambda ids: [1, *ids[1:]]),
-    "short": change_first(
-        token_ids=lambda ids: ids[:1] if ids[0] != 1 else [60],
-        logprobs=lambda values: values[:1],
-        versions=[("default", 0, 1)],
-        finish="length",
-    ),
-    "too long": change_first(
-        token_ids=lambda ids: [60] * 40,
-        logprobs=[-1.0] * 40,
-        versions=[("default", 0, 40)],
-        finish="length",
-    ),
-    "other version": change_first(versions=lambda spans: [("9", 0, spans[0][2])]),
-    "version without an end": change_first(versions=lambda spans: [("default", 0, spans[0][2] + 1)]),
-    "no version": change_first(versions=[]),
-    "gap": change_first(versions=lambda spans: [("default", 1, spans[0][2])]),
-}
-# what it does to the bytes on their way
-CONNECTION_FAULTS = ("close before the answer", "close in mid-body", "head of another length", "other id")
-
-
-def as_json(request_id: str, choices: list[Choice]) -> dict[str, Any]:
-    """vLLM's own form of an answer."""
-    return {
-        "request_id": f"generate-tokens-{request_id}",
-        "choices": [
-            {
-                "index": choice.index,
-                "token_ids": list(choice.token_ids),
-                "finish_reason": choice.finish,
-                "stop_reason": choice.stop_reason,
-                "weight_versions": [
-                    {"version": label, "start": start, "end": stop} for label, start, stop in choice.versions
-                ],
-                "logprobs": {
-                    "content": [
-                        {"token_id": token, "logprob": logprob}
-                        for token, logprob in zip(choice.token_ids, choice.logprobs, strict=False)
-                    ]
-                },
-            }
-            for choice in choices
-        ],
-    }
-
-
-class FakeApp:
-    """The routes of vLLM. ``state`` is where the guard finds the engine."""
-
-    def __init__(self, engine: FakeEngine, *, guarded: bool) -> None:
-        self.engine = engine
-        self.state = engine
-        self.guarded = Guard(self, lambda state, request: state.sample(request)) if guarded else self
-
-    async def serve(self, scope: Any, receive: Any, send: Any) -> None:
-        scope["app"] = self
-        fault = self.engine.fault
-        if fault in CONNECTION_FAULTS and scope["path"].endswith("/generate"):
-            send = spoil_connection(send, str(fault))
-        await self.guarded(scope, receive, send)
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        body = b""
-        while True:
-            message = await receive()
-            body += message.get("body", b"")
-            if not message.get("more_body"):
-                break
-        query = {name: values[0] for name, values in parse_qs(scope["query_string"].decode()).items()}
-        status, answer = 200, None
-        try:
-            answer = await self.answer(scope["path"], query, json.loads(body or b"{}"))
-        except BadRequest as error:
-            status, answer = error.status, {"error": str(error)}
-        content = json.dumps(answer).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
-
-    async def answer(self, path: str, query: dict[str, str], body: dict[str, Any]) -> Any:
-        engine = self.engine
-        if path == "/pause":
-            await engine.pause(query["mode"])
-            return {"status": "paused"}
-        if path == "/resume":
-            engine.resumed.set()
-            return {"status": "resumed"}
-        if path == "/inference/v1/generate":
-            return as_json(body["request_id"], await engine.sample(body))
-        if path == "/collective_rpc" and body["method"] == "rltrain_alive":
-            while engine.is_stopped:
-                await asyncio.sleep(STEP_SECONDS)
-            return {"results": [None]}
-        answers = {
-            "/health": {},
-            "/abort_requests": {},
-            "/version": {"version": "0.32.0"},
-            "/server_info": {"vllm_config": SERVER_INFO},
-            "/get_world_size": {"world_size": 1},
-            "/weight_info": {"weight_version": engine.label},
-            "/is_paused": {"is_paused": not engine.resumed.is_set()},
-            "/reset_prefix_cache": {"success": True},
-        }
-        if path not in answers:
-            raise BadRequest(404, f"no route {path}")
-        return answers[path]
-
-
-SERVER_INFO = {
-    "model_config": {
-        "dtype": "torch.float32",
-        "max_model_len": LONGEST,
-        "logprobs_mode": "processed_logprobs",
-        "seed": 0,
-        "quantization": None,
-    },
-    "scheduler_config": {"max_num_seqs": ROWS},
-    "parallel_config": {"tensor_parallel_size": 1, "data_parallel_size": 1},
-}
-
-
-def spoil_connection(send: Any, fault: str) -> Any:
-    """``send`` with the answer's bytes changed."""
-
-    async def spoiled(message: Any) -> None:
-        if message["type"] == "http.response.start":
-            if fault == "close before the answer":
-                raise ConnectionAbortedError(fault)
-            await send(message)
-            return
-        body = message["body"]
-        if fault == "close in mid-body":
-            await send({**message, "body": body[: len(body) // 2], "more_body": True})
-            raise ConnectionAbortedError(fault)
-        if fault == "head of another length":
-            body = bytes([body[0] ^ 1]) + body[1:]
-        if fault == "other id":
-            body = body.replace(b"rltrain", b"another")
-        await send({**message, "body": body})
-
-    return spoiled
-
-
-@dataclass
 class FakeWorker:
-    url: str
-    token: str
-    engine: FakeEngine
-    loop: asyncio.AbstractEventLoop
+    """Implements ``WorkerControl``.
 
-    def set_fault(self, fault: str | None, count: int = 10**9) -> None:
-        """From now on; ``count`` answers are spoilt."""
-        self.engine.fault = fault
-        self.engine.fault_count = count
+    fault: "error" (the call is refused), "die", "stop" (SIGSTOP) or "slow"; it strikes at ``phase``, at the
+    second bucket for "bucket", ``times`` times. calls: names of all calls, in their order.
+    """
+
+    def __init__(self, ties: Mapping[str, str] = {}) -> None:
+        self.calls: list[str] = []
+        self.fault: str | None = None
+        self.phase = ""
+        self.times = 0
+        self._lock = threading.Lock()
+        self._pipe, end = _CONTEXT.Pipe()
+        self.process = _CONTEXT.Process(target=_serve, args=(end, dict(ties)), daemon=True)
+        self.process.start()
+        end.close()
+        self._ask("wait")
+
+    def order(self, fault: str, phase: str, times: int = 1) -> None:
+        self.fault = fault
+        self.phase = phase
+        self.times = times
+
+    def pause(self, mode: Literal["keep", "wait", "abort"], clear_cache: bool) -> None:
+        assert clear_cache
+        self._call("pause", "wait")
+
+    def init_transfer(self, init_info: Mapping[str, object]) -> None:
+        self._call("join", "join", dict(init_info))
+
+    def start_update(self) -> None:
+        self._call("start", "start")
+
+    def update(self, update_info: Mapping[str, object]) -> None:
+        second = "bucket" if update_info["index"] == 1 else ""
+        self._call(second, "update", dict(update_info), log="update")
+
+    def finish_update(self, version: str) -> None:
+        self._call("finish", "finish", version)
+
+    def call_workers(self, method: str, arguments: Mapping[str, str]) -> list[object]:
+        phase = "proof" if method == "rltrain_fingerprint" else ""
+        return [self._call(phase, method, *arguments.values(), log=method)]
+
+    def world_size(self) -> int:
+        return 1
+
+    def resume(self) -> None:
+        self._call("resume", "wait")
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: torch.tensor(rows) for name, rows in self._ask("weights").items()}
+
+    def damage(self, name: str) -> None:
+        """From now on, one entry of this weight stays as it is."""
+        self._ask("damage", name)
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid or 0, signal.SIGKILL)
+        self.process.join()
+
+    def _call(self, phase: str, method: str, *arguments: Any, log: str = "") -> Any:
+        self.calls.append(log or phase)
+        if phase and phase == self.phase and self.times > 0:
+            self.times -= 1
+            self._strike()
+        return self._ask(method, *arguments)
+
+    def _strike(self) -> None:
+        pid = self.process.pid or 0
+        if self.fault == "error":
+            raise RuntimeError("refused by order")
+        if self.fault == "slow":
+            time.sleep(0.3)
+        if self.fault == "die":
+            os.kill(pid, signal.SIGKILL)
+        if self.fault == "stop":
+            os.kill(pid, signal.SIGSTOP)
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        with self._lock:
+            try:
+                self._pipe.send((method, arguments))
+                is_error, answer = self._pipe.recv()
+            except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+                raise RuntimeError("the worker is gone") from error
+        if is_error:
+            raise RuntimeError(answer)
+        return answer
 
 
-@contextlib.contextmanager
-def fake_worker(folder: Path, *, guarded: bool = True) -> Iterator[FakeWorker]:
-    """A fake worker at a Unix socket in ``folder``, in a thread."""
-    token = "fake-worker-token-0123456789"
-    before = {name: os.environ.get(name) for name in (TOKEN, ADAPTER_FOLDER)}
-    os.environ |= {TOKEN: token, ADAPTER_FOLDER: str(folder / "adapters")}
-    started = threading.Event()
-    holder: list[Any] = []
+class _State:
+    def __init__(self, ties: dict[str, str]) -> None:
+        self.ties = ties
+        self.weights: dict[str, Tensor] = {}
+        self.arriving: dict[str, Tensor] | None = None
+        self.damaged: str | None = None
+        self.group: TransferGroup | None = None
 
-    async def serve() -> None:
-        app = FakeApp(FakeEngine(), guarded=guarded)
-        config = uvicorn.Config(
-            app.serve, uds=str(folder / "s"), log_level="critical", interface="asgi3", lifespan="off"
-        )
-        server = uvicorn.Server(config)
-        server.capture_signals = contextlib.nullcontext
-        holder.extend((app.engine, asyncio.get_running_loop(), server))
-        task = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        started.set()
-        await task
+    def wait(self) -> None: ...
 
-    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
-    thread.start()
-    assert started.wait(20)
-    for name, value in before.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
-    engine, loop, server = holder
-    try:
-        yield FakeWorker(f"unix:{folder / 's'}", token, engine, loop)
-    finally:
-        server.force_exit = True
-        server.should_exit = True
-        thread.join(20)
+    def join(self, info: dict[str, Any]) -> None:
+        membership = Membership(**info)
+        self.group = TransferGroup(connect_store(membership), membership, membership.rank_offset)
+
+    def start(self) -> None:
+        if self.arriving is not None:
+            raise RuntimeError("an update is already active")
+        self.arriving = {}
+
+    def update(self, info: dict[str, Any]) -> None:
+        bucket = Bucket(**info)
+        assert self.group is not None and self.arriving is not None
+        buffer = torch.empty(bucket.total_bytes, dtype=torch.uint8)
+        if bucket.names:
+            self.group.wait(self.group.broadcast(buffer, bucket.seconds), bucket.seconds)
+        self.arriving.update((name, tensor.clone()) for name, tensor in bucket.views(buffer))
+
+    def finish(self, version: str) -> None:
+        assert self.arriving is not None
+        arriving = self.arriving
+        if self.damaged is not None and self.damaged in self.weights:
+            arriving[self.damaged] = self.weights[self.damaged]
+        self.weights = arriving
+        self.arriving = None
+
+    def rltrain_alive(self) -> str:
+        return "alive"
+
+    def rltrain_abandon(self) -> None:
+        self.arriving = None
+
+    def rltrain_fingerprint(self, key: str) -> None:
+        assert self.group is not None
+        weights = self.weights | {second: self.weights[first] for second, first in self.ties.items()}
+        sums = {name: (*weight_fingerprint(name, weight), 0) for name, weight in weights.items()}
+        self.group.store.set(f"{key}/1", json.dumps(sums))
+
+    def damage(self, name: str) -> None:
+        self.damaged = name
+
+    def read_weights(self) -> dict[str, Any]:
+        return {name: weight.float().tolist() for name, weight in self.weights.items()}
+
+
+def _serve(pipe: Connection, ties: dict[str, str]) -> None:
+    torch.set_num_threads(1)
+    state = _State(ties)
+    while True:
+        method, arguments = pipe.recv()
+        try:
+            call = state.read_weights if method == "weights" else getattr(state, method)
+            pipe.send((False, call(*arguments)))
+        except (RuntimeError, TimeoutError, AssertionError, OSError) as error:
+            pipe.send((True, f"{type(error).__name__}: {error}"))

@@ -25,6 +25,9 @@ __all__ = ["Seconds", "ServerInfo", "WorkerBusy", "WorkerClient", "WorkerLost", 
 JSON_GENERATE = "/inference/v1/generate"
 _REASON_CHARACTERS = 300  # of a server's own message, in an error
 _CONNECT_SECONDS = 5.0
+# A connection that has been idle for longer is not used again: the server closes it after 5 s (uvicorn's
+# keep-alive), and a request that meets the close would look like the worker's death.
+_IDLE_SECONDS = 2.0
 
 
 class WorkerLost(RuntimeError):
@@ -93,7 +96,11 @@ class WorkerClient:
             self._context = ssl.create_default_context(cafile=self.authority)
         self._headers = {"Authorization": f"Bearer {self.token}"}
         self._client = httpx.Client(
-            transport=httpx.HTTPTransport(uds=self._socket, verify=self._context),
+            transport=httpx.HTTPTransport(
+                uds=self._socket,
+                verify=self._context,
+                limits=httpx.Limits(keepalive_expiry=_IDLE_SECONDS),
+            ),
             base_url=self._base,
             headers=self._headers,
         )
@@ -241,7 +248,9 @@ class WorkerClient:
     def _open_async_client(self) -> httpx.AsyncClient:
         """One for all requests, made in the event loop that uses it."""
         if self._async_client is None:
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+            limits = httpx.Limits(
+                max_connections=None, max_keepalive_connections=64, keepalive_expiry=_IDLE_SECONDS
+            )
             transport = httpx.AsyncHTTPTransport(uds=self._socket, verify=self._context, limits=limits)
             timeout = httpx.Timeout(self.seconds.generate, connect=_CONNECT_SECONDS)
             self._async_client = httpx.AsyncClient(

@@ -6,7 +6,6 @@ tried is refused, because a renamed flag or route would show in the middle of a 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -125,13 +124,8 @@ class WorkerSettings:
         flags += ["--enforce-eager"] if self.enforce_eager else []
         if self.speculative is not None:
             flags += ["--speculative-config", json.dumps(dict(self.speculative))]
-        if importlib.util.find_spec("rltrain.rollout.worker.extension") is not None:
-            flags += [
-                "--worker-extension-cls",
-                EXTENSION,
-                "--weight-transfer-config",
-                '{"backend": "rltrain"}',
-            ]
+        flags += ["--worker-extension-cls", EXTENSION]
+        flags += ["--weight-transfer-config", json.dumps({"backend": "rltrain"})]
         return flags + self._size_flags()
 
     def _size_flags(self) -> list[str]:
@@ -156,6 +150,7 @@ class WorkerSettings:
             TOKEN: token,
             "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause and take weights
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60",  # seconds; the client gives a connection up before
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
         }

@@ -14,7 +14,7 @@ from rltrain.errors import UserError
 from rltrain.rollout.worker.answers import GarbageAnswer, GenerateRequest
 from rltrain.rollout.worker.client import Seconds, WorkerBusy, WorkerClient, WorkerLost, WorkerRefused
 from rltrain.rollout.worker.guard import Choice
-from support.fake_worker import CONNECTION_FAULTS, FAULTS, VOCABULARY, FakeWorker, fake_worker
+from support.fake_server import CONNECTION_FAULTS, FAULTS, VOCABULARY, FakeWorker, fake_worker
 
 REQUEST = GenerateRequest(
     id="rltrain-1",
@@ -97,9 +97,9 @@ def test_bytes_and_json_say_the_same(client: WorkerClient) -> None:
 
 def test_a_group_in_parts_has_the_tokens_of_a_whole_one(client: WorkerClient) -> None:
     parts = [change(id=f"part-{place}", n=1, seed=REQUEST.seed + place) for place in range(REQUEST.n)]
-    whole, *single = run(client, ask(client, REQUEST, *parts))
-    assert [list(choice.token_ids) for choice in whole] == [list(choice.token_ids) for (choice,) in single]
-    assert len({tuple(choice.token_ids) for choice in whole}) == REQUEST.n
+    group, *single = run(client, ask(client, REQUEST, *parts))
+    assert [list(choice.token_ids) for choice in group] == [list(choice.token_ids) for (choice,) in single]
+    assert len({tuple(choice.token_ids) for choice in group}) == REQUEST.n
 
 
 def test_unsound_requests_are_refused_and_the_server_goes_on(client: WorkerClient) -> None:
@@ -263,6 +263,26 @@ def test_a_foreign_server_is_asked_in_json(tmp_path: Path) -> None:
         assert not client.read_info().is_guarded
         assert len(run(client, ask(client, REQUEST))[0]) == REQUEST.n
         client.close()
+
+
+def test_no_request_meets_the_close_of_an_idle_connection(fake: FakeWorker) -> None:
+    # uvicorn closes a connection 5 s after its last answer; the client must have given it up by then
+    fake.set_fault(None)
+    client = WorkerClient(fake.url, fake.token)
+
+    async def ask_after_a_while() -> tuple[Any, Any]:
+        await ask(client, REQUEST)
+        pool = client._open_async_client()._transport._pool  # type: ignore[attr-defined]
+        (connection,) = pool.connections
+        assert connection.is_idle()
+        await asyncio.sleep(3.0)
+        await ask(client, REQUEST)
+        (other,) = pool.connections
+        return connection, other
+
+    connection, other = run(client, ask_after_a_while())
+    assert connection is not other
+    client.close()
 
 
 def test_the_token_is_not_in_what_a_client_prints() -> None:

@@ -1,4 +1,4 @@
-"""A local worker's process: its start is watched, its end is certain, whoever dies first."""
+"""A local worker's process: its start is watched, its end is certain, whichever process dies first."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class VllmColocated:
         trusted = trusts(model, revision)
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusted)
         self._limit = min(max_model_len, _max_positions(config, max_model_len))
-        self._architecture, classes = _read_architecture(config, trusted=trusted)
+        self._architecture, classes = read_architecture(config, trusted=trusted)
         self._shapes = WeightShapes(self._architecture.shapes, self._architecture.parameters)
         self._owns_process_group = not torch.distributed.is_initialized()
         sizes = self._sizes(kv_cache_gib, gpu_memory_utilization)
@@ -356,7 +356,7 @@ def require_device(learner: torch.device, current: int) -> None:
         )
 
 
-def _read_architecture(config: PreTrainedConfig, *, trusted: bool) -> tuple[Architecture, ClassStates]:
+def read_architecture(config: PreTrainedConfig, *, trusted: bool) -> tuple[Architecture, ClassStates]:
     """The architecture of transformers' model and the states of its classes, read without weights."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
