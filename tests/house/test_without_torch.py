@@ -30,6 +30,9 @@ WITHOUT_TORCH = (
     "reward.score",  # what graders read and answer
     "reward.pool",
     "reward.worker",
+    "rltrain.reward.score",  # what graders read and answer
+    "rltrain.reward.pool",
+    "rltrain.reward.worker",
 )
 
 
