@@ -27,9 +27,6 @@ WITHOUT_TORCH = (
     "rltrain.rollout.worker.guard",
     "rltrain.rollout.worker.process",
     "rltrain.rollout.worker.serve",
-    "reward.score",  # what graders read and answer
-    "reward.pool",
-    "reward.worker",
     "rltrain.reward.score",  # what graders read and answer
     "rltrain.reward.pool",
     "rltrain.reward.worker",
