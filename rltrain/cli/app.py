@@ -416,7 +416,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 1.0,
     max_prompt_tokens: Annotated[int, typer.Option(help="Longest prompt to make room for.", min=1)] = 256,
     max_tokens: Annotated[int, typer.Option(help="Tokens per completion.", min=1)] = 256,
-    engine: Annotated[str, typer.Option(help="transformers or vllm.", metavar="NAME")] = "transformers",
+    engine: Annotated[
+        str, typer.Option(help="transformers, vllm or vllm_server.", metavar="NAME")
+    ] = "transformers",
     seed: Annotated[int, typer.Option(help="Equal seeds give equal completions.")] = 0,
     source: Annotated[
         Path | None,
@@ -443,6 +445,46 @@ def generate(
 
     with _trusting_code((*recipe.model.trust_remote_code, *(trust_remote_code or ()))):
         raise typer.Exit(generate_command(recipe, prompts, n, temperature, em_inf))
+
+
+@app.command()
+def worker(
+    recipe: RecipePath,
+    profile: Profile = None,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.", metavar="HOST")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free port.", min=0, max=65535, metavar="PORT")] = 0,
+    socket: Annotated[
+        Path | None, typer.Option(help="Listen at this Unix socket, not at a port.", metavar="PATH")
+    ] = None,
+    url_file: Annotated[
+        Path | None, typer.Option(help="Write the url to this file when it serves.", metavar="FILE")
+    ] = None,
+    log: Annotated[
+        Path | None,
+        typer.Option(help="File of what vLLM prints; by default a temporary one.", metavar="FILE"),
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key, for https.", metavar="FILE")] = None,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="Certificate, for https.", metavar="FILE")
+    ] = None,
+    tls_clients: Annotated[
+        Path | None,
+        typer.Option(
+            help="Serve only clients with a certificate that this authority signed.", metavar="FILE"
+        ),
+    ] = None,
+) -> None:
+    """Serve a recipe's model with vLLM, for rollout.engine vllm_server and rollout.server.url.
+
+    The run's token is read from the environment, RLTRAIN_WORKER_TOKEN, here and where the recipe trains.
+    """
+    checked = _load_checked(recipe, profile, overrides or [])
+    from rltrain.cli.worker import Listening, worker_command
+
+    where = Listening(host, port, socket, url_file, log, tls_key, tls_certificate, tls_clients)
+    with _trusting_code(checked.recipe.model.trust_remote_code):
+        raise typer.Exit(worker_command(checked.recipe, where))
 
 
 def main() -> None:

@@ -231,8 +231,27 @@ class Vllm(Section):
     enforce_eager: bool = False
 
 
+class Server(Section):
+    """The vLLM server of engine ``vllm_server``; its sizes are those of ``rollout.vllm``."""
+
+    # a running rltrain worker: http://HOST:PORT, https://HOST:PORT or unix:PATH; None: rltrain starts one on
+    # this machine. The token of a running one is read from the environment, RLTRAIN_WORKER_TOKEN
+    url: str | None = None
+    authority: str | None = None  # file of certificates that an https server is checked against
+    tensor_parallel: int = Field(default=1, ge=1, le=_PROCESSES)  # GPUs over which every layer is divided
+    data_parallel: int = Field(default=1, ge=1, le=_PROCESSES)  # copies of the model in the server
+    quantization: str | None = None  # of the server's weights; refused, with the reason
+    speculative: dict[str, Any] | None = None  # vLLM's speculative_config, without a draft model
+    batch_invariant: bool = False  # on GPU: sums that do not depend on the other rows of a batch
+    # longest that the log of a starting server may stay silent
+    silence_seconds: float = Field(default=300.0, gt=0, le=_SECONDS)
+    call_seconds: float = Field(default=30.0, gt=0, le=_SECONDS)  # deadline of a call that moves no weights
+    # deadline of the round trip that tells a busy server from a stopped one; two missed in a row end the run
+    liveness_seconds: float = Field(default=5.0, gt=0, le=_SECONDS)
+
+
 class Rollout(Section):
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Literal["transformers", "vllm", "vllm_server"] = "transformers"
     prompts: int = Field(ge=1)  # per step, all ranks
     n: int = Field(ge=1)  # completions per prompt
     temperature: float = Field(default=1.0, gt=0)
@@ -250,6 +269,7 @@ class Rollout(Section):
     adaptive_temperature: AdaptiveTemperature | None = None
     environment: EnvironmentRef | None = None  # None: a completion is one answer
     vllm: Vllm = Vllm()
+    server: Server = Server()
 
 
 class Sync(Section):

@@ -18,6 +18,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from rltrain.learner.optim import (
     check_masters,
@@ -28,6 +29,7 @@ from rltrain.learner.optim import (
     restore_optimizer,
 )
 from rltrain.learner.shards import MASTER, gather_rows, local_part, local_rows
+from rltrain.shard_sums import Run
 from rltrain.types.tensor_parts import TensorPart, read_part, share_of_rank
 
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -69,6 +71,13 @@ class Backend(Protocol):
 
     def sum_of_squares(self, tensor: Tensor) -> Tensor:
         """() float64, on the CPU, over this rank's part of the master of a weight. No collective."""
+        ...
+
+    def local_run(self, tensor: Tensor, dtype: torch.dtype) -> Run | None:
+        """The entries of ``full_weight`` that this rank answers for, rounded to ``dtype``; None: it has none.
+
+        The runs of all ranks are the whole weight, each entry once. No collective.
+        """
         ...
 
     def state(self, named: NamedParameters) -> Iterator[tuple[str, Tensor]]:
@@ -161,6 +170,12 @@ class TorchBackend:
     def sum_of_squares(self, tensor: Tensor) -> Tensor:
         return _sum_of_squares(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
 
+    def local_run(self, tensor: Tensor, dtype: torch.dtype) -> Run | None:
+        tensor = tensor.detach()
+        if isinstance(tensor, DTensor):
+            return _shard_run(tensor, dtype)
+        return _share(tensor, self._accelerator.process_index, self._accelerator.num_processes, dtype)
+
     def state(self, named: NamedParameters) -> Iterator[tuple[str, Tensor]]:
         return optimizer_tensors(self.optimizer, named)
 
@@ -206,6 +221,7 @@ class DeepSpeedBackend:
             config["bf16"].setdefault(
                 "check_grad_overflow", True
             )  # otherwise a NaN gradient reaches the weights
+        self._accelerator = accelerator
         self._rank = accelerator.process_index
         self._ranks = accelerator.num_processes
         self.policy, _ = accelerator.prepare(policy, optimizer)
@@ -241,12 +257,15 @@ class DeepSpeedBackend:
 
         # ZeRO's working copy is its master rounded to this type: no float32 tensor has to be gathered.
         is_rounded = dtype is not None and tensor.dtype == dtype
-        if isinstance(tensor, nn.Parameter) and tensor.requires_grad and not is_rounded:
+        is_trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        if is_trained and not is_rounded and not (dtype is not None and hasattr(tensor, "ds_id")):
             master = safe_get_full_fp32_param(tensor)
             assert master is not None, "ZeRO has no master of a parameter that it trains"
             return master.detach()
         if not hasattr(tensor, "ds_id"):
             return tensor.detach()
+        if is_trained and dtype is not None and not is_rounded:
+            return _gather_rounded(tensor, dtype)
         with zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
 
@@ -260,6 +279,24 @@ class DeepSpeedBackend:
         mapping = getattr(tensor, "_hp_mapping", None)  # None: other ranks hold the master of this weight
         fragment = None if mapping is None else mapping.get_hp_fragment()
         return torch.zeros((), dtype=torch.float64) if fragment is None else _sum_of_squares(fragment)
+
+    def local_run(self, tensor: Tensor, dtype: torch.dtype) -> Run | None:
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        if hasattr(tensor, "ds_id"):
+            parameter: Any = tensor
+            rounded = tensor.dtype == dtype or not tensor.requires_grad
+            shard = parameter.ds_tensor if rounded else safe_get_local_fp32_param(parameter)
+            start = self._rank * parameter.ds_tensor.numel()  # equal parts, the last padded
+            count = min(max(parameter.ds_numel - start, 0), parameter.ds_tensor.numel())
+            return Run(shard.detach().flatten()[:count].to(dtype), start) if count else None
+        if isinstance(tensor, nn.Parameter) and tensor.requires_grad and tensor.dtype != dtype:
+            mapping: Any = getattr(tensor, "_hp_mapping", None)  # None: other ranks hold this weight's master
+            if mapping is None:
+                return None
+            fragment = mapping.get_hp_fragment()
+            return Run(fragment.detach().flatten().to(dtype), mapping.lp_fragment_address.start)
+        return _share(tensor.detach(), self._rank, self._accelerator.num_processes, dtype)
 
     def set_master(self, parameter: nn.Parameter, weight: Tensor) -> None:
         """Set the float32 master of ``parameter``, which the engine made from a rounded weight."""
@@ -379,6 +416,46 @@ class DeepSpeedBackend:
 
 
 _NOTHING = contextlib.nullcontext()
+
+
+def _gather_rounded(parameter: Any, dtype: torch.dtype) -> Tensor:
+    """The full weight of a ZeRO-3 parameter; its master's shards are rounded to ``dtype`` before they are
+    gathered.
+    """
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    shard = safe_get_local_fp32_param(parameter)
+    assert shard is not None, "ZeRO has no master of a parameter that it trains"
+    group = parameter.ds_process_group
+    flat = torch.empty(
+        shard.numel() * torch.distributed.get_world_size(group), dtype=dtype, device=shard.device
+    )
+    torch.distributed.all_gather_into_tensor(flat, shard.detach().flatten().to(dtype), group=group)
+    return flat[: parameter.ds_numel].view(parameter.ds_shape)
+
+
+def _shard_run(tensor: DTensor, dtype: torch.dtype) -> Run | None:
+    """This rank's rows of a weight that is split along its first dimension; replicas count once."""
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "this rank is not in the mesh of a weight that it holds"
+    for place, index in zip(tensor.placements, coordinate, strict=True):
+        assert place.is_replicate() or place.is_shard(0), f"a weight is placed as {place}, not split by rows"
+        if place.is_replicate() and index > 0:
+            return None
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
+    values = tensor.to_local().flatten().to(dtype)
+    return Run(values, offset[0] * math.prod(tensor.shape[1:])) if values.numel() else None
+
+
+def _share(tensor: Tensor, rank: int, ranks: int, dtype: torch.dtype) -> Run | None:
+    """This rank's share of the rows of a weight that every rank holds whole."""
+    rows = tensor.shape[0] if tensor.ndim else 1
+    start = rows * rank // ranks
+    stop = rows * (rank + 1) // ranks
+    columns = tensor.numel() // rows
+    values = tensor.reshape(rows, -1)[start:stop].flatten().to(dtype)
+    return Run(values, start * columns) if values.numel() else None
 
 
 def _gather_shards(shard: DTensor, dtype: torch.dtype | None) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rltrain.config.schema import LearnerCore, Model
+from rltrain.errors import UserError
 from rltrain.learner.backend import Backend, DeepSpeedBackend, prepare
 from rltrain.learner.forward import PolicyForward, resolve_layout
 from rltrain.learner.loading import load_causal_lm, require_repeatable
@@ -25,6 +26,8 @@ from rltrain.learner.packing import Layout, MicroBatch, build
 from rltrain.learner.ranks import make_accelerator, mixed_precision, require_whole_weights, sharded_loading
 from rltrain.learner.shards import MASTER
 from rltrain.model_limits import context_of
+from rltrain.shard_sums import ShardSums
+from rltrain.tensor_ops import Fingerprint
 from rltrain.types.policy import TokenRows
 from rltrain.types.tensor_parts import TensorPart, select_tensors
 from rltrain.watchdog import Deadline, no_deadline
@@ -95,6 +98,7 @@ class TrainedModel:
 
         self.version = 0
         self._nonfinite_in_a_row = 0
+        self._shard_sums: dict[torch.dtype, ShardSums] = {}
 
         probe = build(_probe_row(self.model.config), [0], layout=self.layout, device=self.device)
         require_repeatable(self.wrapped_model, probe, path=model.path, tolerance=ROUNDING[self.precision])
@@ -169,6 +173,29 @@ class TrainedModel:
                 full = self.backend.full_weight(tensor, dtype)
             yield name.removeprefix("model."), full
             del full
+
+    def weight_fingerprints(self, dtype: torch.dtype) -> dict[str, Fingerprint]:
+        """Of every weight rounded to ``dtype``, by checkpoint name, a tied weight's under each of its names.
+
+        From the shards: a collective that adds two numbers a weight and gathers none.
+        """
+        state = self.unwrapped_model.state_dict(keep_vars=True)
+        runs = {
+            name.removeprefix("model."): run
+            for name, tensor in state.items()
+            if (run := self.backend.local_run(tensor, dtype)) is not None
+        }
+        if dtype not in self._shard_sums:
+            missing = self.names.shapes.keys() - self.names.blocks.keys()
+            if missing:
+                raise UserError(
+                    f"{min(missing)!r} and {len(missing) - 1} other weights of the checkpoint are no blocks "
+                    "of the model's tensors, so that their shards cannot be proved; use rollout.engine vllm"
+                )
+            starts = self.gather([{name: run.start for name, run in runs.items()}])
+            self._shard_sums[dtype] = ShardSums(self.names.blocks, starts)
+        sums = self._shard_sums[dtype]
+        return sums.fingerprints(self.sum_over_ranks(sums.shares(runs, self.device)))
 
     def weight_norms(self) -> tuple[float, ...]:
         """The norm of each weight's master, in float64, in the order of ``model_weights``.
@@ -359,6 +386,10 @@ class ModelOwner:
     def names(self) -> CheckpointNames:
         """The names of the weights in a checkpoint."""
         return self.trained.names
+
+    def weight_fingerprints(self, dtype: torch.dtype) -> dict[str, Fingerprint]:
+        """``TrainedModel.weight_fingerprints``: a collective."""
+        return self.trained.weight_fingerprints(dtype)
 
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
         """``TrainedModel.optimizer_state``: a collective; every rank must iterate over all tensors."""

@@ -21,6 +21,8 @@ LAYERS = (
         "rltrain.registry",
         "rltrain.tensor_ops",
         "rltrain.seeds",
+        "rltrain.shard_sums",
+        "rltrain.weight_transfer",
         "rltrain.errors",
         "rltrain.interrupt",
         "rltrain.json_text",
@@ -53,10 +55,11 @@ LAYERS = (
 
 # package -> where it may be imported (a prefix of the path below the repository root)
 HOMES = {
-    "vllm": ("rltrain/rollout/engines/vllm/", "rltrain/sync/"),
+    "vllm": ("rltrain/rollout/engines/vllm/", "rltrain/rollout/worker/", "rltrain/sync/"),
     "accelerate": ("rltrain/learner/",),
     "deepspeed": ("rltrain/learner/",),
     "bitsandbytes": ("rltrain/learner/",),
+    "httpx": ("rltrain/rollout/worker/",),
     "peft": ("rltrain/learner/",),
     "textworld": ("rltrain/rollout/environments/text_game.py",),
     "huggingface_hub": ("rltrain/checkpoint/hub.py", "rltrain/data/", "rltrain/model_files.py"),

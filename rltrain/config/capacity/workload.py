@@ -25,6 +25,7 @@ from rltrain.config.schema import (
     SampledRecipe,
 )
 from rltrain.control import TOKEN_CONTROLS
+from rltrain.errors import UserError
 from rltrain.loss import LOSS_TERMS
 from rltrain.loss.policy import POLICY_LOSSES
 from rltrain.loss.preference import PREFERENCE_LOSSES
@@ -218,6 +219,11 @@ def moment_bytes(optimizer: Optimizer) -> float:
 
 def _engine_of(recipe: SampledRecipe) -> Engine:
     rollout = recipe.rollout
+    if rollout.engine == "vllm_server":
+        raise UserError(
+            "rollout.engine vllm_server samples in another process, on GPUs that these would have to be "
+            "divided with: the plan knows engines of the learner's processes only; add --engine vllm"
+        )
     is_vllm = rollout.engine == "vllm"
     return Engine(
         name=rollout.engine,

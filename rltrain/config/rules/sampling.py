@@ -11,6 +11,7 @@ from rltrain.config.rules.composition import MethodUse
 from rltrain.config.rules.optimizer import optimizer_problems
 from rltrain.config.rules.registries import ORDERS, REWARDS, REWARDS_WITH_CORRECT
 from rltrain.config.rules.rewards import is_user_function, user_function_problems
+from rltrain.config.rules.server import server_problems
 from rltrain.config.schema import MethodRef, Rollout, SampledRecipe
 from rltrain.config.user_files import check_method
 from rltrain.registry import Registry
@@ -85,6 +86,8 @@ def sampling_problems(recipe: SampledRecipe) -> Iterator[str]:
             )
     yield from _engine_ranks_problems(rollout)
     yield from _eval_problems(recipe)
+    if rollout.engine == "vllm_server":
+        yield from server_problems(rollout)
 
 
 def _engine_ranks_problems(rollout: Rollout) -> Iterator[str]:

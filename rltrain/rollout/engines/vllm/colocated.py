@@ -41,6 +41,7 @@ from rltrain.rollout.engines.vllm.process import (
     restore_classes,
     unchanged_process,
 )
+from rltrain.rollout.engines.vllm.shares import Product
 from rltrain.rollout.engines.vllm.tensor_parallel import EngineRanks, find_undividable, require_ranks
 from rltrain.seeds import stable_hash
 from rltrain.tensor_ops import Fingerprint
@@ -104,7 +105,7 @@ class VllmColocated:
         trusted = trusts(model, revision)
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusted)
         self._limit = min(max_model_len, _max_positions(config, max_model_len))
-        self._architecture, classes = _read_architecture(config, trusted=trusted)
+        self._architecture, classes = read_architecture(config, trusted=trusted)
         self._shapes = WeightShapes(self._architecture.shapes, self._architecture.parameters)
         self._owns_process_group = not torch.distributed.is_initialized()
         self._ranks = EngineRanks(tensor_parallel) if tensor_parallel > 1 else None
@@ -214,8 +215,11 @@ class VllmColocated:
         if self._ranks is None:
             read = partial(layer_fingerprints, places=self._places, architecture=architecture, names=names)
             return self._llm.apply_model(read)[0]
-        read = partial(layer_products, places=self._places, architecture=architecture, names=names)
-        return self._ranks.fingerprints(self._llm.apply_model(read)[0], architecture.shapes)
+
+        def read_products(model: Any) -> list[Product]:
+            return list(layer_products(model, self._places, architecture, names))
+
+        return self._ranks.fingerprints(self._llm.apply_model(read_products)[0])
 
     def _find_places(self, model: str) -> Mapping[str, Place]:
         """Where vLLM keeps each weight.
@@ -388,7 +392,7 @@ def require_device(learner: torch.device, current: int) -> None:
         )
 
 
-def _read_architecture(config: PreTrainedConfig, *, trusted: bool) -> tuple[Architecture, ClassStates]:
+def read_architecture(config: PreTrainedConfig, *, trusted: bool) -> tuple[Architecture, ClassStates]:
     """The architecture of transformers' model and the states of its classes, read without weights."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)

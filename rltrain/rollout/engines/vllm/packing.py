@@ -11,14 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "abandon_reload",
-    "expert_matrix",
-    "held_columns",
-    "pack_experts_on_reload",
-    "packed_columns",
-    "repack_heads",
-]
+__all__ = ["abandon_reload", "expert_matrix", "pack_experts_on_reload", "packed_columns", "repack_heads"]
 
 _DIGIT_BITS = 8  # whole numbers below 2**8 are exact in every floating-point type
 
@@ -70,18 +63,13 @@ def packed_columns(module: Any, entries: int) -> Iterator[tuple[int, Tensor]]:
     fingerprint is off by 1e-7 in float32 and by 1e-4 in bfloat16, where a step of 1e-6 moves it by about
     5e-6.
     """
-    columns = held_columns(module)
-    block = max(1, entries // module.output_size)
+    columns = getattr(module, "input_size_per_partition", module.input_size)
+    block = max(1, entries // getattr(module, "output_size_per_partition", module.output_size))
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         units = torch.zeros(stop - start, columns, dtype=module.params_dtype)
         units[torch.arange(stop - start), torch.arange(start, stop)] = 1
         yield start, module.quant_method.apply(module, units).t()
-
-
-def held_columns(module: Any) -> int:
-    """The columns of a linear layer's weight that this rank has."""
-    return getattr(module, "input_size_per_partition", module.input_size)
 
 
 def expert_matrix(module: Any, weights: Tensor, expert: int) -> Tensor:

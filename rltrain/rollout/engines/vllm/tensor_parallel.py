@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rltrain.errors import UserError
-from rltrain.rollout.engines.vllm.layers import Architecture, Place, ShardProduct
+from rltrain.rollout.engines.vllm.shares import Architecture, Place, Product
 from rltrain.tensor_ops import Fingerprint, product_fingerprint
 from rltrain.types.samples import Request
 
@@ -45,35 +45,29 @@ class EngineRanks:
         first = sum(map(len, shares[: get_tp_group().rank_in_group]))
         return [request for share in shares for request in share], range(first, first + len(requests))
 
-    def fingerprints(
-        self, products: Mapping[str, ShardProduct], shapes: Mapping[str, tuple[int, ...]]
-    ) -> dict[str, Fingerprint]:
-        """Of whole weights, by name, from the ``products`` of each rank's shards. shapes: of the wholes."""
-        everyone = self.gather(
-            {name: replace(shard, values=shard.values.double().cpu()) for name, shard in products.items()}
-        )
-        return {
-            name: product_fingerprint(name, join_products([held[name] for held in everyone], shapes[name]))
-            for name in products
-        }
+    def fingerprints(self, products: Sequence[Product]) -> dict[str, Fingerprint]:
+        """Of whole weights, by name, from the ``products`` of each rank's shards."""
+        everyone = self.gather([replace(product, values=product.values.cpu()) for product in products])
+        held: dict[str, list[Product]] = {}
+        for product in (product for shards in everyone for product in shards):
+            held.setdefault(product.name, []).append(product)
+        return {name: product_fingerprint(name, join_products(shards)) for name, shards in held.items()}
 
 
-def join_products(shards: Sequence[ShardProduct], shape: tuple[int, ...]) -> Tensor:
-    """The product of a whole weight, (rows,) float64, from those of its shards; NaN where they do not fit, or
-    where ranks that hold the same rows differ.
-
-    shape: of the whole weight.
+def join_products(shards: Sequence[Product]) -> Tensor:
+    """The product of a whole weight, (rows,) float64, from those of its shards; NaN where rows are missing,
+    or where ranks that hold the same rows differ.
     """
-    rows = shape[0]
-    values = [shard.values for shard in shards]
-    if all(shard.adds for shard in shards):
-        return torch.stack(values).sum(dim=0)
-    copies, rest = divmod(sum(map(len, values)), rows)
-    held = values[:: max(copies, 1)]
-    different = any(not torch.equal(value, held[place // copies]) for place, value in enumerate(values))
-    if rest or different:
-        return torch.full((rows,), math.nan, dtype=torch.float64)
-    return torch.cat(list(held))
+    first = shards[0]
+    if first.share.columns is not None:
+        return torch.stack([shard.values for shard in shards]).sum(dim=0)
+    whole = torch.full((first.share.count or len(first.values),), math.nan, dtype=torch.float64)
+    for shard in shards:
+        rows = slice(None) if shard.share.rows is None else shard.share.rows
+        before = whole[rows]
+        differs = ~before.isnan() & (before != shard.values)
+        whole[rows] = torch.where(differs, math.inf, shard.values.double())
+    return torch.where(whole.isinf(), math.nan, whole)
 
 
 def require_ranks(size: int, world_size: int) -> None:
