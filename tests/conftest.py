@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def likely_cost(item: pytest.Item) -> int:
-    """Hundredths of a second, roughly: an engine starts, a run or processes are started, neither."""
+    """A weight by markers, not a measurement: an engine starts, a run or processes are started, neither."""
     if item.get_closest_marker("vllm"):
         return 400
     return 200 if item.get_closest_marker("slow") else 2
@@ -33,8 +33,8 @@ def likely_cost(item: pytest.Item) -> int:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
-    """Takes what collecting made out of the garbage collector's sight: a full collection passes over a
-    hundredth of the objects, and tests that ask for one take milliseconds.
+    """Takes what collecting made out of the garbage collector's sight, so that tests that ask for a full
+    collection do not pass over it each time.
     """
     gc.collect()
     gc.freeze()
