@@ -75,7 +75,7 @@ class Bucket:
     def sizes(self) -> list[int]:
         """Bytes of each tensor, with the gap behind it."""
         return [
-            aligned(math.prod(shape) * dtype.itemsize)
+            align_size(math.prod(shape) * dtype.itemsize)
             for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
         ]
 
@@ -93,7 +93,7 @@ class Bucket:
         ]
 
 
-def aligned(size: int) -> int:
+def align_size(size: int) -> int:
     """``size`` bytes and the gap behind them."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 

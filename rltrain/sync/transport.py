@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 from rltrain.sync.targets import WorkerControl
-from rltrain.weight_transfer import Bucket, Membership, TransferGroup, aligned, allocate_buffer
+from rltrain.weight_transfer import Bucket, Membership, TransferGroup, align_size, allocate_buffer
 
 __all__ = ["WORKER_ERRORS", "Channel", "Pace", "Sender", "start_call", "wait_for"]
 
@@ -166,7 +166,7 @@ class Sender:
                 del weight
                 continue
             dtype = self.dtype if weight.is_floating_point() else weight.dtype
-            size = aligned(weight.numel() * dtype.itemsize)
+            size = align_size(weight.numel() * dtype.itemsize)
             if used + size > self.capacity and pending:
                 self._launch(pending, self._buffers[0][:used], is_last=False)
                 pending = {}
@@ -189,7 +189,7 @@ class Sender:
     def _send_alone(self, name: str, weight: Tensor) -> None:
         """Sends a weight that is larger than a buffer; it is gone before the next one is gathered."""
         buffer = weight.flatten().view(torch.uint8)
-        if gap := aligned(buffer.numel()) - buffer.numel():
+        if gap := align_size(buffer.numel()) - buffer.numel():
             buffer = torch.nn.functional.pad(buffer, (0, gap))
         self._land()
         self._start({name: weight}, buffer, is_last=False)
