@@ -160,9 +160,9 @@ def test_one_worker_alone_recovers_by_another_load(make_worker: Callable[[], Fak
 
 
 def test_parts_of_a_copy_add_up_and_every_copy_is_compared() -> None:
-    one_copy = {"norm": (1.0, 2.0, 0), "q": (1.0, 4.0, 0)}
-    other = {"norm": (1.0, 2.5, 1), "q": (2.0, 5.0, 0)}
-    first, second = combine_copies([one_copy, other])
+    first_process = {"norm": (1.0, 2.0, 0), "q": (1.0, 4.0, 0)}
+    second_process = {"norm": (1.0, 2.5, 1), "q": (2.0, 5.0, 0)}
+    first, second = combine_copies([first_process, second_process])
     assert first == {"norm": Fingerprint(1.0, 2.0), "q": Fingerprint(3.0, 9.0)}
     assert second == {"norm": Fingerprint(1.0, 2.5), "q": Fingerprint(3.0, 9.0)}
 

@@ -190,6 +190,7 @@ class Extension:
         return self._rltrain_places
 
 
+@torch.inference_mode()
 def read_sums(
     model: torch.nn.Module, places: Mapping[str, Place], architecture: Architecture, config: Any
 ) -> dict[str, tuple[float, float, int]]:
@@ -197,16 +198,18 @@ def read_sums(
     parallel = config.parallel_config
     products = list(layer_products(model, places, architecture))
     _add_columns([product for product in products if product.share.columns is not None])
-    is_first = get_tp_group().rank_in_group == 0
+    rank = get_tp_group().rank_in_group
     sums: dict[str, tuple[float, float, int]] = {}
     for product in products:
         share = product.share
-        if share.columns is not None and not is_first:
+        if share.columns is not None and rank > 0:
             continue  # the sum over all processes is the same in each
         rows = slice(None) if share.rows is None else share.rows.to(product.values.device)
         projection, norm = product_sums(product.name, product.values, rows=rows, count=share.count).tolist()
         engine = parallel.data_parallel_index * parallel.tensor_parallel_size
-        copy = share.copy if share.copy == SHARED_COPY else engine + share.copy
+        # A weight that is whole in every process is a copy in each.
+        local = share.copy if share.is_split else rank
+        copy = SHARED_COPY if share.copy == SHARED_COPY else engine + local
         sums[product.name] = projection, norm * norm, copy
     return sums
 
