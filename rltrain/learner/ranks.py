@@ -197,3 +197,10 @@ def _disable_compiled_collectives() -> None:
 
 def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
+
+
+def backend_name(accelerator: Accelerator) -> str:
+    """What divides the model among ranks, as ``rltrain plan --backend`` calls it; "ddp" for one process."""
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
+    return "fsdp2" if accelerator.distributed_type is DistributedType.FSDP else "ddp"

@@ -78,6 +78,7 @@ class Workload:
     head_chunk: int  # tokens whose logits exist at once; 0: no logits
     compute_bytes: int  # per number in a matrix product on a GPU
     notes: tuple[str, ...] = ()
+    fuses_layers: bool = False  # whether elementwise kernels of a trained model's layers are fused
 
     @property
     def policy(self) -> ModelShape:
@@ -156,9 +157,10 @@ def _offline_workload(recipe: OfflineRecipe, models: _Models) -> Workload:
         epochs=1,
         updates=1,
         checkpointing=learner.gradient_checkpointing,
-        head_chunk=0 if has_scalar_head else learner.head_chunk,
+        head_chunk=0 if has_scalar_head else learner.head_chunk_on("cuda"),
         compute_bytes=_compute_bytes(learner.precision),
         notes=tuple(models.notes),
+        fuses_layers=learner.kernels != "eager",
     )
 
 
@@ -194,9 +196,10 @@ def _sampled_workload(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models)
         epochs=learner.epochs,
         updates=learner.updates_per_step,
         checkpointing=learner.gradient_checkpointing,
-        head_chunk=learner.head_chunk,
+        head_chunk=learner.head_chunk_on("cuda"),
         compute_bytes=_compute_bytes(learner.precision),
         notes=tuple(models.notes),
+        fuses_layers=learner.kernels != "eager",
     )
 
 
