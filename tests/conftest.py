@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import pytest
-
-from support.scripts import script
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,8 +22,7 @@ def ctrl_c_is_heard() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_models() -> ModuleType:
-    """scripts/make_tiny_model.py as a module."""
-    return script("make_tiny_model")
+    return importlib.import_module("rltrain.build.tiny_model")
 
 
 @pytest.fixture(scope="session")
