@@ -126,12 +126,16 @@ def train(
     Exit code 3: stopped by SIGTERM or Ctrl-C, with a checkpoint; the same command continues.
     """
     checked = _load_checked(recipe, profile, _with_shorthands(overrides, engine, seed))
+    folder = run or Path("runs") / recipe.stem
+    if not folder.exists():
+        from rltrain.build.local_inputs import require_local_inputs
+
+        require_local_inputs(checked.recipe)
+    _say_while_loading("torch, tokenizer and data")
     from rltrain.cli.train import train_command
 
     with _trusting_code(checked.recipe.model.trust_remote_code):
-        raise typer.Exit(
-            train_command(checked.recipe, run or Path("runs") / recipe.stem, checked.warnings, resume)
-        )
+        raise typer.Exit(train_command(checked.recipe, folder, checked.warnings, resume))
 
 
 @app.command()
@@ -422,7 +426,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 1.0,
     max_prompt_tokens: Annotated[int, typer.Option(help="Longest prompt to make room for.", min=1)] = 256,
     max_tokens: Annotated[int, typer.Option(help="Tokens per completion.", min=1)] = 256,
-    engine: Annotated[str, typer.Option(help="transformers or vllm.", metavar="NAME")] = "transformers",
+    engine: Annotated[
+        str, typer.Option(help="transformers, vllm or vllm_server.", metavar="NAME")
+    ] = "transformers",
     seed: Annotated[int, typer.Option(help="Equal seeds give equal completions.")] = 0,
     source: Annotated[
         Path | None,
@@ -521,6 +527,46 @@ def tiny_model(
         typer.echo(json.dumps(models.measure_folder(out, **options)))
 
 
+@app.command()
+def worker(
+    recipe: RecipePath,
+    profile: Profile = None,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.", metavar="HOST")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free port.", min=0, max=65535, metavar="PORT")] = 0,
+    socket: Annotated[
+        Path | None, typer.Option(help="Listen at this Unix socket, not at a port.", metavar="PATH")
+    ] = None,
+    url_file: Annotated[
+        Path | None, typer.Option(help="Write the url to this file when it serves.", metavar="FILE")
+    ] = None,
+    log: Annotated[
+        Path | None,
+        typer.Option(help="File of what vLLM prints; by default a temporary one.", metavar="FILE"),
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key, for https.", metavar="FILE")] = None,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="Certificate, for https.", metavar="FILE")
+    ] = None,
+    tls_clients: Annotated[
+        Path | None,
+        typer.Option(
+            help="Serve only clients with a certificate that this authority signed.", metavar="FILE"
+        ),
+    ] = None,
+) -> None:
+    """Serve a recipe's model with vLLM, for rollout.engine vllm_server and rollout.server.url.
+
+    The run's token is read from the environment, RLTRAIN_WORKER_TOKEN, here and where the recipe trains.
+    """
+    checked = _load_checked(recipe, profile, overrides or [])
+    from rltrain.cli.worker import Listening, worker_command
+
+    where = Listening(host, port, socket, url_file, log, tls_key, tls_certificate, tls_clients)
+    with _trusting_code(checked.recipe.model.trust_remote_code):
+        raise typer.Exit(worker_command(checked.recipe, where))
+
+
 def main() -> None:
     """Entry point.
 
@@ -542,6 +588,12 @@ def _load_checked(recipe: Path, profile: str | None, overrides: Sequence[str]) -
     from rltrain.config.rules import check
 
     return check(load_recipe(recipe, profile=profile, overrides=overrides))
+
+
+def _say_while_loading(what: str) -> None:
+    """A line on a terminal while nothing else shows for some seconds."""
+    if os.environ.get("RANK", "0") == "0" and sys.stderr.isatty():
+        typer.echo(f"loading {what} ...", err=True)
 
 
 @contextmanager

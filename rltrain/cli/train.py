@@ -23,7 +23,7 @@ from rltrain.cli.session import is_main_process, joined_processes, rank_name, us
 from rltrain.config.schema import AnyRecipe
 from rltrain.errors import UserError, user_mistakes
 from rltrain.interrupt import resuming_command
-from rltrain.learner.ranks import agree
+from rltrain.learner.ranks import agree, request_offload
 from rltrain.report.reporter import Reporter
 from rltrain.train.loop import TrainingRun
 from rltrain.train.saving import (
@@ -57,6 +57,7 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
     if recipe.data.date is not None:
         lines.append(f"the date in prompts is {recipe.data.date} for the whole run (data.date)")
     with user_errors(recipe.train.deadline_seconds):
+        request_offload(recipe.learner.offload)
         inputs = workflow.load(recipe)
         digests = input_digests(recipe, inputs)
 
@@ -119,6 +120,7 @@ def _train(
         run.reporter.message(f"continue with: {resuming_command(sys.argv)}")
         return STOPPED
     finally:
+        run.writer.close()
         run.close()
     return 0
 

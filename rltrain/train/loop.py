@@ -62,6 +62,7 @@ class TrainingRun(ABC):
             if is_stopping or is_due(step, self.recipe.checkpoint.every):
                 checkpoint = self.writer.checkpoint(step, self.history)
                 if is_stopping:
+                    self.writer.wait()
                     raise Stopped(step, checkpoint)
 
     def finish(self) -> Path:

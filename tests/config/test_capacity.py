@@ -572,3 +572,36 @@ def test_the_page_of_plans_has_every_recipe() -> None:
     for folder_name in ("policy", "preference", "process_reward"):
         for path in (ROOT / "recipes" / folder_name).glob("*.yaml"):
             assert f"| {path.stem} |" in page or f"`{folder_name}/{path.stem}`" in page, path
+
+
+def terms_of(load: Workload, where: Cluster, phase: str) -> dict[str, int]:
+    [chosen] = [item for item in phases_of(load, where) if item.name == phase]
+    return {term.name: term.bytes for term in chosen.terms}
+
+
+def test_what_is_offloaded_is_on_the_host_and_not_on_the_gpu() -> None:
+    load = workload("policy/clip_cov", "7B")
+    eight = cluster(8, Backend.zero3)
+    at_work = terms_of(load, eight, "learner at rest")
+    for offload, left in (("optimizer", {"policy: weights"}), ("all", set())):
+        moved = replace(load, offload=offload)
+        assert {
+            name for name in terms_of(moved, eight, "learner at rest") if name.startswith("policy")
+        } == left
+        host = terms_of(moved, eight, "offloaded, on the host")
+        for name in ("policy: masters", "policy: AdamW"):
+            assert host[name] == 8 * at_work[name]
+        assert "policy: gradient" in host and "policy: gradient" not in terms_of(moved, eight, "update")
+    ddp = cluster(8, Backend.ddp)  # which can offload nothing
+    assert phases_of(replace(load, offload="all"), ddp) == phases_of(load, ddp)
+
+
+def test_ranks_of_one_engine_divide_its_weights_and_its_cache() -> None:
+    load = workload("policy/clip_cov", "7B")
+    eight = cluster(8, Backend.fsdp2)
+    assert load.engine is not None
+    together = replace(load, engine=replace(load.engine, ranks=2))
+    row, shared = (terms_of(item, eight, "one row in the engine") for item in (load, together))
+    for name in ("engine: weights", "cache of one longest row"):
+        assert shared[name] == row[name] // 2
+    assert cache_tokens(together, eight) > 2 * cache_tokens(load, eight)

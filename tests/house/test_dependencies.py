@@ -13,7 +13,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 # the distribution, where it has another name than the package that is imported
 DISTRIBUTIONS = {"yaml": "pyyaml", "math_verify": "math-verify"}
 # of extras: imported only where the recipe asks for them
-OPTIONAL = {"vllm", "deepspeed", "textworld", "peft"}
+OPTIONAL = {"vllm", "deepspeed", "textworld", "peft", "bitsandbytes"}
 
 
 def names(requirements: list[str]) -> set[str]:

@@ -21,16 +21,19 @@ LAYERS = (
         "rltrain.registry",
         "rltrain.tensor_ops",
         "rltrain.seeds",
+        "rltrain.shard_sums",
+        "rltrain.weight_transfer",
         "rltrain.errors",
         "rltrain.interrupt",
         "rltrain.json_text",
         "rltrain.model_files",
         "rltrain.remote_code",
-        "rltrain.template_date",
+        "rltrain.chat_template",
         "rltrain.watchdog",
         "rltrain.model_limits",
         "rltrain.process",
         "rltrain.round_trip",
+        "rltrain.head_scales",
     ),
     ("rltrain.weight_names",),
     ("rltrain.advantage", "rltrain.control"),
@@ -52,9 +55,11 @@ LAYERS = (
 
 # package -> where it may be imported (a prefix of the path below the repository root)
 HOMES = {
-    "vllm": ("rltrain/rollout/engines/vllm/", "rltrain/sync/"),
+    "vllm": ("rltrain/rollout/engines/vllm/", "rltrain/rollout/worker/", "rltrain/sync/"),
     "accelerate": ("rltrain/learner/",),
     "deepspeed": ("rltrain/learner/",),
+    "bitsandbytes": ("rltrain/learner/",),
+    "httpx": ("rltrain/rollout/worker/",),
     "peft": ("rltrain/learner/",),
     "textworld": ("rltrain/rollout/environments/text_game.py",),
     "huggingface_hub": ("rltrain/checkpoint/hub.py", "rltrain/data/", "rltrain/model_files.py"),
@@ -140,7 +145,7 @@ def complaint(module: str, imported: str) -> str | None:
         ("rltrain.reward.pool", "rltrain.errors", "reward stands alone"),
         ("rltrain.reward.pool", "rltrain.reward.score.Score", None),
         ("rltrain.reward.source", "rltrain", None),
-        ("rltrain.rollout.collate", "reward.score.Score", "it is called rltrain.reward"),
+        ("rltrain.rollout.collate", "reward.Score", "it is called rltrain.reward"),
     ],
 )
 def test_the_rule_itself(module: str, imported: str, why: str | None):

@@ -58,6 +58,7 @@ def said_by(
         writer=SimpleNamespace(  # type: ignore[arg-type]
             checkpoint=lambda step, scores: written("saved", step, scores),
             final=lambda step, scores: written("finished", step, scores),
+            wait=lambda: None,
         ),
         resumed=SimpleNamespace(random=(), step=done, evaluations=[{}] * done) if done else None,  # type: ignore[arg-type]
         should_stop=lambda: said[-1] == f"step {stop_in}",

@@ -23,6 +23,7 @@ from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
 from rltrain.config.schema import OnlineRecipe
 from rltrain.data.tokenization import load_tokenization
+from rltrain.process import ALONE
 from rltrain.protocols import RolloutEngine
 from rltrain.rollout.engines.transformers import engine as transformers_engine
 from rltrain.sync.fingerprint import WeightMismatchError
@@ -93,8 +94,7 @@ class Bench:
 
 def engine_of(recipe: OnlineRecipe) -> RolloutEngine:
     tokenization = load_tokenization(recipe.model, recipe.data, recipe.rollout)
-    device = torch.device("cpu")
-    return build_engine(recipe.model, recipe.data, recipe.rollout, "float32", tokenization, device)
+    return build_engine(recipe.model, recipe.data, recipe.rollout, "float32", tokenization, ALONE)
 
 
 def write_inputs(folder: Path) -> None:

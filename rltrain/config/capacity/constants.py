@@ -29,6 +29,7 @@ SLEEP_AND_WAKE = 2.0  # seconds per step; estimate
 MASTER_BYTES = 4  # per parameter: float32
 GRADIENT_BYTES = 4  # float32
 MOMENT_BYTES = 8  # AdamW's two, float32
+MOMENT_BYTES_8BIT = 2 + 2 * 4 / 256  # two numbers of 8 bits, and two float32 scales per block of 256
 FROZEN_BYTES = 4  # a frozen model is float32 and whole on every GPU
 REWARD_MODEL_BYTES = 2  # per parameter of a model that scores: bfloat16 on a GPU
 TENSORS_IN_FLIGHT = 2  # that a push or a save holds beyond the shards

@@ -20,7 +20,7 @@ from rltrain.config.capacity.constants import (
     SLEEP_AND_WAKE,
     Rates,
 )
-from rltrain.config.capacity.memory import kv_bytes, rows_at_once
+from rltrain.config.capacity.memory import engine_cache, engine_weights, rows_at_once
 from rltrain.config.capacity.shape import ModelShape
 from rltrain.config.capacity.workload import Engine, Workload
 
@@ -162,13 +162,12 @@ def _completion_tokens(load: Workload, tokens: int) -> int:
 
 def _rollout(load: Workload, engine: Engine, cluster: Cluster, rates: Rates) -> Duration:
     """One round. Every decoding step reads the weights and, on average, half-grown caches."""
-    rows = -(-engine.rows // cluster.gpus)
+    rows = -(-engine.rows * engine.ranks // cluster.gpus)
     at_once = max(1, rows_at_once(load, cluster))
     steps = rows * engine.completion_tokens / at_once
-    size = load.compute_bytes
     tokens = at_once * (engine.prompt_tokens + engine.completion_tokens // 2)
-    cache = kv_bytes(load.policy, tokens, size)
-    weights = size * load.policy.parameters
+    cache = engine_cache(load, engine, tokens)
+    weights = engine_weights(load, engine)
     step = (weights + cache) / rates.memory + DECODE_OVERHEAD
     limit = "all rows at once" if at_once == rows else f"{at_once} of {rows} rows at once"
     if at_once == engine.max_rows < rows:
