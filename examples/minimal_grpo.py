@@ -1,6 +1,6 @@
 """GRPO as a loop that one can read: sample, grade, compare within a prompt, update, push the weights.
 
-    python scripts/make_tiny_model.py --out .cache/tiny-model
+    rltrain tiny-model --out .cache/tiny-model
     python examples/minimal_grpo.py .cache/tiny-model --steps 30
 
 It trains a tiny model to add two numbers, on the parts of rltrain and without its recipes. What ``rltrain

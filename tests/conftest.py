@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import signal
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 import pytest
-
-from support.scripts import script
 
 
 @pytest.hookimpl(trylast=True)
@@ -51,8 +50,7 @@ def ctrl_c_is_heard() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_models() -> ModuleType:
-    """scripts/make_tiny_model.py as a module."""
-    return script("make_tiny_model")
+    return importlib.import_module("rltrain.build.tiny_model")
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,7 @@ def _require_model(model: Model) -> None:
     folder = Path(model.path)
     if is_local(model.path) and not folder.is_dir():
         hint = (
-            "; make it with: python scripts/make_tiny_model.py --out .cache/tiny-model"
+            "; make it with: rltrain tiny-model"
             if model.path.startswith(".cache/tiny")
             else "; give the folder of a model, or its name on the Hub"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,10 @@ app = typer.Typer(
     help="Post-trains language models with reinforcement learning. Start with: rltrain plan RECIPE",
 )
 
-RecipePath = Annotated[Path, typer.Argument(help="Recipe, a YAML file.", metavar="RECIPE")]
+RecipePath = Annotated[
+    Path, typer.Argument(help="Recipe: a YAML file, or the name of a shipped one.", metavar="RECIPE")
+]
+TINY_MODEL = Path(".cache/tiny-model")
 Profile = Annotated[
     str | None,
     typer.Option(
@@ -84,6 +88,12 @@ class Reduction(StrEnum):
     last = "last"
     sum = "sum"
     mean = "mean"
+
+
+class TinyTask(StrEnum):
+    arithmetic = "arithmetic"
+    gsm8k_calculator = "gsm8k_calculator"
+    calculator = "calculator"
 
 
 class Template(StrEnum):
@@ -445,6 +455,76 @@ def generate(
 
     with _trusting_code((*recipe.model.trust_remote_code, *(trust_remote_code or ()))):
         raise typer.Exit(generate_command(recipe, prompts, n, temperature, em_inf))
+
+
+@app.command()
+def recipes(
+    word: Annotated[
+        str, typer.Argument(help="Only those with this word in name, folder or title.", metavar="[WORD]")
+    ] = "",
+) -> None:
+    """List the shipped recipes, which every command takes by name."""
+    from rltrain.config.shipped import RECIPES_FOLDER, find_recipes
+
+    rows = find_recipes(word)
+    if not rows:
+        raise UserError(f"no shipped recipe has {word!r} in its name, folder or title; leave the word out")
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for name, folder, title in rows:
+        typer.echo(f"{name:<{widths[0]}}  {folder:<{widths[1]}}  {title}")
+    typer.echo(f"files, profiles and accelerate configs: {RECIPES_FOLDER}")
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.", metavar="NAME")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; by default NAME.yaml here.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Copy a shipped recipe, with its comments, to change it."""
+    from rltrain.config.shipped import copy_recipe
+
+    target = Path(f"{name}.yaml") if out is None else out
+    copy_recipe(name, target)
+    typer.echo(f"{target}: train it with rltrain train {target}")
+
+
+@app.command(name="tiny-model")
+def tiny_model(
+    out: Annotated[Path, typer.Option(help="Folder of the model.", metavar="DIR")] = Path(
+        ".cache/tiny-model"
+    ),
+    task: Annotated[TinyTask, typer.Option(help="What it almost knows.")] = TinyTask.arithmetic,
+    data: Annotated[
+        str | None, typer.Option(help="GSM8K's train.jsonl, for gsm8k_calculator.", metavar="FILE")
+    ] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="GSM8K's test.jsonl, for gsm8k_calculator.", metavar="FILE")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal weights.", metavar="N")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps at most; by default the task's.", min=1, metavar="N")
+    ] = None,
+    right: Annotated[
+        float | None,
+        typer.Option(help="Stop at this probability of a right sampled answer.", min=0.0, metavar="P"),
+    ] = None,
+    tied: Annotated[bool, typer.Option("--tied", help="Output head tied to the embeddings.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Print pass@1 and pass@8 on held-out problems, as JSON.")
+    ] = False,
+) -> None:
+    """Make the model of a million parameters that --profile tiny_cpu trains, in seconds."""
+    from rltrain.build import tiny_model as models
+
+    options = {"task": task.value, "data": data, "held_out": held_out}
+    try:
+        models.make_tiny_model(out, **options, seed=seed, steps=steps, right=right, tied=tied, say=typer.echo)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if measure:
+        typer.echo(json.dumps(models.measure_folder(out, **options)))
 
 
 @app.command()

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from rltrain.config.explain import explain
 from rltrain.config.schema import RECIPES, AnyRecipe, OfflineRecipe, OfflineReport, OnlineRecipe, Section
-from rltrain.config.shipped import RECIPES_FOLDER, find_recipe, is_recipe_name
+from rltrain.config.shipped import RECIPES_FOLDER, find_recipe, is_recipe_name, recipe_file
 from rltrain.config.user_files import (
     absolute_name,
     drop_digest,
@@ -85,11 +85,12 @@ _ORDER_KEY = "order"
 
 
 def load_recipe(path: str | Path, *, profile: str | None = None, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """The recipe at ``path`` under a profile (a name or a file) and ``--set`` overrides.
+    """The recipe at ``path``, or the shipped recipe of that name, under a profile (a name or a file) and
+    ``--set`` overrides.
 
     Raises RecipeError with every problem.
     """
-    path = Path(path)
+    path = recipe_file(path)
     layers = [with_absolute_files(layer, Path(layer.source).parent) for layer in recipe_layers(read(path))]
 
     data: dict[str, Any] = {}
@@ -271,7 +272,11 @@ def recipe_layers(recipe: Document, extending: tuple[Path, ...] = ()) -> list[Do
         )
     chain = (*extending, Path(recipe.source))
     try:
-        path = find_recipe(extends) if is_recipe_name(extends) else Path(recipe.source).parent / extends
+        path = (
+            find_recipe(extends, bases=True)
+            if is_recipe_name(extends)
+            else Path(recipe.source).parent / extends
+        )
         files = [file.resolve() for file in chain]
         if path.resolve() in files:
             circle = " -> ".join(map(str, (*chain[files.index(path.resolve()) :], path)))

@@ -97,7 +97,7 @@ def tokenization_of(model: Model, sizes: Mapping[str, int], chat_template: str =
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         hint = (
-            "; make it with: python scripts/make_tiny_model.py --out .cache/tiny-model"
+            "; make it with: rltrain tiny-model"
             if model.path.startswith(".cache/tiny")
             else ""
         )

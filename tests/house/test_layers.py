@@ -145,7 +145,7 @@ def complaint(module: str, imported: str) -> str | None:
         ("rltrain.reward.pool", "rltrain.errors", "reward stands alone"),
         ("rltrain.reward.pool", "rltrain.reward.score.Score", None),
         ("rltrain.reward.source", "rltrain", None),
-        ("rltrain.rollout.collate", "reward.score.Score", "it is called rltrain.reward"),
+        ("rltrain.rollout.collate", "reward.Score", "it is called rltrain.reward"),
     ],
 )
 def test_the_rule_itself(module: str, imported: str, why: str | None):

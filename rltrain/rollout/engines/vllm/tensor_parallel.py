@@ -61,13 +61,13 @@ def join_products(shards: Sequence[Product]) -> Tensor:
     first = shards[0]
     if first.share.columns is not None:
         return torch.stack([shard.values for shard in shards]).sum(dim=0)
-    whole = torch.full((first.share.count or len(first.values),), math.nan, dtype=torch.float64)
+    product = torch.full((first.share.count or len(first.values),), math.nan, dtype=torch.float64)
     for shard in shards:
         rows = slice(None) if shard.share.rows is None else shard.share.rows
-        before = whole[rows]
+        before = product[rows]
         differs = ~before.isnan() & (before != shard.values)
-        whole[rows] = torch.where(differs, math.inf, shard.values.double())
-    return torch.where(whole.isinf(), math.nan, whole)
+        product[rows] = torch.where(differs, math.inf, shard.values.double())
+    return torch.where(product.isinf(), math.nan, whole)
 
 
 def require_ranks(size: int, world_size: int) -> None:
