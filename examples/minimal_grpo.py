@@ -1,6 +1,6 @@
 """GRPO as a loop that one can read: sample, grade, compare within a prompt, update, push the weights.
 
-    python scripts/make_tiny_model.py --out .cache/tiny-model
+    rltrain tiny-model --out .cache/tiny-model
     python examples/minimal_grpo.py .cache/tiny-model --steps 30
 
 It trains a tiny model to add two numbers, on the parts of rltrain and without its recipes. What ``rltrain
@@ -16,7 +16,6 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from reward.score import Score
 from rltrain.advantage import ADVANTAGES
 from rltrain.advantage.stage import compute_advantages
 from rltrain.config.schema import Learner, Model, Optimizer
@@ -24,6 +23,7 @@ from rltrain.learner.policy_learner import PolicyLearner
 from rltrain.loss import AGGREGATES
 from rltrain.loss.objective import Objective
 from rltrain.loss.policy import POLICY_LOSSES
+from rltrain.reward.score import Score
 from rltrain.rollout.collate import collate
 from rltrain.rollout.engines.transformers.engine import TransformersEngine
 from rltrain.rollout.groups import sample_groups

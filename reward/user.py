@@ -1,9 +1,11 @@
-"""Loads a user's reward, ``path/to/file.py:function``, by its path. The signature decides between two forms:
+"""Loads a user's reward, ``path/to/file.py:function``, by its path. The signature decides its form:
 
     def f(inputs: RewardInputs, **hp) -> list[Score | float | None]
     def f(completions, prompts, answer, **columns) -> list[float | None]
+    def f(data_source, solution_str, ground_truth, extra_info=None, **hp) -> float | dict
 
-The second is TRL's (``reward/trl_form.py``). Either may be ``async def``. None leaves a completion ungraded.
+The second is TRL's (``reward/trl_form.py``), the third verl's (``reward/verl_form.py``). Each may be ``async
+def``. None leaves a completion ungraded.
 ``@reward("name", scope="group")`` above the first form declares that scores depend on one another.
 """
 
@@ -17,13 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from reward.score import RewardInputs
-from reward.source import import_file
-from reward.trl_form import TrlFunction
+from rltrain.reward.score import RewardInputs
+from rltrain.reward.source import import_file
+from rltrain.reward.trl_form import TrlFunction
+from rltrain.reward.verl_form import VerlFunction, is_verl_form
+
+_VERL_KEYS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
 _FORMS = (
     "write f(inputs, **hp) -> list of Score, float or None; or TRL's f(completions, prompts, **columns) -> "
-    "list of float or None"
+    "list of float or None; or verl's f(data_source, solution_str, ground_truth, extra_info=None)"
 )
 
 
@@ -102,6 +107,15 @@ def _bind(spec: str, function: Callable[..., Any], hp: Mapping[str, Any]) -> Cal
                 f"reward {spec!r}: {function.__name__}{signature} does not take {refused}; {_FORMS}"
             )
         return TrlFunction(function, dict(hp))
+    if is_verl_form(function):
+        unknown = [] if takes_keywords else [key for key in hp if key not in signature.parameters]
+        missing = [key for key in _VERL_KEYS if key not in signature.parameters and not takes_keywords]
+        if unknown or missing:
+            raise ValueError(
+                f"reward {spec!r}: {function.__name__}{signature} does not take "
+                f"{', '.join([*unknown, *missing])}; {_FORMS}"
+            )
+        return VerlFunction(function, dict(hp))
     try:
         signature.bind(None, **hp)
     except TypeError as error:

@@ -143,6 +143,9 @@ def _segment_sum(values: Tensor, inverse: Tensor, count: Tensor) -> Tensor:
     return torch.zeros(count.shape[0], dtype=values.dtype, device=values.device).index_add(0, inverse, values)
 
 
+_ALL_ROWS = slice(None)
+
+
 class Fingerprint(NamedTuple):
     """Two float64 sums over the rows of y = W v, with u and v fixed random signs.
 
@@ -168,14 +171,24 @@ def weight_fingerprint(name: str, weight: Tensor) -> Fingerprint:
     ``weight`` is (out, in), or (out,) for a bias or scale, where y is the weight itself; further dimensions
     count as columns.
     """
+    return product_fingerprint(name, weight_product(name, weight))
+
+
+def weight_product(name: str, weight: Tensor, *, first_column: int = 0, columns: int | None = None) -> Tensor:
+    """(rows,) float64 y = W v of a weight or of some of its rows; the weight itself if it has one dimension.
+
+    first_column, columns: where ``weight`` holds only some columns, their place among so many; the products
+    of all columns add up to y.
+    """
     if weight.ndim < 2:
-        return product_fingerprint(name, weight)
+        return weight.double()
     matrix = weight.flatten(1)
-    signs = fingerprint_input(name, weight.flatten(1).shape[1], weight.device)
+    signs = fingerprint_input(name, matrix.shape[1] if columns is None else columns, weight.device)
+    signs = signs[first_column : first_column + matrix.shape[1]]
     # A block of float64 copies fits a CPU's cache; on a GPU it is 128 MiB, because launches cost time.
     block = 1 << 16 if weight.device.type == "cpu" else 1 << 24
-    rows = max(1, block // matrix.shape[1])
-    return product_fingerprint(name, torch.cat([part.double() @ signs for part in matrix.split(rows)]))
+    rows = max(1, block // max(matrix.shape[1], 1))
+    return torch.cat([part.double() @ signs for part in matrix.split(rows)])
 
 
 def fingerprint_input(name: str, columns: int, device: torch.device) -> Tensor:
@@ -187,10 +200,17 @@ def product_fingerprint(name: str, product: Tensor) -> Fingerprint:
     """Fingerprint from ``product (out,)`` = W v, for engines that can run a layer but not read its packed
     weight.
     """
-    product = product.double()
-    signs = _signs(name, "out", product.shape[0], product.device).double()
-    projection, norm = torch.stack([signs @ product, product.norm()]).tolist()
+    projection, norm = product_sums(name, product).tolist()
     return Fingerprint(projection, norm * norm)  # the root of the rounded square of a norm is that norm
+
+
+def product_sums(
+    name: str, product: Tensor, *, rows: Tensor | slice = _ALL_ROWS, count: int | None = None
+) -> Tensor:
+    """(2,) float64 u.y and |y| of ``product (n,)``, which are ``rows`` of the ``count`` rows of y."""
+    product = product.double()
+    signs = _signs(name, "out", product.shape[0] if count is None else count, product.device)
+    return torch.stack([signs[rows].double() @ product, product.norm()])
 
 
 # A byte per row and column of a large model's weights is cached: drawing signs costs more than using them.

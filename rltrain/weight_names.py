@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -22,6 +23,8 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+
+from rltrain.shard_sums import Block
 
 __all__ = ["CheckpointNames"]
 
@@ -50,6 +53,18 @@ class CheckpointNames:
         # Shapes by the names inside the model, and by checkpoint name.
         self.inside = {name: tuple(tensor.shape) for name, tensor in state.items()}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in outside.items()}
+
+        # Where each weight of a checkpoint lies in a tensor of the model; without those that transformers
+        # computes from several, or whose entries lie apart.
+        with _WithoutCopies():
+            views = dict(self._outward.apply(state.items()))
+        sources = {tensor.untyped_storage()._cdata: name for name, tensor in state.items()}
+        self.blocks = {
+            name: Block(source, int(tensor.storage_offset()), tuple(tensor.shape))
+            for name, tensor in views.items()
+            if (source := sources.get(tensor.untyped_storage()._cdata)) is not None
+            if tensor.is_contiguous()
+        }
 
         # Checkpoint names of the parameters; a tied weight under its first name.
         trained = [(name, state[name]) for name, _ in model.named_parameters()]
@@ -88,6 +103,17 @@ class CheckpointNames:
     def _checkpoint_name(self, name: str) -> str:
         """The checkpoint name of a weight that is not fused with others; tied ones never are."""
         return self._outward.keys[name][0]
+
+
+class _WithoutCopies(TorchFunctionMode):
+    """Inside, a copy of a tensor in another layout is the tensor itself, so that its place can be read."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.Tensor.contiguous, torch.Tensor.clone):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _without_values(tensor: Any) -> Tensor:

@@ -15,7 +15,6 @@ numbers depend on the processor.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -179,11 +178,9 @@ def series(run_folder: Path) -> Series:
 
 def tiny_model(folder: Path) -> Path:
     """The seeded, untrained model from which every golden run starts."""
-    spec = importlib.util.spec_from_file_location("make_tiny_model", ROOT / "scripts" / "make_tiny_model.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.make_random_model(folder / "model", tied=False, seed=0)
+    from rltrain.build.tiny_model import make_random_model
+
+    return make_random_model(folder / "model", tied=False, seed=0)
 
 
 def write(path: Path, name: str, series: Series) -> None:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from make_text_model import BLOCK, BLOCKS, encode, pretrain, train_tokenizer
-from make_tiny_model import save_model, tiny_model
 
+from rltrain.build.tiny_model import save_model, tiny_model
 from rltrain.seeds import stable_hash
 
 VOCABULARY = 2048

@@ -2,7 +2,7 @@
 and its labelled solutions.
 
     # a model that nearly knows how to add
-    python scripts/make_tiny_model.py --out .cache/tiny-model
+    rltrain tiny-model --out .cache/tiny-model
     # problems, and that model trained to add in chains
     python scripts/make_step_task.py model --out .cache/chains
     # solutions with labels of outcome and steps
@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from make_tiny_model import IGNORED, reproducible, save_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 from rltrain.analysis.first_error import first_wrong
+from rltrain.build.tiny_model import IGNORED, reproducible, save_model
 from rltrain.config.load import load_recipe
 from rltrain.config.schema import OnlineRecipe
 from rltrain.seeds import stable_hash

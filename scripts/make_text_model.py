@@ -23,9 +23,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import make_tiny_model
 import torch
-from make_tiny_model import (
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
+
+import rltrain.build.tiny_model
+from rltrain.build.tiny_model import (
     IGNORED,
     MAX_POSITIONS,
     arguments_of,
@@ -35,10 +39,6 @@ from make_tiny_model import (
     reproducible,
     tiny_model,
 )
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
-
 from rltrain.config.schema import JudgedData
 from rltrain.data.judged import judged_rows, require_one_form
 from rltrain.data.preferences import parse_transcript
@@ -83,7 +83,7 @@ def make_text_model(
     out = Path(out)
     files = (Path(data), Path(held_out))
     made_with = arguments_of(
-        files, __file__, make_tiny_model.__file__, seed=seed, steps=steps, vocabulary=vocabulary
+        files, __file__, rltrain.build.tiny_model.__file__, seed=seed, steps=steps, vocabulary=vocabulary
     )
     if read_record(out) == made_with:
         print(f"{out}: already made with these arguments")

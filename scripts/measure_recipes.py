@@ -1,7 +1,7 @@
 """Measures every recipe at laptop scale: trains each once under a profile and writes the held-out numbers to
 recipes/measured.json.
 
-    python scripts/make_tiny_model.py --out .cache/tiny-model
+    rltrain tiny-model --out .cache/tiny-model
     python scripts/measure_recipes.py [RECIPE...] [--steps 40] [--seed 0] [--out runs/measured]
 
 One seed and few steps (``--steps`` for recipes that sample, the profile's for data sets) are enough to see

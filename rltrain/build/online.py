@@ -17,6 +17,7 @@ from rltrain.build.inputs import RunInputs
 from rltrain.build.outputs import PROCESS, TrainingState, build_outputs, initial_model, resume
 from rltrain.build.rollout import build_rollout
 from rltrain.checkpoint.random_state import seed_everything
+from rltrain.checkpoint.run_state import is_sharded
 from rltrain.config.rules.registries import ORDERS
 from rltrain.config.schema import (
     Learner,
@@ -222,6 +223,8 @@ def build_process_reward(
     if settings is None:
         return None
     checkpoint = context.checkpoint
+    if checkpoint is not None and not is_sharded(checkpoint):
+        checkpoint /= PROCESS
     revision = policy.revision if settings.path is None else None
     changes = {
         "path": settings.path or policy.path,
@@ -231,7 +234,7 @@ def build_process_reward(
     }
     origin = policy.model_copy(update=changes)
     return ProcessRewardLearner(
-        initial_model(origin, None if checkpoint is None else checkpoint / PROCESS),
+        initial_model(origin, checkpoint),
         origin,
         settings,
         learner,

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from rltrain.build.context import RunContext
+from rltrain.checkpoint.background_save import BackgroundSave
 from rltrain.checkpoint.export import export_model
 from rltrain.checkpoint.model_card import model_card
 from rltrain.checkpoint.random_state import random_state
 from rltrain.checkpoint.run_folder import describe_environment
-from rltrain.checkpoint.run_state import RunState, read_state, restoring, write_state
+from rltrain.checkpoint.run_state import RunState, is_sharded, read_state, restoring, write_state
 from rltrain.config.schema import Checkpoint, Model, OfflineReport, Report, SampledRecipe
 from rltrain.control.coefficient import Controller
 from rltrain.data.tokenization import Tokenization
 from rltrain.errors import UserError, user_mistakes
 from rltrain.learner.process_reward import ProcessRewardLearner
+from rltrain.learner.ranks import background_group
 from rltrain.learner.trained_model import ModelOwner
 from rltrain.remote_code import trust_copy
 from rltrain.report.law import Law
@@ -33,6 +35,7 @@ from rltrain.report.transcripts import Transcripts
 from rltrain.rollout.colocated import ColocatedRollouts
 from rltrain.sync.colocated import Sync
 from rltrain.train.saving import ModelWriter
+from rltrain.types.tensor_parts import TensorPart, select_tensors
 
 # folder of the process reward model below the policy's, and prefix of its optimizer's tensors
 PROCESS = "process_reward"
@@ -122,7 +125,25 @@ def build_model_writer(
             environment={**describe_environment(), "run": folder.run_id},
         )
 
-    return ModelWriter(folder, write, snapshot, settings.keep, is_main)
+    background = _background_save(settings, context, partial(_trained_parts, learner, process))
+    return ModelWriter(folder, write, snapshot, settings.keep, is_main, background)
+
+
+def _trained_parts(learner: ModelOwner, process: ProcessRewardLearner | None) -> Iterator[TensorPart]:
+    """This rank's parts of everything that is trained."""
+    yield from learner.parts()
+    for part in () if process is None else process.parts():
+        yield replace(part, name=f"{PROCESS}:{part.name}")
+
+
+def _background_save(
+    settings: Checkpoint, context: RunContext, parts: Callable[[], Iterator[TensorPart]]
+) -> BackgroundSave | None:
+    """What writes sharded checkpoints; None where they are whole."""
+    if settings.format == "whole":
+        return None
+    prune = partial(context.folder.prune_checkpoints, settings.keep)
+    return BackgroundSave(context.process, background_group(), parts, prune)
 
 
 def build_outputs(
@@ -195,14 +216,12 @@ class TrainingState:
         """Restores all but the weights and the random generators. Raises UserError if the data differ."""
         require_same_data(state, self.prompts, "prompts")
         prefix = f"{PROCESS}:"
-        process_tensors = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in state.tensors.items()
-            if name.startswith(prefix)
-        }
-        tensors = {name: tensor for name, tensor in state.tensors.items() if not name.startswith(prefix)}
+        tensors = select_tensors(state.tensors, lambda name: None if name.startswith(prefix) else name)
         self.learner.restore(tensors, state.learner)
         if self.process is not None:
+            process_tensors = select_tensors(
+                state.tensors, lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None
+            )
             self.process.restore(process_tensors, state.process_reward)
         with user_mistakes():
             self.source.load_state_dict(
@@ -237,9 +256,9 @@ def data_digest(items: Iterable[object]) -> str:
 
 def initial_model(model: _Model, checkpoint: Path | None) -> _Model:
     """The model whose weights a learner loads: the recipe's, or ``checkpoint``, which has the optimizer's
-    float32 weights.
+    float32 weights. Those of a sharded checkpoint are restored with the optimizer's state.
     """
-    if checkpoint is None:
+    if checkpoint is None or is_sharded(checkpoint):
         return model
     trust_copy(checkpoint, model.path, model.revision)
     return model.model_copy(update={"path": str(checkpoint), "revision": None})

@@ -86,7 +86,7 @@ def build_rollout(
     precision = learner.trained.settings.precision
     order = build_order(data.order, prompts, rollout.prompts, seed, learner, fresh=context.is_fresh)
     with process.deadline(f"the {rollout.engine} engine", "to start"):
-        engine = build_engine(model, data, rollout, precision, inputs.tokenization, process.device)
+        engine = build_engine(model, data, rollout, precision, inputs.tokenization, process)
     sampler = build_sampler(data, rollout, engine, inputs.tokenization)
     sync = build_sync(sync_settings, engine, learner.names, seed, process.deadline)
     batch_tokens = learner.trained.settings.tokens_per_micro_batch

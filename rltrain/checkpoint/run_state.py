@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, ValidationError, create_model
@@ -28,12 +29,14 @@ from torch import Tensor
 
 from rltrain.checkpoint.export import MANIFEST, file_hashes
 from rltrain.checkpoint.run_folder import RunFolder
+from rltrain.checkpoint.shards import INDEX, ShardedTensors
 from rltrain.checkpoint.tensor_files import read_tensors, write_tensors
 from rltrain.errors import UserError
 from rltrain.json_text import parse_json
 
 _STATE = Path("training", "state.json")
 _TENSORS = Path("training", "optimizer.safetensors")
+SHARDS = Path("training", "shards")  # parts of weights and optimizer state, in place of both
 _FORMAT = 2  # of state.json; raised when an older rltrain could not read it
 
 
@@ -90,10 +93,20 @@ def write_state(folder: Path, state: RunState, tensors: Iterable[tuple[str, Tens
     tensors: the optimizer's, by parameter name and slot, written as they arrive. Raises OSError or
     SafetensorError when the disk refuses.
     """
+    write_plain_state(folder, state)
+    write_tensors(folder / _TENSORS.parent, _TENSORS.stem, tensors)
+
+
+def write_plain_state(folder: Path, state: RunState) -> None:
+    """``write_state`` without the tensors, which the ranks write into ``folder / SHARDS``."""
     plain = {name: getattr(state, name) for name in _PLAIN_FIELDS}
     (folder / _STATE).parent.mkdir()
     (folder / _STATE).write_text(json.dumps({"format": _FORMAT, **plain}) + "\n", encoding="utf-8")
-    write_tensors(folder / _TENSORS.parent, _TENSORS.stem, tensors)
+
+
+def is_sharded(checkpoint: Path) -> bool:
+    """Whether the ranks wrote their own parts of ``checkpoint``, which then holds no model folder."""
+    return (checkpoint / SHARDS).is_dir()
 
 
 def read_verified(checkpoint: Path) -> RunState:
@@ -133,7 +146,9 @@ def read_verified(checkpoint: Path) -> RunState:
 
 def _has_tensors(listed: Collection[str]) -> bool:
     """Whether a manifest lists the optimizer's tensors, in one file or several."""
-    return any(name.startswith(str(_TENSORS.with_suffix(""))) for name in listed)
+    return str(SHARDS / INDEX) in listed or any(
+        name.startswith(str(_TENSORS.with_suffix(""))) for name in listed
+    )
 
 
 def read_own(folder: RunFolder, checkpoint: Path) -> RunState:
@@ -173,14 +188,27 @@ def read_state(checkpoint: Path) -> RunState:
         _PlainState.model_validate(plain)
         if any(size < 0 for size in plain["reported"].values()):
             raise ValueError("reported: the size of a file is below 0")
-        return RunState(tensors=read_tensors(checkpoint / _TENSORS.parent, _TENSORS.stem), **plain)
+        if is_sharded(checkpoint):
+            tensors: Mapping[str, Tensor] = ShardedTensors(checkpoint / SHARDS)
+        else:
+            tensors = read_tensors(checkpoint / _TENSORS.parent, _TENSORS.stem)
+        return RunState(tensors=tensors, **plain)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         raise DamagedCheckpointError(
             f"{checkpoint / _STATE}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}, got "
             f"{problem['input']!r:.80}; resume from another one"
         ) from error
-    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        ImportError,
+        EOFError,
+        UnpicklingError,
+        SafetensorError,
+    ) as error:
         if isinstance(error, UserError):
             raise
         raise DamagedCheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,10 @@ app = typer.Typer(
     help="Post-trains language models with reinforcement learning. Start with: rltrain plan RECIPE",
 )
 
-RecipePath = Annotated[Path, typer.Argument(help="Recipe, a YAML file.", metavar="RECIPE")]
+RecipePath = Annotated[
+    Path, typer.Argument(help="Recipe: a YAML file, or the name of a shipped one.", metavar="RECIPE")
+]
+TINY_MODEL = Path(".cache/tiny-model")
 Profile = Annotated[
     str | None,
     typer.Option(
@@ -86,6 +90,12 @@ class Reduction(StrEnum):
     mean = "mean"
 
 
+class TinyTask(StrEnum):
+    arithmetic = "arithmetic"
+    gsm8k_calculator = "gsm8k_calculator"
+    calculator = "calculator"
+
+
 class Template(StrEnum):
     auto = "auto"
     none = "none"
@@ -116,12 +126,16 @@ def train(
     Exit code 3: stopped by SIGTERM or Ctrl-C, with a checkpoint; the same command continues.
     """
     checked = _load_checked(recipe, profile, _with_shorthands(overrides, engine, seed))
+    folder = run or Path("runs") / recipe.stem
+    if not folder.exists():
+        from rltrain.build.local_inputs import require_local_inputs
+
+        require_local_inputs(checked.recipe)
+    _say_while_loading("torch, tokenizer and data")
     from rltrain.cli.train import train_command
 
     with _trusting_code(checked.recipe.model.trust_remote_code):
-        raise typer.Exit(
-            train_command(checked.recipe, run or Path("runs") / recipe.stem, checked.warnings, resume)
-        )
+        raise typer.Exit(train_command(checked.recipe, folder, checked.warnings, resume))
 
 
 @app.command()
@@ -412,7 +426,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 1.0,
     max_prompt_tokens: Annotated[int, typer.Option(help="Longest prompt to make room for.", min=1)] = 256,
     max_tokens: Annotated[int, typer.Option(help="Tokens per completion.", min=1)] = 256,
-    engine: Annotated[str, typer.Option(help="transformers or vllm.", metavar="NAME")] = "transformers",
+    engine: Annotated[
+        str, typer.Option(help="transformers, vllm or vllm_server.", metavar="NAME")
+    ] = "transformers",
     seed: Annotated[int, typer.Option(help="Equal seeds give equal completions.")] = 0,
     source: Annotated[
         Path | None,
@@ -441,6 +457,116 @@ def generate(
         raise typer.Exit(generate_command(recipe, prompts, n, temperature, em_inf))
 
 
+@app.command()
+def recipes(
+    word: Annotated[
+        str, typer.Argument(help="Only those with this word in name, folder or title.", metavar="[WORD]")
+    ] = "",
+) -> None:
+    """List the shipped recipes, which every command takes by name."""
+    from rltrain.config.shipped import RECIPES_FOLDER, find_recipes
+
+    rows = find_recipes(word)
+    if not rows:
+        raise UserError(f"no shipped recipe has {word!r} in its name, folder or title; leave the word out")
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for name, folder, title in rows:
+        typer.echo(f"{name:<{widths[0]}}  {folder:<{widths[1]}}  {title}")
+    typer.echo(f"files, profiles and accelerate configs: {RECIPES_FOLDER}")
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.", metavar="NAME")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; by default NAME.yaml here.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Copy a shipped recipe, with its comments, to change it."""
+    from rltrain.config.shipped import copy_recipe
+
+    target = Path(f"{name}.yaml") if out is None else out
+    copy_recipe(name, target)
+    typer.echo(f"{target}: train it with rltrain train {target}")
+
+
+@app.command(name="tiny-model")
+def tiny_model(
+    out: Annotated[Path, typer.Option(help="Folder of the model.", metavar="DIR")] = Path(
+        ".cache/tiny-model"
+    ),
+    task: Annotated[TinyTask, typer.Option(help="What it almost knows.")] = TinyTask.arithmetic,
+    data: Annotated[
+        str | None, typer.Option(help="GSM8K's train.jsonl, for gsm8k_calculator.", metavar="FILE")
+    ] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="GSM8K's test.jsonl, for gsm8k_calculator.", metavar="FILE")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal weights.", metavar="N")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps at most; by default the task's.", min=1, metavar="N")
+    ] = None,
+    right: Annotated[
+        float | None,
+        typer.Option(help="Stop at this probability of a right sampled answer.", min=0.0, metavar="P"),
+    ] = None,
+    tied: Annotated[bool, typer.Option("--tied", help="Output head tied to the embeddings.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Print pass@1 and pass@8 on held-out problems, as JSON.")
+    ] = False,
+) -> None:
+    """Make the model of a million parameters that --profile tiny_cpu trains, in seconds."""
+    from rltrain.build import tiny_model as models
+
+    options = {"task": task.value, "data": data, "held_out": held_out}
+    try:
+        models.make_tiny_model(out, **options, seed=seed, steps=steps, right=right, tied=tied, say=typer.echo)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if measure:
+        typer.echo(json.dumps(models.measure_folder(out, **options)))
+
+
+@app.command()
+def worker(
+    recipe: RecipePath,
+    profile: Profile = None,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.", metavar="HOST")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free port.", min=0, max=65535, metavar="PORT")] = 0,
+    socket: Annotated[
+        Path | None, typer.Option(help="Listen at this Unix socket, not at a port.", metavar="PATH")
+    ] = None,
+    url_file: Annotated[
+        Path | None, typer.Option(help="Write the url to this file when it serves.", metavar="FILE")
+    ] = None,
+    log: Annotated[
+        Path | None,
+        typer.Option(help="File of what vLLM prints; by default a temporary one.", metavar="FILE"),
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key, for https.", metavar="FILE")] = None,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="Certificate, for https.", metavar="FILE")
+    ] = None,
+    tls_clients: Annotated[
+        Path | None,
+        typer.Option(
+            help="Serve only clients with a certificate that this authority signed.", metavar="FILE"
+        ),
+    ] = None,
+) -> None:
+    """Serve a recipe's model with vLLM, for rollout.engine vllm_server and rollout.server.url.
+
+    The run's token is read from the environment, RLTRAIN_WORKER_TOKEN, here and where the recipe trains.
+    """
+    checked = _load_checked(recipe, profile, overrides or [])
+    from rltrain.cli.worker import Listening, worker_command
+
+    where = Listening(host, port, socket, url_file, log, tls_key, tls_certificate, tls_clients)
+    with _trusting_code(checked.recipe.model.trust_remote_code):
+        raise typer.Exit(worker_command(checked.recipe, where))
+
+
 def main() -> None:
     """Entry point.
 
@@ -462,6 +588,12 @@ def _load_checked(recipe: Path, profile: str | None, overrides: Sequence[str]) -
     from rltrain.config.rules import check
 
     return check(load_recipe(recipe, profile=profile, overrides=overrides))
+
+
+def _say_while_loading(what: str) -> None:
+    """A line on a terminal while nothing else shows for some seconds."""
+    if os.environ.get("RANK", "0") == "0" and sys.stderr.isatty():
+        typer.echo(f"loading {what} ...", err=True)
 
 
 @contextmanager

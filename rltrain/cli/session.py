@@ -55,7 +55,7 @@ def sampler_for_model(
     name = recipe.rollout.engine
     with process.deadline(f"the {name} engine", "to start"):
         engine = build_engine(
-            recipe.model, recipe.data, recipe.rollout, recipe.learner.precision, tokenization, process.device
+            recipe.model, recipe.data, recipe.rollout, recipe.learner.precision, tokenization, process
         )
     sampler = build_sampler(recipe.data, recipe.rollout, engine, tokenization)
     try:

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from rltrain.config.explain import explain
 from rltrain.config.schema import RECIPES, AnyRecipe, OfflineRecipe, OfflineReport, OnlineRecipe, Section
-from rltrain.config.shipped import RECIPES_FOLDER, find_recipe, is_recipe_name
+from rltrain.config.shipped import RECIPES_FOLDER, find_recipe, is_recipe_name, recipe_file
 from rltrain.config.user_files import (
     absolute_name,
     drop_digest,
@@ -56,6 +56,7 @@ PROFILE_KEYS = (
     "learner.precision",
     "learner.gradient_checkpointing",
     "learner.head_chunk",
+    "learner.kernels",
     "process_reward.optimizer.lr",  # the same for the process reward model, if the recipe trains one
     "process_reward.optimizer.warmup_steps",
     "train",
@@ -75,6 +76,8 @@ OFFLINE_PROFILE_KEYS = ("data", "learner", "train", "eval", "reference.cache")
 ENVIRONMENTS_KEY = "environments"
 # sections of a profile that recipes of both kinds read
 _SHARED_SECTIONS = ("model", "learner", "checkpoint", "report")
+_TRAIN = "data.train="  # as overrides
+_OPTIONS = "data.options"
 _POSITION_DIGITS = 6  # of a position in a list
 _IDENTITY_KEYS = ("name", "path", "train")
 # order of the prompts: it belongs to the training method, so another data set does not reset it
@@ -82,11 +85,12 @@ _ORDER_KEY = "order"
 
 
 def load_recipe(path: str | Path, *, profile: str | None = None, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """The recipe at ``path`` under a profile (a name or a file) and ``--set`` overrides.
+    """The recipe at ``path``, or the shipped recipe of that name, under a profile (a name or a file) and
+    ``--set`` overrides.
 
     Raises RecipeError with every problem.
     """
-    path = Path(path)
+    path = recipe_file(path)
     layers = [with_absolute_files(layer, Path(layer.source).parent) for layer in recipe_layers(read(path))]
 
     data: dict[str, Any] = {}
@@ -103,10 +107,24 @@ def load_recipe(path: str | Path, *, profile: str | None = None, overrides: Sequ
             data = merge_mappings(data, layers[-1].data)
         data = with_sizes(data, document.data.get("sizes", {}))
 
+    has_options = any(override.startswith(_OPTIONS) for override in overrides)
     for override in overrides:
+        before = data.get("data")
         data, document = with_override(data, override)
         layers.append(document)
+        if override.startswith(_TRAIN) and not has_options:
+            data = without_options(data, before)
     return validate_recipe(with_digests(data), layers, str(path))
+
+
+def without_options(data: dict[str, Any], before: Any) -> dict[str, Any]:
+    """``data`` without ``data.options`` where another data set than in the section ``before`` is named: the
+    options are those of the built-in task that stood there.
+    """
+    section = data["data"]
+    if isinstance(before, Mapping) and before.get("train") == section.get("train"):
+        return data
+    return {**data, "data": {key: value for key, value in section.items() if key != "options"}}
 
 
 def resolved_yaml(recipe: Section) -> str:
@@ -254,7 +272,11 @@ def recipe_layers(recipe: Document, extending: tuple[Path, ...] = ()) -> list[Do
         )
     chain = (*extending, Path(recipe.source))
     try:
-        path = find_recipe(extends) if is_recipe_name(extends) else Path(recipe.source).parent / extends
+        path = (
+            find_recipe(extends, bases=True)
+            if is_recipe_name(extends)
+            else Path(recipe.source).parent / extends
+        )
         files = [file.resolve() for file in chain]
         if path.resolve() in files:
             circle = " -> ".join(map(str, (*chain[files.index(path.resolve()) :], path)))

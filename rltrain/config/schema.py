@@ -22,10 +22,17 @@ from pydantic import (
     model_serializer,
 )
 
+from rltrain.chat_template import is_template_file
+
 # Beyond these a value is a slip of the pen, and the operating system refuses it in the middle of a run.
 _SECONDS = 1e8  # three years; a lock waits for at most 292 years
 _GIB = 1e6  # one PiB
 _PROCESSES = 4096  # on one machine
+
+# Tokens of a chunk of the output head: on a CPU its logits stay near the cache; on a GPU larger chunks read
+# and write the weight's float32 gradient less often.
+HEAD_CHUNK_CPU = 256
+HEAD_CHUNK_GPU = 2048
 
 
 class Section(BaseModel):
@@ -108,6 +115,31 @@ def _check_template(template: str) -> str:
     return template
 
 
+# arguments of transformers' ``apply_chat_template`` that decide what it returns
+_TEMPLATE_ARGUMENTS = {
+    *("conversation", "messages", "tools", "documents", "chat_template", "strftime_now"),
+    *("add_generation_prompt", "continue_final_message", "tokenize", "tokenizer_kwargs"),
+    *("padding", "truncation", "max_length"),
+    *("return_tensors", "return_dict", "return_assistant_tokens_mask"),
+}
+
+
+def check_template_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """``kwargs``. Raises ValueError where one is no variable of a template."""
+    if reserved := sorted(kwargs.keys() & _TEMPLATE_ARGUMENTS):
+        raise ValueError(
+            f"{reserved[0]!r} is set by the trainer and is no variable of a chat template; tools stand in "
+            "the column tools, a template in data.chat_template, a date in data.date"
+        )
+    return kwargs
+
+
+def _check_chat_template(value: str) -> str:
+    if is_template_file(value) and not value.endswith(".jinja"):
+        raise ValueError(f"{value!r} is neither auto, none nor the path of a .jinja file")
+    return value
+
+
 class About(Section):
     """What a recipe reproduces. The trainer does not read it."""
 
@@ -140,7 +172,11 @@ class Source(Section):
     system: str | None = None  # system message put before the prompt
     # wraps text prompts; {name} is the column of that name
     prompt_template: Annotated[str, AfterValidator(_check_template)] = "{prompt}"
-    chat_template: Literal["auto", "none"] = "auto"  # auto: the tokenizer's, if it has one
+    # auto: the tokenizer's, if it has one; or the path of a .jinja file, from the recipe's folder, which is
+    # saved with the model
+    chat_template: Annotated[str, AfterValidator(_check_chat_template)] = "auto"
+    # variables of the chat template, e.g. {enable_thinking: false}; a row's column of this name comes first
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(check_template_kwargs)] = {}
     date: dt.date | None = None  # date that a chat template prints; None: the day on which the run starts
     options: dict[str, Any] = {}  # options of a built-in task, e.g. {digits: 2}
 
@@ -196,11 +232,31 @@ class Vllm(Section):
     gpu_memory_utilization: float = Field(default=0.45, gt=0, le=1)
     kv_cache_gib: float = Field(default=1.0, gt=0)  # on CPU
     max_num_seqs: int = Field(default=256, ge=1)
+    tensor_parallel: int = Field(default=1, ge=1)  # neighbouring ranks that hold one engine together
     enforce_eager: bool = False
 
 
+class Server(Section):
+    """The vLLM server of engine ``vllm_server``; its sizes are those of ``rollout.vllm``."""
+
+    # a running rltrain worker: http://HOST:PORT, https://HOST:PORT or unix:PATH; None: rltrain starts one on
+    # this machine. The token of a running one is read from the environment, RLTRAIN_WORKER_TOKEN
+    url: str | None = None
+    authority: str | None = None  # file of certificates that an https server is checked against
+    tensor_parallel: int = Field(default=1, ge=1, le=_PROCESSES)  # GPUs over which every layer is divided
+    data_parallel: int = Field(default=1, ge=1, le=_PROCESSES)  # copies of the model in the server
+    quantization: str | None = None  # of the server's weights; refused, with the reason
+    speculative: dict[str, Any] | None = None  # vLLM's speculative_config, without a draft model
+    batch_invariant: bool = False  # on GPU: sums that do not depend on the other rows of a batch
+    # longest that the log of a starting server may stay silent
+    silence_seconds: float = Field(default=300.0, gt=0, le=_SECONDS)
+    call_seconds: float = Field(default=30.0, gt=0, le=_SECONDS)  # deadline of a call that moves no weights
+    # deadline of the round trip that tells a busy server from a stopped one; two missed in a row end the run
+    liveness_seconds: float = Field(default=5.0, gt=0, le=_SECONDS)
+
+
 class Rollout(Section):
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Literal["transformers", "vllm", "vllm_server"] = "transformers"
     prompts: int = Field(ge=1)  # per step, all ranks
     n: int = Field(ge=1)  # completions per prompt
     temperature: float = Field(default=1.0, gt=0)
@@ -218,6 +274,7 @@ class Rollout(Section):
     adaptive_temperature: AdaptiveTemperature | None = None
     environment: EnvironmentRef | None = None  # None: a completion is one answer
     vllm: Vllm = Vllm()
+    server: Server = Server()
 
 
 class Sync(Section):
@@ -248,6 +305,8 @@ _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(Section):
+    # adamw_8bit keeps both moments in 8 bits (bitsandbytes); for one process and DDP
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
     lr: float = Field(ge=0)
     betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
@@ -271,8 +330,23 @@ class LearnerCore(Section):
     # auto: float32 on CPU, bfloat16 autocast on GPU
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     gradient_checkpointing: bool = False
-    head_chunk: int = Field(default=256, ge=1)  # tokens whose logits exist at the same time
+    # what stays in the host's memory: ZeRO-2 and 3 can offload the optimizer's masters and moments, and
+    # update them there; all: FSDP2 and ZeRO-3 keep the weights there too
+    offload: Literal["nothing", "optimizer", "all"] = "nothing"
+    # of the layers: compiled by PyTorch, or Liger's norm, rotary embedding and SwiGLU where it is installed
+    kernels: Literal["eager", "compiled", "liger"] = "eager"
+    # tokens whose logits exist at the same time; auto: 256 on a CPU, 2048 on a GPU
+    head_chunk: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     max_nonfinite: int = Field(default=3, ge=1)  # non-finite updates in a row that stop the run
+
+    def head_chunk_on(self, device: str) -> int:
+        """Tokens of a chunk on a device type, "cpu" or "cuda".
+
+        On a GPU every chunk reads and writes the weight's whole gradient once (docs/performance.md).
+        """
+        if self.head_chunk == "auto":
+            return HEAD_CHUNK_CPU if device == "cpu" else HEAD_CHUNK_GPU
+        return self.head_chunk
 
 
 class RolloutLearner(LearnerCore):
@@ -306,8 +380,15 @@ class ProcessReward(Section):
     updates: int = Field(default=1, ge=1)  # optimizer updates per step, each on whole groups
 
 
+class Profile(Section):
+    """A torch profile of some steps, written to the run's folder as Chrome traces, a file for each rank."""
+
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)  # their numbers, from 1
+
+
 class Train(Section):
     steps: int = Field(ge=1)
+    profile: Profile | None = None  # None: no step is profiled
     deadline_seconds: float = Field(default=1800.0, gt=0, le=_SECONDS)  # longest that any wait may last
 
     @property
@@ -336,6 +417,9 @@ class Checkpoint(Section):
     # steps between models written to checkpoints/; 0: only the model at the end
     every: int = Field(default=0, ge=0)
     keep: int = Field(default=2, ge=1)  # number of latest checkpoints to keep
+    # whole: a model folder with the optimizer's state, written by rank 0 while the others wait; sharded:
+    # every rank writes its own parts, while training goes on. The model at the end is whole.
+    format: Literal["whole", "sharded"] = "whole"
 
 
 class SampledRecipe(Section):
@@ -407,6 +491,7 @@ class OfflineTrain(Section):
     examples: int = Field(ge=2)  # pairs or completions per step (one optimizer update), all ranks
     epochs: float = Field(default=1.0, gt=0)  # passes over the data; the next pass fills up the last step
     steps: int | None = Field(default=None, ge=1)  # replaces epochs
+    profile: Profile | None = None  # None: no step is profiled
     deadline_seconds: float = Field(default=1800.0, gt=0, le=_SECONDS)  # longest that any wait may last
 
     @property

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rltrain.errors import RecipeError
+from rltrain.config.yaml12 import read
+from rltrain.errors import RecipeError, UserError
 from rltrain.registry import suggestion
 
-__all__ = ["RECIPES_FOLDER", "find_recipe", "is_recipe_name"]
+__all__ = [
+    "RECIPES_FOLDER",
+    "copy_recipe",
+    "find_recipe",
+    "find_recipes",
+    "is_recipe_name",
+    "recipe_file",
+]
 
-RECIPES_FOLDER = Path(__file__).parents[2] / "recipes"
+RECIPES_FOLDER = (Path(__file__).parents[1] / "recipes").resolve()  # in a checkout that is a link
 _FOLDERS = ("policy", "preference", "process_reward")
+_BASES = "base"
 
 
 def is_recipe_name(text: str) -> bool:
@@ -18,12 +27,63 @@ def is_recipe_name(text: str) -> bool:
     return not text.endswith((".yaml", ".yml")) and "/" not in text
 
 
-def find_recipe(name: str) -> Path:
-    """The file of the shipped recipe ``name``. Raises RecipeError, suggesting a similar name, if there is
-    none.
+def recipe_file(recipe: str | Path) -> Path:
+    """The file of ``recipe``, a path or the name of a shipped recipe; a file in the current folder precedes.
+
+    Raises RecipeError if it is neither.
     """
-    recipes = {path.stem: path for folder in _FOLDERS for path in (RECIPES_FOLDER / folder).glob("*.yaml")}
+    path = Path(recipe)
+    return find_recipe(str(recipe)) if is_recipe_name(str(recipe)) and not path.is_file() else path
+
+
+def find_recipe(name: str, *, bases: bool = False) -> Path:
+    """The file of the shipped recipe ``name``, or with ``bases`` also of what shipped recipes extend.
+
+    Raises RecipeError, suggesting a similar name, if there is none.
+    """
+    folders = (*_FOLDERS, _BASES) if bases else _FOLDERS
+    recipes = {path.stem: path for folder in folders for path in (RECIPES_FOLDER / folder).glob("*.yaml")}
     if name not in recipes:
         remedy = suggestion(name, recipes) or f"; there are no recipes in {RECIPES_FOLDER}"
         raise RecipeError(f"no shipped recipe is called {name!r}{remedy}; a path ends in .yaml")
     return recipes[name]
+
+
+def find_recipes(word: str = "") -> list[tuple[str, str, str]]:
+    """(name, folder, title with the paper) of every shipped recipe that has ``word`` in one of them, in any
+    case.
+    """
+    rows: list[tuple[str, str, str]] = []
+    for folder in _FOLDERS:
+        for path in sorted((RECIPES_FOLDER / folder).glob("*.yaml")):
+            about = read(path).data.get("about", {})
+            paper = f" (arXiv:{about['arxiv']})" if about.get("arxiv") else ""
+            row = (path.stem, folder, f"{about.get('title', '')}{paper}")
+            if any(word.lower() in cell.lower() for cell in row):
+                rows.append(row)
+    return rows
+
+
+def copy_recipe(name: str, target: Path) -> str:
+    """Writes the shipped recipe ``name``, with its comments, to the file ``target``; returns its text.
+
+    What it extends is named there, since the path is one between shipped files. Raises RecipeError for an
+    unknown name, UserError if ``target`` exists or cannot be written.
+    """
+    path = find_recipe(name)
+    extends = read(path).data.get("extends")
+    text = path.read_text(encoding="utf-8")
+    if extends is not None and not is_recipe_name(extends):
+        text = text.replace(f"extends: {extends}", f"extends: {Path(extends).stem}", 1)
+    head = (
+        f"# A copy of rltrain's recipe {path.parent.name}/{name}. docs/config.md lists every key,\n"
+        f"# `rltrain plan {target}` prints what they come to; --profile NAME sets model, data and sizes.\n"
+    )
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(head + text)
+    except FileExistsError as error:
+        raise UserError(f"{target} exists already; name another file with --out") from error
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}; name another with --out") from error
+    return head + text

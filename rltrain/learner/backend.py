@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,8 +18,19 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from rltrain.learner.optim import check_state, optimizer_tensors, restore_optimizer
+from rltrain.learner.optim import (
+    check_masters,
+    check_state,
+    full_shape,
+    optimizer_parts,
+    optimizer_tensors,
+    restore_optimizer,
+)
+from rltrain.learner.shards import MASTER, gather_rows, local_part, local_rows
+from rltrain.shard_sums import Run
+from rltrain.types.tensor_parts import TensorPart, read_part, share_of_rank
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -29,7 +41,7 @@ class Backend(Protocol):
     """
 
     policy: Any  # the wrapped model, to be called
-    optimizer: torch.optim.AdamW  # the schedule sets its learning rates
+    optimizer: torch.optim.Optimizer  # the schedule sets its learning rates
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]: ...
 
@@ -61,6 +73,13 @@ class Backend(Protocol):
         """() float64, on the CPU, over this rank's part of the master of a weight. No collective."""
         ...
 
+    def local_run(self, tensor: Tensor, dtype: torch.dtype) -> Run | None:
+        """The entries of ``full_weight`` that this rank answers for, rounded to ``dtype``; None: it has none.
+
+        The runs of all ranks are the whole weight, each entry once. No collective.
+        """
+        ...
+
     def state(self, named: NamedParameters) -> Iterator[tuple[str, Tensor]]:
         """The optimizer's tensors by ``name/slot``, one unsharded tensor at a time.
 
@@ -72,9 +91,23 @@ class Backend(Protocol):
         """Restore a result of ``state``. Raises ValueError when it has other parameters or shapes."""
         ...
 
+    def parts(self, named: NamedParameters) -> Iterator[TensorPart]:
+        """This rank's parts of the trained weights' masters, by ``name/master``, and of ``state``.
+
+        The parts of all ranks are every tensor once. Values may be live memory. No collective.
+        """
+        ...
+
+    def restore_weights(self, named: NamedParameters, tensors: Mapping[str, Tensor]) -> None:
+        """Set the trained weights to the masters in ``tensors``, by ``name/master``. A collective.
+
+        Raises ValueError when there are other parameters or shapes.
+        """
+        ...
+
 
 def prepare(
-    accelerator: Any, policy: nn.Module, optimizer: torch.optim.AdamW, max_grad_norm: float
+    accelerator: Any, policy: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
 ) -> Backend:
     """Wrap the model for the backend with which accelerate was started."""
     if accelerator.distributed_type is DistributedType.DEEPSPEED:
@@ -86,7 +119,7 @@ class TorchBackend:
     """One process, DDP and FSDP2. Implements ``Backend``."""
 
     def __init__(
-        self, accelerator: Any, policy: nn.Module, optimizer: torch.optim.AdamW, max_grad_norm: float
+        self, accelerator: Any, policy: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> None:
         self._accelerator = accelerator
         self._max_grad_norm = max_grad_norm
@@ -137,11 +170,33 @@ class TorchBackend:
     def sum_of_squares(self, tensor: Tensor) -> Tensor:
         return _sum_of_squares(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
 
+    def local_run(self, tensor: Tensor, dtype: torch.dtype) -> Run | None:
+        tensor = tensor.detach()
+        if isinstance(tensor, DTensor):
+            return _shard_run(tensor, dtype)
+        return _share(tensor, self._accelerator.process_index, self._accelerator.num_processes, dtype)
+
     def state(self, named: NamedParameters) -> Iterator[tuple[str, Tensor]]:
         return optimizer_tensors(self.optimizer, named)
 
     def restore(self, named: NamedParameters, tensors: Mapping[str, Tensor]) -> None:
         restore_optimizer(self.optimizer, named, tensors)
+
+    def parts(self, named: NamedParameters) -> Iterator[TensorPart]:
+        rank = self._accelerator.process_index
+        ranks = self._accelerator.num_processes
+        for name, parameter in named:
+            if parameter.requires_grad:
+                yield local_part(f"{name}/{MASTER}", parameter, rank, ranks)
+        yield from optimizer_parts(self.optimizer, named, rank, ranks)
+
+    def restore_weights(self, named: NamedParameters, tensors: Mapping[str, Tensor]) -> None:
+        check_masters(named, tensors)
+        for name, parameter in named:
+            if parameter.requires_grad:
+                start, local = local_rows(parameter.detach())
+                values = read_part(tensors, f"{name}/{MASTER}", start, start + local.numel())
+                local.copy_(values.reshape(local.shape))
 
 
 class DeepSpeedBackend:
@@ -153,19 +208,22 @@ class DeepSpeedBackend:
     """
 
     def __init__(
-        self, accelerator: Any, policy: nn.Module, optimizer: torch.optim.AdamW, max_grad_norm: float
+        self, accelerator: Any, policy: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> None:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         # The learner counts micro-batches itself.
         config["gradient_accumulation_steps"] = config["train_micro_batch_size_per_gpu"] = 1
         config["train_batch_size"] = accelerator.num_processes
         config["gradient_clipping"] = max_grad_norm
+        config["zero_force_ds_cpu_optimizer"] = False  # AdamW of torch, also where it is offloaded
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
         if config.get("bf16", {}).get("enabled") is True:
             config["bf16"].setdefault(
                 "check_grad_overflow", True
             )  # otherwise a NaN gradient reaches the weights
+        self._accelerator = accelerator
         self._rank = accelerator.process_index
+        self._ranks = accelerator.num_processes
         self.policy, _ = accelerator.prepare(policy, optimizer)
         self.optimizer = optimizer  # its groups now hold the flat shards, and still the learning rates
 
@@ -199,12 +257,15 @@ class DeepSpeedBackend:
 
         # ZeRO's working copy is its master rounded to this type: no float32 tensor has to be gathered.
         is_rounded = dtype is not None and tensor.dtype == dtype
-        if isinstance(tensor, nn.Parameter) and tensor.requires_grad and not is_rounded:
+        is_trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        if is_trained and not is_rounded and not (dtype is not None and hasattr(tensor, "ds_id")):
             master = safe_get_full_fp32_param(tensor)
             assert master is not None, "ZeRO has no master of a parameter that it trains"
             return master.detach()
         if not hasattr(tensor, "ds_id"):
             return tensor.detach()
+        if is_trained and dtype is not None and not is_rounded:
+            return _gather_rounded(tensor, dtype)
         with zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
 
@@ -219,9 +280,28 @@ class DeepSpeedBackend:
         fragment = None if mapping is None else mapping.get_hp_fragment()
         return torch.zeros((), dtype=torch.float64) if fragment is None else _sum_of_squares(fragment)
 
+    def local_run(self, tensor: Tensor, dtype: torch.dtype) -> Run | None:
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        if hasattr(tensor, "ds_id"):
+            parameter: Any = tensor
+            rounded = tensor.dtype == dtype or not tensor.requires_grad
+            shard = parameter.ds_tensor if rounded else safe_get_local_fp32_param(parameter)
+            start = self._rank * parameter.ds_tensor.numel()  # equal parts, the last padded
+            count = min(max(parameter.ds_numel - start, 0), parameter.ds_tensor.numel())
+            return Run(shard.detach().flatten()[:count].to(dtype), start) if count else None
+        if isinstance(tensor, nn.Parameter) and tensor.requires_grad and tensor.dtype != dtype:
+            mapping: Any = getattr(tensor, "_hp_mapping", None)  # None: other ranks hold this weight's master
+            if mapping is None:
+                return None
+            fragment = mapping.get_hp_fragment()
+            return Run(fragment.detach().flatten().to(dtype), mapping.lp_fragment_address.start)
+        return _share(tensor.detach(), self._rank, self._accelerator.num_processes, dtype)
+
     def set_master(self, parameter: nn.Parameter, weight: Tensor) -> None:
         """Set the float32 master of ``parameter``, which the engine made from a rounded weight."""
-        self._put(parameter, weight, None)
+        flat = weight.flatten()
+        self._put(parameter, lambda start, stop: flat[start:stop], None)
 
     def state(self, named: NamedParameters) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -242,11 +322,39 @@ class DeepSpeedBackend:
         check_state(trained, tensors)
         if not tensors:
             return
-        self._make_states(next(value for key, value in tensors.items() if key.endswith("/step")))
-        for key, value in tensors.items():
+        self._make_states(next(tensors[key] for key in tensors if key.endswith("/step")))
+        for key in tensors:
             name, _, slot = key.rpartition("/")
             if slot != "step":
-                self._put(trained[name], value, slot)
+                self._put(trained[name], partial(read_part, tensors, key), slot)
+
+    def parts(self, named: NamedParameters) -> Iterator[TensorPart]:
+        steps = [slots["step"] for slots in self.optimizer.state.values() if "step" in slots]
+        self._link_states()
+        for name, parameter in named:
+            if not parameter.requires_grad:
+                continue
+            for slot in (MASTER, "exp_avg", "exp_avg_sq") if steps else (MASTER,):
+                start, values = self._fragment(parameter, None if slot == MASTER else slot)
+                yield TensorPart(f"{name}/{slot}", tuple(full_shape(parameter)), start, values)
+            if steps:
+                step = torch.tensor([float(max(map(float, steps)))])
+                part = TensorPart(f"{name}/step", (), 0, step)
+                yield share_of_rank(part, self._rank, self._ranks)
+
+    def restore_weights(self, named: NamedParameters, tensors: Mapping[str, Tensor]) -> None:
+        from deepspeed import zero
+
+        check_masters(named, tensors)
+        for name, parameter in named:
+            if not parameter.requires_grad:
+                continue
+            key = f"{name}/{MASTER}"
+            sharded = hasattr(parameter, "ds_id")
+            with zero.GatheredParameters([parameter], modifier_rank=0) if sharded else _NOTHING:
+                if not sharded or self._rank == 0:
+                    parameter.data.copy_(tensors[key])
+            self._put(parameter, partial(read_part, tensors, key), None)
 
     def _make_states(self, step: Tensor) -> None:
         """Create AdamW's slots for every flat shard of this rank, as its first step would."""
@@ -268,37 +376,91 @@ class DeepSpeedBackend:
             self._zero._hp_optimizer_states_linked = False
             self._zero._lazy_init_hp_params_optimizer_state()
 
-    def _put(self, parameter: Any, value: Tensor, slot: str | None) -> None:
-        """Set the float32 master (slot None) or optimizer state of ``parameter`` to this rank's part of
-        ``value``.
+    def _fragment(self, parameter: Any, slot: str | None) -> tuple[int, Tensor]:
+        """This rank's part of a master (slot None) or optimizer state: its start, and the live values
+        without padding, (n,).
         """
-        from deepspeed.utils import (
-            safe_set_full_fp32_param,
-            safe_set_full_optimizer_state,
-            safe_set_local_fp32_param,
-            safe_set_local_optimizer_state,
-        )
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-        value = value.to(device=self.policy.device, dtype=torch.float32)
         if hasattr(parameter, "ds_tensor"):  # equal parts, the last padded
             size = parameter.ds_tensor.numel()
-            part = torch.zeros(size, dtype=value.dtype, device=value.device)
-            share = value.flatten()[self._rank * size : (self._rank + 1) * size]
-            part[: share.numel()] = share
+            start = min(self._rank * size, parameter.ds_numel)
             if slot is None:
-                safe_set_local_fp32_param(parameter, part)
+                values = safe_get_local_fp32_param(parameter)
             else:
-                safe_set_local_optimizer_state(parameter, part, slot)
-        elif slot is None:
-            safe_set_full_fp32_param(parameter, value)
+                values = safe_get_local_optimizer_state(parameter, slot)
+            return start, values.detach()[: parameter.ds_numel - start]
+        mapping = parameter._hp_mapping
+        if mapping is None:  # other ranks hold it
+            return 0, torch.empty(0)
+        return mapping.lp_fragment_address.start, mapping.get_hp_fragment(slot).detach()
+
+    def _put(self, parameter: Any, read: Callable[[int, int], Tensor], slot: str | None) -> None:
+        """Set this rank's part of the float32 master (slot None) or optimizer state of ``parameter``.
+
+        read(start, stop): the numbers in that range, (stop - start,).
+        """
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        start, held = self._fragment(parameter, slot)
+        values = read(start, start + held.numel()).to(held) if held.numel() else held
+        if not hasattr(parameter, "ds_tensor"):
+            held.copy_(values)
+            return
+        padded = torch.zeros(parameter.ds_tensor.numel(), dtype=held.dtype, device=held.device)
+        padded[: values.numel()] = values
+        if slot is None:
+            safe_set_local_fp32_param(parameter, padded)
         else:
-            safe_set_full_optimizer_state(parameter, value, slot)
+            safe_set_local_optimizer_state(parameter, padded, slot)
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def _gather_rounded(parameter: Any, dtype: torch.dtype) -> Tensor:
+    """The full weight of a ZeRO-3 parameter; its master's shards are rounded to ``dtype`` before they are
+    gathered.
+    """
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    shard = safe_get_local_fp32_param(parameter)
+    assert shard is not None, "ZeRO has no master of a parameter that it trains"
+    group = parameter.ds_process_group
+    flat = torch.empty(
+        shard.numel() * torch.distributed.get_world_size(group), dtype=dtype, device=shard.device
+    )
+    torch.distributed.all_gather_into_tensor(flat, shard.detach().flatten().to(dtype), group=group)
+    return flat[: parameter.ds_numel].view(parameter.ds_shape)
+
+
+def _shard_run(tensor: DTensor, dtype: torch.dtype) -> Run | None:
+    """This rank's rows of a weight that is split along its first dimension; replicas count once."""
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "this rank is not in the mesh of a weight that it holds"
+    for place, index in zip(tensor.placements, coordinate, strict=True):
+        assert place.is_replicate() or place.is_shard(0), f"a weight is placed as {place}, not split by rows"
+        if place.is_replicate() and index > 0:
+            return None
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
+    values = tensor.to_local().flatten().to(dtype)
+    return Run(values, offset[0] * math.prod(tensor.shape[1:])) if values.numel() else None
+
+
+def _share(tensor: Tensor, rank: int, ranks: int, dtype: torch.dtype) -> Run | None:
+    """This rank's share of the rows of a weight that every rank holds whole."""
+    rows = tensor.shape[0] if tensor.ndim else 1
+    start = rows * rank // ranks
+    stop = rows * (rank + 1) // ranks
+    columns = tensor.numel() // rows
+    values = tensor.reshape(rows, -1)[start:stop].flatten().to(dtype)
+    return Run(values, start * columns) if values.numel() else None
 
 
 def _gather_shards(shard: DTensor, dtype: torch.dtype | None) -> Tensor:
     """The full weight; its shards are rounded to ``dtype`` before they are gathered."""
-    rounded: Any = shard if dtype is None else shard.to(dtype)
-    return rounded.full_tensor()
+    return gather_rows(shard if dtype is None else shard.to(dtype))
 
 
 def _sum_of_squares(part: Tensor) -> Tensor:

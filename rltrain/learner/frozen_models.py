@@ -16,8 +16,8 @@ from rltrain.config.schema import Model
 from rltrain.errors import UserError
 from rltrain.learner.forward import PolicyForward
 from rltrain.learner.loading import Head, load_causal_lm, require_weights
-from rltrain.learner.optim import full_tensor, put_full
 from rltrain.learner.ranks import loading_on_rank_0
+from rltrain.learner.shards import gather_rows, put_full
 from rltrain.learner.trained_model import COMPUTE_DTYPES, TrainedModel
 from rltrain.model_limits import require_context, require_room_for_tokens
 from rltrain.remote_code import refusing_untrusted, trusts
@@ -218,7 +218,7 @@ def weights_of(frozen: PolicyForward) -> Iterator[tuple[str, Tensor]]:
     they are divided among ranks.
     """
     for name, weight in frozen.state_dict().items():
-        yield name.removeprefix("model."), full_tensor(weight)
+        yield name.removeprefix("model."), gather_rows(weight)
 
 
 def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:

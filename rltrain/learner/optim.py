@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from rltrain.config.schema import Optimizer
+from rltrain.learner.shards import MASTER, gather_rows, local_part, local_rows
+from rltrain.types.tensor_parts import TensorPart, read_part, shape_in
 
 
 def build_optimizer(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]], settings: Optimizer
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """AdamW over the parameters that require a gradient; weight decay only on matrices, not on norms and
     biases.
     """
@@ -26,9 +29,13 @@ def build_optimizer(
         {"params": [p for p in trained if len(full_shape(p)) >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if len(full_shape(p)) < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
-    )
+    options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    groups = [group for group in groups if group["params"]]
+    if settings.name == "adamw_8bit":
+        from bitsandbytes.optim.adamw import AdamW8bit
+
+        return AdamW8bit(groups, **options)
+    return torch.optim.AdamW(groups, **options, fused=True)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, settings: Optimizer, total_updates: int) -> LambdaLR:
@@ -53,7 +60,15 @@ def build_schedule(optimizer: torch.optim.Optimizer, settings: Optimizer, total_
     return LambdaLR(optimizer, factor)
 
 
-_SLOTS = {"exp_avg", "exp_avg_sq", "step"}  # AdamW's
+# Sets of slots that a parameter may have: AdamW's; those of AdamW in 8 bits, for large and small tensors. The
+# absmax are the scales of blocks of moments, the qmap what each of the 256 numbers of 8 bits stands for.
+_SMALL_8BIT = frozenset({"state1", "state2", "step"})
+_SLOTS = (
+    frozenset({"exp_avg", "exp_avg_sq", "step"}),
+    _SMALL_8BIT | {"absmax1", "absmax2", "qmap1", "qmap2"},
+    _SMALL_8BIT,
+)
+_UNLIKE_PARAMETER = ("step", "absmax1", "absmax2", "qmap1", "qmap2")  # of shapes of their own
 
 # state ------------------------------------------------------------------------------------------------------
 
@@ -67,7 +82,12 @@ def optimizer_tensors(
     """
     for name, parameter in named:
         for slot, value in optimizer.state.get(parameter, {}).items():
-            yield f"{name}/{slot}", full_tensor(value).detach()
+            yield f"{name}/{slot}", gather_rows(_as_tensor(value)).detach()
+
+
+def _as_tensor(value: Any) -> Tensor:
+    """A slot's value; bitsandbytes counts updates with an integer."""
+    return value if isinstance(value, Tensor) else torch.tensor(float(value))
 
 
 def restore_optimizer(
@@ -82,13 +102,45 @@ def restore_optimizer(
     trained = {name: parameter for name, parameter in named if parameter.requires_grad}
     check_state(trained, tensors)
     optimizer.state.clear()
-    for key, value in tensors.items():
+    for key in tensors:
         name, _, slot = key.rpartition("/")
         parameter = trained[name]
-        placed = value.to(parameter.device, copy=True)
         if isinstance(parameter, DTensor) and slot != "step":
-            placed = distribute_tensor(placed, parameter.device_mesh, parameter.placements)
-        optimizer.state[parameter][slot] = placed
+            placed = torch.zeros_like(parameter.detach())
+            start, rows = local_rows(placed)
+            rows.copy_(read_part(tensors, key, start, start + rows.numel()).reshape(rows.shape))
+        else:
+            placed = tensors[key].to(parameter.device, copy=True)
+        counts = slot == "step" and not isinstance(optimizer, torch.optim.AdamW)
+        optimizer.state[parameter][slot] = int(placed) if counts else placed
+
+
+def optimizer_parts(
+    optimizer: torch.optim.Optimizer,
+    named: Iterable[tuple[str, torch.nn.Parameter]],
+    rank: int,
+    ranks: int,
+) -> Iterator[TensorPart]:
+    """This rank's parts of ``optimizer_tensors``; no collective."""
+    for name, parameter in named:
+        for slot, value in optimizer.state.get(parameter, {}).items():
+            yield local_part(f"{name}/{slot}", _as_tensor(value), rank, ranks)
+
+
+def check_masters(named: Iterable[tuple[str, torch.nn.Parameter]], tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless ``tensors`` holds the masters of exactly the trained parameters."""
+    shapes = {
+        f"{name}/{MASTER}": tuple(full_shape(parameter))
+        for name, parameter in named
+        if parameter.requires_grad
+    }
+    if different := sorted(shapes.keys() ^ set(tensors)):
+        raise ValueError(
+            f"the saved weights and the model's differ in {different[0]!r} and {len(different) - 1} more"
+        )
+    for key, shape in shapes.items():
+        if shape_in(tensors, key) != shape:
+            raise ValueError(f"the saved {key} has shape {shape_in(tensors, key)} and the parameter {shape}")
 
 
 def check_state(trained: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
@@ -103,36 +155,22 @@ def check_state(trained: Mapping[str, torch.nn.Parameter], tensors: Mapping[str,
     for key in tensors:
         name, _, slot = key.rpartition("/")
         slots.setdefault(name, set()).add(slot)
-    if partial := [name for name, present in sorted(slots.items()) if present != _SLOTS]:
+    if partial := [name for name, present in sorted(slots.items()) if present not in _SLOTS]:
         raise ValueError(
             f"the saved optimizer state of {partial[0]!r} has {sorted(slots[partial[0]])} and AdamW needs "
-            f"{sorted(_SLOTS)}"
+            f"{sorted(_SLOTS[0])}"
         )
-    for key, value in tensors.items():
+    for key in tensors:
         name, _, slot = key.rpartition("/")
-        shape = full_shape(trained[name])
-        if slot != "step" and value.shape != shape:
-            raise ValueError(
-                f"the saved {key} has shape {tuple(value.shape)} and the parameter {tuple(shape)}"
-            )
+        shape = tuple(full_shape(trained[name]))
+        saved = shape_in(tensors, key)
+        if slot not in _UNLIKE_PARAMETER and saved != shape:
+            raise ValueError(f"the saved {key} has shape {saved} and the parameter {shape}")
 
 
 def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
     """The shape of the unsharded parameter: ZeRO-3 leaves an empty tensor in its place."""
     return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The unsharded tensor, on every rank. A collective where it is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def put_full(tensor: Tensor, full: Tensor) -> None:
-    """Copy this rank's part of ``full``, which every rank holds, into ``tensor``. No collective."""
-    if isinstance(tensor, DTensor):
-        full = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
-    tensor.copy_(full)
 
 
 def restore_schedule(schedule: LambdaLR, updates: int) -> None:

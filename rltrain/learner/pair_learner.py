@@ -12,14 +12,15 @@ from torch import Tensor
 from rltrain.config.schema import Model, RolloutLearner
 from rltrain.learner.forward import PolicyForward
 from rltrain.learner.frozen_models import load_frozen
-from rltrain.learner.optim import full_tensor, put_full
 from rltrain.learner.passes import compute_statistics
 from rltrain.learner.preference_learner import PreferenceLearner
+from rltrain.learner.shards import gather_rows, local_part, put_full
 from rltrain.learner.trained_model import ModelOwner
 from rltrain.learner.update_step import optimizer_batches
 from rltrain.loss.preference.objective import PreferenceObjective
 from rltrain.types.policy import TokenRows
 from rltrain.types.preference import PairBatch
+from rltrain.types.tensor_parts import TensorPart, select_tensors
 from rltrain.watchdog import Deadline, no_deadline
 
 __all__ = ["PREVIOUS", "PairLearner", "PairUpdates"]
@@ -118,11 +119,18 @@ class PairLearner(ModelOwner):
         yield from self.trained.optimizer_state()
         if PREVIOUS in self.frozen:
             for name, weight in _named_parameters(self.frozen[PREVIOUS]):
-                yield _PREVIOUS_WEIGHTS + name, full_tensor(weight).detach()
+                yield _PREVIOUS_WEIGHTS + name, gather_rows(weight).detach()
+
+    def parts(self) -> Iterator[TensorPart]:
+        """``TrainedModel.parts``, and those of the previous iterate's weights."""
+        yield from self.trained.parts()
+        if PREVIOUS in self.frozen:
+            for name, weight in _named_parameters(self.frozen[PREVIOUS]):
+                yield local_part(_PREVIOUS_WEIGHTS + name, weight, self.rank, self.world_size)
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Restore ``optimizer_state`` and ``state``."""
-        trained = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PREVIOUS_WEIGHTS)}
+        trained = select_tensors(tensors, lambda name: None if name.startswith(_PREVIOUS_WEIGHTS) else name)
         self.trained.restore(trained, values)
         if PREVIOUS in self.frozen:
             for name, weight in _named_parameters(self.frozen[PREVIOUS]):

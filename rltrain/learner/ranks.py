@@ -24,6 +24,7 @@ from accelerate.utils import (
     gather_object,
 )
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
@@ -33,6 +34,7 @@ from rltrain.process import Process
 from rltrain.watchdog import Deadline, no_deadline
 
 Kind = Literal["ddp", "fsdp2", "deepspeed"]
+Offload = Literal["nothing", "optimizer", "all"]
 
 _RANK_0_ONLY = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # transformers reads it
 
@@ -67,6 +69,38 @@ def connect(deadline_seconds: float) -> None:
     PartialState(cpu=on_cpu and requested_backend() != "deepspeed", **timeout)
 
 
+def request_offload(offload: Offload) -> None:
+    """Ask the launcher's backend for ``learner.offload``; call it before ``connect``.
+
+    The launcher's own settings stay where the recipe offloads nothing. Raises UserError where the backend
+    cannot.
+    """
+    if offload == "nothing":
+        return
+    kind = requested_backend() if started_ranks() > 1 else "one process"
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") if kind == "deepspeed" else None
+    possible = {"fsdp2": ("all",), "2": ("optimizer",), "3": ("optimizer", "all")}.get(stage or kind, ())
+    if offload not in possible:
+        what = f"ZeRO-{stage}" if stage else kind
+        remedy = f"set it to {' or '.join(possible)}" if possible else "launch fsdp2, zero2 or zero3"
+        raise UserError(f"learner.offload is {offload}, which {what} cannot; {remedy}, or set it to nothing")
+    if kind == "fsdp2":
+        os.environ["FSDP_OFFLOAD_PARAMS"] = "true"  # accelerate then also connects the ranks' CPUs
+        return
+    os.environ["ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"] = "cpu"
+    if offload == "all":
+        os.environ["ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"] = "cpu"
+
+
+def require_whole_weights() -> None:
+    """Raises UserError for AdamW in 8 bits where the backend divides weights among the ranks."""
+    if started_ranks() > 1 and requested_backend() != "ddp":
+        raise UserError(
+            f"an optimizer.name is adamw_8bit, whose blocks {requested_backend()} would divide anywhere; use "
+            "adamw, or launch ddp"
+        )
+
+
 def mixed_precision(precision: str) -> str:
     """accelerate's name for a recipe's ``learner.precision`` on this machine.
 
@@ -98,7 +132,10 @@ def make_accelerator(mixed_precision: str) -> Any:
         accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = (
             DistributedType.FSDP
         )
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        plugin = FullyShardedDataParallelPlugin()
+        if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+            plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
+        accelerator.state.fsdp_plugin = plugin
     actual = accelerator.distributed_type
     expected = {"fsdp2": DistributedType.FSDP, "deepspeed": DistributedType.DEEPSPEED}.get(kind)
     if ranks > 1 and expected is not None and actual is not expected:
@@ -197,6 +234,16 @@ def this_process(deadline: Deadline = no_deadline) -> Process:
     )
 
 
+def background_group() -> Any:
+    """A process group of all ranks for CPU tensors, for a thread of its own; None for one process.
+
+    Whoever waits for that thread has a deadline; the thread has a day.
+    """
+    if PartialState().num_processes == 1:
+        return None
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+
+
 class StoreBoard:
     """Implements ``rltrain.watchdog.Heartbeat`` on the store through which the ranks met, over a separate
     connection.
@@ -237,3 +284,11 @@ def _disable_compiled_collectives() -> None:
 
 def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
+
+
+def backend_name(accelerator: Accelerator) -> str:
+    """What divides the model among ranks, as ``rltrain plan --backend`` calls it; "ddp" for one process."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        return f"zero{plugin.zero_stage}"
+    return "fsdp2" if accelerator.distributed_type is DistributedType.FSDP else "ddp"

@@ -17,14 +17,26 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rltrain.config.schema import LearnerCore, Model
+from rltrain.errors import UserError
 from rltrain.learner.backend import Backend, DeepSpeedBackend, prepare
 from rltrain.learner.forward import PolicyForward, resolve_layout
+from rltrain.learner.layer_kernels import use_kernels
 from rltrain.learner.loading import load_causal_lm, require_repeatable
 from rltrain.learner.optim import build_optimizer, build_schedule, full_shape, restore_schedule
 from rltrain.learner.packing import Layout, MicroBatch, build
-from rltrain.learner.ranks import fill_other_ranks, make_accelerator, mixed_precision, sharded_loading
+from rltrain.learner.ranks import (
+    fill_other_ranks,
+    make_accelerator,
+    mixed_precision,
+    require_whole_weights,
+    sharded_loading,
+)
+from rltrain.learner.shards import MASTER
 from rltrain.model_limits import context_of
+from rltrain.shard_sums import ShardSums
+from rltrain.tensor_ops import Fingerprint
 from rltrain.types.policy import TokenRows
+from rltrain.types.tensor_parts import TensorPart, select_tensors
 from rltrain.watchdog import Deadline, no_deadline
 from rltrain.weight_names import CheckpointNames
 
@@ -71,6 +83,8 @@ class TrainedModel:
         self._load = load
         self.deadline = deadline
         self.accelerator: Any = make_accelerator(mixed_precision(settings.precision))
+        if settings.optimizer.name == "adamw_8bit":
+            require_whole_weights()
 
         torch.manual_seed(seed)
         with sharded_loading(self.accelerator):
@@ -80,6 +94,8 @@ class TrainedModel:
         self.layout: Layout = resolve_layout(settings.layout, pretrained)
         if settings.gradient_checkpointing:
             pretrained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+        use_kernels(pretrained, settings.kernels)
 
         self.unwrapped_model = wrap(pretrained)  # without the backend's wrapper
         optimizer = build_optimizer(self.unwrapped_model.named_parameters(), settings.optimizer)
@@ -94,6 +110,7 @@ class TrainedModel:
 
         self.version = 0
         self._nonfinite_in_a_row = 0
+        self._shard_sums: dict[torch.dtype, ShardSums] = {}
 
         probe = build(_probe_row(self.model.config), [0], layout=self.layout, device=self.device)
         require_repeatable(self.wrapped_model, probe, path=model.path, tolerance=ROUNDING[self.precision])
@@ -102,6 +119,11 @@ class TrainedModel:
     def precision(self) -> str:
         """The precision of autocast, in accelerate's terms: "no" for float32, "bf16", "fp16"."""
         return str(self.accelerator.mixed_precision)
+
+    @property
+    def head_chunk(self) -> int:
+        """Tokens whose logits exist at the same time."""
+        return self.settings.head_chunk_on(self.device.type)
 
     # ranks --------------------------------------------------------------------------------------------------
 
@@ -168,6 +190,29 @@ class TrainedModel:
                 full = self.backend.full_weight(tensor, dtype)
             yield name.removeprefix("model."), full
             del full
+
+    def weight_fingerprints(self, dtype: torch.dtype) -> dict[str, Fingerprint]:
+        """Of every weight rounded to ``dtype``, by checkpoint name, a tied weight's under each of its names.
+
+        From the shards: a collective that adds two numbers a weight and gathers none.
+        """
+        state = self.unwrapped_model.state_dict(keep_vars=True)
+        runs = {
+            name.removeprefix("model."): run
+            for name, tensor in state.items()
+            if (run := self.backend.local_run(tensor, dtype)) is not None
+        }
+        if dtype not in self._shard_sums:
+            missing = self.names.shapes.keys() - self.names.blocks.keys()
+            if missing:
+                raise UserError(
+                    f"{min(missing)!r} and {len(missing) - 1} other weights of the checkpoint are no blocks "
+                    "of the model's tensors, so that their shards cannot be proved; use rollout.engine vllm"
+                )
+            starts = self.gather([{name: run.start for name, run in runs.items()}])
+            self._shard_sums[dtype] = ShardSums(self.names.blocks, starts)
+        sums = self._shard_sums[dtype]
+        return sums.fingerprints(self.sum_over_ranks(sums.shares(runs, self.device)))
 
     def weight_norms(self) -> tuple[float, ...]:
         """The norm of each weight's master, in float64, in the order of ``model_weights``.
@@ -241,12 +286,22 @@ class TrainedModel:
             "scaler": None if scaler is None else scaler.state_dict(),
         }
 
-    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Restore ``optimizer_state`` and ``state``, but no weights: they are those that this object loaded.
+    def parts(self) -> Iterator[TensorPart]:
+        """This rank's parts of the trained weights and of ``optimizer_state``, live memory; no collective."""
+        return self.backend.parts(self._named_parameters())
 
-        Raises ValueError for another model's state.
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Restore ``optimizer_state`` and ``state``.
+
+        Weights are restored where ``tensors`` holds those that ``parts`` gave; else they are those that this
+        object loaded. Raises ValueError for another model's state.
         """
-        self.backend.restore(self._named_parameters(), tensors)
+        masters = select_tensors(tensors, lambda name: name if name.endswith(f"/{MASTER}") else None)
+        state = select_tensors(tensors, lambda name: None if name in masters else name)
+        if masters:
+            with torch.no_grad():
+                self.backend.restore_weights(self._named_parameters(), masters)
+        self.backend.restore(self._named_parameters(), state)
         restore_schedule(self.schedule, values["schedule"])
         self.version = values["version"]
         self._nonfinite_in_a_row = values["nonfinite_in_a_row"]
@@ -268,7 +323,7 @@ class TrainedModel:
         wants: frozenset[str],
     ) -> dict[str, Tensor]:
         """The trained model's statistics of a micro-batch, with a gradient where gradients are enabled."""
-        chunk = self.settings.head_chunk
+        chunk = self.head_chunk
         return self.wrapped_model(micro_batch, temperature=temperature, wants=wants, chunk=chunk)
 
     def step(self, loss: float) -> tuple[float, bool]:
@@ -363,9 +418,17 @@ class ModelOwner:
         """The names of the weights in a checkpoint."""
         return self.trained.names
 
+    def weight_fingerprints(self, dtype: torch.dtype) -> dict[str, Fingerprint]:
+        """``TrainedModel.weight_fingerprints``: a collective."""
+        return self.trained.weight_fingerprints(dtype)
+
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
         """``TrainedModel.optimizer_state``: a collective; every rank must iterate over all tensors."""
         return self.trained.optimizer_state()
+
+    def parts(self) -> Iterator[TensorPart]:
+        """``TrainedModel.parts``."""
+        return self.trained.parts()
 
     def state(self) -> dict[str, Any]:
         """``TrainedModel.state``."""

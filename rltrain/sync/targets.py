@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -10,6 +11,28 @@ from rltrain.protocols import WeightTarget
 from rltrain.tensor_ops import Fingerprint
 from rltrain.types.samples import PolicyVersion
 from rltrain.watchdog import Deadline
+
+
+class WorkerControl(Protocol):
+    """The calls of a rollout worker that stop it, send it weights and start it again. All of them block."""
+
+    def pause(self, mode: Literal["keep", "wait", "abort"], clear_cache: bool) -> None: ...
+
+    def init_transfer(self, init_info: Mapping[str, object]) -> None: ...
+
+    def start_update(self) -> None: ...
+
+    def update(self, update_info: Mapping[str, object]) -> None: ...
+
+    def finish_update(self, version: str) -> None: ...
+
+    def call_workers(self, method: str, arguments: Mapping[str, str]) -> list[object]: ...
+
+    def world_size(self) -> int:
+        """Number of the processes that hold weights: tensor x pipeline x data parallel."""
+        ...
+
+    def resume(self) -> None: ...
 
 
 def load(

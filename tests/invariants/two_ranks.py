@@ -1,11 +1,12 @@
-"""One rank of three runs on the backend that ``accelerate launch`` was told of: whole; stopped and continued;
-continued for another.
+"""One rank of four runs on the backend that ``accelerate launch`` was told of: whole; stopped and continued;
+continued for another; continued from parts.
 
     accelerate launch --config_file recipes/accelerate/zero3.yaml --num_processes 2 two_ranks.py FOLDER
     CHECKPOINT OVERRIDE...
 
 FOLDER/whole is a run of its own, FOLDER/resumed goes on from its middle, FOLDER/taken_over from the middle of
-the run that CHECKPOINT is of, whatever backend that had. FOLDER/engaged-RANK.json says what the model really
+the run that CHECKPOINT is of, whatever backend that had. FOLDER/resumed writes sharded checkpoints, and
+FOLDER/from_parts takes the last step from one of them. FOLDER/engaged-RANK.json says what the model really
 was.
 """
 
@@ -33,9 +34,10 @@ def main() -> None:
     out = Path(sys.argv[1])
     checkpoint = sys.argv[2]
     overrides = sys.argv[3:]
-    recipe = check(
-        load_recipe(ROOT / "recipes/policy/grpo.yaml", profile="tiny_cpu", overrides=overrides)
-    ).recipe
+    recipe, sharded = (
+        check(load_recipe(ROOT / "recipes/policy/grpo.yaml", profile="tiny_cpu", overrides=settings)).recipe
+        for settings in (overrides, [*overrides, "checkpoint.format=sharded", "checkpoint.every=1"])
+    )
     online = WORKFLOWS["online"]
     engaged = []
 
@@ -54,9 +56,14 @@ def main() -> None:
         return run
 
     WORKFLOWS["online"] = dataclasses.replace(online, build=build)
-    middle = out / "whole" / "checkpoints" / "step-2"
-    for name, resume in (("whole", "auto"), ("resumed", str(middle)), ("taken_over", checkpoint)):
-        assert train_command(recipe, out / name, [], resume) == 0
+    runs = (
+        ("whole", recipe, "auto"),
+        ("resumed", sharded, str(out / "whole/checkpoints/step-2")),
+        ("taken_over", recipe, checkpoint),
+        ("from_parts", recipe, str(out / "resumed/checkpoints/step-3")),
+    )
+    for name, settings, resume in runs:
+        assert train_command(settings, out / name, [], resume) == 0
     (out / f"engaged-{os.environ['RANK']}.json").write_text(json.dumps(engaged))
 
 

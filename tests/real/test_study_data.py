@@ -19,7 +19,6 @@ pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the real data 
 def scripts(tiny_models: ModuleType) -> Iterator[dict[str, ModuleType]]:
     """make_text_model and make_outcome_task, which take parts from one another."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "make_tiny_model", tiny_models)
         patch.syspath_prepend(str(SCRIPTS))
         patch.delitem(sys.modules, "make_text_model", raising=False)
         yield {name: script(name) for name in ("make_text_model", "make_outcome_task")}

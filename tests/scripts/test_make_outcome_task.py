@@ -18,7 +18,6 @@ ROOT = Path(__file__).parents[2]
 def task(tiny_models: ModuleType) -> Iterator[ModuleType]:
     """scripts/make_outcome_task.py as a module; beside it lie those that it takes parts from."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "make_tiny_model", tiny_models)
         patch.syspath_prepend(str(ROOT / "scripts"))
         patch.delitem(sys.modules, "make_text_model", raising=False)
         yield script("make_outcome_task")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -16,9 +15,7 @@ from support.scripts import script
 @pytest.fixture(scope="module")
 def task(tiny_models: ModuleType) -> Iterator[ModuleType]:
     """scripts/make_step_task.py as a module; beside it lies the one that it takes parts from."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "make_tiny_model", tiny_models)
-        yield script("make_step_task")
+    yield script("make_step_task")
 
 
 PROMPT = "37+58+46="

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +21,6 @@ from support.scripts import script
 def text_models(tiny_models: ModuleType) -> Any:
     """scripts/make_text_model.py as a module; beside it lies the one that it takes parts from."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "make_tiny_model", tiny_models)
         module = script("make_text_model")
         patch.setattr(module, "LAYERS", 1)
         patch.setattr(module, "WIDTH", 64)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from typer.testing import CliRunner
 
+from rltrain.cli.app import app
 from rltrain.config.schema import Data
 from rltrain.data.chat import Dialogue
 from rltrain.data.prompts import PromptSet, load_prompts
@@ -134,17 +136,17 @@ def test_equal_arguments_give_equal_weights_and_a_made_folder_is_kept(tiny_model
 
 def test_a_foreign_folder_is_refused_and_kept(tiny_models, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"exists and was not made by this script"):
+    with pytest.raises(ValueError, match=r"exists and was not made by rltrain tiny-model"):
         tiny_models.make_tiny_model(tmp_path, steps=1)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_task_and_files_that_do_not_fit_are_refused(tiny_models, tmp_path, capsys):
+def test_a_task_and_files_that_do_not_fit_are_refused(tiny_models, tmp_path):
     with pytest.raises(ValueError, match="needs GSM8K's train file"):
         tiny_models.make_tiny_model(tmp_path / "model", task="gsm8k_calculator", data="train.jsonl")
-    with pytest.raises(SystemExit):
-        tiny_models.main(["--out", str(tmp_path / "model"), "--data", "a", "--held-out", "b"])
-    assert "arithmetic makes its own problems" in capsys.readouterr().err
+    options = ["--out", str(tmp_path / "model"), "--data", "a", "--held-out", "b"]
+    result = CliRunner().invoke(app, ["tiny-model", *options])
+    assert "arithmetic makes its own problems" in str(result.exception)
     with pytest.raises(ValueError, match="no such file: absent"):
         tiny_models.make_tiny_model(
             tmp_path / "model", task="gsm8k_calculator", data="absent", held_out="absent"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 
-from support.scripts import script
+from rltrain.build.tiny_model import character_tokenizer
 
 CONTEXT = 256
 ORIGINAL_CONTEXT = 16  # of the model with LongRoPE
@@ -212,7 +212,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def tiny(name: str, out: Path) -> Path:
     """The folder ``out`` with a random model of ``ARCHITECTURES[name]`` and its tokenizer."""
-    chosen, tokenizer = ARCHITECTURES[name], script("make_tiny_model").character_tokenizer()
+    chosen, tokenizer = ARCHITECTURES[name], character_tokenizer()
     ids = {
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,

@@ -50,7 +50,9 @@ def said_by(
 
     run = Run(
         recipe=SimpleNamespace(
-            eval=SimpleNamespace(at_start=at_start, every=evaluate), checkpoint=SimpleNamespace(every=save)
+            eval=SimpleNamespace(at_start=at_start, every=evaluate),
+            train=SimpleNamespace(profile=None),
+            checkpoint=SimpleNamespace(every=save),
         ),  # type: ignore[arg-type]
         total_steps=steps,
         learner=SimpleNamespace(rank=0, any_rank=lambda flag: flag),  # type: ignore[arg-type]
@@ -58,6 +60,7 @@ def said_by(
         writer=SimpleNamespace(  # type: ignore[arg-type]
             checkpoint=lambda step, scores: written("saved", step, scores),
             final=lambda step, scores: written("finished", step, scores),
+            wait=lambda: None,
         ),
         resumed=SimpleNamespace(random=(), step=done, evaluations=[{}] * done) if done else None,  # type: ignore[arg-type]
         should_stop=lambda: said[-1] == f"step {stop_in}",

@@ -23,6 +23,7 @@ from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
 from rltrain.config.schema import OnlineRecipe
 from rltrain.data.tokenization import load_tokenization
+from rltrain.process import ALONE
 from rltrain.protocols import RolloutEngine
 from rltrain.rollout.engines.transformers import engine as transformers_engine
 from rltrain.sync.fingerprint import WeightMismatchError
@@ -33,7 +34,7 @@ GRPO = Path(__file__).parents[2] / "recipes" / "policy" / "grpo.yaml"
 # with it
 FAULTY = 2
 REWARD = """
-from reward.score import Score
+from rltrain.reward.score import Score
 
 def odd(inputs):
     return [Score(sum(ord(letter) % 2 for letter in text) / max(len(text), 1)) for text in inputs.completions]
@@ -93,8 +94,7 @@ class Bench:
 
 def engine_of(recipe: OnlineRecipe) -> RolloutEngine:
     tokenization = load_tokenization(recipe.model, recipe.data, recipe.rollout)
-    device = torch.device("cpu")
-    return build_engine(recipe.model, recipe.data, recipe.rollout, "float32", tokenization, device)
+    return build_engine(recipe.model, recipe.data, recipe.rollout, "float32", tokenization, ALONE)
 
 
 def write_inputs(folder: Path) -> None:

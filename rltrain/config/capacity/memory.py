@@ -1,7 +1,8 @@
 """Bytes per GPU in every phase of a run, term by term.
 
-Sharded backends divide by the number of GPUs. Frozen models are counted whole on every GPU, an upper
-bound: FSDP2 and ZeRO divide them in the learner's precision. A push holds the shards and two tensors in the engine's dtype, a save two tensors in float32.
+Sharded backends divide by the number of GPUs. Frozen models are counted whole on every GPU, an upper bound:
+FSDP2 and ZeRO divide them in the learner's precision. A push holds the shards and two tensors in the engine's
+dtype, a save two tensors in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from rltrain.config.capacity.constants import (
     FRAGMENTATION,
     GRADIENT_BYTES,
     MASTER_BYTES,
-    MOMENT_BYTES,
     NCCL,
     SLEEPING_VLLM,
     TENSORS_IN_FLIGHT,
@@ -55,7 +55,11 @@ class Phase:
 def phases_of(load: Workload, cluster: Cluster) -> tuple[Phase, ...]:
     """Every phase in the order of a run."""
     common = (*_resident(load, cluster), *_frozen(load))
-    phases = [_host(load, cluster), _gpu_phase("learner at rest", common, load, cluster)]
+    phases = [
+        _host(load, cluster),
+        *_host_phases(load, cluster),
+        _gpu_phase("learner at rest", common, load, cluster),
+    ]
     if load.engine is not None:
         phases += _engine_phases(load, load.engine, cluster)
     else:
@@ -97,7 +101,8 @@ def weight_terms(model: Trained, cluster: Cluster, compute_bytes: int) -> list[T
 
 def moment_term(model: Trained, cluster: Cluster) -> Term:
     """AdamW's moments, from the first update on."""
-    return Term(f"{model.role}: AdamW", MOMENT_BYTES * model.shape.parameters // _state_shards(cluster))
+    size = int(model.moment_bytes * model.shape.parameters) // _state_shards(cluster)
+    return Term(f"{model.role}: AdamW", size)
 
 
 def gradient_term(model: Trained, cluster: Cluster) -> Term:
@@ -111,11 +116,47 @@ def _state_shards(cluster: Cluster) -> int:
 
 def _resident(load: Workload, cluster: Cluster) -> list[Term]:
     """Trained models between two updates."""
-    return [
+    moments = [moment_term(model, cluster) for model in load.trained]
+    return [*_weights(load, cluster), *_kept_terms(moments, load, cluster)]
+
+
+def _weights(load: Workload, cluster: Cluster) -> list[Term]:
+    """Trained models before the first update."""
+    terms = [term for model in load.trained for term in weight_terms(model, cluster, load.compute_bytes)]
+    return _kept_terms(terms, load, cluster)
+
+
+def _moved_terms(load: Workload, cluster: Cluster) -> tuple[str, ...]:
+    """Ends of the names of terms that are in the host's memory; none where the backend cannot."""
+    match cluster.form, load.offload:
+        case ("zero2" | "zero3", "optimizer"):
+            return ("masters", "AdamW", "gradient")
+        case ("fsdp2" | "zero3", "all"):
+            return ("weights", "masters", "AdamW", "gradient")
+        case _:
+            return ()
+
+
+def _kept_terms(terms: Iterable[Term], load: Workload, cluster: Cluster) -> list[Term]:
+    ends = tuple(f": {end}" for end in _moved_terms(load, cluster))
+    return [term for term in terms if not (ends and term.name.endswith(ends))]
+
+
+def _host_phases(load: Workload, cluster: Cluster) -> list[Phase]:
+    """What is offloaded, of all ranks of a node."""
+    terms = [
         term
         for model in load.trained
-        for term in (*weight_terms(model, cluster, load.compute_bytes), moment_term(model, cluster))
+        for term in (
+            *weight_terms(model, cluster, load.compute_bytes),
+            moment_term(model, cluster),
+            gradient_term(model, cluster),
+        )
     ]
+    kept = _kept_terms(terms, load, cluster)
+    ranks = cluster.ranks_per_node
+    moved = tuple(Term(term.name, ranks * term.bytes) for term in terms if term not in kept)
+    return [Phase("offloaded, on the host", moved, None)] if moved else []
 
 
 def _frozen(load: Workload) -> list[Term]:
@@ -198,7 +239,7 @@ def _update_terms(load: Workload, model: Trained, cluster: Cluster) -> list[Term
         peak = Term("autocast's copies of the weights", copies)
     return [
         *_gathered_terms(shape, cluster, size, update=True),
-        gradient_term(model, cluster),
+        *_kept_terms([gradient_term(model, cluster)], load, cluster),
         Term("kept activations", kept),
         peak,
         Term("output head", head_bytes(shape, load.head_chunk, size, update=True)),
@@ -247,7 +288,7 @@ def _annotate(load: Workload, cluster: Cluster) -> Phase:
 
 def _reference_phase(load: Workload, cluster: Cluster) -> list[Phase]:
     """Log-probs of frozen models before the first update, when there are no optimizer states yet."""
-    weights = [term for model in load.trained for term in weight_terms(model, cluster, load.compute_bytes)]
+    weights = _weights(load, cluster)
     if not load.frozen:
         terms = _trained_pass(load.policy, load, cluster)
         return [_gpu_phase("annotate", (*weights, *terms), load, cluster)]
@@ -275,21 +316,31 @@ def kv_bytes(shape: ModelShape, tokens: int, number_bytes: int) -> int:
     return number_bytes * shape.kv_numbers_per_token * tokens
 
 
+def engine_weights(load: Workload, engine: Engine) -> int:
+    """One rank's shard of the engine's weights."""
+    return load.compute_bytes * load.policy.parameters // engine.ranks
+
+
+def engine_cache(load: Workload, engine: Engine, tokens: int) -> int:
+    """One rank's keys and values of ``tokens`` tokens: it has at least one head."""
+    return kv_bytes(load.policy, tokens, load.compute_bytes) // min(engine.ranks, load.policy.kv_heads)
+
+
 def cache_tokens(load: Workload, cluster: Cluster) -> int:
     """Tokens whose keys and values vLLM's cache holds; 0 where the weights leave no room."""
     assert load.engine is not None
     shape = load.policy
     size = load.compute_bytes
     room = load.engine.utilization * cluster.gpu_bytes
-    room -= size * shape.parameters + engine_work(shape, load.engine.max_rows, size)
-    return max(0, int(room) // kv_bytes(shape, 1, size))
+    room -= engine_weights(load, load.engine) + engine_work(shape, load.engine.max_rows, size)
+    return max(0, int(room) // engine_cache(load, load.engine, 1))
 
 
 def rows_at_once(load: Workload, cluster: Cluster) -> int:
-    """Longest rows that one GPU's engine decodes at the same time, at most."""
+    """Longest rows that one engine decodes at the same time, at most."""
     engine = load.engine
     assert engine is not None
-    rows = min(engine.max_rows, -(-engine.rows // cluster.gpus))
+    rows = min(engine.max_rows, -(-engine.rows * engine.ranks // cluster.gpus))
     if engine.name == "transformers":
         return rows
     return min(rows, cache_tokens(load, cluster) // load.row_tokens)
@@ -308,22 +359,22 @@ def _engine_awake(load: Workload, engine: Engine, cluster: Cluster) -> Term:
 def _engine_phases(load: Workload, engine: Engine, cluster: Cluster) -> list[Phase]:
     shape = load.policy
     size = load.compute_bytes
-    learner = weight_terms(load.trained[0], cluster, load.compute_bytes)
+    learner = _kept_terms(weight_terms(load.trained[0], cluster, load.compute_bytes), load, cluster)
     awake = _engine_awake(load, engine, cluster)
     flight = Term("two tensors in the engine's dtype", TENSORS_IN_FLIGHT * size * shape.largest_tensor)
     phases = [_gpu_phase("engine start", (*learner, awake), load, cluster)]
     if engine.name == "vllm":
         row = (
-            Term("engine: weights", size * shape.parameters),
+            Term("engine: weights", engine_weights(load, engine)),
             Term("engine: largest batch", engine_work(shape, engine.max_rows, size)),
-            Term("cache of one longest row", kv_bytes(shape, load.row_tokens, size)),
+            Term("cache of one longest row", engine_cache(load, engine, load.row_tokens)),
         )
         phases.append(Phase("one row in the engine", row, int(engine.utilization * cluster.gpu_bytes)))
     # the first push finds the engine mapped, cache included, but no optimizer states; later ones the reverse
-    weights = [term for model in load.trained for term in weight_terms(model, cluster, load.compute_bytes)]
+    weights = _weights(load, cluster)
     first = (*weights, *_frozen(load), awake, flight)
     common = (*_resident(load, cluster), *_frozen(load))
-    later = (*common, Term("engine: weights", size * shape.parameters), flight)
+    later = (*common, Term("engine: weights", engine_weights(load, engine)), flight)
     pushes = [_gpu_phase("push", terms, load, cluster) for terms in (first, later)]
     phases.append(max(pushes, key=lambda phase: phase.total))
     # reward models score beside the engine

@@ -7,7 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from rltrain.advantage import ADVANTAGES
-from rltrain.config.capacity.constants import FROZEN_BYTES, REWARD_MODEL_BYTES
+from rltrain.config.capacity.constants import (
+    FROZEN_BYTES,
+    MOMENT_BYTES,
+    MOMENT_BYTES_8BIT,
+    REWARD_MODEL_BYTES,
+)
 from rltrain.config.capacity.shape import ModelShape
 from rltrain.config.rules.offline import all_needs, takes_pairs
 from rltrain.config.schema import (
@@ -16,9 +21,11 @@ from rltrain.config.schema import (
     OfflineRecipe,
     OnlinePairsRecipe,
     OnlineRecipe,
+    Optimizer,
     SampledRecipe,
 )
 from rltrain.control import TOKEN_CONTROLS
+from rltrain.errors import UserError
 from rltrain.loss import LOSS_TERMS
 from rltrain.loss.policy import POLICY_LOSSES
 from rltrain.loss.preference import PREFERENCE_LOSSES
@@ -33,6 +40,7 @@ class Engine:
     """What samples in the learner's process."""
 
     name: Literal["vllm", "transformers"]
+    ranks: int  # that hold it together, each a shard
     utilization: float  # of vLLM: share of the card
     max_rows: int  # sequences that it decodes at once, at most
     rows: int  # completions per step, all ranks
@@ -58,6 +66,7 @@ class Trained:
 
     role: str
     shape: ModelShape
+    moment_bytes: float = MOMENT_BYTES  # of the optimizer, per parameter
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,8 @@ class Workload:
     head_chunk: int  # tokens whose logits exist at once; 0: no logits
     compute_bytes: int  # per number in a matrix product on a GPU
     notes: tuple[str, ...] = ()
+    offload: Literal["nothing", "optimizer", "all"] = "nothing"  # to the host
+    fuses_layers: bool = False  # whether elementwise kernels of a trained model's layers are fused
 
     @property
     def policy(self) -> ModelShape:
@@ -146,7 +157,8 @@ def _offline_workload(recipe: OfflineRecipe, models: _Models) -> Workload:
     ]
     return Workload(
         kind="offline",
-        trained=(Trained("model" if has_scalar_head else "policy", policy),),
+        trained=(Trained("model" if has_scalar_head else "policy", policy, moment_bytes(learner.optimizer)),),
+        offload=learner.offload,
         frozen=tuple(frozen[:1]),
         engine=None,
         tokens=learner.tokens_per_micro_batch,
@@ -156,16 +168,17 @@ def _offline_workload(recipe: OfflineRecipe, models: _Models) -> Workload:
         epochs=1,
         updates=1,
         checkpointing=learner.gradient_checkpointing,
-        head_chunk=0 if has_scalar_head else learner.head_chunk,
+        head_chunk=0 if has_scalar_head else learner.head_chunk_on("cuda"),
         compute_bytes=_compute_bytes(learner.precision),
         notes=tuple(models.notes),
+        fuses_layers=learner.kernels != "eager",
     )
 
 
 def _sampled_workload(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models) -> Workload:
     learner = recipe.learner
     row = recipe.data.max_prompt_tokens + recipe.rollout.max_tokens
-    trained = [Trained("policy", models.policy)]
+    trained = [Trained("policy", models.policy, moment_bytes(learner.optimizer))]
     if recipe.kind == "online":
         frozen = [*_frozen_online(recipe, models)]
         settings = recipe.process_reward
@@ -173,7 +186,7 @@ def _sampled_workload(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models)
         rows = recipe.rollout.prompts * recipe.rollout.n
         if settings is not None:
             shape = models.shape("process reward model", settings.path)
-            trained.append(Trained("process reward model", shape))
+            trained.append(Trained("process reward model", shape, moment_bytes(settings.optimizer)))
             if settings.reference != "policy":
                 reference = models.shape("its reference", settings.reference or settings.path)
                 frozen.append(Frozen("its reference", reference, FROZEN_BYTES))
@@ -194,17 +207,30 @@ def _sampled_workload(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models)
         epochs=learner.epochs,
         updates=learner.updates_per_step,
         checkpointing=learner.gradient_checkpointing,
-        head_chunk=learner.head_chunk,
+        head_chunk=learner.head_chunk_on("cuda"),
         compute_bytes=_compute_bytes(learner.precision),
         notes=tuple(models.notes),
+        offload=learner.offload,
+        fuses_layers=learner.kernels != "eager",
     )
+
+
+def moment_bytes(optimizer: Optimizer) -> float:
+    """Bytes per parameter of AdamW's two moments."""
+    return MOMENT_BYTES_8BIT if optimizer.name == "adamw_8bit" else MOMENT_BYTES
 
 
 def _engine_of(recipe: SampledRecipe) -> Engine:
     rollout = recipe.rollout
+    if rollout.engine == "vllm_server":
+        raise UserError(
+            "rollout.engine vllm_server samples in another process, on GPUs that these would have to be "
+            "divided with: the plan knows engines of the learner's processes only; add --engine vllm"
+        )
     is_vllm = rollout.engine == "vllm"
     return Engine(
         name=rollout.engine,
+        ranks=rollout.vllm.tensor_parallel if is_vllm else 1,
         utilization=rollout.vllm.gpu_memory_utilization,
         max_rows=rollout.vllm.max_num_seqs if is_vllm else rollout.max_rows,
         rows=rollout.prompts * rollout.n,

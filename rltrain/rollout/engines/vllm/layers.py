@@ -10,16 +10,27 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rltrain.rollout.engines.vllm.packing import expert_matrix, packed_columns
-from rltrain.tensor_ops import Fingerprint, fingerprint_input, product_fingerprint, weight_fingerprint
+from rltrain.rollout.engines.vllm.shares import (
+    EVERY_EXPERT,
+    Architecture,
+    Place,
+    Product,
+    Share,
+    find_share,
+    local_expert,
+    part_sizes,
+    vocabulary_rows,
+)
+from rltrain.tensor_ops import Fingerprint, fingerprint_input, product_fingerprint, weight_product
 
-__all__ = ["Architecture", "Place", "Places", "find_places", "layer_fingerprints"]
+__all__ = ["Architecture", "Place", "Places", "find_places", "layer_fingerprints", "layer_products"]
 
 _STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _ORDER = {"q": 0, "k": 1, "v": 2}
@@ -28,32 +39,9 @@ _EXPERT_PARTS = {"gate_proj": ("w13", 0), "w1": ("w13", 0), "up_proj": ("w13", 1
 _EXPERT_PARTS |= {"down_proj": ("w2", 0), "w2": ("w2", 0)}
 # a single weight of all experts, as in GPT-OSS
 _ALL_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias)?")
-_EVERY = -1
 _DERIVED = ("W_UV", "W_UK_T")  # of latent attention, copies of kv_b_proj: compared with it when it is read
 # entries of a packed weight read at a time: 16 MiB in float32, and 32 more while they are summed
 _READ_ENTRIES = 1 << 22
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What transformers knows about a model's checkpoint."""
-
-    name: str
-    shapes: Mapping[str, tuple[int, ...]]  # by name
-    parameters: frozenset[str]  # names of the trained weights, tied weights once
-    ties: Mapping[str, str]  # second name of a weight to its first
-    transposed: frozenset[str]  # weights stored as (in, out)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where vLLM keeps a weight of the checkpoint: a part of a parameter of a module."""
-
-    module: str
-    parameter: str
-    part: int = 0  # index among the parts
-    parts: int = 1  # stacked in the parameter
-    expert: int | None = None  # _EVERY: all experts
 
 
 @dataclass(frozen=True)
@@ -98,7 +86,7 @@ class _Finder:
         module, _, parameter = renamed.rpartition(".")
         if (match := _ALL_EXPERTS.fullmatch(name)) is not None:
             stem = "w13" if match[2] == "gate_up_proj" else "w2"
-            return self._place_in_experts(module, stem, match[3] or "_weight", 0, _EVERY)
+            return self._place_in_experts(module, stem, match[3] or "_weight", 0, EVERY_EXPERT)
         if (match := _EXPERT.fullmatch(renamed)) is not None and match[3] in _EXPERT_PARTS:
             stem, part = _EXPERT_PARTS[match[3]]
             return self._place_in_experts(match[1], stem, f"_{match[4]}", part, int(match[2]))
@@ -117,7 +105,7 @@ class _Finder:
         return None
 
     def _place_in_experts(self, module: str, stem: str, kind: str, part: int, expert: int) -> Place | None:
-        parts = 2 if stem == "w13" and expert != _EVERY else 1
+        parts = 2 if stem == "w13" and expert != EVERY_EXPERT else 1
         for path in (f"{module}.routed_experts", module):
             if self._has(path, stem + kind):
                 return Place(path, stem + kind, part, parts, expert)
@@ -138,7 +126,7 @@ class _Finder:
                 key = module, name
                 parts = known_parts.get(key, set())
                 is_alias = key not in known_parts and id(parameter) in known_tensors
-                has_experts = any(expert not in (None, _EVERY) for _, expert in parts)
+                has_experts = any(expert not in (None, EVERY_EXPERT) for _, expert in parts)
                 experts = parameter.shape[0] if has_experts else 1
                 is_complete = len(parts) == counts.get(key, 1) * experts
                 if not (is_complete or is_alias or name in _DERIVED):
@@ -162,28 +150,41 @@ def _packed_stacks(mapping: Mapping[str, Collection[str]] | None) -> dict[str, t
     return {stacked: tuple(parts) for stacked, parts in (mapping or {}).items() if len(parts) > 1}
 
 
-@torch.inference_mode()
 def layer_fingerprints(
     model: nn.Module,
     places: Mapping[str, Place],
     architecture: Architecture,
     names: Collection[str] | None = None,
 ) -> dict[str, Fingerprint]:
-    """The fingerprint of the weight that vLLM computes with, by checkpoint name. names: None for all."""
+    """The fingerprint of the weight that vLLM computes with, by checkpoint name. names: None for all.
+
+    For a model that is whole in this process.
+    """
+    return {
+        product.name: product_fingerprint(product.name, product.values)
+        for product in layer_products(model, places, architecture, names)
+    }
+
+
+@torch.inference_mode()
+def layer_products(
+    model: nn.Module,
+    places: Mapping[str, Place],
+    architecture: Architecture,
+    names: Collection[str] | None = None,
+) -> Iterator[Product]:
+    """The product of each weight that this process computes with. names: None for all."""
     names_by_parameter: dict[tuple[str, str], list[str]] = {}
     for name, place in places.items():
         if names is None or name in names:
             names_by_parameter.setdefault((place.module, place.parameter), []).append(name)
 
-    fingerprints: dict[str, Fingerprint] = {}
     for (path, parameter), parameter_names in names_by_parameter.items():
         module = model.get_submodule(path)
         reader = _Reader(module, parameter, {name: places[name] for name in parameter_names}, architecture)
-        fingerprints.update(reader.fingerprints())
-        if path.endswith(".kv_b_proj") and not _attention_copies_match(model, path, module):
-            never_equal = Fingerprint(math.nan, math.nan)
-            fingerprints.update(dict.fromkeys(parameter_names, never_equal))
-    return fingerprints
+        is_stale = path.endswith(".kv_b_proj") and not _attention_copies_match(model, path, module)
+        for product in reader.products():
+            yield replace(product, values=product.values * math.nan) if is_stale else product
 
 
 @dataclass(frozen=True)
@@ -195,13 +196,23 @@ class _Reader:
     places: Mapping[str, Place]
     architecture: Architecture
 
-    def fingerprints(self) -> Iterator[tuple[str, Fingerprint]]:
+    def products(self) -> Iterator[Product]:
         if self._is_packed():
-            yield from self._packed_fingerprints()
+            yield from self._packed_products()
             return
         weight: Tensor = getattr(self.module, self.parameter)
         for name, place in self.places.items():
-            yield name, weight_fingerprint(name, self._as_stored(name, self._part(weight, name, place)))
+            share = self._share(name)
+            if share is not None:
+                yield self._product(share, self._as_stored(name, self._part(weight, name, place)))
+
+    def _share(self, name: str) -> Share | None:
+        return find_share(self.module, self.parameter, name, self.places[name], self.architecture)
+
+    def _product(self, share: Share, part: Tensor) -> Product:
+        columns = share.columns
+        values = weight_product(share.name, part, first_column=share.first_column, columns=columns)
+        return Product(share.name, values, share)
 
     def _is_packed(self) -> bool:
         """Whether the layer computes with a packed copy, which cannot be read, even if the weight exists too.
@@ -211,37 +222,43 @@ class _Reader:
         is_embedding = type(self.module).__name__ == "VocabParallelEmbedding"
         return self.parameter == "weight" and hasattr(self.module, "cpu_linear") and not is_embedding
 
-    def _packed_fingerprints(self) -> Iterator[tuple[str, Fingerprint]]:
+    def _packed_products(self) -> Iterator[Product]:
         """Reads the weight by columns, because a product with all of them at once would be rounded."""
+        shares = {name: share for name in self.places if (share := self._share(name)) is not None}
         if any(name in self.architecture.transposed for name in self.places):
             (name,) = self.places
-            yield name, weight_fingerprint(name, self._as_stored(name, _unpack(self.module)))
+            yield self._product(shares[name], self._as_stored(name, _unpack(self.module)))
             return
-        columns = self.module.input_size
-        signs = {name: fingerprint_input(name, columns, torch.device("cpu")) for name in self.places}
-        products = dict.fromkeys(self.places, torch.zeros((), dtype=torch.float64))
+        products = dict.fromkeys(shares, torch.zeros((), dtype=torch.float64))
         for start, block in packed_columns(self.module, _READ_ENTRIES):
-            for name, place in self.places.items():
-                part = self._part(block, name, place).double()
-                products[name] = products[name] + part @ signs[name][start : start + block.shape[1]]
-        yield from ((name, product_fingerprint(name, product)) for name, product in products.items())
+            for name, share in shares.items():
+                part = self._part(block, name, self.places[name]).double()
+                columns = share.columns or getattr(
+                    self.module, "input_size_per_partition", self.module.input_size
+                )
+                signs = fingerprint_input(name, columns, torch.device("cpu"))
+                first = share.first_column + start
+                products[name] = products[name] + part @ signs[first : first + block.shape[1]]
+        yield from (Product(name, product, shares[name]) for name, product in products.items())
 
     def _part(self, weight: Tensor, name: str, place: Place) -> Tensor:
         """The entries of the weight ``name`` in vLLM's ``weight``, without padding."""
-        if place.expert == _EVERY:
+        if place.expert == EVERY_EXPERT:
             experts = range(weight.shape[0])
             return torch.stack([expert_matrix(self.module, weight, expert) for expert in experts])
         if place.expert is not None:
-            matrix = expert_matrix(self.module, weight, place.expert)
+            matrix = expert_matrix(self.module, weight, local_expert(self.module, place.expert))
             rows = matrix.shape[0] // place.parts
             size = list(self.architecture.shapes[name])
+            if (share := self._share(name)) is not None and share.is_split:
+                return matrix.narrow(0, place.part * rows, rows)
             part = matrix.narrow(0, place.part * rows, size[0])
             return part if part.ndim < 2 else part[:, : size[1]]
         if hasattr(self.module, "org_vocab_size"):
-            return weight[: self.module.org_vocab_size]
+            return weight[: vocabulary_rows(self.module)]
         if place.module.endswith(".query_key_value") and hasattr(self.module, "num_kv_heads"):
             return _group_heads(weight, self.module)
-        return weight.split(self.module.output_sizes)[place.part] if place.parts > 1 else weight
+        return weight.split(part_sizes(self.module))[place.part] if place.parts > 1 else weight
 
     def _as_stored(self, name: str, part: Tensor) -> Tensor:
         if (match := _ALL_EXPERTS.fullmatch(name)) is not None and part.ndim == 3:

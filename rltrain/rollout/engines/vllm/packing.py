@@ -63,8 +63,8 @@ def packed_columns(module: Any, entries: int) -> Iterator[tuple[int, Tensor]]:
     fingerprint is off by 1e-7 in float32 and by 1e-4 in bfloat16, where a step of 1e-6 moves it by about
     5e-6.
     """
-    columns = module.input_size
-    block = max(1, entries // module.output_size)
+    columns = getattr(module, "input_size_per_partition", module.input_size)
+    block = max(1, entries // getattr(module, "output_size_per_partition", module.output_size))
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         units = torch.zeros(stop - start, columns, dtype=module.params_dtype)

@@ -1,12 +1,5 @@
 """Makes a model of about one million parameters that can learn on a CPU: Qwen2 architecture, character
-tokenizer.
-
-    # warm-started on two-digit additions
-    python scripts/make_tiny_model.py --out tiny
-    python scripts/make_tiny_model.py --out tiny --task gsm8k_calculator
-        --data train.jsonl --held-out test.jsonl
-    # calls a calculator one time in five
-    python scripts/make_tiny_model.py --out tiny --task calculator
+tokenizer (``rltrain tiny-model``).
 
 The warm start is supervised and short: it stops when a sampled answer is right two times in five, so that
 reinforcement learning can still improve the model (a model trained further explores too little). Equal
@@ -15,7 +8,6 @@ arguments give equal weights; a folder made with equal arguments is kept.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -23,7 +15,7 @@ import random
 import shutil
 import string
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -35,7 +27,6 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2T
 
 from rltrain.config.schema import Data
 from rltrain.data.prompts import PromptSet, load_prompts, without_prompts
-from rltrain.interrupt import exit_on_ctrl_c
 
 PAD = "<pad>"
 EOS = "<eos>"
@@ -72,7 +63,7 @@ def character_tokenizer() -> Qwen2Tokenizer:
     tokenizer = Qwen2Tokenizer(
         vocab={token: index for index, token in enumerate(tokens)},
         merges=[],
-        unk_token=None,
+        unk_token=None,  # type: ignore[arg-type] (None: without)
         pad_token=PAD,
         eos_token=EOS,
         additional_special_tokens=[SYSTEM, USER, ASSISTANT],
@@ -90,6 +81,7 @@ def tiny_model(
 
     width: of the hidden states, a multiple of 64.
     """
+    tokens = tokenizer.get_vocab()
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -101,8 +93,8 @@ def tiny_model(
         initializer_range=std,
         tie_word_embeddings=tied,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokens[EOS],
+        pad_token_id=tokens[PAD],
         dtype="float32",
     )
     with torch.random.fork_rng(devices=[]):
@@ -172,20 +164,22 @@ def make_tiny_model(
     steps: int | None = None,
     right: float | None = None,
     tied: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> Path:
     """Writes a warm-started model to ``out``, unless ``out`` was already made with the same arguments.
 
     data, held_out: GSM8K's train and test file, for the task gsm8k_calculator; no expression of the test file
     is trained on. steps: the maximal number of steps; None: the task's. right: stop at this probability of a
-    right sampled answer; None: the task's. Raises ValueError if ``out`` has contents that this script did not
-    make, or if the files do not fit the task.
+    right sampled answer; None: the task's. say: receives a line about what was done. Raises ValueError if
+    ``out`` has contents that this function did not make, or if the files do not fit the task.
     """
     out = Path(out)
     steps = MAX_STEPS[task] if steps is None else steps
     right = RIGHT[task] if right is None else right
     made_with = _arguments(task, data, held_out, seed=seed, steps=steps, right=right, tied=tied)
     if read_record(out) == made_with:
-        print(f"{out}: already made with these arguments")
+        if say is not None:
+            say(f"{out}: already made with these arguments")
         return out
     tokenizer = character_tokenizer()
     model = tiny_model(tokenizer, tied=tied, seed=seed)
@@ -196,10 +190,11 @@ def make_tiny_model(
         for example in encode_prompts(prompts, tokenizer)
     ]
     result = warm_start(model, examples, steps=steps, right=right, seed=seed)
-    print(
-        f"{out}: {result.steps} steps in {result.seconds:.0f} s; a sampled answer is right with probability "
-        f"{result.right:.2f}"
-    )
+    if say is not None:
+        say(
+            f"{out}: {result.steps} steps in {result.seconds:.0f} s; a sampled answer is right with "
+            f"probability {result.right:.2f}"
+        )
     return put_model(out, model, tokenizer, made_with)
 
 
@@ -340,7 +335,7 @@ def warm_up_sets(
 
 def _examples(prompts: PromptSet, tokenizer: Qwen2Tokenizer) -> list[tuple[list[int], list[int]]]:
     def answer_ids(answer: str) -> list[int]:
-        return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        return [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.get_vocab()[EOS]]
 
     return [(list(prompt.token_ids), answer_ids(prompt.columns["answer"])) for prompt in prompts.prompts]
 
@@ -425,44 +420,16 @@ def read_record(out: Path) -> dict[str, Any] | None:
         return None
     if not (out / RECORD).is_file():
         raise ValueError(
-            f"{out} exists and was not made by this script (no {RECORD} in it); choose another --out or "
-            "remove it"
+            f"{out} exists and was not made by rltrain tiny-model (no {RECORD} in it); choose another "
+            "--out or remove it"
         )
     return json.loads((out / RECORD).read_text(encoding="utf-8"))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", required=True, help="folder of the model")
-    parser.add_argument("--task", choices=TASKS, default=TASKS[0])
-    parser.add_argument("--data", help="GSM8K's train.jsonl, for gsm8k_calculator")
-    parser.add_argument("--held-out", help="GSM8K's test.jsonl, for gsm8k_calculator")
-    parser.add_argument("--measure", action="store_true", help="print pass@1 and pass@8 on held-out problems")
-    parser.add_argument("--tied", action="store_true", help="output head tied to the embeddings")
-    parser.add_argument("--seed", type=int, default=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="at most")
-    parser.add_argument(
-        "--right",
-        type=float,
-        default=argparse.SUPPRESS,
-        help="stop at this probability of a right sampled answer",
-    )
-    options = vars(parser.parse_args(arguments))
-    prints_measures = options.pop("measure")
-    try:
-        out = make_tiny_model(**options)
-    except ValueError as error:
-        parser.error(str(error))
-    if prints_measures:
-        tokenizer = Qwen2Tokenizer.from_pretrained(out)
-        model = Qwen2ForCausalLM.from_pretrained(out)
-        data = _data(options["task"], options["data"], options["held_out"])
-        train, held_out = (load_prompts(data, side, tokenizer, seed=0) for side in ("train", "eval"))
-        print(json.dumps(measure(model, without_prompts(held_out, train), tokenizer)))
-
-
-if __name__ == "__main__":
-    with exit_on_ctrl_c():
-        main()
+def measure_folder(out: Path, task: Task, data: str | None, held_out: str | None) -> dict[str, float]:
+    """``measure`` of the model in ``out`` on the task's held-out problems."""
+    tokenizer = Qwen2Tokenizer.from_pretrained(out)
+    model = Qwen2ForCausalLM.from_pretrained(out)
+    source = _data(task, data, held_out)
+    train, evaluation = (load_prompts(source, side, tokenizer, seed=0) for side in ("train", "eval"))
+    return measure(model, without_prompts(evaluation, train), tokenizer)

@@ -1,0 +1,169 @@
+"""Builds the engine that samples on a vLLM server: started here on rank 0, or named by its url."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rltrain.config.schema import Data, Model, Rollout, Server
+from rltrain.data.tokenization import Tokenization
+from rltrain.errors import UserError
+from rltrain.process import Process
+from rltrain.remote_code import trusts
+from rltrain.rollout.engines.checks import WeightShapes
+from rltrain.rollout.engines.vllm_server import ServerModel, VllmServer, require_settings
+from rltrain.rollout.worker.client import Seconds, WorkerClient
+from rltrain.rollout.worker.flags import WorkerSettings, worker_settings
+from rltrain.rollout.worker.guard import SHORTEST_TOKEN, TOKEN
+from rltrain.rollout.worker.process import LocalWorker
+from rltrain.sync.server import WorkerLink
+from rltrain.weight_names import CheckpointNames
+
+__all__ = ["attach_engine", "build_server_engine", "connect", "free_devices"]
+
+# Bytes of a bucket of weights on its way to the server.
+_BUCKET_CPU = 16 * 2**20
+_BUCKET_GPU = 512 * 2**20
+
+
+def build_server_engine(
+    model: Model,
+    data: Data,
+    rollout: Rollout,
+    precision: str,
+    tokenization: Tokenization,
+    process: Process,
+) -> VllmServer:
+    """The engine on every rank, without weights; rank 0 starts the server and sends the weights.
+
+    Raises UserError where the server cannot start, or a running one samples otherwise than the recipe asks.
+    """
+    on_gpu = process.device.type == "cuda"
+    settings = worker_settings(model, data, rollout, precision, on_gpu=on_gpu)
+    worker = None
+    if rollout.server.url is None and process.is_main:
+        worker = _start_worker(settings, rollout.server)
+    try:
+        started = [] if worker is None else [(worker.address.url, worker.token)]
+        url, token = _find_server(rollout.server) if rollout.server.url else process.gather(started)[0]
+        client = connect(url, token, rollout.server)
+        require_settings(client.read_info(), settings, url)
+        return attach_engine(client, model, tokenization, settings.max_model_len, process, worker)
+    except BaseException:
+        if worker is not None:
+            worker.close()
+        raise
+
+
+def attach_engine(
+    client: WorkerClient,
+    model: Model,
+    tokenization: Tokenization,
+    max_model_len: int,
+    process: Process,
+    worker: LocalWorker | None = None,
+) -> VllmServer:
+    """The engine on a server that serves. worker: the server's process, if ``close`` must end it."""
+    names = _read_names(model)
+    info = client.read_info()
+    link = None
+    if process.is_main:
+        on_gpu = process.device.type == "cuda"
+        link = WorkerLink(
+            name=f"the worker at {client.url}",
+            control=client,
+            dtype=getattr(torch, info.dtype),
+            ties=names.ties,
+            capacity=_BUCKET_GPU if on_gpu else _BUCKET_CPU,
+            device=process.device,
+            host=_own_address(client.url),
+            backend="nccl" if on_gpu else "gloo",
+        )
+    served = ServerModel(
+        WeightShapes(names.shapes, names.parameters),
+        tokenization.vocabulary,
+        tuple(sorted(tokenization.stop_tokens.stop)),
+        tokenization.decode,
+        max_model_len,
+    )
+    return VllmServer(client, info, served, link, worker=worker, gather=process.gather)
+
+
+def _start_worker(settings: WorkerSettings, server: Server) -> LocalWorker:
+    """A server on this machine, which serves when this returns."""
+    if settings.on_gpu:
+        learners = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        needed = server.tensor_parallel * server.data_parallel
+        settings = replace(settings, devices=free_devices(_visible_devices(), learners, needed))
+    worker = LocalWorker(settings)
+    try:
+        worker.wait_until_serving(server.silence_seconds)
+    except BaseException:
+        worker.close()
+        raise
+    return worker
+
+
+def _visible_devices() -> list[str]:
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return names.split(",") if names else [str(index) for index in range(torch.cuda.device_count())]
+
+
+def free_devices(visible: list[str], learners: int, needed: int) -> tuple[str, ...]:
+    """The GPUs of a server: the last ``needed`` of those that no rank of the learner uses.
+
+    Raises UserError where they do not suffice: a server cannot give its memory to the learner, as the
+    colocated engine does.
+    """
+    if len(visible) < learners + needed:
+        raise UserError(
+            f"rollout.engine vllm_server needs {needed} GPUs of its own (rollout.server.tensor_parallel x "
+            f"data_parallel), and this machine shows {len(visible)} of which the learner uses {learners}; "
+            "start fewer ranks, name a worker on another machine in rollout.server.url, or use "
+            "rollout.engine vllm, which shares the learner's GPUs"
+        )
+    return tuple(visible[len(visible) - needed :])
+
+
+def _find_server(server: Server) -> tuple[str, str]:
+    """(url, token) of the server that the recipe names."""
+    token = os.environ.get(TOKEN, "")
+    if len(token) < SHORTEST_TOKEN:
+        raise UserError(
+            f"rollout.server.url is {server.url}, and {TOKEN} has {len(token)} characters: set it to the "
+            "secret that rltrain worker was started with"
+        )
+    assert server.url is not None
+    return server.url, token
+
+
+def connect(url: str, token: str, server: Server) -> WorkerClient:
+    """server: the deadlines, and the certificates that an https server is checked against."""
+    seconds = Seconds(call=server.call_seconds, alive=server.liveness_seconds)
+    authority = None if server.authority is None else Path(server.authority)
+    return WorkerClient(url, token, seconds, authority)
+
+
+def _own_address(url: str) -> str:
+    """This machine's address as the server sees it."""
+    parts = urlsplit(url)
+    if parts.scheme == "unix" or parts.hostname is None:
+        return "127.0.0.1"
+    family, kind, _, _, address = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing: it only chooses the interface
+        return str(probe.getsockname()[0])
+
+
+def _read_names(model: Model) -> CheckpointNames:
+    """The names and shapes of the weights, read without weights."""
+    trusted = trusts(model.path, model.revision)
+    config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=trusted)
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        return CheckpointNames(AutoModelForCausalLM.from_config(config, trust_remote_code=trusted))

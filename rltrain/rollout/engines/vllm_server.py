@@ -1,0 +1,344 @@
+"""A vLLM server in another process: the learner's ranks ask it for completions and rank 0 sends it weights.
+
+The server has no memory in common with the learner, so that ``sleep`` only forgets the version: nothing
+samples until the next load. Equal to the colocated engine to the bit, except where a batch of the server has
+another number of rows than the colocated one: some kernels sum in another order then, by about 3e-6 nats.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import warnings
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rltrain.errors import UserError
+from rltrain.protocols import EngineState
+from rltrain.rollout.engines.checks import WeightShapes, require_fit, require_version
+from rltrain.rollout.worker.answers import GarbageAnswer, GenerateRequest
+from rltrain.rollout.worker.client import ServerInfo, WorkerBusy, WorkerClient, WorkerLost
+from rltrain.rollout.worker.flags import KNOWN_VERSIONS, MODEL_NAME, WorkerSettings
+from rltrain.rollout.worker.guard import Choice
+from rltrain.rollout.worker.process import LocalWorker
+from rltrain.seeds import stable_hash
+from rltrain.tensor_ops import Fingerprint
+from rltrain.types.samples import Answer, Completion, PolicyVersion, Request, Sampling, Span
+
+__all__ = ["VllmServer", "WeightPusher", "require_settings"]
+
+_STRIKES = 3  # garbage answers to one request, after which the worker is not believed
+_BUSY_SECONDS = 0.5  # between tries of a request that the worker does not serve now
+_MISSES = 2  # calls in a row without a sign of life, after which the worker counts as lost
+# vLLM raises smaller temperatures to this, and its log-probs would be those of another distribution
+_MIN_TEMPERATURE = 0.01
+
+
+class WeightPusher(Protocol):
+    """Sends weights to the server, and reads the fingerprints of those that it multiplies with."""
+
+    def load(self, stream: Iterable[tuple[str, Tensor]], version: PolicyVersion) -> None: ...
+
+    def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, Fingerprint]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ServerModel:
+    """What the engine must know of the model. shapes: of the weights that a load takes."""
+
+    shapes: WeightShapes
+    vocabulary: int
+    stop_token_ids: tuple[int, ...]
+    decode: Callable[[Sequence[int]], str]
+    max_model_len: int
+
+
+class VllmServer:
+    """Implements ``RolloutEngine``.
+
+    client: of the server, which serves already. pusher: on rank 0; None elsewhere. gather: concatenates the
+    lists of all ranks, in the order of the ranks; a collective. worker: the server's process if rltrain
+    started it; ``close`` ends it.
+    """
+
+    name = "vllm_server"
+
+    def __init__(
+        self,
+        client: WorkerClient,
+        info: ServerInfo,
+        model: ServerModel,
+        pusher: WeightPusher | None,
+        *,
+        worker: LocalWorker | None = None,
+        gather: Callable[[list[Any]], list[Any]] = list,
+    ) -> None:
+        self.dtype: torch.dtype = getattr(torch, info.dtype)
+        self.fingerprint_rtol = 1e-12  # weights are compared as stored, except for the order of float64 sums
+        self.state = EngineState.MAPPED
+        self.version: PolicyVersion | None = None
+        self._client = client
+        self._rows = info.max_num_seqs
+        self._model = model
+        self._pusher = pusher
+        self._worker = worker
+        self._gather = gather
+        self._loop = _LoopThread()
+        self._sent = 0  # requests, for their ids
+
+    def load(self, stream: Iterable[tuple[str, Tensor]], version: PolicyVersion) -> None:
+        """See ``WeightTarget.load``. Every rank gathers the weights; rank 0 sends them."""
+        if self.state is EngineState.ASLEEP:
+            raise RuntimeError("load() while asleep: call wake() first")
+        # until the last weight is loaded, the weights belong to no version
+        self.version = None
+        self.state = EngineState.MAPPED
+        weights = self._model.shapes.check(stream)
+        if self._pusher is None:
+            for _ in weights:
+                pass
+        else:
+            self._pusher.load(weights, version)
+        self._gather([])  # no rank samples before the server has the version
+        self.version = version
+        self.state = EngineState.LOADED
+
+    def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, Fingerprint]:
+        """See ``WeightTarget.fingerprint``."""
+        held = [] if self._pusher is None else [self._pusher.fingerprint(names)]
+        return self._gather(held)[0]
+
+    def sleep(self) -> None:
+        """Only forgets the version: the server's memory is its own."""
+        self.version = None
+        self.state = EngineState.ASLEEP
+
+    def wake(self) -> None:
+        if self.state is EngineState.ASLEEP:
+            self.state = EngineState.MAPPED
+
+    def close(self) -> None:
+        """Ends a server that rltrain started; any other goes on."""
+        if self._loop is None:
+            return
+        self._loop.run(self._client.close_async()).result()
+        self._loop.close()
+        self._loop = None
+        self.sleep()
+        if self._pusher is not None:
+            self._pusher.close()
+        self._client.close()
+        if self._worker is not None:
+            self._worker.close()
+
+    def sample(self, requests: Sequence[Request], policy: PolicyVersion) -> Iterator[Answer]:
+        """See ``Sampler.sample``. Answers come as the server finishes them.
+
+        Raises WorkerLost where the server does not answer any more, and GarbageAnswer where it answers one
+        request wrongly several times.
+        """
+        require_version(self, policy)
+        limit = self._model.max_model_len
+        require_fit(requests, limit, "the server's max_model_len or the model's max_position_embeddings")
+        for request in requests:
+            _require_temperature(request.sampling)
+        self.state = EngineState.SERVING
+        assert self._loop is not None
+        arrivals: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
+        work = self._loop.run(self._answer_all(requests, policy, arrivals.put))
+        return _take_answers(arrivals, len(requests), work)
+
+    async def _answer_all(
+        self,
+        requests: Sequence[Request],
+        policy: PolicyVersion,
+        put: Callable[[Answer | BaseException], None],
+    ) -> None:
+        """Puts an answer for every request, or one error."""
+        slots = asyncio.Semaphore(2 * self._rows)
+        try:
+            async with asyncio.TaskGroup() as group:
+                watch = group.create_task(self._watch())
+                tasks = [
+                    group.create_task(self._answer(index, request, policy, slots, put))
+                    for index, request in enumerate(requests)
+                ]
+                if tasks:
+                    await asyncio.wait(tasks)
+                watch.cancel()
+        except* (RuntimeError, UserError, OSError) as errors:
+            put(_first_error(errors))
+
+    async def _answer(
+        self,
+        index: int,
+        request: Request,
+        policy: PolicyVersion,
+        slots: asyncio.Semaphore,
+        put: Callable[[Answer | BaseException], None],
+    ) -> None:
+        """Asks for a request's samples, no more than the server takes at once, and puts the answer."""
+        is_greedy = request.sampling.temperature == 0
+        # vLLM takes no n above 1 for greedy decoding, whose completions are all the same
+        count = 1 if is_greedy else request.count
+        parts = [(first, min(self._rows, count - first)) for first in range(0, count, self._rows)]
+        chosen = await asyncio.gather(
+            *(self._ask(request, request.first + first, n, policy, slots) for first, n in parts)
+        )
+        completions = tuple(
+            self._completion(choice, request.sampling) for choices in chosen for choice in choices
+        )
+        completions *= request.count // len(completions)
+        put(Answer(index, request.prompt, completions))
+
+    async def _ask(
+        self, request: Request, first: int, n: int, policy: PolicyVersion, slots: asyncio.Semaphore
+    ) -> list[Choice]:
+        """The samples from ``first`` on, asked for again after a garbage answer. Raises GarbageAnswer."""
+        sampling = request.sampling
+        asked = GenerateRequest(
+            id="",
+            token_ids=request.prompt.token_ids,
+            n=n,
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_tokens,
+            # vLLM adds the place in the request to the seed
+            seed=stable_hash(sampling.seed, request.prompt.id) + first,
+            stop_token_ids=self._model.stop_token_ids,
+            # part of the prefix cache's key, so that keys and values of other weights are never reused, nor
+            # those of another use, because they differ in rounding
+            salt=f"{policy} {sampling.cache}",
+            model=MODEL_NAME,
+        )
+        strikes = 0
+        while True:
+            self._sent += 1
+            try:
+                async with slots:
+                    return await self._generate(replace(asked, id=f"rltrain-{self._sent}"), policy)
+            except WorkerBusy:
+                await asyncio.sleep(_BUSY_SECONDS)
+            except GarbageAnswer as error:
+                strikes += 1
+                if strikes == _STRIKES:
+                    raise GarbageAnswer(
+                        f"prompt {request.prompt.id!r}: the worker's answer was refused {strikes} times, "
+                        f"last because {error}; restart it, with a vLLM that rltrain tests"
+                    ) from error
+                warnings.warn(f"prompt {request.prompt.id!r} is sampled again: {error}", stacklevel=2)
+
+    async def _generate(self, asked: GenerateRequest, policy: PolicyVersion) -> list[Choice]:
+        choices = await self._client.generate(asked, vocabulary=self._model.vocabulary, labels={str(policy)})
+        if any(choice.finish == "abort" for choice in choices):
+            raise GarbageAnswer("the server aborted it")
+        return choices
+
+    async def _watch(self) -> None:
+        """Raises WorkerLost when the server's process has ended, or does not work: a stopped one still
+        answers ``/health``.
+        """
+        misses = 0
+        while True:
+            await asyncio.sleep(self._client.seconds.alive)
+            if self._worker is not None:
+                self._worker.require_alive()
+            try:
+                await asyncio.to_thread(self._client.require_alive)
+                misses = 0
+            except WorkerLost as error:
+                misses += 1
+                if misses == _MISSES:
+                    raise WorkerLost(
+                        f"{error}; and so {misses} times in a row: it has died or hangs"
+                    ) from error
+
+    def _completion(self, choice: Choice, sampling: Sampling) -> Completion:
+        tokens = tuple(choice.token_ids)
+        return Completion(
+            token_ids=tokens,
+            logprobs=tuple(choice.logprobs),
+            finish="stop" if choice.finish == "stop" else "length",
+            text=self._model.decode(tokens),
+            versions=tuple(Span(start, stop, int(label)) for label, start, stop in choice.versions),
+            source=sampling.source,
+        )
+
+
+class _LoopThread:
+    """An event loop in a thread of its own, so that connections outlive a call."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rltrain-worker", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, None]) -> Future[None]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def _take_answers(
+    arrivals: queue.SimpleQueue[Answer | BaseException], count: int, work: Future[None]
+) -> Iterator[Answer]:
+    """Ends the requests that are left where the caller stops early."""
+    try:
+        for _ in range(count):
+            arrival = arrivals.get()
+            if isinstance(arrival, BaseException):
+                raise arrival
+            yield arrival
+    finally:
+        work.cancel()
+
+
+def _first_error(errors: BaseExceptionGroup[Any]) -> BaseException:
+    """The error that ended a group, without the groups around it."""
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _require_temperature(sampling: Sampling) -> None:
+    """Raises ValueError for a temperature that a server cannot sample at."""
+    if 0 < sampling.temperature < _MIN_TEMPERATURE:
+        raise ValueError(
+            f"temperature {sampling.temperature}: vLLM raises it to {_MIN_TEMPERATURE}; use 0 (greedy) or at "
+            "least that"
+        )
+    if sampling.adaptive is not None and sampling.temperature > 0:
+        raise ValueError("a vLLM server cannot adapt the temperature of a token; use rollout.engine vllm")
+
+
+def require_settings(info: ServerInfo, settings: WorkerSettings, url: str) -> None:
+    """Raises UserError where a server that somebody started samples otherwise than the recipe asks."""
+    problems: list[str] = []
+    if not info.version.startswith(tuple(f"{version}." for version in KNOWN_VERSIONS)):
+        problems.append(f"its vLLM is {info.version}; rltrain knows {', '.join(KNOWN_VERSIONS)}")
+    if info.dtype != settings.dtype:
+        problems.append(f"its dtype is {info.dtype}, the recipe's {settings.dtype}")
+    if info.max_model_len < settings.max_model_len:
+        problems.append(
+            f"its rows have at most {info.max_model_len} tokens, the recipe's {settings.max_model_len}"
+        )
+    if info.logprobs_mode != "processed_logprobs":
+        problems.append(
+            f"its logprobs_mode is {info.logprobs_mode}, not processed_logprobs: its log-probs would ignore "
+            "the temperature"
+        )
+    if info.quantization is not None:
+        problems.append(f"its weights are quantized ({info.quantization}), so that no push could be proved")
+    if problems:
+        raise UserError(f"rollout.server.url {url}: {'; '.join(problems)}; start it with rltrain worker")

@@ -1,0 +1,229 @@
+"""rltrain's part inside the processes of a vLLM server: takes weights from the learner, and proves them.
+
+vLLM loads this module for ``--worker-extension-cls``; its import registers the transfer engine "rltrain".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from rltrain.remote_code import trusts
+from rltrain.rollout.engines.vllm.colocated import read_architecture
+from rltrain.rollout.engines.vllm.layers import Architecture, Place, find_places, layer_products
+from rltrain.rollout.engines.vllm.packing import pack_experts_on_reload, repack_heads
+from rltrain.rollout.engines.vllm.shares import SHARED_COPY, Product
+from rltrain.tensor_ops import product_sums
+from rltrain.weight_transfer import Bucket, Membership, TransferGroup, allocate_buffer, connect_store
+
+__all__ = ["Extension", "TransferEngine"]
+
+_NAME = "rltrain"
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """The fields of ``Membership``."""
+
+    host: str
+    port: int
+    prefix: str
+    rank_offset: int
+    world_size: int
+    backend: str
+    seconds: float
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """The fields of ``Bucket``."""
+
+    push: str
+    index: int
+    is_last: bool
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+    seconds: float
+
+
+class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Takes buckets by broadcast and loads each into the model as it comes."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
+        super().__init__(config, vllm_config, device, model)
+        self._group: TransferGroup | None = None
+        self._rank = 0
+        self._buffer: Tensor | None = None
+        self._is_loading = False
+        self._push = ""
+        self._next = 0
+        self._is_complete = False
+        if device.type == "cpu":
+            pack_experts_on_reload(model)
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        self.shutdown()
+        membership = Membership(**vars(init_info))
+        parallel = self.parallel_config
+        processes = parallel.data_parallel_index * parallel.world_size
+        self._rank = membership.rank_offset + processes + parallel.rank
+        self._group = TransferGroup(connect_store(membership), membership, self._rank)
+
+    def start_weight_update(self) -> None:
+        """Begins a push; what an unfinished one left in the layers is dropped."""
+        self.abandon()
+        initialize_layerwise_reload(self.model)
+        self._is_loading = True
+        self._push = ""
+        self._next = 0
+        self._is_complete = False
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":  # a CPU has nothing to wait for, and torch refuses to
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        bucket = Bucket(**vars(update_info))
+        if self._group is None:
+            raise RuntimeError("a bucket came before init_weight_transfer_engine, or after a broken transfer")
+        if bucket.index != self._next or (self._next and bucket.push != self._push) or self._is_complete:
+            raise RuntimeError(
+                f"bucket {bucket.index} of push {bucket.push!r} came where bucket {self._next} of push "
+                f"{self._push or 'any'!r} was expected; push all weights again"
+            )
+        size = bucket.total_bytes
+        if self._buffer is None or self._buffer.numel() < size:
+            self._buffer = None
+            self._buffer = allocate_buffer(size, self.device)
+        if size:
+            buffer = self._buffer[:size]
+            self._group.wait(self._group.broadcast(buffer, bucket.seconds), bucket.seconds)
+            # The layers keep pieces until all of a layer have come, longer than the buffer keeps them.
+            self._load((name, tensor.clone()) for name, tensor in bucket.views(buffer))
+        self._push = bucket.push
+        self._next += 1
+        self._is_complete = bucket.is_last
+
+    def _load(self, weights: Any) -> None:
+        model: Any = self.model
+        model.load_weights(weights)
+
+    def finish_weight_update(self) -> None:
+        if not self._is_complete:
+            raise RuntimeError(f"the push ended after {self._next} buckets, without its last")
+        self.abandon()
+        repack_heads(self.model)
+
+    def abandon(self) -> None:
+        """Gives every layer memory again after the buckets that came, whatever they were."""
+        if self._is_loading:
+            self._is_loading = False
+            finalize_layerwise_reload(self.model, self.model_config)
+
+    def put(self, key: str, value: str) -> None:
+        """Writes to the store of the learner, under a key of this process."""
+        if self._group is None:
+            raise RuntimeError("the learner asks for a proof, but has not sent init_weight_transfer_engine")
+        self._group.store.set(f"{key}/{self._rank}", value)
+
+    def shutdown(self) -> None:
+        if self._group is not None:
+            self._group.abort()
+            self._group = None
+
+
+class Extension:
+    """Methods that vLLM adds to its worker, for ``/collective_rpc``."""
+
+    weight_transfer_engine: TransferEngine
+    vllm_config: Any
+    _weight_update_active: bool
+    _rltrain_places: tuple[Mapping[str, Place], Architecture]
+
+    def rltrain_alive(self) -> str:
+        """Answers while the process runs; ``/health`` answers for one that is stopped too."""
+        return "alive"
+
+    def rltrain_abandon(self) -> str:
+        """Forgets a push that failed in some processes, so that the next may start in all."""
+        self.weight_transfer_engine.abandon()
+        self.weight_transfer_engine.reset_weight_update_target()
+        self._weight_update_active = False
+        return "abandoned"
+
+    def rltrain_fingerprint(self, key: str) -> str:
+        """Writes [u.y, |y|^2, copy] of each weight that this process computes with to the learner's store.
+
+        By the store, because a server answers with its first engine's results alone.
+        """
+        places, architecture = self._find_places()
+        sums = read_sums(self.weight_transfer_engine.model, places, architecture, self.vllm_config)
+        self.weight_transfer_engine.put(key, json.dumps(sums))
+        return "written"
+
+    def _find_places(self) -> tuple[Mapping[str, Place], Architecture]:
+        if not hasattr(self, "_rltrain_places"):
+            config = self.vllm_config.model_config
+            trusted = trusts(config.model, config.revision)
+            architecture, _ = read_architecture(config.hf_config, trusted=trusted)
+            places = find_places(self.weight_transfer_engine.model, architecture)
+            self._rltrain_places = places.by_name, architecture
+        return self._rltrain_places
+
+
+@torch.inference_mode()
+def read_sums(
+    model: torch.nn.Module, places: Mapping[str, Place], architecture: Architecture, config: Any
+) -> dict[str, tuple[float, float, int]]:
+    """(u.y, |y|^2, copy) by checkpoint name; the sums of processes that share a copy add up."""
+    parallel = config.parallel_config
+    products = list(layer_products(model, places, architecture))
+    _add_columns([product for product in products if product.share.columns is not None])
+    rank = get_tp_group().rank_in_group
+    sums: dict[str, tuple[float, float, int]] = {}
+    for product in products:
+        share = product.share
+        if share.columns is not None and rank > 0:
+            continue  # the sum over all processes is the same in each
+        rows = slice(None) if share.rows is None else share.rows.to(product.values.device)
+        projection, norm = product_sums(product.name, product.values, rows=rows, count=share.count).tolist()
+        engine = parallel.data_parallel_index * parallel.tensor_parallel_size
+        # A weight that is whole in every process is a copy in each.
+        local = share.copy if share.is_split else rank
+        copy = SHARED_COPY if share.copy == SHARED_COPY else engine + local
+        sums[product.name] = projection, norm * norm, copy
+    return sums
+
+
+def _add_columns(products: Sequence[Product]) -> None:
+    """Adds the products of column shares over the tensor-parallel processes, in place."""
+    if not products:
+        return
+    together = torch.cat([product.values.cpu() for product in products])
+    dist.all_reduce(together, group=get_tp_group().cpu_group)
+    parts = together.split([product.values.numel() for product in products])
+    for product, part in zip(products, parts, strict=True):
+        product.values.copy_(part)
+
+
+if _NAME not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(_NAME, TransferEngine)

@@ -1,0 +1,189 @@
+"""What the two ends of a weight transfer agree on: who is in the group, and how tensors lie in a bucket.
+
+The learner is rank 0 of a process group of its own for each worker; the worker's processes are the ranks from
+1 on. A bucket is one broadcast of bytes; its description travels beside it, through the worker's server. The
+same code runs over gloo and NCCL.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from rltrain.errors import UserError
+
+__all__ = ["Bucket", "Membership", "TransferGroup", "allocate_buffer", "connect_store", "open_store"]
+
+_ALIGNMENT = 16  # bytes; a view of any type may begin there
+_POLL_SECONDS = 0.0005
+_CONNECT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Membership:
+    """How a process finds the group: ``init_info`` of vLLM's ``/init_weight_transfer_engine``.
+
+    host, port: of the store that the learner serves. prefix: of this group's keys, which nobody else can
+    guess. rank_offset: the group's rank of the worker's first process. seconds: for all to join.
+    """
+
+    host: str
+    port: int
+    prefix: str
+    rank_offset: int
+    world_size: int
+    backend: str  # "gloo" or "nccl"
+    seconds: float
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tensors that travel together: ``update_info`` of vLLM's ``/update_weights``.
+
+    push, index: buckets of another push, or in another order, are refused. seconds: for the broadcast.
+    """
+
+    push: str
+    index: int
+    is_last: bool
+    names: Sequence[str]
+    dtype_names: Sequence[str]
+    shapes: Sequence[Sequence[int]]
+    seconds: float
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        return [getattr(torch, name) for name in self.dtype_names]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each tensor, with the gap behind it."""
+        return [
+            align_size(math.prod(shape) * dtype.itemsize)
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+        ]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.sizes)
+
+    def views(self, buffer: Tensor) -> list[tuple[str, Tensor]]:
+        """The tensors in ``buffer (bytes,)``, which they share."""
+        parts = buffer[: self.total_bytes].split(self.sizes)
+        rows = zip(self.names, parts, self.dtypes, self.shapes, strict=True)
+        return [
+            (name, part[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape)))
+            for name, part, dtype, shape in rows
+        ]
+
+
+def align_size(size: int) -> int:
+    """``size`` bytes and the gap behind them."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def allocate_buffer(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def open_store(host: str) -> TCPStore:
+    """A store that listens on the address of ``host`` alone, not on every one of the machine."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as listener:
+        listener.bind(address)
+        listener.listen()
+        port = listener.getsockname()[1]
+        return TCPStore(
+            host,
+            port,
+            None,
+            True,
+            timeout=timedelta(seconds=_CONNECT_SECONDS),
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+
+
+def connect_store(membership: Membership) -> TCPStore:
+    timeout = timedelta(seconds=membership.seconds)
+    return TCPStore(membership.host, membership.port, None, False, timeout=timeout)
+
+
+class TransferGroup:
+    """A process's end of the group. ``join`` blocks until every member has joined.
+
+    After an error or ``abort`` the group is of no use; another prefix makes a new one.
+    """
+
+    def __init__(self, store: Store, membership: Membership, rank: int) -> None:
+        self.store = PrefixStore(membership.prefix, store)
+        self._is_nccl = membership.backend == "nccl"
+        build = _build_nccl if self._is_nccl else _build_gloo
+        self._group: Any = build(self.store, membership, rank)
+
+    def broadcast(self, buffer: Tensor, seconds: float) -> Any:
+        """Starts to send rank 0's ``buffer`` to all; returns the work, for ``wait``."""
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        options.rootTensor = 0
+        # NCCL's own timeout would end the process; ``wait`` ends the wait.
+        options.timeout = timedelta(seconds=seconds * 10 if self._is_nccl else seconds)
+        return self._group.broadcast([buffer], options)
+
+    def wait(self, work: Any, seconds: float, check: Callable[[], object] = lambda: None) -> None:
+        """Waits for a broadcast. check: called meanwhile; what it raises ends the wait.
+
+        Raises TimeoutError after ``seconds``, and RuntimeError where a member is gone.
+        """
+        until = time.monotonic() + seconds
+        while not work.is_completed():
+            check()
+            if time.monotonic() > until:
+                raise TimeoutError(f"the weight transfer took more than {seconds:.1f} s for one bucket")
+            time.sleep(_POLL_SECONDS)
+        work.wait()
+
+    def abort(self) -> None:
+        """Ends the group: every member's broadcast fails. A second call does nothing."""
+        if self._group is not None:
+            self._group.abort()
+            self._group = None
+
+
+def _build_gloo(store: Store, membership: Membership, rank: int) -> Any:
+    group: Any = dist.ProcessGroupGloo
+    options = group._Options()
+    options._timeout = timedelta(seconds=membership.seconds)
+    options._devices = [group.create_device(hostname=_own_address(membership), lazy_init=False)]
+    return group(store, rank, membership.world_size, options)
+
+
+def _build_nccl(store: Store, membership: Membership, rank: int) -> Any:
+    group: Any = getattr(dist, "ProcessGroupNCCL", None)
+    if group is None or not torch.cuda.is_available():
+        raise UserError("weights cannot travel by nccl: no GPU, or a torch without it; use gloo")
+    options = group.Options()
+    options._timeout = timedelta(seconds=10 * membership.seconds)
+    return group(store, rank, membership.world_size, options)
+
+
+def _own_address(membership: Membership) -> str:
+    """This machine's address on the way to the store."""
+    with socket.create_connection((membership.host, membership.port), timeout=membership.seconds) as probe:
+        return str(probe.getsockname()[0])

@@ -1,0 +1,98 @@
+"""Two learner ranks push to one worker what one rank pushes, and no rank holds more than two buckets and the
+largest tensor beyond its shards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).parents[2]
+BUCKET = 1 << 22
+# What a process takes beside tensors: threads, sockets, the allocator. FSDP2 was seen to take 7 MB of it,
+# which is also near the largest tensor: a second copy of that one alone would not be noticed.
+SLACK = 8 << 20
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """12.5 million parameters, many times the size of a bucket."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=6000,
+        hidden_size=320,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        tie_word_embeddings=True,
+        max_position_embeddings=128,
+    )
+    folder = tmp_path_factory.mktemp("model") / "larger"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def launch(backend: str, ranks: int, model: str, out: Path, precision: str) -> list[dict[str, Any]]:
+    """What each rank of ``two_ranks_push.py`` saw."""
+    out.mkdir()
+    cleared = {
+        name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))
+    }
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    environment = cleared | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": path,
+        "HF_HUB_OFFLINE": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",  # freed tensors leave the process's memory
+    }
+    options = ["--config_file", f"recipes/accelerate/{backend}.yaml", "--num_processes", str(ranks)]
+    script = str(Path(__file__).with_name("two_ranks_push.py"))
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", "0"]
+    done = subprocess.run(
+        [*command, script, model, str(out), precision],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def require_proof(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        assert not result["lost"] and not result["quarantined"]
+        assert result["checked"] == 75
+        assert result["worst"] < 1e-13
+        assert result["differing"] == []
+        assert result["peak"] <= 2 * BUCKET + result["largest"] + SLACK < result["total"]
+    assert results[0]["served"] == ["worker"]
+
+
+@pytest.mark.parametrize(("backend", "precision"), [("fsdp2", "float32"), ("zero3", "bfloat16")])
+def test_two_ranks_push_what_one_rank_pushes(
+    backend: str, precision: str, model: str, tmp_path: Path
+) -> None:
+    if backend.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install rltrain[deepspeed])")
+    results = launch(backend, 2, model, tmp_path / "two", precision)
+    require_proof(results)
+    if precision == "float32":
+        launch("ddp", 1, model, tmp_path / "one", precision)
+        single = torch.load(tmp_path / "one" / "weights.pt")
+        pair = torch.load(tmp_path / "two" / "weights.pt")
+        # AdamW's first step is the learning rate in the gradient's sign, whatever its size: near 0 the sign
+        # is rounding.
+        close = [float(((single[name] - pair[name]).abs() < 1e-5).float().mean()) for name in single]
+        assert min(close) > 0.99

@@ -1,0 +1,115 @@
+"""One rank of ``test_push_to_worker.py``: pushes to a worker after an update, and measures what a push holds.
+
+accelerate launch --config_file recipes/accelerate/zero3.yaml --num_processes 2 two_ranks_push.py MODEL OUT
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from rltrain.config.schema import Learner, Model, Optimizer
+from rltrain.learner.packing import build
+from rltrain.learner.ranks import connect
+from rltrain.learner.trained_model import TrainedModel
+from rltrain.sync.server import ServerSync, WorkerLink
+from rltrain.sync.transport import Pace
+from rltrain.tensor_ops import weight_fingerprint
+from rltrain.types.policy import TokenRows
+from support.fake_worker import FakeWorker
+
+CAPACITY = 1 << 22  # bytes
+
+
+class Peak:
+    """The largest growth of this process's memory inside the block, in bytes."""
+
+    def __enter__(self) -> Peak:
+        gc.collect()
+        self._process = psutil.Process()
+        self._before = self._process.memory_info().rss
+        self.bytes = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._ended.is_set():
+            self.bytes = max(self.bytes, self._process.memory_info().rss - self._before)
+            time.sleep(0.0005)
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+def main(model: str, out: Path, precision: str) -> None:
+    connect(120)
+    settings = Learner(optimizer=Optimizer(lr=1e-3), precision=precision)
+    trained = TrainedModel(Model(path=model), settings, total_updates=4, seed=0)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    worker = FakeWorker(trained.names.ties) if trained.rank == 0 else None
+    pace = Pace(seconds=20.0)
+    cpu = torch.device("cpu")
+    links = (
+        [WorkerLink("worker", worker, dtype, trained.names.ties, CAPACITY, cpu, pace=pace)]
+        if worker is not None
+        else []
+    )
+    sync = ServerSync(links, dtype, trained.broadcast, trained.weight_fingerprints)
+    sync.push(trained.weights, 0)
+    update(trained)
+    with Peak() as peak:
+        report = sync.push(trained.weights, 1)
+    full = {name: weight.to(dtype) for name, weight in trained.weights()}
+    shards = trained.weight_fingerprints(dtype)
+    result = {
+        "served": report.served,
+        "lost": {name: str(error) for name, error in report.lost.items()},
+        "quarantined": {name: str(error) for name, error in report.quarantined.items()},
+        "checked": report.checked,
+        "peak": peak.bytes,
+        "largest": max(weight.numel() * weight.itemsize for weight in full.values()),
+        "total": sum(weight.numel() * weight.itemsize for weight in full.values()),
+        "worst": max(difference(name, weight, shards[name].number) for name, weight in full.items()),
+        "differing": [] if worker is None else compare(worker, full),
+    }
+    (out / f"rank-{trained.rank}.json").write_text(json.dumps(result))
+    if trained.rank == 0:
+        torch.save(full, out / "weights.pt")
+    if worker is not None:
+        worker.close()
+
+
+def difference(name: str, weight: Tensor, number: float) -> float:
+    expected = weight_fingerprint(name, weight).number
+    return abs(number - expected) / max(abs(expected), 1e-30)
+
+
+def compare(worker: FakeWorker, full: dict[str, Tensor]) -> list[str]:
+    """Names of weights that the worker does not hold to the bit."""
+    return [name for name, held in worker.weights().items() if not torch.equal(held, full[name].float())]
+
+
+def update(trained: TrainedModel) -> None:
+    """One step towards larger log-probs of a row."""
+    rows = TokenRows(((5, 6),), ((7, 8, 9),))
+    micro_batch = build(rows, [0], layout=trained.layout, device=trained.device)
+    with trained.backend.micro_batch(last=True):
+        share = 1.0 if trained.rank == 0 else 0.0
+        logp = trained.forward(micro_batch, temperature=1.0, wants=frozenset({"logp"}))["logp"]
+        trained.backend.backward(-logp.sum() * share * trained.world_size)
+    assert trained.step(0.0)[1]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])

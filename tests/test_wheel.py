@@ -1,0 +1,102 @@
+"""The wheel, outside the tree: it trains by every way of starting, whatever else is called reward."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rltrain.config.load import load_recipe
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("rltrain", "reward", "recipes", "pyproject.toml", "README.md", "LICENSE")
+SHORT = ("train.steps=1", "rollout.prompts=4", "rollout.n=2", "eval.prompts=4", "reward.workers=1")
+BROKEN = "raise SystemExit('the wrong reward was imported')\n"
+pytestmark = pytest.mark.slow
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a fresh environment with the wheel, the tested packages, and another ``reward``."""
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / part, tree / part, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(ROOT / part, tree / part)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out), "."]
+    subprocess.run(build, cwd=tree, check=True)
+
+    environment = out / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    (wheel,) = out.glob("*.whl")
+    install = ["install", "-q", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run([*pip, "--python", str(environment / "bin" / "python"), *install], check=True)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    tested = {sysconfig.get_path(kind) for kind in ("purelib", "platlib")}
+    (packages / "tested.pth").write_text("".join(f"{path}\n" for path in sorted(tested)))
+    (packages / "reward").mkdir()
+    (packages / "reward" / "__init__.py").write_text(BROKEN)
+    return environment / "bin" / "python"
+
+
+@pytest.fixture
+def run(python: Path, tmp_path: Path) -> Run:
+    """(program, *words) in a folder with a reward.py and a reward/; fails with what the program printed."""
+    (tmp_path / "reward.py").write_text(BROKEN)
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "__init__.py").write_text(BROKEN)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+    def start(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+        command = [str(python.with_name(program)), *words]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return start
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        ("rltrain",),
+        ("python", "-m", "rltrain"),
+        ("python", "-m", "accelerate.commands.accelerate_cli", "launch", "CONFIG", "-m", "rltrain"),
+    ],
+    ids=["rltrain", "python", "accelerate"],
+)
+def test_it_trains(start: tuple[str, ...], run: Run, python: Path, random_model: str, tmp_path: Path) -> None:
+    (recipes,) = python.parents[1].glob("lib/python*/site-packages/rltrain/recipes")
+    config = ("--config_file", str(recipes / "accelerate" / "ddp.yaml"), "--num_processes", "2")
+    program, *words = start
+    before = [option for word in words for option in (config if word == "CONFIG" else (word,))]
+    settings = [word for key in (f"model.path={random_model}", *SHORT) for word in ("--set", key)]
+    run(program, *before, "train", "grpo", "--profile", "tiny_cpu", "--run", "first", *settings)
+    assert (tmp_path / "first" / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "first" / "report.html").is_file()
+
+
+def test_recipes_are_found_by_name_and_copied(run: Run, tmp_path: Path) -> None:
+    assert "clip_cov" in run("rltrain", "recipes", "covariance").stdout
+    run("rltrain", "init", "dapo")
+    assert load_recipe(tmp_path / "dapo.yaml") == load_recipe("dapo")
+    assert "dapo.yaml: ok" in run("rltrain", "validate", "dapo.yaml", "kl_cov").stdout
+
+
+def test_it_makes_the_tiny_model(run: Run, tmp_path: Path) -> None:
+    run("rltrain", "tiny-model", "--steps", "2")
+    assert (tmp_path / ".cache" / "tiny-model" / "model.safetensors").is_file()
+    assert "already made" in run("rltrain", "tiny-model", "--steps", "2").stdout
