@@ -9,8 +9,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
+import psutil
+import torch
 from rich.console import Console
 
 from rltrain.build.context import RunContext
@@ -20,12 +23,17 @@ from rltrain.checkpoint.inputs import changes
 from rltrain.checkpoint.resume import AUTO, is_finished, open_run, saved_date
 from rltrain.checkpoint.run_folder import RunFolder, describe_environment, new_run_id, write_atomic
 from rltrain.cli.session import is_main_process, joined_processes, rank_name, user_errors
+from rltrain.config.capacity.cluster import Backend, Cluster
+from rltrain.config.capacity.phase_line import describe_phase
+from rltrain.config.capacity.shape import read_shape
+from rltrain.config.model_config import config_path
 from rltrain.config.schema import AnyRecipe
 from rltrain.errors import UserError, user_mistakes
 from rltrain.interrupt import resuming_command
-from rltrain.learner.ranks import agree, request_offload
+from rltrain.learner.ranks import agree, backend_name, request_offload
 from rltrain.report.reporter import Reporter
 from rltrain.train.loop import TrainingRun
+from rltrain.train.profiling import MEMORY_FOLDER, snapshot_on_out_of_memory
 from rltrain.train.saving import (
     STOPPED,
     Stopped,
@@ -105,7 +113,9 @@ def _train(
     try:
         with disk_errors(folder):
             stop_request.in_loop = True
-            model = workflow.train(run)
+            memory = folder.path / MEMORY_FOLDER
+            with snapshot_on_out_of_memory(memory, run.learner.rank, partial(_expected_memory, run)):
+                model = workflow.train(run)
             if is_main:
                 report_if_possible(folder, run.reporter)
         files = ("metrics", "transcripts", "report") if workflow.samples else ("metrics", "report")
@@ -123,6 +133,17 @@ def _train(
         run.writer.close()
         run.close()
     return 0
+
+
+def _expected_memory(run: TrainingRun, phase: str | None) -> str:
+    """The plan's line for a phase on the machine at hand; on a CPU, of its whole memory."""
+    trained = run.learner.trained
+    on_gpu = trained.device.type == "cuda"
+    size = torch.cuda.mem_get_info()[1] if on_gpu else psutil.virtual_memory().total
+    cluster = Cluster(trained.world_size, size, Backend(backend_name(trained.accelerator)))
+    return describe_phase(
+        run.recipe, lambda path, revision: read_shape(config_path(path, revision)), cluster, phase
+    )
 
 
 def require_same_inputs(rank_0_digests: Mapping[str, str], digests: Mapping[str, str]) -> None:

@@ -56,6 +56,7 @@ PROFILE_KEYS = (
     "learner.precision",
     "learner.gradient_checkpointing",
     "learner.head_chunk",
+    "learner.kernels",
     "process_reward.optimizer.lr",  # the same for the process reward model, if the recipe trains one
     "process_reward.optimizer.warmup_steps",
     "train",

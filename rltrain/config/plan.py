@@ -261,7 +261,9 @@ def _learner_memory_lines(recipe: SampledRecipe | OfflineRecipe) -> tuple[list[P
     if size is None:
         reason = f"no readable config.json in {recipe.model.path} on this machine"
         return [context, PlanLine("memory", "unknown", reason)], None
-    logits = 4 * recipe.learner.head_chunk * size.vocabulary
+    chunk = recipe.learner.head_chunk_on("cuda")
+    place = ", on a GPU" if recipe.learner.head_chunk == "auto" else ""
+    logits = 4 * chunk * size.vocabulary
     lines = [
         context,
         PlanLine("model: parameters", f"{size.parameters:,}", "from its config.json"),
@@ -273,7 +275,7 @@ def _learner_memory_lines(recipe: SampledRecipe | OfflineRecipe) -> tuple[list[P
         PlanLine(
             "memory: logits of a chunk",
             _format_gib(logits),
-            f"learner.head_chunk {recipe.learner.head_chunk} x vocabulary {size.vocabulary:,}",
+            f"learner.head_chunk {chunk}{place} x vocabulary {size.vocabulary:,}",
         ),
     ]
     return lines, size

@@ -29,6 +29,11 @@ _SECONDS = 1e8  # three years; a lock waits for at most 292 years
 _GIB = 1e6  # one PiB
 _PROCESSES = 4096  # on one machine
 
+# Tokens of a chunk of the output head: on a CPU its logits stay near the cache; on a GPU larger chunks read
+# and write the weight's float32 gradient less often.
+HEAD_CHUNK_CPU = 256
+HEAD_CHUNK_GPU = 2048
+
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -328,8 +333,20 @@ class LearnerCore(Section):
     # what stays in the host's memory: ZeRO-2 and 3 can offload the optimizer's masters and moments, and
     # update them there; all: FSDP2 and ZeRO-3 keep the weights there too
     offload: Literal["nothing", "optimizer", "all"] = "nothing"
-    head_chunk: int = Field(default=256, ge=1)  # tokens whose logits exist at the same time
+    # of the layers: compiled by PyTorch, or Liger's norm, rotary embedding and SwiGLU where it is installed
+    kernels: Literal["eager", "compiled", "liger"] = "eager"
+    # tokens whose logits exist at the same time; auto: 256 on a CPU, 2048 on a GPU
+    head_chunk: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     max_nonfinite: int = Field(default=3, ge=1)  # non-finite updates in a row that stop the run
+
+    def head_chunk_on(self, device: str) -> int:
+        """Tokens of a chunk on a device type, "cpu" or "cuda".
+
+        On a GPU every chunk reads and writes the weight's whole gradient once (docs/performance.md).
+        """
+        if self.head_chunk == "auto":
+            return HEAD_CHUNK_CPU if device == "cpu" else HEAD_CHUNK_GPU
+        return self.head_chunk
 
 
 class RolloutLearner(LearnerCore):
@@ -363,8 +380,15 @@ class ProcessReward(Section):
     updates: int = Field(default=1, ge=1)  # optimizer updates per step, each on whole groups
 
 
+class Profile(Section):
+    """A torch profile of some steps, written to the run's folder as Chrome traces, a file for each rank."""
+
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)  # their numbers, from 1
+
+
 class Train(Section):
     steps: int = Field(ge=1)
+    profile: Profile | None = None  # None: no step is profiled
     deadline_seconds: float = Field(default=1800.0, gt=0, le=_SECONDS)  # longest that any wait may last
 
     @property
@@ -467,6 +491,7 @@ class OfflineTrain(Section):
     examples: int = Field(ge=2)  # pairs or completions per step (one optimizer update), all ranks
     epochs: float = Field(default=1.0, gt=0)  # passes over the data; the next pass fills up the last step
     steps: int | None = Field(default=None, ge=1)  # replaces epochs
+    profile: Profile | None = None  # None: no step is profiled
     deadline_seconds: float = Field(default=1800.0, gt=0, le=_SECONDS)  # longest that any wait may last
 
     @property

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rltrain.learner import compiled_tiles
 from rltrain.registry import suggestion
 
 __all__ = ["BUILT_IN", "STATISTICS", "token_statistics"]
@@ -33,6 +35,7 @@ BUILT_IN = ("logp", "entropy", "entropy_grad")  # entropy_grad: the entropy, wit
 _TILE_ELEMENTS = {"cpu": 1 << 21}
 _TILE_ELEMENTS_ELSEWHERE = 1 << 26
 _PRODUCT_ROWS = 8192  # rows of the weight's gradient per product, where it is summed in another dtype
+_KEY_BITS = {torch.float32: (torch.int32, 31), torch.float64: (torch.int64, 63)}  # of numbers of one sign
 
 
 def clamped_entropy(logp: Tensor, targets: Tensor, share: float) -> Tensor:
@@ -43,8 +46,44 @@ def clamped_entropy(logp: Tensor, targets: Tensor, share: float) -> Tensor:
     """
     del targets
     vocab = logp.shape[-1]
-    kept = logp.topk(vocab - int(share * vocab), dim=-1, sorted=False).values.log_softmax(-1)
-    return -(kept.exp() * kept).sum(-1)
+    kept = vocab - int(share * vocab)
+    if logp.device.type != "cpu":  # topk of so many entries sorts every row there
+        return entropy_of_largest(logp, kept)
+    largest = logp.topk(kept, dim=-1, sorted=False).values.log_softmax(-1)
+    return -(largest.exp() * largest).sum(-1)
+
+
+def entropy_of_largest(logp: Tensor, kept: int) -> Tensor:
+    """Entropy of the ``kept`` largest log-probs of each row (r, V), renormalised, without sorting.
+
+    Of equal entries at the threshold each counts in the same part.
+    """
+    threshold = kth_largest(logp.detach(), kept)[:, None]
+    above = logp > threshold
+    ties = logp == threshold
+    rest = kept - above.sum(-1, keepdim=True)
+    part = rest.to(logp.dtype) / ties.sum(-1, keepdim=True)
+    mass = logp.exp() * torch.where(ties, part, above.to(logp.dtype))
+    total = mass.sum(-1)
+    # 0 ln 0 is 0, also for a token that the model excludes
+    surprise = torch.where(mass > 0, mass * logp, 0.0).sum(-1)
+    return total.log() - surprise / total
+
+
+def kth_largest(logp: Tensor, k: int) -> Tensor:
+    """(r,) the ``k``-th largest entry of each row of numbers that are at most 0, by bisection of their bits.
+
+    The bits of floating-point numbers of one sign are ordered like the numbers; for negative ones, downwards.
+    """
+    integers, width = _KEY_BITS[logp.dtype]
+    # magnitudes: the k-th smallest is the smallest with at least k entries up to it
+    keys = logp.abs().view(integers)
+    low = keys.new_zeros(keys.shape[0])
+    for bit in reversed(range(width)):
+        middle = low | ((1 << bit) - 1)
+        enough = (keys <= middle[:, None]).sum(-1) >= k
+        low = torch.where(enough, low, low | (1 << bit))
+    return -low.view(logp.dtype)
 
 
 def collision(logp: Tensor, targets: Tensor) -> Tensor:
@@ -134,6 +173,7 @@ def token_statistics(
         chunk=chunk,
         matmul=_matmul_dtype(hidden, weight, fp32_head),
         math=torch.promote_types(hidden.dtype, torch.float32),
+        compiled=wants <= {*BUILT_IN} and compiled_tiles.serve(hidden.device),
         entropy=bool({"entropy", "entropy_grad"} & wants),
         entropy_grad="entropy_grad" in wants,
         extras=tuple(
@@ -219,6 +259,7 @@ class _Plan:
     chunk: int  # tokens whose logits exist at once
     matmul: torch.dtype  # of the products and of the logits as they are stored
     math: torch.dtype  # of all computations after the logits
+    compiled: bool  # whether the functions of a tile run as compiled kernels
     entropy: bool
     entropy_grad: bool
     extras: tuple[_Extra, ...]
@@ -236,9 +277,10 @@ class _Workspace:
         self.bias = None if bias is None else bias.to(plan.matmul)
         chunk = max(min(plan.chunk, hidden.shape[0]), 1)
         elements = _TILE_ELEMENTS.get(device.type, _TILE_ELEMENTS_ELSEWHERE)
-        self.rows = min(chunk, max(1, elements // vocab))
+        self.rows = chunk if plan.compiled else min(chunk, max(1, elements // vocab))
         self._logits = torch.empty(chunk, vocab, dtype=plan.matmul, device=device)
-        self._tiles = torch.empty(2, self.rows, vocab, dtype=plan.math, device=device)
+        # compiled kernels need no scratch
+        self._tiles = torch.empty(2, 0 if plan.compiled else self.rows, vocab, dtype=plan.math, device=device)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(positions, hidden states, logits) of each chunk; the next chunk overwrites the logits."""
@@ -319,6 +361,9 @@ def _softmax_numbers(
 
     Leaves all log-probs in ``shifted`` for the extras.
     """
+    if plan.compiled:
+        inverse = plan.inverse_temperature
+        return compiled_tiles.softmax_numbers(z, targets, inverse, plan.math, entropy=plan.entropy)
     top = z.amax(-1, keepdim=True).to(plan.math) * plan.inverse_temperature
     torch.add(-top, z, alpha=plan.inverse_temperature, out=shifted)
     weights = torch.exp(shifted, out=scratch)
@@ -351,8 +396,12 @@ def _logits_gradient(
 
     rows: positions of the tile among all tokens.
     """
-    torch.add(-log_z[:, None], z, alpha=plan.inverse_temperature, out=logp)
     grad_logp, grad_entropy, *grad_extras = grads
+    if plan.compiled:
+        inverse = plan.inverse_temperature
+        compiled_tiles.logits_gradient(z, targets, log_z, entropy, grad_logp, grad_entropy, inverse)
+        return
+    torch.add(-log_z[:, None], z, alpha=plan.inverse_temperature, out=logp)
     dense = _extras_gradient(logp, targets, grad_extras, plan, rows)
     constant = torch.zeros_like(log_z) if grad_logp is None else -grad_logp
     if dense is not None:
@@ -423,5 +472,27 @@ def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     if total.dtype == gradient.dtype:
         total.addmm_(gradient.t(), hidden)
         return
+    if adds_products(gradient.device, gradient.dtype, total.dtype):
+        torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, out=total)
+        return
     for rows in _slices(0, total.shape[0], _PRODUCT_ROWS):
-        total[rows] += torch.mm(gradient[:, rows].t(), hidden)
+        total[rows].add_(torch.mm(gradient[:, rows].t(), hidden))
+
+
+@cache
+def adds_products(device: torch.device, inputs: torch.dtype, total: torch.dtype) -> bool:
+    """Whether one kernel of ``device`` adds a product of ``inputs`` to a ``total`` of another dtype.
+
+    Tried once on small matrices and compared: kernels for it exist on CUDA only, and not for every dtype.
+    """
+    if device.type == "meta":
+        return True
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(16, 16, generator=generator).to(device, inputs) for _ in range(2))
+    start = torch.ones(16, 16, dtype=total, device=device)
+    result = start.clone()
+    try:
+        torch.addmm(result, left.t(), right, out_dtype=total, out=result)
+    except (NotImplementedError, RuntimeError):
+        return False
+    return torch.allclose(result, start + left.to(total).t() @ right.to(total), rtol=1e-3, atol=1e-3)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rltrain.learner.attention_cost import MASKED_SCORES_PER_HIDDEN, sharing_pays
 from rltrain.learner.forward import PolicyForward
 from rltrain.learner.packing import MicroBatch, build, plan
 from rltrain.learner.shared_prompt import build_shared, line_length, lines_of
@@ -81,7 +82,7 @@ def row_micro_batches(
     budget = trained.settings.tokens_per_micro_batch
     lines = [[index] for index in range(len(indices))]
     if share:
-        lines = lines_of(rows, indices, hidden=trained.model.config.hidden_size, budget=budget)
+        lines = _shared_lines(trained, rows, indices)
     lines = [[indices[index] for index in line] for line in lines]
 
     sizes = [line_length(rows, line) for line in lines]
@@ -94,6 +95,19 @@ def row_micro_batches(
         return build_shared(rows, part, device=trained.device)
 
     return MicroBatches(parts or [[]], build_lines)
+
+
+def _shared_lines(trained: TrainedModel, rows: TokenRows, indices: list[int]) -> list[list[int]]:
+    """``lines_of`` by the device's rates: on a GPU a mask makes attention slower than matrix products."""
+    hidden = trained.model.config.hidden_size
+    budget = trained.settings.tokens_per_micro_batch
+    if trained.device.type == "cpu":
+        return lines_of(rows, indices, hidden=hidden, budget=budget)
+    rate = MASKED_SCORES_PER_HIDDEN
+    lines = lines_of(rows, indices, hidden=hidden, budget=budget, scores_per_hidden=rate)
+    by_row = [[indices[index] for index in line] for line in lines]
+    pays = sharing_pays(rows, by_row, hidden=hidden)
+    return lines if pays else [[index] for index in range(len(indices))]
 
 
 def inverse_index(positions: Tensor, count: int) -> Tensor:
@@ -121,6 +135,9 @@ def example_micro_batches(
     sizes = _sizes(rows, sides, trained.layout)
     shared_sizes = _shared_sizes(rows) if sides == 2 else []
     shared = share and sides == 2 and sum(shared_sizes) < _SHARE_BELOW * sum(sizes)
+    if shared and trained.device.type != "cpu":
+        pairs = [(pair, count + pair) for pair in range(count)]
+        shared = sharing_pays(rows, pairs, hidden=trained.model.config.hidden_size)
 
     sizes = shared_sizes if shared else sizes
     budget = trained.settings.tokens_per_micro_batch

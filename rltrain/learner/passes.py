@@ -34,8 +34,8 @@ def run_pass(
 ) -> None:
     """Write the results of ``forward`` for this rank's micro-batches into ``results``, in place.
 
-    module: the model that ``forward`` calls; it is put into eval mode. results: by name, (B,) or (B, T) on
-    the CPU.
+    module: the model that ``forward`` calls; it is put into eval mode. results: by name, (B,) or (B, T), on
+    the model's device, so that no micro-batch waits for a copy to the CPU.
     """
     set_mode(module, training=False)
     for micro_batch in micro_batches:
@@ -46,7 +46,7 @@ def run_pass(
 
 def write_rows(result: Tensor, micro_batch: MicroBatch, values: Tensor) -> None:
     """Put the (r,) or (r, width) ``values`` of a micro-batch into ``result``, (B,) or (B, T), in place."""
-    values = values.detach().float().cpu()
+    values = values.detach().float()
     if result.dim() == 1:
         result[micro_batch.rows] = values
     else:
@@ -74,7 +74,7 @@ def compute_statistics(
     statistics name as arguments.
     """
     names = sorted(wants)  # a set's order differs between ranks
-    results = {name: torch.zeros(step_shape(rows)) for name in names}
+    results = {name: torch.zeros(step_shape(rows), device=trained.device) for name in names}
 
     write_statistics(
         trained,
@@ -120,7 +120,7 @@ def write_statistics(
 
     def forward(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
         arguments = {name: values[micro_batch.rows] for name, values in (row_values or {}).items()}
-        chunk = trained.settings.head_chunk
+        chunk = trained.head_chunk
         return module(micro_batch, temperature=temperature, wants=wants, chunk=chunk, row_values=arguments)
 
     run_pass(module, row_micro_batches(trained, rows, positions, share=share), forward, results)

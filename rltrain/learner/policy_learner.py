@@ -146,7 +146,8 @@ class PolicyLearner(ModelOwner):
         call receives one optimizer batch, with ``logp_now`` and ``entropy_now`` filled in as they need.
         Raises NonFiniteError after ``max_nonfinite`` dropped updates in a row.
         """
-        policy_stats = {name: torch.zeros(step_shape(rows)) for name in _STEP_STATISTICS}
+        shape = step_shape(rows)
+        policy_stats = {name: torch.zeros(shape, device=self.device) for name in _STEP_STATISTICS}
         updates: list[_Update] = []
         for epoch in range(self.settings.epochs):
             record = policy_stats if epoch == 0 else {}

@@ -129,8 +129,8 @@ class PreferenceLearner(ModelOwner):
     ) -> dict[str, Tensor]:
         """(R,) numbers for each of ``wants``, float32 on the CPU, equal on every rank."""
         module = self.trained.wrapped_model if frozen is None else frozen
-        chunk = self.trained.settings.head_chunk
-        results = {name: torch.zeros(len(rows)) for name in sorted(wants)}
+        chunk = self.trained.head_chunk
+        results = {name: torch.zeros(len(rows), device=self.device) for name in sorted(wants)}
 
         def forward(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
             with self.trained.accelerator.autocast():

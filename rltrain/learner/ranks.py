@@ -244,3 +244,11 @@ def _disable_compiled_collectives() -> None:
 
 def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
+
+
+def backend_name(accelerator: Accelerator) -> str:
+    """What divides the model among ranks, as ``rltrain plan --backend`` calls it; "ddp" for one process."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        return f"zero{plugin.zero_stage}"
+    return "fsdp2" if accelerator.distributed_type is DistributedType.FSDP else "ddp"

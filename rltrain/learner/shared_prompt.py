@@ -28,13 +28,21 @@ _MASK_ELEMENTS = 1 << 26  # of a micro-batch's mask, at most
 _SCORES_PER_HIDDEN = 6
 
 
-def lines_of(rows: TokenRows, positions: Sequence[int], *, hidden: int, budget: int) -> list[list[int]]:
+def lines_of(
+    rows: TokenRows,
+    positions: Sequence[int],
+    *,
+    hidden: int,
+    budget: int,
+    scores_per_hidden: float = _SCORES_PER_HIDDEN,
+) -> list[list[int]]:
     """Indices into ``positions`` in lines of rows with one prompt, or one line for each row where sharing
     saves little.
 
-    hidden: width H of the model. budget: tokens that one micro-batch may read. Each of m completions of C
-    tokens in a line costs ``6 H (P / m + C) + (P + m C)^2 / m``, in units of one attention score; the minimum
-    is at ``m = sqrt(P (6 H + P)) / C``.
+    hidden: width H of the model. budget: tokens that one micro-batch may read. scores_per_hidden: the number
+    a such that a position's matrix products take as long as a H attention scores; 6 where both run at one
+    rate. Each of m completions of C tokens in a line costs ``a H (P / m + C) + (P + m C)^2 / m``, in units of
+    one attention score; the minimum is at ``m = sqrt(P (a H + P)) / C``.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, position in enumerate(positions):
@@ -45,7 +53,7 @@ def lines_of(rows: TokenRows, positions: Sequence[int], *, hidden: int, budget: 
     lines: list[list[int]] = []
     for prompt, members in groups.items():
         read = {index: max(len(rows.completions[positions[index]]) - 1, 0) for index in members}
-        root = math.sqrt(len(prompt) * (_SCORES_PER_HIDDEN * hidden + len(prompt)))
+        root = math.sqrt(len(prompt) * (scores_per_hidden * hidden + len(prompt)))
         rows_per_line = root * len(members) / max(sum(read.values()), 1)
         lines += _distribute(read, len(prompt), max(rows_per_line, 1.0), longest)
 

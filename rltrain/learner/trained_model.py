@@ -20,6 +20,7 @@ from rltrain.config.schema import LearnerCore, Model
 from rltrain.errors import UserError
 from rltrain.learner.backend import Backend, DeepSpeedBackend, prepare
 from rltrain.learner.forward import PolicyForward, resolve_layout
+from rltrain.learner.layer_kernels import use_kernels
 from rltrain.learner.loading import load_causal_lm, require_repeatable
 from rltrain.learner.optim import build_optimizer, build_schedule, full_shape, restore_schedule
 from rltrain.learner.packing import Layout, MicroBatch, build
@@ -85,6 +86,8 @@ class TrainedModel:
         if settings.gradient_checkpointing:
             pretrained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
+        use_kernels(pretrained, settings.kernels)
+
         self.unwrapped_model = wrap(pretrained)  # without the backend's wrapper
         optimizer = build_optimizer(self.unwrapped_model.named_parameters(), settings.optimizer)
         self.schedule = build_schedule(optimizer, settings.optimizer, total_updates)
@@ -107,6 +110,11 @@ class TrainedModel:
     def precision(self) -> str:
         """The precision of autocast, in accelerate's terms: "no" for float32, "bf16", "fp16"."""
         return str(self.accelerator.mixed_precision)
+
+    @property
+    def head_chunk(self) -> int:
+        """Tokens whose logits exist at the same time."""
+        return self.settings.head_chunk_on(self.device.type)
 
     # ranks --------------------------------------------------------------------------------------------------
 
@@ -292,7 +300,7 @@ class TrainedModel:
         wants: frozenset[str],
     ) -> dict[str, Tensor]:
         """The trained model's statistics of a micro-batch, with a gradient where gradients are enabled."""
-        chunk = self.settings.head_chunk
+        chunk = self.head_chunk
         return self.wrapped_model(micro_batch, temperature=temperature, wants=wants, chunk=chunk)
 
     def step(self, loss: float) -> tuple[float, bool]:

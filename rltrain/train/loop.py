@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+
+import torch
 
 from rltrain.checkpoint.random_state import restore_random_state
 from rltrain.checkpoint.run_state import RunState
 from rltrain.config.schema import AnyRecipe
 from rltrain.learner.trained_model import ModelOwner
 from rltrain.report.reporter import Reporter
+from rltrain.train.profiling import PROFILE_FOLDER, profile_step
 from rltrain.train.saving import EvaluationHistory, EvaluationResult, ModelWriter, Stopped
 
 __all__ = ["Clock", "TrainingRun", "timing_metrics"]
@@ -55,7 +58,8 @@ class TrainingRun(ABC):
             self._evaluate_and_report(0)
 
         for step in range(done + 1, self.total_steps + 1):
-            yield step
+            with self._profile(step):
+                yield step
             if is_due(step, self.recipe.eval.every):
                 self._evaluate_and_report(step)
             is_stopping = self.learner.any_rank(self.should_stop())
@@ -70,6 +74,13 @@ class TrainingRun(ABC):
         if not is_due(self.total_steps, self.recipe.eval.every):
             self._evaluate_and_report(self.total_steps)
         return self.writer.final(self.total_steps, self.history)
+
+    def _profile(self, step: int) -> AbstractContextManager[object]:
+        """Profiles the step where ``train.profile`` names it."""
+        settings = self.recipe.train.profile
+        if settings is None or step not in settings.steps:
+            return nullcontext()
+        return profile_step(self.writer.folder.path / PROFILE_FOLDER, step, self.learner.rank)
 
     def _resume(self) -> int:
         """Restores random generators and earlier evaluations; returns the number of steps already taken."""
@@ -95,7 +106,10 @@ def is_due(step: int, every: int) -> bool:
 
 
 class Clock:
-    """Measures the wall-clock seconds of each phase of a step. seconds: phases that were measured before."""
+    """Measures the wall-clock seconds of each phase of a step. seconds: phases that were measured before.
+
+    An error of memory that runs out gets the phase as a note.
+    """
 
     def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
         self.seconds: dict[str, float] = dict(seconds or {})
@@ -103,7 +117,11 @@ class Clock:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = perf_counter()
-        yield
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            error.add_note(phase)
+            raise
         self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - start
 
 

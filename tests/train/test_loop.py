@@ -50,7 +50,9 @@ def said_by(
 
     run = Run(
         recipe=SimpleNamespace(
-            eval=SimpleNamespace(at_start=at_start, every=evaluate), checkpoint=SimpleNamespace(every=save)
+            eval=SimpleNamespace(at_start=at_start, every=evaluate),
+            train=SimpleNamespace(profile=None),
+            checkpoint=SimpleNamespace(every=save),
         ),  # type: ignore[arg-type]
         total_steps=steps,
         learner=SimpleNamespace(rank=0, any_rank=lambda flag: flag),  # type: ignore[arg-type]

@@ -38,11 +38,15 @@ ZERO_BUCKET = 500_000_000  # numbers; DeepSpeed's reduce_bucket_size
 ZERO_LIVE = 1_000_000_000  # parameters; DeepSpeed's stage3_max_live_parameters
 ZERO_PREFETCH = 50_000_000  # parameters; DeepSpeed's stage3_prefetch_bucket_size
 
-# output head: bytes moved, counted by dispatching the real code on meta tensors -----------------------------
+# output head: bytes outside of matrix products -------------------------------------------------------------
 
-HEAD_UPDATE_PASSES = 80  # bytes per logit, forward and backward pass
-HEAD_FORWARD_PASSES = 40  # bytes per logit, forward pass
-HEAD_GRADIENT_PASSES = 2.5  # times that the weight's float32 gradient is read or written per chunk
+# as PyTorch's compiler plans the two functions of a tile (scripts/head_traffic.py --compiled), the logits
+# being read twice for the softmax; a statistic beyond log-prob and entropy keeps the head uncompiled
+
+HEAD_UPDATE_PASSES = 8  # bytes per logit, forward and backward pass
+HEAD_FORWARD_PASSES = 4  # bytes per logit, forward pass
+HEAD_GRADIENT_PASSES = 2  # times that a chunk's product reads or writes the weight's float32 gradient
+COMPILED_ELEMENTWISE = 0.5  # of the time of a layer's elementwise kernels, if they are fused; estimate
 EXPOSED_COMMUNICATION = 0.06  # seconds per micro-batch of a sharded update; estimate
 
 

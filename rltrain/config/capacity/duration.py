@@ -6,10 +6,11 @@ measurement.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rltrain.config.capacity.cluster import Cluster
 from rltrain.config.capacity.constants import (
+    COMPILED_ELEMENTWISE,
     DECODE_OVERHEAD,
     EXPOSED_COMMUNICATION,
     FROZEN_BYTES,
@@ -94,10 +95,15 @@ def head_seconds(shape: ModelShape, tokens: int, chunk: int, rates: Rates, *, up
     """The output head over ``tokens`` completion tokens; forward only, or with its backward pass."""
     if chunk == 0:
         return 0.0
-    products = (8 if update else 2) * tokens * shape.embedding / rates.head_products
-    passes = (HEAD_UPDATE_PASSES if update else HEAD_FORWARD_PASSES) * tokens * shape.vocabulary
-    gradient = HEAD_GRADIENT_PASSES * 4 * shape.embedding * tokens / chunk if update else 0.0
-    return products + (passes + gradient) / rates.memory
+    product = 2 * tokens * shape.embedding / rates.head_products
+    passes = (
+        (HEAD_UPDATE_PASSES if update else HEAD_FORWARD_PASSES) * tokens * shape.vocabulary / rates.memory
+    )
+    if not update:
+        return product + passes
+    # the product that adds to the weight's gradient is bound by its FLOP or by the gradient's bytes
+    gradient = HEAD_GRADIENT_PASSES * 4 * shape.embedding * tokens / chunk / rates.memory
+    return 3 * product + max(product, gradient) + passes
 
 
 def update_seconds(load: Workload, shape: ModelShape, cluster: Cluster, rates: Rates, tokens: int) -> float:
@@ -143,7 +149,7 @@ def _policy_layer(
 ) -> LayerSeconds:
     casts = cluster.form in ("one", "ddp")
     residual = MASTER_BYTES if casts else load.compute_bytes
-    return layer_seconds(
+    layer = layer_seconds(
         shape,
         tokens,
         load.row_tokens,
@@ -151,6 +157,8 @@ def _policy_layer(
         compute_bytes=load.compute_bytes,
         residual_bytes=residual,
     )
+    fused = replace(layer, elementwise=COMPILED_ELEMENTWISE * layer.elementwise)
+    return fused if load.fuses_layers else layer
 
 
 def _completion_tokens(load: Workload, tokens: int) -> int:

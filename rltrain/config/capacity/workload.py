@@ -88,6 +88,7 @@ class Workload:
     compute_bytes: int  # per number in a matrix product on a GPU
     notes: tuple[str, ...] = ()
     offload: Literal["nothing", "optimizer", "all"] = "nothing"  # to the host
+    fuses_layers: bool = False  # whether elementwise kernels of a trained model's layers are fused
 
     @property
     def policy(self) -> ModelShape:
@@ -167,9 +168,10 @@ def _offline_workload(recipe: OfflineRecipe, models: _Models) -> Workload:
         epochs=1,
         updates=1,
         checkpointing=learner.gradient_checkpointing,
-        head_chunk=0 if has_scalar_head else learner.head_chunk,
+        head_chunk=0 if has_scalar_head else learner.head_chunk_on("cuda"),
         compute_bytes=_compute_bytes(learner.precision),
         notes=tuple(models.notes),
+        fuses_layers=learner.kernels != "eager",
     )
 
 
@@ -205,10 +207,11 @@ def _sampled_workload(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models)
         epochs=learner.epochs,
         updates=learner.updates_per_step,
         checkpointing=learner.gradient_checkpointing,
-        head_chunk=learner.head_chunk,
+        head_chunk=learner.head_chunk_on("cuda"),
         compute_bytes=_compute_bytes(learner.precision),
         notes=tuple(models.notes),
         offload=learner.offload,
+        fuses_layers=learner.kernels != "eager",
     )
 
 

@@ -1,0 +1,62 @@
+"""Compiled layers give the eager layers' numbers; Liger's are refused where they are not installed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rltrain.errors import UserError
+from rltrain.learner import layer_kernels
+from rltrain.learner.forward import PolicyForward
+from rltrain.learner.layer_kernels import decoder_layers, use_kernels
+from rltrain.learner.packing import build
+from rltrain.types.policy import TokenRows
+
+CONFIG = LlamaConfig(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+ROWS = TokenRows(((1, 2, 3), (4, 5)), ((6, 7, 8, 9), (3, 2, 1)))
+
+
+def log_probs_and_gradients(kernels: layer_kernels.Kernels) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(CONFIG)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    use_kernels(model, kernels)
+    policy = PolicyForward(model).train()
+    micro_batch = build(ROWS, [0, 1], layout="padded")
+    logp = policy(micro_batch, temperature=1.0, wants=frozenset({"logp"}), chunk=4)["logp"]
+    logp.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    return [
+        logp.detach(),
+        *(parameter.grad for parameter in model.parameters() if parameter.grad is not None),
+    ]
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_eager_numbers_and_gradients() -> None:
+    eager, compiled = (log_probs_and_gradients(kernels) for kernels in ("eager", "compiled"))
+    for value, expected in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_layer_and_nothing_else_is_compiled() -> None:
+    model = LlamaForCausalLM(CONFIG)
+    use_kernels(model, "compiled")
+    layers = decoder_layers(model)
+    assert len(layers) == model.config.num_hidden_layers
+    assert [module for module in model.modules() if module._compiled_call_impl is not None] == layers
+
+
+def test_liger_is_refused_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_kernels.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="liger-kernel is not installed: pip install liger-kernel"):
+        use_kernels(LlamaForCausalLM(CONFIG), "liger")
