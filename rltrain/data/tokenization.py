@@ -96,11 +96,7 @@ def tokenization_of(model: Model, sizes: Mapping[str, int], chat_template: str =
         raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        hint = (
-            "; make it with: rltrain tiny-model"
-            if model.path.startswith(".cache/tiny")
-            else ""
-        )
+        hint = "; make it with: rltrain tiny-model" if model.path.startswith(".cache/tiny") else ""
         raise UserError(
             f"model.path {model.path!r} is no model folder and cannot be loaded from the Hub ({reason}){hint}"
         ) from error

@@ -13,7 +13,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 # the distribution, where it has another name than the package that is imported
 DISTRIBUTIONS = {"yaml": "pyyaml", "math_verify": "math-verify"}
 # of extras: imported only where the recipe asks for them
-OPTIONAL = {"vllm", "deepspeed", "textworld", "peft", "bitsandbytes"}
+OPTIONAL = {"vllm", "deepspeed", "textworld", "peft", "bitsandbytes", "liger_kernel"}
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -39,4 +39,4 @@ def test_every_dependency_is_imported_and_every_import_is_a_dependency() -> None
 
 def test_what_is_imported_on_request_has_an_extra() -> None:
     extras = {name for extra in PROJECT["optional-dependencies"].values() for name in names(extra)}
-    assert imported_packages() & OPTIONAL <= extras
+    assert {name.replace("_", "-") for name in imported_packages() & OPTIONAL} <= extras

@@ -1,8 +1,8 @@
 """A vLLM server in another process: the learner's ranks ask it for completions and rank 0 sends it weights.
 
 The server has no memory in common with the learner, so that ``sleep`` only forgets the version: nothing
-samples until the next load. Equal to the colocated engine to the bit, except where a batch of the server has
-another number of rows than the colocated one: some kernels sum in another order then, by about 3e-6 nats.
+samples until the next load. Log-probs may differ from the colocated engine's in rounding, since some kernels
+sum in another order where a batch has another number of rows.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def join_products(shards: Sequence[Product]) -> Tensor:
         before = product[rows]
         differs = ~before.isnan() & (before != shard.values)
         product[rows] = torch.where(differs, math.inf, shard.values.double())
-    return torch.where(product.isinf(), math.nan, whole)
+    return torch.where(product.isinf(), math.nan, product)
 
 
 def require_ranks(size: int, world_size: int) -> None:
