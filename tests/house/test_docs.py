@@ -150,8 +150,8 @@ def test_every_message_in_troubleshooting_is_a_message_of_the_code():
 def test_both_rewards_in_the_page_on_other_libraries_are_taken(name: str, tmp_path: Path):
     page = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
     (code,) = [body for language, body in BLOCK.findall(page) if language == "python"]
-    (tmp_path / "mine.py").write_text(code)
-    grader = resolve(RewardCall(f"{tmp_path / 'mine.py'}:{name}", 1.0, {}))
+    (tmp_path / "of_another_library.py").write_text(code)  # a module's name stays taken in this process
+    grader = resolve(RewardCall(f"{tmp_path / 'of_another_library.py'}:{name}", 1.0, {}))
     scores = grader(RewardInputs("p", ("it is 7", "no"), (3, 1), ("stop", "stop"), {"answer": "7"}))
     assert [score.value for score in scores] == [1.0, 0.0]
 

@@ -25,6 +25,9 @@ Answer = Callable[[BaseHTTPRequestHandler, Any], None]
 class Server(ThreadingHTTPServer):
     """Answers with ``behaviour``; remembers paths, tokens and questions."""
 
+    def handle_error(self, *_: object) -> None:
+        """A client that gave up is no news for the next test's output."""
+
     daemon_threads = True
     behaviour: Answer
 
