@@ -48,6 +48,7 @@ def build_engine(
         enforce_eager=rollout.vllm.enforce_eager,
         adaptive_temperature=rollout.adaptive_temperature is not None,
         device=device,
+        adapter_rank=None if model.adapter is None else model.adapter.rank,
     )
 
 

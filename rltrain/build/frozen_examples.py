@@ -102,14 +102,14 @@ def _open_frozen_log_probs(
     reporter: Reporter,
 ) -> Iterator[FrozenLogProbs]:
     """The log-probs of the model at ``path``; None: the starting model, which is loaded a second time
-    only if the learner no longer has its weights.
+    only if the learner no longer has its weights, nor an adapter to switch off.
     """
     folder = None if reference.cache is None else Path(reference.cache).expanduser()
     build = partial(FrozenLogProbs, learner, folder=folder, verify=reference.verify, say=reporter.message)
     if path is None and fresh:
         yield build(frozen=None, weights=weights_digest(learner.model_weights()))
         return
-    with frozen_model(path, model, learner.device) as frozen:
+    with frozen_model(path, model, learner.trained) as frozen:
         yield build(frozen=frozen, weights=weights_digest(weights_of(frozen)))
 
 

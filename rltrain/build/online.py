@@ -14,7 +14,7 @@ from pathlib import Path
 from rltrain.advantage import ADVANTAGES
 from rltrain.build.context import RunContext
 from rltrain.build.inputs import RunInputs
-from rltrain.build.outputs import PROCESS, TrainingState, build_outputs, initial_model, resume
+from rltrain.build.outputs import PROCESS, TrainingState, build_outputs, initial_model, resume, saved_adapter
 from rltrain.build.rollout import build_rollout
 from rltrain.checkpoint.random_state import seed_everything
 from rltrain.config.rules.registries import ORDERS
@@ -204,6 +204,7 @@ def build_learner(
         max_tokens=rollout.max_tokens,
         total_updates=steps * settings.updates * settings.epochs,
         seed=seed,
+        adapter_from=saved_adapter(model, checkpoint),
         deadline=process.deadline,
     )
 
@@ -221,7 +222,7 @@ def build_process_reward(
     """
     if settings is None:
         return None
-    checkpoint = context.checkpoint
+    checkpoint = None if context.checkpoint is None else context.checkpoint / PROCESS
     revision = policy.revision if settings.path is None else None
     changes = {
         "path": settings.path or policy.path,
@@ -231,13 +232,14 @@ def build_process_reward(
     }
     origin = policy.model_copy(update=changes)
     return ProcessRewardLearner(
-        initial_model(origin, None if checkpoint is None else checkpoint / PROCESS),
+        initial_model(origin, checkpoint),
         origin,
         settings,
         learner,
         PREFERENCE_LOSSES.bind(settings.loss.name, settings.loss.hp),
         total_updates=steps * settings.updates,
         seed=stable_hash(seed, "process reward"),
+        adapter_from=saved_adapter(origin, checkpoint),
         deadline=context.process.deadline,
     )
 

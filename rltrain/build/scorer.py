@@ -57,7 +57,7 @@ def open_scorer(model: ProcessModel, say: Callable[[str], None]) -> Iterator[Sco
     if model.reference == NONE:
         yield Scorer(learner, None, model.beta, model.aggregate)
         return
-    with frozen_model(model.reference, start, learner.device) as policy:
+    with frozen_model(model.reference, start, learner.trained) as policy:
         digest = weights_digest(weights_of(policy))
         reference = FrozenLogProbs(learner, policy, digest, model.cache, verify=4, say=say)
         yield Scorer(learner, reference, model.beta, model.aggregate)

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,9 @@ from transformers import (
 from transformers.utils import logging
 
 from rltrain.errors import UserError
+from rltrain.learner.adapter import merge_adapter_folder
 from rltrain.learner.backend import reshard, set_mode
+from rltrain.model_files import adapter_base
 from rltrain.remote_code import refusing_untrusted, trusts
 
 __all__ = [
@@ -53,14 +56,23 @@ _RANDOM_PASSES = 8  # further passes of a model whose forward draws random numbe
 _RANDOM = re.compile(r"drop|^(input_)?jitter_noise$|^moe_jitter_eps$")
 
 
-def load_causal_lm(path: str, revision: str | None, attention: str) -> PreTrainedModel:
+def load_causal_lm(
+    path: str, revision: str | None, attention: str, quantization: Any | None = None
+) -> PreTrainedModel:
     """A causal LM in float32 (the optimizer's precision; autocast computes in a lower one), without dropout.
 
-    Raises UserError where the folder's tensors are not exactly the architecture's.
+    A folder with an adapter is loaded as the model that base and adapter are together. quantization:
+    transformers' config for storing the linear layers in fewer bits. Raises UserError where the folder's
+    tensors are not exactly the architecture's.
     """
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
-    model, report = open_folder(AutoModelForCausalLM, path, revision, dtype=torch.float32, **options)
-    require_complete(path, model, report, "logits")
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    base, base_revision = adapter_base(path) or (path, revision)
+    model, report = open_folder(AutoModelForCausalLM, base, base_revision, dtype=torch.float32, **options)
+    require_complete(base, model, report, "logits")
+    if base != path:
+        merge_adapter_folder(model, Path(path))
     return without_dropout(model)
 
 
@@ -96,6 +108,8 @@ def require_weights(path: str, revision: str | None, head: Head) -> None:
     """
     kind = AutoModelForCausalLM if head == "logits" else AutoModelForSequenceClassification
     options: dict[str, Any] = {"num_labels": 1} if head == "new scalar" else {}
+    if head == "logits":
+        path, revision = adapter_base(path) or (path, revision)
     with _quiet():
         model, report = open_folder(kind, path, revision, device_map="meta", **options)
     require_complete(path, model, report, head)

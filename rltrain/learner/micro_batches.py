@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rltrain.learner.forward import PolicyForward
+from rltrain.learner.adapter_off import FrozenModel
 from rltrain.learner.packing import MicroBatch, build, plan
 from rltrain.learner.shared_prompt import build_shared, line_length, lines_of
 from rltrain.learner.trained_model import TrainedModel
@@ -52,7 +52,7 @@ class MicroBatches:
         return map(self.build, self.parts)
 
 
-def shares_prompts(trained: TrainedModel, frozen: PolicyForward | None = None) -> bool:
+def shares_prompts(trained: TrainedModel, frozen: FrozenModel | None = None) -> bool:
     """Whether rows of one prompt may share it. frozen: the model that reads them; None: the trained one."""
     model = trained.unwrapped_model if frozen is None else frozen
     return trained.settings.share_prompt == "auto" and trained.layout == "padded" and model.shares_prompts

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
+from rltrain.model_files import config_source
 from rltrain.model_limits import context_of
 from rltrain.protocols import EngineState
 from rltrain.remote_code import trusts
@@ -103,6 +104,7 @@ class TransformersEngine:
         self._pad = pad_token_id
         self._decode = decode
         self._stop = frozenset(stop_token_ids)
+        model, revision = config_source(model, revision)
         trusted = trusts(model, revision)
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusted)
         self._limit, self._limit_name = _context_limit(config, model)
