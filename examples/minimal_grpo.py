@@ -16,7 +16,6 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from reward.score import Score
 from rltrain.advantage import ADVANTAGES
 from rltrain.advantage.stage import compute_advantages
 from rltrain.config.schema import Learner, Model, Optimizer
@@ -24,6 +23,7 @@ from rltrain.learner.policy_learner import PolicyLearner
 from rltrain.loss import AGGREGATES
 from rltrain.loss.objective import Objective
 from rltrain.loss.policy import POLICY_LOSSES
+from rltrain.reward.score import Score
 from rltrain.rollout.collate import collate
 from rltrain.rollout.engines.transformers.engine import TransformersEngine
 from rltrain.rollout.groups import sample_groups

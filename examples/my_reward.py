@@ -5,7 +5,7 @@ reward: {functions: ['my_reward.py:digits']}
 
 from __future__ import annotations
 
-from reward import RewardInputs, Score
+from rltrain.reward import RewardInputs, Score
 
 
 def digits(inputs: RewardInputs, *, digit: str = "7") -> list[Score]:

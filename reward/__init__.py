@@ -1,10 +1,27 @@
-"""Graders. Nothing here imports rltrain or torch; ``MODULES`` lists the files that declare rewards."""
+"""Graders. Nothing here imports torch, or anything else of rltrain; ``MODULES`` lists the files that declare
+rewards.
 
-from reward.score import RewardInputs, Score, reward
+The folder stands at the top of the repository; the link ``rltrain/reward`` makes it the package
+``rltrain.reward``.
+"""
+
+from rltrain.reward.score import RewardInputs, Score, reward
 
 MODULES = (
-    *("reward.text", "reward.length", "reward.math_answer", "reward.empo", "reward.none", "reward.episode"),
-    *("reward.code_tests", "reward.code_io", "reward.reward_model_http", "reward.judge"),
+    *(
+        "rltrain.reward.text",
+        "rltrain.reward.length",
+        "rltrain.reward.math_answer",
+        "rltrain.reward.empo",
+        "rltrain.reward.none",
+        "rltrain.reward.episode",
+    ),
+    *(
+        "rltrain.reward.code_tests",
+        "rltrain.reward.code_io",
+        "rltrain.reward.reward_model_http",
+        "rltrain.reward.judge",
+    ),
 )
 
 __all__ = ["MODULES", "RewardInputs", "Score", "reward"]

@@ -9,7 +9,7 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from reward.answer_notation import is_formula
+from rltrain.reward.answer_notation import is_formula
 
 LONGEST = 1000  # characters of an answer that are read; no reference answer is as long
 _SHORT = 64  # maximum characters of a completion that is only an answer

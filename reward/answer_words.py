@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from reward.answer_notation import TEXT_GROUP
+from rltrain.reward.answer_notation import TEXT_GROUP
 
 _LETTERS = re.compile(r"[^\W\d_]+(?:[\s.,!?'-]+[^\W\d_]+)*[.!?]*")
 _HYPHEN_OR_PRIME = re.compile(r"[-'](?![^\W\d_]{2})")

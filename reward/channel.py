@@ -17,7 +17,7 @@ import sys
 import threading
 from typing import Any
 
-from reward.reply import LENGTH
+from rltrain.reward.reply import LENGTH
 
 __all__ = ["Channel", "bound_cpu_time", "bound_memory"]
 

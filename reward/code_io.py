@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from reward import sandbox
-from reward.code_text import extract_program
-from reward.sandbox import Limits, SandboxError, Tests, TestsError
-from reward.score import RewardInputs, Score, reward
+from rltrain.reward import sandbox
+from rltrain.reward.code_text import extract_program
+from rltrain.reward.sandbox import Limits, SandboxError, Tests, TestsError
+from rltrain.reward.score import RewardInputs, Score, reward
 
 _NUMBER = re.compile(r"[+-]?(?:\d++(?:\.\d*+)?|\.\d++)(?:[eE][+-]?\d++)?", re.ASCII)
 # As C, Python, Java and JavaScript print these numbers.
@@ -106,11 +106,11 @@ def code_io(
     (arXiv:2105.09938), else ``wrong``.
 
     The program is the last Python block of the completion, or the whole completion if it has no fence. Every
-    test runs the program again in its own sandbox (``reward.sandbox``), as ``__main__``; the program must end
-    with exit status 0. Printed and expected text are equal if their lines are equal, except for white space
-    at the ends of lines and empty lines at the end. tests_column: a list of {"input", "output"}, or
-    {"inputs": [...], "outputs": [...]}, or either as JSON; with an "fn_name" a test calls that function with
-    the input, a list of arguments, and compares the returned value (like ``code_tests``). before_column:
+    test runs the program again in its own sandbox (``rltrain.reward.sandbox``), as ``__main__``; the program
+    must end with exit status 0. Printed and expected text are equal if their lines are equal, except for
+    white space at the ends of lines and empty lines at the end. tests_column: a list of {"input", "output"},
+    or {"inputs": [...], "outputs": [...]}, or either as JSON; with an "fn_name" a test calls that function
+    with the input, a list of arguments, and compares the returned value (like ``code_tests``). before_column:
     Python that precedes the program, if the row has such a column. max_tests: number of tests, from the
     first; null: all. tolerance: for numbers, absolute or relative, whichever is larger; the lines must then
     have equal tokens, and infinity and NaN equal only themselves; null: compare as text. score "share":

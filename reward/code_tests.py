@@ -8,10 +8,10 @@ import contextlib
 from collections.abc import Callable
 from typing import Any, Literal
 
-from reward import sandbox
-from reward.code_text import extract_program
-from reward.sandbox import Limits, SandboxError, Tests, TestsError
-from reward.score import RewardInputs, Score, reward
+from rltrain.reward import sandbox
+from rltrain.reward.code_text import extract_program
+from rltrain.reward.sandbox import Limits, SandboxError, Tests, TestsError
+from rltrain.reward.score import RewardInputs, Score, reward
 
 _DEFAULT_ENTRY_COLUMN = "entry_point"  # a row need not have this column
 
@@ -49,12 +49,12 @@ def code_tests(
     passing test counts if it has called a function of the program or read another global of it; naming a
     function is not a call. If no test counts, whatever the completion, the row is ungraded. before_column:
     Python that precedes the program, which the tests may use too; "prompt" is the prompt itself, as in
-    HumanEval. extract: how to find the program, see ``reward.code_text.extract_program``. score "share":
-    between wrong and correct in proportion to the passed tests. seconds: wall-clock limit from loading to the
-    last test; keep it below reward.seconds, because starting takes time. memory_mib: address space of each
-    process; processes: limit that includes threads; file_mib: limit of all that the program writes;
-    message_mib: limit of one call or answer. packages: allow imports of packages installed here, not only of
-    the standard library. unsandboxed: go on if the machine has no sandbox.
+    HumanEval. extract: how to find the program, see ``rltrain.reward.code_text.extract_program``. score
+    "share": between wrong and correct in proportion to the passed tests. seconds: wall-clock limit from
+    loading to the last test; keep it below reward.seconds, because starting takes time. memory_mib: address
+    space of each process; processes: limit that includes threads; file_mib: limit of all that the program
+    writes; message_mib: limit of one call or answer. packages: allow imports of packages installed here, not
+    only of the standard library. unsandboxed: go on if the machine has no sandbox.
 
     parts: correct (all tests), passed (share), no_code, timeout. Ungraded: "sandbox" (it did not start),
     "tests" (the row's own fault: invalid Python, a missing module, no call of the program). Raises ValueError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from reward.score import Score, is_float32
+from rltrain.reward.score import Score, is_float32
 
 
 def combine(labels: Sequence[str], weights: Sequence[float], scores: Sequence[Score]) -> Score:

@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from reward import answer_text, answer_words, math_answer
-from reward.score import RewardInputs, Score, reward
+from rltrain.reward import answer_text, answer_words, math_answer
+from rltrain.reward.score import RewardInputs, Score, reward
 
 
 @reward("empo", scope="group")

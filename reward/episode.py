@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reward.score import RewardInputs, Score, reward
+from rltrain.reward.score import RewardInputs, Score, reward
 
 
 @reward("episode")

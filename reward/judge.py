@@ -12,9 +12,9 @@ import hashlib
 import re
 from typing import Any, cast
 
-from reward import remote
-from reward.remote import RemoteError
-from reward.score import RewardInputs, Score, reward
+from rltrain.reward import remote
+from rltrain.reward.remote import RemoteError
+from rltrain.reward.score import RewardInputs, Score, reward
 
 _RATING = re.compile(r"\[\[(-?\d++(?:\.\d++)?)\]\]")
 _CHOICE = re.compile(r"\[\[(A|B|C)\]\]")

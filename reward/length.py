@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from reward.score import RewardInputs, Score, reward
+from rltrain.reward.score import RewardInputs, Score, reward
 
 
 @reward("length")

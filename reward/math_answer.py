@@ -20,9 +20,9 @@ from typing import Any, Literal, NamedTuple
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-from reward import answer_notation, answer_text, answer_units, answer_words
-from reward.score import RewardInputs, Score, column_text, reward
-from reward.time_limit import TimeUp, cpu_time_limit
+from rltrain.reward import answer_notation, answer_text, answer_units, answer_words
+from rltrain.reward.score import RewardInputs, Score, column_text, reward
+from rltrain.reward.time_limit import TimeUp, cpu_time_limit
 
 # math-verify warns that its own timeouts are off: the limits are set here and in the pool.
 logging.getLogger("math_verify").setLevel(logging.ERROR)

@@ -16,15 +16,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from reward.combine import combine, distinct_labels
-from reward.output import OutputLog
-from reward.processes import Loss, ProcessPool
-from reward.reply import GraderFacts, Reply
-from reward.resolve import RewardCall
-from reward.score import RewardInputs, Score
-from reward.score_checks import ContractError
-from reward.tasks import GradingWorker, Task
-from reward.worker import Setup
+from rltrain.reward.combine import combine, distinct_labels
+from rltrain.reward.output import OutputLog
+from rltrain.reward.processes import Loss, ProcessPool
+from rltrain.reward.reply import GraderFacts, Reply
+from rltrain.reward.resolve import RewardCall
+from rltrain.reward.score import RewardInputs, Score
+from rltrain.reward.score_checks import ContractError
+from rltrain.reward.tasks import GradingWorker, Task
+from rltrain.reward.worker import Setup
 
 __all__ = ["RewardCall", "RewardPool"]
 

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from reward.output import OutputLog
-from reward.received import MalformedAnswerError
-from reward.reply import LARGEST, LENGTH, add_length
+from rltrain.reward.output import OutputLog
+from rltrain.reward.received import MalformedAnswerError
+from rltrain.reward.reply import LARGEST, LENGTH, add_length
 
 __all__ = ["Child", "Loss", "MalformedAnswerError", "ProcessPool"]
 
@@ -33,7 +33,7 @@ _POLL_MS = 50  # a death that the socket does not show (a forked child holds it 
 _END_SECONDS = 10.0  # for the supervisor to end everything that its child has started
 _SEND_SECONDS = 10.0  # an idle process reads immediately
 _START = (
-    "import sys; from reward.supervisor import supervise; "
+    "import sys; from rltrain.reward.supervisor import supervise; "
     "supervise(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
 )
 
@@ -65,7 +65,7 @@ class Child(ABC):
         with program_end, lifeline:
             descriptors = (program_end.fileno(), lifeline.fileno())
             self.process = subprocess.Popen(
-                # -P: a package called reward in the current folder is not ours
+                # -P: the child searches where the trainer searches, and the current folder only if it does
                 [sys.executable, "-P", "-c", _START, program, *map(str, descriptors)],
                 stdin=subprocess.DEVNULL,
                 stdout=sink,

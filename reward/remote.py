@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from reward.redact import repeats_secret
+from rltrain.reward.redact import repeats_secret
 
 _LARGEST_ANSWER = 1 << 24  # bytes
 _FIRST_PAUSE = 0.25  # seconds between attempts; doubles

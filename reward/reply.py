@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from typing import Literal
 
-from reward.score import Score
+from rltrain.reward.score import Score
 
 LENGTH = struct.Struct(">Q")
 LARGEST = 1 << 26  # bytes of one answer

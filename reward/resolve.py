@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
-from reward import MODULES
-from reward.installed import installed_modules_of
-from reward.score import RewardInputs, Score
-from reward.score_checks import check_scores
-from reward.source import is_user_spec
-from reward.user import load_user_function
+from rltrain.reward import MODULES
+from rltrain.reward.installed import installed_modules_of
+from rltrain.reward.score import RewardInputs, Score
+from rltrain.reward.score_checks import check_scores
+from rltrain.reward.source import is_user_spec
+from rltrain.reward.user import load_user_function
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from reward import remote
-from reward.score import RewardInputs, Score, reward
+from rltrain.reward import remote
+from rltrain.reward.score import RewardInputs, Score, reward
 
 _CONCURRENCY = 16  # a server batches concurrent questions
 

@@ -26,16 +26,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from reward.inside.names import DEVICES
-from reward.inside.wire import Hangup, NotPlain, receive_message, send_message
+from rltrain.reward.inside.names import DEVICES
+from rltrain.reward.inside.wire import Hangup, NotPlain, receive_message, send_message
 
 Kind = Literal["root", "user", "bubblewrap", "none"]
 
-_PACKAGE_FOLDER = Path(__file__).parent
+_PACKAGE_FOLDER = Path(__file__).resolve().parent
 _START = (
-    "import sys; package = type(sys)('reward'); package.__path__ = [sys.argv[1]]; sys.modules['reward'] = "
-    "package; "
-    "from reward.inside.start import serve_forks, run_in_bubblewrap; "
+    "import sys; above, package = type(sys)('rltrain'), type(sys)('rltrain.reward'); above.__path__ = []; "
+    "package.__path__ = [sys.argv[1]]; sys.modules.update({'rltrain': above, 'rltrain.reward': package}); "
+    "from rltrain.reward.inside.start import serve_forks, run_in_bubblewrap; "
 )
 _START_SECONDS = 20.0  # enough for a machine under load; the program cannot use this time
 _STOP_SECONDS = 2.0
@@ -104,7 +104,7 @@ def judge(source: str, tests: Tests, limits: Limits, kind: Kind, packages: bool 
 
     A test is the execution of a test source, and each ``check``, pytest function and unittest method that the
     source defines. A test that passes without calling the program does not count; if none counts, the tests
-    are at fault (``reward.inside.tester``).
+    are at fault (``rltrain.reward.inside.tester``).
 
     packages: the program may import the packages installed with this Python, not only the standard library.
     Raises TestsError and SandboxError, neither of which is the program's fault.

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-from reward.caught import Caught
-from reward.score import Score, is_float32
+from rltrain.reward.caught import Caught
+from rltrain.reward.score import Score, is_float32
 
 
 class ContractError(ValueError):

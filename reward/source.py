@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from reward.caught import Caught
-
-PACKAGE = "rltrain"
+import rltrain
+from rltrain.reward.caught import Caught
 
 
 def is_user_spec(name: str) -> bool:
@@ -30,7 +28,7 @@ def source_digest(name: str) -> str:
     read.
     """
     if not is_user_spec(name):
-        return f"{PACKAGE} {importlib.metadata.version(PACKAGE)}"
+        return f"rltrain {rltrain.__version__}"
     file = Path(name.rpartition(":")[0]).expanduser().resolve()
     digest = hashlib.sha256()
     for path in source_files(file):

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from reward.inside import kernel
+from rltrain.reward.inside import kernel
 
 _PATIENCE_SECONDS = 5.0  # for processes that cannot end yet, such as one that waits for a dead disk
 _POLL_SECONDS = 0.002

@@ -8,12 +8,12 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from reward.output import OutputLog
-from reward.processes import Child, MalformedAnswerError
-from reward.received import validate_answer
-from reward.reply import Reply
-from reward.score import RewardInputs
-from reward.worker import Order, Setup
+from rltrain.reward.output import OutputLog
+from rltrain.reward.processes import Child, MalformedAnswerError
+from rltrain.reward.received import validate_answer
+from rltrain.reward.reply import Reply
+from rltrain.reward.score import RewardInputs
+from rltrain.reward.worker import Order, Setup
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class GradingWorker(Child):
         self.tasks: collections.deque[Task] = collections.deque()
         self._setup = setup
         self._number = secrets.randbelow(1 << 32)  # of the first of ``tasks``
-        super().__init__("reward.worker", setup, output)
+        super().__init__("rltrain.reward.worker", setup, output)
 
     @property
     def time_limit(self) -> float | None:

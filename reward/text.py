@@ -11,8 +11,8 @@ import re
 from decimal import Decimal
 from typing import Literal
 
-from reward.answer_text import answer_part, last_box
-from reward.score import RewardInputs, Score, column_text, reward
+from rltrain.reward.answer_text import answer_part, last_box
+from rltrain.reward.score import RewardInputs, Score, column_text, reward
 
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})++|\d++)?(?:\.\d++)?")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*+\{([^{}]*+)\}")

@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reward.score import RewardInputs
-from reward.score_checks import check_scores
+from rltrain.reward.score import RewardInputs
+from rltrain.reward.score_checks import check_scores
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _LONGEST_EXTRA = 10_000  # characters

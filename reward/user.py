@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from reward.score import RewardInputs
-from reward.source import import_file
-from reward.trl_form import TrlFunction
+from rltrain.reward.score import RewardInputs
+from rltrain.reward.source import import_file
+from rltrain.reward.trl_form import TrlFunction
 
 _FORMS = (
     "write f(inputs, **hp) -> list of Score, float or None; or TRL's f(completions, prompts, **columns) -> "

@@ -12,13 +12,13 @@ import pickle
 import sys
 from dataclasses import dataclass
 
-from reward.caught import Caught
-from reward.channel import Channel, bound_cpu_time, bound_memory
-from reward.output import mark
-from reward.reply import GraderFacts, Reply, encode_reply
-from reward.resolve import Grader, RewardCall, resolve
-from reward.score import RewardInputs, Score
-from reward.score_checks import ContractError
+from rltrain.reward.caught import Caught
+from rltrain.reward.channel import Channel, bound_cpu_time, bound_memory
+from rltrain.reward.output import mark
+from rltrain.reward.reply import GraderFacts, Reply, encode_reply
+from rltrain.reward.resolve import Grader, RewardCall, resolve
+from rltrain.reward.score import RewardInputs, Score
+from rltrain.reward.score_checks import ContractError
 
 
 @dataclass(frozen=True)

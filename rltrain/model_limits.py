@@ -14,7 +14,14 @@ from typing import Any
 
 from rltrain.errors import UserError
 
-__all__ = ["Context", "context_of", "require_context", "require_room_for_tokens", "rotary_limit"]
+__all__ = [
+    "Context",
+    "context_of",
+    "decoding_limit",
+    "require_context",
+    "require_room_for_tokens",
+    "rotary_limit",
+]
 
 # Models that scale scores by another factor beyond the original context, whatever the type of their
 # frequencies.
@@ -55,6 +62,37 @@ def rotary_limit(config: Any) -> Context | None:
             why = f"its max_position_embeddings: {reason}"
             limits.append(Context(text.max_position_embeddings, why))
     return min(limits, key=lambda context: context.tokens, default=None)
+
+
+def decoding_limit(config: Any, name: str) -> Context:
+    """The longest row that the transformers engine decodes: the context, or a sliding window within it.
+
+    Raises UserError for layers without keys and values per token, which its cache cannot hold.
+    """
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if unsupported := kinds - {"full_attention", "sliding_attention"}:
+        raise UserError(
+            f"{name} has {', '.join(sorted(unsupported))} layers, which the transformers engine cannot "
+            "cache; use rollout.engine vllm"
+        )
+    context = context_of(config)
+    if context is None:
+        raise UserError(
+            f"{name} has no max_position_embeddings, which bounds the transformers engine's cache; use "
+            "rollout.engine vllm"
+        )
+    window = getattr(text, "sliding_window", None)
+    slides = "sliding_attention" in kinds or (
+        getattr(text, "layer_types", None) is None and getattr(text, "use_sliding_window", True)
+    )
+    if window is not None and slides and window < context.tokens:
+        why = (
+            "the sliding window, up to which the transformers engine decodes (rollout.engine vllm goes "
+            "further)"
+        )
+        return Context(window, why)
+    return Context(context.tokens, f"the model ({context.why})")
 
 
 def _rotary_parameters(text: Any) -> Iterator[Mapping[str, Any]]:

@@ -26,10 +26,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from reward.installed import KINDS, installed_modules, installed_modules_of
-from reward.source import is_user_spec
 from rltrain.declaration import Hyperparameter, MethodSpec, declare, is_tensor_or_none, method
 from rltrain.hyperparameter_ranges import expected_range
+from rltrain.reward.installed import KINDS, installed_modules, installed_modules_of
+from rltrain.reward.source import is_user_spec
 from rltrain.user_methods import UserMethod, read_user_method, signature_problems
 
 __all__ = ["BoundMethod", "Hyperparameter", "MethodSpec", "Registry", "method", "suggestion"]

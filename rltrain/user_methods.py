@@ -19,9 +19,9 @@ from typing import Any
 
 from pydantic.errors import PydanticSchemaGenerationError
 
-from reward.source import import_file, source_digest
 from rltrain.declaration import DECLARATION, Declaration, Hyperparameter, MethodSpec, is_tensor_or_none
 from rltrain.needs import NEEDS, unknown_words
+from rltrain.reward.source import import_file, source_digest
 
 __all__ = ["UserMethod", "read_user_method", "signature_problems"]
 

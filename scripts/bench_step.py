@@ -24,7 +24,7 @@ from peer_bench import PAD, Bench, Size, Turns, gradients_at_step, make_model, t
 LR = 1e-6
 REWARD = """import hashlib
 
-from reward.score import Score
+from rltrain.reward.score import Score
 
 
 def worth(text):

@@ -11,8 +11,8 @@ import statistics
 import time
 from pathlib import Path
 
-from reward.math_answer import math_answer, warm_up
-from reward.score import RewardInputs
+from rltrain.reward.math_answer import math_answer, warm_up
+from rltrain.reward.score import RewardInputs
 
 
 def main() -> None:

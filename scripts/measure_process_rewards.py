@@ -289,6 +289,7 @@ def measure_file(file: Path, likelihood: Path | None, heads: Mapping[str, str]) 
 def head_scores(model: str, file: Path) -> list[float]:
     """The score that a reward model with a scalar head gives to each scored row."""
     from rltrain.config.schema import JudgedData, Model
+    from rltrain.data.chat import template_inputs
     from rltrain.data.judged import Reader
     from rltrain.data.tokenization import tokenization_of
     from rltrain.learner.reward_model import rewards_of
@@ -300,9 +301,10 @@ def head_scores(model: str, file: Path) -> list[float]:
     completions: list[tuple[int, ...]] = []
     for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
         if row["score"] is not None:
-            spelt, token_ids = reader.encode_prompt(row["prompt"])
+            inputs = template_inputs(row, reader.data)
+            spelt, token_ids = reader.encode_prompt(row["prompt"], inputs)
             prompts.append(token_ids)
-            completions.append(reader.encode_completion(row["prompt"], spelt, row["completion"]))
+            completions.append(reader.encode_completion(row["prompt"], spelt, row["completion"], inputs))
     return rewards_of(model, TokenRows(tuple(prompts), tuple(completions)), tokens_per_micro_batch=8192)
 
 

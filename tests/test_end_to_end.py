@@ -27,7 +27,7 @@ RECIPES = sorted(
 
 # A reward that an untrained model can climb: the share of the digit 7, correct when every character is one.
 SEVENS = """
-from reward.score import Score
+from rltrain.reward.score import Score
 
 def sevens(inputs):
     shares = [text.count("7") / max(len(text), 1) for text in inputs.completions]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import rltrain
-from reward.score import Score
+from rltrain.reward.score import Score
 from rltrain.types.samples import RolloutGroup, ScoredGroup
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

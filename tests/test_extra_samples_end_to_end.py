@@ -35,7 +35,7 @@ AEPO, RELEASED, GRPO = (
 )
 # An untrained model earns from it: the share of digits below 5; correct with one among eight characters.
 REWARD = """
-from reward.score import Score
+from rltrain.reward.score import Score
 
 def low_digits(inputs):
     shares = [sum(c in "01234" for c in text) / max(len(text), 1) for text in inputs.completions]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from reward.installed import KINDS
 from rltrain.config.rules.registries import ENVIRONMENTS, REGISTRIES
+from rltrain.reward.installed import KINDS
 
 ROOT = Path(__file__).parents[1]
 LOSSES = """\
@@ -22,7 +22,7 @@ def packaged_loss(policy, batch, *, cap: float = 2.0):
     return None
 """
 REWARDS = """\
-from reward.score import Score, reward
+from rltrain.reward.score import Score, reward
 
 @reward("packaged_reward")
 def packaged_reward(inputs, *, scale: float = 1.0):
@@ -76,7 +76,7 @@ def test_they_are_bound_without_torch_and_their_version_is_an_input_of_the_run(a
     code = (
         "import sys\n"
         "from rltrain.loss.policy import POLICY_LOSSES\n"
-        "from reward.resolve import RewardCall, resolve\n"
+        "from rltrain.reward.resolve import RewardCall, resolve\n"
         "spec = POLICY_LOSSES.check('packaged_loss', {'cap': 1.0})\n"
         "print(spec.package, 'torch' in sys.modules)\n"
         "print(resolve(RewardCall('packaged_reward', 1.0, {'scale': 2.0})).label)\n"

@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reward.score import Score
+from rltrain.reward.score import Score
 from rltrain.loss.policy.ratio import log_ratio
 from rltrain.registry import method
 from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from reward.score import Score
+from rltrain.reward.score import Score
 from rltrain.types.policy import TrainBatch
 from rltrain.types.samples import REFERENCE_VERSION, Completion, Prompt, Request, Sampling, ScoredGroup, Span
 

@@ -12,8 +12,8 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from reward.inside import pytest_names
-from reward.inside.faults import BadTests, Skipped
+from rltrain.reward.inside import pytest_names
+from rltrain.reward.inside.faults import BadTests, Skipped
 
 CHECK = "check"
 CANDIDATE = "candidate"

@@ -10,7 +10,7 @@ import socket
 import sys
 from typing import Any
 
-from reward.inside.wire import Hangup, NotPlain, pack, receive_message, send_message, unpack
+from rltrain.reward.inside.wire import Hangup, NotPlain, pack, receive_message, send_message, unpack
 
 
 def serve(channel: socket.socket, source: str, limit: int) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reward.inside.faults import BadTests, Skipped
+from rltrain.reward.inside.faults import BadTests, Skipped
 
 NOT_RUN = ("skip", "skipif", "xfail")  # marks of tests that do not count
 

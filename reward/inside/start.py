@@ -16,9 +16,9 @@ import socket
 import sys
 from typing import Any, NoReturn
 
-from reward.inside import kernel, program, script, tester
-from reward.inside.names import DEVICES, NOBODY
-from reward.inside.wire import Hangup, receive_message, send_message
+from rltrain.reward.inside import kernel, program, script, tester
+from rltrain.reward.inside.names import DEVICES, NOBODY
+from rltrain.reward.inside.wire import Hangup, receive_message, send_message
 
 JOB_LIMIT = 1 << 26  # bytes
 OWN_PROCESSES = 3  # launcher, init and sandboxed process, which all count for the program's user

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
-from reward.inside import collection
-from reward.inside.faults import BadTests, ProgramFailed, Skipped
-from reward.inside.wire import Hangup, NotPlain, pack, receive_message, send_message, unpack
+from rltrain.reward.inside import collection
+from rltrain.reward.inside.faults import BadTests, ProgramFailed, Skipped
+from rltrain.reward.inside.wire import Hangup, NotPlain, pack, receive_message, send_message, unpack
 
 
 class Calls:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from rltrain.build.inputs import RunInputs
 from rltrain.build.offline import OfflineInputs
+from rltrain.chat_template import clock_is_read, is_template_file, prints_date, read_template
 from rltrain.checkpoint.inputs import code_digests, column_digests, model_digests
 from rltrain.checkpoint.resume import AUTO, saved_date
 from rltrain.checkpoint.run_folder import RunFolder
@@ -21,7 +22,6 @@ from rltrain.config.user_files import method_places
 from rltrain.data.labels import LabelSet
 from rltrain.data.preferences import PairSet
 from rltrain.data.prompts import PromptSet
-from rltrain.template_date import prints_date
 
 __all__ = ["common_date", "input_digests", "with_prompt_date"]
 
@@ -35,11 +35,13 @@ def with_prompt_date(recipe: _Recipe, date: dt.date | None = None) -> _Recipe:
     settings: Any = recipe
     if settings.data.date is not None or settings.data.chat_template == "none":
         return recipe
-    templates = [
-        (settings.model.path, settings.model.revision),
-        *((path, None) for path in judging_models(recipe)),
-    ]
-    if not any(prints_date(path, revision) for path, revision in templates):
+    template = settings.data.chat_template
+    policy_reads_clock = (
+        clock_is_read(read_template(template))
+        if is_template_file(template)
+        else prints_date(settings.model.path, settings.model.revision)
+    )
+    if not policy_reads_clock and not any(prints_date(path) for path in judging_models(recipe)):
         return recipe
     data = settings.data.model_copy(update={"date": date or _today()})
     return recipe.model_copy(update={"data": data})

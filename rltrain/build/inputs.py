@@ -9,16 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from reward.pool import RewardPool
-from reward.resolve import RewardCall
 from rltrain.build.environment import check_environment
 from rltrain.config.schema import Data, ProcessReward, RewardStage, SampledRecipe
 from rltrain.data.order import PromptOrder
 from rltrain.data.prompts import PromptSet, load_prompts, without_prompts
-from rltrain.data.tokenization import Tokenization, load_tokenization, sizes_of
+from rltrain.data.tokenization import Tokenization, load_model_config, load_tokenization, sizes_of
+from rltrain.errors import UserError
 from rltrain.learner.frozen_models import require_companion
 from rltrain.learner.loading import Head, require_weights
 from rltrain.learner.process_reward import POLICY
+from rltrain.model_limits import decoding_limit
+from rltrain.reward.pool import RewardPool
+from rltrain.reward.resolve import RewardCall
 from rltrain.rollout.grading import sample_inputs
 from rltrain.round_trip import LOSSY
 from rltrain.seeds import stable_hash
@@ -47,7 +49,7 @@ def load_inputs(recipe: SampledRecipe, models: Mapping[str, str | None] | None =
     rollout = recipe.rollout
     tokenization = load_tokenization(recipe.model, data, rollout)
     sizes = sizes_of(data, rollout)
-    require_weights(recipe.model.path, recipe.model.revision, "logits")
+    require_weights(recipe.model.path, recipe.model.revision, "logits", recipe.model.attention)
     for key, path, head in _models_sharing_tokenizer(recipe, models or {}):
         require_companion(tokenization.tokenizer, recipe.model.path, key, path, head=head, sizes=sizes)
 
@@ -55,6 +57,7 @@ def load_inputs(recipe: SampledRecipe, models: Mapping[str, str | None] | None =
     PromptOrder(len(train), rollout.prompts, recipe.seed)  # refuses a data set smaller than a step
     every_prompt = train.prompts + (() if held_out is None else held_out.prompts)
     tokenization.require_embedded((f"prompt {prompt.id}", prompt.token_ids) for prompt in every_prompt)
+    require_decodable(recipe, every_prompt)
     check_environment(data, rollout.environment, tokenization, train.prompts[0])
     check_reward_model_columns(recipe.reward, every_prompt)
 
@@ -65,6 +68,22 @@ def load_inputs(recipe: SampledRecipe, models: Mapping[str, str | None] | None =
         grader.close()
         raise
     return RunInputs(tokenization, train, held_out, grader)
+
+
+def require_decodable(recipe: SampledRecipe, prompts: Sequence[Prompt]) -> None:
+    """Raises UserError where the engine inside this process cannot decode the longest prompt's answer."""
+    if recipe.rollout.engine != "transformers":
+        return
+    limit = decoding_limit(load_model_config(recipe.model), recipe.model.path)
+    longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+    tokens = len(longest.token_ids) + recipe.rollout.max_tokens
+    if tokens > limit.tokens:
+        room = limit.tokens - recipe.rollout.max_tokens
+        raise UserError(
+            f"prompt {longest.id!r} has {len(longest.token_ids)} tokens and rollout.max_tokens is "
+            f"{recipe.rollout.max_tokens}: together over the {limit.tokens} of {limit.why}; lower "
+            f"data.max_prompt_tokens to {room} or less, which leaves such prompts out, or rollout.max_tokens"
+        )
 
 
 def _load_prompt_sets(

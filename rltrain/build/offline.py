@@ -91,10 +91,10 @@ def load_offline_inputs(recipe: OfflineRecipe) -> OfflineInputs:
         "data.max_prompt_tokens": data.max_prompt_tokens,
         "data.max_completion_tokens": data.max_completion_tokens,
     }
-    tokenization = tokenization_of(model, sizes)
+    tokenization = tokenization_of(model, sizes, data.chat_template)
     loss = PREFERENCE_LOSSES.bind(recipe.loss.preference.name, recipe.loss.preference.hp)
     head = "new scalar" if "scalar_head" in loss.spec.traits else "logits"
-    require_weights(model.path, model.revision, head)
+    require_weights(model.path, model.revision, head, model.attention)
     for key, path in (("model.reference", model.reference), ("model.previous", model.previous)):
         if path is not None:
             require_companion(tokenization.tokenizer, model.path, key, path, head="logits", sizes=sizes)

@@ -18,7 +18,7 @@ from rltrain.build.rollout import build_rollout
 from rltrain.checkpoint.random_state import seed_everything
 from rltrain.config.rules.registries import JUDGES
 from rltrain.config.schema import Data, MethodRef, Model, OnlinePairsRecipe, Pairs, PairTrain, RolloutLearner
-from rltrain.data.chat import render
+from rltrain.data.chat import render, template_inputs
 from rltrain.data.tokenization import Tokenization, sizes_of
 from rltrain.errors import UserError, user_mistakes
 from rltrain.learner.frozen_models import require_companion
@@ -155,6 +155,7 @@ def build_pairing(
             system=None,
             chat_template=data.chat_template,
             date=data.date,
+            inputs=template_inputs({}, data),
         )
         return token_ids
 

@@ -168,8 +168,9 @@ def _read_scoring_row(
         return ScoringRow(row, None, reason="the completion is empty")
     prompt = format_prompt(row, reader.data)
     try:
-        rendered_prompt, prompt_ids = reader.encode_prompt(prompt)
-        completion_ids = reader.encode_completion(prompt, rendered_prompt, completion)
+        inputs = reader.inputs_of(row)
+        rendered_prompt, prompt_ids = reader.encode_prompt(prompt, inputs)
+        completion_ids = reader.encode_completion(prompt, rendered_prompt, completion, inputs)
         if not completion_ids:
             return ScoringRow(row, None, reason="the completion is empty")
         if max_tokens is not None and len(prompt_ids) + len(completion_ids) > max_tokens:

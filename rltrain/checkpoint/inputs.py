@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from reward.source import is_user_spec, source_digest
 from rltrain.model_files import local_file
 from rltrain.remote_code import trusted_code
+from rltrain.reward.source import is_user_spec, source_digest
 
 _MODEL_KEYS = ("path", "reference", "teacher", "previous")  # the last part of keys that name models
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -116,12 +116,16 @@ def train(
     Exit code 3: stopped by SIGTERM or Ctrl-C, with a checkpoint; the same command continues.
     """
     checked = _load_checked(recipe, profile, _with_shorthands(overrides, engine, seed))
+    folder = run or Path("runs") / recipe.stem
+    if not folder.exists():
+        from rltrain.build.local_inputs import require_local_inputs
+
+        require_local_inputs(checked.recipe)
+    _say_while_loading("torch, tokenizer and data")
     from rltrain.cli.train import train_command
 
     with _trusting_code(checked.recipe.model.trust_remote_code):
-        raise typer.Exit(
-            train_command(checked.recipe, run or Path("runs") / recipe.stem, checked.warnings, resume)
-        )
+        raise typer.Exit(train_command(checked.recipe, folder, checked.warnings, resume))
 
 
 @app.command()
@@ -462,6 +466,12 @@ def _load_checked(recipe: Path, profile: str | None, overrides: Sequence[str]) -
     from rltrain.config.rules import check
 
     return check(load_recipe(recipe, profile=profile, overrides=overrides))
+
+
+def _say_while_loading(what: str) -> None:
+    """A line on a terminal while nothing else shows for some seconds."""
+    if os.environ.get("RANK", "0") == "0" and sys.stderr.isatty():
+        typer.echo(f"loading {what} ...", err=True)
 
 
 @contextmanager

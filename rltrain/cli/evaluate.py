@@ -17,7 +17,7 @@ from rltrain.build.workflows import require_sampled
 from rltrain.checkpoint.run_folder import write_atomic
 from rltrain.cli.session import joined_processes, sampler_for_model, user_errors
 from rltrain.config.schema import AnyRecipe, Data, Model, OfflineRecipe, SampledRecipe
-from rltrain.data.chat import render
+from rltrain.data.chat import render, template_inputs
 from rltrain.data.tokenization import Tokenization, load_tokenization
 from rltrain.errors import UserError, user_mistakes
 from rltrain.process import Process
@@ -142,7 +142,12 @@ def _with_em_inf(sampling: Sampling, engine: str, em_inf: float | None) -> Sampl
 def _build_prompt(name: str, text: str, data: Data, tokenization: Tokenization) -> Prompt:
     content = data.prompt_template.format_map({"prompt": text})
     rendered, token_ids = render(
-        content, tokenization.tokenizer, system=data.system, chat_template=data.chat_template, date=data.date
+        content,
+        tokenization.tokenizer,
+        system=data.system,
+        chat_template=data.chat_template,
+        date=data.date,
+        inputs=template_inputs({}, data),
     )
     losses = Losses()
     losses.add(rendered, token_ids, tokenization.tokenizer)

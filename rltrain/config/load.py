@@ -75,6 +75,8 @@ OFFLINE_PROFILE_KEYS = ("data", "learner", "train", "eval", "reference.cache")
 ENVIRONMENTS_KEY = "environments"
 # sections of a profile that recipes of both kinds read
 _SHARED_SECTIONS = ("model", "learner", "checkpoint", "report")
+_TRAIN = "data.train="  # as overrides
+_OPTIONS = "data.options"
 _POSITION_DIGITS = 6  # of a position in a list
 _IDENTITY_KEYS = ("name", "path", "train")
 # order of the prompts: it belongs to the training method, so another data set does not reset it
@@ -103,10 +105,24 @@ def load_recipe(path: str | Path, *, profile: str | None = None, overrides: Sequ
             data = merge_mappings(data, layers[-1].data)
         data = with_sizes(data, document.data.get("sizes", {}))
 
+    has_options = any(override.startswith(_OPTIONS) for override in overrides)
     for override in overrides:
+        before = data.get("data")
         data, document = with_override(data, override)
         layers.append(document)
+        if override.startswith(_TRAIN) and not has_options:
+            data = without_options(data, before)
     return validate_recipe(with_digests(data), layers, str(path))
+
+
+def without_options(data: dict[str, Any], before: Any) -> dict[str, Any]:
+    """``data`` without ``data.options`` where another data set than in the section ``before`` is named: the
+    options are those of the built-in task that stood there.
+    """
+    section = data["data"]
+    if isinstance(before, Mapping) and before.get("train") == section.get("train"):
+        return data
+    return {**data, "data": {key: value for key, value in section.items() if key != "options"}}
 
 
 def resolved_yaml(recipe: Section) -> str:

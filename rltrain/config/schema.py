@@ -24,6 +24,8 @@ from pydantic import (
     model_validator,
 )
 
+from rltrain.chat_template import is_template_file
+
 # Beyond these a value is a slip of the pen, and the operating system refuses it in the middle of a run.
 _SECONDS = 1e8  # three years; a lock waits for at most 292 years
 _GIB = 1e6  # one PiB
@@ -108,6 +110,31 @@ def _check_template(template: str) -> str:
                 "write {prompt} for the prompt, {{ }} for braces, and name columns in data.columns"
             )
     return template
+
+
+# arguments of transformers' ``apply_chat_template`` that decide what it returns
+_TEMPLATE_ARGUMENTS = {
+    *("conversation", "messages", "tools", "documents", "chat_template", "strftime_now"),
+    *("add_generation_prompt", "continue_final_message", "tokenize", "tokenizer_kwargs"),
+    *("padding", "truncation", "max_length"),
+    *("return_tensors", "return_dict", "return_assistant_tokens_mask"),
+}
+
+
+def check_template_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """``kwargs``. Raises ValueError where one is no variable of a template."""
+    if reserved := sorted(kwargs.keys() & _TEMPLATE_ARGUMENTS):
+        raise ValueError(
+            f"{reserved[0]!r} is set by the trainer and is no variable of a chat template; tools stand in "
+            "the column tools, a template in data.chat_template, a date in data.date"
+        )
+    return kwargs
+
+
+def _check_chat_template(value: str) -> str:
+    if is_template_file(value) and not value.endswith(".jinja"):
+        raise ValueError(f"{value!r} is neither auto, none nor the path of a .jinja file")
+    return value
 
 
 class About(Section):
@@ -203,7 +230,11 @@ class Source(Section):
     system: str | None = None  # system message put before the prompt
     # wraps text prompts; {name} is the column of that name
     prompt_template: Annotated[str, AfterValidator(_check_template)] = "{prompt}"
-    chat_template: Literal["auto", "none"] = "auto"  # auto: the tokenizer's, if it has one
+    # auto: the tokenizer's, if it has one; or the path of a .jinja file, from the recipe's folder, which is
+    # saved with the model
+    chat_template: Annotated[str, AfterValidator(_check_chat_template)] = "auto"
+    # variables of the chat template, e.g. {enable_thinking: false}; a row's column of this name comes first
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(check_template_kwargs)] = {}
     date: dt.date | None = None  # date that a chat template prints; None: the day on which the run starts
     options: dict[str, Any] = {}  # options of a built-in task, e.g. {digits: 2}
 

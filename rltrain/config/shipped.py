@@ -9,7 +9,7 @@ from rltrain.registry import suggestion
 
 __all__ = ["RECIPES_FOLDER", "find_recipe", "is_recipe_name"]
 
-RECIPES_FOLDER = Path(__file__).parents[2] / "recipes"
+RECIPES_FOLDER = (Path(__file__).parents[1] / "recipes").resolve()  # in a checkout that is a link
 _FOLDERS = ("policy", "preference", "process_reward")
 
 

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from reward.source import is_user_spec, source_digest
+from rltrain.chat_template import is_template_file
 from rltrain.config.schema import MethodRef
 from rltrain.config.user_code import find_definition
 from rltrain.registry import MethodSpec, Registry
+from rltrain.reward.source import is_user_spec, source_digest
 
 __all__ = [
     "changed_code",
@@ -45,13 +46,17 @@ _METHOD_KEYS = (
     ("data", "order"),
 )
 _ALGORITHM = "sha256:"
+_TEMPLATE = "chat_template"
 
 
 def with_absolute_names(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """``data`` of a layer with every ``file.py:name`` made absolute, starting from ``folder``. Other values
-    are left for the schema to check.
+    """``data`` of a layer with every ``file.py:name``, and a chat template's file, made absolute, starting
+    from ``folder``. Other values are left for the schema to check.
     """
     result = copy.deepcopy(data)
+    template = _item(result.get("data"), _TEMPLATE)
+    if isinstance(template, str) and is_template_file(template):
+        result["data"][_TEMPLATE] = str((folder / Path(template).expanduser()).resolve())
     for holder, key in method_places(result):
         entry = holder[key]
         if isinstance(entry, str):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 
-from rltrain.template_date import frozen_clock
+from rltrain.chat_template import frozen_clock
+from rltrain.config.schema import check_template_kwargs
+from rltrain.json_text import parse_json
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-    from rltrain.config.schema import Data
+    from rltrain.config.schema import Data, Source
 
 ROLES = ("system", "user", "assistant", "tool")
 # A template is a program: what its own raise_exception, its operators and its loops can end in.
@@ -28,6 +30,9 @@ _TEMPLATE_ERRORS = (
     ValueError,
 )
 Message = Mapping[str, Any]
+# columns of a row that its chat template reads, as in TRL's data sets
+TOOLS = "tools"
+TEMPLATE_KWARGS = "chat_template_kwargs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,54 @@ class StopTokens:
     stop: tuple[int, ...]  # ascending; sampling any of them ends a completion
     pad: int
     pad_is_eos: bool  # the tokenizer defines no pad token, so an EOS token is used
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateInputs:
+    """What a chat template receives beside the messages."""
+
+    tools: Sequence[Mapping[str, Any]] = ()  # JSON schemas of functions that the answer may call
+    kwargs: Mapping[str, Any] = field(default_factory=dict)  # further variables, e.g. enable_thinking
+
+    def __bool__(self) -> bool:
+        return bool(self.tools or self.kwargs)
+
+
+def template_inputs(columns: Mapping[str, Any], data: Source) -> TemplateInputs:
+    """The inputs of a row: its columns ``tools`` and ``chat_template_kwargs`` (as JSON text too), the latter
+    over ``data.chat_template_kwargs``. Raises ValueError if a column holds something else.
+    """
+    tools = _parsed_column(columns, TOOLS)
+    if not isinstance(tools, list | None) or not all(isinstance(tool, Mapping) for tool in tools or ()):
+        raise ValueError(
+            f"tools is {tools!r:.80}; a list of JSON schemas of functions is expected; rename a column that "
+            f"means something else with data.columns, e.g. {{equipment: {TOOLS}}}"
+        )
+    kwargs = _parsed_column(columns, TEMPLATE_KWARGS)
+    if not isinstance(kwargs, Mapping | None):
+        raise ValueError(
+            f"{TEMPLATE_KWARGS} is {kwargs!r:.80}; a mapping such as {{enable_thinking: false}} is expected"
+        )
+    check_template_kwargs({str(name): value for name, value in (kwargs or {}).items()})
+    # a table stores the union of all rows' keys and fills the others with null
+    named = {name: value for name, value in (kwargs or {}).items() if value is not None}
+    return TemplateInputs(tuple(tools or ()), {**data.chat_template_kwargs, **named})
+
+
+def _parsed_column(columns: Mapping[str, Any], name: str) -> Any:
+    """The column's value, with JSON text parsed; None for an absent or blank one."""
+    value = columns.get(name)
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value) if value.strip() else None
+    except ValueError as error:
+        raise ValueError(f"{name} is text, but not JSON ({error}): {value!r:.80}") from error
+
+
+def uses_template(tokenizer: PreTrainedTokenizerBase, data: Source) -> bool:
+    """Whether texts and messages go through a chat template."""
+    return data.chat_template != "none" and tokenizer.chat_template is not None
 
 
 def stop_tokens_of(
@@ -77,24 +130,34 @@ def render(
     tokenizer: PreTrainedTokenizerBase,
     *,
     system: str | None,
-    chat_template: Literal["auto", "none"],
+    chat_template: str,
     date: dt.date | None = None,
+    inputs: TemplateInputs = TemplateInputs(),
 ) -> tuple[str, list[int]]:
     """(text, token ids) of the prompt as the model receives it, generation prompt included.
 
     With a chat template, text becomes one user message. Without one, text is tokenised unchanged, after the
     tokenizer's BOS if the tokenizer adds one. No end token is appended. date: the date that the template
-    prints; None: today. Raises ValueError for messages or a system message if there is no chat template.
+    prints; None: today. Raises ValueError for messages, a system message or tools if there is no chat
+    template.
     """
-    if chat_template == "auto" and tokenizer.chat_template is not None:
+    if chat_template != "none" and tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if system is not None:
             messages = [{"role": "system", "content": system}, *messages]
-        text = apply_template(messages, tokenizer, date, add_generation_prompt=True)
+        text = apply_template(messages, tokenizer, date, inputs, add_generation_prompt=True)
         # The template writes the BOS if the model needs one.
         return text, _require_tokens(text, tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer)
-    if not isinstance(prompt, str) or system is not None:
-        what = "the prompt is a list of messages" if not isinstance(prompt, str) else "data.system is set"
+    if not isinstance(prompt, str) or system is not None or inputs:
+        what = (
+            "the prompt is a list of messages"
+            if not isinstance(prompt, str)
+            else "data.system is set"
+            if system is not None
+            else "there are tools"
+            if inputs.tools
+            else "chat_template_kwargs is set"
+        )
         why = (
             "data.chat_template is none"
             if chat_template == "none"
@@ -121,22 +184,42 @@ def apply_template(
     messages: Sequence[Message],
     tokenizer: PreTrainedTokenizerBase,
     date: dt.date | None,
+    inputs: TemplateInputs = TemplateInputs(),
     *,
     add_generation_prompt: bool = False,
 ) -> str:
-    """The messages formatted by the tokenizer's chat template, with ``date`` as the current date."""
-    plain = [dict(message) for message in messages]
-    try:
+    """The messages formatted by the tokenizer's chat template, with ``date`` as the current date.
+
+    Raises ValueError if the template refuses the messages, or shows the tools nowhere.
+    """
+
+    def format_with(tools: Sequence[Mapping[str, Any]]) -> str:
         text = tokenizer.apply_chat_template(
-            plain, tokenize=False, add_generation_prompt=add_generation_prompt, **frozen_clock(date)
+            [dict(message) for message in messages],
+            tools=[dict(tool) for tool in tools] or None,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **inputs.kwargs,
+            **frozen_clock(date),
         )
+        return str(text)
+
+    try:
+        text = format_with(inputs.tools)
+        shows_tools = not inputs.tools or text != format_with(())
     except _TEMPLATE_ERRORS as error:
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} refuses these messages "
             f"({type(error).__name__}: {str(error)[:200]}); write what it takes (roles in its order, a "
             "system message only where it knows one), or choose another template"
         ) from error
-    return str(text)
+    if not shows_tools:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} shows no tools, and the row has "
+            f"{len(inputs.tools)}; set data.chat_template to a template file that shows them, or rename the "
+            f"column, e.g. data.columns: {{unused: {TOOLS}}}"
+        )
+    return text
 
 
 def _encode_plain_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -236,10 +319,9 @@ class Dialogue:
         self._longest = observation_tokens
         self._before: tuple[int, ...] = ()
         self._after: tuple[int, ...] = ()
-        if data.chat_template == "auto" and tokenizer.chat_template is not None:
+        if uses_template(tokenizer, data):
             self._before, self._after = (
-                self._encode(text, special=True)
-                for text in _message_frame(tokenizer, data.system, role, data.date)
+                self._encode(text, special=True) for text in _message_frame(tokenizer, data, role)
             )
 
     def opening(self, text: str) -> tuple[str, tuple[int, ...]]:
@@ -249,11 +331,13 @@ class Dialogue:
         ids = self._encode(text)
         while True:
             content = self._data.prompt_template.format_map({"prompt": text})
-            system = self._data.system
-            template = self._data.chat_template
-            date = self._data.date
             shown, token_ids = render(
-                content, self._tokenizer, system=system, chat_template=template, date=date
+                content,
+                self._tokenizer,
+                system=self._data.system,
+                chat_template=self._data.chat_template,
+                date=self._data.date,
+                inputs=template_inputs({}, self._data),
             )
             excess = len(token_ids) - self._data.max_prompt_tokens
             if excess <= 0 or not ids:
@@ -279,11 +363,9 @@ class Dialogue:
         )
 
 
-def _message_frame(
-    tokenizer: PreTrainedTokenizerBase, system: str | None, role: str, date: dt.date | None
-) -> tuple[str, str]:
+def _message_frame(tokenizer: PreTrainedTokenizerBase, data: Data, role: str) -> tuple[str, str]:
     """(text before, text after) a message that a template writes between two turns of the assistant."""
-    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages = [{"role": "system", "content": data.system}] if data.system is not None else []
     messages += [
         {"role": "user", "content": _QUESTION},
         {"role": "assistant", "content": _TURN},
@@ -291,7 +373,8 @@ def _message_frame(
     ]
 
     try:
-        text = apply_template(messages, tokenizer, date, add_generation_prompt=True)
+        inputs = template_inputs({}, data)
+        text = apply_template(messages, tokenizer, data.date, inputs, add_generation_prompt=True)
     except ValueError as error:
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} refuses a {role!r} message after the "

@@ -16,7 +16,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from rltrain.config.schema import JudgedData
-from rltrain.data.chat import Message, apply_template, prompt_messages, read_messages, render
+from rltrain.data.chat import (
+    Message,
+    TemplateInputs,
+    apply_template,
+    prompt_messages,
+    read_messages,
+    render,
+    template_inputs,
+    uses_template,
+)
 from rltrain.data.prompts import rename_columns, side_of
 from rltrain.data.rows import Row, read_rows
 from rltrain.data.tasks import TASKS
@@ -44,23 +53,37 @@ class Reader:
 
     @property
     def has_template(self) -> bool:
-        return self.data.chat_template == "auto" and self.tokenizer.chat_template is not None
+        return uses_template(self.tokenizer, self.data)
 
-    def encode_prompt(self, prompt: Text) -> tuple[str, tuple[int, ...]]:
+    def inputs_of(self, row: Row) -> TemplateInputs:
+        """What the chat template receives beside the row's messages."""
+        return template_inputs(row.columns, self.data)
+
+    def encode_prompt(self, prompt: Text, inputs: TemplateInputs) -> tuple[str, tuple[int, ...]]:
         """(text, token ids) of the prompt as the model receives it, uncut."""
-        system = self.data.system
-        template = self.data.chat_template
-        date = self.data.date
-        text, token_ids = render(prompt, self.tokenizer, system=system, chat_template=template, date=date)
+        text, token_ids = render(
+            prompt,
+            self.tokenizer,
+            system=self.data.system,
+            chat_template=self.data.chat_template,
+            date=self.data.date,
+            inputs=inputs,
+        )
         self.losses["prompts"].add(text, token_ids, self.tokenizer)
         return text, tuple(token_ids)
 
-    def encode_completion(self, prompt: Text, prompt_text: str, completion: Text) -> tuple[int, ...]:
+    def encode_completion(
+        self, prompt: Text, prompt_text: str, completion: Text, inputs: TemplateInputs
+    ) -> tuple[int, ...]:
         """Token ids of ``completion`` after ``prompt``; () if it consists of end tokens only.
 
-        prompt_text: ``prompt`` as formatted by the template.
+        prompt_text: ``prompt`` as formatted by the template with ``inputs``.
         """
-        text = self._completion_text(prompt, prompt_text, completion) if self.has_template else completion
+        text = (
+            self._completion_text(prompt, prompt_text, completion, inputs)
+            if self.has_template
+            else completion
+        )
         if not isinstance(text, str):
             raise ValueError(
                 f"the completion is a list of messages, but the tokenizer {self.tokenizer.name_or_path!r} "
@@ -72,7 +95,9 @@ class Reader:
         self.losses["completions"].add(text, token_ids, self.tokenizer)
         return self._with_single_end(token_ids)
 
-    def _completion_text(self, prompt: Text, prompt_text: str, completion: Text) -> str:
+    def _completion_text(
+        self, prompt: Text, prompt_text: str, completion: Text, inputs: TemplateInputs
+    ) -> str:
         """The text that the template writes after the prompt. The generation prompt belongs to the prompt."""
         question = (
             [{"role": "user", "content": prompt}]
@@ -86,7 +111,8 @@ class Reader:
         )
         system = [] if self.data.system is None else [{"role": "system", "content": self.data.system}]
 
-        conversation = apply_template([*system, *question, *answer], self.tokenizer, self.data.date)
+        messages = [*system, *question, *answer]
+        conversation = apply_template(messages, self.tokenizer, self.data.date, inputs)
         if not conversation.startswith(prompt_text):
             raise ValueError(
                 "the chat template formats the prompt differently when an answer follows, so the policy's "

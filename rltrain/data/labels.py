@@ -139,8 +139,9 @@ def _read_completion(
     reason = "empty" if is_empty(completion) else None
     if reason is None:
         try:
-            prompt_text, token_ids = reader.encode_prompt(prompt)
-            answer = reader.encode_completion(prompt, prompt_text, completion)
+            inputs = reader.inputs_of(row)
+            prompt_text, token_ids = reader.encode_prompt(prompt, inputs)
+            answer = reader.encode_completion(prompt, prompt_text, completion, inputs)
         except ValueError as error:
             raise ValueError(f"{row.where}: {error}") from error
 

@@ -261,9 +261,10 @@ def tokens_of(row: Row, sides: Sides, reader: Reader, changed: Counts) -> Pair |
     Both sides share the same prompt, cut once.
     """
     try:
-        prompt_text, prompt = reader.encode_prompt(sides.prompt)
+        inputs = reader.inputs_of(row)
+        prompt_text, prompt = reader.encode_prompt(sides.prompt, inputs)
         chosen, rejected = (
-            reader.encode_completion(sides.prompt, prompt_text, completion)
+            reader.encode_completion(sides.prompt, prompt_text, completion, inputs)
             for completion in (sides.chosen, sides.rejected)
         )
     except ValueError as error:

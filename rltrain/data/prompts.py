@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from rltrain.config.schema import Data, Source
-from rltrain.data.chat import Message, prompt_messages, render
+from rltrain.data.chat import Message, prompt_messages, render, template_inputs
 from rltrain.data.gsm8k import calculator_steps
 from rltrain.data.rows import Row, read_rows
 from rltrain.data.tasks import TASKS
@@ -49,21 +49,7 @@ def load_prompts(
     Without a limit the order is that of the data set. Every row is checked before any is tokenised. Raises
     ValueError, naming file and line, if a row is malformed, and if no prompt is left.
     """
-    source, split, subset, columns = side_of(data, side)
-    if source is None:
-        raise ValueError(
-            "data.eval is not set, so there are no held-out prompts; set it to a data set, a file or a "
-            "built-in task"
-        )
-
-    # The options of a built-in task do not apply to a held-out file.
-    options = data.options if source in TASKS or data.train not in TASKS else {}
-    rows = [
-        rename_columns(row, columns) for row in read_rows(source, split=split, subset=subset, options=options)
-    ]
-    rows, dropped = _apply_adapter(rows, data.adapter)
-
-    contents = [_check_content(row, data) for row in rows]
+    source, rows, contents, dropped = load_rows(data, side)
     order = range(len(rows))
     if limit is not None:
         order = random.Random(stable_hash("prompts", seed, source)).sample(order, len(rows))
@@ -87,6 +73,27 @@ def load_prompts(
         )
     losses.check(source, tokenizer)
     return PromptSet(tuple(prompts), dict(dropped), losses.lossy)
+
+
+def load_rows(
+    data: Data, side: Literal["train", "eval"]
+) -> tuple[str, list[Row], list[str | list[Message]], Counter[str]]:
+    """(source, rows, the checked content of each, numbers left out by reason), before any is tokenised.
+
+    Raises ValueError, naming file and line, if a row is malformed.
+    """
+    source, split, subset, columns = side_of(data, side)
+    if source is None:
+        raise ValueError(
+            "data.eval is not set, so there are no held-out prompts; set it to a data set, a file or a "
+            "built-in task"
+        )
+
+    # The options of a built-in task do not apply to a held-out file.
+    options = data.options if source in TASKS or data.train not in TASKS else {}
+    read = read_rows(source, split=split, subset=subset, options=options)
+    rows, dropped = _apply_adapter([rename_columns(row, columns) for row in read], data.adapter)
+    return source, rows, [_check_content(row, data) for row in rows], dropped
 
 
 def side_of(
@@ -206,7 +213,12 @@ def _make_prompt(
     """The row's prompt; None if it is longer than ``data.max_prompt_tokens``."""
     try:
         text, token_ids = render(
-            content, tokenizer, system=data.system, chat_template=data.chat_template, date=data.date
+            content,
+            tokenizer,
+            system=data.system,
+            chat_template=data.chat_template,
+            date=data.date,
+            inputs=template_inputs(row.columns, data),
         )
     except ValueError as error:
         raise ValueError(f"{row.where}: {error}") from error

@@ -41,7 +41,7 @@ def read_rows(
         rows = _file_rows(Path(source), split)
     elif Path(source).is_dir():
         rows = _folder_rows(Path(source), split, subset)
-    elif source.endswith(SUFFIXES) or source.startswith((".", "/", "~")):
+    elif source.endswith(SUFFIXES) or is_local(source):
         remedy = (
             "; scripts/get_data.py makes the files of data/" if Path(source).parts[:1] == ("data",) else ""
         )
@@ -51,6 +51,11 @@ def read_rows(
     if not rows:
         raise ValueError(f"data set {source!r} (split {split!r}) is empty; at least one row is needed")
     return rows
+
+
+def is_local(path: str) -> bool:
+    """Whether a name is a path of this machine, by its form; a name on the Hub is never of this form."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
 def _task_rows(source: str, split: str, options: Mapping[str, Any]) -> list[Row]:

@@ -6,8 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
+from rltrain.chat_template import is_template_file, read_template
 from rltrain.config.schema import Data, Model, Rollout
 from rltrain.data.chat import StopTokens, stop_token_ids, stop_tokens_of
 from rltrain.errors import UserError
@@ -56,7 +63,7 @@ def load_tokenization(model: Model, data: Data, rollout: Rollout) -> Tokenizatio
 
     Raises UserError if the model does not exist or its context is too short.
     """
-    return tokenization_of(model, sizes_of(data, rollout))
+    return tokenization_of(model, sizes_of(data, rollout), data.chat_template)
 
 
 def sizes_of(data: Data, rollout: Rollout) -> dict[str, int]:
@@ -64,18 +71,22 @@ def sizes_of(data: Data, rollout: Rollout) -> dict[str, int]:
     return {"data.max_prompt_tokens": data.max_prompt_tokens, "rollout.max_tokens": rollout.max_tokens}
 
 
-def tokenization_of(model: Model, sizes: Mapping[str, int]) -> Tokenization:
-    """Like ``load_tokenization``, for rows whose parts have at most these sizes, by recipe key."""
+def tokenization_of(model: Model, sizes: Mapping[str, int], chat_template: str = "auto") -> Tokenization:
+    """Like ``load_tokenization``, for rows whose parts have at most these sizes, by recipe key.
+
+    chat_template: auto, none, or the path of a template that replaces the tokenizer's.
+    """
     try:
         trusted = trusts(model.path, model.revision)
         with refusing_untrusted(model.path, model.revision):
-            source, revision = config_source(model.path, model.revision)
-            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trusted)
+            config = load_model_config(model)
             tokenizer = AutoTokenizer.from_pretrained(
                 model.path, revision=model.revision, trust_remote_code=trusted
             )
             # a setting of another type shows when a text is tokenised
             tokenizer.decode(tokenizer("0")["input_ids"], skip_special_tokens=True)
+            if is_template_file(chat_template):
+                tokenizer.chat_template = read_template(chat_template)
             vocabulary = int(config.get_text_config().vocab_size)
             generation = _generation_config(model)
             stop = stop_token_ids(tokenizer, generation)
@@ -100,6 +111,11 @@ def tokenization_of(model: Model, sizes: Mapping[str, int]) -> Tokenization:
             f"embedding of {vocabulary}; correct generation_config.json or the tokenizer"
         )
     return Tokenization(tokenizer, stop_tokens_of(tokenizer, generation), vocabulary)
+
+
+def load_model_config(model: Model) -> PreTrainedConfig:
+    source, revision = config_source(model.path, model.revision)
+    return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trusts(source, revision))
 
 
 def _generation_config(model: Model) -> GenerationConfig | None:

@@ -10,15 +10,15 @@ Only this file shifts between tokens and logits: the hidden state at position t 
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rltrain.errors import UserError
+from rltrain.head_scales import head_scales, head_size, output_head
 from rltrain.learner.alignment import alignment, is_alignment, last_mlp_inputs
 from rltrain.learner.head import token_statistics
 from rltrain.learner.packing import Layout, MicroBatch
@@ -47,8 +47,6 @@ _PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 # A chunk has at least so many logits: with a vocabulary of 100, small chunks would cost more time than they
 # save memory.
 _MIN_CHUNK_LOGITS = 1 << 20
-_NO_FACTOR = 1e-5  # a factor this near to 1 counts as 1
-_PROPORTIONAL = 1e-4  # tolerance within which values count as a multiple of the known ones
 
 
 class PolicyForward(nn.Module):
@@ -101,8 +99,8 @@ class PolicyForward(nn.Module):
         aligned = {name for name in wants if is_alignment(name)}
         with last_mlp_inputs(inner) if aligned else contextlib.nullcontext([]) as mlp_inputs:
             hidden = self._hidden_states(inner, micro_batch)
-        head = _head_of(inner)
-        vocab = _features(head)[1]
+        head = output_head(inner)
+        vocab = head_size(head)[1]
         arguments = {
             name: values.to(hidden.device)[micro_batch.row] for name, values in (row_values or {}).items()
         }
@@ -163,7 +161,7 @@ class PolicyForward(nn.Module):
 def resolve_layout(layout: Literal["auto", "padded", "packed"], model: nn.Module) -> Layout:
     """``auto``: packed where the model's attention kernel supports variable lengths, otherwise padded.
 
-    Raises ValueError where ``packed`` is asked for and the model does not support it.
+    Raises UserError where ``packed`` is asked for and the model does not support it.
     """
     inner: Any = model if scalar_head(model) is not None else causal_lm(model)
     reason = cannot_pack(inner)
@@ -171,31 +169,31 @@ def resolve_layout(layout: Literal["auto", "padded", "packed"], model: nn.Module
         kernel = inner.config._attn_implementation
         return "packed" if kernel in _VARIABLE_LENGTH_KERNELS and reason is None else "padded"
     if layout == "packed" and reason is not None:
-        raise ValueError(reason)
+        raise UserError(reason)
     return layout
 
 
 def causal_lm(model: Any) -> PreTrainedModel:
     """The transformers model inside peft's wrapper, or the model itself.
 
-    Raises ValueError on anything but a decoder.
+    Raises UserError on anything but a decoder.
     """
     inner = model
     if hasattr(model, "peft_config") and not isinstance(model, PreTrainedModel):
         inner = model.get_base_model()
     if not isinstance(inner, PreTrainedModel):
-        raise ValueError(
+        raise UserError(
             f"{type(inner).__name__} is not a transformers model; load it with AutoModelForCausalLM"
         )
     if inner.config.is_encoder_decoder or inner.get_output_embeddings() is None or inner.base_model is inner:
-        raise ValueError(
+        raise UserError(
             f"{type(inner).__name__} is not one decoder with an output head; load a causal language model"
         )
     prompt_learning = [
         name for name, config in getattr(model, "peft_config", {}).items() if config.is_prompt_learning
     ]
     if prompt_learning:
-        raise ValueError(
+        raise UserError(
             f"adapter {prompt_learning[0]!r} prepends virtual tokens, which move every position; use LoRA or "
             "full weights"
         )
@@ -227,123 +225,15 @@ def takes_any_mask(model: PreTrainedModel) -> bool:
     )
 
 
-def head_scales(model: PreTrainedModel) -> tuple[float, float]:
-    """(a, b) such that the model's logits are ``b head(a hidden)``. Raises ValueError where no such numbers
-    exist.
-
-    The model's own ``forward`` runs on a shell whose decoder and head return known tensors. This works
-    without a list of architectures (Granite and Cohere scale, Gemma 2 caps) and touches no weight. The known
-    logits are large, since a cap of 50 would not show on the logits of a fresh model.
-    """
-    head = _head_of(model)
-    width, vocab = _features(head)
-    known_hidden = torch.linspace(-1.0, 1.0, 2 * width).view(1, 2, width)
-    known_logits = torch.linspace(-60.0, 60.0, 2 * vocab).view(1, 2, vocab)
-    known_decoder = _KnownDecoder(known_hidden, model.base_model)
-    known_head = _KnownHead(known_logits)
-
-    shell = copy.copy(model)
-    replaced = {id(model.base_model): known_decoder, id(model.get_output_embeddings()): known_head}
-    shell._modules = {name: replaced.get(id(module), module) for name, module in model._modules.items()}
-    with torch.no_grad():
-        logits = shell(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
-
-    hidden_scale = _ratio(known_head.received, known_hidden)
-    logit_scale = _ratio(logits, known_logits)
-    if hidden_scale is None or logit_scale is None or logit_scale <= 0:
-        cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        raise ValueError(
-            f"{type(model).__name__} does not give the output of its head as logits"
-            + (f" (final_logit_softcapping is {cap})" if cap else "")
-            + "; the learner only reproduces heads up to a constant factor: choose another model, or set the "
-            "cap to null and retrain"
-        )
-    return hidden_scale, logit_scale
-
-
-def _ratio(scaled: Tensor | None, original: Tensor) -> float | None:
-    """The factor between ``original`` and ``scaled``; None where there is no such number."""
-    if scaled is None or scaled.shape != original.shape:
-        return None
-    scaled = scaled.double()
-    factor = float((scaled * original).sum() / original.double().square().sum())
-    factor = 1.0 if abs(factor - 1.0) < _NO_FACTOR else factor
-    expected = factor * original.double()
-    is_proportional = torch.allclose(scaled, expected, rtol=_PROPORTIONAL, atol=_PROPORTIONAL)
-    return factor if is_proportional else None
-
-
-class _KnownDecoder(nn.Module):
-    """Returns the same hidden states from every call, also of its submodules; other attributes are the real
-    decoder's.
-    """
-
-    def __init__(self, hidden: Tensor, real: nn.Module) -> None:
-        super().__init__()
-        self.hidden = hidden
-        self.__dict__["real"] = real
-
-    def __getattr__(self, name: str) -> Any:
-        attribute = getattr(self.__dict__["real"], name)
-        return self if isinstance(attribute, nn.Module) else attribute
-
-    def forward(self, *args: Any, **kwargs: Any) -> _KnownOutput:
-        del args, kwargs
-        return _KnownOutput(self.hidden)
-
-
-class _KnownOutput:
-    """A decoder's output with hidden states only: caches, router logits and other attributes are None."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.last_hidden_state = hidden
-
-    def __getitem__(self, index: int | slice) -> Any:
-        return (self.last_hidden_state,)[index]
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-
-class _KnownHead(nn.Module):
-    """Returns the same logits from every call, and records the hidden states that it received."""
-
-    def __init__(self, logits: Tensor) -> None:
-        super().__init__()
-        self.logits = logits
-        self.received = None
-        self.weight = torch.empty(0)  # some models read its dtype or device
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        self.received = hidden
-        return self.logits
-
-
-def _head_of(model: PreTrainedModel) -> nn.Linear:
-    head: Any = model.get_output_embeddings()
-    if hasattr(head, "modules_to_save"):  # peft trains a copy of the head in full
-        if head.disable_adapters:
-            return head.original_module
-        return head.modules_to_save[head.active_adapters[0]]
-    return head
-
-
-def _features(head: nn.Linear) -> tuple[int, int]:
-    """(hidden size, vocabulary), from the module: under ZeRO-3 the weight is empty outside of a forward
-    pass.
-    """
-    return head.in_features, head.out_features
-
-
 def _refuse_unknown_head(model: PreTrainedModel) -> None:
-    head = _head_of(model)
+    head = output_head(model)
     if hasattr(head, "lora_A"):
-        raise ValueError(
+        raise UserError(
             "the output head has a LoRA adapter, whose product the learner does not compute; remove lm_head "
             "from target_modules"
         )
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
-        raise ValueError(
+        raise UserError(
             f"the output head is {type(head).__name__} of {head.weight.dtype}; a linear layer of floats was "
             "expected"
         )

@@ -87,7 +87,7 @@ def open_folder(
     try:
         with refusing_untrusted(path, revision):
             return kind.from_pretrained(path, trust_remote_code=trusts(path, revision), **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         if isinstance(error, UserError):
             raise
         reason = str(error).strip().splitlines()[0]
@@ -100,14 +100,16 @@ def open_folder(
 # what a folder holds ----------------------------------------------------------------------------------------
 
 
-def require_weights(path: str, revision: str | None, head: Head) -> None:
+def require_weights(path: str, revision: str | None, head: Head, attention: str = "auto") -> None:
     """Compare names and shapes of the folder's tensors with the architecture's, reading only the files'
     headers.
 
-    Raises UserError as ``require_complete`` does.
+    attention: the kernel that the model must have. Raises UserError as ``require_complete`` does.
     """
     kind = AutoModelForCausalLM if head == "logits" else AutoModelForSequenceClassification
     options: dict[str, Any] = {"num_labels": 1} if head == "new scalar" else {}
+    if attention != "auto":
+        options["attn_implementation"] = attention
     if head == "logits":
         path, revision = adapter_base(path) or (path, revision)
     with _quiet():

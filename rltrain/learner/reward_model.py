@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import AutoTokenizer
 
-from reward.score import RewardInputs
+from rltrain.chat_template import frozen_clock
 from rltrain.errors import UserError, user_mistakes
 from rltrain.learner.forward import scalar_head
 from rltrain.learner.reward_learner import load_reward_model
 from rltrain.model_limits import context_of, require_room_for_tokens
 from rltrain.remote_code import refusing_untrusted, trusts
+from rltrain.reward.score import RewardInputs
 from rltrain.round_trip import Losses
-from rltrain.template_date import frozen_clock
 from rltrain.types.policy import TokenRows
 
 __all__ = ["RewardModel", "rewards_of"]

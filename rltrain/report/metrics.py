@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reward.score import Score
 from rltrain.report.names import METRICS, Metric, check_names, metric
+from rltrain.reward.score import Score
 from rltrain.tensor_ops import masked_mean
 from rltrain.types.policy import TrainBatch
 from rltrain.types.samples import SOURCE_NAMES, SOURCE_POLICY, Completion, ScoredGroup

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reward.score import Score
 from rltrain.report.sinks import JsonLines
 from rltrain.report.token_numbers import TokenNumbers, TokenTensors
+from rltrain.reward.score import Score
 from rltrain.types.samples import Completion, ScoredGroup
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from reward.score import Episode, RewardInputs, Score
-from reward.score_checks import ContractError
 from rltrain.errors import UserError
+from rltrain.reward.score import Episode, RewardInputs, Score
+from rltrain.reward.score_checks import ContractError
 from rltrain.types.samples import Completion, Prompt, RolloutGroup, ScoredGroup
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from reward.combine import distinct_labels
-from reward.score import RewardInputs, Score, reward
+from rltrain.reward.combine import distinct_labels
+from rltrain.reward.score import RewardInputs, Score, reward
 
 __all__ = ["LoadScorer", "ModelGrader", "ModelReward", "Scorer", "sigmoid"]
 

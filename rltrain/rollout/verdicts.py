@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from reward.score import Score
 from rltrain.config.rules.rewards import is_user_function
 from rltrain.config.schema import RewardRef
+from rltrain.reward.score import Score
 from rltrain.types.samples import ScoredGroup
 
 __all__ = ["add_verdicts", "label_of_only_function", "why_unknown"]

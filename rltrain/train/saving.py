@@ -16,11 +16,11 @@ from typing import Protocol
 
 from safetensors import SafetensorError
 
-from reward.inside.kernel import die_with_parent
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.checkpoint.run_state import RunState
 from rltrain.errors import UserError
 from rltrain.interrupt import end_by_signal, interrupt, is_launched, say
+from rltrain.reward.inside.kernel import die_with_parent
 from rltrain.types.samples import ScoredGroup
 
 # exit code of a run that SIGTERM or Ctrl-C ended with a checkpoint; a shell reports 143 for a process that

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from reward.score import Episode, Score
+from rltrain.reward.score import Episode, Score
 
 Finish = Literal["stop", "length", "aborted"]
 

@@ -42,7 +42,8 @@ class Stream:
 
 @pytest.mark.parametrize(("limit", "files"), [(None, 1), (3000, 4), (3999, 4), (1, 10)])
 def test_what_was_written_is_read(tmp_path: Path, limit: int | None, files: int) -> None:
-    write_tensors(tmp_path, "optimizer", Stream(10), limit=limit)
+    stream = ((f"layers.{number}.weight", torch.full((ENTRIES,), float(number))) for number in range(10))
+    write_tensors(tmp_path, "optimizer", stream, limit=limit)
     assert len(tensor_files(tmp_path, "optimizer")) == files
     tensors = read_tensors(tmp_path, "optimizer")
     assert sorted(tensors) == sorted(f"layers.{number}.weight" for number in range(10))

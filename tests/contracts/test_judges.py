@@ -20,9 +20,9 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from reward.judge import llm_judge, llm_judge_pairs
-from reward.reward_model_http import reward_model_http
-from reward.score import RewardInputs, Score
+from rltrain.reward.judge import llm_judge, llm_judge_pairs
+from rltrain.reward.reward_model_http import reward_model_http
+from rltrain.reward.score import RewardInputs, Score
 from rltrain.rollout.pairs.judges import JudgeContext, ModelJudge, RewardJudge, SelfJudge
 from rltrain.rollout.pairs.pairing import Judge, Pairing
 from rltrain.types.policy import TokenRows

@@ -2,7 +2,7 @@
 gradient.
 """
 
-from reward.score import Score
+from rltrain.reward.score import Score
 
 
 def sevens(inputs):

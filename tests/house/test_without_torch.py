@@ -21,9 +21,9 @@ WITHOUT_TORCH = (
     "rltrain.rollout.environments.episodes",
     "rltrain.rollout.environments.pool",
     "rltrain.rollout.environments.worker",
-    "reward.score",  # what graders read and answer
-    "reward.pool",
-    "reward.worker",
+    "rltrain.reward.score",  # what graders read and answer
+    "rltrain.reward.pool",
+    "rltrain.reward.worker",
 )
 
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 # Every step has a gradient: if it were only rounding noise, AdamW would make steps that differ between
 # machines.
 REWARD = """
-from reward.score import Score
+from rltrain.reward.score import Score
 
 def odd(inputs):
     shares = [sum(ord(letter) % 2 for letter in text) / max(len(text), 1) for text in inputs.completions]

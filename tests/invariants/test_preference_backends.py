@@ -1,7 +1,7 @@
-"""Preferences on two ranks: the offline loop under DeepSpeed's ZeRO-2 and the loop of sampled pairs under DDP
-give the result of one process.
+"""Preferences on two ranks, the offline loop and the loop of sampled pairs, give the result of one process.
 
-Both launches use the users' files, over gloo; the tests inspect the prepared model.
+One launch per backend makes its runs one after the other, with the users' files, over gloo; the tests inspect
+the prepared model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rltrain.config.rules import check
 
 ROOT = Path(__file__).parents[2]
 REWARD = """
-from reward.score import Score
+from rltrain.reward.score import Score
 
 def odd(inputs):
     return [Score(sum(ord(letter) % 2 for letter in text) / max(len(text), 1)) for text in inputs.completions]
@@ -40,6 +40,7 @@ OPTIMIZER = (
 OFFLINE = (
     "train.examples=12",
     "train.steps=4",
+    "data.max_examples=26",  # the second epoch begins after step 2
     "eval.examples=16",
     "eval.every=2",
     "learner.tokens_per_micro_batch=128",
@@ -125,36 +126,56 @@ def assert_same(run_folder: Path, expected: Path) -> None:
         assert float((weight - expected_weights[name]).abs().max()) < 2e-5, name
 
 
-def test_the_offline_loop_under_zero_2_is_that_of_one_process(random_model: str, tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install rltrain[deepspeed])")
-    common = (f"model.path={random_model}", *OFFLINE)
-    # KTO's z0 is over the step, across ranks; reference log-probs are computed by both ranks, or read from
-    # rank 0's file
-    runs = [
-        run_of("dpo", *common, "reference.cache=null"),
-        run_of("kto", *common, f"reference.cache={tmp_path / 'cache'}"),
-    ]
-    run_single_process(runs, tmp_path / "one")
-    engaged = run_two_processes("zero2", runs, tmp_path / "two")
-    assert len(engaged) == 4
-    assert all(
-        run["ranks"] == 2 and run["stage"] == 2 and "DeepSpeedEngine" in run["policy"] for run in engaged
-    )
-    for run in runs:
-        assert_same(tmp_path / "two" / run["name"], tmp_path / "one" / run["name"])
-
-
-def test_the_loop_of_sampled_pairs_on_two_ranks_is_that_of_one_process(
-    random_model: str, tmp_path: Path
-) -> None:
-    (tmp_path / "odd.py").write_text(REWARD)
-    common = (f"model.path={random_model}", f"reward.functions=['{tmp_path / 'odd.py'}:odd']", *ONLINE)
-    runs = [run_of("online_dpo", *common)]
-    run_single_process(runs, tmp_path / "one")
-    engaged = run_two_processes("ddp", runs, tmp_path / "two")
-    assert len(engaged) == 2 and all(
-        run["ranks"] == 2 and "DistributedDataParallel" in run["policy"] for run in engaged
-    )
-    steps = [line for line in numbers(tmp_path / "one" / "online_dpo") if "pairs/count" in line]
+@pytest.fixture(scope="module")
+def single_process(random_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of one process for each name; KTO's reference log-probs are in its ``cache``."""
+    folder = tmp_path_factory.mktemp("single")
+    (folder / "odd.py").write_text(REWARD)
+    run_single_process([planned_run(name, random_model, folder, folder) for name in KINDS], folder)
+    steps = [line for line in numbers(folder / "online_dpo") if "pairs/count" in line]
     assert steps and all(line["pairs/count"] > 0 and line["learner/grad_norm"] > 0 for line in steps)
-    assert_same(tmp_path / "two" / "online_dpo", tmp_path / "one" / "online_dpo")
+    return folder
+
+
+KINDS = ("dpo", "kto", "online_dpo")
+
+
+def planned_run(name: str, model: str, folder: Path, cache: Path) -> dict[str, Any]:
+    """KTO's z0 is over the step, across ranks; its reference log-probs are in a file of rank 0 in ``cache``,
+    DPO's are computed by both ranks.
+    """
+    if name == "online_dpo":
+        settings = (f"reward.functions=['{folder / 'odd.py'}:odd']", *ONLINE)
+    else:
+        settings = (*OFFLINE, f"reference.cache={cache / 'cache' if name == 'kto' else 'null'}")
+    return run_of(name, f"model.path={model}", *settings)
+
+
+@pytest.mark.parametrize(
+    ("backend", "names", "wrapper"),
+    [
+        ("ddp", KINDS, "DistributedDataParallel"),
+        ("fsdp2", ("dpo",), "FSDPModule"),
+        ("zero2", ("dpo", "kto"), "DeepSpeedEngine"),
+    ],
+)
+def test_two_ranks_make_the_runs_of_one_process(
+    backend: str,
+    names: tuple[str, ...],
+    wrapper: str,
+    single_process: Path,
+    random_model: str,
+    tmp_path: Path,
+) -> None:
+    if backend.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install rltrain[deepspeed])")
+    # under ZeRO-2 the file of the single process is read, under DDP rank 0 writes one
+    cache = single_process if backend == "zero2" else tmp_path
+    runs = [planned_run(name, random_model, single_process, cache) for name in names]
+    engaged = run_two_processes(backend, runs, tmp_path / "two")
+    assert len(engaged) == 2 * len(names)
+    for run in engaged:
+        assert run["ranks"] == 2 and wrapper in run["policy"]
+        assert run["stage"] == (2 if backend == "zero2" else None)
+    for name in names:
+        assert_same(tmp_path / "two" / name, single_process / name)

@@ -16,7 +16,7 @@ from support.resumed_runs import differing, killed_in, lines
 
 POLICY = Path(__file__).parents[2] / "recipes" / "policy"
 REWARD = """
-from reward.score import Score
+from rltrain.reward.score import Score
 
 def low_digits(inputs):
     shares = [sum(c in "01234" for c in text) / max(len(text), 1) for text in inputs.completions]

@@ -13,11 +13,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from rltrain.build import digests as build_inputs
+from rltrain.chat_template import frozen_clock, prints_date
 from rltrain.checkpoint.export import MANIFEST, file_hashes
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.config.load import load_recipe, resolved_yaml
 from rltrain.errors import UserError
-from rltrain.template_date import frozen_clock, prints_date
 from support.resumed_runs import ROOT, lines, train_here
 
 QUICK = (

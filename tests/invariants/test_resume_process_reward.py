@@ -21,7 +21,7 @@ from support.resumed_runs import differing, killed_in, lines
 ROOT = Path(__file__).parents[2]
 PRIME = ROOT / "recipes/policy/prime.yaml"
 REWARD = """
-from reward.score import Score
+from rltrain.reward.score import Score
 
 def digits(inputs):
     shares = [sum(c in "0123456789" for c in text) / max(len(text), 1) for text in inputs.completions]

@@ -37,13 +37,8 @@ LEARNER_REFUSES = {
 TRAINING_REFUSES = {
     "phimoe": "in train mode PhimoeForCausalLM gives one row log-probs that differ by .* from call to call"
 }
-_ANOTHER_FORWARD = "decoding with the transformers engine's cache differs from the model's plain forward"
 ENGINE_REFUSES = {
     "bloom": "has no max_position_embeddings, which bounds the transformers engine's cache",
-    "granite": _ANOTHER_FORWARD,  # scales its logits
-    "cohere": _ANOTHER_FORWARD,
-    "cohere2": _ANOTHER_FORWARD,
-    "minicpm3": _ANOTHER_FORWARD,
     "mamba": "has linear_attention layers, which the transformers engine cannot cache",
     "mamba2": "has linear_attention layers, which the transformers engine cannot cache",
     "jamba": "has linear_attention layers, which the transformers engine cannot cache",

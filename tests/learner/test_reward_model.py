@@ -17,10 +17,10 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from reward.score import RewardInputs
 from rltrain.errors import UserError
 from rltrain.learner.reward_learner import load_reward_model
 from rltrain.learner.reward_model import RewardModel
+from rltrain.reward.score import RewardInputs
 
 CPU = torch.device("cpu")
 TEXTS = ((5, 6, 9), (5, 10, 11, 12, 13), (7,), (8, 2, 2), (5, 6, 9))

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from reward.code_tests import code_tests
-from reward.sandbox import choose_kind
-from reward.score import RewardInputs, Score
+from rltrain.reward.code_tests import code_tests
+from rltrain.reward.sandbox import choose_kind
+from rltrain.reward.score import RewardInputs, Score
 
 PROBLEMS = Path(__file__).parents[3] / "shared" / "data" / "code" / "humaneval.jsonl"
 USELESS = ("    pass\n", "    return True\n")

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from math_verify import parse, verify
 
-from reward import answer_text
-from reward.math_answer import Verdict, compare, math_answer
-from reward.score import RewardInputs, Score
-from reward.time_limit import TimeUp, cpu_time_limit
+from rltrain.reward import answer_text
+from rltrain.reward.math_answer import Verdict, compare, math_answer
+from rltrain.reward.score import RewardInputs, Score
+from rltrain.reward.time_limit import TimeUp, cpu_time_limit
 from support.reviewed_verdicts import DECIDED, RULES
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

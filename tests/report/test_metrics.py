@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from reward.score import Episode, Score
 from rltrain.report.metrics import METRICS, check_names, completion_metrics, step_metrics, why_no_update
+from rltrain.reward.score import Episode, Score
 from rltrain.types.policy import TrainBatch
 from rltrain.types.samples import Completion, Prompt, ScoredGroup, Span
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from reward.score import Score
 from rltrain.report.token_numbers import (
     COMPLETIONS,
     TOKENS,
@@ -21,6 +20,7 @@ from rltrain.report.token_numbers import (
     split_text,
 )
 from rltrain.report.transcripts import Transcripts
+from rltrain.reward.score import Score
 from rltrain.types.policy import TrainBatch
 from rltrain.types.samples import Completion, Prompt, ScoredGroup, Span
 

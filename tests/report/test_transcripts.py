@@ -3,9 +3,9 @@
 import json
 import math
 
-from reward.score import Score
 from rltrain.report.reporter import Reporter
 from rltrain.report.transcripts import Transcripts
+from rltrain.reward.score import Score
 from rltrain.types.samples import Completion, Prompt, ScoredGroup, Span
 
 

@@ -8,8 +8,8 @@ import socket
 import sys
 import time
 
-from reward.reply import Reply, add_length, encode_reply
-from reward.score import RewardInputs, Score, reward
+from rltrain.reward.reply import Reply, add_length, encode_reply
+from rltrain.reward.score import RewardInputs, Score, reward
 
 
 def misbehave(completion: str) -> float | str | None:  # noqa: C901  a table
@@ -172,7 +172,12 @@ def works(inputs: RewardInputs):
 
 
 def modules(inputs: RewardInputs):
-    return [float("torch" in sys.modules or "rltrain" in sys.modules)] * len(inputs.completions)
+    others = [
+        name
+        for name in sys.modules
+        if name == "torch" or (name.startswith("rltrain.") and not name.startswith("rltrain.reward"))
+    ]
+    return [float(len(others))] * len(inputs.completions)
 
 
 def trl_form(completions, prompts, answer, **columns):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from reward.score import RewardInputs
+from rltrain.reward.score import RewardInputs
 
 sys.stdout.write("imported\n")
 

@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from reward import sandbox
-from reward.code_io import code_io, same_output
-from reward.pool import RewardCall, RewardPool
-from reward.score import RewardInputs, Score
+from rltrain.reward import sandbox
+from rltrain.reward.code_io import code_io, same_output
+from rltrain.reward.pool import RewardCall, RewardPool
+from rltrain.reward.score import RewardInputs, Score
 
 SUM = [{"input": "1 2\n", "output": "3\n"}, {"input": "40 2\n", "output": "42\n"}]
 RIGHT = {"correct": 1.0, "passed": 1.0, "no_code": 0.0, "timeout": 0.0}

@@ -6,10 +6,10 @@ import sysconfig
 
 import pytest
 
-from reward import code_text, sandbox
-from reward.code_tests import code_tests
-from reward.pool import RewardCall, RewardPool
-from reward.score import RewardInputs, Score
+from rltrain.reward import code_text, sandbox
+from rltrain.reward.code_tests import code_tests
+from rltrain.reward.pool import RewardCall, RewardPool
+from rltrain.reward.score import RewardInputs, Score
 
 SIGNATURE = 'def twice(x):\n    """Two times x."""\n'
 RIGHT = {"correct": 1.0, "passed": 1.0, "no_code": 0.0, "timeout": 0.0}

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import pytest
 
-from reward import sandbox
-from reward.code_tests import code_tests
-from reward.pool import RewardCall, RewardPool
-from reward.score import RewardInputs, Score
+from rltrain.reward import sandbox
+from rltrain.reward.code_tests import code_tests
+from rltrain.reward.pool import RewardCall, RewardPool
+from rltrain.reward.score import RewardInputs, Score
 
 try:
     sandbox.choose_kind(False)

@@ -5,12 +5,12 @@ from itertools import permutations
 
 import pytest
 
-from reward.answer_text import extract_answer
-from reward.combine import combine
-from reward.empo import cluster, empo
-from reward.resolve import RewardCall, resolve
-from reward.score import RewardInputs, Score
-from reward.score_checks import as_score
+from rltrain.reward.answer_text import extract_answer
+from rltrain.reward.combine import combine
+from rltrain.reward.empo import cluster, empo
+from rltrain.reward.resolve import RewardCall, resolve
+from rltrain.reward.score import RewardInputs, Score
+from rltrain.reward.score_checks import as_score
 
 
 def inputs(*completions: str, prompt: str = "What is it?") -> RewardInputs:

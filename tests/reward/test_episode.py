@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from reward.episode import episode
-from reward.score import Episode, RewardInputs, Score
-from reward.tasks import select_completion
+from rltrain.reward.episode import episode
+from rltrain.reward.score import Episode, RewardInputs, Score
+from rltrain.reward.tasks import select_completion
 
 PLAYED = RewardInputs(
     prompt="",

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from reward.judge import comparison_pairs, llm_judge, llm_judge_pairs, parse_choice, parse_rating
-from reward.pool import RewardCall, RewardPool
-from reward.remote import RemoteError, ask, make_endpoint
-from reward.reward_model_http import reward_model_http
-from reward.score import RewardInputs, Score
+from rltrain.reward.judge import comparison_pairs, llm_judge, llm_judge_pairs, parse_choice, parse_rating
+from rltrain.reward.pool import RewardCall, RewardPool
+from rltrain.reward.remote import RemoteError, ask, make_endpoint
+from rltrain.reward.reward_model_http import reward_model_http
+from rltrain.reward.score import RewardInputs, Score
 
 Answer = Callable[[BaseHTTPRequestHandler, Any], None]
 

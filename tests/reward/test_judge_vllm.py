@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from reward.judge import llm_judge, llm_judge_pairs
-from reward.score import RewardInputs, Score
+from rltrain.reward.judge import llm_judge, llm_judge_pairs
+from rltrain.reward.score import RewardInputs, Score
 
 START_SECONDS = 200.0  # about 30 on two idle cores
 

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import pytest
 
-from reward import code_text, judge
-from reward.code_io import same_output
-from reward.score import RewardInputs
-from reward.text import answer_format, choice, exact
+from rltrain.reward import code_text, judge
+from rltrain.reward.code_io import same_output
+from rltrain.reward.score import RewardInputs
+from rltrain.reward.text import answer_format, choice, exact
 
 LENGTH = 100_000  # characters; a rule that is quadratic takes minutes
 SECONDS = 0.25  # of CPU time; the slowest of these rules takes a tenth of it

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from reward import answer_notation
-from reward import math_answer as grader
-from reward.math_answer import compare, is_degenerate, judge, math_answer
-from reward.score import RewardInputs, Score
+from rltrain.reward import answer_notation
+from rltrain.reward import math_answer as grader
+from rltrain.reward.math_answer import compare, is_degenerate, judge, math_answer
+from rltrain.reward.score import RewardInputs, Score
 from support.reviewed_verdicts import DECIDED, RULES
 
 

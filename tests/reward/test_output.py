@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reward import output
-from reward.output import OutputLog, _Splitter, mark
-from reward.pool import RewardCall, RewardPool
-from reward.score import RewardInputs
+from rltrain.reward import output
+from rltrain.reward.output import OutputLog, _Splitter, mark
+from rltrain.reward.pool import RewardCall, RewardPool
+from rltrain.reward.score import RewardInputs
 
 PRINTERS = Path(__file__).with_name("printers.py")
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from reward.pool import RewardCall, RewardPool
-from reward.score import RewardInputs, Score
-from reward.score_checks import ContractError, as_score
+from rltrain.reward.pool import RewardCall, RewardPool
+from rltrain.reward.score import RewardInputs, Score
+from rltrain.reward.score_checks import ContractError, as_score
 
 GRADERS = Path(__file__).with_name("graders.py")
 
@@ -344,8 +344,8 @@ def test_a_daemon_of_a_reward_dies_with_the_trainer_or_its_pool(end, tmp_path):
     log = tmp_path / "daemon"
     code = (
         "import os, sys, time\n"
-        "from reward.pool import RewardCall, RewardPool\n"
-        "from reward.score import RewardInputs\n"
+        "from rltrain.reward.pool import RewardCall, RewardPool\n"
+        "from rltrain.reward.score import RewardInputs\n"
         "call = RewardCall(sys.argv[1], 1.0, {'log': sys.argv[2]})\n"
         "pool = RewardPool([call], workers=1, seconds=5.0, memory_gib=1.0, deadline_seconds=60.0)\n"
         "print(pool.score([RewardInputs('p', ('a',), (1,), ('stop',), {})])[0][0].value, flush=True)\n"
@@ -398,7 +398,7 @@ def test_a_folder_called_reward_where_the_run_is_started_does_no_harm(tmp_path, 
         assert pool.score([inputs("abc")])[0][0].value == 3.0
 
 
-def test_workers_import_neither_torch_nor_rltrain():
+def test_workers_import_neither_torch_nor_the_rest_of_rltrain():
     assert "torch" in sys.modules  # of the trainer
     with pool_of("modules", workers=1) as pool:
         assert pool.score([inputs("a")])[0][0].value == 0.0

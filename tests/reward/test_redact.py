@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reward import remote
-from reward.judge import llm_judge, llm_judge_pairs, reply_text
-from reward.redact import repeats_secret
-from reward.reward_model_http import reward_model_http
+from rltrain.reward import remote
+from rltrain.reward.judge import llm_judge, llm_judge_pairs, reply_text
+from rltrain.reward.redact import repeats_secret
+from rltrain.reward.reward_model_http import reward_model_http
 from tests.reward.test_judge import inputs, reply, server  # noqa: F401  a fixture
 
 TOKEN = 'sk-"abc/+=&<%>\\d~efGHij'

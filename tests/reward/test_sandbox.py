@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from reward import sandbox
-from reward.sandbox import Limits, SandboxError, Tests, TestsError, Verdict, choose_kind, judge
+from rltrain.reward import sandbox
+from rltrain.reward.sandbox import Limits, SandboxError, Tests, TestsError, Verdict, choose_kind, judge
 
 ROOT = Path(__file__).parents[2]
 LIMITS = Limits(seconds=2.0, memory_mib=256, processes=4, file_mib=4, message_mib=2)
@@ -119,7 +119,7 @@ def sandboxed_processes() -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             numbers = re.search(r"^NSpid:(.*)$", (folder / "status").read_text(), re.MULTILINE)
-            ours = b"reward.inside.start" in (folder / "cmdline").read_bytes()
+            ours = b"rltrain.reward.inside.start" in (folder / "cmdline").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             continue
         if ours and numbers is not None and len(numbers[1].split()) > 1:
@@ -350,7 +350,7 @@ def test_the_process_that_starts_sandboxes_is_replaced_when_it_dies():
 
 def test_nothing_lives_on_when_the_grader_is_killed():
     code = (
-        "from reward.sandbox import Limits, Tests, choose_kind, judge\n"
+        "from rltrain.reward.sandbox import Limits, Tests, choose_kind, judge\n"
         "print('now', flush=True)\n"
         "judge('import time\\nprint(1)\\ntime.sleep(600)', Tests(('f()',), '', None), Limits(60.0, 256, 2, "
         "1, 1), choose_kind(False))\n"
@@ -376,7 +376,8 @@ def becomes_true(condition: Callable[[], bool]) -> bool:
 
 
 OTHERS = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from reward.sandbox import *; from reward import sandbox; "
+    "import sys; sys.path.insert(0, sys.argv[1]); "
+    "from rltrain.reward.sandbox import *; from rltrain.reward import sandbox; "
 )
 TRIAL = "print(sandbox.candidates(), [sandbox.try_kind(kind) for kind in sandbox.candidates()])"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from reward.source import source_digest, source_files
+from rltrain.reward.source import source_digest, source_files
 
 
 @pytest.fixture

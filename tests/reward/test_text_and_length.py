@@ -2,9 +2,9 @@
 
 import pytest
 
-from reward.length import length
-from reward.score import RewardInputs
-from reward.text import answer_format, choice, exact
+from rltrain.reward.length import length
+from rltrain.reward.score import RewardInputs
+from rltrain.reward.text import answer_format, choice, exact
 
 
 def inputs(*completions: str, counts: tuple[int, ...] = (), **columns: object) -> RewardInputs:

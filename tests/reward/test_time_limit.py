@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from reward.math_answer import math_answer
-from reward.score import RewardInputs
-from reward.time_limit import TimeUp, cpu_time_limit
+from rltrain.reward.math_answer import math_answer
+from rltrain.reward.score import RewardInputs
+from rltrain.reward.time_limit import TimeUp, cpu_time_limit
 
 
 def work(seconds: float) -> None:
@@ -35,7 +35,7 @@ def test_the_wall_clock_is_the_backstop():
 
 
 def test_a_verdict_does_not_change_while_the_process_waits(monkeypatch: pytest.MonkeyPatch):
-    from reward import math_answer as grader
+    from rltrain.reward import math_answer as grader
 
     equal = grader._are_equal
     monkeypatch.setattr(grader, "_are_equal", lambda gold, answer: time.sleep(0.4) or equal(gold, answer))

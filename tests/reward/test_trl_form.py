@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from reward.combine import combine
-from reward.pool import RewardPool
-from reward.resolve import RewardCall, resolve
-from reward.score import RewardInputs, Score
+from rltrain.reward.combine import combine
+from rltrain.reward.pool import RewardPool
+from rltrain.reward.resolve import RewardCall, resolve
+from rltrain.reward.score import RewardInputs, Score
 
 MESSAGES = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"})
 

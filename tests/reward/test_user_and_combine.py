@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from reward.combine import combine, distinct_labels
-from reward.resolve import RewardCall, resolve
-from reward.score import RewardInputs, Score
-from reward.user import load_user_function
+from rltrain.reward.combine import combine, distinct_labels
+from rltrain.reward.resolve import RewardCall, resolve
+from rltrain.reward.score import RewardInputs, Score
+from rltrain.reward.user import load_user_function
 
 GRADERS = Path(__file__).with_name("graders.py")
 

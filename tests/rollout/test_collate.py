@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reward.score import Score
+from rltrain.reward.score import Score
 from rltrain.rollout.collate import collate
 from rltrain.types.samples import SOURCE_TEMPERED, Completion, Prompt, ScoredGroup, Span
 

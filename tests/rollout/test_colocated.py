@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from reward.score import RewardInputs, Score
 from rltrain.process import Process
+from rltrain.reward.score import RewardInputs, Score
 from rltrain.rollout.collate import collate
 from rltrain.rollout.colocated import ColocatedRollouts, GradedSampler
 from rltrain.rollout.grading import correctness, is_informative

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reward.score import RewardInputs, Score
 from rltrain.config.rules.registries import EXTRA_SAMPLES
 from rltrain.control.entropy import ABOVE_TARGET
 from rltrain.process import Process
 from rltrain.protocols import WrongVersionError
+from rltrain.reward.score import RewardInputs, Score
 from rltrain.rollout.collate import collate
 from rltrain.rollout.colocated import ColocatedRollouts, GradedSampler
 from rltrain.rollout.engines.transformers.engine import TransformersEngine

@@ -11,9 +11,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from reward.score import Score
 from rltrain.advantage.group import informative_groups
 from rltrain.advantage.process import is_accuracy_within
+from rltrain.reward.score import Score
 from rltrain.rollout.grading import is_in_accuracy_range, is_informative
 from rltrain.types.samples import Completion, Prompt, ScoredGroup, Span
 

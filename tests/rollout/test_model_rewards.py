@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from reward.score import RewardInputs, Score
+from rltrain.reward.score import RewardInputs, Score
 from rltrain.rollout.model_rewards import ModelGrader, ModelReward
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from reward.score import Score
+from rltrain.reward.score import Score
 from rltrain.rollout.collate import answer_ids, collate
 from rltrain.rollout.steps import StepSplitter, step_ids
 from rltrain.types.samples import Completion, Prompt, ScoredGroup, Span

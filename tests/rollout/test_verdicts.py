@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from reward.score import RewardInputs, Score
-from reward.score_checks import ContractError
 from rltrain.config.schema import RewardRef
 from rltrain.errors import UserError
+from rltrain.reward.score import RewardInputs, Score
+from rltrain.reward.score_checks import ContractError
 from rltrain.rollout.colocated import GradedSampler
 from rltrain.rollout.grading import reward_inputs, sample_inputs, score_groups
 from rltrain.rollout.verdicts import add_verdicts, label_of_only_function

@@ -8,7 +8,7 @@ import pickle
 import socket
 import time
 
-from reward.reply import add_length, to_json
+from rltrain.reward.reply import add_length, to_json
 from rltrain.rollout.environments import Step, Task
 from rltrain.rollout.environments.worker import Answer
 

@@ -27,7 +27,7 @@ SETTINGS = (
 )
 SLOW_REWARD = """
 import time
-from reward.score import Score
+from rltrain.reward.score import Score
 
 def slow(inputs):
     # the sample before training has one completion
@@ -35,7 +35,7 @@ def slow(inputs):
     return [Score(0.0)] * len(inputs.completions)
 """
 REWARD = """
-from reward.score import Score
+from rltrain.reward.score import Score
 
 def odd(inputs):
     return [Score(sum(ord(letter) % 2 for letter in text) / max(len(text), 1)) for text in inputs.completions]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from reward.score import Score
+from rltrain.reward.score import Score
 from rltrain.train.evaluate import summarise
 from rltrain.types.samples import Completion, Prompt, ScoredGroup, Span
 

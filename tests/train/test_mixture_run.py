@@ -19,7 +19,7 @@ from support.scripts import script
 
 GRPO = Path(__file__).parents[2] / "recipes" / "policy" / "grpo.yaml"
 REWARD = """
-from reward.score import Score
+from rltrain.reward.score import Score
 
 def digits(inputs):
     return [Score(sum(letter.isdigit() for letter in text) / 8) for text in inputs.completions]

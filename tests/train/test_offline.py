@@ -8,14 +8,11 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rltrain.cli.doctor import doctor_command
@@ -271,63 +268,6 @@ def test_one_prompt_for_all_leaves_kto_nothing_to_compare_with(start: Any, tmp_p
             "kto",
             f"data={{train: {rows}, max_prompt_tokens: 16, max_completion_tokens: 8}}",
         )
-
-
-# several ranks ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "config"), [("dpo", "ddp"), ("kto", "ddp"), ("dpo", "fsdp2")])
-def test_two_ranks_make_the_run_of_one(
-    name: str, config: str, start: Any, tmp_path: Path, random_model: str
-) -> None:
-    assert start(tmp_path / "one", name) == 0
-    cleared = {
-        key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))
-    }
-    environment = cleared | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    launcher = [
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(ROOT / f"recipes/accelerate/{config}.yaml"),
-    ]
-    launcher += [
-        "--num_processes",
-        "2",
-        "--mixed_precision",
-        "no",
-        "--main_process_port",
-        str(29100 + os.getpid() % 400),
-    ]
-    settings = [f"model.path={random_model}", f"reference.cache={tmp_path / 'other cache'}", *SETTINGS]
-    recipe = [
-        "-m",
-        "rltrain",
-        "train",
-        str(ROOT / f"recipes/preference/{name}.yaml"),
-        "--profile",
-        "tiny_cpu",
-        "--run",
-        str(tmp_path / "two"),
-    ]
-    command = [
-        sys.executable,
-        *launcher,
-        *recipe,
-        *(word for setting in settings for word in ("--set", setting)),
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    for single, double in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
-        for reading in (
-            "learner/trained_tokens",
-            "learner/shared_prompts",
-        ):  # sharded ranks read each prompt with each completion
-            double.pop(reading, None), single.pop(reading, None)
-        assert double == pytest.approx(single, rel=2e-3, abs=2e-4)
-    first, second = (load_file(tmp_path / run / "model/model.safetensors") for run in ("one", "two"))
-    assert all((first[key] - second[key]).abs().max() < 5e-4 for key in first)
 
 
 # every recipe -----------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ GRPO = Path(__file__).parents[2] / "recipes" / "policy" / "grpo.yaml"
 # with it
 FAULTY = 2
 REWARD = """
-from reward.score import Score
+from rltrain.reward.score import Score
 
 def odd(inputs):
     return [Score(sum(ord(letter) % 2 for letter in text) / max(len(text), 1)) for text in inputs.completions]

@@ -22,7 +22,7 @@ from support.scripts import script
 
 GRPO = Path(__file__).parents[2] / "recipes" / "policy" / "grpo.yaml"
 REWARD = """
-from reward.score import Score
+from rltrain.reward.score import Score
 
 def length(inputs):
     return [Score(len(text) / 8) for text in inputs.completions]

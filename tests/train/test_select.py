@@ -21,7 +21,7 @@ from rltrain.types.policy import TokenRows
 ROOT = Path(__file__).parents[2]
 # an untrained model can be right here: its first character decides, and is its answer
 REWARD = """
-from reward.score import Score
+from rltrain.reward.score import Score
 
 def early(inputs):
     scores = []

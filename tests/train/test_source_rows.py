@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from reward.score import Score
 from rltrain.advantage import ADVANTAGES
 from rltrain.advantage.stage import compute_advantages
 from rltrain.control import TOKEN_CONTROLS
 from rltrain.report.metrics import check_names, completion_metrics, own_step_metrics, source_metrics
+from rltrain.reward.score import Score
 from rltrain.rollout.collate import collate
 from rltrain.rollout.source import Rollouts
 from rltrain.train.online import Step, disable_importance_correction, drop_reference_rows

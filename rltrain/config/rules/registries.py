@@ -5,13 +5,13 @@ Imports no torch.
 
 from __future__ import annotations
 
-from reward import MODULES as REWARD_MODULES
 from rltrain.advantage import ADVANTAGES
 from rltrain.control import COEFFICIENTS, TOKEN_CONTROLS
 from rltrain.loss import AGGREGATES, LOSS_TERMS
 from rltrain.loss.policy import POLICY_LOSSES
 from rltrain.loss.preference import PREFERENCE_LOSSES
 from rltrain.registry import Registry
+from rltrain.reward import MODULES as REWARD_MODULES
 
 REWARDS = Registry("reward", modules=(*REWARD_MODULES, "rltrain.rollout.model_rewards"), decorator="reward")
 EXTRA_SAMPLES = Registry(

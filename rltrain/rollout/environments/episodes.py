@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from reward.score import Episode
 from rltrain.protocols import Sampler
+from rltrain.reward.score import Episode
 from rltrain.rollout.environments import Step, Task
 from rltrain.rollout.environments.pool import Failure, Opening
 from rltrain.seeds import stable_hash

@@ -12,8 +12,8 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from reward.processes import Child, Loss, MalformedAnswerError, ProcessPool
-from reward.received import validate_answer
+from rltrain.reward.processes import Child, Loss, MalformedAnswerError, ProcessPool
+from rltrain.reward.received import validate_answer
 from rltrain.rollout.environments import Step, Task
 from rltrain.rollout.environments.worker import Answer, EndAll, EnvironmentSetup, Request, Reset, TakeTurn
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reward.caught import Caught
-from reward.channel import Channel, bound_cpu_time, bound_memory
-from reward.reply import STRICT, add_length, to_json
-from reward.score import is_float32
-from reward.source import import_file
+from rltrain.reward.caught import Caught
+from rltrain.reward.channel import Channel, bound_cpu_time, bound_memory
+from rltrain.reward.reply import STRICT, add_length, to_json
+from rltrain.reward.score import is_float32
+from rltrain.reward.source import import_file
 from rltrain.rollout.environments import Environment, Step, Task
 
 __all__ = [

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from reward.score import RewardInputs
 from rltrain.loss.preference.inpo import symmetrise
 from rltrain.registry import method
+from rltrain.reward.score import RewardInputs
 from rltrain.rollout.grading import reward_inputs
 from rltrain.rollout.model_rewards import LoadScorer, sigmoid
 from rltrain.rollout.pairs.pairing import Comparison

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from reward.score import Score
 from rltrain.analysis.curves import Curves
 from rltrain.analysis.pages.charts import Chart, Line, chart_data, law_data, run_charts, thin_steps
 from rltrain.analysis.pages.completions import cut_text, group_record, mark_turned_right, read_completions
@@ -21,6 +20,7 @@ from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.errors import UserError
 from rltrain.report.sinks import JsonLines
 from rltrain.report.transcripts import Transcripts
+from rltrain.reward.score import Score
 from rltrain.types.samples import Completion, Prompt, ScoredGroup, Span
 from support.report_runs import completion, group, training_step, write_run
 

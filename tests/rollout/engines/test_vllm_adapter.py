@@ -68,8 +68,8 @@ def _recording(workflow: Any, runs: list[Any]) -> Any:
     def build(*arguments: Any) -> Any:
         run = workflow.build(*arguments)
         engine = run.sync.targets[0]
-        close = run.source.close_engine
-        run.source.close_engine = lambda: runs.append(_use_engine(run, engine)) or close()
+        close = run.source.close
+        run.source.close = lambda: (runs.append(_use_engine(run, engine)), close())
         return run
 
     return dataclasses.replace(workflow, build=build)

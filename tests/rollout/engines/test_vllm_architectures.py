@@ -46,6 +46,8 @@ PROVED = {
         "glm4_moe",
     ),
 }
+# In the nightly tier: each has its faults found by another case, CONTRIBUTING.md says which.
+NIGHTLY = {"gpt2", "qwen3_moe", "mixtral", "olmoe"}
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 
 
@@ -55,7 +57,14 @@ def _vllm_is_installed() -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("name", [name for names in PROVED.values() for name in names])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.nightly] if name in NIGHTLY else [])
+        for names in PROVED.values()
+        for name in names
+    ],
+)
 def test_log_probs_are_the_learners_and_every_weight_is_proved_at_every_push(
     name: str, tmp_path: Path
 ) -> None:
@@ -71,7 +80,11 @@ def test_log_probs_are_the_learners_and_every_weight_is_proved_at_every_push(
     [
         ("phi", r"has no layer for 'lm_head\.bias', .*use rollout\.engine transformers"),
         ("mamba", r"has no layer for 'backbone\.layers\.0\.mixer\.A_log' and 1 other weight"),
-        ("deepseek_v3_softmax", r"has no layer for 'model\.layers\.1\.mlp\.gate\.e_score_correction_bias'"),
+        pytest.param(
+            "deepseek_v3_softmax",
+            r"has no layer for 'model\.layers\.1\.mlp\.gate\.e_score_correction_bias'",
+            marks=pytest.mark.nightly,
+        ),
         ("gpt_oss", r"weight 'model\.layers\.0\.self_attn\.sinks'.* choose the other rollout\.engine"),
     ],
 )

@@ -13,13 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reward.score import Score
 from rltrain.config.schema import Data, Learner, Model, Optimizer
 from rltrain.data.chat import Dialogue
 from rltrain.learner.policy_learner import PolicyLearner
 from rltrain.loss import AGGREGATES
 from rltrain.loss.objective import Objective
 from rltrain.loss.policy import POLICY_LOSSES
+from rltrain.reward.score import Score
 from rltrain.rollout.collate import collate
 from rltrain.rollout.environments.episodes import EpisodePlayer
 from rltrain.rollout.environments.pool import EnvironmentPool

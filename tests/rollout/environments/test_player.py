@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from reward.score import Score
+from rltrain.reward.score import Score
 from rltrain.rollout.collate import collate
 from rltrain.rollout.environments import Step, Task
 from rltrain.rollout.environments.episodes import EpisodePlayer

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from reward.score import Score
+from rltrain.reward.score import Score
 from rltrain.rollout.pairs.judges import JudgeContext, ModelJudge, RewardJudge, SelfJudge
 from rltrain.rollout.pairs.pairing import (
     Comparison,

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
+from rltrain.errors import UserError
+from rltrain.head_scales import head_scales
 from rltrain.model_files import config_source
-from rltrain.model_limits import context_of
+from rltrain.model_limits import decoding_limit
 from rltrain.protocols import EngineState
 from rltrain.remote_code import trusts
 from rltrain.rollout.engines.checks import WeightShapes, require_fit, require_version
@@ -91,9 +93,9 @@ class TransformersEngine:
         attention: str = "auto",
     ) -> None:
         if max_rows < 1:
-            raise ValueError(f"rollout.max_rows is {max_rows}; at least 1 row must be decoded at once")
+            raise UserError(f"rollout.max_rows is {max_rows}; at least 1 row must be decoded at once")
         if attention not in ("auto", "sdpa", "eager"):
-            raise ValueError(
+            raise UserError(
                 f"model.attention: the transformers engine decodes with sdpa or eager, not {attention!r}; "
                 "choose one, or engine vllm"
             )
@@ -107,10 +109,11 @@ class TransformersEngine:
         model, revision = config_source(model, revision)
         trusted = trusts(model, revision)
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusted)
-        self._limit, self._limit_name = _context_limit(config, model)
+        self._context = decoding_limit(config, model)
         self._model = _random_model(config, self.device, dtype, attention, trusted=trusted)
         self._eager = self._model.config._attn_implementation == "eager"
         self._head = self._model.get_output_embeddings()
+        self._hidden_scale, self._logit_scale = head_scales(self._model)
         self._decoder: TokenDecoder | None = None  # during sampling, for models that it fits
         self._names = CheckpointNames(self._model)
         self._shapes = WeightShapes(self._names.shapes, self._names.parameters)
@@ -167,7 +170,7 @@ class TransformersEngine:
         Requests with equal sampling are decoded together; all answers come at the end.
         """
         require_version(self, policy)
-        require_fit(requests, self._limit, self._limit_name)
+        require_fit(requests, self._context.tokens, self._context.why)
         self.state = EngineState.SERVING
         indexes_by_sampling: dict[Sampling, list[int]] = {}
         for index, request in enumerate(requests):
@@ -286,7 +289,7 @@ class TransformersEngine:
             ).last_hidden_state
             layers = layers_of(cache)
         last = hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
-        return _Prefill(layers, self._head(last))
+        return _Prefill(layers, self._logits(last))
 
     def _step(self, active: Sequence[_Row], cache: DecodeCache) -> Tensor:
         """(R, V) logits of each row's next token."""
@@ -300,7 +303,7 @@ class TransformersEngine:
             mask = torch.zeros_like(beyond, dtype=self._model.dtype).masked_fill_(beyond, float("-inf"))
             mask = mask[:, None, None]
         if self._decoder is not None:
-            return self._head(self._decoder(inputs[0], inputs[1], mask, cache))
+            return self._logits(self._decoder(inputs[0], inputs[1], mask, cache))
         hidden = self._model.base_model(
             input_ids=inputs[0][:, None],
             position_ids=inputs[1][:, None],
@@ -308,7 +311,13 @@ class TransformersEngine:
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        return self._head(hidden[:, -1])
+        return self._logits(hidden[:, -1])
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """(R, V) logits of the last hidden states (R, H), with the factors that some architectures apply."""
+        scaled = hidden if self._hidden_scale == 1.0 else hidden * self._hidden_scale
+        logits = self._head(scaled)
+        return logits if self._logit_scale == 1.0 else logits * self._logit_scale
 
     def _append_tokens(self, rows: Sequence[_Row], logits: Tensor, sampling: Sampling) -> None:
         """Samples a token for every unfinished row and appends it.
@@ -344,7 +353,7 @@ class TransformersEngine:
             self._compare_with_plain_forward(name)
 
     def _compare_with_plain_forward(self, name: str) -> None:
-        size = min(4, self._limit - 2)
+        size = min(4, self._context.tokens - 2)
         vocabulary = self._model.config.get_text_config().vocab_size
         texts = [[(7 * row + 3 * place + 1) % vocabulary for place in range(size + row)] for row in range(3)]
         rows = [_Row(index, Random(0), len(ids) - 2) for index, ids in enumerate(texts)]
@@ -361,42 +370,10 @@ class TransformersEngine:
                 plain = self._model(input_ids=input_ids, use_cache=False).logits[0, -1]
                 difference = (decoded - plain).abs().max()
                 if not difference <= rounding * plain.abs().max():
-                    raise ValueError(
+                    raise UserError(
                         f"{name}: decoding with the transformers engine's cache differs from the model's "
                         f"plain forward by {difference:.3g}; this architecture needs rollout.engine vllm"
                     )
-
-
-def _context_limit(config: PreTrainedConfig, name: str) -> tuple[int, str]:
-    """(the largest number of tokens in a row, what sets this limit).
-
-    Raises ValueError for layers without keys and values per token.
-    """
-    text: Any = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    if unsupported := kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(
-            f"{name} has {', '.join(sorted(unsupported))} layers, which the transformers engine cannot "
-            "cache; use rollout.engine vllm"
-        )
-    context = context_of(config)
-    if context is None:
-        raise ValueError(
-            f"{name} has no max_position_embeddings, which bounds the transformers engine's cache; use "
-            "rollout.engine vllm"
-        )
-    limit = context.tokens
-    window = getattr(text, "sliding_window", None)
-    slides = "sliding_attention" in kinds or (
-        getattr(text, "layer_types", None) is None and getattr(text, "use_sliding_window", True)
-    )
-    if window is not None and slides and window < limit:
-        return (
-            window,
-            "the sliding window, up to which the transformers engine decodes (rollout.engine vllm goes "
-            "further)",
-        )
-    return limit, f"the model ({context.why})"
 
 
 def _random_model(

@@ -1,0 +1,119 @@
+"""Mistakes in local inputs are one line before torch is imported, and prompts that cannot be decoded before
+any weight is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import MistralConfig
+
+from rltrain.build.inputs import require_decodable
+from rltrain.build.local_inputs import require_local_inputs
+from rltrain.config.load import load_recipe
+from rltrain.errors import UserError
+from rltrain.types.samples import Prompt
+
+ROOT = Path(__file__).parents[1]
+GRPO = ROOT / "recipes/policy/grpo.yaml"
+DPO = ROOT / "recipes/preference/dpo.yaml"
+
+
+def rows(path: Path, *lines: Any) -> str:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return str(path)
+
+
+def recipe_of(path: Path, *overrides: str) -> Any:
+    return load_recipe(path, profile="tiny_cpu", overrides=[*overrides, "data.eval=null"])
+
+
+@pytest.mark.parametrize(
+    ("path", "lines", "message"),
+    [
+        (GRPO, ({"prompt": "1"}, {"question": "2"}), "line 2: no column 'prompt'"),
+        (GRPO, ({"prompt": "1"}, "{"), "line 2: not JSON"),
+        (DPO, ({"prompt": "1", "chosen": "2"},), "line 1: neither chosen and rejected"),
+    ],
+)
+def test_malformed_rows_are_told_with_file_and_line(
+    tmp_path: Path, path: Path, lines: Any, message: str
+) -> None:
+    file = rows(tmp_path / "a.jsonl", *lines)
+    with pytest.raises(UserError, match=rf"a\.jsonl, {message}"):
+        require_local_inputs(recipe_of(path, f"model.path={tmp_path.parent}", f"data.train={file}"))
+
+
+@pytest.fixture(autouse=True)
+def a_folder_with_a_config(tmp_path: Path) -> None:
+    (tmp_path.parent / "config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("data.train=here/none.jsonl",), "data set 'here/none.jsonl': no such file or folder"),
+        (("data.train=./none",), "data set './none': no such file or folder"),
+        (("model.path=./none",), "model.path './none': no such folder"),
+        (("model.path=a/b/none",), "model.path 'a/b/none': no such folder"),
+        (("model.path={tmp}",), "is no model folder: it has no config.json"),
+    ],
+)
+def test_paths_at_which_nothing_is(tmp_path: Path, settings: tuple[str, ...], message: str) -> None:
+    model = f"model.path={tmp_path.parent}"
+    with pytest.raises(UserError, match=message):
+        require_local_inputs(recipe_of(GRPO, model, *(text.format(tmp=tmp_path) for text in settings)))
+
+
+def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rltrain.build.local_inputs.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="the package vllm is not installed here; install it"):
+        require_local_inputs(recipe_of(GRPO, "rollout.engine=vllm"))
+
+
+def test_names_on_the_hub_and_built_in_tasks_pass(tmp_path: Path) -> None:
+    require_local_inputs(recipe_of(GRPO, "model.path=someone/model"))
+    require_local_inputs(recipe_of(GRPO, "model.path=someone/model", "data.train=someone/data"))
+    require_local_inputs(recipe_of(DPO, "model.path=someone/model"))
+
+
+def test_the_command_tells_them_without_importing_torch(tmp_path: Path) -> None:
+    """Five seconds of imports lie between a mistake and its line otherwise."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    command = [sys.executable, "-m", "rltrain", "train", str(GRPO), "--profile", "tiny_cpu", "--run", "run"]
+    for settings, message in (
+        (("--set", "data.train=none.jsonl"), "data set 'none.jsonl': no such file or folder"),
+        (("--set", "model.path=./none"), "model.path './none': no such folder"),
+        (("--set", "rollout.n=many"), "rollout.n"),
+        (("--set", "data.chat_template=none.jinja"), "none.jinja' cannot be read"),
+    ):
+        model = ("--set", f"model.path={tmp_path.parent}") if "model.path" not in settings[1] else ()
+        done = subprocess.run(
+            [*command, *model, *settings], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+            env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": ""},
+        )  # fmt: skip
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_data_set_of_ones_own_needs_no_options_of_the_task_it_replaces() -> None:
+    recipe = recipe_of(GRPO, "data.train=own.jsonl")
+    assert recipe.data.options == {}
+    assert recipe_of(GRPO, "data.train=arithmetic").data.options == {"digits": 2, "operations": "+"}
+    both = ("data.options={digits: 3}", "data.train=arithmetic_pairs")
+    assert recipe_of(GRPO, *both).data.options == {"digits": 3}
+
+
+def test_a_prompt_beyond_the_engines_window_is_told_before_weights_are_loaded(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    MistralConfig(**sizes, sliding_window=24).save_pretrained(tmp_path)
+    recipe = recipe_of(GRPO, f"model.path={tmp_path}", "rollout.max_tokens=8")
+    short = Prompt("short", tuple(range(16)), "")
+    require_decodable(recipe, [short])
+    with pytest.raises(UserError, match=r"prompt 'long' has 17 tokens .* 24 of the sliding .* to 16 or less"):
+        require_decodable(recipe, [short, Prompt("long", tuple(range(17)), "")])
