@@ -6,6 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rltrain.errors import UserError
+from rltrain.json_text import parse_json
+
+ADAPTER_CONFIG = "adapter_config.json"  # of a folder that holds a LoRA adapter
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
 
 def local_file(path: str, revision: str | None, name: str) -> Path | None:
     """The local path of a model's file, downloaded from the Hub if necessary; None where the model has no
@@ -23,6 +29,7 @@ def config_file(path: str, revision: str | None) -> Path | None:
 
     Unlike ``local_file`` it imports no transformers.
     """
+    path, revision = config_source(path, revision)
     folder = Path(path)
     if folder.is_dir():
         file = folder / "config.json"
@@ -49,3 +56,27 @@ def model_errors() -> Iterator[None]:
     except Exception as error:
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise ValueError(f"{type(error).__name__}: {reason:.300}") from error
+
+
+def adapter_base(path: str) -> tuple[str, str | None] | None:
+    """(name, revision) of the model that an adapter in the folder ``path`` belongs to; None for a whole
+    model.
+
+    Raises UserError where its adapter_config.json names none.
+    """
+    file = Path(path) / ADAPTER_CONFIG
+    if not file.is_file():
+        return None
+    try:
+        config = parse_json(file.read_text(encoding="utf-8"))
+        base = config["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); export the adapter again") from error
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{file}: base_model_name_or_path is {base!r}; write the base model's name there")
+    return base, config.get("revision")
+
+
+def config_source(path: str, revision: str | None) -> tuple[str, str | None]:
+    """(name, revision) of the model whose config.json describes the model ``path``: an adapter's base."""
+    return adapter_base(path) or (path, revision)

@@ -55,6 +55,7 @@ def build_engine(
         adaptive_temperature=rollout.adaptive_temperature is not None,
         device=device,
         tensor_parallel=rollout.vllm.tensor_parallel,
+        adapter_rank=None if model.adapter is None else model.adapter.rank,
     )
 
 

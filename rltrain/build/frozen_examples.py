@@ -102,7 +102,7 @@ def _open_frozen_log_probs(
     reporter: Reporter,
 ) -> Iterator[FrozenLogProbs]:
     """The log-probs of the model at ``path``; None: the starting model, which is loaded a second time
-    only if the learner no longer has its weights.
+    only if the learner no longer has its weights, nor an adapter to switch off.
     """
     folder = None if reference.cache is None else Path(reference.cache).expanduser()
     build = partial(FrozenLogProbs, learner, folder=folder, verify=reference.verify, say=reporter.message)

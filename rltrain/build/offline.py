@@ -27,6 +27,7 @@ from rltrain.build.outputs import (
     initial_model,
     require_same_data,
     resume,
+    saved_adapter,
 )
 from rltrain.checkpoint.random_state import seed_everything
 from rltrain.checkpoint.run_state import RunState
@@ -308,6 +309,7 @@ def build_preference_learner(
         total_updates=steps,
         seed=seed,
         scoring=REWARDS if "scalar_head" in spec.traits else LOG_PROBS,
+        adapter_from=saved_adapter(model, checkpoint),
         deadline=process.deadline,
     )
 
@@ -374,7 +376,12 @@ def evaluate_offline(model: str, recipe: OfflineRecipe, process: Process) -> Pre
     """
     start = recipe.model
     judged = start.model_copy(
-        update={"path": model, "revision": None, "reference": start.reference or start.path}
+        update={
+            "path": model,
+            "revision": None,
+            "reference": start.reference or start.path,
+            "adapter": None,
+        }
     )
     recipe = recipe.model_copy(update={"model": judged})
     inputs = load_offline_inputs(recipe)

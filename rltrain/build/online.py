@@ -14,7 +14,7 @@ from pathlib import Path
 from rltrain.advantage import ADVANTAGES
 from rltrain.build.context import RunContext
 from rltrain.build.inputs import RunInputs
-from rltrain.build.outputs import PROCESS, TrainingState, build_outputs, initial_model, resume
+from rltrain.build.outputs import PROCESS, TrainingState, build_outputs, initial_model, resume, saved_adapter
 from rltrain.build.rollout import build_rollout
 from rltrain.checkpoint.random_state import seed_everything
 from rltrain.checkpoint.run_state import is_sharded
@@ -205,6 +205,7 @@ def build_learner(
         max_tokens=rollout.max_tokens,
         total_updates=steps * settings.updates * settings.epochs,
         seed=seed,
+        adapter_from=saved_adapter(model, checkpoint),
         deadline=process.deadline,
     )
 
@@ -241,6 +242,7 @@ def build_process_reward(
         PREFERENCE_LOSSES.bind(settings.loss.name, settings.loss.hp),
         total_updates=steps * settings.updates,
         seed=stable_hash(seed, "process reward"),
+        adapter_from=saved_adapter(origin, checkpoint),
         deadline=context.process.deadline,
     )
 

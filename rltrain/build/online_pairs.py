@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rltrain.build.context import RunContext
 from rltrain.build.inputs import RunInputs
-from rltrain.build.outputs import TrainingState, build_outputs, initial_model, resume
+from rltrain.build.outputs import TrainingState, build_outputs, initial_model, resume, saved_adapter
 from rltrain.build.rollout import build_rollout
 from rltrain.checkpoint.random_state import seed_everything
 from rltrain.config.rules.registries import JUDGES
@@ -118,6 +118,7 @@ def build_pair_learner(
         temperature=temperature,
         total_updates=train.steps * settings.updates * settings.epochs,
         seed=seed,
+        adapter_from=saved_adapter(model, context.checkpoint),
         deadline=context.process.deadline,
     )
     if "ref_logp" in needs | JUDGES.spec(judge.name).needs_with(judge.hp):

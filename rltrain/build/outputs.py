@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rltrain.build.context import RunContext
 from rltrain.checkpoint.background_save import BackgroundSave
-from rltrain.checkpoint.export import export_model
+from rltrain.checkpoint.export import export_adapter, export_model
 from rltrain.checkpoint.model_card import model_card
 from rltrain.checkpoint.random_state import random_state
 from rltrain.checkpoint.run_folder import describe_environment
@@ -33,6 +34,7 @@ from rltrain.report.sinks import open_sinks
 from rltrain.report.token_numbers import STEPS, TokenNumbers
 from rltrain.report.transcripts import Transcripts
 from rltrain.rollout.colocated import ColocatedRollouts
+from rltrain.sync.adapter import AdapterSync
 from rltrain.sync.colocated import Sync
 from rltrain.train.saving import ModelWriter
 from rltrain.types.tensor_parts import TensorPart, select_tensors
@@ -91,9 +93,10 @@ def build_model_writer(
             yield f"{PROCESS}:{name}", tensor
 
     def write(out: Path, step: int, results: Mapping[str, float], state: RunState | None) -> Path:
+        is_checkpoint = state is not None
         if not is_main:  # gathering is a collective, here in the order in which the main process writes
-            drain(learner.weights())
-            drain(() if process is None else process.weights())
+            drain(stored_weights(learner, is_checkpoint=is_checkpoint))
+            drain(() if process is None else stored_weights(process, is_checkpoint=is_checkpoint))
             drain(() if state is None else optimizer_tensors())
             return out
 
@@ -102,14 +105,13 @@ def build_model_writer(
 
         def write_extra(out_folder: Path) -> None:
             if process is not None:
-                folder_of_process = out_folder / PROCESS
-                ties = process.names.ties
-                export_model(folder_of_process, process.model, tokenizer, card, process.weights(), ties=ties)
+                export_learner(
+                    out_folder / PROCESS, process, tokenizer, card, None, is_checkpoint=is_checkpoint
+                )
             if state is not None:
                 write_state(out_folder, state, optimizer_tensors())
 
-        ties = learner.names.ties
-        return export_model(out, learner.model, tokenizer, card, learner.weights(), write_extra, ties=ties)
+        return export_learner(out, learner, tokenizer, card, write_extra, is_checkpoint=is_checkpoint)
 
     def snapshot(step: int, evaluations: Sequence[Mapping[str, float]]) -> RunState:
         return RunState(
@@ -144,6 +146,36 @@ def _background_save(
         return None
     prune = partial(context.folder.prune_checkpoints, settings.keep)
     return BackgroundSave(context.process, background_group(), parts, prune)
+
+
+def stores_adapter(learner: ModelOwner, *, is_checkpoint: bool) -> bool:
+    """Whether a folder holds the learner's adapter alone: a checkpoint always does."""
+    adapter = learner.trained.adapter
+    return adapter is not None and (is_checkpoint or adapter.settings.export == "adapter")
+
+
+def stored_weights(learner: ModelOwner, *, is_checkpoint: bool) -> Iterator[tuple[str, Tensor]]:
+    """The weights that a folder of the learner holds. A collective."""
+    if stores_adapter(learner, is_checkpoint=is_checkpoint):
+        return learner.adapter_weights()
+    return learner.weights()
+
+
+def export_learner(
+    out: Path,
+    learner: ModelOwner,
+    tokenizer: PreTrainedTokenizerBase,
+    card: str,
+    extra: Callable[[Path], None] | None,
+    *,
+    is_checkpoint: bool,
+) -> Path:
+    """Writes the learner's model, or its adapter, to the new folder ``out``. A collective."""
+    weights = stored_weights(learner, is_checkpoint=is_checkpoint)
+    if stores_adapter(learner, is_checkpoint=is_checkpoint):
+        config = learner.trained.adapter_config()
+        return export_adapter(out, tokenizer, card, config, weights, extra)
+    return export_model(out, learner.model, tokenizer, card, weights, extra, ties=learner.names.ties)
 
 
 def build_outputs(
@@ -193,7 +225,7 @@ class TrainingState:
 
     learner: ModelOwner
     source: ColocatedRollouts
-    sync: Sync
+    sync: Sync | AdapterSync
     controllers: Sequence[Controller] = ()
     law: Law | None = None
     process: ProcessRewardLearner | None = None
@@ -256,9 +288,15 @@ def data_digest(items: Iterable[object]) -> str:
 
 def initial_model(model: _Model, checkpoint: Path | None) -> _Model:
     """The model whose weights a learner loads: the recipe's, or ``checkpoint``, which has the optimizer's
-    float32 weights. Those of a sharded checkpoint are restored with the optimizer's state.
+    float32 weights. Those of a sharded checkpoint are restored with the optimizer's state; a checkpoint of an
+    adapter has only the adapter's (``saved_adapter``).
     """
-    if checkpoint is None or is_sharded(checkpoint):
+    if checkpoint is None or model.adapter is not None or is_sharded(checkpoint):
         return model
     trust_copy(checkpoint, model.path, model.revision)
     return model.model_copy(update={"path": str(checkpoint), "revision": None})
+
+
+def saved_adapter(model: Model, checkpoint: Path | None) -> Path | None:
+    """The folder of the adapter that a learner continues with; None: its adapter, if any, is new."""
+    return None if model.adapter is None else checkpoint

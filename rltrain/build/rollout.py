@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 
@@ -30,6 +31,7 @@ from rltrain.errors import UserError, user_mistakes
 from rltrain.learner.frozen_models import reference_weights
 from rltrain.learner.loading import load_causal_lm
 from rltrain.learner.pair_learner import PairLearner
+from rltrain.learner.passes import token_log_probs
 from rltrain.learner.policy_learner import PolicyLearner
 from rltrain.learner.reward_model import RewardModel
 from rltrain.learner.trained_model import ModelOwner
@@ -41,6 +43,7 @@ from rltrain.rollout.model_rewards import ModelGrader
 from rltrain.rollout.temperature import TemperatureController
 from rltrain.rollout.verdicts import label_of_only_function
 from rltrain.seeds import stable_hash
+from rltrain.sync.adapter import AdapterSync, AdapterTarget, Probe
 from rltrain.sync.colocated import Sync
 from rltrain.train.evaluate import Evaluator
 from rltrain.train.mismatch import MismatchGuard
@@ -62,7 +65,7 @@ class RolloutParts:
     """The parts of a run that sample, grade and evaluate, and the transfer of weights to them."""
 
     source: ColocatedRollouts
-    sync: Sync
+    sync: Sync | AdapterSync
     evaluator: Evaluator | None
     mismatch: MismatchGuard
 
@@ -88,7 +91,8 @@ def build_rollout(
     with process.deadline(f"the {rollout.engine} engine", "to start"):
         engine = build_engine(model, data, rollout, precision, inputs.tokenization, process)
     sampler = build_sampler(data, rollout, engine, inputs.tokenization)
-    sync = build_sync(sync_settings, engine, learner.names, seed, process.deadline)
+    longest = data.max_prompt_tokens + rollout.max_tokens
+    sync = build_learner_sync(sync_settings, engine, learner, longest, seed, process.deadline)
     batch_tokens = learner.trained.settings.tokens_per_micro_batch
     grader = add_model_rewards(reward, inputs.grader, batch_tokens, process.device, data.date)
 
@@ -120,7 +124,7 @@ def build_source(
     graded: GradedSampler,
     order: Order,
     context: SamplerContext,
-    sync: Sync,
+    sync: Sync | AdapterSync,
     close_engine: Callable[[], None],
 ) -> ColocatedRollouts:
     """The object that samples and grades the rollouts of every step."""
@@ -153,6 +157,42 @@ def build_sync(
     """names: of the weights that are pushed."""
     return Sync(
         [engine], names.ties, settings.sample, settings.full_every, stable_hash(seed, "sync"), deadline
+    )
+
+
+def build_learner_sync(
+    settings: SyncSettings,
+    engine: RolloutEngine,
+    learner: SamplingLearner,
+    longest: int,
+    seed: int,
+    deadline: Deadline,
+) -> Sync | AdapterSync:
+    """vLLM takes an adapter beside its own copy of the base; the embedded engine takes the merged weights.
+
+    longest: tokens of a row that fits the engine.
+    """
+    adapter = learner.trained.adapter
+    if adapter is None or engine.name != "vllm":
+        return build_sync(settings, engine, learner.names, seed, deadline)
+    is_float32 = engine.dtype == torch.float32 and learner.trained.precision == "no"
+    row = learner.trained.probe_row
+    row = TokenRows(row.prompts, (row.completions[0][: longest - 2],))  # vLLM adds a token
+    tolerance, _ = MISMATCH_FLOAT32 if is_float32 else MISMATCH_BFLOAT16
+
+    def log_probs() -> list[float]:
+        return token_log_probs(learner.trained, row, temperature=1.0)[0].tolist()
+
+    probe = Probe((*row.prompts[0], *row.completions[0]), log_probs, tolerance)
+    return AdapterSync(
+        [cast("AdapterTarget", engine)],
+        learner.trained.base_weights,
+        learner.names.ties,
+        learner.trained.adapter_config(),
+        adapter.settings.scale,
+        probe,
+        settings.full_every,
+        deadline,
     )
 
 
@@ -239,12 +279,24 @@ def build_extra_samples(refs: Sequence[MethodRef], context: SamplerContext) -> t
 
 
 def _reference_loader(
-    refs: Sequence[MethodRef], model: Model, engine: RolloutEngine, learner: ModelOwner, sync: Sync
+    refs: Sequence[MethodRef],
+    model: Model,
+    engine: RolloutEngine,
+    learner: ModelOwner,
+    sync: Sync | AdapterSync,
 ) -> Callable[[], AbstractContextManager[None]]:
     """A context in which the engine has the reference model's weights, if a source needs them."""
     if not any("reference_weights" in EXTRA_SAMPLES.spec(ref.name).needs_with(ref.hp) for ref in refs):
         return _refuse_reference
-    weights = reference_weights(model, learner.model, engine.dtype)
+    if isinstance(sync, AdapterSync):
+        if model.reference is not None:
+            raise UserError(
+                "rollout.extra_samples reference: with model.adapter, vLLM holds the base and its adapters, "
+                f"not model.reference {model.reference}; leave model.reference out, or set rollout.engine to "
+                "transformers"
+            )
+        return partial(sync.switch_off, REFERENCE_VERSION, learner.adapter_weights)
+    weights = reference_weights(model, learner.trained, engine.dtype)
     return partial(sync.load_temporarily, weights, REFERENCE_VERSION, learner.weights)
 
 

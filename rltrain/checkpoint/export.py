@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from rltrain.checkpoint.run_folder import directory_atomic
 from rltrain.checkpoint.tensor_files import write_tensors
+from rltrain.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rltrain.weight_names import CheckpointNames
 
 MANIFEST = "files.sha256.json"
@@ -78,6 +79,56 @@ def export_model(
             json.dumps(file_hashes(temporary), indent=2) + "\n", encoding="utf-8"
         )
     return out
+
+
+def export_adapter(
+    out: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    card: str,
+    config: Mapping[str, Any],
+    weights: Iterable[tuple[str, Tensor]],
+    extra: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write an adapter to the new folder ``out`` as peft does, with tokenizer and card beside it.
+
+    transformers, peft and vLLM load it with its base. A config.json would make transformers look for a whole
+    model there.
+
+    config: the content of adapter_config.json. weights:
+    by peft's names. extra: as for ``export_model``. Raises UserError when ``out`` exists, ExportError on NaN.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with directory_atomic(out) as temporary:
+        (temporary / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_tensors(temporary, Path(ADAPTER_WEIGHTS).stem, _finite_weights(weights))
+        with _system_errors():
+            tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        AutoTokenizer.from_pretrained(temporary, local_files_only=True)
+        if extra is not None:
+            extra(temporary)
+        (temporary / MANIFEST).write_text(
+            json.dumps(file_hashes(temporary), indent=2) + "\n", encoding="utf-8"
+        )
+    return out
+
+
+def _finite_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """``weights`` unchanged. Raises ExportError, after the last weight, where one holds NaN or infinity."""
+    nonfinite: list[str] = []
+    for name, weight in weights:
+        if not torch.isfinite(weight).all():
+            nonfinite.append(name)
+        yield name, weight
+    _refuse_nonfinite(nonfinite)
+
+
+def _refuse_nonfinite(names: Sequence[str]) -> None:
+    if names:
+        raise ExportError(
+            f"{len(names)} tensors hold NaN or infinity ({', '.join(names[:3])}): the run diverged, "
+            "look at loss/total"
+        )
 
 
 def verify(folder: Path, *, classifier: bool = False, own_code: bool = False) -> None:
@@ -190,11 +241,7 @@ def _storable_weights(
                 f"{copied} and {source} are tied but differ; one of them is stale, so the model cannot be "
                 "written as tied"
             )
-    if nonfinite:
-        raise ExportError(
-            f"{len(nonfinite)} tensors hold NaN or infinity ({', '.join(nonfinite[:3])}): the run diverged, "
-            "look at loss/total"
-        )
+    _refuse_nonfinite(nonfinite)
 
 
 def _digest(weight: Tensor) -> str:

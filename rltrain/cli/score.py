@@ -31,6 +31,7 @@ from rltrain.data.tokenization import Tokenization, tokenization_of
 from rltrain.errors import UserError, user_mistakes
 from rltrain.learner.frozen_models import require_same_tokens
 from rltrain.learner.reward_model import rewards_of
+from rltrain.model_files import config_source
 from rltrain.model_limits import context_of
 from rltrain.remote_code import refusing_untrusted, trusts
 from rltrain.report.statistics import average_at_k
@@ -63,7 +64,8 @@ def score_command(
     with user_mistakes():
         tokenization = scorer_tokenization(model)
         with refusing_untrusted(model.path):
-            config = AutoConfig.from_pretrained(model.path, trust_remote_code=trusts(model.path))
+            source, revision = config_source(model.path, None)
+            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trusts(source))
             context = context_of(config)
         rows = read_file(
             file, columns, steps, tokenization, data, None if context is None else context.tokens

@@ -14,17 +14,22 @@ from rltrain.data.tokenization import tokenization_of
 from rltrain.errors import UserError, user_mistakes
 from rltrain.learner.frozen_models import require_same_tokens
 from rltrain.learner.loading import load_causal_lm
+from rltrain.model_files import adapter_base
 from rltrain.weight_names import CheckpointNames
 
 
 def soup_command(models: Sequence[str], weights: Sequence[float], out: Path) -> int:
     """``rltrain soup``: writes the weighted mean of ``models`` as a model folder, with the tokenizer of
     the first model. Without ``weights`` all models count equally.
+
+    An adapter's folder counts as the model that base and adapter are together; a soup of one adapter merges
+    it.
     """
-    if len(models) < 2 or (weights and len(weights) != len(models)):
+    is_merge = len(models) == 1 and not weights and adapter_base(models[0]) is not None
+    if not is_merge and (len(models) < 2 or (weights and len(weights) != len(models))):
         raise UserError(
-            f"a soup of {len(models)} models and {len(weights)} weights; give two or more, and a --weight "
-            "for each or none"
+            f"a soup of {len(models)} models and {len(weights)} weights; give two or more (or one adapter, "
+            "to merge it), and a --weight for each or none"
         )
     shares = list(weights) or [1 / len(models)] * len(models)
     with user_mistakes():

@@ -15,6 +15,7 @@ from typing import Any
 from rltrain.config.schema import AnyRecipe
 from rltrain.errors import UserError
 from rltrain.json_text import parse_json
+from rltrain.model_files import config_source
 from rltrain.model_limits import Context, context_of, require_context
 
 __all__ = ["config_path", "context_problems", "model_context", "row_sizes"]
@@ -26,6 +27,7 @@ def config_path(model: str, revision: str | None = None) -> Path:
     The Hub's cache has a folder ``snapshots/COMMIT`` for each downloaded commit, and the commit of a branch
     in ``refs/BRANCH``.
     """
+    model, revision = config_source(model, revision)
     folder = Path(model)
     if folder.is_dir() or model.count("/") > 1:
         return folder / "config.json"

@@ -7,6 +7,7 @@ defines them, and a recipe writes them next to its name (``policy: {name: clip, 
 from __future__ import annotations
 
 import datetime as dt
+import math
 from string import Formatter
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     Tag,
     model_serializer,
+    model_validator,
 )
 
 from rltrain.chat_template import is_template_file
@@ -148,6 +150,66 @@ class About(Section):
     expected: str = ""  # the result that the paper or a run of ours reports, with its conditions
 
 
+MAX_ADAPTER_RANK = 512  # the largest rank that vLLM serves
+# What vLLM refuses to load, or a proof of the weights could not cover: the key, and why.
+_REFUSED_ADAPTER_KEYS = {
+    "dora": "vLLM does not serve DoRA, whose magnitudes are no product of two matrices",
+    "bias": "vLLM serves no trained biases",
+    "modules_to_save": "vLLM serves no modules that are trained in full beside an adapter",
+    "init": "starts that change the base (PiSSA, OLoRA, CorDA, LoftQ) are refused by vLLM, and the adapter "
+    "switched off would not be the reference; B starts at 0 and A at random",
+}
+_REFUSED_ADAPTER_KEYS |= dict.fromkeys(("use_dora",), _REFUSED_ADAPTER_KEYS["dora"])
+_REFUSED_ADAPTER_KEYS |= dict.fromkeys(("lora_bias",), _REFUSED_ADAPTER_KEYS["bias"])
+_REFUSED_ADAPTER_KEYS |= dict.fromkeys(("start", "init_lora_weights"), _REFUSED_ADAPTER_KEYS["init"])
+
+
+def _refuse_adapter_keys(values: Any) -> Any:
+    """Raises ValueError for a known form of adapter that cannot be trained here."""
+    for key in values if isinstance(values, dict) else ():
+        if key in _REFUSED_ADAPTER_KEYS and values[key] not in (None, False, "none", "None", []):
+            raise ValueError(f"{key}: {_REFUSED_ADAPTER_KEYS[key]}; leave {key} out")
+    if isinstance(values, dict):
+        return {key: value for key, value in values.items() if key not in _REFUSED_ADAPTER_KEYS}
+    return values
+
+
+def _require_no_dropout(dropout: float) -> float:
+    if dropout != 0:
+        raise ValueError(
+            f"{dropout:g} would make the log-probs of an update differ at random from those that the ratio "
+            "or the reference compares them with; leave it at 0"
+        )
+    return dropout
+
+
+class Adapter(Section):
+    """LoRA (arXiv:2106.09685): the model's weights stay as they are, and W + scale B A is trained in their
+    place.
+    """
+
+    rank: int = Field(default=16, ge=1, le=MAX_ADAPTER_RANK)  # columns of B, rows of A
+    alpha: int = Field(default=32, ge=1)  # scale of B A: alpha / rank, or alpha / sqrt(rank) with rslora
+    # linear: every linear layer but the output head; attention: those of the attention; kappatune: the
+    # kappa_share of all with the smallest condition numbers (arXiv:2506.16289); or last parts of layer names
+    targets: Literal["linear", "attention", "kappatune"] | tuple[str, ...] = "linear"
+    kappa_share: float = Field(default=0.2, gt=0, le=1)
+    rslora: bool = False  # arXiv:2312.03732
+    dropout: Annotated[float, AfterValidator(_require_no_dropout)] = 0.0
+    # storage of the weights that are not trained (arXiv:2305.14314); nf4, int8: by bitsandbytes
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    # form of the finished model: its adapter beside the base's name, or a whole model. Checkpoints hold the
+    # adapter
+    export: Literal["adapter", "merged"] = "adapter"
+
+    _refuse_keys = model_validator(mode="before")(_refuse_adapter_keys)
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
 class Model(Section):
     path: str  # Hub name or folder
     revision: str | None = None
@@ -156,6 +218,7 @@ class Model(Section):
     reference: str | None = None  # model for ref_logp and for the reference source; None: the initial model
     teacher: str | None = None  # model for teacher_logp, with the same tokenizer; None: the initial model
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    adapter: Adapter | None = None  # trained in place of the weights; None: all weights are trained
 
 
 class Source(Section):

@@ -18,7 +18,7 @@ from rltrain.chat_template import is_template_file, read_template
 from rltrain.config.schema import Data, Model, Rollout
 from rltrain.data.chat import StopTokens, stop_token_ids, stop_tokens_of
 from rltrain.errors import UserError
-from rltrain.model_files import local_file
+from rltrain.model_files import config_source, local_file
 from rltrain.model_limits import require_context, require_room_for_tokens
 from rltrain.remote_code import refusing_untrusted, trusts
 
@@ -110,13 +110,13 @@ def tokenization_of(model: Model, sizes: Mapping[str, int], chat_template: str =
 
 
 def load_model_config(model: Model) -> PreTrainedConfig:
-    return AutoConfig.from_pretrained(
-        model.path, revision=model.revision, trust_remote_code=trusts(model.path, model.revision)
-    )
+    source, revision = config_source(model.path, model.revision)
+    return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trusts(source, revision))
 
 
 def _generation_config(model: Model) -> GenerationConfig | None:
     """The model's generation config; None if it has none, so that only the tokenizer defines stop tokens."""
-    if local_file(model.path, model.revision, "generation_config.json") is None:
+    source, revision = config_source(model.path, model.revision)
+    if local_file(source, revision, "generation_config.json") is None:
         return None
-    return GenerationConfig.from_pretrained(model.path, revision=model.revision or "main")
+    return GenerationConfig.from_pretrained(source, revision=revision or "main")

@@ -468,7 +468,7 @@ def _sum_of_squares(part: Tensor) -> Tensor:
     return torch.linalg.vector_norm(part.detach(), dtype=torch.float64).square().cpu()
 
 
-def set_mode(policy: nn.Module, *, training: bool) -> None:
+def set_mode(policy: Any, *, training: bool) -> None:
     """``policy.train(training)``, but only if it changes the mode, since it visits every module."""
     if policy.training is not training:
         policy.train(training)

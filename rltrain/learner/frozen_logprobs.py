@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rltrain.errors import UserError
-from rltrain.learner.forward import PolicyForward
+from rltrain.learner.adapter_off import FrozenModel
 from rltrain.learner.preference_learner import PreferenceLearner
 from rltrain.learner.trained_model import ROUNDING
 from rltrain.seeds import stable_hash
@@ -42,7 +42,7 @@ class FrozenLogProbs:
     """Computes the log-probs of one frozen model, or reads them from the cache."""
 
     learner: PreferenceLearner
-    frozen: PolicyForward | None  # None: the learner's own model with its current weights
+    frozen: FrozenModel | None  # None: the learner's own model with its current weights
     weights: str  # digest of the frozen model's weights
     folder: Path | None  # of the cache; None: no cache
     verify: int  # rows of cached log-probs to compute again

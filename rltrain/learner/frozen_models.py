@@ -10,15 +10,17 @@ import torch
 from accelerate.utils import DistributedType, broadcast
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from rltrain.config.schema import Model
 from rltrain.errors import UserError
+from rltrain.learner.adapter_off import AdapterOff, FrozenModel
 from rltrain.learner.forward import PolicyForward
 from rltrain.learner.loading import Head, load_causal_lm, require_weights
 from rltrain.learner.ranks import loading_on_rank_0
 from rltrain.learner.shards import gather_rows, put_full
 from rltrain.learner.trained_model import COMPUTE_DTYPES, TrainedModel
+from rltrain.model_files import config_source
 from rltrain.model_limits import require_context, require_room_for_tokens
 from rltrain.remote_code import refusing_untrusted, trusts
 from rltrain.tensor_ops import weight_fingerprint
@@ -26,6 +28,7 @@ from rltrain.weight_names import CheckpointNames
 
 __all__ = [
     "frozen_model",
+    "frozen_or_adapter_off",
     "load_frozen",
     "reference_weights",
     "require_companion",
@@ -91,10 +94,18 @@ def require_companion(
     """
     require_same_tokens(tokenizer, model, key, path)
     with refusing_untrusted(path):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trusts(path))
+        source, revision = config_source(path, None)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trusts(source))
         require_context(config, f"{key} {path}", sizes)
         require_room_for_tokens(tokenizer, int(config.get_text_config().vocab_size), path)
     require_weights(path, None, head)
+
+
+def frozen_or_adapter_off(path: str | None, model: Model, trained: TrainedModel) -> FrozenModel:
+    """``load_frozen``; the model as an adapter started from it is ``trained`` with the adapter off."""
+    if path is None and trained.adapter is not None:
+        return AdapterOff(trained)
+    return load_frozen(path, model, trained)
 
 
 def load_frozen(path: str | None, model: Model, trained: TrainedModel) -> PolicyForward:
@@ -109,12 +120,14 @@ def load_frozen(path: str | None, model: Model, trained: TrainedModel) -> Policy
 
 
 @contextmanager
-def frozen_model(
-    path: str | None, model: Model, trained: TrainedModel
-) -> Iterator[tuple[PolicyForward, str]]:
-    """``load_frozen`` as a block, after which the model can be freed, and the digest of its weights as they
-    are in the folder. A collective.
+def frozen_model(path: str | None, model: Model, trained: TrainedModel) -> Iterator[tuple[FrozenModel, str]]:
+    """``frozen_or_adapter_off`` as a block, after which a second model can be freed, and the digest of its
+    weights as they are in the folder. A collective.
     """
+    if path is None and trained.adapter is not None:
+        off = AdapterOff(trained)
+        yield off, weights_digest(off.weights())
+        return
     frozen = _read(path, model, trained)
     digest = None
     if trained.rank == 0:
@@ -230,11 +243,14 @@ def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def reference_weights(model: Model, policy: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+def reference_weights(model: Model, trained: TrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """The frozen reference's weights by checkpoint name, in an engine's ``dtype``, in host memory.
 
-    Raises UserError if their shapes are not the policy's.
+    Raises UserError if their shapes are not the policy's. A collective where ``trained`` has an adapter.
     """
+    if model.reference is None and trained.adapter is not None:
+        return {name: weight.to("cpu", dtype, copy=True) for name, weight in trained.base_weights()}
+    policy = trained.model
     frozen = load_causal_lm(
         model.reference or model.path, None if model.reference else model.revision, model.attention
     )

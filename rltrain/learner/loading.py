@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,9 @@ from transformers import (
 from transformers.utils import logging
 
 from rltrain.errors import UserError
+from rltrain.learner.adapter import merge_adapter_folder
 from rltrain.learner.backend import reshard, set_mode
+from rltrain.model_files import adapter_base
 from rltrain.remote_code import refusing_untrusted, trusts
 
 __all__ = [
@@ -56,14 +59,23 @@ _RANDOM_PASSES = 8  # further passes of a model whose forward draws random numbe
 _RANDOM = re.compile(r"drop|^(input_)?jitter_noise$|^moe_jitter_eps$")
 
 
-def load_causal_lm(path: str, revision: str | None, attention: str) -> PreTrainedModel:
+def load_causal_lm(
+    path: str, revision: str | None, attention: str, quantization: Any | None = None
+) -> PreTrainedModel:
     """A causal LM in float32 (the optimizer's precision; autocast computes in a lower one), without dropout.
 
-    Raises UserError where the folder's tensors are not exactly the architecture's.
+    A folder with an adapter is loaded as the model that base and adapter are together. quantization:
+    transformers' config for storing the linear layers in fewer bits. Raises UserError where the folder's
+    tensors are not exactly the architecture's.
     """
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
-    model, report = open_folder(AutoModelForCausalLM, path, revision, dtype=torch.float32, **options)
-    require_complete(path, model, report, "logits")
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    base, base_revision = adapter_base(path) or (path, revision)
+    model, report = open_folder(AutoModelForCausalLM, base, base_revision, dtype=torch.float32, **options)
+    require_complete(base, model, report, "logits")
+    if base != path:
+        merge_adapter_folder(model, Path(path))
     return without_dropout(model)
 
 
@@ -113,6 +125,8 @@ def require_weights(path: str, revision: str | None, head: Head, attention: str 
     options: dict[str, Any] = {"num_labels": 1} if head == "new scalar" else {}
     if attention != "auto":
         options["attn_implementation"] = attention
+    if head == "logits":
+        path, revision = adapter_base(path) or (path, revision)
     with _quiet(), without_weights():
         model, report = open_folder(kind, path, revision, **options)
     require_complete(path, model, report, head)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rltrain.learner.adapter_off import FrozenModel
 from rltrain.learner.attention_cost import MASKED_SCORES_PER_HIDDEN, sharing_pays
-from rltrain.learner.forward import PolicyForward
 from rltrain.learner.packing import MicroBatch, build, plan
 from rltrain.learner.shared_prompt import build_shared, line_length, lines_of
 from rltrain.learner.trained_model import TrainedModel
@@ -53,7 +53,7 @@ class MicroBatches:
         return map(self.build, self.parts)
 
 
-def shares_prompts(trained: TrainedModel, frozen: PolicyForward | None = None) -> bool:
+def shares_prompts(trained: TrainedModel, frozen: FrozenModel | None = None) -> bool:
     """Whether rows of one prompt may share it. frozen: the model that reads them; None: the trained one."""
     model = trained.unwrapped_model if frozen is None else frozen
     return trained.settings.share_prompt == "auto" and trained.layout == "padded" and model.shares_prompts

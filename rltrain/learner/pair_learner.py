@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rltrain.config.schema import Model, RolloutLearner
+from rltrain.learner.adapter_off import FrozenModel
 from rltrain.learner.forward import PolicyForward
-from rltrain.learner.frozen_models import load_frozen
+from rltrain.learner.frozen_models import frozen_or_adapter_off, load_frozen
 from rltrain.learner.passes import compute_statistics
 from rltrain.learner.preference_learner import PreferenceLearner
 from rltrain.learner.shards import gather_rows, local_part, put_full
@@ -41,8 +43,8 @@ class PairUpdates:
 class PairLearner(ModelOwner):
     """Takes several updates from a step's pairs and can keep a previous iterate of its weights.
 
-    temperature: of sampling, for ``annotate``; the log-probs of losses are at temperature 1. deadline: as for
-    ``TrainedModel``.
+    temperature: of sampling, for ``annotate``; the log-probs of losses are at temperature 1. adapter_from,
+    deadline: as for ``TrainedModel``.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class PairLearner(ModelOwner):
         temperature: float,
         total_updates: int,
         seed: int,
+        adapter_from: Path | None = None,
         deadline: Deadline = no_deadline,
     ) -> None:
         self.settings = settings
@@ -62,21 +65,22 @@ class PairLearner(ModelOwner):
             settings,
             total_updates=total_updates,
             seed=seed,
+            adapter_from=adapter_from,
             deadline=deadline,
         )
         self.trained = self.preferences.trained
-        self.frozen: dict[str, PolicyForward] = {}  # by statistic, "ref_logp" or "previous_logp"
+        self.frozen: dict[str, FrozenModel] = {}  # by statistic, "ref_logp" or "previous_logp"
 
     def use_frozen(self, statistic: str, path: str | None, model: Model) -> None:
         """Load the model for ``statistic``. path: None means ``model`` as it started."""
-        self.frozen[statistic] = load_frozen(path, model, self.trained)
+        self.frozen[statistic] = frozen_or_adapter_off(path, model, self.trained)
 
     def annotate(self, rows: TokenRows, wants: frozenset[str]) -> dict[str, Tensor]:
         """Statistics of all rows at the sampling temperature, (B, T) each, equal on every rank."""
         everything = torch.arange(len(rows))
         return compute_statistics(self.trained, rows, everything, wants, temperature=self.temperature)
 
-    def log_probs(self, rows: TokenRows, *, sides: int, frozen: PolicyForward | None = None) -> Tensor:
+    def log_probs(self, rows: TokenRows, *, sides: int, frozen: FrozenModel | None = None) -> Tensor:
         """``PreferenceLearner.log_probs``."""
         return self.preferences.log_probs(rows, sides=sides, frozen=frozen)
 
@@ -109,23 +113,29 @@ class PairLearner(ModelOwner):
     def keep_iterate(self, model: Model) -> None:
         """Make the current policy the model of ``previous_logp``. A collective."""
         if PREVIOUS not in self.frozen:
-            self.use_frozen(PREVIOUS, None, model)
-        iterate = self.frozen[PREVIOUS].state_dict()
+            self.frozen[PREVIOUS] = load_frozen(None, model, self.trained)
+        iterate = self._iterate().state_dict()
         for name, weight in self.model_weights():
             put_full(iterate[f"model.{name}"], weight)
+
+    def _iterate(self) -> PolicyForward:
+        """The previous iterate, a model of its own whatever is trained."""
+        iterate = self.frozen[PREVIOUS]
+        assert isinstance(iterate, PolicyForward)
+        return iterate
 
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the trained model's optimizer, and the previous iterate's weights."""
         yield from self.trained.optimizer_state()
         if PREVIOUS in self.frozen:
-            for name, weight in _named_parameters(self.frozen[PREVIOUS]):
+            for name, weight in _named_parameters(self._iterate()):
                 yield _PREVIOUS_WEIGHTS + name, gather_rows(weight).detach()
 
     def parts(self) -> Iterator[TensorPart]:
         """``TrainedModel.parts``, and those of the previous iterate's weights."""
         yield from self.trained.parts()
         if PREVIOUS in self.frozen:
-            for name, weight in _named_parameters(self.frozen[PREVIOUS]):
+            for name, weight in _named_parameters(self._iterate()):
                 yield local_part(_PREVIOUS_WEIGHTS + name, weight, self.rank, self.world_size)
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -133,7 +143,7 @@ class PairLearner(ModelOwner):
         trained = select_tensors(tensors, lambda name: None if name.startswith(_PREVIOUS_WEIGHTS) else name)
         self.trained.restore(trained, values)
         if PREVIOUS in self.frozen:
-            for name, weight in _named_parameters(self.frozen[PREVIOUS]):
+            for name, weight in _named_parameters(self._iterate()):
                 put_full(weight, tensors[_PREVIOUS_WEIGHTS + name].to(self.device))
 
 

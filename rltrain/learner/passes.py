@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from rltrain.learner.adapter_off import AdapterOff, FrozenModel
 from rltrain.learner.alignment import is_alignment
 from rltrain.learner.backend import set_mode
-from rltrain.learner.forward import PolicyForward
 from rltrain.learner.micro_batches import MicroBatches, row_micro_batches, shares_prompts
 from rltrain.learner.packing import MicroBatch
 from rltrain.learner.trained_model import TrainedModel
@@ -27,7 +27,7 @@ __all__ = [
 
 @torch.no_grad()
 def run_pass(
-    module: nn.Module,
+    module: nn.Module | AdapterOff,
     micro_batches: MicroBatches,
     forward: Callable[[MicroBatch], Mapping[str, Tensor]],
     results: Mapping[str, Tensor],
@@ -65,7 +65,7 @@ def compute_statistics(
     wants: frozenset[str],
     *,
     temperature: float,
-    frozen: PolicyForward | None = None,
+    frozen: FrozenModel | None = None,
     row_values: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Statistics of the rows at ``positions``, (B, T) float32 each, 0 elsewhere, equal on every rank.
@@ -93,7 +93,7 @@ def token_log_probs(
     rows: TokenRows,
     *,
     temperature: float,
-    frozen: PolicyForward | None = None,
+    frozen: FrozenModel | None = None,
 ) -> Tensor:
     """Log-probs of all rows, (B, T) nats, 0 after a row's last token; a collective."""
     positions = torch.arange(len(rows))
@@ -109,7 +109,7 @@ def write_statistics(
     positions: Tensor,
     *,
     temperature: float,
-    frozen: PolicyForward | None = None,
+    frozen: FrozenModel | None = None,
     row_values: Mapping[str, Tensor] | None = None,
 ) -> None:
     """This rank's share of ``compute_statistics``, written into ``results``, (B, T) each, in place."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rltrain.config.schema import Learner, Model
 from rltrain.control.stage import PerUpdateControls
-from rltrain.learner.forward import PolicyForward
-from rltrain.learner.frozen_models import load_frozen
+from rltrain.learner.adapter_off import FrozenModel
+from rltrain.learner.frozen_models import frozen_or_adapter_off
 from rltrain.learner.head import STATISTICS
 from rltrain.learner.micro_batches import inverse_index, row_micro_batches, shares_prompts
 from rltrain.learner.packing import MicroBatch
@@ -57,6 +58,7 @@ class PolicyLearner(ModelOwner):
         max_tokens: int,
         total_updates: int,
         seed: int,
+        adapter_from: Path | None = None,
         deadline: Deadline = no_deadline,
     ) -> None:
         self.settings = settings
@@ -67,16 +69,17 @@ class PolicyLearner(ModelOwner):
             settings,
             total_updates=total_updates,
             seed=seed,
+            adapter_from=adapter_from,
             deadline=deadline,
         )
-        self.frozen: dict[str, PolicyForward] = {}  # by statistic, "ref_logp" or "teacher_logp"
+        self.frozen: dict[str, FrozenModel] = {}  # by statistic, "ref_logp" or "teacher_logp"
 
     def use_frozen(self, statistic: str, path: str | None, model: Model) -> None:
         """Load the model for ``statistic``, "ref_logp" or "teacher_logp", of ``annotate``.
 
         path: None means ``model`` as it started.
         """
-        self.frozen[statistic] = load_frozen(path, model, self.trained)
+        self.frozen[statistic] = frozen_or_adapter_off(path, model, self.trained)
 
     # passes -------------------------------------------------------------------------------------------------
 
@@ -116,7 +119,7 @@ class PolicyLearner(ModelOwner):
         wants: frozenset[str],
         *,
         positions: Tensor | None = None,
-        frozen: PolicyForward | None = None,
+        frozen: FrozenModel | None = None,
         row_values: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """``compute_statistics`` at the sampling temperature; of all rows where ``positions`` is None."""

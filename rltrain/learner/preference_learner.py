@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rltrain.config.schema import LearnerCore, Model
-from rltrain.learner.forward import PolicyForward
+from rltrain.learner.adapter_off import FrozenModel
 from rltrain.learner.micro_batches import MicroBatches, example_micro_batches, shares_prompts, tokens_read
 from rltrain.learner.packing import MicroBatch
 from rltrain.learner.passes import run_pass, token_log_probs
@@ -62,8 +63,8 @@ def lengths_of(rows: TokenRows) -> Tensor:
 class PreferenceLearner(ModelOwner):
     """Trains a model on judged examples.
 
-    scoring: the number of a row that losses compare, by default the log-prob of its completion. deadline: as
-    for ``TrainedModel``.
+    scoring: the number of a row that losses compare, by default the log-prob of its completion. adapter_from,
+    deadline: as for ``TrainedModel``.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class PreferenceLearner(ModelOwner):
         total_updates: int,
         seed: int,
         scoring: RowScoring = LOG_PROBS,
+        adapter_from: Path | None = None,
         deadline: Deadline = no_deadline,
     ) -> None:
         self.scoring = scoring
@@ -84,13 +86,14 @@ class PreferenceLearner(ModelOwner):
             seed=seed,
             load=scoring.load,
             wrap=scoring.wrap,
+            adapter_from=adapter_from,
             deadline=deadline,
         )
         self._shares_prompts = shares_prompts(self.trained)
 
     # log-probs ----------------------------------------------------------------------------------------------
 
-    def log_probs(self, rows: TokenRows, *, sides: int, frozen: PolicyForward | None = None) -> Tensor:
+    def log_probs(self, rows: TokenRows, *, sides: int, frozen: FrozenModel | None = None) -> Tensor:
         """(R,) nats, the log-prob of each row's completion, or a scalar head's reward; equal on every rank.
 
         Float32 on the CPU. sides: rows per example, 2 for the rows of pairs. frozen: the model to run; None:
@@ -109,7 +112,7 @@ class PreferenceLearner(ModelOwner):
         numbers = self._row_numbers(rows, sides, frozenset({"logp", "entropy"}), None)
         return numbers["logp"], numbers["entropy"]
 
-    def token_log_probs(self, rows: TokenRows, frozen: PolicyForward | None = None) -> Tensor:
+    def token_log_probs(self, rows: TokenRows, frozen: FrozenModel | None = None) -> Tensor:
         """(R, T) nats of each completion token, 0 after the last, float32 on the CPU, equal on every rank.
 
         frozen: as for ``log_probs``.
@@ -125,7 +128,7 @@ class PreferenceLearner(ModelOwner):
         rows: TokenRows,
         sides: int,
         wants: frozenset[str],
-        frozen: PolicyForward | None,
+        frozen: FrozenModel | None,
     ) -> dict[str, Tensor]:
         """(R,) numbers for each of ``wants``, float32 on the CPU, equal on every rank."""
         module = self.trained.wrapped_model if frozen is None else frozen

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rltrain.advantage.process import contrast_accuracy
 from rltrain.config.schema import LearnerCore, Model, ProcessReward
-from rltrain.learner.forward import PolicyForward
-from rltrain.learner.frozen_models import load_frozen
+from rltrain.learner.adapter_off import FrozenModel
+from rltrain.learner.frozen_models import frozen_or_adapter_off
 from rltrain.learner.micro_batches import inverse_index, row_micro_batches, shares_prompts
 from rltrain.learner.packing import MicroBatch
 from rltrain.learner.passes import token_log_probs, write_statistics
@@ -51,7 +52,7 @@ class ProcessRewardLearner(ModelOwner):
 
     start: the weights to begin with, the model's own or a checkpoint's. origin: the model as it started,
     which is the reference if the settings name none. base_settings: the policy's, used except for the
-    optimizer. deadline: as for ``TrainedModel``.
+    optimizer. adapter_from, deadline: as for ``TrainedModel``.
     """
 
     def __init__(
@@ -64,15 +65,23 @@ class ProcessRewardLearner(ModelOwner):
         *,
         total_updates: int,
         seed: int,
+        adapter_from: Path | None = None,
         deadline: Deadline = no_deadline,
     ) -> None:
         core = base_settings.model_copy(update={"optimizer": settings.optimizer})
         self.settings = settings
         self.objective = PreferenceObjective(loss)
-        self.trained = TrainedModel(start, core, total_updates=total_updates, seed=seed, deadline=deadline)
-        self.reference: PolicyForward | None = None  # None: the sampling policy
+        self.trained = TrainedModel(
+            start,
+            core,
+            total_updates=total_updates,
+            seed=seed,
+            adapter_from=adapter_from,
+            deadline=deadline,
+        )
+        self.reference: FrozenModel | None = None  # None: the sampling policy
         if settings.reference != POLICY:
-            self.reference = load_frozen(settings.reference, origin, self.trained)
+            self.reference = frozen_or_adapter_off(settings.reference, origin, self.trained)
 
     def judge(self, rows: TokenRows, batch: TrainBatch) -> ProcessRewards:
         """The step's token rewards, after one pass of updates over the completions that have a verdict.
@@ -115,7 +124,7 @@ class ProcessRewardLearner(ModelOwner):
             raise RuntimeError("the process reward's reference is the policy, but old_logp was not computed")
         return batch.old_logp
 
-    def token_log_probs(self, rows: TokenRows, frozen: PolicyForward | None = None) -> Tensor:
+    def token_log_probs(self, rows: TokenRows, frozen: FrozenModel | None = None) -> Tensor:
         """(B, T) nats of each completion token, 0 after the last, float32 on the CPU, equal on every rank.
 
         frozen: the model to run; None: the trained one.

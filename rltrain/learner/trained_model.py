@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rltrain.config.schema import LearnerCore, Model
+from rltrain.config.schema import Adapter, LearnerCore, Model
 from rltrain.errors import UserError
+from rltrain.learner.adapter import AdapterLayers, inject_adapter, quantization_config, target_paths
 from rltrain.learner.backend import Backend, DeepSpeedBackend, prepare
 from rltrain.learner.forward import PolicyForward, resolve_layout
 from rltrain.learner.layer_kernels import use_kernels
@@ -56,7 +58,8 @@ class NonFiniteError(RuntimeError):
 
 def load_policy(model: Model) -> PreTrainedModel:
     """The recipe's model, a causal language model."""
-    return load_causal_lm(model.path, model.revision, model.attention)
+    quantization = None if model.adapter is None else quantization_config(model.adapter.quantize)
+    return load_causal_lm(model.path, model.revision, model.attention, quantization)
 
 
 class TrainedModel:
@@ -64,6 +67,7 @@ class TrainedModel:
     weights.
 
     load: loads the transformers model. wrap: makes the module around it that takes micro-batches.
+    adapter_from: folder of the adapter's weights to continue with; None: a new one, if the model has one.
     deadline: wraps every wait for the other ranks that is not inside a forward or backward pass.
     """
 
@@ -76,11 +80,13 @@ class TrainedModel:
         seed: int,
         load: Callable[[Model], PreTrainedModel] = load_policy,
         wrap: Callable[[PreTrainedModel], PolicyForward] = PolicyForward,
+        adapter_from: Path | None = None,
         deadline: Deadline = no_deadline,
     ) -> None:
         self.settings = settings
         self.seed = seed
         self._load = load
+        self._origin = model
         self.deadline = deadline
         self.accelerator: Any = make_accelerator(mixed_precision(settings.precision))
         if settings.optimizer.name == "adamw_8bit":
@@ -91,6 +97,7 @@ class TrainedModel:
             pretrained = load(model)
         fill_other_ranks(pretrained, self.accelerator)
         self.names = CheckpointNames(pretrained)
+        self.adapter = self._build_adapter(pretrained, model.adapter, adapter_from)
         self.layout: Layout = resolve_layout(settings.layout, pretrained)
         if settings.gradient_checkpointing:
             pretrained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -98,6 +105,7 @@ class TrainedModel:
         use_kernels(pretrained, settings.kernels)
 
         self.unwrapped_model = wrap(pretrained)  # without the backend's wrapper
+        starts = self._adapter_starts()
         optimizer = build_optimizer(self.unwrapped_model.named_parameters(), settings.optimizer)
         self.schedule = build_schedule(optimizer, settings.optimizer, total_updates)
         max_grad_norm = settings.optimizer.max_grad_norm
@@ -106,7 +114,7 @@ class TrainedModel:
         self.optimizer = self.backend.optimizer
         self.wrapped_model.train()  # every module: transformers loads its own in eval mode
         if isinstance(self.backend, DeepSpeedBackend) and self.precision != "no":
-            self._set_masters(model)
+            self._set_masters(model, starts)
 
         self.version = 0
         self._nonfinite_in_a_row = 0
@@ -124,6 +132,11 @@ class TrainedModel:
     def head_chunk(self) -> int:
         """Tokens whose logits exist at the same time."""
         return self.settings.head_chunk_on(self.device.type)
+
+    @property
+    def probe_row(self) -> TokenRows:
+        """A fixed row for tests of the model."""
+        return _probe_row(self.model.config)
 
     # ranks --------------------------------------------------------------------------------------------------
 
@@ -178,18 +191,65 @@ class TrainedModel:
     def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Each weight on every rank, in float32 like the optimizer's master, under its checkpoint name.
 
-        Weights that transformers fuses are split. A collective: every rank must iterate over all weights, of
-        which one at a time is gathered. dtype: shards are rounded to it before they are gathered.
+        Weights that transformers fuses are split; an adapter is merged. A collective: every rank must iterate
+        over all weights, of which one at a time is gathered. dtype: shards are rounded to it before they are
+        gathered.
         """
         return self.names.to_checkpoint(self.model_weights(dtype))
 
     def model_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """``weights`` under the names inside the model."""
+        if self.adapter is not None:
+            yield from self.adapter.model_weights(self._gather, dtype, merged=True)
+            return
         for name, tensor in self.unwrapped_model.state_dict(keep_vars=True).items():
-            with self.deadline("the other ranks", f"to hand over their shards of {name}"):
-                full = self.backend.full_weight(tensor, dtype)
+            full = self._gather(tensor, dtype, name)
             yield name.removeprefix("model."), full
             del full
+
+    def base_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """As ``weights``, of the model under the adapter, which is not trained."""
+        return self.names.to_checkpoint(self.base_model_weights(dtype))
+
+    def base_model_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """``base_weights`` under the names inside the model."""
+        assert self.adapter is not None
+        return self.adapter.model_weights(self._gather, dtype, merged=False)
+
+    def adapter_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The adapter's float32 masters by peft's names, on every rank. A collective like ``weights``.
+
+        dtype: not read; an adapter is small, and rounded where it is used.
+        """
+        del dtype
+        assert self.adapter is not None
+        return self.adapter.weights(self._gather)
+
+    def adapter_config(self) -> dict[str, Any]:
+        """The content of the adapter's adapter_config.json."""
+        assert self.adapter is not None
+        return self.adapter.config(self._origin)
+
+    def _gather(self, tensor: Tensor, dtype: torch.dtype | None = None, name: str = "a weight") -> Tensor:
+        """``Backend.full_weight``, with a deadline."""
+        with self.deadline("the other ranks", f"to hand over their shards of {name}"):
+            return self.backend.full_weight(tensor, dtype)
+
+    def _build_adapter(
+        self, pretrained: PreTrainedModel, settings: Adapter | None, adapter_from: Path | None
+    ) -> AdapterLayers | None:
+        """The adapter, inside ``pretrained``; None without settings. Its start is equal on every rank."""
+        if settings is None:
+            return None
+        if settings.targets == "kappatune":  # other ranks may have no values
+            paths = self.broadcast(target_paths(pretrained, settings) if self.rank == 0 else None)
+        else:
+            paths = target_paths(pretrained, settings)
+        torch.manual_seed(self.seed)
+        adapter = inject_adapter(pretrained, settings, paths)
+        if adapter_from is not None:
+            adapter.load(adapter_from)
+        return adapter
 
     def weight_fingerprints(self, dtype: torch.dtype) -> dict[str, Fingerprint]:
         """Of every weight rounded to ``dtype``, by checkpoint name, a tied weight's under each of its names.
@@ -215,24 +275,37 @@ class TrainedModel:
         return sums.fingerprints(self.sum_over_ranks(sums.shares(runs, self.device)))
 
     def weight_norms(self) -> tuple[float, ...]:
-        """The norm of each weight's master, in float64, in the order of ``model_weights``.
+        """The norm of each weight's master, in float64, in the order of ``model_weights``; of an adapter's
+        weights where there is one.
 
         An update that changes a weight changes its norm. Replicas are counted once per rank. A collective
         that gathers no weight.
         """
-        weights = self.unwrapped_model.state_dict(keep_vars=True).values()
+        weights = list(self.unwrapped_model.state_dict(keep_vars=True).values())
+        if self.adapter is not None:
+            weights = [weight for layer in self.adapter.layers.values() for weight in layer.weights]
         squares = [self.backend.sum_of_squares(weight) for weight in weights]
         return tuple(self.sum_over_ranks(torch.stack(squares)).sqrt().tolist())
 
-    def _set_masters(self, model: Model) -> None:
-        """Give the optimizer the model folder's float32 weights, where the backend rounded its own copies,
-        and the model float32 buffers: ZeRO rounds the frequencies of rotary positions too.
+    def _adapter_starts(self) -> dict[str, Tensor]:
+        """Copies of the adapter's float32 weights, by name inside the model, before a backend rounds them."""
+        if self.adapter is None:
+            return {}
+        named = self._named_parameters()
+        return {name: weight.detach().clone() for name, weight in named if weight.requires_grad}
+
+    def _set_masters(self, model: Model, starts: Mapping[str, Tensor]) -> None:
+        """Give the optimizer the float32 weights of the model folder, or of the adapter (``starts``), where
+        the backend rounded its own copies, and the model float32 buffers: ZeRO rounds the frequencies of
+        rotary positions too.
 
         Rank 0 reads them and sends one at a time: no other rank has a second model in its memory.
         """
         torch.manual_seed(self.seed)  # a head that starts at random is the same as before
         source = self._load(model) if self.rank == 0 else None
-        weights = {} if source is None else source.state_dict()
+        weights = starts
+        if self.adapter is None:
+            weights = {} if source is None else source.state_dict()
         assert isinstance(self.backend, DeepSpeedBackend)
         for name, parameter in self._named_parameters():
             if parameter.requires_grad:
@@ -408,6 +481,10 @@ class ModelOwner:
     def model_weights(self) -> Iterator[tuple[str, Tensor]]:
         """``TrainedModel.model_weights``: a collective, in which every rank must iterate over all weights."""
         return self.trained.model_weights()
+
+    def adapter_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """``TrainedModel.adapter_weights``: a collective, in which every rank must iterate over all."""
+        return self.trained.adapter_weights(dtype)
 
     def weight_norms(self) -> tuple[float, ...]:
         """``TrainedModel.weight_norms``: a collective."""

@@ -142,6 +142,12 @@ METRICS: tuple[Metric, ...] = (
         "sync/checked", "weights", "weights whose fingerprints learner and engine compared after the push"
     ),
     Metric(
+        "sync/probe",
+        "nats",
+        "mean difference of the engine's and the learner's log-probs of one fixed row, where vLLM "
+        "has an adapter",
+    ),
+    Metric(
         "sync/difference",
         "1",
         "largest relative difference of those fingerprints; a value above 0 is rounding",

@@ -12,6 +12,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +27,14 @@ from rltrain.watchdog import Deadline, no_deadline
 Weights = Iterable[tuple[str, Tensor]]  # by Hugging Face name
 # The learner's weights for a target of this dtype, to which shards may be rounded before they are gathered.
 WeightStream = Callable[[torch.dtype], Weights]
+
+
+class WeightOwner(Protocol):
+    """The part of a learner whose weights are sent."""
+
+    def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]: ...
+
+
 _Fingerprints = dict[str, Fingerprint]  # by Hugging Face name
 
 
@@ -56,6 +65,10 @@ class Sync:
     _learner: _Fingerprints = field(default_factory=dict)
     # Norms of the learner's weights at the last push.
     _norms: tuple[float, ...] = ()
+
+    def stream_of(self, learner: WeightOwner) -> WeightStream:
+        """What a push of ``learner`` sends."""
+        return learner.weights
 
     def push(
         self,

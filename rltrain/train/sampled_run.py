@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rltrain.rollout.source import RolloutSource
+from rltrain.sync.adapter import AdapterSync
 from rltrain.sync.colocated import Sync
 from rltrain.train.evaluate import Evaluation, Evaluator
 from rltrain.train.loop import TrainingRun
@@ -17,21 +18,22 @@ class SampledRun(TrainingRun):
     """A training run with an engine, which gets the learner's weights after each update."""
 
     source: RolloutSource
-    sync: Sync
+    sync: Sync | AdapterSync
     evaluator: Evaluator | None
 
     def push(self, *, expect_change: bool) -> dict[str, float]:
         """Copies the learner's weights to the engine and verifies the copy; returns metrics of the push."""
         learner = self.learner
         norms = learner.weight_norms
-        return self.sync.push(learner.weights, learner.version, expect_change=expect_change, norms=norms)
+        weights = self.sync.stream_of(learner)
+        return self.sync.push(weights, learner.version, expect_change=expect_change, norms=norms)
 
     def evaluate(self) -> Evaluation | None:
         """Held-out pass@k of the current weights; None where the recipe holds nothing out."""
         if self.evaluator is None:
             return None
         result = self.evaluator.evaluate(self.source, self.learner.version)
-        self.sync.verify_all(self.learner.weights)
+        self.sync.verify_all(self.sync.stream_of(self.learner))
         self.reporter.message_once(result.note)
         return result
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rltrain.config.rules.adapter import scalar_head_problem
 from rltrain.config.rules.findings import Findings
 from rltrain.config.rules.optimizer import optimizer_problems
 from rltrain.config.schema import OfflineRecipe
@@ -45,6 +46,7 @@ def check_offline(recipe: OfflineRecipe) -> Findings:
         *_model_problems(recipe, spec),
     ]
     problems += _eval_problems(recipe, spec)
+    problems += scalar_head_problem(recipe, spec.traits)
     problems += optimizer_problems("learner.optimizer", recipe.learner.optimizer)
     return Findings(problems, [] if problems else list(_warnings(recipe, spec)))
 

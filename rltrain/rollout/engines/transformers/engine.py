@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from rltrain.errors import UserError
 from rltrain.head_scales import head_scales
+from rltrain.model_files import config_source
 from rltrain.model_limits import decoding_limit
 from rltrain.protocols import EngineState
 from rltrain.remote_code import trusts
@@ -105,6 +106,7 @@ class TransformersEngine:
         self._pad = pad_token_id
         self._decode = decode
         self._stop = frozenset(stop_token_ids)
+        model, revision = config_source(model, revision)
         trusted = trusts(model, revision)
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusted)
         self._context = decoding_limit(config, model)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +23,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from rltrain.errors import UserError
+from rltrain.model_files import config_source
 from rltrain.protocols import EngineState
 from rltrain.remote_code import trusts
 from rltrain.rollout.engines.checks import WeightShapes, require_fit, require_version
+from rltrain.rollout.engines.vllm.adapter import SLOTS, adapter_fingerprints, padded_rank, write_adapter
 from rltrain.rollout.engines.vllm.layers import (
     Architecture,
     Place,
@@ -72,7 +76,8 @@ class VllmColocated:
     ``Sampling.adaptive``, with a logits processor of vLLM's V1 model runner. device: the learner's, which the
     engine must share; None: not compared. tensor_parallel: neighbouring ranks that hold one engine together;
     each of them calls ``load``, ``fingerprint`` and ``sample`` as often as the others, and gets the answers
-    to its own requests.
+    to its own requests. adapter_rank: implements ``AdapterTarget`` for adapters of this rank, with the base's
+    weights from the model's files; None: whole weights arrive by ``load``.
     """
 
     name = "vllm"
@@ -94,6 +99,7 @@ class VllmColocated:
         adaptive_temperature: bool = False,
         device: torch.device | None = None,
         tensor_parallel: int = 1,
+        adapter_rank: int | None = None,
     ) -> None:
         self._decode = decode
         self._stop = sorted(stop_token_ids)
@@ -102,6 +108,11 @@ class VllmColocated:
         self.fingerprint_rtol = 1e-12  # weights are compared as stored, except for the order of float64 sums
         self._sleep_mode = sleep_mode and self._gpu
         self._adaptive = adaptive_temperature
+        self._adapter_rank = adapter_rank
+        self._adapter: Any = None  # vLLM's request for the adapter in use; None: the base alone
+        self._adapters_loaded = 0
+        self._adapter_folder = tempfile.TemporaryDirectory(prefix="rltrain-adapters-")
+        model, revision = config_source(model, revision)
         trusted = trusts(model, revision)
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusted)
         self._limit = min(max_model_len, _max_positions(config, max_model_len))
@@ -110,6 +121,10 @@ class VllmColocated:
         self._owns_process_group = not torch.distributed.is_initialized()
         self._ranks = EngineRanks(tensor_parallel) if tensor_parallel > 1 else None
         sizes = self._sizes(kv_cache_gib, gpu_memory_utilization) | self._placement(tensor_parallel)
+        if adapter_rank is not None:
+            sizes |= {"enable_lora": True, "max_lora_rank": padded_rank(adapter_rank)}
+            sizes |= {"max_loras": SLOTS, "max_cpu_loras": SLOTS}
+            sizes |= {"load_format": "auto", "revision": revision}
         self._start(
             model,
             config,
@@ -141,11 +156,12 @@ class VllmColocated:
             contextlib.ExitStack() as start_errors,
         ):
             config.save_pretrained(folder)
+            source = folder if self._adapter_rank is None else model
             vllm = import_vllm()
             start_errors.enter_context(_explain_start_errors(model))
             processors = _processors() if self._adaptive else None
             self._llm: Any = vllm.LLM(
-                folder, trust_remote_code=trusted, logits_processors=processors, **_FIXED, **options
+                source, trust_remote_code=trusted, logits_processors=processors, **{**_FIXED, **options}
             )
         self._params_class = vllm.SamplingParams
         self._require_processed_logprobs()
@@ -201,13 +217,71 @@ class VllmColocated:
         if self._cache_asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._cache_asleep = False
+        self._require_empty_cache()
+        self.version = version
+        self.state = EngineState.LOADED
+
+    def load_adapter(
+        self, config: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]], version: PolicyVersion
+    ) -> None:
+        """See ``AdapterTarget.load_adapter``.
+
+        Each load has a name, number and folder of its own: vLLM's caches know an adapter by these, and would
+        keep what they computed with older weights.
+        """
+        from vllm.lora.request import LoRARequest
+
+        previous = self._adapter
+        self.use_base(None)
+        self._adapters_loaded += 1
+        number = self._adapters_loaded
+        folder = Path(self._adapter_folder.name) / f"version-{version}-load-{number}"
+        write_adapter(folder, config, weights)
+        request = LoRARequest(f"policy-{version}-{number}", number, str(folder))
+        if not self._llm.llm_engine.add_lora(request):
+            raise RuntimeError(f"vLLM did not load the adapter of version {version} from {folder}")
+        self._adapter = request
+        if previous is not None:
+            self._llm.llm_engine.remove_lora(previous.lora_int_id)
+            shutil.rmtree(previous.lora_path)
+        self.version = version
+        self.state = EngineState.LOADED
+
+    def use_base(self, version: PolicyVersion | None) -> None:
+        """See ``AdapterTarget.use_base``. version None: of no version, until an adapter is loaded."""
+        if self.state is EngineState.ASLEEP:
+            raise RuntimeError("the engine is asleep and holds no weights: call wake() first")
+        self._require_empty_cache()
+        self.version = version
+        self.state = EngineState.MAPPED if version is None else EngineState.LOADED
+        if version is not None:
+            self._adapter = None
+
+    def adapter_fingerprint(self) -> Mapping[str, Fingerprint]:
+        """See ``AdapterTarget.adapter_fingerprint``."""
+        if self._adapter is None:
+            return {}
+        arguments = (self._adapter.lora_int_id, self._adapter_rank, self._places)
+        return self._llm.collective_rpc(adapter_fingerprints, args=arguments)[0]
+
+    def prompt_log_probs(self, token_ids: Sequence[int]) -> list[float]:
+        """See ``AdapterTarget.prompt_log_probs``."""
+        params = self._params_class(
+            max_tokens=1, temperature=1.0, seed=0, prompt_logprobs=0, detokenize=False, ignore_eos=True
+        )
+        prompt = {"prompt_token_ids": list(token_ids), "cache_salt": f"{self.version} probe"}
+        (output,) = self._llm.generate([prompt], params, use_tqdm=False, lora_request=self._adapter)
+        return [
+            logprobs[token].logprob
+            for token, logprobs in zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        ]
+
+    def _require_empty_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError(
                 "vLLM kept its prefix cache, which holds keys and values of older weights; are requests "
                 "still running?"
             )
-        self.version = version
-        self.state = EngineState.LOADED
 
     def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, Fingerprint]:
         """See ``WeightTarget.fingerprint``; a tied head is reported under both its names."""
@@ -244,15 +318,15 @@ class VllmColocated:
         return places.by_name
 
     def sleep(self) -> None:
-        """On GPU frees the memory of weights and cache (level 2: no copy is kept); on CPU only forgets the
-        version.
+        """On GPU frees the memory of weights and cache (level 2: no copy is kept; level 1 for the base of an
+        adapter: a copy on the host); on CPU only forgets the version.
         """
         if self.state is EngineState.ASLEEP:
             return
         self.version = None
         self.state = EngineState.ASLEEP
         if self._sleep_mode:
-            self._llm.sleep(level=2)
+            self._llm.sleep(level=2 if self._adapter_rank is None else 1)
             self._cache_asleep = True
 
     def wake(self) -> None:
@@ -262,7 +336,7 @@ class VllmColocated:
         if self.state is not EngineState.ASLEEP:
             return
         if self._sleep_mode:
-            self._llm.wake_up(tags=["weights"])
+            self._llm.wake_up(tags=["weights"] if self._adapter_rank is None else None)
         self.state = EngineState.MAPPED
 
     def close(self) -> None:
@@ -273,6 +347,7 @@ class VllmColocated:
         with contextlib.nullcontext() if self._owns_process_group else kept_process_group():
             self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
+        self._adapter_folder.cleanup()
         gc.collect()
 
     def sample(self, requests: Sequence[Request], policy: PolicyVersion) -> Iterator[Answer]:
@@ -297,7 +372,7 @@ class VllmColocated:
         ]
         with torch.random.fork_rng(devices=[torch.cuda.current_device()] if self._gpu else []):
             params = [self._params(index, request) for index, request in enumerate(requests)]
-            outputs = self._llm.generate(inputs, params, use_tqdm=False)
+            outputs = self._llm.generate(inputs, params, use_tqdm=False, lora_request=self._adapter)
 
         corrections = self._corrections() if any(map(_adapts_temperature, requests)) else None
         answers: list[Answer] = []

@@ -75,9 +75,10 @@ class _Finder:
         self._rename = (lambda name: name) if mapper is None else mapper.get_rename_mapper().map_name
         packed_modules = getattr(model, "packed_modules_mapping", None)
         self._stacked = _STACKED | _mapper_stacks(mapper) | _packed_stacks(packed_modules)
-        self._parameters = {
-            path: dict(module.named_parameters(recurse=False)) for path, module in model.named_modules()
-        }
+        self._parameters: dict[str, dict[str, nn.Parameter]] = {}
+        for path, module in model.named_modules():
+            parameters = self._parameters.setdefault(path.removesuffix(".base_layer"), {})
+            parameters |= dict(module.named_parameters(recurse=False))
 
     def place_of(self, name: str) -> Place | None:
         renamed = self._rename(name)
@@ -180,7 +181,8 @@ def layer_products(
             names_by_parameter.setdefault((place.module, place.parameter), []).append(name)
 
     for (path, parameter), parameter_names in names_by_parameter.items():
-        module = model.get_submodule(path)
+        module: Any = model.get_submodule(path)
+        module = getattr(module, "base_layer", module)  # of a layer that takes adapters
         reader = _Reader(module, parameter, {name: places[name] for name in parameter_names}, architecture)
         is_stale = path.endswith(".kv_b_proj") and not _attention_copies_match(model, path, module)
         for product in reader.products():

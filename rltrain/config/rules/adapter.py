@@ -1,0 +1,75 @@
+"""Rules about ``model.adapter``. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rltrain.config.schema import AnyRecipe, Optimizer
+from rltrain.model_files import ADAPTER_CONFIG
+
+__all__ = ["adapter_problems", "adapter_warnings", "scalar_head_problem"]
+
+# Learning rates at which adapters are trained with AdamW; full training takes about a tenth.
+_LEAST_LR = 1e-5
+_LARGEST_LR = 1e-3
+
+
+def adapter_problems(recipe: AnyRecipe) -> Iterator[str]:
+    """What engine, export or the base model exclude."""
+    adapter = recipe.model.adapter
+    if adapter is None:
+        return
+    is_adapter_folder = (Path(recipe.model.path).expanduser() / ADAPTER_CONFIG).is_file()
+    if is_adapter_folder:
+        yield (
+            f"model.adapter is set, but model.path {recipe.model.path} is itself an adapter, on which no "
+            "second one is stacked; merge it first (rltrain soup PATH --out FOLDER) and train on the folder, "
+            "or leave model.adapter out to train all weights"
+        )
+    if adapter.quantize != "none" and adapter.export == "merged":
+        yield (
+            f"model.adapter.export is merged, but model.adapter.quantize is {adapter.quantize}: a merged "
+            "weight would be rounded to that storage again and be another model's; set export to adapter"
+        )
+    if adapter.quantize != "none" and recipe.kind != "offline" and recipe.rollout.engine == "vllm":
+        yield (
+            f"rollout.engine is vllm and model.adapter.quantize is {adapter.quantize}: that vLLM's copy of a "
+            "quantised base equals the learner's has not been proved on a GPU yet; set rollout.engine to "
+            "transformers, which gets the learner's own dequantised weights, or quantize to none"
+        )
+
+
+def scalar_head_problem(recipe: AnyRecipe, traits: frozenset[str]) -> Iterator[str]:
+    """An adapter cannot train a new head beside itself."""
+    if recipe.model.adapter is not None and "scalar_head" in traits:
+        yield (
+            "model.adapter is set, but the loss trains a new scalar head, which would have to be a module in "
+            "full beside the adapter; leave model.adapter out"
+        )
+
+
+def adapter_warnings(recipe: AnyRecipe) -> Iterator[str]:
+    """Learning rates that belong to the other kind of training."""
+    for key, optimizer in _optimizers(recipe):
+        if optimizer.lr == 0:
+            continue
+        if recipe.model.adapter is None:
+            continue
+        if optimizer.lr < _LEAST_LR:
+            yield (
+                f"{key}.lr is {optimizer.lr:g}, which belongs to full training: an adapter starts at 0 and "
+                f"would hardly move; about ten times the rate of full training is usual, "
+                f"{_LEAST_LR:g} to {_LARGEST_LR:g}"
+            )
+        elif optimizer.lr > _LARGEST_LR:
+            yield (
+                f"{key}.lr is {optimizer.lr:g}, above what adapters are trained with "
+                f"({_LEAST_LR:g} to {_LARGEST_LR:g}); lower it if the loss or the KL jumps"
+            )
+
+
+def _optimizers(recipe: AnyRecipe) -> Iterator[tuple[str, Optimizer]]:
+    yield "learner.optimizer", recipe.learner.optimizer
+    if recipe.kind == "online" and recipe.process_reward is not None:
+        yield "process_reward.optimizer", recipe.process_reward.optimizer

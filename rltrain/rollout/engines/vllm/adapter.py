@@ -1,0 +1,73 @@
+"""LoRA adapters of vLLM's model: where vLLM keeps A and B of each layer, and what it computes with.
+
+vLLM stacks the adapters of fused layers, pads A and B to its largest rank, and multiplies B by the scale when
+it loads an adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rltrain.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from rltrain.rollout.engines.vllm.layers import Place
+from rltrain.tensor_ops import Fingerprint, weight_fingerprint
+
+__all__ = ["SLOTS", "adapter_fingerprints", "padded_rank", "write_adapter"]
+
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the largest ranks that vLLM can be started with
+# Adapters in vLLM's memory: the one that samples, and the next one while it is loaded. Nothing is in flight
+# at a push in one process.
+SLOTS = 2
+_PREFIX = "base_model.model."
+
+
+def padded_rank(rank: int) -> int:
+    """The ``max_lora_rank`` of an engine for adapters of this rank."""
+    return next(size for size in _RANKS if size >= rank)
+
+
+def write_adapter(folder: Path, config: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Writes an adapter in peft's form into the new ``folder``."""
+    folder.mkdir()
+    tensors = {name: weight.detach().to("cpu", copy=True).contiguous() for name, weight in weights}
+    save_file(tensors, folder / ADAPTER_WEIGHTS)
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(dict(config)), encoding="utf-8")
+
+
+@torch.inference_mode()
+def adapter_fingerprints(
+    worker: Any, identity: int, rank: int, places: Mapping[str, Place]
+) -> dict[str, Fingerprint]:
+    """Fingerprints of A, and of B times the scale, by peft's names, of every layer that can have an adapter.
+
+    identity: vLLM's number of the adapter. A layer whose A and B are 0 has none and is left out. Padding that
+    is not 0 makes the numbers NaN. Raises RuntimeError where the adapter is not in use.
+    """
+    manager = worker.model_runner.lora_manager._adapter_manager
+    if identity not in manager.lora_index_to_id:
+        raise RuntimeError(f"vLLM does not hold adapter {identity}; it holds {manager.lora_index_to_id}")
+    slot = manager.lora_index_to_id.index(identity)
+    fingerprints: dict[str, Fingerprint] = {}
+    for name, place in places.items():
+        layer = manager.modules.get(place.module)
+        if layer is None or not name.endswith(".weight") or not hasattr(layer, "lora_a_stacked"):
+            continue
+        down: Tensor = layer.lora_a_stacked[place.part][slot, 0]
+        up: Tensor = layer.lora_b_stacked[place.part][slot, 0]
+        if not (bool(down.any()) or bool(up.any())):
+            continue
+        is_clean = not (bool(down[rank:].any()) or bool(up[:, rank:].any()))
+        path = name.removesuffix(".weight")
+        for key, weight in ((f"{path}.lora_A.weight", down[:rank]), (f"{path}.lora_B.weight", up[:, :rank])):
+            full_name = _PREFIX + key
+            unequal = Fingerprint(math.nan, math.nan)
+            fingerprints[full_name] = weight_fingerprint(full_name, weight) if is_clean else unequal
+    return fingerprints

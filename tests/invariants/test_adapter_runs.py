@@ -1,0 +1,124 @@
+"""Runs that train an adapter: resumed exactly, equal on every backend, and taken over by full training."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rltrain.cli.soup import soup_command
+from rltrain.cli.train import train_command
+from rltrain.config.load import load_recipe
+from rltrain.config.rules import check
+from rltrain.learner.loading import load_causal_lm
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = (
+    "model.adapter={rank: 4, alpha: 8}",
+    "learner.optimizer.lr=1e-3",
+    "learner.optimizer.eps=1e-5",
+    "learner.optimizer.max_grad_norm=0.5",
+    "learner.tokens_per_micro_batch=128",
+    "train.examples=12",
+    "train.steps=4",
+    "train.deadline_seconds=120",
+    "checkpoint.every=2",
+    "reference.cache=null",
+    "data.eval=null",
+)
+pytestmark = pytest.mark.slow
+
+
+def train(recipe: str, folder: Path, overrides: list[str], resume: str = "never") -> None:
+    loaded = load_recipe(ROOT / f"recipes/{recipe}.yaml", profile="tiny_cpu", overrides=overrides)
+    assert train_command(check(loaded).recipe, folder, [], resume) == 0
+
+
+def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def lines_of(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def single_process(random_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter-alone") / "dpo"
+    train("preference/dpo", folder, [f"model.path={random_model}", *SETTINGS])
+    return folder
+
+
+def test_a_resumed_run_continues_bit_for_bit(single_process: Path, random_model: str, tmp_path: Path) -> None:
+    middle = single_process / "checkpoints/step-2"
+    train("preference/dpo", tmp_path / "resumed", [f"model.path={random_model}", *SETTINGS], str(middle))
+    assert lines_of(tmp_path / "resumed") == lines_of(single_process)[-2:]
+    expected = adapter_of(single_process / "model")
+    actual = adapter_of(tmp_path / "resumed/model")
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in actual.items())
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_two_ranks_equal_one(backend: str, single_process: Path, random_model: str, tmp_path: Path) -> None:
+    if backend.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install rltrain[deepspeed])")
+    overrides = [f"model.path={random_model}", *SETTINGS]
+    runs = [{"recipe": "recipes/preference/dpo.yaml", "name": "dpo", "overrides": overrides}]
+    if backend in ("ddp", "fsdp2") and importlib.util.find_spec("bitsandbytes"):
+        quantized = [*overrides, "model.adapter={rank: 4, alpha: 8, quantize: nf4}", "train.steps=2"]
+        runs.append({"recipe": "recipes/preference/dpo.yaml", "name": "nf4", "overrides": quantized})
+        train("preference/dpo", tmp_path / "nf4", quantized)
+    out = tmp_path / "ranks"
+    out.mkdir()
+    (out / "runs.json").write_text(json.dumps(runs))
+    cleared = {
+        name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))
+    }
+    environment = cleared | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    config = f"recipes/accelerate/{backend}.yaml"
+    launcher = ["--config_file", config, "--num_processes", "2", "--main_process_port", "0"]
+    script = str(Path(__file__).with_name("two_ranks_preferences.py"))
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, script, str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+    for run, expected in (("dpo", single_process), ("nf4", tmp_path / "nf4")):
+        if not expected.exists():
+            continue
+        for line, want in zip(lines_of(out / run), lines_of(expected), strict=True):
+            for name in ("loss/total", "learner/grad_norm"):
+                assert line[name] == pytest.approx(want[name], rel=1e-3, abs=5e-6), (run, line["step"], name)
+        weights = adapter_of(out / run / "model")
+        expected_weights = adapter_of(expected / "model")
+        assert weights.keys() == expected_weights.keys()
+        for name, weight in weights.items():
+            assert (weight - expected_weights[name]).abs().max() < 2e-5, (run, name)
+
+
+def test_full_training_takes_an_adapter_over_and_a_merged_model_is_the_same(
+    single_process: Path, tmp_path: Path
+) -> None:
+    adapter = str(single_process / "model")
+    assert soup_command([adapter], [], tmp_path / "merged") == 0
+    assert soup_command([adapter, adapter], [], tmp_path / "soup") == 0
+    expected = load_causal_lm(adapter, None, "auto").state_dict()
+    for folder in ("merged", "soup"):
+        merged = load_causal_lm(str(tmp_path / folder), None, "auto").state_dict()
+        assert all(torch.equal(weight, expected[name]) for name, weight in merged.items())
+
+    full = ["model.adapter=null", "train.steps=1", "learner.optimizer.lr=0"]
+    train("preference/dpo", tmp_path / "full", [f"model.path={adapter}", *SETTINGS, *full])
+    taken_over = load_causal_lm(str(tmp_path / "full/model"), None, "auto").state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in taken_over.items())
+    overrides = [f"model.path={tmp_path / 'full/model'}", *SETTINGS, "train.steps=1"]
+    train("preference/dpo", tmp_path / "again", overrides)
+    assert (tmp_path / "again/model/adapter_config.json").is_file()
