@@ -156,11 +156,7 @@ class WorkerLink:
         self._keep_error(self.pause)
         self._keep_error(begin)
         sender = Sender([self.channel], self.dtype, self.capacity, self.device, frozenset(self.ties))
-        try:
-            sender.send(stream)
-        except BaseException as error:  # of the stream itself: the update has begun and cannot end
-            self.channel.fail(RuntimeError(f"the stream of weights ended early: {error}"))
-            raise
+        sender.send(stream)
         if self.channel.error is not None:
             raise self.channel.error
         self._keep_error(self.finish, version)

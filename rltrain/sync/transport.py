@@ -153,7 +153,18 @@ class Sender:
     _index: int = 0
 
     def send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """A channel that fails keeps its error, and the others go on."""
+        """A channel that fails keeps its error, and the others go on.
+
+        Where ``weights`` itself raises, every channel fails: its update has begun and cannot end.
+        """
+        try:
+            self._send(weights)
+        except BaseException as error:
+            for channel in self._live():
+                channel.fail(RuntimeError(f"the stream of weights ended early: {error}"))
+            raise
+
+    def _send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         self._push = secrets.token_hex(8)
         self._index = 0
         self.sent_bytes = 0

@@ -274,7 +274,8 @@ def test_an_override_that_fits_nowhere_says_so(recipe: Path, override: str, expe
         (
             "n: 8",
             "n: 8, engine: vlm",
-            ":3: rollout.engine: got 'vlm', expected 'transformers', 'vllm' or 'vllm_server'; did you mean 'vllm'?",
+            ":3: rollout.engine: got 'vlm', expected 'transformers', 'vllm' or 'vllm_server'; did you mean "
+            "'vllm'?",
         ),
         ("lr: 1e-4", "lr: .nan", ":7: learner.optimizer.lr: got nan (float); it should be a finite number"),
         (
