@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,17 +95,20 @@ def export_adapter(
     transformers, peft and vLLM load it with its base. A config.json would make transformers look for a whole
     model there.
 
-    config: the content of adapter_config.json. weights:
-    by peft's names. extra: as for ``export_model``. Raises UserError when ``out`` exists, ExportError on NaN.
+    config: the content of adapter_config.json. weights: by peft's names. extra: as for ``export_model``.
+    Raises UserError when ``out`` exists, ExportError on NaN.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with directory_atomic(out) as temporary:
         (temporary / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_tensors(temporary, Path(ADAPTER_WEIGHTS).stem, _finite_weights(weights))
+        # peft and vLLM read one file
+        write_tensors(temporary, Path(ADAPTER_WEIGHTS).stem, _finite_weights(weights), limit=sys.maxsize)
         with _system_errors():
             tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        AutoTokenizer.from_pretrained(temporary, local_files_only=True)
+        AutoTokenizer.from_pretrained(
+            temporary, local_files_only=True, trust_remote_code=_has_own_code(tokenizer)
+        )
         if extra is not None:
             extra(temporary)
         (temporary / MANIFEST).write_text(

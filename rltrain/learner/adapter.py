@@ -104,13 +104,13 @@ class AdapterLayers:
                 continue
             plain_name = f"{path}.{parameter}"
             layer = self.layers.get(path)
-            quantized = parameter == "weight" and path in self._quantized
+            quantized = parameter == "weight" and path in self._quantized_layers
             if layer is None and not quantized:
                 yield plain_name, gather(weight, dtype)
                 continue
             full = gather(weight, None)
             if quantized:
-                full = _dequantize(full, self._quantized[path])
+                full = _dequantize(full, self._quantized_layers[path])
             if layer is not None and merged and parameter == "weight":
                 full = full.float() + layer.delta(gather)
             yield plain_name, full
@@ -129,7 +129,7 @@ class AdapterLayers:
         return path.removesuffix(".base_layer"), parameter
 
     @cached_property
-    def _quantized(self) -> dict[str, Any]:
+    def _quantized_layers(self) -> dict[str, Any]:
         """The layers with quantised weights, by path."""
         return {
             name.removesuffix(".base_layer"): module

@@ -105,7 +105,7 @@ def test_the_adapter_switched_off_is_a_second_model(
     model = model_of(random_model)
     off = frozen_or_adapter_off(None, model, trained.trained)
     assert isinstance(off, AdapterOff)
-    second = load_frozen(None, model, trained)
+    second = load_frozen(None, model, trained.trained)
     expected = trained.token_log_probs(rows, second)
     assert torch.equal(trained.token_log_probs(rows, off), expected)
     assert (trained.token_log_probs(rows) - expected).abs().max() > 1e-3

@@ -87,9 +87,8 @@ def as_a_frozen_model(path: str, sound: str) -> None:
 
 
 def as_an_engines_reference(path: str, sound: str) -> object:
-    return reference_weights(
-        Model(path=sound, reference=path), load_causal_lm(sound, None, "auto"), torch.float32
-    )
+    trained = as_the_policy(sound, sound).trained
+    return reference_weights(Model(path=sound, reference=path), trained, torch.float32)
 
 
 def as_a_companion(path: str, sound: str) -> None:

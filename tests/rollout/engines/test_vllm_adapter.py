@@ -21,7 +21,7 @@ from rltrain.types.samples import REFERENCE_VERSION
 
 ROOT = Path(__file__).parents[3]
 REWARD = """
-from reward.score import Score
+from rltrain.reward.score import Score
 
 def odd(inputs):
     shares = [sum(ord(letter) % 2 for letter in text) / max(len(text), 1) for text in inputs.completions]

@@ -20,18 +20,32 @@ from rltrain.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rltrain.rollout.engines.vllm.layers import Place
 from rltrain.tensor_ops import Fingerprint, weight_fingerprint
 
-__all__ = ["SLOTS", "adapter_fingerprints", "padded_rank", "write_adapter"]
+__all__ = ["adapter_fingerprints", "adapter_options", "padded_rank", "write_adapter"]
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the largest ranks that vLLM can be started with
 # Adapters in vLLM's memory: the one that samples, and the next one while it is loaded. Nothing is in flight
 # at a push in one process.
-SLOTS = 2
+_SLOTS = 2
 _PREFIX = "base_model.model."
 
 
 def padded_rank(rank: int) -> int:
     """The ``max_lora_rank`` of an engine for adapters of this rank."""
     return next(size for size in _RANKS if size >= rank)
+
+
+def adapter_options(rank: int, revision: str | None) -> dict[str, Any]:
+    """vLLM's options for an engine that samples with adapters of this rank, and reads the base's weights from
+    the model's files. revision: of the base.
+    """
+    return {
+        "load_format": "auto",
+        "revision": revision,
+        "enable_lora": True,
+        "max_lora_rank": padded_rank(rank),
+        "max_loras": _SLOTS,
+        "max_cpu_loras": _SLOTS,
+    }
 
 
 def write_adapter(folder: Path, config: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]]) -> None:

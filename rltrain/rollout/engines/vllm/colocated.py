@@ -27,7 +27,7 @@ from rltrain.model_files import config_source
 from rltrain.protocols import EngineState
 from rltrain.remote_code import trusts
 from rltrain.rollout.engines.checks import WeightShapes, require_fit, require_version
-from rltrain.rollout.engines.vllm.adapter import SLOTS, adapter_fingerprints, padded_rank, write_adapter
+from rltrain.rollout.engines.vllm.adapter import adapter_fingerprints, adapter_options, write_adapter
 from rltrain.rollout.engines.vllm.layers import (
     Architecture,
     Place,
@@ -121,10 +121,7 @@ class VllmColocated:
         self._owns_process_group = not torch.distributed.is_initialized()
         self._ranks = EngineRanks(tensor_parallel) if tensor_parallel > 1 else None
         sizes = self._sizes(kv_cache_gib, gpu_memory_utilization) | self._placement(tensor_parallel)
-        if adapter_rank is not None:
-            sizes |= {"enable_lora": True, "max_lora_rank": padded_rank(adapter_rank)}
-            sizes |= {"max_loras": SLOTS, "max_cpu_loras": SLOTS}
-            sizes |= {"load_format": "auto", "revision": revision}
+        sizes |= {} if adapter_rank is None else adapter_options(adapter_rank, revision)
         self._start(
             model,
             config,
