@@ -11,6 +11,13 @@ from rltrain.json_text import parse_json
 
 ADAPTER_CONFIG = "adapter_config.json"  # of a folder that holds a LoRA adapter
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_STORAGE = "adapter_base.json"  # beside it, where the base was quantised: in which storage
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the largest ranks that vLLM can be started with
+
+
+def padded_rank(rank: int) -> int:
+    """The rank to which vLLM pads adapters of ``rank``."""
+    return next(size for size in SERVED_RANKS if size >= rank)
 
 
 def local_file(path: str, revision: str | None, name: str) -> Path | None:
@@ -75,6 +82,19 @@ def adapter_base(path: str) -> tuple[str, str | None] | None:
     if not isinstance(base, str) or not base:
         raise UserError(f"{file}: base_model_name_or_path is {base!r}; write the base model's name there")
     return base, config.get("revision")
+
+
+def adapter_storage(path: str) -> str:
+    """The storage of the base's weights when the adapter in the folder ``path`` was trained; "none": not
+    quantised. Raises UserError where its file cannot be read.
+    """
+    file = Path(path) / ADAPTER_STORAGE
+    if not file.is_file():
+        return "none"
+    try:
+        return str(parse_json(file.read_text(encoding="utf-8"))["quantize"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); export the adapter again") from error
 
 
 def config_source(path: str, revision: str | None) -> tuple[str, str | None]:

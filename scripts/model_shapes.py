@@ -43,6 +43,7 @@ _QWEN_7B = PublishedModel("qwen2", 3584, 28, 28, 4, 18944, 152064, False, 7_615_
 _QWEN_1_5B = PublishedModel("qwen2", 1536, 28, 12, 2, 8960, 151936, True, 1_543_714_304)
 _QWEN_DISTILLED = PublishedModel("qwen2", 1536, 28, 12, 2, 8960, 151936, False, 1_777_088_000)
 _LLAMA_8B = PublishedModel("llama", 4096, 32, 32, 8, 14336, 128256, False, 8_030_261_248)
+_LLAMA_70B = PublishedModel("llama", 8192, 80, 64, 8, 28672, 128256, False, 70_553_706_496)
 
 PUBLISHED = {
     "Qwen/Qwen2.5-0.5B-Instruct": PublishedModel("qwen2", 896, 24, 14, 2, 4864, 151936, True, 494_032_768),
@@ -57,6 +58,9 @@ PUBLISHED = {
     "Skywork/Skywork-OR1-Math-7B": _QWEN_7B,
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": _QWEN_7B,
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": _QWEN_DISTILLED,
+    "meta-llama/Llama-3.1-70B": PublishedModel(
+        "llama", 8192, 80, 64, 8, 28672, 128256, False, 70_553_706_496
+    ),
     "Qwen/Qwen2.5-32B": PublishedModel("qwen2", 5120, 64, 40, 8, 27648, 152064, False, 32_763_876_352),
     "Qwen/Qwen3-8B-Base": PublishedModel("qwen3", 4096, 36, 32, 8, 12288, 151936, False, 8_190_735_360, 128),
     "Qwen/Qwen3-14B-Base": PublishedModel(

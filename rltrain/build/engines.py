@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
 from rltrain.build.environment import build_dialogue, build_pool
+from rltrain.checkpoint.tensor_files import write_tensors
 from rltrain.config.schema import Data, Model, Rollout
 from rltrain.data.chat import StopTokens
 from rltrain.data.tokenization import Tokenization
+from rltrain.learner.trained_model import TrainedModel
+from rltrain.model_files import config_source
 from rltrain.process import Process
 from rltrain.protocols import RolloutEngine, Sampler
+from rltrain.remote_code import trust_copy, trusts
 from rltrain.rollout.environments.episodes import EpisodePlayer
 
-__all__ = ["build_engine", "build_sampler", "build_transformers_engine"]
+__all__ = ["build_engine", "build_sampler", "build_transformers_engine", "engine_base"]
 
 
 def build_engine(
@@ -50,13 +61,52 @@ def build_engine(
         max_num_seqs=rollout.vllm.max_num_seqs,
         kv_cache_gib=rollout.vllm.kv_cache_gib,
         gpu_memory_utilization=rollout.vllm.gpu_memory_utilization,
-        dtype=_weights_dtype(precision, device),
+        dtype=weights_dtype(precision, device),
         enforce_eager=rollout.vllm.enforce_eager,
         adaptive_temperature=rollout.adaptive_temperature is not None,
         device=device,
         tensor_parallel=rollout.vllm.tensor_parallel,
         adapter_rank=None if model.adapter is None else model.adapter.rank,
     )
+
+
+@contextlib.contextmanager
+def engine_base(model: Model, engine: str, trained: TrainedModel, process: Process) -> Iterator[Model]:
+    """The model that the engine starts with: the recipe's, or while the block lasts a copy of the base that
+    the learner computes with, where an adapter's base was quantised or rounded after it was read.
+
+    The copy is in the engine's precision, in one folder of each node. A collective.
+    """
+    dtype = weights_dtype(trained.settings.precision, process.device)
+    adapter = trained.adapter
+    is_own = adapter is not None and (
+        adapter.settings.quantize != "none" or trained.compute_dtype.itemsize < dtype.itemsize
+    )
+    if engine != "vllm" or not is_own:
+        yield model
+        return
+    name = trained.broadcast(f"rltrain-base-{secrets.token_hex(8)}")
+    folder = Path(tempfile.gettempdir()) / name
+    is_writer = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        weights = ((key, weight.to(dtype)) for key, weight in trained.base_weights(dtype))
+        if is_writer:
+            folder.mkdir(mode=0o700)
+            source, revision = config_source(model.path, model.revision)
+            trust = trusts(source, revision)
+            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
+            config.save_pretrained(folder)
+            trust_copy(folder, source, revision)
+            write_tensors(folder, "model", weights)
+        else:
+            for _ in weights:  # gathering is a collective
+                pass
+        trained.gather([name])  # the folder is complete
+        yield model.model_copy(update={"path": str(folder), "revision": None})
+        trained.gather([name])  # every rank has read it
+    finally:
+        if is_writer:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def build_sampler(data: Data, rollout: Rollout, engine: RolloutEngine, tokenization: Tokenization) -> Sampler:
@@ -94,10 +144,10 @@ def build_transformers_engine(
         decode=decode,
         max_rows=max_rows,
         device=device,
-        dtype=_weights_dtype(precision, device),
+        dtype=weights_dtype(precision, device),
         attention="auto" if model.attention == "flash_attention_2" else model.attention,
     )
 
 
-def _weights_dtype(precision: str, device: torch.device) -> torch.dtype:
+def weights_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" or precision == "float32" else torch.bfloat16

@@ -173,8 +173,10 @@ def export_learner(
     """Writes the learner's model, or its adapter, to the new folder ``out``. A collective."""
     weights = stored_weights(learner, is_checkpoint=is_checkpoint)
     if stores_adapter(learner, is_checkpoint=is_checkpoint):
+        assert learner.trained.adapter is not None
         config = learner.trained.adapter_config()
-        return export_adapter(out, tokenizer, card, config, weights, extra)
+        storage = learner.trained.adapter.settings.quantize
+        return export_adapter(out, tokenizer, card, config, weights, extra, storage)
     return export_model(out, learner.model, tokenizer, card, weights, extra, ties=learner.names.ties)
 
 
@@ -298,5 +300,7 @@ def initial_model(model: _Model, checkpoint: Path | None) -> _Model:
 
 
 def saved_adapter(model: Model, checkpoint: Path | None) -> Path | None:
-    """The folder of the adapter that a learner continues with; None: its adapter, if any, is new."""
-    return None if model.adapter is None else checkpoint
+    """The folder of the adapter that a learner continues with; None: its adapter, if any, is new, or that of
+    a sharded checkpoint, which is restored with the optimizer's state.
+    """
+    return None if model.adapter is None or checkpoint is None or is_sharded(checkpoint) else checkpoint

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 
 from rltrain.build.context import RunContext
-from rltrain.build.engines import build_engine, build_sampler
+from rltrain.build.engines import build_engine, build_sampler, engine_base
 from rltrain.build.inputs import REWARD_MODEL, RunInputs
 from rltrain.config.rules.registries import EXTRA_SAMPLES, ORDERS, REWARDS
 from rltrain.config.schema import (
@@ -88,8 +88,11 @@ def build_rollout(
     prompts = inputs.train.prompts
     precision = learner.trained.settings.precision
     order = build_order(data.order, prompts, rollout.prompts, seed, learner, fresh=context.is_fresh)
-    with process.deadline(f"the {rollout.engine} engine", "to start"):
-        engine = build_engine(model, data, rollout, precision, inputs.tokenization, process)
+    with (
+        engine_base(model, rollout.engine, learner.trained, process) as base,
+        process.deadline(f"the {rollout.engine} engine", "to start"),
+    ):
+        engine = build_engine(base, data, rollout, precision, inputs.tokenization, process)
     sampler = build_sampler(data, rollout, engine, inputs.tokenization)
     longest = data.max_prompt_tokens + rollout.max_tokens
     sync = build_learner_sync(sync_settings, engine, learner, longest, seed, process.deadline)

@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from rltrain.checkpoint.run_folder import directory_atomic
 from rltrain.checkpoint.tensor_files import write_tensors
-from rltrain.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from rltrain.model_files import ADAPTER_CONFIG, ADAPTER_STORAGE, ADAPTER_WEIGHTS
 from rltrain.weight_names import CheckpointNames
 
 MANIFEST = "files.sha256.json"
@@ -89,6 +89,7 @@ def export_adapter(
     config: Mapping[str, Any],
     weights: Iterable[tuple[str, Tensor]],
     extra: Callable[[Path], None] | None = None,
+    storage: str = "none",
 ) -> Path:
     """Write an adapter to the new folder ``out`` as peft does, with tokenizer and card beside it.
 
@@ -96,11 +97,15 @@ def export_adapter(
     model there.
 
     config: the content of adapter_config.json. weights: by peft's names. extra: as for ``export_model``.
-    Raises UserError when ``out`` exists, ExportError on NaN.
+    storage: of the base when the adapter was trained. Raises UserError when ``out`` exists, ExportError on
+    NaN.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with directory_atomic(out) as temporary:
         (temporary / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if storage != "none":
+            text = json.dumps({"quantize": storage}) + "\n"
+            (temporary / ADAPTER_STORAGE).write_text(text, encoding="utf-8")
         # peft and vLLM read one file
         write_tensors(temporary, Path(ADAPTER_WEIGHTS).stem, _finite_weights(weights), limit=sys.maxsize)
         with _system_errors():

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rltrain.config.capacity.adapter import adapter_size
 from rltrain.config.capacity.shape import ModelShape, read_shape
 from rltrain.config.model_config import config_path, model_context
 from rltrain.config.plan_offline import plan_offline
 from rltrain.config.rules.online_pairs import pair_plan
 from rltrain.config.rules.registries import EXTRA_SAMPLES
 from rltrain.config.schema import (
+    Adapter,
     AnyRecipe,
     MethodRef,
     OfflineRecipe,
@@ -213,8 +215,10 @@ def _process_reward_lines(recipe: OnlineRecipe) -> list[PlanLine]:
         _weights_line(
             "process reward model",
             path,
-            MASTER_BYTES,
-            "weights, gradients, AdamW in float32; divided by ranks if sharded",
+            MASTER_BYTES if recipe.model.adapter is None else FROZEN_BYTES,
+            "weights, gradients, AdamW in float32; divided by ranks if sharded"
+            if recipe.model.adapter is None
+            else "weights in float32 at most, under an adapter; divided by ranks if sharded",
         )
     ]
     if reference == "policy":
@@ -226,6 +230,9 @@ def _process_reward_lines(recipe: OnlineRecipe) -> list[PlanLine]:
                 "process_reward.reference is policy, whose log-probs are there already",
             ),
         ]
+    if reference is None and recipe.model.adapter is not None:
+        note = "the adapter switched off is the reference"
+        return [*lines, PlanLine("memory: its reference", "none", note)]
     return [
         *lines,
         _weights_line("its reference", reference or path, FROZEN_BYTES, "weights in float32, on every rank"),
@@ -267,11 +274,7 @@ def _learner_memory_lines(recipe: SampledRecipe | OfflineRecipe) -> tuple[list[P
     lines = [
         context,
         PlanLine("model: parameters", f"{size.parameters:,}", "from its config.json"),
-        PlanLine(
-            "memory: learner",
-            _format_gib(MASTER_BYTES * size.parameters),
-            "weights, gradients, AdamW in float32; divided by ranks if sharded",
-        ),
+        *_trained_lines(recipe.model.adapter, size, 4 if recipe.learner.precision == "float32" else 2),
         PlanLine(
             "memory: logits of a chunk",
             _format_gib(logits),
@@ -279,6 +282,25 @@ def _learner_memory_lines(recipe: SampledRecipe | OfflineRecipe) -> tuple[list[P
         ),
     ]
     return lines, size
+
+
+def _trained_lines(adapter: Adapter | None, shape: ModelShape, compute_bytes: int) -> list[PlanLine]:
+    """Memory of what is trained, and of the base under an adapter."""
+    note = "weights, gradients, AdamW in float32; divided by ranks if sharded"
+    if adapter is None:
+        return [PlanLine("memory: learner", _format_gib(MASTER_BYTES * shape.parameters), note)]
+    size = adapter_size(adapter, shape)
+    base = size.base_bytes(shape, compute_bytes, throughout=False)
+    storage = "in the precision of the products" if adapter.quantize == "none" else f"in {adapter.quantize}"
+    return [
+        PlanLine("model: parameters of the adapter", f"{size.parameters:,}", f"rank {adapter.rank}"),
+        PlanLine("memory: learner", _format_gib(MASTER_BYTES * size.parameters), f"the adapter's {note}"),
+        PlanLine(
+            "memory: base of the adapter",
+            _format_gib(base),
+            f"linear layers {storage} on a GPU, the rest in float32; one process or DDP",
+        ),
+    ]
 
 
 def _context_line(recipe: SampledRecipe | OfflineRecipe) -> PlanLine:

@@ -174,6 +174,11 @@ def _refuse_adapter_keys(values: Any) -> Any:
     return values
 
 
+def _freeze_list(value: Any) -> Any:
+    """A list as a tuple: after ``_refuse_adapter_keys`` pydantic no longer knows that it reads JSON."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _require_no_dropout(dropout: float) -> float:
     if dropout != 0:
         raise ValueError(
@@ -192,7 +197,9 @@ class Adapter(Section):
     alpha: int = Field(default=32, ge=1)  # scale of B A: alpha / rank, or alpha / sqrt(rank) with rslora
     # linear: every linear layer but the output head; attention: those of the attention; kappatune: the
     # kappa_share of all with the smallest condition numbers (arXiv:2506.16289); or last parts of layer names
-    targets: Literal["linear", "attention", "kappatune"] | tuple[str, ...] = "linear"
+    targets: Annotated[
+        Literal["linear", "attention", "kappatune"] | tuple[str, ...], BeforeValidator(_freeze_list)
+    ] = "linear"
     kappa_share: float = Field(default=0.2, gt=0, le=1)
     rslora: bool = False  # arXiv:2312.03732
     dropout: Annotated[float, AfterValidator(_require_no_dropout)] = 0.0

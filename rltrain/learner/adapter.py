@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from rltrain.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 __all__ = [
     "AdapterLayer",
     "AdapterLayers",
+    "dequantized_weights",
     "inject_adapter",
     "merge_adapter_folder",
     "quantization_config",
@@ -106,13 +107,15 @@ class AdapterLayers:
             layer = self.layers.get(path)
             quantized = parameter == "weight" and path in self._quantized_layers
             if layer is None and not quantized:
-                yield plain_name, gather(weight, dtype)
+                full = gather(weight, dtype)
+                yield plain_name, full.float() if dtype is None and full.is_floating_point() else full
                 continue
             full = gather(weight, None)
             if quantized:
                 full = _dequantize(full, self._quantized_layers[path])
+            full = full.float()
             if layer is not None and merged and parameter == "weight":
-                full = full.float() + layer.delta(gather)
+                full = full + layer.delta(gather)
             yield plain_name, full
             del full
 
@@ -392,9 +395,18 @@ def _keep_quantized_forward(model: nn.Module) -> None:
         layer: Any = module
         if type(module).__name__ == "Linear4bit":
             layer.support_avx512bf16_for_cpu = False
+            layer.quant_state = layer.weight.quant_state
         elif type(module).__name__ == "Linear8bitLt" and layer.weight.device.type == "cpu":
             layer.train(True)
             layer.train = lambda mode=True, layer=layer: layer
+
+
+def dequantized_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The quantised weights of ``model`` by name, (out, in) float32."""
+    for path, module in model.named_modules():
+        if _is_quantized(module):
+            layer: Any = module
+            yield f"{path}.weight", _dequantize(layer.weight.data, layer)
 
 
 def _dequantize(weight: Tensor, module: Any) -> Tensor:
@@ -403,14 +415,15 @@ def _dequantize(weight: Tensor, module: Any) -> Tensor:
 
     if type(module).__name__ == "Linear4bit":
         packed = weight.view(torch.uint8).reshape(-1, 1)
-        return functional.dequantize_4bit(packed, module.weight.quant_state).float()
+        state = getattr(module.weight, "quant_state", None)  # FSDP2's shards have none: the module keeps it
+        return functional.dequantize_4bit(packed, module.quant_state if state is None else state).float()
     scales = module.weight.SCB if module.state.SCB is None else module.state.SCB
     return functional.int8_vectorwise_dequant(weight, scales).float()
 
 
-def quantization_config(quantize: Literal["none", "nf4", "int8"]) -> Any | None:
-    """transformers' config for weights in that storage; None for none. Raises UserError without
-    bitsandbytes.
+def quantization_config(quantize: str, dtype: torch.dtype) -> Any | None:
+    """transformers' config for weights in that storage; None for none. dtype: of matrix products, in which
+    the stored bytes are kept too: FSDP2 would round those of another. Raises UserError without bitsandbytes.
     """
     if quantize == "none":
         return None
@@ -425,13 +438,12 @@ def quantization_config(quantize: Literal["none", "nf4", "int8"]) -> Any | None:
 
     if quantize == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    # FSDP2 shards storage of the other weights' type only
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
-        bnb_4bit_quant_storage=torch.float32,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
     )
 
 

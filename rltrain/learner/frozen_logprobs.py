@@ -23,8 +23,8 @@ from torch import Tensor
 
 from rltrain.errors import UserError
 from rltrain.learner.adapter_off import FrozenModel
+from rltrain.learner.precision import ROUNDING
 from rltrain.learner.preference_learner import PreferenceLearner
-from rltrain.learner.trained_model import ROUNDING
 from rltrain.seeds import stable_hash
 from rltrain.types.policy import TokenRows
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from accelerate.utils import DistributedType, broadcast
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
@@ -17,9 +17,10 @@ from rltrain.errors import UserError
 from rltrain.learner.adapter_off import AdapterOff, FrozenModel
 from rltrain.learner.forward import PolicyForward
 from rltrain.learner.loading import Head, load_causal_lm, require_weights
+from rltrain.learner.precision import COMPUTE_DTYPES, computes_throughout, stored_dtypes
 from rltrain.learner.ranks import loading_on_rank_0
 from rltrain.learner.shards import gather_rows, put_full
-from rltrain.learner.trained_model import COMPUTE_DTYPES, TrainedModel
+from rltrain.learner.trained_model import TrainedModel
 from rltrain.model_files import config_source
 from rltrain.model_limits import require_context, require_room_for_tokens
 from rltrain.remote_code import refusing_untrusted, trusts
@@ -33,13 +34,10 @@ __all__ = [
     "reference_weights",
     "require_companion",
     "require_same_tokens",
-    "stored_dtypes",
     "weights_digest",
     "weights_of",
 ]
 
-# Backends whose model computes in the low precision from its embedding on; the others' cast at each product.
-_COMPUTE_THROUGHOUT = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 # The fields of a config that decide the shapes of the weights.
 _SHAPE = (
     "model_type",
@@ -144,38 +142,10 @@ def _read(path: str | None, model: Model, trained: TrainedModel) -> PolicyForwar
     return PolicyForward(frozen.requires_grad_(False)).eval()
 
 
-def stored_dtypes(frozen: nn.Module, dtype: torch.dtype, *, throughout: bool) -> dict[str, torch.dtype]:
-    """The precision in which each parameter of ``frozen`` is kept, for passes in ``dtype``.
-
-    throughout: the trained model computes in ``dtype`` from its embedding on (FSDP2, ZeRO). Otherwise it
-    keeps float32 weights and autocast rounds those of linear layers at each use: here these are kept rounded,
-    and the embedding and the norms stay as they are.
-    """
-    linear = {
-        id(parameter)
-        for module in frozen.modules()
-        if isinstance(module, nn.Linear)
-        for parameter in module.parameters(recurse=False)
-    }
-    read_as_stored = {
-        id(parameter)
-        for module in frozen.modules()
-        if not isinstance(module, nn.Linear)
-        for parameter in module.parameters(recurse=False)
-    }
-    rounded = linear - read_as_stored  # a tied head is also the embedding
-    return {
-        name: dtype
-        if parameter.is_floating_point() and (throughout or id(parameter) in rounded)
-        else parameter.dtype
-        for name, parameter in frozen.named_parameters()
-    }
-
-
 @torch.no_grad()
 def _place(frozen: PolicyForward, trained: TrainedModel) -> PolicyForward:
     """``frozen`` on the device of ``trained``, in its precision, and divided where it is."""
-    is_whole = trained.accelerator.distributed_type in _COMPUTE_THROUGHOUT
+    is_whole = computes_throughout(trained.accelerator)
     dtypes = stored_dtypes(frozen, COMPUTE_DTYPES[trained.precision], throughout=is_whole)
     if trained.world_size == 1:
         for name, parameter in frozen.named_parameters():

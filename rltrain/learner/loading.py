@@ -26,9 +26,9 @@ from transformers import (
 from transformers.utils import logging
 
 from rltrain.errors import UserError
-from rltrain.learner.adapter import merge_adapter_folder
+from rltrain.learner.adapter import dequantized_weights, merge_adapter_folder, quantization_config
 from rltrain.learner.backend import reshard, set_mode
-from rltrain.model_files import adapter_base
+from rltrain.model_files import adapter_base, adapter_storage
 from rltrain.remote_code import refusing_untrusted, trusts
 
 __all__ = [
@@ -64,9 +64,9 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """A causal LM in float32 (the optimizer's precision; autocast computes in a lower one), without dropout.
 
-    A folder with an adapter is loaded as the model that base and adapter are together. quantization:
-    transformers' config for storing the linear layers in fewer bits. Raises UserError where the folder's
-    tensors are not exactly the architecture's.
+    A folder with an adapter is loaded as the model that base and adapter are together, with the base as it
+    was when the adapter was trained. quantization: transformers' config for storing the linear layers in
+    fewer bits. Raises UserError where the folder's tensors are not exactly the architecture's.
     """
     options: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     if quantization is not None:
@@ -75,8 +75,32 @@ def load_causal_lm(
     model, report = open_folder(AutoModelForCausalLM, base, base_revision, dtype=torch.float32, **options)
     require_complete(base, model, report, "logits")
     if base != path:
+        _take_stored_weights(model, base, base_revision, adapter_storage(path))
         merge_adapter_folder(model, Path(path))
     return without_dropout(model)
+
+
+def _take_stored_weights(model: PreTrainedModel, path: str, revision: str | None, storage: str) -> None:
+    """Give ``model``, loaded from ``path``, the values that its weights have after they were quantised: an
+    adapter of the quantised model belongs to these.
+
+    Raises UserError under ZeRO-3, which has divided the weights already.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.device.type != "meta"]
+    if storage == "none" or not parameters:
+        return
+    if any(hasattr(weight, "ds_id") for weight in parameters):
+        raise UserError(
+            f"the adapter was trained on {path} quantised to {storage}, which ZeRO-3 cannot load; merge it "
+            "first (rltrain soup ADAPTER --out FOLDER) and train on the folder, or launch another backend"
+        )
+    config = quantization_config(storage, torch.float32)
+    stored, _ = open_folder(
+        AutoModelForCausalLM, path, revision, dtype=torch.float32, quantization_config=config
+    )
+    with torch.no_grad():
+        for name, weight in dequantized_weights(stored):
+            model.get_parameter(name).copy_(weight)
 
 
 @contextlib.contextmanager

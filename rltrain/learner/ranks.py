@@ -101,6 +101,19 @@ def require_whole_weights() -> None:
         )
 
 
+def require_sharable_storage(quantize: str) -> None:
+    """Raises UserError where the backend would change the bytes in which bitsandbytes keeps weights: ZeRO
+    rounds every tensor of a model, and FSDP2 divides numbers but no int8 rows with their scales.
+    """
+    kind = requested_backend() if started_ranks() > 1 else "ddp"
+    if kind == "deepspeed" or (kind == "fsdp2" and quantize == "int8"):
+        remedy = "launch ddp" if quantize == "int8" else "launch ddp or fsdp2"
+        raise UserError(
+            f"model.adapter.quantize is {quantize}, whose storage {kind} would change; {remedy}, or set it "
+            "to none"
+        )
+
+
 def mixed_precision(precision: str) -> str:
     """accelerate's name for a recipe's ``learner.precision`` on this machine.
 

@@ -75,8 +75,9 @@ class RewardForward(PolicyForward):
         return {"reward": call_as_module(head, reward, hidden)[:, 0]}
 
 
-def load_scalar_head(model: Model) -> PreTrainedModel:
-    """The recipe's model with a scalar head."""
+def load_scalar_head(model: Model, dtype: torch.dtype) -> PreTrainedModel:
+    """The recipe's model with a scalar head, in float32. dtype: of matrix products, not read."""
+    del dtype
     return load_reward_model(model.path, model.revision, model.attention)
 
 

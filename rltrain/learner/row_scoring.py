@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,7 +26,7 @@ class RowScoring:
     number.
     """
 
-    load: Callable[[Model], PreTrainedModel]
+    load: Callable[[Model, torch.dtype], PreTrainedModel]  # for products in a dtype
     wrap: Callable[[PreTrainedModel], PolicyForward]
     statistic: str  # the statistic of the forward pass that gives the number
     row_numbers: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # (r,) float32, one for each row

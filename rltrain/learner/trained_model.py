@@ -26,10 +26,12 @@ from rltrain.learner.layer_kernels import use_kernels
 from rltrain.learner.loading import load_causal_lm, require_repeatable
 from rltrain.learner.optim import build_optimizer, build_schedule, full_shape, restore_schedule
 from rltrain.learner.packing import Layout, MicroBatch, build
+from rltrain.learner.precision import COMPUTE_DTYPES, ROUNDING, computes_throughout, round_frozen
 from rltrain.learner.ranks import (
     fill_other_ranks,
     make_accelerator,
     mixed_precision,
+    require_sharable_storage,
     require_whole_weights,
     sharded_loading,
 )
@@ -42,13 +44,9 @@ from rltrain.types.tensor_parts import TensorPart, select_tensors
 from rltrain.watchdog import Deadline, no_deadline
 from rltrain.weight_names import CheckpointNames
 
-__all__ = ["COMPUTE_DTYPES", "ROUNDING", "ModelOwner", "NonFiniteError", "TrainedModel", "load_policy"]
+__all__ = ["ModelOwner", "NonFiniteError", "TrainedModel", "load_policy"]
 
 
-# Nats per token, by precision: how much two passes over one row may differ.
-ROUNDING = {"no": 1e-4, "bf16": 0.05, "fp16": 0.02}
-# The dtype of matrix products, by precision.
-COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PROBE_TOKENS = 128
 
 
@@ -56,9 +54,9 @@ class NonFiniteError(RuntimeError):
     """Too many updates in a row had a loss or gradient that is not a finite number."""
 
 
-def load_policy(model: Model) -> PreTrainedModel:
-    """The recipe's model, a causal language model."""
-    quantization = None if model.adapter is None else quantization_config(model.adapter.quantize)
+def load_policy(model: Model, dtype: torch.dtype) -> PreTrainedModel:
+    """The recipe's model, a causal language model. dtype: of matrix products."""
+    quantization = None if model.adapter is None else quantization_config(model.adapter.quantize, dtype)
     return load_causal_lm(model.path, model.revision, model.attention, quantization)
 
 
@@ -66,7 +64,8 @@ class TrainedModel:
     """A transformers model with its optimizer; ``version``, the number of updates taken, identifies its
     weights.
 
-    load: loads the transformers model. wrap: makes the module around it that takes micro-batches.
+    load: loads the transformers model for products in a dtype. wrap: makes the module around it that takes
+    micro-batches.
     adapter_from: folder of the adapter's weights to continue with; None: a new one, if the model has one.
     deadline: wraps every wait for the other ranks that is not inside a forward or backward pass.
     """
@@ -78,7 +77,7 @@ class TrainedModel:
         *,
         total_updates: int,
         seed: int,
-        load: Callable[[Model], PreTrainedModel] = load_policy,
+        load: Callable[[Model, torch.dtype], PreTrainedModel] = load_policy,
         wrap: Callable[[PreTrainedModel], PolicyForward] = PolicyForward,
         adapter_from: Path | None = None,
         deadline: Deadline = no_deadline,
@@ -93,9 +92,7 @@ class TrainedModel:
             require_whole_weights()
 
         torch.manual_seed(seed)
-        with sharded_loading(self.accelerator):
-            pretrained = load(model)
-        fill_other_ranks(pretrained, self.accelerator)
+        pretrained = self._load_model(model)
         self.names = CheckpointNames(pretrained)
         self.adapter = self._build_adapter(pretrained, model.adapter, adapter_from)
         self.layout: Layout = resolve_layout(settings.layout, pretrained)
@@ -122,6 +119,23 @@ class TrainedModel:
 
         probe = build(_probe_row(self.model.config), [0], layout=self.layout, device=self.device)
         require_repeatable(self.wrapped_model, probe, path=model.path, tolerance=ROUNDING[self.precision])
+
+    def _load_model(self, model: Model) -> PreTrainedModel:
+        """The model in the form that the backend wraps. A quantised one is read by every rank: what
+        bitsandbytes keeps beside the weights cannot be sent.
+        """
+        if model.adapter is not None and model.adapter.quantize != "none":
+            require_sharable_storage(model.adapter.quantize)
+            return self._load(model, self.compute_dtype)
+        with sharded_loading(self.accelerator):
+            pretrained = self._load(model, self.compute_dtype)
+        fill_other_ranks(pretrained, self.accelerator)
+        return pretrained
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        return COMPUTE_DTYPES[self.precision]
 
     @property
     def precision(self) -> str:
@@ -249,6 +263,7 @@ class TrainedModel:
         adapter = inject_adapter(pretrained, settings, paths)
         if adapter_from is not None:
             adapter.load(adapter_from)
+        round_frozen(pretrained, self.compute_dtype, throughout=computes_throughout(self.accelerator))
         return adapter
 
     def weight_fingerprints(self, dtype: torch.dtype) -> dict[str, Fingerprint]:
@@ -302,7 +317,7 @@ class TrainedModel:
         Rank 0 reads them and sends one at a time: no other rank has a second model in its memory.
         """
         torch.manual_seed(self.seed)  # a head that starts at random is the same as before
-        source = self._load(model) if self.rank == 0 else None
+        source = self._load(model, self.compute_dtype) if self.rank == 0 else None
         weights = starts
         if self.adapter is None:
             weights = {} if source is None else source.state_dict()

@@ -59,8 +59,7 @@ def step_durations(load: Workload, cluster: Cluster, rates: Rates) -> tuple[Dura
         durations.append(_annotate(load, cluster, rates))
     durations.append(_update(load, cluster, rates))
     if load.engine is not None:
-        shape = load.policy
-        gathered = MASTER_BYTES * shape.parameters / rates.link
+        gathered = MASTER_BYTES * load.trained[0].trainable / rates.link
         durations.append(Duration("push", gathered + SLEEP_AND_WAKE, "sleep and wake of the engine"))
     return tuple(durations)
 
@@ -109,7 +108,9 @@ def head_seconds(shape: ModelShape, tokens: int, chunk: int, rates: Rates, *, up
 def update_seconds(load: Workload, shape: ModelShape, cluster: Cluster, rates: Rates, tokens: int) -> float:
     """Forward and backward pass of ``tokens`` tokens on one GPU."""
     layer = _policy_layer(load, shape, cluster, rates, tokens)
-    passes = layer.total * (2 if load.checkpointing else 1) + layer.backward
+    # under an adapter no weight of a linear layer has a gradient
+    saved = 0.0 if load.trained[0].adapter is None else layer.products
+    passes = layer.total * (2 if load.checkpointing else 1) + layer.backward - saved
     head = head_seconds(shape, _completion_tokens(load, tokens), load.head_chunk, rates, update=True)
     micro_batches = -(-tokens // load.tokens)
     communication = EXPOSED_COMMUNICATION * micro_batches if cluster.gpus > 1 else 0.0
@@ -190,6 +191,7 @@ def _rollout(load: Workload, engine: Engine, cluster: Cluster, rates: Rates) -> 
 def _annotate(load: Workload, cluster: Cluster, rates: Rates) -> Duration:
     tokens = tokens_per_gpu(load, cluster)
     trained = sum(forward_seconds(load, model.shape, cluster, rates, tokens) for model in load.trained)
+    trained += load.switched_off * forward_seconds(load, load.policy, cluster, rates, tokens)
     frozen = sum(
         frozen_seconds(load, model.shape, rates, tokens) for model in load.frozen if not model.is_reward
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from rltrain.config.capacity.cluster import Cluster
 from rltrain.config.capacity.constants import (
+    ADAPTER_SLOTS,
     CUDA_CONTEXT,
     ENGINE_BATCH_TOKENS,
     FRAGMENTATION,
@@ -79,9 +80,10 @@ def phases_of(load: Workload, cluster: Cluster) -> tuple[Phase, ...]:
 
 def weight_terms(model: Trained, cluster: Cluster, compute_bytes: int) -> list[Term]:
     """What a backend holds of a model's weights from its construction on."""
-    count = model.shape.parameters
+    count = model.trainable
     shards = cluster.shards
     role = model.role
+    base = {} if model.adapter is None else {"base": _base_bytes(model, cluster, compute_bytes)}
     match cluster.form:
         case "one":
             sizes = {"weights": MASTER_BYTES * count}
@@ -96,18 +98,26 @@ def weight_terms(model: Trained, cluster: Cluster, compute_bytes: int) -> list[T
                 "weights": compute_bytes * count // shards,
                 "masters": MASTER_BYTES * count // shards,
             }
-    return [Term(f"{role}: {name}", size) for name, size in sizes.items()]
+    return [Term(f"{role}: {name}", size) for name, size in {**base, **sizes}.items()]
+
+
+def _base_bytes(model: Trained, cluster: Cluster, compute_bytes: int) -> int:
+    """Of the weights under an adapter, on one GPU. FSDP2 and ZeRO-3 divide them."""
+    assert model.adapter is not None
+    throughout = cluster.form not in ("one", "ddp")
+    size = model.adapter.base_bytes(model.shape, compute_bytes, throughout=throughout)
+    return size // cluster.shards if cluster.form in ("fsdp2", "zero3") else size
 
 
 def moment_term(model: Trained, cluster: Cluster) -> Term:
     """AdamW's moments, from the first update on."""
-    size = int(model.moment_bytes * model.shape.parameters) // _state_shards(cluster)
+    size = int(model.moment_bytes * model.trainable) // _state_shards(cluster)
     return Term(f"{model.role}: AdamW", size)
 
 
 def gradient_term(model: Trained, cluster: Cluster) -> Term:
     """The gradient that is left when the backward pass is over."""
-    return Term(f"{model.role}: gradient", GRADIENT_BYTES * model.shape.parameters // _state_shards(cluster))
+    return Term(f"{model.role}: gradient", GRADIENT_BYTES * model.trainable // _state_shards(cluster))
 
 
 def _state_shards(cluster: Cluster) -> int:
@@ -167,20 +177,25 @@ def _frozen(load: Workload) -> list[Term]:
     ]
 
 
-def _gathered_terms(shape: ModelShape, cluster: Cluster, compute_bytes: int, *, update: bool) -> list[Term]:
+def _gathered_terms(model: Trained, cluster: Cluster, compute_bytes: int, *, update: bool) -> list[Term]:
     """Weights and gradients of layers that a sharded backend holds whole for a moment."""
+    shape = model.shape
+    is_full = model.adapter is None
+    root = shape.root if is_full else 0  # parameters outside the layers with a gradient
+    layer = shape.layer if is_full else model.trainable // shape.layers
+    bucket = min(ZERO_BUCKET, ZERO_BUCKET if is_full else model.trainable)
     match cluster.form:
         case "fsdp2":
             weights = compute_bytes * (shape.root + 2 * shape.layer)
             # of the root in float32; of a layer as computed, and twice in float32 while it is reduced
-            reduced = GRADIENT_BYTES * (shape.root + 2 * shape.layer) + compute_bytes * shape.layer
+            reduced = GRADIENT_BYTES * (root + 2 * layer) + compute_bytes * layer
         case "zero2":
             weights = 0
-            reduced = ZERO_BUCKET * (compute_bytes + GRADIENT_BYTES)
+            reduced = bucket * (compute_bytes + GRADIENT_BYTES)
         case "zero3":
             live = min(ZERO_LIVE, shape.parameters) + ZERO_PREFETCH
             weights = compute_bytes * live
-            reduced = ZERO_BUCKET * (compute_bytes + GRADIENT_BYTES)
+            reduced = bucket * (compute_bytes + GRADIENT_BYTES)
         case _:
             return []
     terms = [Term("gathered weights", weights)]
@@ -232,18 +247,29 @@ def _update_terms(load: Workload, model: Trained, cluster: Cluster) -> list[Term
     else:
         kept = shape.layers * saved_layer(shape, tokens, size)
     layer = layer_activations(shape, tokens, size, update=True)
+    if model.adapter is not None:
+        kept += size * tokens * model.adapter.inputs * (1 if load.checkpointing else shape.layers)
+        layer += model.adapter.dequantized_bytes(size)
     # either a layer's backward pass, or the forward pass's end, where autocast has copied every weight
-    copies = size * shape.parameters if casts else 0
+    copies = _cast_bytes(model, size) if casts else 0
     peak = Term("one layer's backward pass", layer)
     if copies > layer:
         peak = Term("autocast's copies of the weights", copies)
     return [
-        *_gathered_terms(shape, cluster, size, update=True),
+        *_gathered_terms(model, cluster, size, update=True),
         *_kept_terms([gradient_term(model, cluster)], load, cluster),
         Term("kept activations", kept),
         peak,
-        Term("output head", head_bytes(shape, load.head_chunk, size, update=True)),
+        Term("output head", head_bytes(shape, load.head_chunk, size, update=model.adapter is None)),
     ]
+
+
+def _cast_bytes(model: Trained, compute_bytes: int) -> int:
+    """Autocast's copies of float32 weights: of all that are trained, and of a tied head."""
+    if model.adapter is None:
+        return compute_bytes * model.shape.parameters
+    head = model.shape.embedding if model.shape.tied else 0
+    return compute_bytes * (model.trainable + head)
 
 
 def _update(load: Workload, cluster: Cluster) -> Phase:
@@ -265,12 +291,14 @@ def _forward_terms(shape: ModelShape, load: Workload, compute_bytes: int) -> lis
     ]
 
 
-def _trained_pass(shape: ModelShape, load: Workload, cluster: Cluster) -> list[Term]:
+def _trained_pass(model: Trained, load: Workload, cluster: Cluster) -> list[Term]:
     size = load.compute_bytes
-    gathered = _gathered_terms(shape, cluster, size, update=False)
+    gathered = _gathered_terms(model, cluster, size, update=False)
     if cluster.form in ("one", "ddp") and size < MASTER_BYTES:
-        gathered = [Term("autocast's copies of the weights", size * shape.parameters)]
-    return [*gathered, *_forward_terms(shape, load, size)]
+        gathered = [Term("autocast's copies of the weights", _cast_bytes(model, size))]
+    if model.adapter is not None:
+        gathered.append(Term("a dequantised matrix", model.adapter.dequantized_bytes(size)))
+    return [*gathered, *_forward_terms(model.shape, load, size)]
 
 
 def _frozen_pass(model: Frozen, load: Workload) -> list[Term]:
@@ -280,7 +308,7 @@ def _frozen_pass(model: Frozen, load: Workload) -> list[Term]:
 
 def _annotate(load: Workload, cluster: Cluster) -> Phase:
     common = (*_resident(load, cluster), *_frozen(load))
-    passes = [_trained_pass(model.shape, load, cluster) for model in load.trained]
+    passes = [_trained_pass(model, load, cluster) for model in load.trained]
     passes += [_frozen_pass(model, load) for model in load.frozen if not model.is_reward]
     candidates = [_gpu_phase("annotate", (*common, *terms), load, cluster) for terms in passes]
     return max(candidates, key=lambda phase: phase.total)
@@ -290,7 +318,7 @@ def _reference_phase(load: Workload, cluster: Cluster) -> list[Phase]:
     """Log-probs of frozen models before the first update, when there are no optimizer states yet."""
     weights = _weights(load, cluster)
     if not load.frozen:
-        terms = _trained_pass(load.policy, load, cluster)
+        terms = _trained_pass(load.trained[0], load, cluster)
         return [_gpu_phase("annotate", (*weights, *terms), load, cluster)]
     candidates = []
     for model in load.frozen:
@@ -317,8 +345,10 @@ def kv_bytes(shape: ModelShape, tokens: int, number_bytes: int) -> int:
 
 
 def engine_weights(load: Workload, engine: Engine) -> int:
-    """One rank's shard of the engine's weights."""
-    return load.compute_bytes * load.policy.parameters // engine.ranks
+    """One rank's shard of the engine's weights, and vLLM's places for adapters."""
+    adapter = load.trained[0].adapter
+    slots = ADAPTER_SLOTS * adapter.parameters if adapter is not None and engine.name == "vllm" else 0
+    return load.compute_bytes * (load.policy.parameters + slots) // engine.ranks
 
 
 def engine_cache(load: Workload, engine: Engine, tokens: int) -> int:
@@ -362,6 +392,9 @@ def _engine_phases(load: Workload, engine: Engine, cluster: Cluster) -> list[Pha
     learner = _kept_terms(weight_terms(load.trained[0], cluster, load.compute_bytes), load, cluster)
     awake = _engine_awake(load, engine, cluster)
     flight = Term("two tensors in the engine's dtype", TENSORS_IN_FLIGHT * size * shape.largest_tensor)
+    if (adapter := load.trained[0].adapter) is not None:  # merged, or compared, in float32
+        largest = TENSORS_IN_FLIGHT * MASTER_BYTES * shape.largest_tensor
+        flight = Term("two tensors and the adapter in float32", largest + MASTER_BYTES * adapter.parameters)
     phases = [_gpu_phase("engine start", (*learner, awake), load, cluster)]
     if engine.name == "vllm":
         row = (
@@ -411,7 +444,14 @@ def _host(load: Workload, cluster: Cluster) -> Phase:
     """
     ranks = cluster.ranks_per_node
     copies = 1 if cluster.form == "fsdp2" else ranks
-    sizes = {model.role: copies * MASTER_BYTES * model.shape.parameters for model in load.trained}
+    sizes = {
+        model.role: (ranks if _is_quantized(model) else copies) * MASTER_BYTES * model.shape.parameters
+        for model in load.trained
+    }
     sizes |= {model.role: ranks * MASTER_BYTES * model.shape.parameters for model in load.frozen}
     role, size = max(sizes.items(), key=lambda item: item[1])
     return Phase("load, on the host", (Term(f"{role} in float32, all ranks of a node", size),), None)
+
+
+def _is_quantized(model: Trained) -> bool:
+    return model.adapter is not None and model.adapter.quantize != "none"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from rltrain.advantage import ADVANTAGES
+from rltrain.config.capacity.adapter import AdapterSize, adapter_size
 from rltrain.config.capacity.constants import (
     FROZEN_BYTES,
     MOMENT_BYTES,
@@ -16,6 +17,7 @@ from rltrain.config.capacity.constants import (
 from rltrain.config.capacity.shape import ModelShape
 from rltrain.config.rules.offline import all_needs, takes_pairs
 from rltrain.config.schema import (
+    Adapter,
     AnyRecipe,
     MethodRef,
     OfflineRecipe,
@@ -58,15 +60,22 @@ class Frozen:
     bytes_per_parameter: int
     is_resident: bool = True  # False: freed before the first update
     is_reward: bool = False  # scores completions during the rollout
+    is_start: bool = False  # the trained model as it started: an adapter is switched off in its place
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with gradients and optimizer states."""
+    """A model with gradients and optimizer states, of all its weights or of an adapter."""
 
     role: str
     shape: ModelShape
     moment_bytes: float = MOMENT_BYTES  # of the optimizer, per parameter
+    adapter: AdapterSize | None = None  # None: all weights are trained
+
+    @property
+    def trainable(self) -> int:
+        """Parameters with a gradient."""
+        return self.shape.parameters if self.adapter is None else self.adapter.parameters
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,7 @@ class Workload:
     compute_bytes: int  # per number in a matrix product on a GPU
     notes: tuple[str, ...] = ()
     offload: Literal["nothing", "optimizer", "all"] = "nothing"  # to the host
+    switched_off: int = 0  # passes over a step's rows with an adapter off, in place of a frozen model
     fuses_layers: bool = False  # whether elementwise kernels of a trained model's layers are fused
 
     @property
@@ -143,6 +153,7 @@ def _offline_workload(recipe: OfflineRecipe, models: _Models) -> Workload:
     needs = all_needs(spec, ref.hp)
     sides = 2 if takes_pairs(spec) else 1
     has_scalar_head = "scalar_head" in spec.traits
+    role = "model" if has_scalar_head else "policy"
     # a scalar head replaces an output head of its own
     policy = replace(models.policy, tied=True) if has_scalar_head else models.policy
     row = data.max_prompt_tokens + data.max_completion_tokens
@@ -157,7 +168,7 @@ def _offline_workload(recipe: OfflineRecipe, models: _Models) -> Workload:
     ]
     return Workload(
         kind="offline",
-        trained=(Trained("model" if has_scalar_head else "policy", policy, moment_bytes(learner.optimizer)),),
+        trained=(_trained_model(role, policy, learner.optimizer, recipe.model.adapter),),
         offload=learner.offload,
         frozen=tuple(frozen[:1]),
         engine=None,
@@ -178,20 +189,30 @@ def _offline_workload(recipe: OfflineRecipe, models: _Models) -> Workload:
 def _sampled_workload(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models) -> Workload:
     learner = recipe.learner
     row = recipe.data.max_prompt_tokens + recipe.rollout.max_tokens
-    trained = [Trained("policy", models.policy, moment_bytes(learner.optimizer))]
+    adapter = recipe.model.adapter
+    trained = [_trained_model("policy", models.policy, learner.optimizer, adapter)]
+    switched_off = 0
     if recipe.kind == "online":
         frozen = [*_frozen_online(recipe, models)]
+        if adapter is not None:
+            switched_off += sum(model.is_start for model in frozen)
+            frozen = [model for model in frozen if not model.is_start]
         settings = recipe.process_reward
         sides = 1
         rows = recipe.rollout.prompts * recipe.rollout.n
         if settings is not None:
             shape = models.shape("process reward model", settings.path)
-            trained.append(Trained("process reward model", shape, moment_bytes(settings.optimizer)))
-            if settings.reference != "policy":
+            trained.append(_trained_model("process reward model", shape, settings.optimizer, adapter))
+            if settings.reference is None and adapter is not None:
+                switched_off += 1
+            elif settings.reference != "policy":
                 reference = models.shape("its reference", settings.reference or settings.path)
                 frozen.append(Frozen("its reference", reference, FROZEN_BYTES))
     else:
         frozen = [*_frozen_of_pairs(recipe, models)]
+        if adapter is not None:
+            switched_off += sum(model.is_start for model in frozen)
+            frozen = [model for model in frozen if not model.is_start]
         sides = 2
         rows = 2 * recipe.rollout.prompts * _pairs_per_prompt(recipe)
     frozen += _reward_models(recipe, models)
@@ -211,8 +232,14 @@ def _sampled_workload(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models)
         compute_bytes=_compute_bytes(learner.precision),
         notes=tuple(models.notes),
         offload=learner.offload,
+        switched_off=switched_off,
         fuses_layers=learner.kernels != "eager",
     )
+
+
+def _trained_model(role: str, shape: ModelShape, optimizer: Optimizer, adapter: Adapter | None) -> Trained:
+    size = None if adapter is None else adapter_size(adapter, shape)
+    return Trained(role, shape, moment_bytes(optimizer), size)
 
 
 def moment_bytes(optimizer: Optimizer) -> float:
@@ -259,7 +286,7 @@ def _frozen_online(recipe: OnlineRecipe, models: _Models) -> Iterator[Frozen]:
         ("teacher_logp", "teacher", recipe.model.teacher),
     ):
         if name in needs:
-            yield Frozen(role, models.shape(role, path), FROZEN_BYTES)
+            yield Frozen(role, models.shape(role, path), FROZEN_BYTES, is_start=path is None)
 
 
 def _frozen_of_pairs(recipe: OnlinePairsRecipe, models: _Models) -> Iterator[Frozen]:
@@ -267,7 +294,9 @@ def _frozen_of_pairs(recipe: OnlinePairsRecipe, models: _Models) -> Iterator[Fro
     needs = all_needs(PREFERENCE_LOSSES.check(ref.name, ref.hp), ref.hp)
     judge = recipe.pairs.judge
     if "ref_logp" in needs or (judge.name == "self" and judge.hp.get("by") == "reference"):
-        yield Frozen("reference", models.shape("reference", recipe.model.reference), FROZEN_BYTES)
+        reference = recipe.model.reference
+        shape = models.shape("reference", reference)
+        yield Frozen("reference", shape, FROZEN_BYTES, is_start=reference is None)
     if recipe.train.previous_every > 1:
         yield Frozen("previous iterate", models.policy, FROZEN_BYTES)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from rltrain.config.schema import AnyRecipe, Optimizer
-from rltrain.model_files import ADAPTER_CONFIG
+from rltrain.config.schema import AnyRecipe, Optimizer, SampledRecipe
+from rltrain.model_files import ADAPTER_CONFIG, padded_rank
 
 __all__ = ["adapter_problems", "adapter_warnings", "scalar_head_problem"]
 
@@ -32,11 +32,28 @@ def adapter_problems(recipe: AnyRecipe) -> Iterator[str]:
             f"model.adapter.export is merged, but model.adapter.quantize is {adapter.quantize}: a merged "
             "weight would be rounded to that storage again and be another model's; set export to adapter"
         )
-    if adapter.quantize != "none" and recipe.kind != "offline" and recipe.rollout.engine == "vllm":
+    if adapter.quantize != "none" and recipe.learner.offload != "nothing":
         yield (
-            f"rollout.engine is vllm and model.adapter.quantize is {adapter.quantize}: that vLLM's copy of a "
-            "quantised base equals the learner's has not been proved on a GPU yet; set rollout.engine to "
-            "transformers, which gets the learner's own dequantised weights, or quantize to none"
+            f"learner.offload is {recipe.learner.offload} and model.adapter.quantize is {adapter.quantize}: "
+            "quantised weights stay on the device; set offload to nothing, or quantize to none"
+        )
+    if recipe.kind != "offline":
+        yield from _engine_problems(recipe)
+
+
+def _engine_problems(recipe: SampledRecipe) -> Iterator[str]:
+    """Engines that cannot take an adapter."""
+    rollout = recipe.rollout
+    if rollout.engine == "vllm_server":
+        yield (
+            "model.adapter is set, but rollout.engine vllm_server takes whole weights only; set "
+            "rollout.engine to vllm, which takes the adapter, or to transformers"
+        )
+    if rollout.engine == "vllm" and rollout.vllm.tensor_parallel > 1:
+        yield (
+            f"rollout.vllm.tensor_parallel is {rollout.vllm.tensor_parallel}, over which vLLM divides the "
+            "adapter's matrices, and the proof of an adapter compares whole ones; set it to 1, or leave "
+            "model.adapter out"
         )
 
 
@@ -50,7 +67,8 @@ def scalar_head_problem(recipe: AnyRecipe, traits: frozenset[str]) -> Iterator[s
 
 
 def adapter_warnings(recipe: AnyRecipe) -> Iterator[str]:
-    """Learning rates that belong to the other kind of training."""
+    """Learning rates that belong to the other kind of training, and ranks that vLLM pads."""
+    yield from _rank_warnings(recipe)
     for key, optimizer in _optimizers(recipe):
         if optimizer.lr == 0:
             continue
@@ -67,6 +85,18 @@ def adapter_warnings(recipe: AnyRecipe) -> Iterator[str]:
                 f"{key}.lr is {optimizer.lr:g}, above what adapters are trained with "
                 f"({_LEAST_LR:g} to {_LARGEST_LR:g}); lower it if the loss or the KL jumps"
             )
+
+
+def _rank_warnings(recipe: AnyRecipe) -> Iterator[str]:
+    adapter = recipe.model.adapter
+    if adapter is None or recipe.kind == "offline" or recipe.rollout.engine != "vllm":
+        return
+    padded = padded_rank(adapter.rank)
+    if padded != adapter.rank:
+        yield (
+            f"model.adapter.rank is {adapter.rank}, which vLLM serves padded to {padded}: a rank of {padded} "
+            "samples at the same cost"
+        )
 
 
 def _optimizers(recipe: AnyRecipe) -> Iterator[tuple[str, Optimizer]]:

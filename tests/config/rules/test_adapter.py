@@ -27,10 +27,16 @@ RECIPES = Path(__file__).parents[3] / "recipes"
             ["model.adapter={quantize: nf4, export: merged}"],
             "set export to adapter",
         ),
+        ("policy/grpo", ["model.adapter={}", "rollout.engine=vllm_server"], "takes whole weights only"),
         (
             "policy/grpo",
-            ["model.adapter={quantize: nf4}", "rollout.engine=vllm"],
-            "set rollout.engine to transformers",
+            ["model.adapter={}", "rollout.engine=vllm", "rollout.vllm.tensor_parallel=2"],
+            "tensor_parallel is 2.*set it to 1",
+        ),
+        (
+            "preference/dpo",
+            ["model.adapter={quantize: nf4}", "learner.offload=all"],
+            "quantised weights stay on the device",
         ),
         ("process_reward/bradley_terry", ["model.adapter={rank: 8}"], "new scalar head"),
     ],
@@ -56,3 +62,17 @@ def test_learning_rates_of_the_other_kind_of_training_are_warned_of(rate: str, e
     checked = check(load_recipe(RECIPES / "policy/grpo.yaml", profile="tiny_cpu", overrides=overrides))
     text = " ".join(warning for warning in checked.warnings if "learner.optimizer.lr" in warning)
     assert expected in text if expected else not text
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(6, "padded to 8"), (8, "")])
+def test_a_rank_that_vllm_pads_is_told(rank: int, expected: str) -> None:
+    overrides = [f"model.adapter={{rank: {rank}}}", "learner.optimizer.lr=1e-4", "rollout.engine=vllm"]
+    checked = check(load_recipe(RECIPES / "policy/grpo.yaml", profile="tiny_cpu", overrides=overrides))
+    text = " ".join(warning for warning in checked.warnings if "model.adapter.rank" in warning)
+    assert expected in text if expected else not text
+
+
+def test_layers_are_named_in_a_list() -> None:
+    overrides = ["model.adapter={targets: [q_proj, v_proj]}", "learner.optimizer.lr=1e-4"]
+    recipe = check(load_recipe(RECIPES / "policy/grpo.yaml", profile="tiny_cpu", overrides=overrides)).recipe
+    assert recipe.model.adapter is not None and recipe.model.adapter.targets == ("q_proj", "v_proj")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -27,18 +29,28 @@ def odd(inputs):
     shares = [sum(ord(letter) % 2 for letter in text) / max(len(text), 1) for text in inputs.completions]
     return [Score(share, {"correct": float(share > 0.5)}) for share in shares]
 """
+# an odd rank, which vLLM pads, on some layers of a fused one
+FORMS = {
+    "none": "rank: 4, alpha: 8, rslora: true",
+    "nf4": "rank: 6, alpha: 12, targets: [q_proj, v_proj, up_proj]",
+}
+CHECKED = {"none": 2 * 7 * 2, "nf4": 2 * 3 * 2}  # A and B of every layer, at the least
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason="bitsandbytes is not installed (pip install 'rltrain[qlora]')",
+)
 PROBE = tuple(range(5, 25))
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("targets", ["linear"])
+@pytest.mark.parametrize("quantize", ["none", pytest.param("nf4", marks=needs_bitsandbytes)])
 def test_grpo_with_an_adapter_is_proved_at_every_push(
-    targets: str, random_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantize: str, random_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "odd.py").write_text(REWARD)
     overrides = [
         f"model.path={random_model}",
-        f"model.adapter={{rank: 4, alpha: 8, rslora: true, targets: {targets}}}",
+        f"model.adapter={{quantize: {quantize}, {FORMS[quantize]}}}",
         "learner.optimizer.lr=1e-3",
         "rollout.engine=vllm",
         f"reward.functions=['{tmp_path / 'odd.py'}:odd']",
@@ -57,14 +69,12 @@ def test_grpo_with_an_adapter_is_proved_at_every_push(
 
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert all(line["sync/difference"] == 0 for line in lines)
-    assert all(line["sync/checked"] >= 28 and line["sync/probe"] < 1e-5 for line in lines)
+    assert all(line["sync/checked"] >= CHECKED[quantize] and line["sync/probe"] < 1e-5 for line in lines)
     assert all(line["rollout/mismatch_abs"] < 1e-5 for line in lines)
     _check_last_run(runs[0], random_model, tmp_path / "run/model")
 
 
 def _recording(workflow: Any, runs: list[Any]) -> Any:
-    import dataclasses
-
     def build(*arguments: Any) -> Any:
         run = workflow.build(*arguments)
         engine = run.sync.targets[0]
@@ -79,6 +89,7 @@ def _use_engine(run: Any, engine: Any) -> dict[str, Any]:
     """Numbers of the engine before it closes, and of faults that are planted in it."""
     learner = run.learner
     numbers: dict[str, Any] = {"before": engine.prompt_log_probs(PROBE)}
+    numbers["base"] = {name: weight.clone() for name, weight in learner.trained.base_model_weights()}
     folder = Path(engine._adapter.lora_path)
     numbers["folders"] = [path.name for path in folder.parent.iterdir()]
     engine._llm.collective_rpc(_shift_adapter)
@@ -104,6 +115,7 @@ def _shift_adapter(worker: Any) -> None:
 
 def _check_last_run(numbers: dict[str, Any], base_path: str, folder: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(base_path)
+    base.load_state_dict(numbers["base"])  # of a quantised base, what its storage made of the weights
 
     def log_probs(model: Any) -> list[float]:
         ids = torch.tensor([PROBE])

@@ -16,22 +16,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rltrain.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from rltrain.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, padded_rank
 from rltrain.rollout.engines.vllm.layers import Place
 from rltrain.tensor_ops import Fingerprint, weight_fingerprint
 
-__all__ = ["adapter_fingerprints", "adapter_options", "padded_rank", "write_adapter"]
+__all__ = ["adapter_fingerprints", "adapter_options", "write_adapter"]
 
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the largest ranks that vLLM can be started with
 # Adapters in vLLM's memory: the one that samples, and the next one while it is loaded. Nothing is in flight
 # at a push in one process.
 _SLOTS = 2
 _PREFIX = "base_model.model."
-
-
-def padded_rank(rank: int) -> int:
-    """The ``max_lora_rank`` of an engine for adapters of this rank."""
-    return next(size for size in _RANKS if size >= rank)
 
 
 def adapter_options(rank: int, revision: str | None) -> dict[str, Any]:
