@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rltrain.advantage import ADVANTAGES
 from rltrain.build.context import RunContext
+from rltrain.build.engine_share import rollout_beside
 from rltrain.build.inputs import RunInputs
 from rltrain.build.outputs import PROCESS, TrainingState, build_outputs, initial_model, resume
 from rltrain.build.rollout import build_rollout
@@ -82,7 +83,7 @@ def build_online_run(recipe: OnlineRecipe, inputs: RunInputs, context: RunContex
         context,
         recipe.model,
         recipe.data,
-        recipe.rollout,
+        rollout_beside(recipe, learner.trained),
         recipe.reward,
         recipe.sync,
         recipe.eval,

@@ -12,6 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from rltrain.build.context import RunContext
+from rltrain.build.engine_share import rollout_beside
 from rltrain.build.inputs import RunInputs
 from rltrain.build.outputs import TrainingState, build_outputs, initial_model, resume
 from rltrain.build.rollout import build_rollout
@@ -57,7 +58,7 @@ def build_pair_run(recipe: OnlinePairsRecipe, inputs: RunInputs, context: RunCon
         context,
         recipe.model,
         recipe.data,
-        recipe.rollout,
+        rollout_beside(recipe, learner.trained),
         recipe.reward,
         recipe.sync,
         recipe.eval,

@@ -34,6 +34,8 @@ _PROCESSES = 4096  # on one machine
 HEAD_CHUNK_CPU = 256
 HEAD_CHUNK_GPU = 2048
 
+MOST_UTILIZATION = 0.9  # share of a GPU that vLLM gets where a recipe leaves it open, at most
+
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -229,11 +231,19 @@ class EnvironmentRef(MethodRef):
 
 
 class Vllm(Section):
-    gpu_memory_utilization: float = Field(default=0.45, gt=0, le=1)
+    # vLLM's share of a GPU; auto: what learner and frozen models leave of it, by the plan's arithmetic, and
+    # 0.9 where vLLM has the GPU to itself
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
     kv_cache_gib: float = Field(default=1.0, gt=0)  # on CPU
     max_num_seqs: int = Field(default=256, ge=1)
     tensor_parallel: int = Field(default=1, ge=1)  # neighbouring ranks that hold one engine together
     enforce_eager: bool = False
+
+    @property
+    def utilization_alone(self) -> float:
+        """The share of a GPU that nothing else uses."""
+        share = self.gpu_memory_utilization
+        return MOST_UTILIZATION if share == "auto" else share
 
 
 class Server(Section):

@@ -13,7 +13,6 @@ from rltrain.config.capacity.constants import (
     COMPILED_ELEMENTWISE,
     DECODE_OVERHEAD,
     EXPOSED_COMMUNICATION,
-    FROZEN_BYTES,
     HEAD_FORWARD_PASSES,
     HEAD_GRADIENT_PASSES,
     HEAD_UPDATE_PASSES,
@@ -21,7 +20,7 @@ from rltrain.config.capacity.constants import (
     SLEEP_AND_WAKE,
     Rates,
 )
-from rltrain.config.capacity.memory import engine_cache, engine_weights, rows_at_once
+from rltrain.config.capacity.memory import engine_cache, engine_weights, rows_at_once, with_utilization
 from rltrain.config.capacity.shape import ModelShape
 from rltrain.config.capacity.workload import Engine, Workload
 
@@ -53,6 +52,7 @@ class LayerSeconds:
 
 def step_durations(load: Workload, cluster: Cluster, rates: Rates) -> tuple[Duration, ...]:
     """The phases of a step, in order."""
+    load = with_utilization(load, cluster)
     durations: list[Duration] = []
     if load.engine is not None:
         durations.append(_rollout(load, load.engine, cluster, rates))
@@ -123,15 +123,6 @@ def forward_seconds(load: Workload, shape: ModelShape, cluster: Cluster, rates: 
     return shape.layers * layer.total + head
 
 
-def frozen_seconds(load: Workload, shape: ModelShape, rates: Rates, tokens: int) -> float:
-    """As ``forward_seconds`` for a frozen model, which computes in float32."""
-    layer = layer_seconds(
-        shape, tokens, load.row_tokens, rates, compute_bytes=FROZEN_BYTES, residual_bytes=FROZEN_BYTES
-    )
-    head = 2 * _completion_tokens(load, tokens) * shape.embedding / rates.float32
-    return shape.layers * layer.total + head
-
-
 def model_flop(load: Workload, tokens: int) -> float:
     """FLOP of an update that a model needs, recomputation not counted."""
     shape = load.policy
@@ -189,12 +180,9 @@ def _rollout(load: Workload, engine: Engine, cluster: Cluster, rates: Rates) -> 
 
 def _annotate(load: Workload, cluster: Cluster, rates: Rates) -> Duration:
     tokens = tokens_per_gpu(load, cluster)
-    trained = sum(forward_seconds(load, model.shape, cluster, rates, tokens) for model in load.trained)
-    frozen = sum(
-        frozen_seconds(load, model.shape, rates, tokens) for model in load.frozen if not model.is_reward
-    )
-    limit = "frozen models in float32" if frozen > trained else "matrix products"
-    return Duration("annotate", trained + frozen, limit)
+    models = (*load.trained, *(model for model in load.frozen if not model.is_reward))
+    seconds = sum(forward_seconds(load, model.shape, cluster, rates, tokens) for model in models)
+    return Duration("annotate", seconds, "matrix products")
 
 
 def _update(load: Workload, cluster: Cluster, rates: Rates) -> Duration:

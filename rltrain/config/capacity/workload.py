@@ -8,10 +8,8 @@ from typing import Literal
 
 from rltrain.advantage import ADVANTAGES
 from rltrain.config.capacity.constants import (
-    FROZEN_BYTES,
     MOMENT_BYTES,
     MOMENT_BYTES_8BIT,
-    REWARD_MODEL_BYTES,
 )
 from rltrain.config.capacity.shape import ModelShape
 from rltrain.config.rules.offline import all_needs, takes_pairs
@@ -41,7 +39,7 @@ class Engine:
 
     name: Literal["vllm", "transformers"]
     ranks: int  # that hold it together, each a shard
-    utilization: float  # of vLLM: share of the card
+    utilization: float | None  # of vLLM: share of the card; None: what the rest of a run leaves of it
     max_rows: int  # sequences that it decodes at once, at most
     rows: int  # completions per step, all ranks
     rounds: int  # rounds of dynamic sampling, at most
@@ -51,11 +49,10 @@ class Engine:
 
 @dataclass(frozen=True)
 class Frozen:
-    """A model that is not trained, whole on every GPU."""
+    """A model that is not trained."""
 
     role: str
     shape: ModelShape
-    bytes_per_parameter: int
     is_resident: bool = True  # False: freed before the first update
     is_reward: bool = False  # scores completions during the rollout
 
@@ -94,11 +91,14 @@ class Workload:
     def policy(self) -> ModelShape:
         return self.trained[0].shape
 
-    def change(self, tokens: int, utilization: float | None) -> Workload:
-        """The same step with other tokens per micro-batch and another share of the card for vLLM."""
+    def change(self, tokens: int, utilization: float | None, ranks: int | None = None) -> Workload:
+        """The same step with other tokens per micro-batch, another share of the card for vLLM, and other
+        ranks that hold an engine together; None: as it is.
+        """
         engine = self.engine
-        if engine is not None and utilization is not None:
-            engine = replace(engine, utilization=utilization)
+        if engine is not None:
+            share = engine.utilization if utilization is None else utilization
+            engine = replace(engine, utilization=share, ranks=ranks or engine.ranks)
         return replace(self, tokens=tokens, engine=engine)
 
 
@@ -151,7 +151,7 @@ def _offline_workload(recipe: OfflineRecipe, models: _Models) -> Workload:
         needs |= {"ref_logp"}
     # one at a time; the learner stands in for the starting model, unless the run was resumed
     frozen = [
-        Frozen(f"frozen {path}", models.shape("frozen model", path), FROZEN_BYTES, is_resident=False)
+        Frozen(f"frozen {path}", models.shape("frozen model", path), is_resident=False)
         for path in dict.fromkeys(paths[name] for name in paths if name in needs)
         if path is not None
     ]
@@ -189,7 +189,7 @@ def _sampled_workload(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models)
             trained.append(Trained("process reward model", shape, moment_bytes(settings.optimizer)))
             if settings.reference != "policy":
                 reference = models.shape("its reference", settings.reference or settings.path)
-                frozen.append(Frozen("its reference", reference, FROZEN_BYTES))
+                frozen.append(Frozen("its reference", reference))
     else:
         frozen = [*_frozen_of_pairs(recipe, models)]
         sides = 2
@@ -228,10 +228,11 @@ def _engine_of(recipe: SampledRecipe) -> Engine:
             "divided with: the plan knows engines of the learner's processes only; add --engine vllm"
         )
     is_vllm = rollout.engine == "vllm"
+    share = rollout.vllm.gpu_memory_utilization
     return Engine(
         name=rollout.engine,
         ranks=rollout.vllm.tensor_parallel if is_vllm else 1,
-        utilization=rollout.vllm.gpu_memory_utilization,
+        utilization=None if share == "auto" else share,
         max_rows=rollout.vllm.max_num_seqs if is_vllm else rollout.max_rows,
         rows=rollout.prompts * rollout.n,
         rounds=rollout.dynamic_sampling.max_rounds if rollout.dynamic_sampling else 1,
@@ -259,7 +260,7 @@ def _frozen_online(recipe: OnlineRecipe, models: _Models) -> Iterator[Frozen]:
         ("teacher_logp", "teacher", recipe.model.teacher),
     ):
         if name in needs:
-            yield Frozen(role, models.shape(role, path), FROZEN_BYTES)
+            yield Frozen(role, models.shape(role, path))
 
 
 def _frozen_of_pairs(recipe: OnlinePairsRecipe, models: _Models) -> Iterator[Frozen]:
@@ -267,16 +268,16 @@ def _frozen_of_pairs(recipe: OnlinePairsRecipe, models: _Models) -> Iterator[Fro
     needs = all_needs(PREFERENCE_LOSSES.check(ref.name, ref.hp), ref.hp)
     judge = recipe.pairs.judge
     if "ref_logp" in needs or (judge.name == "self" and judge.hp.get("by") == "reference"):
-        yield Frozen("reference", models.shape("reference", recipe.model.reference), FROZEN_BYTES)
+        yield Frozen("reference", models.shape("reference", recipe.model.reference))
     if recipe.train.previous_every > 1:
-        yield Frozen("previous iterate", models.policy, FROZEN_BYTES)
+        yield Frozen("previous iterate", models.policy)
 
 
 def _reward_models(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models) -> list[Frozen]:
     judges = [recipe.pairs.judge] if recipe.kind == "online_pairs" else []
     refs = [ref for ref in (*recipe.reward.functions, *judges) if ref.name == "reward_model"]
     shapes = [models.shape("reward model", str(ref.hp.get("path"))) for ref in refs]
-    return [Frozen("reward model", shape, REWARD_MODEL_BYTES, is_reward=True) for shape in shapes]
+    return [Frozen("reward model", shape, is_reward=True) for shape in shapes]
 
 
 def _pairs_per_prompt(recipe: OnlinePairsRecipe) -> int:
