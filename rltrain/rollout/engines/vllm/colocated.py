@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,6 +23,7 @@ from rltrain.errors import UserError
 from rltrain.protocols import EngineState
 from rltrain.remote_code import trusts
 from rltrain.rollout.engines.checks import WeightShapes, require_fit, require_version
+from rltrain.rollout.engines.vllm.config_folder import config_folder
 from rltrain.rollout.engines.vllm.layers import (
     Architecture,
     Place,
@@ -135,12 +135,8 @@ class VllmColocated:
         """Starts vLLM with the model's ``config`` alone. Raises UserError where it refuses the model."""
         # the V2 runner has another interface of logits processors
         runner = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if self._adaptive else {}
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            unchanged_process(**runner),
-            contextlib.ExitStack() as start_errors,
-        ):
-            config.save_pretrained(folder)
+        folder = str(config_folder(config))
+        with unchanged_process(**runner), contextlib.ExitStack() as start_errors:
             vllm = import_vllm()
             start_errors.enter_context(_explain_start_errors(model))
             processors = _processors() if self._adaptive else None
