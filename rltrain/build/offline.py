@@ -206,22 +206,29 @@ class OfflineState:
     """The state of an offline run that changes from step to step besides the weights; part of every
     checkpoint.
 
-    data: digest of the training examples, in order.
+    data: digest of the training examples, in order. frozen: digests of frozen models and their log-probs.
     """
 
     learner: PreferenceLearner
     order: ExampleOrder
     data: str
+    frozen: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """The fields of RunState that are not the learner's."""
-        return {"prompts": self.data, "pushes": 0, "order": self.order.state_dict()}
+        return {
+            "prompts": self.data,
+            "pushes": 0,
+            "order": self.order.state_dict(),
+            "frozen": dict(self.frozen),
+        }
 
     def load_state_dict(self, state: RunState) -> None:
         """Restores everything but the weights and the random generators. Raises UserError for other data."""
         require_same_data(state, self.data, "examples")
         self.learner.restore(state.tensors, state.learner)
         self.order.load_state_dict(state.order)
+        self.frozen.update(state.frozen)
 
 
 def build_offline_run(recipe: OfflineRecipe, inputs: OfflineInputs, context: RunContext) -> OfflineRun:
@@ -254,6 +261,7 @@ def build_offline_run(recipe: OfflineRecipe, inputs: OfflineInputs, context: Run
         seed=recipe.seed,
         fresh=context.is_fresh,
         reporter=reporter,
+        proofs=state.frozen,
     )
 
     evaluator = None
@@ -393,6 +401,7 @@ def evaluate_offline(model: str, recipe: OfflineRecipe, process: Process) -> Pre
         seed=recipe.seed,
         fresh=False,
         reporter=QUIET,
+        proofs={},
     )
     evaluator = build_preference_evaluator(
         recipe.eval, judged, recipe.data, inputs, learner, examples[HELD_OUT], objective, recipe.seed
