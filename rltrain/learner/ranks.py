@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
@@ -36,6 +37,8 @@ from rltrain.watchdog import Deadline, no_deadline
 Kind = Literal["ddp", "fsdp2", "deepspeed"]
 Offload = Literal["nothing", "optimizer", "all"]
 
+# torch reads them when it first allocates on a GPU; the second is the older name
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _RANK_0_ONLY = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # transformers reads it
 
 
@@ -52,10 +55,11 @@ def requested_backend() -> Kind:
 
 
 def connect(deadline_seconds: float) -> None:
-    """Join the other ranks, once per process, before any other code reads their number.
+    """Join the other ranks, once per process, before any other code reads their number or uses a GPU.
 
     deadline_seconds: a collective that a peer does not join fails after this time.
     """
+    _grow_segments()
     if PartialState._shared_state or started_ranks() == 1:
         return
     on_cpu = not torch.cuda.is_available()
@@ -67,6 +71,14 @@ def connect(deadline_seconds: float) -> None:
         backend="gloo" if on_cpu else None, timeout=timedelta(seconds=deadline_seconds)
     ).to_kwargs()
     PartialState(cpu=on_cpu and requested_backend() != "deepspeed", **timeout)
+
+
+def _grow_segments() -> None:
+    """Let torch's allocator grow its segments on a GPU, since micro-batches of ever other shapes would break
+    up segments of fixed sizes. What the user has set stays.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def request_offload(offload: Offload) -> None:
@@ -123,7 +135,9 @@ def make_accelerator(mixed_precision: str) -> Any:
     Afterwards transformers loads unsharded models on every rank, as references and engines need them;
     ``sharded_loading`` is for the trained model. Raises RuntimeError if accelerate uses another backend.
     """
-    accelerator = Accelerator(mixed_precision=mixed_precision)
+    # DDP's buckets hold the gradients, which would otherwise exist twice
+    buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[buckets])
     kind = requested_backend()
     ranks = started_ranks()
     if ranks > 1 and kind == "fsdp2" and accelerator.distributed_type is DistributedType.MULTI_CPU:

@@ -170,7 +170,7 @@ GOLDEN = {
         "push": 142.3,
         "rollout": 163.3,
         "annotate": 147.4,
-        "update": 187.0,
+        "update": 156.6,
         "save": 167.7,
     },
     ("policy/prime", "7B", 8, "fsdp2"): {

@@ -33,6 +33,7 @@ GRADIENT_BYTES = 4  # float32
 MOMENT_BYTES = 8  # AdamW's two, float32
 MOMENT_BYTES_8BIT = 2 + 2 * 4 / 256  # two numbers of 8 bits, and two float32 scales per block of 256
 REWARD_MODEL_BYTES = 2  # per parameter of a model that scores: bfloat16 on a GPU
+STEP_NUMBERS = 12  # float32 per completion token of a step while controls run; estimate
 TENSORS_IN_FLIGHT = 2  # that a push or a save holds beyond the shards
 TILE_ELEMENTS = 1 << 26  # of the output head on a GPU (learner/head.py)
 ZERO_BUCKET = 500_000_000  # numbers; DeepSpeed's reduce_bucket_size

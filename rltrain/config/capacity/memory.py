@@ -22,6 +22,7 @@ from rltrain.config.capacity.constants import (
     NCCL,
     REWARD_MODEL_BYTES,
     SLEEPING_VLLM,
+    STEP_NUMBERS,
     TENSORS_IN_FLIGHT,
     TILE_ELEMENTS,
     ZERO_BUCKET,
@@ -111,7 +112,9 @@ def moment_term(model: Trained, cluster: Cluster) -> Term:
 
 
 def gradient_term(model: Trained, cluster: Cluster) -> Term:
-    """The gradient that is left when the backward pass is over."""
+    """The gradient that is left when the backward pass is over; DDP's is in its buckets."""
+    if cluster.form == "ddp":
+        return Term(f"{model.role}: gradient", 0)
     return Term(f"{model.role}: gradient", GRADIENT_BYTES * model.shape.parameters // _state_shards(cluster))
 
 
@@ -313,6 +316,9 @@ def _annotate(load: Workload, cluster: Cluster) -> Phase:
     common = (*_resident(load, cluster), *_frozen(load, cluster))
     passes = [_trained_pass(model.shape, load, cluster) for model in load.trained]
     passes += [_frozen_pass(model, load, cluster) for model in load.frozen if not model.is_reward]
+    if load.engine is not None:  # after the passes: controls over the whole step
+        size = STEP_NUMBERS * 4 * load.rows_per_step * load.engine.completion_tokens
+        passes.append([Term("tensors of a step", size)])
     candidates = [_gpu_phase("annotate", (*common, *terms), load, cluster) for terms in passes]
     return max(candidates, key=lambda phase: phase.total)
 
