@@ -84,8 +84,8 @@ class _TensorsFromLists(TorchFunctionMode):
         if function is torch.tensor and (device := options.pop("device", None)) is not None:
             return torch.tensor(*arguments, **options).to(device)
         if function is Tensor.new_tensor:
-            like, values = arguments
-            return torch.tensor(values, dtype=options.get("dtype", like.dtype)).to(like.device)
+            tensor, values = arguments
+            return torch.tensor(values, dtype=options.get("dtype", tensor.dtype)).to(tensor.device)
         return function(*arguments, **options)
 
 
