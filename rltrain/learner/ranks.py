@@ -8,7 +8,9 @@ other. This module starts the requested backend over gloo, so that all of them c
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import time
 from collections.abc import Collection, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, Literal
@@ -31,7 +33,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from rltrain.errors import UserError
 from rltrain.learner.loading import without_weights
-from rltrain.process import Process
+from rltrain.process import Process, no_meeting
 from rltrain.watchdog import Deadline, no_deadline
 
 Kind = Literal["ddp", "fsdp2", "deepspeed"]
@@ -238,11 +240,16 @@ def this_process(deadline: Deadline = no_deadline) -> Process:
         with deadline("the other ranks", "to hand over their objects"):
             return gather_object(list(objects))
 
+    def meet() -> None:
+        with deadline("the other ranks", "to come here"):
+            meet_ranks(state.num_processes)
+
     return Process(
         rank=state.process_index,
         world_size=state.num_processes,
         device=state.device,
         gather=gather,
+        meet=meet if state.num_processes > 1 else no_meeting,
         deadline=deadline,
         is_main=state.process_index == 0,
     )
@@ -258,6 +265,33 @@ def background_group() -> Any:
     return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
+_MEETINGS = itertools.count()
+
+
+def meet_ranks(ranks: int) -> None:
+    """Returns once as many ranks have called it as often: outside of any collective, whose time limit knows
+    nothing of a rank that still advances.
+    """
+    store = _connect_store()
+    key = f"rltrain/meeting/{next(_MEETINGS)}"
+    store.add(key, 1)
+    pause = 0.005
+    while store.add(key, 0) < ranks:
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.5)
+
+
+def _connect_store() -> TCPStore:
+    """A connection of its own to the store through which the ranks met."""
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=10),
+    )
+
+
 class StoreBoard:
     """Implements ``rltrain.watchdog.Heartbeat`` on the store through which the ranks met, over a separate
     connection.
@@ -265,13 +299,9 @@ class StoreBoard:
 
     def __init__(self) -> None:
         state = PartialState()
-        address = os.environ["MASTER_ADDR"]
-        port = int(os.environ["MASTER_PORT"])
         self._rank = state.process_index
         self.peers: Collection[int] = [rank for rank in range(state.num_processes) if rank != self._rank]
-        self._store = TCPStore(
-            address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10)
-        )
+        self._store = _connect_store()
 
     def say(self, text: str) -> None:
         self._store.set(f"rltrain/{self._rank}", text)

@@ -46,6 +46,7 @@ from rltrain.rollout.engines.vllm.tensor_parallel import EngineRanks, find_undiv
 from rltrain.seeds import stable_hash
 from rltrain.tensor_ops import Fingerprint
 from rltrain.types.samples import Answer, Completion, PolicyVersion, Request, Sampling, Span
+from rltrain.watchdog import note_progress
 from rltrain.weight_names import CheckpointNames
 
 _FIXED: Mapping[str, Any] = {
@@ -143,6 +144,7 @@ class VllmColocated:
             self._llm: Any = vllm.LLM(
                 folder, trust_remote_code=trusted, logits_processors=processors, **_FIXED, **options
             )
+        _note_steps(self._llm.llm_engine)
         self._params_class = vllm.SamplingParams
         self._require_processed_logprobs()
 
@@ -365,6 +367,18 @@ class VllmColocated:
         return Completion(
             tokens, tuple(output.logprobs.logprobs), output.finish_reason, text, versions, sampling.source
         )
+
+
+def _note_steps(engine: Any) -> None:
+    """Every decoding step of ``engine`` restarts the deadline of those who wait for its completions."""
+    step = engine.step
+
+    def noted_step() -> Any:
+        outputs = step()
+        note_progress()
+        return outputs
+
+    engine.step = noted_step
 
 
 def _max_positions(config: PreTrainedConfig, default: int) -> int:
