@@ -28,6 +28,7 @@ from rltrain.build.outputs import (
     require_same_data,
     resume,
 )
+from rltrain.build.recomputation import recompute_what_must_be
 from rltrain.checkpoint.random_state import seed_everything
 from rltrain.checkpoint.run_state import RunState
 from rltrain.config.rules.offline import data_needs, takes_pairs
@@ -241,6 +242,7 @@ def build_offline_run(recipe: OfflineRecipe, inputs: OfflineInputs, context: Run
     learner = build_preference_learner(
         recipe.model, recipe.learner, recipe.loss, steps, recipe.seed, context.checkpoint, process
     )
+    recompute_what_must_be(recipe, [learner.trained])
     if learner.scoring is REWARDS:
         pad = cast("int | None", tokenization.tokenizer.pad_token_id)
         name_pad_token(learner.model, pad, tokenization.stop_tokens.stop)

@@ -15,6 +15,7 @@ from rltrain.build.context import RunContext
 from rltrain.build.engine_share import rollout_beside
 from rltrain.build.inputs import RunInputs
 from rltrain.build.outputs import TrainingState, build_outputs, initial_model, resume
+from rltrain.build.recomputation import recompute_what_must_be
 from rltrain.build.rollout import build_rollout
 from rltrain.checkpoint.random_state import seed_everything
 from rltrain.config.rules.registries import JUDGES
@@ -64,6 +65,7 @@ def build_pair_run(recipe: OnlinePairsRecipe, inputs: RunInputs, context: RunCon
         recipe.eval,
         recipe.seed,
     )
+    recompute_what_must_be(recipe, [learner.trained])
     tokenization = inputs.tokenization
     pairing = build_pairing(
         recipe.pairs,

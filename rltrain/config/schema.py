@@ -339,7 +339,8 @@ class LearnerCore(Section):
     share_prompt: Literal["auto", "never"] = "auto"
     # auto: float32 on CPU, bfloat16 autocast on GPU
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    gradient_checkpointing: bool = False
+    # recompute layers in the backward pass; auto: on a GPU as few as the plan has no room for, on a CPU all
+    gradient_checkpointing: bool | Literal["auto"] = False
     # what stays in the host's memory: ZeRO-2 and 3 can offload the optimizer's masters and moments, and
     # update them there; all: FSDP2 and ZeRO-3 keep the weights there too
     offload: Literal["nothing", "optimizer", "all"] = "nothing"

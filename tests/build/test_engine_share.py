@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from rltrain.build import engine_share
+from rltrain.build import engine_share, recomputation
 from rltrain.build.engine_share import agree_on_share, rollout_alone, rollout_beside
 from rltrain.config.capacity.cluster import Backend, Cluster
 from rltrain.config.load import load_recipe
@@ -66,3 +66,26 @@ def test_without_a_learner_vllm_shares_with_reward_models_only(recipe: OnlineRec
     scored = load_recipe("grpo_reward_model")
     assert isinstance(scored, OnlineRecipe)
     assert rollout_alone(scored).vllm.gpu_memory_utilization == 0.45
+
+
+def test_recomputed_layers_are_the_plans_on_a_gpu(
+    recipe: OnlineRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recomputation, "backend_name", lambda accelerator: "fsdp2")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80_000_000_000, 85_500_000_000))
+    learner = recipe.learner.model_copy(update={"gradient_checkpointing": "auto"})
+    auto = recipe.model_copy(update={"learner": learner})
+    shares: list[float] = []
+
+    def train_on(device: str) -> Any:
+        trained = trained_on(device, [])
+        trained.recompute = shares.append
+        return trained
+
+    recomputation.recompute_what_must_be(auto, [train_on("cpu")])
+    recomputation.recompute_what_must_be(recipe, [train_on("cuda:0")])
+    assert shares == []
+    recomputation.recompute_what_must_be(auto, [train_on("cuda:0"), train_on("cuda:0")])
+    assert shares == [recomputation.recomputed_share(auto, H100)] * 2 and 0 < shares[0] < 1
+    unknown = auto.model_copy(update={"model": recipe.model.model_copy(update={"path": "nobody/nothing"})})
+    assert recomputation.recomputed_share(unknown, H100) == 1.0

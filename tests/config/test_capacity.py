@@ -28,6 +28,7 @@ from rltrain.config.capacity.memory import (
     moment_term,
     phases_of,
     weight_terms,
+    with_recomputation,
     with_utilization,
 )
 from rltrain.config.capacity.remedy import highest_utilization, nearest_fit
@@ -522,6 +523,30 @@ def test_an_open_utilisation_is_what_the_learner_leaves() -> None:
     )
     assert small.engine is not None and small.engine.utilization == 0.9
     assert with_utilization(workload("preference/dpo", "7B"), cluster(8)).engine is None
+
+
+def test_as_few_layers_are_recomputed_as_there_is_no_room_for() -> None:
+    # 7B on eight GPUs: 28 layers keep 6.6 GB of inputs, or 28 x 7.9 GB
+    where = cluster(8)
+    auto = workload("policy/clip_cov", "7B", "learner.gradient_checkpointing=auto")
+    chosen = with_recomputation(auto, where)
+    assert chosen.recomputed is not None and 0 < chosen.recomputed < 1
+    assert all(phase.fits for phase in phases_of(chosen, where))
+    fewer = replace(chosen, recomputed=chosen.recomputed - 0.1)
+    [update] = [phase for phase in phases_of(fewer, where) if phase.name == "update"]
+    assert update.total > 0.97 * H100
+    small = with_recomputation(
+        workload("preference/dpo", "1.5B", "learner.gradient_checkpointing=auto"),
+        cluster(8, gpu_bytes=141 * GB),
+    )
+    assert small.recomputed == 0.0
+    tight = with_recomputation(auto, cluster(8, gpu_bytes=24 * GB))
+    assert tight.recomputed == 1.0  # nothing fits
+    seconds = [
+        step_durations(load, where, CARDS[Card.h100])[2].seconds
+        for load in (chosen, replace(chosen, recomputed=1.0))
+    ]
+    assert seconds[0] < seconds[1]
 
 
 def test_seconds_of_a_step_are_the_arithmetic_of_their_rates() -> None:

@@ -20,7 +20,13 @@ from rltrain.config.capacity.constants import (
     SLEEP_AND_WAKE,
     Rates,
 )
-from rltrain.config.capacity.memory import engine_cache, engine_weights, rows_at_once, with_utilization
+from rltrain.config.capacity.memory import (
+    engine_cache,
+    engine_weights,
+    rows_at_once,
+    with_recomputation,
+    with_utilization,
+)
 from rltrain.config.capacity.shape import ModelShape
 from rltrain.config.capacity.workload import Engine, Workload
 
@@ -52,7 +58,7 @@ class LayerSeconds:
 
 def step_durations(load: Workload, cluster: Cluster, rates: Rates) -> tuple[Duration, ...]:
     """The phases of a step, in order."""
-    load = with_utilization(load, cluster)
+    load = with_recomputation(with_utilization(load, cluster), cluster)
     durations: list[Duration] = []
     if load.engine is not None:
         durations.append(_rollout(load, load.engine, cluster, rates))
@@ -109,7 +115,8 @@ def head_seconds(shape: ModelShape, tokens: int, chunk: int, rates: Rates, *, up
 def update_seconds(load: Workload, shape: ModelShape, cluster: Cluster, rates: Rates, tokens: int) -> float:
     """Forward and backward pass of ``tokens`` tokens on one GPU."""
     layer = _policy_layer(load, shape, cluster, rates, tokens)
-    passes = layer.total * (2 if load.checkpointing else 1) + layer.backward
+    assert load.recomputed is not None, "with_recomputation decides it"
+    passes = layer.total * (1 + load.recomputed) + layer.backward
     head = head_seconds(shape, _completion_tokens(load, tokens), load.head_chunk, rates, update=True)
     micro_batches = -(-tokens // load.tokens)
     communication = EXPOSED_COMMUNICATION * micro_batches if cluster.gpus > 1 else 0.0

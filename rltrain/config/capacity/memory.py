@@ -29,6 +29,7 @@ from rltrain.config.capacity.constants import (
     ZERO_LIVE,
     ZERO_PREFETCH,
 )
+from rltrain.config.capacity.recomputation import recomputed_layers
 from rltrain.config.capacity.shape import ModelShape
 from rltrain.config.capacity.workload import Engine, Frozen, Trained, Workload
 from rltrain.config.schema import MOST_UTILIZATION
@@ -59,7 +60,7 @@ class Phase:
 
 def phases_of(load: Workload, cluster: Cluster) -> tuple[Phase, ...]:
     """Every phase in the order of a run."""
-    load = with_utilization(load, cluster)
+    load = with_recomputation(with_utilization(load, cluster), cluster)
     common = (*_resident(load, cluster), *_frozen(load, cluster))
     phases = [
         _host(load, cluster),
@@ -256,10 +257,10 @@ def _update_terms(load: Workload, model: Trained, cluster: Cluster) -> list[Term
     size = load.compute_bytes
     tokens = max(load.tokens, load.longest_example)
     casts = cluster.form in ("one", "ddp") and size < MASTER_BYTES
-    if load.checkpointing:
-        kept = kept_activations(shape, tokens, size, float32_sum=casts)
-    else:
-        kept = shape.layers * saved_layer(shape, tokens, size)
+    assert load.recomputed is not None, "with_recomputation decides it"
+    recomputed = recomputed_layers(shape.layers, load.recomputed)
+    kept = kept_activations(shape, tokens, size, float32_sum=casts) * recomputed // shape.layers
+    kept += (shape.layers - recomputed) * saved_layer(shape, tokens, size)
     layer = layer_activations(shape, tokens, size, update=True)
     # either a layer's backward pass, or the forward pass's end, where autocast has copied every weight
     copies = size * shape.parameters if casts else 0
@@ -283,6 +284,18 @@ def _update(load: Workload, cluster: Cluster) -> Phase:
         for model in load.trained
     ]
     return max(candidates, key=lambda phase: phase.total)
+
+
+def with_recomputation(load: Workload, cluster: Cluster) -> Workload:
+    """``load`` with the least share of recomputed layers, in tenths, whose update fits without ``MARGIN``,
+    where the recipe leaves it open; all of them where none does.
+    """
+    if load.recomputed is not None:
+        return load
+    candidates = [replace(load, recomputed=tenths / 10) for tenths in range(11)]
+    limit = (1 - MARGIN) * cluster.gpu_bytes
+    fitting = (candidate for candidate in candidates if _update(candidate, cluster).total <= limit)
+    return next(fitting, candidates[-1])
 
 
 def _forward_terms(shape: ModelShape, load: Workload, compute_bytes: int) -> list[Term]:

@@ -8,7 +8,7 @@ from typing import Any
 from rltrain.config.capacity.cluster import Cluster
 from rltrain.config.capacity.constants import Rates
 from rltrain.config.capacity.duration import Duration, bottleneck, step_durations
-from rltrain.config.capacity.memory import Phase, Term, phases_of, with_utilization
+from rltrain.config.capacity.memory import Phase, Term, phases_of, with_recomputation, with_utilization
 from rltrain.config.capacity.remedy import MAX_GPUS, UTILIZATIONS, Remedy, highest_utilization, nearest_fit
 from rltrain.config.capacity.workload import Workload
 
@@ -42,7 +42,7 @@ class CapacityPlan:
 
 def plan_capacity(load: Workload, cluster: Cluster, rates: Rates) -> CapacityPlan:
     recipe_load = load
-    load = with_utilization(recipe_load, cluster)
+    load = with_recomputation(with_utilization(recipe_load, cluster), cluster)
     phases = phases_of(load, cluster)
     is_fine = all(phase.fits for phase in phases)
     remedy = None if is_fine else nearest_fit(recipe_load, cluster)
@@ -55,7 +55,7 @@ def plan_capacity(load: Workload, cluster: Cluster, rates: Rates) -> CapacityPla
         remedy=remedy,
         obstacle=obstacle,
         highest_utilization=highest_utilization(load, cluster),
-        chooses_utilization=load != recipe_load,
+        chooses_utilization=load.engine != recipe_load.engine,
         durations=durations,
         card=rates.name,
     )
@@ -91,6 +91,7 @@ def to_json(plan: CapacityPlan) -> dict[str, Any]:
             "gpus": remedy.gpus,
         },
         "obstacle": plan.obstacle,
+        "recomputed_share": plan.workload.recomputed,
         "utilization": None if plan.workload.engine is None else plan.workload.engine.utilization,
         "highest_utilization": plan.highest_utilization,
         "card": plan.card,

@@ -15,6 +15,7 @@ from rltrain.config.capacity.shape import ModelShape
 from rltrain.config.rules.offline import all_needs, takes_pairs
 from rltrain.config.schema import (
     AnyRecipe,
+    LearnerCore,
     MethodRef,
     OfflineRecipe,
     OnlinePairsRecipe,
@@ -80,7 +81,7 @@ class Workload:
     rows_per_step: int  # rows that pass through the model in a step, all ranks
     epochs: int
     updates: int  # per step
-    checkpointing: bool
+    recomputed: float | None  # share of the layers, by gradient checkpointing; None: as many as must be
     head_chunk: int  # tokens whose logits exist at once; 0: no logits
     compute_bytes: int  # per number in a matrix product on a GPU
     notes: tuple[str, ...] = ()
@@ -167,7 +168,7 @@ def _offline_workload(recipe: OfflineRecipe, models: _Models) -> Workload:
         rows_per_step=sides * recipe.train.examples,
         epochs=1,
         updates=1,
-        checkpointing=learner.gradient_checkpointing,
+        recomputed=_recomputed(learner),
         head_chunk=0 if has_scalar_head else learner.head_chunk_on("cuda"),
         compute_bytes=_compute_bytes(learner.precision),
         notes=tuple(models.notes),
@@ -206,13 +207,17 @@ def _sampled_workload(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models)
         rows_per_step=rows,
         epochs=learner.epochs,
         updates=learner.updates_per_step,
-        checkpointing=learner.gradient_checkpointing,
+        recomputed=_recomputed(learner),
         head_chunk=learner.head_chunk_on("cuda"),
         compute_bytes=_compute_bytes(learner.precision),
         notes=tuple(models.notes),
         offload=learner.offload,
         fuses_layers=learner.kernels != "eager",
     )
+
+
+def _recomputed(learner: LearnerCore) -> float | None:
+    return None if learner.gradient_checkpointing == "auto" else float(learner.gradient_checkpointing)
 
 
 def moment_bytes(optimizer: Optimizer) -> float:
