@@ -94,7 +94,7 @@ def build_transformers_engine(
         max_rows=max_rows,
         device=device,
         dtype=_weights_dtype(precision, device),
-        attention="auto" if model.attention == "flash_attention_2" else model.attention,
+        attention="auto" if model.attention in ("flash_attention_2", "flex_attention") else model.attention,
     )
 
 

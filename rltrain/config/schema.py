@@ -157,7 +157,8 @@ class Model(Section):
     trust_remote_code: tuple[str, ...] = ()
     reference: str | None = None  # model for ref_logp and for the reference source; None: the initial model
     teacher: str | None = None  # model for teacher_logp, with the same tokenizer; None: the initial model
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    # flex_attention and flash_attention_2 pack rows; flex_attention, for GPUs, also rows that share a prompt
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
 
 
 class Source(Section):
