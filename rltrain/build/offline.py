@@ -28,6 +28,7 @@ from rltrain.build.outputs import (
     require_same_data,
     resume,
 )
+from rltrain.build.recomputation import recompute_what_must_be
 from rltrain.checkpoint.random_state import seed_everything
 from rltrain.checkpoint.run_state import RunState
 from rltrain.config.rules.offline import data_needs, takes_pairs
@@ -206,22 +207,29 @@ class OfflineState:
     """The state of an offline run that changes from step to step besides the weights; part of every
     checkpoint.
 
-    data: digest of the training examples, in order.
+    data: digest of the training examples, in order. frozen: digests of frozen models and their log-probs.
     """
 
     learner: PreferenceLearner
     order: ExampleOrder
     data: str
+    frozen: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """The fields of RunState that are not the learner's."""
-        return {"prompts": self.data, "pushes": 0, "order": self.order.state_dict()}
+        return {
+            "prompts": self.data,
+            "pushes": 0,
+            "order": self.order.state_dict(),
+            "frozen": dict(self.frozen),
+        }
 
     def load_state_dict(self, state: RunState) -> None:
         """Restores everything but the weights and the random generators. Raises UserError for other data."""
         require_same_data(state, self.data, "examples")
         self.learner.restore(state.tensors, state.learner)
         self.order.load_state_dict(state.order)
+        self.frozen.update(state.frozen)
 
 
 def build_offline_run(recipe: OfflineRecipe, inputs: OfflineInputs, context: RunContext) -> OfflineRun:
@@ -234,6 +242,7 @@ def build_offline_run(recipe: OfflineRecipe, inputs: OfflineInputs, context: Run
     learner = build_preference_learner(
         recipe.model, recipe.learner, recipe.loss, steps, recipe.seed, context.checkpoint, process
     )
+    recompute_what_must_be(recipe, [learner.trained])
     if learner.scoring is REWARDS:
         pad = cast("int | None", tokenization.tokenizer.pad_token_id)
         name_pad_token(learner.model, pad, tokenization.stop_tokens.stop)
@@ -254,6 +263,7 @@ def build_offline_run(recipe: OfflineRecipe, inputs: OfflineInputs, context: Run
         seed=recipe.seed,
         fresh=context.is_fresh,
         reporter=reporter,
+        proofs=state.frozen,
     )
 
     evaluator = None
@@ -393,6 +403,7 @@ def evaluate_offline(model: str, recipe: OfflineRecipe, process: Process) -> Pre
         seed=recipe.seed,
         fresh=False,
         reporter=QUIET,
+        proofs={},
     )
     evaluator = build_preference_evaluator(
         recipe.eval, judged, recipe.data, inputs, learner, examples[HELD_OUT], objective, recipe.seed

@@ -12,8 +12,10 @@ from typing import Literal
 from torch import Tensor
 
 from rltrain.build.context import RunContext
+from rltrain.build.engine_share import rollout_beside
 from rltrain.build.inputs import RunInputs
 from rltrain.build.outputs import TrainingState, build_outputs, initial_model, resume
+from rltrain.build.recomputation import recompute_what_must_be
 from rltrain.build.rollout import build_rollout
 from rltrain.checkpoint.random_state import seed_everything
 from rltrain.config.rules.registries import JUDGES
@@ -57,12 +59,13 @@ def build_pair_run(recipe: OnlinePairsRecipe, inputs: RunInputs, context: RunCon
         context,
         recipe.model,
         recipe.data,
-        recipe.rollout,
+        rollout_beside(recipe, learner.trained),
         recipe.reward,
         recipe.sync,
         recipe.eval,
         recipe.seed,
     )
+    recompute_what_must_be(recipe, [learner.trained])
     tokenization = inputs.tokenization
     pairing = build_pairing(
         recipe.pairs,

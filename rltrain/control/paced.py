@@ -53,8 +53,8 @@ def paced(
         )
     ids, prompt = torch.unique(batch.group, return_inverse=True)
     graded = (batch.source == SOURCE_POLICY) & ~batch.correct.isnan()
-    rollouts = torch.zeros(len(ids), dtype=torch.float64).index_add(
-        0, prompt[graded], torch.ones(int(graded.sum()), dtype=torch.float64)
+    rollouts = torch.zeros(len(ids), dtype=torch.float64, device=ids.device).index_add(
+        0, prompt[graded], torch.ones_like(prompt[graded], dtype=torch.float64)
     )
     right = torch.zeros_like(rollouts).index_add(0, prompt[graded], batch.correct[graded].double())
     rate = smoothed_pass_rate(right, rollouts) if smooth else right / rollouts.clamp(min=1)
