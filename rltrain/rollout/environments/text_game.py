@@ -15,6 +15,7 @@ import textworld
 import textworld.generator
 from textworld import EnvInfos, GameOptions
 
+from rltrain.needs import OWN_REWARDS
 from rltrain.registry import method
 from rltrain.rollout.environments import Step, Task
 
@@ -34,7 +35,7 @@ _REQUESTED_INFOS = EnvInfos(
 _LONGEST_COMMAND = 200  # characters
 
 
-@method("textworld", traits={"rewards"})
+@method("textworld", traits={OWN_REWARDS})
 class TextGame:
     """A game of TextWorld, arXiv:1806.11532, with the number in the task's ``game`` column; every turn is a
     command.
