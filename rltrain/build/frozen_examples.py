@@ -19,6 +19,7 @@ from rltrain.learner.frozen_logprobs import FrozenLogProbs
 from rltrain.learner.frozen_models import frozen_model, weights_digest
 from rltrain.learner.preference_learner import PreferenceLearner
 from rltrain.loss.preference.objective import PreferenceObjective
+from rltrain.needs import MISMATCHED
 from rltrain.report.reporter import Reporter
 from rltrain.train.examples import (
     Examples,
@@ -73,7 +74,7 @@ def annotate_examples(
     """
     paths = {"ref_logp": model.reference, "previous_logp": model.previous}
     needed_paths = {name: paths[name] for name in _FROZEN if name in objective.needs}
-    mismatched = "mismatched" in objective.needs
+    mismatched = MISMATCHED in objective.needs
     if mismatched:
         needed_paths.setdefault("ref_logp", paths["ref_logp"])
     data_logps = {}

@@ -56,6 +56,7 @@ from rltrain.loss.preference import PREFERENCE_LOSSES
 from rltrain.loss.preference.kto import class_weight_advice
 from rltrain.loss.preference.margins import mean_target
 from rltrain.loss.preference.objective import PreferenceObjective
+from rltrain.needs import MARGIN, SCALAR_HEAD, WHOLE_GROUPS
 from rltrain.process import Process
 from rltrain.registry import BoundMethod
 from rltrain.seeds import stable_hash
@@ -93,7 +94,7 @@ def load_offline_inputs(recipe: OfflineRecipe) -> OfflineInputs:
     }
     tokenization = tokenization_of(model, sizes, data.chat_template)
     loss = PREFERENCE_LOSSES.bind(recipe.loss.preference.name, recipe.loss.preference.hp)
-    head = "new scalar" if "scalar_head" in loss.spec.traits else "logits"
+    head = "new scalar" if SCALAR_HEAD in loss.spec.traits else "logits"
     require_weights(model.path, model.revision, head, model.attention)
     for key, path in (("model.reference", model.reference), ("model.previous", model.previous)):
         if path is not None:
@@ -191,7 +192,7 @@ def _advice(inputs: OfflineInputs) -> Iterator[str]:
         advice = class_weight_advice(*train.classes, values["weight_desirable"], values["weight_undesirable"])
         if advice is not None:
             yield f"warning: {advice}"
-    if isinstance(train, PairSet) and "margin" in loss.needs and values.get("gamma") is not None:
+    if isinstance(train, PairSet) and MARGIN in loss.needs and values.get("gamma") is not None:
         margins = torch.tensor([pair.margin for pair in train.pairs], dtype=torch.float64)
         target = mean_target(margins, values["gamma"])
         yield (
@@ -317,7 +318,7 @@ def build_preference_learner(
         settings,
         total_updates=steps,
         seed=seed,
-        scoring=REWARDS if "scalar_head" in spec.traits else LOG_PROBS,
+        scoring=REWARDS if SCALAR_HEAD in spec.traits else LOG_PROBS,
         deadline=process.deadline,
     )
 
@@ -416,7 +417,7 @@ def build_order(train: PairSet | LabelSet, loss: BoundMethod, per_step: int, see
     them.
     """
     prompts = prompt_ids([example.prompt for example in examples_in(train)])
-    if "whole_groups" in loss.spec.traits:
+    if WHOLE_GROUPS in loss.spec.traits:
         units = group_by_prompt(prompts)
     else:
         units = [[index] for index in range(len(train))]

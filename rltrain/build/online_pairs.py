@@ -29,6 +29,7 @@ from rltrain.learner.reward_model import RewardModel
 from rltrain.loss.preference import PREFERENCE_LOSSES
 from rltrain.loss.preference.objective import PreferenceObjective
 from rltrain.model_limits import context_of
+from rltrain.needs import REF_LOGP
 from rltrain.process import Process
 from rltrain.rollout.pairs.judges import JudgeContext
 from rltrain.rollout.pairs.pairing import Pairing
@@ -123,7 +124,7 @@ def build_pair_learner(
         seed=seed,
         deadline=context.process.deadline,
     )
-    if "ref_logp" in needs | JUDGES.spec(judge.name).needs_with(judge.hp):
+    if REF_LOGP in needs | JUDGES.spec(judge.name).needs_with(judge.hp):
         learner.use_frozen("ref_logp", model.reference, model)
     if train.previous_every > 1:
         learner.keep_iterate(model)

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rltrain.needs import AGGREGATE, EXTRA_SAMPLES, LOSS_TERM, NEEDS_CORRECT, PER_UPDATE
 from rltrain.registry import method
 from rltrain.types.policy import TrainBatch
 from rltrain.types.samples import SOURCE_DATASET, SOURCE_POLICY
@@ -21,12 +22,12 @@ __all__ = ["paced", "paced_weight", "smoothed_pass_rate"]
     "paced",
     arxiv="2603.11178",
     traits={
-        "per_update",
-        "needs_correct",
-        "extra_samples:answer",
-        "loss_term:teacher_text",
-        "loss_term:kdrl",
-        "aggregate:seq_mean_token_mean",
+        PER_UPDATE,
+        NEEDS_CORRECT,
+        EXTRA_SAMPLES("answer"),
+        LOSS_TERM("teacher_text"),
+        LOSS_TERM("kdrl"),
+        AGGREGATE("seq_mean_token_mean"),
     },
 )
 def paced(

@@ -28,6 +28,7 @@ from rltrain.errors import UserError
 from rltrain.loss import LOSS_TERMS
 from rltrain.loss.policy import POLICY_LOSSES
 from rltrain.loss.preference import PREFERENCE_LOSSES
+from rltrain.needs import MISMATCHED, REF_LOGP, SCALAR_HEAD
 from rltrain.registry import Registry
 
 # (path or Hub name, revision) -> the model's shape; None where its config cannot be read
@@ -143,12 +144,12 @@ def _offline_workload(recipe: OfflineRecipe, models: _Models) -> Workload:
     spec = PREFERENCE_LOSSES.check(ref.name, ref.hp)
     needs = all_needs(spec, ref.hp)
     sides = 2 if takes_pairs(spec) else 1
-    has_scalar_head = "scalar_head" in spec.traits
+    has_scalar_head = SCALAR_HEAD in spec.traits
     # a scalar head replaces an output head of its own
     policy = replace(models.policy, tied=True) if has_scalar_head else models.policy
     row = data.max_prompt_tokens + data.max_completion_tokens
     paths = {"ref_logp": recipe.model.reference, "previous_logp": recipe.model.previous}
-    if "mismatched" in needs:
+    if MISMATCHED in needs:
         needs |= {"ref_logp"}
     # one at a time; the learner stands in for the starting model, unless the run was resumed
     frozen = [
@@ -272,7 +273,7 @@ def _frozen_of_pairs(recipe: OnlinePairsRecipe, models: _Models) -> Iterator[Fro
     ref = recipe.loss.preference
     needs = all_needs(PREFERENCE_LOSSES.check(ref.name, ref.hp), ref.hp)
     judge = recipe.pairs.judge
-    if "ref_logp" in needs or (judge.name == "self" and judge.hp.get("by") == "reference"):
+    if REF_LOGP in needs or (judge.name == "self" and judge.hp.get("by") == "reference"):
         yield Frozen("reference", models.shape("reference", recipe.model.reference))
     if recipe.train.previous_every > 1:
         yield Frozen("previous iterate", models.policy)
