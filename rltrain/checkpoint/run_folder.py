@@ -176,7 +176,7 @@ class RunFolder:
             folder.recipe.name: recipe_yaml,
         }
         try:
-            if folder._is_empty_folder():
+            if folder.is_empty_folder():
                 for name, text in files.items():  # the recipe, which makes it a run, is written last
                     write_atomic(folder.path / name, text)
             else:
@@ -191,7 +191,7 @@ class RunFolder:
             ) from error
         return folder
 
-    def _is_empty_folder(self) -> bool:
+    def is_empty_folder(self) -> bool:
         """Whether this folder exists and is empty; False when nothing exists at its path.
 
         Raises UserError when a file or a folder with other content exists there.
