@@ -78,9 +78,10 @@ class RunFolder:
     def run_id(self) -> str | None:
         """The identifier of this run; None in a folder that an older rltrain made."""
         try:
-            return parse_json(self.environment.read_text(encoding="utf-8")).get("run")
+            run = parse_json(self.environment.read_text(encoding="utf-8")).get("run")
         except (OSError, ValueError, AttributeError):
             return None
+        return run if isinstance(run, str) else None
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
