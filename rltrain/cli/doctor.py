@@ -24,7 +24,8 @@ from rich.console import Console
 from rltrain.build.context import RunContext
 from rltrain.build.digests import with_prompt_date
 from rltrain.build.inputs import RunInputs
-from rltrain.build.workflows import Workflow, require_sampled, workflow_for
+from rltrain.build.local_inputs import require_sampled
+from rltrain.build.workflows import Workflow, workflow_for
 from rltrain.checkpoint.run_folder import RunFolder, describe_environment
 from rltrain.cli.session import joined_processes, user_errors
 from rltrain.config.load import resolved_yaml
