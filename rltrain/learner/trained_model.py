@@ -85,6 +85,11 @@ class TrainedModel:
         self._load = load
         self.deadline = deadline
         self.accelerator: Any = make_accelerator(mixed_precision(settings.precision))
+        if model.attention == "flex_attention" and self.device.type == "cpu":
+            raise UserError(
+                "model.attention is flex_attention, whose gradient PyTorch computes on GPUs only, and there "
+                "is none; set it to auto"
+            )
         if settings.optimizer.name == "adamw_8bit":
             require_whole_weights()
 

@@ -14,11 +14,14 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from rltrain.config.schema import LearnerCore, Model, Optimizer
+from rltrain.errors import UserError
 from rltrain.learner.block_masks import BLOCK
 from rltrain.learner.forward import PolicyForward, sharing_layout
 from rltrain.learner.micro_batches import row_micro_batches, shares_prompts
 from rltrain.learner.packing import build
 from rltrain.learner.shared_prompt import build_packed_lines, build_shared
+from rltrain.learner.trained_model import TrainedModel
 from rltrain.types.policy import TokenRows
 
 # two prompts, of two and of one block and a half, with completions that end inside of blocks
@@ -98,6 +101,13 @@ def test_rows_of_a_prompt_share_it_in_the_layout_of_the_models_kernel() -> None:
     assert batch.input_ids.shape == (1, read)
     [alone] = row_micro_batches(model, ROWS.rows(torch.tensor([0, 3])), torch.arange(2), share=True)
     assert alone.attention_mask is None  # a row of its own needs no mask
+
+
+def test_a_learner_on_a_cpu_refuses_it_before_a_model_is_loaded() -> None:
+    settings = LearnerCore(optimizer=Optimizer(lr=0.1))
+    model = Model(path="nobody/nothing", attention="flex_attention")
+    with pytest.raises(UserError, match="gradient PyTorch computes on GPUs only"):
+        TrainedModel(model, settings, total_updates=1, seed=0)
 
 
 @pytest.mark.slow

@@ -18,7 +18,11 @@ from rltrain.json_text import parse_json
 
 __all__ = ["attention_problems", "lacks_kernel"]
 
-_FLAGS = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
+_FLAGS = {
+    "sdpa": "_supports_sdpa",
+    "flash_attention_2": "_supports_flash_attn",
+    "flex_attention": "_supports_flex_attn",
+}
 _BASE = re.compile(r"^class \w+\((?:\w+, )*PreTrainedModel\b", re.MULTILINE)  # whose kernels are none
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from rltrain.build.local_inputs import require_local_inputs
 from rltrain.config.load import load_recipe
 from rltrain.config.rules import check
-from rltrain.config.rules.attention import lacks_kernel
+from rltrain.config.rules.attention import _FLAGS, lacks_kernel
 from rltrain.errors import RecipeError, UserError
 
 ROOT = Path(__file__).parents[3]
@@ -60,7 +60,7 @@ def test_the_source_and_the_class_agree(kind: str) -> None:
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, PreTrainedModel) and value is not PreTrainedModel
     ]
-    for attention, flag in (("sdpa", "_supports_sdpa"), ("flash_attention_2", "_supports_flash_attn")):
+    for attention, flag in _FLAGS.items():
         assert lacks_kernel(kind, attention) == (not any(getattr(each, flag) for each in classes)), attention
 
 
