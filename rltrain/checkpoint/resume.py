@@ -37,6 +37,7 @@ _FREE = (
     "rollout.mismatch_warn",
     "checkpoint",
     "report",
+    "push",
 )
 
 

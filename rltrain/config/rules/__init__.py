@@ -14,6 +14,7 @@ from rltrain.config.rules.findings import Findings
 from rltrain.config.rules.offline import check_offline
 from rltrain.config.rules.online import check_online
 from rltrain.config.rules.online_pairs import check_pairs
+from rltrain.config.rules.push import push_problems
 from rltrain.config.rules.templates import template_problems
 from rltrain.config.schema import AnyRecipe
 from rltrain.errors import RecipeError
@@ -38,7 +39,12 @@ class CheckedRecipe:
 def check(recipe: AnyRecipe) -> CheckedRecipe:
     """Applies every rule for the recipe's kind. Raises RecipeError with all problems."""
     findings = RULES[recipe.kind](recipe)
-    problems = [*findings.problems, *template_problems(recipe.data), *context_problems(recipe)]
+    problems = [
+        *findings.problems,
+        *template_problems(recipe.data),
+        *context_problems(recipe),
+        *push_problems(recipe.push, recipe.checkpoint),
+    ]
     if problems:
         raise RecipeError(problems)
     return CheckedRecipe(recipe, tuple(findings.warnings))
