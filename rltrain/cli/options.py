@@ -155,6 +155,12 @@ class TinyTask(StrEnum):
     calculator = "calculator"
 
 
+class Precision(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 class Template(StrEnum):
     auto = "auto"
     none = "none"

@@ -434,6 +434,17 @@ class Checkpoint(Section):
     format: Literal["whole", "sharded"] = "whole"
 
 
+class Push(Section):
+    """Pushes the finished model, with its results, to the Hugging Face Hub; the token is the environment's
+    (HF_TOKEN) or the login's.
+    """
+
+    repo: str  # its name there: OWNER/MODEL; made unless it exists
+    # steps between pushes of checkpoints in the background, a multiple of checkpoint.every; 0: only the end
+    every: int = Field(default=0, ge=0)
+    private: bool = True
+
+
 class SampledRecipe(Section):
     """The sections of every recipe that trains on completions sampled by the policy."""
 
@@ -449,6 +460,7 @@ class SampledRecipe(Section):
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     report: Report = Report()
+    push: Push | None = None  # None: nothing leaves this machine
 
 
 class OnlineRecipe(SampledRecipe):
@@ -543,6 +555,7 @@ class OfflineRecipe(Section):
     eval: OfflineEval = OfflineEval()
     checkpoint: Checkpoint = Checkpoint()
     report: OfflineReport = OfflineReport()
+    push: Push | None = None  # None: nothing leaves this machine
 
 
 # learning from pairs of the policy's own completions --------------------------------------------------------
