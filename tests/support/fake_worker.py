@@ -5,7 +5,6 @@ faults to order.
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import signal
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rltrain.tensor_ops import weight_fingerprint
-from rltrain.weight_transfer import Bucket, Membership, TransferGroup, connect_store
+from rltrain.weight_transfer import Bucket, Membership, ProcessSums, TransferGroup, connect_store
 
 # phase -> the calls at which a fault strikes
 PHASES = ("pause", "join", "start", "bucket", "finish", "proof", "resume")
@@ -165,7 +164,7 @@ class _State:
         assert self.group is not None
         weights = self.weights | {second: self.weights[first] for second, first in self.ties.items()}
         sums = {name: (*weight_fingerprint(name, weight), 0) for name, weight in weights.items()}
-        self.group.store.set(f"{key}/1", json.dumps(sums))
+        self.group.store.set(f"{key}/1", ProcessSums(sums).to_json())
 
     def damage(self, name: str) -> None:
         self.damaged = name

@@ -15,6 +15,7 @@ from rltrain.sync.fingerprint import WeightMismatchError
 from rltrain.sync.server import PushReport, ServerSync, WorkerLink, combine_copies
 from rltrain.sync.transport import Pace
 from rltrain.tensor_ops import Fingerprint, weight_fingerprint
+from rltrain.weight_transfer import ProcessSums
 from support.fake_worker import PHASES, FakeWorker
 
 TIES = {"head": "embedding"}
@@ -169,8 +170,8 @@ def test_parts_of_a_copy_add_up_and_every_copy_is_compared() -> None:
 
 def test_a_process_that_kept_its_part_is_named(make_worker: Callable[[], FakeWorker]) -> None:
     link = link_to(make_worker())
-    link._before = [{"q": (1.0, 4.0, 0)}, {"q": (2.0, 5.0, 0)}]
-    held = [{"q": (7.0, 9.0, 0)}, {"q": (2.0, 5.0, 0)}]
-    link.read = lambda: (setattr(link, "_held", held), combine_copies(held))[1]
+    link._before = [ProcessSums({"q": (1.0, 4.0, 0)}), ProcessSums({"q": (2.0, 5.0, 0)})]
+    held = [ProcessSums({"q": (7.0, 9.0, 0)}), ProcessSums({"q": (2.0, 5.0, 0)})]
+    link.read = lambda: (setattr(link, "_held", held), combine_copies([each.sums for each in held]))[1]
     with pytest.raises(WeightMismatchError, match="q in process 1"):
         link.prove({"q": Fingerprint(9.0, 15.0)})
