@@ -64,7 +64,13 @@ class WorkerLink:
         self.channel.call("pause", self.control.pause, self.mode, True)
 
     def begin(self) -> None:
-        """Joins the transfer, if it has not, and starts an update."""
+        """Joins the transfer, if it has not, and starts an update.
+
+        A worker that joins forgets an unfinished push: of this learner, or of one that died in its middle.
+        """
+        if self.channel.group is None:
+            calls = self.control.call_workers
+            self.channel.call("forget an unfinished push", calls, "rltrain_abandon", {})
         self.channel.join()
         self.channel.call("start an update", self.control.start_update)
 
@@ -77,7 +83,6 @@ class WorkerLink:
         self.channel.error = None
         self.require_alive()
         self.channel.call("pause", self.control.pause, self.mode, True)
-        self.channel.call("forget the push that failed", self.control.call_workers, "rltrain_abandon", {})
         self.begin()
 
     def require_alive(self) -> None:

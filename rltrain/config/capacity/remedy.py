@@ -119,6 +119,12 @@ def _settings(load: Workload) -> Iterator[Workload]:
             yield load.change(tokens, utilization)
 
 
+def _taken(load: Workload) -> int:
+    """GPUs of ``--gpus`` that are not the learner's."""
+    engine = load.engine
+    return 0 if engine is None or engine.is_elsewhere else engine.server_gpus
+
+
 def _remedy(load: Workload, changed: Workload, cluster: Cluster, candidate: Cluster) -> Remedy:
     before = None if load.engine is None else load.engine.utilization
     after = None if changed.engine is None else changed.engine.utilization
@@ -127,5 +133,5 @@ def _remedy(load: Workload, changed: Workload, cluster: Cluster, candidate: Clus
         tokens_per_micro_batch=changed.tokens if changed.tokens != load.tokens else None,
         gpu_memory_utilization=after if after != before else None,
         backend=candidate.backend if backend_matters else None,
-        gpus=candidate.gpus if candidate.gpus != cluster.gpus else None,
+        gpus=candidate.gpus + _taken(load) if candidate.gpus != cluster.gpus else None,
     )

@@ -35,7 +35,7 @@ from rltrain.sync.colocated import Sync
 from rltrain.train.own_samples import OwnSamples
 from rltrain.types.samples import Prompt, Sampling
 from support.resumed_runs import differing, lines
-from support.trajectories import assert_close, environment, overrides
+from support.trajectories import REWARD, assert_close, environment, overrides
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 ROOT = Path(__file__).parents[3]
@@ -61,6 +61,9 @@ class Served:
     @property
     def url(self) -> str:
         return self.url_file.read_text().strip()
+
+    def context(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=self.authority)
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -132,7 +135,7 @@ def test_one_line_says_what_it_serves(served: Served) -> None:
 def test_who_lacks_the_certificate_or_the_secret_is_refused(served: Served) -> None:
     with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
         httpx.get(f"{served.url}/health")
-    context = ssl.create_default_context(cafile=served.authority)
+    context = served.context()
     assert httpx.get(f"{served.url}/health", verify=context).status_code == 200
     for path in ("/pause", "/update_weights", "/collective_rpc", "/metrics", "/rltrain/v1/generate"):
         for headers in ({}, {"Authorization": "Bearer another-secret-of-20"}):
@@ -217,6 +220,63 @@ def test_a_policys_own_samples_come_from_it(served: Served) -> None:
     assert first == samples.measure(learner)
     assert 0 < first["sampled_tokens"].value <= 6
     engine.close()
+
+
+# Rewards that wait, in the third step, until the test has stopped the server.
+WAITING = """
+import time
+from pathlib import Path
+
+{reward}
+graded = odd
+
+def odd(inputs):
+    folder = Path(__file__).parent
+    until = time.monotonic() + 120
+    while (folder / "run/checkpoints/step-2").exists() and not (folder / "stopped").exists():
+        (folder / "waiting").touch()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    return graded(inputs)
+"""
+
+
+def test_a_run_whose_worker_stops_ends_with_code_75_and_goes_on_when_it_works_again(
+    one_rank: Path, served: Served, tmp_path: Path
+) -> None:
+    """A stopped server still answers /health, so that only a round trip through its processes tells."""
+    folder = tmp_path / "run"
+    (tmp_path / "odd.py").write_text(WAITING.format(reward=REWARD))
+    command = [sys.executable, "-m", "rltrain", "train", str(GRPO), "--profile", "tiny_cpu"]
+    command += ["--run", str(folder), "--set", "checkpoint.every=1"]
+    seconds = ("rollout.server.liveness_seconds=1", "rollout.server.call_seconds=5")
+    for setting in (*served.overrides, *seconds, f"reward.functions=['{tmp_path / 'odd.py'}:odd']"):
+        command += ["--set", setting]
+    children = psutil.Process(served.process.pid).children(recursive=True)
+    engines = [child for child in children if "EngineCore" in " ".join(child.cmdline())]
+    assert len(engines) == 2
+    with (tmp_path / "output").open("w") as out:
+        run = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=out, stderr=out)
+        try:
+            until = time.monotonic() + 300
+            while not (tmp_path / "waiting").exists():
+                assert run.poll() is None and time.monotonic() < until
+                time.sleep(0.01)
+            for engine in engines:
+                engine.suspend()
+            assert httpx.get(f"{served.url}/health", verify=served.context()).status_code == 200
+            (tmp_path / "stopped").touch()
+            assert run.wait(300) == 75, (tmp_path / "output").read_text()[-3000:]
+        finally:
+            run.kill()
+            run.wait()
+            for engine in engines:
+                engine.resume()
+    assert served.url in (tmp_path / "output").read_text()
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert lines(folder) == lines(one_rank)
+    assert not differing(folder, one_rank, "model/model.safetensors")
 
 
 def test_sigterm_ends_it_with_all_its_processes(served: Served) -> None:
