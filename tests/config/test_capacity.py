@@ -536,7 +536,9 @@ def test_a_server_takes_gpus_of_its_own(folder: str) -> None:
     size = ("--set", f"model.path={folder}", "--gpu-gb", "85.5", *SERVER)
     done = run_plan(*size, "--gpus", "8")
     assert done.exit_code == 0, done.output
-    first = "6 x 85.5 GB, fsdp2; policy 7,615,616,512 parameters; beside them 2 of this machine for the server"
+    first = (
+        "6 x 85.5 GB, fsdp2; policy 7,615,616,512 parameters; beside them 2 of this machine for the server"
+    )
     assert done.output.splitlines()[0] == first
     plan = json.loads(run_plan(*size, "--gpus", "8", "--json").output)
     assert (plan["gpus"], plan["server_gpus"]) == (6, 2)
