@@ -24,6 +24,7 @@ __all__ = [
     "ItsSteps",
     "KlTo",
     "Overrides",
+    "Precision",
     "ProcessRewardModel",
     "Profile",
     "RecipePath",

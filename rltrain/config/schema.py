@@ -247,6 +247,11 @@ class Vllm(Section):
         return MOST_UTILIZATION if share == "auto" else share
 
 
+# MiB of a bucket of weights on its way to a server, where the recipe does not say
+BUCKET_MIB_CPU = 16
+BUCKET_MIB_GPU = 512
+
+
 class Server(Section):
     """The vLLM server of engine ``vllm_server``; its sizes are those of ``rollout.vllm``."""
 
@@ -262,6 +267,8 @@ class Server(Section):
     # longest that the log of a starting server may stay silent
     silence_seconds: float = Field(default=300.0, gt=0, le=_SECONDS)
     call_seconds: float = Field(default=30.0, gt=0, le=_SECONDS)  # deadline of a call that moves no weights
+    # of one of the two buffers in which rank 0 sends weights; None: 16 on CPU, 512 on GPU
+    bucket_mib: int | None = Field(default=None, ge=1, le=65536)
     # deadline of the round trip that tells a busy server from a stopped one; two missed in a row end the run
     liveness_seconds: float = Field(default=5.0, gt=0, le=_SECONDS)
 
