@@ -255,6 +255,23 @@ class Server(Section):
     liveness_seconds: float = Field(default=5.0, gt=0, le=_SECONDS)
 
 
+class Workers(Section):
+    """Several vLLM servers for engine ``vllm_server``, each as ``rollout.server`` says.
+
+    Name one of ``count``, ``urls`` and ``join``.
+    """
+
+    count: int | None = Field(default=None, ge=1, le=_PROCESSES)  # that rltrain starts here, and starts again
+    # running rltrain workers, as rollout.server.url names one
+    urls: tuple[str, ...] = ()
+    # workers come by themselves, before or during the run: rltrain worker --join http://HOST:PORT
+    join: bool = False
+    host: str = "127.0.0.1"  # where rank 0 waits for workers that join
+    port: int = Field(default=8900, ge=1, le=65535)
+    # longest that a run goes on without any worker; then it saves and ends with exit code 75
+    patience_seconds: float = Field(default=300.0, gt=0, le=_SECONDS)
+
+
 class Rollout(Section):
     engine: Literal["transformers", "vllm", "vllm_server"] = "transformers"
     prompts: int = Field(ge=1)  # per step, all ranks
@@ -275,6 +292,7 @@ class Rollout(Section):
     environment: EnvironmentRef | None = None  # None: a completion is one answer
     vllm: Vllm = Vllm()
     server: Server = Server()
+    workers: Workers | None = None  # None: one server
 
 
 class Sync(Section):

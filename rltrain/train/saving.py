@@ -40,6 +40,14 @@ class Stopped(Exception):
         self.checkpoint = checkpoint
 
 
+class WithoutWorkers(Exception):
+    """No worker samples any more. checkpoint: of the last whole step; None: no step was whole."""
+
+    def __init__(self, step: int, checkpoint: Path | None, reason: str) -> None:
+        saved = "nothing is lost, no step was taken" if checkpoint is None else f"saved in {checkpoint}"
+        super().__init__(f"{reason}. The run ends after step {step}: {saved}")
+
+
 class EvaluationResult(Protocol):
     """An evaluation of any kind."""
 
