@@ -35,11 +35,11 @@ from rltrain.rollout.worker.threads import LoopThread
 from rltrain.sync.pool import PoolPush
 from rltrain.weight_names import CheckpointNames
 
-__all__ = ["attach_pool", "build_pool_engine"]
+__all__ = ["ALIVE_SHARE", "attach_pool", "build_pool_engine", "make_connector"]
 
-# Of the time in which a worker that hangs is to be noticed twice: the deadline of a sign of life, and the
-# pause before the next one is asked for.
-_CALL_SHARE = 0.8
+# Of rollout.server.liveness_seconds: the deadline of a sign of life. The rest is the pause before the next,
+# so that a worker which hangs is noticed after twice that key.
+ALIVE_SHARE = 0.8
 
 
 def build_pool_engine(
@@ -93,7 +93,7 @@ def attach_pool(
     alive = rollout.server.liveness_seconds
     workers = rollout.workers
     rules = PoolRules(
-        vocabulary=served.vocabulary, patience=workers.patience_seconds, alive=alive * (1 - _CALL_SHARE)
+        vocabulary=served.vocabulary, patience=workers.patience_seconds, alive=alive * (1 - ALIVE_SHARE)
     )
     loop = LoopThread()
     pool = WorkerPool(homes, rules)
@@ -113,7 +113,7 @@ def attach_pool(
 
 def make_connector(rollout: Rollout, settings: WorkerSettings) -> Connector:
     server = rollout.server
-    quick = server.model_copy(update={"liveness_seconds": server.liveness_seconds * _CALL_SHARE})
+    quick = server.model_copy(update={"liveness_seconds": server.liveness_seconds * ALIVE_SHARE})
     return Connector(
         lambda url, token: connect(url, token, quick), lambda info, url: require_settings(info, settings, url)
     )

@@ -35,6 +35,12 @@ _FREE = (
     "reward.workers",
     "rollout.environment.workers",
     "rollout.mismatch_warn",
+    "rollout.workers",
+    "rollout.server.url",
+    "rollout.server.authority",
+    "rollout.server.silence_seconds",
+    "rollout.server.call_seconds",
+    "rollout.server.liveness_seconds",
     "checkpoint",
     "report",
 )

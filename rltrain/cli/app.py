@@ -554,6 +554,12 @@ def worker(
             help="Serve only clients with a certificate that this authority signed.", metavar="FILE"
         ),
     ] = None,
+    join: Annotated[
+        str | None,
+        typer.Option(
+            help="Join the run that waits at this address (rollout.workers.join).", metavar="http://HOST:PORT"
+        ),
+    ] = None,
 ) -> None:
     """Serve a recipe's model with vLLM, for rollout.engine vllm_server and rollout.server.url.
 
@@ -562,7 +568,7 @@ def worker(
     checked = _load_checked(recipe, profile, overrides or [])
     from rltrain.cli.worker import Listening, worker_command
 
-    where = Listening(host, port, socket, url_file, log, tls_key, tls_certificate, tls_clients)
+    where = Listening(host, port, socket, url_file, log, tls_key, tls_certificate, tls_clients, join)
     with _trusting_code(checked.recipe.model.trust_remote_code):
         raise typer.Exit(worker_command(checked.recipe, where))
 

@@ -41,6 +41,9 @@ def test_nothing_is_said_of_the_same_recipe() -> None:
         "report.transcripts=9",
         "report.sinks=[tensorboard]",
         "rollout.mismatch_warn=0.3",
+        "rollout.workers={count: 3}",
+        "rollout.server.url=http://another:80",
+        "rollout.server.liveness_seconds=9",
         "about.title=other",
     ],
 )

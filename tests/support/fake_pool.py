@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -37,6 +38,7 @@ from support.fake_worker import State
 SECRET = "fake-pool-token-0123456789"
 SHAPES = {"table": (VOCABULARY, VOCABULARY), "bias": (VOCABULARY,)}
 START_SECONDS = 60.0
+MODEL = ServerModel(WeightShapes(SHAPES, SHAPES), VOCABULARY, (1,), lambda ids: "", LONGEST)
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "uvicorn", "support.fake_server", "rltrain.weight_transfer"])
 
@@ -197,9 +199,9 @@ class FakeHome:
 
 
 def make_engine(
-    homes: dict[str, Any], rules: PoolRules | None = None, say: Any = lambda line: None
+    homes: dict[str, Any], rules: PoolRules | None = None, say: Any = lambda line: None, **ranks: Any
 ) -> tuple[VllmPool, WorkerPool]:
-    """An engine over these workers, one of which answers."""
+    """An engine over these workers, one of which answers. ranks: where it is one of several."""
     rules = rules or PoolRules(VOCABULARY, patience=60.0, alive=1.0, poll=0.02, retry=0.05)
     loop = LoopThread()
     pool = WorkerPool(homes, rules, say)
@@ -210,9 +212,18 @@ def make_engine(
         pace = Pace(seconds=5.0, alive_seconds=2.0)
         return WorkerLink(name, control, torch.float32, {}, 4096, torch.device("cpu"), pace=pace)
 
-    model = ServerModel(WeightShapes(SHAPES, SHAPES), VOCABULARY, (1,), lambda ids: "", LONGEST)
-    pusher = PoolPush(link, torch.float32, {}, lambda value: value)
-    return VllmPool(pool, loop, model, pusher, torch.float32), pool
+    return VllmPool(pool, loop, MODEL, make_pusher(link, ranks), torch.float32, **ranks), pool
+
+
+def make_other_rank(**ranks: Any) -> VllmPool:
+    """The engine of a rank that only joins gathers."""
+    return VllmPool(None, None, MODEL, make_pusher(None, ranks), torch.float32, **ranks)
+
+
+def make_pusher(link: Any, ranks: dict[str, Any]) -> PoolPush:
+    gather = ranks.get("gather", list)
+    is_main = ranks.get("rank", 0) == 0
+    return PoolPush(link, torch.float32, {}, lambda value: gather([value] if is_main else [])[0])
 
 
 def wait_until(condition: Any, seconds: float = 30.0) -> float:
@@ -222,3 +233,18 @@ def wait_until(condition: Any, seconds: float = 30.0) -> float:
         assert time.monotonic() - start < seconds, "waited too long"
         time.sleep(0.005)
     return time.monotonic() - start
+
+
+class Ranks:
+    """The gathers of ranks that are threads of this process."""
+
+    def __init__(self, count: int) -> None:
+        self._barrier = threading.Barrier(count, timeout=60.0)
+        self._parts: list[list[Any]] = [[] for _ in range(count)]
+
+    def gather(self, rank: int, part: list[Any]) -> list[Any]:
+        self._parts[rank] = list(part)
+        self._barrier.wait()
+        everything = [item for each in self._parts for item in each]
+        self._barrier.wait()
+        return everything

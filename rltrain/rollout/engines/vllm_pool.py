@@ -76,7 +76,7 @@ class VllmPool:
     """Implements ``RolloutEngine``.
 
     pool: on rank 0, in ``loop``; None elsewhere. gather: concatenates the lists of all ranks, in the order of
-    the ranks; a collective. rank: of this process.
+    the ranks; a collective. rank: of this process. at_close: called before the workers are ended.
     """
 
     name = "vllm_server"
@@ -99,7 +99,7 @@ class VllmPool:
         self.state = EngineState.MAPPED
         self.version: PolicyVersion | None = None
         self._pool = pool
-        self._loop = loop
+        self.loop = loop
         self._model = model
         self._pusher = pusher
         self._rank = rank
@@ -133,12 +133,12 @@ class VllmPool:
     def _push(self, version: PolicyVersion, *, waiting_only: bool) -> None:
         assert self._stream is not None
         workers: dict[str, Any] = {}
-        if self._pool is not None and self._loop is not None:
-            workers = self._loop.run(self._pool.begin_push(waiting_only=waiting_only)).result()
+        if self._pool is not None and self.loop is not None:
+            workers = self.loop.run(self._pool.begin_push(waiting_only=waiting_only)).result()
         pushed = self._pusher.push(workers, self._stream, version)
-        if self._pool is not None and self._loop is not None:
+        if self._pool is not None and self.loop is not None:
             end = self._pool.end_push(version, pushed.served, pushed.lost, pushed.quarantined)
-            self._loop.run(end).result()
+            self.loop.run(end).result()
 
     def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, Fingerprint]:
         """See ``WeightTarget.fingerprint``, over all workers that serve.
@@ -146,9 +146,9 @@ class VllmPool:
         A worker that has gone since it was proved has nothing that could be compared.
         """
         held: list[Mapping[str, Fingerprint]] = []
-        if self._pool is not None and self._loop is not None:
-            read, lost = self._pusher.read(self._loop.run(self._pool.serving()).result())
-            self._loop.run(self._pool.lose(lost)).result()
+        if self._pool is not None and self.loop is not None:
+            read, lost = self._pusher.read(self.loop.run(self._pool.serving()).result())
+            self.loop.run(self._pool.lose(lost)).result()
             held = [{name: value for name, value in read.items() if names is None or name in names}]
         return self._gather(held)[0]
 
@@ -166,11 +166,11 @@ class VllmPool:
         self.sleep()
         self._stream = None
         self._at_close()
-        if self._pool is None or self._loop is None:
+        if self._pool is None or self.loop is None:
             return
-        self._loop.run(self._pool.close()).result()
-        self._loop.close()
-        self._loop = None
+        self.loop.run(self._pool.close()).result()
+        self.loop.close()
+        self.loop = None
         self._pool = None
         self._pusher.close()
 
@@ -225,8 +225,8 @@ class VllmPool:
                 yield Answer(place, request.prompt, answer.completions)
 
     def _submit(self, requests: Sequence[Request], policy: PolicyVersion) -> _Collector:
-        assert self._pool is not None and self._loop is not None
-        return _Collector(self._pool, self._loop, self._model, requests, policy)
+        assert self._pool is not None and self.loop is not None
+        return _Collector(self._pool, self.loop, self._model, requests, policy)
 
 
 class _Collector:

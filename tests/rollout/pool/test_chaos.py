@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +20,14 @@ import pytest
 from torch import Tensor
 
 from rltrain.protocols import WorkersGone
+from rltrain.rollout.engines.vllm_pool import VllmPool
 from rltrain.rollout.groups import sample_groups
 from rltrain.rollout.pool.members import MemberState
 from rltrain.rollout.pool.pool import PoolRules, WorkerPool
 from rltrain.seeds import stable_hash
 from rltrain.sync.colocated import Sync
 from rltrain.types.samples import Prompt, Request, RolloutGroup, Sampling
-from support.fake_pool import FakeHome, make_engine, make_weights, wait_until
+from support.fake_pool import FakeHome, Ranks, make_engine, make_other_rank, make_weights, wait_until
 from support.fake_server import VOCABULARY
 
 PROMPTS = [Prompt(f"p{place}", (20 + place, 40 + place), "") for place in range(6)]
@@ -43,11 +46,15 @@ class Outcome:
 class Pool:
     """The workers of a test and the engine over them."""
 
-    def __init__(self, homes: dict[str, FakeHome], **rules: Any) -> None:
+    def __init__(
+        self, homes: dict[str, FakeHome], ranks: Mapping[str, Any] | None = None, **rules: Any
+    ) -> None:
         self.homes = homes
         self.lines: list[str] = []
         settings = {"patience": 60.0, "alive": 0.5, "poll": 0.02, "retry": 0.05, "busy": 0.05} | rules
-        self.engine, self.pool = make_engine(homes, PoolRules(VOCABULARY, **settings), self.lines.append)
+        self.engine, self.pool = make_engine(
+            homes, PoolRules(VOCABULARY, **settings), self.lines.append, **(ranks or {})
+        )
 
     @property
     def members(self) -> dict[str, Any]:
@@ -55,6 +62,10 @@ class Pool:
 
     def state(self, name: str) -> MemberState:
         return self.pool.members[name].state
+
+    def run(self, work: Any) -> Any:
+        assert self.engine.loop is not None
+        return self.engine.loop.run(work).result()
 
     def wait_for_all(self) -> None:
         usable = (MemberState.ATTACHED, MemberState.SERVING)
@@ -86,15 +97,28 @@ def pools() -> Iterator[Callable[[int], Pool]]:
 
 
 def train(pool: Pool, seed: int, at_step: Callable[[int], None] = lambda step: None) -> Outcome:
+    return train_engine(pool.engine, seed, at_step)
+
+
+def train_engine(
+    engine: VllmPool,
+    seed: int,
+    at_step: Callable[[int], None] = lambda step: None,
+    rank: int = 0,
+    ranks: Ranks | None = None,
+) -> Outcome:
     """A policy gradient on the table: tokens of completions with large ids become likelier."""
     weights = make_weights(seed)
-    sync = Sync([pool.engine], {}, sample=4, full_every=1, seed=0)
+    sync = Sync([engine], {}, sample=4, full_every=1, seed=0)
     sync.push(lambda dtype: weights.items(), 0, expect_change=False)
     samples: list[tuple[int, ...]] = []
     for step in range(1, STEPS + 1):
         at_step(step)
         sampling = Sampling(SAMPLES, 1.0, 12, stable_hash(seed, "rollout", step))
-        groups = sample_groups(pool.engine, PROMPTS, sampling, step - 1)
+        share = PROMPTS if ranks is None else PROMPTS[rank::2]
+        groups = sample_groups(engine, share, sampling, step - 1)
+        if ranks is not None:
+            groups = sorted(ranks.gather(rank, groups), key=lambda group: group.prompt.id)
         sync.verify()
         samples += [completion.token_ids for group in groups for completion in group.completions]
         update(weights, groups)
@@ -213,6 +237,50 @@ def test_a_worker_that_comes_back_in_the_middle_of_a_step_serves_in_it() -> None
         assert any("is lost" in line for line in pool.lines)
         assert any("is back" in line for line in pool.lines)
         require_conserved(pool.pool)
+
+
+def test_two_ranks_train_what_one_does() -> None:
+    """Rank 1 only joins gathers. The only worker dies in the second step, so that both ranks join the push
+    to its successor in the middle of it.
+    """
+    with open_pool(1) as pool:
+        alone = train(pool, 5)
+    ranks = Ranks(2)
+    homes = {"worker 0": FakeHome()}
+    of_rank = [
+        {"rank": rank, "world_size": 2, "gather": functools.partial(ranks.gather, rank)} for rank in (0, 1)
+    ]
+    pool = Pool(homes, of_rank[0])
+    other = make_other_rank(**of_rank[1])
+
+    def strike(step: int) -> None:
+        if step == 2:
+            homes["worker 0"].change(die_after=20)
+
+    with ThreadPoolExecutor(2) as threads:
+        mine = threads.submit(train_engine, pool.engine, 5, strike, 0, ranks)
+        others = threads.submit(train_engine, other, 5, rank=1, ranks=ranks)
+        try:
+            assert mine.result(120) == others.result(120) == alone
+        finally:
+            other.close()
+            pool.engine.close()
+    assert homes["worker 0"].starts == 2
+
+
+def test_a_worker_that_joins_later_is_sent_the_weights_and_serves() -> None:
+    with open_pool(1) as pool:
+        expected = train(pool, 5)
+        pool.homes["worker 0"].change(seconds=0.01)
+        late = FakeHome()
+
+        def join(step: int) -> None:
+            if step == 2:
+                pool.run(pool.pool.add("worker 1", late))
+                wait_until(lambda: pool.state("worker 1") is MemberState.ATTACHED)
+
+        assert train(pool, 5, join) == expected
+        assert pool.state("worker 1") is MemberState.SERVING and pool.members["worker 1"].written > 0
 
 
 def test_without_workers_the_engine_says_so_and_stays_usable() -> None:
