@@ -50,7 +50,7 @@ def build_pool_engine(
     tokenization: Tokenization,
     process: Process,
 ) -> VllmPool:
-    """The engine on every rank, without weights; one worker at least answers on rank 0 when this returns.
+    """The engine on every rank, without weights; when this returns, every worker has answered or failed once.
 
     Raises UserError where no worker can be used, and where ranks would sample at different times.
     """
@@ -102,7 +102,7 @@ def attach_pool(
         loop.run(pool.start()).result()
         if workers.join:
             close = _open_door(rollout, pool, loop, connector).close
-        loop.run(pool.wait_for_one(workers.patience_seconds)).result()
+        loop.run(pool.wait_for_workers(workers.patience_seconds)).result()
     except BaseException:
         close()
         loop.run(pool.close()).result()

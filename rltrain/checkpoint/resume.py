@@ -32,6 +32,7 @@ _LENGTHS = ("train.steps", "train.epochs")
 _FREE = (
     "about",
     "train.deadline_seconds",
+    "train.max_hours",
     "reward.workers",
     "rollout.environment.workers",
     "rollout.mismatch_warn",

@@ -38,6 +38,7 @@ from rltrain.train.saving import (
     STOPPED,
     Stopped,
     StopRequest,
+    TimeLimit,
     WithoutWorkers,
     disk_errors,
     record_stop_signals,
@@ -96,6 +97,9 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
         require_same_inputs(rank_0_digests, digests)
 
         stop_request = stack.enter_context(record_stop_signals())
+        if recipe.train.max_hours is not None:
+            started = psutil.Process().create_time()
+            stop_request.limit = TimeLimit(3600 * recipe.train.max_hours, started)
         stop_with_the_launcher()
         run = workflow.build(
             recipe, inputs, RunContext(run_folder, checkpoint, process, stop_request, digests)

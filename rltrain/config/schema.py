@@ -408,6 +408,8 @@ class Train(Section):
     steps: int = Field(ge=1)
     profile: Profile | None = None  # None: no step is profiled
     deadline_seconds: float = Field(default=1800.0, gt=0, le=_SECONDS)  # longest that any wait may last
+    # the run saves and ends before it has lasted so long; the same command goes on
+    max_hours: float | None = Field(default=None, gt=0, le=_SECONDS)
 
     @property
     def length(self) -> str:
@@ -511,6 +513,8 @@ class OfflineTrain(Section):
     steps: int | None = Field(default=None, ge=1)  # replaces epochs
     profile: Profile | None = None  # None: no step is profiled
     deadline_seconds: float = Field(default=1800.0, gt=0, le=_SECONDS)  # longest that any wait may last
+    # the run saves and ends before it has lasted so long; the same command goes on
+    max_hours: float | None = Field(default=None, gt=0, le=_SECONDS)
 
     @property
     def length(self) -> str:

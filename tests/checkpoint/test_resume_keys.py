@@ -35,6 +35,7 @@ def test_nothing_is_said_of_the_same_recipe() -> None:
     "override",
     [
         "train.deadline_seconds=3600",
+        "train.max_hours=4",
         "reward.workers=7",
         "checkpoint.every=11",
         "checkpoint.keep=5",

@@ -101,7 +101,7 @@ def _serve(pipe: Connection, socket: str, options: dict[str, Any]) -> None:
             app.serve, uds=socket, log_level="critical", interface="asgi3", lifespan="off"
         )
         server = uvicorn.Server(config)
-        server.capture_signals = contextlib.nullcontext
+        server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
         task = asyncio.create_task(server.serve())
         while not server.started:
             await asyncio.sleep(0.005)
@@ -206,7 +206,7 @@ def make_engine(
     loop = LoopThread()
     pool = WorkerPool(homes, rules, say)
     loop.run(pool.start()).result()
-    loop.run(pool.wait_for_one(START_SECONDS)).result()
+    loop.run(pool.wait_for_workers(START_SECONDS)).result()
 
     def link(name: str, control: Any) -> WorkerLink:
         pace = Pace(seconds=5.0, alive_seconds=2.0)

@@ -129,7 +129,7 @@ class WorkerPool:
     # life ---------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Begins to open every worker; ``wait_for_one`` waits."""
+        """Begins to open every worker; ``wait_for_workers`` waits."""
         for member in self.members.values():
             self._start(self._keep(member))
         self._start(self._mind())
@@ -140,19 +140,22 @@ class WorkerPool:
             self.members[name] = Member(name, home)
             self._start(self._keep(self.members[name]))
 
-    async def wait_for_one(self, seconds: float) -> None:
-        """Returns when a worker is attached. Raises UserError where all have failed, or none came in time."""
+    async def wait_for_workers(self, seconds: float) -> None:
+        """Returns when every worker is attached or has failed once, and one at least is attached.
+
+        Raises UserError where local workers have all failed, and where no worker came in time.
+        """
         until = time.monotonic() + seconds
-        while not self.named(*_ALIVE_STATES):
-            members = self.members.values()
-            if members and all(member.reason for member in members) and self._has_failed_for_good():
-                break
-            if time.monotonic() > until:
-                break
+        while True:
+            attached = self.named(*_ALIVE_STATES)
+            waiting = [m for m in self.members.values() if m.state is MemberState.STARTING and not m.reason]
+            if attached and not waiting:
+                return
+            is_hopeless = bool(self.members) and not waiting and self._are_all_local()
+            is_late = time.monotonic() > until and not self._is_local_one_starting()
+            if not attached and (is_hopeless or is_late):
+                raise UserError(f"no worker can be used: {self._reasons()}")
             await asyncio.sleep(self.rules.poll)
-        else:
-            return
-        raise UserError(f"no worker can be used: {self._reasons()}")
 
     async def close(self) -> None:
         """Ends local workers; any other goes on."""
@@ -467,14 +470,19 @@ class WorkerPool:
         is_hopeless = bool(self.members) and all(
             member.state is MemberState.QUARANTINED for member in self.members.values()
         )
-        if is_hopeless or now - self._idle_since > self.rules.patience:
+        is_late = now - self._idle_since > self.rules.patience and not self._is_local_one_starting()
+        if is_hopeless or is_late:
             error = WorkersGone(f"no worker serves: {self._reasons()}")
             for batch in self._batches:
                 batch.fail(error)
 
-    def _has_failed_for_good(self) -> bool:
-        """Whether every worker is one that rltrain starts, whose failure at its start is the recipe's."""
+    def _are_all_local(self) -> bool:
+        """Then a failed start is the recipe's fault, and no worker comes by waiting."""
         return all(getattr(member.home, "is_local", False) for member in self.members.values())
+
+    def _is_local_one_starting(self) -> bool:
+        """Then no patience ends: a start takes minutes on a busy machine, and has a deadline of its own."""
+        return any(getattr(member.home, "is_local", False) for member in self.named(MemberState.STARTING))
 
     def _reasons(self) -> str:
         members = self.members.values()
