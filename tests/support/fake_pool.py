@@ -25,7 +25,7 @@ from rltrain.rollout.engines.checks import WeightShapes
 from rltrain.rollout.engines.vllm_pool import VllmPool
 from rltrain.rollout.pool.pool import PoolRules, WorkerPool
 from rltrain.rollout.worker.client import Seconds, WorkerClient
-from rltrain.rollout.worker.guard import TOKEN
+from rltrain.rollout.worker.guard import TOKEN, BadRequest
 from rltrain.rollout.worker.process import WorkerDied
 from rltrain.rollout.worker.requests import ServerModel
 from rltrain.rollout.worker.threads import LoopThread
@@ -50,10 +50,23 @@ def make_weights(seed: int) -> dict[str, Tensor]:
 
 @dataclass
 class PoolEngine(FakeEngine):
-    """die_after: tokens that it writes before its process is killed."""
+    """die_after: tokens that it writes before its process is killed. route: the call at which ``strike``
+    happens once: "die", "stop" or "error"; of weights, at the second bucket.
+    """
 
     state: State = field(default_factory=lambda: State({}))
     die_after: int | None = None
+    route: str | None = None
+    strike: str = ""
+
+    def meet(self, route: str) -> None:
+        """Strikes where the test said so."""
+        if route != self.route:
+            return
+        self.route = None
+        if self.strike == "error":
+            raise BadRequest(500, "planted")
+        os.kill(os.getpid(), signal.SIGKILL if self.strike == "die" else signal.SIGSTOP)
 
     def count_token(self) -> None:
         if self.die_after is not None:
@@ -75,6 +88,8 @@ class PoolApp(FakeApp):
         engine = self.engine
         assert isinstance(engine, PoolEngine)
         state = engine.state
+        is_early = path == "/update_weights" and body["update_info"]["index"] == 0
+        engine.meet("" if is_early else body.get("method", path))
         calls = {
             "/init_weight_transfer_engine": lambda: state.join(body["init_info"]),
             "/start_weight_update": state.start,
@@ -201,7 +216,8 @@ class FakeHome:
 def make_engine(
     homes: dict[str, Any], rules: PoolRules | None = None, say: Any = lambda line: None, **ranks: Any
 ) -> tuple[VllmPool, WorkerPool]:
-    """An engine over these workers, one of which answers. ranks: where it is one of several."""
+    """An engine over these workers, all of which answer. ranks: where it is one of several."""
+    push_seconds = ranks.pop("push_seconds", 5.0)
     rules = rules or PoolRules(VOCABULARY, patience=60.0, alive=1.0, poll=0.02, retry=0.05)
     loop = LoopThread()
     pool = WorkerPool(homes, rules, say)
@@ -209,7 +225,7 @@ def make_engine(
     loop.run(pool.wait_for_workers(START_SECONDS)).result()
 
     def link(name: str, control: Any) -> WorkerLink:
-        pace = Pace(seconds=5.0, alive_seconds=2.0)
+        pace = Pace(seconds=push_seconds, alive_seconds=2.0)
         return WorkerLink(name, control, torch.float32, {}, 4096, torch.device("cpu"), pace=pace)
 
     return VllmPool(pool, loop, MODEL, make_pusher(link, ranks), torch.float32, **ranks), pool
