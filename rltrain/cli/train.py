@@ -20,8 +20,9 @@ from rltrain.build.context import RunContext
 from rltrain.build.digests import input_digests, with_prompt_date
 from rltrain.build.workflows import Workflow, workflow_for
 from rltrain.checkpoint.inputs import changes
-from rltrain.checkpoint.resume import AUTO, is_finished, open_run, saved_date
+from rltrain.checkpoint.resume import is_finished, open_run, saved_date
 from rltrain.checkpoint.run_folder import RunFolder, describe_environment, new_run_id, write_atomic
+from rltrain.checkpoint.saved_recipe import AUTO
 from rltrain.cli.session import is_main_process, joined_processes, rank_name, user_errors
 from rltrain.config.capacity.cluster import Backend, Cluster
 from rltrain.config.capacity.phase_line import describe_phase

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import torch
 import typer
 
-from rltrain.build.workflows import require_sampled
+from rltrain.build.local_inputs import require_sampled
 from rltrain.checkpoint.run_folder import write_atomic
 from rltrain.config.schema import AnyRecipe, SampledRecipe
 from rltrain.errors import UserError, user_mistakes
@@ -87,6 +86,8 @@ def worker_command(recipe: AnyRecipe, where: Listening) -> int:
 
 
 def _serve(recipe: SampledRecipe, where: Listening, address: Address, token: str, version: str) -> int:
+    import torch  # which takes seconds: a mistake is told before
+
     settings = worker_settings(
         recipe.model,
         recipe.data,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rltrain.checkpoint.resume import differences, is_free, refuse_other_recipe
+from rltrain.checkpoint.saved_recipe import differences, is_free, refuse_other_recipe
 from rltrain.config.load import load_recipe
 from rltrain.errors import UserError
 

@@ -6,7 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
-from rltrain.report.progress import Progress, _count, _number, _power, _seconds
+from rltrain.report.progress import Progress, _count, _number, _power, _rate, _seconds
 
 METRICS = {
     "reward/mean": 0.4123,
@@ -185,3 +185,20 @@ def test_nan_is_shown_as_nan():
 )  # fmt: skip
 def test_numbers_stay_short_and_a_small_one_never_looks_like_zero(show, value, text):
     assert show(value) == text
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(0.5, "0.50"), (0.994, "0.99"), (0.996, "1.0"), (9.94, "9.9"), (9.96, "10"), (0.0, "0")],
+)
+def test_a_rate_below_ten_has_digits_behind_the_point(rate, text):
+    assert _rate(rate) == text
+
+
+def test_half_an_example_a_second_is_not_shown_as_none():
+    header, line = shown(
+        lambda progress: progress.step(
+            {"loss/accuracy": 0.5, "time/examples_per_second": 0.5, "time/step": 2.0}
+        )
+    )
+    assert dict(zip(header.split(), line.split(), strict=True))["ex/s"] == "0.50"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rltrain.config.model_config import context_problems
+from rltrain.config.rules.attention import attention_problems
 from rltrain.config.rules.findings import Findings
 from rltrain.config.rules.offline import check_offline
 from rltrain.config.rules.online import check_online
@@ -38,7 +39,12 @@ class CheckedRecipe:
 def check(recipe: AnyRecipe) -> CheckedRecipe:
     """Applies every rule for the recipe's kind. Raises RecipeError with all problems."""
     findings = RULES[recipe.kind](recipe)
-    problems = [*findings.problems, *template_problems(recipe.data), *context_problems(recipe)]
+    problems = [
+        *findings.problems,
+        *template_problems(recipe.data),
+        *context_problems(recipe),
+        *attention_problems(recipe),
+    ]
     if problems:
         raise RecipeError(problems)
     return CheckedRecipe(recipe, tuple(findings.warnings))
