@@ -47,6 +47,7 @@ NEEDS: Final[Mapping[str, str]] = {
     "desirable_share": "() share of desirable completions in the optimizer batch",
     "mean_margin": "() nats, mean margin of the optimizer batch (arXiv:2503.17928)",
     "mean_chosen_length": "() scored tokens per chosen completion of the optimizer batch",
+    "mean_length": "() scored tokens per completion of the optimizer batch",
     "target_tokens_per_example": "() scored target-language tokens per row (arXiv:2505.14297)",
     "group_size": "(N,) completions of the row's prompt in the optimizer batch",
     "reward_softmax": "(N,) softmax of the labels over the completions of a prompt (arXiv:2402.05369)",

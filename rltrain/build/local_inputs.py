@@ -10,7 +10,7 @@ import importlib.util
 from pathlib import Path
 from typing import Literal
 
-from rltrain.config.schema import AnyRecipe, Data, JudgedData, Model
+from rltrain.config.schema import AnyRecipe, Data, JudgedData, Model, OfflineRecipe
 from rltrain.data.judged import judged_rows, require_one_form
 from rltrain.data.prompts import load_rows, side_of
 from rltrain.data.rows import SUFFIXES, is_local
@@ -22,7 +22,7 @@ _QUICK_BYTES = 1 << 25  # larger files take longer to read than torch to import
 
 def require_local_inputs(recipe: AnyRecipe) -> None:
     """Raises UserError for what is wrong with the recipe's local model, data and engine."""
-    if recipe.kind != "offline" and recipe.rollout.engine == "vllm":
+    if not isinstance(recipe, OfflineRecipe) and recipe.rollout.engine == "vllm":
         _require_vllm()
     _require_model(recipe.model)
     with user_mistakes():

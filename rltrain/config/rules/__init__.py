@@ -24,6 +24,7 @@ RULES: Mapping[str, Callable[[Any], Findings]] = {
     "online": check_online,
     "online_pairs": check_pairs,
     "offline": check_offline,
+    "sft": check_offline,
 }
 
 
