@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from rltrain.cli.app import app
 from rltrain.chat_template import is_template_file, read_template
+from rltrain.cli.app import app
 from rltrain.config.load import load_recipe
 from rltrain.config.shipped import copy_recipe, find_recipes, recipe_file
 from rltrain.errors import RecipeError, UserError
