@@ -569,15 +569,21 @@ class OfflineReport(Section):
     project: str = "rltrain"
 
 
-class OfflineRecipe(Section):
-    """Learning from preferences and labels in a data set: no engine, no rewards."""
+SUPERVISED_LOSS = "nll"
 
-    kind: Literal["offline"] = "offline"
+
+class OfflineRecipe(Section):
+    """Learning from a data set: no engine, no rewards.
+
+    offline: from preferences and labels. sft: supervised fine-tuning, the likelihood of given completions.
+    """
+
+    kind: Literal["offline", "sft"] = "offline"
     about: About = About()
     seed: int = Field(default=0, ge=0)
     model: OfflineModel
     data: JudgedData
-    loss: PreferenceLoss
+    loss: PreferenceLoss  # of kind sft: {preference: nll}, which may be left out
     reference: Reference = Reference()
     learner: LearnerCore
     train: OfflineTrain
@@ -623,4 +629,5 @@ RECIPES: dict[str, type[AnyRecipe]] = {
     "online": OnlineRecipe,
     "online_pairs": OnlinePairsRecipe,
     "offline": OfflineRecipe,
+    "sft": OfflineRecipe,
 }
