@@ -25,11 +25,19 @@ _LENGTHS = ("train.steps", "train.epochs")
 _FREE = (
     "about",
     "train.deadline_seconds",
+    "train.max_hours",
     "reward.workers",
     "rollout.environment.workers",
     "rollout.mismatch_warn",
+    "rollout.workers",
+    "rollout.server.url",
+    "rollout.server.authority",
+    "rollout.server.silence_seconds",
+    "rollout.server.call_seconds",
+    "rollout.server.liveness_seconds",
     "checkpoint",
     "report",
+    "push",
 )
 
 

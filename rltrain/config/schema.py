@@ -247,6 +247,11 @@ class Vllm(Section):
         return MOST_UTILIZATION if share == "auto" else share
 
 
+# MiB of a bucket of weights on its way to a server, where the recipe does not say
+BUCKET_MIB_CPU = 16
+BUCKET_MIB_GPU = 512
+
+
 class Server(Section):
     """The vLLM server of engine ``vllm_server``; its sizes are those of ``rollout.vllm``."""
 
@@ -262,8 +267,27 @@ class Server(Section):
     # longest that the log of a starting server may stay silent
     silence_seconds: float = Field(default=300.0, gt=0, le=_SECONDS)
     call_seconds: float = Field(default=30.0, gt=0, le=_SECONDS)  # deadline of a call that moves no weights
+    # of one of the two buffers in which rank 0 sends weights; None: 16 on CPU, 512 on GPU
+    bucket_mib: int | None = Field(default=None, ge=1, le=65536)
     # deadline of the round trip that tells a busy server from a stopped one; two missed in a row end the run
     liveness_seconds: float = Field(default=5.0, gt=0, le=_SECONDS)
+
+
+class Workers(Section):
+    """Several vLLM servers for engine ``vllm_server``, each as ``rollout.server`` says.
+
+    Name one of ``count``, ``urls`` and ``join``.
+    """
+
+    count: int | None = Field(default=None, ge=1, le=_PROCESSES)  # that rltrain starts here, and starts again
+    # running rltrain workers, as rollout.server.url names one
+    urls: tuple[str, ...] = ()
+    # workers come by themselves, before or during the run: rltrain worker --join http://HOST:PORT
+    join: bool = False
+    host: str = "127.0.0.1"  # where rank 0 waits for workers that join
+    port: int = Field(default=8900, ge=1, le=65535)
+    # longest that a run goes on without any worker; then it saves and ends with exit code 75
+    patience_seconds: float = Field(default=300.0, gt=0, le=_SECONDS)
 
 
 class Rollout(Section):
@@ -286,6 +310,7 @@ class Rollout(Section):
     environment: EnvironmentRef | None = None  # None: a completion is one answer
     vllm: Vllm = Vllm()
     server: Server = Server()
+    workers: Workers | None = None  # None: one server
 
 
 class Sync(Section):
@@ -402,6 +427,8 @@ class Train(Section):
     steps: int = Field(ge=1)
     profile: Profile | None = None  # None: no step is profiled
     deadline_seconds: float = Field(default=1800.0, gt=0, le=_SECONDS)  # longest that any wait may last
+    # the run saves and ends before it has lasted so long; the same command goes on
+    max_hours: float | None = Field(default=None, gt=0, le=_SECONDS)
 
     @property
     def length(self) -> str:
@@ -434,6 +461,17 @@ class Checkpoint(Section):
     format: Literal["whole", "sharded"] = "whole"
 
 
+class Push(Section):
+    """Pushes the finished model, with its results, to the Hugging Face Hub; the token is the environment's
+    (HF_TOKEN) or the login's.
+    """
+
+    repo: str  # its name there: OWNER/MODEL; made unless it exists
+    # steps between pushes of checkpoints in the background, a multiple of checkpoint.every; 0: only the end
+    every: int = Field(default=0, ge=0)
+    private: bool = True
+
+
 class SampledRecipe(Section):
     """The sections of every recipe that trains on completions sampled by the policy."""
 
@@ -449,6 +487,7 @@ class SampledRecipe(Section):
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     report: Report = Report()
+    push: Push | None = None  # None: nothing leaves this machine
 
 
 class OnlineRecipe(SampledRecipe):
@@ -505,6 +544,8 @@ class OfflineTrain(Section):
     steps: int | None = Field(default=None, ge=1)  # replaces epochs
     profile: Profile | None = None  # None: no step is profiled
     deadline_seconds: float = Field(default=1800.0, gt=0, le=_SECONDS)  # longest that any wait may last
+    # the run saves and ends before it has lasted so long; the same command goes on
+    max_hours: float | None = Field(default=None, gt=0, le=_SECONDS)
 
     @property
     def length(self) -> str:
@@ -528,21 +569,28 @@ class OfflineReport(Section):
     project: str = "rltrain"
 
 
-class OfflineRecipe(Section):
-    """Learning from preferences and labels in a data set: no engine, no rewards."""
+SUPERVISED_LOSS = "nll"
 
-    kind: Literal["offline"] = "offline"
+
+class OfflineRecipe(Section):
+    """Learning from a data set: no engine, no rewards.
+
+    offline: from preferences and labels. sft: supervised fine-tuning, the likelihood of given completions.
+    """
+
+    kind: Literal["offline", "sft"] = "offline"
     about: About = About()
     seed: int = Field(default=0, ge=0)
     model: OfflineModel
     data: JudgedData
-    loss: PreferenceLoss
+    loss: PreferenceLoss  # of kind sft: {preference: nll}, which may be left out
     reference: Reference = Reference()
     learner: LearnerCore
     train: OfflineTrain
     eval: OfflineEval = OfflineEval()
     checkpoint: Checkpoint = Checkpoint()
     report: OfflineReport = OfflineReport()
+    push: Push | None = None  # None: nothing leaves this machine
 
 
 # learning from pairs of the policy's own completions --------------------------------------------------------
@@ -581,4 +629,5 @@ RECIPES: dict[str, type[AnyRecipe]] = {
     "online": OnlineRecipe,
     "online_pairs": OnlinePairsRecipe,
     "offline": OfflineRecipe,
+    "sft": OfflineRecipe,
 }
