@@ -37,14 +37,16 @@ def block_mask(segments: Iterable[Segment], device: torch.device | str) -> Block
     """
     segments = tuple(segments)
     lengths = torch.tensor([segment.stop - segment.start for segment in segments], device=device)
-    own = torch.tensor([segment.start for segment in segments], device=device).repeat_interleave(lengths)
+    segment_start = torch.tensor([segment.start for segment in segments], device=device).repeat_interleave(
+        lengths
+    )
     prompt_start = torch.tensor([segment.prompt_start for segment in segments], device=device)
     prompt_stop = torch.tensor([segment.prompt_stop for segment in segments], device=device)
     first, last = (bound.repeat_interleave(lengths) for bound in (prompt_start, prompt_stop))
 
     def attends(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         in_prompt = (first[query] <= key) & (key < last[query])
-        return (key <= query) & (in_prompt | (own[query] <= key))
+        return (key <= query) & (in_prompt | (segment_start[query] <= key))
 
     attending = torch.from_numpy(attending_blocks(segments)).to(device)
     counts = attending.sum(dim=1, dtype=torch.int32)

@@ -99,8 +99,8 @@ def test_rows_of_a_prompt_share_it_in_the_layout_of_the_models_kernel() -> None:
     assert isinstance(batch.attention_mask, BlockMask)
     read = sum(prompt + sum(length - 1 for length in lengths) for prompt, lengths in LENGTHS)
     assert batch.input_ids.shape == (1, read)
-    [alone] = row_micro_batches(model, ROWS.rows(torch.tensor([0, 3])), torch.arange(2), share=True)
-    assert alone.attention_mask is None  # a row of its own needs no mask
+    [row_alone] = row_micro_batches(model, ROWS.rows(torch.tensor([0, 3])), torch.arange(2), share=True)
+    assert row_alone.attention_mask is None  # a row of its own needs no mask
 
 
 def test_a_learner_on_a_cpu_refuses_it_before_a_model_is_loaded() -> None:
