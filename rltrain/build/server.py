@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rltrain.config.schema import Data, Model, Rollout, Server
+from rltrain.config.schema import BUCKET_MIB_CPU, BUCKET_MIB_GPU, Data, Model, Rollout, Server
 from rltrain.data.tokenization import Tokenization
 from rltrain.errors import UserError
 from rltrain.process import Process
@@ -23,13 +23,10 @@ from rltrain.rollout.worker.flags import WorkerSettings, worker_settings
 from rltrain.rollout.worker.guard import SHORTEST_TOKEN, TOKEN
 from rltrain.rollout.worker.process import LocalWorker
 from rltrain.sync.server import WorkerLink
+from rltrain.sync.transport import Pace
 from rltrain.weight_names import CheckpointNames
 
 __all__ = ["attach_engine", "build_server_engine", "connect", "free_devices"]
-
-# Bytes of a bucket of weights on its way to the server.
-_BUCKET_CPU = 16 * 2**20
-_BUCKET_GPU = 512 * 2**20
 
 
 def build_server_engine(
@@ -54,7 +51,8 @@ def build_server_engine(
         url, token = _find_server(rollout.server) if rollout.server.url else process.gather(started)[0]
         client = connect(url, token, rollout.server)
         require_settings(client.read_info(), settings, url)
-        return attach_engine(client, model, tokenization, settings.max_model_len, process, worker)
+        length = settings.max_model_len
+        return attach_engine(client, model, tokenization, length, process, worker, rollout.server.bucket_mib)
     except BaseException:
         if worker is not None:
             worker.close()
@@ -68,6 +66,7 @@ def attach_engine(
     max_model_len: int,
     process: Process,
     worker: LocalWorker | None = None,
+    bucket_mib: int | None = None,
 ) -> VllmServer:
     """The engine on a server that serves. worker: the server's process, if ``close`` must end it."""
     names = _read_names(model)
@@ -80,10 +79,11 @@ def attach_engine(
             control=client,
             dtype=getattr(torch, info.dtype),
             ties=names.ties,
-            capacity=_BUCKET_GPU if on_gpu else _BUCKET_CPU,
+            capacity=2**20 * (bucket_mib or (BUCKET_MIB_GPU if on_gpu else BUCKET_MIB_CPU)),
             device=process.device,
             host=_own_address(client.url),
             backend="nccl" if on_gpu else "gloo",
+            pace=Pace(seconds=client.seconds.call, alive_seconds=client.seconds.alive),
         )
     served = ServerModel(
         WeightShapes(names.shapes, names.parameters),

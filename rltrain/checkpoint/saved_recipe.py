@@ -30,6 +30,7 @@ _FREE = (
     "rollout.mismatch_warn",
     "checkpoint",
     "report",
+    "push",
 )
 
 

@@ -15,6 +15,7 @@ from rltrain.config.rules.findings import Findings
 from rltrain.config.rules.offline import check_offline
 from rltrain.config.rules.online import check_online
 from rltrain.config.rules.online_pairs import check_pairs
+from rltrain.config.rules.push import push_problems
 from rltrain.config.rules.templates import template_problems
 from rltrain.config.schema import AnyRecipe
 from rltrain.errors import RecipeError
@@ -44,6 +45,7 @@ def check(recipe: AnyRecipe) -> CheckedRecipe:
         *template_problems(recipe.data),
         *context_problems(recipe),
         *attention_problems(recipe),
+        *push_problems(recipe.push, recipe.checkpoint),
     ]
     if problems:
         raise RecipeError(problems)
