@@ -30,6 +30,10 @@ def build_engine(
     precision: the learner's; on a GPU the engine's weights have the same.
     """
     device = process.device
+    if rollout.engine == "vllm_server" and rollout.workers is not None:
+        from rltrain.build.pool import build_pool_engine
+
+        return build_pool_engine(model, data, rollout, precision, tokenization, process)
     if rollout.engine == "vllm_server":
         from rltrain.build.server import build_server_engine
 

@@ -653,6 +653,12 @@ def worker(
             help="Serve only clients with a certificate that this authority signed.", metavar="FILE"
         ),
     ] = None,
+    join: Annotated[
+        str | None,
+        typer.Option(
+            help="Join the run that waits at this address (rollout.workers.join).", metavar="http://HOST:PORT"
+        ),
+    ] = None,
 ) -> None:
     """Serve a recipe's model with vLLM to a run on another machine.
 
@@ -664,7 +670,7 @@ def worker(
     from rltrain.cli.worker import Listening, worker_command
 
     require_model("model.path", checked.recipe.model.path, checked.recipe.model.revision)
-    where = Listening(host, port, socket, url_file, log, tls_key, tls_certificate, tls_clients)
+    where = Listening(host, port, socket, url_file, log, tls_key, tls_certificate, tls_clients, join)
     with _trusting_code(checked.recipe.model.trust_remote_code):
         raise typer.Exit(worker_command(checked.recipe, where))
 

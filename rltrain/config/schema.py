@@ -273,6 +273,23 @@ class Server(Section):
     liveness_seconds: float = Field(default=5.0, gt=0, le=_SECONDS)
 
 
+class Workers(Section):
+    """Several vLLM servers for engine ``vllm_server``, each as ``rollout.server`` says.
+
+    Name one of ``count``, ``urls`` and ``join``.
+    """
+
+    count: int | None = Field(default=None, ge=1, le=_PROCESSES)  # that rltrain starts here, and starts again
+    # running rltrain workers, as rollout.server.url names one
+    urls: tuple[str, ...] = ()
+    # workers come by themselves, before or during the run: rltrain worker --join http://HOST:PORT
+    join: bool = False
+    host: str = "127.0.0.1"  # where rank 0 waits for workers that join
+    port: int = Field(default=8900, ge=1, le=65535)
+    # longest that a run goes on without any worker; then it saves and ends with exit code 75
+    patience_seconds: float = Field(default=300.0, gt=0, le=_SECONDS)
+
+
 class Rollout(Section):
     engine: Literal["transformers", "vllm", "vllm_server"] = "transformers"
     prompts: int = Field(ge=1)  # per step, all ranks
@@ -293,6 +310,7 @@ class Rollout(Section):
     environment: EnvironmentRef | None = None  # None: a completion is one answer
     vllm: Vllm = Vllm()
     server: Server = Server()
+    workers: Workers | None = None  # None: one server
 
 
 class Sync(Section):
@@ -409,6 +427,8 @@ class Train(Section):
     steps: int = Field(ge=1)
     profile: Profile | None = None  # None: no step is profiled
     deadline_seconds: float = Field(default=1800.0, gt=0, le=_SECONDS)  # longest that any wait may last
+    # the run saves and ends before it has lasted so long; the same command goes on
+    max_hours: float | None = Field(default=None, gt=0, le=_SECONDS)
 
     @property
     def length(self) -> str:
@@ -524,6 +544,8 @@ class OfflineTrain(Section):
     steps: int | None = Field(default=None, ge=1)  # replaces epochs
     profile: Profile | None = None  # None: no step is profiled
     deadline_seconds: float = Field(default=1800.0, gt=0, le=_SECONDS)  # longest that any wait may last
+    # the run saves and ends before it has lasted so long; the same command goes on
+    max_hours: float | None = Field(default=None, gt=0, le=_SECONDS)
 
     @property
     def length(self) -> str:
@@ -547,15 +569,21 @@ class OfflineReport(Section):
     project: str = "rltrain"
 
 
-class OfflineRecipe(Section):
-    """Learning from preferences and labels in a data set: no engine, no rewards."""
+SUPERVISED_LOSS = "nll"
 
-    kind: Literal["offline"] = "offline"
+
+class OfflineRecipe(Section):
+    """Learning from a data set: no engine, no rewards.
+
+    offline: from preferences and labels. sft: supervised fine-tuning, the likelihood of given completions.
+    """
+
+    kind: Literal["offline", "sft"] = "offline"
     about: About = About()
     seed: int = Field(default=0, ge=0)
     model: OfflineModel
     data: JudgedData
-    loss: PreferenceLoss
+    loss: PreferenceLoss  # of kind sft: {preference: nll}, which may be left out
     reference: Reference = Reference()
     learner: LearnerCore
     train: OfflineTrain
@@ -601,4 +629,5 @@ RECIPES: dict[str, type[AnyRecipe]] = {
     "online": OnlineRecipe,
     "online_pairs": OnlinePairsRecipe,
     "offline": OfflineRecipe,
+    "sft": OfflineRecipe,
 }

@@ -112,7 +112,7 @@ def train_online(run: OnlineRun) -> Path:
     """
     run.push(expect_change=False)
     for number in run.steps():
-        rollouts = run.source.take(number, run.learner.version)
+        rollouts = run.take(number)
         clock = Clock(rollouts.seconds)
         lr = run.learner.lr
 

@@ -71,7 +71,7 @@ def train_pairs(run: PairRun) -> Path:
     """
     run.push(expect_change=False)
     for number in run.steps():
-        rollouts = run.source.take(number, run.learner.version)
+        rollouts = run.take(number)
         clock = Clock(rollouts.seconds)
 
         step = judge_step(run, number, rollouts, clock)

@@ -35,12 +35,16 @@ def test_nothing_is_said_of_the_same_recipe() -> None:
     "override",
     [
         "train.deadline_seconds=3600",
+        "train.max_hours=4",
         "reward.workers=7",
         "checkpoint.every=11",
         "checkpoint.keep=5",
         "report.transcripts=9",
         "report.sinks=[tensorboard]",
         "rollout.mismatch_warn=0.3",
+        "rollout.workers={count: 3}",
+        "rollout.server.url=http://another:80",
+        "rollout.server.liveness_seconds=9",
         "about.title=other",
     ],
 )

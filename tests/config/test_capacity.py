@@ -705,7 +705,7 @@ def test_every_recipe_says_the_smallest_cluster_that_it_fits() -> None:
 
 def test_the_page_of_plans_has_every_recipe() -> None:
     page = (ROOT / "docs/plan.md").read_text(encoding="utf-8")
-    for folder_name in ("policy", "preference", "process_reward"):
+    for folder_name in ("policy", "preference", "process_reward", "supervised"):
         for path in (ROOT / "recipes" / folder_name).glob("*.yaml"):
             assert f"| {path.stem} |" in page or f"`{folder_name}/{path.stem}`" in page, path
 

@@ -123,7 +123,7 @@ class FakeWorker:
         return answer
 
 
-class _State:
+class State:
     def __init__(self, ties: dict[str, str]) -> None:
         self.ties = ties
         self.weights: dict[str, Tensor] = {}
@@ -183,7 +183,7 @@ class _State:
 
 def _serve(pipe: Connection, ties: dict[str, str]) -> None:
     torch.set_num_threads(1)
-    state = _State(ties)
+    state = State(ties)
     while True:
         method, arguments = pipe.recv()
         try:

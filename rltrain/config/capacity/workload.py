@@ -116,7 +116,7 @@ def workload_of(recipe: AnyRecipe, read: ShapeReader) -> Workload:
     if policy is None:
         raise LookupError(recipe.model.path)
     models = _Models(policy, read)
-    if recipe.kind == "offline":
+    if isinstance(recipe, OfflineRecipe):
         return _offline_workload(recipe, models)
     return _sampled_workload(recipe, models)
 

@@ -26,6 +26,7 @@ RULES: Mapping[str, Callable[[Any], Findings]] = {
     "online": check_online,
     "online_pairs": check_pairs,
     "offline": check_offline,
+    "sft": check_offline,
 }
 
 

@@ -98,6 +98,17 @@ def sampling_problems(recipe: SampledRecipe) -> Iterator[str]:
     yield from _eval_problems(recipe)
     if rollout.engine == "vllm_server":
         yield from server_problems(rollout)
+    elif rollout.workers is not None:
+        yield (
+            f"rollout.workers is given, but rollout.engine is {rollout.engine}, which has none; set "
+            "rollout.engine to vllm_server, or rollout.workers to null"
+        )
+    if rollout.workers is not None and rollout.workers.patience_seconds >= recipe.train.deadline_seconds:
+        yield (
+            f"rollout.workers.patience_seconds is {rollout.workers.patience_seconds:g} and "
+            f"train.deadline_seconds {recipe.train.deadline_seconds:g}: the deadline would end the run "
+            "before it could be saved; lower the one or raise the other"
+        )
 
 
 def _engine_ranks_problems(rollout: Rollout) -> Iterator[str]:
