@@ -33,6 +33,7 @@ from rltrain.learner.pair_learner import PairLearner
 from rltrain.learner.policy_learner import PolicyLearner
 from rltrain.learner.reward_model import RewardModel
 from rltrain.learner.trained_model import ModelOwner
+from rltrain.needs import ALIGNMENT, REFERENCE_WEIGHTS
 from rltrain.protocols import RolloutEngine
 from rltrain.rollout.colocated import ColocatedRollouts, GradedSampler, Order
 from rltrain.rollout.extra_samples import SamplerContext, SampleSource
@@ -200,7 +201,7 @@ def build_order(
     bound = ORDERS.bind(ref.name, ref.hp)
     arguments = (len(prompts), per_step, stable_hash(seed, "order"))
     with user_mistakes():
-        if "alignment" not in bound.needs:
+        if ALIGNMENT not in bound.needs:
             return bound(*arguments)
         if not fresh:
             return bound(*arguments, [])
@@ -242,7 +243,7 @@ def _reference_loader(
     refs: Sequence[MethodRef], model: Model, engine: RolloutEngine, learner: ModelOwner, sync: Sync
 ) -> Callable[[], AbstractContextManager[None]]:
     """A context in which the engine has the reference model's weights, if a source needs them."""
-    if not any("reference_weights" in EXTRA_SAMPLES.spec(ref.name).needs_with(ref.hp) for ref in refs):
+    if not any(REFERENCE_WEIGHTS in EXTRA_SAMPLES.spec(ref.name).needs_with(ref.hp) for ref in refs):
         return _refuse_reference
     weights = reference_weights(model, learner.model, engine.dtype)
     return partial(sync.load_temporarily, weights, REFERENCE_VERSION, learner.weights)

@@ -72,6 +72,8 @@ class RunState:
     inputs: Mapping[str, str] = field(default_factory=dict)
     # The signal from which the next step's adaptive temperature is computed.
     temperature: Mapping[str, float] = field(default_factory=dict)
+    # Digests of frozen models' weights and of their log-probs, so that a resumed run need not load them.
+    frozen: Mapping[str, str] = field(default_factory=dict)
 
 
 _PLAIN_FIELDS = {field.name: field for field in dataclasses.fields(RunState) if field.name != "tensors"}

@@ -99,13 +99,19 @@ def _row_terms(phase: Phase) -> Iterator[tuple[str, int]]:
 
 def _print_verdict(plan: CapacityPlan, console: Console) -> None:
     if plan.fits:
-        share = plan.highest_utilization
-        hint = "" if share is None else f"; with rollout.vllm.gpu_memory_utilization up to {share:g}"
-        console.print(f"FITS{hint}")
+        console.print(f"FITS{_utilization_hint(plan)}")
     elif plan.remedy is not None:
         console.print(f"OOM; fits with {plan.remedy.describe()}")
     else:
         console.print(f"OOM; {plan.obstacle}")
+
+
+def _utilization_hint(plan: CapacityPlan) -> str:
+    engine = plan.workload.engine
+    if engine is not None and plan.chooses_utilization:
+        return f"; vLLM gets {engine.utilization:g} of each GPU"
+    share = plan.highest_utilization
+    return "" if share is None else f"; with rollout.vllm.gpu_memory_utilization up to {share:g}"
 
 
 def _duration_table(plan: CapacityPlan) -> Table:

@@ -34,6 +34,8 @@ _PROCESSES = 4096  # on one machine
 HEAD_CHUNK_CPU = 256
 HEAD_CHUNK_GPU = 2048
 
+MOST_UTILIZATION = 0.9  # share of a GPU that vLLM gets where a recipe leaves it open, at most
+
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -155,7 +157,8 @@ class Model(Section):
     trust_remote_code: tuple[str, ...] = ()
     reference: str | None = None  # model for ref_logp and for the reference source; None: the initial model
     teacher: str | None = None  # model for teacher_logp, with the same tokenizer; None: the initial model
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    # flex_attention and flash_attention_2 pack rows; flex_attention, for GPUs, also rows that share a prompt
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
 
 
 class Source(Section):
@@ -229,11 +232,19 @@ class EnvironmentRef(MethodRef):
 
 
 class Vllm(Section):
-    gpu_memory_utilization: float = Field(default=0.45, gt=0, le=1)
+    # vLLM's share of a GPU; auto: what learner and frozen models leave of it, by the plan's arithmetic, and
+    # 0.9 where vLLM has the GPU to itself
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
     kv_cache_gib: float = Field(default=1.0, gt=0)  # on CPU
     max_num_seqs: int = Field(default=256, ge=1)
     tensor_parallel: int = Field(default=1, ge=1)  # neighbouring ranks that hold one engine together
     enforce_eager: bool = False
+
+    @property
+    def utilization_alone(self) -> float:
+        """The share of a GPU that nothing else uses."""
+        share = self.gpu_memory_utilization
+        return MOST_UTILIZATION if share == "auto" else share
 
 
 class Server(Section):
@@ -329,7 +340,8 @@ class LearnerCore(Section):
     share_prompt: Literal["auto", "never"] = "auto"
     # auto: float32 on CPU, bfloat16 autocast on GPU
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    gradient_checkpointing: bool = False
+    # recompute layers in the backward pass; auto: on a GPU as few as the plan has no room for, on a CPU all
+    gradient_checkpointing: bool | Literal["auto"] = False
     # what stays in the host's memory: ZeRO-2 and 3 can offload the optimizer's masters and moments, and
     # update them there; all: FSDP2 and ZeRO-3 keep the weights there too
     offload: Literal["nothing", "optimizer", "all"] = "nothing"

@@ -38,6 +38,7 @@ from rltrain.data.preferences import (
     tokens_of,
 )
 from rltrain.data.rows import Row
+from rltrain.needs import LABEL
 
 __all__ = ["LabelSet", "LabelledCompletion", "are_pairs", "load_labels"]
 
@@ -119,7 +120,7 @@ def load_labels(
     require_all_or_none(source, [completion.ref_logp for completion in completions])
 
     labels = LabelSet(tuple(completions[:limit]), dict(dropped), dict(changed))
-    if "label" in needs and side == "train" and 0 in labels.classes:
+    if LABEL in needs and side == "train" and 0 in labels.classes:
         desirable, undesirable = labels.classes
         raise ValueError(
             f"{source}: {desirable} desirable and {undesirable} undesirable completions: the loss learns "
@@ -186,7 +187,7 @@ def _read_pair(
     columns = numeric_columns(row, needs)
     ref_chosen, ref_rejected = reference_logps(row, *PAIR_REFERENCE) or (None, None)
     chosen = LabelledCompletion(f"{row.id}:chosen", pair.prompt, pair.chosen, 1.0, columns, ref_chosen)
-    if "label" not in needs:
+    if LABEL not in needs:
         return (chosen,)
     return chosen, LabelledCompletion(
         f"{row.id}:rejected", pair.prompt, pair.rejected, 0.0, columns, ref_rejected
@@ -200,7 +201,7 @@ def label_of(row: Row, needs: frozenset[str]) -> float | None:
     """
     label = row.columns.get("label")
     if label is None:
-        if "label" in needs:
+        if LABEL in needs:
             raise ValueError(
                 f"{row.where}: the loss needs a label; there are {sorted(row.columns)}; name its column in "
                 "data.columns"

@@ -26,6 +26,7 @@ from rltrain.learner.update_step import optimizer_update
 from rltrain.loss.objective import ObjectiveShare
 from rltrain.loss.preference.objective import PreferenceObjective
 from rltrain.loss.preference.statistics import with_batch_statistics
+from rltrain.needs import LOGP_NOW, MISMATCHED
 from rltrain.types.policy import TokenRows
 from rltrain.types.preference import ExampleTotals, LabelBatch, PairBatch
 from rltrain.watchdog import Deadline, no_deadline
@@ -185,14 +186,14 @@ class PreferenceLearner(ModelOwner):
         mismatched: TokenRows | None,
     ) -> PairBatch | LabelBatch:
         """``batch`` with the model's log-probs before this update, where the loss's statistics need them."""
-        if isinstance(batch, LabelBatch) and "mismatched" in needs:
+        if isinstance(batch, LabelBatch) and MISMATCHED in needs:
             if mismatched is None or batch.mismatched is None:
                 needed = "the loss compares prompts with other prompts' completions"
                 raise ValueError(f"{needed}, but mismatched rows are missing")
             logp = self.log_probs(mismatched, sides=1)
             facts = dataclasses.replace(batch.mismatched, logp_now=logp)
             batch = dataclasses.replace(batch, mismatched=facts)
-        if "logp_now" not in needs:
+        if LOGP_NOW not in needs:
             return batch
 
         logp = self.log_probs(rows, sides=sides)

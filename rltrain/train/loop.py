@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
-import torch
-
 from rltrain.checkpoint.random_state import restore_random_state
 from rltrain.checkpoint.run_state import RunState
 from rltrain.config.schema import AnyRecipe
 from rltrain.learner.trained_model import ModelOwner
 from rltrain.report.reporter import Reporter
+from rltrain.train.memory import is_gpu_out_of_memory
 from rltrain.train.profiling import PROFILE_FOLDER, profile_step
 from rltrain.train.saving import EvaluationHistory, EvaluationResult, ModelWriter, Stopped
 
@@ -119,8 +118,9 @@ class Clock:
         start = perf_counter()
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            error.add_note(phase)
+        except RuntimeError as error:
+            if is_gpu_out_of_memory(error):
+                error.add_note(phase)
             raise
         self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - start
 
