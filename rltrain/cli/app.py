@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -680,6 +681,7 @@ def main() -> None:
 
     A mistake of the user's is one line on stderr and exit code 2; RLTRAIN_TRACEBACK=1 shows its traceback.
     """
+    _hide_line_of_deepspeed()
     with exit_on_ctrl_c():
         try:
             code = app(standalone_mode=False)
@@ -693,6 +695,14 @@ def main() -> None:
             _print_usage_error(error)
             raise SystemExit(2) from None
     raise SystemExit(code)
+
+
+def _hide_line_of_deepspeed() -> None:
+    """accelerate imports DeepSpeed wherever it is installed, and that warns of the accelerator it found."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+        logging.getLogger("DeepSpeed").addFilter(
+            lambda record: "Setting accelerator to" not in record.getMessage()
+        )
 
 
 def _print_usage_error(error: Any) -> None:

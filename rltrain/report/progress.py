@@ -202,6 +202,8 @@ def _show(column: Column, metrics: Mapping[str, float]) -> str:
     if column.metric not in metrics:
         return "-"
     value = metrics[column.metric]
+    if column.metric == "law/ceiling" and value > 1 and "reward/correct" in metrics:
+        return ">1"  # where the line ends is no share of right completions
     return column.show(value) if math.isfinite(value) else str(value)
 
 

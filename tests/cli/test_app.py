@@ -199,3 +199,19 @@ def test_a_shell_completes_commands_recipes_profiles_and_options(
     )
     assert set(expected) <= set(result.stdout.split()), result.stderr
     assert all(word.startswith(words[-1]) for word in result.stdout.split())
+
+
+@pytest.mark.parametrize(("used", "lines"), [("false", 0), ("true", 1)])
+def test_deepspeeds_warning_shows_only_where_deepspeed_is_used(used: str, lines: int) -> None:
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    code = (
+        "import sys; from rltrain.cli import app\n"
+        "app.app = lambda **_: __import__('deepspeed')\n"
+        "sys.argv = ['rltrain']\n"
+        "try:\n    app.main()\nexcept SystemExit:\n    pass\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_DEEPSPEED": used}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    said = result.stdout + result.stderr
+    assert said.count("Setting accelerator to CPU") == lines, said

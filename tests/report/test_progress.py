@@ -202,3 +202,11 @@ def test_half_an_example_a_second_is_not_shown_as_none():
         )
     )
     assert dict(zip(header.split(), line.split(), strict=True))["ex/s"] == "0.50"
+
+
+@pytest.mark.parametrize(("others", "text"), [({"reward/correct": 0.4}, ">1"), ({}, "1.272")])
+def test_a_ceiling_that_no_share_reaches_is_shown_as_such(others, text):
+    header, line = shown(
+        lambda progress: progress.step({**METRICS, "law/ceiling": 1.272, **others}), width=120
+    )
+    assert dict(zip(header.split(), line.split(), strict=True))["ceil"] == text
