@@ -28,6 +28,7 @@ from rltrain.build.outputs import (
     require_same_data,
     resume,
 )
+from rltrain.build.recomputation import recompute_what_must_be
 from rltrain.checkpoint.random_state import seed_everything
 from rltrain.checkpoint.run_state import RunState
 from rltrain.config.rules.offline import data_needs, takes_pairs
@@ -55,6 +56,7 @@ from rltrain.loss.preference import PREFERENCE_LOSSES
 from rltrain.loss.preference.kto import class_weight_advice
 from rltrain.loss.preference.margins import mean_target
 from rltrain.loss.preference.objective import PreferenceObjective
+from rltrain.needs import MARGIN, SCALAR_HEAD, WHOLE_GROUPS
 from rltrain.process import Process
 from rltrain.registry import BoundMethod
 from rltrain.seeds import stable_hash
@@ -92,7 +94,7 @@ def load_offline_inputs(recipe: OfflineRecipe) -> OfflineInputs:
     }
     tokenization = tokenization_of(model, sizes, data.chat_template)
     loss = PREFERENCE_LOSSES.bind(recipe.loss.preference.name, recipe.loss.preference.hp)
-    head = "new scalar" if "scalar_head" in loss.spec.traits else "logits"
+    head = "new scalar" if SCALAR_HEAD in loss.spec.traits else "logits"
     require_weights(model.path, model.revision, head, model.attention)
     for key, path in (("model.reference", model.reference), ("model.previous", model.previous)):
         if path is not None:
@@ -190,7 +192,7 @@ def _advice(inputs: OfflineInputs) -> Iterator[str]:
         advice = class_weight_advice(*train.classes, values["weight_desirable"], values["weight_undesirable"])
         if advice is not None:
             yield f"warning: {advice}"
-    if isinstance(train, PairSet) and "margin" in loss.needs and values.get("gamma") is not None:
+    if isinstance(train, PairSet) and MARGIN in loss.needs and values.get("gamma") is not None:
         margins = torch.tensor([pair.margin for pair in train.pairs], dtype=torch.float64)
         target = mean_target(margins, values["gamma"])
         yield (
@@ -206,22 +208,29 @@ class OfflineState:
     """The state of an offline run that changes from step to step besides the weights; part of every
     checkpoint.
 
-    data: digest of the training examples, in order.
+    data: digest of the training examples, in order. frozen: digests of frozen models and their log-probs.
     """
 
     learner: PreferenceLearner
     order: ExampleOrder
     data: str
+    frozen: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """The fields of RunState that are not the learner's."""
-        return {"prompts": self.data, "pushes": 0, "order": self.order.state_dict()}
+        return {
+            "prompts": self.data,
+            "pushes": 0,
+            "order": self.order.state_dict(),
+            "frozen": dict(self.frozen),
+        }
 
     def load_state_dict(self, state: RunState) -> None:
         """Restores everything but the weights and the random generators. Raises UserError for other data."""
         require_same_data(state, self.data, "examples")
         self.learner.restore(state.tensors, state.learner)
         self.order.load_state_dict(state.order)
+        self.frozen.update(state.frozen)
 
 
 def build_offline_run(recipe: OfflineRecipe, inputs: OfflineInputs, context: RunContext) -> OfflineRun:
@@ -234,6 +243,7 @@ def build_offline_run(recipe: OfflineRecipe, inputs: OfflineInputs, context: Run
     learner = build_preference_learner(
         recipe.model, recipe.learner, recipe.loss, steps, recipe.seed, context.checkpoint, process
     )
+    recompute_what_must_be(recipe, [learner.trained])
     if learner.scoring is REWARDS:
         pad = cast("int | None", tokenization.tokenizer.pad_token_id)
         name_pad_token(learner.model, pad, tokenization.stop_tokens.stop)
@@ -254,6 +264,7 @@ def build_offline_run(recipe: OfflineRecipe, inputs: OfflineInputs, context: Run
         seed=recipe.seed,
         fresh=context.is_fresh,
         reporter=reporter,
+        proofs=state.frozen,
     )
 
     evaluator = None
@@ -307,7 +318,7 @@ def build_preference_learner(
         settings,
         total_updates=steps,
         seed=seed,
-        scoring=REWARDS if "scalar_head" in spec.traits else LOG_PROBS,
+        scoring=REWARDS if SCALAR_HEAD in spec.traits else LOG_PROBS,
         deadline=process.deadline,
     )
 
@@ -393,6 +404,7 @@ def evaluate_offline(model: str, recipe: OfflineRecipe, process: Process) -> Pre
         seed=recipe.seed,
         fresh=False,
         reporter=QUIET,
+        proofs={},
     )
     evaluator = build_preference_evaluator(
         recipe.eval, judged, recipe.data, inputs, learner, examples[HELD_OUT], objective, recipe.seed
@@ -405,7 +417,7 @@ def build_order(train: PairSet | LabelSet, loss: BoundMethod, per_step: int, see
     them.
     """
     prompts = prompt_ids([example.prompt for example in examples_in(train)])
-    if "whole_groups" in loss.spec.traits:
+    if WHOLE_GROUPS in loss.spec.traits:
         units = group_by_prompt(prompts)
     else:
         units = [[index] for index in range(len(train))]

@@ -62,7 +62,7 @@ def build_reporter(
         return QUIET
     folder = context.folder
     progress = Progress(steps, start=0 if resumed is None else resumed.step)
-    sinks = open_sinks(folder.path, settings.sinks, settings.project, recipe, progress.warn)
+    sinks = open_sinks(folder.path, settings.sinks, settings.project, recipe, progress.warn, folder.run_id)
     every = max(1, steps // STEPS)
     numbers = None if decode is None else TokenNumbers(decode, every)
     log = None if transcripts is None else Transcripts(folder.transcripts, transcripts, numbers)

@@ -33,6 +33,7 @@ from rltrain.learner.pair_learner import PairLearner
 from rltrain.learner.policy_learner import PolicyLearner
 from rltrain.learner.reward_model import RewardModel
 from rltrain.learner.trained_model import ModelOwner
+from rltrain.needs import ALIGNMENT, REFERENCE_WEIGHTS
 from rltrain.protocols import RolloutEngine
 from rltrain.rollout.colocated import ColocatedRollouts, GradedSampler, Order
 from rltrain.rollout.extra_samples import SamplerContext, SampleSource
@@ -150,10 +151,11 @@ def _accuracy_filter(dynamic: DynamicSampling | None) -> Callable[[ScoredGroup],
 def build_sync(
     settings: SyncSettings, engine: RolloutEngine, names: CheckpointNames, seed: int, deadline: Deadline
 ) -> Sync:
-    """names: of the weights that are pushed."""
-    return Sync(
-        [engine], names.ties, settings.sample, settings.full_every, stable_hash(seed, "sync"), deadline
-    )
+    """names: of the weights that are pushed. A server says all fingerprints at once, so that all of its
+    weights are compared at every push.
+    """
+    full_every = 1 if engine.name == "vllm_server" else settings.full_every
+    return Sync([engine], names.ties, settings.sample, full_every, stable_hash(seed, "sync"), deadline)
 
 
 def load_from_disk(
@@ -200,7 +202,7 @@ def build_order(
     bound = ORDERS.bind(ref.name, ref.hp)
     arguments = (len(prompts), per_step, stable_hash(seed, "order"))
     with user_mistakes():
-        if "alignment" not in bound.needs:
+        if ALIGNMENT not in bound.needs:
             return bound(*arguments)
         if not fresh:
             return bound(*arguments, [])
@@ -242,7 +244,7 @@ def _reference_loader(
     refs: Sequence[MethodRef], model: Model, engine: RolloutEngine, learner: ModelOwner, sync: Sync
 ) -> Callable[[], AbstractContextManager[None]]:
     """A context in which the engine has the reference model's weights, if a source needs them."""
-    if not any("reference_weights" in EXTRA_SAMPLES.spec(ref.name).needs_with(ref.hp) for ref in refs):
+    if not any(REFERENCE_WEIGHTS in EXTRA_SAMPLES.spec(ref.name).needs_with(ref.hp) for ref in refs):
         return _refuse_reference
     weights = reference_weights(model, learner.model, engine.dtype)
     return partial(sync.load_temporarily, weights, REFERENCE_VERSION, learner.weights)

@@ -78,9 +78,10 @@ class RunFolder:
     def run_id(self) -> str | None:
         """The identifier of this run; None in a folder that an older rltrain made."""
         try:
-            return parse_json(self.environment.read_text(encoding="utf-8")).get("run")
+            run = parse_json(self.environment.read_text(encoding="utf-8")).get("run")
         except (OSError, ValueError, AttributeError):
             return None
+        return run if isinstance(run, str) else None
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
@@ -176,7 +177,7 @@ class RunFolder:
             folder.recipe.name: recipe_yaml,
         }
         try:
-            if folder._is_empty_folder():
+            if folder.is_empty_folder():
                 for name, text in files.items():  # the recipe, which makes it a run, is written last
                     write_atomic(folder.path / name, text)
             else:
@@ -191,7 +192,7 @@ class RunFolder:
             ) from error
         return folder
 
-    def _is_empty_folder(self) -> bool:
+    def is_empty_folder(self) -> bool:
         """Whether this folder exists and is empty; False when nothing exists at its path.
 
         Raises UserError when a file or a folder with other content exists there.

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rltrain.build.digests import common_date
 from rltrain.config.load import load_recipe
 from rltrain.errors import UserError
 
@@ -24,6 +23,8 @@ def compare_command(
 
     console = Console(highlight=False)
     notes = compare_conditions(recipes, profile, overrides)
+    from rltrain.build.digests import common_date  # which imports torch
+
     date = common_date([load_recipe(path, profile=profile, overrides=overrides) for path in recipes], out)
     overrides = [*overrides, *([] if date is None else [f"data.date={date}"])]
     plan = plan_runs(recipes, seeds, out, profile, overrides)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rltrain.build.local_inputs import require_soup
 from rltrain.checkpoint.export import export_model
 from rltrain.checkpoint.soup import soup
 from rltrain.config.schema import Model
@@ -21,11 +22,7 @@ def soup_command(models: Sequence[str], weights: Sequence[float], out: Path) -> 
     """``rltrain soup``: writes the weighted mean of ``models`` as a model folder, with the tokenizer of
     the first model. Without ``weights`` all models count equally.
     """
-    if len(models) < 2 or (weights and len(weights) != len(models)):
-        raise UserError(
-            f"a soup of {len(models)} models and {len(weights)} weights; give two or more, and a --weight "
-            "for each or none"
-        )
+    require_soup(models, weights)
     shares = list(weights) or [1 / len(models)] * len(models)
     with user_mistakes():
         tokenization = tokenization_of(Model(path=models[0]), {})

@@ -22,8 +22,9 @@ from rltrain.build.publication import push_run, with_pushes
 from rltrain.build.workflows import Workflow, workflow_for
 from rltrain.checkpoint.hub import hide_progress_bars, open_repository
 from rltrain.checkpoint.inputs import changes
-from rltrain.checkpoint.resume import AUTO, is_finished, open_run, saved_date
+from rltrain.checkpoint.resume import is_finished, open_run, saved_date
 from rltrain.checkpoint.run_folder import RunFolder, describe_environment, new_run_id, write_atomic
+from rltrain.checkpoint.saved_recipe import AUTO
 from rltrain.cli.session import is_main_process, joined_processes, rank_name, user_errors
 from rltrain.config.capacity.cluster import Backend, Cluster
 from rltrain.config.capacity.phase_line import describe_phase
@@ -41,15 +42,18 @@ from rltrain.train.saving import (
     STOPPED,
     Stopped,
     StopRequest,
+    TimeLimit,
+    WithoutWorkers,
     disk_errors,
     record_stop_signals,
     stop_with_the_launcher,
 )
+from rltrain.watchdog import EXPIRED
 
 
 def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resume: str = AUTO) -> int:
     """Trains from the checks to the finished model. Returns the exit code: 0, or STOPPED after a SIGTERM or
-    a Ctrl-C.
+    a Ctrl-C, or EXPIRED where no worker samples any more.
 
     resume: "auto" continues the run in ``folder`` if there is one, "never" refuses to; any other value is the
     folder of a checkpoint.
@@ -98,6 +102,9 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
         require_same_inputs(rank_0_digests, digests)
 
         stop_request = stack.enter_context(record_stop_signals())
+        if recipe.train.max_hours is not None:
+            started = psutil.Process().create_time()
+            stop_request.limit = TimeLimit(3600 * recipe.train.max_hours, started)
         stop_with_the_launcher()
         context = RunContext(run_folder, checkpoint, process, stop_request, digests)
         run = with_pushes(workflow.build(recipe, inputs, context), context)
@@ -137,6 +144,12 @@ def _train(
         )
         run.reporter.message(f"continue with: {resuming_command(sys.argv)}")
         return STOPPED
+    except WithoutWorkers as ended:
+        if is_main:
+            report_if_possible(folder, run.reporter)
+        run.reporter.message(str(ended))
+        run.reporter.message(f"continue with: {resuming_command(sys.argv)}")
+        return EXPIRED
     finally:
         run.writer.close()
         run.close()

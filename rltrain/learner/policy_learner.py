@@ -155,7 +155,7 @@ class PolicyLearner(ModelOwner):
             record = policy_stats if epoch == 0 else {}
             batches = optimizer_batches(self.trained, batch.group, self.settings.updates, epoch)
             for positions in batches:
-                part = batch.rows(positions)
+                part = batch.rows(positions).to(self.device)  # the update's only copy of it
                 if adjust is not None:
                     needs = adjust.needs
                     part = self._with_current_statistics(rows, part, positions, needs, first=not updates)
@@ -183,13 +183,14 @@ class PolicyLearner(ModelOwner):
         record: dict[str, Tensor],
         clipped: Tensor,
     ) -> _Update:
-        """One optimizer update over the rows at ``positions``; ``batch`` holds those rows, in that order.
+        """One optimizer update over the rows at ``positions``; ``batch`` holds those rows, in that order, on
+        the learner's device.
 
         clipped: (B, T) counts of the whole step, to which the update adds its own.
         """
         idle = torch.zeros(len(positions), dtype=torch.bool)
         if self.settings.skip_idle_rows:
-            idle = objective.idle_rows(batch)
+            idle = objective.idle_rows(batch).cpu()
         if record and idle.any():
             write_statistics(self.trained, record, rows, positions[idle], temperature=self.temperature)
 
@@ -200,7 +201,7 @@ class PolicyLearner(ModelOwner):
         indices = inverse_index(positions, len(rows))
 
         def loss_of(micro_batch: MicroBatch, statistics: Mapping[str, Tensor]) -> ObjectiveShare:
-            part = batch.rows(indices[micro_batch.rows], width=micro_batch.width).to(self.device)
+            part = batch.rows(indices[micro_batch.rows], width=micro_batch.width)
             share = objective(_policy_tokens(statistics), part, totals)
             if share.clipped is not None:
                 clipped[micro_batch.rows.to(clipped.device), : micro_batch.width] += share.clipped
@@ -236,7 +237,9 @@ class PolicyLearner(ModelOwner):
         missing = {name: name.removesuffix("_now") for name in needs if name not in values}
         if missing:
             current = self._statistics(rows, frozenset(missing.values()), positions=positions)
-            values |= {name: current[statistic][positions] for name, statistic in missing.items()}
+            values |= {
+                name: current[statistic][positions].to(self.device) for name, statistic in missing.items()
+            }
 
         fields = {"logp_now", "entropy_now"} & needs
         extra = {name: value for name, value in values.items() if name in needs - fields}

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rltrain.needs import ACTS_ON_MARKS, REWARD_FREE, SEQUENCE_LEVEL
 from rltrain.registry import BoundMethod
 from rltrain.tensor_ops import apply_mask, masked_sum
 from rltrain.types.policy import PolicyTokens, StepTotals, TrainBatch
@@ -99,12 +100,12 @@ class Objective:
             return empty
         no_advantage = (batch.advantages == 0) | ~batch.mask
         no_weight = (batch.weights == 0) | ~batch.mask
-        if "reward_free" in traits:
+        if REWARD_FREE in traits:
             no_advantage = ~batch.mask
-        if "acts_on_marks" in traits:
+        if ACTS_ON_MARKS in traits:
             for marks in batch.extra.values():
                 no_advantage = no_advantage & ((marks == 0) | ~batch.mask)
-        if "sequence_level" in traits:
+        if SEQUENCE_LEVEL in traits:
             return no_advantage.all(dim=1) | no_weight.all(dim=1)
         return (no_advantage | no_weight).all(dim=1)
 

@@ -42,6 +42,11 @@ def _count(value: float) -> str:
     return str(value)
 
 
+def _rate(value: float) -> str:
+    """As ``_count``, with a digit behind the point below 10 and two below 1, so that no rate looks like 0."""
+    return _count(value) if value >= 9.95 or value == 0 else f"{value:.{1 if value >= 0.995 else 2}f}"
+
+
 def _seconds(value: float) -> str:
     if value < 9.995:
         return f"{value:.2f}s"
@@ -79,8 +84,8 @@ _NUMBERS: tuple[Column, ...] = (
     Column("ceil", "law/ceiling", 6, 5, _number),
     Column("length", "rollout/length_mean", 6, 10, _count),
     Column("cut", "rollout/finished_by_length", 4, 11, _share),
-    Column("tok/s", "time/tokens_per_second", 5, 5, _count),
-    Column("ex/s", "time/examples_per_second", 5, 5, _count),
+    Column("tok/s", "time/tokens_per_second", 5, 5, _rate),
+    Column("ex/s", "time/examples_per_second", 5, 5, _rate),
 )
 _TIMES: tuple[Column, ...] = (
     Column("time", "time/step", 5, 6, _seconds),

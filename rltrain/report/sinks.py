@@ -87,11 +87,14 @@ class WeightsAndBiases:
     """A W&B run.
 
     The mode is the environment's (WANDB_MODE=offline is respected); offline files lie below the run folder.
+    run_id: of the run folder, so that a resumed run goes on in the same W&B run; None: W&B makes one.
     """
 
-    def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, project: str, config: Mapping[str, Any], run_id: str | None) -> None:
         self._module = module = _tracker_module("wandb", "wandb")
-        self._run = module.init(project=project, name=folder.name, dir=str(folder), config=dict(config))
+        same_run = {} if run_id is None else {"id": run_id, "resume": "allow"}
+        options: dict[str, Any] = {"project": project, "name": folder.name, "dir": str(folder), **same_run}
+        self._run = module.init(config=dict(config), **options)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
@@ -105,11 +108,16 @@ class WeightsAndBiases:
 
 
 class Trackio:
-    """A trackio run: local unless TRACKIO_SPACE_ID says otherwise."""
+    """A trackio run: local unless TRACKIO_SPACE_ID says otherwise.
 
-    def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
+    trackio knows a run by its name within the project, so the name holds the run's id: a resumed run goes on
+    in the same run, and a new run in a folder of the same name does not.
+    """
+
+    def __init__(self, folder: Path, project: str, config: Mapping[str, Any], run_id: str | None) -> None:
         self._module = module = _tracker_module("trackio", "trackio")
-        self._run = module.init(project=project, name=folder.name, config=dict(config))
+        name = folder.name if run_id is None else f"{folder.name}-{run_id}"
+        self._run = module.init(project=project, name=name, config=dict(config), resume="allow")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
@@ -169,16 +177,21 @@ class Sinks:
 
 
 def open_sinks(
-    folder: Path, names: Sequence[str], project: str, config: Mapping[str, Any], warn: Callable[[str], None]
+    folder: Path,
+    names: Sequence[str],
+    project: str,
+    config: Mapping[str, Any],
+    warn: Callable[[str], None],
+    run_id: str | None = None,
 ) -> Sinks:
-    """The sinks of the run in ``folder``.
+    """The sinks of the run in ``folder``. run_id: under which trackers keep one run across resumes.
 
     Raises UserError when a named tracker is not installed or does not start.
     """
     openers: dict[str, Callable[[], Tracker]] = {
         "tensorboard": lambda: TensorBoard(folder),
-        "wandb": lambda: WeightsAndBiases(folder, project, config),
-        "trackio": lambda: Trackio(folder, project, config),
+        "wandb": lambda: WeightsAndBiases(folder, project, config, run_id),
+        "trackio": lambda: Trackio(folder, project, config, run_id),
     }
     for name in names:
         if name not in openers:

@@ -100,7 +100,7 @@ def test_a_recipe_extends_a_shipped_one_by_name(write: Write) -> None:
 def test_names_of_shipped_recipes_are_different() -> None:
     files = [
         file
-        for folder in ("policy", "preference", "process_reward")
+        for folder in ("policy", "preference", "process_reward", "supervised")
         for file in (RECIPES_FOLDER / folder).glob("*")
     ]
     assert len(files) == len({file.stem for file in files}) > 80

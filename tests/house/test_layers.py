@@ -59,7 +59,7 @@ HOMES = {
     "accelerate": ("rltrain/learner/",),
     "deepspeed": ("rltrain/learner/",),
     "bitsandbytes": ("rltrain/learner/",),
-    "httpx": ("rltrain/rollout/worker/",),
+    "httpx": ("rltrain/rollout/worker/", "rltrain/rollout/pool/knock.py"),
     "peft": ("rltrain/learner/",),
     "textworld": ("rltrain/rollout/environments/text_game.py",),
     "huggingface_hub": (

@@ -168,6 +168,7 @@ def test_updates_and_epochs_count_versions_and_see_whole_groups(random_model: st
 
     spec = MethodSpec(
         name="watch",
+        check="",
         arxiv=None,
         needs=frozenset({"logp_now"}),
         needs_if={},

@@ -6,7 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
-from rltrain.report.progress import Progress, _count, _number, _power, _seconds, list_changes
+from rltrain.report.progress import Progress, _count, _number, _power, _rate, _seconds, list_changes
 
 METRICS = {
     "reward/mean": 0.4123,
@@ -211,3 +211,20 @@ def test_a_sample_is_one_line_of_a_terminal_and_nothing_in_a_log() -> None:
     logged = io.StringIO()
     Progress(10, Console(file=logged, width=80)).sample("p", "c", None)
     assert logged.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(0.5, "0.50"), (0.994, "0.99"), (0.996, "1.0"), (9.94, "9.9"), (9.96, "10"), (0.0, "0")],
+)
+def test_a_rate_below_ten_has_digits_behind_the_point(rate, text):
+    assert _rate(rate) == text
+
+
+def test_half_an_example_a_second_is_not_shown_as_none():
+    header, line = shown(
+        lambda progress: progress.step(
+            {"loss/accuracy": 0.5, "time/examples_per_second": 0.5, "time/step": 2.0}
+        )
+    )
+    assert dict(zip(header.split(), line.split(), strict=True))["ex/s"] == "0.50"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rltrain.config.model_config import context_problems
+from rltrain.config.rules.attention import attention_problems
 from rltrain.config.rules.findings import Findings
 from rltrain.config.rules.offline import check_offline
 from rltrain.config.rules.online import check_online
@@ -25,6 +26,7 @@ RULES: Mapping[str, Callable[[Any], Findings]] = {
     "online": check_online,
     "online_pairs": check_pairs,
     "offline": check_offline,
+    "sft": check_offline,
 }
 
 
@@ -43,6 +45,7 @@ def check(recipe: AnyRecipe) -> CheckedRecipe:
         *findings.problems,
         *template_problems(recipe.data),
         *context_problems(recipe),
+        *attention_problems(recipe),
         *push_problems(recipe.push, recipe.checkpoint),
     ]
     if problems:
