@@ -40,6 +40,7 @@ from rltrain.types.tensor_parts import TensorPart, select_tensors
 # folder of the process reward model below the policy's, and prefix of its optimizer's tensors
 PROCESS = "process_reward"
 QUIET = Reporter(None, None, None)  # reports nothing
+SAMPLES = 10  # completions that a run shows on the terminal
 _Model = TypeVar("_Model", bound=Model)
 
 
@@ -65,7 +66,7 @@ def build_reporter(
     every = max(1, steps // STEPS)
     numbers = None if decode is None else TokenNumbers(decode, every)
     log = None if transcripts is None else Transcripts(folder.transcripts, transcripts, numbers)
-    return Reporter(sinks, log, progress, tables_every=every)
+    return Reporter(sinks, log, progress, tables_every=every, samples_every=max(1, steps // SAMPLES))
 
 
 def build_model_writer(

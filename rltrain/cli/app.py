@@ -291,9 +291,18 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder of table, figure and page.", metavar="DIR")] = Path(
         "runs/report"
     ),
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve the page of one run on this machine, live, until Ctrl-C.")
+    ] = False,
+    port: Annotated[
+        int, typer.Option(help="Of --watch; 0: any free port.", min=0, max=65535, metavar="PORT")
+    ] = 0,
 ) -> None:
     """The table, figure and page of existing runs, finished or not."""
-    from rltrain.cli.compare import report_command
+    from rltrain.cli.compare import report_command, watch_command
+
+    if watch:
+        raise typer.Exit(watch_command(runs, port))
 
     raise typer.Exit(report_command(runs, out))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rltrain.config.load import load_recipe
+from rltrain.errors import UserError
 
 
 def compare_command(
@@ -37,6 +38,20 @@ def compare_command(
     console.print(markdown(comparison), markup=False, soft_wrap=True)
     for path in write_comparison(comparison, out):
         console.print(str(path), markup=False, soft_wrap=True)
+    return 0
+
+
+def watch_command(runs: Sequence[str], port: int) -> int:
+    """``rltrain report RUN --watch``: serves the run's page on the loopback until Ctrl-C."""
+    from rltrain.analysis.pages.live import live_server
+
+    if len(runs) != 1:
+        raise UserError(f"--watch shows one run, and {len(runs)} are given; name one folder")
+    with live_server(Path(runs[0]), port) as server:
+        server.daemon_threads = True
+        url = f"http://{server.server_address[0]}:{server.server_port}/"
+        Console(highlight=False).print(f"{runs[0]} at {url} (Ctrl-C ends)", markup=False, soft_wrap=True)
+        server.serve_forever()
     return 0
 
 

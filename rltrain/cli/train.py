@@ -34,6 +34,7 @@ from rltrain.config.schema import AnyRecipe
 from rltrain.errors import UserError, user_mistakes
 from rltrain.interrupt import resuming_command
 from rltrain.learner.ranks import agree, backend_name, request_offload
+from rltrain.report.progress import list_changes
 from rltrain.report.reporter import Reporter
 from rltrain.train.loop import TrainingRun
 from rltrain.train.profiling import MEMORY_FOLDER, snapshot_on_out_of_memory
@@ -129,7 +130,8 @@ def _train(
                 report_if_possible(folder, run.reporter)
         files = ("metrics", "transcripts", "report") if workflow.samples else ("metrics", "report")
         lines = [f"{name:<11}  {getattr(folder, name)}" for name in files if getattr(folder, name).exists()]
-        run.reporter.message("\n".join([f"model        {model}", *lines]))
+        lines = [*list_changes(run.history.all), f"model        {model}", *lines, *_next_commands(folder)]
+        run.reporter.message("\n".join(lines))
         if is_main:
             if run.writer.pushes is not None:
                 run.writer.pushes.wait()
@@ -152,6 +154,15 @@ def _train(
         run.writer.close()
         run.close()
     return 0
+
+
+def _next_commands(folder: RunFolder) -> list[str]:
+    path = shlex.quote(str(folder.path))
+    return [
+        f"next         rltrain report {path}",
+        f"             rltrain generate {path}/model PROMPT",
+        f"             rltrain push {path} OWNER/MODEL",
+    ]
 
 
 def _require_repository(recipe: AnyRecipe) -> None:

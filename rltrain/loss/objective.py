@@ -40,6 +40,7 @@ class ObjectiveShare:
 
     loss: Tensor  # () with gradient
     metrics: dict[str, Tensor]  # () each, detached: sum over this micro-batch's tokens / totals.tokens
+    clipped: Tensor | None = None  # (B, T) bool: tokens that the policy loss clipped; None: it clips none
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class Objective:
         metrics = {
             f"loss/{name}": _token_share(values, batch.mask, totals) for name, values in reported.items()
         }
-        return ObjectiveShare(self.aggregate(per_token, batch.mask, totals), metrics)
+        clipped = _clipped_tokens(policy_loss.metrics, batch.mask)
+        return ObjectiveShare(self.aggregate(per_token, batch.mask, totals), metrics, clipped)
 
     def idle_rows(self, batch: TrainBatch) -> Tensor:
         """(B,) bool: rows whose gradient is exactly 0, so that the learner can skip them.
@@ -110,6 +112,17 @@ class Objective:
 
 def _current_value(coefficient: float | Callable[[], float]) -> float:
     return coefficient() if callable(coefficient) else coefficient
+
+
+def _clipped_tokens(metrics: Mapping[str, Tensor], mask: Tensor) -> Tensor | None:
+    """(B, T) bool, from the metrics ``clip_*`` of a policy loss; None where it has none."""
+    marks = [values > 0 for name, values in metrics.items() if name.startswith("clip_")]
+    if not marks:
+        return None
+    clipped = torch.zeros_like(mask)
+    for mark in marks:
+        clipped = clipped | mark
+    return clipped & mask
 
 
 def _zero_padding(policy: PolicyTokens, batch: TrainBatch) -> tuple[PolicyTokens, TrainBatch]:

@@ -142,6 +142,15 @@ class Progress:
             line.append(_GAP + word, "cyan")
         self._print(line)
 
+    def sample(self, prompt: str, completion: str, score: float | None) -> None:
+        """Show one completion of the step on a terminal, each text in its last and first characters."""
+        if not self.console.is_terminal:
+            return
+        reward = "ungraded" if score is None else f"reward {_number(score)}"
+        room = max(20, (self.console.width - len(reward) - 14) // 2)
+        line = Text.assemble(("sample", "bold cyan"), _GAP, (_shorten(prompt, -room), "dim"), " -> ")
+        self._print(line.append(_shorten(completion, room)).append(f"{_GAP}{reward}", "cyan"))
+
     def message(self, text: str) -> None:
         """Show any other text for the user."""
         self._print(Text(text))
@@ -197,6 +206,14 @@ class Progress:
         self.console.print(text, soft_wrap=True, highlight=False)
 
 
+def _shorten(text: str, room: int) -> str:
+    """In one line, the first ``room`` characters or, if ``room`` is negative, the last ones."""
+    line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
+    if len(line) <= abs(room):
+        return line
+    return f"...{line[room + 3 :]}" if room < 0 else f"{line[: room - 3]}..."
+
+
 def _show(column: Column, metrics: Mapping[str, float]) -> str:
     """The number as text; "-" if this step has none."""
     if column.metric not in metrics:
@@ -237,3 +254,23 @@ def _eval_words(metrics: Mapping[str, float]) -> list[str]:
             text = _number(value)
         words.append(f"{short} {text}")
     return words
+
+
+def list_changes(evaluations: Sequence[Mapping[str, float]]) -> list[str]:
+    """Lines such as ``pass@1       0.390 [0.36, 0.42] -> 0.770 [0.74, 0.80]`` for the first and the last
+    evaluation of a run; empty where there are not two.
+    """
+    if len(evaluations) < 2:
+        return []
+    first = evaluations[0]
+    last = evaluations[-1]
+    lines = []
+    for name in last:
+        if f"{name}_low" not in last or name not in first:
+            continue
+        ends = [
+            f"{line[name]:.3f} [{line[f'{name}_low']:.3f}, {line[f'{name}_high']:.3f}]"
+            for line in (first, last)
+        ]
+        lines.append(f"{name.removeprefix('eval/'):<11}  {' -> '.join(ends)}")
+    return lines

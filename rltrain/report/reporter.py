@@ -17,7 +17,8 @@ class Reporter:
     """Owns the run's sinks, transcripts and step lines.
 
     On ranks other than 0, ``Reporter(None, None, None)`` reports nothing. tables_every: steps between tables
-    of completions for the trackers; evaluations always have one.
+    of completions for the trackers; evaluations always have one. samples_every: steps between completions on
+    the terminal.
     """
 
     def __init__(
@@ -26,12 +27,14 @@ class Reporter:
         transcripts: Transcripts | None,
         progress: Progress | None,
         tables_every: int = 1,
+        samples_every: int = 1,
     ) -> None:
         self.sinks = sinks
         self.transcripts = transcripts
         self.progress = progress
         self._sent: set[str] = {""}
         self._tables_every = tables_every
+        self._samples_every = samples_every
 
     def step(
         self,
@@ -50,6 +53,11 @@ class Reporter:
                 self._log_table(step, "rollout", records)
         if self.progress is not None:
             self.progress.step(metrics, note)
+            if groups and (step == 1 or step % self._samples_every == 0):
+                completion = groups[0].completions[0]
+                score = groups[0].scores[0]
+                value = score.value if score.ungraded is None else None
+                self.progress.sample(groups[0].prompt.text, completion.text, value)
 
     def evaluation(self, step: int, metrics: Mapping[str, float], groups: Sequence[ScoredGroup] = ()) -> None:
         """groups: the held-out prompts with their completions, the same ones at every evaluation."""
