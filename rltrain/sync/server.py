@@ -8,6 +8,7 @@ that fails twice is lost, and one whose proof fails is quarantined.
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -101,25 +102,28 @@ class WorkerLink:
         self.channel.call("sample again", self.control.resume)
         self.version = version
 
-    def read(self) -> list[dict[str, Fingerprint]]:
-        """The fingerprints of every copy of the weights that the worker's processes compute with.
+    def read(self, names: Collection[str] | None = None) -> list[dict[str, Fingerprint]]:
+        """The fingerprints of every copy of the weights that the worker's processes compute with. names: of
+        these alone.
 
         Raises UserError for a model with a weight that cannot be read back.
         """
         assert self.channel.group is not None, "no transfer has taken place"
         key = f"proof/{secrets.token_hex(8)}"
-        arguments = {"key": key}
+        arguments = {"key": key} if names is None else {"key": key, "names": json.dumps(sorted(names))}
         self.channel.call("read its weights", self.control.call_workers, "rltrain_fingerprint", arguments)
         store = self.channel.group.store
         keys = [f"{key}/{rank}" for rank in range(1, self.channel.members + 1)]
         if not store.check(keys):
             raise RuntimeError(f"{self.name}: not all of its {len(keys)} processes have read their weights")
-        self._held = [ProcessSums.from_json(store.get(each)) for each in keys]
+        held = [ProcessSums.from_json(store.get(each)) for each in keys]
         for each in keys:
             store.delete_key(each)
-        if refusals := [process.refusal for process in self._held if process.refusal]:
+        if refusals := [process.refusal for process in held if process.refusal]:
             raise UserError(f"{self.name}: {refusals[0]}")
-        return combine_copies([process.sums for process in self._held])
+        if names is None:
+            self._held = held
+        return combine_copies([process.sums for process in held])
 
     def prove(self, expected: Mapping[str, Fingerprint]) -> float:
         """The largest relative difference of a fingerprint. Raises WeightMismatchError where one differs."""
@@ -180,12 +184,12 @@ class WorkerLink:
 
     def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, Fingerprint]:
         """See ``WeightTarget.fingerprint``; where copies differ, the number of the weight is NaN."""
-        first, *others = self.read()
+        first, *others = self.read(names)
         merged = dict(first)
         for name, fingerprint in first.items():
             if any(not _is_equal(copy.get(name), fingerprint) for copy in others):
                 merged[name] = Fingerprint(math.nan, math.nan)
-        return {name: value for name, value in merged.items() if names is None or name in names}
+        return merged
 
     def close(self) -> None:
         self.channel.fail(RuntimeError(f"{self.name} was closed"))

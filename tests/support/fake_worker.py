@@ -5,6 +5,7 @@ faults to order.
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -165,10 +166,11 @@ class State:
     def rltrain_abandon(self) -> None:
         self.arriving = None
 
-    def rltrain_fingerprint(self, key: str) -> None:
+    def rltrain_fingerprint(self, key: str, names: str = "") -> None:
         assert self.group is not None
         weights = self.weights | {second: self.weights[first] for second, first in self.ties.items()}
-        sums = {name: (*weight_fingerprint(name, weight), 0) for name, weight in weights.items()}
+        subset = json.loads(names) if names else weights
+        sums = {name: (*weight_fingerprint(name, weights[name]), 0) for name in subset}
         self.group.store.set(f"{key}/1", ProcessSums(sums, refusal=self.refusal).to_json())
 
     def damage(self, name: str) -> None:

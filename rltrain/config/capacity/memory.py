@@ -381,8 +381,10 @@ def with_utilization(load: Workload, cluster: Cluster) -> Workload:
     in which the engine is awake beside everything else leave of it, without ``MARGIN``.
     """
     engine = load.engine
-    if engine is None or engine.name != "vllm" or engine.utilization is not None:
+    if engine is None or engine.name == "transformers" or engine.utilization is not None:
         return load
+    if engine.name == "vllm_server":  # nothing else is on its GPUs
+        return replace(load, engine=replace(engine, utilization=MOST_UTILIZATION))
     without = phases_of(replace(load, engine=replace(engine, utilization=0.0)), cluster)
     taken = max(phase.total for phase in without if phase.name in ("rollout", "save"))
     share = math.floor(100 * (1 - MARGIN - taken / cluster.gpu_bytes)) / 100

@@ -140,7 +140,7 @@ def _settings(load: Workload, cluster: Cluster) -> Iterator[Workload]:
                 yield load.change(tokens, utilization, ranks)
 
 
-def _taken(load: Workload) -> int:
+def _count_server_gpus(load: Workload) -> int:
     """GPUs of ``--gpus`` that are not the learner's."""
     engine = load.engine
     return 0 if engine is None or engine.is_elsewhere else engine.server_gpus
@@ -156,5 +156,5 @@ def _remedy(load: Workload, changed: Workload, cluster: Cluster, candidate: Clus
         gpu_memory_utilization=after if after != before else None,
         tensor_parallel=ranks if load.engine is not None and ranks != load.engine.ranks else None,
         backend=candidate.backend if backend_matters else None,
-        gpus=candidate.gpus + _taken(load) if candidate.gpus != cluster.gpus else None,
+        gpus=candidate.gpus + _count_server_gpus(load) if candidate.gpus != cluster.gpus else None,
     )

@@ -5,7 +5,8 @@ vLLM loads this module for ``--worker-extension-cls``; its import registers the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,15 +178,19 @@ class Extension:
         self._weight_update_active = False
         return "abandoned"
 
-    def rltrain_fingerprint(self, key: str) -> str:
+    def rltrain_fingerprint(self, key: str, names: str = "") -> str:
         """Writes the ``ProcessSums`` of the weights that this process computes with to the learner's store.
+
+        names: of these alone, as a JSON list; empty: of all.
 
         By the store, because a server answers with its first engine's results alone. A model that cannot be
         proved says why there too: of an exception vLLM tells the learner no more than that there was one.
         """
         try:
             places, architecture = self._find_places()
-            sums = read_sums(self.weight_transfer_engine.model, places, architecture, self.vllm_config)
+            subset = set(json.loads(names)) if names else None
+            model = self.weight_transfer_engine.model
+            sums = read_sums(model, places, architecture, self.vllm_config, subset)
         except UserError as error:
             sums = ProcessSums(refusal=str(error))
         self.weight_transfer_engine.put(key, sums.to_json())
@@ -203,11 +208,18 @@ class Extension:
 
 @torch.inference_mode()
 def read_sums(
-    model: torch.nn.Module, places: Mapping[str, Place], architecture: Architecture, config: Any
+    model: torch.nn.Module,
+    places: Mapping[str, Place],
+    architecture: Architecture,
+    config: Any,
+    names: Collection[str] | None = None,
 ) -> ProcessSums:
-    """Sums over the tensor-parallel processes where each has some columns, so that all of them call it."""
+    """Sums over the tensor-parallel processes where each has some columns, so that all of them call it.
+
+    names: None for all.
+    """
     parallel = config.parallel_config
-    products = list(layer_products(model, places, architecture))
+    products = list(layer_products(model, places, architecture, names))
     divided = [product for product in products if product.share.columns is not None]
     parts = {product.name: float(product_sums(product.name, product.values)[0]) for product in divided}
     _add_columns(divided)
