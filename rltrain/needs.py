@@ -126,6 +126,7 @@ MEAN_MARGIN: Final = Need("mean_margin", "() nats, mean margin of the optimizer 
 MEAN_CHOSEN_LENGTH: Final = Need(
     "mean_chosen_length", "() scored tokens per chosen completion of the optimizer batch"
 )
+MEAN_LENGTH: Final = Need("mean_length", "() scored tokens per completion of the optimizer batch")
 TARGET_TOKENS_PER_EXAMPLE: Final = Need(
     "target_tokens_per_example", "() scored target-language tokens per row (arXiv:2505.14297)"
 )

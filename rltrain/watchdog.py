@@ -28,6 +28,8 @@ from typing import Protocol
 
 import psutil
 
+from rltrain.errors import TemporaryError
+
 EXPIRED = 75  # exit code after a deadline or a lost rank; sysexits calls it EX_TEMPFAIL: try again
 
 # (whom, what) -> a block that must end within the deadline
@@ -163,8 +165,10 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the process as after a missed deadline if ``error`` is a timeout, or is due to a lost peer."""
-        if isinstance(error, TimeoutError):
+        """End the process as after a missed deadline if ``error`` is a timeout or temporary, or is due to a
+        lost peer.
+        """
+        if isinstance(error, TimeoutError | TemporaryError):
             traceback.print_exception(error)
             self._expire(str(error))
         if isinstance(error, RuntimeError):

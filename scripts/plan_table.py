@@ -28,7 +28,12 @@ from rltrain.config.load import load_recipe  # noqa: E402
 
 ROOT = SCRIPTS.parent
 PAGE = ROOT / "docs" / "plan.md"
-FOLDERS = {"policy": "Policy gradients", "preference": "Preferences", "process_reward": "Reward models"}
+FOLDERS = {
+    "policy": "Policy gradients",
+    "preference": "Preferences",
+    "process_reward": "Reward models",
+    "supervised": "Supervised fine-tuning",
+}
 NODE = Cluster(8, int(85.5 * GB), Backend.fsdp2)
 CARD_BYTES = {"80 GB": int(85.5 * GB), "141 GB": 141 * GB}
 STATEMENT = "# Smallest cluster by rltrain plan: "  # begins a recipe's line

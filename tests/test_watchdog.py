@@ -156,6 +156,10 @@ def test_a_rank_that_finished_is_not_missed_and_this_one_leaves_its_status() -> 
     [
         ("TimeoutError('12 of 40 reward tasks')", "deadline: rank 0: 12 of 40 reward tasks"),
         (
+            "__import__('rltrain.errors').errors.TemporaryError('no worker')",
+            "deadline: rank 0: no worker",
+        ),
+        (
             "RuntimeError('[gloo] Timed out waiting 1800000ms for recv')",
             "Timed out waiting 1800000ms for recv; rank 1 was waiting for the engine",
         ),

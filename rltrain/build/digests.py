@@ -69,6 +69,7 @@ _JUDGES: Mapping[str, Callable[[Any], Sequence[MethodRef]]] = {
     "online": lambda recipe: recipe.reward.functions,
     "online_pairs": lambda recipe: [*recipe.reward.functions, recipe.pairs.judge],
     "offline": lambda recipe: (),
+    "sft": lambda recipe: (),
 }
 
 

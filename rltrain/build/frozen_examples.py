@@ -158,12 +158,14 @@ def _mismatched_rows(
     """KTO's mismatched rows of all steps, in order."""
     prompts: list[tuple[int, ...]] = []
     completions: list[tuple[int, ...]] = []
+    scored: list[tuple[bool, ...]] = []
     ids = prompt_ids([example.prompt for example in examples.completions])
     for step, batch in enumerate(batches, start=1):
         others = mismatched_rows(select_rows(rows, batch, 1), ids[torch.tensor(batch)], seed, step)
         prompts += others.prompts
         completions += others.completions
-    return TokenRows(tuple(prompts), tuple(completions))
+        scored += others.scored or ()
+    return TokenRows(tuple(prompts), tuple(completions), tuple(scored) if scored else None)
 
 
 def _build_examples(

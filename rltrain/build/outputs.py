@@ -62,9 +62,10 @@ def build_reporter(
     folder = context.folder
     progress = Progress(steps, start=0 if resumed is None else resumed.step)
     sinks = open_sinks(folder.path, settings.sinks, settings.project, recipe, progress.warn, folder.run_id)
-    numbers = None if decode is None else TokenNumbers(decode, every=max(1, steps // STEPS))
+    every = max(1, steps // STEPS)
+    numbers = None if decode is None else TokenNumbers(decode, every)
     log = None if transcripts is None else Transcripts(folder.transcripts, transcripts, numbers)
-    return Reporter(sinks, log, progress)
+    return Reporter(sinks, log, progress, tables_every=every)
 
 
 def build_model_writer(

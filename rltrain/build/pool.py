@@ -78,7 +78,7 @@ def attach_pool(
     names = read_names(model)
     served = make_served_model(names, tokenization, settings.max_model_len)
     dtype = getattr(torch, settings.dtype)
-    pusher = make_pusher(names, dtype, process)
+    pusher = make_pusher(names, dtype, process, rollout.server.bucket_mib)
     make = partial(
         VllmPool,
         model=served,
@@ -148,12 +148,14 @@ def _divide_devices(settings: WorkerSettings, count: int) -> list[WorkerSettings
     ]
 
 
-def make_pusher(names: CheckpointNames, dtype: torch.dtype, process: Process) -> PoolPush:
+def make_pusher(
+    names: CheckpointNames, dtype: torch.dtype, process: Process, bucket_mib: int | None
+) -> PoolPush:
     def share(value: Any) -> Any:
         return process.gather([value] if process.is_main else [])[0]
 
     def link(name: str, control: Any) -> Any:
-        return make_link(name, control, dtype, names, process)
+        return make_link(name, control, dtype, names, process, bucket_mib)
 
     return PoolPush(link, dtype, names.ties, share)
 

@@ -151,10 +151,11 @@ def _accuracy_filter(dynamic: DynamicSampling | None) -> Callable[[ScoredGroup],
 def build_sync(
     settings: SyncSettings, engine: RolloutEngine, names: CheckpointNames, seed: int, deadline: Deadline
 ) -> Sync:
-    """names: of the weights that are pushed."""
-    return Sync(
-        [engine], names.ties, settings.sample, settings.full_every, stable_hash(seed, "sync"), deadline
-    )
+    """names: of the weights that are pushed. A server says all fingerprints at once, so that all of its
+    weights are compared at every push.
+    """
+    full_every = 1 if engine.name == "vllm_server" else settings.full_every
+    return Sync([engine], names.ties, settings.sample, full_every, stable_hash(seed, "sync"), deadline)
 
 
 def load_from_disk(

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rltrain.config.schema import Data, Model, Rollout, Server
+from rltrain.config.schema import BUCKET_MIB_CPU, BUCKET_MIB_GPU, Data, Model, Rollout, Server
 from rltrain.data.tokenization import Tokenization
 from rltrain.errors import UserError
 from rltrain.process import Process
@@ -24,6 +24,7 @@ from rltrain.rollout.worker.guard import SHORTEST_TOKEN, TOKEN
 from rltrain.rollout.worker.process import LocalWorker
 from rltrain.rollout.worker.requests import ServerModel
 from rltrain.sync.server import WorkerLink
+from rltrain.sync.transport import Pace
 from rltrain.weight_names import CheckpointNames
 
 __all__ = [
@@ -37,10 +38,6 @@ __all__ = [
     "read_names",
     "visible_devices",
 ]
-
-# Bytes of a bucket of weights on its way to the server.
-_BUCKET_CPU = 16 * 2**20
-_BUCKET_GPU = 512 * 2**20
 
 
 def build_server_engine(
@@ -65,7 +62,8 @@ def build_server_engine(
         url, token = _find_server(rollout.server) if rollout.server.url else process.gather(started)[0]
         client = connect(url, token, rollout.server)
         require_settings(client.read_info(), settings, url)
-        return attach_engine(client, model, tokenization, settings.max_model_len, process, worker)
+        length = settings.max_model_len
+        return attach_engine(client, model, tokenization, length, process, worker, rollout.server.bucket_mib)
     except BaseException:
         if worker is not None:
             worker.close()
@@ -79,6 +77,7 @@ def attach_engine(
     max_model_len: int,
     process: Process,
     worker: LocalWorker | None = None,
+    bucket_mib: int | None = None,
 ) -> VllmServer:
     """The engine on a server that serves. worker: the server's process, if ``close`` must end it."""
     names = read_names(model)
@@ -86,13 +85,18 @@ def attach_engine(
     link = None
     if process.is_main:
         dtype = getattr(torch, info.dtype)
-        link = make_link(f"the worker at {client.url}", client, dtype, names, process)
+        link = make_link(f"the worker at {client.url}", client, dtype, names, process, bucket_mib)
     served = make_served_model(names, tokenization, max_model_len)
     return VllmServer(client, info, served, link, worker=worker, gather=process.gather)
 
 
 def make_link(
-    name: str, client: WorkerClient, dtype: torch.dtype, names: CheckpointNames, process: Process
+    name: str,
+    client: WorkerClient,
+    dtype: torch.dtype,
+    names: CheckpointNames,
+    process: Process,
+    bucket_mib: int | None,
 ) -> WorkerLink:
     """The way of the learner's weights to a worker. dtype: of the worker's weights."""
     on_gpu = process.device.type == "cuda"
@@ -101,10 +105,11 @@ def make_link(
         control=client,
         dtype=dtype,
         ties=names.ties,
-        capacity=_BUCKET_GPU if on_gpu else _BUCKET_CPU,
+        capacity=2**20 * (bucket_mib or (BUCKET_MIB_GPU if on_gpu else BUCKET_MIB_CPU)),
         device=process.device,
         host=_own_address(client.url),
         backend="nccl" if on_gpu else "gloo",
+        pace=Pace(seconds=client.seconds.call, alive_seconds=client.seconds.alive),
     )
 
 

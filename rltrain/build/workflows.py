@@ -71,6 +71,15 @@ def _same_recipe(recipe: OfflineRecipe) -> OfflineRecipe:
     return recipe
 
 
+_OFFLINE = Workflow(
+    load=load_offline_inputs,
+    resources=_no_resources,
+    summarize=summarize_offline,
+    build=build_offline_run,
+    train=train_offline,
+    with_every_row_trained=_same_recipe,
+    samples=False,
+)
 WORKFLOWS: dict[str, Workflow] = {
     "online": Workflow(
         load=_load_online,
@@ -91,15 +100,8 @@ WORKFLOWS: dict[str, Workflow] = {
         samples=True,
         uses_judge=True,
     ),
-    "offline": Workflow(
-        load=load_offline_inputs,
-        resources=_no_resources,
-        summarize=summarize_offline,
-        build=build_offline_run,
-        train=train_offline,
-        with_every_row_trained=_same_recipe,
-        samples=False,
-    ),
+    "offline": _OFFLINE,
+    "sft": _OFFLINE,
 }
 
 

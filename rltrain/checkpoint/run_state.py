@@ -34,9 +34,10 @@ from rltrain.checkpoint.tensor_files import read_tensors, write_tensors
 from rltrain.errors import UserError
 from rltrain.json_text import parse_json
 
-_STATE = Path("training", "state.json")
-_TENSORS = Path("training", "optimizer.safetensors")
-SHARDS = Path("training", "shards")  # parts of weights and optimizer state, in place of both
+TRAINING = Path("training")
+_STATE = TRAINING / "state.json"
+_TENSORS = TRAINING / "optimizer.safetensors"
+SHARDS = TRAINING / "shards"  # parts of weights and optimizer state, in place of both
 _FORMAT = 2  # of state.json; raised when an older rltrain could not read it
 
 

@@ -37,6 +37,7 @@ _FREE = (
     "rollout.server.liveness_seconds",
     "checkpoint",
     "report",
+    "push",
 )
 
 

@@ -28,6 +28,7 @@ from rltrain.cli.options import (
     ItsSteps,
     KlTo,
     Overrides,
+    Precision,
     ProcessRewardModel,
     Profile,
     RecipePath,
@@ -294,6 +295,51 @@ def report(
     from rltrain.cli.compare import report_command
 
     raise typer.Exit(report_command(runs, out))
+
+
+@app.command(
+    rich_help_panel=MODELS,
+    epilog=examples("rltrain push runs/first me/my-model", "rltrain push runs/first me/my-model --dry-run"),
+)
+def push(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or of a model.", metavar="RUN")],
+    repo: Annotated[
+        str,
+        typer.Argument(help="Name on the Hugging Face Hub, made unless it exists.", metavar="OWNER/MODEL"),
+    ],
+    private: Annotated[bool, typer.Option("--private/--public", help="Who may see a new repository.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the card and the files; send nothing.")
+    ] = False,
+) -> None:
+    """Push the finished model of a run, or its latest checkpoint, with a card of its results.
+
+    Every file is compared afterwards. The same command finishes a push that was killed. The token is that
+    of HF_TOKEN or hf auth login.
+    """
+    from rltrain.cli.push import push_command
+
+    raise typer.Exit(push_command(run, repo, private=private, dry_run=dry_run))
+
+
+@app.command(rich_help_panel=MODELS, epilog=examples("rltrain export runs/first --out model"))
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
+    out: Annotated[Path, typer.Option(help="New folder of the model.", metavar="DIR")],
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Checkpoint by name; by default the finished model or the latest.", metavar="step-N"
+        ),
+    ] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the weights; float32 is what was trained.")
+    ] = Precision.float32,
+) -> None:
+    """Write a run's model, or one of its checkpoints, whole or in parts, as a Hugging Face folder."""
+    from rltrain.cli.push import export_command
+
+    raise typer.Exit(export_command(run, out, checkpoint, precision.value))
 
 
 @app.command(

@@ -61,6 +61,7 @@ EVALUATIONS: Mapping[str, Callable[..., dict[str, float]]] = {
     "online": _evaluate_sampled,
     "online_pairs": _evaluate_sampled,
     "offline": _evaluate_offline,
+    "sft": _evaluate_offline,
 }
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "ItsSteps",
     "KlTo",
     "Overrides",
+    "Precision",
     "ProcessRewardModel",
     "Profile",
     "RecipePath",
@@ -153,6 +154,12 @@ class TinyTask(StrEnum):
     arithmetic = "arithmetic"
     gsm8k_calculator = "gsm8k_calculator"
     calculator = "calculator"
+
+
+class Precision(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 class Template(StrEnum):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
@@ -18,7 +18,9 @@ from rich.console import Console
 
 from rltrain.build.context import RunContext
 from rltrain.build.digests import input_digests, with_prompt_date
+from rltrain.build.publication import push_run, with_pushes
 from rltrain.build.workflows import Workflow, workflow_for
+from rltrain.checkpoint.hub import hide_progress_bars, open_repository
 from rltrain.checkpoint.inputs import changes
 from rltrain.checkpoint.resume import is_finished, open_run, saved_date
 from rltrain.checkpoint.run_folder import RunFolder, describe_environment, new_run_id, write_atomic
@@ -60,10 +62,11 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
     recipe = with_prompt_date(recipe, saved_date(run_folder, resume))
     if resume == AUTO and is_finished(run_folder, recipe):
         if is_main_process():
-            Console(highlight=False).print(
-                f"already finished: {run_folder.model}", markup=False, soft_wrap=True
-            )
+            _print_line(f"already finished: {run_folder.model}")
+            _push(recipe, run_folder, _print_line)
         return 0
+    if is_main_process():
+        _require_repository(recipe)
 
     lines = [f"warning: {warning}" for warning in warnings]
     if recipe.data.date is not None:
@@ -99,9 +102,8 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
 
         stop_request = stack.enter_context(record_stop_signals(limit_time(recipe.train.max_hours)))
         stop_with_the_launcher()
-        run = workflow.build(
-            recipe, inputs, RunContext(run_folder, checkpoint, process, stop_request, digests)
-        )
+        context = RunContext(run_folder, checkpoint, process, stop_request, digests)
+        run = with_pushes(workflow.build(recipe, inputs, context), context)
         lines += workflow.summarize(inputs)
         if checkpoint is not None:
             lines.append(f"continuing from {checkpoint}")
@@ -130,6 +132,10 @@ def _train(
         files = ("metrics", "transcripts", "report") if workflow.samples else ("metrics", "report")
         lines = [f"{name:<11}  {getattr(folder, name)}" for name in files if getattr(folder, name).exists()]
         run.reporter.message("\n".join([f"model        {model}", *lines]))
+        if is_main:
+            if run.writer.pushes is not None:
+                run.writer.pushes.wait()
+            _push(run.recipe, folder, run.reporter.message)
     except Stopped as stopped:
         if is_main:
             report_if_possible(folder, run.reporter)
@@ -148,6 +154,22 @@ def _train(
         run.writer.close()
         run.close()
     return 0
+
+
+def _require_repository(recipe: AnyRecipe) -> None:
+    """Raises HubError where the model at the end could not be pushed: before anything is loaded."""
+    if recipe.push is not None:
+        hide_progress_bars()
+        open_repository(recipe.push.repo, private=recipe.push.private, report=_print_line)
+
+
+def _push(recipe: AnyRecipe, folder: RunFolder, report: Callable[[str], None]) -> None:
+    if recipe.push is not None:
+        push_run(recipe.push, folder, report)
+
+
+def _print_line(text: str) -> None:
+    Console(highlight=False).print(text, markup=False, soft_wrap=True)
 
 
 def _expected_memory(run: TrainingRun, phase: str | None) -> str:

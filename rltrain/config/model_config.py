@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from rltrain.config.schema import AnyRecipe
+from rltrain.config.schema import AnyRecipe, OfflineRecipe
 from rltrain.errors import UserError
 from rltrain.json_text import parse_json
 from rltrain.model_limits import Context, context_of, require_context
@@ -56,7 +56,7 @@ def context_problems(recipe: AnyRecipe) -> Iterator[str]:
 def row_sizes(recipe: AnyRecipe) -> dict[str, int]:
     """The most tokens of each part of a row, by recipe key."""
     prompt = {"data.max_prompt_tokens": recipe.data.max_prompt_tokens}
-    if recipe.kind == "offline":
+    if isinstance(recipe, OfflineRecipe):
         return prompt | {"data.max_completion_tokens": recipe.data.max_completion_tokens}
     return prompt | {"rollout.max_tokens": recipe.rollout.max_tokens}
 
@@ -65,7 +65,7 @@ def models_of(recipe: AnyRecipe) -> Iterator[tuple[str, str, str | None]]:
     """(key, name, revision) of the models that read whole rows."""
     yield "model.path", recipe.model.path, recipe.model.revision
     others = {"model.reference": recipe.model.reference, "model.teacher": recipe.model.teacher}
-    if recipe.kind == "offline":
+    if isinstance(recipe, OfflineRecipe):
         others["model.previous"] = recipe.model.previous
     if recipe.kind == "online" and recipe.process_reward is not None:
         others["process_reward.path"] = recipe.process_reward.path

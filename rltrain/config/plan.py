@@ -65,6 +65,7 @@ _PLANS: Mapping[str, Callable[[Any], list[PlanLine]]] = {
     "online": _plan_online,
     "online_pairs": _plan_pairs,
     "offline": _plan_offline,
+    "sft": _plan_offline,
 }
 
 

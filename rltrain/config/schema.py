@@ -247,6 +247,11 @@ class Vllm(Section):
         return MOST_UTILIZATION if share == "auto" else share
 
 
+# MiB of a bucket of weights on its way to a server, where the recipe does not say
+BUCKET_MIB_CPU = 16
+BUCKET_MIB_GPU = 512
+
+
 class Server(Section):
     """The vLLM server of engine ``vllm_server``; its sizes are those of ``rollout.vllm``."""
 
@@ -262,6 +267,8 @@ class Server(Section):
     # longest that the log of a starting server may stay silent
     silence_seconds: float = Field(default=300.0, gt=0, le=_SECONDS)
     call_seconds: float = Field(default=30.0, gt=0, le=_SECONDS)  # deadline of a call that moves no weights
+    # of one of the two buffers in which rank 0 sends weights; None: 16 on CPU, 512 on GPU
+    bucket_mib: int | None = Field(default=None, ge=1, le=65536)
     # deadline of the round trip that tells a busy server from a stopped one; two missed in a row end the run
     liveness_seconds: float = Field(default=5.0, gt=0, le=_SECONDS)
 
@@ -454,6 +461,17 @@ class Checkpoint(Section):
     format: Literal["whole", "sharded"] = "whole"
 
 
+class Push(Section):
+    """Pushes the finished model, with its results, to the Hugging Face Hub; the token is the environment's
+    (HF_TOKEN) or the login's.
+    """
+
+    repo: str  # its name there: OWNER/MODEL; made unless it exists
+    # steps between pushes of checkpoints in the background, a multiple of checkpoint.every; 0: only the end
+    every: int = Field(default=0, ge=0)
+    private: bool = True
+
+
 class SampledRecipe(Section):
     """The sections of every recipe that trains on completions sampled by the policy."""
 
@@ -469,6 +487,7 @@ class SampledRecipe(Section):
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     report: Report = Report()
+    push: Push | None = None  # None: nothing leaves this machine
 
 
 class OnlineRecipe(SampledRecipe):
@@ -550,21 +569,28 @@ class OfflineReport(Section):
     project: str = "rltrain"
 
 
-class OfflineRecipe(Section):
-    """Learning from preferences and labels in a data set: no engine, no rewards."""
+SUPERVISED_LOSS = "nll"
 
-    kind: Literal["offline"] = "offline"
+
+class OfflineRecipe(Section):
+    """Learning from a data set: no engine, no rewards.
+
+    offline: from preferences and labels. sft: supervised fine-tuning, the likelihood of given completions.
+    """
+
+    kind: Literal["offline", "sft"] = "offline"
     about: About = About()
     seed: int = Field(default=0, ge=0)
     model: OfflineModel
     data: JudgedData
-    loss: PreferenceLoss
+    loss: PreferenceLoss  # of kind sft: {preference: nll}, which may be left out
     reference: Reference = Reference()
     learner: LearnerCore
     train: OfflineTrain
     eval: OfflineEval = OfflineEval()
     checkpoint: Checkpoint = Checkpoint()
     report: OfflineReport = OfflineReport()
+    push: Push | None = None  # None: nothing leaves this machine
 
 
 # learning from pairs of the policy's own completions --------------------------------------------------------
@@ -603,4 +629,5 @@ RECIPES: dict[str, type[AnyRecipe]] = {
     "online": OnlineRecipe,
     "online_pairs": OnlinePairsRecipe,
     "offline": OfflineRecipe,
+    "sft": OfflineRecipe,
 }

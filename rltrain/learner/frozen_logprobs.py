@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rltrain.errors import UserError
 from rltrain.learner.forward import PolicyForward
-from rltrain.learner.preference_learner import PreferenceLearner
+from rltrain.learner.preference_learner import PreferenceLearner, lengths_of
 from rltrain.learner.trained_model import ROUNDING
 from rltrain.seeds import stable_hash
 from rltrain.types.policy import TokenRows
@@ -163,11 +163,9 @@ class FrozenLogProbs:
         positions = generator.sample(range(len(rows)), min(self.verify, len(rows)))
         if not positions:
             return 0.0
-        prompts = tuple(rows.prompts[position] for position in positions)
-        completions = tuple(rows.completions[position] for position in positions)
-        sample = TokenRows(prompts, completions)
+        sample = rows.rows(torch.tensor(positions))
         computed = self.learner.log_probs(sample, sides=1, frozen=self._model())
-        lengths = torch.tensor([len(completion) for completion in sample.completions])
+        lengths = lengths_of(sample)
         differences = (computed - values[positions]).abs() / lengths.clamp(min=1)
         return float(differences.nan_to_num(torch.inf).max())
 
@@ -177,6 +175,8 @@ def cache_key(rows: TokenRows, weights: str, settings: Mapping[str, str]) -> str
     digest = hashlib.sha256(json.dumps([weights, dict(settings)], sort_keys=True).encode())
     for prompt, completion in zip(rows.prompts, rows.completions, strict=True):
         digest.update(repr((prompt, completion)).encode())
+    if rows.scored is not None:
+        digest.update(repr(rows.scored).encode())
     return digest.hexdigest()
 
 

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from safetensors import SafetensorError
 
+from rltrain.checkpoint.background_push import BackgroundPush
 from rltrain.checkpoint.background_save import BackgroundSave
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.checkpoint.run_state import RunState
@@ -84,6 +85,7 @@ class ModelWriter:
     write(out, step, results, state) writes a model; with a state, the model is a checkpoint. snapshot(step,
     evaluations) returns that state. Every rank calls the methods: gathering weights and states is a
     collective. background: writes checkpoints of which each rank writes its parts; None: they are whole.
+    pushes: checkpoints to the Hub, on the main process; None: pushes none.
     """
 
     folder: RunFolder
@@ -92,6 +94,7 @@ class ModelWriter:
     keep: int  # number of the latest checkpoints that stay
     main: bool  # rank 0, which writes and removes
     background: BackgroundSave | None = None
+    pushes: BackgroundPush | None = None
 
     def checkpoint(self, step: int, scores: EvaluationHistory) -> Path:
         """Writes ``checkpoints/step-N``, a model folder with the state of the run, then removes all but the
@@ -106,6 +109,8 @@ class ModelWriter:
         self.write(out, step, scores.metrics(), state)
         if self.main:
             self.folder.prune_checkpoints(self.keep)
+        if self.pushes is not None:
+            self.pushes.start(out, step)
         return out
 
     def final(self, step: int, scores: EvaluationHistory) -> Path:

@@ -620,6 +620,29 @@ def test_the_command_says_what_fits_instead(folder: str) -> None:
     assert "OOM; even on 1024 GPUs" in refused.output
 
 
+SERVER = ("--set", "rollout.engine=vllm_server", "--set", "rollout.server.tensor_parallel=2")
+
+
+def test_a_server_takes_gpus_of_its_own(folder: str) -> None:
+    size = ("--set", f"model.path={folder}", "--gpu-gb", "85.5", *SERVER)
+    done = run_plan(*size, "--gpus", "8")
+    assert done.exit_code == 0, done.output
+    first = (
+        "6 x 85.5 GB, fsdp2; policy 7,615,616,512 parameters; beside them 2 of this machine for the server"
+    )
+    assert done.output.splitlines()[0] == first
+    plan = json.loads(run_plan(*size, "--gpus", "8", "--json").output)
+    assert (plan["gpus"], plan["server_gpus"]) == (6, 2)
+    phases = {phase["name"]: phase["terms"] for phase in plan["phases"]}
+    # a push holds two buckets of 512 MiB and the embedding in bfloat16; the engine's weights are elsewhere
+    assert phases["push"]["two buckets and the largest tensor"] == 2**30 + 2 * 152_064 * 3584
+    assert not any(name.startswith(("engine", "vLLM")) for name in phases["push"] | phases["rollout"])
+    assert phases["one row in the engine"]["engine: weights"] == 7_615_616_512  # 2 bytes each, 2 GPUs
+    elsewhere = run_plan(*size, "--set", "rollout.server.url=https://host:8000", "--gpus", "8")
+    assert elsewhere.output.startswith("8 x 85.5 GB") and "2 on another machine" in elsewhere.output
+    assert "takes 2 of them" in str(run_plan(*size, "--gpus", "2").exception)
+
+
 def test_json_has_every_term(folder: str) -> None:
     done = run_plan("--set", f"model.path={folder}", "--gpus", "8", "--gpu-gb", "85.5", "--json")
     plan = json.loads(done.output)
@@ -682,7 +705,7 @@ def test_every_recipe_says_the_smallest_cluster_that_it_fits() -> None:
 
 def test_the_page_of_plans_has_every_recipe() -> None:
     page = (ROOT / "docs/plan.md").read_text(encoding="utf-8")
-    for folder_name in ("policy", "preference", "process_reward"):
+    for folder_name in ("policy", "preference", "process_reward", "supervised"):
         for path in (ROOT / "recipes" / folder_name).glob("*.yaml"):
             assert f"| {path.stem} |" in page or f"`{folder_name}/{path.stem}`" in page, path
 

@@ -62,7 +62,12 @@ HOMES = {
     "httpx": ("rltrain/rollout/worker/", "rltrain/rollout/pool/knock.py"),
     "peft": ("rltrain/learner/",),
     "textworld": ("rltrain/rollout/environments/text_game.py",),
-    "huggingface_hub": ("rltrain/checkpoint/hub.py", "rltrain/data/", "rltrain/model_files.py"),
+    "huggingface_hub": (
+        "rltrain/checkpoint/hub.py",
+        "rltrain/checkpoint/model_card.py",
+        "rltrain/data/",
+        "rltrain/model_files.py",
+    ),
     "tensorboard": ("rltrain/report/sinks.py",),
     "wandb": ("rltrain/report/sinks.py",),
     "trackio": ("rltrain/report/sinks.py",),

@@ -85,8 +85,18 @@ class Flaky:
             raise ConnectionError("dashboard is down")
         self.steps.append(step)
 
+    def log_completions(self, step, stage, rows):
+        raise ConnectionError("tables are down")
+
     def close(self):
         self.closed = True
+
+
+def test_a_tracker_whose_tables_fail_is_switched_off_too(tmp_path):
+    sinks = Sinks(JsonLines(tmp_path / "m.jsonl"), {"flaky": Flaky()}, lambda text: None)
+    sinks.log_completions(1, "rollout", [])
+    assert sinks.failed == {"flaky": "ConnectionError: tables are down"}
+    sinks.close()
 
 
 def test_a_tracker_that_raises_is_switched_off_once_and_the_file_keeps_every_line(tmp_path):

@@ -5,7 +5,6 @@ faults to order.
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import signal
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rltrain.tensor_ops import weight_fingerprint
-from rltrain.weight_transfer import Bucket, Membership, TransferGroup, connect_store
+from rltrain.weight_transfer import Bucket, Membership, ProcessSums, TransferGroup, connect_store
 
 # phase -> the calls at which a fault strikes
 PHASES = ("pause", "join", "start", "bucket", "finish", "proof", "resume")
@@ -85,6 +84,10 @@ class FakeWorker:
         """From now on, one entry of this weight stays as it is."""
         self._ask("damage", name)
 
+    def refuse(self, reason: str) -> None:
+        """From now on, its weights cannot be read back."""
+        self._ask("refuse", reason)
+
     def close(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid or 0, signal.SIGKILL)
@@ -126,6 +129,7 @@ class State:
         self.weights: dict[str, Tensor] = {}
         self.arriving: dict[str, Tensor] | None = None
         self.damaged: str | None = None
+        self.refusal = ""
         self.group: TransferGroup | None = None
 
     def wait(self) -> None: ...
@@ -165,10 +169,13 @@ class State:
         assert self.group is not None
         weights = self.weights | {second: self.weights[first] for second, first in self.ties.items()}
         sums = {name: (*weight_fingerprint(name, weight), 0) for name, weight in weights.items()}
-        self.group.store.set(f"{key}/1", json.dumps(sums))
+        self.group.store.set(f"{key}/1", ProcessSums(sums, refusal=self.refusal).to_json())
 
     def damage(self, name: str) -> None:
         self.damaged = name
+
+    def refuse(self, reason: str) -> None:
+        self.refusal = reason
 
     def read_weights(self) -> dict[str, Any]:
         return {name: weight.float().tolist() for name, weight in self.weights.items()}

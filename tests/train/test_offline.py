@@ -298,7 +298,7 @@ def test_one_prompt_for_all_leaves_kto_nothing_to_compare_with(start: Any, tmp_p
 
 FILES = [
     path
-    for folder in ("preference", "process_reward")
+    for folder in ("preference", "process_reward", "supervised")
     for path in sorted((ROOT / "recipes" / folder).glob("*.yaml"))
 ]
 RECIPES = [

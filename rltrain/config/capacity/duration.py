@@ -67,7 +67,11 @@ def step_durations(load: Workload, cluster: Cluster, rates: Rates) -> tuple[Dura
     if load.engine is not None:
         shape = load.policy
         gathered = MASTER_BYTES * shape.parameters / rates.link
-        durations.append(Duration("push", gathered + SLEEP_AND_WAKE, "sleep and wake of the engine"))
+        if load.engine.name == "vllm_server":
+            sent = load.compute_bytes * shape.parameters / rates.link
+            durations.append(Duration("push", max(gathered, sent), "gather, while a bucket travels"))
+        else:
+            durations.append(Duration("push", gathered + SLEEP_AND_WAKE, "sleep and wake of the engine"))
     return tuple(durations)
 
 
@@ -168,7 +172,7 @@ def _completion_tokens(load: Workload, tokens: int) -> int:
 
 def _rollout(load: Workload, engine: Engine, cluster: Cluster, rates: Rates) -> Duration:
     """One round. Every decoding step reads the weights and, on average, half-grown caches."""
-    rows = -(-engine.rows * engine.ranks // cluster.gpus)
+    rows = -(-engine.rows * engine.ranks // cluster.sampling_gpus)
     at_once = max(1, rows_at_once(load, cluster))
     steps = rows * engine.completion_tokens / at_once
     tokens = at_once * (engine.prompt_tokens + engine.completion_tokens // 2)

@@ -410,7 +410,7 @@ def rows_at_once(load: Workload, cluster: Cluster) -> int:
     """Longest rows that one engine decodes at the same time, at most."""
     engine = load.engine
     assert engine is not None
-    rows = min(engine.max_rows, -(-engine.rows * engine.ranks // cluster.gpus))
+    rows = min(engine.max_rows, -(-engine.rows * engine.ranks // cluster.sampling_gpus))
     if engine.name == "transformers":
         return rows
     return min(rows, cache_tokens(load, cluster) // load.row_tokens)
@@ -420,6 +420,8 @@ def _engine_awake(load: Workload, engine: Engine, cluster: Cluster) -> Term:
     shape = load.policy
     if engine.name == "vllm":
         return Term(f"vLLM, {engine.utilization:g} of the GPU", engine_bytes(engine, cluster))
+    if engine.name == "vllm_server":
+        return Term("nothing: the server has GPUs of its own", 0)
     size = load.compute_bytes
     cache = kv_bytes(shape, rows_at_once(load, cluster) * load.row_tokens, size)
     return Term("engine: weights and cache", size * shape.parameters + cache)
@@ -431,8 +433,11 @@ def _engine_phases(load: Workload, engine: Engine, cluster: Cluster) -> list[Pha
     learner = _kept_terms(weight_terms(load.trained[0], cluster, load.compute_bytes), load, cluster)
     awake = _engine_awake(load, engine, cluster)
     flight = Term("two tensors in the engine's dtype", TENSORS_IN_FLIGHT * size * shape.largest_tensor)
+    if engine.name == "vllm_server":
+        number = size * shape.largest_tensor
+        flight = Term("two buckets and the largest tensor", 2 * engine.bucket_bytes + number)
     phases = [_gpu_phase("engine start", (*learner, awake), load, cluster)]
-    if engine.name == "vllm":
+    if engine.name != "transformers":
         row = (
             Term("engine: weights", engine_weights(load, engine)),
             Term("engine: largest batch", engine_work(shape, engine.max_rows, size)),
@@ -443,7 +448,8 @@ def _engine_phases(load: Workload, engine: Engine, cluster: Cluster) -> list[Pha
     weights = _weights(load, cluster)
     first = (*weights, *_frozen(load, cluster), awake, flight)
     common = (*_resident(load, cluster), *_frozen(load, cluster))
-    later = (*common, Term("engine: weights", engine_weights(load, engine)), flight)
+    held = 0 if engine.name == "vllm_server" else engine_weights(load, engine)
+    later = (*common, Term("engine: weights", held), flight)
     pushes = [_gpu_phase("push", terms, load, cluster) for terms in (first, later)]
     phases.append(max(pushes, key=lambda phase: phase.total))
     # reward models score beside the engine

@@ -140,6 +140,12 @@ def _settings(load: Workload, cluster: Cluster) -> Iterator[Workload]:
                 yield load.change(tokens, utilization, ranks)
 
 
+def _taken(load: Workload) -> int:
+    """GPUs of ``--gpus`` that are not the learner's."""
+    engine = load.engine
+    return 0 if engine is None or engine.is_elsewhere else engine.server_gpus
+
+
 def _remedy(load: Workload, changed: Workload, cluster: Cluster, candidate: Cluster) -> Remedy:
     before = None if load.engine is None else load.engine.utilization
     after = None if changed.engine is None else changed.engine.utilization
@@ -150,5 +156,5 @@ def _remedy(load: Workload, changed: Workload, cluster: Cluster, candidate: Clus
         gpu_memory_utilization=after if after != before else None,
         tensor_parallel=ranks if load.engine is not None and ranks != load.engine.ranks else None,
         backend=candidate.backend if backend_matters else None,
-        gpus=candidate.gpus if candidate.gpus != cluster.gpus else None,
+        gpus=candidate.gpus + _taken(load) if candidate.gpus != cluster.gpus else None,
     )

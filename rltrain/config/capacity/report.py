@@ -67,6 +67,7 @@ def to_json(plan: CapacityPlan) -> dict[str, Any]:
     remedy = plan.remedy
     return {
         "gpus": cluster.gpus,
+        "server_gpus": cluster.server_gpus,
         "gpu_bytes": cluster.gpu_bytes,
         "backend": cluster.form,
         "parameters": {model.role: model.shape.parameters for model in plan.workload.trained},

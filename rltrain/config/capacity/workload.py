@@ -14,6 +14,7 @@ from rltrain.config.capacity.constants import (
 from rltrain.config.capacity.shape import ModelShape
 from rltrain.config.rules.offline import all_needs, takes_pairs
 from rltrain.config.schema import (
+    BUCKET_MIB_GPU,
     AnyRecipe,
     LearnerCore,
     MethodRef,
@@ -24,7 +25,6 @@ from rltrain.config.schema import (
     SampledRecipe,
 )
 from rltrain.control import TOKEN_CONTROLS
-from rltrain.errors import UserError
 from rltrain.loss import LOSS_TERMS
 from rltrain.loss.policy import POLICY_LOSSES
 from rltrain.loss.preference import PREFERENCE_LOSSES
@@ -37,9 +37,9 @@ ShapeReader = Callable[[str, str | None], ModelShape | None]
 
 @dataclass(frozen=True)
 class Engine:
-    """What samples in the learner's process."""
+    """What samples: in the learner's process, or vllm_server on GPUs of its own."""
 
-    name: Literal["vllm", "transformers"]
+    name: Literal["vllm", "transformers", "vllm_server"]
     ranks: int  # that hold it together, each a shard
     utilization: float | None  # of vLLM: share of the card; None: what the rest of a run leaves of it
     max_rows: int  # sequences that it decodes at once, at most
@@ -47,6 +47,9 @@ class Engine:
     rounds: int  # rounds of dynamic sampling, at most
     prompt_tokens: int  # at most
     completion_tokens: int  # at most
+    server_gpus: int = 0  # of its own
+    is_elsewhere: bool = False  # those GPUs are not among the plan's
+    bucket_bytes: int = 0  # of one of the two buffers in which weights travel to a server
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def workload_of(recipe: AnyRecipe, read: ShapeReader) -> Workload:
     if policy is None:
         raise LookupError(recipe.model.path)
     models = _Models(policy, read)
-    if recipe.kind == "offline":
+    if isinstance(recipe, OfflineRecipe):
         return _offline_workload(recipe, models)
     return _sampled_workload(recipe, models)
 
@@ -228,16 +231,17 @@ def moment_bytes(optimizer: Optimizer) -> float:
 
 def _engine_of(recipe: SampledRecipe) -> Engine:
     rollout = recipe.rollout
-    if rollout.engine == "vllm_server":
-        raise UserError(
-            "rollout.engine vllm_server samples in another process, on GPUs that these would have to be "
-            "divided with: the plan knows engines of the learner's processes only; add --engine vllm"
-        )
-    is_vllm = rollout.engine == "vllm"
+    server = rollout.server
     share = rollout.vllm.gpu_memory_utilization
+    is_vllm = rollout.engine != "transformers"
+    is_server = rollout.engine == "vllm_server"
+    ranks = server.tensor_parallel if is_server else rollout.vllm.tensor_parallel
     return Engine(
         name=rollout.engine,
-        ranks=rollout.vllm.tensor_parallel if is_vllm else 1,
+        ranks=ranks if is_vllm else 1,
+        server_gpus=server.tensor_parallel * server.data_parallel if is_server else 0,
+        is_elsewhere=server.url is not None,
+        bucket_bytes=2**20 * (server.bucket_mib or BUCKET_MIB_GPU) if is_server else 0,
         utilization=None if share == "auto" else share,
         max_rows=rollout.vllm.max_num_seqs if is_vllm else rollout.max_rows,
         rows=rollout.prompts * rollout.n,

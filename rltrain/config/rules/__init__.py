@@ -15,6 +15,7 @@ from rltrain.config.rules.findings import Findings
 from rltrain.config.rules.offline import check_offline
 from rltrain.config.rules.online import check_online
 from rltrain.config.rules.online_pairs import check_pairs
+from rltrain.config.rules.push import push_problems
 from rltrain.config.rules.templates import template_problems
 from rltrain.config.schema import AnyRecipe
 from rltrain.errors import RecipeError
@@ -25,6 +26,7 @@ RULES: Mapping[str, Callable[[Any], Findings]] = {
     "online": check_online,
     "online_pairs": check_pairs,
     "offline": check_offline,
+    "sft": check_offline,
 }
 
 
@@ -44,6 +46,7 @@ def check(recipe: AnyRecipe) -> CheckedRecipe:
         *template_problems(recipe.data),
         *context_problems(recipe),
         *attention_problems(recipe),
+        *push_problems(recipe.push, recipe.checkpoint),
     ]
     if problems:
         raise RecipeError(problems)

@@ -10,7 +10,7 @@ from typing import Any
 
 from rltrain.config.rules.findings import Findings
 from rltrain.config.rules.optimizer import optimizer_problems
-from rltrain.config.schema import OfflineRecipe
+from rltrain.config.schema import SUPERVISED_LOSS, OfflineRecipe
 from rltrain.config.user_files import check_method
 from rltrain.loss.preference import PREFERENCE_LOSSES, STATISTICS
 from rltrain.needs import GAMMA_REQUIRED, MARGIN, MISMATCHED, PAIRS, PREVIOUS_LOGP, REF_LOGP, SCALAR_HEAD
@@ -89,6 +89,11 @@ def _size_problems(recipe: OfflineRecipe, spec: MethodSpec) -> Iterator[str]:
 
 
 def _loss_problems(recipe: OfflineRecipe, spec: MethodSpec, values: Mapping[str, Any]) -> Iterator[str]:
+    if recipe.kind == "sft" and spec.name != SUPERVISED_LOSS:
+        yield (
+            f"kind is sft, whose loss is {SUPERVISED_LOSS}, but {_KEY} is {spec.name}; leave the loss out, "
+            "or write kind: offline for a preference loss"
+        )
     if GAMMA_REQUIRED in spec.traits and values["gamma"] is None:
         yield (
             f"{_KEY} {spec.name}: gamma has no default, it carries the units of the scores: with gamma g a "

@@ -94,6 +94,12 @@ def mean_chosen_length(batch: PairBatch) -> Tensor:
     return batch.chosen.length.double().mean()
 
 
+@method("mean_length")
+def mean_length(batch: LabelBatch) -> Tensor:
+    """() scored tokens per completion, which converts a mean over completions into one over tokens."""
+    return batch.completion.length.double().mean()
+
+
 @method("target_tokens_per_example", needs={COLUMN("is_target_language")})
 def target_tokens_per_example(batch: PairBatch) -> Tensor:
     """() scored chosen tokens of target-language rows, divided by all rows (CLO, arXiv:2505.14297)."""

@@ -25,7 +25,7 @@ from rltrain.rollout.worker.answers import GarbageAnswer, GenerateRequest
 from rltrain.rollout.worker.client import ServerInfo, WorkerBusy, WorkerClient, WorkerLost
 from rltrain.rollout.worker.flags import KNOWN_VERSIONS, WorkerSettings
 from rltrain.rollout.worker.guard import Choice
-from rltrain.rollout.worker.process import LocalWorker
+from rltrain.rollout.worker.process import LocalWorker, WorkerDied
 from rltrain.rollout.worker.requests import ServerModel, make_request, require_temperature
 from rltrain.rollout.worker.threads import LoopThread
 from rltrain.tensor_ops import Fingerprint
@@ -220,8 +220,11 @@ class VllmServer:
         misses = 0
         while True:
             await asyncio.sleep(self._client.seconds.alive)
-            if self._worker is not None:
-                self._worker.require_alive()
+            try:
+                if self._worker is not None:
+                    self._worker.require_alive()
+            except WorkerDied as error:
+                raise WorkerLost(str(error)) from error
             try:
                 await asyncio.to_thread(self._client.require_alive)
                 misses = 0

@@ -5,7 +5,6 @@ vLLM loads this module for ``--worker-extension-cls``; its import registers the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +21,21 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from rltrain.errors import UserError
 from rltrain.remote_code import trusts
 from rltrain.rollout.engines.vllm.colocated import read_architecture
 from rltrain.rollout.engines.vllm.layers import Architecture, Place, find_places, layer_products
 from rltrain.rollout.engines.vllm.packing import pack_experts_on_reload, repack_heads
 from rltrain.rollout.engines.vllm.shares import SHARED_COPY, Product
 from rltrain.tensor_ops import product_sums
-from rltrain.weight_transfer import Bucket, Membership, TransferGroup, allocate_buffer, connect_store
+from rltrain.weight_transfer import (
+    Bucket,
+    Membership,
+    ProcessSums,
+    TransferGroup,
+    allocate_buffer,
+    connect_store,
+)
 
 __all__ = ["Extension", "TransferEngine"]
 
@@ -171,13 +178,17 @@ class Extension:
         return "abandoned"
 
     def rltrain_fingerprint(self, key: str) -> str:
-        """Writes [u.y, |y|^2, copy] of each weight that this process computes with to the learner's store.
+        """Writes the ``ProcessSums`` of the weights that this process computes with to the learner's store.
 
-        By the store, because a server answers with its first engine's results alone.
+        By the store, because a server answers with its first engine's results alone. A model that cannot be
+        proved says why there too: of an exception vLLM tells the learner no more than that there was one.
         """
-        places, architecture = self._find_places()
-        sums = read_sums(self.weight_transfer_engine.model, places, architecture, self.vllm_config)
-        self.weight_transfer_engine.put(key, json.dumps(sums))
+        try:
+            places, architecture = self._find_places()
+            sums = read_sums(self.weight_transfer_engine.model, places, architecture, self.vllm_config)
+        except UserError as error:
+            sums = ProcessSums(refusal=str(error))
+        self.weight_transfer_engine.put(key, sums.to_json())
         return "written"
 
     def _find_places(self) -> tuple[Mapping[str, Place], Architecture]:
@@ -193,11 +204,13 @@ class Extension:
 @torch.inference_mode()
 def read_sums(
     model: torch.nn.Module, places: Mapping[str, Place], architecture: Architecture, config: Any
-) -> dict[str, tuple[float, float, int]]:
-    """(u.y, |y|^2, copy) by checkpoint name; the sums of processes that share a copy add up."""
+) -> ProcessSums:
+    """Sums over the tensor-parallel processes where each has some columns, so that all of them call it."""
     parallel = config.parallel_config
     products = list(layer_products(model, places, architecture))
-    _add_columns([product for product in products if product.share.columns is not None])
+    divided = [product for product in products if product.share.columns is not None]
+    parts = {product.name: float(product_sums(product.name, product.values)[0]) for product in divided}
+    _add_columns(divided)
     rank = get_tp_group().rank_in_group
     sums: dict[str, tuple[float, float, int]] = {}
     for product in products:
@@ -211,7 +224,7 @@ def read_sums(
         local = share.copy if share.is_split else rank
         copy = SHARED_COPY if share.copy == SHARED_COPY else engine + local
         sums[product.name] = projection, norm * norm, copy
-    return sums
+    return ProcessSums(sums, parts)
 
 
 def _add_columns(products: Sequence[Product]) -> None:
