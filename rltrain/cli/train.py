@@ -101,10 +101,7 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
             checkpoint, rank_0_digests = agree((checkpoint, digests))
         require_same_inputs(rank_0_digests, digests)
 
-        stop_request = stack.enter_context(record_stop_signals())
-        if recipe.train.max_hours is not None:
-            started = psutil.Process().create_time()
-            stop_request.limit = TimeLimit(3600 * recipe.train.max_hours, started)
+        stop_request = stack.enter_context(record_stop_signals(limit_time(recipe.train.max_hours)))
         stop_with_the_launcher()
         context = RunContext(run_folder, checkpoint, process, stop_request, digests)
         run = with_pushes(workflow.build(recipe, inputs, context), context)
@@ -114,6 +111,11 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
         for line in lines:
             run.reporter.message(line)
         return _train(run, workflow, run_folder, stop_request, is_main=process.is_main)
+
+
+def limit_time(hours: float | None) -> TimeLimit | None:
+    """hours: from the start of this process."""
+    return None if hours is None else TimeLimit(3600 * hours, psutil.Process().create_time())
 
 
 def _train(

@@ -38,8 +38,11 @@ class PoolPush:
         workers: Mapping[str, WorkerControl],
         weights: Iterable[tuple[str, Tensor]],
         version: PolicyVersion,
-    ) -> PushReport:
-        """A collective of the ranks. A worker that fails has a second complete push while it is paused."""
+    ) -> tuple[tuple[str, ...], Mapping[str, Exception], Mapping[str, Exception]]:
+        """The workers that were served, lost and quarantined; a collective of the ranks.
+
+        A worker that fails has a second complete push while it is paused.
+        """
         links = [self._link(name, control) for name, control in workers.items()]
         recorder = _Recorder(weights, self.dtype, self.ties, is_recording=bool(links))
         attempts = 1 if iter(weights) is weights else 2  # an iterator can be read once only
@@ -51,11 +54,11 @@ class PoolPush:
         if recorder.sums:
             self._sent = recorder.sums
         self._proved = frozenset(report.served)
-        if report.quarantined and not report.served:  # then whoever compares must see it
+        if report.quarantined and not report.served:  # so that the comparison fails
             self._sent = self._read_refused(report)
         for name in {*report.lost, *report.quarantined}:
             self._links.pop(name).close()
-        return report
+        return report.served, report.lost, report.quarantined
 
     def read(
         self, workers: Mapping[str, WorkerControl]

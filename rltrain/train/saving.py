@@ -226,7 +226,7 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def record_stop_signals() -> Iterator[StopRequest]:
+def record_stop_signals(limit: TimeLimit | None = None) -> Iterator[StopRequest]:
     """Records a SIGTERM, SIGUSR1 or Ctrl-C in the ``with`` block, so that the loop can stop after the step; a
     second one ends the process at once.
 
@@ -235,7 +235,7 @@ def record_stop_signals() -> Iterator[StopRequest]:
     for a second Ctrl-C without a launcher. Before the first step Ctrl-C raises Interrupted. Outside the main
     thread Python allows no handler, and nothing is recorded.
     """
-    request = StopRequest()
+    request = StopRequest(limit=limit)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

@@ -26,19 +26,9 @@ from rltrain.types.samples import Answer, PolicyVersion, Request
 __all__ = ["PoolPusher", "Pushed", "VllmPool"]
 
 
-class Pushed(Protocol):
-    """What became of a push, by the names of the workers."""
-
-    @property
-    def served(self) -> tuple[str, ...]:
-        """Those that were proved and sample again."""
-        ...
-
-    @property
-    def lost(self) -> Mapping[str, Exception]: ...
-
-    @property
-    def quarantined(self) -> Mapping[str, Exception]: ...
+# What became of a push, by the names of the workers: those that were proved and sample again, those that were
+# lost, and those that are quarantined, each with the reason.
+Pushed = tuple[tuple[str, ...], Mapping[str, Exception], Mapping[str, Exception]]
 
 
 class PoolPusher(Protocol):
@@ -137,7 +127,7 @@ class VllmPool:
             workers = self.loop.run(self._pool.begin_push(waiting_only=waiting_only)).result()
         pushed = self._pusher.push(workers, self._stream, version)
         if self._pool is not None and self.loop is not None:
-            end = self._pool.end_push(version, pushed.served, pushed.lost, pushed.quarantined)
+            end = self._pool.end_push(version, *pushed)
             self.loop.run(end).result()
 
     def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, Fingerprint]:

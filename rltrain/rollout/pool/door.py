@@ -61,8 +61,8 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = _SECONDS
 
     def do_POST(self) -> None:
-        given = self.headers.get("Authorization", "").encode("latin-1", "replace")
-        if not hmac.compare_digest(given, self.expected):
+        header = self.headers.get("Authorization", "").encode("latin-1", "replace")
+        if not hmac.compare_digest(header, self.expected):
             self._answer(401, "the run has another token: set RLTRAIN_WORKER_TOKEN to it")
             return
         url = self._read_url()

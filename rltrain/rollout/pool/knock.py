@@ -37,8 +37,8 @@ def advertised_url(address: Address, door: str) -> str:
     family, kind, _, _, peer = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
         probe.connect(peer)  # sends nothing: it only chooses the interface
-        own = str(probe.getsockname()[0])
-    host = f"[{own}]" if ":" in own else own
+        address_here = str(probe.getsockname()[0])
+    host = f"[{address_here}]" if ":" in address_here else address_here
     return f"{'http' if address.tls is None else 'https'}://{host}:{address.port}"
 
 

@@ -147,7 +147,7 @@ class WorkerPool:
         """
         until = time.monotonic() + seconds
         while True:
-            attached = self.named(*_ALIVE_STATES)
+            attached = self.find_members(*_ALIVE_STATES)
             waiting = [m for m in self.members.values() if m.state is MemberState.STARTING and not m.reason]
             if attached and not waiting:
                 return
@@ -169,10 +169,10 @@ class WorkerPool:
         await asyncio.gather(*(self._disconnect(member) for member in members))
         await asyncio.gather(*(call_in_thread(member.home.close) for member in members))
 
-    def named(self, *states: MemberState) -> list[Member]:
+    def find_members(self, *states: MemberState) -> list[Member]:
         """The workers in one of these states, in the order of their names."""
-        found = [member for member in self.members.values() if member.state in states]
-        return sorted(found, key=lambda member: member.name)
+        members = [member for member in self.members.values() if member.state in states]
+        return sorted(members, key=lambda member: member.name)
 
     # weights ------------------------------------------------------------------------------------------------
 
@@ -183,7 +183,7 @@ class WorkerPool:
         one of them still samples.
         """
         states = (MemberState.ATTACHED,) if waiting_only else (MemberState.ATTACHED, MemberState.SERVING)
-        chosen = self.named(*states)
+        chosen = self.find_members(*states)
         if busy := [member.name for member in chosen if member.leases]:
             raise RuntimeError(f"a push begins while {', '.join(busy)} still samples")
         for member in chosen:
@@ -212,7 +212,7 @@ class WorkerPool:
 
     async def serving(self) -> dict[str, Any]:
         """The clients, by name, of the workers that serve."""
-        return {member.name: member.client for member in self.named(MemberState.SERVING)}
+        return {member.name: member.client for member in self.find_members(MemberState.SERVING)}
 
     async def lose(self, errors: Mapping[str, Exception]) -> None:
         """Workers that failed a call of somebody else's."""
@@ -236,7 +236,7 @@ class WorkerPool:
         self._batches.append(batch)
         for group, (prompt, request) in enumerate(asked):
             self._queue.append(Part(batch, group, request, 0, prompt, policy))
-        if self.named(MemberState.ATTACHED):
+        if self.find_members(MemberState.ATTACHED):
             put(ADMIT)
         self._dispatch()
         return batch
@@ -266,7 +266,7 @@ class WorkerPool:
         now = asyncio.get_running_loop().time()
         return [
             member
-            for member in self.named(MemberState.SERVING)
+            for member in self.find_members(MemberState.SERVING)
             if member.version == part.policy
             and member.rest_until <= now
             and member.room >= min(part.asked.n, member.rows)
@@ -452,7 +452,7 @@ class WorkerPool:
         """Looks after local processes, and after a pool in which nobody serves."""
         while True:
             await asyncio.sleep(self.rules.poll)
-            for member in self.named(*_ALIVE_STATES):
+            for member in self.find_members(*_ALIVE_STATES):
                 try:
                     member.home.require_process()
                 except UserError as error:
@@ -462,7 +462,7 @@ class WorkerPool:
 
     def _check_patience(self) -> None:
         """Ends the batches where nobody has served for too long, or where nobody ever can again."""
-        if not self._batches or self.named(MemberState.SERVING):
+        if not self._batches or self.find_members(MemberState.SERVING):
             self._idle_since = None
             return
         now = time.monotonic()
@@ -482,7 +482,9 @@ class WorkerPool:
 
     def _is_local_one_starting(self) -> bool:
         """Then no patience ends: a start takes minutes on a busy machine, and has a deadline of its own."""
-        return any(getattr(member.home, "is_local", False) for member in self.named(MemberState.STARTING))
+        return any(
+            getattr(member.home, "is_local", False) for member in self.find_members(MemberState.STARTING)
+        )
 
     def _reasons(self) -> str:
         members = self.members.values()

@@ -51,10 +51,10 @@ def pools() -> Iterator[Callable[[int], Pool]]:
 @pytest.mark.parametrize("seed", range(20))
 def test_weights_do_not_depend_on_the_workers(pools: Callable[[int], Pool], seed: int) -> None:
     """One worker; two; three, of which one is ten times slower and one is killed at a random token."""
-    alone = train(pools(1), seed)
+    single = train(pools(1), seed)
     pair = train(pools(2), seed)
-    assert len(alone.samples) == STEPS * len(PROMPTS) * SAMPLES
-    assert pair == alone
+    assert len(single.samples) == STEPS * len(PROMPTS) * SAMPLES
+    assert pair == single
 
     three = pools(3)
     three.wait_for_all()
@@ -68,7 +68,7 @@ def test_weights_do_not_depend_on_the_workers(pools: Callable[[int], Pool], seed
         if step == killed_at:
             three.homes[doomed].change(die_after=chance.randrange(SAMPLES))
 
-    assert train(three, seed, strike) == alone
+    assert train(three, seed, strike) == single
     if three.homes[doomed].starts == starts and three.state(doomed) is MemberState.SERVING:
         three.homes[doomed].signal(signal.SIGKILL)  # nothing was left for it to write
     wait_until(lambda: three.homes[doomed].starts > starts)
@@ -140,7 +140,7 @@ def test_two_ranks_train_what_one_does() -> None:
     to its successor in the middle of it.
     """
     with open_pool(1) as pool:
-        alone = train(pool, 5)
+        single = train(pool, 5)
     ranks = Ranks(2)
     homes = {"worker 0": FakeHome()}
     of_rank = [
@@ -154,10 +154,10 @@ def test_two_ranks_train_what_one_does() -> None:
             homes["worker 0"].change(die_after=20)
 
     with ThreadPoolExecutor(2) as threads:
-        mine = threads.submit(train_engine, pool.engine, 5, strike, 0, ranks)
-        others = threads.submit(train_engine, other, 5, rank=1, ranks=ranks)
+        main_rank = threads.submit(train_engine, pool.engine, 5, strike, 0, ranks)
+        other_rank = threads.submit(train_engine, other, 5, rank=1, ranks=ranks)
         try:
-            assert mine.result(120) == others.result(120) == alone
+            assert main_rank.result(120) == other_rank.result(120) == single
         finally:
             other.close()
             pool.engine.close()

@@ -52,8 +52,8 @@ def test_two_workers_of_which_one_is_killed_train_what_one_does(
     monkeypatch.setenv(TOKEN, vllm_worker.token)
     first, second = vllm_worker.address.url, second_worker.address.url
     model = vllm_worker.settings.model
-    one = [*SETTINGS, f"rollout.workers={{urls: ['{first}']}}"]
-    assert train_here(model, tmp_path / "one", *one) == 0
+    single = [*SETTINGS, f"rollout.workers={{urls: ['{first}']}}"]
+    assert train_here(model, tmp_path / "one", *single) == 0
 
     leases: list[str] = []
     lease = WorkerPool._lease
