@@ -242,7 +242,7 @@ def make_pusher(link: Any, ranks: dict[str, Any]) -> PoolPush:
     return PoolPush(link, torch.float32, {}, lambda value: gather([value] if is_main else [])[0])
 
 
-def wait_until(condition: Any, seconds: float = 30.0) -> float:
+def wait_until(condition: Any, seconds: float = 120.0) -> float:
     """Seconds until ``condition()`` holds."""
     start = time.monotonic()
     while not condition():
