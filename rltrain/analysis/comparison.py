@@ -225,8 +225,8 @@ def _equal_panels(comparison: Comparison, first: str, second: str) -> list[str]:
     pairs = [comparison.methods[name] for name in (first, second)]
     titles = []
     for metric, title in list_panels(comparison):
-        ours, theirs = ([run.series(metric) for run in runs] for runs in pairs)
-        if metric != LAW and ours == theirs and any(steps for steps, _ in ours):
+        first_series, second_series = ([run.series(metric) for run in runs] for runs in pairs)
+        if metric != LAW and first_series == second_series and any(steps for steps, _ in first_series):
             titles.append(title)
     return titles
 

@@ -236,18 +236,10 @@ class OfflineState:
 def build_offline_run(recipe: OfflineRecipe, inputs: OfflineInputs, context: RunContext) -> OfflineRun:
     """Loads weights; computes the log-probs of frozen models or reads them from the cache."""
     seed_everything(recipe.seed)
-    process = context.process
     tokenization = inputs.tokenization
     order = build_order(inputs.train, inputs.loss, recipe.train.examples, recipe.seed)
     steps = total_steps(recipe.train, len(inputs.train))
-    learner = build_preference_learner(
-        recipe.model, recipe.learner, recipe.loss, steps, recipe.seed, context.checkpoint, process
-    )
-    recompute_what_must_be(recipe, [learner.trained])
-    if learner.scoring is REWARDS:
-        pad = cast("int | None", tokenization.tokenizer.pad_token_id)
-        name_pad_token(learner.model, pad, tokenization.stop_tokens.stop)
-
+    learner = _build_trained_learner(recipe, tokenization, steps, context)
     state = OfflineState(learner, order, data_digest(examples_in(inputs.train)))
     resumed = resume(context.checkpoint, state)
     plain_recipe = recipe.model_dump(mode="json")
@@ -295,6 +287,19 @@ def build_offline_run(recipe: OfflineRecipe, inputs: OfflineInputs, context: Run
         resumed=resumed,
         should_stop=context.should_stop,
     )
+
+
+def _build_trained_learner(
+    recipe: OfflineRecipe, tokenization: Tokenization, steps: int, context: RunContext
+) -> PreferenceLearner:
+    learner = build_preference_learner(
+        recipe.model, recipe.learner, recipe.loss, steps, recipe.seed, context.checkpoint, context.process
+    )
+    recompute_what_must_be(recipe, [learner.trained])
+    if learner.scoring is REWARDS:
+        pad = cast("int | None", tokenization.tokenizer.pad_token_id)
+        name_pad_token(learner.model, pad, tokenization.stop_tokens.stop)
+    return learner
 
 
 def total_steps(train: OfflineTrain, examples: int) -> int:

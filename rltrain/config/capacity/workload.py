@@ -172,7 +172,7 @@ def _offline_workload(recipe: OfflineRecipe, models: _Models) -> Workload:
         rows_per_step=sides * recipe.train.examples,
         epochs=1,
         updates=1,
-        recomputed=_recomputed(learner),
+        recomputed=_recomputed_share(learner),
         head_chunk=0 if has_scalar_head else learner.head_chunk_on("cuda"),
         compute_bytes=_compute_bytes(learner.precision),
         notes=tuple(models.notes),
@@ -211,7 +211,7 @@ def _sampled_workload(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models)
         rows_per_step=rows,
         epochs=learner.epochs,
         updates=learner.updates_per_step,
-        recomputed=_recomputed(learner),
+        recomputed=_recomputed_share(learner),
         head_chunk=learner.head_chunk_on("cuda"),
         compute_bytes=_compute_bytes(learner.precision),
         notes=tuple(models.notes),
@@ -220,7 +220,7 @@ def _sampled_workload(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models)
     )
 
 
-def _recomputed(learner: LearnerCore) -> float | None:
+def _recomputed_share(learner: LearnerCore) -> float | None:
     return None if learner.gradient_checkpointing == "auto" else float(learner.gradient_checkpointing)
 
 
