@@ -7,12 +7,13 @@ import decimal
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from rltrain.reward import sandbox
 from rltrain.reward.code_text import extract_program
+from rltrain.reward.recipe_rules import check_time_limit
 from rltrain.reward.sandbox import Limits, SandboxError, Tests, TestsError
 from rltrain.reward.score import RewardInputs, Score, reward
 
@@ -82,7 +83,11 @@ class BadTests(Exception):
     """The row's tests cannot test anything."""
 
 
-@reward("code_io")
+def check_total_time(values: Mapping[str, Any], recipe: Any) -> Iterator[str]:
+    return check_time_limit(values, recipe, "total_seconds")
+
+
+@reward("code_io", traits={"reports_correct"}, check=check_total_time)
 def code_io(
     inputs: RewardInputs,
     *,

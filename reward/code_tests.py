@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 from rltrain.reward import sandbox
 from rltrain.reward.code_text import extract_program
+from rltrain.reward.recipe_rules import check_time_limit
 from rltrain.reward.sandbox import Limits, SandboxError, Tests, TestsError
 from rltrain.reward.score import RewardInputs, Score, reward
 
 _DEFAULT_ENTRY_COLUMN = "entry_point"  # a row need not have this column
 
 
-@reward("code_tests")
+@reward("code_tests", traits={"reports_correct"}, check=check_time_limit)
 def code_tests(
     inputs: RewardInputs,
     *,

@@ -11,7 +11,7 @@ from rltrain.reward import answer_text, answer_words, math_answer
 from rltrain.reward.score import RewardInputs, Score, reward
 
 
-@reward("empo", scope="group")
+@reward("empo", scope="group", traits={"reports_answer"})
 def empo(
     inputs: RewardInputs,
     *,

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from rltrain.reward import remote
+from rltrain.reward.recipe_rules import check_address, check_time_limit
 from rltrain.reward.remote import RemoteError
 from rltrain.reward.score import RewardInputs, Score, reward
 
@@ -21,7 +23,29 @@ _CHOICE = re.compile(r"\[\[(A|B|C)\]\]")
 _WINS = {"A": 1.0, "B": 0.0, "C": 0.5}
 
 
-@reward("llm_judge")
+def _check_judge(values: Mapping[str, Any], recipe: Any) -> Iterator[str]:
+    yield from check_time_limit(values, recipe)
+    yield from check_address(values)
+    if not values["model"]:
+        yield "model is empty; name the judge as its server knows it"
+
+
+def check_ratings(values: Mapping[str, Any], recipe: Any) -> Iterator[str]:
+    yield from _check_judge(values, recipe)
+    if values["high"] <= values["low"]:
+        yield f"high {values['high']:g} must be above low {values['low']:g}"
+
+
+def check_comparisons(values: Mapping[str, Any], recipe: Any) -> Iterator[str]:
+    yield from _check_judge(values, recipe)
+    if recipe.rollout.n == 1:
+        yield (
+            "it compares completions of one prompt and rollout.n is 1; set rollout.n to at least 2, or use "
+            "llm_judge"
+        )
+
+
+@reward("llm_judge", check=check_ratings)
 def llm_judge(
     inputs: RewardInputs,
     *,
@@ -60,7 +84,7 @@ def llm_judge(
     return [_score_of_rating(answer, low, high) for answer in answers]
 
 
-@reward("llm_judge_pairs", scope="group")
+@reward("llm_judge_pairs", scope="group", check=check_comparisons)
 def llm_judge_pairs(
     inputs: RewardInputs,
     *,

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 from rltrain.reward.score import RewardInputs, Score, reward
 
 
-@reward("length")
+def check_length(values: Mapping[str, Any], recipe: Any) -> Iterator[str]:
+    limit = values["max_tokens"]
+    buffer = values["buffer_tokens"]
+    longest = recipe.rollout.max_tokens
+    if limit is None or buffer is None or not 0 < buffer <= limit:
+        yield (
+            f"max_tokens is {limit} and buffer_tokens {buffer}; both are needed, 0 < buffer_tokens <= "
+            f"max_tokens; with rollout.max_tokens {longest} write max_tokens: {longest}, buffer_tokens: "
+            f"{max(1, longest // 5)}"
+        )
+    elif limit > longest:
+        yield (
+            f"max_tokens is {limit}, but completions end at rollout.max_tokens {longest} and never reach it; "
+            f"set max_tokens to at most {longest}, and buffer_tokens below it"
+        )
+
+
+@reward("length", check=check_length)
 def length(
     inputs: RewardInputs,
     *,

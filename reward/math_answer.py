@@ -60,7 +60,7 @@ _RULES_FOR_PAIRS = (
 DECIDED_BY = ("excess", "number", "same text", "choice", "words", "time of day", "base", "algebra")
 
 
-@reward("math_answer")
+@reward("math_answer", traits={"reports_correct", "reports_answer"})
 def math_answer(
     inputs: RewardInputs,
     *,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rltrain.reward.score import RewardInputs, Score, reward
 
 
-@reward("none")
+@reward("none", traits={"no_signal"})
 def none(inputs: RewardInputs) -> list[Score]:
     """0 for every completion, without a verdict: for a loss that reads no reward, on prompts without
     answers."""

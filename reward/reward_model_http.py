@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from rltrain.reward import remote
+from rltrain.reward.recipe_rules import check_address, check_time_limit
 from rltrain.reward.score import RewardInputs, Score, reward
 
 _CONCURRENCY = 16  # a server batches concurrent questions
 
 
-@reward("reward_model_http", scope="group")
+def check_server(values: Mapping[str, Any], recipe: Any) -> Iterator[str]:
+    yield from check_time_limit(values, recipe)
+    yield from check_address(values)
+
+
+@reward("reward_model_http", scope="group", check=check_server)
 def reward_model_http(
     inputs: RewardInputs,
     *,

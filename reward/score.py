@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -78,11 +78,20 @@ def is_float32(value: float) -> bool:
     return math.isfinite(value) and abs(value) <= _LARGEST_FLOAT32
 
 
-def reward(name: str, *, scope: Literal["completion", "group"] = "completion") -> Callable[[F], F]:
+def reward(
+    name: str,
+    *,
+    scope: Literal["completion", "group"] = "completion",
+    traits: Set[str] = frozenset(),
+    check: Callable[[Mapping[str, Any], Any], Iterator[str]] | None = None,
+) -> Callable[[F], F]:
     """Declares ``function(inputs: RewardInputs, *, hp) -> list[Score]`` under ``name``.
 
     ``scope="group"`` means that a score depends on the other completions of the prompt, so that a failure
-    leaves the whole group ungraded; otherwise a failure leaves only its own completion ungraded.
+    leaves the whole group ungraded; otherwise a failure leaves only its own completion ungraded. traits:
+    those of ``rltrain/needs.py``. check: ``(values, recipe) -> Iterator[str]`` in the same file, that
+    yields what is wrong with the hyperparameters ``values`` (defaults included) in this recipe. The last two
+    are read from the source of rltrain's own graders.
     """
 
     def declare(function: F) -> F:

@@ -8,8 +8,9 @@ reward.seconds then ends it.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
-from typing import Literal
+from typing import Any, Literal
 
 from rltrain.reward.answer_text import answer_part, last_box
 from rltrain.reward.score import RewardInputs, Score, column_text, reward
@@ -19,7 +20,7 @@ _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*+\{([^{}]*+)\}")
 _ANSWER_PHRASE = r"(?i:answer)\s*+(?i:is:?+|:)\s*+(?i:(?:option|choice)\s++)?+"
 
 
-@reward("exact")
+@reward("exact", traits={"reports_correct", "reports_answer"})
 def exact(
     inputs: RewardInputs,
     *,
@@ -46,7 +47,7 @@ def exact(
     ]
 
 
-@reward("choice")
+@reward("choice", traits={"reports_correct", "reports_answer"})
 def choice(
     inputs: RewardInputs,
     *,
@@ -81,7 +82,18 @@ def choice(
     ]
 
 
-@reward("format")
+def check_format(values: Mapping[str, Any], recipe: Any) -> Iterator[str]:
+    regex = values["regex"]
+    if regex is None and not values["tags"]:
+        yield "nothing is required; set regex, tags (for example [think, answer]) or both"
+    if regex is not None:
+        try:
+            re.compile(regex)
+        except (re.error, OverflowError, RecursionError) as error:
+            yield f"regex {regex!r} is not a regular expression: {error}; in YAML put it in single quotes"
+
+
+@reward("format", check=check_format)
 def answer_format(
     inputs: RewardInputs,
     *,

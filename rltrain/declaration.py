@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -26,6 +26,10 @@ class Declaration:
     needs_if: Mapping[str, frozenset[str]]
     traits: frozenset[str]
     refuses: Mapping[str, Mapping[str, str]]
+    check: str  # a function beside the method; empty: there is none
+
+
+Check = Callable[[Mapping[str, Any], Any], Iterator[str]]
 
 
 def method(
@@ -36,20 +40,23 @@ def method(
     needs_if: Mapping[str, set[str]] | None = None,
     traits: set[str] = frozenset(),  # type: ignore[assignment]
     refuses: Mapping[str, Mapping[str, str]] | None = None,
+    check: Check | None = None,
 ) -> Callable[[F], F]:
-    """Declares a method. In a package all arguments must be literals, because they are read from source.
+    """Declares a method. In a package all arguments must be literals or constants of ``rltrain/needs.py``,
+    because they are read from source.
 
-    needs: what the learner must compute for it ("old_logp", "ref_logp", "entropy_grad", ...;
-    ``rltrain/needs.py`` lists them); a hyperparameter in braces is replaced by its value
-    ("clamped_entropy:{share}"). needs_if: the same, but only if the named hyperparameter is neither 0 nor
-    None, or has the value in "name=value". traits: facts that ``config/rules`` uses in its rules
-    ("owns_clipping", "off_policy_only", "sequence_level", ...). refuses: for each hyperparameter, values that
-    users may try but that must not be used, with the reason for the error message. The function keeps the
-    declaration as its attribute ``method_declaration``.
+    needs: what the learner must compute for it (``OLD_LOGP``, ``REF_LOGP``, ``ENTROPY_GRAD``, ...), constants
+    of ``rltrain/needs.py`` or their texts; a hyperparameter in braces is replaced by its value
+    (``CLAMPED_ENTROPY("{share}")``). needs_if: the same, but only if the named hyperparameter is neither 0
+    nor None, or has the value in "name=value". traits: facts that ``config/rules`` uses in its rules
+    (``OWNS_CLIPPING``, ``OFF_POLICY_ONLY``, ...). refuses: for each hyperparameter, values that users may try
+    but that must not be used, with the reason for the error message. check: a rule about this method alone, a
+    function of the same file, ``(values, recipe) -> Iterator[str]``, that yields what is wrong with the
+    hyperparameters ``values`` (defaults included) in this recipe. The function keeps the declaration as its
+    attribute ``method_declaration``.
     """
-    declaration = declare(
-        name, {"arxiv": arxiv, "needs": needs, "needs_if": needs_if, "traits": traits, "refuses": refuses}
-    )
+    facts = {"arxiv": arxiv, "needs": needs, "needs_if": needs_if, "traits": traits, "refuses": refuses}
+    declaration = declare(name, {**facts, "check": check and check.__name__})
 
     def keep_declaration(function: F) -> F:
         setattr(function, DECLARATION, declaration)
@@ -63,10 +70,11 @@ def declare(name: str, facts: Mapping[str | None, Any]) -> Declaration:
     return Declaration(
         name=name,
         arxiv=facts.get("arxiv"),
-        needs=frozenset(facts.get("needs") or ()),
-        needs_if={key: frozenset(names) for key, names in (facts.get("needs_if") or {}).items()},
-        traits=frozenset(facts.get("traits") or ()),
+        needs=frozenset(map(str, facts.get("needs") or ())),
+        needs_if={key: frozenset(map(str, names)) for key, names in (facts.get("needs_if") or {}).items()},
+        traits=frozenset(map(str, facts.get("traits") or ())),
         refuses=facts.get("refuses") or {},
+        check=facts.get("check") or "",
     )
 
 
@@ -93,9 +101,13 @@ class MethodSpec(Declaration):
     doc: str
     package: str = ""  # name and version of the installed package that brings it; empty: none does
 
+    def values_with(self, hp: Mapping[str, Any]) -> dict[str, Any]:
+        """All hyperparameters, those not in ``hp`` with their defaults."""
+        return {key: parameter.default for key, parameter in self.hyperparameters.items()} | dict(hp)
+
     def needs_with(self, hp: Mapping[str, Any]) -> frozenset[str]:
         """Everything the method needs under these hyperparameters."""
-        values = {key: parameter.default for key, parameter in self.hyperparameters.items()} | dict(hp)
+        values = self.values_with(hp)
         extra = (names for condition, names in self.needs_if.items() if _is_condition_met(condition, values))
         return frozenset(name.format(**values) for name in self.needs.union(*extra))
 

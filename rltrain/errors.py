@@ -14,6 +14,10 @@ class UserError(ValueError):
     """Says what arrived, what was expected, and the remedy."""
 
 
+class TemporaryError(RuntimeError):
+    """Something outside of this process has failed; the same command may succeed later (exit code 75)."""
+
+
 class RecipeError(UserError):
     """Everything that is wrong with one recipe, one line per problem."""
 

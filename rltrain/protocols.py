@@ -34,6 +34,14 @@ class WrongVersionError(RuntimeError):
     """An engine was asked to sample for a policy version whose weights it does not hold."""
 
 
+class WorkersGone(RuntimeError):
+    """No worker samples any more, and none has come back in time.
+
+    The policy and everything that the next step depends on are whole: the run saves them and ends, and the
+    same command goes on when there are workers again.
+    """
+
+
 class Sampler(Protocol):
     """Writes completions. ``rollout.groups.sample_groups`` collects them into whole groups."""
 
@@ -75,7 +83,8 @@ class WeightTarget(Protocol):
     def load(self, stream: Iterable[tuple[str, Tensor]], version: PolicyVersion) -> None:
         """Take the learner's weights as ``version``, and drop every cache computed with older ones.
 
-        stream: Hugging Face names, full tensors.
+        stream: Hugging Face names, full tensors. It may be iterated over again until the next load, which
+        gathers the weights again on every rank.
         """
         ...
 

@@ -19,13 +19,14 @@ import difflib
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from rltrain import needs
 from rltrain.declaration import Hyperparameter, MethodSpec, declare, is_tensor_or_none, method
 from rltrain.hyperparameter_ranges import expected_range
 from rltrain.reward.installed import KINDS, installed_modules, installed_modules_of
@@ -156,6 +157,10 @@ class Registry:
             raise ValueError(f"no {self.kind} is called {name!r}{suggestion(name, self.specs)}{form}{faults}")
         return self.specs[name]
 
+    def names_with(self, trait: str) -> list[str]:
+        """The sorted names of the methods that declare ``trait``."""
+        return sorted(name for name, spec in self.specs.items() if trait in spec.traits)
+
     def find(self, name: str) -> MethodSpec | None:
         """The method called ``name``; None if there is none, which the check of the recipe reports."""
         try:
@@ -193,16 +198,25 @@ class Registry:
         """The method with ``hp`` applied. Raises ValueError for an unknown name or key, or a wrong type."""
         hp = dict(hp or {})
         spec = self.check(name, hp)
-        function = self._load_function(name, spec)
+        function = self._load_value(name, spec, spec.attribute)
         return BoundMethod(spec, hp, functools.partial(function, **hp))
+
+    def find_problems(self, name: str, hp: Mapping[str, Any], recipe: Any) -> Iterator[str]:
+        """What the rule beside the method says of it in ``recipe``. The module of a method that has one is
+        imported.
+        """
+        spec = self.spec(name)
+        if spec.check:
+            yield from self._load_value(name, spec, spec.check)(spec.values_with(hp), recipe)
 
     def _read_user_method(self, name: str) -> UserMethod:
         return read_user_method(name, self.kind, self.specs, self.interface)
 
-    def _load_function(self, name: str, spec: MethodSpec) -> Callable[..., Any]:
+    def _load_value(self, name: str, spec: MethodSpec, attribute: str) -> Callable[..., Any]:
+        """What the method's file defines as ``attribute``: the method, or the rule beside it."""
         if is_user_spec(name):
-            return self._read_user_method(name).function
-        return getattr(importlib.import_module(spec.module), spec.attribute)
+            return self._read_user_method(name).module_values[attribute]
+        return getattr(importlib.import_module(spec.module), attribute)
 
 
 def suggestion(word: str, choices: Any) -> str:
@@ -219,12 +233,25 @@ def _read_declarations(module: str, decorator: str) -> list[MethodSpec]:
     if module_spec is None or module_spec.origin is None:
         raise ValueError(f"module {module} does not exist")
     specs: list[MethodSpec] = []
-    for node in ast.parse(Path(module_spec.origin).read_text(encoding="utf-8")).body:
+    statements = ast.parse(Path(module_spec.origin).read_text(encoding="utf-8")).body
+    functions = {node.name for node in statements if isinstance(node, ast.FunctionDef)} | {
+        alias.asname or alias.name
+        for node in statements
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    for node in statements:
         if not isinstance(node, ast.FunctionDef | ast.ClassDef):
             continue
         for call in node.decorator_list:
             if isinstance(call, ast.Call) and _decorator_name(call) == decorator:
-                specs.append(_spec_from_source(node, call, module))
+                spec = _spec_from_source(node, call, module)
+                if spec.check and spec.check not in functions:
+                    raise ValueError(
+                        f"{node.name}: its file has no function {spec.check}, which is its check; define it "
+                        "there, or import it"
+                    )
+                specs.append(spec)
     return specs
 
 
@@ -235,8 +262,34 @@ def _decorator_name(call: ast.Call) -> str:
     return call.func.id if isinstance(call.func, ast.Name) else ""
 
 
+class _WithoutConstants(ast.NodeTransformer):
+    """Replaces constants of ``rltrain/needs.py`` by their texts, so that what is left are literals."""
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        value = vars(needs).get(node.id)
+        return ast.Constant(str(value)) if isinstance(value, needs.Word) else node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        word = self.visit(node.value)
+        is_start = node.attr == "update_start" and isinstance(word, ast.Constant)
+        return ast.Constant(f"{word.value}{needs.NOW}") if is_start else node
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        word = self.visit(node.func)
+        match node.args:
+            case [ast.Constant(value=str(argument))] if isinstance(word, ast.Constant):
+                return ast.Constant(f"{word.value}:{argument}")
+        return node
+
+
+def _value_from_source(keyword: ast.keyword) -> Any:
+    if keyword.arg == "check" and isinstance(keyword.value, ast.Name):
+        return keyword.value.id
+    return ast.literal_eval(_WithoutConstants().visit(keyword.value))
+
+
 def _spec_from_source(node: ast.FunctionDef | ast.ClassDef, call: ast.Call, module: str) -> MethodSpec:
-    facts: dict[str | None, Any] = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    facts: dict[str | None, Any] = {keyword.arg: _value_from_source(keyword) for keyword in call.keywords}
     declaration = declare(ast.literal_eval(call.args[0]), facts)
     initializers = [
         item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"

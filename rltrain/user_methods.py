@@ -6,7 +6,6 @@ keeps on it.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import inspect
@@ -20,19 +19,19 @@ from typing import Any
 from pydantic.errors import PydanticSchemaGenerationError
 
 from rltrain.declaration import DECLARATION, Declaration, Hyperparameter, MethodSpec, is_tensor_or_none
-from rltrain.needs import NEEDS, unknown_words
+from rltrain.needs import FRACTION, SAME_AS_POLICY_LOSS, find_word_problems
 from rltrain.reward.source import import_file, source_digest
 
 __all__ = ["UserMethod", "read_user_method", "signature_problems"]
 
 
-_ABOUT_A_KEY = frozenset({"fraction", "same_as_policy_loss"})  # traits whose argument is a hyperparameter
+_ABOUT_A_KEY = frozenset({FRACTION, SAME_AS_POLICY_LOSS})  # traits whose argument is a hyperparameter
 
 
 @dataclass(frozen=True)
 class UserMethod:
     spec: MethodSpec
-    function: Callable[..., Any]
+    module_values: Mapping[str, Any]  # what the user's file defines, by name
 
 
 def read_user_method(
@@ -47,7 +46,8 @@ def read_user_method(
     """
     path, _, attribute = name.rpartition(":")
     file = Path(path).expanduser().resolve()
-    function = vars(_load_module(file, source_digest(name))).get(attribute)
+    module_values = vars(_load_module(file, source_digest(name)))
+    function = module_values.get(attribute)
     if not callable(function):
         raise ValueError(f"{file} has no function or class {attribute!r}")
     declaration = getattr(function, "__dict__", {}).get(DECLARATION)  # that of a base class does not count
@@ -67,7 +67,9 @@ def read_user_method(
         raise ValueError(f"{name} lacks {', '.join(missing)}; a {kind} has {', '.join(interface)}")
     if problems := signature_problems(kind, known, spec):
         raise ValueError(f"{name}: {'; '.join(problems)}")
-    return UserMethod(spec, function)
+    if declaration.check and not callable(module_values.get(declaration.check)):
+        raise ValueError(f"{name}: check must be a function of the same file, got {declaration.check}")
+    return UserMethod(spec, module_values)
 
 
 @functools.cache
@@ -138,17 +140,10 @@ def signature_problems(kind: str, known: Mapping[str, MethodSpec], spec: MethodS
     """
     return [
         *_unknown_types(spec),
-        *_unknown_words(spec),
+        *find_word_problems(all_needs(spec), spec.traits),
         *_unknown_hyperparameters(spec),
         *_call_problems(kind, known, spec),
     ]
-
-
-def _unknown_words(spec: MethodSpec) -> Iterator[str]:
-    for word, table in unknown_words(all_needs(spec), spec.traits):
-        matches = difflib.get_close_matches(word, table, n=1, cutoff=0.5)
-        nearest = f"did you mean {matches[0]!r}?" if matches else "docs/needs.md lists them"
-        yield f"no {'need' if table is NEEDS else 'trait'} is called {word!r}; {nearest}"
 
 
 def _unknown_types(spec: MethodSpec) -> Iterator[str]:

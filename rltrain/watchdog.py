@@ -1,6 +1,9 @@
 """Every wait has a deadline: a wait beyond it ends the process, with a message that names what and whom the
 process waited for.
 
+What advances restarts them (``note_progress``): an engine may take as long as it likes, token by token, and
+so may the ranks that wait for it.
+
 One thread watches two things. First, the waits of this process (``waiting``): an engine that stops answering,
 a gather that a peer never joins. Second, the other ranks: each writes a heartbeat to a board they share, so
 that the death of a rank is noticed even while the others are inside a collective, where none of their Python
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import math
 import os
 import sys
 import threading
@@ -23,6 +27,8 @@ from types import TracebackType
 from typing import Protocol
 
 import psutil
+
+from rltrain.errors import TemporaryError
 
 EXPIRED = 75  # exit code after a deadline or a lost rank; sysexits calls it EX_TEMPFAIL: try again
 
@@ -37,6 +43,19 @@ _GONE = "gone"  # it failed
 # How long after the deadline a process is ended whose interpreter is locked, so that the watchdog's thread
 # cannot run.
 _LOCKED_UP_SECONDS = 60.0
+
+
+class _Progress:
+    """How often this process has said that its waits advance."""
+
+    count = 0
+
+
+def note_progress() -> None:
+    """Say that what this process waits for has advanced: its waits, and those of the other ranks, have their
+    whole deadline again.
+    """
+    _Progress.count += 1
 
 
 class Heartbeat(Protocol):
@@ -69,8 +88,12 @@ class _Wait:
 
 @dataclass(frozen=True)
 class _Peer:
-    status: str  # "<count> <state> <what it was doing>"
+    status: str  # "<count>/<progress> <state> <what it was doing>"
     since: float  # time.monotonic() when this status was first read
+
+    @property
+    def progress(self) -> str:
+        return self.status.split(" ", 1)[0].partition("/")[2]
 
     @property
     def state(self) -> str:
@@ -96,9 +119,11 @@ class Watchdog:
         self._silence = max(seconds / 3, 5 * self._beat)
         self._waits: list[_Wait] = []
         self._peers = {
-            rank: _Peer(f"0 {_ALIVE} starting", time.monotonic()) for rank in (board.peers if board else ())
+            rank: _Peer(f"0/0 {_ALIVE} starting", time.monotonic()) for rank in (board.peers if board else ())
         }
         self._count = 0
+        self._progress = _Progress.count
+        self._advanced = -math.inf  # time.monotonic() of the last progress, here or on another rank
         self._cleanups: list[Callable[[], object]] = []
         self._lock = threading.RLock()
         self._ended = threading.Event()
@@ -140,8 +165,10 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the process as after a missed deadline if ``error`` is a timeout, or is due to a lost peer."""
-        if isinstance(error, TimeoutError):
+        """End the process as after a missed deadline if ``error`` is a timeout or temporary, or is due to a
+        lost peer.
+        """
+        if isinstance(error, TimeoutError | TemporaryError):
             traceback.print_exception(error)
             self._expire(str(error))
         if isinstance(error, RuntimeError):
@@ -157,14 +184,27 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(self._beat):
+            self._see_progress()
             self._check_waits()
             self._exchange(f"{_ALIVE} {self._activity()}")
             self._check_peers(self._silence)
 
+    def _see_progress(self) -> None:
+        if self._progress != _Progress.count:
+            self._progress = _Progress.count
+            self._restart_waits()
+
+    def _restart_waits(self) -> None:
+        with self._lock:
+            self._advanced = time.monotonic()
+            if self._waits:
+                faulthandler.dump_traceback_later(self._seconds + _LOCKED_UP_SECONDS, exit=True, file=2)
+
     def _check_waits(self) -> None:
         now = time.monotonic()
         with self._lock:
-            late = [wait for wait in self._waits if now - wait.since > self._seconds]
+            starts = [(wait, max(wait.since, self._advanced)) for wait in self._waits]
+            late = [wait for wait, start in starts if now - start > self._seconds]
         if late:
             wait = late[-1]  # the innermost names most exactly what does not happen
             silent = [f"; {line}" for line in self._lost_peers(3 * self._beat)]
@@ -203,7 +243,7 @@ class Watchdog:
                 return
             self._count += 1
             try:
-                self._board.say(f"{self._count} {status}")
+                self._board.say(f"{self._count}/{self._progress} {status}")
                 statuses = self._board.read()
             except (OSError, RuntimeError) as error:
                 self._board = None
@@ -212,7 +252,10 @@ class Watchdog:
                 return
             now = time.monotonic()
             changed = {rank: text for rank, text in statuses.items() if self._peers[rank].status != text}
-            self._peers |= {rank: _Peer(text, now) for rank, text in changed.items()}
+            peers = {rank: _Peer(text, now) for rank, text in changed.items()}
+            if any(peer.progress != self._peers[rank].progress for rank, peer in peers.items()):
+                self._restart_waits()
+            self._peers |= peers
 
     def _activity(self) -> str:
         with self._lock:
@@ -247,7 +290,7 @@ class Watchdog:
         with self._lock:
             if self._board is not None:
                 with contextlib.suppress(OSError, RuntimeError):
-                    self._board.say(f"{self._count + 1} {_GONE} {reason}")
+                    self._board.say(f"{self._count + 1}/{self._progress} {_GONE} {reason}")
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 child.kill()

@@ -7,11 +7,12 @@ same code runs over gloo and NCCL.
 
 from __future__ import annotations
 
+import json
 import math
 import socket
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -22,7 +23,15 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from rltrain.errors import UserError
 
-__all__ = ["Bucket", "Membership", "TransferGroup", "allocate_buffer", "connect_store", "open_store"]
+__all__ = [
+    "Bucket",
+    "Membership",
+    "ProcessSums",
+    "TransferGroup",
+    "allocate_buffer",
+    "connect_store",
+    "open_store",
+]
 
 _ALIGNMENT = 16  # bytes; a view of any type may begin there
 _POLL_SECONDS = 0.0005
@@ -91,6 +100,33 @@ class Bucket:
             (name, part[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape)))
             for name, part, dtype, shape in rows
         ]
+
+
+@dataclass(frozen=True)
+class ProcessSums:
+    """What a worker's process says of the weights that it computes with.
+
+    sums: u.y, |y|^2 and the number of the copy that it holds a part of, by checkpoint name; the parts of a
+    copy add up. parts: u.y of its own columns alone, of weights whose columns the processes divide; their sum
+    is in the first one's ``sums``. refusal: why the model cannot be proved.
+    """
+
+    sums: Mapping[str, tuple[float, float, int]] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict)
+    refusal: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> ProcessSums:
+        return cls(**json.loads(text))
+
+    def own(self, name: str) -> float | None:
+        """A number of what this process alone holds of the weight."""
+        if name in self.parts:
+            return self.parts[name]
+        return self.sums[name][0] if name in self.sums else None
 
 
 def align_size(size: int) -> int:

@@ -26,7 +26,7 @@ from rltrain.config.schema import OfflineRecipe
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "recipes" / "measured.json"
-FOLDERS = ("policy", "preference", "process_reward")
+FOLDERS = ("policy", "preference", "process_reward", "supervised")
 # measured in docs/studies, or in an environment of several turns, for which the tiny model must first be
 # trained on the environment's commands
 EXCLUDED = {

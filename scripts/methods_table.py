@@ -48,7 +48,7 @@ tiny model, from which `grpo` goes from 0.40 to 0.58. The baselines:
 
 {baselines}
 """
-FOLDERS = ("policy", "preference", "process_reward")
+FOLDERS = ("policy", "preference", "process_reward", "supervised")
 KINDS: tuple[tuple[str, str, Registry], ...] = (
     ("Advantages", "advantage", ADVANTAGES),
     ("Controls: statistics over the whole step or optimizer batch", "control", TOKEN_CONTROLS),

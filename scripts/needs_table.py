@@ -7,17 +7,21 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from rltrain.needs import NEEDS, TRAITS
+from rltrain.needs import NEEDS, TRAITS, Word
 
 PAGE = Path(__file__).parents[1] / "docs/needs.md"
 HEAD = """\
 # Needs and traits
 
 What `@method(name, needs=..., traits=...)` may declare. Made from `rltrain/needs.py` by
-`scripts/needs_table.py`. B completions, T completion tokens, N examples of a preference loss. An argument
-follows a colon: `entropy:0.5`, `policy_loss:clip`; a hyperparameter in braces is replaced by its value:
-`clamped_entropy:{share}`. A control may add `_now` to a statistic and gets it at the start of each optimizer
-batch.
+`scripts/needs_table.py`. B completions, T completion tokens, N examples of a preference loss. The constant in
+`rltrain.needs` has the name in capitals, and the text itself declares the same: `OLD_LOGP` or `"old_logp"`.
+An argument follows a colon: `POLICY_LOSS("clip")` or `"policy_loss:clip"`; a hyperparameter in braces is
+replaced by its value: `CLAMPED_ENTROPY("{share}")`. A control may add `_now` to a statistic, as in
+`EXPECTED_ENTROPY_SLOPE.update_start`, and gets it at the start of each optimizer batch.
+
+A rule about one method alone is a function beside it, `@method(name, check=...)`: see
+[add a method](add_a_method.md).
 """
 
 
@@ -30,9 +34,13 @@ def page() -> str:
     return "\n".join(tables)
 
 
-def table(title: str, words: Mapping[str, str]) -> str:
-    rows = [f"| `{word}` | {meaning} |" for word, meaning in words.items()]
-    return "\n".join([f"## {title}", "", "| name | meaning |", "|---|---|", *rows, ""])
+def table(title: str, words: Mapping[str, Word]) -> str:
+    rows = [f"| `{name}` | {argument(word)} | {word.meaning} |" for name, word in words.items()]
+    return "\n".join([f"## {title}", "", "| name | argument | meaning |", "|---|---|---|", *rows, ""])
+
+
+def argument(word: Word) -> str:
+    return f"{word.argument}, optional" if word.is_optional else word.argument
 
 
 def main() -> int:

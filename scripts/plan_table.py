@@ -1,9 +1,9 @@
-"""Writes docs/plan.md: what every recipe takes on GPUs, and the smallest cluster that it fits.
+"""Writes docs/plan.md, what every recipe takes on GPUs, and into every recipe the smallest cluster it fits.
 
     python scripts/plan_table.py [--check]
 
 The numbers are those of ``rltrain plan --gpus --gpu-gb``, with the shapes of ``scripts/model_shapes.py``.
-``--check`` changes nothing and exits with 1 if the file would change.
+``--check`` changes nothing and exits with 1 if the page would change.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from model_shapes import PUBLISHED, shape_of_published  # noqa: E402
 
 from rltrain.config.capacity.cluster import Backend, Cluster  # noqa: E402
 from rltrain.config.capacity.constants import CARDS, GB, Card  # noqa: E402
-from rltrain.config.capacity.memory import Phase, phases_of  # noqa: E402
+from rltrain.config.capacity.memory import Phase, phases_of, with_utilization  # noqa: E402
 from rltrain.config.capacity.remedy import smallest_cluster  # noqa: E402
 from rltrain.config.capacity.report import CapacityPlan, plan_capacity  # noqa: E402
 from rltrain.config.capacity.workload import Workload, workload_of  # noqa: E402
@@ -28,9 +28,15 @@ from rltrain.config.load import load_recipe  # noqa: E402
 
 ROOT = SCRIPTS.parent
 PAGE = ROOT / "docs" / "plan.md"
-FOLDERS = {"policy": "Policy gradients", "preference": "Preferences", "process_reward": "Reward models"}
+FOLDERS = {
+    "policy": "Policy gradients",
+    "preference": "Preferences",
+    "process_reward": "Reward models",
+    "supervised": "Supervised fine-tuning",
+}
 NODE = Cluster(8, int(85.5 * GB), Backend.fsdp2)
 CARD_BYTES = {"80 GB": int(85.5 * GB), "141 GB": 141 * GB}
+STATEMENT = "# Smallest cluster by rltrain plan: "  # begins a recipe's line
 COLUMNS = ("rest", "start", "push", "rollout", "annotate", "update", "save")
 PHASES = {
     "rest": "learner at rest",
@@ -45,13 +51,14 @@ Made by `scripts/plan_table.py` from the arithmetic of `rltrain plan RECIPE --gp
 on this page was measured, and the constants that no config states (`rltrain/config/capacity/constants.py`)
 are estimates. GB are 1e9 bytes; a GPU of 80 GB has 85.5 of them. Numbers are GB per GPU in each phase on
 eight GPUs of 80 GB under FSDP2, **bold** where they exceed the GPU; of the engine, that one longest row
-fits its share is checked too. *Nearest* is the first setting that fits, tried in this order: fewer tokens
-per micro-batch, another utilisation, both, another backend, twice the GPUs. *Smallest* is the fewest GPUs,
-a power of two, under FSDP2 (one GPU: nothing is wrapped) with the recipe's own tokens per micro-batch; u is
-`rollout.vllm.gpu_memory_utilization` where it has to differ. Seconds are those of a step with rows of full
-length, one round of sampling, rewards not included, by the named rates of an H100. Frozen models are counted
-as whole and float32 on every GPU, an upper bound: FSDP2 and ZeRO divide them, in the learner's precision. The
-engine knows no tensor parallelism. Both decide most of what does not fit.
+fits its share is checked too. *u* is vLLM's share of a GPU: what learner and frozen models leave of it, less
+3 %, so that the phases in which the engine is awake all but fill the GPU. *Nearest* is the first setting
+that fits, tried in this order: fewer tokens per micro-batch, more ranks that hold an engine together (tp,
+`rollout.vllm.tensor_parallel`), another backend, twice the GPUs. *Smallest* is the fewest GPUs, a power of
+two, under FSDP2 (one GPU: nothing is wrapped) with the recipe's own tokens per micro-batch, and tp where it
+has to differ; each recipe says it too. Seconds are those of a step with rows of full length, one round of
+sampling, rewards not included, by the named rates of an H100. Frozen models are kept in the learner's
+precision and divided by FSDP2 and ZeRO; models that score completions are whole on every GPU.
 """
 
 
@@ -77,9 +84,41 @@ def smallest_text(load: Workload, gpu_bytes: int) -> str:
     if result is None:
         return "none"
     cluster, changed = result
-    if load.engine is None or changed.engine is None or changed.engine == load.engine:
-        return str(cluster.gpus)
-    return f"{cluster.gpus}, u {changed.engine.utilization:g}"
+    parts = [str(cluster.gpus), *(f"{short} {value}" for short, _, value in changes_of(load, changed))]
+    return ", ".join(parts)
+
+
+def changes_of(load: Workload, changed: Workload) -> Iterator[tuple[str, str, str]]:
+    """(short name, key, value) of what the engine of ``changed`` has in another way."""
+    if load.engine is None or changed.engine is None:
+        return
+    if changed.engine.utilization != load.engine.utilization:
+        yield "u", "rollout.vllm.gpu_memory_utilization", f"{changed.engine.utilization:g}"
+    if changed.engine.ranks != load.engine.ranks:
+        yield "tp", "rollout.vllm.tensor_parallel", str(changed.engine.ranks)
+
+
+def statement_of(load: Workload) -> str:
+    """A recipe's line on the smallest clusters that it fits, with its own tokens per micro-batch."""
+    parts = []
+    for size, gpu_bytes in CARD_BYTES.items():
+        result = smallest_cluster(load, gpu_bytes, Backend.fsdp2)
+        if result is None:
+            parts.append(f"none of {size}")
+            continue
+        cluster, changed = result
+        settings = "".join(f" with {key} {value}" for _, key, value in changes_of(load, changed))
+        parts.append(f"{cluster.gpus} x {size}{settings}")
+    return STATEMENT + "; ".join(parts)
+
+
+def write_statement(path: Path, load: Workload) -> None:
+    """Puts ``statement_of`` above the recipe's first key."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if not line.startswith(STATEMENT)]
+    first = next(number for number, line in enumerate(kept) if not line.startswith("#"))
+    kept.insert(first, statement_of(load))
+    path.write_text("\n".join(kept) + "\n", encoding="utf-8")
 
 
 def cell_of(phase: Phase | None) -> str:
@@ -100,12 +139,18 @@ def nearest_text(plan: CapacityPlan) -> str:
         for name, value in (
             ("tokens", changes.tokens_per_micro_batch),
             ("u", changes.gpu_memory_utilization),
+            ("tp", changes.tensor_parallel),
             ("", changes.backend),
             ("GPUs", changes.gpus),
         )
         if value is not None
     ]
     return ", ".join(parts).strip()
+
+
+def share_text(load: Workload) -> str:
+    engine = with_utilization(load, NODE).engine
+    return "" if engine is None or engine.name != "vllm" else f"{engine.utilization:g}"
 
 
 def row_of(path: Path, load: Workload) -> str:
@@ -115,6 +160,7 @@ def row_of(path: Path, load: Workload) -> str:
     cells = [
         path.stem,
         f"{load.policy.parameters / 1e9:.1f}",
+        share_text(load),
         *(cell_of(phases.get(PHASES[name])) for name in COLUMNS),
         nearest_text(plan),
         *(smallest_text(load, size) for size in CARD_BYTES.values()),
@@ -127,6 +173,7 @@ def page_text() -> str:
     titles = [
         "recipe",
         "1e9 parameters",
+        "u",
         *COLUMNS,
         "nearest",
         *(f"smallest, {name}" for name in CARD_BYTES),
@@ -154,6 +201,9 @@ def main() -> None:
         is_current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
         sys.exit(0 if is_current else "docs/plan.md is not what scripts/plan_table.py writes; run it")
     PAGE.write_text(text, encoding="utf-8")
+    for folder in FOLDERS:
+        for path, load in recipes_in(folder):
+            write_statement(path, load)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -46,6 +47,18 @@ def ctrl_c_is_heard() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_vllm_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What engines of the tests cache is removed with the tests' other files."""
+    before = os.environ.get("VLLM_CACHE_ROOT")
+    os.environ["VLLM_CACHE_ROOT"] = str(tmp_path_factory.getbasetemp() / "vllm")
+    yield
+    if before is None:
+        del os.environ["VLLM_CACHE_ROOT"]
+    else:
+        os.environ["VLLM_CACHE_ROOT"] = before
 
 
 @pytest.fixture(scope="session")

@@ -71,34 +71,73 @@ def test_paths_at_which_nothing_is(tmp_path: Path, settings: tuple[str, ...], me
 
 
 def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rltrain.build.local_inputs.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("rltrain.build.local_inputs.find_spec", lambda name: None)
     with pytest.raises(UserError, match="the package vllm is not installed here; install it"):
         require_local_inputs(recipe_of(GRPO, "rollout.engine=vllm"))
 
 
-def test_names_on_the_hub_and_built_in_tasks_pass(tmp_path: Path) -> None:
+def test_names_on_the_hub_and_built_in_tasks_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     require_local_inputs(recipe_of(GRPO, "model.path=someone/model"))
     require_local_inputs(recipe_of(GRPO, "model.path=someone/model", "data.train=someone/data"))
     require_local_inputs(recipe_of(DPO, "model.path=someone/model"))
 
 
-def test_the_command_tells_them_without_importing_torch(tmp_path: Path) -> None:
+TRAIN = ("train", str(GRPO), "--profile", "tiny_cpu", "--run", "run")
+TINY = (str(GRPO), "--profile", "tiny_cpu", "--set", "model.path=./none")
+SCORED = ("--out", "x", "--reference", "none", "--beta", "1")
+NOTHING = "'./none': no such folder"
+MISTAKES = [
+    ((*TRAIN, "--set", "model.path={model}", "--set", "data.train=none.jsonl"), "data set 'none.jsonl': no"),
+    ((*TRAIN, "--set", "model.path=./none"), f"model.path {NOTHING}"),
+    (
+        (*TRAIN, "--set", "model.path=nobody/none"),
+        "model.path 'nobody/none' is no model folder, and as a name",
+    ),
+    ((*TRAIN, "--set", "model.path={model}", "--set", "model.teacher=./none"), f"model.teacher {NOTHING}"),
+    ((*TRAIN, "--set", "rollout.n=many"), "rollout.n"),
+    ((*TRAIN, "--set", "data.chat_template=none.jinja"), "none.jinja' cannot be read"),
+    (
+        (*TRAIN, "--set", "model.path={model}", "--run", "{full}"),
+        "holds files that are not a run's (thesis.tex)",
+    ),
+    ((*TRAIN, "--set", "model.path={model}", "--resume", "none"), "none: files.sha256.json is missing"),
+    (("train",), "Missing argument 'RECIPE'. (see"),
+    (("trian",), "No such command 'trian'. Did you mean 'train'?"),
+    (("doctor", *TINY), f"model.path {NOTHING}"),
+    (("compare", *TINY), f"model.path {NOTHING}"),
+    (("worker", *TINY), f"model.path {NOTHING}"),
+    (("eval", "./none", "--recipe", *TINY), f"MODEL {NOTHING}"),
+    (("eval", "{model}", "--kl-to", "./none", "--recipe", *TINY), f"--kl-to {NOTHING}"),
+    (("generate", "./none", "1+1="), f"MODEL {NOTHING}"),
+    (("score", "./none", "rows.jsonl", *SCORED), f"MODEL {NOTHING}"),
+    (("score", "{model}", "rows.jsonl", *SCORED), "data set 'rows.jsonl': no such file"),
+    (("soup", "./none", "./none", "--out", "x"), f"model 1 {NOTHING}"),
+    (("soup", "./none", "--out", "x"), "a soup of 1 models and 0 weights"),
+    (("tiny-model", "--task", "gsm8k_calculator"), "gsm8k_calculator needs GSM8K's train file"),
+    (("report", "none"), "none holds no metrics.jsonl; give the folder of a run"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    MISTAKES,
+    ids=[f"{words[0]}-{number}" for number, (words, _) in enumerate(MISTAKES)],
+)
+def test_a_mistake_is_told_without_importing_torch(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
     """Five seconds of imports lie between a mistake and its line otherwise."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    command = [sys.executable, "-m", "rltrain", "train", str(GRPO), "--profile", "tiny_cpu", "--run", "run"]
-    for settings, message in (
-        (("--set", "data.train=none.jsonl"), "data set 'none.jsonl': no such file or folder"),
-        (("--set", "model.path=./none"), "model.path './none': no such folder"),
-        (("--set", "rollout.n=many"), "rollout.n"),
-        (("--set", "data.chat_template=none.jinja"), "none.jinja' cannot be read"),
-    ):
-        model = ("--set", f"model.path={tmp_path.parent}") if "model.path" not in settings[1] else ()
-        done = subprocess.run(
-            [*command, *model, *settings], cwd=tmp_path, capture_output=True, text=True, timeout=60,
-            env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": ""},
-        )  # fmt: skip
-        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.tex").write_text("precious")
+    words = [word.format(model=tmp_path.parent, full=tmp_path / "full") for word in arguments]
+    done = subprocess.run(
+        [sys.executable, "-m", "rltrain", *words], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_data_set_of_ones_own_needs_no_options_of_the_task_it_replaces() -> None:

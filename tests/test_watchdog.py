@@ -65,6 +65,22 @@ def test_waits_that_end_in_time_and_time_that_nobody_waits_for_are_free() -> Non
     assert (done.returncode, done.stdout, done.stderr) == (0, "came through\n", "")
 
 
+def test_a_wait_that_advances_may_last_and_ends_once_it_stands_still() -> None:
+    done = run("""
+        from rltrain.watchdog import note_progress
+
+        with Watchdog(1.0) as watchdog, watchdog.waiting("the vllm engine", "to generate"):
+            until = time.monotonic() + 4
+            while time.monotonic() < until:
+                note_progress()
+                time.sleep(0.01)
+            print("advanced", flush=True)
+            time.sleep(60)
+    """)
+    assert (done.returncode, done.stdout) == (EXPIRED, "advanced\n")
+    assert "for the vllm engine: to generate" in done.stderr
+
+
 BOARD = """
     class Board:
         peers = (1,)
@@ -83,6 +99,29 @@ def test_a_rank_without_a_sign_of_life_is_named_with_the_last_thing_it_did() -> 
     assert done.returncode == EXPIRED
     assert "deadline: rank 0: rank 1 gave no sign of life for 0." in done.stderr  # a third of 1.5 s
     assert "its last status was: waiting for the engine: to start" in done.stderr
+
+
+def test_a_rank_that_advances_is_waited_for_and_one_that_only_lives_is_not() -> None:
+    code = """
+    import itertools
+    class Board:
+        peers = (1,)
+        until = time.monotonic() + 4
+        numbers = itertools.count()
+        def say(self, text): pass
+        def read(self):
+            number = next(self.numbers)
+            advanced = number if time.monotonic() < self.until else "all"
+            return {1: f"{number}/{advanced} alive waiting for the engine: to generate"}
+    start = time.monotonic()
+    with Watchdog(1.0, "rank 0", Board()) as watchdog:
+        watchdog.add_cleanup(lambda: print(time.monotonic() - start, flush=True))
+        with watchdog.waiting("the other ranks", "to come here"):
+            time.sleep(60)
+    """
+    done = run(code)
+    assert done.returncode == EXPIRED and "for the other ranks: to come here" in done.stderr
+    assert float(done.stdout) > 4
 
 
 def test_a_rank_that_failed_ends_the_others_with_its_reason() -> None:
@@ -109,13 +148,17 @@ def test_a_rank_that_finished_is_not_missed_and_this_one_leaves_its_status() -> 
     """
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "1 alive at work | gone KeyError: 'the recipe'"
+    assert done.stdout.strip() == "1/0 alive at work | gone KeyError: 'the recipe'"
 
 
 @pytest.mark.parametrize(
     ("error", "named"),
     [
         ("TimeoutError('12 of 40 reward tasks')", "deadline: rank 0: 12 of 40 reward tasks"),
+        (
+            "__import__('rltrain.errors').errors.TemporaryError('no worker')",
+            "deadline: rank 0: no worker",
+        ),
         (
             "RuntimeError('[gloo] Timed out waiting 1800000ms for recv')",
             "Timed out waiting 1800000ms for recv; rank 1 was waiting for the engine",

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,30 +20,42 @@ ROOT = Path(__file__).parents[1]
 PARTS = ("rltrain", "reward", "recipes", "pyproject.toml", "README.md", "LICENSE")
 SHORT = ("train.steps=1", "rollout.prompts=4", "rollout.n=2", "eval.prompts=4", "reward.workers=1")
 BROKEN = "raise SystemExit('the wrong reward was imported')\n"
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
 pytestmark = pytest.mark.slow
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of a fresh environment with the wheel, the tested packages, and another ``reward``."""
-    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a package is made from."""
+    tree = tmp_path_factory.mktemp("tree")
     for part in PARTS:
         if (ROOT / part).is_dir():
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / part, tree / part, symlinks=True, ignore=ignored)
         else:
             shutil.copy(ROOT / part, tree / part)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    build = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out), "."]
-    subprocess.run(build, cwd=tree, check=True)
+    return tree
 
-    environment = out / "environment"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    build = [*PIP, "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out), "."]
+    subprocess.run(build, cwd=tree, check=True)
     (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a fresh environment with the wheel, the tested packages, and another ``reward``."""
+    environment = tmp_path_factory.mktemp("installed") / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     install = ["install", "-q", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run([*pip, "--python", str(environment / "bin" / "python"), *install], check=True)
+    subprocess.run([*PIP, "--python", str(environment / "bin" / "python"), *install], check=True)
     (packages,) = environment.glob("lib/python*/site-packages")
     tested = {sysconfig.get_path(kind) for kind in ("purelib", "platlib")}
     (packages / "tested.pth").write_text("".join(f"{path}\n" for path in sorted(tested)))
@@ -67,6 +81,19 @@ def run(python: Path, tmp_path: Path) -> Run:
         return done
 
     return start
+
+
+def test_a_source_distribution_holds_all_that_the_wheel_does(tree: Path, wheel: Path, tmp_path: Path) -> None:
+    build = [sys.executable, "-c", BUILD_SDIST, str(tmp_path)]
+    subprocess.run(build, cwd=tree, check=True, capture_output=True)
+    (source,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        members = {member.name.partition("/")[2]: member.isreg() for member in archive if not member.isdir()}
+    assert all(members.values())  # the links have become the files that they point to
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert {"rltrain/reward/score.py", "rltrain/recipes/policy/grpo.yaml"} <= packed
+    assert packed | {"pyproject.toml", "README.md", "LICENSE"} <= set(members)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rltrain.advantage.group import as_float, group_norm
+from rltrain.needs import MASK, OLD_ENTROPY
 from rltrain.registry import method
 from rltrain.tensor_ops import (
     apply_mask,
@@ -41,7 +42,7 @@ _CAP = (1.0, 1.0, 1.2)  # size of the bonus
 _WRONG = (0.6, 0.8, 1.0)  # share of the bonus that a wrong answer can earn
 
 
-@method("ares", arxiv="2510.08457", needs={"mask", "old_entropy"})
+@method("ares", arxiv="2510.08457", needs={MASK, OLD_ENTROPY})
 def ares(
     rewards: Tensor,
     group: Tensor,

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from rltrain.advantage.group import rloo
+from rltrain.needs import MASK, OLD_ENTROPY, OLD_LOGP
 from rltrain.registry import method
 from rltrain.tensor_ops import apply_mask, masked_mean, masked_sum, token_moments
 
 __all__ = ["em_rl", "grpo_s", "gtpo"]
 
 
-@method("gtpo", arxiv="2508.04349", needs={"mask", "old_entropy"})
+@method("gtpo", arxiv="2508.04349", needs={MASK, OLD_ENTROPY})
 def gtpo(
     rewards: Tensor,
     group: Tensor,
@@ -52,7 +53,7 @@ def gtpo(
     return _shape_rewards(_right(rewards, correct), group, entropy, counted, alpha1, alpha2, normalise, eps)
 
 
-@method("grpo_s", arxiv="2508.04349", needs={"mask", "old_entropy"})
+@method("grpo_s", arxiv="2508.04349", needs={MASK, OLD_ENTROPY})
 def grpo_s(
     rewards: Tensor,
     group: Tensor,
@@ -83,7 +84,7 @@ def grpo_s(
     )[:, 0]
 
 
-@method("em_rl", arxiv="2505.15134", needs={"mask", "old_logp", "old_entropy"})
+@method("em_rl", arxiv="2505.15134", needs={MASK, OLD_LOGP, OLD_ENTROPY})
 def em_rl(
     rewards: Tensor,
     group: Tensor,

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rltrain.needs import GROUPLESS, MASK, OLD_LOGP, REF_LOGP
 from rltrain.registry import method
 from rltrain.tensor_ops import apply_mask, masked_mean, masked_sum, segment_count, segment_mean, segment_std
 
@@ -92,9 +93,9 @@ def rloo(rewards: Tensor, group: Tensor) -> Tensor:
 @method(
     "reinforce_pp",
     arxiv="2501.03262",
-    needs={"mask"},
-    needs_if={"kl_coef": {"old_logp", "ref_logp"}},
-    traits={"groupless"},
+    needs={MASK},
+    needs_if={"kl_coef": {OLD_LOGP, REF_LOGP}},
+    traits={GROUPLESS},
 )
 def reinforce_pp(
     rewards: Tensor,
@@ -131,7 +132,7 @@ def reinforce_pp(
     return whiten(returns(token_rewards, valid, gamma), valid, eps)
 
 
-@method("reinforce_pp_baseline", arxiv="2501.03262", needs={"mask"})
+@method("reinforce_pp_baseline", arxiv="2501.03262", needs={MASK})
 def reinforce_pp_baseline(rewards: Tensor, group: Tensor, *, mask: Tensor, eps: float = 1e-8) -> Tensor:
     """REINFORCE++ with the group mean as baseline: ``R - mean`` on every token, then whitened over the step,
     arXiv:2501.03262.

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from rltrain.advantage.group import as_float
+from rltrain.needs import GROUPLESS, NO_SIGNAL, REWARD_FREE
 from rltrain.registry import method
 
 __all__ = ["none"]
 
 
-@method("none", traits={"groupless", "no_signal", "reward_free"})
+@method("none", traits={GROUPLESS, NO_SIGNAL, REWARD_FREE})
 def none(rewards: Tensor, group: Tensor) -> Tensor:
     """Zeros (B,): by definition nothing is learned from the rewards, which are still graded and reported.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rltrain.advantage.group import returns, whiten
+from rltrain.needs import MASK, PROCESS_REWARD
 from rltrain.registry import method
 from rltrain.tensor_ops import apply_mask, masked_mean, segment_count, segment_mean
 
@@ -87,7 +88,7 @@ def aggregate_steps(
     return torch.where(has_steps, scored, torch.zeros_like(scored))
 
 
-@method("prime", arxiv="2502.01456", needs={"mask", "process_reward"})
+@method("prime", arxiv="2502.01456", needs={MASK, PROCESS_REWARD})
 def prime(
     rewards: Tensor,
     group: Tensor,

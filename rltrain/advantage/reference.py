@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rltrain.advantage.group import as_float
+from rltrain.needs import AGGREGATE, EXTRA_SAMPLES, MASK, POLICY_LOSS, SOURCE
 from rltrain.registry import method
 from rltrain.tensor_ops import segment_count, segment_mean, segment_std
 from rltrain.types.samples import SOURCE_DATASET, SOURCE_POLICY, SOURCE_REFERENCE
@@ -20,7 +21,7 @@ from rltrain.types.samples import SOURCE_DATASET, SOURCE_POLICY, SOURCE_REFERENC
 __all__ = ["aapo", "grao"]
 
 
-@method("aapo", arxiv="2505.14264", needs={"source"}, traits={"extra_samples:reference"})
+@method("aapo", arxiv="2505.14264", needs={SOURCE}, traits={EXTRA_SAMPLES("reference")})
 def aapo(
     rewards: Tensor,
     group: Tensor,
@@ -63,8 +64,8 @@ def aapo(
 @method(
     "grao",
     arxiv="2508.07750",
-    needs={"source", "mask"},
-    traits={"extra_samples:answer", "policy_loss:reinforce", "aggregate:seq_mean_token_mean"},
+    needs={SOURCE, MASK},
+    traits={EXTRA_SAMPLES("answer"), POLICY_LOSS("reinforce"), AGGREGATE("seq_mean_token_mean")},
 )
 def grao(
     rewards: Tensor,

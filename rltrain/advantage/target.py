@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rltrain.needs import MASK, OLD_LOGP, REF_LOGP
 from rltrain.registry import method
 from rltrain.tensor_ops import masked_sum, segment_mean
 
@@ -116,7 +117,7 @@ def pull(log_ratio: Tensor, divergence: Divergence) -> Tensor:
     return -2 * torch.expm1(log_ratio)
 
 
-@method("dpg", arxiv="2205.11275", needs={"mask", "old_logp", "ref_logp"})
+@method("dpg", arxiv="2205.11275", needs={MASK, OLD_LOGP, REF_LOGP})
 def dpg(
     rewards: Tensor,
     group: Tensor,

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from rltrain.advantage.group import as_float, group_norm
+from rltrain.needs import MASK
 from rltrain.registry import method
 from rltrain.tensor_ops import segment_mean, token_moments
 
 __all__ = ["hapo"]
 
 
-@method("hapo", arxiv="2509.16591", needs={"mask"})
+@method("hapo", arxiv="2509.16591", needs={MASK})
 def hapo(
     rewards: Tensor, group: Tensor, *, mask: Tensor, eps: float = 1e-6, limit: float | None = 5.0
 ) -> Tensor:

@@ -21,7 +21,7 @@ from rltrain.analysis.comparison import Comparison
 from rltrain.analysis.curves import Curves
 from rltrain.config.load import load_recipe
 from rltrain.config.rules.offline import takes_pairs
-from rltrain.config.schema import AnyRecipe
+from rltrain.config.schema import AnyRecipe, OfflineRecipe
 from rltrain.errors import RecipeError, UserError
 from rltrain.interrupt import interrupt
 from rltrain.loss.preference import PREFERENCE_LOSSES
@@ -84,7 +84,7 @@ def _keys_of_different_units(recipes: Sequence[AnyRecipe]) -> frozenset[str]:
     pair_units = {
         takes_pairs(PREFERENCE_LOSSES.spec(recipe.loss.preference.name))
         for recipe in recipes
-        if recipe.kind == "offline"
+        if isinstance(recipe, OfflineRecipe)
     }
     return frozenset({"train.examples", "eval.examples"}) if len(pair_units) > 1 else frozenset()
 

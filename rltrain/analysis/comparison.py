@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rltrain.analysis.curves import Curves, Spread, mean_over_runs, moving_mean, student_mean
+from rltrain.analysis.curves import (
+    ANY,
+    Curves,
+    Range,
+    Spread,
+    mean_over_runs,
+    moving_mean,
+    range_of,
+    student_mean,
+)
 from rltrain.report.law import fit_law
 
 LAW = "law"  # the panel of reward against entropy
@@ -113,15 +123,16 @@ def _row(name: str, runs: Sequence[Curves], comparison: Comparison, others: Sequ
     reference = next(iter(comparison.methods.values()))
     cells = [name, str(len(runs))]
     for measure in comparison.measures:
-        cells.append(_format_spread(mean_over_runs(runs, lambda run, m=measure: run.final(m))))
+        within = range_of(measure)
+        cells.append(_format_spread(mean_over_runs(runs, lambda run, m=measure: run.final(m), within)))
         if _more_is_better(measure):
-            cells.append(_format_spread(mean_over_runs(runs, lambda run, m=measure: run.best(m))))
+            cells.append(_format_spread(mean_over_runs(runs, lambda run, m=measure: run.best(m), within)))
     for measure in others:
         difference = None if runs is reference else paired_seeds(runs, reference, measure)
         cells.append(_format_spread(difference))
 
     kept = [run.entropy_kept for run in runs]
-    cells.append(_format_spread(student_mean(kept)))
+    cells.append(_format_spread(student_mean(kept, (0.0, math.inf))))
     if others:
         cells.append(_format_spread(None if runs is reference else entropy_difference(runs, reference)))
 
@@ -144,7 +155,9 @@ def paired_seeds(runs: Sequence[Curves], reference: Sequence[Curves], measure: s
     """
     finals = [[run.final(measure) for run in method_runs] for method_runs in (runs, reference)]
     values = [[spread.value for spread in method_runs if spread is not None] for method_runs in finals]
-    return _differences(*values) if len(values[0]) == len(runs) else None
+    low, high = range_of(measure)
+    within = (low - high, high - low)
+    return _differences(values[0], values[1], within) if len(values[0]) == len(runs) else None
 
 
 def entropy_difference(runs: Sequence[Curves], reference: Sequence[Curves]) -> Spread | None:
@@ -152,10 +165,10 @@ def entropy_difference(runs: Sequence[Curves], reference: Sequence[Curves]) -> S
     return _differences([run.entropy_kept for run in runs], [run.entropy_kept for run in reference])
 
 
-def _differences(values: Sequence[float], reference: Sequence[float]) -> Spread | None:
+def _differences(values: Sequence[float], reference: Sequence[float], within: Range = ANY) -> Spread | None:
     if len(values) != len(reference):
         return None
-    return student_mean([value - base for value, base in zip(values, reference, strict=True)])
+    return student_mean([value - base for value, base in zip(values, reference, strict=True)], within)
 
 
 def _last_pass_spread(runs: Sequence[Curves], metric: str) -> Spread | None:
@@ -174,7 +187,7 @@ def _format_spread(spread: Spread | None) -> str:
 
 
 def markdown(comparison: Comparison) -> str:
-    """A table for each kind of run, then the conditions."""
+    """A table for each kind of run, then the conditions and what a reader must know of the numbers."""
     parts = comparison.parts
     tables = []
     for part in parts:
@@ -182,13 +195,45 @@ def markdown(comparison: Comparison) -> str:
         lines = [header, ["---"] * len(header), *rows]
         heading = f"{part.title}\n\n" if len(parts) > 1 else ""
         tables.append(heading + "".join(f"| {' | '.join(cells)} |\n" for cells in lines))
-    notes = "".join(f"- {line}\n" for line in comparison.conditions)
+    notes = "".join(f"- {line}\n" for line in (*comparison.conditions, *reading_notes(comparison)))
     return "\n".join(tables) + (f"\n{notes}" if notes else "")
+
+
+def reading_notes(comparison: Comparison) -> list[str]:
+    """Ceilings that no reward can reach, and methods whose curves hide one another."""
+    notes: list[str] = []
+    for name, runs in comparison.methods.items():
+        ceiling = mean_over_runs(runs, Curves.ceiling)
+        if ceiling is not None and ceiling.value > 1 and any(run.has_share_rewards for run in runs):
+            notes.append(
+                f"the law's ceiling of {name} is {ceiling.value:.3f}, and no share is above 1: the line "
+                "through the steps does not go on to zero entropy"
+            )
+    for part in comparison.parts:
+        for first, second in itertools.combinations(part.methods, 2):
+            equal = _equal_panels(part, first, second)
+            if equal:
+                notes.append(
+                    f"{first} and {second} are equal at every step in {', '.join(equal)}: one curve is drawn "
+                    "over the other"
+                )
+    return notes
+
+
+def _equal_panels(comparison: Comparison, first: str, second: str) -> list[str]:
+    """Titles of the panels in which two methods' runs have the same values."""
+    pairs = [comparison.methods[name] for name in (first, second)]
+    titles = []
+    for metric, title in list_panels(comparison):
+        first_series, second_series = ([run.series(metric) for run in runs] for runs in pairs)
+        if metric != LAW and first_series == second_series and any(steps for steps, _ in first_series):
+            titles.append(title)
+    return titles
 
 
 def figure(comparison: Comparison) -> bytes:
     """PNG of training reward, entropy and held-out metrics over steps, and of reward against entropy with
-    the law's fit.
+    the law's fit. Every second method is dashed, so that a curve under an equal one shows.
     """
     import matplotlib
 
@@ -221,6 +266,7 @@ def figure(comparison: Comparison) -> bytes:
                     color=colour,
                     alpha=0.8,
                     linewidth=1.1,
+                    linestyle="--" if number % 2 else "-",
                     label=name if seed == 0 else None,
                 )
 

@@ -14,6 +14,9 @@ from rltrain.json_text import parse_json
 from rltrain.report.law import student_quantile
 
 Line = dict[str, float]
+Range = tuple[float, float]
+ANY: Range = (-math.inf, math.inf)
+_SHARES = ("pass@", "avg@", "accuracy", "brier", "ece")
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,11 @@ class Curves:
             if _is_finite(line, metric)
         ]
         return [step for step, _ in points], [value for _, value in points]
+
+    @property
+    def has_share_rewards(self) -> bool:
+        """Whether the law's rewards are shares of right completions, at most 1."""
+        return any("reward/correct" in line for line in self.steps)
 
     def law_points(self) -> list[tuple[float, float]]:
         """(entropy in nats, reward) of every step with both, as ``report/law.py`` pairs them."""
@@ -176,25 +184,35 @@ class Curves:
         return statistics.fmean(line[metric] for line in self.steps if _is_finite(line, metric))
 
 
-def mean_over_runs(runs: Sequence[Curves], measure: Callable[[Curves], Spread | None]) -> Spread | None:
-    """Mean of ``measure`` over the runs that have it, with Student's interval; a single run keeps its own
-    interval.
+def mean_over_runs(
+    runs: Sequence[Curves], measure: Callable[[Curves], Spread | None], within: Range = ANY
+) -> Spread | None:
+    """Mean of ``measure`` over the runs that have it, with Student's interval, cut to the range ``within``; a
+    single run keeps its own interval.
 
     None if no run has it.
     """
     spreads = [spread for run in runs if (spread := measure(run)) is not None]
     if not spreads:
         return None
-    return spreads[0] if len(spreads) == 1 else student_mean([spread.value for spread in spreads])
+    return spreads[0] if len(spreads) == 1 else student_mean([spread.value for spread in spreads], within)
 
 
-def student_mean(values: Sequence[float]) -> Spread:
-    """Mean with Student's 95 % interval over independent values; NaN bounds for fewer than two."""
+def student_mean(values: Sequence[float], within: Range = ANY) -> Spread:
+    """Mean with Student's 95 % interval over independent values, cut to the range that they can be in; NaN
+    bounds for fewer than two.
+    """
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Spread(mean, math.nan, math.nan)
     half_width = student_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return Spread(mean, mean - half_width, mean + half_width)
+    return Spread(mean, max(mean - half_width, within[0]), min(mean + half_width, within[1]))
+
+
+def range_of(measure: str) -> Range:
+    """What a held-out metric can be: a share is in [0, 1]."""
+    short = measure.partition("/")[2]
+    return (0.0, 1.0) if short.startswith(_SHARES) else ANY
 
 
 def moving_mean(values: Sequence[float], width: int) -> list[float]:

@@ -14,8 +14,9 @@ from rltrain.build.inputs import RunInputs
 from rltrain.build.offline import OfflineInputs
 from rltrain.chat_template import clock_is_read, is_template_file, prints_date, read_template
 from rltrain.checkpoint.inputs import code_digests, column_digests, model_digests
-from rltrain.checkpoint.resume import AUTO, saved_date
+from rltrain.checkpoint.resume import saved_date
 from rltrain.checkpoint.run_folder import RunFolder
+from rltrain.checkpoint.saved_recipe import AUTO
 from rltrain.config.rules.registries import ENVIRONMENTS, REGISTRIES
 from rltrain.config.schema import MethodRef, Section
 from rltrain.config.user_files import method_places
@@ -68,6 +69,7 @@ _JUDGES: Mapping[str, Callable[[Any], Sequence[MethodRef]]] = {
     "online": lambda recipe: recipe.reward.functions,
     "online_pairs": lambda recipe: [*recipe.reward.functions, recipe.pairs.judge],
     "offline": lambda recipe: (),
+    "sft": lambda recipe: (),
 }
 
 

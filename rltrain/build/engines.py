@@ -41,6 +41,10 @@ def build_engine(
     precision: the learner's; on a GPU the engine's weights have the same.
     """
     device = process.device
+    if rollout.engine == "vllm_server" and rollout.workers is not None:
+        from rltrain.build.pool import build_pool_engine
+
+        return build_pool_engine(model, data, rollout, precision, tokenization, process)
     if rollout.engine == "vllm_server":
         from rltrain.build.server import build_server_engine
 
@@ -60,7 +64,7 @@ def build_engine(
         max_model_len=data.max_prompt_tokens + rollout.max_tokens,
         max_num_seqs=rollout.vllm.max_num_seqs,
         kv_cache_gib=rollout.vllm.kv_cache_gib,
-        gpu_memory_utilization=rollout.vllm.gpu_memory_utilization,
+        gpu_memory_utilization=rollout.vllm.utilization_alone,
         dtype=weights_dtype(precision, device),
         enforce_eager=rollout.vllm.enforce_eager,
         adaptive_temperature=rollout.adaptive_temperature is not None,
@@ -145,7 +149,7 @@ def build_transformers_engine(
         max_rows=max_rows,
         device=device,
         dtype=weights_dtype(precision, device),
-        attention="auto" if model.attention == "flash_attention_2" else model.attention,
+        attention="auto" if model.attention in ("flash_attention_2", "flex_attention") else model.attention,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from torch import Tensor
 from rltrain.config.schema import OfflineModel, Reference
 from rltrain.data.labels import LabelSet
 from rltrain.data.preferences import PairSet
+from rltrain.learner.adapter_off import FrozenModel
 from rltrain.learner.frozen_logprobs import FrozenLogProbs
 from rltrain.learner.frozen_models import frozen_model, weights_digest
 from rltrain.learner.preference_learner import PreferenceLearner
 from rltrain.loss.preference.objective import PreferenceObjective
+from rltrain.needs import MISMATCHED
 from rltrain.report.reporter import Reporter
 from rltrain.train.examples import (
     Examples,
@@ -62,15 +64,17 @@ def annotate_examples(
     seed: int,
     fresh: bool,
     reporter: Reporter,
+    proofs: dict[str, str],
 ) -> dict[str, Examples]:
     """The sets by name with the log-probs of frozen models.
 
     batches: of the completions that are paired with the prompts of others. fresh: the learner still has its
-    starting weights, so that it can stand in for the starting model.
+    starting weights, so that it can stand in for the starting model. proofs: digests of frozen models and of
+    their log-probs that the run had before; extended here.
     """
     paths = {"ref_logp": model.reference, "previous_logp": model.previous}
     needed_paths = {name: paths[name] for name in _FROZEN if name in objective.needs}
-    mismatched = "mismatched" in objective.needs
+    mismatched = MISMATCHED in objective.needs
     if mismatched:
         needed_paths.setdefault("ref_logp", paths["ref_logp"])
     data_logps = {}
@@ -79,7 +83,7 @@ def annotate_examples(
 
     logps: dict[tuple[str, str], Tensor] = {}  # by (which examples, which log-probs)
     for path in dict.fromkeys(needed_paths.values()):
-        with _open_frozen_log_probs(reference, model, learner, path, fresh, reporter) as frozen:
+        with _open_frozen_log_probs(reference, model, learner, path, fresh, reporter, proofs) as frozen:
             for part, rows, sides in _row_sets(sets, batches if mismatched else None, seed):
                 description = f"{path or model.path} on the {part} completions"
                 from_data = data_logps.get(part) if path == paths["ref_logp"] else None
@@ -100,17 +104,36 @@ def _open_frozen_log_probs(
     path: str | None,
     fresh: bool,
     reporter: Reporter,
+    proofs: dict[str, str],
 ) -> Iterator[FrozenLogProbs]:
     """The log-probs of the model at ``path``; None: the starting model, which is loaded a second time
-    only if the learner no longer has its weights, nor an adapter to switch off.
+    only if the learner no longer has its weights, nor an adapter to switch off. A resumed run loads it only
+    if it has lost the log-probs.
     """
     folder = None if reference.cache is None else Path(reference.cache).expanduser()
-    build = partial(FrozenLogProbs, learner, folder=folder, verify=reference.verify, say=reporter.message)
+    build = partial(
+        FrozenLogProbs,
+        learner,
+        folder=folder,
+        verify=reference.verify,
+        say=reporter.message,
+        proofs=proofs,
+    )
+    name = f"weights of {path or 'the starting model'}"
     if path is None and fresh:
-        yield build(frozen=None, weights=weights_digest(learner.model_weights()))
+        proofs[name] = weights_digest(learner.model_weights())
+        yield build(frozen=None, weights=proofs[name])
         return
-    with frozen_model(path, model, learner.trained) as (frozen, digest):
-        yield build(frozen=frozen, weights=digest)
+    with contextlib.ExitStack() as stack:
+
+        @cache
+        def load() -> FrozenModel:
+            frozen, proofs[name] = stack.enter_context(frozen_model(path, model, learner.trained))
+            return frozen
+
+        if name not in proofs:
+            load()
+        yield build(frozen=None, weights=proofs[name], load=load)
 
 
 def _row_sets(
@@ -136,12 +159,14 @@ def _mismatched_rows(
     """KTO's mismatched rows of all steps, in order."""
     prompts: list[tuple[int, ...]] = []
     completions: list[tuple[int, ...]] = []
+    scored: list[tuple[bool, ...]] = []
     ids = prompt_ids([example.prompt for example in examples.completions])
     for step, batch in enumerate(batches, start=1):
         others = mismatched_rows(select_rows(rows, batch, 1), ids[torch.tensor(batch)], seed, step)
         prompts += others.prompts
         completions += others.completions
-    return TokenRows(tuple(prompts), tuple(completions))
+        scored += others.scored or ()
+    return TokenRows(tuple(prompts), tuple(completions), tuple(scored) if scored else None)
 
 
 def _build_examples(

@@ -29,6 +29,7 @@ from rltrain.build.outputs import (
     resume,
     saved_adapter,
 )
+from rltrain.build.recomputation import recompute_what_must_be
 from rltrain.checkpoint.random_state import seed_everything
 from rltrain.checkpoint.run_state import RunState
 from rltrain.config.rules.offline import data_needs, takes_pairs
@@ -56,6 +57,7 @@ from rltrain.loss.preference import PREFERENCE_LOSSES
 from rltrain.loss.preference.kto import class_weight_advice
 from rltrain.loss.preference.margins import mean_target
 from rltrain.loss.preference.objective import PreferenceObjective
+from rltrain.needs import MARGIN, SCALAR_HEAD, WHOLE_GROUPS
 from rltrain.process import Process
 from rltrain.registry import BoundMethod
 from rltrain.seeds import stable_hash
@@ -93,7 +95,7 @@ def load_offline_inputs(recipe: OfflineRecipe) -> OfflineInputs:
     }
     tokenization = tokenization_of(model, sizes, data.chat_template)
     loss = PREFERENCE_LOSSES.bind(recipe.loss.preference.name, recipe.loss.preference.hp)
-    head = "new scalar" if "scalar_head" in loss.spec.traits else "logits"
+    head = "new scalar" if SCALAR_HEAD in loss.spec.traits else "logits"
     require_weights(model.path, model.revision, head, model.attention)
     for key, path in (("model.reference", model.reference), ("model.previous", model.previous)):
         if path is not None:
@@ -191,7 +193,7 @@ def _advice(inputs: OfflineInputs) -> Iterator[str]:
         advice = class_weight_advice(*train.classes, values["weight_desirable"], values["weight_undesirable"])
         if advice is not None:
             yield f"warning: {advice}"
-    if isinstance(train, PairSet) and "margin" in loss.needs and values.get("gamma") is not None:
+    if isinstance(train, PairSet) and MARGIN in loss.needs and values.get("gamma") is not None:
         margins = torch.tensor([pair.margin for pair in train.pairs], dtype=torch.float64)
         target = mean_target(margins, values["gamma"])
         yield (
@@ -207,38 +209,38 @@ class OfflineState:
     """The state of an offline run that changes from step to step besides the weights; part of every
     checkpoint.
 
-    data: digest of the training examples, in order.
+    data: digest of the training examples, in order. frozen: digests of frozen models and their log-probs.
     """
 
     learner: PreferenceLearner
     order: ExampleOrder
     data: str
+    frozen: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """The fields of RunState that are not the learner's."""
-        return {"prompts": self.data, "pushes": 0, "order": self.order.state_dict()}
+        return {
+            "prompts": self.data,
+            "pushes": 0,
+            "order": self.order.state_dict(),
+            "frozen": dict(self.frozen),
+        }
 
     def load_state_dict(self, state: RunState) -> None:
         """Restores everything but the weights and the random generators. Raises UserError for other data."""
         require_same_data(state, self.data, "examples")
         self.learner.restore(state.tensors, state.learner)
         self.order.load_state_dict(state.order)
+        self.frozen.update(state.frozen)
 
 
 def build_offline_run(recipe: OfflineRecipe, inputs: OfflineInputs, context: RunContext) -> OfflineRun:
     """Loads weights; computes the log-probs of frozen models or reads them from the cache."""
     seed_everything(recipe.seed)
-    process = context.process
     tokenization = inputs.tokenization
     order = build_order(inputs.train, inputs.loss, recipe.train.examples, recipe.seed)
     steps = total_steps(recipe.train, len(inputs.train))
-    learner = build_preference_learner(
-        recipe.model, recipe.learner, recipe.loss, steps, recipe.seed, context.checkpoint, process
-    )
-    if learner.scoring is REWARDS:
-        pad = cast("int | None", tokenization.tokenizer.pad_token_id)
-        name_pad_token(learner.model, pad, tokenization.stop_tokens.stop)
-
+    learner = _build_trained_learner(recipe, tokenization, steps, context)
     state = OfflineState(learner, order, data_digest(examples_in(inputs.train)))
     resumed = resume(context.checkpoint, state)
     plain_recipe = recipe.model_dump(mode="json")
@@ -255,6 +257,7 @@ def build_offline_run(recipe: OfflineRecipe, inputs: OfflineInputs, context: Run
         seed=recipe.seed,
         fresh=context.is_fresh,
         reporter=reporter,
+        proofs=state.frozen,
     )
 
     evaluator = None
@@ -287,6 +290,19 @@ def build_offline_run(recipe: OfflineRecipe, inputs: OfflineInputs, context: Run
     )
 
 
+def _build_trained_learner(
+    recipe: OfflineRecipe, tokenization: Tokenization, steps: int, context: RunContext
+) -> PreferenceLearner:
+    learner = build_preference_learner(
+        recipe.model, recipe.learner, recipe.loss, steps, recipe.seed, context.checkpoint, context.process
+    )
+    recompute_what_must_be(recipe, [learner.trained])
+    if learner.scoring is REWARDS:
+        pad = cast("int | None", tokenization.tokenizer.pad_token_id)
+        name_pad_token(learner.model, pad, tokenization.stop_tokens.stop)
+    return learner
+
+
 def total_steps(train: OfflineTrain, examples: int) -> int:
     """Steps of the whole run; the last step of an epoch takes its missing examples from the next epoch."""
     return train.steps or max(1, math.ceil(train.epochs * examples / train.examples))
@@ -308,7 +324,7 @@ def build_preference_learner(
         settings,
         total_updates=steps,
         seed=seed,
-        scoring=REWARDS if "scalar_head" in spec.traits else LOG_PROBS,
+        scoring=REWARDS if SCALAR_HEAD in spec.traits else LOG_PROBS,
         adapter_from=saved_adapter(model, checkpoint),
         deadline=process.deadline,
     )
@@ -400,6 +416,7 @@ def evaluate_offline(model: str, recipe: OfflineRecipe, process: Process) -> Pre
         seed=recipe.seed,
         fresh=False,
         reporter=QUIET,
+        proofs={},
     )
     evaluator = build_preference_evaluator(
         recipe.eval, judged, recipe.data, inputs, learner, examples[HELD_OUT], objective, recipe.seed
@@ -412,7 +429,7 @@ def build_order(train: PairSet | LabelSet, loss: BoundMethod, per_step: int, see
     them.
     """
     prompts = prompt_ids([example.prompt for example in examples_in(train)])
-    if "whole_groups" in loss.spec.traits:
+    if WHOLE_GROUPS in loss.spec.traits:
         units = group_by_prompt(prompts)
     else:
         units = [[index] for index in range(len(train))]

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from rltrain.advantage import ADVANTAGES
 from rltrain.build.context import RunContext
+from rltrain.build.engine_share import rollout_beside
 from rltrain.build.inputs import RunInputs
 from rltrain.build.outputs import PROCESS, TrainingState, build_outputs, initial_model, resume, saved_adapter
+from rltrain.build.recomputation import recompute_what_must_be
 from rltrain.build.rollout import build_rollout
 from rltrain.checkpoint.random_state import seed_everything
 from rltrain.checkpoint.run_state import is_sharded
@@ -82,7 +84,7 @@ def build_online_run(recipe: OnlineRecipe, inputs: RunInputs, context: RunContex
         context,
         recipe.model,
         recipe.data,
-        recipe.rollout,
+        rollout_beside(recipe, learner.trained),
         recipe.reward,
         recipe.sync,
         recipe.eval,
@@ -94,6 +96,8 @@ def build_online_run(recipe: OnlineRecipe, inputs: RunInputs, context: RunContex
         recipe.process_reward, recipe.model, recipe.learner, steps, recipe.seed, context
     )
 
+    others = [] if process_reward is None else [process_reward.trained]
+    recompute_what_must_be(recipe, [learner.trained, *others])
     law = Law()
     controllers = tuple(methods.controllers.values())
     state = TrainingState(learner, rollout.source, rollout.sync, controllers, law, process_reward)

@@ -12,8 +12,10 @@ from typing import Literal
 from torch import Tensor
 
 from rltrain.build.context import RunContext
+from rltrain.build.engine_share import rollout_beside
 from rltrain.build.inputs import RunInputs
 from rltrain.build.outputs import TrainingState, build_outputs, initial_model, resume, saved_adapter
+from rltrain.build.recomputation import recompute_what_must_be
 from rltrain.build.rollout import build_rollout
 from rltrain.checkpoint.random_state import seed_everything
 from rltrain.config.rules.registries import JUDGES
@@ -27,6 +29,7 @@ from rltrain.learner.reward_model import RewardModel
 from rltrain.loss.preference import PREFERENCE_LOSSES
 from rltrain.loss.preference.objective import PreferenceObjective
 from rltrain.model_limits import context_of
+from rltrain.needs import REF_LOGP
 from rltrain.process import Process
 from rltrain.rollout.pairs.judges import JudgeContext
 from rltrain.rollout.pairs.pairing import Pairing
@@ -57,12 +60,13 @@ def build_pair_run(recipe: OnlinePairsRecipe, inputs: RunInputs, context: RunCon
         context,
         recipe.model,
         recipe.data,
-        recipe.rollout,
+        rollout_beside(recipe, learner.trained),
         recipe.reward,
         recipe.sync,
         recipe.eval,
         recipe.seed,
     )
+    recompute_what_must_be(recipe, [learner.trained])
     tokenization = inputs.tokenization
     pairing = build_pairing(
         recipe.pairs,
@@ -121,7 +125,7 @@ def build_pair_learner(
         adapter_from=saved_adapter(model, context.checkpoint),
         deadline=context.process.deadline,
     )
-    if "ref_logp" in needs | JUDGES.spec(judge.name).needs_with(judge.hp):
+    if REF_LOGP in needs | JUDGES.spec(judge.name).needs_with(judge.hp):
         learner.use_frozen("ref_logp", model.reference, model)
     if train.previous_every > 1:
         learner.keep_iterate(model)

@@ -35,6 +35,7 @@ from rltrain.learner.passes import token_log_probs
 from rltrain.learner.policy_learner import PolicyLearner
 from rltrain.learner.reward_model import RewardModel
 from rltrain.learner.trained_model import ModelOwner
+from rltrain.needs import ALIGNMENT, REFERENCE_WEIGHTS
 from rltrain.protocols import RolloutEngine
 from rltrain.rollout.colocated import ColocatedRollouts, GradedSampler, Order
 from rltrain.rollout.extra_samples import SamplerContext, SampleSource
@@ -157,10 +158,11 @@ def _accuracy_filter(dynamic: DynamicSampling | None) -> Callable[[ScoredGroup],
 def build_sync(
     settings: SyncSettings, engine: RolloutEngine, names: CheckpointNames, seed: int, deadline: Deadline
 ) -> Sync:
-    """names: of the weights that are pushed."""
-    return Sync(
-        [engine], names.ties, settings.sample, settings.full_every, stable_hash(seed, "sync"), deadline
-    )
+    """names: of the weights that are pushed. A server says all fingerprints at once, so that all of its
+    weights are compared at every push.
+    """
+    full_every = 1 if engine.name == "vllm_server" else settings.full_every
+    return Sync([engine], names.ties, settings.sample, full_every, stable_hash(seed, "sync"), deadline)
 
 
 def build_learner_sync(
@@ -243,7 +245,7 @@ def build_order(
     bound = ORDERS.bind(ref.name, ref.hp)
     arguments = (len(prompts), per_step, stable_hash(seed, "order"))
     with user_mistakes():
-        if "alignment" not in bound.needs:
+        if ALIGNMENT not in bound.needs:
             return bound(*arguments)
         if not fresh:
             return bound(*arguments, [])
@@ -289,7 +291,7 @@ def _reference_loader(
     sync: Sync | AdapterSync,
 ) -> Callable[[], AbstractContextManager[None]]:
     """A context in which the engine has the reference model's weights, if a source needs them."""
-    if not any("reference_weights" in EXTRA_SAMPLES.spec(ref.name).needs_with(ref.hp) for ref in refs):
+    if not any(REFERENCE_WEIGHTS in EXTRA_SAMPLES.spec(ref.name).needs_with(ref.hp) for ref in refs):
         return _refuse_reference
     if isinstance(sync, AdapterSync):
         if model.reference is not None:

@@ -11,25 +11,33 @@ from urllib.parse import urlsplit
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rltrain.config.schema import Data, Model, Rollout, Server
+from rltrain.config.schema import BUCKET_MIB_CPU, BUCKET_MIB_GPU, Data, Model, Rollout, Server
 from rltrain.data.tokenization import Tokenization
 from rltrain.errors import UserError
 from rltrain.process import Process
 from rltrain.remote_code import trusts
 from rltrain.rollout.engines.checks import WeightShapes
-from rltrain.rollout.engines.vllm_server import ServerModel, VllmServer, require_settings
+from rltrain.rollout.engines.vllm_server import VllmServer, require_settings
 from rltrain.rollout.worker.client import Seconds, WorkerClient
 from rltrain.rollout.worker.flags import WorkerSettings, worker_settings
 from rltrain.rollout.worker.guard import SHORTEST_TOKEN, TOKEN
 from rltrain.rollout.worker.process import LocalWorker
+from rltrain.rollout.worker.requests import ServerModel
 from rltrain.sync.server import WorkerLink
+from rltrain.sync.transport import Pace
 from rltrain.weight_names import CheckpointNames
 
-__all__ = ["attach_engine", "build_server_engine", "connect", "free_devices"]
-
-# Bytes of a bucket of weights on its way to the server.
-_BUCKET_CPU = 16 * 2**20
-_BUCKET_GPU = 512 * 2**20
+__all__ = [
+    "attach_engine",
+    "build_server_engine",
+    "connect",
+    "find_token",
+    "free_devices",
+    "make_link",
+    "make_served_model",
+    "read_names",
+    "visible_devices",
+]
 
 
 def build_server_engine(
@@ -54,7 +62,8 @@ def build_server_engine(
         url, token = _find_server(rollout.server) if rollout.server.url else process.gather(started)[0]
         client = connect(url, token, rollout.server)
         require_settings(client.read_info(), settings, url)
-        return attach_engine(client, model, tokenization, settings.max_model_len, process, worker)
+        length = settings.max_model_len
+        return attach_engine(client, model, tokenization, length, process, worker, rollout.server.bucket_mib)
     except BaseException:
         if worker is not None:
             worker.close()
@@ -68,31 +77,50 @@ def attach_engine(
     max_model_len: int,
     process: Process,
     worker: LocalWorker | None = None,
+    bucket_mib: int | None = None,
 ) -> VllmServer:
     """The engine on a server that serves. worker: the server's process, if ``close`` must end it."""
-    names = _read_names(model)
+    names = read_names(model)
     info = client.read_info()
     link = None
     if process.is_main:
-        on_gpu = process.device.type == "cuda"
-        link = WorkerLink(
-            name=f"the worker at {client.url}",
-            control=client,
-            dtype=getattr(torch, info.dtype),
-            ties=names.ties,
-            capacity=_BUCKET_GPU if on_gpu else _BUCKET_CPU,
-            device=process.device,
-            host=_own_address(client.url),
-            backend="nccl" if on_gpu else "gloo",
-        )
-    served = ServerModel(
+        dtype = getattr(torch, info.dtype)
+        link = make_link(f"the worker at {client.url}", client, dtype, names, process, bucket_mib)
+    served = make_served_model(names, tokenization, max_model_len)
+    return VllmServer(client, info, served, link, worker=worker, gather=process.gather)
+
+
+def make_link(
+    name: str,
+    client: WorkerClient,
+    dtype: torch.dtype,
+    names: CheckpointNames,
+    process: Process,
+    bucket_mib: int | None,
+) -> WorkerLink:
+    """The way of the learner's weights to a worker. dtype: of the worker's weights."""
+    on_gpu = process.device.type == "cuda"
+    return WorkerLink(
+        name=name,
+        control=client,
+        dtype=dtype,
+        ties=names.ties,
+        capacity=2**20 * (bucket_mib or (BUCKET_MIB_GPU if on_gpu else BUCKET_MIB_CPU)),
+        device=process.device,
+        host=_own_address(client.url),
+        backend="nccl" if on_gpu else "gloo",
+        pace=Pace(seconds=client.seconds.call, alive_seconds=client.seconds.alive),
+    )
+
+
+def make_served_model(names: CheckpointNames, tokenization: Tokenization, max_model_len: int) -> ServerModel:
+    return ServerModel(
         WeightShapes(names.shapes, names.parameters),
         tokenization.vocabulary,
         tuple(sorted(tokenization.stop_tokens.stop)),
         tokenization.decode,
         max_model_len,
     )
-    return VllmServer(client, info, served, link, worker=worker, gather=process.gather)
 
 
 def _start_worker(settings: WorkerSettings, server: Server) -> LocalWorker:
@@ -100,7 +128,7 @@ def _start_worker(settings: WorkerSettings, server: Server) -> LocalWorker:
     if settings.on_gpu:
         learners = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         needed = server.tensor_parallel * server.data_parallel
-        settings = replace(settings, devices=free_devices(_visible_devices(), learners, needed))
+        settings = replace(settings, devices=free_devices(visible_devices(), learners, needed))
     worker = LocalWorker(settings)
     try:
         worker.wait_until_serving(server.silence_seconds)
@@ -110,7 +138,7 @@ def _start_worker(settings: WorkerSettings, server: Server) -> LocalWorker:
     return worker
 
 
-def _visible_devices() -> list[str]:
+def visible_devices() -> list[str]:
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return names.split(",") if names else [str(index) for index in range(torch.cuda.device_count())]
 
@@ -133,14 +161,19 @@ def free_devices(visible: list[str], learners: int, needed: int) -> tuple[str, .
 
 def _find_server(server: Server) -> tuple[str, str]:
     """(url, token) of the server that the recipe names."""
+    assert server.url is not None
+    return server.url, find_token(f"rollout.server.url {server.url}")
+
+
+def find_token(key: str) -> str:
+    """The token of running workers. key: of the recipe, which names them."""
     token = os.environ.get(TOKEN, "")
     if len(token) < SHORTEST_TOKEN:
         raise UserError(
-            f"rollout.server.url is {server.url}, and {TOKEN} has {len(token)} characters: set it to the "
-            "secret that rltrain worker was started with"
+            f"{key} names running workers, and {TOKEN} has {len(token)} characters: set it to the secret "
+            "that rltrain worker was started with"
         )
-    assert server.url is not None
-    return server.url, token
+    return token
 
 
 def connect(url: str, token: str, server: Server) -> WorkerClient:
@@ -161,7 +194,7 @@ def _own_address(url: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def _read_names(model: Model) -> CheckpointNames:
+def read_names(model: Model) -> CheckpointNames:
     """The names and shapes of the weights, read without weights."""
     trusted = trusts(model.path, model.revision)
     config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=trusted)

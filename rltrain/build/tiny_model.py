@@ -25,6 +25,7 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from rltrain.build.local_inputs import require_task_files
 from rltrain.config.schema import Data
 from rltrain.data.prompts import PromptSet, load_prompts, without_prompts
 
@@ -385,12 +386,9 @@ def _arguments(
     task: Task, data: str | os.PathLike[str] | None, held_out: str | os.PathLike[str] | None, **others: Any
 ) -> dict[str, Any]:
     """Everything that decides the weights."""
-    files = [Path(path) for path in (data, held_out) if path is not None]
-    if len(files) != (2 if task == "gsm8k_calculator" else 0):
-        raise ValueError(
-            f"task {task!r} with data {data!r} and held_out {held_out!r}: gsm8k_calculator needs GSM8K's "
-            "train file (--data) and test file (--held-out), arithmetic makes its own problems"
-        )
+    paths = [None if path is None else os.fspath(path) for path in (data, held_out)]
+    require_task_files(task, *paths)
+    files = [Path(path) for path in paths if path is not None]
     return {"task": task, **arguments_of(files, __file__, **others)}
 
 

@@ -16,8 +16,7 @@ from rltrain.build.inputs import RunInputs, load_inputs, process_reward_models, 
 from rltrain.build.offline import OfflineInputs, build_offline_run, load_offline_inputs, summarize_offline
 from rltrain.build.online import build_online_run
 from rltrain.build.online_pairs import build_pair_run
-from rltrain.config.schema import AnyRecipe, OfflineRecipe, OnlinePairsRecipe, OnlineRecipe, SampledRecipe
-from rltrain.errors import UserError
+from rltrain.config.schema import AnyRecipe, OfflineRecipe, OnlinePairsRecipe, OnlineRecipe
 from rltrain.learner.ranks import mixed_precision
 from rltrain.train.doctor import online_with_every_row_trained, pairs_with_every_row_trained
 from rltrain.train.loop import TrainingRun
@@ -25,7 +24,7 @@ from rltrain.train.offline import train_offline
 from rltrain.train.online import train_online
 from rltrain.train.online_pairs import train_pairs
 
-__all__ = ["WORKFLOWS", "Workflow", "require_sampled", "workflow_for"]
+__all__ = ["WORKFLOWS", "Workflow", "workflow_for"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,15 @@ def _same_recipe(recipe: OfflineRecipe) -> OfflineRecipe:
     return recipe
 
 
+_OFFLINE = Workflow(
+    load=load_offline_inputs,
+    resources=_no_resources,
+    summarize=summarize_offline,
+    build=build_offline_run,
+    train=train_offline,
+    with_every_row_trained=_same_recipe,
+    samples=False,
+)
 WORKFLOWS: dict[str, Workflow] = {
     "online": Workflow(
         load=_load_online,
@@ -92,15 +100,8 @@ WORKFLOWS: dict[str, Workflow] = {
         samples=True,
         uses_judge=True,
     ),
-    "offline": Workflow(
-        load=load_offline_inputs,
-        resources=_no_resources,
-        summarize=summarize_offline,
-        build=build_offline_run,
-        train=train_offline,
-        with_every_row_trained=_same_recipe,
-        samples=False,
-    ),
+    "offline": _OFFLINE,
+    "sft": _OFFLINE,
 }
 
 
@@ -108,10 +109,3 @@ def workflow_for(recipe: AnyRecipe) -> Workflow:
     """Raises UserError if this machine cannot compute in the recipe's precision."""
     mixed_precision(recipe.learner.precision)
     return WORKFLOWS[recipe.kind]
-
-
-def require_sampled(recipe: AnyRecipe, why: str) -> SampledRecipe:
-    """``recipe`` typed as one whose completions the policy samples. Raises UserError(why) for any other."""
-    if not isinstance(recipe, SampledRecipe):
-        raise UserError(why)
-    return recipe

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rltrain.checkpoint.export import MANIFEST, file_hashes
+from rltrain.checkpoint.manifest import MANIFEST, file_hashes
 from rltrain.checkpoint.run_folder import directory_atomic
 from rltrain.checkpoint.run_state import SHARDS, RunState, write_plain_state
 from rltrain.checkpoint.shards import write_parts

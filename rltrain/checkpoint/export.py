@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from rltrain.checkpoint.manifest import MANIFEST, file_hashes
 from rltrain.checkpoint.run_folder import directory_atomic
 from rltrain.checkpoint.tensor_files import write_tensors
 from rltrain.model_files import ADAPTER_CONFIG, ADAPTER_STORAGE, ADAPTER_WEIGHTS
 from rltrain.weight_names import CheckpointNames
-
-MANIFEST = "files.sha256.json"
 
 
 class ExportError(RuntimeError):
@@ -182,16 +181,6 @@ def _has_own_code(loaded: object) -> bool:
     package of this name.
     """
     return type(loaded).__module__.split(".")[0] == "transformers_modules"
-
-
-def file_hashes(folder: Path, skip: Collection[str] = ()) -> dict[str, str]:
-    """SHA-256 of every file of ``folder`` but the manifest, by name. skip: names that are left out."""
-    hashes = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST and str(path.relative_to(folder)) not in skip:
-            with open(path, "rb") as file:
-                hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
 
 
 @contextlib.contextmanager

@@ -2,52 +2,120 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 import rltrain
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def model_card(recipe: Mapping[str, Any], metrics: Mapping[str, float], steps: int) -> str:
+@dataclass(frozen=True)
+class Published:
+    """What the card of a model on the Hub says besides.
+
+    repository: its name there. environment: of the run (environment.json). recipe: the YAML of the resolved
+    recipe, which lies beside the card. license: of the base model; None: unknown. curves: file of the curves;
+    None: there is none. adapter: whether the model is a LoRA adapter of its base.
+    """
+
+    repository: str
+    environment: Mapping[str, Any]
+    recipe: str
+    license: str | None = None
+    curves: str | None = None
+    adapter: bool = False
+
+
+def model_card(
+    recipe: Mapping[str, Any], metrics: Mapping[str, float], steps: int, published: Published | None = None
+) -> str:
     """The text of the card.
 
     recipe: the resolved recipe as plain data (``model_dump()``). metrics: final results by name; the metrics
     with ``_low`` and ``_high`` appended to a name become its interval. steps: the number taken, which may be
-    smaller than the recipe planned.
+    smaller than the recipe planned. published: for a model on the Hub; None: the card of a local folder.
     """
     sections = [
-        _header(recipe),
+        _header(recipe, metrics, published),
         f"# {_title(recipe)}\n\n{_summary(recipe, steps)}",
         f"## Training\n\n{_table(('setting', 'value'), _settings(recipe, steps))}",
     ]
     if metrics:
         sections.append(f"## Results\n\n{_table(('metric', 'value', '95 % interval'), _results(metrics))}")
-    sections.append(_loading())
+    if published is not None and published.curves is not None:
+        sections.append(f"![curves of the run]({published.curves})")
+    if published is None:
+        sections.append(_loading("path/to/this/folder"))
+    else:
+        loading = _adapter_loading if published.adapter else _loading
+        sections += [loading(published.repository, recipe["model"]["path"]), _repetition(published)]
     return "\n\n".join(sections) + "\n"
 
 
-def _header(recipe: Mapping[str, Any]) -> str:
+def _header(recipe: Mapping[str, Any], metrics: Mapping[str, float], published: Published | None) -> str:
     """The YAML header. The Hub reads base_model and datasets as names on the Hub: a local path is left
     out.
     """
     base = recipe["model"]["path"]
     data = recipe["data"]["train"]
+    is_adapter = published is not None and published.adapter
     facts: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["rltrain", _method(recipe)],
     }
+    if published is not None and published.license is not None:
+        facts["license"] = published.license
     if _is_hub_name(base):
         facts["base_model"] = base
+        facts["base_model_relation"] = "adapter" if is_adapter else "finetune"
     if _is_hub_name(data):
         facts["datasets"] = [data]
+    if results := _eval_results(recipe, metrics):
+        card = ModelCardData(model_name=_title(recipe), eval_results=results)
+        facts["model-index"] = card.to_dict()["model-index"]
     return f"---\n{yaml.safe_dump(facts, sort_keys=False).strip()}\n---"
+
+
+def _eval_results(recipe: Mapping[str, Any], metrics: Mapping[str, float]) -> list[EvalResult]:
+    """The last evaluation for the Hub's tables, which hold one number each: the interval and the value before
+    training are in the metric's name.
+    """
+    data = recipe["data"]
+    origin = data["eval"] or data["train"]
+    name = origin if _is_hub_name(origin) else Path(origin).stem
+    results = []
+    for metric, value in metrics.items():
+        if not metric.startswith("eval/") or " " in metric or metric.endswith(("_low", "_high")):
+            continue
+        if not math.isfinite(value):
+            continue
+        low, high = (metrics.get(f"{metric}_{end}") for end in ("low", "high"))
+        before = metrics.get(f"{metric} (before)")
+        words = [metric.removeprefix("eval/")]
+        words += [] if low is None or high is None else [f"95 % interval {low:.4g} to {high:.4g}"]
+        words += [] if before is None else [f"before training {before:.4g}"]
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=name,
+                dataset_name=name,
+                dataset_config=data["eval_subset"] or data["subset"],
+                dataset_split=data["eval_split"],
+                metric_type=metric.removeprefix("eval/"),
+                metric_value=round(value, 6),
+                metric_name=", ".join(words),
+            )
+        )
+    return results
 
 
 def _title(recipe: Mapping[str, Any]) -> str:
@@ -177,17 +245,54 @@ def _append_to_name(name: str, end: str) -> str:
     return f"{stem}{end}{space}{note}"
 
 
-def _loading() -> str:
+def _loading(place: str, base: str = "") -> str:
+    del base  # the model is whole
     return (
         "## Loading\n\n"
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'folder = "path/to/this/folder"\n'
-        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{place}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{place}")\n'
         "```\n\n"
-        "`vllm serve path/to/this/folder` serves it. The run folder's `recipe.resolved.yaml` states every "
-        "setting."
+        f"`vllm serve {place}` serves it; `peft.get_peft_model(model, LoraConfig(...))` puts an adapter on "
+        "it. The run's `recipe.resolved.yaml` states every setting."
+    )
+
+
+def _adapter_loading(place: str, base: str) -> str:
+    return (
+        "## Loading\n\n"
+        f"An adapter of `{base}`:\n\n"
+        "```python\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
+        f'model = PeftModel.from_pretrained(base, "{place}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{place}")\n'
+        "```\n\n"
+        f"`vllm serve {base} --enable-lora --lora-modules {Path(place).name}={place}` serves it; "
+        "`model.merge_and_unload()` makes a whole model of both. The run's `recipe.resolved.yaml` states "
+        "every setting."
+    )
+
+
+def _repetition(published: Published) -> str:
+    environment = published.environment
+    commit = environment.get("commit")
+    version = environment.get("rltrain", rltrain.__version__)
+    rows = [
+        ("rltrain", version if commit is None else f"{version}, commit {commit}"),
+        ("started", environment.get("started", "")),
+        ("Python", environment.get("python", "")),
+        *environment.get("packages", {}).items(),
+    ]
+    known = [(name, str(value)) for name, value in rows if value]
+    return (
+        "## Repeat it\n\n"
+        f"{_table(('software', 'version'), known)}\n\n"
+        "`rltrain train recipe.resolved.yaml` with the file beside this card, which is:\n\n"
+        f"<details><summary>recipe.resolved.yaml</summary>\n\n```yaml\n{published.recipe.strip()}\n```\n\n"
+        "</details>"
     )
 
 

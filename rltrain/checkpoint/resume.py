@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,26 +17,18 @@ from typing import Any
 from rltrain.checkpoint.inputs import changes
 from rltrain.checkpoint.run_folder import RunFolder, write_atomic
 from rltrain.checkpoint.run_state import RunState, latest, read_own, read_verified, restoring
-from rltrain.config.load import load_recipe, resolved_yaml
-from rltrain.config.schema import AnyRecipe
-from rltrain.errors import RecipeError, UserError
-
-AUTO = "auto"
-NEVER = "never"
-_LENGTHS = ("train.steps", "train.epochs")
-# Deadlines, numbers of processes, written files and messages. No prompt is drawn, sampled, graded or learned
-# from in another way, so the run goes on in the same numbers. reward.seconds and reward.memory_gib are not
-# free (a completion over a limit stays ungraded), nor are settings that stop a run by its numbers
-# (rollout.mismatch_stop) or that change logged numbers (sync, eval).
-_FREE = (
-    "about",
-    "train.deadline_seconds",
-    "reward.workers",
-    "rollout.environment.workers",
-    "rollout.mismatch_warn",
-    "checkpoint",
-    "report",
+from rltrain.checkpoint.saved_recipe import (
+    AUTO,
+    NEVER,
+    describe_value,
+    differences,
+    is_free,
+    read_saved_recipe,
+    refuse_other_recipe,
 )
+from rltrain.config.load import resolved_yaml
+from rltrain.config.schema import AnyRecipe
+from rltrain.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -55,7 +46,7 @@ def is_finished(folder: RunFolder, recipe: AnyRecipe) -> bool:
     """
     if not (folder.recipe.is_file() and folder.model.is_dir()):
         return False
-    saved = _saved_recipe(folder).model_dump(mode="json")
+    saved = read_saved_recipe(folder).model_dump(mode="json")
     changed = differences(saved, recipe.model_dump(mode="json"))
     return all(is_free(key) for key, _, _ in changed)
 
@@ -67,7 +58,7 @@ def saved_date(folder: RunFolder, resume: str) -> dt.date | None:
     if resume == NEVER:
         return None
     if folder.recipe.is_file():
-        return _saved_recipe(folder).data.date
+        return read_saved_recipe(folder).data.date
     if resume == AUTO:
         return None
     checkpoint = Path(resume).expanduser().absolute()
@@ -125,7 +116,7 @@ def _reopen(
 
     Cuts the run's files back to it, and renames later checkpoints and a finished model.
     """
-    saved = _saved_recipe(folder)
+    saved = read_saved_recipe(folder)
     saved_fields = saved.model_dump(mode="json")
     refuse_other_recipe(saved_fields, recipe.model_dump(mode="json"), str(folder.recipe), warn)
     if named is None:
@@ -174,68 +165,10 @@ def _load_state(
     return state
 
 
-def _saved_recipe(folder: RunFolder) -> AnyRecipe:
-    try:
-        return load_recipe(folder.recipe)
-    except RecipeError as error:
-        refusal = (
-            f"run folder {folder.path} already holds a run, whose recipe cannot be read; choose another --run"
-        )
-        raise UserError("\n".join([refusal, *error.problems])) from error
-
-
 def _free_name(path: Path) -> Path:
     """``path``, or the first of ``path-2``, ``path-3``, ... that does not exist yet."""
     names = (path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 1000)))
     return next(name for name in names if not os.path.lexists(name))
-
-
-# recipes ----------------------------------------------------------------------------------------------------
-
-
-def is_free(key: str) -> bool:
-    """Whether a run may continue with another value of this key."""
-    return any(key == free or key.startswith(f"{free}.") for free in _FREE)
-
-
-def refuse_other_recipe(
-    saved: Mapping[str, Any], current: Mapping[str, Any], where: str, warn: Callable[[str], None]
-) -> None:
-    """Raises UserError with every key that differs, unless the run is only made longer under a constant
-    learning rate schedule.
-
-    A warning names the free keys that differ.
-    """
-    changed = list(differences(saved, current))
-    refused = [change for change in changed if not is_free(change[0])]
-    free_changes = [change for change in changed if is_free(change[0])]
-    is_length_alone = (
-        len(refused) == 1
-        and refused[0][0] in _LENGTHS
-        and all(isinstance(length, int | float) for length in refused[0][1:])
-    )
-    is_longer = is_length_alone and refused[0][2] > refused[0][1]
-    schedule = current["learner"]["optimizer"]["schedule"]
-    if not refused or (is_longer and schedule == "constant"):
-        if free_changes:
-            free = ", ".join(_change_lines(free_changes))
-            warn(f"the run goes on with other settings, on which none of its numbers depends: {free}")
-        return
-
-    lines = _change_lines(refused)
-    if is_longer:
-        lines.append(
-            f"the steps taken had a {schedule} schedule that ends at {refused[0][1]}; only a constant one "
-            "can go on longer"
-        )
-    elif is_length_alone:
-        lines.append("a run can be made longer, not shorter")
-    remedy = "continue it with its own recipe, or choose another --run"
-    raise UserError("\n".join([f"{where} was written by another recipe; {remedy} (saved -> now):", *lines]))
-
-
-def _change_lines(changes: Sequence[tuple[str, Any, Any]]) -> list[str]:
-    return [f"{key}: {_text(before)} -> {_text(now)}" for key, before, now in changes]
 
 
 def refuse_other_inputs(
@@ -258,30 +191,6 @@ def refuse_other_inputs(
         raise UserError("\n".join([refusal, *lines]))
 
 
-_ABSENT = object()
-
-
-def differences(saved: Any, current: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, saved value, current value) wherever two recipes as plain data differ; lists of unequal
-    length differ as a whole.
-    """
-    if isinstance(saved, Mapping) and isinstance(current, Mapping):
-        for name in {**saved, **current}:
-            if name == "sha256":  # of a user's code, which is compared with the run's other inputs
-                continue
-            dotted = f"{key}.{name}" if key else name
-            yield from differences(saved.get(name, _ABSENT), current.get(name, _ABSENT), dotted)
-    elif isinstance(saved, list) and isinstance(current, list) and len(saved) == len(current):
-        for index, (before, now) in enumerate(zip(saved, current, strict=True)):
-            yield from differences(before, now, f"{key}.{index}")
-    elif saved != current:
-        yield key, saved, current
-
-
-def _text(value: Any) -> str:
-    return "absent" if value is _ABSENT else json.dumps(value)
-
-
 def _warn_of_versions(state: RunState, environment: Mapping[str, Any], warn: Callable[[str], None]) -> None:
     """Warn where the checkpoint was written with other software: only equal software gives equal results."""
     names = ("rltrain", "commit", "python", "packages")
@@ -289,7 +198,8 @@ def _warn_of_versions(state: RunState, environment: Mapping[str, Any], warn: Cal
         {name: state.environment.get(name) for name in names}, {name: environment.get(name) for name in names}
     )
     lines = [
-        f"{key.removeprefix('packages.')} {_text(before)} -> {_text(now)}" for key, before, now in changed
+        f"{key.removeprefix('packages.')} {describe_value(before)} -> {describe_value(now)}"
+        for key, before, now in changed
     ]
     if lines:
         warn(

@@ -33,7 +33,7 @@ _PACKAGES = (
     "math-verify",
     "numpy",
 )
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # what ``_temporary`` makes
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # what ``temporary_path`` makes
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +78,10 @@ class RunFolder:
     def run_id(self) -> str | None:
         """The identifier of this run; None in a folder that an older rltrain made."""
         try:
-            return parse_json(self.environment.read_text(encoding="utf-8")).get("run")
+            run = parse_json(self.environment.read_text(encoding="utf-8")).get("run")
         except (OSError, ValueError, AttributeError):
             return None
+        return run if isinstance(run, str) else None
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
@@ -99,7 +100,7 @@ class RunFolder:
         A checkpoint is renamed before it is removed, so that none is ever incomplete under its name.
         """
         for _, path in self.present_checkpoints()[:-keep]:
-            temporary = _temporary(path)
+            temporary = temporary_path(path)
             os.rename(path, temporary)
             shutil.rmtree(temporary)
 
@@ -176,7 +177,7 @@ class RunFolder:
             folder.recipe.name: recipe_yaml,
         }
         try:
-            if folder._is_empty_folder():
+            if folder.is_empty_folder():
                 for name, text in files.items():  # the recipe, which makes it a run, is written last
                     write_atomic(folder.path / name, text)
             else:
@@ -191,7 +192,7 @@ class RunFolder:
             ) from error
         return folder
 
-    def _is_empty_folder(self) -> bool:
+    def is_empty_folder(self) -> bool:
         """Whether this folder exists and is empty; False when nothing exists at its path.
 
         Raises UserError when a file or a folder with other content exists there.
@@ -253,7 +254,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Write ``content`` to ``path`` so that a reader, or a crash, finds the old file or the complete new
     one.
     """
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         _fsync(temporary)
@@ -272,7 +273,7 @@ def directory_atomic(path: Path) -> Iterator[Path]:
     Raises UserError when ``path`` exists, at the start or at the end of the block.
     """
     _require_absent(path)
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -293,7 +294,7 @@ def _require_absent(path: Path) -> None:
         raise UserError(f"{path} exists already and is not overwritten; move it away or choose another place")
 
 
-def _temporary(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """A hidden sibling of ``path``: same file system, so that renaming is atomic."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 

@@ -27,25 +27,22 @@ from pydantic import ConfigDict, ValidationError, create_model
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rltrain.checkpoint.export import MANIFEST, file_hashes
+from rltrain.checkpoint.manifest import MANIFEST, DamagedCheckpointError, file_hashes
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.checkpoint.shards import INDEX, ShardedTensors
 from rltrain.checkpoint.tensor_files import read_tensors, write_tensors
 from rltrain.errors import UserError
 from rltrain.json_text import parse_json
 
-_STATE = Path("training", "state.json")
-_TENSORS = Path("training", "optimizer.safetensors")
-SHARDS = Path("training", "shards")  # parts of weights and optimizer state, in place of both
+TRAINING = Path("training")
+_STATE = TRAINING / "state.json"
+_TENSORS = TRAINING / "optimizer.safetensors"
+SHARDS = TRAINING / "shards"  # parts of weights and optimizer state, in place of both
 _FORMAT = 2  # of state.json; raised when an older rltrain could not read it
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-class DamagedCheckpointError(UserError):
-    """A file of a checkpoint is missing, is not what was written, or cannot be understood."""
 
 
 class MisplacedCheckpointError(DamagedCheckpointError):
@@ -76,6 +73,8 @@ class RunState:
     inputs: Mapping[str, str] = field(default_factory=dict)
     # The signal from which the next step's adaptive temperature is computed.
     temperature: Mapping[str, float] = field(default_factory=dict)
+    # Digests of frozen models' weights and of their log-probs, so that a resumed run need not load them.
+    frozen: Mapping[str, str] = field(default_factory=dict)
 
 
 _PLAIN_FIELDS = {field.name: field for field in dataclasses.fields(RunState) if field.name != "tensors"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rltrain.checkpoint.resume import AUTO
 from rltrain.checkpoint.run_folder import RunFolder
+from rltrain.checkpoint.saved_recipe import AUTO
 from rltrain.cli.evaluate import EVALUATIONS
 from rltrain.cli.train import train_command
 from rltrain.config.rules import check

@@ -4,16 +4,48 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import rltrain
+from rltrain.cli.options import (
+    KEYS,
+    LENGTHS,
+    RUN,
+    Columns,
+    EmInf,
+    Engine,
+    ItsBeta,
+    ItsReduction,
+    ItsReference,
+    ItsSeries,
+    ItsSteps,
+    KlTo,
+    Overrides,
+    Precision,
+    ProcessRewardModel,
+    Profile,
+    RecipePath,
+    Reduction,
+    ReductionOption,
+    RewardModel,
+    Seed,
+    Select,
+    Series,
+    SeriesOption,
+    Steps,
+    Template,
+    TinyTask,
+    Trust,
+    examples,
+)
 from rltrain.config.capacity.cluster import Backend, Cluster
 from rltrain.config.capacity.constants import CARDS, GB, Card
 from rltrain.errors import RecipeError, UserError
@@ -21,93 +53,66 @@ from rltrain.interrupt import exit_on_ctrl_c
 
 if TYPE_CHECKING:
     from rltrain.config.rules import CheckedRecipe
+    from rltrain.config.schema import AnyRecipe
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
-    rich_markup_mode=None,  # rich's help costs 0.15 s
+    rich_markup_mode="rich",  # imported for help alone
     pretty_exceptions_enable=False,
-    help="Post-trains language models with reinforcement learning. Start with: rltrain plan RECIPE",
+    help="Post-trains language models with reinforcement learning.",
+    epilog=examples(
+        "rltrain tiny-model                          a model for a CPU, in seconds",
+        "rltrain train grpo --profile tiny_cpu       a run of half a minute on it",
+        "rltrain recipes entropy                     the shipped recipes about entropy",
+        "rltrain init dapo                           a copy of one, to change it",
+        "rltrain plan dapo --gpus 8 --gpu-gb 85.5    does it fit, and how long is a step",
+    ),
 )
 
-RecipePath = Annotated[
-    Path, typer.Argument(help="Recipe: a YAML file, or the name of a shipped one.", metavar="RECIPE")
-]
-TINY_MODEL = Path(".cache/tiny-model")
-Profile = Annotated[
-    str | None,
-    typer.Option(
-        help="Replaces model, data and sizes: a name from recipes/profiles, or a file.", metavar="NAME"
+# titles of the groups that --help puts commands in
+TRAINING = "Train and compare"
+RECIPES = "Recipes"
+MODELS = "Models"
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # which typer does not export
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"rltrain {rltrain.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version, show_default=False
+        ),
+    ] = False,
+) -> None:
+    """Options before the command."""
+    del version  # its callback has answered
+
+
+@app.command(
+    rich_help_panel=TRAINING,
+    epilog=examples(
+        "rltrain train grpo --profile tiny_cpu",
+        "rltrain train my.yaml --run runs/first --set learner.optimizer.lr=1e-6 --seed 1",
+        "accelerate launch --config_file FILE -m rltrain train my.yaml",
     ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Set one key; VALUE is YAML. May be repeated.", metavar="KEY=VALUE"),
-]
-Engine = Annotated[str | None, typer.Option(help="Shorthand for --set rollout.engine=NAME.", metavar="NAME")]
-Seed = Annotated[int | None, typer.Option(help="Shorthand for --set seed=N.", metavar="N")]
-EmInf = Annotated[
-    float | None,
-    typer.Option(
-        "--em-inf",
-        help="Sharpen each token's logits until their entropy is below so many nats.",
-        metavar="NATS",
-    ),
-]
-
-Trust = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Model whose own Python code may run: a folder, or NAME@COMMIT on the Hub. May be repeated.",
-        metavar="MODEL",
-    ),
-]
-
-
-class Selector(StrEnum):
-    implicit_prm = "implicit_prm"
-    rm = "rm"
-    majority = "majority"
-    weighted_majority = "weighted_majority"
-    oracle = "oracle"
-
-
-Select = Annotated[
-    list[Selector] | None,
-    typer.Option(help="Also measure the accuracy of choosing one of N answers this way. May be repeated."),
-]
-
-
-class Series(StrEnum):
-    step = "step"
-    cumulative = "cumulative"
-
-
-class Reduction(StrEnum):
-    min = "min"
-    last = "last"
-    sum = "sum"
-    mean = "mean"
-
-
-class TinyTask(StrEnum):
-    arithmetic = "arithmetic"
-    gsm8k_calculator = "gsm8k_calculator"
-    calculator = "calculator"
-
-
-class Template(StrEnum):
-    auto = "auto"
-    none = "none"
-
-
-@app.command()
+)
 def train(
     recipe: RecipePath,
     profile: Profile = None,
     run: Annotated[
         Path | None,
-        typer.Option(help="Folder of the run; by default runs/ and the recipe's name.", metavar="DIR"),
+        typer.Option(
+            help="Folder of the run; by default runs/ and the recipe's name.",
+            metavar="DIR",
+            rich_help_panel=RUN,
+        ),
     ] = None,
     overrides: Overrides = None,
     engine: Engine = None,
@@ -118,6 +123,7 @@ def train(
             help="auto: continue the run in DIR if there is one. never: refuse to continue it. "
             "PATH: continue from this checkpoint folder.",
             metavar="auto|never|PATH",
+            rich_help_panel=RUN,
         ),
     ] = "auto",
 ) -> None:
@@ -127,10 +133,7 @@ def train(
     """
     checked = _load_checked(recipe, profile, _with_shorthands(overrides, engine, seed))
     folder = run or Path("runs") / recipe.stem
-    if not folder.exists():
-        from rltrain.build.local_inputs import require_local_inputs
-
-        require_local_inputs(checked.recipe)
+    _require_start(checked.recipe, folder, resume)
     _say_while_loading("torch, tokenizer and data")
     from rltrain.cli.train import train_command
 
@@ -138,7 +141,7 @@ def train(
         raise typer.Exit(train_command(checked.recipe, folder, checked.warnings, resume))
 
 
-@app.command()
+@app.command(rich_help_panel=TRAINING, epilog=examples("rltrain doctor my.yaml --profile one_gpu"))
 def doctor(
     recipe: RecipePath,
     profile: Profile = None,
@@ -147,18 +150,25 @@ def doctor(
     seed: Seed = None,
     steps: Annotated[int, typer.Option(help="Steps to run.", min=2)] = 20,
 ) -> None:
-    """Run a few steps at learning rate 0: do engine, rewards and memory suffice for the recipe?
+    """Run a few steps at learning rate 0: do engine, rewards and memory suffice?
 
     Exit code 1 if not.
     """
     checked = _load_checked(recipe, profile, _with_shorthands(overrides, engine, seed))
+    from rltrain.build.local_inputs import require_local_inputs
+
+    require_local_inputs(checked.recipe)
+    _say_while_loading("torch, tokenizer and data")
     from rltrain.cli.doctor import doctor_command
 
     with _trusting_code(checked.recipe.model.trust_remote_code):
         raise typer.Exit(doctor_command(checked.recipe, steps))
 
 
-@app.command()
+@app.command(
+    rich_help_panel=RECIPES,
+    epilog=examples("rltrain validate my.yaml", "rltrain validate recipes --profile one_gpu"),
+)
 def validate(
     recipes: Annotated[
         list[Path], typer.Argument(help="Recipes, folders of them, or patterns.", metavar="RECIPES...")
@@ -176,7 +186,10 @@ def validate(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(
+    rich_help_panel=RECIPES,
+    epilog=examples("rltrain plan grpo", "rltrain plan grpo --gpus 8 --gpu-gb 85.5 --backend zero3"),
+)
 def plan(
     recipe: RecipePath,
     profile: Profile = None,
@@ -201,9 +214,9 @@ def plan(
     card: Annotated[Card, typer.Option(help="GPU whose rates predict the seconds.")] = Card.h100,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan for the GPUs as JSON.")] = False,
 ) -> None:
-    """Print every number that a recipe implies; with --gpus and --gpu-gb, whether it fits them.
+    """Print every number that a recipe implies.
 
-    Exit code 1 if it does not fit.
+    With --gpus and --gpu-gb, whether it fits them: exit code 1 if it does not.
     """
     checked = _load_checked(recipe, profile, _with_shorthands(overrides, engine, None))
     if gpus is None and gpu_gb is None and not as_json:
@@ -229,7 +242,10 @@ def _print_plan_lines(checked: CheckedRecipe) -> None:
         typer.echo(f"warning: {warning}")
 
 
-@app.command()
+@app.command(
+    rich_help_panel=TRAINING,
+    epilog=examples("rltrain compare grpo dapo --seeds 5 --profile tiny_cpu --out runs/grpo-dapo"),
+)
 def compare(
     recipes: Annotated[
         list[Path],
@@ -248,14 +264,23 @@ def compare(
     The same command continues a comparison that stopped.
     """
     keys = _with_shorthands(overrides, engine, None)
-    for recipe in recipes:
-        _load_checked(recipe, profile, keys)
+    checked = [_load_checked(recipe, profile, keys) for recipe in recipes]
+    if not out.exists():
+        from rltrain.build.local_inputs import require_local_inputs
+
+        for checked_recipe in checked:
+            require_local_inputs(checked_recipe.recipe)
     from rltrain.cli.compare import compare_command
 
     raise typer.Exit(compare_command(recipes, seeds, out, profile, keys))
 
 
-@app.command()
+@app.command(
+    rich_help_panel=TRAINING,
+    epilog=examples(
+        "rltrain report runs/grpo", "rltrain report grpo=runs/a,runs/b dapo=runs/c,runs/d --out runs/report"
+    ),
+)
 def report(
     runs: Annotated[
         list[str],
@@ -266,14 +291,70 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder of table, figure and page.", metavar="DIR")] = Path(
         "runs/report"
     ),
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve the page of one run on this machine, live, until Ctrl-C.")
+    ] = False,
+    port: Annotated[
+        int, typer.Option(help="Of --watch; 0: any free port.", min=0, max=65535, metavar="PORT")
+    ] = 0,
 ) -> None:
     """The table, figure and page of existing runs, finished or not."""
-    from rltrain.cli.compare import report_command
+    from rltrain.cli.compare import report_command, watch_command
+
+    if watch:
+        raise typer.Exit(watch_command(runs, port))
 
     raise typer.Exit(report_command(runs, out))
 
 
-@app.command()
+@app.command(
+    rich_help_panel=MODELS,
+    epilog=examples("rltrain push runs/first me/my-model", "rltrain push runs/first me/my-model --dry-run"),
+)
+def push(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or of a model.", metavar="RUN")],
+    repo: Annotated[
+        str,
+        typer.Argument(help="Name on the Hugging Face Hub, made unless it exists.", metavar="OWNER/MODEL"),
+    ],
+    private: Annotated[bool, typer.Option("--private/--public", help="Who may see a new repository.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the card and the files; send nothing.")
+    ] = False,
+) -> None:
+    """Push the finished model of a run, or its latest checkpoint, with a card of its results.
+
+    Every file is compared afterwards. The same command finishes a push that was killed. The token is that
+    of HF_TOKEN or hf auth login.
+    """
+    from rltrain.cli.push import push_command
+
+    raise typer.Exit(push_command(run, repo, private=private, dry_run=dry_run))
+
+
+@app.command(rich_help_panel=MODELS, epilog=examples("rltrain export runs/first --out model"))
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
+    out: Annotated[Path, typer.Option(help="New folder of the model.", metavar="DIR")],
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Checkpoint by name; by default the finished model or the latest.", metavar="step-N"
+        ),
+    ] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the weights; float32 is what was trained.")
+    ] = Precision.float32,
+) -> None:
+    """Write a run's model, or one of its checkpoints, whole or in parts, as a Hugging Face folder."""
+    from rltrain.cli.push import export_command
+
+    raise typer.Exit(export_command(run, out, checkpoint, precision.value))
+
+
+@app.command(
+    rich_help_panel=MODELS, epilog=examples("rltrain soup runs/a/model runs/b/model --out runs/soup")
+)
 def soup(
     models: Annotated[
         list[str],
@@ -289,19 +370,32 @@ def soup(
     trust_remote_code: Trust = None,
 ) -> None:
     """Average the weights of models: SALSA's reference (model.reference of a recipe)."""
+    from rltrain.build.local_inputs import require_soup
+
+    require_soup(models, weights or [])
+    _say_while_loading(f"torch and {len(models)} models")
     from rltrain.cli.soup import soup_command
 
     with _trusting_code(trust_remote_code or ()):
         raise typer.Exit(soup_command(models, weights or [], out))
 
 
-@app.command(name="eval")
+@app.command(
+    name="eval",
+    rich_help_panel=MODELS,
+    epilog=examples(
+        "rltrain eval runs/grpo/model --recipe grpo --profile tiny_cpu",
+        "rltrain eval runs/grpo/model --recipe my.yaml --select majority",
+    ),
+)
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hub name of the model.", metavar="MODEL")],
     recipe: Annotated[
         Path,
         typer.Option(
-            help="Recipe that says what to evaluate on; its own model is not read.", metavar="RECIPE"
+            help="Recipe that says what to evaluate on; its own model is not read.",
+            metavar="RECIPE",
+            rich_help_panel=KEYS,
         ),
     ],
     profile: Profile = None,
@@ -313,36 +407,28 @@ def evaluate(
         Path | None, typer.Option(help="Also write the numbers to this file, as JSON.", metavar="FILE")
     ] = None,
     select: Select = None,
-    prm: Annotated[
-        str | None,
-        typer.Option(
-            help="Process reward model that chooses, with --prm-reference and --beta.", metavar="MODEL"
-        ),
-    ] = None,
-    prm_reference: Annotated[
-        str, typer.Option(help="Reference of --prm; none: log-probs alone.", metavar="MODEL|none")
-    ] = "none",
-    beta: Annotated[
-        float | None,
-        typer.Option(help="Coefficient of its rewards, the one it was trained with.", metavar="BETA"),
-    ] = None,
-    steps: Annotated[str, typer.Option(help="As for rltrain score.", metavar="HOW")] = "newline",
-    series: Annotated[Series | None, typer.Option(help="As for rltrain score.")] = None,
-    reduction: Annotated[Reduction | None, typer.Option(help="As for rltrain score.")] = None,
-    rm: Annotated[
-        str | None, typer.Option(help="Reward model with a scalar head that chooses.", metavar="MODEL")
-    ] = None,
-    kl_to: Annotated[
-        str | None,
-        typer.Option(help="Also measure the KL divergence of MODEL from this model.", metavar="MODEL"),
-    ] = None,
+    prm: ProcessRewardModel = None,
+    prm_reference: ItsReference = "none",
+    beta: ItsBeta = None,
+    steps: ItsSteps = "newline",
+    series: ItsSeries = None,
+    reduction: ItsReduction = None,
+    rm: RewardModel = None,
+    kl_to: KlTo = None,
     trust_remote_code: Trust = None,
 ) -> None:
-    """Measure pass@k and avg@k of a model on a recipe's held-out prompts; with --select, also the
-    accuracy of choosing one of N answers.
+    """Measure pass@k and avg@k of a model on a recipe's held-out prompts.
+
+    With --select, also the accuracy of choosing one of N answers.
     """
     checked = _load_checked(recipe, profile, _with_shorthands(overrides, engine, seed))
     trusted_models = (*checked.recipe.model.trust_remote_code, *(trust_remote_code or ()))
+    from rltrain.build.local_inputs import require_local_inputs
+
+    others = {"--prm": prm, "--prm-reference": prm_reference, "--rm": rm, "--kl-to": kl_to}
+    models = {name: path for name, path in others.items() if path not in (None, "none")}
+    require_local_inputs(checked.recipe, {"MODEL": model, **models})
+    _say_while_loading("torch, model and data")
     if select or kl_to is not None:
         from rltrain.cli.score import Choosers, select_command
 
@@ -356,7 +442,12 @@ def evaluate(
         raise typer.Exit(eval_command(model, checked.recipe, out, em_inf))
 
 
-@app.command()
+@app.command(
+    rich_help_panel=MODELS,
+    epilog=examples(
+        "rltrain score runs/prime/model rows.jsonl --out scores.jsonl --reference none --beta 0.05"
+    ),
+)
 def score(
     model: Annotated[
         str, typer.Argument(help="Folder or Hub name of the process reward model.", metavar="MODEL")
@@ -375,23 +466,10 @@ def score(
         float,
         typer.Option(help="Coefficient of every reward, the one the model was trained with.", metavar="BETA"),
     ],
-    steps: Annotated[
-        str,
-        typer.Option(
-            help="Where steps end: newline, given (the column steps), or a regex for the start of a step.",
-            metavar="HOW",
-        ),
-    ] = "newline",
-    series: Annotated[
-        Series | None, typer.Option(help="What is reduced: the steps' rewards, or the value after each step.")
-    ] = None,
-    reduction: Annotated[
-        Reduction | None, typer.Option(help="How that series is reduced to one score.")
-    ] = None,
-    column: Annotated[
-        list[str] | None,
-        typer.Option(help="The file's column for prompt, completion or steps.", metavar="OURS=ITS"),
-    ] = None,
+    steps: Steps = "newline",
+    series: SeriesOption = None,
+    reduction: ReductionOption = None,
+    column: Columns = None,
     system: Annotated[
         str | None, typer.Option(help="System message before every prompt.", metavar="TEXT")
     ] = None,
@@ -407,7 +485,15 @@ def score(
     ] = 16384,
     trust_remote_code: Trust = None,
 ) -> None:
-    """Process rewards of existing completions: of each token, of each step, and of the completion."""
+    """Process rewards of existing completions: of each token, each step and the whole."""
+    from rltrain.build.local_inputs import require_model, require_rows
+
+    columns = _parse_columns(column)
+    require_model("MODEL", model)
+    if reference != "none":
+        require_model("--reference", reference)
+    require_rows(str(file))
+    _say_while_loading("torch and model")
     from rltrain.build.scorer import ProcessModel
     from rltrain.cli.score import score_command
     from rltrain.config.schema import JudgedData
@@ -415,19 +501,29 @@ def score(
     judge = ProcessModel(model, reference, beta, _aggregate(series, reduction), cache, tokens_per_micro_batch)
     data = JudgedData(train=str(file), system=system, chat_template=chat_template.value)
     with _trusting_code(trust_remote_code or ()):
-        raise typer.Exit(score_command(judge, file, out, steps, _parse_columns(column), data, tokens))
+        raise typer.Exit(score_command(judge, file, out, steps, columns, data, tokens))
 
 
-@app.command()
+@app.command(
+    rich_help_panel=MODELS,
+    epilog=examples(
+        'rltrain generate .cache/tiny-model "37+58=" -n 4',
+        'rltrain generate runs/grpo/model "37+58=" --recipe grpo --profile tiny_cpu',
+    ),
+)
 def generate(
     model: Annotated[str, typer.Argument(help="Folder or Hub name of the model.", metavar="MODEL")],
     prompts: Annotated[list[str], typer.Argument(help="What to complete.", metavar="PROMPT...")],
     n: Annotated[int, typer.Option("-n", help="Completions per prompt.", min=1)] = 1,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 1.0,
-    max_prompt_tokens: Annotated[int, typer.Option(help="Longest prompt to make room for.", min=1)] = 256,
-    max_tokens: Annotated[int, typer.Option(help="Tokens per completion.", min=1)] = 256,
+    max_prompt_tokens: Annotated[
+        int, typer.Option(help="Longest prompt to make room for.", min=1, rich_help_panel=LENGTHS)
+    ] = 256,
+    max_tokens: Annotated[
+        int, typer.Option(help="Tokens per completion.", min=1, rich_help_panel=LENGTHS)
+    ] = 256,
     engine: Annotated[
-        str, typer.Option(help="transformers, vllm or vllm_server.", metavar="NAME")
+        str, typer.Option(help="transformers, vllm or vllm_server.", metavar="NAME", rich_help_panel=LENGTHS)
     ] = "transformers",
     seed: Annotated[int, typer.Option(help="Equal seeds give equal completions.")] = 0,
     source: Annotated[
@@ -436,6 +532,7 @@ def generate(
             "--recipe",
             help="Recipe whose engine, lengths, prompt template and environment to use instead.",
             metavar="RECIPE",
+            rich_help_panel=KEYS,
         ),
     ] = None,
     profile: Profile = None,
@@ -451,13 +548,18 @@ def generate(
         )
     else:
         recipe = _load_checked(source, profile, [f"model.path={model}", f"seed={seed}"]).recipe
+    from rltrain.build.local_inputs import require_engine, require_model
+
+    require_engine(recipe)
+    require_model("MODEL", model)
+    _say_while_loading("torch and model")
     from rltrain.cli.evaluate import generate_command
 
     with _trusting_code((*recipe.model.trust_remote_code, *(trust_remote_code or ()))):
         raise typer.Exit(generate_command(recipe, prompts, n, temperature, em_inf))
 
 
-@app.command()
+@app.command(rich_help_panel=RECIPES, epilog=examples("rltrain recipes", "rltrain recipes entropy"))
 def recipes(
     word: Annotated[
         str, typer.Argument(help="Only those with this word in name, folder or title.", metavar="[WORD]")
@@ -475,7 +577,7 @@ def recipes(
     typer.echo(f"files, profiles and accelerate configs: {RECIPES_FOLDER}")
 
 
-@app.command()
+@app.command(rich_help_panel=RECIPES, epilog=examples("rltrain init dapo --out my.yaml"))
 def init(
     name: Annotated[str, typer.Argument(help="Name of a shipped recipe.", metavar="NAME")],
     out: Annotated[
@@ -490,7 +592,7 @@ def init(
     typer.echo(f"{target}: train it with rltrain train {target}")
 
 
-@app.command(name="tiny-model")
+@app.command(name="tiny-model", rich_help_panel=MODELS, epilog=examples("rltrain tiny-model"))
 def tiny_model(
     out: Annotated[Path, typer.Option(help="Folder of the model.", metavar="DIR")] = Path(
         ".cache/tiny-model"
@@ -516,6 +618,10 @@ def tiny_model(
     ] = False,
 ) -> None:
     """Make the model of a million parameters that --profile tiny_cpu trains, in seconds."""
+    from rltrain.build.local_inputs import require_task_files
+
+    require_task_files(task.value, data, held_out)
+    _say_while_loading("torch")
     from rltrain.build import tiny_model as models
 
     options = {"task": task.value, "data": data, "held_out": held_out}
@@ -527,7 +633,10 @@ def tiny_model(
         typer.echo(json.dumps(models.measure_folder(out, **options)))
 
 
-@app.command()
+@app.command(
+    rich_help_panel=MODELS,
+    epilog=examples("RLTRAIN_WORKER_TOKEN=$(openssl rand -hex 32) rltrain worker my.yaml --port 8000"),
+)
 def worker(
     recipe: RecipePath,
     profile: Profile = None,
@@ -554,15 +663,24 @@ def worker(
             help="Serve only clients with a certificate that this authority signed.", metavar="FILE"
         ),
     ] = None,
+    join: Annotated[
+        str | None,
+        typer.Option(
+            help="Join the run that waits at this address (rollout.workers.join).", metavar="http://HOST:PORT"
+        ),
+    ] = None,
 ) -> None:
-    """Serve a recipe's model with vLLM, for rollout.engine vllm_server and rollout.server.url.
+    """Serve a recipe's model with vLLM to a run on another machine.
 
-    The run's token is read from the environment, RLTRAIN_WORKER_TOKEN, here and where the recipe trains.
+    The run has rollout.engine vllm_server and rollout.server.url.
+    Its token is read from the environment, RLTRAIN_WORKER_TOKEN, here and there.
     """
     checked = _load_checked(recipe, profile, overrides or [])
+    from rltrain.build.local_inputs import require_model
     from rltrain.cli.worker import Listening, worker_command
 
-    where = Listening(host, port, socket, url_file, log, tls_key, tls_certificate, tls_clients)
+    require_model("model.path", checked.recipe.model.path, checked.recipe.model.revision)
+    where = Listening(host, port, socket, url_file, log, tls_key, tls_certificate, tls_clients, join)
     with _trusting_code(checked.recipe.model.trust_remote_code):
         raise typer.Exit(worker_command(checked.recipe, where))
 
@@ -572,15 +690,36 @@ def main() -> None:
 
     A mistake of the user's is one line on stderr and exit code 2; RLTRAIN_TRACEBACK=1 shows its traceback.
     """
+    _hide_line_of_deepspeed()
     with exit_on_ctrl_c():
         try:
-            app()
+            code = app(standalone_mode=False)
         except UserError as error:
             if os.environ.get("RLTRAIN_TRACEBACK") == "1":
                 raise
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr)  # noqa: T201 (for the terminal)
             raise SystemExit(2) from None
+        except _USAGE_ERROR as error:
+            _print_usage_error(error)
+            raise SystemExit(2) from None
+    raise SystemExit(code)
+
+
+def _hide_line_of_deepspeed() -> None:
+    """accelerate imports DeepSpeed wherever it is installed, and that warns of the accelerator it found."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+        logging.getLogger("DeepSpeed").addFilter(
+            lambda record: "Setting accelerator to" not in record.getMessage()
+        )
+
+
+def _print_usage_error(error: Any) -> None:
+    """One line, as for every mistake. Of ``rltrain`` alone, the help has been printed."""
+    message = error.format_message()
+    if message:
+        command = error.ctx.command_path if error.ctx is not None else "rltrain"
+        typer.echo(f"error: {message} (see {command} --help)", err=True)
 
 
 def _load_checked(recipe: Path, profile: str | None, overrides: Sequence[str]) -> CheckedRecipe:
@@ -588,6 +727,21 @@ def _load_checked(recipe: Path, profile: str | None, overrides: Sequence[str]) -
     from rltrain.config.rules import check
 
     return check(load_recipe(recipe, profile=profile, overrides=overrides))
+
+
+def _require_start(recipe: AnyRecipe, folder: Path, resume: str) -> None:
+    """Raises UserError for a mistake in the run's folder or in local inputs. Rank 0 alone looks, since it
+    makes the folder while other ranks still start.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    from rltrain.build.local_inputs import require_local_inputs
+    from rltrain.checkpoint.run_folder import RunFolder
+    from rltrain.checkpoint.saved_recipe import require_startable
+
+    if not folder.exists():
+        require_local_inputs(recipe)
+    require_startable(RunFolder.from_path(folder), recipe, resume)
 
 
 def _say_while_loading(what: str) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rltrain.build.digests import common_date
 from rltrain.config.load import load_recipe
+from rltrain.errors import UserError
 
 
 def compare_command(
@@ -23,6 +23,8 @@ def compare_command(
 
     console = Console(highlight=False)
     notes = compare_conditions(recipes, profile, overrides)
+    from rltrain.build.digests import common_date  # which imports torch
+
     date = common_date([load_recipe(path, profile=profile, overrides=overrides) for path in recipes], out)
     overrides = [*overrides, *([] if date is None else [f"data.date={date}"])]
     plan = plan_runs(recipes, seeds, out, profile, overrides)
@@ -36,6 +38,20 @@ def compare_command(
     console.print(markdown(comparison), markup=False, soft_wrap=True)
     for path in write_comparison(comparison, out):
         console.print(str(path), markup=False, soft_wrap=True)
+    return 0
+
+
+def watch_command(runs: Sequence[str], port: int) -> int:
+    """``rltrain report RUN --watch``: serves the run's page on the loopback until Ctrl-C."""
+    from rltrain.analysis.pages.live import live_server
+
+    if len(runs) != 1:
+        raise UserError(f"--watch shows one run, and {len(runs)} are given; name one folder")
+    with live_server(Path(runs[0]), port) as server:
+        server.daemon_threads = True
+        url = f"http://{server.server_address[0]}:{server.server_port}/"
+        Console(highlight=False).print(f"{runs[0]} at {url} (Ctrl-C ends)", markup=False, soft_wrap=True)
+        server.serve_forever()
     return 0
 
 

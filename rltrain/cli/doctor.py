@@ -24,7 +24,8 @@ from rich.console import Console
 from rltrain.build.context import RunContext
 from rltrain.build.digests import with_prompt_date
 from rltrain.build.inputs import RunInputs
-from rltrain.build.workflows import Workflow, require_sampled, workflow_for
+from rltrain.build.local_inputs import require_sampled
+from rltrain.build.workflows import Workflow, workflow_for
 from rltrain.checkpoint.run_folder import RunFolder, describe_environment
 from rltrain.cli.session import joined_processes, user_errors
 from rltrain.config.load import resolved_yaml
@@ -38,7 +39,7 @@ from rltrain.train.doctor import (
     diagnose_error,
     freeze_recipe,
 )
-from rltrain.train.memory import largest_share, peak_memory
+from rltrain.train.memory import GpuWatch, largest_share, peak_memory
 from rltrain.watchdog import Watchdog
 
 # errors of engine, model or grader
@@ -96,9 +97,10 @@ def run_doctor(recipe: SampledRecipe, workflow: Workflow, inputs: RunInputs) -> 
             stage = STEPS
             try:
                 discard = dataclasses.replace(run.writer, write=lambda out, *_: out)
-                workflow.train(dataclasses.replace(run, writer=discard))
+                with GpuWatch() as gpu:
+                    workflow.train(dataclasses.replace(run, writer=discard))
                 lines = folder.metrics.read_text(encoding="utf-8").splitlines() if process.is_main else []
-                memories = largest_share(process.gather([(platform.node(), peak_memory())]))
+                memories = largest_share(process.gather([(platform.node(), peak_memory(gpu))]))
                 if not process.is_main:
                     return []
                 steps = [json.loads(line) for line in lines]

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from rltrain.build.digests import with_prompt_date
 from rltrain.build.inputs import load_inputs
+from rltrain.build.local_inputs import require_sampled
 from rltrain.build.offline import evaluate_offline
 from rltrain.build.rollout import add_model_rewards, build_evaluator
-from rltrain.build.workflows import require_sampled
 from rltrain.checkpoint.run_folder import write_atomic
 from rltrain.cli.session import joined_processes, sampler_for_model, user_errors
 from rltrain.config.schema import AnyRecipe, Data, Model, OfflineRecipe, SampledRecipe
@@ -61,6 +61,7 @@ EVALUATIONS: Mapping[str, Callable[..., dict[str, float]]] = {
     "online": _evaluate_sampled,
     "online_pairs": _evaluate_sampled,
     "offline": _evaluate_offline,
+    "sft": _evaluate_offline,
 }
 
 

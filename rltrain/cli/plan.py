@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import typer
 from rich.console import Console
@@ -15,7 +16,7 @@ from rltrain.config.capacity.constants import GB, Rates
 from rltrain.config.capacity.memory import OVERHEADS, Phase
 from rltrain.config.capacity.report import CapacityPlan, plan_capacity, to_json
 from rltrain.config.capacity.shape import KINDS, ModelShape, read_shape
-from rltrain.config.capacity.workload import workload_of
+from rltrain.config.capacity.workload import Engine, workload_of
 from rltrain.config.schema import AnyRecipe
 from rltrain.errors import UserError
 from rltrain.model_files import config_file
@@ -31,7 +32,7 @@ def capacity_command(
         load = workload_of(recipe, _shape_of_model)
     except LookupError:
         raise UserError(_explain_missing(recipe.model.path)) from None
-    plan = plan_capacity(load, cluster, rates)
+    plan = plan_capacity(load, _without_server(cluster, load.engine), rates)
     if as_json:
         typer.echo(json.dumps(to_json(plan) | {"warnings": list(warnings)}, indent=1))
     else:
@@ -39,6 +40,20 @@ def capacity_command(
         for warning in warnings:
             typer.echo(f"warning: {warning}")
     return 0 if plan.fits else 1
+
+
+def _without_server(cluster: Cluster, engine: Engine | None) -> Cluster:
+    """The learner's part of the GPUs. Raises UserError where a server leaves it none."""
+    if engine is None or not engine.server_gpus:
+        return cluster
+    taken = 0 if engine.is_elsewhere else engine.server_gpus
+    if cluster.gpus <= taken:
+        raise UserError(
+            f"--gpus {cluster.gpus}: the server of rollout.engine vllm_server takes {taken} of them "
+            "(rollout.server.tensor_parallel x data_parallel) and leaves the learner none; give more, or use "
+            "rollout.engine vllm, which shares the learner's"
+        )
+    return replace(cluster, gpus=cluster.gpus - taken, server_gpus=engine.server_gpus)
 
 
 def _shape_of_model(path: str, revision: str | None) -> ModelShape | None:
@@ -61,7 +76,7 @@ def _print_plan(plan: CapacityPlan) -> None:
         f"{model.role} {model.shape.parameters:,} parameters" for model in plan.workload.trained
     )
     backend = "" if cluster.gpus == 1 else f", {cluster.backend}"
-    console.print(f"{cluster.gpus} x {cluster.gpu_bytes / GB:g} GB{backend}; {models}")
+    console.print(f"{cluster.gpus} x {cluster.gpu_bytes / GB:g} GB{backend}; {models}{_server_note(plan)}")
     for note in plan.workload.notes:
         console.print(f"note: {note}")
     console.print(_phase_table(plan))
@@ -74,6 +89,14 @@ def _print_plan(plan: CapacityPlan) -> None:
             f"step {plan.step_seconds:,.0f} s at most, by arithmetic on the rates of an {plan.card}; "
             f"bottleneck: {narrowest.phase} ({narrowest.limit})"
         )
+
+
+def _server_note(plan: CapacityPlan) -> str:
+    engine = plan.workload.engine
+    if engine is None or not engine.server_gpus:
+        return ""
+    where = "on another machine" if engine.is_elsewhere else "of this machine"
+    return f"; beside them {engine.server_gpus} {where} for the server"
 
 
 def _phase_table(plan: CapacityPlan) -> Table:
@@ -99,13 +122,19 @@ def _row_terms(phase: Phase) -> Iterator[tuple[str, int]]:
 
 def _print_verdict(plan: CapacityPlan, console: Console) -> None:
     if plan.fits:
-        share = plan.highest_utilization
-        hint = "" if share is None else f"; with rollout.vllm.gpu_memory_utilization up to {share:g}"
-        console.print(f"FITS{hint}")
+        console.print(f"FITS{_utilization_hint(plan)}")
     elif plan.remedy is not None:
         console.print(f"OOM; fits with {plan.remedy.describe()}")
     else:
         console.print(f"OOM; {plan.obstacle}")
+
+
+def _utilization_hint(plan: CapacityPlan) -> str:
+    engine = plan.workload.engine
+    if engine is not None and plan.chooses_utilization:
+        return f"; vLLM gets {engine.utilization:g} of each GPU"
+    share = plan.highest_utilization
+    return "" if share is None else f"; with rollout.vllm.gpu_memory_utilization up to {share:g}"
 
 
 def _duration_table(plan: CapacityPlan) -> Table:

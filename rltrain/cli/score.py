@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from rltrain.analysis.best_of_n import n_for_kl
 from rltrain.analysis.selection import Samples, selections
+from rltrain.build.local_inputs import require_sampled
 from rltrain.build.scorer import (
     NONE,
     ProcessModel,
@@ -23,7 +24,6 @@ from rltrain.build.scorer import (
     step_end_finder,
     text_row,
 )
-from rltrain.build.workflows import require_sampled
 from rltrain.checkpoint.run_folder import write_atomic
 from rltrain.cli.evaluate import evaluate_model, show_evaluation, show_numbers
 from rltrain.config.schema import AnyRecipe, JudgedData, Model, SampledRecipe

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rltrain.build.engine_share import rollout_alone
 from rltrain.build.engines import build_engine, build_sampler
 from rltrain.build.rollout import load_from_disk
 from rltrain.config.schema import SampledRecipe
@@ -55,7 +56,7 @@ def sampler_for_model(
     name = recipe.rollout.engine
     with process.deadline(f"the {name} engine", "to start"):
         engine = build_engine(
-            recipe.model, recipe.data, recipe.rollout, recipe.learner.precision, tokenization, process
+            recipe.model, recipe.data, rollout_alone(recipe), recipe.learner.precision, tokenization, process
         )
     sampler = build_sampler(recipe.data, recipe.rollout, engine, tokenization)
     try:

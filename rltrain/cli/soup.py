@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rltrain.build.local_inputs import require_soup
 from rltrain.checkpoint.export import export_model
 from rltrain.checkpoint.soup import soup
 from rltrain.config.schema import Model
@@ -25,12 +26,8 @@ def soup_command(models: Sequence[str], weights: Sequence[float], out: Path) -> 
     An adapter's folder counts as the model that base and adapter are together; a soup of one adapter merges
     it.
     """
-    is_merge = len(models) == 1 and not weights and adapter_base(models[0]) is not None
-    if not is_merge and (len(models) < 2 or (weights and len(weights) != len(models))):
-        raise UserError(
-            f"a soup of {len(models)} models and {len(weights)} weights; give two or more (or one adapter, "
-            "to merge it), and a --weight for each or none"
-        )
+    if len(models) > 1 or weights or adapter_base(models[0]) is None:
+        require_soup(models, weights)
     shares = list(weights) or [1 / len(models)] * len(models)
     with user_mistakes():
         tokenization = tokenization_of(Model(path=models[0]), {})

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
@@ -18,10 +18,13 @@ from rich.console import Console
 
 from rltrain.build.context import RunContext
 from rltrain.build.digests import input_digests, with_prompt_date
+from rltrain.build.publication import push_run, with_pushes
 from rltrain.build.workflows import Workflow, workflow_for
+from rltrain.checkpoint.hub import hide_progress_bars, open_repository
 from rltrain.checkpoint.inputs import changes
-from rltrain.checkpoint.resume import AUTO, is_finished, open_run, saved_date
+from rltrain.checkpoint.resume import is_finished, open_run, saved_date
 from rltrain.checkpoint.run_folder import RunFolder, describe_environment, new_run_id, write_atomic
+from rltrain.checkpoint.saved_recipe import AUTO
 from rltrain.cli.session import is_main_process, joined_processes, rank_name, user_errors
 from rltrain.config.capacity.cluster import Backend, Cluster
 from rltrain.config.capacity.phase_line import describe_phase
@@ -31,6 +34,7 @@ from rltrain.config.schema import AnyRecipe
 from rltrain.errors import UserError, user_mistakes
 from rltrain.interrupt import resuming_command
 from rltrain.learner.ranks import agree, backend_name, request_offload
+from rltrain.report.progress import list_changes
 from rltrain.report.reporter import Reporter
 from rltrain.train.loop import TrainingRun
 from rltrain.train.profiling import MEMORY_FOLDER, snapshot_on_out_of_memory
@@ -38,15 +42,18 @@ from rltrain.train.saving import (
     STOPPED,
     Stopped,
     StopRequest,
+    TimeLimit,
+    WithoutWorkers,
     disk_errors,
     record_stop_signals,
     stop_with_the_launcher,
 )
+from rltrain.watchdog import EXPIRED
 
 
 def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resume: str = AUTO) -> int:
     """Trains from the checks to the finished model. Returns the exit code: 0, or STOPPED after a SIGTERM or
-    a Ctrl-C.
+    a Ctrl-C, or EXPIRED where no worker samples any more.
 
     resume: "auto" continues the run in ``folder`` if there is one, "never" refuses to; any other value is the
     folder of a checkpoint.
@@ -56,10 +63,11 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
     recipe = with_prompt_date(recipe, saved_date(run_folder, resume))
     if resume == AUTO and is_finished(run_folder, recipe):
         if is_main_process():
-            Console(highlight=False).print(
-                f"already finished: {run_folder.model}", markup=False, soft_wrap=True
-            )
+            _print_line(f"already finished: {run_folder.model}")
+            _push(recipe, run_folder, _print_line)
         return 0
+    if is_main_process():
+        _require_repository(recipe)
 
     lines = [f"warning: {warning}" for warning in warnings]
     if recipe.data.date is not None:
@@ -93,17 +101,21 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
             checkpoint, rank_0_digests = agree((checkpoint, digests))
         require_same_inputs(rank_0_digests, digests)
 
-        stop_request = stack.enter_context(record_stop_signals())
+        stop_request = stack.enter_context(record_stop_signals(limit_time(recipe.train.max_hours)))
         stop_with_the_launcher()
-        run = workflow.build(
-            recipe, inputs, RunContext(run_folder, checkpoint, process, stop_request, digests)
-        )
+        context = RunContext(run_folder, checkpoint, process, stop_request, digests)
+        run = with_pushes(workflow.build(recipe, inputs, context), context)
         lines += workflow.summarize(inputs)
         if checkpoint is not None:
             lines.append(f"continuing from {checkpoint}")
         for line in lines:
             run.reporter.message(line)
         return _train(run, workflow, run_folder, stop_request, is_main=process.is_main)
+
+
+def limit_time(hours: float | None) -> TimeLimit | None:
+    """hours: from the start of this process."""
+    return None if hours is None else TimeLimit(3600 * hours, psutil.Process().create_time())
 
 
 def _train(
@@ -120,7 +132,12 @@ def _train(
                 report_if_possible(folder, run.reporter)
         files = ("metrics", "transcripts", "report") if workflow.samples else ("metrics", "report")
         lines = [f"{name:<11}  {getattr(folder, name)}" for name in files if getattr(folder, name).exists()]
-        run.reporter.message("\n".join([f"model        {model}", *lines]))
+        lines = [*list_changes(run.history.all), f"model        {model}", *lines, *_next_commands(folder)]
+        run.reporter.message("\n".join(lines))
+        if is_main:
+            if run.writer.pushes is not None:
+                run.writer.pushes.wait()
+            _push(run.recipe, folder, run.reporter.message)
     except Stopped as stopped:
         if is_main:
             report_if_possible(folder, run.reporter)
@@ -129,10 +146,41 @@ def _train(
         )
         run.reporter.message(f"continue with: {resuming_command(sys.argv)}")
         return STOPPED
+    except WithoutWorkers as ended:
+        if is_main:
+            report_if_possible(folder, run.reporter)
+        run.reporter.message(str(ended))
+        run.reporter.message(f"continue with: {resuming_command(sys.argv)}")
+        return EXPIRED
     finally:
         run.writer.close()
         run.close()
     return 0
+
+
+def _next_commands(folder: RunFolder) -> list[str]:
+    path = shlex.quote(str(folder.path))
+    return [
+        f"next         rltrain report {path}",
+        f"             rltrain generate {path}/model PROMPT",
+        f"             rltrain push {path} OWNER/MODEL",
+    ]
+
+
+def _require_repository(recipe: AnyRecipe) -> None:
+    """Raises HubError where the model at the end could not be pushed: before anything is loaded."""
+    if recipe.push is not None:
+        hide_progress_bars()
+        open_repository(recipe.push.repo, private=recipe.push.private, report=_print_line)
+
+
+def _push(recipe: AnyRecipe, folder: RunFolder, report: Callable[[str], None]) -> None:
+    if recipe.push is not None:
+        push_run(recipe.push, folder, report)
+
+
+def _print_line(text: str) -> None:
+    Console(highlight=False).print(text, markup=False, soft_wrap=True)
 
 
 def _expected_memory(run: TrainingRun, phase: str | None) -> str:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import ipaddress
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import torch
 import typer
 
-from rltrain.build.workflows import require_sampled
+from rltrain.build.local_inputs import require_sampled
 from rltrain.checkpoint.run_folder import write_atomic
 from rltrain.config.schema import AnyRecipe, SampledRecipe
 from rltrain.errors import UserError, user_mistakes
+from rltrain.rollout.pool.knock import Knocker, advertised_url
 from rltrain.rollout.worker.flags import Address, Tls, require_known_version, worker_settings
 from rltrain.rollout.worker.guard import SHORTEST_TOKEN, TOKEN
 from rltrain.rollout.worker.process import LocalWorker, find_free_port
@@ -37,6 +39,7 @@ class Listening:
     tls_key: Path | None
     tls_certificate: Path | None
     tls_clients: Path | None
+    join: str | None = None  # address of a run that waits for workers
 
     def address(self) -> Address:
         """Raises UserError for options that do not go together."""
@@ -75,12 +78,16 @@ def worker_command(recipe: AnyRecipe, where: Listening) -> int:
         )
     with user_mistakes():
         address = where.address()
+        if where.join is not None:
+            advertised_url(address, where.join)  # a wrong one is told before the server starts
     for line in _warnings(address):
         typer.echo(line, err=True)
     return _serve(sampled, where, address, token, version)
 
 
 def _serve(recipe: SampledRecipe, where: Listening, address: Address, token: str, version: str) -> int:
+    import torch  # which takes seconds: a mistake is told before
+
     settings = worker_settings(
         recipe.model,
         recipe.data,
@@ -107,7 +114,8 @@ def _serve(recipe: SampledRecipe, where: Listening, address: Address, token: str
         )
         if where.url_file is not None:
             write_atomic(where.url_file, address.url + "\n")
-        worker.wait()
+        with _knocking(where, address, token):
+            worker.wait()
         if not is_stopping:
             worker.require_alive()
     except UserError:
@@ -118,6 +126,19 @@ def _serve(recipe: SampledRecipe, where: Listening, address: Address, token: str
         if where.url_file is not None:
             where.url_file.unlink(missing_ok=True)
     return 0
+
+
+@contextmanager
+def _knocking(where: Listening, address: Address, token: str) -> Iterator[None]:
+    """Inside, the run that ``--join`` names is told that the worker serves."""
+    if where.join is None:
+        yield
+        return
+    knocker = Knocker(where.join, advertised_url(address, where.join), token, typer.echo)
+    try:
+        yield
+    finally:
+        knocker.close()
 
 
 def _warnings(address: Address) -> list[str]:

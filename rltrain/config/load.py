@@ -23,7 +23,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from rltrain.config.explain import explain
-from rltrain.config.schema import RECIPES, AnyRecipe, OfflineRecipe, OfflineReport, OnlineRecipe, Section
+from rltrain.config.schema import (
+    RECIPES,
+    SUPERVISED_LOSS,
+    AnyRecipe,
+    OfflineRecipe,
+    OfflineReport,
+    OnlineRecipe,
+    Section,
+)
 from rltrain.config.shipped import RECIPES_FOLDER, find_recipe, is_recipe_name, recipe_file
 from rltrain.config.user_files import (
     absolute_name,
@@ -114,7 +122,14 @@ def load_recipe(path: str | Path, *, profile: str | None = None, overrides: Sequ
         layers.append(document)
         if override.startswith(_TRAIN) and not has_options:
             data = without_options(data, before)
-    return validate_recipe(with_digests(data), layers, str(path))
+    return validate_recipe(with_digests(_with_supervised_loss(data)), layers, str(path))
+
+
+def _with_supervised_loss(data: dict[str, Any]) -> dict[str, Any]:
+    """``data`` with the loss of kind sft where it names none."""
+    if data.get("kind") != "sft" or "loss" in data:
+        return data
+    return {**data, "loss": {PREFERENCE_KEY: SUPERVISED_LOSS}}
 
 
 def without_options(data: dict[str, Any], before: Any) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from rltrain.config.schema import AnyRecipe
+from rltrain.config.schema import AnyRecipe, OfflineRecipe
 from rltrain.errors import UserError
 from rltrain.json_text import parse_json
 from rltrain.model_files import config_source
 from rltrain.model_limits import Context, context_of, require_context
 
-__all__ = ["config_path", "context_problems", "model_context", "row_sizes"]
+__all__ = ["config_path", "context_problems", "model_context", "models_of", "row_sizes"]
 
 
 def config_path(model: str, revision: str | None = None) -> Path:
@@ -45,7 +45,7 @@ def model_context(model: str, revision: str | None = None) -> Context | None:
 
 def context_problems(recipe: AnyRecipe) -> Iterator[str]:
     """The models of a recipe that cannot read its longest row, of those whose config.json is here."""
-    for key, model, revision in _models(recipe):
+    for key, model, revision in models_of(recipe):
         config = _read_config(config_path(model, revision))
         if config is None:
             continue
@@ -58,16 +58,16 @@ def context_problems(recipe: AnyRecipe) -> Iterator[str]:
 def row_sizes(recipe: AnyRecipe) -> dict[str, int]:
     """The most tokens of each part of a row, by recipe key."""
     prompt = {"data.max_prompt_tokens": recipe.data.max_prompt_tokens}
-    if recipe.kind == "offline":
+    if isinstance(recipe, OfflineRecipe):
         return prompt | {"data.max_completion_tokens": recipe.data.max_completion_tokens}
     return prompt | {"rollout.max_tokens": recipe.rollout.max_tokens}
 
 
-def _models(recipe: AnyRecipe) -> Iterator[tuple[str, str, str | None]]:
+def models_of(recipe: AnyRecipe) -> Iterator[tuple[str, str, str | None]]:
     """(key, name, revision) of the models that read whole rows."""
     yield "model.path", recipe.model.path, recipe.model.revision
     others = {"model.reference": recipe.model.reference, "model.teacher": recipe.model.teacher}
-    if recipe.kind == "offline":
+    if isinstance(recipe, OfflineRecipe):
         others["model.previous"] = recipe.model.previous
     if recipe.kind == "online" and recipe.process_reward is not None:
         others["process_reward.path"] = recipe.process_reward.path

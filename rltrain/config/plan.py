@@ -22,8 +22,9 @@ from rltrain.config.schema import (
 )
 
 GIB = 2**30
+WEIGHT_BYTES = 4  # per parameter that is not trained: float32
 MASTER_BYTES = 16  # per parameter: float32 weight, gradient and AdamW's two moments
-FROZEN_BYTES = 4  # per parameter of a model that is not trained
+REWARD_BYTES = 4  # per parameter of a model that scores
 
 
 class PlanLine(NamedTuple):
@@ -67,6 +68,7 @@ _PLANS: Mapping[str, Callable[[Any], list[PlanLine]]] = {
     "online": _plan_online,
     "online_pairs": _plan_pairs,
     "offline": _plan_offline,
+    "sft": _plan_offline,
 }
 
 
@@ -215,7 +217,7 @@ def _process_reward_lines(recipe: OnlineRecipe) -> list[PlanLine]:
         _weights_line(
             "process reward model",
             path,
-            MASTER_BYTES if recipe.model.adapter is None else FROZEN_BYTES,
+            MASTER_BYTES if recipe.model.adapter is None else WEIGHT_BYTES,
             "weights, gradients, AdamW in float32; divided by ranks if sharded"
             if recipe.model.adapter is None
             else "weights in float32 at most, under an adapter; divided by ranks if sharded",
@@ -235,7 +237,12 @@ def _process_reward_lines(recipe: OnlineRecipe) -> list[PlanLine]:
         return [*lines, PlanLine("memory: its reference", "none", note)]
     return [
         *lines,
-        _weights_line("its reference", reference or path, FROZEN_BYTES, "weights in float32, on every rank"),
+        _weights_line(
+            "its reference",
+            reference or path,
+            4 if recipe.learner.precision == "float32" else 2,
+            "weights in the learner's precision on a GPU; divided by ranks if sharded",
+        ),
     ]
 
 
@@ -244,7 +251,7 @@ def _reward_model_lines(refs: Sequence[MethodRef]) -> list[PlanLine]:
     paths = [str(ref.hp["path"]) for ref in refs if ref.name == "reward_model" and "path" in ref.hp]
     return [
         _weights_line(
-            "reward model", path, FROZEN_BYTES, "weights in float32, on every rank; half of it on a GPU"
+            "reward model", path, REWARD_BYTES, "weights in float32, on every rank; half of it on a GPU"
         )
         for path in paths
     ]

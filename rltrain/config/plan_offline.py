@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from rltrain.config.rules.offline import all_needs, takes_pairs
 from rltrain.config.schema import OfflineRecipe
 from rltrain.loss.preference import PREFERENCE_LOSSES
+from rltrain.needs import MISMATCHED
 
 __all__ = ["plan_offline"]
 
@@ -59,7 +60,7 @@ def _sample_lines(recipe: OfflineRecipe) -> Iterator[tuple[str, str, str]]:
 
 def _frozen_models(recipe: OfflineRecipe, needs: frozenset[str]) -> tuple[str, str]:
     names = [name for name in ("ref_logp", "previous_logp") if name in needs]
-    if "mismatched" in needs:
+    if MISMATCHED in needs:
         names = [*dict.fromkeys([*names, "ref_logp"]), "mismatched"]
     where = (
         "computed in every run"

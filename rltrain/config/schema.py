@@ -36,6 +36,8 @@ _PROCESSES = 4096  # on one machine
 HEAD_CHUNK_CPU = 256
 HEAD_CHUNK_GPU = 2048
 
+MOST_UTILIZATION = 0.9  # share of a GPU that vLLM gets where a recipe leaves it open, at most
+
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -224,7 +226,8 @@ class Model(Section):
     trust_remote_code: tuple[str, ...] = ()
     reference: str | None = None  # model for ref_logp and for the reference source; None: the initial model
     teacher: str | None = None  # model for teacher_logp, with the same tokenizer; None: the initial model
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    # flex_attention and flash_attention_2 pack rows; flex_attention, for GPUs, also rows that share a prompt
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
     adapter: Adapter | None = None  # trained in place of the weights; None: all weights are trained
 
 
@@ -299,11 +302,24 @@ class EnvironmentRef(MethodRef):
 
 
 class Vllm(Section):
-    gpu_memory_utilization: float = Field(default=0.45, gt=0, le=1)
+    # vLLM's share of a GPU; auto: what learner and frozen models leave of it, by the plan's arithmetic, and
+    # 0.9 where vLLM has the GPU to itself
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
     kv_cache_gib: float = Field(default=1.0, gt=0)  # on CPU
     max_num_seqs: int = Field(default=256, ge=1)
     tensor_parallel: int = Field(default=1, ge=1)  # neighbouring ranks that hold one engine together
     enforce_eager: bool = False
+
+    @property
+    def utilization_alone(self) -> float:
+        """The share of a GPU that nothing else uses."""
+        share = self.gpu_memory_utilization
+        return MOST_UTILIZATION if share == "auto" else share
+
+
+# MiB of a bucket of weights on its way to a server, where the recipe does not say
+BUCKET_MIB_CPU = 16
+BUCKET_MIB_GPU = 512
 
 
 class Server(Section):
@@ -321,8 +337,27 @@ class Server(Section):
     # longest that the log of a starting server may stay silent
     silence_seconds: float = Field(default=300.0, gt=0, le=_SECONDS)
     call_seconds: float = Field(default=30.0, gt=0, le=_SECONDS)  # deadline of a call that moves no weights
+    # of one of the two buffers in which rank 0 sends weights; None: 16 on CPU, 512 on GPU
+    bucket_mib: int | None = Field(default=None, ge=1, le=65536)
     # deadline of the round trip that tells a busy server from a stopped one; two missed in a row end the run
     liveness_seconds: float = Field(default=5.0, gt=0, le=_SECONDS)
+
+
+class Workers(Section):
+    """Several vLLM servers for engine ``vllm_server``, each as ``rollout.server`` says.
+
+    Name one of ``count``, ``urls`` and ``join``.
+    """
+
+    count: int | None = Field(default=None, ge=1, le=_PROCESSES)  # that rltrain starts here, and starts again
+    # running rltrain workers, as rollout.server.url names one
+    urls: tuple[str, ...] = ()
+    # workers come by themselves, before or during the run: rltrain worker --join http://HOST:PORT
+    join: bool = False
+    host: str = "127.0.0.1"  # where rank 0 waits for workers that join
+    port: int = Field(default=8900, ge=1, le=65535)
+    # longest that a run goes on without any worker; then it saves and ends with exit code 75
+    patience_seconds: float = Field(default=300.0, gt=0, le=_SECONDS)
 
 
 class Rollout(Section):
@@ -345,6 +380,7 @@ class Rollout(Section):
     environment: EnvironmentRef | None = None  # None: a completion is one answer
     vllm: Vllm = Vllm()
     server: Server = Server()
+    workers: Workers | None = None  # None: one server
 
 
 class Sync(Section):
@@ -399,7 +435,8 @@ class LearnerCore(Section):
     share_prompt: Literal["auto", "never"] = "auto"
     # auto: float32 on CPU, bfloat16 autocast on GPU
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    gradient_checkpointing: bool = False
+    # recompute layers in the backward pass; auto: on a GPU as few as the plan has no room for, on a CPU all
+    gradient_checkpointing: bool | Literal["auto"] = False
     # what stays in the host's memory: ZeRO-2 and 3 can offload the optimizer's masters and moments, and
     # update them there; all: FSDP2 and ZeRO-3 keep the weights there too
     offload: Literal["nothing", "optimizer", "all"] = "nothing"
@@ -460,6 +497,8 @@ class Train(Section):
     steps: int = Field(ge=1)
     profile: Profile | None = None  # None: no step is profiled
     deadline_seconds: float = Field(default=1800.0, gt=0, le=_SECONDS)  # longest that any wait may last
+    # the run saves and ends before it has lasted so long; the same command goes on
+    max_hours: float | None = Field(default=None, gt=0, le=_SECONDS)
 
     @property
     def length(self) -> str:
@@ -492,6 +531,17 @@ class Checkpoint(Section):
     format: Literal["whole", "sharded"] = "whole"
 
 
+class Push(Section):
+    """Pushes the finished model, with its results, to the Hugging Face Hub; the token is the environment's
+    (HF_TOKEN) or the login's.
+    """
+
+    repo: str  # its name there: OWNER/MODEL; made unless it exists
+    # steps between pushes of checkpoints in the background, a multiple of checkpoint.every; 0: only the end
+    every: int = Field(default=0, ge=0)
+    private: bool = True
+
+
 class SampledRecipe(Section):
     """The sections of every recipe that trains on completions sampled by the policy."""
 
@@ -507,6 +557,7 @@ class SampledRecipe(Section):
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     report: Report = Report()
+    push: Push | None = None  # None: nothing leaves this machine
 
 
 class OnlineRecipe(SampledRecipe):
@@ -563,6 +614,8 @@ class OfflineTrain(Section):
     steps: int | None = Field(default=None, ge=1)  # replaces epochs
     profile: Profile | None = None  # None: no step is profiled
     deadline_seconds: float = Field(default=1800.0, gt=0, le=_SECONDS)  # longest that any wait may last
+    # the run saves and ends before it has lasted so long; the same command goes on
+    max_hours: float | None = Field(default=None, gt=0, le=_SECONDS)
 
     @property
     def length(self) -> str:
@@ -586,21 +639,28 @@ class OfflineReport(Section):
     project: str = "rltrain"
 
 
-class OfflineRecipe(Section):
-    """Learning from preferences and labels in a data set: no engine, no rewards."""
+SUPERVISED_LOSS = "nll"
 
-    kind: Literal["offline"] = "offline"
+
+class OfflineRecipe(Section):
+    """Learning from a data set: no engine, no rewards.
+
+    offline: from preferences and labels. sft: supervised fine-tuning, the likelihood of given completions.
+    """
+
+    kind: Literal["offline", "sft"] = "offline"
     about: About = About()
     seed: int = Field(default=0, ge=0)
     model: OfflineModel
     data: JudgedData
-    loss: PreferenceLoss
+    loss: PreferenceLoss  # of kind sft: {preference: nll}, which may be left out
     reference: Reference = Reference()
     learner: LearnerCore
     train: OfflineTrain
     eval: OfflineEval = OfflineEval()
     checkpoint: Checkpoint = Checkpoint()
     report: OfflineReport = OfflineReport()
+    push: Push | None = None  # None: nothing leaves this machine
 
 
 # learning from pairs of the policy's own completions --------------------------------------------------------
@@ -639,4 +699,5 @@ RECIPES: dict[str, type[AnyRecipe]] = {
     "online": OnlineRecipe,
     "online_pairs": OnlinePairsRecipe,
     "offline": OfflineRecipe,
+    "sft": OfflineRecipe,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rltrain.chat_template import is_template_file
 from rltrain.config.yaml12 import read
 from rltrain.errors import RecipeError, UserError
 from rltrain.registry import suggestion
@@ -18,7 +19,7 @@ __all__ = [
 ]
 
 RECIPES_FOLDER = (Path(__file__).parents[1] / "recipes").resolve()  # in a checkout that is a link
-_FOLDERS = ("policy", "preference", "process_reward")
+_FOLDERS = ("policy", "preference", "process_reward", "supervised")
 _BASES = "base"
 
 
@@ -67,23 +68,36 @@ def find_recipes(word: str = "") -> list[tuple[str, str, str]]:
 def copy_recipe(name: str, target: Path) -> str:
     """Writes the shipped recipe ``name``, with its comments, to the file ``target``; returns its text.
 
-    What it extends is named there, since the path is one between shipped files. Raises RecipeError for an
+    What it extends is named there, since the path is one between shipped files; a chat template's file is
+    copied beside it. Raises RecipeError for an
     unknown name, UserError if ``target`` exists or cannot be written.
     """
     path = find_recipe(name)
-    extends = read(path).data.get("extends")
+    document = read(path).data
+    extends = document.get("extends")
     text = path.read_text(encoding="utf-8")
     if extends is not None and not is_recipe_name(extends):
         text = text.replace(f"extends: {extends}", f"extends: {Path(extends).stem}", 1)
+    template = str(document.get("data", {}).get("chat_template", "auto"))
+    if is_template_file(template):
+        text = text.replace(f"chat_template: {template}", f"chat_template: {Path(template).name}", 1)
     head = (
         f"# A copy of rltrain's recipe {path.parent.name}/{name}. docs/config.md lists every key,\n"
         f"# `rltrain plan {target}` prints what they come to; --profile NAME sets model, data and sizes.\n"
     )
+    _write_new(target, head + text)
+    if is_template_file(template):
+        _write_new(target.with_name(Path(template).name), (path.parent / template).read_text("utf-8"))
+    return head + text
+
+
+def _write_new(target: Path, text: str) -> None:
+    """Raises UserError if ``target`` has another text, or cannot be written."""
     try:
-        with target.open("x", encoding="utf-8") as file:
-            file.write(head + text)
+        if not target.is_file() or target.read_text(encoding="utf-8") != text:
+            with target.open("x", encoding="utf-8") as file:
+                file.write(text)
     except FileExistsError as error:
         raise UserError(f"{target} exists already; name another file with --out") from error
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}; name another with --out") from error
-    return head + text

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from rltrain.needs import OLD_ENTROPY, STEP_ID, TOKEN_LEVEL
 from rltrain.registry import method
 from rltrain.tensor_ops import apply_mask
 from rltrain.types.policy import TrainBatch
@@ -14,7 +15,7 @@ from rltrain.types.policy import TrainBatch
 __all__ = ["empg"]
 
 
-@method("empg", arxiv="2509.09265", needs={"old_entropy", "step_id"}, traits={"token_level"})
+@method("empg", arxiv="2509.09265", needs={OLD_ENTROPY, STEP_ID}, traits={TOKEN_LEVEL})
 def empg(
     batch: TrainBatch,
     *,

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
+from rltrain.needs import GIVES_HISTORY, GIVES_SMOOTHING
 from rltrain.registry import method
 
 __all__ = [
@@ -225,7 +226,7 @@ class StageCoefficient(_SavedController):
         super().load_state_dict(state)
 
 
-@method("epo_schedule", arxiv="2509.22576", traits={"gives_history", "gives_smoothing"})
+@method("epo_schedule", arxiv="2509.22576", traits={GIVES_HISTORY, GIVES_SMOOTHING})
 class EpoSchedule(_SavedController):
     """EPO's bonus with its constant ``value``, and the inputs of its penalty: the entropy's history and the
     penalty's weight, arXiv:2509.22576.

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rltrain.needs import ANSWER, POLICY_LOSS
 from rltrain.registry import method
 from rltrain.tensor_ops import apply_mask, segment_count, segment_mean
 from rltrain.types.policy import TrainBatch
@@ -16,7 +17,7 @@ __all__ = ["consistency_entropy", "copo", "global_advantages"]
 Mode = Literal["soft", "soft_forced", "forced", "soft_zero", "zero", "global", "local"]
 
 
-@method("copo", arxiv="2508.04138", needs={"answer"}, traits={"policy_loss:copo"})
+@method("copo", arxiv="2508.04138", needs={ANSWER}, traits={POLICY_LOSS("copo")})
 def copo(
     batch: TrainBatch,
     *,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rltrain.needs import FRACTION, LOGP_NOW, OFF_POLICY_ONLY, OLD_LOGP, POLICY_LOSS, SAME_AS_POLICY_LOSS
 from rltrain.registry import method
 from rltrain.seeds import stable_hash
 from rltrain.tensor_ops import apply_mask
@@ -25,12 +26,12 @@ __all__ = ["clip_cov", "kl_cov", "token_covariance"]
 @method(
     "clip_cov",
     arxiv="2505.22617",
-    needs={"old_logp", "logp_now"},
+    needs={OLD_LOGP, LOGP_NOW},
     traits={
-        "policy_loss:clip",
-        "same_as_policy_loss:eps_low",
-        "same_as_policy_loss:eps_high",
-        "fraction:ratio",
+        POLICY_LOSS("clip"),
+        SAME_AS_POLICY_LOSS("eps_low"),
+        SAME_AS_POLICY_LOSS("eps_high"),
+        FRACTION("ratio"),
     },
 )
 def clip_cov(
@@ -69,8 +70,8 @@ def clip_cov(
 @method(
     "kl_cov",
     arxiv="2505.22617",
-    needs={"logp_now"},
-    traits={"policy_loss:kl_cov", "off_policy_only", "fraction:ratio"},
+    needs={LOGP_NOW},
+    traits={POLICY_LOSS("kl_cov"), OFF_POLICY_ONLY, FRACTION("ratio")},
 )
 def kl_cov(batch: TrainBatch, *, ratio: float = 2e-3, seed: int = 0) -> TrainBatch:
     """KL-Cov: marks the ``max(1, floor(ratio N))`` of the N tokens with the largest c_t for the loss

@@ -6,13 +6,14 @@ from typing import Literal
 
 import torch
 
+from rltrain.needs import LOSS_TERM, NEEDS_CORRECT, PER_UPDATE
 from rltrain.registry import method
 from rltrain.types.policy import TrainBatch
 
 __all__ = ["kdrl_mask"]
 
 
-@method("kdrl_mask", arxiv="2506.02208", traits={"per_update", "needs_correct", "loss_term:kdrl"})
+@method("kdrl_mask", arxiv="2506.02208", traits={PER_UPDATE, NEEDS_CORRECT, LOSS_TERM("kdrl")})
 def kdrl_mask(
     batch: TrainBatch,
     *,

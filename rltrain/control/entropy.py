@@ -14,6 +14,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rltrain.needs import (
+    AGGREGATE,
+    ENTROPY_NOW,
+    EXPECTED_ENTROPY_SLOPE,
+    EXTRA_SAMPLES,
+    FRACTION,
+    LOGP_NOW,
+    NEEDS_CORRECT,
+    OLD_ENTROPY,
+    OLD_LOGP,
+    TEMPERED_LOGP,
+    TOKEN_LEVEL,
+)
 from rltrain.registry import method
 from rltrain.tensor_ops import apply_mask, masked_mean, masked_quantile
 from rltrain.types.policy import TrainBatch
@@ -34,7 +47,6 @@ __all__ = [
 
 # note of the step: 1 if its tempered rows were sampled to lower the entropy, else 0
 ABOVE_TARGET = "aepo_above_target"
-SLOPE = "expected_entropy_slope"  # statistic of the output head: sum_v p_v^2 (ln p_v + H)
 _SMALLEST_P = 1e-8  # the authors' bound on probabilities
 
 
@@ -44,12 +56,12 @@ _SMALLEST_P = 1e-8  # the authors' bound on probabilities
 @method(
     "steer",
     arxiv="2510.10150",
-    needs={"old_logp", "logp_now"},
+    needs={OLD_LOGP, LOGP_NOW},
     needs_if={
-        "omega=released": {"old_entropy"},
-        "omega=exact": {"entropy_now", "expected_entropy_slope_now"},
+        "omega=released": {OLD_ENTROPY},
+        "omega=exact": {ENTROPY_NOW, EXPECTED_ENTROPY_SLOPE.update_start},
     },
-    traits={"token_level", "fraction:lambda_min"},
+    traits={TOKEN_LEVEL, FRACTION("lambda_min")},
 )
 def steer(
     batch: TrainBatch,
@@ -119,7 +131,8 @@ def steer_exact(batch: TrainBatch) -> Tensor:
     now = _require_field(batch, "steer", batch.logp_now, "logp_now")
     old = _require_field(batch, "steer", batch.old_logp, "old_logp")
     entropy = _require_field(batch, "steer", batch.entropy_now, "entropy_now")
-    slope = _require_field(batch, "steer", batch.extra.get(f"{SLOPE}_now"), f"{SLOPE}_now")
+    name = EXPECTED_ENTROPY_SLOPE.update_start
+    slope = _require_field(batch, "steer", batch.extra.get(name), name)
     return _zero_nonfinite(batch.advantages * (now - old).exp() * (now.exp() * (now + entropy) - slope))
 
 
@@ -131,7 +144,7 @@ def _zero_nonfinite(values: Tensor) -> Tensor:
 
 
 @method(
-    "high_entropy_tokens", arxiv="2506.01939", needs={"old_entropy"}, traits={"token_level", "fraction:share"}
+    "high_entropy_tokens", arxiv="2506.01939", needs={OLD_ENTROPY}, traits={TOKEN_LEVEL, FRACTION("share")}
 )
 def high_entropy_tokens(batch: TrainBatch, *, share: float = 0.2) -> TrainBatch:
     """Trains only on the ``share`` of tokens with the highest entropy, arXiv:2506.01939 ("80/20").
@@ -154,8 +167,8 @@ def high_entropy_tokens(batch: TrainBatch, *, share: float = 0.2) -> TrainBatch:
 @method(
     "aepo",
     arxiv="2510.08141",
-    needs_if={"form=explicit": {"logp_now"}},
-    traits={"aggregate:token_mean", "extra_samples:aepo", "needs_correct"},
+    needs_if={"form=explicit": {LOGP_NOW}},
+    traits={AGGREGATE("token_mean"), EXTRA_SAMPLES("aepo"), NEEDS_CORRECT},
 )
 def aepo(
     batch: TrainBatch, *, form: Literal["explicit", "rows"] = "explicit", alpha: float = 0.024, cap: int = 60
@@ -258,8 +271,8 @@ def _first_rows(eligible: Tensor, order: Tensor, count: int) -> Tensor:
 @method(
     "dcpo",
     arxiv="2510.08141",
-    needs={"old_logp", "old_entropy", "tempered_logp:{high}", "tempered_logp:{low}"},
-    traits={"needs_correct"},
+    needs={OLD_LOGP, OLD_ENTROPY, TEMPERED_LOGP("{high}"), TEMPERED_LOGP("{low}")},
+    traits={NEEDS_CORRECT},
 )
 def dcpo(
     batch: TrainBatch, *, target: float = 0.5, high: float = 1.2, low: float = 0.8, most: float = 0.1

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rltrain.needs import ENTROPY_NOW, POLICY_LOSS
 from rltrain.registry import method
 from rltrain.tensor_ops import apply_mask
 from rltrain.types.policy import TrainBatch
@@ -45,7 +46,7 @@ class EntropySignal:
         return torch.where(h > 0, h / self.top, h / bottom)
 
 
-@method("hapo", arxiv="2509.16591", needs={"entropy_now"}, traits={"policy_loss:hapo"})
+@method("hapo", arxiv="2509.16591", needs={ENTROPY_NOW}, traits={POLICY_LOSS("hapo")})
 def hapo(
     batch: TrainBatch, *, rho: float = 0.8, form: Literal["intended", "released"] = "intended"
 ) -> TrainBatch:

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rltrain.needs import LOGP_NOW, OLD_LOGP, ROLLOUT_LOGP
 from rltrain.registry import method
 from rltrain.tensor_ops import apply_mask, masked_mean, masked_sum
 from rltrain.types.policy import TrainBatch
@@ -23,7 +24,7 @@ __all__ = ["geometric_rejection", "mis", "off_policy_mask", "tis"]
 LOG_RHO_LIMIT = 20.0  # verl's clamp before exp
 
 
-@method("tis", needs={"old_logp", "rollout_logp"})
+@method("tis", needs={OLD_LOGP, ROLLOUT_LOGP})
 def tis(
     batch: TrainBatch,
     *,
@@ -45,7 +46,7 @@ def tis(
     return _multiply_weights(batch, weights)
 
 
-@method("mis", needs={"old_logp", "rollout_logp"})
+@method("mis", needs={OLD_LOGP, ROLLOUT_LOGP})
 def mis(
     batch: TrainBatch,
     *,
@@ -65,7 +66,7 @@ def mis(
     return _restrict(_multiply_weights(batch, rho), (rho >= low) & (rho <= high), denominator)
 
 
-@method("geometric_rejection", needs={"old_logp", "rollout_logp"})
+@method("geometric_rejection", needs={OLD_LOGP, ROLLOUT_LOGP})
 def geometric_rejection(
     batch: TrainBatch,
     *,
@@ -82,7 +83,7 @@ def geometric_rejection(
     return _restrict(batch, (geometric >= low) & (geometric <= high), denominator)
 
 
-@method("off_policy_mask", arxiv="2512.02556", needs={"rollout_logp", "logp_now"})
+@method("off_policy_mask", arxiv="2512.02556", needs={ROLLOUT_LOGP, LOGP_NOW})
 def off_policy_mask(
     batch: TrainBatch, *, delta: float = 0.5, denominator: Literal["all", "kept"] = "all"
 ) -> TrainBatch:

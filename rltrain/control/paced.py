@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rltrain.needs import AGGREGATE, EXTRA_SAMPLES, LOSS_TERM, NEEDS_CORRECT, PER_UPDATE
 from rltrain.registry import method
 from rltrain.types.policy import TrainBatch
 from rltrain.types.samples import SOURCE_DATASET, SOURCE_POLICY
@@ -21,12 +22,12 @@ __all__ = ["paced", "paced_weight", "smoothed_pass_rate"]
     "paced",
     arxiv="2603.11178",
     traits={
-        "per_update",
-        "needs_correct",
-        "extra_samples:answer",
-        "loss_term:teacher_text",
-        "loss_term:kdrl",
-        "aggregate:seq_mean_token_mean",
+        PER_UPDATE,
+        NEEDS_CORRECT,
+        EXTRA_SAMPLES("answer"),
+        LOSS_TERM("teacher_text"),
+        LOSS_TERM("kdrl"),
+        AGGREGATE("seq_mean_token_mean"),
     },
 )
 def paced(
@@ -53,8 +54,8 @@ def paced(
         )
     ids, prompt = torch.unique(batch.group, return_inverse=True)
     graded = (batch.source == SOURCE_POLICY) & ~batch.correct.isnan()
-    rollouts = torch.zeros(len(ids), dtype=torch.float64).index_add(
-        0, prompt[graded], torch.ones(int(graded.sum()), dtype=torch.float64)
+    rollouts = torch.zeros(len(ids), dtype=torch.float64, device=ids.device).index_add(
+        0, prompt[graded], torch.ones_like(prompt[graded], dtype=torch.float64)
     )
     right = torch.zeros_like(rollouts).index_add(0, prompt[graded], batch.correct[graded].double())
     rate = smoothed_pass_rate(right, rollouts) if smooth else right / rollouts.clamp(min=1)

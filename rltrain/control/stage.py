@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rltrain.needs import PER_UPDATE
 from rltrain.registry import BoundMethod
 from rltrain.tensor_ops import apply_mask
 from rltrain.types.policy import TrainBatch
@@ -45,7 +46,7 @@ def split_by_timing(
     """
 
     def is_per_update(control: BoundMethod) -> bool:
-        return bool(current_policy_needs(control.needs)) or "per_update" in control.spec.traits
+        return bool(current_policy_needs(control.needs)) or PER_UPDATE in control.spec.traits
 
     per_step = tuple(control for control in controls if not is_per_update(control))
     per_update = tuple(control for control in controls if is_per_update(control))

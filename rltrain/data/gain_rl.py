@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from rltrain.needs import ALIGNMENT
 from rltrain.registry import method
 from rltrain.seeds import stable_hash
 
 __all__ = ["GainRlOrder", "log_weights", "stride", "template_lengths"]
 
-ALIGNMENT = "control/alignment"  # the step metric that moves the window, together with the accuracy
+_ALIGNMENT_METRIC = "control/alignment"  # the step metric that moves the window, together with the accuracy
 
 
-@method("gain_rl", arxiv="2506.02281", needs={"alignment"})
+@method("gain_rl", arxiv="2506.02281", needs={ALIGNMENT})
 class GainRlOrder:
     """Ranks prompts by ``C_intra + inter_weight C_inter`` and draws them with weight ``exp(-((rank - centre)
     / sigma)^2 / 2)``, arXiv:2506.02281.
@@ -84,7 +85,9 @@ class GainRlOrder:
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Moves the window by one step's metrics; a NaN accuracy or alignment moves nothing."""
         accuracy = metrics.get("reward/correct", metrics.get("reward/mean", math.nan)) * self.accuracy_scale
-        move = stride(accuracy, metrics[ALIGNMENT], self.stride, self.slope, self.goal, self.max_stride)
+        move = stride(
+            accuracy, metrics[_ALIGNMENT_METRIC], self.stride, self.slope, self.goal, self.max_stride
+        )
         if math.isfinite(move):
             self.centre = min(self.centre + move, self.count - 1)
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 Text = str | Sequence[Message]  # as written in the data set
 Side = Literal["train", "eval"]
 Counts = Counter[str]
+CONVERSATIONS = "conversations"  # form of rows with a column ``messages``
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Reader:
         if not set(token_ids) - set(self.stop):
             return ()
         self.losses["completions"].add(text, token_ids, self.tokenizer)
-        return self._with_single_end(token_ids)
+        return self.with_single_end(token_ids)
 
     def _completion_text(
         self, prompt: Text, prompt_text: str, completion: Text, inputs: TemplateInputs
@@ -120,15 +121,16 @@ class Reader:
             )
         return conversation[len(prompt_text) :]
 
-    def _with_single_end(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """``token_ids`` with one end token at the end. Blank text that some templates write after the end
-        token is removed, because the policy does not produce it.
+    def with_single_end(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """``token_ids`` with one end token at the end. Blank text and further end tokens that some templates
+        write after it are removed, because the policy does not produce them.
         """
-        last = max((position for position, token in enumerate(token_ids) if token in self.stop), default=None)
-        if last is None:
-            return (*token_ids, self._end_token)
-        rest = str(self.tokenizer.decode(list(token_ids[last + 1 :])))
-        return (*token_ids, self._end_token) if rest.strip() else token_ids[: last + 1]
+        for position, token in enumerate(token_ids):
+            if token in self.stop:
+                rest = [later for later in token_ids[position + 1 :] if later not in self.stop]
+                if not str(self.tokenizer.decode(rest)).strip():
+                    return token_ids[: position + 1]
+        return (*token_ids, self._end_token)
 
     @property
     def _end_token(self) -> int:
@@ -236,9 +238,15 @@ def form_of(row: Row) -> str:
             )
         kind = _content_kind(row, "completion")
         return f"completions of {kind} with a prompt of {_content_kind(row, 'prompt')}"
+    if "messages" in columns:
+        if (kind := _content_kind(row, "messages")) == "text":
+            raise ValueError(
+                f"{row.where}: messages is text; a list of mappings with 'role' and 'content' is expected"
+            )
+        return CONVERSATIONS
     raise ValueError(
-        f"{row.where}: neither chosen and rejected nor completion; there are {sorted(columns)}; name the "
-        "right ones in data.columns, e.g. {chosen: better, rejected: worse}"
+        f"{row.where}: neither chosen and rejected nor completion nor messages; there are {sorted(columns)}; "
+        "name the right ones in data.columns, e.g. {chosen: better, rejected: worse}"
     )
 
 

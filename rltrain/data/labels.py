@@ -1,5 +1,5 @@
 """Loads single completions labelled desirable or undesirable: TRL's columns ``prompt``, ``completion``,
-``label``.
+``label``; or whole conversations in a column ``messages``, in which the assistant's turns are scored.
 
 A data set of preference pairs gives two completions per pair: chosen ones are desirable, rejected ones
 undesirable. A loss that needs no label gets the chosen ones only.
@@ -12,7 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rltrain.config.schema import JudgedData
+from rltrain.data.chat import Message
+from rltrain.data.conversations import conversation_of, encode_conversation, has_assistant_turn
 from rltrain.data.judged import (
+    CONVERSATIONS,
     Counts,
     Reader,
     Side,
@@ -38,6 +41,7 @@ from rltrain.data.preferences import (
     tokens_of,
 )
 from rltrain.data.rows import Row
+from rltrain.needs import LABEL
 
 __all__ = ["LabelSet", "LabelledCompletion", "are_pairs", "load_labels"]
 
@@ -55,6 +59,8 @@ class LabelledCompletion:
     label: float | None = None  # 1 desirable, 0 undesirable, or between; None: neither needed nor in the data
     columns: Mapping[str, float] = field(default_factory=dict)  # further numbers that a loss needs
     ref_logp: float | None = None  # nats, under a reference model, from the data
+    # by completion token, whether the loss counts it; None: it counts all
+    scored: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,11 +113,12 @@ def load_labels(
     for row in shuffle_rows(rows, seed, source, limit):
         if limit is not None and len(completions) >= limit:
             break
-        completions += (
-            _read_pair(row, form, reader, needs, dropped, changed)
-            if pairs
-            else _read_completion(row, reader, needs, dropped, changed)
-        )
+        if pairs:
+            completions += _read_pair(row, form, reader, needs, dropped, changed)
+        elif form == CONVERSATIONS:
+            completions += _read_messages(row, conversation_of(row), 0, reader, needs, dropped, changed)
+        else:
+            completions += _read_completion(row, reader, needs, dropped, changed)
 
     changed.update(reader.count_lossy(source))
     if not completions:
@@ -119,7 +126,7 @@ def load_labels(
     require_all_or_none(source, [completion.ref_logp for completion in completions])
 
     labels = LabelSet(tuple(completions[:limit]), dict(dropped), dict(changed))
-    if "label" in needs and side == "train" and 0 in labels.classes:
+    if LABEL in needs and side == "train" and 0 in labels.classes:
         desirable, undesirable = labels.classes
         raise ValueError(
             f"{source}: {desirable} desirable and {undesirable} undesirable completions: the loss learns "
@@ -135,6 +142,10 @@ def _read_completion(
     """The row's completion; empty if the row is left out, which ``dropped`` then counts."""
     prompt = format_prompt(row, reader.data)
     completion = completion_of(row, "completion")
+    if not isinstance(completion, str) and any(message["role"] != "assistant" for message in completion):
+        question = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = [*question, *completion]
+        return _read_messages(row, messages, len(question), reader, needs, dropped, changed)
     label = label_of(row, needs)
     reason = "empty" if is_empty(completion) else None
     if reason is None:
@@ -171,6 +182,48 @@ def _read_completion(
     return ()
 
 
+def _read_messages(
+    row: Row,
+    messages: Sequence[Message],
+    first: int,
+    reader: Reader,
+    needs: frozenset[str],
+    dropped: Counts,
+    changed: Counts,
+) -> list[LabelledCompletion]:
+    """The row's conversation, whose assistant is scored from message ``first`` on, in as many rows as its
+    template needs; empty if it is left out, which ``dropped`` then counts.
+    """
+    label = label_of(row, needs)
+    if not has_assistant_turn(messages, first):
+        dropped["without an answer"] += 1
+        return []
+    try:
+        parts = encode_conversation(messages, reader, reader.inputs_of(row), first)
+    except ValueError as error:
+        raise ValueError(f"{row.where}: {error}") from error
+
+    limit = reader.data.max_completion_tokens
+    is_cut = [(reader.cut_prompt(part.prompt) != part.prompt, len(part.completion) > limit) for part in parts]
+    if not parts or (reader.data.too_long == "drop" and any(map(any, is_cut))):
+        dropped["too long" if parts else "empty"] += 1
+        return []
+    prompts_cut, completions_cut = (sum(sides) for sides in zip(*is_cut, strict=True))
+    changed.update({"prompts cut": prompts_cut, "completions cut": completions_cut})
+    changed["turns in rows of their own"] += len(parts) if len(parts) > 1 else 0
+    return [
+        LabelledCompletion(
+            row.id if len(parts) == 1 else f"{row.id}:turn {number}",
+            reader.cut_prompt(part.prompt),
+            part.completion[:limit],
+            label,
+            numeric_columns(row, needs),
+            scored=None if all(part.scored[:limit]) else part.scored[:limit],
+        )
+        for number, part in enumerate(parts, start=1)
+    ]
+
+
 def _read_pair(
     row: Row, form: str, reader: Reader, needs: frozenset[str], dropped: Counts, changed: Counts
 ) -> Sequence[LabelledCompletion]:
@@ -186,7 +239,7 @@ def _read_pair(
     columns = numeric_columns(row, needs)
     ref_chosen, ref_rejected = reference_logps(row, *PAIR_REFERENCE) or (None, None)
     chosen = LabelledCompletion(f"{row.id}:chosen", pair.prompt, pair.chosen, 1.0, columns, ref_chosen)
-    if "label" not in needs:
+    if LABEL not in needs:
         return (chosen,)
     return chosen, LabelledCompletion(
         f"{row.id}:rejected", pair.prompt, pair.rejected, 0.0, columns, ref_rejected
@@ -200,7 +253,7 @@ def label_of(row: Row, needs: frozenset[str]) -> float | None:
     """
     label = row.columns.get("label")
     if label is None:
-        if "label" in needs:
+        if LABEL in needs:
             raise ValueError(
                 f"{row.where}: the loss needs a label; there are {sorted(row.columns)}; name its column in "
                 "data.columns"

@@ -39,6 +39,7 @@ from rltrain.data.judged import (
 )
 from rltrain.data.rows import Row
 from rltrain.loss.preference.margins import margins
+from rltrain.needs import MARGIN, P_CHOSEN
 
 __all__ = ["Pair", "PairSet", "load_pairs", "parse_transcript"]
 
@@ -342,14 +343,14 @@ def _strength_problem(row: Row, needs: frozenset[str]) -> str | None:
     preference = preference_of(row)
     margin = margin_of(row)
     p_chosen = numeric_value(row, "p_chosen")
-    if "margin" in needs and margin is None:
+    if MARGIN in needs and margin is None:
         if not names & row.columns.keys():
             raise ValueError(
                 f"{row.where}: the loss needs a margin: a column margin, or score_chosen and score_rejected; "
                 f"there are {sorted(row.columns)}"
             )
         return "without a finite margin"
-    if "p_chosen" in needs and p_chosen is None:
+    if P_CHOSEN in needs and p_chosen is None:
         if "p_chosen" not in row.columns:
             raise ValueError(
                 f"{row.where}: the loss needs p_chosen, the probability that chosen is better; there are "

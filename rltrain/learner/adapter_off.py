@@ -37,7 +37,7 @@ class AdapterOff:
         return self._trained.base_model_weights()
 
     @property
-    def shares_prompts(self) -> bool:
+    def shares_prompts(self) -> str | None:
         return self._trained.unwrapped_model.shares_prompts
 
     @property

@@ -267,7 +267,9 @@ class DeepSpeedBackend:
         if is_trained and dtype is not None and not is_rounded:
             return _gather_rounded(tensor, dtype)
         with zero.GatheredParameters([tensor]):
-            return tensor.detach().clone()
+            # On its way out the context gives the parameter an empty tensor and leaves this one, which was
+            # gathered into a buffer of its own.
+            return tensor.detach()
 
     def sum_of_squares(self, tensor: Tensor) -> Tensor:
         from deepspeed.utils import safe_get_local_fp32_param

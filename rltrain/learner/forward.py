@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from rltrain.errors import UserError
@@ -35,6 +36,7 @@ __all__ = [
 
 # Kernels that support variable lengths. The others would spend S^2 on a mask of which little is used.
 _VARIABLE_LENGTH_KERNELS = ("flash_attention_2", "flash_attention_3", "flex_attention")
+_SHARING_KERNELS: Mapping[str, Layout] = {"sdpa": "padded", "flex_attention": "packed"}
 # Architectures tested to keep packed sequences apart (tests/learner/test_forward.py). Not all do: OPT takes
 # restarting positions but still attends across them.
 PACKABLE_MODELS = (
@@ -66,9 +68,8 @@ class PolicyForward(nn.Module):
         self._no_split_modules = inner._no_split_modules
         self._takes_positions = takes_positions(inner)
         self._unpackable = cannot_pack(inner)
-        self.shares_prompts = takes_any_mask(
-            inner
-        )  # whether a line may hold a prompt and several completions
+        # the layout in which a line may hold a prompt and several completions; None: in neither
+        self.shares_prompts = sharing_layout(inner)
         self._rotary = rotary_limit(inner.config)
 
     @property
@@ -144,11 +145,9 @@ class PolicyForward(nn.Module):
         """(n, H) the hidden state that predicts each completion token."""
         if micro_batch.packed and self._unpackable is not None:
             raise ValueError(self._unpackable)
-        if (
-            micro_batch.attention_mask is not None
-            and micro_batch.attention_mask.dim() == 4
-            and not self.shares_prompts
-        ):
+        mask = micro_batch.attention_mask
+        shares = isinstance(mask, BlockMask) or (mask is not None and mask.dim() == 4)
+        if shares and self.shares_prompts != ("packed" if micro_batch.packed else "padded"):
             raise ValueError(
                 f"{type(inner).__name__} cannot share prompts; build its micro-batches without sharing"
             )
@@ -221,8 +220,9 @@ def scalar_head(model: nn.Module) -> nn.Linear | None:
     return head if isinstance(model, PreTrainedModel) and isinstance(head, nn.Linear) else None
 
 
-def takes_any_mask(model: PreTrainedModel) -> bool:
-    """Whether every layer is full attention by PyTorch's kernel that uses the caller's mask and positions.
+def sharing_layout(model: PreTrainedModel) -> Layout | None:
+    """The layout in which every layer is full attention by a kernel that uses the caller's mask and
+    positions: padded for PyTorch's dense masks, packed for flex_attention's block-sparse ones.
 
     The architectures are those tested to keep packed sequences apart by their positions.
     """
@@ -230,14 +230,10 @@ def takes_any_mask(model: PreTrainedModel) -> bool:
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     has_window = getattr(config, "sliding_window", None) is not None
     slides = has_window and getattr(config, "use_sliding_window", True)
-    kernel = model.config._attn_implementation
-    return (
-        layer_types == {"full_attention"}
-        and not slides
-        and kernel == "sdpa"
-        and config.model_type in PACKABLE_MODELS
-        and takes_positions(model)
-    )
+    is_full = layer_types == {"full_attention"} and not slides
+    if not is_full or config.model_type not in PACKABLE_MODELS or not takes_positions(model):
+        return None
+    return _SHARING_KERNELS.get(str(model.config._attn_implementation))
 
 
 def _refuse_unknown_head(model: PreTrainedModel) -> None:

@@ -13,7 +13,7 @@ import os
 import random
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from rltrain.errors import UserError
 from rltrain.learner.adapter_off import FrozenModel
 from rltrain.learner.precision import ROUNDING
-from rltrain.learner.preference_learner import PreferenceLearner
+from rltrain.learner.preference_learner import PreferenceLearner, lengths_of
 from rltrain.seeds import stable_hash
 from rltrain.types.policy import TokenRows
 
@@ -47,6 +47,11 @@ class FrozenLogProbs:
     folder: Path | None  # of the cache; None: no cache
     verify: int  # rows of cached log-probs to compute again
     say: Callable[[str], None]  # prints a message
+    # SHA-256 of the log-probs that this run has, by their key: those that it had before an interruption are
+    # not computed again
+    proofs: dict[str, str] = field(default_factory=dict)
+    # loads ``frozen`` once a pass needs it; None: it is loaded
+    load: Callable[[], FrozenModel] | None = None
 
     def log_probs(self, rows: TokenRows, *, sides: int, what: str = "the frozen model") -> Tensor:
         """(R,) nats, the log-prob of each completion, float32, equal on every rank.
@@ -55,7 +60,7 @@ class FrozenLogProbs:
         """
 
         def compute() -> Tensor:
-            return self.learner.log_probs(rows, sides=sides, frozen=self.frozen)
+            return self.learner.log_probs(rows, sides=sides, frozen=self._model())
 
         return self._read_or_compute(rows, what, _SUMS, compute)
 
@@ -65,7 +70,7 @@ class FrozenLogProbs:
         inside = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
 
         def compute() -> Tensor:
-            return self.learner.token_log_probs(rows, self.frozen)[inside]
+            return self.learner.token_log_probs(rows, self._model())[inside]
 
         flat = self._read_or_compute(rows, what, _TOKENS, compute)
         return torch.zeros(inside.shape).masked_scatter(inside, flat)
@@ -75,7 +80,11 @@ class FrozenLogProbs:
 
         Returns them. Raises UserError where they differ: they would be those of another reference.
         """
-        difference = self._difference(rows, values, cache_key(rows, self.weights, self._settings()))
+        key = cache_key(rows, self.weights, self._settings())
+        if self._has_proof(key, values):
+            self.say(f"log-probs of {what}: from the data, as before")
+            return values
+        difference = self._difference(rows, values, key)
         if difference > self._tolerance:
             raise UserError(
                 f"the reference log-probs in the data are not those of {what}: they differ by "
@@ -83,6 +92,7 @@ class FrozenLogProbs:
                 "template, truncation or precision made them: name that model as model.reference, or have "
                 "them computed with reference.given=ignore"
             )
+        self.proofs[key] = _digest(values)
         count = min(self.verify, len(rows))
         self.say(f"log-probs of {what}: from the data, {count} computed again and equal")
         return values
@@ -102,21 +112,34 @@ class FrozenLogProbs:
         cached, problem = self.learner.trained.broadcast(
             _read_cache(path, key, sum(lengths)) if self.learner.rank == 0 else None
         )
+        if cached is not None and self._has_proof(key, cached):
+            self.say(f"log-probs of {what}: from {path}, as before")
+            return cached
         sums = None if cached is None else torch.stack([part.sum() for part in cached.split(lengths)])
         if sums is not None and (difference := self._difference(rows, sums, key)) > self._tolerance:
             cached = None
             problem = f"they differ by {difference:.2g} nats per token from the model's"
         if cached is not None:
             self.say(f"log-probs of {what}: from {path}")
+            self.proofs[key] = _digest(cached)
             return cached
 
         if problem is not None:
             self.say(f"warning: the log-probs in {path} cannot be used ({problem}); they are computed again")
         self.say(f"log-probs of {what}: computing {len(rows)}")
         computed = compute()
+        self.proofs[key] = _digest(computed)
         if self.learner.rank == 0:
             _write_cache(path, computed, {"fingerprint": key, "weights": self.weights, **settings})
         return computed
+
+    def _model(self) -> FrozenModel | None:
+        """None: the learner's own model."""
+        return self.frozen if self.load is None else self.load()
+
+    def _has_proof(self, key: str, values: Tensor) -> bool:
+        """Whether this run had exactly these ``values`` before it was interrupted."""
+        return self.proofs.get(key) == _digest(values)
 
     def _settings(self) -> dict[str, str]:
         """The settings on which the numbers depend."""
@@ -140,11 +163,9 @@ class FrozenLogProbs:
         positions = generator.sample(range(len(rows)), min(self.verify, len(rows)))
         if not positions:
             return 0.0
-        prompts = tuple(rows.prompts[position] for position in positions)
-        completions = tuple(rows.completions[position] for position in positions)
-        sample = TokenRows(prompts, completions)
-        computed = self.learner.log_probs(sample, sides=1, frozen=self.frozen)
-        lengths = torch.tensor([len(completion) for completion in sample.completions])
+        sample = rows.rows(torch.tensor(positions))
+        computed = self.learner.log_probs(sample, sides=1, frozen=self._model())
+        lengths = lengths_of(sample)
         differences = (computed - values[positions]).abs() / lengths.clamp(min=1)
         return float(differences.nan_to_num(torch.inf).max())
 
@@ -154,7 +175,13 @@ def cache_key(rows: TokenRows, weights: str, settings: Mapping[str, str]) -> str
     digest = hashlib.sha256(json.dumps([weights, dict(settings)], sort_keys=True).encode())
     for prompt, completion in zip(rows.prompts, rows.completions, strict=True):
         digest.update(repr((prompt, completion)).encode())
+    if rows.scored is not None:
+        digest.update(repr(rows.scored).encode())
     return digest.hexdigest()
+
+
+def _digest(values: Tensor) -> str:
+    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _read_cache(path: Path, key: str, count: int) -> tuple[Tensor | None, str | None]:

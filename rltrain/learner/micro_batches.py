@@ -12,7 +12,13 @@ from torch import Tensor
 from rltrain.learner.adapter_off import FrozenModel
 from rltrain.learner.attention_cost import MASKED_SCORES_PER_HIDDEN, sharing_pays
 from rltrain.learner.packing import MicroBatch, build, plan
-from rltrain.learner.shared_prompt import build_shared, line_length, lines_of
+from rltrain.learner.shared_prompt import (
+    build_packed_lines,
+    build_shared,
+    line_length,
+    lines_of,
+    packed_lines,
+)
 from rltrain.learner.trained_model import TrainedModel
 from rltrain.types.policy import TokenRows
 
@@ -56,7 +62,7 @@ class MicroBatches:
 def shares_prompts(trained: TrainedModel, frozen: FrozenModel | None = None) -> bool:
     """Whether rows of one prompt may share it. frozen: the model that reads them; None: the trained one."""
     model = trained.unwrapped_model if frozen is None else frozen
-    return trained.settings.share_prompt == "auto" and trained.layout == "padded" and model.shares_prompts
+    return trained.settings.share_prompt == "auto" and model.shares_prompts == trained.layout
 
 
 def build_rows(trained: TrainedModel, rows: TokenRows, positions: Sequence[int]) -> MicroBatch:
@@ -92,7 +98,8 @@ def row_micro_batches(
     def build_lines(part: list[list[int]]) -> MicroBatch:
         if all(len(line) == 1 for line in part):
             return build_rows(trained, rows, [row for [row] in part])
-        return build_shared(rows, part, device=trained.device)
+        build = build_packed_lines if trained.layout == "packed" else build_shared
+        return build(rows, part, device=trained.device)
 
     return MicroBatches(parts or [[]], build_lines)
 
@@ -101,6 +108,8 @@ def _shared_lines(trained: TrainedModel, rows: TokenRows, indices: list[int]) ->
     """``lines_of`` by the device's rates: on a GPU a mask makes attention slower than matrix products."""
     hidden = trained.model.config.hidden_size
     budget = trained.settings.tokens_per_micro_batch
+    if trained.layout == "packed":
+        return packed_lines(rows, indices, budget=budget)
     if trained.device.type == "cpu":
         return lines_of(rows, indices, hidden=hidden, budget=budget)
     rate = MASKED_SCORES_PER_HIDDEN
@@ -135,7 +144,7 @@ def example_micro_batches(
     sizes = _sizes(rows, sides, trained.layout)
     shared_sizes = _shared_sizes(rows) if sides == 2 else []
     shared = share and sides == 2 and sum(shared_sizes) < _SHARE_BELOW * sum(sizes)
-    if shared and trained.device.type != "cpu":
+    if shared and trained.layout == "padded" and trained.device.type != "cpu":
         pairs = [(pair, count + pair) for pair in range(count)]
         shared = sharing_pays(rows, pairs, hidden=trained.model.config.hidden_size)
 
@@ -147,7 +156,8 @@ def example_micro_batches(
         positions = [side * count + example for side in range(sides) for example in examples]
         if shared and examples:
             pairs = [(example, count + example) for example in examples]
-            return build_shared(rows, pairs, order=positions, device=trained.device)
+            build = build_packed_lines if trained.layout == "packed" else build_shared
+            return build(rows, pairs, order=positions, device=trained.device)
         return build_rows(trained, rows, positions)
 
     return MicroBatches(planned or [[]], build_examples), shared

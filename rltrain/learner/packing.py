@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from rltrain.types.policy import TokenRows
 
@@ -38,8 +39,8 @@ class MicroBatch:
     input_ids: Tensor  # (r, S) padded, (1, S) packed, (lines, S) where rows share prompts; int64
     position_ids: Tensor  # shaped like input_ids; packed: restarts at 0 for every row
     # Shaped like input_ids, int64, for padding on the left; (lines, 1, S, S) bool where rows share prompts;
-    # otherwise None, since causal attention needs none.
-    attention_mask: Tensor | None
+    # block-sparse where packed rows share prompts; otherwise None, since causal attention needs none.
+    attention_mask: Tensor | BlockMask | None
     # (n,) int64, the index in the flattened hidden states of the one that predicts each completion token.
     index: Tensor
     targets: Tensor  # (n,) int64 completion tokens
@@ -53,7 +54,7 @@ class MicroBatch:
         names = [field.name for field in dataclasses.fields(self) if field.name != "rows"]
         values = {name: getattr(self, name) for name in names}
         moved: dict[str, Any] = {
-            name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)
+            name: value.to(device) for name, value in values.items() if isinstance(value, Tensor | BlockMask)
         }
         return dataclasses.replace(self, **moved)
 

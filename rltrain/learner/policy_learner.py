@@ -35,6 +35,7 @@ class UpdateStats:
 
     logp: Tensor  # (B, T) nats, the sampling policy's log-probs as the learner computes them
     entropy: Tensor  # (B, T) nats
+    clipped: Tensor  # (B, T) number of the updates in which the policy loss clipped the token
     metrics: dict[str, float]  # averaged over the step's updates
     idle_rows: int  # rows that skipped the gradient pass
     skipped_updates: int  # updates dropped for a non-finite loss or gradient
@@ -151,22 +152,24 @@ class PolicyLearner(ModelOwner):
         """
         shape = step_shape(rows)
         policy_stats = {name: torch.zeros(shape, device=self.device) for name in _STEP_STATISTICS}
+        clipped = torch.zeros(shape, device=self.device)
         updates: list[_Update] = []
         for epoch in range(self.settings.epochs):
             record = policy_stats if epoch == 0 else {}
             batches = optimizer_batches(self.trained, batch.group, self.settings.updates, epoch)
             for positions in batches:
-                part = batch.rows(positions)
+                part = batch.rows(positions).to(self.device)  # the update's only copy of it
                 if adjust is not None:
                     needs = adjust.needs
                     part = self._with_current_statistics(rows, part, positions, needs, first=not updates)
                     part = adjust(part)
-                updates.append(self._update_rows(rows, part, positions, objective, record))
+                updates.append(self._update_rows(rows, part, positions, objective, record, clipped))
 
-        policy_stats = self.trained.sum_each(policy_stats)
+        policy_stats = self.trained.sum_each(policy_stats | {"clipped": clipped})
         return UpdateStats(
             logp=policy_stats["logp"],
             entropy=policy_stats["entropy"],
+            clipped=policy_stats["clipped"],
             metrics=_average_metrics([update.metrics for update in updates]),
             idle_rows=sum(update.idle_rows for update in updates),
             skipped_updates=sum(not update.result.stepped for update in updates),
@@ -181,11 +184,16 @@ class PolicyLearner(ModelOwner):
         positions: Tensor,
         objective: Objective,
         record: dict[str, Tensor],
+        clipped: Tensor,
     ) -> _Update:
-        """One optimizer update over the rows at ``positions``; ``batch`` holds those rows, in that order."""
+        """One optimizer update over the rows at ``positions``; ``batch`` holds those rows, in that order, on
+        the learner's device.
+
+        clipped: (B, T) counts of the whole step, to which the update adds its own.
+        """
         idle = torch.zeros(len(positions), dtype=torch.bool)
         if self.settings.skip_idle_rows:
-            idle = objective.idle_rows(batch)
+            idle = objective.idle_rows(batch).cpu()
         if record and idle.any():
             write_statistics(self.trained, record, rows, positions[idle], temperature=self.temperature)
 
@@ -196,8 +204,11 @@ class PolicyLearner(ModelOwner):
         indices = inverse_index(positions, len(rows))
 
         def loss_of(micro_batch: MicroBatch, statistics: Mapping[str, Tensor]) -> ObjectiveShare:
-            part = batch.rows(indices[micro_batch.rows], width=micro_batch.width).to(self.device)
-            return objective(_policy_tokens(statistics), part, totals)
+            part = batch.rows(indices[micro_batch.rows], width=micro_batch.width)
+            share = objective(_policy_tokens(statistics), part, totals)
+            if share.clipped is not None:
+                clipped[micro_batch.rows.to(clipped.device), : micro_batch.width] += share.clipped
+            return share
 
         result = optimizer_update(
             self.trained,
@@ -229,7 +240,9 @@ class PolicyLearner(ModelOwner):
         missing = {name: name.removesuffix("_now") for name in needs if name not in values}
         if missing:
             current = self._statistics(rows, frozenset(missing.values()), positions=positions)
-            values |= {name: current[statistic][positions] for name, statistic in missing.items()}
+            values |= {
+                name: current[statistic][positions].to(self.device) for name, statistic in missing.items()
+            }
 
         fields = {"logp_now", "entropy_now"} & needs
         extra = {name: value for name, value in values.items() if name in needs - fields}

@@ -27,11 +27,12 @@ from rltrain.learner.update_step import optimizer_update
 from rltrain.loss.objective import ObjectiveShare
 from rltrain.loss.preference.objective import PreferenceObjective
 from rltrain.loss.preference.statistics import with_batch_statistics
+from rltrain.needs import LOGP_NOW, MISMATCHED
 from rltrain.types.policy import TokenRows
 from rltrain.types.preference import ExampleTotals, LabelBatch, PairBatch
 from rltrain.watchdog import Deadline, no_deadline
 
-__all__ = ["ExampleUpdate", "PreferenceLearner", "lengths_of", "pair_rows"]
+__all__ = ["ExampleUpdate", "PreferenceLearner", "lengths_of", "pair_rows", "scored_tokens"]
 
 _TEMPERATURE = 1.0  # of the log-probs that preference losses compare
 
@@ -57,7 +58,18 @@ def pair_rows(
 
 def lengths_of(rows: TokenRows) -> Tensor:
     """(R,) scored tokens of each row."""
-    return torch.tensor([len(completion) for completion in rows.completions])
+    return torch.tensor([*map(len, rows.completions)] if rows.scored is None else [*map(sum, rows.scored)])
+
+
+def scored_tokens(rows: TokenRows, positions: Tensor, width: int) -> Tensor | None:
+    """(r, width) bool, the scored tokens of the rows at ``positions`` (r,); None if all tokens are."""
+    if rows.scored is None:
+        return None
+    mask = torch.zeros(len(positions), width, dtype=torch.bool)
+    for line, position in enumerate(positions.tolist()):
+        flags = rows.scored[position]
+        mask[line, : len(flags)] = torch.tensor(flags, dtype=torch.bool)
+    return mask
 
 
 class PreferenceLearner(ModelOwner):
@@ -138,10 +150,20 @@ class PreferenceLearner(ModelOwner):
         def forward(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
             with self.trained.accelerator.autocast():
                 statistics = module(micro_batch, temperature=_TEMPERATURE, wants=wants, chunk=chunk)
-                return self.scoring.row_numbers(statistics)
+                return self._numbers_of(statistics, rows, micro_batch)
 
         run_pass(module, self._micro_batches(rows, sides)[0], forward, results)
         return self.trained.sum_each(results)
+
+    def _numbers_of(
+        self, statistics: Mapping[str, Tensor], rows: TokenRows, micro_batch: MicroBatch
+    ) -> dict[str, Tensor]:
+        """(r,) numbers of the micro-batch's rows, of their scored tokens only."""
+        mask = scored_tokens(rows, micro_batch.rows, micro_batch.width)
+        if mask is not None:
+            mask = mask.to(self.device)
+            statistics = {name: values.where(mask, 0.0) for name, values in statistics.items()}
+        return self.scoring.row_numbers(statistics)
 
     def _micro_batches(self, rows: TokenRows, sides: int) -> tuple[MicroBatches, bool]:
         build = self.scoring.build_rows
@@ -170,7 +192,7 @@ class PreferenceLearner(ModelOwner):
         statistic = self.scoring.statistic
 
         def loss_of(micro_batch: MicroBatch, statistics: Mapping[str, Tensor]) -> ObjectiveShare:
-            numbers = self.scoring.row_numbers(statistics)[statistic]
+            numbers = self._numbers_of(statistics, rows, micro_batch)[statistic]
             examples = micro_batch.rows[: len(micro_batch.rows) // sides]  # each example's first row
             part = complete.rows(examples).to(self.device)
             return objective(self.loss_inputs(numbers, sides), part, totals)
@@ -188,14 +210,14 @@ class PreferenceLearner(ModelOwner):
         mismatched: TokenRows | None,
     ) -> PairBatch | LabelBatch:
         """``batch`` with the model's log-probs before this update, where the loss's statistics need them."""
-        if isinstance(batch, LabelBatch) and "mismatched" in needs:
+        if isinstance(batch, LabelBatch) and MISMATCHED in needs:
             if mismatched is None or batch.mismatched is None:
                 needed = "the loss compares prompts with other prompts' completions"
                 raise ValueError(f"{needed}, but mismatched rows are missing")
             logp = self.log_probs(mismatched, sides=1)
             facts = dataclasses.replace(batch.mismatched, logp_now=logp)
             batch = dataclasses.replace(batch, mismatched=facts)
-        if "logp_now" not in needs:
+        if LOGP_NOW not in needs:
             return batch
 
         logp = self.log_probs(rows, sides=sides)

@@ -8,7 +8,9 @@ other. This module starts the requested backend over gloo, so that all of them c
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import time
 from collections.abc import Collection, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, Literal
@@ -16,6 +18,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
@@ -30,12 +33,14 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from rltrain.errors import UserError
 from rltrain.learner.loading import without_weights
-from rltrain.process import Process
+from rltrain.process import Process, no_meeting
 from rltrain.watchdog import Deadline, no_deadline
 
 Kind = Literal["ddp", "fsdp2", "deepspeed"]
 Offload = Literal["nothing", "optimizer", "all"]
 
+# torch reads them when it first allocates on a GPU; the second is the older name
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _RANK_0_ONLY = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # transformers reads it
 
 
@@ -52,10 +57,11 @@ def requested_backend() -> Kind:
 
 
 def connect(deadline_seconds: float) -> None:
-    """Join the other ranks, once per process, before any other code reads their number.
+    """Join the other ranks, once per process, before any other code reads their number or uses a GPU.
 
     deadline_seconds: a collective that a peer does not join fails after this time.
     """
+    _grow_segments()
     if PartialState._shared_state or started_ranks() == 1:
         return
     on_cpu = not torch.cuda.is_available()
@@ -67,6 +73,14 @@ def connect(deadline_seconds: float) -> None:
         backend="gloo" if on_cpu else None, timeout=timedelta(seconds=deadline_seconds)
     ).to_kwargs()
     PartialState(cpu=on_cpu and requested_backend() != "deepspeed", **timeout)
+
+
+def _grow_segments() -> None:
+    """Let torch's allocator grow its segments on a GPU, since micro-batches of ever other shapes would break
+    up segments of fixed sizes. What the user has set stays.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def request_offload(offload: Offload) -> None:
@@ -136,7 +150,9 @@ def make_accelerator(mixed_precision: str) -> Any:
     Afterwards transformers loads unsharded models on every rank, as references and engines need them;
     ``sharded_loading`` is for the trained model. Raises RuntimeError if accelerate uses another backend.
     """
-    accelerator = Accelerator(mixed_precision=mixed_precision)
+    # DDP's buckets hold the gradients, which would otherwise exist twice
+    buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[buckets])
     kind = requested_backend()
     ranks = started_ranks()
     if ranks > 1 and kind == "fsdp2" and accelerator.distributed_type is DistributedType.MULTI_CPU:
@@ -237,11 +253,16 @@ def this_process(deadline: Deadline = no_deadline) -> Process:
         with deadline("the other ranks", "to hand over their objects"):
             return gather_object(list(objects))
 
+    def meet() -> None:
+        with deadline("the other ranks", "to come here"):
+            meet_ranks(state.num_processes)
+
     return Process(
         rank=state.process_index,
         world_size=state.num_processes,
         device=state.device,
         gather=gather,
+        meet=meet if state.num_processes > 1 else no_meeting,
         deadline=deadline,
         is_main=state.process_index == 0,
     )
@@ -257,6 +278,33 @@ def background_group() -> Any:
     return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
+_MEETINGS = itertools.count()
+
+
+def meet_ranks(ranks: int) -> None:
+    """Returns once as many ranks have called it as often: outside of any collective, whose time limit knows
+    nothing of a rank that still advances.
+    """
+    store = _connect_store()
+    key = f"rltrain/meeting/{next(_MEETINGS)}"
+    store.add(key, 1)
+    pause = 0.005
+    while store.add(key, 0) < ranks:
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.5)
+
+
+def _connect_store() -> TCPStore:
+    """A connection of its own to the store through which the ranks met."""
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=10),
+    )
+
+
 class StoreBoard:
     """Implements ``rltrain.watchdog.Heartbeat`` on the store through which the ranks met, over a separate
     connection.
@@ -264,13 +312,9 @@ class StoreBoard:
 
     def __init__(self) -> None:
         state = PartialState()
-        address = os.environ["MASTER_ADDR"]
-        port = int(os.environ["MASTER_PORT"])
         self._rank = state.process_index
         self.peers: Collection[int] = [rank for rank in range(state.num_processes) if rank != self._rank]
-        self._store = TCPStore(
-            address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10)
-        )
+        self._store = _connect_store()
 
     def say(self, text: str) -> None:
         self._store.set(f"rltrain/{self._rank}", text)

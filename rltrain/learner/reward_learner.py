@@ -44,7 +44,7 @@ class RewardForward(PolicyForward):
         self._no_split_modules = model._no_split_modules
         self._takes_positions = takes_positions(model)
         self._unpackable = cannot_pack(model)
-        self.shares_prompts = False
+        self.shares_prompts = None
         self._rotary = rotary_limit(model.config)
 
     @property

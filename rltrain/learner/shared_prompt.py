@@ -10,15 +10,16 @@ between them. The price is attention over the whole line, most of it masked.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from rltrain.learner.block_masks import Segment, block_mask
 from rltrain.learner.packing import MicroBatch, ramp
 from rltrain.types.policy import TokenRows
 
-__all__ = ["build_shared", "line_length", "lines_of"]
+__all__ = ["build_packed_lines", "build_shared", "line_length", "lines_of", "packed_lines"]
 
 # Prompts are shared if that reads at most this share of the positions of separate rows: masked attention is
 # not free.
@@ -60,6 +61,21 @@ def lines_of(
     shared_tokens = sum(line_length(rows, [positions[index] for index in line]) for line in lines)
     separate_tokens = sum(line_length(rows, [position]) for position in positions)
     return lines if shared_tokens <= _WORTH_SHARING * separate_tokens else separate
+
+
+def packed_lines(rows: TokenRows, positions: Sequence[int], *, budget: int) -> list[list[int]]:
+    """Indices into ``positions`` in lines of rows with one prompt, as long as ``budget`` tokens allow.
+
+    For kernels that skip what a position does not attend to: sharing costs them nothing.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, position in enumerate(positions):
+        groups.setdefault(rows.prompts[position], []).append(index)
+    lines: list[list[int]] = []
+    for prompt, members in groups.items():
+        read = {index: max(len(rows.completions[positions[index]]) - 1, 0) for index in members}
+        lines += _distribute(read, len(prompt), len(members), budget)
+    return lines
 
 
 def _distribute(read: dict[int, int], prompt: int, rows_per_line: float, longest: int) -> list[list[int]]:
@@ -118,6 +134,53 @@ def build_shared(
             starts[row] = (number * longest + prompt_length - 1, number * longest + start)
 
     order = [row for line in lines for row in line] if order is None else order
+    tensors = _targets(rows, order, starts)
+    tensors |= {"input_ids": torch.from_numpy(ids), "position_ids": torch.from_numpy(positions)}
+    mask = _mask(torch.from_numpy(owner).to(device))
+    width = max(max(len(rows.completions[row]) for row in order), 1)
+    return MicroBatch(**tensors, attention_mask=mask, width=width, packed=False).to(device)
+
+
+def build_packed_lines(
+    rows: TokenRows,
+    lines: Sequence[Sequence[int]],
+    *,
+    order: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+) -> MicroBatch:
+    """As ``build_shared``, with the lines one after the other in one sequence and a block-sparse mask."""
+    ids: list[int] = []
+    places: list[np.ndarray] = []
+    segments: list[Segment] = []
+    starts: dict[int, tuple[int, int]] = {}  # by row: its prompt's last position, its completion's first
+    for line in lines:
+        prompt_start = len(ids)
+        prompt_stop = prompt_start + len(rows.prompts[line[0]])
+        for owner_id, row, tokens, offset in _segments(rows, line):
+            start = prompt_start + offset
+            segments.append(Segment(start, start + len(tokens), prompt_start, prompt_stop))
+            places.append(np.arange(len(tokens)) + (prompt_stop - prompt_start if owner_id else 0))
+            ids += tokens
+            if owner_id:
+                starts[row] = (prompt_stop - 1, start)
+    order = [row for line in lines for row in line] if order is None else order
+    tensors = _targets(rows, order, starts)
+    tensors |= {
+        "input_ids": torch.tensor(ids)[None],
+        "position_ids": torch.from_numpy(np.concatenate(places))[None],
+    }
+    width = max(max(len(rows.completions[row]) for row in order), 1)
+    mask = block_mask(segments, device)
+    return MicroBatch(**tensors, attention_mask=mask, width=width, packed=True).to(device)
+
+
+def _targets(
+    rows: TokenRows, order: Sequence[int], starts: Mapping[int, tuple[int, int]]
+) -> dict[str, torch.Tensor]:
+    """What of a micro-batch says where each completion token is predicted.
+
+    starts: by row, the positions of the prompt's last token and of the completion's first.
+    """
     after = np.array([len(rows.completions[row]) for row in order], np.int64)
     place = np.repeat(np.arange(len(order)), after)
     column = ramp(after)
@@ -125,18 +188,13 @@ def build_shared(
     targets = (token for row in order for token in rows.completions[row])
     arrays = {
         "rows": np.asarray(order, np.int64),
-        "input_ids": ids,
-        "position_ids": positions,
         # The prompt's last token predicts the first of every completion.
         "index": np.where(column == 0, prompt_end[place], completion_start[place] + column - 1),
         "targets": np.fromiter(targets, np.int64, int(after.sum())),
         "row": place,
         "column": column,
     }
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    mask = _mask(torch.from_numpy(owner).to(device))
-    width = max(int(after.max()), 1)
-    return MicroBatch(**tensors, attention_mask=mask, width=width, packed=False).to(device)
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _segments(rows: TokenRows, line: Sequence[int]) -> Iterator[tuple[int, int, tuple[int, ...], int]]:

@@ -16,7 +16,9 @@ import torch
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rltrain.config.capacity.recomputation import recomputed_layers
 from rltrain.config.schema import Adapter, LearnerCore, Model
 from rltrain.errors import UserError
 from rltrain.learner.adapter import AdapterLayers, inject_adapter, quantization_config, target_paths
@@ -88,6 +90,11 @@ class TrainedModel:
         self._origin = model
         self.deadline = deadline
         self.accelerator: Any = make_accelerator(mixed_precision(settings.precision))
+        if model.attention == "flex_attention" and self.device.type == "cpu":
+            raise UserError(
+                "model.attention is flex_attention, whose gradient PyTorch computes on GPUs only, and there "
+                "is none; set it to auto"
+            )
         if settings.optimizer.name == "adamw_8bit":
             require_whole_weights()
 
@@ -141,6 +148,15 @@ class TrainedModel:
     def precision(self) -> str:
         """The precision of autocast, in accelerate's terms: "no" for float32, "bf16", "fp16"."""
         return str(self.accelerator.mixed_precision)
+
+    def recompute(self, share: float) -> None:
+        """Let gradient checkpointing compute only the first ``share`` of the layers again.
+
+        The last ones keep their activations, which are the first that the backward pass needs and frees.
+        """
+        layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        for layer in layers[recomputed_layers(len(layers), share) :]:
+            layer.gradient_checkpointing = False
 
     @property
     def head_chunk(self) -> int:

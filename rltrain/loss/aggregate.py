@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rltrain.needs import EQUAL_SEQUENCES
 from rltrain.registry import method
 from rltrain.tensor_ops import masked_mean, masked_sum
 from rltrain.types.policy import StepTotals
@@ -22,7 +23,7 @@ def token_mean(per_token: Tensor, mask: Tensor, totals: StepTotals) -> Tensor:
     return masked_sum(per_token.expand(mask.shape), mask) / max(totals.tokens, 1)
 
 
-@method("seq_mean_token_mean", arxiv="2402.03300")
+@method("seq_mean_token_mean", arxiv="2402.03300", traits={EQUAL_SEQUENCES})
 def seq_mean_token_mean(per_token: Tensor, mask: Tensor, totals: StepTotals) -> Tensor:
     """Mean over each completion, then over completions: every completion weighs the same (GRPO,
     arXiv:2402.03300).

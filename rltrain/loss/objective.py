@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rltrain.needs import ACTS_ON_MARKS, REWARD_FREE, SEQUENCE_LEVEL
 from rltrain.registry import BoundMethod
 from rltrain.tensor_ops import apply_mask, masked_sum
 from rltrain.types.policy import PolicyTokens, StepTotals, TrainBatch
@@ -39,6 +40,7 @@ class ObjectiveShare:
 
     loss: Tensor  # () with gradient
     metrics: dict[str, Tensor]  # () each, detached: sum over this micro-batch's tokens / totals.tokens
+    clipped: Tensor | None = None  # (B, T) bool: tokens that the policy loss clipped; None: it clips none
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class Objective:
         metrics = {
             f"loss/{name}": _token_share(values, batch.mask, totals) for name, values in reported.items()
         }
-        return ObjectiveShare(self.aggregate(per_token, batch.mask, totals), metrics)
+        clipped = _clipped_tokens(policy_loss.metrics, batch.mask)
+        return ObjectiveShare(self.aggregate(per_token, batch.mask, totals), metrics, clipped)
 
     def idle_rows(self, batch: TrainBatch) -> Tensor:
         """(B,) bool: rows whose gradient is exactly 0, so that the learner can skip them.
@@ -97,18 +100,29 @@ class Objective:
             return empty
         no_advantage = (batch.advantages == 0) | ~batch.mask
         no_weight = (batch.weights == 0) | ~batch.mask
-        if "reward_free" in traits:
+        if REWARD_FREE in traits:
             no_advantage = ~batch.mask
-        if "acts_on_marks" in traits:
+        if ACTS_ON_MARKS in traits:
             for marks in batch.extra.values():
                 no_advantage = no_advantage & ((marks == 0) | ~batch.mask)
-        if "sequence_level" in traits:
+        if SEQUENCE_LEVEL in traits:
             return no_advantage.all(dim=1) | no_weight.all(dim=1)
         return (no_advantage | no_weight).all(dim=1)
 
 
 def _current_value(coefficient: float | Callable[[], float]) -> float:
     return coefficient() if callable(coefficient) else coefficient
+
+
+def _clipped_tokens(metrics: Mapping[str, Tensor], mask: Tensor) -> Tensor | None:
+    """(B, T) bool, from the metrics ``clip_*`` of a policy loss; None where it has none."""
+    marks = [values > 0 for name, values in metrics.items() if name.startswith("clip_")]
+    if not marks:
+        return None
+    clipped = torch.zeros_like(mask)
+    for mark in marks:
+        clipped = clipped | mark
+    return clipped & mask
 
 
 def _zero_padding(policy: PolicyTokens, batch: TrainBatch) -> tuple[PolicyTokens, TrainBatch]:

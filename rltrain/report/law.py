@@ -52,6 +52,13 @@ class LawFit:
         """The reward that the law predicts at ``entropy`` nats."""
         return self.b.value - self.a.value * math.exp(entropy)
 
+    def limit_note(self) -> str:
+        """What must be said of a ceiling above 1 where rewards are shares; empty for others."""
+        above = self.ceiling.value - 1
+        return (
+            f", {above:.3f} above the largest possible share, so the line bends before" if above > 0 else ""
+        )
+
     def slope(self, entropy: float) -> float:
         """dR/dH at ``entropy`` nats."""
         return -self.a.value * math.exp(entropy)
@@ -138,6 +145,7 @@ class Law:
         # by series, (entropy in nats, reward)
         self.points: dict[str, list[tuple[float, float]]] = {"train": [], "eval": []}
         self.evaluated: float | None = None  # pass@1 of weights whose entropy the next step measures
+        self.are_shares = False  # whether rewards are shares of right completions, at most 1
         self.is_announced = False  # whether the user was told that entropy is exhausted
         self._fits: dict[str, tuple[int, LawFit | None]] = {}  # by series, (points fitted, fit)
 
@@ -148,6 +156,7 @@ class Law:
     def step(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Adds one step and returns the ``law/*`` metrics, empty while there are too few points to fit."""
         entropy = metrics["learner/entropy_mean"]
+        self.are_shares = "reward/correct" in metrics
         reward = metrics.get("reward/correct", metrics["reward/mean"])
         if math.isfinite(entropy) and self.evaluated is not None:
             self.points["eval"].append((entropy, self.evaluated))
@@ -213,7 +222,7 @@ class Law:
         return (
             f"entropy is exhausted: {self.entropy_left():.0%} of exp(H) - 1 at the start is left; "
             f"by R = -a exp(H) + b the reward ends near {end.value:.3f} [{end.low:.3f}, {end.high:.3f}], "
-            f"{gain_left:.3f} above now"
+            f"{gain_left:.3f} above now{fit.limit_note() if self.are_shares else ''}"
         )
 
     def _recent_entropy(self) -> float:

@@ -42,6 +42,11 @@ def _count(value: float) -> str:
     return str(value)
 
 
+def _rate(value: float) -> str:
+    """As ``_count``, with a digit behind the point below 10 and two below 1, so that no rate looks like 0."""
+    return _count(value) if value >= 9.95 or value == 0 else f"{value:.{1 if value >= 0.995 else 2}f}"
+
+
 def _seconds(value: float) -> str:
     if value < 9.995:
         return f"{value:.2f}s"
@@ -79,8 +84,8 @@ _NUMBERS: tuple[Column, ...] = (
     Column("ceil", "law/ceiling", 6, 5, _number),
     Column("length", "rollout/length_mean", 6, 10, _count),
     Column("cut", "rollout/finished_by_length", 4, 11, _share),
-    Column("tok/s", "time/tokens_per_second", 5, 5, _count),
-    Column("ex/s", "time/examples_per_second", 5, 5, _count),
+    Column("tok/s", "time/tokens_per_second", 5, 5, _rate),
+    Column("ex/s", "time/examples_per_second", 5, 5, _rate),
 )
 _TIMES: tuple[Column, ...] = (
     Column("time", "time/step", 5, 6, _seconds),
@@ -137,6 +142,15 @@ class Progress:
             line.append(_GAP + word, "cyan")
         self._print(line)
 
+    def sample(self, prompt: str, completion: str, score: float | None) -> None:
+        """Show one completion of the step on a terminal, each text in its last and first characters."""
+        if not self.console.is_terminal:
+            return
+        reward = "ungraded" if score is None else f"reward {_number(score)}"
+        room = max(20, (self.console.width - len(reward) - 14) // 2)
+        line = Text.assemble(("sample", "bold cyan"), _GAP, (_shorten(prompt, -room), "dim"), " -> ")
+        self._print(line.append(_shorten(completion, room)).append(f"{_GAP}{reward}", "cyan"))
+
     def message(self, text: str) -> None:
         """Show any other text for the user."""
         self._print(Text(text))
@@ -192,11 +206,21 @@ class Progress:
         self.console.print(text, soft_wrap=True, highlight=False)
 
 
+def _shorten(text: str, room: int) -> str:
+    """In one line, the first ``room`` characters or, if ``room`` is negative, the last ones."""
+    line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
+    if len(line) <= abs(room):
+        return line
+    return f"...{line[room + 3 :]}" if room < 0 else f"{line[: room - 3]}..."
+
+
 def _show(column: Column, metrics: Mapping[str, float]) -> str:
     """The number as text; "-" if this step has none."""
     if column.metric not in metrics:
         return "-"
     value = metrics[column.metric]
+    if column.metric == "law/ceiling" and value > 1 and "reward/correct" in metrics:
+        return ">1"  # where the line ends is no share of right completions
     return column.show(value) if math.isfinite(value) else str(value)
 
 
@@ -230,3 +254,23 @@ def _eval_words(metrics: Mapping[str, float]) -> list[str]:
             text = _number(value)
         words.append(f"{short} {text}")
     return words
+
+
+def list_changes(evaluations: Sequence[Mapping[str, float]]) -> list[str]:
+    """Lines such as ``pass@1       0.390 [0.36, 0.42] -> 0.770 [0.74, 0.80]`` for the first and the last
+    evaluation of a run; empty where there are not two.
+    """
+    if len(evaluations) < 2:
+        return []
+    first = evaluations[0]
+    last = evaluations[-1]
+    lines = []
+    for name in last:
+        if f"{name}_low" not in last or name not in first:
+            continue
+        ends = [
+            f"{line[name]:.3f} [{line[f'{name}_low']:.3f}, {line[f'{name}_high']:.3f}]"
+            for line in (first, last)
+        ]
+        lines.append(f"{name.removeprefix('eval/'):<11}  {' -> '.join(ends)}")
+    return lines

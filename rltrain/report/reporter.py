@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rltrain.report.progress import Progress
 from rltrain.report.sinks import Sinks
+from rltrain.report.tables import completion_rows
 from rltrain.report.token_numbers import TokenTensors
 from rltrain.report.transcripts import Transcripts
 from rltrain.types.samples import ScoredGroup
@@ -14,16 +16,25 @@ from rltrain.types.samples import ScoredGroup
 class Reporter:
     """Owns the run's sinks, transcripts and step lines.
 
-    On ranks other than 0, ``Reporter(None, None, None)`` reports nothing.
+    On ranks other than 0, ``Reporter(None, None, None)`` reports nothing. tables_every: steps between tables
+    of completions for the trackers; evaluations always have one. samples_every: steps between completions on
+    the terminal.
     """
 
     def __init__(
-        self, sinks: Sinks | None, transcripts: Transcripts | None, progress: Progress | None
+        self,
+        sinks: Sinks | None,
+        transcripts: Transcripts | None,
+        progress: Progress | None,
+        tables_every: int = 1,
+        samples_every: int = 1,
     ) -> None:
         self.sinks = sinks
         self.transcripts = transcripts
         self.progress = progress
         self._sent: set[str] = {""}
+        self._tables_every = tables_every
+        self._samples_every = samples_every
 
     def step(
         self,
@@ -37,18 +48,29 @@ class Reporter:
         if self.sinks is not None:
             self.sinks.log(step, metrics)
         if self.transcripts is not None:
-            self.transcripts.log(step, groups, tensors=tensors)
+            records = self.transcripts.log(step, groups, tensors=tensors)
+            if step == 1 or step % self._tables_every == 0:
+                self._log_table(step, "rollout", records)
         if self.progress is not None:
             self.progress.step(metrics, note)
+            if groups and (step == 1 or step % self._samples_every == 0):
+                completion = groups[0].completions[0]
+                score = groups[0].scores[0]
+                value = score.value if score.ungraded is None else None
+                self.progress.sample(groups[0].prompt.text, completion.text, value)
 
     def evaluation(self, step: int, metrics: Mapping[str, float], groups: Sequence[ScoredGroup] = ()) -> None:
         """groups: the held-out prompts with their completions, the same ones at every evaluation."""
         if self.sinks is not None:
             self.sinks.log(step, metrics)
         if self.transcripts is not None:
-            self.transcripts.log(step, groups, "eval")
+            self._log_table(step, "eval", self.transcripts.log(step, groups, "eval"))
         if self.progress is not None:
             self.progress.evaluation(metrics)
+
+    def _log_table(self, step: int, stage: str, records: Sequence[Mapping[str, Any]]) -> None:
+        if self.sinks is not None and records:
+            self.sinks.log_completions(step, stage, completion_rows(records))
 
     def message(self, text: str) -> None:
         if self.progress is not None:

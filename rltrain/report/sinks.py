@@ -17,10 +17,15 @@ from typing import Any, Protocol
 from rltrain.errors import UserError
 from rltrain.registry import suggestion
 from rltrain.report.names import check_names
+from rltrain.report.tables import COLUMNS, markdown_table
 
 
 class Tracker(Protocol):
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def log_completions(self, step: int, stage: str, rows: Sequence[Sequence[Any]]) -> None:
+        """rows: in the order of ``tables.COLUMNS``. stage: "rollout" or "eval"."""
+        ...
 
     def close(self) -> None: ...
 
@@ -57,15 +62,21 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files below ``folder/tensorboard``."""
+    """Event files below ``folder/tensorboard``; a resumed run takes back the steps that it repeats."""
 
     def __init__(self, folder: Path) -> None:
         module = _tracker_module("tensorboard", "torch.utils.tensorboard")
-        self._writer = module.SummaryWriter(log_dir=str(folder / "tensorboard"))
+        last = _last_step(folder / "metrics.jsonl")
+        repeated = {} if last is None else {"purge_step": last + 1}
+        self._writer = module.SummaryWriter(log_dir=str(folder / "tensorboard"), **repeated)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, global_step=step)
+        self._writer.flush()
+
+    def log_completions(self, step: int, stage: str, rows: Sequence[Sequence[Any]]) -> None:
+        self._writer.add_text(f"completions/{stage}", markdown_table(rows), global_step=step)
         self._writer.flush()
 
     def close(self) -> None:
@@ -76,28 +87,44 @@ class WeightsAndBiases:
     """A W&B run.
 
     The mode is the environment's (WANDB_MODE=offline is respected); offline files lie below the run folder.
+    run_id: of the run folder, so that a resumed run goes on in the same W&B run; None: W&B makes one.
     """
 
-    def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
-        module = _tracker_module("wandb", "wandb")
-        self._run = module.init(project=project, name=folder.name, dir=str(folder), config=dict(config))
+    def __init__(self, folder: Path, project: str, config: Mapping[str, Any], run_id: str | None) -> None:
+        self._module = module = _tracker_module("wandb", "wandb")
+        same_run = {} if run_id is None else {"id": run_id, "resume": "allow"}
+        options: dict[str, Any] = {"project": project, "name": folder.name, "dir": str(folder), **same_run}
+        self._run = module.init(config=dict(config), **options)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
+
+    def log_completions(self, step: int, stage: str, rows: Sequence[Sequence[Any]]) -> None:
+        table = self._module.Table(columns=list(COLUMNS), data=[list(row) for row in rows])
+        self._run.log({f"completions/{stage}": table}, step=step)
 
     def close(self) -> None:
         self._run.finish()
 
 
 class Trackio:
-    """A trackio run: local unless TRACKIO_SPACE_ID says otherwise."""
+    """A trackio run: local unless TRACKIO_SPACE_ID says otherwise.
 
-    def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
-        module = _tracker_module("trackio", "trackio")
-        self._run = module.init(project=project, name=folder.name, config=dict(config))
+    trackio knows a run by its name within the project, so the name holds the run's id: a resumed run goes on
+    in the same run, and a new run in a folder of the same name does not.
+    """
+
+    def __init__(self, folder: Path, project: str, config: Mapping[str, Any], run_id: str | None) -> None:
+        self._module = module = _tracker_module("trackio", "trackio")
+        name = folder.name if run_id is None else f"{folder.name}-{run_id}"
+        self._run = module.init(project=project, name=name, config=dict(config), resume="allow")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
+
+    def log_completions(self, step: int, stage: str, rows: Sequence[Sequence[Any]]) -> None:
+        table = self._module.Table(columns=list(COLUMNS), data=[list(row) for row in rows])
+        self._run.log({f"completions/{stage}": table}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -125,6 +152,11 @@ class Sinks:
         for name, tracker in list(self._trackers.items()):
             self._guard(name, lambda tracker=tracker: tracker.log(step, metrics))
 
+    def log_completions(self, step: int, stage: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Completions for the trackers' tables; the run's own are in transcripts.jsonl."""
+        for name, tracker in list(self._trackers.items()):
+            self._guard(name, lambda tracker=tracker: tracker.log_completions(step, stage, rows))
+
     def close(self) -> None:
         """Close all of them; a second call does nothing."""
         self._lines.close()
@@ -145,16 +177,21 @@ class Sinks:
 
 
 def open_sinks(
-    folder: Path, names: Sequence[str], project: str, config: Mapping[str, Any], warn: Callable[[str], None]
+    folder: Path,
+    names: Sequence[str],
+    project: str,
+    config: Mapping[str, Any],
+    warn: Callable[[str], None],
+    run_id: str | None = None,
 ) -> Sinks:
-    """The sinks of the run in ``folder``.
+    """The sinks of the run in ``folder``. run_id: under which trackers keep one run across resumes.
 
     Raises UserError when a named tracker is not installed or does not start.
     """
     openers: dict[str, Callable[[], Tracker]] = {
         "tensorboard": lambda: TensorBoard(folder),
-        "wandb": lambda: WeightsAndBiases(folder, project, config),
-        "trackio": lambda: Trackio(folder, project, config),
+        "wandb": lambda: WeightsAndBiases(folder, project, config, run_id),
+        "trackio": lambda: Trackio(folder, project, config, run_id),
     }
     for name in names:
         if name not in openers:
@@ -184,6 +221,12 @@ def _tracker_module(name: str, module: str) -> ModuleType:
             f"report.sinks names {name}, which cannot be imported ({error}); "
             f"pip install '{name}' (or 'rltrain[trackers]' for all), or remove it from report.sinks"
         ) from error
+
+
+def _last_step(path: Path) -> int | None:
+    """The step of the last whole line of metrics; None where there is none."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else None
 
 
 def _bytes_of_whole_lines(path: Path) -> int:

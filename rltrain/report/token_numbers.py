@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rltrain.types.policy import TrainBatch
-from rltrain.types.samples import ScoredGroup
+from rltrain.types.samples import Completion, ScoredGroup
 
 COMPLETIONS = 4  # completions of a prompt that get numbers
 TOKENS = 256  # tokens of a completion that get numbers, from its start
@@ -22,12 +22,14 @@ _WINDOW = 8  # tokens that may spell one character together
 class TokenTensors:
     """A step's tensors, as its update read them.
 
-    logp, entropy: (B, T) nats, the learner's, of the policy that sampled.
+    logp, entropy: (B, T) nats, the learner's, of the policy that sampled. clipped: (B, T) number of the
+    step's updates in which the policy loss clipped the token; None: unknown.
     """
 
     batch: TrainBatch
     logp: Tensor
     entropy: Tensor
+    clipped: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,20 @@ class TokenNumbers:
         """
         rows = rows_of_group(tensors.batch, group.group)
         return [
-            self._record(completion.token_ids[:TOKENS], rows[sample], tensors)
+            self._record(completion, rows[sample], tensors)
             if sample in rows and sample < COMPLETIONS
             else None
             for sample, completion in enumerate(group.completions)
         ]
 
-    def _record(self, token_ids: Sequence[int], row: int, tensors: TokenTensors) -> dict[str, Any]:
+    def _record(self, completion: Completion, row: int, tensors: TokenTensors) -> dict[str, Any]:
+        token_ids = completion.token_ids[:TOKENS]
         values = numbers_of_row(row, len(token_ids), tensors)
+        versions = [span.version for span in completion.versions for _ in range(span.start, span.stop)]
         return {
             "text": split_text(token_ids, self.decode),
             **{name: _round(value) for name, value in values.items()},
+            **({"version": versions[: len(token_ids)]} if len(set(versions)) > 1 else {}),
         }
 
 
@@ -74,7 +79,8 @@ def rows_of_group(batch: TrainBatch, group: int) -> dict[int, int]:
 
 def numbers_of_row(row: int, count: int, tensors: TokenTensors) -> dict[str, Tensor]:
     """(count,) each. weight: 0 where a control or the reward left the token out; engine, reference: the
-    learner's log-prob less theirs, nats.
+    learner's log-prob less theirs, nats. clip: updates that clipped the token; left out where the step
+    clipped none.
     """
     batch = tensors.batch
     logp = tensors.logp
@@ -86,6 +92,8 @@ def numbers_of_row(row: int, count: int, tensors: TokenTensors) -> dict[str, Ten
     for name, other in (("engine", batch.rollout_logp), ("reference", batch.ref_logp)):
         if other is not None:
             values[name] = logp - other
+    if tensors.clipped is not None and bool(tensors.clipped.any()):
+        values["clip"] = tensors.clipped
     return {name: value[row, :count] for name, value in values.items()}
 
 

@@ -30,8 +30,11 @@ class Transcripts:
         groups: Sequence[ScoredGroup],
         stage: str = "rollout",
         tensors: TokenTensors | None = None,
-    ) -> None:
-        """stage: "rollout", or "eval" for held-out prompts. tensors: the step's, for the tokens' numbers."""
+    ) -> list[dict[str, Any]]:
+        """The records that it writes. stage: "rollout", or "eval" for held-out prompts. tensors: the step's,
+        for the tokens' numbers.
+        """
+        records = []
         for group in groups[: self._groups_per_step]:
             record = transcript(step, group, stage)
             if tensors is not None and self._numbers is not None and self._numbers.is_due(step):
@@ -40,6 +43,8 @@ class Transcripts:
                 ):
                     completion |= {} if numbers is None else {"token_numbers": numbers}
             self._lines.append(record)
+            records.append(record)
+        return records
 
     def close(self) -> None:
         self._lines.close()

@@ -59,7 +59,9 @@ class GradedSampler:
         """
         sampling = dataclasses.replace(sampling, cache="held out")
         groups = self.sample(self.process.share(prompts), sampling, version)
-        graded = self.process.gather(score_groups(groups, self.grader, occasion))
+        scored = score_groups(groups, self.grader, occasion)
+        self.process.meet()
+        graded = self.process.gather(scored)
         return sorted(graded, key=lambda group: group.prompt.id)
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[RolloutGroup]:
@@ -72,6 +74,7 @@ class GradedSampler:
         """Grades this rank's ``groups``; returns the graded groups of all ranks, ordered by group id."""
         with add_time(seconds, "reward"):
             scored = score_groups(groups, self.grader, f"step {step}")
+        self.process.meet()
         ordered = sorted(self.process.gather(scored), key=lambda group: group.group)
         return add_verdicts(ordered, self.verdict_of)
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rltrain.control.entropy import ABOVE_TARGET, aepo_temperature
+from rltrain.needs import CONTROL, FOR_ADVANTAGE, REFERENCE_WEIGHTS, SINGLE_TURN, TRAINS
 from rltrain.protocols import Sampler
 from rltrain.registry import method
 from rltrain.rollout.groups import sample_groups
@@ -106,7 +107,7 @@ class SampleSource(ABC):
         del state
 
 
-@method("aepo", arxiv="2510.08141", traits={"trains"})
+@method("aepo", arxiv="2510.08141", traits={TRAINS, CONTROL("aepo")})
 class TemperedSamples(SampleSource):
     """The policy at a temperature that depends on its entropy: AEPO, arXiv:2510.08141.
 
@@ -173,7 +174,7 @@ class TemperedSamples(SampleSource):
         self._entropy = state["entropy"]
 
 
-@method("reference", arxiv="2505.14264", needs={"reference_weights"}, traits={"for_advantage"})
+@method("reference", arxiv="2505.14264", needs={REFERENCE_WEIGHTS}, traits={FOR_ADVANTAGE})
 class ReferenceSamples(SampleSource):
     """Completions of the frozen reference model (``model.reference``, else the initial policy), graded but
     never trained on.
@@ -200,7 +201,7 @@ class ReferenceSamples(SampleSource):
             return self._context.sample(groups, sampling, REFERENCE_VERSION)
 
 
-@method("answer", arxiv="2508.07750", traits={"trains", "for_advantage"})
+@method("answer", arxiv="2508.07750", traits={TRAINS, FOR_ADVANTAGE, SINGLE_TURN})
 class DatasetAnswers(SampleSource):
     """The data set's own answer as one more row of each group, graded like any other: GRAO, arXiv:2508.07750.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from rltrain.reward.combine import distinct_labels
 from rltrain.reward.score import RewardInputs, Score, reward
@@ -28,7 +28,12 @@ class PoolGrader(Protocol):
     def score(self, groups: Sequence[RewardInputs]) -> list[list[Score]]: ...
 
 
-@reward("reward_model")
+def check_path(values: Mapping[str, Any], recipe: Any) -> Iterator[str]:
+    if not values["path"]:
+        yield "path is empty; set path to a reward model with one output, a folder or Hub name"
+
+
+@reward("reward_model", check=check_path)
 class ModelReward:
     """A reward model's scalar for prompt and completion, as in InstructGPT, arXiv:2203.02155, computed by the
     learner's processes.

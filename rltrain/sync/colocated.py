@@ -12,6 +12,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -36,6 +37,18 @@ class WeightOwner(Protocol):
 
 
 _Fingerprints = dict[str, Fingerprint]  # by Hugging Face name
+
+
+@dataclass(frozen=True)
+class _Repeated:
+    """Weights that a target may read again as long as they are the learner's, as for a worker that comes
+    back in the middle of a step.
+    """
+
+    read: Callable[[], Weights]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self.read())
 
 
 @dataclass
@@ -99,9 +112,8 @@ class Sync:
         for target in self.targets:
             targets.wake(target, self.deadline)
         for target in self.targets:
-            stream = weights(target.dtype)
-            if target.dtype not in self._sent:  # targets of one precision hold equal weights
-                stream = self._record_fingerprints(stream, names, target.dtype)
+            is_first = target.dtype not in self._sent  # targets of one precision hold equal weights
+            stream = _Repeated(partial(self._stream, weights, target.dtype, names if is_first else set()))
             targets.load(target, stream, version, self.deadline)
 
         if not self._rotating:
@@ -149,12 +161,17 @@ class Sync:
         """
         self.verify()
         for target in self.targets:
-            targets.load(target, iter(weights.items()), version, self.deadline)
+            targets.load(target, weights.items(), version, self.deadline)
         expected = self._fingerprint_all(lambda dtype: weights.items(), {})
         self._compare(expected, True, f"after loading version {version}")
         yield
         self._compare(expected, True, f"after sampling with version {version}")
         self.push(learner_weights, self._version, expect_change=False)
+
+    def _stream(self, weights: WeightStream, dtype: torch.dtype, names: set[str] | None) -> Weights:
+        """The learner's weights for a target, recorded; no ``names``: as they are."""
+        stream = weights(dtype)
+        return stream if names == set() else self._record_fingerprints(stream, names, dtype)
 
     def _record_fingerprints(self, weights: Weights, names: set[str] | None, dtype: torch.dtype) -> Weights:
         """Passes ``weights`` on and records the fingerprints of ``names`` (None: of all) in ``dtype``, and

@@ -18,19 +18,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rltrain.errors import UserError
 from rltrain.sync.colocated import WeightStream
 from rltrain.sync.fingerprint import WeightMismatchError, compare
 from rltrain.sync.targets import WorkerControl
 from rltrain.sync.transport import WORKER_ERRORS, Channel, Pace, Sender, start_call, wait_for
 from rltrain.tensor_ops import Fingerprint
 from rltrain.types.samples import PolicyVersion
-from rltrain.weight_transfer import open_store
+from rltrain.weight_transfer import ProcessSums, open_store
 
 __all__ = ["PushReport", "ServerSync", "WorkerLink"]
 
 RTOL = 1e-12  # weights are compared as stored, except for the order of float64 sums
-# Per process of a worker, by weight: u.y, |y|^2 and the number of the copy it holds a part of.
-_Sums = list[Mapping[str, tuple[float, float, int]]]
 
 
 @dataclass
@@ -52,8 +51,8 @@ class WorkerLink:
     pace: Pace = field(default_factory=Pace)
     mode: Literal["keep", "wait", "abort"] = "keep"
     version: PolicyVersion | None = None
-    _before: _Sums = field(default_factory=list)  # of the last push that was proved
-    _held: _Sums = field(default_factory=list)
+    _before: Sequence[ProcessSums] = ()  # of the last push that was proved
+    _held: Sequence[ProcessSums] = ()
 
     def __post_init__(self) -> None:
         store = open_store(self.host)
@@ -66,7 +65,13 @@ class WorkerLink:
         self.channel.call("pause", self.control.pause, self.mode, True)
 
     def begin(self) -> None:
-        """Joins the transfer, if it has not, and starts an update."""
+        """Joins the transfer, if it has not, and starts an update.
+
+        A worker that joins forgets an unfinished push: of this learner, or of one that died in its middle.
+        """
+        if self.channel.group is None:
+            calls = self.control.call_workers
+            self.channel.call("forget an unfinished push", calls, "rltrain_abandon", {})
         self.channel.join()
         self.channel.call("start an update", self.control.start_update)
 
@@ -79,7 +84,6 @@ class WorkerLink:
         self.channel.error = None
         self.require_alive()
         self.channel.call("pause", self.control.pause, self.mode, True)
-        self.channel.call("forget the push that failed", self.control.call_workers, "rltrain_abandon", {})
         self.begin()
 
     def require_alive(self) -> None:
@@ -98,20 +102,28 @@ class WorkerLink:
         self.channel.call("sample again", self.control.resume)
         self.version = version
 
-    def read(self) -> list[dict[str, Fingerprint]]:
-        """The fingerprints of every copy of the weights that the worker's processes compute with."""
+    def read(self, names: Collection[str] | None = None) -> list[dict[str, Fingerprint]]:
+        """The fingerprints of every copy of the weights that the worker's processes compute with. names: of
+        these alone.
+
+        Raises UserError for a model with a weight that cannot be read back.
+        """
         assert self.channel.group is not None, "no transfer has taken place"
         key = f"proof/{secrets.token_hex(8)}"
-        arguments = {"key": key}
+        arguments = {"key": key} if names is None else {"key": key, "names": json.dumps(sorted(names))}
         self.channel.call("read its weights", self.control.call_workers, "rltrain_fingerprint", arguments)
         store = self.channel.group.store
         keys = [f"{key}/{rank}" for rank in range(1, self.channel.members + 1)]
         if not store.check(keys):
             raise RuntimeError(f"{self.name}: not all of its {len(keys)} processes have read their weights")
-        self._held = [json.loads(store.get(each)) for each in keys]
+        held = [ProcessSums.from_json(store.get(each)) for each in keys]
         for each in keys:
             store.delete_key(each)
-        return combine_copies(self._held)
+        if refusals := [process.refusal for process in held if process.refusal]:
+            raise UserError(f"{self.name}: {refusals[0]}")
+        if names is None:
+            self._held = held
+        return combine_copies([process.sums for process in held])
 
     def prove(self, expected: Mapping[str, Fingerprint]) -> float:
         """The largest relative difference of a fingerprint. Raises WeightMismatchError where one differs."""
@@ -133,9 +145,9 @@ class WorkerLink:
         lines: list[str] = []
         for name in expected:
             parts = [
-                (process, sums[name] == before[name])
-                for process, (sums, before) in enumerate(zip(self._held, self._before, strict=False))
-                if name in sums and name in before
+                (process, held.own(name) == before.own(name))
+                for process, (held, before) in enumerate(zip(self._held, self._before, strict=False))
+                if held.own(name) is not None
             ]
             stale = [process for process, is_equal in parts if is_equal]
             if stale and len(stale) < len(parts):
@@ -172,12 +184,12 @@ class WorkerLink:
 
     def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, Fingerprint]:
         """See ``WeightTarget.fingerprint``; where copies differ, the number of the weight is NaN."""
-        first, *others = self.read()
+        first, *others = self.read(names)
         merged = dict(first)
         for name, fingerprint in first.items():
             if any(not _is_equal(copy.get(name), fingerprint) for copy in others):
                 merged[name] = Fingerprint(math.nan, math.nan)
-        return {name: value for name, value in merged.items() if names is None or name in names}
+        return merged
 
     def close(self) -> None:
         self.channel.fail(RuntimeError(f"{self.name} was closed"))
@@ -187,7 +199,7 @@ def _is_equal(held: Fingerprint | None, other: Fingerprint) -> bool:
     return held is not None and math.isclose(held.number, other.number, rel_tol=RTOL)
 
 
-def combine_copies(sums: _Sums) -> list[dict[str, Fingerprint]]:
+def combine_copies(sums: Sequence[Mapping[str, tuple[float, float, int]]]) -> list[dict[str, Fingerprint]]:
     """The fingerprints of every copy: the parts of one copy added up over the processes.
 
     The n-th result has the n-th copy of each weight; a weight with fewer copies appears again and again.

@@ -15,7 +15,7 @@ import torch
 from rltrain.config.schema import OnlinePairsRecipe, OnlineRecipe, SampledRecipe
 from rltrain.errors import UserError
 from rltrain.sync.fingerprint import WeightMismatchError
-from rltrain.train.memory import GPU, HOST, Memory
+from rltrain.train.memory import GPU, HOST, Memory, is_gpu_out_of_memory
 from rltrain.train.mismatch import MismatchGuard
 
 WEIGHTS = "the engine holds the learner's weights"
@@ -132,7 +132,7 @@ def diagnose_error(error: BaseException, stage: str, *, judged: bool) -> list[Fi
 def _failed_question(error: BaseException) -> str | None:
     if isinstance(error, WeightMismatchError):
         return WEIGHTS
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_gpu_out_of_memory(error):
         return f"{GPU} suffices"
     if isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
         return f"{HOST} suffices"

@@ -15,6 +15,7 @@ from rltrain.errors import UserError
 from rltrain.learner.preference_learner import PreferenceLearner
 from rltrain.loss.preference.margins import target_probability
 from rltrain.loss.preference.objective import PreferenceObjective
+from rltrain.loss.preference.ratio import count_wins
 from rltrain.loss.preference.statistics import with_batch_statistics
 from rltrain.report.statistics import Estimate, calibration_error, clustered_average
 from rltrain.seeds import stable_hash
@@ -89,7 +90,7 @@ class PreferenceEvaluator:
         calibration = None
         if isinstance(batch, PairBatch):
             margin = result.metrics["margin"]
-            estimates["accuracy"] = clustered_average(_wins(margin).tolist(), prompts, seed=seed)
+            estimates["accuracy"] = clustered_average(count_wins(margin).tolist(), prompts, seed=seed)
             probability = torch.sigmoid(margin.double())
             target = self._target_probability(batch)
             errors = (probability - target).square()
@@ -144,14 +145,14 @@ class PreferenceEvaluator:
         ratio = logp if batch.completion.ref_logp is None else logp - batch.completion.ref_logp
         if self.paired:
             margin = ratio[::2] - ratio[1::2]
-            return margin, _wins(margin), batch.prompt[::2].tolist()
+            return margin, count_wins(margin), batch.prompt[::2].tolist()
         if batch.label is None:
             return None
         better = batch.label > 0.5
         if not better.any() or better.all():
             return None
         differences = ratio[better][:, None] - ratio[~better][None]
-        return differences.mean(1), _wins(differences).mean(1), batch.prompt[better].tolist()
+        return differences.mean(1), count_wins(differences).mean(1), batch.prompt[better].tolist()
 
 
 def _mean_entropy(entropy: Tensor, batch: PairBatch | LabelBatch, seed: int) -> Estimate:
@@ -168,8 +169,3 @@ def _better_rows(batch: PairBatch | LabelBatch) -> Tensor:
     if isinstance(batch, LabelBatch) and batch.label is not None and (good := batch.label > 0.5).any():
         return good.nonzero().flatten()
     return torch.arange(len(batch))
-
-
-def _wins(margin: Tensor) -> Tensor:
-    """1 above 0, one half at 0, because a policy equal to its reference prefers neither side."""
-    return (margin > 0).float() + 0.5 * (margin == 0).float()

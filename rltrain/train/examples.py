@@ -161,15 +161,20 @@ def rows_of_pairs(pairs: Sequence[Pair]) -> TokenRows:
 
 
 def rows_of_labels(completions: Sequence[LabelledCompletion]) -> TokenRows:
-    return TokenRows(tuple(row.prompt for row in completions), tuple(row.completion for row in completions))
+    prompts = tuple(row.prompt for row in completions)
+    texts = tuple(row.completion for row in completions)
+    if all(row.scored is None for row in completions):
+        return TokenRows(prompts, texts)
+    return TokenRows(
+        prompts, texts, tuple(row.scored or (True,) * len(row.completion) for row in completions)
+    )
 
 
 def select_rows(rows: TokenRows, chosen: Sequence[int], sides: int) -> TokenRows:
     """The rows of the examples ``chosen``: all first sides, then all second sides, as in ``rows``."""
     count = len(rows) // sides
     indices = [side * count + index for side in range(sides) for index in chosen]
-    prompts = tuple(rows.prompts[index] for index in indices)
-    return TokenRows(prompts, tuple(rows.completions[index] for index in indices))
+    return rows.rows(torch.tensor(indices, dtype=torch.int64))
 
 
 def mismatched_rows(rows: TokenRows, prompt: Tensor, seed: int, step: int) -> TokenRows:
@@ -178,10 +183,11 @@ def mismatched_rows(rows: TokenRows, prompt: Tensor, seed: int, step: int) -> To
     Raises UserError where no such pairing exists.
     """
     try:
-        partner = mismatched_partner(prompt, stable_hash(seed, "mismatched", step)).tolist()
+        partner = mismatched_partner(prompt, stable_hash(seed, "mismatched", step))
     except ValueError as error:
         raise UserError(f"{error} (train.examples is {len(rows)})") from error
-    return TokenRows(rows.prompts, tuple(rows.completions[index] for index in partner))
+    others = rows.rows(partner)
+    return TokenRows(rows.prompts, others.completions, others.scored)
 
 
 def prompt_ids(prompts: Sequence[tuple[int, ...]]) -> Tensor:

@@ -12,16 +12,23 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-
-import torch
+from typing import NoReturn
 
 from rltrain.checkpoint.random_state import restore_random_state
 from rltrain.checkpoint.run_state import RunState
 from rltrain.config.schema import AnyRecipe
 from rltrain.learner.trained_model import ModelOwner
+from rltrain.protocols import WorkersGone
 from rltrain.report.reporter import Reporter
+from rltrain.train.memory import is_gpu_out_of_memory
 from rltrain.train.profiling import PROFILE_FOLDER, profile_step
-from rltrain.train.saving import EvaluationHistory, EvaluationResult, ModelWriter, Stopped
+from rltrain.train.saving import (
+    EvaluationHistory,
+    EvaluationResult,
+    ModelWriter,
+    Stopped,
+    WithoutWorkers,
+)
 
 __all__ = ["Clock", "TrainingRun", "timing_metrics"]
 
@@ -75,6 +82,14 @@ class TrainingRun(ABC):
             self._evaluate_and_report(self.total_steps)
         return self.writer.final(self.total_steps, self.history)
 
+    def leave_without_workers(self, step: int, error: WorkersGone) -> NoReturn:
+        """Saves the present state, that after ``step``, and ends the run. Every rank calls."""
+        checkpoint = self.writer.folder.checkpoint(step) if step > 0 else None
+        if checkpoint is not None and not self.learner.any_rank(checkpoint.exists()):
+            checkpoint = self.writer.checkpoint(step, self.history)
+        self.writer.wait()
+        raise WithoutWorkers(step, checkpoint, str(error)) from error
+
     def _profile(self, step: int) -> AbstractContextManager[object]:
         """Profiles the step where ``train.profile`` names it."""
         settings = self.recipe.train.profile
@@ -93,7 +108,10 @@ class TrainingRun(ABC):
 
     def _evaluate_and_report(self, step: int) -> None:
         start = perf_counter()
-        result = self.evaluate()
+        try:
+            result = self.evaluate()
+        except WorkersGone as error:
+            self.leave_without_workers(step, error)
         if result is not None:
             metrics = {**result.metrics(), "time/eval": perf_counter() - start}
             self.reporter.evaluation(step, metrics, result.groups)
@@ -119,8 +137,9 @@ class Clock:
         start = perf_counter()
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            error.add_note(phase)
+        except RuntimeError as error:
+            if is_gpu_out_of_memory(error):
+                error.add_note(phase)
             raise
         self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - start
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +14,20 @@ from pathlib import Path
 import psutil
 import torch
 
-__all__ = ["GPU", "HOST", "Memory", "container_limit", "largest_share", "peak_memory"]
+__all__ = [
+    "GPU",
+    "HOST",
+    "GpuWatch",
+    "Memory",
+    "container_limit",
+    "is_gpu_out_of_memory",
+    "largest_share",
+    "peak_memory",
+]
 
 HOST = "memory"
 GPU = "GPU memory"
+_LOOK_SECONDS = 0.1
 _UNIT = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
 
 
@@ -29,9 +41,54 @@ class Memory:
     processes: int = 1  # whose peaks were added
 
 
-def peak_memory() -> list[Memory]:
+class GpuWatch:
+    """Notes the least free memory of this rank's GPU while its block runs; without a GPU nothing.
+
+    What torch has reserved says too little and too much: vLLM, NCCL and the context allocate outside of it,
+    and it counts the pages of a sleeping engine, which are unmapped behind torch's back. torch keeps what it
+    has once reserved, so that looking a few times a second misses no peak of an update.
+    """
+
+    def __init__(self) -> None:
+        self.least_free = math.inf  # bytes
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="rltrain-gpu-watch", daemon=True)
+        self._device = 0
+
+    def look(self) -> None:
+        """Notes the memory that is free now."""
+        self.least_free = min(self.least_free, torch.cuda.mem_get_info(self._device)[0])
+
+    def __enter__(self) -> GpuWatch:
+        if torch.cuda.is_available():
+            self._device = torch.cuda.current_device()
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+            self.look()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_LOOK_SECONDS):
+            self.look()
+
+
+def is_gpu_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory ran out: torch says so by a class, vLLM's allocator in a plain RuntimeError."""
+    words = "CUDA Error: out of memory".lower()
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and words in str(error).lower()
+    )
+
+
+def peak_memory(gpu: GpuWatch) -> list[Memory]:
     """The peak so far of this process and the processes it started, and of the GPU if there is one. Call it
     while the reward workers live.
+
+    gpu: has watched the run.
 
     The peaks of several processes need not coincide, and pages that they share count more than once, so the
     sum is an upper bound. Of the processes that have ended the system knows only the largest peak.
@@ -42,7 +99,9 @@ def peak_memory() -> list[Memory]:
     size = min(psutil.virtual_memory().total, container_limit())
     memories = [Memory(HOST, peak, size, 1 + len(children))]
     if torch.cuda.is_available():
-        memories.append(Memory(GPU, torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]))
+        gpu.look()
+        size = torch.cuda.mem_get_info()[1]
+        memories.append(Memory(GPU, size - gpu.least_free, size))
     return memories
 
 

@@ -112,7 +112,7 @@ def train_online(run: OnlineRun) -> Path:
     """
     run.push(expect_change=False)
     for number in run.steps():
-        rollouts = run.source.take(number, run.learner.version)
+        rollouts = run.take(number)
         clock = Clock(rollouts.seconds)
         lr = run.learner.lr
 
@@ -201,11 +201,15 @@ def measure_mismatch(run: OnlineRun, step: Step) -> dict[str, float]:
 
 
 def apply_methods(run: OnlineRun, step: Step) -> Step:
-    """Computes the advantages, then applies the controls in the recipe's order, over the whole step."""
-    batch = compute_advantages(step.batch, run.advantage)
+    """Computes the advantages, then applies the controls in the recipe's order, over the whole step.
+
+    They run on the learner's device, while the engine sleeps. The result is on the CPU again: a step of long
+    completions takes more memory there than an update has left.
+    """
+    batch = compute_advantages(step.batch.to(run.learner.device), run.advantage)
     for control in run.step_controls:
         batch = apply_control(batch, control)
-    return drop_reference_rows(step.replace(batch))
+    return drop_reference_rows(step.replace(batch.to("cpu")))
 
 
 def drop_reference_rows(step: Step) -> Step:
@@ -272,7 +276,7 @@ def report_step(
 
     is_unchanged = update.metrics["learner/grad_norm"] == 0 or lr == 0
     reason = why_no_update(batch, lr) if is_unchanged else None
-    tensors = TokenTensors(batch, logp, sampling_entropy(batch, update))
+    tensors = TokenTensors(batch, logp, sampling_entropy(batch, update), update.clipped)
     run.reporter.step(step.number, metrics, rollouts.groups, reason, tensors)
 
     warning = run.mismatch.check(step.number, metrics)

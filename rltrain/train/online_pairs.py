@@ -20,6 +20,7 @@ from torch import Tensor
 from rltrain.config.schema import OnlinePairsRecipe
 from rltrain.learner.pair_learner import PREVIOUS, PairLearner, PairUpdates
 from rltrain.loss.preference.objective import PreferenceObjective
+from rltrain.needs import REF_LOGP
 from rltrain.report.metrics import completion_metrics, step_metrics
 from rltrain.rollout.collate import collate
 from rltrain.rollout.pairs.pairing import JudgedPairs, Pairing, pair_batch
@@ -70,7 +71,7 @@ def train_pairs(run: PairRun) -> Path:
     """
     run.push(expect_change=False)
     for number in run.steps():
-        rollouts = run.source.take(number, run.learner.version)
+        rollouts = run.take(number)
         clock = Clock(rollouts.seconds)
 
         step = judge_step(run, number, rollouts, clock)
@@ -123,7 +124,7 @@ def annotate_pairs(run: PairRun, step: PairStep) -> tuple[TokenRows, PairBatch]:
     rows = judged.rows(step.rows)
 
     logps: dict[str, tuple[Tensor, Tensor]] = {}
-    if len(judged) and "ref_logp" in needs:
+    if len(judged) and REF_LOGP in needs:
         logps["ref_logp"] = split_sides(learner.log_probs(rows, sides=2, frozen=learner.frozen["ref_logp"]))
     if len(judged) and PREVIOUS in needs:
         if PREVIOUS not in learner.frozen and run.recipe.rollout.temperature == 1:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from rltrain.train.memory import is_gpu_out_of_memory
+
 __all__ = ["MEMORY_FOLDER", "PROFILE_FOLDER", "profile_step", "snapshot_on_out_of_memory"]
 
 PROFILE_FOLDER = "profile"
@@ -37,7 +39,7 @@ def snapshot_on_out_of_memory(folder: Path, rank: int, expect: Callable[[str | N
     """Where a GPU's memory runs out inside, write a snapshot of it and say what the plan expected.
 
     expect: phase of the run -> the plan's line for it; None stands for a phase without a name. Without a GPU
-    there is no snapshot. The error stays a ``torch.OutOfMemoryError``, with its message completed.
+    there is no snapshot. The error becomes a ``torch.OutOfMemoryError``, with its message completed.
     """
     has_gpu = torch.cuda.is_available()
     memory: Any = torch.cuda.memory
@@ -45,7 +47,9 @@ def snapshot_on_out_of_memory(folder: Path, rank: int, expect: Callable[[str | N
         memory._record_memory_history(max_entries=_EVENTS)
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_gpu_out_of_memory(error):
+            raise
         phase = next(iter(getattr(error, "__notes__", ())), None)
         notes = [expect(phase)]
         if has_gpu:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rltrain.rollout.source import RolloutSource
+from rltrain.checkpoint.random_state import random_state, restore_random_state
+from rltrain.protocols import WorkersGone
+from rltrain.rollout.source import Rollouts, RolloutSource
 from rltrain.sync.adapter import AdapterSync
 from rltrain.sync.colocated import Sync
 from rltrain.train.evaluate import Evaluation, Evaluator
@@ -27,6 +29,20 @@ class SampledRun(TrainingRun):
         norms = learner.weight_norms
         weights = self.sync.stream_of(learner)
         return self.sync.push(weights, learner.version, expect_change=expect_change, norms=norms)
+
+    def take(self, step: int) -> Rollouts:
+        """The rollouts of ``step``. Where no worker is left, the run is saved as it was before the step.
+
+        Raises WithoutWorkers.
+        """
+        before = self.source.state_dict()
+        generators = random_state()
+        try:
+            return self.source.take(step, self.learner.version)
+        except WorkersGone as error:
+            self.source.load_state_dict(before)
+            restore_random_state(generators)
+            self.leave_without_workers(step - 1, error)
 
     def evaluate(self) -> Evaluation | None:
         """Held-out pass@k of the current weights; None where the recipe holds nothing out."""

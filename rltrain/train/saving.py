@@ -16,6 +16,7 @@ from typing import Protocol
 
 from safetensors import SafetensorError
 
+from rltrain.checkpoint.background_push import BackgroundPush
 from rltrain.checkpoint.background_save import BackgroundSave
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.checkpoint.run_state import RunState
@@ -38,6 +39,14 @@ class Stopped(Exception):
         super().__init__(f"stopped after step {step}")
         self.step = step
         self.checkpoint = checkpoint
+
+
+class WithoutWorkers(Exception):
+    """No worker samples any more. checkpoint: of the last whole step; None: no step was whole."""
+
+    def __init__(self, step: int, checkpoint: Path | None, reason: str) -> None:
+        saved = "nothing is lost, no step was taken" if checkpoint is None else f"saved in {checkpoint}"
+        super().__init__(f"{reason}. The run ends after step {step}: {saved}")
 
 
 class EvaluationResult(Protocol):
@@ -76,6 +85,7 @@ class ModelWriter:
     write(out, step, results, state) writes a model; with a state, the model is a checkpoint. snapshot(step,
     evaluations) returns that state. Every rank calls the methods: gathering weights and states is a
     collective. background: writes checkpoints of which each rank writes its parts; None: they are whole.
+    pushes: checkpoints to the Hub, on the main process; None: pushes none.
     """
 
     folder: RunFolder
@@ -84,6 +94,7 @@ class ModelWriter:
     keep: int  # number of the latest checkpoints that stay
     main: bool  # rank 0, which writes and removes
     background: BackgroundSave | None = None
+    pushes: BackgroundPush | None = None
 
     def checkpoint(self, step: int, scores: EvaluationHistory) -> Path:
         """Writes ``checkpoints/step-N``, a model folder with the state of the run, then removes all but the
@@ -98,6 +109,8 @@ class ModelWriter:
         self.write(out, step, scores.metrics(), state)
         if self.main:
             self.folder.prune_checkpoints(self.keep)
+        if self.pushes is not None:
+            self.pushes.start(out, step)
         return out
 
     def final(self, step: int, scores: EvaluationHistory) -> Path:
@@ -143,22 +156,50 @@ def stop_with_the_launcher() -> None:
 
 
 @dataclass
+class TimeLimit:
+    """Ends a run in time for a scheduler's limit. Call it once after every step: whether another step, as
+    long as the longest so far, would end too late. started: of the process, in ``clock``'s time.
+    """
+
+    seconds: float
+    started: float
+    clock: Callable[[], float] = time.time
+    longest: float = 0.0
+    _last: float | None = None
+
+    def __call__(self) -> bool:
+        now = self.clock()
+        if self._last is not None:
+            self.longest = max(self.longest, now - self._last)
+        self._last = now
+        return now - self.started + self.longest > self.seconds
+
+
+@dataclass
 class StopRequest:
-    """Whether and how this process was asked to stop. Calling the object returns whether."""
+    """Whether and how this process was asked to stop. Calling the object returns whether.
+
+    limit: of the run's time, asked at every call.
+    """
 
     signals: list[tuple[float, signal.Signals]] = field(default_factory=list)  # (time.monotonic(), signal)
     in_loop: bool = False  # the run takes steps, so that it can write a checkpoint after the current one
+    limit: TimeLimit | None = None
+    is_late: bool = False
 
     def __call__(self) -> bool:
-        return bool(self.signals)
+        self.is_late = self.is_late or (self.limit is not None and self.limit())
+        return bool(self.signals) or self.is_late
 
     @property
     def cause(self) -> str:
-        """The first signal; on a rank without one, the signal that launchers send."""
-        return "Ctrl-C" if self.signals and self.signals[0][1] is signal.SIGINT else "SIGTERM"
+        """The first signal, or the limit; on a rank without either, the signal that launchers send."""
+        if not self.signals:
+            return "train.max_hours" if self.is_late else "SIGTERM"
+        return "Ctrl-C" if self.signals[0][1] is signal.SIGINT else self.signals[0][1].name
 
     def handle(self, number: int, *_: object) -> None:
-        """Handles SIGTERM and SIGINT. Raises Interrupted at a Ctrl-C before the first step."""
+        """Handles SIGTERM, SIGUSR1 and SIGINT. Raises Interrupted at a Ctrl-C before the first step."""
         received = signal.Signals(number)
         if received is signal.SIGINT and not self.in_loop:
             interrupt()
@@ -172,18 +213,21 @@ class StopRequest:
             )
 
     def _is_second_request(self) -> bool:
-        """Whether the last signal is a second request, not the first one that arrived again."""
-        if len(self.signals) == 1:
+        """Whether the last signal is a second request, not the first one that arrived again, nor one that a
+        SIGUSR1 announced.
+        """
+        requests = [entry for entry in self.signals if entry[1] is not signal.SIGUSR1]
+        if len(requests) < 2 or self.signals[-1][1] is signal.SIGUSR1:
             return False
-        presses = sum(number is signal.SIGINT for _, number in self.signals)
-        if presses > 1 and self.signals[-1][1] is signal.SIGINT and not is_launched():
+        presses = sum(number is signal.SIGINT for _, number in requests)
+        if presses > 1 and requests[-1][1] is signal.SIGINT and not is_launched():
             return True  # without a launcher only the terminal sends SIGINT
-        return self.signals[-1][0] - self.signals[0][0] > _REPEAT_SECONDS
+        return requests[-1][0] - requests[0][0] > _REPEAT_SECONDS
 
 
 @contextlib.contextmanager
-def record_stop_signals() -> Iterator[StopRequest]:
-    """Records a SIGTERM or Ctrl-C in the ``with`` block, so that the loop can stop after the current step; a
+def record_stop_signals(limit: TimeLimit | None = None) -> Iterator[StopRequest]:
+    """Records a SIGTERM, SIGUSR1 or Ctrl-C in the ``with`` block, so that the loop can stop after the step; a
     second one ends the process at once.
 
     Stopping a job signals all its processes, and the launcher among them passes the signal on to its ranks,
@@ -191,13 +235,13 @@ def record_stop_signals() -> Iterator[StopRequest]:
     for a second Ctrl-C without a launcher. Before the first step Ctrl-C raises Interrupted. Outside the main
     thread Python allows no handler, and nothing is recorded.
     """
-    request = StopRequest()
+    request = StopRequest(limit=limit)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
     # a background job of a shell ignores Ctrl-C, and continues to do so
     ignores_interrupt = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    numbers = (signal.SIGTERM,) if ignores_interrupt else (signal.SIGTERM, signal.SIGINT)
+    numbers = [signal.SIGTERM, signal.SIGUSR1, *([] if ignores_interrupt else [signal.SIGINT])]
     previous = {number: signal.signal(number, request.handle) for number in numbers}
     try:
         yield request

@@ -17,19 +17,29 @@ class TokenRows:
 
     prompts: tuple[tuple[int, ...], ...]
     completions: tuple[tuple[int, ...], ...]
+    # by completion token, whether a judged example's log-prob counts it; None: all count. Rollouts say it in
+    # the mask of their TrainBatch
+    scored: tuple[tuple[bool, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.prompts) != len(self.completions):
             raise ValueError(f"{len(self.prompts)} prompts but {len(self.completions)} completions")
+        if self.scored is not None and [*map(len, self.scored)] != [*map(len, self.completions)]:
+            raise ValueError(
+                f"scored tokens are {[*map(len, self.scored)]}, completion tokens "
+                f"{[*map(len, self.completions)]}; every completion token is one or the other"
+            )
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def rows(self, index: Tensor) -> TokenRows:
         """The rows at the positions ``index`` (int64), in that order."""
+        positions = index.tolist()
         return TokenRows(
-            tuple(self.prompts[row] for row in index.tolist()),
-            tuple(self.completions[row] for row in index.tolist()),
+            tuple(self.prompts[row] for row in positions),
+            tuple(self.completions[row] for row in positions),
+            None if self.scored is None else tuple(self.scored[row] for row in positions),
         )
 
 

@@ -13,9 +13,11 @@ from rltrain.analysis.comparison import (
     figure,
     markdown,
     paired_seeds,
+    reading_notes,
     table,
 )
-from rltrain.analysis.curves import Curves, Spread, student_mean
+from rltrain.analysis.curves import Curves, Spread, range_of, student_mean
+from rltrain.analysis.pages.comparison_page import comparison_page
 from rltrain.errors import UserError
 from rltrain.report.sinks import JsonLines
 
@@ -228,3 +230,40 @@ def test_folders_without_a_run_are_refused(text: str | None, says: str, tmp_path
         (tmp_path / "metrics.jsonl").write_text(text)
     with pytest.raises(UserError, match=says):
         Curves.read(tmp_path)
+
+
+def test_an_interval_over_seeds_of_a_share_stays_within_its_range(tmp_path: Path) -> None:
+    """Student's interval of 0.9 and 1.0 goes from 0.31 to 1.59."""
+    assert range_of("eval/pass@8") == (0.0, 1.0) and range_of("eval/margin") == (-math.inf, math.inf)
+    runs = [run(tmp_path / f"a-{seed}", [0.4, 0.9 + seed / 10], [1.0, 0.5]) for seed in range(2)]
+    others = [run(tmp_path / f"b-{seed}", [0.4, seed / 10], [1.0, 0.5]) for seed in range(2)]
+    rows = table(Comparison("t", (), {"a": runs, "b": others}))
+    column = rows[0].index("pass@1 at the end")
+    assert [row[column] for row in rows[1:]] == ["0.950 [0.315, 1.000]", "0.050 [0.000, 0.685]"]
+    steep = [run(tmp_path / f"c-{seed}", [0.4, 0.1 * seed + 0.8], [1.0, 0.5]) for seed in range(2)]
+    low = [run(tmp_path / f"d-{seed}", [0.4, 0.1 - 0.1 * seed], [1.0, 0.5]) for seed in range(2)]
+    difference = paired_seeds(low, steep, "eval/pass@1")
+    assert difference is not None and (difference.low, round(difference.value, 3)) == (-1.0, -0.8)
+
+
+def test_methods_with_equal_curves_are_one_curve_and_are_named(tmp_path: Path) -> None:
+    runs = {name: [run(tmp_path / name, [0.4, 0.6], [1.0, 0.8, 0.5])] for name in ("grpo", "same")}
+    runs["other"] = [run(tmp_path / "other", [0.4, 0.6], [1.0, 0.9, 0.7])]
+    comparison = Comparison("t", (), runs)
+    first, *others = reading_notes(comparison)
+    assert first.startswith("grpo and same are equal at every step in training reward, policy entropy, nats,")
+    assert all("held-out" in note and "training reward" not in note for note in others)
+    assert f"- {first}" in markdown(comparison)
+    page = comparison_page(comparison, tmp_path)
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    (reward,) = (chart for chart in data["charts"] if chart["title"] == "training reward")
+    assert [line["label"] for line in reward["lines"]] == ["grpo, same", "other"]
+
+
+def test_a_laws_ceiling_above_the_largest_share_is_noted(tmp_path: Path) -> None:
+    runs = run(tmp_path / "a", [0.4, 0.6], [1.0, 0.8])
+    steps = tuple({**line, "reward/correct": 0.9, "law/ceiling": 1.2} for line in runs.steps)
+    (note,) = reading_notes(Comparison("t", (), {"a": [Curves(steps, runs.evals)]}))
+    assert note.startswith("the law's ceiling of a is 1.200, and no share is above 1")
+    unknown = tuple({**line, "law/ceiling": 1.2} for line in runs.steps)
+    assert reading_notes(Comparison("t", (), {"a": [Curves(unknown, runs.evals)]})) == []

@@ -15,11 +15,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rltrain.checkpoint.export import MANIFEST, file_hashes
+from rltrain.checkpoint.manifest import MANIFEST, DamagedCheckpointError, file_hashes
 from rltrain.checkpoint.random_state import random_state, restore_random_state
 from rltrain.checkpoint.resume import open_run, saved_date
 from rltrain.checkpoint.run_folder import RunFolder
-from rltrain.checkpoint.run_state import DamagedCheckpointError, RunState, read_state, restoring, write_state
+from rltrain.checkpoint.run_state import RunState, read_state, restoring, write_state
 from rltrain.config.load import load_recipe, resolved_yaml
 from rltrain.errors import UserError
 from rltrain.learner.optim import check_state

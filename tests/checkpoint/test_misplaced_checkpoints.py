@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rltrain.checkpoint.export import MANIFEST, file_hashes
+from rltrain.checkpoint.manifest import MANIFEST, file_hashes
 from rltrain.checkpoint.resume import open_run
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.checkpoint.run_state import RunState, write_state

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from rltrain.checkpoint.model_card import model_card
+from rltrain.checkpoint.model_card import Published, model_card
 from rltrain.config.schema import OnlineRecipe
 
 RECIPE = {
@@ -34,11 +34,19 @@ def header(card: str) -> dict:
 
 
 def test_the_header_is_what_the_hub_reads():
-    assert header(model_card(recipe(), METRICS, 200)) == {
+    facts = header(model_card(recipe(), METRICS, 200))
+    (results,) = facts.pop("model-index")[0]["results"]
+    assert results["dataset"] == {"name": "openai/gsm8k", "type": "openai/gsm8k", "split": "test"}
+    assert results["metrics"] == [
+        {"type": "pass@1", "value": 0.77, "name": "pass@1, 95 % interval 0.74 to 0.8, before training 0.39"},
+        {"type": "tokens", "value": 4.0, "name": "tokens"},
+    ]
+    assert facts == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["rltrain", "group+clip"],
         "base_model": "Qwen/Qwen2.5-0.5B",
+        "base_model_relation": "finetune",
         "datasets": ["openai/gsm8k"],
     }
 
@@ -75,6 +83,17 @@ def test_results_carry_their_intervals():
     assert not any("_low" in line for line in lines)
 
 
+def test_the_license_of_the_base_and_the_kind_of_model_are_in_the_header():
+    published = Published("ann/m", {"commit": "abc"}, "seed: 3\n", license="apache-2.0", adapter=True)
+    card = model_card(recipe(), METRICS, 200, published)
+    facts = header(card)
+    assert (facts["license"], facts["library_name"]) == ("apache-2.0", "peft")
+    assert facts["base_model_relation"] == "adapter"
+    assert (
+        "commit abc" in card and "vllm serve Qwen/Qwen2.5-0.5B --enable-lora --lora-modules m=ann/m" in card
+    )
+
+
 def test_without_an_evaluation_there_are_no_results():
     card = model_card(recipe(about={}), {}, 200)
-    assert "Results" not in card and "arxiv" not in card and "None" not in card
+    assert "Results" not in card and "model-index" not in card and "arxiv" not in card and "None" not in card

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rltrain.checkpoint.resume import differences, is_free, refuse_other_recipe
+from rltrain.checkpoint.saved_recipe import differences, is_free, refuse_other_recipe
 from rltrain.config.load import load_recipe
 from rltrain.errors import UserError
 
@@ -35,12 +35,16 @@ def test_nothing_is_said_of_the_same_recipe() -> None:
     "override",
     [
         "train.deadline_seconds=3600",
+        "train.max_hours=4",
         "reward.workers=7",
         "checkpoint.every=11",
         "checkpoint.keep=5",
         "report.transcripts=9",
         "report.sinks=[tensorboard]",
         "rollout.mismatch_warn=0.3",
+        "rollout.workers={count: 3}",
+        "rollout.server.url=http://another:80",
+        "rollout.server.liveness_seconds=9",
         "about.title=other",
     ],
 )

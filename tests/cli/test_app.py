@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from rltrain import __version__
+from rltrain.cli.app import MODELS, RECIPES, TRAINING, app
 from rltrain.train.saving import STOPPED
 from rltrain.watchdog import EXPIRED
 
@@ -149,3 +151,67 @@ def test_the_help_of_train_names_the_exit_code_of_a_run_that_was_stopped() -> No
     assert f"Exit code {STOPPED}: stopped by SIGTERM" in " ".join(result.stdout.split())
     assert STOPPED not in {0, 1, 2, EXPIRED}
     assert STOPPED < 126  # from 126 on a shell means a failed start or a signal
+
+
+def test_help_groups_commands_and_options_and_takes_the_terminals_width() -> None:
+    shown = rltrain("--help", COLUMNS="100").stdout
+    titles = ("Train and compare", "Recipes", "Models", "Examples:")
+    assert [title in shown for title in titles] == [True] * len(titles)
+    assert "rltrain train grpo --profile tiny_cpu" in shown
+    of_train = {width: rltrain("train", "--help", COLUMNS=str(width)).stdout for width in (60, 100, 140)}
+    for width, text in of_train.items():
+        assert max(map(len, text.splitlines())) == width
+        assert "Options of the recipe" in text and "Options of the run" in text
+
+
+def test_every_command_is_in_a_group_and_has_an_example() -> None:
+    for command in app.registered_commands:
+        assert command.rich_help_panel in (TRAINING, RECIPES, MODELS)
+        assert isinstance(command.epilog, str) and "rltrain " in command.epilog
+
+
+def test_the_version() -> None:
+    result = rltrain("--version")
+    assert (result.returncode, result.stdout) == (0, f"rltrain {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["tra"], ["train"]),
+        (["train", "da"], ["dapo"]),
+        (["train", "dapo", "--profile", "tiny"], ["tiny_cpu"]),
+        (["train", "--res"], ["--resume"]),
+    ],
+)
+def test_a_shell_completes_commands_recipes_profiles_and_options(
+    words: list[str], expected: list[str]
+) -> None:
+    code = "import sys; sys.argv = ['rltrain']; from rltrain.cli.app import main; main()"
+    environment = {
+        "_RLTRAIN_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(["rltrain", *words]),
+        "COMP_CWORD": str(len(words)),
+        "PYTHONPATH": str(ROOT),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert set(expected) <= set(result.stdout.split()), result.stderr
+    assert all(word.startswith(words[-1]) for word in result.stdout.split())
+
+
+@pytest.mark.parametrize(("used", "lines"), [("false", 0), ("true", 1)])
+def test_deepspeeds_warning_shows_only_where_deepspeed_is_used(used: str, lines: int) -> None:
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    code = (
+        "import sys; from rltrain.cli import app\n"
+        "app.app = lambda **_: __import__('deepspeed')\n"
+        "sys.argv = ['rltrain']\n"
+        "try:\n    app.main()\nexcept SystemExit:\n    pass\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_DEEPSPEED": used}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    said = result.stdout + result.stderr
+    assert said.count("Setting accelerator to CPU") == lines, said

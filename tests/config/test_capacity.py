@@ -22,15 +22,18 @@ from rltrain.config.capacity.memory import (
     OVERHEADS,
     Phase,
     cache_tokens,
+    frozen_term,
     gradient_term,
     kv_bytes,
     moment_term,
     phases_of,
     weight_terms,
+    with_recomputation,
+    with_utilization,
 )
 from rltrain.config.capacity.remedy import highest_utilization, nearest_fit
 from rltrain.config.capacity.shape import ModelShape, shape_of
-from rltrain.config.capacity.workload import Trained, Workload, workload_of
+from rltrain.config.capacity.workload import Frozen, Trained, Workload, workload_of
 from rltrain.config.fragments import kind_of
 from rltrain.config.load import load_recipe
 from support.scripts import SCRIPTS, script
@@ -79,13 +82,18 @@ def shape(size: str) -> ModelShape:
     return model_shape
 
 
-def workload(recipe: str, size: str, *overrides: str, profile: str | None = None) -> Workload:
-    """A recipe's workload with ``size`` as its model. Clip-Cov's prompts have at most 1,024 tokens, whatever
-    the recipe says: the numbers below were computed for that length.
+def workload(
+    recipe: str, size: str, *overrides: str, profile: str | None = None, share: float | str = 0.45
+) -> Workload:
+    """A recipe's workload with ``size`` as its model, vLLM's share of the GPU being ``share``. Clip-Cov's
+    prompts have at most 1,024 tokens, whatever the recipe says: the numbers below were computed for that
+    length.
     """
     path = ROOT / "recipes" / f"{recipe}.yaml"
-    lengths = ("data.max_prompt_tokens=1024",) if recipe == "policy/clip_cov" else ()
-    loaded = load_recipe(path, profile=profile, overrides=(*lengths, *overrides))
+    settings = ["data.max_prompt_tokens=1024"] if recipe == "policy/clip_cov" else []
+    if load_recipe(path, profile=profile).kind != "offline":
+        settings.append(f"rollout.vllm.gpu_memory_utilization={share}")
+    loaded = load_recipe(path, profile=profile, overrides=(*settings, *overrides))
     return workload_of(loaded, lambda path, revision: shape(size))
 
 
@@ -108,7 +116,8 @@ def gigabytes(phases: tuple[Phase, ...], *, with_overheads: bool = True) -> dict
 # few by hand, 7B, N = 7.616e9, 8 GPUs: FSDP2 at rest 12 N / 8 = 11.4; ZeRO-2 2 N + 12 N / 8 = 26.7; ZeRO-3
 # 14 N / 8 = 13.3; DDP with its buckets 16 N = 121.8; each + 3.0 outside tensors. Engine start: FSDP2 4 N /
 # 8 + 0.45 x 85.5 + 3 = 45.3. Update under FSDP2: 16 N / 8 = 15.2, kept 28 x 32,768 x 3,584 x 2 = 6.6, layer
-# 13.1, head 3.3, gathered 3.1, reduced 6.7, 3.0: 51.0.
+# 13.1, head 3.3, gathered 2.0, reduced 4.5, 3.0: 47.7. PRIME at rest: 2 x 12 N / 8, its reference 2 N / 8,
+# 3.0: 27.8.
 GOLDEN = {
     ("policy/clip_cov", "1.5B", 1, "ddp"): {
         "load, on the host": 6.2,
@@ -128,12 +137,12 @@ GOLDEN = {
         "one row in the engine": 18.4,
         "push": 47.5,
         "rollout": 52.9,
-        "annotate": 24.9,
-        "update": 51.0,
+        "annotate": 23.8,
+        "update": 47.7,
         "save": 57.3,
     },
     ("policy/clip_cov", "7B", 8, "zero2"): {
-        "load, on the host": 243.7,
+        "load, on the host": 30.5,
         "learner at rest": 29.7,
         "engine start": 60.5,
         "one row in the engine": 18.4,
@@ -144,7 +153,7 @@ GOLDEN = {
         "save": 72.5,
     },
     ("policy/clip_cov", "7B", 8, "zero3"): {
-        "load, on the host": 243.7,
+        "load, on the host": 30.5,
         "learner at rest": 16.3,
         "engine start": 47.2,
         "one row in the engine": 18.4,
@@ -155,26 +164,26 @@ GOLDEN = {
         "save": 59.2,
     },
     ("policy/clip_cov", "7B", 8, "ddp"): {
-        "load, on the host": 243.7,
+        "load, on the host": 30.5,
         "learner at rest": 124.8,
         "engine start": 102.4,
         "one row in the engine": 18.4,
         "push": 142.3,
         "rollout": 163.3,
         "annotate": 147.4,
-        "update": 187.0,
+        "update": 156.6,
         "save": 167.7,
     },
     ("policy/prime", "7B", 8, "fsdp2"): {
-        "load, on the host": 243.7,
-        "learner at rest": 56.3,
+        "load, on the host": 30.5,
+        "learner at rest": 27.8,
         "engine start": 45.3,
         "one row in the engine": 18.1,
-        "push": 81.7,
-        "rollout": 94.8,
-        "annotate": 69.6,
-        "update": 92.9,
-        "save": 99.1,
+        "push": 53.2,
+        "rollout": 66.2,
+        "annotate": 37.1,
+        "update": 61.1,
+        "save": 70.6,
     },
     ("policy/dapo", "32B", 32, "fsdp2"): {
         "load, on the host": 131.1,
@@ -183,12 +192,12 @@ GOLDEN = {
         "one row in the engine": 75.1,
         "push": 83.9,
         "rollout": 53.8,
-        "annotate": 30.6,
-        "update": 80.3,
+        "annotate": 29.0,
+        "update": 75.6,
         "save": 60.0,
     },
     ("preference/dpo", "32B", 8, "zero3"): {
-        "load, on the host": 1048.4,
+        "load, on the host": 131.1,
         "learner at rest": 59.3,
         "annotate": 34.4,
         "update": 105.3,
@@ -211,14 +220,18 @@ def test_verdicts_follow_from_the_limits() -> None:
     assert phases["load, on the host"].limit is None
 
 
-def test_a_frozen_model_is_whole_on_every_gpu() -> None:
-    # N = 7.616e9: 4 N = 30.5 GB more at rest, however many GPUs there are
-    for gpus in (8, 64):
+def test_a_frozen_model_is_divided_in_the_learners_precision() -> None:
+    # N = 7.616e9: 2 N over the GPUs more at rest; under DDP 2 N, and 2 more bytes of each number of the
+    # embedding, 152,064 x 3,584, and of 57 norms of 3,584
+    for where, expected in (
+        (cluster(8), 2 * 7_615_616_512 // 8),
+        (cluster(64, "zero3"), 2 * 7_615_616_512 // 64),
+        (cluster(8, "ddp"), 2 * 7_615_616_512 + 2 * (152_064 + 57) * 3_584),
+    ):
         rest = [
-            phases_of(workload(recipe, "7B"), cluster(gpus))[1].total
-            for recipe in ("policy/rloo", "policy/clip_cov")
+            phases_of(workload(recipe, "7B"), where)[1].total for recipe in ("policy/rloo", "policy/clip_cov")
         ]
-        assert rest[0] - rest[1] == 4 * 7_615_616_512
+        assert rest[0] - rest[1] == expected
 
 
 def test_offline_references_are_free_before_the_update() -> None:
@@ -317,6 +330,25 @@ def test_gradients_states_and_cache_of_a_real_model_on_one_device() -> None:
     layers = output.past_key_values.layers
     cache = nbytes(tensor for layer in layers for tensor in (layer.keys, layer.values))
     assert within_5_percent(kv_bytes(planned, 20, 4), cache)
+
+
+@pytest.mark.parametrize("config", KINDS, ids=lambda config: config["model_type"])
+def test_a_frozen_model_is_within_five_per_cent_of_real_bytes(config: dict[str, Any]) -> None:
+    import torch
+
+    from rltrain.learner.forward import PolicyForward
+    from rltrain.learner.frozen_models import stored_dtypes
+
+    model_shape = shape_of(config)
+    assert model_shape is not None
+    frozen = PolicyForward(tiny_model(config))
+    for where, throughout in ((cluster(1), False), (cluster(4, "zero2"), True)):
+        dtypes = stored_dtypes(frozen, torch.bfloat16, throughout=throughout)
+        counted = sum(
+            weight.numel() * dtypes[name].itemsize for name, weight in frozen.named_parameters()
+        ) // (4 if throughout else 1)
+        planned = frozen_term(Frozen("reference", model_shape), where, 2).bytes
+        assert within_5_percent(planned, counted)
 
 
 def test_zero_holds_a_copy_whole_or_in_shards_and_masters_in_shards() -> None:
@@ -418,21 +450,23 @@ def test_remedies_come_in_the_stated_order() -> None:
     fewer_tokens = nearest_fit(replace(plain, tokens=8 * 32768), cluster(8))
     assert fewer_tokens is not None
     assert fewer_tokens.describe() == "learner.tokens_per_micro_batch 65536"
-    utilization = nearest_fit(workload("policy/rloo", "7B"), cluster(8))
+    utilization = nearest_fit(workload("policy/clip_cov", "7B", share=0.9), cluster(8))
     assert utilization is not None
-    assert utilization.describe() == "rollout.vllm.gpu_memory_utilization 0.4"
-    both = nearest_fit(workload("policy/prime", "7B"), cluster(8))
+    assert utilization.describe() == "rollout.vllm.gpu_memory_utilization 0.75"
+    both = nearest_fit(plain, cluster(2))
     assert both is not None
-    assert (both.tokens_per_micro_batch, both.gpu_memory_utilization) == (16384, 0.25)
+    assert (both.tokens_per_micro_batch, both.gpu_memory_utilization) == (16384, 0.35)
     backend = nearest_fit(plain, cluster(8, "ddp"))
     assert backend is not None
     assert backend.describe() == "--backend fsdp2"
     more = nearest_fit(plain, cluster(1))
     assert more is not None
     assert more.describe() == (
-        "learner.tokens_per_micro_batch 9216, rollout.vllm.gpu_memory_utilization 0.35, --gpus 2"
+        "learner.tokens_per_micro_batch 16384, rollout.vllm.gpu_memory_utilization 0.35, --gpus 2"
     )
-    assert nearest_fit(workload("policy/dapo", "32B"), cluster(32)) is None  # the engine alone
+    together = nearest_fit(workload("policy/dapo", "32B"), cluster(32))  # 65.5 GB of weights in the engine
+    assert together is not None
+    assert together.describe() == ("rollout.vllm.gpu_memory_utilization 0.5, rollout.vllm.tensor_parallel 2")
 
 
 @pytest.mark.parametrize("recipe", ["policy/prime", "policy/rloo", "preference/dpo", "preference/online_dpo"])
@@ -441,7 +475,11 @@ def test_a_remedy_fits(recipe: str) -> None:
     for gpus in (1, 2, 8):
         remedy = nearest_fit(load, cluster(gpus, "zero2"))
         assert remedy is not None
-        changed = load.change(remedy.tokens_per_micro_batch or load.tokens, remedy.gpu_memory_utilization)
+        changed = load.change(
+            remedy.tokens_per_micro_batch or load.tokens,
+            remedy.gpu_memory_utilization,
+            remedy.tensor_parallel,
+        )
         candidate = cluster(remedy.gpus or gpus, remedy.backend or "zero2")
         assert all(phase.fits for phase in phases_of(changed, candidate))
 
@@ -463,6 +501,52 @@ def test_the_highest_utilisation_is_the_last_that_fits() -> None:
     assert share == 0.75
     assert all(phase.fits for phase in phases_of(load.change(load.tokens, share), cluster(8)))
     assert not all(phase.fits for phase in phases_of(load.change(load.tokens, 0.8), cluster(8)))
+
+
+def test_an_open_utilisation_is_what_the_learner_leaves() -> None:
+    for recipe, gpus, backend in (
+        ("policy/clip_cov", 8, "fsdp2"),
+        ("policy/clip_cov", 8, "zero2"),
+        ("policy/prime", 8, "fsdp2"),
+        ("policy/rloo", 4, "zero3"),
+        ("preference/online_dpo", 8, "fsdp2"),
+    ):
+        where = cluster(gpus, backend)
+        load = with_utilization(workload(recipe, "7B", share="auto"), where)
+        assert load.engine is not None and load.engine.utilization is not None
+        assert all(phase.fits for phase in phases_of(load, where)), (recipe, backend)
+        more = load.change(load.tokens, load.engine.utilization + 0.04)
+        assert not all(phase.fits for phase in phases_of(more, where)), (recipe, backend)
+    # a learner without anything at rest would leave more than vLLM is ever given
+    small = with_utilization(
+        workload("policy/clip_cov", "1.5B", share="auto"), cluster(8, gpu_bytes=400 * GB)
+    )
+    assert small.engine is not None and small.engine.utilization == 0.9
+    assert with_utilization(workload("preference/dpo", "7B"), cluster(8)).engine is None
+
+
+def test_as_few_layers_are_recomputed_as_there_is_no_room_for() -> None:
+    # 7B on eight GPUs: 28 layers keep 6.6 GB of inputs, or 28 x 7.9 GB
+    where = cluster(8)
+    auto = workload("policy/clip_cov", "7B", "learner.gradient_checkpointing=auto")
+    chosen = with_recomputation(auto, where)
+    assert chosen.recomputed is not None and 0 < chosen.recomputed < 1
+    assert all(phase.fits for phase in phases_of(chosen, where))
+    fewer = replace(chosen, recomputed=chosen.recomputed - 0.1)
+    [update] = [phase for phase in phases_of(fewer, where) if phase.name == "update"]
+    assert update.total > 0.97 * H100
+    small = with_recomputation(
+        workload("preference/dpo", "1.5B", "learner.gradient_checkpointing=auto"),
+        cluster(8, gpu_bytes=141 * GB),
+    )
+    assert small.recomputed == 0.0
+    tight = with_recomputation(auto, cluster(8, gpu_bytes=24 * GB))
+    assert tight.recomputed == 1.0  # nothing fits
+    seconds = [
+        step_durations(load, where, CARDS[Card.h100])[2].seconds
+        for load in (chosen, replace(chosen, recomputed=1.0))
+    ]
+    assert seconds[0] < seconds[1]
 
 
 def test_seconds_of_a_step_are_the_arithmetic_of_their_rates() -> None:
@@ -515,9 +599,14 @@ def test_the_command_prints_phases_verdict_and_seconds(folder: str) -> None:
     lines = done.output.splitlines()
     assert lines[0] == "8 x 85.5 GB, fsdp2; policy 7,615,616,512 parameters"
     rollout = next(line for line in lines if line.startswith("rollout"))
-    assert rollout.split()[1:4] == ["52.9", "85.5", "FITS"]
-    assert "FITS; with rollout.vllm.gpu_memory_utilization up to 0.75" in lines
+    assert rollout.split()[1:4] == ["78.5", "85.5", "FITS"]
+    assert "FITS; vLLM gets 0.75 of each GPU" in lines
     assert "bottleneck: rollout" in lines[-1]
+    stated = run_plan(
+        *("--set", f"model.path={folder}", "--gpus", "8", "--gpu-gb", "85.5"),
+        *("--set", "rollout.vllm.gpu_memory_utilization=0.45"),
+    )
+    assert "FITS; with rollout.vllm.gpu_memory_utilization up to 0.75" in stated.output
 
 
 def test_the_command_says_what_fits_instead(folder: str) -> None:
@@ -525,8 +614,33 @@ def test_the_command_says_what_fits_instead(folder: str) -> None:
     assert done.exit_code == 1
     assert "OOM; fits with --backend fsdp2" in done.output
     assert "bottleneck" not in done.output  # no seconds for a run that does not start
-    refused = run_plan("--set", f"model.path={folder}", "--gpus", "1", "--gpu-gb", "24.1")
+    divided = run_plan("--set", f"model.path={folder}", "--gpus", "1", "--gpu-gb", "24.1")
+    assert "rollout.vllm.tensor_parallel 2, --gpus 32" in divided.output
+    refused = run_plan("--set", f"model.path={folder}", "--gpus", "1", "--gpu-gb", "12")
     assert "OOM; even on 1024 GPUs" in refused.output
+
+
+SERVER = ("--set", "rollout.engine=vllm_server", "--set", "rollout.server.tensor_parallel=2")
+
+
+def test_a_server_takes_gpus_of_its_own(folder: str) -> None:
+    size = ("--set", f"model.path={folder}", "--gpu-gb", "85.5", *SERVER)
+    done = run_plan(*size, "--gpus", "8")
+    assert done.exit_code == 0, done.output
+    first = (
+        "6 x 85.5 GB, fsdp2; policy 7,615,616,512 parameters; beside them 2 of this machine for the server"
+    )
+    assert done.output.splitlines()[0] == first
+    plan = json.loads(run_plan(*size, "--gpus", "8", "--json").output)
+    assert (plan["gpus"], plan["server_gpus"]) == (6, 2)
+    phases = {phase["name"]: phase["terms"] for phase in plan["phases"]}
+    # a push holds two buckets of 512 MiB and the embedding in bfloat16; the engine's weights are elsewhere
+    assert phases["push"]["two buckets and the largest tensor"] == 2**30 + 2 * 152_064 * 3584
+    assert not any(name.startswith(("engine", "vLLM")) for name in phases["push"] | phases["rollout"])
+    assert phases["one row in the engine"]["engine: weights"] == 7_615_616_512  # 2 bytes each, 2 GPUs
+    elsewhere = run_plan(*size, "--set", "rollout.server.url=https://host:8000", "--gpus", "8")
+    assert elsewhere.output.startswith("8 x 85.5 GB") and "2 on another machine" in elsewhere.output
+    assert "takes 2 of them" in str(run_plan(*size, "--gpus", "2").exception)
 
 
 def test_json_has_every_term(folder: str) -> None:
@@ -574,9 +688,24 @@ def test_the_page_of_plans_is_up_to_date() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_every_recipe_says_the_smallest_cluster_that_it_fits() -> None:
+    table = script("plan_table")
+    stated = 0
+    for folder_name in table.FOLDERS:
+        for path, load in table.recipes_in(folder_name):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            [line] = [line for line in lines if line.startswith(table.STATEMENT)]
+            assert line == table.statement_of(load), f"{path}: run scripts/plan_table.py"
+            stated += 1
+    assert stated > 60
+    # a plan that counts other bytes says something else
+    _, load = next(table.recipes_in("policy"))
+    assert table.statement_of(replace(load, tokens=64 * load.tokens)) != table.statement_of(load)
+
+
 def test_the_page_of_plans_has_every_recipe() -> None:
     page = (ROOT / "docs/plan.md").read_text(encoding="utf-8")
-    for folder_name in ("policy", "preference", "process_reward"):
+    for folder_name in ("policy", "preference", "process_reward", "supervised"):
         for path in (ROOT / "recipes" / folder_name).glob("*.yaml"):
             assert f"| {path.stem} |" in page or f"`{folder_name}/{path.stem}`" in page, path
 

@@ -100,7 +100,7 @@ def test_a_recipe_extends_a_shipped_one_by_name(write: Write) -> None:
 def test_names_of_shipped_recipes_are_different() -> None:
     files = [
         file
-        for folder in ("policy", "preference", "process_reward")
+        for folder in ("policy", "preference", "process_reward", "supervised")
         for file in (RECIPES_FOLDER / folder).glob("*")
     ]
     assert len(files) == len({file.stem for file in files}) > 80
@@ -358,8 +358,12 @@ def test_a_resolved_recipe_holds_every_key(write: Write, recipe: Path) -> None:
         "adaptive_temperature={}",
         "environment={name: calculator, max_turns: 1, turn_tokens: 1}",
     )
-    sections = ("process_reward={optimizer: {lr: 1.0}}", "model.adapter={}")
-    overrides = (*(f"rollout.{override}" for override in optional), *sections)
+    overrides = (
+        *(f"rollout.{override}" for override in optional),
+        "process_reward={optimizer: {lr: 1.0}}",
+        "push={repo: ann/m}",
+        "model.adapter={}",
+    )
     text = resolved_yaml(load_recipe(recipe, overrides=overrides))
     # registered methods have no digest
     keys = [key for key in schema_keys() if key[-1] != "sha256"]

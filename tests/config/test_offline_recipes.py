@@ -47,6 +47,16 @@ def test_the_kind_follows_from_the_loss_or_is_said(
         load_recipe(write("said.yaml", "kind: offline\n" + MINIMAL.replace("loss: {preference: dpo}\n", "")))
 
 
+def test_supervised_fine_tuning_names_its_kind_and_may_leave_its_loss_out(write: Callable[..., Path]) -> None:
+    without_loss = MINIMAL.replace("loss: {preference: dpo}\n", "")
+    recipe = load_recipe(write("sft.yaml", "kind: sft\n" + without_loss))
+    assert isinstance(recipe, OfflineRecipe) and recipe.loss.preference.name == "nll"
+    assert check(recipe).recipe == recipe
+    assert load_recipe(write("resolved.yaml", resolved_yaml(recipe))) == recipe
+    with pytest.raises(RecipeError, match=r"kind is sft, whose loss is nll, but .* is dpo.*kind: offline"):
+        check(load_recipe(write("dpo.yaml", "kind: sft\n" + MINIMAL)))
+
+
 def test_the_resolved_form_loads_back_as_it_is(offline: Path, write: Callable[..., Path]) -> None:
     loaded = load_recipe(offline, overrides=["loss.preference.beta=0.3"])
     assert isinstance(loaded, OfflineRecipe) and loaded.loss.preference.hp == {"beta": 0.3}

@@ -102,7 +102,7 @@ def test_memory_is_planned_for_a_local_model(recipe: Path, tmp_path: Path) -> No
 
 def test_a_process_reward_model_is_a_second_learner_and_a_frozen_model(tmp_path: Path) -> None:
     # 608 per layer as above, two layers, 20,000,000 x 8 embeddings, last norm 8: 160,001,224 parameters; x 16
-    # and x 4 bytes
+    # and x 2 bytes
     (tmp_path / "small").mkdir()
     tiny_config(tmp_path, vocab_size=20_000_000)
     tiny_config(tmp_path / "small")
@@ -110,13 +110,13 @@ def test_a_process_reward_model_is_a_second_learner_and_a_frozen_model(tmp_path:
     numbers = values(prime, f"model.path={tmp_path}")
     assert (numbers["memory: process reward model"], numbers["memory: its reference"]) == (
         "2.38 GiB",
-        "0.60 GiB",
+        "0.30 GiB",
     )
     small = f"process_reward.path={tmp_path / 'small'}"
     numbers = values(prime, f"model.path={tmp_path}", small, f"process_reward.reference={tmp_path}")
     assert (numbers["memory: process reward model"], numbers["memory: its reference"]) == (
         "0.00 GiB",
-        "0.60 GiB",
+        "0.30 GiB",
     )
     assert (
         values(prime, f"model.path={tmp_path}", "process_reward.reference=policy")["memory: its reference"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from rltrain.chat_template import is_template_file, read_template
 from rltrain.cli.app import app
 from rltrain.config.load import load_recipe
 from rltrain.config.shipped import copy_recipe, find_recipes, recipe_file
@@ -18,7 +19,13 @@ NAMES = [name for name, _, _ in find_recipes()]
 @pytest.mark.parametrize("name", NAMES)
 def test_a_copy_of_a_recipe_is_that_recipe_with_its_comments(name: str, tmp_path: Path) -> None:
     text = copy_recipe(name, tmp_path / "mine.yaml")
-    assert load_recipe(tmp_path / "mine.yaml") == load_recipe(name)
+    copied, shipped = load_recipe(tmp_path / "mine.yaml"), load_recipe(name)
+    if is_template_file(template := copied.data.chat_template):  # copied beside it
+        assert Path(template).parent == tmp_path
+        assert read_template(template) == read_template(shipped.data.chat_template)
+        data = copied.data.model_copy(update={"chat_template": shipped.data.chat_template})
+        copied = copied.model_copy(update={"data": data})
+    assert copied == shipped
     comments = [line for line in recipe_file(name).read_text("utf-8").splitlines() if "#" in line]
     assert comments == [line for line in text.splitlines() if "#" in line][2:]
 

@@ -204,6 +204,33 @@ def test_a_file_that_declares_its_method_wrongly_is_named(
     assert expected in message and "loss.policy: " in message and "mine.py" in message
 
 
+CHECKED = """\
+from rltrain.needs import OLD_LOGP, POLICY_LOSS
+from rltrain.registry import method
+
+def check_share(values, recipe):
+    if values["share"] * recipe.rollout.n < 1:
+        yield f"share is {values['share']:g} of rollout.n {recipe.rollout.n}: less than one; raise it"
+
+@method("shared", needs={OLD_LOGP}, traits={POLICY_LOSS("clip")}, check=check_share)
+def shared(batch, *, share: float = 0.2):
+    return batch
+"""
+
+
+def test_the_rule_beside_a_users_method_is_asked(write: Write, recipe: Path) -> None:
+    name = f"{write('checked.py', CHECKED)}:shared"
+    check(load_recipe(recipe, overrides=[f"control=[{{name: {name}, share: 0.5}}]"]))
+    refused = problem(recipe, f"control=[{{name: {name}, share: 0.01}}]")
+    assert f"control.0 shared ({name.removesuffix(':shared')}): share is 0.01 of rollout.n" in refused
+
+
+def test_a_rule_that_the_file_does_not_define_is_named(write: Write, recipe: Path) -> None:
+    nameless = CHECKED.replace("check=check_share", "check=lambda values, recipe: iter(())")
+    name = f"{write('checked.py', nameless)}:shared"
+    assert "check must be a function of the same file" in problem(recipe, f"control=[{{name: {name}}}]")
+
+
 def test_an_input_of_the_stage_must_be_among_the_needs(write: Write, recipe: Path) -> None:
     write("mine.py", METHODS.replace('"my_advantage", needs={"mask"}', '"my_advantage"'))
     message = problem(recipe, f"advantage={recipe.parent}/mine.py:advantage")

@@ -314,7 +314,7 @@ def test_a_missing_margin_is_an_error_and_one_that_is_no_number_a_counted_drop(
         (
             [{"question": "q", "better": "a", "worse": "b"}],
             (),
-            r"neither chosen and rejected nor completion; there are \['better'",
+            r"neither chosen and rejected nor completion nor messages; there are \['better'",
         ),
         ([{"prompt": 3, "chosen": "a", "rejected": "b"}], (), "prompt is int"),
     ],

@@ -35,6 +35,10 @@ def test_the_numbers_are_the_kept_ones(name: str, golden: ModuleType, model: Pat
     assert (kept["recipe"], kept["settings"]) == (golden.recipe_of(name), golden.settings_of(name))
     complaint = golden.verdict(name, kept, golden.run(name, model, tmp_path / "run"))
     assert complaint is None, complaint
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    apart = [line["rollout/mismatch_abs"] for line in lines if "rollout/mismatch_abs" in line]
+    assert len(apart) == (3 if golden.samples(name) else 0)
+    assert max(apart, default=0.0) < 1e-4  # engine and learner compute the same log-probs
 
 
 def test_there_is_something_to_compare(golden: ModuleType) -> None:

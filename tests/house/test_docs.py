@@ -14,10 +14,14 @@ import yaml
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from rltrain.advantage import ADVANTAGES
 from rltrain.cli.app import app
 from rltrain.config.load import load_recipe
 from rltrain.config.rules import check
 from rltrain.config.rules.registries import REWARDS
+from rltrain.control import TOKEN_CONTROLS
+from rltrain.loss import AGGREGATES, LOSS_TERMS
+from rltrain.loss.policy import POLICY_LOSSES
 from rltrain.reward.resolve import RewardCall, resolve
 from rltrain.reward.score import RewardInputs
 
@@ -166,6 +170,18 @@ def test_the_page_on_other_libraries_names_keys_of_recipes():
             assert part in value, key
             value = value[part]
     assert len(keys) > 12
+
+    registries = {"advantage": ADVANTAGES, "loss.policy": POLICY_LOSSES, "loss.aggregate": AGGREGATES}
+    registries |= {"control": TOKEN_CONTROLS, "loss.terms": LOSS_TERMS}
+    cells = re.findall(rf"^\| `({'|'.join(registries)}): (.*?)` \|", page, re.MULTILINE)
+    for key, cell in cells:
+        for value in cell.split("`, `"):
+            refs = yaml.safe_load(value)
+            for ref in refs if isinstance(refs, list) else [refs]:
+                name, *hp = [ref] if isinstance(ref, str) else [ref.pop("name"), *ref]
+                known = {*registries[key].spec(name).hyperparameters, "coefficient"}
+                assert set(hp) <= known, (key, value)
+    assert len(cells) > 8
 
 
 def test_the_page_on_rewards_names_every_reward():

@@ -91,7 +91,7 @@ def preference_recipes() -> dict[str, Any]:
     """By file, the loss that a recipe for judged completions names."""
     files = [
         path
-        for folder in ("preference", "process_reward")
+        for folder in ("preference", "process_reward", "supervised")
         for path in sorted((ROOT / "recipes" / folder).glob("*.yaml"))
     ]
     loaded = {path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in files}

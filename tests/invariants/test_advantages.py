@@ -21,6 +21,7 @@ from rltrain.advantage.stage import compute_advantages
 from rltrain.registry import BoundMethod
 from rltrain.types.policy import TrainBatch
 from rltrain.types.samples import SOURCE_POLICY
+from support.fake_gpu import compute_elsewhere
 from support.method_cases import SOURCE_CODES, named, promised, variants
 
 ROWS = 12
@@ -119,3 +120,11 @@ def test_the_rows_may_stand_in_any_order(advantage: BoundMethod) -> None:
         order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(seed))
         got = masked_advantages(batch.rows(order), advantage)
         assert_close(got, want[order], rtol=1e-9, atol=1e-12)
+
+
+@EVERY
+def test_it_runs_on_the_device_of_its_batch(advantage: BoundMethod) -> None:
+    batch = batch_for(advantage)
+    result = compute_elsewhere(lambda moved: compute_advantages(moved, advantage), batch)
+    expected = compute_advantages(batch, advantage).advantages
+    assert_close(result.advantages, expected, rtol=0, atol=0, equal_nan=True)

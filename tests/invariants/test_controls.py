@@ -26,6 +26,7 @@ from rltrain.loss.policy import POLICY_LOSSES
 from rltrain.registry import BoundMethod
 from rltrain.types.policy import PolicyTokens, StepTotals, TrainBatch
 from rltrain.types.samples import SOURCE_POLICY, SOURCE_TEMPERED
+from support.fake_gpu import compute_elsewhere
 from support.method_cases import named, variants
 
 ROWS = 12
@@ -198,3 +199,14 @@ def test_the_loss_behind_a_control_may_be_split_into_micro_batches(control: Boun
     assert whole_outcome[1].isfinite().all() and whole_outcome[1].any()
     for parts in ([[row] for row in range(ROWS)], [[3, 9, 0], [1, 2, 4, 5, 6], [11, 8, 7, 10]]):
         assert_close(outcome(parts), whole_outcome)
+
+
+@EVERY
+def test_it_runs_on_the_device_of_its_batch(control: BoundMethod) -> None:
+    batch = batch_for(control)
+    expected = apply_control(batch, control)
+    result = compute_elsewhere(lambda moved: apply_control(moved, control), batch)
+    for name in ("weights", "advantages", "mask"):
+        assert_close(getattr(result, name), getattr(expected, name), rtol=0, atol=0, equal_nan=True)
+    assert_close(dict(result.extra), dict(expected.extra), rtol=0, atol=0, equal_nan=True)
+    assert result.notes == expected.notes

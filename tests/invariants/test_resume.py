@@ -387,7 +387,9 @@ def killed_again_and_again(kills: int, folder: Path, *settings: str) -> dict[str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "kills"), [("whole", 20), ("sharded", 8)])
+@pytest.mark.parametrize(
+    ("form", "kills"), [("whole", 8), ("sharded", 8), pytest.param("whole", 40, marks=pytest.mark.nightly)]
+)
 def test_kills_end_in_the_same_weights(form: str, kills: int, random_model: str, tmp_path: Path) -> None:
     quick = ("checkpoint.every=1", "checkpoint.keep=2", "loss.terms=[]", "data.eval=null", "eval.every=0")
     model = (f"model.path={random_model}", f"reward.functions=['{SEVENS}']")
@@ -395,6 +397,7 @@ def test_kills_end_in_the_same_weights(form: str, kills: int, random_model: str,
     assert report["in_a_save"] >= kills // 4, report
 
 
+@pytest.mark.nightly
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_kills_with_real_vllm_end_in_the_same_weights(random_model: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from rltrain.build import digests as build_inputs
 from rltrain.chat_template import frozen_clock, prints_date
-from rltrain.checkpoint.export import MANIFEST, file_hashes
+from rltrain.checkpoint.manifest import MANIFEST, file_hashes
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.config.load import load_recipe, resolved_yaml
 from rltrain.errors import UserError

@@ -68,6 +68,16 @@ def weights_of(learner: PolicyLearner) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in learner.weights()}
 
 
+def test_the_tokens_that_were_clipped_are_those_that_the_metrics_count(random_model: str) -> None:
+    rows, batch = step()
+    learner = learner_of(random_model, epochs=3, tokens_per_micro_batch=64)
+    logp = learner.annotate(rows, frozenset({"logp"}), {})["logp"]
+    update = learner.update(rows, batch.replace(old_logp=logp), objective_of())
+    share = update.metrics["loss/clip_low"] + update.metrics["loss/clip_high"]  # mean over the updates
+    assert update.clipped.sum() == pytest.approx(3 * share * float(batch.mask.sum()), rel=1e-5) and share > 0
+    assert not update.clipped[~batch.mask].any() and update.clipped.max() <= 2  # the first one clips nothing
+
+
 def test_one_update_is_what_plain_pytorch_computes(
     random_model: str, assert_stepped_like: Callable[[Any, Any, float], None]
 ) -> None:
@@ -158,6 +168,7 @@ def test_updates_and_epochs_count_versions_and_see_whole_groups(random_model: st
 
     spec = MethodSpec(
         name="watch",
+        check="",
         arxiv=None,
         needs=frozenset({"logp_now"}),
         needs_if={},

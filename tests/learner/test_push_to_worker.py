@@ -17,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[2]
 BUCKET = 1 << 22
-# What a process takes beside tensors: threads, sockets, the allocator. FSDP2 was seen to take 7 MB of it,
-# which is also near the largest tensor: a second copy of that one alone would not be noticed.
-SLACK = 8 << 20
+# Sums, signs and blocks in float64, of the fingerprints: far below the largest tensor, so that a second copy
+# of that one alone is noticed.
+SLACK = 1 << 19
 pytestmark = pytest.mark.slow
 
 
@@ -53,7 +53,6 @@ def launch(backend: str, ranks: int, model: str, out: Path, precision: str) -> l
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": path,
         "HF_HUB_OFFLINE": "1",
-        "MALLOC_MMAP_THRESHOLD_": "65536",  # freed tensors leave the process's memory
     }
     options = ["--config_file", f"recipes/accelerate/{backend}.yaml", "--num_processes", str(ranks)]
     script = str(Path(__file__).with_name("two_ranks_push.py"))
@@ -76,7 +75,7 @@ def require_proof(results: list[dict[str, Any]]) -> None:
         assert result["checked"] == 75
         assert result["worst"] < 1e-13
         assert result["differing"] == []
-        assert result["peak"] <= 2 * BUCKET + result["largest"] + SLACK < result["total"]
+        assert 0 < result["peak"] <= 2 * BUCKET + result["largest"] + SLACK < result["total"]
     assert results[0]["served"] == ["worker"]
 
 

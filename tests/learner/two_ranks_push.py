@@ -5,16 +5,15 @@ accelerate launch --config_file recipes/accelerate/zero3.yaml --num_processes 2 
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
-import threading
-import time
 from pathlib import Path
+from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rltrain.config.schema import Learner, Model, Optimizer
 from rltrain.learner.packing import build
@@ -29,27 +28,38 @@ from support.fake_worker import FakeWorker
 CAPACITY = 1 << 22  # bytes
 
 
-class Peak:
-    """The largest growth of this process's memory inside the block, in bytes."""
+class Peak(TorchDispatchMode):
+    """The most bytes of storages that are alive at once, of those that this thread makes inside the block.
 
-    def __enter__(self) -> Peak:
-        gc.collect()
-        self._process = psutil.Process()
-        self._before = self._process.memory_info().rss
+    Storages are counted when an operation has run, not in between: what a kernel takes for itself is no
+    tensor.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
         self.bytes = 0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
+        self._made: dict[int, tuple[Any, int]] = {}
 
-    def _watch(self) -> None:
-        while not self._ended.is_set():
-            self.bytes = max(self.bytes, self._process.memory_info().rss - self._before)
-            time.sleep(0.0005)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = {storage_of(tensor) for tensor in tree_leaves((args, kwargs)) if is_plain(tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if is_plain(tensor) and storage_of(tensor) not in inputs:
+                storage = tensor.untyped_storage()
+                self._made[storage_of(tensor)] = storage._weak_ref(), storage.nbytes()
+        self._made = {
+            key: made for key, made in self._made.items() if not torch.UntypedStorage._expired(made[0])
+        }
+        self.bytes = max(self.bytes, sum(size for _, size in self._made.values()))
+        return result
 
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
+
+def is_plain(tensor: object) -> bool:
+    return type(tensor) is Tensor or isinstance(tensor, torch.nn.Parameter)
+
+
+def storage_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def main(model: str, out: Path, precision: str) -> None:

@@ -17,7 +17,7 @@ from rltrain.config.load import load_recipe
 ROOT = Path(__file__).parents[2] / "recipes"
 # recipe -> what its source says, or a sentence on why there is none
 SOURCES: dict[str, list[dict[str, Any]] | str] = json.loads((ROOT / "sources.json").read_text("utf-8"))
-FOLDERS = ("policy", "preference", "process_reward")
+FOLDERS = ("policy", "preference", "process_reward", "supervised")
 NAMES = sorted(
     str(path.relative_to(ROOT).with_suffix(""))
     for folder in FOLDERS

@@ -164,3 +164,20 @@ def test_a_resumed_law_goes_on_as_if_never_stopped() -> None:
     resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
     assert run(resumed, 20, first=20) == expected[20:]
     assert resumed.state_dict() == uninterrupted.state_dict()
+
+
+def test_a_ceiling_above_the_largest_share_is_told() -> None:
+    """A line through steep points ends above 1, which no share of right completions is."""
+
+    def announce(name: str) -> str:
+        law = Law()
+        for step in range(60):
+            entropy = 0.9 * math.exp(-0.1 * step)
+            reward = 1.6 - 0.5 * math.exp(entropy)
+            law.step({"learner/entropy_mean": entropy, "reward/mean": reward, name: reward})
+            if (message := law.message()) is not None:
+                return message
+        raise AssertionError("entropy was never exhausted")
+
+    assert "0.100 above the largest possible share, so the line bends before" in announce("reward/correct")
+    assert "largest possible" not in announce("reward/mean")  # whose range is not known

@@ -6,7 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
-from rltrain.report.progress import Progress, _count, _number, _power, _seconds
+from rltrain.report.progress import Progress, _count, _number, _power, _rate, _seconds, list_changes
 
 METRICS = {
     "reward/mean": 0.4123,
@@ -185,3 +185,54 @@ def test_nan_is_shown_as_nan():
 )  # fmt: skip
 def test_numbers_stay_short_and_a_small_one_never_looks_like_zero(show, value, text):
     assert show(value) == text
+
+
+def test_the_end_of_a_run_says_before_and_after() -> None:
+    def measured(value: float) -> dict[str, float]:
+        return {
+            "eval/pass@1": value,
+            "eval/pass@1_low": value - 0.1,
+            "eval/pass@1_high": value + 0.1,
+            "eval/n": 1,
+        }
+
+    lines = list_changes([measured(0.3), measured(0.5), measured(0.8)])
+    assert lines == ["pass@1       0.300 [0.200, 0.400] -> 0.800 [0.700, 0.900]"]
+    assert list_changes([measured(0.3)]) == []
+
+
+def test_a_sample_is_one_line_of_a_terminal_and_nothing_in_a_log() -> None:
+    shown = io.StringIO()
+    progress = Progress(10, Console(file=shown, force_terminal=True, width=80, color_system=None))
+    progress.sample("a long question " * 20 + "2 + 2 =", "4\x1b[2J\nindeed " + "and so on " * 30, 1.0)
+    (line,) = shown.getvalue().splitlines()
+    assert "2 + 2 = -> 4 [2J indeed" in line and line.endswith("...  reward 1.000")
+    assert len(line) <= 80
+    logged = io.StringIO()
+    Progress(10, Console(file=logged, width=80)).sample("p", "c", None)
+    assert logged.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(0.5, "0.50"), (0.994, "0.99"), (0.996, "1.0"), (9.94, "9.9"), (9.96, "10"), (0.0, "0")],
+)
+def test_a_rate_below_ten_has_digits_behind_the_point(rate, text):
+    assert _rate(rate) == text
+
+
+def test_half_an_example_a_second_is_not_shown_as_none():
+    header, line = shown(
+        lambda progress: progress.step(
+            {"loss/accuracy": 0.5, "time/examples_per_second": 0.5, "time/step": 2.0}
+        )
+    )
+    assert dict(zip(header.split(), line.split(), strict=True))["ex/s"] == "0.50"
+
+
+@pytest.mark.parametrize(("others", "text"), [({"reward/correct": 0.4}, ">1"), ({}, "1.272")])
+def test_a_ceiling_that_no_share_reaches_is_shown_as_such(others, text):
+    header, line = shown(
+        lambda progress: progress.step({**METRICS, "law/ceiling": 1.272, **others}), width=120
+    )
+    assert dict(zip(header.split(), line.split(), strict=True))["ceil"] == text

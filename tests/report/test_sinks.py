@@ -85,8 +85,18 @@ class Flaky:
             raise ConnectionError("dashboard is down")
         self.steps.append(step)
 
+    def log_completions(self, step, stage, rows):
+        raise ConnectionError("tables are down")
+
     def close(self):
         self.closed = True
+
+
+def test_a_tracker_whose_tables_fail_is_switched_off_too(tmp_path):
+    sinks = Sinks(JsonLines(tmp_path / "m.jsonl"), {"flaky": Flaky()}, lambda text: None)
+    sinks.log_completions(1, "rollout", [])
+    assert sinks.failed == {"flaky": "ConnectionError: tables are down"}
+    sinks.close()
 
 
 def test_a_tracker_that_raises_is_switched_off_once_and_the_file_keeps_every_line(tmp_path):
@@ -166,8 +176,59 @@ def test_named_trackers_get_every_step(name, tmp_path, monkeypatch):
         and run.options["name"] == tmp_path.name
         and run.options["config"] == {"seed": 1}
     )
+    assert "id" not in run.options  # of a folder without an id
     assert "mode" not in run.options  # so WANDB_MODE=offline decides
     assert run.logged == [(4, {"reward/mean": 0.5})] and run.finished
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed (pip install rltrain[trackers])")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for step in (1, 2):  # the second is the resumed process
+        sinks = open_sinks(tmp_path, ["wandb"], "p", {}, pytest.fail, "5eed")
+        assert wandb.run.id == "5eed" and wandb.run.settings.resume == "allow"
+        sinks.log(step, {"reward/mean": 0.5})
+        sinks.close()
+        assert sinks.failed == {}
+    written = {path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")}
+    assert written == {"5eed"}
+
+
+def test_a_resumed_run_goes_on_in_the_same_trackio_run(tmp_path):
+    pytest.importorskip("trackio", reason="trackio is not installed (pip install rltrain[trackers])")
+    code = """
+import sys
+from pathlib import Path
+from trackio.sqlite_storage import SQLiteStorage
+from rltrain.report.sinks import open_sinks
+for step, run in ((1, "a"), (2, "a"), (1, "b")):  # "a" is resumed, "b" a new run
+    sinks = open_sinks(Path("run"), ["trackio"], "p", {}, sys.exit, run)
+    sinks.log(step, {"reward/mean": step / 4})
+    sinks.close()
+    assert sinks.failed == {}, sinks.failed
+for run in SQLiteStorage.get_runs("p"):
+    print(run, [(line["step"], line["reward/mean"]) for line in SQLiteStorage.get_logs("p", run)])
+"""
+    (tmp_path / "run").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRACKIO_DIR": str(tmp_path / "trackio")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("run-")]
+    assert lines == ["run-a [(1, 0.25), (2, 0.5)]", "run-b [(1, 0.25)]"], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_trackers_get_the_id_of_the_run_folder(name, tmp_path, monkeypatch):
+    runs = []
+    module = types.ModuleType(name)
+    module.init = lambda **options: runs.append(options) or FakeRun()
+    monkeypatch.setitem(sys.modules, name, module)
+    (tmp_path / "first").mkdir()
+    open_sinks(tmp_path / "first", [name], "p", {}, print, "5eed").close()
+    expected = {"wandb": {"name": "first", "id": "5eed"}, "trackio": {"name": "first-5eed"}}[name]
+    assert expected.items() <= runs[0].items() and runs[0]["resume"] == "allow"
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,20 @@ def test_numbers_are_those_of_the_completions_own_row() -> None:
     }
 
 
+def test_versions_and_clipping_are_there_where_they_say_something() -> None:
+    tensors = step_tensors([(0, 0)], width=3)
+    (record,) = TokenNumbers(decode_bytes, every=1).records(group(0, b"no"), tensors)
+    assert record is not None and "version" not in record and "clip" not in record
+    spans = (Span(0, 1, 4), Span(1, 3, 5))
+    completion = Completion((*b"no", 0), (-0.5,) * 3, "stop", "no", spans)
+    mixed = ScoredGroup(0, Prompt("row-0", (1,), "?"), (completion,), (Score(1.0),))
+    clipped = torch.tensor([[0.0, 2.0, 1.0]])
+    read = TokenTensors(tensors.batch, tensors.logp, tensors.entropy, clipped)
+    (record,) = TokenNumbers(decode_bytes, every=1).records(mixed, read)
+    assert record is not None
+    assert record["version"] == [4, 5, 5] and record["clip"] == [0.0, 2.0, 1.0]
+
+
 def test_the_reference_is_there_where_the_step_read_it() -> None:
     tensors = step_tensors([(0, 0)], width=2)
     read = TokenTensors(

@@ -43,6 +43,7 @@ class FakeEngine:
     aborted: bool = False
     is_stopped: bool = False  # the processes behind the server
     resumed: asyncio.Event = field(default_factory=asyncio.Event)
+    seconds: float = STEP_SECONDS  # of one token
 
     def __post_init__(self) -> None:
         self.resumed.set()
@@ -70,13 +71,17 @@ class FakeEngine:
         self.aborted = False
         self.resumed.clear()
 
+    def count_token(self) -> None:
+        """Called before each token; a subclass may end the process there."""
+
     async def sample_one(self, last: int, params: dict[str, Any], index: int) -> Choice:
         generator = np.random.default_rng(params["seed"] + index)
         tokens: list[int] = []
         logprobs: list[float] = []
         finish = "length"
         while len(tokens) < params["max_tokens"]:
-            await asyncio.sleep(STEP_SECONDS)
+            await asyncio.sleep(self.seconds)
+            self.count_token()
             if self.aborted and tokens:
                 finish = "abort"
                 break

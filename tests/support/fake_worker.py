@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rltrain.tensor_ops import weight_fingerprint
-from rltrain.weight_transfer import Bucket, Membership, TransferGroup, connect_store
+from rltrain.weight_transfer import Bucket, Membership, ProcessSums, TransferGroup, connect_store
 
 # phase -> the calls at which a fault strikes
 PHASES = ("pause", "join", "start", "bucket", "finish", "proof", "resume")
@@ -85,6 +85,10 @@ class FakeWorker:
         """From now on, one entry of this weight stays as it is."""
         self._ask("damage", name)
 
+    def refuse(self, reason: str) -> None:
+        """From now on, its weights cannot be read back."""
+        self._ask("refuse", reason)
+
     def close(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid or 0, signal.SIGKILL)
@@ -120,12 +124,13 @@ class FakeWorker:
         return answer
 
 
-class _State:
+class State:
     def __init__(self, ties: dict[str, str]) -> None:
         self.ties = ties
         self.weights: dict[str, Tensor] = {}
         self.arriving: dict[str, Tensor] | None = None
         self.damaged: str | None = None
+        self.refusal = ""
         self.group: TransferGroup | None = None
 
     def wait(self) -> None: ...
@@ -161,14 +166,18 @@ class _State:
     def rltrain_abandon(self) -> None:
         self.arriving = None
 
-    def rltrain_fingerprint(self, key: str) -> None:
+    def rltrain_fingerprint(self, key: str, names: str = "") -> None:
         assert self.group is not None
         weights = self.weights | {second: self.weights[first] for second, first in self.ties.items()}
-        sums = {name: (*weight_fingerprint(name, weight), 0) for name, weight in weights.items()}
-        self.group.store.set(f"{key}/1", json.dumps(sums))
+        subset = json.loads(names) if names else weights
+        sums = {name: (*weight_fingerprint(name, weights[name]), 0) for name in subset}
+        self.group.store.set(f"{key}/1", ProcessSums(sums, refusal=self.refusal).to_json())
 
     def damage(self, name: str) -> None:
         self.damaged = name
+
+    def refuse(self, reason: str) -> None:
+        self.refusal = reason
 
     def read_weights(self) -> dict[str, Any]:
         return {name: weight.float().tolist() for name, weight in self.weights.items()}
@@ -176,7 +185,7 @@ class _State:
 
 def _serve(pipe: Connection, ties: dict[str, str]) -> None:
     torch.set_num_threads(1)
-    state = _State(ties)
+    state = State(ties)
     while True:
         method, arguments = pipe.recv()
         try:

@@ -94,7 +94,13 @@ def write_run(folder: Path, steps: int = 100, shift: float = 0.0) -> Path:
     metrics.close()
 
     transcripts = JsonLines(folder / "transcripts.jsonl")
-    numbers = {"text": ["1", "2", ""], "entropy": [0.1, 2.0, None], "weight": [1.0, 0.0, 1.0]}
+    numbers = {
+        "text": ["1", "2", ""],
+        "entropy": [0.1, 2.0, None],
+        "weight": [1.0, 0.0, 1.0],
+        "version": [3, 3, 4],
+        "clip": [0.0, 2.0, 0.0],
+    }
     shown = completion("12", 0.0, token_numbers=numbers) | {"tokens": 5}
     transcripts.append(group(1, "1+1", shown, completion("</script><b>4</b>", 0.0)))
     transcripts.append(group(1, "2+2", completion("4", 1.0), completion("no idea", None)))

@@ -4,6 +4,7 @@ worker that is lost and never resumed.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 
@@ -11,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rltrain.sync.fingerprint import WeightMismatchError
+from rltrain.sync.fingerprint import WeightMismatchError, compare
 from rltrain.sync.server import PushReport, ServerSync, WorkerLink, combine_copies
 from rltrain.sync.transport import Pace
 from rltrain.tensor_ops import Fingerprint, weight_fingerprint
+from rltrain.weight_transfer import ProcessSums
 from support.fake_worker import PHASES, FakeWorker
 
 TIES = {"head": "embedding"}
@@ -145,6 +147,35 @@ def test_a_head_that_keeps_an_old_weight_is_named(make_worker: Callable[[], Fake
     assert "'embedding'" in str(push([link], 2).quarantined["worker 0"])
 
 
+def test_a_model_that_cannot_be_read_back_says_why(make_worker: Callable[[], FakeWorker]) -> None:
+    worker = make_worker()
+    worker.refuse("'query_key_value' is divided in a way that is not known; use tensor_parallel 1")
+    report = push([link_to(worker)], 1)
+    assert not report.served and "resume" not in worker.calls
+    assert "worker 0: 'query_key_value'" in str(report.lost["worker 0"])
+
+
+def test_copies_of_a_weight_that_differ_have_no_fingerprint(make_worker: Callable[[], FakeWorker]) -> None:
+    link = link_to(make_worker())
+    copies = [{"a": Fingerprint(1.0, 2.0), "b": Fingerprint(3.0, 4.0)}]
+    copies.append({"a": Fingerprint(1.0, 2.0), "b": Fingerprint(3.1, 4.0)})
+    link.read = lambda names=None: copies
+    held = link.fingerprint()
+    assert held["a"] == copies[0]["a"] and math.isnan(held["b"].number)
+    with pytest.raises(WeightMismatchError, match="'b'"):
+        compare(copies[0], held, 1e-12)
+
+
+def test_a_worker_that_another_learner_left_in_a_push_takes_a_new_one(
+    make_worker: Callable[[], FakeWorker],
+) -> None:
+    worker = make_worker()
+    first = link_to(worker)
+    first.begin()  # and then its learner dies
+    assert push([link_to(worker)], 1).served == ("worker 0",)
+    assert_holds(worker, 1)
+
+
 def test_one_worker_alone_recovers_by_another_load(make_worker: Callable[[], FakeWorker]) -> None:
     worker = make_worker()
     link = link_to(worker)
@@ -157,6 +188,7 @@ def test_one_worker_alone_recovers_by_another_load(make_worker: Callable[[], Fak
     held = link.fingerprint()
     assert held.keys() == make_weights(1).keys()
     assert held["head"].number == weight_fingerprint("head", make_weights(1)["head"]).number
+    assert link.fingerprint({"head", "norm"}) == {name: held[name] for name in ("head", "norm")}
 
 
 def test_parts_of_a_copy_add_up_and_every_copy_is_compared() -> None:
@@ -169,8 +201,8 @@ def test_parts_of_a_copy_add_up_and_every_copy_is_compared() -> None:
 
 def test_a_process_that_kept_its_part_is_named(make_worker: Callable[[], FakeWorker]) -> None:
     link = link_to(make_worker())
-    link._before = [{"q": (1.0, 4.0, 0)}, {"q": (2.0, 5.0, 0)}]
-    held = [{"q": (7.0, 9.0, 0)}, {"q": (2.0, 5.0, 0)}]
-    link.read = lambda: (setattr(link, "_held", held), combine_copies(held))[1]
+    link._before = [ProcessSums({"q": (1.0, 4.0, 0)}), ProcessSums({"q": (2.0, 5.0, 0)})]
+    held = [ProcessSums({"q": (7.0, 9.0, 0)}), ProcessSums({"q": (2.0, 5.0, 0)})]
+    link.read = lambda: (setattr(link, "_held", held), combine_copies([each.sums for each in held]))[1]
     with pytest.raises(WeightMismatchError, match="q in process 1"):
         link.prove({"q": Fingerprint(9.0, 15.0)})

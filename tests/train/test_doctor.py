@@ -176,6 +176,11 @@ def test_a_judge_that_is_slow_or_silent_spoils_its_line() -> None:
         (WeightMismatchError("lm_head.weight differs"), WEIGHTS, "lm_head.weight differs"),
         (torch.OutOfMemoryError("CUDA out of memory"), "GPU memory suffices", "CUDA out of memory"),
         (
+            RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:118"),
+            "GPU memory suffices",
+            "RuntimeError: CUDA Error",
+        ),
+        (
             RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore"),
             "memory suffices",
             "RuntimeError: DefaultCPUAllocator: can't",

@@ -134,6 +134,32 @@ def test_under_a_launcher_what_comes_within_moments_is_one(
         assert sent == [(os.getpid(), signal.SIGINT)]
 
 
+@pytest.mark.usefixtures("not_launched")
+def test_a_scheduler_announces_the_end_before_it_ends_the_job(
+    sent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGUSR1 is no first request: the SIGTERM that follows must not cut the checkpoint off."""
+    monkeypatch.setattr(saving, "_REPEAT_SECONDS", 0.0)
+    with saving.record_stop_signals() as request:
+        request.in_loop = True
+        assert not request()
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)
+        assert request() and request.cause == "SIGUSR1"
+        signal.raise_signal(signal.SIGTERM)
+        assert not sent
+        signal.raise_signal(signal.SIGTERM)
+        assert sent == [(os.getpid(), signal.SIGTERM)]
+
+
+def test_a_run_ends_while_another_step_still_fits() -> None:
+    """The longest step so far, of 30 s, decides."""
+    times = iter([100.0, 130.0, 140.0, 160.0, 171.0])
+    request = saving.StopRequest(limit=saving.TimeLimit(100.0, started=90.0, clock=lambda: next(times)))
+    assert [request() for _ in range(5)] == [False, False, False, False, True]
+    assert request.cause == "train.max_hours"
+
+
 def test_before_the_first_step_it_is_the_end() -> None:
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted), saving.record_stop_signals():

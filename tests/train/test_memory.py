@@ -6,14 +6,53 @@ import math
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from rltrain.train import memory
-from rltrain.train.memory import GPU, HOST, Memory, container_limit, largest_share, peak_memory
+from rltrain.train.memory import (
+    GPU,
+    HOST,
+    GpuWatch,
+    Memory,
+    container_limit,
+    is_gpu_out_of_memory,
+    largest_share,
+    peak_memory,
+)
 
 GIB = 2**30
+
+
+def test_a_gpus_peak_is_what_was_not_free_whoever_held_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch has reserved 70 of 80 GiB, 40 of them the unmapped pages of a sleeping engine; at the worst moment
+    # 55 GiB were in use, 2 of them outside of torch
+    free = iter([50 * GIB, 25 * GIB, 45 * GIB])
+    was_low = threading.Event()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 70 * GIB)
+
+    def mem_get_info(device: int | None = None) -> tuple[int, int]:
+        left = next(free, 60 * GIB)
+        if left == 25 * GIB:
+            was_low.set()
+        return left, 80 * GIB
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    with GpuWatch() as gpu:
+        assert was_low.wait(30)
+    [_, memory] = peak_memory(gpu)
+    assert memory == Memory(GPU, 55 * GIB, 80 * GIB)
+
+
+def test_both_allocators_say_that_a_gpus_memory_ran_out() -> None:
+    assert is_gpu_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_gpu_out_of_memory(RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:118"))
+    assert not is_gpu_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
 
 
 def put(file: Path, text: str) -> None:
@@ -30,7 +69,7 @@ def test_a_living_child_counts_with_its_peak_and_not_with_what_it_holds_now() ->
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:
         assert child.stdout is not None and child.stdout.readline() == b"freed\n"
-        [memory, *_] = peak_memory()
+        [memory, *_] = peak_memory(GpuWatch())
         parent_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         assert child.stdin is not None
         child.stdin.close()
@@ -39,11 +78,11 @@ def test_a_living_child_counts_with_its_peak_and_not_with_what_it_holds_now() ->
 
 
 def test_the_size_is_the_smaller_of_the_machines_and_the_containers(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine_size = peak_memory()[0].size
+    machine_size = peak_memory(GpuWatch())[0].size
     monkeypatch.setattr(memory, "container_limit", lambda: float(GIB))
-    assert peak_memory()[0].size == GIB < machine_size
+    assert peak_memory(GpuWatch())[0].size == GIB < machine_size
     monkeypatch.setattr(memory, "container_limit", lambda: math.inf)
-    assert peak_memory()[0].size == memory.psutil.virtual_memory().total
+    assert peak_memory(GpuWatch())[0].size == memory.psutil.virtual_memory().total
 
 
 def test_the_tightest_group_on_the_way_up_is_the_limit_of_version_2(tmp_path: Path) -> None:

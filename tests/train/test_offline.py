@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from rltrain.build import frozen_examples
 from rltrain.cli.doctor import doctor_command
 from rltrain.cli.evaluate import eval_command
 from rltrain.cli.train import train_command
@@ -22,6 +24,7 @@ from rltrain.config.load import load_recipe
 from rltrain.config.rules import check
 from rltrain.config.schema import OfflineRecipe
 from rltrain.errors import RecipeError, UserError
+from rltrain.learner.frozen_models import frozen_model
 from rltrain.train import offline
 from rltrain.train.saving import STOPPED
 from support.resumed_runs import at_call, differing, killed_in, lines
@@ -86,6 +89,27 @@ def test_a_resumed_run_is_the_uninterrupted_run(name: str, start: Any, tmp_path:
     assert lines(tmp_path / "whole")[0]["eval/loss"] == pytest.approx(
         {"dpo": math.log(2), "kto": 0.5}[name], abs=1e-6
     )
+
+
+def test_a_resumed_run_needs_no_reference_while_its_log_probs_are_on_disk(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str | None] = []
+
+    def open_model(path: str | None, *others: Any) -> Any:
+        opened.append(path)
+        return frozen_model(path, *others)
+
+    monkeypatch.setattr(frozen_examples, "frozen_model", open_model)
+    short = ("dpo", "train.steps=2", "checkpoint.every=1", "eval.every=0", "eval.at_start=false")
+    for run, needed in (("kept", []), ("lost", [None])):
+        killed_in(2, offline, "report_step", lambda run=run: start(tmp_path / run, *short))
+        assert opened == []  # the learner was the reference
+        if run == "lost":
+            shutil.rmtree(tmp_path / "cache")
+        assert start(tmp_path / run, *short) == 0
+        assert opened == needed
+    assert not differing(tmp_path / "kept", tmp_path / "lost", "model/model.safetensors")
 
 
 def test_sigterm_saves_and_exits_with_3(start: Any, tmp_path: Path) -> None:
@@ -274,7 +298,7 @@ def test_one_prompt_for_all_leaves_kto_nothing_to_compare_with(start: Any, tmp_p
 
 FILES = [
     path
-    for folder in ("preference", "process_reward")
+    for folder in ("preference", "process_reward", "supervised")
     for path in sorted((ROOT / "recipes" / folder).glob("*.yaml"))
 ]
 RECIPES = [

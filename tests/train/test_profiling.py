@@ -27,7 +27,7 @@ def test_a_named_step_is_profiled_and_memory_that_runs_out_names_the_plans_phase
     def run_out(self: PolicyLearner, *arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:118")
         return update(self, *arguments)
 
     monkeypatch.setattr(PolicyLearner, "update", run_out)
@@ -44,7 +44,7 @@ def test_a_named_step_is_profiled_and_memory_that_runs_out_names_the_plans_phase
         train_command(recipe, tmp_path / "run", [])
 
     message = str(caught.value)
-    assert message.startswith("CUDA out of memory. Tried to allocate 2.00 GiB; rltrain plan expects ")
+    assert message.startswith("CUDA Error: out of memory at cumem_allocator.cpp:118; rltrain plan expects ")
     assert " in update on 1 GPUs: policy: weights " in message
     [trace] = (tmp_path / "run/profile").iterdir()
     assert trace.name == "step-1-rank-0.json"

@@ -253,7 +253,8 @@ def law_data(curves: Curves) -> dict[str, Any] | None:
         "reward": [round_value(points[place][1]) for place in order],
         "fit": [round_value(law.reward_at(points[place][0])) for place in order],
         "text": f"R = -{law.a.value:.3g} exp(H) + {law.b.value:.3g}; at zero entropy "
-        f"{law.ceiling.value:.3f} [{law.ceiling.low:.3f}, {law.ceiling.high:.3f}]; {law.points} steps"
+        f"{law.ceiling.value:.3f} [{law.ceiling.low:.3f}, {law.ceiling.high:.3f}]"
+        f"{law.limit_note() if curves.has_share_rewards else ''}; {law.points} steps"
         + (f", one in {stride} drawn" if stride > 1 else ""),
     }
 

@@ -17,8 +17,16 @@ from rltrain.analysis.comparison import (
     list_panels,
     markdown,
     paired_seeds,
+    reading_notes,
 )
-from rltrain.analysis.curves import Curves, Spread, mean_over_runs, moving_mean, student_mean
+from rltrain.analysis.curves import (
+    Curves,
+    Spread,
+    mean_over_runs,
+    moving_mean,
+    range_of,
+    student_mean,
+)
 from rltrain.analysis.pages.charts import POINTS, law_data, round_value, smoothing_width, thin_steps
 from rltrain.analysis.pages.render import render_page
 from rltrain.analysis.pages.summary import direction_of
@@ -57,7 +65,7 @@ def comparison_page(comparison: Comparison, folder: Path) -> str:
         "comparison.html.j2",
         title=comparison.title,
         name=comparison.title,
-        conditions=comparison.conditions,
+        conditions=(*comparison.conditions, *reading_notes(comparison)),
         parts=[(part.title if len(parts) > 1 else "", list_rows(part, folder)) for part in parts],
         smoothing=smoothing_width(longest),
         is_thinned=longest > POINTS,
@@ -88,13 +96,13 @@ def _cells(comparison: Comparison, runs: Sequence[Curves], reference: Sequence[C
         cells.append(
             Cell(
                 measure.partition("/")[2].replace("_", " "),
-                mean_over_runs(runs, lambda run, name=measure: run.final(name)),
-                mean_over_runs(runs, lambda run, name=measure: run.first(name)),
+                mean_over_runs(runs, lambda run, name=measure: run.final(name), range_of(measure)),
+                mean_over_runs(runs, lambda run, name=measure: run.first(name), range_of(measure)),
                 difference,
                 mark_of(difference, direction_of(measure)),
             )
         )
-    kept = student_mean([run.entropy_kept for run in runs])
+    kept = student_mean([run.entropy_kept for run in runs], (0.0, math.inf))
     difference = None if runs is reference else entropy_difference(runs, reference)
     cells.append(Cell("entropy kept", kept, None, difference, mark_of(difference, 0)))
     ceiling = mean_over_runs(runs, Curves.ceiling)
@@ -130,18 +138,27 @@ def _mean_shares(runs: Sequence[Curves]) -> tuple[tuple[str, float], ...]:
 
 
 def _chart(comparison: Comparison, metric: str, title: str) -> dict[str, Any]:
-    """Each method's mean over its seeds, with the range of its seeds as a band."""
+    """Each method's mean over its seeds, with the range of its seeds as a band; methods that are equal at
+    every step are one curve, with both names.
+    """
     columns = {
         name: _mean_and_range(runs, metric)
         for name, runs in comparison.methods.items()
         if any(run.series(metric)[0] for run in runs)
     }
-    means = {name: {step: mean for step, (mean, _, _) in column.items()} for name, column in columns.items()}
+    labels: dict[str, str] = {}  # by the method whose curve is drawn
+    for name, column in columns.items():
+        twin = next((other for other in labels if columns[other] == column), None)
+        labels[twin or name] = name if twin is None else f"{labels[twin]}, {name}"
+    means = {name: {step: mean for step, (mean, _, _) in columns[name].items()} for name in labels}
     steps = thin_steps(sorted(set().union(*means.values())), list(means.values()))
     positions = {name: place for place, name in enumerate(comparison.methods)}
 
     def values(name: str, place: int) -> list[float | None]:
         return [round_value(columns[name][step][place]) if step in columns[name] else None for step in steps]
+
+    def band(name: str) -> dict[str, list[float | None]]:
+        return {"low": values(name, 1), "high": values(name, 2)} if len(comparison.methods[name]) > 1 else {}
 
     return {
         "title": title,
@@ -151,17 +168,13 @@ def _chart(comparison: Comparison, metric: str, title: str) -> dict[str, Any]:
         "x": steps,
         "lines": [
             {
-                "label": name,
+                "label": label,
                 "colour": positions[name],
                 "values": values(name, 0),
-                **(
-                    {"low": values(name, 1), "high": values(name, 2)}
-                    if len(comparison.methods[name]) > 1
-                    else {}
-                ),
+                **band(name),
                 "sparse": metric.startswith("eval/"),
             }
-            for name in columns
+            for name, label in labels.items()
         ],
     }
 

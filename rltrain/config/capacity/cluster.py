@@ -17,12 +17,19 @@ class Backend(StrEnum):
 
 @dataclass(frozen=True)
 class Cluster:
-    """gpu_bytes: what ``torch.cuda.mem_get_info`` calls the total of one GPU."""
+    """gpus: of the learner. gpu_bytes: what ``torch.cuda.mem_get_info`` calls the total of one GPU.
+    server_gpus: of a vLLM server that has its own; 0: the engine samples on the learner's.
+    """
 
     gpus: int
     gpu_bytes: int
     backend: Backend
     gpus_per_node: int = 8
+    server_gpus: int = 0
+
+    @property
+    def sampling_gpus(self) -> int:
+        return self.server_gpus or self.gpus
 
     @property
     def shards(self) -> int:

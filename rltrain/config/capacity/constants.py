@@ -18,6 +18,8 @@ NCCL = 700_000_000  # estimate: channels and buffers of the process groups; none
 FRAGMENTATION = 700_000_000  # estimate: torch's allocator, with expandable segments
 SLEEPING_VLLM = 1_000_000_000  # estimate: CUDA graphs and runtime state that sleep level 2 keeps mapped
 
+MARGIN = 0.03  # share of a GPU that nothing gets where the plan chooses vLLM's share; estimate
+
 # vLLM -------------------------------------------------------------------------------------------------------
 
 ENGINE_BATCH_TOKENS = 16_384  # vLLM's max_num_batched_tokens for LLM on a GPU of 70 GiB or more (0.32)
@@ -33,8 +35,8 @@ MOMENT_BYTES_8BIT = 2 + 2 * 4 / 256  # two numbers of 8 bits, and two float32 sc
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # four bits, a scale of 8 bits per 64, one float32 per 256 scales
 INT8_BYTES = 1.0  # beside a float32 scale per row
 ADAPTER_SLOTS = 2  # adapters in vLLM's memory
-FROZEN_BYTES = 4  # upper bound, for a frozen model in float32 and whole on every GPU
 REWARD_MODEL_BYTES = 2  # per parameter of a model that scores: bfloat16 on a GPU
+STEP_NUMBERS = 12  # float32 per completion token of a step while controls run; estimate
 TENSORS_IN_FLIGHT = 2  # that a push or a save holds beyond the shards
 TILE_ELEMENTS = 1 << 26  # of the output head on a GPU (learner/head.py)
 ZERO_BUCKET = 500_000_000  # numbers; DeepSpeed's reduce_bucket_size

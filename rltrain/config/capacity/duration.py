@@ -13,7 +13,6 @@ from rltrain.config.capacity.constants import (
     COMPILED_ELEMENTWISE,
     DECODE_OVERHEAD,
     EXPOSED_COMMUNICATION,
-    FROZEN_BYTES,
     HEAD_FORWARD_PASSES,
     HEAD_GRADIENT_PASSES,
     HEAD_UPDATE_PASSES,
@@ -21,7 +20,13 @@ from rltrain.config.capacity.constants import (
     SLEEP_AND_WAKE,
     Rates,
 )
-from rltrain.config.capacity.memory import engine_cache, engine_weights, rows_at_once
+from rltrain.config.capacity.memory import (
+    engine_cache,
+    engine_weights,
+    rows_at_once,
+    with_recomputation,
+    with_utilization,
+)
 from rltrain.config.capacity.shape import ModelShape
 from rltrain.config.capacity.workload import Engine, Workload
 
@@ -53,14 +58,20 @@ class LayerSeconds:
 
 def step_durations(load: Workload, cluster: Cluster, rates: Rates) -> tuple[Duration, ...]:
     """The phases of a step, in order."""
+    load = with_recomputation(with_utilization(load, cluster), cluster)
     durations: list[Duration] = []
     if load.engine is not None:
         durations.append(_rollout(load, load.engine, cluster, rates))
         durations.append(_annotate(load, cluster, rates))
     durations.append(_update(load, cluster, rates))
     if load.engine is not None:
+        shape = load.policy
         gathered = MASTER_BYTES * load.trained[0].trainable / rates.link
-        durations.append(Duration("push", gathered + SLEEP_AND_WAKE, "sleep and wake of the engine"))
+        if load.engine.name == "vllm_server":
+            sent = load.compute_bytes * shape.parameters / rates.link
+            durations.append(Duration("push", max(gathered, sent), "gather, while a bucket travels"))
+        else:
+            durations.append(Duration("push", gathered + SLEEP_AND_WAKE, "sleep and wake of the engine"))
     return tuple(durations)
 
 
@@ -108,9 +119,10 @@ def head_seconds(shape: ModelShape, tokens: int, chunk: int, rates: Rates, *, up
 def update_seconds(load: Workload, shape: ModelShape, cluster: Cluster, rates: Rates, tokens: int) -> float:
     """Forward and backward pass of ``tokens`` tokens on one GPU."""
     layer = _policy_layer(load, shape, cluster, rates, tokens)
+    assert load.recomputed is not None, "with_recomputation decides it"
     # under an adapter no weight of a linear layer has a gradient
     saved = 0.0 if load.trained[0].adapter is None else layer.products
-    passes = layer.total * (2 if load.checkpointing else 1) + layer.backward - saved
+    passes = layer.total * (1 + load.recomputed) + layer.backward - saved
     head = head_seconds(shape, _completion_tokens(load, tokens), load.head_chunk, rates, update=True)
     micro_batches = -(-tokens // load.tokens)
     communication = EXPOSED_COMMUNICATION * micro_batches if cluster.gpus > 1 else 0.0
@@ -121,15 +133,6 @@ def forward_seconds(load: Workload, shape: ModelShape, cluster: Cluster, rates: 
     """A pass without gradients over ``tokens`` tokens on one GPU."""
     layer = _policy_layer(load, shape, cluster, rates, tokens)
     head = head_seconds(shape, _completion_tokens(load, tokens), load.head_chunk, rates, update=False)
-    return shape.layers * layer.total + head
-
-
-def frozen_seconds(load: Workload, shape: ModelShape, rates: Rates, tokens: int) -> float:
-    """As ``forward_seconds`` for a frozen model, which computes in float32."""
-    layer = layer_seconds(
-        shape, tokens, load.row_tokens, rates, compute_bytes=FROZEN_BYTES, residual_bytes=FROZEN_BYTES
-    )
-    head = 2 * _completion_tokens(load, tokens) * shape.embedding / rates.float32
     return shape.layers * layer.total + head
 
 
@@ -171,7 +174,7 @@ def _completion_tokens(load: Workload, tokens: int) -> int:
 
 def _rollout(load: Workload, engine: Engine, cluster: Cluster, rates: Rates) -> Duration:
     """One round. Every decoding step reads the weights and, on average, half-grown caches."""
-    rows = -(-engine.rows * engine.ranks // cluster.gpus)
+    rows = -(-engine.rows * engine.ranks // cluster.sampling_gpus)
     at_once = max(1, rows_at_once(load, cluster))
     steps = rows * engine.completion_tokens / at_once
     tokens = at_once * (engine.prompt_tokens + engine.completion_tokens // 2)
@@ -190,13 +193,10 @@ def _rollout(load: Workload, engine: Engine, cluster: Cluster, rates: Rates) -> 
 
 def _annotate(load: Workload, cluster: Cluster, rates: Rates) -> Duration:
     tokens = tokens_per_gpu(load, cluster)
-    trained = sum(forward_seconds(load, model.shape, cluster, rates, tokens) for model in load.trained)
-    trained += load.switched_off * forward_seconds(load, load.policy, cluster, rates, tokens)
-    frozen = sum(
-        frozen_seconds(load, model.shape, rates, tokens) for model in load.frozen if not model.is_reward
-    )
-    limit = "frozen models in float32" if frozen > trained else "matrix products"
-    return Duration("annotate", trained + frozen, limit)
+    models = (*load.trained, *(model for model in load.frozen if not model.is_reward))
+    seconds = sum(forward_seconds(load, model.shape, cluster, rates, tokens) for model in models)
+    seconds += load.switched_off * forward_seconds(load, load.policy, cluster, rates, tokens)
+    return Duration("annotate", seconds, "matrix products")
 
 
 def _update(load: Workload, cluster: Cluster, rates: Rates) -> Duration:

@@ -1,14 +1,15 @@
 """Bytes per GPU in every phase of a run, term by term.
 
-Sharded backends divide by the number of GPUs. Frozen models are counted whole on every GPU, an upper bound:
-FSDP2 and ZeRO divide them in the learner's precision. A push holds the shards and two tensors in the engine's
+Sharded backends divide by the number of GPUs, also frozen models, which are kept in the learner's precision.
+Models that score completions are whole on every GPU. A push holds the shards and two tensors in the engine's
 dtype, a save two tensors in float32.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rltrain.config.capacity.cluster import Cluster
 from rltrain.config.capacity.constants import (
@@ -17,17 +18,22 @@ from rltrain.config.capacity.constants import (
     ENGINE_BATCH_TOKENS,
     FRAGMENTATION,
     GRADIENT_BYTES,
+    MARGIN,
     MASTER_BYTES,
     NCCL,
+    REWARD_MODEL_BYTES,
     SLEEPING_VLLM,
+    STEP_NUMBERS,
     TENSORS_IN_FLIGHT,
     TILE_ELEMENTS,
     ZERO_BUCKET,
     ZERO_LIVE,
     ZERO_PREFETCH,
 )
+from rltrain.config.capacity.recomputation import recomputed_layers
 from rltrain.config.capacity.shape import ModelShape
 from rltrain.config.capacity.workload import Engine, Frozen, Trained, Workload
+from rltrain.config.schema import MOST_UTILIZATION
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ class Phase:
 
 def phases_of(load: Workload, cluster: Cluster) -> tuple[Phase, ...]:
     """Every phase in the order of a run."""
-    common = (*_resident(load, cluster), *_frozen(load))
+    load = with_recomputation(with_utilization(load, cluster), cluster)
+    common = (*_resident(load, cluster), *_frozen(load, cluster))
     phases = [
         _host(load, cluster),
         *_host_phases(load, cluster),
@@ -116,12 +123,14 @@ def moment_term(model: Trained, cluster: Cluster) -> Term:
 
 
 def gradient_term(model: Trained, cluster: Cluster) -> Term:
-    """The gradient that is left when the backward pass is over."""
+    """The gradient that is left when the backward pass is over; DDP's is in its buckets."""
+    if cluster.form == "ddp":
+        return Term(f"{model.role}: gradient", 0)
     return Term(f"{model.role}: gradient", GRADIENT_BYTES * model.trainable // _state_shards(cluster))
 
 
 def _state_shards(cluster: Cluster) -> int:
-    return 1 if cluster.form in ("one", "ddp") else cluster.shards
+    return cluster.shards if _divides(cluster) else 1
 
 
 def _resident(load: Workload, cluster: Cluster) -> list[Term]:
@@ -169,26 +178,41 @@ def _host_phases(load: Workload, cluster: Cluster) -> list[Phase]:
     return [Phase("offloaded, on the host", moved, None)] if moved else []
 
 
-def _frozen(load: Workload) -> list[Term]:
-    return [
-        Term(f"{model.role}: whole", model.bytes_per_parameter * model.shape.parameters)
-        for model in load.frozen
-        if model.is_resident
-    ]
+def frozen_term(model: Frozen, cluster: Cluster, compute_bytes: int) -> Term:
+    """A frozen model between two passes: FSDP2 and ZeRO divide it; elsewhere embedding and norms stay
+    float32, as autocast leaves them.
+    """
+    shape = model.shape
+    if model.is_reward:
+        return Term(f"{model.role}: whole", REWARD_MODEL_BYTES * shape.parameters)
+    if _divides(cluster):
+        return Term(f"{model.role}: weights", compute_bytes * shape.parameters // cluster.shards)
+    float32 = shape.embedding + shape.norms
+    size = compute_bytes * (shape.parameters - float32) + MASTER_BYTES * float32
+    return Term(f"{model.role}: weights", size)
+
+
+def _frozen(load: Workload, cluster: Cluster) -> list[Term]:
+    return [frozen_term(model, cluster, load.compute_bytes) for model in load.frozen if model.is_resident]
+
+
+def _divides(cluster: Cluster) -> bool:
+    """Whether the backend divides weights, or states, among the GPUs."""
+    return cluster.form not in ("one", "ddp")
 
 
 def _gathered_terms(model: Trained, cluster: Cluster, compute_bytes: int, *, update: bool) -> list[Term]:
     """Weights and gradients of layers that a sharded backend holds whole for a moment."""
     shape = model.shape
     is_full = model.adapter is None
-    root = shape.root if is_full else 0  # parameters outside the layers with a gradient
     layer = shape.layer if is_full else model.trainable // shape.layers
     bucket = min(ZERO_BUCKET, ZERO_BUCKET if is_full else model.trainable)
     match cluster.form:
         case "fsdp2":
-            weights = compute_bytes * (shape.root + 2 * shape.layer)
-            # of the root in float32; of a layer as computed, and twice in float32 while it is reduced
-            reduced = GRADIENT_BYTES * (root + 2 * layer) + compute_bytes * layer
+            weights = _gathered_by_fsdp2(shape, compute_bytes)
+            # of the head in float32; of a layer as computed, and twice in float32 while it is reduced
+            head = shape.embedding + shape.last_norm if is_full else 0
+            reduced = GRADIENT_BYTES * (head + 2 * layer) + compute_bytes * layer
         case "zero2":
             weights = 0
             reduced = bucket * (compute_bytes + GRADIENT_BYTES)
@@ -200,6 +224,11 @@ def _gathered_terms(model: Trained, cluster: Cluster, compute_bytes: int, *, upd
             return []
     terms = [Term("gathered weights", weights)]
     return [*terms, Term("gradients being reduced", reduced)] if update else terms
+
+
+def _gathered_by_fsdp2(shape: ModelShape, compute_bytes: int) -> int:
+    """The embedding, or the head with the last norm, each a group of its own; a layer and the next one."""
+    return compute_bytes * (shape.embedding + shape.last_norm + 2 * shape.layer)
 
 
 # activations ------------------------------------------------------------------------------------------------
@@ -242,13 +271,14 @@ def _update_terms(load: Workload, model: Trained, cluster: Cluster) -> list[Term
     size = load.compute_bytes
     tokens = max(load.tokens, load.longest_example)
     casts = cluster.form in ("one", "ddp") and size < MASTER_BYTES
-    if load.checkpointing:
-        kept = kept_activations(shape, tokens, size, float32_sum=casts)
-    else:
-        kept = shape.layers * saved_layer(shape, tokens, size)
+    assert load.recomputed is not None, "with_recomputation decides it"
+    recomputed = recomputed_layers(shape.layers, load.recomputed)
+    kept = kept_activations(shape, tokens, size, float32_sum=casts) * recomputed // shape.layers
+    kept += (shape.layers - recomputed) * saved_layer(shape, tokens, size)
     layer = layer_activations(shape, tokens, size, update=True)
     if model.adapter is not None:
-        kept += size * tokens * model.adapter.inputs * (1 if load.checkpointing else shape.layers)
+        alive = shape.layers - recomputed + min(1, recomputed)  # of the recomputed layers one at a time
+        kept += size * tokens * model.adapter.inputs * alive
         layer += model.adapter.dequantized_bytes(size)
     # either a layer's backward pass, or the forward pass's end, where autocast has copied every weight
     copies = _cast_bytes(model, size) if casts else 0
@@ -274,12 +304,24 @@ def _cast_bytes(model: Trained, compute_bytes: int) -> int:
 
 def _update(load: Workload, cluster: Cluster) -> Phase:
     """The model whose update takes most; one is updated after the other."""
-    common = (*_resident(load, cluster), *_frozen(load))
+    common = (*_resident(load, cluster), *_frozen(load, cluster))
     candidates = [
         _gpu_phase("update", (*common, *_update_terms(load, model, cluster)), load, cluster)
         for model in load.trained
     ]
     return max(candidates, key=lambda phase: phase.total)
+
+
+def with_recomputation(load: Workload, cluster: Cluster) -> Workload:
+    """``load`` with the least share of recomputed layers, in tenths, whose update fits without ``MARGIN``,
+    where the recipe leaves it open; all of them where none does.
+    """
+    if load.recomputed is not None:
+        return load
+    candidates = [replace(load, recomputed=tenths / 10) for tenths in range(11)]
+    limit = (1 - MARGIN) * cluster.gpu_bytes
+    fitting = (candidate for candidate in candidates if _update(candidate, cluster).total <= limit)
+    return next(fitting, candidates[-1])
 
 
 def _forward_terms(shape: ModelShape, load: Workload, compute_bytes: int) -> list[Term]:
@@ -301,15 +343,23 @@ def _trained_pass(model: Trained, load: Workload, cluster: Cluster) -> list[Term
     return [*gathered, *_forward_terms(model.shape, load, size)]
 
 
-def _frozen_pass(model: Frozen, load: Workload) -> list[Term]:
-    """A frozen model computes in the precision in which it is stored, and has nothing to gather."""
-    return _forward_terms(model.shape, load, model.bytes_per_parameter)
+def _frozen_pass(model: Frozen, load: Workload, cluster: Cluster) -> list[Term]:
+    """A frozen model is divided as FSDP2 divides, under ZeRO too; its weights need no copies to compute."""
+    if model.is_reward:
+        return _forward_terms(model.shape, load, REWARD_MODEL_BYTES)
+    terms = _forward_terms(model.shape, load, load.compute_bytes)
+    if not _divides(cluster):
+        return terms
+    return [Term("gathered weights", _gathered_by_fsdp2(model.shape, load.compute_bytes)), *terms]
 
 
 def _annotate(load: Workload, cluster: Cluster) -> Phase:
-    common = (*_resident(load, cluster), *_frozen(load))
+    common = (*_resident(load, cluster), *_frozen(load, cluster))
     passes = [_trained_pass(model, load, cluster) for model in load.trained]
-    passes += [_frozen_pass(model, load) for model in load.frozen if not model.is_reward]
+    passes += [_frozen_pass(model, load, cluster) for model in load.frozen if not model.is_reward]
+    if load.engine is not None:  # after the passes: controls over the whole step
+        size = STEP_NUMBERS * 4 * load.rows_per_step * load.engine.completion_tokens
+        passes.append([Term("tensors of a step", size)])
     candidates = [_gpu_phase("annotate", (*common, *terms), load, cluster) for terms in passes]
     return max(candidates, key=lambda phase: phase.total)
 
@@ -322,8 +372,8 @@ def _reference_phase(load: Workload, cluster: Cluster) -> list[Phase]:
         return [_gpu_phase("annotate", (*weights, *terms), load, cluster)]
     candidates = []
     for model in load.frozen:
-        frozen_weights = Term(f"{model.role}: whole", model.bytes_per_parameter * model.shape.parameters)
-        terms = (*weights, frozen_weights, *_frozen_pass(model, load))
+        frozen_weights = frozen_term(model, cluster, load.compute_bytes)
+        terms = (*weights, frozen_weights, *_frozen_pass(model, load, cluster))
         candidates.append(_gpu_phase("annotate", terms, load, cluster))
     return [max(candidates, key=lambda phase: phase.total)]
 
@@ -356,21 +406,43 @@ def engine_cache(load: Workload, engine: Engine, tokens: int) -> int:
     return kv_bytes(load.policy, tokens, load.compute_bytes) // min(engine.ranks, load.policy.kv_heads)
 
 
+def with_utilization(load: Workload, cluster: Cluster) -> Workload:
+    """``load`` with vLLM's share of the card where the recipe leaves it open: in hundredths what the phases
+    in which the engine is awake beside everything else leave of it, without ``MARGIN``.
+    """
+    engine = load.engine
+    if engine is None or engine.name == "transformers" or engine.utilization is not None:
+        return load
+    if engine.name == "vllm_server":  # nothing else is on its GPUs
+        return replace(load, engine=replace(engine, utilization=MOST_UTILIZATION))
+    without = phases_of(replace(load, engine=replace(engine, utilization=0.0)), cluster)
+    taken = max(phase.total for phase in without if phase.name in ("rollout", "save"))
+    share = math.floor(100 * (1 - MARGIN - taken / cluster.gpu_bytes)) / 100
+    share = min(max(share, 0.01), MOST_UTILIZATION)
+    return replace(load, engine=replace(engine, utilization=share))
+
+
+def engine_bytes(engine: Engine, cluster: Cluster) -> int:
+    """vLLM's share of a GPU."""
+    assert engine.utilization is not None, "with_utilization decides it"
+    return int(engine.utilization * cluster.gpu_bytes)
+
+
 def cache_tokens(load: Workload, cluster: Cluster) -> int:
     """Tokens whose keys and values vLLM's cache holds; 0 where the weights leave no room."""
     assert load.engine is not None
     shape = load.policy
     size = load.compute_bytes
-    room = load.engine.utilization * cluster.gpu_bytes
+    room = engine_bytes(load.engine, cluster)
     room -= engine_weights(load, load.engine) + engine_work(shape, load.engine.max_rows, size)
-    return max(0, int(room) // engine_cache(load, load.engine, 1))
+    return max(0, room // engine_cache(load, load.engine, 1))
 
 
 def rows_at_once(load: Workload, cluster: Cluster) -> int:
     """Longest rows that one engine decodes at the same time, at most."""
     engine = load.engine
     assert engine is not None
-    rows = min(engine.max_rows, -(-engine.rows * engine.ranks // cluster.gpus))
+    rows = min(engine.max_rows, -(-engine.rows * engine.ranks // cluster.sampling_gpus))
     if engine.name == "transformers":
         return rows
     return min(rows, cache_tokens(load, cluster) // load.row_tokens)
@@ -379,8 +451,9 @@ def rows_at_once(load: Workload, cluster: Cluster) -> int:
 def _engine_awake(load: Workload, engine: Engine, cluster: Cluster) -> Term:
     shape = load.policy
     if engine.name == "vllm":
-        share = int(engine.utilization * cluster.gpu_bytes)
-        return Term(f"vLLM, {engine.utilization:g} of the GPU", share)
+        return Term(f"vLLM, {engine.utilization:g} of the GPU", engine_bytes(engine, cluster))
+    if engine.name == "vllm_server":
+        return Term("nothing: the server has GPUs of its own", 0)
     size = load.compute_bytes
     cache = kv_bytes(shape, rows_at_once(load, cluster) * load.row_tokens, size)
     return Term("engine: weights and cache", size * shape.parameters + cache)
@@ -395,23 +468,27 @@ def _engine_phases(load: Workload, engine: Engine, cluster: Cluster) -> list[Pha
     if (adapter := load.trained[0].adapter) is not None:  # merged, or compared, in float32
         largest = TENSORS_IN_FLIGHT * MASTER_BYTES * shape.largest_tensor
         flight = Term("two tensors and the adapter in float32", largest + MASTER_BYTES * adapter.parameters)
+    if engine.name == "vllm_server":
+        number = size * shape.largest_tensor
+        flight = Term("two buckets and the largest tensor", 2 * engine.bucket_bytes + number)
     phases = [_gpu_phase("engine start", (*learner, awake), load, cluster)]
-    if engine.name == "vllm":
+    if engine.name != "transformers":
         row = (
             Term("engine: weights", engine_weights(load, engine)),
             Term("engine: largest batch", engine_work(shape, engine.max_rows, size)),
             Term("cache of one longest row", engine_cache(load, engine, load.row_tokens)),
         )
-        phases.append(Phase("one row in the engine", row, int(engine.utilization * cluster.gpu_bytes)))
+        phases.append(Phase("one row in the engine", row, engine_bytes(engine, cluster)))
     # the first push finds the engine mapped, cache included, but no optimizer states; later ones the reverse
     weights = _weights(load, cluster)
-    first = (*weights, *_frozen(load), awake, flight)
-    common = (*_resident(load, cluster), *_frozen(load))
-    later = (*common, Term("engine: weights", engine_weights(load, engine)), flight)
+    first = (*weights, *_frozen(load, cluster), awake, flight)
+    common = (*_resident(load, cluster), *_frozen(load, cluster))
+    held = 0 if engine.name == "vllm_server" else engine_weights(load, engine)
+    later = (*common, Term("engine: weights", held), flight)
     pushes = [_gpu_phase("push", terms, load, cluster) for terms in (first, later)]
     phases.append(max(pushes, key=lambda phase: phase.total))
     # reward models score beside the engine
-    scoring = [_frozen_pass(model, load) for model in load.frozen if model.is_reward]
+    scoring = [_frozen_pass(model, load, cluster) for model in load.frozen if model.is_reward]
     largest = max(scoring, key=lambda terms: sum(term.bytes for term in terms), default=[])
     phases.append(_gpu_phase("rollout", (*common, awake, *largest), load, cluster))
     return phases
@@ -439,18 +516,18 @@ def _gpu_phase(name: str, terms: Iterable[Term], load: Workload, cluster: Cluste
 
 
 def _host(load: Workload, cluster: Cluster) -> Phase:
-    """Host memory of a node while models load, one after the other: FSDP2 loads a trained model on one rank,
-    everything else loads on all.
+    """Host memory of a node while models load, one after the other: rank 0 reads each and sends it to the
+    others, but every rank reads a model that scores.
     """
-    ranks = cluster.ranks_per_node
-    copies = 1 if cluster.form == "fsdp2" else ranks
-    sizes = {
-        model.role: (ranks if _is_quantized(model) else copies) * MASTER_BYTES * model.shape.parameters
-        for model in load.trained
-    }
-    sizes |= {model.role: ranks * MASTER_BYTES * model.shape.parameters for model in load.frozen}
+    sizes = {model.role: MASTER_BYTES * model.shape.parameters for model in (*load.trained, *load.frozen)}
+    for model in load.trained:
+        if _is_quantized(model):  # every rank reads and quantises it
+            sizes[model.role] *= cluster.ranks_per_node
+    for model in load.frozen:
+        if model.is_reward:
+            sizes[model.role] *= cluster.ranks_per_node
     role, size = max(sizes.items(), key=lambda item: item[1])
-    return Phase("load, on the host", (Term(f"{role} in float32, all ranks of a node", size),), None)
+    return Phase("load, on the host", (Term(f"{role} in float32", size),), None)
 
 
 def _is_quantized(model: Trained) -> bool:

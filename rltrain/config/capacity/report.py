@@ -8,7 +8,7 @@ from typing import Any
 from rltrain.config.capacity.cluster import Cluster
 from rltrain.config.capacity.constants import Rates
 from rltrain.config.capacity.duration import Duration, bottleneck, step_durations
-from rltrain.config.capacity.memory import Phase, Term, phases_of
+from rltrain.config.capacity.memory import Phase, Term, phases_of, with_recomputation, with_utilization
 from rltrain.config.capacity.remedy import MAX_GPUS, UTILIZATIONS, Remedy, highest_utilization, nearest_fit
 from rltrain.config.capacity.workload import Workload
 
@@ -23,6 +23,7 @@ class CapacityPlan:
     remedy: Remedy | None
     obstacle: str | None  # why nothing fits, where neither the recipe nor a remedy does
     highest_utilization: float | None  # of vLLM, with which the recipe fits as it is; None: none, or no vLLM
+    chooses_utilization: bool  # whether vLLM's share of a GPU is the plan's, and not the recipe's
     durations: tuple[Duration, ...]
     card: str
 
@@ -40,11 +41,13 @@ class CapacityPlan:
 
 
 def plan_capacity(load: Workload, cluster: Cluster, rates: Rates) -> CapacityPlan:
+    recipe_load = load
+    load = with_recomputation(with_utilization(recipe_load, cluster), cluster)
     phases = phases_of(load, cluster)
     is_fine = all(phase.fits for phase in phases)
-    remedy = None if is_fine else nearest_fit(load, cluster)
+    remedy = None if is_fine else nearest_fit(recipe_load, cluster)
     durations = step_durations(load, cluster, rates) if is_fine else ()
-    obstacle = _obstacle(load, cluster) if not is_fine and remedy is None else None
+    obstacle = _obstacle(recipe_load, cluster) if not is_fine and remedy is None else None
     return CapacityPlan(
         cluster=cluster,
         workload=load,
@@ -52,6 +55,7 @@ def plan_capacity(load: Workload, cluster: Cluster, rates: Rates) -> CapacityPla
         remedy=remedy,
         obstacle=obstacle,
         highest_utilization=highest_utilization(load, cluster),
+        chooses_utilization=load.engine != recipe_load.engine,
         durations=durations,
         card=rates.name,
     )
@@ -63,6 +67,7 @@ def to_json(plan: CapacityPlan) -> dict[str, Any]:
     remedy = plan.remedy
     return {
         "gpus": cluster.gpus,
+        "server_gpus": cluster.server_gpus,
         "gpu_bytes": cluster.gpu_bytes,
         "backend": cluster.form,
         "parameters": {model.role: model.shape.parameters for model in plan.workload.trained},
@@ -82,10 +87,13 @@ def to_json(plan: CapacityPlan) -> dict[str, Any]:
         else {
             "tokens_per_micro_batch": remedy.tokens_per_micro_batch,
             "gpu_memory_utilization": remedy.gpu_memory_utilization,
+            "tensor_parallel": remedy.tensor_parallel,
             "backend": None if remedy.backend is None else remedy.backend.value,
             "gpus": remedy.gpus,
         },
         "obstacle": plan.obstacle,
+        "recomputed_share": plan.workload.recomputed,
+        "utilization": None if plan.workload.engine is None else plan.workload.engine.utilization,
         "highest_utilization": plan.highest_utilization,
         "card": plan.card,
         "durations": [

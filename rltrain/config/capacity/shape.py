@@ -48,6 +48,12 @@ class ModelShape:
         return self.hidden * (2 if self.kind == "gpt_neox" else 1)
 
     @property
+    def norms(self) -> int:
+        """Parameters of all norms."""
+        in_layer = {"gpt_neox": 4 * self.hidden, "qwen3": 2 * self.hidden + 2 * self.head_width}
+        return self.layers * in_layer.get(self.kind, 2 * self.hidden) + self.last_norm
+
+    @property
     def root(self) -> int:
         """Parameters outside the layers."""
         return self.embedding * (1 if self.tied else 2) + self.last_norm

@@ -9,16 +9,16 @@ from typing import Literal
 from rltrain.advantage import ADVANTAGES
 from rltrain.config.capacity.adapter import AdapterSize, adapter_size
 from rltrain.config.capacity.constants import (
-    FROZEN_BYTES,
     MOMENT_BYTES,
     MOMENT_BYTES_8BIT,
-    REWARD_MODEL_BYTES,
 )
 from rltrain.config.capacity.shape import ModelShape
 from rltrain.config.rules.offline import all_needs, takes_pairs
 from rltrain.config.schema import (
+    BUCKET_MIB_GPU,
     Adapter,
     AnyRecipe,
+    LearnerCore,
     MethodRef,
     OfflineRecipe,
     OnlinePairsRecipe,
@@ -27,10 +27,10 @@ from rltrain.config.schema import (
     SampledRecipe,
 )
 from rltrain.control import TOKEN_CONTROLS
-from rltrain.errors import UserError
 from rltrain.loss import LOSS_TERMS
 from rltrain.loss.policy import POLICY_LOSSES
 from rltrain.loss.preference import PREFERENCE_LOSSES
+from rltrain.needs import MISMATCHED, REF_LOGP, SCALAR_HEAD
 from rltrain.registry import Registry
 
 # (path or Hub name, revision) -> the model's shape; None where its config cannot be read
@@ -39,25 +39,27 @@ ShapeReader = Callable[[str, str | None], ModelShape | None]
 
 @dataclass(frozen=True)
 class Engine:
-    """What samples in the learner's process."""
+    """What samples: in the learner's process, or vllm_server on GPUs of its own."""
 
-    name: Literal["vllm", "transformers"]
+    name: Literal["vllm", "transformers", "vllm_server"]
     ranks: int  # that hold it together, each a shard
-    utilization: float  # of vLLM: share of the card
+    utilization: float | None  # of vLLM: share of the card; None: what the rest of a run leaves of it
     max_rows: int  # sequences that it decodes at once, at most
     rows: int  # completions per step, all ranks
     rounds: int  # rounds of dynamic sampling, at most
     prompt_tokens: int  # at most
     completion_tokens: int  # at most
+    server_gpus: int = 0  # of its own
+    is_elsewhere: bool = False  # those GPUs are not among the plan's
+    bucket_bytes: int = 0  # of one of the two buffers in which weights travel to a server
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """A model that is not trained, whole on every GPU."""
+    """A model that is not trained."""
 
     role: str
     shape: ModelShape
-    bytes_per_parameter: int
     is_resident: bool = True  # False: freed before the first update
     is_reward: bool = False  # scores completions during the rollout
     is_start: bool = False  # the trained model as it started: an adapter is switched off in its place
@@ -92,7 +94,7 @@ class Workload:
     rows_per_step: int  # rows that pass through the model in a step, all ranks
     epochs: int
     updates: int  # per step
-    checkpointing: bool
+    recomputed: float | None  # share of the layers, by gradient checkpointing; None: as many as must be
     head_chunk: int  # tokens whose logits exist at once; 0: no logits
     compute_bytes: int  # per number in a matrix product on a GPU
     notes: tuple[str, ...] = ()
@@ -104,11 +106,14 @@ class Workload:
     def policy(self) -> ModelShape:
         return self.trained[0].shape
 
-    def change(self, tokens: int, utilization: float | None) -> Workload:
-        """The same step with other tokens per micro-batch and another share of the card for vLLM."""
+    def change(self, tokens: int, utilization: float | None, ranks: int | None = None) -> Workload:
+        """The same step with other tokens per micro-batch, another share of the card for vLLM, and other
+        ranks that hold an engine together; None: as it is.
+        """
         engine = self.engine
-        if engine is not None and utilization is not None:
-            engine = replace(engine, utilization=utilization)
+        if engine is not None:
+            share = engine.utilization if utilization is None else utilization
+            engine = replace(engine, utilization=share, ranks=ranks or engine.ranks)
         return replace(self, tokens=tokens, engine=engine)
 
 
@@ -121,7 +126,7 @@ def workload_of(recipe: AnyRecipe, read: ShapeReader) -> Workload:
     if policy is None:
         raise LookupError(recipe.model.path)
     models = _Models(policy, read)
-    if recipe.kind == "offline":
+    if isinstance(recipe, OfflineRecipe):
         return _offline_workload(recipe, models)
     return _sampled_workload(recipe, models)
 
@@ -152,17 +157,17 @@ def _offline_workload(recipe: OfflineRecipe, models: _Models) -> Workload:
     spec = PREFERENCE_LOSSES.check(ref.name, ref.hp)
     needs = all_needs(spec, ref.hp)
     sides = 2 if takes_pairs(spec) else 1
-    has_scalar_head = "scalar_head" in spec.traits
+    has_scalar_head = SCALAR_HEAD in spec.traits
     role = "model" if has_scalar_head else "policy"
     # a scalar head replaces an output head of its own
     policy = replace(models.policy, tied=True) if has_scalar_head else models.policy
     row = data.max_prompt_tokens + data.max_completion_tokens
     paths = {"ref_logp": recipe.model.reference, "previous_logp": recipe.model.previous}
-    if "mismatched" in needs:
+    if MISMATCHED in needs:
         needs |= {"ref_logp"}
     # one at a time; the learner stands in for the starting model, unless the run was resumed
     frozen = [
-        Frozen(f"frozen {path}", models.shape("frozen model", path), FROZEN_BYTES, is_resident=False)
+        Frozen(f"frozen {path}", models.shape("frozen model", path), is_resident=False)
         for path in dict.fromkeys(paths[name] for name in paths if name in needs)
         if path is not None
     ]
@@ -178,7 +183,7 @@ def _offline_workload(recipe: OfflineRecipe, models: _Models) -> Workload:
         rows_per_step=sides * recipe.train.examples,
         epochs=1,
         updates=1,
-        checkpointing=learner.gradient_checkpointing,
+        recomputed=_recomputed_share(learner),
         head_chunk=0 if has_scalar_head else learner.head_chunk_on("cuda"),
         compute_bytes=_compute_bytes(learner.precision),
         notes=tuple(models.notes),
@@ -207,7 +212,7 @@ def _sampled_workload(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models)
                 switched_off += 1
             elif settings.reference != "policy":
                 reference = models.shape("its reference", settings.reference or settings.path)
-                frozen.append(Frozen("its reference", reference, FROZEN_BYTES))
+                frozen.append(Frozen("its reference", reference))
     else:
         frozen = [*_frozen_of_pairs(recipe, models)]
         if adapter is not None:
@@ -227,7 +232,7 @@ def _sampled_workload(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models)
         rows_per_step=rows,
         epochs=learner.epochs,
         updates=learner.updates_per_step,
-        checkpointing=learner.gradient_checkpointing,
+        recomputed=_recomputed_share(learner),
         head_chunk=learner.head_chunk_on("cuda"),
         compute_bytes=_compute_bytes(learner.precision),
         notes=tuple(models.notes),
@@ -242,6 +247,10 @@ def _trained_model(role: str, shape: ModelShape, optimizer: Optimizer, adapter: 
     return Trained(role, shape, moment_bytes(optimizer), size)
 
 
+def _recomputed_share(learner: LearnerCore) -> float | None:
+    return None if learner.gradient_checkpointing == "auto" else float(learner.gradient_checkpointing)
+
+
 def moment_bytes(optimizer: Optimizer) -> float:
     """Bytes per parameter of AdamW's two moments."""
     return MOMENT_BYTES_8BIT if optimizer.name == "adamw_8bit" else MOMENT_BYTES
@@ -249,16 +258,18 @@ def moment_bytes(optimizer: Optimizer) -> float:
 
 def _engine_of(recipe: SampledRecipe) -> Engine:
     rollout = recipe.rollout
-    if rollout.engine == "vllm_server":
-        raise UserError(
-            "rollout.engine vllm_server samples in another process, on GPUs that these would have to be "
-            "divided with: the plan knows engines of the learner's processes only; add --engine vllm"
-        )
-    is_vllm = rollout.engine == "vllm"
+    server = rollout.server
+    share = rollout.vllm.gpu_memory_utilization
+    is_vllm = rollout.engine != "transformers"
+    is_server = rollout.engine == "vllm_server"
+    ranks = server.tensor_parallel if is_server else rollout.vllm.tensor_parallel
     return Engine(
         name=rollout.engine,
-        ranks=rollout.vllm.tensor_parallel if is_vllm else 1,
-        utilization=rollout.vllm.gpu_memory_utilization,
+        ranks=ranks if is_vllm else 1,
+        server_gpus=server.tensor_parallel * server.data_parallel if is_server else 0,
+        is_elsewhere=server.url is not None,
+        bucket_bytes=2**20 * (server.bucket_mib or BUCKET_MIB_GPU) if is_server else 0,
+        utilization=None if share == "auto" else share,
         max_rows=rollout.vllm.max_num_seqs if is_vllm else rollout.max_rows,
         rows=rollout.prompts * rollout.n,
         rounds=rollout.dynamic_sampling.max_rounds if rollout.dynamic_sampling else 1,
@@ -286,26 +297,25 @@ def _frozen_online(recipe: OnlineRecipe, models: _Models) -> Iterator[Frozen]:
         ("teacher_logp", "teacher", recipe.model.teacher),
     ):
         if name in needs:
-            yield Frozen(role, models.shape(role, path), FROZEN_BYTES, is_start=path is None)
+            yield Frozen(role, models.shape(role, path), is_start=path is None)
 
 
 def _frozen_of_pairs(recipe: OnlinePairsRecipe, models: _Models) -> Iterator[Frozen]:
     ref = recipe.loss.preference
     needs = all_needs(PREFERENCE_LOSSES.check(ref.name, ref.hp), ref.hp)
     judge = recipe.pairs.judge
-    if "ref_logp" in needs or (judge.name == "self" and judge.hp.get("by") == "reference"):
+    if REF_LOGP in needs or (judge.name == "self" and judge.hp.get("by") == "reference"):
         reference = recipe.model.reference
-        shape = models.shape("reference", reference)
-        yield Frozen("reference", shape, FROZEN_BYTES, is_start=reference is None)
+        yield Frozen("reference", models.shape("reference", reference), is_start=reference is None)
     if recipe.train.previous_every > 1:
-        yield Frozen("previous iterate", models.policy, FROZEN_BYTES)
+        yield Frozen("previous iterate", models.policy)
 
 
 def _reward_models(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models) -> list[Frozen]:
     judges = [recipe.pairs.judge] if recipe.kind == "online_pairs" else []
     refs = [ref for ref in (*recipe.reward.functions, *judges) if ref.name == "reward_model"]
     shapes = [models.shape("reward model", str(ref.hp.get("path"))) for ref in refs]
-    return [Frozen("reward model", shape, REWARD_MODEL_BYTES, is_reward=True) for shape in shapes]
+    return [Frozen("reward model", shape, is_reward=True) for shape in shapes]
 
 
 def _pairs_per_prompt(recipe: OnlinePairsRecipe) -> int:

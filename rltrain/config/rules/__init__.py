@@ -11,10 +11,12 @@ from typing import Any
 
 from rltrain.config.model_config import context_problems
 from rltrain.config.rules.adapter import adapter_problems, adapter_warnings
+from rltrain.config.rules.attention import attention_problems
 from rltrain.config.rules.findings import Findings
 from rltrain.config.rules.offline import check_offline
 from rltrain.config.rules.online import check_online
 from rltrain.config.rules.online_pairs import check_pairs
+from rltrain.config.rules.push import push_problems
 from rltrain.config.rules.templates import template_problems
 from rltrain.config.schema import AnyRecipe
 from rltrain.errors import RecipeError
@@ -25,6 +27,7 @@ RULES: Mapping[str, Callable[[Any], Findings]] = {
     "online": check_online,
     "online_pairs": check_pairs,
     "offline": check_offline,
+    "sft": check_offline,
 }
 
 
@@ -39,8 +42,14 @@ class CheckedRecipe:
 def check(recipe: AnyRecipe) -> CheckedRecipe:
     """Applies every rule for the recipe's kind. Raises RecipeError with all problems."""
     findings = RULES[recipe.kind](recipe)
-    problems = [*findings.problems, *template_problems(recipe.data), *adapter_problems(recipe)]
-    problems += context_problems(recipe)
+    problems = [
+        *findings.problems,
+        *template_problems(recipe.data),
+        *context_problems(recipe),
+        *attention_problems(recipe),
+        *adapter_problems(recipe),
+        *push_problems(recipe.push, recipe.checkpoint),
+    ]
     if problems:
         raise RecipeError(problems)
     return CheckedRecipe(recipe, (*findings.warnings, *adapter_warnings(recipe)))

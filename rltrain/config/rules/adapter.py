@@ -37,7 +37,7 @@ def adapter_problems(recipe: AnyRecipe) -> Iterator[str]:
             f"learner.offload is {recipe.learner.offload} and model.adapter.quantize is {adapter.quantize}: "
             "quantised weights stay on the device; set offload to nothing, or quantize to none"
         )
-    if recipe.kind != "offline":
+    if isinstance(recipe, SampledRecipe):
         yield from _engine_problems(recipe)
 
 
@@ -89,7 +89,7 @@ def adapter_warnings(recipe: AnyRecipe) -> Iterator[str]:
 
 def _rank_warnings(recipe: AnyRecipe) -> Iterator[str]:
     adapter = recipe.model.adapter
-    if adapter is None or recipe.kind == "offline" or recipe.rollout.engine != "vllm":
+    if adapter is None or not isinstance(recipe, SampledRecipe) or recipe.rollout.engine != "vllm":
         return
     padded = padded_rank(adapter.rank)
     if padded != adapter.rank:

@@ -17,6 +17,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rltrain.needs import (
+    AGGREGATE,
+    CONTROL,
+    FRACTION,
+    POLICY_LOSS,
+    SAME_AS_POLICY_LOSS,
+    SEQUENCE_LEVEL,
+    TOKEN_LEVEL,
+)
 from rltrain.registry import MethodSpec
 
 __all__ = ["MethodUse", "Methods", "composition_problems"]
@@ -76,7 +85,7 @@ def _companion_problems(methods: Methods) -> Iterator[str]:
     """
     policy = methods.policy
     owners = [
-        (control, loss_name) for control in methods.controls for loss_name in control.arguments("policy_loss")
+        (control, loss_name) for control in methods.controls for loss_name in control.arguments(POLICY_LOSS)
     ]
     if len({loss_name for _, loss_name in owners}) > 1:
         names = " and ".join(f"{control} (with loss.policy {loss_name})" for control, loss_name in owners)
@@ -90,7 +99,7 @@ def _companion_problems(methods: Methods) -> Iterator[str]:
                 f"{loss_name} or drop {control.key}"
             )
             continue
-        for name in control.arguments("same_as_policy_loss"):
+        for name in control.arguments(SAME_AS_POLICY_LOSS):
             if control.values[name] != policy.values[name]:
                 yield (
                     f"{control} has {name} {control.values[name]:g} and {policy} has "
@@ -99,7 +108,7 @@ def _companion_problems(methods: Methods) -> Iterator[str]:
                 )
 
     names = [control.name for control in methods.controls]
-    for control_name in policy.arguments("control"):
+    for control_name in policy.arguments(CONTROL):
         if control_name not in names:
             yield (
                 f"{policy} reads what the control {control_name} computes, but control does not list it; add "
@@ -120,13 +129,13 @@ def _advantage_problems(methods: Methods) -> Iterator[str]:
 
 def _level_problems(methods: Methods) -> Iterator[str]:
     for control in methods.controls:
-        if control.has("token_level") and methods.policy.has("sequence_level"):
+        if control.has(TOKEN_LEVEL) and methods.policy.has(SEQUENCE_LEVEL):
             yield (
                 f"{control} weighs tokens, but {methods.policy} has one ratio per sequence that mixes them: "
                 "each weight would scale a share of the whole row; set loss.policy to a token-level loss "
                 f"(clip) or drop {control.key}"
             )
-        for aggregate in control.arguments("aggregate"):
+        for aggregate in control.arguments(AGGREGATE):
             if methods.aggregate.name != aggregate:
                 yield (
                     f"{control} gives each part of the loss its own denominator, which is exact under "
@@ -148,7 +157,7 @@ def _repetition_problems(methods: Methods) -> Iterator[str]:
 
 def _fraction_problems(methods: Methods) -> Iterator[str]:
     for method in (methods.advantage, *methods.controls, methods.policy, *methods.terms, *methods.sources):
-        for name in method.arguments("fraction"):
+        for name in method.arguments(FRACTION):
             if not 0 < method.values[name] <= 1:
                 yield (
                     f"{method}: {name} is {method.values[name]:g}, but it is a share, above 0 and at most 1 "

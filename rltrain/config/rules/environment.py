@@ -8,10 +8,11 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from rltrain.config.rules.registries import ENVIRONMENTS
+from rltrain.config.rules.registries import ENVIRONMENTS, REWARDS
 from rltrain.config.schema import EnvironmentRef, OnlineRecipe
 from rltrain.config.user_code import find_definition, unknown_keywords
 from rltrain.config.user_files import changed_code
+from rltrain.needs import OWN_REWARDS, READS_ENVIRONMENT
 
 
 def user_class(name: str) -> tuple[str, str] | None:
@@ -24,13 +25,7 @@ def environment_problems(recipe: OnlineRecipe) -> Iterator[str]:
     """Settings that cannot work in ``rollout.environment``, and settings that need an environment."""
     ref = recipe.rollout.environment
     rollout = recipe.rollout
-    verdicts = [function for function in recipe.reward.functions if function.name == "episode"]
     if ref is None:
-        if verdicts:
-            yield (
-                "reward.functions has episode, the verdict of an environment, and there is none; set "
-                "rollout.environment"
-            )
         return
     yield from _naming_problems(ref)
     if ref.turn_tokens > rollout.max_tokens:
@@ -39,17 +34,14 @@ def environment_problems(recipe: OnlineRecipe) -> Iterator[str]:
             f"rollout.max_tokens {rollout.max_tokens}; raise rollout.max_tokens to several turns with their "
             "observations, or lower turn_tokens"
         )
-
     spec = ENVIRONMENTS.specs.get(ref.name)
-    if spec is not None and "rewards" not in spec.traits and len(verdicts) == len(recipe.reward.functions):
+    graders = [REWARDS.specs.get(function.name) for function in recipe.reward.functions]
+    reads_verdict = all(grader is not None and READS_ENVIRONMENT in grader.traits for grader in graders)
+    if spec is not None and OWN_REWARDS not in spec.traits and reads_verdict:
         yield (
-            f"rollout.environment {ref.name} gives no reward of its own, so that reward.functions episode "
-            "would always be 0; grade the last turn, for example with exact or math_answer"
-        )
-    if any(source.name == "answer" for source in rollout.extra_samples):
-        yield (
-            "rollout.extra_samples has answer, a text from the data, but completions are episodes here; drop "
-            "the source or the environment"
+            f"rollout.environment {ref.name} gives no reward of its own, so that reward.functions "
+            f"{recipe.reward.functions[0].name} would always be 0; grade the last turn, for example with "
+            "exact or math_answer"
         )
 
 

@@ -11,9 +11,10 @@ from typing import Any
 from rltrain.config.rules.adapter import scalar_head_problem
 from rltrain.config.rules.findings import Findings
 from rltrain.config.rules.optimizer import optimizer_problems
-from rltrain.config.schema import OfflineRecipe
+from rltrain.config.schema import SUPERVISED_LOSS, OfflineRecipe
 from rltrain.config.user_files import check_method
 from rltrain.loss.preference import PREFERENCE_LOSSES, STATISTICS
+from rltrain.needs import GAMMA_REQUIRED, MARGIN, MISMATCHED, PAIRS, PREVIOUS_LOGP, REF_LOGP, SCALAR_HEAD
 from rltrain.registry import MethodSpec, suggestion
 
 _KEY = "loss.preference"
@@ -39,7 +40,7 @@ def check_offline(recipe: OfflineRecipe) -> Findings:
         spec = check_method(PREFERENCE_LOSSES, ref)
     except ValueError as error:
         return Findings([f"{_KEY}: {error}"], [])
-    values = {name: item.default for name, item in spec.hyperparameters.items()} | ref.hp
+    values = spec.values_with(ref.hp)
     problems = [
         *_size_problems(recipe, spec),
         *_loss_problems(recipe, spec, values),
@@ -47,6 +48,8 @@ def check_offline(recipe: OfflineRecipe) -> Findings:
     ]
     problems += _eval_problems(recipe, spec)
     problems += scalar_head_problem(recipe, spec.traits)
+    own_problems = PREFERENCE_LOSSES.find_problems(ref.name, ref.hp, recipe)
+    problems += [f"{_KEY} {spec.name}: {problem}" for problem in own_problems]
     problems += optimizer_problems("learner.optimizer", recipe.learner.optimizer)
     return Findings(problems, [] if problems else list(_warnings(recipe, spec)))
 
@@ -69,7 +72,7 @@ def all_needs(spec: MethodSpec, hp: Mapping[str, Any]) -> frozenset[str]:
 
 
 def takes_pairs(spec: MethodSpec) -> bool:
-    return "pairs" in spec.traits
+    return PAIRS in spec.traits
 
 
 def _size_problems(recipe: OfflineRecipe, spec: MethodSpec) -> Iterator[str]:
@@ -88,7 +91,12 @@ def _size_problems(recipe: OfflineRecipe, spec: MethodSpec) -> Iterator[str]:
 
 
 def _loss_problems(recipe: OfflineRecipe, spec: MethodSpec, values: Mapping[str, Any]) -> Iterator[str]:
-    if "gamma_required" in spec.traits and values["gamma"] is None:
+    if recipe.kind == "sft" and spec.name != SUPERVISED_LOSS:
+        yield (
+            f"kind is sft, whose loss is {SUPERVISED_LOSS}, but {_KEY} is {spec.name}; leave the loss out, "
+            "or write kind: offline for a preference loss"
+        )
+    if GAMMA_REQUIRED in spec.traits and values["gamma"] is None:
         yield (
             f"{_KEY} {spec.name}: gamma has no default, it carries the units of the scores: with gamma g a "
             "margin m becomes the target sigmoid(g m); set gamma (2.2 for scores from 1 to 10 in the "
@@ -102,7 +110,7 @@ def _loss_problems(recipe: OfflineRecipe, spec: MethodSpec, values: Mapping[str,
             "completions of a prompt (columns chosen and rejected); choose a loss for single "
             f"completions{suggestion('kto', ['kto'])}, or another data set"
         )
-    if recipe.data.divide_margins_by != "nothing" and "margin" not in data_needs(spec, values):
+    if recipe.data.divide_margins_by != "nothing" and MARGIN not in data_needs(spec, values):
         yield (
             f"data.divide_margins_by is {recipe.data.divide_margins_by}, but {_KEY} {spec.name} reads no "
             "margins: it would change nothing; set it to nothing"
@@ -112,9 +120,9 @@ def _loss_problems(recipe: OfflineRecipe, spec: MethodSpec, values: Mapping[str,
 def _model_problems(recipe: OfflineRecipe, spec: MethodSpec) -> Iterator[str]:
     needs = all_needs(spec, recipe.loss.preference.hp)
     model = recipe.model
-    if "previous_logp" not in needs and model.previous is not None:
+    if PREVIOUS_LOGP not in needs and model.previous is not None:
         yield f"model.previous is set, but {_KEY} {spec.name} reads no previous iterate; leave it out"
-    if "ref_logp" not in needs and model.reference is not None:
+    if REF_LOGP not in needs and model.reference is not None:
         yield f"model.reference is set, but {_KEY} {spec.name} has no reference model; leave it out"
 
 
@@ -130,7 +138,7 @@ def _eval_problems(recipe: OfflineRecipe, spec: MethodSpec) -> Iterator[str]:
             f"eval.samples is {settings.samples}, but data.eval is null, so there are no held-out prompts; "
             "set data.eval or leave it out"
         )
-    if settings.samples and "scalar_head" in spec.traits:
+    if settings.samples and SCALAR_HEAD in spec.traits:
         yield (
             f"eval.samples is {settings.samples}, but {_KEY} {spec.name} trains a scalar head, which writes "
             "no text; leave it out"
@@ -157,7 +165,7 @@ def _warnings(recipe: OfflineRecipe, spec: MethodSpec) -> Iterator[str]:
     if (
         not takes_pairs(spec)
         and recipe.train.examples < 8
-        and "mismatched" in all_needs(spec, recipe.loss.preference.hp)
+        and MISMATCHED in all_needs(spec, recipe.loss.preference.hp)
     ):
         yield (
             f"train.examples is {recipe.train.examples}: {_KEY} {spec.name} estimates a mean over the step's "

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rltrain.config.rules.composition import MethodUse
 from rltrain.config.rules.findings import Findings
 from rltrain.config.rules.offline import all_needs, data_needs
 from rltrain.config.rules.registries import JUDGES
-from rltrain.config.rules.rewards import reward_function_problems
 from rltrain.config.rules.sampling import (
     MethodLookup,
     dynamic_sampling_problems,
@@ -19,6 +19,15 @@ from rltrain.config.rules.sampling import (
 )
 from rltrain.config.schema import OnlinePairsRecipe
 from rltrain.loss.preference import PREFERENCE_LOSSES
+from rltrain.needs import (
+    COMPARES_REWARDS,
+    GAMMA_REQUIRED,
+    PAIRS,
+    PREVIOUS_LOGP,
+    PREVIOUS_POLICY,
+    REF_LOGP,
+    SCALAR_HEAD,
+)
 from rltrain.registry import MethodSpec
 
 __all__ = ["check_pairs", "pair_plan"]
@@ -32,17 +41,19 @@ def check_pairs(recipe: OnlinePairsRecipe) -> Findings:
     lookup = MethodLookup()
     ref = recipe.loss.preference
     judge = recipe.pairs.judge
-    lookup(JUDGES, "pairs.judge", judge)
+    judge_use = lookup(JUDGES, "pairs.judge", judge)
     loss = lookup(PREFERENCE_LOSSES, _KEY, ref)
     problems = list(lookup.problems)
     if loss is not None:
-        problems += [*_loss_problems(recipe, loss.spec), *_rollout_problems(recipe)]
+        problems += [*_loss_problems(recipe, loss.spec), *_rollout_problems(recipe, judge_use)]
+        problems += lookup.find_own_problems(recipe)
 
     sampling_lookup = MethodLookup()
     rewards = sampling_lookup.look_up_sampling(recipe)
     problems += [*sampling_lookup.problems, *sampling_problems(recipe)]
     if not sampling_lookup.problems:
-        problems += [*dynamic_sampling_problems(recipe, rewards), *reward_function_problems(recipe, rewards)]
+        problems += dynamic_sampling_problems(recipe, rewards)
+        problems += sampling_lookup.find_own_problems(recipe)
     if problems or loss is None:
         return Findings(problems, [])
     return Findings([], [*_warnings(recipe, loss.spec), *sampling_warnings(recipe)])
@@ -50,11 +61,11 @@ def check_pairs(recipe: OnlinePairsRecipe) -> Findings:
 
 def _loss_problems(recipe: OnlinePairsRecipe, spec: MethodSpec) -> Iterator[str]:
     ref = recipe.loss.preference
-    if "pairs" not in spec.traits or "scalar_head" in spec.traits:
+    if PAIRS not in spec.traits or SCALAR_HEAD in spec.traits:
         suitable = [
             candidate.name
             for candidate in PREFERENCE_LOSSES.specs.values()
-            if "pairs" in candidate.traits and "scalar_head" not in candidate.traits
+            if PAIRS in candidate.traits and SCALAR_HEAD not in candidate.traits
         ]
         yield (
             f"{_KEY} {spec.name} does not compare two completions of a language model; choose one of "
@@ -69,27 +80,27 @@ def _loss_problems(recipe: OnlinePairsRecipe, spec: MethodSpec) -> Iterator[str]
         )
 
     values = {name: item.default for name, item in spec.hyperparameters.items()} | ref.hp
-    if "gamma_required" in spec.traits and values["gamma"] is None:
+    if GAMMA_REQUIRED in spec.traits and values["gamma"] is None:
         yield (
             f"{_KEY} {spec.name}: gamma has no default: a difference m of rewards becomes the target "
             "sigmoid(gamma m); set gamma"
         )
 
     needs = all_needs(spec, ref.hp)
-    if recipe.train.previous_every > 1 and "previous_logp" not in needs:
+    if recipe.train.previous_every > 1 and PREVIOUS_LOGP not in needs:
         yield (
             f"train.previous_every is {recipe.train.previous_every}, but {_KEY} {spec.name} reads no "
             "previous iterate; set it to 1"
         )
     judge = JUDGES.find(recipe.pairs.judge.name)
     judge_needs = frozenset() if judge is None else judge.needs_with(recipe.pairs.judge.hp)
-    if recipe.model.reference is not None and "ref_logp" not in needs | judge_needs:
+    if recipe.model.reference is not None and REF_LOGP not in needs | judge_needs:
         yield f"model.reference is set, but {_KEY} {spec.name} has no reference model; leave it out"
     if recipe.model.teacher is not None:
         yield "model.teacher is set, but preference losses have no teacher; leave it out"
 
 
-def _rollout_problems(recipe: OnlinePairsRecipe) -> Iterator[str]:
+def _rollout_problems(recipe: OnlinePairsRecipe, judge: MethodUse | None) -> Iterator[str]:
     rollout = recipe.rollout
     pairs = recipe.pairs
     if rollout.n < 2:
@@ -117,10 +128,10 @@ def _rollout_problems(recipe: OnlinePairsRecipe) -> Iterator[str]:
             f"{recipe.data.max_prompt_tokens} + rollout.max_tokens {rollout.max_tokens}) = {longest} tokens; "
             f"set learner.tokens_per_micro_batch to at least {longest}"
         )
-    if pairs.judge.name == "reward" and all(function.weight == 0 for function in recipe.reward.functions):
+    has_rewards = any(function.weight != 0 for function in recipe.reward.functions)
+    if judge is not None and judge.has(COMPARES_REWARDS) and not has_rewards:
         yield (
-            "pairs.judge reward compares rewards, but every weight in reward.functions is 0; give one of "
-            "them a weight"
+            f"{judge} compares rewards, but every weight in reward.functions is 0; give one of them a weight"
         )
     if pairs.choose == "ranked" and pairs.verdict == "drawn":
         yield (
@@ -132,7 +143,7 @@ def _rollout_problems(recipe: OnlinePairsRecipe) -> Iterator[str]:
 def _warnings(recipe: OnlinePairsRecipe, spec: MethodSpec) -> Iterator[str]:
     pairs = recipe.pairs
     rollout = recipe.rollout
-    if "previous_policy" not in spec.traits:
+    if PREVIOUS_POLICY not in spec.traits:
         return
     if pairs.choose != "disjoint":
         yield (
@@ -158,7 +169,7 @@ def pair_plan(recipe: OnlinePairsRecipe) -> list[tuple[str, str, str]]:
 
     needs = all_needs(PREFERENCE_LOSSES.check(ref.name, ref.hp), ref.hp)
     frozen = [name for name in ("ref_logp", "previous_logp") if name in needs]
-    models = 1 + ("ref_logp" in needs) + (recipe.train.previous_every > 1)
+    models = 1 + (REF_LOGP in needs) + (recipe.train.previous_every > 1)
 
     return [
         (

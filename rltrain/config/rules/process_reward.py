@@ -6,20 +6,21 @@ from collections.abc import Iterator
 
 from rltrain.advantage import ADVANTAGES
 from rltrain.config.rules.optimizer import optimizer_problems
+from rltrain.config.rules.registries import REWARDS
 from rltrain.config.schema import OnlineRecipe, ProcessReward
 from rltrain.config.user_files import check_method
 from rltrain.loss.preference import PREFERENCE_LOSSES, STATISTICS
+from rltrain.needs import LABELS, PROCESS_REWARD, REPORTS_CORRECT, SCALAR_HEAD
 from rltrain.registry import MethodSpec
 
 _KEY = "process_reward"
 _AVAILABLE = frozenset({"label", "ref_logp"})  # what a step provides to the loss
 
 
-def process_reward_problems(recipe: OnlineRecipe, correctness_rewards: frozenset[str]) -> Iterator[str]:
-    """correctness_rewards: names of the registered rewards that report correctness."""
+def process_reward_problems(recipe: OnlineRecipe) -> Iterator[str]:
     settings = recipe.process_reward
     suitable_advantages = _process_reward_advantages()
-    is_used = "process_reward" in _advantage_needs(recipe)
+    is_used = PROCESS_REWARD in _advantage_needs(recipe)
     if settings is None:
         if is_used:
             yield (
@@ -36,10 +37,11 @@ def process_reward_problems(recipe: OnlineRecipe, correctness_rewards: frozenset
     yield from _loss_problems(settings)
     yield from optimizer_problems(f"{_KEY}.optimizer", settings.optimizer)
     names = [reward.name for reward in recipe.reward.functions]
-    if not correctness_rewards & set(names) and not any(":" in name for name in names):
+    correctness_rewards = REWARDS.names_with(REPORTS_CORRECT)
+    if not set(correctness_rewards) & set(names) and not any(":" in name for name in names):
         yield (
             f"{_KEY} learns which completions are right, which none of reward.functions reports "
-            f"({', '.join(names)}); add one of {', '.join(sorted(correctness_rewards))} (weight 0 if it must "
+            f"({', '.join(names)}); add one of {', '.join(correctness_rewards)} (weight 0 if it must "
             "not count)"
         )
     if settings.reference == "policy" and recipe.rollout.temperature != 1:
@@ -76,8 +78,8 @@ def _learns_from_labels(spec: MethodSpec) -> bool:
     statistics = spec.needs & set(STATISTICS.names())
     needs = (spec.needs - statistics).union(*(STATISTICS.spec(name).needs for name in statistics))
     return (
-        "labels" in spec.traits
-        and "scalar_head" not in spec.traits
+        LABELS in spec.traits
+        and SCALAR_HEAD not in spec.traits
         and needs >= _AVAILABLE
         and needs <= _AVAILABLE
     )
@@ -89,4 +91,4 @@ def _advantage_needs(recipe: OnlineRecipe) -> frozenset[str]:
 
 
 def _process_reward_advantages() -> list[str]:
-    return sorted(name for name, spec in ADVANTAGES.specs.items() if "process_reward" in spec.needs)
+    return sorted(name for name, spec in ADVANTAGES.specs.items() if PROCESS_REWARD in spec.needs)

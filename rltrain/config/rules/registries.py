@@ -42,4 +42,3 @@ REGISTRIES = (
     PREFERENCE_LOSSES,
     JUDGES,
 )
-REWARDS_WITH_CORRECT = frozenset({"math_answer", "exact", "choice", "episode", "code_tests", "code_io"})

@@ -6,14 +6,16 @@ Imports no torch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rltrain.config.rules.composition import MethodUse
 from rltrain.config.rules.optimizer import optimizer_problems
-from rltrain.config.rules.registries import ORDERS, REWARDS, REWARDS_WITH_CORRECT
+from rltrain.config.rules.registries import ORDERS, REWARDS
 from rltrain.config.rules.rewards import is_user_function, user_function_problems
 from rltrain.config.rules.server import server_problems
 from rltrain.config.schema import MethodRef, Rollout, SampledRecipe
 from rltrain.config.user_files import check_method
+from rltrain.needs import REPORTS_CORRECT
 from rltrain.registry import Registry
 
 
@@ -22,6 +24,7 @@ class MethodLookup:
 
     def __init__(self) -> None:
         self.problems: list[str] = []
+        self._uses: list[tuple[Registry, str, MethodUse]] = []  # with the name in the recipe
 
     def __call__(self, registry: Registry, key: str, ref: MethodRef) -> MethodUse | None:
         """The method with its hyperparameters, defaults included. If the registry refuses it: None, and a
@@ -32,8 +35,15 @@ class MethodLookup:
         except ValueError as error:
             self.problems.append(f"{key}: {error}")
             return None
-        defaults = {name: item.default for name, item in spec.hyperparameters.items()}
-        return MethodUse(key, spec, defaults | ref.hp)
+        use = MethodUse(key, spec, spec.values_with(ref.hp))
+        self._uses.append((registry, ref.name, use))
+        return use
+
+    def find_own_problems(self, recipe: Any) -> Iterator[str]:
+        """What the rules beside the methods that were looked up say of their settings in ``recipe``."""
+        for registry, name, use in self._uses:
+            for problem in registry.find_problems(name, use.values, recipe):
+                yield f"{use}: {problem}"
 
     def look_up_all(self, registry: Registry, key: str, refs: Sequence[MethodRef]) -> tuple[MethodUse, ...]:
         """The methods of ``refs`` that the registry accepts."""
@@ -88,6 +98,17 @@ def sampling_problems(recipe: SampledRecipe) -> Iterator[str]:
     yield from _eval_problems(recipe)
     if rollout.engine == "vllm_server":
         yield from server_problems(rollout)
+    elif rollout.workers is not None:
+        yield (
+            f"rollout.workers is given, but rollout.engine is {rollout.engine}, which has none; set "
+            "rollout.engine to vllm_server, or rollout.workers to null"
+        )
+    if rollout.workers is not None and rollout.workers.patience_seconds >= recipe.train.deadline_seconds:
+        yield (
+            f"rollout.workers.patience_seconds is {rollout.workers.patience_seconds:g} and "
+            f"train.deadline_seconds {recipe.train.deadline_seconds:g}: the deadline would end the run "
+            "before it could be saved; lower the one or raise the other"
+        )
 
 
 def _engine_ranks_problems(rollout: Rollout) -> Iterator[str]:
@@ -161,10 +182,10 @@ def dynamic_sampling_problems(recipe: SampledRecipe, rewards: Sequence[MethodUse
             "completion cannot be; set rollout.n to at least 2, or rollout.dynamic_sampling to null"
         )
     has_user_rewards = len(rewards) < len(recipe.reward.functions)
-    if not has_user_rewards and not REWARDS_WITH_CORRECT & {reward.name for reward in rewards}:
+    if not has_user_rewards and not any(reward.has(REPORTS_CORRECT) for reward in rewards):
         yield (
             "rollout.dynamic_sampling looks at raw correctness, which none of reward.functions reports "
             f"({', '.join(reward.name for reward in rewards)}); add one of "
-            f"{', '.join(sorted(REWARDS_WITH_CORRECT))} (weight 0 if it must not count), or set "
+            f"{', '.join(REWARDS.names_with(REPORTS_CORRECT))} (weight 0 if it must not count), or set "
             "rollout.dynamic_sampling to null"
         )

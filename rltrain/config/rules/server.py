@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rltrain.config.schema import Rollout, Server
+from rltrain.config.rules.registries import EXTRA_SAMPLES
+from rltrain.config.schema import Rollout, Server, Workers
 
 __all__ = ["server_problems"]
 
@@ -19,7 +20,9 @@ def server_problems(rollout: Rollout) -> Iterator[str]:
         yield (
             f"rollout.server.url is {server.url!r}; expected http://HOST:PORT, https://HOST:PORT or unix:PATH"
         )
-    if server.authority is not None and not (server.url or "").startswith("https://"):
+    urls = [server.url or ""] if rollout.workers is None else list(rollout.workers.urls)
+    joins = rollout.workers is not None and rollout.workers.join
+    if server.authority is not None and not joins and not any(url.startswith("https://") for url in urls):
         yield (
             "rollout.server.authority checks the certificate of an https server, but rollout.server.url is "
             f"{server.url!r}; drop it or name an https:// url"
@@ -37,6 +40,37 @@ def server_problems(rollout: Rollout) -> Iterator[str]:
             "like rounding; set it to null"
         )
     yield from _speculative_problems(server)
+    if rollout.workers is not None:
+        yield from _worker_problems(rollout, rollout.workers)
+
+
+def _worker_problems(rollout: Rollout, workers: Workers) -> Iterator[str]:
+    sources = {"count": workers.count is not None, "urls": bool(workers.urls), "join": workers.join}
+    named = [name for name, is_given in sources.items() if is_given]
+    if len(named) != 1 and named != ["urls", "join"]:
+        yield (
+            f"rollout.workers names {' and '.join(named) or 'no workers'}; give count (rltrain starts them "
+            "on this machine), urls (of running ones), join (they come by themselves), or urls with join"
+        )
+    for url in workers.urls:
+        if not url.startswith(_URLS):
+            yield (
+                f"rollout.workers.urls has {url!r}; expected http://HOST:PORT, https://HOST:PORT or unix:PATH"
+            )
+    if twice := sorted({url for url in workers.urls if workers.urls.count(url) > 1}):
+        yield f"rollout.workers.urls names {twice[0]} twice; a worker has one place in the pool"
+    if rollout.server.url is not None:
+        yield (
+            f"rollout.server.url is {rollout.server.url!r} beside rollout.workers; move it to "
+            "rollout.workers.urls, or set rollout.workers to null"
+        )
+    for ref in rollout.extra_samples:
+        if "reference_weights" in EXTRA_SAMPLES.spec(ref.name).needs_with(ref.hp):
+            yield (
+                f"rollout.extra_samples has {ref.name}, which samples from the reference model: the policy's "
+                "workers are never lent to another model; use rollout.engine vllm or transformers, or set "
+                "rollout.workers to null"
+            )
 
 
 def _speculative_problems(server: Server) -> Iterator[str]:

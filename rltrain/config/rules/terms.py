@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rltrain.config.rules.composition import Methods, MethodUse
+from rltrain.config.rules.registries import REWARDS
 from rltrain.config.schema import MethodRef, OnlineRecipe
 from rltrain.config.user_files import check_method
 from rltrain.control import COEFFICIENTS
 from rltrain.loss import LOSS_TERMS
+from rltrain.needs import (
+    ANSWER,
+    LOSS_TERM,
+    NEEDS_CORRECT,
+    NO_SIGNAL,
+    REPORTS_ANSWER,
+    REPORTS_CORRECT,
+    REWARD_FREE,
+)
 
 _OUTPUT_PREFIX = "gives_"  # trait of a controller: an input that it gives its term besides the coefficient
-# rewards that extract the answers which they judge
-_REWARDS_WITH_ANSWER = frozenset({"math_answer", "exact", "choice", "empo"})
 
 
 def coefficient_problems(recipe: OnlineRecipe) -> Iterator[str]:
@@ -30,6 +38,8 @@ def coefficient_problems(recipe: OnlineRecipe) -> Iterator[str]:
             except ValueError as error:
                 yield f"{key}: {error}"
                 continue
+            for problem in COEFFICIENTS.find_problems(term.coefficient.name, term.coefficient.hp, recipe):
+                yield f"{key} {term.coefficient.name}: {problem}"
             controller_outputs = {
                 trait.removeprefix(_OUTPUT_PREFIX)
                 for trait in controller.spec.traits
@@ -83,17 +93,18 @@ def reward_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
     """Checks that loss, advantage, weights and sampling agree on whether the recipe learns from rewards."""
     policy = methods.policy
     weights = [function.weight for function in recipe.reward.functions]
-    is_reward_free = "reward_free" in policy.spec.traits | methods.advantage.spec.traits
-    if "reward_free" in policy.spec.traits:
-        if methods.advantage.name != "none":
+    is_reward_free = REWARD_FREE in policy.spec.traits | methods.advantage.spec.traits
+    if REWARD_FREE in policy.spec.traits:
+        if not methods.advantage.has(NO_SIGNAL):
             yield (
                 f"loss.policy {policy.name} reads no advantage, but advantage is {methods.advantage.name}; "
                 "set advantage to none"
             )
+        silent = {reward.name for reward in methods.rewards if reward.has(NO_SIGNAL)}
         weighted = [
             function.name
             for function in recipe.reward.functions
-            if function.weight != 0 and function.name != "none"
+            if function.weight != 0 and function.name not in silent
         ]
         if weighted:
             yield (
@@ -108,22 +119,17 @@ def reward_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
             )
         return
 
-    if methods.advantage.name == "none" and not methods.terms:
+    if methods.advantage.has(NO_SIGNAL) and not methods.terms:
         yield (
-            f"advantage is none: loss.policy {policy.name} would learn nothing; set advantage to one that "
-            "reads the rewards"
+            f"advantage is {methods.advantage.name}: loss.policy {policy.name} would learn nothing; set "
+            "advantage to one that reads the rewards"
         )
     if not is_reward_free and all(weight == 0 for weight in weights):
         yield "reward.functions: every weight is 0, so every completion scores 0; give one of them a weight"
 
 
-def verdict_problems(
-    recipe: OnlineRecipe, methods: Methods, correctness_rewards: frozenset[str]
-) -> Iterator[str]:
-    """Checks that methods which use correctness or answers have a reward function that reports them.
-
-    correctness_rewards: names of the registered rewards that report correctness.
-    """
+def verdict_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
+    """Checks that methods which use correctness or answers have a reward function that reports them."""
     has_user_rewards = len(methods.rewards) < len(recipe.reward.functions)
     used_methods: tuple[MethodUse, ...] = (
         methods.advantage,
@@ -134,27 +140,25 @@ def verdict_problems(
 
     for method in used_methods:
         if (
-            "needs_correct" in method.spec.traits
+            NEEDS_CORRECT in method.spec.traits
             and not has_user_rewards
-            and not correctness_rewards & {reward.name for reward in methods.rewards}
+            and not any(reward.has(REPORTS_CORRECT) for reward in methods.rewards)
         ):
             yield (
                 f"{method} needs correctness, which none of reward.functions reports; add "
-                f"one of {', '.join(sorted(correctness_rewards))} (weight 0 if it must not count)"
+                f"one of {', '.join(REWARDS.names_with(REPORTS_CORRECT))} (weight 0 if it must not count)"
             )
         if (
-            "answer" in method.spec.needs
+            ANSWER in method.spec.needs
             and not has_user_rewards
-            and not _REWARDS_WITH_ANSWER & {reward.name for reward in methods.rewards}
+            and not any(reward.has(REPORTS_ANSWER) for reward in methods.rewards)
         ):
             yield (
                 f"{method} compares the completions' answers, which none of "
-                f"reward.functions extracts; add one of {', '.join(sorted(_REWARDS_WITH_ANSWER))} (weight 0 "
-                "if it must not count)"
+                f"reward.functions extracts; add one of {', '.join(REWARDS.names_with(REPORTS_ANSWER))} "
+                "(weight 0 if it must not count)"
             )
-        for term in sorted(
-            trait.removeprefix("loss_term:") for trait in method.spec.traits if trait.startswith("loss_term:")
-        ):
+        for term in method.arguments(LOSS_TERM):
             if term not in {term.name for term in methods.terms}:
                 yield (
                     f"{method} marks tokens for the term {term}, which is not in "

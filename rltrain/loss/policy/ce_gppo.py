@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from rltrain.loss.policy.ratio import LOG_RATIO_LIMIT, approx_kl, log_ratio
+from rltrain.needs import OFF_POLICY_ONLY, OLD_LOGP, OWNS_CLIPPING
 from rltrain.registry import method
 from rltrain.tensor_ops import apply_mask
 from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
@@ -12,7 +13,7 @@ from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
 __all__ = ["ce_gppo"]
 
 
-@method("ce_gppo", arxiv="2509.20712", needs={"old_logp"}, traits={"owns_clipping", "off_policy_only"})
+@method("ce_gppo", arxiv="2509.20712", needs={OLD_LOGP}, traits={OWNS_CLIPPING, OFF_POLICY_ONLY})
 def ce_gppo(
     policy: PolicyTokens,
     batch: TrainBatch,

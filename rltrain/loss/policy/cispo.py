@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from rltrain.loss.policy.ratio import LOG_RATIO_LIMIT, approx_kl, log_ratio
+from rltrain.needs import OLD_LOGP, OWNS_CLIPPING
 from rltrain.registry import method
 from rltrain.tensor_ops import apply_mask
 from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
@@ -12,7 +13,7 @@ from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
 __all__ = ["cispo"]
 
 
-@method("cispo", arxiv="2506.13585", needs={"old_logp"}, traits={"owns_clipping"})
+@method("cispo", arxiv="2506.13585", needs={OLD_LOGP}, traits={OWNS_CLIPPING})
 def cispo(
     policy: PolicyTokens,
     batch: TrainBatch,

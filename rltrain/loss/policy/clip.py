@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from rltrain.loss.policy.ratio import LOG_RATIO_LIMIT, approx_kl, log_ratio
+from rltrain.needs import OLD_LOGP, ON_POLICY_ONLY, OWNS_CLIPPING
 from rltrain.registry import method
 from rltrain.tensor_ops import apply_mask
 from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
@@ -12,7 +13,7 @@ from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
 __all__ = ["clip", "reinforce"]
 
 
-@method("clip", arxiv="1707.06347", needs={"old_logp"}, traits={"owns_clipping"})
+@method("clip", arxiv="1707.06347", needs={OLD_LOGP}, traits={OWNS_CLIPPING})
 def clip(
     policy: PolicyTokens,
     batch: TrainBatch,
@@ -49,7 +50,7 @@ def clip(
     return TokenLoss(apply_mask(values, batch.mask), metrics)
 
 
-@method("reinforce")
+@method("reinforce", traits={ON_POLICY_ONLY})
 def reinforce(policy: PolicyTokens, batch: TrainBatch) -> TokenLoss:
     """The policy gradient itself, ``-A log pi`` (Williams 1992).
 

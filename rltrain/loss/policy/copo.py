@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from rltrain.loss.policy.clip import clip
 from rltrain.loss.policy.ratio import policy_statistic
+from rltrain.needs import ACTS_ON_MARKS, CONTROL, OLD_LOGP, OWNS_CLIPPING
 from rltrain.registry import method
 from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
 
 __all__ = ["copo"]
 
 
-@method(
-    "copo", arxiv="2508.04138", needs={"old_logp"}, traits={"owns_clipping", "control:copo", "acts_on_marks"}
-)
+@method("copo", arxiv="2508.04138", needs={OLD_LOGP}, traits={OWNS_CLIPPING, CONTROL("copo"), ACTS_ON_MARKS})
 def copo(
     policy: PolicyTokens,
     batch: TrainBatch,

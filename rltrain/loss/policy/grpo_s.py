@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from rltrain.loss.policy.ratio import LOG_RATIO_LIMIT, approx_kl, log_ratio, sequence_advantage
+from rltrain.needs import OLD_LOGP, OWNS_CLIPPING, SEQUENCE_LEVEL
 from rltrain.registry import method
 from rltrain.tensor_ops import masked_mean
 from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
@@ -12,7 +13,7 @@ from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
 __all__ = ["grpo_s"]
 
 
-@method("grpo_s", arxiv="2508.04349", needs={"old_logp"}, traits={"owns_clipping", "sequence_level"})
+@method("grpo_s", arxiv="2508.04349", needs={OLD_LOGP}, traits={OWNS_CLIPPING, SEQUENCE_LEVEL})
 def grpo_s(
     policy: PolicyTokens, batch: TrainBatch, *, eps_low: float = 0.2, eps_high: float = 0.2
 ) -> TokenLoss:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rltrain.loss.policy.ratio import LOG_RATIO_LIMIT, approx_kl, log_ratio, policy_statistic
+from rltrain.needs import CONTROL, OLD_LOGP, OWNS_CLIPPING
 from rltrain.registry import method
 from rltrain.tensor_ops import apply_mask
 from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
@@ -15,7 +16,7 @@ from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
 __all__ = ["hapo", "hapo_bounds", "redistribute_advantages"]
 
 
-@method("hapo", arxiv="2509.16591", needs={"old_logp"}, traits={"owns_clipping", "control:hapo"})
+@method("hapo", arxiv="2509.16591", needs={OLD_LOGP}, traits={OWNS_CLIPPING, CONTROL("hapo")})
 def hapo(
     policy: PolicyTokens,
     batch: TrainBatch,

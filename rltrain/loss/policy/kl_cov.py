@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rltrain.loss.policy.ratio import LOG_RATIO_LIMIT, approx_kl, log_ratio, policy_statistic
+from rltrain.needs import ACTS_ON_MARKS, CONTROL, OLD_LOGP, OWNS_CLIPPING
 from rltrain.registry import method
 from rltrain.tensor_ops import apply_mask
 from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
@@ -13,8 +14,8 @@ __all__ = ["kl_cov"]
 @method(
     "kl_cov",
     arxiv="2505.22617",
-    needs={"old_logp"},
-    traits={"owns_clipping", "control:kl_cov", "acts_on_marks"},
+    needs={OLD_LOGP},
+    traits={OWNS_CLIPPING, CONTROL("kl_cov"), ACTS_ON_MARKS},
 )
 def kl_cov(policy: PolicyTokens, batch: TrainBatch, *, beta: float = 1.0) -> TokenLoss:
     """``-A r`` on every token, plus ``beta |ln r|`` on the tokens in ``extra["kl_cov"]``, arXiv:2505.22617.

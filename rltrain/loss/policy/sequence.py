@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from rltrain.loss.policy.ratio import approx_kl, log_ratio, sequence_advantage
+from rltrain.needs import OLD_LOGP, OWNS_CLIPPING, SEQUENCE_LEVEL
 from rltrain.registry import method
 from rltrain.tensor_ops import masked_mean
 from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
@@ -17,7 +18,7 @@ __all__ = ["gmpo", "gspo"]
 LOG_SEQUENCE_RATIO_LIMIT = 10.0  # verl's bound on ln s; beyond it a sequence has no gradient
 
 
-@method("gspo", arxiv="2507.18071", needs={"old_logp"}, traits={"owns_clipping", "sequence_level"})
+@method("gspo", arxiv="2507.18071", needs={OLD_LOGP}, traits={OWNS_CLIPPING, SEQUENCE_LEVEL})
 def gspo(
     policy: PolicyTokens, batch: TrainBatch, *, eps_low: float = 3e-4, eps_high: float = 4e-4
 ) -> TokenLoss:
@@ -41,7 +42,7 @@ def gspo(
     return TokenLoss(values, metrics)
 
 
-@method("gmpo", arxiv="2507.20673", needs={"old_logp"}, traits={"owns_clipping", "sequence_level"})
+@method("gmpo", arxiv="2507.20673", needs={OLD_LOGP}, traits={OWNS_CLIPPING, SEQUENCE_LEVEL})
 def gmpo(
     policy: PolicyTokens, batch: TrainBatch, *, eps_low: float = 0.4, eps_high: float = 0.4
 ) -> TokenLoss:

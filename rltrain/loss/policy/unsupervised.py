@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rltrain.needs import ENTROPY, ENTROPY_GRAD, REWARD_FREE
 from rltrain.registry import method
 from rltrain.tensor_ops import apply_mask
 from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
@@ -9,7 +10,7 @@ from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
 __all__ = ["em_ft", "one_shot_em"]
 
 
-@method("em_ft", arxiv="2505.15134", needs={"entropy_grad"}, traits={"reward_free"})
+@method("em_ft", arxiv="2505.15134", needs={ENTROPY_GRAD}, traits={REWARD_FREE})
 def em_ft(policy: PolicyTokens, batch: TrainBatch) -> TokenLoss:
     """EM-FT: minimises the entropy of each token's full distribution, arXiv:2505.15134. Values (B, T), nats.
 
@@ -22,7 +23,7 @@ def em_ft(policy: PolicyTokens, batch: TrainBatch) -> TokenLoss:
     return TokenLoss(apply_mask(policy.entropy, batch.mask))
 
 
-@method("one_shot_em", arxiv="2505.20282", needs={"entropy:{temperature}"}, traits={"reward_free"})
+@method("one_shot_em", arxiv="2505.20282", needs={ENTROPY("{temperature}")}, traits={REWARD_FREE})
 def one_shot_em(policy: PolicyTokens, batch: TrainBatch, *, temperature: float = 0.5) -> TokenLoss:
     """One-shot EM: the entropy of ``softmax(logits / temperature)`` at each generated token,
     arXiv:2505.20282. Values (B, T), nats.

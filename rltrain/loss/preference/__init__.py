@@ -43,6 +43,7 @@ PREFERENCE_LOSSES = Registry(
             "dco",
             "prm",
             "reward_model",
+            "nll",
         )
     ),
 )

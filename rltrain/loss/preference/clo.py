@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from rltrain.loss.preference.ratio import log_ratios, pair_metrics
 from rltrain.loss.preference.statistics import statistic
+from rltrain.needs import COLUMN, PAIRS, REF_LOGP, TARGET_TOKENS_PER_EXAMPLE
 from rltrain.registry import method
 from rltrain.types.preference import ExampleLoss, PairBatch, PolicyPairs
 
@@ -16,8 +17,8 @@ __all__ = ["clo", "spo_degree"]
 @method(
     "clo",
     arxiv="2505.14297",
-    needs={"ref_logp", "column:is_target_language", "target_tokens_per_example"},
-    traits={"pairs"},
+    needs={REF_LOGP, COLUMN("is_target_language"), TARGET_TOKENS_PER_EXAMPLE},
+    traits={PAIRS},
 )
 def clo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, sft_share: float = 0.5) -> ExampleLoss:
     """``sft_share NLL + (1 - sft_share) DPO``, the NLL over target-language rows only, arXiv:2505.14297.

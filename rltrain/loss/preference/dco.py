@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rltrain.loss.preference.ratio import per_token
+from rltrain.needs import COLUMN, LABELS, REFERENCE_FREE
 from rltrain.registry import method
 from rltrain.types.preference import ExampleLoss, LabelBatch, PolicySequences
 
@@ -34,7 +35,7 @@ def coverage(logp: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return loss, torch.exp(math.log(n) + logp + (n - 1) * log_miss + loss)
 
 
-@method("dco", arxiv="2502.07154", traits={"labels", "reference_free"})
+@method("dco", arxiv="2502.07154", traits={LABELS, REFERENCE_FREE})
 def dco(
     policy: PolicySequences,
     batch: LabelBatch,
@@ -56,7 +57,7 @@ def dco(
     return ExampleLoss(loss - factor * (policy.logp - policy.logp.detach()), {"factor": factor})
 
 
-@method("dco_pass_rate", arxiv="2502.07154", needs={"column:pass_rate"}, traits={"labels", "reference_free"})
+@method("dco_pass_rate", arxiv="2502.07154", needs={COLUMN("pass_rate")}, traits={LABELS, REFERENCE_FREE})
 def dco_pass_rate(
     policy: PolicySequences,
     batch: LabelBatch,

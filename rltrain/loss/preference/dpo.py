@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rltrain.loss.preference.ratio import log_ratios, pair_metrics, per_token
+from rltrain.needs import PAIRS, REF_LOGP, REFERENCE_FREE
 from rltrain.registry import method
 from rltrain.types.preference import ExampleLoss, PairBatch, PolicyPairs
 
@@ -33,7 +34,7 @@ def soft_logistic(logit: Tensor, p_chosen: Tensor | float) -> Tensor:
     return -p_chosen * logsigmoid(logit) - (1 - p_chosen) * logsigmoid(-logit)
 
 
-@method("dpo", arxiv="2305.18290", needs={"ref_logp"}, traits={"pairs"})
+@method("dpo", arxiv="2305.18290", needs={REF_LOGP}, traits={PAIRS})
 def dpo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1) -> ExampleLoss:
     """``-ln sigmoid(z)``, arXiv:2305.18290.
 
@@ -45,7 +46,7 @@ def dpo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1) -> ExampleL
     )
 
 
-@method("cdpo", needs={"ref_logp"}, traits={"pairs"})
+@method("cdpo", needs={REF_LOGP}, traits={PAIRS})
 def cdpo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, flip_rate: float = 0.2) -> ExampleLoss:
     """Conservative DPO: the label is right with probability ``1 - flip_rate`` (Mitchell 2023). Values (N,).
 
@@ -58,7 +59,7 @@ def cdpo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, flip_rate:
     return ExampleLoss(values, pair_metrics(policy, beta * chosen, beta * rejected))
 
 
-@method("robust_dpo", arxiv="2403.00409", needs={"ref_logp"}, traits={"pairs"})
+@method("robust_dpo", arxiv="2403.00409", needs={REF_LOGP}, traits={PAIRS})
 def robust_dpo(
     policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, flip_rate: float = 0.1
 ) -> ExampleLoss:
@@ -75,7 +76,7 @@ def robust_dpo(
     return ExampleLoss(values, pair_metrics(policy, beta * chosen, beta * rejected))
 
 
-@method("hinge", arxiv="2309.06657", needs={"ref_logp"}, traits={"pairs"})
+@method("hinge", arxiv="2309.06657", needs={REF_LOGP}, traits={PAIRS})
 def hinge(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1) -> ExampleLoss:
     """``max(0, 1 - z)``: the hinge of SLiC and RSO, arXiv:2309.06657.
 
@@ -87,7 +88,7 @@ def hinge(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1) -> Exampl
     )
 
 
-@method("ipo", arxiv="2310.12036", needs={"ref_logp"}, traits={"pairs"})
+@method("ipo", arxiv="2310.12036", needs={REF_LOGP}, traits={PAIRS})
 def ipo(
     policy: PolicyPairs, batch: PairBatch, *, tau: float = 0.1, log_ratio: Literal["sum", "per_token"] = "sum"
 ) -> ExampleLoss:
@@ -104,7 +105,7 @@ def ipo(
     return ExampleLoss(values, pair_metrics(policy, tau * chosen, tau * rejected))
 
 
-@method("dpo_length_normalised", arxiv="2411.15124", needs={"ref_logp"}, traits={"pairs"})
+@method("dpo_length_normalised", arxiv="2411.15124", needs={REF_LOGP}, traits={PAIRS})
 def dpo_length_normalised(policy: PolicyPairs, batch: PairBatch, *, beta: float = 5.0) -> ExampleLoss:
     """DPO on log-ratios per token, as in Tulu 3, arXiv:2411.15124. Values (N,).
 
@@ -119,7 +120,7 @@ def dpo_length_normalised(policy: PolicyPairs, batch: PairBatch, *, beta: float 
     )
 
 
-@method("dpo_reference_free", arxiv="2305.18290", traits={"pairs", "reference_free"})
+@method("dpo_reference_free", arxiv="2305.18290", traits={PAIRS, REFERENCE_FREE})
 def dpo_reference_free(
     policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, logp: Literal["sum", "per_token"] = "sum"
 ) -> ExampleLoss:

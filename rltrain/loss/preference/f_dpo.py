@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rltrain.loss.preference.ratio import log_ratios, pair_metrics
+from rltrain.needs import PAIRS, REF_LOGP
 from rltrain.registry import method
 from rltrain.types.preference import ExampleLoss, PairBatch, PolicyPairs
 
@@ -36,7 +37,7 @@ def divergence_score(
     return -exponent.clamp(max=LARGEST_EXPONENT).expm1() / alpha_forward, exponent > LARGEST_EXPONENT
 
 
-@method("f_dpo", arxiv="2309.16240", needs={"ref_logp"}, traits={"pairs"})
+@method("f_dpo", arxiv="2309.16240", needs={REF_LOGP}, traits={PAIRS})
 def f_dpo(
     policy: PolicyPairs,
     batch: PairBatch,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch.nn.functional import logsigmoid
 
 from rltrain.loss.preference.ratio import pair_metrics, ref_logp
+from rltrain.needs import PAIRS, REF_LOGP
 from rltrain.registry import method
 from rltrain.types.preference import ExampleLoss, PairBatch, PolicyPairs
 
 __all__ = ["h_dpo"]
 
 
-@method("h_dpo", arxiv="2411.07595", needs={"ref_logp"}, traits={"pairs"})
+@method("h_dpo", arxiv="2411.07595", needs={REF_LOGP}, traits={PAIRS})
 def h_dpo(policy: PolicyPairs, batch: PairBatch, *, alpha: float = 1.0, beta: float = 0.1) -> ExampleLoss:
     """DPO with ``alpha`` on the policy's log-probs only, arXiv:2411.07595. Values (N,).
 

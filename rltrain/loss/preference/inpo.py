@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from rltrain.loss.preference.ratio import pair_metrics, ref_logp
+from rltrain.needs import PAIRS, PREVIOUS_LOGP, PREVIOUS_POLICY, REF_LOGP
 from rltrain.registry import method
 from rltrain.types.preference import CompletionFacts, ExampleLoss, PairBatch, PolicyPairs, PolicySequences
 
 __all__ = ["inpo", "mirror_descent_step", "mirror_prox_step", "nash_mp", "nash_mp_score", "symmetrise"]
 
 
-@method("inpo", arxiv="2407.00617", needs={"ref_logp", "previous_logp"}, traits={"pairs", "previous_policy"})
+@method("inpo", arxiv="2407.00617", needs={REF_LOGP, PREVIOUS_LOGP}, traits={PAIRS, PREVIOUS_POLICY})
 def inpo(policy: PolicyPairs, batch: PairBatch, *, eta: float = 0.0075, tau: float = 0.0025) -> ExampleLoss:
     """``(h - 1 / (2 eta))^2``, h the margin against reference and previous iterate, arXiv:2407.00617. Values
     (N,).
@@ -31,9 +32,7 @@ def inpo(policy: PolicyPairs, batch: PairBatch, *, eta: float = 0.0075, tau: flo
     )
 
 
-@method(
-    "nash_mp", arxiv="2505.19731", needs={"ref_logp", "previous_logp"}, traits={"pairs", "previous_policy"}
-)
+@method("nash_mp", arxiv="2505.19731", needs={REF_LOGP, PREVIOUS_LOGP}, traits={PAIRS, PREVIOUS_POLICY})
 def nash_mp(policy: PolicyPairs, batch: PairBatch, *, eta: float = 2.0, beta: float = 0.5) -> ExampleLoss:
     """One proximal step of Nash Mirror Prox as a regression on pairs, arXiv:2505.19731. Values (N,).
 

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from rltrain.loss.preference.ratio import completion_log_ratio
 from rltrain.loss.preference.statistics import labels, statistic
+from rltrain.needs import DESIRABLE_SHARE, LABEL, LABELS, REF_LOGP, Z0
 from rltrain.registry import method
 from rltrain.types.preference import ExampleLoss, LabelBatch, PolicySequences
 
 __all__ = ["class_weight_advice", "class_weight_window", "kto", "mismatched_partner"]
 
 
-@method("kto", arxiv="2402.01306", needs={"ref_logp", "label", "z0", "desirable_share"}, traits={"labels"})
+@method("kto", arxiv="2402.01306", needs={REF_LOGP, LABEL, Z0, DESIRABLE_SHARE}, traits={LABELS})
 def kto(
     policy: PolicySequences,
     batch: LabelBatch,

@@ -8,6 +8,7 @@ from torch import Tensor
 from rltrain.loss.preference.dpo import soft_logistic
 from rltrain.loss.preference.margins import target_probability
 from rltrain.loss.preference.ratio import log_ratios, pair_metrics
+from rltrain.needs import GAMMA_REQUIRED, MARGIN, MARGINS, P_CHOSEN, PAIRS, REF_LOGP
 from rltrain.registry import method
 from rltrain.types.preference import ExampleLoss, PairBatch, PolicyPairs
 
@@ -49,9 +50,7 @@ def stated_target(batch: PairBatch, loss: str) -> Tensor:
     return p_chosen
 
 
-@method(
-    "mmpo", arxiv="2410.03145", needs={"ref_logp", "margin"}, traits={"pairs", "margins", "gamma_required"}
-)
+@method("mmpo", arxiv="2410.03145", needs={REF_LOGP, MARGIN}, traits={PAIRS, MARGINS, GAMMA_REQUIRED})
 def mmpo(
     policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.01, gamma: float | None = None
 ) -> ExampleLoss:
@@ -70,7 +69,7 @@ def mmpo(
     return ExampleLoss(soft_logistic(beta * (chosen - rejected), target), metrics)
 
 
-@method("osp", arxiv="2405.14103", needs={"ref_logp", "p_chosen"}, traits={"pairs", "margins"})
+@method("osp", arxiv="2405.14103", needs={REF_LOGP, P_CHOSEN}, traits={PAIRS, MARGINS})
 def osp(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1) -> ExampleLoss:
     """Soft-preference cross-entropy: DPO's with a judge's probability p_chosen as target, arXiv:2405.14103.
     Values (N,).

@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from rltrain.loss.preference.ratio import log_ratios, pair_metrics
 from rltrain.loss.preference.statistics import statistic
+from rltrain.needs import MEAN_MARGIN, PAIRS, REF_LOGP
 from rltrain.registry import method
 from rltrain.types.preference import ExampleLoss, PairBatch, PolicyPairs
 
@@ -28,7 +29,7 @@ def dynamic_exponent(mean_margin: Tensor, sharpness: float) -> Tensor:
     return (2 * torch.sigmoid(-sharpness * mean_margin)).clamp(SMALLEST_EXPONENT, 1)
 
 
-@method("napo", arxiv="2503.17928", needs={"ref_logp", "mean_margin"}, traits={"pairs"})
+@method("napo", arxiv="2503.17928", needs={REF_LOGP, MEAN_MARGIN}, traits={PAIRS})
 def napo(
     policy: PolicyPairs,
     batch: PairBatch,
@@ -50,7 +51,7 @@ def napo(
     return _napo(policy, batch, beta, q)
 
 
-@method("napo_fixed", arxiv="2503.17928", needs={"ref_logp"}, traits={"pairs"})
+@method("napo_fixed", arxiv="2503.17928", needs={REF_LOGP}, traits={PAIRS})
 def napo_fixed(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, q: float = 0.5) -> ExampleLoss:
     """``napo`` with a fixed exponent q in (0, 1]: the limit 0 is DPO, 1 is ``1 - sigmoid(z)``,
     arXiv:2503.17928. beta as in ``dpo``.

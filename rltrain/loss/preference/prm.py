@@ -14,13 +14,14 @@ from torch.nn.functional import logsigmoid
 from rltrain.loss.preference.dpo import soft_logistic
 from rltrain.loss.preference.ratio import completion_log_ratio, log_ratios, pair_metrics
 from rltrain.loss.preference.statistics import labels, statistic
+from rltrain.needs import GROUP_SIZE, LABEL, LABELS, PAIRS, REF_LOGP, REWARD_SOFTMAX, WHOLE_GROUPS
 from rltrain.registry import method
 from rltrain.types.preference import ExampleLoss, LabelBatch, PairBatch, PolicyPairs, PolicySequences
 
 __all__ = ["contrasts", "implicit_prm_ce", "nca", "nca_group"]
 
 
-@method("implicit_prm_ce", arxiv="2412.01981", needs={"ref_logp", "label"}, traits={"labels"})
+@method("implicit_prm_ce", arxiv="2412.01981", needs={REF_LOGP, LABEL}, traits={LABELS})
 def implicit_prm_ce(policy: PolicySequences, batch: LabelBatch, *, beta: float = 0.05) -> ExampleLoss:
     """Cross-entropy of the outcome label under ``sigmoid(beta u)``, arXiv:2412.01981. Values (N,).
 
@@ -33,7 +34,7 @@ def implicit_prm_ce(policy: PolicySequences, batch: LabelBatch, *, beta: float =
     return ExampleLoss(soft_logistic(logit, label.to(logit.dtype)), _outcome_metrics(logit, label))
 
 
-@method("nca", arxiv="2402.05369", needs={"ref_logp"}, traits={"pairs"})
+@method("nca", arxiv="2402.05369", needs={REF_LOGP}, traits={PAIRS})
 def nca(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.05) -> ExampleLoss:
     """``-ln s(z_w) - 1/2 ln s(-z_w) - 1/2 ln s(-z_l)`` with z = beta u, s the sigmoid: NCA for pairs,
     arXiv:2402.05369. Values (N,).
@@ -49,8 +50,8 @@ def nca(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.05) -> Example
 @method(
     "nca_group",
     arxiv="2402.05369",
-    needs={"ref_logp", "label", "reward_softmax", "group_size"},
-    traits={"labels", "whole_groups"},
+    needs={REF_LOGP, LABEL, REWARD_SOFTMAX, GROUP_SIZE},
+    traits={LABELS, WHOLE_GROUPS},
 )
 def nca_group(
     policy: PolicySequences, batch: LabelBatch, *, beta: float = 0.05, temperature: float = 0.5

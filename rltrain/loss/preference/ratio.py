@@ -7,7 +7,9 @@ from torch import Tensor
 
 from rltrain.types.preference import CompletionFacts, PairBatch, PolicyPairs, PolicySequences
 
-__all__ = ["completion_log_ratio", "log_ratios", "pair_metrics", "per_token", "reward_metrics"]
+__all__ = ["completion_log_ratio", "count_wins", "log_ratios", "pair_metrics", "per_token", "reward_metrics"]
+
+_TIE = 1e-6  # a margin up to this is what rounding leaves between a policy and the reference that it equals
 
 
 def completion_log_ratio(policy: PolicySequences, facts: CompletionFacts) -> Tensor:
@@ -38,7 +40,8 @@ def per_token(sums: Tensor, facts: CompletionFacts) -> Tensor:
 
 
 def pair_metrics(policy: PolicyPairs, chosen_reward: Tensor, rejected_reward: Tensor) -> dict[str, Tensor]:
-    """(N,) each, detached: implicit rewards, their margin, accuracy (a tie is wrong), and both log-probs.
+    """(N,) each, detached: implicit rewards, their margin, accuracy (a tie is half right), and both
+    log-probs.
 
     Both log-probs may fall while the margin grows, which the margin alone does not show.
     """
@@ -47,12 +50,19 @@ def pair_metrics(policy: PolicyPairs, chosen_reward: Tensor, rejected_reward: Te
 
 
 def reward_metrics(chosen_reward: Tensor, rejected_reward: Tensor) -> dict[str, Tensor]:
-    """(N,) each, detached: rewards, their margin, and accuracy, in which a tie counts as wrong."""
+    """(N,) each, detached: rewards, their margin, and accuracy as ``count_wins``."""
     with torch.no_grad():
         margin = chosen_reward - rejected_reward
         return {
             "reward_chosen": chosen_reward.detach(),
             "reward_rejected": rejected_reward.detach(),
             "margin": margin,
-            "accuracy": (margin > 0).to(margin.dtype),
+            "accuracy": count_wins(margin),
         }
+
+
+def count_wins(margin: Tensor) -> Tensor:
+    """In the shape of ``margin``: 1 above 0, and one half at a tie, because a policy equal to its reference
+    prefers neither side.
+    """
+    return torch.where(margin.abs() <= _TIE, 0.5, (margin > 0).to(margin.dtype))

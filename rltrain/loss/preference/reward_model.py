@@ -10,13 +10,14 @@ from rltrain.loss.preference.dpo import soft_logistic
 from rltrain.loss.preference.mmpo import margin_target, stated_target
 from rltrain.loss.preference.ratio import reward_metrics
 from rltrain.loss.preference.statistics import labels
+from rltrain.needs import GAMMA_REQUIRED, LABEL, LABELS, MARGIN, MARGINS, P_CHOSEN, PAIRS, SCALAR_HEAD
 from rltrain.registry import method
 from rltrain.types.preference import ExampleLoss, LabelBatch, PairBatch, RewardPairs
 
 __all__ = ["bradley_terry", "bradley_terry_margin", "bradley_terry_mmpo", "bradley_terry_soft", "orm"]
 
 
-@method("bradley_terry", arxiv="2203.02155", traits={"pairs", "scalar_head"})
+@method("bradley_terry", arxiv="2203.02155", traits={PAIRS, SCALAR_HEAD})
 def bradley_terry(reward: RewardPairs, batch: PairBatch, *, centre: float = 0.0) -> ExampleLoss:
     """``-ln sigmoid(r_w - r_l) + centre (r_w + r_l)^2``, as in arXiv:2203.02155. Values (N,).
 
@@ -27,9 +28,7 @@ def bradley_terry(reward: RewardPairs, batch: PairBatch, *, centre: float = 0.0)
     return _pairwise(reward, -logsigmoid(_difference(reward)), centre)
 
 
-@method(
-    "bradley_terry_margin", arxiv="2307.09288", needs={"margin"}, traits={"pairs", "scalar_head", "margins"}
-)
+@method("bradley_terry_margin", arxiv="2307.09288", needs={MARGIN}, traits={PAIRS, SCALAR_HEAD, MARGINS})
 def bradley_terry_margin(reward: RewardPairs, batch: PairBatch, *, centre: float = 0.0) -> ExampleLoss:
     """``-ln sigmoid(r_w - r_l - margin)``: the rewards must differ by more than the data's margin,
     arXiv:2307.09288. Values (N,).
@@ -52,8 +51,8 @@ def bradley_terry_margin(reward: RewardPairs, batch: PairBatch, *, centre: float
 @method(
     "bradley_terry_mmpo",
     arxiv="2410.03145",
-    needs={"margin"},
-    traits={"pairs", "scalar_head", "margins", "gamma_required"},
+    needs={MARGIN},
+    traits={PAIRS, SCALAR_HEAD, MARGINS, GAMMA_REQUIRED},
 )
 def bradley_terry_mmpo(
     reward: RewardPairs, batch: PairBatch, *, gamma: float | None = None, centre: float = 0.0
@@ -68,9 +67,7 @@ def bradley_terry_mmpo(
     return _pairwise(reward, soft_logistic(_difference(reward), target), centre)
 
 
-@method(
-    "bradley_terry_soft", arxiv="2410.03145", needs={"p_chosen"}, traits={"pairs", "scalar_head", "margins"}
-)
+@method("bradley_terry_soft", arxiv="2410.03145", needs={P_CHOSEN}, traits={PAIRS, SCALAR_HEAD, MARGINS})
 def bradley_terry_soft(reward: RewardPairs, batch: PairBatch, *, centre: float = 0.0) -> ExampleLoss:
     """``bradley_terry_mmpo`` with the data's own probability p_chosen as target, arXiv:2410.03145.
 
@@ -80,7 +77,7 @@ def bradley_terry_soft(reward: RewardPairs, batch: PairBatch, *, centre: float =
     return _pairwise(reward, soft_logistic(_difference(reward), target), centre)
 
 
-@method("orm", arxiv="2110.14168", needs={"label"}, traits={"labels", "scalar_head"})
+@method("orm", arxiv="2110.14168", needs={LABEL}, traits={LABELS, SCALAR_HEAD})
 def orm(reward: Tensor, batch: LabelBatch) -> ExampleLoss:
     """Outcome reward model: cross-entropy of the label under ``sigmoid(r)``, as in arXiv:2110.14168.
 

@@ -9,13 +9,14 @@ from torch.nn.functional import logsigmoid
 
 from rltrain.loss.preference.ratio import log_ratios, pair_metrics, per_token
 from rltrain.loss.preference.statistics import statistic
+from rltrain.needs import MEAN_CHOSEN_LENGTH, PAIRS, REF_LOGP
 from rltrain.registry import method
 from rltrain.types.preference import ExampleLoss, PairBatch, PolicyPairs
 
 __all__ = ["rpo"]
 
 
-@method("rpo", arxiv="2405.16436", needs={"ref_logp", "mean_chosen_length"}, traits={"pairs"})
+@method("rpo", arxiv="2405.16436", needs={REF_LOGP, MEAN_CHOSEN_LENGTH}, traits={PAIRS})
 def rpo(
     policy: PolicyPairs,
     batch: PairBatch,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rltrain.loss.preference import STATISTICS, statistics_of
+from rltrain.needs import COLUMN, LABEL, LOGP_NOW, MISMATCHED, REF_LOGP
 from rltrain.registry import BoundMethod, method
 from rltrain.tensor_ops import segment_count, segment_mean
 from rltrain.types.preference import CompletionFacts, LabelBatch, PairBatch
@@ -51,7 +52,7 @@ def labels(batch: LabelBatch, caller: str) -> Tensor:
     return batch.label
 
 
-@method("z0", needs={"mismatched"})
+@method("z0", needs={MISMATCHED})
 def z0(batch: LabelBatch) -> Tensor:
     """() nats: KTO's reference point, max(0, mean log-ratio of prompts with other prompts' completions),
     arXiv:2402.01306.
@@ -67,13 +68,13 @@ def z0(batch: LabelBatch) -> Tensor:
     return _log_ratio_now(batch.mismatched).mean().clamp(min=0)
 
 
-@method("desirable_share", needs={"label"})
+@method("desirable_share", needs={LABEL})
 def desirable_share(batch: LabelBatch) -> Tensor:
     """() share of the batch's completions that are desirable; for metrics per class."""
     return (labels(batch, "a statistic over labels") > 0.5).double().mean()
 
 
-@method("mean_margin", needs={"logp_now", "ref_logp"})
+@method("mean_margin", needs={LOGP_NOW, REF_LOGP})
 def mean_margin(batch: PairBatch, *, margin_type: str) -> Tensor:
     """() nats: NaPO's mean margin of the current policy relative to its reference, arXiv:2503.17928.
 
@@ -93,13 +94,19 @@ def mean_chosen_length(batch: PairBatch) -> Tensor:
     return batch.chosen.length.double().mean()
 
 
-@method("target_tokens_per_example", needs={"column:is_target_language"})
+@method("mean_length")
+def mean_length(batch: LabelBatch) -> Tensor:
+    """() scored tokens per completion, which converts a mean over completions into one over tokens."""
+    return batch.completion.length.double().mean()
+
+
+@method("target_tokens_per_example", needs={COLUMN("is_target_language")})
 def target_tokens_per_example(batch: PairBatch) -> Tensor:
     """() scored chosen tokens of target-language rows, divided by all rows (CLO, arXiv:2505.14297)."""
     return (batch.chosen.length * batch.columns["is_target_language"]).double().mean()
 
 
-@method("reward_softmax", needs={"label"})
+@method("reward_softmax", needs={LABEL})
 def reward_softmax(batch: LabelBatch, *, temperature: float) -> Tensor:
     """(N,) softmax of label / temperature over the completions of each prompt (NCA, arXiv:2402.05369).
 

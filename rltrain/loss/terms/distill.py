@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rltrain.needs import OLD_LOGP, REF_LOG_MASS, REF_LOGP, TEACHER_LOGP
 from rltrain.registry import method
 from rltrain.tensor_ops import apply_mask
 from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
@@ -20,7 +21,7 @@ MASS = "ref_log_mass:"
 LOG_RATIO_LIMIT = 20.0  # before exp, as for the ratios of the policy losses
 
 
-@method("kdrl", arxiv="2506.02208", needs={"teacher_logp"})
+@method("kdrl", arxiv="2506.02208", needs={TEACHER_LOGP})
 def kdrl(policy: PolicyTokens, batch: TrainBatch, *, estimator: Literal["k2", "k3"] = "k2") -> TokenLoss:
     """Distillation from a teacher on the policy's completions, added to the policy loss, arXiv:2506.02208.
     Values (B, T), nats.
@@ -39,7 +40,7 @@ def kdrl(policy: PolicyTokens, batch: TrainBatch, *, estimator: Literal["k2", "k
     return TokenLoss(values * batch.extra["kdrl"] if "kdrl" in batch.extra else values)
 
 
-@method("teacher_text", arxiv="2603.11178", needs={"teacher_logp"})
+@method("teacher_text", arxiv="2603.11178", needs={TEACHER_LOGP})
 def teacher_text(policy: PolicyTokens, batch: TrainBatch) -> TokenLoss:
     """Forward KL to the teacher on text that the teacher wrote, arXiv:2603.11178. Values (B, T), nats.
 
@@ -56,7 +57,7 @@ def teacher_text(policy: PolicyTokens, batch: TrainBatch) -> TokenLoss:
     return TokenLoss(apply_mask(batch.teacher_logp - policy.logp, batch.mask) * batch.extra["teacher_text"])
 
 
-@method("rapo", arxiv="2510.03865", needs={"old_logp", "ref_logp", "ref_log_mass:{phi_low}"})
+@method("rapo", arxiv="2510.03865", needs={OLD_LOGP, REF_LOGP, REF_LOG_MASS("{phi_low}")})
 def rapo(policy: PolicyTokens, batch: TrainBatch, *, phi_low: float = 0.5, cap: float = 10.0) -> TokenLoss:
     """Forward KL from the reference, flattened where the reward is low, to the policy, arXiv:2510.03865.
     Values (B, T).

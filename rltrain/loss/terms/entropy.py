@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rltrain.needs import CLAMPED_ENTROPY, ENTROPY_GRAD
 from rltrain.registry import method
 from rltrain.tensor_ops import apply_mask
 from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
@@ -16,7 +17,7 @@ from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
 __all__ = ["clamped_entropy", "epo"]
 
 
-@method("clamped_entropy", arxiv="2509.03493", needs={"clamped_entropy:{share}"})
+@method("clamped_entropy", arxiv="2509.03493", needs={CLAMPED_ENTROPY("{share}")})
 def clamped_entropy(policy: PolicyTokens, batch: TrainBatch, *, share: float = 0.3) -> TokenLoss:
     """AEnt's bonus: minus the entropy of the policy over its likelier tokens, arXiv:2509.03493. Values (B,
     T), nats.
@@ -32,7 +33,7 @@ def clamped_entropy(policy: PolicyTokens, batch: TrainBatch, *, share: float = 0
     return TokenLoss(-values, {"nats": values.detach()})
 
 
-@method("epo", arxiv="2509.22576", needs={"entropy_grad"})
+@method("epo", arxiv="2509.22576", needs={ENTROPY_GRAD})
 def epo(
     policy: PolicyTokens,
     batch: TrainBatch,

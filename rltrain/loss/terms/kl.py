@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rltrain.needs import ENTROPY_GRAD, OLD_LOGP, PENALTY_OF_REWARD, REF_LOGP
 from rltrain.registry import method
 from rltrain.tensor_ops import apply_mask
 from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
@@ -17,8 +18,9 @@ __all__ = ["entropy", "kl"]
 @method(
     "kl",
     arxiv="2402.03300",
-    needs={"ref_logp"},
-    needs_if={"ratio_corrected": {"old_logp"}},
+    needs={REF_LOGP},
+    needs_if={"ratio_corrected": {OLD_LOGP}},
+    traits={PENALTY_OF_REWARD("kl_coef")},
     refuses={
         "estimator": {
             "k1": "its gradient as a loss term is that of log pi, whose expectation is 0: it adds noise and "
@@ -61,7 +63,7 @@ def kl(
     return TokenLoss(values)
 
 
-@method("entropy", needs={"entropy_grad"})
+@method("entropy", needs={ENTROPY_GRAD})
 def entropy(policy: PolicyTokens, batch: TrainBatch) -> TokenLoss:
     """Entropy bonus: ``-H`` of the current policy at each token, in nats (Williams and Peng 1991).
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import threading
 import warnings
-from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -21,23 +20,22 @@ from torch import Tensor
 
 from rltrain.errors import UserError
 from rltrain.protocols import EngineState
-from rltrain.rollout.engines.checks import WeightShapes, require_fit, require_version
+from rltrain.rollout.engines.checks import require_fit, require_version
 from rltrain.rollout.worker.answers import GarbageAnswer, GenerateRequest
 from rltrain.rollout.worker.client import ServerInfo, WorkerBusy, WorkerClient, WorkerLost
-from rltrain.rollout.worker.flags import KNOWN_VERSIONS, MODEL_NAME, WorkerSettings
+from rltrain.rollout.worker.flags import KNOWN_VERSIONS, WorkerSettings
 from rltrain.rollout.worker.guard import Choice
-from rltrain.rollout.worker.process import LocalWorker
-from rltrain.seeds import stable_hash
+from rltrain.rollout.worker.process import LocalWorker, WorkerDied
+from rltrain.rollout.worker.requests import ServerModel, make_request, require_temperature
+from rltrain.rollout.worker.threads import LoopThread
 from rltrain.tensor_ops import Fingerprint
-from rltrain.types.samples import Answer, Completion, PolicyVersion, Request, Sampling, Span
+from rltrain.types.samples import Answer, PolicyVersion, Request
 
 __all__ = ["VllmServer", "WeightPusher", "require_settings"]
 
 _STRIKES = 3  # garbage answers to one request, after which the worker is not believed
 _BUSY_SECONDS = 0.5  # between tries of a request that the worker does not serve now
 _MISSES = 2  # calls in a row without a sign of life, after which the worker counts as lost
-# vLLM raises smaller temperatures to this, and its log-probs would be those of another distribution
-_MIN_TEMPERATURE = 0.01
 
 
 class WeightPusher(Protocol):
@@ -48,17 +46,6 @@ class WeightPusher(Protocol):
     def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, Fingerprint]: ...
 
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class ServerModel:
-    """What the engine must know of the model. shapes: of the weights that a load takes."""
-
-    shapes: WeightShapes
-    vocabulary: int
-    stop_token_ids: tuple[int, ...]
-    decode: Callable[[Sequence[int]], str]
-    max_model_len: int
 
 
 class VllmServer:
@@ -91,7 +78,7 @@ class VllmServer:
         self._pusher = pusher
         self._worker = worker
         self._gather = gather
-        self._loop = _LoopThread()
+        self._loop = LoopThread()
         self._sent = 0  # requests, for their ids
 
     def load(self, stream: Iterable[tuple[str, Tensor]], version: PolicyVersion) -> None:
@@ -149,7 +136,7 @@ class VllmServer:
         limit = self._model.max_model_len
         require_fit(requests, limit, "the server's max_model_len or the model's max_position_embeddings")
         for request in requests:
-            _require_temperature(request.sampling)
+            require_temperature(request.sampling)
         self.state = EngineState.SERVING
         assert self._loop is not None
         arrivals: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
@@ -186,15 +173,11 @@ class VllmServer:
         put: Callable[[Answer | BaseException], None],
     ) -> None:
         """Asks for a request's samples, no more than the server takes at once, and puts the answer."""
-        is_greedy = request.sampling.temperature == 0
-        # vLLM takes no n above 1 for greedy decoding, whose completions are all the same
-        count = 1 if is_greedy else request.count
+        count = make_request(request, policy, self._model.stop_token_ids).n
         parts = [(first, min(self._rows, count - first)) for first in range(0, count, self._rows)]
-        chosen = await asyncio.gather(
-            *(self._ask(request, request.first + first, n, policy, slots) for first, n in parts)
-        )
+        chosen = await asyncio.gather(*(self._ask(request, first, n, policy, slots) for first, n in parts))
         completions = tuple(
-            self._completion(choice, request.sampling) for choices in chosen for choice in choices
+            self._model.make_completion(choice, request.sampling) for choices in chosen for choice in choices
         )
         completions *= request.count // len(completions)
         put(Answer(index, request.prompt, completions))
@@ -202,22 +185,11 @@ class VllmServer:
     async def _ask(
         self, request: Request, first: int, n: int, policy: PolicyVersion, slots: asyncio.Semaphore
     ) -> list[Choice]:
-        """The samples from ``first`` on, asked for again after a garbage answer. Raises GarbageAnswer."""
-        sampling = request.sampling
-        asked = GenerateRequest(
-            id="",
-            token_ids=request.prompt.token_ids,
-            n=n,
-            temperature=sampling.temperature,
-            max_tokens=sampling.max_tokens,
-            # vLLM adds the place in the request to the seed
-            seed=stable_hash(sampling.seed, request.prompt.id) + first,
-            stop_token_ids=self._model.stop_token_ids,
-            # part of the prefix cache's key, so that keys and values of other weights are never reused, nor
-            # those of another use, because they differ in rounding
-            salt=f"{policy} {sampling.cache}",
-            model=MODEL_NAME,
-        )
+        """``n`` samples from ``first`` on; after a garbage answer they are asked for again. Raises
+        GarbageAnswer.
+        """
+        asked = make_request(request, policy, self._model.stop_token_ids)
+        asked = replace(asked, n=n, seed=asked.seed + first)
         strikes = 0
         while True:
             self._sent += 1
@@ -248,8 +220,11 @@ class VllmServer:
         misses = 0
         while True:
             await asyncio.sleep(self._client.seconds.alive)
-            if self._worker is not None:
-                self._worker.require_alive()
+            try:
+                if self._worker is not None:
+                    self._worker.require_alive()
+            except WorkerDied as error:
+                raise WorkerLost(str(error)) from error
             try:
                 await asyncio.to_thread(self._client.require_alive)
                 misses = 0
@@ -259,34 +234,6 @@ class VllmServer:
                     raise WorkerLost(
                         f"{error}; and so {misses} times in a row: it has died or hangs"
                     ) from error
-
-    def _completion(self, choice: Choice, sampling: Sampling) -> Completion:
-        tokens = tuple(choice.token_ids)
-        return Completion(
-            token_ids=tokens,
-            logprobs=tuple(choice.logprobs),
-            finish="stop" if choice.finish == "stop" else "length",
-            text=self._model.decode(tokens),
-            versions=tuple(Span(start, stop, int(label)) for label, start, stop in choice.versions),
-            source=sampling.source,
-        )
-
-
-class _LoopThread:
-    """An event loop in a thread of its own, so that connections outlive a call."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="rltrain-worker", daemon=True)
-        self._thread.start()
-
-    def run(self, work: Coroutine[Any, Any, None]) -> Future[None]:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
 
 def _take_answers(
@@ -309,17 +256,6 @@ def _first_error(errors: BaseExceptionGroup[Any]) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-def _require_temperature(sampling: Sampling) -> None:
-    """Raises ValueError for a temperature that a server cannot sample at."""
-    if 0 < sampling.temperature < _MIN_TEMPERATURE:
-        raise ValueError(
-            f"temperature {sampling.temperature}: vLLM raises it to {_MIN_TEMPERATURE}; use 0 (greedy) or at "
-            "least that"
-        )
-    if sampling.adaptive is not None and sampling.temperature > 0:
-        raise ValueError("a vLLM server cannot adapt the temperature of a token; use rollout.engine vllm")
 
 
 def require_settings(info: ServerInfo, settings: WorkerSettings, url: str) -> None:

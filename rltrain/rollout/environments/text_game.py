@@ -15,6 +15,7 @@ import textworld
 import textworld.generator
 from textworld import EnvInfos, GameOptions
 
+from rltrain.needs import OWN_REWARDS
 from rltrain.registry import method
 from rltrain.rollout.environments import Step, Task
 
@@ -32,16 +33,19 @@ _REQUESTED_INFOS = EnvInfos(
     won=True,
 )
 _LONGEST_COMMAND = 200  # characters
+# Commands to the interpreter, not to the game: they write files, or go back to the state of another episode.
+_TO_THE_INTERPRETER = re.compile(r"\b(save|restore|script|transcript)\b", re.IGNORECASE)
 
 
-@method("textworld", traits={"rewards"})
+@method("textworld", traits={OWN_REWARDS})
 class TextGame:
     """A game of TextWorld, arXiv:1806.11532, with the number in the task's ``game`` column; every turn is a
     command.
 
     The reward is the game's score divided by its maximum; ``correct`` is 1 once the game is won. rooms,
     objects: size of the game; quest_length: commands needed to win. commands: whether the admissible commands
-    are shown, "listed" or "numbered"; with "numbered" the policy may answer with a number. objective,
+    are shown, "listed" or "numbered"; with "numbered" the policy may answer with a number. Commands to the
+    interpreter (save, restore, script) count as empty ones. objective,
     description: whether the policy reads its goal and what it sees at the start. The command is the last
     non-empty line of the turn. Also reports ``moves`` and the number of ``inadmissible`` ones. cache: folder
     of the games, each made in about three seconds when it is first played.
@@ -118,7 +122,9 @@ class TextGame:
         admissible = self._state.admissible_commands
         if self._commands == "numbered" and command.isdecimal() and 0 < int(command) <= len(admissible):
             return admissible[int(command) - 1]
-        return command
+        if command not in admissible and _TO_THE_INTERPRETER.search(command):
+            return ""
+        return command.replace("\\", "")  # a line that begins with one is the interpreter's, which hangs
 
     def _choices(self) -> str:
         admissible = self._state.admissible_commands

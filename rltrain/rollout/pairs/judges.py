@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rltrain.loss.preference.inpo import symmetrise
+from rltrain.needs import COMPARES_REWARDS, REF_LOGP
 from rltrain.registry import method
 from rltrain.reward.score import RewardInputs
 from rltrain.rollout.grading import reward_inputs
@@ -42,7 +43,7 @@ class JudgeContext:
     max_tokens: int  # of the longest row that the policy can read
 
 
-@method("reward", arxiv="2405.07863")
+@method("reward", arxiv="2405.07863", traits={COMPARES_REWARDS})
 class RewardJudge:
     """The completion with the higher reward is better, as in online DPO with a rule, arXiv:2405.07863.
 
@@ -128,7 +129,7 @@ class ModelJudge:
         return probabilities
 
 
-@method("self", arxiv="2405.14103", needs_if={"by=reference": {"ref_logp"}})
+@method("self", arxiv="2405.14103", needs_if={"by=reference": {REF_LOGP}})
 class SelfJudge:
     """The policy itself says which of two answers is better: online self-preferring, arXiv:2405.14103.
 

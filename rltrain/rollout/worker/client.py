@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import httpx
 
-from rltrain.errors import UserError
+from rltrain.errors import TemporaryError, UserError
 from rltrain.rollout.worker.answers import GarbageAnswer, GenerateRequest, check_choices, parse_json_answer
 from rltrain.rollout.worker.guard import ADAPTER, GENERATE, INFO, Choice, decode_answer, frame
 
@@ -30,7 +30,7 @@ _CONNECT_SECONDS = 5.0
 _IDLE_SECONDS = 2.0
 
 
-class WorkerLost(RuntimeError):
+class WorkerLost(TemporaryError):
     """The worker cannot be reached, does not answer in time, or its engine has failed."""
 
 

@@ -6,7 +6,7 @@ vLLM loads this module for ``--worker-extension-cls``; its import registers the 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +22,21 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from rltrain.errors import UserError
 from rltrain.remote_code import trusts
 from rltrain.rollout.engines.vllm.colocated import read_architecture
 from rltrain.rollout.engines.vllm.layers import Architecture, Place, find_places, layer_products
 from rltrain.rollout.engines.vllm.packing import pack_experts_on_reload, repack_heads
 from rltrain.rollout.engines.vllm.shares import SHARED_COPY, Product
 from rltrain.tensor_ops import product_sums
-from rltrain.weight_transfer import Bucket, Membership, TransferGroup, allocate_buffer, connect_store
+from rltrain.weight_transfer import (
+    Bucket,
+    Membership,
+    ProcessSums,
+    TransferGroup,
+    allocate_buffer,
+    connect_store,
+)
 
 __all__ = ["Extension", "TransferEngine"]
 
@@ -170,14 +178,22 @@ class Extension:
         self._weight_update_active = False
         return "abandoned"
 
-    def rltrain_fingerprint(self, key: str) -> str:
-        """Writes [u.y, |y|^2, copy] of each weight that this process computes with to the learner's store.
+    def rltrain_fingerprint(self, key: str, names: str = "") -> str:
+        """Writes the ``ProcessSums`` of the weights that this process computes with to the learner's store.
 
-        By the store, because a server answers with its first engine's results alone.
+        names: of these alone, as a JSON list; empty: of all.
+
+        By the store, because a server answers with its first engine's results alone. A model that cannot be
+        proved says why there too: of an exception vLLM tells the learner no more than that there was one.
         """
-        places, architecture = self._find_places()
-        sums = read_sums(self.weight_transfer_engine.model, places, architecture, self.vllm_config)
-        self.weight_transfer_engine.put(key, json.dumps(sums))
+        try:
+            places, architecture = self._find_places()
+            subset = set(json.loads(names)) if names else None
+            model = self.weight_transfer_engine.model
+            sums = read_sums(model, places, architecture, self.vllm_config, subset)
+        except UserError as error:
+            sums = ProcessSums(refusal=str(error))
+        self.weight_transfer_engine.put(key, sums.to_json())
         return "written"
 
     def _find_places(self) -> tuple[Mapping[str, Place], Architecture]:
@@ -192,12 +208,21 @@ class Extension:
 
 @torch.inference_mode()
 def read_sums(
-    model: torch.nn.Module, places: Mapping[str, Place], architecture: Architecture, config: Any
-) -> dict[str, tuple[float, float, int]]:
-    """(u.y, |y|^2, copy) by checkpoint name; the sums of processes that share a copy add up."""
+    model: torch.nn.Module,
+    places: Mapping[str, Place],
+    architecture: Architecture,
+    config: Any,
+    names: Collection[str] | None = None,
+) -> ProcessSums:
+    """Sums over the tensor-parallel processes where each has some columns, so that all of them call it.
+
+    names: None for all.
+    """
     parallel = config.parallel_config
-    products = list(layer_products(model, places, architecture))
-    _add_columns([product for product in products if product.share.columns is not None])
+    products = list(layer_products(model, places, architecture, names))
+    divided = [product for product in products if product.share.columns is not None]
+    parts = {product.name: float(product_sums(product.name, product.values)[0]) for product in divided}
+    _add_columns(divided)
     rank = get_tp_group().rank_in_group
     sums: dict[str, tuple[float, float, int]] = {}
     for product in products:
@@ -211,7 +236,7 @@ def read_sums(
         local = share.copy if share.is_split else rank
         copy = SHARED_COPY if share.copy == SHARED_COPY else engine + local
         sums[product.name] = projection, norm * norm, copy
-    return sums
+    return ProcessSums(sums, parts)
 
 
 def _add_columns(products: Sequence[Product]) -> None:

@@ -182,7 +182,7 @@ def worker_settings(
         max_num_seqs=rollout.vllm.max_num_seqs,
         on_gpu=on_gpu,
         kv_cache_gib=rollout.vllm.kv_cache_gib,
-        gpu_memory_utilization=rollout.vllm.gpu_memory_utilization,
+        gpu_memory_utilization=rollout.vllm.utilization_alone,
         enforce_eager=rollout.vllm.enforce_eager,
         tensor_parallel=server.tensor_parallel,
         data_parallel=server.data_parallel,

@@ -1,11 +1,12 @@
-"""The pages in headless Chromium, if it and selenium are installed: apt install chromium chromium-driver, pip
-install selenium.
+"""The pages in headless Chromium or Chrome, where one is installed with its driver: apt install chromium
+chromium-driver.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,15 +17,21 @@ import pytest
 from rltrain.analysis.comparison import Comparison
 from rltrain.analysis.curves import Curves
 from rltrain.analysis.pages.comparison_page import write_comparison
+from rltrain.analysis.pages.live import live_server
 from rltrain.analysis.pages.run_page import write_missing_report
-from support.report_runs import write_run
+from rltrain.report.sinks import JsonLines
+from support.report_runs import training_step, write_run
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
 HAS_SELENIUM = importlib.util.find_spec("selenium") is not None
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="no chromium and chromedriver on the PATH"),
+    pytest.mark.skipif(
+        CHROMIUM is None or DRIVER is None,
+        reason="no chromium (or google-chrome) and chromedriver on the PATH",
+    ),
     pytest.mark.skipif(not HAS_SELENIUM, reason="selenium is not installed"),
 ]
 
@@ -52,7 +59,7 @@ def open_page(tmp_path: Path) -> Iterator[Opener]:
 
     opened: list[Any] = []
 
-    def start(path: Path, width: int = 1400, scheme: str = "light") -> Any:
+    def start(path: Path | str, width: int = 1400, scheme: str = "light") -> Any:
         options = webdriver.ChromeOptions()
         options.binary_location = str(CHROMIUM)
         for flag in (*_FLAGS, f"--user-data-dir={tmp_path / 'profile'}{len(opened)}"):
@@ -64,7 +71,7 @@ def open_page(tmp_path: Path) -> Iterator[Opener]:
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-        driver.get(path.as_uri())
+        driver.get(path if isinstance(path, str) else path.as_uri())
         return driver
 
     yield start
@@ -174,7 +181,13 @@ def test_tokens_are_coloured_by_what_the_reader_chooses(page: Path, open_page: O
 
     driver = open_page(page)
     choice = Select(driver.find_element("id", "colour"))
-    assert [option.get_attribute("value") for option in choice.options] == ["", "entropy", "weight"]
+    assert [option.get_attribute("value") for option in choice.options] == [
+        "",
+        "entropy",
+        "weight",
+        "clip",
+        "version",
+    ]
     choice.select_by_value("entropy")
     driver.execute_script("document.getElementById('group').scrollIntoView()")
     tokens = driver.find_elements("css selector", "#group .token")
@@ -184,6 +197,16 @@ def test_tokens_are_coloured_by_what_the_reader_chooses(page: Path, open_page: O
     assert "out" in tokens[1].get_attribute("class")  # weight 0
     assert "2 more tokens without numbers" in driver.find_element("id", "group").text
     assert "2 or more nats" in driver.find_element("id", "legend").text
+    choice.select_by_value("clip")
+    tokens = driver.find_elements("css selector", "#group .token")
+    backs = [token.value_of_css_property("background-color") for token in tokens]
+    assert backs[0] == backs[2] != backs[1]
+    assert "2 or more updates" in driver.find_element("id", "legend").text
+    choice.select_by_value("version")
+    tokens = driver.find_elements("css selector", "#group .token")
+    backs = [token.value_of_css_property("background-color") for token in tokens]
+    assert backs[0] == backs[1] != backs[2]  # sampled by weights 3, 3 and 4
+    assert "each version of the weights" in driver.find_element("id", "legend").text
     driver.execute_script("document.getElementById('clear').click()")
     assert not driver.find_elements("css selector", "#group .token")
 
@@ -209,3 +232,35 @@ def test_a_comparison_fits_a_phone(open_page: Opener, tmp_path: Path) -> None:
     assert driver.execute_script("return document.documentElement.scrollWidth") == 390
     driver.execute_script("document.getElementById('curves').scrollIntoView()")
     wait_for(lambda: driver.find_elements("css selector", "#charts .u-over"))
+
+
+def test_a_watched_page_shows_new_steps_and_waits_for_a_reader_who_filters(
+    open_page: Opener, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "live")
+    server = live_server(run, 0)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        driver = open_page(f"http://127.0.0.1:{server.server_port}/")
+        last = "return Math.max(...JSON.parse(document.getElementById('data').textContent).charts[0].x)"
+        assert driver.execute_script(last) == 100
+        log_steps(run, range(101, 111))
+        wait_for(lambda: driver.execute_script(last) == 110, 60)
+        fill(driver, "text", "no idea")
+        log_steps(run, range(111, 121))
+        button = wait_for(lambda: driver.find_elements("id", "newer"), 60)[0]
+        assert driver.execute_script(last) == 110 and counted(driver) == "1 prompts, 1 completions"
+        button.click()
+        wait_for(lambda: driver.execute_script(last) == 120, 60)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def log_steps(run: Path, steps: range) -> None:
+    lines = JsonLines(run / "metrics.jsonl")
+    for step in steps:
+        lines.log(step, training_step(step))
+    lines.close()

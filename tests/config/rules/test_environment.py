@@ -56,7 +56,7 @@ def load_checked(recipe: Path, *overrides: str, profile: str | None = None) -> A
         (
             CALCULATOR,
             ["rollout.extra_samples=[answer]", "advantage=grao"],
-            "rollout.extra_samples has answer",
+            "rollout.extra_samples.0 answer adds completions of one turn",
         ),
         (
             CALCULATOR,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
 
 from rltrain.advantage import ADVANTAGES
+from rltrain.config import rules
 from rltrain.config.rules.composition import MethodUse
+from rltrain.config.rules.registries import ENVIRONMENTS, REGISTRIES
 from rltrain.control import TOKEN_CONTROLS
 from rltrain.loss import AGGREGATES
 from rltrain.loss.policy import POLICY_LOSSES
@@ -181,6 +184,7 @@ def test_a_need_may_hold_a_hyperparameter_or_hang_on_its_value() -> None:
         positional=(),
         inputs=(),
         refuses={},
+        check="",
         doc="",
     )
     assert spec.needs_with({}) == {"tempered_logp:1.2"}
@@ -189,3 +193,14 @@ def test_a_need_may_hold_a_hyperparameter_or_hang_on_its_value() -> None:
         "entropy_now",
         "ref_logp",
     }
+
+
+def test_no_central_rule_names_a_method() -> None:
+    """A rule about one method stands beside it (``check``) or follows from its traits."""
+    names = {name for registry in (*REGISTRIES, ENVIRONMENTS) for name in registry.specs}
+    for path in sorted(Path(rules.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Compare) or ".name" not in ast.unparse(node):
+                continue
+            named = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)} & names
+            assert not named, f"{path.name}:{node.lineno}: {ast.unparse(node)}"

@@ -101,7 +101,7 @@ def test_methods_and_hyperparameters_are_those_of_the_registries(
         ),
         (
             ["advantage={name: reinforce_pp, kl_coef: 0.01}", "loss.terms=[{name: kl, coefficient: 0.1}]"],
-            "the KL penalty counts twice: in the reward (advantage.kl_coef 0.01) and as a loss term "
+            "the penalty kl counts twice: in the reward (advantage.kl_coef 0.01) and as a loss term "
             "(loss.terms.0)",
             "keep one of them",
         ),

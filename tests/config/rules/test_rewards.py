@@ -58,7 +58,7 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(reward: str, expecte
 def test_a_judge_of_pairs_needs_two_completions():
     judge = "reward.functions=[{name: llm_judge_pairs, url: 'http://h/v1', model: j, seconds: 5}]"
     assert problems(judge) == ""
-    assert "llm_judge_pairs compares completions of one prompt and rollout.n is 1" in problems(
+    assert "llm_judge_pairs: it compares completions of one prompt and rollout.n is 1" in problems(
         judge, "rollout.n=1"
     )
 

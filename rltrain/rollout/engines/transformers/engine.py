@@ -30,6 +30,7 @@ from rltrain.rollout.engines.transformers.token_decoder import TokenDecoder, pla
 from rltrain.seeds import stable_hash
 from rltrain.tensor_ops import Fingerprint, weight_fingerprint
 from rltrain.types.samples import Answer, Completion, Finish, PolicyVersion, Prompt, Request, Sampling, Span
+from rltrain.watchdog import note_progress
 from rltrain.weight_names import CheckpointNames
 
 PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill forward, which bounds its activations
@@ -229,6 +230,7 @@ class TransformersEngine:
         waiting = list(reversed(rows))
         prefills: dict[int, tuple[_Prefill, int]] = {}  # by prompt: its prefill, and its row there
         while waiting or active:
+            note_progress()
             alive = sum(row.finish is None for row in active)
             min_free = max(1, slots // _ADMIT_SHARE)
             admit = bool(waiting) and (alive == 0 or slots - alive >= min(min_free, len(waiting)))

@@ -28,6 +28,7 @@ from rltrain.protocols import EngineState
 from rltrain.remote_code import trusts
 from rltrain.rollout.engines.checks import WeightShapes, require_fit, require_version
 from rltrain.rollout.engines.vllm.adapter import adapter_fingerprints, adapter_options, write_adapter
+from rltrain.rollout.engines.vllm.config_folder import config_folder
 from rltrain.rollout.engines.vllm.layers import (
     Architecture,
     Place,
@@ -50,6 +51,7 @@ from rltrain.rollout.engines.vllm.tensor_parallel import EngineRanks, find_undiv
 from rltrain.seeds import stable_hash
 from rltrain.tensor_ops import Fingerprint
 from rltrain.types.samples import Answer, Completion, PolicyVersion, Request, Sampling, Span
+from rltrain.watchdog import note_progress
 from rltrain.weight_names import CheckpointNames
 
 _FIXED: Mapping[str, Any] = {
@@ -147,19 +149,16 @@ class VllmColocated:
         """Starts vLLM with the model's ``config`` alone. Raises UserError where it refuses the model."""
         # the V2 runner has another interface of logits processors
         runner = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if self._adaptive else {}
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            unchanged_process(**runner),
-            contextlib.ExitStack() as start_errors,
-        ):
-            config.save_pretrained(folder)
-            source = folder if self._adapter_rank is None else model
+        folder = str(config_folder(config))
+        source = folder if self._adapter_rank is None else model
+        with unchanged_process(**runner), contextlib.ExitStack() as start_errors:
             vllm = import_vllm()
             start_errors.enter_context(_explain_start_errors(model))
             processors = _processors() if self._adaptive else None
             self._llm: Any = vllm.LLM(
                 source, trust_remote_code=trusted, logits_processors=processors, **{**_FIXED, **options}
             )
+        _note_steps(self._llm.llm_engine)
         self._params_class = vllm.SamplingParams
         self._require_processed_logprobs()
 
@@ -441,6 +440,18 @@ class VllmColocated:
         return Completion(
             tokens, tuple(output.logprobs.logprobs), output.finish_reason, text, versions, sampling.source
         )
+
+
+def _note_steps(engine: Any) -> None:
+    """Every decoding step of ``engine`` restarts the deadline of those who wait for its completions."""
+    step = engine.step
+
+    def noted_step() -> Any:
+        outputs = step()
+        note_progress()
+        return outputs
+
+    engine.step = noted_step
 
 
 def _max_positions(config: PreTrainedConfig, default: int) -> int:

@@ -251,9 +251,11 @@ class _Reader:
         if place.expert is not None:
             matrix = expert_matrix(self.module, weight, local_expert(self.module, place.expert))
             rows = matrix.shape[0] // place.parts
+            # what is left are rows and columns that the kernel adds
             size = list(self.architecture.shapes[name])
-            if (share := self._share(name)) is not None and share.is_split:
-                return matrix.narrow(0, place.part * rows, rows)
+            if (share := self._share(name)) is not None:
+                size[0] = size[0] if share.rows is None else share.rows.numel()
+                size[1:2] = size[1:2] if share.width is None else [share.width]
             part = matrix.narrow(0, place.part * rows, size[0])
             return part if part.ndim < 2 else part[:, : size[1]]
         if hasattr(self.module, "org_vocab_size"):

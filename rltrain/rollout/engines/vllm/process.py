@@ -45,6 +45,7 @@ def unchanged_process(**during: str) -> Iterator[None]:
     threads = torch.get_num_threads()
     set_num_threads = torch.set_num_threads
     dtype = torch.get_default_dtype()
+    precision = torch.get_float32_matmul_precision()
     python_state = random.getstate()
     numpy_state = np.random.get_state()
     affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
@@ -59,6 +60,7 @@ def unchanged_process(**during: str) -> Iterator[None]:
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(precision)
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         if affinity is not None:

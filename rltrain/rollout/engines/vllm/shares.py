@@ -43,7 +43,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Share:
-    """rows: of the weight's ``count`` rows, as indexes; None: all. first_column: of ``columns``; None: all.
+    """rows: of the weight's ``count`` rows, as indexes; None: all. first_column, width: of ``columns``; None:
+    all.
 
     copy: processes with one copy number hold one copy of the weight between them.
     """
@@ -52,6 +53,7 @@ class Share:
     rows: Tensor | None = None
     count: int | None = None
     first_column: int = 0
+    width: int | None = None
     columns: int | None = None
     copy: int = 0
 
@@ -91,12 +93,13 @@ def find_share(
             f"{name!r}: the division of this layer between {size} processes is not known, so that no push of "
             "it could be proved; use tensor_parallel 1"
         )
-    if getattr(module, "input_size_per_partition", 0) < getattr(module, "input_size", 0):
+    # a layer that is whole in every process tells no size of a partition
+    if hasattr(module, "input_size_per_partition") and module.input_size_per_partition < module.input_size:
         if parameter != "weight":
             return Share(name, copy=rank)
-        columns = module.input_size_per_partition
-        return Share(name, first_column=rank * columns, columns=module.input_size)
-    if getattr(module, "output_size_per_partition", 0) < getattr(module, "output_size", 0):
+        width = module.input_size_per_partition
+        return Share(name, first_column=rank * width, width=width, columns=module.input_size)
+    if hasattr(module, "output_size_per_partition") and module.output_size_per_partition < module.output_size:
         return _row_share(module, name, place, rank, architecture.shapes[name][0])
     return Share(name, copy=rank)
 
@@ -145,8 +148,8 @@ def _expert_share(module: Any, name: str, place: Place, architecture: Architectu
         return Share(name, torch.arange(rank * rows, (rank + 1) * rows), shape[0], copy=SHARED_COPY)
     if len(shape) < 2:
         return Share(name, copy=rank)
-    columns = shape[1] // parallel.tp_size
-    return Share(name, first_column=rank * columns, columns=shape[1])
+    width = shape[1] // parallel.tp_size
+    return Share(name, first_column=rank * width, width=width, columns=shape[1])
 
 
 # Of experts, which all processes of a server divide, those of several data-parallel engines included.

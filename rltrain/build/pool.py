@@ -1,0 +1,184 @@
+"""Builds the engine that samples on several vLLM servers: started here, named by their urls, or joining."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from rltrain.build.server import (
+    connect,
+    find_token,
+    free_devices,
+    make_link,
+    make_served_model,
+    read_names,
+    visible_devices,
+)
+from rltrain.config.schema import Data, Model, Rollout
+from rltrain.data.tokenization import Tokenization
+from rltrain.errors import UserError
+from rltrain.process import Process
+from rltrain.rollout.engines.vllm_pool import VllmPool
+from rltrain.rollout.engines.vllm_server import require_settings
+from rltrain.rollout.pool.door import Door
+from rltrain.rollout.pool.homes import Connector, LocalHome, RemoteHome
+from rltrain.rollout.pool.members import Home
+from rltrain.rollout.pool.pool import PoolRules, WorkerPool
+from rltrain.rollout.worker.flags import WorkerSettings, require_known_version, worker_settings
+from rltrain.rollout.worker.threads import LoopThread
+from rltrain.sync.pool import PoolPush
+from rltrain.weight_names import CheckpointNames
+
+__all__ = ["ALIVE_SHARE", "attach_pool", "build_pool_engine", "make_connector"]
+
+# Of rollout.server.liveness_seconds: the deadline of a sign of life. The rest is the pause before the next,
+# so that a worker which hangs is noticed after twice that key.
+ALIVE_SHARE = 0.8
+
+
+def build_pool_engine(
+    model: Model,
+    data: Data,
+    rollout: Rollout,
+    precision: str,
+    tokenization: Tokenization,
+    process: Process,
+) -> VllmPool:
+    """The engine on every rank, without weights; when this returns, every worker has answered or failed once.
+
+    Raises UserError where no worker can be used, and where ranks would sample at different times.
+    """
+    assert rollout.workers is not None
+    _require_together(rollout, process)
+    settings = worker_settings(model, data, rollout, precision, on_gpu=process.device.type == "cuda")
+    homes: dict[str, Home] = {}
+    connector = make_connector(rollout, settings)
+    if process.is_main:
+        homes = find_homes(rollout, settings, connector)
+    return attach_pool(homes, connector, settings, model, rollout, tokenization, process)
+
+
+def attach_pool(
+    homes: Mapping[str, Home],
+    connector: Connector,
+    settings: WorkerSettings,
+    model: Model,
+    rollout: Rollout,
+    tokenization: Tokenization,
+    process: Process,
+) -> VllmPool:
+    """homes: of the workers, on rank 0."""
+    assert rollout.workers is not None
+    names = read_names(model)
+    served = make_served_model(names, tokenization, settings.max_model_len)
+    dtype = getattr(torch, settings.dtype)
+    pusher = make_pusher(names, dtype, process, rollout.server.bucket_mib)
+    make = partial(
+        VllmPool,
+        model=served,
+        pusher=pusher,
+        dtype=dtype,
+        rank=process.rank,
+        world_size=process.world_size,
+        gather=process.gather,
+    )
+    if not process.is_main:
+        return make(None, None)
+    alive = rollout.server.liveness_seconds
+    workers = rollout.workers
+    rules = PoolRules(
+        vocabulary=served.vocabulary, patience=workers.patience_seconds, alive=alive * (1 - ALIVE_SHARE)
+    )
+    loop = LoopThread()
+    pool = WorkerPool(homes, rules)
+    close: Callable[[], None] = _do_nothing
+    try:
+        loop.run(pool.start()).result()
+        if workers.join:
+            close = _open_door(rollout, pool, loop, connector).close
+        loop.run(pool.wait_for_workers(workers.patience_seconds)).result()
+    except BaseException:
+        close()
+        loop.run(pool.close()).result()
+        loop.close()
+        raise
+    return make(pool, loop, at_close=close)
+
+
+def make_connector(rollout: Rollout, settings: WorkerSettings) -> Connector:
+    server = rollout.server
+    quick = server.model_copy(update={"liveness_seconds": server.liveness_seconds * ALIVE_SHARE})
+    return Connector(
+        lambda url, token: connect(url, token, quick), lambda info, url: require_settings(info, settings, url)
+    )
+
+
+def find_homes(rollout: Rollout, settings: WorkerSettings, connector: Connector) -> dict[str, Home]:
+    """The workers that the recipe names, by name."""
+    workers = rollout.workers
+    assert workers is not None
+    if workers.count is None:
+        token = find_token("rollout.workers") if workers.urls or workers.join else ""
+        return {f"worker {url}": RemoteHome(url, token, connector) for url in workers.urls}
+    require_known_version()
+    # on one CPU, starts at the same time only slow each other down
+    gate = None if settings.on_gpu else threading.Lock()
+    silence = rollout.server.silence_seconds
+    return {
+        f"worker {place}": LocalHome(each, connector, silence, gate)
+        for place, each in enumerate(_divide_devices(settings, workers.count))
+    }
+
+
+def _divide_devices(settings: WorkerSettings, count: int) -> list[WorkerSettings]:
+    """The settings of each local worker; on GPUs, each has its own."""
+    if not settings.on_gpu:
+        return [settings] * count
+    needed = settings.tensor_parallel * settings.data_parallel
+    learners = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    devices = free_devices(visible_devices(), learners, needed * count)
+    return [
+        replace(settings, devices=devices[place * needed : (place + 1) * needed]) for place in range(count)
+    ]
+
+
+def make_pusher(
+    names: CheckpointNames, dtype: torch.dtype, process: Process, bucket_mib: int | None
+) -> PoolPush:
+    def share(value: Any) -> Any:
+        return process.gather([value] if process.is_main else [])[0]
+
+    def link(name: str, control: Any) -> Any:
+        return make_link(name, control, dtype, names, process, bucket_mib)
+
+    return PoolPush(link, dtype, names.ties, share)
+
+
+def _open_door(rollout: Rollout, pool: WorkerPool, loop: LoopThread, connector: Connector) -> Door:
+    workers = rollout.workers
+    assert workers is not None
+    token = find_token("rollout.workers.join")
+
+    def welcome(url: str) -> None:
+        loop.run(pool.add(f"worker {url}", RemoteHome(url, token, connector))).result()
+
+    return Door(workers.host, workers.port, token, welcome)
+
+
+def _require_together(rollout: Rollout, process: Process) -> None:
+    """Raises UserError for what has ranks sample at different times: a push in between is a collective."""
+    for key, value in (("environment", rollout.environment), ("extra_samples", rollout.extra_samples)):
+        if value and process.world_size > 1:
+            raise UserError(
+                f"rollout.workers and rollout.{key} need one rank, and there are {process.world_size}: ranks "
+                "would ask the pool at different times; start one rank, or set rollout.workers to null"
+            )
+
+
+def _do_nothing() -> None: ...

@@ -1,0 +1,272 @@
+"""Many vLLM servers as one engine: the learner's rank 0 asks them for completions and sends them weights.
+
+Other ranks hand their requests to rank 0 and get their answers from it; all they do themselves is to join the
+gathers. A worker that comes back, or joins, in the middle of a step is sent the weights then: that is a
+collective of the ranks, hence it happens in the thread that samples, between two answers.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rltrain.protocols import EngineState
+from rltrain.rollout.engines.checks import require_fit, require_version
+from rltrain.rollout.pool.pool import ADMIT, Batch, Counts, WorkerPool
+from rltrain.rollout.worker.requests import ServerModel, make_request, require_temperature
+from rltrain.rollout.worker.threads import LoopThread
+from rltrain.tensor_ops import Fingerprint
+from rltrain.types.samples import Answer, PolicyVersion, Request
+
+__all__ = ["PoolPusher", "Pushed", "VllmPool"]
+
+
+# What became of a push, by the names of the workers: those that were proved and sample again, those that were
+# lost, and those that are quarantined, each with the reason.
+Pushed = tuple[tuple[str, ...], Mapping[str, Exception], Mapping[str, Exception]]
+
+
+class PoolPusher(Protocol):
+    """Sends weights to workers and proves that they arrived. Every rank calls; only rank 0 names workers."""
+
+    def push(
+        self, workers: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]], version: PolicyVersion
+    ) -> Pushed:
+        """A collective. workers: clients by name. weights: iterated over once for each attempt, and at least
+        once.
+        """
+        ...
+
+    def read(self, workers: Mapping[str, Any]) -> tuple[Mapping[str, Fingerprint], Mapping[str, Exception]]:
+        """On rank 0: the fingerprints that these workers have now, NaN where they differ, and those that do
+        not answer. Without workers, those of the weights that were sent last.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Weights that can be iterated over again as long as the learner keeps them, each time checked."""
+
+    weights: Iterable[tuple[str, Tensor]]
+    check: Callable[[Iterable[tuple[str, Tensor]]], Iterator[tuple[str, Tensor]]]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self.check(self.weights)
+
+
+class VllmPool:
+    """Implements ``RolloutEngine``.
+
+    pool: on rank 0, in ``loop``; None elsewhere. gather: concatenates the lists of all ranks, in the order of
+    the ranks; a collective. rank: of this process. at_close: called before the workers are ended.
+    """
+
+    name = "vllm_server"
+
+    def __init__(
+        self,
+        pool: WorkerPool | None,
+        loop: LoopThread | None,
+        model: ServerModel,
+        pusher: PoolPusher,
+        dtype: torch.dtype,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        gather: Callable[[list[Any]], list[Any]] = list,
+        at_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.dtype = dtype
+        self.fingerprint_rtol = 1e-12  # weights are compared as stored, except for the order of float64 sums
+        self.state = EngineState.MAPPED
+        self.version: PolicyVersion | None = None
+        self._pool = pool
+        self.loop = loop
+        self._model = model
+        self._pusher = pusher
+        self._rank = rank
+        self._world_size = world_size
+        self._gather = gather
+        self._at_close = at_close
+        self._stream: Stream | None = None
+
+    @property
+    def counts(self) -> Counts:
+        """On rank 0: of the requests so far."""
+        assert self._pool is not None
+        return self._pool.counts
+
+    # weights ------------------------------------------------------------------------------------------------
+
+    def load(self, stream: Iterable[tuple[str, Tensor]], version: PolicyVersion) -> None:
+        """See ``WeightTarget.load``. Every rank gathers the weights; rank 0 sends them to all workers.
+
+        Workers that do not take them are lost or quarantined. Where none is left, sampling waits for one.
+        """
+        if self.state is EngineState.ASLEEP:
+            raise RuntimeError("load() while asleep: call wake() first")
+        self.version = None
+        self.state = EngineState.MAPPED
+        self._stream = Stream(stream, self._model.shapes.check)
+        self._push(version, waiting_only=False)
+        self.version = version
+        self.state = EngineState.LOADED
+
+    def _push(self, version: PolicyVersion, *, waiting_only: bool) -> None:
+        assert self._stream is not None
+        workers: dict[str, Any] = {}
+        if self._pool is not None and self.loop is not None:
+            workers = self.loop.run(self._pool.begin_push(waiting_only=waiting_only)).result()
+        pushed = self._pusher.push(workers, self._stream, version)
+        if self._pool is not None and self.loop is not None:
+            end = self._pool.end_push(version, *pushed)
+            self.loop.run(end).result()
+
+    def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, Fingerprint]:
+        """See ``WeightTarget.fingerprint``, over all workers that serve.
+
+        A worker that has gone since it was proved has nothing that could be compared.
+        """
+        held: list[Mapping[str, Fingerprint]] = []
+        if self._pool is not None and self.loop is not None:
+            read, lost = self._pusher.read(self.loop.run(self._pool.serving()).result())
+            self.loop.run(self._pool.lose(lost)).result()
+            held = [{name: value for name, value in read.items() if names is None or name in names}]
+        return self._gather(held)[0]
+
+    def sleep(self) -> None:
+        """Only forgets the version: the workers' memory is their own."""
+        self.version = None
+        self.state = EngineState.ASLEEP
+
+    def wake(self) -> None:
+        if self.state is EngineState.ASLEEP:
+            self.state = EngineState.MAPPED
+
+    def close(self) -> None:
+        """Ends the workers that rltrain started; any other goes on."""
+        self.sleep()
+        self._stream = None
+        self._at_close()
+        if self._pool is None or self.loop is None:
+            return
+        self.loop.run(self._pool.close()).result()
+        self.loop.close()
+        self.loop = None
+        self._pool = None
+        self._pusher.close()
+
+    # samples ------------------------------------------------------------------------------------------------
+
+    def sample(self, requests: Sequence[Request], policy: PolicyVersion) -> Iterator[Answer]:
+        """See ``Sampler.sample``. With one rank, answers come as the workers finish them.
+
+        Raises WorkersGone where no worker is left and none comes back in time.
+        """
+        require_version(self, policy)
+        limit = self._model.max_model_len
+        require_fit(requests, limit, "the server's max_model_len or the model's max_position_embeddings")
+        for request in requests:
+            require_temperature(request.sampling)
+        self.state = EngineState.SERVING
+        if self._world_size == 1:
+            return self._sample_alone(self._submit(requests, policy), policy)
+        return self._sample_together(list(requests), policy)
+
+    def _sample_alone(self, collector: _Collector, policy: PolicyVersion) -> Iterator[Answer]:
+        try:
+            while collector.missing:
+                answer = collector.next()
+                if answer is None:
+                    self._push(policy, waiting_only=True)
+                else:
+                    yield answer
+        finally:
+            collector.close()
+
+    def _sample_together(self, requests: Sequence[Request], policy: PolicyVersion) -> Iterator[Answer]:
+        """All ranks' requests, sampled by rank 0's pool. Ranks agree on every push, which is a collective."""
+        shares = self._gather([(self._rank, list(requests))])
+        everything = [(rank, place, request) for rank, share in shares for place, request in enumerate(share)]
+        collector = None
+        if self._pool is not None:
+            collector = self._submit([request for _, _, request in everything], policy)
+        answers: list[Answer] = []
+        while True:
+            event = [] if collector is None else [_collect(collector, answers)]
+            news = self._gather(event)[0]
+            if isinstance(news, BaseException):
+                raise news
+            if news == ADMIT:
+                self._push(policy, waiting_only=True)
+                continue
+            break
+        for answer in self._gather(answers):
+            rank, place, request = everything[answer.request]
+            if rank == self._rank:
+                yield Answer(place, request.prompt, answer.completions)
+
+    def _submit(self, requests: Sequence[Request], policy: PolicyVersion) -> _Collector:
+        assert self._pool is not None and self.loop is not None
+        return _Collector(self._pool, self.loop, self._model, requests, policy)
+
+
+class _Collector:
+    """A batch's answers, in the thread that samples."""
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        loop: LoopThread,
+        model: ServerModel,
+        requests: Sequence[Request],
+        policy: PolicyVersion,
+    ) -> None:
+        self.missing = len(requests)
+        self._pool = pool
+        self._loop = loop
+        self._model = model
+        self._requests = requests
+        self._arrivals: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        asked = [
+            (request.prompt.id, make_request(request, policy, model.stop_token_ids)) for request in requests
+        ]
+        self._batch: Batch = loop.run(pool.submit(asked, policy, self._arrivals.put)).result()
+
+    def next(self) -> Answer | None:
+        """The next answer; None: a worker waits for weights. Raises the error that ended the batch."""
+        arrival = self._arrivals.get()
+        if isinstance(arrival, BaseException):
+            raise arrival
+        if arrival == ADMIT:
+            return None
+        place, choices = arrival
+        self.missing -= 1
+        request = self._requests[place]
+        completions = tuple(self._model.make_completion(choice, request.sampling) for choice in choices)
+        return Answer(place, request.prompt, completions * (request.count // len(completions)))
+
+    def close(self) -> None:
+        if not self._batch.is_ended:
+            self._loop.run(self._pool.give_up(self._batch)).result()
+
+
+def _collect(collector: _Collector, answers: list[Answer]) -> str | BaseException:
+    """Collects until all answers are there, a worker waits for weights (ADMIT), or an error ends it all."""
+    try:
+        while collector.missing:
+            answer = collector.next()
+            if answer is None:
+                return ADMIT
+            answers.append(answer)
+    except (RuntimeError, ValueError, OSError) as error:
+        return error
+    return ""

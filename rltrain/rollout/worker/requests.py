@@ -1,0 +1,78 @@
+"""From a sampler's requests to a worker's, and from a worker's choices to completions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rltrain.rollout.engines.checks import WeightShapes
+from rltrain.rollout.worker.answers import GenerateRequest
+from rltrain.rollout.worker.flags import MODEL_NAME
+from rltrain.rollout.worker.guard import Choice
+from rltrain.seeds import stable_hash
+from rltrain.types.samples import Completion, PolicyVersion, Request, Sampling, Span
+
+__all__ = ["ServerModel", "make_request", "require_temperature", "to_completion"]
+
+# vLLM raises smaller temperatures to this, and its log-probs would be those of another distribution
+_MIN_TEMPERATURE = 0.01
+
+
+@dataclass(frozen=True)
+class ServerModel:
+    """What the engine must know of the model. shapes: of the weights that a load takes."""
+
+    shapes: WeightShapes
+    vocabulary: int
+    stop_token_ids: tuple[int, ...]
+    decode: Callable[[Sequence[int]], str]
+    max_model_len: int
+
+    def make_completion(self, choice: Choice, sampling: Sampling) -> Completion:
+        return to_completion(choice, sampling, self.decode)
+
+
+def make_request(request: Request, policy: PolicyVersion, stop_token_ids: Sequence[int]) -> GenerateRequest:
+    """All samples of ``request``, without an id; ``dataclasses.replace`` makes parts of it.
+
+    vLLM adds a sample's place in the request to the seed, so that a part from sample k on has ``seed + k``.
+    """
+    sampling = request.sampling
+    # vLLM takes no n above 1 for greedy decoding, whose completions are all the same
+    count = 1 if sampling.temperature == 0 else request.count
+    return GenerateRequest(
+        id="",
+        token_ids=request.prompt.token_ids,
+        n=count,
+        temperature=sampling.temperature,
+        max_tokens=sampling.max_tokens,
+        seed=stable_hash(sampling.seed, request.prompt.id) + request.first,
+        stop_token_ids=stop_token_ids,
+        # part of the prefix cache's key, so that keys and values of other weights are never reused, nor
+        # those of another use, because they differ in rounding
+        salt=f"{policy} {sampling.cache}",
+        model=MODEL_NAME,
+    )
+
+
+def to_completion(choice: Choice, sampling: Sampling, decode: Callable[[Sequence[int]], str]) -> Completion:
+    tokens = tuple(choice.token_ids)
+    return Completion(
+        token_ids=tokens,
+        logprobs=tuple(choice.logprobs),
+        finish="stop" if choice.finish == "stop" else "length",
+        text=decode(tokens),
+        versions=tuple(Span(start, stop, int(label)) for label, start, stop in choice.versions),
+        source=sampling.source,
+    )
+
+
+def require_temperature(sampling: Sampling) -> None:
+    """Raises ValueError for a temperature that a server cannot sample at."""
+    if 0 < sampling.temperature < _MIN_TEMPERATURE:
+        raise ValueError(
+            f"temperature {sampling.temperature}: vLLM raises it to {_MIN_TEMPERATURE}; use 0 (greedy) or at "
+            "least that"
+        )
+    if sampling.adaptive is not None and sampling.temperature > 0:
+        raise ValueError("a vLLM server cannot adapt the temperature of a token; use rollout.engine vllm")

@@ -1,0 +1,136 @@
+"""Pushes to the workers of a pool, which come and go between two pushes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rltrain.sync.server import RTOL, PushReport, ServerSync, WorkerLink
+from rltrain.sync.targets import WorkerControl
+from rltrain.sync.transport import WORKER_ERRORS, start_call
+from rltrain.tensor_ops import Fingerprint, weight_fingerprint
+from rltrain.types.samples import PolicyVersion
+
+__all__ = ["PoolPush"]
+
+
+@dataclass
+class PoolPush:
+    """make_link: the link to a worker, by its name and its client. dtype: of the workers' weights, equal on
+    every rank. ties: second name of a weight to its first. share: rank 0's value on every rank.
+    """
+
+    make_link: Callable[[str, WorkerControl], WorkerLink]
+    dtype: torch.dtype
+    ties: Mapping[str, str]
+    share: Callable[[Any], Any]
+    _links: dict[str, WorkerLink] = field(default_factory=dict)
+    _sent: dict[str, Fingerprint] = field(default_factory=dict)
+    _proved: frozenset[str] = frozenset()  # links whose fingerprints were compared after the last push
+
+    def push(
+        self,
+        workers: Mapping[str, WorkerControl],
+        weights: Iterable[tuple[str, Tensor]],
+        version: PolicyVersion,
+    ) -> tuple[tuple[str, ...], Mapping[str, Exception], Mapping[str, Exception]]:
+        """The workers that were served, lost and quarantined; a collective of the ranks.
+
+        A worker that fails has a second complete push while it is paused.
+        """
+        links = [self._link(name, control) for name, control in workers.items()]
+        recorder = _Recorder(weights, self.dtype, self.ties, is_recording=bool(links))
+        attempts = 1 if iter(weights) is weights else 2  # an iterator can be read once only
+        sync = ServerSync(links, self.dtype, self.share, lambda dtype: recorder.sums, attempts)
+        report = sync.push(lambda dtype: iter(recorder), version)
+        if not recorder.is_read:  # nobody was sent anything; the ranks agree on that
+            for _ in weights:
+                pass
+        if recorder.sums:
+            self._sent = recorder.sums
+        self._proved = frozenset(report.served)
+        if report.quarantined and not report.served:  # so that the comparison fails
+            self._sent = self._read_refused(report)
+        for name in {*report.lost, *report.quarantined}:
+            self._links.pop(name).close()
+        return report.served, report.lost, report.quarantined
+
+    def read(
+        self, workers: Mapping[str, WorkerControl]
+    ) -> tuple[Mapping[str, Fingerprint], Mapping[str, Exception]]:
+        """See ``PoolPusher.read``. What a push has just proved is not read again."""
+        names = [name for name in workers if name in self._links and name not in self._proved]
+        self._proved = frozenset()
+        calls = [(name, start_call(self._links[name].fingerprint)) for name in names]
+        merged = dict(self._sent)
+        errors: dict[str, Exception] = {}
+        for name, call in calls:
+            try:
+                held = call.result()
+            except WORKER_ERRORS as error:
+                errors[name] = error
+                continue
+            for weight, fingerprint in merged.items():
+                merged[weight] = _merge(fingerprint, held.get(weight))
+        return merged, errors
+
+    def _read_refused(self, report: PushReport) -> dict[str, Fingerprint]:
+        """What a quarantined worker multiplies with."""
+        name = next(iter(report.quarantined))
+        try:
+            return dict(self._links[name].fingerprint())
+        except WORKER_ERRORS:
+            return {name: Fingerprint(math.nan, math.nan) for name in self._sent}
+
+    def close(self) -> None:
+        for link in self._links.values():
+            link.close()
+        self._links.clear()
+
+    def _link(self, name: str, control: WorkerControl) -> WorkerLink:
+        """The worker's link; a worker that came back has another client, and gets a new one."""
+        link = self._links.get(name)
+        if link is None or link.control is not control:
+            if link is not None:
+                link.close()
+            link = self._links[name] = self.make_link(name, control)
+        return link
+
+
+def _merge(expected: Fingerprint, held: Fingerprint | None) -> Fingerprint:
+    """What the workers have together: the first that differs from the others is no weight's."""
+    if held is not None and math.isclose(held.number, expected.number, rel_tol=RTOL):
+        return expected
+    return held or Fingerprint(math.nan, math.nan)
+
+
+@dataclass
+class _Recorder:
+    """Passes weights on and keeps the fingerprints that they have in ``dtype``, second names included."""
+
+    weights: Iterable[tuple[str, Tensor]]
+    dtype: torch.dtype
+    ties: Mapping[str, str]
+    is_recording: bool
+    sums: dict[str, Fingerprint] = field(default_factory=dict)
+    is_read: bool = False
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        self.is_read = True
+        seconds: dict[str, list[str]] = {}
+        for second, first in self.ties.items():
+            seconds.setdefault(first, []).append(second)
+        for name, weight in self.weights:
+            if self.is_recording:
+                value = weight.detach()
+                value = value.to(self.dtype) if value.is_floating_point() else value
+                for alias in (name, *seconds.get(name, ())):
+                    self.sums[alias] = weight_fingerprint(alias, value)
+                del value
+            yield name, weight
+            del weight

@@ -1,0 +1,76 @@
+"""One vLLM server, and two of which one is killed: the same final weights to the bit.
+
+They are equal because the recipe's loss reads the tokens and the learner's own log-probs. The tokens are
+equal whatever else is in a server's batch; the servers' log-probs may differ by rounding where a batch has a
+single row, which another kernel computes, and enter the metrics only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rltrain.rollout.pool.members import Member, Part
+from rltrain.rollout.pool.pool import WorkerPool
+from rltrain.rollout.worker.guard import TOKEN
+from rltrain.rollout.worker.process import LocalWorker
+from support.resumed_runs import train_here
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+SETTINGS = (
+    "rollout.engine=vllm_server",
+    "rollout.prompts=6",
+    "rollout.n=8",
+    "rollout.dynamic_sampling=null",
+    "learner.updates=1",
+    "train.steps=3",
+    "eval.every=0",
+    "eval.at_start=false",
+    "checkpoint.every=0",
+)
+
+
+@pytest.fixture(scope="module")
+def second_worker(vllm_worker: Any) -> Iterator[LocalWorker]:
+    """Of the same model and with the same token; its test kills it."""
+    worker = LocalWorker(vllm_worker.settings, token=vllm_worker.token)
+    try:
+        worker.wait_until_serving()
+        yield worker
+    finally:
+        worker.close()
+
+
+def test_two_workers_of_which_one_is_killed_train_what_one_does(
+    vllm_worker: Any, second_worker: LocalWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TOKEN, vllm_worker.token)
+    first, second = vllm_worker.address.url, second_worker.address.url
+    model = vllm_worker.settings.model
+    single = [*SETTINGS, f"rollout.workers={{urls: ['{first}']}}"]
+    assert train_here(model, tmp_path / "one", *single) == 0
+
+    leases: list[str] = []
+    lease = WorkerPool._lease
+
+    def lease_and_kill(self: WorkerPool, part: Part, member: Member) -> None:
+        lease(self, part, member)
+        leases.append(member.name)
+        if leases.count(f"worker {second}") == 4:  # of the second step: each has about half of six groups
+            second_worker.kill()
+
+    monkeypatch.setattr(WorkerPool, "_lease", lease_and_kill)
+    two = [*SETTINGS, f"rollout.workers={{urls: ['{first}', '{second}']}}"]
+    assert train_here(model, tmp_path / "two", *two) == 0
+    assert leases.count(f"worker {second}") >= 4
+    assert second_worker.wait() != 0
+
+    expected = load_file(tmp_path / "one/model/model.safetensors")
+    held = load_file(tmp_path / "two/model/model.safetensors")
+    assert held.keys() == expected.keys()
+    assert all(torch.equal(held[name], expected[name]) for name in held)
