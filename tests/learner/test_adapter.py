@@ -25,8 +25,9 @@ from rltrain.learner.loading import load_causal_lm
 from rltrain.learner.preference_learner import PreferenceLearner, lengths_of, pair_rows
 from rltrain.loss.preference import PREFERENCE_LOSSES
 from rltrain.loss.preference.objective import PreferenceObjective
+from rltrain.needs import PAIRS
 from rltrain.types.policy import TokenRows
-from rltrain.types.preference import CompletionFacts, PairBatch
+from rltrain.types.preference import CompletionFacts, LabelBatch, PairBatch
 
 N = 6
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
@@ -51,15 +52,32 @@ def learner_of(model: Model, **options: Any) -> PreferenceLearner:
     return PreferenceLearner(model, settings, total_updates=10, seed=0, **options)
 
 
-def train(learner: PreferenceLearner, updates: int, reference: Any) -> list[float]:
+def train(learner: PreferenceLearner, updates: int, reference: Any, loss: str = "dpo") -> list[float]:
     rows = rows_of_pairs()
-    lengths = lengths_of(rows)
-    logp = learner.log_probs(rows, sides=2, frozen=reference)
+    objective = PreferenceObjective(PREFERENCE_LOSSES.bind(loss, {}))
+    facts = facts_of(learner, rows, reference)
     halves = (slice(0, N), slice(N, None))
-    facts = [CompletionFacts(lengths[half], ref_logp=logp[half]) for half in halves]
-    batch = PairBatch(facts[0], facts[1], torch.arange(N))
-    objective = PreferenceObjective(PREFERENCE_LOSSES.bind("dpo", {}))
-    return [learner.update_examples(rows, batch, objective).metrics["loss/total"] for _ in range(updates)]
+    chosen, rejected = (CompletionFacts(facts.length[half], ref_logp=ref_of(facts)[half]) for half in halves)
+    others = None
+    batch: PairBatch | LabelBatch = PairBatch(chosen, rejected, torch.arange(N))
+    if PAIRS not in objective.loss.spec.traits:
+        rows = TokenRows(rows.prompts[:N], rows.completions[:N])
+        others = TokenRows(rows.prompts, (*rows.completions[1:], rows.completions[0]))
+        mismatched = facts_of(learner, others, reference, sides=1)
+        label = (torch.arange(N) % 2).float()
+        batch = LabelBatch(chosen, torch.arange(N), label=label, mismatched=mismatched)
+    return [
+        learner.update_examples(rows, batch, objective, others).metrics["loss/total"] for _ in range(updates)
+    ]
+
+
+def facts_of(learner: PreferenceLearner, rows: TokenRows, reference: Any, sides: int = 2) -> CompletionFacts:
+    return CompletionFacts(lengths_of(rows), ref_logp=learner.log_probs(rows, sides=sides, frozen=reference))
+
+
+def ref_of(facts: CompletionFacts) -> Tensor:
+    assert facts.ref_logp is not None
+    return facts.ref_logp
 
 
 def write(learner: PreferenceLearner, folder: Path, path: str) -> Path:
@@ -97,7 +115,7 @@ def linear_layers_of(base: dict[str, Tensor]) -> set[str]:
     return {name.removesuffix(".weight") for name in base if name.endswith("_proj.weight")}
 
 
-@pytest.mark.parametrize("loss", ["dpo", "h_dpo", "kto"])
+@pytest.mark.parametrize("loss", ["dpo", "h_dpo", "kto", "implicit_prm_ce"])
 def test_the_adapter_switched_off_is_a_second_model(
     random_model: str, trained: PreferenceLearner, loss: str
 ) -> None:
@@ -114,7 +132,7 @@ def test_the_adapter_switched_off_is_a_second_model(
     by_off = learner_of(model)
     by_second = learner_of(model)
     reference = AdapterOff(by_off.trained)
-    assert train(by_off, 3, reference) == train(by_second, 3, second), loss
+    assert train(by_off, 3, reference, loss) == train(by_second, 3, second, loss)
 
 
 def layers_of(learner: PreferenceLearner) -> list[Any]:
