@@ -70,6 +70,18 @@ def test_paths_at_which_nothing_is(tmp_path: Path, settings: tuple[str, ...], me
         require_local_inputs(recipe_of(GRPO, model, *(text.format(tmp=tmp_path) for text in settings)))
 
 
+def test_of_an_adapter_its_base_is_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "./none"}))
+    with pytest.raises(
+        UserError, match=r"model\.path: the base of the adapter '.*' './none': no such folder"
+    ):
+        require_local_inputs(recipe_of(GRPO, f"model.path={tmp_path}"))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(tmp_path.parent)})
+    )
+    require_local_inputs(recipe_of(GRPO, f"model.path={tmp_path}"))
+
+
 def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rltrain.build.local_inputs.find_spec", lambda name: None)
     with pytest.raises(UserError, match="the package vllm is not installed here; install it"):

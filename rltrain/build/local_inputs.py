@@ -19,7 +19,7 @@ from rltrain.data.prompts import load_rows, side_of
 from rltrain.data.rows import SUFFIXES, is_local, read_rows
 from rltrain.data.tasks import TASKS
 from rltrain.errors import UserError, user_mistakes
-from rltrain.model_files import config_file
+from rltrain.model_files import adapter_base, config_file
 
 _OFFLINE = "HF_HUB_OFFLINE"  # huggingface_hub's variable
 _QUICK_BYTES = 1 << 25  # larger files take longer to read than torch to import
@@ -80,10 +80,13 @@ def _require_kernel(attention: str) -> None:
 
 def require_model(name: str, path: str, revision: str | None = None) -> None:
     """Raises UserError where a model's folder is not there or is none, and where a model of the Hub is not in
-    the cache and may not be downloaded.
+    the cache and may not be downloaded. Of an adapter's folder, the same of the base that it names.
 
     name: for the error, a recipe's key or an argument.
     """
+    if (base := adapter_base(path)) is not None:
+        name = f"{name}: the base of the adapter {path!r}"
+        path, revision = base
     folder = Path(path)
     if is_local(path) and not folder.is_dir():
         hint = (
@@ -112,10 +115,11 @@ def _is_offline() -> bool:
 
 def require_soup(models: Sequence[str], weights: Sequence[float]) -> None:
     """Raises UserError for too few models, for other numbers of weights, and for folders that hold none."""
-    if len(models) < 2 or (weights and len(weights) != len(models)):
+    is_merge = len(models) == 1 and not weights and adapter_base(models[0]) is not None
+    if not is_merge and (len(models) < 2 or (weights and len(weights) != len(models))):
         raise UserError(
-            f"a soup of {len(models)} models and {len(weights)} weights; give two or more, and a --weight "
-            "for each or none"
+            f"a soup of {len(models)} models and {len(weights)} weights; give two or more (or one adapter, "
+            "to merge it), and a --weight for each or none"
         )
     for number, model in enumerate(models, start=1):
         require_model(f"model {number}", model)

@@ -15,7 +15,6 @@ from rltrain.data.tokenization import tokenization_of
 from rltrain.errors import UserError, user_mistakes
 from rltrain.learner.frozen_models import require_same_tokens
 from rltrain.learner.loading import load_causal_lm
-from rltrain.model_files import adapter_base
 from rltrain.weight_names import CheckpointNames
 
 
@@ -26,8 +25,7 @@ def soup_command(models: Sequence[str], weights: Sequence[float], out: Path) -> 
     An adapter's folder counts as the model that base and adapter are together; a soup of one adapter merges
     it.
     """
-    if len(models) > 1 or weights or adapter_base(models[0]) is None:
-        require_soup(models, weights)
+    require_soup(models, weights)
     shares = list(weights) or [1 / len(models)] * len(models)
     with user_mistakes():
         tokenization = tokenization_of(Model(path=models[0]), {})
