@@ -22,6 +22,7 @@ from typer.main import get_command
 from rltrain.cli.app import app
 from rltrain.config.load import load_recipe
 from rltrain.config.rules import check
+from rltrain.config.schema import SampledRecipe
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docker"
@@ -117,8 +118,10 @@ def test_the_commands_of_compose_are_commands_of_rltrain_and_their_recipe_is_val
         overrides += ["rollout.engine=vllm_server"] if parameters.get("engine") else []
         recipe = load_recipe(str(parameters["recipe"]), profile=parameters["profile"], overrides=overrides)
         check(recipe)
-    urls = [word for word in services["learner"]["command"] if "url=" in word]
-    assert urls == ["rollout.server.url=http://worker-1:8000"]
+        if name == "learner":
+            assert isinstance(recipe, SampledRecipe) and recipe.rollout.workers is not None
+            urls = recipe.rollout.workers.urls
+            assert urls == tuple(f"http://{worker}:8000" for worker in ("worker-1", "worker-2"))
     assert set(services["learner"]["depends_on"]) == {"worker-1", "worker-2"}
 
 
