@@ -37,7 +37,7 @@ def main(path: str, out: Path) -> None:
     loading = peak_bytes() - before
     before = start_of_peak()
     if isinstance(learner.trained.backend, DeepSpeedBackend):
-        learner.trained._set_masters(model)
+        learner.trained._set_masters(model, {})
     masters = peak_bytes() - before
     frozen = learner.frozen["ref_logp"]
     dtypes = {"frozen": set[str](), "policy": set[str]()}
