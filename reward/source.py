@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib.util
 import sys
@@ -52,11 +53,22 @@ def import_file(file: Path, module_name: str) -> ModuleType:
     sys.modules[module_name] = module
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))
-    with Caught() as caught:
+    with _without_bytecode(), Caught() as caught:
         source.loader.exec_module(module)
     if caught.error is not None:
         raise ValueError(f"{file} does not import: {caught}") from caught.error
     return module
+
+
+@contextlib.contextmanager
+def _without_bytecode() -> Iterator[None]:
+    """Imports write no ``__pycache__`` into the user's folder."""
+    before = sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
 
 
 def source_files(file: Path) -> list[Path]:

@@ -703,7 +703,7 @@ def main() -> None:
         except _USAGE_ERROR as error:
             _print_usage_error(error)
             raise SystemExit(2) from None
-    raise SystemExit(code)
+        raise SystemExit(code)
 
 
 def _hide_line_of_deepspeed() -> None:

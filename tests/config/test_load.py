@@ -357,6 +357,7 @@ def test_a_resolved_recipe_holds_every_key(write: Write, recipe: Path) -> None:
         "dynamic_sampling={}",
         "adaptive_temperature={}",
         "environment={name: calculator, max_turns: 1, turn_tokens: 1}",
+        "workers={count: 1}",
     )
     overrides = (
         *(f"rollout.{override}" for override in optional),

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -202,10 +203,7 @@ class FakeHome:
     def close(self) -> None:
         self.is_closed = True
         self._end()
-        for path in self._folder.glob("*"):
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self._folder.rmdir()
+        shutil.rmtree(self._folder, ignore_errors=True)  # a second call finds none
 
     def _end(self) -> None:
         if self._process is not None:
