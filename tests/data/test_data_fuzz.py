@@ -81,8 +81,29 @@ NAMES = (
     "p_chosen",
     "score_chosen",
     "answer",
+    "messages",
+    "tools",
+    "chat_template_kwargs",
 )
-ROWS = st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=6)
+QUESTION = '{"role": "user", "content": "1+1="}'
+REPLY = '{"role": "assistant", "content": "2"}'
+SOUND_ROWS = (
+    {"prompt": '"1+1="', "answer": '"2"'},
+    {"prompt": f"[{QUESTION}]", "answer": '"2"'},
+    {"prompt": '"1+1="', "chosen": '"2"', "rejected": '"3"', "margin": "1"},
+    {"prompt": f"[{QUESTION}]", "chosen": f"[{REPLY}]", "rejected": f"[{QUESTION}]", "score_chosen": "2"},
+    {"chosen": f"[{QUESTION}, {REPLY}]", "rejected": f"[{QUESTION}, {QUESTION}]", "margin": "1"},
+    {"prompt": '"1+1="', "completion": '"2"', "label": "true"},
+    {"prompt": f"[{QUESTION}]", "completion": f"[{REPLY}, {QUESTION}, {REPLY}]", "label": "1"},
+    {"messages": f"[{QUESTION}, {REPLY}, {QUESTION}, {REPLY}]"},
+)
+CHANGES = st.dictionaries(st.sampled_from(NAMES), VALUES, min_size=1, max_size=2)
+# most of any row is refused for its columns; a sound row with one changed gets further
+ROWS = st.one_of(
+    st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=6),
+    st.builds(lambda row, changes: {**row, **changes}, st.sampled_from(SOUND_ROWS), CHANGES),
+    st.builds(lambda row, changes: {**row, **changes}, st.sampled_from(SOUND_ROWS), CHANGES),
+)
 LINES = st.one_of(
     ROWS.map(lambda row: "{" + ", ".join(f'"{name}": {value}' for name, value in row.items()) + "}"),
     ATOMS,
