@@ -20,7 +20,10 @@ def server_problems(rollout: Rollout) -> Iterator[str]:
         yield (
             f"rollout.server.url is {server.url!r}; expected http://HOST:PORT, https://HOST:PORT or unix:PATH"
         )
-    urls = [server.url or ""] if rollout.workers is None else list(rollout.workers.urls)
+    workers = rollout.workers
+    urls = [server.url or ""]
+    if workers is not None:
+        urls = [*workers.urls, *workers.admin, workers.router or ""]
     joins = rollout.workers is not None and rollout.workers.join
     if server.authority is not None and not joins and not any(url.startswith("https://") for url in urls):
         yield (
@@ -45,20 +48,20 @@ def server_problems(rollout: Rollout) -> Iterator[str]:
 
 
 def _worker_problems(rollout: Rollout, workers: Workers) -> Iterator[str]:
-    sources = {"count": workers.count is not None, "urls": bool(workers.urls), "join": workers.join}
+    sources = {
+        "count": workers.count is not None,
+        "urls": bool(workers.urls),
+        "join": workers.join,
+        "router": workers.router is not None,
+    }
     named = [name for name, is_given in sources.items() if is_given]
     if len(named) != 1 and named != ["urls", "join"]:
         yield (
             f"rollout.workers names {' and '.join(named) or 'no workers'}; give count (rltrain starts them "
-            "on this machine), urls (of running ones), join (they come by themselves), or urls with join"
+            "on this machine), urls (of running ones), join (they come by themselves), urls with join, or "
+            "router with admin"
         )
-    for url in workers.urls:
-        if not url.startswith(_URLS):
-            yield (
-                f"rollout.workers.urls has {url!r}; expected http://HOST:PORT, https://HOST:PORT or unix:PATH"
-            )
-    if twice := sorted({url for url in workers.urls if workers.urls.count(url) > 1}):
-        yield f"rollout.workers.urls names {twice[0]} twice; a worker has one place in the pool"
+    yield from _address_problems(workers)
     if rollout.server.url is not None:
         yield (
             f"rollout.server.url is {rollout.server.url!r} beside rollout.workers; move it to "
@@ -71,6 +74,34 @@ def _worker_problems(rollout: Rollout, workers: Workers) -> Iterator[str]:
                 "workers are never lent to another model; use rollout.engine vllm or transformers, or set "
                 "rollout.workers to null"
             )
+
+
+def _address_problems(workers: Workers) -> Iterator[str]:
+    lists = {"urls": workers.urls, "admin": workers.admin, "router": (workers.router or _URLS[0],)}
+    for key, urls in lists.items():
+        for url in urls:
+            if not url.startswith(_URLS):
+                yield (
+                    f"rollout.workers.{key} has {url!r}; expected http://HOST:PORT, https://HOST:PORT or "
+                    "unix:PATH"
+                )
+        if twice := sorted({url for url in urls if urls.count(url) > 1}):
+            yield f"rollout.workers.{key} names {twice[0]} twice; a worker has one place in the pool"
+    if workers.router is not None and not workers.admin:
+        yield (
+            f"rollout.workers.router is {workers.router!r} and admin is empty: weights are sent to each "
+            "worker behind the router, and proved there; name the address of every one in admin"
+        )
+    if workers.admin and workers.router is None:
+        yield (
+            "rollout.workers.admin names the workers behind rollout.workers.router, which is null; name the "
+            "router, or move the addresses to urls"
+        )
+    if workers.router is not None and workers.router in workers.admin:
+        yield (
+            f"rollout.workers.admin has the router {workers.router}: it would send the weights to one of its "
+            "workers only; name the workers' own addresses"
+        )
 
 
 def _speculative_problems(server: Server) -> Iterator[str]:

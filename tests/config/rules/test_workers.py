@@ -24,6 +24,20 @@ SERVER = "rollout.engine=vllm_server"
         ((SERVER, "rollout.workers={count: 2, join: true}"), "names count and join; give count"),
         ((SERVER, "rollout.workers={urls: [host:80]}"), "rollout.workers.urls has 'host:80'"),
         ((SERVER, "rollout.workers={urls: [http://a:1, http://a:1]}"), "names http://a:1 twice"),
+        ((SERVER, "rollout.workers={router: http://a:1}"), "name the address of every one in admin"),
+        (
+            (SERVER, "rollout.workers={count: 1, admin: [http://a:1]}"),
+            "workers.router, which is null",
+        ),
+        (
+            (SERVER, "rollout.workers={router: http://a:1, admin: [http://a:1]}"),
+            "name the workers' own addresses",
+        ),
+        ((SERVER, "rollout.workers={router: a, admin: [http://a:1]}"), "rollout.workers.router has 'a'"),
+        (
+            (SERVER, "rollout.workers={router: http://r:1, admin: [http://a:1, http://a:1]}"),
+            "rollout.workers.admin names http://a:1 twice",
+        ),
         (
             (SERVER, "rollout.workers={count: 2}", "rollout.server.url=http://a:1"),
             "move it to rollout.workers.urls",
@@ -45,7 +59,13 @@ def test_what_is_refused(overrides: tuple[str, ...], words: str) -> None:
 
 @pytest.mark.parametrize(
     "workers",
-    ["{count: 2}", "{urls: [http://a:1, unix:/b]}", "{join: true}", "{urls: [http://a:1], join: true}"],
+    [
+        "{count: 2}",
+        "{urls: [http://a:1, unix:/b]}",
+        "{join: true}",
+        "{urls: [http://a:1], join: true}",
+        "{router: http://r:1, admin: [http://a:1, http://b:1]}",
+    ],
 )
 def test_what_is_accepted(workers: str) -> None:
     overrides = (SERVER, f"rollout.workers={workers}")
