@@ -384,6 +384,8 @@ class Rollout(Section):
     vllm: Vllm = Vllm()
     server: Server = Server()
     workers: Workers | None = None  # None: one server
+    # workers that hold the reference model, for extra_samples reference; the policy's are never lent to it
+    reference_workers: Workers | None = None
 
 
 class Sync(Section):

@@ -75,8 +75,30 @@ def test_what_is_accepted(workers: str) -> None:
 
 def test_the_policys_workers_are_never_lent_to_the_reference_model() -> None:
     overrides = (SERVER, "rollout.workers={count: 2}")
-    with pytest.raises(RecipeError, match="never lent to another model"):
+    with pytest.raises(
+        RecipeError, match=r"never lent to another model; name others in rollout\.reference_w"
+    ):
         check(load_recipe(RECIPES / "aapo.yaml", profile="tiny_cpu", overrides=overrides))
+    others = (*overrides, "rollout.reference_workers={urls: [http://b:1]}")
+    check(load_recipe(RECIPES / "aapo.yaml", profile="tiny_cpu", overrides=others))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "workers", "others", "words"),
+    [
+        ("grpo", "{count: 1}", "{count: 1}", "nothing samples from it"),
+        ("aapo", "null", "{count: 1}", "stand beside the policy's rollout.workers"),
+        ("aapo", "{count: 1}", "{}", "rollout.reference_workers names no workers"),
+        ("aapo", "{urls: [http://a:1]}", "{urls: [http://a:1]}", "which rollout.workers names too"),
+        ("aapo", "{join: true}", "{join: true}", "give rollout.reference_workers another port"),
+    ],
+)
+def test_what_is_refused_of_the_references_workers(
+    recipe: str, workers: str, others: str, words: str
+) -> None:
+    overrides = (SERVER, f"rollout.workers={workers}", f"rollout.reference_workers={others}")
+    with pytest.raises(RecipeError, match=words):
+        check(load_recipe(RECIPES / f"{recipe}.yaml", profile="tiny_cpu", overrides=overrides))
 
 
 def test_a_worker_that_hangs_is_noticed_in_time() -> None:
