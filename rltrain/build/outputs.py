@@ -34,6 +34,7 @@ from rltrain.report.sinks import open_sinks
 from rltrain.report.token_numbers import STEPS, TokenNumbers
 from rltrain.report.transcripts import Transcripts
 from rltrain.rollout.colocated import ColocatedRollouts
+from rltrain.rollout.controller import ControlledRollouts
 from rltrain.sync.adapter import AdapterSync
 from rltrain.sync.colocated import Sync
 from rltrain.train.saving import ModelWriter
@@ -228,7 +229,7 @@ class TrainingState:
     """
 
     learner: ModelOwner
-    source: ColocatedRollouts
+    source: ColocatedRollouts | ControlledRollouts
     sync: Sync | AdapterSync
     controllers: Sequence[Controller] = ()
     law: Law | None = None

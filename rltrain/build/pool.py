@@ -37,7 +37,15 @@ from rltrain.rollout.worker.threads import LoopThread
 from rltrain.sync.pool import PoolPush
 from rltrain.weight_names import CheckpointNames
 
-__all__ = ["ALIVE_SHARE", "attach_pool", "build_pool_engine", "make_connector"]
+__all__ = [
+    "ALIVE_SHARE",
+    "attach_pool",
+    "build_pool_engine",
+    "find_homes",
+    "make_connector",
+    "make_pusher",
+    "open_pool",
+]
 
 # Of rollout.server.liveness_seconds: the deadline of a sign of life. The rest is the pause before the next,
 # so that a worker which hangs is noticed after twice that key.
@@ -92,11 +100,21 @@ def attach_pool(
     )
     if not process.is_main:
         return make(None, None)
-    alive = rollout.server.liveness_seconds
+    pool, loop, close = open_pool(homes, connector, rollout, served.vocabulary)
+    return make(pool, loop, at_close=close)
+
+
+def open_pool(
+    homes: Mapping[str, Home], connector: Connector, rollout: Rollout, vocabulary: int
+) -> tuple[WorkerPool, LoopThread, Callable[[], None]]:
+    """The pool, its event loop, and what must be called before the pool is closed.
+
+    Every worker has answered or failed once. Raises UserError where none can be used.
+    """
     workers = rollout.workers
-    rules = PoolRules(
-        vocabulary=served.vocabulary, patience=workers.patience_seconds, alive=alive * (1 - ALIVE_SHARE)
-    )
+    assert workers is not None
+    alive = rollout.server.liveness_seconds * (1 - ALIVE_SHARE)
+    rules = PoolRules(vocabulary=vocabulary, patience=workers.patience_seconds, alive=alive)
     loop = LoopThread()
     pool = _make_pool(homes, rules, workers, connector)
     close: Callable[[], None] = _do_nothing
@@ -110,7 +128,7 @@ def attach_pool(
         loop.run(pool.close()).result()
         loop.close()
         raise
-    return make(pool, loop, at_close=close)
+    return pool, loop, close
 
 
 def _make_pool(
@@ -169,7 +187,7 @@ def make_pusher(
     def link(name: str, control: Any) -> Any:
         return make_link(name, control, dtype, names, process, bucket_mib)
 
-    return PoolPush(link, dtype, names.ties, share)
+    return PoolPush(link, dtype, names.ties, share, process.is_main)
 
 
 def _open_door(rollout: Rollout, pool: WorkerPool, loop: LoopThread, connector: Connector) -> Door:

@@ -40,6 +40,7 @@ from rltrain.needs import ALIGNMENT, REFERENCE_WEIGHTS
 from rltrain.process import Process
 from rltrain.protocols import RolloutEngine
 from rltrain.rollout.colocated import ColocatedRollouts, GradedSampler, Order
+from rltrain.rollout.controller import ControlledRollouts
 from rltrain.rollout.extra_samples import SamplerContext, SampleSource
 from rltrain.rollout.grading import Grader, is_in_accuracy_range
 from rltrain.rollout.model_rewards import ModelGrader
@@ -67,7 +68,7 @@ SamplingLearner = PolicyLearner | PairLearner  # the learners of runs that sampl
 class RolloutParts:
     """The parts of a run that sample, grade and evaluate, and the transfer of weights to them."""
 
-    source: ColocatedRollouts
+    source: ColocatedRollouts | ControlledRollouts
     sync: Sync | AdapterSync
     evaluator: Evaluator | None
     mismatch: MismatchGuard
@@ -87,6 +88,12 @@ def build_rollout(
 ) -> RolloutParts:
     """Starts the engine."""
     process = context.process
+    if is_controlled(rollout, reward, data):
+        from rltrain.build.controller import build_controlled
+
+        return build_controlled(
+            inputs, learner, context, model, data, rollout, reward, sync_settings, evaluation, seed
+        )
     inputs.grader.log_to(context.folder.rewards_log(process.rank))
     prompts = inputs.train.prompts
     precision = learner.trained.settings.precision
@@ -129,6 +136,20 @@ def build_rollout(
         evaluator = build_evaluator(evaluation, reward, rollout.max_tokens, seed, inputs)
     return RolloutParts(
         source, sync, evaluator, build_guard(rollout, engine.dtype, learner.trained.precision)
+    )
+
+
+def is_controlled(rollout: Rollout, reward: RewardStage, data: Data) -> bool:
+    """Whether a process of its own draws, samples and grades: where workers sample, and nothing of it takes
+    the learner's model or device.
+    """
+    needs = [EXTRA_SAMPLES.spec(ref.name).needs_with(ref.hp) for ref in rollout.extra_samples]
+    return (
+        rollout.engine == "vllm_server"
+        and rollout.workers is not None
+        and not any(REFERENCE_WEIGHTS in each for each in needs)
+        and not any(ref.name == REWARD_MODEL for ref in reward.functions)
+        and ALIGNMENT not in ORDERS.spec(data.order.name).needs
     )
 
 

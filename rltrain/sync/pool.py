@@ -22,13 +22,15 @@ __all__ = ["PoolPush"]
 @dataclass
 class PoolPush:
     """make_link: the link to a worker, by its name and its client. dtype: of the workers' weights, equal on
-    every rank. ties: second name of a weight to its first. share: rank 0's value on every rank.
+    every rank. ties: second name of a weight to its first. share: rank 0's value on every rank. is_main:
+    of rank 0, which says what was sent, also where no worker is left.
     """
 
     make_link: Callable[[str, WorkerControl], WorkerLink]
     dtype: torch.dtype
     ties: Mapping[str, str]
     share: Callable[[Any], Any]
+    is_main: bool = True
     _links: dict[str, WorkerLink] = field(default_factory=dict)
     _sent: dict[str, Fingerprint] = field(default_factory=dict)
     _proved: frozenset[str] = frozenset()  # links whose fingerprints were compared after the last push
@@ -44,12 +46,12 @@ class PoolPush:
         A worker that fails has a second complete push while it is paused.
         """
         links = [self._link(name, control) for name, control in workers.items()]
-        recorder = _Recorder(weights, self.dtype, self.ties, is_recording=bool(links))
+        recorder = _Recorder(weights, self.dtype, self.ties, is_recording=bool(links) or self.is_main)
         attempts = 1 if iter(weights) is weights else 2  # an iterator can be read once only
         sync = ServerSync(links, self.dtype, self.share, lambda dtype: recorder.sums, attempts)
         report = sync.push(lambda dtype: iter(recorder), version)
         if not recorder.is_read:  # nobody was sent anything; the ranks agree on that
-            for _ in weights:
+            for _ in recorder:
                 pass
         if recorder.sums:
             self._sent = recorder.sums

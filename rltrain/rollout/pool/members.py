@@ -125,6 +125,7 @@ class Member:
     since: float = 0.0  # when the present busy time began
     samples: int = 0  # that it was asked for and has not answered
     tokens: float = 0.0  # that it has still to write, as far as one can tell
+    attached: int = 0  # times
     left: asyncio.Event = field(default_factory=asyncio.Event)  # set when it is lost
 
     @property

@@ -429,6 +429,7 @@ class WorkerPool:
         if member.reason:
             self._say(f"{member.name} is back, and serves after a push that is proved")
         member.client = client
+        member.attached += 1
         member.rows = rows
         member.reason = ""
         member.left.clear()
