@@ -4,10 +4,12 @@ files into chunks and write them there.
 
 from __future__ import annotations
 
+import importlib
 import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _RECORD = 48  # bytes of each record in a shard
 _VERIFICATION = 1 << 31  # flag of a file: as many verification records as segments follow
@@ -21,8 +23,7 @@ def address_of(folder: Path) -> str:
 
 def read_content(folder: Path, sha256: str) -> bytes | None:
     """The file with this SHA-256, put together again by hf_xet; None where it was not uploaded whole."""
-    import hf_xet
-
+    hf_xet: Any = importlib.import_module("hf_xet")  # its types leave these names out
     for file_hash, stored in _files_of(folder):
         if stored == sha256:
             with tempfile.TemporaryDirectory() as out:

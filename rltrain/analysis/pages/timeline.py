@@ -11,16 +11,20 @@ from rltrain.analysis.pages.charts import TOTALS
 EVALUATION = "evaluation"
 LIMIT = 5000  # steps with times of their own on a page
 _EVAL = "time/eval"
+_ORDER = ("rollout", "reward", "judge", "annotate", "update", "sync")  # any other phase stands behind these
 
 
 def timeline_data(curves: Curves) -> dict[str, Any] | None:
     """What the page's script draws; None where steps log no phases.
 
-    phases: names in the order in which a step goes through them, evaluations last. steps: numbers, of a long
+    phases: names in the order of a step, evaluations last; a phase that a step enters twice, as the engine's
+    waking is part of "sync", is one sum. steps: numbers, of a long
     run the last LIMIT. seconds: (N, P) wall-clock of each; an evaluation belongs to the step that it follows.
     total: seconds of each phase over the whole run, P. Times between steps, of a checkpoint, are in none.
     """
-    names = list(dict.fromkeys(name for line in curves.steps for name in line if _is_phase(name)))
+    names = sorted(
+        dict.fromkeys(name for line in curves.steps for name in line if _is_phase(name)), key=_place
+    )
     if len(names) < 2:
         return None
     lines = sorted(curves.steps, key=_step_of)
@@ -44,6 +48,11 @@ def timeline_data(curves: Curves) -> dict[str, Any] | None:
 
 def _is_phase(name: str) -> bool:
     return name.startswith("time/") and name not in TOTALS and not name.endswith("_per_second")
+
+
+def _place(name: str) -> int:
+    phase = name.partition("/")[2]
+    return _ORDER.index(phase) if phase in _ORDER else len(_ORDER)
 
 
 def _step_of(line: Line) -> int:
