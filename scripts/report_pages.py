@@ -31,7 +31,7 @@ STUDY = "recipes/studies/entropy"
 METHODS = ("grpo", "clip_cov", "kl_cov")
 SMALL = ("rollout.prompts=8", "learner.updates=2", "eval.prompts=128", "eval.n=8")
 LONG = (*SMALL, "train.steps=2000", "eval.every=200", "checkpoint.every=200")
-SHORT = (*SMALL, "train.steps=120", "eval.every=40")
+SHORT = (*SMALL, "train.steps=60", "eval.every=20")
 WINDOWS = ((1400, 900), (390, 844))  # pixels
 SCHEMES = ("light", "dark")
 FLAGS = (
@@ -62,16 +62,16 @@ def open_browser(width: int, height: int, scheme: str) -> Iterator[Any]:
     """A window of Chromium of this size in pixels, whose system is "light" or "dark"."""
     from selenium import webdriver
 
-    found = find_browser()
-    if found is None:
+    programs = find_browser()
+    if programs is None:
         raise SystemExit("no chromium (or google-chrome) and chromedriver on the PATH")
     options = webdriver.ChromeOptions()
-    options.binary_location = found[0]
+    options.binary_location = programs[0]
     with tempfile.TemporaryDirectory() as profile:
         for flag in (*FLAGS, f"--user-data-dir={profile}"):
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(found[1]))
+        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
         try:
             metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
             driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
