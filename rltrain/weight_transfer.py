@@ -35,6 +35,8 @@ __all__ = [
 
 _ALIGNMENT = 16  # bytes; a view of any type may begin there
 _POLL_SECONDS = 0.0005
+_MEET_SECONDS = 0.005
+_GIVEN_UP = "given up"
 _CONNECT_SECONDS = 30.0
 
 
@@ -162,13 +164,21 @@ def connect_store(membership: Membership) -> TCPStore:
 
 
 class TransferGroup:
-    """A process's end of the group. ``join`` blocks until every member has joined.
+    """A process's end of the group, made when every member has come. store: a connection that nobody else
+    waits on. check: called meanwhile; what it raises ends the wait, here and at the other members.
 
     After an error or ``abort`` the group is of no use; another prefix makes a new one.
     """
 
-    def __init__(self, store: Store, membership: Membership, rank: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        membership: Membership,
+        rank: int,
+        check: Callable[[], object] = lambda: None,
+    ) -> None:
         self.store = PrefixStore(membership.prefix, store)
+        _meet(self.store, membership, rank, check)
         self._is_nccl = membership.backend == "nccl"
         build = _build_nccl if self._is_nccl else _build_gloo
         self._group: Any = build(self.store, membership, rank)
@@ -200,6 +210,32 @@ class TransferGroup:
         if self._group is not None:
             self._group.abort()
             self._group = None
+
+
+def _meet(store: Store, membership: Membership, rank: int, check: Callable[[], object]) -> None:
+    """Waits until every member has come; a group's own constructor would wait for the whole deadline for one
+    that never does.
+
+    Raises TimeoutError, RuntimeError where another member has given up, and what ``check`` raises.
+    """
+    until = time.monotonic() + membership.seconds
+    keys = [f"come/{member}" for member in range(membership.world_size)]
+    store.set(keys[rank], "")
+    try:
+        while not store.check(keys):
+            check()
+            if store.check([_GIVEN_UP]):
+                raise RuntimeError("another member of the weight transfer has given up")
+            if time.monotonic() > until:
+                count = sum(store.check([key]) for key in keys)
+                raise TimeoutError(
+                    f"{count} of {len(keys)} members of the weight transfer have come within "
+                    f"{membership.seconds:.1f} s"
+                )
+            time.sleep(_MEET_SECONDS)
+    except BaseException:
+        store.set(_GIVEN_UP, "")
+        raise
 
 
 def _build_gloo(store: Store, membership: Membership, rank: int) -> Any:

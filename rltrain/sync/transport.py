@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import secrets
 import threading
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -20,7 +19,14 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 from rltrain.sync.targets import WorkerControl
-from rltrain.weight_transfer import Bucket, Membership, TransferGroup, align_size, allocate_buffer
+from rltrain.weight_transfer import (
+    Bucket,
+    Membership,
+    TransferGroup,
+    align_size,
+    allocate_buffer,
+    connect_store,
+)
 
 __all__ = ["WORKER_ERRORS", "Channel", "Pace", "Sender", "start_call", "wait_for"]
 
@@ -94,14 +100,10 @@ class Channel:
             self.host, self.store.port, prefix, 1, self.members + 1, self.backend, seconds
         )
         answer = start_call(self.control.init_transfer, membership.to_json())
-        group = start_call(TransferGroup, self.store, membership, 0)
-        until = time.monotonic() + 2 * seconds
-        while not group.done():
-            _raise_early(answer)
-            if time.monotonic() > until:
-                break
-            time.sleep(0.001)
-        self.group = wait_for(group, 0.1, "the worker's processes join the transfer")
+        group = start_call(_join_group, membership, answer)
+        wait((answer, group), 2 * seconds, FIRST_COMPLETED)
+        _raise_early(answer)
+        self.group = wait_for(group, 2 * seconds, "the worker's processes join the transfer")
         wait_for(answer, seconds, "the worker joins the transfer")
 
     def call(self, what: str, call: Callable[..., _Result], *arguments: Any, size: int = 0) -> _Result:
@@ -115,6 +117,11 @@ class Channel:
             with contextlib.suppress(*WORKER_ERRORS):
                 self.group.abort()
             self.group = None
+
+
+def _join_group(membership: Membership, answer: Future[Any]) -> TransferGroup:
+    """The learner's end, by a connection of its own to the store: nobody else can use one that waits."""
+    return TransferGroup(connect_store(membership), membership, 0, lambda: _raise_early(answer))
 
 
 def _raise_early(answer: Future[Any]) -> None:
