@@ -7,6 +7,7 @@ gathered, in one of two buffers. While a bucket travels, the next one is gathere
 from __future__ import annotations
 
 import contextlib
+import functools
 import secrets
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -132,11 +133,11 @@ def _raise_early(answer: Future[Any]) -> None:
 
 @dataclass
 class _Flight:
-    """A bucket on its way: per channel, the broadcast and the answer of the server."""
+    """A bucket on its way: per channel, the broadcast, unless it is empty, and the answer of the server."""
 
     bucket: Bucket
     buffer: Tensor
-    works: list[tuple[Channel, Any, Future[None]]]
+    works: list[tuple[Channel, Future[None] | None, Future[None]]]
 
 
 @dataclass
@@ -231,31 +232,29 @@ class Sender:
         )
         self._index += 1
         self.sent_bytes += bucket.total_bytes
-        works: list[tuple[Channel, Any, Future[None]]] = []
+        works: list[tuple[Channel, Future[None] | None, Future[None]]] = []
         for channel in self._live():
             seconds = channel.pace.deadline(buffer.numel())
-            info = {**bucket.to_json(), "seconds": seconds}
-            answer = start_call(channel.control.update, info)
-            try:
-                assert channel.group is not None
-                # A bucket without tensors only says that it is the last.
-                work = channel.group.broadcast(buffer, seconds) if tensors else None
-                works.append((channel, work, answer))
-            except WORKER_ERRORS as error:
-                channel.fail(error)
+            answer = start_call(channel.control.update, {**bucket.to_json(), "seconds": seconds})
+            assert channel.group is not None
+            # A bucket without tensors only says that it is the last.
+            transfer = None
+            if tensors:
+                check = functools.partial(_raise_early, answer)
+                transfer = start_call(channel.group.broadcast, buffer, seconds, check)
+            works.append((channel, transfer, answer))
         self._flight = _Flight(bucket, buffer, works)
 
     def _land(self) -> None:
         """Waits until the bucket on its way has arrived everywhere; its buffer is free then."""
         if self._flight is None:
             return
-        for channel, work, answer in self._flight.works:
+        for channel, transfer, answer in self._flight.works:
             seconds = channel.pace.deadline(self._flight.buffer.numel())
             what = f"{channel.name} has to take bucket {self._flight.bucket.index}"
             try:
-                assert channel.group is not None
-                if work is not None:
-                    channel.group.wait(work, seconds, lambda answer=answer: _raise_early(answer))
+                if transfer is not None:
+                    wait_for(transfer, 3 * seconds, what)  # its own deadline is twice as long
                 wait_for(answer, seconds, what)
             except WORKER_ERRORS as error:
                 channel.fail(error)

@@ -61,7 +61,7 @@ class FakeWeights:
         assert self._group is not None and self._arriving is not None
         buffer = torch.empty(bucket.total_bytes, dtype=torch.uint8)
         if bucket.names:
-            self._group.wait(self._group.broadcast(buffer, bucket.seconds), bucket.seconds)
+            self._group.broadcast(buffer, bucket.seconds)
         self._arriving.update((name, tensor.clone()) for name, tensor in bucket.views(buffer))
 
     def finish(self) -> None:
@@ -78,7 +78,8 @@ class FakeWeights:
         assert self._group is not None
         tensors = self.tensors | {second: self.tensors[first] for second, first in self.ties.items()}
         subset = json.loads(names) if names else tensors
-        sums = {name: (*weight_fingerprint(name, tensors[name]), 0) for name in subset}
+        fingerprints = {name: weight_fingerprint(name, tensors[name]) for name in subset}
+        sums = {name: (value.projection, value.square, 0) for name, value in fingerprints.items()}
         self._group.store.set(f"{key}/1", ProcessSums(sums, refusal=self.refusal).to_json())
 
 

@@ -48,7 +48,7 @@ from rltrain.weight_transfer import (
 __all__ = ["Extension", "TransferEngine"]
 
 _NAME = "rltrain"
-_ENTRIES_SHARE = 16  # one packed layer of so many is read entry by entry at every proof, others as recorded
+_ENTRIES_SHARE = 32  # one packed layer of so many is read entry by entry at every proof, others as recorded
 
 
 @dataclass
@@ -132,7 +132,7 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._buffer = allocate_buffer(size, self.device)
         if size:
             buffer = self._buffer[:size]
-            self._group.wait(self._group.broadcast(buffer, bucket.seconds), bucket.seconds)
+            self._group.broadcast(buffer, bucket.seconds)
             # The layers keep pieces until all of a layer have come, longer than the buffer keeps them.
             self._load((name, tensor.clone()) for name, tensor in bucket.views(buffer))
         self._push = bucket.push
