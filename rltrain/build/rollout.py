@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ import torch
 from rltrain.build.context import RunContext
 from rltrain.build.engines import build_engine, build_sampler, engine_base
 from rltrain.build.inputs import REWARD_MODEL, RunInputs
+from rltrain.checkpoint.journal import Journal
+from rltrain.checkpoint.journal_table import require_columns
+from rltrain.checkpoint.run_folder import describe_environment
 from rltrain.config.rules.registries import EXTRA_SAMPLES, ORDERS, REWARDS
 from rltrain.config.schema import (
     AdaptiveTemperature,
@@ -25,6 +29,7 @@ from rltrain.config.schema import (
     RewardStage,
     Rollout,
 )
+from rltrain.config.schema import Journal as JournalSettings
 from rltrain.config.schema import Sync as SyncSettings
 from rltrain.data.gain_rl import template_lengths
 from rltrain.data.tokenization import Tokenization
@@ -43,12 +48,14 @@ from rltrain.rollout.colocated import ColocatedRollouts, GradedSampler, Order
 from rltrain.rollout.extra_samples import SamplerContext, SampleSource
 from rltrain.rollout.grading import Grader, is_in_accuracy_range
 from rltrain.rollout.model_rewards import ModelGrader
+from rltrain.rollout.source import PromptedSource
 from rltrain.rollout.temperature import TemperatureController
 from rltrain.rollout.verdicts import label_of_only_function
 from rltrain.seeds import stable_hash
 from rltrain.sync.adapter import AdapterSync, AdapterTarget, Probe
 from rltrain.sync.colocated import Sync
 from rltrain.train.evaluate import Evaluator
+from rltrain.train.journaled import JournaledRollouts
 from rltrain.train.mismatch import MismatchGuard
 from rltrain.types.policy import TokenRows
 from rltrain.types.samples import REFERENCE_VERSION, Prompt, Sampling, ScoredGroup
@@ -67,7 +74,7 @@ SamplingLearner = PolicyLearner | PairLearner  # the learners of runs that sampl
 class RolloutParts:
     """The parts of a run that sample, grade and evaluate, and the transfer of weights to them."""
 
-    source: ColocatedRollouts
+    source: PromptedSource
     sync: Sync | AdapterSync
     evaluator: Evaluator | None
     mismatch: MismatchGuard
@@ -83,6 +90,7 @@ def build_rollout(
     reward: RewardStage,
     sync_settings: SyncSettings,
     evaluation: Eval,
+    journal: JournalSettings,
     seed: int,
 ) -> RolloutParts:
     """Starts the engine."""
@@ -124,6 +132,7 @@ def build_rollout(
         sync,
         partial(close_all, [engine] if reference is None else [engine, reference]),
     )
+    source = add_journal(source, journal, context, learner)
     evaluator = None
     if inputs.held_out is not None:
         evaluator = build_evaluator(evaluation, reward, rollout.max_tokens, seed, inputs)
@@ -180,11 +189,29 @@ def build_source(
         groups_per_step=rollout.prompts,
         max_rounds=1 if dynamic is None else dynamic.max_rounds,
         verify=sync.verify,
-        release_memory=sync.sleep,
+        put_to_sleep=sync.sleep,
         close_engine=close_engine,
         sources=build_extra_samples(rollout.extra_samples, context),
         keep=_accuracy_filter(dynamic),
         temperature=build_temperature(rollout.adaptive_temperature),
+    )
+
+
+def add_journal(
+    source: PromptedSource, settings: JournalSettings, context: RunContext, learner: ModelOwner
+) -> PromptedSource:
+    """``source``, whose rollouts are on the disk before they are trained on, unless the recipe wants none."""
+    if settings.keep == "nothing":
+        return source
+    with user_mistakes():
+        require_columns(source.prompts)
+    return JournaledRollouts(
+        source,
+        Journal(context.folder, settings.keep),
+        context.process,
+        learner.weights_digest,
+        settings=json.dumps(context.digests, sort_keys=True),
+        environment=describe_environment(),
     )
 
 

@@ -536,6 +536,14 @@ class Checkpoint(Section):
     format: Literal["whole", "sharded"] = "whole"
 
 
+class Journal(Section):
+    """Every step's rollouts as a Parquet file in rollouts/, on the disk before the step trains on them."""
+
+    # all: for rltrain replay from the first step; resume: those after the oldest checkpoint that is kept;
+    # nothing: no file is written, and a resumed run samples again
+    keep: Literal["all", "resume", "nothing"] = "all"
+
+
 class Push(Section):
     """Pushes the finished model, with its results, to the Hugging Face Hub; the token is the environment's
     (HF_TOKEN) or the login's.
@@ -561,6 +569,7 @@ class SampledRecipe(Section):
     train: Train
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
+    journal: Journal = Journal()
     report: Report = Report()
     push: Push | None = None  # None: nothing leaves this machine
 
