@@ -346,12 +346,15 @@ class Server(Section):
 class Workers(Section):
     """Several vLLM servers for engine ``vllm_server``, each as ``rollout.server`` says.
 
-    Name one of ``count``, ``urls`` and ``join``.
+    Name one of ``count``, ``urls``, ``join`` and ``router``.
     """
 
     count: int | None = Field(default=None, ge=1, le=_PROCESSES)  # that rltrain starts here, and starts again
     # running rltrain workers, as rollout.server.url names one
     urls: tuple[str, ...] = ()
+    # a router of yours (vllm-router, llm-d) that takes the requests; admin: every worker behind it
+    router: str | None = None
+    admin: tuple[str, ...] = ()
     # workers come by themselves, before or during the run: rltrain worker --join http://HOST:PORT
     join: bool = False
     host: str = "127.0.0.1"  # where rank 0 waits for workers that join
@@ -381,6 +384,8 @@ class Rollout(Section):
     vllm: Vllm = Vllm()
     server: Server = Server()
     workers: Workers | None = None  # None: one server
+    # workers that hold the reference model, for extra_samples reference; the policy's are never lent to it
+    reference_workers: Workers | None = None
 
 
 class Sync(Section):
@@ -531,6 +536,14 @@ class Checkpoint(Section):
     format: Literal["whole", "sharded"] = "whole"
 
 
+class Journal(Section):
+    """Every step's rollouts as a Parquet file in rollouts/, on the disk before the step trains on them."""
+
+    # all: for rltrain replay from the first step; resume: those after the oldest checkpoint that is kept;
+    # nothing: no file is written, and a resumed run samples again
+    keep: Literal["all", "resume", "nothing"] = "all"
+
+
 class Push(Section):
     """Pushes the finished model, with its results, to the Hugging Face Hub; the token is the environment's
     (HF_TOKEN) or the login's.
@@ -556,6 +569,7 @@ class SampledRecipe(Section):
     train: Train
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
+    journal: Journal = Journal()
     report: Report = Report()
     push: Push | None = None  # None: nothing leaves this machine
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from rltrain.rollout.engines.checks import WeightShapes
 from rltrain.rollout.engines.vllm_pool import VllmPool
 from rltrain.rollout.pool.pool import PoolRules, WorkerPool
+from rltrain.rollout.pool.routed import RoutedPool
 from rltrain.rollout.worker.client import Seconds, WorkerClient
 from rltrain.rollout.worker.process import WorkerDied
 from rltrain.rollout.worker.requests import ServerModel
@@ -108,9 +109,12 @@ def make_engine(
 ) -> tuple[VllmPool, WorkerPool]:
     """An engine over these workers, all of which answer. ranks: where it is one of several."""
     push_seconds = ranks.pop("push_seconds", 5.0)
+    router = ranks.pop("router", None)  # url of one in front of the workers
     rules = rules or PoolRules(VOCABULARY, patience=60.0, alive=1.0, poll=0.02, retry=0.05)
     loop = LoopThread()
     pool = WorkerPool(homes, rules, say)
+    if router is not None:
+        pool = RoutedPool(homes, rules, router, WorkerClient(router, SECRET), say)
     loop.run(pool.start()).result()
     loop.run(pool.wait_for_workers(START_SECONDS)).result()
 
