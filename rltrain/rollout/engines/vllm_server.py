@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import secrets
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -79,6 +80,7 @@ class VllmServer:
         self._worker = worker
         self._gather = gather
         self._loop = LoopThread()
+        self._session = secrets.token_hex(4)  # no other rank, nor a learner before, repeats a request's id
         self._sent = 0  # requests, for their ids
 
     def load(self, stream: Iterable[tuple[str, Tensor]], version: PolicyVersion) -> None:
@@ -195,7 +197,9 @@ class VllmServer:
             self._sent += 1
             try:
                 async with slots:
-                    return await self._generate(replace(asked, id=f"rltrain-{self._sent}"), policy)
+                    return await self._generate(
+                        replace(asked, id=f"rltrain-{self._session}-{self._sent}"), policy
+                    )
             except WorkerBusy:
                 await asyncio.sleep(_BUSY_SECONDS)
             except GarbageAnswer as error:
