@@ -21,14 +21,17 @@ from rltrain.build.pool import find_homes, make_connector, make_pusher, open_poo
 from rltrain.build.rollout import (
     RolloutParts,
     SamplingLearner,
+    add_journal,
     build_evaluator,
     build_guard,
     build_learner_sync,
     build_order,
     build_source,
+    make_sampling,
 )
 from rltrain.build.server import read_names
 from rltrain.config.schema import Data, Eval, Model, RewardStage, Rollout
+from rltrain.config.schema import Journal as JournalSettings
 from rltrain.config.schema import Sync as SyncSettings
 from rltrain.data.tokenization import Tokenization
 from rltrain.errors import UserError
@@ -92,6 +95,7 @@ def build_controlled(
     reward: RewardStage,
     sync_settings: SyncSettings,
     evaluation: Eval,
+    journal: JournalSettings,
     seed: int,
 ) -> RolloutParts:
     """Starts the controller, and through it the workers. See ``build_rollout``."""
@@ -133,7 +137,8 @@ def build_controlled(
     evaluator = None
     if inputs.held_out is not None:
         evaluator = build_evaluator(evaluation, reward, rollout.max_tokens, seed, inputs)
-    return RolloutParts(source, sync, evaluator, build_guard(rollout, dtype, learner.trained.precision))
+    journaled = add_journal(source, journal, context, learner)
+    return RolloutParts(journaled, sync, evaluator, build_guard(rollout, dtype, learner.trained.precision))
 
 
 def start_controller(setup: ControllerSetup, process: Process) -> tuple[Controller | None, dict[str, Any]]:
@@ -221,9 +226,7 @@ def _build_source(
     rollout, tokenization = setup.rollout, setup.tokenization
     sampler = build_sampler(setup.data, rollout, engine, tokenization)
     process = Process(deadline=deadline)
-    sampling = Sampling(
-        n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=setup.seed
-    )
+    sampling = make_sampling(rollout, setup.seed)
     order = build_order(
         setup.data.order,
         setup.prompts,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +16,9 @@ import torch
 from rltrain.build.context import RunContext
 from rltrain.build.engines import build_engine, build_sampler, engine_base
 from rltrain.build.inputs import REWARD_MODEL, RunInputs
+from rltrain.checkpoint.journal import Journal
+from rltrain.checkpoint.journal_table import require_columns
+from rltrain.checkpoint.run_folder import describe_environment
 from rltrain.config.rules.registries import EXTRA_SAMPLES, ORDERS, REWARDS
 from rltrain.config.schema import (
     AdaptiveTemperature,
@@ -24,7 +29,9 @@ from rltrain.config.schema import (
     Model,
     RewardStage,
     Rollout,
+    TokenChoice,
 )
+from rltrain.config.schema import Journal as JournalSettings
 from rltrain.config.schema import Sync as SyncSettings
 from rltrain.data.gain_rl import template_lengths
 from rltrain.data.tokenization import Tokenization
@@ -40,19 +47,20 @@ from rltrain.needs import ALIGNMENT, REFERENCE_WEIGHTS
 from rltrain.process import Process
 from rltrain.protocols import RolloutEngine
 from rltrain.rollout.colocated import ColocatedRollouts, GradedSampler, Order
-from rltrain.rollout.controller import ControlledRollouts
 from rltrain.rollout.extra_samples import SamplerContext, SampleSource
 from rltrain.rollout.grading import Grader, is_in_accuracy_range
 from rltrain.rollout.model_rewards import ModelGrader
+from rltrain.rollout.source import PromptedSource
 from rltrain.rollout.temperature import TemperatureController
 from rltrain.rollout.verdicts import label_of_only_function
 from rltrain.seeds import stable_hash
 from rltrain.sync.adapter import AdapterSync, AdapterTarget, Probe
 from rltrain.sync.colocated import Sync
 from rltrain.train.evaluate import Evaluator
+from rltrain.train.journaled import JournaledRollouts
 from rltrain.train.mismatch import MismatchGuard
 from rltrain.types.policy import TokenRows
-from rltrain.types.samples import REFERENCE_VERSION, Prompt, Sampling, ScoredGroup
+from rltrain.types.samples import REFERENCE_VERSION, Prompt, Sampling, ScoredGroup, Truncation
 from rltrain.watchdog import Deadline
 from rltrain.weight_names import CheckpointNames
 
@@ -68,7 +76,7 @@ SamplingLearner = PolicyLearner | PairLearner  # the learners of runs that sampl
 class RolloutParts:
     """The parts of a run that sample, grade and evaluate, and the transfer of weights to them."""
 
-    source: ColocatedRollouts | ControlledRollouts
+    source: PromptedSource
     sync: Sync | AdapterSync
     evaluator: Evaluator | None
     mismatch: MismatchGuard
@@ -84,6 +92,7 @@ def build_rollout(
     reward: RewardStage,
     sync_settings: SyncSettings,
     evaluation: Eval,
+    journal: JournalSettings,
     seed: int,
 ) -> RolloutParts:
     """Starts the engine."""
@@ -92,7 +101,7 @@ def build_rollout(
         from rltrain.build.controller import build_controlled
 
         return build_controlled(
-            inputs, learner, context, model, data, rollout, reward, sync_settings, evaluation, seed
+            inputs, learner, context, model, data, rollout, reward, sync_settings, evaluation, journal, seed
         )
     inputs.grader.log_to(context.folder.rewards_log(process.rank))
     prompts = inputs.train.prompts
@@ -102,16 +111,17 @@ def build_rollout(
         engine_base(model, rollout.engine, learner.trained, process) as base,
         process.deadline(f"the {rollout.engine} engine", "to start"),
     ):
-        engine = build_engine(base, data, rollout, precision, inputs.tokenization, process)
+        truncation = evaluation.truncates
+        engine = build_engine(
+            base, data, rollout, precision, inputs.tokenization, process, truncation=truncation
+        )
     sampler = build_sampler(data, rollout, engine, inputs.tokenization)
     longest = data.max_prompt_tokens + rollout.max_tokens
     sync = build_learner_sync(sync_settings, engine, learner, longest, seed, process.deadline)
     batch_tokens = learner.trained.settings.tokens_per_micro_batch
     grader = add_model_rewards(reward, inputs.grader, batch_tokens, process.device, data.date)
 
-    sampling = Sampling(
-        n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed
-    )
+    sampling = make_sampling(rollout, seed)
     reference = None
     if rollout.reference_workers is not None:
         reference = build_reference(
@@ -131,6 +141,7 @@ def build_rollout(
         sync,
         partial(close_all, [engine] if reference is None else [engine, reference]),
     )
+    source = add_journal(source, journal, context, learner)
     evaluator = None
     if inputs.held_out is not None:
         evaluator = build_evaluator(evaluation, reward, rollout.max_tokens, seed, inputs)
@@ -201,11 +212,29 @@ def build_source(
         groups_per_step=rollout.prompts,
         max_rounds=1 if dynamic is None else dynamic.max_rounds,
         verify=sync.verify,
-        release_memory=sync.sleep,
+        put_to_sleep=sync.sleep,
         close_engine=close_engine,
         sources=build_extra_samples(rollout.extra_samples, context),
         keep=_accuracy_filter(dynamic),
         temperature=build_temperature(rollout.adaptive_temperature),
+    )
+
+
+def add_journal(
+    source: PromptedSource, settings: JournalSettings, context: RunContext, learner: ModelOwner
+) -> PromptedSource:
+    """``source``, whose rollouts are on the disk before they are trained on, unless the recipe wants none."""
+    if settings.keep == "nothing":
+        return source
+    with user_mistakes():
+        require_columns(source.prompts)
+    return JournaledRollouts(
+        source,
+        Journal(context.folder, settings.keep),
+        context.process,
+        learner.weights_digest,
+        settings=json.dumps(context.digests, sort_keys=True),
+        environment=describe_environment(),
     )
 
 
@@ -382,8 +411,33 @@ def build_evaluator(
 ) -> Evaluator:
     """The evaluator over the held-out prompts."""
     assert inputs.held_out is not None
-    sampling = Sampling(
-        n=settings.n, temperature=settings.temperature, max_tokens=max_tokens, seed=stable_hash(seed, "eval")
+    sampling = with_token_choice(
+        Sampling(
+            n=settings.n,
+            temperature=settings.temperature,
+            max_tokens=max_tokens,
+            seed=stable_hash(seed, "eval"),
+        ),
+        settings,
     )
     verdict_of = label_of_only_function(stage.functions)
     return Evaluator(inputs.held_out.prompts, sampling, settings.k, verdict_of)
+
+
+def make_sampling(rollout: Rollout, seed: int) -> Sampling:
+    """The policy's own, with the run's seed."""
+    sampling = with_token_choice(
+        Sampling(n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed),
+        rollout,
+    )
+    return dataclasses.replace(sampling, returns_kept=rollout.truncates)
+
+
+def with_token_choice(sampling: Sampling, settings: TokenChoice) -> Sampling:
+    """``sampling`` with the tokens that may be drawn and the texts that end a completion."""
+    return dataclasses.replace(
+        sampling,
+        truncation=Truncation(settings.min_p, settings.top_h, settings.top_k, settings.top_p),
+        repetition_penalty=settings.repetition_penalty,
+        stop=settings.stop,
+    )

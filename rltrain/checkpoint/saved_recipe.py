@@ -37,6 +37,7 @@ _FREE = (
     "rollout.server.call_seconds",
     "rollout.server.liveness_seconds",
     "checkpoint",
+    "journal",
     "report",
     "push",
 )

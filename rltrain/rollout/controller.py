@@ -152,7 +152,7 @@ class WeightGate(Protocol):
 class ControlledRollouts:
     """Implements ``RolloutSource``. controller: on rank 0; None elsewhere. known: every prompt by id.
 
-    verify, release_memory: see ``ColocatedRollouts``. prompts: those that it trains on.
+    verify, put_to_sleep: see ``ColocatedRollouts``. prompts: those that it trains on.
     """
 
     controller: Controller | None
@@ -161,14 +161,16 @@ class ControlledRollouts:
     prompts: Sequence[Prompt]
     known: Mapping[str, Prompt]
     verify: Callable[[], None]
-    release_memory: Callable[[], None]
+    put_to_sleep: Callable[[], None]
     state: dict[str, Any]
 
     def take(self, step: int, version: int) -> Rollouts:
         packed, self.state = self._ask("take", step, version, policy=version)
         self.verify()
-        self.release_memory()
         return unpack_rollouts(packed, self.known)
+
+    def release_memory(self) -> None:
+        self.put_to_sleep()
 
     def evaluate(
         self, prompts: Sequence[Prompt], sampling: Sampling, version: int, occasion: str = ""

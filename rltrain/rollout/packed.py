@@ -5,14 +5,14 @@ place of millions of Python numbers. What comes out equals what went in, to the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from rltrain.reward.score import Episode, Score
-from rltrain.types.samples import Completion, Finish, Prompt, ScoredGroup, Span
+from rltrain.types.samples import Completion, Finish, Prompt, ScoredGroup, Span, TokenSets
 
 __all__ = ["PackedGroups", "pack_groups", "unpack_groups"]
 
@@ -39,6 +39,7 @@ class PackedGroups:
     groups: Any
     prompts: list[str | Prompt]
     episodes: dict[int, Episode]
+    kept: dict[int, TokenSets]  # whose tokens were drawn from a part of the vocabulary
     scores: list[Score]
 
 
@@ -62,6 +63,7 @@ def pack_groups(groups: Sequence[ScoredGroup], known: Mapping[str, Prompt]) -> P
         groups=np.array([[g.group, len(g.completions)] for g in groups], np.int64).reshape(-1, 2).T,
         prompts=[p.id if known.get(p.id) == p else p for p in prompts],
         episodes={place: c.episode for place, c in enumerate(completions) if c.episode is not None},
+        kept={place: c.kept for place, c in enumerate(completions) if c.kept is not None},
         scores=[score for group in groups for score in group.scores],
     )
 
@@ -93,17 +95,19 @@ def _unpack_completions(packed: PackedGroups) -> list[Completion]:
         strict=True,
     )
     for place, (token, span, turn, text, finish, source) in enumerate(parts):
-        completion = Completion(
-            token_ids=tuple(tokens[slice(*token)]),
-            logprobs=tuple(logprobs[slice(*token)]),
-            finish=_FINISHES[finish],
-            text=packed.text[slice(*text)].decode("utf-8", "surrogatepass"),
-            versions=tuple(spans[slice(*span)]),
-            source=source,
-            turns=tuple(turns[slice(*turn)]),
+        completions.append(
+            Completion(
+                token_ids=tuple(tokens[slice(*token)]),
+                logprobs=tuple(logprobs[slice(*token)]),
+                finish=_FINISHES[finish],
+                text=packed.text[slice(*text)].decode("utf-8", "surrogatepass"),
+                versions=tuple(spans[slice(*span)]),
+                source=source,
+                turns=tuple(turns[slice(*turn)]),
+                episode=packed.episodes.get(place),
+                kept=packed.kept.get(place),
+            )
         )
-        episode = packed.episodes.get(place)
-        completions.append(completion if episode is None else replace(completion, episode=episode))
     return completions
 
 

@@ -17,6 +17,7 @@ from rltrain.checkpoint.run_state import is_sharded, read_state
 from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
 from rltrain.config.rules import check
+from rltrain.report.names import reproducible_metrics
 
 ROOT = Path(__file__).parents[2]
 # a reward that an untrained model gets some of
@@ -88,9 +89,9 @@ def _die() -> NoReturn:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    """Of metrics.jsonl, without what the clock says."""
+    """Of metrics.jsonl, without times and memory."""
     read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in read]
+    return [reproducible_metrics(line) for line in read]
 
 
 def differing(left: Path, right: Path, *names: str) -> list[str]:

@@ -1,5 +1,5 @@
-"""The controller in a process of its own gives what the learner's process gives, to the bit; when it is killed,
-the next one goes on.
+"""The controller in a process of its own gives what the learner's process gives, to the bit; when it is
+killed, the next one goes on.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def open_rank(setup: ControllerSetup, rank: int = 0, ranks: Ranks | None = None)
 def train(
     source: Any, first: int = 1, weights: Any = None, at_step: Callable[[int], None] = lambda step: None
 ) -> tuple[str, list[Rollouts], Any]:
-    """Steps ``first`` to the last. Returns the digest of the weights, what was sampled, and the weights, with which
-    a later call goes on.
+    """Steps ``first`` to the last. Returns the digest of the weights, what was sampled, and the weights, with
+    which a later call goes on.
     """
     weights = make_weights(3) if weights is None else weights
     sync = source.verify.__self__
@@ -149,7 +149,7 @@ def train_here(setup: ControllerSetup) -> tuple[str, list[Rollouts], list[Scored
     sync = Sync([engine], {}, sample=4, full_every=1, seed=0)
     with contextlib.closing(engine), build_grader(setup.reward, 60.0) as grader:
         source = _build_source(setup, cast("Any", engine), grader, cast("Any", no_deadline))
-        source.verify, source.release_memory = sync.verify, sync.sleep
+        source.verify, source.put_to_sleep = sync.verify, sync.sleep
         final, taken, _ = train(source)
         held_out = source.evaluate(HELD_OUT, Sampling(2, 0.0, 8, 5), STEPS)
     return final, taken, held_out
