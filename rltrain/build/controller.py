@@ -59,6 +59,7 @@ from rltrain.rollout.worker.flags import WorkerSettings, worker_settings
 from rltrain.rollout.worker.requests import ServerModel
 from rltrain.rollout.worker.threads import LoopThread
 from rltrain.sync.adapter import AdapterSync
+from rltrain.timeline import Timeline
 from rltrain.types.samples import Prompt, Sampling
 
 __all__ = ["ControllerSetup", "build_controlled", "start_controller"]
@@ -80,6 +81,7 @@ class ControllerSetup:
     seed: int
     deadline_seconds: float
     rewards_log: Path
+    timeline: Path
 
 
 # rank 0's side ----------------------------------------------------------------------------------------------
@@ -116,6 +118,7 @@ def build_controlled(
         seed,
         inputs.grader.deadline_seconds,
         context.folder.rewards_log(0),
+        context.folder.timeline,
     )
     controller, state = start_controller(setup, process)
     names = read_names(model)
@@ -196,7 +199,8 @@ def _build(
     grader = stack.enter_context(build_grader(setup.reward, setup.deadline_seconds))
     grader.log_to(setup.rewards_log)
     homes = find_homes(rollout, setup.settings, connector)
-    pool, loop, close_door = open_pool(homes, connector, rollout, tokenization.vocabulary)
+    timeline = Timeline(setup.timeline)
+    pool, loop, close_door = open_pool(homes, connector, rollout, tokenization.vocabulary, timeline)
     stack.callback(loop.close)
     stack.callback(lambda: loop.run(pool.close()).result())
     stack.callback(close_door)
@@ -216,6 +220,7 @@ def _build(
 
     engine = PoolSampler(pool, loop, model, admit)
     source = _build_source(setup, cast("RolloutEngine", engine), grader, RemoteDeadline(connection))
+    source.engine_notes = lambda: loop.run(pool.notes()).result()
     stack.callback(source.close)
     return calls | _source_calls(source, setup.known), source
 

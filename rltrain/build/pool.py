@@ -30,11 +30,12 @@ from rltrain.rollout.engines.vllm_server import require_settings
 from rltrain.rollout.pool.door import Door
 from rltrain.rollout.pool.homes import Connector, LocalHome, RemoteHome
 from rltrain.rollout.pool.members import Home
-from rltrain.rollout.pool.pool import PoolRules, WorkerPool
+from rltrain.rollout.pool.pool import NOWHERE, PoolRules, WorkerPool
 from rltrain.rollout.pool.routed import RoutedPool
 from rltrain.rollout.worker.flags import WorkerSettings, require_known_version, worker_settings
 from rltrain.rollout.worker.threads import LoopThread
 from rltrain.sync.pool import PoolPush
+from rltrain.timeline import Timeline
 from rltrain.weight_names import CheckpointNames
 
 __all__ = [
@@ -105,7 +106,11 @@ def attach_pool(
 
 
 def open_pool(
-    homes: Mapping[str, Home], connector: Connector, rollout: Rollout, vocabulary: int
+    homes: Mapping[str, Home],
+    connector: Connector,
+    rollout: Rollout,
+    vocabulary: int,
+    timeline: Timeline = NOWHERE,
 ) -> tuple[WorkerPool, LoopThread, Callable[[], None]]:
     """The pool, its event loop, and what must be called before the pool is closed.
 
@@ -116,7 +121,7 @@ def open_pool(
     alive = rollout.server.liveness_seconds * (1 - ALIVE_SHARE)
     rules = PoolRules(vocabulary=vocabulary, patience=workers.patience_seconds, alive=alive)
     loop = LoopThread()
-    pool = _make_pool(homes, rules, workers, connector)
+    pool = _make_pool(homes, rules, workers, connector, timeline)
     close: Callable[[], None] = _do_nothing
     try:
         loop.run(pool.start()).result()
@@ -132,12 +137,16 @@ def open_pool(
 
 
 def _make_pool(
-    homes: Mapping[str, Home], rules: PoolRules, workers: Workers, connector: Connector
+    homes: Mapping[str, Home],
+    rules: PoolRules,
+    workers: Workers,
+    connector: Connector,
+    timeline: Timeline,
 ) -> WorkerPool:
     if workers.router is None:
-        return WorkerPool(homes, rules)
+        return WorkerPool(homes, rules, timeline=timeline)
     client = connector.connect(workers.router, find_token("rollout.workers.router"))
-    return RoutedPool(homes, rules, workers.router, client, warnings.warn)
+    return RoutedPool(homes, rules, workers.router, client, warnings.warn, timeline)
 
 
 def make_connector(rollout: Rollout, settings: WorkerSettings) -> Connector:

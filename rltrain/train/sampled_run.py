@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from rltrain.checkpoint.random_state import random_state, restore_random_state
 from rltrain.protocols import WorkersGone
 from rltrain.rollout.source import PromptedSource, Rollouts
 from rltrain.sync.adapter import AdapterSync
 from rltrain.sync.colocated import Sync
+from rltrain.timeline import Timeline
 from rltrain.train.evaluate import Evaluation, Evaluator
 from rltrain.train.loop import TrainingRun
 
@@ -22,13 +25,26 @@ class SampledRun(TrainingRun):
     source: PromptedSource
     sync: Sync | AdapterSync
     evaluator: Evaluator | None
+    # (step, seconds since 1970 at which learning began), from its rollouts to its push
+    marks: list[tuple[int, float]] = field(default_factory=list)
 
     def push(self, *, expect_change: bool) -> dict[str, float]:
         """Copies the learner's weights to the engine and verifies the copy; returns metrics of the push."""
         learner = self.learner
         norms = learner.weight_norms
         weights = self.sync.stream_of(learner)
-        return self.sync.push(weights, learner.version, expect_change=expect_change, norms=norms)
+        start = time.time()
+        if self.marks:
+            step, began = self.marks.pop()
+            self.timeline.add("learner", "learn", began, start, step=step)
+        metrics = self.sync.push(weights, learner.version, expect_change=expect_change, norms=norms)
+        self.timeline.add("learner", "push", start, version=learner.version)
+        return metrics
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """Written by rank 0."""
+        return Timeline(self.writer.folder.timeline if self.learner.rank == 0 else None)
 
     def take(self, step: int) -> Rollouts:
         """The rollouts of ``step``. Where no worker is left, the run is saved as it was before the step.
@@ -37,6 +53,7 @@ class SampledRun(TrainingRun):
         """
         before = self.source.state_dict()
         generators = random_state()
+        start = time.time()
         try:
             rollouts = self.source.take(step, self.learner.version)
         except WorkersGone as error:
@@ -44,6 +61,8 @@ class SampledRun(TrainingRun):
             restore_random_state(generators)
             self.leave_without_workers(step - 1, error)
         self.source.release_memory()
+        self.timeline.add("learner", "wait", start, step=step)
+        self.marks[:] = [(step, time.time())]
         return rollouts
 
     def evaluate(self) -> Evaluation | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from rltrain.protocols import EngineState
 from rltrain.rollout.controller import Controller, ControllerGone
 from rltrain.rollout.engines.checks import WeightShapes
-from rltrain.rollout.engines.vllm_pool import PoolPusher, Pushed, Stream
+from rltrain.rollout.engines.vllm_pool import PoolPusher, Pushed, Stream, ask_workers
 from rltrain.tensor_ops import Fingerprint
 from rltrain.types.samples import PolicyVersion
 
@@ -107,6 +107,15 @@ class ControlledPool:
             self._controller.call(call, *arguments)
         except ControllerGone:
             return
+
+    def describe_workers(self) -> dict[str, Any]:
+        """On rank 0: by name, what each worker that serves says it runs with, or the error it raised."""
+        return ask_workers(self._find_clients("serving"))
+
+    @property
+    def push_cost(self) -> Any:
+        """``sync.pool.PushCost`` of the last push; None: there was none."""
+        return self._pusher.cost
 
     def sleep(self) -> None:
         """Only forgets the version: the workers' memory is their own."""

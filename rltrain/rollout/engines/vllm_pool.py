@@ -23,7 +23,7 @@ from rltrain.rollout.worker.threads import LoopThread
 from rltrain.tensor_ops import Fingerprint
 from rltrain.types.samples import Answer, PolicyVersion, Request
 
-__all__ = ["PoolPusher", "PoolSampler", "Pushed", "Stream", "VllmPool"]
+__all__ = ["PoolPusher", "PoolSampler", "Pushed", "Stream", "VllmPool", "ask_workers"]
 
 
 # What became of a push, by the names of the workers: those that were proved and sample again, those that were
@@ -47,6 +47,8 @@ class PoolPusher(Protocol):
         not answer. Without workers, those of the weights that were sent last.
         """
         ...
+
+    cost: Any  # ``sync.pool.PushCost`` of the last push; None: there was none
 
     def close(self) -> None: ...
 
@@ -166,6 +168,17 @@ class VllmPool:
             held = [{name: value for name, value in read.items() if names is None or name in names}]
         return self._gather(held)[0]
 
+    def describe_workers(self) -> dict[str, Any]:
+        """On rank 0: by name, what each worker that serves says it runs with, or the error it raised."""
+        if self._pool is None or self.loop is None:
+            return {}
+        return ask_workers(self.loop.run(self._pool.serving()).result())
+
+    @property
+    def push_cost(self) -> Any:
+        """``sync.pool.PushCost`` of the last push; None: there was none."""
+        return self._pusher.cost
+
     def sleep(self) -> None:
         """Only forgets the version: the workers' memory is their own."""
         self.version = None
@@ -267,6 +280,17 @@ class _Collector:
     def close(self) -> None:
         if not self._batch.is_ended:
             self._loop.run(self._pool.give_up(self._batch)).result()
+
+
+def ask_workers(clients: Mapping[str, Any]) -> dict[str, Any]:
+    """By name what each says that it runs with, or the error that it raised."""
+    facts: dict[str, Any] = {}
+    for name, client in clients.items():
+        try:
+            facts[name] = client.read_info()
+        except (RuntimeError, ValueError, LookupError, OSError) as error:
+            facts[name] = error
+    return facts
 
 
 def require_sampleable(requests: Sequence[Request], model: ServerModel) -> None:

@@ -33,6 +33,7 @@ from rltrain.rollout.worker.guard import TOKEN
 from rltrain.sync.colocated import Sync
 from rltrain.sync.server import WorkerLink
 from rltrain.sync.transport import Pace
+from rltrain.timeline import read_timeline
 from rltrain.types.samples import Completion, Prompt, Sampling, ScoredGroup, Span
 from rltrain.watchdog import no_deadline
 from support.fake_pool import (
@@ -92,6 +93,7 @@ def setup(
         11,
         60.0,
         tmp_path / "rewards.log",
+        tmp_path / "timeline.jsonl",
     )
 
 
@@ -136,10 +138,9 @@ def train(
 
 
 def require_equal(held: list[Rollouts], expected: list[Rollouts]) -> None:
-    """All but the seconds."""
-    assert [dataclasses.replace(each, seconds={}) for each in held] == [
-        dataclasses.replace(each, seconds={}) for each in expected
-    ]
+    """All but seconds, and what tells about the workers."""
+    plain = [dataclasses.replace(each, seconds={}, metrics=each.control_metrics) for each in held]
+    assert plain == [dataclasses.replace(each, seconds={}, metrics=each.control_metrics) for each in expected]
 
 
 def train_here(setup: ControllerSetup) -> tuple[str, list[Rollouts], list[ScoredGroup]]:
@@ -167,19 +168,16 @@ def test_it_trains_what_one_process_does_and_a_new_one_goes_on(
     final, taken, held_out = train_here(setup)
     ranks = Ranks(2)
 
-    def kill(source: ControlledRollouts) -> Callable[[int], None]:
-        def at_step(step: int) -> None:
-            if step == 2 and source.controller is not None:
-                homes["worker 0"].change(seconds=0.2)  # so that the step is under way
-                source.controller.ask("take", 2, 1)
-                os.kill(source.controller.process.pid, signal.SIGKILL)
-
-        return at_step
+    def kill(source: ControlledRollouts) -> None:
+        """While it samples the second step."""
+        if source.controller is not None:
+            homes["worker 0"].change(seconds=0.2)
+            source.controller.ask("take", 2, 1)
+            os.kill(source.controller.process.pid, signal.SIGKILL)
 
     def lose(rank: int) -> tuple[Any, Any]:
-        source = open_rank(setup, rank, ranks)
+        source: Any = open_rank(setup, rank, ranks)
         weights = make_weights(3)
-        before: dict[str, Any] = {}
         with contextlib.closing(source):
             sync = cast("Any", source.verify).__self__
             sync.push(lambda dtype: weights.items(), 0, expect_change=False)
@@ -188,13 +186,14 @@ def test_it_trains_what_one_process_does_and_a_new_one_goes_on(
             sync.push(lambda dtype: weights.items(), 1, expect_change=True)
             source.observe({"learner/entropy_mean": 1.0})
             before = source.state_dict()
-            kill(source)(2)
+            kill(source)
             with pytest.raises(ControllerGone, match="exit code -9"):
                 source.take(2, 1)
             sync.push(lambda dtype: weights.items(), 1, expect_change=False)  # to nobody
             source.load_state_dict(before)
             assert source.state_dict() == before
             require_equal([first], taken[:1])
+            assert rank == 1 or source.engine.push_cost.bytes == 4 * sum(w.numel() for w in weights.values())
         return weights, before
 
     with ThreadPoolExecutor(2) as threads:
@@ -203,7 +202,7 @@ def test_it_trains_what_one_process_does_and_a_new_one_goes_on(
         jobs[1].result(300)
     homes["worker 0"].change(seconds=0.001)
 
-    source = open_rank(setup)
+    source: Any = open_rank(setup)
     with contextlib.closing(source):
         source.load_state_dict(before)
 
@@ -211,8 +210,17 @@ def test_it_trains_what_one_process_does_and_a_new_one_goes_on(
             if step == 3:
                 homes["worker 1"].change(die_after=20)
 
-        assert train(source, 2, weights, strike)[:1] == (final,)
+        digest_after, rest, _ = train(source, 2, weights, strike)
+        assert digest_after == final
+        assert rest[1].logged_metrics["pool/lost"] == 1.0 and rest[1].logged_metrics["pool/workers"] == 1.0
+        workers = source.engine.describe_workers()
+        assert [info.dtype for info in workers.values()] == ["float32"]  # the other one is lost
+        assert rest[0].logged_metrics["pool/outstanding_tokens"] > 0
         assert source.evaluate(HELD_OUT, Sampling(2, 0.0, 8, 5), STEPS) == held_out
+    lines = read_timeline(setup.timeline)
+    assert {line.lane for line in lines} == {"pushes", *(f"worker unix:{h.socket}" for h in homes.values())}
+    assert {line.kind for line in lines} == {"push", "sample", "attached", "lost"}
+    assert all(0 <= line.start <= line.stop for line in lines)
 
 
 def test_packed_groups_are_what_they_were() -> None:
