@@ -90,7 +90,7 @@ def build_rollout(
     precision = learner.trained.settings.precision
     order = build_order(data.order, prompts, rollout.prompts, seed, learner, fresh=context.is_fresh)
     with (
-        engine_base(model, rollout.engine, learner.trained, process) as base,
+        engine_base(model, rollout, learner.trained, process) as base,
         process.deadline(f"the {rollout.engine} engine", "to start"),
     ):
         engine = build_engine(base, data, rollout, precision, inputs.tokenization, process)
@@ -173,12 +173,13 @@ def build_learner_sync(
     seed: int,
     deadline: Deadline,
 ) -> Sync | AdapterSync:
-    """vLLM takes an adapter beside its own copy of the base; the embedded engine takes the merged weights.
+    """vLLM takes an adapter beside its own copy of the base, in this process and on servers; the embedded
+    engine takes the merged weights.
 
     longest: tokens of a row that fits the engine.
     """
     adapter = learner.trained.adapter
-    if adapter is None or engine.name != "vllm":
+    if adapter is None or engine.name == "transformers":
         return build_sync(settings, engine, learner.names, seed, deadline)
     is_float32 = engine.dtype == torch.float32 and learner.trained.precision == "no"
     row = learner.trained.probe_row
