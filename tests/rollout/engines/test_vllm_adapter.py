@@ -79,7 +79,8 @@ def _recording(workflow: Any, runs: list[Any]) -> Any:
         run = workflow.build(*arguments)
         engine = run.sync.targets[0]
         close = run.source.close
-        run.source.close = lambda: (runs.append(_use_engine(run, engine)), close())
+        # some sources are frozen
+        object.__setattr__(run.source, "close", lambda: (runs.append(_use_engine(run, engine)), close()))
         return run
 
     return dataclasses.replace(workflow, build=build)

@@ -91,7 +91,8 @@ def train(
     def build(*arguments: Any) -> Any:
         run = online.build(*arguments)
         close = run.source.close
-        run.source.close = lambda: (numbers.update(use(run)), close())
+        # some sources are frozen
+        object.__setattr__(run.source, "close", lambda: (numbers.update(use(run)), close()))
         return run
 
     with pytest.MonkeyPatch.context() as patch:
