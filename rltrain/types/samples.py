@@ -126,6 +126,8 @@ class Completion:
     # token spans [start, stop) that the policy wrote; () means the whole completion
     turns: tuple[tuple[int, int], ...] = ()
     episode: Episode | None = None  # its outcome in an environment; None if there was no environment
+    # which of several workers sampled it, for the metrics; the tokens do not depend on it
+    worker: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
