@@ -71,6 +71,12 @@ METRICS: tuple[Metric, ...] = (
         "mean |learner - engine log-prob| over sampled tokens; over the rows of one update if no pass reads "
         "all rows before the first update",
     ),
+    Metric(
+        "rollout/worker_mismatch/*",
+        "nats",
+        "mean |learner - engine log-prob| over the completions of one of several workers; over a seeded 1 % "
+        "of them, at least one, if no pass reads all rows before the first update",
+    ),
     Metric("rollout/mismatch_max", "nats", "largest |learner - engine log-prob| over the same"),
     Metric("rollout/mismatch_k3", "nats", "k3 estimate of KL(engine || learner), mean over sampled tokens"),
     Metric("rollout/ratio_p50", "1", "median of learner / engine probability over sampled tokens"),
