@@ -33,7 +33,7 @@ from rltrain.report.reporter import Reporter
 from rltrain.report.sinks import open_sinks
 from rltrain.report.token_numbers import STEPS, TokenNumbers
 from rltrain.report.transcripts import Transcripts
-from rltrain.rollout.colocated import ColocatedRollouts
+from rltrain.rollout.source import PromptedSource
 from rltrain.sync.adapter import AdapterSync
 from rltrain.sync.colocated import Sync
 from rltrain.train.saving import ModelWriter
@@ -228,7 +228,7 @@ class TrainingState:
     """
 
     learner: ModelOwner
-    source: ColocatedRollouts
+    source: PromptedSource
     sync: Sync | AdapterSync
     controllers: Sequence[Controller] = ()
     law: Law | None = None

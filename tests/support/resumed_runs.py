@@ -45,11 +45,13 @@ TWO_HALVES = (
 SETTINGS = (*TWO_HALVES, "data.max_prompts=26", "rollout.dynamic_sampling={max_rounds: 2}")
 
 
-def train_here(model: str, folder: Path, *overrides: str, resume: str = "auto") -> int:
+def train_here(
+    model: str, folder: Path, *overrides: str, resume: str = "auto", recipe_name: str = "grpo"
+) -> int:
     """``rltrain train`` in this process; its exit code."""
     settings = [f"model.path={model}", f"reward.functions=['{SEVENS}']", *SETTINGS, *overrides]
     recipe = check(
-        load_recipe(ROOT / "recipes/policy/grpo.yaml", profile="tiny_cpu", overrides=settings)
+        load_recipe(ROOT / f"recipes/policy/{recipe_name}.yaml", profile="tiny_cpu", overrides=settings)
     ).recipe
     return train_command(recipe, folder, [], resume)
 
