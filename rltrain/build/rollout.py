@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -32,6 +32,7 @@ from rltrain.config.schema import (
 from rltrain.config.schema import Journal as JournalSettings
 from rltrain.config.schema import Sync as SyncSettings
 from rltrain.data.gain_rl import template_lengths
+from rltrain.data.tokenization import Tokenization
 from rltrain.errors import UserError, user_mistakes
 from rltrain.learner.frozen_models import reference_weights
 from rltrain.learner.loading import load_causal_lm
@@ -41,6 +42,7 @@ from rltrain.learner.policy_learner import PolicyLearner
 from rltrain.learner.reward_model import RewardModel
 from rltrain.learner.trained_model import ModelOwner
 from rltrain.needs import ALIGNMENT, REFERENCE_WEIGHTS
+from rltrain.process import Process
 from rltrain.protocols import RolloutEngine
 from rltrain.rollout.colocated import ColocatedRollouts, GradedSampler, Order
 from rltrain.rollout.extra_samples import SamplerContext, SampleSource
@@ -115,17 +117,24 @@ def build_rollout(
     sampling = Sampling(
         n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed
     )
-    load_reference = _reference_loader(rollout.extra_samples, model, engine, learner, sync)
+    reference = None
+    if rollout.reference_workers is not None:
+        reference = build_reference(
+            model, data, rollout, learner, inputs.tokenization, process, sync_settings
+        )
+    load_reference = _reference_loader(rollout.extra_samples, model, engine, learner, sync, reference)
     encode = inputs.tokenization.encode_answer
     verdict_of = label_of_only_function(reward.functions)
-    sampler_context = SamplerContext(sampler, sampling, prompts, load_reference, encode, process.deadline)
+    sampler_context = SamplerContext(
+        sampler, sampling, prompts, load_reference, encode, process.deadline, reference
+    )
     source = build_source(
         rollout,
         GradedSampler(sampler, grader, process, verdict_of),
         order,
         sampler_context,
         sync,
-        engine.close,
+        partial(close_all, [engine] if reference is None else [engine, reference]),
     )
     source = add_journal(source, journal, context, learner)
     evaluator = None
@@ -134,6 +143,36 @@ def build_rollout(
     return RolloutParts(
         source, sync, evaluator, build_guard(rollout, engine.dtype, learner.trained.precision)
     )
+
+
+def build_reference(
+    model: Model,
+    data: Data,
+    rollout: Rollout,
+    learner: SamplingLearner,
+    tokenization: Tokenization,
+    process: Process,
+    settings: SyncSettings,
+) -> RolloutEngine:
+    """The engine on ``rollout.reference_workers``, which hold the frozen reference model, proved; one that
+    comes back is sent it again.
+    """
+    apart = rollout.model_copy(update={"workers": rollout.reference_workers})
+    with process.deadline("the reference's workers", "to start"):
+        engine = build_engine(model, data, apart, learner.trained.settings.precision, tokenization, process)
+    try:
+        weights = reference_weights(model, learner.trained, engine.dtype)
+        sync = build_sync(settings, engine, learner.names, 0, process.deadline)
+        sync.push(lambda dtype: weights.items(), REFERENCE_VERSION, expect_change=False)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def close_all(engines: Sequence[RolloutEngine]) -> None:
+    for engine in engines:
+        engine.close()
 
 
 def build_source(
@@ -320,8 +359,13 @@ def _reference_loader(
     engine: RolloutEngine,
     learner: ModelOwner,
     sync: Sync | AdapterSync,
+    others: RolloutEngine | None,
 ) -> Callable[[], AbstractContextManager[None]]:
-    """A context in which the engine has the reference model's weights, if a source needs them."""
+    """A context in which the engine has the reference model's weights, if a source needs them. others: the
+    engine that has them always.
+    """
+    if others is not None:
+        return nullcontext
     if not any(REFERENCE_WEIGHTS in EXTRA_SAMPLES.spec(ref.name).needs_with(ref.hp) for ref in refs):
         return _refuse_reference
     if isinstance(sync, AdapterSync):

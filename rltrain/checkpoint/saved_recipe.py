@@ -30,6 +30,7 @@ _FREE = (
     "rollout.environment.workers",
     "rollout.mismatch_warn",
     "rollout.workers",
+    "rollout.reference_workers",
     "rollout.server.url",
     "rollout.server.authority",
     "rollout.server.silence_seconds",

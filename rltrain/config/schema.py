@@ -346,12 +346,15 @@ class Server(Section):
 class Workers(Section):
     """Several vLLM servers for engine ``vllm_server``, each as ``rollout.server`` says.
 
-    Name one of ``count``, ``urls`` and ``join``.
+    Name one of ``count``, ``urls``, ``join`` and ``router``.
     """
 
     count: int | None = Field(default=None, ge=1, le=_PROCESSES)  # that rltrain starts here, and starts again
     # running rltrain workers, as rollout.server.url names one
     urls: tuple[str, ...] = ()
+    # a router of yours (vllm-router, llm-d) that takes the requests; admin: every worker behind it
+    router: str | None = None
+    admin: tuple[str, ...] = ()
     # workers come by themselves, before or during the run: rltrain worker --join http://HOST:PORT
     join: bool = False
     host: str = "127.0.0.1"  # where rank 0 waits for workers that join
@@ -381,6 +384,8 @@ class Rollout(Section):
     vllm: Vllm = Vllm()
     server: Server = Server()
     workers: Workers | None = None  # None: one server
+    # workers that hold the reference model, for extra_samples reference; the policy's are never lent to it
+    reference_workers: Workers | None = None
 
 
 class Sync(Section):

@@ -45,7 +45,7 @@ class TokenRows:
 
 _PER_TOKEN = (
     *("advantages", "weights", "old_logp", "rollout_logp", "logp_now", "old_entropy", "entropy_now"),
-    *("ref_logp", "teacher_logp", "process_reward", "step_id"),
+    *("ref_logp", "teacher_logp", "process_reward", "step_id", "touched"),
 )
 _PER_ROW = ("rewards", "group", "source", "version", "sample", "correct", "answer")
 
@@ -82,6 +82,7 @@ class TrainBatch:
     correct: Tensor | None = None
     # (B,) int64, equal for equal extracted answers of one group, -1 without an answer
     answer: Tensor | None = None
+    touched: Tensor | None = None  # (B, T) bool, tokens that a control changed; None: no control ran
     # (B, T) each: tensors that a control passes to the loss of its method
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     # numbers that a control logs, as ``control/<key>``

@@ -14,7 +14,8 @@ from rltrain.errors import UserError
 from rltrain.rollout.worker.answers import GarbageAnswer, GenerateRequest
 from rltrain.rollout.worker.client import Seconds, WorkerBusy, WorkerClient, WorkerLost, WorkerRefused
 from rltrain.rollout.worker.guard import Choice
-from support.fake_server import CONNECTION_FAULTS, FAULTS, VOCABULARY, FakeWorker, fake_worker
+from support.fake_server import CONNECTION_FAULTS, FAULTS, VOCABULARY
+from support.fake_worker import FakeWorker, fake_worker
 
 REQUEST = GenerateRequest(
     id="rltrain-1",
@@ -30,8 +31,8 @@ REQUEST = GenerateRequest(
 
 
 @pytest.fixture(scope="module")
-def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeWorker]:
-    with fake_worker(tmp_path_factory.mktemp("f")) as worker:
+def fake() -> Iterator[FakeWorker]:
+    with fake_worker() as worker:
         yield worker
 
 
@@ -240,13 +241,13 @@ def test_a_lost_worker_is_no_busy_one(
 def test_a_worker_that_stopped_is_seen_by_a_round_trip(spoilt: tuple[FakeWorker, WorkerClient]) -> None:
     worker, _ = spoilt
     client = WorkerClient(worker.url, worker.token, Seconds(alive=0.2))
-    worker.engine.is_stopped = True
+    worker.change(is_stopped=True)
     try:
         client.is_paused()
         with pytest.raises(WorkerLost, match=r"within 0.2 s"):
             client.require_alive()
     finally:
-        worker.engine.is_stopped = False
+        worker.change(is_stopped=False)
     client.require_alive()
     client.close()
 
@@ -266,8 +267,8 @@ def test_an_address_has_a_scheme(url: str) -> None:
         WorkerClient(url, "x" * 16)
 
 
-def test_a_foreign_server_is_asked_in_json(tmp_path: Path) -> None:
-    with fake_worker(tmp_path, guarded=False) as worker:
+def test_a_foreign_server_is_asked_in_json() -> None:
+    with fake_worker(guarded=False) as worker:
         client = WorkerClient(worker.url, worker.token)
         assert not client.read_info().is_guarded
         assert len(run(client, ask(client, REQUEST))[0]) == REQUEST.n
