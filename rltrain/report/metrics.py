@@ -270,7 +270,18 @@ def _mismatch(log_ratio: Tensor, sampled: Tensor) -> dict[str, Tensor]:
         "rollout/ratio_p99": p99,
         "rollout/ratio_max": largest,
         "rollout/ess": ratio.sum().square() / (count * ratio.square().sum()),
+        "rollout/ratio_mean": ratio.sum() / count,
+        "rollout/ess_completions": _completion_ess(log_ratio, sampled),
     }
+
+
+def _completion_ess(log_ratio: Tensor, sampled: Tensor) -> Tensor:
+    """Effective sample size of the ratios of whole completions, as a share of them; NaN without any."""
+    sums = torch.where(sampled, log_ratio.double(), 0.0).sum(dim=1)[sampled.any(dim=1)]
+    if len(sums) == 0:
+        return sums.sum() / 0.0
+    ratio = (sums - sums.max()).exp()  # a common factor cancels
+    return ratio.sum().square() / (len(ratio) * ratio.square().sum())
 
 
 def _quantiles(values: Tensor, *shares: float) -> list[Tensor]:

@@ -83,6 +83,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("rollout/ratio_p99", "1", "99th percentile of the same"),
     Metric("rollout/ratio_max", "1", "maximum of the same"),
     Metric("rollout/ess", "1", "effective sample size of those ratios, as a share of the sampled tokens"),
+    Metric("rollout/ratio_mean", "1", "mean of those ratios: 1 where both policies are the same"),
+    Metric(
+        "rollout/ess_completions",
+        "1",
+        "effective sample size of the ratios of whole completions, as a share of the completions",
+    ),
     Metric("reward/mean", "reward", "mean over graded completions of the step"),
     Metric("reward/std", "reward", "standard deviation over the same, without Bessel's correction"),
     Metric("reward/min", "reward", "minimum over the same"),
