@@ -86,19 +86,19 @@ def train(
         load_recipe(ROOT / "recipes/policy/grpo.yaml", profile="tiny_cpu", overrides=overrides)
     ).recipe
     online = WORKFLOWS["online"]
-    found: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
 
     def build(*arguments: Any) -> Any:
         run = online.build(*arguments)
         close = run.source.close
-        run.source.close = lambda: (found.update(use(run)), close())
+        run.source.close = lambda: (facts.update(use(run)), close())
         return run
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(TOKEN, worker.token)
         patch.setitem(WORKFLOWS, "online", dataclasses.replace(online, build=build))
         assert train_command(recipe, folder, [], "never") == 0
-    return found
+    return facts
 
 
 def use_engine(run: Any) -> dict[str, Any]:
