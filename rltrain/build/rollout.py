@@ -59,6 +59,7 @@ from rltrain.sync.colocated import Sync
 from rltrain.train.evaluate import Evaluator
 from rltrain.train.journaled import JournaledRollouts
 from rltrain.train.mismatch import MismatchGuard
+from rltrain.train.replayed import NoPush
 from rltrain.types.policy import TokenRows
 from rltrain.types.samples import REFERENCE_VERSION, Prompt, Sampling, ScoredGroup, Truncation
 from rltrain.watchdog import Deadline
@@ -77,7 +78,7 @@ class RolloutParts:
     """The parts of a run that sample, grade and evaluate, and the transfer of weights to them."""
 
     source: PromptedSource
-    sync: Sync | AdapterSync
+    sync: Sync | AdapterSync | NoPush
     evaluator: Evaluator | None
     mismatch: MismatchGuard
 
@@ -95,7 +96,10 @@ def build_rollout(
     journal: JournalSettings,
     seed: int,
 ) -> RolloutParts:
-    """Starts the engine."""
+    """Starts the engine; in a replay there is none."""
+    if context.replayed is not None:
+        parts: RolloutParts = context.replayed(learner)
+        return parts
     process = context.process
     inputs.grader.log_to(context.folder.rewards_log(process.rank))
     prompts = inputs.train.prompts
@@ -211,7 +215,7 @@ def add_journal(
     if settings.keep == "nothing":
         return source
     with user_mistakes():
-        require_columns(source.prompts)
+        require_columns(source.prompts or ())
     return JournaledRollouts(
         source,
         Journal(context.folder, settings.keep),

@@ -86,7 +86,9 @@ class ClientGone(Exception):
 
 @dataclass(frozen=True)
 class Choice:
-    """One completion. versions: (label, start, stop) of the weights that sampled its tokens."""
+    """One completion. versions: (label, start, stop) of the weights that sampled its tokens. worker: which
+    sampled it, where there are several.
+    """
 
     index: int
     token_ids: Sequence[int]
@@ -94,6 +96,7 @@ class Choice:
     finish: str | None
     stop_reason: int | str | None = None
     versions: Sequence[tuple[str, int, int]] = field(default_factory=tuple)
+    worker: str = ""
 
 
 # (the server's state, request) -> the completions

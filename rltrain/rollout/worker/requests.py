@@ -90,6 +90,7 @@ def to_completion(choice: Choice, sampling: Sampling, decode: Callable[[Sequence
         text=decode(tokens),
         versions=tuple(Span(start, stop, int(label)) for label, start, stop in choice.versions),
         source=sampling.source,
+        worker=choice.worker,
     )
     return cut_at_stop(completion, sampling.stop, decode) if sampling.stop else completion
 
