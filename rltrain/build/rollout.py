@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import json
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from rltrain.config.schema import (
     Model,
     RewardStage,
     Rollout,
+    TokenChoice,
 )
 from rltrain.config.schema import Journal as JournalSettings
 from rltrain.config.schema import Sync as SyncSettings
@@ -58,7 +60,7 @@ from rltrain.train.evaluate import Evaluator
 from rltrain.train.journaled import JournaledRollouts
 from rltrain.train.mismatch import MismatchGuard
 from rltrain.types.policy import TokenRows
-from rltrain.types.samples import REFERENCE_VERSION, Prompt, Sampling, ScoredGroup
+from rltrain.types.samples import REFERENCE_VERSION, Prompt, Sampling, ScoredGroup, Truncation
 from rltrain.watchdog import Deadline
 from rltrain.weight_names import CheckpointNames
 
@@ -103,16 +105,21 @@ def build_rollout(
         engine_base(model, rollout.engine, learner.trained, process) as base,
         process.deadline(f"the {rollout.engine} engine", "to start"),
     ):
-        engine = build_engine(base, data, rollout, precision, inputs.tokenization, process)
+        truncation = evaluation.truncates
+        engine = build_engine(
+            base, data, rollout, precision, inputs.tokenization, process, truncation=truncation
+        )
     sampler = build_sampler(data, rollout, engine, inputs.tokenization)
     longest = data.max_prompt_tokens + rollout.max_tokens
     sync = build_learner_sync(sync_settings, engine, learner, longest, seed, process.deadline)
     batch_tokens = learner.trained.settings.tokens_per_micro_batch
     grader = add_model_rewards(reward, inputs.grader, batch_tokens, process.device, data.date)
 
-    sampling = Sampling(
-        n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed
+    sampling = with_token_choice(
+        Sampling(n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed),
+        rollout,
     )
+    sampling = dataclasses.replace(sampling, returns_kept=rollout.truncates)
     reference = None
     if rollout.reference_workers is not None:
         reference = build_reference(
@@ -388,8 +395,24 @@ def build_evaluator(
 ) -> Evaluator:
     """The evaluator over the held-out prompts."""
     assert inputs.held_out is not None
-    sampling = Sampling(
-        n=settings.n, temperature=settings.temperature, max_tokens=max_tokens, seed=stable_hash(seed, "eval")
+    sampling = with_token_choice(
+        Sampling(
+            n=settings.n,
+            temperature=settings.temperature,
+            max_tokens=max_tokens,
+            seed=stable_hash(seed, "eval"),
+        ),
+        settings,
     )
     verdict_of = label_of_only_function(stage.functions)
     return Evaluator(inputs.held_out.prompts, sampling, settings.k, verdict_of)
+
+
+def with_token_choice(sampling: Sampling, settings: TokenChoice) -> Sampling:
+    """``sampling`` with the tokens that may be drawn and the texts that end a completion."""
+    return dataclasses.replace(
+        sampling,
+        truncation=Truncation(settings.min_p, settings.top_h, settings.top_k, settings.top_p),
+        repetition_penalty=settings.repetition_penalty,
+        stop=settings.stop,
+    )

@@ -61,6 +61,11 @@ METRICS: tuple[Metric, ...] = (
         "learner's version minus the oldest version that sampled a completion of the step",
     ),
     Metric(
+        "rollout/mass_cut",
+        "probability",
+        "mean probability of the tokens that truncated sampling dropped, over sampled tokens",
+    ),
+    Metric(
         "rollout/mismatch_abs",
         "nats",
         "mean |learner - engine log-prob| over sampled tokens; over the rows of one update if no pass reads "

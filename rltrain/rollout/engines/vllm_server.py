@@ -27,7 +27,7 @@ from rltrain.rollout.worker.client import ServerInfo, WorkerBusy, WorkerClient, 
 from rltrain.rollout.worker.flags import KNOWN_VERSIONS, WorkerSettings
 from rltrain.rollout.worker.guard import Choice
 from rltrain.rollout.worker.process import LocalWorker, WorkerDied
-from rltrain.rollout.worker.requests import ServerModel, make_request, require_temperature
+from rltrain.rollout.worker.requests import ServerModel, make_request, require_supported
 from rltrain.rollout.worker.threads import LoopThread
 from rltrain.tensor_ops import Fingerprint
 from rltrain.types.samples import Answer, PolicyVersion, Request
@@ -138,7 +138,7 @@ class VllmServer:
         limit = self._model.max_model_len
         require_fit(requests, limit, "the server's max_model_len or the model's max_position_embeddings")
         for request in requests:
-            require_temperature(request.sampling)
+            require_supported(request.sampling)
         self.state = EngineState.SERVING
         assert self._loop is not None
         arrivals: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
