@@ -41,6 +41,7 @@ class Mend:
 FROZEN = "tests/learner/test_frozen_ranks.py -k fsdp2-True"
 BACKENDS = "tests/invariants/test_backends.py -k fsdp2"
 VLLM = "rltrain/rollout/engines/vllm"
+RANKS = "tests/rollout/engines/test_vllm_colocated.py::test_two_ranks_have_their_own_engine_or_one_together"
 MENDS = (
     Mend(
         "each rank's engine takes its own GPU",
@@ -59,16 +60,16 @@ MENDS = (
     Mend(
         "weights stream into the engine",
         f"{VLLM}/colocated.py",
-        "weights = ((name, weight.detach()) for name, weight in self._shapes.check(stream) if name not in ties)",
-        "weights = iter([(name, weight.detach()) for name, weight in self._shapes.check(stream)])",
-        "tests/rollout/engines/test_vllm_colocated.py -k apart",
+        "in self._shapes.check(stream) if name not in ties)",
+        "in list(self._shapes.check(stream)) if name not in ties)",
+        f"{RANKS}[apart]",
     ),
     Mend(
         "ranks of one engine prove their shards together",
         f"{VLLM}/colocated.py",
         '"tensor_parallel_size": tensor_parallel,',
         '"tensor_parallel_size": 1,',
-        "tests/rollout/engines/test_vllm_colocated.py -k together",
+        f"{RANKS}[together]",
     ),
     Mend(
         "weights are saved as a stream",

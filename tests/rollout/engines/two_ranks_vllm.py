@@ -4,6 +4,7 @@ engine on each, or with the argument "together" one engine on both.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -107,8 +108,13 @@ def run_apart(folder: str, model: Any) -> None:
 
 def run_together(folder: str, model: Any) -> None:
     rank = dist.get_rank()
+    names: list[str] = []
+    open_memory = torch.ops._C.init_shm_manager  # type: ignore[attr-defined]
+    torch.ops._C.init_shm_manager = lambda name, *sizes: names.append(name) or open_memory(name, *sizes)
     engine = start_engine(folder, 2)
     assert_launchers_executor(engine, rank)
+    launch = f"rltrain-{os.environ['MASTER_PORT']}-{os.getppid()}-"  # no other launch opens its memory
+    assert names and all(name.startswith(launch) for name in names)
     engine.load(model.named_parameters(), 1)
     embedding = engine._llm.apply_model(lambda held: held.model.embed_tokens.weight)[0]
     assert embedding.shape[0] < model.config.vocab_size  # a shard, not a copy
