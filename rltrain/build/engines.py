@@ -35,10 +35,13 @@ def build_engine(
     precision: str,
     tokenization: Tokenization,
     process: Process,
+    *,
+    truncation: bool = False,
 ) -> RolloutEngine:
     """The engine that ``rollout`` names, without weights.
 
-    precision: the learner's; on a GPU the engine's weights have the same.
+    precision: the learner's; on a GPU the engine's weights have the same. truncation: evaluations truncate
+    their sampling.
     """
     device = process.device
     if rollout.engine == "vllm_server" and rollout.workers is not None:
@@ -68,6 +71,7 @@ def build_engine(
         dtype=weights_dtype(precision, device),
         enforce_eager=rollout.vllm.enforce_eager,
         adaptive_temperature=rollout.adaptive_temperature is not None,
+        truncation=truncation or rollout.truncates,
         device=device,
         tensor_parallel=rollout.vllm.tensor_parallel,
         adapter_rank=None if model.adapter is None else model.adapter.rank,

@@ -88,6 +88,7 @@ def build_online_run(recipe: OnlineRecipe, inputs: RunInputs, context: RunContex
         recipe.reward,
         recipe.sync,
         recipe.eval,
+        recipe.journal,
         recipe.seed,
     )
     methods = bind_methods(recipe.advantage, recipe.control, recipe.loss, recipe.process_reward, steps)

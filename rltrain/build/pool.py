@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -20,7 +21,7 @@ from rltrain.build.server import (
     read_names,
     visible_devices,
 )
-from rltrain.config.schema import Data, Model, Rollout
+from rltrain.config.schema import Data, Model, Rollout, Workers
 from rltrain.data.tokenization import Tokenization
 from rltrain.errors import UserError
 from rltrain.process import Process
@@ -30,6 +31,7 @@ from rltrain.rollout.pool.door import Door
 from rltrain.rollout.pool.homes import Connector, LocalHome, RemoteHome
 from rltrain.rollout.pool.members import Home
 from rltrain.rollout.pool.pool import PoolRules, WorkerPool
+from rltrain.rollout.pool.routed import RoutedPool
 from rltrain.rollout.worker.flags import WorkerSettings, require_known_version, worker_settings
 from rltrain.rollout.worker.threads import LoopThread
 from rltrain.sync.pool import PoolPush
@@ -96,7 +98,7 @@ def attach_pool(
         vocabulary=served.vocabulary, patience=workers.patience_seconds, alive=alive * (1 - ALIVE_SHARE)
     )
     loop = LoopThread()
-    pool = WorkerPool(homes, rules)
+    pool = _make_pool(homes, rules, workers, connector)
     close: Callable[[], None] = _do_nothing
     try:
         loop.run(pool.start()).result()
@@ -109,6 +111,15 @@ def attach_pool(
         loop.close()
         raise
     return make(pool, loop, at_close=close)
+
+
+def _make_pool(
+    homes: Mapping[str, Home], rules: PoolRules, workers: Workers, connector: Connector
+) -> WorkerPool:
+    if workers.router is None:
+        return WorkerPool(homes, rules)
+    client = connector.connect(workers.router, find_token("rollout.workers.router"))
+    return RoutedPool(homes, rules, workers.router, client, warnings.warn)
 
 
 def make_connector(rollout: Rollout, settings: WorkerSettings) -> Connector:
@@ -124,8 +135,9 @@ def find_homes(rollout: Rollout, settings: WorkerSettings, connector: Connector)
     workers = rollout.workers
     assert workers is not None
     if workers.count is None:
-        token = find_token("rollout.workers") if workers.urls or workers.join else ""
-        return {f"worker {url}": RemoteHome(url, token, connector) for url in workers.urls}
+        urls = (*workers.urls, *workers.admin)
+        token = find_token("rollout.workers") if urls or workers.join else ""
+        return {f"worker {url}": RemoteHome(url, token, connector) for url in urls}
     require_known_version()
     # on one CPU, starts at the same time only slow each other down
     gate = None if settings.on_gpu else threading.Lock()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
+import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -14,6 +16,9 @@ import torch
 from rltrain.build.context import RunContext
 from rltrain.build.engines import build_engine, build_sampler, engine_base
 from rltrain.build.inputs import REWARD_MODEL, RunInputs
+from rltrain.checkpoint.journal import Journal
+from rltrain.checkpoint.journal_table import require_columns
+from rltrain.checkpoint.run_folder import describe_environment
 from rltrain.config.rules.registries import EXTRA_SAMPLES, ORDERS, REWARDS
 from rltrain.config.schema import (
     AdaptiveTemperature,
@@ -24,9 +29,12 @@ from rltrain.config.schema import (
     Model,
     RewardStage,
     Rollout,
+    TokenChoice,
 )
+from rltrain.config.schema import Journal as JournalSettings
 from rltrain.config.schema import Sync as SyncSettings
 from rltrain.data.gain_rl import template_lengths
+from rltrain.data.tokenization import Tokenization
 from rltrain.errors import UserError, user_mistakes
 from rltrain.learner.frozen_models import reference_weights
 from rltrain.learner.loading import load_causal_lm
@@ -36,20 +44,23 @@ from rltrain.learner.policy_learner import PolicyLearner
 from rltrain.learner.reward_model import RewardModel
 from rltrain.learner.trained_model import ModelOwner
 from rltrain.needs import ALIGNMENT, REFERENCE_WEIGHTS
+from rltrain.process import Process
 from rltrain.protocols import RolloutEngine
 from rltrain.rollout.colocated import ColocatedRollouts, GradedSampler, Order
 from rltrain.rollout.extra_samples import SamplerContext, SampleSource
 from rltrain.rollout.grading import Grader, is_in_accuracy_range
 from rltrain.rollout.model_rewards import ModelGrader
+from rltrain.rollout.source import PromptedSource
 from rltrain.rollout.temperature import TemperatureController
 from rltrain.rollout.verdicts import label_of_only_function
 from rltrain.seeds import stable_hash
 from rltrain.sync.adapter import AdapterSync, AdapterTarget, Probe
 from rltrain.sync.colocated import Sync
 from rltrain.train.evaluate import Evaluator
+from rltrain.train.journaled import JournaledRollouts
 from rltrain.train.mismatch import MismatchGuard
 from rltrain.types.policy import TokenRows
-from rltrain.types.samples import REFERENCE_VERSION, Prompt, Sampling, ScoredGroup
+from rltrain.types.samples import REFERENCE_VERSION, Prompt, Sampling, ScoredGroup, Truncation
 from rltrain.watchdog import Deadline
 from rltrain.weight_names import CheckpointNames
 
@@ -65,7 +76,7 @@ SamplingLearner = PolicyLearner | PairLearner  # the learners of runs that sampl
 class RolloutParts:
     """The parts of a run that sample, grade and evaluate, and the transfer of weights to them."""
 
-    source: ColocatedRollouts
+    source: PromptedSource
     sync: Sync | AdapterSync
     evaluator: Evaluator | None
     mismatch: MismatchGuard
@@ -81,6 +92,7 @@ def build_rollout(
     reward: RewardStage,
     sync_settings: SyncSettings,
     evaluation: Eval,
+    journal: JournalSettings,
     seed: int,
 ) -> RolloutParts:
     """Starts the engine."""
@@ -93,34 +105,77 @@ def build_rollout(
         engine_base(model, rollout.engine, learner.trained, process) as base,
         process.deadline(f"the {rollout.engine} engine", "to start"),
     ):
-        engine = build_engine(base, data, rollout, precision, inputs.tokenization, process)
+        truncation = evaluation.truncates
+        engine = build_engine(
+            base, data, rollout, precision, inputs.tokenization, process, truncation=truncation
+        )
     sampler = build_sampler(data, rollout, engine, inputs.tokenization)
     longest = data.max_prompt_tokens + rollout.max_tokens
     sync = build_learner_sync(sync_settings, engine, learner, longest, seed, process.deadline)
     batch_tokens = learner.trained.settings.tokens_per_micro_batch
     grader = add_model_rewards(reward, inputs.grader, batch_tokens, process.device, data.date)
 
-    sampling = Sampling(
-        n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed
+    sampling = with_token_choice(
+        Sampling(n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed),
+        rollout,
     )
-    load_reference = _reference_loader(rollout.extra_samples, model, engine, learner, sync)
+    sampling = dataclasses.replace(sampling, returns_kept=rollout.truncates)
+    reference = None
+    if rollout.reference_workers is not None:
+        reference = build_reference(
+            model, data, rollout, learner, inputs.tokenization, process, sync_settings
+        )
+    load_reference = _reference_loader(rollout.extra_samples, model, engine, learner, sync, reference)
     encode = inputs.tokenization.encode_answer
     verdict_of = label_of_only_function(reward.functions)
-    sampler_context = SamplerContext(sampler, sampling, prompts, load_reference, encode, process.deadline)
+    sampler_context = SamplerContext(
+        sampler, sampling, prompts, load_reference, encode, process.deadline, reference
+    )
     source = build_source(
         rollout,
         GradedSampler(sampler, grader, process, verdict_of),
         order,
         sampler_context,
         sync,
-        engine.close,
+        partial(close_all, [engine] if reference is None else [engine, reference]),
     )
+    source = add_journal(source, journal, context, learner)
     evaluator = None
     if inputs.held_out is not None:
         evaluator = build_evaluator(evaluation, reward, rollout.max_tokens, seed, inputs)
     return RolloutParts(
         source, sync, evaluator, build_guard(rollout, engine.dtype, learner.trained.precision)
     )
+
+
+def build_reference(
+    model: Model,
+    data: Data,
+    rollout: Rollout,
+    learner: SamplingLearner,
+    tokenization: Tokenization,
+    process: Process,
+    settings: SyncSettings,
+) -> RolloutEngine:
+    """The engine on ``rollout.reference_workers``, which hold the frozen reference model, proved; one that
+    comes back is sent it again.
+    """
+    apart = rollout.model_copy(update={"workers": rollout.reference_workers})
+    with process.deadline("the reference's workers", "to start"):
+        engine = build_engine(model, data, apart, learner.trained.settings.precision, tokenization, process)
+    try:
+        weights = reference_weights(model, learner.trained, engine.dtype)
+        sync = build_sync(settings, engine, learner.names, 0, process.deadline)
+        sync.push(lambda dtype: weights.items(), REFERENCE_VERSION, expect_change=False)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def close_all(engines: Sequence[RolloutEngine]) -> None:
+    for engine in engines:
+        engine.close()
 
 
 def build_source(
@@ -141,11 +196,29 @@ def build_source(
         groups_per_step=rollout.prompts,
         max_rounds=1 if dynamic is None else dynamic.max_rounds,
         verify=sync.verify,
-        release_memory=sync.sleep,
+        put_to_sleep=sync.sleep,
         close_engine=close_engine,
         sources=build_extra_samples(rollout.extra_samples, context),
         keep=_accuracy_filter(dynamic),
         temperature=build_temperature(rollout.adaptive_temperature),
+    )
+
+
+def add_journal(
+    source: PromptedSource, settings: JournalSettings, context: RunContext, learner: ModelOwner
+) -> PromptedSource:
+    """``source``, whose rollouts are on the disk before they are trained on, unless the recipe wants none."""
+    if settings.keep == "nothing":
+        return source
+    with user_mistakes():
+        require_columns(source.prompts)
+    return JournaledRollouts(
+        source,
+        Journal(context.folder, settings.keep),
+        context.process,
+        learner.weights_digest,
+        settings=json.dumps(context.digests, sort_keys=True),
+        environment=describe_environment(),
     )
 
 
@@ -289,8 +362,13 @@ def _reference_loader(
     engine: RolloutEngine,
     learner: ModelOwner,
     sync: Sync | AdapterSync,
+    others: RolloutEngine | None,
 ) -> Callable[[], AbstractContextManager[None]]:
-    """A context in which the engine has the reference model's weights, if a source needs them."""
+    """A context in which the engine has the reference model's weights, if a source needs them. others: the
+    engine that has them always.
+    """
+    if others is not None:
+        return nullcontext
     if not any(REFERENCE_WEIGHTS in EXTRA_SAMPLES.spec(ref.name).needs_with(ref.hp) for ref in refs):
         return _refuse_reference
     if isinstance(sync, AdapterSync):
@@ -317,8 +395,24 @@ def build_evaluator(
 ) -> Evaluator:
     """The evaluator over the held-out prompts."""
     assert inputs.held_out is not None
-    sampling = Sampling(
-        n=settings.n, temperature=settings.temperature, max_tokens=max_tokens, seed=stable_hash(seed, "eval")
+    sampling = with_token_choice(
+        Sampling(
+            n=settings.n,
+            temperature=settings.temperature,
+            max_tokens=max_tokens,
+            seed=stable_hash(seed, "eval"),
+        ),
+        settings,
     )
     verdict_of = label_of_only_function(stage.functions)
     return Evaluator(inputs.held_out.prompts, sampling, settings.k, verdict_of)
+
+
+def with_token_choice(sampling: Sampling, settings: TokenChoice) -> Sampling:
+    """``sampling`` with the tokens that may be drawn and the texts that end a completion."""
+    return dataclasses.replace(
+        sampling,
+        truncation=Truncation(settings.min_p, settings.top_h, settings.top_k, settings.top_p),
+        repetition_penalty=settings.repetition_penalty,
+        stop=settings.stop,
+    )

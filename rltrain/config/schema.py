@@ -346,12 +346,15 @@ class Server(Section):
 class Workers(Section):
     """Several vLLM servers for engine ``vllm_server``, each as ``rollout.server`` says.
 
-    Name one of ``count``, ``urls`` and ``join``.
+    Name one of ``count``, ``urls``, ``join`` and ``router``.
     """
 
     count: int | None = Field(default=None, ge=1, le=_PROCESSES)  # that rltrain starts here, and starts again
     # running rltrain workers, as rollout.server.url names one
     urls: tuple[str, ...] = ()
+    # a router of yours (vllm-router, llm-d) that takes the requests; admin: every worker behind it
+    router: str | None = None
+    admin: tuple[str, ...] = ()
     # workers come by themselves, before or during the run: rltrain worker --join http://HOST:PORT
     join: bool = False
     host: str = "127.0.0.1"  # where rank 0 waits for workers that join
@@ -360,7 +363,32 @@ class Workers(Section):
     patience_seconds: float = Field(default=300.0, gt=0, le=_SECONDS)
 
 
-class Rollout(Section):
+_StopText = Annotated[str, Field(min_length=1)]
+
+
+class TokenChoice(Section):
+    """Which tokens may be drawn, and what ends a completion besides EOS.
+
+    Every rule keeps the likeliest tokens among those that the rules before it kept; the likeliest one stays.
+    """
+
+    # min-p (arXiv:2407.01082): tokens of at least this share of the largest probability
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    # Top-H (arXiv:2509.02510; 0.4 there): while the entropy of the kept tokens is at most this share of all's
+    top_h: float | None = Field(default=None, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)  # this many tokens; 0: all
+    top_p: float = Field(default=1.0, gt=0, le=1)  # until their probabilities sum up to this share
+    # of tokens that prompt or completion hold already: divides their positive logits, multiplies the others
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    stop: tuple[_StopText, ...] = ()  # texts that end a completion, which keeps them
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.min_p > 0 or self.top_h is not None or self.top_k > 0 or self.top_p < 1
+
+
+class Rollout(TokenChoice):
     engine: Literal["transformers", "vllm", "vllm_server"] = "transformers"
     prompts: int = Field(ge=1)  # per step, all ranks
     n: int = Field(ge=1)  # completions per prompt
@@ -381,6 +409,8 @@ class Rollout(Section):
     vllm: Vllm = Vllm()
     server: Server = Server()
     workers: Workers | None = None  # None: one server
+    # workers that hold the reference model, for extra_samples reference; the policy's are never lent to it
+    reference_workers: Workers | None = None
 
 
 class Sync(Section):
@@ -506,7 +536,7 @@ class Train(Section):
         return f"step-{self.steps}"
 
 
-class Eval(Section):
+class Eval(TokenChoice):
     every: int = Field(default=0, ge=0)  # steps; 0: at the end only
     prompts: int = Field(default=256, ge=1)
     n: int = Field(default=8, ge=1)  # completions per prompt
@@ -529,6 +559,14 @@ class Checkpoint(Section):
     # whole: a model folder with the optimizer's state, written by rank 0 while the others wait; sharded:
     # every rank writes its own parts, while training goes on. The model at the end is whole.
     format: Literal["whole", "sharded"] = "whole"
+
+
+class Journal(Section):
+    """Every step's rollouts as a Parquet file in rollouts/, on the disk before the step trains on them."""
+
+    # all: for rltrain replay from the first step; resume: those after the oldest checkpoint that is kept;
+    # nothing: no file is written, and a resumed run samples again
+    keep: Literal["all", "resume", "nothing"] = "all"
 
 
 class Push(Section):
@@ -556,6 +594,7 @@ class SampledRecipe(Section):
     train: Train
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
+    journal: Journal = Journal()
     report: Report = Report()
     push: Push | None = None  # None: nothing leaves this machine
 

@@ -98,11 +98,18 @@ def completion_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
         "rollout/length_max": float(max(lengths, default=0)),
         "rollout/finished_by_length": finish["length"] / max(len(pairs), 1),
         "rollout/aborted": finish["aborted"] / max(len(pairs), 1),
+        **_truncation_metrics([completion for completion, _ in pairs]),
         **({"reward/correct": _mean(verdicts)} if verdicts else {}),
         **{f"reward/part/{name}": _mean(values) for name, values in parts.items()},
         **{f"reward/ungraded/{reason}": float(count) for reason, count in reasons.items()},
         **_episode_metrics([completion for completion, _ in pairs if completion.episode is not None]),
     }
+
+
+def _truncation_metrics(completions: Sequence[Completion]) -> dict[str, float]:
+    """Probability that truncated sampling dropped; empty where it dropped none."""
+    masses = [mass for completion in completions if completion.kept for mass in completion.kept.mass]
+    return {"rollout/mass_cut": 1 - _mean(masses)} if masses else {}
 
 
 def _episode_metrics(completions: Sequence[Completion]) -> dict[str, float]:

@@ -6,8 +6,9 @@ parts of a loss, the share of tokens that a control changed, the parts of a rewa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rltrain.registry import suggestion
 
@@ -58,6 +59,11 @@ METRICS: tuple[Metric, ...] = (
         "rollout/staleness",
         "versions",
         "learner's version minus the oldest version that sampled a completion of the step",
+    ),
+    Metric(
+        "rollout/mass_cut",
+        "probability",
+        "mean probability of the tokens that truncated sampling dropped, over sampled tokens",
     ),
     Metric(
         "rollout/mismatch_abs",
@@ -223,7 +229,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("time/tokens_per_second", "tokens/s", "sampled tokens per wall-clock second of the step"),
     Metric("time/elapsed", "s", "time since the run started or resumed"),
     Metric("time/*", "s", "wall-clock time of one phase of the step"),
+    Metric("memory/process", "GiB", "resident memory of rank 0's process, without those it started"),
+    Metric("memory/process_peak", "GiB", "the most of it since the process started"),
+    Metric("memory/gpu_allocated", "GiB", "allocated by torch on rank 0's GPU after the step"),
+    Metric("memory/gpu_reserved", "GiB", "reserved by torch there, with what its allocator keeps for later"),
+    Metric("memory/gpu_peak", "GiB", "the most that torch had allocated there since the process started"),
 )
+_OF_THE_MACHINE = ("time/", "memory/")
 
 _EXACT = {metric.name: metric for metric in METRICS if not metric.name.endswith("*")}
 _PREFIXES = {metric.name[:-1]: metric for metric in METRICS if metric.name.endswith("*")}
@@ -240,6 +252,11 @@ def metric(name: str) -> Metric:
         f"no metric is called {name!r}{suggestion(name, _EXACT)} New metrics get a row in "
         "rltrain/report/names.py"
     )
+
+
+def reproducible_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``metrics`` that the same recipe and seed repeat: all but times and memory."""
+    return {name: value for name, value in metrics.items() if not name.startswith(_OF_THE_MACHINE)}
 
 
 def check_names(names: Iterable[str]) -> None:

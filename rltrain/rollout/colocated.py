@@ -86,8 +86,8 @@ class ColocatedRollouts:
     max_rounds: 1 trains on every sampled group; with more, dynamic sampling replaces groups that are all
     correct or all wrong, as long as rounds are left. keep: which groups dynamic sampling keeps; None: the
     informative ones. verify: raises WeightMismatchError unless the engine sampled with the weights that were
-    pushed last. release_memory: puts the engine to sleep, so that the learner has the device to itself.
-    close_engine: ends the engine under the sampler.
+    pushed last. put_to_sleep: the engine, so that the learner has the device to itself. close_engine: ends
+    the engine under the sampler.
     """
 
     graded: GradedSampler
@@ -97,7 +97,7 @@ class ColocatedRollouts:
     groups_per_step: int
     max_rounds: int
     verify: Callable[[], None]
-    release_memory: Callable[[], None]
+    put_to_sleep: Callable[[], None]
     close_engine: Callable[[], None]
     sources: Sequence[SampleSource] = ()  # further rows for the groups that the step trains on
     keep: Callable[[ScoredGroup], bool] | None = None
@@ -105,8 +105,8 @@ class ColocatedRollouts:
     temperature: TemperatureController | None = None
 
     def take(self, step: int, version: int) -> Rollouts:
-        """Samples rounds until enough groups are informative, adds the rows of extra sources, verifies the
-        engine's weights, and frees its memory.
+        """Samples rounds until enough groups are informative, adds the rows of extra sources, and verifies
+        the engine's weights.
         """
         kept: list[ScoredGroup] = []
         sampled: list[ScoredGroup] = []
@@ -129,8 +129,10 @@ class ColocatedRollouts:
 
         with add_time(seconds, "sync"):
             self.verify()
-        self.release_memory()
         return Rollouts(tuple(groups), len(sampled), rounds, counts, seconds, metrics)
+
+    def release_memory(self) -> None:
+        self.put_to_sleep()
 
     def evaluate(
         self, prompts: Sequence[Prompt], sampling: Sampling, version: int, occasion: str = ""

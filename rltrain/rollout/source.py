@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rltrain.types.samples import Prompt, Sampling, ScoredGroup
 
-__all__ = ["EvaluationSource", "RolloutSource", "Rollouts"]
+__all__ = ["EvaluationSource", "PromptedSource", "RolloutSource", "Rollouts"]
 
 
 @dataclass(frozen=True)
@@ -74,4 +74,17 @@ class RolloutSource(EvaluationSource, Protocol):
 
     def close(self) -> None:
         """Releases engines and processes."""
+        ...
+
+
+class PromptedSource(RolloutSource, Protocol):
+    """A rollout source whose parts other sources can add to."""
+
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        """Those that steps are drawn from."""
+        ...
+
+    def release_memory(self) -> None:
+        """Leaves the device to the learner: the engine's weights are gone until the next push."""
         ...

@@ -12,6 +12,7 @@ import json
 import math
 import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -125,9 +126,13 @@ class WorkerLink:
             self._held = held
         return combine_copies([process.sums for process in held])
 
-    def prove(self, expected: Mapping[str, Fingerprint]) -> float:
-        """The largest relative difference of a fingerprint. Raises WeightMismatchError where one differs."""
-        copies = self.read()
+    def prove(
+        self, expected: Mapping[str, Fingerprint], copies: Sequence[Mapping[str, Fingerprint]]
+    ) -> float:
+        """The largest relative difference of a fingerprint. copies: what ``read`` has just returned.
+
+        Raises WeightMismatchError where one differs.
+        """
         worst = 0.0
         for held in copies:
             try:
@@ -263,8 +268,9 @@ class ServerSync:
                 continue
             sent = self._send(active, weights, errors)
             finished = self._each(sent, lambda link: link.finish(version), errors)
+            reads = {link.name: start_call(link.read) for link in finished}  # while the learner reads its own
             expected = expected or self.fingerprints(self.dtype)
-            self._prove(finished, expected, version, errors, quarantined, differences)
+            self._prove(finished, reads, expected, version, errors, quarantined, differences)
         served = tuple(link.name for link in self.links if link.version == version)
         lost = {name: error for name, error in errors.items() if name not in quarantined}
         worst = max(differences.values(), default=0.0)
@@ -288,6 +294,7 @@ class ServerSync:
     def _prove(
         self,
         links: Sequence[WorkerLink],
+        reads: Mapping[str, Future[list[dict[str, Fingerprint]]]],
         expected: Mapping[str, Fingerprint],
         version: PolicyVersion,
         errors: dict[str, Exception],
@@ -298,7 +305,7 @@ class ServerSync:
 
         def prove(link: WorkerLink) -> None:
             try:
-                differences[link.name] = link.prove(expected)
+                differences[link.name] = link.prove(expected, reads[link.name].result())
             except WeightMismatchError as error:
                 quarantined[link.name] = error
                 return

@@ -276,7 +276,7 @@ def report_step(
 
     is_unchanged = update.metrics["learner/grad_norm"] == 0 or lr == 0
     reason = why_no_update(batch, lr) if is_unchanged else None
-    tensors = TokenTensors(batch, logp, sampling_entropy(batch, update), update.clipped)
+    tensors = TokenTensors(batch, logp, sampling_entropy(batch, update), update.clipped, update.touched)
     run.reporter.step(step.number, metrics, rollouts.groups, reason, tensors)
 
     warning = run.mismatch.check(step.number, metrics)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rltrain.checkpoint.random_state import random_state, restore_random_state
 from rltrain.protocols import WorkersGone
-from rltrain.rollout.source import Rollouts, RolloutSource
+from rltrain.rollout.source import PromptedSource, Rollouts
 from rltrain.sync.adapter import AdapterSync
 from rltrain.sync.colocated import Sync
 from rltrain.train.evaluate import Evaluation, Evaluator
@@ -19,7 +19,7 @@ __all__ = ["SampledRun"]
 class SampledRun(TrainingRun):
     """A training run with an engine, which gets the learner's weights after each update."""
 
-    source: RolloutSource
+    source: PromptedSource
     sync: Sync | AdapterSync
     evaluator: Evaluator | None
 
@@ -38,11 +38,13 @@ class SampledRun(TrainingRun):
         before = self.source.state_dict()
         generators = random_state()
         try:
-            return self.source.take(step, self.learner.version)
+            rollouts = self.source.take(step, self.learner.version)
         except WorkersGone as error:
             self.source.load_state_dict(before)
             restore_random_state(generators)
             self.leave_without_workers(step - 1, error)
+        self.source.release_memory()
+        return rollouts
 
     def evaluate(self) -> Evaluation | None:
         """Held-out pass@k of the current weights; None where the recipe holds nothing out."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rltrain.types.samples import TokenSets
+
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
@@ -20,6 +22,8 @@ class TokenRows:
     # by completion token, whether a judged example's log-prob counts it; None: all count. Rollouts say it in
     # the mask of their TrainBatch
     scored: tuple[tuple[bool, ...], ...] | None = None
+    # by row, the tokens that each of its tokens was drawn from; None: from the whole vocabulary
+    kept: tuple[TokenSets | None, ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.prompts) != len(self.completions):
@@ -40,12 +44,13 @@ class TokenRows:
             tuple(self.prompts[row] for row in positions),
             tuple(self.completions[row] for row in positions),
             None if self.scored is None else tuple(self.scored[row] for row in positions),
+            None if self.kept is None else tuple(self.kept[row] for row in positions),
         )
 
 
 _PER_TOKEN = (
     *("advantages", "weights", "old_logp", "rollout_logp", "logp_now", "old_entropy", "entropy_now"),
-    *("ref_logp", "teacher_logp", "process_reward", "step_id"),
+    *("ref_logp", "teacher_logp", "process_reward", "step_id", "touched"),
 )
 _PER_ROW = ("rewards", "group", "source", "version", "sample", "correct", "answer")
 
@@ -82,6 +87,7 @@ class TrainBatch:
     correct: Tensor | None = None
     # (B,) int64, equal for equal extracted answers of one group, -1 without an answer
     answer: Tensor | None = None
+    touched: Tensor | None = None  # (B, T) bool, tokens that a control changed; None: no control ran
     # (B, T) each: tensors that a control passes to the loss of its method
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     # numbers that a control logs, as ``control/<key>``

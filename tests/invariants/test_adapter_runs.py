@@ -18,6 +18,7 @@ from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
 from rltrain.config.rules import check
 from rltrain.learner.loading import load_causal_lm
+from rltrain.report.names import reproducible_metrics
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = (
@@ -47,7 +48,7 @@ def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def lines_of(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+    return [reproducible_metrics(line) for line in lines]
 
 
 @pytest.fixture(scope="module")

@@ -248,6 +248,7 @@ def test_the_table_has_every_name_once_under_a_stage():
         "eval",
         "law",
         "time",
+        "memory",
     }
     assert {name.split("/")[0] for name in names} == stages
 

@@ -56,7 +56,7 @@ def source_of(groups_per_step: int, max_rounds: int, rank: int = 0, ranks: int =
         groups_per_step,
         max_rounds,
         verify=nothing,
-        release_memory=nothing,
+        put_to_sleep=nothing,
         close_engine=nothing,
     )
 

@@ -10,6 +10,7 @@ from rltrain.analysis.pages.charts import POINTS, chart_data, law_data, run_char
 from rltrain.analysis.pages.completions import CompletionSet, read_completions
 from rltrain.analysis.pages.render import render_page
 from rltrain.analysis.pages.summary import list_changes, list_costs, read_facts
+from rltrain.analysis.pages.timeline import timeline_data
 from rltrain.checkpoint.run_folder import RunFolder, write_atomic
 
 
@@ -39,6 +40,7 @@ def page_data(curves: Curves, completions: CompletionSet) -> dict[str, Any]:
         "charts": [chart_data(chart, curves) for chart in charts],
         "others": [chart_data(chart, curves) for chart in others],
         "law": law_data(curves),
+        "timeline": timeline_data(curves),
         "groups": list(completions.groups),
     }
 

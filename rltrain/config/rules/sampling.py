@@ -13,6 +13,7 @@ from rltrain.config.rules.optimizer import optimizer_problems
 from rltrain.config.rules.registries import ORDERS, REWARDS
 from rltrain.config.rules.rewards import is_user_function, user_function_problems
 from rltrain.config.rules.server import server_problems
+from rltrain.config.rules.token_choice import token_choice_problems
 from rltrain.config.schema import MethodRef, Rollout, SampledRecipe
 from rltrain.config.user_files import check_method
 from rltrain.needs import REPORTS_CORRECT
@@ -94,6 +95,7 @@ def sampling_problems(recipe: SampledRecipe) -> Iterator[str]:
                 f"among rollout.n {rollout.n} completions is such a share: every prompt would be replaced; "
                 "widen it or raise rollout.n"
             )
+    yield from token_choice_problems(recipe)
     yield from _engine_ranks_problems(rollout)
     yield from _eval_problems(recipe)
     if rollout.engine == "vllm_server":
@@ -102,6 +104,11 @@ def sampling_problems(recipe: SampledRecipe) -> Iterator[str]:
         yield (
             f"rollout.workers is given, but rollout.engine is {rollout.engine}, which has none; set "
             "rollout.engine to vllm_server, or rollout.workers to null"
+        )
+    if rollout.reference_workers is not None and rollout.workers is None:
+        yield (
+            "rollout.reference_workers stand beside the policy's rollout.workers, which is null; give it "
+            "too, or drop rollout.reference_workers"
         )
     if rollout.workers is not None and rollout.workers.patience_seconds >= recipe.train.deadline_seconds:
         yield (

@@ -18,7 +18,7 @@ from torch import Tensor
 from rltrain.protocols import EngineState
 from rltrain.rollout.engines.checks import require_fit, require_version
 from rltrain.rollout.pool.pool import ADMIT, Batch, Counts, WorkerPool
-from rltrain.rollout.worker.requests import ServerModel, make_request, require_temperature
+from rltrain.rollout.worker.requests import ServerModel, make_request, require_supported
 from rltrain.rollout.worker.threads import LoopThread
 from rltrain.tensor_ops import Fingerprint
 from rltrain.types.samples import Answer, PolicyVersion, Request
@@ -175,7 +175,7 @@ class VllmPool:
         limit = self._model.max_model_len
         require_fit(requests, limit, "the server's max_model_len or the model's max_position_embeddings")
         for request in requests:
-            require_temperature(request.sampling)
+            require_supported(request.sampling)
         self.state = EngineState.SERVING
         if self._world_size == 1:
             return self._sample_alone(self._submit(requests, policy), policy)

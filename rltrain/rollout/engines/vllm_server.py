@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import secrets
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -26,7 +27,7 @@ from rltrain.rollout.worker.client import ServerInfo, WorkerBusy, WorkerClient, 
 from rltrain.rollout.worker.flags import KNOWN_VERSIONS, WorkerSettings
 from rltrain.rollout.worker.guard import Choice
 from rltrain.rollout.worker.process import LocalWorker, WorkerDied
-from rltrain.rollout.worker.requests import ServerModel, make_request, require_temperature
+from rltrain.rollout.worker.requests import ServerModel, make_request, require_supported
 from rltrain.rollout.worker.threads import LoopThread
 from rltrain.tensor_ops import Fingerprint
 from rltrain.types.samples import Answer, PolicyVersion, Request
@@ -79,6 +80,7 @@ class VllmServer:
         self._worker = worker
         self._gather = gather
         self._loop = LoopThread()
+        self._session = secrets.token_hex(4)  # no other rank, nor a learner before, repeats a request's id
         self._sent = 0  # requests, for their ids
 
     def load(self, stream: Iterable[tuple[str, Tensor]], version: PolicyVersion) -> None:
@@ -136,7 +138,7 @@ class VllmServer:
         limit = self._model.max_model_len
         require_fit(requests, limit, "the server's max_model_len or the model's max_position_embeddings")
         for request in requests:
-            require_temperature(request.sampling)
+            require_supported(request.sampling)
         self.state = EngineState.SERVING
         assert self._loop is not None
         arrivals: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
@@ -195,7 +197,9 @@ class VllmServer:
             self._sent += 1
             try:
                 async with slots:
-                    return await self._generate(replace(asked, id=f"rltrain-{self._sent}"), policy)
+                    return await self._generate(
+                        replace(asked, id=f"rltrain-{self._session}-{self._sent}"), policy
+                    )
             except WorkerBusy:
                 await asyncio.sleep(_BUSY_SECONDS)
             except GarbageAnswer as error:

@@ -26,7 +26,7 @@ from rltrain.rollout.worker.guard import Choice
 from rltrain.rollout.worker.threads import call_in_thread
 from rltrain.types.samples import PolicyVersion
 
-__all__ = ["ADMIT", "Batch", "Counts", "PoolRules", "WorkerPool"]
+__all__ = ["ADMIT", "ALIVE_STATES", "Batch", "Counts", "PoolRules", "WorkerPool"]
 
 ADMIT = "admit"  # put into a batch's arrivals when a worker waits for weights
 
@@ -36,7 +36,7 @@ _LOSSES = 10  # workers lost while they sampled one part, after which the part i
 _MISSES = 2  # calls in a row without a sign of life, after which a worker is lost
 _SMALLEST_PART = 2  # samples: a batch of one row takes other kernels, which round otherwise
 _OPEN_ERRORS = (WorkerLost, WorkerBusy, WorkerRefused, GarbageAnswer, UserError, OSError)
-_ALIVE_STATES = (MemberState.ATTACHED, MemberState.LOADING, MemberState.SERVING)
+ALIVE_STATES = (MemberState.ATTACHED, MemberState.LOADING, MemberState.SERVING)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class WorkerPool:
         """
         until = time.monotonic() + seconds
         while True:
-            attached = self.find_members(*_ALIVE_STATES)
+            attached = self.find_members(*ALIVE_STATES)
             waiting = [m for m in self.members.values() if m.state is MemberState.STARTING and not m.reason]
             if attached and not waiting:
                 return
@@ -169,6 +169,10 @@ class WorkerPool:
         await asyncio.gather(*(self._disconnect(member) for member in members))
         await asyncio.gather(*(call_in_thread(member.home.close) for member in members))
 
+    def holders(self) -> list[Member]:
+        """Those that requests are sent to."""
+        return list(self.members.values())
+
     def find_members(self, *states: MemberState) -> list[Member]:
         """The workers in one of these states, in the order of their names."""
         members = [member for member in self.members.values() if member.state in states]
@@ -184,7 +188,8 @@ class WorkerPool:
         """
         states = (MemberState.ATTACHED,) if waiting_only else (MemberState.ATTACHED, MemberState.SERVING)
         chosen = self.find_members(*states)
-        if busy := [member.name for member in chosen if member.leases]:
+        samplers = chosen if waiting_only else self.holders()
+        if busy := [member.name for member in samplers if member.leases]:
             raise RuntimeError(f"a push begins while {', '.join(busy)} still samples")
         for member in chosen:
             member.state = MemberState.LOADING
@@ -231,7 +236,7 @@ class WorkerPool:
         batch = Batch(put, [request.n for _, request in asked])
         if not asked:
             return batch
-        for member in self.members.values():
+        for member in self.holders():
             member.forget_speed()
         self._batches.append(batch)
         for group, (prompt, request) in enumerate(asked):
@@ -313,7 +318,7 @@ class WorkerPool:
         except WorkerBusy:
             self._rest(lease, member)
         except WorkerLost as error:
-            self._lose(member, str(error))
+            self._give_back(lease, member, str(error))
         except GarbageAnswer as error:
             self._strike(lease, member, error)
         except (WorkerRefused, UserError) as error:
@@ -345,6 +350,11 @@ class WorkerPool:
         self.counts.returned += 1
         if not lease.part.batch.is_ended:
             self._queue.appendleft(lease.part)
+
+    def _give_back(self, lease: Lease, member: Member, reason: str) -> None:
+        """A request failed with its worker."""
+        del lease
+        self._lose(member, reason)
 
     def _rest(self, lease: Lease, member: Member) -> None:
         loop = asyncio.get_running_loop()
@@ -452,7 +462,7 @@ class WorkerPool:
         """Looks after local processes, and after a pool in which nobody serves."""
         while True:
             await asyncio.sleep(self.rules.poll)
-            for member in self.find_members(*_ALIVE_STATES):
+            for member in self.find_members(*ALIVE_STATES):
                 try:
                     member.home.require_process()
                 except UserError as error:
@@ -472,9 +482,11 @@ class WorkerPool:
         )
         is_late = now - self._idle_since > self.rules.patience and not self._is_local_one_starting()
         if is_hopeless or is_late:
-            error = WorkersGone(f"no worker serves: {self._reasons()}")
-            for batch in self._batches:
-                batch.fail(error)
+            self._fail_all(WorkersGone(f"no worker serves: {self._reasons()}"))
+
+    def _fail_all(self, error: BaseException) -> None:
+        for batch in self._batches:
+            batch.fail(error)
 
     def _are_all_local(self) -> bool:
         """Then a failed start is the recipe's fault, and no worker comes by waiting."""
@@ -503,7 +515,7 @@ class WorkerPool:
             return
         self._batches = [batch for batch in self._batches if not batch.is_ended]
         self._queue = deque(part for part in self._queue if not part.batch.is_ended)
-        for member in self.members.values():
+        for member in self.holders():
             for lease in list(member.leases.values()):
                 if lease.part.batch.is_ended:
                     self._return(lease, member)
@@ -521,8 +533,7 @@ class WorkerPool:
         self._tasks.discard(task)
         if task.cancelled() or (error := task.exception()) is None:
             return
-        for batch in self._batches:
-            batch.fail(error)
+        self._fail_all(error)
 
 
 async def _is_set_within(event: asyncio.Event, seconds: float) -> bool:

@@ -42,6 +42,10 @@ class GenerateRequest:
     stop_token_ids: Sequence[int]
     salt: str
     model: str
+    min_p: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
     priority: int = 0
 
     def body(self) -> dict[str, Any]:
@@ -55,8 +59,10 @@ class GenerateRequest:
             "sampling_params": {
                 "n": self.n,
                 "temperature": self.temperature,
-                "top_p": 1.0,
-                "top_k": 0,
+                "min_p": self.min_p,
+                "top_k": self.top_k,
+                "top_p": self.top_p,
+                "repetition_penalty": self.repetition_penalty,
                 "max_tokens": self.max_tokens,
                 "seed": self.seed,
                 "logprobs": 0,  # of the sampled token only

@@ -19,6 +19,8 @@ from rltrain.rollout.pool.members import Member, Part
 from rltrain.rollout.pool.pool import WorkerPool
 from rltrain.rollout.worker.guard import TOKEN
 from rltrain.rollout.worker.process import LocalWorker
+from rltrain.sync.pool import PoolPush
+from rltrain.types.samples import REFERENCE_VERSION
 from support.resumed_runs import train_here
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -46,6 +48,34 @@ def second_worker(vllm_worker: Any) -> Iterator[LocalWorker]:
         worker.close()
 
 
+def test_the_references_worker_samples_what_an_engine_does_that_is_lent(
+    vllm_worker: Any, second_worker: LocalWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same final weights to the bit; the policy's worker never holds the reference model."""
+    monkeypatch.setenv(TOKEN, vllm_worker.token)
+    model = vllm_worker.settings.model
+    aapo = (*SETTINGS, "train.steps=2", "rollout.prompts=2")
+    first, second = vllm_worker.address.url, second_worker.address.url
+    lent = f"rollout.server.url={first}"
+    apart = (
+        f"rollout.workers={{urls: ['{first}']}}",
+        f"rollout.reference_workers={{urls: ['{second}']}}",
+    )
+    assert train_here(model, tmp_path / "lent", *aapo, lent, recipe_name="aapo") == 0
+    pushed: list[tuple[set[str], int]] = []
+    push = PoolPush.push
+
+    def note(self: PoolPush, workers: Any, weights: Any, version: int) -> Any:
+        pushed.append((set(workers), version))
+        return push(self, workers, weights, version)
+
+    monkeypatch.setattr(PoolPush, "push", note)
+    assert train_here(model, tmp_path / "apart", *aapo, *apart, recipe_name="aapo") == 0
+    assert pushed[0] == ({f"worker {second}"}, REFERENCE_VERSION)
+    assert pushed[1:] == [({f"worker {first}"}, version) for version in range(3)]
+    require_equal_models(tmp_path / "lent", tmp_path / "apart")
+
+
 def test_two_workers_of_which_one_is_killed_train_what_one_does(
     vllm_worker: Any, second_worker: LocalWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,7 +100,11 @@ def test_two_workers_of_which_one_is_killed_train_what_one_does(
     assert leases.count(f"worker {second}") >= 4
     assert second_worker.wait() != 0
 
-    expected = load_file(tmp_path / "one/model/model.safetensors")
-    held = load_file(tmp_path / "two/model/model.safetensors")
+    require_equal_models(tmp_path / "one", tmp_path / "two")
+
+
+def require_equal_models(first: Path, second: Path) -> None:
+    expected = load_file(first / "model/model.safetensors")
+    held = load_file(second / "model/model.safetensors")
     assert held.keys() == expected.keys()
     assert all(torch.equal(held[name], expected[name]) for name in held)

@@ -49,6 +49,7 @@ from rltrain.rollout.engines.vllm.process import (
 )
 from rltrain.rollout.engines.vllm.shares import Product
 from rltrain.rollout.engines.vllm.tensor_parallel import EngineRanks, find_undividable, require_ranks
+from rltrain.rollout.truncation import cut_at_stop
 from rltrain.seeds import stable_hash
 from rltrain.tensor_ops import Fingerprint
 from rltrain.types.samples import Answer, Completion, PolicyVersion, Request, Sampling, Span
@@ -76,7 +77,8 @@ class VllmColocated:
     decode: token ids to text without special tokens. max_model_len: prompt and completion tokens of a row.
     kv_cache_gib: on CPU; on GPU vLLM takes the share ``gpu_memory_utilization`` of the memory. sleep_mode:
     frees GPU memory in ``sleep``; without effect on CPU. adaptive_temperature: supports
-    ``Sampling.adaptive``, with a logits processor of vLLM's V1 model runner. device: the learner's, which the
+    ``Sampling.adaptive``, with a logits processor of vLLM's V1 model runner. truncation: supports
+    ``Sampling.truncation``, with another one. device: the learner's, which the
     engine must share; None: not compared. tensor_parallel: neighbouring ranks that hold one engine together;
     each of them calls ``load``, ``fingerprint`` and ``sample`` as often as the others, and gets the answers
     to its own requests. adapter_rank: implements ``AdapterTarget`` for adapters of this rank, with the base's
@@ -84,6 +86,8 @@ class VllmColocated:
     """
 
     name = "vllm"
+    fingerprint_rtol = 1e-12  # weights are compared as stored, except for the order of float64 sums
+    _adapters_loaded = 0
 
     def __init__(
         self,
@@ -100,6 +104,7 @@ class VllmColocated:
         enforce_eager: bool = False,
         sleep_mode: bool = True,
         adaptive_temperature: bool = False,
+        truncation: bool = False,
         device: torch.device | None = None,
         tensor_parallel: int = 1,
         adapter_rank: int | None = None,
@@ -108,12 +113,11 @@ class VllmColocated:
         self._stop = sorted(stop_token_ids)
         self._gpu = torch.cuda.is_available()
         self.dtype = dtype
-        self.fingerprint_rtol = 1e-12  # weights are compared as stored, except for the order of float64 sums
         self._sleep_mode = sleep_mode and self._gpu
         self._adaptive = adaptive_temperature
+        self._truncates = truncation
         self._adapter_rank = adapter_rank
         self._adapter: Any = None  # vLLM's request for the adapter in use; None: the base alone
-        self._adapters_loaded = 0
         self._adapter_folder = tempfile.TemporaryDirectory(prefix="rltrain-adapters-")
         model, revision = config_source(model, revision)
         trusted = trusts(model, revision)
@@ -140,16 +144,17 @@ class VllmColocated:
             require_device(device, torch.cuda.current_device())
         self._llm.apply_model(partial(restore_classes, before=classes))
         self._places = self._find_places(model)
+        self._cache_asleep = False
         if not self._gpu:
             self._llm.apply_model(pack_experts_on_reload)
         self.version: PolicyVersion | None = None
         self.state = EngineState.MAPPED
-        self._cache_asleep = False
 
     def _start(self, model: str, config: PreTrainedConfig, *, trusted: bool, **options: Any) -> None:
         """Starts vLLM with the model's ``config`` alone. Raises UserError where it refuses the model."""
         # the V2 runner has another interface of logits processors
-        runner = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if self._adaptive else {}
+        processors = self._processors()
+        runner = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if processors else {}
         folder = str(config_folder(config))
         source = folder if self._adapter_rank is None else model
         with unchanged_process(**runner), contextlib.ExitStack() as start_errors:
@@ -157,13 +162,21 @@ class VllmColocated:
             start_errors.enter_context(_explain_start_errors(model))
             if self._ranks is not None and not self._gpu:
                 start_errors.enter_context(own_shared_memory())
-            processors = _processors() if self._adaptive else None
             self._llm: Any = vllm.LLM(
-                source, trust_remote_code=trusted, logits_processors=processors, **{**_FIXED, **options}
+                source,
+                trust_remote_code=trusted,
+                logits_processors=processors or None,
+                **{**_FIXED, **options},
             )
         _note_steps(self._llm.llm_engine)
         self._params_class = vllm.SamplingParams
         self._require_processed_logprobs()
+
+    def _processors(self) -> list[str]:
+        """vLLM imports them only once it has read their names."""
+        package = "rltrain.rollout.engines.vllm"
+        names = [f"{package}.temperature:AdaptiveTemperatureProcessor"] if self._adaptive else []
+        return names + ([f"{package}.truncation:TruncationProcessor"] if self._truncates else [])
 
     def _require_processed_logprobs(self) -> None:
         mode = self._llm.llm_engine.model_config.logprobs_mode
@@ -354,7 +367,7 @@ class VllmColocated:
         require_version(self, policy)
         require_fit(requests, self._limit, "vLLM's max_model_len or the model's max_position_embeddings")
         for request in requests:
-            self._require_temperature(request.sampling)
+            self._require_supported(request.sampling)
         self.state = EngineState.SERVING
         places = range(len(requests))
         if self._ranks is not None:
@@ -374,6 +387,7 @@ class VllmColocated:
             outputs = self._llm.generate(inputs, params, use_tqdm=False, lora_request=self._adapter)
 
         corrections = self._corrections() if any(map(_adapts_temperature, requests)) else None
+        kept = self._kept_sets() if any(map(_returns_kept, requests)) else None
         answers: list[Answer] = []
         for number, index in enumerate(places):
             request = requests[index]
@@ -385,13 +399,20 @@ class VllmColocated:
                 for place, completion in enumerate(completions):
                     logprobs = corrections.correct(index, params[index].seed + place, completion.logprobs)
                     completions[place] = replace(completion, logprobs=logprobs)
+            if kept is not None and _returns_kept(request):
+                for place, completion in enumerate(completions):
+                    sets = kept.take_sets(index, params[index].seed + place, len(completion.token_ids))
+                    completions[place] = replace(completion, kept=sets)
+            stop = request.sampling.stop
+            if stop:
+                completions = [cut_at_stop(completion, stop, self._decode) for completion in completions]
             # vLLM takes no n above 1 for greedy decoding, whose completions are all the same.
             completions = completions * (request.count // len(completions))
             answers.append(Answer(number, request.prompt, tuple(completions)))
         return iter(answers)
 
-    def _require_temperature(self, sampling: Sampling) -> None:
-        """Raises ValueError for a temperature that this engine cannot sample at."""
+    def _require_supported(self, sampling: Sampling) -> None:
+        """Raises ValueError for a temperature or truncation that this engine cannot sample with."""
         if 0 < sampling.temperature < _MIN_TEMPERATURE:
             raise ValueError(
                 f"temperature {sampling.temperature}: vLLM raises it to {_MIN_TEMPERATURE}; use 0 (greedy) "
@@ -402,15 +423,22 @@ class VllmColocated:
                 "this vLLM engine was started without adaptive_temperature and cannot adapt the temperature "
                 "of a token"
             )
+        if not (sampling.truncation.is_whole or self._truncates):
+            raise ValueError("this vLLM engine was started without truncation and samples from all tokens")
 
     def _corrections(self) -> Any:
         from rltrain.rollout.engines.vllm.temperature import Corrections, take_corrections
 
         return Corrections(self._llm.collective_rpc(take_corrections)[0])
 
+    def _kept_sets(self) -> Any:
+        from rltrain.rollout.engines.vllm.truncation import KeptSets, take_kept
+
+        return KeptSets(self._llm.collective_rpc(take_kept)[0])
+
     def _params(self, index: int, request: Request) -> Any:
         sampling = request.sampling
-        extra = _extra_args(index, sampling) if self._adaptive else None
+        extra = _extra_args(index, sampling) if self._adaptive or self._truncates else None
         # vLLM adds the place in the request to the seed
         seed = stable_hash(sampling.seed, request.prompt.id) + request.first
         return self._params_class(
@@ -423,8 +451,9 @@ class VllmColocated:
             stop_token_ids=self._stop,
             ignore_eos=True,  # the ids above include every EOS
             detokenize=False,
-            top_p=1.0,
+            top_p=1.0,  # truncation is the processor's, in the order that every engine has
             top_k=0,
+            repetition_penalty=sampling.repetition_penalty,
             extra_args=extra,
         )
 
@@ -511,13 +540,16 @@ def _explain_start_errors(model: str) -> Iterator[None]:
         ) from error
 
 
-def _processors() -> list[Any]:
-    from rltrain.rollout.engines.vllm.temperature import AdaptiveTemperatureProcessor
-
-    return [AdaptiveTemperatureProcessor]
+def _returns_kept(request: Request) -> bool:
+    """Whether the request's completions come with the tokens that they were drawn from."""
+    sampling = request.sampling
+    return sampling.returns_kept and sampling.temperature > 0 and not sampling.truncation.is_whole
 
 
 def _extra_args(index: int, sampling: Sampling) -> dict[str, Any] | None:
-    from rltrain.rollout.engines.vllm.temperature import extra_args
+    from rltrain.rollout.engines.vllm import temperature, truncation
 
-    return extra_args(index, sampling)
+    return {
+        **(temperature.extra_args(index, sampling) or {}),
+        **(truncation.extra_args(index, sampling) or {}),
+    } or None
