@@ -11,6 +11,7 @@ from rltrain.sync.adapter import AdapterSync
 from rltrain.sync.colocated import Sync
 from rltrain.train.evaluate import Evaluation, Evaluator
 from rltrain.train.loop import TrainingRun
+from rltrain.train.replayed import NoPush
 
 __all__ = ["SampledRun"]
 
@@ -20,7 +21,7 @@ class SampledRun(TrainingRun):
     """A training run with an engine, which gets the learner's weights after each update."""
 
     source: PromptedSource
-    sync: Sync | AdapterSync
+    sync: Sync | AdapterSync | NoPush
     evaluator: Evaluator | None
 
     def push(self, *, expect_change: bool) -> dict[str, float]:
