@@ -55,7 +55,7 @@ def train_alone(settings: Path, run: Path, *words: str) -> None:
         *words,
     ]
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+        [sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -83,7 +83,7 @@ def launch(
         *settings,
     ]
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return [run for rank in range(2) for run in json.loads((folder / f"engaged-{rank}.json").read_text())]
 

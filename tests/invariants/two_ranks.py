@@ -85,16 +85,16 @@ def count_gathered(learner: Any) -> dict[str, int]:
 
     def counted(stream: Any, kind: str) -> Any:
         alive: list[Any] = []
+        patience = 0.0 if kind != "push" and trained.rank == 0 else 5.0  # rank 0 holds the tensors of a file
         for name, tensor in stream:
             if tensor.ndim:  # counters of updates are the optimizer's own
                 alive.append(tensor.untyped_storage()._weak_ref())
-            writes_file = kind != "push" and trained.rank == 0
-            deadline = time.monotonic() + (0 if writes_file else 5)
             while True:  # gloo's own threads let go of what they gathered a moment later
                 alive = [storage for storage in alive if not torch.UntypedStorage._expired(storage)]
-                if len(alive) <= MOST_GATHERED or time.monotonic() > deadline:
+                if len(alive) <= MOST_GATHERED or patience <= 0:
                     break
-                time.sleep(0.001)
+                time.sleep(0.01)
+                patience -= 0.01
             peaks[kind] = max(peaks[kind], len(alive))
             yield name, tensor
             del tensor
