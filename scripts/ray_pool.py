@@ -3,9 +3,9 @@
     python scripts/ray_pool.py --workers 2 --gpus 1 -- RECIPE --run RUN [ARGUMENTS OF rltrain train ...]
 
 The learner runs here, with what follows ``--`` as arguments; start it on the machine of its GPUs. Each worker
-is an actor with ``--gpus`` GPUs that runs ``rltrain worker --join`` until the learner has ended. Where a machine
-is lost, Ray starts its worker again on another, and the run goes on meanwhile. The exit code is the learner's.
-Needs ``pip install ray``, which rltrain itself does not.
+is an actor with ``--gpus`` GPUs that runs ``rltrain worker --join`` until the learner has ended. Where a
+machine is lost, Ray starts its worker again on another, and the run goes on meanwhile. The exit code is the
+learner's. Needs ``pip install ray``, which rltrain itself does not.
 """
 
 from __future__ import annotations

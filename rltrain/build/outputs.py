@@ -36,6 +36,7 @@ from rltrain.report.transcripts import Transcripts
 from rltrain.rollout.source import PromptedSource
 from rltrain.sync.adapter import AdapterSync
 from rltrain.sync.colocated import Sync
+from rltrain.train.replayed import NoPush
 from rltrain.train.saving import ModelWriter
 from rltrain.types.tensor_parts import TensorPart, select_tensors
 
@@ -229,13 +230,16 @@ class TrainingState:
 
     learner: ModelOwner
     source: PromptedSource
-    sync: Sync | AdapterSync
+    sync: Sync | AdapterSync | NoPush
     controllers: Sequence[Controller] = ()
     law: Law | None = None
     process: ProcessRewardLearner | None = None
 
     @cached_property
     def prompts(self) -> str:
+        """Digest of the training prompts; empty where the source draws from none."""
+        if self.source.prompts is None:
+            return ""
         return data_digest((prompt.id, prompt.token_ids) for prompt in self.source.prompts)
 
     def state_dict(self) -> dict[str, Any]:
@@ -250,7 +254,8 @@ class TrainingState:
 
     def load_state_dict(self, state: RunState) -> None:
         """Restores all but the weights and the random generators. Raises UserError if the data differ."""
-        require_same_data(state, self.prompts, "prompts")
+        if self.source.prompts is not None:
+            require_same_data(state, self.prompts, "prompts")
         prefix = f"{PROCESS}:"
         tensors = select_tensors(state.tensors, lambda name: None if name.startswith(prefix) else name)
         self.learner.restore(tensors, state.learner)

@@ -59,6 +59,7 @@ from rltrain.sync.colocated import Sync
 from rltrain.train.evaluate import Evaluator
 from rltrain.train.journaled import JournaledRollouts
 from rltrain.train.mismatch import MismatchGuard
+from rltrain.train.replayed import NoPush
 from rltrain.types.policy import TokenRows
 from rltrain.types.samples import REFERENCE_VERSION, Prompt, Sampling, ScoredGroup, Truncation
 from rltrain.watchdog import Deadline
@@ -77,7 +78,7 @@ class RolloutParts:
     """The parts of a run that sample, grade and evaluate, and the transfer of weights to them."""
 
     source: PromptedSource
-    sync: Sync | AdapterSync
+    sync: Sync | AdapterSync | NoPush
     evaluator: Evaluator | None
     mismatch: MismatchGuard
 
@@ -95,9 +96,12 @@ def build_rollout(
     journal: JournalSettings,
     seed: int,
 ) -> RolloutParts:
-    """Starts the engine."""
+    """Starts the engine; in a replay there is none."""
+    if context.replayed is not None:
+        parts: RolloutParts = context.replayed(learner)
+        return parts
     process = context.process
-    if is_controlled(rollout, reward, data):
+    if learner.trained.adapter is None and is_controlled(rollout, reward, data):
         from rltrain.build.controller import build_controlled
 
         return build_controlled(
@@ -108,7 +112,7 @@ def build_rollout(
     precision = learner.trained.settings.precision
     order = build_order(data.order, prompts, rollout.prompts, seed, learner, fresh=context.is_fresh)
     with (
-        engine_base(model, rollout.engine, learner.trained, process) as base,
+        engine_base(model, rollout, learner.trained, process) as base,
         process.deadline(f"the {rollout.engine} engine", "to start"),
     ):
         truncation = evaluation.truncates
@@ -227,7 +231,7 @@ def add_journal(
     if settings.keep == "nothing":
         return source
     with user_mistakes():
-        require_columns(source.prompts)
+        require_columns(source.prompts or ())
     return JournaledRollouts(
         source,
         Journal(context.folder, settings.keep),
@@ -262,12 +266,13 @@ def build_learner_sync(
     seed: int,
     deadline: Deadline,
 ) -> Sync | AdapterSync:
-    """vLLM takes an adapter beside its own copy of the base; the embedded engine takes the merged weights.
+    """vLLM takes an adapter beside its own copy of the base, in this process and on servers; the embedded
+    engine takes the merged weights.
 
     longest: tokens of a row that fits the engine.
     """
     adapter = learner.trained.adapter
-    if adapter is None or engine.name != "vllm":
+    if adapter is None or engine.name == "transformers":
         return build_sync(settings, engine, learner.names, seed, deadline)
     is_float32 = engine.dtype == torch.float32 and learner.trained.precision == "no"
     row = learner.trained.probe_row

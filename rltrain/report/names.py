@@ -77,12 +77,24 @@ METRICS: tuple[Metric, ...] = (
         "mean |learner - engine log-prob| over sampled tokens; over the rows of one update if no pass reads "
         "all rows before the first update",
     ),
+    Metric(
+        "rollout/worker_mismatch/*",
+        "nats",
+        "mean |learner - engine log-prob| over the completions of one of several workers; over a seeded 1 % "
+        "of them, at least one, if no pass reads all rows before the first update",
+    ),
     Metric("rollout/mismatch_max", "nats", "largest |learner - engine log-prob| over the same"),
     Metric("rollout/mismatch_k3", "nats", "k3 estimate of KL(engine || learner), mean over sampled tokens"),
     Metric("rollout/ratio_p50", "1", "median of learner / engine probability over sampled tokens"),
     Metric("rollout/ratio_p99", "1", "99th percentile of the same"),
     Metric("rollout/ratio_max", "1", "maximum of the same"),
     Metric("rollout/ess", "1", "effective sample size of those ratios, as a share of the sampled tokens"),
+    Metric("rollout/ratio_mean", "1", "mean of those ratios: 1 where both policies are the same"),
+    Metric(
+        "rollout/ess_completions",
+        "1",
+        "effective sample size of the ratios of whole completions, as a share of the completions",
+    ),
     Metric("reward/mean", "reward", "mean over graded completions of the step"),
     Metric("reward/std", "reward", "standard deviation over the same, without Bessel's correction"),
     Metric("reward/min", "reward", "minimum over the same"),

@@ -90,8 +90,8 @@ class PromptedSource(RolloutSource, Protocol):
     """A rollout source whose parts other sources can add to."""
 
     @property
-    def prompts(self) -> Sequence[Prompt]:
-        """Those that steps are drawn from."""
+    def prompts(self) -> Sequence[Prompt] | None:
+        """Those that steps are drawn from; None: it draws no prompts."""
         ...
 
     def release_memory(self) -> None:

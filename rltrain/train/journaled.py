@@ -52,7 +52,7 @@ class JournaledRollouts:
     environment: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def prompts(self) -> Sequence[Prompt]:
+    def prompts(self) -> Sequence[Prompt] | None:
         return self.inner.prompts
 
     def take(self, step: int, version: int) -> Rollouts:

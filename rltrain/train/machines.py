@@ -30,7 +30,9 @@ def machine_findings(ranks: Sequence[RankFacts], engine: Any) -> list[Finding]:
     findings = [rank_finding(ranks)]
     describe = getattr(engine, "describe_workers", None)
     if describe is not None:
-        findings += [worker_finding(describe()), speed_finding(engine.push_cost)]
+        findings.append(worker_finding(describe()))
+        if engine.push_cost is not None:  # an adapter's push is files
+            findings.append(speed_finding(engine.push_cost))
     return findings
 
 
@@ -63,9 +65,7 @@ def worker_finding(workers: Mapping[str, Any]) -> Finding:
 
 
 def speed_finding(cost: Any) -> Finding:
-    """cost: ``sync.pool.PushCost`` of the last push; None: there was none."""
-    if cost is None or not cost.workers:
-        return Finding(SPEED, False, "the last push reached no worker")
+    """cost: ``sync.pool.PushCost`` of the last push that anybody took."""
     rate = cost.bytes * cost.workers / cost.seconds / 2**20
     return Finding(
         SPEED,

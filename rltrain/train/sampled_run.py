@@ -14,6 +14,7 @@ from rltrain.sync.colocated import Sync
 from rltrain.timeline import Timeline
 from rltrain.train.evaluate import Evaluation, Evaluator
 from rltrain.train.loop import TrainingRun
+from rltrain.train.replayed import NoPush
 
 __all__ = ["SampledRun"]
 
@@ -23,7 +24,7 @@ class SampledRun(TrainingRun):
     """A training run with an engine, which gets the learner's weights after each update."""
 
     source: PromptedSource
-    sync: Sync | AdapterSync
+    sync: Sync | AdapterSync | NoPush
     evaluator: Evaluator | None
     # (step, seconds since 1970 at which learning began), from its rollouts to its push
     marks: list[tuple[int, float]] = field(default_factory=list)

@@ -28,6 +28,7 @@ LAYERS = (
         "rltrain.json_text",
         "rltrain.timeline",
         "rltrain.model_files",
+        "rltrain.adapter_files",
         "rltrain.remote_code",
         "rltrain.chat_template",
         "rltrain.watchdog",

@@ -17,6 +17,7 @@ from rltrain.config.rules.offline import check_offline
 from rltrain.config.rules.online import check_online
 from rltrain.config.rules.online_pairs import check_pairs
 from rltrain.config.rules.push import push_problems
+from rltrain.config.rules.server import add_importance_weights
 from rltrain.config.rules.templates import template_problems
 from rltrain.config.schema import AnyRecipe
 from rltrain.errors import RecipeError
@@ -52,4 +53,5 @@ def check(recipe: AnyRecipe) -> CheckedRecipe:
     ]
     if problems:
         raise RecipeError(problems)
-    return CheckedRecipe(recipe, (*findings.warnings, *adapter_warnings(recipe)))
+    weighted, notes = add_importance_weights(recipe)
+    return CheckedRecipe(weighted, (*findings.warnings, *adapter_warnings(recipe), *notes))

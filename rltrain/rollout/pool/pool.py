@@ -373,7 +373,8 @@ class WorkerPool:
             member.strikes = 0
         self._lengths[lease.part.prompt] = written / len(choices)
         if not lease.part.batch.is_ended:
-            lease.part.batch.take(lease.part, choices)
+            named = [replace(choice, worker=member.name) for choice in choices]
+            lease.part.batch.take(lease.part, named)
 
     def _end(self, lease: Lease, member: Member, written: int = 0) -> bool:
         """See ``Member.end_lease``."""
