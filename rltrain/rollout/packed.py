@@ -73,14 +73,15 @@ def unpack_groups(packed: PackedGroups, known: Mapping[str, Prompt]) -> list[Sco
     ids, sizes = packed.groups.tolist()
     groups: list[ScoredGroup] = []
     for id, prompt, (start, stop) in zip(ids, packed.prompts, _cuts(sizes), strict=True):
-        found = known[prompt] if isinstance(prompt, str) else prompt
+        asked = known[prompt] if isinstance(prompt, str) else prompt
         scores = tuple(packed.scores[start:stop])
-        groups.append(ScoredGroup(id, found, tuple(completions[start:stop]), scores))
+        groups.append(ScoredGroup(id, asked, tuple(completions[start:stop]), scores))
     return groups
 
 
 def _unpack_completions(packed: PackedGroups) -> list[Completion]:
-    tokens, logprobs = packed.tokens.tolist(), packed.logprobs.tolist()
+    tokens = packed.tokens.tolist()
+    logprobs = packed.logprobs.tolist()
     spans = [Span(*span) for span in packed.spans.tolist()]
     turns = [(start, stop) for start, stop in packed.turns.tolist()]
     lengths, span_counts, turn_counts = packed.counts.tolist()
