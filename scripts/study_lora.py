@@ -130,19 +130,18 @@ def summarize(runs: Sequence[dict[str, float]]) -> dict[str, Any]:
     for name in runs[0]:
         within = (0.0, 1.0) if name.startswith(("pass@1", "reward")) else ANY
         spread = student_mean([run[name] for run in runs], within)
-        summary[name] = [round(value, 4) for value in (spread.value, spread.low, spread.high)]
+        bounds = () if len(runs) == 1 else (spread.low, spread.high)
+        summary[name] = [round(value, 4) for value in (spread.value, *bounds)]
     return summary
 
 
 def draw_table(variants: dict[str, Any]) -> str:
     """The rows of the page docs/lora.md: means and intervals, by variant."""
-    names = [name for name in next(iter(variants.values())) if name != "settings"]
+    names = [name for name in next(iter(variants.values())) if name not in ("settings", "seeds")]
     lines = [f"| | {' | '.join(variants)} |", f"|---|{'---|' * len(variants)}"]
     for name in names:
-        cells = (variant[name] for variant in variants.values())
-        lines.append(
-            f"| {name} | {' | '.join(f'{a:.2f} [{low:.2f}, {high:.2f}]' for a, low, high in cells)} |"
-        )
+        cells = (", ".join(f"{value:.2f}" for value in variant[name]) for variant in variants.values())
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -160,20 +159,26 @@ def main() -> None:
             sys.exit(f"{arguments.out / 'model'} is absent: give the model's file with --gguf")
         make_model(arguments.gguf, arguments.out / "model")
     make_questions(arguments.out)
-    conditions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
     for seed in range(arguments.seeds):
-        for variant, numbers in runs.items():
+        for variant in VARIANTS:
             run = arguments.out / variant / f"seed-{seed}"
             if not (run / PEAK).is_file():
                 train(variant, seed, run, arguments)
-            numbers.append(read_run(run))
-        record = {
-            "conditions": conditions | {"steps": arguments.steps, "seeds": seed + 1} | SIZES,
-            "variants": {name: {"settings": VARIANTS[name], **summarize(runs[name])} for name in runs},
-        }
-        KEPT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(draw_table(record["variants"]), flush=True)
+            write_results(arguments)
+
+
+def write_results(arguments: argparse.Namespace) -> None:
+    """The numbers of all runs that have ended."""
+    conditions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+    conditions |= {"steps": arguments.steps} | SIZES
+    variants: dict[str, Any] = {}
+    for name, settings in VARIANTS.items():
+        runs = [read_run(path.parent) for path in sorted((arguments.out / name).glob(f"seed-*/{PEAK}"))]
+        if runs:
+            variants[name] = {"settings": settings, "seeds": len(runs), **summarize(runs)}
+    record = {"conditions": conditions, "variants": variants}
+    KEPT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(draw_table(variants), flush=True)
 
 
 if __name__ == "__main__":
