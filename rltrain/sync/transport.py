@@ -102,7 +102,7 @@ class Channel:
         )
         answer = start_call(self.control.init_transfer, membership.to_json())
         group = start_call(_join_group, membership, answer)
-        ends: tuple[Future[Any], ...] = (answer, group)
+        ends: list[Future[Any]] = [answer, group]
         wait(ends, 2 * seconds, FIRST_COMPLETED)
         _raise_early(answer)
         self.group = wait_for(group, 2 * seconds, "the worker's processes join the transfer")
