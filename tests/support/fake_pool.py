@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +66,11 @@ class FakeHome:
         """The present one."""
         assert self._worker is not None
         return self._worker
+
+    @property
+    def socket(self) -> Path:
+        """At which the present worker listens."""
+        return Path(self.worker.url.removeprefix("unix:"))
 
     @property
     def pid(self) -> int:
