@@ -17,6 +17,7 @@ from rltrain.config.rules.offline import check_offline
 from rltrain.config.rules.online import check_online
 from rltrain.config.rules.online_pairs import check_pairs
 from rltrain.config.rules.push import push_problems
+from rltrain.config.rules.schedule import schedule_problems, schedule_warnings
 from rltrain.config.rules.templates import template_problems
 from rltrain.config.schema import AnyRecipe
 from rltrain.errors import RecipeError
@@ -49,7 +50,8 @@ def check(recipe: AnyRecipe) -> CheckedRecipe:
         *attention_problems(recipe),
         *adapter_problems(recipe),
         *push_problems(recipe.push, recipe.checkpoint),
+        *schedule_problems(recipe),
     ]
     if problems:
         raise RecipeError(problems)
-    return CheckedRecipe(recipe, (*findings.warnings, *adapter_warnings(recipe)))
+    return CheckedRecipe(recipe, (*findings.warnings, *adapter_warnings(recipe), *schedule_warnings(recipe)))
