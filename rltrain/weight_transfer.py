@@ -241,8 +241,8 @@ class TransferGroup:
             return
         self._give_up()
         group.abort()
-        # A broadcast over gloo that has begun keeps the group's last owner waiting for its deadline; a process
-        # that ended meanwhile would crash, hence no daemon.
+        # A broadcast over gloo that has begun keeps the group's last owner waiting for its deadline. Without
+        # the thread the caller would wait; as a daemon it would crash a process that ends meanwhile.
         owner = [group]
         del group
         threading.Thread(target=owner.clear, daemon=False).start()

@@ -44,7 +44,7 @@ PICTURES = {
     "run": ("run", ""),
     "curves": ("run", "curves"),
     "timeline": ("run", "timeline"),
-    "tokens": ("run", "completions"),
+    "tokens": ("run", "tokens"),
     "comparison": ("comparison", ""),
     "comparison-curves": ("comparison", "curves"),
 }
@@ -131,12 +131,16 @@ def take_pictures(pages: dict[str, Path], figures: Path) -> list[str]:
 
 
 def show(driver: Any, element: str) -> None:
-    """Brings ``element`` to the top of the window; at the completions, colours tokens by entropy."""
+    """Brings ``element`` to the top of the window; "tokens": the completions, whose tokens it colours by
+    whether a control touched them.
+    """
     from selenium.webdriver.support.select import Select
 
-    if element == "completions":
+    if element == "tokens":
         Select(driver.find_element("id", "order")).select_by_value("spread")
-        Select(driver.find_element("id", "colour")).select_by_value("entropy")
+        Select(driver.find_element("id", "colour")).select_by_value("touched")
+        is_phone = driver.execute_script("return innerWidth < 700")
+        element = "group" if is_phone else "completions"
     script = "document.getElementById(arguments[0])?.scrollIntoView({behavior: 'instant'})"
     driver.execute_script(script if element else "scrollTo(0, 0)", element)
     # a chart is drawn when it comes into view; two frames later everything in the window is

@@ -43,7 +43,7 @@ from rltrain.types.tensor_parts import TensorPart, select_tensors
 # folder of the process reward model below the policy's, and prefix of its optimizer's tensors
 PROCESS = "process_reward"
 QUIET = Reporter(None, None, None)  # reports nothing
-SAMPLES = 10  # completions that a run shows on the terminal
+SAMPLES = 10  # completions that a long run shows on the terminal
 _Model = TypeVar("_Model", bound=Model)
 
 
@@ -64,12 +64,12 @@ def build_reporter(
     if not context.process.is_main:
         return QUIET
     folder = context.folder
-    progress = Progress(steps, start=0 if resumed is None else resumed.step)
+    progress = Progress(steps, start=0 if resumed is None else resumed.step, legend=True)
     sinks = open_sinks(folder.path, settings.sinks, settings.project, recipe, progress.warn, folder.run_id)
     every = max(1, steps // STEPS)
     numbers = None if decode is None else TokenNumbers(decode, every)
     log = None if transcripts is None else Transcripts(folder.transcripts, transcripts, numbers)
-    return Reporter(sinks, log, progress, tables_every=every, samples_every=max(1, steps // SAMPLES))
+    return Reporter(sinks, log, progress, tables_every=every, samples_every=max(5, steps // SAMPLES))
 
 
 def build_model_writer(

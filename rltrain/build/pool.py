@@ -34,6 +34,7 @@ from rltrain.rollout.pool.pool import PoolRules, WorkerPool
 from rltrain.rollout.pool.routed import RoutedPool
 from rltrain.rollout.worker.flags import WorkerSettings, require_known_version, worker_settings
 from rltrain.rollout.worker.threads import LoopThread
+from rltrain.sync.adapter_server import AdapterPoolPush
 from rltrain.sync.pool import PoolPush
 from rltrain.weight_names import CheckpointNames
 
@@ -85,6 +86,7 @@ def attach_pool(
         VllmPool,
         model=served,
         pusher=pusher,
+        adapters=None if model.adapter is None else AdapterPoolPush(pusher.make_link, dtype),
         dtype=dtype,
         rank=process.rank,
         world_size=process.world_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,7 @@ from rltrain.config.schema import (
     Model,
     RewardStage,
     Rollout,
+    TokenChoice,
 )
 from rltrain.config.schema import Journal as JournalSettings
 from rltrain.config.schema import Sync as SyncSettings
@@ -55,7 +57,7 @@ from rltrain.train.evaluate import Evaluator
 from rltrain.train.mismatch import MismatchGuard
 from rltrain.train.replayed import NoPush
 from rltrain.types.policy import TokenRows
-from rltrain.types.samples import REFERENCE_VERSION, Prompt, Sampling, ScoredGroup
+from rltrain.types.samples import REFERENCE_VERSION, Prompt, Sampling, ScoredGroup, Truncation
 from rltrain.watchdog import Deadline
 from rltrain.weight_names import CheckpointNames
 
@@ -99,19 +101,24 @@ def build_rollout(
     precision = learner.trained.settings.precision
     order = build_order(data.order, prompts, rollout.prompts, seed, learner, fresh=context.is_fresh)
     with (
-        engine_base(model, rollout.engine, learner.trained, process) as base,
+        engine_base(model, rollout, learner.trained, process) as base,
         process.deadline(f"the {rollout.engine} engine", "to start"),
     ):
-        engine = build_engine(base, data, rollout, precision, inputs.tokenization, process)
+        truncation = evaluation.truncates
+        engine = build_engine(
+            base, data, rollout, precision, inputs.tokenization, process, truncation=truncation
+        )
     sampler = build_sampler(data, rollout, engine, inputs.tokenization)
     longest = data.max_prompt_tokens + rollout.max_tokens
     sync = build_learner_sync(sync_settings, engine, learner, longest, seed, process.deadline)
     batch_tokens = learner.trained.settings.tokens_per_micro_batch
     grader = add_model_rewards(reward, inputs.grader, batch_tokens, process.device, data.date)
 
-    sampling = Sampling(
-        n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed
+    sampling = with_token_choice(
+        Sampling(n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed),
+        rollout,
     )
+    sampling = dataclasses.replace(sampling, returns_kept=rollout.truncates)
     reference = None
     if rollout.reference_workers is not None:
         tokenization = inputs.tokenization
@@ -219,12 +226,13 @@ def build_learner_sync(
     seed: int,
     deadline: Deadline,
 ) -> Sync | AdapterSync:
-    """vLLM takes an adapter beside its own copy of the base; the embedded engine takes the merged weights.
+    """vLLM takes an adapter beside its own copy of the base, in this process and on servers; the embedded
+    engine takes the merged weights.
 
     longest: tokens of a row that fits the engine.
     """
     adapter = learner.trained.adapter
-    if adapter is None or engine.name != "vllm":
+    if adapter is None or engine.name == "transformers":
         return build_sync(settings, engine, learner.names, seed, deadline)
     is_float32 = engine.dtype == torch.float32 and learner.trained.precision == "no"
     row = learner.trained.probe_row
@@ -368,8 +376,24 @@ def build_evaluator(
 ) -> Evaluator:
     """The evaluator over the held-out prompts."""
     assert inputs.held_out is not None
-    sampling = Sampling(
-        n=settings.n, temperature=settings.temperature, max_tokens=max_tokens, seed=stable_hash(seed, "eval")
+    sampling = with_token_choice(
+        Sampling(
+            n=settings.n,
+            temperature=settings.temperature,
+            max_tokens=max_tokens,
+            seed=stable_hash(seed, "eval"),
+        ),
+        settings,
     )
     verdict_of = label_of_only_function(stage.functions)
     return Evaluator(inputs.held_out.prompts, sampling, settings.k, verdict_of)
+
+
+def with_token_choice(sampling: Sampling, settings: TokenChoice) -> Sampling:
+    """``sampling`` with the tokens that may be drawn and the texts that end a completion."""
+    return dataclasses.replace(
+        sampling,
+        truncation=Truncation(settings.min_p, settings.top_h, settings.top_k, settings.top_p),
+        repetition_penalty=settings.repetition_penalty,
+        stop=settings.stop,
+    )

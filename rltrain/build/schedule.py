@@ -58,6 +58,5 @@ def can_overlap(recipe: OnlineRecipe, process: Process) -> bool:
         REFERENCE_WEIGHTS in EXTRA_SAMPLES.spec(ref.name).needs_with(ref.hp) for ref in rollout.extra_samples
     )
     scores_here = any(ref.name == REWARD_MODEL for ref in recipe.reward.functions)
-    return (
-        rollout.engine == "vllm_server" and process.world_size == 1 and not needs_learner and not scores_here
-    )
+    is_apart = rollout.engine == "vllm_server" and process.world_size == 1 and recipe.model.adapter is None
+    return is_apart and not needs_learner and not scores_here

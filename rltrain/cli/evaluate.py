@@ -13,7 +13,7 @@ from rltrain.build.digests import with_prompt_date
 from rltrain.build.inputs import load_inputs
 from rltrain.build.local_inputs import require_sampled
 from rltrain.build.offline import evaluate_offline
-from rltrain.build.rollout import add_model_rewards, build_evaluator
+from rltrain.build.rollout import add_model_rewards, build_evaluator, with_token_choice
 from rltrain.checkpoint.run_folder import write_atomic
 from rltrain.cli.session import joined_processes, sampler_for_model, user_errors
 from rltrain.config.schema import AnyRecipe, Data, Model, OfflineRecipe, SampledRecipe
@@ -115,6 +115,7 @@ def generate_command(
     sampling = Sampling(
         n=n, temperature=temperature, max_tokens=sampled.rollout.max_tokens, seed=sampled.seed
     )
+    sampling = with_token_choice(sampling, sampled.eval)
     sampling = _with_em_inf(sampling, sampled.rollout.engine, em_inf)
     with (
         joined_processes(sampled.train.deadline_seconds) as (process, _),

@@ -56,7 +56,13 @@ def sampler_for_model(
     name = recipe.rollout.engine
     with process.deadline(f"the {name} engine", "to start"):
         engine = build_engine(
-            recipe.model, recipe.data, rollout_alone(recipe), recipe.learner.precision, tokenization, process
+            recipe.model,
+            recipe.data,
+            rollout_alone(recipe),
+            recipe.learner.precision,
+            tokenization,
+            process,
+            truncation=recipe.eval.truncates,
         )
     sampler = build_sampler(recipe.data, recipe.rollout, engine, tokenization)
     try:

@@ -371,7 +371,32 @@ class Lag(Section):
     lag: int = Field(ge=0, le=64)  # steps; 0: as sync
 
 
-class Rollout(Section):
+_StopText = Annotated[str, Field(min_length=1)]
+
+
+class TokenChoice(Section):
+    """Which tokens may be drawn, and what ends a completion besides EOS.
+
+    Every rule keeps the likeliest tokens among those that the rules before it kept; the likeliest one stays.
+    """
+
+    # min-p (arXiv:2407.01082): tokens of at least this share of the largest probability
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    # Top-H (arXiv:2509.02510; 0.4 there): while the entropy of the kept tokens is at most this share of all's
+    top_h: float | None = Field(default=None, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)  # this many tokens; 0: all
+    top_p: float = Field(default=1.0, gt=0, le=1)  # until their probabilities sum up to this share
+    # of tokens that prompt or completion hold already: divides their positive logits, multiplies the others
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    stop: tuple[_StopText, ...] = ()  # texts that end a completion, which keeps them
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.min_p > 0 or self.top_h is not None or self.top_k > 0 or self.top_p < 1
+
+
+class Rollout(TokenChoice):
     engine: Literal["transformers", "vllm", "vllm_server"] = "transformers"
     prompts: int = Field(ge=1)  # per step, all ranks
     n: int = Field(ge=1)  # completions per prompt
@@ -526,7 +551,7 @@ class Train(Section):
         return f"step-{self.steps}"
 
 
-class Eval(Section):
+class Eval(TokenChoice):
     every: int = Field(default=0, ge=0)  # steps; 0: at the end only
     prompts: int = Field(default=256, ge=1)
     n: int = Field(default=8, ge=1)  # completions per prompt

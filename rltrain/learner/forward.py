@@ -22,6 +22,7 @@ from rltrain.errors import UserError
 from rltrain.head_scales import head_scales, head_size, output_head
 from rltrain.learner.alignment import alignment, is_alignment, last_mlp_inputs
 from rltrain.learner.head import token_statistics
+from rltrain.learner.kept_tokens import LOG_KEPT_MASS
 from rltrain.learner.packing import Layout, MicroBatch
 from rltrain.model_limits import rotary_limit
 
@@ -108,7 +109,8 @@ class PolicyForward(nn.Module):
         """Each statistic of ``wants`` (``learner/head.py``) as (r, width) float32, 0 where a row has no
         token.
 
-        row_values: (r,) numbers, one for each row, that statistics name as arguments. An alignment
+        row_values: (r,) numbers, one for each row, that statistics name as arguments. Log-probs are over the
+        tokens that truncated sampling kept, where it did. An alignment
         (``learner/alignment.py``) is one number for a row, repeated at each of its tokens.
         """
         inner = causal_lm(self.model)
@@ -117,9 +119,14 @@ class PolicyForward(nn.Module):
             hidden = self._hidden_states(inner, micro_batch)
         head = output_head(inner)
         vocab = head_size(head)[1]
-        arguments = {
+        arguments: dict[str, Any] = {
             name: values.to(hidden.device)[micro_batch.row] for name, values in (row_values or {}).items()
         }
+
+        renormalises = micro_batch.kept is not None and "logp" in wants
+        if renormalises:
+            arguments["kept"] = micro_batch.kept
+        head_wants = (wants - aligned) | ({LOG_KEPT_MASS} if renormalises else set())
 
         def statistics(hidden: Tensor) -> dict[str, Tensor]:
             return token_statistics(
@@ -127,7 +134,7 @@ class PolicyForward(nn.Module):
                 head.weight,
                 micro_batch.targets,
                 temperature=temperature,
-                wants=wants - aligned,
+                wants=head_wants,
                 chunk=max(chunk, _MIN_CHUNK_LOGITS // vocab),
                 bias=head.bias,
                 fp32_head=self.fp32_head,
@@ -136,6 +143,8 @@ class PolicyForward(nn.Module):
             )
 
         values = call_as_module(head, statistics, hidden)
+        if renormalises:
+            values["logp"] = values["logp"] - values.pop(LOG_KEPT_MASS)
         values |= {name: alignment(name, mlp_inputs[0], micro_batch)[micro_batch.row] for name in aligned}
         shape = (micro_batch.rows.shape[0], micro_batch.width)
         indices = (micro_batch.row, micro_batch.column)

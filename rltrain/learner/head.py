@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rltrain.learner import compiled_tiles
+from rltrain.learner.kept_tokens import KeptTokens, log_kept_mass
 from rltrain.registry import suggestion
 
 __all__ = ["BUILT_IN", "STATISTICS", "token_statistics"]
@@ -138,6 +139,7 @@ STATISTICS: dict[str, Callable[..., Tensor]] = {
     "clamped_entropy": clamped_entropy,
     "collision": collision,
     "expected_entropy_slope": expected_entropy_slope,
+    "log_kept_mass": log_kept_mass,
     "log_mass": log_mass,
     "sharpened_entropy": sharpened_entropy,
     "tempered_logp": tempered_logp,
@@ -155,7 +157,7 @@ def token_statistics(
     bias: Tensor | None = None,
     fp32_head: bool = False,
     logit_scale: float = 1.0,
-    arguments: Mapping[str, Tensor] | None = None,
+    arguments: Mapping[str, Tensor | KeptTokens] | None = None,
 ) -> dict[str, Tensor]:
     """The statistics ``wants`` of ``softmax(logit_scale (hidden weight^T + bias) / temperature)``, each
     ``(n,)``, float32 nats.
@@ -164,8 +166,8 @@ def token_statistics(
     autocast dtype, otherwise in the dtype of the inputs; ``fp32_head`` computes them in float32 from any
     stored dtype (it costs a float32 copy of a bf16 weight). ``"entropy"`` is detached; ``"entropy_grad"``
     asks for the entropy with a gradient; both are returned as ``"entropy"``. ``arguments`` holds (n,) tensors
-    that further statistics name. Raises ValueError on an unknown statistic, a temperature that is not
-    positive, or shapes that do not fit.
+    or n sets of tokens that further statistics name. Raises ValueError on an unknown statistic, a temperature
+    that is not positive, or shapes that do not fit.
     """
     _check(hidden, weight, targets, temperature, chunk)
     plan = _Plan(
@@ -199,7 +201,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, 
         raise ValueError(f"temperature is {temperature}, chunk is {chunk}: both must be positive")
 
 
-def _resolve(name: str, temperature: float, tensors: Mapping[str, Tensor]) -> _Extra:
+def _resolve(name: str, temperature: float, tensors: Mapping[str, Tensor | KeptTokens]) -> _Extra:
     """The statistic called ``name`` with its arguments, which may name ``tensors``.
 
     temperature: of the log-probs that it will receive. Raises ValueError on an unknown statistic or argument.
@@ -238,15 +240,15 @@ def _matmul_dtype(hidden: Tensor, weight: Tensor, fp32_head: bool) -> torch.dtyp
 
 @dataclass(frozen=True)
 class _Extra:
-    """A further statistic, with its arguments: numbers, or (n,) tensors with one for each token."""
+    """A further statistic, with its arguments: numbers, or one for each of the n tokens."""
 
     name: str
     function: Callable[..., Tensor]
-    arguments: tuple[float | Tensor, ...]
+    arguments: tuple[float | Tensor | KeptTokens, ...]
 
     def __call__(self, logp: Tensor, targets: Tensor, rows: slice) -> Tensor:
         arguments = (
-            argument[rows] if isinstance(argument, Tensor) else argument for argument in self.arguments
+            argument if isinstance(argument, float) else argument[rows] for argument in self.arguments
         )
         return self.function(logp, targets, *arguments)
 

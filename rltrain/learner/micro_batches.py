@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rltrain.learner.adapter_off import FrozenModel
 from rltrain.learner.attention_cost import MASKED_SCORES_PER_HIDDEN, sharing_pays
+from rltrain.learner.kept_tokens import with_kept_tokens
 from rltrain.learner.packing import MicroBatch, build, plan
 from rltrain.learner.shared_prompt import (
     build_packed_lines,
@@ -97,9 +98,12 @@ def row_micro_batches(
 
     def build_lines(part: list[list[int]]) -> MicroBatch:
         if all(len(line) == 1 for line in part):
-            return build_rows(trained, rows, [row for [row] in part])
-        build = build_packed_lines if trained.layout == "packed" else build_shared
-        return build(rows, part, device=trained.device)
+            micro_batch = build_rows(trained, rows, [row for [row] in part])
+        elif trained.layout == "packed":
+            micro_batch = build_packed_lines(rows, part, device=trained.device)
+        else:
+            micro_batch = build_shared(rows, part, device=trained.device)
+        return with_kept_tokens(micro_batch, rows)
 
     return MicroBatches(parts or [[]], build_lines)
 

@@ -48,6 +48,7 @@ class MicroBatch:
     column: Tensor  # (n,) int64, column of a token's statistics in (r, width)
     width: int  # completion tokens of the longest row, at least 1
     packed: bool
+    kept: Any = None  # KeptTokens of the n tokens where sampling was truncated (``kept_tokens.py``)
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """A copy with all tensors except ``rows`` on ``device``."""

@@ -6,8 +6,9 @@ Names and units are in ``report/names.py``.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from rltrain.types.samples import SOURCE_NAMES, SOURCE_POLICY, Completion, Score
 
 __all__ = [
     "METRICS",
+    "WORKER_MISMATCH",
     "Metric",
     "check_names",
     "completion_metrics",
@@ -29,8 +31,11 @@ __all__ = [
     "source_metrics",
     "step_metrics",
     "why_no_update",
+    "worker_metrics",
 ]
 
+WORKER_MISMATCH = "rollout/worker_mismatch/"
+_NO_NAME = re.compile(r"[^A-Za-z0-9.:]+")  # what a metric's name has a dash for, as in an url
 _MAX_LOG_RATIO = 20.0  # e^20: a larger ratio says no more than that engine and learner disagree
 
 
@@ -101,6 +106,20 @@ def staleness_metrics(sampled: TrainBatch, logp: Tensor, version: int) -> dict[s
     return metrics
 
 
+def worker_metrics(
+    workers: Mapping[str, Sequence[int]], logp: Tensor, rollout_logp: Tensor, sampled: Tensor
+) -> dict[str, float]:
+    """The mean |learner - engine log-prob| of each worker's rows, given by its name. logp, rollout_logp,
+    sampled: as in ``mismatch_metrics``.
+    """
+    metrics: dict[str, float] = {}
+    for worker, rows in workers.items():
+        values = (logp - rollout_logp)[rows][sampled[rows]].double().abs()
+        if len(values):
+            metrics[WORKER_MISMATCH + _NO_NAME.sub("-", worker)] = float(values.mean())
+    return metrics
+
+
 def completion_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     """Lengths, finish reasons, reasons for missing scores, and means of the reward's parts, over the
     policy's own completions.
@@ -122,11 +141,18 @@ def completion_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
         "rollout/length_max": float(max(lengths, default=0)),
         "rollout/finished_by_length": finish["length"] / max(len(pairs), 1),
         "rollout/aborted": finish["aborted"] / max(len(pairs), 1),
+        **_truncation_metrics([completion for completion, _ in pairs]),
         **({"reward/correct": _mean(verdicts)} if verdicts else {}),
         **{f"reward/part/{name}": _mean(values) for name, values in parts.items()},
         **{f"reward/ungraded/{reason}": float(count) for reason, count in reasons.items()},
         **_episode_metrics([completion for completion, _ in pairs if completion.episode is not None]),
     }
+
+
+def _truncation_metrics(completions: Sequence[Completion]) -> dict[str, float]:
+    """Probability that truncated sampling dropped; empty where it dropped none."""
+    masses = [mass for completion in completions if completion.kept for mass in completion.kept.mass]
+    return {"rollout/mass_cut": 1 - _mean(masses)} if masses else {}
 
 
 def _episode_metrics(completions: Sequence[Completion]) -> dict[str, float]:

@@ -64,10 +64,21 @@ METRICS: tuple[Metric, ...] = (
     Metric("staleness/oldest", "versions", "age of a completion's oldest token, mean over completions"),
     Metric("staleness/ratio_mass@*", "1", "mean of learner / engine probability over the tokens of this age"),
     Metric(
+        "rollout/mass_cut",
+        "probability",
+        "mean probability of the tokens that truncated sampling dropped, over sampled tokens",
+    ),
+    Metric(
         "rollout/mismatch_abs",
         "nats",
         "mean |learner - engine log-prob| over sampled tokens; over the rows of one update if no pass reads "
         "all rows before the first update",
+    ),
+    Metric(
+        "rollout/worker_mismatch/*",
+        "nats",
+        "mean |learner - engine log-prob| over the completions of one of several workers; over a seeded 1 % "
+        "of them, at least one, if no pass reads all rows before the first update",
     ),
     Metric("rollout/mismatch_max", "nats", "largest |learner - engine log-prob| over the same"),
     Metric("rollout/mismatch_k3", "nats", "k3 estimate of KL(engine || learner), mean over sampled tokens"),

@@ -76,6 +76,11 @@ class Reporter:
         if self.sinks is not None and records:
             self.sinks.log_completions(step, stage, completion_rows(records))
 
+    def banner(self, title: str, facts: Sequence[tuple[str, str]]) -> None:
+        """What runs, before anything else of it. facts: (label, value)."""
+        if self.progress is not None:
+            self.progress.banner(title, facts)
+
     def message(self, text: str) -> None:
         if self.progress is not None:
             self.progress.message(text)

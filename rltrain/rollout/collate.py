@@ -65,9 +65,11 @@ def collate(groups: Sequence[ScoredGroup], lines: StepSplitter | None = None) ->
         answer=torch.tensor(answers),
         step_id=step_ids(completions, mask, lines),
     )
+    is_truncated = any(completion.kept is not None for completion in completions)
     rows = TokenRows(
         prompts=tuple(group.prompt.token_ids for group, _, _ in pairs),
         completions=tuple(completion.token_ids for completion in completions),
+        kept=tuple(completion.kept for completion in completions) if is_truncated else None,
     )
     return rows, batch
 

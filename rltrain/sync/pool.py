@@ -16,7 +16,7 @@ from rltrain.sync.transport import WORKER_ERRORS, start_call
 from rltrain.tensor_ops import Fingerprint, weight_fingerprint
 from rltrain.types.samples import PolicyVersion
 
-__all__ = ["PoolPush"]
+__all__ = ["PoolPush", "merge_fingerprints"]
 
 
 @dataclass
@@ -75,8 +75,7 @@ class PoolPush:
             except WORKER_ERRORS as error:
                 errors[name] = error
                 continue
-            for weight, fingerprint in merged.items():
-                merged[weight] = _merge(fingerprint, held.get(weight))
+            merged = merge_fingerprints(merged, held)
         return merged, errors
 
     def _read_refused(self, report: PushReport) -> dict[str, Fingerprint]:
@@ -100,6 +99,13 @@ class PoolPush:
                 link.close()
             link = self._links[name] = self.make_link(name, control)
         return link
+
+
+def merge_fingerprints(
+    expected: Mapping[str, Fingerprint], held: Mapping[str, Fingerprint]
+) -> dict[str, Fingerprint]:
+    """What workers have together, of the weights in ``expected``."""
+    return {name: _merge(fingerprint, held.get(name)) for name, fingerprint in expected.items()}
 
 
 def _merge(expected: Fingerprint, held: Fingerprint | None) -> Fingerprint:

@@ -10,7 +10,8 @@ The loop does not know which methods run: the recipe names them and ``build/onli
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,17 +35,19 @@ from rltrain.report.metrics import (
     source_metrics,
     staleness_metrics,
     why_no_update,
+    worker_metrics,
 )
 from rltrain.report.token_numbers import TokenTensors
 from rltrain.rollout.collate import collate
 from rltrain.rollout.source import Rollouts
 from rltrain.rollout.steps import StepSplitter
+from rltrain.seeds import stable_hash
 from rltrain.train.evaluate import Evaluation
 from rltrain.train.loop import Clock, timing_metrics
-from rltrain.train.mismatch import MismatchGuard
+from rltrain.train.mismatch import MismatchGuard, choose_rows, find_workers
 from rltrain.train.sampled_run import SampledRun
 from rltrain.types.policy import TokenRows, TrainBatch
-from rltrain.types.samples import SOURCE_POLICY, SOURCE_REFERENCE
+from rltrain.types.samples import SOURCE_POLICY, SOURCE_REFERENCE, ScoredGroup
 
 ROUNDING_GRAD_NORM = 1e-6  # a gradient of at most this norm may consist of rounding errors alone
 # the learner's statistics that have a field in ``TrainBatch``; all others go into ``TrainBatch.extra``
@@ -195,11 +198,29 @@ def measure_mismatch(run: OnlineRun, step: Step) -> dict[str, float]:
     if updates == 1 or "logp" in run.passes or sampled.rollout_logp is None:
         return {}
     policy_rows = torch.nonzero(sampled.source == SOURCE_POLICY).flatten()
-    first = policy_rows[: max(1, len(policy_rows) // updates)]
-    logp = run.learner.annotate(step.rows.rows(first), frozenset({"logp"}))["logp"]
-    part = sampled.rows(first, logp.shape[1])
+    first = policy_rows[: max(1, len(policy_rows) // updates)].tolist()
+    seed = stable_hash(run.recipe.seed, "rescored", step.number)
+    workers = choose_rows(find_workers(row_workers(step.rollouts.groups)), seed)
+    rows = sorted({*first, *itertools.chain.from_iterable(workers.values())})
+    logp = run.learner.annotate(step.rows.rows(torch.tensor(rows)), frozenset({"logp"}))["logp"]
+    part = sampled.rows(torch.tensor(rows), logp.shape[1])
     assert part.rollout_logp is not None
-    return mismatch_metrics(logp, part.rollout_logp, part.mask)
+    place = {row: number for number, row in enumerate(rows)}
+    places = {worker: [place[row] for row in chosen] for worker, chosen in workers.items()}
+    pooled = [place[row] for row in first]
+    return {
+        **mismatch_metrics(logp[pooled], part.rollout_logp[pooled], part.mask[pooled]),
+        **worker_metrics(places, logp, part.rollout_logp, part.mask),
+    }
+
+
+def row_workers(groups: Sequence[ScoredGroup]) -> list[str]:
+    """The worker that sampled each row; empty: there are not several, or the policy did not sample it."""
+    return [
+        completion.worker if completion.source == SOURCE_POLICY else ""
+        for group in groups
+        for completion in group.completions
+    ]
 
 
 # advantages and controls ------------------------------------------------------------------------------------
@@ -263,6 +284,7 @@ def report_step(
     metrics = {
         **counts,
         **own_step_metrics(batch, logp, sampling_entropy(batch, update), step.sampled.mask),
+        **measure_workers(step, logp),
         **update.metrics,
         **coefficient_metrics(run),
         **step.metrics,
@@ -295,6 +317,16 @@ def report_step(
     if message is not None:
         run.reporter.message(message)
     return metrics
+
+
+def measure_workers(step: Step, logp: Tensor) -> dict[str, float]:
+    """Each worker's mismatch, unless ``measure_mismatch`` has it. logp: (B, T) of the learner."""
+    workers = find_workers(row_workers(step.rollouts.groups))
+    if not workers or step.sampled.rollout_logp is None or "rollout/mismatch_abs" in step.metrics:
+        return {}
+    return worker_metrics(
+        workers, logp, step.sampled.rollout_logp.to(logp.device), step.sampled.mask.to(logp.device)
+    )
 
 
 def sampling_entropy(batch: TrainBatch, update: UpdateStats) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rltrain.types.samples import TokenSets
+
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
@@ -20,6 +22,8 @@ class TokenRows:
     # by completion token, whether a judged example's log-prob counts it; None: all count. Rollouts say it in
     # the mask of their TrainBatch
     scored: tuple[tuple[bool, ...], ...] | None = None
+    # by row, the tokens that each of its tokens was drawn from; None: from the whole vocabulary
+    kept: tuple[TokenSets | None, ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.prompts) != len(self.completions):
@@ -40,6 +44,7 @@ class TokenRows:
             tuple(self.prompts[row] for row in positions),
             tuple(self.completions[row] for row in positions),
             None if self.scored is None else tuple(self.scored[row] for row in positions),
+            None if self.kept is None else tuple(self.kept[row] for row in positions),
         )
 
 

@@ -5,6 +5,7 @@ This module imports no torch.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -60,11 +61,55 @@ class AdaptiveTemperature:
 
 
 @dataclass(frozen=True, slots=True)
+class Truncation:
+    """The tokens that may be drawn, as a prefix of those in descending order of probability.
+
+    Each rule looks at the tokens that the rules before it have kept, in this order: min_p, top_h, top_k,
+    top_p. The likeliest token always stays.
+    """
+
+    min_p: float = 0.0  # arXiv:2407.01082: of at least this share of the largest probability
+    # arXiv:2509.02510: while the entropy of what is kept is at most this share of the distribution's
+    top_h: float | None = None
+    top_k: int = 0  # the likeliest; 0: all
+    top_p: float = 1.0  # arXiv:1904.09751: until their probabilities sum up to this share
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every token may be drawn."""
+        return self == Truncation()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSets:
+    """For each token of a completion the tokens that it was drawn from, one set after another."""
+
+    ids: array[int]  # of all sets
+    sizes: array[int]  # (t,) tokens of each set
+    mass: array[float]  # (t,) probability of each set before the others were cut off
+
+    @classmethod
+    def empty(cls) -> TokenSets:
+        return cls(array("i"), array("i"), array("f"))
+
+    def append(self, ids: array[int], mass: float) -> None:
+        """Adds the set of one more token."""
+        self.ids.extend(ids)
+        self.sizes.append(len(ids))
+        self.mass.append(mass)
+
+    def first(self, count: int) -> TokenSets:
+        """The sets of the first ``count`` tokens."""
+        return TokenSets(self.ids[: sum(self.sizes[:count])], self.sizes[:count], self.mass[:count])
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How one source of a rollout is sampled.
 
-    An engine returns the log-probs of the distribution that it sampled from, which the learner computes at
-    ``temperature``; so options that the learner cannot reproduce (top-p, top-k, penalties) do not exist here.
+    An engine returns the log-probs of the distribution that it sampled from: at ``temperature``, and over the
+    tokens that ``truncation`` keeps. The learner computes the same ones from the sets of tokens that an
+    engine returns with ``returns_kept``. It cannot reproduce ``repetition_penalty``: that is for evaluations.
     ``temperature`` 0 is greedy decoding, reported with the log-probs at temperature 1. With ``adaptive``,
     tokens are drawn at temperatures around ``temperature`` but reported at ``temperature``: HAPO's ratio is
     to the policy at its base temperature, and the mismatch metrics still compare engines.
@@ -76,6 +121,11 @@ class Sampling:
     seed: int  # of the step and source; engines derive one seed per (seed, prompt id, sample index)
     source: int = SOURCE_POLICY
     adaptive: AdaptiveTemperature | None = None  # None: every token at ``temperature``
+    truncation: Truncation = Truncation()
+    returns_kept: bool = False  # completions come with the tokens that each of their tokens was drawn from
+    # arXiv:1909.05858: divides the positive logits of tokens that the text has already, multiplies the others
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()  # texts that end a completion, which keeps them
     # nats: EM-INF (arXiv:2505.15134), only at test time and with the transformers engine
     sharpen_below: float | None = None
     # an engine reuses its cache of a prompt only in calls with the same version and the same ``cache``
@@ -126,11 +176,18 @@ class Completion:
     # token spans [start, stop) that the policy wrote; () means the whole completion
     turns: tuple[tuple[int, int], ...] = ()
     episode: Episode | None = None  # its outcome in an environment; None if there was no environment
+    kept: TokenSets | None = None  # None: every token was drawn from the whole vocabulary
+    # which of several workers sampled it, for the metrics; the tokens do not depend on it
+    worker: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
             raise ValueError(
                 f"{len(self.token_ids)} tokens but {len(self.logprobs)} log-probs in one completion"
+            )
+        if self.kept is not None and len(self.kept.sizes) != len(self.token_ids):
+            raise ValueError(
+                f"{len(self.token_ids)} tokens but {len(self.kept.sizes)} sets that they were drawn from"
             )
         starts = [0, *(span.stop for span in self.versions)]
         if not self.versions or [*(span.start for span in self.versions), len(self.token_ids)] != starts:

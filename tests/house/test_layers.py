@@ -27,6 +27,7 @@ LAYERS = (
         "rltrain.interrupt",
         "rltrain.json_text",
         "rltrain.model_files",
+        "rltrain.adapter_files",
         "rltrain.remote_code",
         "rltrain.chat_template",
         "rltrain.watchdog",

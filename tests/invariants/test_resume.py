@@ -142,8 +142,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert signal.getsignal(signal.SIGINT) is handler
     printed = capfd.readouterr()
     assert (
-        "Ctrl-C: the run stops after the step in hand and writes a checkpoint; a second one ends it at once"
-        in printed.err
+        "Ctrl-C: the run stops after the step in hand and writes a checkpoint, from which the same command "
+        "continues; a second Ctrl-C ends it at once, back at the last checkpoint" in printed.err
     )
     said = " ".join(printed.out.split())
     assert "stopped by Ctrl-C after step 2" in said

@@ -102,7 +102,8 @@ class FakeEngine:
     weights: FakeWeights = field(default_factory=FakeWeights)
     running: int = 0
     answered: int = 0
-    ended_early: int = 0  # requests whose client went away
+    written: int = 0  # tokens
+    ids: list[str] = field(default_factory=list)  # of the requests
     aborted: bool = False
     is_stopped: bool = False  # the processes behind the server
     resumed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -141,12 +142,10 @@ class FakeEngine:
         params = request["sampling_params"]
         self.running += params["n"]
         self.answered += 1
+        self.ids.append(request["request_id"])
         try:
             rows = (self.sample_one(request["token_ids"][-1], params, index) for index in range(params["n"]))
             choices = list(await asyncio.gather(*rows))
-        except asyncio.CancelledError:
-            self.ended_early += 1
-            raise
         finally:
             self.running -= params["n"]
         if self.fault is None or self.fault_count <= 0:
@@ -164,6 +163,7 @@ class FakeEngine:
 
     def count_token(self) -> None:
         """Called before each token; the last one may be the process's end."""
+        self.written += 1
         if self.die_after is not None:
             self.die_after -= 1
             if self.die_after < 0:
@@ -307,6 +307,17 @@ def as_json(request_id: str, choices: list[Choice]) -> dict[str, Any]:
     }
 
 
+READ_PATHS = (
+    "/health",
+    "/version",
+    "/server_info",
+    "/get_world_size",
+    "/weight_info",
+    "/is_paused",
+    "/metrics",
+)
+
+
 class FakeApp:
     """The routes of vLLM. ``state`` is where the guard finds the engine."""
 
@@ -332,12 +343,14 @@ class FakeApp:
         query = {name: values[0] for name, values in parse_qs(scope["query_string"].decode()).items()}
         status = 200
         try:
+            if scope["method"] != ("GET" if scope["path"] in READ_PATHS else "POST"):
+                raise BadRequest(405, f"no {scope['method']} here")
             answer = await self.answer(scope["path"], query, json.loads(body or b"{}"))
         except BadRequest as error:
             status, answer = error.status, {"error": str(error)}
         except (RuntimeError, TimeoutError, AssertionError, OSError) as error:
             status, answer = 500, {"error": f"{type(error).__name__}: {error}"}
-        content = json.dumps(answer).encode()
+        content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
@@ -356,6 +369,8 @@ class FakeApp:
             return as_json(body["request_id"], await engine.sample(body))
         if path == "/collective_rpc":
             return {"results": [await self._call_method(body["method"], body.get("kwargs", {}))]}
+        if path == "/metrics":
+            return METRICS.format(running=engine.running, written=engine.written).encode()
         calls = {
             "/init_weight_transfer_engine": lambda: engine.weights.join(body["init_info"]),
             "/start_weight_update": engine.weights.start,
@@ -387,6 +402,11 @@ class FakeApp:
         return "alive"
 
 
+METRICS = """# of one engine
+vllm:num_requests_running{{engine="0",model_name="policy"}} {running}
+vllm:num_requests_waiting{{engine="0",model_name="policy"}} 0.0
+vllm:generation_tokens_total{{engine="0",model_name="policy"}} {written}
+"""
 SERVER_INFO = {
     "model_config": {
         "dtype": "torch.float32",

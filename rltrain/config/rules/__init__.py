@@ -18,6 +18,7 @@ from rltrain.config.rules.online import check_online
 from rltrain.config.rules.online_pairs import check_pairs
 from rltrain.config.rules.push import push_problems
 from rltrain.config.rules.schedule import schedule_problems, schedule_warnings
+from rltrain.config.rules.server import add_importance_weights
 from rltrain.config.rules.templates import template_problems
 from rltrain.config.schema import AnyRecipe
 from rltrain.errors import RecipeError
@@ -54,4 +55,6 @@ def check(recipe: AnyRecipe) -> CheckedRecipe:
     ]
     if problems:
         raise RecipeError(problems)
-    return CheckedRecipe(recipe, (*findings.warnings, *adapter_warnings(recipe), *schedule_warnings(recipe)))
+    weighted, notes = add_importance_weights(recipe)
+    warnings = (*findings.warnings, *adapter_warnings(recipe), *schedule_warnings(recipe), *notes)
+    return CheckedRecipe(weighted, warnings)

@@ -13,6 +13,7 @@ from rltrain.config.rules.optimizer import optimizer_problems
 from rltrain.config.rules.registries import ORDERS, REWARDS
 from rltrain.config.rules.rewards import is_user_function, user_function_problems
 from rltrain.config.rules.server import server_problems
+from rltrain.config.rules.token_choice import token_choice_problems
 from rltrain.config.schema import MethodRef, Rollout, SampledRecipe
 from rltrain.config.user_files import check_method
 from rltrain.needs import REPORTS_CORRECT
@@ -94,6 +95,7 @@ def sampling_problems(recipe: SampledRecipe) -> Iterator[str]:
                 f"among rollout.n {rollout.n} completions is such a share: every prompt would be replaced; "
                 "widen it or raise rollout.n"
             )
+    yield from token_choice_problems(recipe)
     yield from _engine_ranks_problems(rollout)
     yield from _eval_problems(recipe)
     if rollout.engine == "vllm_server":

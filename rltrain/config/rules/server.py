@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rltrain.config.rules.registries import EXTRA_SAMPLES
-from rltrain.config.schema import Rollout, Server, Workers
+from rltrain.config.schema import AnyRecipe, MethodRef, OnlineRecipe, Rollout, Server, Workers
+from rltrain.control import TOKEN_CONTROLS
+from rltrain.needs import ROLLOUT_LOGP
 
-__all__ = ["server_problems"]
+__all__ = ["add_importance_weights", "server_problems"]
 
 # Methods of vLLM that guess tokens without a model of their own.
 _WITHOUT_DRAFT_MODEL = ("ngram",)
@@ -46,6 +48,23 @@ def server_problems(rollout: Rollout) -> Iterator[str]:
     if rollout.workers is not None:
         yield from _worker_problems(rollout.workers)
         yield from _role_problems(rollout, rollout.workers)
+
+
+def add_importance_weights(recipe: AnyRecipe) -> tuple[AnyRecipe, tuple[str, ...]]:
+    """The recipe, with importance weights where its server samples by other means than the policy alone, and
+    what the user is told of it. A control of the recipe's own that reads the engine's log-probs stays alone.
+    """
+    if not isinstance(recipe, OnlineRecipe) or recipe.rollout.engine != "vllm_server":
+        return recipe, ()
+    if recipe.rollout.server.speculative is None or recipe.rollout.trust_logp:
+        return recipe, ()
+    if any(ROLLOUT_LOGP in TOKEN_CONTROLS.spec(control.name).needs for control in recipe.control):
+        return recipe, ()
+    weighted = recipe.model_copy(update={"control": (*recipe.control, MethodRef(name="tis"))})
+    return weighted, (
+        "rollout.server.speculative is set, so that importance weights correct for what its sampling "
+        "differs by: control tis is added; name tis or another control that reads rollout_logp to choose",
+    )
 
 
 def _worker_problems(workers: Workers, key: str = "rollout.workers") -> Iterator[str]:

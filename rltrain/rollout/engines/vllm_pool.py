@@ -10,22 +10,27 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from rltrain.adapter_files import NamedAdapter
 from rltrain.protocols import EngineState
 from rltrain.rollout.engines.checks import require_fit, require_version
 from rltrain.rollout.pool.pool import ADMIT, Batch, Counts, WorkerPool
-from rltrain.rollout.worker.requests import ServerModel, make_request, require_temperature
+from rltrain.rollout.worker.flags import MODEL_NAME
+from rltrain.rollout.worker.requests import AdapterNames, ServerModel, make_request, require_supported
 from rltrain.rollout.worker.threads import LoopThread
 from rltrain.tensor_ops import Fingerprint
 from rltrain.types.samples import Answer, PolicyVersion, Request
 
-__all__ = ["PoolPusher", "Pushed", "VllmPool"]
+__all__ = ["AdapterPoolPusher", "PoolPusher", "Pushed", "VllmPool"]
 
 
+_Told = TypeVar("_Told")
+_Ask = Callable[[Mapping[str, Any]], tuple[_Told, Mapping[str, Exception]]]
 # What became of a push, by the names of the workers: those that were proved and sample again, those that were
 # lost, and those that are quarantined, each with the reason.
 Pushed = tuple[tuple[str, ...], Mapping[str, Exception], Mapping[str, Exception]]
@@ -51,6 +56,26 @@ class PoolPusher(Protocol):
     def close(self) -> None: ...
 
 
+class AdapterPoolPusher(Protocol):
+    """Sends adapters to workers that hold the base, and proves that they arrived; on rank 0."""
+
+    def push_adapter(self, workers: Mapping[str, Any], adapter: NamedAdapter) -> Pushed: ...
+
+    def read(self, workers: Mapping[str, Any]) -> tuple[Mapping[str, Fingerprint], Mapping[str, Exception]]:
+        """See ``PoolPusher.read``, of the base."""
+        ...
+
+    def read_adapter(
+        self, workers: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Fingerprint], Mapping[str, Exception]]: ...
+
+    def score(
+        self, workers: Mapping[str, Any], token_ids: Sequence[int], model: str
+    ) -> tuple[list[list[float]], Mapping[str, Exception]]: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Stream:
     """Weights that can be iterated over again as long as the learner keeps them, each time checked."""
@@ -63,9 +88,10 @@ class Stream:
 
 
 class VllmPool:
-    """Implements ``RolloutEngine``.
+    """Implements ``RolloutEngine`` and, on workers that take adapters, ``AdapterTarget``.
 
-    pool: on rank 0, in ``loop``; None elsewhere. gather: concatenates the lists of all ranks, in the order of
+    pool: on rank 0, in ``loop``; None elsewhere. adapters: takes the place of ``pusher`` in a run that trains
+    an adapter. gather: concatenates the lists of all ranks, in the order of
     the ranks; a collective. rank: of this process. at_close: called before the workers are ended.
     """
 
@@ -79,6 +105,7 @@ class VllmPool:
         pusher: PoolPusher,
         dtype: torch.dtype,
         *,
+        adapters: AdapterPoolPusher | None = None,
         rank: int = 0,
         world_size: int = 1,
         gather: Callable[[list[Any]], list[Any]] = list,
@@ -92,6 +119,10 @@ class VllmPool:
         self.loop = loop
         self._model = model
         self._pusher = pusher
+        self._adapters = adapters
+        self._adapter: NamedAdapter | None = None  # that workers have, or get when they come
+        self._names = AdapterNames()
+        self._policy_model: str | None = None  # its name, with adapters; None: what was pushed last
         self._rank = rank
         self._world_size = world_size
         self._gather = gather
@@ -111,36 +142,85 @@ class VllmPool:
 
         Workers that do not take them are lost or quarantined. Where none is left, sampling waits for one.
         """
-        if self.state is EngineState.ASLEEP:
-            raise RuntimeError("load() while asleep: call wake() first")
-        self.version = None
-        self.state = EngineState.MAPPED
+        self._forget_version()
         self._stream = Stream(stream, self._model.shapes.check)
         self._push(version, waiting_only=False)
         self.version = version
         self.state = EngineState.LOADED
 
+    def _forget_version(self) -> None:
+        if self.state is EngineState.ASLEEP:
+            raise RuntimeError("load() while asleep: call wake() first")
+        self.version = None
+        self.state = EngineState.MAPPED
+
+    def load_adapter(
+        self, config: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]], version: PolicyVersion
+    ) -> None:
+        """See ``AdapterTarget.load_adapter``. Rank 0 uploads it to all workers, under a new name.
+
+        What becomes of a worker that does not take it, see ``load``.
+        """
+        self._forget_version()
+        self._adapter = NamedAdapter(self._names.next(version), dict(config), dict(weights))
+        self._policy_model = self._adapter.name
+        self._push(version, waiting_only=False)
+        self.version = version
+        self.state = EngineState.LOADED
+
+    def use_base(self, version: PolicyVersion) -> None:
+        """See ``AdapterTarget.use_base``; the workers keep the adapter, and no request names it."""
+        self._forget_version()
+        self._policy_model = MODEL_NAME
+        self._push(version, waiting_only=False)
+        self.version = version
+        self.state = EngineState.LOADED
+
     def _push(self, version: PolicyVersion, *, waiting_only: bool) -> None:
-        assert self._stream is not None
         workers: dict[str, Any] = {}
         if self._pool is not None and self.loop is not None:
             workers = self.loop.run(self._pool.begin_push(waiting_only=waiting_only)).result()
-        pushed = self._pusher.push(workers, self._stream, version)
+        if self._adapter is not None and self._adapters is not None:
+            pushed = self._adapters.push_adapter(workers, self._adapter)
+        else:
+            assert self._stream is not None
+            pushed = self._pusher.push(workers, self._stream, version)
         if self._pool is not None and self.loop is not None:
             end = self._pool.end_push(version, *pushed)
             self.loop.run(end).result()
 
     def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, Fingerprint]:
-        """See ``WeightTarget.fingerprint``, over all workers that serve.
+        """See ``WeightTarget.fingerprint``, over all workers that serve; with adapters, of the base.
 
         A worker that has gone since it was proved has nothing that could be compared.
         """
-        held: list[Mapping[str, Fingerprint]] = []
-        if self._pool is not None and self.loop is not None:
-            read, lost = self._pusher.read(self.loop.run(self._pool.serving()).result())
-            self.loop.run(self._pool.lose(lost)).result()
-            held = [{name: value for name, value in read.items() if names is None or name in names}]
-        return self._gather(held)[0]
+        pusher = self._adapters or self._pusher
+        held = self._ask_serving(pusher.read)
+        subsets = [
+            {name: value for name, value in each.items() if names is None or name in names} for each in held
+        ]
+        return self._gather(subsets)[0]
+
+    def adapter_fingerprint(self) -> Mapping[str, Fingerprint]:
+        """See ``AdapterTarget.adapter_fingerprint``; nothing while the base is in use."""
+        if self._policy_model == MODEL_NAME:
+            return {}
+        assert self._adapters is not None
+        return self._gather(self._ask_serving(self._adapters.read_adapter))[0]
+
+    def prompt_log_probs(self, token_ids: Sequence[int]) -> list[list[float]]:
+        """See ``AdapterTarget.prompt_log_probs``, over all workers that serve."""
+        assert self._adapters is not None and self._policy_model is not None
+        score = partial(self._adapters.score, token_ids=token_ids, model=self._policy_model)
+        return self._gather([row for rows in self._ask_serving(score) for row in rows])
+
+    def _ask_serving(self, ask: _Ask[_Told]) -> list[_Told]:
+        """On rank 0, what the workers that serve say; those that do not answer are lost."""
+        if self._pool is None or self.loop is None:
+            return []
+        told, lost = ask(self.loop.run(self._pool.serving()).result())
+        self.loop.run(self._pool.lose(lost)).result()
+        return [told]
 
     def sleep(self) -> None:
         """Only forgets the version: the workers' memory is their own."""
@@ -156,6 +236,8 @@ class VllmPool:
         self.sleep()
         self._stream = None
         self._at_close()
+        if self._adapters is not None:
+            self._adapters.close()
         if self._pool is None or self.loop is None:
             return
         self.loop.run(self._pool.close()).result()
@@ -175,7 +257,7 @@ class VllmPool:
         limit = self._model.max_model_len
         require_fit(requests, limit, "the server's max_model_len or the model's max_position_embeddings")
         for request in requests:
-            require_temperature(request.sampling)
+            require_supported(request.sampling)
         self.state = EngineState.SERVING
         if self._world_size == 1:
             return self._sample_alone(self._submit(requests, policy), policy)
@@ -216,7 +298,7 @@ class VllmPool:
 
     def _submit(self, requests: Sequence[Request], policy: PolicyVersion) -> _Collector:
         assert self._pool is not None and self.loop is not None
-        return _Collector(self._pool, self.loop, self._model, requests, policy)
+        return _Collector(self._pool, self.loop, self._model, requests, policy, self._policy_model)
 
 
 class _Collector:
@@ -229,6 +311,7 @@ class _Collector:
         model: ServerModel,
         requests: Sequence[Request],
         policy: PolicyVersion,
+        policy_model: str | None,
     ) -> None:
         self.missing = len(requests)
         self._pool = pool
@@ -237,7 +320,8 @@ class _Collector:
         self._requests = requests
         self._arrivals: queue.SimpleQueue[Any] = queue.SimpleQueue()
         asked = [
-            (request.prompt.id, make_request(request, policy, model.stop_token_ids)) for request in requests
+            (request.prompt.id, make_request(request, policy, model.stop_token_ids, policy_model))
+            for request in requests
         ]
         self._batch: Batch = loop.run(pool.submit(asked, policy, self._arrivals.put)).result()
 

@@ -341,7 +341,8 @@ class WorkerPool:
             member.strikes = 0
         self._lengths[lease.part.prompt] = written / len(choices)
         if not lease.part.batch.is_ended:
-            lease.part.batch.take(lease.part, choices)
+            named = [replace(choice, worker=member.name) for choice in choices]
+            lease.part.batch.take(lease.part, named)
 
     def _return(self, lease: Lease, member: Member) -> None:
         """Puts a lease's samples back, before all others."""

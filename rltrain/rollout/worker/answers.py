@@ -30,7 +30,8 @@ class GarbageAnswer(RuntimeError):
 class GenerateRequest:
     """Completions of one prompt: samples with the seeds ``seed`` to ``seed + n - 1``.
 
-    salt: part of the prefix cache's key. stop_token_ids: ascending, every EOS id among them.
+    salt: part of the prefix cache's key. stop_token_ids: ascending, every EOS id among them. label: of the
+    version that ``model`` is, where that is an adapter, or the base beside adapters; the guard repeats it.
     """
 
     id: str
@@ -42,11 +43,18 @@ class GenerateRequest:
     stop_token_ids: Sequence[int]
     salt: str
     model: str
+    min_p: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
     priority: int = 0
+    label: str | None = None
 
     def body(self) -> dict[str, Any]:
         """The JSON of both routes. vLLM ignores names that it does not know, hence no others exist here."""
+        labels = {} if self.label is None else {"label": self.label}
         return {
+            **labels,
             "request_id": self.id,
             "model": self.model,
             "token_ids": list(self.token_ids),
@@ -55,8 +63,10 @@ class GenerateRequest:
             "sampling_params": {
                 "n": self.n,
                 "temperature": self.temperature,
-                "top_p": 1.0,
-                "top_k": 0,
+                "min_p": self.min_p,
+                "top_k": self.top_k,
+                "top_p": self.top_p,
+                "repetition_penalty": self.repetition_penalty,
                 "max_tokens": self.max_tokens,
                 "seed": self.seed,
                 "logprobs": 0,  # of the sampled token only

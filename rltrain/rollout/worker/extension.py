@@ -24,6 +24,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from rltrain.errors import UserError
 from rltrain.remote_code import trusts
+from rltrain.rollout.engines.vllm.adapter import adapter_fingerprints
 from rltrain.rollout.engines.vllm.colocated import read_architecture
 from rltrain.rollout.engines.vllm.layers import (
     Architecture,
@@ -208,6 +209,15 @@ class Extension:
         except UserError as error:
             sums = ProcessSums(refusal=str(error))
         self.weight_transfer_engine.put(key, sums.to_json())
+        return "written"
+
+    def rltrain_adapter_fingerprint(self, key: str, identity: str, rank: str) -> str:
+        """The same of the adapter of this number, by peft's names: of A, and of B times the scale."""
+        engine = self.vllm_config.parallel_config.data_parallel_index
+        places, _ = self._find_places()
+        held = adapter_fingerprints(self, int(identity), int(rank), places)
+        sums = {name: (value.projection, value.square, engine) for name, value in held.items()}
+        self.weight_transfer_engine.put(key, ProcessSums(sums).to_json())
         return "written"
 
     def _find_places(self) -> tuple[Mapping[str, Place], Architecture]:

@@ -127,3 +127,13 @@ def test_a_server_of_this_run_that_was_killed_is_lost(worker: FakeWorker) -> Non
         sample(engine)
     worker.set_fault(None)
     engine.close()
+
+
+def test_no_two_ranks_number_a_request_alike(engine: VllmServer, worker: FakeWorker) -> None:
+    """The server tells requests apart by their ids: one that is given up must not end another's."""
+    before = len(worker.read("ids"))
+    other = open_engine(worker)
+    assert sample(other) == sample(engine)
+    other.close()
+    ids = worker.read("ids")[before:]
+    assert len(ids) == len(set(ids)) == 2 * len(PROMPTS)

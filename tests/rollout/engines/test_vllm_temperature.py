@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rltrain.rollout.groups import sample_groups
 from rltrain.rollout.temperature import entropy_of, token_temperatures
-from rltrain.types.samples import AdaptiveTemperature, Completion, Prompt, Sampling
+from rltrain.rollout.truncation import kept_tokens
+from rltrain.types.samples import AdaptiveTemperature, Completion, Prompt, Sampling, Truncation
 
 pytestmark = pytest.mark.vllm
 SETTINGS = AdaptiveTemperature(
@@ -32,12 +33,13 @@ def held(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> I
     engine = VllmColocated(
         folder,
         stop_token_ids={tokenizer.eos_token_id, *range(20, 30)},
-        decode=lambda ids: "",
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
         max_model_len=128,
         max_num_seqs=8,
         kv_cache_gib=0.1,
         enforce_eager=True,
         adaptive_temperature=True,
+        truncation=True,
     )
     engine.load(model.named_parameters(), 1)
     prompts = [Prompt(text, tuple(tokenizer(text).input_ids), text) for text in TEXTS]
@@ -99,6 +101,47 @@ def test_without_settings_and_when_greedy_it_is_an_ordinary_engine(held: Any) ->
                 )
 
 
+def test_truncated_completions_come_with_the_tokens_that_they_were_drawn_from(held: Any) -> None:
+    # 48 completions through 8 slots; every rule at once, with temperature and repetition penalty before them
+    truncation = Truncation(min_p=0.02, top_h=0.9, top_k=12, top_p=0.8)
+    sampling = Sampling(12, 0.7, 24, seed=3, truncation=truncation, returns_kept=True)
+    groups = sample_groups(held.engine, held.prompts, sampling, 1)
+    sizes = set()
+    for group in groups:
+        for completion in group.completions:
+            assert completion.kept is not None
+            logits = logits_of(held.model, group.prompt, completion) / 0.7
+            is_kept = kept_tokens(logits, truncation)
+            sets = torch.nonzero(is_kept)[:, 1].tolist()
+            assert completion.kept.ids.tolist() == sets
+            sizes |= set(completion.kept.sizes)
+            expected = logits.masked_fill(~is_kept, -torch.inf).log_softmax(-1)
+            expected = expected.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-5, rtol=0)
+            mass = torch.where(is_kept, logits.softmax(-1), 0).sum(-1)
+            torch.testing.assert_close(torch.tensor(completion.kept.mass.tolist()), mass, atol=1e-4, rtol=0)
+    assert len(sizes) > 3
+
+
+def test_a_stop_text_ends_a_completion_and_a_penalty_spreads_its_tokens(held: Any) -> None:
+    plain = sample_groups(held.engine, held.prompts, Sampling(12, 1.0, 24, seed=3), 1)
+    texts = [completion.text for group in plain for completion in group.completions]
+    stop = max(
+        "0123456789abcdefghijklmnopqrstuvwxyz", key=lambda letter: sum(letter in text for text in texts)
+    )
+    sampling = Sampling(12, 1.0, 24, seed=3, stop=(stop,))
+    stopped = sample_groups(held.engine, held.prompts, sampling, 1)
+    assert any(stop in text for text in texts)
+    for text, completion in zip(texts, (row for group in stopped for row in group.completions), strict=True):
+        assert completion.text == text[: text.find(stop) + 1] if stop in text else completion.text == text
+        assert stop not in text or completion.finish == "stop"
+
+    sampling = Sampling(1, 0.0, 24, seed=3, repetition_penalty=50.0)
+    (group,) = sample_groups(held.engine, held.prompts[:1], sampling, 1)
+    tokens = group.completions[0].token_ids
+    assert len(set(tokens)) == len(tokens)
+
+
 def test_the_seed_decides_the_tokens_as_ever(held: Any) -> None:
     sampling = Sampling(4, 1.0, 12, seed=7, adaptive=SETTINGS)
     together = sample_groups(held.engine, held.prompts, sampling, 1)
@@ -121,7 +164,7 @@ def test_a_token_is_hot_by_its_entropy_at_the_base_temperature() -> None:
         0.5, "scaled", pivot=entropy_of(logits).log().median().item(), sigma=1.0, top=0.5, bottom=-0.5
     )
     processor = AdaptiveTemperatureProcessor(None, torch.device("cpu"), False)
-    processor._rows = {row: _Row(row, base, settings, ()) for row in range(6)}
+    processor.rows = {row: _Row(row, base, settings, ()) for row in range(6)}
     drawn_from = torch.softmax(processor.apply(logits.clone()), -1)
     temperature = token_temperatures(entropy_of(raw / base), base, settings)
     assert 0 < (temperature > base).sum() < 4  # the raw entropies lie all above the pivot

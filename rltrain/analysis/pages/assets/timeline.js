@@ -25,13 +25,16 @@ const timeline = (() => {
       const part = data.seconds.slice(start, start + size);
       bins.push(data.phases.map((_, phase) => sum(part.map((row) => row[phase])) / part.length));
     }
-    const top = Math.max(...bins.map(sum)) || 1;
+    const heights = bins.map(sum).sort((left, right) => left - right);
+    const highest = heights[heights.length - 1] || 1;
+    const usual = heights[Math.floor(0.97 * (heights.length - 1))] || highest;
+    const top = highest > 1.5 * usual ? usual : highest; // a few long steps do not flatten all others
     const width = WIDTH / bins.length;
     const bars = [];
     bins.forEach((means, bin) => {
       let y = 100;
       means.forEach((mean, phase) => {
-        const height = 100 * mean / top;
+        const height = Math.min(y, 100 * mean / top);
         y -= height;
         if (height > 0) bars.push(bar(phase, bin * width, y, width * 1.02, height));
       });
@@ -40,7 +43,7 @@ const timeline = (() => {
     field("time-overview").replaceChildren(...bars, chosen);
     field("time-first").textContent = `step ${data.steps[0]}`;
     field("time-last").textContent = `step ${data.steps[data.steps.length - 1]}`;
-    field("time-top").textContent = `height: ${seconds(top)} a step`;
+    field("time-top").textContent = `height: ${seconds(top)} a step${top < highest ? ", longer ones are cut" : ""}`;
   }
 
   function drawLanes() {

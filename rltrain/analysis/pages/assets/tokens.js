@@ -54,7 +54,6 @@ const tokens = (() => {
     if (rest > 0) panel.append(` [${rest} more tokens without numbers]`);
     const line = document.createElement("div");
     line.className = "small faint";
-    line.textContent = "point at a token, or touch it, to see its numbers";
     panel.addEventListener("pointerover", ({ target }) => { if (target.title) line.textContent = target.title; });
     const whole = document.createElement("div");
     whole.append(panel, line);
@@ -79,7 +78,8 @@ const tokens = (() => {
     const ends = ["entropy", "clip", "touched"].includes(choice) ? [] : [swatch(low), ` ${charts.format(low)} or less `];
     const unit = UNITS[choice] && ` ${UNITS[choice]}`;
     legend.replaceChildren(...ends, swatch(neutral), ` ${neutral} `, swatch(high),
-      ` ${charts.format(high)} or more${unit}`, "; struck out: no part of the loss; a dot: a token without text of its own");
+      ` ${charts.format(high)} or more${unit}`, "; struck out: no part of the loss; a dot: a token without text of its own;",
+      " point at a token, or touch it, to see its numbers");
   }
 
   function choose() {

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -25,11 +26,22 @@ from rltrain.remote_code import trusts
 from rltrain.rollout.engines.checks import WeightShapes, require_fit, require_version
 from rltrain.rollout.engines.transformers.em_inf import minimise_entropy
 from rltrain.rollout.engines.transformers.kv_cache import GROUPED_SDPA, DecodeCache, layers_of
-from rltrain.rollout.engines.transformers.sampling import sample_tokens_
+from rltrain.rollout.engines.transformers.sampling import sample_tokens_, truncate
 from rltrain.rollout.engines.transformers.token_decoder import TokenDecoder, place_together
+from rltrain.rollout.truncation import contains_stop, penalise_repetition_
 from rltrain.seeds import stable_hash
 from rltrain.tensor_ops import Fingerprint, weight_fingerprint
-from rltrain.types.samples import Answer, Completion, Finish, PolicyVersion, Prompt, Request, Sampling, Span
+from rltrain.types.samples import (
+    Answer,
+    Completion,
+    Finish,
+    PolicyVersion,
+    Prompt,
+    Request,
+    Sampling,
+    Span,
+    TokenSets,
+)
 from rltrain.watchdog import note_progress
 from rltrain.weight_names import CheckpointNames
 
@@ -51,6 +63,8 @@ class _Row:
     prompt: int  # its position among the prompts decoded together
     random: Random  # of this row only, so that its tokens do not depend on its neighbours
     prompt_length: int
+    prompt_ids: Sequence[int] = ()  # read where repetitions are penalised
+    kept: TokenSets | None = None  # filled where the sampling asks for it
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: Finish | None = None
@@ -192,7 +206,9 @@ class TransformersEngine:
             request = requests[index]
             for sample in range(request.first, request.first + request.count):
                 seed = stable_hash(sampling.seed, request.prompt.id, sample)
-                rows.append(_Row(place, Random(seed), len(request.prompt.token_ids)))
+                ids = request.prompt.token_ids
+                kept = TokenSets.empty() if sampling.returns_kept else None
+                rows.append(_Row(place, Random(seed), len(ids), ids, kept))
         with self._token_decoder():
             self._decode_rows(rows, prompts, sampling)
 
@@ -217,7 +233,15 @@ class TransformersEngine:
         assert row.finish is not None
         text = self._decode(row.tokens)
         versions = (Span(0, len(row.tokens), policy),)
-        return Completion(tuple(row.tokens), tuple(row.logprobs), row.finish, text, versions, sampling.source)
+        return Completion(
+            tuple(row.tokens),
+            tuple(row.logprobs),
+            row.finish,
+            text,
+            versions,
+            sampling.source,
+            kept=row.kept,
+        )
 
     def _decode_rows(self, rows: Sequence[_Row], prompts: Sequence[Prompt], sampling: Sampling) -> None:
         """Decodes every row to its end; waiting rows enter as finished rows leave."""
@@ -331,8 +355,18 @@ class TransformersEngine:
         )
         if sampling.sharpen_below is not None:
             logits = minimise_entropy(logits, threshold=sampling.sharpen_below)
-        tokens, logprobs = sample_tokens_(logits, uniform, sampling.temperature, sampling.adaptive)
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+        if sampling.repetition_penalty != 1:
+            texts = [[*row.prompt_ids, *row.tokens] for row in rows]
+            logits = penalise_repetition_(logits.float(), texts, sampling.repetition_penalty)
+        temperature = sampling.temperature
+        kept: list[tuple[array[int], float]] | None = None
+        if temperature > 0 and not sampling.truncation.is_whole:
+            logits, kept = truncate(logits, temperature, sampling.truncation, sets=sampling.returns_kept)
+            temperature = 1.0
+        tokens, logprobs = sample_tokens_(logits, uniform, temperature, sampling.adaptive)
+        for place, (row, token, logprob) in enumerate(
+            zip(rows, tokens.tolist(), logprobs.tolist(), strict=True)
+        ):
             if row.finish is not None:
                 continue
             if not math.isfinite(logprob):
@@ -342,7 +376,11 @@ class TransformersEngine:
                 )
             row.tokens.append(token)
             row.logprobs.append(logprob)
-            if token in self._stop:
+            if row.kept is not None and kept is not None:
+                row.kept.append(*kept[place])
+            if token in self._stop or (
+                sampling.stop and contains_stop(row.tokens, sampling.stop, self._decode)
+            ):
                 row.finish = "stop"
             elif len(row.tokens) == sampling.max_tokens:
                 row.finish = "length"

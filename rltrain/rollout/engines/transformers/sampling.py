@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 from torch import Tensor
 
 from rltrain.rollout.temperature import entropy_of, token_temperatures
-from rltrain.types.samples import AdaptiveTemperature
+from rltrain.rollout.truncation import kept_tokens
+from rltrain.types.samples import AdaptiveTemperature, Truncation
 
 # vocabulary entries summed before the search: a running sum over the whole vocabulary costs ten times more
 _BLOCK = 256
@@ -34,6 +37,22 @@ def sample_tokens_(
         token, _ = _draw_(logits.div_(token_temperatures(entropy, temperature, adaptive)[:, None]), uniform)
         return token, reported.gather(1, token[:, None])[:, 0]
     return _draw_(logits if temperature == 1 else logits.div_(temperature), uniform)
+
+
+def truncate(
+    logits: Tensor, temperature: float, truncation: Truncation, *, sets: bool
+) -> tuple[Tensor, list[tuple[array[int], float]] | None]:
+    """(R, V) float32 logits at ``temperature``, -inf for the tokens that ``truncation`` drops, and with
+    ``sets`` the tokens that each row keeps, with their probability before the others are dropped.
+    """
+    scaled = logits.float() / temperature
+    is_kept = kept_tokens(scaled, truncation)
+    kept = None
+    if sets:
+        mass = torch.where(is_kept, scaled.softmax(dim=-1), 0.0).sum(dim=-1).tolist()
+        ids = torch.nonzero(is_kept)[:, 1].split(is_kept.sum(dim=-1).tolist())
+        kept = [(array("i", row.tolist()), row_mass) for row, row_mass in zip(ids, mass, strict=True)]
+    return scaled.masked_fill_(~is_kept, -torch.inf), kept
 
 
 def _draw_(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,12 +22,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from rltrain.adapter_files import write_adapter
 from rltrain.errors import UserError
 from rltrain.model_files import config_source
 from rltrain.protocols import EngineState
 from rltrain.remote_code import trusts
 from rltrain.rollout.engines.checks import WeightShapes, require_fit, require_version
-from rltrain.rollout.engines.vllm.adapter import adapter_fingerprints, adapter_options, write_adapter
+from rltrain.rollout.engines.vllm.adapter import adapter_fingerprints, adapter_options
 from rltrain.rollout.engines.vllm.config_folder import config_folder
 from rltrain.rollout.engines.vllm.layers import (
     Architecture,
@@ -48,6 +49,7 @@ from rltrain.rollout.engines.vllm.process import (
 )
 from rltrain.rollout.engines.vllm.shares import Product
 from rltrain.rollout.engines.vllm.tensor_parallel import EngineRanks, find_undividable, require_ranks
+from rltrain.rollout.truncation import cut_at_stop
 from rltrain.seeds import stable_hash
 from rltrain.tensor_ops import Fingerprint
 from rltrain.types.samples import Answer, Completion, PolicyVersion, Request, Sampling, Span
@@ -75,7 +77,8 @@ class VllmColocated:
     decode: token ids to text without special tokens. max_model_len: prompt and completion tokens of a row.
     kv_cache_gib: on CPU; on GPU vLLM takes the share ``gpu_memory_utilization`` of the memory. sleep_mode:
     frees GPU memory in ``sleep``; without effect on CPU. adaptive_temperature: supports
-    ``Sampling.adaptive``, with a logits processor of vLLM's V1 model runner. device: the learner's, which the
+    ``Sampling.adaptive``, with a logits processor of vLLM's V1 model runner. truncation: supports
+    ``Sampling.truncation``, with another one. device: the learner's, which the
     engine must share; None: not compared. tensor_parallel: neighbouring ranks that hold one engine together;
     each of them calls ``load``, ``fingerprint`` and ``sample`` as often as the others, and gets the answers
     to its own requests. adapter_rank: implements ``AdapterTarget`` for adapters of this rank, with the base's
@@ -83,6 +86,8 @@ class VllmColocated:
     """
 
     name = "vllm"
+    fingerprint_rtol = 1e-12  # weights are compared as stored, except for the order of float64 sums
+    _adapters_loaded = 0
 
     def __init__(
         self,
@@ -99,6 +104,7 @@ class VllmColocated:
         enforce_eager: bool = False,
         sleep_mode: bool = True,
         adaptive_temperature: bool = False,
+        truncation: bool = False,
         device: torch.device | None = None,
         tensor_parallel: int = 1,
         adapter_rank: int | None = None,
@@ -107,12 +113,11 @@ class VllmColocated:
         self._stop = sorted(stop_token_ids)
         self._gpu = torch.cuda.is_available()
         self.dtype = dtype
-        self.fingerprint_rtol = 1e-12  # weights are compared as stored, except for the order of float64 sums
         self._sleep_mode = sleep_mode and self._gpu
         self._adaptive = adaptive_temperature
+        self._truncates = truncation
         self._adapter_rank = adapter_rank
         self._adapter: Any = None  # vLLM's request for the adapter in use; None: the base alone
-        self._adapters_loaded = 0
         self._adapter_folder = tempfile.TemporaryDirectory(prefix="rltrain-adapters-")
         model, revision = config_source(model, revision)
         trusted = trusts(model, revision)
@@ -139,28 +144,37 @@ class VllmColocated:
             require_device(device, torch.cuda.current_device())
         self._llm.apply_model(partial(restore_classes, before=classes))
         self._places = self._find_places(model)
+        self._cache_asleep = False
         if not self._gpu:
             self._llm.apply_model(pack_experts_on_reload)
         self.version: PolicyVersion | None = None
         self.state = EngineState.MAPPED
-        self._cache_asleep = False
 
     def _start(self, model: str, config: PreTrainedConfig, *, trusted: bool, **options: Any) -> None:
         """Starts vLLM with the model's ``config`` alone. Raises UserError where it refuses the model."""
         # the V2 runner has another interface of logits processors
-        runner = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if self._adaptive else {}
+        processors = self._processors()
+        runner = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if processors else {}
         folder = str(config_folder(config))
         source = folder if self._adapter_rank is None else model
         with unchanged_process(**runner), contextlib.ExitStack() as start_errors:
             vllm = import_vllm()
             start_errors.enter_context(_explain_start_errors(model))
-            processors = _processors() if self._adaptive else None
             self._llm: Any = vllm.LLM(
-                source, trust_remote_code=trusted, logits_processors=processors, **{**_FIXED, **options}
+                source,
+                trust_remote_code=trusted,
+                logits_processors=processors or None,
+                **{**_FIXED, **options},
             )
         _note_steps(self._llm.llm_engine)
         self._params_class = vllm.SamplingParams
         self._require_processed_logprobs()
+
+    def _processors(self) -> list[str]:
+        """vLLM imports them only once it has read their names."""
+        package = "rltrain.rollout.engines.vllm"
+        names = [f"{package}.temperature:AdaptiveTemperatureProcessor"] if self._adaptive else []
+        return names + ([f"{package}.truncation:TruncationProcessor"] if self._truncates else [])
 
     def _require_processed_logprobs(self) -> None:
         mode = self._llm.llm_engine.model_config.logprobs_mode
@@ -260,17 +274,15 @@ class VllmColocated:
         arguments = (self._adapter.lora_int_id, self._adapter_rank, self._places)
         return self._llm.collective_rpc(adapter_fingerprints, args=arguments)[0]
 
-    def prompt_log_probs(self, token_ids: Sequence[int]) -> list[float]:
+    def prompt_log_probs(self, token_ids: Sequence[int]) -> list[list[float]]:
         """See ``AdapterTarget.prompt_log_probs``."""
         params = self._params_class(
             max_tokens=1, temperature=1.0, seed=0, prompt_logprobs=0, detokenize=False, ignore_eos=True
         )
         prompt = {"prompt_token_ids": list(token_ids), "cache_salt": f"{self.version} probe"}
         (output,) = self._llm.generate([prompt], params, use_tqdm=False, lora_request=self._adapter)
-        return [
-            logprobs[token].logprob
-            for token, logprobs in zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
-        ]
+        scored = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        return [[logprobs[token].logprob for token, logprobs in scored]]
 
     def _require_empty_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
@@ -351,7 +363,7 @@ class VllmColocated:
         require_version(self, policy)
         require_fit(requests, self._limit, "vLLM's max_model_len or the model's max_position_embeddings")
         for request in requests:
-            self._require_temperature(request.sampling)
+            self._require_supported(request.sampling)
         self.state = EngineState.SERVING
         places = range(len(requests))
         if self._ranks is not None:
@@ -371,6 +383,7 @@ class VllmColocated:
             outputs = self._llm.generate(inputs, params, use_tqdm=False, lora_request=self._adapter)
 
         corrections = self._corrections() if any(map(_adapts_temperature, requests)) else None
+        kept = self._kept_sets() if any(map(_returns_kept, requests)) else None
         answers: list[Answer] = []
         for number, index in enumerate(places):
             request = requests[index]
@@ -382,13 +395,20 @@ class VllmColocated:
                 for place, completion in enumerate(completions):
                     logprobs = corrections.correct(index, params[index].seed + place, completion.logprobs)
                     completions[place] = replace(completion, logprobs=logprobs)
+            if kept is not None and _returns_kept(request):
+                for place, completion in enumerate(completions):
+                    sets = kept.take_sets(index, params[index].seed + place, len(completion.token_ids))
+                    completions[place] = replace(completion, kept=sets)
+            stop = request.sampling.stop
+            if stop:
+                completions = [cut_at_stop(completion, stop, self._decode) for completion in completions]
             # vLLM takes no n above 1 for greedy decoding, whose completions are all the same.
             completions = completions * (request.count // len(completions))
             answers.append(Answer(number, request.prompt, tuple(completions)))
         return iter(answers)
 
-    def _require_temperature(self, sampling: Sampling) -> None:
-        """Raises ValueError for a temperature that this engine cannot sample at."""
+    def _require_supported(self, sampling: Sampling) -> None:
+        """Raises ValueError for a temperature or truncation that this engine cannot sample with."""
         if 0 < sampling.temperature < _MIN_TEMPERATURE:
             raise ValueError(
                 f"temperature {sampling.temperature}: vLLM raises it to {_MIN_TEMPERATURE}; use 0 (greedy) "
@@ -399,15 +419,22 @@ class VllmColocated:
                 "this vLLM engine was started without adaptive_temperature and cannot adapt the temperature "
                 "of a token"
             )
+        if not (sampling.truncation.is_whole or self._truncates):
+            raise ValueError("this vLLM engine was started without truncation and samples from all tokens")
 
     def _corrections(self) -> Any:
         from rltrain.rollout.engines.vllm.temperature import Corrections, take_corrections
 
         return Corrections(self._llm.collective_rpc(take_corrections)[0])
 
+    def _kept_sets(self) -> Any:
+        from rltrain.rollout.engines.vllm.truncation import KeptSets, take_kept
+
+        return KeptSets(self._llm.collective_rpc(take_kept)[0])
+
     def _params(self, index: int, request: Request) -> Any:
         sampling = request.sampling
-        extra = _extra_args(index, sampling) if self._adaptive else None
+        extra = _extra_args(index, sampling) if self._adaptive or self._truncates else None
         # vLLM adds the place in the request to the seed
         seed = stable_hash(sampling.seed, request.prompt.id) + request.first
         return self._params_class(
@@ -420,8 +447,9 @@ class VllmColocated:
             stop_token_ids=self._stop,
             ignore_eos=True,  # the ids above include every EOS
             detokenize=False,
-            top_p=1.0,
+            top_p=1.0,  # truncation is the processor's, in the order that every engine has
             top_k=0,
+            repetition_penalty=sampling.repetition_penalty,
             extra_args=extra,
         )
 
@@ -508,13 +536,16 @@ def _explain_start_errors(model: str) -> Iterator[None]:
         ) from error
 
 
-def _processors() -> list[Any]:
-    from rltrain.rollout.engines.vllm.temperature import AdaptiveTemperatureProcessor
-
-    return [AdaptiveTemperatureProcessor]
+def _returns_kept(request: Request) -> bool:
+    """Whether the request's completions come with the tokens that they were drawn from."""
+    sampling = request.sampling
+    return sampling.returns_kept and sampling.temperature > 0 and not sampling.truncation.is_whole
 
 
 def _extra_args(index: int, sampling: Sampling) -> dict[str, Any] | None:
-    from rltrain.rollout.engines.vllm.temperature import extra_args
+    from rltrain.rollout.engines.vllm import temperature, truncation
 
-    return extra_args(index, sampling)
+    return {
+        **(temperature.extra_args(index, sampling) or {}),
+        **(truncation.extra_args(index, sampling) or {}),
+    } or None

@@ -16,15 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
+from rltrain.rollout.engines.vllm.row_processor import RequestId, RowProcessor
 from rltrain.rollout.temperature import entropy_of, token_temperatures
 from rltrain.types.samples import AdaptiveTemperature, Sampling
 
 __all__ = ["AdaptiveTemperatureProcessor", "Corrections", "extra_args", "take_corrections"]
 
 _KEY = "rltrain_adaptive_temperature"
-_Request = tuple[int, int]  # (number of the prompt in its call of generate, the completion's own seed)
 # (t,) int32 positions, ascending, and (2, t) float32 f and constant
 _Records = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
@@ -46,45 +45,27 @@ class _Row:
     tokens: Sequence[int]  # vLLM's own growing list
 
 
-class AdaptiveTemperatureProcessor(LogitsProcessor):
+class AdaptiveTemperatureProcessor(RowProcessor[_Row]):
     """Divides the logits of tempered rows, already at T0, by f.
 
     Greedy rows and rows without ``extra_args`` stay as they are.
     """
 
+    key = _KEY
+
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self._rows: dict[int, _Row] = {}
-        self._numbers: dict[_Request, int] = {}
+        super().__init__(vllm_config, device, is_pin_memory)
         # per forward: (2, R) request numbers and positions, (2, R) f and constant
         self._records: list[tuple[np.ndarray[Any, Any], Tensor]] = []
 
-    def is_argmax_invariant(self) -> bool:
-        """True also means that vLLM applies the processor after the temperature, just before it draws."""
-        return True
-
-    def update_state(self, batch_update: BatchUpdate | None) -> None:
-        if batch_update is None:
-            return
-        for index in batch_update.removed:
-            self._rows.pop(index, None)
-        for index, params, _, tokens in batch_update.added:
-            self._rows.pop(index, None)
-            arguments: dict[str, Any] = params.extra_args or {}
-            if _KEY in arguments and params.seed is not None:
-                settings = dict(arguments[_KEY])
-                number = self._numbers.setdefault((settings.pop("index"), params.seed), len(self._numbers))
-                self._rows[index] = _Row(number, params.temperature, AdaptiveTemperature(**settings), tokens)
-        for source, target, direction in batch_update.moved:
-            moved = self._rows.pop(source, None)
-            replaced = self._rows.pop(target, None)
-            if moved is not None:
-                self._rows[target] = moved
-            if replaced is not None and direction == MoveDirectionality.SWAP:
-                self._rows[source] = replaced
+    def make_row(self, settings: Mapping[str, Any], params: Any, tokens: Sequence[int]) -> _Row:
+        fields = dict(settings)
+        number = self.number_request(fields.pop("index"), params.seed)
+        return _Row(number, params.temperature, AdaptiveTemperature(**fields), tokens)
 
     def apply(self, logits: Tensor) -> Tensor:
         places: dict[tuple[float, AdaptiveTemperature], list[int]] = {}
-        for place, row in self._rows.items():
+        for place, row in self.rows.items():
             places.setdefault((row.temperature, row.adaptive), []).append(place)
         for (temperature, adaptive), row_places in places.items():
             indexes = torch.tensor(row_places, device=logits.device)
@@ -92,7 +73,7 @@ class AdaptiveTemperatureProcessor(LogitsProcessor):
             factor = token_temperatures(entropy_of(base), temperature, adaptive) / temperature
             tempered = base / factor[:, None]
             logits[indexes] = tempered
-            rows = [self._rows[place] for place in row_places]
+            rows = [self.rows[place] for place in row_places]
             numbers = [row.number for row in rows]
             positions = [len(row.tokens) for row in rows]
             constant = factor * torch.logsumexp(tempered, dim=-1)
@@ -101,7 +82,7 @@ class AdaptiveTemperatureProcessor(LogitsProcessor):
             )
         return logits
 
-    def take(self) -> dict[_Request, _Records]:
+    def take(self) -> dict[RequestId, _Records]:
         """The records of each request since the last call, which are then deleted."""
         if not self._records:
             return {}
@@ -112,17 +93,17 @@ class AdaptiveTemperatureProcessor(LogitsProcessor):
         numbers, positions, values = numbers[order], positions[order], values[:, order]
         last = np.append((numbers[1:] != numbers[:-1]) | (positions[1:] != positions[:-1]), True)
         numbers, positions, values = numbers[last], positions[last], values[:, last]
-        ends = np.searchsorted(numbers, np.arange(len(self._numbers) + 1))
+        ends = np.searchsorted(numbers, np.arange(len(self.numbers) + 1))
         records = {
             request: (positions[ends[n] : ends[n + 1]], values[:, ends[n] : ends[n + 1]])
-            for request, n in self._numbers.items()
+            for request, n in self.numbers.items()
         }
         self._records.clear()
-        self._numbers.clear()
+        self.numbers.clear()
         return records
 
 
-def take_corrections(worker: Any) -> dict[_Request, _Records]:
+def take_corrections(worker: Any) -> dict[RequestId, _Records]:
     """Takes the records of the processor in vLLM's worker, in which this runs."""
     [processor] = [
         processor
@@ -136,7 +117,7 @@ def take_corrections(worker: Any) -> dict[_Request, _Records]:
 class Corrections:
     """Turns reported log-probs into log-probs at T0."""
 
-    records: Mapping[_Request, _Records]
+    records: Mapping[RequestId, _Records]
 
     def correct(self, index: int, seed: int, logprobs: Sequence[float]) -> tuple[float, ...]:
         """(t,) the log-probs at T0 of completion ``seed`` of prompt ``index``.
