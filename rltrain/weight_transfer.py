@@ -195,12 +195,15 @@ class TransferGroup:
         where a member is gone or has given up, and what ``check`` raises.
         """
         self._meet(seconds, check)
+        group = self._group
+        if group is None:
+            raise RuntimeError("the weight transfer was given up")
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.rootTensor = 0
         # NCCL's own timeout would end the process; the loop below ends the wait.
         options.timeout = timedelta(seconds=seconds * 10 if self._is_nccl else seconds)
-        work = self._group.broadcast([buffer], options)
+        work = group.broadcast([buffer], options)
         until = time.monotonic() + seconds
         while not work.is_completed():
             check()
@@ -212,7 +215,7 @@ class TransferGroup:
     def _meet(self, seconds: float, check: Callable[[], object]) -> None:
         """Waits until every member has come as often as this one."""
         self._meetings += 1
-        keys = [f"{self._meetings}/{member}" for member in range(self._size)]
+        keys = [f"meeting/{self._meetings}/{member}" for member in range(self._size)]
         until = time.monotonic() + seconds
         try:
             self.store.set(keys[self._rank], "")
@@ -232,7 +235,7 @@ class TransferGroup:
             raise
         if self._rank == 0 and self._meetings > 1:  # all have left the meeting before
             for member in range(self._size):
-                self.store.delete_key(f"{self._meetings - 1}/{member}")
+                self.store.delete_key(f"meeting/{self._meetings - 1}/{member}")
 
     def abort(self) -> None:
         """Ends the group: nobody meets any more. A second call does nothing."""

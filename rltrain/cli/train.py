@@ -82,12 +82,6 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
 
     with workflow.resources(inputs), ExitStack() as stack:
         process, watchdog = stack.enter_context(joined_processes(recipe.train.deadline_seconds))
-        environment = {
-            **describe_environment(),
-            "run": new_run_id(),
-            "started": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-            "command": shlex.join(["rltrain", *sys.argv[1:]]),
-        }
         checkpoint = None
         if process.is_main:
             with user_mistakes():
@@ -95,7 +89,7 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
                     run_folder,
                     recipe,
                     resume,
-                    environment,
+                    _describe_start(),
                     lambda text: lines.append(f"warning: {text}"),
                     digests,
                 )
@@ -116,6 +110,16 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
         for line in lines:
             run.reporter.message(line)
         return _train(run, workflow, run_folder, stop_request, is_main=process.is_main)
+
+
+def _describe_start() -> dict[str, str]:
+    """The software, and how, when and under which name the run was started."""
+    return {
+        **describe_environment(),
+        "run": new_run_id(),
+        "started": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "command": shlex.join(["rltrain", *sys.argv[1:]]),
+    }
 
 
 def _show_banner(run: TrainingRun, folder: RunFolder) -> None:

@@ -5,6 +5,7 @@ worker that is lost and never resumed.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -107,7 +108,9 @@ def test_every_fault_at_every_phase(fault: str, phase: str, make_worker: Callabl
         links[0].pace = links[0].channel.pace = SHORT
     calls(links[0]).clear()
     worker.order(fault, phase)
+    begun = time.monotonic()
     report = push(links, 2)
+    assert time.monotonic() - begun < PACE.seconds
     assert "worker 1" in report.served
     assert_holds(healthy, 2)
     if fault == "slow" or (fault == "error" and phase != "pause"):

@@ -206,9 +206,9 @@ def _round_values(column: Mapping[int, float]) -> dict[int, float | None]:
     return {step: round_value(value) for step, value in column.items()}
 
 
-def smoothing_width(steps: int) -> int:
-    """Steps that the smoothed curve averages over; 1: it is not smoothed."""
-    return max(1, round(steps / _SMOOTHED_SHARE))
+def smoothing_width(steps: int, share: int = _SMOOTHED_SHARE) -> int:
+    """Steps that the smoothed curve averages over, one in ``share`` of all; 1: it is not smoothed."""
+    return max(1, round(steps / share))
 
 
 def _smooth(column: dict[int, float], chosen: Sequence[int], width: int) -> list[float | None] | None:

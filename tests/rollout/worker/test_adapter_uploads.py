@@ -86,19 +86,20 @@ def train(
         load_recipe(ROOT / "recipes/policy/grpo.yaml", profile="tiny_cpu", overrides=overrides)
     ).recipe
     online = WORKFLOWS["online"]
-    facts: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
 
     def build(*arguments: Any) -> Any:
         run = online.build(*arguments)
         close = run.source.close
-        run.source.close = lambda: (facts.update(use(run)), close())
+        # some sources are frozen
+        object.__setattr__(run.source, "close", lambda: (numbers.update(use(run)), close()))
         return run
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(TOKEN, worker.token)
         patch.setitem(WORKFLOWS, "online", dataclasses.replace(online, build=build))
         assert train_command(recipe, folder, [], "never") == 0
-    return facts
+    return numbers
 
 
 def use_engine(run: Any) -> dict[str, Any]:

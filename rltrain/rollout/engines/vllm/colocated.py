@@ -44,6 +44,7 @@ from rltrain.rollout.engines.vllm.process import (
     class_states,
     import_vllm,
     kept_process_group,
+    own_shared_memory,
     restore_classes,
     unchanged_process,
 )
@@ -160,6 +161,8 @@ class VllmColocated:
         with unchanged_process(**runner), contextlib.ExitStack() as start_errors:
             vllm = import_vllm()
             start_errors.enter_context(_explain_start_errors(model))
+            if self._ranks is not None and not self._gpu:
+                start_errors.enter_context(own_shared_memory())
             self._llm: Any = vllm.LLM(
                 source,
                 trust_remote_code=trusted,
