@@ -139,7 +139,7 @@ def make_other_rank(**ranks: Any) -> VllmPool:
 def make_pusher(link: Any, ranks: dict[str, Any]) -> PoolPush:
     gather = ranks.get("gather", list)
     is_main = ranks.get("rank", 0) == 0
-    return PoolPush(link, torch.float32, {}, lambda value: gather([value] if is_main else [])[0])
+    return PoolPush(link, torch.float32, {}, lambda value: gather([value] if is_main else [])[0], is_main)
 
 
 def wait_until(condition: Any, seconds: float = 120.0) -> float:
