@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,9 +15,7 @@ import torch
 from rltrain.build.context import RunContext
 from rltrain.build.engines import build_engine, build_sampler, engine_base
 from rltrain.build.inputs import REWARD_MODEL, RunInputs
-from rltrain.checkpoint.journal import Journal
-from rltrain.checkpoint.journal_table import require_columns
-from rltrain.checkpoint.run_folder import describe_environment
+from rltrain.build.schedule import add_journal
 from rltrain.config.rules.registries import EXTRA_SAMPLES, ORDERS, REWARDS
 from rltrain.config.schema import (
     AdaptiveTemperature,
@@ -57,7 +54,6 @@ from rltrain.seeds import stable_hash
 from rltrain.sync.adapter import AdapterSync, AdapterTarget, Probe
 from rltrain.sync.colocated import Sync
 from rltrain.train.evaluate import Evaluator
-from rltrain.train.journaled import JournaledRollouts
 from rltrain.train.mismatch import MismatchGuard
 from rltrain.train.replayed import NoPush
 from rltrain.types.policy import TokenRows
@@ -98,8 +94,7 @@ def build_rollout(
 ) -> RolloutParts:
     """Starts the engine; in a replay there is none."""
     if context.replayed is not None:
-        parts: RolloutParts = context.replayed(learner)
-        return parts
+        return cast("RolloutParts", context.replayed(learner))
     build = _build_here
     if learner.trained.adapter is None and is_controlled(rollout, reward, data):
         from rltrain.build.controller import build_controlled
@@ -146,9 +141,8 @@ def _build_here(
     sampling = make_sampling(rollout, seed)
     reference = None
     if rollout.reference_workers is not None:
-        reference = build_reference(
-            model, data, rollout, learner, inputs.tokenization, process, sync_settings
-        )
+        tokenization = inputs.tokenization
+        reference = build_reference(model, data, rollout, learner, tokenization, process, sync_settings)
     load_reference = _reference_loader(rollout.extra_samples, model, engine, learner, sync, reference)
     encode = inputs.tokenization.encode_answer
     verdict_of = label_of_only_function(reward.functions)
@@ -174,12 +168,13 @@ def _build_here(
 
 def is_controlled(rollout: Rollout, reward: RewardStage, data: Data) -> bool:
     """Whether a process of its own draws, samples and grades: where workers sample, and nothing of it takes
-    the learner's model or device.
+    the learner's model or device. Under a lag a thread of this process samples ahead.
     """
     needs = [EXTRA_SAMPLES.spec(ref.name).needs_with(ref.hp) for ref in rollout.extra_samples]
     return (
         rollout.engine == "vllm_server"
         and rollout.workers is not None
+        and rollout.lag == 0
         and not any(REFERENCE_WEIGHTS in each for each in needs)
         and not any(ref.name == REWARD_MODEL for ref in reward.functions)
         and ALIGNMENT not in ORDERS.spec(data.order.name).needs
@@ -239,24 +234,6 @@ def build_source(
         sources=build_extra_samples(rollout.extra_samples, context),
         keep=_accuracy_filter(dynamic),
         temperature=build_temperature(rollout.adaptive_temperature),
-    )
-
-
-def add_journal(
-    source: PromptedSource, settings: JournalSettings, context: RunContext, learner: ModelOwner
-) -> PromptedSource:
-    """``source``, whose rollouts are on the disk before they are trained on, unless the recipe wants none."""
-    if settings.keep == "nothing":
-        return source
-    with user_mistakes():
-        require_columns(source.prompts or ())
-    return JournaledRollouts(
-        source,
-        Journal(context.folder, settings.keep),
-        context.process,
-        learner.weights_digest,
-        settings=json.dumps(context.digests, sort_keys=True),
-        environment=describe_environment(),
     )
 
 

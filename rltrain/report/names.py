@@ -62,10 +62,13 @@ METRICS: tuple[Metric, ...] = (
         "numbers that an environment reports (tool calls, moves), mean over episodes that did not fail",
     ),
     Metric(
-        "rollout/staleness",
+        "staleness/mean",
         "versions",
-        "learner's version minus the oldest version that sampled a completion of the step",
+        "with rollout.schedule lag, age of a sampled token: the learner's version minus that which sampled",
     ),
+    Metric("staleness/max", "versions", "age of the oldest token of the step"),
+    Metric("staleness/oldest", "versions", "age of a completion's oldest token, mean over completions"),
+    Metric("staleness/ratio_mass@*", "1", "mean of learner / engine probability over the tokens of this age"),
     Metric(
         "rollout/mass_cut",
         "probability",

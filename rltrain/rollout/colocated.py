@@ -134,6 +134,8 @@ class ColocatedRollouts:
             self.verify()
         return Rollouts(tuple(groups), len(sampled), rounds, counts, seconds, metrics)
 
+    def settle(self) -> None: ...
+
     def release_memory(self) -> None:
         self.put_to_sleep()
 

@@ -169,6 +169,8 @@ class ControlledRollouts:
         self.verify()
         return unpack_rollouts(packed, self.known)
 
+    def settle(self) -> None: ...
+
     def release_memory(self) -> None:
         self.put_to_sleep()
 

@@ -94,6 +94,10 @@ class PromptedSource(RolloutSource, Protocol):
         """Those that steps are drawn from; None: it draws no prompts."""
         ...
 
+    def settle(self) -> None:
+        """Returns when nothing is sampled any more, so that the weights may change."""
+        ...
+
     def release_memory(self) -> None:
         """Leaves the device to the learner: the engine's weights are gone until the next push."""
         ...
