@@ -41,6 +41,7 @@ class PackedGroups:
     episodes: dict[int, Episode]
     kept: dict[int, TokenSets]  # whose tokens were drawn from a part of the vocabulary
     scores: list[Score]
+    workers: list[str]  # which sampled each completion
 
 
 def pack_groups(groups: Sequence[ScoredGroup], known: Mapping[str, Prompt]) -> PackedGroups:
@@ -65,6 +66,7 @@ def pack_groups(groups: Sequence[ScoredGroup], known: Mapping[str, Prompt]) -> P
         episodes={place: c.episode for place, c in enumerate(completions) if c.episode is not None},
         kept={place: c.kept for place, c in enumerate(completions) if c.kept is not None},
         scores=[score for group in groups for score in group.scores],
+        workers=[completion.worker for completion in completions],
     )
 
 
@@ -107,6 +109,7 @@ def _unpack_completions(packed: PackedGroups) -> list[Completion]:
                 turns=tuple(turns[slice(*turn)]),
                 episode=packed.episodes.get(place),
                 kept=packed.kept.get(place),
+                worker=packed.workers[place],
             )
         )
     return completions
