@@ -119,16 +119,8 @@ def build_rollout(
     batch_tokens = learner.trained.settings.tokens_per_micro_batch
     grader = add_model_rewards(reward, inputs.grader, batch_tokens, process.device, data.date)
 
-    sampling = with_token_choice(
-        Sampling(n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed),
-        rollout,
-    )
-    sampling = dataclasses.replace(sampling, returns_kept=rollout.truncates)
-    reference = None
-    if rollout.reference_workers is not None:
-        reference = build_reference(
-            model, data, rollout, learner, inputs.tokenization, process, sync_settings
-        )
+    sampling = build_sampling(rollout, seed)
+    reference = build_reference(model, data, rollout, learner, inputs.tokenization, process, sync_settings)
     load_reference = _reference_loader(rollout.extra_samples, model, engine, learner, sync, reference)
     encode = inputs.tokenization.encode_answer
     verdict_of = label_of_only_function(reward.functions)
@@ -152,6 +144,14 @@ def build_rollout(
     )
 
 
+def build_sampling(rollout: Rollout, seed: int) -> Sampling:
+    """How the policy samples."""
+    sampling = Sampling(
+        n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed
+    )
+    return dataclasses.replace(with_token_choice(sampling, rollout), returns_kept=rollout.truncates)
+
+
 def build_reference(
     model: Model,
     data: Data,
@@ -160,10 +160,13 @@ def build_reference(
     tokenization: Tokenization,
     process: Process,
     settings: SyncSettings,
-) -> RolloutEngine:
+) -> RolloutEngine | None:
     """The engine on ``rollout.reference_workers``, which hold the frozen reference model, proved; one that
-    comes back is sent it again.
+    comes back is sent it again. Without such workers None.
     """
+    if rollout.reference_workers is None:
+        return None
+    model = model.model_copy(update={"adapter": None})  # they hold whole weights, which are pushed
     apart = rollout.model_copy(update={"workers": rollout.reference_workers})
     with process.deadline("the reference's workers", "to start"):
         engine = build_engine(model, data, apart, learner.trained.settings.precision, tokenization, process)
