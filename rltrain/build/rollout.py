@@ -121,10 +121,7 @@ def build_rollout(
     grader = add_model_rewards(reward, inputs.grader, batch_tokens, process.device, data.date)
 
     sampling = make_sampling(rollout, seed)
-    reference = None
-    if rollout.reference_workers is not None:
-        tokenization = inputs.tokenization
-        reference = build_reference(model, data, rollout, learner, tokenization, process, sync_settings)
+    reference = build_reference(model, data, rollout, learner, inputs.tokenization, process, sync_settings)
     load_reference = _reference_loader(rollout.extra_samples, model, engine, learner, sync, reference)
     encode = inputs.tokenization.encode_answer
     verdict_of = label_of_only_function(reward.functions)
@@ -171,10 +168,13 @@ def build_reference(
     tokenization: Tokenization,
     process: Process,
     settings: SyncSettings,
-) -> RolloutEngine:
+) -> RolloutEngine | None:
     """The engine on ``rollout.reference_workers``, which hold the frozen reference model, proved; one that
-    comes back is sent it again.
+    comes back is sent it again. Without such workers None.
     """
+    if rollout.reference_workers is None:
+        return None
+    model = model.model_copy(update={"adapter": None})  # they hold whole weights, which are pushed
     apart = rollout.model_copy(update={"workers": rollout.reference_workers})
     with process.deadline("the reference's workers", "to start"):
         engine = build_engine(model, data, apart, learner.trained.settings.precision, tokenization, process)
