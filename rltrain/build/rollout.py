@@ -95,13 +95,31 @@ def build_rollout(
     """Starts the engine; in a replay there is none."""
     if context.replayed is not None:
         return cast("RolloutParts", context.replayed(learner))
-    process = context.process
+    build = _build_here
     if learner.trained.adapter is None and is_controlled(rollout, reward, data):
         from rltrain.build.controller import build_controlled
 
-        return build_controlled(
-            inputs, learner, context, model, data, rollout, reward, sync_settings, evaluation, journal, seed
-        )
+        build = build_controlled
+    return build(
+        inputs, learner, context, model, data, rollout, reward, sync_settings, evaluation, journal, seed
+    )
+
+
+def _build_here(
+    inputs: RunInputs,
+    learner: SamplingLearner,
+    context: RunContext,
+    model: Model,
+    data: Data,
+    rollout: Rollout,
+    reward: RewardStage,
+    sync_settings: SyncSettings,
+    evaluation: Eval,
+    journal: JournalSettings,
+    seed: int,
+) -> RolloutParts:
+    """The parts where this process samples and grades."""
+    process = context.process
     inputs.grader.log_to(context.folder.rewards_log(process.rank))
     prompts = inputs.train.prompts
     precision = learner.trained.settings.precision
