@@ -114,11 +114,7 @@ def build_rollout(
     batch_tokens = learner.trained.settings.tokens_per_micro_batch
     grader = add_model_rewards(reward, inputs.grader, batch_tokens, process.device, data.date)
 
-    sampling = with_token_choice(
-        Sampling(n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed),
-        rollout,
-    )
-    sampling = dataclasses.replace(sampling, returns_kept=rollout.truncates)
+    sampling = _training_sampling(rollout, seed)
     reference = None
     if rollout.reference_workers is not None:
         tokenization = inputs.tokenization
@@ -144,6 +140,15 @@ def build_rollout(
     return RolloutParts(
         source, sync, evaluator, build_guard(rollout, engine.dtype, learner.trained.precision)
     )
+
+
+def _training_sampling(rollout: Rollout, seed: int) -> Sampling:
+    """How a step samples, with the run's seed."""
+    sampling = with_token_choice(
+        Sampling(n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed),
+        rollout,
+    )
+    return dataclasses.replace(sampling, returns_kept=rollout.truncates)
 
 
 def build_reference(
