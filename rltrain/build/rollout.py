@@ -137,9 +137,8 @@ def build_rollout(
     evaluator = None
     if inputs.held_out is not None:
         evaluator = build_evaluator(evaluation, reward, rollout.max_tokens, seed, inputs)
-    return RolloutParts(
-        source, sync, evaluator, build_guard(rollout, engine.dtype, learner.trained.precision)
-    )
+    guard = build_guard(rollout, engine.dtype, learner.trained.precision)
+    return RolloutParts(source, sync, evaluator, guard)
 
 
 def _training_sampling(rollout: Rollout, seed: int) -> Sampling:
