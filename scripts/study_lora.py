@@ -25,13 +25,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rltrain.analysis.curves import student_mean
+from rltrain.analysis.curves import ANY, student_mean
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "scripts" / "results" / "lora.json"
 VARIANTS = {
     "full": ("model.adapter=null", "learner.optimizer.lr=1e-5"),
     "lora": ("model.adapter={rank: 16, alpha: 32}", "learner.optimizer.lr=1e-4"),
+    "lora_faster": ("model.adapter={rank: 16, alpha: 32}", "learner.optimizer.lr=3e-4"),
 }
 SIZES = {
     "data.max_prompt_tokens": 64,
@@ -127,9 +128,21 @@ def summarize(runs: Sequence[dict[str, float]]) -> dict[str, Any]:
     """Mean over seeds, and its interval (Student's, 95 %) from two seeds on."""
     summary: dict[str, Any] = {}
     for name in runs[0]:
-        spread = student_mean([run[name] for run in runs])
-        summary[name] = [round(value, 4) for value in (spread.value, spread.low, spread.high)]
+        within = (0.0, 1.0) if name.startswith(("pass@1", "reward")) else ANY
+        spread = student_mean([run[name] for run in runs], within)
+        bounds = () if len(runs) == 1 else (spread.low, spread.high)
+        summary[name] = [round(value, 4) for value in (spread.value, *bounds)]
     return summary
+
+
+def draw_table(variants: dict[str, Any]) -> str:
+    """The rows of the page docs/lora.md: means and intervals, by variant."""
+    names = [name for name in next(iter(variants.values())) if name not in ("settings", "seeds")]
+    lines = [f"| | {' | '.join(variants)} |", f"|---|{'---|' * len(variants)}"]
+    for name in names:
+        cells = (", ".join(f"{value:.2f}" for value in variant[name]) for variant in variants.values())
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -146,20 +159,26 @@ def main() -> None:
             sys.exit(f"{arguments.out / 'model'} is absent: give the model's file with --gguf")
         make_model(arguments.gguf, arguments.out / "model")
     make_questions(arguments.out)
-    conditions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
     for seed in range(arguments.seeds):
-        for variant, numbers in runs.items():
+        for variant in VARIANTS:
             run = arguments.out / variant / f"seed-{seed}"
             if not (run / PEAK).is_file():
                 train(variant, seed, run, arguments)
-            numbers.append(read_run(run))
-        record = {
-            "conditions": conditions | {"steps": arguments.steps, "seeds": seed + 1} | SIZES,
-            "variants": {name: {"settings": VARIANTS[name], **summarize(runs[name])} for name in runs},
-        }
-        KEPT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(json.dumps(record["variants"], indent=1), flush=True)
+            write_results(arguments)
+
+
+def write_results(arguments: argparse.Namespace) -> None:
+    """The numbers of all runs that have ended."""
+    conditions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+    conditions |= {"steps": arguments.steps} | SIZES
+    variants: dict[str, Any] = {}
+    for name, settings in VARIANTS.items():
+        runs = [read_run(path.parent) for path in sorted((arguments.out / name).glob(f"seed-*/{PEAK}"))]
+        if runs:
+            variants[name] = {"settings": settings, "seeds": len(runs), **summarize(runs)}
+    record = {"conditions": conditions, "variants": variants}
+    KEPT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(draw_table(variants), flush=True)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,12 @@ def build_rollout(
     if context.replayed is not None:
         return cast("RolloutParts", context.replayed(learner))
     process = context.process
+    if learner.trained.adapter is None and is_controlled(rollout, reward, data):
+        from rltrain.build.controller import build_controlled
+
+        return build_controlled(
+            inputs, learner, context, model, data, rollout, reward, sync_settings, evaluation, journal, seed
+        )
     inputs.grader.log_to(context.folder.rewards_log(process.rank))
     prompts = inputs.train.prompts
     precision = learner.trained.settings.precision
@@ -114,7 +120,7 @@ def build_rollout(
     batch_tokens = learner.trained.settings.tokens_per_micro_batch
     grader = add_model_rewards(reward, inputs.grader, batch_tokens, process.device, data.date)
 
-    sampling = _training_sampling(rollout, seed)
+    sampling = make_sampling(rollout, seed)
     reference = None
     if rollout.reference_workers is not None:
         tokenization = inputs.tokenization
@@ -141,13 +147,19 @@ def build_rollout(
     return RolloutParts(source, sync, evaluator, guard)
 
 
-def _training_sampling(rollout: Rollout, seed: int) -> Sampling:
-    """How a step samples, with the run's seed."""
-    sampling = with_token_choice(
-        Sampling(n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed),
-        rollout,
+def is_controlled(rollout: Rollout, reward: RewardStage, data: Data) -> bool:
+    """Whether a process of its own draws, samples and grades: where workers sample, and nothing of it takes
+    the learner's model or device. Under a lag a thread of this process samples ahead.
+    """
+    needs = [EXTRA_SAMPLES.spec(ref.name).needs_with(ref.hp) for ref in rollout.extra_samples]
+    return (
+        rollout.engine == "vllm_server"
+        and rollout.workers is not None
+        and rollout.lag == 0
+        and not any(REFERENCE_WEIGHTS in each for each in needs)
+        and not any(ref.name == REWARD_MODEL for ref in reward.functions)
+        and ALIGNMENT not in ORDERS.spec(data.order.name).needs
     )
-    return dataclasses.replace(sampling, returns_kept=rollout.truncates)
 
 
 def build_reference(
@@ -391,6 +403,15 @@ def build_evaluator(
     )
     verdict_of = label_of_only_function(stage.functions)
     return Evaluator(inputs.held_out.prompts, sampling, settings.k, verdict_of)
+
+
+def make_sampling(rollout: Rollout, seed: int) -> Sampling:
+    """The policy's own, with the run's seed."""
+    sampling = with_token_choice(
+        Sampling(n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed),
+        rollout,
+    )
+    return dataclasses.replace(sampling, returns_kept=rollout.truncates)
 
 
 def with_token_choice(sampling: Sampling, settings: TokenChoice) -> Sampling:

@@ -33,6 +33,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("rollout/aborted", "1", "share of completions that the engine or a failed environment aborted"),
     Metric("rollout/generated_groups", "groups", "sampled before dynamic sampling dropped any"),
     Metric("rollout/rounds", "rounds", "rounds of dynamic sampling"),
+    Metric("pool/workers", "workers", "that serve when the step's completions are there"),
+    Metric("pool/outstanding_tokens", "tokens", "most that were asked for and not yet written, as estimated"),
+    Metric("pool/strikes", "answers", "of workers, refused in this step"),
+    Metric("pool/redispatched", "requests", "asked again because their worker was lost, busy or refused"),
+    Metric("pool/restarts", "workers", "that came back in this step"),
+    Metric("pool/lost", "workers", "lost in this step"),
     Metric(
         "rollout/source_*",
         "",

@@ -144,7 +144,7 @@ def train_online(run: OnlineRun) -> Path:
 def collate_step(run: OnlineRun, number: int, rollouts: Rollouts) -> Step:
     """The completions of all groups as token rows and a batch of tensors."""
     rows, sampled = collate(rollouts.groups, run.step_splitter)
-    sampled = sampled.with_metrics(**rollouts.metrics)
+    sampled = sampled.with_metrics(**rollouts.control_metrics)
     return Step(number, rollouts, rows, sampled, sampled, {}, run.learner.version)
 
 
@@ -297,6 +297,7 @@ def report_step(
         "learner/skipped_updates": update.skipped_updates,
         "rollout/generated_groups": rollouts.generated_groups,
         "rollout/rounds": rollouts.rounds,
+        **rollouts.logged_metrics,
         **timing_metrics(seconds, tokens=tokens),
     }
     if run.recipe.rollout.lag:

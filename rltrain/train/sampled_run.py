@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from rltrain.protocols import WorkersGone
 from rltrain.rollout.source import PromptedSource, Rollouts
 from rltrain.sync.adapter import AdapterSync
 from rltrain.sync.colocated import Sync, WeightStream
+from rltrain.timeline import Timeline
 from rltrain.train.evaluate import Evaluation, Evaluator
 from rltrain.train.loop import TrainingRun
 from rltrain.train.replayed import NoPush
@@ -49,6 +52,8 @@ class SampledRun(TrainingRun):
     evaluator: Evaluator | None
     # the engine may ask for the pushed weights again while the learner changes its own
     keeps_weights: bool = False
+    # (step, seconds since 1970 at which learning began), from its rollouts to its push
+    marks: list[tuple[int, float]] = field(default_factory=list)
 
     def push(self, *, expect_change: bool) -> dict[str, float]:
         """Copies the learner's weights to the engine and verifies the copy; returns metrics of the push."""
@@ -58,7 +63,18 @@ class SampledRun(TrainingRun):
         weights = self.sync.stream_of(learner)
         if self.keeps_weights:
             weights = KeptWeights(weights)
-        return self.sync.push(weights, learner.version, expect_change=expect_change, norms=norms)
+        start = time.time()
+        if self.marks:
+            step, began = self.marks.pop()
+            self.timeline.add("learner", "learn", began, start, step=step)
+        metrics = self.sync.push(weights, learner.version, expect_change=expect_change, norms=norms)
+        self.timeline.add("learner", "push", start, version=learner.version)
+        return metrics
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """Written by rank 0."""
+        return Timeline(self.writer.folder.timeline if self.learner.rank == 0 else None)
 
     def settle(self) -> None:
         """Waits until nothing is sampled any more. Raises WithoutWorkers where no worker is left: the policy
@@ -79,6 +95,7 @@ class SampledRun(TrainingRun):
         """
         before = self.source.state_dict()
         generators = random_state()
+        start = time.time()
         try:
             rollouts = self.source.take(step, self.learner.version)
         except WorkersGone as error:
@@ -86,6 +103,8 @@ class SampledRun(TrainingRun):
             restore_random_state(generators)
             self.leave_without_workers(step - 1, error)
         self.source.release_memory()
+        self.timeline.add("learner", "wait", start, step=step)
+        self.marks[:] = [(step, time.time())]
         return rollouts
 
     def evaluate(self) -> Evaluation | None:

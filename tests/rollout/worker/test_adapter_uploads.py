@@ -48,6 +48,9 @@ SETTINGS = (
     "rollout.n=4",
     "train.steps=2",
     "data.eval=null",
+    # a busy machine is no dead one
+    "rollout.server.call_seconds=300",
+    "rollout.server.liveness_seconds=120",
 )
 
 
