@@ -158,9 +158,8 @@ def _build_here(
     evaluator = None
     if inputs.held_out is not None:
         evaluator = build_evaluator(evaluation, reward, rollout.max_tokens, seed, inputs)
-    return RolloutParts(
-        source, sync, evaluator, build_guard(rollout, engine.dtype, learner.trained.precision)
-    )
+    guard = build_guard(rollout, engine.dtype, learner.trained.precision)
+    return RolloutParts(source, sync, evaluator, guard)
 
 
 def is_controlled(rollout: Rollout, reward: RewardStage, data: Data) -> bool:
