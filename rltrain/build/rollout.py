@@ -139,10 +139,7 @@ def _build_here(
     grader = add_model_rewards(reward, inputs.grader, batch_tokens, process.device, data.date)
 
     sampling = make_sampling(rollout, seed)
-    reference = None
-    if rollout.reference_workers is not None:
-        tokenization = inputs.tokenization
-        reference = build_reference(model, data, rollout, learner, tokenization, process, sync_settings)
+    reference = build_reference(model, data, rollout, learner, inputs.tokenization, process, sync_settings)
     load_reference = _reference_loader(rollout.extra_samples, model, engine, learner, sync, reference)
     encode = inputs.tokenization.encode_answer
     verdict_of = label_of_only_function(reward.functions)
@@ -161,9 +158,8 @@ def _build_here(
     evaluator = None
     if inputs.held_out is not None:
         evaluator = build_evaluator(evaluation, reward, rollout.max_tokens, seed, inputs)
-    return RolloutParts(
-        source, sync, evaluator, build_guard(rollout, engine.dtype, learner.trained.precision)
-    )
+    guard = build_guard(rollout, engine.dtype, learner.trained.precision)
+    return RolloutParts(source, sync, evaluator, guard)
 
 
 def is_controlled(rollout: Rollout, reward: RewardStage, data: Data) -> bool:
@@ -189,10 +185,13 @@ def build_reference(
     tokenization: Tokenization,
     process: Process,
     settings: SyncSettings,
-) -> RolloutEngine:
+) -> RolloutEngine | None:
     """The engine on ``rollout.reference_workers``, which hold the frozen reference model, proved; one that
-    comes back is sent it again.
+    comes back is sent it again. Without such workers None.
     """
+    if rollout.reference_workers is None:
+        return None
+    model = model.model_copy(update={"adapter": None})  # they hold whole weights, which are pushed
     apart = rollout.model_copy(update={"workers": rollout.reference_workers})
     with process.deadline("the reference's workers", "to start"):
         engine = build_engine(model, data, apart, learner.trained.settings.precision, tokenization, process)
