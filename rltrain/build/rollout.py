@@ -127,24 +127,22 @@ def build_rollout(
         reference = build_reference(model, data, rollout, learner, tokenization, process, sync_settings)
     load_reference = _reference_loader(rollout.extra_samples, model, engine, learner, sync, reference)
     encode = inputs.tokenization.encode_answer
-    verdict_of = label_of_only_function(reward.functions)
     sampler_context = SamplerContext(
         sampler, sampling, prompts, load_reference, encode, process.deadline, reference
     )
     source = build_source(
         rollout,
-        GradedSampler(sampler, grader, process, verdict_of),
+        GradedSampler(sampler, grader, process, label_of_only_function(reward.functions)),
         order,
         sampler_context,
         sync,
         partial(close_all, [engine] if reference is None else [engine, reference]),
     )
-    source = add_journal(source, journal, context, learner)
     evaluator = None
     if inputs.held_out is not None:
         evaluator = build_evaluator(evaluation, reward, rollout.max_tokens, seed, inputs)
     guard = build_guard(rollout, engine.dtype, learner.trained.precision)
-    return RolloutParts(source, sync, evaluator, guard)
+    return RolloutParts(add_journal(source, journal, context, learner), sync, evaluator, guard)
 
 
 def is_controlled(rollout: Rollout, reward: RewardStage, data: Data) -> bool:
