@@ -110,10 +110,9 @@ def build_rollout(
         engine_base(model, rollout, learner.trained, process) as base,
         process.deadline(f"the {rollout.engine} engine", "to start"),
     ):
+        tokens = inputs.tokenization
         truncation = evaluation.truncates
-        engine = build_engine(
-            base, data, rollout, precision, inputs.tokenization, process, truncation=truncation
-        )
+        engine = build_engine(base, data, rollout, precision, tokens, process, truncation=truncation)
     sampler = build_sampler(data, rollout, engine, inputs.tokenization)
     longest = data.max_prompt_tokens + rollout.max_tokens
     sync = build_learner_sync(sync_settings, engine, learner, longest, seed, process.deadline)
@@ -123,8 +122,7 @@ def build_rollout(
     sampling = make_sampling(rollout, seed)
     reference = None
     if rollout.reference_workers is not None:
-        tokenization = inputs.tokenization
-        reference = build_reference(model, data, rollout, learner, tokenization, process, sync_settings)
+        reference = build_reference(model, data, rollout, learner, tokens, process, sync_settings)
     load_reference = _reference_loader(rollout.extra_samples, model, engine, learner, sync, reference)
     encode = inputs.tokenization.encode_answer
     sampler_context = SamplerContext(
