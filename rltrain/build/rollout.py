@@ -95,13 +95,31 @@ def build_rollout(
     """Starts the engine; in a replay there is none."""
     if context.replayed is not None:
         return cast("RolloutParts", context.replayed(learner))
-    process = context.process
+    build = _build_here
     if learner.trained.adapter is None and is_controlled(rollout, reward, data):
         from rltrain.build.controller import build_controlled
 
-        return build_controlled(
-            inputs, learner, context, model, data, rollout, reward, sync_settings, evaluation, journal, seed
-        )
+        build = build_controlled
+    return build(
+        inputs, learner, context, model, data, rollout, reward, sync_settings, evaluation, journal, seed
+    )
+
+
+def _build_here(
+    inputs: RunInputs,
+    learner: SamplingLearner,
+    context: RunContext,
+    model: Model,
+    data: Data,
+    rollout: Rollout,
+    reward: RewardStage,
+    sync_settings: SyncSettings,
+    evaluation: Eval,
+    journal: JournalSettings,
+    seed: int,
+) -> RolloutParts:
+    """The parts where this process samples and grades."""
+    process = context.process
     inputs.grader.log_to(context.folder.rewards_log(process.rank))
     prompts = inputs.train.prompts
     precision = learner.trained.settings.precision
@@ -110,9 +128,10 @@ def build_rollout(
         engine_base(model, rollout, learner.trained, process) as base,
         process.deadline(f"the {rollout.engine} engine", "to start"),
     ):
-        tokens = inputs.tokenization
         truncation = evaluation.truncates
-        engine = build_engine(base, data, rollout, precision, tokens, process, truncation=truncation)
+        engine = build_engine(
+            base, data, rollout, precision, inputs.tokenization, process, truncation=truncation
+        )
     sampler = build_sampler(data, rollout, engine, inputs.tokenization)
     longest = data.max_prompt_tokens + rollout.max_tokens
     sync = build_learner_sync(sync_settings, engine, learner, longest, seed, process.deadline)
@@ -120,27 +139,27 @@ def build_rollout(
     grader = add_model_rewards(reward, inputs.grader, batch_tokens, process.device, data.date)
 
     sampling = make_sampling(rollout, seed)
-    reference = None
-    if rollout.reference_workers is not None:
-        reference = build_reference(model, data, rollout, learner, tokens, process, sync_settings)
+    reference = build_reference(model, data, rollout, learner, inputs.tokenization, process, sync_settings)
     load_reference = _reference_loader(rollout.extra_samples, model, engine, learner, sync, reference)
     encode = inputs.tokenization.encode_answer
+    verdict_of = label_of_only_function(reward.functions)
     sampler_context = SamplerContext(
         sampler, sampling, prompts, load_reference, encode, process.deadline, reference
     )
     source = build_source(
         rollout,
-        GradedSampler(sampler, grader, process, label_of_only_function(reward.functions)),
+        GradedSampler(sampler, grader, process, verdict_of),
         order,
         sampler_context,
         sync,
         partial(close_all, [engine] if reference is None else [engine, reference]),
     )
+    source = add_journal(source, journal, context, learner)
     evaluator = None
     if inputs.held_out is not None:
         evaluator = build_evaluator(evaluation, reward, rollout.max_tokens, seed, inputs)
     guard = build_guard(rollout, engine.dtype, learner.trained.precision)
-    return RolloutParts(add_journal(source, journal, context, learner), sync, evaluator, guard)
+    return RolloutParts(source, sync, evaluator, guard)
 
 
 def is_controlled(rollout: Rollout, reward: RewardStage, data: Data) -> bool:
@@ -166,10 +185,13 @@ def build_reference(
     tokenization: Tokenization,
     process: Process,
     settings: SyncSettings,
-) -> RolloutEngine:
+) -> RolloutEngine | None:
     """The engine on ``rollout.reference_workers``, which hold the frozen reference model, proved; one that
-    comes back is sent it again.
+    comes back is sent it again. Without such workers None.
     """
+    if rollout.reference_workers is None:
+        return None
+    model = model.model_copy(update={"adapter": None})  # they hold whole weights, which are pushed
     apart = rollout.model_copy(update={"workers": rollout.reference_workers})
     with process.deadline("the reference's workers", "to start"):
         engine = build_engine(model, data, apart, learner.trained.settings.precision, tokenization, process)

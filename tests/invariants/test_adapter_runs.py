@@ -146,7 +146,7 @@ def test_two_ranks_equal_one(backend: str, single_process: Path, random_model: s
     launcher = ["--config_file", config, "--num_processes", "2", "--main_process_port", "0"]
     script = str(Path(__file__).with_name("two_ranks_preferences.py"))
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, script, str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
     assert is_sharded(out / "parts/checkpoints/step-2")
