@@ -13,6 +13,9 @@ ADAPTER_CONFIG = "adapter_config.json"  # of a folder that holds a LoRA adapter
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_STORAGE = "adapter_base.json"  # beside it, where the base was quantised: in which storage
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the largest ranks that vLLM can be started with
+# Adapters in vLLM's memory: the one that samples, and the next one while it is loaded. Nothing is in flight
+# at a push.
+ADAPTER_SLOTS = 2
 
 
 def padded_rank(rank: int) -> int:

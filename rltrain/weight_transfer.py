@@ -7,9 +7,11 @@ same code runs over gloo and NCCL.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -35,6 +37,7 @@ __all__ = [
 
 _ALIGNMENT = 16  # bytes; a view of any type may begin there
 _POLL_SECONDS = 0.0005
+_GIVEN_UP = "given up"
 _CONNECT_SECONDS = 30.0
 
 
@@ -162,31 +165,45 @@ def connect_store(membership: Membership) -> TCPStore:
 
 
 class TransferGroup:
-    """A process's end of the group. ``join`` blocks until every member has joined.
+    """A process's end of the group, made when every member has come. store: a connection that nobody else
+    waits on. check: called while it waits; what it raises ends the wait, here and at the other members.
 
-    After an error or ``abort`` the group is of no use; another prefix makes a new one.
+    Members meet before anything begins that gloo would not end before its own deadline: to join, and to
+    broadcast. After an error or ``abort`` the group is of no use; another prefix makes a new one.
     """
 
-    def __init__(self, store: Store, membership: Membership, rank: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        membership: Membership,
+        rank: int,
+        check: Callable[[], object] = lambda: None,
+    ) -> None:
         self.store = PrefixStore(membership.prefix, store)
+        self._rank = rank
+        self._size = membership.world_size
+        self._meetings = 0
         self._is_nccl = membership.backend == "nccl"
         build = _build_nccl if self._is_nccl else _build_gloo
+        self._meet(membership.seconds, check)
         self._group: Any = build(self.store, membership, rank)
 
-    def broadcast(self, buffer: Tensor, seconds: float) -> Any:
-        """Starts to send rank 0's ``buffer`` to all; returns the work, for ``wait``."""
+    def broadcast(self, buffer: Tensor, seconds: float, check: Callable[[], object] = lambda: None) -> None:
+        """Sends rank 0's ``buffer`` to all, and returns when it has arrived.
+
+        Raises TimeoutError after ``seconds`` without the other members, or as many of transfer, RuntimeError
+        where a member is gone or has given up, and what ``check`` raises.
+        """
+        self._meet(seconds, check)
+        group = self._group
+        if group is None:
+            raise RuntimeError("the weight transfer was given up")
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.rootTensor = 0
-        # NCCL's own timeout would end the process; ``wait`` ends the wait.
+        # NCCL's own timeout would end the process; the loop below ends the wait.
         options.timeout = timedelta(seconds=seconds * 10 if self._is_nccl else seconds)
-        return self._group.broadcast([buffer], options)
-
-    def wait(self, work: Any, seconds: float, check: Callable[[], object] = lambda: None) -> None:
-        """Waits for a broadcast. check: called meanwhile; what it raises ends the wait.
-
-        Raises TimeoutError after ``seconds``, and RuntimeError where a member is gone.
-        """
+        work = group.broadcast([buffer], options)
         until = time.monotonic() + seconds
         while not work.is_completed():
             check()
@@ -195,11 +212,47 @@ class TransferGroup:
             time.sleep(_POLL_SECONDS)
         work.wait()
 
+    def _meet(self, seconds: float, check: Callable[[], object]) -> None:
+        """Waits until every member has come as often as this one."""
+        self._meetings += 1
+        keys = [f"meeting/{self._meetings}/{member}" for member in range(self._size)]
+        until = time.monotonic() + seconds
+        try:
+            self.store.set(keys[self._rank], "")
+            while not self.store.check(keys):
+                check()
+                if self.store.check([_GIVEN_UP]):
+                    raise RuntimeError("another member of the weight transfer has given up")
+                if time.monotonic() > until:
+                    count = sum(self.store.check([key]) for key in keys)
+                    raise TimeoutError(
+                        f"{count} of {self._size} members of the weight transfer have come within "
+                        f"{seconds:.1f} s"
+                    )
+                time.sleep(_POLL_SECONDS)
+        except BaseException:
+            self._give_up()
+            raise
+        if self._rank == 0 and self._meetings > 1:  # all have left the meeting before
+            for member in range(self._size):
+                self.store.delete_key(f"meeting/{self._meetings - 1}/{member}")
+
     def abort(self) -> None:
-        """Ends the group: every member's broadcast fails. A second call does nothing."""
-        if self._group is not None:
-            self._group.abort()
-            self._group = None
+        """Ends the group: nobody meets any more. A second call does nothing."""
+        group, self._group = self._group, None
+        if group is None:
+            return
+        self._give_up()
+        group.abort()
+        # A broadcast over gloo that has begun keeps the group's last owner waiting for its deadline. Without
+        # the thread the caller would wait; as a daemon it would crash a process that ends meanwhile.
+        owner = [group]
+        del group
+        threading.Thread(target=owner.clear, daemon=False).start()
+
+    def _give_up(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone with its learner
+            self.store.set(_GIVEN_UP, "")
 
 
 def _build_gloo(store: Store, membership: Membership, rank: int) -> Any:

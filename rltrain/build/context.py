@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.process import Process
@@ -21,7 +22,8 @@ class RunContext:
     """checkpoint: the folder to continue from; None: a new run. should_stop: whether the run must end
     after this step.
 
-    digests: of the code, data and models that the run reads besides its recipe.
+    digests: of the code, data and models that the run reads besides its recipe. replayed: makes the parts
+    that take the place of an engine, for a run on another's samples.
     """
 
     folder: RunFolder
@@ -29,6 +31,7 @@ class RunContext:
     process: Process = field(default_factory=Process)
     should_stop: Callable[[], bool] = _no_stop_request
     digests: Mapping[str, str] = field(default_factory=dict)
+    replayed: Callable[[Any], Any] | None = None
 
     @property
     def is_fresh(self) -> bool:

@@ -18,6 +18,7 @@ from rltrain.checkpoint.tensor_files import write_tensors
 from rltrain.config.schema import Data, Model, Rollout
 from rltrain.data.chat import StopTokens
 from rltrain.data.tokenization import Tokenization
+from rltrain.errors import UserError
 from rltrain.learner.trained_model import TrainedModel
 from rltrain.model_files import config_source
 from rltrain.process import Process
@@ -79,7 +80,7 @@ def build_engine(
 
 
 @contextlib.contextmanager
-def engine_base(model: Model, engine: str, trained: TrainedModel, process: Process) -> Iterator[Model]:
+def engine_base(model: Model, rollout: Rollout, trained: TrainedModel, process: Process) -> Iterator[Model]:
     """The model that the engine starts with: the recipe's, or while the block lasts a copy of the base that
     the learner computes with, where an adapter's base was quantised or rounded after it was read.
 
@@ -90,9 +91,16 @@ def engine_base(model: Model, engine: str, trained: TrainedModel, process: Proce
     is_own = adapter is not None and (
         adapter.settings.quantize != "none" or trained.compute_dtype.itemsize < dtype.itemsize
     )
-    if engine != "vllm" or not is_own:
+    if rollout.engine == "transformers" or not is_own:
         yield model
         return
+    if rollout.engine == "vllm_server" and (rollout.server.url or rollout.workers):
+        raise UserError(
+            "model.adapter: the learner's base is not the model's files in the engine's precision (it was "
+            "quantised, or rounded by learner.precision), and the copy that the engine reads lasts on this "
+            "machine until the run's own worker has started; leave rollout.workers and rollout.server.url "
+            "out, or set learner.precision to float32 and quantize to none"
+        )
     name = trained.broadcast(f"rltrain-base-{secrets.token_hex(8)}")
     folder = Path(tempfile.gettempdir()) / name
     is_writer = os.environ.get("LOCAL_RANK", "0") == "0"

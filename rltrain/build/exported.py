@@ -11,15 +11,16 @@ from transformers import PreTrainedModel
 
 from rltrain.analysis.curves import Curves
 from rltrain.build.publication import ADAPTER, ModelOfRun, results_until
-from rltrain.checkpoint.export import export_model
+from rltrain.checkpoint.export import export_adapter, export_model
 from rltrain.checkpoint.model_card import model_card
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.checkpoint.run_state import SHARDS, is_sharded, read_verified
 from rltrain.checkpoint.shards import ShardedTensors
 from rltrain.config.load import load_recipe
-from rltrain.config.schema import AnyRecipe, Model
+from rltrain.config.schema import Adapter, AnyRecipe, Model
 from rltrain.data.tokenization import Tokenization, tokenization_of
 from rltrain.errors import UserError
+from rltrain.learner.adapter import inject_adapter, target_paths
 from rltrain.learner.loading import load_causal_lm
 from rltrain.learner.reward_learner import load_reward_model, name_pad_token
 from rltrain.learner.shards import MASTER
@@ -31,7 +32,8 @@ __all__ = ["export_run"]
 
 def export_run(folder: Path, out: Path, checkpoint: str | None, precision: str) -> Path:
     """Writes the new model folder ``out``: of the checkpoint of that name, else of the finished model, else
-    of the latest checkpoint. precision: of the weights, a dtype of torch.
+    of the latest checkpoint. precision: of the weights, a dtype of torch; an adapter of a checkpoint in parts
+    is written as one, in float32.
 
     Raises UserError: no such model, a damaged checkpoint, an ``out`` that exists.
     """
@@ -45,11 +47,25 @@ def export_run(folder: Path, out: Path, checkpoint: str | None, precision: str) 
         )
     if source.folder != source.run.model:
         read_verified(source.folder)
-    model, tokenization = _load(recipe, source.folder)
     results = results_until(Curves.read(source.run.path).evals, source.step)
     card = model_card(recipe.model_dump(mode="json"), results, source.step)
+    if recipe.model.adapter is not None and is_sharded(source.folder):
+        return _export_adapter(recipe, recipe.model.adapter, source.folder, out.absolute(), card)
+    model, tokenization = _load(recipe, source.folder)
     dtype: torch.dtype = getattr(torch, precision)
     return export_model(out.absolute(), model.to(dtype), tokenization.tokenizer, card)  # pyright: ignore[reportArgumentType]
+
+
+def _export_adapter(recipe: AnyRecipe, settings: Adapter, checkpoint: Path, out: Path, card: str) -> Path:
+    """Writes the adapter of a checkpoint in parts. The base, which names its layers, must still be there."""
+    model = load_causal_lm(recipe.model.path, recipe.model.revision, "auto")
+    adapter = inject_adapter(model, settings, target_paths(model, settings))
+    _take_masters(model, ShardedTensors(checkpoint / SHARDS))
+    tokenizer = tokenization_of(recipe.model, {}, recipe.data.chat_template).tokenizer
+    weights = adapter.weights(lambda weight, dtype: weight.detach())
+    return export_adapter(
+        out, tokenizer, card, adapter.config(recipe.model), weights, storage=settings.quantize
+    )
 
 
 def _find_source(run: RunFolder, checkpoint: str | None) -> ModelOfRun:
@@ -82,12 +98,16 @@ def _load(recipe: AnyRecipe, folder: Path) -> tuple[PreTrainedModel, Tokenizatio
     model = _load_model(recipe.model.path, recipe.model.revision, is_reward=is_reward, is_trained=False)
     if is_reward:
         name_pad_token(model, tokenization.stop_tokens.pad, tokenization.stop_tokens.stop)
-    tensors = ShardedTensors(folder / SHARDS)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if f"{name}/{MASTER}" in tensors:  # a frozen weight is the recipe's model's
-                parameter.copy_(tensors[f"{name}/{MASTER}"])
+    _take_masters(model, ShardedTensors(folder / SHARDS))
     return model, tokenization
+
+
+@torch.no_grad()
+def _take_masters(model: PreTrainedModel, tensors: ShardedTensors) -> None:
+    """Gives ``model`` the trained weights; a frozen one stays the recipe's model's."""
+    for name, parameter in model.named_parameters():
+        if f"{name}/{MASTER}" in tensors:
+            parameter.copy_(tensors[f"{name}/{MASTER}"])
 
 
 def _load_model(path: str, revision: str | None, *, is_reward: bool, is_trained: bool) -> PreTrainedModel:

@@ -64,15 +64,15 @@ def build_pair_run(recipe: OnlinePairsRecipe, inputs: RunInputs, context: RunCon
         recipe.reward,
         recipe.sync,
         recipe.eval,
+        recipe.journal,
         recipe.seed,
     )
     recompute_what_must_be(recipe, [learner.trained])
-    tokenization = inputs.tokenization
     pairing = build_pairing(
         recipe.pairs,
         recipe.model,
         recipe.data,
-        tokenization,
+        inputs.tokenization,
         learner,
         context.process,
         sizes_of(recipe.data, recipe.rollout),
@@ -82,7 +82,7 @@ def build_pair_run(recipe: OnlinePairsRecipe, inputs: RunInputs, context: RunCon
     state = TrainingState(learner, rollout.source, rollout.sync)
     resumed = resume(context.checkpoint, state)
     reporter, writer = build_outputs(
-        recipe, context, recipe.train.steps, resumed, tokenization, learner, state.state_dict
+        recipe, context, recipe.train.steps, resumed, inputs.tokenization, learner, state.state_dict
     )
     return PairRun(
         recipe=recipe,

@@ -33,16 +33,17 @@ from rltrain.report.reporter import Reporter
 from rltrain.report.sinks import open_sinks
 from rltrain.report.token_numbers import STEPS, TokenNumbers
 from rltrain.report.transcripts import Transcripts
-from rltrain.rollout.colocated import ColocatedRollouts
+from rltrain.rollout.source import PromptedSource
 from rltrain.sync.adapter import AdapterSync
 from rltrain.sync.colocated import Sync
+from rltrain.train.replayed import NoPush
 from rltrain.train.saving import ModelWriter
 from rltrain.types.tensor_parts import TensorPart, select_tensors
 
 # folder of the process reward model below the policy's, and prefix of its optimizer's tensors
 PROCESS = "process_reward"
 QUIET = Reporter(None, None, None)  # reports nothing
-SAMPLES = 10  # completions that a run shows on the terminal
+SAMPLES = 10  # completions that a long run shows on the terminal
 _Model = TypeVar("_Model", bound=Model)
 
 
@@ -63,12 +64,12 @@ def build_reporter(
     if not context.process.is_main:
         return QUIET
     folder = context.folder
-    progress = Progress(steps, start=0 if resumed is None else resumed.step)
+    progress = Progress(steps, start=0 if resumed is None else resumed.step, legend=True)
     sinks = open_sinks(folder.path, settings.sinks, settings.project, recipe, progress.warn, folder.run_id)
     every = max(1, steps // STEPS)
     numbers = None if decode is None else TokenNumbers(decode, every)
     log = None if transcripts is None else Transcripts(folder.transcripts, transcripts, numbers)
-    return Reporter(sinks, log, progress, tables_every=every, samples_every=max(1, steps // SAMPLES))
+    return Reporter(sinks, log, progress, tables_every=every, samples_every=max(5, steps // SAMPLES))
 
 
 def build_model_writer(
@@ -228,14 +229,17 @@ class TrainingState:
     """
 
     learner: ModelOwner
-    source: ColocatedRollouts
-    sync: Sync | AdapterSync
+    source: PromptedSource
+    sync: Sync | AdapterSync | NoPush
     controllers: Sequence[Controller] = ()
     law: Law | None = None
     process: ProcessRewardLearner | None = None
 
     @cached_property
     def prompts(self) -> str:
+        """Digest of the training prompts; empty where the source draws from none."""
+        if self.source.prompts is None:
+            return ""
         return data_digest((prompt.id, prompt.token_ids) for prompt in self.source.prompts)
 
     def state_dict(self) -> dict[str, Any]:
@@ -250,7 +254,8 @@ class TrainingState:
 
     def load_state_dict(self, state: RunState) -> None:
         """Restores all but the weights and the random generators. Raises UserError if the data differ."""
-        require_same_data(state, self.prompts, "prompts")
+        if self.source.prompts is not None:
+            require_same_data(state, self.prompts, "prompts")
         prefix = f"{PROCESS}:"
         tensors = select_tensors(state.tensors, lambda name: None if name.startswith(prefix) else name)
         self.learner.restore(tensors, state.learner)
@@ -261,7 +266,12 @@ class TrainingState:
             self.process.restore(process_tensors, state.process_reward)
         with user_mistakes():
             self.source.load_state_dict(
-                {"order": state.order, "sources": state.sources, "temperature": state.temperature}
+                {
+                    "order": state.order,
+                    "sources": state.sources,
+                    "temperature": state.temperature,
+                    "ahead": state.ahead,
+                }
             )
             for controller, saved in zip(self.controllers, state.controllers, strict=True):
                 controller.load_state_dict(saved)

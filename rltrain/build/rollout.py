@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -15,6 +15,7 @@ import torch
 from rltrain.build.context import RunContext
 from rltrain.build.engines import build_engine, build_sampler, engine_base
 from rltrain.build.inputs import REWARD_MODEL, RunInputs
+from rltrain.build.schedule import add_journal
 from rltrain.config.rules.registries import EXTRA_SAMPLES, ORDERS, REWARDS
 from rltrain.config.schema import (
     AdaptiveTemperature,
@@ -27,8 +28,10 @@ from rltrain.config.schema import (
     Rollout,
     TokenChoice,
 )
+from rltrain.config.schema import Journal as JournalSettings
 from rltrain.config.schema import Sync as SyncSettings
 from rltrain.data.gain_rl import template_lengths
+from rltrain.data.tokenization import Tokenization
 from rltrain.errors import UserError, user_mistakes
 from rltrain.learner.frozen_models import reference_weights
 from rltrain.learner.loading import load_causal_lm
@@ -38,11 +41,13 @@ from rltrain.learner.policy_learner import PolicyLearner
 from rltrain.learner.reward_model import RewardModel
 from rltrain.learner.trained_model import ModelOwner
 from rltrain.needs import ALIGNMENT, REFERENCE_WEIGHTS
+from rltrain.process import Process
 from rltrain.protocols import RolloutEngine
 from rltrain.rollout.colocated import ColocatedRollouts, GradedSampler, Order
 from rltrain.rollout.extra_samples import SamplerContext, SampleSource
 from rltrain.rollout.grading import Grader, is_in_accuracy_range
 from rltrain.rollout.model_rewards import ModelGrader
+from rltrain.rollout.source import PromptedSource
 from rltrain.rollout.temperature import TemperatureController
 from rltrain.rollout.verdicts import label_of_only_function
 from rltrain.seeds import stable_hash
@@ -50,6 +55,7 @@ from rltrain.sync.adapter import AdapterSync, AdapterTarget, Probe
 from rltrain.sync.colocated import Sync
 from rltrain.train.evaluate import Evaluator
 from rltrain.train.mismatch import MismatchGuard
+from rltrain.train.replayed import NoPush
 from rltrain.types.policy import TokenRows
 from rltrain.types.samples import REFERENCE_VERSION, Prompt, Sampling, ScoredGroup, Truncation
 from rltrain.watchdog import Deadline
@@ -67,8 +73,8 @@ SamplingLearner = PolicyLearner | PairLearner  # the learners of runs that sampl
 class RolloutParts:
     """The parts of a run that sample, grade and evaluate, and the transfer of weights to them."""
 
-    source: ColocatedRollouts
-    sync: Sync | AdapterSync
+    source: PromptedSource
+    sync: Sync | AdapterSync | NoPush
     evaluator: Evaluator | None
     mismatch: MismatchGuard
 
@@ -83,16 +89,43 @@ def build_rollout(
     reward: RewardStage,
     sync_settings: SyncSettings,
     evaluation: Eval,
+    journal: JournalSettings,
     seed: int,
 ) -> RolloutParts:
-    """Starts the engine."""
+    """Starts the engine; in a replay there is none."""
+    if context.replayed is not None:
+        return cast("RolloutParts", context.replayed(learner))
+    build = _build_here
+    if learner.trained.adapter is None and is_controlled(rollout, reward, data):
+        from rltrain.build.controller import build_controlled
+
+        build = build_controlled
+    return build(
+        inputs, learner, context, model, data, rollout, reward, sync_settings, evaluation, journal, seed
+    )
+
+
+def _build_here(
+    inputs: RunInputs,
+    learner: SamplingLearner,
+    context: RunContext,
+    model: Model,
+    data: Data,
+    rollout: Rollout,
+    reward: RewardStage,
+    sync_settings: SyncSettings,
+    evaluation: Eval,
+    journal: JournalSettings,
+    seed: int,
+) -> RolloutParts:
+    """The parts where this process samples and grades."""
     process = context.process
     inputs.grader.log_to(context.folder.rewards_log(process.rank))
     prompts = inputs.train.prompts
     precision = learner.trained.settings.precision
     order = build_order(data.order, prompts, rollout.prompts, seed, learner, fresh=context.is_fresh)
     with (
-        engine_base(model, rollout.engine, learner.trained, process) as base,
+        engine_base(model, rollout, learner.trained, process) as base,
         process.deadline(f"the {rollout.engine} engine", "to start"),
     ):
         truncation = evaluation.truncates
@@ -105,29 +138,76 @@ def build_rollout(
     batch_tokens = learner.trained.settings.tokens_per_micro_batch
     grader = add_model_rewards(reward, inputs.grader, batch_tokens, process.device, data.date)
 
-    sampling = with_token_choice(
-        Sampling(n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed),
-        rollout,
-    )
-    sampling = dataclasses.replace(sampling, returns_kept=rollout.truncates)
-    load_reference = _reference_loader(rollout.extra_samples, model, engine, learner, sync)
+    sampling = make_sampling(rollout, seed)
+    reference = build_reference(model, data, rollout, learner, inputs.tokenization, process, sync_settings)
+    load_reference = _reference_loader(rollout.extra_samples, model, engine, learner, sync, reference)
     encode = inputs.tokenization.encode_answer
     verdict_of = label_of_only_function(reward.functions)
-    sampler_context = SamplerContext(sampler, sampling, prompts, load_reference, encode, process.deadline)
+    sampler_context = SamplerContext(
+        sampler, sampling, prompts, load_reference, encode, process.deadline, reference
+    )
     source = build_source(
         rollout,
         GradedSampler(sampler, grader, process, verdict_of),
         order,
         sampler_context,
         sync,
-        engine.close,
+        partial(close_all, [engine] if reference is None else [engine, reference]),
     )
+    source = add_journal(source, journal, context, learner)
     evaluator = None
     if inputs.held_out is not None:
         evaluator = build_evaluator(evaluation, reward, rollout.max_tokens, seed, inputs)
-    return RolloutParts(
-        source, sync, evaluator, build_guard(rollout, engine.dtype, learner.trained.precision)
+    guard = build_guard(rollout, engine.dtype, learner.trained.precision)
+    return RolloutParts(source, sync, evaluator, guard)
+
+
+def is_controlled(rollout: Rollout, reward: RewardStage, data: Data) -> bool:
+    """Whether a process of its own draws, samples and grades: where workers sample, and nothing of it takes
+    the learner's model or device. Under a lag a thread of this process samples ahead.
+    """
+    needs = [EXTRA_SAMPLES.spec(ref.name).needs_with(ref.hp) for ref in rollout.extra_samples]
+    return (
+        rollout.engine == "vllm_server"
+        and rollout.workers is not None
+        and rollout.lag == 0
+        and not any(REFERENCE_WEIGHTS in each for each in needs)
+        and not any(ref.name == REWARD_MODEL for ref in reward.functions)
+        and ALIGNMENT not in ORDERS.spec(data.order.name).needs
     )
+
+
+def build_reference(
+    model: Model,
+    data: Data,
+    rollout: Rollout,
+    learner: SamplingLearner,
+    tokenization: Tokenization,
+    process: Process,
+    settings: SyncSettings,
+) -> RolloutEngine | None:
+    """The engine on ``rollout.reference_workers``, which hold the frozen reference model, proved; one that
+    comes back is sent it again. Without such workers None.
+    """
+    if rollout.reference_workers is None:
+        return None
+    model = model.model_copy(update={"adapter": None})  # they hold whole weights, which are pushed
+    apart = rollout.model_copy(update={"workers": rollout.reference_workers})
+    with process.deadline("the reference's workers", "to start"):
+        engine = build_engine(model, data, apart, learner.trained.settings.precision, tokenization, process)
+    try:
+        weights = reference_weights(model, learner.trained, engine.dtype)
+        sync = build_sync(settings, engine, learner.names, 0, process.deadline)
+        sync.push(lambda dtype: weights.items(), REFERENCE_VERSION, expect_change=False)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def close_all(engines: Sequence[RolloutEngine]) -> None:
+    for engine in engines:
+        engine.close()
 
 
 def build_source(
@@ -148,7 +228,7 @@ def build_source(
         groups_per_step=rollout.prompts,
         max_rounds=1 if dynamic is None else dynamic.max_rounds,
         verify=sync.verify,
-        release_memory=sync.sleep,
+        put_to_sleep=sync.sleep,
         close_engine=close_engine,
         sources=build_extra_samples(rollout.extra_samples, context),
         keep=_accuracy_filter(dynamic),
@@ -180,12 +260,13 @@ def build_learner_sync(
     seed: int,
     deadline: Deadline,
 ) -> Sync | AdapterSync:
-    """vLLM takes an adapter beside its own copy of the base; the embedded engine takes the merged weights.
+    """vLLM takes an adapter beside its own copy of the base, in this process and on servers; the embedded
+    engine takes the merged weights.
 
     longest: tokens of a row that fits the engine.
     """
     adapter = learner.trained.adapter
-    if adapter is None or engine.name != "vllm":
+    if adapter is None or engine.name == "transformers":
         return build_sync(settings, engine, learner.names, seed, deadline)
     is_float32 = engine.dtype == torch.float32 and learner.trained.precision == "no"
     row = learner.trained.probe_row
@@ -296,8 +377,13 @@ def _reference_loader(
     engine: RolloutEngine,
     learner: ModelOwner,
     sync: Sync | AdapterSync,
+    others: RolloutEngine | None,
 ) -> Callable[[], AbstractContextManager[None]]:
-    """A context in which the engine has the reference model's weights, if a source needs them."""
+    """A context in which the engine has the reference model's weights, if a source needs them. others: the
+    engine that has them always.
+    """
+    if others is not None:
+        return nullcontext
     if not any(REFERENCE_WEIGHTS in EXTRA_SAMPLES.spec(ref.name).needs_with(ref.hp) for ref in refs):
         return _refuse_reference
     if isinstance(sync, AdapterSync):
@@ -335,6 +421,15 @@ def build_evaluator(
     )
     verdict_of = label_of_only_function(stage.functions)
     return Evaluator(inputs.held_out.prompts, sampling, settings.k, verdict_of)
+
+
+def make_sampling(rollout: Rollout, seed: int) -> Sampling:
+    """The policy's own, with the run's seed."""
+    sampling = with_token_choice(
+        Sampling(n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed),
+        rollout,
+    )
+    return dataclasses.replace(sampling, returns_kept=rollout.truncates)
 
 
 def with_token_choice(sampling: Sampling, settings: TokenChoice) -> Sampling:

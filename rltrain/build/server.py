@@ -23,6 +23,7 @@ from rltrain.rollout.worker.flags import WorkerSettings, worker_settings
 from rltrain.rollout.worker.guard import SHORTEST_TOKEN, TOKEN
 from rltrain.rollout.worker.process import LocalWorker
 from rltrain.rollout.worker.requests import ServerModel
+from rltrain.sync.adapter_server import AdapterLink
 from rltrain.sync.server import WorkerLink
 from rltrain.sync.transport import Pace
 from rltrain.weight_names import CheckpointNames
@@ -87,7 +88,8 @@ def attach_engine(
         dtype = getattr(torch, info.dtype)
         link = make_link(f"the worker at {client.url}", client, dtype, names, process, bucket_mib)
     served = make_served_model(names, tokenization, max_model_len)
-    return VllmServer(client, info, served, link, worker=worker, gather=process.gather)
+    pusher, adapters = (link, None) if model.adapter is None else (None, link and AdapterLink(link))
+    return VllmServer(client, info, served, pusher, adapters=adapters, worker=worker, gather=process.gather)
 
 
 def make_link(

@@ -59,6 +59,11 @@ class RunFolder:
         return self.path / "transcripts.jsonl"
 
     @property
+    def timeline(self) -> Path:
+        """When workers, learner and pushes were busy (``rltrain.timeline``)."""
+        return self.path / "timeline.jsonl"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 
@@ -82,6 +87,11 @@ class RunFolder:
         except (OSError, ValueError, AttributeError):
             return None
         return run if isinstance(run, str) else None
+
+    @property
+    def rollouts(self) -> Path:
+        """The journal: what each step was trained on."""
+        return self.path / "rollouts"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"
@@ -134,7 +144,7 @@ class RunFolder:
                 os.truncate(path, sizes.get(path.name, 0))
                 _fsync(path)
 
-        for folder in (self.path, self.checkpoints):
+        for folder in (self.path, self.checkpoints, self.rollouts):
             for path in folder.glob(".*.tmp"):
                 if _TEMPORARY.fullmatch(path.name):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()

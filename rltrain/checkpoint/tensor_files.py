@@ -8,7 +8,7 @@ only the tensor that is being copied.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -31,6 +31,7 @@ def write_tensors(
     files: list[Path] = []
     names: list[list[str]] = []
     part: dict[str, Tensor] = {}
+    storages: set[int] = set()  # addresses of those in ``part``
     filled = 0
     total = 0
 
@@ -40,12 +41,14 @@ def write_tensors(
         files.append(path)
         names.append(list(part))
         part.clear()
+        storages.clear()
 
     for name, tensor in tensors:
         if part and filled + tensor.nbytes > limit:
             write_part()
             filled = 0
-        part[name] = _copy_to_cpu(tensor)
+        part[name] = _copy_to_cpu(tensor, storages)
+        storages.add(part[name].untyped_storage().data_ptr())
         filled += tensor.nbytes
         total += tensor.nbytes
         del tensor
@@ -81,9 +84,13 @@ def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
     return {name: tensor for path in files for name, tensor in load_file(path).items()}
 
 
-def _copy_to_cpu(tensor: Tensor) -> Tensor:
-    """``tensor`` as safetensors takes it: on the CPU, contiguous, the only one in its storage."""
+def _copy_to_cpu(tensor: Tensor, storages: Collection[int]) -> Tensor:
+    """``tensor`` as safetensors takes it: on the CPU, contiguous, the only one in its storage.
+
+    storages: addresses that are taken; bitsandbytes keeps one table for the states of all weights.
+    """
     held = tensor.detach()
-    if held.device.type != "cpu" or held.untyped_storage().nbytes() != held.nbytes:
+    storage = held.untyped_storage()
+    if held.device.type != "cpu" or storage.nbytes() != held.nbytes or storage.data_ptr() in storages:
         held = held.to("cpu", copy=True)
     return held.contiguous()

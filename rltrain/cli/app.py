@@ -141,6 +141,41 @@ def train(
         raise typer.Exit(train_command(checked.recipe, folder, checked.warnings, resume))
 
 
+@app.command(
+    rich_help_panel=TRAINING,
+    epilog=examples(
+        "rltrain replay runs/grpo --check",
+        "rltrain replay runs/grpo --set advantage=rloo --run runs/rloo-on-grpo",
+    ),
+)
+def replay(
+    run: Annotated[Path, typer.Argument(help="Folder of a run with a journal (rollouts/).", metavar="RUN")],
+    steps: Annotated[
+        str | None,
+        typer.Option(help="First and last step; by default all.", metavar="A..B", show_default=False),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only compare with the run, bit by bit, and keep nothing.")
+    ] = False,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--run", help="Folder of the replay; by default RUN-replay.", metavar="DIR"),
+    ] = None,
+) -> None:
+    """Train again on the samples of a finished run, without engine, rewards and data.
+
+    With --set, another method learns from them; steps whose samples say little about it are marked. Exit
+    code 1 where --check finds a difference.
+    """
+    _say_while_loading("torch and the journal")
+    from rltrain.cli.replay import parse_steps, plan_command, replay_command
+
+    plan = plan_command(run, parse_steps(steps), overrides or [], check=check)
+    with _trusting_code(plan.recipe.model.trust_remote_code):
+        raise typer.Exit(replay_command(plan, out, check=check))
+
+
 @app.command(rich_help_panel=TRAINING, epilog=examples("rltrain doctor my.yaml --profile one_gpu"))
 def doctor(
     recipe: RecipePath,

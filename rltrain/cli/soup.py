@@ -15,6 +15,7 @@ from rltrain.data.tokenization import tokenization_of
 from rltrain.errors import UserError, user_mistakes
 from rltrain.learner.frozen_models import require_same_tokens
 from rltrain.learner.loading import load_causal_lm
+from rltrain.model_files import adapter_storage
 from rltrain.weight_names import CheckpointNames
 
 
@@ -46,8 +47,21 @@ def soup_command(models: Sequence[str], weights: Sequence[float], out: Path) -> 
             "models\n\n"
         )
         card = f"{header}Every weight is {formula}, parameter by parameter (arXiv:2411.01798).\n"
+        card += "".join(describe_merge(model) for model in models)
         names = CheckpointNames(loaded[0])
         mixed_weights = names.to_checkpoint(mixed.items())
         export_model(out, loaded[0], tokenization.tokenizer, card, mixed_weights, ties=names.ties)
     Console(highlight=False).print(str(out), markup=False, soft_wrap=True)
     return 0
+
+
+def describe_merge(model: str) -> str:
+    """What was added up where ``model`` is an adapter of a quantised base; empty: it is none."""
+    storage = adapter_storage(model)
+    if storage == "none":
+        return ""
+    return (
+        f"\nThe base of the adapter `{model}` was stored as {storage} when it was trained. The adapter is "
+        "added to the values that this storage has, dequantised to float32: that is the model that was "
+        "trained, which the base's own weights are not. Quantised again, it would be another model.\n"
+    )

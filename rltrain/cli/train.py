@@ -16,6 +16,7 @@ import psutil
 import torch
 from rich.console import Console
 
+from rltrain.analysis.pages.summary import read_facts
 from rltrain.build.context import RunContext
 from rltrain.build.digests import input_digests, with_prompt_date
 from rltrain.build.publication import push_run, with_pushes
@@ -50,6 +51,8 @@ from rltrain.train.saving import (
 )
 from rltrain.watchdog import EXPIRED
 
+BANNER = ("method", "paper", "model", "data", "engine", "seed")  # facts of a run that its first lines show
+
 
 def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resume: str = AUTO) -> int:
     """Trains from the checks to the finished model. Returns the exit code: 0, or STOPPED after a SIGTERM or
@@ -79,12 +82,6 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
 
     with workflow.resources(inputs), ExitStack() as stack:
         process, watchdog = stack.enter_context(joined_processes(recipe.train.deadline_seconds))
-        environment = {
-            **describe_environment(),
-            "run": new_run_id(),
-            "started": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-            "command": shlex.join(["rltrain", *sys.argv[1:]]),
-        }
         checkpoint = None
         if process.is_main:
             with user_mistakes():
@@ -92,7 +89,7 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
                     run_folder,
                     recipe,
                     resume,
-                    environment,
+                    _describe_start(),
                     lambda text: lines.append(f"warning: {text}"),
                     digests,
                 )
@@ -108,9 +105,29 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
         lines += workflow.summarize(inputs)
         if checkpoint is not None:
             lines.append(f"continuing from {checkpoint}")
+        if process.is_main:
+            _show_banner(run, run_folder)
         for line in lines:
             run.reporter.message(line)
         return _train(run, workflow, run_folder, stop_request, is_main=process.is_main)
+
+
+def _describe_start() -> dict[str, str]:
+    """The software, and how, when and under which name the run was started."""
+    return {
+        **describe_environment(),
+        "run": new_run_id(),
+        "started": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "command": shlex.join(["rltrain", *sys.argv[1:]]),
+    }
+
+
+def _show_banner(run: TrainingRun, folder: RunFolder) -> None:
+    """What runs, as the page of the run has it at its top."""
+    known = read_facts(folder)
+    facts = [(label, value) for label, value in known.facts if label in BANNER]
+    steps = str(run.total_steps) if run.resumed is None else f"{run.resumed.step} of {run.total_steps} done"
+    run.reporter.banner(known.title, [*facts, ("steps", steps), ("run", str(folder.path))])
 
 
 def limit_time(hours: float | None) -> TimeLimit | None:

@@ -346,18 +346,29 @@ class Server(Section):
 class Workers(Section):
     """Several vLLM servers for engine ``vllm_server``, each as ``rollout.server`` says.
 
-    Name one of ``count``, ``urls`` and ``join``.
+    Name one of ``count``, ``urls``, ``join`` and ``router``.
     """
 
     count: int | None = Field(default=None, ge=1, le=_PROCESSES)  # that rltrain starts here, and starts again
     # running rltrain workers, as rollout.server.url names one
     urls: tuple[str, ...] = ()
+    # a router of yours (vllm-router, llm-d) that takes the requests; admin: every worker behind it
+    router: str | None = None
+    admin: tuple[str, ...] = ()
     # workers come by themselves, before or during the run: rltrain worker --join http://HOST:PORT
     join: bool = False
     host: str = "127.0.0.1"  # where rank 0 waits for workers that join
     port: int = Field(default=8900, ge=1, le=65535)
     # longest that a run goes on without any worker; then it saves and ends with exit code 75
     patience_seconds: float = Field(default=300.0, gt=0, le=_SECONDS)
+
+
+class Lag(Section):
+    """Sampling ahead: step t trains on samples of the weights after step t - 1 - lag. The result does not
+    depend on how many workers sample, how fast, or which of them are lost.
+    """
+
+    lag: int = Field(ge=0, le=64)  # steps; 0: as sync
 
 
 _StopText = Annotated[str, Field(min_length=1)]
@@ -403,9 +414,18 @@ class Rollout(TokenChoice):
     extra_samples: tuple[Method, ...] = ()
     adaptive_temperature: AdaptiveTemperature | None = None
     environment: EnvironmentRef | None = None  # None: a completion is one answer
+    # sync: a step's samples are the current policy's; {lag: k}: those of k steps before, sampled meanwhile
+    schedule: Literal["sync"] | Lag = "sync"
     vllm: Vllm = Vllm()
     server: Server = Server()
     workers: Workers | None = None  # None: one server
+    # workers that hold the reference model, for extra_samples reference; the policy's are never lent to it
+    reference_workers: Workers | None = None
+
+    @property
+    def lag(self) -> int:
+        """Steps between the weights that sample and those that the samples train."""
+        return 0 if self.schedule == "sync" else self.schedule.lag
 
 
 class Sync(Section):
@@ -556,6 +576,14 @@ class Checkpoint(Section):
     format: Literal["whole", "sharded"] = "whole"
 
 
+class Journal(Section):
+    """Every step's rollouts as a Parquet file in rollouts/, on the disk before the step trains on them."""
+
+    # all: for rltrain replay from the first step; resume: those after the oldest checkpoint that is kept;
+    # nothing: no file is written, and a resumed run samples again
+    keep: Literal["all", "resume", "nothing"] = "all"
+
+
 class Push(Section):
     """Pushes the finished model, with its results, to the Hugging Face Hub; the token is the environment's
     (HF_TOKEN) or the login's.
@@ -581,6 +609,7 @@ class SampledRecipe(Section):
     train: Train
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
+    journal: Journal = Journal()
     report: Report = Report()
     push: Push | None = None  # None: nothing leaves this machine
 

@@ -57,9 +57,9 @@ def apply_control(batch: TrainBatch, control: BoundMethod) -> TrainBatch:
     """``control(batch)``, with two metrics that every control gets.
 
     ``<name>_touched``: share of the batch's tokens whose weight, advantage or mask it changed, or that it
-    marked with a value other than 0 in ``extra``. ``<name>_strength``: mean |change of weight x advantage|
-    over those tokens, as a multiple of mean |weight x advantage| over the batch's tokens; 0 if it changed
-    none.
+    marked with a value other than 0 in ``extra``; they join ``touched`` of the batch. ``<name>_strength``:
+    mean |change of weight x advantage| over those tokens, as a multiple of mean |weight x advantage| over the
+    batch's tokens; 0 if it changed none.
     """
     after = control(batch)
     pull_before = apply_mask(batch.weights * batch.advantages, batch.mask)
@@ -75,7 +75,8 @@ def apply_control(batch: TrainBatch, control: BoundMethod) -> TrainBatch:
     tokens = max(int(batch.mask.sum()), 1)
     size = pull_before.abs().sum() / tokens
     strength = change[touched].mean() / size if bool(touched.any()) and size > 0 else 0.0
-    return after.with_metrics(
+    before = batch.touched
+    return after.replace(touched=touched if before is None else touched | before).with_metrics(
         **{
             f"{control.name}_touched": int(touched.sum()) / tokens,
             f"{control.name}_strength": float(strength),

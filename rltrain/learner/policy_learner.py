@@ -36,6 +36,7 @@ class UpdateStats:
     logp: Tensor  # (B, T) nats, the sampling policy's log-probs as the learner computes them
     entropy: Tensor  # (B, T) nats
     clipped: Tensor  # (B, T) number of the updates in which the policy loss clipped the token
+    touched: Tensor | None  # (B, T) number of the updates in which a control had changed the token
     metrics: dict[str, float]  # averaged over the step's updates
     idle_rows: int  # rows that skipped the gradient pass
     skipped_updates: int  # updates dropped for a non-finite loss or gradient
@@ -153,6 +154,7 @@ class PolicyLearner(ModelOwner):
         shape = step_shape(rows)
         policy_stats = {name: torch.zeros(shape, device=self.device) for name in _STEP_STATISTICS}
         clipped = torch.zeros(shape, device=self.device)
+        touched = torch.zeros(shape, device=self.device)
         updates: list[_Update] = []
         for epoch in range(self.settings.epochs):
             record = policy_stats if epoch == 0 else {}
@@ -163,6 +165,8 @@ class PolicyLearner(ModelOwner):
                     needs = adjust.needs
                     part = self._with_current_statistics(rows, part, positions, needs, first=not updates)
                     part = adjust(part)
+                if part.touched is not None:
+                    touched[positions.to(self.device), : part.touched.shape[1]] += part.touched
                 updates.append(self._update_rows(rows, part, positions, objective, record, clipped))
 
         policy_stats = self.trained.sum_each(policy_stats | {"clipped": clipped})
@@ -170,6 +174,7 @@ class PolicyLearner(ModelOwner):
             logp=policy_stats["logp"],
             entropy=policy_stats["entropy"],
             clipped=policy_stats["clipped"],
+            touched=touched.cpu() if adjust is not None or batch.touched is not None else None,
             metrics=_average_metrics([update.metrics for update in updates]),
             idle_rows=sum(update.idle_rows for update in updates),
             skipped_updates=sum(not update.result.stepped for update in updates),

@@ -186,7 +186,7 @@ class PreferenceLearner(ModelOwner):
         """
         sides = 2 if isinstance(batch, PairBatch) else 1
         current = self._with_logp_now(rows, batch, objective.needs, sides, mismatched)
-        complete = with_batch_statistics(current, objective.loss)
+        complete = with_batch_statistics(current, objective.loss).to(self.device)  # the update's only copy
         totals = ExampleTotals(examples=len(complete))
         micro_batches, shared = self._micro_batches(rows, sides)
         statistic = self.scoring.statistic
@@ -194,8 +194,7 @@ class PreferenceLearner(ModelOwner):
         def loss_of(micro_batch: MicroBatch, statistics: Mapping[str, Tensor]) -> ObjectiveShare:
             numbers = self._numbers_of(statistics, rows, micro_batch)[statistic]
             examples = micro_batch.rows[: len(micro_batch.rows) // sides]  # each example's first row
-            part = complete.rows(examples).to(self.device)
-            return objective(self.loss_inputs(numbers, sides), part, totals)
+            return objective(self.loss_inputs(numbers, sides), complete.rows(examples), totals)
 
         wants = frozenset({statistic})
         result = optimizer_update(self.trained, micro_batches, loss_of, wants=wants)

@@ -143,16 +143,16 @@ class ProcessRewardLearner(ModelOwner):
 
         logp: (B, T), receives this rank's log-probs from before the update.
         """
-        complete = with_batch_statistics(facts, self.objective.loss)
+        complete = with_batch_statistics(facts, self.objective.loss).to(self.device)  # the only copies
+        mask = mask.to(self.device)
         totals = ExampleTotals(len(positions))
         micro_batches = row_micro_batches(self.trained, rows, positions, share=shares_prompts(self.trained))
         indices = inverse_index(positions, len(rows))
 
         def loss_of(micro_batch: MicroBatch, statistics: Mapping[str, Tensor]) -> ObjectiveShare:
-            counted = mask[micro_batch.rows][:, : micro_batch.width].to(self.device)
+            counted = mask[micro_batch.rows][:, : micro_batch.width]
             policy = PolicySequences(apply_mask(statistics["logp"], counted).sum(1))
-            part = complete.rows(indices[micro_batch.rows]).to(self.device)
-            return self.objective(policy, part, totals)
+            return self.objective(policy, complete.rows(indices[micro_batch.rows]), totals)
 
         lr = self.lr
         try:

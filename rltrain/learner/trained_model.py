@@ -23,6 +23,7 @@ from rltrain.config.schema import Adapter, LearnerCore, Model
 from rltrain.errors import UserError
 from rltrain.learner.adapter import AdapterLayers, inject_adapter, quantization_config, target_paths
 from rltrain.learner.backend import Backend, DeepSpeedBackend, prepare
+from rltrain.learner.checksum import digest_of_sums, sum_parts
 from rltrain.learner.forward import PolicyForward, resolve_layout
 from rltrain.learner.layer_kernels import use_kernels
 from rltrain.learner.loading import load_causal_lm, require_repeatable
@@ -394,6 +395,13 @@ class TrainedModel:
         """This rank's parts of the trained weights and of ``optimizer_state``, live memory; no collective."""
         return self.backend.parts(self._named_parameters())
 
+    def weights_digest(self) -> str:
+        """A checksum of every bit of the trained weights, the same however ranks divide them. A collective
+        that gathers no weight.
+        """
+        masters = (part for part in self.parts() if part.name.endswith(f"/{MASTER}"))
+        return digest_of_sums(self.gather([sum_parts(masters)]))
+
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Restore ``optimizer_state`` and ``state``.
 
@@ -541,6 +549,10 @@ class ModelOwner:
     def state(self) -> dict[str, Any]:
         """``TrainedModel.state``."""
         return self.trained.state()
+
+    def weights_digest(self) -> str:
+        """``TrainedModel.weights_digest``: a collective."""
+        return self.trained.weights_digest()
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """``TrainedModel.restore``."""

@@ -6,8 +6,9 @@ Names and units are in ``report/names.py``.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from rltrain.types.samples import SOURCE_NAMES, SOURCE_POLICY, Completion, Score
 
 __all__ = [
     "METRICS",
+    "WORKER_MISMATCH",
     "Metric",
     "check_names",
     "completion_metrics",
@@ -29,8 +31,11 @@ __all__ = [
     "source_metrics",
     "step_metrics",
     "why_no_update",
+    "worker_metrics",
 ]
 
+WORKER_MISMATCH = "rollout/worker_mismatch/"
+_NO_NAME = re.compile(r"[^A-Za-z0-9.:]+")  # what a metric's name has a dash for, as in an url
 _MAX_LOG_RATIO = 20.0  # e^20: a larger ratio says no more than that engine and learner disagree
 
 
@@ -75,6 +80,44 @@ def mismatch_metrics(logp: Tensor, rollout_logp: Tensor, sampled: Tensor) -> dic
     sampled: (B, T) bool, the tokens that count.
     """
     return {name: float(value) for name, value in _mismatch(logp - rollout_logp, sampled).items()}
+
+
+def staleness_metrics(sampled: TrainBatch, logp: Tensor, version: int) -> dict[str, float]:
+    """How old the policy's own samples are, and what their ratios come to at each age.
+
+    logp: (B, T) nats, by the learner at ``version``. Ages are in versions.
+    """
+    tokens = sampled.mask & (sampled.source == SOURCE_POLICY)[:, None]
+    if not bool(tokens.any()):
+        return {}
+    ages = version - sampled.version
+    values = ages[tokens].double()
+    oldest = (version - sampled.oldest)[tokens.any(dim=1)].double()
+    metrics = {
+        "staleness/mean": float(values.mean()),
+        "staleness/max": float(values.max()),
+        "staleness/oldest": float(oldest.mean()),
+    }
+    if sampled.rollout_logp is not None:
+        log_ratio = (logp - sampled.rollout_logp).double().clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+        for age in values.unique().tolist():
+            mass = log_ratio[tokens & (ages == age)].exp().mean()
+            metrics[f"staleness/ratio_mass@{age:g}"] = float(mass)
+    return metrics
+
+
+def worker_metrics(
+    workers: Mapping[str, Sequence[int]], logp: Tensor, rollout_logp: Tensor, sampled: Tensor
+) -> dict[str, float]:
+    """The mean |learner - engine log-prob| of each worker's rows, given by its name. logp, rollout_logp,
+    sampled: as in ``mismatch_metrics``.
+    """
+    metrics: dict[str, float] = {}
+    for worker, rows in workers.items():
+        values = (logp - rollout_logp)[rows][sampled[rows]].double().abs()
+        if len(values):
+            metrics[WORKER_MISMATCH + _NO_NAME.sub("-", worker)] = float(values.mean())
+    return metrics
 
 
 def completion_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
@@ -251,7 +294,18 @@ def _mismatch(log_ratio: Tensor, sampled: Tensor) -> dict[str, Tensor]:
         "rollout/ratio_p99": p99,
         "rollout/ratio_max": largest,
         "rollout/ess": ratio.sum().square() / (count * ratio.square().sum()),
+        "rollout/ratio_mean": ratio.sum() / count,
+        "rollout/ess_completions": _completion_ess(log_ratio, sampled),
     }
+
+
+def _completion_ess(log_ratio: Tensor, sampled: Tensor) -> Tensor:
+    """Effective sample size of the ratios of whole completions, as a share of them; NaN without any."""
+    sums = torch.where(sampled, log_ratio.double(), 0.0).sum(dim=1)[sampled.any(dim=1)]
+    if len(sums) == 0:
+        return sums.sum() / 0.0
+    ratio = (sums - sums.max()).exp()  # a common factor cancels
+    return ratio.sum().square() / (len(ratio) * ratio.square().sum())
 
 
 def _quantiles(values: Tensor, *shares: float) -> list[Tensor]:

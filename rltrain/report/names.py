@@ -6,8 +6,9 @@ parts of a loss, the share of tokens that a control changed, the parts of a rewa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rltrain.registry import suggestion
 
@@ -32,6 +33,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("rollout/aborted", "1", "share of completions that the engine or a failed environment aborted"),
     Metric("rollout/generated_groups", "groups", "sampled before dynamic sampling dropped any"),
     Metric("rollout/rounds", "rounds", "rounds of dynamic sampling"),
+    Metric("pool/workers", "workers", "that serve when the step's completions are there"),
+    Metric("pool/outstanding_tokens", "tokens", "most that were asked for and not yet written, as estimated"),
+    Metric("pool/strikes", "answers", "of workers, refused in this step"),
+    Metric("pool/redispatched", "requests", "asked again because their worker was lost, busy or refused"),
+    Metric("pool/restarts", "workers", "that came back in this step"),
+    Metric("pool/lost", "workers", "lost in this step"),
     Metric(
         "rollout/source_*",
         "",
@@ -55,10 +62,13 @@ METRICS: tuple[Metric, ...] = (
         "numbers that an environment reports (tool calls, moves), mean over episodes that did not fail",
     ),
     Metric(
-        "rollout/staleness",
+        "staleness/mean",
         "versions",
-        "learner's version minus the oldest version that sampled a completion of the step",
+        "with rollout.schedule lag, age of a sampled token: the learner's version minus that which sampled",
     ),
+    Metric("staleness/max", "versions", "age of the oldest token of the step"),
+    Metric("staleness/oldest", "versions", "age of a completion's oldest token, mean over completions"),
+    Metric("staleness/ratio_mass@*", "1", "mean of learner / engine probability over the tokens of this age"),
     Metric(
         "rollout/mass_cut",
         "probability",
@@ -70,12 +80,24 @@ METRICS: tuple[Metric, ...] = (
         "mean |learner - engine log-prob| over sampled tokens; over the rows of one update if no pass reads "
         "all rows before the first update",
     ),
+    Metric(
+        "rollout/worker_mismatch/*",
+        "nats",
+        "mean |learner - engine log-prob| over the completions of one of several workers; over a seeded 1 % "
+        "of them, at least one, if no pass reads all rows before the first update",
+    ),
     Metric("rollout/mismatch_max", "nats", "largest |learner - engine log-prob| over the same"),
     Metric("rollout/mismatch_k3", "nats", "k3 estimate of KL(engine || learner), mean over sampled tokens"),
     Metric("rollout/ratio_p50", "1", "median of learner / engine probability over sampled tokens"),
     Metric("rollout/ratio_p99", "1", "99th percentile of the same"),
     Metric("rollout/ratio_max", "1", "maximum of the same"),
     Metric("rollout/ess", "1", "effective sample size of those ratios, as a share of the sampled tokens"),
+    Metric("rollout/ratio_mean", "1", "mean of those ratios: 1 where both policies are the same"),
+    Metric(
+        "rollout/ess_completions",
+        "1",
+        "effective sample size of the ratios of whole completions, as a share of the completions",
+    ),
     Metric("reward/mean", "reward", "mean over graded completions of the step"),
     Metric("reward/std", "reward", "standard deviation over the same, without Bessel's correction"),
     Metric("reward/min", "reward", "minimum over the same"),
@@ -228,7 +250,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("time/tokens_per_second", "tokens/s", "sampled tokens per wall-clock second of the step"),
     Metric("time/elapsed", "s", "time since the run started or resumed"),
     Metric("time/*", "s", "wall-clock time of one phase of the step"),
+    Metric("memory/process", "GiB", "resident memory of rank 0's process, without those it started"),
+    Metric("memory/process_peak", "GiB", "the most of it since the process started"),
+    Metric("memory/gpu_allocated", "GiB", "allocated by torch on rank 0's GPU after the step"),
+    Metric("memory/gpu_reserved", "GiB", "reserved by torch there, with what its allocator keeps for later"),
+    Metric("memory/gpu_peak", "GiB", "the most that torch had allocated there since the process started"),
 )
+_OF_THE_MACHINE = ("time/", "memory/")
 
 _EXACT = {metric.name: metric for metric in METRICS if not metric.name.endswith("*")}
 _PREFIXES = {metric.name[:-1]: metric for metric in METRICS if metric.name.endswith("*")}
@@ -245,6 +273,11 @@ def metric(name: str) -> Metric:
         f"no metric is called {name!r}{suggestion(name, _EXACT)} New metrics get a row in "
         "rltrain/report/names.py"
     )
+
+
+def reproducible_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``metrics`` that the same recipe and seed repeat: all but times and memory."""
+    return {name: value for name, value in metrics.items() if not name.startswith(_OF_THE_MACHINE)}
 
 
 def check_names(names: Iterable[str]) -> None:

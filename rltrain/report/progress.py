@@ -67,34 +67,35 @@ class Column:
     rank: int  # 0 is kept longest
     show: Callable[[float], str]
     style: str = ""
+    meaning: str = ""  # in the legend
 
 
 _NUMBERS: tuple[Column, ...] = (
-    Column("reward", "reward/mean", 6, 0, _number, "bold"),
-    Column("useful", "reward/useful_groups", 6, 1, _share),
-    Column("right", "loss/accuracy", 5, 0, _share, "bold"),
-    Column("margin", "loss/margin", 6, 1, _number),
-    Column("logp+", "loss/logp_chosen", 7, 10, _number),
-    Column("logp-", "loss/logp_rejected", 7, 11, _number),
-    Column("good", "loss/reward_desirable", 6, 0, _number, "bold"),
-    Column("bad", "loss/reward_undesirable", 6, 1, _number),
-    Column("entropy", "learner/entropy_mean", 7, 2, _number),
-    Column("|dlogp|", "rollout/mismatch_abs", 7, 3, _power),
-    Column("grad", "learner/grad_norm", 6, 4, _number),
-    Column("ceil", "law/ceiling", 6, 5, _number),
-    Column("length", "rollout/length_mean", 6, 10, _count),
-    Column("cut", "rollout/finished_by_length", 4, 11, _share),
-    Column("tok/s", "time/tokens_per_second", 5, 5, _rate),
-    Column("ex/s", "time/examples_per_second", 5, 5, _rate),
+    Column("reward", "reward/mean", 6, 0, _number, "bold", meaning="mean of the step"),
+    Column("useful", "reward/useful_groups", 6, 1, _share, meaning="groups whose rewards differ"),
+    Column("right", "loss/accuracy", 5, 0, _share, "bold", meaning="examples ranked right"),
+    Column("margin", "loss/margin", 6, 1, _number, meaning="reward of the better less the worse"),
+    Column("logp+", "loss/logp_chosen", 7, 10, _number, meaning="log-prob of the chosen, nats"),
+    Column("logp-", "loss/logp_rejected", 7, 11, _number, meaning="of the rejected"),
+    Column("good", "loss/reward_desirable", 6, 0, _number, "bold", meaning="reward of the desirable"),
+    Column("bad", "loss/reward_undesirable", 6, 1, _number, meaning="of the undesirable"),
+    Column("entropy", "learner/entropy_mean", 7, 2, _number, meaning="of the policy, nats"),
+    Column("|dlogp|", "rollout/mismatch_abs", 7, 3, _power, meaning="engine and learner apart, nats"),
+    Column("grad", "learner/grad_norm", 6, 4, _number, meaning="norm before clipping"),
+    Column("ceil", "law/ceiling", 6, 5, _number, meaning="reward at which the law of entropy ends"),
+    Column("length", "rollout/length_mean", 6, 10, _count, meaning="tokens of a completion"),
+    Column("cut", "rollout/finished_by_length", 4, 11, _share, meaning="completions at the limit"),
+    Column("tok/s", "time/tokens_per_second", 5, 5, _rate, meaning="tokens sampled a second"),
+    Column("ex/s", "time/examples_per_second", 5, 5, _rate, meaning="examples a second"),
 )
 _TIMES: tuple[Column, ...] = (
-    Column("time", "time/step", 5, 6, _seconds),
-    Column("rollout", "time/rollout", 7, 7, _seconds, "dim"),
-    Column("grade", "time/reward", 5, 13, _seconds, "dim"),
-    Column("annot", "time/annotate", 5, 14, _seconds, "dim"),
-    Column("update", "time/update", 6, 8, _seconds, "dim"),
-    Column("sync", "time/sync", 5, 12, _seconds, "dim"),
-    Column("left", "left", 5, 9, _seconds, "cyan"),
+    Column("time", "time/step", 5, 6, _seconds, meaning="of the step"),
+    Column("rollout", "time/rollout", 7, 7, _seconds, "dim", meaning="sampling"),
+    Column("grade", "time/reward", 5, 13, _seconds, "dim", meaning="rewards"),
+    Column("annot", "time/annotate", 5, 14, _seconds, "dim", meaning="passes without gradient"),
+    Column("update", "time/update", 6, 8, _seconds, "dim", meaning="gradient and optimizer"),
+    Column("sync", "time/sync", 5, 12, _seconds, "dim", meaning="weights to the engine"),
+    Column("left", "left", 5, 9, _seconds, "cyan", meaning="time to the last step"),
 )
 
 
@@ -112,10 +113,13 @@ def fit_columns(columns: Sequence[Column], width: int) -> tuple[Column, ...]:
 class Progress:
     """Prints one line per step.
 
-    start: the step from which a resumed run continues. console None: standard output.
+    start: the step from which a resumed run continues. console None: standard output. legend: on a terminal,
+    explain the columns once before they are first shown.
     """
 
-    def __init__(self, total_steps: int, console: Console | None = None, start: int = 0) -> None:
+    def __init__(
+        self, total_steps: int, console: Console | None = None, start: int = 0, *, legend: bool = False
+    ) -> None:
         self.console = console or Console()
         self._total = total_steps
         self._start = start
@@ -123,6 +127,8 @@ class Progress:
         self._spent = 0.0  # seconds
         self._shown: tuple[Column, ...] = ()
         self._lines = 0  # since the header
+        self._legend = legend
+        self._explained: set[Column] = set()
 
     def step(self, metrics: Mapping[str, float], note: str | None = None) -> None:
         """Count one step and show it. note: why the step learned nothing; None: it learned."""
@@ -150,6 +156,13 @@ class Progress:
         room = max(20, (self.console.width - len(reward) - 14) // 2)
         line = Text.assemble(("sample", "bold cyan"), _GAP, (_shorten(prompt, -room), "dim"), " -> ")
         self._print(line.append(_shorten(completion, room)).append(f"{_GAP}{reward}", "cyan"))
+
+    def banner(self, title: str, facts: Sequence[tuple[str, str]]) -> None:
+        """Show what runs: a title, and a line for each (label, value)."""
+        self._print(Text(title, style="bold cyan"))
+        width = max((len(label) for label, _ in facts), default=0)
+        for label, value in facts:
+            self._print(Text.assemble("  ", (label.ljust(width), "dim"), _GAP, value))
 
     def message(self, text: str) -> None:
         """Show any other text for the user."""
@@ -180,6 +193,7 @@ class Progress:
         if shown != self._shown or self._lines == _HEADER_EVERY:
             self._shown = shown
             self._lines = 0
+            self._explain(shown)
             header = "step".rjust(len(position)) + "".join(
                 _GAP + column.header.rjust(column.width) for column in shown
             )
@@ -192,6 +206,20 @@ class Progress:
             return line
         fits = line.cell_len + len(_GAP) + len(note) <= self.console.width
         return line.append(f"{_GAP}{note}" if fits else f"\n{' ' * len(position)}{_GAP}{note}", "yellow")
+
+    def _explain(self, columns: Sequence[Column]) -> None:
+        """The legend of those columns that had none yet."""
+        fresh = [column for column in columns if column not in self._explained and column.meaning]
+        self._explained.update(fresh)
+        if not self._legend or not fresh:
+            return
+        legend = Text(style="dim")
+        for column in fresh:
+            # a phrase is not broken between the column's name and what it means
+            words = f"{column.header}: {column.meaning}".replace(" ", "\u00a0")
+            legend.append(f"{words}{';' if column is not fresh[-1] else ''} ")
+        for line in legend.wrap(self.console, self.console.width):
+            self._print(Text(line.plain.replace("\u00a0", " ").rstrip(), style="dim"))
 
     def _plain(self, metrics: Mapping[str, float], note: str | None) -> Text:
         words = [

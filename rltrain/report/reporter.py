@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rltrain.report.memory import memory_metrics
 from rltrain.report.progress import Progress
 from rltrain.report.sinks import Sinks
 from rltrain.report.tables import completion_rows
@@ -44,9 +45,12 @@ class Reporter:
         note: str | None,
         tensors: TokenTensors | None = None,
     ) -> None:
-        """note: why the gradient was zero; None: it was not. tensors: for the numbers of kept tokens."""
+        """note: why the gradient was zero; None: it was not. tensors: for the numbers of kept tokens.
+
+        The sinks get this process's memory too.
+        """
         if self.sinks is not None:
-            self.sinks.log(step, metrics)
+            self.sinks.log(step, {**metrics, **memory_metrics()})
         if self.transcripts is not None:
             records = self.transcripts.log(step, groups, tensors=tensors)
             if step == 1 or step % self._tables_every == 0:
@@ -71,6 +75,11 @@ class Reporter:
     def _log_table(self, step: int, stage: str, records: Sequence[Mapping[str, Any]]) -> None:
         if self.sinks is not None and records:
             self.sinks.log_completions(step, stage, completion_rows(records))
+
+    def banner(self, title: str, facts: Sequence[tuple[str, str]]) -> None:
+        """What runs, before anything else of it. facts: (label, value)."""
+        if self.progress is not None:
+            self.progress.banner(title, facts)
 
     def message(self, text: str) -> None:
         if self.progress is not None:

@@ -23,13 +23,15 @@ class TokenTensors:
     """A step's tensors, as its update read them.
 
     logp, entropy: (B, T) nats, the learner's, of the policy that sampled. clipped: (B, T) number of the
-    step's updates in which the policy loss clipped the token; None: unknown.
+    step's updates in which the policy loss clipped the token; None: unknown. touched: (B, T) the same for
+    controls that changed it; None: the recipe has none.
     """
 
     batch: TrainBatch
     logp: Tensor
     entropy: Tensor
     clipped: Tensor | None = None
+    touched: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ def rows_of_group(batch: TrainBatch, group: int) -> dict[int, int]:
 
 def numbers_of_row(row: int, count: int, tensors: TokenTensors) -> dict[str, Tensor]:
     """(count,) each. weight: 0 where a control or the reward left the token out; engine, reference: the
-    learner's log-prob less theirs, nats. clip: updates that clipped the token; left out where the step
-    clipped none.
+    learner's log-prob less theirs, nats. clip, touched: updates in which the loss clipped the token or a
+    control had changed it; left out where there was none in the step.
     """
     batch = tensors.batch
     logp = tensors.logp
@@ -92,8 +94,9 @@ def numbers_of_row(row: int, count: int, tensors: TokenTensors) -> dict[str, Ten
     for name, other in (("engine", batch.rollout_logp), ("reference", batch.ref_logp)):
         if other is not None:
             values[name] = logp - other
-    if tensors.clipped is not None and bool(tensors.clipped.any()):
-        values["clip"] = tensors.clipped
+    for name, counts in (("clip", tensors.clipped), ("touched", tensors.touched)):
+        if counts is not None and bool(counts.any()):
+            values[name] = counts
     return {name: value[row, :count] for name, value in values.items()}
 
 

@@ -86,8 +86,8 @@ class ColocatedRollouts:
     max_rounds: 1 trains on every sampled group; with more, dynamic sampling replaces groups that are all
     correct or all wrong, as long as rounds are left. keep: which groups dynamic sampling keeps; None: the
     informative ones. verify: raises WeightMismatchError unless the engine sampled with the weights that were
-    pushed last. release_memory: puts the engine to sleep, so that the learner has the device to itself.
-    close_engine: ends the engine under the sampler.
+    pushed last. put_to_sleep: the engine, so that the learner has the device to itself. close_engine: ends
+    the engine under the sampler.
     """
 
     graded: GradedSampler
@@ -97,16 +97,18 @@ class ColocatedRollouts:
     groups_per_step: int
     max_rounds: int
     verify: Callable[[], None]
-    release_memory: Callable[[], None]
+    put_to_sleep: Callable[[], None]
     close_engine: Callable[[], None]
+    # numbers of the step about the engine itself, as metrics
+    engine_notes: Callable[[], Mapping[str, float]] = dict
     sources: Sequence[SampleSource] = ()  # further rows for the groups that the step trains on
     keep: Callable[[ScoredGroup], bool] | None = None
     # adapts the temperature token by token; None: every token is drawn at ``sampling.temperature``
     temperature: TemperatureController | None = None
 
     def take(self, step: int, version: int) -> Rollouts:
-        """Samples rounds until enough groups are informative, adds the rows of extra sources, verifies the
-        engine's weights, and frees its memory.
+        """Samples rounds until enough groups are informative, adds the rows of extra sources, and verifies
+        the engine's weights.
         """
         kept: list[ScoredGroup] = []
         sampled: list[ScoredGroup] = []
@@ -126,11 +128,16 @@ class ColocatedRollouts:
         for source in self.sources:
             groups = self._add_extra_samples(source, groups, step, version, seconds)
             metrics |= source.notes()
+        metrics |= self.engine_notes()
 
         with add_time(seconds, "sync"):
             self.verify()
-        self.release_memory()
         return Rollouts(tuple(groups), len(sampled), rounds, counts, seconds, metrics)
+
+    def settle(self) -> None: ...
+
+    def release_memory(self) -> None:
+        self.put_to_sleep()
 
     def evaluate(
         self, prompts: Sequence[Prompt], sampling: Sampling, version: int, occasion: str = ""

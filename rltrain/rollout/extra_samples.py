@@ -46,7 +46,8 @@ class SamplerContext:
 
     sampling: the policy's own. prompts: every prompt of the run. reference: a context in which the engine
     holds the reference model's weights as ``REFERENCE_VERSION``; every rank enters it. encode: an answer's
-    text to its tokens, EOS included. deadline: for the samples of one source.
+    text to its tokens, EOS included. deadline: for the samples of one source. reference_sampler: holds the
+    reference model for good, so that the engine never does.
     """
 
     sampler: Sampler
@@ -55,15 +56,22 @@ class SamplerContext:
     reference: Callable[[], AbstractContextManager[None]]
     encode: Callable[[str], Sequence[int]]
     deadline: Deadline = no_deadline
+    reference_sampler: Sampler | None = None
 
     def sample(
-        self, groups: Sequence[ScoredGroup], sampling: Sampling, policy: PolicyVersion
+        self,
+        groups: Sequence[ScoredGroup],
+        sampling: Sampling,
+        policy: PolicyVersion,
+        sampler: Sampler | None = None,
     ) -> list[RolloutGroup]:
-        """Completions for the prompts of ``groups``, with the same group ids."""
+        """Completions for the prompts of ``groups``, with the same group ids. sampler: in place of the
+        policy's.
+        """
         if not groups:
             return []
         prompts = [group.prompt for group in groups]
-        sampled = sample_groups(self.sampler, prompts, sampling, policy, self.deadline)
+        sampled = sample_groups(sampler or self.sampler, prompts, sampling, policy, self.deadline)
         return [
             dataclasses.replace(added, group=group.group)
             for added, group in zip(sampled, groups, strict=True)
@@ -181,7 +189,7 @@ class ReferenceSamples(SampleSource):
 
     ``n`` per prompt, by default as many as the policy's: AAPO, arXiv:2505.14264, pairs every sample of the
     policy with one of the reference. The engine loads the reference's weights under a version of their own,
-    generates, and loads the policy's weights again.
+    generates, and loads the policy's weights again; ``rollout.reference_workers`` hold it for good.
     """
 
     code = SOURCE_REFERENCE
@@ -198,7 +206,8 @@ class ReferenceSamples(SampleSource):
     def sample(self, groups: Sequence[ScoredGroup], seed: int, version: int) -> list[RolloutGroup]:
         sampling = dataclasses.replace(self._context.sampling, n=self._n, seed=seed, source=self.code)
         with self._context.reference():
-            return self._context.sample(groups, sampling, REFERENCE_VERSION)
+            others = self._context.reference_sampler
+            return self._context.sample(groups, sampling, REFERENCE_VERSION, others)
 
 
 @method("answer", arxiv="2508.07750", traits={TRAINS, FOR_ADVANTAGE, SINGLE_TURN})

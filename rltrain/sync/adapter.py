@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rltrain.adapter_files import expected_fingerprints
 from rltrain.protocols import WeightTarget
 from rltrain.sync import targets
 from rltrain.sync.colocated import WeightStream
@@ -46,8 +47,10 @@ class AdapterTarget(WeightTarget, Protocol):
         """Fingerprints of A and of scale times B, by peft's names, over the weights in use."""
         ...
 
-    def prompt_log_probs(self, token_ids: Sequence[int]) -> Sequence[float]:
-        """Nats of each token but the first, at temperature 1, of the weights in use."""
+    def prompt_log_probs(self, token_ids: Sequence[int]) -> Sequence[Sequence[float]]:
+        """Nats of each token but the first, at temperature 1, of the weights in use: a row of every server
+        that has them.
+        """
         ...
 
 
@@ -109,7 +112,9 @@ class AdapterSync:
         before = self._learner
         adapter = {name: weight.detach().clone() for name, weight in weights(torch.float32)}
         self._learner = {name: weight_fingerprint(name, weight) for name, weight in adapter.items()}
-        self._sent = {target.dtype: self._expect(adapter, target.dtype) for target in self.targets}
+        self._sent = {
+            target.dtype: expected_fingerprints(adapter, self.scale, target.dtype) for target in self.targets
+        }
         for target in self.targets:
             targets.wake(target, self.deadline)
             with self.deadline(f"the {target.name} engine", f"to load the adapter of version {version}"):
@@ -140,7 +145,9 @@ class AdapterSync:
     def verify_all(self, weights: WeightStream) -> None:
         """Raises WeightMismatchError unless the targets hold the base and the adapter ``weights``."""
         adapter = dict(weights(torch.float32))
-        self._sent = {target.dtype: self._expect(adapter, target.dtype) for target in self.targets}
+        self._sent = {
+            target.dtype: expected_fingerprints(adapter, self.scale, target.dtype) for target in self.targets
+        }
         self.verify(every=True)
 
     def sleep(self) -> None:
@@ -158,17 +165,11 @@ class AdapterSync:
         self._compare_base()
         self.push(weights, self._version, expect_change=False)
 
-    def _expect(self, adapter: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Fingerprint]:
-        """The fingerprints of A and scale B that an engine of this type should have."""
-        expected = {}
-        for name, weight in adapter.items():
-            rounded = weight.to(dtype)
-            held = rounded * self.scale if name.endswith(".lora_B.weight") else rounded
-            if bool(held.any()) or name.endswith(".lora_A.weight"):
-                expected[name] = weight_fingerprint(name, held)
-            else:
-                expected[name] = Fingerprint(0.0, 0.0)
-        return expected
+    def _expect(self, adapter: Mapping[str, Tensor]) -> dict[torch.dtype, dict[str, Fingerprint]]:
+        """The fingerprints that engines should have, by their type."""
+        return {
+            target.dtype: expected_fingerprints(adapter, self.scale, target.dtype) for target in self.targets
+        }
 
     def _require_change(self, before: Mapping[str, Fingerprint], version: PolicyVersion) -> None:
         if before and before == self._learner:
@@ -231,8 +232,9 @@ class AdapterSync:
         expected = torch.tensor(list(self.probe.log_probs()))
         for target in self.targets:
             with self.deadline(f"the {target.name} engine", "to score the probe"):
-                scored = torch.tensor(list(target.prompt_log_probs(self.probe.token_ids)))
-            worst = max(worst, float((scored - expected).abs().mean()))
+                rows = target.prompt_log_probs(self.probe.token_ids)
+            differences = [float((torch.tensor(list(row)) - expected).abs().mean()) for row in rows]
+            worst = max(worst, *differences)
         if not worst <= self.probe.tolerance:
             raise WeightMismatchError(
                 f"{when}: the engine's log-probs of the probe differ from the learner's by {worst:.3g} nats "

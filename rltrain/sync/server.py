@@ -12,6 +12,7 @@ import json
 import math
 import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from rltrain.tensor_ops import Fingerprint
 from rltrain.types.samples import PolicyVersion
 from rltrain.weight_transfer import ProcessSums, open_store
 
-__all__ = ["PushReport", "ServerSync", "WorkerLink"]
+__all__ = ["PushReport", "ServerSync", "WorkerLink", "merge_copies"]
 
 RTOL = 1e-12  # weights are compared as stored, except for the order of float64 sums
 
@@ -108,10 +109,23 @@ class WorkerLink:
 
         Raises UserError for a model with a weight that cannot be read back.
         """
+        arguments = {} if names is None else {"names": json.dumps(sorted(names))}
+        held = self._ask_processes("rltrain_fingerprint", arguments)
+        if names is None:
+            self._held = held
+        return combine_copies([process.sums for process in held])
+
+    def read_adapter(self, identity: int, rank: int) -> list[dict[str, Fingerprint]]:
+        """The same of every copy of an adapter. identity: vLLM's number of it. rank: of its matrices."""
+        arguments = {"identity": str(identity), "rank": str(rank)}
+        held = self._ask_processes("rltrain_adapter_fingerprint", arguments)
+        return combine_copies([process.sums for process in held])
+
+    def _ask_processes(self, method: str, arguments: Mapping[str, str]) -> list[ProcessSums]:
+        """What every process of the worker writes to the store. Raises UserError for a refusal."""
         assert self.channel.group is not None, "no transfer has taken place"
         key = f"proof/{secrets.token_hex(8)}"
-        arguments = {"key": key} if names is None else {"key": key, "names": json.dumps(sorted(names))}
-        self.channel.call("read its weights", self.control.call_workers, "rltrain_fingerprint", arguments)
+        self.channel.call("read its weights", self.control.call_workers, method, {"key": key, **arguments})
         store = self.channel.group.store
         keys = [f"{key}/{rank}" for rank in range(1, self.channel.members + 1)]
         if not store.check(keys):
@@ -121,13 +135,15 @@ class WorkerLink:
             store.delete_key(each)
         if refusals := [process.refusal for process in held if process.refusal]:
             raise UserError(f"{self.name}: {refusals[0]}")
-        if names is None:
-            self._held = held
-        return combine_copies([process.sums for process in held])
+        return held
 
-    def prove(self, expected: Mapping[str, Fingerprint]) -> float:
-        """The largest relative difference of a fingerprint. Raises WeightMismatchError where one differs."""
-        copies = self.read()
+    def prove(
+        self, expected: Mapping[str, Fingerprint], copies: Sequence[Mapping[str, Fingerprint]]
+    ) -> float:
+        """The largest relative difference of a fingerprint. copies: what ``read`` has just returned.
+
+        Raises WeightMismatchError where one differs.
+        """
         worst = 0.0
         for held in copies:
             try:
@@ -184,15 +200,20 @@ class WorkerLink:
 
     def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, Fingerprint]:
         """See ``WeightTarget.fingerprint``; where copies differ, the number of the weight is NaN."""
-        first, *others = self.read(names)
-        merged = dict(first)
-        for name, fingerprint in first.items():
-            if any(not _is_equal(copy.get(name), fingerprint) for copy in others):
-                merged[name] = Fingerprint(math.nan, math.nan)
-        return merged
+        return merge_copies(self.read(names))
 
     def close(self) -> None:
         self.channel.fail(RuntimeError(f"{self.name} was closed"))
+
+
+def merge_copies(copies: Sequence[Mapping[str, Fingerprint]]) -> dict[str, Fingerprint]:
+    """The fingerprints that all copies have; NaN where they differ."""
+    first, *others = copies
+    merged = dict(first)
+    for name, fingerprint in first.items():
+        if any(not _is_equal(copy.get(name), fingerprint) for copy in others):
+            merged[name] = Fingerprint(math.nan, math.nan)
+    return merged
 
 
 def _is_equal(held: Fingerprint | None, other: Fingerprint) -> bool:
@@ -263,8 +284,9 @@ class ServerSync:
                 continue
             sent = self._send(active, weights, errors)
             finished = self._each(sent, lambda link: link.finish(version), errors)
+            reads = {link.name: start_call(link.read) for link in finished}  # while the learner reads its own
             expected = expected or self.fingerprints(self.dtype)
-            self._prove(finished, expected, version, errors, quarantined, differences)
+            self._prove(finished, reads, expected, version, errors, quarantined, differences)
         served = tuple(link.name for link in self.links if link.version == version)
         lost = {name: error for name, error in errors.items() if name not in quarantined}
         worst = max(differences.values(), default=0.0)
@@ -288,6 +310,7 @@ class ServerSync:
     def _prove(
         self,
         links: Sequence[WorkerLink],
+        reads: Mapping[str, Future[list[dict[str, Fingerprint]]]],
         expected: Mapping[str, Fingerprint],
         version: PolicyVersion,
         errors: dict[str, Exception],
@@ -298,7 +321,7 @@ class ServerSync:
 
         def prove(link: WorkerLink) -> None:
             try:
-                differences[link.name] = link.prove(expected)
+                differences[link.name] = link.prove(expected, reads[link.name].result())
             except WeightMismatchError as error:
                 quarantined[link.name] = error
                 return

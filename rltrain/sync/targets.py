@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -33,6 +34,26 @@ class WorkerControl(Protocol):
         ...
 
     def resume(self) -> None: ...
+
+
+class AdapterControl(WorkerControl, Protocol):
+    """The calls of a worker that takes adapters beside a base of its own."""
+
+    def upload_adapter(self, name: str, folder: Path) -> str:
+        """Sends the files of one version; returns their folder on the worker's machine."""
+        ...
+
+    def load_adapter(self, name: str, path: str) -> None: ...
+
+    def unload_adapter(self, name: str) -> None: ...
+
+    def find_adapters(self) -> dict[str, int]:
+        """vLLM's numbers of the adapters that are loaded, by name."""
+        ...
+
+    def score(self, token_ids: Sequence[int], model: str) -> list[float]:
+        """Nats of each token but the first, at temperature 1."""
+        ...
 
 
 def load(

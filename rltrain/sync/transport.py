@@ -7,11 +7,11 @@ gathered, in one of two buffers. While a bucket travels, the next one is gathere
 from __future__ import annotations
 
 import contextlib
+import functools
 import secrets
 import threading
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -20,7 +20,14 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 from rltrain.sync.targets import WorkerControl
-from rltrain.weight_transfer import Bucket, Membership, TransferGroup, align_size, allocate_buffer
+from rltrain.weight_transfer import (
+    Bucket,
+    Membership,
+    TransferGroup,
+    align_size,
+    allocate_buffer,
+    connect_store,
+)
 
 __all__ = ["WORKER_ERRORS", "Channel", "Pace", "Sender", "start_call", "wait_for"]
 
@@ -94,14 +101,11 @@ class Channel:
             self.host, self.store.port, prefix, 1, self.members + 1, self.backend, seconds
         )
         answer = start_call(self.control.init_transfer, membership.to_json())
-        group = start_call(TransferGroup, self.store, membership, 0)
-        until = time.monotonic() + 2 * seconds
-        while not group.done():
-            _raise_early(answer)
-            if time.monotonic() > until:
-                break
-            time.sleep(0.001)
-        self.group = wait_for(group, 0.1, "the worker's processes join the transfer")
+        group = start_call(_join_group, membership, answer)
+        ends: list[Future[Any]] = [answer, group]
+        wait(ends, 2 * seconds, FIRST_COMPLETED)
+        _raise_early(answer)
+        self.group = wait_for(group, 2 * seconds, "the worker's processes join the transfer")
         wait_for(answer, seconds, "the worker joins the transfer")
 
     def call(self, what: str, call: Callable[..., _Result], *arguments: Any, size: int = 0) -> _Result:
@@ -117,6 +121,11 @@ class Channel:
             self.group = None
 
 
+def _join_group(membership: Membership, answer: Future[Any]) -> TransferGroup:
+    """The learner's end, by a connection of its own to the store: nobody else can use one that waits."""
+    return TransferGroup(connect_store(membership), membership, 0, lambda: _raise_early(answer))
+
+
 def _raise_early(answer: Future[Any]) -> None:
     """Raises the error of a call that has ended with one."""
     if answer.done() and (error := answer.exception()) is not None:
@@ -125,11 +134,11 @@ def _raise_early(answer: Future[Any]) -> None:
 
 @dataclass
 class _Flight:
-    """A bucket on its way: per channel, the broadcast and the answer of the server."""
+    """A bucket on its way: per channel, the broadcast, unless it is empty, and the answer of the server."""
 
     bucket: Bucket
     buffer: Tensor
-    works: list[tuple[Channel, Any, Future[None]]]
+    works: list[tuple[Channel, Future[None] | None, Future[None]]]
 
 
 @dataclass
@@ -224,31 +233,29 @@ class Sender:
         )
         self._index += 1
         self.sent_bytes += bucket.total_bytes
-        works: list[tuple[Channel, Any, Future[None]]] = []
+        works: list[tuple[Channel, Future[None] | None, Future[None]]] = []
         for channel in self._live():
             seconds = channel.pace.deadline(buffer.numel())
-            info = {**bucket.to_json(), "seconds": seconds}
-            answer = start_call(channel.control.update, info)
-            try:
-                assert channel.group is not None
-                # A bucket without tensors only says that it is the last.
-                work = channel.group.broadcast(buffer, seconds) if tensors else None
-                works.append((channel, work, answer))
-            except WORKER_ERRORS as error:
-                channel.fail(error)
+            answer = start_call(channel.control.update, {**bucket.to_json(), "seconds": seconds})
+            assert channel.group is not None
+            # A bucket without tensors only says that it is the last.
+            transfer = None
+            if tensors:
+                check = functools.partial(_raise_early, answer)
+                transfer = start_call(channel.group.broadcast, buffer, seconds, check)
+            works.append((channel, transfer, answer))
         self._flight = _Flight(bucket, buffer, works)
 
     def _land(self) -> None:
         """Waits until the bucket on its way has arrived everywhere; its buffer is free then."""
         if self._flight is None:
             return
-        for channel, work, answer in self._flight.works:
+        for channel, transfer, answer in self._flight.works:
             seconds = channel.pace.deadline(self._flight.buffer.numel())
             what = f"{channel.name} has to take bucket {self._flight.bucket.index}"
             try:
-                assert channel.group is not None
-                if work is not None:
-                    channel.group.wait(work, seconds, lambda answer=answer: _raise_early(answer))
+                if transfer is not None:
+                    wait_for(transfer, 3 * seconds, what)  # its own deadline is twice as long
                 wait_for(answer, seconds, what)
             except WORKER_ERRORS as error:
                 channel.fail(error)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from rltrain.report.metrics import WORKER_MISMATCH
+from rltrain.seeds import stable_hash
+
+_RESCORED = 0.01  # share of each worker's completions
 
 
 class MismatchError(RuntimeError):
@@ -44,4 +49,38 @@ class MismatchGuard:
                 f"mean |learner - engine log-prob| is {value:.3g} nats, above rollout.mismatch_warn "
                 f"{self.warn:g} (the run stops after {self.patience} steps above {self.stop:g})"
             )
-        return None
+        return self._worker_warning(metrics)
+
+    def _worker_warning(self, metrics: Mapping[str, float]) -> str | None:
+        """About workers that differ so much from the learner, though all together do not."""
+        wrong = [
+            f"{name.removeprefix(WORKER_MISMATCH)} {value:.3g}"
+            for name, value in metrics.items()
+            if name.startswith(WORKER_MISMATCH) and not value <= self.warn
+        ]
+        if not wrong:
+            return None
+        return (
+            "mean |learner - engine log-prob| of single workers in nats, above rollout.mismatch_warn "
+            f"{self.warn:g}: {', '.join(wrong)}; the others' samples hide it from the mean. Start these "
+            "workers again"
+        )
+
+
+def find_workers(workers: Sequence[str]) -> dict[str, list[int]]:
+    """The rows of each worker, given every row's; without rows that name none."""
+    rows: dict[str, list[int]] = {}
+    for row, worker in enumerate(workers):
+        if worker:
+            rows.setdefault(worker, []).append(row)
+    return dict(sorted(rows.items()))
+
+
+def choose_rows(rows: Mapping[str, Sequence[int]], seed: int) -> dict[str, list[int]]:
+    """The rows of each worker that the learner scores again: a seeded share, at least one."""
+    return {
+        worker: sorted(
+            sorted(places, key=lambda row: stable_hash(seed, row))[: max(1, int(len(places) * _RESCORED))]
+        )
+        for worker, places in rows.items()
+    }

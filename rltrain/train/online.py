@@ -10,7 +10,8 @@ The loop does not know which methods run: the recipe names them and ``build/onli
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,18 +33,21 @@ from rltrain.report.metrics import (
     mismatch_metrics,
     own_step_metrics,
     source_metrics,
+    staleness_metrics,
     why_no_update,
+    worker_metrics,
 )
 from rltrain.report.token_numbers import TokenTensors
 from rltrain.rollout.collate import collate
 from rltrain.rollout.source import Rollouts
 from rltrain.rollout.steps import StepSplitter
+from rltrain.seeds import stable_hash
 from rltrain.train.evaluate import Evaluation
 from rltrain.train.loop import Clock, timing_metrics
-from rltrain.train.mismatch import MismatchGuard
+from rltrain.train.mismatch import MismatchGuard, choose_rows, find_workers
 from rltrain.train.sampled_run import SampledRun
 from rltrain.types.policy import TokenRows, TrainBatch
-from rltrain.types.samples import SOURCE_POLICY, SOURCE_REFERENCE
+from rltrain.types.samples import SOURCE_POLICY, SOURCE_REFERENCE, ScoredGroup
 
 ROUNDING_GRAD_NORM = 1e-6  # a gradient of at most this norm may consist of rounding errors alone
 # the learner's statistics that have a field in ``TrainBatch``; all others go into ``TrainBatch.extra``
@@ -98,6 +102,7 @@ class Step:
     sampled: TrainBatch  # the batch before any method changed it
     batch: TrainBatch  # the batch that the update reads
     metrics: Mapping[str, float]  # measured before the update
+    version: int = 0  # of the policy before the update
 
     def replace(self, batch: TrainBatch, **metrics: float) -> Step:
         """The same step with another batch and further metrics."""
@@ -122,6 +127,9 @@ def train_online(run: OnlineRun) -> Path:
             step = apply_methods(run, step)
         with clock("update"):
             update = run.learner.update(step.rows, step.batch, run.objective, run.update_controls)
+        if run.recipe.rollout.lag:
+            with clock("wait"):
+                run.settle()
         with clock("sync"):
             push_metrics = run.push(expect_change=must_change_weights(update.metrics, lr))
 
@@ -136,8 +144,8 @@ def train_online(run: OnlineRun) -> Path:
 def collate_step(run: OnlineRun, number: int, rollouts: Rollouts) -> Step:
     """The completions of all groups as token rows and a batch of tensors."""
     rows, sampled = collate(rollouts.groups, run.step_splitter)
-    sampled = sampled.with_metrics(**rollouts.metrics)
-    return Step(number, rollouts, rows, sampled, sampled, {})
+    sampled = sampled.with_metrics(**rollouts.control_metrics)
+    return Step(number, rollouts, rows, sampled, sampled, {}, run.learner.version)
 
 
 def annotate(run: OnlineRun, step: Step) -> Step:
@@ -190,11 +198,29 @@ def measure_mismatch(run: OnlineRun, step: Step) -> dict[str, float]:
     if updates == 1 or "logp" in run.passes or sampled.rollout_logp is None:
         return {}
     policy_rows = torch.nonzero(sampled.source == SOURCE_POLICY).flatten()
-    first = policy_rows[: max(1, len(policy_rows) // updates)]
-    logp = run.learner.annotate(step.rows.rows(first), frozenset({"logp"}))["logp"]
-    part = sampled.rows(first, logp.shape[1])
+    first = policy_rows[: max(1, len(policy_rows) // updates)].tolist()
+    seed = stable_hash(run.recipe.seed, "rescored", step.number)
+    workers = choose_rows(find_workers(row_workers(step.rollouts.groups)), seed)
+    rows = sorted({*first, *itertools.chain.from_iterable(workers.values())})
+    logp = run.learner.annotate(step.rows.rows(torch.tensor(rows)), frozenset({"logp"}))["logp"]
+    part = sampled.rows(torch.tensor(rows), logp.shape[1])
     assert part.rollout_logp is not None
-    return mismatch_metrics(logp, part.rollout_logp, part.mask)
+    place = {row: number for number, row in enumerate(rows)}
+    places = {worker: [place[row] for row in chosen] for worker, chosen in workers.items()}
+    pooled = [place[row] for row in first]
+    return {
+        **mismatch_metrics(logp[pooled], part.rollout_logp[pooled], part.mask[pooled]),
+        **worker_metrics(places, logp, part.rollout_logp, part.mask),
+    }
+
+
+def row_workers(groups: Sequence[ScoredGroup]) -> list[str]:
+    """The worker that sampled each row; empty: there are not several, or the policy did not sample it."""
+    return [
+        completion.worker if completion.source == SOURCE_POLICY else ""
+        for group in groups
+        for completion in group.completions
+    ]
 
 
 # advantages and controls ------------------------------------------------------------------------------------
@@ -258,6 +284,7 @@ def report_step(
     metrics = {
         **counts,
         **own_step_metrics(batch, logp, sampling_entropy(batch, update), step.sampled.mask),
+        **measure_workers(step, logp),
         **update.metrics,
         **coefficient_metrics(run),
         **step.metrics,
@@ -270,22 +297,40 @@ def report_step(
         "learner/skipped_updates": update.skipped_updates,
         "rollout/generated_groups": rollouts.generated_groups,
         "rollout/rounds": rollouts.rounds,
+        **rollouts.logged_metrics,
         **timing_metrics(seconds, tokens=tokens),
     }
+    if run.recipe.rollout.lag:
+        metrics |= staleness_metrics(step.sampled, logp, step.version)
     metrics |= run.law.step(metrics)
 
     is_unchanged = update.metrics["learner/grad_norm"] == 0 or lr == 0
     reason = why_no_update(batch, lr) if is_unchanged else None
-    tensors = TokenTensors(batch, logp, sampling_entropy(batch, update), update.clipped)
+    tensors = TokenTensors(batch, logp, sampling_entropy(batch, update), update.clipped, update.touched)
     run.reporter.step(step.number, metrics, rollouts.groups, reason, tensors)
 
-    warning = run.mismatch.check(step.number, metrics)
+    # the difference to older samples is the policy's own movement, whatever the engine does
+    is_current = bool((step.sampled.oldest == step.version).all()) or not run.recipe.rollout.lag
+    warning = run.mismatch.check(step.number, metrics) if is_current else None
     if warning is not None:
         run.reporter.warn(warning)
     message = run.law.message()
     if message is not None:
         run.reporter.message(message)
     return metrics
+
+
+def measure_workers(step: Step, logp: Tensor) -> dict[str, float]:
+    """Each worker's mismatch, unless ``measure_mismatch`` has it. logp: (B, T) of the learner."""
+    # the reference model's rows have been removed since they were scored
+    sources = [completion.source for group in step.rollouts.groups for completion in group.completions]
+    names = zip(row_workers(step.rollouts.groups), sources, strict=True)
+    workers = find_workers([name for name, source in names if source != SOURCE_REFERENCE])
+    if not workers or step.sampled.rollout_logp is None or "rollout/mismatch_abs" in step.metrics:
+        return {}
+    return worker_metrics(
+        workers, logp, step.sampled.rollout_logp.to(logp.device), step.sampled.mask.to(logp.device)
+    )
 
 
 def sampling_entropy(batch: TrainBatch, update: UpdateStats) -> Tensor:

@@ -208,8 +208,8 @@ class StopRequest:
             end_by_signal(received)
         elif received is signal.SIGINT and len(self.signals) == 1:
             say(
-                "Ctrl-C: the run stops after the step in hand and writes a checkpoint; a second one ends it "
-                "at once"
+                "Ctrl-C: the run stops after the step in hand and writes a checkpoint, from which the same "
+                "command continues; a second Ctrl-C ends it at once, back at the last checkpoint"
             )
 
     def _is_second_request(self) -> bool:

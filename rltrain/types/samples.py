@@ -177,6 +177,8 @@ class Completion:
     turns: tuple[tuple[int, int], ...] = ()
     episode: Episode | None = None  # its outcome in an environment; None if there was no environment
     kept: TokenSets | None = None  # None: every token was drawn from the whole vocabulary
+    # which of several workers sampled it, for the metrics; the tokens do not depend on it
+    worker: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):

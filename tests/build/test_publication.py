@@ -277,6 +277,34 @@ def environment_of(hub: FakeHub, home: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
+def test_hf_xet_uploads_a_push_and_one_killed_before_its_commit_is_finished(
+    hub: FakeHub, finished_run: Path, tmp_path: Path
+):
+    """The library that users have: it writes chunks to a folder, from which the Hub puts files together."""
+    pytest.importorskip("hf_xet", reason="hf_xet is not installed (huggingface_hub needs it)")
+    hub.xet = tmp_path / "chunks"
+    hub.xet.mkdir()
+    command = [sys.executable, "-m", "rltrain", "push", str(finished_run), REPOSITORY]
+    environment = environment_of(hub, tmp_path) | {"HF_HUB_DISABLE_XET": "0"}
+    fault = hub.fail("commit", "hold")
+    running = subprocess.Popen(command, cwd=ROOT, env=environment)
+    assert fault.reached.wait(300)
+    running.kill()
+    running.wait()
+    fault.release.set()
+    assert len(hub.repositories[REPOSITORY].commits) == 1
+    hub.fail("xet", 503)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    require_whole(hub, finished_run)
+    assert hub.calls["xet"] >= 2 and hub.calls["put"] == 0
+    assert len(hub.repositories[REPOSITORY].commits) == 2
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
+    assert TOKEN not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("endpoint", ["put", "commit"])
 def test_a_push_killed_in_the_middle_is_finished_by_the_same_command(
     hub: FakeHub, finished_run: Path, tmp_path: Path, endpoint: str
@@ -284,7 +312,7 @@ def test_a_push_killed_in_the_middle_is_finished_by_the_same_command(
     command = ["-m", "rltrain", "push", str(finished_run), REPOSITORY]
     fault = hub.fail(endpoint, "hold")
     running = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment_of(hub, tmp_path))
-    assert fault.reached.wait(120)
+    assert fault.reached.wait(300)
     running.kill()
     running.wait()
     fault.release.set()

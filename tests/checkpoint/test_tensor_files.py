@@ -59,7 +59,7 @@ def test_one_file_of_tensors_is_in_memory_at_a_time(tmp_path: Path) -> None:
 
 def test_views_of_one_tensor_are_written_each_by_itself(tmp_path: Path) -> None:
     fused = torch.arange(12.0).view(4, 3)
-    parts = {"first": fused[:2], "second": fused[2:], "turned": fused.T}
+    parts = {"first": fused[:2], "second": fused[2:], "turned": fused.T, "whole": fused, "again": fused}
     write_tensors(tmp_path, "model", parts.items())
     stored = load_file(tmp_path / "model.safetensors")
     assert stored.keys() == parts.keys()

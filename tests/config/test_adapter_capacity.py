@@ -127,6 +127,17 @@ def test_the_learner_of_7b_grpo_fits_24_gb_and_vllm_beside_it_does_not() -> None
     assert all(phase.fits for phase in phases_of(load, on_48))
 
 
+def test_7b_grpo_fits_two_gpus_of_24_gb_one_of_which_is_a_servers() -> None:
+    server = ("learner.tokens_per_micro_batch=2048", "rollout.engine=vllm_server")
+    on_one = Cluster(1, OF_24_GB, Backend.ddp)  # beside the server's
+    in_four_bits = load_of("policy/lora_grpo", *server, "model.adapter.quantize=nf4")
+    phases = {phase.name: phase for phase in phases_of(in_four_bits, on_one)}
+    assert all(phase.fits for phase in phases.values())
+    assert max(phases[name].total for name in ("push", "update", "save")) < 14 * GB
+    # of the server: 7.62e9 parameters and two adapters of 80.7e6 in bfloat16, its work and one row
+    assert phases["one row in the engine"].total == pytest.approx((15.23 + 0.32 + 2.64 + 0.09) * GB, rel=0.01)
+
+
 def test_the_adapter_switched_off_takes_the_place_of_a_reference() -> None:
     with_adapter = load_of("policy/lora_grpo")
     assert (with_adapter.frozen, with_adapter.switched_off) == ((), 1)

@@ -13,11 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rltrain.build.exported import export_run
+from rltrain.checkpoint.run_state import is_sharded, read_state
 from rltrain.cli.soup import soup_command
 from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
 from rltrain.config.rules import check
 from rltrain.learner.loading import load_causal_lm
+from rltrain.report.names import reproducible_metrics
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = (
@@ -33,6 +36,7 @@ SETTINGS = (
     "reference.cache=null",
     "data.eval=null",
 )
+PARTS = "checkpoint.format=sharded"
 pytestmark = pytest.mark.slow
 
 
@@ -47,7 +51,7 @@ def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def lines_of(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+    return [reproducible_metrics(line) for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +64,60 @@ def single_process(random_model: str, tmp_path_factory: pytest.TempPathFactory) 
 def test_a_resumed_run_continues_bit_for_bit(single_process: Path, random_model: str, tmp_path: Path) -> None:
     middle = single_process / "checkpoints/step-2"
     train("preference/dpo", tmp_path / "resumed", [f"model.path={random_model}", *SETTINGS], str(middle))
-    assert lines_of(tmp_path / "resumed") == lines_of(single_process)[-2:]
-    expected = adapter_of(single_process / "model")
-    actual = adapter_of(tmp_path / "resumed/model")
+    assert len(lines_of(tmp_path / "resumed")) == 2
+    require_same_end(tmp_path / "resumed", single_process)
+
+
+QUANTIZED = "model.adapter={rank: 4, alpha: 8, quantize: nf4}"
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [
+        "none",
+        pytest.param(
+            "nf4",
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec("bitsandbytes") is None,
+                reason="bitsandbytes is not installed (pip install 'rltrain[qlora]')",
+            ),
+        ),
+    ],
+)
+def test_a_run_in_parts_continues_bit_for_bit_and_is_exported(
+    storage: str, random_model: str, tmp_path: Path
+) -> None:
+    overrides = [f"model.path={random_model}", *SETTINGS, PARTS]
+    if storage == "nf4":
+        overrides.append(QUANTIZED)
+    run = tmp_path / "run"
+    train("preference/dpo", run, overrides)
+    middle = run / "checkpoints/step-2"
+    assert is_sharded(middle)
+    trained = {key.split("/")[0] for key in read_state(middle).tensors}
+    assert trained and all(".lora_" in name for name in trained)  # neither base nor its moments
+    train("preference/dpo", tmp_path / "resumed", overrides, str(middle))
+    require_same_end(tmp_path / "resumed", run)
+
+    out = export_run(run, tmp_path / "exported", "step-4", "float32")
+    assert_equal_adapters(out, run / "model")
+    for name in ("adapter_config.json", "adapter_base.json"):
+        assert (out / name).exists() == (run / "model" / name).exists()
+    expected = load_causal_lm(str(run / "model"), None, "auto").state_dict()
+    exported = load_causal_lm(str(out), None, "auto").state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in exported.items())
+
+
+def require_same_end(run: Path, expected_run: Path) -> None:
+    """The steps that both have, and the adapter, bit for bit."""
+    lines = lines_of(run)
+    assert lines and lines == lines_of(expected_run)[-len(lines) :]
+    assert_equal_adapters(run / "model", expected_run / "model")
+
+
+def assert_equal_adapters(folder: Path, expected_folder: Path) -> None:
+    expected = adapter_of(expected_folder)
+    actual = adapter_of(folder)
     assert actual.keys() == expected.keys()
     assert all(torch.equal(weight, expected[name]) for name, weight in actual.items())
 
@@ -74,11 +129,14 @@ def test_two_ranks_equal_one(backend: str, single_process: Path, random_model: s
     overrides = [f"model.path={random_model}", *SETTINGS]
     runs = [{"recipe": "recipes/preference/dpo.yaml", "name": "dpo", "overrides": overrides}]
     if backend in ("ddp", "fsdp2") and importlib.util.find_spec("bitsandbytes"):
-        quantized = [*overrides, "model.adapter={rank: 4, alpha: 8, quantize: nf4}", "train.steps=2"]
+        quantized = [*overrides, QUANTIZED, "train.steps=2"]
         runs.append({"recipe": "recipes/preference/dpo.yaml", "name": "nf4", "overrides": quantized})
         train("preference/dpo", tmp_path / "nf4", quantized)
     out = tmp_path / "ranks"
     out.mkdir()
+    in_parts = {**runs[0], "overrides": [*overrides, PARTS]}
+    runs.append({**in_parts, "name": "parts"})
+    runs.append({**in_parts, "name": "from_parts", "resume": str(out / "parts/checkpoints/step-2")})
     (out / "runs.json").write_text(json.dumps(runs))
     cleared = {
         name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))
@@ -88,9 +146,13 @@ def test_two_ranks_equal_one(backend: str, single_process: Path, random_model: s
     launcher = ["--config_file", config, "--num_processes", "2", "--main_process_port", "0"]
     script = str(Path(__file__).with_name("two_ranks_preferences.py"))
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, script, str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
+    assert is_sharded(out / "parts/checkpoints/step-2")
+    require_same_end(out / "parts", out / "dpo")
+    assert len(lines_of(out / "from_parts")) == 2
+    require_same_end(out / "from_parts", out / "parts")
     for run, expected in (("dpo", single_process), ("nf4", tmp_path / "nf4")):
         if not expected.exists():
             continue

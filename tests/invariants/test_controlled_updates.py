@@ -111,6 +111,18 @@ def test_kl_cov_does_nothing_in_a_step_s_first_update_and_pulls_in_the_others(ra
     assert plain_stats.metrics["control/kl_cov_touched"] == stats.metrics["control/kl_cov_touched"] > 0
 
 
+def test_the_tokens_that_a_control_touched_are_those_that_its_metric_counts(random_model: str):
+    _, batch = step()
+    stats, _ = with_beta(random_model, 1.0, updates=1)
+    assert stats.touched is not None
+    share = stats.metrics["control/kl_cov_touched"]
+    assert stats.touched.sum() == pytest.approx(share * int(batch.mask.sum())) and share > 0
+    # a control over the whole step touches a token in all updates that train on it
+    both, _ = train(random_model, "clip_cov, steer, 80/20", 24)
+    assert both.touched is not None and both.touched.shape == batch.mask.shape
+    assert both.touched.sum() > 0 and both.touched.max() == 1 and not both.touched[~batch.mask].any()
+
+
 def with_beta(model: str, beta: float, updates: int) -> tuple[UpdateStats, Tensor]:
     settings = Learner(
         optimizer=Optimizer(lr=1e-3, max_grad_norm=1e9), updates=updates, tokens_per_micro_batch=24

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -38,6 +39,9 @@ from support.resumed_runs import (
 )
 
 ROOT = Path(__file__).parents[2]
+NEEDS_8_BITS = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
 
 
 @pytest.fixture
@@ -59,6 +63,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     [
         pytest.param(5, [], id="after a checkpoint"),
         pytest.param(5, ["checkpoint.format=sharded"], id="after a sharded checkpoint"),
+        pytest.param(
+            5,
+            ["learner.optimizer.name=adamw_8bit"],
+            id="moments of 8 bits",
+            marks=[
+                pytest.mark.slow,
+                NEEDS_8_BITS,
+            ],
+        ),
         pytest.param(2, [], id="before the first checkpoint", marks=pytest.mark.slow),
     ],
 )
@@ -70,7 +83,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(
     assert lines(tmp_path / "resumed")[-1]["step"] == killed - 1  # more than the checkpoint knows of
     assert start(tmp_path / "resumed", *settings) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
-    assert is_sharded(tmp_path / "whole/checkpoints/step-6") == bool(settings)
+    assert is_sharded(tmp_path / "whole/checkpoints/step-6") == ("checkpoint.format=sharded" in settings)
 
 
 @pytest.mark.slow
@@ -142,8 +155,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert signal.getsignal(signal.SIGINT) is handler
     printed = capfd.readouterr()
     assert (
-        "Ctrl-C: the run stops after the step in hand and writes a checkpoint; a second one ends it at once"
-        in printed.err
+        "Ctrl-C: the run stops after the step in hand and writes a checkpoint, from which the same command "
+        "continues; a second Ctrl-C ends it at once, back at the last checkpoint" in printed.err
     )
     said = " ".join(printed.out.split())
     assert "stopped by Ctrl-C after step 2" in said

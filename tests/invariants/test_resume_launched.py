@@ -146,15 +146,21 @@ def test_ctrl_c_at_the_terminal_of_a_launcher_is_one_stop(
 def test_two_ranks_with_real_vllm_go_on_as_if_never_stopped(
     launch: Callable[..., Launched], tmp_path: Path
 ) -> None:
-    uninterrupted = tmp_path / "whole"
-    resumed = tmp_path / "resumed"
-    assert_finished(launch(2, uninterrupted, "rollout.engine=vllm"), 2)
+    apart, together, resumed = (tmp_path / name for name in ("apart", "together", "resumed"))
+    shared = ("rollout.engine=vllm", "rollout.vllm.tensor_parallel=2")  # one engine on both ranks
+    assert_finished(launch(2, apart, "rollout.engine=vllm"), 2)
+    assert_finished(launch(2, together, *shared), 2)
+    steps, expected = ([line for line in lines(run) if "reward/mean" in line] for run in (together, apart))
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    for line, want in zip(steps, expected, strict=True):
+        for name in ("reward/mean", "learner/grad_norm", "loss/total"):
+            assert line[name] == pytest.approx(want[name], rel=1e-3, abs=1e-5), (line["step"], name)
     # what a machine that went down before the second checkpoint leaves: its reports know more
-    shutil.copytree(uninterrupted, resumed)
+    shutil.copytree(together, resumed)
     for made_later in (resumed / "checkpoints/step-6", resumed / "model"):
         shutil.rmtree(made_later)
     assert [step for step, _ in RunFolder(resumed).present_checkpoints()] == [3] and lines(resumed)[-1][
         "step"
     ] == 6
-    assert "continuing from" in assert_finished(launch(2, resumed, "rollout.engine=vllm"), 2)
-    assert_same_run(uninterrupted, resumed)
+    assert "continuing from" in assert_finished(launch(2, resumed, *shared), 2)
+    assert_same_run(together, resumed)

@@ -3,7 +3,8 @@
     accelerate launch --config_file recipes/accelerate/zero2.yaml --num_processes 2 two_ranks_preferences.py
     FOLDER
 
-A run is {"recipe", "name", "overrides"} and is written to FOLDER/NAME. FOLDER/engaged-RANK.json has facts
+A run is {"recipe", "name", "overrides"}, with "resume" that of a checkpoint, and is written to FOLDER/NAME.
+FOLDER/engaged-RANK.json has facts
 about its model.
 """
 
@@ -34,7 +35,7 @@ def main() -> None:
         recipe = check(
             load_recipe(ROOT / run["recipe"], profile="tiny_cpu", overrides=run["overrides"])
         ).recipe
-        assert train_command(recipe, out / run["name"], [], "never") == 0
+        assert train_command(recipe, out / run["name"], [], run.get("resume", "never")) == 0
     (out / f"engaged-{os.environ['RANK']}.json").write_text(json.dumps(engaged))
 
 

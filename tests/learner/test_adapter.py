@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rltrain.checkpoint.export import export_adapter
+from rltrain.cli.soup import soup_command
 from rltrain.config.schema import Adapter, LearnerCore, Model, Optimizer
 from rltrain.errors import UserError
 from rltrain.learner.adapter import linear_layers, merge_adapter_folder, target_paths
@@ -82,8 +83,11 @@ def ref_of(facts: CompletionFacts) -> Tensor:
 
 def write(learner: PreferenceLearner, folder: Path, path: str) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(path)
+    adapter = learner.trained.adapter
+    assert adapter is not None
     config = learner.trained.adapter_config()
-    return export_adapter(folder, tokenizer, "card", config, learner.adapter_weights())
+    weights = learner.adapter_weights()
+    return export_adapter(folder, tokenizer, "card", config, weights, storage=adapter.settings.quantize)
 
 
 def logits(model: Any) -> Tensor:
@@ -235,6 +239,30 @@ def test_a_quantised_base_is_trained_saved_and_continued(
         train(half, 1, AdapterOff(half.trained))
     expected = dict(learner.adapter_weights())
     assert all(torch.equal(weight, expected[name]) for name, weight in continued.adapter_weights())
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_an_adapter_is_merged_into_what_its_quantised_base_was_and_the_card_says_so(
+    random_model: str, quantize: str, tmp_path: Path
+) -> None:
+    learner = learner_of(model_of(random_model, quantize=quantize))
+    train(learner, 2, AdapterOff(learner.trained))
+    folder = write(learner, tmp_path / "adapter", random_model)
+    assert soup_command([str(folder)], [], tmp_path / "merged") == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not hasattr(merged.config, "quantization_config") and merged.dtype == torch.float32
+    weights = merged.state_dict()
+    for name, weight in learner.model_weights():
+        assert torch.allclose(weights[name], weight, rtol=0, atol=1e-6), name
+    assert (logits(merged) - logits(learner.model)).abs().max() < (1e-4 if quantize == "nf4" else 1e-2)
+
+    # peft adds it to the base's own weights, which is another model
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(random_model), str(folder))
+    by_peft: Any = plain.merge_and_unload()  # pyright: ignore[reportCallIssue]
+    assert (logits(by_peft) - logits(learner.model)).abs().max() > 2e-2
+    card = (tmp_path / "merged/README.md").read_text()
+    assert f"was stored as {quantize}" in card and "dequantised to float32" in card
 
 
 @needs_bitsandbytes

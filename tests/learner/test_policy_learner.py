@@ -75,6 +75,7 @@ def test_the_tokens_that_were_clipped_are_those_that_the_metrics_count(random_mo
     update = learner.update(rows, batch.replace(old_logp=logp), objective_of())
     share = update.metrics["loss/clip_low"] + update.metrics["loss/clip_high"]  # mean over the updates
     assert update.clipped.sum() == pytest.approx(3 * share * float(batch.mask.sum()), rel=1e-5) and share > 0
+    assert update.touched is None  # there is no control
     assert not update.clipped[~batch.mask].any() and update.clipped.max() <= 2  # the first one clips nothing
 
 

@@ -114,6 +114,21 @@ def test_one_update_is_what_plain_pytorch_computes(random_model: str, share: str
         torch.testing.assert_close(gradients[name], parameter.grad, atol=2e-5, rtol=2e-3)
 
 
+def test_an_update_copies_its_batch_to_the_device_once(
+    random_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved, passes = [], []
+    move, run = PairBatch.to, PreferenceObjective.__call__
+    monkeypatch.setattr(PairBatch, "to", lambda batch, device: moved.append(device) or move(batch, device))
+    monkeypatch.setattr(
+        PreferenceObjective, "__call__", lambda self, *parts: passes.append(1) or run(self, *parts)
+    )
+    rows, batch = pairs()
+    learner = learner_of(random_model, tokens_per_micro_batch=64)
+    learner.update_examples(rows, batch, objective("dpo", beta=0.3))
+    assert len(passes) > 2 and moved == [learner.device]
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("share", ["auto", "never"])
 def test_log_probs_are_the_models_own_in_every_layout(random_model: str, layout: str, share: str) -> None:

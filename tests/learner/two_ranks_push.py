@@ -67,11 +67,11 @@ def main(model: str, out: Path, precision: str) -> None:
     settings = Learner(optimizer=Optimizer(lr=1e-3), precision=precision)
     trained = TrainedModel(Model(path=model), settings, total_updates=4, seed=0)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    worker = FakeWorker(trained.names.ties) if trained.rank == 0 else None
+    worker = FakeWorker(ties=trained.names.ties) if trained.rank == 0 else None
     pace = Pace(seconds=20.0)
     cpu = torch.device("cpu")
     links = (
-        [WorkerLink("worker", worker, dtype, trained.names.ties, CAPACITY, cpu, pace=pace)]
+        [WorkerLink("worker", worker.connect(), dtype, trained.names.ties, CAPACITY, cpu, pace=pace)]
         if worker is not None
         else []
     )

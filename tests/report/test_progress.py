@@ -108,6 +108,26 @@ def test_the_header_comes_back_every_twenty_steps_and_when_the_columns_change():
     assert sum("reward" in line for line in shown(a_new_column)) == 2
 
 
+@pytest.mark.parametrize("width", [60, 100])
+def test_a_legend_explains_each_column_once_before_its_first_header(width):
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=width, color_system=None)
+    progress = Progress(200, console, legend=True)
+    progress.step({"reward/mean": 1.0})
+    progress.step(METRICS)
+    for _ in range(20):
+        progress.step(METRICS)
+    lines = file.getvalue().splitlines()
+    assert lines[0] == "reward: mean of the step" and lines[1].split() == ["step", "reward"]
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    assert text.count("mean of the step") == 1 and text.count("groups whose rewards differ") == 1
+    assert "sampling" in text or width == 60  # a column that is not shown is not explained
+    log = io.StringIO()
+    Progress(200, Console(file=log, width=width), legend=True).step(METRICS)
+    assert log.getvalue().count("\n") == 1  # a file has no columns to explain
+
+
 def test_a_missing_number_is_a_dash_and_keeps_the_columns():
     def one_missing(progress):
         progress.step(METRICS)

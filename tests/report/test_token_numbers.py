@@ -83,10 +83,15 @@ def test_versions_and_clipping_are_there_where_they_say_something() -> None:
     completion = Completion((*b"no", 0), (-0.5,) * 3, "stop", "no", spans)
     mixed = ScoredGroup(0, Prompt("row-0", (1,), "?"), (completion,), (Score(1.0),))
     clipped = torch.tensor([[0.0, 2.0, 1.0]])
-    read = TokenTensors(tensors.batch, tensors.logp, tensors.entropy, clipped)
+    touched = torch.tensor([[1.0, 0.0, 0.0]])
+    read = TokenTensors(tensors.batch, tensors.logp, tensors.entropy, clipped, touched)
     (record,) = TokenNumbers(decode_bytes, every=1).records(mixed, read)
     assert record is not None
     assert record["version"] == [4, 5, 5] and record["clip"] == [0.0, 2.0, 1.0]
+    assert record["touched"] == [1.0, 0.0, 0.0]
+    unmoved = TokenTensors(tensors.batch, tensors.logp, tensors.entropy, clipped, 0 * touched)
+    (record,) = TokenNumbers(decode_bytes, every=1).records(mixed, unmoved)
+    assert record is not None and "touched" not in record
 
 
 def test_the_reference_is_there_where_the_step_read_it() -> None:

@@ -44,7 +44,7 @@ def scored_group() -> ScoredGroup:
 
 
 def log_run(folder: Path, tracker: str, steps: list[int]) -> None:
-    sinks = open_sinks(folder, [tracker], "rltrain-tests", {"seed": 1}, lambda text: sys.exit(text))
+    sinks = open_sinks(folder, [tracker], "rltrain-tests", {"seed": 1}, sys.exit, run_id="run7")
     reporter = Reporter(sinks, Transcripts(folder / "transcripts.jsonl", 1), None, tables_every=2)
     for step in steps:
         reporter.step(step, {"reward/mean": 0.25 * step}, [scored_group()], None)
@@ -100,26 +100,31 @@ def test_tensorboard_has_tables_and_takes_back_the_steps_that_a_resumed_run_repe
 
 
 @pytest.mark.slow
-def test_wandb_offline_has_tables(tmp_path: Path):
+def test_wandb_offline_has_tables_and_a_resumed_run_goes_on_in_the_same_one(tmp_path: Path):
     pytest.importorskip("wandb", reason="wandb is not installed (pip install rltrain[trackers])")
-    run_tracker(tmp_path, "wandb", 1, 2, 3)
-    (run,) = (tmp_path / "wandb").glob("offline-run-*")
-    files = sorted((run / "files/media/table/completions").glob("rollout_*.table.json"))
+    run_tracker(tmp_path, "wandb", 1, 2)
+    run_tracker(tmp_path, "wandb", 3)
+    runs = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert runs and {run.name.rpartition("-")[2] for run in runs} == {"run7"}
+    files = sorted(tmp_path.glob("wandb/offline-run-*/files/media/table/completions/rollout_*.table.json"))
     tables = [json.loads(file.read_text()) for file in files]
     assert len(tables) == 2  # of steps 1 and 2
     assert tables[0]["columns"] == list(COLUMNS) and tables[0]["data"][1][3:5] == [None, "timeout"]
-    assert list(run.glob("run-*.wandb"))
+    assert [path for run in runs for path in run.glob("run-run7.wandb")]
 
 
 @pytest.mark.slow
-def test_trackio_has_numbers_and_tables(tmp_path: Path):
+def test_trackio_has_numbers_and_tables_of_a_run_and_of_its_resumption_in_one(tmp_path: Path):
     pytest.importorskip("trackio", reason="trackio is not installed (pip install rltrain[trackers])")
-    run_tracker(tmp_path, "trackio", 1, 2, 3)
+    run_tracker(tmp_path, "trackio", 1, 2)
+    run_tracker(tmp_path, "trackio", 3)
     with sqlite3.connect(tmp_path / "trackio/rltrain-tests.db") as database:
         lines = [
             (step, json.loads(data)) for step, data in database.execute("select step, metrics from metrics")
         ]
+        names = {name for (name,) in database.execute("select distinct run_name from metrics")}
     database.close()
+    assert names == {f"{tmp_path.name}-run7"}
     rewards = [(step, data["reward/mean"]) for step, data in lines if "reward/mean" in data]
     assert rewards == [(1, 0.25), (2, 0.5), (3, 0.75)]
     tables = [(step, data["completions/rollout"]) for step, data in lines if "completions/rollout" in data]

@@ -100,7 +100,7 @@ def source_of(
         8,
         max_rounds,
         verify=nothing,
-        release_memory=nothing,
+        put_to_sleep=nothing,
         close_engine=nothing,
         sources=sources,
     )

@@ -1,4 +1,5 @@
-"""A Hugging Face Hub on the loopback: the endpoints that huggingface_hub 2.4 calls to push and load a model.
+"""A Hugging Face Hub on the loopback: the endpoints that huggingface_hub 2.4 calls to push and load a model,
+with large files by HTTP or, where ``xet`` is a folder, by hf_xet.
 
 ``fail`` makes an endpoint answer wrongly for a number of calls; with "hold" it waits, so that a test can end
 the client in the middle.
@@ -12,12 +13,16 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
+
+from support.local_xet import address_of, read_content
 
 TOKEN = "hf_atokenthatnofilemayhold"
 LARGE = (".safetensors", ".png", ".bin")  # in the large file storage
@@ -29,6 +34,7 @@ ROUTES = (
     ("commit", "POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/main"),
     ("tree", "GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(?P<path>/.*)?"),
     ("info", "GET", r"/api/models/(?P<repo>[^/]+/[^/]+)"),
+    ("xet", "GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/xet-write-token/main"),
     ("batch", "POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch"),
     ("put", "PUT", r"/storage/(?P<oid>[0-9a-f]{64})"),
     ("verify", "POST", r"/verify"),
@@ -67,6 +73,7 @@ class FakeHub:
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.storage: dict[str, bytes] = {}
+        self.xet: Path | None = None  # folder of what hf_xet uploads
         self.faults: dict[str, Fault] = {}
         self.calls: Counter[str] = Counter()
         self.headers: list[tuple[str, str]] = []  # endpoint, Authorization
@@ -153,7 +160,10 @@ class FakeHub:
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                files[value["path"]] = self.storage[value["oid"]]
+                content = self._large_file(value["oid"])
+                if content is None:
+                    return 400, {"error": f"{value['path']} was not uploaded"}
+                files[value["path"]] = content
             else:
                 del files[value["path"]]
         repository.files = files
@@ -162,6 +172,19 @@ class FakeHub:
             "commitUrl": f"{self.url}/{match['repo']}/commit/{repository.head}",
             "commitOid": repository.head,
         }
+
+    def _large_file(self, oid: str) -> bytes | None:
+        """The content with this SHA-256, however it was uploaded."""
+        if oid not in self.storage and self.xet is not None:
+            content = read_content(self.xet, oid)
+            if content is None or hashlib.sha256(content).hexdigest() != oid:
+                return None
+            self.storage[oid] = content
+        return self.storage.get(oid)
+
+    def _xet(self, match: Any, body: bytes) -> Any:
+        assert self.xet is not None, "huggingface_hub uses hf_xet although the test turned it off"
+        return {"casUrl": address_of(self.xet), "accessToken": "of-xet", "exp": int(time.time()) + 3600}
 
     def _tree(self, match: dict[str, str], body: bytes) -> Any:
         if match.get("path"):

@@ -1,36 +1,97 @@
-"""A worker without vLLM: the routes of vLLM 0.32 that the client calls, behind the real guard.
+"""What the process of a ``FakeWorker`` serves: the routes of vLLM 0.32 that the client calls, behind the real
+guard, and weights that come through the real transport.
 
-Its model is a table of next-token log-probs. ``FakeWorker.fault`` makes it answer wrongly; the client suite
-runs on it and on a real server, so that what it says stays what vLLM says.
+Its model is a table of next-token log-probs, which a push renews where it has weights of these names. The
+client suite runs on it and on a real server, so that what it says stays what vLLM says.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
-import threading
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
 import numpy as np
-import uvicorn
+import torch
+from torch import Tensor
 
-from rltrain.rollout.worker.guard import ADAPTER_FOLDER, TOKEN, BadRequest, Choice, Guard
+from rltrain.rollout.worker.guard import BadRequest, Choice, Guard
+from rltrain.tensor_ops import weight_fingerprint
+from rltrain.weight_transfer import Bucket, Membership, ProcessSums, TransferGroup, connect_store
 
 VOCABULARY = 101
 LONGEST = 256
 ROWS = 32
 STEP_SECONDS = 0.001  # of one token
+SLOW_SECONDS = 0.3  # by which a slow call is late
+# of the weights that the table of next-token log-probs is made of
+TABLE_SHAPES = {"table": (VOCABULARY, VOCABULARY), "bias": (VOCABULARY,)}
+
+
+@dataclass
+class FakeWeights:
+    """What the transport brings. ties: second name of a weight to its first, which alone is sent.
+
+    damaged: a weight that stays as it is from now on. refusal: why the weights cannot be read back.
+    """
+
+    ties: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    damaged: str | None = None
+    refusal: str = ""
+    _arriving: dict[str, Tensor] | None = None
+    _group: TransferGroup | None = None
+
+    def join(self, init_info: dict[str, Any]) -> None:
+        membership = Membership(**init_info)
+        self._group = TransferGroup(connect_store(membership), membership, membership.rank_offset)
+
+    def start(self) -> None:
+        if self._arriving is not None:
+            raise RuntimeError("an update is already active")
+        self._arriving = {}
+
+    def update(self, update_info: dict[str, Any]) -> None:
+        bucket = Bucket(**update_info)
+        assert self._group is not None and self._arriving is not None
+        buffer = torch.empty(bucket.total_bytes, dtype=torch.uint8)
+        if bucket.names:
+            self._group.broadcast(buffer, bucket.seconds)
+        self._arriving.update((name, tensor.clone()) for name, tensor in bucket.views(buffer))
+
+    def finish(self) -> None:
+        assert self._arriving is not None
+        if self.damaged is not None and self.damaged in self.tensors:
+            self._arriving[self.damaged] = self.tensors[self.damaged]
+        self.tensors = self._arriving
+        self._arriving = None
+
+    def rltrain_abandon(self) -> None:
+        self._arriving = None
+
+    def rltrain_fingerprint(self, key: str, names: str = "") -> None:
+        assert self._group is not None
+        tensors = self.tensors | {second: self.tensors[first] for second, first in self.ties.items()}
+        subset = json.loads(names) if names else tensors
+        fingerprints = {name: weight_fingerprint(name, tensors[name]) for name in subset}
+        sums = {name: (value.projection, value.square, 0) for name, value in fingerprints.items()}
+        self._group.store.set(f"{key}/1", ProcessSums(sums, refusal=self.refusal).to_json())
 
 
 @dataclass
 class FakeEngine:
-    """State of the server: the table of next-token log-probs (V, V), their label, and the fault."""
+    """State of the server: the table of next-token log-probs (V, V), their label, and the faults.
+
+    fault: of FAULTS or CONNECTION_FAULTS, in answers with completions. strike: what happens the next
+    ``strikes`` times that ``route`` is called, a path or a method of the extension: "error", "slow", "die"
+    or "stop" (SIGSTOP); of weights, from the second bucket on. die_after: tokens that it writes before its
+    process is killed.
+    """
 
     label: str = "default"
     fault: str | None = None
@@ -38,21 +99,50 @@ class FakeEngine:
     logits: Any = field(
         default_factory=lambda: np.random.default_rng(0).normal(size=(VOCABULARY, VOCABULARY))
     )
+    weights: FakeWeights = field(default_factory=FakeWeights)
     running: int = 0
     answered: int = 0
+    written: int = 0  # tokens
+    ids: list[str] = field(default_factory=list)  # of the requests
     aborted: bool = False
     is_stopped: bool = False  # the processes behind the server
     resumed: asyncio.Event = field(default_factory=asyncio.Event)
     seconds: float = STEP_SECONDS  # of one token
+    route: str | None = None
+    strike: str = ""
+    strikes: int = 1
+    die_after: int | None = None
 
     def __post_init__(self) -> None:
         self.resumed.set()
+
+    async def meet(self, route: str) -> None:
+        """Strikes where the test said so."""
+        if route != self.route:
+            return
+        self.strikes -= 1
+        if self.strikes == 0:
+            self.route, self.strikes = None, 1
+        if self.strike == "error":
+            raise BadRequest(500, "refused by order")
+        if self.strike == "slow":
+            await asyncio.sleep(SLOW_SECONDS)
+        else:
+            os.kill(os.getpid(), signal.SIGKILL if self.strike == "die" else signal.SIGSTOP)
+
+    def finish(self, version: str) -> None:
+        self.weights.finish()
+        tensors = self.weights.tensors
+        if tensors.keys() == TABLE_SHAPES.keys():
+            self.logits = (tensors["table"] + tensors["bias"]).double().numpy()
+        self.label = version
 
     async def sample(self, request: dict[str, Any]) -> list[Choice]:
         require_sound(request)
         params = request["sampling_params"]
         self.running += params["n"]
         self.answered += 1
+        self.ids.append(request["request_id"])
         try:
             rows = (self.sample_one(request["token_ids"][-1], params, index) for index in range(params["n"]))
             choices = list(await asyncio.gather(*rows))
@@ -72,7 +162,12 @@ class FakeEngine:
         self.resumed.clear()
 
     def count_token(self) -> None:
-        """Called before each token; a subclass may end the process there."""
+        """Called before each token; the last one may be the process's end."""
+        self.written += 1
+        if self.die_after is not None:
+            self.die_after -= 1
+            if self.die_after < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     async def sample_one(self, last: int, params: dict[str, Any], index: int) -> Choice:
         generator = np.random.default_rng(params["seed"] + index)
@@ -212,6 +307,17 @@ def as_json(request_id: str, choices: list[Choice]) -> dict[str, Any]:
     }
 
 
+READ_PATHS = (
+    "/health",
+    "/version",
+    "/server_info",
+    "/get_world_size",
+    "/weight_info",
+    "/is_paused",
+    "/metrics",
+)
+
+
 class FakeApp:
     """The routes of vLLM. ``state`` is where the guard finds the engine."""
 
@@ -235,18 +341,24 @@ class FakeApp:
             if not message.get("more_body"):
                 break
         query = {name: values[0] for name, values in parse_qs(scope["query_string"].decode()).items()}
-        status, answer = 200, None
+        status = 200
         try:
+            if scope["method"] != ("GET" if scope["path"] in READ_PATHS else "POST"):
+                raise BadRequest(405, f"no {scope['method']} here")
             answer = await self.answer(scope["path"], query, json.loads(body or b"{}"))
         except BadRequest as error:
             status, answer = error.status, {"error": str(error)}
-        content = json.dumps(answer).encode()
+        except (RuntimeError, TimeoutError, AssertionError, OSError) as error:
+            status, answer = 500, {"error": f"{type(error).__name__}: {error}"}
+        content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
 
     async def answer(self, path: str, query: dict[str, str], body: dict[str, Any]) -> Any:
         engine = self.engine
+        is_early = path == "/update_weights" and body["update_info"]["index"] == 0
+        await engine.meet("" if is_early else body.get("method", path))
         if path == "/pause":
             await engine.pause(query["mode"])
             return {"status": "paused"}
@@ -255,10 +367,19 @@ class FakeApp:
             return {"status": "resumed"}
         if path == "/inference/v1/generate":
             return as_json(body["request_id"], await engine.sample(body))
-        if path == "/collective_rpc" and body["method"] == "rltrain_alive":
-            while engine.is_stopped:
-                await asyncio.sleep(STEP_SECONDS)
-            return {"results": [None]}
+        if path == "/collective_rpc":
+            return {"results": [await self._call_method(body["method"], body.get("kwargs", {}))]}
+        if path == "/metrics":
+            return METRICS.format(running=engine.running, written=engine.written).encode()
+        calls = {
+            "/init_weight_transfer_engine": lambda: engine.weights.join(body["init_info"]),
+            "/start_weight_update": engine.weights.start,
+            "/update_weights": lambda: engine.weights.update(body["update_info"]),
+            "/finish_weight_update": lambda: engine.finish(body["weight_version"]),
+        }
+        if path in calls:
+            await asyncio.to_thread(calls[path])
+            return {}
         answers = {
             "/health": {},
             "/abort_requests": {},
@@ -273,7 +394,19 @@ class FakeApp:
             raise BadRequest(404, f"no route {path}")
         return answers[path]
 
+    async def _call_method(self, method: str, arguments: dict[str, str]) -> Any:
+        if method != "rltrain_alive":
+            return await asyncio.to_thread(getattr(self.engine.weights, method), **arguments)
+        while self.engine.is_stopped:
+            await asyncio.sleep(STEP_SECONDS)
+        return "alive"
 
+
+METRICS = """# of one engine
+vllm:num_requests_running{{engine="0",model_name="policy"}} {running}
+vllm:num_requests_waiting{{engine="0",model_name="policy"}} 0.0
+vllm:generation_tokens_total{{engine="0",model_name="policy"}} {written}
+"""
 SERVER_INFO = {
     "model_config": {
         "dtype": "torch.float32",
@@ -307,55 +440,3 @@ def spoil_connection(send: Any, fault: str) -> Any:
         await send({**message, "body": body})
 
     return spoiled
-
-
-@dataclass
-class FakeWorker:
-    url: str
-    token: str
-    engine: FakeEngine
-    loop: asyncio.AbstractEventLoop
-
-    def set_fault(self, fault: str | None, count: int = 10**9) -> None:
-        """From now on; ``count`` answers are spoilt."""
-        self.engine.fault = fault
-        self.engine.fault_count = count
-
-
-@contextlib.contextmanager
-def fake_worker(folder: Path, *, guarded: bool = True) -> Iterator[FakeWorker]:
-    """A fake worker at a Unix socket in ``folder``, in a thread."""
-    token = "fake-worker-token-0123456789"
-    before = {name: os.environ.get(name) for name in (TOKEN, ADAPTER_FOLDER)}
-    os.environ |= {TOKEN: token, ADAPTER_FOLDER: str(folder / "adapters")}
-    started = threading.Event()
-    holder: list[Any] = []
-
-    async def serve() -> None:
-        app = FakeApp(FakeEngine(), guarded=guarded)
-        config = uvicorn.Config(
-            app.serve, uds=str(folder / "s"), log_level="critical", interface="asgi3", lifespan="off"
-        )
-        server = uvicorn.Server(config)
-        server.capture_signals = contextlib.nullcontext
-        holder.extend((app.engine, asyncio.get_running_loop(), server))
-        task = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        started.set()
-        await task
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
-    thread.start()
-    assert started.wait(20)
-    for name, value in before.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
-    engine, loop, server = holder
-    try:
-        yield FakeWorker(f"unix:{folder / 's'}", token, engine, loop)
-    finally:
-        server.force_exit = True
-        server.should_exit = True
-        thread.join(20)

@@ -1,195 +1,175 @@
-"""A worker that holds weights and samples nothing: a process of its own behind the real transport, with
-faults to order.
+"""A worker without vLLM: a process with the real routes, the real guard and the real transport, which errs as
+it is told. The suite of the client runs on it as on a real server.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import json
 import multiprocessing
 import os
+import shutil
 import signal
-import threading
-import time
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
+import uvicorn
 from torch import Tensor
 
-from rltrain.tensor_ops import weight_fingerprint
-from rltrain.weight_transfer import Bucket, Membership, ProcessSums, TransferGroup, connect_store
+from rltrain.rollout.worker.client import Seconds, WorkerClient
+from rltrain.rollout.worker.guard import ADAPTER_FOLDER, TOKEN
+from support.fake_server import FakeApp, FakeEngine
 
-# phase -> the calls at which a fault strikes
-PHASES = ("pause", "join", "start", "bucket", "finish", "proof", "resume")
+# phase of a push -> the call at which a fault strikes; of the buckets, at the second
+PHASES = {
+    "pause": "/pause",
+    "join": "/init_weight_transfer_engine",
+    "start": "/start_weight_update",
+    "bucket": "/update_weights",
+    "finish": "/finish_weight_update",
+    "proof": "rltrain_fingerprint",
+    "resume": "/resume",
+}
+SECRET = "fake-worker-token-0123456789"
+START_SECONDS = 60.0
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "rltrain.weight_transfer", "rltrain.tensor_ops"])
+_CONTEXT.set_forkserver_preload(["torch", "uvicorn", "support.fake_server"])
 
 
 class FakeWorker:
-    """Implements ``WorkerControl``.
+    """The worker, which serves when this returns. options: of its ``FakeEngine``.
 
-    fault: "error" (the call is refused), "die", "stop" (SIGSTOP) or "slow"; it strikes at ``phase``, at the
-    second bucket for "bucket", ``times`` times. calls: names of all calls, in their order.
+    guarded: whether rltrain's guard stands before its routes. Raises RuntimeError where it does not start.
     """
 
-    def __init__(self, ties: Mapping[str, str] = {}) -> None:
-        self.calls: list[str] = []
-        self.fault: str | None = None
-        self.phase = ""
-        self.times = 0
-        self._lock = threading.Lock()
+    token = SECRET
+
+    def __init__(self, *, guarded: bool = True, ties: Mapping[str, str] = {}, **options: Any) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="fw-"))  # short: a socket's path has at most 107 bytes
+        self.url = f"unix:{self._folder / 's'}"
         self._pipe, end = _CONTEXT.Pipe()
-        self.process = _CONTEXT.Process(target=_serve, args=(end, dict(ties)), daemon=True)
-        self.process.start()
+        self._process = _CONTEXT.Process(
+            target=_serve, args=(end, self._folder, guarded, dict(ties), options), daemon=True
+        )
+        self._process.start()
         end.close()
-        self._ask("wait")
+        try:
+            is_serving = self._pipe.poll(START_SECONDS) and self._pipe.recv() == "serving"
+        except EOFError:
+            is_serving = False
+        if not is_serving:
+            self.close()
+            raise RuntimeError("the fake worker did not start")
 
-    def order(self, fault: str, phase: str, times: int = 1) -> None:
-        self.fault = fault
-        self.phase = phase
-        self.times = times
+    @property
+    def pid(self) -> int:
+        return int(self._process.pid or 0)
 
-    def pause(self, mode: Literal["keep", "wait", "abort"], clear_cache: bool) -> None:
-        assert clear_cache
-        self._call("pause", "wait")
+    @property
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
 
-    def init_transfer(self, init_info: Mapping[str, object]) -> None:
-        self._call("join", "join", dict(init_info))
+    def connect(self, seconds: Seconds | None = None) -> RecordingClient:
+        return RecordingClient(self.url, self.token, seconds or Seconds())
 
-    def start_update(self) -> None:
-        self._call("start", "start")
+    def change(self, **changes: Any) -> None:
+        """Sets attributes of the engine, or ``damaged`` and ``refusal`` of its weights."""
+        self._ask(changes)
 
-    def update(self, update_info: Mapping[str, object]) -> None:
-        second = "bucket" if update_info["index"] == 1 else ""
-        self._call(second, "update", dict(update_info), log="update")
+    def set_fault(self, fault: str | None, count: int = 10**9) -> None:
+        """From now on, in completions; ``count`` answers are spoilt."""
+        self.change(fault=fault, fault_count=count)
 
-    def finish_update(self, version: str) -> None:
-        self._call("finish", "finish", version)
+    def order(self, strike: str, phase: str, times: int = 1) -> None:
+        """Of ``PHASES``; see ``FakeEngine``."""
+        self.change(route=PHASES[phase], strike=strike, strikes=times)
 
-    def call_workers(self, method: str, arguments: Mapping[str, str]) -> list[object]:
-        phase = "proof" if method == "rltrain_fingerprint" else ""
-        return [self._call(phase, method, *arguments.values(), log=method)]
-
-    def world_size(self) -> int:
-        return 1
-
-    def resume(self) -> None:
-        self._call("resume", "wait")
+    def read(self, name: str) -> Any:
+        """An attribute of the engine."""
+        return self._ask(name)
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: torch.tensor(rows) for name, rows in self._ask("weights").items()}
+        """In float32."""
+        return {name: torch.from_numpy(array) for name, array in self._ask("weights").items()}
 
-    def damage(self, name: str) -> None:
-        """From now on, one entry of this weight stays as it is."""
-        self._ask("damage", name)
-
-    def refuse(self, reason: str) -> None:
-        """From now on, its weights cannot be read back."""
-        self._ask("refuse", reason)
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
 
     def close(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process.pid or 0, signal.SIGKILL)
-        self.process.join()
+        self._process.kill()
+        self._process.join()
+        shutil.rmtree(self._folder, ignore_errors=True)  # a second call finds none
 
-    def _call(self, phase: str, method: str, *arguments: Any, log: str = "") -> Any:
-        self.calls.append(log or phase)
-        if phase and phase == self.phase and self.times > 0:
-            self.times -= 1
-            self._strike()
-        return self._ask(method, *arguments)
-
-    def _strike(self) -> None:
-        pid = self.process.pid or 0
-        if self.fault == "error":
-            raise RuntimeError("refused by order")
-        if self.fault == "slow":
-            time.sleep(0.3)
-        if self.fault == "die":
-            os.kill(pid, signal.SIGKILL)
-        if self.fault == "stop":
-            os.kill(pid, signal.SIGSTOP)
-
-    def _ask(self, method: str, *arguments: Any) -> Any:
-        with self._lock:
-            try:
-                self._pipe.send((method, arguments))
-                is_error, answer = self._pipe.recv()
-            except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-                raise RuntimeError("the worker is gone") from error
-        if is_error:
-            raise RuntimeError(answer)
-        return answer
+    def _ask(self, question: Any) -> Any:
+        self._pipe.send(question)
+        return self._pipe.recv()
 
 
-class State:
-    def __init__(self, ties: dict[str, str]) -> None:
-        self.ties = ties
-        self.weights: dict[str, Tensor] = {}
-        self.arriving: dict[str, Tensor] | None = None
-        self.damaged: str | None = None
-        self.refusal = ""
-        self.group: TransferGroup | None = None
+class RecordingClient(WorkerClient):
+    """Keeps the paths and the extension's methods of the calls that block, in their order."""
 
-    def wait(self) -> None: ...
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.calls: list[str] = []
 
-    def join(self, info: dict[str, Any]) -> None:
-        membership = Membership(**info)
-        self.group = TransferGroup(connect_store(membership), membership, membership.rank_offset)
-
-    def start(self) -> None:
-        if self.arriving is not None:
-            raise RuntimeError("an update is already active")
-        self.arriving = {}
-
-    def update(self, info: dict[str, Any]) -> None:
-        bucket = Bucket(**info)
-        assert self.group is not None and self.arriving is not None
-        buffer = torch.empty(bucket.total_bytes, dtype=torch.uint8)
-        if bucket.names:
-            self.group.wait(self.group.broadcast(buffer, bucket.seconds), bucket.seconds)
-        self.arriving.update((name, tensor.clone()) for name, tensor in bucket.views(buffer))
-
-    def finish(self, version: str) -> None:
-        assert self.arriving is not None
-        arriving = self.arriving
-        if self.damaged is not None and self.damaged in self.weights:
-            arriving[self.damaged] = self.weights[self.damaged]
-        self.weights = arriving
-        self.arriving = None
-
-    def rltrain_alive(self) -> str:
-        return "alive"
-
-    def rltrain_abandon(self) -> None:
-        self.arriving = None
-
-    def rltrain_fingerprint(self, key: str, names: str = "") -> None:
-        assert self.group is not None
-        weights = self.weights | {second: self.weights[first] for second, first in self.ties.items()}
-        subset = json.loads(names) if names else weights
-        sums = {name: (*weight_fingerprint(name, weights[name]), 0) for name in subset}
-        self.group.store.set(f"{key}/1", ProcessSums(sums, refusal=self.refusal).to_json())
-
-    def damage(self, name: str) -> None:
-        self.damaged = name
-
-    def refuse(self, reason: str) -> None:
-        self.refusal = reason
-
-    def read_weights(self) -> dict[str, Any]:
-        return {name: weight.float().tolist() for name, weight in self.weights.items()}
+    def _send(self, method: str, path: str, seconds: float, **content: Any) -> Any:
+        body = content.get("json") or {}
+        self.calls.append(body.get("method", path))
+        return super()._send(method, path, seconds, **content)
 
 
-def _serve(pipe: Connection, ties: dict[str, str]) -> None:
+@contextlib.contextmanager
+def fake_worker(**options: Any) -> Iterator[FakeWorker]:
+    """See ``FakeWorker``."""
+    worker = FakeWorker(**options)
+    try:
+        yield worker
+    finally:
+        worker.close()
+
+
+def _serve(
+    pipe: Connection, folder: Path, guarded: bool, ties: dict[str, str], options: dict[str, Any]
+) -> None:
     torch.set_num_threads(1)
-    state = State(ties)
-    while True:
-        method, arguments = pipe.recv()
-        try:
-            call = state.read_weights if method == "weights" else getattr(state, method)
-            pipe.send((False, call(*arguments)))
-        except (RuntimeError, TimeoutError, AssertionError, OSError) as error:
-            pipe.send((True, f"{type(error).__name__}: {error}"))
+    os.environ |= {TOKEN: SECRET, ADAPTER_FOLDER: str(folder / "adapters")}
+
+    async def serve() -> None:
+        engine = FakeEngine(**options)
+        engine.weights.ties = ties
+        app = FakeApp(engine, guarded=guarded)
+        config = uvicorn.Config(
+            app.serve, uds=str(folder / "s"), log_level="critical", interface="asgi3", lifespan="off"
+        )
+        server = uvicorn.Server(config)
+        server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
+        task = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.005)
+        pipe.send("serving")
+        asyncio.get_running_loop().add_reader(pipe.fileno(), _obey, pipe, engine)
+        await task
+
+    asyncio.run(serve())
+
+
+def _obey(pipe: Connection, engine: FakeEngine) -> None:
+    """Changes or reads the engine as the test says; ends with the test."""
+    try:
+        question = pipe.recv()
+    except (EOFError, ConnectionResetError):
+        os._exit(0)
+    answer: Any = None
+    if question == "weights":
+        answer = {name: weight.float().numpy() for name, weight in engine.weights.tensors.items()}
+    elif isinstance(question, str):
+        answer = getattr(engine, question)
+    else:
+        for name, value in question.items():
+            owner: Any = engine.weights if name in ("damaged", "refusal") else engine
+            setattr(owner, name, value)
+    pipe.send(answer)

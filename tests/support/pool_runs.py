@@ -125,4 +125,4 @@ def digest(weights: dict[str, Tensor]) -> str:
 def require_conserved(pool: WorkerPool) -> None:
     """Every request was answered once, or its samples were asked for again."""
     wait_until(lambda: pool.counts.asked == pool.counts.answered + pool.counts.returned)
-    assert all(not member.leases for member in pool.members.values())
+    assert all(not member.leases for member in (*pool.members.values(), *pool.holders()))

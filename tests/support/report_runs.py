@@ -49,6 +49,8 @@ def training_step(step: int, *, gain: float = 0.3, shift: float = 0.0) -> dict[s
         "time/update": 0.5,
         "time/step": 1.5,
         "time/tokens_per_second": 21.0,
+        "memory/process": 0.5,
+        "memory/process_peak": 0.75,
     }
 
 
@@ -98,6 +100,7 @@ def write_run(folder: Path, steps: int = 100, shift: float = 0.0) -> Path:
         "text": ["1", "2", ""],
         "entropy": [0.1, 2.0, None],
         "weight": [1.0, 0.0, 1.0],
+        "touched": [1.0, 0.0, 0.0],
         "version": [3, 3, 4],
         "clip": [0.0, 2.0, 0.0],
     }

@@ -17,6 +17,7 @@ from rltrain.checkpoint.run_state import is_sharded, read_state
 from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
 from rltrain.config.rules import check
+from rltrain.report.names import reproducible_metrics
 
 ROOT = Path(__file__).parents[2]
 # a reward that an untrained model gets some of
@@ -44,11 +45,13 @@ TWO_HALVES = (
 SETTINGS = (*TWO_HALVES, "data.max_prompts=26", "rollout.dynamic_sampling={max_rounds: 2}")
 
 
-def train_here(model: str, folder: Path, *overrides: str, resume: str = "auto") -> int:
+def train_here(
+    model: str, folder: Path, *overrides: str, resume: str = "auto", recipe_name: str = "grpo"
+) -> int:
     """``rltrain train`` in this process; its exit code."""
     settings = [f"model.path={model}", f"reward.functions=['{SEVENS}']", *SETTINGS, *overrides]
     recipe = check(
-        load_recipe(ROOT / "recipes/policy/grpo.yaml", profile="tiny_cpu", overrides=settings)
+        load_recipe(ROOT / f"recipes/policy/{recipe_name}.yaml", profile="tiny_cpu", overrides=settings)
     ).recipe
     return train_command(recipe, folder, [], resume)
 
@@ -86,9 +89,9 @@ def _die() -> NoReturn:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    """Of metrics.jsonl, without what the clock says."""
+    """Of metrics.jsonl, without times and memory."""
     read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in read]
+    return [reproducible_metrics(line) for line in read]
 
 
 def differing(left: Path, right: Path, *names: str) -> list[str]:

@@ -25,7 +25,7 @@ def odd(inputs):
 # 1e-9); otherwise AdamW would turn that noise into steps of the size of the learning rate.
 SETTINGS = (
     "train.steps=4",
-    "train.deadline_seconds=120",
+    "train.deadline_seconds=600",
     "checkpoint.every=2",
     "rollout.prompts=8",
     "rollout.n=4",

@@ -18,6 +18,7 @@ from rltrain.config.load import load_recipe
 from rltrain.config.rules import check
 from rltrain.data.tasks import arithmetic_pairs
 from rltrain.errors import UserError
+from rltrain.report.names import reproducible_metrics
 
 ROOT = Path(__file__).parents[2]
 ROWS = [
@@ -73,7 +74,7 @@ def run(
     ).recipe
     assert train_command(recipe, folder / "run", [], "never") == 0
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines]
+    return [reproducible_metrics(line) for line in lines]
 
 
 def with_columns(log_prob: Callable[[str, str], float], extra: float = 0.0) -> list[dict[str, Any]]:

@@ -17,7 +17,8 @@ from rltrain.config.load import load_recipe
 from rltrain.config.rules import check
 from rltrain.config.schema import OnlineRecipe
 from rltrain.rollout.engines.transformers import engine as transformers_engine
-from rltrain.train.mismatch import MismatchError, MismatchGuard
+from rltrain.train import online
+from rltrain.train.mismatch import MismatchError, MismatchGuard, choose_rows, find_workers
 from support.resumed_runs import SEVENS, lines
 
 GRPO = Path(__file__).parents[2] / "recipes" / "policy" / "grpo.yaml"
@@ -45,6 +46,48 @@ def test_only_steps_in_a_row_stop_the_run() -> None:
 def test_a_mismatch_that_is_not_a_number_is_above_every_threshold() -> None:
     with pytest.raises(MismatchError, match="is nan nats"):
         MismatchGuard(0.1, 1.0, 1).check(1, {"rollout/mismatch_abs": math.nan})
+
+
+def test_a_warning_names_the_worker_whose_mismatch_the_others_hide() -> None:
+    metrics = {"rollout/mismatch_abs": 0.02, "rollout/worker_mismatch/worker-0": 0.01}
+    guard = MismatchGuard(0.1, 1.0, 1)
+    assert guard.check(1, metrics) is None
+    for value in (0.5, math.nan):
+        warning = guard.check(1, metrics | {"rollout/worker_mismatch/worker-1": value})
+        assert warning is not None and f"0.1: worker-1 {value:.3g}; the others" in warning
+
+
+def test_a_seeded_share_of_each_workers_rows_is_scored_again() -> None:
+    workers = find_workers(["b", "a", "", *["b"] * 499])
+    assert workers == {"a": [1], "b": [0, *range(3, 502)]}
+    chosen = choose_rows(workers, 1)
+    assert chosen == choose_rows(workers, 1) != choose_rows(workers, 2)
+    assert chosen["a"] == [1] and len(chosen["b"]) == 5 and set(chosen["b"]) < set(workers["b"])
+
+
+@pytest.mark.parametrize("updates", [1, 4])
+def test_one_wrong_worker_is_told_from_the_others(
+    updates: int, random_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several updates a step, of which no pass reads all rows, by rows that are scored again."""
+    collate = online.collate
+
+    def collate_wrong(groups: Any, lines: Any) -> Any:
+        rows, batch = collate(groups, lines)
+        wrong = (torch.arange(batch.mask.shape[0]) % 4 == 3)[:, None]
+        return rows, batch.replace(rollout_logp=batch.rollout_logp + 0.5 * wrong)
+
+    def name_workers(groups: Any) -> list[str]:
+        return [f"worker {row % 4}" for row in range(sum(len(group.completions) for group in groups))]
+
+    monkeypatch.setattr(online, "collate", collate_wrong)
+    monkeypatch.setattr(online, "row_workers", name_workers)
+    settings = ("rollout.mismatch_warn=8", "rollout.mismatch_stop=9", "loss.policy=reinforce")
+    run_of(random_model, tmp_path / "run", *settings, f"learner.updates={updates}")
+    for line in lines(tmp_path / "run"):
+        apart = [line[f"rollout/worker_mismatch/worker-{number}"] for number in range(4)]
+        assert max(apart[:3]) < 1e-5
+        assert apart[3] == pytest.approx(0.5, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from rltrain.report.names import metric
 
 POINTS = 1000  # points of a curve on a page; a longer curve is thinned
 _SMOOTHED_SHARE = 50  # the smoothed curve averages over this part of the steps
-_PHASES_LEFT_OUT = ("time/step", "time/elapsed", "time/eval")
+TOTALS = ("time/step", "time/elapsed", "time/eval")  # times that are not a phase of a step
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,8 @@ _CHARTS = (
     ),
     ("Phases of a step", "s", "wall-clock time", ("time/*",), False),
     ("Throughput", "per second", "of the whole step", ("time/*_per_second",), False),
-    ("Memory", "GiB", "peak so far", ("memory/*",), False),
+    ("Memory", "GiB", "of rank 0's process and GPU; peaks since the start", ("memory/*",), False),
 )
-_TOTALS = ("time/step", "time/elapsed", "time/eval")  # times that are not a phase of a step
 
 
 def _main_charts(names: Sequence[str]) -> list[Chart]:
@@ -105,7 +104,7 @@ def _main_charts(names: Sequence[str]) -> list[Chart]:
     for title, unit, about, patterns, log in _CHARTS:
         chosen = [name for pattern in patterns for name in names if fnmatchcase(name, pattern)]
         if title == "Phases of a step":
-            chosen = [name for name in chosen if name not in _TOTALS and not name.endswith("_per_second")]
+            chosen = [name for name in chosen if name not in TOTALS and not name.endswith("_per_second")]
         lines = tuple(_line(name, names) for name in chosen if not _is_bound(name, names))
         charts.append(Chart(title, unit, about, lines, log))
     return charts
@@ -207,9 +206,9 @@ def _round_values(column: Mapping[int, float]) -> dict[int, float | None]:
     return {step: round_value(value) for step, value in column.items()}
 
 
-def smoothing_width(steps: int) -> int:
-    """Steps that the smoothed curve averages over; 1: it is not smoothed."""
-    return max(1, round(steps / _SMOOTHED_SHARE))
+def smoothing_width(steps: int, share: int = _SMOOTHED_SHARE) -> int:
+    """Steps that the smoothed curve averages over, one in ``share`` of all; 1: it is not smoothed."""
+    return max(1, round(steps / share))
 
 
 def _smooth(column: dict[int, float], chosen: Sequence[int], width: int) -> list[float | None] | None:

@@ -31,6 +31,8 @@ from rltrain.analysis.pages.charts import POINTS, law_data, round_value, smoothi
 from rltrain.analysis.pages.render import render_page
 from rltrain.analysis.pages.summary import direction_of
 
+SMOOTHED_SHARE = 15  # a curve averages over this part of the steps: several are to be told apart
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -67,7 +69,7 @@ def comparison_page(comparison: Comparison, folder: Path) -> str:
         name=comparison.title,
         conditions=(*comparison.conditions, *reading_notes(comparison)),
         parts=[(part.title if len(parts) > 1 else "", list_rows(part, folder)) for part in parts],
-        smoothing=smoothing_width(longest),
+        smoothing=smoothing_width(longest, SMOOTHED_SHARE),
         is_thinned=longest > POINTS,
         data={"charts": charts, "laws": laws},
     )
@@ -186,7 +188,7 @@ def _mean_and_range(runs: Sequence[Curves], metric: str) -> dict[int, tuple[floa
     curves = []
     for run in runs:
         steps, values = run.series(metric)
-        width = 1 if metric.startswith("eval/") else smoothing_width(len(run.steps))
+        width = 1 if metric.startswith("eval/") else smoothing_width(len(run.steps), SMOOTHED_SHARE)
         curves.append(dict(zip(steps, moving_mean(values, width), strict=True)))
     common = set(curves[0]).intersection(*curves[1:])
     points = {step: [curve[step] for curve in curves] for step in sorted(common)}

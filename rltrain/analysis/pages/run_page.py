@@ -9,7 +9,9 @@ from rltrain.analysis.curves import Curves
 from rltrain.analysis.pages.charts import POINTS, chart_data, law_data, run_charts, smoothing_width
 from rltrain.analysis.pages.completions import CompletionSet, read_completions
 from rltrain.analysis.pages.render import render_page
+from rltrain.analysis.pages.replay import replay_notes
 from rltrain.analysis.pages.summary import list_changes, list_costs, read_facts
+from rltrain.analysis.pages.timeline import timeline_data
 from rltrain.checkpoint.run_folder import RunFolder, write_atomic
 
 
@@ -25,7 +27,7 @@ def run_page(folder: RunFolder) -> str:
         facts=facts,
         changes=list_changes(curves),
         costs=list_costs(curves),
-        notes=page_notes(curves, completions),
+        notes=[*replay_notes(folder), *page_notes(curves, completions)],
         smoothing=smoothing_width(len(curves.steps)),
         completions=completions,
         data=page_data(curves, completions),
@@ -39,6 +41,7 @@ def page_data(curves: Curves, completions: CompletionSet) -> dict[str, Any]:
         "charts": [chart_data(chart, curves) for chart in charts],
         "others": [chart_data(chart, curves) for chart in others],
         "law": law_data(curves),
+        "timeline": timeline_data(curves),
         "groups": list(completions.groups),
     }
 

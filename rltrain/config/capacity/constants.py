@@ -34,7 +34,6 @@ MOMENT_BYTES = 8  # AdamW's two, float32
 MOMENT_BYTES_8BIT = 2 + 2 * 4 / 256  # two numbers of 8 bits, and two float32 scales per block of 256
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # four bits, a scale of 8 bits per 64, one float32 per 256 scales
 INT8_BYTES = 1.0  # beside a float32 scale per row
-ADAPTER_SLOTS = 2  # adapters in vLLM's memory
 REWARD_MODEL_BYTES = 2  # per parameter of a model that scores: bfloat16 on a GPU
 STEP_NUMBERS = 12  # float32 per completion token of a step while controls run; estimate
 TENSORS_IN_FLIGHT = 2  # that a push or a save holds beyond the shards

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 from rltrain.config.capacity.cluster import Cluster
 from rltrain.config.capacity.constants import (
-    ADAPTER_SLOTS,
     CUDA_CONTEXT,
     ENGINE_BATCH_TOKENS,
     FRAGMENTATION,
@@ -34,6 +33,7 @@ from rltrain.config.capacity.recomputation import recomputed_layers
 from rltrain.config.capacity.shape import ModelShape
 from rltrain.config.capacity.workload import Engine, Frozen, Trained, Workload
 from rltrain.config.schema import MOST_UTILIZATION
+from rltrain.model_files import ADAPTER_SLOTS
 
 
 @dataclass(frozen=True)
@@ -397,7 +397,8 @@ def kv_bytes(shape: ModelShape, tokens: int, number_bytes: int) -> int:
 def engine_weights(load: Workload, engine: Engine) -> int:
     """One rank's shard of the engine's weights, and vLLM's places for adapters."""
     adapter = load.trained[0].adapter
-    slots = ADAPTER_SLOTS * adapter.parameters if adapter is not None and engine.name == "vllm" else 0
+    takes_adapters = adapter is not None and engine.name != "transformers"
+    slots = ADAPTER_SLOTS * adapter.parameters if takes_adapters else 0
     return load.compute_bytes * (load.policy.parameters + slots) // engine.ranks
 
 
@@ -468,7 +469,7 @@ def _engine_phases(load: Workload, engine: Engine, cluster: Cluster) -> list[Pha
     if (adapter := load.trained[0].adapter) is not None:  # merged, or compared, in float32
         largest = TENSORS_IN_FLIGHT * MASTER_BYTES * shape.largest_tensor
         flight = Term("two tensors and the adapter in float32", largest + MASTER_BYTES * adapter.parameters)
-    if engine.name == "vllm_server":
+    elif engine.name == "vllm_server":
         number = size * shape.largest_tensor
         flight = Term("two buckets and the largest tensor", 2 * engine.bucket_bytes + number)
     phases = [_gpu_phase("engine start", (*learner, awake), load, cluster)]

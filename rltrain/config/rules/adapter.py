@@ -44,16 +44,24 @@ def adapter_problems(recipe: AnyRecipe) -> Iterator[str]:
 def _engine_problems(recipe: SampledRecipe) -> Iterator[str]:
     """Engines that cannot take an adapter."""
     rollout = recipe.rollout
-    if rollout.engine == "vllm_server":
+    sections = {"vllm": ("vllm", rollout.vllm), "vllm_server": ("server", rollout.server)}
+    if rollout.engine not in sections:
+        return
+    name, section = sections[rollout.engine]
+    if section.tensor_parallel > 1:
         yield (
-            "model.adapter is set, but rollout.engine vllm_server takes whole weights only; set "
-            "rollout.engine to vllm, which takes the adapter, or to transformers"
-        )
-    if rollout.engine == "vllm" and rollout.vllm.tensor_parallel > 1:
-        yield (
-            f"rollout.vllm.tensor_parallel is {rollout.vllm.tensor_parallel}, over which vLLM divides the "
+            f"rollout.{name}.tensor_parallel is {section.tensor_parallel}, over which vLLM divides the "
             "adapter's matrices, and the proof of an adapter compares whole ones; set it to 1, or leave "
             "model.adapter out"
+        )
+    elsewhere = "rollout.workers" if rollout.workers is not None else "rollout.server.url"
+    is_elsewhere = rollout.workers is not None or rollout.server.url is not None
+    adapter = recipe.model.adapter
+    if rollout.engine == "vllm_server" and is_elsewhere and adapter and adapter.quantize != "none":
+        yield (
+            f"{elsewhere} is set and model.adapter.quantize is {adapter.quantize}: vLLM samples from a copy "
+            "of the dequantised base, which lasts on this machine until the run's own worker has read it; "
+            f"leave {elsewhere} out, so that the run starts one worker, or set quantize to none"
         )
 
 

@@ -115,7 +115,7 @@ def _loss_problems(methods: Methods) -> Iterator[str]:
 
 def _off_policy_problems(recipe: OnlineRecipe, methods: Methods) -> Iterator[str]:
     learning_methods = (methods.advantage, *methods.controls, methods.policy, *methods.terms)
-    if recipe.learner.updates_per_step == 1:
+    if recipe.learner.updates_per_step == 1 and not recipe.rollout.trust_logp:
         for method in learning_methods:
             if OFF_POLICY_ONLY in method.spec.traits:
                 yield (

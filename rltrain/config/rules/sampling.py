@@ -105,6 +105,11 @@ def sampling_problems(recipe: SampledRecipe) -> Iterator[str]:
             f"rollout.workers is given, but rollout.engine is {rollout.engine}, which has none; set "
             "rollout.engine to vllm_server, or rollout.workers to null"
         )
+    if rollout.reference_workers is not None and rollout.workers is None:
+        yield (
+            "rollout.reference_workers stand beside the policy's rollout.workers, which is null; give it "
+            "too, or drop rollout.reference_workers"
+        )
     if rollout.workers is not None and rollout.workers.patience_seconds >= recipe.train.deadline_seconds:
         yield (
             f"rollout.workers.patience_seconds is {rollout.workers.patience_seconds:g} and "

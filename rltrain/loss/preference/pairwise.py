@@ -78,7 +78,8 @@ def apo(
 
     form: with s the sigmoid and z = beta u, "zero" is ``1 - s(z_chosen) + s(z_rejected)``, for chosen answers
     that are better than the policy's own: one rises, the other falls. "down" is ``s(z_chosen) + 1 -
-    s(z_chosen - z_rejected)``, for answers that are worse: both fall, the rejected one faster. beta as in ``dpo``.
+    s(z_chosen - z_rejected)``, for answers that are worse: both fall, the rejected one faster. beta as in
+    ``dpo``.
     """
     chosen, rejected = (beta * ratio for ratio in log_ratios(policy, batch))
     if form == "zero":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import secrets
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -18,20 +19,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rltrain.adapter_files import NamedAdapter
 from rltrain.errors import UserError
+from rltrain.model_files import padded_rank
 from rltrain.protocols import EngineState
 from rltrain.rollout.engines.checks import require_fit, require_version
 from rltrain.rollout.worker.answers import GarbageAnswer, GenerateRequest
 from rltrain.rollout.worker.client import ServerInfo, WorkerBusy, WorkerClient, WorkerLost
-from rltrain.rollout.worker.flags import KNOWN_VERSIONS, WorkerSettings
+from rltrain.rollout.worker.flags import KNOWN_VERSIONS, MODEL_NAME, WorkerSettings
 from rltrain.rollout.worker.guard import Choice
 from rltrain.rollout.worker.process import LocalWorker, WorkerDied
-from rltrain.rollout.worker.requests import ServerModel, make_request, require_supported
+from rltrain.rollout.worker.requests import AdapterNames, ServerModel, make_request, require_supported
 from rltrain.rollout.worker.threads import LoopThread
 from rltrain.tensor_ops import Fingerprint
 from rltrain.types.samples import Answer, PolicyVersion, Request
 
-__all__ = ["VllmServer", "WeightPusher", "require_settings"]
+__all__ = ["AdapterPusher", "VllmServer", "WeightPusher", "require_settings"]
 
 _STRIKES = 3  # garbage answers to one request, after which the worker is not believed
 _BUSY_SECONDS = 0.5  # between tries of a request that the worker does not serve now
@@ -48,12 +51,28 @@ class WeightPusher(Protocol):
     def close(self) -> None: ...
 
 
-class VllmServer:
-    """Implements ``RolloutEngine``.
+class AdapterPusher(Protocol):
+    """Sends adapters to the server, beside the base that it holds itself."""
 
-    client: of the server, which serves already. pusher: on rank 0; None elsewhere. gather: concatenates the
-    lists of all ranks, in the order of the ranks; a collective. worker: the server's process if rltrain
-    started it; ``close`` ends it.
+    def load_adapter(self, adapter: NamedAdapter) -> None: ...
+
+    def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, Fingerprint]:
+        """Of the base."""
+        ...
+
+    def adapter_fingerprint(self) -> Mapping[str, Fingerprint]: ...
+
+    def score(self, token_ids: Sequence[int], model: str) -> list[float]: ...
+
+    def close(self) -> None: ...
+
+
+class VllmServer:
+    """Implements ``RolloutEngine`` and, on a server that takes adapters, ``AdapterTarget``.
+
+    client: of the server, which serves already. pusher, adapters: on rank 0 one of the two, None elsewhere.
+    gather: concatenates the lists of all ranks, in the order of the ranks; a collective. worker: the server's
+    process if rltrain started it; ``close`` ends it.
     """
 
     name = "vllm_server"
@@ -65,6 +84,7 @@ class VllmServer:
         model: ServerModel,
         pusher: WeightPusher | None,
         *,
+        adapters: AdapterPusher | None = None,
         worker: LocalWorker | None = None,
         gather: Callable[[list[Any]], list[Any]] = list,
     ) -> None:
@@ -76,18 +96,18 @@ class VllmServer:
         self._rows = info.max_num_seqs
         self._model = model
         self._pusher = pusher
+        self._adapters = adapters
+        self._names = AdapterNames()
+        self._policy_model: str | None = None  # its name, with adapters; None: what was pushed last
         self._worker = worker
         self._gather = gather
         self._loop = LoopThread()
+        self._session = secrets.token_hex(4)  # no other rank, nor a learner before, repeats a request's id
         self._sent = 0  # requests, for their ids
 
     def load(self, stream: Iterable[tuple[str, Tensor]], version: PolicyVersion) -> None:
         """See ``WeightTarget.load``. Every rank gathers the weights; rank 0 sends them."""
-        if self.state is EngineState.ASLEEP:
-            raise RuntimeError("load() while asleep: call wake() first")
-        # until the last weight is loaded, the weights belong to no version
-        self.version = None
-        self.state = EngineState.MAPPED
+        self._forget_version()
         weights = self._model.shapes.check(stream)
         if self._pusher is None:
             for _ in weights:
@@ -98,10 +118,52 @@ class VllmServer:
         self.version = version
         self.state = EngineState.LOADED
 
+    def _forget_version(self) -> None:
+        """Until the last weight is loaded, the weights belong to no version."""
+        if self.state is EngineState.ASLEEP:
+            raise RuntimeError("load() while asleep: call wake() first")
+        self.version = None
+        self.state = EngineState.MAPPED
+
     def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, Fingerprint]:
-        """See ``WeightTarget.fingerprint``."""
-        held = [] if self._pusher is None else [self._pusher.fingerprint(names)]
+        """See ``WeightTarget.fingerprint``; with adapters, of the base."""
+        pusher = self._pusher or self._adapters
+        held = [] if pusher is None else [pusher.fingerprint(names)]
         return self._gather(held)[0]
+
+    def load_adapter(
+        self, config: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]], version: PolicyVersion
+    ) -> None:
+        """See ``AdapterTarget.load_adapter``. Rank 0 uploads it, under a new name."""
+        self._forget_version()
+        sent: list[str] = []
+        if self._adapters is not None:
+            adapter = NamedAdapter(self._names.next(version), dict(config), dict(weights))
+            self._adapters.load_adapter(adapter)
+            sent.append(adapter.name)
+        self._policy_model = self._gather(sent)[0]
+        self.version = version
+        self.state = EngineState.LOADED
+
+    def use_base(self, version: PolicyVersion) -> None:
+        """See ``AdapterTarget.use_base``."""
+        self._forget_version()
+        self._policy_model = MODEL_NAME
+        self.version = version
+        self.state = EngineState.LOADED
+
+    def adapter_fingerprint(self) -> Mapping[str, Fingerprint]:
+        """See ``AdapterTarget.adapter_fingerprint``; nothing while the base is in use."""
+        if self._policy_model == MODEL_NAME:
+            return {}
+        held = [] if self._adapters is None else [self._adapters.adapter_fingerprint()]
+        return self._gather(held)[0]
+
+    def prompt_log_probs(self, token_ids: Sequence[int]) -> list[list[float]]:
+        """See ``AdapterTarget.prompt_log_probs``."""
+        assert self._policy_model is not None
+        rows = [] if self._adapters is None else [self._adapters.score(token_ids, self._policy_model)]
+        return self._gather(rows)
 
     def sleep(self) -> None:
         """Only forgets the version: the server's memory is its own."""
@@ -120,8 +182,8 @@ class VllmServer:
         self._loop.close()
         self._loop = None
         self.sleep()
-        if self._pusher is not None:
-            self._pusher.close()
+        if pusher := self._pusher or self._adapters:
+            pusher.close()
         self._client.close()
         if self._worker is not None:
             self._worker.close()
@@ -173,7 +235,7 @@ class VllmServer:
         put: Callable[[Answer | BaseException], None],
     ) -> None:
         """Asks for a request's samples, no more than the server takes at once, and puts the answer."""
-        count = make_request(request, policy, self._model.stop_token_ids).n
+        count = self._make_request(request, policy).n
         parts = [(first, min(self._rows, count - first)) for first in range(0, count, self._rows)]
         chosen = await asyncio.gather(*(self._ask(request, first, n, policy, slots) for first, n in parts))
         completions = tuple(
@@ -182,20 +244,25 @@ class VllmServer:
         completions *= request.count // len(completions)
         put(Answer(index, request.prompt, completions))
 
+    def _make_request(self, request: Request, policy: PolicyVersion) -> GenerateRequest:
+        return make_request(request, policy, self._model.stop_token_ids, self._policy_model)
+
     async def _ask(
         self, request: Request, first: int, n: int, policy: PolicyVersion, slots: asyncio.Semaphore
     ) -> list[Choice]:
         """``n`` samples from ``first`` on; after a garbage answer they are asked for again. Raises
         GarbageAnswer.
         """
-        asked = make_request(request, policy, self._model.stop_token_ids)
+        asked = self._make_request(request, policy)
         asked = replace(asked, n=n, seed=asked.seed + first)
         strikes = 0
         while True:
             self._sent += 1
             try:
                 async with slots:
-                    return await self._generate(replace(asked, id=f"rltrain-{self._sent}"), policy)
+                    return await self._generate(
+                        replace(asked, id=f"rltrain-{self._session}-{self._sent}"), policy
+                    )
             except WorkerBusy:
                 await asyncio.sleep(_BUSY_SECONDS)
             except GarbageAnswer as error:
@@ -276,5 +343,10 @@ def require_settings(info: ServerInfo, settings: WorkerSettings, url: str) -> No
         )
     if info.quantization is not None:
         problems.append(f"its weights are quantized ({info.quantization}), so that no push could be proved")
+    rank = settings.adapter_rank
+    if rank is not None and info.adapter_rank < padded_rank(rank):
+        problems.append(f"it takes adapters of rank {info.adapter_rank} at most, the recipe's is {rank}")
+    if rank is None and info.adapter_rank:
+        problems.append("it was started for adapters, and the recipe trains all weights")
     if problems:
         raise UserError(f"rollout.server.url {url}: {'; '.join(problems)}; start it with rltrain worker")

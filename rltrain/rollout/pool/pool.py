@@ -24,10 +24,12 @@ from rltrain.rollout.worker.answers import GarbageAnswer, GenerateRequest
 from rltrain.rollout.worker.client import WorkerBusy, WorkerLost, WorkerRefused
 from rltrain.rollout.worker.guard import Choice
 from rltrain.rollout.worker.threads import call_in_thread
+from rltrain.timeline import Timeline
 from rltrain.types.samples import PolicyVersion
 
-__all__ = ["ADMIT", "Batch", "Counts", "PoolRules", "WorkerPool"]
+__all__ = ["ADMIT", "ALIVE_STATES", "Batch", "Counts", "PoolRules", "WorkerPool"]
 
+NOWHERE = Timeline(None)
 ADMIT = "admit"  # put into a batch's arrivals when a worker waits for weights
 
 _STRIKES = 3  # garbage answers, after which a worker is quarantined
@@ -36,7 +38,7 @@ _LOSSES = 10  # workers lost while they sampled one part, after which the part i
 _MISSES = 2  # calls in a row without a sign of life, after which a worker is lost
 _SMALLEST_PART = 2  # samples: a batch of one row takes other kernels, which round otherwise
 _OPEN_ERRORS = (WorkerLost, WorkerBusy, WorkerRefused, GarbageAnswer, UserError, OSError)
-_ALIVE_STATES = (MemberState.ATTACHED, MemberState.LOADING, MemberState.SERVING)
+ALIVE_STATES = (MemberState.ATTACHED, MemberState.LOADING, MemberState.SERVING)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Counts:
     returned: int = 0
     refused: int = 0  # garbage answers, among those returned
     lost: int = 0  # workers
+    restarts: int = 0  # workers that came back
 
 
 @dataclass
@@ -110,15 +113,25 @@ class Batch:
 
 
 class WorkerPool:
-    """homes: where its workers come from, by name. say: receives a line about a worker that comes or goes."""
+    """homes: where its workers come from, by name. say: receives a line about a worker that comes or goes.
+    timeline: gets when workers sample, and when pushes are.
+    """
 
     def __init__(
-        self, homes: Mapping[str, Home], rules: PoolRules, say: Callable[[str], None] = warnings.warn
+        self,
+        homes: Mapping[str, Home],
+        rules: PoolRules,
+        say: Callable[[str], None] = warnings.warn,
+        timeline: Timeline = NOWHERE,
     ) -> None:
         self.members = {name: Member(name, home) for name, home in homes.items()}
         self.counts = Counts()
         self.rules = rules
         self._say = say
+        self._timeline = timeline
+        self._noted = Counts()  # at the last ``notes``
+        self._most_tokens = 0.0  # outstanding, since then
+        self._push_began: tuple[float, tuple[str, ...]] = (0.0, ())
         self._queue: deque[Part] = deque()
         self._batches: list[Batch] = []
         self._lengths: dict[str, float] = {}  # mean tokens of a prompt's samples when it was last sampled
@@ -147,7 +160,7 @@ class WorkerPool:
         """
         until = time.monotonic() + seconds
         while True:
-            attached = self.find_members(*_ALIVE_STATES)
+            attached = self.find_members(*ALIVE_STATES)
             waiting = [m for m in self.members.values() if m.state is MemberState.STARTING and not m.reason]
             if attached and not waiting:
                 return
@@ -169,10 +182,30 @@ class WorkerPool:
         await asyncio.gather(*(self._disconnect(member) for member in members))
         await asyncio.gather(*(call_in_thread(member.home.close) for member in members))
 
+    def holders(self) -> list[Member]:
+        """Those that requests are sent to."""
+        return list(self.members.values())
+
     def find_members(self, *states: MemberState) -> list[Member]:
         """The workers in one of these states, in the order of their names."""
         members = [member for member in self.members.values() if member.state in states]
         return sorted(members, key=lambda member: member.name)
+
+    async def notes(self) -> dict[str, float]:
+        """Numbers since the last call, as metrics."""
+        before = self._noted
+        self._noted = replace(self.counts)
+        outstanding = self._most_tokens
+        self._most_tokens = 0.0
+        now = self.counts
+        return {
+            "pool/workers": float(len(self.find_members(MemberState.SERVING))),
+            "pool/outstanding_tokens": outstanding,
+            "pool/strikes": float(now.refused - before.refused),
+            "pool/redispatched": float(now.returned - before.returned),
+            "pool/restarts": float(now.restarts - before.restarts),
+            "pool/lost": float(now.lost - before.lost),
+        }
 
     # weights ------------------------------------------------------------------------------------------------
 
@@ -184,11 +217,13 @@ class WorkerPool:
         """
         states = (MemberState.ATTACHED,) if waiting_only else (MemberState.ATTACHED, MemberState.SERVING)
         chosen = self.find_members(*states)
-        if busy := [member.name for member in chosen if member.leases]:
+        samplers = chosen if waiting_only else self.holders()
+        if busy := [member.name for member in samplers if member.leases]:
             raise RuntimeError(f"a push begins while {', '.join(busy)} still samples")
         for member in chosen:
             member.state = MemberState.LOADING
             member.version = None
+        self._push_began = time.time(), tuple(member.name for member in chosen)
         return {member.name: member.client for member in chosen}
 
     async def end_push(
@@ -199,6 +234,9 @@ class WorkerPool:
         quarantined: Mapping[str, Exception],
     ) -> None:
         """served: proved to hold ``version``, and resumed."""
+        began, names = self._push_began
+        if names:
+            self._timeline.add("pushes", "push", began, version=version, workers=names)
         for name, error in quarantined.items():
             self._quarantine(self.members[name], str(error))
         for name, error in lost.items():
@@ -231,7 +269,7 @@ class WorkerPool:
         batch = Batch(put, [request.n for _, request in asked])
         if not asked:
             return batch
-        for member in self.members.values():
+        for member in self.holders():
             member.forget_speed()
         self._batches.append(batch)
         for group, (prompt, request) in enumerate(asked):
@@ -299,6 +337,7 @@ class WorkerPool:
         self.counts.asked += 1
         lease = Lease(f"rltrain-{self._session}-{self.counts.asked}", part, self._expect(part))
         member.begin_lease(lease, time.monotonic())
+        self._most_tokens = max(self._most_tokens, sum(each.tokens for each in self.holders()))
         lease.task = self._start(self._serve(lease, member))
 
     async def _serve(self, lease: Lease, member: Member) -> None:
@@ -313,11 +352,11 @@ class WorkerPool:
         except WorkerBusy:
             self._rest(lease, member)
         except WorkerLost as error:
-            self._lose(member, str(error))
+            self._give_back(lease, member, str(error))
         except GarbageAnswer as error:
             self._strike(lease, member, error)
         except (WorkerRefused, UserError) as error:
-            if member.end_lease(lease, time.monotonic()):
+            if self._end(lease, member):
                 part.batch.fail(error)
         else:
             if any(choice.finish == "abort" for choice in choices):  # the server ends, or another's pause
@@ -328,7 +367,7 @@ class WorkerPool:
 
     def _accept(self, lease: Lease, member: Member, choices: Sequence[Choice]) -> None:
         written = sum(len(choice.token_ids) for choice in choices)
-        if not member.end_lease(lease, time.monotonic(), written):
+        if not self._end(lease, member, written):
             return
         self.counts.answered += 1
         member.sound += 1
@@ -336,15 +375,30 @@ class WorkerPool:
             member.strikes = 0
         self._lengths[lease.part.prompt] = written / len(choices)
         if not lease.part.batch.is_ended:
-            lease.part.batch.take(lease.part, choices)
+            named = [replace(choice, worker=member.name) for choice in choices]
+            lease.part.batch.take(lease.part, named)
+
+    def _end(self, lease: Lease, member: Member, written: int = 0) -> bool:
+        """See ``Member.end_lease``."""
+        if not member.end_lease(lease, time.monotonic(), written):
+            return False
+        if not member.leases:
+            facts = {"requests": member.spell_requests, "tokens": member.spell_tokens}
+            self._timeline.add(member.name, "sample", member.spell_start, **facts)
+        return True
 
     def _return(self, lease: Lease, member: Member) -> None:
         """Puts a lease's samples back, before all others."""
-        if not member.end_lease(lease, time.monotonic()):
+        if not self._end(lease, member):
             return
         self.counts.returned += 1
         if not lease.part.batch.is_ended:
             self._queue.appendleft(lease.part)
+
+    def _give_back(self, lease: Lease, member: Member, reason: str) -> None:
+        """A request failed with its worker."""
+        del lease
+        self._lose(member, reason)
 
     def _rest(self, lease: Lease, member: Member) -> None:
         loop = asyncio.get_running_loop()
@@ -381,6 +435,7 @@ class WorkerPool:
         self._say(f"{member.name} is {state.value}: {reason}. Requests that go to other workers: {count}")
         member.state = state
         member.reason = reason
+        self._timeline.add(member.name, state.value, now := time.time(), now, reason=reason)
         member.version = None
         for lease in list(member.leases.values()):
             lease.part.losses += 1
@@ -416,9 +471,12 @@ class WorkerPool:
             await self._disconnect(member)
 
     def _attach(self, member: Member, client: Any, rows: int) -> None:
+        self.counts.restarts += member.attached > 0
+        self._timeline.add(member.name, "attached", now := time.time(), now)
         if member.reason:
             self._say(f"{member.name} is back, and serves after a push that is proved")
         member.client = client
+        member.attached += 1
         member.rows = rows
         member.reason = ""
         member.left.clear()
@@ -452,7 +510,7 @@ class WorkerPool:
         """Looks after local processes, and after a pool in which nobody serves."""
         while True:
             await asyncio.sleep(self.rules.poll)
-            for member in self.find_members(*_ALIVE_STATES):
+            for member in self.find_members(*ALIVE_STATES):
                 try:
                     member.home.require_process()
                 except UserError as error:
@@ -472,9 +530,11 @@ class WorkerPool:
         )
         is_late = now - self._idle_since > self.rules.patience and not self._is_local_one_starting()
         if is_hopeless or is_late:
-            error = WorkersGone(f"no worker serves: {self._reasons()}")
-            for batch in self._batches:
-                batch.fail(error)
+            self._fail_all(WorkersGone(f"no worker serves: {self._reasons()}"))
+
+    def _fail_all(self, error: BaseException) -> None:
+        for batch in self._batches:
+            batch.fail(error)
 
     def _are_all_local(self) -> bool:
         """Then a failed start is the recipe's fault, and no worker comes by waiting."""
@@ -503,7 +563,7 @@ class WorkerPool:
             return
         self._batches = [batch for batch in self._batches if not batch.is_ended]
         self._queue = deque(part for part in self._queue if not part.batch.is_ended)
-        for member in self.members.values():
+        for member in self.holders():
             for lease in list(member.leases.values()):
                 if lease.part.batch.is_ended:
                     self._return(lease, member)
@@ -521,8 +581,7 @@ class WorkerPool:
         self._tasks.discard(task)
         if task.cancelled() or (error := task.exception()) is None:
             return
-        for batch in self._batches:
-            batch.fail(error)
+        self._fail_all(error)
 
 
 async def _is_set_within(event: asyncio.Event, seconds: float) -> bool:

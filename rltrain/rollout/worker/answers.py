@@ -30,7 +30,8 @@ class GarbageAnswer(RuntimeError):
 class GenerateRequest:
     """Completions of one prompt: samples with the seeds ``seed`` to ``seed + n - 1``.
 
-    salt: part of the prefix cache's key. stop_token_ids: ascending, every EOS id among them.
+    salt: part of the prefix cache's key. stop_token_ids: ascending, every EOS id among them. label: of the
+    version that ``model`` is, where that is an adapter, or the base beside adapters; the guard repeats it.
     """
 
     id: str
@@ -47,10 +48,13 @@ class GenerateRequest:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     priority: int = 0
+    label: str | None = None
 
     def body(self) -> dict[str, Any]:
         """The JSON of both routes. vLLM ignores names that it does not know, hence no others exist here."""
+        labels = {} if self.label is None else {"label": self.label}
         return {
+            **labels,
             "request_id": self.id,
             "model": self.model,
             "token_ids": list(self.token_ids),

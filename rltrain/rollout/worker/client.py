@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ import httpx
 
 from rltrain.errors import TemporaryError, UserError
 from rltrain.rollout.worker.answers import GarbageAnswer, GenerateRequest, check_choices, parse_json_answer
-from rltrain.rollout.worker.guard import ADAPTER, GENERATE, INFO, Choice, decode_answer, frame
+from rltrain.rollout.worker.guard import ADAPTER, GENERATE, INFO, SCORE, Choice, decode_answer, frame
 
 __all__ = ["Seconds", "ServerInfo", "WorkerBusy", "WorkerClient", "WorkerLost", "WorkerRefused"]
 
@@ -66,6 +66,7 @@ class ServerInfo:
     tensor_parallel: int
     data_parallel: int
     is_guarded: bool  # rltrain's guard answers there, so that completions come as bytes
+    adapter_rank: int = 0  # the largest of the adapters that it takes beside its base; 0: it takes none
 
 
 @dataclass
@@ -181,6 +182,7 @@ class WorkerClient:
             tensor_parallel=int(parallel["tensor_parallel_size"]),
             data_parallel=int(parallel["data_parallel_size"]),
             is_guarded=self.is_guarded,
+            adapter_rank=int((data.get("lora_config") or {}).get("max_lora_rank", 0)),
         )
 
     # adapters -----------------------------------------------------------------------------------------------
@@ -198,8 +200,28 @@ class WorkerClient:
         body = {"lora_name": name, "lora_path": path}
         self._send("POST", "/v1/load_lora_adapter", self.seconds.update, json=body)
 
+    def find_adapters(self) -> dict[str, int]:
+        """vLLM's numbers of the adapters that are loaded, by name.
+
+        Raises WorkerRefused where the server takes no adapters.
+        """
+        info = self._get(INFO)
+        if not info.get("adapters"):
+            raise WorkerRefused(
+                f"{self.url} takes no adapters: start it with rltrain worker and a recipe with model.adapter"
+            )
+        return {str(name): int(number) for name, number in info["loaded"].items()}
+
     def unload_adapter(self, name: str) -> None:
-        self._send("POST", "/v1/unload_lora_adapter", self.seconds.call, json={"lora_name": name})
+        """Forgets the adapter and its files. One that is not there is no error."""
+        if name in self.find_adapters():
+            self._send("POST", "/v1/unload_lora_adapter", self.seconds.call, json={"lora_name": name})
+        self._send("DELETE", ADAPTER, self.seconds.call, json={"name": name})
+
+    def score(self, token_ids: Sequence[int], model: str) -> list[float]:
+        """Nats of each token but the first, at temperature 1. model: the base's name, or an adapter's."""
+        body = {"token_ids": list(token_ids), "model": model}
+        return [float(value) for value in self._post(SCORE, body, self.seconds.update)["logprobs"]]
 
     # completions --------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ vLLM loads this module for ``--worker-extension-cls``; its import registers the 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,18 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from rltrain.errors import UserError
 from rltrain.remote_code import trusts
+from rltrain.rollout.engines.vllm.adapter import adapter_fingerprints
 from rltrain.rollout.engines.vllm.colocated import read_architecture
-from rltrain.rollout.engines.vllm.layers import Architecture, Place, find_places, layer_products
+from rltrain.rollout.engines.vllm.layers import (
+    Architecture,
+    Place,
+    find_places,
+    layer_products,
+    record_packed_layers,
+)
 from rltrain.rollout.engines.vllm.packing import pack_experts_on_reload, repack_heads
 from rltrain.rollout.engines.vllm.shares import SHARED_COPY, Product
+from rltrain.seeds import stable_hash
 from rltrain.tensor_ops import product_sums
 from rltrain.weight_transfer import (
     Bucket,
@@ -41,6 +49,7 @@ from rltrain.weight_transfer import (
 __all__ = ["Extension", "TransferEngine"]
 
 _NAME = "rltrain"
+_ENTRIES_SHARE = 32  # one packed layer of so many is read entry by entry at every proof, others as recorded
 
 
 @dataclass
@@ -124,7 +133,7 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._buffer = allocate_buffer(size, self.device)
         if size:
             buffer = self._buffer[:size]
-            self._group.wait(self._group.broadcast(buffer, bucket.seconds), bucket.seconds)
+            self._group.broadcast(buffer, bucket.seconds)
             # The layers keep pieces until all of a layer have come, longer than the buffer keeps them.
             self._load((name, tensor.clone()) for name, tensor in bucket.views(buffer))
         self._push = bucket.push
@@ -181,7 +190,9 @@ class Extension:
     def rltrain_fingerprint(self, key: str, names: str = "") -> str:
         """Writes the ``ProcessSums`` of the weights that this process computes with to the learner's store.
 
-        names: of these alone, as a JSON list; empty: of all.
+        names: of these alone, as a JSON list; empty: of all. The first proof reads every entry of packed
+        layers; later ones those of a share that ``key`` draws, and of the others what was recorded when they
+        were packed.
 
         By the store, because a server answers with its first engine's results alone. A model that cannot be
         proved says why there too: of an exception vLLM tells the learner no more than that there was one.
@@ -190,10 +201,23 @@ class Extension:
             places, architecture = self._find_places()
             subset = set(json.loads(names)) if names else None
             model = self.weight_transfer_engine.model
-            sums = read_sums(model, places, architecture, self.vllm_config, subset)
+
+            def reads_entries(path: str) -> bool:
+                return stable_hash(key, path) % _ENTRIES_SHARE == 0
+
+            sums = read_sums(model, places, architecture, self.vllm_config, subset, reads_entries)
         except UserError as error:
             sums = ProcessSums(refusal=str(error))
         self.weight_transfer_engine.put(key, sums.to_json())
+        return "written"
+
+    def rltrain_adapter_fingerprint(self, key: str, identity: str, rank: str) -> str:
+        """The same of the adapter of this number, by peft's names: of A, and of B times the scale."""
+        engine = self.vllm_config.parallel_config.data_parallel_index
+        places, _ = self._find_places()
+        held = adapter_fingerprints(self, int(identity), int(rank), places)
+        sums = {name: (value.projection, value.square, engine) for name, value in held.items()}
+        self.weight_transfer_engine.put(key, ProcessSums(sums).to_json())
         return "written"
 
     def _find_places(self) -> tuple[Mapping[str, Place], Architecture]:
@@ -201,7 +225,9 @@ class Extension:
             config = self.vllm_config.model_config
             trusted = trusts(config.model, config.revision)
             architecture, _ = read_architecture(config.hf_config, trusted=trusted)
-            places = find_places(self.weight_transfer_engine.model, architecture)
+            model = self.weight_transfer_engine.model
+            places = find_places(model, architecture)
+            record_packed_layers(model, places.by_name, architecture)
             self._rltrain_places = places.by_name, architecture
         return self._rltrain_places
 
@@ -213,13 +239,14 @@ def read_sums(
     architecture: Architecture,
     config: Any,
     names: Collection[str] | None = None,
+    reads_entries: Callable[[str], bool] = lambda path: True,
 ) -> ProcessSums:
     """Sums over the tensor-parallel processes where each has some columns, so that all of them call it.
 
-    names: None for all.
+    names: None for all. reads_entries: see ``layer_products``.
     """
     parallel = config.parallel_config
-    products = list(layer_products(model, places, architecture, names))
+    products = list(layer_products(model, places, architecture, names, reads_entries))
     divided = [product for product in products if product.share.columns is not None]
     parts = {product.name: float(product_sums(product.name, product.values)[0]) for product in divided}
     _add_columns(divided)

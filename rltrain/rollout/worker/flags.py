@@ -17,6 +17,7 @@ from typing import Any
 
 from rltrain.config.schema import Data, Model, Rollout
 from rltrain.errors import UserError
+from rltrain.model_files import ADAPTER_SLOTS, padded_rank
 from rltrain.remote_code import trusts
 from rltrain.rollout.worker.guard import ADAPTER_FOLDER, TOKEN
 
@@ -86,7 +87,9 @@ class WorkerSettings:
     kv_cache_gib: on CPU; on GPU vLLM takes the share ``gpu_memory_utilization`` of the memory. speculative:
     vLLM's speculative_config; only methods without a draft model, whose weights no push would renew.
     batch_invariant: kernels whose sums do not depend on the other rows, on GPUs that have them. devices: the
-    GPUs that the server may use, as CUDA_VISIBLE_DEVICES names them; empty: all.
+    GPUs that the server may use, as CUDA_VISIBLE_DEVICES names them; empty: all. adapter_rank: of the LoRA
+    adapters that it takes by upload, beside the base that it reads from ``model``; None: whole weights arrive
+    by a push. adapter_folder: where uploads go; None: with adapter_rank, into the worker's own folder.
     """
 
     model: str
@@ -104,6 +107,7 @@ class WorkerSettings:
     speculative: Mapping[str, Any] | None = None
     batch_invariant: bool = False
     adapter_folder: Path | None = None
+    adapter_rank: int | None = None
     devices: tuple[str, ...] = ()
 
     def flags(self, address: Address) -> list[str]:
@@ -115,7 +119,7 @@ class WorkerSettings:
         flags += ["--dtype", self.dtype, "--max-model-len", str(self.max_model_len), "--seed", "0"]
         flags += ["--max-num-seqs", str(self.max_num_seqs), "--logprobs-mode", "processed_logprobs"]
         flags += ["--generation-config", "vllm", "--tokens-only", "--enable-scale-out"]
-        flags += ["--load-format", "dummy"]  # weights arrive by a push only
+        flags += self._weight_flags()
         flags += ["--middleware", "rltrain.rollout.worker.guard.Guard", "--disable-fastapi-docs"]
         flags += ["--disable-uvicorn-access-log", "--tensor-parallel-size", str(self.tensor_parallel)]
         flags += ["--data-parallel-size", str(self.data_parallel)]
@@ -127,6 +131,13 @@ class WorkerSettings:
         flags += ["--worker-extension-cls", EXTENSION]
         flags += ["--weight-transfer-config", json.dumps({"backend": "rltrain"})]
         return flags + self._size_flags()
+
+    def _weight_flags(self) -> list[str]:
+        if self.adapter_rank is None:
+            return ["--load-format", "dummy"]  # weights arrive by a push only
+        rank = padded_rank(self.adapter_rank)
+        flags = ["--load-format", "auto", "--enable-lora", "--max-lora-rank", str(rank)]
+        return [*flags, "--max-loras", str(ADAPTER_SLOTS), "--max-cpu-loras", str(ADAPTER_SLOTS)]
 
     def _size_flags(self) -> list[str]:
         if self.on_gpu:
@@ -171,8 +182,17 @@ class WorkerSettings:
 def worker_settings(
     model: Model, data: Data, rollout: Rollout, precision: str, *, on_gpu: bool
 ) -> WorkerSettings:
-    """What a worker of the recipe serves. precision: the learner's; on a GPU the server's is the same."""
+    """What a worker of the recipe serves. precision: the learner's; on a GPU the server's is the same.
+
+    Raises UserError where a CPU's vLLM samples wrongly.
+    """
     server = rollout.server
+    if server.speculative is not None and not on_gpu:
+        raise UserError(
+            f"rollout.server.speculative is {dict(server.speculative)} on a CPU, where vLLM's log-probs of "
+            "guessed tokens are not those of its samples: vLLM 0.32 was measured 2.9 nats off, and some were "
+            "NaN. Use a GPU, or set it to null"
+        )
     return WorkerSettings(
         model=model.path,
         revision=model.revision,
@@ -188,6 +208,7 @@ def worker_settings(
         data_parallel=server.data_parallel,
         speculative=server.speculative,
         batch_invariant=server.batch_invariant,
+        adapter_rank=None if model.adapter is None else model.adapter.rank,
     )
 
 

@@ -1,4 +1,4 @@
-"""What stands in front of every route of a vLLM server: the run's token, limits on bodies, and two routes of
+"""What stands in front of every route of a vLLM server: the run's token, limits on bodies, and routes of
 rltrain's own.
 
 vLLM's own key leaves ``/update_weights``, ``/pause`` and ``/collective_rpc`` open. This ASGI middleware asks
@@ -6,7 +6,9 @@ for the token on every path but ``/health``. Its routes:
 
     GET  /rltrain/v1/info      what this worker is
     POST /rltrain/v1/generate  token ids in; ids and log-probs out, 8 bytes a token
-    POST /rltrain/v1/adapter   the files of one version of an adapter, for workers without a shared disk
+    POST /rltrain/v1/score     token ids in; their log-probs out
+    POST /rltrain/v1/adapter   the files of one version of an adapter, for workers without a shared disk;
+                               DELETE removes them
 
 Besides the standard library it imports only vLLM, and that only to sample: a server loads it at its start.
 """
@@ -33,6 +35,7 @@ __all__ = [
     "ADAPTER_FOLDER",
     "GENERATE",
     "INFO",
+    "SCORE",
     "TOKEN",
     "BadRequest",
     "Choice",
@@ -47,6 +50,7 @@ ADAPTER_FOLDER = "RLTRAIN_ADAPTER_FOLDER"  # environment variable; without it no
 OPEN = "/health"
 INFO = "/rltrain/v1/info"
 GENERATE = "/rltrain/v1/generate"
+SCORE = "/rltrain/v1/score"
 ADAPTER = "/rltrain/v1/adapter"
 
 SHORTEST_TOKEN = 16  # characters
@@ -82,7 +86,9 @@ class ClientGone(Exception):
 
 @dataclass(frozen=True)
 class Choice:
-    """One completion. versions: (label, start, stop) of the weights that sampled its tokens."""
+    """One completion. versions: (label, start, stop) of the weights that sampled its tokens. worker: which
+    sampled it, where there are several.
+    """
 
     index: int
     token_ids: Sequence[int]
@@ -90,10 +96,13 @@ class Choice:
     finish: str | None
     stop_reason: int | str | None = None
     versions: Sequence[tuple[str, int, int]] = field(default_factory=tuple)
+    worker: str = ""
 
 
 # (the server's state, request) -> the completions
 SampleChoices = Callable[[Any, dict[str, Any]], Awaitable[Sequence[Choice]]]
+# (the server's state, request) -> the log-probs of all tokens but the first
+ScoreTokens = Callable[[Any, dict[str, Any]], Awaitable[Sequence[float]]]
 
 
 def frame(head: dict[str, Any], *parts: bytes) -> bytes:
@@ -183,7 +192,9 @@ class Guard:
     Raises RuntimeError at its start, before anything is served, where the environment holds no token.
     """
 
-    def __init__(self, app: App, sample: SampleChoices | None = None) -> None:
+    def __init__(
+        self, app: App, sample: SampleChoices | None = None, score: ScoreTokens | None = None
+    ) -> None:
         token = os.environ.get(TOKEN, "")
         if len(token) < SHORTEST_TOKEN:
             raise RuntimeError(
@@ -193,6 +204,7 @@ class Guard:
         self._expected = f"Bearer {token}".encode()
         self._app = app
         self._sample = sample or sample_with_vllm
+        self._score = score or score_with_vllm
         folder = os.environ.get(ADAPTER_FOLDER)
         self._adapters = None if folder is None else Path(folder)
 
@@ -218,9 +230,14 @@ class Guard:
         limit = MAX_ADAPTER if path == ADAPTER else MAX_BODY
         _require_length(scope, limit)
         if path == INFO:
-            await _answer(send, 200, {"rltrain": 1, "adapters": self._adapters is not None})
+            loaded = {} if self._adapters is None else find_loaded_adapters(scope["app"].state)
+            await _answer(send, 200, {"rltrain": 1, "adapters": self._adapters is not None, "loaded": loaded})
         elif path == GENERATE:
             await self._generate(scope, receive, send)
+        elif path == SCORE:
+            await self._score_tokens(scope, receive, send)
+        elif path == ADAPTER and scope["method"] == "DELETE":
+            await self._remove_adapter(receive, send)
         elif path == ADAPTER:
             await self._store_adapter(scope, receive, send)
         else:
@@ -232,12 +249,7 @@ class Guard:
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         _require_method(scope, "POST")
-        body = b"".join([part async for part in _read_body(receive, MAX_BODY)])
-        try:
-            request = json.loads(body)
-            request_id = request["request_id"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise BadRequest(400, f"expected a JSON object with request_id: {error}") from error
+        request, request_id = await _read_field(receive, "request_id")
         work = asyncio.ensure_future(self._sample(scope["app"].state, request))
         leaving = asyncio.ensure_future(_disconnect(receive))
         try:
@@ -251,6 +263,20 @@ class Guard:
                 with contextlib.suppress(asyncio.CancelledError, BadRequest):
                     await task
         await _answer(send, 200, answer)
+
+    async def _score_tokens(self, scope: Scope, receive: Receive, send: Send) -> None:
+        _require_method(scope, "POST")
+        request, _ = await _read_field(receive, "token_ids")
+        await _answer(send, 200, {"logprobs": list(await self._score(scope["app"].state, request))})
+
+    async def _remove_adapter(self, receive: Receive, send: Send) -> None:
+        """Removes the files; an adapter that vLLM has loaded stays loaded."""
+        _, name = await _read_field(receive, "name")
+        if not isinstance(name, str) or _ADAPTER_NAME.fullmatch(name) is None:
+            raise BadRequest(400, f"adapter name {name!r}: letters, digits, dots, dashes, at most 128")
+        if self._adapters is not None:
+            shutil.rmtree(self._adapters / name, ignore_errors=True)  # one that is gone is no fault
+        await _answer(send, 200, {"name": name})
 
     async def _store_adapter(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Writes an adapter's files beside their place, then renames: a folder is whole or absent."""
@@ -325,8 +351,29 @@ def _read_adapter_head(head: bytes) -> tuple[str, dict[str, int]]:
     return name, sizes
 
 
+async def _read_field(receive: Receive, name: str) -> tuple[dict[str, Any], Any]:
+    """A request's JSON object and its field ``name``. Raises BadRequest for another body."""
+    body = b"".join([part async for part in _read_body(receive, MAX_BODY)])
+    try:
+        request = json.loads(body)
+        return request, request[name]
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadRequest(400, f"expected a JSON object with {name}: {error}") from error
+
+
+def find_loaded_adapters(state: Any) -> dict[str, int]:
+    """vLLM's numbers of the adapters that requests may name, by name."""
+    models = getattr(state, "openai_serving_models", None)
+    loaded = {} if models is None else models.lora_requests
+    return {name: request.lora_int_id for name, request in loaded.items()}
+
+
 async def sample_with_vllm(state: Any, request: dict[str, Any]) -> list[Choice]:
-    """Samples with the server's engine. Raises BadRequest where vLLM refuses the request."""
+    """Samples with the server's engine. Raises BadRequest where vLLM refuses the request.
+
+    A request with a ``label`` names the version that its ``model`` is, and the choices bear it: vLLM's own
+    label is of the base, whichever adapter samples.
+    """
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
     from vllm.sampling_params import RequestOutputKind
@@ -358,9 +405,44 @@ async def sample_with_vllm(state: Any, request: dict[str, Any]) -> list[Choice]:
             [] if output.logprobs is None else output.logprobs.logprobs,
             output.finish_reason,
             output.stop_reason,
-            [(span.version, span.start, span.end) for span in output.weight_versions or ()],
+            _label_spans(output.weight_versions or (), request.get("label")),
         )
         for output in final.outputs
+    ]
+
+
+def _label_spans(spans: Sequence[Any], label: str | None) -> list[tuple[str, int, int]]:
+    """(label, start, stop) of the weights that sampled. label: of the request; None: vLLM's own."""
+    if label is not None and len(spans) == 1:  # a base that changed in between keeps its two labels
+        return [(label, spans[0].start, spans[0].end)]
+    return [(span.version, span.start, span.end) for span in spans]
+
+
+async def score_with_vllm(state: Any, request: dict[str, Any]) -> list[float]:
+    """Nats of each token but the first, at temperature 1. Raises BadRequest where vLLM refuses them."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+    from vllm.sampling_params import RequestOutputKind
+
+    params = {"n": 1, "max_tokens": 1, "temperature": 1.0, "seed": 0, "ignore_eos": True, "detokenize": False}
+    _require_sound(state.engine_client.vllm_config, {**request, "sampling_params": params})
+    tokens = request["token_ids"]
+    identity = secrets.token_hex(8)
+    prompt = TokensPrompt(prompt_token_ids=tokens, cache_salt=f"score {identity}")
+    (rendered,) = await state.online_renderer.renderer.render_cmpl_async([prompt])
+    final: Any = None
+    try:
+        async for output in state.engine_client.generate(
+            rendered,
+            SamplingParams(**params, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY),
+            f"rltrain-score-{identity}",
+            lora_request=_find_adapter(state, request.get("model")),
+        ):
+            final = output
+    except (ValueError, TypeError) as error:
+        raise BadRequest(400, f"{type(error).__name__}: {error}") from error
+    return [
+        logprobs[token].logprob for token, logprobs in zip(tokens[1:], final.prompt_logprobs[1:], strict=True)
     ]
 
 

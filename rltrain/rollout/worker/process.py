@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from rltrain.errors import UserError
@@ -51,8 +52,10 @@ class LocalWorker:
         log: Path | None = None,
     ) -> None:
         require_known_version()
-        self.settings = settings
         self._folder = Path(tempfile.mkdtemp(prefix="rltrain-worker-"))  # only this user may enter it
+        if settings.adapter_rank is not None and settings.adapter_folder is None:
+            settings = replace(settings, adapter_folder=self._folder / "adapters")
+        self.settings = settings
         self.address = address or Address(socket=self._folder / "socket")
         self.token = token or run_token()
         _remove_stale_socket(self.address)

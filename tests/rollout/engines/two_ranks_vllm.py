@@ -4,7 +4,9 @@ engine on each, or with the argument "together" one engine on both.
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,11 +53,47 @@ def assert_proved(engine: VllmColocated, model: Any) -> None:
     compare(sent, {name: held[name] for name in sent}, engine.fingerprint_rtol)
 
 
+class CountedStream:
+    """A model's weights as copies of which the bytes that are alive are counted, at most one layer's at once.
+
+    ``reload_weights`` of vLLM 0.32 keeps what it has received of a layer until the layer is complete.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._sent: list[tuple[Any, int]] = []
+        self.peak = 0
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in self._model.named_parameters():
+            copy = weight.detach().clone()
+            self._sent.append((copy.untyped_storage()._weak_ref(), copy.nbytes))
+            self.peak = max(self.peak, self.alive())
+            yield name, copy
+            del copy
+
+    def alive(self) -> int:
+        held = (nbytes for storage, nbytes in self._sent if not torch.UntypedStorage._expired(storage))
+        return sum(held)
+
+
+def assert_streamed(engine: VllmColocated, model: Any) -> None:
+    """No second model exists while weights are loaded, and no copy once the cache's memory is mapped."""
+    stream, at_cache = CountedStream(model), []
+    engine._cache_asleep = True  # as after a sleep on a GPU
+    engine._llm.wake_up = lambda tags: at_cache.append((tags, stream.alive()))
+    engine.load(iter(stream), 1)
+    layer = sum(weight.nbytes for weight in model.model.layers[0].parameters())
+    largest = max(weight.nbytes for weight in model.parameters())
+    assert 0 < stream.peak <= layer + largest < sum(weight.nbytes for weight in model.parameters()) / 2
+    assert at_cache == [(["kv_cache"], 0)]
+
+
 def run_apart(folder: str, model: Any) -> None:
     rank, prompt = dist.get_rank(), Prompt("p", (10, 11, 12), "")
     engine = start_engine(folder, 1)
     assert_launchers_executor(engine, rank)
-    engine.load(model.named_parameters(), 1)
+    assert_streamed(engine, model)
     assert_proved(engine, model)
     if rank == 0:  # a rank generates without the other: no collective is hidden in it
         sample_groups(engine, [prompt], Sampling(1, 1.0, 8, seed=0), 1)
@@ -70,8 +108,13 @@ def run_apart(folder: str, model: Any) -> None:
 
 def run_together(folder: str, model: Any) -> None:
     rank = dist.get_rank()
+    names: list[str] = []
+    open_memory = torch.ops._C.init_shm_manager  # type: ignore[attr-defined]
+    torch.ops._C.init_shm_manager = lambda name, *sizes: names.append(name) or open_memory(name, *sizes)
     engine = start_engine(folder, 2)
     assert_launchers_executor(engine, rank)
+    launch = f"rltrain-{os.environ['MASTER_PORT']}-{os.getppid()}-"  # no other launch opens its memory
+    assert names and all(name.startswith(launch) for name in names)
     engine.load(model.named_parameters(), 1)
     embedding = engine._llm.apply_model(lambda held: held.model.embed_tokens.weight)[0]
     assert embedding.shape[0] < model.config.vocab_size  # a shard, not a copy

@@ -11,37 +11,44 @@ from collections.abc import Iterator
 import pytest
 
 from support.fake_pool import FakeHome, wait_until
+from support.fake_worker import PHASES
 from support.pool_runs import Outcome, Pool, require_conserved, train
 
-# phase -> the call of the worker's server at which the fault strikes
-PHASES = {
-    "pause": "/pause",
-    "join": "/init_weight_transfer_engine",
-    "start": "/start_weight_update",
-    "second bucket": "/update_weights",
-    "finish": "/finish_weight_update",
-    "proof": "rltrain_fingerprint",
-    "resume": "/resume",
-}
+
+def open_pool(push_seconds: float, alive_seconds: float) -> Pool:
+    homes = {f"worker {place}": FakeHome(alive_seconds=alive_seconds) for place in range(2)}
+    return Pool(homes, {"push_seconds": push_seconds}, alive=0.2)
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    homes = {f"worker {place}": FakeHome(alive_seconds=1.0) for place in range(2)}
-    pool = Pool(homes, {"push_seconds": 1.5}, alive=0.2)
+def patient() -> Iterator[Pool]:
+    """Whose deadlines no machine is too slow for."""
+    pool = open_pool(push_seconds=60.0, alive_seconds=60.0)
     with contextlib.closing(pool.engine):
         yield pool
 
 
 @pytest.fixture(scope="module")
-def expected(pool: Pool) -> Outcome:
-    return train(pool, 11)
+def hasty() -> Iterator[Pool]:
+    """Which does not wait long for a worker that hangs; on a slow machine it gives up others too."""
+    pool = open_pool(push_seconds=1.5, alive_seconds=1.0)
+    with contextlib.closing(pool.engine):
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def expected(patient: Pool) -> Outcome:
+    return train(patient, 11)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("strike", ["error", "die", "stop"])
-def test_every_fault_at_every_phase(pool: Pool, expected: Outcome, phase: str, strike: str) -> None:
+def test_every_fault_at_every_phase(
+    request: pytest.FixtureRequest, expected: Outcome, phase: str, strike: str
+) -> None:
+    """Only a worker that stops is waited for until a deadline; any other's fault is noticed by itself."""
+    pool: Pool = request.getfixturevalue("hasty" if strike == "stop" else "patient")
     pool.wait_for_all()
     struck = pool.homes["worker 1"]
     starts = struck.starts

@@ -15,10 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rltrain.rollout.pool.members import Member, Part
-from rltrain.rollout.pool.pool import WorkerPool
+from rltrain.checkpoint.run_folder import RunFolder
+from rltrain.rollout.controller import Controller
 from rltrain.rollout.worker.guard import TOKEN
 from rltrain.rollout.worker.process import LocalWorker
+from rltrain.sync.pool import PoolPush
+from rltrain.timeline import read_timeline
+from rltrain.types.samples import REFERENCE_VERSION
 from support.resumed_runs import train_here
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -46,6 +49,34 @@ def second_worker(vllm_worker: Any) -> Iterator[LocalWorker]:
         worker.close()
 
 
+def test_the_references_worker_samples_what_an_engine_does_that_is_lent(
+    vllm_worker: Any, second_worker: LocalWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same final weights to the bit; the policy's worker never holds the reference model."""
+    monkeypatch.setenv(TOKEN, vllm_worker.token)
+    model = vllm_worker.settings.model
+    aapo = (*SETTINGS, "train.steps=2", "rollout.prompts=2")
+    first, second = vllm_worker.address.url, second_worker.address.url
+    lent = f"rollout.server.url={first}"
+    apart = (
+        f"rollout.workers={{urls: ['{first}']}}",
+        f"rollout.reference_workers={{urls: ['{second}']}}",
+    )
+    assert train_here(model, tmp_path / "lent", *aapo, lent, recipe_name="aapo") == 0
+    pushed: list[tuple[set[str], int]] = []
+    push = PoolPush.push
+
+    def note(self: PoolPush, workers: Any, weights: Any, version: int) -> Any:
+        pushed.append((set(workers), version))
+        return push(self, workers, weights, version)
+
+    monkeypatch.setattr(PoolPush, "push", note)
+    assert train_here(model, tmp_path / "apart", *aapo, *apart, recipe_name="aapo") == 0
+    assert pushed[0] == ({f"worker {second}"}, REFERENCE_VERSION)
+    assert pushed[1:] == [({f"worker {first}"}, version) for version in range(3)]
+    require_equal_models(tmp_path / "lent", tmp_path / "apart")
+
+
 def test_two_workers_of_which_one_is_killed_train_what_one_does(
     vllm_worker: Any, second_worker: LocalWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,22 +86,28 @@ def test_two_workers_of_which_one_is_killed_train_what_one_does(
     single = [*SETTINGS, f"rollout.workers={{urls: ['{first}']}}"]
     assert train_here(model, tmp_path / "one", *single) == 0
 
-    leases: list[str] = []
-    lease = WorkerPool._lease
+    ask = Controller.ask
 
-    def lease_and_kill(self: WorkerPool, part: Part, member: Member) -> None:
-        lease(self, part, member)
-        leases.append(member.name)
-        if leases.count(f"worker {second}") == 4:  # of the second step: each has about half of six groups
+    def ask_and_kill(self: Controller, name: str, *arguments: Any) -> None:
+        ask(self, name, *arguments)
+        if name == "take" and arguments[0] == 2:
             second_worker.kill()
 
-    monkeypatch.setattr(WorkerPool, "_lease", lease_and_kill)
+    monkeypatch.setattr(Controller, "ask", ask_and_kill)
     two = [*SETTINGS, f"rollout.workers={{urls: ['{first}', '{second}']}}"]
     assert train_here(model, tmp_path / "two", *two) == 0
-    assert leases.count(f"worker {second}") >= 4
+    lines = read_timeline(RunFolder(tmp_path / "two").timeline)
+    kinds = [line.kind for line in lines if line.lane == f"worker {second}"]
+    assert kinds[0] == "attached" and "sample" in kinds and kinds[-1] == "lost"
+    assert {line.lane for line in lines} == {"learner", "pushes", f"worker {first}", f"worker {second}"}
+    assert [line.facts["step"] for line in lines if line.kind == "learn"] == [1, 2, 3]
     assert second_worker.wait() != 0
 
-    expected = load_file(tmp_path / "one/model/model.safetensors")
-    held = load_file(tmp_path / "two/model/model.safetensors")
+    require_equal_models(tmp_path / "one", tmp_path / "two")
+
+
+def require_equal_models(first: Path, second: Path) -> None:
+    expected = load_file(first / "model/model.safetensors")
+    held = load_file(second / "model/model.safetensors")
     assert held.keys() == expected.keys()
     assert all(torch.equal(held[name], expected[name]) for name in held)

@@ -8,13 +8,16 @@ from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from rltrain.errors import UserError
 from rltrain.rollout.worker.answers import GarbageAnswer, GenerateRequest
 from rltrain.rollout.worker.client import Seconds, WorkerBusy, WorkerClient, WorkerLost, WorkerRefused
-from rltrain.rollout.worker.guard import Choice
-from support.fake_server import CONNECTION_FAULTS, FAULTS, VOCABULARY, FakeWorker, fake_worker
+from rltrain.rollout.worker.guard import ADAPTER, GENERATE, INFO, Choice
+from support.fake_server import CONNECTION_FAULTS, FAULTS, VOCABULARY
+from support.fake_worker import FakeWorker, fake_worker
+from support.server_paths import SERVER_PATHS
 
 REQUEST = GenerateRequest(
     id="rltrain-1",
@@ -30,8 +33,8 @@ REQUEST = GenerateRequest(
 
 
 @pytest.fixture(scope="module")
-def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeWorker]:
-    with fake_worker(tmp_path_factory.mktemp("f")) as worker:
+def fake() -> Iterator[FakeWorker]:
+    with fake_worker() as worker:
         yield worker
 
 
@@ -157,19 +160,37 @@ def test_an_abort_answers_with_what_is_there(client: WorkerClient) -> None:
     raise AssertionError(f"no abort in 20 fell among the tokens, the last one after {seconds:.4f} s")
 
 
-def test_a_request_that_is_cancelled_ends_at_the_server(client: WorkerClient) -> None:
-    # a pause that waits for running requests returns at once
-    async def cancel() -> None:
-        long = change(n=8, max_tokens=250, stop_token_ids=[])
-        asked = asyncio.ensure_future(ask(client, long))
-        await asyncio.sleep(0.1)
-        asked.cancel()
-        await asyncio.wait([asked])
-        await client.close_async()
-        await asyncio.wait_for(asyncio.to_thread(client.pause, "wait", True), 10)
-        await asyncio.to_thread(client.resume)
+def read_metric(client: WorkerClient, name: str) -> float:
+    """From the server's own counts, over its engines."""
+    lines = client._send("GET", "/metrics", 60.0).text.splitlines()
+    values = [line.rpartition(" ")[2] for line in lines if line.startswith(f"vllm:{name}{{")]
+    assert values, f"the server has no metric {name}"
+    return sum(map(float, values))
 
-    run(client, cancel())
+
+def test_a_request_that_is_cancelled_ends_at_the_server(client: WorkerClient) -> None:
+    """It writes no more tokens, which the server counts. How soon a request is done is the machine's: one
+    that was done when it was cancelled is tried again.
+    """
+    long = change(n=8, max_tokens=250, stop_token_ids=[])
+
+    async def count_tokens() -> float:
+        before = await asyncio.to_thread(read_metric, client, "generation_tokens_total")
+        asked = asyncio.ensure_future(ask(client, long))
+        async with asyncio.timeout(120):
+            while await asyncio.to_thread(read_metric, client, "generation_tokens_total") == before:
+                await asyncio.sleep(0.001)
+            asked.cancel()
+            await asyncio.wait([asked])
+            await client.close_async()
+            while await asyncio.to_thread(read_metric, client, "num_requests_running") > 0:
+                await asyncio.sleep(0.001)
+        return await asyncio.to_thread(read_metric, client, "generation_tokens_total") - before
+
+    counts: list[float] = []
+    while len(counts) < 20 and (not counts or counts[-1] == long.n * long.max_tokens):
+        counts.append(run(client, count_tokens()))
+    assert 0 < counts[-1] < long.n * long.max_tokens, counts
 
 
 @pytest.mark.parametrize("token", ["x", "0" * 24])
@@ -187,6 +208,21 @@ def test_another_token_is_named(client: WorkerClient, token: str) -> None:
         with pytest.raises(UserError, match="RLTRAIN_WORKER_TOKEN"):
             call()
     other.close()
+
+
+def test_every_path_of_the_server_asks_for_the_token(client: WorkerClient) -> None:
+    """No route is left open, whatever vLLM registers: only the token leads to an answer of its own."""
+    transport = httpx.HTTPTransport(uds=client.url.removeprefix("unix:"))
+    with httpx.Client(transport=transport, base_url="http://worker", timeout=60.0) as plain:
+        for path in (*SERVER_PATHS, INFO, GENERATE, ADAPTER):
+            for headers in ({}, {"Authorization": "Bearer " + "0" * len(client.token)}):
+                for method in ("GET", "POST"):
+                    assert plain.request(method, path, headers=headers).status_code == 401, (method, path)
+            # without a body, and by GET, nothing that is served changes anything
+            answer = plain.get(path, headers={"Authorization": f"Bearer {client.token}"})
+            assert answer.status_code != 401, path
+        for headers in ({}, {"Authorization": "Bearer x"}, {"Authorization": f"Bearer {client.token}"}):
+            assert plain.get("/health", headers=headers).status_code == 200
 
 
 # the fake alone ---------------------------------------------------------------------------------------------
@@ -240,13 +276,13 @@ def test_a_lost_worker_is_no_busy_one(
 def test_a_worker_that_stopped_is_seen_by_a_round_trip(spoilt: tuple[FakeWorker, WorkerClient]) -> None:
     worker, _ = spoilt
     client = WorkerClient(worker.url, worker.token, Seconds(alive=0.2))
-    worker.engine.is_stopped = True
+    worker.change(is_stopped=True)
     try:
         client.is_paused()
         with pytest.raises(WorkerLost, match=r"within 0.2 s"):
             client.require_alive()
     finally:
-        worker.engine.is_stopped = False
+        worker.change(is_stopped=False)
     client.require_alive()
     client.close()
 
@@ -266,8 +302,8 @@ def test_an_address_has_a_scheme(url: str) -> None:
         WorkerClient(url, "x" * 16)
 
 
-def test_a_foreign_server_is_asked_in_json(tmp_path: Path) -> None:
-    with fake_worker(tmp_path, guarded=False) as worker:
+def test_a_foreign_server_is_asked_in_json() -> None:
+    with fake_worker(guarded=False) as worker:
         client = WorkerClient(worker.url, worker.token)
         assert not client.read_info().is_guarded
         assert len(run(client, ask(client, REQUEST))[0]) == REQUEST.n

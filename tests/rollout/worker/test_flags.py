@@ -73,10 +73,36 @@ def test_the_dtype_is_the_learners(precision: str, on_gpu: bool, dtype: str) -> 
     assert ("--gpu-memory-utilization" in made.flags(Address())) is on_gpu
 
 
-def test_ngram_speculation_is_passed_on() -> None:
-    speculative = 'rollout.server.speculative={"method": "ngram", "num_speculative_tokens": 3}'
-    made = settings(speculative).flags(Address())
+SPECULATIVE = 'rollout.server.speculative={"method": "ngram", "num_speculative_tokens": 3}'
+
+
+def test_ngram_speculation_is_passed_on_where_it_is_sound() -> None:
+    with pytest.raises(UserError, match=r"ngram.* on a CPU, where vLLM's log-probs .* are not those"):
+        settings(SPECULATIVE)
+    made = settings(SPECULATIVE, on_gpu=True).flags(Address())
     assert value(made, "--speculative-config") == '{"method": "ngram", "num_speculative_tokens": 3}'
+
+
+@pytest.mark.parametrize(
+    ("overrides", "controls"),
+    [
+        ((), []),
+        ((SPECULATIVE,), ["tis"]),
+        ((SPECULATIVE, "control=[mis]"), ["mis"]),
+        ((SPECULATIVE, "rollout.engine=transformers"), []),
+    ],
+)
+def test_guessed_tokens_bring_importance_weights(overrides: tuple[str, ...], controls: list[str]) -> None:
+    loaded = load_recipe(
+        ROOT / "recipes/policy/grpo.yaml",
+        profile="tiny_cpu",
+        overrides=["rollout.engine=vllm_server", *overrides],
+    )
+    checked = check(loaded)
+    assert isinstance(checked.recipe, OnlineRecipe)
+    assert [control.name for control in checked.recipe.control] == controls
+    assert any("importance weights" in warning for warning in checked.warnings) == (controls == ["tis"])
+    assert check(checked.recipe).recipe == checked.recipe  # a run that goes on changes nothing
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -16,24 +17,10 @@ import pytest
 
 from rltrain.rollout.worker import guard
 from rltrain.rollout.worker.guard import Choice, Guard, decode_answer, encode_answer, frame
+from support.server_paths import SERVER_PATHS
 
 SECRET = "0123456789abcdef-token"
-# every route of vLLM 0.32's server in development mode, and paths that resemble the open one
-PATHS = (
-    *("/load", "/version", "/kv_event_sources", "/metrics", "/tokenize", "/detokenize", "/v1/models"),
-    *("/v1/systemone", "/ping", "/invocations", "/reset_prefix_cache", "/reset_mm_cache"),
-    *("/reset_encoder_cache", "/collective_rpc", "/server_info", "/sleep", "/release_kv_cache_memory"),
-    *("/wake_up", "/is_sleeping", "/pause", "/resume", "/abort_requests", "/is_paused"),
-    *("/init_weight_transfer_engine", "/shutdown_weight_transfer_engine", "/start_weight_update"),
-    *("/start_draft_weight_update", "/update_weights", "/finish_weight_update", "/update_weight_version"),
-    *("/weight_info", "/weight_checker", "/get_world_size", "/v1/chat/completions"),
-    *("/v1/chat/completions/batch", "/v1/responses", "/v1/responses/x", "/v1/responses/x/cancel"),
-    *("/v1/completions", "/v1/messages", "/v1/messages/count_tokens", "/generative_scoring"),
-    *("/scale_elastic_ep", "/is_scaling_elastic_ep", "/inference/v1/generate"),
-    *("/inference/v1/abort_requests", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/docs"),
-    *("/openapi.json", "/", "/health/", "//health", "/HEALTH", "/health/x", "/x/health", "/health%2fx"),
-    *(guard.INFO, guard.GENERATE, guard.ADAPTER),
-)
+PATHS = (*SERVER_PATHS, guard.INFO, guard.GENERATE, guard.SCORE, guard.ADAPTER)
 
 
 class App:
@@ -41,7 +28,7 @@ class App:
 
     def __init__(self) -> None:
         self.paths: list[str] = []
-        self.state = None
+        self.state: Any = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         while (await receive()).get("more_body"):
@@ -55,6 +42,10 @@ async def sample_one(state: Any, request: dict[str, Any]) -> list[Choice]:
     return [Choice(0, [5, 6], [-0.5, -0.25], "stop", 6, [("1", 0, 2)])]
 
 
+async def score_ids(state: Any, request: dict[str, Any]) -> list[float]:
+    return [-float(token) for token in request["token_ids"][1:]]
+
+
 @pytest.fixture
 def app(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[App]:
     monkeypatch.setenv(guard.TOKEN, SECRET)
@@ -66,7 +57,7 @@ def call(app: Any, method: str, path: str, token: str | None = SECRET, **content
     """One request to the guard in front of ``app``."""
 
     async def send() -> httpx.Response:
-        guarded = Guard(app, sample_one)
+        guarded = Guard(app, sample_one, score_ids)
 
         async def serve(scope: Any, receive: Any, send: Any) -> None:
             scope["app"] = app
@@ -85,12 +76,12 @@ def test_every_path_asks_for_the_token(app: App, path: str, method: str) -> None
     for token in (None, "", SECRET[:-1], SECRET + "x", SECRET.upper(), "0" * len(SECRET)):
         assert call(app, method, path, token).status_code == 401
     assert app.paths == []
-    if path not in (guard.INFO, guard.GENERATE, guard.ADAPTER):
+    if path not in (guard.INFO, guard.GENERATE, guard.SCORE, guard.ADAPTER):
         assert call(app, method, path).text == "served"
 
 
 def test_the_own_routes_are_served_with_the_token(app: App) -> None:
-    assert call(app, "GET", guard.INFO).json() == {"rltrain": 1, "adapters": True}
+    assert call(app, "GET", guard.INFO).json() == {"rltrain": 1, "adapters": True, "loaded": {}}
     answer = call(app, "POST", guard.GENERATE, json={"request_id": "a"})
     assert answer.status_code == 200
     assert decode_answer(answer.content)[0] == "a"
@@ -232,6 +223,43 @@ def test_half_an_adapter_or_another_name_leaves_nothing(app: App, tmp_path: Path
     assert call(app, "POST", guard.ADAPTER, content=body).status_code in (400, 413)
     assert not [*(tmp_path / "adapters").rglob("*")]
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_removed_and_nothing_else(app: App, tmp_path: Path) -> None:
+    for name in ("policy-v1", "policy-v2"):
+        call(app, "POST", guard.ADAPTER, content=upload(name))
+    (tmp_path / "kept").touch()
+
+    def remove(name: Any) -> int:
+        return call(app, "DELETE", guard.ADAPTER, content=json.dumps({"name": name}).encode()).status_code
+
+    assert [remove("policy-v1"), remove("policy-v1")] == [200, 200]  # a second time it is gone
+    assert [path.name for path in (tmp_path / "adapters").iterdir()] == ["policy-v2"]
+    assert [remove(name) for name in ("", ".", "..", "../kept", "/", 7, None)] == [400] * 7
+    assert (tmp_path / "kept").is_file() and (tmp_path / "adapters/policy-v2").is_dir()
+    assert call(app, "POST", guard.ADAPTER, content=upload("policy-v1")).status_code == 200
+
+
+def test_the_adapters_that_vllm_has_are_told_with_their_numbers(app: App) -> None:
+    loaded = {"policy-1-a-1": SimpleNamespace(lora_int_id=4)}
+    app.state = SimpleNamespace(openai_serving_models=SimpleNamespace(lora_requests=loaded))
+    assert call(app, "GET", guard.INFO).json()["loaded"] == {"policy-1-a-1": 4}
+
+
+def test_tokens_are_scored(app: App) -> None:
+    answer = call(app, "POST", guard.SCORE, json={"token_ids": [4, 5, 6]})
+    assert answer.json() == {"logprobs": [-5.0, -6.0]}
+    for body in (b"", b"[]", b"{}"):
+        assert call(app, "POST", guard.SCORE, content=body).status_code == 400
+
+
+def test_the_label_of_a_request_is_that_of_its_tokens_unless_the_base_changed() -> None:
+    span = SimpleNamespace(version="default", start=0, end=3)
+    assert guard._label_spans([span], None) == [("default", 0, 3)]
+    assert guard._label_spans([span], "7") == [("7", 0, 3)]
+    later = SimpleNamespace(version="8", start=3, end=5)
+    assert guard._label_spans([span, later], "7") == [("default", 0, 3), ("8", 3, 5)]
+    assert guard._label_spans([], "7") == []
 
 
 def test_a_worker_without_a_folder_takes_no_adapter(app: App, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,8 @@ const charts = (() => {
       axes: axes(data.xLabel || "step", data.log),
       scales: { x: { time: false }, y: data.log ? { distr: 3 } : { range: rangeOf } },
       cursor: { sync: isStep ? { key: "step", setSeries: false } : undefined, drag: { x: true, y: false } },
-      legend: { live: true, markers: { stroke: (plot, index) => series[index].legendColour, width: 3 } },
+      legend: { live: true, markers: { stroke: (plot, index) => series[index].legendColour,
+        fill: (plot, index) => series[index].legendColour, width: 1 } },
       hooks: {
         setSelect: [(plot) => isStep && zoom(plot)],
         setSeries: [(plot, index, change) => "show" in change

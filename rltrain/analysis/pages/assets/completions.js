@@ -56,7 +56,9 @@ const completions = (() => {
       if (kept.length) { list.push({ group, kept }); total += kept.length; }
     }
     const order = ORDERS[field("order").value];
-    list.sort((left, right) => order(left.group, right.group) || left.group.step - right.group.step);
+    const colours = tokens.isOn() ? ({ group }) => Number(tokens.has(group)) : () => 0;
+    list.sort((left, right) => colours(right) - colours(left) || order(left.group, right.group)
+      || left.group.step - right.group.step);
     shown = PAGE;
     field("count").textContent = `${list.length} prompts, ${total} completions`;
     current = list.length ? list[0].group : null;
@@ -78,7 +80,7 @@ const completions = (() => {
     const panel = field("prompts");
     const rows = list.slice(0, shown).map(({ group }) => {
       const kind = `${group.stage === "eval" ? ", held-out" : ""}${group.turned ? ", turned right" : ""}`;
-      const where = `step ${group.step}${kind}`;
+      const where = `step ${group.step}${kind}${tokens.isOn() && tokens.has(group) ? ", coloured" : ""}`;
       const row = make("button", "", make("span", "line", group.prompt.replace(/\s+/g, " ")), ...rateOf(group),
         make("span", "small faint", ` ${where}`));
       row.type = "button";
@@ -98,6 +100,12 @@ const completions = (() => {
       rows.push(more);
     }
     panel.replaceChildren(...(rows.length ? rows : [make("p", "faint", "No completion passes these filters.")]));
+  }
+
+  // A colour was chosen: prompts whose tokens have that number come first.
+  function recolour() {
+    if (current === null || !tokens.isOn() || tokens.has(current)) drawGroup();
+    else refresh();
   }
 
   function drawGroup() {
@@ -145,7 +153,7 @@ const completions = (() => {
     groups = records;
     const ids = ["stage", "order", "step-low", "step-high", "score-low", "score-high", "length-low", "length-high",
       "ungraded", "turned", "cut", "text"];
-    tokens.mount(groups, drawGroup);
+    tokens.mount(groups, recolour);
     for (const id of ids) {
       const event = field(id).tagName === "SELECT" ? "change" : "input"; // WebDriver sends a list "change"
       field(id).addEventListener(event, refresh);

@@ -14,5 +14,6 @@
   const more = document.getElementById("more");
   more.addEventListener("toggle", () => charts.mount(document.getElementById("others"), data.others), { once: true });
   charts.connectControls();
+  if (data.timeline) timeline.mount(data.timeline);
   if (data.groups.length) completions.mount(data.groups);
 })();

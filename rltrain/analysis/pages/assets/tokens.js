@@ -3,8 +3,8 @@
 "use strict";
 const tokens = (() => {
   const COLOURS = 8; // of page.css; a version has the colour of its number modulo this
-  const NEUTRAL = { entropy: 0, advantage: 0, weight: 1, engine: 0, reference: 0, clip: 0 };
-  const UNITS = { entropy: "nats", advantage: "", weight: "", engine: "nats", reference: "nats", clip: "updates" };
+  const NEUTRAL = { entropy: 0, advantage: 0, weight: 1, engine: 0, reference: 0, clip: 0, touched: 0 };
+  const UNITS = { entropy: "nats", advantage: "", weight: "", engine: "nats", reference: "nats", clip: "updates", touched: "updates" };
   let choice = "";
   let scales = {}; // number -> distance from its neutral value that has the full colour
 
@@ -54,7 +54,6 @@ const tokens = (() => {
     if (rest > 0) panel.append(` [${rest} more tokens without numbers]`);
     const line = document.createElement("div");
     line.className = "small faint";
-    line.textContent = "point at a token, or touch it, to see its numbers";
     panel.addEventListener("pointerover", ({ target }) => { if (target.title) line.textContent = target.title; });
     const whole = document.createElement("div");
     whole.append(panel, line);
@@ -76,10 +75,11 @@ const tokens = (() => {
     };
     const neutral = NEUTRAL[choice], scale = scales[choice];
     const low = neutral - scale, high = neutral + scale;
-    const ends = choice === "entropy" || choice === "clip" ? [] : [swatch(low), ` ${charts.format(low)} or less `];
+    const ends = ["entropy", "clip", "touched"].includes(choice) ? [] : [swatch(low), ` ${charts.format(low)} or less `];
     const unit = UNITS[choice] && ` ${UNITS[choice]}`;
     legend.replaceChildren(...ends, swatch(neutral), ` ${neutral} `, swatch(high),
-      ` ${charts.format(high)} or more${unit}`, "; struck out: no part of the loss; a dot: a token without text of its own");
+      ` ${charts.format(high)} or more${unit}`, "; struck out: no part of the loss; a dot: a token without text of its own;",
+      " point at a token, or touch it, to see its numbers");
   }
 
   function choose() {
@@ -97,5 +97,7 @@ const tokens = (() => {
     select.addEventListener("change", () => { choose(); redraw(); });
   }
 
-  return { mount, choose, draw, isOn: () => choice !== "" };
+  const has = ({ completions }) => completions.some(({ tokenNumbers }) => tokenNumbers?.[choice]);
+
+  return { mount, choose, draw, has, isOn: () => choice !== "" };
 })();

@@ -6,25 +6,19 @@ it loads an adapter.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from rltrain.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, padded_rank
+from rltrain.model_files import ADAPTER_SLOTS, padded_rank
 from rltrain.rollout.engines.vllm.layers import Place
 from rltrain.tensor_ops import Fingerprint, weight_fingerprint
 
-__all__ = ["adapter_fingerprints", "adapter_options", "write_adapter"]
+__all__ = ["adapter_fingerprints", "adapter_options"]
 
-# Adapters in vLLM's memory: the one that samples, and the next one while it is loaded. Nothing is in flight
-# at a push in one process.
-_SLOTS = 2
 _PREFIX = "base_model.model."
 
 
@@ -37,17 +31,9 @@ def adapter_options(rank: int, revision: str | None) -> dict[str, Any]:
         "revision": revision,
         "enable_lora": True,
         "max_lora_rank": padded_rank(rank),
-        "max_loras": _SLOTS,
-        "max_cpu_loras": _SLOTS,
+        "max_loras": ADAPTER_SLOTS,
+        "max_cpu_loras": ADAPTER_SLOTS,
     }
-
-
-def write_adapter(folder: Path, config: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Writes an adapter in peft's form into the new ``folder``."""
-    folder.mkdir()
-    tensors = {name: weight.detach().to("cpu", copy=True).contiguous() for name, weight in weights}
-    save_file(tensors, folder / ADAPTER_WEIGHTS)
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(dict(config)), encoding="utf-8")
 
 
 @torch.inference_mode()

@@ -22,12 +22,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from rltrain.adapter_files import write_adapter
 from rltrain.errors import UserError
 from rltrain.model_files import config_source
 from rltrain.protocols import EngineState
 from rltrain.remote_code import trusts
 from rltrain.rollout.engines.checks import WeightShapes, require_fit, require_version
-from rltrain.rollout.engines.vllm.adapter import adapter_fingerprints, adapter_options, write_adapter
+from rltrain.rollout.engines.vllm.adapter import adapter_fingerprints, adapter_options
 from rltrain.rollout.engines.vllm.config_folder import config_folder
 from rltrain.rollout.engines.vllm.layers import (
     Architecture,
@@ -43,6 +44,7 @@ from rltrain.rollout.engines.vllm.process import (
     class_states,
     import_vllm,
     kept_process_group,
+    own_shared_memory,
     restore_classes,
     unchanged_process,
 )
@@ -159,6 +161,8 @@ class VllmColocated:
         with unchanged_process(**runner), contextlib.ExitStack() as start_errors:
             vllm = import_vllm()
             start_errors.enter_context(_explain_start_errors(model))
+            if self._ranks is not None and not self._gpu:
+                start_errors.enter_context(own_shared_memory())
             self._llm: Any = vllm.LLM(
                 source,
                 trust_remote_code=trusted,
@@ -273,17 +277,15 @@ class VllmColocated:
         arguments = (self._adapter.lora_int_id, self._adapter_rank, self._places)
         return self._llm.collective_rpc(adapter_fingerprints, args=arguments)[0]
 
-    def prompt_log_probs(self, token_ids: Sequence[int]) -> list[float]:
+    def prompt_log_probs(self, token_ids: Sequence[int]) -> list[list[float]]:
         """See ``AdapterTarget.prompt_log_probs``."""
         params = self._params_class(
             max_tokens=1, temperature=1.0, seed=0, prompt_logprobs=0, detokenize=False, ignore_eos=True
         )
         prompt = {"prompt_token_ids": list(token_ids), "cache_salt": f"{self.version} probe"}
         (output,) = self._llm.generate([prompt], params, use_tqdm=False, lora_request=self._adapter)
-        return [
-            logprobs[token].logprob
-            for token, logprobs in zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
-        ]
+        scored = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        return [[logprobs[token].logprob for token, logprobs in scored]]
 
     def _require_empty_cache(self) -> None:
         if not self._llm.reset_prefix_cache():

@@ -2,14 +2,15 @@
 on CPU, packs them.
 
 ``find_places`` finds once where vLLM keeps each weight of the checkpoint; ``layer_fingerprints`` reads the
-weights there after every load.
+weights there after every load. Reading a packed layer takes a multiplication by every unit vector, so that
+``record_packed_layers`` takes the products from the entries that a layer is packed from.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +31,15 @@ from rltrain.rollout.engines.vllm.shares import (
 )
 from rltrain.tensor_ops import Fingerprint, fingerprint_input, product_fingerprint, weight_product
 
-__all__ = ["Architecture", "Place", "Places", "find_places", "layer_fingerprints", "layer_products"]
+__all__ = [
+    "Architecture",
+    "Place",
+    "Places",
+    "find_places",
+    "layer_fingerprints",
+    "layer_products",
+    "record_packed_layers",
+]
 
 _STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _ORDER = {"q": 0, "k": 1, "v": 2}
@@ -173,8 +182,57 @@ def layer_products(
     places: Mapping[str, Place],
     architecture: Architecture,
     names: Collection[str] | None = None,
+    reads_entries: Callable[[str], bool] = lambda path: True,
 ) -> Iterator[Product]:
-    """The product of each weight that this process computes with. names: None for all."""
+    """The product of each weight that this process computes with. names: None for all.
+
+    reads_entries: whether the entries of the packed layer at this path are read, though there is a record of
+    them.
+    """
+    for path, reader in _find_readers(model, places, architecture, names):
+        is_stale = path.endswith(".kv_b_proj") and not _attention_copies_match(model, path, reader.module)
+        for product in reader.products(reads_entries(path)):
+            yield replace(product, values=product.values * math.nan) if is_stale else product
+
+
+def record_packed_layers(model: nn.Module, places: Mapping[str, Place], architecture: Architecture) -> None:
+    """From the next load on, every packed layer keeps the products of the entries that it is packed from."""
+    for _, reader in _find_readers(model, places, architecture):
+        if reader.is_packed() and not any(name in architecture.transposed for name in reader.places):
+            method: Any = reader.module.quant_method
+            method.process_weights_after_loading = _record_and_pack(method, reader)
+
+
+def _record_and_pack(method: Any, reader: _Reader) -> Callable[[nn.Module], None]:
+    pack = method.process_weights_after_loading
+
+    def process_weights_after_loading(layer: nn.Module) -> None:
+        if layer is not reader.module:
+            pack(layer)
+            return
+        with torch.no_grad():
+            products = tuple(reader.plain_products())
+        pack(layer)
+        reader.module.rltrain_record = _Record(reader.module.cpu_linear, products)
+
+    return process_weights_after_loading
+
+
+@dataclass(frozen=True)
+class _Record:
+    """multiply: the packed layer's function whose products these are; of another it says nothing."""
+
+    multiply: Any
+    products: Sequence[Product]
+
+
+def _find_readers(
+    model: nn.Module,
+    places: Mapping[str, Place],
+    architecture: Architecture,
+    names: Collection[str] | None = None,
+) -> Iterator[tuple[str, _Reader]]:
+    """(path of a module, reader) of every parameter. names: None for all."""
     names_by_parameter: dict[tuple[str, str], list[str]] = {}
     for name, place in places.items():
         if names is None or name in names:
@@ -183,10 +241,7 @@ def layer_products(
     for (path, parameter), parameter_names in names_by_parameter.items():
         module: Any = model.get_submodule(path)
         module = getattr(module, "base_layer", module)  # of a layer that takes adapters
-        reader = _Reader(module, parameter, {name: places[name] for name in parameter_names}, architecture)
-        is_stale = path.endswith(".kv_b_proj") and not _attention_copies_match(model, path, module)
-        for product in reader.products():
-            yield replace(product, values=product.values * math.nan) if is_stale else product
+        yield path, _Reader(module, parameter, {name: places[name] for name in parameter_names}, architecture)
 
 
 @dataclass(frozen=True)
@@ -198,15 +253,52 @@ class _Reader:
     places: Mapping[str, Place]
     architecture: Architecture
 
-    def products(self) -> Iterator[Product]:
-        if self._is_packed():
+    def products(self, reads_entries: bool) -> Iterator[Product]:
+        if not self.is_packed():
+            yield from self.plain_products()
+        elif reads_entries or (recorded := self._recorded_products()) is None:
             yield from self._packed_products()
-            return
+        else:
+            yield from recorded
+
+    def plain_products(self) -> Iterator[Product]:
+        """Of the entries as they were loaded, where they are not packed, or not yet."""
         weight: Tensor = getattr(self.module, self.parameter)
         for name, place in self.places.items():
             share = self._share(name)
             if share is not None:
                 yield self._product(share, self._as_stored(name, self._part(weight, name, place)))
+
+    def _recorded_products(self) -> list[Product] | None:
+        """Those that were recorded when the layer was packed, if it multiplies with what was packed then."""
+        record: _Record | None = getattr(self.module, "rltrain_record", None)
+        if record is None or record.multiply is not self.module.cpu_linear:
+            return None
+        products = [product for product in record.products if product.name in self.places]
+        if not self._multiplies_like(products):
+            return None
+        return [replace(product, values=product.values.clone()) for product in products]
+
+    def _multiplies_like(self, products: Sequence[Product]) -> bool:
+        """Whether what the layer itself multiplies agrees with these, as far as its rounding allows."""
+        width = self._width()
+        signs = [
+            fingerprint_input(product.name, product.share.columns or width, torch.device("cpu"))
+            for product in products
+        ]
+        firsts = [product.share.first_column for product in products]
+        inputs = torch.stack([sign[first : first + width] for sign, first in zip(signs, firsts, strict=True)])
+        outputs = self.module.quant_method.apply(self.module, inputs.to(self.module.params_dtype)).t()
+        rounding = 2 * torch.finfo(outputs.dtype).eps + 2 * torch.finfo(torch.float32).eps * math.sqrt(width)
+        for place, product in enumerate(products):
+            output = self._part(outputs[:, place : place + 1], product.name, self.places[product.name])
+            if not (output[:, 0] - product.values).norm() <= rounding * product.values.norm():
+                return False
+        return True
+
+    def _width(self) -> int:
+        """Columns of the weight in this process."""
+        return int(getattr(self.module, "input_size_per_partition", self.module.input_size))
 
     def _share(self, name: str) -> Share | None:
         return find_share(self.module, self.parameter, name, self.places[name], self.architecture)
@@ -216,7 +308,7 @@ class _Reader:
         values = weight_product(share.name, part, first_column=share.first_column, columns=columns)
         return Product(share.name, values, share)
 
-    def _is_packed(self) -> bool:
+    def is_packed(self) -> bool:
         """Whether the layer computes with a packed copy, which cannot be read, even if the weight exists too.
 
         Embeddings read the weight.
@@ -235,10 +327,7 @@ class _Reader:
         for start, block in packed_columns(self.module, _READ_ENTRIES):
             for name, share in shares.items():
                 part = self._part(block, name, self.places[name]).double()
-                columns = share.columns or getattr(
-                    self.module, "input_size_per_partition", self.module.input_size
-                )
-                signs = fingerprint_input(name, columns, torch.device("cpu"))
+                signs = fingerprint_input(name, share.columns or self._width(), torch.device("cpu"))
                 first = share.first_column + start
                 products[name] = products[name] + part @ signs[first : first + block.shape[1]]
         yield from (Product(name, product, shares[name]) for name, product in products.items())

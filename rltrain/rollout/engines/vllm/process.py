@@ -13,7 +13,14 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["class_states", "import_vllm", "kept_process_group", "restore_classes", "unchanged_process"]
+__all__ = [
+    "class_states",
+    "import_vllm",
+    "kept_process_group",
+    "own_shared_memory",
+    "restore_classes",
+    "unchanged_process",
+]
 
 _COMPILED = "TorchCompileWithNoGuardsWrapper"  # the base that vLLM adds to a class to compile its forward
 _CHANGED_METHODS = ("__init__", "__call__")
@@ -120,3 +127,25 @@ def kept_process_group() -> Iterator[None]:
         yield
     finally:
         parallel_state.destroy_distributed_environment = destroy
+
+
+@contextlib.contextmanager
+def own_shared_memory() -> Iterator[None]:
+    """Gives the memory that a CPU engine's ranks share a name of their launch.
+
+    vLLM 0.32 names it after the group's address, which of ranks that a launcher started is "env://": a second
+    run on the machine would find the first one's memory and not start.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    make_group_name = _CPUSHMDistributed.make_group_name
+    launch = f"{os.environ.get('MASTER_PORT', '')}-{os.getppid()}"  # one launcher started the ranks of a node
+
+    def make_own_name(communicator: Any) -> str:
+        return f"rltrain-{launch}-{make_group_name(communicator).lstrip('/')}"
+
+    _CPUSHMDistributed.make_group_name = staticmethod(make_own_name)
+    try:
+        yield
+    finally:
+        _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)

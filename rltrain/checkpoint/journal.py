@@ -1,0 +1,144 @@
+"""The journal of a run: what each step was trained on, a Parquet file for each, written before the step.
+
+A file has a row for each completion (``journal_table``) and one entry ``rltrain`` in its metadata: JSON with
+everything else that the step needs, and with the checksum of the weights that sampled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rltrain.checkpoint.journal_table import groups_of_table, table_of_groups
+from rltrain.checkpoint.run_folder import RunFolder, write_atomic
+from rltrain.errors import UserError
+from rltrain.types.samples import ScoredGroup
+
+__all__ = ["Journal", "StepHeader", "StepRecord", "origin_of"]
+
+_FORMAT = 1
+_KEY = b"rltrain"
+
+
+@dataclass(frozen=True)
+class StepHeader:
+    """What a file says about a step beside its completions."""
+
+    step: int
+    version: int  # of the policy that sampled: the learner's number of updates
+    weights: str  # checksum of the learner's weights at that version
+    origin: str  # digest of everything that the samples follow from (``origin_of``)
+    state: Mapping[str, Any]  # of the rollout source, after these rollouts
+    generated_groups: int
+    rounds: int
+    correct_counts: Sequence[int]
+    seconds: Mapping[str, float]
+    metrics: Mapping[str, float]
+    # generators of random numbers after these rollouts, by rank; empty: sampling left them as they were
+    random: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    environment: Mapping[str, Any] = field(default_factory=dict)  # the software that wrote it
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    header: StepHeader
+    groups: tuple[ScoredGroup, ...]
+
+
+def origin_of(step: int, version: int, weights: str, state: Mapping[str, Any], settings: str) -> str:
+    """Digest of what the rollouts of a step follow from: the weights, the state of the source before it, and
+    the settings, as text.
+    """
+    plain = json.dumps([step, version, weights, state, settings], sort_keys=True)
+    return hashlib.sha256(plain.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The files below ``folder.rollouts``. keep: ``journal.keep`` of the recipe."""
+
+    folder: RunFolder
+    keep: str = "all"
+
+    def path(self, step: int) -> Path:
+        return self.folder.rollouts / f"step-{step:06d}.parquet"
+
+    def steps(self) -> list[int]:
+        """The steps that have a file, first to last."""
+        names = [path.stem.removeprefix("step-") for path in self.folder.rollouts.glob("step-*.parquet")]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def write(self, record: StepRecord) -> None:
+        """Returns once the whole file is on the disk; nobody ever sees a part of it."""
+        header = json.dumps({"format": _FORMAT, **asdict(record.header)})
+        table = table_of_groups(record.groups).replace_schema_metadata({_KEY: header.encode()})
+        buffer = io.BytesIO()
+        dictionaries: Any = [name for name in table.column_names if name.startswith("prompt_")]
+        pq.write_table(
+            table,
+            buffer,
+            compression="zstd",
+            use_dictionary=dictionaries,
+            column_encoding={"logprobs.list.element": "BYTE_STREAM_SPLIT"},
+            write_page_checksum=True,
+        )
+        self.folder.rollouts.mkdir(exist_ok=True)
+        write_atomic(self.path(record.header.step), buffer.getvalue())
+
+    def read(self, step: int) -> StepRecord:
+        """Raises FileNotFoundError where the step has no file, and UserError where it is damaged."""
+        path = self.path(step)
+        content = path.read_bytes()
+        try:
+            table = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read()
+            header = _read_header(table.schema.metadata or {})
+            groups = groups_of_table(table.replace_schema_metadata(None))
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+        ) as error:  # pyarrow's are OSError, ValueError
+            raise UserError(f"{path} is damaged or no journal of rollouts ({error})") from error
+        if header.step != step:
+            raise UserError(f"{path} holds the rollouts of step {header.step}: it was copied or renamed")
+        return StepRecord(header, groups)
+
+    def read_header(self, step: int) -> StepHeader:
+        """``read`` without the completions."""
+        path = self.path(step)
+        try:
+            return _read_header(pq.read_schema(path).metadata or {})
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} is damaged or no journal of rollouts ({error})") from error
+
+    def prune(self) -> None:
+        """Removes the files that ``keep`` does not ask for: with "resume", those of steps from which no
+        checkpoint that is left can go on.
+        """
+        checkpoints = self.folder.present_checkpoints()
+        if self.keep != "resume" or not checkpoints:
+            return
+        for step in self.steps():
+            if step <= checkpoints[0][0]:
+                self.path(step).unlink(missing_ok=True)
+
+
+def _read_header(metadata: Mapping[bytes, bytes]) -> StepHeader:
+    plain = json.loads(metadata[_KEY])
+    if plain.pop("format") != _FORMAT:
+        raise ValueError(f"its format is not {_FORMAT}, the one that this rltrain reads")
+    known = {item.name for item in fields(StepHeader)}
+    if plain.keys() != known:
+        raise ValueError(f"its header has {sorted(plain.keys() ^ known)} too few or too many")
+    return StepHeader(**plain)

@@ -1,0 +1,100 @@
+"""The rollouts of a finished run in place of an engine: the same steps again, or another method on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from rltrain.checkpoint.journal import Journal, StepRecord
+from rltrain.checkpoint.random_state import restore_random_state
+from rltrain.process import Process
+from rltrain.rollout.source import Rollouts
+from rltrain.sync.colocated import WeightOwner, WeightStream
+from rltrain.train.journaled import rollouts_of
+from rltrain.types.samples import Prompt, Sampling, ScoredGroup
+
+__all__ = ["NoPush", "ReplayedRollouts"]
+
+
+@dataclass
+class ReplayedRollouts:
+    """Implements ``RolloutSource`` on a journal; rank 0 reads it.
+
+    digests: of the weights of the run that wrote the journal, by version; empty: the weights are others, and
+    nothing is compared. weights_digest: of the learner's; a collective.
+    """
+
+    journal: Journal
+    process: Process
+    digests: Mapping[int, str]
+    weights_digest: Callable[[], str]
+    # by step, whether the weights before it are those of the run that wrote the journal
+    comparisons: dict[int, bool] = field(default_factory=dict)
+    _state: dict[str, Any] = field(default_factory=lambda: {"order": {}, "sources": [], "temperature": {}})
+
+    @property
+    def prompts(self) -> Sequence[Prompt] | None:
+        return None
+
+    def take(self, step: int, version: int) -> Rollouts:
+        """The rollouts that ``step`` was trained on. Raises UserError where its file is damaged."""
+        if version in self.digests:
+            self.comparisons[step] = self.weights_digest() == self.digests[version]
+        record: StepRecord = self.process.gather([self.journal.read(step)] if self.process.is_main else [])[0]
+        self._state = dict(record.header.state)
+        rank = self.process.rank
+        if rank < len(record.header.random) and record.header.random[rank]:
+            restore_random_state(record.header.random[rank])
+        return rollouts_of(record)
+
+    def evaluate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, version: int, occasion: str = ""
+    ) -> list[ScoredGroup]:
+        raise NotImplementedError("a replay has no engine that could sample held-out prompts")
+
+    def observe(
+        self, metrics: Mapping[str, float], entropy: Tensor | None = None, sampled: Tensor | None = None
+    ) -> None:
+        """Nothing adapts: what each step was trained on is known."""
+
+    def settle(self) -> None: ...
+
+    def release_memory(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._state = dict(state)
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class NoPush:
+    """Takes the place of ``Sync`` where no engine wants the weights."""
+
+    pushes: int = 0
+
+    def stream_of(self, learner: WeightOwner) -> WeightStream:
+        return lambda dtype: _no_weights()
+
+    def push(
+        self,
+        weights: WeightStream,
+        version: int,
+        *,
+        expect_change: bool,
+        norms: Callable[[], tuple[float, ...]] = tuple,
+    ) -> dict[str, float]:
+        """Pushes nothing, and has no metrics."""
+        return {}
+
+    def verify_all(self, weights: WeightStream) -> None: ...
+
+
+def _no_weights() -> Iterator[tuple[str, Tensor]]:
+    return iter(())
