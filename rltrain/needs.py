@@ -84,7 +84,7 @@ ANSWER: Final = Need(
     "answer", "(B,) int64, equal for equal extracted answers of one prompt; -1 without an answer"
 )
 PARTS: Final = Need("parts", "(B,) the values of each reward function by its name, before weights and sums")
-VERSION: Final = Need("version", "(B,) int64, updates of the policy that sampled the completion")
+VERSION: Final = Need("version", "(B, T) int64, updates of the policy that sampled the token")
 ALIGNMENT: Final = Need(
     "alignment", "per prompt, the alignment of its hidden states, by which `gain_rl` orders prompts"
 )

@@ -86,7 +86,8 @@ def risk_averse(
     values = as_float(rewards)
     graded = ~values.isnan()
     counts = segment_count(torch.where(graded, group, -1))
-    progress = (version / anneal_updates).clamp(0, 1) if anneal_updates else torch.ones_like(version)
+    newest = version.amax(dim=1)
+    progress = (newest / anneal_updates).clamp(0, 1) if anneal_updates else torch.ones_like(newest)
     current = 1 - (1 - share) * progress.to(values.dtype)
     worst = (current * counts).ceil().clamp(min=1)  # completions that count
     rank = _ranks_in_groups(values, group)
