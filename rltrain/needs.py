@@ -83,6 +83,8 @@ STEP_ID: Final = Need("step_id", "(B, T) int64, the turn or reasoning step of th
 ANSWER: Final = Need(
     "answer", "(B,) int64, equal for equal extracted answers of one prompt; -1 without an answer"
 )
+PARTS: Final = Need("parts", "(B,) the values of each reward function by its name, before weights and sums")
+VERSION: Final = Need("version", "(B, T) int64, updates of the policy that sampled the token")
 ALIGNMENT: Final = Need(
     "alignment", "per prompt, the alignment of its hidden states, by which `gain_rl` orders prompts"
 )
@@ -130,6 +132,20 @@ MEAN_LENGTH: Final = Need("mean_length", "() scored tokens per completion of the
 TARGET_TOKENS_PER_EXAMPLE: Final = Need(
     "target_tokens_per_example", "() scored target-language tokens per row (arXiv:2505.14297)"
 )
+LOG_RATIO_CENTRE: Final = Need(
+    "log_ratio_centre",
+    "() nats, between the classes' mean log-ratios in the optimizer batch (arXiv:2404.04656)",
+)
+REFERENCE_MARGIN_AT_RANK: Final = Need(
+    "reference_margin_at_rank",
+    "(N,) nats, the reference's margin whose rank in the optimizer batch is that of the policy's margin "
+    "(arXiv:2406.05882)",
+)
+REJECTED_AT_RANK: Final = Need(
+    "rejected_at_rank",
+    "(N, 2) nats, the rejected log-ratio of the rank that the row's chosen one has, and the chosen one of "
+    "the rank that its rejected one has (arXiv:2406.05882)",
+)
 GROUP_SIZE: Final = Need("group_size", "(N,) completions of the row's prompt in the optimizer batch")
 REWARD_SOFTMAX: Final = Need(
     "reward_softmax", "(N,) softmax of the labels over the completions of a prompt (arXiv:2402.05369)"
@@ -140,6 +156,7 @@ NO_SIGNAL: Final = Trait("no_signal", "an advantage or a reward that is zero eve
 REWARD_FREE: Final = Trait(
     "reward_free", "reads no reward; a policy loss with it has a gradient where the advantage is 0"
 )
+ACTS_EVERYWHERE: Final = Trait("acts_everywhere", "a policy loss with a gradient where the advantage is 0")
 OWNS_CLIPPING: Final = Trait("owns_clipping", "a policy loss that defines the clipping rule")
 SEQUENCE_LEVEL: Final = Trait("sequence_level", "a policy loss with one ratio per sequence")
 ACTS_ON_MARKS: Final = Trait(

@@ -48,6 +48,22 @@ tiny model, from which `grpo` goes from 0.40 to 0.58. The baselines:
 
 {baselines}
 """
+# Methods of other trainers that a user may look for here, with their arXiv ids and why there is none.
+NOT_HERE: tuple[tuple[str, str, str], ...] = (
+    (
+        "TPO",
+        "2405.16681",
+        "learns from a third answer beside each pair; without it, it is `dpo_reference_free` or `simpo`",
+    ),
+    (
+        "k1 as a loss term",
+        "",
+        "its gradient's expectation is 0: `kl_coef` of `reinforce_pp` has it in the reward",
+    ),
+    ("AlphaPO", "2501.03884", "a power of the likelihood in SimPO, for which only a peer's code is public"),
+    ("WPO", "2406.11827", "weights pairs by the policy's own likelihood, which no statistic here computes"),
+    ("GAE and value losses", "1506.02438", "need a critic, which no method here trains"),
+)
 FOLDERS = ("policy", "preference", "process_reward", "supervised")
 KINDS: tuple[tuple[str, str, Registry], ...] = (
     ("Advantages", "advantage", ADVANTAGES),
@@ -170,6 +186,8 @@ def methods_page() -> str:
             "|\n|---|---|---|---|---|---|\n"
         )
         parts.append(head + "\n".join(rows) + "\n")
+    refused = "\n".join(f"| {name} | {arxiv} | {reason} |" for name, arxiv, reason in NOT_HERE)
+    parts.append(f"## Not here, on purpose\n\n| method | arXiv | reason |\n|---|---|---|\n{refused}\n")
     return "\n".join(parts)
 
 

@@ -66,7 +66,7 @@ def batch_of(case: Case) -> TrainBatch:
     for name, values in case_fields.items():
         if name in PROBABILITIES:
             fields[PROBABILITIES[name]] = tensor(values).log()
-        elif name == "extra":
+        elif name in ("extra", "parts"):
             fields[name] = {key: tensor(value) for key, value in values.items()}
         elif name == "notes":
             fields[name] = values

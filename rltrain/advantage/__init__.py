@@ -6,6 +6,8 @@ ADVANTAGES = Registry(
     "advantage",
     modules=(
         "rltrain.advantage.group",
+        "rltrain.advantage.baselines",
+        "rltrain.advantage.decoupled",
         "rltrain.advantage.entropy_shaped",
         "rltrain.advantage.token_average",
         "rltrain.advantage.reference",

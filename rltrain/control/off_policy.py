@@ -9,6 +9,7 @@ step. Weights of masked-out tokens are 0.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -19,7 +20,7 @@ from rltrain.registry import method
 from rltrain.tensor_ops import apply_mask, masked_mean, masked_sum
 from rltrain.types.policy import TrainBatch
 
-__all__ = ["geometric_rejection", "mis", "off_policy_mask", "tis"]
+__all__ = ["divergence_rejection", "geometric_rejection", "mis", "off_policy_mask", "tis"]
 
 LOG_RHO_LIMIT = 20.0  # verl's clamp before exp
 
@@ -30,16 +31,18 @@ def tis(
     *,
     level: Literal["token", "sequence"] = "token",
     cap: float = 2.0,
+    floor: float = 0.0,
     normalize: Literal["none", "batch"] = "none",
 ) -> TrainBatch:
     """Truncated importance sampling (Ionides 2008; for inference engines: Yao et al. 2025): weight ``min(rho,
     cap)``.
 
-    level: a token's own rho, or the product over its sequence. normalize "batch" divides the truncated
-    weights by their mean over the step: over tokens, or at sequence level over sequences (each once, whatever
-    its length), as verl does.
+    level: a token's own rho, or the product over its sequence. floor: smallest weight, for a truncation from
+    both sides (verl's two thresholds drop what lies outside, as ``mis``). normalize "batch" divides
+    the truncated weights by their mean over the step: over tokens, or at sequence level over sequences (each
+    once, whatever its length), as verl does.
     """
-    weights = _rho(batch, "tis", level).clamp(max=cap)
+    weights = _rho(batch, "tis", level).clamp(floor, cap)
     if normalize == "batch":
         counted = batch.mask if level == "token" else batch.mask.any(dim=1, keepdim=True)
         weights = weights / masked_mean(weights, counted)
@@ -81,6 +84,42 @@ def geometric_rejection(
     """
     geometric = masked_mean(_log_rho(batch, "geometric_rejection"), batch.mask, dim=1)[:, None].exp()
     return _restrict(batch, (geometric >= low) & (geometric <= high), denominator)
+
+
+@method("divergence_rejection", needs={OLD_LOGP, ROLLOUT_LOGP})
+def divergence_rejection(
+    batch: TrainBatch,
+    *,
+    estimator: Literal["k1", "k2", "k3"] = "k3",
+    over: Literal["token", "sequence_sum", "sequence_mean", "sequence_max"] = "sequence_mean",
+    low: float | None = None,
+    high: float = 0.01,
+    denominator: Literal["all", "kept"] = "kept",
+) -> TrainBatch:
+    """Drops tokens or sequences whose estimated KL between engine and learner lies outside bounds; no weight
+    changes (verl's rejection, without importance weights).
+
+    estimator: with x = ln rho k1 = -x, k2 = x^2 / 2 and k3 = e^x - 1 - x, in nats. over: a token's
+    own number, or the sum, mean or largest of its sequence. low, high: bounds; low None is -high for k1,
+    whose sign says which of the two is larger, and none for the others, which are at least 0. verl states
+    k1's bounds as ratios: its "0.5_2" is low ln 0.5 and high ln 2. denominator as in ``mis``; verl masks out.
+    """
+    log_rho = _log_rho(batch, "divergence_rejection").clamp(-LOG_RHO_LIMIT, LOG_RHO_LIMIT)
+    if estimator == "k1":
+        values = -log_rho
+    elif estimator == "k2":
+        values = 0.5 * log_rho.square()
+    else:
+        values = log_rho.exp() - 1 - log_rho
+    if over == "sequence_sum":
+        values = masked_sum(values, batch.mask, dim=1)[:, None]
+    elif over == "sequence_mean":
+        values = masked_mean(values, batch.mask, dim=1)[:, None]
+    elif over == "sequence_max":
+        values = torch.where(batch.mask, values, -torch.inf).amax(dim=1, keepdim=True)
+    if low is None:
+        low = -high if estimator == "k1" else -math.inf
+    return _restrict(batch, (values >= low) & (values <= high), denominator)
 
 
 @method("off_policy_mask", arxiv="2512.02556", needs={ROLLOUT_LOGP, LOGP_NOW})

@@ -139,7 +139,6 @@ STATISTICS: dict[str, Callable[..., Tensor]] = {
     "clamped_entropy": clamped_entropy,
     "collision": collision,
     "expected_entropy_slope": expected_entropy_slope,
-    "log_kept_mass": log_kept_mass,
     "log_mass": log_mass,
     "sharpened_entropy": sharpened_entropy,
     "tempered_logp": tempered_logp,
@@ -210,6 +209,8 @@ def _resolve(name: str, temperature: float, tensors: Mapping[str, Tensor | KeptT
     arguments = [float(text) if _is_number(text) else text for text in texts]
     if word == "entropy" and len(arguments) == 1 and isinstance(arguments[0], float) and arguments[0] > 0:
         return _Extra(name, sharpened_entropy, (temperature / arguments[0],))
+    if word == "log_kept_mass":  # of every log-prob under truncated sampling; no method names it
+        return _Extra(name, log_kept_mass, (tensors[texts[0]],))
     if word not in STATISTICS:
         raise ValueError(f"no token statistic is called {name!r}{suggestion(word, (*BUILT_IN, *STATISTICS))}")
     for argument in arguments:
@@ -248,7 +249,7 @@ class _Extra:
 
     def __call__(self, logp: Tensor, targets: Tensor, rows: slice) -> Tensor:
         arguments = (
-            argument if isinstance(argument, float) else argument[rows] for argument in self.arguments
+            argument if isinstance(argument, float | int) else argument[rows] for argument in self.arguments
         )
         return self.function(logp, targets, *arguments)
 

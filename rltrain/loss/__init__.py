@@ -3,6 +3,12 @@
 from rltrain.registry import Registry
 
 LOSS_TERMS = Registry(
-    "loss term", modules=("rltrain.loss.terms.kl", "rltrain.loss.terms.entropy", "rltrain.loss.terms.distill")
+    "loss term",
+    modules=(
+        "rltrain.loss.terms.kl",
+        "rltrain.loss.terms.entropy",
+        "rltrain.loss.terms.distill",
+        "rltrain.loss.terms.imitation",
+    ),
 )
 AGGREGATES = Registry("aggregate", modules=("rltrain.loss.aggregate",))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rltrain.needs import ACTS_ON_MARKS, REWARD_FREE, SEQUENCE_LEVEL
+from rltrain.needs import ACTS_EVERYWHERE, ACTS_ON_MARKS, REWARD_FREE, SEQUENCE_LEVEL
 from rltrain.registry import BoundMethod
 from rltrain.tensor_ops import apply_mask, masked_sum
 from rltrain.types.policy import PolicyTokens, StepTotals, TrainBatch
@@ -92,7 +92,7 @@ class Objective:
         These rows have no masked-in token, or no term is on and every token has advantage 0 or weight 0. A
         sequence-level loss mixes the tokens of a row before it weights them: there all advantages or all
         weights must be 0. A trait marks a loss with a gradient on tokens of advantage 0: "acts_on_marks" if
-        that is where ``extra`` is not 0, "reward_free" if everywhere.
+        that is where ``extra`` is not 0, "reward_free" or "acts_everywhere" if everywhere.
         """
         empty = ~batch.mask.any(dim=1)
         traits = self.policy_loss.spec.traits
@@ -100,7 +100,7 @@ class Objective:
             return empty
         no_advantage = (batch.advantages == 0) | ~batch.mask
         no_weight = (batch.weights == 0) | ~batch.mask
-        if REWARD_FREE in traits:
+        if {REWARD_FREE, ACTS_EVERYWHERE} & traits:
             no_advantage = ~batch.mask
         if ACTS_ON_MARKS in traits:
             for marks in batch.extra.values():

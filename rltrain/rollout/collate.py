@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rltrain.reward.score import Score
 from rltrain.rollout.steps import StepSplitter, step_ids
 from rltrain.types.policy import TokenRows, TrainBatch
 from rltrain.types.samples import SOURCE_REFERENCE, Completion, ScoredGroup
@@ -64,6 +65,7 @@ def collate(groups: Sequence[ScoredGroup], lines: StepSplitter | None = None) ->
         correct=torch.tensor([math.nan if verdict is None else float(verdict) for verdict in verdicts]),
         answer=torch.tensor(answers),
         step_id=step_ids(completions, mask, lines),
+        parts=_parts([score for _, _, score in pairs], is_usable),
     )
     is_truncated = any(completion.kept is not None for completion in completions)
     rows = TokenRows(
@@ -72,6 +74,21 @@ def collate(groups: Sequence[ScoredGroup], lines: StepSplitter | None = None) ->
         kept=tuple(completion.kept for completion in completions) if is_truncated else None,
     )
     return rows, batch
+
+
+def _parts(scores: Sequence[Score], is_usable: Sequence[bool]) -> dict[str, Tensor]:
+    """(B,) float32 for each name of the scores' parts, NaN where a score has none of it or does not count."""
+    names = sorted({name for score in scores for name in score.parts})
+    return {
+        name: torch.tensor(
+            [
+                score.parts.get(name, math.nan) if usable else math.nan
+                for score, usable in zip(scores, is_usable, strict=True)
+            ],
+            dtype=torch.float32,
+        )
+        for name in names
+    }
 
 
 def answer_ids(group: ScoredGroup) -> list[int]:

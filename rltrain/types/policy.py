@@ -89,6 +89,8 @@ class TrainBatch:
     correct: Tensor | None = None
     # (B,) int64, equal for equal extracted answers of one group, -1 without an answer
     answer: Tensor | None = None
+    # (B,) each: what the reward functions gave, by the names of ``Score.parts``; NaN where one gave nothing
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
     touched: Tensor | None = None  # (B, T) bool, tokens that a control changed; None: no control ran
     # (B, T) each: tensors that a control passes to the loss of its method
     extra: Mapping[str, Tensor] = field(default_factory=dict)
@@ -147,13 +149,15 @@ class TrainBatch:
         }
         per_row = {name: value[index] for name in _PER_ROW if (value := getattr(self, name)) is not None}
         extra = {name: value[index][:, :width] for name, value in self.extra.items()}
-        return dataclasses.replace(self, **per_token, **per_row, extra=extra)
+        parts = {name: value[index] for name, value in self.parts.items()}
+        return dataclasses.replace(self, **per_token, **per_row, parts=parts, extra=extra)
 
     def to(self, device: torch.device | str) -> TrainBatch:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         tensors = {name: value.to(device) for name, value in fields.items() if isinstance(value, Tensor)}
         extra = {name: value.to(device) for name, value in self.extra.items()}
-        return dataclasses.replace(self, **tensors, extra=extra)
+        parts = {name: value.to(device) for name, value in self.parts.items()}
+        return dataclasses.replace(self, **tensors, parts=parts, extra=extra)
 
 
 @dataclass(frozen=True)

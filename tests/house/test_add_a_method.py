@@ -35,13 +35,13 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(path, tree)
     shutil.copytree(ROOT / "scripts" / "results", tree / "scripts" / "results")
 
-    (tree / "rltrain/advantage/max_rl.py").write_text(block("python", "def max_rl"))
+    (tree / "rltrain/advantage/pass_at_k.py").write_text(block("python", "def pass_at_k"))
     registry = tree / "rltrain/advantage/__init__.py"
-    line = block("text", "rltrain.advantage.max_rl")
+    line = block("text", "rltrain.advantage.pass_at_k")
     last = '        "rltrain.advantage.none",\n'
     assert last in registry.read_text()
     registry.write_text(registry.read_text().replace(last, last + line))
-    (tree / "recipes/policy/max_rl.yaml").write_text(block("yaml", "max_rl"))
+    (tree / "recipes/policy/pass_at_k.yaml").write_text(block("yaml", "pass_at_k"))
     return tree
 
 
@@ -61,29 +61,29 @@ def pytest_command() -> str:
 
 
 def test_a_method_without_a_known_answer_is_found(tree: Path):
-    done = run_in(tree, "python -m pytest -q -p no:cacheprovider tests/house/test_methods.py -k max_rl")
+    done = run_in(tree, "python -m pytest -q -p no:cacheprovider tests/house/test_methods.py -k pass_at_k")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "add a case for max_rl to a file of tests/known_answers/" in done.stdout
+    assert "add a case for pass_at_k to a file of tests/known_answers/" in done.stdout
     assert "1 failed, 2 passed" in done.stdout  # a source, what it does; no known answer
 
 
 def test_the_page_adds_a_method_and_the_named_tests_find_it(tree: Path):
     answers = tree / KNOWN_ANSWERS
-    case = block("json", "max_rl").strip()
+    case = block("json", "pass_at_k").strip()
     text = answers.read_text(encoding="utf-8")
     answers.write_text(text.replace('"cases": [\n', f'"cases": [\n    {case},\n', 1), encoding="utf-8")
     for command in block("bash", "methods_table").splitlines():
         if "pytest" not in command:
             done = run_in(tree, command)
             assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    assert "`max_rl` | 2602.02710 | MaxRL: " in (tree / "docs/methods.md").read_text(encoding="utf-8")
+    assert "`pass_at_k` | 2503.19595 | Pass@k: " in (tree / "docs/methods.md").read_text(encoding="utf-8")
 
-    done = run_in(tree, f"{pytest_command()} -p no:cacheprovider -rA -k 'max_rl or generated'")
+    done = run_in(tree, f"{pytest_command()} -p no:cacheprovider -rA -k 'pass_at_k or generated'")
     assert done.returncode == 0, done.stdout + done.stderr
     for name in (
-        "tests/house/test_methods.py::test_every_method_has_a_known_answer[advantage-max_rl]",
+        "tests/house/test_methods.py::test_every_method_has_a_known_answer[advantage-pass_at_k]",
         "tests/house/test_docs.py::test_generated_pages_are_up_to_date[methods_table.py]",
-        "tests/test_known_answers.py::test_the_known_answer_comes_out_in_float64[loops/max_rl.one_of_four]",
+        "tests/test_known_answers.py::test_the_known_answer_comes_out_in_float64[loops/pass_at_k.best]",
     ):
         assert f"PASSED {name}\n" in done.stdout
-    assert re.search(r"PASSED \S*test_advantages\.py::\S*\[max_rl", done.stdout)
+    assert re.search(r"PASSED \S*test_advantages\.py::\S*\[pass_at_k", done.stdout)

@@ -34,7 +34,7 @@ COMMAND = re.compile(r"^(?:.*-m )?rltrain +([a-z][\w-]*)([^\n#]*)", re.MULTILINE
 # words of a command that name a file of the repository; outputs and models of runs are elsewhere
 FILE = re.compile(r"(?<![\w./-])(?:scripts|recipes|tests|rltrain|docs|examples|requirements)/[\w./*-]{2,}")
 # what add_a_method.md tells its reader to make
-MADE_BY_THE_READER = {"recipes/policy/max_rl.yaml", "rltrain/advantage/max_rl.py"}
+MADE_BY_THE_READER = {"recipes/policy/pass_at_k.yaml", "rltrain/advantage/pass_at_k.py"}
 # pages about the past
 HISTORY = {ROOT / "CHANGELOG.md", ROOT / "docs" / "lessons.md"}
 

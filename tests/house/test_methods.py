@@ -40,6 +40,7 @@ TEXTBOOK = {
     ("control", "tis"): "Ionides 2008",
     ("control", "mis"): "IcePop",
     ("control", "geometric_rejection"): "verl",
+    ("control", "divergence_rejection"): "verl",
     ("preference", "cdpo"): "Mitchell 2023",
 }
 

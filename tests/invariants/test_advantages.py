@@ -70,6 +70,7 @@ def batch_for(advantage: BoundMethod) -> TrainBatch:
         ref_logp=old + draw(0.6, -0.3),
         old_entropy=draw(2.0),
         process_reward=draw(0.4, -0.2),
+        parts={"right": rewards, "short": torch.where(rewards.isnan(), torch.nan, (row * 5) % 7 / 7)},
     )
 
 
@@ -87,7 +88,7 @@ def test_it_says_something_and_is_finite_where_a_token_counts(advantage: BoundMe
 @EVERY
 def test_further_columns_of_padding_change_nothing(advantage: BoundMethod) -> None:
     batch = batch_for(advantage)
-    fill: dict[str, float] = {"mask": 0, "step_id": -1}
+    fill: dict[str, float] = {"mask": 0, "step_id": -1, "version": 0}
     tokens = {
         name: value for name, value in vars(batch).items() if isinstance(value, Tensor) and value.dim() == 2
     }

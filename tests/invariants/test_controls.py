@@ -35,6 +35,7 @@ FIELDS = {field.name for field in dataclasses.fields(TrainBatch)}
 NOTES = {ABOVE_TARGET: 0.0}  # notes that the rest of a run adds to the step
 # Hyperparameters with which a control has something to do on a batch this small.
 ENOUGH = {
+    "divergence_rejection": {"high": 0.011},
     "clip_cov": {"ratio": 0.1, "low": 0.0},
     "kl_cov": {"ratio": 0.1},
     "geometric_rejection": {"low": 0.9, "high": 1.1},

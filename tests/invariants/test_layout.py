@@ -138,7 +138,9 @@ def test_leaving_idle_rows_out_changes_no_gradient(policy_loss: str, aggregate: 
     leaves, batch = whole_step()
     idle = objective.idle_rows(batch)
     traits = POLICY_LOSSES.spec(policy_loss).traits
-    expected = [3] if {"acts_on_marks", "reward_free"} & traits else [2, 3]  # A = 0, and no token
+    expected = (
+        [3] if {"acts_on_marks", "reward_free", "acts_everywhere"} & traits else [2, 3]
+    )  # A = 0, and no token
     assert set(expected) <= set(idle.nonzero().flatten().tolist()) <= {2, 3}
     tokens, sequences = batch.totals_of_mask
     kept = [row for row in range(ROWS) if not idle[row]]

@@ -18,7 +18,8 @@ from rltrain.types.policy import PolicyTokens, StepTotals, TokenLoss, TrainBatch
 PLAIN = [
     name
     for name, spec in POLICY_LOSSES.specs.items()
-    if "reward_free" not in spec.traits and not any(trait.startswith("control:") for trait in spec.traits)
+    if not {"reward_free", "acts_everywhere"} & spec.traits
+    and not any(trait.startswith("control:") for trait in spec.traits)
 ]
 
 

@@ -49,6 +49,7 @@ ENOUGH: dict[str, dict[str, Any]] = {
     "clip_cov": {"ratio": 0.1, "low": 0.0, "eps_low": 0.2, "eps_high": 0.2},
     "kl_cov": {"ratio": 0.1},
     "geometric_rejection": {"low": 0.97, "high": 1.03},
+    "divergence_rejection": {"high": 0.011},
     "off_policy_mask": {"delta": -0.05},
     "high_entropy_tokens": {"share": 0.6},
     "reinforce_pp": {"kl_coef": 0.1},
@@ -272,6 +273,7 @@ def step() -> Step:
         answer=(row * 7) % 3 - 1,
         process_reward=0.3 * torch.randn(mask.shape, generator=g),
         step_id=(torch.arange(LONGEST) // 3).expand(mask.shape).masked_fill(~mask, -1),
+        parts={"right": rewards, "short": ((row * 5) % 7 / 7).to(rewards.dtype)},
     )
     return Step(
         TokenRows(tuple(heads[place // GROUP] for place in range(ROWS)), completions),

@@ -13,7 +13,7 @@ from rltrain.registry import method
 from rltrain.tensor_ops import masked_mean
 from rltrain.types.policy import PolicyTokens, TokenLoss, TrainBatch
 
-__all__ = ["gmpo", "gspo"]
+__all__ = ["gmpo", "gspo", "luspo"]
 
 LOG_SEQUENCE_RATIO_LIMIT = 10.0  # verl's bound on ln s; beyond it a sequence has no gradient
 
@@ -40,6 +40,20 @@ def gspo(
         "clip_low": ((ratio_value < 1 - eps_low) & (advantage < 0)).to(ratio_value.dtype),
     }
     return TokenLoss(values, metrics)
+
+
+@method("luspo", arxiv="2602.05261", needs={OLD_LOGP}, traits={OWNS_CLIPPING, SEQUENCE_LEVEL})
+def luspo(
+    policy: PolicyTokens, batch: TrainBatch, *, eps_low: float = 3e-4, eps_high: float = 4e-4
+) -> TokenLoss:
+    """LUSPO: GSPO's loss times the completion's length, arXiv:2602.05261. Values (B, 1).
+
+    GSPO's gradient of a token is divided by the length, so that long completions learn less; here every token
+    counts the same. eps_low and eps_high as in ``gspo``.
+    """
+    sequence = gspo(policy, batch, eps_low=eps_low, eps_high=eps_high)
+    length = batch.mask.sum(dim=1, keepdim=True).to(sequence.values.dtype)
+    return TokenLoss(sequence.values * length, sequence.metrics)
 
 
 @method("gmpo", arxiv="2507.20673", needs={OLD_LOGP}, traits={OWNS_CLIPPING, SEQUENCE_LEVEL})

@@ -42,6 +42,10 @@ PREFERENCE_LOSSES = Registry(
             "clo",
             "dco",
             "prm",
+            "reference_free",
+            "pairwise",
+            "bco",
+            "aot",
             "reward_model",
             "nll",
         )

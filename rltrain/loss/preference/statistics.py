@@ -125,6 +125,43 @@ def group_size(batch: LabelBatch) -> Tensor:
     return segment_count(batch.prompt)
 
 
+@method("log_ratio_centre", needs={LABEL, LOGP_NOW, REF_LOGP})
+def log_ratio_centre(batch: LabelBatch) -> Tensor:
+    """() nats: half the sum of the mean log-ratios of desirable and undesirable completions, or the only mean
+    of a batch with one class (BCO, arXiv:2404.04656).
+    """
+    ratios = _log_ratio_now(batch.completion)
+    desirable = labels(batch, "a statistic over labels") > 0.5
+    means = [ratios[side].mean() for side in (desirable, ~desirable) if bool(side.any())]
+    return torch.stack(means).mean()
+
+
+@method("reference_margin_at_rank", needs={LOGP_NOW, REF_LOGP})
+def reference_margin_at_rank(batch: PairBatch) -> Tensor:
+    """(N,) nats: the reference's margin whose rank is that of the policy's margin (AOT, arXiv:2406.05882)."""
+    ratio = _log_ratio_now(batch.chosen) - _log_ratio_now(batch.rejected)
+    assert batch.chosen.ref_logp is not None and batch.rejected.ref_logp is not None
+    reference = batch.chosen.ref_logp - batch.rejected.ref_logp
+    return reference.sort().values[_ranks(ratio + reference)]
+
+
+@method("rejected_at_rank", needs={LOGP_NOW, REF_LOGP})
+def rejected_at_rank(batch: PairBatch) -> Tensor:
+    """(N, 2) nats: the rejected log-ratio of the rank that the row's chosen one has, and the chosen log-ratio
+    of the rank that its rejected one has (AOT, arXiv:2406.05882).
+    """
+    chosen = _log_ratio_now(batch.chosen)
+    rejected = _log_ratio_now(batch.rejected)
+    return torch.stack(
+        [rejected.sort().values[_ranks(chosen)], chosen.sort().values[_ranks(rejected)]], dim=1
+    )
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """(N,) int64 the place of each number among the sorted ones."""
+    return values.argsort(stable=True).argsort(stable=True)
+
+
 def _log_ratio_now(facts: CompletionFacts) -> Tensor:
     if facts.logp_now is None or facts.ref_logp is None:
         missing = "logp_now" if facts.logp_now is None else "ref_logp"

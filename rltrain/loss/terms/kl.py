@@ -33,7 +33,7 @@ def kl(
     policy: PolicyTokens,
     batch: TrainBatch,
     *,
-    estimator: Literal["k2", "k3", "k1_plus", "k3_plus"] = "k3",
+    estimator: Literal["k2", "k3", "k1_plus", "k3_plus", "abs"] = "k3",
     clamp: Literal["none", "verl"] = "none",
     ratio_corrected: bool = False,
 ) -> TokenLoss:
@@ -41,15 +41,18 @@ def kl(
 
     With d = ref_logp - logp: k2 = d^2 / 2, whose on-policy gradient is exactly that of the reverse KL; k3 =
     e^d - d - 1 (GRPO, arXiv:2402.03300), unbiased and never negative, whose on-policy gradient is that of the
-    forward KL. The ``_plus`` forms have the value of their estimator (k1 = -d) and the gradient of k2. clamp
-    "verl" limits d to +-20 and k3 to at most 10, beyond which the token has no gradient. ratio_corrected
-    multiplies by pi / pi_old, with gradient (TRL's use_bias_correction_kl).
+    forward KL; abs = |d|, whose gradient has one size for every token (verl). The ``_plus`` forms have the
+    value of their estimator (k1 = -d) and the gradient of k2. clamp "verl" limits d to +-20 and k3 to at most
+    10, beyond which the token has no gradient. ratio_corrected multiplies by pi / pi_old, with gradient
+    (TRL's use_bias_correction_kl).
     """
     if batch.ref_logp is None:
         raise ValueError("the kl term needs ref_logp, which the batch lacks")
     d = apply_mask(batch.ref_logp - policy.logp, batch.mask)
     if estimator == "k2":
         values = 0.5 * d.square()
+    elif estimator == "abs":
+        values = d.abs()
     elif estimator == "k3":
         values = _k3(d, clamp)
     else:

@@ -42,7 +42,9 @@ def noise(size: int, seed: int) -> Tensor:
 
 def random_labels(seed: int = 0) -> tuple[PolicySequences, LabelBatch]:
     logp = -noise(N, seed).abs() * 3 - 0.5
-    facts = CompletionFacts(torch.arange(3, N + 3), logp + noise(N, seed + 1))
+    facts = CompletionFacts(
+        torch.arange(3, N + 3), logp + noise(N, seed + 1), logp_now=logp.clone() + 0.1 * noise(N, seed + 4)
+    )
     mismatched = CompletionFacts(
         torch.arange(3, N + 3), noise(N, seed + 2) - 3, logp_now=noise(N, seed + 3) - 2.5
     )
@@ -121,7 +123,9 @@ def test_a_row_does_not_see_the_others(name: str):
 @pytest.mark.parametrize("name", LABELS)
 def test_extreme_log_ratios_are_finite_in_value_and_gradient(name: str):
     logp = torch.tensor([-1e4, -1e4, -1e-4, -3.0], requires_grad=True)
-    facts = CompletionFacts(torch.tensor([900, 900, 2, 3]), torch.tensor([0.0, -2e4, -1e4, -3.0]))
+    facts = CompletionFacts(
+        torch.tensor([900, 900, 2, 3]), torch.tensor([0.0, -2e4, -1e4, -3.0]), logp_now=logp.detach()
+    )
     mismatched = CompletionFacts(torch.ones(4).long(), torch.zeros(4), logp_now=torch.full((4,), 1e4))
     columns = {"pass_rate": torch.tensor([0.0, 1.0, 1e-9, 0.5])}
     prompt = torch.tensor([0, 0, 1, 1])
