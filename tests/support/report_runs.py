@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rltrain.report.sinks import JsonLines
+from rltrain.timeline import Timeline
 
 RECIPE = """\
 about: {title: "GRPO <b>small</b>", arxiv: "2402.03300"}
@@ -94,6 +95,14 @@ def write_run(folder: Path, steps: int = 100, shift: float = 0.0) -> Path:
         if step % 25 == 0:
             metrics.log(step, evaluation(step, 0.4 + 0.3 * step / steps + shift))
     metrics.close()
+
+    timeline = Timeline(folder / "timeline.jsonl")
+    for step in range(10):
+        start = 1000.0 + 6 * step
+        timeline.add("worker", "sample", start, start + 4, requests=2)
+        timeline.add("learner", "wait", start, start + 4, step=step + 1)
+        timeline.add("learner", "learn", start + 4, start + 5, step=step + 1)
+        timeline.add("pushes", "push", start + 5, start + 6, version=step + 1)
 
     transcripts = JsonLines(folder / "transcripts.jsonl")
     numbers = {

@@ -8,6 +8,7 @@ from typing import Any
 from rltrain.analysis.curves import Curves
 from rltrain.analysis.pages.charts import POINTS, chart_data, law_data, run_charts, smoothing_width
 from rltrain.analysis.pages.completions import CompletionSet, read_completions
+from rltrain.analysis.pages.lanes import lanes_data
 from rltrain.analysis.pages.render import render_page
 from rltrain.analysis.pages.replay import replay_notes
 from rltrain.analysis.pages.summary import list_changes, list_costs, read_facts
@@ -30,11 +31,11 @@ def run_page(folder: RunFolder) -> str:
         notes=[*replay_notes(folder), *page_notes(curves, completions)],
         smoothing=smoothing_width(len(curves.steps)),
         completions=completions,
-        data=page_data(curves, completions),
+        data=page_data(curves, completions, folder),
     )
 
 
-def page_data(curves: Curves, completions: CompletionSet) -> dict[str, Any]:
+def page_data(curves: Curves, completions: CompletionSet, folder: RunFolder) -> dict[str, Any]:
     """What the page's scripts read."""
     charts, others = run_charts(curves)
     return {
@@ -42,6 +43,7 @@ def page_data(curves: Curves, completions: CompletionSet) -> dict[str, Any]:
         "others": [chart_data(chart, curves) for chart in others],
         "law": law_data(curves),
         "timeline": timeline_data(curves),
+        "lanes": lanes_data(folder.timeline),
         "groups": list(completions.groups),
     }
 

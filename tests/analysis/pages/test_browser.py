@@ -237,6 +237,24 @@ def test_the_timeline_shows_the_phases_of_chosen_steps(page: Path, open_page: Op
     assert driver.find_element("id", "time-span").text == "step 50: 2.5 s"
 
 
+def test_lanes_show_who_was_busy_when(page: Path, open_page: Opener) -> None:
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.support.select import Select
+
+    driver = open_page(page)
+    driver.execute_script("document.getElementById('lanes').scrollIntoView()")
+    assert driver.find_element("id", "lanes-names").text.splitlines() == ["learner", "pushes", "worker"]
+    bars = driver.find_elements("css selector", "#lanes-picture rect")
+    assert len(bars) == 40
+    ActionChains(driver).move_to_element(bars[0]).perform()
+    note = wait_for(lambda: ": " in (text := driver.find_element("id", "lanes-note").text) and text)
+    assert note == "worker: sample at 0 s; 4 s; requests 2"
+    Select(driver.find_element("id", "lanes-span")).select_by_value("10")
+    assert len(driver.find_elements("css selector", "#lanes-picture rect")) < 10
+    driver.find_element("id", "lanes-later").click()
+    assert driver.find_element("id", "lanes-from").text == "8 s"
+
+
 def test_a_run_of_2000_steps_loads_in_two_seconds(open_page: Opener, tmp_path: Path) -> None:
     path = write_missing_report(write_run(tmp_path / "long", steps=2000))
     assert path is not None

@@ -13,6 +13,8 @@ import pytest
 from rltrain.analysis.curves import Curves
 from rltrain.analysis.pages.charts import Chart, Line, chart_data, law_data, run_charts, thin_steps
 from rltrain.analysis.pages.completions import cut_text, group_record, mark_turned_right, read_completions
+from rltrain.analysis.pages.lanes import LIMIT as LANES
+from rltrain.analysis.pages.lanes import lanes_data
 from rltrain.analysis.pages.render import embed_json, format_number, format_seconds, inline_asset, render_page
 from rltrain.analysis.pages.run_page import page_data, page_notes, run_page, write_missing_report
 from rltrain.analysis.pages.summary import list_changes, list_costs, read_facts
@@ -22,6 +24,7 @@ from rltrain.errors import UserError
 from rltrain.report.sinks import JsonLines
 from rltrain.report.transcripts import Transcripts
 from rltrain.reward.score import Score
+from rltrain.timeline import Timeline
 from rltrain.types.samples import Completion, Prompt, ScoredGroup, Span
 from support.report_runs import completion, group, training_step, write_run
 
@@ -177,6 +180,28 @@ def test_a_run_without_phases_has_no_timeline(tmp_path: Path) -> None:
     assert timeline_data(Curves.read(tmp_path)) is None
 
 
+def test_lanes_are_those_of_the_timeline_and_a_long_run_keeps_its_last_events(tmp_path: Path) -> None:
+    assert lanes_data(tmp_path / "timeline.jsonl") is None
+    timeline = Timeline(tmp_path / "timeline.jsonl")
+    timeline.add("worker b", "sample", 100.0, 101.5, requests=2, tokens=90)
+    timeline.add("worker a", "lost", 102.0, 102.0, reason="no sign of life")
+    timeline.add("pushes", "push", 102.0, 102.5, version=1, workers=["worker a", "worker b"])
+    timeline.add("learner", "learn", 101.5, 102.0, step=1)
+    lanes = lanes_data(timeline.path or tmp_path)
+    assert lanes is not None and lanes["lanes"] == ["learner", "pushes", "worker a", "worker b"]
+    assert lanes["kinds"] == ["learn", "lost", "push", "sample"] and lanes["leftOut"] == 0
+    assert lanes["bars"] == [
+        [3, 3, 0.0, 1.5, "1.5 s; requests 2; tokens 90"],
+        [0, 0, 1.5, 2.0, "0.5 s; step 1"],
+        [2, 1, 2.0, 2.0, "reason no sign of life"],
+        [1, 2, 2.0, 2.5, "0.5 s; version 1; workers worker a, worker b"],
+    ]
+    for step in range(LANES):
+        timeline.add("learner", "wait", 200.0 + step, step=step)
+    lanes = lanes_data(timeline.path or tmp_path)
+    assert lanes is not None and lanes["leftOut"] == 4 and lanes["lanes"] == ["learner"]
+
+
 # completions ------------------------------------------------------------------------------------------------
 
 
@@ -277,7 +302,7 @@ def test_long_runs_say_that_they_are_thinned(folder: RunFolder, tmp_path: Path) 
     long = Curves.read(write_run(tmp_path / "long", steps=1500))
     notes = page_notes(long, read_completions(folder.transcripts))
     assert notes[0].startswith("Curves of 1500 steps are thinned to about 1000 points")
-    charts = page_data(long, read_completions(tmp_path / "none"))["charts"]
+    charts = page_data(long, read_completions(tmp_path / "none"), RunFolder.from_path(tmp_path))["charts"]
     assert all(len(chart["x"]) <= 1000 for chart in charts)
 
 

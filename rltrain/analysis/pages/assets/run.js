@@ -15,5 +15,6 @@
   more.addEventListener("toggle", () => charts.mount(document.getElementById("others"), data.others), { once: true });
   charts.connectControls();
   if (data.timeline) timeline.mount(data.timeline);
+  if (data.lanes) lanes.mount(data.lanes);
   if (data.groups.length) completions.mount(data.groups);
 })();
