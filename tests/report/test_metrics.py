@@ -252,6 +252,7 @@ def test_the_table_has_every_name_once_under_a_stage():
         "loss",
         "learner",
         "pairs",
+        "pool",
         "staleness",
         "sync",
         "eval",

@@ -233,7 +233,12 @@ def test_packed_groups_are_what_they_were() -> None:
             known,
             (
                 Completion(
-                    (5, 6, 7), (-0.1, -1e-30, -3.0000000000000004), "stop", "\ud800", (Span(0, 3, 7),)
+                    (5, 6, 7),
+                    (-0.1, -1e-30, -3.0000000000000004),
+                    "stop",
+                    "\ud800",
+                    (Span(0, 3, 7),),
+                    worker="w",
                 ),
                 Completion(
                     (8, 9),
@@ -254,6 +259,7 @@ def test_packed_groups_are_what_they_were() -> None:
     assert packed.prompts == ["a", played]
     back = unpack_groups(packed, {"a": known})
     assert back == groups
+    assert [completion.worker for completion in back[0].completions] == ["w", ""]
     assert back[0].scores[0].answer == "3" and back[0].scores[1].why == "slow"
     assert unpack_groups(pack_groups([], {}), {}) == []
 
