@@ -134,7 +134,11 @@ def test_what_stands_outside_of_the_mask_is_not_read(control: BoundMethod):
 @EVERY
 def test_further_columns_of_padding_change_nothing(control: BoundMethod):
     batch = batch_for(control)
-    fill: dict[str, float] = {"mask": 0, "step_id": -1}
+    fill: dict[str, float] = {
+        "mask": 0,
+        "step_id": -1,
+        "version": 3,
+    }  # the row's last version again, as rollouts have it
     tokens = {
         name: value
         for name in FIELDS

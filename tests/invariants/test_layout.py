@@ -124,7 +124,8 @@ def test_layout_changes_nothing(policy_loss: str, aggregate: str, terms: tuple[s
         for name, value in vars(batch).items()
         if isinstance(value, Tensor) and value.dim() == 2 and name != "mask"
     }
-    padded = {name: pad(value, (0, 5), value=math.nan) for name, value in tokenwise.items()}
+    fill = {"version": 0}
+    padded = {name: pad(value, (0, 5), value=fill.get(name, math.nan)) for name, value in tokenwise.items()}
     padded_extra = {name: pad(value, (0, 5), value=math.nan) for name, value in batch.extra.items()}
     wider = batch.replace(**padded, extra=padded_extra, mask=pad(batch.mask, (0, 5), value=False))
     loss, slope, metrics = run(objective, pad(leaves, (0, 5), value=math.nan), wider, halves, width=WIDTH + 5)
