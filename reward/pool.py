@@ -79,6 +79,10 @@ class RewardPool:
         )
 
     @property
+    def deadline_seconds(self) -> float:
+        return self._deadline_seconds
+
+    @property
     def counts(self) -> Mapping[str, int]:
         """Since the start: ungraded completions by reason ("timeout", "memory", "error", "died", "malformed",
         "nan", "none", or a reason that a grader gives), and "workers_replaced"."""

@@ -18,6 +18,7 @@ from rltrain.build.inputs import RunInputs
 from rltrain.build.outputs import PROCESS, TrainingState, build_outputs, initial_model, resume, saved_adapter
 from rltrain.build.recomputation import recompute_what_must_be
 from rltrain.build.rollout import build_rollout
+from rltrain.build.schedule import add_lag
 from rltrain.checkpoint.random_state import seed_everything
 from rltrain.checkpoint.run_state import is_sharded
 from rltrain.config.rules.registries import ORDERS
@@ -47,6 +48,7 @@ from rltrain.registry import BoundMethod
 from rltrain.report.law import Law
 from rltrain.rollout.steps import StepSplitter
 from rltrain.seeds import stable_hash
+from rltrain.train.lagged import LaggedRollouts
 from rltrain.train.online import OnlineRun
 
 
@@ -64,6 +66,10 @@ class Methods:
     objective: Objective
     controllers: Mapping[int, Controller]
     before: frozenset[str]
+
+    @property
+    def all_controllers(self) -> tuple[Controller, ...]:
+        return tuple(self.controllers.values())
 
     @property
     def named_controllers(self) -> tuple[tuple[str, Controller], ...]:
@@ -100,8 +106,8 @@ def build_online_run(recipe: OnlineRecipe, inputs: RunInputs, context: RunContex
     others = [] if process_reward is None else [process_reward.trained]
     recompute_what_must_be(recipe, [learner.trained, *others])
     law = Law()
-    controllers = tuple(methods.controllers.values())
-    state = TrainingState(learner, rollout.source, rollout.sync, controllers, law, process_reward)
+    source = add_lag(rollout.source, recipe, context.process)
+    state = TrainingState(learner, source, rollout.sync, methods.all_controllers, law, process_reward)
     resumed = resume(context.checkpoint, state)
     decode = inputs.tokenization.decode
     reporter, writer = build_outputs(
@@ -112,8 +118,9 @@ def build_online_run(recipe: OnlineRecipe, inputs: RunInputs, context: RunContex
         recipe=recipe,
         total_steps=steps,
         learner=learner,
-        source=rollout.source,
+        source=source,
         sync=rollout.sync,
+        keeps_weights=isinstance(source, LaggedRollouts) and source.overlaps,
         evaluator=rollout.evaluator,
         process_reward=process_reward,
         advantage=methods.advantage,

@@ -266,7 +266,12 @@ class TrainingState:
             self.process.restore(process_tensors, state.process_reward)
         with user_mistakes():
             self.source.load_state_dict(
-                {"order": state.order, "sources": state.sources, "temperature": state.temperature}
+                {
+                    "order": state.order,
+                    "sources": state.sources,
+                    "temperature": state.temperature,
+                    "ahead": state.ahead,
+                }
             )
             for controller, saved in zip(self.controllers, state.controllers, strict=True):
                 controller.load_state_dict(saved)

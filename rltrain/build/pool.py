@@ -30,15 +30,24 @@ from rltrain.rollout.engines.vllm_server import require_settings
 from rltrain.rollout.pool.door import Door
 from rltrain.rollout.pool.homes import Connector, LocalHome, RemoteHome
 from rltrain.rollout.pool.members import Home
-from rltrain.rollout.pool.pool import PoolRules, WorkerPool
+from rltrain.rollout.pool.pool import NOWHERE, PoolRules, WorkerPool
 from rltrain.rollout.pool.routed import RoutedPool
 from rltrain.rollout.worker.flags import WorkerSettings, require_known_version, worker_settings
 from rltrain.rollout.worker.threads import LoopThread
 from rltrain.sync.adapter_server import AdapterPoolPush
 from rltrain.sync.pool import PoolPush
+from rltrain.timeline import Timeline
 from rltrain.weight_names import CheckpointNames
 
-__all__ = ["ALIVE_SHARE", "attach_pool", "build_pool_engine", "make_connector"]
+__all__ = [
+    "ALIVE_SHARE",
+    "attach_pool",
+    "build_pool_engine",
+    "find_homes",
+    "make_connector",
+    "make_pusher",
+    "open_pool",
+]
 
 # Of rollout.server.liveness_seconds: the deadline of a sign of life. The rest is the pause before the next,
 # so that a worker which hangs is noticed after twice that key.
@@ -94,13 +103,27 @@ def attach_pool(
     )
     if not process.is_main:
         return make(None, None)
-    alive = rollout.server.liveness_seconds
+    pool, loop, close = open_pool(homes, connector, rollout, served.vocabulary)
+    return make(pool, loop, at_close=close)
+
+
+def open_pool(
+    homes: Mapping[str, Home],
+    connector: Connector,
+    rollout: Rollout,
+    vocabulary: int,
+    timeline: Timeline = NOWHERE,
+) -> tuple[WorkerPool, LoopThread, Callable[[], None]]:
+    """The pool, its event loop, and what must be called before the pool is closed.
+
+    Every worker has answered or failed once. Raises UserError where none can be used.
+    """
     workers = rollout.workers
-    rules = PoolRules(
-        vocabulary=served.vocabulary, patience=workers.patience_seconds, alive=alive * (1 - ALIVE_SHARE)
-    )
+    assert workers is not None
+    alive = rollout.server.liveness_seconds * (1 - ALIVE_SHARE)
+    rules = PoolRules(vocabulary=vocabulary, patience=workers.patience_seconds, alive=alive)
     loop = LoopThread()
-    pool = _make_pool(homes, rules, workers, connector)
+    pool = _make_pool(homes, rules, workers, connector, timeline)
     close: Callable[[], None] = _do_nothing
     try:
         loop.run(pool.start()).result()
@@ -112,16 +135,20 @@ def attach_pool(
         loop.run(pool.close()).result()
         loop.close()
         raise
-    return make(pool, loop, at_close=close)
+    return pool, loop, close
 
 
 def _make_pool(
-    homes: Mapping[str, Home], rules: PoolRules, workers: Workers, connector: Connector
+    homes: Mapping[str, Home],
+    rules: PoolRules,
+    workers: Workers,
+    connector: Connector,
+    timeline: Timeline,
 ) -> WorkerPool:
     if workers.router is None:
-        return WorkerPool(homes, rules)
+        return WorkerPool(homes, rules, timeline=timeline)
     client = connector.connect(workers.router, find_token("rollout.workers.router"))
-    return RoutedPool(homes, rules, workers.router, client, warnings.warn)
+    return RoutedPool(homes, rules, workers.router, client, warnings.warn, timeline)
 
 
 def make_connector(rollout: Rollout, settings: WorkerSettings) -> Connector:
@@ -171,7 +198,7 @@ def make_pusher(
     def link(name: str, control: Any) -> Any:
         return make_link(name, control, dtype, names, process, bucket_mib)
 
-    return PoolPush(link, dtype, names.ties, share)
+    return PoolPush(link, dtype, names.ties, share, process.is_main)
 
 
 def _open_door(rollout: Rollout, pool: WorkerPool, loop: LoopThread, connector: Connector) -> Door:

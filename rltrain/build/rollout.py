@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,9 +15,7 @@ import torch
 from rltrain.build.context import RunContext
 from rltrain.build.engines import build_engine, build_sampler, engine_base
 from rltrain.build.inputs import REWARD_MODEL, RunInputs
-from rltrain.checkpoint.journal import Journal
-from rltrain.checkpoint.journal_table import require_columns
-from rltrain.checkpoint.run_folder import describe_environment
+from rltrain.build.schedule import add_journal
 from rltrain.config.rules.registries import EXTRA_SAMPLES, ORDERS, REWARDS
 from rltrain.config.schema import (
     AdaptiveTemperature,
@@ -57,7 +54,6 @@ from rltrain.seeds import stable_hash
 from rltrain.sync.adapter import AdapterSync, AdapterTarget, Probe
 from rltrain.sync.colocated import Sync
 from rltrain.train.evaluate import Evaluator
-from rltrain.train.journaled import JournaledRollouts
 from rltrain.train.mismatch import MismatchGuard
 from rltrain.train.replayed import NoPush
 from rltrain.types.policy import TokenRows
@@ -98,9 +94,14 @@ def build_rollout(
 ) -> RolloutParts:
     """Starts the engine; in a replay there is none."""
     if context.replayed is not None:
-        parts: RolloutParts = context.replayed(learner)
-        return parts
+        return cast("RolloutParts", context.replayed(learner))
     process = context.process
+    if learner.trained.adapter is None and is_controlled(rollout, reward, data):
+        from rltrain.build.controller import build_controlled
+
+        return build_controlled(
+            inputs, learner, context, model, data, rollout, reward, sync_settings, evaluation, journal, seed
+        )
     inputs.grader.log_to(context.folder.rewards_log(process.rank))
     prompts = inputs.train.prompts
     precision = learner.trained.settings.precision
@@ -119,7 +120,7 @@ def build_rollout(
     batch_tokens = learner.trained.settings.tokens_per_micro_batch
     grader = add_model_rewards(reward, inputs.grader, batch_tokens, process.device, data.date)
 
-    sampling = build_sampling(rollout, seed)
+    sampling = make_sampling(rollout, seed)
     reference = build_reference(model, data, rollout, learner, inputs.tokenization, process, sync_settings)
     load_reference = _reference_loader(rollout.extra_samples, model, engine, learner, sync, reference)
     encode = inputs.tokenization.encode_answer
@@ -144,12 +145,19 @@ def build_rollout(
     )
 
 
-def build_sampling(rollout: Rollout, seed: int) -> Sampling:
-    """How the policy samples."""
-    sampling = Sampling(
-        n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed
+def is_controlled(rollout: Rollout, reward: RewardStage, data: Data) -> bool:
+    """Whether a process of its own draws, samples and grades: where workers sample, and nothing of it takes
+    the learner's model or device. Under a lag a thread of this process samples ahead.
+    """
+    needs = [EXTRA_SAMPLES.spec(ref.name).needs_with(ref.hp) for ref in rollout.extra_samples]
+    return (
+        rollout.engine == "vllm_server"
+        and rollout.workers is not None
+        and rollout.lag == 0
+        and not any(REFERENCE_WEIGHTS in each for each in needs)
+        and not any(ref.name == REWARD_MODEL for ref in reward.functions)
+        and ALIGNMENT not in ORDERS.spec(data.order.name).needs
     )
-    return dataclasses.replace(with_token_choice(sampling, rollout), returns_kept=rollout.truncates)
 
 
 def build_reference(
@@ -208,24 +216,6 @@ def build_source(
         sources=build_extra_samples(rollout.extra_samples, context),
         keep=_accuracy_filter(dynamic),
         temperature=build_temperature(rollout.adaptive_temperature),
-    )
-
-
-def add_journal(
-    source: PromptedSource, settings: JournalSettings, context: RunContext, learner: ModelOwner
-) -> PromptedSource:
-    """``source``, whose rollouts are on the disk before they are trained on, unless the recipe wants none."""
-    if settings.keep == "nothing":
-        return source
-    with user_mistakes():
-        require_columns(source.prompts or ())
-    return JournaledRollouts(
-        source,
-        Journal(context.folder, settings.keep),
-        context.process,
-        learner.weights_digest,
-        settings=json.dumps(context.digests, sort_keys=True),
-        environment=describe_environment(),
     )
 
 
@@ -414,6 +404,15 @@ def build_evaluator(
     )
     verdict_of = label_of_only_function(stage.functions)
     return Evaluator(inputs.held_out.prompts, sampling, settings.k, verdict_of)
+
+
+def make_sampling(rollout: Rollout, seed: int) -> Sampling:
+    """The policy's own, with the run's seed."""
+    sampling = with_token_choice(
+        Sampling(n=rollout.n, temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=seed),
+        rollout,
+    )
+    return dataclasses.replace(sampling, returns_kept=rollout.truncates)
 
 
 def with_token_choice(sampling: Sampling, settings: TokenChoice) -> Sampling:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -11,7 +12,7 @@ import pyarrow as pa
 from rltrain.checkpoint.plain_values import decode_value, encode_value
 from rltrain.errors import UserError
 from rltrain.reward.score import Episode, Score
-from rltrain.types.samples import Completion, Prompt, ScoredGroup, Span
+from rltrain.types.samples import Completion, Prompt, ScoredGroup, Span, TokenSets
 
 __all__ = ["SCHEMA", "groups_of_table", "require_columns", "table_of_groups"]
 
@@ -23,6 +24,13 @@ _EPISODE = pa.struct(
         pa.field("parts", _NUMBERS),
         pa.field("turns", pa.list_(pa.string())),
         pa.field("failure", pa.string()),
+    ]
+)
+_KEPT = pa.struct(
+    [
+        pa.field("ids", pa.list_(pa.int32())),
+        pa.field("sizes", pa.list_(pa.int32())),
+        pa.field("mass", pa.list_(pa.float32())),
     ]
 )
 SCHEMA = pa.schema(
@@ -42,6 +50,8 @@ SCHEMA = pa.schema(
         pa.field("source", pa.int32()),
         pa.field("turns", pa.list_(pa.struct(_SPAN))),
         pa.field("episode", _EPISODE),
+        pa.field("kept", _KEPT),  # the tokens that each token was drawn from
+        pa.field("worker", pa.string()),
         pa.field("reward", pa.float64()),
         pa.field("reward_parts", _NUMBERS),
         pa.field("ungraded", pa.string()),
@@ -88,6 +98,8 @@ def _rows(group: ScoredGroup) -> Iterator[dict[str, Any]]:
             "source": completion.source,
             "turns": [{"start": start, "stop": stop} for start, stop in completion.turns],
             "episode": None if episode is None else _encode_episode(episode),
+            "kept": None if completion.kept is None else _encode_kept(completion.kept),
+            "worker": _utf8(completion.worker),
             "reward": score.value,
             "reward_parts": _pairs(score.parts),
             "ungraded": _optional(score.ungraded),
@@ -113,6 +125,10 @@ def _encode_prompt(prompt: Prompt) -> dict[str, Any]:
         "prompt_columns": columns,
         "prompt_messages": messages,
     }
+
+
+def _encode_kept(kept: TokenSets) -> dict[str, Any]:
+    return {"ids": list(kept.ids), "sizes": list(kept.sizes), "mass": list(kept.mass)}
 
 
 def _encode_episode(episode: Episode) -> dict[str, Any]:
@@ -163,6 +179,7 @@ def _prompt(row: Mapping[str, Any]) -> Prompt:
 
 def _completion(row: Mapping[str, Any]) -> Completion:
     episode = row["episode"]
+    kept = row["kept"]
     return Completion(
         token_ids=tuple(row["token_ids"]),
         logprobs=tuple(row["logprobs"]),
@@ -174,6 +191,10 @@ def _completion(row: Mapping[str, Any]) -> Completion:
         episode=None
         if episode is None
         else Episode(episode["reward"], dict(episode["parts"]), tuple(episode["turns"]), episode["failure"]),
+        kept=None
+        if kept is None
+        else TokenSets(array("i", kept["ids"]), array("i", kept["sizes"]), array("f", kept["mass"])),
+        worker=row["worker"],
     )
 
 

@@ -59,6 +59,11 @@ class RunFolder:
         return self.path / "transcripts.jsonl"
 
     @property
+    def timeline(self) -> Path:
+        """When workers, learner and pushes were busy (``rltrain.timeline``)."""
+        return self.path / "timeline.jsonl"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 

@@ -75,6 +75,8 @@ class RunState:
     temperature: Mapping[str, float] = field(default_factory=dict)
     # Digests of frozen models' weights and of their log-probs, so that a resumed run need not load them.
     frozen: Mapping[str, str] = field(default_factory=dict)
+    # (step, origin) of the rollouts in the journal that were sampled ahead of their steps
+    ahead: Sequence[Sequence[Any]] = ()
 
 
 _PLAIN_FIELDS = {field.name: field for field in dataclasses.fields(RunState) if field.name != "tensors"}

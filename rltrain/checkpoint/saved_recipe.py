@@ -101,14 +101,20 @@ def refuse_other_recipe(
     )
     is_longer = is_length_alone and refused[0][2] > refused[0][1]
     schedule = current["learner"]["optimizer"]["schedule"]
-    if not refused or (is_longer and schedule == "constant"):
+    lags = current.get("rollout", {}).get("schedule", "sync") != "sync"
+    if not refused or (is_longer and schedule == "constant" and not lags):
         if free_changes:
             free = ", ".join(_change_lines(free_changes))
             warn(f"the run goes on with other settings, on which none of its numbers depends: {free}")
         return
 
     lines = _change_lines(refused)
-    if is_longer:
+    if is_longer and lags and schedule == "constant":
+        lines.append(
+            "with rollout.schedule lag, the first of the new steps would train on samples of weights that "
+            "are gone"
+        )
+    elif is_longer:
         lines.append(
             f"the steps taken had a {schedule} schedule that ends at {refused[0][1]}; only a constant one "
             "can go on longer"

@@ -39,6 +39,7 @@ from rltrain.train.doctor import (
     diagnose_error,
     freeze_recipe,
 )
+from rltrain.train.machines import RankFacts, machine_findings
 from rltrain.train.memory import GpuWatch, largest_share, peak_memory
 from rltrain.watchdog import Watchdog
 
@@ -100,11 +101,15 @@ def run_doctor(recipe: SampledRecipe, workflow: Workflow, inputs: RunInputs) -> 
                 with GpuWatch() as gpu:
                     workflow.train(dataclasses.replace(run, writer=discard))
                 lines = folder.metrics.read_text(encoding="utf-8").splitlines() if process.is_main else []
+                software = describe_environment()["packages"] | {"precision": recipe.learner.precision}
+                facts = RankFacts(process.rank, platform.node(), {k: str(v) for k, v in software.items()})
+                ranks = process.gather([facts])
                 memories = largest_share(process.gather([(platform.node(), peak_memory(gpu))]))
                 if not process.is_main:
                     return []
                 steps = [json.loads(line) for line in lines]
-                return diagnose(recipe, steps, run.mismatch, memories, judged=workflow.uses_judge)
+                machines = machine_findings(ranks, run.sync.targets[0])
+                return machines + diagnose(recipe, steps, run.mismatch, memories, judged=workflow.uses_judge)
             finally:
                 run.close()
     except _FAULTS as error:

@@ -36,7 +36,7 @@ from rltrain.watchdog import Watchdog
 __all__ = ["parse_steps", "plan_command", "replay_command"]
 
 # of metrics that the clock, the engine or its weights decide, which a replay does not have
-_NOT_COMPARED = ("time/", "sync/", "eval/")
+_NOT_COMPARED = ("time/", "sync/", "eval/", "memory/")
 _SHOWN = ("rollout/ess", "rollout/ess_completions", "rollout/ratio_mean", "reward/mean")
 
 

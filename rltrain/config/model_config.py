@@ -18,7 +18,9 @@ from rltrain.json_text import parse_json
 from rltrain.model_files import config_source
 from rltrain.model_limits import Context, context_of, require_context
 
-__all__ = ["config_path", "context_problems", "model_context", "models_of", "row_sizes"]
+__all__ = ["config_path", "context_problems", "count_experts", "model_context", "models_of", "row_sizes"]
+
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def config_path(model: str, revision: str | None = None) -> Path:
@@ -53,6 +55,17 @@ def context_problems(recipe: AnyRecipe) -> Iterator[str]:
             require_context(config, f"{key} {model}", row_sizes(recipe))
         except UserError as error:
             yield str(error)
+
+
+def count_experts(model: str, revision: str | None = None) -> int:
+    """Experts of a layer by the model's config.json; 0 where there are none, or the file is not here."""
+    try:
+        facts: Any = parse_json(config_path(model, revision).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0
+    text = facts.get("text_config", facts) if isinstance(facts, Mapping) else {}
+    counts = [text.get(name) for name in _EXPERT_KEYS] if isinstance(text, Mapping) else []
+    return max((count for count in counts if isinstance(count, int) and count > 1), default=0)
 
 
 def row_sizes(recipe: AnyRecipe) -> dict[str, int]:

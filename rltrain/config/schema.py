@@ -363,6 +363,14 @@ class Workers(Section):
     patience_seconds: float = Field(default=300.0, gt=0, le=_SECONDS)
 
 
+class Lag(Section):
+    """Sampling ahead: step t trains on samples of the weights after step t - 1 - lag. The result does not
+    depend on how many workers sample, how fast, or which of them are lost.
+    """
+
+    lag: int = Field(ge=0, le=64)  # steps; 0: as sync
+
+
 _StopText = Annotated[str, Field(min_length=1)]
 
 
@@ -406,11 +414,18 @@ class Rollout(TokenChoice):
     extra_samples: tuple[Method, ...] = ()
     adaptive_temperature: AdaptiveTemperature | None = None
     environment: EnvironmentRef | None = None  # None: a completion is one answer
+    # sync: a step's samples are the current policy's; {lag: k}: those of k steps before, sampled meanwhile
+    schedule: Literal["sync"] | Lag = "sync"
     vllm: Vllm = Vllm()
     server: Server = Server()
     workers: Workers | None = None  # None: one server
     # workers that hold the reference model, for extra_samples reference; the policy's are never lent to it
     reference_workers: Workers | None = None
+
+    @property
+    def lag(self) -> int:
+        """Steps between the weights that sample and those that the samples train."""
+        return 0 if self.schedule == "sync" else self.schedule.lag
 
 
 class Sync(Section):

@@ -114,7 +114,7 @@ def _token_keys(batch: TrainBatch, seed: int) -> Tensor:
     position of its row or the width of the batch.
     """
     sample = _occurrence_index(batch.group) if batch.sample is None else batch.sample
-    ids = zip(batch.version.tolist(), batch.group.tolist(), sample.tolist(), strict=True)
+    ids = zip(batch.oldest.tolist(), batch.group.tolist(), sample.tolist(), strict=True)
     hashes = [stable_hash(seed, *row_id) for row_id in ids]
     rows = torch.tensor(hashes, dtype=torch.int64, device=batch.mask.device)
     positions = torch.arange(batch.mask.shape[1], dtype=torch.int64, device=batch.mask.device)

@@ -82,6 +82,30 @@ def mismatch_metrics(logp: Tensor, rollout_logp: Tensor, sampled: Tensor) -> dic
     return {name: float(value) for name, value in _mismatch(logp - rollout_logp, sampled).items()}
 
 
+def staleness_metrics(sampled: TrainBatch, logp: Tensor, version: int) -> dict[str, float]:
+    """How old the policy's own samples are, and what their ratios come to at each age.
+
+    logp: (B, T) nats, by the learner at ``version``. Ages are in versions.
+    """
+    tokens = sampled.mask & (sampled.source == SOURCE_POLICY)[:, None]
+    if not bool(tokens.any()):
+        return {}
+    ages = version - sampled.version
+    values = ages[tokens].double()
+    oldest = (version - sampled.oldest)[tokens.any(dim=1)].double()
+    metrics = {
+        "staleness/mean": float(values.mean()),
+        "staleness/max": float(values.max()),
+        "staleness/oldest": float(oldest.mean()),
+    }
+    if sampled.rollout_logp is not None:
+        log_ratio = (logp - sampled.rollout_logp).double().clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+        for age in values.unique().tolist():
+            mass = log_ratio[tokens & (ages == age)].exp().mean()
+            metrics[f"staleness/ratio_mass@{age:g}"] = float(mass)
+    return metrics
+
+
 def worker_metrics(
     workers: Mapping[str, Sequence[int]], logp: Tensor, rollout_logp: Tensor, sampled: Tensor
 ) -> dict[str, float]:

@@ -33,6 +33,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("rollout/aborted", "1", "share of completions that the engine or a failed environment aborted"),
     Metric("rollout/generated_groups", "groups", "sampled before dynamic sampling dropped any"),
     Metric("rollout/rounds", "rounds", "rounds of dynamic sampling"),
+    Metric("pool/workers", "workers", "that serve when the step's completions are there"),
+    Metric("pool/outstanding_tokens", "tokens", "most that were asked for and not yet written, as estimated"),
+    Metric("pool/strikes", "answers", "of workers, refused in this step"),
+    Metric("pool/redispatched", "requests", "asked again because their worker was lost, busy or refused"),
+    Metric("pool/restarts", "workers", "that came back in this step"),
+    Metric("pool/lost", "workers", "lost in this step"),
     Metric(
         "rollout/source_*",
         "",
@@ -56,10 +62,13 @@ METRICS: tuple[Metric, ...] = (
         "numbers that an environment reports (tool calls, moves), mean over episodes that did not fail",
     ),
     Metric(
-        "rollout/staleness",
+        "staleness/mean",
         "versions",
-        "learner's version minus the oldest version that sampled a completion of the step",
+        "with rollout.schedule lag, age of a sampled token: the learner's version minus that which sampled",
     ),
+    Metric("staleness/max", "versions", "age of the oldest token of the step"),
+    Metric("staleness/oldest", "versions", "age of a completion's oldest token, mean over completions"),
+    Metric("staleness/ratio_mass@*", "1", "mean of learner / engine probability over the tokens of this age"),
     Metric(
         "rollout/mass_cut",
         "probability",

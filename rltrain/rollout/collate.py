@@ -58,7 +58,7 @@ def collate(groups: Sequence[ScoredGroup], lines: StepSplitter | None = None) ->
         rewards=torch.tensor(rewards, dtype=torch.float32),
         group=torch.tensor([group.group for group, _, _ in pairs]),
         source=torch.tensor([completion.source for _, completion, _ in pairs]),
-        version=torch.tensor([completion.oldest_version for _, completion, _ in pairs]),
+        version=_token_versions(completions, width),
         sample=torch.tensor([index for group in groups for index in range(len(group.completions))]),
         rollout_logp=rollout_logp,
         correct=torch.tensor([math.nan if verdict is None else float(verdict) for verdict in verdicts]),
@@ -94,6 +94,15 @@ def _policy_tokens(completions: Sequence[Completion], width: int) -> Tensor:
         for start, stop in completion.turns or ():
             mask[row, start:stop] = True
     return mask
+
+
+def _token_versions(completions: Sequence[Completion], width: int) -> Tensor:
+    """(B, width) int64: the version that sampled each token; a row's last one again beyond its end."""
+    versions = torch.empty(len(completions), width, dtype=torch.int64)
+    for row, completion in enumerate(completions):
+        for span in completion.versions:
+            versions[row, span.start :] = span.version
+    return versions
 
 
 def _first_columns(lengths: Sequence[int], width: int) -> Tensor:

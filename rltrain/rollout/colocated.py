@@ -99,6 +99,8 @@ class ColocatedRollouts:
     verify: Callable[[], None]
     put_to_sleep: Callable[[], None]
     close_engine: Callable[[], None]
+    # numbers of the step about the engine itself, as metrics
+    engine_notes: Callable[[], Mapping[str, float]] = dict
     sources: Sequence[SampleSource] = ()  # further rows for the groups that the step trains on
     keep: Callable[[ScoredGroup], bool] | None = None
     # adapts the temperature token by token; None: every token is drawn at ``sampling.temperature``
@@ -126,10 +128,13 @@ class ColocatedRollouts:
         for source in self.sources:
             groups = self._add_extra_samples(source, groups, step, version, seconds)
             metrics |= source.notes()
+        metrics |= self.engine_notes()
 
         with add_time(seconds, "sync"):
             self.verify()
         return Rollouts(tuple(groups), len(sampled), rounds, counts, seconds, metrics)
+
+    def settle(self) -> None: ...
 
     def release_memory(self) -> None:
         self.put_to_sleep()

@@ -23,8 +23,17 @@ class Rollouts:
     # correct completions of each generated group; empty where no reward reports correctness
     correct_counts: tuple[int, ...]
     seconds: dict[str, float]  # wall-clock of this rank by phase: "rollout", "reward", "sync"
-    # of extra sample sources and of the adaptive temperature, for controls and logs
+    # of extra sample sources and of the adaptive temperature, for controls and logs; names with a slash are
+    # whole metrics, for logs only
     metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def control_metrics(self) -> dict[str, float]:
+        return {name: value for name, value in self.metrics.items() if "/" not in name}
+
+    @property
+    def logged_metrics(self) -> dict[str, float]:
+        return {name: value for name, value in self.metrics.items() if "/" in name}
 
 
 class EvaluationSource(Protocol):
@@ -83,6 +92,10 @@ class PromptedSource(RolloutSource, Protocol):
     @property
     def prompts(self) -> Sequence[Prompt] | None:
         """Those that steps are drawn from; None: it draws no prompts."""
+        ...
+
+    def settle(self) -> None:
+        """Returns when nothing is sampled any more, so that the weights may change."""
         ...
 
     def release_memory(self) -> None:

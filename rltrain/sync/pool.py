@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,19 +17,31 @@ from rltrain.sync.transport import WORKER_ERRORS, start_call
 from rltrain.tensor_ops import Fingerprint, weight_fingerprint
 from rltrain.types.samples import PolicyVersion
 
-__all__ = ["PoolPush", "merge_fingerprints"]
+__all__ = ["PoolPush", "PushCost", "merge_fingerprints"]
+
+
+@dataclass(frozen=True)
+class PushCost:
+    """Of a push: bytes of the weights, workers that hold them, seconds from the pause to the last proof."""
+
+    bytes: int
+    workers: int
+    seconds: float
 
 
 @dataclass
 class PoolPush:
     """make_link: the link to a worker, by its name and its client. dtype: of the workers' weights, equal on
-    every rank. ties: second name of a weight to its first. share: rank 0's value on every rank.
+    every rank. ties: second name of a weight to its first. share: rank 0's value on every rank. is_main:
+    of rank 0, which says what was sent, also where no worker is left.
     """
 
     make_link: Callable[[str, WorkerControl], WorkerLink]
     dtype: torch.dtype
     ties: Mapping[str, str]
     share: Callable[[Any], Any]
+    is_main: bool = True
+    cost: PushCost | None = None  # of the last push that anybody took
     _links: dict[str, WorkerLink] = field(default_factory=dict)
     _sent: dict[str, Fingerprint] = field(default_factory=dict)
     _proved: frozenset[str] = frozenset()  # links whose fingerprints were compared after the last push
@@ -43,17 +56,21 @@ class PoolPush:
 
         A worker that fails has a second complete push while it is paused.
         """
+        start = time.perf_counter()
         links = [self._link(name, control) for name, control in workers.items()]
-        recorder = _Recorder(weights, self.dtype, self.ties, is_recording=bool(links))
+        recorder = _Recorder(weights, self.dtype, self.ties, is_recording=bool(links) or self.is_main)
         attempts = 1 if iter(weights) is weights else 2  # an iterator can be read once only
         sync = ServerSync(links, self.dtype, self.share, lambda dtype: recorder.sums, attempts)
         report = sync.push(lambda dtype: iter(recorder), version)
         if not recorder.is_read:  # nobody was sent anything; the ranks agree on that
-            for _ in weights:
+            for _ in recorder:
                 pass
         if recorder.sums:
             self._sent = recorder.sums
         self._proved = frozenset(report.served)
+        if report.served:
+            seconds = time.perf_counter() - start
+            self.cost = PushCost(recorder.bytes, len(report.served), seconds)
         if report.quarantined and not report.served:  # so that the comparison fails
             self._sent = self._read_refused(report)
         for name in {*report.lost, *report.quarantined}:
@@ -125,9 +142,11 @@ class _Recorder:
     is_recording: bool
     sums: dict[str, Fingerprint] = field(default_factory=dict)
     is_read: bool = False
+    bytes: int = 0
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         self.is_read = True
+        self.bytes = 0
         seconds: dict[str, list[str]] = {}
         for second, first in self.ties.items():
             seconds.setdefault(first, []).append(second)
@@ -135,6 +154,7 @@ class _Recorder:
             if self.is_recording:
                 value = weight.detach()
                 value = value.to(self.dtype) if value.is_floating_point() else value
+                self.bytes += value.numel() * value.element_size()
                 for alias in (name, *seconds.get(name, ())):
                     self.sums[alias] = weight_fingerprint(alias, value)
                 del value

@@ -102,7 +102,8 @@ class Channel:
         )
         answer = start_call(self.control.init_transfer, membership.to_json())
         group = start_call(_join_group, membership, answer)
-        wait((answer, group), 2 * seconds, FIRST_COMPLETED)
+        ends: list[Future[Any]] = [answer, group]
+        wait(ends, 2 * seconds, FIRST_COMPLETED)
         _raise_early(answer)
         self.group = wait_for(group, 2 * seconds, "the worker's processes join the transfer")
         wait_for(answer, seconds, "the worker joins the transfer")

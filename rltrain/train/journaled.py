@@ -50,6 +50,7 @@ class JournaledRollouts:
     weights_digest: Callable[[], str]
     settings: str = ""
     environment: Mapping[str, Any] = field(default_factory=dict)
+    origins: dict[int, str] = field(default_factory=dict)  # by step, of what this process took
 
     @property
     def prompts(self) -> Sequence[Prompt] | None:
@@ -68,6 +69,7 @@ class JournaledRollouts:
         """
         weights = self.weights_digest()
         origin = origin_of(step, version, weights, self.inner.state_dict(), self.settings)
+        self.origins[step] = origin
         kept = self._read_same(step, origin)
         if kept is not None:
             self.inner.load_state_dict(kept.header.state)
@@ -86,6 +88,12 @@ class JournaledRollouts:
             return sampled
 
         return sample
+
+    def find(self, step: int, origin: str) -> Rollouts | None:
+        """The rollouts of ``step`` from the disk, if they are of this origin. A collective."""
+        self.origins[step] = origin
+        record = self._read_same(step, origin)
+        return None if record is None else rollouts_of(record)
 
     def _read_same(self, step: int, origin: str) -> StepRecord | None:
         """The step's rollouts from the disk, if sampling would give the same; a damaged file gives none."""
@@ -134,6 +142,8 @@ class JournaledRollouts:
         self, metrics: Mapping[str, float], entropy: Tensor | None = None, sampled: Tensor | None = None
     ) -> None:
         self.inner.observe(metrics, entropy, sampled)
+
+    def settle(self) -> None: ...
 
     def release_memory(self) -> None:
         self.inner.release_memory()

@@ -33,6 +33,7 @@ from rltrain.report.metrics import (
     mismatch_metrics,
     own_step_metrics,
     source_metrics,
+    staleness_metrics,
     why_no_update,
     worker_metrics,
 )
@@ -101,6 +102,7 @@ class Step:
     sampled: TrainBatch  # the batch before any method changed it
     batch: TrainBatch  # the batch that the update reads
     metrics: Mapping[str, float]  # measured before the update
+    version: int = 0  # of the policy before the update
 
     def replace(self, batch: TrainBatch, **metrics: float) -> Step:
         """The same step with another batch and further metrics."""
@@ -125,6 +127,9 @@ def train_online(run: OnlineRun) -> Path:
             step = apply_methods(run, step)
         with clock("update"):
             update = run.learner.update(step.rows, step.batch, run.objective, run.update_controls)
+        if run.recipe.rollout.lag:
+            with clock("wait"):
+                run.settle()
         with clock("sync"):
             push_metrics = run.push(expect_change=must_change_weights(update.metrics, lr))
 
@@ -139,8 +144,8 @@ def train_online(run: OnlineRun) -> Path:
 def collate_step(run: OnlineRun, number: int, rollouts: Rollouts) -> Step:
     """The completions of all groups as token rows and a batch of tensors."""
     rows, sampled = collate(rollouts.groups, run.step_splitter)
-    sampled = sampled.with_metrics(**rollouts.metrics)
-    return Step(number, rollouts, rows, sampled, sampled, {})
+    sampled = sampled.with_metrics(**rollouts.control_metrics)
+    return Step(number, rollouts, rows, sampled, sampled, {}, run.learner.version)
 
 
 def annotate(run: OnlineRun, step: Step) -> Step:
@@ -292,8 +297,11 @@ def report_step(
         "learner/skipped_updates": update.skipped_updates,
         "rollout/generated_groups": rollouts.generated_groups,
         "rollout/rounds": rollouts.rounds,
+        **rollouts.logged_metrics,
         **timing_metrics(seconds, tokens=tokens),
     }
+    if run.recipe.rollout.lag:
+        metrics |= staleness_metrics(step.sampled, logp, step.version)
     metrics |= run.law.step(metrics)
 
     is_unchanged = update.metrics["learner/grad_norm"] == 0 or lr == 0
@@ -301,7 +309,9 @@ def report_step(
     tensors = TokenTensors(batch, logp, sampling_entropy(batch, update), update.clipped, update.touched)
     run.reporter.step(step.number, metrics, rollouts.groups, reason, tensors)
 
-    warning = run.mismatch.check(step.number, metrics)
+    # the difference to older samples is the policy's own movement, whatever the engine does
+    is_current = bool((step.sampled.oldest == step.version).all()) or not run.recipe.rollout.lag
+    warning = run.mismatch.check(step.number, metrics) if is_current else None
     if warning is not None:
         run.reporter.warn(warning)
     message = run.law.message()

@@ -171,6 +171,7 @@ def report_step(
         "learner/skipped_updates": update.skipped,
         "rollout/generated_groups": step.rollouts.generated_groups,
         "rollout/rounds": step.rollouts.rounds,
+        **step.rollouts.logged_metrics,
         **timing_metrics(seconds, tokens=completions["rollout/tokens"], examples=metrics["pairs/count"]),
     }
     run.reporter.step(step.number, metrics, step.rollouts.groups, why_no_update(metrics))

@@ -60,6 +60,8 @@ class ReplayedRollouts:
     ) -> None:
         """Nothing adapts: what each step was trained on is known."""
 
+    def settle(self) -> None: ...
+
     def release_memory(self) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:

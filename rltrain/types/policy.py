@@ -50,9 +50,9 @@ class TokenRows:
 
 _PER_TOKEN = (
     *("advantages", "weights", "old_logp", "rollout_logp", "logp_now", "old_entropy", "entropy_now"),
-    *("ref_logp", "teacher_logp", "process_reward", "step_id", "touched"),
+    *("ref_logp", "teacher_logp", "process_reward", "step_id", "touched", "version"),
 )
-_PER_ROW = ("rewards", "group", "source", "version", "sample", "correct", "answer")
+_PER_ROW = ("rewards", "group", "source", "sample", "correct", "answer")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ class TrainBatch:
     rewards: Tensor  # (B,)
     group: Tensor  # (B,) int64, id of the prompt group
     source: Tensor  # (B,) int64
-    version: Tensor  # (B,) int64, policy version that sampled the row, the oldest if there are several
+    # (B, T) int64, version of the policy that sampled each token; columns beyond a row repeat its last one.
+    # (B,) stands for rows of which all tokens are of one version
+    version: Tensor
     # (B,) int64, number of the completion in its group, from 0; together with the group it identifies the row
     sample: Tensor | None = None
     rollout_logp: Tensor | None = None  # (B, T) nats, reported by the engine
@@ -97,6 +99,8 @@ class TrainBatch:
         object.__setattr__(self, "mask", self.mask.bool())
         rows = self.mask.shape[0]
         shape = self.mask.shape
+        if self.version.shape == (rows,):
+            object.__setattr__(self, "version", self.version[:, None].expand(shape))
         for name in _PER_TOKEN:
             value = getattr(self, name)
             if value is not None and value.shape != shape:
@@ -110,6 +114,11 @@ class TrainBatch:
             value = getattr(self, name)
             if value is not None and value.shape != (rows,):
                 raise ValueError(f"TrainBatch.{name} has shape {tuple(value.shape)}, expected ({rows},)")
+
+    @property
+    def oldest(self) -> Tensor:
+        """(B,) int64, the oldest version that sampled any token of a row."""
+        return self.version.min(dim=1).values
 
     @property
     def totals_of_mask(self) -> tuple[int, int]:

@@ -26,6 +26,7 @@ LAYERS = (
         "rltrain.errors",
         "rltrain.interrupt",
         "rltrain.json_text",
+        "rltrain.timeline",
         "rltrain.model_files",
         "rltrain.adapter_files",
         "rltrain.remote_code",

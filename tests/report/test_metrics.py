@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from rltrain.report.metrics import METRICS, check_names, completion_metrics, step_metrics, why_no_update
+from rltrain.report.metrics import (
+    METRICS,
+    check_names,
+    completion_metrics,
+    mismatch_metrics,
+    staleness_metrics,
+    step_metrics,
+    why_no_update,
+)
 from rltrain.reward.score import Episode, Score
 from rltrain.types.policy import TrainBatch
 from rltrain.types.samples import Completion, Prompt, ScoredGroup, Span
@@ -121,7 +129,7 @@ def test_row_order_and_padding_change_nothing():
         rewards=original.rewards[order],
         group=original.group[order],
         source=original.source,
-        version=original.version,
+        version=original.version[:, 0],
         rollout_logp=pad(original.rollout_logp, NAN),
     )
     assert step_metrics(permuted, pad(LOGP, NAN), pad(ENTROPY, NAN)) == pytest.approx(
@@ -244,6 +252,7 @@ def test_the_table_has_every_name_once_under_a_stage():
         "loss",
         "learner",
         "pairs",
+        "staleness",
         "sync",
         "eval",
         "law",
@@ -275,3 +284,32 @@ def test_episodes_count_what_the_policy_wrote_and_what_it_read():
     assert metrics["rollout/environment/calls"] == 1.5  # (3 + 0) / 2: nobody knows of the third
     assert metrics["reward/ungraded/environment_timeout"] == 1.0
     check_names(metrics)
+
+
+def test_ages_and_ratio_masses_are_those_of_the_policys_own_tokens() -> None:
+    version = torch.tensor([[5, 7], [5, 5], [6, 7], [7, 7]])
+    sampled = batch(version=version, source=torch.tensor([0, 0, 0, 1]))
+    metrics = staleness_metrics(sampled, LOGP, version=7)
+    tokens = MASK & (sampled.source == 0)[:, None]
+    ages = (7 - version)[tokens].tolist()
+    assert metrics["staleness/mean"] == pytest.approx(sum(ages) / len(ages))
+    assert metrics["staleness/max"] == max(ages)
+    rows = [row for row in range(4) if bool(tokens[row].any())]
+    assert metrics["staleness/oldest"] == pytest.approx(
+        sum(7 - version[row].min() for row in rows) / len(rows)
+    )
+    for age in set(ages):
+        ratios = RATIO[tokens & (7 - version == age)]
+        assert metrics[f"staleness/ratio_mass@{age}"] == pytest.approx(float(ratios.mean()), rel=1e-5)
+    assert staleness_metrics(batch(source=torch.ones(4)), LOGP, 7) == {}
+
+
+def test_the_effective_sample_size_of_whole_completions() -> None:
+    """Ratios of two rows: products 4 and 1, so (4 + 1)^2 / (2 (16 + 1))."""
+    ratio = torch.tensor([[2.0, 2.0], [1.0, NAN]])
+    mask = torch.tensor([[True, True], [True, False]])
+    metrics = mismatch_metrics(ratio.log(), torch.zeros(2, 2), mask)
+    assert metrics["rollout/ess_completions"] == pytest.approx(25 / 34)
+    assert metrics["rollout/ratio_mean"] == pytest.approx(5 / 3)
+    nothing = mismatch_metrics(ratio, ratio, torch.zeros(2, 2, dtype=torch.bool))
+    assert math.isnan(nothing["rollout/ess_completions"])

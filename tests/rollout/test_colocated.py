@@ -135,7 +135,7 @@ def test_masks_come_from_lengths_and_turns() -> None:
     assert rows.completions == ((5, 6, 7), (5,), (5,))
     assert batch.rollout_logp is not None
     assert batch.rollout_logp[0].tolist() == [-1.0, -2.0, -3.0]
-    assert batch.version.tolist() == [4, 4, 4]
+    assert batch.version.tolist() == [[4] * 3] * 3 and batch.oldest.tolist() == [4, 4, 4]
 
 
 def test_a_step_without_completions_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +66,11 @@ class FakeHome:
         """The present one."""
         assert self._worker is not None
         return self._worker
+
+    @property
+    def socket(self) -> Path:
+        """At which the present worker listens."""
+        return Path(self.worker.url.removeprefix("unix:"))
 
     @property
     def pid(self) -> int:
@@ -133,7 +139,7 @@ def make_other_rank(**ranks: Any) -> VllmPool:
 def make_pusher(link: Any, ranks: dict[str, Any]) -> PoolPush:
     gather = ranks.get("gather", list)
     is_main = ranks.get("rank", 0) == 0
-    return PoolPush(link, torch.float32, {}, lambda value: gather([value] if is_main else [])[0])
+    return PoolPush(link, torch.float32, {}, lambda value: gather([value] if is_main else [])[0], is_main)
 
 
 def wait_until(condition: Any, seconds: float = 120.0) -> float:

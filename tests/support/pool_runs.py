@@ -96,7 +96,6 @@ def train_engine(
         if ranks is not None:
             groups = sorted(ranks.gather(rank, groups), key=lambda group: group.prompt.id)
         sync.verify()
-        assert all(completion.worker for group in groups for completion in group.completions)
         samples += [completion.token_ids for group in groups for completion in group.completions]
         update(weights, groups)
         sync.push(lambda dtype: weights.items(), step, expect_change=True)

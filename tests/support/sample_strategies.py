@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from itertools import pairwise
 from typing import Any
 
 from hypothesis import strategies as st
 
 from rltrain.reward.score import Episode, Score
-from rltrain.types.samples import SOURCE_NAMES, Completion, Prompt, ScoredGroup, Span
+from rltrain.types.samples import SOURCE_NAMES, Completion, Prompt, ScoredGroup, Span, TokenSets
 
 TEXT = st.text(max_size=8)
 FLOATS = st.floats()
@@ -62,6 +63,16 @@ SCORES = st.builds(
 
 
 @st.composite
+def token_sets(draw: Any, length: int) -> TokenSets:
+    """The sets of ``length`` tokens, some of which were drawn from one."""
+    sets = TokenSets.empty()
+    for _ in range(length):
+        ids = draw(st.lists(TOKENS, min_size=1, max_size=3))
+        sets.append(array("i", ids), draw(st.floats(width=32)))
+    return sets
+
+
+@st.composite
 def completions(draw: Any) -> Completion:
     length = draw(st.integers(1, 6))
     cuts = sorted({0, length, *draw(st.lists(st.integers(1, length), max_size=2))})
@@ -75,6 +86,8 @@ def completions(draw: Any) -> Completion:
         source=draw(st.sampled_from([*SOURCE_NAMES])),
         turns=turns if draw(st.booleans()) else (),
         episode=draw(st.none() | EPISODES),
+        kept=draw(st.none() | token_sets(length)),
+        worker=draw(TEXT),
     )
 
 

@@ -11,7 +11,15 @@ from rltrain.analysis.pages.charts import TOTALS
 EVALUATION = "evaluation"
 LIMIT = 5000  # steps with times of their own on a page
 _EVAL = "time/eval"
-_ORDER = ("rollout", "reward", "judge", "annotate", "update", "sync")  # any other phase stands behind these
+_ORDER = (
+    "rollout",
+    "reward",
+    "judge",
+    "annotate",
+    "update",
+    "wait",
+    "sync",
+)  # any other phase stands behind these
 
 
 def timeline_data(curves: Curves) -> dict[str, Any] | None:

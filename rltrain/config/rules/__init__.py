@@ -17,6 +17,7 @@ from rltrain.config.rules.offline import check_offline
 from rltrain.config.rules.online import check_online
 from rltrain.config.rules.online_pairs import check_pairs
 from rltrain.config.rules.push import push_problems
+from rltrain.config.rules.schedule import schedule_problems, schedule_warnings
 from rltrain.config.rules.server import add_importance_weights
 from rltrain.config.rules.templates import template_problems
 from rltrain.config.schema import AnyRecipe
@@ -50,8 +51,10 @@ def check(recipe: AnyRecipe) -> CheckedRecipe:
         *attention_problems(recipe),
         *adapter_problems(recipe),
         *push_problems(recipe.push, recipe.checkpoint),
+        *schedule_problems(recipe),
     ]
     if problems:
         raise RecipeError(problems)
     weighted, notes = add_importance_weights(recipe)
-    return CheckedRecipe(weighted, (*findings.warnings, *adapter_warnings(recipe), *notes))
+    warnings = (*findings.warnings, *adapter_warnings(recipe), *schedule_warnings(recipe), *notes)
+    return CheckedRecipe(weighted, warnings)

@@ -26,7 +26,15 @@ from rltrain.rollout.worker.threads import LoopThread
 from rltrain.tensor_ops import Fingerprint
 from rltrain.types.samples import Answer, PolicyVersion, Request
 
-__all__ = ["AdapterPoolPusher", "PoolPusher", "Pushed", "VllmPool"]
+__all__ = [
+    "AdapterPoolPusher",
+    "PoolPusher",
+    "PoolSampler",
+    "Pushed",
+    "Stream",
+    "VllmPool",
+    "ask_workers",
+]
 
 
 _Told = TypeVar("_Told")
@@ -52,6 +60,8 @@ class PoolPusher(Protocol):
         not answer. Without workers, those of the weights that were sent last.
         """
         ...
+
+    cost: Any  # ``sync.pool.PushCost`` of the last push; None: there was none
 
     def close(self) -> None: ...
 
@@ -85,6 +95,30 @@ class Stream:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return self.check(self.weights)
+
+
+class PoolSampler:
+    """Implements ``Sampler`` where the weights are sent from elsewhere. admit: returns when the workers that
+    wait for weights have been sent them.
+    """
+
+    name = "vllm_server"
+
+    def __init__(
+        self, pool: WorkerPool, loop: LoopThread, model: ServerModel, admit: Callable[[], None]
+    ) -> None:
+        self._pool = pool
+        self._loop = loop
+        self._model = model
+        self._admit = admit
+
+    def sample(self, requests: Sequence[Request], policy: PolicyVersion) -> Iterator[Answer]:
+        """See ``VllmPool.sample``. A worker that does not hold ``policy`` is asked for nothing."""
+        require_sampleable(requests, self._model)
+        collector = _Collector(self._pool, self._loop, self._model, requests, policy, None)
+        return _collect_all(collector, self._admit)
+
+    def close(self) -> None: ...
 
 
 class VllmPool:
@@ -222,6 +256,17 @@ class VllmPool:
         self.loop.run(self._pool.lose(lost)).result()
         return [told]
 
+    def describe_workers(self) -> dict[str, Any]:
+        """On rank 0: by name, what each worker that serves says it runs with, or the error it raised."""
+        if self._pool is None or self.loop is None:
+            return {}
+        return ask_workers(self.loop.run(self._pool.serving()).result())
+
+    @property
+    def push_cost(self) -> Any:
+        """``sync.pool.PushCost`` of the last push; None: there was none."""
+        return self._pusher.cost
+
     def sleep(self) -> None:
         """Only forgets the version: the workers' memory is their own."""
         self.version = None
@@ -254,25 +299,11 @@ class VllmPool:
         Raises WorkersGone where no worker is left and none comes back in time.
         """
         require_version(self, policy)
-        limit = self._model.max_model_len
-        require_fit(requests, limit, "the server's max_model_len or the model's max_position_embeddings")
-        for request in requests:
-            require_supported(request.sampling)
+        require_sampleable(requests, self._model)
         self.state = EngineState.SERVING
         if self._world_size == 1:
-            return self._sample_alone(self._submit(requests, policy), policy)
+            return _collect_all(self._submit(requests, policy), lambda: self._push(policy, waiting_only=True))
         return self._sample_together(list(requests), policy)
-
-    def _sample_alone(self, collector: _Collector, policy: PolicyVersion) -> Iterator[Answer]:
-        try:
-            while collector.missing:
-                answer = collector.next()
-                if answer is None:
-                    self._push(policy, waiting_only=True)
-                else:
-                    yield answer
-        finally:
-            collector.close()
 
     def _sample_together(self, requests: Sequence[Request], policy: PolicyVersion) -> Iterator[Answer]:
         """All ranks' requests, sampled by rank 0's pool. Ranks agree on every push, which is a collective."""
@@ -341,6 +372,38 @@ class _Collector:
     def close(self) -> None:
         if not self._batch.is_ended:
             self._loop.run(self._pool.give_up(self._batch)).result()
+
+
+def ask_workers(clients: Mapping[str, Any]) -> dict[str, Any]:
+    """By name what each says that it runs with, or the error that it raised."""
+    facts: dict[str, Any] = {}
+    for name, client in clients.items():
+        try:
+            facts[name] = client.read_info()
+        except (RuntimeError, ValueError, LookupError, OSError) as error:
+            facts[name] = error
+    return facts
+
+
+def require_sampleable(requests: Sequence[Request], model: ServerModel) -> None:
+    """Raises ValueError for what no worker can sample."""
+    limit = model.max_model_len
+    require_fit(requests, limit, "the server's max_model_len or the model's max_position_embeddings")
+    for request in requests:
+        require_supported(request.sampling)
+
+
+def _collect_all(collector: _Collector, admit: Callable[[], None]) -> Iterator[Answer]:
+    """Answers as they come."""
+    try:
+        while collector.missing:
+            answer = collector.next()
+            if answer is None:
+                admit()
+            else:
+                yield answer
+    finally:
+        collector.close()
 
 
 def _collect(collector: _Collector, answers: list[Answer]) -> str | BaseException:

@@ -6,6 +6,7 @@ Imports no torch.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -125,6 +126,11 @@ class Member:
     since: float = 0.0  # when the present busy time began
     samples: int = 0  # that it was asked for and has not answered
     tokens: float = 0.0  # that it has still to write, as far as one can tell
+    attached: int = 0  # times
+    # since it last had nothing to do: seconds since 1970, what it was asked for and what it wrote
+    spell_start: float = 0.0
+    spell_requests: int = 0
+    spell_tokens: int = 0
     left: asyncio.Event = field(default_factory=asyncio.Event)  # set when it is lost
 
     @property
@@ -141,6 +147,7 @@ class Member:
     def begin_lease(self, lease: Lease, now: float) -> None:
         if not self.leases:
             self.since = now
+            self.spell_start, self.spell_requests, self.spell_tokens = time.time(), 0, 0
         self.leases[lease.id] = lease
         self.samples += lease.part.asked.n
         self.tokens += lease.tokens
@@ -150,6 +157,8 @@ class Member:
         if self.leases.pop(lease.id, None) is None:
             return False
         self.samples -= lease.part.asked.n
+        self.spell_requests += 1
+        self.spell_tokens += written
         self.tokens -= lease.tokens
         self.busy += now - self.since
         self.since = now

@@ -24,10 +24,12 @@ from rltrain.rollout.worker.answers import GarbageAnswer, GenerateRequest
 from rltrain.rollout.worker.client import WorkerBusy, WorkerLost, WorkerRefused
 from rltrain.rollout.worker.guard import Choice
 from rltrain.rollout.worker.threads import call_in_thread
+from rltrain.timeline import Timeline
 from rltrain.types.samples import PolicyVersion
 
 __all__ = ["ADMIT", "ALIVE_STATES", "Batch", "Counts", "PoolRules", "WorkerPool"]
 
+NOWHERE = Timeline(None)
 ADMIT = "admit"  # put into a batch's arrivals when a worker waits for weights
 
 _STRIKES = 3  # garbage answers, after which a worker is quarantined
@@ -68,6 +70,7 @@ class Counts:
     returned: int = 0
     refused: int = 0  # garbage answers, among those returned
     lost: int = 0  # workers
+    restarts: int = 0  # workers that came back
 
 
 @dataclass
@@ -110,15 +113,25 @@ class Batch:
 
 
 class WorkerPool:
-    """homes: where its workers come from, by name. say: receives a line about a worker that comes or goes."""
+    """homes: where its workers come from, by name. say: receives a line about a worker that comes or goes.
+    timeline: gets when workers sample, and when pushes are.
+    """
 
     def __init__(
-        self, homes: Mapping[str, Home], rules: PoolRules, say: Callable[[str], None] = warnings.warn
+        self,
+        homes: Mapping[str, Home],
+        rules: PoolRules,
+        say: Callable[[str], None] = warnings.warn,
+        timeline: Timeline = NOWHERE,
     ) -> None:
         self.members = {name: Member(name, home) for name, home in homes.items()}
         self.counts = Counts()
         self.rules = rules
         self._say = say
+        self._timeline = timeline
+        self._noted = Counts()  # at the last ``notes``
+        self._most_tokens = 0.0  # outstanding, since then
+        self._push_began: tuple[float, tuple[str, ...]] = (0.0, ())
         self._queue: deque[Part] = deque()
         self._batches: list[Batch] = []
         self._lengths: dict[str, float] = {}  # mean tokens of a prompt's samples when it was last sampled
@@ -178,6 +191,20 @@ class WorkerPool:
         members = [member for member in self.members.values() if member.state in states]
         return sorted(members, key=lambda member: member.name)
 
+    async def notes(self) -> dict[str, float]:
+        """Numbers since the last call, as metrics."""
+        before, self._noted = self._noted, replace(self.counts)
+        most, self._most_tokens = self._most_tokens, 0.0
+        now = self.counts
+        return {
+            "pool/workers": float(len(self.find_members(MemberState.SERVING))),
+            "pool/outstanding_tokens": most,
+            "pool/strikes": float(now.refused - before.refused),
+            "pool/redispatched": float(now.returned - before.returned),
+            "pool/restarts": float(now.restarts - before.restarts),
+            "pool/lost": float(now.lost - before.lost),
+        }
+
     # weights ------------------------------------------------------------------------------------------------
 
     async def begin_push(self, *, waiting_only: bool = False) -> dict[str, Any]:
@@ -194,6 +221,7 @@ class WorkerPool:
         for member in chosen:
             member.state = MemberState.LOADING
             member.version = None
+        self._push_began = time.time(), tuple(member.name for member in chosen)
         return {member.name: member.client for member in chosen}
 
     async def end_push(
@@ -204,6 +232,9 @@ class WorkerPool:
         quarantined: Mapping[str, Exception],
     ) -> None:
         """served: proved to hold ``version``, and resumed."""
+        began, names = self._push_began
+        if names:
+            self._timeline.add("pushes", "push", began, version=version, workers=names)
         for name, error in quarantined.items():
             self._quarantine(self.members[name], str(error))
         for name, error in lost.items():
@@ -304,6 +335,7 @@ class WorkerPool:
         self.counts.asked += 1
         lease = Lease(f"rltrain-{self._session}-{self.counts.asked}", part, self._expect(part))
         member.begin_lease(lease, time.monotonic())
+        self._most_tokens = max(self._most_tokens, sum(each.tokens for each in self.holders()))
         lease.task = self._start(self._serve(lease, member))
 
     async def _serve(self, lease: Lease, member: Member) -> None:
@@ -322,7 +354,7 @@ class WorkerPool:
         except GarbageAnswer as error:
             self._strike(lease, member, error)
         except (WorkerRefused, UserError) as error:
-            if member.end_lease(lease, time.monotonic()):
+            if self._end(lease, member):
                 part.batch.fail(error)
         else:
             if any(choice.finish == "abort" for choice in choices):  # the server ends, or another's pause
@@ -333,7 +365,7 @@ class WorkerPool:
 
     def _accept(self, lease: Lease, member: Member, choices: Sequence[Choice]) -> None:
         written = sum(len(choice.token_ids) for choice in choices)
-        if not member.end_lease(lease, time.monotonic(), written):
+        if not self._end(lease, member, written):
             return
         self.counts.answered += 1
         member.sound += 1
@@ -344,9 +376,18 @@ class WorkerPool:
             named = [replace(choice, worker=member.name) for choice in choices]
             lease.part.batch.take(lease.part, named)
 
+    def _end(self, lease: Lease, member: Member, written: int = 0) -> bool:
+        """See ``Member.end_lease``."""
+        if not member.end_lease(lease, time.monotonic(), written):
+            return False
+        if not member.leases:
+            facts = {"requests": member.spell_requests, "tokens": member.spell_tokens}
+            self._timeline.add(member.name, "sample", member.spell_start, **facts)
+        return True
+
     def _return(self, lease: Lease, member: Member) -> None:
         """Puts a lease's samples back, before all others."""
-        if not member.end_lease(lease, time.monotonic()):
+        if not self._end(lease, member):
             return
         self.counts.returned += 1
         if not lease.part.batch.is_ended:
@@ -392,6 +433,7 @@ class WorkerPool:
         self._say(f"{member.name} is {state.value}: {reason}. Requests that go to other workers: {count}")
         member.state = state
         member.reason = reason
+        self._timeline.add(member.name, state.value, now := time.time(), now, reason=reason)
         member.version = None
         for lease in list(member.leases.values()):
             lease.part.losses += 1
@@ -427,9 +469,12 @@ class WorkerPool:
             await self._disconnect(member)
 
     def _attach(self, member: Member, client: Any, rows: int) -> None:
+        self.counts.restarts += member.attached > 0
+        self._timeline.add(member.name, "attached", now := time.time(), now)
         if member.reason:
             self._say(f"{member.name} is back, and serves after a push that is proved")
         member.client = client
+        member.attached += 1
         member.rows = rows
         member.reason = ""
         member.left.clear()

@@ -15,9 +15,10 @@ from typing import Any
 
 from rltrain.protocols import WorkersGone
 from rltrain.rollout.pool.members import Home, Lease, Member, MemberState, Part
-from rltrain.rollout.pool.pool import ALIVE_STATES, PoolRules, WorkerPool
+from rltrain.rollout.pool.pool import ALIVE_STATES, NOWHERE, PoolRules, WorkerPool
 from rltrain.rollout.worker.answers import GarbageAnswer
 from rltrain.rollout.worker.guard import Choice
+from rltrain.timeline import Timeline
 
 __all__ = ["RoutedPool"]
 
@@ -45,8 +46,9 @@ class RoutedPool(WorkerPool):
         url: str,
         client: Any,
         say: Callable[[str], None],
+        timeline: Timeline = NOWHERE,
     ) -> None:
-        super().__init__(homes, rules, say)
+        super().__init__(homes, rules, say, timeline)
         self.router = _Router(f"the router {url}", home=NoHome(), state=MemberState.SERVING, client=client)
         self._silent_since: float | None = None
         self._refused_in_a_row = 0

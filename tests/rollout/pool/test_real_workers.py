@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rltrain.rollout.pool.members import Member, Part
-from rltrain.rollout.pool.pool import WorkerPool
+from rltrain.checkpoint.run_folder import RunFolder
+from rltrain.rollout.controller import Controller
 from rltrain.rollout.worker.guard import TOKEN
 from rltrain.rollout.worker.process import LocalWorker
 from rltrain.sync.pool import PoolPush
+from rltrain.timeline import read_timeline
 from rltrain.types.samples import REFERENCE_VERSION
 from support.resumed_runs import train_here
 
@@ -85,19 +86,21 @@ def test_two_workers_of_which_one_is_killed_train_what_one_does(
     single = [*SETTINGS, f"rollout.workers={{urls: ['{first}']}}"]
     assert train_here(model, tmp_path / "one", *single) == 0
 
-    leases: list[str] = []
-    lease = WorkerPool._lease
+    ask = Controller.ask
 
-    def lease_and_kill(self: WorkerPool, part: Part, member: Member) -> None:
-        lease(self, part, member)
-        leases.append(member.name)
-        if leases.count(f"worker {second}") == 4:  # of the second step: each has about half of six groups
+    def ask_and_kill(self: Controller, name: str, *arguments: Any) -> None:
+        ask(self, name, *arguments)
+        if name == "take" and arguments[0] == 2:
             second_worker.kill()
 
-    monkeypatch.setattr(WorkerPool, "_lease", lease_and_kill)
+    monkeypatch.setattr(Controller, "ask", ask_and_kill)
     two = [*SETTINGS, f"rollout.workers={{urls: ['{first}', '{second}']}}"]
     assert train_here(model, tmp_path / "two", *two) == 0
-    assert leases.count(f"worker {second}") >= 4
+    lines = read_timeline(RunFolder(tmp_path / "two").timeline)
+    kinds = [line.kind for line in lines if line.lane == f"worker {second}"]
+    assert kinds[0] == "attached" and "sample" in kinds and kinds[-1] == "lost"
+    assert {line.lane for line in lines} == {"learner", "pushes", f"worker {first}", f"worker {second}"}
+    assert [line.facts["step"] for line in lines if line.kind == "learn"] == [1, 2, 3]
     assert second_worker.wait() != 0
 
     require_equal_models(tmp_path / "one", tmp_path / "two")
