@@ -104,16 +104,8 @@ def build_rollout(
         )
     inputs.grader.log_to(context.folder.rewards_log(process.rank))
     prompts = inputs.train.prompts
-    precision = learner.trained.settings.precision
     order = build_order(data.order, prompts, rollout.prompts, seed, learner, fresh=context.is_fresh)
-    with (
-        engine_base(model, rollout, learner.trained, process) as base,
-        process.deadline(f"the {rollout.engine} engine", "to start"),
-    ):
-        truncation = evaluation.truncates
-        engine = build_engine(
-            base, data, rollout, precision, inputs.tokenization, process, truncation=truncation
-        )
+    engine = start_engine(model, data, rollout, learner, inputs, process, truncation=evaluation.truncates)
     sampler = build_sampler(data, rollout, engine, inputs.tokenization)
     longest = data.max_prompt_tokens + rollout.max_tokens
     sync = build_learner_sync(sync_settings, engine, learner, longest, seed, process.deadline)
@@ -158,6 +150,27 @@ def is_controlled(rollout: Rollout, reward: RewardStage, data: Data) -> bool:
         and not any(ref.name == REWARD_MODEL for ref in reward.functions)
         and ALIGNMENT not in ORDERS.spec(data.order.name).needs
     )
+
+
+def start_engine(
+    model: Model,
+    data: Data,
+    rollout: Rollout,
+    learner: SamplingLearner,
+    inputs: RunInputs,
+    process: Process,
+    *,
+    truncation: bool,
+) -> RolloutEngine:
+    """The engine of the policy, with the base that the learner's adapter belongs to."""
+    precision = learner.trained.settings.precision
+    with (
+        engine_base(model, rollout, learner.trained, process) as base,
+        process.deadline(f"the {rollout.engine} engine", "to start"),
+    ):
+        return build_engine(
+            base, data, rollout, precision, inputs.tokenization, process, truncation=truncation
+        )
 
 
 def build_reference(
