@@ -39,14 +39,14 @@ KEPT = ("step", "time/elapsed", "time/step", "reward/mean", "memory/process")
 
 def find_workers(run: psutil.Process) -> list[psutil.Process]:
     """The servers' own processes below the run's."""
-    found: list[psutil.Process] = []
+    workers: list[psutil.Process] = []
     for process in run.children(recursive=True):
         try:
             if SERVER in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+                workers.append(process)
         except psutil.NoSuchProcess:
             continue
-    return found
+    return workers
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

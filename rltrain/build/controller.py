@@ -194,7 +194,8 @@ def _build(
     setup: ControllerSetup, connection: Connection, stack: ExitStack
 ) -> tuple[dict[str, Callable[..., Any]], ColocatedRollouts]:
     """The calls that rank 0 makes, and the source of completions; ``stack`` closes what they use."""
-    rollout, tokenization = setup.rollout, setup.tokenization
+    rollout = setup.rollout
+    tokenization = setup.tokenization
     connector = make_connector(rollout, setup.settings)
     grader = stack.enter_context(build_grader(setup.reward, setup.deadline_seconds))
     grader.log_to(setup.rewards_log)
@@ -228,7 +229,8 @@ def _build(
 def _build_source(
     setup: ControllerSetup, engine: RolloutEngine, grader: Any, deadline: RemoteDeadline
 ) -> ColocatedRollouts:
-    rollout, tokenization = setup.rollout, setup.tokenization
+    rollout = setup.rollout
+    tokenization = setup.tokenization
     sampler = build_sampler(setup.data, rollout, engine, tokenization)
     process = Process(deadline=deadline)
     sampling = make_sampling(rollout, setup.seed)

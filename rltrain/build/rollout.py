@@ -95,17 +95,43 @@ def build_rollout(
     """Starts the engine; in a replay there is none."""
     if context.replayed is not None:
         return cast("RolloutParts", context.replayed(learner))
-    process = context.process
+    build = _build_here
     if learner.trained.adapter is None and is_controlled(rollout, reward, data):
         from rltrain.build.controller import build_controlled
 
-        return build_controlled(
-            inputs, learner, context, model, data, rollout, reward, sync_settings, evaluation, journal, seed
-        )
+        build = build_controlled
+    return build(
+        inputs, learner, context, model, data, rollout, reward, sync_settings, evaluation, journal, seed
+    )
+
+
+def _build_here(
+    inputs: RunInputs,
+    learner: SamplingLearner,
+    context: RunContext,
+    model: Model,
+    data: Data,
+    rollout: Rollout,
+    reward: RewardStage,
+    sync_settings: SyncSettings,
+    evaluation: Eval,
+    journal: JournalSettings,
+    seed: int,
+) -> RolloutParts:
+    """The parts where this process samples and grades."""
+    process = context.process
     inputs.grader.log_to(context.folder.rewards_log(process.rank))
     prompts = inputs.train.prompts
+    precision = learner.trained.settings.precision
     order = build_order(data.order, prompts, rollout.prompts, seed, learner, fresh=context.is_fresh)
-    engine = start_engine(model, data, rollout, learner, inputs, process, truncation=evaluation.truncates)
+    with (
+        engine_base(model, rollout, learner.trained, process) as base,
+        process.deadline(f"the {rollout.engine} engine", "to start"),
+    ):
+        truncation = evaluation.truncates
+        engine = build_engine(
+            base, data, rollout, precision, inputs.tokenization, process, truncation=truncation
+        )
     sampler = build_sampler(data, rollout, engine, inputs.tokenization)
     longest = data.max_prompt_tokens + rollout.max_tokens
     sync = build_learner_sync(sync_settings, engine, learner, longest, seed, process.deadline)
@@ -132,9 +158,8 @@ def build_rollout(
     evaluator = None
     if inputs.held_out is not None:
         evaluator = build_evaluator(evaluation, reward, rollout.max_tokens, seed, inputs)
-    return RolloutParts(
-        source, sync, evaluator, build_guard(rollout, engine.dtype, learner.trained.precision)
-    )
+    guard = build_guard(rollout, engine.dtype, learner.trained.precision)
+    return RolloutParts(source, sync, evaluator, guard)
 
 
 def is_controlled(rollout: Rollout, reward: RewardStage, data: Data) -> bool:
@@ -150,27 +175,6 @@ def is_controlled(rollout: Rollout, reward: RewardStage, data: Data) -> bool:
         and not any(ref.name == REWARD_MODEL for ref in reward.functions)
         and ALIGNMENT not in ORDERS.spec(data.order.name).needs
     )
-
-
-def start_engine(
-    model: Model,
-    data: Data,
-    rollout: Rollout,
-    learner: SamplingLearner,
-    inputs: RunInputs,
-    process: Process,
-    *,
-    truncation: bool,
-) -> RolloutEngine:
-    """The engine of the policy, with the base that the learner's adapter belongs to."""
-    precision = learner.trained.settings.precision
-    with (
-        engine_base(model, rollout, learner.trained, process) as base,
-        process.deadline(f"the {rollout.engine} engine", "to start"),
-    ):
-        return build_engine(
-            base, data, rollout, precision, inputs.tokenization, process, truncation=truncation
-        )
 
 
 def build_reference(

@@ -41,6 +41,7 @@ class PackedGroups:
     episodes: dict[int, Episode]
     kept: dict[int, TokenSets]  # whose tokens were drawn from a part of the vocabulary
     scores: list[Score]
+    workers: list[str]  # which sampled each completion
 
 
 def pack_groups(groups: Sequence[ScoredGroup], known: Mapping[str, Prompt]) -> PackedGroups:
@@ -65,6 +66,7 @@ def pack_groups(groups: Sequence[ScoredGroup], known: Mapping[str, Prompt]) -> P
         episodes={place: c.episode for place, c in enumerate(completions) if c.episode is not None},
         kept={place: c.kept for place, c in enumerate(completions) if c.kept is not None},
         scores=[score for group in groups for score in group.scores],
+        workers=[completion.worker for completion in completions],
     )
 
 
@@ -73,14 +75,15 @@ def unpack_groups(packed: PackedGroups, known: Mapping[str, Prompt]) -> list[Sco
     ids, sizes = packed.groups.tolist()
     groups: list[ScoredGroup] = []
     for id, prompt, (start, stop) in zip(ids, packed.prompts, _cuts(sizes), strict=True):
-        found = known[prompt] if isinstance(prompt, str) else prompt
+        asked = known[prompt] if isinstance(prompt, str) else prompt
         scores = tuple(packed.scores[start:stop])
-        groups.append(ScoredGroup(id, found, tuple(completions[start:stop]), scores))
+        groups.append(ScoredGroup(id, asked, tuple(completions[start:stop]), scores))
     return groups
 
 
 def _unpack_completions(packed: PackedGroups) -> list[Completion]:
-    tokens, logprobs = packed.tokens.tolist(), packed.logprobs.tolist()
+    tokens = packed.tokens.tolist()
+    logprobs = packed.logprobs.tolist()
     spans = [Span(*span) for span in packed.spans.tolist()]
     turns = [(start, stop) for start, stop in packed.turns.tolist()]
     lengths, span_counts, turn_counts = packed.counts.tolist()
@@ -106,6 +109,7 @@ def _unpack_completions(packed: PackedGroups) -> list[Completion]:
                 turns=tuple(turns[slice(*turn)]),
                 episode=packed.episodes.get(place),
                 kept=packed.kept.get(place),
+                worker=packed.workers[place],
             )
         )
     return completions

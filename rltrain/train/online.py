@@ -322,7 +322,10 @@ def report_step(
 
 def measure_workers(step: Step, logp: Tensor) -> dict[str, float]:
     """Each worker's mismatch, unless ``measure_mismatch`` has it. logp: (B, T) of the learner."""
-    workers = find_workers(row_workers(step.rollouts.groups))
+    # the reference model's rows have been removed since they were scored
+    sources = [completion.source for group in step.rollouts.groups for completion in group.completions]
+    names = zip(row_workers(step.rollouts.groups), sources, strict=True)
+    workers = find_workers([name for name, source in names if source != SOURCE_REFERENCE])
     if not workers or step.sampled.rollout_logp is None or "rollout/mismatch_abs" in step.metrics:
         return {}
     return worker_metrics(

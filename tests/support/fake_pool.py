@@ -85,6 +85,9 @@ class FakeHome:
             self._worker = FakeWorker(**self.options)
         except RuntimeError as error:
             raise WorkerDied(str(error)) from error
+        if self.is_closed:  # while it started
+            self._end()
+            raise WorkerDied("closed")
         client = self._worker.connect(Seconds(alive=self.alive_seconds))
         client.read_info()
         client.require_alive()

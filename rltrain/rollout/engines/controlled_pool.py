@@ -88,17 +88,17 @@ class ControlledPool:
         if self._controller is None or self._controller.is_gone:
             return {}
         try:
-            found: Mapping[str, WorkerAddress] = self._controller.call(call, *arguments)
+            addresses: Mapping[str, WorkerAddress] = self._controller.call(call, *arguments)
         except ControllerGone:
             return {}
-        for name, address in found.items():
+        for name, address in addresses.items():
             held = self._clients.get(name)
             if held is None or held[0] != address:
                 if held is not None:
                     held[1].close()
                 url, token, _ = address
                 self._clients[name] = (address, self._connect(url, token))
-        return {name: self._clients[name][1] for name in found}
+        return {name: self._clients[name][1] for name in addresses}
 
     def _tell(self, call: str, *arguments: Any) -> None:
         if self._controller is None or self._controller.is_gone:

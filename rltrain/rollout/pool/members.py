@@ -147,7 +147,9 @@ class Member:
     def begin_lease(self, lease: Lease, now: float) -> None:
         if not self.leases:
             self.since = now
-            self.spell_start, self.spell_requests, self.spell_tokens = time.time(), 0, 0
+            self.spell_start = time.time()
+            self.spell_requests = 0
+            self.spell_tokens = 0
         self.leases[lease.id] = lease
         self.samples += lease.part.asked.n
         self.tokens += lease.tokens

@@ -193,12 +193,14 @@ class WorkerPool:
 
     async def notes(self) -> dict[str, float]:
         """Numbers since the last call, as metrics."""
-        before, self._noted = self._noted, replace(self.counts)
-        most, self._most_tokens = self._most_tokens, 0.0
+        before = self._noted
+        self._noted = replace(self.counts)
+        outstanding = self._most_tokens
+        self._most_tokens = 0.0
         now = self.counts
         return {
             "pool/workers": float(len(self.find_members(MemberState.SERVING))),
-            "pool/outstanding_tokens": most,
+            "pool/outstanding_tokens": outstanding,
             "pool/strikes": float(now.refused - before.refused),
             "pool/redispatched": float(now.returned - before.returned),
             "pool/restarts": float(now.restarts - before.restarts),
