@@ -397,8 +397,9 @@ def kv_bytes(shape: ModelShape, tokens: int, number_bytes: int) -> int:
 def engine_weights(load: Workload, engine: Engine) -> int:
     """One rank's shard of the engine's weights, and vLLM's places for adapters."""
     adapter = load.trained[0].adapter
-    takes_adapters = adapter is not None and engine.name != "transformers"
-    slots = ADAPTER_SLOTS * adapter.parameters if takes_adapters else 0
+    slots = 0
+    if adapter is not None and engine.name != "transformers":
+        slots = ADAPTER_SLOTS * adapter.parameters
     return load.compute_bytes * (load.policy.parameters + slots) // engine.ranks
 
 
