@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.planner import (
     LoadPlan,
     ReadItem,
     SavePlan,
+    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
@@ -51,7 +52,7 @@ def write_parts(folder: Path, parts: list[TensorPart], group: Any) -> list[Path]
     """
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # of one process
     planner = _PartPlanner(parts)
-    writer = FileSystemWriter(folder)
+    writer = _Writer(folder)
     try:
         save({}, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
     except CheckpointException as error:
@@ -64,6 +65,21 @@ def _cause_of(error: CheckpointException) -> BaseException:
     """The error of the first rank that failed, the disk's before others."""
     causes = [cause for _, (cause, _) in sorted(error.failures.items())]
     return next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
+
+
+class _Writer(FileSystemWriter):
+    """Says what the disk said: torch 2.13 raises RuntimeError where it cannot end a file that it could not
+    write.
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            before: BaseException | None = error
+            while before is not None and not isinstance(before, OSError):
+                before = before.__cause__ or before.__context__
+            raise before or error from None
 
 
 class _PartPlanner(DefaultSavePlanner):

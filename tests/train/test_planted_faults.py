@@ -69,7 +69,7 @@ class Bench:
         return load_recipe(GRPO, profile="tiny_cpu", overrides=[*chosen, *data, reward, *overrides])
 
     def train(self, *overrides: str) -> None:
-        self.patch.setattr(rltrain.build.rollout, "build_engine", lambda *_: self.engine)
+        self.patch.setattr(rltrain.build.rollout, "build_engine", lambda *_, **__: self.engine)
         self.patch.setattr(self.engine, "close", lambda: None)
         assert train_command(self.settings(*overrides), self.folder / "run", []) == 0
 
