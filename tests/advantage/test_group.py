@@ -57,7 +57,9 @@ def call(name: str, rewards: Tensor, group: Tensor, mask: Tensor) -> Tensor:
         "source": torch.zeros_like(group),
         "correct": torch.where(rewards.isnan(), rewards.double(), (rewards > 0).double()),
     }
-    return bound(rewards, group, **{key: tensors[key] for key in bound.spec.inputs})
+    parts = {"right": rewards, "short": torch.where(rewards.isnan(), rewards, mask.double().sum(1))}
+    inputs = tensors | {"version": torch.zeros_like(mask, dtype=torch.int64), "parts": parts}
+    return bound(rewards, group, **{key: inputs[key] for key in bound.spec.inputs})
 
 
 @pytest.mark.parametrize("name", ["group_norm", "group_mean", "rloo"])

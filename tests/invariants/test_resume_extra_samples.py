@@ -62,7 +62,12 @@ def test_a_resumed_run_is_the_uninterrupted_run(
     assert train_command(loaded, uninterrupted, []) == 0
     killed_in(3, online, "apply_methods", lambda: train_command(loaded, resumed, []))
     assert train_command(loaded, resumed, []) == 0
-    assert lines(uninterrupted) == lines(resumed)
+    # a step whose samples were kept pushes no reference, so that another push compares every weight
+    counted = [
+        [{name: value for name, value in line.items() if name != "sync/checked"} for line in lines(run)]
+        for run in (uninterrupted, resumed)
+    ]
+    assert counted[0] == counted[1]
     assert not differing(uninterrupted, resumed, "model/model.safetensors")
     state = read_verified(uninterrupted / "checkpoints" / "step-4")
     if recipe != "grpo":

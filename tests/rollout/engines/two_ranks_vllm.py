@@ -108,9 +108,11 @@ def run_apart(folder: str, model: Any) -> None:
 
 def run_together(folder: str, model: Any) -> None:
     rank = dist.get_rank()
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
     names: list[str] = []
-    open_memory = torch.ops._C.init_shm_manager  # type: ignore[attr-defined]
-    torch.ops._C.init_shm_manager = lambda name, *sizes: names.append(name) or open_memory(name, *sizes)
+    open_memory = _CPUSHMDistributed._init_cpu_shm
+    _CPUSHMDistributed._init_cpu_shm = lambda memory: names.append(memory.group_name) or open_memory(memory)
     engine = start_engine(folder, 2)
     assert_launchers_executor(engine, rank)
     launch = f"rltrain-{os.environ['MASTER_PORT']}-{os.getppid()}-"  # no other launch opens its memory
