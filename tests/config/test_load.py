@@ -93,8 +93,8 @@ def test_a_recipe_extends_a_shipped_one_by_name(write: Write) -> None:
     shipped = load_recipe(RECIPES_FOLDER / "policy/dapo.yaml")
     assert recipe == shipped.model_copy(update={"seed": 5})
     assert load_recipe(write("r.yaml"), profile="tiny_cpu").model.path == ".cache/tiny-model"
-    (problem,) = problems(write("r.yaml", "extends: dappo\n"))
-    assert "r.yaml:1: extends 'dappo': no shipped recipe is called 'dappo'; did you mean 'dapo'?" in problem
+    (problem,) = problems(write("r.yaml", "extends: dapoo\n"))
+    assert "r.yaml:1: extends 'dapoo': no shipped recipe is called 'dapoo'; did you mean 'dapo'?" in problem
 
 
 def test_names_of_shipped_recipes_are_different() -> None:
@@ -358,6 +358,7 @@ def test_a_resolved_recipe_holds_every_key(write: Write, recipe: Path) -> None:
         "adaptive_temperature={}",
         "environment={name: calculator, max_turns: 1, turn_tokens: 1}",
         "workers={count: 1}",
+        "schedule={lag: 1}",
     )
     overrides = (
         *(f"rollout.{override}" for override in optional),

@@ -214,10 +214,10 @@ def test_a_healthy_recipe_passes_and_leaves_nothing(
     # Every reward is 0 and so is every advantage: without a word all rows would skip the gradient pass.
     assert doctor_command(recipe_of(random_model, "learner.updates=2", "reward.functions=[none]"), 3) == 0
     verdict = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("ok", "FAIL"))]
-    assert [line[:4] for line in verdict] == ["ok  "] * (5 + torch.cuda.is_available())
-    assert "ungraded of 24: none" in verdict[3]  # 3 steps of 4 prompts with 2 completions
-    assert "with gradients of 8 rows a step" in verdict[4]
-    assert int(re.search(r"in (\d+) processes", verdict[4])[1]) >= 3  # two reward workers are counted
+    assert [line[:4] for line in verdict] == ["ok  "] * (6 + torch.cuda.is_available())
+    assert "ungraded of 24: none" in verdict[4]  # 3 steps of 4 prompts with 2 completions
+    assert "with gradients of 8 rows a step" in verdict[5]
+    assert int(re.search(r"in (\d+) processes", verdict[5])[1]) >= 3  # two reward workers are counted
     assert not list(folder.glob("rltrain-doctor-*"))
 
 
@@ -267,7 +267,7 @@ def test_weights_that_do_not_arrive_fail_with_the_weights_name(
 def test_an_engine_that_does_not_start_leaves_every_other_question_open(
     random_model: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def no_engine(*_: Any) -> Any:
+    def no_engine(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no room for the KV cache")
 
     monkeypatch.setattr(build_rollout, "build_engine", no_engine)

@@ -49,7 +49,7 @@ AEPO = ("rollout.extra_samples=[aepo]", "control=[{name: aepo, form: rows}]")
         (
             ["rollout.extra_samples=[reference]"],
             "which distinguishes sources can use, and group_norm does not",
-            "set advantage to one that does (aapo, grao)",
+            "set advantage to one that does (aapo, grao, optimal_value)",
         ),
         (
             ["rollout.extra_samples=[answer]"],
