@@ -73,6 +73,7 @@ PROFILE_KEYS = (
     "eval.n",
     "eval.k",
     "eval.temperature",
+    "eval.top_p",
     "checkpoint",
     "report",
 )
