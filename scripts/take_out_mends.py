@@ -4,7 +4,7 @@
 
 A test that passes without the mend it is about proves nothing. Each entry of ``MENDS`` names a line, what the
 line would be without the mend, and the test; the test passes first with the mend in place. WORD selects the
-entries whose name contains it. What was seen last is in ``scripts/results/mends.json``.
+entries whose name contains it. ``scripts/results/mends.json`` has those that were tried last.
 """
 
 from __future__ import annotations
