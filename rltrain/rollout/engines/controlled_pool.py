@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rltrain.protocols import EngineState
 from rltrain.rollout.controller import Controller, ControllerGone
 from rltrain.rollout.engines.checks import WeightShapes
+from rltrain.rollout.engines.remote_weights import RemoteWeights
 from rltrain.rollout.engines.vllm_pool import PoolPusher, Pushed, Stream, ask_workers
 from rltrain.tensor_ops import Fingerprint
 from rltrain.types.samples import PolicyVersion
@@ -23,13 +23,11 @@ __all__ = ["ControlledPool", "WorkerAddress"]
 WorkerAddress = tuple[str, str, int]  # url, token, and how often the worker has been attached
 
 
-class ControlledPool:
+class ControlledPool(RemoteWeights):
     """Implements ``WeightTarget``. controller: on rank 0; None elsewhere. connect: a client of a worker.
 
     A controller that has ended has no workers; the next ``take`` says so.
     """
-
-    name = "vllm_server"
 
     def __init__(
         self,
@@ -41,10 +39,7 @@ class ControlledPool:
         *,
         gather: Callable[[list[Any]], list[Any]] = list,
     ) -> None:
-        self.dtype = dtype
-        self.fingerprint_rtol = 1e-12  # weights are compared as stored, except for the order of float64 sums
-        self.state = EngineState.MAPPED
-        self.version: PolicyVersion | None = None
+        super().__init__(dtype)
         self._controller = controller
         self._connect = connect
         self._shapes = shapes
@@ -55,14 +50,10 @@ class ControlledPool:
 
     def load(self, stream: Iterable[tuple[str, Tensor]], version: PolicyVersion) -> None:
         """See ``VllmPool.load``."""
-        if self.state is EngineState.ASLEEP:
-            raise RuntimeError("load() while asleep: call wake() first")
-        self.version = None
-        self.state = EngineState.MAPPED
+        self._forget_version()
         self._stream = Stream(stream, self._shapes.check)
         self._push(version, waiting_only=False)
-        self.version = version
-        self.state = EngineState.LOADED
+        self._note_version(version)
 
     def admit(self, policy: PolicyVersion) -> None:
         """Pushes to workers that wait for weights, while the others sample. A collective."""
@@ -116,15 +107,6 @@ class ControlledPool:
     def push_cost(self) -> Any:
         """``sync.pool.PushCost`` of the last push; None: there was none."""
         return self._pusher.cost
-
-    def sleep(self) -> None:
-        """Only forgets the version: the workers' memory is their own."""
-        self.version = None
-        self.state = EngineState.ASLEEP
-
-    def wake(self) -> None:
-        if self.state is EngineState.ASLEEP:
-            self.state = EngineState.MAPPED
 
     def close(self) -> None:
         """Closes the connections; ``ControlledRollouts.close`` ends controller and workers."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from rltrain.adapter_files import NamedAdapter
 from rltrain.protocols import EngineState
 from rltrain.rollout.engines.checks import require_fit, require_version
+from rltrain.rollout.engines.remote_weights import RemoteWeights
 from rltrain.rollout.pool.pool import ADMIT, Batch, Counts, WorkerPool
 from rltrain.rollout.worker.flags import MODEL_NAME
 from rltrain.rollout.worker.requests import AdapterNames, ServerModel, make_request, require_supported
@@ -121,15 +122,13 @@ class PoolSampler:
     def close(self) -> None: ...
 
 
-class VllmPool:
+class VllmPool(RemoteWeights):
     """Implements ``RolloutEngine`` and, on workers that take adapters, ``AdapterTarget``.
 
     pool: on rank 0, in ``loop``; None elsewhere. adapters: takes the place of ``pusher`` in a run that trains
-    an adapter. gather: concatenates the lists of all ranks, in the order of
-    the ranks; a collective. rank: of this process. at_close: called before the workers are ended.
+    an adapter. gather: concatenates the lists of all ranks, in the order of the ranks; a collective. rank: of
+    this process. at_close: called before the workers are ended.
     """
-
-    name = "vllm_server"
 
     def __init__(
         self,
@@ -145,10 +144,7 @@ class VllmPool:
         gather: Callable[[list[Any]], list[Any]] = list,
         at_close: Callable[[], None] = lambda: None,
     ) -> None:
-        self.dtype = dtype
-        self.fingerprint_rtol = 1e-12  # weights are compared as stored, except for the order of float64 sums
-        self.state = EngineState.MAPPED
-        self.version: PolicyVersion | None = None
+        super().__init__(dtype)
         self._pool = pool
         self.loop = loop
         self._model = model
@@ -179,14 +175,7 @@ class VllmPool:
         self._forget_version()
         self._stream = Stream(stream, self._model.shapes.check)
         self._push(version, waiting_only=False)
-        self.version = version
-        self.state = EngineState.LOADED
-
-    def _forget_version(self) -> None:
-        if self.state is EngineState.ASLEEP:
-            raise RuntimeError("load() while asleep: call wake() first")
-        self.version = None
-        self.state = EngineState.MAPPED
+        self._note_version(version)
 
     def load_adapter(
         self, config: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]], version: PolicyVersion
@@ -199,16 +188,14 @@ class VllmPool:
         self._adapter = NamedAdapter(self._names.next(version), dict(config), dict(weights))
         self._policy_model = self._adapter.name
         self._push(version, waiting_only=False)
-        self.version = version
-        self.state = EngineState.LOADED
+        self._note_version(version)
 
     def use_base(self, version: PolicyVersion) -> None:
         """See ``AdapterTarget.use_base``; the workers keep the adapter, and no request names it."""
         self._forget_version()
         self._policy_model = MODEL_NAME
         self._push(version, waiting_only=False)
-        self.version = version
-        self.state = EngineState.LOADED
+        self._note_version(version)
 
     def _push(self, version: PolicyVersion, *, waiting_only: bool) -> None:
         workers: dict[str, Any] = {}
@@ -266,15 +253,6 @@ class VllmPool:
     def push_cost(self) -> Any:
         """``sync.pool.PushCost`` of the last push; None: there was none."""
         return self._pusher.cost
-
-    def sleep(self) -> None:
-        """Only forgets the version: the workers' memory is their own."""
-        self.version = None
-        self.state = EngineState.ASLEEP
-
-    def wake(self) -> None:
-        if self.state is EngineState.ASLEEP:
-            self.state = EngineState.MAPPED
 
     def close(self) -> None:
         """Ends the workers that rltrain started; any other goes on."""

@@ -24,6 +24,7 @@ from rltrain.errors import UserError
 from rltrain.model_files import padded_rank
 from rltrain.protocols import EngineState
 from rltrain.rollout.engines.checks import require_fit, require_version
+from rltrain.rollout.engines.remote_weights import RemoteWeights
 from rltrain.rollout.worker.answers import GarbageAnswer, GenerateRequest
 from rltrain.rollout.worker.client import ServerInfo, WorkerBusy, WorkerClient, WorkerLost
 from rltrain.rollout.worker.flags import KNOWN_VERSIONS, MODEL_NAME, WorkerSettings
@@ -67,15 +68,13 @@ class AdapterPusher(Protocol):
     def close(self) -> None: ...
 
 
-class VllmServer:
+class VllmServer(RemoteWeights):
     """Implements ``RolloutEngine`` and, on a server that takes adapters, ``AdapterTarget``.
 
     client: of the server, which serves already. pusher, adapters: on rank 0 one of the two, None elsewhere.
     gather: concatenates the lists of all ranks, in the order of the ranks; a collective. worker: the server's
     process if rltrain started it; ``close`` ends it.
     """
-
-    name = "vllm_server"
 
     def __init__(
         self,
@@ -88,10 +87,7 @@ class VllmServer:
         worker: LocalWorker | None = None,
         gather: Callable[[list[Any]], list[Any]] = list,
     ) -> None:
-        self.dtype: torch.dtype = getattr(torch, info.dtype)
-        self.fingerprint_rtol = 1e-12  # weights are compared as stored, except for the order of float64 sums
-        self.state = EngineState.MAPPED
-        self.version: PolicyVersion | None = None
+        super().__init__(getattr(torch, info.dtype))
         self._client = client
         self._rows = info.max_num_seqs
         self._model = model
@@ -115,15 +111,7 @@ class VllmServer:
         else:
             self._pusher.load(weights, version)
         self._gather([])  # no rank samples before the server has the version
-        self.version = version
-        self.state = EngineState.LOADED
-
-    def _forget_version(self) -> None:
-        """Until the last weight is loaded, the weights belong to no version."""
-        if self.state is EngineState.ASLEEP:
-            raise RuntimeError("load() while asleep: call wake() first")
-        self.version = None
-        self.state = EngineState.MAPPED
+        self._note_version(version)
 
     def fingerprint(self, names: Collection[str] | None = None) -> Mapping[str, Fingerprint]:
         """See ``WeightTarget.fingerprint``; with adapters, of the base."""
@@ -142,15 +130,13 @@ class VllmServer:
             self._adapters.load_adapter(adapter)
             sent.append(adapter.name)
         self._policy_model = self._gather(sent)[0]
-        self.version = version
-        self.state = EngineState.LOADED
+        self._note_version(version)
 
     def use_base(self, version: PolicyVersion) -> None:
         """See ``AdapterTarget.use_base``."""
         self._forget_version()
         self._policy_model = MODEL_NAME
-        self.version = version
-        self.state = EngineState.LOADED
+        self._note_version(version)
 
     def adapter_fingerprint(self) -> Mapping[str, Fingerprint]:
         """See ``AdapterTarget.adapter_fingerprint``; nothing while the base is in use."""
@@ -164,15 +150,6 @@ class VllmServer:
         assert self._policy_model is not None
         rows = [] if self._adapters is None else [self._adapters.score(token_ids, self._policy_model)]
         return self._gather(rows)
-
-    def sleep(self) -> None:
-        """Only forgets the version: the server's memory is its own."""
-        self.version = None
-        self.state = EngineState.ASLEEP
-
-    def wake(self) -> None:
-        if self.state is EngineState.ASLEEP:
-            self.state = EngineState.MAPPED
 
     def close(self) -> None:
         """Ends a server that rltrain started; any other goes on."""
