@@ -30,9 +30,7 @@ from rltrain.build.rollout import (
     make_sampling,
 )
 from rltrain.build.server import read_names
-from rltrain.config.schema import Data, Eval, Model, RewardStage, Rollout
-from rltrain.config.schema import Journal as JournalSettings
-from rltrain.config.schema import Sync as SyncSettings
+from rltrain.config.schema import Data, RewardStage, Rollout, SampledRecipe
 from rltrain.data.tokenization import Tokenization
 from rltrain.errors import UserError
 from rltrain.process import Process
@@ -91,17 +89,12 @@ def build_controlled(
     inputs: RunInputs,
     learner: SamplingLearner,
     context: RunContext,
-    model: Model,
-    data: Data,
+    recipe: SampledRecipe,
     rollout: Rollout,
-    reward: RewardStage,
-    sync_settings: SyncSettings,
-    evaluation: Eval,
-    journal: JournalSettings,
-    seed: int,
 ) -> RolloutParts:
     """Starts the controller, and through it the workers. See ``build_rollout``."""
     process = context.process
+    model, data, reward = recipe.model, recipe.data, recipe.reward
     inputs.grader.close()  # the controller has its own
     precision = learner.trained.settings.precision
     settings = worker_settings(model, data, rollout, precision, on_gpu=process.device.type == "cuda")
@@ -115,7 +108,7 @@ def build_controlled(
         inputs.tokenization,
         inputs.train.prompts,
         known,
-        seed,
+        recipe.seed,
         inputs.grader.deadline_seconds,
         context.folder.rewards_log(0),
         context.folder.timeline,
@@ -133,14 +126,14 @@ def build_controlled(
     )
     target = cast("RolloutEngine", engine)
     longest = data.max_prompt_tokens + rollout.max_tokens
-    sync = build_learner_sync(sync_settings, target, learner, longest, seed, process.deadline)
+    sync = build_learner_sync(recipe.sync, target, learner, longest, recipe.seed, process.deadline)
     source = ControlledRollouts(
         controller, engine, process, inputs.train.prompts, known, sync.verify, sync.sleep, state
     )
     evaluator = None
     if inputs.held_out is not None:
-        evaluator = build_evaluator(evaluation, reward, rollout.max_tokens, seed, inputs)
-    journaled = add_journal(source, journal, context, learner)
+        evaluator = build_evaluator(recipe.eval, reward, rollout.max_tokens, recipe.seed, inputs)
+    journaled = add_journal(source, recipe.journal, context, learner)
     return RolloutParts(journaled, sync, evaluator, build_guard(rollout, dtype, learner.trained.precision))
 
 

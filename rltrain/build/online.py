@@ -84,19 +84,7 @@ def build_online_run(recipe: OnlineRecipe, inputs: RunInputs, context: RunContex
     learner = build_learner(
         recipe.model, recipe.learner, recipe.rollout, steps, recipe.seed, context.checkpoint, context.process
     )
-    rollout = build_rollout(
-        inputs,
-        learner,
-        context,
-        recipe.model,
-        recipe.data,
-        rollout_beside(recipe, learner.trained),
-        recipe.reward,
-        recipe.sync,
-        recipe.eval,
-        recipe.journal,
-        recipe.seed,
-    )
+    rollout = build_rollout(inputs, learner, context, recipe, rollout_beside(recipe, learner.trained))
     methods = bind_methods(recipe.advantage, recipe.control, recipe.loss, recipe.process_reward, steps)
     load_frozen_models(recipe.model, learner, methods.before | methods.objective.needs)
     process_reward = build_process_reward(

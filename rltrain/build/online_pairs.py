@@ -54,19 +54,7 @@ def build_pair_run(recipe: OnlinePairsRecipe, inputs: RunInputs, context: RunCon
         recipe.seed,
         context,
     )
-    rollout = build_rollout(
-        inputs,
-        learner,
-        context,
-        recipe.model,
-        recipe.data,
-        rollout_beside(recipe, learner.trained),
-        recipe.reward,
-        recipe.sync,
-        recipe.eval,
-        recipe.journal,
-        recipe.seed,
-    )
+    rollout = build_rollout(inputs, learner, context, recipe, rollout_beside(recipe, learner.trained))
     recompute_what_must_be(recipe, [learner.trained])
     pairing = build_pairing(
         recipe.pairs,

@@ -26,9 +26,9 @@ from rltrain.config.schema import (
     Model,
     RewardStage,
     Rollout,
+    SampledRecipe,
     TokenChoice,
 )
-from rltrain.config.schema import Journal as JournalSettings
 from rltrain.config.schema import Sync as SyncSettings
 from rltrain.data.gain_rl import template_lengths
 from rltrain.data.tokenization import Tokenization
@@ -83,43 +83,30 @@ def build_rollout(
     inputs: RunInputs,
     learner: SamplingLearner,
     context: RunContext,
-    model: Model,
-    data: Data,
+    recipe: SampledRecipe,
     rollout: Rollout,
-    reward: RewardStage,
-    sync_settings: SyncSettings,
-    evaluation: Eval,
-    journal: JournalSettings,
-    seed: int,
 ) -> RolloutParts:
-    """Starts the engine; in a replay there is none."""
+    """Starts the engine; in a replay there is none. rollout: the recipe's, with what is left open decided."""
     if context.replayed is not None:
         return cast("RolloutParts", context.replayed(learner))
     build = _build_here
-    if learner.trained.adapter is None and is_controlled(rollout, reward, data):
+    if learner.trained.adapter is None and is_controlled(rollout, recipe.reward, recipe.data):
         from rltrain.build.controller import build_controlled
 
         build = build_controlled
-    return build(
-        inputs, learner, context, model, data, rollout, reward, sync_settings, evaluation, journal, seed
-    )
+    return build(inputs, learner, context, recipe, rollout)
 
 
 def _build_here(
     inputs: RunInputs,
     learner: SamplingLearner,
     context: RunContext,
-    model: Model,
-    data: Data,
+    recipe: SampledRecipe,
     rollout: Rollout,
-    reward: RewardStage,
-    sync_settings: SyncSettings,
-    evaluation: Eval,
-    journal: JournalSettings,
-    seed: int,
 ) -> RolloutParts:
     """The parts where this process samples and grades."""
     process = context.process
+    model, data, reward, seed = recipe.model, recipe.data, recipe.reward, recipe.seed
     inputs.grader.log_to(context.folder.rewards_log(process.rank))
     prompts = inputs.train.prompts
     precision = learner.trained.settings.precision
@@ -128,18 +115,18 @@ def _build_here(
         engine_base(model, rollout, learner.trained, process) as base,
         process.deadline(f"the {rollout.engine} engine", "to start"),
     ):
-        truncation = evaluation.truncates
+        truncation = recipe.eval.truncates
         engine = build_engine(
             base, data, rollout, precision, inputs.tokenization, process, truncation=truncation
         )
     sampler = build_sampler(data, rollout, engine, inputs.tokenization)
     longest = data.max_prompt_tokens + rollout.max_tokens
-    sync = build_learner_sync(sync_settings, engine, learner, longest, seed, process.deadline)
+    sync = build_learner_sync(recipe.sync, engine, learner, longest, seed, process.deadline)
     batch_tokens = learner.trained.settings.tokens_per_micro_batch
     grader = add_model_rewards(reward, inputs.grader, batch_tokens, process.device, data.date)
 
     sampling = make_sampling(rollout, seed)
-    reference = build_reference(model, data, rollout, learner, inputs.tokenization, process, sync_settings)
+    reference = build_reference(model, data, rollout, learner, inputs.tokenization, process, recipe.sync)
     load_reference = _reference_loader(rollout.extra_samples, model, engine, learner, sync, reference)
     encode = inputs.tokenization.encode_answer
     verdict_of = label_of_only_function(reward.functions)
@@ -154,10 +141,10 @@ def _build_here(
         sync,
         partial(close_all, [engine] if reference is None else [engine, reference]),
     )
-    source = add_journal(source, journal, context, learner)
+    source = add_journal(source, recipe.journal, context, learner)
     evaluator = None
     if inputs.held_out is not None:
-        evaluator = build_evaluator(evaluation, reward, rollout.max_tokens, seed, inputs)
+        evaluator = build_evaluator(recipe.eval, reward, rollout.max_tokens, seed, inputs)
     guard = build_guard(rollout, engine.dtype, learner.trained.precision)
     return RolloutParts(source, sync, evaluator, guard)
 
