@@ -94,16 +94,17 @@ def build_controlled(
 ) -> RolloutParts:
     """Starts the controller, and through it the workers. See ``build_rollout``."""
     process = context.process
-    model, data, reward = recipe.model, recipe.data, recipe.reward
     inputs.grader.close()  # the controller has its own
     precision = learner.trained.settings.precision
-    settings = worker_settings(model, data, rollout, precision, on_gpu=process.device.type == "cuda")
+    settings = worker_settings(
+        recipe.model, recipe.data, rollout, precision, on_gpu=process.device.type == "cuda"
+    )
     held_out = () if inputs.held_out is None else inputs.held_out.prompts
     known = {prompt.id: prompt for prompt in (*inputs.train.prompts, *held_out)}
     setup = ControllerSetup(
-        data,
+        recipe.data,
         rollout,
-        reward,
+        recipe.reward,
         settings,
         inputs.tokenization,
         inputs.train.prompts,
@@ -114,7 +115,7 @@ def build_controlled(
         context.folder.timeline,
     )
     controller, state = start_controller(setup, process)
-    names = read_names(model)
+    names = read_names(recipe.model)
     dtype = getattr(torch, settings.dtype)
     engine = ControlledPool(
         controller,
@@ -125,14 +126,14 @@ def build_controlled(
         gather=process.gather,
     )
     target = cast("RolloutEngine", engine)
-    longest = data.max_prompt_tokens + rollout.max_tokens
+    longest = recipe.data.max_prompt_tokens + rollout.max_tokens
     sync = build_learner_sync(recipe.sync, target, learner, longest, recipe.seed, process.deadline)
     source = ControlledRollouts(
         controller, engine, process, inputs.train.prompts, known, sync.verify, sync.sleep, state
     )
     evaluator = None
     if inputs.held_out is not None:
-        evaluator = build_evaluator(recipe.eval, reward, rollout.max_tokens, recipe.seed, inputs)
+        evaluator = build_evaluator(recipe.eval, recipe.reward, rollout.max_tokens, recipe.seed, inputs)
     journaled = add_journal(source, recipe.journal, context, learner)
     return RolloutParts(journaled, sync, evaluator, build_guard(rollout, dtype, learner.trained.precision))
 

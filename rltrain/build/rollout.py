@@ -106,13 +106,15 @@ def _build_here(
 ) -> RolloutParts:
     """The parts where this process samples and grades."""
     process = context.process
-    model, data, reward, seed = recipe.model, recipe.data, recipe.reward, recipe.seed
+    data = recipe.data
+    reward = recipe.reward
+    seed = recipe.seed
     inputs.grader.log_to(context.folder.rewards_log(process.rank))
     prompts = inputs.train.prompts
     precision = learner.trained.settings.precision
     order = build_order(data.order, prompts, rollout.prompts, seed, learner, fresh=context.is_fresh)
     with (
-        engine_base(model, rollout, learner.trained, process) as base,
+        engine_base(recipe.model, rollout, learner.trained, process) as base,
         process.deadline(f"the {rollout.engine} engine", "to start"),
     ):
         truncation = recipe.eval.truncates
@@ -126,8 +128,10 @@ def _build_here(
     grader = add_model_rewards(reward, inputs.grader, batch_tokens, process.device, data.date)
 
     sampling = make_sampling(rollout, seed)
-    reference = build_reference(model, data, rollout, learner, inputs.tokenization, process, recipe.sync)
-    load_reference = _reference_loader(rollout.extra_samples, model, engine, learner, sync, reference)
+    reference = build_reference(
+        recipe.model, data, rollout, learner, inputs.tokenization, process, recipe.sync
+    )
+    load_reference = _reference_loader(rollout.extra_samples, recipe.model, engine, learner, sync, reference)
     encode = inputs.tokenization.encode_answer
     verdict_of = label_of_only_function(reward.functions)
     sampler_context = SamplerContext(
