@@ -185,8 +185,8 @@ def weight_product(name: str, weight: Tensor, *, first_column: int = 0, columns:
     matrix = weight.flatten(1)
     signs = fingerprint_input(name, matrix.shape[1] if columns is None else columns, weight.device)
     signs = signs[first_column : first_column + matrix.shape[1]]
-    # A block of float64 copies fits a CPU's cache; on a GPU it is 128 MiB, because launches cost time.
-    block = 1 << 16 if weight.device.type == "cpu" else 1 << 24
+    # A block of float64 copies fits a CPU's cache (2 MiB); on a GPU it is 128 MiB: launches cost time.
+    block = 1 << 18 if weight.device.type == "cpu" else 1 << 24
     rows = max(1, block // max(matrix.shape[1], 1))
     return torch.cat([part.double() @ signs for part in matrix.split(rows)])
 

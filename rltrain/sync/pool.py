@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rltrain.sync.server import RTOL, PushReport, ServerSync, WorkerLink
 from rltrain.sync.targets import WorkerControl
-from rltrain.sync.transport import WORKER_ERRORS, start_call
+from rltrain.sync.transport import WORKER_ERRORS, Sender, start_call
 from rltrain.tensor_ops import Fingerprint, weight_fingerprint
 from rltrain.types.samples import PolicyVersion
 
@@ -58,13 +58,13 @@ class PoolPush:
         """
         start = time.perf_counter()
         links = [self._link(name, control) for name, control in workers.items()]
-        recorder = _Recorder(weights, self.dtype, self.ties, is_recording=bool(links) or self.is_main)
+        recorder = _Recorder(weights, self.ties)
+        record = recorder.record if links or self.is_main else None
         attempts = 1 if iter(weights) is weights else 2  # an iterator can be read once only
-        sync = ServerSync(links, self.dtype, self.share, lambda dtype: recorder.sums, attempts)
+        sync = ServerSync(links, self.dtype, self.share, lambda dtype: recorder.sums, attempts, record)
         report = sync.push(lambda dtype: iter(recorder), version)
         if not recorder.is_read:  # nobody was sent anything; the ranks agree on that
-            for _ in recorder:
-                pass
+            Sender((), self.dtype, 0, torch.device("cpu"), record=record).send(recorder)
         if recorder.sums:
             self._sent = recorder.sums
         self._proved = frozenset(report.served)
@@ -134,29 +134,28 @@ def _merge(expected: Fingerprint, held: Fingerprint | None) -> Fingerprint:
 
 @dataclass
 class _Recorder:
-    """Passes weights on and keeps the fingerprints that they have in ``dtype``, second names included."""
+    """Passes weights on, and keeps the fingerprints of what is sent of them, second names included."""
 
     weights: Iterable[tuple[str, Tensor]]
-    dtype: torch.dtype
     ties: Mapping[str, str]
-    is_recording: bool
     sums: dict[str, Fingerprint] = field(default_factory=dict)
     is_read: bool = False
     bytes: int = 0
 
+    def __post_init__(self) -> None:
+        self._second_names: dict[str, list[str]] = {}
+        for second, first in self.ties.items():
+            self._second_names.setdefault(first, []).append(second)
+
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         self.is_read = True
         self.bytes = 0
-        seconds: dict[str, list[str]] = {}
-        for second, first in self.ties.items():
-            seconds.setdefault(first, []).append(second)
-        for name, weight in self.weights:
-            if self.is_recording:
-                value = weight.detach()
-                value = value.to(self.dtype) if value.is_floating_point() else value
-                self.bytes += value.numel() * value.element_size()
-                for alias in (name, *seconds.get(name, ())):
-                    self.sums[alias] = weight_fingerprint(alias, value)
-                del value
-            yield name, weight
-            del weight
+        return iter(self.weights)
+
+    def record(self, name: str, weight: Tensor) -> None:
+        """A second name has the numbers of the first, unless the learner reads a weight under it too."""
+        self.bytes += weight.numel() * weight.element_size()
+        self.sums[name] = weight_fingerprint(name, weight)
+        for second in self._second_names.get(name, ()):
+            if second not in self.sums:
+                self.sums[second] = weight_fingerprint(second, weight)

@@ -255,7 +255,7 @@ class ServerSync:
     """Pushes to ``links``: on rank 0 its workers, on the other ranks none.
 
     dtype: on the wire, equal on every rank. share: rank 0's value on every rank. fingerprints: of every
-    weight rounded to a dtype, from the learner's shards, a collective.
+    weight rounded to a dtype, from the learner's shards, a collective. record: see ``Sender``.
     """
 
     links: Sequence[WorkerLink]
@@ -263,6 +263,7 @@ class ServerSync:
     share: Callable[[Any], Any]
     fingerprints: Callable[[torch.dtype], Mapping[str, Fingerprint]]
     attempts: int = 2
+    record: Callable[[str, Tensor], None] | None = None
 
     def push(self, weights: WeightStream, version: PolicyVersion) -> PushReport:
         """A collective of the learner's ranks. Workers that are served hold ``version``, proved.
@@ -301,7 +302,8 @@ class ServerSync:
         capacity = max((link.capacity for link in links), default=0)
         device = torch.device("cpu") if first is None else first.device
         ties = frozenset() if first is None else frozenset(first.ties)
-        Sender(channels, self.dtype, capacity, device, ties).send(weights(self.dtype))
+        sender = Sender(channels, self.dtype, capacity, device, ties, self.record)
+        sender.send(weights(self.dtype))
         for link in links:
             if link.channel.error is not None:
                 errors[link.name] = link.channel.error

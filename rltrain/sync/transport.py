@@ -147,7 +147,8 @@ class Sender:
 
     dtype: of every weight that is a floating-point number, on the wire. capacity: bytes of each of the two
     buffers; a larger weight travels alone, from where it was gathered. skipped: names that are not sent,
-    second names of tied weights.
+    second names of tied weights. record: called with every weight, those that are not sent included, as it
+    is on the wire: while its bucket travels, so that the workers do not wait for it.
     """
 
     channels: Sequence[Channel]
@@ -155,6 +156,7 @@ class Sender:
     capacity: int
     device: torch.device
     skipped: Collection[str] = ()
+    record: Callable[[str, Tensor], None] | None = None
     sent_bytes: int = 0
     _push: str = ""
     _buffers: list[Tensor] = field(default_factory=list)
@@ -182,10 +184,12 @@ class Sender:
         pending: dict[str, Tensor] = {}  # views of the buffer that is being filled
         used = 0
         for name, weight in weights:
+            dtype = self.dtype if weight.is_floating_point() else weight.dtype
             if not self._live() or name in self.skipped:
+                if self.record is not None:
+                    self.record(name, weight.detach().to(dtype))
                 del weight
                 continue
-            dtype = self.dtype if weight.is_floating_point() else weight.dtype
             size = align_size(weight.numel() * dtype.itemsize)
             if used + size > self.capacity and pending:
                 self._launch(pending, self._buffers[0][:used], is_last=False)
@@ -199,7 +203,7 @@ class Sender:
             pending[name] = part.view(dtype).view(weight.shape).copy_(weight.detach())
             used += size
             del weight
-        if self._live():
+        if pending or self._live():
             self._launch(pending, self._buffers[0][:used], is_last=True)
             self._land()
 
@@ -245,6 +249,9 @@ class Sender:
                 transfer = start_call(channel.group.broadcast, buffer, seconds, check)
             works.append((channel, transfer, answer))
         self._flight = _Flight(bucket, buffer, works)
+        if self.record is not None:
+            for name, tensor in tensors.items():
+                self.record(name, tensor)
 
     def _land(self) -> None:
         """Waits until the bucket on its way has arrived everywhere; its buffer is free then."""
