@@ -15,8 +15,8 @@ _REPACK_HEADS = extension.repack_heads
 class PlantedExtension(extension.Extension):
     """rltrain's, and a method that plants a fault in one process."""
 
-    def rltrain_plant(self, fault: str, name: str = "", rank: str = "0") -> str:
-        """In the tensor-parallel process ``rank``, from now on.
+    def rltrain_plant(self, fault: str, name: str = "", process: str = "0") -> str:
+        """In one process, counted over the data-parallel engines, from now on.
 
         fault: "head": the head is not packed again after a push; "keep": the weight ``name`` stays what the
         next push makes it; "": none, in every process.
@@ -25,12 +25,16 @@ class PlantedExtension(extension.Extension):
         if fault == "":
             extension.repack_heads = _REPACK_HEADS
             engine.__dict__.pop("_load", None)
-        elif engine.parallel_config.rank == int(rank):
+        elif _place(engine.parallel_config) == int(process):
             if fault == "head":
                 extension.repack_heads = lambda model: None
             else:
                 engine._load = _Keeper(engine._load, name)
         return "planted"
+
+
+def _place(parallel: Any) -> int:
+    return parallel.data_parallel_index * parallel.world_size + parallel.rank
 
 
 class _Keeper:

