@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
+import torch
+
 from rltrain.build.environment import check_environment
-from rltrain.config.schema import Data, ProcessReward, RewardStage, SampledRecipe
+from rltrain.config.schema import Data, ProcessReward, RewardStage, Rollout, SampledRecipe
 from rltrain.data.order import PromptOrder
 from rltrain.data.prompts import PromptSet, load_prompts, without_prompts
 from rltrain.data.tokenization import Tokenization, load_model_config, load_tokenization, sizes_of
@@ -22,6 +24,7 @@ from rltrain.model_limits import decoding_limit
 from rltrain.reward.pool import RewardPool
 from rltrain.reward.resolve import RewardCall
 from rltrain.rollout.grading import sample_inputs
+from rltrain.rollout.worker.flags import require_known_version, require_sound_guesses
 from rltrain.round_trip import LOSSY
 from rltrain.seeds import stable_hash
 from rltrain.types.samples import Prompt
@@ -47,6 +50,7 @@ def load_inputs(recipe: SampledRecipe, models: Mapping[str, str | None] | None =
     """
     data = recipe.data
     rollout = recipe.rollout
+    require_workers(rollout)
     tokenization = load_tokenization(recipe.model, data, rollout)
     sizes = sizes_of(data, rollout)
     require_weights(recipe.model.path, recipe.model.revision, "logits", recipe.model.attention)
@@ -68,6 +72,15 @@ def load_inputs(recipe: SampledRecipe, models: Mapping[str, str | None] | None =
         grader.close()
         raise
     return RunInputs(tokenization, train, held_out, grader)
+
+
+def require_workers(rollout: Rollout) -> None:
+    """Raises UserError where this machine cannot start the recipe's workers, or they would sample wrongly."""
+    if rollout.engine != "vllm_server":
+        return
+    if rollout.server.url is None and (rollout.workers is None or rollout.workers.count is not None):
+        require_known_version()
+    require_sound_guesses(rollout.server, on_gpu=torch.cuda.is_available())
 
 
 def require_decodable(recipe: SampledRecipe, prompts: Sequence[Prompt]) -> None:

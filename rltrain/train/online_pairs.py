@@ -21,13 +21,13 @@ from rltrain.config.schema import OnlinePairsRecipe
 from rltrain.learner.pair_learner import PREVIOUS, PairLearner, PairUpdates
 from rltrain.loss.preference.objective import PreferenceObjective
 from rltrain.needs import REF_LOGP
-from rltrain.report.metrics import completion_metrics, step_metrics
+from rltrain.report.metrics import completion_metrics, step_metrics, worker_metrics
 from rltrain.rollout.collate import collate
 from rltrain.rollout.pairs.pairing import JudgedPairs, Pairing, pair_batch
 from rltrain.rollout.source import Rollouts
 from rltrain.train.loop import Clock, timing_metrics
-from rltrain.train.mismatch import MismatchGuard
-from rltrain.train.online import must_change_weights
+from rltrain.train.mismatch import MismatchGuard, find_workers
+from rltrain.train.online import must_change_weights, row_workers
 from rltrain.train.sampled_run import SampledRun
 from rltrain.types.policy import TokenRows, TrainBatch
 from rltrain.types.preference import PairBatch
@@ -150,11 +150,14 @@ def completion_lengths(step: PairStep) -> Tensor:
 
 
 def sample_metrics(step: PairStep) -> dict[str, float]:
-    """Metrics of the samples and of the pairs.
+    """Metrics of the samples, of each worker that wrote some, and of the pairs.
 
     There are no advantages and no controls, so the masked share is 0.
     """
     metrics = step_metrics(step.sampled, step.logp, step.entropy)
+    if step.sampled.rollout_logp is not None:
+        workers = find_workers(row_workers(step.rollouts.groups))
+        metrics |= worker_metrics(workers, step.logp, step.sampled.rollout_logp, step.sampled.mask)
     kept = {name: value for name, value in metrics.items() if not name.startswith("advantage/")}
     return kept | step.judged.metrics(completion_lengths(step))
 

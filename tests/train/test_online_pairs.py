@@ -110,6 +110,33 @@ def test_online_dpo_raises_the_reward_it_judges_by(start: Any, tmp_path: Path) -
     )
 
 
+def test_one_wrong_worker_is_told_from_the_others(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every completion is scored again, as the judge and the metrics need its log-prob anyway."""
+    collate = online_pairs.collate
+
+    def collate_wrong(groups: Any) -> Any:
+        rows, batch = collate(groups)
+        wrong = (torch.arange(batch.mask.shape[0]) % 4 == 3)[:, None]
+        assert batch.rollout_logp is not None
+        return rows, batch.replace(rollout_logp=batch.rollout_logp + 0.5 * wrong)
+
+    def name_workers(groups: Any) -> list[str]:
+        return [f"worker {row % 4}" for row in range(sum(len(group.completions) for group in groups))]
+
+    monkeypatch.setattr(online_pairs, "collate", collate_wrong)
+    monkeypatch.setattr(online_pairs, "row_workers", name_workers)
+    settings = ("rollout.mismatch_warn=0.3", "rollout.mismatch_stop=9", "train.steps=1", "checkpoint.every=0")
+    assert start(tmp_path / "run", "online_dpo", *settings) == 0
+    (line,) = (line for line in lines(tmp_path / "run") if "pairs/count" in line)
+    apart = [line[f"rollout/worker_mismatch/worker-{number}"] for number in range(4)]
+    assert max(apart[:3]) < 1e-5
+    assert apart[3] == pytest.approx(0.5, abs=1e-5)
+    output = "".join(capfd.readouterr())
+    assert "worker-3 0.5" in output and "worker-2" not in output
+
+
 def test_the_previous_iterate_is_the_one_that_the_recipe_keeps(
     start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

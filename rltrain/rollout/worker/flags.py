@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rltrain.config.schema import Data, Model, Rollout
+from rltrain.config.schema import Data, Model, Rollout, Server
 from rltrain.errors import UserError
 from rltrain.model_files import ADAPTER_SLOTS, padded_rank
 from rltrain.remote_code import trusts
@@ -28,6 +28,7 @@ __all__ = [
     "Tls",
     "WorkerSettings",
     "require_known_version",
+    "require_sound_guesses",
     "worker_settings",
 ]
 
@@ -187,12 +188,7 @@ def worker_settings(
     Raises UserError where a CPU's vLLM samples wrongly.
     """
     server = rollout.server
-    if server.speculative is not None and not on_gpu:
-        raise UserError(
-            f"rollout.server.speculative is {dict(server.speculative)} on a CPU, where vLLM's log-probs of "
-            "guessed tokens are not those of its samples: vLLM 0.32 was measured 2.9 nats off, and some were "
-            "NaN. Use a GPU, or set it to null"
-        )
+    require_sound_guesses(server, on_gpu=on_gpu)
     return WorkerSettings(
         model=model.path,
         revision=model.revision,
@@ -210,6 +206,16 @@ def worker_settings(
         batch_invariant=server.batch_invariant,
         adapter_rank=None if model.adapter is None else model.adapter.rank,
     )
+
+
+def require_sound_guesses(server: Server, *, on_gpu: bool) -> None:
+    """Raises UserError where the server would guess tokens ahead and report other tokens' log-probs."""
+    if server.speculative is not None and not on_gpu:
+        raise UserError(
+            f"rollout.server.speculative is {dict(server.speculative)} on a CPU, where vLLM's log-probs of "
+            "guessed tokens are not those of its samples: vLLM 0.32 was measured 2.9 nats off, and some were "
+            "NaN. Use a GPU, or set it to null"
+        )
 
 
 def require_known_version() -> str:

@@ -6,7 +6,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
+from rltrain.build import inputs
 from rltrain.config.load import load_recipe
 from rltrain.config.rules import check
 from rltrain.config.schema import OnlineRecipe
@@ -81,6 +83,43 @@ def test_ngram_speculation_is_passed_on_where_it_is_sound() -> None:
         settings(SPECULATIVE)
     made = settings(SPECULATIVE, on_gpu=True).flags(Address())
     assert value(made, "--speculative-config") == '{"method": "ngram", "num_speculative_tokens": 3}'
+
+
+class Loading(Exception):
+    """The model's files are read."""
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_machine_whose_guesses_are_wrong_is_told_before_anything_is_loaded(
+    on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: object) -> None:
+        raise Loading
+
+    monkeypatch.setattr(inputs, "load_tokenization", load)
+    monkeypatch.setattr(inputs, "require_known_version", lambda: "0.32.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    with pytest.raises(Loading if on_gpu else UserError, match="" if on_gpu else "Use a GPU"):
+        inputs.load_inputs(recipe(SPECULATIVE))
+
+
+@pytest.mark.parametrize(
+    ("override", "starts"),
+    [
+        ("rollout.server.url=null", True),
+        ("rollout.workers={count: 2}", True),
+        ("rollout.server.url=http://host:80", False),
+        ("rollout.workers={join: true}", False),
+        ("rollout.engine=transformers", False),
+    ],
+)
+def test_a_machine_that_starts_workers_needs_vllm(
+    override: str, starts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(inputs, "require_known_version", lambda: asked.append("vLLM"))
+    inputs.require_workers(recipe(override).rollout)
+    assert bool(asked) is starts
 
 
 @pytest.mark.parametrize(
