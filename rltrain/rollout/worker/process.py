@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import http.client
 import os
 import re
@@ -30,6 +31,8 @@ __all__ = ["LocalWorker", "WorkerDied", "find_free_port", "run_token"]
 GRACE_SECONDS = 10.0  # from SIGTERM to SIGKILL; a server that still starts does not hear SIGTERM
 SILENCE_SECONDS = 300.0  # of the log at the start, after which the server counts as stuck
 _POLL_SECONDS = 0.2
+_PREFIX = "rltrain-worker-"  # of the folders of servers' sockets and logs
+_LOCK = "lock"
 _TAIL = 25  # lines of the log in an error
 _ERROR_LINE = re.compile(r"(?:^|\s)(?:[A-Za-z_.]+(?:Error|Exception)): .+")
 
@@ -52,7 +55,9 @@ class LocalWorker:
         log: Path | None = None,
     ) -> None:
         require_known_version()
-        self._folder = Path(tempfile.mkdtemp(prefix="rltrain-worker-"))  # only this user may enter it
+        remove_left_folders()
+        self._folder, lock = make_locked_folder()
+        self._lock: int | None = lock
         if settings.adapter_rank is not None and settings.adapter_folder is None:
             settings = replace(settings, adapter_folder=self._folder / "adapters")
         self.settings = settings
@@ -67,7 +72,7 @@ class LocalWorker:
                 stdin=subprocess.PIPE,  # it ends where this pipe does
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env={**settings.environment(self.token), LIFELINE: "1"},
+                env={**settings.environment(self.token), LIFELINE: str(self._folder)},
                 start_new_session=True,
             )
 
@@ -126,6 +131,9 @@ class LocalWorker:
         if self._process.stdin is not None:
             self._process.stdin.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def kill(self) -> None:
         """Ends the process group at once."""
@@ -158,6 +166,33 @@ class LocalWorker:
         errors = [match.group().strip() for line in tail if (match := _ERROR_LINE.search(line))]
         cause = f": {errors[-1]}" if errors else ""
         return "\n".join([cause, f"the last lines of {self.log}:", *tail[-_TAIL:]])
+
+
+def make_locked_folder() -> tuple[Path, int]:
+    """A folder that only this user may enter, and the lock in it, which this process holds while it lives."""
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    lock = os.open(folder / "new", os.O_CREAT | os.O_RDWR, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (folder / "new").rename(folder / _LOCK)  # nobody finds it before it is locked
+    return folder, lock
+
+
+def remove_left_folders() -> None:
+    """Removes this user's folders whose process was killed together with its server: a server that outlives
+    its starter removes the folder itself.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        try:
+            lock = os.open(folder / _LOCK, os.O_RDWR)
+        except OSError:  # another user's, or one that is being made or removed
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(lock)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class _UnixConnection(http.client.HTTPConnection):

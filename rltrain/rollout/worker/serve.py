@@ -10,12 +10,13 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
 
 _PR_SET_PDEATHSIG = 1
-LIFELINE = "RLTRAIN_LIFELINE"  # set where standard input is such a pipe
+LIFELINE = "RLTRAIN_LIFELINE"  # where standard input is such a pipe: the starter's folder for this process
 
 
 def end_with_parent() -> None:
@@ -28,20 +29,21 @@ def end_with_parent() -> None:
         os._exit(1)
 
 
-def end_with_starter() -> None:
-    """Ends this process group when the pipe at standard input ends."""
+def end_with_starter(folder: str) -> None:
+    """Removes ``folder`` and ends this process group when the pipe at standard input ends."""
 
     def wait() -> None:
         while os.read(0, 1024):
             pass
+        shutil.rmtree(folder, ignore_errors=True)
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=wait, name="rltrain-lifeline", daemon=True).start()
 
 
 def main() -> None:
-    if os.environ.pop(LIFELINE, "") == "1":
-        end_with_starter()
+    if folder := os.environ.pop(LIFELINE, ""):
+        end_with_starter(folder)
     # `vllm serve` asks for the package "vllm", which the CPU build does not have
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 

@@ -77,15 +77,49 @@ def test_the_references_worker_samples_what_an_engine_does_that_is_lent(
     require_equal_models(tmp_path / "lent", tmp_path / "apart")
 
 
+@pytest.fixture(scope="module")
+def one_worker(vllm_worker: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on one worker."""
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(TOKEN, vllm_worker.token)
+        assert train_here(vllm_worker.settings.model, folder, *on(vllm_worker)) == 0
+    return folder
+
+
+def on(*workers: Any) -> list[str]:
+    return [*SETTINGS, f"rollout.workers={{urls: {[worker.address.url for worker in workers]}}}"]
+
+
+def test_a_run_whose_controller_is_killed_ends_with_code_75_and_the_same_command_goes_on(
+    vllm_worker: Any, one_worker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv(TOKEN, vllm_worker.token)
+    ask = Controller.ask
+
+    def ask_and_kill(self: Controller, name: str, *arguments: Any) -> None:
+        ask(self, name, *arguments)
+        if name == "take" and arguments[0] == 2:
+            self.process.kill()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Controller, "ask", ask_and_kill)
+        assert train_here(vllm_worker.settings.model, tmp_path / "run", *on(vllm_worker)) == 75
+    said = capsys.readouterr().out
+    assert "the controller's process ended with exit code -9" in said and "continue with: " in said
+    assert train_here(vllm_worker.settings.model, tmp_path / "run", *on(vllm_worker)) == 0
+    require_equal_models(one_worker, tmp_path / "run")
+
+
 def test_two_workers_of_which_one_is_killed_train_what_one_does(
-    vllm_worker: Any, second_worker: LocalWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vllm_worker: Any,
+    second_worker: LocalWorker,
+    one_worker: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(TOKEN, vllm_worker.token)
     first, second = vllm_worker.address.url, second_worker.address.url
-    model = vllm_worker.settings.model
-    single = [*SETTINGS, f"rollout.workers={{urls: ['{first}']}}"]
-    assert train_here(model, tmp_path / "one", *single) == 0
-
     ask = Controller.ask
 
     def ask_and_kill(self: Controller, name: str, *arguments: Any) -> None:
@@ -94,8 +128,8 @@ def test_two_workers_of_which_one_is_killed_train_what_one_does(
             second_worker.kill()
 
     monkeypatch.setattr(Controller, "ask", ask_and_kill)
-    two = [*SETTINGS, f"rollout.workers={{urls: ['{first}', '{second}']}}"]
-    assert train_here(model, tmp_path / "two", *two) == 0
+    two = on(vllm_worker, second_worker)
+    assert train_here(vllm_worker.settings.model, tmp_path / "two", *two) == 0
     lines = read_timeline(RunFolder(tmp_path / "two").timeline)
     kinds = [line.kind for line in lines if line.lane == f"worker {second}"]
     assert kinds[0] == "attached" and "sample" in kinds and kinds[-1] == "lost"
@@ -103,7 +137,7 @@ def test_two_workers_of_which_one_is_killed_train_what_one_does(
     assert [line.facts["step"] for line in lines if line.kind == "learn"] == [1, 2, 3]
     assert second_worker.wait() != 0
 
-    require_equal_models(tmp_path / "one", tmp_path / "two")
+    require_equal_models(one_worker, tmp_path / "two")
 
 
 def require_equal_models(first: Path, second: Path) -> None:

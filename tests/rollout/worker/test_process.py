@@ -21,6 +21,11 @@ from rltrain.rollout.worker.process import LocalWorker, WorkerDied
 SETTINGS = WorkerSettings(model="m", dtype="float32", max_model_len=8, max_num_seqs=2, on_gpu=False)
 
 # A server's process that starts one of its own, as vLLM does, and ignores SIGTERM, as vLLM does at its start.
+LIFELINE = """
+import os
+from rltrain.rollout.worker import serve
+serve.end_with_starter(os.environ[serve.LIFELINE])
+"""
 STUBBORN = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -48,7 +53,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     real = subprocess.Popen
 
     def begin(script: str, port: int = 1) -> LocalWorker:
-        code = f"from rltrain.rollout.worker.serve import end_with_starter\nend_with_starter()\n{script}"
+        code = LIFELINE + script
         monkeypatch.setattr(
             process.subprocess,
             "Popen",
@@ -102,14 +107,14 @@ def test_what_a_dead_server_leaves_behind_ends_too(start) -> None:
     assert is_gone(child)
 
 
-def test_a_server_does_not_outlive_its_starter(tmp_path: Path) -> None:
+def test_neither_a_server_nor_its_folder_outlives_its_starter(tmp_path: Path) -> None:
     starter = f"""
 import os, signal
 from pathlib import Path
 from rltrain.rollout.worker import process
 from rltrain.rollout.worker.flags import Address, WorkerSettings
 process.require_known_version = lambda: ""
-code = "from rltrain.rollout.worker.serve import end_with_starter; end_with_starter()\\n" + {SILENT!r}
+code = {LIFELINE + SILENT!r}
 real = process.subprocess.Popen
 process.subprocess.Popen = lambda command, **options: real([command[0], "-c", code], **options)
 settings = WorkerSettings(model="m", dtype="float32", max_model_len=8, max_num_seqs=2, on_gpu=False)
@@ -119,10 +124,44 @@ while "child" not in worker.log.read_text():
 print(worker.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    done = subprocess.run([sys.executable, "-c", starter], capture_output=True, text=True, check=False)
+    (tmp_path / "temporary").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", starter],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "TMPDIR": str(tmp_path / "temporary")},
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     child = int((tmp_path / "log").read_text().split()[1])
     assert is_gone(int(done.stdout)) and is_gone(child)
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_a_folder_that_nobody_could_remove_is_removed_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where starter and server were killed together; one whose starter lives stays."""
+    monkeypatch.setattr(process.tempfile, "tempdir", str(tmp_path))
+    starter = f"""
+import os
+from rltrain.rollout.worker import process
+process.tempfile.tempdir = {str(tmp_path)!r}
+print(process.make_locked_folder()[0], flush=True)
+os.kill(os.getpid(), 9)
+"""
+    killed = subprocess.run([sys.executable, "-c", starter], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    left = Path(killed.stdout.strip())
+    unfinished = tmp_path / "rltrain-worker-made-by-another"
+    unfinished.mkdir()
+    held, lock = process.make_locked_folder()
+    assert left.is_dir()
+    process.remove_left_folders()
+    assert set(tmp_path.iterdir()) == {held, unfinished}
+    os.close(lock)
+    process.remove_left_folders()
+    assert list(tmp_path.iterdir()) == [unfinished]
 
 
 def test_a_start_that_writes_is_waited_for_and_a_silent_one_is_not(start) -> None:
