@@ -10,6 +10,8 @@ in_flight, peak_mib: completions under way at once, and this process's largest m
 bytes_per_token: of an answer on its way.
 kill_to_redispatch_s: from SIGKILL of a worker until its requests are with another.
 stop_to_redispatch_s: the same from SIGSTOP, with the default deadlines of a sign of life.
+
+``bench_controller.py`` measures the whole controller: drawing, sampling, grading, and the way to rank 0.
 """
 
 from __future__ import annotations
@@ -35,19 +37,25 @@ from rltrain.rollout.pool.members import Member, MemberState
 from rltrain.rollout.pool.pool import PoolRules, WorkerPool
 from rltrain.rollout.worker.answers import GenerateRequest
 from rltrain.rollout.worker.client import Seconds, WorkerClient
-from rltrain.rollout.worker.guard import GENERATE, Choice, encode_answer
+from rltrain.rollout.worker.guard import GENERATE, INFO, Choice, encode_answer
 
 TOKENS = 64
 GROUP = 8
 VOCABULARY = 50_000
 WORKERS = 2
+IDS = tuple(range(100, 100 + TOKENS))
 CALL_SHARE = 0.8  # of it, for the call
 
 
 @dataclass
 class Canned:
-    """A worker that answers at once, or holds all answers back until it is told to let them go."""
+    """A worker that answers at once, or holds all answers back until it is told to let them go.
 
+    rows: as many as it says that it samples at once. ids: the tokens of every answer.
+    """
+
+    rows: int
+    ids: Sequence[int]
     held: bool = False
     waiting: int = 0
     free: asyncio.Event = field(default_factory=asyncio.Event)
@@ -56,11 +64,12 @@ class Canned:
         while True:
             try:
                 head = await reader.readuntil(b"\r\n\r\n")
-                length = next(
+                lengths = [
                     int(line.partition(b":")[2])
                     for line in head.split(b"\r\n")
                     if line.lower().startswith(b"content-length:")
-                )
+                ]
+                length = lengths[0] if lengths else 0  # a GET has none
                 body = await reader.readexactly(length)
             except (asyncio.IncompleteReadError, ConnectionError):
                 writer.close()
@@ -71,14 +80,17 @@ class Canned:
 
     async def answer(self, path: str, body: bytes) -> bytes:
         if path != GENERATE:
-            return b"{}"
+            known = {"/server_info": describe_server(self.rows), "/version": {"version": "0.32.0"}}
+            return json.dumps(
+                known.get(path.partition("?")[0], {"rltrain": 1} if path == INFO else {})
+            ).encode()
         request = json.loads(body)
         count = request["sampling_params"]["n"]
         self.waiting += count
         if self.held:
             await self.free.wait()
         self.waiting -= count
-        return encode_answer(request["request_id"], make_choices(count))
+        return encode_answer(request["request_id"], make_choices(count, self.ids))
 
     async def obey(self, pipe: Connection) -> None:
         """Answers questions of the parent; ends with it."""
@@ -95,15 +107,25 @@ class Canned:
             pipe.send(self.waiting)
 
 
-def make_choices(count: int) -> list[Choice]:
-    ids = list(range(100, 100 + TOKENS))
+def describe_server(rows: int) -> dict[str, Any]:
+    model = {"dtype": "float32", "max_model_len": 4096, "logprobs_mode": "processed_logprobs", "seed": 0}
+    parallel = {"tensor_parallel_size": 1, "data_parallel_size": 1}
+    parts = {
+        "model_config": {**model, "quantization": None},
+        "parallel_config": parallel,
+        "scheduler_config": {"max_num_seqs": rows},
+    }
+    return {"vllm_config": parts}
+
+
+def make_choices(count: int, ids: Sequence[int]) -> list[Choice]:
     logprobs = [-1.0] * TOKENS
-    return [Choice(place, ids, logprobs, "length", None, [("0", 0, TOKENS)]) for place in range(count)]
+    return [Choice(place, list(ids), logprobs, "length", None, [("0", 0, TOKENS)]) for place in range(count)]
 
 
-def serve(path: str, pipe: Connection) -> None:
+def serve(path: str, pipe: Connection, rows: int, ids: Sequence[int]) -> None:
     async def run() -> None:
-        canned = Canned()
+        canned = Canned(rows, ids)
         server = await asyncio.start_unix_server(canned.serve, path, backlog=4096)
         pipe.send("serving")
         async with server:
@@ -117,14 +139,14 @@ class CannedHome:
 
     is_local = False
 
-    def __init__(self, path: Path, rows: int, liveness: float) -> None:
+    def __init__(self, path: Path, rows: int, liveness: float = 5.0, ids: Sequence[int] = IDS) -> None:
         self.rows = rows
         self._liveness = liveness
-        self._path = path
+        self.path = path
         self._was_opened = False
         context = multiprocessing.get_context("spawn")
         self.pipe, end = context.Pipe()
-        self.process = context.Process(target=serve, args=(str(path), end), daemon=True)
+        self.process = context.Process(target=serve, args=(str(path), end, rows, ids), daemon=True)
         self.process.start()
         self.pipe.recv()
 
@@ -133,7 +155,7 @@ class CannedHome:
             raise OSError("it was lost")
         self._was_opened = True
         seconds = Seconds(alive=self._liveness * CALL_SHARE)
-        return WorkerClient(f"unix:{self._path}", "token", seconds, is_guarded=True), self.rows
+        return WorkerClient(f"unix:{self.path}", "token", seconds, is_guarded=True), self.rows
 
     def ask(self, order: str) -> int:
         self.pipe.send(order)
@@ -250,7 +272,7 @@ def _has_all(member: Member, requests: int) -> bool:
 
 
 def bytes_per_token() -> float:
-    return len(encode_answer("rltrain-00000000-1", make_choices(GROUP))) / (GROUP * TOKENS)
+    return len(encode_answer("rltrain-00000000-1", make_choices(GROUP, IDS))) / (GROUP * TOKENS)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from rltrain.protocols import Sampler
 from rltrain.rollout.extra_samples import SampleSource
 from rltrain.rollout.grading import Grader, correctness, is_informative, score_groups
 from rltrain.rollout.groups import sample_groups
+from rltrain.rollout.packed import pack_groups, unpack_groups
 from rltrain.rollout.source import Rollouts
 from rltrain.rollout.temperature import TemperatureController
 from rltrain.rollout.verdicts import add_verdicts
@@ -61,8 +62,7 @@ class GradedSampler:
         groups = self.sample(self.process.share(prompts), sampling, version)
         scored = score_groups(groups, self.grader, occasion)
         self.process.meet()
-        graded = self.process.gather(scored)
-        return sorted(graded, key=lambda group: group.prompt.id)
+        return sorted(self._gather(scored), key=lambda group: group.prompt.id)
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[RolloutGroup]:
         """Ungraded completions of these prompts, without dividing them among the ranks."""
@@ -75,8 +75,15 @@ class GradedSampler:
         with add_time(seconds, "reward"):
             scored = score_groups(groups, self.grader, f"step {step}")
         self.process.meet()
-        ordered = sorted(self.process.gather(scored), key=lambda group: group.group)
+        ordered = sorted(self._gather(scored), key=lambda group: group.group)
         return add_verdicts(ordered, self.verdict_of)
+
+    def _gather(self, groups: list[ScoredGroup]) -> list[ScoredGroup]:
+        """Those of all ranks, which cross between processes as arrays."""
+        if self.process.world_size == 1:
+            return groups
+        parts = self.process.gather([pack_groups(groups, {})])
+        return [group for part in parts for group in unpack_groups(part, {})]
 
 
 @dataclass

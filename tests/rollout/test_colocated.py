@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import pickle
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -12,6 +15,7 @@ from rltrain.reward.score import RewardInputs, Score
 from rltrain.rollout.collate import collate
 from rltrain.rollout.colocated import ColocatedRollouts, GradedSampler
 from rltrain.rollout.grading import correctness, is_informative
+from rltrain.rollout.packed import PackedGroups
 from rltrain.types.samples import Completion, Prompt, Sampling, ScoredGroup, Span
 from support.samplers import EchoSampler
 
@@ -100,6 +104,24 @@ def test_ranks_take_disjoint_shares_with_one_numbering() -> None:
     second = source_of(groups_per_step=5, max_rounds=1, rank=1, ranks=2).take(1, 0).groups
     assert [group.group for group in first] == [0, 2, 4]
     assert [group.group for group in second] == [1, 3]
+
+
+def test_groups_cross_between_ranks_as_arrays() -> None:
+    """A step's tokens would be millions of Python numbers, each pickled by itself."""
+    crossed: list[Any] = []
+
+    def gather(items: list[Any]) -> list[Any]:
+        crossed.extend(items)
+        return [pickle.loads(pickle.dumps(item)) for item in crossed]
+
+    alone = source_of(groups_per_step=5, max_rounds=1).take(1, 0).groups
+    ranks = [source_of(groups_per_step=5, max_rounds=1, rank=rank, ranks=2) for rank in (0, 1)]
+    for source in ranks:
+        process = dataclasses.replace(source.graded.process, gather=gather)
+        source.graded = dataclasses.replace(source.graded, process=process)
+    ranks[0].take(1, 0)
+    assert ranks[1].take(1, 0).groups == alone
+    assert [type(item) for item in crossed] == [PackedGroups, PackedGroups]
 
 
 def group_of(

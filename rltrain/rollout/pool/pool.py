@@ -233,17 +233,20 @@ class WorkerPool:
         lost: Mapping[str, Exception],
         quarantined: Mapping[str, Exception],
     ) -> None:
-        """served: proved to hold ``version``, and resumed."""
+        """served: proved to hold ``version``, and resumed. What failed for a worker that has been lost since,
+        and may be back already, says nothing about the one that is back.
+        """
         began, names = self._push_began
         if names:
             self._timeline.add("pushes", "push", began, version=version, workers=names)
         for name, error in quarantined.items():
             self._quarantine(self.members[name], str(error))
         for name, error in lost.items():
-            self._lose(self.members[name], f"the push of version {version} failed: {error}")
+            if self.members[name].state is MemberState.LOADING:
+                self._lose(self.members[name], f"the push of version {version} failed: {error}")
         for name in served:
             member = self.members[name]
-            if member.state is MemberState.LOADING:  # it may have died since
+            if member.state is MemberState.LOADING:
                 member.version = version
                 member.state = MemberState.SERVING
         self._dispatch()
@@ -253,9 +256,10 @@ class WorkerPool:
         return {member.name: member.client for member in self.find_members(MemberState.SERVING)}
 
     async def lose(self, errors: Mapping[str, Exception]) -> None:
-        """Workers that failed a call of somebody else's."""
+        """Workers that failed a call of somebody else's, to those that ``serving`` named."""
         for name, error in errors.items():
-            self._lose(self.members[name], str(error))
+            if self.members[name].state is MemberState.SERVING:
+                self._lose(self.members[name], str(error))
 
     # samples ------------------------------------------------------------------------------------------------
 
@@ -586,7 +590,8 @@ class WorkerPool:
 
 async def _is_set_within(event: asyncio.Event, seconds: float) -> bool:
     try:
-        await asyncio.wait_for(event.wait(), seconds)
+        async with asyncio.timeout(seconds):  # wait_for of Python 3.11 may swallow a cancellation
+            await event.wait()
     except TimeoutError:
         return False
     return True
