@@ -63,7 +63,8 @@ def make_setup(folder: Path, homes: Sequence[CannedHome], completions: int) -> C
         "reward.workers=1",
     )
     recipe: Any = load_recipe(RECIPE, profile="tiny_cpu", overrides=overrides)
-    stop = StopTokens((tokenizer.eos_token_id,), tokenizer.pad_token_id, False)
+    ends: Any = tokenizer.eos_token_id
+    stop = StopTokens((ends,), ends, True)
     prompts = tuple(Prompt(f"p{place}", (5, 6, 7, 8), "1+1=") for place in range(completions // GROUP))
     return ControllerSetup(
         data=recipe.data,

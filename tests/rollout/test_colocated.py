@@ -114,13 +114,13 @@ def test_groups_cross_between_ranks_as_arrays() -> None:
         crossed.extend(items)
         return [pickle.loads(pickle.dumps(item)) for item in crossed]
 
-    alone = source_of(groups_per_step=5, max_rounds=1).take(1, 0).groups
+    expected = source_of(groups_per_step=5, max_rounds=1).take(1, 0).groups
     ranks = [source_of(groups_per_step=5, max_rounds=1, rank=rank, ranks=2) for rank in (0, 1)]
     for source in ranks:
         process = dataclasses.replace(source.graded.process, gather=gather)
         source.graded = dataclasses.replace(source.graded, process=process)
     ranks[0].take(1, 0)
-    assert ranks[1].take(1, 0).groups == alone
+    assert ranks[1].take(1, 0).groups == expected
     assert [type(item) for item in crossed] == [PackedGroups, PackedGroups]
 
 
