@@ -37,6 +37,7 @@ from rltrain.config.capacity.workload import Frozen, Trained, Workload, workload
 from rltrain.config.fragments import kind_of
 from rltrain.config.load import load_recipe
 from support.scripts import SCRIPTS, script
+from support.warm import run_program
 
 ROOT = SCRIPTS.parent
 H100 = int(85.5 * GB)
@@ -683,8 +684,7 @@ def test_the_config_comes_from_the_hubs_cache_without_a_network_or_torch(tmp_pat
 
 
 def test_the_page_of_plans_is_up_to_date() -> None:
-    command = [sys.executable, "scripts/plan_table.py", "--check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_program(["scripts/plan_table.py", "--check"])
     assert done.returncode == 0, done.stderr
 
 

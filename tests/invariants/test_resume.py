@@ -104,6 +104,7 @@ def test_a_resumed_run_of_episodes_goes_on_at_the_adapted_temperature(start: Any
     assert max(line["rollout/mismatch_abs"] for line in lines_of_steps) < 1e-4
 
 
+@pytest.mark.nightly
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_run_with_real_vllm(start: Any, tmp_path: Path) -> None:

@@ -108,6 +108,26 @@ def test_a_weight_without_a_layer_and_a_layer_without_a_weight_are_named(model: 
     assert places.unexplained == ("mlp.gate_up_proj.bias",)  # the half that nothing of the checkpoint fills
 
 
+def test_numbers_that_vllm_derives_from_a_weight_are_not_that_weight() -> None:
+    """As in Mamba, whose A_log vLLM keeps as A = -exp(A_log)."""
+    layer = torch.nn.Module()
+    layer.register_parameter("A", torch.nn.Parameter(-torch.ones(4).exp()))
+    mapper = SimpleNamespace(map_name=lambda name: name.replace("A_log", "A"))
+    model: Any = torch.nn.ModuleDict({"mixer": layer})
+    model.hf_to_vllm_mapper = SimpleNamespace(get_rename_mapper=lambda: mapper)
+    places = find_places(model, architecture_of({"mixer.A_log": (4,)}))
+    assert places.missing == ("mixer.A_log",)
+
+
+def test_a_tied_head_has_the_place_of_the_embedding() -> None:
+    model: torch.nn.Module = torch.nn.ModuleDict({"embed": torch.nn.Embedding(5, 4)})
+    shapes = {"embed.weight": (5, 4), "head.weight": (5, 4)}
+    ties = {"head.weight": "embed.weight"}
+    places = find_places(model, Architecture("Some", shapes, frozenset(shapes), ties, frozenset()))
+    assert (places.missing, places.unexplained) == ((), ())
+    assert places.by_name["head.weight"] == places.by_name["embed.weight"]
+
+
 def test_a_weight_that_is_stored_the_other_way_round_is_read_as_stored(model: torch.nn.Module) -> None:
     shapes = shapes_of(model) | {"mlp.down_proj.weight": (6, 4)}
     architecture = architecture_of(shapes, ["mlp.down_proj.weight"])

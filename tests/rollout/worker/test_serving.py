@@ -36,8 +36,8 @@ from rltrain.train.own_samples import OwnSamples
 from rltrain.types.samples import Prompt, Sampling
 from support.launch import run_ranks
 from support.resumed_runs import differing, lines
-from support.trajectories import REWARD, assert_close, environment, overrides
-from support.warm import Program, run_program
+from support.trajectories import REWARD, assert_close, overrides
+from support.warm import Program, own_environment, run_program
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 ROOT = Path(__file__).parents[3]
@@ -98,7 +98,7 @@ def served(random_tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> 
     with output.open("w") as out, pytest.MonkeyPatch.context() as patch:
         patch.setenv(TOKEN, SECRET)
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=out, stderr=subprocess.STDOUT, text=True
+            command, cwd=ROOT, env=own_environment(), stdout=out, stderr=subprocess.STDOUT, text=True
         )
         worker = Served(process, folder / "url", certificate, output, random_tied_model, settings)
         try:
