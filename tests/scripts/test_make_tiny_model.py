@@ -175,8 +175,8 @@ def test_the_warm_start_stops_where_answers_are_right_often_enough(tiny_models, 
     """Every prompt has the same answer, which the model has learned within a few steps."""
     examples = [([20, 30, letter], [41, 1]) for letter in range(10, 42)]
     model = AutoModelForCausalLM.from_pretrained(random_model)
-    result = tiny_models.warm_start(model, examples, steps=200, right=0.4, seed=0)
-    assert tiny_models.POOL <= result.steps < 200
+    result = tiny_models.warm_start(model, examples, steps=60, right=0.4, seed=0)
+    assert tiny_models.POOL <= result.steps < 60
     assert result.right >= 0.4
 
 
