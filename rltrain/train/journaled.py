@@ -143,7 +143,8 @@ class JournaledRollouts:
     ) -> None:
         self.inner.observe(metrics, entropy, sampled)
 
-    def settle(self) -> None: ...
+    def settle(self) -> None:
+        self.inner.settle()
 
     def release_memory(self) -> None:
         self.inner.release_memory()
