@@ -157,13 +157,12 @@ def _build_here(
 
 def is_controlled(rollout: Rollout, reward: RewardStage, data: Data) -> bool:
     """Whether a process of its own draws, samples and grades: where workers sample, and nothing of it takes
-    the learner's model or device. Under a lag a thread of this process samples ahead.
+    the learner's model or device. Under a bound a thread of this process takes what arrives.
     """
     needs = [EXTRA_SAMPLES.spec(ref.name).needs_with(ref.hp) for ref in rollout.extra_samples]
     return (
         rollout.engine == "vllm_server"
         and rollout.workers is not None
-        and rollout.lag == 0
         and rollout.bound is None
         and not any(REFERENCE_WEIGHTS in each for each in needs)
         and not any(ref.name == REWARD_MODEL for ref in reward.functions)

@@ -20,6 +20,7 @@ from rltrain.needs import REFERENCE_WEIGHTS
 from rltrain.process import Process
 from rltrain.protocols import RolloutEngine
 from rltrain.rollout.colocated import ColocatedRollouts
+from rltrain.rollout.controller import ControlledRollouts
 from rltrain.rollout.source import PromptedSource
 from rltrain.rollout.window import Window
 from rltrain.train.bounded import BoundedRollouts
@@ -103,7 +104,9 @@ def add_lag(source: PromptedSource, recipe: OnlineRecipe, process: Process) -> P
     if not isinstance(source, JournaledRollouts) or recipe.rollout.bound is not None:
         return source
     lag = recipe.rollout.lag
-    return LaggedRollouts(source, lag, recipe.train.steps, overlaps=lag > 0 and can_overlap(recipe, process))
+    is_controlled = isinstance(source.inner, ControlledRollouts)
+    overlaps = lag > 0 and (is_controlled or can_overlap(recipe, process))
+    return LaggedRollouts(source, lag, recipe.train.steps, overlaps, has_thread=not is_controlled)
 
 
 def can_overlap(recipe: OnlineRecipe, process: Process) -> bool:
