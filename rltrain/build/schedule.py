@@ -23,6 +23,7 @@ from rltrain.rollout.colocated import ColocatedRollouts
 from rltrain.rollout.controller import ControlledRollouts
 from rltrain.rollout.source import PromptedSource
 from rltrain.rollout.window import Window
+from rltrain.timeline import Timeline
 from rltrain.train.bounded import BoundedRollouts
 from rltrain.train.journaled import JournaledRollouts
 from rltrain.train.lagged import LaggedRollouts
@@ -87,9 +88,11 @@ def add_bound(
             "that comes back is sent the weights at any time, which several ranks would have to gather "
             "together; start one rank, or use {lag: k}"
         )
+    pool = cast("VllmPool", engine)
+    source.engine_notes = pool.note_workers
     return BoundedRollouts(
         inner=source,
-        engine=cast("VllmPool", engine).run_freely(),
+        engine=pool.run_freely(Timeline(context.folder.timeline)),
         window=Window(settings.versions, source.groups_per_step, settings.when_stale == "wait"),
         waiting=WaitingGroups(context.folder, json.dumps(context.digests, sort_keys=True)),
         steps=steps,

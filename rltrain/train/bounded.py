@@ -109,6 +109,7 @@ class BoundedRollouts:
         completions = [completion for group in groups for completion in group.completions]
         mixed = sum(len(completion.versions) > 1 for completion in completions)
         return {
+            **self.inner.engine_notes(),
             "staleness/mixed": mixed / len(completions),
             "staleness/dropped_groups": float(dropped),
             "staleness/outstanding_groups": float(len(self.window.draws)),

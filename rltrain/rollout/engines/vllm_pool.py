@@ -22,11 +22,12 @@ from rltrain.protocols import EngineState
 from rltrain.rollout.engines.checks import require_fit, require_version
 from rltrain.rollout.engines.free_running import FreeGroups
 from rltrain.rollout.engines.remote_weights import RemoteWeights
-from rltrain.rollout.pool.pool import ADMIT, Batch, Counts, WorkerPool
+from rltrain.rollout.pool.pool import ADMIT, NOWHERE, Batch, Counts, WorkerPool
 from rltrain.rollout.worker.flags import MODEL_NAME
 from rltrain.rollout.worker.requests import AdapterNames, ServerModel, make_request, require_supported
 from rltrain.rollout.worker.threads import LoopThread
 from rltrain.tensor_ops import Fingerprint
+from rltrain.timeline import Timeline
 from rltrain.types.samples import Answer, PolicyVersion, Request
 
 __all__ = [
@@ -291,13 +292,19 @@ class VllmPool(RemoteWeights):
             return _collect_all(self._submit(requests, policy), lambda: self._push(policy, waiting_only=True))
         return self._sample_together(list(requests), policy)
 
-    def run_freely(self) -> FreeGroups:
+    def run_freely(self, timeline: Timeline = NOWHERE) -> FreeGroups:
         """Groups that are sampled by whatever weights the workers hold, also while the learner pushes others.
 
-        One rank, without adapters.
+        timeline: gets when workers sample. One rank, without adapters.
         """
         assert self._pool is not None and self.loop is not None
+        self.loop.run(self._pool.use_timeline(timeline)).result()
         return FreeGroups(self._pool, self.loop, self._model, self._admit_waiting)
+
+    def note_workers(self) -> dict[str, float]:
+        """On rank 0, numbers of the pool since the last call, as metrics."""
+        assert self._pool is not None and self.loop is not None
+        return self.loop.run(self._pool.notes()).result()
 
     def _admit_waiting(self) -> None:
         """Sends the weights that were pushed last to workers that wait for them, if there are any."""

@@ -205,6 +205,10 @@ class WorkerPool:
         members = [member for member in self.members.values() if member.state in states]
         return sorted(members, key=lambda member: member.name)
 
+    async def use_timeline(self, timeline: Timeline) -> None:
+        """From now on it gets when workers sample."""
+        self._timeline = timeline
+
     async def notes(self) -> dict[str, float]:
         """Numbers since the last call, as metrics."""
         before = self._noted

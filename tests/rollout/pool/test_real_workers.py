@@ -203,7 +203,10 @@ def test_a_bounded_run_trains_on_exact_samples_and_is_replayed(
     lines = [line for line in read_lines(tmp_path / "two") if "staleness/max" in line]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(line["staleness/max"] <= min(2, line["step"] - 1) for line in lines)
+    assert {line["pool/workers"] for line in lines} == {1.0}
     journal = Journal(RunFolder(tmp_path / "two"))
+    lanes = {line.lane for line in read_timeline(journal.folder.timeline)}
+    assert lanes == {"learner", "pushes", f"worker {vllm_worker.address.url}"}
     assert journal.steps() == [1, 2, 3] and not WaitingGroups(journal.folder).numbers()
     assert replay_command(plan_command(tmp_path / "two", None, [], check=True), None, check=True) == 0
 
