@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rltrain.checkpoint.journal import Journal, StepHeader, StepRecord, WaitingGroups
@@ -299,7 +299,7 @@ CASES = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(case=CASES, kills=st.sets(st.integers(1, 60), max_size=4), data=st.data())
 def test_the_bound_holds_in_every_order_and_after_every_kill(
     case: Case, kills: set[int], data: st.DataObject
@@ -318,7 +318,7 @@ def test_the_bound_holds_in_every_order_and_after_every_kill(
         assert sorted(group.prompt.id for groups in run.trained.values() for group in groups) == sorted(drawn)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(case=CASES, data=st.data())
 def test_with_a_bound_of_none_the_order_of_arrival_does_not_show(case: Case, data: st.DataObject) -> None:
     case = dataclasses.replace(case, versions=0)
