@@ -39,9 +39,11 @@ from rltrain.sync.server import WorkerLink
 from rltrain.train.own_samples import OwnSamples
 from rltrain.types.samples import Prompt, Sampling
 from rltrain.weight_names import CheckpointNames
+from support.launch import run_ranks
 from support.planted_worker import PlantedWorker
 from support.resumed_runs import differing, lines
-from support.trajectories import REWARD, assert_close, environment, overrides
+from support.trajectories import REWARD, assert_close, overrides
+from support.warm import Program, own_environment, run_program
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 ROOT = Path(__file__).parents[3]
@@ -79,7 +81,7 @@ class Served:
 
 
 def with_tests() -> dict[str, str]:
-    return {**environment(), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    return {**own_environment(), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
 
 
 @pytest.fixture(scope="module")
@@ -215,15 +217,10 @@ def test_a_run_on_it_is_the_run_of_the_engine_in_the_process(
 def test_two_ranks_learn_on_it_what_one_learns(
     backend: str, one_rank: Path, served: Served, tmp_path: Path
 ) -> None:
-    if backend.startswith("zero"):
-        pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install rltrain[deepspeed])")
-    launcher = ["--config_file", f"recipes/accelerate/{backend}.yaml", "--num_processes", "2"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "--main_process_port", "0"]
-    command += ["-m", "rltrain", "train", str(GRPO), "--profile", "tiny_cpu", "--run", str(tmp_path / "run")]
+    command = ["-m", "rltrain", "train", str(GRPO), "--profile", "tiny_cpu", "--run", str(tmp_path / "run")]
     for setting in served.overrides:
         command += ["--set", setting]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run_ranks(backend, command)
     assert_close(tmp_path / "run", one_rank)
 
 
@@ -294,7 +291,7 @@ def test_a_run_whose_worker_stops_ends_with_code_75_and_goes_on_when_it_works_ag
     """A stopped server still answers /health, so that only a round trip through its processes tells."""
     folder = tmp_path / "run"
     (tmp_path / "odd.py").write_text(WAITING.format(reward=REWARD))
-    command = [sys.executable, "-m", "rltrain", "train", str(GRPO), "--profile", "tiny_cpu"]
+    command = ["-m", "rltrain", "train", str(GRPO), "--profile", "tiny_cpu"]
     command += ["--run", str(folder), "--set", "checkpoint.every=1"]
     seconds = ("rollout.server.liveness_seconds=1", "rollout.server.call_seconds=5")
     for setting in (*served.overrides, *seconds, f"reward.functions=['{tmp_path / 'odd.py'}:odd']"):
@@ -302,25 +299,24 @@ def test_a_run_whose_worker_stops_ends_with_code_75_and_goes_on_when_it_works_ag
     children = psutil.Process(served.process.pid).children(recursive=True)
     engines = [child for child in children if "EngineCore" in " ".join(child.cmdline())]
     assert len(engines) == 2
-    with (tmp_path / "output").open("w") as out:
-        run = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=out, stderr=out)
-        try:
-            until = time.monotonic() + 300
-            while not (tmp_path / "waiting").exists():
-                assert run.poll() is None and time.monotonic() < until
-                time.sleep(0.01)
-            for engine in engines:
-                engine.suspend()
-            assert httpx.get(f"{served.url}/health", verify=served.context()).status_code == 200
-            (tmp_path / "stopped").touch()
-            assert run.wait(300) == 75, (tmp_path / "output").read_text()[-3000:]
-        finally:
-            run.kill()
-            run.wait()
-            for engine in engines:
-                engine.resume()
-    assert served.url in (tmp_path / "output").read_text()
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    run = Program(command)
+    try:
+        until = time.monotonic() + 300
+        while not (tmp_path / "waiting").exists():
+            assert run.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        for engine in engines:
+            engine.suspend()
+        assert httpx.get(f"{served.url}/health", verify=served.context()).status_code == 200
+        (tmp_path / "stopped").touch()
+        assert run.wait(300) == 75, run.printed()[1][-3000:]
+    finally:
+        run.kill()
+        run.wait()
+        for engine in engines:
+            engine.resume()
+    assert served.url in "".join(run.printed())
+    done = run_program(command)
     assert done.returncode == 0, done.stderr[-3000:]
     assert lines(folder) == lines(one_rank)
     assert not differing(folder, one_rank, "model/model.safetensors")
