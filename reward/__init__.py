@@ -13,6 +13,7 @@ MODULES = (
         "rltrain.reward.length",
         "rltrain.reward.math_answer",
         "rltrain.reward.empo",
+        "rltrain.reward.empo_model",
         "rltrain.reward.none",
         "rltrain.reward.episode",
     ),

@@ -156,6 +156,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("learner/entropy_mean", "nats", "policy entropy, mean over sampled tokens"),
     Metric("learner/entropy_p10", "nats", "10th percentile of the same"),
     Metric("learner/entropy_p90", "nats", "90th percentile of the same"),
+    Metric(
+        "learner/entropy_turn_*",
+        "nats",
+        "policy entropy of an episode's turn of this number, from 0: mean over its sampled tokens",
+    ),
     Metric("learner/tokens", "tokens", "tokens that count in the step's loss"),
     Metric("learner/grad_norm", "1", "gradient norm before clipping, mean over the step's updates"),
     Metric("learner/lr", "1", "learning rate at the start of the step"),

@@ -2,7 +2,8 @@
 
 import pytest
 
-from rltrain.reward.length import length
+from rltrain.reward.combine import combine
+from rltrain.reward.length import characters, length
 from rltrain.reward.score import RewardInputs
 from rltrain.reward.text import answer_format, choice, exact
 
@@ -96,3 +97,13 @@ def test_the_overlong_penalty_needs_both_sizes():
         length(inputs("a"), buffer_tokens=4)
     with pytest.raises(ValueError, match=r"0 < buffer_tokens <= max_tokens"):
         length(inputs("a"), max_tokens=3, buffer_tokens=4)
+
+
+def test_characters_cost_what_superhf_takes_off():
+    row = inputs("4", "four is 4", "", "\u00e9\U0001f600", answer="4")
+    assert values(characters(row)) == [-1, -9, 0, -2]
+    sums = [
+        combine(["exact", "characters"], [1.0, 0.01], pair)
+        for pair in zip(exact(row), characters(row), strict=True)
+    ]
+    assert values(sums) == pytest.approx([0.99, -0.09, 0, -0.02])
