@@ -138,7 +138,7 @@ def single_process(random_model: str, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-KINDS = ("dpo", "kto", "online_dpo")
+KINDS = ("dpo", "kto", "online_dpo", "spo")
 
 
 def planned_run(name: str, model: str, folder: Path, cache: Path) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def planned_run(name: str, model: str, folder: Path, cache: Path) -> dict[str, A
     ("backend", "names", "wrapper"),
     [
         ("ddp", KINDS, "DistributedDataParallel"),
-        ("fsdp2", ("dpo",), "FSDPModule"),
+        ("fsdp2", ("dpo", "spo"), "FSDPModule"),
         ("zero2", ("dpo", "kto"), "DeepSpeedEngine"),
     ],
 )

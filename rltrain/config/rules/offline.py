@@ -46,7 +46,7 @@ def check_offline(recipe: OfflineRecipe) -> Findings:
         *_loss_problems(recipe, spec, values),
         *_model_problems(recipe, spec),
     ]
-    problems += _eval_problems(recipe, spec)
+    problems += [*_eval_problems(recipe, spec), *_degree_problems(recipe, spec)]
     problems += scalar_head_problem(recipe, spec.traits)
     own_problems = PREFERENCE_LOSSES.find_problems(ref.name, ref.hp, recipe)
     problems += [f"{_KEY} {spec.name}: {problem}" for problem in own_problems]
@@ -79,12 +79,13 @@ def _size_problems(recipe: OfflineRecipe, spec: MethodSpec) -> Iterator[str]:
     data = recipe.data
     learner = recipe.learner
     sides = 2 if takes_pairs(spec) else 1
+    sides += recipe.loss.degree is not None
     longest = sides * (data.max_prompt_tokens + data.max_completion_tokens)
     if learner.tokens_per_micro_batch < longest:
-        what = "a pair, whose completions stay together," if sides == 2 else "one completion"
+        what = "one completion" if sides == 1 else "a pair, whose completions stay together,"
         yield (
             f"learner.tokens_per_micro_batch is {learner.tokens_per_micro_batch}, but {what} can take "
-            f"{f'{sides} x ' if sides == 2 else ''}(data.max_prompt_tokens {data.max_prompt_tokens} + "
+            f"{f'{sides} x ' if sides > 1 else ''}(data.max_prompt_tokens {data.max_prompt_tokens} + "
             f"data.max_completion_tokens {data.max_completion_tokens}) = {longest} tokens; set "
             f"learner.tokens_per_micro_batch to at least {longest}"
         )
@@ -114,6 +115,17 @@ def _loss_problems(recipe: OfflineRecipe, spec: MethodSpec, values: Mapping[str,
         yield (
             f"data.divide_margins_by is {recipe.data.divide_margins_by}, but {_KEY} {spec.name} reads no "
             "margins: it would change nothing; set it to nothing"
+        )
+
+
+def _degree_problems(recipe: OfflineRecipe, spec: MethodSpec) -> Iterator[str]:
+    if recipe.loss.degree is None:
+        return
+    if not takes_pairs(spec) or SCALAR_HEAD in spec.traits:
+        what = "trains a scalar head" if SCALAR_HEAD in spec.traits else "learns from single completions"
+        yield (
+            f"loss.degree degrades the chosen completions of pairs, but {_KEY} {spec.name} {what}; leave it "
+            "out, or choose a loss on pairs that trains a language model"
         )
 
 

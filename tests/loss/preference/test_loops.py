@@ -12,10 +12,10 @@ from torch import Tensor
 
 from rltrain.advantage.best_of_n import keep_best
 from rltrain.control.paced import paced_weight, smoothed_pass_rate
-from rltrain.loss.preference.clo import spo_degree
 from rltrain.loss.preference.inpo import inpo, nash_mp, symmetrise
 from rltrain.loss.preference.margins import gamma_for_target, margins, mean_target, target_probability
 from rltrain.loss.preference.mmpo import ranked_pair_strengths
+from rltrain.loss.preference.spo import spo_degree
 from rltrain.types.preference import CompletionFacts, ExampleLoss, PairBatch, PolicyPairs, PolicySequences
 
 GAME = torch.tensor([[0.5, 0.9, 0.2], [0.1, 0.5, 0.7], [0.8, 0.3, 0.5]], dtype=torch.float64)
