@@ -20,6 +20,7 @@ MODULES = (
     *(
         "rltrain.reward.code_tests",
         "rltrain.reward.code_io",
+        "rltrain.reward.sql",
         "rltrain.reward.reward_model_http",
         "rltrain.reward.judge",
     ),

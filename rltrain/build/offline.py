@@ -364,7 +364,9 @@ def build_preference_evaluator(
         samples = build_own_samples(
             settings.samples, data.max_completion_tokens, model, stop_tokens, prompts, learner, seed
         )
-    return PreferenceEvaluator(learner, held_out, objective, sides_apart, settings.gamma, samples)
+    return PreferenceEvaluator(
+        learner, held_out, objective, sides_apart, settings.gamma, samples, settings.spectrum
+    )
 
 
 def build_own_samples(

@@ -560,6 +560,8 @@ class Eval(TokenChoice):
     k: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 8), min_length=1)  # pass@k
     temperature: float = Field(default=1.0, ge=0)
     at_start: bool = True
+    # measure the spectrum of the policy's hidden states at each evaluation: RankMe and alpha-ReQ
+    spectrum: bool = False
 
 
 class Report(Section):
@@ -695,6 +697,8 @@ class OfflineEval(Section):
     every: int = Field(default=0, ge=0)  # steps; 0: at the end only
     examples: int = Field(default=512, ge=2)  # held-out pairs or completions
     at_start: bool = True
+    # measure the spectrum of the policy's hidden states at each evaluation: RankMe and alpha-ReQ
+    spectrum: bool = False
     # calibration is measured against sigmoid(gamma margin); None: against p_chosen, or certainty
     gamma: float | None = Field(default=None, gt=0)
     # held-out prompts that the policy answers at each evaluation, to measure entropy and length

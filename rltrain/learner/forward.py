@@ -37,6 +37,7 @@ from rltrain.learner.packing import Layout, MicroBatch
 from rltrain.model_limits import rotary_limit
 
 __all__ = [
+    "LAST_STATE",
     "PolicyForward",
     "call_as_module",
     "cannot_pack",
@@ -45,6 +46,7 @@ __all__ = [
     "takes_positions",
 ]
 
+LAST_STATE = "last_state"
 # Kernels that support variable lengths. The others would spend S^2 on a mask of which little is used.
 _VARIABLE_LENGTH_KERNELS = ("flash_attention_2", "flash_attention_3", "flex_attention")
 _SHARING_KERNELS: Mapping[str, Layout] = {"sdpa": "padded", "flex_attention": "packed"}
@@ -126,9 +128,10 @@ class PolicyForward(nn.Module):
         """Each statistic of ``wants`` (``learner/head.py``) as (r, width) float32, 0 where a row has no
         token.
 
-        row_values: (r,) numbers, one for each row, that statistics name as arguments. Log-probs are over the
-        tokens that truncated sampling kept, where it did. An alignment
-        (``learner/alignment.py``) is one number for a row, repeated at each of its tokens.
+        row_values: (r,) numbers, one for each row, that statistics name as arguments. Log-probs are over
+        the tokens that truncated sampling kept, where it did. An alignment (``learner/alignment.py``) is
+        one number for a row, repeated at each of its tokens. ``LAST_STATE`` is (r, H): the hidden state
+        that predicts a row's last token.
         """
         inner = causal_lm(self.model)
         aligned = {name for name in wants if is_alignment(name)}
@@ -144,7 +147,7 @@ class PolicyForward(nn.Module):
         renormalises = micro_batch.kept is not None and "logp" in wants
         if renormalises:
             arguments["kept"] = micro_batch.kept
-        head_wants = (wants - aligned - degrees) | ({LOG_KEPT_MASS} if renormalises else set())
+        head_wants = (wants - aligned - degrees - {LAST_STATE}) | ({LOG_KEPT_MASS} if renormalises else set())
 
         def statistics(hidden: Tensor) -> dict[str, Tensor]:
             return token_statistics(
@@ -167,7 +170,10 @@ class PolicyForward(nn.Module):
         values |= self._degrees(hidden, micro_batch) if degrees else {}
         shape = (micro_batch.rows.shape[0], micro_batch.width)
         indices = (micro_batch.row, micro_batch.column)
-        return {name: value.new_zeros(shape).index_put(indices, value) for name, value in values.items()}
+        result = {name: value.new_zeros(shape).index_put(indices, value) for name, value in values.items()}
+        if LAST_STATE in wants:
+            result[LAST_STATE] = hidden.index_select(0, last_positions(micro_batch))
+        return result
 
     def _degrees(self, hidden: Tensor, micro_batch: MicroBatch) -> Mapping[str, Tensor]:
         last = last_positions(micro_batch)

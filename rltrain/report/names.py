@@ -195,6 +195,12 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "eval/avg@*", "1", "mean score over k completions of each held-out prompt; _low and _high as above"
     ),
+    Metric(
+        "eval/rank_me",
+        "directions",
+        "effective rank of the hidden states that predict the last tokens of held-out completions",
+    ),
+    Metric("eval/alpha_req", "1", "exponent of the decay of their covariance's eigenvalues"),
     Metric("eval/examples", "examples", "held-out pairs or completions"),
     Metric(
         "eval/accuracy",

@@ -44,6 +44,7 @@ OFFLINE = (
     "data.max_examples=26",  # the second epoch begins after step 2
     "eval.examples=16",
     "eval.every=2",
+    "eval.spectrum=true",
     "learner.tokens_per_micro_batch=128",
 )
 ONLINE = (

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from rltrain.config.schema import Degree, LearnerCore, Model, Optimizer
 from rltrain.learner.degree_head import DegradedRows
+from rltrain.learner.passes import last_states
 from rltrain.learner.preference_learner import PreferenceLearner, lengths_of, pair_rows
 from rltrain.learner.shared_prompt import build_shared
 from rltrain.loss.preference import PREFERENCE_LOSSES
@@ -333,3 +334,16 @@ def test_the_degree_head_has_a_learning_rate_of_its_own_and_goes_on_where_it_was
         expected = learner.update_examples(rows, batch, objective("dpo"), degraded=degraded).metrics
         assert resumed.update_examples(rows, batch, objective("dpo"), degraded=degraded).metrics == expected
     assert expected["loss/degree"] < math.log(3)
+
+
+def test_the_last_states_are_those_that_predict_the_last_tokens(random_model: str) -> None:
+    rows, _ = pairs()
+    learner = learner_of(random_model, tokens_per_micro_batch=32)
+    states = last_states(learner.trained, rows)
+    model = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32)
+    with torch.no_grad():
+        expected = [
+            model.base_model(torch.tensor([prompt + completion])).last_hidden_state[0, -2]
+            for prompt, completion in zip(rows.prompts, rows.completions, strict=True)
+        ]
+    torch.testing.assert_close(states, torch.stack(expected), atol=1e-5, rtol=1e-4)

@@ -150,6 +150,9 @@ def _eval_problems(recipe: OfflineRecipe, spec: MethodSpec) -> Iterator[str]:
             f"eval.samples is {settings.samples}, but data.eval is null, so there are no held-out prompts; "
             "set data.eval or leave it out"
         )
+    if settings.spectrum and (SCALAR_HEAD in spec.traits or recipe.data.eval is None):
+        why = "data.eval is null" if recipe.data.eval is None else f"{_KEY} {spec.name} trains a scalar head"
+        yield f"eval.spectrum is of a language model's states on held-out examples, but {why}; leave it out"
     if settings.samples and SCALAR_HEAD in spec.traits:
         yield (
             f"eval.samples is {settings.samples}, but {_KEY} {spec.name} trains a scalar head, which writes "
