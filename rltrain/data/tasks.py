@@ -147,7 +147,13 @@ def _is_held_out(left: int, right: int, task: Arithmetic) -> bool:
 
 def _arithmetic_row(left: int, operation: str, right: int) -> dict[str, str]:
     results = {"+": left + right, "-": left - right, "*": left * right}
-    return {"prompt": f"{left}{operation}{right}=", "answer": str(results[operation])}
+    return {
+        "prompt": f"{left}{operation}{right}=",
+        "answer": str(results[operation]),
+        "left": str(left),
+        "operation": operation,
+        "right": str(right),
+    }
 
 
 def _parse_options(options: Mapping[str, Any], kind: type[_Options]) -> _Options:

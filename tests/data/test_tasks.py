@@ -17,6 +17,7 @@ def test_two_digit_additions_are_all_there_once_and_right():
     assert len({row["prompt"] for row in rows}) == len(rows) == 90 * 90  # operands 10..99
     for row in rows:
         assert int(row["answer"]) == sum(operands(row))
+        assert row["prompt"] == f"{row['left']}{row['operation']}{row['right']}="  # for templates in words
         assert all(10 <= operand <= 99 for operand in operands(row))
 
 
