@@ -71,6 +71,7 @@ OFFLINE_SETTINGS = (  # the same for recipes that do not sample
     "learner.optimizer.schedule=constant",
     "learner.optimizer.min_lr_ratio=0",
     "data.eval=null",
+    "data.max_examples=48",  # what the steps train on: all get the reference's log-probs before the first
     "reference.cache=null",
 )
 # The model's entropy is near 4 nats, so the coefficient rises from the second step on.

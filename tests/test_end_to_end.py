@@ -5,9 +5,6 @@ recipe runs, ranks agree.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from rltrain.cli.evaluate import eval_command
 from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
 from rltrain.config.rules import check
+from support.launch import run_ranks
 
 ROOT = Path(__file__).parents[1]
 # tests/golden/test_golden.py runs these, to the same ends and to recorded numbers
@@ -172,31 +170,11 @@ def test_two_ranks_take_the_steps_that_one_takes(random_model: str, sevens: str,
         "eval.prompts=8",
     )
     overrides = [word for setting in (*settings, f"model.path={random_model}") for word in ("--set", setting)]
-    port = str(29600 + os.getpid() % 300)
-    runs = []
     for ranks in (1, 2):
-        folder = tmp_path / f"ranks{ranks}"
-        launcher = ["-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        several = (
-            ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", port]
-            if ranks == 2
-            else []
-        )
-        arguments = [
-            "-m",
-            "rltrain",
-            "train",
-            str(ROOT / "recipes/policy/grpo.yaml"),
-            "--profile",
-            "tiny_cpu",
-            "--run",
-            str(folder),
-        ]
-        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *launcher, *several, *arguments, *overrides]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        runs.append(metrics(folder))
+        folder = str(tmp_path / f"ranks{ranks}")
+        command = ["-m", "rltrain", "train", str(ROOT / "recipes/policy/grpo.yaml"), "--profile", "tiny_cpu"]
+        run_ranks("ddp", [*command, "--run", folder, *overrides], ranks=ranks)
+    runs = [metrics(tmp_path / f"ranks{ranks}") for ranks in (1, 2)]
     single, double = runs
     for name in ("reward/mean", "learner/grad_norm", "learner/entropy_mean", "loss/total", "eval/reward"):
         assert steps(double, name) == pytest.approx(steps(single, name), rel=1e-3, abs=1e-5), name

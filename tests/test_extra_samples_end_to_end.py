@@ -5,9 +5,6 @@ answers, KDRL's teacher.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from rltrain.loss.objective import Objective, ObjectiveShare
 from rltrain.train import online
 from rltrain.types.policy import PolicyTokens, StepTotals, TrainBatch
 from rltrain.types.samples import SOURCE_TEMPERED
+from support.launch import run_ranks
 
 ROOT = Path(__file__).parents[1]
 AEPO, RELEASED, GRPO = (
@@ -191,41 +189,8 @@ def test_aepo_takes_the_same_steps_on_two_ranks(random_model: str, start: Any, t
         for setting in (f"model.path={random_model}", rewards, *SMALL, *settings)
         for word in ("--set", setting)
     ]
-    launcher = [
-        "-m",
-        "accelerate.commands.launch",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--multi_gpu",
-    ]
-    ranks = [
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--main_process_port",
-        str(29200 + os.getpid() % 300),
-    ]
-    command = [
-        sys.executable,
-        *launcher,
-        *ranks,
-        "-m",
-        "rltrain",
-        "train",
-        str(AEPO),
-        "--profile",
-        "tiny_cpu",
-        "--run",
-        str(tmp_path / "two"),
-    ]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    command = ["-m", "rltrain", "train", str(AEPO), "--profile", "tiny_cpu", "--run", str(tmp_path / "two")]
+    run_ranks("ddp", [*command, *overrides])
     two = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     two = [line for line in two if "reward/mean" in line]
     names = (

@@ -5,9 +5,6 @@ of code, trained, continued and put on two ranks.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
 from rltrain.config.rules import check
 from rltrain.errors import UserError
+from support.launch import run_ranks
 
 ROOT = Path(__file__).parents[1]
 METHODS = '''\
@@ -122,11 +120,7 @@ def test_a_recipe_of_ten_lines_trains_and_continues_with_the_same_code_only(
 @pytest.mark.slow
 def test_two_ranks_load_the_same_file(random_model: str, project: Path) -> None:
     settings = [word for item in overrides(random_model, project) for word in ("--set", item)]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    command += [str(ROOT / "recipes/accelerate/ddp.yaml"), "--num_processes", "2", "--main_process_port", "0"]
-    command += ["-m", "rltrain", "train", "recipe.yaml", "--profile", "tiny_cpu", "--run", "run", *settings]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = ["-m", "rltrain", "train", "recipe.yaml", "--profile", "tiny_cpu", "--run", "run", *settings]
+    run_ranks("ddp", command, folder=project)
     lines = [json.loads(line) for line in (project / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line.get("loss/gain", 0) > 0]

@@ -172,8 +172,9 @@ def become_root_folder(folder: str) -> None:
     os.chdir("/")
 
 
-def die_with_parent(signal: int) -> None:
-    _prctl(_PR_SET_PDEATHSIG, signal)
+def die_with_parent(signal: int | None) -> None:
+    """None: no longer."""
+    _prctl(_PR_SET_PDEATHSIG, signal or 0)
 
 
 def adopt_orphans() -> None:

@@ -29,6 +29,7 @@ from rltrain.build.rollout import (
     build_source,
     make_sampling,
 )
+from rltrain.build.schedule import WeightsDigest
 from rltrain.build.server import read_names
 from rltrain.config.schema import Data, RewardStage, Rollout, SampledRecipe
 from rltrain.data.tokenization import Tokenization
@@ -134,7 +135,7 @@ def build_controlled(
     evaluator = None
     if inputs.held_out is not None:
         evaluator = build_evaluator(recipe.eval, recipe.reward, rollout.max_tokens, recipe.seed, inputs)
-    journaled = add_journal(source, recipe.journal, context, learner)
+    journaled = add_journal(source, recipe.journal, context, WeightsDigest(learner))
     return RolloutParts(journaled, sync, evaluator, build_guard(rollout, dtype, learner.trained.precision))
 
 

@@ -46,6 +46,7 @@ from rltrain.loss.terms.distill import MASS
 from rltrain.process import ALONE, Process
 from rltrain.registry import BoundMethod
 from rltrain.report.law import Law
+from rltrain.rollout.source import PromptedSource
 from rltrain.rollout.steps import StepSplitter
 from rltrain.seeds import stable_hash
 from rltrain.train.lagged import LaggedRollouts
@@ -108,7 +109,7 @@ def build_online_run(recipe: OnlineRecipe, inputs: RunInputs, context: RunContex
         learner=learner,
         source=source,
         sync=rollout.sync,
-        keeps_weights=isinstance(source, LaggedRollouts) and source.overlaps,
+        keeps_weights=keeps_weights(source, recipe.rollout),
         evaluator=rollout.evaluator,
         process_reward=process_reward,
         advantage=methods.advantage,
@@ -125,6 +126,11 @@ def build_online_run(recipe: OnlineRecipe, inputs: RunInputs, context: RunContex
         resumed=resumed,
         should_stop=context.should_stop,
     )
+
+
+def keeps_weights(source: PromptedSource, rollout: Rollout) -> bool:
+    """Whether workers may need the pushed weights again while the learner changes its own."""
+    return rollout.bound is not None or (isinstance(source, LaggedRollouts) and source.overlaps)
 
 
 def bind_methods(

@@ -121,7 +121,8 @@ def open_pool(
     workers = rollout.workers
     assert workers is not None
     alive = rollout.server.liveness_seconds * (1 - ALIVE_SHARE)
-    rules = PoolRules(vocabulary=vocabulary, patience=workers.patience_seconds, alive=alive)
+    update = "refuse" if rollout.bound is None else rollout.bound.update
+    rules = PoolRules(vocabulary, workers.patience_seconds, alive, update=update)
     loop = LoopThread()
     pool = _make_pool(homes, rules, workers, connector, timeline)
     close: Callable[[], None] = _do_nothing

@@ -15,7 +15,7 @@ import torch
 from rltrain.build.context import RunContext
 from rltrain.build.engines import build_engine, build_sampler, engine_base
 from rltrain.build.inputs import REWARD_MODEL, RunInputs
-from rltrain.build.schedule import add_journal
+from rltrain.build.schedule import WeightsDigest, add_bound, add_journal
 from rltrain.config.rules.registries import EXTRA_SAMPLES, ORDERS, REWARDS
 from rltrain.config.schema import (
     AdaptiveTemperature,
@@ -145,7 +145,9 @@ def _build_here(
         sync,
         partial(close_all, [engine] if reference is None else [engine, reference]),
     )
-    source = add_journal(source, recipe.journal, context, learner)
+    digest = WeightsDigest(learner)
+    source = add_bound(source, engine, rollout, recipe.train.steps, context, digest)
+    source = add_journal(source, recipe.journal, context, digest)
     evaluator = None
     if inputs.held_out is not None:
         evaluator = build_evaluator(recipe.eval, reward, rollout.max_tokens, seed, inputs)
@@ -155,13 +157,13 @@ def _build_here(
 
 def is_controlled(rollout: Rollout, reward: RewardStage, data: Data) -> bool:
     """Whether a process of its own draws, samples and grades: where workers sample, and nothing of it takes
-    the learner's model or device. Under a lag a thread of this process samples ahead.
+    the learner's model or device. Under a bound a thread of this process takes what arrives.
     """
     needs = [EXTRA_SAMPLES.spec(ref.name).needs_with(ref.hp) for ref in rollout.extra_samples]
     return (
         rollout.engine == "vllm_server"
         and rollout.workers is not None
-        and rollout.lag == 0
+        and rollout.bound is None
         and not any(REFERENCE_WEIGHTS in each for each in needs)
         and not any(ref.name == REWARD_MODEL for ref in reward.functions)
         and ALIGNMENT not in ORDERS.spec(data.order.name).needs

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from rltrain.build.context import RunContext
 from rltrain.build.inputs import REWARD_MODEL
-from rltrain.checkpoint.journal import Journal
+from rltrain.checkpoint.journal import Journal, WaitingGroups
 from rltrain.checkpoint.journal_table import require_columns
 from rltrain.checkpoint.run_folder import describe_environment
 from rltrain.config.rules.registries import EXTRA_SAMPLES
 from rltrain.config.schema import Journal as JournalSettings
-from rltrain.config.schema import OnlineRecipe
-from rltrain.errors import user_mistakes
+from rltrain.config.schema import OnlineRecipe, Rollout
+from rltrain.errors import UserError, user_mistakes
 from rltrain.learner.trained_model import ModelOwner
 from rltrain.needs import REFERENCE_WEIGHTS
 from rltrain.process import Process
+from rltrain.protocols import RolloutEngine
+from rltrain.rollout.colocated import ColocatedRollouts
+from rltrain.rollout.controller import ControlledRollouts
 from rltrain.rollout.source import PromptedSource
+from rltrain.rollout.window import Window
+from rltrain.timeline import Timeline
+from rltrain.train.bounded import BoundedRollouts
 from rltrain.train.journaled import JournaledRollouts
 from rltrain.train.lagged import LaggedRollouts
 
-__all__ = ["add_journal", "add_lag", "can_overlap"]
+if TYPE_CHECKING:
+    from rltrain.rollout.engines.vllm_pool import VllmPool
+
+__all__ = ["WeightsDigest", "add_bound", "add_journal", "add_lag", "can_overlap"]
 
 
 def add_journal(
-    source: PromptedSource, settings: JournalSettings, context: RunContext, learner: ModelOwner
+    source: PromptedSource, settings: JournalSettings, context: RunContext, digest: WeightsDigest
 ) -> PromptedSource:
     """``source``, whose rollouts are on the disk before they are trained on, unless the recipe wants none."""
     if settings.keep == "nothing":
@@ -35,18 +46,70 @@ def add_journal(
         source,
         Journal(context.folder, settings.keep),
         context.process,
-        learner.weights_digest,
+        digest,
         settings=json.dumps(context.digests, sort_keys=True),
         environment=describe_environment(),
     )
 
 
+@dataclass
+class WeightsDigest:
+    """The digest of the learner's weights, computed once for each version."""
+
+    learner: ModelOwner
+    _known: tuple[int, str] | None = None
+
+    def __call__(self) -> str:
+        version = self.learner.version
+        if self._known is None or self._known[0] != version:
+            self._known = version, self.learner.weights_digest()
+        return self._known[1]
+
+
+def add_bound(
+    source: ColocatedRollouts,
+    engine: RolloutEngine,
+    rollout: Rollout,
+    steps: int,
+    context: RunContext,
+    digest: WeightsDigest,
+) -> PromptedSource:
+    """The groups of ``source``, sampled without a break on ``engine``, which no other rank uses; ``source``
+    itself under another schedule.
+
+    steps: of the run. Raises UserError where there are several ranks.
+    """
+    settings = rollout.bound
+    if settings is None:
+        return source
+    if context.process.world_size > 1:
+        raise UserError(
+            f"rollout.schedule bounded needs one rank, and there are {context.process.world_size}: a worker "
+            "that comes back is sent the weights at any time, which several ranks would have to gather "
+            "together; start one rank, or use {lag: k}"
+        )
+    pool = cast("VllmPool", engine)
+    source.engine_notes = pool.note_workers
+    return BoundedRollouts(
+        inner=source,
+        engine=pool.run_freely(Timeline(context.folder.timeline)),
+        window=Window(settings.versions, source.groups_per_step, settings.when_stale == "wait"),
+        waiting=WaitingGroups(context.folder, json.dumps(context.digests, sort_keys=True)),
+        steps=steps,
+        weights_digest=digest,
+    )
+
+
 def add_lag(source: PromptedSource, recipe: OnlineRecipe, process: Process) -> PromptedSource:
-    """``source`` under ``rollout.schedule``; unchanged in a replay, and where nothing is journaled."""
-    if not isinstance(source, JournaledRollouts):
+    """``source`` under ``rollout.schedule``; unchanged in a replay, where nothing is journaled, and where
+    workers sample without a break.
+    """
+    if not isinstance(source, JournaledRollouts) or recipe.rollout.bound is not None:
         return source
     lag = recipe.rollout.lag
-    return LaggedRollouts(source, lag, recipe.train.steps, overlaps=lag > 0 and can_overlap(recipe, process))
+    is_controlled = isinstance(source.inner, ControlledRollouts)
+    overlaps = lag > 0 and (is_controlled or can_overlap(recipe, process))
+    return LaggedRollouts(source, lag, recipe.train.steps, overlaps, has_thread=not is_controlled)
 
 
 def can_overlap(recipe: OnlineRecipe, process: Process) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ import pyarrow.parquet as pq
 from rltrain.checkpoint.journal_table import groups_of_table, table_of_groups
 from rltrain.checkpoint.run_folder import RunFolder, write_atomic
 from rltrain.errors import UserError
-from rltrain.types.samples import ScoredGroup
+from rltrain.types.samples import PolicyVersion, ScoredGroup
 
-__all__ = ["Journal", "StepHeader", "StepRecord", "origin_of"]
+__all__ = ["Journal", "StepHeader", "StepRecord", "WaitingGroups", "origin_of"]
 
 _FORMAT = 1
 _KEY = b"rltrain"
+_DAMAGES = (OSError, ValueError, TypeError, KeyError)  # pyarrow's are OSError, ValueError
 
 
 @dataclass(frozen=True)
@@ -78,36 +79,14 @@ class Journal:
 
     def write(self, record: StepRecord) -> None:
         """Returns once the whole file is on the disk; nobody ever sees a part of it."""
-        header = json.dumps({"format": _FORMAT, **asdict(record.header)})
-        table = table_of_groups(record.groups).replace_schema_metadata({_KEY: header.encode()})
-        buffer = io.BytesIO()
-        dictionaries: Any = [name for name in table.column_names if name.startswith("prompt_")]
-        pq.write_table(
-            table,
-            buffer,
-            compression="zstd",
-            use_dictionary=dictionaries,
-            column_encoding={"logprobs.list.element": "BYTE_STREAM_SPLIT"},
-            write_page_checksum=True,
-        )
         self.folder.rollouts.mkdir(exist_ok=True)
-        write_atomic(self.path(record.header.step), buffer.getvalue())
+        _write(self.path(record.header.step), asdict(record.header), record.groups)
 
     def read(self, step: int) -> StepRecord:
         """Raises FileNotFoundError where the step has no file, and UserError where it is damaged."""
         path = self.path(step)
-        content = path.read_bytes()
-        try:
-            table = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read()
-            header = _read_header(table.schema.metadata or {})
-            groups = groups_of_table(table.replace_schema_metadata(None))
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            KeyError,
-        ) as error:  # pyarrow's are OSError, ValueError
-            raise UserError(f"{path} is damaged or no journal of rollouts ({error})") from error
+        plain, groups = _read(path)
+        header = _make_header(path, plain)
         if header.step != step:
             raise UserError(f"{path} holds the rollouts of step {header.step}: it was copied or renamed")
         return StepRecord(header, groups)
@@ -116,11 +95,12 @@ class Journal:
         """``read`` without the completions."""
         path = self.path(step)
         try:
-            return _read_header(pq.read_schema(path).metadata or {})
+            plain = _read_metadata(pq.read_schema(path).metadata or {})
         except FileNotFoundError:
             raise
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} is damaged or no journal of rollouts ({error})") from error
+        except _DAMAGES as error:
+            raise _report_damage(path, error) from error
+        return _make_header(path, plain)
 
     def prune(self) -> None:
         """Removes the files that ``keep`` does not ask for: with "resume", those of steps from which no
@@ -134,11 +114,92 @@ class Journal:
                 self.path(step).unlink(missing_ok=True)
 
 
-def _read_header(metadata: Mapping[bytes, bytes]) -> StepHeader:
+@dataclass(frozen=True)
+class WaitingGroups:
+    """Files with one group each, which is on the disk from when it is graded until a step has trained on it.
+
+    settings: text of the inputs that samples depend on besides weights and prompt.
+    """
+
+    folder: RunFolder
+    settings: str = ""
+
+    def path(self, number: int) -> Path:
+        return self.folder.rollouts / f"draw-{number:06d}.parquet"
+
+    def numbers(self) -> list[int]:
+        names = [path.stem.removeprefix("draw-") for path in self.folder.rollouts.glob("draw-*.parquet")]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def write(self, number: int, group: ScoredGroup, weights: Mapping[PolicyVersion, str]) -> None:
+        """weights: the checksums of the versions that drew its tokens."""
+        self.folder.rollouts.mkdir(exist_ok=True)
+        header = {"draw": number, "settings": self.settings, "weights": sorted(weights.items())}
+        _write(self.path(number), header, [group])
+
+    def read(self, number: int, prompt: str, weights: Mapping[PolicyVersion, str]) -> ScoredGroup | None:
+        """The group of this number, if it is one of ``prompt`` (its id) and its tokens are of these weights,
+        under the present settings; a damaged file is none.
+        """
+        try:
+            plain, groups = _read(self.path(number))
+            written = dict(plain["weights"])
+            (group,) = groups
+        except (FileNotFoundError, UserError, KeyError, TypeError, ValueError):
+            return None
+        is_same = plain.get("draw") == number and plain.get("settings") == self.settings
+        drawn_by = {span.version for each in group.completions for span in each.versions}
+        are_weights = all(
+            version in weights and weights[version] == written.get(version) for version in drawn_by
+        )
+        return group if is_same and are_weights and group.prompt.id == prompt else None
+
+    def remove(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            self.path(number).unlink(missing_ok=True)
+
+
+def _write(path: Path, header: Mapping[str, Any], groups: Sequence[ScoredGroup]) -> None:
+    plain = json.dumps({"format": _FORMAT, **header})
+    table = table_of_groups(groups).replace_schema_metadata({_KEY: plain.encode()})
+    buffer = io.BytesIO()
+    dictionaries: Any = [name for name in table.column_names if name.startswith("prompt_")]
+    pq.write_table(
+        table,
+        buffer,
+        compression="zstd",
+        use_dictionary=dictionaries,
+        column_encoding={"logprobs.list.element": "BYTE_STREAM_SPLIT"},
+        write_page_checksum=True,
+    )
+    write_atomic(path, buffer.getvalue())
+
+
+def _read(path: Path) -> tuple[dict[str, Any], tuple[ScoredGroup, ...]]:
+    """Header and groups. Raises FileNotFoundError, and UserError where the file is damaged."""
+    content = path.read_bytes()
+    try:
+        table = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read()
+        plain = _read_metadata(table.schema.metadata or {})
+        return plain, groups_of_table(table.replace_schema_metadata(None))
+    except _DAMAGES as error:
+        raise _report_damage(path, error) from error
+
+
+def _report_damage(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged or no journal of rollouts ({error})")
+
+
+def _read_metadata(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
     plain = json.loads(metadata[_KEY])
     if plain.pop("format") != _FORMAT:
         raise ValueError(f"its format is not {_FORMAT}, the one that this rltrain reads")
+    return plain
+
+
+def _make_header(path: Path, plain: Mapping[str, Any]) -> StepHeader:
     known = {item.name for item in fields(StepHeader)}
     if plain.keys() != known:
-        raise ValueError(f"its header has {sorted(plain.keys() ^ known)} too few or too many")
+        differences = sorted(plain.keys() ^ known)
+        raise _report_damage(path, ValueError(f"its header has {differences} too few or too many"))
     return StepHeader(**plain)

@@ -111,7 +111,7 @@ def refuse_other_recipe(
     lines = _change_lines(refused)
     if is_longer and lags and schedule == "constant":
         lines.append(
-            "with rollout.schedule lag, the first of the new steps would train on samples of weights that "
+            "with this rollout.schedule, the first of the new steps would train on samples of weights that "
             "are gone"
         )
     elif is_longer:

@@ -89,6 +89,21 @@ def _print_plan(plan: CapacityPlan) -> None:
             f"step {plan.step_seconds:,.0f} s at most, by arithmetic on the rates of an {plan.card}; "
             f"bottleneck: {narrowest.phase} ({narrowest.limit})"
         )
+    _print_split(plan, console)
+
+
+def _print_split(plan: CapacityPlan, console: Console) -> None:
+    split = plan.split
+    if plan.cost is not None and plan.cost.overlaps:
+        console.print(
+            "sampling and learning go on at once: a step is the slower one of the two, and the push"
+        )
+    if split is None:
+        return
+    console.print(
+        f"best split of {plan.cluster.gpus + plan.cluster.server_gpus} GPUs: {split.learner_gpus} learn, "
+        f"{split.server_gpus} sample: {split.cost.seconds:,.0f} s a step"
+    )
 
 
 def _server_note(plan: CapacityPlan) -> str:

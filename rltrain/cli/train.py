@@ -99,7 +99,7 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
         require_same_inputs(rank_0_digests, digests)
 
         stop_request = stack.enter_context(record_stop_signals(limit_time(recipe.train.max_hours)))
-        stop_with_the_launcher()
+        stack.enter_context(stop_with_the_launcher())
         context = RunContext(run_folder, checkpoint, process, stop_request, digests)
         run = with_pushes(workflow.build(recipe, inputs, context), context)
         lines += workflow.summarize(inputs)

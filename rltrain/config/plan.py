@@ -142,7 +142,7 @@ def _learner_lines(recipe: SampledRecipe) -> list[PlanLine]:
     rows = learner.tokens_per_micro_batch // _longest_row(recipe)
     most_rows = -(-rollout.prompts // learner.updates) * rollout.n
     micro = -(-most_rows // rows) if rows else 0
-    lag = learner.updates_per_step * (recipe.rollout.lag + 1) - 1
+    lag = learner.updates_per_step * (recipe.rollout.oldest + 1) - 1
     return [
         PlanLine(
             "learner: updates per step",

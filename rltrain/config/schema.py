@@ -371,6 +371,24 @@ class Lag(Section):
     lag: int = Field(ge=0, le=64)  # steps; 0: as sync
 
 
+class Bounded(Section):
+    """Workers sample without a break, and every step trains on what has arrived. No token is older than
+    ``versions`` pushes when the step begins that trains on it. Such a run can be replayed, not repeated.
+    """
+
+    versions: int = Field(ge=0, le=64)  # pushes; 0: as sync, on what the policy of the step has sampled
+    # requests under way when new weights are pushed: they go on with them, begin anew, or end before
+    update: Literal["in_flight", "abort", "drain"] = "in_flight"
+    # groups that would be too old at the next step: this one waits for them, or they are dropped then
+    when_stale: Literal["wait", "drop"] = "wait"
+
+
+class BoundedSchedule(Section):
+    """``rollout.schedule: {bounded: {versions: 1}}``."""
+
+    bounded: Bounded
+
+
 _StopText = Annotated[str, Field(min_length=1)]
 
 
@@ -414,8 +432,9 @@ class Rollout(TokenChoice):
     extra_samples: tuple[Method, ...] = ()
     adaptive_temperature: AdaptiveTemperature | None = None
     environment: EnvironmentRef | None = None  # None: a completion is one answer
-    # sync: a step's samples are the current policy's; {lag: k}: those of k steps before, sampled meanwhile
-    schedule: Literal["sync"] | Lag = "sync"
+    # sync: a step's samples are the current policy's; {lag: k}: those of k steps before, sampled meanwhile;
+    # {bounded: {versions: k}}: sampled without a break, no token older than k pushes
+    schedule: Literal["sync"] | Lag | BoundedSchedule = "sync"
     vllm: Vllm = Vllm()
     server: Server = Server()
     workers: Workers | None = None  # None: one server
@@ -425,7 +444,17 @@ class Rollout(TokenChoice):
     @property
     def lag(self) -> int:
         """Steps between the weights that sample and those that the samples train."""
-        return 0 if self.schedule == "sync" else self.schedule.lag
+        return self.schedule.lag if isinstance(self.schedule, Lag) else 0
+
+    @property
+    def bound(self) -> Bounded | None:
+        """How workers sample without a break; None: they sample step by step."""
+        return self.schedule.bounded if isinstance(self.schedule, BoundedSchedule) else None
+
+    @property
+    def oldest(self) -> int:
+        """Steps between the weights that sample and those that the samples train, at most."""
+        return self.lag if self.bound is None else self.bound.versions
 
 
 class Sync(Section):

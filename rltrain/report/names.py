@@ -64,10 +64,17 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "staleness/mean",
         "versions",
-        "with rollout.schedule lag, age of a sampled token: the learner's version minus that which sampled",
+        "with rollout.schedule lag or bounded, age of a sampled token: learner's version minus its own",
     ),
     Metric("staleness/max", "versions", "age of the oldest token of the step"),
     Metric("staleness/oldest", "versions", "age of a completion's oldest token, mean over completions"),
+    Metric(
+        "staleness/mixed",
+        "completions",
+        "with rollout.schedule bounded, share with tokens of several versions",
+    ),
+    Metric("staleness/dropped_groups", "groups", "too old for the step, and given up"),
+    Metric("staleness/outstanding_groups", "groups", "asked for or there, after the step has taken its own"),
     Metric("staleness/ratio_mass@*", "1", "mean of learner / engine probability over the tokens of this age"),
     Metric(
         "rollout/mass_cut",

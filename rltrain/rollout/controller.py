@@ -79,6 +79,7 @@ class Controller:
     connection: Connection
     deadline: Deadline = no_deadline
     is_gone: bool = False
+    is_asked: bool = False  # something that has not been answered
     _waits: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def call(self, name: str, *arguments: Any) -> Any:
@@ -92,6 +93,7 @@ class Controller:
     def ask(self, name: str, *arguments: Any) -> None:
         try:
             self.connection.send((name, arguments))
+            self.is_asked = True
         except OSError:
             self.is_gone = True
 
@@ -105,6 +107,7 @@ class Controller:
             elif kind == "end":
                 self._waits.pop_all().close()
             else:
+                self.is_asked = False
                 return kind, values[0] if values else None
 
     def _receive(self) -> tuple[Any, ...]:
@@ -121,10 +124,12 @@ class Controller:
         )
 
     def close(self) -> None:
-        """Ends the process and the workers that it started. A second call does nothing."""
+        """Ends the process and the workers that it started, which do not finish what they still sample. A
+        second call does nothing.
+        """
         if self.connection.closed:
             return
-        if not self.is_gone:
+        if not (self.is_gone or self.is_asked):
             self.ask("close")
             self.wait()
         self.connection.close()
@@ -165,9 +170,20 @@ class ControlledRollouts:
     state: dict[str, Any]
 
     def take(self, step: int, version: int) -> Rollouts:
-        packed, self.state = self._ask("take", step, version, policy=version)
-        self.verify()
-        return unpack_rollouts(packed, self.known)
+        return self.ask(step, version)()
+
+    def ask(self, step: int, version: int) -> Callable[[], Rollouts]:
+        """``take`` in two parts: when this returns, the controller samples; what it returns waits, and joins
+        the pushes to workers that came meanwhile. Nothing else may be asked for in between.
+        """
+        self._send("take", step, version, policy=version)
+
+        def wait() -> Rollouts:
+            packed, self.state = self._wait(version)
+            self.verify()
+            return unpack_rollouts(packed, self.known)
+
+        return wait
 
     def settle(self) -> None: ...
 
@@ -182,11 +198,17 @@ class ControlledRollouts:
         return unpack_groups(packed, self.known)
 
     def _ask(self, name: str, *arguments: Any, policy: PolicyVersion) -> Any:
-        """The result on every rank; meanwhile all of them join the pushes to workers that come."""
+        self._send(name, *arguments, policy=policy)
+        return self._wait(policy)
+
+    def _send(self, name: str, *arguments: Any, policy: PolicyVersion) -> None:
         if self.engine.version != policy:
             raise RuntimeError(f"asked for version {policy}, and the workers hold {self.engine.version}")
         if self.controller is not None:
             self.controller.ask(name, *arguments)
+
+    def _wait(self, policy: PolicyVersion) -> Any:
+        """The result on every rank; meanwhile all of them join the pushes to workers that come."""
         while True:
             event = [] if self.controller is None else [self.controller.wait()]
             self.process.meet()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from rltrain.checkpoint.journal import Journal, StepHeader, StepRecord, origin_o
 from rltrain.checkpoint.random_state import random_state, restore_random_state
 from rltrain.errors import UserError
 from rltrain.process import Process
+from rltrain.rollout.controller import ControlledRollouts
 from rltrain.rollout.source import PromptedSource, Rollouts
 from rltrain.types.samples import Prompt, Sampling, ScoredGroup
 
@@ -65,7 +67,7 @@ class JournaledRollouts:
         learner may go on meanwhile.
 
         draws: nothing else in this process draws random numbers until the second part is over, so that those
-        which sampling drew are known.
+        which sampling drew are known. Otherwise a controller begins to sample in the first part.
         """
         weights = self.weights_digest()
         origin = origin_of(step, version, weights, self.inner.state_dict(), self.settings)
@@ -79,9 +81,13 @@ class JournaledRollouts:
             rollouts = rollouts_of(kept)
             return lambda: rollouts
 
+        take = partial(self.inner.take, step, version)
+        if isinstance(self.inner, ControlledRollouts) and not draws:
+            take = self.inner.ask(step, version)
+
         def sample() -> Rollouts:
             before = random_state() if draws else {}
-            sampled = self.inner.take(step, version)
+            sampled = take()
             drawn = self.process.gather([changed_generators(before)]) if draws else []
             if self.process.is_main:
                 self._write(step, version, weights, origin, sampled, drawn if any(drawn) else [])
@@ -143,7 +149,8 @@ class JournaledRollouts:
     ) -> None:
         self.inner.observe(metrics, entropy, sampled)
 
-    def settle(self) -> None: ...
+    def settle(self) -> None:
+        self.inner.settle()
 
     def release_memory(self) -> None:
         self.inner.release_memory()

@@ -31,17 +31,18 @@ _ERRORS = (UserError, RuntimeError, OSError, ValueError, LookupError, TypeError,
 class LaggedRollouts:
     """Implements ``RolloutSource``. inner: whose files hold what was sampled ahead, for a resumed run.
 
-    steps: of the whole run; nothing is sampled beyond. overlaps: the engine samples in a thread while the
-    learner goes on; only for an engine in processes of its own, and a single rank: a thread joins no
-    collective.
+    steps: of the whole run; nothing is sampled beyond. overlaps: the engine samples while the learner goes
+    on; only for an engine in processes of its own. has_thread: in a thread of this process, which joins no
+    collective and so needs a single rank; otherwise a controller does, and ``settle`` joins its pushes.
     """
 
     inner: JournaledRollouts
     lag: int
     steps: int
     overlaps: bool = False
+    has_thread: bool = True
     _ahead: dict[int, Rollouts] = field(default_factory=dict)
-    _sampling: _Sampling | None = None
+    _sampling: _Sampling | _Asked | None = None
 
     @property
     def prompts(self) -> Sequence[Prompt] | None:
@@ -62,7 +63,7 @@ class LaggedRollouts:
             if waits:
                 self._ahead[number] = sample()
             else:
-                self._sampling = _Sampling(number, sample)
+                self._sampling = (_Sampling if self.has_thread else _Asked)(number, sample)
         rollouts = self._ahead.pop(step)
         if self.lag == 0:
             return rollouts
@@ -114,6 +115,14 @@ class LaggedRollouts:
     def close(self) -> None:
         """What is still sampled is for nothing: the engine's end, or the process's, ends it."""
         self.inner.close()
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A step that a controller samples."""
+
+    step: int
+    wait: Callable[[], Rollouts]
 
 
 class _Sampling:

@@ -300,7 +300,7 @@ def report_step(
         **rollouts.logged_metrics,
         **timing_metrics(seconds, tokens=tokens),
     }
-    if run.recipe.rollout.lag:
+    if run.recipe.rollout.oldest:
         metrics |= staleness_metrics(step.sampled, logp, step.version)
     metrics |= run.law.step(metrics)
 
@@ -310,7 +310,7 @@ def report_step(
     run.reporter.step(step.number, metrics, rollouts.groups, reason, tensors)
 
     # the difference to older samples is the policy's own movement, whatever the engine does
-    is_current = bool((step.sampled.oldest == step.version).all()) or not run.recipe.rollout.lag
+    is_current = bool((step.sampled.oldest == step.version).all()) or not run.recipe.rollout.oldest
     warning = run.mismatch.check(step.number, metrics) if is_current else None
     if warning is not None:
         run.reporter.warn(warning)

@@ -145,14 +145,22 @@ def disk_errors(folder: RunFolder) -> Iterator[None]:
         ) from error
 
 
-def stop_with_the_launcher() -> None:
-    """Makes the end of the launcher a SIGTERM to this process, on Linux only.
+@contextlib.contextmanager
+def stop_with_the_launcher() -> Iterator[None]:
+    """Inside, the end of the launcher is a SIGTERM to this process, on Linux only.
 
-    Some launchers, such as ``accelerate launch`` with a single process, do not pass a SIGTERM on.
+    Some launchers, such as ``accelerate launch`` with a single process, do not pass a SIGTERM on. A process
+    that has stopped and is about to end is no longer concerned: enter it inside ``record_stop_signals``.
     """
     # accelerate sets the variable in every process that it starts
-    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        die_with_parent(signal.SIGTERM)
+    if sys.platform != "linux" or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        yield
+        return
+    die_with_parent(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        die_with_parent(None)
 
 
 @dataclass
@@ -186,6 +194,7 @@ class StopRequest:
     in_loop: bool = False  # the run takes steps, so that it can write a checkpoint after the current one
     limit: TimeLimit | None = None
     is_late: bool = False
+    parent: int = field(default_factory=os.getppid)  # a launcher's process, or a shell's
 
     def __call__(self) -> bool:
         self.is_late = self.is_late or (self.limit is not None and self.limit())
@@ -203,6 +212,10 @@ class StopRequest:
         received = signal.Signals(number)
         if received is signal.SIGINT and not self.in_loop:
             interrupt()
+        if received is signal.SIGTERM and os.getppid() != self.parent:
+            self.parent = os.getppid()
+            if self.signals:  # the launcher ended of what this process was asked before, however long it took
+                return
         self.signals.append((time.monotonic(), received))
         if self._is_second_request():
             end_by_signal(received)

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rltrain.checkpoint.journal import Journal, StepHeader, StepRecord, origin_of
+from rltrain.checkpoint.journal import Journal, StepHeader, StepRecord, WaitingGroups, origin_of
 from rltrain.checkpoint.journal_table import SCHEMA, groups_of_table, require_columns, table_of_groups
 from rltrain.checkpoint.plain_values import decode_value, encode_value
 from rltrain.checkpoint.run_folder import RunFolder
@@ -164,3 +164,25 @@ def test_files_that_no_checkpoint_needs_are_removed(keep: str, left: list[int], 
         folder.checkpoint(step).mkdir(parents=True)
     journal.prune()
     assert journal.steps() == left
+
+
+def test_a_group_waits_on_the_disk_for_the_weights_that_drew_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    waiting = WaitingGroups(folder, "settings")
+    waiting.write(7, GROUP, {9: "nine"})
+    assert waiting.numbers() == [7] and Journal(folder).steps() == []
+    read = waiting.read(7, "d/3", {8: "eight", 9: "nine"})
+    assert read is not None and exact((read,)) == exact((GROUP,))
+    for weights in ({}, {8: "nine"}, {9: "eight"}):
+        assert waiting.read(7, "d/3", weights) is None
+    assert waiting.read(7, "d/4", {9: "nine"}) is None
+    assert waiting.read(8, "d/3", {9: "nine"}) is None
+    assert WaitingGroups(folder, "others").read(7, "d/3", {9: "nine"}) is None
+    content = waiting.path(7).read_bytes()
+    waiting.path(8).write_bytes(content)  # it was copied
+    assert waiting.read(8, "d/3", {9: "nine"}) is None
+    for damaged in (content[:-9], b"", b"no parquet"):
+        waiting.path(7).write_bytes(damaged)
+        assert waiting.read(7, "d/3", {9: "nine"}) is None
+    waiting.remove([6, 7, 8])
+    assert waiting.numbers() == []

@@ -37,6 +37,7 @@ from rltrain.config.capacity.workload import Frozen, Trained, Workload, workload
 from rltrain.config.fragments import kind_of
 from rltrain.config.load import load_recipe
 from support.scripts import SCRIPTS, script
+from support.warm import run_program
 
 ROOT = SCRIPTS.parent
 H100 = int(85.5 * GB)
@@ -683,8 +684,7 @@ def test_the_config_comes_from_the_hubs_cache_without_a_network_or_torch(tmp_pat
 
 
 def test_the_page_of_plans_is_up_to_date() -> None:
-    command = [sys.executable, "scripts/plan_table.py", "--check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_program(["scripts/plan_table.py", "--check"])
     assert done.returncode == 0, done.stderr
 
 
@@ -741,3 +741,37 @@ def test_ranks_of_one_engine_divide_its_weights_and_its_cache() -> None:
     for name in ("engine: weights", "cache of one longest row"):
         assert shared[name] == row[name] // 2
     assert cache_tokens(together, eight) > 2 * cache_tokens(load, eight)
+
+
+def test_a_step_that_samples_while_it_learns_takes_the_slower_one(folder: str) -> None:
+    size = ("--set", f"model.path={folder}", "--gpu-gb", "85.5", "--gpus", "8", *SERVER)
+    workers = ("--set", "rollout.workers={count: 2}")
+    taken_in_turn = json.loads(run_plan(*size, *workers, "--json").output)
+    seconds = {each["phase"]: each["seconds"] for each in taken_in_turn["durations"]}
+    assert (taken_in_turn["gpus"], taken_in_turn["server_gpus"]) == (4, 4)
+    assert taken_in_turn["step_seconds"] == pytest.approx(sum(seconds.values()))
+    lag = ("--set", "rollout.schedule={lag: 1}")
+    plan = json.loads(run_plan(*size, *workers, *lag, "--json").output)
+    slower = max(seconds["rollout"], seconds["annotate"] + seconds["update"])
+    assert plan["overlaps"] and plan["step_seconds"] == pytest.approx(slower + seconds["push"])
+    assert plan["bottleneck"] == ("rollout" if slower == seconds["rollout"] else "update")
+    assert plan["split"]["gpus"] + plan["split"]["server_gpus"] == 8
+    assert plan["split"]["server_gpus"] % 2 == 0
+    assert plan["split"]["step_seconds"] <= plan["step_seconds"]
+    for count in (1, 2, 3):
+        other = run_plan(*size, "--set", f"rollout.workers={{count: {count}}}", *lag, "--json")
+        assert json.loads(other.output)["split"] == plan["split"]  # of the same GPUs
+    output = run_plan(*size, *workers, *lag).output
+    assert "sampling and learning go on at once" in output
+    assert f"best split of 8 GPUs: {plan['split']['gpus']} learn" in output
+
+    # a bound has one learner rank; with more it takes turns in the plan, and is refused at the start
+    keys = ("rollout.schedule={bounded: {versions: 1}}", "rollout.dynamic_sampling=null")
+    settings = [word for key in keys for word in ("--set", key)]
+    bound = json.loads(run_plan(*size, *workers, *settings, "--json").output)
+    assert not bound["overlaps"] and bound["split"] is None  # one GPU does not hold this learner
+    urls = run_plan(
+        *size, "--set", "rollout.workers={urls: ['http://a:1', 'http://b:1', 'http://c:1']}", "--json"
+    )
+    elsewhere = json.loads(urls.output)
+    assert (elsewhere["gpus"], elsewhere["server_gpus"], elsewhere["split"]) == (8, 6, None)

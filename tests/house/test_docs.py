@@ -24,6 +24,7 @@ from rltrain.loss import AGGREGATES, LOSS_TERMS
 from rltrain.loss.policy import POLICY_LOSSES
 from rltrain.reward.resolve import RewardCall, resolve
 from rltrain.reward.score import RewardInputs
+from support.warm import run_program
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "recipes" / "README.md"])
@@ -87,8 +88,8 @@ def test_the_training_in_readme_takes_eight_lines_of_python_that_run(random_mode
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "tiny-model").symlink_to(random_model)
     code = code.replace("train.steps=200", "train.steps=1")
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    (tmp_path / "eight_lines.py").write_text(code)
+    done = run_program(["eight_lines.py"], folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"pass@1 [01]\.\d\d", done.stdout.splitlines()[-1])
 

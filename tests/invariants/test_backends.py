@@ -1,15 +1,14 @@
 """One run distributed in five ways: each has the trajectory of one process, and any backend continues the
 checkpoints of any other.
 
-The launches use the users' files. On a machine without a GPU they run over gloo; ``learner/ranks.py`` ensures
-that FSDP2 and DeepSpeed really run there, and these tests inspect the prepared model to verify it.
+Accelerate reads the users' files (``support/launch.py``). On a machine without a GPU they run over gloo;
+``learner/ranks.py`` ensures that FSDP2 and DeepSpeed really run there, and these tests inspect the prepared
+model to verify it.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,10 @@ import pytest
 
 from rltrain.checkpoint.run_state import is_sharded, read_state
 from rltrain.report.names import reproducible_metrics
+from support.launch import run_ranks
 from support.resumed_runs import assert_equal_tensors, differing
-from support.trajectories import assert_close, environment, metrics, overrides
+from support.trajectories import assert_close, metrics, overrides
+from support.warm import run_program
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -54,9 +55,7 @@ def train_alone(settings: Path, run: Path, *words: str) -> None:
         *(word for setting in overrides for word in ("--set", setting)),
         *words,
     ]
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
-    )
+    done = run_program(command)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -66,14 +65,6 @@ def launch(
     """Runs ``two_ranks.py`` under ``recipes/accelerate/<backend>.yaml`` and returns facts about each rank's
     model, one entry per run.
     """
-    launcher = [
-        "--config_file",
-        f"recipes/accelerate/{backend}.yaml",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ]
     settings = json.loads((single_process / "overrides.json").read_text())
     arguments = [
         str(Path(__file__).with_name("two_ranks.py")),
@@ -82,9 +73,7 @@ def launch(
         offload,
         *settings,
     ]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run_ranks(backend, arguments)
     return [run for rank in range(2) for run in json.loads((folder / f"engaged-{rank}.json").read_text())]
 
 
@@ -135,8 +124,6 @@ def assert_equal(run_folder: Path, expected: Path) -> None:
     indirect=["single_process"],
 )
 def test_the_trajectory_of_one_process(backend: str, single_process: Path, tmp_path: Path) -> None:
-    if backend.startswith("zero"):
-        pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install rltrain[deepspeed])")
     engaged = launch(backend, tmp_path, single_process)
     assert len(engaged) == 8 and all(run["ranks"] == 2 for run in engaged)
     for run in engaged:
@@ -167,8 +154,6 @@ def test_the_trajectory_of_one_process(backend: str, single_process: Path, tmp_p
 def test_the_trajectory_of_one_process_with_weights_and_moments_on_the_host(
     backend: str, single_process: Path, offload: str, said: list[str], tmp_path: Path
 ) -> None:
-    if backend.startswith("zero"):
-        pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install rltrain[deepspeed])")
     engaged = launch(backend, tmp_path, single_process, offload)
     assert [run["offload"] for run in engaged] == [said] * 4  # two runs on two ranks
     assert_close(tmp_path / "whole", single_process / "whole")

@@ -10,8 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from support.launch import run_ranks
 from support.method_cases import (
     EXAMPLES,
     ROWS,
@@ -60,30 +59,10 @@ def launched(
     request: pytest.FixtureRequest, models: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Launched:
     backend = str(request.param)
-    if backend.startswith("zero"):
-        pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install rltrain[deepspeed])")
     folder = tmp_path_factory.mktemp(backend)
     (folder / "models.json").write_text(json.dumps(models))
-    cleared = {
-        name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))
-    }
-    environment = cleared | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        "HF_HUB_OFFLINE": "1",
-    }
-    launcher = [
-        "--config_file",
-        f"recipes/accelerate/{backend}.yaml",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ]
     script = str(Path(__file__).with_name("two_ranks_every_name.py"))
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, script, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run_ranks(backend, [script, str(folder)], variables={"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
     wrote = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
     return Launched(backend, load_file(folder / "gradients.safetensors"), wrote)
 

@@ -7,9 +7,6 @@ the prepared model.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
 from rltrain.config.rules import check
 from rltrain.report.names import reproducible_metrics
+from support.launch import run_ranks
 
 ROOT = Path(__file__).parents[2]
 REWARD = """
@@ -84,22 +82,7 @@ def run_two_processes(backend: str, runs: list[dict[str, Any]], folder: Path) ->
     """Trains every run on two ranks under ``recipes/accelerate/<backend>.yaml``; facts about their models."""
     folder.mkdir()
     (folder / "runs.json").write_text(json.dumps(runs))
-    cleared = {
-        name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))
-    }
-    environment = cleared | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    launcher = [
-        "--config_file",
-        f"recipes/accelerate/{backend}.yaml",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ]
-    script = str(Path(__file__).with_name("two_ranks_preferences.py"))
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, script, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run_ranks(backend, [str(Path(__file__).with_name("two_ranks_preferences.py")), str(folder)])
     return [run for rank in range(2) for run in json.loads((folder / f"engaged-{rank}.json").read_text())]
 
 
@@ -168,8 +151,6 @@ def test_two_ranks_make_the_runs_of_one_process(
     random_model: str,
     tmp_path: Path,
 ) -> None:
-    if backend.startswith("zero"):
-        pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install rltrain[deepspeed])")
     # under ZeRO-2 the file of the single process is read, under DDP rank 0 writes one
     cache = single_process if backend == "zero2" else tmp_path
     runs = [planned_run(name, random_model, single_process, cache) for name in names]

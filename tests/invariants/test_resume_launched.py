@@ -21,7 +21,9 @@ import pytest
 
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.train.saving import STOPPED
+from support.launch import run_ranks
 from support.resumed_runs import SETTINGS, SEVENS, assert_same_run, lines
+from support.warm import own_environment
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = {
@@ -57,32 +59,47 @@ class Launched:
 
 
 @pytest.fixture
-def launch(random_model: str, tmp_path: Path) -> Callable[..., Launched]:
+def words(random_model: str) -> Callable[..., list[str]]:
+    """``words(run, "a.b=1")``: what follows ``rltrain``."""
+
+    def call(run: Path, *overrides: str) -> list[str]:
+        settings = [f"model.path={random_model}", f"reward.functions=['{SEVENS}']", *SETTINGS, *overrides]
+        command = ["train", "recipes/policy/grpo.yaml", "--profile", "tiny_cpu", "--run", str(run)]
+        return command + [word for setting in settings for word in ("--set", setting)]
+
+    return call
+
+
+@pytest.fixture
+def launch(words: Callable[..., list[str]], tmp_path: Path) -> Callable[..., Launched]:
     """``launch(processes, run, "a.b=1")``"""
 
     def call(processes: int, run: Path, *overrides: str) -> Launched:
         codes = tmp_path / f"codes-{len(list(tmp_path.glob('codes-*')))}"
         codes.mkdir()
         script = [str(Path(__file__).with_name("noted_exit.py")), str(codes)]
-        recipe = ["train", "recipes/policy/grpo.yaml", "--profile", "tiny_cpu", "--run", str(run)]
-        settings = [f"model.path={random_model}", f"reward.functions=['{SEVENS}']", *SETTINGS, *overrides]
-        command = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            *LAUNCHERS[processes],
-            *script,
-            *recipe,
-        ]
-        command += [word for setting in settings for word in ("--set", setting)]
-        cleared = {
-            name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))
-        }
-        environment = cleared | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCHERS[processes]]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return Launched(
-            run, codes, subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+        process = subprocess.Popen(
+            [*launcher, *script, *words(run, *overrides)],
+            cwd=ROOT,
+            env=own_environment(),
+            start_new_session=True,
+            **pipes,
         )
+        return Launched(run, codes, process)
+
+    return call
+
+
+@pytest.fixture
+def finish(words: Callable[..., list[str]]) -> Callable[..., str]:
+    """``finish(processes, run, "a.b=1")``: what a run printed that ended well. It has the launcher's
+    environment, and no launcher.
+    """
+
+    def call(processes: int, run: Path, *overrides: str) -> str:
+        return run_ranks("ddp", ["-m", "rltrain", *words(run, *overrides)], ranks=processes)
 
     return call
 
@@ -95,7 +112,7 @@ def assert_finished(launched: Launched, ranks: int) -> str:
 
 
 def test_one_process_is_stopped_with_its_launcher_and_goes_on(
-    launch: Callable[..., Launched], tmp_path: Path
+    launch: Callable[..., Launched], finish: Callable[..., str], tmp_path: Path
 ) -> None:
     stopped = launch(1, tmp_path / "stopped")
     stopped.wait_for_a_step()
@@ -104,14 +121,13 @@ def test_one_process_is_stopped_with_its_launcher_and_goes_on(
     assert stopped.process.returncode == -signal.SIGTERM and stopped.exit_codes() == {"0": STOPPED}
     [(step, _)] = RunFolder(tmp_path / "stopped").present_checkpoints()
     assert step == lines(tmp_path / "stopped")[-1]["step"] and not (tmp_path / "stopped/model").exists()
-    # launched too: another number of threads sums in another order
-    assert_finished(launch(1, tmp_path / "whole"), 1)
+    finish(1, tmp_path / "whole")
     assert "continuing from" in assert_finished(launch(1, tmp_path / "stopped"), 1)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_two_ranks_are_stopped_by_their_launcher_and_go_on(
-    launch: Callable[..., Launched], tmp_path: Path
+    launch: Callable[..., Launched], finish: Callable[..., str], tmp_path: Path
 ) -> None:
     stopped = launch(2, tmp_path / "stopped")
     stopped.wait_for_a_step()
@@ -120,10 +136,10 @@ def test_two_ranks_are_stopped_by_their_launcher_and_go_on(
     assert stopped.process.returncode == 1 and stopped.exit_codes() == {"0": STOPPED, "1": STOPPED}
     [(step, _)] = RunFolder(tmp_path / "stopped").present_checkpoints()
     assert step == lines(tmp_path / "stopped")[-1]["step"] and not (tmp_path / "stopped/model").exists()
-    assert_finished(launch(2, tmp_path / "whole"), 2)
+    finish(2, tmp_path / "whole")
     assert "continuing from" in assert_finished(launch(2, tmp_path / "stopped"), 2)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
-    assert "already finished" in assert_finished(launch(2, tmp_path / "stopped"), 2)
+    assert "already finished" in finish(2, tmp_path / "stopped")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -144,12 +160,12 @@ def test_ctrl_c_at_the_terminal_of_a_launcher_is_one_stop(
 
 @pytest.mark.vllm
 def test_two_ranks_with_real_vllm_go_on_as_if_never_stopped(
-    launch: Callable[..., Launched], tmp_path: Path
+    finish: Callable[..., str], tmp_path: Path
 ) -> None:
     apart, together, resumed = (tmp_path / name for name in ("apart", "together", "resumed"))
     shared = ("rollout.engine=vllm", "rollout.vllm.tensor_parallel=2")  # one engine on both ranks
-    assert_finished(launch(2, apart, "rollout.engine=vllm"), 2)
-    assert_finished(launch(2, together, *shared), 2)
+    finish(2, apart, "rollout.engine=vllm")
+    finish(2, together, *shared)
     steps, expected = ([line for line in lines(run) if "reward/mean" in line] for run in (together, apart))
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     for line, want in zip(steps, expected, strict=True):
@@ -162,5 +178,5 @@ def test_two_ranks_with_real_vllm_go_on_as_if_never_stopped(
     assert [step for step, _ in RunFolder(resumed).present_checkpoints()] == [3] and lines(resumed)[-1][
         "step"
     ] == 6
-    assert "continuing from" in assert_finished(launch(2, resumed, *shared), 2)
+    assert "continuing from" in finish(2, resumed, *shared)
     assert_same_run(together, resumed)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,9 @@ from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
 from rltrain.config.rules import check
 from rltrain.train import online
+from support.launch import run_ranks
 from support.resumed_runs import assert_equal_tensors, differing, killed_in, lines
+from support.warm import run_program
 
 ROOT = Path(__file__).parents[2]
 PRIME = ROOT / "recipes/policy/prime.yaml"
@@ -101,21 +100,8 @@ def test_two_ranks_take_the_steps_that_one_takes(backend: str, random_model: str
     reports = []
     for ranks in (1, 2):
         folder = tmp_path / f"ranks{ranks}"
-        config = [
-            "--config_file",
-            f"recipes/accelerate/{backend}.yaml",
-            "--num_processes",
-            "2",
-            "--main_process_port",
-            "0",
-        ]
-        launch = (
-            [sys.executable, "-m", "accelerate.commands.launch", *config, "-m"]
-            if ranks == 2
-            else [sys.executable, "-m"]
-        )
         command = [
-            *launch,
+            "-m",
             "rltrain",
             "train",
             str(PRIME),
@@ -125,12 +111,11 @@ def test_two_ranks_take_the_steps_that_one_takes(backend: str, random_model: str
             str(folder),
             *overrides,
         ]
-        cleared = {
-            name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))
-        }
-        environment = cleared | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+        if ranks == 2:
+            run_ranks(backend, command)
+        else:
+            done = run_program(command)
+            assert done.returncode == 0, done.stderr[-3000:]
         reports.append(lines(folder))
     setting, two = reports
     for name in (

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from rltrain.build.workflows import WORKFLOWS
 from rltrain.cli.train import train_command
@@ -82,10 +83,14 @@ def count_gathered(learner: Any) -> dict[str, int]:
     """The largest number of gathered tensors alive at once, by kind of stream; filled by the run."""
     trained = learner.trained
     peaks = {"push": 0, "save": 0, "optimizer": 0}
+    parameter = next(trained.unwrapped_model.parameters())
+    is_divided = isinstance(parameter, DTensor) or stage_of(trained.wrapped_model) == 3
 
     def counted(stream: Any, kind: str) -> Any:
         alive: list[Any] = []
-        patience = 0.0 if kind != "push" and trained.rank == 0 else 5.0  # rank 0 holds the tensors of a file
+        # rank 0 holds the tensors of a file, DDP and ZeRO-2 all weights
+        waits = is_divided and (kind == "push" or trained.rank != 0)
+        patience = 5.0 if waits else 0.0
         for name, tensor in stream:
             if tensor.ndim:  # counters of updates are the optimizer's own
                 alive.append(tensor.untyped_storage()._weak_ref())

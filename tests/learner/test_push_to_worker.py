@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from support.launch import run_ranks
 
 ROOT = Path(__file__).parents[2]
 BUCKET = 1 << 22
@@ -45,27 +45,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def launch(backend: str, ranks: int, model: str, out: Path, precision: str) -> list[dict[str, Any]]:
     """What each rank of ``two_ranks_push.py`` saw."""
     out.mkdir()
-    cleared = {
-        name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))
-    }
     path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-    environment = cleared | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": path,
-        "HF_HUB_OFFLINE": "1",
-    }
-    options = ["--config_file", f"recipes/accelerate/{backend}.yaml", "--num_processes", str(ranks)]
-    script = str(Path(__file__).with_name("two_ranks_push.py"))
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", "0"]
-    done = subprocess.run(
-        [*command, script, model, str(out), precision],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    arguments = [str(Path(__file__).with_name("two_ranks_push.py")), model, str(out), precision]
+    run_ranks(backend, arguments, ranks=ranks, variables={"PYTHONPATH": path})
     return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -83,8 +65,6 @@ def require_proof(results: list[dict[str, Any]]) -> None:
 def test_two_ranks_push_what_one_rank_pushes(
     backend: str, precision: str, model: str, tmp_path: Path
 ) -> None:
-    if backend.startswith("zero"):
-        pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install rltrain[deepspeed])")
     results = launch(backend, 2, model, tmp_path / "two", precision)
     require_proof(results)
     if precision == "float32":

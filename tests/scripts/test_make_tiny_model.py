@@ -171,6 +171,16 @@ def test_the_gsm8k_warm_start_trains_on_nothing_that_is_held_out(tiny_models, tm
     assert not {"<user>4+5=<assistant>", "<user>6*7=<assistant>"} & trained
 
 
+def test_the_warm_start_stops_where_answers_are_right_often_enough(tiny_models, random_model):
+    """Every prompt has the same answer, which the model has learned within a few steps."""
+    examples = [([20, 30, letter], [41, 1]) for letter in range(10, 42)]
+    model = AutoModelForCausalLM.from_pretrained(random_model)
+    result = tiny_models.warm_start(model, examples, steps=60, right=0.4, seed=0)
+    assert tiny_models.POOL <= result.steps < 60
+    assert result.right >= 0.4
+
+
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_warm_start_leaves_something_to_learn(tiny_models, tmp_path):
     out = tiny_models.make_tiny_model(tmp_path / "model")

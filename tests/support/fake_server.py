@@ -90,7 +90,8 @@ class FakeEngine:
     fault: of FAULTS or CONNECTION_FAULTS, in answers with completions. strike: what happens the next
     ``strikes`` times that ``route`` is called, a path or a method of the extension: "error", "slow", "die"
     or "stop" (SIGSTOP); of weights, from the second bucket on. die_after: tokens that it writes before its
-    process is killed.
+    process is killed. keeps_cache: a pause clears nothing, so that requests under way go on with what they
+    have computed from the weights before.
     """
 
     label: str = "default"
@@ -112,6 +113,8 @@ class FakeEngine:
     strike: str = ""
     strikes: int = 1
     die_after: int | None = None
+    keeps_cache: bool = False
+    clears: int = 0  # of the cache
 
     def __post_init__(self) -> None:
         self.resumed.set()
@@ -153,8 +156,9 @@ class FakeEngine:
         self.fault_count -= 1
         return await FAULTS[self.fault](choices)
 
-    async def pause(self, mode: str) -> None:
+    async def pause(self, mode: str, *, clear_cache: bool) -> None:
         """As vLLM 0.32: abort answers with what is there, wait finishes, keep freezes."""
+        self.clears += clear_cache and not self.keeps_cache
         self.aborted = mode == "abort"
         while mode != "keep" and self.running:
             await asyncio.sleep(STEP_SECONDS)
@@ -173,6 +177,8 @@ class FakeEngine:
         generator = np.random.default_rng(params["seed"] + index)
         tokens: list[int] = []
         logprobs: list[float] = []
+        labels: list[str] = []
+        cached, clears = self.logits, self.clears
         finish = "length"
         while len(tokens) < params["max_tokens"]:
             await asyncio.sleep(self.seconds)
@@ -181,17 +187,27 @@ class FakeEngine:
                 finish = "abort"
                 break
             await self.resumed.wait()
-            row = self.logits[last] / (params["temperature"] or 1.0)
+            if clears != self.clears or not tokens:
+                cached, clears = self.logits, self.clears
+            row = cached[last] / (params["temperature"] or 1.0)
             row = row - np.log(np.exp(row - row.max()).sum()) - row.max()
             greedy = params["temperature"] == 0
             last = int(row.argmax() if greedy else generator.choice(VOCABULARY, p=np.exp(row)))
             tokens.append(last)
             logprobs.append(float(np.float32(row[last])))
+            labels.append(self.label)
             if last in params["stop_token_ids"]:
                 finish = "stop"
                 break
         stop = last if finish == "stop" else None
-        return Choice(index, tokens, logprobs, finish, stop, [(self.label, 0, len(tokens))])
+        return Choice(index, tokens, logprobs, finish, stop, find_spans(labels))
+
+
+def find_spans(labels: list[str]) -> list[tuple[str, int, int]]:
+    """(label, start, end) of each run of equal labels."""
+    starts = [place for place in range(len(labels)) if place == 0 or labels[place] != labels[place - 1]]
+    ends = [*starts[1:], len(labels)]
+    return [(labels[start], start, end) for start, end in zip(starts, ends, strict=True)]
 
 
 def require_sound(request: dict[str, Any]) -> None:
@@ -360,7 +376,7 @@ class FakeApp:
         is_early = path == "/update_weights" and body["update_info"]["index"] == 0
         await engine.meet("" if is_early else body.get("method", path))
         if path == "/pause":
-            await engine.pause(query["mode"])
+            await engine.pause(query["mode"], clear_cache=query["clear_cache"] == "true")
             return {"status": "paused"}
         if path == "/resume":
             engine.resumed.set()

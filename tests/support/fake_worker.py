@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import multiprocessing
 import os
 import shutil
 import signal
@@ -23,6 +22,7 @@ from torch import Tensor
 from rltrain.rollout.worker.client import Seconds, WorkerClient
 from rltrain.rollout.worker.guard import ADAPTER_FOLDER, TOKEN
 from support.fake_server import FakeApp, FakeEngine
+from support.warm import warm_context
 
 # phase of a push -> the call at which a fault strikes; of the buckets, at the second
 PHASES = {
@@ -36,8 +36,6 @@ PHASES = {
 }
 SECRET = "fake-worker-token-0123456789"
 START_SECONDS = 60.0
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "uvicorn", "support.fake_server"])
 
 
 class FakeWorker:
@@ -51,8 +49,9 @@ class FakeWorker:
     def __init__(self, *, guarded: bool = True, ties: Mapping[str, str] = {}, **options: Any) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="fw-"))  # short: a socket's path has at most 107 bytes
         self.url = f"unix:{self._folder / 's'}"
-        self._pipe, end = _CONTEXT.Pipe()
-        self._process = _CONTEXT.Process(
+        context = warm_context()
+        self._pipe, end = context.Pipe()
+        self._process = context.Process(
             target=_serve, args=(end, self._folder, guarded, dict(ties), options), daemon=True
         )
         self._process.start()

@@ -1,17 +1,21 @@
-"""Starts a script on two ranks, with a user's file for a backend."""
+"""Starts a script or a module on several ranks, with a user's file for a backend."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch.distributed.run
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-ROOT = Path(__file__).parents[2]
+from support.warm import ROOT, own_environment, run_together
 
 
 def launch_ranks(script: Path, backend: str, model: str, out: Path) -> list[dict[str, Any]]:
@@ -19,21 +23,58 @@ def launch_ranks(script: Path, backend: str, model: str, out: Path) -> list[dict
 
     backend: a name in recipes/accelerate. Skips the test where DeepSpeed is needed and not installed.
     """
+    run_ranks(backend, [str(script), model, str(out)])
+    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def run_ranks(
+    backend: str,
+    arguments: Sequence[str],
+    *,
+    ranks: int = 2,
+    folder: Path = ROOT,
+    variables: Mapping[str, str] = {},
+    timeout: float = 900,
+) -> str:
+    """Does what ``accelerate launch --config_file recipes/accelerate/BACKEND.yaml --num_processes RANKS
+    ARGUMENTS`` does: accelerate itself reads the user's file and says each rank's environment; the ranks are
+    started warm.
+
+    folder: the current one. variables: environment variables besides. Returns what the ranks printed, errors
+    last. Fails where a rank ends with another code than 0, and skips the test where DeepSpeed is needed and
+    not installed.
+    """
     if backend.startswith("zero"):
         pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install rltrain[deepspeed])")
-    cleared = {
-        name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
     }
-    environment = cleared | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    options = ["--config_file", f"recipes/accelerate/{backend}.yaml", "--num_processes", "2"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", "0"]
-    done = subprocess.run(
-        [*command, str(script), model, str(out)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
+    shared = {**own_environment(), **launcher_environment(backend, ranks), **place, **variables}
+    environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    done = run_together(arguments, environments, folder, timeout)
+    printed = "".join(one.stdout for one in done) + "".join(one.stderr for one in done)
+    codes = [one.returncode for one in done]
+    assert not any(codes), f"exit codes {codes}: {printed[-6000:]}"
+    return printed
+
+
+@functools.lru_cache
+def launcher_environment(backend: str, ranks: int) -> dict[str, str]:
+    """What accelerate sets for the ranks that it launches with a user's file."""
+    file = str(ROOT / f"recipes/accelerate/{backend}.yaml")
+    asked = launch_command_parser().parse_args(
+        ["--config_file", file, "--num_processes", str(ranks), "script.py"]
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    said: dict[str, str] = {}
+    with (
+        mock.patch.dict(os.environ, own_environment(), clear=True),
+        mock.patch.object(torch.distributed.run, "run", lambda _: said.update(os.environ)),
+    ):
+        before = dict(os.environ)
+        launch_command(asked)
+    return {name: value for name, value in said.items() if before.get(name) != value}

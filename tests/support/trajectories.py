@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -42,13 +41,6 @@ SETTINGS = (
     "reward.workers=1",
 )
 COMPARED = ("loss/total", "learner/grad_norm", "learner/entropy_mean", "reward/mean", "rollout/mismatch_abs")
-
-
-def environment() -> dict[str, str]:
-    cleared = {
-        name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))
-    }
-    return cleared | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
 def overrides(model: str, folder: Path) -> list[str]:

@@ -4,17 +4,15 @@ never come. Real processes.
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from rltrain.watchdog import EXPIRED
+from support.warm import Program, own_environment
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = (
@@ -54,7 +52,7 @@ def started(
     rank: int = 0,
     ranks: int = 1,
     port: int = 0,
-) -> subprocess.Popen[str]:
+) -> Program:
     (folder / f"{reward}.py").write_text(
         SLOW_REWARD.format(max_completions=max_completions) if reward == "slow" else REWARD
     )
@@ -64,8 +62,7 @@ def started(
         *SETTINGS,
         *overrides,
     ]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
+    environment = own_environment() | {"TMPDIR": str(folder)}
     if ranks > 1:
         environment |= {
             "RANK": str(rank),
@@ -75,10 +72,7 @@ def started(
         }
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     script = Path(__file__).with_name("one_rank.py")
-    words = [sys.executable, str(script), command, fault, str(folder / "run"), *settings]
-    return subprocess.Popen(
-        words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    return Program([str(script), command, fault, str(folder / "run"), *settings], environment=environment)
 
 
 def free_port() -> int:
@@ -89,8 +83,9 @@ def free_port() -> int:
 
 def test_an_engine_that_stops_answering(random_model: str, tmp_path: Path) -> None:
     process = started("engine", random_model, tmp_path, "train.deadline_seconds=3")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == EXPIRED, errors[-3000:]
+    code = process.wait(120)
+    _, errors = process.printed()
+    assert code == EXPIRED, errors[-3000:]
     assert (
         "for the transformers engine: to generate 4 x 2 completions of at most 8 tokens with version 1"
         in errors
@@ -101,8 +96,9 @@ def test_an_engine_that_stops_answering(random_model: str, tmp_path: Path) -> No
 def test_a_reward_pool_that_is_exhausted(random_model: str, tmp_path: Path) -> None:
     settings = ("train.deadline_seconds=4", "reward.seconds=500")
     process = started("none", random_model, tmp_path, *settings, reward="slow")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == EXPIRED, errors[-3000:]
+    code = process.wait(120)
+    _, errors = process.printed()
+    assert code == EXPIRED, errors[-3000:]
     line = next(line for line in errors.splitlines() if line.startswith("deadline: rank 0:"))
     assert "slow" in line and "4" in line  # the reward's name and how many tasks are open
     assert "in _grade" in errors
@@ -120,8 +116,9 @@ def test_a_reward_that_never_answers_the_first_sample_ends_the_same_way_and_not_
         reward="slow",
         max_completions=0,
     )
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == EXPIRED, errors[-3000:]
+    code = process.wait(120)
+    _, errors = process.printed()
+    assert code == EXPIRED, errors[-3000:]
     assert (
         "rewards were not ready after 3 s" in errors and "slow on prompt" in errors and "in _grade" in errors
     )
@@ -136,16 +133,18 @@ def test_an_evaluation_waits_no_longer_than_training(random_model: str, tmp_path
         "eval.k=[1]",
     )
     process = started("mute", random_model, tmp_path, *held_out, command="eval")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == EXPIRED, errors[-3000:]
+    code = process.wait(120)
+    _, errors = process.printed()
+    assert code == EXPIRED, errors[-3000:]
     assert "for the transformers engine: to generate 4 x 2 completions of at most 8 tokens" in errors
     assert "stops_answering" in errors
 
 
 def test_a_doctor_that_waits_too_long_leaves_nothing_behind(random_model: str, tmp_path: Path) -> None:
     process = started("mute", random_model, tmp_path, "train.deadline_seconds=3", command="doctor")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == EXPIRED and "to generate 4 x 2 completions" in errors, errors[-3000:]
+    code = process.wait(120)
+    _, errors = process.printed()
+    assert code == EXPIRED and "to generate 4 x 2 completions" in errors, errors[-3000:]
     assert not list(tmp_path.glob("rltrain-doctor-*"))
 
 
@@ -159,8 +158,9 @@ def test_a_doctor_that_is_sent_away_leaves_nothing_behind(random_model: str, tmp
         time.sleep(0.05)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGTERM, errors[-3000:]
+    code = process.wait(60)
+    _, errors = process.printed()
+    assert code == -signal.SIGTERM, errors[-3000:]
     assert not list(tmp_path.glob("rltrain-doctor-*"))
 
 
@@ -179,8 +179,9 @@ def test_a_rank_that_is_gone_is_named_by_the_others_within_the_deadline(
         begun = time.monotonic()
         while not (tmp_path / "run/metrics.jsonl").exists() and time.monotonic() - begun < 120:
             time.sleep(0.1)  # step 1 is reported; rank 1 goes in step 2
-        _, errors = ranks[0].communicate(timeout=deadline + 15)
-        assert ranks[0].returncode == EXPIRED, errors[-3000:]
+        code = ranks[0].wait(deadline + 15)
+        _, errors = ranks[0].printed()
+        assert code == EXPIRED, errors[-3000:]
         assert "rank 1 gave no sign of life" in errors and "Thread 0x" in errors
     finally:
         for rank in ranks:

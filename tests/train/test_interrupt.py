@@ -4,6 +4,7 @@ request, then the end.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -132,6 +133,47 @@ def test_under_a_launcher_what_comes_within_moments_is_one(
         monkeypatch.setattr(saving, "_REPEAT_SECONDS", 0.0)
         signal.raise_signal(signal.SIGINT)
         assert sent == [(os.getpid(), signal.SIGINT)]
+
+
+@pytest.mark.usefixtures("not_launched")
+def test_a_launcher_that_takes_its_time_to_end_asks_nothing_new(
+    sent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "_REPEAT_SECONDS", 0.0)
+    with saving.record_stop_signals() as request:
+        request.in_loop = True
+        signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr(saving.os, "getppid", lambda: 1)  # whom orphans are given to
+        signal.raise_signal(signal.SIGTERM)
+        assert request() and request.cause == "Ctrl-C" and not sent
+        signal.raise_signal(signal.SIGTERM)
+        assert sent == [(os.getpid(), signal.SIGTERM)]
+
+
+@pytest.mark.usefixtures("not_launched")
+def test_the_end_of_the_launcher_stops_a_run_that_nothing_stopped_before(
+    sent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with saving.record_stop_signals() as request:
+        monkeypatch.setattr(saving.os, "getppid", lambda: 1)
+        signal.raise_signal(signal.SIGTERM)
+        assert request() and request.cause == "SIGTERM" and not sent
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is of Linux")
+def test_a_process_that_has_stopped_outlives_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    def announced() -> int:
+        number = ctypes.c_int(-1)
+        assert ctypes.CDLL(None).prctl(2, ctypes.byref(number)) == 0  # PR_GET_PDEATHSIG
+        return number.value
+
+    before = announced()
+    with saving.stop_with_the_launcher():
+        assert announced() == before
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with saving.stop_with_the_launcher():
+        assert announced() == signal.SIGTERM
+    assert announced() == 0
 
 
 @pytest.mark.usefixtures("not_launched")

@@ -9,6 +9,7 @@ from rltrain.config.capacity.cluster import Cluster
 from rltrain.config.capacity.constants import Rates
 from rltrain.config.capacity.duration import Duration, bottleneck, step_durations
 from rltrain.config.capacity.memory import Phase, Term, phases_of, with_recomputation, with_utilization
+from rltrain.config.capacity.overlap import Split, StepCost, divide_gpus
 from rltrain.config.capacity.remedy import MAX_GPUS, UTILIZATIONS, Remedy, highest_utilization, nearest_fit
 from rltrain.config.capacity.workload import Workload
 
@@ -26,6 +27,8 @@ class CapacityPlan:
     chooses_utilization: bool  # whether vLLM's share of a GPU is the plan's, and not the recipe's
     durations: tuple[Duration, ...]
     card: str
+    cost: StepCost | None = None  # of a step; None without an engine, and where the recipe does not fit
+    split: Split | None = None  # the best one of the same GPUs, where the engine has its own among them
 
     @property
     def fits(self) -> bool:
@@ -33,10 +36,16 @@ class CapacityPlan:
 
     @property
     def bottleneck(self) -> Duration | None:
-        return bottleneck(self.durations) if self.durations else None
+        """The longest phase; where sampling and learning go on at once, of the slower one of the two."""
+        if self.cost is None or not self.cost.overlaps or not self.durations:
+            return bottleneck(self.durations) if self.durations else None
+        is_sampling = self.cost.bottleneck == "sampling"
+        return bottleneck(tuple(item for item in self.durations if (item.phase == "rollout") == is_sampling))
 
     @property
     def step_seconds(self) -> float | None:
+        if self.cost is not None:
+            return self.cost.seconds
         return sum(duration.seconds for duration in self.durations) if self.durations else None
 
 
@@ -47,6 +56,7 @@ def plan_capacity(load: Workload, cluster: Cluster, rates: Rates) -> CapacityPla
     is_fine = all(phase.fits for phase in phases)
     remedy = None if is_fine else nearest_fit(recipe_load, cluster)
     durations = step_durations(load, cluster, rates) if is_fine else ()
+    cost = _step_cost(load, cluster, durations)
     obstacle = _obstacle(recipe_load, cluster) if not is_fine and remedy is None else None
     return CapacityPlan(
         cluster=cluster,
@@ -58,7 +68,36 @@ def plan_capacity(load: Workload, cluster: Cluster, rates: Rates) -> CapacityPla
         chooses_utilization=load.engine != recipe_load.engine,
         durations=durations,
         card=rates.name,
+        cost=cost,
+        split=_best_split(recipe_load, cluster, rates),
     )
+
+
+def _step_cost(load: Workload, cluster: Cluster, durations: tuple[Duration, ...]) -> StepCost | None:
+    if load.engine is None or not durations:
+        return None
+    seconds = {duration.phase: duration.seconds for duration in durations}
+    limit = load.engine.most_learners
+    overlaps = load.engine.overlaps and (limit is None or cluster.gpus <= limit)
+    return StepCost(seconds["rollout"], seconds["annotate"] + seconds["update"], seconds["push"], overlaps)
+
+
+def _best_split(recipe_load: Workload, cluster: Cluster, rates: Rates) -> Split | None:
+    """Of the GPUs that learner and workers have together."""
+    engine = recipe_load.engine
+    if engine is None or not engine.gpus_per_worker or engine.is_elsewhere:
+        return None
+
+    def cost_of(learners: int, servers: int) -> StepCost | None:
+        divided = replace(cluster, gpus=learners, server_gpus=servers)
+        load = with_recomputation(with_utilization(recipe_load, divided), divided)
+        if not all(phase.fits for phase in phases_of(load, divided)):
+            return None
+        return _step_cost(load, divided, step_durations(load, divided, rates))
+
+    limit = engine.most_learners if engine.overlaps else None
+    total = cluster.gpus + cluster.server_gpus
+    return divide_gpus(total, engine.gpus_per_worker, cost_of, most_learners=limit)
 
 
 def to_json(plan: CapacityPlan) -> dict[str, Any]:
@@ -100,6 +139,15 @@ def to_json(plan: CapacityPlan) -> dict[str, Any]:
             {"phase": item.phase, "seconds": item.seconds, "limit": item.limit} for item in plan.durations
         ],
         "bottleneck": None if plan.bottleneck is None else plan.bottleneck.phase,
+        "step_seconds": plan.step_seconds,
+        "overlaps": plan.cost is not None and plan.cost.overlaps,
+        "split": None
+        if plan.split is None
+        else {
+            "gpus": plan.split.learner_gpus,
+            "server_gpus": plan.split.server_gpus,
+            "step_seconds": plan.split.cost.seconds,
+        },
         "notes": list(plan.workload.notes),
     }
 

@@ -25,6 +25,7 @@ from rltrain.config.schema import (
     OnlineRecipe,
     Optimizer,
     SampledRecipe,
+    Workers,
 )
 from rltrain.control import TOKEN_CONTROLS
 from rltrain.loss import LOSS_TERMS
@@ -52,6 +53,9 @@ class Engine:
     server_gpus: int = 0  # of its own
     is_elsewhere: bool = False  # those GPUs are not among the plan's
     bucket_bytes: int = 0  # of one of the two buffers in which weights travel to a server
+    gpus_per_worker: int = 0  # of server_gpus
+    overlaps: bool = False  # it samples while the policy is updated
+    most_learners: int | None = None  # GPUs that the learner may have then; None: any number
 
 
 @dataclass(frozen=True)
@@ -263,11 +267,15 @@ def _engine_of(recipe: SampledRecipe) -> Engine:
     is_vllm = rollout.engine != "transformers"
     is_server = rollout.engine == "vllm_server"
     ranks = server.tensor_parallel if is_server else rollout.vllm.tensor_parallel
+    gpus_per_worker = server.tensor_parallel * server.data_parallel if is_server else 0
     return Engine(
         name=rollout.engine,
         ranks=ranks if is_vllm else 1,
-        server_gpus=server.tensor_parallel * server.data_parallel if is_server else 0,
-        is_elsewhere=server.url is not None,
+        server_gpus=gpus_per_worker * _count_workers(rollout.workers),
+        is_elsewhere=server.url is not None or _are_elsewhere(rollout.workers),
+        gpus_per_worker=gpus_per_worker,
+        overlaps=is_server and rollout.oldest > 0 and recipe.model.adapter is None,
+        most_learners=None if rollout.bound is None and rollout.workers is not None else 1,
         bucket_bytes=2**20 * (server.bucket_mib or BUCKET_MIB_GPU) if is_server else 0,
         utilization=None if share == "auto" else share,
         max_rows=rollout.vllm.max_num_seqs if is_vllm else rollout.max_rows,
@@ -276,6 +284,17 @@ def _engine_of(recipe: SampledRecipe) -> Engine:
         prompt_tokens=recipe.data.max_prompt_tokens,
         completion_tokens=rollout.max_tokens,
     )
+
+
+def _are_elsewhere(workers: Workers | None) -> bool:
+    return workers is not None and workers.count is None
+
+
+def _count_workers(workers: Workers | None) -> int:
+    """One where they are not known before the run."""
+    if workers is None:
+        return 1
+    return workers.count or len(workers.urls) or len(workers.admin) or 1
 
 
 def online_needs(recipe: OnlineRecipe) -> frozenset[str]:

@@ -8,6 +8,7 @@ collective of the ranks, hence it happens in the thread that samples, between tw
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +20,14 @@ from torch import Tensor
 from rltrain.adapter_files import NamedAdapter
 from rltrain.protocols import EngineState
 from rltrain.rollout.engines.checks import require_fit, require_version
+from rltrain.rollout.engines.free_running import FreeGroups
 from rltrain.rollout.engines.remote_weights import RemoteWeights
-from rltrain.rollout.pool.pool import ADMIT, Batch, Counts, WorkerPool
+from rltrain.rollout.pool.pool import ADMIT, NOWHERE, Batch, Counts, WorkerPool
 from rltrain.rollout.worker.flags import MODEL_NAME
 from rltrain.rollout.worker.requests import AdapterNames, ServerModel, make_request, require_supported
 from rltrain.rollout.worker.threads import LoopThread
 from rltrain.tensor_ops import Fingerprint
+from rltrain.timeline import Timeline
 from rltrain.types.samples import Answer, PolicyVersion, Request
 
 __all__ = [
@@ -158,6 +161,7 @@ class VllmPool(RemoteWeights):
         self._gather = gather
         self._at_close = at_close
         self._stream: Stream | None = None
+        self._pushing = threading.Lock()  # the learner's thread pushes, and whichever samples
 
     @property
     def counts(self) -> Counts:
@@ -198,9 +202,14 @@ class VllmPool(RemoteWeights):
         self._note_version(version)
 
     def _push(self, version: PolicyVersion, *, waiting_only: bool) -> None:
+        with self._pushing:
+            self._push_alone(version, waiting_only=waiting_only)
+
+    def _push_alone(self, version: PolicyVersion, *, waiting_only: bool) -> None:
         workers: dict[str, Any] = {}
         if self._pool is not None and self.loop is not None:
-            workers = self.loop.run(self._pool.begin_push(waiting_only=waiting_only)).result()
+            begin = self._pool.begin_push(waiting_only=waiting_only, version=version)
+            workers = self.loop.run(begin).result()
         if self._adapter is not None and self._adapters is not None:
             pushed = self._adapters.push_adapter(workers, self._adapter)
         else:
@@ -282,6 +291,27 @@ class VllmPool(RemoteWeights):
         if self._world_size == 1:
             return _collect_all(self._submit(requests, policy), lambda: self._push(policy, waiting_only=True))
         return self._sample_together(list(requests), policy)
+
+    def run_freely(self, timeline: Timeline = NOWHERE) -> FreeGroups:
+        """Groups that are sampled by whatever weights the workers hold, also while the learner pushes others.
+
+        timeline: gets when workers sample. One rank, without adapters.
+        """
+        assert self._pool is not None and self.loop is not None
+        self.loop.run(self._pool.use_timeline(timeline)).result()
+        return FreeGroups(self._pool, self.loop, self._model, self._admit_waiting)
+
+    def note_workers(self) -> dict[str, float]:
+        """On rank 0, numbers of the pool since the last call, as metrics."""
+        assert self._pool is not None and self.loop is not None
+        return self.loop.run(self._pool.notes()).result()
+
+    def _admit_waiting(self) -> None:
+        """Sends the weights that were pushed last to workers that wait for them, if there are any."""
+        assert self._pool is not None and self.loop is not None
+        with self._pushing:
+            if self.version is not None and self.loop.run(self._pool.waits_for_weights()).result():
+                self._push_alone(self.version, waiting_only=True)
 
     def _sample_together(self, requests: Sequence[Request], policy: PolicyVersion) -> Iterator[Answer]:
         """All ranks' requests, sampled by rank 0's pool. Ranks agree on every push, which is a collective."""

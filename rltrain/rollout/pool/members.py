@@ -83,7 +83,7 @@ class Part:
     asked: GenerateRequest  # of ``asked.n`` samples, without an id
     first: int
     prompt: str  # id
-    policy: PolicyVersion
+    policy: PolicyVersion | None  # None: whatever the worker holds when it draws a token
     losses: int = 0
 
     def split(self, count: int) -> tuple[Part, Part | None]:
@@ -98,11 +98,14 @@ class Part:
 
 @dataclass
 class Lease:
-    """A part that a worker was asked for. tokens: as many as it will probably write."""
+    """A part that a worker was asked for. tokens: as many as it will probably write. labels: of the weights
+    that may draw them, more of them after a push while it is under way.
+    """
 
     id: str
     part: Part
     tokens: float
+    labels: set[str] = field(default_factory=set)
     task: asyncio.Task[None] | None = None
 
 

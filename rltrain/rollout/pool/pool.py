@@ -15,7 +15,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from rltrain.errors import UserError
 from rltrain.protocols import WorkersGone
@@ -47,6 +47,10 @@ class PoolRules:
     signs of life; with the client's own deadline of the call, twice their sum is the longest that a worker
     which hangs goes unnoticed. poll: between looks at local processes. retry: before a lost worker is asked
     again, doubled every time up to ``retry_longest``. busy: of rest for a worker that does not serve now.
+
+    update: what becomes of requests under way when a push begins. refuse: it is an error; drain: they are
+    finished first; abort: they are asked for again, from their first token; in_flight: they go on with the
+    new weights.
     """
 
     vocabulary: int
@@ -56,6 +60,7 @@ class PoolRules:
     retry: float = 0.5
     retry_longest: float = 30.0
     busy: float = 0.5
+    update: Literal["refuse", "drain", "abort", "in_flight"] = "refuse"
 
 
 @dataclass
@@ -78,6 +83,7 @@ class Batch:
     """The groups of one call, until every sample is there.
 
     put: receives ``(group, choices)`` when a group is whole, ADMIT, or the error that ended the batch.
+    started: the version of the worker that was asked first, of what is still wanted.
     """
 
     put: Callable[[Any], None]
@@ -86,6 +92,7 @@ class Batch:
     missing: list[int] = field(default_factory=list)
     open_groups: int = 0
     is_ended: bool = False
+    started: PolicyVersion | None = None
 
     def __post_init__(self) -> None:
         self.choices = [[None] * size for size in self.sizes]
@@ -105,6 +112,11 @@ class Batch:
             self.choices[part.group] = []
             self.put((part.group, held))
         self.is_ended = self.is_ended or self.open_groups == 0
+
+    def restart(self) -> None:
+        """Called when samples are given back: without any that is there, nothing is of an older version."""
+        if self.missing == list(self.sizes):
+            self.started = None
 
     def fail(self, error: BaseException) -> None:
         if not self.is_ended:
@@ -138,6 +150,8 @@ class WorkerPool:
         self._session = secrets.token_hex(4)  # a learner that starts again repeats no request's id
         self._tasks: set[asyncio.Task[Any]] = set()
         self._idle_since: float | None = None
+        self._is_draining = False  # a push waits until nothing is sampled any more
+        self._lease_ended = asyncio.Event()
 
     # life ---------------------------------------------------------------------------------------------------
 
@@ -191,6 +205,10 @@ class WorkerPool:
         members = [member for member in self.members.values() if member.state in states]
         return sorted(members, key=lambda member: member.name)
 
+    async def use_timeline(self, timeline: Timeline) -> None:
+        """From now on it gets when workers sample."""
+        self._timeline = timeline
+
     async def notes(self) -> dict[str, float]:
         """Numbers since the last call, as metrics."""
         before = self._noted
@@ -209,22 +227,45 @@ class WorkerPool:
 
     # weights ------------------------------------------------------------------------------------------------
 
-    async def begin_push(self, *, waiting_only: bool = False) -> dict[str, Any]:
-        """The clients, by name, of the workers that a push goes to; they sample nothing until it ends.
+    async def begin_push(
+        self, *, waiting_only: bool = False, version: PolicyVersion | None = None
+    ) -> dict[str, Any]:
+        """The clients, by name, of the workers that a push of ``version`` goes to; they are asked for nothing
+        until it ends.
 
         waiting_only: those that hold no version, while the others go on sampling. Raises RuntimeError where
-        one of them still samples.
+        one of them still samples, unless ``rules.update`` says what becomes of that.
         """
         states = (MemberState.ATTACHED,) if waiting_only else (MemberState.ATTACHED, MemberState.SERVING)
+        if not waiting_only:
+            await self._prepare_update(str(version))
         chosen = self.find_members(*states)
         samplers = chosen if waiting_only else self.holders()
-        if busy := [member.name for member in samplers if member.leases]:
+        busy = [member.name for member in samplers if member.leases]
+        if busy and (waiting_only or self.rules.update != "in_flight"):
             raise RuntimeError(f"a push begins while {', '.join(busy)} still samples")
         for member in chosen:
             member.state = MemberState.LOADING
             member.version = None
         self._push_began = time.time(), tuple(member.name for member in chosen)
         return {member.name: member.client for member in chosen}
+
+    async def _prepare_update(self, label: str) -> None:
+        """Does with the requests under way what ``rules.update`` says. label: of the weights that come."""
+        if self.rules.update == "drain":
+            self._is_draining = True
+            while any(member.leases for member in self.holders()):
+                self._lease_ended.clear()
+                await self._lease_ended.wait()
+            self._is_draining = False  # from now on the workers are being loaded, which keeps them idle
+        leases = [(lease, member) for member in self.holders() for lease in member.leases.values()]
+        for lease, member in reversed(leases):  # the first that was asked for is the first in the queue
+            if self.rules.update == "in_flight":
+                lease.labels.add(label)
+            if self.rules.update == "abort":
+                self._return(lease, member)
+                if lease.task is not None:
+                    lease.task.cancel()
 
     async def end_push(
         self,
@@ -252,6 +293,10 @@ class WorkerPool:
         """The clients, by name, of the workers that serve."""
         return {member.name: member.client for member in self.find_members(MemberState.SERVING)}
 
+    async def waits_for_weights(self) -> bool:
+        """Whether a worker has come that holds no version."""
+        return bool(self.find_members(MemberState.ATTACHED))
+
     async def lose(self, errors: Mapping[str, Exception]) -> None:
         """Workers that failed a call of somebody else's."""
         for name, error in errors.items():
@@ -262,18 +307,27 @@ class WorkerPool:
     async def submit(
         self,
         asked: Sequence[tuple[str, GenerateRequest]],
-        policy: PolicyVersion,
+        policy: PolicyVersion | None,
         put: Callable[[Any], None],
     ) -> Batch:
-        """Asks for every group (prompt id, request), in this order; ``put`` receives them whole."""
+        """Asks for every group (prompt id, request), in this order; ``put`` receives them whole.
+
+        policy: whose samples they are. None: each token is drawn by the weights that its worker holds then;
+        such groups wait behind all others.
+        """
         batch = Batch(put, [request.n for _, request in asked])
         if not asked:
             return batch
-        for member in self.holders():
-            member.forget_speed()
+        if policy is not None:
+            for member in self.holders():
+                member.forget_speed()
         self._batches.append(batch)
-        for group, (prompt, request) in enumerate(asked):
-            self._queue.append(Part(batch, group, request, 0, prompt, policy))
+        parts = [
+            Part(batch, group, request, 0, prompt, policy) for group, (prompt, request) in enumerate(asked)
+        ]
+        ahead = [part for part in self._queue if policy is None or part.policy is not None]
+        behind = [part for part in self._queue if policy is not None and part.policy is None]
+        self._queue = deque([*ahead, *parts, *behind])
         if self.find_members(MemberState.ATTACHED):
             put(ADMIT)
         self._dispatch()
@@ -287,7 +341,7 @@ class WorkerPool:
     def _dispatch(self) -> None:
         """Gives parts to workers as long as there are both."""
         self._forget_ended()
-        while self._queue:
+        while self._queue and not self._is_draining:
             part = self._queue[0]
             open_members = self._open_members(part)
             if not open_members:
@@ -305,7 +359,7 @@ class WorkerPool:
         return [
             member
             for member in self.find_members(MemberState.SERVING)
-            if member.version == part.policy
+            if part.policy in (None, member.version)
             and member.rest_until <= now
             and member.room >= min(part.asked.n, member.rows)
         ]
@@ -335,7 +389,11 @@ class WorkerPool:
 
     def _lease(self, part: Part, member: Member) -> None:
         self.counts.asked += 1
-        lease = Lease(f"rltrain-{self._session}-{self.counts.asked}", part, self._expect(part))
+        version = member.version if part.policy is None else part.policy
+        name = f"rltrain-{self._session}-{self.counts.asked}"
+        lease = Lease(name, part, self._expect(part), {str(version)})
+        if part.batch.started is None:
+            part.batch.started = version
         member.begin_lease(lease, time.monotonic())
         self._most_tokens = max(self._most_tokens, sum(each.tokens for each in self.holders()))
         lease.task = self._start(self._serve(lease, member))
@@ -347,7 +405,7 @@ class WorkerPool:
             choices = await member.client.generate(
                 replace(part.asked, id=lease.id),
                 vocabulary=self.rules.vocabulary,
-                labels={str(part.policy)},
+                labels=lease.labels,
             )
         except WorkerBusy:
             self._rest(lease, member)
@@ -382,6 +440,7 @@ class WorkerPool:
         """See ``Member.end_lease``."""
         if not member.end_lease(lease, time.monotonic(), written):
             return False
+        self._lease_ended.set()
         if not member.leases:
             facts = {"requests": member.spell_requests, "tokens": member.spell_tokens}
             self._timeline.add(member.name, "sample", member.spell_start, **facts)
@@ -393,6 +452,7 @@ class WorkerPool:
             return
         self.counts.returned += 1
         if not lease.part.batch.is_ended:
+            lease.part.batch.restart()
             self._queue.appendleft(lease.part)
 
     def _give_back(self, lease: Lease, member: Member, reason: str) -> None:

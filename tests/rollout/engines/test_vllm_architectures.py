@@ -47,7 +47,7 @@ PROVED = {
     ),
 }
 # In the nightly tier: each has its faults found by another case, CONTRIBUTING.md says which.
-NIGHTLY = {"gpt2", "qwen3_moe", "mixtral", "olmoe"}
+NIGHTLY = {"gpt2", "llama", "mistral", "mixtral", "olmoe", "qwen2_tied", "qwen3_moe"}
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 
 
@@ -79,7 +79,11 @@ def test_log_probs_are_the_learners_and_every_weight_is_proved_at_every_push(
     ("name", "reason"),
     [
         ("phi", r"has no layer for 'lm_head\.bias', .*use rollout\.engine transformers"),
-        ("mamba", r"has no layer for 'backbone\.layers\.0\.mixer\.A_log' and 1 other weight"),
+        pytest.param(
+            "mamba",
+            r"has no layer for 'backbone\.layers\.0\.mixer\.A_log' and 1 other weight",
+            marks=pytest.mark.nightly,
+        ),
         pytest.param(
             "deepseek_v3_softmax",
             r"has no layer for 'model\.layers\.1\.mlp\.gate\.e_score_correction_bias'",

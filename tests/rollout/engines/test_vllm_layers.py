@@ -108,6 +108,41 @@ def test_a_weight_without_a_layer_and_a_layer_without_a_weight_are_named(model: 
     assert places.unexplained == ("mlp.gate_up_proj.bias",)  # the half that nothing of the checkpoint fills
 
 
+def test_rows_of_q_k_and_v_are_those_that_vllms_mapper_names() -> None:
+    layer: Any = torch.nn.Linear(4, 6, bias=False)
+    layer.output_sizes = (2, 2, 2)
+    stacked = {f".{letter}_proj": (".qkv_proj", letter) for letter in "vqk"}
+    mapper = SimpleNamespace(map_name=lambda name: name)
+    model: Any = torch.nn.ModuleDict({"attention": torch.nn.ModuleDict({"qkv_proj": layer})})
+    model.hf_to_vllm_mapper = SimpleNamespace(get_rename_mapper=lambda: mapper, orig_to_new_stacked=stacked)
+    shapes = {f"attention.{letter}_proj.weight": (2, 4) for letter in "qkv"}
+    places = find_places(model, architecture_of(shapes))
+    assert (places.missing, places.unexplained) == ((), ())
+    fingerprints = layer_fingerprints(model, places.by_name, architecture_of(shapes))
+    for part, name in enumerate(shapes):
+        assert fingerprints[name] == weight_fingerprint(name, layer.weight[2 * part : 2 * part + 2])
+
+
+def test_numbers_that_vllm_derives_from_a_weight_are_not_that_weight() -> None:
+    """As in Mamba, whose A_log vLLM keeps as A = -exp(A_log)."""
+    layer = torch.nn.Module()
+    layer.register_parameter("A", torch.nn.Parameter(-torch.ones(4).exp()))
+    mapper = SimpleNamespace(map_name=lambda name: name.replace("A_log", "A"))
+    model: Any = torch.nn.ModuleDict({"mixer": layer})
+    model.hf_to_vllm_mapper = SimpleNamespace(get_rename_mapper=lambda: mapper)
+    places = find_places(model, architecture_of({"mixer.A_log": (4,)}))
+    assert places.missing == ("mixer.A_log",)
+
+
+def test_a_tied_head_has_the_place_of_the_embedding() -> None:
+    model: torch.nn.Module = torch.nn.ModuleDict({"embed": torch.nn.Embedding(5, 4)})
+    shapes = {"embed.weight": (5, 4), "head.weight": (5, 4)}
+    ties = {"head.weight": "embed.weight"}
+    places = find_places(model, Architecture("Some", shapes, frozenset(shapes), ties, frozenset()))
+    assert (places.missing, places.unexplained) == ((), ())
+    assert places.by_name["head.weight"] == places.by_name["embed.weight"]
+
+
 def test_a_weight_that_is_stored_the_other_way_round_is_read_as_stored(model: torch.nn.Module) -> None:
     shapes = shapes_of(model) | {"mlp.down_proj.weight": (6, 4)}
     architecture = architecture_of(shapes, ["mlp.down_proj.weight"])

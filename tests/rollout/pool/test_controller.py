@@ -19,6 +19,8 @@ import torch
 
 from rltrain.build.controller import ControllerSetup, _build_source, start_controller
 from rltrain.build.inputs import build_grader
+from rltrain.checkpoint.journal import Journal
+from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.config.load import load_recipe
 from rltrain.data.tokenization import load_tokenization
 from rltrain.process import ALONE, Process
@@ -34,6 +36,9 @@ from rltrain.sync.colocated import Sync
 from rltrain.sync.server import WorkerLink
 from rltrain.sync.transport import Pace
 from rltrain.timeline import read_timeline
+from rltrain.train.journaled import JournaledRollouts
+from rltrain.train.lagged import LaggedRollouts
+from rltrain.train.sampled_run import KeptWeights
 from rltrain.types.samples import Completion, Prompt, Sampling, ScoredGroup, Span
 from rltrain.watchdog import no_deadline
 from support.fake_pool import (
@@ -158,6 +163,62 @@ def train_here(setup: ControllerSetup) -> tuple[str, list[Rollouts], list[Scored
 
 def stops(setup: ControllerSetup) -> tuple[int, ...]:
     return tuple(sorted(setup.tokenization.stop_tokens.stop))
+
+
+def train_lagged(source: Any, folder: Path, at_update: Callable[[int], None], **how: Any) -> str:
+    """The digest of the final weights with a lag of one."""
+    weights = make_weights(3)
+    sync = source.verify.__self__
+    process = source.process if isinstance(source, ControlledRollouts) else ALONE
+    journaled = JournaledRollouts(source, Journal(RunFolder(folder)), process, lambda: digest(weights))
+    lagged = LaggedRollouts(journaled, 1, STEPS, **how)
+    for step in range(STEPS + 1):
+        lagged.settle()
+        if step:
+            lagged.observe({"learner/entropy_mean": 1.0})
+        sync.push(KeptWeights(lambda dtype: iter(weights.items())), step, expect_change=step > 0)
+        if step < STEPS:
+            groups = lagged.take(step + 1, step).groups
+            at_update(step + 1)
+            update(weights, cast("Any", groups))
+    return digest(weights)
+
+
+def test_it_samples_while_two_ranks_learn(
+    setup: ControllerSetup, homes: dict[str, FakeHome], tmp_path: Path
+) -> None:
+    """With a lag of one, what one process does that takes turns; rank 0 finds the completions of the next
+    step on its socket before the ranks wait for them.
+    """
+    homes["worker 1"].change(seconds=0.005)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    engine, _ = make_engine({"worker 0": FakeHome()})
+    engine._model = dataclasses.replace(MODEL, decode=setup.tokenization.decode, stop_token_ids=stops(setup))
+    sync = Sync([engine], {}, sample=4, full_every=1, seed=0)
+    with contextlib.closing(engine), build_grader(setup.reward, 60.0) as grader:
+        here = _build_source(setup, cast("Any", engine), grader, cast("Any", no_deadline))
+        here.verify, here.put_to_sleep = sync.verify, sync.sleep
+        expected = train_lagged(here, tmp_path / "here", lambda step: None)
+
+    ranks = Ranks(2)
+    arrived: list[bool] = []
+
+    def learn(rank: int) -> str:
+        source = open_rank(setup, rank, ranks)
+
+        def strike(step: int) -> None:
+            if source.controller is not None and step < STEPS:
+                wait_until(lambda: source.controller is not None and source.controller.connection.poll())
+                arrived.append(True)
+
+        with contextlib.closing(source):
+            return train_lagged(source, tmp_path / "there", strike, overlaps=True, has_thread=False)
+
+    with ThreadPoolExecutor(2) as threads:
+        jobs = [threads.submit(learn, rank) for rank in (0, 1)]
+        assert [job.result(300) for job in jobs] == [expected, expected]
+    assert arrived == [True] * (STEPS - 1)
 
 
 @pytest.mark.slow

@@ -34,8 +34,10 @@ from rltrain.rollout.worker.guard import TOKEN
 from rltrain.sync.colocated import Sync
 from rltrain.train.own_samples import OwnSamples
 from rltrain.types.samples import Prompt, Sampling
+from support.launch import run_ranks
 from support.resumed_runs import differing, lines
-from support.trajectories import REWARD, assert_close, environment, overrides
+from support.trajectories import REWARD, assert_close, overrides
+from support.warm import Program, own_environment, run_program
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 ROOT = Path(__file__).parents[3]
@@ -96,7 +98,7 @@ def served(random_tied_model: str, tmp_path_factory: pytest.TempPathFactory) -> 
     with output.open("w") as out, pytest.MonkeyPatch.context() as patch:
         patch.setenv(TOKEN, SECRET)
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=out, stderr=subprocess.STDOUT, text=True
+            command, cwd=ROOT, env=own_environment(), stdout=out, stderr=subprocess.STDOUT, text=True
         )
         worker = Served(process, folder / "url", certificate, output, random_tied_model, settings)
         try:
@@ -168,15 +170,10 @@ def test_a_run_on_it_is_the_run_of_the_engine_in_the_process(
 def test_two_ranks_learn_on_it_what_one_learns(
     backend: str, one_rank: Path, served: Served, tmp_path: Path
 ) -> None:
-    if backend.startswith("zero"):
-        pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install rltrain[deepspeed])")
-    launcher = ["--config_file", f"recipes/accelerate/{backend}.yaml", "--num_processes", "2"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "--main_process_port", "0"]
-    command += ["-m", "rltrain", "train", str(GRPO), "--profile", "tiny_cpu", "--run", str(tmp_path / "run")]
+    command = ["-m", "rltrain", "train", str(GRPO), "--profile", "tiny_cpu", "--run", str(tmp_path / "run")]
     for setting in served.overrides:
         command += ["--set", setting]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run_ranks(backend, command)
     assert_close(tmp_path / "run", one_rank)
 
 
@@ -247,7 +244,7 @@ def test_a_run_whose_worker_stops_ends_with_code_75_and_goes_on_when_it_works_ag
     """A stopped server still answers /health, so that only a round trip through its processes tells."""
     folder = tmp_path / "run"
     (tmp_path / "odd.py").write_text(WAITING.format(reward=REWARD))
-    command = [sys.executable, "-m", "rltrain", "train", str(GRPO), "--profile", "tiny_cpu"]
+    command = ["-m", "rltrain", "train", str(GRPO), "--profile", "tiny_cpu"]
     command += ["--run", str(folder), "--set", "checkpoint.every=1"]
     seconds = ("rollout.server.liveness_seconds=1", "rollout.server.call_seconds=5")
     for setting in (*served.overrides, *seconds, f"reward.functions=['{tmp_path / 'odd.py'}:odd']"):
@@ -255,25 +252,24 @@ def test_a_run_whose_worker_stops_ends_with_code_75_and_goes_on_when_it_works_ag
     children = psutil.Process(served.process.pid).children(recursive=True)
     engines = [child for child in children if "EngineCore" in " ".join(child.cmdline())]
     assert len(engines) == 2
-    with (tmp_path / "output").open("w") as out:
-        run = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=out, stderr=out)
-        try:
-            until = time.monotonic() + 300
-            while not (tmp_path / "waiting").exists():
-                assert run.poll() is None and time.monotonic() < until
-                time.sleep(0.01)
-            for engine in engines:
-                engine.suspend()
-            assert httpx.get(f"{served.url}/health", verify=served.context()).status_code == 200
-            (tmp_path / "stopped").touch()
-            assert run.wait(300) == 75, (tmp_path / "output").read_text()[-3000:]
-        finally:
-            run.kill()
-            run.wait()
-            for engine in engines:
-                engine.resume()
-    assert served.url in (tmp_path / "output").read_text()
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    run = Program(command)
+    try:
+        until = time.monotonic() + 300
+        while not (tmp_path / "waiting").exists():
+            assert run.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        for engine in engines:
+            engine.suspend()
+        assert httpx.get(f"{served.url}/health", verify=served.context()).status_code == 200
+        (tmp_path / "stopped").touch()
+        assert run.wait(300) == 75, run.printed()[1][-3000:]
+    finally:
+        run.kill()
+        run.wait()
+        for engine in engines:
+            engine.resume()
+    assert served.url in "".join(run.printed())
+    done = run_program(command)
     assert done.returncode == 0, done.stderr[-3000:]
     assert lines(folder) == lines(one_rank)
     assert not differing(folder, one_rank, "model/model.safetensors")
