@@ -7,6 +7,7 @@ expression could match the same text.
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from typing import Literal
 
 _SPECIAL_TOKEN = re.compile(r"<\|[^|<>\n]{1,40}\|>")
@@ -43,17 +44,26 @@ def extract_program(
     return block_or_text if before is None else f"{before}\n\n{block_or_text}"
 
 
-def fenced_blocks(text: str) -> list[str]:
-    """The contents of fences that are marked as Python or unmarked, in order."""
+def last_block(text: str, languages: Set[str]) -> str | None:
+    """The content of the last fence that is marked as one of ``languages`` ("": unmarked); None without."""
+    blocks = fenced_blocks(text, languages)
+    return blocks[-1] if blocks else None
+
+
+def fenced_blocks(text: str, languages: Set[str] = _PYTHON) -> list[str]:
+    """The contents of fences that are marked as one of ``languages``, by default Python or unmarked, in
+    order.
+    """
     blocks: list[str] = []
     opening: re.Match[str] | None = None
     for fence in _FENCE.finditer(text):
         if opening is None:
             opening = fence
         elif not fence[2] and fence[1].startswith(opening[1]):
-            blocks += [text[opening.end() + 1 : fence.start()]] if opening[2].lower() in _PYTHON else []
+            is_meant = opening[2].lower() in languages
+            blocks += [text[opening.end() + 1 : fence.start()]] if is_meant else []
             opening = None
-    if opening is not None and opening[2].lower() in _PYTHON:
+    if opening is not None and opening[2].lower() in languages:
         blocks.append(text[opening.end() + 1 :])
     return blocks
 

@@ -75,9 +75,11 @@ def llm_judge(
     """
     if high <= low:
         raise ValueError(f"llm_judge: high must be above low, got {high:g} and {low:g}")
-    endpoint = _chat_endpoint(url, model, token_env, seconds, "llm_judge")
+    endpoint = make_chat_endpoint(url, model, token_env, seconds, "llm_judge")
     questions = [
-        _question(model, max_tokens, _rating_request(inputs, completion, rubric, low, high, reference_column))
+        make_question(
+            model, max_tokens, _rating_request(inputs, completion, rubric, low, high, reference_column)
+        )
         for completion in inputs.completions
     ]
     answers = remote.ask_all(endpoint, questions, reply_text, concurrency)
@@ -111,7 +113,7 @@ def llm_judge_pairs(
     neither completion; a completion without any pair is ungraded, with the reason of the last failed pair. A
     single completion is compared with itself. Raises ValueError like ``llm_judge``.
     """
-    endpoint = _chat_endpoint(url, model, token_env, seconds, "llm_judge_pairs")
+    endpoint = make_chat_endpoint(url, model, token_env, seconds, "llm_judge_pairs")
     count = len(inputs.completions)
     pairs = comparison_pairs(count, rounds)
     orders = [order for pair in pairs for order in (pair, pair[::-1])]
@@ -120,7 +122,7 @@ def llm_judge_pairs(
         for first, second in orders
     ]
     answers = remote.ask_all(
-        endpoint, [_question(model, max_tokens, text) for text in texts], reply_text, concurrency
+        endpoint, [make_question(model, max_tokens, text) for text in texts], reply_text, concurrency
     )
     verdicts = [_points_of_first(answer) for answer in answers]
     points: list[list[float]] = [[] for _ in range(count)]
@@ -207,13 +209,16 @@ def _ungraded_score(error: RemoteError) -> Score:
     return Score(0.0, ungraded=error.reason, why=str(error))
 
 
-def _chat_endpoint(url: str, model: str, token_env: str | None, seconds: float, name: str) -> remote.Endpoint:
+def make_chat_endpoint(
+    url: str, model: str, token_env: str | None, seconds: float, name: str
+) -> remote.Endpoint:
     if not model:
         raise ValueError(f"{name}: model must be the judge's name on the server")
     return remote.make_endpoint(url.rstrip("/") + "/chat/completions", token_env, seconds, name)
 
 
-def _question(model: str, max_tokens: int, text: str) -> dict[str, Any]:
+def make_question(model: str, max_tokens: int, text: str) -> dict[str, Any]:
+    """A chat completion of one message, at temperature 0."""
     return {
         "model": model,
         "messages": [{"role": "user", "content": text}],
@@ -222,7 +227,8 @@ def _question(model: str, max_tokens: int, text: str) -> dict[str, Any]:
     }
 
 
-def _quote(**texts: str) -> str:
+def quote(**texts: str) -> str:
+    """``texts`` between marks that none of them can contain, and a sentence that says what the marks are."""
     digest = hashlib.sha256("\0".join(texts.values()).encode("utf-8", errors="replace")).hexdigest()[:16]
     parts = [f"<<<{name} {digest}>>>\n{text}\n<<<end of {name} {digest}>>>" for name, text in texts.items()]
     return (
@@ -246,7 +252,7 @@ def _reference(inputs: RewardInputs, column: str | None) -> dict[str, str]:
 def _rating_request(
     inputs: RewardInputs, completion: str, rubric: str, low: float, high: float, reference: str | None
 ) -> str:
-    quoted = _quote(request=inputs.prompt, **_reference(inputs, reference), response=completion)
+    quoted = quote(request=inputs.prompt, **_reference(inputs, reference), response=completion)
     return (
         f"Rate a response to a request. {rubric}\n\n{quoted}\n\nExplain in a few sentences, then end with "
         f"your rating from {low:g} (worst) "
@@ -256,7 +262,7 @@ def _rating_request(
 
 
 def _pair_request(inputs: RewardInputs, first: str, second: str, rubric: str, reference: str | None) -> str:
-    quoted = _quote(
+    quoted = quote(
         request=inputs.prompt, **_reference(inputs, reference), response_A=first, response_B=second
     )
     return (

@@ -1,4 +1,6 @@
-"""DAPO's soft punishment of overlong completions, arXiv:2503.14476, equation 13."""
+"""Lengths as rewards: DAPO's soft punishment of overlong completions, arXiv:2503.14476, equation 13, and
+SuperHF's price of a character, arXiv:2310.16763.
+"""
 
 from __future__ import annotations
 
@@ -50,3 +52,13 @@ def length(
     excess = [max(count - start, 0) / buffer_tokens for count in inputs.token_counts]
     penalties = excess if form == "released" else [min(share, 1.0) for share in excess]
     return [Score(-factor * share, {"over_length": float(share > 0)}) for share in penalties]
+
+
+@reward("characters")
+def characters(inputs: RewardInputs) -> list[Score]:
+    """Minus the number of the completion's characters: SuperHF's length penalty, with the price of a
+    character as its ``weight`` in the recipe, arXiv:2310.16763.
+
+    Added to the reward by which ``best_of_n`` keeps completions: ``R - weight * characters``.
+    """
+    return [Score(-float(len(completion))) for completion in inputs.completions]

@@ -16,6 +16,7 @@ from rltrain.reward.answer_text import answer_part, last_box
 from rltrain.reward.score import RewardInputs, Score, column_text, reward
 
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})++|\d++)?(?:\.\d++)?")
+_NUMBER_IN_TEXT = re.compile(r"(?:(?<![\w)\]])-)?(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++)?")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*+\{([^{}]*+)\}")
 _ANSWER_PHRASE = r"(?i:answer)\s*+(?i:is:?+|:)\s*+(?i:(?:option|choice)\s++)?+"
 
@@ -42,6 +43,35 @@ def exact(
             correct if answer == gold else wrong,
             {"correct": float(answer == gold)},
             answer=str(answer) or None,
+        )
+        for answer in answers
+    ]
+
+
+@reward("last_number", traits={"reports_correct", "reports_answer"})
+def last_number(
+    inputs: RewardInputs,
+    *,
+    answer_column: str = "answer",
+    correct: float = 1.0,
+    wrong: float = 0.0,
+) -> list[Score]:
+    """``correct`` if the last number of the completion is the reference answer: "27 + 14 = 41".
+
+    For problems whose question is an expression with the right value: ``math_answer`` takes "27 + 14" for an
+    answer to "What is 27 + 14?", and a policy learns to repeat the question. Raises ValueError if the answer
+    column is missing or holds no number.
+    """
+    text = column_text(inputs, answer_column, "last_number")
+    gold = _last_number(text)
+    if gold is None:
+        raise ValueError(f"last_number: the answer {text!r:.80} holds no number; use math_answer or exact")
+    answers = [_last_number(completion) for completion in inputs.completions]
+    return [
+        Score(
+            correct if answer == gold else wrong,
+            {"correct": float(answer == gold)},
+            answer=None if answer is None else str(answer),
         )
         for answer in answers
     ]
@@ -144,6 +174,13 @@ def has_tags(text: str, tags: list[str]) -> bool:
     marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
     places = [text.find(mark) for mark in marks]
     return all(text.count(mark) == 1 for mark in marks) and places == sorted(places)
+
+
+def _last_number(text: str) -> Decimal | None:
+    """The last number of a text, without separators of thousands; a sign belongs to it where no digit, letter
+    or bracket stands before."""
+    numbers = _NUMBER_IN_TEXT.findall(text)
+    return Decimal(numbers[-1].replace(",", "")) if numbers else None
 
 
 def _normalize(text: str, ignore_case: bool, numbers: bool) -> str | Decimal:

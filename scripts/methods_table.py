@@ -64,6 +64,27 @@ NOT_HERE: tuple[tuple[str, str, str], ...] = (
     ("WPO", "2406.11827", "weights pairs by the policy's own likelihood, which no statistic here computes"),
     ("GAE and value losses", "1506.02438", "need a critic, which no method here trains"),
 )
+_SPO = (
+    "`weight` times the cross-entropy of how many of the chosen answer's key phrases (RAKE) were taken out, "
+    "from a linear head on the policy; for any loss on pairs of a data set"
+)
+BESIDE = f"""## Beside a loss (`loss.degree`)
+
+| name | arXiv | what | function | recipes | measured |
+|---|---|---|---|---|---|
+| SPO | 2409.17791 | {_SPO} | `loss/preference/spo.py:spo_degree` | preference/spo | \
+[study](studies/preference.md#degrees-of-degraded-answers) |
+"""
+SOURCES = """## Where a recipe's numbers come from
+
+From `recipes/sources.json`, which has file, commit and value of each. **As there**: the recipe has the
+source's value. **Not as there**: the comment at the recipe's top says why. **No source**: numbers of the
+method, and learning rates, that no source states. Recipes that are not listed have no public source; the
+file says why.
+
+| recipe | sources | as there | not as there | no source |
+|---|---|---|---|---|
+"""
 FOLDERS = ("policy", "preference", "process_reward", "supervised")
 KINDS: tuple[tuple[str, str, Registry], ...] = (
     ("Advantages", "advantage", ADVANTAGES),
@@ -186,9 +207,34 @@ def methods_page() -> str:
             "|\n|---|---|---|---|---|---|\n"
         )
         parts.append(head + "\n".join(rows) + "\n")
+    parts += [BESIDE, sources_section()]
     refused = "\n".join(f"| {name} | {arxiv} | {reason} |" for name, arxiv, reason in NOT_HERE)
     parts.append(f"## Not here, on purpose\n\n| method | arXiv | reason |\n|---|---|---|\n{refused}\n")
     return "\n".join(parts)
+
+
+def sources_section() -> str:
+    """A row for each recipe with a public source: its addresses, and what became of each of its values."""
+    recorded = json.loads((ROOT / "recipes" / "sources.json").read_text(encoding="utf-8"))
+    return SOURCES + "".join(
+        sources_row(recipe, entries) for recipe, entries in recorded.items() if not isinstance(entries, str)
+    )
+
+
+def sources_row(recipe: str, entries: list[dict[str, Any]]) -> str:
+    stated = [entry for entry in entries if "unstated" not in entry]
+    places = dict.fromkeys(
+        entry["address"].partition(":")[0]
+        if entry["commit"] is None
+        # of a repository, the commit makes the place
+        else f"{entry['address'].partition(':')[0]}@{entry['commit']}"
+        for entry in stated
+    )
+    copied = [entry.get("key") or entry["feature"] for entry in stated if entry["ours"] == "same"]
+    changed = [entry.get("key") or entry["feature"] for entry in stated if entry["ours"] != "same"]
+    unstated = [entry["key"] for entry in entries if "unstated" in entry]
+    cells = [", ".join(sorted(names)).replace("|", "\\|") for names in (copied, changed, unstated)]
+    return f"| {recipe} | {', '.join(places)} | {' | '.join(cells)} |\n"
 
 
 def counts() -> str:

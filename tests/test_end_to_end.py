@@ -74,7 +74,10 @@ def test_grpo_raises_the_reward_and_leaves_a_model_with_the_learners_logits(
         sevens,
         "train.steps=12",
         "learner.optimizer.lr=2e-3",
+        "eval.spectrum=true",
     )
+    ranks = steps(lines, "eval/rank_me")
+    assert len(ranks) == 2 and all(1 <= rank <= 8 for rank in ranks)  # of 8 prompts, one state each
     rewards = steps(lines, "reward/mean")
     assert len(rewards) == 12
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1

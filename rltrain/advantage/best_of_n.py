@@ -19,8 +19,8 @@ def best_of_n(rewards: Tensor, group: Tensor, *, top_k: int = 1) -> Tensor:
     The loss ``reinforce`` imitates the kept completions; the control ``positive_only`` removes the others
     from every denominator and from the gradient pass, so that one update is the paper's: the mean negative
     log-likelihood of the kept tokens. Earlier rows win ties, even if all completions of a prompt are equally
-    bad: dynamic sampling replaces such prompts. NaN rewards get 0. The paper's length penalty belongs in the
-    reward.
+    bad: dynamic sampling replaces such prompts. NaN rewards get 0. The paper's length penalty is
+    the reward ``characters``.
     """
     if top_k < 1:
         raise ValueError(f"best_of_n: top_k is {top_k}; keep at least 1 completion of each prompt")

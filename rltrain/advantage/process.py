@@ -23,7 +23,6 @@ __all__ = [
     "contrast_accuracy",
     "is_accuracy_within",
     "prime",
-    "running_value",
     "step_rewards",
     "token_rewards",
 ]
@@ -32,11 +31,6 @@ __all__ = [
 def token_rewards(logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: float) -> Tensor:
     """(B, T) ``beta (logp - ref_logp)`` of a process reward model and its reference, 0 where masked out."""
     return apply_mask(beta * (logp - ref_logp), mask).detach()
-
-
-def running_value(rewards: Tensor, mask: Tensor) -> Tensor:
-    """(B, T) ``q_t``: the sum of token rewards up to and including t; a masked-out token adds 0."""
-    return apply_mask(rewards, mask).cumsum(dim=1)
 
 
 def step_rewards(rewards: Tensor, step_id: Tensor) -> tuple[Tensor, Tensor]:

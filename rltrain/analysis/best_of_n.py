@@ -6,18 +6,12 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
 __all__ = [
     "best",
-    "best_of_n",
     "expected_best",
     "kl_bound",
     "majority",
     "n_for_kl",
-    "tilt",
-    "tilt_of_kl",
     "vote_weights",
 ]
 
@@ -71,36 +65,6 @@ def n_for_kl(kl: float) -> float:
     return _root(lambda n: math.log(n) - (n - 1) / n - kl, low=1.0, high=2.0)
 
 
-def best_of_n(probability: ArrayLike, score: ArrayLike, n: int) -> NDArray[np.float64]:
-    """(K,) distribution of the best-scored of n draws from ``probability (K,)``; equal scores share in
-    proportion to their probability.
-
-    ``F(y)^n - F(y-)^n`` with F the distribution function of the score.
-    """
-    p = np.asarray(probability, dtype=np.float64)
-    s = np.asarray(score, dtype=np.float64)
-    below = (s[None, :] < s[:, None]) @ p
-    mass = (s[:, None] == s[None, :]) @ p
-    win = (below + mass) ** n - below**n
-    return np.divide(win * p, mass, out=np.zeros_like(p), where=mass > 0)
-
-
-def tilt(probability: ArrayLike, reward: ArrayLike, strength: float) -> NDArray[np.float64]:
-    """(K,) ``p exp(strength r) / Z``: the policy of largest expected reward at its KL to ``probability``."""
-    p = np.asarray(probability, dtype=np.float64)
-    r = np.asarray(reward, dtype=np.float64)
-    weights = p * np.exp(strength * (r - r.max()))
-    return weights / weights.sum()
-
-
-def tilt_of_kl(probability: ArrayLike, reward: ArrayLike, kl: float) -> float:
-    """The strength at which ``tilt`` has a KL of ``kl`` nats to ``probability``, for a comparison with best
-    of n at equal KL.
-    """
-    p = np.asarray(probability, dtype=np.float64)
-    return _root(lambda strength: _kl(tilt(p, reward, strength), p) - kl, low=0.0, high=1.0)
-
-
 def expected_best(rewards: Sequence[float], n: int, scores: Sequence[float] | None = None) -> float:
     """Mean reward of the best-scored of n, over all choices of n among the m >= n samples: ``sum_i r_(i)
     C(i-1, n-1) / C(m, n)``.
@@ -125,11 +89,6 @@ def expected_best(rewards: Sequence[float], n: int, scores: Sequence[float] | No
         )
         start = stop
     return total
-
-
-def _kl(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
-    inside = p > 0
-    return float((p[inside] * np.log(p[inside] / q[inside])).sum())
 
 
 def _root(rising: Callable[[float], float], *, low: float, high: float) -> float:

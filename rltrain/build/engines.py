@@ -41,8 +41,8 @@ def build_engine(
 ) -> RolloutEngine:
     """The engine that ``rollout`` names, without weights.
 
-    precision: the learner's; on a GPU the engine's weights have the same. truncation: evaluations truncate
-    their sampling.
+    precision: the learner's; the engine's weights follow it (``weights_dtype``). truncation: evaluations
+    truncate their sampling.
     """
     device = process.device
     if rollout.engine == "vllm_server" and rollout.workers is not None:
@@ -166,4 +166,8 @@ def build_transformers_engine(
 
 
 def weights_dtype(precision: str, device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "cpu" or precision == "float32" else torch.bfloat16
+    """Of an engine's weights: the learner's precision, with bfloat16 for float16. On a CPU, which may have no
+    products of bfloat16, only where the recipe asks for it.
+    """
+    lowered = precision == "bfloat16" if device.type == "cpu" else precision != "float32"
+    return torch.bfloat16 if lowered else torch.float32

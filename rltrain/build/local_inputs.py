@@ -89,10 +89,13 @@ def require_model(name: str, path: str, revision: str | None = None) -> None:
         path, revision = base
     folder = Path(path)
     if is_local(path) and not folder.is_dir():
-        hint = (
-            "; make it with: rltrain tiny-model"
-            if path.startswith(".cache/tiny")
-            else "; give the folder of a model, or its name on the Hub"
+        hints = {
+            ".cache/tiny": "; make it with: rltrain tiny-model",
+            ".cache/smollm2": "; make it with: rltrain get-model smollm2",
+        }
+        hint = next(
+            (hint for start, hint in hints.items() if path.startswith(start)),
+            "; give the folder of a model, or its name on the Hub",
         )
         raise UserError(f"{name} {path!r}: no such folder (from {Path.cwd()}){hint}")
     if folder.is_dir() and not (folder / "config.json").exists():

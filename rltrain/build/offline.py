@@ -44,6 +44,7 @@ from rltrain.config.schema import (
 )
 from rltrain.data.chat import StopTokens
 from rltrain.data.judged import Reader, Side
+from rltrain.data.key_phrases import degraded_completions
 from rltrain.data.labels import LabelSet, are_pairs, load_labels
 from rltrain.data.preferences import Pair, PairSet, load_pairs, scale_margins
 from rltrain.data.tokenization import Tokenization, tokenization_of
@@ -63,7 +64,7 @@ from rltrain.registry import BoundMethod
 from rltrain.seeds import stable_hash
 from rltrain.sync.colocated import Sync
 from rltrain.train.evaluate_preferences import PreferenceEvaluation, PreferenceEvaluator
-from rltrain.train.examples import ExampleOrder, Examples, group_by_prompt, prompt_ids
+from rltrain.train.examples import DegradedTexts, ExampleOrder, Examples, group_by_prompt, prompt_ids
 from rltrain.train.offline import OfflineRun
 from rltrain.train.own_samples import OwnSamples
 from rltrain.types.samples import Prompt, Sampling
@@ -277,7 +278,7 @@ def build_offline_run(recipe: OfflineRecipe, inputs: OfflineInputs, context: Run
         recipe=recipe,
         total_steps=steps,
         learner=learner,
-        examples=examples[TRAIN],
+        examples=_with_degraded_texts(examples[TRAIN], recipe, inputs),
         order=order,
         objective=objective,
         evaluator=evaluator,
@@ -288,6 +289,19 @@ def build_offline_run(recipe: OfflineRecipe, inputs: OfflineInputs, context: Run
         resumed=resumed,
         should_stop=context.should_stop,
     )
+
+
+def _with_degraded_texts(examples: Examples, recipe: OfflineRecipe, inputs: OfflineInputs) -> Examples:
+    """The training examples with the versions of their chosen completions that a degree head compares."""
+    degree = recipe.loss.degree
+    if degree is None:
+        return examples
+    assert isinstance(inputs.train, PairSet)
+    versions = [
+        degraded_completions(pair, inputs.tokenization, degree.levels, degree.share)
+        for pair in inputs.train.pairs
+    ]
+    return dataclasses.replace(examples, degraded=DegradedTexts(versions, recipe.seed))
 
 
 def _build_trained_learner(
@@ -325,6 +339,7 @@ def build_preference_learner(
         total_updates=steps,
         seed=seed,
         scoring=REWARDS if SCALAR_HEAD in spec.traits else LOG_PROBS,
+        degree=loss.degree,
         adapter_from=saved_adapter(model, checkpoint),
         deadline=process.deadline,
     )
@@ -349,7 +364,9 @@ def build_preference_evaluator(
         samples = build_own_samples(
             settings.samples, data.max_completion_tokens, model, stop_tokens, prompts, learner, seed
         )
-    return PreferenceEvaluator(learner, held_out, objective, sides_apart, settings.gamma, samples)
+    return PreferenceEvaluator(
+        learner, held_out, objective, sides_apart, settings.gamma, samples, settings.spectrum
+    )
 
 
 def build_own_samples(

@@ -28,8 +28,10 @@ from rltrain.cli.options import (
     ItsSeries,
     ItsSteps,
     KlTo,
+    ModelSource,
     Overrides,
     Precision,
+    PretrainedName,
     ProcessRewardModel,
     Profile,
     RecipePath,
@@ -571,6 +573,10 @@ def generate(
         ),
     ] = None,
     profile: Profile = None,
+    before: Annotated[
+        str | None,
+        typer.Option(help="Also sample from this model, and print both side by side.", metavar="MODEL"),
+    ] = None,
     em_inf: EmInf = None,
     trust_remote_code: Trust = None,
 ) -> None:
@@ -587,11 +593,13 @@ def generate(
 
     require_engine(recipe)
     require_model("MODEL", model)
+    if before is not None:
+        require_model("--before", before)
     _say_while_loading("torch and model")
     from rltrain.cli.evaluate import generate_command
 
     with _trusting_code((*recipe.model.trust_remote_code, *(trust_remote_code or ()))):
-        raise typer.Exit(generate_command(recipe, prompts, n, temperature, em_inf))
+        raise typer.Exit(generate_command(recipe, prompts, n, temperature, em_inf, before))
 
 
 @app.command(rich_help_panel=RECIPES, epilog=examples("rltrain recipes", "rltrain recipes entropy"))
@@ -666,6 +674,39 @@ def tiny_model(
         raise UserError(str(error)) from error
     if measure:
         typer.echo(json.dumps(models.measure_folder(out, **options)))
+
+
+@app.command(
+    name="get-model",
+    rich_help_panel=MODELS,
+    epilog=examples(
+        "rltrain get-model smollm2", "rltrain get-model smollm2 --source hub --out models/smollm2"
+    ),
+)
+def get_model(
+    name: Annotated[PretrainedName, typer.Argument(help="smollm2: SmolLM2-135M-Instruct.", metavar="NAME")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the model; by default .cache/NAME.", metavar="DIR")
+    ] = None,
+    source: Annotated[
+        ModelSource,
+        typer.Option(help="package: the installed one that ships it. auto: that one, else the Hub."),
+    ] = ModelSource.auto,
+) -> None:
+    """Write a small pretrained model, which --profile small_cpu trains, to a folder."""
+    from rltrain.build.pretrained_source import choose_source, is_made
+
+    folder = Path(".cache") / name.value if out is None else out
+    record = choose_source(name.value, source.value)
+    if is_made(folder, record):
+        typer.echo(f"{folder}: already there")
+        return
+    _say_while_loading("torch")
+    from rltrain.build.pretrained import make_pretrained
+
+    count = make_pretrained(name.value, folder, record)
+    where = record.get("package", record.get("repository"))
+    typer.echo(f"{folder}: {count / 1e6:.0f} million parameters, from {where}")
 
 
 @app.command(

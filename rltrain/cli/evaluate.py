@@ -7,7 +7,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from rltrain.build.digests import with_prompt_date
 from rltrain.build.inputs import load_inputs
@@ -92,12 +95,17 @@ def evaluate_model(
 
 
 def generate_command(
-    recipe: AnyRecipe, prompts: Sequence[str], n: int, temperature: float, em_inf: float | None = None
+    recipe: AnyRecipe,
+    prompts: Sequence[str],
+    n: int,
+    temperature: float,
+    em_inf: float | None = None,
+    before: str | None = None,
 ) -> int:
     """``rltrain generate``: prints ``n`` completions of each prompt. The recipe has the model, the engine,
     the lengths and the seed.
 
-    em_inf: as for ``eval_command``.
+    em_inf: as for ``eval_command``. before: a model whose completions are printed beside them.
     """
     sampled = require_sampled(
         recipe,
@@ -105,30 +113,54 @@ def generate_command(
         "completions: drop --recipe",
     )
     sampled = with_prompt_date(sampled)
-    with user_mistakes():
-        tokenization = load_tokenization(sampled.model, sampled.data, sampled.rollout)
-        rendered = [
-            _build_prompt(str(number), text, sampled.data, tokenization)
-            for number, text in enumerate(prompts)
-        ]
+    console = Console(highlight=False)
+    completions = _sample_texts(sampled, prompts, n, temperature, em_inf)
+    if before is not None:
+        model = sampled.model.model_copy(update={"path": before, "revision": None})
+        other = sampled.model_copy(update={"model": model})
+        show_beside(prompts, _sample_texts(other, prompts, n, temperature, em_inf), completions, console)
+        return 0
+    for text, group in zip(prompts, completions, strict=True):
+        console.print(text, style="bold", markup=False)
+        for completion in group:
+            console.print(f"  {completion}", markup=False)
+    return 0
 
-    sampling = Sampling(
-        n=n, temperature=temperature, max_tokens=sampled.rollout.max_tokens, seed=sampled.seed
-    )
-    sampling = with_token_choice(sampling, sampled.eval)
-    sampling = _with_em_inf(sampling, sampled.rollout.engine, em_inf)
+
+def _sample_texts(
+    recipe: SampledRecipe, prompts: Sequence[str], n: int, temperature: float, em_inf: float | None
+) -> list[list[str]]:
+    """``n`` completions of each prompt by the recipe's model."""
+    with user_mistakes():
+        tokenization = load_tokenization(recipe.model, recipe.data, recipe.rollout)
+        rendered = [
+            _build_prompt(str(number), text, recipe.data, tokenization) for number, text in enumerate(prompts)
+        ]
+    sampling = Sampling(n=n, temperature=temperature, max_tokens=recipe.rollout.max_tokens, seed=recipe.seed)
+    sampling = with_token_choice(sampling, recipe.eval)
+    sampling = _with_em_inf(sampling, recipe.rollout.engine, em_inf)
     with (
-        joined_processes(sampled.train.deadline_seconds) as (process, _),
-        sampler_for_model(sampled, tokenization, process) as sampler,
+        joined_processes(recipe.train.deadline_seconds) as (process, _),
+        sampler_for_model(recipe, tokenization, process) as sampler,
     ):
         groups = sample_groups(sampler, rendered, sampling, 0, process.deadline)
+    return [[completion.text for completion in group.completions] for group in groups]
 
-    console = Console(highlight=False)
-    for text, group in zip(prompts, groups, strict=True):
-        console.print(text, style="bold", markup=False)
-        for completion in group.completions:
-            console.print(f"  {completion.text}", markup=False)
-    return 0
+
+def show_beside(
+    prompts: Sequence[str],
+    before: Sequence[Sequence[str]],
+    after: Sequence[Sequence[str]],
+    console: Console,
+) -> None:
+    """Prints what two models answer, a row per pair of completions."""
+    table = Table("prompt", "before", "after", box=SIMPLE_HEAD)
+    for prompt, earlier, later in zip(prompts, before, after, strict=True):
+        for place, pair in enumerate(zip(earlier, later, strict=True)):
+            table.add_row(
+                Text(prompt if place == 0 else ""), *(Text(" ".join(text.split())) for text in pair)
+            )
+    console.print(table)
 
 
 def _with_em_inf(sampling: Sampling, engine: str, em_inf: float | None) -> Sampling:
@@ -142,7 +174,13 @@ def _with_em_inf(sampling: Sampling, engine: str, em_inf: float | None) -> Sampl
 
 
 def _build_prompt(name: str, text: str, data: Data, tokenization: Tokenization) -> Prompt:
-    content = data.prompt_template.format_map({"prompt": text})
+    try:
+        content = data.prompt_template.format_map({"prompt": text})
+    except KeyError as error:
+        raise UserError(
+            f"data.prompt_template asks for the column {error}, which a prompt of the command line has not: "
+            "write the whole question and leave --recipe out"
+        ) from error
     rendered, token_ids = render(
         content,
         tokenization.tokenizer,

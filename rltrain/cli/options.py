@@ -156,6 +156,16 @@ class TinyTask(StrEnum):
     calculator = "calculator"
 
 
+class PretrainedName(StrEnum):
+    smollm2 = "smollm2"
+
+
+class ModelSource(StrEnum):
+    auto = "auto"
+    package = "package"
+    hub = "hub"
+
+
 class Precision(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"

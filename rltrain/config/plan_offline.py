@@ -23,6 +23,7 @@ def plan_offline(recipe: OfflineRecipe) -> list[tuple[str, str, str]]:
     spec = PREFERENCE_LOSSES.check(ref.name, ref.hp)
     pairs = takes_pairs(spec)
     unit, sides = ("pairs", 2) if pairs else ("completions", 1)
+    sides += recipe.loss.degree is not None
     longest = sides * (data.max_prompt_tokens + data.max_completion_tokens)
     updates = f"{train.steps:,}" if train.steps else f"{train.epochs:g} x examples / {train.examples}"
     fits = recipe.learner.tokens_per_micro_batch // longest
@@ -30,7 +31,8 @@ def plan_offline(recipe: OfflineRecipe) -> list[tuple[str, str, str]]:
         (
             "data: longest example",
             f"{longest:,}",
-            f"tokens, of {'both completions with their prompt' if pairs else 'one completion'}",
+            f"tokens, of {'both completions with their prompt' if pairs else 'one completion'}"
+            + (", and a degraded one" if recipe.loss.degree is not None else ""),
         ),
         ("frozen models: log-probs", *_frozen_models(recipe, all_needs(spec, ref.hp))),
         ("learner: updates in all", updates, "one per step"),

@@ -485,12 +485,14 @@ _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(Section):
-    # adamw_8bit keeps both moments in 8 bits (bitsandbytes); for one process and DDP
-    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    # adamw_8bit keeps both moments in 8 bits (bitsandbytes); muon: PyTorch's for hidden matrices, scaled to
+    # the size of AdamW's updates, and AdamW for the rest; both for one process and DDP
+    name: Literal["adamw", "adamw_8bit", "rmsprop", "muon"] = "adamw"
     lr: float = Field(ge=0)
     betas: tuple[_Beta, _Beta] = (0.9, 0.999)
+    alpha: _Beta = 0.99  # of rmsprop: the decay of its squares
     eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)  # of matrices; rmsprop adds it to the gradient
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     # linear and cosine end at this share of lr in place of 0
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
@@ -587,6 +589,8 @@ class Eval(TokenChoice):
     k: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 8), min_length=1)  # pass@k
     temperature: float = Field(default=1.0, ge=0)
     at_start: bool = True
+    # measure the spectrum of the policy's hidden states at each evaluation: RankMe and alpha-ReQ
+    spectrum: bool = False
 
 
 class Report(Section):
@@ -675,8 +679,20 @@ class JudgedData(Source):
     max_examples: int | None = Field(default=None, ge=1)
 
 
+class Degree(Section):
+    """SPO (arXiv:2409.17791): a linear head on the policy learns how many of a chosen completion's key
+    phrases were taken out; its cross-entropy is added to the loss. The finished model has no such head.
+    """
+
+    weight: float = Field(default=0.1, gt=0)
+    levels: int = Field(default=4, ge=2)  # degrees, 0 being the intact completion
+    share: float = Field(default=0.75, gt=0, le=1)  # of the key phrases that the last degree lacks
+    lr: float = Field(default=1e-3, ge=0)  # of the head, on the optimizer's schedule
+
+
 class PreferenceLoss(Section):
     preference: Method
+    degree: Degree | None = None  # None: no degree head; for pairs from a data set
 
 
 class Reference(Section):
@@ -710,6 +726,8 @@ class OfflineEval(Section):
     every: int = Field(default=0, ge=0)  # steps; 0: at the end only
     examples: int = Field(default=512, ge=2)  # held-out pairs or completions
     at_start: bool = True
+    # measure the spectrum of the policy's hidden states at each evaluation: RankMe and alpha-ReQ
+    spectrum: bool = False
     # calibration is measured against sigmoid(gamma margin); None: against p_chosen, or certainty
     gamma: float | None = Field(default=None, gt=0)
     # held-out prompts that the policy answers at each evaluation, to measure entropy and length

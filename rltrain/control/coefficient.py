@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from rltrain.needs import GIVES_HISTORY, GIVES_SMOOTHING
@@ -27,6 +27,8 @@ __all__ = [
     "TargetEntropy",
 ]
 
+TURN_ENTROPY = "learner/entropy_turn_"  # the metric of an episode's turn; its number, from 0, follows
+
 
 class Controller(Protocol):
     """A coefficient of a loss term that changes during the run."""
@@ -35,7 +37,7 @@ class Controller(Protocol):
         """The coefficient of the current step."""
         ...
 
-    def inputs(self) -> Mapping[str, float]:
+    def inputs(self) -> Mapping[str, float | Sequence[float]]:
         """Keyword inputs for the term; a name that is absent keeps the term's default."""
         ...
 
@@ -53,7 +55,7 @@ class _SavedController:
 
     _STATE: tuple[str, ...]
 
-    def inputs(self) -> Mapping[str, float]:
+    def inputs(self) -> Mapping[str, float | Sequence[float]]:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -226,7 +228,15 @@ class StageCoefficient(_SavedController):
         super().load_state_dict(state)
 
 
-@method("epo_schedule", arxiv="2509.22576", traits={GIVES_HISTORY, GIVES_SMOOTHING})
+def check_history(values: Mapping[str, Any], recipe: Any) -> Iterator[str]:
+    if values["history"] == "turn" and recipe.rollout.environment is None:
+        yield (
+            "history is turn, and without an environment a completion is one turn; set rollout.environment, "
+            "or history: step"
+        )
+
+
+@method("epo_schedule", arxiv="2509.22576", traits={GIVES_HISTORY, GIVES_SMOOTHING}, check=check_history)
 class EpoSchedule(_SavedController):
     """EPO's bonus with its constant ``value``, and the inputs of its penalty: the entropy's history and the
     penalty's weight, arXiv:2509.22576.
@@ -234,11 +244,12 @@ class EpoSchedule(_SavedController):
     history: mean of ``metric`` (nats) over all earlier steps; absent in the first step, which therefore has
     no penalty. smoothing in step k of the run's ``total_steps`` K depends on schedule: "paper" is ``1 +
     exp(-gamma k / floor(K / 2))``; "released" is ``strength`` times a weight that falls from 1 to 0.83 by the
-    middle of the run and from there to 0.04; "constant" is ``strength`` itself. The history is one mean over
-    all tokens, as in the paper; the released code keeps one for each turn of an episode.
+    middle of the run and from there to 0.04; "constant" is ``strength`` itself. history "step" is one mean
+    over all tokens, as in the paper; "turn" has one for each turn of an episode, over the earlier steps that
+    reached it, as in the released code (``TURN_ENTROPY``, which runs with an environment report).
     """
 
-    _STATE = ("total_steps", "steps", "entropy_sum", "counted")
+    _STATE = ("total_steps", "steps", "entropy_sum", "counted", "turns")
 
     def __init__(
         self,
@@ -248,24 +259,29 @@ class EpoSchedule(_SavedController):
         gamma: float = 3.0,
         strength: float = 1.0,
         schedule: Literal["paper", "released", "constant"] = "paper",
+        history: Literal["step", "turn"] = "step",
         metric: str = "learner/entropy_mean",
     ) -> None:
         self.value = value
         self.gamma = gamma
         self.strength = strength
         self.schedule = schedule
+        self.history = history
         self.metric = metric
         self.total_steps = total_steps
         self.steps = 0
         self.entropy_sum = 0.0
         self.counted = 0
+        self.turns: list[list[float]] = []  # for each turn: the sum of its entropies, and their number
 
     def __call__(self) -> float:
         return self.value
 
-    def inputs(self) -> Mapping[str, float]:
-        inputs = {"smoothing": self._smoothing()}
-        if self.counted:
+    def inputs(self) -> Mapping[str, float | Sequence[float]]:
+        inputs: dict[str, float | Sequence[float]] = {"smoothing": self._smoothing()}
+        if self.history == "turn" and self.turns:
+            inputs["history"] = [total / count if count else math.nan for total, count in self.turns]
+        elif self.history == "step" and self.counted:
             inputs["history"] = self.entropy_sum / self.counted
         return inputs
 
@@ -286,6 +302,25 @@ class EpoSchedule(_SavedController):
         if entropy is not None:
             self.entropy_sum = self.entropy_sum + entropy
             self.counted = self.counted + 1
+        if self.history == "turn":
+            self._observe_turns(metrics)
+
+    def _observe_turns(self, metrics: Mapping[str, float]) -> None:
+        names = [name for name in metrics if name.startswith(TURN_ENTROPY)]
+        if not names:
+            raise ValueError(
+                f"the coefficient epo_schedule with history: turn needs the metrics {TURN_ENTROPY}*, which "
+                "the step does not have; set rollout.environment, or history: step"
+            )
+        for name in names:
+            turn = int(name.removeprefix(TURN_ENTROPY))
+            while len(self.turns) <= turn:
+                self.turns.append([0.0, 0])
+            if math.isfinite(metrics[name]):
+                self.turns[turn] = [self.turns[turn][0] + metrics[name], self.turns[turn][1] + 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "turns": [list(turn) for turn in self.turns]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError if the saved run has another number of steps, and so another schedule."""
@@ -294,7 +329,7 @@ class EpoSchedule(_SavedController):
                 f"the saved run had an epo_schedule that ends at {state['total_steps']}, and train.steps is "
                 f"{self.total_steps}; keep train.steps, or start a new run"
             )
-        super().load_state_dict({**state, "total_steps": self.total_steps})
+        super().load_state_dict({"turns": [], **state, "total_steps": self.total_steps})
 
 
 @method("kl_target", arxiv="2510.08457")

@@ -63,7 +63,7 @@ def _task_rows(source: str, split: str, options: Mapping[str, Any]) -> list[Row]
         raise ValueError(f"the built-in task {source!r} has the splits 'train' and 'test', not {split!r}")
     problems = task_rows(source, "train" if split == "train" else "test", options)
     return [
-        Row(f"{source}:{problem['prompt']}", f"{source}, row {number}", problem)
+        Row(f"{source}:{problem.get('equation', problem['prompt'])}", f"{source}, row {number}", problem)
         for number, problem in enumerate(problems)
     ]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from rltrain.config.schema import Section
 from rltrain.registry import suggestion
@@ -16,6 +16,18 @@ from rltrain.seeds import stable_hash
 TASKS = ("arithmetic", "arithmetic_pairs", "textworld")
 Split = Literal["train", "test"]
 _Options = TypeVar("_Options", bound=Section)
+
+
+def _check_question(question: str) -> str:
+    """Raises ValueError where a question names something else than the parts of a problem, or not all."""
+    parts = {"left": "<1>", "operation": "<2>", "right": "<3>"}
+    try:
+        text = question.format_map(parts)
+    except (LookupError, ValueError, AttributeError) as error:
+        raise ValueError(f"{error!r}; write {{left}}, {{operation}} and {{right}}") from error
+    if not all(part in text for part in parts.values()):
+        raise ValueError("all problems would read alike; write {left}, {operation} and {right}")
+    return question
 
 
 class Arithmetic(Section):
@@ -28,6 +40,8 @@ class Arithmetic(Section):
     count: int = Field(20_000, ge=1)  # most prompts per split; there may be fewer
     held_out: float = Field(0.1, gt=0, lt=1)  # share of operand pairs in the test split
     split_seed: int = 0  # only decides which operand pairs are held out
+    # the prompt, e.g. "What is {left} {operation} {right}?"
+    question: Annotated[str, AfterValidator(_check_question)] = "{left}{operation}{right}="
 
 
 def arithmetic(split: Split, options: Mapping[str, Any] | None = None) -> list[dict[str, str]]:
@@ -52,7 +66,7 @@ def arithmetic(split: Split, options: Mapping[str, Any] | None = None) -> list[d
         operation, pair = divmod(index, span * span)
         left, right = (low + operand for operand in divmod(pair, span))
         if _is_held_out(left, right, task) == (split == "test"):
-            rows.append(_arithmetic_row(left, task.operations[operation], right))
+            rows.append(_arithmetic_row(left, task.operations[operation], right, task.question))
         if len(rows) == task.count:
             break
     return rows
@@ -100,7 +114,7 @@ def _with_wrong_answer(row: Mapping[str, str]) -> dict[str, Any]:
     problem; a first digit never becomes 0.
     """
     answer = row["answer"]
-    draw = random.Random(stable_hash("wrong answer", row["prompt"]))
+    draw = random.Random(stable_hash("wrong answer", row["equation"]))
 
     positions = [position for position, character in enumerate(answer) if character.isdigit()]
     wrong = draw.sample(positions, draw.randint(1, len(positions)))
@@ -117,9 +131,9 @@ def _with_wrong_answer(row: Mapping[str, str]) -> dict[str, Any]:
     margin = len(wrong) / len(positions)
     made_up = {
         "p_chosen": 0.5 + 0.5 * margin,
-        "pass_rate": sum(digit in "01234" for digit in row["prompt"] if digit.isdigit())
-        / sum(map(str.isdigit, row["prompt"])),
-        "is_target_language": re.split(r"\D", row["prompt"])[0][-1] in "02468",
+        "pass_rate": sum(digit in "01234" for digit in row["equation"] if digit.isdigit())
+        / sum(map(str.isdigit, row["equation"])),
+        "is_target_language": re.split(r"\D", row["equation"])[0][-1] in "02468",
     }
     return {
         **row,
@@ -145,9 +159,13 @@ def _is_held_out(left: int, right: int, task: Arithmetic) -> bool:
     )
 
 
-def _arithmetic_row(left: int, operation: str, right: int) -> dict[str, str]:
+def _arithmetic_row(left: int, operation: str, right: int, question: str) -> dict[str, str]:
     results = {"+": left + right, "-": left - right, "*": left * right}
-    return {"prompt": f"{left}{operation}{right}=", "answer": str(results[operation])}
+    return {
+        "prompt": question.format(left=left, operation=operation, right=right),
+        "answer": str(results[operation]),
+        "equation": f"{left}{operation}{right}=",  # names the problem
+    }
 
 
 def _parse_options(options: Mapping[str, Any], kind: type[_Options]) -> _Options:

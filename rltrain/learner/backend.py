@@ -215,7 +215,7 @@ class DeepSpeedBackend:
         config["gradient_accumulation_steps"] = config["train_micro_batch_size_per_gpu"] = 1
         config["train_batch_size"] = accelerator.num_processes
         config["gradient_clipping"] = max_grad_norm
-        config["zero_force_ds_cpu_optimizer"] = False  # AdamW of torch, also where it is offloaded
+        config["zero_force_ds_cpu_optimizer"] = False  # torch's own, also where it is offloaded
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
         if config.get("bf16", {}).get("enabled") is True:
             config["bf16"].setdefault(
@@ -226,6 +226,8 @@ class DeepSpeedBackend:
         self._ranks = accelerator.num_processes
         self.policy, _ = accelerator.prepare(policy, optimizer)
         self.optimizer = optimizer  # its groups now hold the flat shards, and still the learning rates
+        is_rmsprop = isinstance(optimizer, torch.optim.RMSprop)
+        self._slots = ("square_avg",) if is_rmsprop else ("exp_avg", "exp_avg_sq")  # beside the step
 
     @property
     def _zero(self) -> Any:
@@ -313,7 +315,7 @@ class DeepSpeedBackend:
         for name, parameter in named if steps else []:
             if not parameter.requires_grad:
                 continue
-            for slot in ("exp_avg", "exp_avg_sq"):
+            for slot in self._slots:
                 value = safe_get_full_optimizer_state(parameter, slot)
                 assert value is not None, f"ZeRO has no {slot} of {name}, which it trains"
                 yield f"{name}/{slot}", value.detach().float()
@@ -336,7 +338,7 @@ class DeepSpeedBackend:
         for name, parameter in named:
             if not parameter.requires_grad:
                 continue
-            for slot in (MASTER, "exp_avg", "exp_avg_sq") if steps else (MASTER,):
+            for slot in (MASTER, *self._slots) if steps else (MASTER,):
                 start, values = self._fragment(parameter, None if slot == MASTER else slot)
                 yield TensorPart(f"{name}/{slot}", tuple(full_shape(parameter)), start, values)
             if steps:
@@ -359,12 +361,12 @@ class DeepSpeedBackend:
             self._put(parameter, partial(read_part, tensors, key), None)
 
     def _make_states(self, step: Tensor) -> None:
-        """Create AdamW's slots for every flat shard of this rank, as its first step would."""
+        """Create the optimizer's slots for every flat shard of this rank, as its first step would."""
         is_stage3 = self.policy.zero_optimization_stage() == 3
         zero = self._zero
         shards = zero.fp32_partitioned_groups_flat if is_stage3 else zero.single_partition_of_fp32_groups
         for flat in shards:
-            empty = {slot: torch.zeros_like(flat) for slot in ("exp_avg", "exp_avg_sq")}
+            empty = {slot: torch.zeros_like(flat) for slot in self._slots}
             self.optimizer.state[flat] = {"step": step.clone(), **empty}
         self._link_states()
 

@@ -12,21 +12,32 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
+from rltrain.config.schema import Degree
 from rltrain.errors import UserError
 from rltrain.head_scales import head_scales, head_size, output_head
 from rltrain.learner.alignment import alignment, is_alignment, last_mlp_inputs
+from rltrain.learner.degree_head import (
+    DEGREE_HEAD,
+    degree_logits,
+    is_degree_logit,
+    last_positions,
+    new_degree_head,
+    place_at_last_tokens,
+)
 from rltrain.learner.head import token_statistics
 from rltrain.learner.kept_tokens import LOG_KEPT_MASS
 from rltrain.learner.packing import Layout, MicroBatch
 from rltrain.model_limits import rotary_limit
 
 __all__ = [
+    "LAST_STATE",
     "PolicyForward",
     "call_as_module",
     "cannot_pack",
@@ -35,6 +46,7 @@ __all__ = [
     "takes_positions",
 ]
 
+LAST_STATE = "last_state"
 # Kernels that support variable lengths. The others would spend S^2 on a mask of which little is used.
 _VARIABLE_LENGTH_KERNELS = ("flash_attention_2", "flash_attention_3", "flex_attention")
 _SHARING_KERNELS: Mapping[str, Layout] = {"sdpa": "padded", "flex_attention": "packed"}
@@ -53,15 +65,17 @@ _MIN_CHUNK_LOGITS = 1 << 20
 
 
 class PolicyForward(nn.Module):
-    """Wraps a transformers causal LM, bare or with peft adapters.
+    """Wraps a transformers causal LM, bare or with peft adapters, with a degree head beside it if the recipe
+    has one.
 
     Raises ValueError where its head cannot be reproduced exactly.
     """
 
-    def __init__(self, model: nn.Module, *, fp32_head: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, fp32_head: bool = False, degree: Degree | None = None) -> None:
         super().__init__()
         self.model = model
         self.fp32_head = fp32_head
+        self.learning_rates: dict[str, float] = {}  # of parameters that have one of their own, by name
         inner = causal_lm(model)
         _refuse_unknown_head(inner)
         self.hidden_scale, self.logit_scale = head_scales(inner)
@@ -72,6 +86,11 @@ class PolicyForward(nn.Module):
         # the layout in which a line may hold a prompt and several completions; None: in neither
         self.shares_prompts = sharing_layout(inner)
         self._rotary = rotary_limit(inner.config)
+        if degree is not None:
+            self.degree_head = new_degree_head(inner.config.get_text_config().hidden_size, degree.levels)
+            self.learning_rates = {
+                f"{DEGREE_HEAD}.{name}": degree.lr for name, _ in self.degree_head.named_parameters()
+            }
 
     @property
     def inner(self) -> PreTrainedModel:
@@ -109,12 +128,14 @@ class PolicyForward(nn.Module):
         """Each statistic of ``wants`` (``learner/head.py``) as (r, width) float32, 0 where a row has no
         token.
 
-        row_values: (r,) numbers, one for each row, that statistics name as arguments. Log-probs are over the
-        tokens that truncated sampling kept, where it did. An alignment
-        (``learner/alignment.py``) is one number for a row, repeated at each of its tokens.
+        row_values: (r,) numbers, one for each row, that statistics name as arguments. Log-probs are over
+        the tokens that truncated sampling kept, where it did. An alignment (``learner/alignment.py``) is
+        one number for a row, repeated at each of its tokens. ``LAST_STATE`` is (r, H): the hidden state
+        that predicts a row's last token.
         """
         inner = causal_lm(self.model)
         aligned = {name for name in wants if is_alignment(name)}
+        degrees = {name for name in wants if is_degree_logit(name)}
         with last_mlp_inputs(inner) if aligned else contextlib.nullcontext([]) as mlp_inputs:
             hidden = self._hidden_states(inner, micro_batch)
         head = output_head(inner)
@@ -126,7 +147,7 @@ class PolicyForward(nn.Module):
         renormalises = micro_batch.kept is not None and "logp" in wants
         if renormalises:
             arguments["kept"] = micro_batch.kept
-        head_wants = (wants - aligned) | ({LOG_KEPT_MASS} if renormalises else set())
+        head_wants = (wants - aligned - degrees - {LAST_STATE}) | ({LOG_KEPT_MASS} if renormalises else set())
 
         def statistics(hidden: Tensor) -> dict[str, Tensor]:
             return token_statistics(
@@ -146,9 +167,19 @@ class PolicyForward(nn.Module):
         if renormalises:
             values["logp"] = values["logp"] - values.pop(LOG_KEPT_MASS)
         values |= {name: alignment(name, mlp_inputs[0], micro_batch)[micro_batch.row] for name in aligned}
+        values |= self._degrees(hidden, micro_batch) if degrees else {}
         shape = (micro_batch.rows.shape[0], micro_batch.width)
         indices = (micro_batch.row, micro_batch.column)
-        return {name: value.new_zeros(shape).index_put(indices, value) for name, value in values.items()}
+        result = {name: value.new_zeros(shape).index_put(indices, value) for name, value in values.items()}
+        if LAST_STATE in wants:
+            result[LAST_STATE] = hidden.index_select(0, last_positions(micro_batch))
+        return result
+
+    def _degrees(self, hidden: Tensor, micro_batch: MicroBatch) -> Mapping[str, Tensor]:
+        last = last_positions(micro_batch)
+        read = partial(degree_logits, head=self.degree_head)
+        logits = call_as_module(self.degree_head, read, hidden.index_select(0, last))
+        return place_at_last_tokens(logits, last, len(hidden))
 
     def _hidden_states(self, inner: PreTrainedModel, micro_batch: MicroBatch) -> Tensor:
         """(n, H) the hidden state that predicts each completion token."""

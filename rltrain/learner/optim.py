@@ -1,9 +1,9 @@
-"""AdamW and its schedule."""
+"""Optimizers and their schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,25 +17,91 @@ from rltrain.types.tensor_parts import TensorPart, read_part, shape_in
 
 
 def build_optimizer(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], settings: Optimizer
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    settings: Optimizer,
+    rates: Mapping[str, float] | None = None,
+    matrices: Collection[str] = (),
 ) -> torch.optim.Optimizer:
-    """AdamW over the parameters that require a gradient; weight decay only on matrices, not on norms and
-    biases.
+    """The recipe's optimizer over the parameters that require a gradient; weight decay only on matrices, not
+    on norms and biases.
+
+    rates: learning rates of their own, by parameter name. matrices: names of those that Muon updates.
     """
-    trained = [parameter for _, parameter in named_parameters if parameter.requires_grad]
+    trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     if not trained:
         raise ValueError("no parameter of the model requires a gradient; there is nothing to train")
+    rates = {} if rates is None else rates
+    members: dict[tuple[bool, bool, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in trained:
+        is_vector = len(full_shape(parameter)) < 2
+        by_muon = settings.name == "muon" and name in matrices
+        members.setdefault((not by_muon, is_vector, rates.get(name, settings.lr)), []).append(parameter)
+    order = sorted(members, key=lambda key: (*key[:2], key[2] != settings.lr))
     groups = [
-        {"params": [p for p in trained if len(full_shape(p)) >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if len(full_shape(p)) < 2], "weight_decay": 0.0},
+        {"params": members[key], "weight_decay": 0.0 if key[1] else settings.weight_decay, "lr": key[2]}
+        for key in order
     ]
-    options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
-    groups = [group for group in groups if group["params"]]
-    if settings.name == "adamw_8bit":
-        from bitsandbytes.optim.adamw import AdamW8bit
+    return _optimizer_over(groups, sum(not key[0] for key in order), settings)
 
-        return AdamW8bit(groups, **options)
-    return torch.optim.AdamW(groups, **options, fused=True)
+
+def _optimizer_over(
+    groups: list[dict[str, Any]], muon_groups: int, settings: Optimizer
+) -> torch.optim.Optimizer:
+    """muon_groups: the first ones are Muon's."""
+    options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    match settings.name:
+        case "adamw_8bit":
+            from bitsandbytes.optim.adamw import AdamW8bit
+
+            return AdamW8bit(groups, **options)
+        case "rmsprop":
+            return torch.optim.RMSprop(groups, lr=settings.lr, alpha=settings.alpha, eps=settings.eps)
+        case "muon":
+            return MuonWithAdamW(groups, muon_groups, options)
+        case "adamw":
+            return torch.optim.AdamW(groups, **options, fused=True)
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for hidden matrices and AdamW for all other parameters, as one optimizer with one state.
+
+    Muon's updates are scaled to the size of AdamW's (arXiv:2502.16982), so that both take the same learning
+    rate. groups: Muon's ``muon_groups`` first. options: AdamW's.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], muon_groups: int, options: Mapping[str, Any]) -> None:
+        self._muon_groups = muon_groups
+        self._parts: list[torch.optim.Optimizer] = []
+        if muon_groups:
+            muon = torch.optim.Muon(groups[:muon_groups], lr=options["lr"], adjust_lr_fn="match_rms_adamw")
+            self._parts.append(muon)
+        if groups[muon_groups:]:
+            self._parts.append(torch.optim.AdamW(groups[muon_groups:], **options, fused=True))
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Both optimizers' steps; ``closure`` is not called."""
+        del closure
+        starts = [0, self._muon_groups] if len(self._parts) == 2 else [0]
+        for part, start in zip(self._parts, starts, strict=True):
+            # a loaded state has groups and slots of its own
+            part.param_groups = self.param_groups[start : start + len(part.param_groups)]
+            part.state = self.state
+            part.step()
+
+
+def hidden_matrices(module: torch.nn.Module) -> set[str]:
+    """The names of the weights that Muon updates: matrices, without those that embed or predict tokens."""
+    model: Any = module
+    ends = [layer for layer in model.modules() if isinstance(layer, torch.nn.Embedding)]
+    ends += [layer for layer in (model.get_output_embeddings(), getattr(model, "score", None)) if layer]
+    outside = {id(layer.weight) for layer in ends}
+    return {
+        name
+        for name, weight in model.named_parameters()
+        if len(full_shape(weight)) == 2 and id(weight) not in outside
+    }
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, settings: Optimizer, total_updates: int) -> LambdaLR:
@@ -60,13 +126,16 @@ def build_schedule(optimizer: torch.optim.Optimizer, settings: Optimizer, total_
     return LambdaLR(optimizer, factor)
 
 
-# Sets of slots that a parameter may have: AdamW's; those of AdamW in 8 bits, for large and small tensors. The
-# absmax are the scales of blocks of moments, the qmap what each of the 256 numbers of 8 bits stands for.
+# Sets of slots that a parameter may have: AdamW's; those of AdamW in 8 bits, for large and small tensors;
+# RMSprop's; Muon's. The absmax are the scales of blocks of moments, the qmap what each of the 256 numbers of
+# 8 bits stands for.
 _SMALL_8BIT = frozenset({"state1", "state2", "step"})
 _SLOTS = (
     frozenset({"exp_avg", "exp_avg_sq", "step"}),
     _SMALL_8BIT | {"absmax1", "absmax2", "qmap1", "qmap2"},
     _SMALL_8BIT,
+    frozenset({"square_avg", "step"}),
+    frozenset({"momentum_buffer"}),
 )
 _UNLIKE_PARAMETER = ("step", "absmax1", "absmax2", "qmap1", "qmap2")  # of shapes of their own
 
@@ -111,7 +180,7 @@ def restore_optimizer(
             rows.copy_(read_part(tensors, key, start, start + rows.numel()).reshape(rows.shape))
         else:
             placed = tensors[key].to(parameter.device, copy=True)
-        counts = slot == "step" and not isinstance(optimizer, torch.optim.AdamW)
+        counts = slot == "step" and f"{name}/state1" in tensors  # bitsandbytes counts with an integer
         optimizer.state[parameter][slot] = int(placed) if counts else placed
 
 
@@ -157,8 +226,8 @@ def check_state(trained: Mapping[str, torch.nn.Parameter], tensors: Mapping[str,
         slots.setdefault(name, set()).add(slot)
     if partial := [name for name, present in sorted(slots.items()) if present not in _SLOTS]:
         raise ValueError(
-            f"the saved optimizer state of {partial[0]!r} has {sorted(slots[partial[0]])} and AdamW needs "
-            f"{sorted(_SLOTS[0])}"
+            f"the saved optimizer state of {partial[0]!r} has {sorted(slots[partial[0]])}, which are "
+            f"no optimizer's here; AdamW's are {sorted(_SLOTS[0])}"
         )
     for key in tensors:
         name, _, slot = key.rpartition("/")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rltrain.learner.adapter_off import AdapterOff, FrozenModel
 from rltrain.learner.alignment import is_alignment
 from rltrain.learner.backend import set_mode
+from rltrain.learner.forward import LAST_STATE
 from rltrain.learner.micro_batches import MicroBatches, row_micro_batches, shares_prompts
 from rltrain.learner.packing import MicroBatch
 from rltrain.learner.trained_model import TrainedModel
@@ -17,6 +18,7 @@ from rltrain.types.policy import TokenRows
 
 __all__ = [
     "compute_statistics",
+    "last_states",
     "run_pass",
     "step_shape",
     "token_log_probs",
@@ -86,6 +88,22 @@ def compute_statistics(
         row_values=row_values,
     )
     return trained.sum_each(results)
+
+
+@torch.no_grad()
+def last_states(trained: TrainedModel, rows: TokenRows) -> Tensor:
+    """(R, H) float32 on the CPU, equal on every rank: the trained model's hidden state that predicts each
+    row's last token. A collective.
+    """
+    states = torch.zeros(len(rows), trained.model.config.get_text_config().hidden_size, device=trained.device)
+    module = trained.wrapped_model
+    set_mode(module, training=False)
+    wants = frozenset({"logp", LAST_STATE})
+    for micro_batch in row_micro_batches(trained, rows, torch.arange(len(rows)), share=False):
+        with trained.accelerator.autocast():
+            values = module(micro_batch, temperature=1.0, wants=wants, chunk=trained.head_chunk)
+        states[micro_batch.rows] = values[LAST_STATE].float()
+    return trained.sum_over_ranks(states).cpu()
 
 
 def token_log_probs(

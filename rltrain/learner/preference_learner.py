@@ -11,21 +11,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rltrain.config.schema import LearnerCore, Model
+from rltrain.config.schema import Degree, LearnerCore, Model
 from rltrain.learner.adapter_off import FrozenModel
+from rltrain.learner.degree_head import DegradedRows, logit_names
+from rltrain.learner.forward import PolicyForward
 from rltrain.learner.micro_batches import MicroBatches, example_micro_batches, shares_prompts, tokens_read
 from rltrain.learner.packing import MicroBatch
 from rltrain.learner.passes import run_pass, token_log_probs
+from rltrain.learner.ranks import require_no_zero
 from rltrain.learner.row_scoring import LOG_PROBS, LossInputs, RowScoring
 from rltrain.learner.trained_model import ModelOwner, TrainedModel
 from rltrain.learner.update_step import optimizer_update
 from rltrain.loss.objective import ObjectiveShare
 from rltrain.loss.preference.objective import PreferenceObjective
+from rltrain.loss.preference.spo import DegreeLoss
 from rltrain.loss.preference.statistics import with_batch_statistics
 from rltrain.needs import LOGP_NOW, MISMATCHED
 from rltrain.types.policy import TokenRows
@@ -72,11 +77,19 @@ def scored_tokens(rows: TokenRows, positions: Tensor, width: int) -> Tensor | No
     return mask
 
 
+def _with_degraded(rows: TokenRows, degraded: DegradedRows) -> TokenRows:
+    """The 2N rows of pairs, then the N degraded completions with the same prompts."""
+    count = len(degraded.completions)
+    return TokenRows(
+        (*rows.prompts, *rows.prompts[:count]), (*rows.completions, *degraded.completions), rows.scored
+    )
+
+
 class PreferenceLearner(ModelOwner):
     """Trains a model on judged examples.
 
-    scoring: the number of a row that losses compare, by default the log-prob of its completion. adapter_from,
-    deadline: as for ``TrainedModel``.
+    scoring: the number of a row that losses compare, by default the log-prob of its completion. degree: of a
+    degree head beside a model that predicts tokens. adapter_from, deadline: as for ``TrainedModel``.
     """
 
     def __init__(
@@ -87,17 +100,21 @@ class PreferenceLearner(ModelOwner):
         total_updates: int,
         seed: int,
         scoring: RowScoring = LOG_PROBS,
+        degree: Degree | None = None,
         adapter_from: Path | None = None,
         deadline: Deadline = no_deadline,
     ) -> None:
         self.scoring = scoring
+        self.degree = degree
+        if degree is not None:
+            require_no_zero("loss.degree")
         self.trained = TrainedModel(
             model,
             settings,
             total_updates=total_updates,
             seed=seed,
             load=scoring.load,
-            wrap=scoring.wrap,
+            wrap=scoring.wrap if degree is None else partial(PolicyForward, degree=degree),
             adapter_from=adapter_from,
             deadline=deadline,
         )
@@ -177,28 +194,40 @@ class PreferenceLearner(ModelOwner):
         batch: PairBatch | LabelBatch,
         objective: PreferenceObjective,
         mismatched: TokenRows | None = None,
+        degraded: DegradedRows | None = None,
     ) -> ExampleUpdate:
         """One optimizer update over all rows.
 
         batch: the whole optimizer batch, equal on every rank, with the frozen models' log-probs in it.
-        mismatched: for KTO, row i is prompt i with another prompt's completion. Raises NonFiniteError after
-        ``max_nonfinite`` dropped updates in a row.
+        mismatched: for KTO, row i is prompt i with another prompt's completion. degraded: for the degree
+        head, of each pair's chosen completion. Raises NonFiniteError after ``max_nonfinite`` dropped updates
+        in a row.
         """
         sides = 2 if isinstance(batch, PairBatch) else 1
         current = self._with_logp_now(rows, batch, objective.needs, sides, mismatched)
         complete = with_batch_statistics(current, objective.loss).to(self.device)  # the update's only copy
         totals = ExampleTotals(examples=len(complete))
-        micro_batches, shared = self._micro_batches(rows, sides)
+        all_rows = rows if degraded is None else _with_degraded(rows, degraded)
+        per_example = len(all_rows) // len(complete)
+        micro_batches, shared = self._micro_batches(all_rows, per_example)
         statistic = self.scoring.statistic
+        degrees = logit_names(0 if self.degree is None or degraded is None else self.degree.levels)
 
         def loss_of(micro_batch: MicroBatch, statistics: Mapping[str, Tensor]) -> ObjectiveShare:
-            numbers = self._numbers_of(statistics, rows, micro_batch)[statistic]
-            examples = micro_batch.rows[: len(micro_batch.rows) // sides]  # each example's first row
-            return objective(self.loss_inputs(numbers, sides), complete.rows(examples), totals)
+            numbers = self._numbers_of(statistics, all_rows, micro_batch)
+            count = len(micro_batch.rows) // per_example
+            examples = micro_batch.rows[:count]  # each example's first row
+            inputs = self.loss_inputs(numbers[statistic][: sides * count], sides)
+            share = objective(inputs, complete.rows(examples), totals)
+            if degraded is None or self.degree is None:
+                return share
+            logits = torch.stack([numbers[name][sides * count :] for name in degrees], dim=1)
+            degree = degraded.degree[examples.cpu()].to(logits.device)
+            return DegreeLoss(self.degree.weight)(share, logits, degree, totals)
 
-        wants = frozenset({statistic})
+        wants = frozenset({statistic, *degrees})
         result = optimizer_update(self.trained, micro_batches, loss_of, wants=wants)
-        return ExampleUpdate(result.metrics, result.stepped, tokens_read(rows, shared=shared), shared)
+        return ExampleUpdate(result.metrics, result.stepped, tokens_read(all_rows, shared=shared), shared)
 
     def _with_logp_now(
         self,

@@ -106,12 +106,22 @@ def request_offload(offload: Offload) -> None:
         os.environ["ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"] = "cpu"
 
 
-def require_whole_weights() -> None:
-    """Raises UserError for AdamW in 8 bits where the backend divides weights among the ranks."""
-    if started_ranks() > 1 and requested_backend() != "ddp":
+def require_backend_of(optimizer: str) -> None:
+    """Raises UserError for an optimizer that cannot update weights as the backend divides them."""
+    kind = requested_backend() if started_ranks() > 1 else "ddp"
+    reasons = {
+        "adamw_8bit": f"whose blocks {kind} would divide anywhere; use adamw, or launch ddp",
+        "muon": f"which needs whole matrices, and {kind} divides them; use adamw, or launch ddp",
+    }
+    if kind != "ddp" and optimizer in reasons:
+        raise UserError(f"an optimizer.name is {optimizer}, {reasons[optimizer]}")
+
+
+def require_no_zero(key: str) -> None:
+    """Raises UserError under ZeRO, which makes its masters of a model folder's weights alone."""
+    if started_ranks() > 1 and requested_backend() == "deepspeed":
         raise UserError(
-            f"an optimizer.name is adamw_8bit, whose blocks {requested_backend()} would divide anywhere; use "
-            "adamw, or launch ddp"
+            f"{key} trains a head beside the model, of which ZeRO has no master; launch ddp or fsdp2"
         )
 
 

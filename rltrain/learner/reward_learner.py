@@ -40,6 +40,7 @@ class RewardForward(PolicyForward):
     def __init__(self, model: PreTrainedModel) -> None:
         nn.Module.__init__(self)
         self.model = model
+        self.learning_rates = {}
         self.config = model.config  # DeepSpeed and FSDP2 read both from the module they are given
         self._no_split_modules = model._no_split_modules
         self._takes_positions = takes_positions(model)

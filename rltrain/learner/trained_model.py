@@ -24,21 +24,28 @@ from rltrain.errors import UserError
 from rltrain.learner.adapter import AdapterLayers, inject_adapter, quantization_config, target_paths
 from rltrain.learner.backend import Backend, DeepSpeedBackend, prepare
 from rltrain.learner.checksum import digest_of_sums, sum_parts
+from rltrain.learner.degree_head import DEGREE_HEAD
 from rltrain.learner.forward import PolicyForward, resolve_layout
 from rltrain.learner.layer_kernels import use_kernels
 from rltrain.learner.loading import load_causal_lm, require_repeatable
-from rltrain.learner.optim import build_optimizer, build_schedule, full_shape, restore_schedule
+from rltrain.learner.optim import (
+    build_optimizer,
+    build_schedule,
+    full_shape,
+    hidden_matrices,
+    restore_schedule,
+)
 from rltrain.learner.packing import Layout, MicroBatch, build
 from rltrain.learner.precision import COMPUTE_DTYPES, ROUNDING, computes_throughout, round_frozen
 from rltrain.learner.ranks import (
     fill_other_ranks,
     make_accelerator,
     mixed_precision,
+    require_backend_of,
     require_sharable_storage,
-    require_whole_weights,
     sharded_loading,
 )
-from rltrain.learner.shards import MASTER
+from rltrain.learner.shards import MASTER, gather_rows, put_full
 from rltrain.model_limits import context_of
 from rltrain.shard_sums import ShardSums
 from rltrain.tensor_ops import Fingerprint
@@ -51,6 +58,7 @@ __all__ = ["ModelOwner", "NonFiniteError", "TrainedModel", "load_policy"]
 
 
 _PROBE_TOKENS = 128
+_HEAD_WEIGHT = "weight"  # beside the optimizer's slots: of a head that no model folder holds
 
 
 class NonFiniteError(RuntimeError):
@@ -96,8 +104,7 @@ class TrainedModel:
                 "model.attention is flex_attention, whose gradient PyTorch computes on GPUs only, and there "
                 "is none; set it to auto"
             )
-        if settings.optimizer.name == "adamw_8bit":
-            require_whole_weights()
+        require_backend_of(settings.optimizer.name)
 
         torch.manual_seed(seed)
         pretrained = self._load_model(model)
@@ -111,7 +118,12 @@ class TrainedModel:
 
         self.unwrapped_model = wrap(pretrained)  # without the backend's wrapper
         starts = self._adapter_starts()
-        optimizer = build_optimizer(self.unwrapped_model.named_parameters(), settings.optimizer)
+        optimizer = build_optimizer(
+            self._named_parameters(),
+            settings.optimizer,
+            self.unwrapped_model.learning_rates,
+            hidden_matrices(pretrained) if settings.optimizer.name == "muon" else (),
+        )
         self.schedule = build_schedule(optimizer, settings.optimizer, total_updates)
         max_grad_norm = settings.optimizer.max_grad_norm
         self.backend: Backend = prepare(self.accelerator, self.unwrapped_model, optimizer, max_grad_norm)
@@ -233,9 +245,9 @@ class TrainedModel:
         if self.adapter is not None:
             yield from self.adapter.model_weights(self._gather, dtype, merged=True)
             return
-        for name, tensor in self.unwrapped_model.state_dict(keep_vars=True).items():
+        for name, tensor in self._model_state().items():
             full = self._gather(tensor, dtype, name)
-            yield name.removeprefix("model."), full
+            yield name, full
             del full
 
     def base_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -288,10 +300,9 @@ class TrainedModel:
 
         From the shards: a collective that adds two numbers a weight and gathers none.
         """
-        state = self.unwrapped_model.state_dict(keep_vars=True)
         runs = {
-            name.removeprefix("model."): run
-            for name, tensor in state.items()
+            name: run
+            for name, tensor in self._model_state().items()
             if (run := self.backend.local_run(tensor, dtype)) is not None
         }
         if dtype not in self._shard_sums:
@@ -313,11 +324,23 @@ class TrainedModel:
         An update that changes a weight changes its norm. Replicas are counted once per rank. A collective
         that gathers no weight.
         """
-        weights = list(self.unwrapped_model.state_dict(keep_vars=True).values())
+        weights = list(self._model_state().values())
         if self.adapter is not None:
             weights = [weight for layer in self.adapter.layers.values() for weight in layer.weights]
         squares = [self.backend.sum_of_squares(weight) for weight in weights]
         return tuple(self.sum_over_ranks(torch.stack(squares)).sqrt().tolist())
+
+    def _model_state(self) -> dict[str, Tensor]:
+        """The live weights by name inside the model, without those of a head beside it."""
+        state = self.unwrapped_model.state_dict(keep_vars=True)
+        prefix = "model."
+        return {
+            name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)
+        }
+
+    def _head_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """The parameters of a head beside the model, which no model folder holds."""
+        return [(name, weight) for name, weight in self._named_parameters() if name.startswith(DEGREE_HEAD)]
 
     def _adapter_starts(self) -> dict[str, Tensor]:
         """Copies of the adapter's float32 weights, by name inside the model, before a backend rounds them."""
@@ -377,9 +400,11 @@ class TrainedModel:
             with self.deadline("the other ranks", "to hand over their shards of the optimizer's state"):
                 item = next(stream, None)
             if item is None:
-                return
+                break
             yield item
             del item
+        for name, weight in self._head_parameters():
+            yield f"{name}/{_HEAD_WEIGHT}", gather_rows(weight).detach()
 
     def state(self) -> dict[str, Any]:
         """The state on which an update depends besides the weights and ``optimizer_state``, as JSON."""
@@ -408,6 +433,11 @@ class TrainedModel:
         Weights are restored where ``tensors`` holds those that ``parts`` gave; else they are those that this
         object loaded. Raises ValueError for another model's state.
         """
+        heads = select_tensors(tensors, lambda name: name if name.endswith(f"/{_HEAD_WEIGHT}") else None)
+        tensors = select_tensors(tensors, lambda name: None if name in heads else name)
+        for name, weight in self._head_parameters():
+            if f"{name}/{_HEAD_WEIGHT}" in heads:
+                put_full(weight, heads[f"{name}/{_HEAD_WEIGHT}"].to(self.device))
         masters = select_tensors(tensors, lambda name: name if name.endswith(f"/{MASTER}") else None)
         state = select_tensors(tensors, lambda name: None if name in masters else name)
         if masters:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from rltrain.types.policy import PolicyTokens, StepTotals, TrainBatch
 __all__ = ["Objective", "ObjectiveShare", "Term"]
 
 
-def _no_inputs() -> Mapping[str, float]:
+def _no_inputs() -> Mapping[str, float | Sequence[float]]:
     return {}
 
 
@@ -28,7 +28,7 @@ class Term(NamedTuple):
     # a controller is called at every use; a constant 0 switches the term off
     coefficient: float | Callable[[], float]
     # further inputs from a controller, by the term's keyword
-    inputs: Callable[[], Mapping[str, float]] = _no_inputs
+    inputs: Callable[[], Mapping[str, float | Sequence[float]]] = _no_inputs
 
 
 @dataclass(frozen=True)

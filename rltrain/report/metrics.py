@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from rltrain.control.coefficient import TURN_ENTROPY
 from rltrain.report.names import METRICS, Metric, check_names, metric
 from rltrain.reward.score import Score
 from rltrain.tensor_ops import masked_mean
@@ -30,6 +31,7 @@ __all__ = [
     "own_step_metrics",
     "source_metrics",
     "step_metrics",
+    "turn_entropies",
     "why_no_update",
     "worker_metrics",
 ]
@@ -276,6 +278,21 @@ def _entropy_statistics(entropy: Tensor, sampled: Tensor) -> dict[str, Tensor]:
         "learner/entropy_p10": low,
         "learner/entropy_p90": high,
     }
+
+
+def turn_entropies(batch: TrainBatch, entropy: Tensor) -> dict[str, float]:
+    """The mean entropy of each turn of the step's episodes, over the tokens that all of them have in it.
+
+    entropy: (B, T) nats. Empty where no completion has turns.
+    """
+    if batch.step_id is None:
+        return {}
+    inside = batch.step_id >= 0
+    turn = batch.step_id[inside]
+    counts = torch.bincount(turn)
+    sums = entropy.new_zeros(len(counts)).index_add(0, turn, entropy[inside])
+    means = (sums / counts).tolist()  # a turn that no episode reached before a longer one's is NaN
+    return {f"{TURN_ENTROPY}{number}": mean for number, mean in enumerate(means)}
 
 
 def _mismatch(log_ratio: Tensor, sampled: Tensor) -> dict[str, Tensor]:

@@ -163,6 +163,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("learner/entropy_mean", "nats", "policy entropy, mean over sampled tokens"),
     Metric("learner/entropy_p10", "nats", "10th percentile of the same"),
     Metric("learner/entropy_p90", "nats", "90th percentile of the same"),
+    Metric(
+        "learner/entropy_turn_*",
+        "nats",
+        "policy entropy of an episode's turn of this number, from 0: mean over its sampled tokens",
+    ),
     Metric("learner/tokens", "tokens", "tokens that count in the step's loss"),
     Metric("learner/grad_norm", "1", "gradient norm before clipping, mean over the step's updates"),
     Metric("learner/lr", "1", "learning rate at the start of the step"),
@@ -197,6 +202,12 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "eval/avg@*", "1", "mean score over k completions of each held-out prompt; _low and _high as above"
     ),
+    Metric(
+        "eval/rank_me",
+        "directions",
+        "effective rank of the hidden states that predict the last tokens of held-out completions",
+    ),
+    Metric("eval/alpha_req", "1", "exponent of the decay of their covariance's eigenvalues"),
     Metric("eval/examples", "examples", "held-out pairs or completions"),
     Metric(
         "eval/accuracy",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from rltrain.report.statistics import Estimate, PassAtK, average, average_at_k, pass_at_k
 from rltrain.rollout.grading import correctness
 from rltrain.rollout.source import EvaluationSource
 from rltrain.rollout.verdicts import add_verdicts, why_unknown
 from rltrain.seeds import stable_hash
+from rltrain.types.policy import TokenRows
 from rltrain.types.samples import Prompt, Sampling, ScoredGroup
 
 
@@ -26,12 +27,14 @@ class Evaluation:
     ungraded: int
     groups: tuple[ScoredGroup, ...]
     note: str = ""  # the reason, where there is no pass@k
+    spectrum: Mapping[str, float] = field(default_factory=dict)  # metrics of the policy's hidden states
 
     def metrics(self) -> dict[str, float]:
         metrics = {
             "eval/reward": self.reward,
             "eval/tokens": self.tokens,
             "eval/ungraded": float(self.ungraded),
+            **self.spectrum,
         }
         estimates = [(f"eval/pass@{result.k}", result) for result in self.results]
         for name, estimate in (*estimates, (f"eval/avg@{self.n}", self.average)):
@@ -59,6 +62,16 @@ class Evaluator:
         if result.results or not self.k:
             return result
         return replace(result, note=why_unknown(groups, self.verdict_of))
+
+
+def first_completions(groups: Sequence[ScoredGroup]) -> TokenRows:
+    """Each prompt with its first completion that is not empty; prompts without one are left out."""
+    rows = [
+        (group.prompt.token_ids, written[0].token_ids)
+        for group in groups
+        if (written := [completion for completion in group.completions if completion.token_ids])
+    ]
+    return TokenRows(tuple(prompt for prompt, _ in rows), tuple(completion for _, completion in rows))
 
 
 def summarise(groups: Sequence[ScoredGroup], n: int, k: tuple[int, ...]) -> Evaluation:

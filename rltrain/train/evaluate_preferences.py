@@ -6,17 +6,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from rltrain.errors import UserError
+from rltrain.learner.passes import last_states
 from rltrain.learner.preference_learner import PreferenceLearner
 from rltrain.loss.preference.margins import target_probability
 from rltrain.loss.preference.objective import PreferenceObjective
 from rltrain.loss.preference.ratio import count_wins
 from rltrain.loss.preference.statistics import with_batch_statistics
+from rltrain.report.spectrum import spectrum_metrics
 from rltrain.report.statistics import Estimate, calibration_error, clustered_average
 from rltrain.seeds import stable_hash
 from rltrain.train.examples import Examples
@@ -36,9 +38,10 @@ class PreferenceEvaluation:
     examples: int
     calibration_error: float | None = None  # of pairs
     groups: tuple[ScoredGroup, ...] = ()  # no completion is graded
+    spectrum: Mapping[str, float] = field(default_factory=dict)  # metrics of the policy's hidden states
 
     def metrics(self) -> dict[str, float]:
-        metrics = {"eval/examples": float(self.examples)}
+        metrics = {"eval/examples": float(self.examples), **self.spectrum}
         if self.calibration_error is not None:
             metrics["eval/ece"] = self.calibration_error
         for name, estimate in self.estimates.items():
@@ -63,6 +66,7 @@ class PreferenceEvaluator:
     paired: bool = False
     gamma: float | None = None
     samples: OwnSamples | None = None
+    spectrum: bool = False  # of the hidden states on the chosen or desirable completions
 
     def __post_init__(self) -> None:
         if self.gamma is not None and (
@@ -105,7 +109,11 @@ class PreferenceEvaluator:
             estimates["entropy"] = _mean_entropy(entropy, batch, seed)
         if self.samples is not None:
             estimates |= self.samples.measure(self.learner)
-        return PreferenceEvaluation(estimates, len(batch), calibration)
+        spectrum: dict[str, float] = {}
+        if self.spectrum:
+            rows = self.examples.rows.rows(_better_rows(batch))
+            spectrum = spectrum_metrics(last_states(self.learner.trained, rows))
+        return PreferenceEvaluation(estimates, len(batch), calibration, spectrum=spectrum)
 
     def _target_probability(self, batch: PairBatch) -> Tensor:
         """(N,) the probability, according to the data, that the chosen side is better; float64."""

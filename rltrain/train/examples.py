@@ -14,13 +14,22 @@ from rltrain.data.labels import LabelledCompletion
 from rltrain.data.order import PromptOrder
 from rltrain.data.preferences import Pair
 from rltrain.errors import UserError
+from rltrain.learner.degree_head import DegradedRows
 from rltrain.learner.preference_learner import lengths_of, pair_rows
 from rltrain.loss.preference.kto import mismatched_partner
 from rltrain.seeds import stable_hash
 from rltrain.types.policy import TokenRows
 from rltrain.types.preference import CompletionFacts, LabelBatch, PairBatch
 
-__all__ = ["ExampleOrder", "Examples", "Mismatches", "examples_of_labels", "examples_of_pairs", "select_rows"]
+__all__ = [
+    "DegradedTexts",
+    "ExampleOrder",
+    "Examples",
+    "Mismatches",
+    "examples_of_labels",
+    "examples_of_pairs",
+    "select_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -40,12 +49,31 @@ class Mismatches:
 
 
 @dataclass(frozen=True)
+class DegradedTexts:
+    """The versions of each pair's chosen completion, of which a step takes one (SPO)."""
+
+    versions: Sequence[tuple[tuple[int, tuple[int, ...]], ...]]  # (degree, token ids), the intact one first
+    seed: int
+
+    def draw(self, chosen: Sequence[int], step: int) -> DegradedRows:
+        """A version of each of the examples ``chosen``, each degree that it has as likely as another."""
+        drawn = [
+            self.versions[example][stable_hash(self.seed, "degree", step, example) % len(versions)]
+            for example in chosen
+            for versions in (self.versions[example],)
+        ]
+        degree = torch.tensor([degree for degree, _ in drawn], dtype=torch.int64)
+        return DegradedRows(tuple(token_ids for _, token_ids in drawn), degree)
+
+
+@dataclass(frozen=True)
 class Examples:
     """All training or held-out examples; ``rows`` and ``full_batch`` are in the same order."""
 
     rows: TokenRows  # of pairs: the chosen completions, then the rejected
     full_batch: PairBatch | LabelBatch
     mismatches: Mismatches | None = None
+    degraded: DegradedTexts | None = None
 
     def __len__(self) -> int:
         return len(self.full_batch)

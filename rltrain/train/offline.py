@@ -47,8 +47,11 @@ def train_offline(run: OfflineRun) -> Path:
     for number in run.steps():
         start = perf_counter()
         lr = run.learner.lr
-        rows, batch, mismatched = run.examples.batch(run.order.next(), number)
-        update = run.learner.update_examples(rows, batch, run.objective, mismatched)
+        chosen = run.order.next()
+        rows, batch, mismatched = run.examples.batch(chosen, number)
+        degraded = run.examples.degraded
+        versions = None if degraded is None else degraded.draw(chosen, number)
+        update = run.learner.update_examples(rows, batch, run.objective, mismatched, versions)
         report_step(run, number, update, lr, perf_counter() - start)
     return run.finish()
 

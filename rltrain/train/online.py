@@ -34,6 +34,7 @@ from rltrain.report.metrics import (
     own_step_metrics,
     source_metrics,
     staleness_metrics,
+    turn_entropies,
     why_no_update,
     worker_metrics,
 )
@@ -277,13 +278,15 @@ def report_step(
     rollouts = step.rollouts
     batch = step.batch
     logp = update.logp if batch.old_logp is None or run.recipe.rollout.trust_logp else batch.old_logp
+    entropy = sampling_entropy(batch, update)
     counts = completion_metrics(rollouts.groups) | source_metrics(rollouts.groups)
     tokens = sum(
         value for name, value in counts.items() if name.startswith("rollout/") and name.endswith("tokens")
     )
     metrics = {
         **counts,
-        **own_step_metrics(batch, logp, sampling_entropy(batch, update), step.sampled.mask),
+        **own_step_metrics(batch, logp, entropy, step.sampled.mask),
+        **({} if run.recipe.rollout.environment is None else turn_entropies(batch, entropy)),
         **measure_workers(step, logp),
         **update.metrics,
         **coefficient_metrics(run),
@@ -343,7 +346,11 @@ def coefficient_metrics(run: OnlineRun) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for term, controller in run.controllers:
         metrics[f"loss/{term}_coefficient"] = controller()
-        metrics |= {f"loss/{term}_{name}": value for name, value in controller.inputs().items()}
+        metrics |= {
+            f"loss/{term}_{name}": value
+            for name, value in controller.inputs().items()
+            if isinstance(value, float)  # turns have theirs in learner/entropy_turn_*
+        }
     return metrics
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from rltrain.checkpoint.random_state import random_state, restore_random_state
+from rltrain.learner.passes import last_states
 from rltrain.protocols import WorkersGone
+from rltrain.report.spectrum import spectrum_metrics
 from rltrain.rollout.source import PromptedSource, Rollouts
 from rltrain.sync.adapter import AdapterSync
 from rltrain.sync.colocated import Sync, WeightStream
 from rltrain.timeline import Timeline
-from rltrain.train.evaluate import Evaluation, Evaluator
+from rltrain.train.evaluate import Evaluation, Evaluator, first_completions
 from rltrain.train.loop import TrainingRun
 from rltrain.train.replayed import NoPush
 from rltrain.train.saving import WithoutWorkers
@@ -114,7 +116,10 @@ class SampledRun(TrainingRun):
         result = self.evaluator.evaluate(self.source, self.learner.version)
         self.sync.verify_all(self.sync.stream_of(self.learner))
         self.reporter.message_once(result.note)
-        return result
+        if not self.recipe.eval.spectrum:
+            return result
+        states = last_states(self.learner.trained, first_completions(result.groups))
+        return replace(result, spectrum=spectrum_metrics(states))
 
     def close(self) -> None:
         self.source.close()

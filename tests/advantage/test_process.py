@@ -19,7 +19,6 @@ from rltrain.advantage.process import (
     contrast_accuracy,
     is_accuracy_within,
     prime,
-    running_value,
     step_rewards,
     token_rewards,
 )
@@ -40,10 +39,10 @@ def close(got: Tensor, expected: Any) -> bool:
     return got.shape == expected_tensor.shape and torch.allclose(got, expected_tensor, rtol=0, atol=1e-6)
 
 
-def test_token_rewards_and_their_running_value():
+def test_token_rewards_and_their_running_sum():
     rewards = token_rewards(LOG_RATIO - 3, torch.full_like(LOG_RATIO, -3), ALL, BETA)
     assert close(rewards, [[0.02, -0.01, 0.005, 0.015, -0.025, 0.01]])
-    assert close(running_value(rewards, ALL), [[0.02, 0.01, 0.015, 0.03, 0.005, 0.015]])
+    assert close(rewards.cumsum(1), [[0.02, 0.01, 0.015, 0.03, 0.005, 0.015]])
 
 
 @pytest.mark.parametrize(("series", "reduction", "score"), SCORES)
@@ -79,13 +78,12 @@ def test_what_stands_outside_the_mask_does_not_count():
     spoiled = torch.where(mask, LOG_RATIO, torch.nan)
     rewards = token_rewards(spoiled, torch.zeros_like(LOG_RATIO), mask, 1.0)
     assert close(rewards, [[0.4, -0.2, 0, 0.3, 0, 0]])
-    assert close(running_value(spoiled, mask), [[0.4, 0.2, 0.2, 0.5, 0.5, 0.5]])
     step, present = step_rewards(spoiled, torch.tensor([[0, 0, -1, 1, -1, -1]]))
     assert close(step, [[0.2, 0.3]])
     assert present.all()
 
 
-def test_the_running_value_is_the_soft_value_over_the_references_continuations():
+def test_the_running_sum_is_the_soft_value_over_the_references_continuations():
     # q_1 = beta log E_ref[exp(r / beta) | y_1] on a two-step binary tree with r = beta log(pi / ref)
     pi1 = doubles([0.7, 0.3])
     ref1 = doubles([0.4, 0.6])
@@ -95,7 +93,7 @@ def test_the_running_value_is_the_soft_value_over_the_references_continuations()
     logp = torch.stack([torch.stack([pi1[a], pi2[a, b]]) for a, b in paths]).log()
     ref = torch.stack([torch.stack([ref1[a], ref2[a, b]]) for a, b in paths]).log()
     mask = torch.ones(4, 2, dtype=torch.bool)
-    q = running_value(token_rewards(logp, ref, mask, 0.5), mask)
+    q = token_rewards(logp, ref, mask, 0.5).cumsum(1)
     soft = 0.5 * torch.log((ref2 * torch.exp(q[:, 1].reshape(2, 2) / 0.5)).sum(1))
     torch.testing.assert_close(q[[0, 2], 0], soft)
     assert close(soft, [0.279808, -0.346574])

@@ -181,3 +181,27 @@ def test_the_plan_says_what_the_policy_will_write(offline: Path) -> None:
         check(load_recipe(offline, overrides=["data.eval=arithmetic_pairs", "eval.samples=8"])).recipe
     )
     assert [line.value for line in lines if line.name == "eval: completions written"] == ["8"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("loss={preference: kto, degree: {}}", "kto learns from single completions; leave it out"),
+        ("loss={preference: bradley_terry, degree: {}}", "bradley_terry trains a scalar head; leave it out"),
+        ("eval.spectrum=true", "on held-out examples, but data.eval is null; leave it out"),
+    ],
+)
+def test_a_head_and_a_spectrum_without_what_they_need_are_refused(
+    offline: Path, override: str, said: str
+) -> None:
+    with pytest.raises(RecipeError, match=said):
+        check(load_recipe(offline, overrides=[override]))
+
+
+def test_a_degree_head_counts_a_third_row_for_each_pair(offline: Path) -> None:
+    recipe = load_recipe(offline, overrides=["loss.degree={levels: 3}"])
+    assert isinstance(recipe, OfflineRecipe) and recipe.loss.degree is not None
+    assert "and a degraded one" in str(plan(check(recipe).recipe))
+    small = load_recipe(offline, overrides=["loss.degree={}", "learner.tokens_per_micro_batch=2048"])
+    with pytest.raises(RecipeError, match=r"can take 3 x \(data.max_prompt_tokens 512"):
+        check(small)

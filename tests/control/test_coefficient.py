@@ -26,7 +26,8 @@ def make(reference: str | dict[str, Any], steps: int = 100) -> Controller:
 
 
 def value(case: dict[str, Any], controller: Controller) -> float:
-    return controller.inputs()[case["input"]] if "input" in case else controller()
+    told: Any = controller.inputs()[case["input"]] if "input" in case else controller()
+    return told
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -73,7 +74,7 @@ def wave(step: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", WALKS)
 def test_a_saved_controller_goes_on_as_if_never_stopped(name: str) -> None:
-    def step(controller: Controller, number: int) -> tuple[float, dict[str, float]]:
+    def step(controller: Controller, number: int) -> tuple[float, dict[str, Any]]:
         controller.observe(wave(number))
         return controller(), dict(controller.inputs())
 
@@ -128,6 +129,33 @@ def test_the_first_step_of_epo_has_no_history_and_the_second_has_the_first_steps
     assert controller.inputs()["history"] == 0.4
     controller.observe({"learner/entropy_mean": 0.8})
     assert controller.inputs()["history"] == pytest.approx(0.6)
+
+
+def turns(*entropies: float) -> dict[str, float]:
+    return {"learner/entropy_mean": 9.0} | {
+        f"learner/entropy_turn_{number}": entropy for number, entropy in enumerate(entropies)
+    }
+
+
+def test_epo_keeps_a_history_of_each_turn_over_the_steps_that_reached_it() -> None:
+    controller = make({"name": "epo_schedule", "history": "turn"})
+    assert "history" not in controller.inputs()
+    controller.observe(turns(0.4, 0.2))
+    controller.observe(turns(0.8, math.nan, 0.6))
+    assert controller.inputs()["history"] == pytest.approx([0.6, 0.2, 0.6])
+    resumed = make({"name": "epo_schedule", "history": "turn"})
+    resumed.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    for later in (controller, resumed):
+        later.observe(turns(0.9))
+        assert later.inputs()["history"] == pytest.approx([0.7, 0.2, 0.6])
+    with pytest.raises(ValueError, match=r"needs the metrics learner/entropy_turn_\*.*history: step"):
+        controller.observe({"learner/entropy_mean": 1.0})
+
+
+def test_a_checkpoint_from_before_turns_had_a_history_is_read() -> None:
+    state = make("epo_schedule").state_dict()
+    del state["turns"]
+    make("epo_schedule").load_state_dict(state)
 
 
 def test_a_schedule_is_not_made_longer() -> None:

@@ -17,7 +17,18 @@ def test_two_digit_additions_are_all_there_once_and_right():
     assert len({row["prompt"] for row in rows}) == len(rows) == 90 * 90  # operands 10..99
     for row in rows:
         assert int(row["answer"]) == sum(operands(row))
+        assert row["prompt"] == row["equation"]
         assert all(10 <= operand <= 99 for operand in operands(row))
+
+
+def test_a_question_in_words_asks_the_same_problems():
+    rows = arithmetic("test", {"question": "What is {left} {operation} {right}?"})
+    assert [row["equation"] for row in rows] == [row["prompt"] for row in arithmetic("test")]
+    assert rows[0]["prompt"] == "What is {} + {}?".format(*operands({"prompt": rows[0]["equation"]}))
+    with pytest.raises(ValueError, match=r"data.options.question is .*read alike; write \{left\}"):
+        arithmetic("test", {"question": "What is {left} + 1?"})
+    with pytest.raises(ValueError, match=r"data.options.question is .*KeyError\('answer'\); write \{left\}"):
+        arithmetic("test", {"question": "{left}{operation}{right}={answer}"})
 
 
 def test_an_answer_ends_a_program_that_prints_it(capfd):

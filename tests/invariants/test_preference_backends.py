@@ -42,6 +42,7 @@ OFFLINE = (
     "data.max_examples=26",  # the second epoch begins after step 2
     "eval.examples=16",
     "eval.every=2",
+    "eval.spectrum=true",
     "learner.tokens_per_micro_batch=128",
 )
 ONLINE = (
@@ -121,7 +122,7 @@ def single_process(random_model: str, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-KINDS = ("dpo", "kto", "online_dpo")
+KINDS = ("dpo", "kto", "online_dpo", "spo")
 
 
 def planned_run(name: str, model: str, folder: Path, cache: Path) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def planned_run(name: str, model: str, folder: Path, cache: Path) -> dict[str, A
     ("backend", "names", "wrapper"),
     [
         ("ddp", KINDS, "DistributedDataParallel"),
-        ("fsdp2", ("dpo",), "FSDPModule"),
+        ("fsdp2", ("dpo", "spo"), "FSDPModule"),
         ("zero2", ("dpo", "kto"), "DeepSpeedEngine"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rltrain.config.schema import LearnerCore, Model, Optimizer
+from rltrain.config.schema import Degree, LearnerCore, Model, Optimizer
+from rltrain.learner.degree_head import DegradedRows
+from rltrain.learner.passes import last_states
 from rltrain.learner.preference_learner import PreferenceLearner, lengths_of, pair_rows
 from rltrain.learner.shared_prompt import build_shared
 from rltrain.loss.preference import PREFERENCE_LOSSES
@@ -251,3 +254,96 @@ def test_a_nan_skips_the_update_and_keeps_the_weights(random_model: str) -> None
     stats = learner.update_examples(rows, broken, objective("dpo"))
     assert not stats.stepped and learner.version == 0
     assert all(torch.equal(value, before[name]) for name, value in learner.weights())
+
+
+# the degree head --------------------------------------------------------------------------------------------
+
+
+def degree_learner(path: str, **settings: Any) -> PreferenceLearner:
+    return PreferenceLearner(
+        Model(path=path),
+        LearnerCore(optimizer=Optimizer(lr=1e-2, max_grad_norm=1e9), **settings),
+        total_updates=10,
+        seed=0,
+        degree=Degree(weight=0.5, levels=3, lr=1e-1),
+    )
+
+
+def degraded_rows() -> DegradedRows:
+    """Of pairs(): the chosen completion without its first d tokens, d the degree."""
+    rows, _ = pairs()
+    degree = torch.tensor([min(place % 3, len(rows.completions[place]) - 1) for place in range(N)])
+    texts = tuple(rows.completions[place][int(cut) :] for place, cut in enumerate(degree))
+    return DegradedRows(texts, degree)
+
+
+@pytest.mark.parametrize("budget", [64, 4096])
+def test_the_degree_heads_update_is_what_plain_pytorch_computes(random_model: str, budget: int) -> None:
+    rows, batch = pairs()
+    degraded = degraded_rows()
+    learner = degree_learner(random_model, tokens_per_micro_batch=budget)
+    head = learner.trained.unwrapped_model.degree_head
+    assert float(head.weight.abs().sum() + head.bias.abs().sum()) == 0
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(1)))
+    before = weights_of(learner)
+    start = head.weight.detach().clone()
+    learner.trained.backend.optimizer.step = lambda *_, **__: _descend(learner)  # type: ignore[method-assign]
+    metrics = learner.update_examples(rows, batch, objective("dpo", beta=0.3), degraded=degraded).metrics
+    gradients = {name: before[name] - value for name, value in learner.weights()}
+
+    model = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32)
+    weight = start.clone().requires_grad_()
+    logp = plain_log_probs(model, rows)
+    assert batch.chosen.ref_logp is not None and batch.rejected.ref_logp is not None
+    z = 0.3 * ((logp[:N] - batch.chosen.ref_logp) - (logp[N:] - batch.rejected.ref_logp))
+    states = [
+        model.base_model(torch.tensor([prompt + text])).last_hidden_state[0, -2]  # predicts the last token
+        for prompt, text in zip(rows.prompts[:N], degraded.completions, strict=True)
+    ]
+    logits = torch.stack(states) @ weight.T
+    preference = torch.nn.functional.softplus(-z).mean()
+    degree = torch.nn.functional.cross_entropy(logits, degraded.degree)
+    (preference + 0.5 * degree).backward()
+    assert metrics["loss/preference"] == pytest.approx(preference.item(), rel=1e-5)
+    assert metrics["loss/degree"] == pytest.approx(degree.item(), rel=1e-5)
+    assert metrics["loss/total"] == pytest.approx((preference + 0.5 * degree).item(), rel=1e-5)
+    right = (logits.argmax(1) == degraded.degree).float().mean().item()
+    assert metrics["loss/degree_accuracy"] == pytest.approx(right)
+    assert not any("degree" in name for name in gradients)  # no model that is written or pushed has the head
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=2e-5, rtol=2e-3)
+    torch.testing.assert_close(start - head.weight.detach(), weight.grad, atol=2e-5, rtol=2e-3)
+
+
+def test_the_degree_head_has_a_learning_rate_of_its_own_and_goes_on_where_it_was(random_model: str) -> None:
+    rows, batch = pairs()
+    degraded = degraded_rows()
+    learner = degree_learner(random_model)
+    first = learner.update_examples(rows, batch, objective("dpo"), degraded=degraded).metrics
+    assert first["loss/degree"] == pytest.approx(math.log(3))  # a new head finds all degrees alike
+    head = learner.trained.unwrapped_model.degree_head
+    assert float(head.weight.detach().abs().max()) == pytest.approx(1e-1, rel=1e-3)  # Adam's first step
+    assert learner.lr == 1e-2
+
+    tensors = {name: value.clone() for name, value in learner.optimizer_state()}
+    resumed = degree_learner(random_model)
+    resumed.model.load_state_dict({name: value.clone() for name, value in learner.model.state_dict().items()})
+    resumed.restore(tensors, learner.state())
+    for _ in range(2):
+        expected = learner.update_examples(rows, batch, objective("dpo"), degraded=degraded).metrics
+        assert resumed.update_examples(rows, batch, objective("dpo"), degraded=degraded).metrics == expected
+    assert expected["loss/degree"] < math.log(3)
+
+
+def test_the_last_states_are_those_that_predict_the_last_tokens(random_model: str) -> None:
+    rows, _ = pairs()
+    learner = learner_of(random_model, tokens_per_micro_batch=32)
+    states = last_states(learner.trained, rows)
+    model = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32)
+    with torch.no_grad():
+        expected = [
+            model.base_model(torch.tensor([prompt + completion])).last_hidden_state[0, -2]
+            for prompt, completion in zip(rows.prompts, rows.completions, strict=True)
+        ]
+    torch.testing.assert_close(states, torch.stack(expected), atol=1e-5, rtol=1e-4)

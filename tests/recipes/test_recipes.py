@@ -45,7 +45,7 @@ def test_the_first_recipes_are_there() -> None:
         "reinforce_pp",
         "gsm8k_calculator",
     }
-    assert PROFILES == ["one_gpu", "tiny_cpu"]
+    assert PROFILES == ["one_gpu", "small_cpu", "tiny_cpu"]
 
 
 @pytest.mark.parametrize("profile", [None, *PROFILES])

@@ -14,6 +14,7 @@ from rltrain.report.metrics import (
     mismatch_metrics,
     staleness_metrics,
     step_metrics,
+    turn_entropies,
     why_no_update,
 )
 from rltrain.reward.score import Episode, Score
@@ -106,6 +107,15 @@ def test_entropy_and_covariance_are_numpys_over_the_masked_tokens():
     assert close(metrics["advantage/logp_covariance"], np.cov(logp, advantages, ddof=0)[0, 1])
     assert close(metrics["advantage/mean"], 1)
     assert close(metrics["advantage/abs"], 7 / 5)
+
+
+def test_entropy_is_told_apart_by_turn():
+    turn = torch.tensor([[0, 1], [0, -1], [1, 1], [-1, -1]])
+    assert turn_entropies(batch(step_id=turn), ENTROPY) == {
+        "learner/entropy_turn_0": 1.0,  # of 0 and 2
+        "learner/entropy_turn_1": pytest.approx(8 / 3),  # of 1, 3 and 4
+    }
+    assert turn_entropies(batch(), ENTROPY) == {}
 
 
 def test_masked_share_counts_weight_zero_and_what_left_the_mask():

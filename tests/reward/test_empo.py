@@ -7,7 +7,7 @@ import pytest
 
 from rltrain.reward.answer_text import extract_answer
 from rltrain.reward.combine import combine
-from rltrain.reward.empo import cluster, empo
+from rltrain.reward.empo import cluster, empo, first_equal
 from rltrain.reward.resolve import RewardCall, resolve
 from rltrain.reward.score import RewardInputs, Score
 from rltrain.reward.score_checks import as_score
@@ -101,9 +101,10 @@ def test_words_are_compared_as_words():
 def test_the_first_representative_wins_where_equivalence_is_not_transitive():
     # a ~ b, b ~ c, not a ~ c: c is compared with a alone, not with b
     near = {("a", "b"), ("b", "c")}
-    assert cluster(["a", "b", "c"], lambda first, second: (first, second) in near) == [0, 0, 2]
+    assert cluster(["a", "b", "c"], first_equal(lambda first, second: (first, second) in near)) == [0, 0, 2]
     assert cluster(
-        ["b", "c", "a"], lambda first, second: (first, second) in near or (second, first) in near
+        ["b", "c", "a"],
+        first_equal(lambda first, second: (first, second) in near or (second, first) in near),
     ) == [
         0,
         0,
@@ -113,7 +114,7 @@ def test_the_first_representative_wins_where_equivalence_is_not_transitive():
 
 def test_equal_texts_are_asked_about_once():
     asked: list[tuple[str, str]] = []
-    cluster(["1", "2", "1", "2", "2"], lambda first, second: bool(asked.append((first, second))))
+    cluster(["1", "2", "1", "2", "2"], first_equal(lambda *pair: bool(asked.append(pair))))
     assert asked == [("1", "2")]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from rltrain.reward.empo_model import empo_model, is_equivalent
 from rltrain.reward.judge import comparison_pairs, llm_judge, llm_judge_pairs, parse_choice, parse_rating
 from rltrain.reward.pool import RewardCall, RewardPool
 from rltrain.reward.remote import RemoteError, ask, make_endpoint
@@ -395,3 +396,52 @@ def test_the_pool_counts_reasons_and_stops_before_training_where_nobody_answers(
             ),
         ):
             pool.check(inputs("good"))
+
+
+# EMPO's clusters --------------------------------------------------------------------------------------------
+
+COLOURS = inputs("red", "The red.", "scarlet", "crimson, I say", "blue", prompt="Which colour is a poppy?")
+_REDS = ("red", "scarlet", "crimson")
+
+
+def same_colour(text: str) -> str:
+    """The verdict of a model that knows what is red. The quoted answers follow their names."""
+    first, second = (text.split(f"<<<answer_{side} ")[1].split("\n")[1] for side in "AB")
+    reds = [any(red in answer for red in _REDS) for answer in (first, second)]
+    return f"Both are colours. Final Decision: {'Yes' if all(reds) else 'No'}"
+
+
+def test_a_model_decides_which_answers_mean_the_same(server: Server):
+    server.behaviour = chat(same_colour)
+    scores = empo_model(COLOURS, url=server.url("/v1"), model="verifier")
+    assert [score.value for score in scores] == pytest.approx([0.8] * 4 + [0.2])
+    assert [score.answer for score in scores] == ["red"] * 4 + ["blue"]
+    # "The red." differs in words only; scarlet, crimson and blue are each compared with the one cluster
+    assert len(server.asked) == 3
+    assert {path for path, _, _ in server.asked} == {"/v1/chat/completions"}
+    assert {question["model"] for _, _, question in server.asked} == {"verifier"}
+    # the released free-text form: no cluster of a fifth, and an answer that stands in the question, earn 0
+    rare = empo_model(COLOURS, url=server.url("/v1"), model="verifier", min_share=0.9)
+    assert [score.value for score in rare] == [0] * 5
+    asked = inputs("red", "red", prompt="Is it red?")
+    assert [score.value for score in empo_model(asked, url=server.url("/v1"), model="v")] == [0, 0]
+
+
+def test_a_lost_comparison_leaves_the_whole_prompt_ungraded(server: Server):
+    server.behaviour = reply({"error": "no such model"}, status=404)
+    scores = empo_model(COLOURS, url=server.url("/v1"), model="verifier")
+    assert {score.ungraded for score in scores} == {"refused"}
+
+
+@pytest.mark.parametrize(
+    ("said", "equivalent"),
+    [
+        ("Final Decision: Yes", True),
+        ("I think final decision:  yes.", True),
+        ("Final Decision: Yes? No. Final Decision: No", False),
+        ("Yes", False),
+        ("", False),
+    ],
+)
+def test_only_the_last_decision_counts(said: str, equivalent: bool):
+    assert is_equivalent(said) is equivalent

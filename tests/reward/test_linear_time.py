@@ -14,7 +14,7 @@ import pytest
 from rltrain.reward import code_text, judge
 from rltrain.reward.code_io import same_output
 from rltrain.reward.score import RewardInputs
-from rltrain.reward.text import answer_format, choice, exact
+from rltrain.reward.text import answer_format, choice, exact, last_number
 
 LENGTH = 100_000  # characters; a rule that is quadratic takes minutes
 SECONDS = 0.25  # of CPU time; the slowest of these rules takes a tenth of it
@@ -82,14 +82,15 @@ FRAGMENTS = (
 )
 
 
-def completion_of(text: str) -> RewardInputs:
-    return RewardInputs("p", (text,), (1,), ("stop",), {"answer": "A"})
+def completion_of(text: str, answer: str = "A") -> RewardInputs:
+    return RewardInputs("p", (text,), (1,), ("stop",), {"answer": answer})
 
 
 RULES: dict[str, Callable[[str], object]] = {
     "program": lambda text: code_text.extract_program(text, None, "f", "auto"),
     "continuation": lambda text: code_text.extract_program(text, "def f(x):\n", "f", "auto"),
     "choice": lambda text: choice(completion_of(text)),
+    "last_number": lambda text: last_number(completion_of(text, "1")),
     "exact": lambda text: exact(completion_of(text), numbers=True, ignore_case=True),
     "tags": lambda text: answer_format(completion_of(text), tags=["think", "answer"]),
     "printed": lambda text: same_output(text, "1 2\n3", 1e-6),

@@ -2,9 +2,10 @@
 
 import pytest
 
-from rltrain.reward.length import length
+from rltrain.reward.combine import combine
+from rltrain.reward.length import characters, length
 from rltrain.reward.score import RewardInputs
-from rltrain.reward.text import answer_format, choice, exact
+from rltrain.reward.text import answer_format, choice, exact, last_number
 
 
 def inputs(*completions: str, counts: tuple[int, ...] = (), **columns: object) -> RewardInputs:
@@ -22,6 +23,35 @@ def test_exact_compares_stripped_strings_and_numbers_only_on_request():
     assert values(exact(row)) == [1, 0, 0] and values(exact(row, numbers=True)) == [1, 1, 0]
     assert values(exact(inputs("Paris", "paris", answer="Paris"))) == [1, 0]
     assert values(exact(inputs("Paris", "paris", answer="Paris"), ignore_case=True, wrong=-1.0)) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("completion", "number"),
+    [
+        ("41", "41"),
+        ("27 + 14 = 41.", "41"),
+        ("27 + 14", "14"),  # the question repeated, which equals its answer
+        ("To add 27 + 14, we need to find a common", "14"),
+        ("it is 41, not 42", "42"),
+        ("55-14=-41", "-41"),
+        ("x1-41", "41"),
+        ("(3)-41", "41"),
+        ("1,041", "1041"),
+        ("41.50", "41.50"),
+        ("forty-one", None),
+    ],
+)
+def test_the_last_number_is_the_answer(completion, number):
+    (score,) = last_number(inputs(completion, answer="41"))
+    assert score.answer == number
+    assert score.value == score.parts["correct"] == float(number == "41")
+
+
+def test_the_last_number_is_compared_as_a_number_and_the_reference_must_hold_one():
+    row = inputs("It is 1041.0", "-1,041", answer="#### 1,041")
+    assert values(last_number(row, wrong=-1.0)) == [1, -1]
+    with pytest.raises(ValueError, match=r"answer 'Paris' holds no number; use math_answer or exact"):
+        last_number(inputs("41", answer="Paris"))
 
 
 @pytest.mark.parametrize(
@@ -96,3 +126,13 @@ def test_the_overlong_penalty_needs_both_sizes():
         length(inputs("a"), buffer_tokens=4)
     with pytest.raises(ValueError, match=r"0 < buffer_tokens <= max_tokens"):
         length(inputs("a"), max_tokens=3, buffer_tokens=4)
+
+
+def test_characters_cost_what_superhf_takes_off():
+    row = inputs("4", "four is 4", "", "\u00e9\U0001f600", answer="4")
+    assert values(characters(row)) == [-1, -9, 0, -2]
+    sums = [
+        combine(["exact", "characters"], [1.0, 0.01], pair)
+        for pair in zip(exact(row), characters(row), strict=True)
+    ]
+    assert values(sums) == pytest.approx([0.99, -0.09, 0, -0.02])

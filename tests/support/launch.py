@@ -57,8 +57,8 @@ def run_ranks(
     shared = {**own_environment(), **launcher_environment(backend, ranks), **place, **variables}
     environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     done = run_together(arguments, environments, folder, timeout)
-    printed = "".join(one.stdout for one in done) + "".join(one.stderr for one in done)
-    codes = [one.returncode for one in done]
+    printed = "".join(rank.stdout for rank in done) + "".join(rank.stderr for rank in done)
+    codes = [rank.returncode for rank in done]
     assert not any(codes), f"exit codes {codes}: {printed[-6000:]}"
     return printed
 

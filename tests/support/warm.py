@@ -147,16 +147,16 @@ def run_together(
     programs = [Program(arguments, environment=environment, folder=folder) for environment in environments]
     end = time.monotonic() + timeout
     try:
-        while not any(one.poll() for one in programs):
-            running = [one for one in programs if one.poll() is None]
+        while not any(program.poll() for program in programs):
+            running = [program for program in programs if program.poll() is None]
             if not running:
                 break
-            if not wait([one.sentinel for one in running], max(end - time.monotonic(), 0)):
+            if not wait([program.sentinel for program in running], max(end - time.monotonic(), 0)):
                 running[0].wait(0)  # raises
     finally:
-        for one in programs:
-            one.kill()
-    return [one.completed() for one in programs]
+        for program in programs:
+            program.kill()
+    return [program.completed() for program in programs]
 
 
 def _run(arguments: list[str], environment: dict[str, str], folder: Path, out: Path, err: Path) -> None:

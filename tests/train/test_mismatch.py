@@ -181,7 +181,7 @@ def precision_can_change() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("precision_can_change")
-def test_a_bfloat16_learner_on_a_cpu_trains_beside_its_float32_engine(
+def test_a_bfloat16_learner_on_a_cpu_trains_beside_its_bfloat16_engine(
     random_model: str, tmp_path: Path
 ) -> None:
     settings = (

@@ -117,9 +117,9 @@ def _base_bytes(model: Trained, cluster: Cluster, compute_bytes: int) -> int:
 
 
 def moment_term(model: Trained, cluster: Cluster) -> Term:
-    """AdamW's moments, from the first update on."""
+    """The optimizer's state, from the first update on."""
     size = int(model.moment_bytes * model.trainable) // _state_shards(cluster)
-    return Term(f"{model.role}: AdamW", size)
+    return Term(f"{model.role}: {model.optimizer}", size)
 
 
 def gradient_term(model: Trained, cluster: Cluster) -> Term:
@@ -149,9 +149,9 @@ def _moved_terms(load: Workload, cluster: Cluster) -> tuple[str, ...]:
     """Ends of the names of terms that are in the host's memory; none where the backend cannot."""
     match cluster.form, load.offload:
         case ("zero2" | "zero3", "optimizer"):
-            return ("masters", "AdamW", "gradient")
+            return ("masters", "AdamW", "RMSprop", "gradient")
         case ("fsdp2" | "zero3", "all"):
-            return ("weights", "masters", "AdamW", "gradient")
+            return ("weights", "masters", "AdamW", "RMSprop", "gradient")
         case _:
             return ()
 

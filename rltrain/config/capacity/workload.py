@@ -77,6 +77,7 @@ class Trained:
     shape: ModelShape
     moment_bytes: float = MOMENT_BYTES  # of the optimizer, per parameter
     adapter: AdapterSize | None = None  # None: all weights are trained
+    optimizer: str = "AdamW"  # whose state it is, in reports
 
     @property
     def trainable(self) -> int:
@@ -160,7 +161,7 @@ def _offline_workload(recipe: OfflineRecipe, models: _Models) -> Workload:
     ref = recipe.loss.preference
     spec = PREFERENCE_LOSSES.check(ref.name, ref.hp)
     needs = all_needs(spec, ref.hp)
-    sides = 2 if takes_pairs(spec) else 1
+    sides = (2 if takes_pairs(spec) else 1) + (recipe.loss.degree is not None)
     has_scalar_head = SCALAR_HEAD in spec.traits
     role = "model" if has_scalar_head else "policy"
     # a scalar head replaces an output head of its own
@@ -248,16 +249,30 @@ def _sampled_workload(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models)
 
 def _trained_model(role: str, shape: ModelShape, optimizer: Optimizer, adapter: Adapter | None) -> Trained:
     size = None if adapter is None else adapter_size(adapter, shape)
-    return Trained(role, shape, moment_bytes(optimizer), size)
+    hidden = 1.0 if adapter is not None else shape.layers * shape.layer / shape.parameters
+    label = {"rmsprop": "RMSprop", "muon": "Muon and AdamW"}.get(optimizer.name, "AdamW")
+    return Trained(role, shape, moment_bytes(optimizer, hidden), size, label)
 
 
 def _recomputed_share(learner: LearnerCore) -> float | None:
     return None if learner.gradient_checkpointing == "auto" else float(learner.gradient_checkpointing)
 
 
-def moment_bytes(optimizer: Optimizer) -> float:
-    """Bytes per parameter of AdamW's two moments."""
-    return MOMENT_BYTES_8BIT if optimizer.name == "adamw_8bit" else MOMENT_BYTES
+def moment_bytes(optimizer: Optimizer, hidden: float) -> float:
+    """Bytes of the optimizer's state per trained parameter, on average.
+
+    AdamW keeps two float32 numbers, RMSprop one, and Muon one for each of its own. hidden: share of the
+    parameters that stand in layers or adapters, which all count as Muon's, norms and biases too.
+    """
+    match optimizer.name:
+        case "adamw_8bit":
+            return MOMENT_BYTES_8BIT
+        case "rmsprop":
+            return MOMENT_BYTES / 2
+        case "muon":
+            return MOMENT_BYTES * (1 - hidden / 2)
+        case "adamw":
+            return MOMENT_BYTES
 
 
 def _engine_of(recipe: SampledRecipe) -> Engine:

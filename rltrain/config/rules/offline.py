@@ -46,7 +46,7 @@ def check_offline(recipe: OfflineRecipe) -> Findings:
         *_loss_problems(recipe, spec, values),
         *_model_problems(recipe, spec),
     ]
-    problems += _eval_problems(recipe, spec)
+    problems += [*_eval_problems(recipe, spec), *_degree_problems(recipe, spec)]
     problems += scalar_head_problem(recipe, spec.traits)
     own_problems = PREFERENCE_LOSSES.find_problems(ref.name, ref.hp, recipe)
     problems += [f"{_KEY} {spec.name}: {problem}" for problem in own_problems]
@@ -79,12 +79,13 @@ def _size_problems(recipe: OfflineRecipe, spec: MethodSpec) -> Iterator[str]:
     data = recipe.data
     learner = recipe.learner
     sides = 2 if takes_pairs(spec) else 1
+    sides += recipe.loss.degree is not None
     longest = sides * (data.max_prompt_tokens + data.max_completion_tokens)
     if learner.tokens_per_micro_batch < longest:
-        what = "a pair, whose completions stay together," if sides == 2 else "one completion"
+        what = "one completion" if sides == 1 else "a pair, whose completions stay together,"
         yield (
             f"learner.tokens_per_micro_batch is {learner.tokens_per_micro_batch}, but {what} can take "
-            f"{f'{sides} x ' if sides == 2 else ''}(data.max_prompt_tokens {data.max_prompt_tokens} + "
+            f"{f'{sides} x ' if sides > 1 else ''}(data.max_prompt_tokens {data.max_prompt_tokens} + "
             f"data.max_completion_tokens {data.max_completion_tokens}) = {longest} tokens; set "
             f"learner.tokens_per_micro_batch to at least {longest}"
         )
@@ -117,6 +118,17 @@ def _loss_problems(recipe: OfflineRecipe, spec: MethodSpec, values: Mapping[str,
         )
 
 
+def _degree_problems(recipe: OfflineRecipe, spec: MethodSpec) -> Iterator[str]:
+    if recipe.loss.degree is None:
+        return
+    if not takes_pairs(spec) or SCALAR_HEAD in spec.traits:
+        what = "trains a scalar head" if SCALAR_HEAD in spec.traits else "learns from single completions"
+        yield (
+            f"loss.degree degrades the chosen completions of pairs, but {_KEY} {spec.name} {what}; leave it "
+            "out, or choose a loss on pairs that trains a language model"
+        )
+
+
 def _model_problems(recipe: OfflineRecipe, spec: MethodSpec) -> Iterator[str]:
     needs = all_needs(spec, recipe.loss.preference.hp)
     model = recipe.model
@@ -138,6 +150,9 @@ def _eval_problems(recipe: OfflineRecipe, spec: MethodSpec) -> Iterator[str]:
             f"eval.samples is {settings.samples}, but data.eval is null, so there are no held-out prompts; "
             "set data.eval or leave it out"
         )
+    if settings.spectrum and (SCALAR_HEAD in spec.traits or recipe.data.eval is None):
+        why = "data.eval is null" if recipe.data.eval is None else f"{_KEY} {spec.name} trains a scalar head"
+        yield f"eval.spectrum is of a language model's states on held-out examples, but {why}; leave it out"
     if settings.samples and SCALAR_HEAD in spec.traits:
         yield (
             f"eval.samples is {settings.samples}, but {_KEY} {spec.name} trains a scalar head, which writes "

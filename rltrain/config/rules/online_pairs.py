@@ -73,6 +73,11 @@ def _loss_problems(recipe: OnlinePairsRecipe, spec: MethodSpec) -> Iterator[str]
         )
         return
 
+    if recipe.loss.degree is not None:
+        yield (
+            "loss.degree degrades the chosen completions of a data set, and kind online_pairs samples its "
+            "own; leave it out"
+        )
     if missing := sorted(data_needs(spec, ref.hp) - _FROM_ROLLOUTS):
         yield (
             f"{_KEY} {spec.name} needs {', '.join(missing)} from a data set, which rollouts do not have; "

@@ -1,9 +1,8 @@
-"""CLO and SPO: preference losses with a second, supervised term, known only from notes and abstracts."""
+"""CLO: a preference loss with a second, supervised term, known only from notes."""
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import logsigmoid
 
 from rltrain.loss.preference.ratio import log_ratios, pair_metrics
 from rltrain.loss.preference.statistics import statistic
@@ -11,7 +10,7 @@ from rltrain.needs import COLUMN, PAIRS, REF_LOGP, TARGET_TOKENS_PER_EXAMPLE
 from rltrain.registry import method
 from rltrain.types.preference import ExampleLoss, PairBatch, PolicyPairs
 
-__all__ = ["clo", "spo_degree"]
+__all__ = ["clo"]
 
 
 @method(
@@ -35,15 +34,3 @@ def clo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, sft_share: 
     chosen, rejected = log_ratios(policy, batch)
     values = sft_share * nll + (1 - sft_share) * -logsigmoid(beta * (chosen - rejected))
     return ExampleLoss(values, pair_metrics(policy, beta * chosen, beta * rejected) | {"sft": nll.detach()})
-
-
-def spo_degree(logits: Tensor, degree: Tensor) -> Tensor:
-    """(D,) cross-entropy of "how degraded is this answer", to be added to any preference loss,
-    arXiv:2409.17791.
-
-    logits (D, K) come from a linear head on the last hidden state of D answers from which a share of the key
-    phrases was deleted; degree (D,) int64 is 0 for the intact answer. The loss starts at ln K and so needs a
-    small weight (0.1). Degraded answers never enter the preference loss. Confidence: low. Beyond the
-    abstract's idea this is a reconstruction, and the classifier can infer the degree from the length.
-    """
-    return cross_entropy(logits, degree, reduction="none")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from rltrain.loss.preference.ratio import pair_metrics, ref_logp
@@ -10,7 +9,7 @@ from rltrain.needs import PAIRS, PREVIOUS_LOGP, PREVIOUS_POLICY, REF_LOGP
 from rltrain.registry import method
 from rltrain.types.preference import CompletionFacts, ExampleLoss, PairBatch, PolicyPairs, PolicySequences
 
-__all__ = ["inpo", "mirror_descent_step", "mirror_prox_step", "nash_mp", "nash_mp_score", "symmetrise"]
+__all__ = ["inpo", "nash_mp", "symmetrise"]
 
 
 @method("inpo", arxiv="2407.00617", needs={REF_LOGP, PREVIOUS_LOGP}, traits={PAIRS, PREVIOUS_POLICY})
@@ -56,55 +55,6 @@ def _log_ratio_to_both(policy: PolicySequences, facts: CompletionFacts, share: f
     if facts.previous_logp is None:
         raise ValueError("inpo compares with the frozen previous iterate, but previous_logp was not computed")
     return policy.logp - share * ref_logp(facts) - (1 - share) * facts.previous_logp.detach()
-
-
-def mirror_descent_step(
-    policy: Tensor, reference: Tensor, preference: Tensor, *, eta: float, tau: float
-) -> Tensor:
-    """(K,) ``pi_{t+1} ~ exp(P(y > pi_t) / eta) pi_ref^(tau/eta) pi_t^(1 - tau/eta)`` over K answers,
-    arXiv:2407.00617.
-
-    preference (K, K): entry (i, j) is the probability that answer i beats answer j. INPO's loss has the fixed
-    point of this update.
-    """
-    share = tau / eta
-    return torch.softmax(
-        preference @ policy / eta + share * reference.log() + (1 - share) * policy.log(), dim=0
-    )
-
-
-def mirror_prox_step(
-    policy: Tensor, reference: Tensor, preference: Tensor, *, eta: float = 2.0, beta: float = 0.5
-) -> tuple[Tensor, Tensor]:
-    """(K,) each: the extrapolated policy and the next one of Nash Mirror Prox over K answers,
-    arXiv:2505.19731.
-
-    Both are proximal steps from ``policy``, the first against itself, the second against the extrapolated
-    policy; if the second also started from the extrapolated policy, it would be plain self-play without the
-    guarantee. eta: step size, at most 2 for preferences in [0, 1]; beta: weight of the KL to the reference.
-    The updates are reconstructed from mirror prox and reach the paper's rate ``(1 + 2 beta)^-N`` over N such
-    steps.
-    """
-
-    def step(opponent: Tensor) -> Tensor:
-        scores = eta * (preference @ opponent) + eta * beta * reference.log() + policy.log()
-        return torch.softmax(scores / (1 + eta * beta), dim=0)
-
-    extrapolated = step(policy)
-    return extrapolated, step(extrapolated)
-
-
-def nash_mp_score(
-    wins: Tensor, logp: Tensor, ref_logp: Tensor, centre_logp: Tensor, *, eta: float = 2.0, beta: float = 0.5
-) -> Tensor:
-    """(B,) detached ``P - 1/2 - beta log(pi / pi_ref) - (1 / eta) log(pi / pi_k)``: the reward of one
-    proximal step by sampling.
-
-    wins (B,): probability that the sampled answer beats the opponent's; the log-probs are sums over tokens
-    (B,), of the policy, the reference and the step's centre pi_k. The score multiplies -log pi as an
-    advantage. A reconstruction for language models of arXiv:2505.19731, whose own recipe was not available.
-    """
-    return (wins - 0.5 - beta * (logp - ref_logp) - (logp - centre_logp) / eta).detach()
 
 
 def symmetrise(first: Tensor, second: Tensor) -> Tensor:

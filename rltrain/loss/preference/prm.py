@@ -18,7 +18,7 @@ from rltrain.needs import GROUP_SIZE, LABEL, LABELS, PAIRS, REF_LOGP, REWARD_SOF
 from rltrain.registry import method
 from rltrain.types.preference import ExampleLoss, LabelBatch, PairBatch, PolicyPairs, PolicySequences
 
-__all__ = ["contrasts", "implicit_prm_ce", "nca", "nca_group"]
+__all__ = ["implicit_prm_ce", "nca", "nca_group"]
 
 
 @method("implicit_prm_ce", arxiv="2412.01981", needs={REF_LOGP, LABEL}, traits={LABELS})
@@ -69,16 +69,6 @@ def nca_group(
     return ExampleLoss(
         -share * logsigmoid(logit) - logsigmoid(-logit), _outcome_metrics(logit, labels(batch, "nca_group"))
     )
-
-
-def contrasts(label: Tensor, prompt: Tensor) -> Tensor:
-    """(P, 2) int64 rows (right, wrong): all pairs of a right and a wrong answer of the same prompt.
-
-    Prompts whose answers are all right or all wrong give none.
-    """
-    right = label > 0.5
-    matches = (prompt[:, None] == prompt[None, :]) & right[:, None] & ~right[None, :]
-    return matches.nonzero()
 
 
 def _outcome_metrics(logit: Tensor, label: Tensor) -> dict[str, Tensor]:

@@ -49,8 +49,9 @@ def epo(
     T), nats.
 
     ``-(H - smoothing alpha P)`` with ``P = max(0, kappa_low h - H) + max(0, H - kappa_high h)``, where h is
-    ``history``, the mean entropy of the earlier steps; without a history there is no penalty. history and
-    smoothing come from the coefficient ``epo_schedule``. alpha is 0.1 for ALFWorld and 0.05 for ScienceWorld.
+    ``history``, the mean entropy of the earlier steps: (), or (K,) for the turns of an episode, each token's
+    being that of its turn; without a history there is no penalty. history and smoothing come from the
+    coefficient ``epo_schedule``. alpha is 0.1 for ALFWorld and 0.05 for ScienceWorld.
     penalty "constant" is the released code's: alpha outside the open range, which has no gradient and so
     changes only the reported loss.
     """
@@ -59,13 +60,33 @@ def epo(
     entropy = apply_mask(policy.entropy, batch.mask)
     if history is None or smoothing is None:
         return TokenLoss(-entropy)
+    history, has_history = _history_of_tokens(history, batch)
     low = kappa_low * history
     high = kappa_high * history
     if penalty == "hinge":
         excess = alpha * ((low - entropy).clamp(min=0) + (entropy - high).clamp(min=0))
     else:
         excess = torch.where((entropy > low) & (entropy < high), 0.0, alpha)
-    excess = apply_mask(excess, batch.mask)
-    is_outside = apply_mask(((entropy <= low) | (entropy >= high)).to(entropy.dtype), batch.mask)
+    counts = batch.mask.bool() & has_history
+    excess = apply_mask(excess, counts)
+    is_outside = apply_mask(((entropy <= low) | (entropy >= high)).to(entropy.dtype), counts)
     metrics = {"penalty": excess.detach(), "outside": is_outside.detach()}
     return TokenLoss(smoothing * excess - entropy, metrics)
+
+
+def _history_of_tokens(history: Tensor, batch: TrainBatch) -> tuple[Tensor, Tensor]:
+    """The history of each token, () or (B, T) nats, and whether it has one, in the same shape.
+
+    A turn beyond the earlier episodes', or that none of them reached (NaN), has none. Raises ValueError where
+    the history is one of turns and the batch has no turns.
+    """
+    if history.dim() == 0:
+        return history, torch.ones_like(history, dtype=torch.bool)
+    if batch.step_id is None:
+        raise ValueError(
+            "the epo term got a history for each turn, and no completion of the step has turns; set "
+            "rollout.environment, or the coefficient's history to step"
+        )
+    turns = torch.cat([history, history.new_full((1,), torch.nan)])  # the last stands for all later turns
+    values = turns[batch.step_id.clamp(0, len(history))]
+    return values.nan_to_num(0.0), ~values.isnan()

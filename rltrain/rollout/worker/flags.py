@@ -183,7 +183,8 @@ class WorkerSettings:
 def worker_settings(
     model: Model, data: Data, rollout: Rollout, precision: str, *, on_gpu: bool
 ) -> WorkerSettings:
-    """What a worker of the recipe serves. precision: the learner's; on a GPU the server's is the same.
+    """What a worker of the recipe serves. precision: the learner's; the server's is the same, but auto is
+    float32 on a CPU.
 
     Raises UserError where a CPU's vLLM samples wrongly.
     """
@@ -193,7 +194,7 @@ def worker_settings(
         model=model.path,
         revision=model.revision,
         trust_remote_code=trusts(model.path, model.revision),
-        dtype="bfloat16" if on_gpu and precision != "float32" else "float32",
+        dtype="bfloat16" if precision == "bfloat16" or (on_gpu and precision != "float32") else "float32",
         max_model_len=data.max_prompt_tokens + rollout.max_tokens,
         max_num_seqs=rollout.vllm.max_num_seqs,
         on_gpu=on_gpu,

@@ -38,7 +38,7 @@ RECIPES = Path(__file__).parents[3] / "recipes" / "policy"
             "copo",
             ["reward.functions=[{name: format, tags: [a]}]"],
             "compares the completions' answers",
-            "add one of choice, empo, exact",
+            "add one of choice, empo, empo_model, exact",
         ),
         ("grao", ["rollout.extra_samples=[]"], "answer source", "add answer to rollout.extra_samples"),
         (

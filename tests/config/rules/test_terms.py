@@ -67,6 +67,10 @@ def term(text: str) -> str:
         ),
         (term("{name: epo, coefficient: 0.001}"), "set it to {name: epo_schedule}"),
         (
+            term("{name: epo, coefficient: {name: epo_schedule, history: turn}}"),
+            "history is turn, and without an environment a completion is one turn",
+        ),
+        (
             term("{name: entropy, coefficient: -0.1}"),
             "loss.terms.0.coefficient: got -0.1 (float); it should be greater than or equal to 0",
         ),

@@ -15,7 +15,6 @@ from rltrain.loss.preference import PREFERENCE_LOSSES, STATISTICS, statistics_of
 from rltrain.loss.preference.dco import coverage
 from rltrain.loss.preference.kto import class_weight_advice, class_weight_window, mismatched_partner
 from rltrain.loss.preference.objective import PreferenceObjective
-from rltrain.loss.preference.prm import contrasts
 from rltrain.loss.preference.statistics import with_batch_statistics
 from rltrain.types.preference import (
     CompletionFacts,
@@ -291,12 +290,6 @@ def test_pass_rates_outside_the_unit_interval_are_an_error():
 
 
 # implicit reward models, reward models ----------------------------------------------------------------------
-
-
-def test_contrasts_are_all_right_with_all_wrong_answers_of_a_prompt():
-    label = doubles(1, 0, 1, 1, 0, 0)
-    prompt = torch.tensor([4, 4, 4, 9, 9, 2])
-    assert contrasts(label, prompt).tolist() == [[0, 1], [2, 1], [3, 4]]  # prompt 2 has one kind only
 
 
 def test_soft_outcomes_are_mixtures():

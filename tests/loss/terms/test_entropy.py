@@ -106,6 +106,23 @@ def test_the_papers_own_band_has_no_lower_side() -> None:
     assert_close(values, torch.tensor([[-0.001, 1.5 * 0.1 * 0.25 - 1.25]]))
 
 
+def test_a_turn_is_compared_with_its_own_history() -> None:
+    # 1.5 alpha 0.1 times what exceeds twice the turn's history; turns 1 (NaN) and 3 (none) are not compared
+    entropy = torch.tensor([[1.25, 3.0, 0.5, 3.0, 9.0]], requires_grad=True)
+    turn = torch.tensor([[0, 1, 2, 3, -1]])
+    batch = batch_of(torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0]])).replace(step_id=turn)
+    history = torch.tensor([0.5, math.nan, 0.1])
+    term = LOSS_TERMS.bind("epo")
+    policy = PolicyTokens(torch.zeros_like(entropy), entropy)
+    loss = term(policy, batch, history=history, smoothing=torch.tensor(1.5))
+    assert_close(loss.values, torch.tensor([[0.0375 - 1.25, -3.0, 0.045 - 0.5, -3.0, 0.0]]))
+    assert loss.metrics["outside"].tolist() == [[1, 0, 1, 0, 0]]
+    slope = torch.autograd.grad(loss.values.sum(), entropy)[0]
+    assert_close(slope, torch.tensor([[-0.85, -1.0, -0.85, -1.0, 0.0]]))
+    with pytest.raises(ValueError, match="no completion of the step has turns"):
+        term(policy, batch.replace(step_id=None), history=history, smoothing=torch.tensor(1.5))
+
+
 @pytest.mark.parametrize("history", [None, 0.5])
 def test_padding_reaches_neither_value_nor_gradient(history: float | None) -> None:
     entropy = torch.tensor([[3.0, math.nan]], requires_grad=True)

@@ -67,7 +67,12 @@ def test_every_flag_comes_from_the_recipe() -> None:
 
 @pytest.mark.parametrize(
     ("precision", "on_gpu", "dtype"),
-    [("auto", False, "float32"), ("auto", True, "bfloat16"), ("float32", True, "float32")],
+    [
+        ("auto", False, "float32"),
+        ("bfloat16", False, "bfloat16"),
+        ("auto", True, "bfloat16"),
+        ("float32", True, "float32"),
+    ],
 )
 def test_the_dtype_is_the_learners(precision: str, on_gpu: bool, dtype: str) -> None:
     made = settings(precision=precision, on_gpu=on_gpu)
