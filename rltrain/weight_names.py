@@ -74,6 +74,11 @@ class CheckpointNames:
             for second, first in model.all_tied_weights_keys.items()
         }
 
+    @property
+    def are_blocks(self) -> bool:
+        """Whether each weight of a checkpoint lies in one tensor of the model, whose shards can be summed."""
+        return self.shapes.keys() <= self.blocks.keys()
+
     def to_checkpoint(
         self, weights: Weights, only: Collection[str] | None = None
     ) -> Iterator[tuple[str, Tensor]]:

@@ -260,7 +260,10 @@ def build_learner_sync(
     """
     adapter = learner.trained.adapter
     if adapter is None or engine.name == "transformers":
-        return build_sync(settings, engine, learner.names, seed, deadline)
+        sync = build_sync(settings, engine, learner.names, seed, deadline)
+        if adapter is None and learner.world_size > 1 and learner.names.are_blocks:
+            sync.shard_sums = learner.weight_fingerprints
+        return sync
     is_float32 = engine.dtype == torch.float32 and learner.trained.precision == "no"
     row = learner.trained.probe_row
     row = TokenRows(row.prompts, (row.completions[0][: longest - 2],))  # vLLM adds a token

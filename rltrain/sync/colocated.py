@@ -9,6 +9,7 @@ in special ways, and a stale head is the most frequent fault.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from rltrain.tensor_ops import Fingerprint, weight_fingerprint
 from rltrain.types.samples import PolicyVersion
 from rltrain.watchdog import Deadline, no_deadline
 
+SHARDS_RTOL = 1e-12  # the sums of equal weights differ by their order, below 1e-14
 Weights = Iterable[tuple[str, Tensor]]  # by Hugging Face name
 # The learner's weights for a target of this dtype, to which shards may be rounded before they are gathered.
 WeightStream = Callable[[torch.dtype], Weights]
@@ -59,6 +61,8 @@ class Sync:
     compared every ``layer weights / sample`` pushes. full_every: pushes between comparisons of all weights;
     0: only the first push compares all, as it always does. ties: second name of a weight to its first; the
     second is compared too where the learner sends the weight once. deadline: wraps each call of a target.
+    shard_sums: fingerprints from the ranks' shards, none of them gathered; a collective. Where it is given,
+    what was gathered to be sent is compared with it, so that a fault of the gathering is not on both sides.
     """
 
     targets: Sequence[WeightTarget]
@@ -67,6 +71,7 @@ class Sync:
     full_every: int
     seed: int
     deadline: Deadline = no_deadline
+    shard_sums: Callable[[torch.dtype], Mapping[str, Fingerprint]] | None = None
     pushes: int = 0
     _version: PolicyVersion = -1
     _always: tuple[str, ...] = ()
@@ -118,6 +123,8 @@ class Sync:
 
         if not self._rotating:
             self._sort_names()
+        if full and self.shard_sums is not None:
+            self._require_gathered(self.shard_sums, version)
         if expect_change and version > self._version:
             self._require_change(before, norms_before, version)
         sent = self._sent if full else self._sample_fingerprints(self.pushes)
@@ -259,6 +266,20 @@ class Sync:
                 f"but its weights are those of version {self._version}: {evidence}. The optimizer does not "
                 "hold the weights that are sent; look at what wraps the model"
             )
+
+    def _require_gathered(
+        self, shard_sums: Callable[[torch.dtype], Mapping[str, Fingerprint]], version: PolicyVersion
+    ) -> None:
+        """Raises WeightMismatchError where what this rank gathered is not what the ranks hold."""
+        for dtype in dict.fromkeys(target.dtype for target in self.targets):
+            held = shard_sums(dtype)
+            for name, gathered in self._sent.get(dtype, {}).items():
+                if not math.isclose(gathered.number, held[name].number, rel_tol=SHARDS_RTOL):
+                    raise WeightMismatchError(
+                        f"version {version}: weight {name!r} was gathered with fingerprint "
+                        f"{gathered.number:.9g}, the shards of the ranks add up to {held[name].number:.9g} "
+                        f"(rtol {SHARDS_RTOL:g}); look at what wraps the model, or at the ranks' connection"
+                    )
 
     def _compare(self, sent: Mapping[torch.dtype, Mapping[str, Fingerprint]], full: bool, when: str) -> float:
         """The largest relative difference of a target's fingerprints from those ``sent`` in its precision.

@@ -23,5 +23,6 @@ def test_shards_are_rounded_before_they_are_gathered(
         assert result["exact"] == ["torch.float32"]
         assert result["rounded"] == ["torch.bfloat16"]
         assert result["differing"] == []
+        assert result["shards"] < 1e-13  # summed where they are, in either precision
         assert result["unchanged"] and result["still"] == []
         assert result["ratios"] == [1.0]  # each master is on one rank, whole or in parts

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rltrain.config.schema import Learner, Model, Optimizer
 from rltrain.learner.packing import build
 from rltrain.learner.ranks import connect
 from rltrain.learner.trained_model import TrainedModel
+from rltrain.tensor_ops import weight_fingerprint
 from rltrain.types.policy import TokenRows
 
 LOGP = frozenset({"logp"})
@@ -43,12 +46,21 @@ def main(model: str, out: Path) -> None:
         "differing": [
             name for name in exact if not torch.equal(exact[name].bfloat16(), rounded[name].bfloat16())
         ],
+        "shards": max(shards_difference(trained, weights) for weights in (exact, rounded)),
         "rounded_at_start": rounded_at_start,
         "unchanged": before == unchanged,
         "still": [index for index, norm in enumerate(after) if norm == before[index]],
         "ratios": sorted({round(norm / full, 9) for norm, full in zip(after, full_norms, strict=True)}),
     }
     (out / f"rank-{trained.rank}.json").write_text(json.dumps(result))
+
+
+def shards_difference(trained: TrainedModel, weights: Mapping[str, Tensor]) -> float:
+    """The largest relative difference of a gathered weight's fingerprint from that of the shards."""
+    (dtype,) = {weight.dtype for weight in weights.values()}
+    sums = trained.weight_fingerprints(dtype)
+    pairs = [(weight_fingerprint(name, weight).number, sums[name].number) for name, weight in weights.items()]
+    return max(abs(gathered - held) / max(abs(held), 1e-30) for gathered, held in pairs)
 
 
 def update(trained: TrainedModel) -> None:

@@ -16,7 +16,7 @@ from rltrain.protocols import EngineState
 from rltrain.rollout.engines.transformers.engine import TransformersEngine
 from rltrain.sync.colocated import Sync
 from rltrain.sync.fingerprint import WeightMismatchError
-from rltrain.tensor_ops import Fingerprint
+from rltrain.tensor_ops import Fingerprint, weight_fingerprint
 
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -219,6 +219,34 @@ def test_the_message_names_weight_numbers_version_and_remedy(model: tuple[str, A
     ]
     assert any(math.isclose(number, engine.fingerprint()[name].number, rel_tol=1e-6) for number in numbers)
     assert "a reload from disk" in message
+
+
+def test_what_is_gathered_is_compared_with_what_the_ranks_hold(model: tuple[str, Any]) -> None:
+    """A fault of the gathering would be in what is sent and in what is expected of the engine alike."""
+    folder, learner = model
+    held = {name: weight_fingerprint(name, weight) for name, weight in weights_of(learner)(torch.float32)}
+    sync = sync_of(engine_of(folder), {})
+    asked: list[torch.dtype] = []
+
+    def shard_sums(dtype: torch.dtype) -> dict[str, Fingerprint]:
+        asked.append(dtype)
+        return held
+
+    sync.shard_sums = shard_sums
+    sync.push(weights_of(learner), 0, expect_change=False)
+    assert asked == [torch.float32]
+
+    def cut() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in weights_of(learner)(torch.float32):
+            if name == "model.layers.0.self_attn.v_proj.weight":
+                weight = weight.clone()
+                weight[-1] = 0  # the last rank's rows did not come
+            yield name, weight
+
+    broken = sync_of(engine_of(folder), {})
+    broken.shard_sums = shard_sums
+    with pytest.raises(WeightMismatchError, match=r"v_proj.weight' was gathered with .* the shards of the"):
+        broken.push(lambda dtype: cut(), 0, expect_change=False)
 
 
 def test_every_target_is_loaded_and_compared_in_its_own_precision(model: tuple[str, Any]) -> None:
