@@ -28,12 +28,15 @@ class PoolGrader(Protocol):
     def score(self, groups: Sequence[RewardInputs]) -> list[list[Score]]: ...
 
 
-def check_path(values: Mapping[str, Any], recipe: Any) -> Iterator[str]:
+def check(values: Mapping[str, Any], recipe: Any) -> Iterator[str]:
     if not values["path"]:
         yield "path is empty; set path to a reward model with one output, a folder or Hub name"
+    rollout = getattr(recipe, "rollout", None)
+    if rollout is not None and rollout.bound is not None:
+        yield "it needs the learner's device while rollout.schedule bounded updates the policy; use {lag: k}"
 
 
-@reward("reward_model", check=check_path)
+@reward("reward_model", check=check)
 class ModelReward:
     """A reward model's scalar for prompt and completion, as in InstructGPT, arXiv:2203.02155, computed by the
     learner's processes.

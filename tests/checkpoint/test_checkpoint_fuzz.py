@@ -168,7 +168,7 @@ def test_a_generator_of_another_form_is_named(tmp_path: Path) -> None:
     ("names", "message"),
     [
         (("w/step", "w/exp_avg", "w/exp_avg_squared"), r"'w' has \['exp_avg', 'exp_avg_squared', 'step'\]"),
-        (("w/step", "w/exp_avg"), r"AdamW needs \['exp_avg', 'exp_avg_sq', 'step'\]"),
+        (("w/step", "w/exp_avg"), r"AdamW's are \['exp_avg', 'exp_avg_sq', 'step'\]"),
         (("v/step", "v/exp_avg", "v/exp_avg_sq"), "'v' and 0 more that this model does not train"),
     ],
 )

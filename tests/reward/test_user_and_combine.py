@@ -84,7 +84,7 @@ def test_names_resolve_with_their_hyperparameters_and_unknown_ones_list_the_know
     assert resolve(RewardCall("exact", 1.0, {"correct": 2.0}))(inputs("a", "b", answer="a"))[0].value == 2.0
     with pytest.raises(
         ValueError,
-        match=r"no reward is called 'mathanswer'; choose from choice, .*exact, format, length, .*math_answer",
+        match=r"no reward is called 'mathanswer'; choose from characters, choice, .*format, .*math_answer",
     ):
         resolve(RewardCall("mathanswer", 1.0, {}))
 

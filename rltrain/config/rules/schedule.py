@@ -73,10 +73,6 @@ def _bounded_problems(recipe: SampledRecipe) -> Iterator[str]:
             "a request names the adapter that it is sampled with from its first token to its last; use "
             "{lag: k}, or train all weights",
         ),
-        "reward.functions reward_model": (
-            any(ref.name == "reward_model" for ref in recipe.reward.functions),
-            "it needs the learner's device while the policy is updated; use {lag: k}",
-        ),
     }
     for key, (is_refused, reason) in reasons.items():
         if is_refused:

@@ -48,6 +48,11 @@ def test_the_defaults() -> None:
         ("policy/aepo", [], "rollout.extra_samples: their rows are sampled for the groups"),
         ("policy/epo_calculator", [], "rollout.environment: the turns of an episode"),
         ("policy/grpo", ["model.adapter={rank: 8}"], "model.adapter: a request names the adapter"),
+        (
+            "policy/grpo",
+            ["reward.functions=[{name: reward_model, path: a/b}]"],
+            "reward_model: it needs the learner's device while rollout.schedule bounded",
+        ),
         ("policy/grpo", ["journal.keep=nothing"], "journal.keep is nothing; set it to all or resume"),
         ("policy/grpo", ["rollout.schedule={bounded: {versions: -1}}"], "greater than or equal to 0"),
         ("policy/grpo", ["rollout.schedule={bounded: {versions: 1, update: keep}}"], "'in_flight', 'abort'"),
