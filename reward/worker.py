@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
+import os
 import pickle
 import sys
 from dataclasses import dataclass
@@ -111,6 +113,8 @@ def _load_graders(calls: tuple[RewardCall, ...]) -> list[Grader]:
 
 
 def _explain_failed_start(caught: Caught) -> str:
-    if isinstance(caught.error, MemoryError):
+    # the interpreter says SystemError where its own C code gets no memory, a loader of libraries ENOMEM
+    no_memory = isinstance(caught.error, MemoryError | SystemError)
+    if no_memory or os.strerror(errno.ENOMEM) in str(caught.error):
         return "a reward worker cannot even import its graders within reward.memory_gib; raise it"
     return str(caught.error) if isinstance(caught.error, ValueError) else str(caught)

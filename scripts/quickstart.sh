@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a bare machine with Python 3.11 to a trained model: makes .venv, writes the pretrained SmolLM2-135M-Instruct to a folder,
-# trains it with GRPO on sums of two digits, evaluates it on held-out sums and prints its answers beside those before.
+# trains it with GRPO on sums of one-digit numbers, evaluates it on held-out sums and prints its answers beside those before.
 #   bash scripts/quickstart.sh [--engine transformers|vllm] [--model smollm2|tiny] [--run DIR]
 # --model tiny: a model of a million parameters that this script makes, in three minutes with set-up.
 set -euo pipefail

@@ -6,7 +6,7 @@ import gc
 import importlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +22,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         costs[item.location[0]] = costs.get(item.location[0], 0) + likely_cost(item)
     items.sort(key=lambda item: -costs[item.location[0]])  # stable: a file's cases keep their order
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What a case printed crosses between processes as UTF-8, which a lone surrogate is not."""
+    report = yield
+    report.sections = [
+        (name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
 
 
 def likely_cost(item: pytest.Item) -> int:
