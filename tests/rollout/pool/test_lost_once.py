@@ -120,5 +120,7 @@ def test_a_pool_that_is_closed_just_after_a_loss_ends() -> None:
             pool._lose(pool.members["worker 0"], "its process ended")
             async with asyncio.timeout(SECONDS):
                 await pool.close()
+            assert pool.counts.lost == 1
+            assert not [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
 
     asyncio.run(run())
