@@ -7,10 +7,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,65 +17,16 @@ from rltrain.checkpoint.journal import Journal
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.process import ALONE
 from rltrain.protocols import WorkersGone
-from rltrain.reward.score import Score
-from rltrain.rollout.groups import sample_groups
-from rltrain.rollout.source import Rollouts
-from rltrain.seeds import stable_hash
 from rltrain.sync.colocated import Sync
 from rltrain.train.journaled import JournaledRollouts
 from rltrain.train.lagged import LaggedRollouts
 from rltrain.train.sampled_run import KeptWeights
-from rltrain.types.samples import Prompt, RolloutGroup, Sampling, ScoredGroup
+from rltrain.types.samples import RolloutGroup
 from support.fake_pool import make_weights, wait_until
-from support.pool_runs import PROMPTS, SAMPLES, Pool, digest, open_pool, update
+from support.learners import TableSource
+from support.pool_runs import Pool, digest, open_pool, update
 
 STEPS = 5
-
-
-@dataclass
-class TableSource:
-    """Implements ``PromptedSource`` on the engine over a pool. at_sampling: called before each step's."""
-
-    engine: Any
-    sync: Sync
-    seed: int
-    at_sampling: Callable[[int], None] = lambda step: None
-    asked: list[tuple[int, int]] = field(default_factory=list)
-    prompts: Sequence[Prompt] = tuple(PROMPTS)
-
-    def take(self, step: int, version: int) -> Rollouts:
-        self.asked.append((step, version))
-        self.at_sampling(step)
-        sampling = Sampling(SAMPLES, 1.0, 12, stable_hash(self.seed, "rollout", step))
-        groups = tuple(
-            ScoredGroup(group.group, group.prompt, group.completions, (Score(0.0),) * SAMPLES)
-            for group in sample_groups(self.engine, self.prompts, sampling, version)
-        )
-        self.sync.verify()
-        return Rollouts(groups, len(groups), 1, (), {})
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-    def evaluate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, version: int, occasion: str = ""
-    ) -> list[ScoredGroup]:
-        raise NotImplementedError
-
-    def observe(
-        self,
-        metrics: Mapping[str, float],
-        entropy: torch.Tensor | None = None,
-        sampled: torch.Tensor | None = None,
-    ) -> None: ...
-
-    def settle(self) -> None: ...
-
-    def release_memory(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def train(
