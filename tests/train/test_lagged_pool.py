@@ -5,6 +5,7 @@ there are, nor on how fast they are, nor on which of them die.
 from __future__ import annotations
 
 import contextlib
+import random
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from rltrain.train.sampled_run import KeptWeights
 from rltrain.types.samples import RolloutGroup
 from support.fake_pool import make_weights, wait_until
 from support.learners import TableSource
-from support.pool_runs import Pool, digest, open_pool, update
+from support.pool_runs import SAMPLES, Pool, digest, open_pool, require_conserved, update
 
 STEPS = 5
 
@@ -111,6 +112,32 @@ def test_the_weights_do_not_depend_on_the_workers(
 
     assert train(pool, tmp_path / "run", lag, overlaps=True, at_update=kill) == expected[lag]
     wait_until(lambda: last.starts > starts)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("lag", [1, 2])
+def test_nor_on_the_token_at_which_a_worker_dies(
+    lag: int, seed: int, pools: Callable[[int], Pool], expected: dict[int, str], tmp_path: Path
+) -> None:
+    """Of three workers one is ten times slower, and another ends at a random token of a random step."""
+    pool = pools(3)
+    chance = random.Random(seed)
+    slow, doomed = (pool.homes[name] for name in chance.sample(sorted(pool.homes), 2))
+    slow.change(seconds=0.01)
+    struck_at = chance.randrange(1, STEPS - lag + 1)
+    starts = doomed.starts
+
+    def strike(step: int) -> None:
+        if step == struck_at:
+            doomed.change(die_after=chance.randrange(SAMPLES))
+
+    assert train(pool, tmp_path / "run", lag, overlaps=True, at_update=strike) == expected[lag]
+    if doomed.starts == starts:  # nothing was left for it to write
+        doomed.signal(signal.SIGKILL)
+    wait_until(lambda: doomed.starts > starts)
+    slow.change(seconds=0.001)
+    pool.wait_for_all()
+    require_conserved(pool.pool)
 
 
 def test_the_policy_is_updated_while_the_workers_sample(
