@@ -250,8 +250,8 @@ def sum_products(products: Sequence[Product], parallel: Any) -> ProcessSums:
     """
     divided = [product for product in products if product.share.columns is not None]
     parts = {product.name: float(product_sums(product.name, product.values)[0]) for product in divided}
-    whole = [product for product in products if product.share.columns is None]
-    products = [*whole, *_add_columns(divided)]
+    undivided = [product for product in products if product.share.columns is None]
+    products = [*undivided, *_add_columns(divided)]
     rank = get_tp_group().rank_in_group
     sums: dict[str, tuple[float, float, int]] = {}
     for product in products:
