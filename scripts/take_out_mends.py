@@ -4,8 +4,8 @@
 
 A test that passes without the mend it is about proves nothing. Each entry of ``MENDS`` names a line, what the
 line would be without the mend, and the test; the test passes first with the mend in place. WORD selects the
-entries whose name contains it. FILE keeps what it says about the others; ``scripts/results/mends.json`` has for
-every entry what was seen last, and at which commit.
+entries whose name contains it. FILE keeps what it says about the others; ``scripts/results/mends.json`` has
+for every entry what was seen last, and at which commit.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ MENDS = (
     Mend(
         "weights are saved as a stream",
         "rltrain/learner/trained_model.py",
-        "for name, tensor in self._model_state().items():\n            full = self._gather(tensor, dtype, name)",
+        "for name, tensor in self._model_state().items():\n"
+        "            full = self._gather(tensor, dtype, name)",
         "held = self._model_state()\n"
         "        for name, full in [(name, self._gather(held[name], dtype, name)) for name in held]:",
         BACKENDS,
@@ -251,9 +252,9 @@ def main() -> int:
 
 def keep_results(file: Path, results: list[dict[str, Any]]) -> None:
     """Replaces what ``file`` says of these mends; mends that are no longer in ``MENDS`` go."""
-    seen = {entry["mend"]: entry for entry in json.loads(file.read_text())} if file.exists() else {}
-    seen |= {result["mend"]: result for result in results}
-    kept = [seen[mend.name] for mend in MENDS if mend.name in seen]
+    entries = {entry["mend"]: entry for entry in json.loads(file.read_text())} if file.exists() else {}
+    entries |= {result["mend"]: result for result in results}
+    kept = [entries[mend.name] for mend in MENDS if mend.name in entries]
     file.write_text(json.dumps(kept, indent=1) + "\n")
 
 
