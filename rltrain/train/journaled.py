@@ -18,10 +18,11 @@ from rltrain.checkpoint.random_state import random_state, restore_random_state
 from rltrain.errors import UserError
 from rltrain.process import Process
 from rltrain.rollout.controller import ControlledRollouts
+from rltrain.rollout.packed import pack_groups, unpack_groups
 from rltrain.rollout.source import PromptedSource, Rollouts
 from rltrain.types.samples import Prompt, Sampling, ScoredGroup
 
-__all__ = ["JournaledRollouts", "rollouts_of"]
+__all__ = ["JournaledRollouts", "rollouts_of", "share_record"]
 
 
 def rollouts_of(record: StepRecord) -> Rollouts:
@@ -35,6 +36,17 @@ def rollouts_of(record: StepRecord) -> Rollouts:
         seconds=dict(header.seconds),
         metrics=dict(header.metrics),
     )
+
+
+def share_record(process: Process, records: Sequence[StepRecord]) -> StepRecord | None:
+    """Rank 0's record on every rank, None if it has none. Its groups cross between processes as arrays."""
+    if process.world_size == 1:
+        return next(iter(records), None)
+    shared = process.gather([(record.header, pack_groups(record.groups, {})) for record in records])
+    if not shared or records:
+        return next(iter(records), None)
+    header, packed = shared[0]
+    return StepRecord(header, tuple(unpack_groups(packed, {})))
 
 
 @dataclass(frozen=True)
@@ -110,8 +122,7 @@ class JournaledRollouts:
                     records = [self.journal.read(step)]
             except (FileNotFoundError, UserError):
                 records = []
-        shared = self.process.gather(records)
-        return shared[0] if shared else None
+        return share_record(self.process, records)
 
     def _write(
         self,

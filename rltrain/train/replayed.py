@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from rltrain.checkpoint.journal import Journal, StepRecord
+from rltrain.checkpoint.journal import Journal
 from rltrain.checkpoint.random_state import restore_random_state
 from rltrain.process import Process
 from rltrain.rollout.source import Rollouts
 from rltrain.sync.colocated import WeightOwner, WeightStream
-from rltrain.train.journaled import rollouts_of
+from rltrain.train.journaled import rollouts_of, share_record
 from rltrain.types.samples import Prompt, Sampling, ScoredGroup
 
 __all__ = ["NoPush", "ReplayedRollouts"]
@@ -43,7 +43,8 @@ class ReplayedRollouts:
         """The rollouts that ``step`` was trained on. Raises UserError where its file is damaged."""
         if version in self.digests:
             self.comparisons[step] = self.weights_digest() == self.digests[version]
-        record: StepRecord = self.process.gather([self.journal.read(step)] if self.process.is_main else [])[0]
+        record = share_record(self.process, [self.journal.read(step)] if self.process.is_main else [])
+        assert record is not None
         self._state = dict(record.header.state)
         rank = self.process.rank
         if rank < len(record.header.random) and record.header.random[rank]:
