@@ -13,6 +13,7 @@ docs/methods.md.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import statistics
@@ -44,6 +45,12 @@ def recipes() -> list[str]:
         for path in (ROOT / "recipes" / name).glob("*.yaml")
     ]
     return sorted(set(names) - EXCLUDED)
+
+
+def model_digest(profile: str) -> str:
+    """Of the weights that the profile's runs start from: results of different models cannot be compared."""
+    path = load_recipe(ROOT / "recipes/policy/grpo.yaml", profile=profile, overrides=[]).model.path
+    return hashlib.sha256((ROOT / path / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def command(recipe: str, arguments: argparse.Namespace) -> list[str]:
@@ -100,6 +107,7 @@ def main() -> None:
     arguments = parser.parse_args()
     conditions = {name: getattr(arguments, name) for name in ("profile", "steps", "seed")}
     conditions |= {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    conditions["model"] = model_digest(arguments.profile)
     record = (
         json.loads(KEPT.read_text(encoding="utf-8"))
         if KEPT.is_file()

@@ -2,9 +2,9 @@
 
     python scripts/methods_table.py [--check]
 
-A row per registered method has its name in a recipe, its paper, its function, the recipes that use it, and
-the result of one of them at laptop scale (``scripts/measure_recipes.py``) where that differs from the
-baseline's beyond their intervals. ``--check`` changes nothing and exits with 1 if a file would change.
+A row per registered method has its name in a recipe, its paper, its formula (the paragraph "Formula:" of its
+docstring), its function, the recipes that use it, and the result of one of them at laptop scale
+(``scripts/measure_recipes.py``). ``--check`` changes nothing and exits with 1 if a file would change.
 """
 
 from __future__ import annotations
@@ -39,6 +39,14 @@ paper's form is the default and the released one is an option. AEPO, GTPO, COPO 
 papers' methods as well; the arXiv id tells which one is meant. KL to the reference has the estimators k2
 and k3 as a term, and k1 in the reward (`kl_coef`).
 
+**Formulas** are those of the functions' docstrings, which say the rest. R is a completion's reward, `mean`
+and `std` are over the prompt's graded completions, A the advantage, y a completion of `|y|` tokens, `ln pi`
+the log-prob of a token, or of a whole completion `y|x`. `r = pi / pi_old`, `rho = pi_old / pi_engine`, H is a
+token's entropy in nats, `sg[x]` has no gradient, `1[x]` is 1 where x holds and else 0, and `whiten` subtracts
+the mean over the step and divides by the standard deviation. Of a pair w is chosen and l rejected;
+`u = ln pi(y|x) - ln pi_ref(y|x)`, `z = beta (u_w - u_l)`, and e is the `flip_rate`. An aggregate adds up the
+losses l of the tokens of B completions.
+
 **Measured** is a smoke test, not a ranking: the method's own recipe under `tiny_cpu`, one seed, {steps}
 steps (150 for data sets), with the result on held-out prompts or pairs and the mean entropy (nats) of the
 samples in the first and last tenth of the steps. A cell is filled only where the result's 95 % interval
@@ -65,13 +73,13 @@ NOT_HERE: tuple[tuple[str, str, str], ...] = (
     ("GAE and value losses", "1506.02438", "need a critic, which no method here trains"),
 )
 _SPO = (
-    "`weight` times the cross-entropy of how many of the chosen answer's key phrases (RAKE) were taken out, "
-    "from a linear head on the policy; for any loss on pairs of a data set"
+    "how many of the chosen answer's key phrases (RAKE) were taken out, predicted by a linear head on the "
+    "policy; for any loss on pairs of a data set | `weight CE(head, degree)`"
 )
 BESIDE = f"""## Beside a loss (`loss.degree`)
 
-| name | arXiv | what | function | recipes | measured |
-|---|---|---|---|---|---|
+| name | arXiv | what | formula | function | recipes | measured |
+|---|---|---|---|---|---|---|
 | SPO | 2409.17791 | {_SPO} | `loss/preference/spo.py:spo_degree` | preference/spo | \
 [study](studies/preference.md#degrees-of-degraded-answers) |
 """
@@ -185,12 +193,21 @@ def summarize(doc: str) -> str:
     return re.sub(citation, "", first_sentence(paragraph)).strip(" ,").replace("|", "\\|")
 
 
+def formula(doc: str) -> str:
+    """The docstring's paragraph "Formula:" for a table cell. Raises ValueError unless there is one."""
+    paragraphs = [" ".join(paragraph.split()) for paragraph in doc.split("\n\n")]
+    formulas = [text.removeprefix("Formula: ") for text in paragraphs if text.startswith("Formula: ")]
+    if len(formulas) != 1:
+        raise ValueError(f"the docstring has {len(formulas)} paragraphs 'Formula: ...', expected 1: {doc}")
+    return formulas[0].replace("``", "`").replace("|", "\\|")
+
+
 def row(spec: MethodSpec, recipes: list[str], record: dict[str, Any]) -> str:
     location = f"`{spec.module.removeprefix('rltrain.').replace('.', '/')}.py:{spec.attribute}`"
     listed = recipes if len(recipes) <= 4 else [*recipes[:3], f"{len(recipes) - 3} more"]
     return (
-        f"| `{spec.name}` | {spec.arxiv or ''} | {summarize(spec.doc)} | {location} | {', '.join(listed)} | "
-        f"{measured_effect(spec, recipes, record)} |"
+        f"| `{spec.name}` | {spec.arxiv or ''} | {summarize(spec.doc)} | {formula(spec.doc)} | "
+        f"{location} | {', '.join(listed)} | {measured_effect(spec, recipes, record)} |"
     )
 
 
@@ -203,8 +220,8 @@ def methods_page() -> str:
         users = recipes_by_method(key)
         rows = [row(spec, users.get(name, []), record) for name, spec in sorted(registry.specs.items())]
         head = (
-            f"## {title} (`{key}`)\n\n| name | arXiv | what | function | recipes | measured "
-            "|\n|---|---|---|---|---|---|\n"
+            f"## {title} (`{key}`)\n\n| name | arXiv | what | formula | function | recipes | measured "
+            "|\n|---|---|---|---|---|---|---|\n"
         )
         parts.append(head + "\n".join(rows) + "\n")
     parts += [BESIDE, sources_section()]
