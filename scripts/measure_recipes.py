@@ -28,11 +28,15 @@ from rltrain.config.schema import OfflineRecipe
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "recipes" / "measured.json"
 FOLDERS = ("policy", "preference", "process_reward", "supervised")
-# measured in docs/studies, or in an environment of several turns, for which the tiny model must first be
-# trained on the environment's commands
+# measured in docs/studies (learned_reward.md, gsm8k_calculator.md), in an environment of several turns, for
+# which the tiny model must first be trained on the environment's commands, or beyond that model: it writes no
+# SQL, and EMPO's clusters need a server
 EXCLUDED = {
     f"policy/{name}"
-    for name in ("gsm8k_calculator", "empg_calculator", "epo_calculator", "empg_textworld", "epo_textworld")
+    for name in (
+        *("gsm8k_calculator", "empg_calculator", "epo_calculator", "empg_textworld", "epo_textworld"),
+        *("grpo_reward_model", "grpo_sql", "empo_model"),
+    )
 }
 MEASURES = ("eval/pass@1", "eval/accuracy", "eval/avg@8", "eval/loss")
 ENTROPY = "learner/entropy_mean"

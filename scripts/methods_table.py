@@ -49,10 +49,9 @@ losses l of the tokens of B completions.
 
 **Measured** is a smoke test, not a ranking: the method's own recipe under `tiny_cpu`, one seed, {steps}
 steps (150 for data sets), with the result on held-out prompts or pairs and the mean entropy (nats) of the
-samples in the first and last tenth of the steps. A cell is filled only where the result's 95 % interval
-lies outside the baseline's; a loss is compared with its value before training. `recipes/measured.json` has
-every run and interval. `prime`, `ares` and the recipes that sample preference pairs started from another
-tiny model, from which `grpo` goes from 0.40 to 0.58. The baselines:
+samples in the first and last tenth of the steps. **Bold** results can be told from the baseline's: their 95 %
+interval lies outside it (a loss: outside its value before training). `recipes/measured.json` has every run
+and interval. All started from one model, which `rltrain tiny-model` makes. The baselines:
 
 {baselines}
 """
@@ -93,6 +92,15 @@ file says why.
 | recipe | sources | as there | not as there | no source |
 |---|---|---|---|---|
 """
+# Methods that are a part of many recipes or of several papers' -> the recipe whose result their row has.
+MEASURED_BY = {
+    ("advantage", "none"): "policy/em_ft",
+    ("loss.policy", "clip"): "policy/grpo",
+    ("loss.policy", "reinforce"): "policy/rloo",
+    ("loss.terms", "entropy"): "policy/entropy_bonus",
+    ("loss.aggregate", "seq_mean_token_sum"): "policy/rloo",
+    ("loss.preference", "nll"): "supervised/sft",
+}
 FOLDERS = ("policy", "preference", "process_reward", "supervised")
 KINDS: tuple[tuple[str, str, Registry], ...] = (
     ("Advantages", "advantage", ADVANTAGES),
@@ -130,20 +138,23 @@ def _names(data: Any, keys: list[str]) -> Iterator[str]:
         yield data["name"]
 
 
-def measured_effect(spec: MethodSpec, recipes: list[str], record: dict[str, Any]) -> str:
-    """The result of the method's recipe: the recipe of its name, else of its paper, else the only one.
-
-    Empty if there is no such recipe, or if its result cannot be told from the baseline's.
-    """
+def measured_recipe(key: str, spec: MethodSpec, recipes: list[str]) -> str | None:
+    """The recipe whose result the method's row has: of its name, else of its paper, else the only one."""
     recipes_of_paper = [
         recipe for recipe in recipes if spec.arxiv and recipe_header(recipe).get("arxiv") == spec.arxiv
     ]
     recipes_of_name = [recipe for recipe in recipes if recipe.partition("/")[2] == spec.name]
     only_recipe = recipes if len(recipes) == 1 else []
-    recipe_name = next(iter(recipes_of_name or recipes_of_paper or only_recipe), None)
-    if recipe_name not in record or not differs_from_baseline(record[recipe_name], record):
+    named = MEASURED_BY.get((key, spec.name))
+    return named or next(iter(recipes_of_name or recipes_of_paper or only_recipe), None)
+
+
+def measured_effect(recipe: str | None, record: dict[str, Any]) -> str:
+    """The recipe's result, bold where it can be told from the baseline's; empty if it was not measured."""
+    if recipe not in record:
         return ""
-    return effect_text(record[recipe_name])
+    text = effect_text(record[recipe])
+    return f"**{text}**" if differs_from_baseline(record[recipe], record) else text
 
 
 def differs_from_baseline(result: dict[str, Any], record: dict[str, Any]) -> bool:
@@ -202,12 +213,13 @@ def formula(doc: str) -> str:
     return formulas[0].replace("``", "`").replace("|", "\\|")
 
 
-def row(spec: MethodSpec, recipes: list[str], record: dict[str, Any]) -> str:
+def row(key: str, spec: MethodSpec, recipes: list[str], record: dict[str, Any]) -> str:
     location = f"`{spec.module.removeprefix('rltrain.').replace('.', '/')}.py:{spec.attribute}`"
+    measured = measured_effect(measured_recipe(key, spec, recipes), record)
     listed = recipes if len(recipes) <= 4 else [*recipes[:3], f"{len(recipes) - 3} more"]
     return (
         f"| `{spec.name}` | {spec.arxiv or ''} | {summarize(spec.doc)} | {formula(spec.doc)} | "
-        f"{location} | {', '.join(listed)} | {measured_effect(spec, recipes, record)} |"
+        f"{location} | {', '.join(listed)} | {measured} |"
     )
 
 
@@ -218,7 +230,7 @@ def methods_page() -> str:
     parts = [INTRODUCTION.format(steps=measured["conditions"]["steps"], baselines=baselines)]
     for title, key, registry in KINDS:
         users = recipes_by_method(key)
-        rows = [row(spec, users.get(name, []), record) for name, spec in sorted(registry.specs.items())]
+        rows = [row(key, spec, users.get(name, []), record) for name, spec in sorted(registry.specs.items())]
         head = (
             f"## {title} (`{key}`)\n\n| name | arXiv | what | formula | function | recipes | measured "
             "|\n|---|---|---|---|---|---|---|\n"

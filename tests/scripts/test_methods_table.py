@@ -1,4 +1,4 @@
-"""The tables of methods: whole sentences, and results only where they can be told from the baseline's."""
+"""The tables of methods: whole sentences, formulas, and a result for each method."""
 
 from __future__ import annotations
 
@@ -63,7 +63,18 @@ def test_a_measure_without_a_baseline_is_compared_with_its_start(table: ModuleTy
     assert not table.differs_from_baseline(loss | {"after": [0.3, 0.2, 0.4]}, {})
 
 
-def test_no_cell_repeats_the_baseline(table: ModuleType):
-    page = table.methods_page()
-    assert page.count("pass@1 0.40 to 0.64") == 1  # in the introduction
-    assert page.count("accuracy 0.50 to 0.97") == 1
+def test_a_result_is_bold_if_it_can_be_told_from_the_baselines(table: ModuleType):
+    record = {"policy/grpo": BASELINE, "policy/other": result([0.71, 0.68, 0.74])}
+    assert table.measured_effect("policy/grpo", record) == "pass@1 0.40 to 0.64"
+    assert table.measured_effect("policy/other", record) == "**pass@1 0.40 to 0.71**"
+    assert table.measured_effect("policy/unmeasured", record) == ""
+
+
+def test_a_formula_is_one_paragraph(table: ModuleType):
+    assert (
+        table.formula("What. More.\n\nFormula: ``|R|\n/ 2``, R the\nreward\n\nMore.")
+        == "`\\|R\\| / 2`, R the reward"
+    )
+    for doc in ("What.", "What.\n\nFormula: ``R``\n\nFormula: ``A``"):
+        with pytest.raises(ValueError, match="expected 1"):
+            table.formula(doc)
