@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator
@@ -50,6 +51,23 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Lets vLLM look at a model's class in this process. On a machine where it has not served the class it
+    starts another process for it, which takes nine seconds of a core.
+    """
+    if item.get_closest_marker("vllm") and importlib.util.find_spec("vllm"):
+        from rltrain.rollout.engines.vllm.process import unchanged_process
+
+        with unchanged_process():
+            registry = importlib.import_module("vllm.model_executor.models.registry")
+        registry._run_in_subprocess = look_at_class  # type: ignore[attr-defined]
+
+
+def look_at_class(look: Callable[[], Any]) -> Any:
+    return look()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c_is_heard() -> None:
     """A job that a shell starts in the background ignores SIGINT, and so would every command that a
@@ -61,9 +79,13 @@ def ctrl_c_is_heard() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_vllm_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What engines of the tests cache is removed with the tests' other files."""
+    """What engines of the tests cache is shared by the processes of pytest-xdist, and removed with the tests'
+    other files.
+    """
     before = os.environ.get("VLLM_CACHE_ROOT")
-    os.environ["VLLM_CACHE_ROOT"] = str(tmp_path_factory.getbasetemp() / "vllm")
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    os.environ["VLLM_CACHE_ROOT"] = str(folder / "vllm")
     yield
     if before is None:
         del os.environ["VLLM_CACHE_ROOT"]

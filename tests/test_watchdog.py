@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from rltrain.watchdog import EXPIRED
+from support.patience import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 
@@ -126,12 +127,12 @@ def test_a_rank_that_advances_is_waited_for_and_one_that_only_lives_is_not() -> 
 
 def test_a_rank_that_failed_ends_the_others_with_its_reason() -> None:
     code = BOARD.replace("1 alive waiting for the engine: to start", "7 gone NonFiniteError: lost") + (
-        "\n    with Watchdog(30, 'rank 0', Board()):\n        time.sleep(60)"
+        "\n    with Watchdog(600, 'rank 0', Board()):\n        time.sleep(600)"
     )
     start = time.monotonic()
     done = run(code)
     assert done.returncode == EXPIRED and "rank 1 failed: NonFiniteError: lost" in done.stderr
-    assert time.monotonic() - start < 20  # not the deadline: three checks, a second apart
+    assert time.monotonic() - start < PATIENCE
 
 
 def test_a_rank_that_finished_is_not_missed_and_this_one_leaves_its_status() -> None:

@@ -206,33 +206,41 @@ def test_sharded_files_are_checked_too(tmp_path, tokenizer, monkeypatch):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out).eval()), logits(model))
 
 
-# vLLM keeps processes and global state, so each engine gets a child. Prints token id -> log-prob of the next
-# token.
+# As a user would load them, in a process that nothing of ours is in. Prints for each folder token id ->
+# log-prob of the next token.
 ASK_VLLM = """
 import json, sys
 from vllm import LLM, SamplingParams
-llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=16, max_num_seqs=2, max_logprobs=32)
+from vllm.distributed import cleanup_dist_env_and_memory
 ask = SamplingParams(max_tokens=1, temperature=0, logprobs=32)
-first = llm.generate({"prompt_token_ids": json.loads(sys.argv[2])}, ask)[0].outputs[0].logprobs[0]
-print("LOGPS", json.dumps({str(token): entry.logprob for token, entry in first.items()}))
+sizes = {"max_model_len": 16, "max_num_seqs": 2, "max_logprobs": 32}
+for folder in sys.argv[2:]:
+    llm = LLM(folder, dtype="float32", enforce_eager=True, **sizes)
+    first = llm.generate({"prompt_token_ids": json.loads(sys.argv[1])}, ask)[0].outputs[0].logprobs[0]
+    print("LOGPS", json.dumps({str(token): entry.logprob for token, entry in first.items()}))
+    del llm
+    cleanup_dist_env_and_memory()
 """
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_vllm_serves_the_exported_folder_with_the_learners_log_probs(tmp_path, tokenizer, tied):
-    model = tiny(tied)
-    out = export_model(tmp_path / "model", model, tokenizer, "card")
-    expected = torch.log_softmax(logits(model)[0, -1], dim=-1)
+def test_vllm_serves_the_exported_folders_with_the_learners_log_probs(tmp_path, tokenizer):
+    """With a head of their own, and with one that is tied."""
+    models = [tiny(tied=False), tiny(tied=True)]
+    folders = [
+        export_model(tmp_path / str(number), model, tokenizer, "card") for number, model in enumerate(models)
+    ]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     result = subprocess.run(
-        [sys.executable, "-c", ASK_VLLM, str(out), str(IDS[0].tolist())],
+        [sys.executable, "-c", ASK_VLLM, str(IDS[0].tolist()), *map(str, folders)],
         env=environment,
         capture_output=True,
         text=True,
     )
     lines = [line for line in result.stdout.splitlines() if line.startswith("LOGPS")]
-    assert len(lines) == 1, result.stderr[-3000:]
-    log_probs = json.loads(lines[0].removeprefix("LOGPS"))
-    assert len(log_probs) == 32
-    assert max(abs(expected[int(token)].item() - value) for token, value in log_probs.items()) < 1e-4
+    assert len(lines) == 2, result.stderr[-3000:]
+    for model, line in zip(models, lines, strict=True):
+        expected = torch.log_softmax(logits(model)[0, -1], dim=-1)
+        log_probs = json.loads(line.removeprefix("LOGPS"))
+        assert len(log_probs) == 32
+        assert max(abs(expected[int(token)].item() - value) for token, value in log_probs.items()) < 1e-4

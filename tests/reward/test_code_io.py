@@ -12,6 +12,7 @@ from rltrain.reward import sandbox
 from rltrain.reward.code_io import code_io, same_output
 from rltrain.reward.pool import RewardCall, RewardPool
 from rltrain.reward.score import RewardInputs, Score
+from support.patience import PATIENCE
 
 SUM = [{"input": "1 2\n", "output": "3\n"}, {"input": "40 2\n", "output": "42\n"}]
 RIGHT = {"correct": 1.0, "passed": 1.0, "no_code": 0.0, "timeout": 0.0}
@@ -309,7 +310,7 @@ def test_a_hostile_program_does_not_score(name):
 def test_an_endless_program_ends_at_its_limit_and_is_said_to(program):
     started = time.monotonic()
     assert code_io(inputs(program), seconds=0.4) == [Score(0.0, WRONG | {"timeout": 1.0})]
-    assert 0.4 <= time.monotonic() - started < 3.0
+    assert 0.4 <= time.monotonic() - started < PATIENCE
 
 
 def test_all_tests_together_have_a_limit_of_their_own():
@@ -321,24 +322,23 @@ def test_all_tests_together_have_a_limit_of_their_own():
         seconds=1.0,
         total_seconds=0.8,
     )
-    assert (
-        0 < score.parts["passed"] <= 3 / 50 and score.parts["timeout"] == 1.0
-    )  # 2 whole ones fit, and a third that is cut
-    assert time.monotonic() - started < 4.0
+    # 2 whole ones fit, and a third that is cut; on a slow machine fewer
+    assert score.parts["passed"] <= 3 / 50 and score.parts["timeout"] == 1.0
+    assert time.monotonic() - started < PATIENCE
 
 
 def test_output_without_end_is_cut_at_its_limit():
     started = time.monotonic()
     flood = "while True:\n    print('3' * 100000)\n"
     assert code_io(inputs(flood), output_mib=1) == [Score(0.0, WRONG)]
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < PATIENCE
 
 
 def test_a_daemon_neither_delays_nor_outlives_the_answer():
     daemon = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(600)\n    os._exit(0)\n"
     started = time.monotonic()
     assert passed(daemon + ADD) == 1.0
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < PATIENCE
 
 
 def test_runs_do_not_see_one_another():

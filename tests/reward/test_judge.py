@@ -19,6 +19,7 @@ from rltrain.reward.pool import RewardCall, RewardPool
 from rltrain.reward.remote import RemoteError, ask, make_endpoint
 from rltrain.reward.reward_model_http import reward_model_http
 from rltrain.reward.score import RewardInputs, Score
+from support.patience import PATIENCE
 
 Answer = Callable[[BaseHTTPRequestHandler, Any], None]
 
@@ -92,13 +93,13 @@ def inputs(*completions: str, prompt: str = "Add 1 and 2.", **columns: Any) -> R
 
 
 def hangs(handler: BaseHTTPRequestHandler, question: Any) -> None:
-    time.sleep(3)
+    time.sleep(600)
 
 
 def drips(handler: BaseHTTPRequestHandler, question: Any) -> None:
     """A byte every 50 ms: no single wait is long."""
     handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
-    for _ in range(60):
+    for _ in range(12_000):
         try:
             handler.wfile.write(b" ")
         except OSError:
@@ -180,7 +181,7 @@ def test_what_goes_wrong_is_a_reason_and_no_zero(server, behaviour, reason):
         reward_model_http(inputs("a", "b"), url=server.url(), seconds=0.6)
         == [Score(0.0, ungraded=reason)] * 2
     )
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < PATIENCE
     tried_again = reason in ("server_error", "unreachable")
     assert (len(server.asked) > 1) is tried_again  # asking again what is refused or wrong changes nothing
 

@@ -15,6 +15,7 @@ import torch
 from rltrain.reward.pool import RewardCall, RewardPool
 from rltrain.reward.score import RewardInputs, Score
 from rltrain.reward.score_checks import ContractError, as_score
+from support.patience import PATIENCE
 
 GRADERS = Path(__file__).with_name("graders.py")
 
@@ -313,7 +314,7 @@ def test_a_lingering_child_dies_with_its_worker(tmp_path):
 def assert_gone(log: Path) -> None:
     """Within 5 s no process whose number is in ``log`` is alive."""
     children = [int(line) for line in log.read_text().split()]
-    gone = time.monotonic() + 5
+    gone = time.monotonic() + PATIENCE
     while any(alive(child) for child in children) and time.monotonic() < gone:
         time.sleep(0.02)
     assert children and not any(alive(child) for child in children)

@@ -26,7 +26,7 @@ class Counting:
     def step(self, text: str) -> Step:  # noqa: C901  a table
         match text:
             case "sleep":
-                time.sleep(60)
+                time.sleep(600)
             case (
                 "daemon"
             ):  # in no session of this process, and its parent has gone; the observation is its number

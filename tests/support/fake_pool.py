@@ -24,6 +24,7 @@ from rltrain.sync.server import WorkerLink
 from rltrain.sync.transport import Pace
 from support.fake_server import LONGEST, ROWS, TABLE_SHAPES, VOCABULARY
 from support.fake_worker import SECRET, START_SECONDS, FakeWorker
+from support.patience import PATIENCE
 
 __all__ = [
     "SECRET",
@@ -145,11 +146,11 @@ def make_pusher(link: Any, ranks: dict[str, Any]) -> PoolPush:
     return PoolPush(link, torch.float32, {}, lambda value: gather([value] if is_main else [])[0], is_main)
 
 
-def wait_until(condition: Any, seconds: float = 120.0) -> float:
+def wait_until(condition: Any, seconds: float = PATIENCE) -> float:
     """Seconds until ``condition()`` holds."""
     start = time.monotonic()
     while not condition():
-        assert time.monotonic() - start < seconds, "waited too long"
+        assert time.monotonic() < start + seconds, "waited too long"
         time.sleep(0.005)
     return time.monotonic() - start
 

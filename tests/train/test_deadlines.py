@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rltrain.watchdog import EXPIRED
+from support.patience import PATIENCE
 from support.warm import Program, own_environment
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +84,7 @@ def free_port() -> int:
 
 def test_an_engine_that_stops_answering(random_model: str, tmp_path: Path) -> None:
     process = started("engine", random_model, tmp_path, "train.deadline_seconds=3")
-    code = process.wait(120)
+    code = process.wait(PATIENCE)
     _, errors = process.printed()
     assert code == EXPIRED, errors[-3000:]
     assert (
@@ -96,7 +97,7 @@ def test_an_engine_that_stops_answering(random_model: str, tmp_path: Path) -> No
 def test_a_reward_pool_that_is_exhausted(random_model: str, tmp_path: Path) -> None:
     settings = ("train.deadline_seconds=4", "reward.seconds=500")
     process = started("none", random_model, tmp_path, *settings, reward="slow")
-    code = process.wait(120)
+    code = process.wait(PATIENCE)
     _, errors = process.printed()
     assert code == EXPIRED, errors[-3000:]
     line = next(line for line in errors.splitlines() if line.startswith("deadline: rank 0:"))
@@ -116,7 +117,7 @@ def test_a_reward_that_never_answers_the_first_sample_ends_the_same_way_and_not_
         reward="slow",
         max_completions=0,
     )
-    code = process.wait(120)
+    code = process.wait(PATIENCE)
     _, errors = process.printed()
     assert code == EXPIRED, errors[-3000:]
     assert (
@@ -133,7 +134,7 @@ def test_an_evaluation_waits_no_longer_than_training(random_model: str, tmp_path
         "eval.k=[1]",
     )
     process = started("mute", random_model, tmp_path, *held_out, command="eval")
-    code = process.wait(120)
+    code = process.wait(PATIENCE)
     _, errors = process.printed()
     assert code == EXPIRED, errors[-3000:]
     assert "for the transformers engine: to generate 4 x 2 completions of at most 8 tokens" in errors
@@ -142,7 +143,7 @@ def test_an_evaluation_waits_no_longer_than_training(random_model: str, tmp_path
 
 def test_a_doctor_that_waits_too_long_leaves_nothing_behind(random_model: str, tmp_path: Path) -> None:
     process = started("mute", random_model, tmp_path, "train.deadline_seconds=3", command="doctor")
-    code = process.wait(120)
+    code = process.wait(PATIENCE)
     _, errors = process.printed()
     assert code == EXPIRED and "to generate 4 x 2 completions" in errors, errors[-3000:]
     assert not list(tmp_path.glob("rltrain-doctor-*"))
@@ -153,12 +154,12 @@ def test_a_doctor_that_is_sent_away_leaves_nothing_behind(random_model: str, tmp
     begun = time.monotonic()
     while (
         not list(tmp_path.glob("rltrain-doctor-*/run/recipe.resolved.yaml"))
-        and time.monotonic() - begun < 120
+        and time.monotonic() - begun < PATIENCE
     ):
         time.sleep(0.05)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    code = process.wait(60)
+    code = process.wait(PATIENCE)
     _, errors = process.printed()
     assert code == -signal.SIGTERM, errors[-3000:]
     assert not list(tmp_path.glob("rltrain-doctor-*"))
@@ -177,9 +178,9 @@ def test_a_rank_that_is_gone_is_named_by_the_others_within_the_deadline(
     ]
     try:
         begun = time.monotonic()
-        while not (tmp_path / "run/metrics.jsonl").exists() and time.monotonic() - begun < 120:
+        while not (tmp_path / "run/metrics.jsonl").exists() and time.monotonic() - begun < PATIENCE:
             time.sleep(0.1)  # step 1 is reported; rank 1 goes in step 2
-        code = ranks[0].wait(deadline + 15)
+        code = ranks[0].wait(deadline + PATIENCE)
         _, errors = ranks[0].printed()
         assert code == EXPIRED, errors[-3000:]
         assert "rank 1 gave no sign of life" in errors and "Thread 0x" in errors

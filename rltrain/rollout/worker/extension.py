@@ -6,8 +6,8 @@ vLLM loads this module for ``--worker-extension-cls``; its import registers the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,8 +29,10 @@ from rltrain.rollout.engines.vllm.colocated import read_architecture
 from rltrain.rollout.engines.vllm.layers import (
     Architecture,
     Place,
+    Reader,
     find_places,
-    layer_products,
+    find_readers,
+    read_products,
     record_packed_layers,
 )
 from rltrain.rollout.engines.vllm.packing import pack_experts_on_reload, repack_heads
@@ -175,6 +177,7 @@ class Extension:
     vllm_config: Any
     _weight_update_active: bool
     _rltrain_places: tuple[Mapping[str, Place], Architecture]
+    _rltrain_readers: Sequence[tuple[str, Reader]]  # of every parameter, for every proof
 
     def rltrain_alive(self) -> str:
         """Answers while the process runs; ``/health`` answers for one that is stopped too."""
@@ -199,13 +202,16 @@ class Extension:
         """
         try:
             places, architecture = self._find_places()
-            subset = set(json.loads(names)) if names else None
             model = self.weight_transfer_engine.model
+            readers = self._rltrain_readers
+            if names:
+                readers = find_readers(model, places, architecture, set(json.loads(names)))
 
             def reads_entries(path: str) -> bool:
                 return stable_hash(key, path) % _ENTRIES_SHARE == 0
 
-            sums = read_sums(model, places, architecture, self.vllm_config, subset, reads_entries)
+            products = list(read_products(model, readers, reads_entries))
+            sums = sum_products(products, self.vllm_config.parallel_config)
         except UserError as error:
             sums = ProcessSums(refusal=str(error))
         self.weight_transfer_engine.put(key, sums.to_json())
@@ -228,28 +234,21 @@ class Extension:
             model = self.weight_transfer_engine.model
             places = find_places(model, architecture)
             record_packed_layers(model, places.by_name, architecture)
+            self._rltrain_readers = find_readers(model, places.by_name, architecture)
             self._rltrain_places = places.by_name, architecture
         return self._rltrain_places
 
 
 @torch.inference_mode()
-def read_sums(
-    model: torch.nn.Module,
-    places: Mapping[str, Place],
-    architecture: Architecture,
-    config: Any,
-    names: Collection[str] | None = None,
-    reads_entries: Callable[[str], bool] = lambda path: True,
-) -> ProcessSums:
+def sum_products(products: Sequence[Product], parallel: Any) -> ProcessSums:
     """Sums over the tensor-parallel processes where each has some columns, so that all of them call it.
 
-    names: None for all. reads_entries: see ``layer_products``.
+    parallel: vLLM's ParallelConfig.
     """
-    parallel = config.parallel_config
-    products = list(layer_products(model, places, architecture, names, reads_entries))
     divided = [product for product in products if product.share.columns is not None]
     parts = {product.name: float(product_sums(product.name, product.values)[0]) for product in divided}
-    _add_columns(divided)
+    whole = [product for product in products if product.share.columns is None]
+    products = [*whole, *_add_columns(divided)]
     rank = get_tp_group().rank_in_group
     sums: dict[str, tuple[float, float, int]] = {}
     for product in products:
@@ -266,15 +265,17 @@ def read_sums(
     return ProcessSums(sums, parts)
 
 
-def _add_columns(products: Sequence[Product]) -> None:
-    """Adds the products of column shares over the tensor-parallel processes, in place."""
+def _add_columns(products: Sequence[Product]) -> list[Product]:
+    """Adds the products of column shares over the tensor-parallel processes."""
     if not products:
-        return
+        return []
     together = torch.cat([product.values.cpu() for product in products])
     dist.all_reduce(together, group=get_tp_group().cpu_group)
     parts = together.split([product.values.numel() for product in products])
-    for product, part in zip(products, parts, strict=True):
-        product.values.copy_(part)
+    return [
+        replace(product, values=part.to(product.values.device))
+        for product, part in zip(products, parts, strict=True)
+    ]
 
 
 if _NAME not in WeightTransferEngineFactory._registry:

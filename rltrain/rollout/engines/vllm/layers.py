@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,9 +36,12 @@ __all__ = [
     "Architecture",
     "Place",
     "Places",
+    "Reader",
     "find_places",
+    "find_readers",
     "layer_fingerprints",
     "layer_products",
+    "read_products",
     "record_packed_layers",
 ]
 
@@ -184,12 +188,20 @@ def layer_products(
     names: Collection[str] | None = None,
     reads_entries: Callable[[str], bool] = lambda path: True,
 ) -> Iterator[Product]:
-    """The product of each weight that this process computes with. names: None for all.
+    """``read_products`` of the weights with these names; None for all."""
+    yield from read_products(model, find_readers(model, places, architecture, names), reads_entries)
+
+
+@torch.inference_mode()
+def read_products(
+    model: nn.Module, readers: Sequence[tuple[str, Reader]], reads_entries: Callable[[str], bool]
+) -> Iterator[Product]:
+    """The product of each weight that this process computes with; whoever changes values takes a copy.
 
     reads_entries: whether the entries of the packed layer at this path are read, though there is a record of
     them.
     """
-    for path, reader in _find_readers(model, places, architecture, names):
+    for path, reader in readers:
         is_stale = path.endswith(".kv_b_proj") and not _attention_copies_match(model, path, reader.module)
         for product in reader.products(reads_entries(path)):
             yield replace(product, values=product.values * math.nan) if is_stale else product
@@ -197,13 +209,13 @@ def layer_products(
 
 def record_packed_layers(model: nn.Module, places: Mapping[str, Place], architecture: Architecture) -> None:
     """From the next load on, every packed layer keeps the products of the entries that it is packed from."""
-    for _, reader in _find_readers(model, places, architecture):
+    for _, reader in find_readers(model, places, architecture):
         if reader.is_packed() and not any(name in architecture.transposed for name in reader.places):
             method: Any = reader.module.quant_method
             method.process_weights_after_loading = _record_and_pack(method, reader)
 
 
-def _record_and_pack(method: Any, reader: _Reader) -> Callable[[nn.Module], None]:
+def _record_and_pack(method: Any, reader: Reader) -> Callable[[nn.Module], None]:
     pack = method.process_weights_after_loading
 
     def process_weights_after_loading(layer: nn.Module) -> None:
@@ -226,13 +238,14 @@ class _Record:
     products: Sequence[Product]
 
 
-def _find_readers(
+def find_readers(
     model: nn.Module,
     places: Mapping[str, Place],
     architecture: Architecture,
     names: Collection[str] | None = None,
-) -> Iterator[tuple[str, _Reader]]:
+) -> list[tuple[str, Reader]]:
     """(path of a module, reader) of every parameter. names: None for all."""
+    readers: list[tuple[str, Reader]] = []
     names_by_parameter: dict[tuple[str, str], list[str]] = {}
     for name, place in places.items():
         if names is None or name in names:
@@ -241,11 +254,13 @@ def _find_readers(
     for (path, parameter), parameter_names in names_by_parameter.items():
         module: Any = model.get_submodule(path)
         module = getattr(module, "base_layer", module)  # of a layer that takes adapters
-        yield path, _Reader(module, parameter, {name: places[name] for name in parameter_names}, architecture)
+        named = {name: places[name] for name in parameter_names}
+        readers.append((path, Reader(module, parameter, named, architecture)))
+    return readers
 
 
 @dataclass(frozen=True)
-class _Reader:
+class Reader:
     """Reads the weights ``places`` of one parameter of ``module``."""
 
     module: Any
@@ -277,24 +292,30 @@ class _Reader:
         products = [product for product in record.products if product.name in self.places]
         if not self._multiplies_like(products):
             return None
-        return [replace(product, values=product.values.clone()) for product in products]
+        return products
 
     def _multiplies_like(self, products: Sequence[Product]) -> bool:
         """Whether what the layer itself multiplies agrees with these, as far as its rounding allows."""
-        width = self._width()
-        signs = [
-            fingerprint_input(product.name, product.share.columns or width, torch.device("cpu"))
-            for product in products
-        ]
-        firsts = [product.share.first_column for product in products]
-        inputs = torch.stack([sign[first : first + width] for sign, first in zip(signs, firsts, strict=True)])
-        outputs = self.module.quant_method.apply(self.module, inputs.to(self.module.params_dtype)).t()
+        outputs = self.module.quant_method.apply(self.module, self._inputs).t()
+        width = self._inputs.shape[1]
         rounding = 2 * torch.finfo(outputs.dtype).eps + 2 * torch.finfo(torch.float32).eps * math.sqrt(width)
         for place, product in enumerate(products):
             output = self._part(outputs[:, place : place + 1], product.name, self.places[product.name])
             if not (output[:, 0] - product.values).norm() <= rounding * product.values.norm():
                 return False
         return True
+
+    @cached_property
+    def _inputs(self) -> Tensor:
+        """(weights, columns in this process) what fingerprints multiply each weight with."""
+        width = self._width()
+        inputs: list[Tensor] = []
+        for name in self.places:
+            share = self._share(name)
+            assert share is not None, f"{name}: a linear layer is not divided by experts"
+            signs = fingerprint_input(name, share.columns or width, torch.device("cpu"))
+            inputs.append(signs[share.first_column : share.first_column + width])
+        return torch.stack(inputs).to(self.module.params_dtype)
 
     def _width(self) -> int:
         """Columns of the weight in this process."""
