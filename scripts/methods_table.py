@@ -51,7 +51,7 @@ losses l of the tokens of B completions.
 steps (150 for data sets), with the result on held-out prompts or pairs and the mean entropy (nats) of the
 samples in the first and last tenth of the steps. **Bold** results can be told from the baseline's: their 95 %
 interval lies outside it (a loss: outside its value before training). `recipes/measured.json` has every run
-and interval. All started from one model, which `rltrain tiny-model` makes{earlier}. The baselines:
+and interval. All started from one model, which `rltrain tiny-model` makes.{earlier} The baselines:
 
 {baselines}
 """
@@ -190,7 +190,7 @@ def baseline_text(name: str, result: dict[str, Any]) -> str:
 
 def baseline_of_earlier(measured: dict[str, Any]) -> str:
     name = BASELINES["pass@1"]
-    return f"`{name}` goes to {effect_text(measured['earlier'][name])}"
+    return f"`{name}` has {effect_text(measured['earlier'][name])}"
 
 
 def recipe_header(recipe: str) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def methods_page() -> str:
     earlier = ""
     if measured.get("earlier"):
         earlier = (
-            f", but those marked so: theirs is an earlier one, from which {baseline_of_earlier(measured)}"
+            f'\nRows that say "earlier model" are of another one, from which {baseline_of_earlier(measured)}.'
         )
     parts = [INTRODUCTION.format(steps=measured["conditions"]["steps"], baselines=baselines, earlier=earlier)]
     for title, key, registry in KINDS:
