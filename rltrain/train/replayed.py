@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from rltrain.checkpoint.journal import EvaluationRecord, Journal, StepRecord
+from rltrain.checkpoint.journal import Journal
 from rltrain.process import Process
 from rltrain.rollout.source import Rollouts
 from rltrain.sync.colocated import WeightOwner, WeightStream
-from rltrain.train.journaled import restore_generators, rollouts_of
+from rltrain.train.journaled import restore_generators, rollouts_of, share_record
 from rltrain.types.samples import Prompt, Sampling, ScoredGroup
 
 __all__ = ["NoPush", "ReplayedRollouts"]
@@ -43,7 +43,8 @@ class ReplayedRollouts:
         """The rollouts that ``step`` was trained on. Raises UserError where its file is damaged."""
         if version in self.digests:
             self.comparisons[step] = self.weights_digest() == self.digests[version]
-        record: StepRecord = self.process.gather([self.journal.read(step)] if self.process.is_main else [])[0]
+        record = share_record(self.process, [self.journal.read(step)] if self.process.is_main else [])
+        assert record is not None
         self._state = dict(record.header.state)
         restore_generators(record.header.random, self.process.rank)
         return rollouts_of(record)
@@ -53,7 +54,8 @@ class ReplayedRollouts:
     ) -> list[ScoredGroup]:
         """What the run sampled at this evaluation. Raises UserError where its file is damaged."""
         read = [self.journal.read_evaluation(version)] if self.process.is_main else []
-        record: EvaluationRecord = self.process.gather(read)[0]
+        record = share_record(self.process, read)
+        assert record is not None
         self.evaluations[version] = self.weights_digest() == record.weights
         restore_generators(record.random, self.process.rank)
         return list(record.groups)

@@ -24,10 +24,8 @@ from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.config.load import load_recipe
 from rltrain.data.tokenization import load_tokenization
 from rltrain.process import ALONE, Process
-from rltrain.reward.score import Episode, Score
 from rltrain.rollout.controller import ControlledRollouts, ControllerGone
 from rltrain.rollout.engines.controlled_pool import ControlledPool
-from rltrain.rollout.packed import pack_groups, unpack_groups
 from rltrain.rollout.source import Rollouts
 from rltrain.rollout.worker.client import WorkerClient
 from rltrain.rollout.worker.flags import worker_settings
@@ -39,7 +37,7 @@ from rltrain.timeline import read_timeline
 from rltrain.train.journaled import JournaledRollouts
 from rltrain.train.lagged import LaggedRollouts
 from rltrain.train.sampled_run import KeptWeights
-from rltrain.types.samples import Completion, Prompt, Sampling, ScoredGroup, Span
+from rltrain.types.samples import Prompt, Sampling, ScoredGroup
 from rltrain.watchdog import no_deadline
 from support.fake_pool import (
     MODEL,
@@ -340,47 +338,6 @@ def test_it_trains_what_one_process_does_and_a_new_one_goes_on(
     assert {line.lane for line in lines} == {"pushes", *(f"worker unix:{h.socket}" for h in homes.values())}
     assert {line.kind for line in lines} == {"push", "sample", "attached", "lost"}
     assert all(0 <= line.start <= line.stop for line in lines)
-
-
-def test_packed_groups_are_what_they_were() -> None:
-    known = Prompt("a", (1, 2), "text", {"answer": 3})
-    played = Prompt("a", (1, 2, 3), "another text under the same id")
-    episode = Episode(1.0, {"won": 1.0}, ("move",))
-    groups = [
-        ScoredGroup(
-            4,
-            known,
-            (
-                Completion(
-                    (5, 6, 7),
-                    (-0.1, -1e-30, -3.0000000000000004),
-                    "stop",
-                    "\ud800",
-                    (Span(0, 3, 7),),
-                    worker="w",
-                ),
-                Completion(
-                    (8, 9),
-                    (-1.0, -2.0),
-                    "aborted",
-                    "",
-                    (Span(0, 1, 6), Span(1, 2, 7)),
-                    source=2,
-                    turns=((0, 1), (1, 2)),
-                    episode=episode,
-                ),
-            ),
-            (Score(1.0, {"f/correct": 1.0}, answer="3"), Score(0.0, ungraded="timeout", why="slow")),
-        ),
-        ScoredGroup(2, played, (Completion((1,), (-0.5,), "length", "y", (Span(0, 1, 0),)),), (Score(0.5),)),
-    ]
-    packed = pack_groups(groups, {"a": known})
-    assert packed.prompts == ["a", played]
-    back = unpack_groups(packed, {"a": known})
-    assert back == groups
-    assert [completion.worker for completion in back[0].completions] == ["w", ""]
-    assert back[0].scores[0].answer == "3" and back[0].scores[1].why == "slow"
-    assert unpack_groups(pack_groups([], {}), {}) == []
 
 
 def test_it_ends_with_the_process_that_started_it(setup: ControllerSetup) -> None:
