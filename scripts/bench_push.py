@@ -2,7 +2,7 @@
 
     python scripts/bench_push.py [--pushes 15] [--json FILE]
 
-The model has 12 million parameters; learner and worker are two processes on a CPU, float32. Every push sends
+The model has 13 million parameters; learner and worker are two processes on a CPU, float32. Every push sends
 every weight, and every second one compares every weight, as a run does; the others compare none. Beside each,
 the same bytes are copied in memory. Medians.
 

@@ -4,7 +4,8 @@
 
 A test that passes without the mend it is about proves nothing. Each entry of ``MENDS`` names a line, what the
 line would be without the mend, and the test; the test passes first with the mend in place. WORD selects the
-entries whose name contains it. ``scripts/results/mends.json`` has those that were tried last.
+entries whose name contains it. FILE keeps what it says about the others; ``scripts/results/mends.json`` has
+for every entry what was seen last, and at which commit.
 """
 
 from __future__ import annotations
@@ -74,9 +75,9 @@ MENDS = (
     Mend(
         "weights are saved as a stream",
         "rltrain/learner/trained_model.py",
-        "for name, tensor in self.unwrapped_model.state_dict(keep_vars=True).items():\n"
+        "for name, tensor in self._model_state().items():\n"
         "            full = self._gather(tensor, dtype, name)",
-        "held = self.unwrapped_model.state_dict(keep_vars=True)\n"
+        "held = self._model_state()\n"
         "        for name, full in [(name, self._gather(held[name], dtype, name)) for name in held]:",
         BACKENDS,
     ),
@@ -244,10 +245,17 @@ def main() -> int:
         for mend in chosen:
             results.append(take_out(mend, folder, passed))
             print(json.dumps(results[-1]), flush=True)
-    if options.json:
-        report = {"commit": commit(), "mends": results}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+            if options.json:
+                keep_results(options.json, results)
     return int(any(result["seen"] != "fails without it" for result in results))
+
+
+def keep_results(file: Path, results: list[dict[str, Any]]) -> None:
+    """Replaces what ``file`` says of these mends; mends that are no longer in ``MENDS`` go."""
+    entries = {entry["mend"]: entry for entry in json.loads(file.read_text())} if file.exists() else {}
+    entries |= {result["mend"]: result for result in results}
+    kept = [entries[mend.name] for mend in MENDS if mend.name in entries]
+    file.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def copy_code(folder: Path) -> None:
@@ -263,7 +271,7 @@ def take_out(mend: Mend, folder: Path, passed: set[str]) -> dict[str, Any]:
     """passed: tests that pass with every mend in place; grows."""
     file = folder / mend.file
     text = file.read_text()
-    result = {"mend": mend.name, "file": mend.file, "test": mend.test}
+    result = {"mend": mend.name, "file": mend.file, "test": mend.test, "commit": commit()}
     if text.count(mend.line) != 1:
         return result | {"seen": f"the line stands {text.count(mend.line)} times in the file"}
     if mend.test not in passed and (failure := run_test(mend.test, folder)):

@@ -90,7 +90,8 @@ def evaluate_model(
             raise UserError("the recipe names no held-out prompts; set data.eval")
         tokens = recipe.learner.tokens_per_micro_batch
         grader = add_model_rewards(recipe.reward, inputs.grader, tokens, process.device, recipe.data.date)
-        evaluator = build_evaluator(recipe.eval, recipe.reward, rollout.max_tokens, recipe.seed, inputs)
+        prompts = inputs.held_out.prompts
+        evaluator = build_evaluator(recipe.eval, recipe.reward, rollout.max_tokens, recipe.seed, prompts)
         sampling = _with_em_inf(evaluator.sampling, rollout.engine, em_inf)
         evaluator = dataclasses.replace(evaluator, sampling=sampling)
         single_process = Process(device=process.device, deadline=process.deadline)

@@ -10,6 +10,7 @@ from rltrain.learner.preference_learner import PreferenceLearner
 from rltrain.protocols import RolloutEngine
 from rltrain.report.statistics import Estimate, clustered_average
 from rltrain.rollout.groups import sample_groups
+from rltrain.rollout.packed import pack_groups, unpack_sampled
 from rltrain.seeds import stable_hash
 from rltrain.sync.colocated import Sync
 from rltrain.types.policy import TokenRows
@@ -40,7 +41,10 @@ class OwnSamples:
         self.sync.push(learner.weights, learner.version, expect_change=False)
         share = self.prompts[learner.rank :: learner.world_size]
         sampled = sample_groups(self.engine, share, self.sampling, learner.version, self.deadline)
-        groups = learner.gather(sampled)
+        groups = sampled
+        if learner.world_size > 1:  # completions cross between processes as arrays
+            parts = learner.gather([pack_groups(sampled, {})])
+            groups = [group for part in parts for group in unpack_sampled(part, {})]
         self.sync.verify(every=True)
         self.sync.sleep()
 

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.slow
 
 
 def make_model(folder: Path, *, tied: bool) -> str:
-    """40 million parameters: enough that a copy shows in a process's memory."""
+    """40 million parameters: enough that a copy shows in a process's memory. Stored in bfloat16, as most
+    models are: a rank that reads them in float32 has a copy, where float32 would stay a map of the file.
+    """
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=4096,
@@ -30,7 +32,7 @@ def make_model(folder: Path, *, tied: bool) -> str:
         max_position_embeddings=256,
         tie_word_embeddings=tied,
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return str(folder)
 
 

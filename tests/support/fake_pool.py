@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import signal
 import threading
 import time
@@ -22,6 +24,7 @@ from rltrain.rollout.worker.threads import LoopThread
 from rltrain.sync.pool import PoolPush
 from rltrain.sync.server import WorkerLink
 from rltrain.sync.transport import Pace
+from rltrain.types.samples import Completion, Prompt
 from support.fake_server import LONGEST, ROWS, TABLE_SHAPES, VOCABULARY
 from support.fake_worker import SECRET, START_SECONDS, FakeWorker
 from support.patience import PATIENCE
@@ -34,6 +37,7 @@ __all__ = [
     "make_engine",
     "make_other_rank",
     "make_weights",
+    "pickle_packed",
     "wait_until",
 ]
 
@@ -44,6 +48,20 @@ MODEL = ServerModel(WeightShapes(SHAPES, SHAPES), VOCABULARY, (1,), lambda ids: 
 def make_weights(seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def pickle_packed(value: Any) -> bytes:
+    """Asserts that no object in ``value`` has tokens as Python numbers."""
+    file = io.BytesIO()
+    _PackedPickler(file).dump(value)
+    return file.getvalue()
+
+
+class _PackedPickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> None:
+        """Called for every object; None: it is pickled as it is."""
+        if isinstance(obj, Prompt | Completion):
+            assert not obj.token_ids, f"{type(obj).__name__} crosses with its tokens one by one"
 
 
 class FakeHome:
@@ -156,15 +174,18 @@ def wait_until(condition: Any, seconds: float = PATIENCE) -> float:
 
 
 class Ranks:
-    """The gathers of ranks that are threads of this process."""
+    """The gathers of ranks that are threads of this process; each gets copies, as if it were a process.
+
+    Fails where tokens cross as Python numbers, one by one.
+    """
 
     def __init__(self, count: int) -> None:
         self._barrier = threading.Barrier(count, timeout=60.0)
-        self._parts: list[list[Any]] = [[] for _ in range(count)]
+        self._parts = [b""] * count
 
     def gather(self, rank: int, part: list[Any]) -> list[Any]:
-        self._parts[rank] = list(part)
+        self._parts[rank] = pickle_packed(part)
         self._barrier.wait()
-        everything = [item for each in self._parts for item in each]
+        everything = [item for each in self._parts for item in pickle.loads(each)]
         self._barrier.wait()
         return everything

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rltrain.rollout.engines.vllm_pool import VllmPool
 from rltrain.rollout.groups import sample_groups
+from rltrain.rollout.packed import pack_groups, unpack_sampled
 from rltrain.rollout.pool.members import MemberState
 from rltrain.rollout.pool.pool import PoolRules, WorkerPool
 from rltrain.seeds import stable_hash
@@ -94,7 +95,9 @@ def train_engine(
         share = PROMPTS if ranks is None else PROMPTS[rank::2]
         groups = sample_groups(engine, share, sampling, step - 1)
         if ranks is not None:
-            groups = sorted(ranks.gather(rank, groups), key=lambda group: group.prompt.id)
+            parts = ranks.gather(rank, [pack_groups(groups, {})])
+            groups = [group for part in parts for group in unpack_sampled(part, {})]
+            groups.sort(key=lambda group: group.prompt.id)
         sync.verify()
         samples += [completion.token_ids for group in groups for completion in group.completions]
         update(weights, groups)

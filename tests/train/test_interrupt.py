@@ -142,9 +142,9 @@ def test_a_launcher_that_takes_its_time_to_end_asks_nothing_new(
     sent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saving, "_REPEAT_SECONDS", 0.0)
-    monkeypatch.setattr(saving.os, "getppid", lambda: LAUNCHER)
     with saving.record_stop_signals() as request:
         request.in_loop = True
+        request.parent = LAUNCHER
         signal.raise_signal(signal.SIGINT)
         monkeypatch.setattr(saving.os, "getppid", lambda: 1)  # whom orphans are given to
         signal.raise_signal(signal.SIGTERM)
@@ -157,8 +157,8 @@ def test_a_launcher_that_takes_its_time_to_end_asks_nothing_new(
 def test_the_end_of_the_launcher_stops_a_run_that_nothing_stopped_before(
     sent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving.os, "getppid", lambda: LAUNCHER)
     with saving.record_stop_signals() as request:
+        request.parent = LAUNCHER
         monkeypatch.setattr(saving.os, "getppid", lambda: 1)
         signal.raise_signal(signal.SIGTERM)
         assert request() and request.cause == "SIGTERM" and not sent

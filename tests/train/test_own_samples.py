@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,6 +18,7 @@ from rltrain.learner.preference_learner import PreferenceLearner
 from rltrain.protocols import EngineState
 from rltrain.rollout.groups import sample_groups
 from rltrain.train.own_samples import OwnSamples
+from support.fake_pool import Ranks
 
 TOKENS = 6
 PAIRS = [Pair(str(number), (20 + number, 30), (40,), (41,)) for number in range(5)]
@@ -68,3 +73,30 @@ def test_the_same_prompts_are_answered_alike_each_time_and_the_callers_random_st
     before = torch.get_rng_state()
     assert samples.measure(learner) == samples.measure(learner)
     assert torch.equal(before, torch.get_rng_state())
+
+
+class OfRank:
+    """The learner as one of two ranks, which are threads."""
+
+    world_size = 2
+
+    def __init__(self, learner: PreferenceLearner, rank: int, ranks: Ranks) -> None:
+        self._learner = learner
+        self.rank = rank
+        self.gather = functools.partial(ranks.gather, rank)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._learner, name)
+
+
+def test_two_ranks_measure_what_one_does(random_model: str, learner: PreferenceLearner) -> None:
+    """What they gather crosses as arrays, or the gather fails."""
+    expected = built(random_model, 100, learner).measure(learner)
+    ranks = Ranks(2)
+
+    def measure(rank: int) -> Any:
+        samples = built(random_model, 100, learner)
+        return samples.measure(cast("PreferenceLearner", OfRank(learner, rank, ranks)))
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(measure, (0, 1))) == [expected, expected]

@@ -22,13 +22,14 @@ from rltrain.protocols import EngineState
 from rltrain.rollout.engines.checks import require_fit, require_version
 from rltrain.rollout.engines.free_running import FreeGroups
 from rltrain.rollout.engines.remote_weights import RemoteWeights
+from rltrain.rollout.packed import pack_groups, pack_requests, unpack_requests, unpack_sampled
 from rltrain.rollout.pool.pool import ADMIT, NOWHERE, Batch, Counts, WorkerPool
 from rltrain.rollout.worker.flags import MODEL_NAME
 from rltrain.rollout.worker.requests import AdapterNames, ServerModel, make_request, require_supported
 from rltrain.rollout.worker.threads import LoopThread
 from rltrain.tensor_ops import Fingerprint
 from rltrain.timeline import Timeline
-from rltrain.types.samples import Answer, PolicyVersion, Request
+from rltrain.types.samples import Answer, PolicyVersion, Request, RolloutGroup
 
 __all__ = [
     "AdapterPoolPusher",
@@ -315,11 +316,11 @@ class VllmPool(RemoteWeights):
 
     def _sample_together(self, requests: Sequence[Request], policy: PolicyVersion) -> Iterator[Answer]:
         """All ranks' requests, sampled by rank 0's pool. Ranks agree on every push, which is a collective."""
-        shares = self._gather([(self._rank, list(requests))])
-        everything = [(rank, place, request) for rank, share in shares for place, request in enumerate(share)]
+        shares = [unpack_requests(share) for share in self._gather([pack_requests(requests)])]
+        everything = [(rank, place) for rank, share in enumerate(shares) for place in range(len(share))]
         collector = None
         if self._pool is not None:
-            collector = self._submit([request for _, _, request in everything], policy)
+            collector = self._submit([shares[rank][place] for rank, place in everything], policy)
         answers: list[Answer] = []
         while True:
             event = [] if collector is None else [_collect(collector, answers)]
@@ -330,10 +331,15 @@ class VllmPool(RemoteWeights):
                 self._push(policy, waiting_only=True)
                 continue
             break
-        for answer in self._gather(answers):
-            rank, place, request = everything[answer.request]
-            if rank == self._rank:
-                yield Answer(place, request.prompt, answer.completions)
+        answered: list[list[RolloutGroup]] = [[] for _ in shares]
+        for answer in answers:
+            rank, place = everything[answer.request]
+            answered[rank].append(RolloutGroup(place, answer.prompt, answer.completions))
+        known = [{request.prompt.id: request.prompt for request in share} for share in shares]
+        is_main = self._pool is not None
+        packed = [pack_groups(*pair) for pair in zip(answered, known, strict=True)] if is_main else []
+        for group in unpack_sampled(self._gather(packed)[self._rank], known[self._rank]):
+            yield Answer(group.group, requests[group.group].prompt, group.completions)
 
     def _submit(self, requests: Sequence[Request], policy: PolicyVersion) -> _Collector:
         assert self._pool is not None and self.loop is not None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -117,9 +118,13 @@ class ModelJudge:
             compared[group.group, comparison.first] = None
             compared[group.group, comparison.second] = None
 
-        share = list(compared)[self._context.rank :: self._context.ranks]
+        places = list(compared)
+        ranks = self._context.ranks
+        share = places[self._context.rank :: ranks]
         values = self._score([(inputs[group], place) for group, place in share])
-        scores = dict(self._context.gather(list(zip(share, values, strict=True))))
+        scores: dict[tuple[int, int], float] = {}
+        for first, part in enumerate(self._context.gather([np.array(values, np.float64)])):
+            scores |= zip(places[first::ranks], part.tolist(), strict=True)
 
         probabilities: list[float] = []
         for comparison in comparisons:

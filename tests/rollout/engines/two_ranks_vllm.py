@@ -14,7 +14,9 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from rltrain.rollout.engines.vllm.colocated import VllmColocated
+from rltrain.rollout.engines.vllm.tensor_parallel import EngineRanks
 from rltrain.rollout.groups import sample_groups
+from rltrain.rollout.packed import PackedRequests
 from rltrain.sync.fingerprint import WeightMismatchError, compare
 from rltrain.tensor_ops import weight_fingerprint
 from rltrain.types.samples import Prompt, Sampling
@@ -123,9 +125,13 @@ def run_together(folder: str, model: Any) -> None:
     assert_proved(engine, model)
 
     # uneven shares: two prompts on rank 0, then none on rank 1, whose call takes part all the same
+    gathered: list[type] = []
+    gather = EngineRanks.gather
+    EngineRanks.gather = lambda ranks, value: gathered.append(type(value)) or gather(ranks, value)
     prompts = [Prompt(f"p{rank}{place}", (10 + rank, 11, 12 + place), "") for place in range(2 - rank)]
     groups = sample_groups(engine, prompts, Sampling(2, 1.0, 8, seed=1), 1)
     groups += sample_groups(engine, prompts[: 1 - rank], Sampling(1, 0.7, 8, seed=2), 1)
+    assert gathered == [PackedRequests] * 2  # no prompt crosses token by token
     assert [group.prompt.id for group in groups] == (["p00", "p01", "p00"] if rank == 0 else ["p10"])
     for group in groups:
         for completion in group.completions:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -259,11 +260,11 @@ def test_a_reward_models_difference_is_bradley_terrys():
         ranked = means(
             rank=rank,
             ranks=2,
-            gather=lambda share: shares.append(share) or [((0, 0), 8.0), ((0, 1), 11.0)],
+            gather=lambda share: shares.append(share) or [np.array([8.0]), np.array([11.0])],
             reward_model=number_of,
         )
         assert ModelJudge(ranked, path="model").prefers([Comparison(group, 0, 1)]) == [first]
-    assert shares == [[((0, 0), 8.0)], [((0, 1), 11.0)]]
+    assert [[part.tolist() for part in share] for share in shares] == [[[8.0]], [[11.0]]]
     with pytest.raises(ValueError, match="path is missing"):
         ModelJudge(means())
 

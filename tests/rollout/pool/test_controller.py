@@ -24,10 +24,8 @@ from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.config.load import load_recipe
 from rltrain.data.tokenization import load_tokenization
 from rltrain.process import ALONE, Process
-from rltrain.reward.score import Episode, Score
 from rltrain.rollout.controller import ControlledRollouts, ControllerGone
 from rltrain.rollout.engines.controlled_pool import ControlledPool
-from rltrain.rollout.packed import pack_groups, unpack_groups
 from rltrain.rollout.source import Rollouts
 from rltrain.rollout.worker.client import WorkerClient
 from rltrain.rollout.worker.flags import worker_settings
@@ -39,7 +37,7 @@ from rltrain.timeline import read_timeline
 from rltrain.train.journaled import JournaledRollouts
 from rltrain.train.lagged import LaggedRollouts
 from rltrain.train.sampled_run import KeptWeights
-from rltrain.types.samples import Completion, Prompt, Sampling, ScoredGroup, Span
+from rltrain.types.samples import Prompt, Sampling, ScoredGroup
 from rltrain.watchdog import no_deadline
 from support.fake_pool import (
     MODEL,
@@ -165,23 +163,49 @@ def stops(setup: ControllerSetup) -> tuple[int, ...]:
     return tuple(sorted(setup.tokenization.stop_tokens.stop))
 
 
-def train_lagged(source: Any, folder: Path, at_update: Callable[[int], None], **how: Any) -> str:
-    """The digest of the final weights with a lag of one."""
-    weights = make_weights(3)
+def train_lagged(
+    source: Any,
+    folder: Path,
+    at_update: Callable[[int], None] = lambda step: None,
+    kept: dict[str, Any] | None = None,
+    **how: Any,
+) -> str:
+    """The digest of the final weights with a lag of one. kept: the checkpoint after the latest push, with
+    which a later call goes on.
+    """
+    kept = {"step": 0, "weights": make_weights(3)} if kept is None else kept
+    weights = {name: weight.clone() for name, weight in kept["weights"].items()}
+    first = kept["step"]
     sync = source.verify.__self__
     process = source.process if isinstance(source, ControlledRollouts) else ALONE
     journaled = JournaledRollouts(source, Journal(RunFolder(folder)), process, lambda: digest(weights))
     lagged = LaggedRollouts(journaled, 1, STEPS, **how)
-    for step in range(STEPS + 1):
+    if "state" in kept:
+        lagged.load_state_dict(kept["state"])
+    for step in range(first, STEPS + 1):
         lagged.settle()
-        if step:
+        if step > first:
             lagged.observe({"learner/entropy_mean": 1.0})
-        sync.push(KeptWeights(lambda dtype: iter(weights.items())), step, expect_change=step > 0)
+        sync.push(KeptWeights(lambda dtype: iter(weights.items())), step, expect_change=step > first)
+        copy = {name: weight.clone() for name, weight in weights.items()}
+        kept.update(step=step, weights=copy, state=lagged.state_dict())
         if step < STEPS:
             groups = lagged.take(step + 1, step).groups
             at_update(step + 1)
             update(weights, cast("Any", groups))
     return digest(weights)
+
+
+def train_lagged_here(setup: ControllerSetup, folder: Path) -> str:
+    """The same in this process, where sampling and learning take turns, on one worker of its own."""
+    folder.mkdir()
+    engine, _ = make_engine({"worker 0": FakeHome()})
+    engine._model = dataclasses.replace(MODEL, decode=setup.tokenization.decode, stop_token_ids=stops(setup))
+    sync = Sync([engine], {}, sample=4, full_every=1, seed=0)
+    with contextlib.closing(engine), build_grader(setup.reward, 60.0) as grader:
+        here = _build_source(setup, cast("Any", engine), grader, cast("Any", no_deadline))
+        here.verify, here.put_to_sleep = sync.verify, sync.sleep
+        return train_lagged(here, folder)
 
 
 def test_it_samples_while_two_ranks_learn(
@@ -191,16 +215,8 @@ def test_it_samples_while_two_ranks_learn(
     step on its socket before the ranks wait for them.
     """
     homes["worker 1"].change(seconds=0.005)
-    (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
-    engine, _ = make_engine({"worker 0": FakeHome()})
-    engine._model = dataclasses.replace(MODEL, decode=setup.tokenization.decode, stop_token_ids=stops(setup))
-    sync = Sync([engine], {}, sample=4, full_every=1, seed=0)
-    with contextlib.closing(engine), build_grader(setup.reward, 60.0) as grader:
-        here = _build_source(setup, cast("Any", engine), grader, cast("Any", no_deadline))
-        here.verify, here.put_to_sleep = sync.verify, sync.sleep
-        expected = train_lagged(here, tmp_path / "here", lambda step: None)
-
+    expected = train_lagged_here(setup, tmp_path / "here")
     ranks = Ranks(2)
     arrived: list[bool] = []
 
@@ -219,6 +235,46 @@ def test_it_samples_while_two_ranks_learn(
         jobs = [threads.submit(learn, rank) for rank in (0, 1)]
         assert [job.result(300) for job in jobs] == [expected, expected]
     assert arrived == [True] * (STEPS - 1)
+
+
+def test_a_controller_that_is_killed_costs_a_lagged_run_nothing(
+    setup: ControllerSetup, homes: dict[str, FakeHome], tmp_path: Path
+) -> None:
+    """It ends while a worker has its requests for the next step; the run goes on from its checkpoint with
+    another one, to the bit.
+    """
+    (tmp_path / "there").mkdir()
+    expected = train_lagged_here(setup, tmp_path / "here")
+    kept: dict[str, Any] = {"step": 0, "weights": make_weights(3)}
+    how: dict[str, Any] = {"overlaps": True, "has_thread": False}
+    left = homes["worker 0"].worker.read("running")  # of other controllers
+
+    first: Any = open_rank(setup)
+    observe = first.observe
+
+    def slow_down(*numbers: Any) -> None:
+        """Nothing is under way here, before the push after the first step."""
+        homes["worker 0"].change(seconds=600.0)
+        observe(*numbers)
+
+    first.observe = slow_down
+
+    def kill(step: int) -> None:
+        if step == 2:
+            wait_until(lambda: homes["worker 0"].worker.read("running") > left)
+            os.kill(first.controller.process.pid, signal.SIGKILL)
+
+    with contextlib.closing(first), pytest.raises(ControllerGone, match="exit code -9"):
+        train_lagged(first, tmp_path / "there", kill, kept, **how)
+    homes["worker 0"].change(seconds=0.001)
+    assert kept["step"] == 1 and [step for step, _ in kept["state"]["ahead"]] == [2]
+    journal = Journal(RunFolder(tmp_path / "there"))
+    before = [journal.read(step) for step in (1, 2)]
+    assert journal.steps() == [1, 2]
+
+    with contextlib.closing(open_rank(setup)) as second:
+        assert train_lagged(second, tmp_path / "there", kept=kept, **how) == expected
+    assert [journal.read(step) for step in (1, 2)] == before
 
 
 @pytest.mark.slow
@@ -282,47 +338,6 @@ def test_it_trains_what_one_process_does_and_a_new_one_goes_on(
     assert {line.lane for line in lines} == {"pushes", *(f"worker unix:{h.socket}" for h in homes.values())}
     assert {line.kind for line in lines} == {"push", "sample", "attached", "lost"}
     assert all(0 <= line.start <= line.stop for line in lines)
-
-
-def test_packed_groups_are_what_they_were() -> None:
-    known = Prompt("a", (1, 2), "text", {"answer": 3})
-    played = Prompt("a", (1, 2, 3), "another text under the same id")
-    episode = Episode(1.0, {"won": 1.0}, ("move",))
-    groups = [
-        ScoredGroup(
-            4,
-            known,
-            (
-                Completion(
-                    (5, 6, 7),
-                    (-0.1, -1e-30, -3.0000000000000004),
-                    "stop",
-                    "\ud800",
-                    (Span(0, 3, 7),),
-                    worker="w",
-                ),
-                Completion(
-                    (8, 9),
-                    (-1.0, -2.0),
-                    "aborted",
-                    "",
-                    (Span(0, 1, 6), Span(1, 2, 7)),
-                    source=2,
-                    turns=((0, 1), (1, 2)),
-                    episode=episode,
-                ),
-            ),
-            (Score(1.0, {"f/correct": 1.0}, answer="3"), Score(0.0, ungraded="timeout", why="slow")),
-        ),
-        ScoredGroup(2, played, (Completion((1,), (-0.5,), "length", "y", (Span(0, 1, 0),)),), (Score(0.5),)),
-    ]
-    packed = pack_groups(groups, {"a": known})
-    assert packed.prompts == ["a", played]
-    back = unpack_groups(packed, {"a": known})
-    assert back == groups
-    assert [completion.worker for completion in back[0].completions] == ["w", ""]
-    assert back[0].scores[0].answer == "3" and back[0].scores[1].why == "slow"
-    assert unpack_groups(pack_groups([], {}), {}) == []
 
 
 def test_it_ends_with_the_process_that_started_it(setup: ControllerSetup) -> None:

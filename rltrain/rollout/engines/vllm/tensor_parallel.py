@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rltrain.errors import UserError
 from rltrain.rollout.engines.vllm.shares import Architecture, Place, Product
+from rltrain.rollout.packed import pack_requests, unpack_requests
 from rltrain.tensor_ops import Fingerprint, product_fingerprint
 from rltrain.types.samples import Request
 
@@ -41,7 +42,7 @@ class EngineRanks:
         """The requests of all ranks, and the places of this rank's among them."""
         from vllm.distributed.parallel_state import get_tp_group
 
-        shares = self.gather(list(requests))
+        shares = [unpack_requests(share) for share in self.gather(pack_requests(requests))]
         first = sum(map(len, shares[: get_tp_group().rank_in_group]))
         return [request for share in shares for request in share], range(first, first + len(requests))
 
