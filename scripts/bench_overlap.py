@@ -1,10 +1,8 @@
 """The seconds of a step with real workers, in turn with the learner and at the same time, and what
 ``rltrain plan --measured`` predicts of the second from the first. Writes scripts/results/overlap.json.
 
-    rltrain tiny-model --steps 1 --out .cache/untrained
-    python scripts/bench_overlap.py --model .cache/untrained --out runs/overlap
-
-The model is hardly trained, so that its completions are long.
+    rltrain tiny-model
+    python scripts/bench_overlap.py --out runs/overlap
 
 GRPO under ``--profile tiny_cpu`` with the engine ``vllm_server`` and two workers of this machine: ``sync``,
 and ``lag``, which is ``rollout.schedule: {lag: 1}`` with truncated importance weights (``tis``). On a machine
@@ -99,7 +97,7 @@ def write_results(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default=".cache/untrained")
+    parser.add_argument("--model", default=".cache/tiny-model")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "overlap")
     parser.add_argument("--steps", type=int, default=30)
     arguments = parser.parse_args()
