@@ -33,6 +33,7 @@ __all__ = [
     "allocate_buffer",
     "connect_store",
     "open_store",
+    "proof_key",
 ]
 
 _ALIGNMENT = 16  # bytes; a view of any type may begin there
@@ -103,6 +104,11 @@ class Bucket:
             (name, part[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape)))
             for name, part, dtype, shape in rows
         ]
+
+
+def proof_key(push: str) -> str:
+    """Where the store has the ``ProcessSums`` that processes write when they finish ``push``."""
+    return f"proof/{push}"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ the same bytes are copied in memory. Medians.
 
 The proof is what a push with it takes longer than the one without before it, and what the worker records in
 both while it packs its layers: the same sums over the same weights, measured in this process. The parts are
-told too: what the learner sums while its buckets travel, and what the worker reads after the last one.
+told too: what the learner sums while its buckets travel, and what the worker sums when it finishes the push,
+by which the end of a push with a proof is longer.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rltrain.config.schema import Learner, Model, Optimizer
 from rltrain.learner.trained_model import TrainedModel
 from rltrain.rollout.worker.client import WorkerClient
-from rltrain.rollout.worker.flags import WorkerSettings
+from rltrain.rollout.worker.flags import Address, WorkerSettings
 from rltrain.rollout.worker.process import LocalWorker
 from rltrain.sync import pool
 from rltrain.sync.pool import PoolPush
@@ -42,10 +43,27 @@ BUCKET = 16 << 20  # bytes, what a run on a CPU takes
 RECORD = "recorded while packing"
 # methods of a link, by the part of a push that they are; what is left are the buckets
 PARTS = {"pause": "pause", "begin": "start", "finish": "finish", "resume": "resume"}
-READ = "worker's fingerprints"
+READ = "read the worker's sums"
+FINISH_UNPROVED = "finish without proof"
 SUMMED = "learner's fingerprints"  # while the buckets travel
 TOTAL = "push and proof"
 UNPROVED = "push without proof"
+
+
+class UnprovedSettings(WorkerSettings):
+    """Whose server can be told to end a push without a proof."""
+
+    def flags(self, address: Address) -> list[str]:
+        words = super().flags(address)
+        words[words.index("--worker-extension-cls") + 1] = "unproved_extension.UnprovedExtension"
+        return words
+
+    def environment(self, token: str) -> dict[str, str]:
+        folder = Path(__file__).parent
+        return {
+            **super().environment(token),
+            "PYTHONPATH": os.pathsep.join([str(folder.parent), str(folder)]),
+        }
 
 
 def make_model(folder: Path) -> None:
@@ -80,7 +98,7 @@ class Clock:
 
 
 def measure(folder: Path, pushes: int) -> dict[str, Any]:
-    settings = WorkerSettings(
+    settings = UnprovedSettings(
         model=str(folder),
         dtype="float32",
         max_model_len=128,
@@ -91,7 +109,7 @@ def measure(folder: Path, pushes: int) -> dict[str, Any]:
     )
     learner = Learner(optimizer=Optimizer(lr=1e-3), precision="float32")
     clock = Clock()
-    for method, name in {**PARTS, "read": READ}.items():
+    for method, name in {**PARTS, "read_pushed": READ}.items():
         setattr(WorkerLink, method, clock.add_time(name, getattr(WorkerLink, method)))
     trained = TrainedModel(Model(path=str(folder)), learner, total_updates=4, seed=0)
     size = sum(weight.numel() * weight.itemsize for _, weight in trained.weights())
@@ -116,11 +134,14 @@ def time_pushes(
 ) -> dict[str, float]:
     """A push without proof, one with it, and a copy of as many bytes."""
     unknown = Fingerprint(0.0, 0.0)
+    client.call_workers("rltrain_prove", {"is_proved": "no"})
     with (
         patch.object(pool, "weight_fingerprint", lambda name, weight: unknown),
-        patch.object(WorkerLink, "read", lambda link: []),
+        patch.object(WorkerLink, "read_pushed", lambda link: []),
     ):
         unproved = time_push(trained, push, client, clock, 2 * pair)
+    finish = clock.seconds[PARTS["finish"]]
+    client.call_workers("rltrain_prove", {"is_proved": "yes"})
     with patch.object(pool, "weight_fingerprint", clock.add_time(SUMMED, weight_fingerprint)):
         total = time_push(trained, push, client, clock, 2 * pair + 1)
     source = torch.empty(size, dtype=torch.uint8)
@@ -129,7 +150,8 @@ def time_pushes(
     start = time.perf_counter()
     target.copy_(source)
     copy = time.perf_counter() - start
-    return {**clock.seconds, RECORD: time_record(trained), UNPROVED: unproved, TOTAL: total, "memcpy": copy}
+    others = {RECORD: time_record(trained), UNPROVED: unproved, FINISH_UNPROVED: finish, "memcpy": copy}
+    return {**clock.seconds, TOTAL: total, **others}
 
 
 def time_push(

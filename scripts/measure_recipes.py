@@ -13,6 +13,7 @@ docs/methods.md.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import statistics
@@ -27,11 +28,15 @@ from rltrain.config.schema import OfflineRecipe
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "recipes" / "measured.json"
 FOLDERS = ("policy", "preference", "process_reward", "supervised")
-# measured in docs/studies, or in an environment of several turns, for which the tiny model must first be
-# trained on the environment's commands
+# measured in docs/studies (learned_reward.md, gsm8k_calculator.md), in an environment of several turns, for
+# which the tiny model must first be trained on the environment's commands, or beyond that model: it writes no
+# SQL, and EMPO's clusters need a server
 EXCLUDED = {
     f"policy/{name}"
-    for name in ("gsm8k_calculator", "empg_calculator", "epo_calculator", "empg_textworld", "epo_textworld")
+    for name in (
+        *("gsm8k_calculator", "empg_calculator", "epo_calculator", "empg_textworld", "epo_textworld"),
+        *("grpo_reward_model", "grpo_sql", "empo_model"),
+    )
 }
 MEASURES = ("eval/pass@1", "eval/accuracy", "eval/avg@8", "eval/loss")
 ENTROPY = "learner/entropy_mean"
@@ -44,6 +49,12 @@ def recipes() -> list[str]:
         for path in (ROOT / "recipes" / name).glob("*.yaml")
     ]
     return sorted(set(names) - EXCLUDED)
+
+
+def model_digest(profile: str) -> str:
+    """Of the weights that the profile's runs start from: results of different models cannot be compared."""
+    path = load_recipe(ROOT / "recipes/policy/grpo.yaml", profile=profile, overrides=[]).model.path
+    return hashlib.sha256((ROOT / path / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def command(recipe: str, arguments: argparse.Namespace) -> list[str]:
@@ -100,6 +111,7 @@ def main() -> None:
     arguments = parser.parse_args()
     conditions = {name: getattr(arguments, name) for name in ("profile", "steps", "seed")}
     conditions |= {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    conditions["model"] = model_digest(arguments.profile)
     record = (
         json.loads(KEPT.read_text(encoding="utf-8"))
         if KEPT.is_file()
@@ -119,6 +131,7 @@ def main() -> None:
             failures.append(recipe)
             continue
         record["recipes"][recipe] = summary(arguments.out / recipe)
+        record.get("earlier", {}).pop(recipe, None)
         record["recipes"] = dict(sorted(record["recipes"].items()))
         KEPT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(recipe, record["recipes"][recipe], flush=True)

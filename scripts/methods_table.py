@@ -2,9 +2,9 @@
 
     python scripts/methods_table.py [--check]
 
-A row per registered method has its name in a recipe, its paper, its function, the recipes that use it, and
-the result of one of them at laptop scale (``scripts/measure_recipes.py``) where that differs from the
-baseline's beyond their intervals. ``--check`` changes nothing and exits with 1 if a file would change.
+A row per registered method has its name in a recipe, its paper, its formula (the paragraph "Formula:" of its
+docstring), its function, the recipes that use it, and the result of one of them at laptop scale
+(``scripts/measure_recipes.py``). ``--check`` changes nothing and exits with 1 if a file would change.
 """
 
 from __future__ import annotations
@@ -39,12 +39,19 @@ paper's form is the default and the released one is an option. AEPO, GTPO, COPO 
 papers' methods as well; the arXiv id tells which one is meant. KL to the reference has the estimators k2
 and k3 as a term, and k1 in the reward (`kl_coef`).
 
+**Formulas** are those of the functions' docstrings, which say the rest. R is a completion's reward, `mean`
+and `std` are over the prompt's graded completions, A the advantage, y a completion of `|y|` tokens, `ln pi`
+the log-prob of a token, or of a whole completion `y|x`. `r = pi / pi_old`, `rho = pi_old / pi_engine`, H is a
+token's entropy in nats, `sg[x]` has no gradient, `1[x]` is 1 where x holds and else 0, and `whiten` subtracts
+the mean over the step and divides by the standard deviation. Of a pair w is chosen and l rejected;
+`u = ln pi(y|x) - ln pi_ref(y|x)`, `z = beta (u_w - u_l)`, and e is the `flip_rate`. An aggregate adds up the
+losses l of the tokens of B completions.
+
 **Measured** is a smoke test, not a ranking: the method's own recipe under `tiny_cpu`, one seed, {steps}
 steps (150 for data sets), with the result on held-out prompts or pairs and the mean entropy (nats) of the
-samples in the first and last tenth of the steps. A cell is filled only where the result's 95 % interval
-lies outside the baseline's; a loss is compared with its value before training. `recipes/measured.json` has
-every run and interval. `prime`, `ares` and the recipes that sample preference pairs started from another
-tiny model, from which `grpo` goes from 0.40 to 0.58. The baselines:
+samples in the first and last tenth of the steps. **Bold** results can be told from the baseline's: their 95 %
+interval lies outside it (a loss: outside its value before training). `recipes/measured.json` has every run
+and interval. All started from one model, which `rltrain tiny-model` makes.{earlier} The baselines:
 
 {baselines}
 """
@@ -65,13 +72,13 @@ NOT_HERE: tuple[tuple[str, str, str], ...] = (
     ("GAE and value losses", "1506.02438", "need a critic, which no method here trains"),
 )
 _SPO = (
-    "`weight` times the cross-entropy of how many of the chosen answer's key phrases (RAKE) were taken out, "
-    "from a linear head on the policy; for any loss on pairs of a data set"
+    "how many of the chosen answer's key phrases (RAKE) were taken out, predicted by a linear head on the "
+    "policy; for any loss on pairs of a data set | `weight CE(head, degree)`"
 )
 BESIDE = f"""## Beside a loss (`loss.degree`)
 
-| name | arXiv | what | function | recipes | measured |
-|---|---|---|---|---|---|
+| name | arXiv | what | formula | function | recipes | measured |
+|---|---|---|---|---|---|---|
 | SPO | 2409.17791 | {_SPO} | `loss/preference/spo.py:spo_degree` | preference/spo | \
 [study](studies/preference.md#degrees-of-degraded-answers) |
 """
@@ -85,6 +92,15 @@ file says why.
 | recipe | sources | as there | not as there | no source |
 |---|---|---|---|---|
 """
+# Methods that are a part of many recipes or of several papers' -> the recipe whose result their row has.
+MEASURED_BY = {
+    ("advantage", "none"): "policy/em_ft",
+    ("loss.policy", "clip"): "policy/grpo",
+    ("loss.policy", "reinforce"): "policy/rloo",
+    ("loss.terms", "entropy"): "policy/entropy_bonus",
+    ("loss.aggregate", "seq_mean_token_sum"): "policy/rloo",
+    ("loss.preference", "nll"): "supervised/sft",
+}
 FOLDERS = ("policy", "preference", "process_reward", "supervised")
 KINDS: tuple[tuple[str, str, Registry], ...] = (
     ("Advantages", "advantage", ADVANTAGES),
@@ -122,20 +138,29 @@ def _names(data: Any, keys: list[str]) -> Iterator[str]:
         yield data["name"]
 
 
-def measured_effect(spec: MethodSpec, recipes: list[str], record: dict[str, Any]) -> str:
-    """The result of the method's recipe: the recipe of its name, else of its paper, else the only one.
-
-    Empty if there is no such recipe, or if its result cannot be told from the baseline's.
-    """
+def measured_recipe(key: str, spec: MethodSpec, recipes: list[str]) -> str | None:
+    """The recipe whose result the method's row has: of its name, else of its paper, else the only one."""
     recipes_of_paper = [
         recipe for recipe in recipes if spec.arxiv and recipe_header(recipe).get("arxiv") == spec.arxiv
     ]
     recipes_of_name = [recipe for recipe in recipes if recipe.partition("/")[2] == spec.name]
     only_recipe = recipes if len(recipes) == 1 else []
-    recipe_name = next(iter(recipes_of_name or recipes_of_paper or only_recipe), None)
-    if recipe_name not in record or not differs_from_baseline(record[recipe_name], record):
-        return ""
-    return effect_text(record[recipe_name])
+    named = MEASURED_BY.get((key, spec.name))
+    return named or next(iter(recipes_of_name or recipes_of_paper or only_recipe), None)
+
+
+def measured_effect(recipe: str | None, measured: dict[str, Any]) -> str:
+    """The recipe's result, bold where it can be told from the baseline's; empty if it was not measured.
+
+    measured: the file; its part "earlier" has results, a baseline among them, that started from another model
+    and were not measured again.
+    """
+    for part, note in (("recipes", ""), ("earlier", "earlier model: ")):
+        record = measured.get(part, {})
+        if recipe in record:
+            text = note + effect_text(record[recipe])
+            return f"**{text}**" if differs_from_baseline(record[recipe], record) else text
+    return ""
 
 
 def differs_from_baseline(result: dict[str, Any], record: dict[str, Any]) -> bool:
@@ -163,6 +188,11 @@ def baseline_text(name: str, result: dict[str, Any]) -> str:
     return f"- `{name}`: {effect_text(result)}; {result['measure']} after training in [{low:.2f}, {high:.2f}]"
 
 
+def baseline_of_earlier(measured: dict[str, Any]) -> str:
+    name = BASELINES["pass@1"]
+    return f"`{name}` has {effect_text(measured['earlier'][name])}"
+
+
 def recipe_header(recipe: str) -> dict[str, Any]:
     return yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")).get("about", {})
 
@@ -185,12 +215,22 @@ def summarize(doc: str) -> str:
     return re.sub(citation, "", first_sentence(paragraph)).strip(" ,").replace("|", "\\|")
 
 
-def row(spec: MethodSpec, recipes: list[str], record: dict[str, Any]) -> str:
+def formula(doc: str) -> str:
+    """The docstring's paragraph "Formula:" for a table cell. Raises ValueError unless there is one."""
+    paragraphs = [" ".join(paragraph.split()) for paragraph in doc.split("\n\n")]
+    formulas = [text.removeprefix("Formula: ") for text in paragraphs if text.startswith("Formula: ")]
+    if len(formulas) != 1:
+        raise ValueError(f"the docstring has {len(formulas)} paragraphs 'Formula: ...', expected 1: {doc}")
+    return formulas[0].replace("``", "`").replace("|", "\\|")
+
+
+def row(key: str, spec: MethodSpec, recipes: list[str], measured: dict[str, Any]) -> str:
     location = f"`{spec.module.removeprefix('rltrain.').replace('.', '/')}.py:{spec.attribute}`"
+    effect = measured_effect(measured_recipe(key, spec, recipes), measured)
     listed = recipes if len(recipes) <= 4 else [*recipes[:3], f"{len(recipes) - 3} more"]
     return (
-        f"| `{spec.name}` | {spec.arxiv or ''} | {summarize(spec.doc)} | {location} | {', '.join(listed)} | "
-        f"{measured_effect(spec, recipes, record)} |"
+        f"| `{spec.name}` | {spec.arxiv or ''} | {summarize(spec.doc)} | {formula(spec.doc)} | "
+        f"{location} | {', '.join(listed)} | {effect} |"
     )
 
 
@@ -198,13 +238,20 @@ def methods_page() -> str:
     measured = json.loads((ROOT / "recipes" / "measured.json").read_text(encoding="utf-8"))
     record = measured["recipes"]
     baselines = "\n".join(baseline_text(name, record[name]) for name in BASELINES.values())
-    parts = [INTRODUCTION.format(steps=measured["conditions"]["steps"], baselines=baselines)]
+    earlier = ""
+    if measured.get("earlier"):
+        earlier = (
+            f'\nRows that say "earlier model" are of another one, from which {baseline_of_earlier(measured)}.'
+        )
+    parts = [INTRODUCTION.format(steps=measured["conditions"]["steps"], baselines=baselines, earlier=earlier)]
     for title, key, registry in KINDS:
         users = recipes_by_method(key)
-        rows = [row(spec, users.get(name, []), record) for name, spec in sorted(registry.specs.items())]
+        rows = [
+            row(key, spec, users.get(name, []), measured) for name, spec in sorted(registry.specs.items())
+        ]
         head = (
-            f"## {title} (`{key}`)\n\n| name | arXiv | what | function | recipes | measured "
-            "|\n|---|---|---|---|---|---|\n"
+            f"## {title} (`{key}`)\n\n| name | arXiv | what | formula | function | recipes | measured "
+            "|\n|---|---|---|---|---|---|---|\n"
         )
         parts.append(head + "\n".join(rows) + "\n")
     parts += [BESIDE, sources_section()]

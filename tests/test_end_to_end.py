@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rltrain.cli.evaluate import eval_command
+from rltrain.cli.replay import plan_command, replay_command
 from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
 from rltrain.config.rules import check
@@ -148,6 +149,8 @@ def test_every_recipe_runs_under_tiny_cpu(
     assert max(steps(lines, "rollout/mismatch_abs")) < 1e-4
     assert sum(steps(lines, "learner/grad_norm")) > 0
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
+    # its journal makes the same run again, to the bit, evaluations included
+    assert replay_command(plan_command(tmp_path / "run", None, [], check=True), None, check=True) == 0
 
 
 @pytest.mark.vllm

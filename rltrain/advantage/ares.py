@@ -61,6 +61,11 @@ def ares(
     """ARES: GRPO's advantages (ddof 1, eps) of rewards shaped by the number N of high windows,
     arXiv:2510.08457. Returns (B,).
 
+    Formula: ``(R' - mean) / (std + eps)`` of ``R' = R + t``. Released, with c = alpha times the difficulty's
+    bonus: wrong answers ``t = share c sigmoid(max(N - target - margin, 0) / tau)``; right ones ``t = -min(c,
+    size c huber(excess - margin) / (margin + kappa))``, on hard prompts with N >= target - margin ``t = c
+    sigmoid((N - target + margin) / tau)``. Paper: ``t = -1[wrong] lambda g(N - target)``
+
     A prompt is easy if at least 2/3 of its completions are right, medium from 1/3, else hard. N counts runs
     of ``window`` tokens whose mean is above ``threshold`` (nats; paper), or runs after a token whose mean is
     at least the threshold (released). The default threshold is taken from the step: the mean over completions

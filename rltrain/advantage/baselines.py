@@ -22,7 +22,10 @@ __all__ = ["gpg", "max_rl", "opo", "optimal_value", "risk_averse"]
 
 @method("max_rl", arxiv="2602.02710")
 def max_rl(rewards: Tensor, group: Tensor) -> Tensor:
-    """MaxRL: ``(R - mean) / mean`` over the prompt's graded completions, arXiv:2602.02710. Returns (B,).
+    """MaxRL: the centred reward divided by the mean over the prompt's graded completions, arXiv:2602.02710.
+    Returns (B,).
+
+    Formula: ``(R - mean) / mean``
 
     For rewards of 0 and 1 it is the gradient of the log of the success rate, which weighs hard prompts more.
     Rewards are at least 0. A group without a reward above 0 gets 0.
@@ -34,8 +37,9 @@ def max_rl(rewards: Tensor, group: Tensor) -> Tensor:
 
 @method("opo", arxiv="2505.23585", needs={MASK})
 def opo(rewards: Tensor, group: Tensor, *, mask: Tensor) -> Tensor:
-    """OPO: ``R`` minus the mean reward of the prompt's completions weighted by their lengths,
-    arXiv:2505.23585. Returns (B,).
+    """OPO: the reward minus the prompt's mean weighted by lengths, arXiv:2505.23585. Returns (B,).
+
+    Formula: ``R - sum_i |y_i| R_i / sum_i |y_i|``
 
     The weight stands in for the squared norm of a completion's gradient, for which this baseline has the
     least variance. The paper trains on policy, with ``reinforce`` and one update per rollout. A group with
@@ -54,7 +58,10 @@ def opo(rewards: Tensor, group: Tensor, *, mask: Tensor) -> Tensor:
 def gpg(
     rewards: Tensor, group: Tensor, *, scale: Literal["informative", "nonzero", "none"] = "informative"
 ) -> Tensor:
-    """GPG: ``alpha (R - mean)`` over the prompt's graded completions, arXiv:2504.02546. Returns (B,).
+    """GPG: the centred reward, scaled up where the step has prompts without a signal, arXiv:2504.02546.
+    Returns (B,).
+
+    Formula: ``alpha (R - mean)``, ``alpha = completions / completions in groups whose rewards differ``
 
     scale: alpha is the number of completions divided by that of those in groups whose rewards differ, so that
     prompts without a signal do not shrink the gradient ("informative", the paper), by that of rewards other
@@ -72,8 +79,10 @@ def gpg(
 def risk_averse(
     rewards: Tensor, group: Tensor, *, version: Tensor, share: float = 0.5, anneal_updates: int = 0
 ) -> Tensor:
-    """CVaR of a prompt's completions: ``(R - q) / share`` for the worst share of the group, 0 for the others,
-    arXiv:2205.05138. Returns (B,).
+    """CVaR of a prompt's completions: only the worst share of the group teaches, arXiv:2205.05138. Returns
+    (B,).
+
+    Formula: ``1[R is in the worst share] (R - q) / share``
 
     q is the group's reward at that share, so that the gradient is that of the mean over the worst
     completions: a policy that is rarely very wrong. share: of the group, above 0 and at most 1.
@@ -116,8 +125,10 @@ def _ranks_in_groups(values: Tensor, group: Tensor) -> Tensor:
     traits={EXTRA_SAMPLES("reference"), POLICY_LOSS("a_star_po")},
 )
 def optimal_value(rewards: Tensor, group: Tensor, *, source: Tensor, beta: float = 0.5) -> Tensor:
-    """A*-PO: ``R - V*`` with ``V* = beta ln mean exp(R / beta)`` over the reference model's completions of
-    the prompt, arXiv:2505.20686. Returns (B,); 0 for rows of other sources.
+    """A*-PO: the reward minus the optimal value, from the reference model's completions of the prompt,
+    arXiv:2505.20686. Returns (B,); 0 for rows of other sources.
+
+    Formula: ``R - V*``, ``V* = beta ln mean exp(R_ref / beta)``
 
     V* is the value of the policy that a KL weight of beta makes optimal (beta_1 of the paper). The paper
     samples the reference once, before training; here it is sampled in each step, which costs time and saves

@@ -13,14 +13,16 @@ __all__ = ["best_of_n", "keep_best"]
 
 @method("best_of_n", arxiv="2310.16763")
 def best_of_n(rewards: Tensor, group: Tensor, *, top_k: int = 1) -> Tensor:
-    """SuperHF's filter: 1 for the ``top_k`` completions of each prompt, 0 for the others, arXiv:2310.16763.
+    """SuperHF's filter: the best completions of each prompt count, the others do not, arXiv:2310.16763.
     Returns (B,).
+
+    Formula: ``1[R is among the top_k of the prompt]``
 
     The loss ``reinforce`` imitates the kept completions; the control ``positive_only`` removes the others
     from every denominator and from the gradient pass, so that one update is the paper's: the mean negative
     log-likelihood of the kept tokens. Earlier rows win ties, even if all completions of a prompt are equally
-    bad: dynamic sampling replaces such prompts. NaN rewards get 0. The paper's length penalty is
-    the reward ``characters``.
+    bad: dynamic sampling replaces such prompts. NaN rewards get 0. The paper's length penalty is the reward
+    ``characters``.
     """
     if top_k < 1:
         raise ValueError(f"best_of_n: top_k is {top_k}; keep at least 1 completion of each prompt")

@@ -26,8 +26,10 @@ def gdpo(
     whiten_over: Literal["completions", "tokens"] = "completions",
     eps: float = 1e-6,
 ) -> Tensor:
-    """GDPO: the sum of each reward function's ``(R - mean) / (std + eps)`` over the prompt, whitened over the
-    step, arXiv:2601.05242. Returns (B,), or (B, T).
+    """GDPO: each reward function is standardised over the prompt by itself, then they are summed and
+    whitened, arXiv:2601.05242. Returns (B,), or (B, T).
+
+    Formula: ``whiten(sum_k weights_k (R_k - mean_k) / (std_k + eps))`` over the step, for reward functions k
 
     Added up first, two functions with different spreads would be one: combinations that should differ get the
     same advantage. weights: of the functions by their names in the step's parts, 1 where none is given; the

@@ -36,11 +36,13 @@ def gtpo(
     entropy_max: float | None = None,
     eps: float = 1e-8,
 ) -> Tensor:
-    """GTPO: right answers earn ``alpha1 + alpha2 d H / sum H`` per token, wrong ones ``-alpha1 - alpha2 h
-    (1/H) / sum 1/H``, arXiv:2508.04349 (other papers use the name too). Returns (B, T).
+    """GTPO: a reward for each token, larger for uncertain tokens of right answers and for certain ones of
+    wrong answers, arXiv:2508.04349 (other papers use the name too). Returns (B, T).
 
-    Sums run over the d right (h wrong) completions of the prompt that have a token at that position. The
-    shaped rewards are then normalised to ``(r - mean) / sqrt(var + eps)`` over the prompt's tokens.
+    Formula: ``(x - mean) / sqrt(var + eps)`` over the prompt's tokens; right: ``x = alpha1 + alpha2 d H / sum
+    H``, wrong: ``x = -alpha1 - alpha2 h (1/H) / sum 1/H``
+
+    Sums run over the d right (h wrong) completions of the prompt that have a token at that position.
     normalise: over right and wrong answers together ("joint"), or separately ("separate", the paper's
     equation as it is usually read). "separate" loses the sign of the outcome: the tokens of right answers
     average 0 and their confident half is pushed down; so "joint" is the default. ``correct`` says which
@@ -71,10 +73,12 @@ def grpo_s(
     """GRPO-S: ``gtpo`` with one reward per completion, from its mean entropy over its tokens,
     arXiv:2508.04349. Returns (B,).
 
-    Right: ``beta1 + beta2 n H / sum H`` over the prompt's n right completions; wrong: ``-beta1 - beta2 m
-    (1/H) / sum 1/H`` over its m wrong ones; then ``(r - mean) / sqrt(var + eps)`` over the prompt's
-    completions. normalise, entropy_min and entropy_max as in ``gtpo``; the last two bound the mean entropy.
-    Pair it with the loss ``grpo_s``, whose ratio is the arithmetic mean over a sequence.
+    Formula: ``(x - mean) / sqrt(var + eps)`` over the prompt's completions; right: ``x = beta1 + beta2 n H /
+    sum H``, wrong: ``x = -beta1 - beta2 m (1/H) / sum 1/H``
+
+    H is a completion's mean entropy; the sums run over the prompt's n right or m wrong completions.
+    normalise, entropy_min and entropy_max as in ``gtpo``; the last two bound the mean entropy. Pair it with
+    the loss ``grpo_s``, whose ratio is the arithmetic mean over a sequence.
     """
     counted = mask.bool().any(1) & ~rewards.isnan()
     # A completion is treated as one long token.
@@ -96,6 +100,8 @@ def em_rl(
 ) -> Tensor:
     """EM-RL: the model's own certainty as reward, with the leave-one-out baseline, arXiv:2505.15134. Returns
     (B,).
+
+    Formula: ``c - mean of the other c`` of the prompt, with ``c = sum_t ln pi_old``, or ``-sum_t H``
 
     reward "sequence": the completion's log-probability, summed over its tokens. "token": minus the sum of its
     token entropies. Both grow as completions get shorter: watch the length, and stop by held-out prompts. The

@@ -39,8 +39,9 @@ def group_norm(
     eps: float = 1e-6,
     scale: Literal["group", "batch", "none"] = "group",
 ) -> Tensor:
-    """GRPO: ``(R - mean) / (std + eps)`` over the prompt's graded completions, arXiv:2402.03300. Returns
-    (B,).
+    """GRPO: the reward standardised over the prompt's graded completions, arXiv:2402.03300. Returns (B,).
+
+    Formula: ``(R - mean) / (std + eps)``
 
     scale: the standard deviation is taken over the prompt's completions ("group"), over all graded
     completions of the step ("batch"), or not divided by ("none"). The paper states neither ddof nor eps;
@@ -59,19 +60,22 @@ def group_norm(
 
 @method("group_mean", arxiv="2503.20783")
 def group_mean(rewards: Tensor, group: Tensor) -> Tensor:
-    """Dr.GRPO: ``R - mean`` over the prompt's graded completions, arXiv:2503.20783. Returns (B,).
+    """Dr.GRPO: the reward centred over the prompt's graded completions, arXiv:2503.20783. Returns (B,).
+
+    Formula: ``R - mean``
 
     There is no division by the standard deviation, which would give very easy and very hard prompts more
-    weight. The other half of the method is the aggregate ``dr_grpo``. A group with one graded completion
-    gets 0.
+    weight. The other half of the method is the aggregate ``dr_grpo``. A group with one graded completion gets
+    0.
     """
     return _estimate_graded(lambda values, ids: values - segment_mean(values, ids), rewards, group)
 
 
 @method("rloo", arxiv="2402.14740")
 def rloo(rewards: Tensor, group: Tensor) -> Tensor:
-    """``R`` minus the mean of the prompt's *other* graded completions: G / (G - 1) (R - mean),
-    arXiv:2402.14740. Returns (B,).
+    """The reward minus the mean of the prompt's *other* graded completions, arXiv:2402.14740. Returns (B,).
+
+    Formula: ``R - mean of the others = G / (G - 1) (R - mean)``
 
     Raises ValueError for a group of one completion, which has no others (verl returns R there). A group of
     which only one completion could be graded gets 0: a grader's failure is no reason to stop the run.
@@ -111,10 +115,12 @@ def reinforce_pp(
     """REINFORCE++: token returns discounted by gamma, whitened over all valid tokens of the step,
     arXiv:2501.03262.
 
-    Returns (B, T): ``(ret - mean) / sqrt(variance + eps)`` with ddof 1; a step of equal returns gets 0. The
-    token reward is the outcome on the last valid token minus ``kl_coef (old_logp - ref_logp)`` on each (k1,
-    which is unbiased in the reward). Masked-out tokens inside a completion get no reward and no discount;
-    verl's release truncates the return at the first of them.
+    Formula: ``whiten(sum_{s >= t} gamma^(s - t) x_s)``, ``x_s = R 1[s is the last] - kl_coef (ln pi_old - ln
+    pi_ref)_s``
+
+    Returns (B, T): ``(ret - mean) / sqrt(variance + eps)`` with ddof 1; a step of equal returns gets 0.
+    kl_coef weights k1, which is unbiased in the reward. Masked-out tokens inside a completion get no reward
+    and no discount; verl's release truncates the return at the first of them.
     """
     del group
     graded = ~rewards.isnan()
@@ -134,8 +140,9 @@ def reinforce_pp(
 
 @method("reinforce_pp_baseline", arxiv="2501.03262", needs={MASK})
 def reinforce_pp_baseline(rewards: Tensor, group: Tensor, *, mask: Tensor, eps: float = 1e-8) -> Tensor:
-    """REINFORCE++ with the group mean as baseline: ``R - mean`` on every token, then whitened over the step,
-    arXiv:2501.03262.
+    """REINFORCE++ with the group mean as baseline on every token, arXiv:2501.03262.
+
+    Formula: ``whiten(R - mean)`` over the step's tokens
 
     Returns (B, T). eps as in ``reinforce_pp``. A group with one graded completion enters the whitening as 0.
     """

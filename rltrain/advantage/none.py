@@ -16,6 +16,8 @@ __all__ = ["none"]
 def none(rewards: Tensor, group: Tensor) -> Tensor:
     """Zeros (B,): by definition nothing is learned from the rewards, which are still graded and reported.
 
+    Formula: ``0``
+
     Use it with a policy loss that learns from the samples alone (``em_ft``, ``one_shot_em``); any other loss
     has no gradient then.
     """

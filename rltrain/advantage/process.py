@@ -101,6 +101,9 @@ def prime(
     """PRIME: leave-one-out returns of token rewards and of outcomes, summed and whitened over the step,
     arXiv:2502.01456.
 
+    Formula: ``whiten(process_weight returns(q - mean of the others' q) + outcome_weight returns(R - mean of
+    the others' R))``, ``returns(x)_t = sum_{s >= t} gamma^(s - t) x_s``, q token rewards, R on the last token
+
     Returns (B, T). process_reward (B, T) are the reward model's log-ratios; rewards (B,) are the outcomes,
     NaN where ungraded. baseline "others": a token's reward minus the mean, over the prompt's other answers,
     of their mean token reward (the paper). "released": the token's reward times n / (n - 1), minus the sum of

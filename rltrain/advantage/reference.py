@@ -33,8 +33,10 @@ def aapo(
     reference: Literal["paired", "mean"] = "paired",
     eps: float = 1e-4,
 ) -> Tensor:
-    """AAPO: the group-relative advantage plus ``clip(R - R_ref, low, high)``, arXiv:2505.14264. Returns (B,);
-    0 for rows of other sources.
+    """AAPO: the group-relative advantage plus the bounded lead over the reference model, arXiv:2505.14264.
+    Returns (B,); 0 for rows of other sources.
+
+    Formula: ``R - mean + clip(R - R_ref, low, high)``
 
     R_ref is the reward of a completion by the frozen reference model for the same prompt. The margin
     ("momentum" in the paper, though nothing is carried over steps) keeps a signal in groups whose rewards are
@@ -81,14 +83,16 @@ def grao(
     """GRAO: imitate the data set's answer y, reinforce good samples o, separate the two, arXiv:2508.07750.
     Returns (B,).
 
-    With J the mean log-prob over a row's tokens and A = (R - mean) / (std + eps) (population), the objective
-    of a prompt, ``mean_i A_i J(o_i) + beta A_y J(y) + lam mean_i A_i (J(o_i) - J(y))``, weights J(o_i) by (1
-    + lam) A_i / G and J(y) by beta A_y - lam mean_i A_i: ``grao_weights``. The advantages are these weights,
-    scaled so that ``reinforce`` under ``seq_mean_token_mean`` is exactly minus the objective's mean over
-    prompts (one update per rollout: there is no ratio). statistics: mean and std over samples and answer
-    ("joint", as the paper's text says), or over the samples alone ("samples", as its formula prints, where
-    lam does not affect y). The answer's row has the source ``types.SOURCE_DATASET`` and is graded like a
-    sample; if it is missing or ungraded, its terms are left out. Other sources get 0.
+    Formula: ``mean_i A_i J(o_i) + beta A_y J(y) + lam mean_i A_i (J(o_i) - J(y))`` is maximised, with ``A =
+    (R - mean) / (std + eps)``
+
+    J is the mean log-prob over a row's tokens; std is the population's. The objective of a prompt weights
+    J(o_i) by (1 + lam) A_i / G and J(y) by beta A_y - lam mean_i A_i: ``grao_weights``. The advantages are
+    these weights, scaled so that ``reinforce`` under ``seq_mean_token_mean`` is exactly minus the objective's
+    mean over prompts (one update per rollout: there is no ratio). statistics: mean and std over samples and
+    answer ("joint", as the paper's text says), or over the samples alone ("samples", as its formula prints,
+    where lam does not affect y). The answer's row has the source ``types.SOURCE_DATASET`` and is graded like
+    a sample; if it is missing or ungraded, its terms are left out. Other sources get 0.
     """
     weights, counted = grao_weights(as_float(rewards), group, source, mask, beta, lam, statistics, eps)
     rows = int((mask.bool().any(1) & ~rewards.isnan()).sum())

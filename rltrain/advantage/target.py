@@ -131,16 +131,19 @@ def dpg(
     baseline: Literal["mean", "none"] = "mean",
     max_weight: float = 1000.0,
 ) -> Tensor:
-    """Policy gradient towards ``p(y|x) ~ pi_0(y|x) exp(r / beta)`` under a divergence, arXiv:2205.11275.
-    Returns (B,).
+    """Policy gradient towards a target distribution, the reference tilted by the reward, under a divergence,
+    arXiv:2205.11275. Returns (B,).
 
-    The advantage is ``-f'(pi / p)`` (``pull``); for the forward KL this is the importance weight p / pi of
-    the completion (GDC, DPG). The log-probs before the update serve as pi and as proposal, as in one
-    on-policy update per step. partition: log Z comes from the importance weights of the prompt's completions
-    ("prompt"), or of the whole step ("step", for tasks of one prompt). baseline: their "mean" over the same
-    rows is subtracted, or nothing; for the forward KL the mean is 1. Advantages are clamped to +-max_weight,
-    because weights of whole sequences explode. For moments of several features the reward is their weighted
-    sum, with beta 1. Pair it with ``reinforce`` and a sum over tokens. NaN rewards get 0.
+    Formula: ``a - mean a`` of ``a = clip(-f'(pi / p), +-max_weight)``, with ``p(y|x) = pi_0(y|x) exp(R /
+    beta) / Z(x)``; forward KL: ``-f' = p / pi``
+
+    -f' is ``pull``; for the forward KL it is the importance weight of the completion (GDC, DPG). The
+    log-probs before the update serve as pi and as proposal, as in one on-policy update per step. partition:
+    log Z comes from the importance weights of the prompt's completions ("prompt"), or of the whole step
+    ("step", for tasks of one prompt). baseline: their "mean" over the same rows is subtracted, or nothing;
+    for the forward KL the mean is 1. They are clamped first, because weights of whole sequences explode. For
+    moments of several features the reward is their weighted sum, with beta 1. Pair it with ``reinforce`` and
+    a sum over tokens. NaN rewards get 0.
     """
     graded = ~rewards.isnan() & mask.any(dim=1)
     policy = masked_sum(old_logp, mask, dim=1)

@@ -17,8 +17,9 @@ __all__ = ["hapo"]
 def hapo(
     rewards: Tensor, group: Tensor, *, mask: Tensor, eps: float = 1e-6, limit: float | None = 5.0
 ) -> Tensor:
-    """HAPO's token-level group average: ``(R - mean) / (std + eps)``, both over the prompt's tokens,
-    arXiv:2509.16591. Returns (B,).
+    """HAPO's group average: GRPO's, taken over the prompt's tokens, arXiv:2509.16591. Returns (B,).
+
+    Formula: ``(R - mean) / (std + eps)``, mean and std over the prompt's tokens
 
     Every token carries its completion's reward, so long completions weigh more and a prompt's advantages add
     up to 0 over its tokens. The standard deviation is the population's. A prompt with an advantage of

@@ -134,8 +134,10 @@ def build_controlled(
     )
     evaluator = None
     if inputs.held_out is not None:
-        evaluator = build_evaluator(recipe.eval, recipe.reward, rollout.max_tokens, recipe.seed, inputs)
-    journaled = add_journal(source, recipe.journal, context, WeightsDigest(learner))
+        evaluator = build_evaluator(
+            recipe.eval, recipe.reward, rollout.max_tokens, recipe.seed, inputs.held_out.prompts
+        )
+    journaled = add_journal(source, recipe.journal, context, WeightsDigest(learner), inputs.held_out)
     return RolloutParts(journaled, sync, evaluator, build_guard(rollout, dtype, learner.trained.precision))
 
 

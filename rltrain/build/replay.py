@@ -11,7 +11,7 @@ from typing import Any
 
 from rltrain.build.context import RunContext
 from rltrain.build.inputs import RunInputs
-from rltrain.build.rollout import RolloutParts
+from rltrain.build.rollout import RolloutParts, build_evaluator
 from rltrain.build.workflows import WORKFLOWS
 from rltrain.checkpoint.journal import Journal, StepHeader
 from rltrain.checkpoint.run_folder import RunFolder
@@ -161,9 +161,16 @@ def build_replay(replay: Replay, folder: RunFolder, process: Process) -> Sampled
     no_rewards: Any = None  # the scores are in the journal
     inputs = RunInputs(tokenization, PromptSet(()), None, no_rewards)
 
+    versions = frozenset(Journal(replay.folder).evaluated_versions())
+    evaluator = None
+    if versions and not replay.is_other_method:
+        evaluator = build_evaluator(
+            recipe.eval, recipe.reward, recipe.rollout.max_tokens, recipe.seed, (), versions
+        )
+
     def parts(learner: ModelOwner) -> RolloutParts:
         source = ReplayedRollouts(Journal(replay.folder), process, replay.digests, learner.weights_digest)
-        return RolloutParts(source, NoPush(), None, MismatchGuard(math.inf, math.inf, 2**31))
+        return RolloutParts(source, NoPush(), evaluator, MismatchGuard(math.inf, math.inf, 2**31))
 
     context = RunContext(folder, replay.checkpoint, process, replayed=parts)
     run: Any = WORKFLOWS[recipe.kind].build(recipe, inputs, context)

@@ -147,10 +147,10 @@ def _build_here(
     )
     digest = WeightsDigest(learner)
     source = add_bound(source, engine, rollout, recipe.train.steps, context, digest)
-    source = add_journal(source, recipe.journal, context, digest)
+    source = add_journal(source, recipe.journal, context, digest, inputs.held_out)
     evaluator = None
     if inputs.held_out is not None:
-        evaluator = build_evaluator(recipe.eval, reward, rollout.max_tokens, seed, inputs)
+        evaluator = build_evaluator(recipe.eval, reward, rollout.max_tokens, seed, inputs.held_out.prompts)
     guard = build_guard(rollout, engine.dtype, learner.trained.precision)
     return RolloutParts(source, sync, evaluator, guard)
 
@@ -402,10 +402,14 @@ def _refuse_reference() -> AbstractContextManager[None]:
 
 
 def build_evaluator(
-    settings: Eval, stage: RewardStage, max_tokens: int, seed: int, inputs: RunInputs
+    settings: Eval,
+    stage: RewardStage,
+    max_tokens: int,
+    seed: int,
+    prompts: Sequence[Prompt],
+    versions: frozenset[int] | None = None,
 ) -> Evaluator:
-    """The evaluator over the held-out prompts."""
-    assert inputs.held_out is not None
+    """The evaluator over the held-out prompts. versions: see ``Evaluator``."""
     sampling = with_token_choice(
         Sampling(
             n=settings.n,
@@ -416,7 +420,7 @@ def build_evaluator(
         settings,
     )
     verdict_of = label_of_only_function(stage.functions)
-    return Evaluator(inputs.held_out.prompts, sampling, settings.k, verdict_of)
+    return Evaluator(prompts, sampling, settings.k, verdict_of, versions)
 
 
 def make_sampling(rollout: Rollout, seed: int) -> Sampling:

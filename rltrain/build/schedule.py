@@ -14,6 +14,7 @@ from rltrain.checkpoint.run_folder import describe_environment
 from rltrain.config.rules.registries import EXTRA_SAMPLES
 from rltrain.config.schema import Journal as JournalSettings
 from rltrain.config.schema import OnlineRecipe, Rollout
+from rltrain.data.prompts import PromptSet
 from rltrain.errors import UserError, user_mistakes
 from rltrain.learner.trained_model import ModelOwner
 from rltrain.needs import REFERENCE_WEIGHTS
@@ -35,13 +36,17 @@ __all__ = ["WeightsDigest", "add_bound", "add_journal", "add_lag", "can_overlap"
 
 
 def add_journal(
-    source: PromptedSource, settings: JournalSettings, context: RunContext, digest: WeightsDigest
+    source: PromptedSource,
+    settings: JournalSettings,
+    context: RunContext,
+    digest: WeightsDigest,
+    held_out: PromptSet | None = None,
 ) -> PromptedSource:
     """``source``, whose rollouts are on the disk before they are trained on, unless the recipe wants none."""
     if settings.keep == "nothing":
         return source
     with user_mistakes():
-        require_columns(source.prompts or ())
+        require_columns([*(source.prompts or ()), *(held_out.prompts if held_out else ())])
     return JournaledRollouts(
         source,
         Journal(context.folder, settings.keep),
@@ -121,5 +126,5 @@ def can_overlap(recipe: OnlineRecipe, process: Process) -> bool:
         REFERENCE_WEIGHTS in EXTRA_SAMPLES.spec(ref.name).needs_with(ref.hp) for ref in rollout.extra_samples
     )
     scores_here = any(ref.name == REWARD_MODEL for ref in recipe.reward.functions)
-    is_apart = rollout.engine == "vllm_server" and process.world_size == 1 and recipe.model.adapter is None
+    is_apart = rollout.engine == "vllm_server" and process.world_size == 1
     return is_apart and not needs_learner and not scores_here

@@ -1,4 +1,5 @@
-"""The journal of a run: what each step was trained on, a Parquet file for each, written before the step.
+"""The journal of a run: what each step was trained on, a Parquet file for each, written before the step, and
+the held-out completions of each evaluation.
 
 A file has a row for each completion (``journal_table``) and one entry ``rltrain`` in its metadata: JSON with
 everything else that the step needs, and with the checksum of the weights that sampled.
@@ -22,7 +23,14 @@ from rltrain.checkpoint.run_folder import RunFolder, write_atomic
 from rltrain.errors import UserError
 from rltrain.types.samples import PolicyVersion, ScoredGroup
 
-__all__ = ["Journal", "StepHeader", "StepRecord", "WaitingGroups", "origin_of"]
+__all__ = [
+    "EvaluationRecord",
+    "Journal",
+    "StepHeader",
+    "StepRecord",
+    "WaitingGroups",
+    "origin_of",
+]
 
 _FORMAT = 1
 _KEY = b"rltrain"
@@ -51,6 +59,19 @@ class StepHeader:
 @dataclass(frozen=True)
 class StepRecord:
     header: StepHeader
+    groups: tuple[ScoredGroup, ...]
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """The held-out completions of the weights of ``version``. weights, random: see ``StepHeader``. request:
+    text of what was asked for (prompts, sampling, settings).
+    """
+
+    version: int
+    weights: str
+    request: str
+    random: Sequence[Mapping[str, Any]]
     groups: tuple[ScoredGroup, ...]
 
 
@@ -90,6 +111,35 @@ class Journal:
         if header.step != step:
             raise UserError(f"{path} holds the rollouts of step {header.step}: it was copied or renamed")
         return StepRecord(header, groups)
+
+    def evaluation_path(self, version: int) -> Path:
+        return self.folder.rollouts / f"evaluation-{version:06d}.parquet"
+
+    def evaluated_versions(self) -> list[int]:
+        """The versions of the weights of which held-out completions are kept."""
+        paths = self.folder.rollouts.glob("evaluation-*.parquet")
+        names = [path.stem.removeprefix("evaluation-") for path in paths]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def write_evaluation(self, record: EvaluationRecord) -> None:
+        """Where ``keep`` is "resume" nothing is written: held-out completions are sampled again."""
+        if self.keep == "resume":
+            return
+        self.folder.rollouts.mkdir(exist_ok=True)
+        header = {item.name: getattr(record, item.name) for item in fields(record) if item.name != "groups"}
+        _write(self.evaluation_path(record.version), header, record.groups)
+
+    def read_evaluation(self, version: int) -> EvaluationRecord:
+        """Raises FileNotFoundError where there is none, and UserError where it is damaged."""
+        path = self.evaluation_path(version)
+        plain, groups = _read(path)
+        try:
+            record = EvaluationRecord(**plain, groups=groups)
+        except TypeError as error:
+            raise _report_damage(path, error) from error
+        if record.version != version:
+            raise UserError(f"{path} holds completions of version {record.version}: it was copied or renamed")
+        return record
 
     def read_header(self, step: int) -> StepHeader:
         """``read`` without the completions."""

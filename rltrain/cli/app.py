@@ -225,7 +225,11 @@ def validate(
 
 @app.command(
     rich_help_panel=RECIPES,
-    epilog=examples("rltrain plan grpo", "rltrain plan grpo --gpus 8 --gpu-gb 85.5 --backend zero3"),
+    epilog=examples(
+        "rltrain plan grpo",
+        "rltrain plan grpo --gpus 8 --gpu-gb 85.5 --backend zero3",
+        "rltrain plan grpo --engine vllm_server --measured runs/first --gpus 8",
+    ),
 )
 def plan(
     recipe: RecipePath,
@@ -249,13 +253,28 @@ def plan(
     ] = None,
     backend: Annotated[Backend, typer.Option(help="How the GPUs divide the learner.")] = Backend.fsdp2,
     card: Annotated[Card, typer.Option(help="GPU whose rates predict the seconds.")] = Card.h100,
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            help="A run whose measured rates predict a step; with --gpus N, the best split of N between "
+            "learner and workers.",
+            metavar="RUN",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan for the GPUs as JSON.")] = False,
 ) -> None:
     """Print every number that a recipe implies.
 
-    With --gpus and --gpu-gb, whether it fits them: exit code 1 if it does not.
+    With --gpus and --gpu-gb, whether it fits them: exit code 1 if it does not. With --measured, what a step
+    takes by the rates of a run.
     """
     checked = _load_checked(recipe, profile, _with_shorthands(overrides, engine, None))
+    if measured is not None:
+        from rltrain.cli.measured_plan import measured_command
+
+        if gpu_gb is not None:
+            raise UserError("--measured predicts seconds, not memory; leave --gpu-gb out, or --measured")
+        raise typer.Exit(measured_command(checked.recipe, measured, gpus, as_json=as_json))
     if gpus is None and gpu_gb is None and not as_json:
         _print_plan_lines(checked)
         return

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -69,9 +70,10 @@ EVALUATIONS: Mapping[str, Callable[..., dict[str, float]]] = {
 
 
 def evaluate_model(
-    model: str, recipe: SampledRecipe, em_inf: float | None = None
+    model: str, recipe: SampledRecipe, em_inf: float | None = None, side: Literal["train", "eval"] = "eval"
 ) -> tuple[Tokenization, Evaluation]:
-    """The tokenizer of ``model``, and its completions of the recipe's held-out prompts, graded.
+    """The tokenizer of ``model``, and its completions of the recipe's held-out prompts, graded; with side
+    "train" those of its first ``eval.prompts`` training prompts.
 
     Raises UserError if there are no held-out prompts.
     """
@@ -79,13 +81,17 @@ def evaluate_model(
     rollout = recipe.rollout
     with user_errors(recipe.train.deadline_seconds):
         inputs = load_inputs(recipe)
+    if side == "train":
+        first = dataclasses.replace(inputs.train, prompts=inputs.train.prompts[: recipe.eval.prompts])
+        inputs = dataclasses.replace(inputs, held_out=first)
 
     with joined_processes(recipe.train.deadline_seconds) as (process, _), inputs.grader:
         if inputs.held_out is None:
             raise UserError("the recipe names no held-out prompts; set data.eval")
         tokens = recipe.learner.tokens_per_micro_batch
         grader = add_model_rewards(recipe.reward, inputs.grader, tokens, process.device, recipe.data.date)
-        evaluator = build_evaluator(recipe.eval, recipe.reward, rollout.max_tokens, recipe.seed, inputs)
+        prompts = inputs.held_out.prompts
+        evaluator = build_evaluator(recipe.eval, recipe.reward, rollout.max_tokens, recipe.seed, prompts)
         sampling = _with_em_inf(evaluator.sampling, rollout.engine, em_inf)
         evaluator = dataclasses.replace(evaluator, sampling=sampling)
         single_process = Process(device=process.device, deadline=process.deadline)

@@ -36,7 +36,7 @@ from rltrain.watchdog import Watchdog
 __all__ = ["parse_steps", "plan_command", "replay_command"]
 
 # of metrics that the clock, the engine or its weights decide, which a replay does not have
-_NOT_COMPARED = ("time/", "sync/", "eval/", "memory/")
+_NOT_COMPARED = ("time/", "sync/", "memory/")
 _SHOWN = ("rollout/ess", "rollout/ess_completions", "rollout/ratio_mean", "reward/mean")
 
 
@@ -85,7 +85,8 @@ def replay_command(replay: Replay, out: Path | None, *, check: bool) -> int:
             return 0
         if not check:
             report_if_possible(folder, QUIET)
-        return _report_equality(replay, [*_find_differences(replay, folder, source, lines)], console)
+        differences = [*_find_differences(replay, folder, source, lines)]
+        return _report_equality(replay, source, differences, console)
 
 
 def _train(replay: Replay, folder: RunFolder, process: Process, *, keep: bool) -> ReplayedRollouts:
@@ -146,11 +147,22 @@ def _environment() -> dict[str, Any]:
 
 def _read_steps(folder: RunFolder, steps: range) -> Iterator[dict[str, Any]]:
     """The training steps' lines of metrics.jsonl."""
+    for line in _read_lines(folder):
+        if line["step"] in steps and "learner/version" in line:
+            yield line
+
+
+def _read_evaluations(folder: RunFolder) -> Iterator[dict[str, Any]]:
+    """The evaluations' lines of metrics.jsonl."""
+    for line in _read_lines(folder):
+        if "eval/reward" in line and "learner/version" not in line:
+            yield line
+
+
+def _read_lines(folder: RunFolder) -> Iterator[dict[str, Any]]:
     if folder.metrics.exists():
         for text in folder.metrics.read_text(encoding="utf-8").splitlines():
-            line = json.loads(text)
-            if line["step"] in steps and "learner/version" in line:
-                yield line
+            yield json.loads(text)
 
 
 def _find_differences(
@@ -160,6 +172,9 @@ def _find_differences(
     for step, is_equal in source.comparisons.items():
         if not is_equal:
             yield f"step {step}: the weights before it are others"
+    for version, is_equal in source.evaluations.items():
+        if not is_equal:
+            yield f"the weights that were evaluated after {version} updates are others"
     if replay.is_whole_run:
         hashes = [
             {name: digest for name, digest in file_hashes(path).items() if name.endswith(".safetensors")}
@@ -168,14 +183,17 @@ def _find_differences(
         if not hashes[0] or hashes[0] != hashes[1]:
             yield "the finished model has other weights"
     recorded = {line["step"]: line for line in _read_steps(replay.folder, replay.steps)}
-    for line in lines:
-        expected = recorded.get(line["step"], {})
+    evaluated = {line["step"]: line for line in _read_evaluations(replay.folder)}
+    for line in (*lines, *_read_evaluations(folder)):
+        expected = (recorded if "learner/version" in line else evaluated).get(line["step"], {})
         for name in line.keys() & expected.keys():
             if not name.startswith(_NOT_COMPARED) and line[name] != expected[name]:
                 yield f"step {line['step']}: {name} is {line[name]!r}, and was {expected[name]!r}"
 
 
-def _report_equality(replay: Replay, differences: Sequence[str], console: Console) -> int:
+def _report_equality(
+    replay: Replay, source: ReplayedRollouts, differences: Sequence[str], console: Console
+) -> int:
     first = replay.steps[0]
     last = replay.steps[-1]
     if differences:
@@ -183,9 +201,11 @@ def _report_equality(replay: Replay, differences: Sequence[str], console: Consol
             console.print(line, markup=False, soft_wrap=True)
         console.print(f"{len(differences)} differences from the run", markup=False)
         return 1
+    count = len(source.evaluations)
+    held_out = f", {count} evaluation{'s'[: count > 1]}" if count else ""
     end = ", and the finished model" if replay.is_whole_run else ""
     console.print(
-        f"equal to the bit: the weights before each of steps {first} to {last}, its metrics{end}",
+        f"equal to the bit: the weights before each of steps {first} to {last}, its metrics{held_out}{end}",
         markup=False,
         soft_wrap=True,
     )

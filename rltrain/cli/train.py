@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -89,7 +90,7 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
                     run_folder,
                     recipe,
                     resume,
-                    _describe_start(),
+                    _describe_start(process.world_size),
                     lambda text: lines.append(f"warning: {text}"),
                     digests,
                 )
@@ -112,10 +113,11 @@ def train_command(recipe: AnyRecipe, folder: Path, warnings: Sequence[str], resu
         return _train(run, workflow, run_folder, stop_request, is_main=process.is_main)
 
 
-def _describe_start() -> dict[str, str]:
-    """The software, and how, when and under which name the run was started."""
+def _describe_start(processes: int) -> dict[str, Any]:
+    """The software, and how, when and under which name the run was started. processes: of the learner."""
     return {
         **describe_environment(),
+        "processes": processes,
         "run": new_run_id(),
         "started": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "command": shlex.join(["rltrain", *sys.argv[1:]]),

@@ -89,8 +89,9 @@ _TRAIN = "data.train="  # as overrides
 _OPTIONS = "data.options"
 _POSITION_DIGITS = 6  # of a position in a list
 _IDENTITY_KEYS = ("name", "path", "train")
-# order of the prompts: it belongs to the training method, so another data set does not reset it
-_ORDER_KEY = "order"
+# they belong to the training method, so that another data set does not reset the order of the prompts (beside
+# ``train``), nor another model the adapter (beside ``path``)
+_METHOD_KEYS = {"train": "order", "path": "adapter"}
 
 
 def load_recipe(path: str | Path, *, profile: str | None = None, overrides: Sequence[str] = ()) -> AnyRecipe:
@@ -381,7 +382,7 @@ def merge_mappings(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[s
     if any(
         isinstance(upper.get(key), str) and upper[key] != lower.get(key, upper[key]) for key in _IDENTITY_KEYS
     ):
-        kept = {_ORDER_KEY: lower[_ORDER_KEY]} if "train" in upper and _ORDER_KEY in lower else {}
+        kept = {name: lower[name] for key, name in _METHOD_KEYS.items() if key in upper and name in lower}
         return copy.deepcopy({**kept, **upper})
     result = copy.deepcopy(dict(lower))
     for key, value in upper.items():

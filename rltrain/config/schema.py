@@ -612,8 +612,8 @@ class Checkpoint(Section):
 class Journal(Section):
     """Every step's rollouts as a Parquet file in rollouts/, on the disk before the step trains on them."""
 
-    # all: for rltrain replay from the first step; resume: those after the oldest checkpoint that is kept;
-    # nothing: no file is written, and a resumed run samples again
+    # all: for rltrain replay from the first step, evaluations included; resume: those after the oldest
+    # checkpoint that is kept; nothing: no file is written, and a resumed run samples again
     keep: Literal["all", "resume", "nothing"] = "all"
 
 

@@ -27,14 +27,16 @@ def empg(
     """EMPG: advantages scaled by how certain the policy was of each step, plus a bonus for the next step's
     clarity, arXiv:2509.09265.
 
-    A step's entropy H is the mean over its tokens; h = (H - min) / (max - min) over all steps of the batch,
-    all ranks. The step's tokens get ``A g + zeta f_next`` with g = exp(-k h) / mean exp(-k h) and f =
-    exp(-k_bonus h); the last step of a row has no bonus. Then the mean over steps is subtracted, without
-    division by a standard deviation. center "rows": the mean over trajectories of their means over steps is
-    subtracted, as in some ports; "none": nothing. With k 0 and zeta 0 the result is the advantages minus
-    their mean. The paper's zeta for each task is not known: ports of its listing use 0.1, tuned agents 0.05.
-    One outlying step compresses h of all others. Tokens that belong to no step get their advantage minus the
-    same mean.
+    Formula: ``A g + zeta f_next - mean``; ``g = exp(-k h) / mean exp(-k h)``, ``f = exp(-k_bonus h)``, ``h =
+    (H - min H) / (max H - min H)``
+
+    A step's entropy H is the mean over its tokens; its smallest, largest and mean are taken over all steps of
+    the batch, all ranks. f_next is that of the row's next step; the last has no bonus. The mean over steps is
+    subtracted, without division by a standard deviation. center "rows": the mean over trajectories of their
+    means over steps is subtracted, as in some ports; "none": nothing. With k 0 and zeta 0 the result is the
+    advantages minus their mean. The paper's zeta for each task is not known: ports of its listing use 0.1,
+    tuned agents 0.05. One outlying step compresses h of all others. Tokens that belong to no step get their
+    advantage minus the same mean.
     """
     steps = _collect_steps(batch)
     if len(steps.row) == 0:

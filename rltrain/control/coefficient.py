@@ -71,6 +71,8 @@ class TargetEntropy(_SavedController):
     """A bonus that acts only while the entropy is at or below its target, with an adaptive coefficient,
     arXiv:2505.22312.
 
+    Formula: ``c <- clip(c +- step, low, high)``, + if H <= target; the term gets ``c 1[H <= target]``
+
     After each step the coefficient moves by ``step`` within [low, high]: up if ``metric`` (nats, mean over
     the step) is at or below ``target``, down if it is above. The term gets the coefficient while the last
     entropy was at or below the target, and 0 otherwise. It begins at ``start``. The paper measures the
@@ -114,11 +116,13 @@ class TargetEntropy(_SavedController):
 class EntropyBand(_SavedController):
     """AEnt's coefficient, which moves until the entropy lies in a band, arXiv:2509.03493.
 
-    ``c <- clip(c - rate (min(0, H - entropy_low) + max(0, H - entropy_high) + pull (c - start)), low, high)``
-    after each step except the first ``warmup_steps``. H is ``metric``: the clamped entropy, in nats, averaged
-    over the step's tokens. The band and the rate have no default in the paper; without them the coefficient
-    stays at ``start``. Released for Qwen2.5-1.5B on GSM8K: band [0.05, 0.23], rate 1e-3, range [1e-5, 3e-3],
-    29 warm-up steps.
+    Formula: ``c <- clip(c - rate (min(0, H - entropy_low) + max(0, H - entropy_high) + pull (c - start)),
+    low, high)``
+
+    It moves after each step except the first ``warmup_steps``. H is ``metric``: the clamped entropy, in nats,
+    averaged over the step's tokens. The band and the rate have no default in the paper; without them the
+    coefficient stays at ``start``. Released for Qwen2.5-1.5B on GSM8K: band [0.05, 0.23], rate 1e-3, range
+    [1e-5, 3e-3], 29 warm-up steps.
     """
 
     _STATE = ("coefficient", "seen")
@@ -172,7 +176,10 @@ class EntropyBand(_SavedController):
 
 @method("annealed", arxiv="2506.02208")
 class AnnealedCoefficient(_SavedController):
-    """KDRL's teacher weight: ``max(start - slope * step, floor)``, with steps from 0, arXiv:2506.02208."""
+    """KDRL's teacher weight, which falls in a line to a floor, arXiv:2506.02208.
+
+    Formula: ``max(start - slope k, floor)`` in step k = 0, 1, ...
+    """
 
     _STATE = ("steps",)
 
@@ -193,8 +200,9 @@ class AnnealedCoefficient(_SavedController):
 
 @method("stage", arxiv="2603.11178")
 class StageCoefficient(_SavedController):
-    """A term that acts in one stage of the run: ``value`` from the share ``begin`` of its steps up to the
-    share ``end``, else 0.
+    """A term that acts in one stage of the run, between two shares of its steps.
+
+    Formula: ``value 1[begin K <= k < end K]`` in step k of K
 
     PACED distils with the forward KL first and then with the reverse KL, arXiv:2603.11178; the step at which
     it changes over is not known to us.
@@ -241,12 +249,14 @@ class EpoSchedule(_SavedController):
     """EPO's bonus with its constant ``value``, and the inputs of its penalty: the entropy's history and the
     penalty's weight, arXiv:2509.22576.
 
+    Formula: ``value``; paper: ``smoothing = 1 + exp(-gamma k / floor(K / 2))``
+
     history: mean of ``metric`` (nats) over all earlier steps; absent in the first step, which therefore has
-    no penalty. smoothing in step k of the run's ``total_steps`` K depends on schedule: "paper" is ``1 +
-    exp(-gamma k / floor(K / 2))``; "released" is ``strength`` times a weight that falls from 1 to 0.83 by the
-    middle of the run and from there to 0.04; "constant" is ``strength`` itself. history "step" is one mean
-    over all tokens, as in the paper; "turn" has one for each turn of an episode, over the earlier steps that
-    reached it, as in the released code (``TURN_ENTROPY``, which runs with an environment report).
+    no penalty. smoothing in step k of the run's ``total_steps`` K depends on schedule: "paper" is the
+    formula; "released" is ``strength`` times a weight that falls from 1 to 0.83 by the middle of the run and
+    from there to 0.04; "constant" is ``strength`` itself. history "step" is one mean over all tokens, as in
+    the paper; "turn" has one for each turn of an episode, over the earlier steps that reached it, as in the
+    released code (``TURN_ENTROPY``, which runs with an environment report).
     """
 
     _STATE = ("total_steps", "steps", "entropy_sum", "counted", "turns")
@@ -336,9 +346,11 @@ class EpoSchedule(_SavedController):
 class KlTarget(_SavedController):
     """A KL weight that keeps the KL near a target, moved in log space, as ARES releases it, arXiv:2510.08457.
 
-    ``metric`` (nats, mean over the step) is smoothed with ``decay``; its relative error is e = KL / target -
-    1. Once every ``every`` steps, if |e| is at least ``dead_zone``, e is smoothed with the same decay and
-    moves ln c by ``rate * clip(error, -cap, cap)``; c begins at ``start`` and stays inside [low, high] times
+    Formula: ``ln c <- clip(ln c + rate clip(e, -cap, cap))``, e the smoothed ``KL / target - 1``
+
+    ``metric`` (nats, mean over the step) is smoothed with ``decay``; its relative error is KL / target - 1.
+    Once every ``every`` steps, if that is at least ``dead_zone`` in size, it is smoothed with the same decay
+    and moves c by ``rate``, at most ``cap``; c begins at ``start`` and stays inside [low, high] times
     ``start``. In the release start is a fixed coefficient, multiplied by a factor that moves inside these
     bounds. ARES has one factor for each difficulty of a prompt and counts micro-batches; here there is one
     for the term, and it counts steps. Set metric to the term's own metric if the term is not ``kl``.

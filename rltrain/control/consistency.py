@@ -28,8 +28,10 @@ def copo(
     coefficient: float = 1.0,
     eps: float = 1e-6,
 ) -> TrainBatch:
-    """COPO: ``w l_local + (1 - w) l_global`` for the loss ``copo``, w = sigmoid(k (H - b)), arXiv:2508.04138
-    (other papers use the name too).
+    """COPO: shares of the advantage within the prompt and of the prompt's own, by how far its answers agree,
+    for the loss ``copo``, arXiv:2508.04138 (other papers use the name too).
+
+    Formula: ``A <- w A``, ``A_global = (1 - w) (mean_q - mean) / (std + eps)``, ``w = sigmoid(k (H - b))``
 
     H is the entropy in bits of the prompt's extracted answers ("no answer" counts as one more answer). A
     prompt whose completions agree relies on its global advantage: its mean reward normalised over all prompts

@@ -44,8 +44,11 @@ def clip_cov(
     eps_high: float = 1.0,
     seed: int = 0,
 ) -> TrainBatch:
-    """Clip-Cov: ``max(floor(ratio N), 1)`` of the N tokens lose value and gradient, chosen among ``low < c_t
-    < high``, arXiv:2505.22617.
+    """Clip-Cov: a few of the tokens whose log-prob and advantage covary lose value and gradient,
+    arXiv:2505.22617.
+
+    Formula: weight 0 for ``max(floor(ratio N), 1)`` of the N tokens, drawn among ``low < c < high``; ``c =
+    (ln pi - mean ln pi) (A - mean A)``
 
     Tokens that the policy loss already clips (A > 0 and r > 1 + eps_high, or A < 0 and r < 1 - eps_low) are
     not eligible, so eps_low and eps_high must be those of the loss ``clip``; the authors' scripts use 1 and
@@ -74,8 +77,11 @@ def clip_cov(
     traits={POLICY_LOSS("kl_cov"), OFF_POLICY_ONLY, FRACTION("ratio")},
 )
 def kl_cov(batch: TrainBatch, *, ratio: float = 2e-3, seed: int = 0) -> TrainBatch:
-    """KL-Cov: marks the ``max(1, floor(ratio N))`` of the N tokens with the largest c_t for the loss
-    ``kl_cov``, arXiv:2505.22617.
+    """KL-Cov: marks the tokens whose log-prob and advantage covary most, for the loss ``kl_cov``,
+    arXiv:2505.22617.
+
+    Formula: mark ``1[c is among the max(floor(ratio N), 1) largest]``, ``c = (ln pi - mean ln pi) (A - mean
+    A)``
 
     The marks, 1 or 0, are put in ``extra["kl_cov"]``. ratio is a fraction: the paper's 2e-3 for 7B models
     (2e-4 for 32B), which its code writes as 0.2 percent; 0 marks none. Ties between equal covariances are

@@ -22,6 +22,8 @@ def kdrl_mask(
 ) -> TrainBatch:
     """Marks the completions on which the term ``kdrl`` acts, in ``extra["kdrl"]``, arXiv:2506.02208.
 
+    Formula: mark ``1[wrong] N / N_wrong``, N tokens of the optimizer batch
+
     level "response": the incorrect completions; "group": those of prompts with no correct completion.
     denominator "kept" is the paper's masked mean: a mark is the number of the optimizer batch's tokens
     divided by the number of marked tokens (all ranks), so that the aggregate ``token_mean`` divides the term

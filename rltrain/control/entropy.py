@@ -73,15 +73,17 @@ def steer(
     w_min: float = 0.8,
     w_max: float = 1.2,
 ) -> TrainBatch:
-    """STEER: the more a token's update would change the entropy, s = |Omega|, the smaller its weight,
-    arXiv:2510.10150.
+    """STEER: the more a token's update would change the entropy, the smaller its weight, arXiv:2510.10150.
 
-    form "exponential": w = exp(-k s) with k = -ln(lambda_min) / max(s_max, omega_floor), within [lambda_min,
-    1]; a floor of 0 is the paper's form, where the largest s always gets lambda_min. form "linear": from
-    w_max at s_min down to w_min at s_max, and half way between them if all s are equal. The extremes are
-    those of the whole optimizer batch. omega: s is the authors' estimate (``steer_released``, the default
-    here too) or the exact first-order change (``steer_exact``). Only the parameters of the chosen form are
-    read. Weights are not renormalised; pair it with the loss ``clip`` (authors: 0.2, 0.28, dual_clip 10).
+    Formula: exponential: ``w = lambda_min^(s / max(s_max, omega_floor))``; linear: ``w = w_max - (w_max -
+    w_min) (s - s_min) / (s_max - s_min)``; ``s = |A r (1 - pi) (ln pi + H)|``
+
+    form "exponential": within [lambda_min, 1]; a floor of 0 is the paper's form, where the largest s always
+    gets lambda_min. form "linear": from w_max at s_min down to w_min at s_max, and half way between them if
+    all s are equal. The extremes are those of the whole optimizer batch. omega: s is the authors' estimate
+    (``steer_released``, as in the formula) or the exact first-order change (``steer_exact``). Only the
+    parameters of the chosen form are read. Weights are not renormalised; pair it with the loss ``clip``
+    (authors: 0.2, 0.28, dual_clip 10).
     """
     omegas = steer_released(batch) if omega == "released" else steer_exact(batch)
     strength = apply_mask(omegas.abs(), batch.mask)
@@ -149,6 +151,8 @@ def _zero_nonfinite(values: Tensor) -> Tensor:
 def high_entropy_tokens(batch: TrainBatch, *, share: float = 0.2) -> TrainBatch:
     """Trains only on the ``share`` of tokens with the highest entropy, arXiv:2506.01939 ("80/20").
 
+    Formula: weight ``1[H >= quantile_(1 - share)(H)]``
+
     A token is kept if its entropy is at least the (1 - share) quantile (linear between ranks, as TRL's
     ``top_entropy_quantile``) over all tokens of the step; others get weight 0 and stay in the denominator, as
     in the paper's equation. The entropies are those of the policy that sampled, which are computed together
@@ -175,6 +179,9 @@ def aepo(
 ) -> TrainBatch:
     """AEPO's REINFORCE on correct samples drawn at another temperature, arXiv:2510.08141; the extra samples
     ``aepo`` draw them.
+
+    Formula: explicit: ``L + alpha mean(-R ln pi)``, the mean over tempered tokens and L over the others;
+    rows: min(cap, k) of k tempered rows with A > 0.05 get A = 1 and replace as many GRPO rows
 
     form "explicit": the abstract's equation, with alpha as its coefficient (``aepo_explicit``). The paper
     does not state its value; the default is the share of 60 rows among the released form's 2,560. form
@@ -277,13 +284,16 @@ def _first_rows(eligible: Tensor, order: Tensor, count: int) -> Tensor:
 def dcpo(
     batch: TrainBatch, *, target: float = 0.5, high: float = 1.2, low: float = 0.8, most: float = 0.1
 ) -> TrainBatch:
-    """AEPO without a second rollout, from a branch of its authors' code (arXiv:2510.08141): A becomes (1 - a)
-    A + a 1[correct] pi_T / pi.
+    """AEPO without a second rollout, from a branch of its authors' code (arXiv:2510.08141): the tempered
+    policy's probability enters the advantage.
 
-    With H the step's mean entropy and f its share of correct samples, a = b / (1 + b) and b = min(|target -
-    H|, most) / f; pi_T is the policy at temperature ``high`` if H <= target, else ``low`` (relative to
-    rollout.temperature). H is the entropy of this step's policy, where the authors' code takes the previous
-    step's. Without a correct sample nothing changes (the authors' code divides by 0).
+    Formula: ``A <- (1 - a) A + a 1[right] pi_T / pi``, ``a = b / (1 + b)``, ``b = min(|target - H|, most) /
+    f``
+
+    H is the step's mean entropy, f its share of correct samples; pi_T is the policy at temperature ``high``
+    if H <= target, else ``low`` (relative to rollout.temperature). H is the entropy of this step's policy,
+    where the authors' code takes the previous step's. Without a correct sample nothing changes (the authors'
+    code divides by 0).
     """
     entropy = _require_field(batch, "dcpo", batch.old_entropy, "old_entropy")
     right = _require_field(batch, "dcpo", batch.correct, "correct") > 0

@@ -53,12 +53,14 @@ def hapo(
     """HAPO's signal h_hat in [-1, 1] for the loss ``hapo``: above 0 for uncertain tokens, below for certain
     ones, arXiv:2509.16591.
 
-    h = (ln H - Q) / sigma with Q the rho-quantile (the nearest token's value) over the whole optimizer batch
-    and H the entropy of the policy at the start of the update; h is then divided by max h if positive and by
-    |min h| if negative. form "released" divides by min h itself, so that h_hat is never negative and very
-    certain tokens count as very uncertain ones (equations 8 to 13 of the paper need the sign); the released
-    code takes its statistics from a micro-batch. Logs hapo_pivot, hapo_sigma, hapo_top and hapo_bottom, which
-    the adaptive temperature of the next step's sampler uses. Equal entropies give h_hat 0 everywhere.
+    Formula: ``h_hat = h / max h`` if h > 0, else ``h / |min h|``; ``h = (ln H - Q_rho(ln H)) / sigma``
+
+    Q_rho is the rho-quantile (the nearest token's value) over the whole optimizer batch, sigma the root mean
+    square of what is left, H the entropy of the policy at the start of the update. form "released" divides by
+    min h itself, so that h_hat is never negative and very certain tokens count as very uncertain ones
+    (equations 8 to 13 of the paper need the sign); the released code takes its statistics from a micro-batch.
+    Logs hapo_pivot, hapo_sigma, hapo_top and hapo_bottom, which the adaptive temperature of the next step's
+    sampler uses. Equal entropies give h_hat 0 everywhere.
     """
     if batch.entropy_now is None:
         raise ValueError(

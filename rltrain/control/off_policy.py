@@ -34,12 +34,13 @@ def tis(
     floor: float = 0.0,
     normalize: Literal["none", "batch"] = "none",
 ) -> TrainBatch:
-    """Truncated importance sampling (Ionides 2008; for inference engines: Yao et al. 2025): weight ``min(rho,
-    cap)``.
+    """Truncated importance sampling (Ionides 2008; for inference engines: Yao et al. 2025): a bounded weight.
+
+    Formula: weight ``clip(rho, floor, cap)``
 
     level: a token's own rho, or the product over its sequence. floor: smallest weight, for a truncation from
-    both sides (verl's two thresholds drop what lies outside, as ``mis``). normalize "batch" divides
-    the truncated weights by their mean over the step: over tokens, or at sequence level over sequences (each
+    both sides (verl's two thresholds drop what lies outside, as ``mis``). normalize "batch" divides the
+    truncated weights by their mean over the step: over tokens, or at sequence level over sequences (each
     once, whatever its length), as verl does.
     """
     weights = _rho(batch, "tis", level).clamp(floor, cap)
@@ -58,8 +59,10 @@ def mis(
     high: float = 3.0,
     denominator: Literal["all", "kept"] = "all",
 ) -> TrainBatch:
-    """Masked importance sampling (IcePop, Ling team 2025): weight rho where ``low <= rho <= high``, else 0.
-    Defaults are TRL's.
+    """Masked importance sampling (IcePop, Ling team 2025): tokens or sequences with an extreme weight get
+    none. Defaults are TRL's.
+
+    Formula: weight ``rho 1[low <= rho <= high]``
 
     level as in ``tis``. denominator: the loss is divided by all tokens and sequences ("all": the others get
     weight 0, as in TRL), or only by those kept ("kept": the others are masked out, as in verl's rejection,
@@ -77,7 +80,9 @@ def geometric_rejection(
     high: float = 1.001,
     denominator: Literal["all", "kept"] = "kept",
 ) -> TrainBatch:
-    """Drops a sequence whose geometric mean of rho lies outside ``[low, high]``; other weights do not change.
+    """Drops a sequence whose geometric mean of rho lies outside bounds; other weights do not change.
+
+    Formula: kept: ``low <= exp(mean_t ln rho) <= high``
 
     The bounds are on rho. verl's release (``seq_mean_k1``) compares them with 1 / rho, which differs if they
     are not reciprocal. denominator as in ``mis``; verl masks the sequence out.
@@ -99,10 +104,13 @@ def divergence_rejection(
     """Drops tokens or sequences whose estimated KL between engine and learner lies outside bounds; no weight
     changes (verl's rejection, without importance weights).
 
-    estimator: with x = ln rho k1 = -x, k2 = x^2 / 2 and k3 = e^x - 1 - x, in nats. over: a token's
-    own number, or the sum, mean or largest of its sequence. low, high: bounds; low None is -high for k1,
-    whose sign says which of the two is larger, and none for the others, which are at least 0. verl states
-    k1's bounds as ratios: its "0.5_2" is low ln 0.5 and high ln 2. denominator as in ``mis``; verl masks out.
+    Formula: kept: ``low <= K <= high``; with x = ln rho, k1: ``K = -x``, k2: ``K = x^2 / 2``, k3: ``K = e^x -
+    1 - x``
+
+    estimator: of the KL, in nats. over: a token's own number, or the sum, mean or largest of its sequence.
+    low, high: bounds; low None is -high for k1, whose sign says which of the two is larger, and none for the
+    others, which are at least 0. verl states k1's bounds as ratios: its "0.5_2" is low ln 0.5 and high ln 2.
+    denominator as in ``mis``; verl masks out.
     """
     log_rho = _log_rho(batch, "divergence_rejection").clamp(-LOG_RHO_LIMIT, LOG_RHO_LIMIT)
     if estimator == "k1":
@@ -126,8 +134,10 @@ def divergence_rejection(
 def off_policy_mask(
     batch: TrainBatch, *, delta: float = 0.5, denominator: Literal["all", "kept"] = "all"
 ) -> TrainBatch:
-    """Drops negative examples that the policy has moved away from, arXiv:2512.02556: keeps a token if A >= 0
-    or ``mean_t(rollout_logp - logp_now) <= delta`` nats per token over the sequence.
+    """Drops negative examples that the policy has moved away from, by nats per token over the sequence,
+    arXiv:2512.02556.
+
+    Formula: kept: ``A >= 0`` or ``mean_t(ln pi_engine - ln pi) <= delta``
 
     The paper gives no delta; TRL disables the mask by default and suggests 0.5. Advantages are read per
     token, which is the paper's rule if a completion has one advantage. denominator as in ``mis``; TRL divides

@@ -38,7 +38,10 @@ def paced(
     normalise: Literal["none", "mean1", "sum1"] = "mean1",
     smooth: bool = False,
 ) -> TrainBatch:
-    """Marks each prompt's rows with ``p^alpha (1 - p)^beta`` of its pass rate p, arXiv:2603.11178.
+    """Marks each prompt's rows with a weight that is largest where its pass rate p is in the middle,
+    arXiv:2603.11178.
+
+    Formula: mark ``w / mean w``, ``w = p^alpha (1 - p)^beta``
 
     p is the share of right completions among the policy's graded ones in the batch, (c + 1/2) / (K + 1) with
     ``smooth``; a prompt without any gets weight 0. ``extra["teacher_text"]`` marks the rows of the answer

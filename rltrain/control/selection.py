@@ -14,6 +14,8 @@ def positive_only(batch: TrainBatch) -> TrainBatch:
     """Keeps only rows with an advantage above 0, for loss and terms alike: SuperHF's supervised step,
     arXiv:2310.16763.
 
+    Formula: kept: ``A > 0``
+
     The other rows are masked out, so that they leave the aggregate's denominator and the gradient pass skips
     them. Pair it with the advantage ``best_of_n``.
     """

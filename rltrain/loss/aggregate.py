@@ -19,7 +19,10 @@ __all__ = ["dr_grpo", "seq_mean_token_mean", "seq_mean_token_sum", "token_mean"]
 
 @method("token_mean", arxiv="2503.14476")
 def token_mean(per_token: Tensor, mask: Tensor, totals: StepTotals) -> Tensor:
-    """Every token of the update weighs the same, so long completions weigh more (DAPO, arXiv:2503.14476)."""
+    """Every token of the update weighs the same, so long completions weigh more (DAPO, arXiv:2503.14476).
+
+    Formula: ``sum_i sum_t l / sum_i |y_i|``
+    """
     return masked_sum(per_token.expand(mask.shape), mask) / max(totals.tokens, 1)
 
 
@@ -27,23 +30,29 @@ def token_mean(per_token: Tensor, mask: Tensor, totals: StepTotals) -> Tensor:
 def seq_mean_token_mean(per_token: Tensor, mask: Tensor, totals: StepTotals) -> Tensor:
     """Mean over each completion, then over completions: every completion weighs the same (GRPO,
     arXiv:2402.03300).
+
+    Formula: ``sum_i (sum_t l / |y_i|) / B``
     """
     return masked_mean(per_token.expand(mask.shape), mask, dim=1).sum() / max(totals.sequences, 1)
 
 
 @method("seq_mean_token_sum")
 def seq_mean_token_sum(per_token: Tensor, mask: Tensor, totals: StepTotals) -> Tensor:
-    """Sum over each completion, mean over completions: textbook REINFORCE on a sequence's log-probability."""
+    """Sum over each completion, mean over completions: textbook REINFORCE on a sequence's log-probability.
+
+    Formula: ``sum_i sum_t l / B``
+    """
     return masked_sum(per_token.expand(mask.shape), mask) / max(totals.sequences, 1)
 
 
 @method("dr_grpo", arxiv="2503.20783")
 def dr_grpo(per_token: Tensor, mask: Tensor, totals: StepTotals) -> Tensor:
-    """Sum over each completion divided by the constant ``totals.max_tokens``, mean over completions,
-    arXiv:2503.20783.
+    """Sum over each completion divided by a constant, mean over completions, arXiv:2503.20783.
 
-    The constant is rollout.max_tokens, not the padded width, which changes from batch to batch (verl's
-    default). The mean divides by the number of completions, which verl's ``seq-mean-token-sum-norm`` does not
-    do.
+    Formula: ``sum_i sum_t l / (B max_tokens)``
+
+    The constant ``totals.max_tokens`` is rollout.max_tokens, not the padded width, which changes from batch
+    to batch (verl's default). The mean divides by the number of completions, which verl's
+    ``seq-mean-token-sum-norm`` does not do.
     """
     return masked_sum(per_token.expand(mask.shape), mask) / max(totals.sequences * totals.max_tokens, 1)

@@ -26,7 +26,7 @@ from rltrain.sync.targets import WorkerControl
 from rltrain.sync.transport import WORKER_ERRORS, Channel, Pace, Sender, start_call, wait_for
 from rltrain.tensor_ops import Fingerprint
 from rltrain.types.samples import PolicyVersion
-from rltrain.weight_transfer import ProcessSums, open_store
+from rltrain.weight_transfer import ProcessSums, open_store, proof_key
 
 __all__ = ["PushReport", "ServerSync", "WorkerLink", "merge_copies"]
 
@@ -115,6 +115,12 @@ class WorkerLink:
             self._held = held
         return combine_copies([process.sums for process in held])
 
+    def read_pushed(self) -> list[dict[str, Fingerprint]]:
+        """``read`` of all weights; what the processes wrote when they finished the push, if they did."""
+        held = self._take_sums(proof_key(self.channel.push))
+        self._held = self._ask_processes("rltrain_fingerprint", {}) if held is None else held
+        return combine_copies([process.sums for process in self._held])
+
     def read_adapter(self, identity: int, rank: int) -> list[dict[str, Fingerprint]]:
         """The same of every copy of an adapter. identity: vLLM's number of it. rank: of its matrices."""
         arguments = {"identity": str(identity), "rank": str(rank)}
@@ -126,16 +132,32 @@ class WorkerLink:
         assert self.channel.group is not None, "no transfer has taken place"
         key = f"proof/{secrets.token_hex(8)}"
         self.channel.call("read its weights", self.control.call_workers, method, {"key": key, **arguments})
+        held = self._take_sums(key)
+        if held is None:
+            count = self.channel.members
+            raise RuntimeError(f"{self.name}: not all of its {count} processes have read their weights")
+        return held
+
+    def _take_sums(self, key: str) -> list[ProcessSums] | None:
+        """What every process wrote below ``key``; None where one has not. Raises UserError for a refusal."""
+        assert self.channel.group is not None, "no transfer has taken place"
         store = self.channel.group.store
-        keys = [f"{key}/{rank}" for rank in range(1, self.channel.members + 1)]
+        keys = self._sums_keys(key)
         if not store.check(keys):
-            raise RuntimeError(f"{self.name}: not all of its {len(keys)} processes have read their weights")
+            return None
         held = [ProcessSums.from_json(store.get(each)) for each in keys]
-        for each in keys:
-            store.delete_key(each)
+        self._delete_sums(key)  # the next read is of what the worker computes with then
         if refusals := [process.refusal for process in held if process.refusal]:
             raise UserError(f"{self.name}: {refusals[0]}")
         return held
+
+    def _sums_keys(self, key: str) -> list[str]:
+        return [f"{key}/{rank}" for rank in range(1, self.channel.members + 1)]
+
+    def _delete_sums(self, key: str) -> None:
+        assert self.channel.group is not None
+        for each in self._sums_keys(key):
+            self.channel.group.store.delete_key(each)
 
     def prove(
         self, expected: Mapping[str, Fingerprint], copies: Sequence[Mapping[str, Fingerprint]]
@@ -176,7 +198,8 @@ class WorkerLink:
     # one worker alone, as an engine's weights ---------------------------------------------------------------
 
     def load(self, stream: Iterable[tuple[str, Tensor]], version: PolicyVersion) -> None:
-        """Pushes ``stream`` as ``version``, and the worker samples again; the caller compares fingerprints.
+        """Pushes ``stream`` as ``version``, and the worker samples again; the caller compares fingerprints,
+        which are read anew.
 
         Raises the transfer's error without resuming; another ``load`` recovers.
         """
@@ -188,6 +211,7 @@ class WorkerLink:
         if self.channel.error is not None:
             raise self.channel.error
         self._keep_error(self.finish, version)
+        self._delete_sums(proof_key(self.channel.push))
         self._keep_error(self.resume, version)
 
     def _keep_error(self, call: Callable[..., None], *arguments: Any) -> None:
@@ -285,7 +309,9 @@ class ServerSync:
                 continue
             sent = self._send(active, weights, errors)
             finished = self._each(sent, lambda link: link.finish(version), errors)
-            reads = {link.name: start_call(link.read) for link in finished}  # while the learner reads its own
+            reads = {
+                link.name: start_call(link.read_pushed) for link in finished
+            }  # while the learner reads its own
             expected = expected or self.fingerprints(self.dtype)
             self._prove(finished, reads, expected, version, errors, quarantined, differences)
         served = tuple(link.name for link in self.links if link.version == version)

@@ -86,6 +86,7 @@ class Channel:
     error: Exception | None = None
     group: TransferGroup | None = None
     members: int = 0  # the worker's processes
+    push: str = ""  # the last of which it was sent a bucket
     _prefix: str = field(default_factory=secrets.token_hex)
     _generation: int = 0
 
@@ -239,6 +240,7 @@ class Sender:
         self.sent_bytes += bucket.total_bytes
         works: list[tuple[Channel, Future[None] | None, Future[None]]] = []
         for channel in self._live():
+            channel.push = self._push
             seconds = channel.pace.deadline(buffer.numel())
             answer = start_call(channel.control.update, {**bucket.to_json(), "seconds": seconds})
             assert channel.group is not None

@@ -53,6 +53,7 @@ class Evaluator:
     k: tuple[int, ...]
     # label of the only reward if it is a user's function: its scores of 0 and 1 say what is correct
     verdict_of: str | None = None
+    versions: frozenset[int] | None = None  # the only ones that are evaluated, in a replay; None: any
 
     def evaluate(self, source: EvaluationSource, version: int) -> Evaluation:
         """All ranks return the same result."""

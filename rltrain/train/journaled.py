@@ -6,14 +6,16 @@ those that sampled them, and everything else that they follow from is the same; 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from rltrain.checkpoint.journal import Journal, StepHeader, StepRecord, origin_of
+from rltrain.checkpoint.journal import EvaluationRecord, Journal, StepHeader, StepRecord, origin_of
 from rltrain.checkpoint.random_state import random_state, restore_random_state
 from rltrain.errors import UserError
 from rltrain.process import Process
@@ -22,7 +24,7 @@ from rltrain.rollout.packed import pack_groups, unpack_groups
 from rltrain.rollout.source import PromptedSource, Rollouts
 from rltrain.types.samples import Prompt, Sampling, ScoredGroup
 
-__all__ = ["JournaledRollouts", "rollouts_of", "share_record"]
+__all__ = ["JournaledRollouts", "restore_generators", "rollouts_of", "share_record"]
 
 
 def rollouts_of(record: StepRecord) -> Rollouts:
@@ -87,9 +89,7 @@ class JournaledRollouts:
         kept = self._read_same(step, origin)
         if kept is not None:
             self.inner.load_state_dict(kept.header.state)
-            rank = self.process.rank
-            if rank < len(kept.header.random) and kept.header.random[rank]:
-                restore_random_state(kept.header.random[rank])
+            restore_generators(kept.header.random, self.process.rank)
             rollouts = rollouts_of(kept)
             return lambda: rollouts
 
@@ -153,7 +153,33 @@ class JournaledRollouts:
     def evaluate(
         self, prompts: Sequence[Prompt], sampling: Sampling, version: int, occasion: str = ""
     ) -> list[ScoredGroup]:
-        return self.inner.evaluate(prompts, sampling, version, occasion)
+        """From the disk or sampled and then written to it, as the rollouts of a step."""
+        weights = self.weights_digest()
+        asked = [[prompt.id for prompt in prompts], asdict(sampling), self.settings]
+        request = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        kept = self._read_evaluation(version, weights, request)
+        if kept is not None:
+            restore_generators(kept.random, self.process.rank)
+            return list(kept.groups)
+        before = random_state()
+        groups = self.inner.evaluate(prompts, sampling, version, occasion)
+        drawn = self.process.gather([changed_generators(before)])
+        if self.process.is_main:
+            random = drawn if any(drawn) else []
+            self.journal.write_evaluation(EvaluationRecord(version, weights, request, random, tuple(groups)))
+        return groups
+
+    def _read_evaluation(self, version: int, weights: str, request: str) -> EvaluationRecord | None:
+        records: list[EvaluationRecord] = []
+        if self.process.is_main:
+            try:
+                record = self.journal.read_evaluation(version)
+            except (FileNotFoundError, UserError):
+                record = None
+            if record is not None and (record.weights, record.request) == (weights, request):
+                records = [record]
+        shared = self.process.gather(records)
+        return shared[0] if shared else None
 
     def observe(
         self, metrics: Mapping[str, float], entropy: Tensor | None = None, sampled: Tensor | None = None
@@ -174,6 +200,12 @@ class JournaledRollouts:
 
     def close(self) -> None:
         self.inner.close()
+
+
+def restore_generators(random: Sequence[Mapping[str, Any]], rank: int) -> None:
+    """The generators as sampling left them, where it drew from them."""
+    if rank < len(random) and random[rank]:
+        restore_random_state(random[rank])
 
 
 def changed_generators(before: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from rltrain.checkpoint.journal import Journal
-from rltrain.checkpoint.random_state import restore_random_state
+from rltrain.checkpoint.journal import EvaluationRecord, Journal
 from rltrain.process import Process
 from rltrain.rollout.source import Rollouts
 from rltrain.sync.colocated import WeightOwner, WeightStream
-from rltrain.train.journaled import rollouts_of, share_record
+from rltrain.train.journaled import restore_generators, rollouts_of, share_record
 from rltrain.types.samples import Prompt, Sampling, ScoredGroup
 
 __all__ = ["NoPush", "ReplayedRollouts"]
@@ -33,6 +32,7 @@ class ReplayedRollouts:
     weights_digest: Callable[[], str]
     # by step, whether the weights before it are those of the run that wrote the journal
     comparisons: dict[int, bool] = field(default_factory=dict)
+    evaluations: dict[int, bool] = field(default_factory=dict)  # the same, by the version that was evaluated
     _state: dict[str, Any] = field(default_factory=lambda: {"order": {}, "sources": [], "temperature": {}})
 
     @property
@@ -46,15 +46,18 @@ class ReplayedRollouts:
         record = share_record(self.process, [self.journal.read(step)] if self.process.is_main else [])
         assert record is not None
         self._state = dict(record.header.state)
-        rank = self.process.rank
-        if rank < len(record.header.random) and record.header.random[rank]:
-            restore_random_state(record.header.random[rank])
+        restore_generators(record.header.random, self.process.rank)
         return rollouts_of(record)
 
     def evaluate(
         self, prompts: Sequence[Prompt], sampling: Sampling, version: int, occasion: str = ""
     ) -> list[ScoredGroup]:
-        raise NotImplementedError("a replay has no engine that could sample held-out prompts")
+        """What the run sampled at this evaluation. Raises UserError where its file is damaged."""
+        read = [self.journal.read_evaluation(version)] if self.process.is_main else []
+        record: EvaluationRecord = self.process.gather(read)[0]
+        self.evaluations[version] = self.weights_digest() == record.weights
+        restore_generators(record.random, self.process.rank)
+        return list(record.groups)
 
     def observe(
         self, metrics: Mapping[str, float], entropy: Tensor | None = None, sampled: Tensor | None = None

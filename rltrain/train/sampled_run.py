@@ -111,9 +111,11 @@ class SampledRun(TrainingRun):
 
     def evaluate(self) -> Evaluation | None:
         """Held-out pass@k of the current weights; None where the recipe holds nothing out."""
-        if self.evaluator is None:
+        evaluator = self.evaluator
+        version = self.learner.version
+        if evaluator is None or not (evaluator.versions is None or version in evaluator.versions):
             return None
-        result = self.evaluator.evaluate(self.source, self.learner.version)
+        result = evaluator.evaluate(self.source, version)
         self.sync.verify_all(self.sync.stream_of(self.learner))
         self.reporter.message_once(result.note)
         if not self.recipe.eval.spectrum:

@@ -14,6 +14,7 @@ import pytest
 from rltrain.build import rollout as rollout_parts
 from rltrain.checkpoint.journal import Journal, StepRecord
 from rltrain.checkpoint.run_folder import RunFolder
+from rltrain.cli.measured_plan import measured_command
 from rltrain.cli.replay import parse_steps, plan_command, replay_command
 from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
@@ -85,7 +86,8 @@ def test_runs_of_every_source_are_replayed_to_the_bit(
     assert replay(recorded, None, [], None, is_check=True) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert (
-        "equal to the bit: the weights before each of steps 1 to 4, its metrics, and the finished" in printed
+        "equal to the bit: the weights before each of steps 1 to 4, its metrics, 3 evaluations, and the "
+        "finished" in printed
     )
 
 
@@ -93,8 +95,23 @@ def test_steps_after_a_checkpoint_are_replayed(grpo: Path, tmp_path: Path) -> No
     out = tmp_path / "again"
     assert replay(grpo, (3, 4), [], out, is_check=False) == 0
     assert not differing(grpo, out, "model/model.safetensors")
-    assert [line["step"] for line in lines(out)] == [3, 4]
+    taken = [(line["step"], "eval/reward" in line) for line in lines(out)]
+    assert taken == [(3, False), (4, False), (4, True)]
     assert (out / "report.html").exists()
+
+
+def test_its_steps_are_measured(grpo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = load_recipe(grpo / "recipe.resolved.yaml")
+    assert measured_command(recipe, grpo, None, as_json=True) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["measured"]["steps"] == [2, 4] and content["measured"]["learners"] == 1
+    assert content["step_seconds"] == pytest.approx(
+        sum(content["measured"][name] for name in ("sampling", "learning", "push"))
+    )
+    assert content["sampling_seconds"] > 0 and content["learning_seconds"] > 0
+    steps = [line for line in lines(grpo) if line["step"] > 1 and "rollout/tokens" in line]
+    mean = sum(line["rollout/tokens"] for line in steps) / len(steps)
+    assert content["measured"]["tokens"] == pytest.approx(mean)
 
 
 def test_a_difference_is_found_and_named(
@@ -114,6 +131,43 @@ def test_a_difference_is_found_and_named(
     assert "step 3: the weights before it are others" in printed
     assert "step 2: the weights" not in printed
     assert "the finished model has other weights" in printed
+
+
+def test_an_evaluation_that_differs_is_found(
+    grpo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One held-out reward is another; of two evaluations there are no completions any more."""
+    run = tmp_path / "run"
+    shutil.copytree(grpo, run)
+    journal = Journal(RunFolder(run))
+    assert journal.evaluated_versions() == [0, 2, 4]
+    record = journal.read_evaluation(4)
+    first = record.groups[0]
+    scores = tuple(dataclasses.replace(score, value=score.value + 1) for score in first.scores)
+    changed = (dataclasses.replace(first, scores=scores), *record.groups[1:])
+    journal.write_evaluation(dataclasses.replace(record, groups=changed))
+    for version in (0, 2):
+        journal.evaluation_path(version).unlink()
+    assert replay(run, None, [], None, is_check=True) == 1
+    printed = capsys.readouterr().out
+    assert "step 4: eval/reward is" in printed and "step 2: eval" not in printed
+    assert "the weights" not in printed
+
+    journal.write_evaluation(dataclasses.replace(record, weights="others"))
+    assert replay(run, None, [], None, is_check=True) == 1
+    assert "the weights that were evaluated after 4 updates are others" in capsys.readouterr().out
+
+
+def test_held_out_completions_of_another_version_are_refused(grpo: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(grpo, run)
+    journal = Journal(RunFolder(run))
+    journal.evaluation_path(2).write_bytes(journal.evaluation_path(4).read_bytes())
+    with pytest.raises(UserError, match=r"evaluation-000002\.parquet holds completions of version 4"):
+        replay(run, None, [], None, is_check=True)
+    journal.evaluation_path(2).write_bytes(b"")
+    with pytest.raises(UserError, match=r"evaluation-000002\.parquet is damaged"):
+        journal.read_evaluation(2)
 
 
 def test_another_method_learns_from_the_same_samples(

@@ -138,6 +138,13 @@ def test_a_profile_that_names_a_data_set_replaces_the_whole_section(write: Write
     assert (shorter.train, shorter.eval, shorter.max_prompt_tokens) == ("arithmetic", "arithmetic", 5)
 
 
+@pytest.mark.parametrize("name", ["lora_grpo", "lora_dpo", "qlora_dpo"])
+def test_a_profile_that_names_a_model_leaves_the_adapter(name: str) -> None:
+    full, tiny = (load_recipe(name, profile=profile) for profile in (None, "tiny_cpu"))
+    assert tiny.model.path == ".cache/tiny-model"
+    assert tiny.model.adapter == full.model.adapter is not None
+
+
 @pytest.mark.parametrize(
     "key",
     [

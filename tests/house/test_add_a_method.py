@@ -64,7 +64,7 @@ def test_a_method_without_a_known_answer_is_found(tree: Path):
     done = run_in(tree, "python -m pytest -q -p no:cacheprovider tests/house/test_methods.py -k pass_at_k")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "add a case for pass_at_k to a file of tests/known_answers/" in done.stdout
-    assert "1 failed, 2 passed" in done.stdout  # a source, what it does; no known answer
+    assert "1 failed, 3 passed" in done.stdout  # a source, what it does, a formula; no known answer
 
 
 def test_the_page_adds_a_method_and_the_named_tests_find_it(tree: Path):

@@ -145,3 +145,14 @@ def test_every_method_says_what_it_does(kind: str, name: str):
     assert not undocumented, (
         f"{spec.module}: the docstring of {name} does not mention {', '.join(undocumented)}"
     )
+
+
+@pytest.mark.parametrize(("kind", "name"), METHODS)
+def test_every_method_has_a_formula(kind: str, name: str):
+    formulas = [
+        paragraph
+        for paragraph in REGISTRIES[kind].spec(name).doc.split("\n\n")
+        if paragraph.startswith("Formula: ")
+    ]
+    assert len(formulas) == 1, f"the docstring of {name} needs one paragraph 'Formula: ``...``'"
+    assert formulas[0].count("``") >= 2 and formulas[0].count("``") % 2 == 0

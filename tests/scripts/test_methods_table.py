@@ -1,7 +1,8 @@
-"""The tables of methods: whole sentences, and results only where they can be told from the baseline's."""
+"""The tables of methods: whole sentences, formulas, and a result for each method."""
 
 from __future__ import annotations
 
+import json
 from types import ModuleType
 from typing import Any
 
@@ -63,7 +64,38 @@ def test_a_measure_without_a_baseline_is_compared_with_its_start(table: ModuleTy
     assert not table.differs_from_baseline(loss | {"after": [0.3, 0.2, 0.4]}, {})
 
 
-def test_no_cell_repeats_the_baseline(table: ModuleType):
-    page = table.methods_page()
-    assert page.count("pass@1 0.40 to 0.64") == 1  # in the introduction
-    assert page.count("accuracy 0.50 to 0.97") == 1
+def test_a_result_is_bold_if_it_can_be_told_from_the_baselines(table: ModuleType):
+    earlier = {"policy/grpo": result([0.71, 0.68, 0.74]), "policy/old": BASELINE}
+    recipes = {"policy/grpo": BASELINE, "policy/other": result([0.71, 0.68, 0.74])}
+    effects = {
+        name: table.measured_effect(name, {"recipes": recipes, "earlier": earlier})
+        for name in ("policy/grpo", "policy/other", "policy/old", "policy/unmeasured")
+    }
+    assert effects == {
+        "policy/grpo": "pass@1 0.40 to 0.64",
+        "policy/other": "**pass@1 0.40 to 0.71**",
+        "policy/old": "**earlier model: pass@1 0.40 to 0.64**",
+        "policy/unmeasured": "",
+    }
+
+
+def test_a_formula_is_one_paragraph(table: ModuleType):
+    assert (
+        table.formula("What. More.\n\nFormula: ``|R|\n/ 2``, R the\nreward\n\nMore.")
+        == "`\\|R\\| / 2`, R the reward"
+    )
+    for doc in ("What.", "What.\n\nFormula: ``R``\n\nFormula: ``A``"):
+        with pytest.raises(ValueError, match="expected 1"):
+            table.formula(doc)
+
+
+def test_every_method_has_a_measured_result(table: ModuleType):
+    measured = json.loads((table.ROOT / "recipes" / "measured.json").read_text(encoding="utf-8"))
+    record = measured["recipes"] | measured.get("earlier", {})
+    for _, key, registry in table.KINDS:
+        users = table.recipes_by_method(key)
+        for name, spec in registry.specs.items():
+            recipe = table.measured_recipe(key, spec, users.get(name, []))
+            assert recipe in record, (
+                f"{key} {name}: run scripts/measure_recipes.py {recipe or 'a recipe with it'}"
+            )

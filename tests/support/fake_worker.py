@@ -76,7 +76,7 @@ class FakeWorker:
         return RecordingClient(self.url, self.token, seconds or Seconds())
 
     def change(self, **changes: Any) -> None:
-        """Sets attributes of the engine, or ``damaged`` and ``refusal`` of its weights."""
+        """Sets attributes of the engine, or those of its ``FakeWeights``."""
         self._ask(changes)
 
     def set_fault(self, fault: str | None, count: int = 10**9) -> None:
@@ -169,6 +169,6 @@ def _obey(pipe: Connection, engine: FakeEngine) -> None:
         answer = getattr(engine, question)
     else:
         for name, value in question.items():
-            owner: Any = engine.weights if name in ("damaged", "refusal") else engine
+            owner: Any = engine.weights if name in ("damaged", "refusal", "writes_sums") else engine
             setattr(owner, name, value)
     pipe.send(answer)

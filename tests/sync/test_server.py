@@ -136,8 +136,12 @@ def test_a_worker_that_fails_twice_is_lost_and_not_resumed(
     assert push([link], 2).served == ("worker 0",)
 
 
-def test_a_worker_that_keeps_an_old_weight_is_quarantined(make_worker: Callable[[], FakeWorker]) -> None:
+@pytest.mark.parametrize("writes_sums", [True, False])
+def test_a_worker_that_keeps_an_old_weight_is_quarantined(
+    writes_sums: bool, make_worker: Callable[[], FakeWorker]
+) -> None:
     worker = make_worker()
+    worker.change(writes_sums=writes_sums)
     link = link_to(worker)
     push([link], 1)
     worker.change(damaged="layers.1.a")
@@ -148,6 +152,23 @@ def test_a_worker_that_keeps_an_old_weight_is_quarantined(make_worker: Callable[
     assert "/resume" not in calls(link)
 
 
+def test_a_push_that_brings_its_proof_is_not_asked_for_it_and_a_later_read_is(
+    make_worker: Callable[[], FakeWorker],
+) -> None:
+    worker = make_worker()
+    worker.change(writes_sums=True)
+    link = link_to(worker)
+    for version in (1, 2):
+        report = push([link], version)
+        assert report.served == ("worker 0",) and (report.checked, report.difference) == (7, 0.0)
+    assert PHASES["proof"] not in calls(link)
+    link.load(iter(make_weights(3).items()), 3)
+    assert PHASES["proof"] not in calls(link)
+    number = weight_fingerprint("norm", make_weights(3)["norm"]).number
+    assert link.fingerprint()["norm"].number == number and link.read_pushed()[0]["norm"].number == number
+    assert calls(link).count(PHASES["proof"]) == 2
+
+
 def test_a_head_that_keeps_an_old_weight_is_named(make_worker: Callable[[], FakeWorker]) -> None:
     worker = make_worker()
     link = link_to(worker)
@@ -156,9 +177,13 @@ def test_a_head_that_keeps_an_old_weight_is_named(make_worker: Callable[[], Fake
     assert "'embedding'" in str(push([link], 2).quarantined["worker 0"])
 
 
-def test_a_model_that_cannot_be_read_back_says_why(make_worker: Callable[[], FakeWorker]) -> None:
+@pytest.mark.parametrize("writes_sums", [True, False])
+def test_a_model_that_cannot_be_read_back_says_why(
+    writes_sums: bool, make_worker: Callable[[], FakeWorker]
+) -> None:
     worker = make_worker()
     worker.change(refusal="'query_key_value' is divided in a way that is not known; use tensor_parallel 1")
+    worker.change(writes_sums=writes_sums)
     link = link_to(worker)
     report = push([link], 1)
     assert not report.served and "/resume" not in calls(link)

@@ -9,91 +9,27 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from rltrain.checkpoint.journal import Journal, WaitingGroups
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.errors import UserError
 from rltrain.process import ALONE
 from rltrain.protocols import WorkersGone
-from rltrain.reward.score import Score
-from rltrain.rollout.colocated import ColocatedRollouts, GradedSampler
 from rltrain.rollout.window import Window
-from rltrain.sync.colocated import Sync
 from rltrain.train.bounded import BoundedRollouts
 from rltrain.train.journaled import JournaledRollouts
-from rltrain.train.sampled_run import KeptWeights
-from rltrain.types.samples import Completion, Request, RolloutGroup, Sampling, Span
+from rltrain.types.samples import Completion, Request, RolloutGroup, Span
 from support.fake_pool import make_weights, wait_until
-from support.pool_runs import PROMPTS, SAMPLES, Pool, digest, open_pool, require_conserved
+from support.learners import SAMPLING, Learner, colocated, error_of
+from support.pool_runs import PROMPTS, SAMPLES, Pool, open_pool, require_conserved
 from support.pool_runs import update as update_table
 
 STEPS = 5
-TOKENS = 12
-SAMPLING = Sampling(SAMPLES, 1.0, TOKENS, 3)
 MODES = ("in_flight", "abort", "drain")
-
-
-class Grader:
-    def score(self, groups: Any) -> list[list[Score]]:
-        return [[Score(0.0)] * len(group.completions) for group in groups]
-
-
-class Order:
-    def next(self) -> list[int]:
-        return list(range(len(PROMPTS)))
-
-    def observe(self, metrics: Any) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Any) -> None: ...
-
-
-def do_nothing() -> None: ...
-
-
-def colocated(pool: Pool, sync: Sync) -> ColocatedRollouts:
-    graded = GradedSampler(pool.engine, Grader(), ALONE)
-    return ColocatedRollouts(
-        graded, Order(), PROMPTS, SAMPLING, len(PROMPTS), 1, sync.verify, do_nothing, do_nothing
-    )
-
-
-class Learner:
-    """A policy gradient on a table, whose weights of every version are kept."""
-
-    def __init__(self, pool: Pool) -> None:
-        self.weights = make_weights(3)
-        self.past: dict[int, dict[str, Tensor]] = {}
-        self.sync = Sync([pool.engine], {}, sample=4, full_every=1, seed=0)
-
-    def push(self, version: int) -> None:
-        self.past[version] = {name: weight.clone() for name, weight in self.weights.items()}
-        self.sync.push(
-            KeptWeights(lambda dtype: iter(self.weights.items())), version, expect_change=version > 0
-        )
-
-    def digest(self) -> str:
-        return digest(self.weights)
-
-
-def error_of(last: int, completion: Completion, past: dict[int, dict[str, Tensor]]) -> float:
-    """The largest difference, in nats, of a log-prob from that of the version which the token names."""
-    logits = {version: (each["table"] + each["bias"]).double() for version, each in past.items()}
-    worst = 0.0
-    for span in completion.versions:
-        for place in range(span.start, span.stop):
-            row = torch.log_softmax(logits[span.version][last], 0)
-            last = completion.token_ids[place]
-            worst = max(worst, abs(float(row[last]) - completion.logprobs[place]))
-    return worst
 
 
 @contextlib.contextmanager

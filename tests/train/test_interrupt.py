@@ -20,6 +20,8 @@ from rltrain.cli import app as cli
 from rltrain.interrupt import Interrupted, exit_on_ctrl_c, resuming_command
 from rltrain.train import saving
 
+LAUNCHER = 4711  # number of its process; a test's own parent may be 1
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -142,6 +144,7 @@ def test_a_launcher_that_takes_its_time_to_end_asks_nothing_new(
     monkeypatch.setattr(saving, "_REPEAT_SECONDS", 0.0)
     with saving.record_stop_signals() as request:
         request.in_loop = True
+        request.parent = LAUNCHER
         signal.raise_signal(signal.SIGINT)
         monkeypatch.setattr(saving.os, "getppid", lambda: 1)  # whom orphans are given to
         signal.raise_signal(signal.SIGTERM)
@@ -155,6 +158,7 @@ def test_the_end_of_the_launcher_stops_a_run_that_nothing_stopped_before(
     sent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with saving.record_stop_signals() as request:
+        request.parent = LAUNCHER
         monkeypatch.setattr(saving.os, "getppid", lambda: 1)
         signal.raise_signal(signal.SIGTERM)
         assert request() and request.cause == "SIGTERM" and not sent

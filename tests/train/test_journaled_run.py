@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from rltrain.checkpoint import run_state
 from rltrain.checkpoint.journal import Journal
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.rollout.colocated import ColocatedRollouts
@@ -52,6 +53,26 @@ def test_what_was_sampled_before_a_kill_is_kept(
     assert Journal(RunFolder(run)).steps() == [1, 2, 3, 4, 5, 6]  # the step in hand is written already
     assert start(run) == 0
     assert sampled == [1, 2, 3, 4, 5, 6]  # the checkpoint is that of step 3
+    assert_same_run(uninterrupted, run)
+
+
+def test_an_evaluation_that_is_there_is_not_sampled_again(
+    start: Any, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The run ends after the evaluation at step 3, before the checkpoint of that step."""
+    evaluated: list[int] = []
+    evaluate = ColocatedRollouts.evaluate
+
+    def counted(self: ColocatedRollouts, prompts: Any, sampling: Any, version: int, *more: Any) -> Any:
+        evaluated.append(version)
+        return evaluate(self, prompts, sampling, version, *more)
+
+    monkeypatch.setattr(ColocatedRollouts, "evaluate", counted)
+    run = tmp_path / "run"
+    killed_in(1, run_state, "write_plain_state", lambda: start(run))
+    assert evaluated == [0, 6] == Journal(RunFolder(run)).evaluated_versions()
+    assert start(run) == 0
+    assert evaluated == [0, 6, 12]
     assert_same_run(uninterrupted, run)
 
 
@@ -99,3 +120,4 @@ def test_only_files_that_a_checkpoint_needs_stay(start: Any, tmp_path: Path) -> 
     with at_call(6, online, "apply_methods", lambda: files.append(Journal(RunFolder(run)).steps())):
         assert start(run, "journal.keep=resume", "checkpoint.every=2", "checkpoint.keep=1") == 0
     assert files == [[5, 6]]  # the checkpoint that is left is that of step 4
+    assert not Journal(RunFolder(run)).evaluated_versions()

@@ -5,12 +5,11 @@ there are, nor on how fast they are, nor on which of them die.
 from __future__ import annotations
 
 import contextlib
+import random
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,65 +18,16 @@ from rltrain.checkpoint.journal import Journal
 from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.process import ALONE
 from rltrain.protocols import WorkersGone
-from rltrain.reward.score import Score
-from rltrain.rollout.groups import sample_groups
-from rltrain.rollout.source import Rollouts
-from rltrain.seeds import stable_hash
 from rltrain.sync.colocated import Sync
 from rltrain.train.journaled import JournaledRollouts
 from rltrain.train.lagged import LaggedRollouts
 from rltrain.train.sampled_run import KeptWeights
-from rltrain.types.samples import Prompt, RolloutGroup, Sampling, ScoredGroup
+from rltrain.types.samples import RolloutGroup
 from support.fake_pool import make_weights, wait_until
-from support.pool_runs import PROMPTS, SAMPLES, Pool, digest, open_pool, update
+from support.learners import TableSource
+from support.pool_runs import SAMPLES, Pool, digest, open_pool, require_conserved, update
 
 STEPS = 5
-
-
-@dataclass
-class TableSource:
-    """Implements ``PromptedSource`` on the engine over a pool. at_sampling: called before each step's."""
-
-    engine: Any
-    sync: Sync
-    seed: int
-    at_sampling: Callable[[int], None] = lambda step: None
-    asked: list[tuple[int, int]] = field(default_factory=list)
-    prompts: Sequence[Prompt] = tuple(PROMPTS)
-
-    def take(self, step: int, version: int) -> Rollouts:
-        self.asked.append((step, version))
-        self.at_sampling(step)
-        sampling = Sampling(SAMPLES, 1.0, 12, stable_hash(self.seed, "rollout", step))
-        groups = tuple(
-            ScoredGroup(group.group, group.prompt, group.completions, (Score(0.0),) * SAMPLES)
-            for group in sample_groups(self.engine, self.prompts, sampling, version)
-        )
-        self.sync.verify()
-        return Rollouts(groups, len(groups), 1, (), {})
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-    def evaluate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, version: int, occasion: str = ""
-    ) -> list[ScoredGroup]:
-        raise NotImplementedError
-
-    def observe(
-        self,
-        metrics: Mapping[str, float],
-        entropy: torch.Tensor | None = None,
-        sampled: torch.Tensor | None = None,
-    ) -> None: ...
-
-    def settle(self) -> None: ...
-
-    def release_memory(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def train(
@@ -162,6 +112,32 @@ def test_the_weights_do_not_depend_on_the_workers(
 
     assert train(pool, tmp_path / "run", lag, overlaps=True, at_update=kill) == expected[lag]
     wait_until(lambda: last.starts > starts)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("lag", [1, 2])
+def test_nor_on_the_token_at_which_a_worker_dies(
+    lag: int, seed: int, pools: Callable[[int], Pool], expected: dict[int, str], tmp_path: Path
+) -> None:
+    """Of three workers one is ten times slower, and another ends at a random token of a random step."""
+    pool = pools(3)
+    chance = random.Random(seed)
+    slow, doomed = (pool.homes[name] for name in chance.sample(sorted(pool.homes), 2))
+    slow.change(seconds=0.01)
+    struck_at = chance.randrange(1, STEPS - lag + 1)
+    starts = doomed.starts
+
+    def strike(step: int) -> None:
+        if step == struck_at:
+            doomed.change(die_after=chance.randrange(SAMPLES))
+
+    assert train(pool, tmp_path / "run", lag, overlaps=True, at_update=strike) == expected[lag]
+    if doomed.starts == starts:  # nothing was left for it to write
+        doomed.signal(signal.SIGKILL)
+    wait_until(lambda: doomed.starts > starts)
+    slow.change(seconds=0.001)
+    pool.wait_for_all()
+    require_conserved(pool.pool)
 
 
 def test_the_policy_is_updated_while_the_workers_sample(

@@ -88,6 +88,28 @@ def test_it_replays_to_the_bit(uninterrupted: Path, capsys: pytest.CaptureFixtur
     assert "equal to the bit" in capsys.readouterr().out
 
 
+def test_the_tokens_that_each_was_drawn_from_wait_with_it(
+    start: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Truncated sampling: the learner's log-probs are over the same tokens, steps later and after a kill."""
+    keys = ("rollout.schedule={lag: 2}", "control=[tis]", "rollout.top_k=5", "learner.updates=1")
+    run = tmp_path / "run"
+    killed_in(5, online, "apply_methods", lambda: start(run, *keys))
+    assert start(run, *keys) == 0
+    journal = Journal(RunFolder(run))
+    for step in range(1, 7):
+        for group in journal.read(step).groups:
+            for completion in group.completions:
+                assert completion.kept is not None
+                assert list(completion.kept.sizes) == [5] * len(completion.token_ids)
+    rows = [line for line in lines(run) if "staleness/mean" in line]
+    # were they over the whole vocabulary, the ratio to the first weights would be far below 1
+    assert rows[0]["staleness/ratio_mass@0"] == pytest.approx(1, abs=1e-3)
+    assert all(0.8 < line[f"staleness/ratio_mass@{min(place, 2)}"] < 1.25 for place, line in enumerate(rows))
+    assert replay_command(plan_command(run, None, [], check=True), None, check=True) == 0
+    assert "equal to the bit" in capsys.readouterr().out
+
+
 def test_what_was_sampled_ahead_must_be_there(start: Any, tmp_path: Path) -> None:
     killed_in(5, online, "apply_methods", lambda: start(tmp_path / "run", *LAG))
     journal = Journal(RunFolder(tmp_path / "run"))
@@ -117,12 +139,14 @@ def test_what_does_not_go_with_a_lag_is_refused(recipe: str, keys: list[str], pr
     assert problem in " ".join(error.value.problems)
 
 
-def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", ["{lag: 1}", "{bounded: {versions: 1}}"])
+def test_a_mixture_of_experts_is_refused(settings: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "num_experts": 8}))
-    keys = [f"model.path={tmp_path}", "rollout.schedule={lag: 1}"]
+    keys = [f"model.path={tmp_path}", f"rollout.schedule={settings}"]
     with pytest.raises(RecipeError) as error:
         check(load_recipe(ROOT / "recipes/policy/grpo.yaml", profile="tiny_cpu", overrides=keys))
-    assert "has 8 experts" in " ".join(error.value.problems)
+    (problem,) = [text for text in error.value.problems if "has 8 experts" in text]
+    assert "kept beside its log-prob" in problem and problem.endswith("set rollout.schedule to sync")
 
 
 @pytest.mark.parametrize(

@@ -322,6 +322,10 @@ RECIPES = [
 def test_every_recipe_takes_a_finite_step_that_moves_the_weights(
     name: str, start: Any, tmp_path: Path
 ) -> None:
+    if name.endswith("/qlora_dpo"):
+        pytest.importorskip(
+            "bitsandbytes", reason="bitsandbytes is not installed (pip install rltrain[qlora])"
+        )
     settings = (
         "train.steps=2",
         "data.max_examples=16",

@@ -8,17 +8,21 @@ import heapq
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from rltrain.config.capacity.measured import MeasuredStep, StepNumbers, measure_step
 from rltrain.config.capacity.overlap import Split, StepCost, divide_gpus
+from rltrain.errors import UserError
 from rltrain.process import ALONE
 from rltrain.reward.score import Score
 from rltrain.rollout.colocated import ColocatedRollouts, GradedSampler
 from rltrain.rollout.source import Rollouts
 from rltrain.rollout.window import Window
+from rltrain.timeline import Interval
 from rltrain.train.bounded import BoundedRollouts
 from rltrain.train.lagged import LaggedRollouts
 from rltrain.types.samples import Completion, PolicyVersion, Prompt, Request, RolloutGroup, Sampling, Span
@@ -31,7 +35,26 @@ PROMPTS = tuple(Prompt(f"p{place}", (place,), "") for place in range(SIZE))
 
 @dataclass
 class Clock:
+    """intervals: what a run's timeline says of its steps, and of workers that take one group at a time."""
+
     now: float = 0.0
+    intervals: list[Interval] = field(default_factory=list)
+
+    def note(self, lane: str, kind: str, start: float, stop: float, **facts: Any) -> None:
+        self.intervals.append(Interval(lane, kind, start, stop, facts))
+
+    def take_step(self, step: int, take: Callable[[], object], learn: Callable[[], None]) -> None:
+        """learn: the time until the weights are pushed."""
+        start = self.now
+        take()
+        self.note("learner", "wait", start, self.now, step=step)
+        start = self.now
+        learn()
+        self.note("learner", "learn", start, self.now, step=step)
+
+    def push(self, seconds: float) -> None:
+        self.note("learner", "push", self.now, self.now + seconds)
+        self.now += seconds
 
 
 @dataclass
@@ -44,6 +67,11 @@ class TimedWorkers:
     version: PolicyVersion = 0
     queue: list[tuple[int, Request]] = field(default_factory=list)
     ends: list[tuple[float, int, Request, PolicyVersion]] = field(default_factory=list)
+    idle: list[int] = field(default_factory=list)
+    busy: dict[int, tuple[int, float]] = field(default_factory=dict)  # group -> who samples it, since when
+
+    def __post_init__(self) -> None:
+        self.idle = list(range(self.rows))
 
     def begin(self, number: int, request: Request, policy: PolicyVersion) -> None:
         self.queue.append((number, request))
@@ -52,11 +80,15 @@ class TimedWorkers:
     def _fill(self, now: float) -> None:
         while self.queue and len(self.ends) < self.rows:
             number, request = self.queue.pop(0)
+            self.busy[number] = self.idle.pop(0), now
             heapq.heappush(self.ends, (now + self.seconds(), number, request, self.version))
 
     def next(self) -> tuple[int, RolloutGroup]:
         """The next group; the clock goes on to its end, if that is not over."""
         end, number, request, version = heapq.heappop(self.ends)
+        worker, start = self.busy.pop(number)
+        self.clock.note(f"worker {worker}", "sample", start, end)
+        self.idle.append(worker)
         self.clock.now = max(self.clock.now, end)
         self._fill(end)
         completion = Completion((1,), (-1.0,), "stop", "", (Span(0, 1, version),))
@@ -95,9 +127,11 @@ class Grader:
 def do_nothing() -> None: ...
 
 
-def measure_bound(rows: int, seconds: Callable[[], float], learning: float, push: float) -> float:
+def measure_bound(
+    rows: int, seconds: Callable[[], float], learning: float, push: float, clock: Clock | None = None
+) -> float:
     """Seconds of a step on average, with a bound of two versions."""
-    clock = Clock()
+    clock = clock or Clock()
     workers = TimedWorkers(clock, rows, seconds)
     graded = GradedSampler(cast("Any", SimpleNamespace(name="fake", close=do_nothing)), Grader(), ALONE)
     sampling = Sampling(1, 1.0, 4, 0)
@@ -110,15 +144,21 @@ def measure_bound(rows: int, seconds: Callable[[], float], learning: float, push
     )
     ends: list[float] = []
     for step in range(1, STEPS + 1):
-        source.take(step, step - 1)
-        busy_until = clock.now + learning
-        while workers.ends and workers.ends[0][0] <= busy_until:
-            source.receive()
-        clock.now = busy_until + push
+        take, learn = partial(source.take, step, step - 1), partial(learn_while, source, workers, learning)
+        clock.take_step(step, take, learn)
+        clock.push(push)
         workers.push(push)
         ends.append(clock.now)
     last = STEPS - 3  # the last steps draw nothing
     return (ends[last - 1] - ends[SKIPPED - 1]) / (last - SKIPPED)
+
+
+def learn_while(source: BoundedRollouts, workers: TimedWorkers, seconds: float) -> None:
+    """The workers' groups arrive meanwhile."""
+    busy_until = workers.clock.now + seconds
+    while workers.ends and workers.ends[0][0] <= busy_until:
+        source.receive()
+    workers.clock.now = busy_until
 
 
 @dataclass
@@ -126,7 +166,7 @@ class TimedSource:
     """The part of ``JournaledRollouts`` that a lag uses, with a controller that samples a step at a time."""
 
     clock: Clock
-    sampling: Callable[[], float]
+    sampling: Callable[[], float]  # notes when its workers are busy
     observed: int = 0
 
     def begin(self, step: int, version: int, *, draws: bool = True) -> Callable[[], Rollouts]:
@@ -139,23 +179,36 @@ class TimedSource:
         return wait
 
 
-def measure_lag(rows: int, seconds: Callable[[], float], learning: float, push: float, lag: int = 1) -> float:
-    def sample_step() -> float:
-        rests = [0.0] * rows
-        for _ in range(SIZE):
-            heapq.heapreplace(rests, rests[0] + seconds())
-        return max(rests)
+def measure_lag(
+    rows: int,
+    seconds: Callable[[], float],
+    learning: float,
+    push: float,
+    lag: int = 1,
+    clock: Clock | None = None,
+) -> float:
+    clock = clock or Clock()
 
-    clock = Clock()
+    def sample_step() -> float:
+        rests = [(0.0, worker) for worker in range(rows)]
+        for _ in range(SIZE):
+            rest, worker = rests[0]
+            heapq.heapreplace(rests, (rest + seconds(), worker))
+        for rest, worker in rests:
+            clock.note(f"worker {worker}", "sample", clock.now, clock.now + rest)
+        return max(rest for rest, _ in rests)
+
+    def learn() -> None:
+        clock.now += learning
+        source.settle()
+
     source = LaggedRollouts(
         cast("Any", TimedSource(clock, sample_step)), lag, STEPS, overlaps=lag > 0, has_thread=False
     )
     ends: list[float] = []
     for step in range(1, STEPS + 1):
-        source.take(step, step - 1)
-        clock.now += learning
-        source.settle()
-        clock.now += push
+        clock.take_step(step, partial(source.take, step, step - 1), learn)
+        clock.push(push)
         ends.append(clock.now)
     return (ends[STEPS - 3] - ends[SKIPPED - 1]) / (STEPS - 2 - SKIPPED)
 
@@ -211,3 +264,60 @@ def test_workers_of_several_gpus_and_a_learner_of_one() -> None:
     assert divide_gpus(8, 2, cost, most_learners=1) == Split(1, 6, StepCost(4.0, 1.0, 0.0, overlaps=True))
     assert divide_gpus(8, 8, cost) is None
     assert divide_gpus(8, 1, lambda *_: None) is None
+
+
+def measured(clock: Clock, learning: float, learners: int, *, ahead: int, runs_freely: bool) -> MeasuredStep:
+    """What the timeline of a run says, with what its metrics say of the learner."""
+    numbers = {step: StepNumbers(learning, 1000.0) for step in range(1, STEPS + 1)}
+    return measure_step(
+        clock.intervals, numbers, learners, ahead=ahead, runs_freely=runs_freely, overlaps=True
+    )
+
+
+@pytest.mark.parametrize("work", [(24.0, 10.0), (24.0, 24.0), (8.0, 40.0)])
+def test_measured_rates_predict_every_other_split_of_a_bounded_run(work: tuple[float, float]) -> None:
+    """A run with two workers and one learner is measured; steps with one to seven of eight GPUs for the
+    workers take what is predicted from it, within a tenth, and the best split is the fastest one.
+    """
+    sampling, learning = work
+    clock = Clock()
+    measure_bound(2, draw_lengths(sampling / SIZE), learning, 0.2, clock)
+    held = measured(clock, learning, 1, ahead=2, runs_freely=True)
+    assert (held.workers, held.learners, held.push) == (2, 1, pytest.approx(0.2))
+    taken: dict[int, float] = {}
+    for workers in range(1, 8):
+        cost = held.predict(8 - workers, workers, overlaps=True)
+        taken[workers] = measure_bound(workers, draw_lengths(sampling / SIZE), learning / (8 - workers), 0.2)
+        assert cost.seconds == pytest.approx(taken[workers], rel=0.1)
+    split = divide_gpus(8, 1, lambda learners, servers: held.predict(learners, servers, overlaps=True))
+    assert split is not None and taken[split.server_gpus] <= 1.1 * min(taken.values())
+
+
+@pytest.mark.parametrize("learning", [2.0, 8.0, 20.0])
+@pytest.mark.parametrize("lag", [1, 2])
+def test_measured_rates_predict_a_lagged_run(lag: int, learning: float) -> None:
+    clock = Clock()
+    measure_lag(3, lambda: 1.0, learning, 0.5, lag, clock)
+    held = measured(clock, learning, 1, ahead=lag, runs_freely=False)
+    assert held.sampling == pytest.approx(SIZE / 3)
+    for workers in (2, 4, 6, 8):
+        cost = held.predict(2, workers, overlaps=True)
+        assert cost.seconds == pytest.approx(
+            measure_lag(workers, lambda: 1.0, learning / 2, 0.5, lag), rel=0.1
+        )
+    half = held.predict(1, 3, overlaps=True, size=0.5)
+    assert (half.sampling, half.learning) == (pytest.approx(SIZE / 6), learning / 2)
+
+
+def test_a_run_that_is_too_short_or_has_no_worker_in_its_timeline_cannot_be_measured() -> None:
+    clock = Clock()
+    measure_lag(3, lambda: 1.0, 2.0, 0.5, 1, clock)
+    learner = [each for each in clock.intervals if each.lane == "learner"]
+    numbers = {step: StepNumbers(2.0, 1.0) for step in range(1, STEPS + 1)}
+    with pytest.raises(UserError, match=r"has no worker.*schedule sync"):
+        measure_step(learner, numbers, 1, ahead=1, runs_freely=False, overlaps=True)
+    taking_turns = measure_step(learner, numbers, 1, ahead=1, runs_freely=False, overlaps=False)
+    assert taking_turns.workers == 1  # the engine in the learner's process
+    short = [each for each in clock.intervals if each.facts.get("step", 1) <= 3]
+    with pytest.raises(UserError, match=r"has 3 steps with times, and 4 are needed"):
+        measure_step(short, numbers, 1, ahead=1, runs_freely=False, overlaps=True)

@@ -230,7 +230,7 @@ def _sampled_workload(recipe: OnlineRecipe | OnlinePairsRecipe, models: _Models)
         kind=recipe.kind,
         trained=tuple(trained),
         frozen=tuple(frozen),
-        engine=_engine_of(recipe),
+        engine=engine_of(recipe),
         tokens=learner.tokens_per_micro_batch,
         longest_example=sides * row,
         row_tokens=row,
@@ -275,7 +275,14 @@ def moment_bytes(optimizer: Optimizer, hidden: float) -> float:
             return MOMENT_BYTES
 
 
-def _engine_of(recipe: SampledRecipe) -> Engine:
+def _has_controller(recipe: SampledRecipe) -> bool:
+    """Whether a process of its own samples, so that any number of ranks may learn meanwhile."""
+    rollout = recipe.rollout
+    return rollout.bound is None and rollout.workers is not None and recipe.model.adapter is None
+
+
+def engine_of(recipe: SampledRecipe) -> Engine:
+    """What samples for this recipe."""
     rollout = recipe.rollout
     server = rollout.server
     share = rollout.vllm.gpu_memory_utilization
@@ -289,8 +296,8 @@ def _engine_of(recipe: SampledRecipe) -> Engine:
         server_gpus=gpus_per_worker * _count_workers(rollout.workers),
         is_elsewhere=server.url is not None or _are_elsewhere(rollout.workers),
         gpus_per_worker=gpus_per_worker,
-        overlaps=is_server and rollout.oldest > 0 and recipe.model.adapter is None,
-        most_learners=None if rollout.bound is None and rollout.workers is not None else 1,
+        overlaps=is_server and rollout.oldest > 0,
+        most_learners=None if _has_controller(recipe) else 1,
         bucket_bytes=2**20 * (server.bucket_mib or BUCKET_MIB_GPU) if is_server else 0,
         utilization=None if share == "auto" else share,
         max_rows=rollout.vllm.max_num_seqs if is_vllm else rollout.max_rows,

@@ -24,15 +24,17 @@ def ce_gppo(
     eps_high: float = 0.2,
     dual_clip: float | None = 3.0,
 ) -> TokenLoss:
-    """``-A r`` inside the clip range, a gradient of constant size outside, arXiv:2509.20712. Values (B, T).
+    """CE-GPPO: the policy gradient inside the clip range, a gradient of constant size outside,
+    arXiv:2509.20712. Values (B, T).
 
-    For A < 0 and r < 1 - eps_low: ``-beta1 (1 - eps_low) A r / sg[r]``; for A > 0 and r > 1 + eps_high:
-    ``-beta2 (1 + eps_high) A r / sg[r]``. A larger beta1 makes the entropy fall faster, a larger beta2
-    slower. Defaults are those of the authors' function; their scripts use beta1 0.75 (7B) or 0.5 (1.5B) and
-    dual_clip 10. With betas of 1 and 1 the values are PPO's, with 0 and 0 the gradients are; values of
-    clipped tokens are not comparable between settings. dual_clip bounds the loss of a token with A < 0 by -A
-    dual_clip. r / sg[r] is computed from log-probs and cannot overflow. GPPO (arXiv:2508.07629) is beta1 =
-    beta2 = 1.
+    Formula: ``-A r``; ``-beta1 (1 - eps_low) A r / sg[r]`` if A < 0 and r < 1 - eps_low; ``-beta2 (1 +
+    eps_high) A r / sg[r]`` if A > 0 and r > 1 + eps_high
+
+    A larger beta1 makes the entropy fall faster, a larger beta2 slower. Defaults are those of the authors'
+    function; their scripts use beta1 0.75 (7B) or 0.5 (1.5B) and dual_clip 10. With betas of 1 and 1 the
+    values are PPO's, with 0 and 0 the gradients are; values of clipped tokens are not comparable between
+    settings. dual_clip bounds the loss of a token with A < 0 by -A dual_clip. r / sg[r] is computed from
+    log-probs and cannot overflow. GPPO (arXiv:2508.07629) is beta1 = beta2 = 1.
     """
     log_r = log_ratio(policy, batch)
     r = log_r.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()

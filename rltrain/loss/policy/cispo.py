@@ -23,11 +23,13 @@ def cispo(
     eps_low: float = 0.2,
     eps_high: float = 0.2,
 ) -> TokenLoss:
-    """``-sg[w] A log pi`` with a bounded ratio w, arXiv:2506.13585. Values (B, T).
+    """CISPO: the policy gradient with a bounded ratio as weight, arXiv:2506.13585. Values (B, T).
 
-    convention: "absolute" is w = min(r, cap) with no lower bound, as in the paper's runs and TRL (ScaleRL's
-    cap 5); "relative" is w = clip(r, 1 - eps_low, 1 + eps_high), as in verl. Only the parameters of the
-    chosen convention are read.
+    Formula: ``-sg[w] A ln pi``, ``w = min(r, cap)`` or ``clip(r, 1 - eps_low, 1 + eps_high)``
+
+    convention: "absolute" is the cap with no lower bound, as in the paper's runs and TRL (ScaleRL's cap 5);
+    "relative" bounds both sides by eps_low and eps_high, as in verl. Only the parameters of the chosen
+    convention are read.
     """
     log_r = log_ratio(policy, batch).detach()
     r = log_r.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()

@@ -23,7 +23,9 @@ def clip(
     dual_clip: float | None = None,
     delta: float | None = None,
 ) -> TokenLoss:
-    """PPO's surrogate ``max(-A r, -A clip(r, 1 - eps_low, 1 + eps_high))``, arXiv:1707.06347. Values (B, T).
+    """PPO's clipped surrogate, arXiv:1707.06347. Values (B, T).
+
+    Formula: ``max(-A r, -A clip(r, 1 - eps_low, 1 + eps_high))``
 
     eps_high above eps_low is DAPO's clip-higher (arXiv:2503.14476). dual_clip c bounds the loss of a token
     with A < 0 by -A c (arXiv:1912.09729; verl uses 3, its scripts often 10). delta caps the unclipped branch
@@ -52,7 +54,9 @@ def clip(
 
 @method("reinforce", traits={ON_POLICY_ONLY})
 def reinforce(policy: PolicyTokens, batch: TrainBatch) -> TokenLoss:
-    """The policy gradient itself, ``-A log pi`` (Williams 1992).
+    """The policy gradient itself (Williams 1992).
+
+    Formula: ``-A ln pi``
 
     Values (B, T). It has no ratio, so it is correct for one update per rollout only.
     """

@@ -20,8 +20,11 @@ def copo(
     eps_high: float = 0.2,
     dual_clip: float | None = 3.0,
 ) -> TokenLoss:
-    """COPO: ``clip(w A_local) + clip((1 - w) A_global)``, which is w l_local + (1 - w) l_global,
-    arXiv:2508.04138. Values (B, T).
+    """COPO: the surrogate of a completion's own advantage plus that of its prompt's, arXiv:2508.04138. Values
+    (B, T).
+
+    Formula: ``clip(w A_local) + clip((1 - w) A_global) = w clip(A_local) + (1 - w) clip(A_global)``, clip(A)
+    the loss ``clip`` of A
 
     The control ``copo`` weights both advantages, because the surrogate is positively homogeneous in the
     advantage. eps_low, eps_high and dual_clip as in ``clip``, for both; dual_clip 3 is the default of verl,

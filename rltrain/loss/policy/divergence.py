@@ -28,8 +28,11 @@ def dppo(
     high: float = 0.2,
     cap: float = 20.0,
 ) -> TokenLoss:
-    """DPPO: ``-sg[min(r, cap)] A log pi``, without the tokens whose probability has moved too far in the
-    direction of A, arXiv:2602.04879. Values (B, T).
+    """DPPO: the policy gradient without the tokens whose probability has moved too far in the direction of A,
+    arXiv:2602.04879. Values (B, T).
+
+    Formula: ``-sg[min(r, cap)] A ln pi``, 0 if A > 0, pi > pi_old and D > high, or A <= 0, pi < pi_old and D
+    > low; ``D = |pi - pi_old|`` or ``pi_old ln(pi_old / pi) + (1 - pi_old) ln((1 - pi_old) / (1 - pi))``
 
     divergence: of the event that this token is drawn, the total variation |pi - pi_old| ("tv") or the KL of
     two coins ("kl"). high bounds it for A > 0, low for A < 0; 0.2 is meant for "tv", the paper takes 0.05 for
@@ -65,8 +68,9 @@ def _coin_kl(old: Tensor, new: Tensor) -> Tensor:
 
 @method("dro", arxiv="2405.19107", needs={OLD_LOGP}, traits={ACTS_EVERYWHERE})
 def dro(policy: PolicyTokens, batch: TrainBatch, *, beta: float = 1.0) -> TokenLoss:
-    """DRO: ``-A log pi + beta / 2 (log pi - log pi_old)^2``, a square in place of clipping, arXiv:2405.19107.
-    Values (B, T).
+    """DRO: the policy gradient with a square in place of clipping, arXiv:2405.19107. Values (B, T).
+
+    Formula: ``-A ln pi + beta / 2 (ln pi - ln pi_old)^2``
 
     Without a ratio's variance it can learn from old samples. beta: weight of the square; the paper's is 1.
     The paper's reference is a fixed policy and its advantage comes from a learned value; verl, whose form

@@ -17,8 +17,9 @@ __all__ = ["grpo_s"]
 def grpo_s(
     policy: PolicyTokens, batch: TrainBatch, *, eps_low: float = 0.2, eps_high: float = 0.2
 ) -> TokenLoss:
-    """PPO's surrogate on ``w = mean_t r`` of a sequence, clipped to [1 - eps_low, 1 + eps_high],
-    arXiv:2508.04349. Values (B, 1).
+    """PPO's surrogate on the mean ratio of a sequence, arXiv:2508.04349. Values (B, 1).
+
+    Formula: ``max(-A w, -A clip(w, 1 - eps_low, 1 + eps_high))``, ``w = mean_t r``
 
     w is the arithmetic mean of the token ratios, which a single large ratio can move; ``gspo`` takes the
     geometric mean. ln r is clamped to +-20 first. The advantage is ``grpo_s``; if it differs within a

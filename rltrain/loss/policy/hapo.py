@@ -30,13 +30,15 @@ def hapo(
 ) -> TokenLoss:
     """HAPO: PPO's surrogate with entropy-dependent clipping and advantages, arXiv:2509.16591. Values (B, T).
 
-    h_hat in [-1, 1] comes from the control ``hapo``. First the bounds: eps_low (1 - alpha h_hat) where h_hat
-    <= 0 (certain tokens may be pushed further down), eps_high (1 + alpha h_hat) where it is above 0. Then the
-    advantage, A (1 + beta h_hat), for uncertain tokens outside the neutral zone (1 - eps_low / 2, 1 +
-    eps_high / 2) and certain ones inside it. zone: it uses the adapted bounds ("adapted", as released), or
-    eps_low and eps_high themselves ("base", the paper's second version). dual_clip as in ``clip``. The
-    release clips at 0.2 and 0.2, the paper at 0.2 and 0.28. With alpha and beta 0, or h_hat 0, this is
-    ``clip``.
+    Formula: ``max(-A' r, -A' clip(r, 1 - eps_low (1 - alpha min(h_hat, 0)), 1 + eps_high (1 + alpha
+    max(h_hat, 0))))``; ``A' = A (1 + beta h_hat)`` for uncertain tokens outside the neutral zone and certain
+    ones inside it, else A
+
+    h_hat in [-1, 1] comes from the control ``hapo``. Certain tokens may be pushed further down, uncertain
+    ones further up. The neutral zone is (1 - eps_low / 2, 1 + eps_high / 2). zone: it uses the adapted bounds
+    ("adapted", as released), or eps_low and eps_high themselves ("base", the paper's second version).
+    dual_clip as in ``clip``. The release clips at 0.2 and 0.2, the paper at 0.2 and 0.28. With alpha and beta
+    0, or h_hat 0, this is ``clip``.
     """
     h_hat = policy_statistic(batch, "h_hat", "hapo")
     log_r = log_ratio(policy, batch)

@@ -18,8 +18,10 @@ __all__ = ["kl_cov"]
     traits={OWNS_CLIPPING, CONTROL("kl_cov"), ACTS_ON_MARKS},
 )
 def kl_cov(policy: PolicyTokens, batch: TrainBatch, *, beta: float = 1.0) -> TokenLoss:
-    """``-A r`` on every token, plus ``beta |ln r|`` on the tokens in ``extra["kl_cov"]``, arXiv:2505.22617.
-    Values (B, T).
+    """KL-Cov: the policy gradient with a penalty on the tokens that the control ``kl_cov`` marked in
+    ``extra["kl_cov"]``, arXiv:2505.22617. Values (B, T).
+
+    Formula: ``-A r + beta mark |ln r|``
 
     The paper writes the penalty as a KL divergence between the old and the current policy, its code as the
     absolute log-ratio, which is used here. Nothing is clipped (ln r is clamped to +-20 before exp): watch

@@ -13,7 +13,10 @@ __all__ = ["a_star_po"]
 
 @method("a_star_po", arxiv="2505.20686", needs={REF_LOGP}, traits={SEQUENCE_LEVEL, ACTS_EVERYWHERE})
 def a_star_po(policy: PolicyTokens, batch: TrainBatch, *, beta: float = 1e-3) -> TokenLoss:
-    """A*-PO: ``(beta log[pi(y) / pi_ref(y)] - A)^2`` for each completion, arXiv:2505.20686. Values (B, 1).
+    """A*-PO: each completion's log-ratio to the reference is regressed on its advantage, arXiv:2505.20686.
+    Values (B, 1).
+
+    Formula: ``(beta ln[pi(y|x) / pi_ref(y|x)] - A)^2``
 
     The log-ratio is a sum over the completion's tokens. beta: weight of the KL, beta_2 of the paper. A is
     that of the advantage ``optimal_value``. There is no ratio to clip; a completion with A = 0 has a gradient

@@ -22,12 +22,12 @@ LOG_SEQUENCE_RATIO_LIMIT = 10.0  # verl's bound on ln s; beyond it a sequence ha
 def gspo(
     policy: PolicyTokens, batch: TrainBatch, *, eps_low: float = 3e-4, eps_high: float = 4e-4
 ) -> TokenLoss:
-    """PPO's surrogate on the geometric-mean ratio ``s = exp(mean_t ln r)`` of a sequence, arXiv:2507.18071.
-    Values (B, 1).
+    """PPO's surrogate on the geometric-mean ratio of a sequence, arXiv:2507.18071. Values (B, 1).
 
-    s is clipped to [1 - eps_low, 1 + eps_high]. It changes far less than a token's ratio: with 0.2 nothing
-    would ever be clipped. ln s is bounded by 10 as in verl. If advantages differ within a sequence their mean
-    is taken.
+    Formula: ``max(-A s, -A clip(s, 1 - eps_low, 1 + eps_high))``, ``s = exp(mean_t ln r)``
+
+    s changes far less than a token's ratio: with 0.2 nothing would ever be clipped. ln s is bounded by 10 as
+    in verl. If advantages differ within a sequence their mean is taken.
     """
     log_r = log_ratio(policy, batch)
     s = masked_mean(log_r, batch.mask, dim=1)[:, None].clamp(max=LOG_SEQUENCE_RATIO_LIMIT).exp()
@@ -48,6 +48,8 @@ def luspo(
 ) -> TokenLoss:
     """LUSPO: GSPO's loss times the completion's length, arXiv:2602.05261. Values (B, 1).
 
+    Formula: ``|y| max(-A s, -A clip(s, 1 - eps_low, 1 + eps_high))``, ``s = exp(mean_t ln r)``
+
     GSPO's gradient of a token is divided by the length, so that long completions learn less; here every token
     counts the same. eps_low and eps_high as in ``gspo``.
     """
@@ -60,8 +62,9 @@ def luspo(
 def gmpo(
     policy: PolicyTokens, batch: TrainBatch, *, eps_low: float = 0.4, eps_high: float = 0.4
 ) -> TokenLoss:
-    """Geometric mean of token ratios, each clipped in log space to [-eps_low, eps_high], arXiv:2507.20673.
-    Values (B, 1).
+    """GMPO: the geometric mean of token ratios, each clipped in log space, arXiv:2507.20673. Values (B, 1).
+
+    Formula: ``-A exp(mean_t c)``, ``c = sign(A) min(sign(A) ln r, sign(A) clip(ln r, -eps_low, eps_high))``
 
     As in PPO, a token is clipped only if its ratio has already moved in the direction of its advantage.
     """

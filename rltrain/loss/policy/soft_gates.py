@@ -21,8 +21,9 @@ _LEAST_LOG_WEIGHT = math.log(1e-8)  # of a sequence, as in the authors' code
 def sapo(
     policy: PolicyTokens, batch: TrainBatch, *, tau_positive: float = 1.0, tau_negative: float = 1.05
 ) -> TokenLoss:
-    """SAPO: ``-A (4 / tau) sigmoid(tau (r - 1))``, a soft gate on the token's ratio, arXiv:2511.20347. Values
-    (B, T).
+    """SAPO: a soft gate on the token's ratio, arXiv:2511.20347. Values (B, T).
+
+    Formula: ``-A (4 / tau) sigmoid(tau (r - 1))``
 
     At r = 1 the gradient is the policy gradient's; it fades on both sides, the faster the larger tau.
     tau_positive and tau_negative: for tokens with A > 0 and the others; the paper takes the second larger,
@@ -46,13 +47,15 @@ def vespo(
     power_negative: float = 3.0,
     decay_negative: float = 2.0,
 ) -> TokenLoss:
-    """VESPO: ``-sg[phi(w)] A log pi`` with w the ratio of the whole sequence and ``phi(w) = w^k e^(l (1 -
-    w))``, arXiv:2602.10693. Values (B, T).
+    """VESPO: the policy gradient under a smooth weight of the whole sequence's ratio, arXiv:2602.10693.
+    Values (B, T).
 
-    w is a product over tokens, without a correction for length: phi is 1 at w = 1 and falls to 0 on both
-    sides. power_positive and decay_positive: k and l for tokens with A >= 0; power_negative and
-    decay_negative: those of the others; defaults are TRL's. A control
-    that weighs by the engine's log-probs multiplies the loss; the release puts that ratio into w.
+    Formula: ``-sg[phi(w)] A ln pi``, ``phi(w) = w^k e^(l (1 - w))``, ``w = prod_t r``
+
+    w has no correction for length: phi is 1 at w = 1 and falls to 0 on both sides. power_positive and
+    decay_positive: k and l for tokens with A >= 0; power_negative and decay_negative: those of the others;
+    defaults are TRL's. A control that weighs by the engine's log-probs multiplies the loss; the release puts
+    that ratio into w.
     """
     log_r = log_ratio(policy, batch).detach()
     log_w = masked_sum(log_r.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), batch.mask, dim=1)[:, None]

@@ -14,6 +14,8 @@ __all__ = ["em_ft", "one_shot_em"]
 def em_ft(policy: PolicyTokens, batch: TrainBatch) -> TokenLoss:
     """EM-FT: minimises the entropy of each token's full distribution, arXiv:2505.15134. Values (B, T), nats.
 
+    Formula: ``H``
+
     The sampled tokens are fixed: the gradient comes from the entropies alone. The paper sums over a
     completion's tokens and takes the mean over completions (aggregate ``seq_mean_token_sum``), which favours
     short completions: watch the length. Long training collapses; the paper stops early by a validation set.
@@ -25,8 +27,10 @@ def em_ft(policy: PolicyTokens, batch: TrainBatch) -> TokenLoss:
 
 @method("one_shot_em", arxiv="2505.20282", needs={ENTROPY("{temperature}")}, traits={REWARD_FREE})
 def one_shot_em(policy: PolicyTokens, batch: TrainBatch, *, temperature: float = 0.5) -> TokenLoss:
-    """One-shot EM: the entropy of ``softmax(logits / temperature)`` at each generated token,
-    arXiv:2505.20282. Values (B, T), nats.
+    """One-shot EM: the entropy of the sharpened distribution at each generated token, arXiv:2505.20282.
+    Values (B, T), nats.
+
+    Formula: ``H(softmax(logits / temperature))``
 
     Use one prompt, many samples, about ten steps, and the aggregate ``token_mean``. The released code reads
     the distributions one position late: it omits the one that produced the first token and includes the one

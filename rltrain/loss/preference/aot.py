@@ -23,6 +23,9 @@ def aot(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, flip_rate: 
     """AOT on pairs: the k-th smallest margin of the policy's log-probs against the k-th smallest of the
     reference's, arXiv:2406.05882. Values (N,).
 
+    Formula: ``-(1 - e) ln sigmoid(x) - e ln sigmoid(-x)``, ``x = beta (m_k - n_k)``: the k-th smallest ``ln
+    pi(w) - ln pi(l)`` and the k-th smallest of the reference
+
     Each value is DPO's with another pair's reference margin. beta as in ``dpo``; flip_rate as in ``cdpo``, 0
     for certain labels. The larger the optimizer batch, the closer its order statistics are to the quantiles.
     """
@@ -39,6 +42,9 @@ def aot_unpaired(
 ) -> ExampleLoss:
     """AOT without pairs: the k-th smallest log-ratio of the chosen answers against the k-th smallest of the
     rejected ones, arXiv:2406.05882. Values (N,).
+
+    Formula: ``-(1 - e) ln sigmoid(x) - e ln sigmoid(-x)``, ``x = beta (a_k - b_k)``: the k-th smallest u_w
+    and the k-th smallest u_l
 
     The answer of the same rank belongs to another row, so that its log-ratio is a number here and its own
     gradient is taken in its row: the values and the gradient of their sum are those of the sorted batch. beta

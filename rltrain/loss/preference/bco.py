@@ -16,13 +16,16 @@ __all__ = ["bco"]
 
 @method("bco", arxiv="2404.04656", needs={REF_LOGP, LABEL, LOG_RATIO_CENTRE}, traits={LABELS})
 def bco(policy: PolicySequences, batch: LabelBatch, *, beta: float = 0.1) -> ExampleLoss:
-    """BCO: ``-ln sigmoid(+-(z - delta))``, + for desirable completions, with z = beta u and delta between the
-    classes' mean rewards, arXiv:2404.04656. Values (N,).
+    """BCO: a binary classifier whose logit is the implicit reward, shifted between the classes' means,
+    arXiv:2404.04656. Values (N,).
 
-    u is the log-ratio to the reference, summed over tokens. beta as in ``dpo``. delta is ``(mean z of
-    desirable + mean z of undesirable) / 2`` over the optimizer batch, without gradient; the release and TRL
-    average it over past batches. A batch with a single class takes that class's mean. The density ratio of
-    prompts that differ between the classes is not estimated.
+    Formula: ``-ln sigmoid(+-(beta u - delta))``, + for desirable completions; ``delta = beta (mean u of
+    desirable + mean u of undesirable) / 2``
+
+    u is the log-ratio to the reference, summed over tokens. beta as in ``dpo``. The means are those of the
+    optimizer batch, without gradient; the release and TRL average it over past batches. A batch with a single
+    class takes that class's mean. The density ratio of prompts that differ between the classes is not
+    estimated.
     """
     desirable = labels(batch, "bco") > 0.5
     reward = beta * completion_log_ratio(policy, batch.completion)

@@ -20,8 +20,9 @@ __all__ = ["clo"]
     traits={PAIRS},
 )
 def clo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, sft_share: float = 0.5) -> ExampleLoss:
-    """``sft_share NLL + (1 - sft_share) DPO``, the NLL over target-language rows only, arXiv:2505.14297.
-    Values (N,).
+    """CLO: DPO plus a likelihood over target-language rows only, arXiv:2505.14297. Values (N,).
+
+    Formula: ``sft_share NLL - (1 - sft_share) ln sigmoid(z)``
 
     A pair holds the same answer in two languages; the one in the prompt's language is chosen (column
     is_target_language: 1 or 0). The NLL is one mean over the chosen tokens of the optimizer batch's target

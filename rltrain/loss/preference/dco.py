@@ -43,7 +43,9 @@ def dco(
     n: int = 64,
     gradient: Literal["exact", "token_mean"] = "exact",
 ) -> ExampleLoss:
-    """``-ln(1 - (1 - p)^n)`` with p the probability of the whole completion, arXiv:2502.07154. Values (N,).
+    """DCO: the negative log-probability of a hit among n samples, arXiv:2502.07154. Values (N,).
+
+    Formula: ``-ln(1 - (1 - p)^n)``, ``p = pi(y|x)``
 
     n: the N of the pass@N to train for; 1 is the negative log-likelihood (and the released code's default).
     gradient: "exact" is the loss above; "token_mean" is the authors' code, ``F`` (detached) times the mean of
@@ -65,12 +67,14 @@ def dco_pass_rate(
     n: int = 64,
     likelihood: Literal["token_mean", "sum"] = "token_mean",
 ) -> ExampleLoss:
-    """DCO for chains of thought: the negative log-likelihood times ``F`` at a sampled success rate,
+    """DCO for chains of thought: the negative log-likelihood, weighted by a sampled success rate,
     arXiv:2502.07154. Values (N,).
 
-    F as in ``dco`` with n, at the data's column pass_rate (the share of right answers among the current
-    model's samples for the prompt). likelihood: the completion's mean over tokens as in the authors' default,
-    or its sum. The authors replace examples whose pass rate is 0.1 or more before they make a batch.
+    Formula: ``-F ln pi(y|x) / |y|``, ``F = n p (1 - p)^(n - 1) / (1 - (1 - p)^n)``, p the pass rate
+
+    The pass rate is the data's column pass_rate (the share of right answers among the current model's samples
+    for the prompt). likelihood: the completion's mean over tokens as in the authors' default, or its sum. The
+    authors replace examples whose pass rate is 0.1 or more before they make a batch.
     """
     _check_n("dco_pass_rate", n)
     rate = batch.columns["pass_rate"]

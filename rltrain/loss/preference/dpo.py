@@ -36,7 +36,9 @@ def soft_logistic(logit: Tensor, p_chosen: Tensor | float) -> Tensor:
 
 @method("dpo", arxiv="2305.18290", needs={REF_LOGP}, traits={PAIRS})
 def dpo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1) -> ExampleLoss:
-    """``-ln sigmoid(z)``, arXiv:2305.18290.
+    """DPO: the chosen answer's implicit reward above the rejected one's, arXiv:2305.18290.
+
+    Formula: ``-ln sigmoid(z)``
 
     Values (N,). beta: temperature of the implicit reward ``beta u``.
     """
@@ -48,7 +50,9 @@ def dpo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1) -> ExampleL
 
 @method("cdpo", needs={REF_LOGP}, traits={PAIRS})
 def cdpo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, flip_rate: float = 0.2) -> ExampleLoss:
-    """Conservative DPO: the label is right with probability ``1 - flip_rate`` (Mitchell 2023). Values (N,).
+    """Conservative DPO: the label is wrong with the probability e, flip_rate (Mitchell 2023). Values (N,).
+
+    Formula: ``-(1 - e) ln sigmoid(z) - e ln sigmoid(-z)``
 
     beta as in ``dpo``. The minimum is at a finite margin, ``z = logit(1 - flip_rate)``. The note gives no
     default; 0.2 is HALOs'. TRL 1.x ignores its label_smoothing here, so its numbers are plain DPO's.
@@ -66,8 +70,10 @@ def robust_dpo(
     """Unbiased if labels are flipped at ``flip_rate``: its mean over flips is DPO's loss, arXiv:2403.00409.
     Values (N,).
 
-    ``[-(1 - e) ln sigmoid(z) + e ln sigmoid(-z)] / (1 - 2e)`` with e the flip_rate, in [0, 0.5); beta as in
-    ``dpo``. It is not bounded below: badly violated pairs have larger gradients than in DPO.
+    Formula: ``[-(1 - e) ln sigmoid(z) + e ln sigmoid(-z)] / (1 - 2 e)``
+
+    e is the flip_rate, in [0, 0.5); beta as in ``dpo``. It is not bounded below: badly violated pairs have
+    larger gradients than in DPO.
     """
     _check_flip_rate("robust_dpo", flip_rate)
     chosen, rejected = log_ratios(policy, batch)
@@ -78,7 +84,9 @@ def robust_dpo(
 
 @method("hinge", arxiv="2309.06657", needs={REF_LOGP}, traits={PAIRS})
 def hinge(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1) -> ExampleLoss:
-    """``max(0, 1 - z)``: the hinge of SLiC and RSO, arXiv:2309.06657.
+    """The hinge of SLiC and RSO on DPO's logit, arXiv:2309.06657.
+
+    Formula: ``max(0, 1 - z)``
 
     Values (N,). 1 / beta is the required margin, in nats.
     """
@@ -92,7 +100,9 @@ def hinge(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1) -> Exampl
 def ipo(
     policy: PolicyPairs, batch: PairBatch, *, tau: float = 0.1, log_ratio: Literal["sum", "per_token"] = "sum"
 ) -> ExampleLoss:
-    """IPO: squared distance of the margin from ``1 / (2 tau)``, arXiv:2310.12036. Values (N,).
+    """IPO: squared distance of the margin from a constant, arXiv:2310.12036. Values (N,).
+
+    Formula: ``(u_w - u_l - 1 / (2 tau))^2``
 
     log_ratio: "sum" over tokens, as in the paper's equation 17 and OpenRLHF, or "per_token", divided by each
     completion's length as in TRL and HALOs. For the same tau the two differ by orders of magnitude.
@@ -108,6 +118,8 @@ def ipo(
 @method("dpo_length_normalised", arxiv="2411.15124", needs={REF_LOGP}, traits={PAIRS})
 def dpo_length_normalised(policy: PolicyPairs, batch: PairBatch, *, beta: float = 5.0) -> ExampleLoss:
     """DPO on log-ratios per token, as in Tulu 3, arXiv:2411.15124. Values (N,).
+
+    Formula: ``-ln sigmoid(beta (u_w / |w| - u_l / |l|))``
 
     beta is Tulu 3's: per-token ratios are hundreds of times smaller than sums, and beta 0.1 would hardly
     train.
@@ -126,6 +138,8 @@ def dpo_reference_free(
 ) -> ExampleLoss:
     """DPO against a uniform reference: log-probs instead of log-ratios, arXiv:2305.18290 (the authors' code).
     Values (N,).
+
+    Formula: ``-ln sigmoid(beta (ln pi(w) - ln pi(l)))``
 
     beta as in ``dpo``. logp: "sum" over tokens, or "per_token", which is SimPO (arXiv:2405.14734) without its
     margin and needs a beta of 2 or more.

@@ -46,15 +46,17 @@ def f_dpo(
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl",
     alpha_forward: float = 0.5,
 ) -> ExampleLoss:
-    """``-ln sigmoid(beta g(u_chosen) - beta g(u_rejected))``, ``g(u) = f'(e^u)``, arXiv:2309.16240. Values
-    (N,).
+    """DPO under another divergence than the reverse KL, arXiv:2309.16240. Values (N,).
 
-    divergence: reverse_kl (g = u, which is DPO), forward_kl (-e^-u), js (ln 2 + ln sigmoid(u)) or alpha ((1 -
-    e^(-a u)) / a). alpha_forward is that a, in (0, 1]: the limit 0 is the reverse KL, 1 the forward KL, as in
-    the paper. TRL's f_alpha_divergence_coef is 1 - a. beta does not transfer between divergences: js and
-    forward_kl rewards are bounded above (the authors use 0.9, 0.3 and 0.03 for reverse, js and forward).
-    Rows whose exponent exceeds 80 are clamped, have no gradient and are counted. The logged reward is ``beta
-    g(u)``; the authors' alpha reward omits the constant beta / a, which does not change the loss.
+    Formula: ``-ln sigmoid(beta g(u_w) - beta g(u_l))``, ``g(u) = f'(e^u)``: reverse_kl ``u``, forward_kl
+    ``-e^-u``, js ``ln 2 + ln sigmoid(u)``, alpha ``(1 - e^(-a u)) / a``
+
+    divergence: reverse_kl (which is DPO), forward_kl, js or alpha. alpha_forward is a, in (0, 1]: the limit 0
+    is the reverse KL, 1 the forward KL, as in the paper. TRL's f_alpha_divergence_coef is 1 - a. beta does
+    not transfer between divergences: js and forward_kl rewards are bounded above (the authors use 0.9, 0.3
+    and 0.03 for reverse, js and forward). Rows whose exponent exceeds 80 are clamped, have no gradient and
+    are counted. The logged reward is ``beta g(u)``; the authors' alpha reward omits the constant beta / a,
+    which does not change the loss.
     """
     if not 0 < alpha_forward <= 1:
         raise ValueError(

@@ -16,11 +16,12 @@ __all__ = ["h_dpo"]
 def h_dpo(policy: PolicyPairs, batch: PairBatch, *, alpha: float = 1.0, beta: float = 0.1) -> ExampleLoss:
     """DPO with ``alpha`` on the policy's log-probs only, arXiv:2411.07595. Values (N,).
 
-    ``-ln sigmoid(alpha beta [log pi(w) - log pi(l)] - beta [log pi_ref(w) - log pi_ref(l)])``: the KL
-    penalty's entropy part is multiplied by alpha > 0, below 1 for a sharper optimum ``pi_ref^(1/alpha) exp(r
-    / (alpha beta))``; 1 is DPO. beta as in ``dpo``. If the policy equals its reference the loss is not ln 2
-    unless alpha is 1, and the logged reward is ``alpha beta log pi - beta log pi_ref``. The paper argues for
-    alpha slightly below 1; its value is not the default here.
+    Formula: ``-ln sigmoid(alpha beta [ln pi(w) - ln pi(l)] - beta [ln pi_ref(w) - ln pi_ref(l)])``
+
+    The KL penalty's entropy part is multiplied by alpha > 0, below 1 for a sharper optimum ``pi_ref^(1/alpha)
+    exp(r / (alpha beta))``; 1 is DPO. beta as in ``dpo``. If the policy equals its reference the loss is not
+    ln 2 unless alpha is 1, and the logged reward is ``alpha beta log pi - beta log pi_ref``. The paper argues
+    for alpha slightly below 1; its value is not the default here.
     """
     if not alpha > 0:
         raise ValueError(

@@ -14,13 +14,15 @@ __all__ = ["inpo", "nash_mp", "symmetrise"]
 
 @method("inpo", arxiv="2407.00617", needs={REF_LOGP, PREVIOUS_LOGP}, traits={PAIRS, PREVIOUS_POLICY})
 def inpo(policy: PolicyPairs, batch: PairBatch, *, eta: float = 0.0075, tau: float = 0.0025) -> ExampleLoss:
-    """``(h - 1 / (2 eta))^2``, h the margin against reference and previous iterate, arXiv:2407.00617. Values
-    (N,).
+    """INPO: the margin against reference and previous iterate is regressed on a constant, arXiv:2407.00617.
+    Values (N,).
 
-    ``h = D log pi - (tau / eta) D log pi_ref - (1 - tau / eta) D log pi_t``, where D is chosen minus
-    rejected, log-probs are sums over tokens, and pi_t is the frozen iterate whose samples were compared. eta:
-    step size of mirror descent; tau: weight of the reference, 0 < tau <= eta (at eta the previous iterate
-    cancels and this is IPO). The target is large: 66.7 nats at the default.
+    Formula: ``(h - 1 / (2 eta))^2``, ``h = D ln pi - (tau / eta) D ln pi_ref - (1 - tau / eta) D ln pi_t``,
+    ``D f = f(w) - f(l)``
+
+    Log-probs are sums over tokens, and pi_t is the frozen iterate whose samples were compared. eta: step size
+    of mirror descent; tau: weight of the reference, 0 < tau <= eta (at eta the previous iterate cancels and
+    this is IPO). The target is large: 66.7 nats at the default.
     """
     if not 0 < tau <= eta:
         raise ValueError(f"inpo: tau is {tau} and eta {eta}, expected 0 < tau <= eta")
@@ -35,13 +37,15 @@ def inpo(policy: PolicyPairs, batch: PairBatch, *, eta: float = 0.0075, tau: flo
 def nash_mp(policy: PolicyPairs, batch: PairBatch, *, eta: float = 2.0, beta: float = 0.5) -> ExampleLoss:
     """One proximal step of Nash Mirror Prox as a regression on pairs, arXiv:2505.19731. Values (N,).
 
-    ``(h - s / 2)^2`` with ``s = eta / (1 + eta beta)`` and ``h = D log pi - beta s D log pi_ref - (1 - beta
-    s) D log pi_k``, where D is chosen minus rejected and log-probs are sums over tokens. Its minimum over
-    pairs of two independent samples of the opponent is the proximal step from the centre pi_k
-    (``previous_logp``) against that opponent; it equals ``inpo`` with eta ``1 / s`` and tau ``beta``. eta:
-    step size, at most 2; beta: weight of the KL to the reference. An iteration is two steps from the same
-    centre, the second with samples of the first step's result. A reconstruction: the tabular iteration has
-    the paper's rate, but the paper's recipe for language models was not available.
+    Formula: ``(h - s / 2)^2``, ``s = eta / (1 + eta beta)``, ``h = D ln pi - beta s D ln pi_ref - (1 - beta
+    s) D ln pi_k``, ``D f = f(w) - f(l)``
+
+    Log-probs are sums over tokens. Its minimum over pairs of two independent samples of the opponent is the
+    proximal step from the centre pi_k (``previous_logp``) against that opponent; it equals ``inpo`` with eta
+    ``1 / s`` and tau ``beta``. eta: step size, at most 2; beta: weight of the KL to the reference. An
+    iteration is two steps from the same centre, the second with samples of the first step's result. A
+    reconstruction: the tabular iteration has the paper's rate, but the paper's recipe for language models was
+    not available.
     """
     if not (0 < eta <= 2 and beta > 0):
         raise ValueError(

@@ -23,7 +23,10 @@ def kto(
     weight_desirable: float = 1.0,
     weight_undesirable: float = 1.0,
 ) -> ExampleLoss:
-    """``weight (1 - sigmoid(+-beta (u - z0)))``, + for desirable completions, arXiv:2402.01306. Values (N,).
+    """KTO: a saturating value of the log-ratio, above its mean for desirable completions and below for
+    others, arXiv:2402.01306. Values (N,).
+
+    Formula: ``weight sigmoid(-+beta (u - z0))``, - for desirable completions
 
     z0 is one number for the optimizer batch over all ranks, without gradient (``statistics.z0``). beta: how
     fast the value saturates around z0. weight_desirable and weight_undesirable balance the classes

@@ -54,8 +54,10 @@ def stated_target(batch: PairBatch, loss: str) -> Tensor:
 def mmpo(
     policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.01, gamma: float | None = None
 ) -> ExampleLoss:
-    """DPO's cross-entropy towards the target ``sigmoid(gamma margin)`` instead of 1, arXiv:2410.03145. Values
+    """MMPO: DPO's cross-entropy towards a target that follows the data's margin, arXiv:2410.03145. Values
     (N,).
+
+    Formula: ``-p ln sigmoid(z) - (1 - p) ln sigmoid(-z)``, ``p = sigmoid(gamma margin)``
 
     At the minimum the implicit reward's margin ``beta (u_chosen - u_rejected)`` is gamma times the data's.
     gamma must be given: it carries the units of the scores (2.2 for UltraFeedback's 1 to 10 in the authors'
@@ -73,6 +75,8 @@ def mmpo(
 def osp(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1) -> ExampleLoss:
     """Soft-preference cross-entropy: DPO's with a judge's probability p_chosen as target, arXiv:2405.14103.
     Values (N,).
+
+    Formula: ``-p ln sigmoid(z) - (1 - p) ln sigmoid(-z)``, ``p = p_chosen``
 
     It has the form of ``mmpo``; only the source of the target differs. beta as in ``dpo``. p_chosen 1 is DPO.
     The form follows from the paper's abstract and the loss's name.

@@ -38,8 +38,10 @@ def napo(
     sharpness: float = 0.5,
     margin_type: Literal["avglogp", "logp"] = "avglogp",
 ) -> ExampleLoss:
-    """``(1 - sigmoid(z)^q) / q`` with q from the optimizer batch's mean margin, arXiv:2503.17928. Values
-    (N,). beta as in ``dpo``.
+    """NaPO: DPO that discounts badly violated pairs, by an exponent from the optimizer batch's mean margin,
+    arXiv:2503.17928. Values (N,). beta as in ``dpo``.
+
+    Formula: ``(1 - sigmoid(z)^q) / q``, ``q = clip(2 sigmoid(-sharpness M), 0.001, 1)``, M the mean margin
 
     q is one number for the whole batch (all ranks), without gradient (``dynamic_exponent``). margin_type: the
     margin is of log-ratios per token ("avglogp", with sharpness 0.5 in the authors' runs) or of their sums
@@ -53,8 +55,9 @@ def napo(
 
 @method("napo_fixed", arxiv="2503.17928", needs={REF_LOGP}, traits={PAIRS})
 def napo_fixed(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, q: float = 0.5) -> ExampleLoss:
-    """``napo`` with a fixed exponent q in (0, 1]: the limit 0 is DPO, 1 is ``1 - sigmoid(z)``,
-    arXiv:2503.17928. beta as in ``dpo``.
+    """``napo`` with a fixed exponent q in (0, 1]: DPO in the limit 0, arXiv:2503.17928. beta as in ``dpo``.
+
+    Formula: ``(1 - sigmoid(z)^q) / q``
     """
     if not 0 < q <= 1:
         raise ValueError(f"napo_fixed: q is {q}, expected (0, 1]; DPO is the limit at 0")

@@ -15,8 +15,10 @@ __all__ = ["nll"]
 
 @method("nll", arxiv="2203.02155", needs={MEAN_LENGTH}, traits={LABELS})
 def nll(policy: PolicySequences, batch: LabelBatch) -> ExampleLoss:
-    """``-log pi(y|x) / L`` with L the update's scored tokens per completion: the supervised stage of
-    InstructGPT, arXiv:2203.02155. Values (N,), nats.
+    """The supervised stage of InstructGPT: the negative log-likelihood of every scored token,
+    arXiv:2203.02155. Values (N,), nats.
+
+    Formula: ``-ln pi(y|x) / L``, L the update's scored tokens per completion
 
     Its mean over the completions is the mean over all scored tokens of the update, so that every token counts
     the same, whatever micro-batch and rank it is in and however long its completion is.

@@ -25,9 +25,10 @@ __all__ = ["apo", "bco_pair", "discopop", "exo", "sppo", "sppo_soft"]
 def exo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, flip_rate: float = 1e-3) -> ExampleLoss:
     """EXO: reverse KL from the policy's choice among the two to the label's, arXiv:2402.00856. Values (N,).
 
-    With q = sigmoid(beta (u_chosen - u_rejected)) and e the flip_rate: ``q ln(q / (1 - e)) + (1 - q) ln((1 -
-    q) / e)``. beta as in ``dpo``. flip_rate: probability that the label is wrong, above 0 and below 1/2,
-    since the KL to a certain label is infinite.
+    Formula: ``q ln(q / (1 - e)) + (1 - q) ln((1 - q) / e)``, ``q = sigmoid(z)``
+
+    beta as in ``dpo``. flip_rate: e, the probability that the label is wrong, above 0 and below 1/2, since
+    the KL to a certain label is infinite.
     """
     if not 0 < flip_rate < 0.5:
         raise ValueError(f"exo: flip_rate is {flip_rate}, expected (0, 0.5): at 0 the KL is infinite")
@@ -40,8 +41,9 @@ def exo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1, flip_rate: 
 
 @method("sppo", arxiv="2405.00675", needs={REF_LOGP}, traits={PAIRS})
 def sppo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 1e-3) -> ExampleLoss:
-    """SPPO with certain labels: ``(u_chosen - 1 / (2 beta))^2 + (u_rejected + 1 / (2 beta))^2``,
-    arXiv:2405.00675. Values (N,).
+    """SPPO with certain labels: each log-ratio is regressed on its own target, arXiv:2405.00675. Values (N,).
+
+    Formula: ``(u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2``
 
     beta: 1 / eta of the paper, whose eta is 1000. The reference is the policy that sampled the pairs, so make
     an iteration of it (``nash_mp`` and ``inpo`` keep the previous one). Nothing compares the two sides with
@@ -55,8 +57,10 @@ def sppo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 1e-3) -> Exampl
 
 @method("sppo_soft", arxiv="2405.00675", needs={REF_LOGP, P_CHOSEN}, traits={PAIRS, MARGINS})
 def sppo_soft(policy: PolicyPairs, batch: PairBatch, *, beta: float = 1e-3) -> ExampleLoss:
-    """SPPO: ``(u_chosen - (p - 1/2) / beta)^2 + (u_rejected + (p - 1/2) / beta)^2`` with a judge's
-    probability p, arXiv:2405.00675. Values (N,).
+    """SPPO: each log-ratio is regressed on a target from a judge's probability p, arXiv:2405.00675. Values
+    (N,).
+
+    Formula: ``(u_w - (p - 1/2) / beta)^2 + (u_l + (p - 1/2) / beta)^2``, ``p = p_chosen``
 
     p is the data's p_chosen, which the paper estimates with PairRM. beta as in ``sppo``, to which it is equal
     at p = 1.
@@ -76,10 +80,10 @@ def apo(
     """APO: anchored preference optimisation, which says where each likelihood goes and not only how they
     differ, arXiv:2408.06266. Values (N,).
 
-    form: with s the sigmoid and z = beta u, "zero" is ``1 - s(z_chosen) + s(z_rejected)``, for chosen answers
-    that are better than the policy's own: one rises, the other falls. "down" is ``s(z_chosen) + 1 -
-    s(z_chosen - z_rejected)``, for answers that are worse: both fall, the rejected one faster. beta as in
-    ``dpo``.
+    Formula: zero: ``1 - sigmoid(beta u_w) + sigmoid(beta u_l)``; down: ``sigmoid(beta u_w) + 1 - sigmoid(z)``
+
+    form: "zero" is for chosen answers that are better than the policy's own: one rises, the other falls.
+    "down" is for answers that are worse: both fall, the rejected one faster. beta as in ``dpo``.
     """
     chosen, rejected = (beta * ratio for ratio in log_ratios(policy, batch))
     if form == "zero":
@@ -91,8 +95,10 @@ def apo(
 
 @method("discopop", arxiv="2406.08414", needs={REF_LOGP}, traits={PAIRS})
 def discopop(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.05, tau: float = 0.05) -> ExampleLoss:
-    """DiscoPOP: a mixture of DPO's loss and ``e^-z``, weighted by ``sigmoid(z / tau)``, which a language
-    model proposed, arXiv:2406.08414. Values (N,).
+    """DiscoPOP: a mixture of DPO's loss and an exponential, which a language model proposed,
+    arXiv:2406.08414. Values (N,).
+
+    Formula: ``-(1 - g) ln sigmoid(z) + g e^-z``, ``g = sigmoid(z / tau)``
 
     z is DPO's logit with beta. tau: how fast the mixture goes over to the exponential as z grows. The loss is
     not convex: around z = 0 it has a local maximum.
@@ -106,8 +112,9 @@ def discopop(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.05, tau: 
 
 @method("bco_pair", arxiv="2404.04656", needs={REF_LOGP}, traits={PAIRS})
 def bco_pair(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.1) -> ExampleLoss:
-    """BCO on pairs without the reward's shift: ``-ln s(z_chosen) - ln s(-z_rejected)`` with z = beta u, s the
-    sigmoid, arXiv:2404.04656. Values (N,).
+    """BCO on pairs, without the reward's shift, arXiv:2404.04656. Values (N,).
+
+    Formula: ``-ln sigmoid(beta u_w) - ln sigmoid(-beta u_l)``
 
     TRL's ``bco_pair``. beta as in ``dpo``. The shift of the paper needs both classes of a batch: see ``bco``.
     """

@@ -23,7 +23,9 @@ __all__ = ["implicit_prm_ce", "nca", "nca_group"]
 
 @method("implicit_prm_ce", arxiv="2412.01981", needs={REF_LOGP, LABEL}, traits={LABELS})
 def implicit_prm_ce(policy: PolicySequences, batch: LabelBatch, *, beta: float = 0.05) -> ExampleLoss:
-    """Cross-entropy of the outcome label under ``sigmoid(beta u)``, arXiv:2412.01981. Values (N,).
+    """Cross-entropy of the outcome label under the implicit reward, arXiv:2412.01981. Values (N,).
+
+    Formula: ``-y ln sigmoid(beta u) - (1 - y) ln sigmoid(-beta u)``, y the label
 
     u is the sum over tokens of the log-ratio, beta the reward's scale. It works with one answer per prompt
     and with any share of right answers; a label between 0 and 1 is a soft target. PRIME updates its reward
@@ -36,8 +38,9 @@ def implicit_prm_ce(policy: PolicySequences, batch: LabelBatch, *, beta: float =
 
 @method("nca", arxiv="2402.05369", needs={REF_LOGP}, traits={PAIRS})
 def nca(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.05) -> ExampleLoss:
-    """``-ln s(z_w) - 1/2 ln s(-z_w) - 1/2 ln s(-z_l)`` with z = beta u, s the sigmoid: NCA for pairs,
-    arXiv:2402.05369. Values (N,).
+    """NCA for pairs: the better answer against both, arXiv:2402.05369. Values (N,).
+
+    Formula: ``-ln sigmoid(beta u_w) - 1/2 ln sigmoid(-beta u_w) - 1/2 ln sigmoid(-beta u_l)``
 
     beta: scale of the implicit reward. Unlike DPO, NCA fixes the zero of the reward, so that the chosen
     answer's likelihood does not fall along with the rejected one's.
@@ -56,12 +59,13 @@ def nca(policy: PolicyPairs, batch: PairBatch, *, beta: float = 0.05) -> Example
 def nca_group(
     policy: PolicySequences, batch: LabelBatch, *, beta: float = 0.05, temperature: float = 0.5
 ) -> ExampleLoss:
-    """NCA for K answers with explicit rewards, arXiv:2402.05369. Values (N,), ``-K w ln s(z) - ln s(-z)`` for
-    each answer.
+    """NCA for K answers with explicit rewards, arXiv:2402.05369. Values (N,).
 
-    w is the softmax of reward / temperature over the prompt's K answers in the optimizer batch, z = beta u.
-    Averaged over the answers of one prompt this is ``-sum_i [w_i ln s(z_i) + ln s(-z_i) / K]``; prompts are
-    weighted by their number of answers.
+    Formula: ``-K p ln sigmoid(beta u) - ln sigmoid(-beta u)``, ``p = softmax(reward / temperature)`` over the
+    prompt's K answers
+
+    The K answers are those in the optimizer batch. Averaged over the answers of one prompt this is ``-sum_i
+    [p_i ln sigmoid(beta u_i) + ln sigmoid(-beta u_i) / K]``; prompts are weighted by their number of answers.
     """
     weight = statistic(batch, "reward_softmax", "nca_group")
     logit = beta * completion_log_ratio(policy, batch.completion)

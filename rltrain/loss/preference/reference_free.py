@@ -23,8 +23,9 @@ __all__ = ["cpo", "orpo", "simpo"]
 
 @method("simpo", arxiv="2405.14734", traits={PAIRS, REFERENCE_FREE})
 def simpo(policy: PolicyPairs, batch: PairBatch, *, beta: float = 2.0, gamma: float = 1.0) -> ExampleLoss:
-    """SimPO: ``-ln sigmoid(beta (mean logp_chosen - mean logp_rejected) - gamma)``, arXiv:2405.14734. Values
-    (N,).
+    """SimPO: log-probs per token must differ by a margin, arXiv:2405.14734. Values (N,).
+
+    Formula: ``-ln sigmoid(beta (ln pi(w) / |w| - ln pi(l) / |l|) - gamma)``
 
     beta: scale of the reward, the mean log-prob per token; 2 to 2.5 in the paper. gamma: the margin by which
     rewards must differ, 0.3 to 1.6 there; TRL's ``simpo_gamma`` is the same number.
@@ -43,8 +44,9 @@ def cpo(
     sft_weight: float = 1.0,
     sft_term: Literal["sum", "token_mean"] = "sum",
 ) -> ExampleLoss:
-    """CPO: ``-ln sigmoid(beta (logp_chosen - logp_rejected))`` plus the chosen answer's negative
-    log-likelihood, arXiv:2401.08417. Values (N,).
+    """CPO: a contrast of the likelihoods plus the chosen answer's, arXiv:2401.08417. Values (N,).
+
+    Formula: ``-ln sigmoid(beta (ln pi(w) - ln pi(l))) - sft_weight ln pi(w)``
 
     beta: temperature of the contrast, 0.1 in the paper. sft_weight multiplies the likelihood's term.
     sft_term: "sum" over an answer's tokens as in the paper's formula, or one mean over all chosen tokens of
@@ -67,12 +69,14 @@ def orpo(
     weight: float = 0.1,
     sft_term: Literal["sequence_mean", "token_mean"] = "sequence_mean",
 ) -> ExampleLoss:
-    """ORPO: the chosen answer's negative log-likelihood plus ``-weight ln sigmoid(log odds ratio)``,
-    arXiv:2403.07691. Values (N,).
+    """ORPO: the chosen answer's negative log-likelihood plus a log odds ratio, arXiv:2403.07691. Values (N,).
 
-    The odds are ``P / (1 - P)`` of the geometric mean P of an answer's token probabilities. weight: lambda of
-    the paper. sft_term: each answer's mean over its tokens, as the paper writes it, or one mean over all
-    chosen tokens of the optimizer batch, as in TRL, which counts the prompt's tokens too.
+    Formula: ``-ln P(w) - weight ln sigmoid(ln odds(w) - ln odds(l))``, ``odds = P / (1 - P)``, ``P = exp(ln
+    pi(y|x) / |y|)``
+
+    P is the geometric mean of an answer's token probabilities. weight: lambda of the paper. sft_term: each
+    answer's mean over its tokens, as the paper writes it, or one mean over all chosen tokens of the optimizer
+    batch, as in TRL, which counts the prompt's tokens too.
     """
     chosen = per_token(policy.chosen.logp, batch.chosen)
     rejected = per_token(policy.rejected.logp, batch.rejected)

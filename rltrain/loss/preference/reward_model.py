@@ -19,7 +19,9 @@ __all__ = ["bradley_terry", "bradley_terry_margin", "bradley_terry_mmpo", "bradl
 
 @method("bradley_terry", arxiv="2203.02155", traits={PAIRS, SCALAR_HEAD})
 def bradley_terry(reward: RewardPairs, batch: PairBatch, *, centre: float = 0.0) -> ExampleLoss:
-    """``-ln sigmoid(r_w - r_l) + centre (r_w + r_l)^2``, as in arXiv:2203.02155. Values (N,).
+    """Reward model from pairs, with the rewards' mean near 0, as in arXiv:2203.02155. Values (N,).
+
+    Formula: ``-ln sigmoid(r_w - r_l) + centre (r_w + r_l)^2``
 
     The first part does not change if a constant is added to all rewards of a prompt; centre (0.01 is usual)
     pulls their mean to 0.
@@ -30,8 +32,10 @@ def bradley_terry(reward: RewardPairs, batch: PairBatch, *, centre: float = 0.0)
 
 @method("bradley_terry_margin", arxiv="2307.09288", needs={MARGIN}, traits={PAIRS, SCALAR_HEAD, MARGINS})
 def bradley_terry_margin(reward: RewardPairs, batch: PairBatch, *, centre: float = 0.0) -> ExampleLoss:
-    """``-ln sigmoid(r_w - r_l - margin)``: the rewards must differ by more than the data's margin,
-    arXiv:2307.09288. Values (N,).
+    """Reward model from pairs whose rewards must differ by more than the data's margin, arXiv:2307.09288.
+    Values (N,).
+
+    Formula: ``-ln sigmoid(r_w - r_l - margin) + centre (r_w + r_l)^2``
 
     This is not MMPO, whose margin is a soft target (``bradley_terry_mmpo``); other libraries choose between
     the two by the presence of a column. centre as in ``bradley_terry``.
@@ -57,7 +61,10 @@ def bradley_terry_margin(reward: RewardPairs, batch: PairBatch, *, centre: float
 def bradley_terry_mmpo(
     reward: RewardPairs, batch: PairBatch, *, gamma: float | None = None, centre: float = 0.0
 ) -> ExampleLoss:
-    """Cross-entropy of ``r_w - r_l`` with the target ``sigmoid(gamma margin)``, arXiv:2410.03145.
+    """Reward model whose reward differences follow the data's margins, arXiv:2410.03145.
+
+    Formula: ``-p ln sigmoid(x) - (1 - p) ln sigmoid(-x) + centre (r_w + r_l)^2``, ``x = r_w - r_l``, ``p =
+    sigmoid(gamma margin)``
 
     Values (N,). gamma must be given: it carries the units of the scores. centre as in ``bradley_terry``. The
     released trainer multiplies (B, 1) logits with (B,) targets, which averages over all pairs of rows; here
@@ -71,6 +78,9 @@ def bradley_terry_mmpo(
 def bradley_terry_soft(reward: RewardPairs, batch: PairBatch, *, centre: float = 0.0) -> ExampleLoss:
     """``bradley_terry_mmpo`` with the data's own probability p_chosen as target, arXiv:2410.03145.
 
+    Formula: ``-p ln sigmoid(x) - (1 - p) ln sigmoid(-x) + centre (r_w + r_l)^2``, ``x = r_w - r_l``, ``p =
+    p_chosen``
+
     Values (N,). centre as in ``bradley_terry``.
     """
     target = stated_target(batch, "bradley_terry_soft")
@@ -79,7 +89,9 @@ def bradley_terry_soft(reward: RewardPairs, batch: PairBatch, *, centre: float =
 
 @method("orm", arxiv="2110.14168", needs={LABEL}, traits={LABELS, SCALAR_HEAD})
 def orm(reward: Tensor, batch: LabelBatch) -> ExampleLoss:
-    """Outcome reward model: cross-entropy of the label under ``sigmoid(r)``, as in arXiv:2110.14168.
+    """Outcome reward model: cross-entropy of the label under the head's reward, as in arXiv:2110.14168.
+
+    Formula: ``-y ln sigmoid(r) - (1 - y) ln sigmoid(-r)``, y the label
 
     Values (N,).
     """

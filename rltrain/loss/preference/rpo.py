@@ -28,6 +28,9 @@ def rpo(
     """DPO plus the negative log-likelihood of the chosen answer, arXiv:2405.16436. Values (N,). beta as in
     ``dpo``.
 
+    Formula: ``-ln sigmoid(z) - sft_weight beta ln pi(w)``; for other values of sft_term ``ln pi(w) / |w|`` or
+    ``ln pi(w) / mean |w|`` takes the place of ``beta ln pi(w)``
+
     sft_term: the form of the negative log-likelihood that sft_weight multiplies; the forms differ by orders
     of magnitude. "sum_times_beta" is ``-beta log pi(y_w)``, summed over tokens, as in the paper and the
     authors' handbook code (weight 0.005). "sequence_mean" is each answer's mean over its tokens, as in the

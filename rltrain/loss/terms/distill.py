@@ -26,10 +26,12 @@ def kdrl(policy: PolicyTokens, batch: TrainBatch, *, estimator: Literal["k2", "k
     """Distillation from a teacher on the policy's completions, added to the policy loss, arXiv:2506.02208.
     Values (B, T), nats.
 
-    With d = teacher_logp - logp: estimator "k2" is ``d^2 / 2``, whose gradient on-policy is exactly that of
-    the reverse KL to the teacher; "k3" is ``e^d - d - 1``, which the paper reports as worse. There is no
-    correction for later updates of a step, where the samples are off-policy. The control ``kdrl_mask``
-    selects the completions on which it acts and the number of tokens by which it is divided.
+    Formula: k2: ``d^2 / 2``, k3: ``e^d - d - 1``, ``d = ln pi_teacher - ln pi``
+
+    estimator: the on-policy gradient of "k2" is exactly that of the reverse KL to the teacher; the paper
+    reports "k3" as worse. There is no correction for later updates of a step, where the samples are
+    off-policy. The control ``kdrl_mask`` selects the completions on which it acts and the number of tokens by
+    which it is divided.
     """
     if batch.teacher_logp is None:
         raise ValueError(
@@ -44,10 +46,12 @@ def kdrl(policy: PolicyTokens, batch: TrainBatch, *, estimator: Literal["k2", "k
 def teacher_text(policy: PolicyTokens, batch: TrainBatch) -> TokenLoss:
     """Forward KL to the teacher on text that the teacher wrote, arXiv:2603.11178. Values (B, T), nats.
 
-    ``teacher_logp - logp`` of each token, times the mark in ``extra["teacher_text"]``, which the control
-    ``paced`` sets only on rows of the answer source. On samples of the teacher its mean is KL(p_T, p), and
-    its gradient is that of the cross-entropy; the paper takes the sum over the vocabulary. Its value is an
-    estimate of a KL only if the teacher wrote those rows.
+    Formula: ``mark (ln pi_teacher - ln pi)``
+
+    The mark is in ``extra["teacher_text"]``, which the control ``paced`` sets only on rows of the answer
+    source. On samples of the teacher its mean is KL(p_T, p), and its gradient is that of the cross-entropy;
+    the paper takes the sum over the vocabulary. Its value is an estimate of a KL only if the teacher wrote
+    those rows.
     """
     if batch.teacher_logp is None or "teacher_text" not in batch.extra:
         raise ValueError(
@@ -62,10 +66,12 @@ def rapo(policy: PolicyTokens, batch: TrainBatch, *, phi_low: float = 0.5, cap: 
     """Forward KL from the reference, flattened where the reward is low, to the policy, arXiv:2510.03865.
     Values (B, T).
 
-    A reconstruction: the paper's text gives neither phi nor the level nor Z. Here, per token, q = softmax(phi
-    ln pi_ref) with phi = clip(R, phi_low, 1) of the completion's reward, normalised over the full vocabulary
-    (``ref_log_mass``: ln of its sum). The cross-entropy ``-sum_v q(v) ln pi(v)`` is estimated from the
-    sampled token as ``-sg[min(q / pi_old, cap)] ln pi``, which without the cap is unbiased in value and
+    Formula: ``-sg[min(q / pi_old, cap)] ln pi``, ``q = softmax(phi ln pi_ref)``, ``phi = clip(R, phi_low,
+    1)``
+
+    A reconstruction: the paper's text gives neither phi nor the level nor Z. Here q is normalised over the
+    full vocabulary (``ref_log_mass``: ln of its sum) and R is the completion's reward. The term estimates the
+    cross-entropy ``-sum_v q(v) ln pi(v)`` from the sampled token; without the cap it is unbiased in value and
     gradient, also in later updates of a step. Differentiating the estimator of the metric itself (``kl``: rho
     ln rho - rho + 1, rho = q / pi) would give a different gradient. For the paper's entropy bonus add the
     term ``entropy``.

@@ -22,9 +22,10 @@ def clamped_entropy(policy: PolicyTokens, batch: TrainBatch, *, share: float = 0
     """AEnt's bonus: minus the entropy of the policy over its likelier tokens, arXiv:2509.03493. Values (B,
     T), nats.
 
-    The ``floor(share V)`` least likely tokens are left out and the rest is renormalised; the choice carries
-    no gradient. share 0 is the ordinary entropy bonus. The metric ``nats`` is the clamped entropy, which the
-    coefficient ``entropy_band`` observes.
+    Formula: ``-H(p)``, p the policy over all but the ``floor(share V)`` least likely tokens, renormalised
+
+    The choice of tokens carries no gradient. share 0 is the ordinary entropy bonus. The metric ``nats`` is
+    the clamped entropy, which the coefficient ``entropy_band`` observes.
     """
     name = f"clamped_entropy:{share}"
     if name not in policy.extra:
@@ -48,12 +49,13 @@ def epo(
     """Entropy bonus minus a penalty for leaving the range of earlier entropies, arXiv:2509.22576. Values (B,
     T), nats.
 
-    ``-(H - smoothing alpha P)`` with ``P = max(0, kappa_low h - H) + max(0, H - kappa_high h)``, where h is
-    ``history``, the mean entropy of the earlier steps: (), or (K,) for the turns of an episode, each token's
-    being that of its turn; without a history there is no penalty. history and smoothing come from the
-    coefficient ``epo_schedule``. alpha is 0.1 for ALFWorld and 0.05 for ScienceWorld.
-    penalty "constant" is the released code's: alpha outside the open range, which has no gradient and so
-    changes only the reported loss.
+    Formula: ``-(H - smoothing alpha P)``, ``P = max(0, kappa_low h - H) + max(0, H - kappa_high h)``
+
+    h is ``history``, the mean entropy of the earlier steps: (), or (K,) for the turns of an episode, each
+    token's being that of its turn; without a history there is no penalty. history and smoothing come from the
+    coefficient ``epo_schedule``. alpha is 0.1 for ALFWorld and 0.05 for ScienceWorld. penalty "constant" is
+    the released code's: alpha outside the open range, which has no gradient and so changes only the reported
+    loss.
     """
     if policy.entropy is None:
         raise ValueError("the epo term needs policy.entropy, which was not computed")

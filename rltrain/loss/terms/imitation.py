@@ -17,8 +17,10 @@ __all__ = ["rewarded_nll"]
 def rewarded_nll(
     policy: PolicyTokens, batch: TrainBatch, *, rows: Literal["rewarded", "positive"] = "rewarded"
 ) -> TokenLoss:
-    """Negative log-likelihood of the completions that were rewarded, ``-log pi`` on their tokens,
-    arXiv:2504.05118 (VAPO's positive example loss). Values (B, T).
+    """Negative log-likelihood of the completions that were rewarded, arXiv:2504.05118 (VAPO's positive
+    example loss). Values (B, T).
+
+    Formula: ``-1[R > 0] ln pi``
 
     rows: those with a reward above 0, or those with an advantage above 0. The aggregate divides by all tokens
     or completions of the update and not by the rewarded ones, so that an update with few of them pulls less

@@ -39,12 +39,13 @@ def kl(
 ) -> TokenLoss:
     """Estimate of KL(pi || pi_ref) on the sampled tokens, in nats. Values (B, T).
 
-    With d = ref_logp - logp: k2 = d^2 / 2, whose on-policy gradient is exactly that of the reverse KL; k3 =
-    e^d - d - 1 (GRPO, arXiv:2402.03300), unbiased and never negative, whose on-policy gradient is that of the
-    forward KL; abs = |d|, whose gradient has one size for every token (verl). The ``_plus`` forms have the
-    value of their estimator (k1 = -d) and the gradient of k2. clamp "verl" limits d to +-20 and k3 to at most
-    10, beyond which the token has no gradient. ratio_corrected multiplies by pi / pi_old, with gradient
-    (TRL's use_bias_correction_kl).
+    Formula: k2: ``d^2 / 2``, k3: ``e^d - d - 1``, abs: ``|d|``, ``d = ln pi_ref - ln pi``
+
+    estimator: the on-policy gradient of k2 is exactly that of the reverse KL; k3 (GRPO, arXiv:2402.03300) is
+    unbiased and never negative, and its on-policy gradient is that of the forward KL; that of abs has one
+    size for every token (verl). The ``_plus`` forms have the value of their estimator (k1 = -d) and the
+    gradient of k2. clamp "verl" limits d to +-20 and k3 to at most 10, beyond which the token has no
+    gradient. ratio_corrected multiplies by pi / pi_old, with gradient (TRL's use_bias_correction_kl).
     """
     if batch.ref_logp is None:
         raise ValueError("the kl term needs ref_logp, which the batch lacks")
@@ -68,7 +69,9 @@ def kl(
 
 @method("entropy", needs={ENTROPY_GRAD})
 def entropy(policy: PolicyTokens, batch: TrainBatch) -> TokenLoss:
-    """Entropy bonus: ``-H`` of the current policy at each token, in nats (Williams and Peng 1991).
+    """Entropy bonus of the current policy at each token, in nats (Williams and Peng 1991).
+
+    Formula: ``-H``
 
     Values (B, T).
     """

@@ -6,7 +6,7 @@ vLLM loads this module for ``--worker-extension-cls``; its import registers the 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +46,7 @@ from rltrain.weight_transfer import (
     TransferGroup,
     allocate_buffer,
     connect_store,
+    proof_key,
 )
 
 __all__ = ["Extension", "TransferEngine"]
@@ -95,6 +96,8 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._push = ""
         self._next = 0
         self._is_complete = False
+        self._places: tuple[Mapping[str, Place], Architecture] | None = None
+        self._readers: Sequence[tuple[str, Reader]] = ()  # of every parameter
         if device.type == "cpu":
             pack_experts_on_reload(model)
 
@@ -151,6 +154,7 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             raise RuntimeError(f"the push ended after {self._next} buckets, without its last")
         self.abandon()
         repack_heads(self.model)
+        self.write_sums(proof_key(self._push))
 
     def abandon(self) -> None:
         """Gives every layer memory again after the buckets that came, whatever they were."""
@@ -158,11 +162,46 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._is_loading = False
             finalize_layerwise_reload(self.model, self.model_config)
 
-    def put(self, key: str, value: str) -> None:
+    def write_sums(self, key: str, names: Collection[str] | None = None) -> None:
+        """Writes the ``ProcessSums`` of the weights that this process computes with to the learner's store.
+
+        names: of these alone; None: of all. The first proof reads every entry of packed layers; later ones
+        those of a share that ``key`` draws, and of the others what was recorded when they were packed.
+
+        By the store, because a server answers with its first engine's results alone. A model that cannot be
+        proved says why there too: of an exception vLLM tells the learner no more than that there was one.
+        """
+        try:
+            places, architecture = self.find_places()
+            readers = self._readers
+            if names is not None:
+                readers = find_readers(self.model, places, architecture, names)
+
+            def reads_entries(path: str) -> bool:
+                return stable_hash(key, path) % _ENTRIES_SHARE == 0
+
+            products = list(read_products(self.model, readers, reads_entries))
+            sums = sum_products(products, self.parallel_config)
+        except UserError as error:
+            sums = ProcessSums(refusal=str(error))
+        self.put(key, sums)
+
+    def put(self, key: str, sums: ProcessSums) -> None:
         """Writes to the store of the learner, under a key of this process."""
         if self._group is None:
             raise RuntimeError("the learner asks for a proof, but has not sent init_weight_transfer_engine")
-        self._group.store.set(f"{key}/{self._rank}", value)
+        self._group.store.set(f"{key}/{self._rank}", sums.to_json())
+
+    def find_places(self) -> tuple[Mapping[str, Place], Architecture]:
+        if self._places is None:
+            config = self.vllm_config.model_config
+            trusted = trusts(config.model, config.revision)
+            architecture, _ = read_architecture(config.hf_config, trusted=trusted)
+            places = find_places(self.model, architecture).by_name
+            record_packed_layers(self.model, places, architecture)
+            self._readers = find_readers(self.model, places, architecture)
+            self._places = places, architecture
+        return self._places
 
     def shutdown(self) -> None:
         if self._group is not None:
@@ -176,8 +215,6 @@ class Extension:
     weight_transfer_engine: TransferEngine
     vllm_config: Any
     _weight_update_active: bool
-    _rltrain_places: tuple[Mapping[str, Place], Architecture]
-    _rltrain_readers: Sequence[tuple[str, Reader]]  # of every parameter, for every proof
 
     def rltrain_alive(self) -> str:
         """Answers while the process runs; ``/health`` answers for one that is stopped too."""
@@ -191,52 +228,18 @@ class Extension:
         return "abandoned"
 
     def rltrain_fingerprint(self, key: str, names: str = "") -> str:
-        """Writes the ``ProcessSums`` of the weights that this process computes with to the learner's store.
-
-        names: of these alone, as a JSON list; empty: of all. The first proof reads every entry of packed
-        layers; later ones those of a share that ``key`` draws, and of the others what was recorded when they
-        were packed.
-
-        By the store, because a server answers with its first engine's results alone. A model that cannot be
-        proved says why there too: of an exception vLLM tells the learner no more than that there was one.
-        """
-        try:
-            places, architecture = self._find_places()
-            model = self.weight_transfer_engine.model
-            readers = self._rltrain_readers
-            if names:
-                readers = find_readers(model, places, architecture, set(json.loads(names)))
-
-            def reads_entries(path: str) -> bool:
-                return stable_hash(key, path) % _ENTRIES_SHARE == 0
-
-            products = list(read_products(model, readers, reads_entries))
-            sums = sum_products(products, self.vllm_config.parallel_config)
-        except UserError as error:
-            sums = ProcessSums(refusal=str(error))
-        self.weight_transfer_engine.put(key, sums.to_json())
+        """``TransferEngine.write_sums``. names: a JSON list; empty: of all weights."""
+        self.weight_transfer_engine.write_sums(key, set(json.loads(names)) if names else None)
         return "written"
 
     def rltrain_adapter_fingerprint(self, key: str, identity: str, rank: str) -> str:
         """The same of the adapter of this number, by peft's names: of A, and of B times the scale."""
         engine = self.vllm_config.parallel_config.data_parallel_index
-        places, _ = self._find_places()
+        places, _ = self.weight_transfer_engine.find_places()
         held = adapter_fingerprints(self, int(identity), int(rank), places)
         sums = {name: (value.projection, value.square, engine) for name, value in held.items()}
-        self.weight_transfer_engine.put(key, ProcessSums(sums).to_json())
+        self.weight_transfer_engine.put(key, ProcessSums(sums))
         return "written"
-
-    def _find_places(self) -> tuple[Mapping[str, Place], Architecture]:
-        if not hasattr(self, "_rltrain_places"):
-            config = self.vllm_config.model_config
-            trusted = trusts(config.model, config.revision)
-            architecture, _ = read_architecture(config.hf_config, trusted=trusted)
-            model = self.weight_transfer_engine.model
-            places = find_places(model, architecture)
-            record_packed_layers(model, places.by_name, architecture)
-            self._rltrain_readers = find_readers(model, places.by_name, architecture)
-            self._rltrain_places = places.by_name, architecture
-        return self._rltrain_places
 
 
 @torch.inference_mode()
@@ -247,8 +250,8 @@ def sum_products(products: Sequence[Product], parallel: Any) -> ProcessSums:
     """
     divided = [product for product in products if product.share.columns is not None]
     parts = {product.name: float(product_sums(product.name, product.values)[0]) for product in divided}
-    whole = [product for product in products if product.share.columns is None]
-    products = [*whole, *_add_columns(divided)]
+    undivided = [product for product in products if product.share.columns is None]
+    products = [*undivided, *_add_columns(divided)]
     rank = get_tp_group().rank_in_group
     sums: dict[str, tuple[float, float, int]] = {}
     for product in products:

@@ -163,23 +163,49 @@ def stops(setup: ControllerSetup) -> tuple[int, ...]:
     return tuple(sorted(setup.tokenization.stop_tokens.stop))
 
 
-def train_lagged(source: Any, folder: Path, at_update: Callable[[int], None], **how: Any) -> str:
-    """The digest of the final weights with a lag of one."""
-    weights = make_weights(3)
+def train_lagged(
+    source: Any,
+    folder: Path,
+    at_update: Callable[[int], None] = lambda step: None,
+    kept: dict[str, Any] | None = None,
+    **how: Any,
+) -> str:
+    """The digest of the final weights with a lag of one. kept: the checkpoint after the latest push, with
+    which a later call goes on.
+    """
+    kept = {"step": 0, "weights": make_weights(3)} if kept is None else kept
+    weights = {name: weight.clone() for name, weight in kept["weights"].items()}
+    first = kept["step"]
     sync = source.verify.__self__
     process = source.process if isinstance(source, ControlledRollouts) else ALONE
     journaled = JournaledRollouts(source, Journal(RunFolder(folder)), process, lambda: digest(weights))
     lagged = LaggedRollouts(journaled, 1, STEPS, **how)
-    for step in range(STEPS + 1):
+    if "state" in kept:
+        lagged.load_state_dict(kept["state"])
+    for step in range(first, STEPS + 1):
         lagged.settle()
-        if step:
+        if step > first:
             lagged.observe({"learner/entropy_mean": 1.0})
-        sync.push(KeptWeights(lambda dtype: iter(weights.items())), step, expect_change=step > 0)
+        sync.push(KeptWeights(lambda dtype: iter(weights.items())), step, expect_change=step > first)
+        copy = {name: weight.clone() for name, weight in weights.items()}
+        kept.update(step=step, weights=copy, state=lagged.state_dict())
         if step < STEPS:
             groups = lagged.take(step + 1, step).groups
             at_update(step + 1)
             update(weights, cast("Any", groups))
     return digest(weights)
+
+
+def train_lagged_here(setup: ControllerSetup, folder: Path) -> str:
+    """The same in this process, where sampling and learning take turns, on one worker of its own."""
+    folder.mkdir()
+    engine, _ = make_engine({"worker 0": FakeHome()})
+    engine._model = dataclasses.replace(MODEL, decode=setup.tokenization.decode, stop_token_ids=stops(setup))
+    sync = Sync([engine], {}, sample=4, full_every=1, seed=0)
+    with contextlib.closing(engine), build_grader(setup.reward, 60.0) as grader:
+        here = _build_source(setup, cast("Any", engine), grader, cast("Any", no_deadline))
+        here.verify, here.put_to_sleep = sync.verify, sync.sleep
+        return train_lagged(here, folder)
 
 
 def test_it_samples_while_two_ranks_learn(
@@ -189,16 +215,8 @@ def test_it_samples_while_two_ranks_learn(
     step on its socket before the ranks wait for them.
     """
     homes["worker 1"].change(seconds=0.005)
-    (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
-    engine, _ = make_engine({"worker 0": FakeHome()})
-    engine._model = dataclasses.replace(MODEL, decode=setup.tokenization.decode, stop_token_ids=stops(setup))
-    sync = Sync([engine], {}, sample=4, full_every=1, seed=0)
-    with contextlib.closing(engine), build_grader(setup.reward, 60.0) as grader:
-        here = _build_source(setup, cast("Any", engine), grader, cast("Any", no_deadline))
-        here.verify, here.put_to_sleep = sync.verify, sync.sleep
-        expected = train_lagged(here, tmp_path / "here", lambda step: None)
-
+    expected = train_lagged_here(setup, tmp_path / "here")
     ranks = Ranks(2)
     arrived: list[bool] = []
 
@@ -217,6 +235,46 @@ def test_it_samples_while_two_ranks_learn(
         jobs = [threads.submit(learn, rank) for rank in (0, 1)]
         assert [job.result(300) for job in jobs] == [expected, expected]
     assert arrived == [True] * (STEPS - 1)
+
+
+def test_a_controller_that_is_killed_costs_a_lagged_run_nothing(
+    setup: ControllerSetup, homes: dict[str, FakeHome], tmp_path: Path
+) -> None:
+    """It ends while a worker has its requests for the next step; the run goes on from its checkpoint with
+    another one, to the bit.
+    """
+    (tmp_path / "there").mkdir()
+    expected = train_lagged_here(setup, tmp_path / "here")
+    kept: dict[str, Any] = {"step": 0, "weights": make_weights(3)}
+    how: dict[str, Any] = {"overlaps": True, "has_thread": False}
+    left = homes["worker 0"].worker.read("running")  # of other controllers
+
+    first: Any = open_rank(setup)
+    observe = first.observe
+
+    def slow_down(*numbers: Any) -> None:
+        """Nothing is under way here, before the push after the first step."""
+        homes["worker 0"].change(seconds=600.0)
+        observe(*numbers)
+
+    first.observe = slow_down
+
+    def kill(step: int) -> None:
+        if step == 2:
+            wait_until(lambda: homes["worker 0"].worker.read("running") > left)
+            os.kill(first.controller.process.pid, signal.SIGKILL)
+
+    with contextlib.closing(first), pytest.raises(ControllerGone, match="exit code -9"):
+        train_lagged(first, tmp_path / "there", kill, kept, **how)
+    homes["worker 0"].change(seconds=0.001)
+    assert kept["step"] == 1 and [step for step, _ in kept["state"]["ahead"]] == [2]
+    journal = Journal(RunFolder(tmp_path / "there"))
+    before = [journal.read(step) for step in (1, 2)]
+    assert journal.steps() == [1, 2]
+
+    with contextlib.closing(open_rank(setup)) as second:
+        assert train_lagged(second, tmp_path / "there", kept=kept, **how) == expected
+    assert [journal.read(step) for step in (1, 2)] == before
 
 
 @pytest.mark.slow

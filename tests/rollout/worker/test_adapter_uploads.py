@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import rltrain.sync.adapter_server as adapter_server
+from rltrain.build import schedule
 from rltrain.build.workflows import WORKFLOWS
 from rltrain.cli.train import train_command
 from rltrain.config.load import load_recipe
 from rltrain.config.rules import check
+from rltrain.rollout.colocated import ColocatedRollouts
 from rltrain.rollout.worker.client import WorkerClient
 from rltrain.rollout.worker.flags import WorkerSettings
 from rltrain.rollout.worker.guard import TOKEN
 from rltrain.rollout.worker.process import LocalWorker
 from rltrain.sync.fingerprint import WeightMismatchError
+from rltrain.train import online
 from rltrain.types.samples import REFERENCE_VERSION
+from support.resumed_runs import differing
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 ROOT = Path(__file__).parents[3]
@@ -81,18 +86,22 @@ def key_of(engine: str, worker: LocalWorker) -> str:
 
 
 def train(
-    engine: str, worker: LocalWorker, folder: Path, use: Callable[[Any], dict[str, Any]] = lambda run: {}
+    engine: str,
+    worker: LocalWorker,
+    folder: Path,
+    use: Callable[[Any], dict[str, Any]] = lambda run: {},
+    keys: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Trains, and returns what ``use`` finds in the run before its engine closes."""
-    overrides = [f"model.path={worker.settings.model}", *SETTINGS, key_of(engine, worker)]
+    overrides = [f"model.path={worker.settings.model}", *SETTINGS, key_of(engine, worker), *keys]
     recipe = check(
         load_recipe(ROOT / "recipes/policy/grpo.yaml", profile="tiny_cpu", overrides=overrides)
     ).recipe
-    online = WORKFLOWS["online"]
+    workflow = WORKFLOWS["online"]
     numbers: dict[str, Any] = {}
 
     def build(*arguments: Any) -> Any:
-        run = online.build(*arguments)
+        run: Any = workflow.build(*arguments)
         close = run.source.close
         # some sources are frozen
         object.__setattr__(run.source, "close", lambda: (numbers.update(use(run)), close()))
@@ -100,7 +109,7 @@ def train(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(TOKEN, worker.token)
-        patch.setitem(WORKFLOWS, "online", dataclasses.replace(online, build=build))
+        patch.setitem(WORKFLOWS, "online", dataclasses.replace(workflow, build=build))
         assert train_command(recipe, folder, [], "never") == 0
     return numbers
 
@@ -150,6 +159,40 @@ def test_an_uploaded_adapter_is_proved_at_every_push_and_equals_peft(
     )
     assert by_server.keys() == by_pool.keys()
     assert all(torch.equal(weight, by_pool[name]) for name, weight in by_server.items())
+
+
+def test_with_a_lag_it_samples_while_the_adapter_is_trained(
+    worker: LocalWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit what taking turns gives. Sampling of a step and learning from the one before wait for each
+    other: a run that took turns would never end.
+    """
+    lag = ("rollout.schedule={lag: 1}", "control=[tis]", "train.steps=3")
+    monkeypatch.setattr(schedule, "can_overlap", lambda recipe, process: False)
+    train("server", worker, tmp_path / "in turn", keys=lag)
+    monkeypatch.undo()
+
+    meetings = {step: threading.Barrier(2, timeout=120.0) for step in (2, 3)}
+    learned: list[int] = []
+    take = ColocatedRollouts.take
+    apply_methods = online.apply_methods
+
+    def sample(self: ColocatedRollouts, step: int, version: int) -> Any:
+        if step in meetings:
+            meetings[step].wait()
+        return take(self, step, version)
+
+    def learn(*arguments: Any) -> Any:
+        learned.append(1)
+        if len(learned) + 1 in meetings:
+            meetings[len(learned) + 1].wait()
+        return apply_methods(*arguments)
+
+    monkeypatch.setattr(ColocatedRollouts, "take", sample)
+    monkeypatch.setattr(online, "apply_methods", learn)
+    train("pool", worker, tmp_path / "at once", keys=lag)
+    assert len(learned) == 3
+    assert not differing(tmp_path / "in turn", tmp_path / "at once", "model/adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("engine", ["server", "pool"])

@@ -196,7 +196,7 @@ def layer_products(
 def read_products(
     model: nn.Module, readers: Sequence[tuple[str, Reader]], reads_entries: Callable[[str], bool]
 ) -> Iterator[Product]:
-    """The product of each weight that this process computes with; whoever changes values takes a copy.
+    """The product of each weight that this process computes with, not to be changed in place.
 
     reads_entries: whether the entries of the packed layer at this path are read, though there is a record of
     them.
