@@ -382,7 +382,7 @@ def merge_mappings(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[s
     if any(
         isinstance(upper.get(key), str) and upper[key] != lower.get(key, upper[key]) for key in _IDENTITY_KEYS
     ):
-        kept = {own: lower[own] for key, own in _METHOD_KEYS.items() if key in upper and own in lower}
+        kept = {name: lower[name] for key, name in _METHOD_KEYS.items() if key in upper and name in lower}
         return copy.deepcopy({**kept, **upper})
     result = copy.deepcopy(dict(lower))
     for key, value in upper.items():
