@@ -27,6 +27,8 @@ GOLDEN = frozenset(
         *("reinforce_pp", "rloo", "steer"),
     }
 )
+# a source of rollouts or of rewards each; tests/cli/test_replay.py has the others
+REPLAYED = frozenset({"aapo", "aepo", "dapo", "empg_calculator", "gain_rl", "prime"})
 RECIPES = sorted(path for path in (ROOT / "recipes" / "policy").glob("*.yaml") if path.stem not in GOLDEN)
 
 # A reward that an untrained model can climb: the share of the digit 7, correct when every character is one.
@@ -149,8 +151,8 @@ def test_every_recipe_runs_under_tiny_cpu(
     assert max(steps(lines, "rollout/mismatch_abs")) < 1e-4
     assert sum(steps(lines, "learner/grad_norm")) > 0
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
-    # its journal makes the same run again, to the bit, evaluations included
-    assert replay_command(plan_command(tmp_path / "run", None, [], check=True), None, check=True) == 0
+    if recipe.stem in REPLAYED:  # its journal makes the same run again, to the bit, evaluations included
+        assert replay_command(plan_command(tmp_path / "run", None, [], check=True), None, check=True) == 0
 
 
 @pytest.mark.vllm
