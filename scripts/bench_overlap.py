@@ -1,16 +1,18 @@
 """The seconds of a step with real workers, in turn with the learner and at the same time, and what
 ``rltrain plan --measured`` predicts of the second from the first. Writes scripts/results/overlap.json.
 
-    rltrain tiny-model
-    python scripts/bench_overlap.py --out runs/overlap
+    rltrain tiny-model --steps 1 --out .cache/untrained
+    python scripts/bench_overlap.py --model .cache/untrained --out runs/overlap
+
+The model is hardly trained, so that its completions are long.
 
 GRPO under ``--profile tiny_cpu`` with the engine ``vllm_server`` and two workers of this machine: ``sync``,
 and ``lag``, which is ``rollout.schedule: {lag: 1}`` with truncated importance weights (``tis``). On a machine
 whose cores the workers use up already, overlap gains what they leave idle. Finished runs in ``--out`` are
 reused.
 
-step_s: from the start of one step to that of the next. sampling_s, learning_s, push_s: see
-``rltrain plan --measured``. load: of the machine, just before the run and just after it.
+step_s: from the start of one step to that of the next, the median; step_mean_s: the mean. sampling_s,
+learning_s, push_s: see ``rltrain plan --measured``. load: of the machine, just before the run and after it.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ def read_run(run: Path) -> dict[str, Any]:
     }
     seconds = [starts[step + 1] - starts[step] for step in measured.steps if step + 1 in starts]
     return {
-        "step_s": round(statistics.fmean(seconds), 4),
+        "step_s": round(statistics.median(seconds), 4),
+        "step_mean_s": round(statistics.fmean(seconds), 4),
         "sampling_s": round(measured.sampling, 4),
         "learning_s": round(measured.learning, 4),
         "push_s": round(measured.push, 4),
@@ -87,6 +90,7 @@ def write_results(out: Path) -> None:
         },
         **runs,
         "sync to lag": round(runs["sync"]["step_s"] / runs["lag"]["step_s"], 3),
+        "sync to lag, means": round(runs["sync"]["step_mean_s"] / runs["lag"]["step_mean_s"], 3),
         "lag predicted from sync, if neither slowed the other": round(predicted.seconds, 4),
     }
     KEPT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -95,7 +99,7 @@ def write_results(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default=".cache/tiny-model")
+    parser.add_argument("--model", default=".cache/untrained")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "overlap")
     parser.add_argument("--steps", type=int, default=30)
     arguments = parser.parse_args()

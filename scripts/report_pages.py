@@ -2,8 +2,9 @@
 
     python scripts/report_pages.py [--runs DIR] [--figures DIR]
 
-One run of 2,000 steps and nine short ones, three methods with three seeds, all of the model of ``rltrain
-tiny-model`` on a CPU. The same command continues where it was stopped. It prints how long each page took to
+One run of 2,000 steps, nine short ones, three methods with three seeds, and one whose rollouts two vLLM
+servers write, all of the model of ``rltrain tiny-model`` on a CPU. The same command continues where it was
+stopped. It prints how long each page took to
 load, and ends with exit code 1 where a page wrote an error to the console or is wider than its window. Needs
 selenium, and Chromium or Chrome with its driver.
 """
@@ -32,6 +33,7 @@ METHODS = ("grpo", "clip_cov", "kl_cov")
 SMALL = ("rollout.prompts=8", "learner.updates=2", "eval.prompts=128", "eval.n=8")
 LONG = (*SMALL, "train.steps=2000", "eval.every=200", "checkpoint.every=200")
 SHORT = (*SMALL, "train.steps=60", "eval.every=20")
+POOL = (*SMALL, "train.steps=12", "rollout.engine=vllm_server", "rollout.workers={count: 2}")
 WINDOWS = ((1400, 900), (390, 844))  # pixels
 SCHEMES = ("light", "dark")
 FLAGS = (
@@ -45,6 +47,7 @@ PICTURES = {
     "curves": ("run", "curves"),
     "timeline": ("run", "timeline"),
     "tokens": ("run", "tokens"),
+    "lanes": ("pool", "lanes"),
     "comparison": ("comparison", ""),
     "comparison-curves": ("comparison", "curves"),
 }
@@ -93,9 +96,21 @@ def train_runs(runs: Path) -> dict[str, Path]:
     recipes = [f"{STUDY}/{name}.yaml" for name in METHODS]
     short = [word for setting in (path, *SHORT) for word in ("--set", setting)]
     run_rltrain("compare", *recipes, "--seeds", "3", "--out", str(runs / "compare"), *short)
+    train_pool(runs)
     folder = RunFolder.from_path(runs / "clip_cov")
     write_atomic(folder.report, run_page(folder))  # by the code at hand, whichever trained
-    return {"run": runs / "clip_cov/report.html", "comparison": runs / "compare/comparison.html"}
+    return {
+        "run": runs / "clip_cov/report.html",
+        "pool": runs / "pool/report.html",
+        "comparison": runs / "compare/comparison.html",
+    }
+
+
+def train_pool(runs: Path) -> None:
+    """Trains on what two workers sample."""
+    settings = (f"model.path={runs / 'model'}", *POOL)
+    words = [word for setting in settings for word in ("--set", setting)]
+    run_rltrain("train", "grpo", "--profile", "tiny_cpu", "--run", str(runs / "pool"), *words)
 
 
 def run_rltrain(*words: str) -> None:
@@ -132,7 +147,7 @@ def take_pictures(pages: dict[str, Path], figures: Path) -> list[str]:
 
 def show(driver: Any, element: str) -> None:
     """Brings ``element`` to the top of the window; "tokens": the completions, whose tokens it colours by
-    whether a control touched them.
+    whether a control touched them; "lanes": the last seconds of the run.
     """
     from selenium.webdriver.support.select import Select
 
@@ -141,6 +156,9 @@ def show(driver: Any, element: str) -> None:
         Select(driver.find_element("id", "colour")).select_by_value("touched")
         is_phone = driver.execute_script("return innerWidth < 700")
         element = "group" if is_phone else "completions"
+    elif element == "lanes":
+        Select(driver.find_element("id", "lanes-span")).select_by_value("10")
+        press_until_it_stands(driver, "lanes-later", "lanes-from")
     script = "document.getElementById(arguments[0])?.scrollIntoView({behavior: 'instant'})"
     driver.execute_script(script if element else "scrollTo(0, 0)", element)
     # a chart is drawn when it comes into view; two frames later everything in the window is
@@ -148,6 +166,14 @@ def show(driver: Any, element: str) -> None:
         "const done = arguments[0];"
         "setTimeout(() => requestAnimationFrame(() => requestAnimationFrame(() => done())), 300)"
     )
+
+
+def press_until_it_stands(driver: Any, button: str, text: str) -> None:
+    """Presses ``button`` until ``text`` stays the same."""
+    before = None
+    while (now := driver.find_element("id", text).text) != before:
+        before = now
+        driver.find_element("id", button).click()
 
 
 def save(driver: Any, path: Path) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -25,6 +25,8 @@ from rltrain.rollout.source import PromptedSource, Rollouts
 from rltrain.types.samples import Prompt, Sampling, ScoredGroup
 
 __all__ = ["JournaledRollouts", "restore_generators", "rollouts_of", "share_record"]
+
+_Record = TypeVar("_Record", StepRecord, EvaluationRecord)
 
 
 def rollouts_of(record: StepRecord) -> Rollouts:
@@ -40,15 +42,17 @@ def rollouts_of(record: StepRecord) -> Rollouts:
     )
 
 
-def share_record(process: Process, records: Sequence[StepRecord]) -> StepRecord | None:
+def share_record(process: Process, records: Sequence[_Record]) -> _Record | None:
     """Rank 0's record on every rank, None if it has none. Its groups cross between processes as arrays."""
     if process.world_size == 1:
         return next(iter(records), None)
-    shared = process.gather([(record.header, pack_groups(record.groups, {})) for record in records])
+    shared = process.gather(
+        [(replace(record, groups=()), pack_groups(record.groups, {})) for record in records]
+    )
     if not shared or records:
         return next(iter(records), None)
-    header, packed = shared[0]
-    return StepRecord(header, tuple(unpack_groups(packed, {})))
+    record, packed = shared[0]
+    return replace(record, groups=tuple(unpack_groups(packed, {})))
 
 
 @dataclass(frozen=True)
@@ -178,8 +182,7 @@ class JournaledRollouts:
                 record = None
             if record is not None and (record.weights, record.request) == (weights, request):
                 records = [record]
-        shared = self.process.gather(records)
-        return shared[0] if shared else None
+        return share_record(self.process, records)
 
     def observe(
         self, metrics: Mapping[str, float], entropy: Tensor | None = None, sampled: Tensor | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rltrain.checkpoint.journal import EvaluationRecord, Journal
+from rltrain.checkpoint.journal import Journal
 from rltrain.process import Process
 from rltrain.rollout.source import Rollouts
 from rltrain.sync.colocated import WeightOwner, WeightStream
@@ -54,7 +54,8 @@ class ReplayedRollouts:
     ) -> list[ScoredGroup]:
         """What the run sampled at this evaluation. Raises UserError where its file is damaged."""
         read = [self.journal.read_evaluation(version)] if self.process.is_main else []
-        record: EvaluationRecord = self.process.gather(read)[0]
+        record = share_record(self.process, read)
+        assert record is not None
         self.evaluations[version] = self.weights_digest() == record.weights
         restore_generators(record.random, self.process.rank)
         return list(record.groups)

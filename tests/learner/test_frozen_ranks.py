@@ -48,6 +48,9 @@ def test_a_frozen_model_computes_as_the_trained_one_and_is_divided(
         assert result["difference"] == 0 and result["spread"] > 0.1  # a reference with the policy's weights
         assert result["gathered"] == [] and result["iterate"] == []
         check_bytes(result, is_divided=backend != "ddp", rank=rank)
+        for who in () if backend == "ddp" else ("frozen",) if backend == "zero3" else ("frozen", "policy"):
+            peak, group = result["annotate"][who]  # a layer's weights are gathered together
+            assert 0 < group <= peak <= 2 * group < result["parameters"], who
     check_groups(results[0]["groups"], tied=tied, backend=backend)
 
 

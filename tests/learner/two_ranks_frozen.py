@@ -44,6 +44,7 @@ def main(path: str, out: Path) -> None:
     for who, module in (("frozen", frozen), ("policy", learner.trained.unwrapped_model)):
         layer: Any = module.inner.base_model.layers[0]
         layer.mlp.down_proj.register_forward_hook(lambda _m, _i, o, who=who: dtypes[who].add(str(o.dtype)))
+    counts = {"frozen": GatheredBytes(frozen), "policy": GatheredBytes(learner.trained.wrapped_model)}
     notes = learner.annotate(ROWS, frozenset({"logp", "ref_logp"}))
     gathered = [name for name, module in frozen.named_modules() if is_gathered(module)]
     result = {
@@ -53,6 +54,7 @@ def main(path: str, out: Path) -> None:
         "bytes": sum(local(parameter).nbytes for parameter in frozen.parameters()),
         "parameters": sum(parameter.numel() for parameter in frozen.parameters()),
         "gathered": gathered,
+        "annotate": {who: [count.peak, count.largest_group()] for who, count in counts.items()},
         "loading": loading,
         "masters": masters,
         "largest": max(parameter.numel() for parameter in frozen.parameters()),
@@ -107,6 +109,33 @@ def iterate_follows(model: Model) -> list[str]:
             local(parameter).zero_()
     learner.restore(saved, learner.state())
     return different + differing()
+
+
+class GatheredBytes:
+    """The bytes that FSDP2's groups in ``model`` have gathered, at most, when one of its modules begins."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.peak = 0
+        modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        groups: list[Any] = [module._get_fsdp_state()._fsdp_param_group for module in modules]
+        self._groups = {
+            id(group): group for group in groups if group is not None
+        }.values()  # a tied pair's once
+        for module in model.modules():
+            module.register_forward_pre_hook(self.note)
+
+    def note(self, module: nn.Module, inputs: Any) -> None:
+        del module, inputs
+        held = (output.untyped_storage().size() for group in self._groups for output in outputs_of(group))
+        self.peak = max(self.peak, sum(held))
+
+    def largest_group(self) -> int:
+        return max((sum(output.nbytes for output in outputs_of(group)) for group in self._groups), default=0)
+
+
+def outputs_of(group: Any) -> list[torch.Tensor]:
+    """What a group has gathered; without storage where it is freed again."""
+    return [output for parameter in group.fsdp_params for output in parameter.all_gather_outputs]
 
 
 def groups_of(policy: nn.Module) -> dict[str, list[str]]:

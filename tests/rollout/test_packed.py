@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 
-from rltrain.checkpoint.journal import StepHeader, StepRecord
+from rltrain.checkpoint.journal import EvaluationRecord, StepHeader, StepRecord
 from rltrain.process import ALONE, Process
 from rltrain.reward.score import Episode, Score
 from rltrain.rollout.packed import (
@@ -97,14 +98,22 @@ def test_packed_requests_are_what_they_were() -> None:
         pickle_packed(requests)
 
 
+KEPT = ScoredGroup(
+    0,
+    Prompt("a", (1, 2), "text"),
+    (Completion((5, 6), (-0.1, -1e-30), "stop", "x", (Span(0, 2, 7),)),),
+    (Score(1.0),),
+)
+
+
 @pytest.mark.parametrize("has_record", [True, False])
-def test_a_kept_step_is_the_same_on_every_rank(has_record: bool) -> None:
-    completion = Completion((5, 6), (-0.1, -1e-30), "stop", "x", (Span(0, 2, 7),))
-    group = ScoredGroup(0, Prompt("a", (1, 2), "text"), (completion,), (Score(1.0),))
-    record = StepRecord(HEADER, (group,))
+@pytest.mark.parametrize(
+    "record", [StepRecord(HEADER, (KEPT,)), EvaluationRecord(7, "w", "r", [{"python": 1}], (KEPT,))]
+)
+def test_what_the_journal_keeps_is_the_same_on_every_rank(record: Any, has_record: bool) -> None:
     ranks = Ranks(2)
 
-    def share(rank: int) -> StepRecord | None:
+    def share(rank: int) -> Any:
         process = Process(rank, 2, gather=functools.partial(ranks.gather, rank), is_main=rank == 0)
         return share_record(process, [record] if has_record and process.is_main else [])
 
