@@ -131,7 +131,6 @@ def main() -> None:
             failures.append(recipe)
             continue
         record["recipes"][recipe] = summary(arguments.out / recipe)
-        record.get("earlier", {}).pop(recipe, None)
         record["recipes"] = dict(sorted(record["recipes"].items()))
         KEPT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(recipe, record["recipes"][recipe], flush=True)

@@ -51,7 +51,7 @@ losses l of the tokens of B completions.
 steps (150 for data sets), with the result on held-out prompts or pairs and the mean entropy (nats) of the
 samples in the first and last tenth of the steps. **Bold** results can be told from the baseline's: their 95 %
 interval lies outside it (a loss: outside its value before training). `recipes/measured.json` has every run
-and interval. All started from one model, which `rltrain tiny-model` makes.{earlier} The baselines:
+and interval. All started from one model, which `rltrain tiny-model` makes. The baselines:
 
 {baselines}
 """
@@ -149,18 +149,12 @@ def measured_recipe(key: str, spec: MethodSpec, recipes: list[str]) -> str | Non
     return named or next(iter(recipes_of_name or recipes_of_paper or only_recipe), None)
 
 
-def measured_effect(recipe: str | None, measured: dict[str, Any]) -> str:
-    """The recipe's result, bold where it can be told from the baseline's; empty if it was not measured.
-
-    measured: the file; its part "earlier" has results, a baseline among them, that started from another model
-    and were not measured again.
-    """
-    for part, note in (("recipes", ""), ("earlier", "earlier model: ")):
-        record = measured.get(part, {})
-        if recipe in record:
-            text = note + effect_text(record[recipe])
-            return f"**{text}**" if differs_from_baseline(record[recipe], record) else text
-    return ""
+def measured_effect(recipe: str | None, record: dict[str, Any]) -> str:
+    """The recipe's result, bold where it can be told from the baseline's; empty if it was not measured."""
+    if recipe not in record:
+        return ""
+    text = effect_text(record[recipe])
+    return f"**{text}**" if differs_from_baseline(record[recipe], record) else text
 
 
 def differs_from_baseline(result: dict[str, Any], record: dict[str, Any]) -> bool:
@@ -186,11 +180,6 @@ def effect_text(result: dict[str, Any]) -> str:
 def baseline_text(name: str, result: dict[str, Any]) -> str:
     low, high = result["after"][1:]
     return f"- `{name}`: {effect_text(result)}; {result['measure']} after training in [{low:.2f}, {high:.2f}]"
-
-
-def baseline_of_earlier(measured: dict[str, Any]) -> str:
-    name = BASELINES["pass@1"]
-    return f"`{name}` has {effect_text(measured['earlier'][name])}"
 
 
 def recipe_header(recipe: str) -> dict[str, Any]:
@@ -224,9 +213,9 @@ def formula(doc: str) -> str:
     return formulas[0].replace("``", "`").replace("|", "\\|")
 
 
-def row(key: str, spec: MethodSpec, recipes: list[str], measured: dict[str, Any]) -> str:
+def row(key: str, spec: MethodSpec, recipes: list[str], record: dict[str, Any]) -> str:
     location = f"`{spec.module.removeprefix('rltrain.').replace('.', '/')}.py:{spec.attribute}`"
-    effect = measured_effect(measured_recipe(key, spec, recipes), measured)
+    effect = measured_effect(measured_recipe(key, spec, recipes), record)
     listed = recipes if len(recipes) <= 4 else [*recipes[:3], f"{len(recipes) - 3} more"]
     return (
         f"| `{spec.name}` | {spec.arxiv or ''} | {summarize(spec.doc)} | {formula(spec.doc)} | "
@@ -238,17 +227,10 @@ def methods_page() -> str:
     measured = json.loads((ROOT / "recipes" / "measured.json").read_text(encoding="utf-8"))
     record = measured["recipes"]
     baselines = "\n".join(baseline_text(name, record[name]) for name in BASELINES.values())
-    earlier = ""
-    if measured.get("earlier"):
-        earlier = (
-            f'\nRows that say "earlier model" are of another one, from which {baseline_of_earlier(measured)}.'
-        )
-    parts = [INTRODUCTION.format(steps=measured["conditions"]["steps"], baselines=baselines, earlier=earlier)]
+    parts = [INTRODUCTION.format(steps=measured["conditions"]["steps"], baselines=baselines)]
     for title, key, registry in KINDS:
         users = recipes_by_method(key)
-        rows = [
-            row(key, spec, users.get(name, []), measured) for name, spec in sorted(registry.specs.items())
-        ]
+        rows = [row(key, spec, users.get(name, []), record) for name, spec in sorted(registry.specs.items())]
         head = (
             f"## {title} (`{key}`)\n\n| name | arXiv | what | formula | function | recipes | measured "
             "|\n|---|---|---|---|---|---|---|\n"
