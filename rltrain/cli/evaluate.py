@@ -120,11 +120,11 @@ def generate_command(
     )
     sampled = with_prompt_date(sampled)
     console = Console(highlight=False)
-    completions = _sample_texts(sampled, prompts, n, temperature, em_inf)
+    completions = sample_texts(sampled, prompts, n, temperature, em_inf)
     if before is not None:
         model = sampled.model.model_copy(update={"path": before, "revision": None})
         other = sampled.model_copy(update={"model": model})
-        show_beside(prompts, _sample_texts(other, prompts, n, temperature, em_inf), completions, console)
+        show_beside(prompts, sample_texts(other, prompts, n, temperature, em_inf), completions, console)
         return 0
     for text, group in zip(prompts, completions, strict=True):
         console.print(text, style="bold", markup=False)
@@ -133,7 +133,7 @@ def generate_command(
     return 0
 
 
-def _sample_texts(
+def sample_texts(
     recipe: SampledRecipe, prompts: Sequence[str], n: int, temperature: float, em_inf: float | None
 ) -> list[list[str]]:
     """``n`` completions of each prompt by the recipe's model."""
