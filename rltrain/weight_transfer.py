@@ -218,6 +218,17 @@ class TransferGroup:
             time.sleep(_POLL_SECONDS)
         work.wait()
 
+    def publish(self, key: str, text: str) -> None:
+        """Writes ``text`` under a key of this member; who is told of it afterwards finds it there.
+
+        Nobody answers a store's ``set``: the server of the store may take it later than the news that it was
+        sent. The answer to the next question on this connection comes after it.
+        """
+        own = f"{key}/{self._rank}"
+        self.store.set(own, text)
+        if not self.store.check([own]):
+            raise RuntimeError(f"the store of the weight transfer has lost {own}")
+
     def _meet(self, seconds: float, check: Callable[[], object]) -> None:
         """Waits until every member has come as often as this one."""
         self._meetings += 1

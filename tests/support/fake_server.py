@@ -86,7 +86,7 @@ class FakeWeights:
         subset = json.loads(names) if names else tensors
         fingerprints = {name: weight_fingerprint(name, tensors[name]) for name in subset}
         sums = {name: (value.projection, value.square, 0) for name, value in fingerprints.items()}
-        self._group.store.set(f"{key}/1", ProcessSums(sums, refusal=self.refusal).to_json())
+        self._group.publish(key, ProcessSums(sums, refusal=self.refusal).to_json())
 
 
 @dataclass

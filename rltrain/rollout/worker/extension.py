@@ -90,7 +90,6 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
         self._group: TransferGroup | None = None
-        self._rank = 0
         self._buffer: Tensor | None = None
         self._is_loading = False
         self._push = ""
@@ -106,8 +105,8 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         membership = Membership(**vars(init_info))
         parallel = self.parallel_config
         processes = parallel.data_parallel_index * parallel.world_size
-        self._rank = membership.rank_offset + processes + parallel.rank
-        self._group = TransferGroup(connect_store(membership), membership, self._rank)
+        rank = membership.rank_offset + processes + parallel.rank
+        self._group = TransferGroup(connect_store(membership), membership, rank)
 
     def start_weight_update(self) -> None:
         """Begins a push; what an unfinished one left in the layers is dropped."""
@@ -190,7 +189,7 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Writes to the store of the learner, under a key of this process."""
         if self._group is None:
             raise RuntimeError("the learner asks for a proof, but has not sent init_weight_transfer_engine")
-        self._group.store.set(f"{key}/{self._rank}", sums.to_json())
+        self._group.publish(key, sums.to_json())
 
     def find_places(self) -> tuple[Mapping[str, Place], Architecture]:
         if self._places is None:
