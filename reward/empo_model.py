@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from rltrain.reward import answer_text, remote
-from rltrain.reward.empo import Rules, cluster, same_words, score_clusters
+from rltrain.reward.answer_clusters import Rules, cluster, same_words, score_clusters
 from rltrain.reward.judge import check_comparisons, make_chat_endpoint, make_question, quote, reply_text
 from rltrain.reward.remote import RemoteError
 from rltrain.reward.score import RewardInputs, Score, reward

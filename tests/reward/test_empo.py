@@ -5,9 +5,10 @@ from itertools import permutations
 
 import pytest
 
+from rltrain.reward.answer_clusters import cluster, first_equal
 from rltrain.reward.answer_text import extract_answer
 from rltrain.reward.combine import combine
-from rltrain.reward.empo import cluster, empo, first_equal
+from rltrain.reward.empo import empo
 from rltrain.reward.resolve import RewardCall, resolve
 from rltrain.reward.score import RewardInputs, Score
 from rltrain.reward.score_checks import as_score
