@@ -224,10 +224,10 @@ class TransferGroup:
         Nobody answers a store's ``set``: the server of the store may take it later than the news that it was
         sent. The answer to the next question on this connection comes after it.
         """
-        own = f"{key}/{self._rank}"
-        self.store.set(own, text)
-        if not self.store.check([own]):
-            raise RuntimeError(f"the store of the weight transfer has lost {own}")
+        entry = f"{key}/{self._rank}"
+        self.store.set(entry, text)
+        if not self.store.check([entry]):
+            raise RuntimeError(f"the store of the weight transfer has lost {entry}")
 
     def _meet(self, seconds: float, check: Callable[[], object]) -> None:
         """Waits until every member has come as often as this one."""

@@ -17,6 +17,7 @@ from rltrain.rollout.worker.client import Seconds, WorkerBusy, WorkerClient, Wor
 from rltrain.rollout.worker.guard import ADAPTER, GENERATE, INFO, Choice
 from support.fake_server import CONNECTION_FAULTS, FAULTS, VOCABULARY
 from support.fake_worker import FakeWorker, fake_worker
+from support.patience import PATIENCE
 from support.server_paths import SERVER_PATHS
 
 REQUEST = GenerateRequest(
@@ -54,7 +55,7 @@ def client(request: pytest.FixtureRequest) -> Iterator[WorkerClient]:
 def run(client: WorkerClient, work: Coroutine[Any, Any, Any]) -> Any:
     async def close_after() -> Any:
         try:
-            return await work
+            return await asyncio.wait_for(work, PATIENCE)  # what hangs fails, and the tests go on
         finally:
             await client.close_async()
 
@@ -138,22 +139,23 @@ def test_a_paused_server_keeps_its_requests(client: WorkerClient) -> None:
 
 
 def test_an_abort_answers_with_what_is_there(client: WorkerClient) -> None:
-    async def abort_after(seconds: float) -> list[list[Choice]]:
+    async def abort_after(seconds: float) -> tuple[Choice, bool]:
         long = change(n=1, max_tokens=250, stop_token_ids=[], seed=3)
         asked = asyncio.ensure_future(ask(client, long))
         await asyncio.sleep(seconds)
         await asyncio.to_thread(client.pause, "abort", True)
-        answer = await asked
-        await asyncio.to_thread(client.resume)
-        return answer
+        answered, _ = await asyncio.wait([asked], timeout=1.0)
+        await asyncio.to_thread(client.resume)  # a request that came after the pause waits for this
+        ((choice,),) = await asked
+        return choice, bool(answered)
 
-    # how long a completion takes is the machine's: an abort that came before the first token or after the
-    # last is tried again, later or sooner
+    # how long a completion takes is the machine's: an abort that came before the request or its first token,
+    # or after the last, is tried again, later or sooner
     seconds = 0.05
     for _ in range(20):
-        ((choice,),) = run(client, abort_after(seconds))
-        count = len(choice.token_ids)
-        assert choice.finish == ("length" if count == 250 else "abort")
+        choice, is_answered = run(client, abort_after(seconds))
+        count = len(choice.token_ids) if is_answered else 0
+        assert choice.finish == ("length" if len(choice.token_ids) == 250 else "abort")
         if 1 <= count < 250:
             return
         seconds *= 0.6 if count else 1.5
