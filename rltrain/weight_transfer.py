@@ -33,7 +33,6 @@ __all__ = [
     "allocate_buffer",
     "connect_store",
     "open_store",
-    "proof_key",
 ]
 
 _ALIGNMENT = 16  # bytes; a view of any type may begin there
@@ -66,7 +65,8 @@ class Membership:
 class Bucket:
     """Tensors that travel together: ``update_info`` of vLLM's ``/update_weights``.
 
-    push, index: buckets of another push, or in another order, are refused. seconds: for the broadcast.
+    push, index: buckets of another push, or in another order, are refused. seconds: for the broadcast. proof:
+    where the processes publish their ``ProcessSums`` when they finish the push; empty: nowhere.
     """
 
     push: str
@@ -76,6 +76,7 @@ class Bucket:
     dtype_names: Sequence[str]
     shapes: Sequence[Sequence[int]]
     seconds: float
+    proof: str = ""
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -104,11 +105,6 @@ class Bucket:
             (name, part[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape)))
             for name, part, dtype, shape in rows
         ]
-
-
-def proof_key(push: str) -> str:
-    """Where the store has the ``ProcessSums`` that processes write when they finish ``push``."""
-    return f"proof/{push}"
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rltrain.config.schema import Learner, Model, Optimizer
 from rltrain.learner.trained_model import TrainedModel
 from rltrain.rollout.worker.client import WorkerClient
-from rltrain.rollout.worker.flags import Address, WorkerSettings
+from rltrain.rollout.worker.flags import WorkerSettings
 from rltrain.rollout.worker.process import LocalWorker
-from rltrain.sync import pool
+from rltrain.sync import pool, server
 from rltrain.sync.pool import PoolPush
 from rltrain.sync.server import WorkerLink
 from rltrain.tensor_ops import Fingerprint, weight_fingerprint, weight_product
@@ -48,22 +48,6 @@ FINISH_UNPROVED = "finish without proof"
 SUMMED = "learner's fingerprints"  # while the buckets travel
 TOTAL = "push and proof"
 UNPROVED = "push without proof"
-
-
-class UnprovedSettings(WorkerSettings):
-    """Whose server can be told to end a push without a proof."""
-
-    def flags(self, address: Address) -> list[str]:
-        words = super().flags(address)
-        words[words.index("--worker-extension-cls") + 1] = "unproved_extension.UnprovedExtension"
-        return words
-
-    def environment(self, token: str) -> dict[str, str]:
-        folder = Path(__file__).parent
-        return {
-            **super().environment(token),
-            "PYTHONPATH": os.pathsep.join([str(folder.parent), str(folder)]),
-        }
 
 
 def make_model(folder: Path) -> None:
@@ -98,7 +82,7 @@ class Clock:
 
 
 def measure(folder: Path, pushes: int) -> dict[str, Any]:
-    settings = UnprovedSettings(
+    settings = WorkerSettings(
         model=str(folder),
         dtype="float32",
         max_model_len=128,
@@ -109,7 +93,7 @@ def measure(folder: Path, pushes: int) -> dict[str, Any]:
     )
     learner = Learner(optimizer=Optimizer(lr=1e-3), precision="float32")
     clock = Clock()
-    for method, name in {**PARTS, "read_pushed": READ}.items():
+    for method, name in {**PARTS, "take_proof": READ}.items():
         setattr(WorkerLink, method, clock.add_time(name, getattr(WorkerLink, method)))
     trained = TrainedModel(Model(path=str(folder)), learner, total_updates=4, seed=0)
     size = sum(weight.numel() * weight.itemsize for _, weight in trained.weights())
@@ -134,14 +118,13 @@ def time_pushes(
 ) -> dict[str, float]:
     """A push without proof, one with it, and a copy of as many bytes."""
     unknown = Fingerprint(0.0, 0.0)
-    client.call_workers("rltrain_prove", {"is_proved": "no"})
     with (
+        patch.object(server, "new_proof", lambda: ""),  # nobody wants the worker's sums
         patch.object(pool, "weight_fingerprint", lambda name, weight: unknown),
-        patch.object(WorkerLink, "read_pushed", lambda link: []),
+        patch.object(WorkerLink, "take_proof", lambda link, key: []),
     ):
         unproved = time_push(trained, push, client, clock, 2 * pair)
     finish = clock.seconds[PARTS["finish"]]
-    client.call_workers("rltrain_prove", {"is_proved": "yes"})
     with patch.object(pool, "weight_fingerprint", clock.add_time(SUMMED, weight_fingerprint)):
         total = time_push(trained, push, client, clock, 2 * pair + 1)
     source = torch.empty(size, dtype=torch.uint8)

@@ -117,6 +117,11 @@ def make_rows(recipe: OnlineRecipe, arguments: argparse.Namespace) -> tuple[list
     return made, empty
 
 
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("model")
@@ -145,9 +150,7 @@ def main(words: Sequence[str] | None = None) -> None:
             f"{arguments.recipe} samples no completions that are graded; name one of kind: online"
         )
     rows, empty = make_rows(recipe, arguments)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    arguments.out.write_text(text, encoding="utf-8")
+    write_rows(arguments.out, rows)
     print(f"{arguments.out}: {len(rows)} rows; {empty} prompts have none")
 
 

@@ -11,10 +11,10 @@ answer that the model leaves as it was, or of which it writes nothing, has no ro
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+
+from make_samples import Row, write_rows
 
 from rltrain.cli.evaluate import sample_texts
 from rltrain.config.load import load_recipe
@@ -23,7 +23,6 @@ from rltrain.config.schema import OnlineRecipe
 from rltrain.data.prompts import load_rows
 
 REQUEST = "Translate this text into {language}. Write the translation alone.\n\n{text}"
-Row = dict[str, Any]
 
 
 def pair_rows(texts: Iterable[tuple[str, str]], translations: Iterable[tuple[str, str]]) -> list[Row]:
@@ -32,11 +31,11 @@ def pair_rows(texts: Iterable[tuple[str, str]], translations: Iterable[tuple[str
     """
     rows: list[Row] = []
     for (question, answer), translated in zip(texts, translations, strict=True):
-        there, back = (text.strip() for text in translated)
-        if not there or not back or there == question or back == answer:
+        asked, answered = (text.strip() for text in translated)
+        if not asked or not answered or asked == question or answered == answer:
             continue
-        rows.append({"prompt": question, "chosen": answer, "rejected": back, "is_target_language": False})
-        rows.append({"prompt": there, "chosen": back, "rejected": answer, "is_target_language": True})
+        rows.append({"prompt": question, "chosen": answer, "rejected": answered, "is_target_language": False})
+        rows.append({"prompt": asked, "chosen": answered, "rejected": answer, "is_target_language": True})
     return rows
 
 
@@ -79,9 +78,7 @@ def main(words: Sequence[str] | None = None) -> None:
     requests = [REQUEST.format(language=arguments.language, text=text) for pair in texts for text in pair]
     translated = [first for (first,) in sample_texts(recipe, requests, 1, 0.0, None)]
     rows = pair_rows(texts, zip(translated[::2], translated[1::2], strict=True))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    arguments.out.write_text(text, encoding="utf-8")
+    write_rows(arguments.out, rows)
     print(f"{arguments.out}: {len(rows)} rows; {len(texts) - len(rows) // 2} instructions have none")
 
 

@@ -12,7 +12,6 @@ import json
 import math
 import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,7 +25,7 @@ from rltrain.sync.targets import WorkerControl
 from rltrain.sync.transport import WORKER_ERRORS, Channel, Pace, Sender, start_call, wait_for
 from rltrain.tensor_ops import Fingerprint
 from rltrain.types.samples import PolicyVersion
-from rltrain.weight_transfer import ProcessSums, open_store, proof_key
+from rltrain.weight_transfer import ProcessSums, open_store
 
 __all__ = ["PushReport", "ServerSync", "WorkerLink", "merge_copies"]
 
@@ -115,10 +114,9 @@ class WorkerLink:
             self._held = held
         return combine_copies([process.sums for process in held])
 
-    def read_pushed(self) -> list[dict[str, Fingerprint]]:
-        """``read`` of all weights; what the processes wrote when they finished the push, if they did."""
-        held = self._take_sums(proof_key(self.channel.push))
-        self._held = self._ask_processes("rltrain_fingerprint", {}) if held is None else held
+    def take_proof(self, key: str) -> list[dict[str, Fingerprint]]:
+        """``read`` of all weights, from what the processes published when they finished the push."""
+        self._held = self._take_sums(key)
         return combine_copies([process.sums for process in self._held])
 
     def read_adapter(self, identity: int, rank: int) -> list[dict[str, Fingerprint]]:
@@ -128,36 +126,24 @@ class WorkerLink:
         return combine_copies([process.sums for process in held])
 
     def _ask_processes(self, method: str, arguments: Mapping[str, str]) -> list[ProcessSums]:
-        """What every process of the worker writes to the store. Raises UserError for a refusal."""
-        assert self.channel.group is not None, "no transfer has taken place"
-        key = f"proof/{secrets.token_hex(8)}"
+        """What every process of the worker publishes when it is asked. Raises UserError for a refusal."""
+        key = new_proof()
         self.channel.call("read its weights", self.control.call_workers, method, {"key": key, **arguments})
-        held = self._take_sums(key)
-        if held is None:
-            count = self.channel.members
-            raise RuntimeError(f"{self.name}: not all of its {count} processes have read their weights")
-        return held
+        return self._take_sums(key)
 
-    def _take_sums(self, key: str) -> list[ProcessSums] | None:
-        """What every process wrote below ``key``; None where one has not. Raises UserError for a refusal."""
+    def _take_sums(self, key: str) -> list[ProcessSums]:
+        """What every process has published below ``key``. Raises UserError for a refusal."""
         assert self.channel.group is not None, "no transfer has taken place"
         store = self.channel.group.store
-        keys = self._sums_keys(key)
+        keys = [f"{key}/{rank}" for rank in range(1, self.channel.members + 1)]
         if not store.check(keys):
-            return None
+            raise RuntimeError(f"{self.name}: not all of its {len(keys)} processes have read their weights")
         held = [ProcessSums.from_json(store.get(each)) for each in keys]
-        self._delete_sums(key)  # the next read is of what the worker computes with then
+        for each in keys:
+            store.delete_key(each)
         if refusals := [process.refusal for process in held if process.refusal]:
             raise UserError(f"{self.name}: {refusals[0]}")
         return held
-
-    def _sums_keys(self, key: str) -> list[str]:
-        return [f"{key}/{rank}" for rank in range(1, self.channel.members + 1)]
-
-    def _delete_sums(self, key: str) -> None:
-        assert self.channel.group is not None
-        for each in self._sums_keys(key):
-            self.channel.group.store.delete_key(each)
 
     def prove(
         self, expected: Mapping[str, Fingerprint], copies: Sequence[Mapping[str, Fingerprint]]
@@ -198,8 +184,7 @@ class WorkerLink:
     # one worker alone, as an engine's weights ---------------------------------------------------------------
 
     def load(self, stream: Iterable[tuple[str, Tensor]], version: PolicyVersion) -> None:
-        """Pushes ``stream`` as ``version``, and the worker samples again; the caller compares fingerprints,
-        which are read anew.
+        """Pushes ``stream`` as ``version``, and the worker samples again; the caller compares fingerprints.
 
         Raises the transfer's error without resuming; another ``load`` recovers.
         """
@@ -211,7 +196,6 @@ class WorkerLink:
         if self.channel.error is not None:
             raise self.channel.error
         self._keep_error(self.finish, version)
-        self._delete_sums(proof_key(self.channel.push))
         self._keep_error(self.resume, version)
 
     def _keep_error(self, call: Callable[..., None], *arguments: Any) -> None:
@@ -228,6 +212,11 @@ class WorkerLink:
 
     def close(self) -> None:
         self.channel.fail(RuntimeError(f"{self.name} was closed"))
+
+
+def new_proof() -> str:
+    """A key of the store that nobody has used."""
+    return f"proof/{secrets.token_hex(8)}"
 
 
 def merge_copies(copies: Sequence[Mapping[str, Fingerprint]]) -> dict[str, Fingerprint]:
@@ -307,20 +296,18 @@ class ServerSync:
                 active = self._each(failed, WorkerLink.recover, errors)
             if not self.share(bool(active)):
                 continue
-            sent = self._send(active, weights, errors)
+            proof = new_proof()
+            sent = self._send(active, weights, proof, errors)
             finished = self._each(sent, lambda link: link.finish(version), errors)
-            reads = {
-                link.name: start_call(link.read_pushed) for link in finished
-            }  # while the learner reads its own
             expected = expected or self.fingerprints(self.dtype)
-            self._prove(finished, reads, expected, version, errors, quarantined, differences)
+            self._prove(finished, proof, expected, version, errors, quarantined, differences)
         served = tuple(link.name for link in self.links if link.version == version)
         lost = {name: error for name, error in errors.items() if name not in quarantined}
         worst = max(differences.values(), default=0.0)
         return PushReport(served, lost, quarantined, len(expected), worst)
 
     def _send(
-        self, links: Sequence[WorkerLink], weights: WeightStream, errors: dict[str, Exception]
+        self, links: Sequence[WorkerLink], weights: WeightStream, proof: str, errors: dict[str, Exception]
     ) -> list[WorkerLink]:
         """Sends all weights; returns the links that took all of them."""
         channels = [link.channel for link in links]
@@ -328,7 +315,7 @@ class ServerSync:
         capacity = max((link.capacity for link in links), default=0)
         device = torch.device("cpu") if first is None else first.device
         ties = frozenset() if first is None else frozenset(first.ties)
-        sender = Sender(channels, self.dtype, capacity, device, ties, self.record)
+        sender = Sender(channels, self.dtype, capacity, device, ties, self.record, proof)
         sender.send(weights(self.dtype))
         for link in links:
             if link.channel.error is not None:
@@ -338,7 +325,7 @@ class ServerSync:
     def _prove(
         self,
         links: Sequence[WorkerLink],
-        reads: Mapping[str, Future[list[dict[str, Fingerprint]]]],
+        proof: str,
         expected: Mapping[str, Fingerprint],
         version: PolicyVersion,
         errors: dict[str, Exception],
@@ -349,7 +336,7 @@ class ServerSync:
 
         def prove(link: WorkerLink) -> None:
             try:
-                differences[link.name] = link.prove(expected, reads[link.name].result())
+                differences[link.name] = link.prove(expected, link.take_proof(proof))
             except WeightMismatchError as error:
                 quarantined[link.name] = error
                 return

@@ -86,7 +86,6 @@ class Channel:
     error: Exception | None = None
     group: TransferGroup | None = None
     members: int = 0  # the worker's processes
-    push: str = ""  # the last of which it was sent a bucket
     _prefix: str = field(default_factory=secrets.token_hex)
     _generation: int = 0
 
@@ -149,7 +148,7 @@ class Sender:
     dtype: of every weight that is a floating-point number, on the wire. capacity: bytes of each of the two
     buffers; a larger weight travels alone, from where it was gathered. skipped: names that are not sent,
     second names of tied weights. record: called with every weight, those that are not sent included, as it
-    is on the wire: while its bucket travels, so that the workers do not wait for it.
+    is on the wire: while its bucket travels, so that the workers do not wait for it. proof: see ``Bucket``.
     """
 
     channels: Sequence[Channel]
@@ -158,6 +157,7 @@ class Sender:
     device: torch.device
     skipped: Collection[str] = ()
     record: Callable[[str, Tensor], None] | None = None
+    proof: str = ""
     sent_bytes: int = 0
     _push: str = ""
     _buffers: list[Tensor] = field(default_factory=list)
@@ -235,12 +235,12 @@ class Sender:
             [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
             [list(tensor.shape) for tensor in tensors.values()],
             0.0,
+            self.proof,
         )
         self._index += 1
         self.sent_bytes += bucket.total_bytes
         works: list[tuple[Channel, Future[None] | None, Future[None]]] = []
         for channel in self._live():
-            channel.push = self._push
             seconds = channel.pace.deadline(buffer.numel())
             answer = start_call(channel.control.update, {**bucket.to_json(), "seconds": seconds})
             assert channel.group is not None

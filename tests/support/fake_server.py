@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rltrain.rollout.worker.guard import BadRequest, Choice, Guard
 from rltrain.tensor_ops import weight_fingerprint
-from rltrain.weight_transfer import Bucket, Membership, ProcessSums, TransferGroup, connect_store, proof_key
+from rltrain.weight_transfer import Bucket, Membership, ProcessSums, TransferGroup, connect_store
 
 VOCABULARY = 101
 LONGEST = 256
@@ -38,17 +38,15 @@ class FakeWeights:
     """What the transport brings. ties: second name of a weight to its first, which alone is sent.
 
     damaged: a weight that stays as it is from now on. refusal: why the weights cannot be read back.
-    writes_sums: when it finishes a push, so that nobody asks for its proof, as rltrain's extension does.
     """
 
     ties: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     damaged: str | None = None
     refusal: str = ""
-    writes_sums: bool = False
     _arriving: dict[str, Tensor] | None = None
     _group: TransferGroup | None = None
-    _push: str = ""
+    _proof: str = ""
 
     def join(self, init_info: dict[str, Any]) -> None:
         membership = Membership(**init_info)
@@ -66,7 +64,7 @@ class FakeWeights:
         if bucket.names:
             self._group.broadcast(buffer, bucket.seconds)
         self._arriving.update((name, tensor.clone()) for name, tensor in bucket.views(buffer))
-        self._push = bucket.push
+        self._proof = bucket.proof
 
     def finish(self) -> None:
         assert self._arriving is not None
@@ -74,8 +72,8 @@ class FakeWeights:
             self._arriving[self.damaged] = self.tensors[self.damaged]
         self.tensors = self._arriving
         self._arriving = None
-        if self.writes_sums:
-            self.rltrain_fingerprint(proof_key(self._push))
+        if self._proof:
+            self.rltrain_fingerprint(self._proof)
 
     def rltrain_abandon(self) -> None:
         self._arriving = None

@@ -31,9 +31,9 @@ PHASES = {
     "start": "/start_weight_update",
     "bucket": "/update_weights",
     "finish": "/finish_weight_update",
-    "proof": "rltrain_fingerprint",
     "resume": "/resume",
 }
+READ = "rltrain_fingerprint"  # the call by which weights are read again after a push
 SECRET = "fake-worker-token-0123456789"
 START_SECONDS = 60.0
 
@@ -84,8 +84,8 @@ class FakeWorker:
         self.change(fault=fault, fault_count=count)
 
     def order(self, strike: str, phase: str, times: int = 1) -> None:
-        """Of ``PHASES``; see ``FakeEngine``."""
-        self.change(route=PHASES[phase], strike=strike, strikes=times)
+        """Of ``PHASES``, or ``READ``; see ``FakeEngine``."""
+        self.change(route=PHASES.get(phase, phase), strike=strike, strikes=times)
 
     def read(self, name: str) -> Any:
         """An attribute of the engine."""
@@ -169,6 +169,6 @@ def _obey(pipe: Connection, engine: FakeEngine) -> None:
         answer = getattr(engine, question)
     else:
         for name, value in question.items():
-            owner: Any = engine.weights if name in ("damaged", "refusal", "writes_sums") else engine
+            owner: Any = engine.weights if name in ("damaged", "refusal") else engine
             setattr(owner, name, value)
     pipe.send(answer)

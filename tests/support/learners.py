@@ -32,10 +32,11 @@ from rltrain.train.journaled import JournaledRollouts
 from rltrain.train.lagged import LaggedRollouts
 from rltrain.train.sampled_run import KeptWeights
 from rltrain.types.samples import Completion, Prompt, RolloutGroup, Sampling, ScoredGroup
-from support.fake_pool import SECRET, make_weights
+from support.fake_pool import SECRET, make_weights, wait_until
 from support.pool_runs import PROMPTS, SAMPLES, Pool, digest, update
 
 __all__ = [
+    "GO",
     "SAMPLING",
     "Learner",
     "TableSource",
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 TOKENS = 12
+GO = "go"
 SAMPLING = Sampling(SAMPLES, 1.0, TOKENS, 3)
 
 
@@ -163,9 +165,11 @@ def learn_here(
     steps: int,
     oldest: int = 2,
     dies_in_push: int | None = None,
+    waits_after: int | None = None,
 ) -> None:
     """Trains in this process, from the checkpoint in ``folder`` on where there is one. schedule: "lag" or
-    "bounded", of ``oldest`` versions. dies_in_push: of this step, the process's end.
+    "bounded", of ``oldest`` versions. dies_in_push: of this step, the process's end. waits_after: this step,
+    until the file ``GO`` is in ``folder``.
     """
     torch.set_num_threads(1)
     connector = Connector(lambda url, token: WorkerClient(url, token), lambda info, url: None)
@@ -201,6 +205,8 @@ def learn_here(
         learner.push(step, dies=step == dies_in_push)
         state = {"step": step, "weights": learner.weights, "past": learner.past}
         _save(folder, {**state, "state": source.state_dict()})
+        if step == waits_after:
+            wait_until((folder / GO).exists)
     source.close()
     pool.engine.close()
 

@@ -21,7 +21,7 @@ from rltrain.checkpoint.run_folder import RunFolder
 from rltrain.types.samples import RolloutGroup, ScoredGroup
 from support.fake_pool import make_weights, wait_until
 from support.fake_worker import FakeWorker
-from support.learners import error_of, learn_here, read_saved
+from support.learners import GO, error_of, learn_here, read_saved
 from support.pool_runs import PROMPTS, digest, update
 from support.warm import warm_context
 
@@ -66,9 +66,10 @@ def kill_while_sampling(folder: Path, workers: list[FakeWorker], schedule: str) 
     """When some groups are there and others are under way: on a worker that has come to a stand."""
     stuck = workers[1]
     left = stuck.read("running")  # of learners that were killed before
-    process = start(folder, workers, schedule)
-    wait_until(lambda: (read_saved(folder) or {"step": 0})["step"] >= 2)
+    process = start(folder, workers, schedule, waits_after=2)
+    wait_until(lambda: (read_saved(folder) or {"step": 0})["step"] == 2)
     stuck.change(seconds=STUCK_SECONDS)
+    (folder / GO).touch()
     wait_until(lambda: stuck.read("running") > left and (schedule == "lag" or waiting(folder).numbers()))
     process.kill()
     process.join()

@@ -46,7 +46,6 @@ from rltrain.weight_transfer import (
     TransferGroup,
     allocate_buffer,
     connect_store,
-    proof_key,
 )
 
 __all__ = ["Extension", "TransferEngine"]
@@ -79,6 +78,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
     dtype_names: list[str]
     shapes: list[list[int]]
     seconds: float
+    proof: str
 
 
 class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -94,6 +94,7 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._is_loading = False
         self._push = ""
         self._next = 0
+        self._proof = ""
         self._is_complete = False
         self._places: tuple[Mapping[str, Place], Architecture] | None = None
         self._readers: Sequence[tuple[str, Reader]] = ()  # of every parameter
@@ -141,6 +142,7 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             # The layers keep pieces until all of a layer have come, longer than the buffer keeps them.
             self._load((name, tensor.clone()) for name, tensor in bucket.views(buffer))
         self._push = bucket.push
+        self._proof = bucket.proof
         self._next += 1
         self._is_complete = bucket.is_last
 
@@ -153,7 +155,8 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             raise RuntimeError(f"the push ended after {self._next} buckets, without its last")
         self.abandon()
         repack_heads(self.model)
-        self.write_sums(proof_key(self._push))
+        if self._proof:
+            self.write_sums(self._proof)
 
     def abandon(self) -> None:
         """Gives every layer memory again after the buckets that came, whatever they were."""

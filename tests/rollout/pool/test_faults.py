@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from support.fake_pool import FakeHome, wait_until
-from support.fake_worker import PHASES
+from support.fake_worker import PHASES, READ
 from support.pool_runs import Outcome, Pool, require_conserved, train
 
 
@@ -42,7 +42,7 @@ def expected(patient: Pool) -> Outcome:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", [*PHASES, READ])
 @pytest.mark.parametrize("strike", ["error", "die", "stop"])
 def test_every_fault_at_every_phase(
     request: pytest.FixtureRequest, expected: Outcome, phase: str, strike: str
@@ -52,7 +52,7 @@ def test_every_fault_at_every_phase(
     pool.wait_for_all()
     struck = pool.homes["worker 1"]
     starts = struck.starts
-    fault = {"route": PHASES[phase], "strike": strike}
+    fault = {"route": PHASES.get(phase, phase), "strike": strike}
     if phase == "join":  # once for every process: the first push to a new one
         struck.signal(signal.SIGKILL)
         wait_until(lambda: struck.starts > starts)
@@ -67,7 +67,7 @@ def test_every_fault_at_every_phase(
     pool.wait_for_all()
     was_restarted = struck.starts > starts + (phase == "join")
     if strike == "error":  # a second complete push mends it, except where it refuses to pause or to be read
-        assert was_restarted == (phase in ("pause", "proof"))
+        assert was_restarted == (phase in ("pause", READ))
     else:
         assert was_restarted
     require_conserved(pool.pool)
