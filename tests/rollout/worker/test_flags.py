@@ -66,6 +66,17 @@ def test_every_flag_comes_from_the_recipe() -> None:
 
 
 @pytest.mark.parametrize(
+    ("count", "on_gpu", "is_one"), [(1, False, True), (2, False, False), (1, True, False)]
+)
+def test_a_worker_on_cpu_that_needs_no_second_process_has_none(
+    count: int, on_gpu: bool, is_one: bool
+) -> None:
+    """Where ranks share a model vLLM starts a process for each, and on a GPU the choice is its own."""
+    arguments = settings(f"rollout.server.tensor_parallel={count}", on_gpu=on_gpu).flags(Address())
+    assert ("--distributed-executor-backend" in arguments) is is_one
+
+
+@pytest.mark.parametrize(
     ("precision", "on_gpu", "dtype"),
     [
         ("auto", False, "float32"),
