@@ -13,6 +13,10 @@ from typing import Any
 
 import pytest
 
+from support.warm import changing_environment
+
+_SEARCH_PATH = os.environ.get("PYTHONPATH")
+
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -62,6 +66,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         with unchanged_process():
             registry = importlib.import_module("vllm.model_executor.models.registry")
         registry._run_in_subprocess = look_at_class  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Generator[None]:
+    """Nobody leaves another search path to the programs that later tests start."""
+    yield
+    with changing_environment:
+        assert os.environ.get("PYTHONPATH") == _SEARCH_PATH, "this test has changed PYTHONPATH for later ones"
 
 
 def look_at_class(look: Callable[[], Any]) -> Any:

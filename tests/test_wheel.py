@@ -27,6 +27,11 @@ pytestmark = pytest.mark.slow
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def own_environment() -> dict[str, str]:
+    """Without PYTHONPATH, by which pip would find the checkout and leave the wheel out."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a package is made from."""
@@ -44,7 +49,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     build = [*PIP, "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out), "."]
-    subprocess.run(build, cwd=tree, check=True)
+    subprocess.run(build, cwd=tree, env=own_environment(), check=True)
     (wheel,) = out.glob("*.whl")
     return wheel
 
@@ -55,7 +60,8 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = tmp_path_factory.mktemp("installed") / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     install = ["install", "-q", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run([*PIP, "--python", str(environment / "bin" / "python"), *install], check=True)
+    command = [*PIP, "--python", str(environment / "bin" / "python"), *install]
+    subprocess.run(command, env=own_environment(), check=True)
     (packages,) = environment.glob("lib/python*/site-packages")
     tested = {sysconfig.get_path(kind) for kind in ("purelib", "platlib")}
     (packages / "tested.pth").write_text("".join(f"{path}\n" for path in sorted(tested)))
@@ -70,12 +76,11 @@ def run(python: Path, tmp_path: Path) -> Run:
     (tmp_path / "reward.py").write_text(BROKEN)
     (tmp_path / "reward").mkdir()
     (tmp_path / "reward" / "__init__.py").write_text(BROKEN)
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
     def start(program: str, *words: str) -> subprocess.CompletedProcess[str]:
         command = [str(python.with_name(program)), *words]
         done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+            command, cwd=tmp_path, env=own_environment(), capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done

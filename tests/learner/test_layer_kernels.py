@@ -19,6 +19,7 @@ from rltrain.learner.forward import PolicyForward
 from rltrain.learner.layer_kernels import decoder_layers, use_kernels
 from rltrain.learner.packing import build
 from rltrain.types.policy import TokenRows
+from tests.support.launch import launch_ranks
 
 CONFIG = LlamaConfig(
     vocab_size=32,
@@ -55,6 +56,21 @@ def test_compiled_layers_give_the_eager_numbers_and_gradients() -> None:
     eager, compiled = (log_probs_and_gradients(kernels) for kernels in ("eager", "compiled"))
     for value, expected in zip(compiled, eager, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "backend", ["fsdp2", *(pytest.param(other, marks=pytest.mark.nightly) for other in ("ddp", "zero3"))]
+)
+def test_ranks_that_divide_compiled_layers_train_what_eager_ones_do(
+    backend: str, random_tied_model: str, tmp_path: Path
+) -> None:
+    for result in launch_ranks(
+        Path(__file__).with_name("two_ranks_compiled.py"), backend, random_tied_model, tmp_path
+    ):
+        assert result["graphs"] > 0
+        assert result["logp"] < 1e-5
+        assert result["weights"] < 1e-5 < result["moved"]
 
 
 def test_every_layer_and_nothing_else_is_compiled() -> None:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from rltrain.config.schema import Learner, Model, Optimizer, RolloutLearner
 from rltrain.learner.backend import DeepSpeedBackend
+from rltrain.learner.packing import build
 from rltrain.learner.pair_learner import PREVIOUS, PairLearner
 from rltrain.learner.policy_learner import PolicyLearner
 from rltrain.learner.ranks import connect
@@ -27,8 +28,12 @@ ROWS = TokenRows(
 )
 
 
+LIVE = 4_000_000  # weights that ZeRO-3 may keep gathered; DeepSpeed's default is 1e9
+
+
 def main(path: str, out: Path) -> None:
     connect(120)
+    limit_zero()
     model = Model(path=path)
     settings = Learner(optimizer=Optimizer(lr=1e-3), precision="bfloat16")
     learner = PolicyLearner(model, settings, temperature=1.0, max_tokens=20, total_updates=1, seed=0)
@@ -44,9 +49,17 @@ def main(path: str, out: Path) -> None:
     for who, module in (("frozen", frozen), ("policy", learner.trained.unwrapped_model)):
         layer: Any = module.inner.base_model.layers[0]
         layer.mlp.down_proj.register_forward_hook(lambda _m, _i, o, who=who: dtypes[who].add(str(o.dtype)))
-    counts = {"frozen": GatheredBytes(frozen), "policy": GatheredBytes(learner.trained.wrapped_model)}
+    policy = learner.trained.wrapped_model
+    is_zero = isinstance(learner.trained.backend, DeepSpeedBackend)
+    counts = {"frozen": GatheredBytes(frozen), "policy": (ZeroBytes if is_zero else GatheredBytes)(policy)}
     notes = learner.annotate(ROWS, frozenset({"logp", "ref_logp"}))
+    annotated = {who: [count.peak, count.largest_group()] for who, count in counts.items()}
+    left = counts["policy"].held()
     gathered = [name for name, module in frozen.named_modules() if is_gathered(module)]
+    update(learner)
+    counts["policy"].peak = 0
+    learner.annotate(ROWS, frozenset({"logp"}))
+    annotated["policy after an update"] = [counts["policy"].peak, counts["policy"].largest_group()]
     result = {
         "dtypes": {who: sorted(names) for who, names in dtypes.items()},
         "difference": float((notes["logp"] - notes["ref_logp"]).abs().max()),
@@ -54,7 +67,8 @@ def main(path: str, out: Path) -> None:
         "bytes": sum(local(parameter).nbytes for parameter in frozen.parameters()),
         "parameters": sum(parameter.numel() for parameter in frozen.parameters()),
         "gathered": gathered,
-        "annotate": {who: [count.peak, count.largest_group()] for who, count in counts.items()},
+        "annotate": annotated,
+        "left": left,
         "loading": loading,
         "masters": masters,
         "largest": max(parameter.numel() for parameter in frozen.parameters()),
@@ -62,6 +76,21 @@ def main(path: str, out: Path) -> None:
         "groups": groups_of(learner.trained.wrapped_model),
     }
     (out / f"rank-{learner.rank}.json").write_text(json.dumps(result))
+
+
+def limit_zero() -> None:
+    """ZeRO-3 keeps what it uses soon again, up to a limit, here one below the size of the model."""
+    start = DeepSpeedBackend.__init__
+
+    def start_limited(backend: DeepSpeedBackend, accelerator: Any, *arguments: Any) -> None:
+        accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"] |= {
+            "stage3_max_live_parameters": LIVE,
+            "stage3_max_reuse_distance": LIVE,
+            "stage3_prefetch_bucket_size": LIVE,
+        }
+        start(backend, accelerator, *arguments)
+
+    DeepSpeedBackend.__init__ = start_limited
 
 
 def start_of_peak() -> int:
@@ -126,11 +155,47 @@ class GatheredBytes:
 
     def note(self, module: nn.Module, inputs: Any) -> None:
         del module, inputs
-        held = (output.untyped_storage().size() for group in self._groups for output in outputs_of(group))
-        self.peak = max(self.peak, sum(held))
+        self.peak = max(self.peak, self.held())
+
+    def held(self) -> int:
+        return sum(output.untyped_storage().size() for group in self._groups for output in outputs_of(group))
 
     def largest_group(self) -> int:
         return max((sum(output.nbytes for output in outputs_of(group)) for group in self._groups), default=0)
+
+
+class ZeroBytes:
+    """The bytes of weights that ZeRO-3 has gathered in ``model``, at most, when one of its modules begins.
+
+    Not counted: those below DeepSpeed's threshold, 100,000 numbers, which every rank keeps.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.peak = 0
+        self._divided: list[Any] = [weight for weight in model.parameters() if not vars(weight)["ds_persist"]]
+        for module in model.modules():
+            module.register_forward_pre_hook(self.note)
+
+    def note(self, module: nn.Module, inputs: Any) -> None:
+        del module, inputs
+        self.peak = max(self.peak, self.held())
+
+    def held(self) -> int:
+        return sum(weight.nbytes for weight in self._divided)  # an empty tensor where it is divided
+
+    def largest_group(self) -> int:
+        """What may be gathered: as many weights as the limit says, and those of the module that runs."""
+        size = max(weight.element_size() for weight in self._divided)
+        return size * (LIVE + max(weight.ds_numel for weight in self._divided))
+
+
+def update(learner: PolicyLearner) -> None:
+    trained = learner.trained
+    micro_batch = build(ROWS, [0], layout=trained.layout, device=trained.device)
+    with trained.backend.micro_batch(last=True):
+        logp = trained.forward(micro_batch, temperature=1.0, wants=frozenset({"logp"}))["logp"]
+        trained.backend.backward(-logp.sum())
+    assert trained.step(0.0)[1]
 
 
 def outputs_of(group: Any) -> list[torch.Tensor]:

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,7 @@ IMPORTED = (
     "transformers.models.qwen2.modeling_qwen2",
     "uvicorn",
 )
+changing_environment = threading.Lock()  # that of this process, for a moment
 
 
 def warm_context() -> ForkServerContext:
@@ -51,7 +53,8 @@ def warm_context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
     fixed = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with mock.patch.dict(os.environ, fixed):  # libraries read them when they are imported
+    # Libraries read them when they are imported. A second thread would take them for the process's own.
+    with changing_environment, mock.patch.dict(os.environ, fixed):
         forkserver.ensure_running()
     return context
 

@@ -26,6 +26,10 @@ PAIRS = [Pair(str(number), (20 + number, 30), (40,), (41,)) for number in range(
 
 @pytest.fixture(scope="module")
 def learner(random_model: str) -> PreferenceLearner:
+    return make_learner(random_model)
+
+
+def make_learner(random_model: str) -> PreferenceLearner:
     settings = LearnerCore(optimizer=Optimizer(lr=1e-2))
     return PreferenceLearner(OfflineModel(path=random_model), settings, total_updates=1, seed=0)
 
@@ -90,13 +94,16 @@ class OfRank:
 
 
 def test_two_ranks_measure_what_one_does(random_model: str, learner: PreferenceLearner) -> None:
-    """What they gather crosses as arrays, or the gather fails."""
+    """What they gather crosses as arrays, or the gather fails. Each rank has a model of its own, as processes
+    have.
+    """
     expected = built(random_model, 100, learner).measure(learner)
     ranks = Ranks(2)
+    learners = [make_learner(random_model) for _ in range(2)]
 
     def measure(rank: int) -> Any:
-        samples = built(random_model, 100, learner)
-        return samples.measure(cast("PreferenceLearner", OfRank(learner, rank, ranks)))
+        samples = built(random_model, 100, learners[rank])
+        return samples.measure(cast("PreferenceLearner", OfRank(learners[rank], rank, ranks)))
 
     with ThreadPoolExecutor(2) as threads:
         assert list(threads.map(measure, (0, 1))) == [expected, expected]
