@@ -15,7 +15,7 @@ import torch.distributed.run
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from support.warm import ROOT, own_environment, run_together
+from support.warm import ROOT, changing_environment, own_environment, run_together
 
 
 def launch_ranks(script: Path, backend: str, model: str, out: Path) -> list[dict[str, Any]]:
@@ -72,6 +72,7 @@ def launcher_environment(backend: str, ranks: int) -> dict[str, str]:
     )
     said: dict[str, str] = {}
     with (
+        changing_environment,
         mock.patch.dict(os.environ, own_environment(), clear=True),
         mock.patch.object(torch.distributed.run, "run", lambda _: said.update(os.environ)),
     ):
