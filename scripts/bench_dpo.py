@@ -7,6 +7,12 @@ The model has 12M parameters and a vocabulary of 32k. A step has 16 pairs with l
 pairs (log-normal: prompts around 69 tokens, chosen around 47, rejected around 36), float32, AdamW, gradient
 checkpointing off. Both trainers precompute the reference's log-probs, so that a step runs only the policy.
 First, both compute the loss and its gradient on the same batch, and must agree.
+
+One more case trains a real model on pairs of texts, as HH-RLHF has them:
+
+    rltrain get-model smollm2 --out .cache/smollm2
+    python scripts/bench_dpo.py --trl .cache/trl --cases smollm2 --model .cache/smollm2
+        --texts FILE.jsonl      # rows with "chosen" and "rejected", two dialogues with one beginning
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peer_bench import EOS, Bench, Size, Turns, gradients_at_step, make_model, text_of
+from peer_bench import Bench, Real, Size, Turns, gradients_at_step, make_model, text_of
 
 LR = 1e-6
 BETA = 0.1
@@ -25,33 +31,56 @@ BETA = 0.1
 # characters per token
 LENGTHS = {"prompt": (4.24, 1.10), "chosen": (3.85, 1.00), "rejected": (3.58, 1.02)}
 LONGEST = 512
+SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
 class Case:
-    model: Size
+    model: Size | None  # None: a real one
     pairs: int  # per step
     steps: int  # steps of different pairs
 
 
-CASES = {"hh": Case(Size(256, 6, 32768), 16, 4)}
+CASES = {"hh": Case(Size(256, 6, 32768), 16, 4), "smollm2": Case(None, 8, 8)}
+ANSWER = "\n\nAssistant:"  # after which the completion begins
+LETTERS = LONGEST  # of a real text; it has no more tokens
 
 
-def make(case: Case, folder: Path) -> None:
-    """Writes a model and pairs of random words."""
+def make(case: Case, folder: Path, real: Real) -> None:
+    """Writes a model and pairs."""
+    if case.model is None:
+        real.link_model(folder / "model")
+        rows = split_dialogues(real.rows())[: case.pairs * case.steps]
+    else:
+        make_model(case.model, folder / "model")
+        rows = make_pairs(case, case.model.vocabulary)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def split_dialogues(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Prompt and completions of the dialogues that differ in their last answer alone, without long ones."""
+    pairs: list[dict[str, str]] = []
+    for row in rows:
+        (prompt, _, chosen), (other, _, rejected) = (row[kind].rpartition(ANSWER) for kind in SIDES)
+        pair = {"prompt": prompt + ANSWER, "chosen": chosen, "rejected": rejected}
+        if prompt == other and max(map(len, pair.values())) <= LETTERS and chosen and rejected:
+            pairs.append(pair)
+    return pairs
+
+
+def make_pairs(case: Case, vocabulary: int) -> list[dict[str, str]]:
+    """Of random words."""
     import torch
 
-    make_model(case.model, folder / "model")
     generator = torch.Generator().manual_seed(1)
 
     def words(kind: str) -> str:
         mean, deviation = LENGTHS[kind]
         length = int(torch.empty(1).log_normal_(mean, deviation, generator=generator).clamp(2, LONGEST))
-        text = text_of(torch.randint(3, case.model.vocabulary, (length,), generator=generator).tolist())
+        text = text_of(torch.randint(3, vocabulary, (length,), generator=generator).tolist())
         return text if kind == "prompt" else f" {text}"
 
-    rows = ({kind: words(kind) for kind in LENGTHS} for _ in range(case.pairs * case.steps))
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [{kind: words(kind) for kind in LENGTHS} for _ in range(case.pairs * case.steps)]
 
 
 def recipe_of(case: Case, folder: Path) -> Any:
@@ -149,6 +178,7 @@ def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
     from the policy's; reports their differences.
     """
     import torch
+    from transformers import AutoTokenizer
 
     from rltrain.build.offline import build_preference_learner
     from rltrain.learner.preference_learner import lengths_of, pair_rows
@@ -160,8 +190,9 @@ def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
     recipe = recipe_of(case, folder)
     learner = build_preference_learner(recipe.model, recipe.learner, recipe.loss, 1, recipe.seed, None, ALONE)
     lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()[: case.pairs]]
-    ids = {kind: [tuple(int(word[1:]) for word in line[kind].split()) for line in lines] for kind in LENGTHS}
-    sides = {kind: [(*tokens, EOS) for tokens in ids[kind]] for kind in ("chosen", "rejected")}
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)
+    ids = {kind: [tuple(tokenizer.encode(line[kind])) for line in lines] for kind in ("prompt", *SIDES)}
+    sides = {kind: [(*tokens, tokenizer.eos_token_id) for tokens in ids[kind]] for kind in SIDES}
     rows = pair_rows(ids["prompt"], sides["chosen"], sides["rejected"])
     reference = learner.log_probs(rows, sides=2) + torch.randn(
         2 * case.pairs, generator=torch.Generator().manual_seed(3)
@@ -204,4 +235,5 @@ def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
 
 if __name__ == "__main__":
     workers = {"rltrain": run_rltrain, "trl": run_trl, "same_loss": run_same_loss}
-    Bench(Path(__file__).resolve(), "pairs", CASES, make, workers).main(__doc__ or "")
+    real = [name for name, case in CASES.items() if case.model is None]
+    Bench(Path(__file__).resolve(), "pairs", CASES, make, workers, real).main(__doc__ or "")

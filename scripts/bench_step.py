@@ -8,6 +8,12 @@ memory, in one run.
 Both train the same model on the same prompts with the same number of completions, float32, one update per
 step, AdamW, gradient checkpointing off; each samples its own completions from the same distribution. First,
 both compute the loss and its gradient on the same batch, and must agree.
+
+Two more cases train a real model on questions of GSM8K in its chat template, in float32 and in bfloat16:
+
+    rltrain get-model smollm2 --out .cache/smollm2
+    python scripts/bench_step.py --trl .cache/trl --cases smollm2,smollm2_bf16 --model .cache/smollm2
+        --texts FILE.jsonl      # rows with a "question"
 """
 
 from __future__ import annotations
@@ -17,9 +23,9 @@ import json
 import runpy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from peer_bench import PAD, Bench, Size, Turns, gradients_at_step, make_model, text_of
+from peer_bench import PAD, Bench, Real, Size, Turns, gradients_at_step, make_model, text_of
 
 LR = 1e-6
 REWARD = """import hashlib
@@ -38,33 +44,43 @@ def reward(inputs):
 
 @dataclass(frozen=True)
 class Case:
-    model: Size
-    prompt_tokens: int
+    model: Size | None  # None: a real one, which reads its prompts in its chat template
+    prompt_tokens: int  # of a real model: at most
     prompts: int  # per step
     n: int  # completions of each
     max_tokens: int
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 CASES = {
     "short": Case(Size(128, 4, 64), 8, 8, 8, 8),  # 0.8M parameters
     # 12M parameters; lengths geometric with mean about 60, cut at 256
     "skewed": Case(Size(256, 6, 32768, -4.1), 100, 4, 8, 256),
+    "smollm2": Case(None, 320, 4, 4, 128),
+    "smollm2_bf16": Case(None, 320, 4, 4, 128, "bfloat16"),
 }
 
 
-def make(case: Case, folder: Path) -> None:
-    """Writes a model, prompts of random words, and a reward of 0 or 1 that no policy can learn, so that
-    every step has a gradient.
+def make(case: Case, folder: Path, real: Real) -> None:
+    """Writes a model, prompts, and a reward of 0 or 1 that no policy can learn, so that every step has a
+    gradient.
     """
+    (folder / "reward.py").write_text(REWARD)
+    prompts: list[Any]
+    if case.model is None:
+        real.link_model(folder / "model")
+        prompts = [[{"role": "user", "content": row["question"]}] for row in real.rows()[: 64 * case.prompts]]
+    else:
+        make_model(case.model, folder / "model")
+        prompts = [text_of(row) for row in random_tokens(case, case.model.vocabulary)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": each}) + "\n" for each in prompts))
+
+
+def random_tokens(case: Case, vocabulary: int) -> list[list[int]]:
     import torch
 
-    make_model(case.model, folder / "model")
     shape = (64 * case.prompts, case.prompt_tokens)
-    prompt_ids = torch.randint(3, case.model.vocabulary, shape, generator=torch.Generator().manual_seed(1))
-    (folder / "prompts.jsonl").write_text(
-        "".join(json.dumps({"prompt": text_of(row)}) + "\n" for row in prompt_ids.tolist())
-    )
-    (folder / "reward.py").write_text(REWARD)
+    return torch.randint(3, vocabulary, shape, generator=torch.Generator().manual_seed(1)).tolist()
 
 
 def recipe_of(case: Case, folder: Path) -> Any:
@@ -76,13 +92,13 @@ def recipe_of(case: Case, folder: Path) -> Any:
             "data": {
                 "train": str(folder / "prompts.jsonl"),
                 "max_prompt_tokens": case.prompt_tokens,
-                "chat_template": "none",
+                "chat_template": "auto" if case.model is None else "none",
             },
             "rollout": {"prompts": case.prompts, "n": case.n, "max_tokens": case.max_tokens},
             "reward": {"functions": [f"{folder / 'reward.py'}:reward"], "workers": 1},
             "advantage": "group_norm",
             "loss": {"policy": "clip", "aggregate": "token_mean"},
-            "learner": {"optimizer": {"lr": LR}, "precision": "float32"},
+            "learner": {"optimizer": {"lr": LR}, "precision": case.precision},
             "train": {"steps": 1_000_000},
             "report": {"transcripts": 0},
         }
@@ -136,15 +152,16 @@ def trl_trainer(case: Case, folder: Path, counted: list[int]) -> Any:
 
     worth = runpy.run_path(str(folder / "reward.py"))["worth"]
 
-    def reward(completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    def reward(completions: list[Any], completion_ids: list[list[int]], **columns: Any) -> list[float]:
         counted.extend(map(len, completion_ids))
-        return [worth(text) for text in completions]
+        texts = completions if case.model is not None else [message["content"] for (message,) in completions]
+        return [worth(text) for text in texts]
 
     rows = case.prompts * case.n
     arguments = GRPOConfig(
         output_dir=str(folder / "trl"),
         use_cpu=True,
-        bf16=False,
+        bf16=case.precision == "bfloat16",
         gradient_checkpointing=False,
         per_device_train_batch_size=rows,
         num_generations=case.n,
@@ -181,20 +198,23 @@ def trl_loss(case: Case, folder: Path, inputs: dict[str, Any]) -> tuple[Any, dic
 
 
 def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
-    """Computes loss and gradient of both trainers on one batch of random completions; reports their relative
-    differences.
+    """Computes loss and gradient of both trainers on one batch of random completions, in float32; reports
+    their relative differences.
     """
     import torch
+    from transformers import AutoConfig
 
     from rltrain.build.online import build_learner, build_objective
     from rltrain.types.policy import TokenRows, TrainBatch
 
+    case = dataclasses.replace(case, precision="float32")
+    vocabulary = AutoConfig.from_pretrained(folder / "model", trust_remote_code=False).vocab_size
     generator = torch.Generator().manual_seed(2)
     rows = case.prompts * case.n
     width = case.max_tokens
     lengths = torch.randint(1, width + 1, (rows,), generator=generator)
-    prompts = torch.randint(3, case.model.vocabulary, (rows, case.prompt_tokens), generator=generator)
-    completions = torch.randint(3, case.model.vocabulary, (rows, width), generator=generator)
+    prompts = torch.randint(3, vocabulary, (rows, case.prompt_tokens), generator=generator)
+    completions = torch.randint(3, vocabulary, (rows, width), generator=generator)
     mask = torch.arange(width) < lengths[:, None]
     advantages = torch.randn(rows, generator=generator)
 
@@ -236,4 +256,5 @@ def run_same_loss(case: Case, folder: Path, turns: Turns) -> None:
 
 if __name__ == "__main__":
     workers = {"rltrain": run_rltrain, "trl": run_trl, "same_loss": run_same_loss}
-    Bench(Path(__file__).resolve(), "tokens", CASES, make, workers).main(__doc__ or "")
+    real = [name for name, case in CASES.items() if case.model is None]
+    Bench(Path(__file__).resolve(), "tokens", CASES, make, workers, real).main(__doc__ or "")

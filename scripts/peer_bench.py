@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -116,6 +116,25 @@ def text_of(tokens: list[int]) -> str:
     return " ".join(f"w{token}" for token in tokens)
 
 
+@dataclass(frozen=True)
+class Real:
+    """A model's folder and a JSONL file of texts."""
+
+    model: Path | None
+    texts: Path | None
+
+    def link_model(self, folder: Path) -> None:
+        """The model as ``folder``. Raises SystemExit where none was named."""
+        if self.model is None or not self.model.is_dir():
+            raise SystemExit(f"--model is {self.model}; this case needs a model's folder (rltrain get-model)")
+        folder.symlink_to(self.model.resolve(), target_is_directory=True)
+
+    def rows(self) -> list[dict[str, Any]]:
+        if self.texts is None or not self.texts.is_file():
+            raise SystemExit(f"--texts is {self.texts}; this case needs a JSONL file")
+        return [json.loads(line) for line in self.texts.read_text(encoding="utf-8").splitlines()]
+
+
 # the parent -------------------------------------------------------------------------------------------------
 
 
@@ -136,14 +155,16 @@ def gradients_at_step(learner: Any) -> dict[str, Any]:
 class Bench:
     """unit: what is counted. cases: by name. make: writes a case's model and data into a folder. workers:
     "rltrain", "trl" and "same_loss", which reports {"loss", "gradient", "theirs"} for one batch: the two
-    differences, and the other trainer's loss.
+    differences, and the other trainer's loss. real: names of the cases that need what ``Real`` has, which
+    run where they are asked for.
     """
 
     script: Path
     unit: str
     cases: Mapping[str, Any]
-    make: Callable[[Any, Path], None]
+    make: Callable[[Any, Path, Real], None]
     workers: Mapping[str, Callable[[Any, Path, Turns], None]]
+    real: Collection[str] = ()
 
     def main(self, doc: str) -> None:
         arguments = self._arguments(doc)
@@ -154,7 +175,7 @@ class Bench:
         for name in arguments.cases.split(","):
             with tempfile.TemporaryDirectory() as temporary:
                 folder = Path(temporary)
-                self.make(self.cases[name], folder)
+                self.make(self.cases[name], folder, Real(arguments.model, arguments.texts))
                 self._same_loss(name, folder, arguments)
                 results[name] = {
                     trainer: asdict(result)
@@ -182,7 +203,9 @@ class Bench:
             default=2,
             help="earlier steps of each trainer, not counted; the first steps run at the same time",
         )
-        parser.add_argument("--cases", default=",".join(self.cases))
+        parser.add_argument("--cases", default=",".join(name for name in self.cases if name not in self.real))
+        parser.add_argument("--model", type=Path, help="folder of the model that real cases train")
+        parser.add_argument("--texts", type=Path, help="JSONL file of what they train on")
         parser.add_argument("--threads", type=int, default=os.cpu_count())
         parser.add_argument("--verbose", action="store_true", help="show what the trainers print")
         parser.add_argument("--worker", choices=tuple(self.workers), help=argparse.SUPPRESS)

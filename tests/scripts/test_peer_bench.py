@@ -50,7 +50,7 @@ def same_loss(case, folder, turns):
 
 
 workers = {"rltrain": trainer("rltrain", 1), "trl": trainer("trl", 64 << 20), "same_loss": same_loss}
-make = lambda case, folder: (folder / "material").write_text(str(case))
+make = lambda case, folder, real: (folder / "material").write_text(str(case))
 if __name__ == "__main__":
     Bench(Path(__file__).resolve(), "tokens", AMOUNTS, make, workers).main("A bench of nothing.")
 """
@@ -179,4 +179,31 @@ def test_a_trainer_that_dies_is_named(tmp_path: Path) -> None:
 
 def test_the_bench_of_grpo_has_the_cases_that_its_record_is_read_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    assert importlib.import_module("bench_step").CASES.keys() == {"short", "skewed"}
+    cases = importlib.import_module("bench_step").CASES
+    assert cases.keys() == {"short", "skewed", "smollm2", "smollm2_bf16"}
+
+
+@pytest.mark.parametrize("bench", ["bench_step", "bench_dpo"])
+def test_a_real_case_asks_for_its_model(bench: str, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(SCRIPTS / f"{bench}.py"),
+        "--cases",
+        "smollm2",
+        "--model",
+        str(tmp_path / "no"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "this case needs a model's folder" in done.stderr
+
+
+def test_dialogues_are_split_where_they_begin_to_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    split = importlib.import_module("bench_dpo").split_dialogues
+    asked = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Who?\n\nAssistant:"
+    rows = [
+        {"chosen": f"{asked} I.", "rejected": f"{asked} Nobody."},
+        {"chosen": f"{asked} I.", "rejected": "\n\nHuman: Hi\n\nAssistant: Nobody."},
+        {"chosen": f"{asked} I.", "rejected": f"{asked} {'Nobody. ' * 100}"},
+    ]
+    assert split(rows) == [{"prompt": asked, "chosen": " I.", "rejected": " Nobody."}]
