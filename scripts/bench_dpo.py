@@ -112,10 +112,11 @@ def run_rltrain(case: Case, folder: Path, turns: Turns) -> None:
     from rltrain.train.offline import train_offline
 
     class Gate(Reporter):
-        def step(self, step: int, metrics: Any, groups: Any, note: Any) -> None:
+        def step(self, step: int, metrics: Any, *more: Any) -> None:
             turns.step(case.pairs)
 
     recipe = recipe_of(case, folder)
+    (folder / "run").mkdir()  # for the timeline
     context = RunContext(RunFolder.from_path(folder / "run"), process=Process(is_main=False))
     run = build_offline_run(recipe, load_offline_inputs(recipe), context)
     train_offline(dataclasses.replace(run, reporter=Gate(None, None, None)))

@@ -116,12 +116,13 @@ def run_rltrain(case: Case, folder: Path, turns: Turns) -> None:
     from rltrain.train.online import train_online
 
     class Gate(Reporter):
-        def step(self, step: int, metrics: Any, groups: Any, note: Any) -> None:
+        def step(self, step: int, metrics: Any, *more: Any) -> None:
             turns.step(int(metrics["rollout/tokens"]))
 
     recipe = recipe_of(case, folder)
     inputs = load_inputs(recipe)
     with inputs.grader:
+        (folder / "run").mkdir()  # for the timeline
         context = RunContext(RunFolder.from_path(folder / "run"), process=Process(is_main=False))
         run = build_online_run(recipe, inputs, context)
         train_online(dataclasses.replace(run, reporter=Gate(None, None, None)))

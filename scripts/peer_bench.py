@@ -241,17 +241,7 @@ class Bench:
         }
 
     def _start(self, worker: str, case: str, folder: Path, arguments: argparse.Namespace) -> Any:
-        paths = [
-            str(self.script.parents[1]),
-            *([str(arguments.trl)] if arguments.trl else []),
-            os.environ.get("PYTHONPATH", ""),
-        ]
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "OMP_NUM_THREADS": str(arguments.threads),
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        environment = worker_environment(self.script, arguments)
         command = [
             sys.executable,
             str(self.script),
@@ -307,6 +297,21 @@ def integer_from(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def worker_environment(script: Path, arguments: argparse.Namespace) -> dict[str, str]:
+    """With rltrain, TRL and the number of threads."""
+    paths = [
+        str(script.parents[1]),
+        *([str(arguments.trl)] if arguments.trl else []),
+        os.environ.get("PYTHONPATH", ""),
+    ]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OMP_NUM_THREADS": str(arguments.threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def answer(worker: Any, name: str) -> dict[str, float]:
