@@ -103,7 +103,7 @@ def share(title: str, metric: str, digits: int = 3, differs: bool = False) -> Co
     return Column(title, evaluation(metric), digits, differs, range_of(metric))
 
 
-MINUTES = Column("minutes of a run", lambda run: run["wall_minutes"], 1)
+SECONDS = Column("seconds of a step, median", lambda run: statistics.median(run["steps"]["time/step"]), 1)
 MEMORY = Column("peak memory, GiB", lambda run: run["peak_gib"], 1)
 
 
@@ -136,7 +136,7 @@ STUDIES = {
             share("pass@8", "eval/pass@8", differs=True),
             Column("reward, last steps", mean_of_ends("reward/mean", -1)),
             Column("tokens clipped", clip_share, 4),
-            MINUTES,
+            SECONDS,
             MEMORY,
         ),
     ),
@@ -151,7 +151,7 @@ STUDIES = {
             share("ECE", "eval/ece", differs=True),
             Column("entropy of own answers, nats", evaluation("eval/sampled_entropy"), 2, differs=True),
             Column("their tokens", evaluation("eval/sampled_tokens"), 1),
-            MINUTES,
+            SECONDS,
             MEMORY,
         ),
         has_pairs=True,
@@ -264,14 +264,12 @@ def train(study: Study, seed: int, method: str, arguments: argparse.Namespace) -
     require_same_conditions(study, runs, seed, data)
     command = [sys.executable, "-m", "rltrain", "train", str(study.recipe(method))]
     command += ["--seed", str(seed), "--run", str(folder)]
-    started = time.monotonic()
     run_command([*command, *(word for setting in settings for word in ("--set", setting))])
     run: Run = {
         "method": method,
         "seed": seed,
         "recipe": digest_of_recipe(study.recipe(method)),
         "torch": importlib.metadata.version("torch"),
-        "wall_minutes": round((time.monotonic() - started) / 60, 3),
     }
     run |= ({} if data is None else {"data": data}) | read_run(folder)
     order = {name: place for place, name in enumerate(study.methods)}
