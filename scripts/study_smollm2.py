@@ -56,7 +56,8 @@ PAIRS = {
         {"name": "length", "max_tokens": 32, "buffer_tokens": 28, "weight": 0.5},
     ],
 }
-SAMPLES = {"train": (300, 4), "test": (64, 16)}  # prompts at most, answers to each
+# prompts at most, answers to each, and the other split, which the script that samples takes for held out
+SAMPLES = {"train": (300, 4, "test"), "test": (64, 16, "train")}
 
 Run = dict[str, Any]
 
@@ -190,15 +191,15 @@ def require_same_conditions(study: Study, runs: Sequence[Run], seed: int, data: 
 
 def make_pairs(folder: Path, model: Path, seed: int) -> list[str]:
     """Samples the pairs of one seed, unless they are there; returns the settings that name them."""
-    for split, (prompts, n) in SAMPLES.items():
+    for split, (prompts, n, other) in SAMPLES.items():
         path = folder / f"{split}.jsonl"
         if path.is_file():
             continue
         command = [sys.executable, str(ROOT / "scripts" / "make_samples.py"), str(model)]
         command += ["--recipe", str(STUDIES["entropy"].recipe("grpo")), "--as", "graded_pairs"]
         command += ["--out", str(path), "--prompts", str(prompts), "--n", str(n)]
-        settings = {"seed": seed, "data.train_split": split, "model.path": str(model), **PAIRS}
-        run_command([*command, *set_options(settings)])
+        splits = {"data.train_split": split, "data.eval_split": other}
+        run_command([*command, *set_options({"seed": seed, "model.path": str(model), **splits, **PAIRS})])
     return [f"data.{side}={folder / split}.jsonl" for side, split in (("train", "train"), ("eval", "test"))]
 
 
