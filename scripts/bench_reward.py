@@ -115,7 +115,7 @@ def run_trl(recipe: Any, inputs: Any, folder: Path, turns: Turns, seconds: float
     for prompt in prompts:
         if tuple(tokenizer(prompt.text)["input_ids"]) != tuple(prompt.token_ids):
             raise SystemExit(f"bench_reward: the two trainers would read different tokens of {prompt.id}")
-    data = Dataset.from_list([{"prompt": each.text, "number": at} for at, each in enumerate(prompts)])
+    data = Dataset.from_list([{"prompt": each.text, "number": number} for number, each in enumerate(prompts)])
     trainer = GRPOTrainer(
         recipe.model.path, reward, trl_config(recipe, folder, GRPOConfig), data, processing_class=tokenizer
     )
@@ -132,7 +132,8 @@ def reward_inputs(prompt: Any, text: str, count: int) -> Any:
 
 def trl_config(recipe: Any, folder: Path, config: Any) -> Any:
     """The recipe's settings under TRL's names."""
-    rollout, optimizer = recipe.rollout, recipe.learner.optimizer
+    rollout = recipe.rollout
+    optimizer = recipe.learner.optimizer
     return config(
         output_dir=str(folder / "trl"),
         use_cpu=True,
@@ -240,10 +241,10 @@ def main() -> None:
         return
     series = {trainer: measure(trainer, arguments) for trainer in TRAINERS}
     for trainer, steps in series.items():
-        found = summary(steps)
+        result = summary(steps)
         print(
-            f"{trainer:>8} {found['steps']:4} steps in {found['seconds']:.0f} s, reward of the last {LAST} "
-            f"{found['last_reward']:.3f}, peak {found['peak_gib']:.2f} GiB"
+            f"{trainer:>8} {result['steps']:4} steps in {result['seconds']:.0f} s, reward of the last {LAST} "
+            f"{result['last_reward']:.3f}, peak {result['peak_gib']:.2f} GiB"
         )
     if arguments.json:
         record = {

@@ -11,6 +11,8 @@ RECIPE is of ``kind: online``; it has the prompts, the engine, the lengths and t
   set's own, in the column that ``--solution`` names. For ``dco_pass_rate``.
 - ``answers``: prompt, answer (the first right completion). For ``paced``, whose MODEL is the teacher.
 - ``pairs``: prompt, chosen, rejected: the completions of the highest and the lowest reward. For ``inpo``.
+- ``graded_pairs``: prompt, chosen, rejected, score_chosen, score_rejected: the completions two by two, in the
+  order in which they were drawn, except pairs of equal rewards. For ``mmpo``.
 - ``probabilities``: ``pairs`` with p_chosen = sigmoid((reward of chosen - reward of rejected) / ``--scale``),
   which for the rewards of a Bradley-Terry model is its probability. For ``osp``, ``sppo_soft`` and
   ``bradley_terry_soft``.
@@ -50,6 +52,15 @@ def read_scores(group: ScoredGroup) -> list[tuple[str, float, bool]]:
     return scored
 
 
+def read_rewards(group: ScoredGroup) -> list[tuple[float, str]]:
+    """(reward, text) of each graded completion."""
+    return [
+        (score.value, completion.text)
+        for completion, score in zip(group.completions, group.scores, strict=True)
+        if score.ungraded is None
+    ]
+
+
 def labels(group: ScoredGroup, arguments: argparse.Namespace) -> Iterator[Row]:
     del arguments
     for text, _, is_right in read_scores(group):
@@ -79,12 +90,22 @@ def pairs(group: ScoredGroup, arguments: argparse.Namespace) -> Iterator[Row]:
         yield {name: row[name] for name in ("chosen", "rejected")}
 
 
+def graded_pairs(group: ScoredGroup, arguments: argparse.Namespace) -> Iterator[Row]:
+    del arguments
+    scored = read_rewards(group)
+    for first, second in zip(scored[::2], scored[1::2], strict=False):
+        worse, better = sorted((first, second), key=lambda pair: pair[0])
+        if better[0] > worse[0]:
+            yield {
+                "chosen": better[1],
+                "rejected": worse[1],
+                "score_chosen": better[0],
+                "score_rejected": worse[0],
+            }
+
+
 def probabilities(group: ScoredGroup, arguments: argparse.Namespace) -> Iterator[Row]:
-    scored = [
-        (score.value, completion.text)
-        for completion, score in zip(group.completions, group.scores, strict=True)
-        if score.ungraded is None
-    ]
+    scored = read_rewards(group)
     if not scored:
         return
     best = max(scored, key=lambda pair: pair[0])
@@ -99,6 +120,7 @@ FORMS: dict[str, Callable[[ScoredGroup, argparse.Namespace], Iterator[Row]]] = {
     "pass_rate": pass_rate,
     "answers": answers,
     "pairs": pairs,
+    "graded_pairs": graded_pairs,
     "probabilities": probabilities,
 }
 

@@ -18,7 +18,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def steps(count: int) -> list[dict[str, float]]:
-    return [{"seconds": 2.0 * at, "reward": float(at), "peak": 2.0**30} for at in range(1, count + 1)]
+    return [{"seconds": 2.0 * step, "reward": float(step), "peak": 2.0**30} for step in range(1, count + 1)]
 
 
 def test_the_final_reward_is_of_the_last_ten_steps(bench: Any) -> None:

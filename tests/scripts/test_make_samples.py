@@ -54,18 +54,25 @@ def test_each_form_of_a_prompt_with_right_wrong_and_ungraded_completions(made: M
     assert rows(made, "pass_rate", scored) == [{"completion": "so 4", "pass_rate": 2 / 3}]
     assert rows(made, "answers", scored) == [{"answer": "4"}]
     assert rows(made, "pairs", scored) == [{"chosen": "four", "rejected": "5"}]
+    assert rows(
+        made, "graded_pairs", group(*MIXED, ("4", 1.0, True), ("5", -1.0, False), ("6", -1.0, False))
+    ) == [
+        {"chosen": "4", "rejected": "5", "score_chosen": 1.0, "score_rejected": -1.0},
+        {"chosen": "four", "rejected": "4", "score_chosen": 2.0, "score_rejected": 1.0},
+    ]  # of the last two, neither is better
     [row] = rows(made, "probabilities", scored, "--scale", "2")
     assert row == {"chosen": "four", "rejected": "5", "p_chosen": pytest.approx(1 / (1 + math.exp(-1.5)))}
 
 
-@pytest.mark.parametrize("form", ["labels", "pass_rate", "answers", "pairs", "probabilities"])
+@pytest.mark.parametrize("form", ["labels", "pass_rate", "answers", "pairs", "graded_pairs", "probabilities"])
 def test_a_prompt_without_a_graded_completion_has_no_row(made: ModuleType, form: str):
     assert rows(made, form, group(("4", 1.0, None))) == []
 
 
 def test_a_prompt_whose_completions_are_equally_good_has_no_pair_and_none_right_no_answer(made: ModuleType):
     wrong = group(("5", 0.0, False), ("6", 0.0, False))
-    assert [rows(made, form, wrong) for form in ("pairs", "probabilities", "answers")] == [[], [], []]
+    assert [rows(made, form, wrong) for form in ("pairs", "graded_pairs", "answers")] == [[], [], []]
+    assert rows(made, "probabilities", wrong) == []
     assert rows(made, "pass_rate", wrong) == [{"completion": "so 4", "pass_rate": 0.0}]
 
 

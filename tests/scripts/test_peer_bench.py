@@ -207,3 +207,31 @@ def test_dialogues_are_split_where_they_begin_to_differ(monkeypatch: pytest.Monk
         {"chosen": f"{asked} I.", "rejected": f"{asked} {'Nobody. ' * 100}"},
     ]
     assert split(rows) == [{"prompt": asked, "chosen": " I.", "rejected": " Nobody."}]
+
+
+class Stepped(Exception):
+    """A trainer has taken a step."""
+
+
+class OneTurn:
+    def step(self, amount: int) -> None:
+        raise Stepped(amount)
+
+
+@pytest.mark.parametrize(
+    ("bench", "sizes"),
+    [
+        ("bench_step", {"prompt_tokens": 4, "prompts": 2, "n": 2, "max_tokens": 3}),
+        ("bench_dpo", {"pairs": 2, "steps": 1}),
+    ],
+)
+def test_rltrain_takes_a_step_of_it(
+    bench: str, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    module, peer = importlib.import_module(bench), importlib.import_module("peer_bench")
+    case = module.Case(peer.Size(64, 1, 128), **sizes)
+    module.make(case, tmp_path, peer.Real(None, None))
+    with pytest.raises(Stepped) as stepped:
+        module.run_rltrain(case, tmp_path, OneTurn())
+    assert 0 < stepped.value.args[0] <= 12
