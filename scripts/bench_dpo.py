@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peer_bench import Bench, Real, Size, Turns, gradients_at_step, make_model, text_of
+from peer_bench import TRL, Bench, Real, Size, Turns, gradients_at_step, make_model, text_of
 
 LR = 1e-6
 BETA = 0.1
@@ -141,10 +141,9 @@ def trl_trainer(case: Case, folder: Path) -> Any:
     from trl import DPOConfig, DPOTrainer
 
     arguments = DPOConfig(
+        **TRL,
         output_dir=str(folder / "trl"),
-        use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
         per_device_train_batch_size=case.pairs,
         beta=BETA,
         max_length=None,
@@ -153,12 +152,6 @@ def trl_trainer(case: Case, folder: Path) -> Any:
         learning_rate=LR,
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
-        max_steps=1_000_000,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
     )
     data: Any = load_dataset("json", data_files=str(folder / "pairs.jsonl"), split="train")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)

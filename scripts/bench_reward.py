@@ -28,7 +28,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from peer_bench import Turns, peak_bytes, worker_environment
+from peer_bench import TRL_GRPO, Turns, peak_bytes, worker_environment
 
 SCRIPT = Path(__file__).resolve()
 RECIPE = SCRIPT.parents[1] / "recipes" / "policy" / "sums.yaml"
@@ -135,19 +135,12 @@ def trl_config(recipe: Any, folder: Path, config: Any) -> Any:
     rollout = recipe.rollout
     optimizer = recipe.learner.optimizer
     return config(
+        **TRL_GRPO,
         output_dir=str(folder / "trl"),
-        use_cpu=True,
         bf16=recipe.learner.precision == "bfloat16",
-        gradient_checkpointing=False,
         per_device_train_batch_size=rollout.prompts * rollout.n,
         num_generations=rollout.n,
         max_completion_length=rollout.max_tokens,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        beta=0.0,
-        epsilon=0.2,
-        loss_type="dapo",
         learning_rate=optimizer.lr,
         adam_beta1=optimizer.betas[0],
         adam_beta2=optimizer.betas[1],
@@ -156,12 +149,6 @@ def trl_config(recipe: Any, folder: Path, config: Any) -> Any:
         warmup_steps=optimizer.warmup_steps,
         lr_scheduler_type="constant_with_warmup",
         max_grad_norm=optimizer.max_grad_norm,
-        max_steps=1_000_000,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
     )
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from peer_bench import PAD, Bench, Real, Size, Turns, gradients_at_step, make_model, text_of
+from peer_bench import PAD, TRL_GRPO, Bench, Real, Size, Turns, gradients_at_step, make_model, text_of
 
 LR = 1e-6
 REWARD = """import hashlib
@@ -160,28 +160,15 @@ def trl_trainer(case: Case, folder: Path, counted: list[int]) -> Any:
 
     rows = case.prompts * case.n
     arguments = GRPOConfig(
+        **TRL_GRPO,
         output_dir=str(folder / "trl"),
-        use_cpu=True,
         bf16=case.precision == "bfloat16",
-        gradient_checkpointing=False,
         per_device_train_batch_size=rows,
         num_generations=case.n,
         max_completion_length=case.max_tokens,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        beta=0.0,
-        epsilon=0.2,
-        loss_type="dapo",
         learning_rate=LR,
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
-        max_steps=1_000_000,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
     )
     data: Any = load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model", padding_side="left", trust_remote_code=False)

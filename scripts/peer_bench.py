@@ -26,6 +26,27 @@ PAD = 0
 EOS = 1
 UNKNOWN = 2
 
+# TRL's settings, as rltrain's are: no checkpoints, and steps until the bench is over
+TRL = {
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "max_steps": 1_000_000,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+# of its GRPOTrainer: the clip loss, and the policy's own distribution
+TRL_GRPO = TRL | {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "beta": 0.0,
+    "epsilon": 0.2,
+    "loss_type": "dapo",
+}
+
 
 class Turns:
     """A worker's side: reports each step to the parent and waits for a line from it before the next step.

@@ -51,7 +51,7 @@ def main(path: str, out: Path) -> None:
         layer.mlp.down_proj.register_forward_hook(lambda _m, _i, o, who=who: dtypes[who].add(str(o.dtype)))
     policy = learner.trained.wrapped_model
     is_zero = isinstance(learner.trained.backend, DeepSpeedBackend)
-    counts = {"frozen": GatheredBytes(frozen), "policy": (ZeroBytes if is_zero else GatheredBytes)(policy)}
+    counts = {"frozen": FsdpBytes(frozen), "policy": (ZeroBytes if is_zero else FsdpBytes)(policy)}
     notes = learner.annotate(ROWS, frozenset({"logp", "ref_logp"}))
     annotated = {who: [count.peak, count.largest_group()] for who, count in counts.items()}
     left = counts["policy"].held()
@@ -141,15 +141,10 @@ def iterate_follows(model: Model) -> list[str]:
 
 
 class GatheredBytes:
-    """The bytes that FSDP2's groups in ``model`` have gathered, at most, when one of its modules begins."""
+    """The bytes of weights that are gathered in ``model``, at most, when one of its modules begins."""
 
     def __init__(self, model: nn.Module) -> None:
         self.peak = 0
-        modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        groups: list[Any] = [module._get_fsdp_state()._fsdp_param_group for module in modules]
-        self._groups = {
-            id(group): group for group in groups if group is not None
-        }.values()  # a tied pair's once
         for module in model.modules():
             module.register_forward_pre_hook(self.note)
 
@@ -158,27 +153,37 @@ class GatheredBytes:
         self.peak = max(self.peak, self.held())
 
     def held(self) -> int:
+        raise NotImplementedError
+
+    def largest_group(self) -> int:
+        """Of what is gathered together."""
+        raise NotImplementedError
+
+
+class FsdpBytes(GatheredBytes):
+    """By FSDP2's groups."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        groups: list[Any] = [module._get_fsdp_state()._fsdp_param_group for module in modules]
+        self._groups = {
+            id(group): group for group in groups if group is not None
+        }.values()  # a tied pair's once
+
+    def held(self) -> int:
         return sum(output.untyped_storage().size() for group in self._groups for output in outputs_of(group))
 
     def largest_group(self) -> int:
         return max((sum(output.nbytes for output in outputs_of(group)) for group in self._groups), default=0)
 
 
-class ZeroBytes:
-    """The bytes of weights that ZeRO-3 has gathered in ``model``, at most, when one of its modules begins.
-
-    Not counted: those below DeepSpeed's threshold, 100,000 numbers, which every rank keeps.
-    """
+class ZeroBytes(GatheredBytes):
+    """By ZeRO-3, without weights below DeepSpeed's threshold, 100,000 numbers, which every rank keeps."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.peak = 0
+        super().__init__(model)
         self._divided: list[Any] = [weight for weight in model.parameters() if not vars(weight)["ds_persist"]]
-        for module in model.modules():
-            module.register_forward_pre_hook(self.note)
-
-    def note(self, module: nn.Module, inputs: Any) -> None:
-        del module, inputs
-        self.peak = max(self.peak, self.held())
 
     def held(self) -> int:
         return sum(weight.nbytes for weight in self._divided)  # an empty tensor where it is divided
